@@ -1,0 +1,67 @@
+"""The mistakes a user can make, one class per situation.
+
+Every message is one line that says what was asked, what was found, and what would work. The command line prints it
+and exits with code 2; any other exception is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class PruneLabError(ValueError):
+    """A mistake in what was asked of the library; the message is meant for the user."""
+
+
+class ConfigError(PruneLabError):
+    """A setting is unknown, missing or out of range."""
+
+
+class DeviceError(PruneLabError):
+    """The device or number format asked for is not available here."""
+
+
+class StorageError(PruneLabError):
+    """A file or folder cannot be read or written as asked."""
+
+
+class RunError(PruneLabError):
+    """A run folder lacks what a step needs, or was made with other settings."""
+
+
+class ModelNotFoundError(PruneLabError):
+    """Nothing of that name: no preset, no folder, no reachable hub repository."""
+
+
+class ModelFormatError(PruneLabError):
+    """The files of a model are damaged, incomplete or not in a format that is read here."""
+
+
+class UnsupportedModelError(PruneLabError):
+    """The model is of a class or shape whose blocks are not known here."""
+
+
+class UnknownBlockError(PruneLabError):
+    """The U-Net has no block of that name."""
+
+
+class UnremovableBlockError(PruneLabError):
+    """The block changes the width of the main path, so the network does not close without it."""
+
+
+class PlanError(PruneLabError):
+    """A pruning plan cannot be read, or belongs to another architecture."""
+
+
+class NonNativePlanError(PlanError):
+    """No plain ``UNet2DConditionModel`` config describes the network that the plan leaves."""
+
+
+class BudgetError(PruneLabError):
+    """A budget cannot be read, or no plan meets it."""
+
+
+class DataError(PruneLabError):
+    """Pictures, captions, probes or cached tensors are damaged or do not fit the model."""
+
+
+class UnknownCriterionError(PruneLabError):
+    """There is no importance criterion of that name."""
