@@ -71,7 +71,7 @@ class ChannelInterpolation(nn.Module):
         main = hidden[:, : self.main_channels]
         pixels = main.flatten(2).transpose(1, 2)  # (B, H W, main_channels)
         resized: Tensor = F.interpolate(pixels, size=self.out_channels, mode="linear", align_corners=False)
-        return resized.transpose(1, 2).reshape(len(main), self.out_channels, *main.shape[2:])
+        return resized.transpose(1, 2).reshape(hidden.shape[0], self.out_channels, *hidden.shape[2:])
 
 
 @contextlib.contextmanager
@@ -124,7 +124,7 @@ def materialise(
     describes it.
     """
     layout = native_layout(architecture_of(unet), plan)
-    tensors = unet.state_dict()
+    tensors: dict[str, Tensor] = unet.state_dict()
 
     def take(key: str) -> Tensor:
         return tensors[key] if hand_over else tensors[key].clone()
