@@ -290,7 +290,8 @@ def native_choices(architecture: Architecture) -> tuple[tuple[frozenset[str], ..
 
     A native plan is one option per level, and every combination of options is native: levels meet only in the samplers
     between them. The last level holds the innermost stages and the mid stage together. Each level begins with the
-    empty set.
+    empty set. Where two or more inner levels have no starred block, plans that remove several of them whole are native
+    too and are not listed: none of the presets has such levels.
     """
     depth = len(architecture.config["down_block_types"])
     levels: list[tuple[frozenset[str], ...]] = []

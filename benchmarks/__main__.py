@@ -1,0 +1,18 @@
+"""Every benchmark in turn, each with its defaults: ``python -m benchmarks``."""
+
+from __future__ import annotations
+
+import sys
+
+from benchmarks import counting, latency
+
+
+def main() -> None:
+    del sys.argv[1:]  # the defaults of each
+    for benchmark in (counting, latency):
+        print(f"== {benchmark.__name__.removeprefix('benchmarks.')}")
+        benchmark.main()
+
+
+if __name__ == "__main__":
+    main()

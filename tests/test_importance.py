@@ -1,0 +1,334 @@
+"""Importance: by hand, exactly nothing for a block that does nothing, intervals that hold, and no silent NaN."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prune_lab import importance as module
+from prune_lab.blocks import BlockGroup, architecture_of, block_groups
+from prune_lab.errors import DataError, UnknownBlockError, UnknownCriterionError
+from prune_lab.importance import (
+    COLUMNS,
+    CRITERIA,
+    Importance,
+    ImportanceTable,
+    _intervals,
+    importance_from_frame,
+    score_groups,
+)
+from prune_lab.probes import Probe, predict, random_probe
+
+A_PICTURE_EACH = torch.arange(200)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small only lose time to a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def probe(tiny_config: dict[str, Any]) -> Probe:
+    return random_probe(tiny_config, samples=4, seed=0)
+
+
+def single(*names: str) -> tuple[BlockGroup, ...]:
+    return tuple(BlockGroup(name, "block", (name,)) for name in names)
+
+
+def shuffled(probe: Probe, order: list[int]) -> Probe:
+    return Probe(
+        **{name: tensor[order] for name, tensor in probe.tensors().items()},
+        captions=tuple(probe.captions[row] for row in order),
+        groups=tuple(probe.groups[row] for row in order),
+    )
+
+
+# Criteria --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_block_that_does_nothing_is_worth_nothing(tiny_unet: Any, probe: Probe, criterion: str) -> None:
+    # Residual and attention blocks end in a projection that is added to their input.
+    attention, resnet = tiny_unet.down_blocks[0].attentions[1], tiny_unet.mid_block.resnets[0]
+    with torch.no_grad():
+        for layer in (attention.proj_out, resnet.conv2):
+            layer.weight.zero_()
+            layer.bias.zero_()
+    table = score_groups(
+        tiny_unet, single("Dn1.A2", "Md.R1", "Dn1.A1"), probe, criterion=criterion, bootstrap=50
+    )
+    idle, also_idle, busy = table.entries
+    for entry in (idle, also_idle):
+        assert (entry.impact, entry.low, entry.high) == pytest.approx((0, 0, 0), abs=1e-12)
+    assert abs(busy.impact) > 1e-9
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_the_order_of_rows_does_not_matter(tiny_unet: Any, probe: Probe, criterion: str) -> None:
+    groups = single("Dn1.A1", "Md.R1")
+    plain = score_groups(tiny_unet, groups, probe, criterion=criterion)
+    turned = score_groups(tiny_unet, groups, shuffled(probe, [2, 0, 3, 1]), criterion=criterion)
+    for one, other in zip(plain.entries, turned.entries, strict=True):
+        assert one.impact == pytest.approx(other.impact, rel=1e-4, abs=1e-9)
+
+
+def test_criteria_on_simple_tensors() -> None:
+    teacher = torch.tensor([[3.0, 4.0], [0.0, 2.0]])[:, :, None, None]
+    target = torch.tensor([[3.0, 0.0], [0.0, 0.0]])[:, :, None, None]
+    assert CRITERIA["output-mse"](teacher, 2 * teacher, target).tolist() == [12.5, 2.0]
+    assert CRITERIA["output-cosine"](teacher, 2 * teacher, target).tolist() == pytest.approx(
+        [0, 0], abs=1e-12
+    )
+    assert CRITERIA["output-cosine"](teacher, -teacher, target).tolist() == pytest.approx([2, 2])
+    assert CRITERIA["denoising-loss"](teacher, target, target).tolist() == [-8.0, -2.0]
+
+
+def test_every_criterion_explains_itself() -> None:
+    for name, criterion in CRITERIA.items():
+        for heading in ("Measures:", "Reads as:", "Misleads when:", "Cost:", "Reference:"):
+            assert heading in (criterion.__doc__ or ""), f"{name} lacks {heading}"
+
+
+def test_an_unknown_criterion_names_the_known(tiny_unet: Any, probe: Probe) -> None:
+    with pytest.raises(UnknownCriterionError, match=r"'mse'.*output-mse, output-cosine, denoising-loss"):
+        score_groups(tiny_unet, single("Md.R1"), probe, criterion="mse")
+
+
+# Scoring ---------------------------------------------------------------------------------------------------------
+
+
+def test_impact_by_hand(tiny_unet: Any, probe: Probe) -> None:
+    """One attention and one up-stage residual block, taken out by hooks instead of bypass modules."""
+
+    def answer() -> torch.Tensor:
+        with torch.no_grad():
+            return tiny_unet(probe.noisy, probe.timesteps, probe.embeddings).sample.double()
+
+    def relative(change: torch.Tensor) -> float:
+        return float(change.square().sum() / teacher.square().sum())
+
+    teacher = answer()
+    hook = tiny_unet.down_blocks[1].attentions[0].register_forward_hook(lambda _, given, out: (given[0],))
+    attention = relative(answer() - teacher)
+    hook.remove()
+    resnet = tiny_unet.up_blocks[1].resnets[1]
+    hook = resnet.register_forward_hook(lambda _, given, out: given[0][:, : out.shape[1]])
+    residual = relative(answer() - teacher)
+    hook.remove()
+    table = score_groups(tiny_unet, single("Dn2.A1", "Up2.R2"), probe, batch=3)
+    assert [entry.impact for entry in table.entries] == pytest.approx([attention, residual], rel=1e-4)
+
+
+def test_all_kinds_of_groups(tiny_unet: Any, tiny_config: dict[str, Any]) -> None:
+    architecture = architecture_of(tiny_unet)
+    groups = [group for kind in ("block", "pair", "stage") for group in block_groups(architecture, kind)]
+    probe = random_probe(tiny_config, samples=2, seed=0)
+    table = score_groups(tiny_unet, groups, probe, bootstrap=100)
+    assert [entry.group for entry in table.entries] == groups
+    assert len(table.of_kind("block")) == 38
+    starred = {entry.group.name for entry in table.of_kind("block") if entry.starred}
+    assert starred == {"Dn2.R1", "Dn3.R1", "Up3.R1", "Up4.R1"}
+    assert all(0 < entry.low <= entry.impact <= entry.high for entry in table.entries)
+    assert all(entry.samples == 2 for entry in table.entries)
+    assert [entry.impact for entry in table.ranked()] == sorted(table.block_impacts().values())
+    assert table.values is not None
+    assert table.scales is not None
+    assert table.values.shape == (len(groups), 2)
+    by_rows = table.values.sum(axis=1) / table.scales.sum()
+    assert [entry.impact for entry in table.entries] == pytest.approx(by_rows.tolist())
+
+
+def test_the_model_stays_as_it_was(tiny_unet: Any, probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = predict(tiny_unet, probe)
+    score_groups(tiny_unet, single("Dn1.A1", "Dn2.R1"), probe)
+    assert torch.equal(predict(tiny_unet, probe), before)
+    calls = iter([predict, lambda *_, **__: 1 / 0])
+    monkeypatch.setattr(module, "predict", lambda *given, **named: next(calls)(*given, **named))  # noqa: PLW0108
+    with pytest.raises(ZeroDivisionError):
+        score_groups(tiny_unet, single("Dn1.A1"), probe)
+    assert torch.equal(predict(tiny_unet, probe), before)
+
+
+def test_equal_sets_are_measured_once(tiny_unet: Any, probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counted(*given: Any, **named: Any) -> torch.Tensor:
+        calls.append(named)
+        return predict(*given, **named)
+
+    monkeypatch.setattr(module, "predict", counted)
+    pair = BlockGroup("twice", "pair", ("Md.R1", "Md.A1"))
+    turned = BlockGroup("turned", "pair", ("Md.A1", "Md.R1"))
+    first, second = score_groups(tiny_unet, (pair, turned), probe).entries
+    assert len(calls) == 2  # the teacher and one set
+    assert first.impact == second.impact
+
+
+def test_same_seed_same_table(tiny_unet: Any, tiny_config: dict[str, Any]) -> None:
+    groups, probe = single("Dn1.A1", "Md.R1"), random_probe(tiny_config, samples=8, seed=0)
+    first, again, other = (score_groups(tiny_unet, groups, probe, seed=seed) for seed in (1, 1, 2))
+    pd.testing.assert_frame_equal(first.frame(), again.frame(), check_exact=True)
+    assert first.entries[0].impact == other.entries[0].impact
+    assert first.entries[0].low != other.entries[0].low
+
+
+def test_bfloat16_gives_nearly_the_same_scores(tiny_unet: Any, probe: Probe) -> None:
+    groups = single("Dn1.A1", "Dn1.R1")
+    exact = score_groups(tiny_unet, groups, probe)
+    rough = score_groups(tiny_unet.to(torch.bfloat16), groups, probe)
+    assert rough.entries[1].impact == pytest.approx(exact.entries[1].impact, rel=0.1)
+
+
+def test_not_a_number_is_an_error_that_names_the_group(
+    tiny_unet: Any, probe: Probe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoiled = predict(tiny_unet, probe)
+    spoiled[1, 0, 0, 0] = float("nan")
+    answers = iter([predict(tiny_unet, probe), spoiled])
+    monkeypatch.setattr(module, "predict", lambda *_, **__: next(answers))
+    with pytest.raises(DataError, match=r"output-mse of Md\.R1.*1 of 4 rows"):
+        score_groups(tiny_unet, single("Md.R1"), probe)
+
+
+def test_a_damaged_model_is_an_error(tiny_unet: Any, probe: Probe) -> None:
+    with torch.no_grad():
+        tiny_unet.conv_out.weight.fill_(0)
+        tiny_unet.conv_out.bias.fill_(0)
+    with pytest.raises(DataError, match="predicts 0 everywhere"):
+        score_groups(tiny_unet, single("Md.R1"), probe)
+    with torch.no_grad():
+        tiny_unet.conv_out.bias.fill_(float("inf"))
+    with pytest.raises(DataError, match="the model itself"):
+        score_groups(tiny_unet, single("Md.R1"), probe)
+
+
+def test_an_unknown_block_is_an_error(tiny_unet: Any, probe: Probe) -> None:
+    with pytest.raises(UnknownBlockError, match=r"Dn9\.R1"):
+        score_groups(tiny_unet, single("Dn9.R1"), probe)
+
+
+# Intervals -------------------------------------------------------------------------------------------------------
+
+
+def test_interval_against_the_normal_approximation() -> None:
+    generator = np.random.default_rng(0)
+    values = generator.exponential(size=(3, 200)) * [[1.0], [2.0], [10.0]]
+    scales = np.ones(200)
+    lows, highs = _intervals(values, scales, A_PICTURE_EACH, draws=20000, seed=0)
+    half = 1.96 * values.std(axis=1) / np.sqrt(200)
+    np.testing.assert_allclose(highs - lows, 2 * half, rtol=0.05)
+    np.testing.assert_allclose((highs + lows) / 2, values.mean(axis=1), rtol=0.02)
+
+
+def test_intervals_cover_the_truth() -> None:
+    """A ratio whose numerator and denominator move together: 95 % intervals hold it about 95 % of the time."""
+    generator = np.random.default_rng(1)
+    hits = 0
+    for trial in range(300):
+        scales = generator.uniform(0.5, 1.5, size=60)
+        values = (0.3 * scales + generator.normal(0, 0.1, size=60))[None]
+        (low,), (high,) = _intervals(values, scales, torch.arange(60), draws=400, seed=trial)
+        hits += bool(low <= 0.3 <= high)
+    assert 0.90 <= hits / 300 <= 0.985
+
+
+@given(st.integers(2, 12), st.integers(2, 5), st.integers(0, 2**31))
+def test_rows_of_one_picture_are_one_piece_of_evidence(pictures: int, copies: int, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    values, scales = generator.uniform(size=(2, pictures)), generator.uniform(1, 2, size=pictures)
+    once = _intervals(values, scales, torch.arange(pictures), draws=200, seed=seed)
+    index = np.repeat(np.arange(pictures), copies)
+    repeated = _intervals(values[:, index], scales[index], torch.from_numpy(index), draws=200, seed=seed)
+    np.testing.assert_allclose(once, repeated)
+
+
+@given(st.integers(2, 20), st.integers(0, 2**31))
+def test_all_groups_see_the_same_resamples(pictures: int, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    less = generator.uniform(size=pictures)
+    more = less + generator.uniform(size=pictures)
+    lows, highs = _intervals(
+        np.stack([less, more, less]), np.ones(pictures), torch.arange(pictures), draws=100, seed=seed
+    )
+    assert lows[0] == lows[2] <= lows[1]
+    assert highs[0] == highs[2] <= highs[1]
+
+
+def test_no_interval_is_not_an_interval_of_zero(tiny_unet: Any, tiny_config: dict[str, Any]) -> None:
+    one = random_probe(tiny_config, samples=1, seed=0)
+    (entry,) = score_groups(tiny_unet, single("Md.R1"), one).entries
+    assert entry.impact > 0
+    assert np.isnan([entry.low, entry.high]).all()
+    two = random_probe(tiny_config, samples=2, seed=0)
+    (entry,) = score_groups(tiny_unet, single("Md.R1"), two, bootstrap=0).entries
+    assert np.isnan([entry.low, entry.high]).all()
+
+
+# Tables ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def table() -> ImportanceTable:
+    entries = (
+        Importance(BlockGroup("Dn2.R1", "block", ("Dn2.R1",)), 0.1 + 0.2, 0.25, 0.4, 8, starred=True),
+        Importance(
+            BlockGroup("Dn1.R2+A2", "pair", ("Dn1.R2", "Dn1.A2")), 1e-17, float("nan"), float("nan"), 8
+        ),
+    )
+    return ImportanceTable(entries, criterion="output-mse", probe="00ff", model="reference")
+
+
+def test_columns(table: ImportanceTable) -> None:
+    frame = table.frame()
+    expected = ["group", "kind", "blocks", "starred", "impact", "low", "high", "samples"]
+    expected += ["criterion", "probe", "model"]
+    assert list(frame.columns) == expected == list(COLUMNS)
+    assert frame["blocks"].tolist() == ["Dn2.R1", "Dn1.R2 Dn1.A2"]
+    assert frame["starred"].tolist() == [True, False]
+
+
+def test_a_table_survives_its_csv(table: ImportanceTable) -> None:
+    text = io.StringIO(table.frame().to_csv(index=False))
+    again = importance_from_frame(pd.read_csv(text))
+    assert (again.criterion, again.model) == ("output-mse", "reference")
+    assert [entry.group for entry in again.entries] == [entry.group for entry in table.entries]
+    assert again.entries[0] == table.entries[0]
+    assert again.entries[1].impact == 1e-17
+    assert np.isnan(again.entries[1].low)
+    assert again.entries[1].samples == 8
+
+
+def test_a_digest_of_digits_stays_text(table: ImportanceTable) -> None:
+    digits = ImportanceTable(table.entries, criterion="output-mse", probe="0123456789012345", model="12")
+    text = io.StringIO(digits.frame().to_csv(index=False))
+    read = pd.read_csv(text, dtype={"probe": str, "model": str})
+    assert importance_from_frame(read).probe == "0123456789012345"
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda frame: frame.drop(columns="impact"), "without the columns impact"),
+        (lambda frame: frame.iloc[:0], "found 0 rows"),
+        (lambda frame: frame.assign(impact=[0.5, float("nan")]), "not numbers"),
+        (lambda frame: frame.assign(impact=["a lot", "0"]), "not numbers"),
+        (lambda frame: frame.assign(kind=["block", "layer"]), "kinds layer"),
+        (lambda frame: frame.assign(criterion=["output-mse", "output-cosine"]), "2 mixed"),
+    ],
+)
+def test_a_damaged_table_is_refused(table: ImportanceTable, change: Any, found: str) -> None:
+    with pytest.raises(DataError, match=found):
+        importance_from_frame(change(table.frame()))
