@@ -22,6 +22,7 @@ from prune_lab.distill.data import batch_rows
 from prune_lab.distill.loop import take_step
 from prune_lab.models import load_pipeline, resolve_model
 from prune_lab.plans import parse_plan
+from prune_lab.probes import encode_captions, encode_pictures
 from prune_lab.runtime import pick_device, seeded, synchronize
 from prune_lab.surgery import materialise
 
@@ -59,7 +60,10 @@ def main() -> None:
 
     def in_the_loop(step: int) -> LatentData:
         rows = batch_rows(count, arguments.batch, settings.seed, step)
-        return encode_data(pipeline, pictures[rows], [captions[row] for row in rows], batch=arguments.batch)
+        chosen = [captions[row] for row in rows]
+        latents = encode_pictures(pipeline, pictures[rows], batch=arguments.batch)
+        embeddings, added = encode_captions(pipeline, chosen, batch=arguments.batch)
+        return LatentData(latents, embeddings, cached.empty_embedding, tuple(chosen), added)
 
     ways: dict[str, Callable[[int], LatentData]] = {"encode in the loop": in_the_loop, "cached": from_cache}
     states = {name: started() for name in ways}

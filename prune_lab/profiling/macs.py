@@ -1,0 +1,208 @@
+"""Multiply-adds as fvcore counts them, with a formula for the attention products it leaves out.
+
+Two conventions, always named. *Whole*: everything fvcore has a formula for, and the attention products QK^T and AV.
+*Without attention*: the whole count less those products, which is what thop counts and what the figures of BK-SDM
+(arXiv:2305.15798) are: 339.0 G for SD-v1.4. fvcore counts normalisation (five per element) and nearest-neighbour
+upsampling (one per element), which ``prune_lab.counting`` does not; nothing else sets the two counters apart.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prune_lab.counting import example_inputs, meta_copy, meta_unet, plain_config
+
+with warnings.catch_warnings():
+    # Importing fvcore scripts a loss that is not used here, which torch 2.13 warns of.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from fvcore.nn import FlopCountAnalysis
+    from fvcore.nn.jit_handles import get_shape
+
+ATTENTION = "attention_products"  # the name under which fvcore reports them
+ANALYTIC_EXTRAS = (
+    "group_norm",
+    "layer_norm",
+    "upsample_nearest2d",
+)  # counted by fvcore, not by torch's counter
+
+Handle = Callable[[list[Any], list[Any]], "Counter[str]"]
+
+
+@dataclass(frozen=True, slots=True)
+class Macs:
+    """Multiply-adds of one forward pass over the whole batch; one fused multiply-add counts as one."""
+
+    total: int
+    attention: int  # the part in attention products, QK^T and AV
+    uncounted: Mapping[str, int]  # operator -> calls that no formula covers; unknown, not zero
+    by_operator: Mapping[str, int] = field(default_factory=dict, repr=False)
+    by_module: Mapping[str, tuple[int, int]] = field(
+        default_factory=dict, repr=False
+    )  # path -> (whole, attention)
+    uncounted_by_module: Mapping[str, Mapping[str, int]] = field(default_factory=dict, repr=False)
+
+    @property
+    def without_attention(self) -> int:
+        """The paper's convention, thop's: attention products left out."""
+        return self.total - self.attention
+
+
+def _attention_products(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """QK^T and AV of ``aten::scaled_dot_product_attention``: (..., L, E), (..., S, E) and (..., S, V)."""
+    query, key, value = (get_shape(each) for each in inputs[:3])
+    *batch, length, width = query
+    return Counter({ATTENTION: math.prod(batch) * length * key[-2] * (width + value[-1])})
+
+
+def _batched_product(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """One product of attention written out: ``bmm(a, b)`` or ``baddbmm(bias, a, b)``."""
+    left, right = [shape for each in inputs if (shape := get_shape(each)) is not None][-2:]
+    return Counter({ATTENTION: math.prod(left) * right[-1]})
+
+
+# Linear layers reach the trace as `linear`, so products of batches of matrices are attention in these models.
+HANDLES: Mapping[str, Handle] = MappingProxyType(
+    {
+        "aten::scaled_dot_product_attention": _attention_products,
+        "aten::bmm": _batched_product,
+        "aten::baddbmm": _batched_product,
+    }
+)
+
+
+# A trace on `meta` -----------------------------------------------------------------------------------------
+
+
+def _pair(value: Any) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+class _ConvolutionsByName(TorchFunctionMode):
+    """Calls every ``conv2d`` as ``_convolution``, the operator that a trace records."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not torch.conv2d:
+            return func(*args, **(kwargs or {}))
+        x, weight, bias, stride, padding, dilation, groups = args
+        options = (_pair(stride), _pair(padding), _pair(dilation), False, [0, 0], groups)
+        return torch._convolution(x, weight, bias, *options, False, False, False, False)
+
+
+class _ConvolutionShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Gives a recorded ``_convolution`` on ``meta`` its output's shape."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._convolution.default:
+            return torch.ops.aten.convolution.default(*args[:9])
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _traceable_on_meta() -> Iterator[None]:
+    """Inside, ``torch.jit`` can trace convolutions of ``meta`` tensors.
+
+    Torch works out the shape of a ``conv2d`` on ``meta`` in Python before the tracer has recorded it; while tracing,
+    sizes are tensors there, and it stops with a TypeError (torch 2.13). Recorded first, as a real device does, the
+    convolution is given its shape with tracing already suspended.
+    """
+    with torch.no_grad(), _ConvolutionShapes(), _ConvolutionsByName():  # type: ignore[no-untyped-call]
+        yield
+
+
+class _TensorsIn(nn.Module):
+    """A U-Net called with tensors by position, which is all a trace takes."""
+
+    def __init__(self, unet: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.unet = unet
+        self.names = names  # of the added conditions, SDXL's
+
+    def forward(self, sample: Tensor, timestep: Tensor, embeddings: Tensor, *added: Tensor) -> Tensor:
+        conditions = dict(zip(self.names, added, strict=True)) or None
+        output: Tensor = self.unet(
+            sample, timestep, embeddings, added_cond_kwargs=conditions, return_dict=False
+        )[0]
+        return output
+
+
+def _trace(unet: nn.Module, inputs: Mapping[str, Any]) -> Macs:
+    """The counts of one traced ``unet(**inputs)``, on ``meta`` or on a real device."""
+    added = inputs.get("added_cond_kwargs", {})
+    tensors = (inputs["sample"], inputs["timestep"], inputs["encoder_hidden_states"], *added.values())
+    analysis = (
+        FlopCountAnalysis(_TensorsIn(unet, tuple(added)), tensors)
+        .set_op_handle(**HANDLES)
+        .unsupported_ops_warnings(False)
+        .uncalled_modules_warnings(False)
+        .tracer_warnings("none")
+    )
+    with _traceable_on_meta():
+        counts = analysis.by_module_and_operator()
+    root = "unet"
+    by_module = {
+        path.removeprefix(root).removeprefix("."): (int(sum(row.values())), int(row[ATTENTION]))
+        for path, row in counts.items()
+        if path
+    }
+    uncounted = {
+        path.removeprefix(root).removeprefix("."): MappingProxyType(dict(analysis.unsupported_ops(path)))
+        for path in counts
+        if path
+    }
+    operators = {operator: int(count) for operator, count in counts[root].items()}
+    return Macs(
+        *by_module[""],
+        uncounted[""],
+        MappingProxyType(operators),
+        MappingProxyType(by_module),
+        MappingProxyType(uncounted),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _count_config(config: str, batch: int, latent: int | None, tokens: int | None) -> Macs:
+    unet = meta_unet(json.loads(config))
+    inputs = example_inputs(unet.config, batch=batch, latent=latent, tokens=tokens, device="meta")
+    return _trace(unet, inputs)
+
+
+def count_macs(
+    source: UNet2DConditionModel | Mapping[str, Any],
+    *,
+    batch: int = 1,
+    latent: int | None = None,
+    tokens: int | None = None,
+) -> Macs:
+    """Multiply-adds of one forward pass over ``batch`` samples, both conventions, per operator and per module.
+
+    ``source`` is a U-Net, counted as it is now (blocks may be bypassed), or a config. ``latent`` is the side of the
+    square latent (None: the config's sample_size), ``tokens`` the length of the text (None: 77). The trace runs on
+    ``meta`` tensors: it needs no weights and leaves ``source`` untouched. Raises UnsupportedModelError for a
+    conditioning this project has no inputs for.
+    """
+    if isinstance(source, Mapping):
+        text = json.dumps(plain_config(source), sort_keys=True, separators=(",", ":"))
+        return _count_config(text, batch, latent, tokens)
+    inputs = example_inputs(
+        source.config, batch=batch, latent=latent, tokens=tokens, device="meta", dtype=source.dtype
+    )
+    return _trace(meta_copy(source), inputs)

@@ -1,0 +1,128 @@
+"""The profile of one U-Net: what it holds, what it computes, how long it takes, and what it needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from prune_lab.counting import CLIP_TOKENS, latent_shape, meta_unet
+from prune_lab.errors import DataError, ModelNotFoundError
+from prune_lab.profiling.latency import Latency, measure_latency, measure_memory_growth, random_inputs
+from prune_lab.profiling.macs import count_macs
+from prune_lab.runtime import Environment
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """The costs of a U-Net and the conditions they hold under; None is "not measured", never zero."""
+
+    params: int
+    macs: int  # whole convention, one forward pass over the batch
+    attention_macs: int
+    paper_macs: int  # without attention products
+    uncounted: Mapping[str, int]  # operator -> calls that no formula covers
+    latency: Latency | None  # of one forward pass over the batch
+    peak_memory_bytes: int | None  # weights and what a forward pass adds to them at its highest point
+    disk_bytes: int  # weights in safetensors
+    batch: int
+    latent: tuple[int, int]  # height and width
+    tokens: int
+    dtype: str
+    device: str
+    environment: Environment
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as JSON values; ``profile_from_dict`` reads them back."""
+        values = dataclasses.asdict(dataclasses.replace(self, uncounted=dict(self.uncounted)))
+        return {**values, "latent": list(self.latent)}
+
+
+def profile_from_dict(values: Mapping[str, Any]) -> Profile:
+    """The profile that ``as_dict`` wrote. Raises DataError when a field is missing or unknown."""
+    try:
+        fields = dict(values)
+        latency = fields.pop("latency")
+        return Profile(
+            **{
+                **fields,
+                "latency": None if latency is None else Latency(**latency),
+                "latent": tuple(fields["latent"]),
+                "environment": Environment(**fields["environment"]),
+            }
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"asked to read a profile, found {error} wrong in it; profile the model again"
+        ) from None
+
+
+def tensor_bytes(unet: UNet2DConditionModel) -> int:
+    """Bytes of everything that is saved with ``unet``; a safetensors file adds a header of some kilobytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in unet.state_dict().values())
+
+
+def weights_on_disk(folder: Path) -> int:
+    """Bytes of the safetensors files anywhere in ``folder``. Raises ModelNotFoundError when there are none."""
+    files = list(Path(folder).rglob("*.safetensors"))
+    if not files:
+        raise ModelNotFoundError(
+            f"asked for the size of the weights in {folder}, found no .safetensors file; give a model folder"
+        )
+    return sum(file.stat().st_size for file in files)
+
+
+def profile(
+    source: UNet2DConditionModel | Mapping[str, Any],
+    *,
+    batch: int = 1,
+    latent: int | None = None,
+    tokens: int | None = None,
+    runs: int = 20,
+    warmup: int = 3,
+    measured: bool = True,
+    folder: Path | None = None,
+) -> Profile:
+    """The profile of a U-Net on the device and in the number format it has, or of a config (counted only).
+
+    MACs are fvcore's for one forward pass over ``batch`` samples at ``latent`` squared (None: the config's size) and
+    ``tokens`` words (None: 77). Without ``measured``, latency and memory stay None. ``folder`` says where the weights
+    lie; without it their size is that of the tensors. Raises ConfigError for fewer than two runs.
+    """
+    config = source if isinstance(source, Mapping) else source.config
+    unet = meta_unet(source) if isinstance(source, Mapping) else source
+    disk_bytes = tensor_bytes(unet) if folder is None else weights_on_disk(folder)
+    macs = count_macs(source, batch=batch, latent=latent, tokens=tokens)
+    params = sum(parameter.numel() for parameter in unet.parameters())
+    measured = measured and unet.device.type != "meta"
+    latency, memory = None, None
+    if measured:
+        inputs = random_inputs(
+            config, batch=batch, latent=latent, tokens=tokens, device=unet.device, dtype=unet.dtype
+        )
+        latency = measure_latency(lambda: unet(**inputs), warmup=warmup, runs=runs, device=unet.device)
+        growth = measure_memory_growth(lambda: unet(**inputs), device=unet.device)
+        memory = None if growth is None else growth + tensor_bytes(unet)
+    dtype = str(unet.dtype).removeprefix("torch.")
+    device = unet.device if measured else torch.device("cpu")
+    return Profile(
+        params=params,
+        macs=macs.total,
+        attention_macs=macs.attention,
+        paper_macs=macs.without_attention,
+        uncounted=dict(macs.uncounted),
+        latency=latency,
+        peak_memory_bytes=memory,
+        disk_bytes=disk_bytes,
+        batch=batch,
+        latent=latent_shape(unet.config, latent),
+        tokens=CLIP_TOKENS if tokens is None else tokens,
+        dtype=dtype,
+        device=str(device),
+        environment=Environment.capture(str(device), dtype),
+    )
