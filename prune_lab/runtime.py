@@ -16,6 +16,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from safetensors import SafetensorError
+
 from prune_lab.errors import DataError, DeviceError, StorageError
 
 if TYPE_CHECKING:  # torch, pandas and rich take seconds to import; most callers need one of them at most
@@ -219,6 +221,8 @@ def atomic_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
                 shutil.rmtree(old)
             else:
                 temporary.replace(path)
+        except StorageError as error:  # of something written inside: name what was asked for, not our temporary
+            raise StorageError(str(error).replace(str(temporary), str(path))) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -257,8 +261,10 @@ def write_frame(path: Path, frame: pd.DataFrame) -> None:
 def _storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, SafetensorError) and "I/O error" not in str(error):
+            raise  # about the tensors, not about the disk
+        reason = getattr(error, "strerror", None) or str(error)
         raise StorageError(
             f"asked to write {path}: {reason}; free some space or give a path that can be written; "
             "nothing was left half-written"

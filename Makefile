@@ -1,0 +1,49 @@
+# Every target makes .venv itself when it is not there; nothing needs to be installed first but Python >= 3.11.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The stamp is renewed when the dependencies change.
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format bench notebooks
+
+help:
+	@echo "make install    .venv with prune-lab and everything to develop it"
+	@echo "make demo       the whole job on the shipped reference model; ends with a report (about ten minutes on 2 cores)"
+	@echo "make test       the whole test suite"
+	@echo "make lint       ruff and mypy"
+	@echo "make format     let ruff mend what it can"
+	@echo "make bench      the benchmarks"
+	@echo "make notebooks  execute the notebooks in place"
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; say which one with: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,notebooks]'
+	@touch $@
+
+install: $(INSTALLED)
+
+demo: $(INSTALLED)
+	$(BIN)/prune-lab run --config prune_lab/demo.toml --run runs/demo
+	@echo "report: $(CURDIR)/runs/demo/report/index.html"
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks
+
+notebooks: $(INSTALLED)
+	$(BIN)/jupyter execute --inplace notebooks/*.ipynb

@@ -1,0 +1,37 @@
+"""Where a model comes from, whether its files are sound, and loading it.
+
+A model is named by ``reference``, a preset, a pipeline or U-Net folder, a ``config.json`` (structure only) or a hub id.
+Only safetensors are read: pickled weights and repositories that bring their own code are refused. Whatever is wrong
+with the files is found from a few kilobytes of headers, before anything is loaded or written.
+"""
+
+from __future__ import annotations
+
+from prune_lab.models.files import read_header, weight_files
+from prune_lab.models.loading import load_pipeline, load_unet
+from prune_lab.models.scorer import ScorerInputs, load_scorer
+from prune_lab.models.sources import (
+    PRESETS,
+    SUPPORTED_PIPELINES,
+    SUPPORTED_UNETS,
+    ModelSource,
+    model_digest,
+    preset_config,
+    resolve_model,
+)
+
+__all__ = [
+    "PRESETS",
+    "SUPPORTED_PIPELINES",
+    "SUPPORTED_UNETS",
+    "ModelSource",
+    "ScorerInputs",
+    "load_pipeline",
+    "load_scorer",
+    "load_unet",
+    "model_digest",
+    "preset_config",
+    "read_header",
+    "resolve_model",
+    "weight_files",
+]

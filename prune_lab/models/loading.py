@@ -1,0 +1,108 @@
+"""Loading a U-Net or a whole pipeline: safetensors only, no code but the libraries' own, one copy in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import diffusers
+import torch
+from diffusers import UNet2DConditionModel
+
+from prune_lab.counting import plain_config
+from prune_lab.errors import UnsupportedModelError
+from prune_lab.models.files import json_object, weight_files
+from prune_lab.models.silence import quiet
+from prune_lab.models.sources import LEFT_OUT, ModelSource
+
+if TYPE_CHECKING:  # importing them logs advice about torchvision, which is not used here; see `quiet`
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+
+def _variant(folder: Path) -> str | None:
+    return "fp16" if ".fp16" in weight_files(folder)[0].name else None
+
+
+def load_unet(
+    source: ModelSource,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    random_weights: bool = False,
+    seed: int = 0,
+) -> UNet2DConditionModel:
+    """The U-Net of ``source`` in eval mode; tensor by tensor, so that memory holds it once.
+
+    ``random_weights`` initialises it at ``seed`` instead of reading weights, the only way for structure-only sources.
+    Raises UnsupportedModelError when there are no weights to read.
+    """
+    if random_weights:
+        with torch.random.fork_rng(devices=[]), quiet():
+            torch.manual_seed(seed)
+            unet = cast("UNet2DConditionModel", UNet2DConditionModel.from_config(plain_config(source.config)))
+        return unet.to(device, dtype).eval()
+    if source.unet_folder is None:
+        raise UnsupportedModelError(
+            f"asked for the weights of {source.text!r}, which is structure only (kind: {source.kind}); "
+            "give a pipeline or U-Net folder, a hub id, or ask for random weights"
+        )
+    with quiet():
+        unet = cast(
+            "UNet2DConditionModel",
+            UNet2DConditionModel.from_pretrained(
+                source.unet_folder,
+                dtype=dtype,
+                use_safetensors=True,
+                low_cpu_mem_usage=True,
+                local_files_only=True,
+                variant=_variant(source.unet_folder),
+            ),
+        )
+    return unet.to(device).eval()
+
+
+def _pipeline_variant(folder: Path, parts: Mapping[str, Any]) -> str | None:
+    """``fp16`` when any part that is read exists in that variant only."""
+    folders = [
+        folder / part for part, value in parts.items() if isinstance(value, list) and part not in LEFT_OUT
+    ]
+    found = [_variant(one) for one in folders if one.name != "unet" and (one / "config.json").is_file()]
+    return "fp16" if "fp16" in found else None
+
+
+def load_pipeline(
+    source: ModelSource,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    unet: UNet2DConditionModel | None = None,
+) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+    """The pipeline of ``source`` on ``device``, without its safety checker and with no progress bar of its own.
+
+    ``unet`` takes the place of the U-Net on disk, which is then not read. Raises UnsupportedModelError when ``source``
+    is a U-Net alone.
+    """
+    if source.folder is None or not source.is_pipeline:
+        raise UnsupportedModelError(
+            f"asked for a whole pipeline, but {source.text!r} is a U-Net alone (kind: {source.kind}) without text "
+            "encoder and VAE; give reference, a pipeline folder or a hub id"
+        )
+    parts = json_object(source.folder / "model_index.json")
+    given: dict[str, Any] = {part: None for part in LEFT_OUT if part in parts}
+    if "safety_checker" in parts:
+        given["requires_safety_checker"] = False
+    given["unet"] = load_unet(source, dtype=dtype) if unet is None else unet
+    variant = _pipeline_variant(source.folder, parts)
+    with quiet():
+        pipeline = getattr(diffusers, parts["_class_name"]).from_pretrained(
+            source.folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            variant=variant,
+            **given,
+        )
+        pipeline = pipeline.to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    return cast("StableDiffusionPipeline | StableDiffusionXLPipeline", pipeline)

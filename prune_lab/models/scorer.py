@@ -1,0 +1,143 @@
+"""The CLIP model that judges pictures against prompts, and what prepares both for it.
+
+transformers' own picture preparation wants torchvision; these few lines read the same settings file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPModel, CLIPTokenizer
+
+from prune_lab.assets import scorer_folder
+from prune_lab.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
+from prune_lab.models.files import json_object, read_header, weight_files
+from prune_lab.models.silence import quiet
+from prune_lab.models.sources import HUB_ID, hub_folder, shipped
+
+
+def _resized(pictures: Tensor, resize: tuple[int, int] | int, resample: int) -> Tensor:
+    height, width = pictures.shape[2:]
+    if isinstance(resize, int):
+        shorter = min(height, width)
+        resize = (height * resize // shorter, width * resize // shorter)
+    if (height, width) == resize:
+        return pictures
+    # Pillow itself, since CLIP models were trained on what it gives, to the last bit
+    resized = np.empty((len(pictures), *resize, 3), np.uint8)
+    for slot, picture in zip(resized, pictures.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
+        slot[:] = np.asarray(Image.fromarray(picture).resize(resize[::-1], Image.Resampling(resample)))
+    return torch.from_numpy(resized).permute(0, 3, 1, 2)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ScorerInputs:
+    """Captions and pictures in the form that a CLIP model takes, by the settings that lie beside its weights."""
+
+    tokenizer: CLIPTokenizer
+    max_tokens: int
+    resize: tuple[int, int] | int | None  # (height, width), the length of the shorter side, or as they come
+    resample: int  # Pillow's number of the filter
+    crop: tuple[int, int] | None  # (height, width) cut from the middle
+    mean: tuple[float, ...]  # of each channel, for pixels in 0..1
+    deviation: tuple[float, ...]
+
+    def captions(self, texts: Sequence[str], device: str | torch.device = "cpu") -> dict[str, Tensor]:
+        """``input_ids`` and ``attention_mask``, each (N, max_tokens), cut and padded."""
+        batch = self.tokenizer(
+            list(texts),
+            padding="max_length",
+            truncation=True,
+            max_length=self.max_tokens,
+            return_tensors="pt",
+        )
+        return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+
+    def pictures(self, pictures: Tensor, device: str | torch.device = "cpu") -> Tensor:
+        """``pixel_values`` (N, 3, H, W), float32, from uint8 pictures (N, 3, height, width)."""
+        pixels = pictures if self.resize is None else _resized(pictures, self.resize, self.resample)
+        pixels = pixels.to(device, torch.float32)
+        if self.crop is not None:
+            top, left = (
+                (size - wanted) // 2 for size, wanted in zip(pixels.shape[2:], self.crop, strict=True)
+            )
+            pixels = pixels[:, :, top : top + self.crop[0], left : left + self.crop[1]]
+        mean = torch.tensor(self.mean, device=device).reshape(-1, 1, 1)
+        deviation = torch.tensor(self.deviation, device=device).reshape(-1, 1, 1)
+        return (pixels / 255 - mean) / deviation
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size["height"]), int(size["width"]))
+
+
+def _size(size: Any) -> tuple[int, int] | int:
+    if isinstance(size, int):
+        return size
+    return int(size["shortest_edge"]) if "shortest_edge" in size else _pair(size)
+
+
+def _scorer_inputs(folder: Path, tokenizer: CLIPTokenizer, max_tokens: int) -> ScorerInputs:
+    own = folder / "preprocessor_config.json"
+    if own.is_file():
+        settings = json_object(own)
+    else:  # what newer versions of transformers write
+        settings = json_object(folder / "processor_config.json").get("image_processor", {})
+    try:
+        return ScorerInputs(
+            tokenizer=tokenizer,
+            max_tokens=max_tokens,
+            resize=_size(settings["size"]) if settings.get("do_resize", True) else None,
+            resample=int(settings.get("resample", Image.Resampling.BICUBIC)),
+            crop=_pair(settings["crop_size"]) if settings.get("do_center_crop", True) else None,
+            mean=tuple(map(float, settings["image_mean"])),
+            deviation=tuple(map(float, settings["image_std"])),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelFormatError(
+            f"the picture settings in {folder} lack or misstate {error}; fetch preprocessor_config.json again"
+        ) from None
+
+
+def load_scorer(
+    text: str = "reference", *, device: str | torch.device = "cpu"
+) -> tuple[CLIPModel, ScorerInputs]:
+    """A CLIP model in eval mode, float32, and what prepares captions and pictures for it.
+
+    ``text`` is ``reference``, a folder or a hub id. Raises ModelNotFoundError, ModelFormatError or
+    UnsupportedModelError as ``resolve_model`` does.
+    """
+    path = Path(text).expanduser()
+    if text == "reference":
+        folder = shipped(scorer_folder())
+    elif path.is_dir():
+        folder = path
+    elif HUB_ID.fullmatch(text):
+        folder = hub_folder(text)
+    else:
+        raise ModelNotFoundError(
+            f"asked for the scorer {text!r}, found no folder of that name; give reference, a folder or a hub id"
+        )
+    config = json_object(folder / "config.json")
+    if config.get("model_type") != "clip":
+        raise UnsupportedModelError(
+            f"asked for a CLIP model to score with, found model_type {config.get('model_type')!r} in {folder}; "
+            "give a folder that CLIPModel.save_pretrained wrote, or reference"
+        )
+    for file in weight_files(folder):
+        read_header(file)
+    with quiet():
+        model = CLIPModel.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
+        )
+        subfolder = "tokenizer" if (folder / "tokenizer").is_dir() else ""
+        tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder=subfolder, local_files_only=True)
+    limit = min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
+    return model.to(device).eval(), _scorer_inputs(folder, tokenizer, limit)

@@ -1,0 +1,193 @@
+"""Settings: what is read is what was written, and a wrong setting is named together with what would work."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import prune_lab
+from prune_lab.config import (
+    DistillConfig,
+    EvaluateConfig,
+    ProbeConfig,
+    ProfileConfig,
+    ReportConfig,
+    RunConfig,
+    ScoreConfig,
+    SearchConfig,
+    changed_settings,
+    config_from_toml,
+    load_config,
+    setting_names,
+    to_toml,
+)
+from prune_lab.errors import ConfigError
+
+counts = st.integers(1, 10**12)
+weights = st.floats(1e-9, 1e9, allow_nan=False)
+fractions = st.floats(0, 1, exclude_max=True)
+texts = st.text(max_size=20)
+some_text = st.text(min_size=1, max_size=20)
+lists = st.lists(texts, max_size=3).map(tuple)
+
+distill_configs = st.builds(
+    DistillConfig,
+    steps=counts,
+    batch=counts,
+    learning_rate=weights,
+    weight_decay=weights,
+    task_weight=weights,
+    output_weight=weights,
+    feature_weight=weights,
+    ema_decay=fractions,
+    clip_norm=weights,
+    caption_dropout=fractions,
+    pictures=counts,
+)
+configs = st.builds(
+    RunConfig,
+    model=some_text,
+    device=st.sampled_from(["auto", "cpu", "cuda", "cuda:3", "mps"]),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+    seed=st.integers(0, 2**63),
+    probe=st.builds(ProbeConfig, samples=st.integers(2, 99), timesteps=counts),
+    score=st.builds(
+        ScoreConfig,
+        criterion=texts,
+        groups=st.permutations(["block", "pair", "stage"]).map(lambda kinds: tuple(kinds[:2])),
+    ),
+    search=st.builds(SearchConfig, budgets=lists, controls=lists.filter(bool)),
+    distill=distill_configs,
+    evaluate=st.builds(
+        EvaluateConfig,
+        prompts=lists,
+        seeds=st.lists(st.integers(0, 2**31), min_size=1, max_size=4).map(tuple),
+        guidance=weights,
+        scorer=some_text,
+    ),
+    profile=st.builds(ProfileConfig, runs=st.integers(2, 99)),
+    report=st.builds(ReportConfig, title=texts, also_presets=lists),
+)
+
+
+@given(configs)
+def test_settings_survive_writing_and_reading(config: RunConfig) -> None:
+    assert config_from_toml(to_toml(config)) == config
+
+
+@given(texts)
+def test_any_text_is_written_as_toml_that_means_it(text: str) -> None:
+    written = to_toml(RunConfig(report=ReportConfig(title=text)))
+    assert tomllib.loads(written)["report"]["title"] == text
+
+
+def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "empty.toml"
+    path.write_text("")
+    assert load_config(path) == RunConfig()
+
+
+def test_a_file_changes_only_what_it_names(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('model = "sd-v1.4"\n[distill]\nsteps = 7\nlearning_rate = 1\n', encoding="utf-8")
+    config = load_config(path)
+    assert config == RunConfig(model="sd-v1.4", distill=DistillConfig(steps=7, learning_rate=1.0))
+    assert isinstance(config.distill.learning_rate, float)
+    assert changed_settings(RunConfig(), config) == ("model", "distill.steps", "distill.learning_rate")
+
+
+def test_every_setting_is_written() -> None:
+    table = tomllib.loads(to_toml(RunConfig()))
+    written = {
+        f"{name}.{own}" if isinstance(value, dict) else name
+        for name, value in table.items()
+        for own in (value if isinstance(value, dict) else [""])
+    }
+    assert written == set(setting_names())
+    # counted from the dataclasses, so a field that the writer forgets is missed here
+    fields = dataclasses.fields(RunConfig)
+    tables = [getattr(RunConfig(), field.name) for field in fields]
+    expected = sum(len(dataclasses.fields(one)) if dataclasses.is_dataclass(one) else 1 for one in tables)
+    assert len(written) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("[distill]\nstep = 5", ["distill.step;", "did you mean distill.steps?"]),
+        ("modle = 'reference'", ["modle", "did you mean model?"]),
+        ("steps = 5", ["no setting steps", "distill.steps or evaluate.steps"]),
+        ("[distil]\nsteps = 5", ["distil;", "did you mean distill"]),
+        ("[zzzz]\nqqq = 1", ["zzzz", "settings and tables are: device, distill"]),
+    ],
+)
+def test_an_unknown_setting_is_met_with_the_nearest_one(text: str, named: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_from_toml(text)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in named:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("seed = true", "seed = True"),
+        ("seed = 1.0", "whole number"),
+        ("seed = -1", "at least 0"),
+        ("model = 3", "text in quotes"),
+        ("model = ''", "model = ''"),
+        ("device = 'gpu'", "cuda:N"),
+        ("dtype = 'int8'", "bfloat16"),
+        ("distill = 3", r"\[distill\]"),
+        ("[distill]\nsteps = 0", "at least 1"),
+        ("[distill]\nlearning_rate = nan", "finite"),
+        ("[distill]\nlearning_rate = 0", "above zero"),
+        ("[distill]\nema_decay = 1.0", "below 1"),
+        ("[distill]\ntask_weight = 0\noutput_weight = 0\nfeature_weight = 0", "other two weights"),
+        ("[score]\ngroups = ['blocks']", "block, pair, stage"),
+        ("[score]\ngroups = 'block'", "list"),
+        ("[evaluate]\nseeds = [0, 'one']", "whole number"),
+        ("[evaluate]\nseeds = []", "one or more"),
+        ("[search]\nbudgets = []\ncontrols = []", "not empty"),
+        ("this is not toml", "not TOML"),
+    ],
+)
+def test_a_setting_out_of_range_is_named_with_its_rule(text: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=named) as caught:
+        config_from_toml(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "run.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"run\.toml"):
+        load_config(path)
+
+
+def test_settings_are_checked_however_they_are_made() -> None:
+    with pytest.raises(ConfigError, match=r"distill\.batch"):
+        DistillConfig(batch=0)
+
+
+@pytest.mark.parametrize("table", [RunConfig(), DistillConfig(), ProbeConfig()])
+def test_settings_do_not_change(table: Any) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        table.seed = 1
+
+
+def test_the_demo_says_what_it_means() -> None:
+    path = Path(prune_lab.__file__).parent / "demo.toml"
+    config = load_config(path)
+    assert config.model == "reference"
+    assert changed_settings(RunConfig(), config), "a demo that changes nothing has no file to show"

@@ -1,0 +1,190 @@
+"""Which module may import which, what an import may do, and how fast --help can be."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import prune_lab
+
+PACKAGE = Path(prune_lab.__file__).resolve().parent
+
+# A module imports from the lines above its own, and on its own line from what stands to its left.
+LAYERS = (
+    ("errors", "runtime", "counting", "assets"),
+    ("config", "blocks", "runs"),
+    ("models", "plans"),
+    ("surgery", "probes"),
+    ("profiling", "importance"),
+    ("search", "candidates"),
+    ("distill",),
+    ("ranking", "evaluation"),
+    ("reference",),
+    ("report",),
+    ("workflow",),
+    ("cli",),
+)
+RANK = {name: (line, place) for line, names in enumerate(LAYERS) for place, name in enumerate(names)}
+HEAVY = ("torch", "diffusers", "transformers", "pandas", "matplotlib", "scipy", "datasets")
+
+
+def sources() -> Iterator[tuple[str, Path]]:
+    """The top-level module or package each source file belongs to, and the file."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        relative = path.relative_to(PACKAGE)
+        if relative.parts != ("__init__.py",):
+            yield relative.parts[0].removesuffix(".py"), path
+
+
+def imports_in(source: str, package: str) -> set[str]:
+    """The top-level modules of prune_lab that ``source`` imports, wherever in the file the import stands."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            raise AssertionError(f"a relative import in {package}, line {node.lineno}")
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "prune_lab" and len(parts) > 1 and not parts[1].startswith("__"):
+                found.add(parts[1])
+    return found - {package}
+
+
+def upward(package: str, imported: set[str]) -> list[str]:
+    return sorted(name for name in imported if RANK.get(name, (99, 0)) >= RANK[package])
+
+
+def test_every_module_has_its_place() -> None:
+    assert {name for name, _ in sources()} <= set(RANK)
+
+
+@pytest.mark.parametrize(
+    ("package", "path"), list(sources()), ids=lambda value: getattr(value, "name", value)
+)
+def test_no_module_imports_upwards(package: str, path: Path) -> None:
+    wrong = upward(package, imports_in(path.read_text(encoding="utf-8"), package))
+    assert not wrong, f"{path.name} (of {package}) imports {wrong}, which stand at its level or below"
+
+
+@pytest.mark.parametrize(
+    ("package", "line", "wrong"),
+    [
+        ("plans", "from prune_lab.surgery import bypassed", ["surgery"]),
+        ("plans", "def f():\n    import prune_lab.cli", ["cli"]),
+        ("plans", "from prune_lab import report", ["report"]),
+        ("probes", "from prune_lab.surgery import bypassed", []),
+        ("surgery", "from prune_lab.probes import Probe", ["probes"]),
+        ("plans", "from prune_lab.errors import PlanError", []),
+        ("plans", "from prune_lab.plans.presets import PRESETS", []),
+        ("plans", "from prune_lab import __version__", []),
+        ("plans", "from prune_lab.unheard_of import x", ["unheard_of"]),
+    ],
+)
+def test_the_check_sees_what_it_should(package: str, line: str, wrong: list[str]) -> None:
+    assert upward(package, imports_in(line, package)) == wrong
+
+
+def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """What a fresh interpreter prints when it runs ``code`` in ``folder``."""
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.parametrize("module", ["prune_lab", "prune_lab.errors", "prune_lab.config", "prune_lab.runs"])
+def test_light_modules_stay_light(module: str, tmp_path: Path) -> None:
+    found = run_python(f"import {module}, sys, json; print(json.dumps(sorted(sys.modules)))", tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert set(json.loads(found.stdout)).isdisjoint(HEAVY)
+
+
+HELP = """
+import json, sys
+sys.argv = ["prune-lab", *{arguments!r}]
+try:
+    from prune_lab.cli import main
+    main()
+except SystemExit as stop:
+    assert not stop.code, stop.code
+print("MODULES" + json.dumps(sorted(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize("verb", [None, "blocks", "profile", "prune", "generate", "score", "run", "report"])
+def test_help_answers_without_the_heavy_libraries(verb: str | None, tmp_path: Path) -> None:
+    arguments = ["--help"] if verb is None else [verb, "--help"]
+    found = run_python(HELP.format(arguments=arguments), tmp_path)
+    assert found.returncode == 0, found.stderr
+    text, modules = found.stdout.split("MODULES")
+    assert "Usage" in text
+    assert set(json.loads(modules)).isdisjoint(HEAVY)
+
+
+EVERYTHING = """
+import os, random, sys, warnings
+import matplotlib, numpy, torch, diffusers, transformers
+def state():
+    return [
+        torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),
+        torch.random.initial_seed(), torch.get_rng_state().tolist(), numpy.random.get_state()[2], random.getstate(),
+        matplotlib.rcParams.copy(), list(warnings.filters), dict(os.environ), os.getcwd(),
+        diffusers.utils.logging.get_verbosity(), transformers.utils.logging.get_verbosity(),
+        transformers.utils.logging.is_progress_bar_enabled(),
+    ]
+import importlib
+for name in {others!r}:
+    importlib.import_module(name)
+before = state()
+for name in {modules!r}:
+    importlib.import_module(name)
+names = "threads dtype grad seed rng numpy random matplotlib warnings environ cwd diffusers transformers bars".split()
+changed = [name for name, old, new in zip(names, before, state(), strict=True) if old != new]
+sys.exit(f"changed by importing prune_lab: {{changed}}" if changed else 0)
+"""
+
+
+def test_importing_everything_changes_nothing(tmp_path: Path) -> None:
+    # what the libraries themselves do when they are first imported is not ours to answer for
+    others = sorted(
+        {
+            name
+            for _, path in sources()
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            for name in (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
+            if name.split(".")[0] not in ("prune_lab", "__future__")
+        }
+    )
+    modules = [
+        ".".join(("prune_lab", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+        for _, path in sources()
+        if path.name != "__main__.py"
+    ]
+    found = run_python(EVERYTHING.format(others=others, modules=modules), tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_unpickles_or_runs_foreign_code() -> None:
+    # `weights_only`, `pickle` and friends have no use here at all, so their mere presence is a mistake
+    forbidden = ("import pickle", "torch.load(", "trust_remote_code=True", "np.load(", "allow_pickle")
+    for _, path in sources():
+        text = path.read_text(encoding="utf-8")
+        assert not [word for word in forbidden if word in text], path

@@ -1,0 +1,134 @@
+"""The run folder: paths, what counts as done, and one set of settings per folder."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+
+from prune_lab.config import DistillConfig, RunConfig
+from prune_lab.errors import ConfigError, RunError
+from prune_lab.runs import CandidatePaths, Run, load_run_config, open_run, settle_config
+
+PLAN_ID = "0123456789ab"
+
+
+def paths_of(place: Run | CandidatePaths) -> dict[str, Path]:
+    names = [name for name, _ in inspect.getmembers(type(place), lambda value: isinstance(value, property))]
+    return {name: getattr(place, name) for name in names}
+
+
+def test_the_layout_is_the_documented_one(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    assert {name: path.relative_to(tmp_path).as_posix() for name, path in paths_of(run).items()} == {
+        "config": "config.toml",
+        "environment": "environment.json",
+        "blocks": "blocks.csv",
+        "probe": "probe.safetensors",
+        "importance": "importance.csv",
+        "costs": "costs.csv",
+        "reductions": "reductions.csv",
+        "pipeline_profile": "pipeline.csv",
+        "data": "data.safetensors",
+        "plans_dir": "plans",
+        "candidates_dir": "candidates",
+        "pictures_dir": "pictures",
+        "teacher_pictures": "pictures/teacher.png",
+        "ranking": "ranking.csv",
+        "report_dir": "report",
+        "report": "report/index.html",
+    }
+    candidate = run.candidate(PLAN_ID)
+    home = tmp_path / "candidates" / PLAN_ID
+    assert candidate.folder == home
+    assert {name: path.relative_to(home).as_posix() for name, path in paths_of(candidate).items()} == {
+        "plan": "plan.json",
+        "unet": "unet",
+        "profile": "profile.json",
+        "recovery": "recovery.csv",
+        "distilled": "distilled",
+        "distilled_unet": "distilled/unet",
+        "pictures_pruned": "pictures_pruned.png",
+        "pictures_distilled": "pictures_distilled.png",
+    }
+    assert run.plan(PLAN_ID) == tmp_path / "plans" / f"{PLAN_ID}.json"
+
+
+def test_asking_for_paths_writes_nothing(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "new", must_exist=False)
+    paths_of(run)
+    run.candidate(PLAN_ID)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("plan_id", ["", "../../etc", "0123456789AB", "0123456789abc", "0123456789ab/x"])
+def test_only_ids_become_folder_names(tmp_path: Path, plan_id: str) -> None:
+    for ask in (Run(tmp_path).plan, Run(tmp_path).candidate):
+        with pytest.raises(RunError, match="12 hexadecimal digits"):
+            ask(plan_id)
+
+
+def test_done_means_there_and_not_empty(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    assert not run.done(run.blocks)
+    run.blocks.touch()
+    assert not run.done(run.blocks)
+    run.blocks.write_text("name\n")
+    assert run.done(run.blocks)
+
+    folder = run.candidate(PLAN_ID).unet
+    folder.mkdir(parents=True)
+    assert not run.done(folder)
+    (folder / "config.json").write_text("{}")
+    assert run.done(folder)
+
+
+def test_a_missing_step_is_named_with_its_verb(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    with pytest.raises(RunError, match=r"no importance.csv yet; make it with: prune-lab score --run"):
+        run.needs(run.importance, "score")
+    run.importance.write_text("group\n")
+    assert run.needs(run.importance, "score") == run.importance
+
+
+def test_plan_ids_are_those_written_down(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    assert run.plan_ids() == ()
+    run.plans_dir.mkdir()
+    for name in ("ffffffffffff.json", f"{PLAN_ID}.json", f".{PLAN_ID}.json.x.tmp", "notes.json", "notes.txt"):
+        (run.plans_dir / name).write_text("{}")
+    assert run.plan_ids() == (PLAN_ID, "ffffffffffff")
+
+
+def test_a_run_that_must_exist_does(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="found nothing there"):
+        open_run(tmp_path / "missing", must_exist=True)
+    with pytest.raises(RunError, match=r"folder without config.toml"):
+        open_run(tmp_path, must_exist=True)
+    a_file = tmp_path / "file"
+    a_file.touch()
+    with pytest.raises(RunError, match="found a file"):
+        open_run(a_file, must_exist=False)
+
+
+def test_a_folder_keeps_the_settings_it_was_started_with(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run", must_exist=False)
+    config = RunConfig(model="sd-v1.4", distill=DistillConfig(steps=3))
+    settle_config(run, config)
+    assert load_run_config(open_run(run.folder, must_exist=True)) == config
+    settle_config(run, config)  # running again resumes
+
+    before = run.config.read_bytes()
+    with pytest.raises(RunError, match=r"\(seed, distill.steps\)"):
+        settle_config(run, RunConfig(model="sd-v1.4", seed=1))
+    assert run.config.read_bytes() == before
+
+
+def test_damaged_settings_are_told_from_missing_ones(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    with pytest.raises(RunError, match=r"no config\.toml yet"):
+        load_run_config(run)
+    run.config.write_text("steps = \n")
+    with pytest.raises(ConfigError, match="not TOML"):
+        load_run_config(run)
