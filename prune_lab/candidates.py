@@ -1,0 +1,132 @@
+"""A candidate: one plan carried out, saved as a plain diffusers U-Net, and measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from prune_lab.blocks import Architecture
+from prune_lab.errors import RunError
+from prune_lab.models import ModelSource, load_unet, model_digest, resolve_model
+from prune_lab.plans import PruningPlan, plan_from_json
+from prune_lab.profiling import Profile, profile, profile_from_dict
+from prune_lab.runs import CandidatePaths
+from prune_lab.runtime import Environment, read_json, write_json
+from prune_lab.surgery import materialise, materialise_from_folder, save_unet
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A plan, and the folder that holds what it made of the teacher: plan.json, unet/, profile.json."""
+
+    plan: PruningPlan
+    folder: Path
+
+    @property
+    def paths(self) -> CandidatePaths:
+        """Where the files of this candidate lie."""
+        return CandidatePaths(self.folder)
+
+    @property
+    def profile(self) -> Profile:
+        """What the pruned U-Net costs, as it was measured when the candidate was built."""
+        return profile_from_dict(cast("dict[str, Any]", read_json(self.paths.profile)))
+
+
+def load_student(
+    candidate: Candidate,
+    *,
+    distilled: bool = False,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> UNet2DConditionModel:
+    """The U-Net of ``candidate`` in eval mode, as it was pruned or, with ``distilled``, after its distillation.
+
+    Raises RunError when there is none yet, ModelFormatError when its files are damaged.
+    """
+    folder = candidate.paths.distilled_unet if distilled else candidate.paths.unet
+    if not folder.is_dir():
+        step = "distill" if distilled else "prune"
+        raise RunError(
+            f"asked for the U-Net in {folder}, found none yet; run prune-lab {step} on this run first"
+        )
+    return load_unet(resolve_model(str(folder)), device=device, dtype=dtype)
+
+
+def load_candidate(folder: Path, architecture: Architecture) -> Candidate:
+    """The finished candidate in ``folder``.
+
+    Raises RunError when it is not finished, PlanError when it was made for another architecture.
+    """
+    paths = CandidatePaths(Path(folder))
+    missing = [path.name for path in (paths.plan, paths.unet, paths.profile) if not path.exists()]
+    if missing:
+        raise RunError(
+            f"asked for the candidate in {folder}, which lacks {' and '.join(missing)}; build it with prune-lab run"
+        )
+    return Candidate(plan_from_json(read_json(paths.plan), architecture), paths.folder)
+
+
+def build_candidate(
+    teacher: ModelSource | UNet2DConditionModel,
+    plan: PruningPlan,
+    folder: Path,
+    *,
+    batch: int = 1,
+    runs: int = 20,
+    warmup: int = 3,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Candidate:
+    """The candidate of ``plan``, built and profiled in ``folder``; a step whose file is there is not done again.
+
+    From a source with weights only the surviving tensors are read, and kept in the files' own format; a U-Net in memory
+    is copied and left as it is. The profile is that of the student in ``dtype`` on ``device``, one forward pass of
+    ``batch`` samples, ``runs`` timed after ``warmup``. Raises NonNativePlanError when no plain diffusers config
+    describes the student, UnsupportedModelError when ``teacher`` has no weights, RunError when ``folder`` holds another
+    plan's candidate, StorageError when writing fails.
+    """
+    candidate = Candidate(plan, Path(folder))
+    paths = candidate.paths
+    _check_owner(candidate)
+    if not paths.unet.is_dir():
+        if isinstance(teacher, ModelSource):
+            unet_folder = teacher.unet_folder
+            student = (
+                materialise(
+                    load_unet(teacher), plan, hand_over=True
+                )  # says why a source without weights will not do
+                if unet_folder is None
+                else materialise_from_folder(unet_folder, plan)
+            )
+            provenance = {"source": teacher.text, "source_digest": model_digest(teacher)}
+        else:
+            student = materialise(teacher, plan)
+            provenance = {"source": "a U-Net in memory"}
+        environment = Environment.capture(str(device)).as_dict()
+        save_unet(
+            student,
+            paths.unet,
+            plan,
+            provenance | {"plan": plan.text, "plan_id": plan.id, "environment": environment},
+        )
+    write_json(paths.plan, plan.to_json())
+    if not paths.profile.is_file():
+        student = load_student(candidate, device=device, dtype=dtype)
+        measured = profile(student, batch=batch, runs=runs, warmup=warmup, folder=paths.unet)
+        write_json(paths.profile, measured.as_dict())
+    return candidate
+
+
+def _check_owner(candidate: Candidate) -> None:
+    if candidate.paths.plan.is_file():
+        found = cast("dict[str, Any]", read_json(candidate.paths.plan)).get("id")
+        if found != candidate.plan.id:
+            raise RunError(
+                f"asked to build plan {candidate.plan.id} in {candidate.folder}, found plan {found} there; "
+                "give every plan a folder of its own"
+            )

@@ -1,0 +1,102 @@
+"""The state of a training run in one safetensors file, so that a run goes on bit for bit where it stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from prune_lab.errors import DataError, RunError
+from prune_lab.runtime import atomic_write
+
+_FORMAT = "prune_lab checkpoint 1"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(slots=True)
+class TrainingState:
+    """Everything that changes from step to step."""
+
+    student: nn.Module
+    optimizer: torch.optim.AdamW
+    ema: Any  # diffusers.training_utils.EMAModel
+    step: int  # finished steps
+    seconds: float  # wall-clock time spent so far, over all resumed parts
+    history: list[tuple[float, ...]]  # one row per finished step, nan where nothing was measured
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, averaged weights and AdamW moments by name; the live tensors, not copies."""
+        named: dict[str, Tensor] = {}
+        for (name, parameter), average in zip(
+            self.student.named_parameters(), self.ema.shadow_params, strict=True
+        ):
+            named[f"student.{name}"] = parameter.detach()
+            named[f"ema.{name}"] = average
+            for moment in _MOMENTS:
+                if moment in self.optimizer.state[parameter]:
+                    named[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
+        return named
+
+
+def check_fingerprint(found: Mapping[str, Any], asked: Mapping[str, Any], path: Path) -> None:
+    """Raise RunError when ``path`` was made with other settings, data or weights than those asked for now."""
+    changed = sorted(name for name in asked.keys() | found.keys() if asked.get(name) != found.get(name))
+    if changed:
+        differences = ", ".join(
+            f"{name}={found.get(name)!r} instead of {asked.get(name)!r}" for name in changed
+        )
+        raise RunError(
+            f"asked to go on with the distillation in {path.parent}, found {path.name} made with {differences}; "
+            "use the same settings, or --force to start again"
+        )
+
+
+def save_checkpoint(path: Path, state: TrainingState, fingerprint: Mapping[str, Any]) -> None:
+    """Write ``state`` to ``path``, whole or not at all. Raises StorageError."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in state.tensors().items()}
+    tensors["history"] = torch.tensor(state.history, dtype=torch.float64)
+    metadata = {
+        "format": _FORMAT,
+        "state": json.dumps({"step": state.step, "seconds": state.seconds}),
+        "fingerprint": json.dumps(dict(fingerprint)),
+    }
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def load_checkpoint(path: Path, state: TrainingState, fingerprint: Mapping[str, Any]) -> None:
+    """Bring ``state`` to where ``save_checkpoint`` left it.
+
+    Raises RunError when the checkpoint belongs to other settings, data or weights, DataError when it is damaged.
+    """
+    remedy = "remove it to start this distillation again"
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"asked to go on from {path}, found a damaged file ({error}); {remedy}") from None
+    if metadata.get("format") != _FORMAT:
+        raise DataError(f"asked to go on from {path}, found another kind of file; {remedy}")
+    check_fingerprint(json.loads(metadata["fingerprint"]), fingerprint, path)
+    progress = json.loads(metadata["state"])
+    state.step, state.seconds = progress["step"], progress["seconds"]
+    state.history[:] = [tuple(row) for row in saved["history"].tolist()]
+    state.ema.optimization_step = state.step
+    for name, parameter in state.student.named_parameters():
+        if f"{_MOMENTS[0]}.{name}" in saved:
+            moments = {moment: torch.zeros_like(parameter) for moment in _MOMENTS}
+            state.optimizer.state[parameter] = {
+                "step": torch.tensor(float(state.step), device=parameter.device),
+                **moments,
+            }
+    with torch.no_grad():
+        for name, tensor in state.tensors().items():
+            tensor.copy_(saved[name])

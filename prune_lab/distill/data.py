@@ -1,0 +1,218 @@
+"""Training pictures encoded once, and the batch of every step drawn from them by seed and step alone.
+
+A batch depends on nothing but the data, the settings and the number of the step. So every candidate sees the same
+pictures, noise and timesteps, and a run that was stopped goes on exactly as it would have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prune_lab.config import DistillConfig
+from prune_lab.errors import DataError
+from prune_lab.probes import encode_captions, encode_pictures, noise_schedule, training_target
+from prune_lab.runtime import atomic_write, seeded, tensors_digest
+
+_FORMAT = "prune_lab latents 1"
+_TENSORS = ("latents", "embeddings", "empty_embedding")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LatentData:
+    """N training pictures as the U-Net sees them, float32 on the CPU.
+
+    ``key`` names what the tensors were made from: encoders, pictures and captions (see ``data_key``).
+    """
+
+    latents: Tensor  # (N, C, H, W), scaled by the VAE's scaling factor
+    embeddings: Tensor  # (N, L, D) of the captions
+    empty_embedding: Tensor  # (L, D) of the empty caption, for caption dropout
+    captions: tuple[str, ...]
+    added: Mapping[str, Tensor] = field(default_factory=dict)  # SDXL: text_embeds (N, P), time_ids (N, 6)
+    empty_added: Mapping[str, Tensor] = field(default_factory=dict)  # SDXL: text_embeds (P,)
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        lengths = {
+            len(self.latents),
+            len(self.embeddings),
+            len(self.captions),
+            *map(len, self.added.values()),
+        }
+        if len(lengths) != 1 or not self.captions:
+            raise DataError(
+                f"training data need as many of everything, found {len(self.latents)} latents, "
+                f"{len(self.embeddings)} embeddings and {len(self.captions)} captions; give one caption per picture"
+            )
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name, added conditioning as ``added.<name>`` and ``empty_added.<name>``."""
+        named: dict[str, Tensor] = {name: getattr(self, name) for name in _TENSORS}
+        named |= {f"added.{name}": tensor for name, tensor in self.added.items()}
+        return named | {f"empty_added.{name}": tensor for name, tensor in self.empty_added.items()}
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that change with any bit of any tensor."""
+        return tensors_digest(self.tensors())
+
+    def save(self, path: Path) -> None:
+        """Write everything as one safetensors file, whole or not at all. Raises StorageError."""
+        metadata = {
+            "format": _FORMAT,
+            "key": self.key,
+            "captions": json.dumps(self.captions, ensure_ascii=False),
+        }
+        with atomic_write(path) as temporary:
+            save_file(
+                {name: tensor.contiguous() for name, tensor in self.tensors().items()}, temporary, metadata
+            )
+
+    @classmethod
+    def load(cls, path: Path) -> LatentData:
+        """What ``save`` wrote to ``path``; DataError when it is missing, damaged or something else."""
+        remedy = "remove it and run the step again"
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"asked to read cached latents from {path}, found {error}; {remedy}") from None
+        if metadata.get("format") != _FORMAT or not set(_TENSORS) <= tensors.keys():
+            raise DataError(f"asked to read cached latents from {path}, found another kind of file; {remedy}")
+        return cls(
+            **{name: tensors[name] for name in _TENSORS},
+            captions=tuple(json.loads(metadata["captions"])),
+            added=_below("added.", tensors),
+            empty_added=_below("empty_added.", tensors),
+            key=metadata["key"],
+        )
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def data_key(pipeline: Any, pictures: Tensor, captions: Sequence[str]) -> str:
+    """16 hexadecimal digits that change with the encoders' weights, the pictures or the captions."""
+    encoders = {
+        f"{part}.{name}": tensor
+        for part in ("vae", "text_encoder", "text_encoder_2")
+        if getattr(pipeline, part, None) is not None
+        for name, tensor in getattr(pipeline, part).state_dict().items()
+    }
+    digest = hashlib.sha256(tensors_digest(encoders | {"pictures": pictures}).encode())
+    digest.update(json.dumps(list(captions)).encode())
+    return digest.hexdigest()[:16]
+
+
+def encode_data(pipeline: Any, pictures: Tensor, captions: Sequence[str], *, batch: int = 32) -> LatentData:
+    """Latents and text embeddings of ``pictures`` (N, 3, H, W) in uint8 with one caption each.
+
+    Latents are the mode of the VAE's distribution times its scaling factor. Raises DataError when the numbers of
+    pictures and captions differ, or for pictures of another form.
+    """
+    if len(pictures) != len(captions) or not len(captions):
+        raise DataError(
+            f"asked to encode {len(pictures)} pictures with {len(captions)} captions; give one caption per picture"
+        )
+    latents = encode_pictures(pipeline, pictures, batch=batch)
+    embeddings, added = encode_captions(pipeline, captions, batch=batch)
+    empty, empty_added = encode_captions(pipeline, [""])
+    if added:
+        height, width = pictures.shape[-2:]
+        size = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
+        added = added | {"time_ids": size.repeat(len(captions), 1)}
+    return LatentData(
+        latents=latents,
+        embeddings=embeddings,
+        empty_embedding=empty[0],
+        captions=tuple(captions),
+        added=added,
+        empty_added={name: tensor[0] for name, tensor in empty_added.items()},
+        key=data_key(pipeline, pictures, captions),
+    )
+
+
+def cached_data(
+    path: Path, pipeline: Any, pictures: Tensor, captions: Sequence[str], *, batch: int = 32
+) -> LatentData:
+    """``encode_data``, read from ``path`` when that holds the same pictures by the same encoders.
+
+    Otherwise they are encoded and written to ``path``.
+    """
+    if path.exists():
+        data = LatentData.load(path)
+        if data.key == data_key(pipeline, pictures, captions):
+            return data
+    data = encode_data(pipeline, pictures, captions, batch=batch)
+    data.save(path)
+    return data
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """One training step's input and answer: B noisy latents with their timesteps and text."""
+
+    noisy: Tensor  # (B, C, H, W)
+    target: Tensor  # (B, C, H, W) the noise, or the velocity
+    timesteps: Tensor  # (B,) int64
+    embeddings: Tensor  # (B, L, D)
+    added: Mapping[str, Tensor]
+
+
+def _stream(seed: int, purpose: str, number: int) -> torch.Generator:
+    """A generator of its own for every purpose and number: streams of neighbouring seeds or steps never overlap."""
+    content = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
+    return seeded(int.from_bytes(content[:8], "big") >> 1)
+
+
+def batch_rows(count: int, batch: int, seed: int, step: int) -> list[int]:
+    """Which of ``count`` pictures step ``step`` (from 1) trains on; every epoch is a new permutation of all."""
+    places = range((step - 1) * batch, step * batch)
+    orders = {
+        epoch: torch.randperm(count, generator=_stream(seed, "epoch", epoch)).tolist()
+        for epoch in {place // count for place in places}
+    }
+    return [orders[place // count][place % count] for place in places]
+
+
+def draw_batch(
+    data: LatentData, scheduler: Any, settings: DistillConfig, step: int, device: torch.device | str = "cpu"
+) -> Batch:
+    """The batch of step ``step`` (from 1) on ``device``, drawn on the CPU from the seed and the step alone.
+
+    ``scheduler`` is any diffusers scheduler of the teacher: its noise schedule and prediction type count. Timesteps
+    are uniform over the training range. A share of ``settings.caption_dropout`` of the captions becomes empty.
+    """
+    schedule = noise_schedule(scheduler.config)
+    rows = torch.tensor(batch_rows(len(data), settings.batch, settings.seed, step))
+    generator = _stream(settings.seed, "step", step)
+    latents = data.latents[rows]
+    noise = torch.randn(latents.shape, generator=generator)
+    timesteps = torch.randint(0, schedule.config.num_train_timesteps, (settings.batch,), generator=generator)
+    dropped = torch.rand(settings.batch, generator=generator) < settings.caption_dropout
+    embeddings = torch.where(dropped[:, None, None], data.empty_embedding, data.embeddings[rows])
+    added = {name: tensor[rows].clone() for name, tensor in data.added.items()}
+    for name, empty in data.empty_added.items():
+        added[name][dropped] = empty
+    return Batch(
+        noisy=schedule.add_noise(latents, noise, timesteps).to(device),
+        target=training_target(schedule, latents, noise, timesteps).to(device),
+        timesteps=timesteps.to(device),
+        embeddings=embeddings.to(device),
+        added={name: tensor.to(device) for name, tensor in added.items()},
+    )

@@ -1,0 +1,106 @@
+"""What came of a distillation: the nouns that are read back from a candidate's folder, and where they lie in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import pandas as pd
+
+from prune_lab.errors import DataError
+from prune_lab.runs import CandidatePaths
+from prune_lab.runtime import read_json, write_frame, write_json
+
+RECOVERY_COLUMNS = ("step", "task", "output", "feature", "total", "validation", "learning_rate", "seconds")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Recovery:
+    """What a distillation made of a pruned U-Net.
+
+    ``before`` and ``after`` are held-out denoising losses (mean squared error on the validation probe), of the student
+    as it was pruned and of its averaged weights at the end; ``after`` is nan for a failed one. ``steps`` counts the
+    steps that were taken, ``seconds`` their wall-clock time with validation and checkpoints.
+    """
+
+    plan_id: str
+    steps: int
+    before: float
+    after: float
+    seconds: float
+    status: Literal["done", "failed"]
+    reason: str  # empty when done
+    rows: tuple[tuple[float, ...], ...]
+
+    def frame(self) -> pd.DataFrame:
+        """One row per step, columns RECOVERY_COLUMNS; step 0 is the pruned student.
+
+        task, output, feature, total: losses of the batch before the step, total weighted. validation: held-out loss of
+        the averaged weights after the step, empty where it was not measured. seconds: since the start.
+        """
+        frame = pd.DataFrame(list(self.rows), columns=list(RECOVERY_COLUMNS))
+        return frame.astype({"step": "int64"})
+
+
+def verdict_path(paths: CandidatePaths) -> Path:
+    """The JSON that is written last: the distillation in ``paths`` has ended, and how."""
+    return paths.distilled / "recovery.json"
+
+
+def checkpoint_path(paths: CandidatePaths) -> Path:
+    """The state of an unfinished or failed distillation."""
+    return paths.distilled / "checkpoint.safetensors"
+
+
+def write_recovery(paths: CandidatePaths, recovery: Recovery, fingerprint: Mapping[str, Any]) -> None:
+    """Write recovery.csv, then the verdict that says it is complete. Raises StorageError."""
+    write_frame(paths.recovery, recovery.frame())
+    fields = {field.name: getattr(recovery, field.name) for field in dataclasses.fields(recovery)}
+    del fields["rows"]
+    # JSON has no nan: what is not known is null.
+    known = {
+        name: None if isinstance(value, float) and math.isnan(value) else value
+        for name, value in fields.items()
+    }
+    write_json(verdict_path(paths), known | {"fingerprint": dict(fingerprint)})
+
+
+def load_recovery(folder: Path) -> Recovery | None:
+    """The finished or failed distillation of the candidate in ``folder``; None when there is none yet.
+
+    Raises DataError when its files are damaged.
+    """
+    paths = CandidatePaths(Path(folder))
+    if not verdict_path(paths).is_file() or not paths.recovery.is_file():
+        return None
+    try:
+        fields = cast("dict[str, Any]", read_json(verdict_path(paths)))
+        # As text first: not every version of pandas reads a float back to the last bit.
+        rows = pd.read_csv(paths.recovery, dtype=str)[list(RECOVERY_COLUMNS)].astype("float64")
+        return Recovery(
+            plan_id=fields["plan_id"],
+            steps=fields["steps"],
+            before=_number(fields["before"]),
+            after=_number(fields["after"]),
+            seconds=fields["seconds"],
+            status=fields["status"],
+            reason=fields["reason"],
+            rows=tuple(tuple(float(value) for value in row) for row in rows.to_numpy()),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"asked to read the distillation in {folder}, found damaged files ({error!r}); remove {paths.distilled}"
+        ) from None
+
+
+def load_fingerprint(paths: CandidatePaths) -> dict[str, Any]:
+    """Settings, data and weights that the finished distillation in ``paths`` was made with."""
+    record = cast("dict[str, Any]", read_json(verdict_path(paths)))
+    return cast("dict[str, Any]", record["fingerprint"])
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)

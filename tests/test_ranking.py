@@ -1,0 +1,157 @@
+"""Who is ranked, in which order, who is on the Pareto front, and who is left out with which reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prune_lab.errors import DataError
+from prune_lab.ranking import RANKING_COLUMNS, Contender, pareto_front, rank, ranking_from_frame
+from prune_lab.runtime import write_frame
+
+
+def contender(plan: str, loss: float = math.nan, **more: object) -> Contender:
+    first = Contender(
+        plan=plan,
+        plan_id=f"id-{plan}",
+        origin="control",
+        blocks_removed=3,
+        params=100,
+        macs=1000,
+        paper_macs=900,
+        loss_after=loss,
+        steps=50,
+    )
+    return dataclasses.replace(first, **more)  # type: ignore[arg-type]
+
+
+TEACHER = contender("teacher", 0.1, origin="teacher", steps=0, params=200, macs=2000, blocks_removed=0)
+
+
+def plans(*contenders: Contender) -> list[tuple[str, int | None, str]]:
+    return [(place.contender.plan, place.rank, place.status) for place in rank(contenders).places]
+
+
+def test_candidates_are_ordered_by_loss_then_clip_then_size_after_the_teacher() -> None:
+    found = plans(
+        contender("c", 0.3, clip_after=0.2),
+        contender("no-clip", 0.3),
+        contender("b", 0.3, clip_after=0.4),
+        contender("large", 0.25, params=150),
+        contender("small", 0.25, params=120),
+        TEACHER,
+    )
+    assert found == [
+        ("teacher", 0, "teacher"),
+        ("small", 1, "ranked"),
+        ("large", 2, "ranked"),
+        ("b", 3, "ranked"),
+        ("c", 4, "ranked"),
+        ("no-clip", 5, "ranked"),
+    ]
+
+
+def test_everyone_else_stays_with_a_reason() -> None:
+    ranking = rank(
+        [
+            contender("nan", failure="the loss was no longer finite at step 4"),
+            contender("good", 0.3),
+            contender("short", 0.2, steps=20),
+            contender("also", 0.4),
+            contender("unmeasured"),
+            contender("wild", left_out="no plain diffusers model"),
+        ]
+    )
+    assert [(p.contender.plan, p.status, p.reason) for p in ranking.places] == [
+        ("good", "ranked", ""),
+        ("also", "ranked", ""),
+        ("nan", "failed", "the loss was no longer finite at step 4"),
+        ("short", "left out", "distilled for 20 steps, the ranking compares 50"),
+        ("unmeasured", "left out", "its held-out loss after distillation was not measured"),
+        ("wild", "left out", "no plain diffusers model"),
+    ]
+    assert [p.rank for p in ranking.places] == [1, 2, None, None, None, None]
+    assert [p.pareto for p in ranking.places[2:]] == [None] * 4
+
+
+def test_one_long_training_does_not_push_the_others_out() -> None:
+    found = plans(contender("a", 0.3), contender("b", 0.4), contender("long", 0.1, steps=500))
+    assert found == [("a", 1, "ranked"), ("b", 2, "ranked"), ("long", None, "left out")]
+
+
+def test_a_plan_counts_once() -> None:
+    with pytest.raises(DataError, match="id-a twice"):
+        rank([contender("a", 0.1), contender("a", 0.2)])
+
+
+def test_the_front_by_hand() -> None:
+    points = {
+        "cheap": (10, 10, 0.5),
+        "dear and good": (20, 20, 0.2),
+        "beaten": (20, 20, 0.3),
+        "few parameters, many macs": (5, 30, 0.5),
+        "twin of cheap": (10, 10, 0.5),
+        "worse than cheap in parameters alone": (11, 10, 0.5),
+    }
+    contenders = [
+        contender(plan, loss, params=params, macs=macs) for plan, (params, macs, loss) in points.items()
+    ]
+    assert pareto_front(contenders) == {
+        "id-cheap",
+        "id-dear and good",
+        "id-few parameters, many macs",
+        "id-twin of cheap",
+    }
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=9))
+def test_the_front_beats_the_rest_and_nobody_on_it_is_beaten(points: list[tuple[int, int, int]]) -> None:
+    contenders = [
+        contender(str(i), float(loss), params=params, macs=macs)
+        for i, (params, macs, loss) in enumerate(points)
+    ]
+    front = pareto_front(contenders)
+    assert front
+
+    def beats(left: tuple[int, int, int], right: tuple[int, int, int]) -> bool:
+        no_worse = left[0] <= right[0] and left[1] <= right[1] and left[2] <= right[2]
+        return no_worse and left != right
+
+    for i, point in enumerate(points):
+        beaten = any(beats(other, point) for j, other in enumerate(points) if f"id-{j}" in front)
+        assert beaten != (f"id-{i}" in front)
+
+
+def test_the_table_keeps_its_columns_and_survives_a_csv(tmp_path: Path) -> None:
+    ranking = rank(
+        [
+            TEACHER,
+            contender("a", 0.3, median_ms=1.5, impact_one_shot=0.01, loss_before=0.1 + 0.2),
+            contender("b", failure="it broke, badly"),
+        ]
+    )
+    frame = ranking.frame()
+    assert tuple(frame.columns) == RANKING_COLUMNS
+    assert " ".join(RANKING_COLUMNS) == (
+        "rank plan plan_id origin blocks_removed params macs paper_macs median_ms impact_one_shot loss_before "
+        "loss_after clip_before clip_after pareto status reason"
+    )
+    assert frame["rank"].isna().tolist() == [False, False, True]
+    assert frame.loc[2, ["median_ms", "loss_after", "clip_after"]].isna().all()
+    write_frame(tmp_path / "ranking.csv", frame)
+    again = ranking_from_frame(pd.read_csv(tmp_path / "ranking.csv"))
+    pd.testing.assert_frame_equal(again.frame(), frame)
+    assert [place.status for place in again.places] == ["teacher", "ranked", "failed"]
+    assert again.places[2].contender.failure == "it broke, badly"
+    with pytest.raises(DataError, match="'pareto'"):
+        ranking_from_frame(frame.drop(columns="pareto"))
+
+
+def test_a_ranking_of_nobody_is_an_empty_table() -> None:
+    assert list(rank([]).frame().columns) == list(RANKING_COLUMNS)
