@@ -1,0 +1,31 @@
+"""The report of a run: tables in, figures and pages out; nothing is computed here and torch is never loaded.
+
+``write_report`` makes the pages. The figures can be had alone: a frame function gives the numbers, the draw function of
+the same name a matplotlib ``Figure`` in a theme.
+"""
+
+from __future__ import annotations
+
+from prune_lab.report.charts import draw_costs, draw_curves, draw_importance, draw_quality_plane
+from prune_lab.report.figures import DARK, LIGHT, plan_styles
+from prune_lab.report.maps import draw_block_map, draw_plan_maps
+from prune_lab.report.page import write_report
+from prune_lab.report.tables import PlanRow, RunTables, block_map_frame, importance_frame, read_run
+
+__all__ = [
+    "DARK",
+    "LIGHT",
+    "PlanRow",
+    "RunTables",
+    "block_map_frame",
+    "draw_block_map",
+    "draw_costs",
+    "draw_curves",
+    "draw_importance",
+    "draw_plan_maps",
+    "draw_quality_plane",
+    "importance_frame",
+    "plan_styles",
+    "read_run",
+    "write_report",
+]

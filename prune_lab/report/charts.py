@@ -1,0 +1,319 @@
+"""The charts of the report: importance, costs, the cost-quality plane, prediction against outcome, loss curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter
+
+from prune_lab.report.figures import (
+    PlanStyle,
+    Theme,
+    impact_colors,
+    impact_scale,
+    log_ticks,
+    new_figure,
+    spread,
+    style_axes,
+)
+from prune_lab.report.tables import PlanRow, importance_frame, measured, teacher_row
+
+_KIND_TITLES = {"block": "Single blocks", "pair": "Residual-attention pairs", "stage": "Whole stages"}
+_PART_TITLES = {
+    "validation": "Held-out denoising loss, averaged weights",
+    "task": "Task loss in training",
+    "output": "Output loss in training",
+    "feature": "Feature loss in training",
+}
+
+
+# Importance ------------------------------------------------------------------------------------------------------
+
+
+def draw_importance(importance: pd.DataFrame, theme: Theme) -> Figure:
+    """Impact of every scored group with its interval on a log axis, most valuable on top; one panel per kind."""
+    groups = {kind: importance_frame(importance, kind) for kind in _KIND_TITLES}
+    groups = {kind: frame for kind, frame in groups.items() if len(frame)}
+    rest = [len(frame) + 3 for kind, frame in groups.items() if kind != "block"]
+    rows = max(len(groups.get("block", ())) + 3, sum(rest))
+    figure = new_figure(theme, 11, 0.9 + 0.2 * rows)
+    columns = figure.add_gridspec(1, 2 if "block" in groups and rest else 1)
+    limits = _impact_limits(importance)
+    # One colour per value in all figures: the scale is that of the map, which shows single blocks.
+    scale = impact_scale(groups.get("block", importance)["impact"])
+    panels: dict[str, Axes] = {}
+    if "block" in groups:
+        panels["block"] = figure.add_subplot(columns[0])
+    others = [kind for kind in groups if kind != "block"]
+    if others:
+        stack = columns[-1].subgridspec(len(others), 1, height_ratios=rest)
+        for index, kind in enumerate(others):
+            panels[kind] = figure.add_subplot(stack[index])
+    for kind, axes in panels.items():
+        _draw_impacts(axes, groups[kind], theme, limits, scale, title=_KIND_TITLES[kind])
+    return figure
+
+
+def _impact_limits(importance: pd.DataFrame) -> tuple[float, float]:
+    scale = impact_scale(importance["impact"])
+    assert scale.vmin is not None
+    assert scale.vmax is not None
+    return scale.vmin / 2, max(scale.vmax, float(importance["high"].max()) * 1.5)
+
+
+def _draw_impacts(
+    axes: Axes, frame: pd.DataFrame, theme: Theme, limits: tuple[float, float], scale: LogNorm, *, title: str
+) -> None:
+    """Stems from the edge of the axis: on a log axis a bar has no zero to stand on, only its end counts."""
+    style_axes(axes, theme, title=title)
+    positions = np.arange(len(frame))[::-1]
+    colors = impact_colors(theme)(scale(frame["impact"]))
+    shown = frame["impact"].clip(lower=limits[0])
+    axes.hlines(positions, limits[0], shown, color=theme.grid, linewidth=5)
+    axes.hlines(
+        positions,
+        frame["low"].clip(lower=limits[0]),
+        frame["high"].clip(lower=limits[0]),
+        color=theme.text,
+        lw=1.2,
+    )
+    axes.scatter(shown, positions, s=26, c=colors, edgecolors=theme.text, linewidths=0.8, zorder=3)
+    for position, impact in zip(positions, frame["impact"], strict=True):
+        if impact <= 0:
+            axes.text(limits[0] * 1.3, position, "≤ 0", fontsize=7, va="center", color=theme.text)
+    axes.set_xscale("log")
+    axes.set_xlim(*limits)
+    log_ticks(axes.xaxis, *limits)
+    starred = frame["starred"].astype(bool)
+    names = [f"{name}*" if star else str(name) for name, star in zip(frame["group"], starred, strict=True)]
+    axes.set_yticks(positions, names)
+    axes.set_ylim(-0.7, len(frame) - 0.3)
+    axes.set_xlabel("impact of removal (log scale)")
+    axes.tick_params(axis="y", colors=theme.text, labelsize=8)
+
+
+# Costs -----------------------------------------------------------------------------------------------------------
+
+
+def draw_costs(costs: pd.DataFrame, importance: pd.DataFrame | None, theme: Theme) -> Figure:
+    """Parameters and multiply-adds of every part in the order of the table, beside what removing it does."""
+    order = np.arange(len(costs))[::-1]
+    scores = None if importance is None else importance[importance["kind"] == "block"].set_index("group")
+    figure = new_figure(theme, 11, 1.0 + 0.19 * len(costs))
+    panels = figure.subplots(1, 2 if scores is None else 3, sharey=True)
+    plain, light = _cost_colors(theme)
+    panels[0].barh(order, costs["params"], height=0.7, color=plain)
+    panels[1].barh(order, costs["paper_macs"], height=0.7, color=plain, label="without attention products")
+    panels[1].barh(
+        order,
+        costs["attention_macs"],
+        left=costs["paper_macs"],
+        height=0.7,
+        color=light,
+        label="attention products",
+    )
+    style_axes(panels[0], theme, title="Parameters")
+    style_axes(panels[1], theme, title="Multiply-adds of one forward pass")
+    for axes in panels[:2]:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    panels[1].legend(
+        frameon=False,
+        fontsize=8,
+        labelcolor=theme.text,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.03),
+        ncols=2,
+    )
+    if scores is not None:
+        joined = scores.reindex(costs["name"])
+        limits = _impact_limits(scores)
+        there = joined["impact"].notna().to_numpy()
+        style_axes(panels[2], theme, title="Impact of removal (log scale)")
+        panels[2].set_xscale("log")
+        panels[2].set_xlim(*limits)
+        log_ticks(panels[2].xaxis, *limits)
+        low, high = (joined[side].clip(lower=limits[0])[there] for side in ("low", "high"))
+        panels[2].hlines(order[there], low, high, color=theme.text, lw=1.2)
+        panels[2].scatter(
+            joined["impact"].clip(lower=limits[0])[there], order[there], s=18, color=theme.text, zorder=3
+        )
+    panels[0].set_yticks(order, costs["name"])
+    panels[0].tick_params(axis="y", colors=theme.text, labelsize=8)
+    panels[0].set_ylim(-0.7, len(costs) - 0.3)
+    return figure
+
+
+def _cost_colors(theme: Theme) -> tuple[str, str]:
+    return ("#33608c", "#a9c3dc") if theme.name == "light" else ("#86b0d8", "#3d5f80")
+
+
+# Cost against quality --------------------------------------------------------------------------------------------
+
+
+def draw_quality_plane(ranking: pd.DataFrame, styles: Mapping[str, PlanStyle], theme: Theme) -> Figure:
+    """Held-out loss and CLIP score against multiply-adds and parameters, before (hollow) and after distillation."""
+    rows = measured(ranking)
+    teacher = teacher_row(ranking)
+    qualities = [("loss", "held-out denoising loss, lower is better")]
+    if ranking[["clip_before", "clip_after"]].notna().any(axis=None):
+        qualities.append(("clip", "CLIP score of the scorer, higher is better"))
+    figure = new_figure(theme, 11, 0.7 + 3.5 * len(qualities))
+    grid = figure.subplots(len(qualities), 2, sharex="col", sharey="row", squeeze=False)
+    costs = [("macs", "multiply-adds of one forward pass (whole)"), ("params", "parameters")]
+    for line, (quality, quality_label) in zip(grid, qualities, strict=True):
+        for axes, (cost, cost_label) in zip(line, costs, strict=True):
+            style_axes(axes, theme, grid="both")
+            _draw_front(axes, ranking, cost, quality, theme)
+            _draw_outcomes(axes, rows, cost, quality, styles, theme)
+            if teacher is not None and pd.notna(teacher[f"{quality}_after"]):
+                axes.axhline(teacher[f"{quality}_after"], color=theme.muted, lw=1, ls=(0, (4, 3)))
+                axes.scatter(
+                    [teacher[cost]], [teacher[f"{quality}_after"]], s=64, marker="s", color=theme.text
+                )
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            if axes is grid[-1][0] or axes is grid[-1][1]:
+                axes.set_xlabel(cost_label)
+        line[0].set_ylabel(quality_label)
+        # Before training the losses can be many times those after it; a log axis keeps both apart.
+        values = rows[[f"{quality}_before", f"{quality}_after"]].to_numpy(dtype=float)
+        if quality == "loss" and spread(line[0], "y", values):
+            line[0].set_ylabel(f"{quality_label} (log)")
+    extra = [
+        _legend_mark("hollow: before distillation", "o", theme.surface, theme.muted),
+        Line2D([], [], color=theme.muted, lw=5, alpha=0.3, label="Pareto front of each panel"),
+    ]
+    if teacher is not None:
+        extra.insert(0, _legend_mark("teacher", "s", theme.text, theme.text))
+    _plan_legend(figure, rows, styles, theme, extra)
+    return figure
+
+
+def _draw_outcomes(
+    axes: Axes, rows: pd.DataFrame, cost: str, quality: str, styles: Mapping[str, PlanStyle], theme: Theme
+) -> None:
+    for row in rows.to_dict("records"):
+        style = styles[str(row["plan_id"])]
+        before, after = row[f"{quality}_before"], row[f"{quality}_after"]
+        if pd.notna(before) and pd.notna(after):
+            axes.plot([row[cost]] * 2, [before, after], color=style.color, lw=1, alpha=0.6)
+        shape: dict[str, Any] = {
+            "s": 52,
+            "marker": style.marker,
+            "edgecolors": style.color,
+            "linewidths": 1.4,
+            "zorder": 3,
+        }
+        axes.scatter([row[cost]], [before], facecolors=theme.surface, **shape)
+        axes.scatter([row[cost]], [after], facecolors=style.color, **shape)
+
+
+def _draw_front(axes: Axes, ranking: pd.DataFrame, cost: str, quality: str, theme: Theme) -> None:
+    """A staircase under (for a loss) or over (for a score) all models: at each cost, the best quality to be had."""
+    column = f"{quality}_after"
+    points = ranking.dropna(subset=[cost, column]).sort_values(cost)
+    best = points[column].cummin() if quality == "loss" else points[column].cummax()
+    axes.step(points[cost], best, where="post", color=theme.muted, lw=5, alpha=0.3, zorder=1)
+
+
+def _plan_legend(
+    figure: Figure,
+    rows: pd.DataFrame,
+    styles: Mapping[str, PlanStyle],
+    theme: Theme,
+    extra: Sequence[Line2D] = (),
+) -> None:
+    labels = dict(zip(rows["plan_id"].astype(str), rows["plan"].astype(str), strict=True))
+    handles = [
+        _legend_mark(labels[plan_id], style.marker, style.color, style.color)
+        for plan_id, style in styles.items()
+        if plan_id in labels
+    ]
+    handles += extra
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=min(4, len(handles)),
+        frameon=False,
+        fontsize=8.5,
+        labelcolor=theme.text,
+    )
+
+
+def _legend_mark(label: str, marker: str, face: str, edge: str) -> Line2D:
+    shape = {"marker": marker, "markersize": 7, "markerfacecolor": face, "markeredgecolor": edge}
+    return Line2D([], [], linestyle="none", label=label, **shape)  # type: ignore[arg-type]
+
+
+def draw_prediction(ranking: pd.DataFrame, styles: Mapping[str, PlanStyle], theme: Theme) -> Figure:
+    """The candidates' impact in one shot against their held-out loss before and after distillation."""
+    rows = measured(ranking)
+    rows = rows[rows["impact_one_shot"] > 0]
+    figure = new_figure(theme, 11, 3.6)
+    panels = figure.subplots(1, 2)
+    titles = {"loss_before": "Before distillation", "loss_after": "After distillation"}
+    for axes, (column, title) in zip(panels, titles.items(), strict=True):
+        style_axes(axes, theme, title=title, grid="both")
+        for row in rows.to_dict("records"):
+            style = styles[str(row["plan_id"])]
+            axes.scatter(
+                [row["impact_one_shot"]], [row[column]], s=52, marker=style.marker, color=style.color
+            )
+        is_log = spread(axes, "x", rows["impact_one_shot"].to_numpy(dtype=float))
+        axes.set_xlabel("impact in one shot, before any training" + (" (log scale)" if is_log else ""))
+    panels[0].set_ylabel("held-out denoising loss")
+    _plan_legend(figure, rows, styles, theme)
+    return figure
+
+
+# Distillation ----------------------------------------------------------------------------------------------------
+
+
+def draw_curves(
+    curves: pd.DataFrame, plans: Sequence[PlanRow], styles: Mapping[str, PlanStyle], theme: Theme
+) -> Figure:
+    """The held-out loss and the three training losses of every candidate, step by step."""
+    there = set(curves["part"])
+    parts = [part for part in _PART_TITLES if part in there]
+    figure = new_figure(theme, 11, 0.6 + 2.9 * -(-len(parts) // 2))
+    grid = figure.subplots(-(-len(parts) // 2), min(2, len(parts)), squeeze=False)
+    for axes in grid.flat[len(parts) :]:
+        axes.set_visible(False)
+    shown = [plan for plan in plans if (curves["plan_id"] == plan.id).any()]
+    for axes, part in zip(grid.flat, parts, strict=False):
+        for plan in shown:
+            line = curves[(curves["plan_id"] == plan.id) & (curves["part"] == part)].sort_values("step")
+            style = styles[plan.id]
+            axes.plot(
+                line["step"],
+                line["value"],
+                color=style.color,
+                ls=style.dash,
+                lw=1.4,
+                marker=style.marker if part == "validation" else None,
+                ms=4,
+            )
+        values = curves.loc[curves["part"] == part, "value"].to_numpy(dtype=float)
+        is_log = spread(axes, "y", values)
+        style_axes(axes, theme, title=_PART_TITLES[part] + (" (log)" if is_log else ""), grid="y")
+        axes.set_xlabel("distillation step")
+    handles = [
+        Line2D([], [], color=style.color, ls=style.dash, marker=style.marker, ms=5, label=plan.label)
+        for plan in shown
+        for style in [styles[plan.id]]
+    ]
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=min(4, len(handles)),
+        frameon=False,
+        fontsize=8.5,
+        labelcolor=theme.text,
+    )
+    return figure

@@ -1,0 +1,67 @@
+"""What a page is made of: sections of sentences, tables, figures and picture grids, before any HTML or Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from prune_lab.report.figures import Theme
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A paragraph, or a list with one sentence per entry; `backticks` mark code."""
+
+    sentences: tuple[str, ...]
+    bullets: bool = False
+    note: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table for reading; the exact numbers are in ``source``, a CSV beside the page."""
+
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    source: str = ""
+    left: int = 1  # how many columns hold text and are set flush left
+    folded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """A figure that can be drawn in any theme."""
+
+    name: str
+    alt: str
+    caption: str
+    draw: Callable[[Theme], Figure]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Pictures side by side, each with the words to stand under it."""
+
+    caption: str
+    pictures: tuple[tuple[str, Path], ...]
+
+
+Part = Text | Table | Drawing | Grid
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A heading with what stands under it."""
+
+    key: str
+    title: str
+    parts: tuple[Part, ...]
+
+
+def not_run(what: str, verb: str) -> Text:
+    """The words that stand where the result of a step would be."""
+    return Text((f"Not run yet: {what}. `prune-lab {verb} --run DIR` does it.",), note=True)

@@ -1,0 +1,189 @@
+"""How every figure of the report looks: themes, colours of plans, the scale of impact, and writing to files.
+
+Figures are explicit ``Figure`` objects: no pyplot, no global state, so a report can be made from any thread.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.colors import Colormap, LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from numpy.typing import NDArray
+
+from prune_lab.report.tables import PlanRow
+from prune_lab.report.words import short_number
+from prune_lab.runtime import atomic_write
+
+
+@dataclass(frozen=True, slots=True)
+class Theme:
+    """Colours of one appearance; ``impact_map`` is the colour map whose strong end stands for a valuable block."""
+
+    name: str
+    text: str
+    muted: str
+    grid: str
+    surface: str
+    impact_map: str
+
+
+# Viridis keeps its order with every kind of colour vision; reversed on white, so that more ink means more valuable.
+LIGHT = Theme("light", "#1c2127", "#59636e", "#dfe3e8", "#ffffff", "viridis_r")
+DARK = Theme("dark", "#e6e8eb", "#9aa4ae", "#343b43", "#15181c", "viridis")
+
+
+@dataclass(frozen=True, slots=True)
+class PlanStyle:
+    """One look per plan, the same in every figure; shape and dash repeat what the colour says."""
+
+    color: str
+    marker: str
+    dash: str
+
+
+# Okabe and Ito's colours, told apart with every kind of colour vision, less the yellow that vanishes on white.
+_COLORS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#E69F00",
+    "#8F7BD6",
+    "#A08060",
+    "#882255",
+    "#8C8C2F",
+)
+_SEARCH_MARKERS = ("D", "^", "v", "P", "X", "p", "h", "*")
+_SEARCH_DASHES = ("--", "-.", ":")
+
+
+def plan_styles(plans: Sequence[PlanRow]) -> dict[str, PlanStyle]:
+    """A style for each plan id: controls are discs with solid lines, searched plans have other shapes and dashes."""
+    styles: dict[str, PlanStyle] = {}
+    searched = 0
+    for index, plan in enumerate(plans):
+        marker, dash = "o", "-"
+        if plan.origin != "control":
+            marker = _SEARCH_MARKERS[searched % len(_SEARCH_MARKERS)]
+            dash = _SEARCH_DASHES[searched % len(_SEARCH_DASHES)]
+            searched += 1
+        styles[plan.id] = PlanStyle(_COLORS[index % len(_COLORS)], marker, dash)
+    return styles
+
+
+def impact_scale(impacts: pd.Series[float]) -> LogNorm:
+    """The logarithmic colour scale of impact, from a round number below the least positive one to one above all."""
+    positive = impacts[impacts > 0]
+    if positive.empty:
+        return LogNorm(1e-4, 1.0, clip=True)
+    low, high = _round_number(positive.min(), np.floor), _round_number(positive.max(), np.ceil)
+    return LogNorm(low, max(high, 10 * low), clip=True)
+
+
+def _round_number(value: float, nearest: Callable[[float], float]) -> float:
+    """One digit, not above (``floor``) or not below (``ceil``) the value: 0.0037 gives 0.003 or 0.004."""
+    decade = 10.0 ** np.floor(np.log10(value))
+    return float(nearest(value / decade) * decade)
+
+
+def impact_colors(theme: Theme) -> Colormap:
+    """The colour map of impact in ``theme``."""
+    return mpl.colormaps[theme.impact_map]
+
+
+def new_figure(theme: Theme, width: float, height: float) -> Figure:
+    """An empty figure of ``width`` x ``height`` inches whose background lets the page shine through."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.patch.set_alpha(0.0)
+    figure.set_edgecolor(theme.surface)
+    return figure
+
+
+def style_axes(axes: Axes, theme: Theme, *, title: str = "", grid: str = "x") -> None:
+    """Give ``axes`` the quiet look of the report: no box, a thin grid along ``grid``, small grey tick labels."""
+    axes.set_facecolor("none")
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(theme.grid)
+    axes.tick_params(axis="both", colors=theme.muted, labelsize=8, length=0, which="both")
+    axes.xaxis.label.set_color(theme.text)
+    axes.yaxis.label.set_color(theme.text)
+    axes.xaxis.label.set_fontsize(9)
+    axes.yaxis.label.set_fontsize(9)
+    axes.set_axisbelow(True)
+    if grid in ("x", "y"):
+        axes.grid(True, axis="x" if grid == "x" else "y", color=theme.grid, linewidth=0.8)
+    elif grid == "both":
+        axes.grid(True, color=theme.grid, linewidth=0.8)
+    if title:
+        axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=theme.text, pad=8)
+
+
+def log_ticks(axis: Axis, low: float, high: float) -> None:
+    """Put few and readable numbers on the logarithmic ``axis`` from ``low`` to ``high``."""
+    axis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0) if high < 300 * low else (1.0,)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+
+
+def spread(axes: Axes, side: Literal["x", "y"], values: NDArray[np.float64]) -> bool:
+    """Whether that axis was made logarithmic: worth it for positive values that span more than a factor of three."""
+    known = values[np.isfinite(values)]
+    if not len(known) or known.min() <= 0 or known.max() <= 3 * known.min():
+        return False
+    axes.set(**{f"{side}scale": "log"})
+    log_ticks(axes.xaxis if side == "x" else axes.yaxis, float(known.min()), float(known.max()))
+    return True
+
+
+def settle(figure: Figure) -> Figure:
+    """``figure`` with its parts in their final places, so that writing it need not find them again."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write ``figure`` to ``path`` on white, for readers of the Markdown page."""
+    with atomic_write(path) as temporary, mpl.rc_context({"savefig.transparent": False}):
+        figure.savefig(
+            temporary,
+            format="png",
+            dpi=130,
+            facecolor=LIGHT.surface,
+            bbox_inches="tight",
+            pad_inches=0.05,
+            metadata={"Software": None},
+        )
+
+
+def svg_uri(figure: Figure) -> str:
+    """``figure`` as a data URI with nothing in it that changes from one writing to the next."""
+    buffer = io.BytesIO()
+    with mpl.rc_context({"svg.hashsalt": "prune_lab", "svg.fonttype": "path"}):
+        figure.savefig(
+            buffer,
+            format="svg",
+            bbox_inches="tight",
+            pad_inches=0.02,
+            metadata={"Date": None, "Creator": None},
+        )
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def file_uri(path: Path) -> str:
+    """The PNG file ``path`` as a data URI."""
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")

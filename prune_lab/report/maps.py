@@ -1,0 +1,190 @@
+"""The U-Net drawn as a U: down stages on the left, the mid stage at the bottom, up stages on the right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+
+from prune_lab.report.figures import (
+    PlanStyle,
+    Theme,
+    impact_colors,
+    impact_scale,
+    new_figure,
+)
+from prune_lab.report.tables import PlanRow
+from prune_lab.report.words import MINUS, short_number
+
+_WIDTH, _HEIGHT, _STEP, _INDENT = 0.92, 0.66, 1.0, 0.55
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """Where a block stands on the map; ``x`` and ``y`` are its lower left corner, ``y`` grows upwards."""
+
+    name: str
+    x: float
+    y: float
+
+
+def map_cells(frame: pd.DataFrame) -> tuple[tuple[Cell, ...], tuple[tuple[str, float, float, str], ...]]:
+    """The cells of the blocks in ``frame`` (see ``block_map_frame``) and the stage labels (text, x, y, alignment).
+
+    Stages of one resolution share a row; each row is drawn in towards the middle by a step, which makes the U.
+    """
+    counts = frame.groupby("stage", sort=False).size()
+    down = [stage for stage in counts.index if str(stage).startswith("Dn")]
+    up = [stage for stage in counts.index if str(stage).startswith("Up")]
+    middle = [stage for stage in counts.index if stage not in (*down, *up)]
+    levels = max(len(down), len(up), 1)
+    left_width = max([int(counts[stage]) for stage in down], default=0)
+    gap = levels * _INDENT + 0.6
+    right_edge = left_width + 2 * gap  # where the innermost up stage would begin without its indent
+    corner: dict[str, tuple[float, float]] = {}
+    labels = []
+    for level, stage in enumerate(down):
+        indent = level * _INDENT
+        corner[stage] = (left_width - counts[stage] + indent, -level)
+        labels.append((stage, corner[stage][0] - 0.18, -level + _HEIGHT / 2, "right"))
+    for index, stage in enumerate(up):
+        level = levels - 1 - index if len(up) == levels else len(up) - 1 - index
+        corner[stage] = (right_edge - level * _INDENT, -level)
+        end = corner[stage][0] + counts[stage] - (_STEP - _WIDTH)
+        labels.append((stage, end + 0.18, -level + _HEIGHT / 2, "left"))
+    for stage in middle:
+        width = counts[stage] * _STEP
+        corner[stage] = ((left_width + right_edge - (_STEP - _WIDTH)) / 2 - width / 2, -levels)
+        labels.append((stage, corner[stage][0] - 0.18, -levels + _HEIGHT / 2, "right"))
+    cells = tuple(
+        Cell(name, corner[stage][0] + position * _STEP, corner[stage][1])
+        for name, stage, position in zip(frame["name"], frame["stage"], frame["position"], strict=True)
+    )
+    return cells, tuple(labels)
+
+
+def draw_block_map(frame: pd.DataFrame, theme: Theme) -> Figure:
+    """Every block as a cell coloured by impact on a log scale; corners tell attention (round) from residual."""
+    norm = impact_scale(frame["impact"])
+    figure = new_figure(theme, 11, 4.9)
+    axes = figure.add_subplot()
+    _draw_cells(axes, frame, theme, norm, removed=frozenset(), outline=theme.text, numbers=True)
+    if frame["impact"].notna().any():
+        bar = figure.colorbar(
+            ScalarMappable(norm, impact_colors(theme)),
+            ax=axes,
+            orientation="horizontal",
+            fraction=0.045,
+            aspect=50,
+            pad=0.02,
+        )
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(colors=theme.muted, labelsize=8, length=0, which="both")
+        bar.set_label("impact of removing the block (log scale)", color=theme.text, fontsize=9)
+    return figure
+
+
+def draw_plan_maps(
+    frame: pd.DataFrame, plans: Sequence[PlanRow], styles: Mapping[str, PlanStyle], theme: Theme
+) -> Figure:
+    """One small map per plan: what stays is filled with its impact's colour, what goes is an outline."""
+    columns = min(3, len(plans))
+    rows = -(-len(plans) // columns)
+    norm = impact_scale(frame["impact"])
+    figure = new_figure(theme, 11, 1.75 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[len(plans) :]:
+        axes.set_visible(False)
+    titles = {plan.id: f"{plan.label}  {MINUS}{len(plan.removed)} blocks" for plan in plans}
+    size = min(10.0, 350 / max(map(len, titles.values())))  # what fits over a third of the figure
+    for axes, plan in zip(grid.flat, plans, strict=False):
+        style = styles[plan.id]
+        _draw_cells(
+            axes, frame, theme, norm, removed=frozenset(plan.removed), outline=style.color, numbers=False
+        )
+        title = titles[plan.id]
+        axes.set_title(title, loc="left", fontsize=size, fontweight="bold", color=style.color)
+    return figure
+
+
+def _draw_cells(
+    axes: Axes,
+    frame: pd.DataFrame,
+    theme: Theme,
+    norm: LogNorm,
+    *,
+    removed: frozenset[str],
+    outline: str,
+    numbers: bool,
+) -> None:
+    cells, labels = map_cells(frame)
+    colors = impact_colors(theme)
+    _draw_skips(axes, cells, frame, theme)
+    for cell, row in zip(cells, frame.to_dict("records"), strict=True):
+        scored = pd.notna(row["impact"])
+        gone = cell.name in removed
+        face = colors(norm(float(row["impact"]))) if scored and not gone else "none"
+        rounding = 0.26 if row["kind"] == "attention" else 0.02
+        axes.add_patch(
+            FancyBboxPatch(
+                (cell.x, cell.y),
+                _WIDTH,
+                _HEIGHT,
+                boxstyle=f"round,pad=0,rounding_size={rounding}",
+                facecolor=face,
+                edgecolor=outline if gone else (theme.muted if not scored else "none"),
+                linewidth=1.3 if gone else 0.8,
+                linestyle=(0, (2, 1.2)) if gone else "-",
+                hatch="////" if not scored and not gone else None,
+            )
+        )
+        if not numbers:
+            continue
+        ink = _ink_on(face, theme) if scored else theme.text
+        short = str(row["name"]).partition(".")[2] + ("" if row["removable"] else "*")
+        middle = cell.x + _WIDTH / 2
+        axes.text(
+            middle, cell.y + 0.45, short, ha="center", va="center", fontsize=9, weight="bold", color=ink
+        )
+        number = short_number(row["impact"]) if scored else "not scored"
+        size = 7.5 if scored else 5.5
+        axes.text(middle, cell.y + 0.19, number, ha="center", va="center", fontsize=size, color=ink)
+    for text, x, y, align in labels:
+        size = 10 if numbers else 7
+        axes.text(x, y, text, ha=align, va="center", fontsize=size, weight="bold", color=theme.muted)
+    axes.set_aspect("equal")
+    axes.axis("off")
+    axes.set_xlim(min(c.x for c in cells) - 0.9, max(c.x for c in cells) + _WIDTH + 0.9)
+    axes.set_ylim(min(c.y for c in cells) - 0.1, max(c.y for c in cells) + _HEIGHT + 0.1)
+
+
+def _draw_skips(axes: Axes, cells: Sequence[Cell], frame: pd.DataFrame, theme: Theme) -> None:
+    """A dotted line per row for the skip connections that cross from the down to the up stage."""
+    down = frame["stage"].str.startswith("Dn").to_numpy()
+    up = frame["stage"].str.startswith("Up").to_numpy()
+    for y in {cell.y for cell in cells}:
+        ends = [cell.x + _WIDTH for cell, is_down in zip(cells, down, strict=True) if is_down and cell.y == y]
+        starts = [cell.x for cell, is_up in zip(cells, up, strict=True) if is_up and cell.y == y]
+        if ends and starts:
+            height = y + _HEIGHT / 2
+            axes.annotate(
+                "",
+                xy=(min(starts) - 0.1, height),
+                xytext=(max(ends) + 0.1, height),
+                arrowprops={"arrowstyle": "->", "color": theme.muted, "lw": 0.8, "ls": (0, (1, 2))},
+            )
+
+
+def _ink_on(face: object, theme: Theme) -> str:
+    """Black or white, whichever is easier to read on ``face``."""
+    if face == "none":
+        return theme.text
+    channels = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(face)]  # type: ignore[arg-type]
+    luminance = 0.2126 * channels[0] + 0.7152 * channels[1] + 0.0722 * channels[2]
+    return "#000000" if luminance > 0.18 else "#ffffff"

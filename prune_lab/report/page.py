@@ -1,0 +1,142 @@
+"""The pages: one HTML file that works offline, the same as Markdown with its pictures beside it, and the tables."""
+
+from __future__ import annotations
+
+import html
+import importlib.metadata
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from prune_lab.report.document import Drawing, Grid, Section, Table, Text
+from prune_lab.report.figures import DARK, LIGHT, file_uri, save_png, settle, svg_uri
+from prune_lab.report.sections import report_sections
+from prune_lab.report.tables import RunTables, read_run
+from prune_lab.runs import Run
+from prune_lab.runtime import atomic_write, write_text
+
+# What a reader may want as numbers; each is copied beside the page as the step wrote it.
+_CSV_FILES = ("blocks", "importance", "costs", "reductions", "pipeline_profile", "ranking")
+
+
+def write_report(run: Run) -> Path:
+    """The path of the report on ``run`` as one HTML file; Markdown, PNG and CSV files are written beside it.
+
+    Reads only files of the run folder, so it can be made at any time; steps that have not been run are named.
+    Raises RunError when the folder holds nothing to report, DataError when one of its files is damaged.
+    """
+    tables = read_run(run)
+    sections = report_sections(tables)
+    parts = _rendered(sections, run)
+    page = {
+        "title": tables.title,
+        "facts": _facts(tables),
+        "sections": parts,
+        "version": _version(),
+    }
+    for source in (*(getattr(run, name) for name in _CSV_FILES), run.folder / "steps.csv"):
+        if source.exists():
+            _copy(source, run.report_dir / source.name)
+    for plan in tables.plans:
+        recovery = run.candidate(plan.id).recovery
+        if recovery.exists():
+            _copy(recovery, run.report_dir / f"recovery-{plan.id}.csv")
+    write_text(run.report_dir / "report.md", _template("page.md.jinja", autoescape=False, page=page))
+    write_text(run.report, _template("page.html.jinja", autoescape=True, page=page))
+    return run.report
+
+
+def _rendered(sections: Sequence[Section], run: Run) -> list[dict[str, Any]]:
+    """The sections with every figure drawn and written, and every picture embedded."""
+    return [
+        {"key": section.key, "title": section.title, "parts": [_render(part, run) for part in section.parts]}
+        for section in sections
+    ]
+
+
+def _render(part: Text | Table | Drawing | Grid, run: Run) -> dict[str, Any]:
+    match part:
+        case Text():
+            return {"kind": "text", **asdict(part)}
+        case Table():
+            return {"kind": "table", **asdict(part)}
+        case Drawing():
+            light = settle(part.draw(LIGHT))
+            file = f"{part.name}.png"
+            save_png(light, run.report_dir / file)
+            uris = {"light": svg_uri(light), "dark": svg_uri(settle(part.draw(DARK)))}
+            return {"kind": "drawing", "alt": part.alt, "caption": part.caption, "file": file, **uris}
+        case Grid():
+            pictures = [(label, file_uri(path), _copy_picture(path, run)) for label, path in part.pictures]
+            return {"kind": "grid", "caption": part.caption, "pictures": pictures}
+
+
+def _copy_picture(path: Path, run: Run) -> str:
+    """The name of the copy of ``path`` in the report folder; pictures of candidates carry their plan's id."""
+    name = path.name if path.parent == run.pictures_dir else f"{path.parent.name}-{path.name}"
+    _copy(path, run.report_dir / name)
+    return name
+
+
+def _copy(source: Path, target: Path) -> None:
+    with atomic_write(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def _facts(tables: RunTables) -> list[tuple[str, str]]:
+    """What identifies the run, for the head of the page."""
+    environment = tables.environment
+    facts = {
+        "Model": tables.model,
+        "Seed": tables.settings.get("seed"),
+        "Device": environment.get("device_name") or environment.get("device"),
+        "Number format": environment.get("dtype"),
+        "torch": environment.get("torch"),
+        "diffusers": environment.get("diffusers"),
+        "Config": tables.config_digest,
+    }
+    return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("prune-lab")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+# Templates -------------------------------------------------------------------------------------------------------
+
+
+def _template(name: str, *, autoescape: bool, page: dict[str, Any]) -> str:
+    # S701 does not apply to the Markdown page: its filters escape what Markdown would read.
+    environment = Environment(autoescape=autoescape, undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.filters["inline"] = _inline
+    environment.filters["plain"] = _plain
+    environment.filters["prose"] = _prose
+    source = resources.files("prune_lab.report").joinpath(name).read_text(encoding="utf-8")
+    return environment.from_string(source).render(**page)
+
+
+def _inline(text: str) -> Markup:
+    """``text`` escaped for HTML, with `code` and *emphasis* marked up."""
+    escaped = html.escape(text, quote=True)
+    escaped = re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped)
+    return Markup(re.sub(r"(?<![\w*])\*([^*\s][^*]*)\*(?!\w)", r"<em>\1</em>", escaped))
+
+
+def _plain(text: object) -> str:
+    """``text`` with what a Markdown table or line would read as markup made harmless."""
+    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", str(text).replace("\n", " "))
+
+
+def _prose(text: str) -> str:
+    """``text`` for a paragraph of Markdown: its `code` and *emphasis* stay, tags in it become words."""
+    return re.sub(r"([<>])", r"\\\1", text)

@@ -1,0 +1,347 @@
+"""The report as data, section by section; both pages are written from these, so they cannot disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from prune_lab.report.charts import (
+    draw_costs,
+    draw_curves,
+    draw_importance,
+    draw_prediction,
+    draw_quality_plane,
+)
+from prune_lab.report.document import Drawing, Grid, Part, Section, Table, Text, not_run
+from prune_lab.report.figures import plan_styles
+from prune_lab.report.maps import draw_block_map, draw_plan_maps
+from prune_lab.report.sheets import comparison_columns, draw_comparison
+from prune_lab.report.summary import summary
+from prune_lab.report.tables import PictureSet, RunTables, block_map_frame, curve_frame, left_out, measured
+from prune_lab.report.words import (
+    NARROW,
+    UNKNOWN,
+    amount,
+    change,
+    count,
+    figure3,
+    is_missing,
+    milliseconds,
+    short_number,
+)
+
+
+def report_sections(tables: RunTables) -> tuple[Section, ...]:
+    """The whole report on ``tables``; a section whose step has not been run says so and names the command."""
+    return (
+        Section("summary", "Summary", summary(tables)),
+        Section("blocks", "What each block is worth", _blocks(tables)),
+        Section("costs", "What each block costs", _costs(tables)),
+        Section("reductions", "What the plans save", _reductions(tables)),
+        Section("candidates", "The candidates", _candidates(tables)),
+        Section("ranking", "Cost against quality", _ranking(tables)),
+        Section("distillation", "Distillation", _distillation(tables)),
+        Section("pictures", "Pictures", _pictures(tables)),
+        Section("conditions", "Conditions and files", _conditions(tables)),
+    )
+
+
+def _blocks(tables: RunTables) -> tuple[Part, ...]:
+    if tables.blocks is None:
+        return (not_run("the blocks have not been listed", "run --config FILE.toml"),)
+    frame = block_map_frame(tables.blocks, tables.importance)
+    parts: list[Part] = [
+        Drawing(
+            "block_map",
+            f"The {len(frame)} blocks of the U-Net in the shape of a U, each coloured by the impact of its removal.",
+            "Down stages on the left, the mid stage at the bottom, up stages on the right; dotted arrows are skip "
+            "connections. Square cells are residual blocks (R), round ones attention blocks (A). A star marks a block "
+            "that changes the width of the signal: it is scored through channel interpolation and cannot be removed.",
+            lambda theme: draw_block_map(frame, theme),
+        )
+    ]
+    importance = tables.importance
+    if importance is None:
+        return (*parts, not_run("the blocks have not been scored", "score"))
+    criterion = str(importance["criterion"].iloc[0])
+    parts += [
+        Drawing(
+            "importance",
+            "Impact of removal with bootstrap intervals for single blocks, pairs and stages on a log axis.",
+            f"Criterion `{criterion}` on {count(importance['samples'].max())} held-out samples. The line through each "
+            "point is its bootstrap interval. 0.01 means that the predicted noise moves by one hundredth of "
+            "its own mean square."
+            if criterion == "output-mse"
+            else f"Criterion `{criterion}`. The line is the bootstrap interval.",
+            lambda theme: draw_importance(importance, theme),
+        ),
+        _importance_table(importance),
+    ]
+    return tuple(parts)
+
+
+def _importance_table(importance: pd.DataFrame) -> Table:
+    rows = tuple(
+        (
+            f"{row.group}{'*' if row.starred else ''}",
+            str(row.kind),
+            short_number(row.impact),
+            f"{short_number(row.low)} to {short_number(row.high)}",
+            count(row.samples),
+        )
+        for row in importance.itertuples()
+    )
+    header = ("Group", "Kind", "Impact", "Interval", "Samples")
+    return Table("All scores", header, rows, "importance.csv", left=2, folded=True)
+
+
+def _costs(tables: RunTables) -> tuple[Part, ...]:
+    if tables.costs is None:
+        return (not_run("costs have not been counted", "run --config FILE.toml"),)
+    costs, importance = tables.costs, tables.importance
+    rows = tuple(
+        (str(row.name), str(row.kind), count(row.params), amount(row.macs), amount(row.attention_macs))
+        for row in costs.drop(columns="name").assign(name=costs["name"]).itertuples(index=False)
+    )
+    parts: list[Part] = [
+        Drawing(
+            "costs",
+            "Parameters and multiply-adds of every block, sampler and the rest, beside the impact of removal.",
+            "Blocks in the order of execution, then the samplers and the rest; they add up to the whole U-Net. "
+            "The cost of a plan is the whole less the blocks it removes. One fused multiply-add counts as one.",
+            lambda theme: draw_costs(costs, importance, theme),
+        ),
+        Table(
+            "All costs",
+            ("Part", "Kind", "Parameters", "MACs (whole)", "of these attention products"),
+            rows,
+            "costs.csv",
+            left=2,
+            folded=True,
+        ),
+    ]
+    if tables.pipeline is not None:
+        shares = tuple(
+            (
+                str(row["part"]).replace("_", " "),
+                count(row["calls"]),
+                count(row["params"]),
+                amount(row["macs"]),
+                milliseconds(row["median_ms"]),
+                UNKNOWN if is_missing(row["share"]) else f"{100 * row['share']:.1f}{NARROW}%",
+            )
+            for row in tables.pipeline.to_dict("records")
+        )
+        header = ("Part of the pipeline", "Calls", "Parameters", "MACs", "Median time", "Share of time")
+        parts.append(Table("Where the time of one picture goes", header, shares, "pipeline.csv"))
+    return tuple(parts)
+
+
+def _reductions(tables: RunTables) -> tuple[Part, ...]:
+    if tables.reductions is None:
+        return (not_run("no reductions have been counted", "run --config FILE.toml"),)
+    timed = "median_ms" in tables.reductions
+    parts: list[Part] = [
+        Text(
+            (
+                "Two ways of counting multiply-adds (MACs), never mixed: *whole* counts everything; *paper* leaves "
+                "out the products inside attention, as the figures published with BK-SDM do.",
+            )
+        )
+    ]
+    for model, frame in tables.reductions.groupby("model", sort=False):
+        has_times = timed and bool(frame["median_ms"].notna().any())
+        header = ["Plan", "Blocks removed", "Parameters", "change", "MACs (whole)", "change"]
+        header += ["MACs (paper)", "change", "Loads in plain diffusers"]
+        rows = []
+        for index, row in enumerate(frame.to_dict("records")):
+            first = index == 0
+            cells = [str(row["plan"]), count(row["blocks_removed"])]
+            for column, words in (("params", count), ("macs", amount), ("paper_macs", amount)):
+                cells += [words(row[column]), "" if first else change(row[f"{column}_change"])]
+            cells.append("yes" if str(row["native"]) == "True" else "no")
+            if has_times:
+                cells.append(milliseconds(row["median_ms"]))
+                cells.append("" if first else change(row.get("latency_change")))
+            rows.append(tuple(cells))
+        header += ["Median time", "change"] if has_times else []
+        parts.append(Table(f"{model}", tuple(header), tuple(rows), "reductions.csv"))
+    return tuple(parts)
+
+
+def _candidates(tables: RunTables) -> tuple[Part, ...]:
+    if not tables.plans:
+        return (not_run("no candidates have been chosen", "search"),)
+    styles = plan_styles(tables.plans)
+    rows = tuple(
+        (plan.label, plan.origin, str(len(plan.removed)), " ".join(plan.removed), plan.id)
+        for plan in tables.plans
+    )
+    header = ("Plan", "Origin", "Blocks removed", "Which", "Id")
+    listing = Table("What each candidate removes", header, rows, left=5, folded=True)
+    if tables.blocks is None:
+        return (listing,)
+    frame = block_map_frame(tables.blocks, tables.importance)
+    return (
+        Drawing(
+            "plans",
+            "One small map of the U-Net per candidate with the removed blocks as dashed outlines.",
+            "Dashed outlines are removed blocks; the others keep the colour of their impact. Controls are the plans of "
+            "the paper, searched plans are the best that the solver found under the budget of a control.",
+            lambda theme: draw_plan_maps(frame, tables.plans, styles, theme),
+        ),
+        listing,
+    )
+
+
+def _ranking(tables: RunTables) -> tuple[Part, ...]:
+    ranking = tables.ranking
+    if ranking is None:
+        return (not_run("the candidates have not been ranked", "rank"),)
+    styles = plan_styles(tables.plans)
+    parts: list[Part] = []
+    if len(measured(ranking)):
+        parts.append(
+            Drawing(
+                "quality",
+                "Held-out loss and CLIP score against multiply-adds and parameters for every candidate.",
+                "Hollow marks are candidates as pruned, filled ones after distillation, the square and the dashed line "
+                "the teacher. The grey staircase is the Pareto front of its panel: the best that is to be had at each "
+                "cost. In the table, *on the front* is about parameters, multiply-adds and loss together.",
+                lambda theme: draw_quality_plane(ranking, styles, theme),
+            )
+        )
+    parts.append(_ranking_table(ranking))
+    out = left_out(ranking)
+    if len(out):
+        rows = tuple((str(row.plan), str(row.status), str(row.reason)) for row in out.itertuples())
+        parts.append(Table("Left out, and why", ("Plan", "Status", "Reason"), rows, left=3))
+    else:
+        parts.append(Text(("No candidate was left out.",)))
+    if (measured(ranking)["impact_one_shot"] > 0).sum() > 1:
+        parts.append(
+            Drawing(
+                "prediction",
+                "Impact in one shot against held-out loss before and after distillation.",
+                "Does the cheap score foretell the outcome? Each mark is one candidate; points on a rising line would "
+                "mean yes.",
+                lambda theme: draw_prediction(ranking, styles, theme),
+            )
+        )
+    return tuple(parts)
+
+
+def _ranking_table(ranking: pd.DataFrame) -> Table:
+    header = (
+        *("Rank", "Plan", "Origin", "Blocks removed", "Parameters", "MACs (whole)", "Median time"),
+        *("Impact in one shot", "Loss before", "Loss after", "CLIP before", "CLIP after", "On the front"),
+    )
+    rows = tuple(
+        (
+            count(row["rank"]),
+            str(row["plan"]),
+            str(row["origin"]),
+            count(row["blocks_removed"]),
+            amount(row["params"]),
+            amount(row["macs"]),
+            milliseconds(row["median_ms"]),
+            short_number(row["impact_one_shot"]),
+            *(figure3(row[column]) for column in ("loss_before", "loss_after", "clip_before", "clip_after")),
+            UNKNOWN
+            if is_missing(row["pareto"])
+            else "yes"
+            if str(row["pareto"]) in ("True", "1.0", "1")
+            else "no",
+        )
+        for row in ranking.to_dict("records")
+    )
+    return Table("Ranking", header, rows, "ranking.csv", left=3)
+
+
+def _distillation(tables: RunTables) -> tuple[Part, ...]:
+    if not tables.recoveries:
+        return (not_run("no candidate has been distilled", "distill"),)
+    styles = plan_styles(tables.plans)
+    curves = curve_frame(tables)
+    settings: dict[str, Any] = tables.settings.get("distill", {})
+    shown = ("steps", "batch", "learning_rate", "task_weight", "output_weight", "feature_weight", "seed")
+    told = ", ".join(f"{key.replace('_', ' ')} {settings[key]:g}" for key in shown if key in settings)
+    return (
+        Drawing(
+            "curves",
+            "Held-out loss and the task, output and feature losses of every candidate over the distillation steps.",
+            "Every candidate sees the same pictures, noise and timesteps in the same order"
+            + (f" ({told})." if told else "."),
+            lambda theme: draw_curves(curves, tables.plans, styles, theme),
+        ),
+    )
+
+
+def _pictures(tables: RunTables) -> tuple[Part, ...]:
+    if tables.teacher_pictures is None:
+        return (not_run("no pictures have been drawn", "rank"),)
+    prompts: list[str] = list(tables.setting("evaluate", "prompts") or ())
+    seeds: list[int] = list(tables.setting("evaluate", "seeds") or (0,))
+    steps, guidance = tables.setting("evaluate", "steps"), tables.setting("evaluate", "guidance")
+    how = f"; {steps} sampler steps, guidance {guidance}" if steps and guidance is not None else ""
+    whose = "" if prompts else " The prompts are captions of held-out pictures."
+    intro = Text((f"The same prompts and seeds for all models{how}.{whose}",))
+    styles = plan_styles(tables.plans)
+    several = len(seeds) > 1
+    labels = [f"{prompt} (seed {seed})" if several else prompt for prompt in prompts for seed in seeds]
+    parts: list[Part] = [intro]
+    # Six candidates in two states are as many columns as a page can show with pictures that can still be seen.
+    sheets = max(1, -(-len(tables.pictures) // 6))
+    per_sheet = max(1, -(-len(tables.pictures) // sheets))
+    for sheet in range(sheets):
+        group = tables.pictures[sheet * per_sheet : (sheet + 1) * per_sheet]
+        columns = comparison_columns(tables.teacher_pictures, group, len(labels)) if labels else None
+        if columns is None:
+            parts += _grids(tables.teacher_pictures, group)
+        else:
+            parts.append(
+                Drawing(
+                    f"pictures-{sheet + 1}",
+                    "Pictures drawn by the teacher and by every candidate as pruned and after distillation.",
+                    "One row per prompt and seed. Per candidate: as pruned, then after distillation.",
+                    lambda theme, columns=columns: draw_comparison(columns, labels, styles, theme),  # type: ignore[misc]
+                )
+            )
+    return tuple(parts)
+
+
+def _grids(teacher: Path, sets: Sequence[PictureSet]) -> list[Part]:
+    """The grids as they were written, for when they cannot be taken apart."""
+    if not sets:
+        return [Grid("Teacher", (("teacher", teacher),))]
+    grids: list[Part] = []
+    for one in sets:
+        versions = (("teacher", teacher), ("pruned", one.pruned), ("distilled", one.distilled))
+        shown = tuple((label, path) for label, path in versions if path is not None)
+        grids.append(Grid(f"{one.plan.label}, {len(one.plan.removed)} blocks removed", shown))
+    return grids
+
+
+def _conditions(tables: RunTables) -> tuple[Part, ...]:
+    parts: list[Part] = []
+    if tables.environment:
+        rows = tuple((key.replace("_", " "), str(value)) for key, value in tables.environment.items())
+        parts.append(Table("Environment of the measurements", ("Item", "Value"), rows, left=2))
+    else:
+        parts.append(Text(("The environment of this run was not recorded.",), note=True))
+    if tables.steps is not None:
+        times = tuple((str(row.step), f"{row.seconds:,.1f}{NARROW}s") for row in tables.steps.itertuples())
+        caption = "Time of each step when the job was last done (finished steps are only read again)"
+        parts.append(Table(caption, ("Step", "Time"), times, "steps.csv", left=1))
+    parts.append(
+        Text(
+            (
+                "Exact numbers are in the CSV files beside this page. Times hold for the machine above and nothing "
+                f"else; parameters and multiply-adds hold everywhere. A dash ({UNKNOWN}) means not measured.",
+            )
+        )
+    )
+    return tuple(parts)

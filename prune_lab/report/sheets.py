@@ -1,0 +1,118 @@
+"""Picture grids taken apart and put side by side: one row per prompt and seed, one column per model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from textwrap import wrap
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+from prune_lab.report.figures import PlanStyle, Theme, new_figure
+from prune_lab.report.tables import PictureSet
+
+GAP = 2  # white pixels between two pictures of a grid
+_LABEL = 2.6  # width of the prompts in pictures
+_HEAD = 0.95  # height of the column titles in pictures
+_SPACE = 0.06  # between two pictures of a sheet, and 0.3 between two candidates
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """The pictures of one model in one state, in the order of prompts and seeds."""
+
+    plan_id: str  # empty for the teacher
+    title: str
+    state: str
+    pictures: tuple[NDArray[np.uint8], ...]
+
+
+def split_grid(path: Path, count: int) -> tuple[NDArray[np.uint8], ...] | None:
+    """The ``count`` square pictures (H, W, 3) of the grid in ``path``, row by row; ``None`` when they do not fit it.
+
+    The grid does not say how many columns it has; the pictures being square leaves one answer, or the fewest columns.
+    """
+    with Image.open(path) as image:
+        sheet = np.asarray(image.convert("RGB"))
+    height, width = sheet.shape[:2]
+    for columns in range(1, count + 1):
+        rows = math.ceil(count / columns)
+        step, rest = divmod(width + GAP, columns)
+        if rest == 0 and step > GAP and rows * step == height + GAP:
+            corners = [((i // columns) * step, (i % columns) * step) for i in range(count)]
+            side = step - GAP
+            return tuple(sheet[top : top + side, left : left + side] for top, left in corners)
+    return None
+
+
+def comparison_columns(teacher: Path, sets: Sequence[PictureSet], count: int) -> tuple[Column, ...] | None:
+    """The teacher's column, then two for each candidate; ``None`` when a grid cannot be taken apart."""
+    grids = [("", "teacher", "", teacher)]
+    for one in sets:
+        for state, path in (("pruned", one.pruned), ("distilled", one.distilled)):
+            if path is not None:
+                grids.append((one.plan.id, one.plan.label, state, path))
+    columns = []
+    for plan_id, title, state, path in grids:
+        pictures = split_grid(path, count)
+        if pictures is None:
+            return None
+        columns.append(Column(plan_id, title, state, pictures))
+    return tuple(columns)
+
+
+def draw_comparison(
+    columns: Sequence[Column], labels: Sequence[str], styles: Mapping[str, PlanStyle], theme: Theme
+) -> Figure:
+    """All ``columns`` beside each other, the prompt of each row on the left, plan names in their colours on top."""
+    steps = [0.0] + [1 + (0.3 if a.plan_id != b.plan_id else _SPACE) for a, b in pairwise(columns)]
+    lefts = np.cumsum(steps)
+    width = _LABEL + float(lefts[-1]) + 1
+    height = len(labels) * (1 + _SPACE) + _HEAD
+    scale = 11 / width
+    figure = new_figure(theme, 11, height * scale)
+    figure.set_layout_engine("none")
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    axes.set_xlim(-_LABEL, float(lefts[-1]) + 1)
+    axes.set_ylim(height - _HEAD, -_HEAD)
+    size = min(8.0, 15.0 * scale)
+    seen: set[str] = set()
+    for left, column in zip(lefts, columns, strict=True):
+        color = styles[column.plan_id].color if column.plan_id else theme.text
+        if column.title not in seen:
+            title = "\n".join(wrap(column.title, 17))
+            axes.text(
+                left, -0.38, title, fontsize=size, weight="bold", color=color, va="bottom", linespacing=1.15
+            )
+            seen.add(column.title)
+        axes.text(left, -0.1, column.state, fontsize=size, color=theme.muted, va="bottom")
+        for row, picture in enumerate(column.pictures):
+            top = row * (1 + _SPACE)
+            axes.imshow(picture, extent=(left, left + 1, top + 1, top), interpolation="none", aspect="auto")
+    for row, label in enumerate(labels):
+        middle = row * (1 + _SPACE) + 0.5
+        text = "\n".join(_wrapped(label, 24))
+        axes.text(
+            -0.12, middle, text, fontsize=size, color=theme.text, ha="right", va="center", linespacing=1.25
+        )
+    axes.set_xlim(-_LABEL, float(lefts[-1]) + 1)
+    axes.set_ylim(height - _HEAD, -_HEAD)
+    return figure
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """``text`` in lines of about ``width`` characters, four at most."""
+    lines = [""]
+    for word in text.replace("$", r"\$").split():
+        if lines[-1] and len(lines[-1]) + len(word) > width:
+            lines.append(word)
+        else:
+            lines[-1] = f"{lines[-1]} {word}".strip()
+    return lines if len(lines) <= 4 else [*lines[:3], lines[3] + " ..."]

@@ -1,0 +1,283 @@
+"""What the files of a run folder hold, as tables ready to be drawn: joins and selections, no new numbers.
+
+Every table may be missing: a run folder is readable after any step. A missing file is ``None`` here and
+"not run yet" on the page; a missing cell stays missing and is never a zero.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from prune_lab.errors import DataError, RunError
+from prune_lab.runs import Run
+from prune_lab.runtime import read_json
+
+BLOCK_COLUMNS = (
+    "name",
+    "stage",
+    "kind",
+    "in_channels",
+    "out_channels",
+    "params",
+    "macs",
+    "removable",
+    "reason",
+)
+IMPORTANCE_COLUMNS = ("group", "kind", "blocks", "starred", "impact", "low", "high", "samples", "criterion")
+COST_COLUMNS = ("name", "kind", "params", "macs", "attention_macs", "paper_macs")
+REDUCTION_COLUMNS = (
+    *("model", "plan", "params", "params_change", "macs", "macs_change"),
+    *("paper_macs", "paper_macs_change", "blocks_removed", "native"),
+)
+PIPELINE_COLUMNS = ("part", "calls", "params", "macs", "median_ms", "share")
+RANKING_COLUMNS = (
+    *("rank", "plan", "plan_id", "origin", "blocks_removed", "params", "macs", "paper_macs", "median_ms"),
+    *(
+        "impact_one_shot",
+        "loss_before",
+        "loss_after",
+        "clip_before",
+        "clip_after",
+        "pareto",
+        "status",
+        "reason",
+    ),
+)
+RECOVERY_COLUMNS = ("step", "task", "output", "feature", "total", "validation")
+
+MAP_COLUMNS = ("name", "stage", "kind", "position", "removable", "impact", "low", "high")
+CURVE_COLUMNS = ("plan", "plan_id", "step", "part", "value")
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRow:
+    """A plan as the report needs it: what it is called and what it removes."""
+
+    id: str
+    label: str
+    origin: str
+    removed: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PictureSet:
+    """Pictures of one candidate for the same prompts and seeds as the teacher's."""
+
+    plan: PlanRow
+    pruned: Path | None
+    distilled: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunTables:
+    """Everything a report shows, read from one run folder; a step that has not been run is ``None`` or empty."""
+
+    title: str
+    model: str
+    settings: Mapping[str, Any]
+    config_digest: str
+    environment: Mapping[str, Any]
+    blocks: pd.DataFrame | None = None
+    importance: pd.DataFrame | None = None
+    costs: pd.DataFrame | None = None
+    reductions: pd.DataFrame | None = None
+    pipeline: pd.DataFrame | None = None
+    ranking: pd.DataFrame | None = None
+    steps: pd.DataFrame | None = None
+    recoveries: Mapping[str, pd.DataFrame] = field(default_factory=dict)  # by plan id
+    plans: tuple[PlanRow, ...] = ()
+    teacher_pictures: Path | None = None
+    pictures: tuple[PictureSet, ...] = ()
+
+    def setting(self, section: str, key: str) -> Any:
+        """The value of ``key`` in ``[section]`` of the run's settings, ``None`` when it is not there."""
+        return self.settings.get(section, {}).get(key)
+
+
+def read_run(run: Run) -> RunTables:
+    """The tables of ``run`` as far as it has come.
+
+    Raises RunError when the folder holds neither a configuration nor any table, DataError when a file is there but
+    lacks a column.
+    """
+    settings, digest = _read_settings(run.config)
+    blocks = _read_table(run.blocks, BLOCK_COLUMNS)
+    importance = _read_table(run.importance, IMPORTANCE_COLUMNS)
+    reductions = _read_table(run.reductions, REDUCTION_COLUMNS)
+    if not settings and blocks is None and importance is None and reductions is None:
+        raise RunError(
+            f"asked for a report on {run.folder}, found none of config.toml, blocks.csv, importance.csv and "
+            "reductions.csv there; make a run first, for example: prune-lab run --config FILE.toml --run DIR"
+        )
+    ranking = _read_table(run.ranking, RANKING_COLUMNS)
+    plans = _read_plans(run, ranking)
+    candidates = {plan.id: run.candidate(plan.id) for plan in plans}
+    recoveries = {
+        plan_id: table
+        for plan_id, paths in candidates.items()
+        if (table := _read_table(paths.recovery, RECOVERY_COLUMNS)) is not None
+    }
+    sets = [
+        PictureSet(
+            plan,
+            _if_there(candidates[plan.id].pictures_pruned),
+            _if_there(candidates[plan.id].pictures_distilled),
+        )
+        for plan in plans
+    ]
+    model = str(settings.get("model", "")) or _model_named_in(importance, reductions)
+    return RunTables(
+        title=str(settings.get("report", {}).get("title") or f"Pruning {model}"),
+        model=model,
+        settings=settings,
+        config_digest=digest,
+        environment=_read_environment(run.environment),
+        blocks=blocks,
+        importance=importance,
+        costs=_read_table(run.costs, COST_COLUMNS),
+        reductions=reductions,
+        pipeline=_read_table(run.pipeline_profile, PIPELINE_COLUMNS),
+        ranking=ranking,
+        steps=_read_table(run.folder / "steps.csv", ("step", "seconds")),
+        recoveries=recoveries,
+        plans=plans,
+        teacher_pictures=_if_there(run.teacher_pictures),
+        pictures=tuple(one for one in sets if one.pruned or one.distilled),
+    )
+
+
+# Tables for the figures ------------------------------------------------------------------------------------------
+
+
+def block_map_frame(blocks: pd.DataFrame, importance: pd.DataFrame | None) -> pd.DataFrame:
+    """One row per block in order of execution with its place in its stage and its impact (NaN: not scored)."""
+    frame = blocks[["name", "stage", "kind", "removable"]].copy()
+    frame["position"] = frame.groupby("stage", sort=False).cumcount()
+    scores = pd.DataFrame(columns=["name", "impact", "low", "high"])
+    if importance is not None:
+        scores = importance.loc[importance["kind"] == "block", ["group", "impact", "low", "high"]]
+        scores = scores.rename(columns={"group": "name"})
+    joined = frame.merge(scores, on="name", how="left", validate="one_to_one")
+    return joined.loc[:, list(MAP_COLUMNS)]
+
+
+def importance_frame(importance: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """The scores of the groups of one ``kind`` (block, pair, stage), most valuable first."""
+    return importance[importance["kind"] == kind].sort_values("impact", ascending=False, ignore_index=True)
+
+
+def curve_frame(tables: RunTables) -> pd.DataFrame:
+    """Every logged loss of every candidate: plan, plan_id, step, part (task, output, feature, validation), value."""
+    parts = ["task", "output", "feature", "validation"]
+    pieces = [
+        recovery.melt(id_vars="step", value_vars=parts, var_name="part", value_name="value").assign(
+            plan=plan.label, plan_id=plan.id
+        )
+        for plan in tables.plans
+        if (recovery := tables.recoveries.get(plan.id)) is not None
+    ]
+    if not pieces:
+        return pd.DataFrame(columns=list(CURVE_COLUMNS))
+    return pd.concat(pieces, ignore_index=True).dropna(subset="value")[list(CURVE_COLUMNS)]
+
+
+def measured(ranking: pd.DataFrame) -> pd.DataFrame:
+    """The rows of candidates that have a held-out loss, before or after; the teacher is not one of them."""
+    return ranking[
+        ranking[["loss_before", "loss_after"]].notna().any(axis=1) & (ranking["origin"] != "teacher")
+    ]
+
+
+def teacher_row(ranking: pd.DataFrame) -> pd.Series[Any] | None:
+    """The teacher's row, ``None`` when it was not measured."""
+    rows = ranking[ranking["origin"] == "teacher"]
+    return None if rows.empty else rows.iloc[0]
+
+
+def left_out(ranking: pd.DataFrame) -> pd.DataFrame:
+    """The candidates without a rank, with the reason; the teacher, which competes with nobody, is not among them."""
+    return ranking[ranking["rank"].isna() & (ranking["origin"] != "teacher")]
+
+
+# Reading ---------------------------------------------------------------------------------------------------------
+
+
+def _read_settings(path: Path) -> tuple[dict[str, Any], str]:
+    if not path.exists():
+        return {}, ""
+    content = path.read_bytes()
+    try:
+        settings = tomllib.loads(content.decode("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"asked to read {path} as TOML, found {error}; write the file again") from None
+    return settings, hashlib.sha256(content).hexdigest()[:12]
+
+
+def _read_environment(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise DataError(f"asked to read {path}, found {type(value).__name__}; it should be a JSON object")
+    return value
+
+
+def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame | None:
+    if not path.exists():
+        return None
+    try:
+        frame = pd.read_csv(path, dtype={"plan_id": str})  # an id may look like a number: 12e4...
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"asked to read {path} as CSV, found {error}; delete it and run the step again"
+        ) from None
+    if missing := [column for column in columns if column not in frame]:
+        raise DataError(
+            f"asked to read {path}, found no column {', '.join(missing)}; delete it and run the step again"
+        )
+    return frame
+
+
+def _read_plans(run: Run, ranking: pd.DataFrame | None) -> tuple[PlanRow, ...]:
+    """The plans of ``run`` that remove something, controls before searched ones, each group by size."""
+    named: dict[str, tuple[str, str]] = {}
+    if ranking is not None:
+        rows = ranking[ranking["origin"] != "teacher"]
+        named = {str(row.plan_id): (str(row.plan), str(row.origin)) for row in rows.itertuples()}
+    plans = []
+    for plan_id in run.plan_ids():
+        path = run.plan(plan_id)
+        value = read_json(path)
+        if not isinstance(value, dict) or not isinstance(value.get("removed"), list):
+            raise DataError(
+                f"asked to read the plan {path}, found no list `removed` in it; write the plan again"
+            )
+        name = str(value.get("name") or "")
+        label, origin = named.pop(plan_id, (name or plan_id, ""))
+        origin = origin or ("control" if name.startswith("bk-") else "search")
+        plans.append(PlanRow(plan_id, label, origin, tuple(map(str, value["removed"]))))
+    if named:
+        raise DataError(
+            f"{run.ranking} ranks the plan {next(iter(named))}, found no such file in {run.plans_dir}; "
+            "delete ranking.csv and rank again"
+        )
+    kept = [plan for plan in plans if plan.removed]
+    return tuple(sorted(kept, key=lambda plan: (plan.origin != "control", len(plan.removed), plan.label)))
+
+
+def _model_named_in(*tables: pd.DataFrame | None) -> str:
+    for table in tables:
+        if table is not None and "model" in table and len(table):
+            return str(table["model"].iloc[0])
+    return "a U-Net"
+
+
+def _if_there(path: Path) -> Path | None:
+    return path if path.exists() else None

@@ -1,0 +1,336 @@
+"""A run folder with made-up numbers, for tests of what only reads run folders. Nothing here was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from itertools import pairwise
+from pathlib import Path
+
+import pandas as pd
+from PIL import Image, ImageDraw
+
+STAGES = {
+    "Dn1": "R1 A1 R2 A2",
+    "Dn2": "R1 A1 R2 A2",
+    "Dn3": "R1 A1 R2 A2",
+    "Dn4": "R1 R2",
+    "Md": "R1 A1 R2",
+    "Up1": "R1 R2 R3",
+    "Up2": "R1 A1 R2 A2 R3 A3",
+    "Up3": "R1 A1 R2 A2 R3 A3",
+    "Up4": "R1 A1 R2 A2 R3 A3",
+}
+STARRED = ("Dn2.R1", "Dn3.R1", "Up3.R1", "Up4.R1")
+WIDTHS = {
+    "Dn1": 32,
+    "Dn2": 64,
+    "Dn3": 128,
+    "Dn4": 128,
+    "Md": 128,
+    "Up1": 128,
+    "Up2": 128,
+    "Up3": 64,
+    "Up4": 32,
+}
+DEPTHS = {"Dn1": 0, "Dn2": 1, "Dn3": 2, "Dn4": 3, "Md": 4, "Up1": 3, "Up2": 2, "Up3": 1, "Up4": 0}
+NAMES = tuple(f"{stage}.{block}" for stage, blocks in STAGES.items() for block in blocks.split())
+SECONDS = tuple(name for name in NAMES if name.endswith("2") and not name.startswith("Md"))
+MIDDLE = ("Md.R1", "Md.A1", "Md.R2")
+PLANS = {
+    "bk-base": SECONDS,
+    "bk-small": (*SECONDS, *MIDDLE),
+    "bk-tiny": (*SECONDS, *MIDDLE, "Dn4.R1", "Up1.R1", "Up1.R3"),
+    "search-params-bk-base-1": (*MIDDLE, "Dn4.R1", "Dn4.R2", "Up1.R1", "Up1.R2", "Up1.R3", "Dn3.A2"),
+    "search-params-bk-small-1": (
+        *MIDDLE,
+        "Dn4.R1",
+        "Dn4.R2",
+        "Up1.R1",
+        "Up1.R2",
+        "Up1.R3",
+        "Dn3.R2",
+        "Dn3.A2",
+        "Up2.A2",
+    ),
+}
+LEFT_OUT_REASON = "distillation stopped at step 40: the loss is not a number"
+
+
+def plan_id(name: str) -> str:
+    return f"{list(PLANS).index(name) + 1:012x}"
+
+
+def write_blocks(folder: Path) -> None:
+    rows = []
+    for name in NAMES:
+        stage, short = name.split(".")
+        width = WIDTHS[stage]
+        kind = "attention" if short.startswith("A") else "resnet"
+        params = width * width * (18 if kind == "resnet" else 14)
+        side = 16 >> min(DEPTHS[stage], 3)
+        macs = params * side * side
+        rows.append(
+            {
+                "name": name,
+                "path": f"made.up.{name}",
+                "stage": stage,
+                "kind": kind,
+                "in_channels": width * (2 if stage.startswith("Up") and kind == "resnet" else 1),
+                "out_channels": width,
+                "skip_channels": width if stage.startswith("Up") and kind == "resnet" else 0,
+                "transformer_layers": 1 if kind == "attention" else 0,
+                "params": params,
+                "macs": macs,
+                "attention_macs": macs // 5 if kind == "attention" else 0,
+                "removable": name not in STARRED,
+                "reason": "changes the width" if name in STARRED else "",
+            }
+        )
+    pd.DataFrame(rows).to_csv(folder / "blocks.csv", index=False)
+
+
+def write_importance(folder: Path) -> None:
+    draw = random.Random(7)
+    rows = []
+
+    def add(group: str, kind: str, blocks: list[str], impact: float) -> None:
+        spread = math.exp(draw.uniform(0.1, 0.6))
+        rows.append(
+            {
+                "group": group,
+                "kind": kind,
+                "blocks": " ".join(blocks),
+                "starred": any(block in STARRED for block in blocks),
+                "impact": impact,
+                "low": impact / spread if group != "Md.A1" else -impact,
+                "high": impact * spread,
+                "samples": 64,
+                "criterion": "output-mse",
+                "probe": "0123456789abcdef",
+                "model": "reference",
+            }
+        )
+
+    impacts = {
+        name: 10 ** (-0.2 - 0.75 * DEPTHS[name.split(".")[0]] - draw.uniform(0, 0.9)) for name in NAMES
+    }
+    for name in NAMES:
+        add(name, "block", [name], impacts[name])
+    for stage, blocks in STAGES.items():
+        short = blocks.split()
+        for left, right in pairwise(short):
+            if left[0] == "R" and right[0] == "A" and f"{stage}.{left}" not in STARRED:
+                members = [f"{stage}.{left}", f"{stage}.{right}"]
+                add(f"{stage}.{left}+{right}", "pair", members, 1.2 * sum(impacts[one] for one in members))
+        members = [f"{stage}.{one}" for one in short if f"{stage}.{one}" not in STARRED]
+        add(stage, "stage", members, 1.5 * sum(impacts[one] for one in members))
+    pd.DataFrame(rows).to_csv(folder / "importance.csv", index=False)
+
+
+def write_costs(folder: Path) -> None:
+    blocks = pd.read_csv(folder / "blocks.csv")
+    rows = blocks[["name", "params", "macs", "attention_macs"]].assign(kind="block")
+    extra = pd.DataFrame(
+        [
+            {"name": "Dn1.down", "kind": "sampler", "params": 9248, "macs": 600_000, "attention_macs": 0},
+            {"name": "Up1.up", "kind": "sampler", "params": 147_584, "macs": 2_400_000, "attention_macs": 0},
+            {"name": "rest", "kind": "rest", "params": 90_000, "macs": 900_000, "attention_macs": 0},
+        ]
+    )
+    costs = pd.concat([rows, extra], ignore_index=True)
+    costs["paper_macs"] = costs["macs"] - costs["attention_macs"]
+    columns = ["name", "kind", "params", "macs", "attention_macs", "paper_macs"]
+    costs[columns].to_csv(folder / "costs.csv", index=False)
+    write_reductions(folder, costs)
+    pd.DataFrame(
+        [
+            ("text_encoder", 2, 830_000, 10_000_000, 3.1, 0.02),
+            ("unet", 50, 8_770_000, 9_500_000_000, 1312.0, 0.88),
+            ("vae_decoder", 1, 1_200_000, 700_000_000, 148.0, 0.1),
+        ],
+        columns=["part", "calls", "params", "macs", "median_ms", "share"],
+    ).to_csv(folder / "pipeline.csv", index=False)
+
+
+def plan_cost(costs: pd.DataFrame, removed: tuple[str, ...], column: str) -> int:
+    return int(costs.loc[~costs["name"].isin(removed), column].sum())
+
+
+def write_reductions(folder: Path, costs: pd.DataFrame) -> None:
+    rows = []
+    for model, factor in (("reference", 1), ("sd-v1.4", 97)):
+        teacher = {
+            column: factor * plan_cost(costs, (), column) for column in ("params", "macs", "paper_macs")
+        }
+        for name, removed in {
+            "teacher": (),
+            **{k: v for k, v in PLANS.items() if k.startswith("bk")},
+        }.items():
+            row: dict[str, object] = {"model": model, "plan": name}
+            for column, whole in teacher.items():
+                own = factor * plan_cost(costs, removed, column)
+                row |= {column: own, f"{column}_change": own / whole - 1}
+            row |= {"blocks_removed": len(removed), "native": True}
+            if model == "reference":
+                row |= {"median_ms": 40.0 - len(removed), "latency_change": -len(removed) / 40.0}
+            rows.append(row)
+    pd.DataFrame(rows).to_csv(folder / "reductions.csv", index=False)
+
+
+def write_plans(folder: Path) -> None:
+    (folder / "plans").mkdir()
+    for name, removed in PLANS.items():
+        value = {"id": plan_id(name), "name": name, "architecture": "made-up", "removed": list(removed)}
+        (folder / "plans" / f"{plan_id(name)}.json").write_text(json.dumps(value))
+
+
+def write_candidates(folder: Path) -> None:
+    for index, name in enumerate(PLANS):
+        home = folder / "candidates" / plan_id(name)
+        home.mkdir(parents=True)
+        draw = random.Random(index)
+        rows = []
+        for step in range(0, 301, 10):
+            if name == "search-params-bk-small-1" and step > 40:
+                break
+            fade = math.exp(-step / 90) * (1 + 0.4 * index)
+            task, output, feature = (
+                base * (0.3 + fade) * draw.uniform(0.8, 1.25) for base in (0.12, 0.04, 2.5)
+            )
+            validation = 0.09 + 0.3 * fade if step % 100 == 0 else None
+            rows.append((step, task, output, feature, task + output + feature, validation, 5e-5, step * 0.4))
+        columns = ["step", "task", "output", "feature", "total", "validation", "learning_rate", "seconds"]
+        pd.DataFrame(rows, columns=columns).to_csv(home / "recovery.csv", index=False)
+
+
+def write_ranking(folder: Path) -> None:
+    costs = pd.read_csv(folder / "costs.csv")
+
+    def row(rank: int | None, name: str, origin: str, **rest: object) -> dict[str, object]:
+        removed = PLANS.get(name, ())
+        own = {column: plan_cost(costs, removed, column) for column in ("params", "macs", "paper_macs")}
+        start = {
+            "rank": rank,
+            "plan": name,
+            "plan_id": "f" * 12 if name == "teacher" else plan_id(name),
+            "origin": origin,
+        }
+        return start | {"blocks_removed": len(removed)} | own | {"median_ms": 40.0 - len(removed)} | rest
+
+    def measured(shot: float, before: float, after: float, clip: float, pareto: bool) -> dict[str, object]:
+        losses = {"impact_one_shot": shot, "loss_before": before, "loss_after": after}
+        return losses | {"clip_before": clip - 0.1, "clip_after": clip, "pareto": pareto, "status": "ranked"}
+
+    rows = [
+        row(0, "teacher", "teacher", pareto=True, loss_before=0.081, loss_after=0.081, clip_before=0.36,
+            clip_after=0.36, impact_one_shot=0.0, status="teacher"),
+        row(1, "search-params-bk-base-1", "search", **measured(0.004, 0.092, 0.0858, 0.352, True)),
+        row(2, "bk-base", "control", **measured(0.31, 0.34, 0.0991, 0.331, True)),
+        row(3, "bk-small", "control", **measured(0.35, 0.39, 0.1012, 0.322, True)),
+        row(4, "bk-tiny", "control", **measured(0.41, 0.52, 0.1105, 0.309, False)),
+        row(None, "search-params-bk-small-1", "search", impact_one_shot=0.03, loss_before=0.12, status="failed",
+            reason=LEFT_OUT_REASON),
+    ]  # fmt: skip
+    columns = [
+        *("rank", "plan", "plan_id", "origin", "blocks_removed", "params", "macs", "paper_macs", "median_ms"),
+        *(
+            "impact_one_shot",
+            "loss_before",
+            "loss_after",
+            "clip_before",
+            "clip_after",
+            "pareto",
+            "status",
+            "reason",
+        ),
+    ]
+    pd.DataFrame(rows, columns=columns).to_csv(folder / "ranking.csv", index=False)
+
+
+def write_pictures(folder: Path) -> None:
+    """Grids of 4 prompts x 2 seeds, 64 px each with 2 between; a disc whose colour tells prompt, seed and model."""
+    (folder / "steps.csv").write_text("step,seconds\nscores,31.25\ndistillation,1204.5\n")
+    (folder / "pictures").mkdir()
+    targets = [(folder / "pictures" / "teacher.png", 0)]
+    for index, name in enumerate(PLANS):
+        home = folder / "candidates" / plan_id(name)
+        targets.append((home / "pictures_pruned.png", 40 + 40 * index))
+        if name != "search-params-bk-small-1":
+            targets.append((home / "pictures_distilled.png", 20 + 40 * index))
+    for path, shade in targets:
+        sheet = Image.new("RGB", (4 * 66 - 2, 2 * 66 - 2), "white")
+        pen = ImageDraw.Draw(sheet)
+        for column in range(4):
+            for row in range(2):
+                x, y = 66 * column, 66 * row
+                pen.ellipse((x + 8, y + 8, x + 56, y + 56), fill=(60 * column, 120 * row, shade))
+        sheet.save(path)
+
+
+CONFIG = """\
+model = "reference"
+device = "cpu"
+dtype = "float32"
+seed = 0
+
+[distill]
+steps = 300
+batch = 16
+learning_rate = 5e-05
+task_weight = 1.0
+output_weight = 1.0
+feature_weight = 1.0
+seed = 0
+
+[evaluate]
+prompts = ["noto emoji, red apple", "twemoji, snail", "noto emoji, <flag> & \\"co\\"", "fluent emoji, rocket"]
+seeds = [0, 1]
+steps = 25
+guidance = 4.0
+
+[report]
+title = "Made-up run <for> tests & typography"
+also_presets = ["sd-v1.4"]
+"""
+
+ENVIRONMENT = {
+    "python": "3.11.7",
+    "platform": "Linux x86_64",
+    "cpu": "An Imaginary CPU",
+    "num_threads": 2,
+    "device": "cpu",
+    "device_name": "An Imaginary CPU",
+    "dtype": "float32",
+    "torch": "2.13.0",
+    "diffusers": "0.42.1",
+}
+
+
+def write_start(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.toml").write_text(CONFIG)
+    (folder / "environment.json").write_text(json.dumps(ENVIRONMENT))
+
+
+# In the order of a real run; each entry needs the ones above it.
+STEPS = {
+    "start": write_start,
+    "blocks": write_blocks,
+    "score": write_importance,
+    "costs": write_costs,
+    "plans": write_plans,
+    "distill": write_candidates,
+    "rank": write_ranking,
+    "pictures": write_pictures,
+}
+
+
+def write_run(folder: Path, upto: str = "pictures") -> Path:
+    """The run folder ``folder`` as it is after the step ``upto``."""
+    for step, write in STEPS.items():
+        write(folder)
+        if step == upto:
+            break
+    return folder

@@ -1,0 +1,54 @@
+"""The notebooks run from a clean kernel as they are committed, and each checks itself at the end."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import warnings
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+
+
+def code_of(path: Path) -> list[nbformat.NotebookNode]:
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def test_there_are_three() -> None:
+    assert [path.stem for path in NOTEBOOKS] == [
+        "01_blocks_and_scores",
+        "02_candidates_and_costs",
+        "03_distill_and_rank",
+    ]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_committed_quick_and_small(path: Path) -> None:
+    cells = code_of(path)
+    assert cells[0].metadata["tags"] == ["parameters"]
+    assert re.search(r"^QUICK = True\b", cells[0].source, flags=re.MULTILINE)
+    assert path.stat().st_size < 400_000  # room for the small pictures of an executed one, for nothing else
+    assert any(isinstance(node, ast.Assert) for node in ast.parse(cells[-1].source).body)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs_and_its_assertions_hold(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    notebook = nbformat.read(path, as_version=4)
+    with warnings.catch_warnings():
+        # The kernel's own plumbing (sockets, event loops) is not what is tested here.
+        warnings.simplefilter("ignore")
+        client = NotebookClient(notebook, timeout=1000, kernel_name="python3")
+        client.execute(cwd=str(tmp_path))
+    errors = [out for cell in notebook.cells for out in cell.get("outputs", ()) if out.output_type == "error"]
+    assert errors == []
+    assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
