@@ -1,0 +1,45 @@
+"""Verbs about the reference model that ships inside the package: reference train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prune_lab.cli.application import DeviceOption, app
+
+reference = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Rebuild the reference model that ships inside the package.",
+)
+app.add_typer(reference, name="reference")
+
+
+@reference.callback()
+def _group() -> None:
+    # With a callback typer keeps "train" a verb of its own although it is the only one.
+    pass
+
+
+@reference.command()
+def train(
+    work: Annotated[
+        Path, typer.Option("--work", help="Folder for downloads, checkpoints and curves; resumable.")
+    ],
+    config: Annotated[
+        Path | None, typer.Option("--config", help="TOML with the settings; default: the shipped ones.")
+    ] = None,
+    sources: Annotated[
+        Path | None, typer.Option("--sources", help="Folder with the unpacked public packages.")
+    ] = None,
+    device: DeviceOption = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Where to write the finished model.")] = None,
+) -> None:
+    """Rebuild data, VAE, CLIP pair and U-Net from the public packages; the same command again resumes."""
+    from prune_lab.reference import train_reference
+    from prune_lab.runtime import progress_shown
+
+    with progress_shown():
+        train_reference(work, config=config, sources=sources, device=device or "auto", out=out)

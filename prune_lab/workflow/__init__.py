@@ -1,0 +1,68 @@
+"""The steps of a run folder, each done once: what ``prune-lab run`` chains and the other verbs do alone.
+
+Every ``ensure_*`` function returns what its step makes. It reads the finished file when there is one, and computes and
+writes it otherwise, so the same command again goes on where the last one stopped. There are no algorithms here: each
+step is the function of another module between reading and writing. A ``Teacher`` may be handed from step to step, so
+that the model is loaded once.
+"""
+
+from __future__ import annotations
+
+from prune_lab.workflow.comparing import comparison
+from prune_lab.workflow.judging import (
+    ensure_pictures,
+    ensure_ranking,
+    ensure_report,
+    picture_scores,
+    quality,
+    quality_frame,
+)
+from prune_lab.workflow.measuring import (
+    ensure_blocks,
+    ensure_costs,
+    ensure_probe,
+    ensure_reductions,
+    ensure_scores,
+    ensure_shares,
+)
+from prune_lab.workflow.steps import STEPS, Step, forget, run_all, start_run, steps_frame
+from prune_lab.workflow.students import (
+    ensure_candidates,
+    ensure_data,
+    ensure_distilled,
+    ensure_plans,
+    plan_named,
+    plans_frame,
+    recovery_frame,
+)
+from prune_lab.workflow.teacher import Teacher
+
+__all__ = [
+    "STEPS",
+    "Step",
+    "Teacher",
+    "comparison",
+    "ensure_blocks",
+    "ensure_candidates",
+    "ensure_costs",
+    "ensure_data",
+    "ensure_distilled",
+    "ensure_pictures",
+    "ensure_plans",
+    "ensure_probe",
+    "ensure_ranking",
+    "ensure_reductions",
+    "ensure_report",
+    "ensure_scores",
+    "ensure_shares",
+    "forget",
+    "picture_scores",
+    "plan_named",
+    "plans_frame",
+    "quality",
+    "quality_frame",
+    "recovery_frame",
+    "run_all",
+    "start_run",
+    "steps_frame",
+]

@@ -1,0 +1,120 @@
+"""Plans, candidates and models side by side: what each costs, and how good it is where that was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from prune_lab.blocks import Architecture, architecture_of
+from prune_lab.candidates import load_candidate
+from prune_lab.distill import load_recovery
+from prune_lab.errors import PlanError
+from prune_lab.models import resolve_model
+from prune_lab.plans import PruningPlan, is_native, plan_of, read_plans
+from prune_lab.profiling import CostTable, PlanCost, cost_table
+from prune_lab.runs import CandidatePaths, Run, open_run
+
+COMPARISON_COLUMNS = (
+    *("name", "kind", "blocks_removed", "params", "params_change", "macs", "macs_change"),
+    *("paper_macs", "paper_macs_change", "native", "median_ms"),
+    *("loss_before", "loss_after", "clip_before", "clip_after"),
+)
+
+
+def comparison(model: str, targets: Sequence[str]) -> pd.DataFrame:
+    """One row per target, ``model`` itself first; columns COMPARISON_COLUMNS, changes relative to ``model``.
+
+    A target is a run folder (its ranking), a candidate folder (its profile and recovery), a model as ``resolve_model``
+    reads it, or a plan for ``model``. What was not measured is missing. Raises PlanError for a text that is none of
+    these, and the errors of reading the others.
+    """
+    architecture = architecture_of(resolve_model(model).config)
+    costs = cost_table(architecture)
+    rows = [_row(model, "model", costs.total, costs, plan_of(architecture, ()), architecture)]
+    for target in targets:
+        folder = Path(target)
+        if (folder / "config.toml").is_file():
+            rows += _of_run(open_run(folder, must_exist=True), costs)
+        elif CandidatePaths(folder).profile.is_file():
+            rows.append(_of_candidate(folder, costs, architecture))
+        elif folder.suffix not in (".json", ".txt") and folder.exists():
+            total = cost_table(architecture_of(resolve_model(target).config)).total
+            rows.append(_row(target, "model", total, costs))
+        else:
+            rows += [
+                _row(
+                    plan.label if plan.name else plan.text, "plan", costs.of(plan), costs, plan, architecture
+                )
+                for plan in _plans(target, architecture, model)
+            ]
+    return pd.DataFrame(rows, columns=list(COMPARISON_COLUMNS))
+
+
+def _plans(text: str, architecture: Architecture, model: str) -> tuple[PruningPlan, ...]:
+    try:
+        return read_plans(text, architecture)
+    except PlanError as error:
+        raise PlanError(
+            f"asked to compare {text!r}, which is no run, candidate or model folder, and as a plan for {model}: {error}"
+        ) from None
+
+
+def _row(
+    name: str,
+    kind: str,
+    cost: PlanCost,
+    whole: CostTable,
+    plan: PruningPlan | None = None,
+    architecture: Architecture | None = None,
+    measured: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    total = whole.total
+    return {
+        "name": name,
+        "kind": kind,
+        "blocks_removed": None if plan is None else len(plan.removed),
+        "params": cost.params,
+        "params_change": cost.params / total.params - 1,
+        "macs": cost.macs,
+        "macs_change": cost.macs / total.macs - 1,
+        "paper_macs": cost.paper_macs,
+        "paper_macs_change": cost.paper_macs / total.paper_macs - 1,
+        "native": None if plan is None or architecture is None else is_native(architecture, plan),
+        **(measured or {}),
+    }
+
+
+def _of_candidate(folder: Path, costs: CostTable, architecture: Architecture) -> dict[str, Any]:
+    candidate = load_candidate(folder, architecture)
+    latency = candidate.profile.latency
+    recovery = load_recovery(folder)
+    return _row(
+        candidate.plan.label,
+        "candidate",
+        costs.of(candidate.plan),
+        costs,
+        candidate.plan,
+        architecture,
+        measured={
+            "median_ms": latency.median_ms if latency else math.nan,
+            "loss_before": recovery.before if recovery else math.nan,
+            "loss_after": recovery.after if recovery else math.nan,
+        },
+    )
+
+
+def _of_run(run: Run, costs: CostTable) -> list[dict[str, Any]]:
+    frame = pd.read_csv(run.needs(run.ranking, "rank"))
+    measured = ("median_ms", "loss_before", "loss_after", "clip_before", "clip_after")
+    rows = []
+    for row in frame.to_dict("records"):
+        macs, paper_macs = int(row["macs"]), int(row["paper_macs"])
+        cost = PlanCost(int(row["params"]), macs, macs - paper_macs)
+        figures = {name: float(row[name]) for name in measured}
+        made = _row(f"{run.folder.name}: {row['plan']}", str(row["origin"]), cost, costs, measured=figures)
+        rows.append({**made, "blocks_removed": int(row["blocks_removed"])})
+    return rows

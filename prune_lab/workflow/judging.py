@@ -1,0 +1,231 @@
+"""Steps that judge: pictures of teacher and students for the same prompts and seeds, the ranking, the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from torch import Tensor
+
+from prune_lab.blocks import BlockGroup
+from prune_lab.candidates import Candidate, load_candidate, load_student
+from prune_lab.distill import load_recovery
+from prune_lab.errors import DataError
+from prune_lab.evaluation import clip_scores, generate, heldout_loss, save_grid
+from prune_lab.importance import score_groups
+from prune_lab.plans import PruningPlan
+from prune_lab.ranking import Contender, Ranking, rank, ranking_from_frame
+from prune_lab.report import write_report
+from prune_lab.runs import Run
+from prune_lab.runtime import track, write_frame
+from prune_lab.workflow.measuring import ensure_costs, ensure_probe, ensure_reductions
+from prune_lab.workflow.students import ensure_candidates, ensure_plans, left_out, origin_of
+from prune_lab.workflow.teacher import Teacher
+
+COLUMNS, GAP = 4, 2  # of a grid of pictures
+SHOWN = (".csv", ".json", ".png", ".toml")  # what a report reads
+STEPS_FILE = "steps.csv"  # how long each step took; written after the report too, and not shown in it
+
+
+# Pictures ----------------------------------------------------------------------------------------------------
+
+
+def _student(teacher: Teacher, candidate: Candidate, distilled: bool) -> Any:
+    return load_student(candidate, distilled=distilled, device=teacher.device, dtype=teacher.dtype)
+
+
+def _drawn(teacher: Teacher, unet: Any) -> Tensor:
+    settings = teacher.config.evaluate
+    return generate(
+        teacher.pipeline,
+        teacher.prompts,
+        settings.seeds,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        unet=unet,
+    )
+
+
+def ensure_pictures(run: Run, teacher: Teacher | None = None) -> tuple[Path, ...]:
+    """Grids drawn by the teacher, by each candidate as it was cut, and after distillation; same prompts and seeds.
+
+    Writes pictures/teacher.png and candidates/<id>/pictures_{pruned,distilled}.png.
+    """
+    teacher = teacher or Teacher(run)
+    wanted: list[tuple[Path, Callable[[], Any]]] = [(run.teacher_pictures, lambda: teacher.unet)]
+    for candidate in ensure_candidates(run, teacher):
+        for path, distilled in (
+            (candidate.paths.pictures_pruned, False),
+            (candidate.paths.pictures_distilled, True),
+        ):
+            if not distilled or run.done(candidate.paths.distilled_unet):
+                wanted.append((path, partial(_student, teacher, candidate, distilled)))
+    for path, unet in track(wanted, "drawing for each model"):
+        if not run.done(path):
+            save_grid(path, _drawn(teacher, unet()), columns=COLUMNS, gap=GAP)
+    return tuple(path for path, _ in wanted)
+
+
+def read_grid(path: Path, count: int) -> Tensor:
+    """The ``count`` pictures of a grid that a step of a run drew, uint8 (count, 3, H, W).
+
+    Raises DataError when the sheet does not divide into so many.
+    """
+    with Image.open(path) as image:
+        sheet = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    columns = min(COLUMNS, count)
+    rows = math.ceil(count / columns)
+    height, width = (sheet.shape[1] + GAP) // rows, (sheet.shape[2] + GAP) // columns
+    if (height * rows - GAP, width * columns - GAP) != tuple(sheet.shape[1:]):
+        raise DataError(
+            f"asked to read {count} pictures from {path}, found a sheet of {sheet.shape[2]} x {sheet.shape[1]} pixels "
+            "that does not divide into them; remove it and run the step again"
+        )
+    cells = [(row * height, column * width) for row in range(rows) for column in range(columns)][:count]
+    return torch.stack([sheet[:, y : y + height - GAP, x : x + width - GAP] for y, x in cells])
+
+
+def picture_scores(teacher: Teacher, path: Path) -> Tensor:
+    """CLIP score of every picture in the grid ``path`` against its prompt, (prompts x seeds,)."""
+    prompts = [prompt for prompt in teacher.prompts for _ in teacher.config.evaluate.seeds]
+    return clip_scores(teacher.scorer, read_grid(path, len(prompts)), prompts)
+
+
+def _mean_score(run: Run, teacher: Teacher, path: Path) -> float:
+    return float(picture_scores(teacher, path).double().mean()) if run.done(path) else math.nan
+
+
+# Ranking -----------------------------------------------------------------------------------------------------
+
+
+def _one_shot_impacts(run: Run, teacher: Teacher, plans: Iterable[PruningPlan]) -> dict[str, float]:
+    """Impact of each whole plan by the run's criterion on its probe, by plan id: what adding up only predicts."""
+    groups = [BlockGroup(plan.id, "stage", plan.removed) for plan in plans if plan.removed]
+    settings = teacher.config.score
+    table = score_groups(
+        teacher.unet,
+        groups,
+        ensure_probe(run, teacher),
+        criterion=settings.criterion,
+        batch=settings.batch,
+        bootstrap=0,
+    )
+    return {entry.group.name: entry.impact for entry in table.entries}
+
+
+def _teacher_itself(run: Run, teacher: Teacher) -> Contender:
+    costs = ensure_costs(run, teacher).total
+    reductions = ensure_reductions(run, teacher)
+    own = reductions[(reductions["plan"] == "teacher") & (reductions["model"] == teacher.config.model)]
+    loss = float(heldout_loss(teacher.unet, teacher.validation).double().mean())
+    score = _mean_score(run, teacher, run.teacher_pictures)
+    return Contender(
+        plan="teacher",
+        plan_id="teacher",
+        origin="teacher",
+        blocks_removed=0,
+        params=costs.params,
+        macs=costs.macs,
+        paper_macs=costs.paper_macs,
+        median_ms=float(own["median_ms"].iloc[0]),
+        impact_one_shot=0.0,
+        loss_before=loss,
+        loss_after=loss,
+        clip_before=score,
+        clip_after=score,
+    )
+
+
+def _contender(run: Run, teacher: Teacher, plan: PruningPlan, impact: float) -> Contender:
+    costs = ensure_costs(run, teacher).of(plan)
+    paths = run.candidate(plan.id)
+    recovery = load_recovery(paths.folder)
+    built = run.done(paths.profile)
+    latency = load_candidate(paths.folder, teacher.architecture).profile.latency if built else None
+    return Contender(
+        plan=plan.label,
+        plan_id=plan.id,
+        origin=origin_of(run, plan.id),
+        blocks_removed=len(plan.removed),
+        params=costs.params,
+        macs=costs.macs,
+        paper_macs=costs.paper_macs,
+        median_ms=latency.median_ms if latency else math.nan,
+        impact_one_shot=impact,
+        loss_before=recovery.before if recovery else math.nan,
+        loss_after=recovery.after if recovery else math.nan,
+        clip_before=_mean_score(run, teacher, paths.pictures_pruned),
+        clip_after=_mean_score(run, teacher, paths.pictures_distilled),
+        steps=recovery.steps if recovery else 0,
+        failure=recovery.reason if recovery else "",
+        left_out=left_out(teacher, plan) or ("" if recovery else "it was not distilled"),
+    )
+
+
+def ensure_ranking(run: Run, teacher: Teacher | None = None) -> Ranking:
+    """The candidates in order of quality at their cost, with those left out and why; writes ranking.csv.
+
+    Pictures that are missing are drawn first. Distillation is not started from here: a candidate without it is
+    left out.
+    """
+    if run.done(run.ranking):
+        return ranking_from_frame(pd.read_csv(run.ranking))
+    teacher = teacher or Teacher(run)
+    plans = ensure_plans(run, teacher)
+    ensure_pictures(run, teacher)
+    impacts = _one_shot_impacts(run, teacher, plans)
+    contenders = [_contender(run, teacher, plan, impacts.get(plan.id, 0.0)) for plan in plans]
+    ranking = rank([_teacher_itself(run, teacher), *contenders])
+    write_frame(run.ranking, ranking.frame())
+    return ranking
+
+
+def ensure_report(run: Run, teacher: Teacher | None = None) -> Path:
+    """report/index.html from the tables and pictures that are there; written anew when one of them is newer."""
+    shown = (
+        path for path in run.folder.rglob("*") if path.suffix in SHOWN and run.report_dir not in path.parents
+    )
+    newest = max((path.stat().st_mtime_ns for path in shown if path.name != STEPS_FILE), default=0)
+    if run.done(run.report) and run.report.stat().st_mtime_ns >= newest:
+        return run.report
+    return write_report(run)
+
+
+# Models outside of a run -------------------------------------------------------------------------------------
+
+
+def quality(teacher: Teacher, unet: Any) -> dict[str, float]:
+    """``loss`` (held-out denoising), ``clip`` (mean score) and ``clip_low`` of ``unet`` in the teacher's pipeline."""
+    loss = heldout_loss(unet, teacher.validation).double().mean()
+    prompts = [prompt for prompt in teacher.prompts for _ in teacher.config.evaluate.seeds]
+    scores = clip_scores(teacher.scorer, _drawn(teacher, unet), prompts)
+    return {"loss": float(loss), "clip": float(scores.double().mean()), "clip_low": float(scores.min())}
+
+
+def quality_frame(run: Run, teacher: Teacher | None = None) -> pd.DataFrame:
+    """One row per grid of the run: plan, plan_id, weights (teacher, pruned, distilled), pictures, clip, clip_low.
+
+    ``clip`` is the mean CLIP score of the pictures, ``clip_low`` the lowest. Pictures that are missing are drawn.
+    """
+    teacher = teacher or Teacher(run)
+    ensure_pictures(run, teacher)
+    rows = [("teacher", "teacher", "teacher", run.teacher_pictures)]
+    for plan in ensure_plans(run, teacher):
+        paths = run.candidate(plan.id)
+        rows.append((plan.label, plan.id, "pruned", paths.pictures_pruned))
+        rows.append((plan.label, plan.id, "distilled", paths.pictures_distilled))
+    values = []
+    for plan_label, plan_id, weights, path in rows:
+        if run.done(path):
+            scores = picture_scores(teacher, path)
+            values.append(
+                (plan_label, plan_id, weights, len(scores), float(scores.mean()), float(scores.min()))
+            )
+    return pd.DataFrame(values, columns=["plan", "plan_id", "weights", "pictures", "clip", "clip_low"])

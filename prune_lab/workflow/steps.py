@@ -1,0 +1,339 @@
+"""The order of the steps of a run, what each of them writes, and the whole job from first to last."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from prune_lab.blocks import architecture_of
+from prune_lab.config import RunConfig, changed_settings, load_config, to_toml
+from prune_lab.errors import ConfigError, RunError, StorageError
+from prune_lab.importance import criterion_named
+from prune_lab.models import model_digest, resolve_model
+from prune_lab.profiling import cost_table
+from prune_lab.ranking import Ranking
+from prune_lab.runs import Run, open_run
+from prune_lab.runtime import Environment, read_json, track, write_frame, write_json, write_text
+from prune_lab.search import parse_budget
+from prune_lab.workflow.judging import STEPS_FILE, ensure_pictures, ensure_ranking, ensure_report
+from prune_lab.workflow.measuring import (
+    controls,
+    ensure_blocks,
+    ensure_costs,
+    ensure_probe,
+    ensure_reductions,
+    ensure_scores,
+    ensure_shares,
+)
+from prune_lab.workflow.students import (
+    ensure_candidates,
+    ensure_data,
+    ensure_distilled,
+    ensure_plans,
+    searched_path,
+)
+from prune_lab.workflow.teacher import Teacher
+
+STEPS_COLUMNS = ("step", "state", "does")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of a run."""
+
+    name: str
+    settings: tuple[str, ...]  # tables or single settings that no earlier step reads
+    ensure: Callable[[Run, Teacher], object]
+    products: Callable[[Run], tuple[Path, ...]]  # files and folders that it writes
+    marks: Callable[[Run], tuple[Path, ...]]  # what is there when it is finished
+    does: str
+
+
+def _of_candidates(*parts: str) -> Callable[[Run], tuple[Path, ...]]:
+    """These parts of the folder of every plan of a run."""
+
+    def paths(run: Run) -> tuple[Path, ...]:
+        return tuple(getattr(run.candidate(plan_id), part) for plan_id in run.plan_ids() for part in parts)
+
+    return paths
+
+
+def _files(*names: str) -> Callable[[Run], tuple[Path, ...]]:
+    """These files of a run, by the names of its properties."""
+
+    def paths(run: Run) -> tuple[Path, ...]:
+        return tuple(getattr(run, name) for name in names)
+
+    return paths
+
+
+def _pictures(run: Run) -> tuple[Path, ...]:
+    return run.teacher_pictures, *_of_candidates("pictures_pruned", "pictures_distilled")(run)
+
+
+STEPS: tuple[Step, ...] = (
+    Step(
+        "blocks",
+        ("model", "device", "dtype", "seed"),
+        ensure_blocks,
+        _files("blocks"),
+        _files("blocks"),
+        "lists the blocks of the U-Net",
+    ),
+    Step(
+        "probe",
+        ("probe",),
+        ensure_probe,
+        _files("probe"),
+        _files("probe"),
+        "encodes held-out pictures and captions",
+    ),
+    Step(
+        "scores",
+        ("score",),
+        ensure_scores,
+        _files("importance"),
+        _files("importance"),
+        "removes each block, pair and stage in turn and measures the damage",
+    ),
+    Step(
+        "costs",
+        (),
+        ensure_costs,
+        _files("costs"),
+        _files("costs"),
+        "counts parameters and multiply-adds of every block",
+    ),
+    Step(
+        "plans",
+        ("search",),
+        ensure_plans,
+        _files("plans_dir"),
+        lambda run: (searched_path(run),),
+        "searches the best plans under each budget",
+    ),
+    Step(
+        "candidates",
+        ("profile",),
+        ensure_candidates,
+        _of_candidates("folder"),
+        _of_candidates("profile"),
+        "cuts and profiles a smaller model for every plan",
+    ),
+    Step(
+        "data",
+        ("distill",),
+        ensure_data,
+        _files("data"),
+        _files("data"),
+        "encodes the training pictures",
+    ),
+    Step(
+        "distilled",
+        (),
+        ensure_distilled,
+        _of_candidates("recovery", "distilled"),
+        _of_candidates("distilled_unet"),
+        "retrains every candidate from the teacher",
+    ),
+    Step(
+        "reductions",
+        ("report.also_presets",),
+        ensure_reductions,
+        _files("reductions"),
+        _files("reductions"),
+        "counts and times what the controls leave, here and of other models",
+    ),
+    Step(
+        "shares",
+        ("evaluate.steps", "evaluate.guidance"),
+        ensure_shares,
+        _files("pipeline_profile"),
+        _files("pipeline_profile"),
+        "times the parts of the pipeline",
+    ),
+    Step(
+        "pictures",
+        ("evaluate",),
+        ensure_pictures,
+        _pictures,
+        _pictures,
+        "draws the same prompts with every model",
+    ),
+    Step(
+        "ranking",
+        (),
+        ensure_ranking,
+        _files("ranking"),
+        _files("ranking"),
+        "orders the candidates by quality at their cost",
+    ),
+    Step(
+        "report",
+        ("report",),
+        ensure_report,
+        _files("report_dir"),
+        _files("report"),
+        "writes the pages",
+    ),
+)
+
+
+# Starting and redoing ----------------------------------------------------------------------------------------
+
+
+def _from(name: str) -> tuple[Step, ...]:
+    """The step called ``name`` and all that follow it."""
+    names = [step.name for step in STEPS]
+    return STEPS[names.index(name) :]
+
+
+def first_touched(changed: Iterable[str]) -> str:
+    """The first step that reads one of the ``changed`` settings, dotted names such as ``distill.steps``."""
+    readers = {
+        setting: place for place, step in reversed(list(enumerate(STEPS))) for setting in step.settings
+    }
+    places = [readers.get(name, readers[name.split(".")[0]]) for name in changed]
+    return STEPS[min(places)].name
+
+
+def forget(run: Run, name: str, *, plan_ids: Collection[str] | None = None) -> None:
+    """Remove what the step called ``name`` and the later ones wrote, so that they are done again.
+
+    With ``plan_ids`` the folders of other candidates stay as they are.
+    """
+    # All paths first: which candidates there are is read from plans that may be among them.
+    for path in [path for step in _from(name) for path in step.products(run)]:
+        ours = plan_ids is None or not path.is_relative_to(run.candidates_dir)
+        if not ours and path.relative_to(run.candidates_dir).parts[0] not in (plan_ids or ()):
+            continue
+        try:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"asked to redo {name} in {run.folder}, cannot remove {path}: {error.strerror}; remove it by hand"
+            ) from None
+
+
+def _recorded_digest(run: Run) -> str:
+    """The digest of the model that the run was started with; empty when it is not known."""
+    found = read_json(run.environment) if run.environment.is_file() else {}
+    return str(found.get("model_digest", "")) if isinstance(found, dict) else ""
+
+
+def _record(run: Run, config: RunConfig) -> None:
+    environment = Environment.capture(config.device, config.dtype).as_dict()
+    digest = model_digest(resolve_model(config.model))
+    write_text(run.config, to_toml(config))
+    write_json(run.environment, environment | {"model_digest": digest})
+
+
+def start_run(config: RunConfig, folder: Path, *, force: bool = False) -> Run:
+    """The run in ``folder`` with these settings; writes config.toml and environment.json when it is new.
+
+    Settings that no finished step has read may change. Where one has, ``force`` removes what it and the later steps
+    wrote; without it RunError says which settings differ. RunError too for a folder that holds something else, and for
+    a model whose weights are not those that the run was started with.
+    """
+    run = open_run(folder, must_exist=False)
+    if not run.config.is_file():
+        if run.folder.is_dir() and any(run.folder.iterdir()):
+            raise RunError(
+                f"asked to start a run in {folder}, found other files there; give a new or an empty folder"
+            )
+        _record(run, config)
+        return run
+    changed = changed_settings(load_config(run.config), config)
+    if "model" not in changed and _recorded_digest(run) not in (
+        "",
+        model_digest(resolve_model(config.model)),
+    ):
+        if not force:
+            raise RunError(
+                f"run {folder} was started with other weights of {config.model}; give another --run folder, "
+                "or --force to redo all of it"
+            )
+        forget(run, STEPS[0].name)
+        _record(run, config)
+    elif changed:
+        name = first_touched(changed)
+        if not force and any(run.done(path) for step in _from(name) for path in step.products(run)):
+            raise RunError(
+                f"run {folder} was made with other settings of {', '.join(changed)}; give another --run folder, "
+                f"the old settings, or --force to redo it from the step {name!r}"
+            )
+        forget(run, name)
+        _record(run, config)
+    return run
+
+
+# The whole job -----------------------------------------------------------------------------------------------
+
+
+def check_settings(teacher: Teacher) -> None:
+    """Raise whatever a later step would find wrong with the settings, before hours are spent on the earlier ones."""
+    config = teacher.config
+    _ = teacher.device, teacher.dtype, teacher.pipeline, teacher.scorer
+    criterion_named(config.score.criterion)
+    controls(teacher, teacher.architecture)
+    for preset in config.report.also_presets:
+        controls(teacher, architecture_of(resolve_model(preset).config))
+    costs = cost_table(teacher.architecture)
+    for text in config.search.budgets:
+        parse_budget(text, teacher.architecture, costs)
+    if config.search.budgets and "block" not in config.score.groups:
+        raise ConfigError(
+            f"search.budgets needs the score of every single block, score.groups is {list(config.score.groups)}; "
+            "add 'block' to it or leave the budgets out"
+        )
+
+
+def run_all(config: RunConfig, folder: Path, *, force: bool = False) -> Ranking:
+    """The ranking of the whole job: every step in order, those that are finished only read; ends with the report.
+
+    With ``force`` the steps that changed settings touch are redone, all of them when no setting changed. steps.csv
+    gets the seconds that each step took this time.
+    """
+    run = open_run(folder, must_exist=False)
+    redo_all = force and run.config.is_file() and not changed_settings(load_config(run.config), config)
+    run = start_run(config, folder, force=force)
+    if redo_all:
+        forget(run, STEPS[0].name)
+    teacher = Teacher(run)
+    check_settings(teacher)
+    rows = []
+    for step in track(STEPS, "steps"):
+        start = time.perf_counter()
+        step.ensure(run, teacher)
+        rows.append((step.name, time.perf_counter() - start))
+        write_frame(steps_path(run), pd.DataFrame(rows, columns=["step", "seconds"]))
+    return ensure_ranking(run, teacher)
+
+
+def steps_path(run: Run) -> Path:
+    """The seconds that each step took when the whole job was last done."""
+    return run.folder / STEPS_FILE
+
+
+def steps_frame(config: RunConfig, folder: Path) -> pd.DataFrame:
+    """What ``run_all`` would do, one row per step: step, state (done, to do, redo, or n of m), does."""
+    run = open_run(folder, must_exist=False)
+    changed = changed_settings(load_config(run.config), config) if run.config.is_file() else ()
+    stale = {step.name for step in _from(first_touched(changed))} if changed else set()
+    rows = []
+    for step in STEPS:
+        marks = step.marks(run)
+        finished = sum(run.done(path) for path in marks)
+        state = (
+            "to do" if not finished else "done" if finished == len(marks) else f"{finished} of {len(marks)}"
+        )
+        rows.append((step.name, "redo" if finished and step.name in stale else state, step.does))
+    return pd.DataFrame(rows, columns=list(STEPS_COLUMNS))

@@ -1,0 +1,130 @@
+"""The model of a run, loaded when a step first needs it, and the pictures the steps draw from."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prune_lab.assets import decode_pictures, load_pictures
+from prune_lab.blocks import Architecture, architecture_of
+from prune_lab.config import RunConfig
+from prune_lab.errors import DataError, RunError
+from prune_lab.models import ModelSource, load_pipeline, load_scorer, load_unet, resolve_model
+from prune_lab.probes import Probe, make_probe
+from prune_lab.runs import Run, load_run_config
+from prune_lab.runtime import pick_device, pick_dtype, seeded
+
+HELDOUT_PROMPTS = 8  # captions to draw when evaluate.prompts names none
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pictures:
+    """Captioned pictures at the size that a model works at."""
+
+    pixels: Tensor  # (N, 3, H, W) uint8
+    captions: tuple[str, ...]
+    groups: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)  # no slots: what is loaded is kept in the instance
+class Teacher:
+    """The model of a run and what several steps need of it, each part loaded when first asked for and then kept."""
+
+    run: Run
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The settings that the run was started with."""
+        return load_run_config(self.run)
+
+    @cached_property
+    def source(self) -> ModelSource:
+        """Where the model comes from."""
+        return resolve_model(self.config.model)
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """The inventory of the U-Net; needs no weights."""
+        return architecture_of(self.source.config)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """The device of the job."""
+        return pick_device(self.config.device)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The number format of the job."""
+        return pick_dtype(self.config.dtype)
+
+    @cached_property
+    def pipeline(self) -> Any:
+        """The whole pipeline on the device. Raises RunError when the model is a U-Net alone."""
+        if not self.source.is_pipeline:
+            raise RunError(
+                f"this step encodes captions and pictures, but {self.source.text!r} is a {self.source.kind} "
+                "without text encoder and VAE; give 'reference', a pipeline folder or a hub id"
+            )
+        return load_pipeline(self.source, device=self.device, dtype=self.dtype)
+
+    @cached_property
+    def unet(self) -> Any:
+        """The U-Net with its weights, on the device and in eval mode."""
+        if self.source.is_pipeline:
+            return self.pipeline.unet
+        return load_unet(self.source, device=self.device, dtype=self.dtype)
+
+    @cached_property
+    def scorer(self) -> Any:
+        """The CLIP model that judges pictures against prompts, with its input settings."""
+        return load_scorer(self.config.evaluate.scorer, device=self.device)
+
+    @cached_property
+    def prompts(self) -> tuple[str, ...]:
+        """What teacher and candidates draw: ``evaluate.prompts``, or else captions of held-out pictures."""
+        named = self.config.evaluate.prompts
+        return named or tuple(_chosen("heldout", HELDOUT_PROMPTS, self.config.seed)["caption"])
+
+    @cached_property
+    def validation(self) -> Probe:
+        """Held-out rows for the loss that ranks candidates, of pictures that the scores have not seen.
+
+        A plan that was searched with the scores of some pictures would look too good on the same pictures.
+        """
+        settings = self.config.probe
+        pictures = self.pictures("heldout", settings.samples, settings.seed, skip=settings.samples)
+        return make_probe(
+            self.pipeline,
+            pictures.pixels,
+            pictures.captions,
+            pictures.groups,
+            timesteps=settings.timesteps,
+            seed=settings.seed + 1,
+        )
+
+    def pictures(self, split: str, count: int, seed: int, *, skip: int = 0) -> Pictures:
+        """``count`` shipped pictures of ``split`` in an order drawn with ``seed``, after the first ``skip`` of them.
+
+        They are resized to the size at which the pipeline works. Raises DataError when there are not so many.
+        """
+        rows = _chosen(split, skip + count, seed).iloc[skip:]
+        pixels = decode_pictures(rows)
+        side = int(self.pipeline.unet.config.sample_size) * int(self.pipeline.vae_scale_factor)
+        if pixels.shape[-1] != side:
+            resized = F.interpolate(pixels.float(), (side, side), mode="bicubic", antialias=True)
+            pixels = resized.round().clamp(0, 255).to(torch.uint8)
+        return Pictures(pixels, tuple(rows["caption"]), tuple(rows["group"]))
+
+
+def _chosen(split: str, count: int, seed: int) -> Any:
+    """The first ``count`` rows of a shipped split, in an order drawn with ``seed``, as a frame."""
+    frame = load_pictures(split)
+    if count > len(frame):
+        raise DataError(f"asked for {count} {split} pictures, the package ships {len(frame)}; ask for fewer")
+    order = torch.randperm(len(frame), generator=seeded(seed))[:count]
+    return frame.iloc[order.tolist()]

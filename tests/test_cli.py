@@ -1,0 +1,397 @@
+"""The command line: what each verb prints, writes and returns, and how it ends when something is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+import prune_lab
+from prune_lab.cli import app
+from prune_lab.cli.output import records
+from prune_lab.config import (
+    DistillConfig,
+    EvaluateConfig,
+    ProbeConfig,
+    ProfileConfig,
+    RunConfig,
+    ScoreConfig,
+    SearchConfig,
+    load_config,
+    to_toml,
+)
+
+# arXiv:2305.15798: parameters of the published U-Nets, exact; MACs of the paper in G
+PAPER = {
+    "teacher": (859_520_964, 339.0),
+    "bk-base": (579_384_964, 223.9),
+    "bk-small": (482_346_884, 217.9),
+    "bk-tiny": (323_384_964, 205.2),
+}
+
+
+def answer(*arguments: object, code: int = 0) -> Result:
+    """What the command line answers to ``arguments``; a crash is raised here."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result
+
+
+def table(*arguments: object) -> list[dict[str, Any]]:
+    """The JSON that the verb prints: all of stdout, and a list of objects."""
+    rows = json.loads(answer(*arguments, "--json").stdout)
+    assert isinstance(rows, list)
+    assert all(isinstance(row, dict) for row in rows)
+    return rows
+
+
+def mistake(*arguments: object) -> str:
+    """The one line on stderr that the command ends with, exit code 2 and nothing on stdout."""
+    result = answer(*arguments, code=2)
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.stderr
+    assert result.stderr.strip().endswith(lines[0])
+    return lines[0]
+
+
+# Looking at a model ----------------------------------------------------------------------------------------------
+
+
+def test_blocks_of_a_preset() -> None:
+    rows = table("blocks", "sd-v1.4")
+    assert {"name", "path", "kind", "params", "macs", "removable", "reason"} <= set(rows[0])
+    assert [sum(row["kind"] == kind for row in rows) for kind in ("resnet", "attention")] == [22, 16]
+    assert sum(row["removable"] for row in rows) == 34
+    assert all(type(row["params"]) is int and type(row["macs"]) is int for row in rows)
+    assert [row["name"] for row in rows if row["reason"]] == ["Dn2.R1", "Dn3.R1", "Up3.R1", "Up4.R1"]
+    assert next(row["path"] for row in rows if row["name"] == "Dn2.A1") == "down_blocks.1.attentions.0"
+
+
+def test_the_reduction_table_of_the_paper() -> None:
+    plans = [word for name in list(PAPER)[1:] for word in ("--plan", name)]
+    rows = table("profile", "sd-v1.4", *plans)
+    assert [row["plan"] for row in rows] == list(PAPER)
+    for row in rows:
+        params, macs = PAPER[row["plan"]]
+        assert type(row["params"]) is int
+        assert type(row["macs"]) is int
+        assert row["params"] == params
+        assert row["paper_macs"] / 1e9 == pytest.approx(macs, abs=0.05)
+        assert row["macs"] > row["paper_macs"]
+        assert row["params_change"] == pytest.approx(params / PAPER["teacher"][0] - 1)
+        assert "median_ms" not in row  # a preset has no weights: structure only
+
+
+def test_profile_of_a_pipeline_folder(tiny_pipeline_folder: Path) -> None:
+    timed = table(
+        "profile", tiny_pipeline_folder, "--plan", "-Dn1.R2 -Dn1.A2", "--runs", 2, "--device", "cpu"
+    )
+    assert [row["plan"] for row in timed] == ["teacher", "-Dn1.R2 -Dn1.A2"]
+    assert timed[0]["median_ms"] > 0
+    untimed = table("profile", tiny_pipeline_folder, "--blocks", "--no-latency")
+    assert len(untimed) == 38 + 6 + 1  # blocks, samplers, rest
+    assert sum(row["params"] for row in untimed) == timed[0]["params"]
+    parts = table("profile", tiny_pipeline_folder, "--pipeline", "--steps", 3, "--runs", 2, "--device", "cpu")
+    assert [row["part"] for row in parts] == ["text_encoder", "unet", "vae_decoder"]
+    assert sum(row["share"] for row in parts) == pytest.approx(1)
+
+
+def test_tables_for_people(tiny_pipeline_folder: Path) -> None:
+    text = answer("blocks", tiny_pipeline_folder).stdout
+    assert "Dn2.R1" in text
+    assert "changes the width" in text
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(text)
+
+
+def test_missing_values_and_whole_numbers_in_json() -> None:
+    frame = pd.DataFrame(
+        {"rank": [1, None], "loss": [0.5, float("nan")], "plan": ["a", None], "ok": [True, False]}
+    )
+    assert records(frame) == [
+        {"rank": 1, "loss": 0.5, "plan": "a", "ok": True},
+        {"rank": None, "loss": None, "plan": None, "ok": False},
+    ]
+    assert type(records(frame)[0]["rank"]) is int
+    nullable = pd.DataFrame({"rank": pd.array([3, None], dtype="Int64")})
+    assert records(nullable) == [{"rank": 3}, {"rank": None}]
+
+
+# Making things ---------------------------------------------------------------------------------------------------
+
+
+def test_prune_writes_a_pipeline_that_plain_diffusers_loads(
+    tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    out = tmp_path / "small"
+    (row,) = table("prune", tiny_pipeline_folder, "--plan", "bk-small", "--out", out, "--dry-run")
+    assert not out.exists()
+    assert row["written"] is False
+    (row,) = table("prune", tiny_pipeline_folder, "--plan", "bk-small", "--out", out)
+    pipeline = StableDiffusionPipeline.from_pretrained(out)
+    assert sum(parameter.numel() for parameter in pipeline.unet.parameters()) == row["params"]
+    assert row["blocks_removed"] == 17
+    assert pipeline.unet.mid_block is None
+    assert "--force" in mistake("prune", tiny_pipeline_folder, "--plan", "bk-tiny", "--out", out)
+    answer("prune", tiny_pipeline_folder, "--plan", "bk-tiny", "--out", out, "--force")
+    assert len(StableDiffusionPipeline.from_pretrained(out).unet.down_blocks) == 3
+
+    picture = tmp_path / "cat.png"
+    drawing = (
+        "generate",
+        out,
+        "--prompt",
+        "a cat",
+        "--out",
+        picture,
+        "--seed",
+        0,
+        "--steps",
+        2,
+        "--device",
+        "cpu",
+    )
+    result = answer(*drawing)
+    assert result.stdout == ""
+    first = picture.read_bytes()
+    with Image.open(picture) as image:
+        assert image.size == (32, 32)
+    assert "--force" in mistake(*drawing)
+    answer(*drawing, "--force")
+    assert picture.read_bytes() == first  # a seed is a seed
+    answer(*drawing, "--force", "--count", 2)
+    with Image.open(picture) as image:
+        assert image.size == (32 + 2 + 32, 32)
+    assert ".png" in mistake("generate", out, "--prompt", "a cat", "--out", tmp_path / "cat.jpeg")
+
+
+def test_score_alone_writes_its_table(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores.csv"
+    options = ("--kind", "stage", "--samples", 4, "--device", "cpu", "--out", out)
+    rows = table("score", tiny_pipeline_folder, *options)
+    frame = pd.read_csv(out)
+    assert list(frame["group"]) == [row["group"] for row in rows]
+    assert set(frame["kind"]) == {"stage"}
+    assert set(frame["samples"]) == {4}
+    assert list(tmp_path.iterdir()) == [out]
+
+
+# A run -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def config_file(
+    tiny_pipeline_folder: Path, tiny_scorer_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    config = RunConfig(
+        model=str(tiny_pipeline_folder),
+        device="cpu",
+        probe=ProbeConfig(samples=4, timesteps=2),
+        score=ScoreConfig(groups=("block",), bootstrap=10),
+        search=SearchConfig(budgets=("params<=60%",), controls=("bk-tiny",)),
+        distill=DistillConfig(steps=1, batch=2, pictures=2),
+        evaluate=EvaluateConfig(prompts=("a cat",), steps=1, scorer=str(tiny_scorer_folder)),
+        profile=ProfileConfig(runs=2, warmup=0),
+    )
+    path = tmp_path_factory.mktemp("config") / "job.toml"
+    path.write_text(to_toml(config), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def run_folder(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    rows = table("run", "--config", config_file, "--run", folder)
+    assert {row["origin"] for row in rows} == {"teacher", "control", "search"}
+    return folder
+
+
+def test_run_reports_and_resumes(run_folder: Path, config_file: Path) -> None:
+    assert (run_folder / "report" / "index.html").stat().st_size > 0
+    ranking = (run_folder / "ranking.csv").stat().st_mtime_ns
+    result = answer("run", "--config", config_file, "--run", run_folder)
+    assert (run_folder / "ranking.csv").stat().st_mtime_ns == ranking
+    assert "index.html" in result.stderr
+    assert "bk-tiny" in result.stdout
+
+
+def test_dry_run_says_what_is_left(run_folder: Path, config_file: Path, tmp_path: Path) -> None:
+    states = {
+        row["step"]: row["state"]
+        for row in table("run", "--config", config_file, "--run", run_folder, "--dry-run")
+    }
+    assert set(states.values()) == {"done"}
+    assert list(states)[:3] == ["blocks", "probe", "scores"]
+    rows = table("run", "--config", config_file, "--run", tmp_path / "new", "--dry-run")
+    assert {row["state"] for row in rows} == {"to do"}
+    assert not (tmp_path / "new").exists()
+
+
+def test_every_step_alone_on_a_run(run_folder: Path) -> None:
+    assert len(table("score", "--run", run_folder)) == 38
+    plans = table("search", "--run", run_folder)
+    assert plans[0]["plan"] == "bk-tiny"
+    assert all(type(plan["params"]) is int for plan in plans)
+    recovered = table("distill", "--run", run_folder, "--plan", "bk-tiny")
+    assert {row["status"] for row in recovered} == {"done"}
+    assert len(table("evaluate", "--run", run_folder)) == 1 + 2 * len(plans)
+    ranked = table("rank", "--run", run_folder)
+    assert [type(row["rank"]) for row in ranked] == [int] * len(ranked)
+    assert answer("report", run_folder).stdout.strip().endswith("index.html")
+    compared = table("compare", run_folder, "--model", load_config(run_folder / "config.toml").model)
+    assert len(compared) == 1 + len(ranked)
+
+
+def test_search_alone_with_scores_from_a_file(
+    run_folder: Path, tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "plans.json"
+    scores = run_folder / "importance.csv"
+    options = ("--importance", scores, "--budget", "params<=60%", "--count", 2, "--out", out)
+    rows = table("search", tiny_pipeline_folder, *options)
+    found = [row for row in rows if row["origin"] == "search"]
+    assert len(found) == 2
+    assert all(row["params_change"] <= -0.4 for row in found)
+    assert found[0]["predicted_impact"] <= found[1]["predicted_impact"]
+    assert [plan["id"] for plan in json.loads(out.read_text())] == [row["plan_id"] for row in rows]
+    pruned = tmp_path / "pruned"
+    out.write_text(json.dumps(json.loads(out.read_text())[-1]))
+    (row,) = table("prune", tiny_pipeline_folder, "--plan", out, "--out", pruned)
+    assert row["params"] == found[-1]["params"]
+
+
+def test_evaluate_judges_folders(
+    run_folder: Path, tiny_pipeline_folder: Path, tmp_path: Path, config_file: Path
+) -> None:
+    unet = next((run_folder / "candidates").iterdir()) / "unet"
+    options = ("--config", config_file, "--base", tiny_pipeline_folder, "--prompt", "a dog", "--steps", 1)
+    rows = table("evaluate", tiny_pipeline_folder, unet, *options)
+    assert [row["model"] for row in rows] == [str(tiny_pipeline_folder), str(unet)]
+    assert all(row["loss"] > 0 and -1 <= row["clip"] <= 1 for row in rows)
+
+
+# Mistakes --------------------------------------------------------------------------------------------------------
+
+
+def test_mistakes_are_one_line_and_exit_2(
+    tiny_pipeline_folder: Path, config_file: Path, run_folder: Path, tmp_path: Path
+) -> None:
+    assert "nowhere" in mistake("blocks", "nowhere")
+    assert "Dn9" in mistake("profile", "sd-v1.4", "--plan", "-Dn9.R1", "--no-latency")
+    assert "Dn2.R1" in mistake("prune", tiny_pipeline_folder, "--plan", "-Dn2.R1", "--out", tmp_path / "x")
+    assert "weights" in mistake("prune", "sd-v1.4", "--plan", "bk-base", "--out", tmp_path / "x")
+    assert "cuda" in mistake("score", tiny_pipeline_folder, "--device", "cuda:77")
+    assert "--run" in mistake("score")
+    assert "config.toml" in mistake("rank", "--run", tmp_path)
+    assert "no.toml" in mistake("run", "--config", tmp_path / "no.toml", "--run", tmp_path / "r")
+    scores = ("--importance", run_folder / "importance.csv")
+    assert "params<=1" in mistake("search", tiny_pipeline_folder, *scores, "--budget", "params<=1")
+    assert not (tmp_path / "x").exists()
+    assert not (tmp_path / "r").exists()
+
+
+def test_other_settings_than_the_run_was_made_with(
+    run_folder: Path, config_file: Path, tmp_path: Path
+) -> None:
+    config = load_config(config_file)
+    other = tmp_path / "other.toml"
+    other.write_text(to_toml(dataclasses.replace(config, probe=ProbeConfig(samples=5, timesteps=2))))
+    assert "probe.samples" in mistake("run", "--config", other, "--run", run_folder)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["blocks"], ["blocks", "a", "b"], ["nonsense"], ["profile", "sd-v1.4", "--batch", "0"], ["prune", "x"]],
+)
+def test_usage_errors_exit_2(arguments: list[str]) -> None:
+    result = answer(*arguments, code=2)
+    assert result.stdout == ""
+    assert "Error" in result.stderr
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: str) -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr("prune_lab.models.resolve_model", broken)
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        answer("blocks", "sd-v1.4")
+
+
+def test_an_interrupt_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("prune_lab.models.resolve_model", interrupted)
+    result = answer("blocks", "sd-v1.4", code=130)
+    assert "same command again" in result.stderr
+
+
+def test_version() -> None:
+    assert answer("--version").stdout.strip() == prune_lab.__version__
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        *("blocks", "profile", "score", "search", "prune", "distill"),
+        *("rank", "evaluate", "generate", "report", "run", "compare"),
+    ],
+)
+def test_every_verb_has_help(verb: str) -> None:
+    assert "Usage" in answer(verb, "--help").stdout
+
+
+def test_reference_train_has_help() -> None:
+    assert "--work" in answer("reference", "train", "--help").stdout
+
+
+# As a program ----------------------------------------------------------------------------------------------------
+
+
+def program(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The installed program in a process of its own."""
+    script = Path(sys.executable).with_name("prune-lab")
+    command = (
+        [str(script)] if script.exists() else [sys.executable, "-c", "from prune_lab.cli import main; main()"]
+    )
+    return subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_the_program_prints_json_and_nothing_else(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(tiny_config))
+    found = program("blocks", path, "--json")
+    assert found.returncode == 0, found.stderr
+    assert found.stderr == ""
+    assert len(json.loads(found.stdout)) == 38
+
+
+def test_the_program_exits_2(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    found = program("blocks", tmp_path / "config.json")
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.startswith("error: ")
+    assert found.stderr.count("\n") == 1
+
+
+def test_torch_counts_stay(tiny_pipeline_folder: Path) -> None:
+    threads = torch.get_num_threads()
+    answer("blocks", tiny_pipeline_folder)
+    assert torch.get_num_threads() == threads
