@@ -116,10 +116,15 @@ def test_the_whole_job_leaves_every_file(finished: Run) -> None:
     assert finished.done(finished.environment)
 
 
-def test_doing_it_again_computes_nothing(copied: Run, config: RunConfig) -> None:
+def test_doing_it_again_computes_nothing(copied: Run, finished: Run, config: RunConfig) -> None:
     before = times(copied)
     run_all(config, copied.folder)
     assert {name for name, time in times(copied).items() if before.get(name) != time} == {"steps.csv"}
+    # what a step took is what it took when it was done, not when it was only read
+    seconds = [
+        pd.read_csv(run.folder / "steps.csv").set_index("step")["seconds"] for run in (copied, finished)
+    ]
+    pd.testing.assert_series_equal(*seconds)
 
 
 @pytest.fixture

@@ -109,7 +109,7 @@ def _by_part(source: ModelSource, steps: int, batch: int, runs: int, place: dict
 def compare(
     targets: Annotated[
         list[str],
-        typer.Argument(metavar="TARGET...", help="Plans, candidate folders, model folders or run folders."),
+        typer.Argument(metavar="TARGET", help="Plans, candidate folders, model folders or run folders."),
     ],
     model: Annotated[
         str, typer.Option("--model", help="What plans apply to and changes refer to.")

@@ -36,6 +36,7 @@ def prune(
     from prune_lab.errors import PlanError
     from prune_lab.models import resolve_model
     from prune_lab.plans import native_layout, read_plans
+    from prune_lab.profiling import cost_table
     from prune_lab.runtime import pick_dtype
     from prune_lab.surgery import prune_pipeline
 
@@ -47,20 +48,20 @@ def prune(
             f"asked to prune by {plan}, found {len(plans)} plans in it; give a file with one plan"
         )
     (chosen,) = plans
-    left = architecture_of(native_layout(architecture, chosen).config)
+    native_layout(architecture, chosen)  # says what is in the way, also with --dry-run
+    costs = cost_table(architecture)
+    before, after = costs.total, costs.of(chosen)
     row = {
         "model": model,
-        "plan": plan,
+        "plan": chosen.label if chosen.name else chosen.text,
         "plan_id": chosen.id,
         "folder": str(out),
         "written": not dry_run,
         "blocks_removed": len(chosen.removed),
-        "params_before": architecture.total_params,
-        "params": left.total_params,
-        "params_change": left.total_params / architecture.total_params - 1,
-        "macs_before": architecture.total_macs,
-        "macs": left.total_macs,
-        "macs_change": left.total_macs / architecture.total_macs - 1,
+        "params": after.params,
+        "params_change": after.params / before.params - 1,
+        "macs": after.macs,
+        "macs_change": after.macs / before.macs - 1,
     }
     if not dry_run:
         prune_pipeline(source, chosen, out, force=force, dtype=pick_dtype(dtype) if dtype else None)

@@ -59,8 +59,11 @@ def _settings(
             "asked for a step without saying of which model; give MODEL, --config FILE.toml or --run DIR"
         )
     given: dict[str, Any] = {"model": model or None, "device": device, "seed": seed}
+    if seed is not None:
+        for name in ("probe", "distill"):
+            tables[name] = {**tables.get(name, {}), "seed": seed}
     for name, values in tables.items():
-        chosen = {key: value for key, value in values.items() if value}
+        chosen = {key: value for key, value in values.items() if value not in (None, ())}
         given[name] = dataclasses.replace(getattr(settings, name), **chosen) if chosen else None
     return dataclasses.replace(settings, **{key: value for key, value in given.items() if value is not None})
 
@@ -100,9 +103,11 @@ def score(
     run: RunOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="CSV to write.")] = None,
     config: ConfigOption = None,
-    criterion: Annotated[str, typer.Option(help="output-mse, output-cosine or denoising-loss.")] = "",
+    criterion: Annotated[
+        str | None, typer.Option(help="output-mse, output-cosine or denoising-loss.")
+    ] = None,
     kind: Annotated[list[str], typer.Option(help="block, pair or stage; may be repeated.")] = [],  # noqa: B006
-    samples: Annotated[int, typer.Option(help="Held-out pictures in the probe.", min=0)] = 0,
+    samples: Annotated[int | None, typer.Option(help="Held-out pictures in the probe.", min=2)] = None,
     device: DeviceOption = None,
     seed: SeedOption = None,
     force: ForceOption = False,
@@ -116,7 +121,7 @@ def score(
         device=device,
         seed=seed,
         score={"criterion": criterion, "groups": tuple(kind)},
-        probe={"samples": samples, "seed": seed},
+        probe={"samples": samples},
     )
     with _opened(settings, run, redo="scores" if force else "") as opened:
         from prune_lab.runtime import write_frame
@@ -138,7 +143,7 @@ def search(
         list[str],
         typer.Option(help='"macs<=66%", "params<=482346884" or "params<=bk-small"; may be repeated.'),
     ] = [],  # noqa: B006
-    count: Annotated[int, typer.Option(help="Plans per budget.", min=0)] = 0,
+    count: Annotated[int | None, typer.Option(help="Plans per budget.", min=1)] = None,
     importance: Annotated[
         Path | None, typer.Option(help="importance.csv to search with, instead of scoring.")
     ] = None,
@@ -201,7 +206,7 @@ def distill(
 
 @app.command()
 def evaluate(
-    models: Annotated[list[str], typer.Argument(metavar="[MODEL]...", help=MODEL_HELP)] = [],  # noqa: B006
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help=MODEL_HELP)] = [],  # noqa: B006
     run: RunOption = None,
     config: ConfigOption = None,
     base: Annotated[str, typer.Option("--base", help="Pipeline in which U-Net folders draw.")] = "reference",

@@ -20,6 +20,7 @@ from matplotlib.axis import Axis
 from matplotlib.colors import Colormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
 from prune_lab.report.tables import PlanRow
@@ -149,36 +150,34 @@ def spread(axes: Axes, side: Literal["x", "y"], values: NDArray[np.float64]) -> 
     return True
 
 
-def settle(figure: Figure) -> Figure:
-    """``figure`` with its parts in their final places, so that writing it need not find them again."""
+def settle(figure: Figure) -> Bbox:
+    """The area of ``figure`` that holds ink, in inches; what is in it is fixed in its place from here on."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    return figure
+    return figure.get_tightbbox().padded(0.05)
 
 
-def save_png(figure: Figure, path: Path) -> None:
-    """Write ``figure`` to ``path`` on white, for readers of the Markdown page."""
-    with atomic_write(path) as temporary, mpl.rc_context({"savefig.transparent": False}):
+def save_png(figure: Figure, path: Path, part: Bbox) -> None:
+    """Write ``part`` of ``figure`` to ``path`` on white, for readers of the Markdown page."""
+    with atomic_write(path) as temporary:
         figure.savefig(
             temporary,
             format="png",
             dpi=130,
             facecolor=LIGHT.surface,
-            bbox_inches="tight",
-            pad_inches=0.05,
+            bbox_inches=part,
             metadata={"Software": None},
         )
 
 
-def svg_uri(figure: Figure) -> str:
-    """``figure`` as a data URI with nothing in it that changes from one writing to the next."""
+def svg_uri(figure: Figure, part: Bbox) -> str:
+    """``part`` of ``figure`` as a data URI with nothing in it that changes from one writing to the next."""
     buffer = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": "prune_lab", "svg.fonttype": "path"}):
         figure.savefig(
             buffer,
             format="svg",
-            bbox_inches="tight",
-            pad_inches=0.02,
+            bbox_inches=part,
             metadata={"Date": None, "Creator": None},
         )
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

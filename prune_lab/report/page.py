@@ -68,10 +68,11 @@ def _render(part: Text | Table | Drawing | Grid, run: Run) -> dict[str, Any]:
         case Table():
             return {"kind": "table", **asdict(part)}
         case Drawing():
-            light = settle(part.draw(LIGHT))
+            light, dark = part.draw(LIGHT), part.draw(DARK)
+            inked = settle(light)
             file = f"{part.name}.png"
-            save_png(light, run.report_dir / file)
-            uris = {"light": svg_uri(light), "dark": svg_uri(settle(part.draw(DARK)))}
+            save_png(light, run.report_dir / file, inked)
+            uris = {"light": svg_uri(light, inked), "dark": svg_uri(dark, settle(dark))}
             return {"kind": "drawing", "alt": part.alt, "caption": part.caption, "file": file, **uris}
         case Grid():
             pictures = [(label, file_uri(path), _copy_picture(path, run)) for label, path in part.pictures]

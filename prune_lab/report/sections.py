@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -15,12 +13,12 @@ from prune_lab.report.charts import (
     draw_prediction,
     draw_quality_plane,
 )
-from prune_lab.report.document import Drawing, Grid, Part, Section, Table, Text, not_run
+from prune_lab.report.document import Drawing, Part, Section, Table, Text, not_run
 from prune_lab.report.figures import plan_styles
 from prune_lab.report.maps import draw_block_map, draw_plan_maps
-from prune_lab.report.sheets import comparison_columns, draw_comparison
+from prune_lab.report.sheets import picture_parts
 from prune_lab.report.summary import summary
-from prune_lab.report.tables import PictureSet, RunTables, block_map_frame, curve_frame, left_out, measured
+from prune_lab.report.tables import RunTables, block_map_frame, curve_frame, left_out, measured
 from prune_lab.report.words import (
     NARROW,
     UNKNOWN,
@@ -44,7 +42,7 @@ def report_sections(tables: RunTables) -> tuple[Section, ...]:
         Section("candidates", "The candidates", _candidates(tables)),
         Section("ranking", "Cost against quality", _ranking(tables)),
         Section("distillation", "Distillation", _distillation(tables)),
-        Section("pictures", "Pictures", _pictures(tables)),
+        Section("pictures", "Pictures", picture_parts(tables)),
         Section("conditions", "Conditions and files", _conditions(tables)),
     )
 
@@ -135,7 +133,14 @@ def _costs(tables: RunTables) -> tuple[Part, ...]:
             )
             for row in tables.pipeline.to_dict("records")
         )
-        header = ("Part of the pipeline", "Calls", "Parameters", "MACs", "Median time", "Share of time")
+        header = (
+            "Part of the pipeline",
+            "Calls",
+            "Parameters",
+            "MACs of a call",
+            "Median time of a call",
+            "Share of time",
+        )
         parts.append(Table("Where the time of one picture goes", header, shares, "pipeline.csv"))
     return tuple(parts)
 
@@ -164,12 +169,29 @@ def _reductions(tables: RunTables) -> tuple[Part, ...]:
                 cells += [words(row[column]), "" if first else change(row[f"{column}_change"])]
             cells.append("yes" if str(row["native"]) == "True" else "no")
             if has_times:
-                cells.append(milliseconds(row["median_ms"]))
-                cells.append("" if first else change(row.get("latency_change")))
+                cells += [milliseconds(row["median_ms"]), "" if first else change(row.get("latency_change"))]
+                cells.append(
+                    f"{row['p10_ms']:.3g} to {milliseconds(row['p90_ms'])}" if "p10_ms" in row else UNKNOWN
+                )
             rows.append(tuple(cells))
-        header += ["Median time", "change"] if has_times else []
+        header += ["Median time", "change", "p10 to p90"] if has_times else []
         parts.append(Table(f"{model}", tuple(header), tuple(rows), "reductions.csv"))
+        parts += _footnotes(frame, has_times)
     return tuple(parts)
+
+
+def _footnotes(frame: pd.DataFrame, has_times: bool) -> list[Part]:
+    """What a reduction table leaves out: operators without a formula, and how often times were taken."""
+    says = []
+    if "uncounted" in frame and not is_missing(frame["uncounted"].iloc[0]):
+        calls = str(frame["uncounted"].iloc[0]).replace(":", " ").split()
+        listed = ", ".join(f"{name} {number}" for name, number in zip(calls[::2], calls[1::2], strict=False))
+        says.append(f"Not counted as multiply-adds, calls in one pass of the teacher: {listed}.")
+    if has_times and "runs" in frame:
+        says.append(
+            f"Times are of one forward pass with random weights, {count(frame['runs'].max())} runs each."
+        )
+    return [Text((" ".join(says),))] if says else []
 
 
 def _candidates(tables: RunTables) -> tuple[Part, ...]:
@@ -278,51 +300,6 @@ def _distillation(tables: RunTables) -> tuple[Part, ...]:
             lambda theme: draw_curves(curves, tables.plans, styles, theme),
         ),
     )
-
-
-def _pictures(tables: RunTables) -> tuple[Part, ...]:
-    if tables.teacher_pictures is None:
-        return (not_run("no pictures have been drawn", "rank"),)
-    prompts: list[str] = list(tables.setting("evaluate", "prompts") or ())
-    seeds: list[int] = list(tables.setting("evaluate", "seeds") or (0,))
-    steps, guidance = tables.setting("evaluate", "steps"), tables.setting("evaluate", "guidance")
-    how = f"; {steps} sampler steps, guidance {guidance}" if steps and guidance is not None else ""
-    whose = "" if prompts else " The prompts are captions of held-out pictures."
-    intro = Text((f"The same prompts and seeds for all models{how}.{whose}",))
-    styles = plan_styles(tables.plans)
-    several = len(seeds) > 1
-    labels = [f"{prompt} (seed {seed})" if several else prompt for prompt in prompts for seed in seeds]
-    parts: list[Part] = [intro]
-    # Six candidates in two states are as many columns as a page can show with pictures that can still be seen.
-    sheets = max(1, -(-len(tables.pictures) // 6))
-    per_sheet = max(1, -(-len(tables.pictures) // sheets))
-    for sheet in range(sheets):
-        group = tables.pictures[sheet * per_sheet : (sheet + 1) * per_sheet]
-        columns = comparison_columns(tables.teacher_pictures, group, len(labels)) if labels else None
-        if columns is None:
-            parts += _grids(tables.teacher_pictures, group)
-        else:
-            parts.append(
-                Drawing(
-                    f"pictures-{sheet + 1}",
-                    "Pictures drawn by the teacher and by every candidate as pruned and after distillation.",
-                    "One row per prompt and seed. Per candidate: as pruned, then after distillation.",
-                    lambda theme, columns=columns: draw_comparison(columns, labels, styles, theme),  # type: ignore[misc]
-                )
-            )
-    return tuple(parts)
-
-
-def _grids(teacher: Path, sets: Sequence[PictureSet]) -> list[Part]:
-    """The grids as they were written, for when they cannot be taken apart."""
-    if not sets:
-        return [Grid("Teacher", (("teacher", teacher),))]
-    grids: list[Part] = []
-    for one in sets:
-        versions = (("teacher", teacher), ("pruned", one.pruned), ("distilled", one.distilled))
-        shown = tuple((label, path) for label, path in versions if path is not None)
-        grids.append(Grid(f"{one.plan.label}, {len(one.plan.removed)} blocks removed", shown))
-    return grids
 
 
 def _conditions(tables: RunTables) -> tuple[Part, ...]:

@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from prune_lab.report.figures import PlanStyle, Theme, new_figure
-from prune_lab.report.tables import PictureSet
+from prune_lab.report.document import Drawing, Grid, Part, Text, not_run
+from prune_lab.report.figures import PlanStyle, Theme, new_figure, plan_styles
+from prune_lab.report.tables import PictureSet, RunTables
 
 GAP = 2  # white pixels between two pictures of a grid
 _LABEL = 2.6  # width of the prompts in pictures
@@ -116,3 +117,49 @@ def _wrapped(text: str, width: int) -> list[str]:
         else:
             lines[-1] = f"{lines[-1]} {word}".strip()
     return lines if len(lines) <= 4 else [*lines[:3], lines[3] + " ..."]
+
+
+def picture_parts(tables: RunTables) -> tuple[Part, ...]:
+    """The section of pictures: sheets of up to six candidates, or the grids as they are without named prompts."""
+    if tables.teacher_pictures is None:
+        return (not_run("no pictures have been drawn", "rank"),)
+    prompts: list[str] = list(tables.setting("evaluate", "prompts") or ())
+    seeds: list[int] = list(tables.setting("evaluate", "seeds") or (0,))
+    steps, guidance = tables.setting("evaluate", "steps"), tables.setting("evaluate", "guidance")
+    how = f"; {steps} sampler steps, guidance {guidance}" if steps and guidance is not None else ""
+    whose = "" if prompts else " The prompts are captions of held-out pictures."
+    intro = Text((f"The same prompts and seeds for all models{how}.{whose}",))
+    styles = plan_styles(tables.plans)
+    several = len(seeds) > 1
+    labels = [f"{prompt} (seed {seed})" if several else prompt for prompt in prompts for seed in seeds]
+    parts: list[Part] = [intro]
+    # Six candidates in two states are as many columns as a page can show with pictures that can still be seen.
+    sheets = max(1, -(-len(tables.pictures) // 6))
+    per_sheet = max(1, -(-len(tables.pictures) // sheets))
+    for sheet in range(sheets):
+        group = tables.pictures[sheet * per_sheet : (sheet + 1) * per_sheet]
+        columns = comparison_columns(tables.teacher_pictures, group, len(labels)) if labels else None
+        if columns is None:
+            parts += _grids(tables.teacher_pictures, group)
+        else:
+            parts.append(
+                Drawing(
+                    f"pictures-{sheet + 1}",
+                    "Pictures drawn by the teacher and by every candidate as pruned and after distillation.",
+                    "One row per prompt and seed. Per candidate: as pruned, then after distillation.",
+                    lambda theme, columns=columns: draw_comparison(columns, labels, styles, theme),  # type: ignore[misc]
+                )
+            )
+    return tuple(parts)
+
+
+def _grids(teacher: Path, sets: Sequence[PictureSet]) -> list[Part]:
+    """The grids as they were written, for when they cannot be taken apart."""
+    if not sets:
+        return [Grid("Teacher", (("teacher", teacher),))]
+    grids: list[Part] = []
+    for one in sets:
+        versions = (("teacher", teacher), ("pruned", one.pruned), ("distilled", one.distilled))
+        shown = tuple((label, path) for label, path in versions if path is not None)
+        grids.append(Grid(f"{one.plan.label}, {len(one.plan.removed)} blocks removed", shown))
+    return grids

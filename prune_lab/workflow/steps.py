@@ -296,11 +296,24 @@ def check_settings(teacher: Teacher) -> None:
         )
 
 
+def steps_path(run: Run) -> Path:
+    """The seconds that each step took when it was last done."""
+    return run.folder / STEPS_FILE
+
+
+def _recorded_seconds(run: Run) -> dict[str, float]:
+    """What each step took when it was last done, by its name."""
+    if not steps_path(run).is_file():
+        return {}
+    frame = pd.read_csv(steps_path(run))
+    return dict(zip(frame["step"].astype(str), frame["seconds"].astype(float), strict=True))
+
+
 def run_all(config: RunConfig, folder: Path, *, force: bool = False) -> Ranking:
     """The ranking of the whole job: every step in order, those that are finished only read; ends with the report.
 
     With ``force`` the steps that changed settings touch are redone, all of them when no setting changed. steps.csv
-    gets the seconds that each step took this time.
+    gets the seconds that each step took when it was last done.
     """
     run = open_run(folder, must_exist=False)
     redo_all = force and run.config.is_file() and not changed_settings(load_config(run.config), config)
@@ -309,18 +322,17 @@ def run_all(config: RunConfig, folder: Path, *, force: bool = False) -> Ranking:
         forget(run, STEPS[0].name)
     teacher = Teacher(run)
     check_settings(teacher)
-    rows = []
+    known = _recorded_seconds(run)
+    seconds: dict[str, float] = {}
     for step in track(STEPS, "steps"):
+        finished = all(run.done(path) for path in step.marks(run))
         start = time.perf_counter()
         step.ensure(run, teacher)
-        rows.append((step.name, time.perf_counter() - start))
+        took = time.perf_counter() - start
+        seconds[step.name] = known.get(step.name, took) if finished else took
+        rows = list(seconds.items())
         write_frame(steps_path(run), pd.DataFrame(rows, columns=["step", "seconds"]))
     return ensure_ranking(run, teacher)
-
-
-def steps_path(run: Run) -> Path:
-    """The seconds that each step took when the whole job was last done."""
-    return run.folder / STEPS_FILE
 
 
 def steps_frame(config: RunConfig, folder: Path) -> pd.DataFrame:
