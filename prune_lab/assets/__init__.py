@@ -1,0 +1,66 @@
+"""What ships inside the package: the reference pipeline, its scorer and the pictures both were trained on."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+PICTURE_SIZE = 64
+COLUMNS = ("picture", "caption", "style", "subject", "tone", "group", "source", "licence")
+SPLITS = ("train", "heldout")
+
+
+def assets_folder() -> Path:
+    """Folder that holds everything shipped beside the code."""
+    return Path(__file__).resolve().parent
+
+
+def reference_folder() -> Path:
+    """Folder of the reference pipeline, as plain `StableDiffusionPipeline.from_pretrained` reads it."""
+    return assets_folder() / "reference"
+
+
+def scorer_folder() -> Path:
+    """Folder of the scorer, as plain `CLIPModel.from_pretrained` reads it."""
+    return assets_folder() / "scorer"
+
+
+def read_split(folder: Path, split: str) -> pd.DataFrame:
+    """Rows of one split under `folder`, columns COLUMNS, `picture` as WebP bytes.
+
+    Raises DataError for an unknown split or a missing file.
+    """
+    import pandas as pd
+
+    from prune_lab.errors import DataError
+
+    if split not in SPLITS:
+        raise DataError(f"no split {split!r} of the pictures; there are {', '.join(SPLITS)}")
+    path = folder / f"{split}.parquet"
+    if not path.is_file():
+        raise DataError(
+            f"no pictures at {path}; reinstall the package or rebuild them with 'reference train'"
+        )
+    return pd.read_parquet(path)[list(COLUMNS)]
+
+
+def load_pictures(split: str) -> pd.DataFrame:
+    """Rows of the shipped split "train" or "heldout", columns COLUMNS, `picture` as WebP bytes."""
+    return read_split(assets_folder() / "pictures", split)
+
+
+def decode_pictures(frame: pd.DataFrame) -> torch.Tensor:
+    """Pictures of the rows as a uint8 tensor (N, 3, 64, 64), 0-255, sRGB on white."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    pictures = np.empty((len(frame), PICTURE_SIZE, PICTURE_SIZE, 3), dtype=np.uint8)
+    for slot, content in zip(pictures, frame["picture"], strict=True):
+        slot[:] = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    return torch.from_numpy(pictures.transpose(0, 3, 1, 2).copy())

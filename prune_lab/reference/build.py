@@ -1,0 +1,164 @@
+"""The reference model from public packages to shipped folders, one resumable step after the other."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from prune_lab.assets import decode_pictures, read_split
+from prune_lab.reference.autoencoder import encode, standardise, train_autoencoder
+from prune_lab.reference.clip import text_tower, train_clip, without_style
+from prune_lab.reference.dataset import build_pictures
+from prune_lab.reference.denoiser import CachedPairs, cache_pairs, train_denoiser
+from prune_lab.reference.export import export_pipeline, export_scorer
+from prune_lab.reference.recipe import ReferenceRecipe, read_recipe
+from prune_lab.reference.tokenizer import build_tokenizer
+from prune_lab.runtime import atomic_folder
+
+_STANDARD = 2000  # pictures (in hashed order) whose latents are given zero mean and unit deviation
+
+_log = logging.getLogger(__name__)
+
+
+def draw_weights(frame: pd.DataFrame) -> torch.Tensor:
+    """How often each row is drawn (N,): one over the root of the number of rows of its style and subject.
+
+    A couple comes in 26 combinations of skin tones, an apple in one: drawn evenly, couples would be half of all.
+    """
+    count = frame.groupby(["style", "subject"])["caption"].transform("size")
+    return torch.tensor((count**-0.5).to_numpy(), dtype=torch.float32)
+
+
+def trained_autoencoder(
+    work: Path, frame: pd.DataFrame, recipe: ReferenceRecipe, device: str, say: Callable[[str], None]
+) -> AutoencoderKL:
+    """The finished autoencoder in the work folder, trained first where it is not there."""
+    folder = work / "autoencoder"
+    if not folder.is_dir():
+        pictures = decode_pictures(frame)
+        model = train_autoencoder(
+            pictures, recipe.autoencoder, recipe.autoencoder_training, work, device=device, say=say
+        )
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            standardise(model, pictures[:_STANDARD])
+        with atomic_folder(folder) as temporary:
+            model.save_pretrained(temporary)
+    found = AutoencoderKL.from_pretrained(folder, local_files_only=True)
+    assert isinstance(found, AutoencoderKL)
+    return found.eval().to(device)
+
+
+def trained_clip(
+    work: Path,
+    frame: pd.DataFrame,
+    tokenizer: CLIPTokenizer,
+    recipe: ReferenceRecipe,
+    device: str,
+    say: Callable[[str], None],
+) -> CLIPModel:
+    """The finished scorer in the work folder, trained first where it is not there."""
+    folder = work / "clip"
+    if not folder.is_dir():
+        model = train_clip(
+            decode_pictures(frame),
+            frame["caption"].tolist(),
+            frame["style"].tolist(),
+            tokenizer,
+            recipe.clip,
+            recipe.clip_training,
+            work,
+            device=device,
+            say=say,
+        )
+        with atomic_folder(folder) as temporary:
+            model.save_pretrained(temporary)
+    found = CLIPModel.from_pretrained(folder, local_files_only=True)
+    assert isinstance(found, CLIPModel)
+    return found.eval().to(device)
+
+
+def cached_pairs(
+    path: Path,
+    frame: pd.DataFrame,
+    autoencoder: AutoencoderKL,
+    tower: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+) -> CachedPairs:
+    """Latents and text embeddings of the rows, computed once and kept at `path`."""
+    if not path.is_file():
+        captions, styles = frame["caption"].tolist(), frame["style"].tolist()
+        latents = encode(autoencoder, decode_pictures(frame))
+        plain = without_style(captions, styles)
+        cache_pairs(latents, captions, plain, draw_weights(frame), tower, tokenizer).save(path)
+    return CachedPairs.load(path)
+
+
+def trained_denoiser(
+    work: Path, data: CachedPairs, recipe: ReferenceRecipe, device: str, say: Callable[[str], None]
+) -> UNet2DConditionModel:
+    """The finished U-Net in the work folder, trained first where it is not there."""
+    folder = work / "denoiser"
+    if not folder.is_dir():
+        model = train_denoiser(
+            data,
+            recipe.denoiser,
+            recipe.denoiser_training,
+            work,
+            objective=recipe.denoiser_objective,
+            device=device,
+            say=say,
+        )
+        with atomic_folder(folder) as temporary:
+            model.save_pretrained(temporary)
+    found = UNet2DConditionModel.from_pretrained(folder, local_files_only=True)
+    assert isinstance(found, UNet2DConditionModel)
+    return found.eval()
+
+
+def train_reference(
+    work: Path,
+    *,
+    config: Path | None = None,
+    sources: Path | None = None,
+    device: str = "cpu",
+    out: Path | None = None,
+    say: Callable[[str], None] | None = None,
+) -> None:
+    """Build the reference model into `out` (default: `work`/assets), laid out as the package's own assets.
+
+    Pictures, tokenizer, autoencoder, scorer, latents, U-Net, export: each step's finished file in `work` is
+    recognised, and the trainings go on from their last checkpoint, so the same command resumes. `sources` holds the
+    public packages or receives them; `config` is a recipe other than the committed one. Takes under two hours on two
+    idle CPU cores. Raises DataError and ConfigError.
+    """
+    say = _log.info if say is None else say
+    recipe = read_recipe(config)
+    out = work / "assets" if out is None else out
+    build_pictures(work / "sources" if sources is None else sources, out / "pictures")
+    train = read_split(out / "pictures", "train")
+    say(f"{len(train)} training pictures")
+    if (work / "tokenizer").is_dir():
+        tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    else:
+        shape = recipe.tokenizer
+        tokenizer = build_tokenizer(
+            train["caption"], work / "tokenizer", vocabulary=shape.vocabulary, length=shape.length
+        )
+    autoencoder = trained_autoencoder(work, train, recipe, device, say)
+    clip = trained_clip(work, train, tokenizer, recipe, device, say)
+    tower = text_tower(clip.cpu()).to(device)
+    data = cached_pairs(work / "pairs.safetensors", train, autoencoder, tower, tokenizer)
+    unet = trained_denoiser(work, data, recipe, device, say)
+    export_pipeline(out / "reference", autoencoder.cpu(), tower.cpu(), tokenizer, unet)
+    export_scorer(out / "scorer", clip.cpu(), tokenizer, recipe.clip)
+    for curve in sorted(work.glob("*.csv")):
+        (out / "curves").mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(curve, out / "curves" / curve.name)
+    say(f"the reference model is in {out}")

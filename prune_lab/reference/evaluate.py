@@ -1,0 +1,271 @@
+"""What the reference model can do, measured on the held-out pictures, with the figures and tables of its report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from diffusers import StableDiffusionPipeline
+from transformers import CLIPModel, CLIPTokenizer
+
+from prune_lab.assets import assets_folder, decode_pictures, read_split
+from prune_lab.blocks import architecture_of, block_groups
+from prune_lab.evaluation import generate
+from prune_lab.importance import ImportanceTable, score_groups
+from prune_lab.probes import Probe, make_probe, predict
+from prune_lab.reference.autoencoder import psnr
+from prune_lab.reference.clip import embed_pairs, retrieval
+from prune_lab.reference.export import as_float32, weights_megabytes
+from prune_lab.reference.figures import draw_curves, draw_impacts, draw_prompt_grid
+from prune_lab.runtime import Environment, write_frame, write_json, write_text
+
+GRID_PROMPTS = 32
+RETRIEVAL_PROMPTS = 100
+IMPACT_PICTURES = 256
+MID_STAGE_BAR = 1e-3  # relative change of the predicted noise that the mid stage should at least be worth
+_GROUP_ORDER = ("faces", "animals", "food", "flags", "objects", "symbols", "places", "activities", "people")
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How pictures were drawn for the report."""
+
+    steps: int = 30
+    guidance: float = 4.0
+    seed: int = 0
+
+
+def held_out_prompts(frame: pd.DataFrame, count: int) -> list[str]:
+    """`count` captions of distinct subjects, the prompt groups in turn, in the frame's (hashed, fixed) order."""
+    once = frame.drop_duplicates("subject")
+    queues = {group: once.loc[once["group"] == group, "caption"].tolist() for group in _GROUP_ORDER}
+    picked: list[str] = []
+    while len(picked) < count and any(queues.values()):
+        picked += [queue.pop(0) for queue in queues.values() if queue]
+    return picked[:count]
+
+
+def loss_by_timestep(unet: Any, probe: Probe, buckets: int = 10, length: int = 1000) -> pd.DataFrame:
+    """Mean squared error of the predicted noise per bucket of timesteps: columns bucket, first, last, loss, rows."""
+    error = (predict(unet, probe) - probe.target).double().square().flatten(1).mean(1)
+    bucket = probe.timesteps * buckets // length
+    rows = []
+    for number in range(buckets):
+        inside = error[bucket == number]
+        first, last = number * length // buckets, (number + 1) * length // buckets - 1
+        loss = float(inside.mean()) if len(inside) else float("nan")
+        rows.append((number, first, last, loss, len(inside)))
+    return pd.DataFrame(rows, columns=["bucket", "first", "last", "loss", "rows"])
+
+
+def caption_ranks(
+    scorer: CLIPModel, tokenizer: CLIPTokenizer, pictures: torch.Tensor, prompts: Sequence[str]
+) -> torch.Tensor:
+    """Rank (N,) of each picture's own prompt among all the prompts, 1 is best, by the scorer's cosine."""
+    seen, said = embed_pairs(scorer, tokenizer, pictures, prompts)
+    similarity = seen @ said.t()
+    return (similarity > similarity.diagonal()[:, None]).sum(1) + 1
+
+
+def score_everything(unet: Any, probe: Probe) -> ImportanceTable:
+    """Removal impacts of all blocks, pairs and stages on the probe, with 95 % bootstrap intervals."""
+    architecture = architecture_of(unet)
+    groups = [group for kind in ("block", "pair", "stage") for group in block_groups(architecture, kind)]
+    return score_groups(unet, groups, probe, bootstrap=1000, seed=0, model="reference")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def shortcomings(metrics: dict[str, Any]) -> list[str]:
+    """Lines (Markdown) that name the bars this model misses; none where it misses none."""
+    missed = []
+    mid = metrics["impacts"]["mid_stage"]
+    if mid < MID_STAGE_BAR:
+        missed.append(
+            f"- The mid stage should be worth at least {MID_STAGE_BAR:.0e}; it is worth {mid:.1e}. The innermost "
+            "blocks do next to nothing here, so their scores and the cost of removing them say little."
+        )
+    drawn = metrics["scorer_generated"]
+    if drawn["r1"] < drawn["real_r1"] / 2:
+        missed.append(
+            f"- Pictures: the scorer finds the right caption first for {_percent(drawn['r1'])} of the generated "
+            f"pictures and {_percent(drawn['real_r1'])} of the real ones. Look at the grid before relying on them."
+        )
+    return ["## What falls short", "", *missed, ""] if missed else []
+
+
+def report_page(metrics: dict[str, Any], losses: pd.DataFrame, impacts: pd.DataFrame) -> str:
+    """The report in words (Markdown), every number from `metrics` and the two tables."""
+    clip, drawn, blocks = metrics["scorer_heldout"], metrics["scorer_generated"], metrics["impacts"]
+    single = impacts[(impacts["kind"] == "block") & ~impacts["starred"]].sort_values("impact")
+    stages = impacts[impacts["kind"] == "stage"]
+    lines = [
+        "# The reference model, measured",
+        "",
+        f"Trained on {metrics['pictures']['train']:,} pictures; every number below is on the "
+        f"{metrics['pictures']['heldout']:,} held-out ones, whose combination of style, subject and tone was never "
+        "trained on. Weights: float16 on disk, "
+        f"{metrics['megabytes']['pipeline']:.1f} MB pipeline and {metrics['megabytes']['scorer']:.1f} MB scorer; "
+        "all measurements in float32 on the CPU. Versions, threads and seeds are in `metrics.json`.",
+        "",
+        f"- Autoencoder: {metrics['autoencoder']['psnr_mean']:.2f} dB PSNR in the mean "
+        f"({metrics['autoencoder']['psnr_p10']:.2f} at the 10th percentile).",
+        f"- Scorer, {int(clip['pictures'])} held-out pictures against their {int(clip['texts'])} captions: picture to "
+        f"text R@1 {_percent(clip['picture_to_text_r1'])}, R@5 {_percent(clip['picture_to_text_r5'])}; text to "
+        f"picture R@1 {_percent(clip['text_to_picture_r1'])}, R@5 {_percent(clip['text_to_picture_r5'])}.",
+        f"- U-Net: held-out noise-prediction loss {metrics['denoiser']['loss']:.4f} "
+        f"({metrics['denoiser']['rows']} rows).",
+        f"- Generated pictures, {drawn['prompts']} held-out prompts ({drawn['steps']} steps, guidance "
+        f"{drawn['guidance']:g}, seed {drawn['seed']}): the scorer ranks the right caption first among "
+        f"{drawn['prompts']} for {_percent(drawn['r1'])} and in the first five for {_percent(drawn['r5'])}; "
+        f"for the real pictures of the same captions {_percent(drawn['real_r1'])} and {_percent(drawn['real_r5'])}; "
+        f"by chance it would be {_percent(1 / drawn['prompts'])}.",
+        f"- Removal impact (relative mean squared change of the predicted noise, {blocks['rows']} held-out rows, 95 % "
+        f"bootstrap intervals): of {blocks['removable']} removable blocks {blocks['above_1e-3']} change it by at least "
+        f"1e-3 and {blocks['above_1e-4']} by at least 1e-4; {blocks['above_zero']} have an interval above zero, which "
+        "a mean of squares has almost by itself and which is no proof of worth; the whole mid stage is worth "
+        f"{blocks['mid_stage']:.2e} "
+        f"[{blocks['mid_stage_low']:.2e}, {blocks['mid_stage_high']:.2e}].",
+        "",
+        "![Pictures for held-out prompts](grid.png)",
+        "",
+        *shortcomings(metrics),
+        "## Denoising loss by timestep",
+        "",
+        "| timesteps | loss | rows |",
+        "| --- | ---: | ---: |",
+        *(f"| {row.first}-{row.last} | {row.loss:.4f} | {row.rows} |" for row in losses.itertuples()),
+        "",
+        "## Removal impact of stages",
+        "",
+        "| stage | impact | 95 % interval |",
+        "| --- | ---: | --- |",
+        *(
+            f"| {row.group} | {row.impact:.2e} | {row.low:.2e} to {row.high:.2e} |"
+            for row in stages.itertuples()
+        ),
+        "",
+        "Least and most of the removable blocks: "
+        + ", ".join(f"{row.group} {row.impact:.1e}" for row in single.head(5).itertuples())
+        + " ... "
+        + ", ".join(f"{row.group} {row.impact:.1e}" for row in single.tail(5).itertuples())
+        + ". All of them are in `impacts.csv`.",
+        "",
+        "![Removal impact of every block](impacts.png)",
+        "",
+        "## Training",
+        "",
+        *(
+            f"- {name}: {one['steps']:,} steps, last loss (mean of the last 100) {one['loss']:.4f}"
+            for name, one in metrics["training"].items()
+        ),
+        "",
+        "The recipe is `prune_lab/reference/reference.toml`; `prune-lab reference train` repeats it.",
+        "",
+        "![Loss curves](curves.png)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def evaluate_reference(
+    out: Path, *, assets: Path | None = None, curves: Path | None = None, sampling: Sampling | None = None
+) -> dict[str, Any]:
+    """Every measured number of the reference model, after writing the report's pages and figures into `out`.
+
+    `assets` is laid out as the package's own (the default); `curves` holds the CSV curves of the three trainings,
+    copied into the report (default: the ones in `out` already).
+    """
+    assets = assets_folder() if assets is None else assets
+    sampling = Sampling() if sampling is None else sampling
+    out.mkdir(parents=True, exist_ok=True)
+    heldout, train = read_split(assets / "pictures", "heldout"), read_split(assets / "pictures", "train")
+    real, captions = decode_pictures(heldout), heldout["caption"].tolist()
+    pipeline: StableDiffusionPipeline = as_float32(assets / "reference")
+    scorer = CLIPModel.from_pretrained(assets / "scorer", dtype=torch.float32, local_files_only=True).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(assets / "scorer", local_files_only=True)
+    quality = psnr(pipeline.vae, real)
+    pictures, texts = embed_pairs(scorer, tokenizer, real, captions)
+    probe = make_probe(pipeline, real, captions, heldout["group"].tolist(), timesteps=100, seed=0)
+    losses = loss_by_timestep(pipeline.unet, probe)
+    some = heldout.iloc[:IMPACT_PICTURES]
+    small = make_probe(
+        pipeline,
+        real[: len(some)],
+        captions[: len(some)],
+        some["group"].tolist(),
+        timesteps=min(32, len(some)),
+        seed=0,
+    )
+    impacts = score_everything(pipeline.unet, small).frame()
+
+    prompts = held_out_prompts(heldout, RETRIEVAL_PROMPTS)
+    drawn = generate(pipeline, prompts, [sampling.seed], steps=sampling.steps, guidance=sampling.guidance)
+    ranks = caption_ranks(scorer, tokenizer, drawn, prompts)
+    place = [captions.index(prompt) for prompt in prompts]
+    real_ranks = caption_ranks(scorer, tokenizer, real[place], prompts)
+    draw_prompt_grid(
+        out / "grid.png", prompts[:GRID_PROMPTS], drawn[:GRID_PROMPTS], real[place][:GRID_PROMPTS]
+    )
+
+    single = impacts[(impacts["kind"] == "block") & ~impacts["starred"]]
+    mid = impacts[(impacts["kind"] == "stage") & (impacts["group"] == "Md")].iloc[0]
+    training = {}
+    for name in ("autoencoder", "clip", "denoiser"):
+        source = (out if curves is None else curves) / f"{name}.csv"
+        if source.is_file():
+            curve = pd.read_csv(source)
+            write_frame(out / f"{name}.csv", curve)
+            training[name] = {
+                "steps": int(curve["step"].iloc[-1]) + 1,
+                "loss": float(curve["loss"].tail(100).mean()),
+            }
+    metrics: dict[str, Any] = {
+        "pictures": {"train": len(train), "heldout": len(heldout)},
+        "megabytes": {
+            "pipeline": weights_megabytes(assets / "reference"),
+            "scorer": weights_megabytes(assets / "scorer"),
+        },
+        "autoencoder": {"psnr_mean": float(quality.mean()), "psnr_p10": float(quality.quantile(0.1))},
+        "scorer_heldout": retrieval(pictures, texts, captions),
+        "denoiser": {
+            "loss": float((losses["loss"] * losses["rows"]).sum() / losses["rows"].sum()),
+            "rows": len(probe),
+        },
+        "scorer_generated": {
+            "prompts": len(prompts),
+            "r1": float((ranks == 1).float().mean()),
+            "r5": float((ranks <= 5).float().mean()),
+            "real_r1": float((real_ranks == 1).float().mean()),
+            "real_r5": float((real_ranks <= 5).float().mean()),
+            "steps": sampling.steps,
+            "guidance": sampling.guidance,
+            "seed": sampling.seed,
+        },
+        "impacts": {
+            "rows": len(small),
+            "removable": len(single),
+            "above_1e-3": int((single["impact"] >= 1e-3).sum()),
+            "above_1e-4": int((single["impact"] >= 1e-4).sum()),
+            "above_zero": int((single["low"] > 0).sum()),
+            "mid_stage": float(mid["impact"]),
+            "mid_stage_low": float(mid["low"]),
+            "mid_stage_high": float(mid["high"]),
+            "probe": small.digest,
+        },
+        "training": training,
+        "environment": Environment.capture("cpu", "float32").as_dict(),
+    }
+    write_frame(out / "impacts.csv", impacts)
+    write_frame(out / "loss_by_timestep.csv", losses)
+    write_json(out / "metrics.json", metrics)
+    draw_impacts(out / "impacts.png", single)
+    draw_curves(out / "curves.png", {name: pd.read_csv(out / f"{name}.csv") for name in training})
+    write_text(out / "README.md", report_page(metrics, losses, impacts))
+    return metrics

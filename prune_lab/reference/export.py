@@ -1,0 +1,60 @@
+"""Trained parts written as the folders that ship: a Stable Diffusion pipeline and its scorer, float16 safetensors."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from prune_lab.reference.clip import ClipShape, processor_settings
+from prune_lab.reference.denoiser import build_scheduler
+from prune_lab.runtime import atomic_folder
+
+
+def export_pipeline(
+    folder: Path,
+    autoencoder: AutoencoderKL,
+    tower: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+) -> None:
+    """Write `folder`, replacing what is there, as `StableDiffusionPipeline.from_pretrained` reads it."""
+    pipeline = StableDiffusionPipeline(
+        vae=copy.deepcopy(autoencoder).half(),
+        text_encoder=copy.deepcopy(tower).half(),
+        tokenizer=tokenizer,
+        unet=copy.deepcopy(unet).half(),
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    with atomic_folder(folder, force=True) as temporary:
+        pipeline.save_pretrained(temporary, safe_serialization=True)
+
+
+def export_scorer(folder: Path, model: CLIPModel, tokenizer: CLIPTokenizer, shape: ClipShape) -> None:
+    """Write `folder`, replacing what is there, as `CLIPModel.from_pretrained` reads it, with its tokenizer."""
+    with atomic_folder(folder, force=True) as temporary:
+        copy.deepcopy(model).half().save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "preprocessor_config.json").write_text(
+            json.dumps(processor_settings(shape), indent=2) + "\n"
+        )
+
+
+def weights_megabytes(folder: Path) -> float:
+    """Size of all safetensors files under the folder, in megabytes (1e6 bytes)."""
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 1e6
+
+
+def as_float32(folder: Path) -> StableDiffusionPipeline:
+    """The pipeline in the folder with float32 weights, offline and quiet."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    assert isinstance(pipeline, StableDiffusionPipeline)
+    return pipeline
