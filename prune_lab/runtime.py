@@ -221,7 +221,8 @@ def atomic_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
                 shutil.rmtree(old)
             else:
                 temporary.replace(path)
-        except StorageError as error:  # of something written inside: name what was asked for, not our temporary
+        except StorageError as error:
+            # Of something written inside: name the folder that was asked for, not our temporary one.
             raise StorageError(str(error).replace(str(temporary), str(path))) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
