@@ -12,7 +12,7 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from prune_lab.reference.clip import ClipShape, processor_settings
 from prune_lab.reference.denoiser import build_scheduler
-from prune_lab.runtime import atomic_folder
+from prune_lab.runtime import atomic_folder, read_json, write_json
 
 
 def export_pipeline(
@@ -35,6 +35,12 @@ def export_pipeline(
     )
     with atomic_folder(folder, force=True) as temporary:
         pipeline.save_pretrained(temporary, safe_serialization=True)
+        for path in temporary.rglob("config.json"):
+            config = read_json(path)
+            assert isinstance(config, dict)
+            # Where a part was loaded from is a folder of the machine that built it and means nothing elsewhere.
+            config.pop("_name_or_path", None)
+            write_json(path, config)
 
 
 def export_scorer(folder: Path, model: CLIPModel, tokenizer: CLIPTokenizer, shape: ClipShape) -> None:
