@@ -158,6 +158,9 @@ def train_reference(
     unet = trained_denoiser(work, data, recipe, device, say)
     export_pipeline(out / "reference", autoencoder.cpu(), tower.cpu(), tokenizer, unet)
     export_scorer(out / "scorer", clip.cpu(), tokenizer, recipe.clip)
+    for folder in (out / "reference" / "tokenizer", out / "scorer"):
+        for name in ("vocab.json", "merges.txt"):  # older transformers read these two, not tokenizer.json
+            shutil.copyfile(work / "tokenizer" / name, folder / name)
     for curve in sorted(work.glob("*.csv")):
         (out / "curves").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(curve, out / "curves" / curve.name)

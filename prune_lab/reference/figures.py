@@ -38,7 +38,7 @@ def draw_prompt_grid(
     figure.suptitle(
         "Held-out prompts: generated (left) and the real picture, never trained on (right)", fontsize=9
     )
-    _write(figure, path, dpi=100)
+    _write(figure, path, dpi=72)
 
 
 def draw_impacts(path: Path, blocks: pd.DataFrame) -> None:
