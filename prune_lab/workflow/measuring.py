@@ -55,7 +55,8 @@ def ensure_probe(run: Run, teacher: Teacher | None = None) -> Probe:
 def ensure_scores(run: Run, teacher: Teacher | None = None) -> ImportanceTable:
     """What removing each block, pair and stage does to the prediction; writes importance.csv."""
     if run.done(run.importance):
-        return importance_from_frame(pd.read_csv(run.importance))
+        # A digest of digits alone, or like 12e4, is a name and not a number.
+        return importance_from_frame(pd.read_csv(run.importance, dtype={"probe": str, "model": str}))
     teacher = teacher or Teacher(run)
     probe = ensure_probe(run, teacher)
     settings = teacher.config.score
