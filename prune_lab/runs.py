@@ -6,11 +6,11 @@
         config.toml environment.json
         blocks.csv costs.csv reductions.csv pipeline.csv
         probe.safetensors importance.csv data.safetensors
-        plans/<id>.json
+        plans/<id>.json plans/searched.csv
         candidates/<id>/ plan.json unet/ profile.json recovery.csv distilled/unet/
                          pictures_pruned.png pictures_distilled.png
         pictures/teacher.png
-        ranking.csv
+        ranking.csv steps.csv
         report/ index.html report.md *.png *.csv
 
 Files appear under their final name only when complete, so a step is done when its file is there.
@@ -132,6 +132,11 @@ class Run:
         """The plans that become candidates."""
         return self.folder / "plans"
 
+    @property
+    def searched(self) -> Path:
+        """Which plan came from which budget; written last, so the plans are complete when it is there."""
+        return self.plans_dir / "searched.csv"
+
     def plan(self, plan_id: str) -> Path:
         """The JSON of the plan with this id."""
         return self.plans_dir / f"{_checked_id(plan_id)}.json"
@@ -159,6 +164,11 @@ class Run:
     def ranking(self) -> Path:
         """The candidates in order, with those left out and why."""
         return self.folder / "ranking.csv"
+
+    @property
+    def steps(self) -> Path:
+        """How long each step took when it was last done; written after the report too, and not shown in it."""
+        return self.folder / "steps.csv"
 
     @property
     def report_dir(self) -> Path:

@@ -120,10 +120,7 @@ def predicted_impact(plan: PruningPlan, importance: ImportanceTable) -> float:
     return _impact_of(plan.removed, importance.block_impacts())
 
 
-def _options(
-    architecture: Architecture, importance: ImportanceTable, costs: CostTable
-) -> tuple[_Option, ...]:
-    impacts = importance.block_impacts()
+def _options(architecture: Architecture, impacts: dict[str, float], costs: CostTable) -> tuple[_Option, ...]:
     whole = costs.total
     options = []
     for level, choices in enumerate(native_choices(architecture)):
@@ -144,6 +141,12 @@ class _Program:
 
     options: tuple[_Option, ...]
     totals: dict[Metric, int]
+
+    @classmethod
+    def of(cls, architecture: Architecture, impacts: dict[str, float], costs: CostTable) -> _Program:
+        whole = costs.total
+        totals = {metric: int(getattr(whole, metric)) for metric in METRICS}
+        return cls(_options(architecture, impacts, costs), totals)
 
     def blocks(self, chosen: Sequence[int]) -> list[str]:
         return [name for index in chosen for name in self.options[index].blocks]
@@ -252,6 +255,16 @@ def _explain_impossible(program: _Program, budgets: Sequence[Budget]) -> BudgetE
     )
 
 
+def check_reachable(architecture: Architecture, costs: CostTable, budgets: Sequence[Budget]) -> None:
+    """Raise BudgetError, with the smallest reachable cost, when no native plan meets all ``budgets`` at once.
+
+    Needs no scores: which plans exist and what they cost does not depend on them.
+    """
+    program = _Program.of(architecture, {block.name: 0.0 for block in architecture.blocks}, costs)
+    if _solve(program, program.impacts(), budgets, ()) is None:
+        raise _explain_impossible(program, budgets)
+
+
 def _plan_name(budgets: Sequence[Budget], number: int) -> str:
     asked = [re.sub(r"[^\w.]+", "-", budget.text.replace("%", "pct")).strip("-") for budget in budgets]
     return "-".join(["search", *asked, str(number)])
@@ -272,9 +285,7 @@ def search_plans(
     budget, as in ``search-params-bk-small-1``. Raises BudgetError with the smallest reachable cost when no plan
     meets the budgets, DataError when a block has no score.
     """
-    options = _options(architecture, importance, costs)
-    whole = costs.total
-    program = _Program(options, {metric: int(getattr(whole, metric)) for metric in METRICS})
+    program = _Program.of(architecture, importance.block_impacts(), costs)
     metric = budgets[0].metric if budgets else "macs"
     plans: list[PruningPlan] = []
     found: list[tuple[int, ...]] = []

@@ -16,7 +16,14 @@ from prune_lab.errors import BudgetError, DataError
 from prune_lab.importance import Importance, ImportanceTable
 from prune_lab.plans import PruningPlan, is_native, native_choices, parse_plan, plan_of
 from prune_lab.profiling import CostTable, PlanCost, cost_table
-from prune_lab.search import METRICS, Budget, parse_budget, predicted_impact, search_plans
+from prune_lab.search import (
+    METRICS,
+    Budget,
+    check_reachable,
+    parse_budget,
+    predicted_impact,
+    search_plans,
+)
 
 # Two levels of different width, so there are starred blocks, and few enough native plans to price every one.
 SMALL: dict[str, Any] = {
@@ -279,10 +286,13 @@ def test_an_impossible_budget_says_what_would_work(metric: str) -> None:
     with pytest.raises(BudgetError) as caught:
         search_plans(ARCHITECTURE, evenly(ARCHITECTURE), COSTS, [asked])
     message = str(caught.value)
+    with pytest.raises(BudgetError, match=re.escape(message)):  # known without any score
+        check_reachable(ARCHITECTURE, COSTS, [asked])
     assert asked.text in message
     assert f"{smallest:,} of" in message
     for remedy in re.findall(r"\w+<=[\d.]+%?", message.split("; give ")[1]):
         budget = parse_budget(remedy, ARCHITECTURE, COSTS)
+        check_reachable(ARCHITECTURE, COSTS, [budget])
         assert search_plans(ARCHITECTURE, evenly(ARCHITECTURE), COSTS, [budget])
 
 

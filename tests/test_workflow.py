@@ -12,7 +12,9 @@ import pandas as pd
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from typer.testing import CliRunner
 
+from prune_lab.cli import app
 from prune_lab.config import (
     DistillConfig,
     EvaluateConfig,
@@ -205,6 +207,16 @@ def test_force_redoes_only_what_the_settings_touch(copied: Run, config: RunConfi
     gone = [run.data, candidate.recovery, candidate.distilled, run.teacher_pictures, run.ranking, run.report]
     assert [path for path in gone if path.exists()] == []
     assert all(run.done(path) for path in (run.importance, candidate.unet, candidate.profile, run.plans_dir))
+
+
+def test_an_impossible_budget_removes_nothing(copied: Run, config: RunConfig) -> None:
+    search = dataclasses.replace(config.search, budgets=("params<=bk-base", "params<=5%"))
+    before = times(copied)
+    with pytest.raises(BudgetError, match=r"params<=5%.*smallest native plan"):
+        run_all(dataclasses.replace(config, search=search), copied.folder, force=True)
+    asked = ["search", "--run", str(copied.folder), "--budget", "params<=5%", "--force"]
+    assert CliRunner().invoke(app, asked).exit_code == 2
+    assert times(copied) == before
 
 
 def test_a_setting_that_no_step_has_read_may_change(copied: Run, config: RunConfig) -> None:

@@ -156,6 +156,9 @@ def search(
     settings = _settings(
         model, run, config, device=device, seed=seed, search={"budgets": tuple(budget), "count": count}
     )
+    from prune_lab.workflow import check_budgets
+
+    check_budgets(settings)  # before anything is removed
     with _opened(settings, run, redo="plans" if force else "") as opened:
         from prune_lab.runtime import write_json
         from prune_lab.workflow import ensure_plans, plans_frame

@@ -25,7 +25,7 @@ from prune_lab.workflow.measuring import (
     ensure_scores,
     ensure_shares,
 )
-from prune_lab.workflow.steps import STEPS, Step, forget, run_all, start_run, steps_frame
+from prune_lab.workflow.steps import STEPS, Step, check_budgets, forget, run_all, start_run, steps_frame
 from prune_lab.workflow.students import (
     ensure_candidates,
     ensure_data,
@@ -41,6 +41,7 @@ __all__ = [
     "STEPS",
     "Step",
     "Teacher",
+    "check_budgets",
     "comparison",
     "ensure_blocks",
     "ensure_candidates",

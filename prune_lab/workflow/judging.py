@@ -31,7 +31,6 @@ from prune_lab.workflow.teacher import Teacher
 
 COLUMNS, GAP = 4, 2  # of a grid of pictures
 SHOWN = (".csv", ".json", ".png", ".toml")  # what a report reads
-STEPS_FILE = "steps.csv"  # how long each step took; written after the report too, and not shown in it
 
 
 # Pictures ----------------------------------------------------------------------------------------------------
@@ -192,7 +191,7 @@ def ensure_report(run: Run, teacher: Teacher | None = None) -> Path:
     shown = (
         path for path in run.folder.rglob("*") if path.suffix in SHOWN and run.report_dir not in path.parents
     )
-    newest = max((path.stat().st_mtime_ns for path in shown if path.name != STEPS_FILE), default=0)
+    newest = max((path.stat().st_mtime_ns for path in shown if path != run.steps), default=0)
     if run.done(run.report) and run.report.stat().st_mtime_ns >= newest:
         return run.report
     return write_report(run)

@@ -19,8 +19,8 @@ from prune_lab.profiling import cost_table
 from prune_lab.ranking import Ranking
 from prune_lab.runs import Run, open_run
 from prune_lab.runtime import Environment, read_json, track, write_frame, write_json, write_text
-from prune_lab.search import parse_budget
-from prune_lab.workflow.judging import STEPS_FILE, ensure_pictures, ensure_ranking, ensure_report
+from prune_lab.search import check_reachable, parse_budget
+from prune_lab.workflow.judging import ensure_pictures, ensure_ranking, ensure_report
 from prune_lab.workflow.measuring import (
     controls,
     ensure_blocks,
@@ -35,7 +35,6 @@ from prune_lab.workflow.students import (
     ensure_data,
     ensure_distilled,
     ensure_plans,
-    searched_path,
 )
 from prune_lab.workflow.teacher import Teacher
 
@@ -114,7 +113,7 @@ STEPS: tuple[Step, ...] = (
         ("search",),
         ensure_plans,
         _files("plans_dir"),
-        lambda run: (searched_path(run),),
+        _files("searched"),
         "searches the best plans under each budget",
     ),
     Step(
@@ -278,6 +277,16 @@ def start_run(config: RunConfig, folder: Path, *, force: bool = False) -> Run:
 # The whole job -----------------------------------------------------------------------------------------------
 
 
+def check_budgets(config: RunConfig) -> None:
+    """Raise BudgetError when one of ``search.budgets`` cannot be read, or no native plan meets it; needs no weights."""
+    if not config.search.budgets:
+        return
+    architecture = architecture_of(resolve_model(config.model).config)
+    costs = cost_table(architecture)
+    for text in config.search.budgets:
+        check_reachable(architecture, costs, [parse_budget(text, architecture, costs)])
+
+
 def check_settings(teacher: Teacher) -> None:
     """Raise whatever a later step would find wrong with the settings, before hours are spent on the earlier ones."""
     config = teacher.config
@@ -286,9 +295,6 @@ def check_settings(teacher: Teacher) -> None:
     controls(teacher, teacher.architecture)
     for preset in config.report.also_presets:
         controls(teacher, architecture_of(resolve_model(preset).config))
-    costs = cost_table(teacher.architecture)
-    for text in config.search.budgets:
-        parse_budget(text, teacher.architecture, costs)
     if config.search.budgets and "block" not in config.score.groups:
         raise ConfigError(
             f"search.budgets needs the score of every single block, score.groups is {list(config.score.groups)}; "
@@ -296,16 +302,11 @@ def check_settings(teacher: Teacher) -> None:
         )
 
 
-def steps_path(run: Run) -> Path:
-    """The seconds that each step took when it was last done."""
-    return run.folder / STEPS_FILE
-
-
 def _recorded_seconds(run: Run) -> dict[str, float]:
     """What each step took when it was last done, by its name."""
-    if not steps_path(run).is_file():
+    if not run.steps.is_file():
         return {}
-    frame = pd.read_csv(steps_path(run))
+    frame = pd.read_csv(run.steps)
     return dict(zip(frame["step"].astype(str), frame["seconds"].astype(float), strict=True))
 
 
@@ -315,6 +316,7 @@ def run_all(config: RunConfig, folder: Path, *, force: bool = False) -> Ranking:
     With ``force`` the steps that changed settings touch are redone, all of them when no setting changed. steps.csv
     gets the seconds that each step took when it was last done.
     """
+    check_budgets(config)  # before anything is removed
     run = open_run(folder, must_exist=False)
     redo_all = force and run.config.is_file() and not changed_settings(load_config(run.config), config)
     run = start_run(config, folder, force=force)
@@ -331,7 +333,7 @@ def run_all(config: RunConfig, folder: Path, *, force: bool = False) -> Ranking:
         took = time.perf_counter() - start
         seconds[step.name] = known.get(step.name, took) if finished else took
         rows = list(seconds.items())
-        write_frame(steps_path(run), pd.DataFrame(rows, columns=["step", "seconds"]))
+        write_frame(run.steps, pd.DataFrame(rows, columns=["step", "seconds"]))
     return ensure_ranking(run, teacher)
 
 

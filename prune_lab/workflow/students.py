@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 import pandas as pd
@@ -37,14 +36,9 @@ RECOVERY_TABLE_COLUMNS = (
 # Plans -------------------------------------------------------------------------------------------------------
 
 
-def searched_path(run: Run) -> Path:
-    """Which plan came from which budget; written last, so the plans are complete when it is there."""
-    return run.plans_dir / "searched.csv"
-
-
 def searched(run: Run) -> pd.DataFrame:
     """One row per control and per plan found for a budget: plan_id, origin, name, budget."""
-    return pd.read_csv(searched_path(run), dtype=str, keep_default_na=False)
+    return pd.read_csv(run.searched, dtype=str, keep_default_na=False)
 
 
 def origin_of(run: Run, plan_id: str) -> Literal["control", "search"]:
@@ -70,7 +64,7 @@ def _write_plans(run: Run, teacher: Teacher) -> None:
         joined = " = ".join(dict.fromkeys(names[plan.id]))
         write_json(run.plan(plan.id), plan.named(joined).to_json())
     rows = [(plan.id, origin, plan.label, budget) for origin, budget, plan in found]
-    write_frame(searched_path(run), pd.DataFrame(rows, columns=list(SEARCHED_COLUMNS)))
+    write_frame(run.searched, pd.DataFrame(rows, columns=list(SEARCHED_COLUMNS)))
 
 
 def ensure_plans(run: Run, teacher: Teacher | None = None) -> tuple[PruningPlan, ...]:
@@ -80,7 +74,7 @@ def ensure_plans(run: Run, teacher: Teacher | None = None) -> tuple[PruningPlan,
     Plans that were put into the folder by hand follow at the end. Raises BudgetError for a budget that no plan meets.
     """
     teacher = teacher or Teacher(run)
-    if not run.done(searched_path(run)):
+    if not run.done(run.searched):
         _write_plans(run, teacher)
     order = dict.fromkeys(searched(run)["plan_id"])
     by_hand = [plan_id for plan_id in run.plan_ids() if plan_id not in order]
@@ -210,7 +204,9 @@ def _distilled(run: Run, teacher: Teacher, candidate: Candidate) -> Recovery:
         return finished
     return distill(
         teacher.unet,
-        load_student(candidate, dtype=teacher.dtype),
+        load_student(
+            candidate
+        ),  # in float32 whatever the teacher's format: rounding first would cost it digits
         feature_pairs(teacher.architecture, candidate.plan),
         ensure_data(run, teacher),
         teacher.pipeline.scheduler,
