@@ -341,7 +341,7 @@ def random_probe(config: Mapping[str, Any], *, samples: int, seed: int, timestep
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """``model`` in evaluation mode; every submodule's own flag returns on exit."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -367,7 +367,7 @@ def predict(
     device = unet.device if device is None else device
     dtype = unet.dtype if dtype is None else dtype
     predictions = torch.empty_like(probe.target)
-    with _evaluating(unet), torch.inference_mode():
+    with evaluating(unet), torch.inference_mode():
         for rows, inputs in probe.batches(batch, device, dtype):
             predictions[rows] = unet(**inputs, return_dict=False)[0].float().cpu()
     return predictions

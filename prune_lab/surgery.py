@@ -89,7 +89,7 @@ def bypassed(
     blocks = [architecture.block(name) for name in names]
     plan = plan_of(architecture, (block.name for block in blocks if block.removable or not stand_in))
     samplers = removed_samplers(architecture, plan)
-    stand_ins: dict[str, nn.Module] = {block.path: _stand_in_for(block) for block in blocks}
+    stand_ins: dict[str, nn.Module] = {block.path: stand_in_for(block) for block in blocks}
     stand_ins |= {
         sampler.path: PassThrough() for sampler in architecture.samplers if sampler.name in samplers
     }
@@ -103,7 +103,8 @@ def bypassed(
             unet.set_submodule(path, module)
 
 
-def _stand_in_for(block: Block) -> nn.Module:
+def stand_in_for(block: Block) -> nn.Module:
+    """What takes the place of ``block`` while it is bypassed; for a starred one its channel interpolation."""
     if block.kind == "attention":
         return PassThrough()
     if block.removable:

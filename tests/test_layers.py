@@ -21,7 +21,7 @@ LAYERS = (
     ("config", "blocks", "runs"),
     ("models", "plans"),
     ("surgery", "probes"),
-    ("profiling", "importance"),
+    ("profiling", "fanout", "importance"),
     ("search", "candidates"),
     ("distill",),
     ("ranking", "evaluation"),

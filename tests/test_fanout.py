@@ -1,0 +1,194 @@
+"""Shared prefixes give the naive loop's answers, with fewer multiply-adds, and notice when they would not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY_UNET, build_unet
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prune_lab.blocks import architecture_of, block_groups
+from prune_lab.errors import UnknownBlockError, UnremovableBlockError, UnsupportedModelError
+from prune_lab.fanout import Effort, fitting_width, gone_with, predict_without, units_of
+from prune_lab.models import preset_config
+from prune_lab.plans import parse_plan
+from prune_lab.probes import Probe, predict, random_probe
+from prune_lab.surgery import bypassed
+
+MODELS = {
+    "sd-v1": TINY_UNET,
+    "sd-v2": {**TINY_UNET, "use_linear_projection": True, "attention_head_dim": [1, 2, 4, 4]},
+    "sdxl": {
+        **TINY_UNET,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "block_out_channels": [8, 16, 32],
+        "transformer_layers_per_block": [1, 2, 3],
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 24,
+    },
+    "odd latent": {**TINY_UNET, "sample_size": 18},
+    "no mid": {**TINY_UNET, "mid_block_type": None},
+    "one layer": {**TINY_UNET, "layers_per_block": 1},
+}
+
+
+def naive(unet: Any, probe: Probe, removed: list[tuple[str, ...]]) -> list[torch.Tensor]:
+    """Everything run anew for every set."""
+    answers = []
+    for blocks in removed:
+        with bypassed(unet, blocks, stand_in=True):
+            answers.append(predict(unet, probe))
+    return answers
+
+
+def shared(
+    unet: Any, probe: Probe, removed: list[tuple[str, ...]], **options: Any
+) -> tuple[list[torch.Tensor], Effort]:
+    """The same by shared prefixes."""
+    architecture, effort = architecture_of(unet), Effort()
+    gone = [gone_with(architecture, blocks, stand_in=True) for blocks in removed]
+    answers = [torch.full_like(probe.target, torch.nan) for _ in removed]
+    for rows, number, prediction in predict_without(unet, probe, gone, effort=effort, **options):
+        assert answers[number][rows].isnan().all()  # every answer comes once
+        answers[number][rows] = prediction
+    return answers, effort
+
+
+def assert_equal(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
+    """Computed in float64 and rounded once, so only a wrong walk can differ by more than that rounding."""
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-7, atol=2e-7 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_group_of_every_model_family(name: str) -> None:
+    unet = build_unet(MODELS[name]).double()
+    probe = random_probe(unet.config, samples=3, seed=0, timesteps=3)
+    kinds = ("block", "pair", "stage")
+    groups = [one.blocks for kind in kinds for one in block_groups(architecture_of(unet), kind)]
+    removed = [(), *groups]
+    found, _ = shared(unet, probe, removed, batch=2)
+    wanted = naive(unet, probe, removed)
+    assert_equal(found, wanted)
+    assert not any(
+        torch.equal(one, wanted[0]) for one in wanted[1:]
+    )  # the groups are not all the same question
+
+
+@pytest.fixture(scope="module")
+def exact_unet() -> Any:
+    """The tiny U-Net in float64."""
+    return build_unet(TINY_UNET).double()
+
+
+@settings(max_examples=10)
+@given(data=st.data())
+def test_any_plans_at_any_width(exact_unet: Any, data: st.DataObject) -> None:
+    names = [block.name for block in architecture_of(exact_unet).blocks]
+    plans = st.lists(st.sampled_from(names), unique=True, max_size=12).map(tuple)
+    removed = data.draw(st.lists(plans, min_size=1, max_size=8))
+    removed += [parse_plan("bk-tiny", architecture_of(exact_unet)).removed]
+    probe = random_probe(exact_unet.config, samples=2, seed=1, timesteps=2)
+    found, effort = shared(exact_unet, probe, removed, width=data.draw(st.integers(1, 9)))
+    assert_equal(found, naive(exact_unet, probe, removed))
+    assert effort.macs <= effort.naive_macs
+
+
+def test_float32_answers_are_the_naive_ones_to_a_millionth(tiny_unet: Any) -> None:
+    removed = [(), *((block.name,) for block in architecture_of(tiny_unet).blocks)]
+    probe = random_probe(tiny_unet.config, samples=4, seed=0, timesteps=4)
+    found, _ = shared(tiny_unet, probe, removed)
+    for one, other in zip(found, naive(tiny_unet, probe, removed), strict=True):
+        assert float((one - other).norm() / other.norm()) < 1e-6
+
+
+def test_the_model_and_its_mode_come_back(tiny_unet: Any) -> None:
+    tiny_unet.train()
+    probe = random_probe(tiny_unet.config, samples=2, seed=0, timesteps=2)
+    before = {name: value.clone() for name, value in tiny_unet.state_dict().items()}
+    shared(tiny_unet, probe, [("Md.A1",)])
+    assert tiny_unet.training
+    assert all(torch.equal(value, before[name]) for name, value in tiny_unet.state_dict().items())
+
+
+def test_the_units_are_all_blocks_and_samplers_in_order_of_execution(
+    tiny_unet: Any, tiny_inputs: dict[str, Any]
+) -> None:
+    order: list[str] = []
+    units = {unit.path: unit for unit in units_of(architecture_of(tiny_unet))}
+    for path in units:
+        tiny_unet.get_submodule(path).register_forward_hook(lambda *_, path=path: order.append(path))
+    tiny_unet(**tiny_inputs)
+    assert order == list(units)
+    assert sum(unit.takes_skip for unit in units.values()) == 12
+    assert sum(unit.gives_skip for unit in units.values()) == 11  # and the first convolution
+
+
+def test_the_bound_for_the_blocks_of_stable_diffusion_by_hand() -> None:
+    architecture = architecture_of(preset_config("sd-v1.4"))
+    units = units_of(architecture)
+    costs = [unit.macs for unit in units]
+    names = [unit.name for unit in units]
+    # Removing a block leaves all that comes after it; one pass of the whole U-Net gives the prefixes.
+    after = sum(sum(costs[names.index(block.name) + 1 :]) for block in architecture.blocks)
+    bound = 38 * architecture.total_macs / (after + architecture.total_macs)
+    assert bound == pytest.approx(1.71, abs=0.01)
+
+
+def test_the_multiply_adds_are_counted_to_the_last(tiny_unet: Any) -> None:
+    architecture = architecture_of(tiny_unet)
+    probe = random_probe(tiny_unet.config, samples=3, seed=0, timesteps=3)
+    _, alone = shared(tiny_unet, probe, [()])
+    assert alone.macs == alone.naive_macs == 3 * architecture.total_macs
+    assert alone.forwards == 3
+    blocks = [(block.name,) for block in architecture.blocks]
+    _, effort = shared(tiny_unet, probe, [(), *blocks], batch=3)
+    units = units_of(architecture)
+    rest = architecture.total_macs - sum(unit.macs for unit in units)
+    suffixes = [
+        sum(unit.macs for unit in units[place + 1 :])
+        for place, one in enumerate(units)
+        if one.kind in ("resnet", "attention")
+    ]
+    assert effort.macs == 3 * (architecture.total_macs + sum(suffixes) + rest * len(suffixes))
+    assert effort.naive_macs == 3 * 39 * architecture.total_macs
+    assert effort.saving == effort.naive_macs / effort.macs > 1.5
+
+
+def test_equal_sets_are_computed_once(tiny_unet: Any) -> None:
+    probe = random_probe(tiny_unet.config, samples=2, seed=0, timesteps=2)
+    once, twice = (shared(tiny_unet, probe, [("Dn1.R2",)] * count) for count in (1, 2))
+    assert once[1].macs == twice[1].macs
+    assert torch.equal(twice[0][0], twice[0][1])
+
+
+def test_a_width_that_fits_the_memory() -> None:
+    architecture = architecture_of(preset_config("sd-v1.4"))
+    rows = [fitting_width(architecture, rows, torch.device("cpu")) for rows in (1, 4, 10_000)]
+    assert rows[0] > rows[1] > rows[2] == 2
+
+
+def test_another_forward_pass_is_noticed(tiny_unet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = random_probe(tiny_unet.config, samples=2, seed=0, timesteps=2)
+    stage = tiny_unet.mid_block
+    forward = type(stage).forward
+    monkeypatch.setattr(type(stage), "forward", lambda *args, **kwargs: 1.01 * forward(*args, **kwargs))
+    with pytest.raises(UnsupportedModelError, match="another answer than the U-Net itself"):
+        shared(tiny_unet, probe, [("Md.A1",)])
+
+
+def test_unknown_and_unremovable_blocks_are_named(tiny_unet: Any) -> None:
+    architecture = architecture_of(tiny_unet)
+    with pytest.raises(UnknownBlockError, match="Dn9"):
+        gone_with(architecture, ["Dn9.R1"])
+    with pytest.raises(UnremovableBlockError, match=r"Dn2\.R1"):
+        gone_with(architecture, ["Dn2.R1"])
+    assert gone_with(architecture, ["Dn2.R1"], stand_in=True) == {"Dn2.R1"}
+    tiny = gone_with(architecture, parse_plan("bk-tiny", architecture).removed)
+    assert {"Dn3.down", "Up1.up"} <= tiny
