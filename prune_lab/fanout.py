@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import diffusers
 import psutil
 import torch
 from diffusers import UNet2DConditionModel
@@ -24,12 +25,16 @@ from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.errors import UnsupportedModelError
 from prune_lab.plans import plan_of, removed_samplers
 from prune_lab.probes import Probe, evaluating
+from prune_lab.runtime import track
 from prune_lab.surgery import stand_in_for
 
 UnitKind = Literal["resnet", "attention", "down", "up"]
 
+TESTED_DIFFUSERS = "0.42"
+
 _MEMORY_SHARE = 0.4  # of what is free when the walk starts
-_MOST_BYTES = 8 << 30
+_MOST_BYTES = 6 << 30
+_LEAST_WIDTH = 8
 _WORKSPACE = 8  # largest hidden tensors that one call holds at a time, beside its input
 _ROUNDINGS = (
     16  # by how many the walk may differ from the U-Net's own forward pass; on one machine it is none
@@ -227,8 +232,11 @@ def _fan_out(
 
 def state_bytes(architecture: Architecture, itemsize: int = 4) -> int:
     """Bytes that one row of one state takes at most while it is computed: its skips, and a call's workspace."""
-    side = int(architecture.config["sample_size"])
-    largest = held = 0
+    side, channels = (
+        int(architecture.config["sample_size"]),
+        int(architecture.config["block_out_channels"][0]),
+    )
+    held, largest = channels * side**2, 0
     for unit in units_of(architecture):
         if unit.kind == "down":
             side = -(-side // 2)
@@ -236,9 +244,10 @@ def state_bytes(architecture: Architecture, itemsize: int = 4) -> int:
             side *= 2
         else:
             block = architecture.block(unit.name)
-            largest = max(largest, block.in_channels * side**2, block.out_channels * side**2)
+            largest = max(largest, block.in_channels * side**2)
+            channels = block.out_channels
         if unit.gives_skip:
-            held += largest if unit.kind == "down" else architecture.block(unit.name).out_channels * side**2
+            held += channels * side**2
     return (held + _WORKSPACE * largest) * itemsize
 
 
@@ -248,10 +257,17 @@ def _free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def fitting_width(architecture: Architecture, rows: int, device: torch.device, itemsize: int = 4) -> int:
-    """How many states of ``rows`` rows fit beside each other into the device's free memory; at least 2."""
+def fitting_batch(
+    architecture: Architecture, rows: int, device: torch.device, itemsize: int = 4
+) -> tuple[int, int]:
+    """At most ``rows`` rows, and how many states of them fit beside each other into the device's free memory.
+
+    Rows are given up before there are fewer than `_LEAST_WIDTH` states: states are what is shared.
+    """
     budget = min(_MOST_BYTES, int(_MEMORY_SHARE * _free_bytes(device)))
-    return max(2, budget // (rows * state_bytes(architecture, itemsize)))
+    fitting = budget // state_bytes(architecture, itemsize)
+    rows = max(1, min(rows, fitting // _LEAST_WIDTH))
+    return rows, max(1, fitting // rows)
 
 
 def gone_with(
@@ -278,11 +294,12 @@ def check_walk(unet: UNet2DConditionModel, inputs: dict[str, Any]) -> None:
     wanted = unet(**one, return_dict=False)[0]
     ((_, found),) = _answers(unet, one, [frozenset()], 1, Effort())
     tolerance = _ROUNDINGS * torch.finfo(wanted.dtype).eps
-    if not torch.allclose(found, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max())):
+    atol = tolerance * float(wanted.abs().max())
+    if not torch.allclose(found, wanted, rtol=tolerance, atol=atol, equal_nan=True):
         raise UnsupportedModelError(
             "asked to score by shared prefixes, found that the blocks one after the other give another answer than "
             f"the U-Net itself (largest difference {float((found - wanted).abs().max()):.2g}); "
-            "score with sharing turned off, or use the diffusers version that prune_lab was tested with"
+            f"prune_lab is tested with diffusers {TESTED_DIFFUSERS}, this is {diffusers.__version__}"
         )
 
 
@@ -320,23 +337,27 @@ def predict_without(
     batch: int = 8,
     width: int | None = None,
     effort: Effort | None = None,
-) -> Iterator[tuple[slice, int, Tensor]]:
-    """(rows, number of the set, prediction (rows, C, H, W) float32 on the CPU) for every set and every ``batch`` rows.
+) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Rows of the probe, and the prediction (rows, C, H, W) float32 on the CPU for each of ``removed``, in that order.
 
-    ``removed`` holds the units that are bypassed, as from ``gone_with``; the empty set is the U-Net itself. ``width``
-    bounds how many states are computed in one call (default: what fits into memory). ``effort`` is added up. The walk
-    is compared with the U-Net's own forward pass first; UnsupportedModelError when they differ.
+    ``removed`` holds the units that are bypassed, as from ``gone_with``; the empty set is the U-Net itself. At most
+    ``batch`` rows go together, and at most ``width`` states in one call; by default both are what fits into memory.
+    ``effort`` is added up. The walk is compared with the U-Net's own forward pass first; UnsupportedModelError when
+    they differ.
     """
     effort = Effort() if effort is None else effort
     dtype, device = unet.dtype, unet.device
     if width is None:
         rows = min(batch, len(probe))
-        width = fitting_width(architecture_of(unet), rows, device, dtype.itemsize)
-    with evaluating(unet), torch.inference_mode():
-        for rows_, inputs in probe.batches(batch, device, dtype):
-            if rows_.start == 0:
+        batch, width = fitting_batch(architecture_of(unet), rows, device, dtype.itemsize)
+    for part, inputs in probe.batches(batch, device, dtype):
+        predictions: dict[int, Tensor] = {}
+        # Closed before anything is handed out: neither the mode may leak into what the caller does with it.
+        with evaluating(unet), torch.inference_mode():
+            if part.start == 0:
                 check_walk(unet, inputs)
-            for sets, prediction in _answers(unet, inputs, removed, width, effort):
-                found = prediction.float().cpu()
-                for number in sets:
-                    yield rows_, number, found
+            answers = _answers(unet, inputs, removed, width, effort)
+            about = f"scoring rows {part.start + 1} to {part.stop} of {len(probe)}"
+            for sets, prediction in track(answers, about, len(set(removed))):
+                predictions |= dict.fromkeys(sets, prediction.float().cpu())
+        yield part, [predictions[number] for number in range(len(removed))]

@@ -1,8 +1,8 @@
 """What a group of blocks is worth: how the model's answers change when it is removed, with an interval.
 
-Removal is by bypass (``surgery.bypassed``), one group at a time, on one fixed probe, so all groups answer the
-same questions. Starred blocks, which cannot be removed, are scored through a channel-interpolation stand-in as
-in BK-SDM (arXiv:2305.15798).
+Every group is removed by bypass on one fixed probe, so all groups answer the same questions; what the removals share is
+computed once (``fanout``). Starred blocks, which cannot be removed, are scored through a channel-interpolation stand-in
+as in BK-SDM (arXiv:2305.15798).
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from torch import Tensor
 
 from prune_lab.blocks import BlockGroup, GroupKind, architecture_of
 from prune_lab.errors import DataError, UnknownCriterionError
-from prune_lab.probes import Probe, predict
-from prune_lab.runtime import track
-from prune_lab.surgery import bypassed
+from prune_lab.fanout import Effort, gone_with, predict_without
+from prune_lab.probes import Probe
 
 Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]  # (teacher, pruned, target) -> one value per row
 Scale = Callable[[Tensor], Tensor]  # teacher -> one value per row
@@ -58,7 +57,7 @@ def output_mse(teacher: Tensor, pruned: Tensor, target: Tensor) -> Tensor:
     Reads as: 0, the group did nothing for these inputs; 1, the error is as large as the prediction itself.
     Misleads when: the change is one that a short training undoes (a shift, a scale), or the timesteps are not
     balanced, since a v-predicting model has answers of another size at other timesteps.
-    Cost: one forward pass of the probe per group, and one for the teacher.
+    Cost: the teacher's pass, and for each group what comes after its first block: about half a pass (``fanout``).
     Reference: LAPTOP-Diff, arXiv:2404.11098 (output loss of a removed layer).
     """
     return _mean_square(pruned.double() - teacher.double())
@@ -143,6 +142,8 @@ class ImportanceTable:
     """(groups, rows) what every row contributed; a table read from a file has none."""
     scales: NDArray[np.float64] | None = field(default=None, repr=False)
     """(rows,) what the values are relative to: impact = values.sum() / scales.sum()."""
+    effort: Effort | None = None
+    """What measuring it cost; a table read from a file does not say."""
 
     def of_kind(self, kind: GroupKind) -> tuple[Importance, ...]:
         """The entries of one kind of group, in table order."""
@@ -272,36 +273,35 @@ def score_groups(
 ) -> ImportanceTable:
     """Impact of removing each of ``groups`` from ``unet``, measured on ``probe``, ``batch`` rows at a time.
 
-    The teacher's answers are computed once, then the whole probe once per different set of blocks, on the device
-    and in the number format of ``unet``, which is left as it was. ``bootstrap`` resamplings of the pictures, the
-    same for all groups, give the intervals; 0 means none. ``model`` is noted in the table; empty means the
-    architecture's signature. Raises UnknownCriterionError, UnknownBlockError, and DataError when an answer is
-    not finite.
+    All removals are answered in one walk of the U-Net (``fanout``), on its device and in its number format; it is left
+    as it was. ``bootstrap`` resamplings of the pictures, the same for all groups, give the intervals; 0 means none.
+    ``model`` is noted in the table; empty means the architecture's signature. Raises UnknownCriterionError,
+    UnknownBlockError, and DataError when an answer is not finite.
     """
     measure = criterion_named(criterion)
     architecture = architecture_of(unet)
     starred = [any(architecture.block(name).starred for name in group.blocks) for group in groups]
-    teacher = predict(unet, probe, batch=batch)
-    _check_finite(teacher, "the model itself", criterion)
-    scales = _SCALES[criterion](teacher).numpy()
+    # A pair or a stage may be the same set of blocks as another group: each set is measured once.
+    gone = [gone_with(architecture, group.blocks, stand_in=True) for group in groups]
+    names = {removed: group.name for removed, group in zip(reversed(gone), reversed(groups), strict=True)}
+    sets = list(dict.fromkeys([frozenset[str](), *gone]))
+    effort = Effort()
+    scales = np.empty(len(probe))
+    measured = np.empty((len(sets), len(probe)))
+    for rows, (teacher, *pruned) in predict_without(unet, probe, sets, batch=batch, effort=effort):
+        _check_finite(teacher, "the model itself", criterion)
+        scales[rows] = _SCALES[criterion](teacher).numpy()
+        target = probe.target[rows]
+        for number, (removed, prediction) in enumerate(zip(sets[1:], pruned, strict=True), start=1):
+            _check_finite(prediction, names[removed], criterion)
+            measured[number, rows] = measure(teacher, prediction, target).numpy()
     if not scales.sum() > 0:
         raise DataError(
             f"asked for {criterion} of {len(groups)} groups, found a model that predicts 0 everywhere; "
             "check its weights"
         )
-    # A pair or a stage may be the same set of blocks as another group: measure each set once.
-    measured: dict[frozenset[str], NDArray[np.float64]] = {}
-    for group in track(groups, "scoring"):
-        members = frozenset(group.blocks)
-        if members in measured:
-            continue
-        with bypassed(unet, group.blocks, stand_in=True):
-            pruned = predict(unet, probe, batch=batch)
-        _check_finite(pruned, group.name, criterion)
-        measured[members] = measure(teacher, pruned, probe.target).numpy()
-    values = np.array([measured[frozenset(group.blocks)] for group in groups]).reshape(
-        len(groups), len(probe)
-    )
+    place = {removed: number for number, removed in enumerate(sets)}
+    values = measured[[place[removed] for removed in gone]].reshape(len(groups), len(probe))
     lows, highs = _intervals(values, scales, probe.pictures, draws=bootstrap, seed=seed)
     impacts = values.sum(axis=1) / scales.sum()
     entries = tuple(
@@ -315,4 +315,5 @@ def score_groups(
         model=model or architecture.signature,
         values=values,
         scales=scales,
+        effort=effort,
     )

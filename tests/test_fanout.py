@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from conftest import TINY_UNET, build_unet
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from prune_lab.blocks import architecture_of, block_groups
 from prune_lab.errors import UnknownBlockError, UnremovableBlockError, UnsupportedModelError
-from prune_lab.fanout import Effort, fitting_width, gone_with, predict_without, units_of
+from prune_lab.fanout import Effort, fitting_batch, gone_with, predict_without, state_bytes, units_of
 from prune_lab.models import preset_config
 from prune_lab.plans import parse_plan
 from prune_lab.probes import Probe, predict, random_probe
@@ -53,11 +54,10 @@ def shared(
     """The same by shared prefixes."""
     architecture, effort = architecture_of(unet), Effort()
     gone = [gone_with(architecture, blocks, stand_in=True) for blocks in removed]
-    answers = [torch.full_like(probe.target, torch.nan) for _ in removed]
-    for rows, number, prediction in predict_without(unet, probe, gone, effort=effort, **options):
-        assert answers[number][rows].isnan().all()  # every answer comes once
-        answers[number][rows] = prediction
-    return answers, effort
+    parts = list(predict_without(unet, probe, gone, effort=effort, **options))
+    rows = [row for part, _ in parts for row in range(len(probe))[part]]
+    assert rows == list(range(len(probe)))
+    return [torch.cat(answers) for answers in zip(*(found for _, found in parts), strict=True)], effort
 
 
 def assert_equal(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
@@ -108,11 +108,13 @@ def test_float32_answers_are_the_naive_ones_to_a_millionth(tiny_unet: Any) -> No
         assert float((one - other).norm() / other.norm()) < 1e-6
 
 
-def test_the_model_and_its_mode_come_back(tiny_unet: Any) -> None:
+def test_the_model_and_every_mode_come_back(tiny_unet: Any) -> None:
     tiny_unet.train()
     probe = random_probe(tiny_unet.config, samples=2, seed=0, timesteps=2)
     before = {name: value.clone() for name, value in tiny_unet.state_dict().items()}
-    shared(tiny_unet, probe, [("Md.A1",)])
+    answers = predict_without(tiny_unet, probe, [frozenset({"Md.A1"})], batch=1)
+    next(answers)  # and never finished
+    assert not torch.is_inference_mode_enabled()
     assert tiny_unet.training
     assert all(torch.equal(value, before[name]) for name, value in tiny_unet.state_dict().items())
 
@@ -168,10 +170,14 @@ def test_equal_sets_are_computed_once(tiny_unet: Any) -> None:
     assert torch.equal(twice[0][0], twice[0][1])
 
 
-def test_a_width_that_fits_the_memory() -> None:
+def test_rows_and_states_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     architecture = architecture_of(preset_config("sd-v1.4"))
-    rows = [fitting_width(architecture, rows, torch.device("cpu")) for rows in (1, 4, 10_000)]
-    assert rows[0] > rows[1] > rows[2] == 2
+    one = state_bytes(architecture)
+    assert 100e6 < one < 300e6  # the skips of a row take 26.5 MB, the widest hidden tensor 16
+    free = psutil.virtual_memory()._replace(available=int(40.5 * one / 0.4))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    fitted = [fitting_batch(architecture, rows, torch.device("cpu")) for rows in (1, 4, 32)]
+    assert fitted == [(1, 40), (4, 10), (5, 8)]
 
 
 def test_another_forward_pass_is_noticed(tiny_unet: Any, monkeypatch: pytest.MonkeyPatch) -> None:

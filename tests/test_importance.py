@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from prune_lab import importance as module
 from prune_lab.blocks import BlockGroup, architecture_of, block_groups
 from prune_lab.errors import DataError, UnknownBlockError, UnknownCriterionError
+from prune_lab.fanout import predict_without
 from prune_lab.importance import (
     COLUMNS,
     CRITERIA,
@@ -151,30 +152,33 @@ def test_all_kinds_of_groups(tiny_unet: Any, tiny_config: dict[str, Any]) -> Non
     assert [entry.impact for entry in table.entries] == pytest.approx(by_rows.tolist())
 
 
-def test_the_model_stays_as_it_was(tiny_unet: Any, probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_stays_as_it_was(tiny_unet: Any, probe: Probe) -> None:
     before = predict(tiny_unet, probe)
     score_groups(tiny_unet, single("Dn1.A1", "Dn2.R1"), probe)
     assert torch.equal(predict(tiny_unet, probe), before)
-    calls = iter([predict, lambda *_, **__: 1 / 0])
-    monkeypatch.setattr(module, "predict", lambda *given, **named: next(calls)(*given, **named))  # noqa: PLW0108
+    tiny_unet.train()
+    breaks = tiny_unet.conv_out.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         score_groups(tiny_unet, single("Dn1.A1"), probe)
+    breaks.remove()
+    assert tiny_unet.training
     assert torch.equal(predict(tiny_unet, probe), before)
 
 
-def test_equal_sets_are_measured_once(tiny_unet: Any, probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-
-    def counted(*given: Any, **named: Any) -> torch.Tensor:
-        calls.append(named)
-        return predict(*given, **named)
-
-    monkeypatch.setattr(module, "predict", counted)
+def test_equal_sets_are_measured_once(tiny_unet: Any, probe: Probe) -> None:
     pair = BlockGroup("twice", "pair", ("Md.R1", "Md.A1"))
     turned = BlockGroup("turned", "pair", ("Md.A1", "Md.R1"))
-    first, second = score_groups(tiny_unet, (pair, turned), probe).entries
-    assert len(calls) == 2  # the teacher and one set
-    assert first.impact == second.impact
+    once, twice = (score_groups(tiny_unet, groups, probe) for groups in ((pair,), (pair, turned)))
+    assert once.effort is not None
+    assert once.effort == twice.effort  # the teacher and one set
+    assert len({entry.impact for entry in (*once.entries, *twice.entries)}) == 1
+
+
+def test_every_row_of_every_group_is_its_own_whatever_the_batch(tiny_unet: Any, probe: Probe) -> None:
+    groups = single("Dn1.A1", "Md.R1", "Up4.A3")
+    values = [score_groups(tiny_unet, groups, probe, batch=batch).values for batch in (1, 3, 4)]
+    for other in values[1:]:
+        np.testing.assert_allclose(other, values[0], rtol=1e-3)
 
 
 def test_same_seed_same_table(tiny_unet: Any, tiny_config: dict[str, Any]) -> None:
@@ -195,10 +199,13 @@ def test_bfloat16_gives_nearly_the_same_scores(tiny_unet: Any, probe: Probe) -> 
 def test_not_a_number_is_an_error_that_names_the_group(
     tiny_unet: Any, probe: Probe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spoiled = predict(tiny_unet, probe)
-    spoiled[1, 0, 0, 0] = float("nan")
-    answers = iter([predict(tiny_unet, probe), spoiled])
-    monkeypatch.setattr(module, "predict", lambda *_, **__: next(answers))
+    def spoiled(*given: Any, **named: Any) -> Iterator[tuple[slice, list[torch.Tensor]]]:
+        for rows, (teacher, pruned) in predict_without(*given, **named):
+            damaged = pruned.clone()
+            damaged[1, 0, 0, 0] = float("nan")
+            yield rows, [teacher, damaged]
+
+    monkeypatch.setattr(module, "predict_without", spoiled)
     with pytest.raises(DataError, match=r"output-mse of Md\.R1.*1 of 4 rows"):
         score_groups(tiny_unet, single("Md.R1"), probe)
 

@@ -1,7 +1,8 @@
-"""Verbs about the reference model that ships inside the package: reference train."""
+"""Verbs about the reference model that ships inside the package: reference train, reference evaluate."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,15 +13,9 @@ from prune_lab.cli.application import DeviceOption, app
 reference = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Rebuild the reference model that ships inside the package.",
+    help="Rebuild or measure the reference model that ships inside the package.",
 )
 app.add_typer(reference, name="reference")
-
-
-@reference.callback()
-def _group() -> None:
-    # With a callback typer keeps "train" a verb of its own although it is the only one.
-    pass
 
 
 @reference.command()
@@ -41,5 +36,25 @@ def train(
     from prune_lab.reference import train_reference
     from prune_lab.runtime import progress_shown
 
+    def say(line: str) -> None:
+        if not sys.stderr.isatty():  # a terminal has the progress bar
+            typer.echo(line, err=True)
+
     with progress_shown():
-        train_reference(work, config=config, sources=sources, device=device or "auto", out=out)
+        train_reference(work, config=config, sources=sources, device=device or "auto", out=out, say=say)
+
+
+@reference.command()
+def evaluate(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the report.")],
+    assets: Annotated[
+        Path | None, typer.Option("--assets", help="What `reference train` wrote; default: what ships.")
+    ] = None,
+) -> None:
+    """Measure the reference model on its held-out pictures and write the report: tables, figures, README.md."""
+    from prune_lab.reference import evaluate_reference
+    from prune_lab.runtime import progress_shown
+
+    with progress_shown():
+        evaluate_reference(out, assets=assets, curves=None if assets is None else assets / "curves")
+    typer.echo(out / "README.md")

@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from prune_lab.reference.steps import Recipe, batch_indices, slices, step_generator, train
+from prune_lab.reference.steps import (
+    Recipe,
+    batch_indices,
+    slices,
+    step_generator,
+    train,
+    training_precision,
+)
 
 _KL_WEIGHT = 1e-3  # on the mean per latent element: enough to keep the latents near unit variance
 _EDGE_WEIGHT = 0.5
@@ -88,7 +95,7 @@ def train_autoencoder(
         generator = step_generator(recipe.seed, step)
         rows = batch_indices(len(pictures), recipe.batch, recipe.seed, step)
         wanted = shifted(to_unit(pictures[rows]), generator, reach=4, flip=True).to(device)
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
+        with training_precision(device):
             moments = model.encode(wanted).latent_dist
             mean, logvar = moments.mean.float(), moments.logvar.float()
             noise = torch.randn(mean.shape, generator=generator).to(device)

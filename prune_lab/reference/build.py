@@ -16,9 +16,11 @@ from prune_lab.assets import decode_pictures, read_split
 from prune_lab.reference.autoencoder import encode, standardise, train_autoencoder
 from prune_lab.reference.clip import text_tower, train_clip, without_style
 from prune_lab.reference.dataset import build_pictures
-from prune_lab.reference.denoiser import CachedPairs, cache_pairs, train_denoiser
+from prune_lab.reference.denoising import train_denoiser
 from prune_lab.reference.export import export_pipeline, export_scorer
+from prune_lab.reference.pairs import CachedPairs, cache_pairs
 from prune_lab.reference.recipe import ReferenceRecipe, read_recipe
+from prune_lab.reference.steps import training_precision
 from prune_lab.reference.tokenizer import build_tokenizer
 from prune_lab.runtime import atomic_folder
 
@@ -46,7 +48,7 @@ def trained_autoencoder(
         model = train_autoencoder(
             pictures, recipe.autoencoder, recipe.autoencoder_training, work, device=device, say=say
         )
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
+        with training_precision(device):
             standardise(model, pictures[:_STANDARD])
         with atomic_folder(folder) as temporary:
             model.save_pretrained(temporary)
@@ -135,8 +137,8 @@ def train_reference(
 
     Pictures, tokenizer, autoencoder, scorer, latents, U-Net, export: each step's finished file in `work` is
     recognised, and the trainings go on from their last checkpoint, so the same command resumes. `sources` holds the
-    public packages or receives them; `config` is a recipe other than the committed one, which trained for 84 minutes
-    on two shared CPU cores. Raises DataError and ConfigError.
+    public packages or receives them; `config` is a recipe other than the committed one, which takes about two hours
+    on two CPU cores. Raises DataError and ConfigError.
     """
     say = _log.info if say is None else say
     recipe = read_recipe(config)

@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from prune_lab.reference.autoencoder import shifted, to_unit
-from prune_lab.reference.steps import Recipe, batch_indices, slices, step_generator, train
+from prune_lab.reference.steps import (
+    Recipe,
+    batch_indices,
+    slices,
+    step_generator,
+    train,
+    training_precision,
+)
 
 _MEAN, _DEVIATION = 0.5, 0.5  # pictures reach the scorer in [-1, 1]
 _NOISE = 0.08  # on [-1, 1]: the scorer must also read pictures a decoder made
@@ -143,7 +150,7 @@ def train_clip(
         pixels = torch.cat(moved)
         grain = torch.randn(pixels.shape, generator=generator) * torch.rand((), generator=generator)
         pixels = (pixels + _NOISE * grain).to(device)
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
+        with training_precision(device):
             picture, text = features(model, pixels, ids)
         scale = model.logit_scale.clamp(max=4.6052).exp()  # at most 100, as in CLIP
         loss = pair_loss(scale * picture @ text.t(), (ids[:, None] == ids[None]).all(-1))

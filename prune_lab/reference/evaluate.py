@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from prune_lab.runtime import Environment, write_frame, write_json, write_text
 GRID_PROMPTS = 32
 RETRIEVAL_PROMPTS = 100
 IMPACT_PICTURES = 256
-MID_STAGE_BAR = 1e-3  # relative change of the predicted noise that the mid stage should at least be worth
+MID_STAGE_BAR = 1e-3  # relative change of the prediction that the mid stage should at least be worth
 PIXEL_BAR = 0.5  # share of generated pictures whose own real picture should be the nearest
 _MATCHES = {
     "generated": "generated picture, by the scorer",
@@ -59,7 +60,7 @@ def held_out_prompts(frame: pd.DataFrame, count: int) -> list[str]:
 
 
 def loss_by_timestep(unet: Any, probe: Probe, buckets: int = 10, length: int = 1000) -> pd.DataFrame:
-    """Mean squared error of the predicted noise per bucket of timesteps: columns bucket, first, last, loss, rows."""
+    """Mean squared error of the prediction per bucket of timesteps: columns bucket, first, last, loss, rows."""
     error = (predict(unet, probe) - probe.target).double().square().flatten(1).mean(1)
     bucket = probe.timesteps * buckets // length
     rows = []
@@ -161,11 +162,11 @@ def report_page(metrics: dict[str, Any], losses: pd.DataFrame, impacts: pd.DataF
         f"- Scorer, {int(clip['pictures'])} held-out pictures against their {int(clip['texts'])} captions: picture to "
         f"text R@1 {_percent(clip['picture_to_text_r1'])}, R@5 {_percent(clip['picture_to_text_r5'])}; text to "
         f"picture R@1 {_percent(clip['text_to_picture_r1'])}, R@5 {_percent(clip['text_to_picture_r5'])}.",
-        f"- U-Net: held-out noise-prediction loss {metrics['denoiser']['loss']:.4f} "
+        f"- U-Net: held-out loss (mean squared error of the predicted velocity) {metrics['denoiser']['loss']:.4f} "
         f"({metrics['denoiser']['rows']} rows).",
         f"- Generated pictures, {drawn['prompts']} held-out prompts ({drawn['steps']} steps, guidance "
         f"{drawn['guidance']:g}, seed {drawn['seed']}): see the table below; the scorer's word alone is not enough.",
-        f"- Removal impact (relative mean squared change of the predicted noise, {blocks['rows']} held-out rows, 95 % "
+        f"- Removal impact (relative mean squared change of the prediction, {blocks['rows']} held-out rows, 95 % "
         f"bootstrap intervals): of {blocks['removable']} removable blocks {blocks['above_1e-3']} change it by at least "
         f"1e-3 and {blocks['above_1e-4']} by at least 1e-4; {blocks['above_zero']} have an interval above zero, which "
         "a mean of squares has almost by itself and which is no proof of worth; the whole mid stage is worth "
@@ -218,12 +219,88 @@ def report_page(metrics: dict[str, Any], losses: pd.DataFrame, impacts: pd.DataF
         ),
         "",
         "The recipe is `prune_lab/reference/reference.toml`; `prune-lab reference train` runs it. What happened "
-        "on the way, with a discarded run, is in `HISTORY.md`.",
+        "on the way is in `HISTORY.md`.",
         "",
         "![Loss curves](curves.png)",
         "",
     ]
     return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class _Shipped:
+    """The model under test with the held-out pictures it is tested on."""
+
+    pipeline: StableDiffusionPipeline
+    scorer: CLIPModel
+    tokenizer: CLIPTokenizer
+    heldout: pd.DataFrame
+    real: torch.Tensor  # (N, 3, H, W) uint8, the held-out pictures
+
+    @classmethod
+    def load(cls, assets: Path) -> _Shipped:
+        heldout = read_split(assets / "pictures", "heldout")
+        scorer = CLIPModel.from_pretrained(assets / "scorer", dtype=torch.float32, local_files_only=True)
+        return cls(
+            pipeline=as_float32(assets / "reference"),
+            scorer=scorer.eval(),
+            tokenizer=CLIPTokenizer.from_pretrained(assets / "scorer", local_files_only=True),
+            heldout=heldout,
+            real=decode_pictures(heldout),
+        )
+
+    @property
+    def captions(self) -> list[str]:
+        return self.heldout["caption"].tolist()
+
+    def probe(self, count: int, timesteps: int) -> Probe:
+        """The first `count` held-out pictures at one timestep each."""
+        some = self.heldout.iloc[:count]
+        return make_probe(
+            self.pipeline,
+            self.real[: len(some)],
+            some["caption"].tolist(),
+            some["group"].tolist(),
+            timesteps=min(timesteps, len(some)),
+            seed=0,
+        )
+
+
+def _drawn_figures(shipped: _Shipped, sampling: Sampling, grid: Path) -> dict[str, Any]:
+    """How generated pictures of held-out prompts are matched; draws some of them beside the real ones into `grid`."""
+    prompts = held_out_prompts(shipped.heldout, RETRIEVAL_PROMPTS)
+    drawn = generate(
+        shipped.pipeline, prompts, [sampling.seed], steps=sampling.steps, guidance=sampling.guidance
+    )
+    real = shipped.real[[shipped.captions.index(prompt) for prompt in prompts]]
+    draw_prompt_grid(grid, prompts[:GRID_PROMPTS], drawn[:GRID_PROMPTS], real[:GRID_PROMPTS])
+    matches = generated_matches(shipped.scorer, shipped.tokenizer, drawn, real, prompts)
+    return {"prompts": len(prompts), **matches, **dataclasses.asdict(sampling)}
+
+
+def _impact_figures(impacts: pd.DataFrame, probe: Probe) -> dict[str, Any]:
+    single = impacts[(impacts["kind"] == "block") & ~impacts["starred"]]
+    mid = impacts[(impacts["kind"] == "stage") & (impacts["group"] == "Md")].iloc[0]
+    return {
+        "rows": len(probe),
+        "removable": len(single),
+        "above_1e-3": int((single["impact"] >= 1e-3).sum()),
+        "above_1e-4": int((single["impact"] >= 1e-4).sum()),
+        "above_zero": int((single["low"] > 0).sum()),
+        "mid_stage": float(mid["impact"]),
+        "mid_stage_low": float(mid["low"]),
+        "mid_stage_high": float(mid["high"]),
+        "probe": probe.digest,
+    }
+
+
+def thinned(curve: pd.DataFrame, every: int = 10) -> pd.DataFrame:
+    """Means of `every` steps, at the last of them; a curve that is that sparse already stays as it is."""
+    block = curve["step"] // every
+    if block.is_unique:
+        return curve
+    groups = curve.groupby(block)
+    return groups.mean().round(5).assign(step=groups["step"].max()).reset_index(drop=True)
 
 
 def evaluate_reference(
@@ -235,85 +312,45 @@ def evaluate_reference(
     copied into the report (default: the ones in `out` already).
     """
     assets = assets_folder() if assets is None else assets
-    sampling = Sampling() if sampling is None else sampling
     out.mkdir(parents=True, exist_ok=True)
-    heldout, train = read_split(assets / "pictures", "heldout"), read_split(assets / "pictures", "train")
-    real, captions = decode_pictures(heldout), heldout["caption"].tolist()
-    pipeline: StableDiffusionPipeline = as_float32(assets / "reference")
-    scorer = CLIPModel.from_pretrained(assets / "scorer", dtype=torch.float32, local_files_only=True).eval()
-    tokenizer = CLIPTokenizer.from_pretrained(assets / "scorer", local_files_only=True)
-    quality = psnr(pipeline.vae, real)
-    pictures, texts = embed_pairs(scorer, tokenizer, real, captions)
-    probe = make_probe(pipeline, real, captions, heldout["group"].tolist(), timesteps=100, seed=0)
-    losses = loss_by_timestep(pipeline.unet, probe)
-    some = heldout.iloc[:IMPACT_PICTURES]
-    small = make_probe(
-        pipeline,
-        real[: len(some)],
-        captions[: len(some)],
-        some["group"].tolist(),
-        timesteps=min(32, len(some)),
-        seed=0,
-    )
-    impacts = score_everything(pipeline.unet, small).frame()
-
-    prompts = held_out_prompts(heldout, RETRIEVAL_PROMPTS)
-    drawn = generate(pipeline, prompts, [sampling.seed], steps=sampling.steps, guidance=sampling.guidance)
-    place = [captions.index(prompt) for prompt in prompts]
-    matches = generated_matches(scorer, tokenizer, drawn, real[place], prompts)
-    draw_prompt_grid(
-        out / "grid.png", prompts[:GRID_PROMPTS], drawn[:GRID_PROMPTS], real[place][:GRID_PROMPTS]
-    )
-
-    single = impacts[(impacts["kind"] == "block") & ~impacts["starred"]]
-    mid = impacts[(impacts["kind"] == "stage") & (impacts["group"] == "Md")].iloc[0]
+    shipped = _Shipped.load(assets)
+    quality = psnr(shipped.pipeline.vae, shipped.real)
+    pictures, texts = embed_pairs(shipped.scorer, shipped.tokenizer, shipped.real, shipped.captions)
+    losses = loss_by_timestep(shipped.pipeline.unet, shipped.probe(len(shipped.real), timesteps=100))
+    probe = shipped.probe(IMPACT_PICTURES, timesteps=32)
+    impacts = score_everything(shipped.pipeline.unet, probe).frame()
     training = {}
     for name in ("autoencoder", "clip", "denoiser"):
         source = (out if curves is None else curves) / f"{name}.csv"
         if source.is_file():
-            curve = pd.read_csv(source)
+            curve = thinned(pd.read_csv(source))
             write_frame(out / f"{name}.csv", curve)
+            last = int(curve["step"].iloc[-1])
             training[name] = {
-                "steps": int(curve["step"].iloc[-1]) + 1,
-                "loss": float(curve["loss"].tail(100).mean()),
+                "steps": last + 1,
+                "loss": float(curve.loc[curve["step"] > last - 100, "loss"].mean()),
             }
     metrics: dict[str, Any] = {
-        "pictures": {"train": len(train), "heldout": len(heldout)},
+        "pictures": {"train": len(read_split(assets / "pictures", "train")), "heldout": len(shipped.real)},
         "megabytes": {
             "pipeline": weights_megabytes(assets / "reference"),
             "scorer": weights_megabytes(assets / "scorer"),
         },
         "autoencoder": {"psnr_mean": float(quality.mean()), "psnr_p10": float(quality.quantile(0.1))},
-        "scorer_heldout": retrieval(pictures, texts, captions),
+        "scorer_heldout": retrieval(pictures, texts, shipped.captions),
         "denoiser": {
             "loss": float((losses["loss"] * losses["rows"]).sum() / losses["rows"].sum()),
-            "rows": len(probe),
+            "rows": int(losses["rows"].sum()),
         },
-        "scorer_generated": {
-            "prompts": len(prompts),
-            **matches,
-            "steps": sampling.steps,
-            "guidance": sampling.guidance,
-            "seed": sampling.seed,
-        },
-        "impacts": {
-            "rows": len(small),
-            "removable": len(single),
-            "above_1e-3": int((single["impact"] >= 1e-3).sum()),
-            "above_1e-4": int((single["impact"] >= 1e-4).sum()),
-            "above_zero": int((single["low"] > 0).sum()),
-            "mid_stage": float(mid["impact"]),
-            "mid_stage_low": float(mid["low"]),
-            "mid_stage_high": float(mid["high"]),
-            "probe": small.digest,
-        },
+        "scorer_generated": _drawn_figures(shipped, sampling or Sampling(), out / "grid.png"),
+        "impacts": _impact_figures(impacts, probe),
         "training": training,
         "environment": Environment.capture("cpu", "float32").as_dict(),
     }
     write_frame(out / "impacts.csv", impacts)
     write_frame(out / "loss_by_timestep.csv", losses)
     write_json(out / "metrics.json", metrics)
-    draw_impacts(out / "impacts.png", single)
+    draw_impacts(out / "impacts.png", impacts[(impacts["kind"] == "block") & ~impacts["starred"]])
     draw_curves(out / "curves.png", {name: pd.read_csv(out / f"{name}.csv") for name in training})
     write_text(out / "README.md", report_page(metrics, losses, impacts))
     return metrics

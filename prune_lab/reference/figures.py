@@ -53,18 +53,18 @@ def draw_impacts(path: Path, blocks: pd.DataFrame) -> None:
     )
     axis.set_yscale("log")
     axis.set_xticks(place, blocks["group"], rotation=90, fontsize=7)
-    axis.set_ylabel("relative change of the predicted noise")
+    axis.set_ylabel("relative change of the prediction")
     axis.set_title("Removal impact (blue: attention, grey: residual), 95 % intervals", fontsize=9)
     _write(figure, path, dpi=100)
 
 
 def draw_curves(path: Path, curves: Mapping[str, pd.DataFrame]) -> None:
-    """Training loss of each network by step, smoothed over 50 steps, logarithmic."""
+    """Training loss of each network by step, smoothed over 10 rows, logarithmic."""
     figure = Figure(figsize=(10, 3), layout="constrained")
     for axis, (name, curve) in zip(
         figure.subplots(1, max(1, len(curves)), squeeze=False)[0], curves.items(), strict=False
     ):
-        axis.plot(curve["step"], curve["loss"].rolling(50, min_periods=1).mean(), color=_DRAWN, linewidth=1)
+        axis.plot(curve["step"], curve["loss"].rolling(10, min_periods=1).mean(), color=_DRAWN, linewidth=1)
         axis.set_yscale("log")
         axis.set_xlabel("step")
         axis.set_title(f"{name}: training loss", fontsize=9)

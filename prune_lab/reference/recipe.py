@@ -12,7 +12,8 @@ from typing import Any
 from prune_lab.errors import ConfigError
 from prune_lab.reference.autoencoder import AutoencoderShape
 from prune_lab.reference.clip import ClipShape
-from prune_lab.reference.denoiser import DenoiserShape, Objective
+from prune_lab.reference.denoiser import DenoiserShape
+from prune_lab.reference.denoising import Objective
 from prune_lab.reference.steps import Recipe
 
 DEFAULT_RECIPE = Path(__file__).with_name("reference.toml")

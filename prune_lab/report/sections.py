@@ -70,7 +70,7 @@ def _blocks(tables: RunTables) -> tuple[Part, ...]:
             "importance",
             "Impact of removal with bootstrap intervals for single blocks, pairs and stages on a log axis.",
             f"Criterion `{criterion}` on {count(importance['samples'].max())} held-out samples. The line through each "
-            "point is its bootstrap interval. 0.01 means that the predicted noise moves by one hundredth of "
+            "point is its bootstrap interval. 0.01 means that the prediction moves by one hundredth of "
             "its own mean square."
             if criterion == "output-mse"
             else f"Criterion `{criterion}`. The line is the bootstrap interval.",

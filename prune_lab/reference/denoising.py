@@ -1,0 +1,254 @@
+"""How the reference U-Net is trained: to predict the velocity in noisy latents, with the inner stages kept in use."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch import nn
+
+from prune_lab.errors import DataError
+from prune_lab.reference.denoiser import (
+    DenoiserShape,
+    Float32Attention,
+    build_denoiser,
+    noise_levels,
+    open_main_path,
+)
+from prune_lab.reference.pairs import CachedPairs
+from prune_lab.reference.steps import Recipe, step_generator, train, training_precision
+
+_NO_CAPTION = 0.1  # share of pictures trained without a caption, for classifier-free guidance
+_STYLELESS = 0.1  # share of captions without their style word
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What is trained beside the mean squared error of the velocity, so that the inner stages learn something.
+
+    Alone, that error is lowered fastest along the shortest way, through the outermost stages, and what the innermost
+    ones say is silenced before it is worth hearing. Three things keep them in use: the readers of `SupervisedDenoiser`,
+    rows whose outer stages are `severed` from their skips, and rows whose caption all stages but the mid are deaf to.
+    """
+
+    supervision: float = 0.25
+    """Weight of each coarse prediction read off the mid and the inner up stages; 0 leaves them out."""
+    severed: float = 0.2
+    """Share of the noisier pictures of a batch whose outer up stages get no skips."""
+    severed_above: int = 400
+    """Least timestep at which rows are severed: below it noise, which skips alone carry, is most of the answer."""
+    deaf: float = 0.4
+    """Share of the pictures of a batch whose caption is heard by the mid stage alone."""
+    fade_from: int = 4500
+    """Step from which these three shrink, linearly, to `fade_to` of what they are at the last step."""
+    fade_to: float = 0.25
+
+    pure_end_from: int = 0
+    """Step from which the noise schedule ends in noise alone; before it, it is Stable Diffusion's own."""
+
+    def at(self, step: int, steps: int) -> Objective:
+        """What counts at a step (from 0) of a training of `steps`."""
+        gone = min(1.0, max(0, step - self.fade_from) / max(1, steps - self.fade_from))
+        left = 1 - (1 - self.fade_to) * gone
+        return replace(
+            self, supervision=left * self.supervision, severed=left * self.severed, deaf=left * self.deaf
+        )
+
+    def __post_init__(self) -> None:
+        shares = all(0 <= share <= 1 for share in (self.severed, self.deaf, self.fade_to))
+        if self.supervision < 0 or not shares or not 0 <= self.severed_above <= 1000:
+            raise DataError(
+                f"cannot train with supervision={self.supervision}, severed={self.severed}, deaf={self.deaf}, "
+                f"severed_above={self.severed_above}, fade_to={self.fade_to}; supervision is 0 or more, severed, "
+                "deaf and fade_to are shares, severed_above is a timestep from 0 to 1000"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingBatch:
+    """What one training step sees: N rows, on one device."""
+
+    noisy: torch.Tensor  # (N, C, h, w)
+    times: torch.Tensor  # (N,)
+    text: torch.Tensor  # (N, L, D)
+    velocity: torch.Tensor  # (N, C, h, w) the answer, arXiv:2202.00512
+    cut: torch.Tensor  # (N,) how many up stages, from the outermost on, get no skips
+    deaf: torch.Tensor  # (N,) whether the mid stage alone hears the caption
+    silence: torch.Tensor  # (L, D) the empty caption
+
+    def to(self, device: str) -> TrainingBatch:
+        """The same rows on another device."""
+        return TrainingBatch(*(getattr(self, name).to(device) for name in self.__slots__))
+
+
+def draw_batch(data: CachedPairs, size: int, objective: Objective, seed: int, step: int) -> TrainingBatch:
+    """The rows of a step, a function of seed and step alone; every batch sees all noise levels equally often."""
+    generator = step_generator(seed, step)
+    signal, spread = noise_levels(pure_end=step >= objective.pure_end_from)
+    rows = torch.multinomial(data.weight, size, replacement=True, generator=generator)
+    draw = torch.rand(size, generator=generator)
+    caption = torch.where(draw < _NO_CAPTION + _STYLELESS, data.plain[rows], data.full[rows])
+    caption = caption.masked_fill(draw < _NO_CAPTION, 0)
+    place = (torch.arange(size) + torch.rand(size, generator=generator)) / size
+    times = (place * len(signal)).long().clamp(max=len(signal) - 1)
+    latents = data.latents[rows]
+    noise = torch.randn(latents.shape, generator=generator)
+    kept, added = signal[times, None, None, None], spread[times, None, None, None]
+    # The two outermost up stages at least: one alone hardly changes the way the answer takes.
+    depth = torch.randint(2, 5, (size,), generator=generator)
+    chosen = torch.rand(size, generator=generator) < objective.severed
+    return TrainingBatch(
+        noisy=kept * latents + added * noise,
+        times=times,
+        text=data.embeddings[caption],
+        velocity=kept * noise - added * latents,
+        cut=depth * (chosen & (times >= objective.severed_above)),
+        deaf=torch.rand(size, generator=generator) < objective.deaf,
+        silence=data.embeddings[0],
+    )
+
+
+@contextlib.contextmanager
+def hooked(modules: Sequence[nn.Module], tell: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+    """Inside, `tell(place, output)` hears what each module gives."""
+
+    def listener(place: int) -> Callable[..., None]:
+        return lambda _module, _args, output: tell(place, output)
+
+    handles = [module.register_forward_hook(listener(place)) for place, module in enumerate(modules)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _with_arguments(
+    stages: Sequence[nn.Module], changed: Callable[[int, dict[str, Any]], dict[str, Any]]
+) -> Iterator[None]:
+    """Inside, the keyword arguments of each stage are updated with `changed(place, arguments)`."""
+
+    def changer(place: int) -> Callable[..., tuple[Any, dict[str, Any]]]:
+        return lambda _module, args, kwargs: (args, {**kwargs, **changed(place, kwargs)})
+
+    handles = [
+        stage.register_forward_pre_hook(changer(place), with_kwargs=True)
+        for place, stage in enumerate(stages)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def severed(unet: UNet2DConditionModel, cut: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+    """Inside, the `cut` (N,) outermost up stages of each row get zeros for skips; 0 leaves a row as it is."""
+
+    def without_skips(depth: int, arguments: dict[str, Any]) -> dict[str, Any]:
+        kept = (cut <= depth)[:, None, None, None]
+        return {
+            "res_hidden_states_tuple": tuple(skip * kept for skip in arguments["res_hidden_states_tuple"])
+        }
+
+    return _with_arguments(list(reversed(unet.up_blocks)), without_skips)
+
+
+def deafened(
+    unet: UNet2DConditionModel, rows: torch.Tensor, silence: torch.Tensor
+) -> contextlib.AbstractContextManager[None]:
+    """Inside, all stages but the mid get `silence` (L, D) for text where `rows` (N,) is True."""
+
+    def without_text(_place: int, arguments: dict[str, Any]) -> dict[str, Any]:
+        text = arguments["encoder_hidden_states"]
+        return {"encoder_hidden_states": torch.where(rows[:, None, None], silence.to(text), text)}
+
+    stages = [stage for stage in [*unet.down_blocks, *unet.up_blocks] if hasattr(stage, "attentions")]
+    return _with_arguments(stages, without_text)
+
+
+class SupervisedDenoiser(nn.Module):
+    """A U-Net with linear readers at the mid and the three inner up stages, for training alone.
+
+    Each reader predicts the velocity from its stage's output, at the latent's resolution or at half of it (deep
+    supervision, arXiv:1409.5185). So the main path carries a coarse answer from the mid stage outwards, which the outer
+    stages refine, and what the inner stages know reaches the output. The readers are thrown away after training.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.unet = unet
+        inner, middle, outer = unet.config.block_out_channels[:0:-1]
+        channels = unet.config.out_channels
+        # Up1 and Up2 end with an upsampler, Up3 too: their outputs are 2, 4 and 8 times the mid stage's resolution.
+        self.reach = (4, 2, 2, 1)  # target pixels per pixel of the stage, along one side
+        self.readers = nn.ModuleList(
+            nn.Conv2d(width, channels * reach**2, 1)
+            for width, reach in zip((inner, inner, middle, outer), self.reach, strict=True)
+        )
+
+    def forward(self, batch: TrainingBatch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The prediction (N, C, h, w), and the readers' (N, C, h/2, w/2) twice and (N, C, h, w) twice."""
+        stages = [self.unet.mid_block, *self.unet.up_blocks[:3]]
+        outputs: dict[int, torch.Tensor] = {}
+        with (
+            hooked(stages, outputs.__setitem__),
+            severed(self.unet, batch.cut),
+            deafened(self.unet, batch.deaf, batch.silence),
+        ):
+            found = self.unet(batch.noisy, batch.times, batch.text).sample
+        read = [
+            F.pixel_shuffle(reader(outputs[place]), reach)
+            for place, (reader, reach) in enumerate(zip(self.readers, self.reach, strict=True))
+        ]
+        return found, read
+
+
+def train_denoiser(
+    data: CachedPairs,
+    shape: DenoiserShape,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    objective: Objective | None = None,
+    device: str = "cpu",
+    say: Callable[[str], None] | None = None,
+    until: int | None = None,
+) -> UNet2DConditionModel:
+    """The U-Net trained to predict the velocity in the latents, all timesteps equally often; averaged weights."""
+    objective = Objective() if objective is None else objective
+    torch.manual_seed(recipe.seed)
+    unet = build_denoiser(shape)
+    open_main_path(unet)
+    model = SupervisedDenoiser(unet).to(device)
+    if torch.device(device).type == "cpu":
+        unet.set_attn_processor(Float32Attention())
+
+    def loss_at(step: int) -> dict[str, torch.Tensor]:
+        now = objective.at(step, recipe.steps)
+        batch = draw_batch(data, recipe.batch, now, recipe.seed, step).to(device)
+        with training_precision(device):
+            found, read = model(batch)
+        error = (found.float() - batch.velocity).square().mean((1, 2, 3))
+        coarse = [
+            F.mse_loss(one.float(), F.adaptive_avg_pool2d(batch.velocity, one.shape[-2:])) for one in read
+        ]
+        supervised = torch.stack(coarse).sum()
+        return {
+            "loss": error.mean() + now.supervision * supervised,
+            "mse": error[(batch.cut == 0) & ~batch.deaf].mean(),
+            "supervised": supervised,
+        }
+
+    average = train(model, loss_at, recipe, folder, "denoiser", say=say, until=until)
+    model.load_state_dict(average, strict=False)
+    unet.set_attn_processor(AttnProcessor2_0())
+    return unet.eval()
