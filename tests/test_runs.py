@@ -32,10 +32,12 @@ def test_the_layout_is_the_documented_one(tmp_path: Path) -> None:
         "pipeline_profile": "pipeline.csv",
         "data": "data.safetensors",
         "plans_dir": "plans",
+        "searched": "plans/searched.csv",
         "candidates_dir": "candidates",
         "pictures_dir": "pictures",
         "teacher_pictures": "pictures/teacher.png",
         "ranking": "ranking.csv",
+        "steps": "steps.csv",
         "report_dir": "report",
         "report": "report/index.html",
     }

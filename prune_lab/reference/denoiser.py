@@ -108,6 +108,7 @@ def build_scheduler() -> DDIMScheduler:
         timestep_spacing="trailing",  # starts at the last timestep, which the rescaling is about
         clip_sample=False,
         set_alpha_to_one=False,
+        steps_offset=1,
     )
 
 

@@ -295,6 +295,7 @@ def check_settings(teacher: Teacher) -> None:
     controls(teacher, teacher.architecture)
     for preset in config.report.also_presets:
         controls(teacher, architecture_of(resolve_model(preset).config))
+    check_budgets(config)
     if config.search.budgets and "block" not in config.score.groups:
         raise ConfigError(
             f"search.budgets needs the score of every single block, score.groups is {list(config.score.groups)}; "
@@ -316,7 +317,8 @@ def run_all(config: RunConfig, folder: Path, *, force: bool = False) -> Ranking:
     With ``force`` the steps that changed settings touch are redone, all of them when no setting changed. steps.csv
     gets the seconds that each step took when it was last done.
     """
-    check_budgets(config)  # before anything is removed
+    if force:
+        check_budgets(config)  # before anything is removed
     run = open_run(folder, must_exist=False)
     redo_all = force and run.config.is_file() and not changed_settings(load_config(run.config), config)
     run = start_run(config, folder, force=force)
