@@ -35,6 +35,7 @@ TESTED_DIFFUSERS = "0.42"
 _MEMORY_SHARE = 0.4  # of what is free when the walk starts
 _MOST_BYTES = 6 << 30
 _LEAST_WIDTH = 8
+_CPU_ROWS = 128  # in one call: beyond that a processor's caches lose more than larger calls gain
 _WORKSPACE = 8  # largest hidden tensors that one call holds at a time, beside its input
 _ROUNDINGS = (
     16  # by how many the walk may differ from the U-Net's own forward pass; on one machine it is none
@@ -267,6 +268,8 @@ def fitting_batch(
     budget = min(_MOST_BYTES, int(_MEMORY_SHARE * _free_bytes(device)))
     fitting = budget // state_bytes(architecture, itemsize)
     rows = max(1, min(rows, fitting // _LEAST_WIDTH))
+    if device.type == "cpu":
+        fitting = min(fitting, _CPU_ROWS)
     return rows, max(1, fitting // rows)
 
 

@@ -178,6 +178,8 @@ def test_rows_and_states_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     fitted = [fitting_batch(architecture, rows, torch.device("cpu")) for rows in (1, 4, 32)]
     assert fitted == [(1, 40), (4, 10), (5, 8)]
+    small = architecture_of(TINY_UNET)  # memory for thousands, but a processor wants no larger calls
+    assert fitting_batch(small, 32, torch.device("cpu")) == (32, 4)
 
 
 def test_another_forward_pass_is_noticed(tiny_unet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
