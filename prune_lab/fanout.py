@@ -30,16 +30,13 @@ from prune_lab.surgery import stand_in_for
 
 UnitKind = Literal["resnet", "attention", "down", "up"]
 
-TESTED_DIFFUSERS = "0.42"
-
+_TESTED_DIFFUSERS = "0.42"
 _MEMORY_SHARE = 0.4  # of what is free when the walk starts
 _MOST_BYTES = 6 << 30
 _LEAST_WIDTH = 8
 _CPU_ROWS = 128  # in one call: beyond that a processor's caches lose more than larger calls gain
 _WORKSPACE = 8  # largest hidden tensors that one call holds at a time, beside its input
-_ROUNDINGS = (
-    16  # by how many the walk may differ from the U-Net's own forward pass; on one machine it is none
-)
+_ROUNDINGS = 16  # that the walk may differ by from the U-Net's own forward pass; on one machine it is 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,10 +230,8 @@ def _fan_out(
 
 def state_bytes(architecture: Architecture, itemsize: int = 4) -> int:
     """Bytes that one row of one state takes at most while it is computed: its skips, and a call's workspace."""
-    side, channels = (
-        int(architecture.config["sample_size"]),
-        int(architecture.config["block_out_channels"][0]),
-    )
+    side = int(architecture.config["sample_size"])
+    channels = int(architecture.config["block_out_channels"][0])
     held, largest = channels * side**2, 0
     for unit in units_of(architecture):
         if unit.kind == "down":
@@ -302,7 +297,7 @@ def check_walk(unet: UNet2DConditionModel, inputs: dict[str, Any]) -> None:
         raise UnsupportedModelError(
             "asked to score by shared prefixes, found that the blocks one after the other give another answer than "
             f"the U-Net itself (largest difference {float((found - wanted).abs().max()):.2g}); "
-            f"prune_lab is tested with diffusers {TESTED_DIFFUSERS}, this is {diffusers.__version__}"
+            f"prune_lab is tested with diffusers {_TESTED_DIFFUSERS}, this is {diffusers.__version__}"
         )
 
 
@@ -314,7 +309,7 @@ def _answers(
     effort: Effort,
 ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
     architecture = architecture_of(unet)
-    units = units_of(architecture)
+    units, everyone = units_of(architecture), tuple(range(len(gone)))
     hidden, given = _stem(unet, inputs)
     walk = _Walk(
         unet=unet,
@@ -326,7 +321,7 @@ def _answers(
     )
     rows, stem_and_head = len(hidden), architecture.total_macs - sum(unit.macs for unit in units)
     effort.forward_macs = architecture.total_macs
-    for sets, prediction in _fan_out(walk, _State(hidden, (hidden,), tuple(range(len(gone)))), gone, width):
+    for sets, prediction in _fan_out(walk, _State(hidden, (hidden,), everyone), gone, width):
         effort.macs += stem_and_head * rows  # the stem, a thousandth of all, is counted for each
         effort.naive_macs += architecture.total_macs * rows
         yield sets, prediction

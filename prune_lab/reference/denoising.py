@@ -47,19 +47,11 @@ class Objective:
     deaf: float = 0.4
     """Share of the pictures of a batch whose caption is heard by the mid stage alone."""
     fade_from: int = 4500
-    """Step from which these three shrink, linearly, to `fade_to` of what they are at the last step."""
+    """Step from which supervision, severed and deaf shrink, linearly, until the last step."""
     fade_to: float = 0.25
-
+    """The share of them that is left there."""
     pure_end_from: int = 0
     """Step from which the noise schedule ends in noise alone; before it, it is Stable Diffusion's own."""
-
-    def at(self, step: int, steps: int) -> Objective:
-        """What counts at a step (from 0) of a training of `steps`."""
-        gone = min(1.0, max(0, step - self.fade_from) / max(1, steps - self.fade_from))
-        left = 1 - (1 - self.fade_to) * gone
-        return replace(
-            self, supervision=left * self.supervision, severed=left * self.severed, deaf=left * self.deaf
-        )
 
     def __post_init__(self) -> None:
         shares = all(0 <= share <= 1 for share in (self.severed, self.deaf, self.fade_to))
@@ -69,6 +61,14 @@ class Objective:
                 f"severed_above={self.severed_above}, fade_to={self.fade_to}; supervision is 0 or more, severed, "
                 "deaf and fade_to are shares, severed_above is a timestep from 0 to 1000"
             )
+
+    def at(self, step: int, steps: int) -> Objective:
+        """What counts at a step (from 0) of a training of `steps`."""
+        gone = min(1.0, max(0, step - self.fade_from) / max(1, steps - self.fade_from))
+        left = 1 - (1 - self.fade_to) * gone
+        return replace(
+            self, supervision=left * self.supervision, severed=left * self.severed, deaf=left * self.deaf
+        )
 
 
 @dataclass(frozen=True, slots=True)
