@@ -23,7 +23,7 @@ from prune_lab.counting import count_on_meta, meta_unet
 from prune_lab.errors import UnknownBlockError, UnsupportedModelError
 
 Kind = Literal["resnet", "attention"]
-GroupKind = Literal["block", "pair", "stage"]
+GroupKind = Literal["block", "pair", "triplet", "stage", "inner", "plan"]
 
 SUPPORTED_STAGES = (
     "CrossAttnDownBlock2D",
@@ -169,7 +169,9 @@ def block_groups(architecture: Architecture, kind: GroupKind) -> tuple[BlockGrou
     """Groups of one kind, in order of execution.
 
     ``block`` lists every block, starred ones too. ``pair`` is a removable residual block with the attention block that
-    follows it (``Dn1.R2+A2``). ``stage`` is all that can be removed from a stage, where that is more than one block.
+    follows it (``Dn1.R2+A2``), ``triplet`` such a pair and the residual block after it (``Md.R1+A1+R2``). ``stage`` is
+    all that can be removed from a stage, where that is more than one block, ``inner`` the innermost stages together as
+    far as they can be removed whole (``Md``, ``Dn4+Md+Up1``). Raises ValueError for ``plan``: any set of blocks.
     """
     if kind == "block":
         return tuple(BlockGroup(block.name, "block", (block.name,)) for block in architecture.blocks)
@@ -179,15 +181,40 @@ def block_groups(architecture: Architecture, kind: GroupKind) -> tuple[BlockGrou
             for stage in architecture.stages
         }
         return tuple(BlockGroup(stage, "stage", names) for stage, names in members.items() if len(names) > 1)
-    if kind != "pair":
-        raise ValueError(f"no groups of kind {kind!r}; use one of: {', '.join(get_args(GroupKind))}")
-    pairs = []
-    for first, second in zip(architecture.blocks, architecture.blocks[1:], strict=False):
-        follows = first.kind == "resnet" and second.kind == "attention" and first.stage == second.stage
-        if follows and first.removable and second.removable:
-            short = second.name.removeprefix(f"{second.stage}.")
-            pairs.append(BlockGroup(f"{first.name}+{short}", "pair", (first.name, second.name)))
-    return tuple(pairs)
+    if kind == "inner":
+        return _inner_groups(architecture)
+    if kind not in ("pair", "triplet"):
+        named = [name for name in get_args(GroupKind) if name != "plan"]
+        raise ValueError(f"no groups of kind {kind!r}; use one of: {', '.join(named)}")
+    pattern = ("resnet", "attention", "resnet")[: 2 if kind == "pair" else 3]
+    runs = zip(*(architecture.blocks[start:] for start in range(len(pattern))), strict=False)
+    return tuple(
+        BlockGroup(
+            "+".join([run[0].name, *(b.name.split(".")[1] for b in run[1:])]),
+            kind,
+            tuple(b.name for b in run),
+        )
+        for run in runs
+        if tuple(block.kind for block in run) == pattern
+        and len({block.stage for block in run}) == 1
+        and all(block.removable for block in run)
+    )
+
+
+def _inner_groups(architecture: Architecture) -> tuple[BlockGroup, ...]:
+    """The mid stage, then with the stages around it, as long as every block of them can be removed."""
+    down = [stage for stage in architecture.stages if stage.startswith("Dn")]
+    up = [stage for stage in architecture.stages if stage.startswith("Up")]
+    rings = [[stage for stage in architecture.stages if stage == "Md"]]
+    for before, after in zip(reversed(down), up, strict=False):
+        rings.append([before, *rings[-1], after])
+    groups = []
+    for ring in filter(None, rings):
+        members = [block for stage in ring for block in architecture.stage_blocks(stage)]
+        if not all(block.removable for block in members):
+            break
+        groups.append(BlockGroup("+".join(ring), "inner", tuple(block.name for block in members)))
+    return tuple(groups)
 
 
 def blocks_frame(architecture: Architecture) -> pd.DataFrame:

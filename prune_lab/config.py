@@ -19,7 +19,8 @@ from typing import Any, Protocol, TypeVar
 
 from prune_lab.errors import ConfigError
 
-GROUP_KINDS = ("block", "pair", "stage")
+GROUP_KINDS = ("block", "pair", "triplet", "stage", "inner")
+PLAN_FILES = (".txt", ".json")  # groups may also be plans from such a file
 DTYPES = ("float32", "bfloat16", "float16")
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
@@ -71,6 +72,9 @@ class ProbeConfig:
     samples: int = 64  # held-out pictures
     timesteps: int = 8  # points they are spread over, evenly along the noise schedule
     seed: int = 0
+    prompts: str = (
+        ""  # .txt, .csv or .parquet; the model draws their pictures itself; empty: held-out pictures
+    )
 
     def __post_init__(self) -> None:
         _require_counts("probe", self, samples=2, timesteps=1, seed=0)
@@ -78,17 +82,23 @@ class ProbeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreConfig:
-    """How removal impact is measured."""
+    """How blocks are scored."""
 
-    criterion: str = "output-mse"
-    groups: tuple[str, ...] = GROUP_KINDS
-    batch: int = 32  # probe samples per forward pass
+    criterion: str = "output-mse"  # what is searched and reported with
+    also: tuple[str, ...] = ()  # criteria measured beside it, on the same model and probe
+    groups: tuple[str, ...] = ("block", "pair", "stage")
+    batch: int = 0  # probe samples per forward pass; 0: as many as fit into memory
+    guidance: float = 1.0  # of the predictions that output criteria compare; 1: no guidance
     bootstrap: int = 1000  # resamples behind each interval
 
     def __post_init__(self) -> None:
-        _require_counts("score", self, batch=1, bootstrap=1)
-        known = bool(self.groups) and set(self.groups) <= set(GROUP_KINDS)
-        _require(known, "score.groups", list(self.groups), f"some of {', '.join(GROUP_KINDS)}")
+        _require_counts("score", self, batch=0, bootstrap=1)
+        _require_finite("score", self, "guidance")
+        named = [group for group in self.groups if not group.endswith(PLAN_FILES)]
+        rule = f"some of {', '.join(GROUP_KINDS)}, or files of plans ({', '.join(PLAN_FILES)})"
+        _require(
+            bool(self.groups) and set(named) <= set(GROUP_KINDS), "score.groups", list(self.groups), rule
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

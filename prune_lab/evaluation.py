@@ -49,6 +49,46 @@ def _drawing_with(pipeline: Any, unet: Any) -> Iterator[Any]:
         pipeline.set_progress_bar_config(**bar)
 
 
+def _drawn(
+    pipeline: Any,
+    wanted: Sequence[tuple[str, int]],
+    *,
+    steps: int,
+    guidance: float,
+    unet: Any,
+    batch: int,
+    output: str,
+) -> Iterator[Tensor]:
+    """What the pipeline gives for each (prompt, seed), chunk by chunk; DataError when it is not finite."""
+    with _drawing_with(pipeline, unet) as drawing:
+        for start in track(range(0, len(wanted), batch), "drawing", math.ceil(len(wanted) / batch)):
+            chunk = wanted[start : start + batch]
+            drawn = drawing(
+                prompt=[prompt for prompt, _ in chunk],
+                generator=[seeded(seed) for _, seed in chunk],
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                output_type=output,
+            ).images
+            if not drawn.isfinite().all():
+                raise DataError(
+                    "asked for pictures, found values that are not finite; use float32 or another U-Net"
+                )
+            yield drawn.float()
+
+
+def _every(prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
+    if not prompts or not seeds:
+        raise DataError(
+            f"asked to draw {len(prompts)} prompts with {len(seeds)} seeds; give at least one of each"
+        )
+    return [(prompt, seed) for prompt in prompts for seed in seeds]
+
+
+def _bytes(pictures: Tensor) -> Tensor:
+    return (pictures * 255).round().clamp(0, 255).to("cpu", torch.uint8)
+
+
 def generate(
     pipeline: Any,
     prompts: Sequence[str],
@@ -66,27 +106,34 @@ def generate(
     scale of classifier-free guidance; 1 turns it off. Raises DataError when there is nothing to draw, or when the
     pictures are not finite.
     """
-    if not prompts or not seeds:
-        raise DataError(
-            f"asked to draw {len(prompts)} prompts with {len(seeds)} seeds; give at least one of each"
-        )
-    wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
+    wanted, how = _every(prompts, seeds), {"steps": steps, "guidance": guidance, "unet": unet, "batch": batch}
+    return torch.cat([_bytes(drawn) for drawn in _drawn(pipeline, wanted, output="pt", **how)])
+
+
+def draw_latents(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance: float,
+    unet: Any = None,
+    batch: int = 8,
+) -> Tensor:
+    """The final latents (prompts x seeds, C, h, w), float32 on the CPU, of the pictures that ``generate`` draws."""
+    wanted, how = _every(prompts, seeds), {"steps": steps, "guidance": guidance, "unet": unet, "batch": batch}
+    return torch.cat([drawn.cpu() for drawn in _drawn(pipeline, wanted, output="latent", **how)])
+
+
+@torch.inference_mode()
+def decode_latents(pipeline: Any, latents: Tensor, *, batch: int = 8) -> Tensor:
+    """Pictures uint8 (N, 3, H, W) on the CPU of final latents (N, C, h, w), as the pipeline decodes them."""
+    vae = pipeline.vae
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
     pictures = []
-    with _drawing_with(pipeline, unet) as drawing:
-        for start in track(range(0, len(wanted), batch), "drawing", math.ceil(len(wanted) / batch)):
-            chunk = wanted[start : start + batch]
-            drawn = drawing(
-                prompt=[prompt for prompt, _ in chunk],
-                generator=[seeded(seed) for _, seed in chunk],
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                output_type="pt",
-            ).images
-            if not drawn.isfinite().all():
-                raise DataError(
-                    "asked for pictures, found values that are not finite; use float32 or another U-Net"
-                )
-            pictures.append((drawn.float() * 255).round().clamp(0, 255).to("cpu", torch.uint8))
+    for chunk in torch.split(latents, batch):
+        scaled = chunk.to(vae.device, vae.dtype) / vae.config.scaling_factor + shift
+        pictures.append(_bytes((vae.decode(scaled).sample.float() / 2 + 0.5).clamp(0, 1)))
     return torch.cat(pictures)
 
 

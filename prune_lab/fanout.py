@@ -292,7 +292,8 @@ def check_walk(unet: UNet2DConditionModel, inputs: dict[str, Any]) -> None:
     wanted = unet(**one, return_dict=False)[0]
     ((_, found),) = _answers(unet, one, [frozenset()], 1, Effort())
     tolerance = _ROUNDINGS * torch.finfo(wanted.dtype).eps
-    atol = tolerance * float(wanted.abs().max())
+    # A damaged model is not this function's business: what is not finite only has to be so in both.
+    atol = tolerance * float(wanted.nan_to_num(0, 0, 0).abs().max())
     if not torch.allclose(found, wanted, rtol=tolerance, atol=atol, equal_nan=True):
         raise UnsupportedModelError(
             "asked to score by shared prefixes, found that the blocks one after the other give another answer than "

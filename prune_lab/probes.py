@@ -11,7 +11,7 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,28 @@ class Probe:
     def digest(self) -> str:
         """16 hexadecimal digits that change with any bit of any tensor."""
         return tensors_digest(self.tensors())
+
+    def rows(self, wanted: Sequence[int]) -> Probe:
+        """The probe of these rows alone, in this order."""
+        index = torch.as_tensor(wanted, dtype=torch.int64)
+        return Probe(
+            **{name: getattr(self, name)[index] for name in _TENSORS},
+            captions=tuple(self.captions[row] for row in wanted),
+            groups=tuple(self.groups[row] for row in wanted),
+            added={name: tensor[index] for name, tensor in self.added.items()},
+        )
+
+    def told(self, embeddings: Tensor, added: Mapping[str, Tensor]) -> Probe:
+        """The same rows with another text (1, L, D) for all of them, and its added conditioning (1, ...) where there is
+        any; what ``encode_captions`` gives for one caption.
+        """
+        rows = len(self)
+        return replace(
+            self,
+            embeddings=embeddings.expand(rows, -1, -1),
+            captions=("",) * rows,
+            added={**self.added, **{name: tensor.expand(rows, -1) for name, tensor in added.items()}},
+        )
 
     def batches(
         self, size: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
@@ -254,9 +276,34 @@ def make_probe(
     makes all rows independent; ``per_picture`` uses it at that many different ones. Raises DataError for
     lengths that do not agree, UnsupportedModelError for a U-Net that is fed more than latents.
     """
-    if not len(pictures) == len(captions) == len(groups) or not len(pictures):
+    latents = encode_pictures(pipeline, pictures) if len(pictures) else torch.empty(0)
+    return probe_of_latents(
+        pipeline,
+        latents,
+        captions,
+        groups,
+        timesteps=timesteps,
+        seed=seed,
+        per_picture=per_picture,
+        size=(int(pictures.shape[-2]), int(pictures.shape[-1])),
+    )
+
+
+def probe_of_latents(
+    pipeline: Any,
+    latents: Tensor,
+    captions: Sequence[str],
+    groups: Sequence[str],
+    *,
+    timesteps: int,
+    seed: int,
+    per_picture: int = 1,
+    size: tuple[int, int] | None = None,
+) -> Probe:
+    """``make_probe`` of scaled latents (N, C, h, w), such as the model's own; ``size`` in pixels is told to SDXL."""
+    if not len(latents) == len(captions) == len(groups) or not len(latents):
         raise DataError(
-            f"asked for a probe of {len(pictures)} pictures, found {len(captions)} captions "
+            f"asked for a probe of {len(latents)} pictures, found {len(captions)} captions "
             f"and {len(groups)} groups; "
             "give every picture one of each"
         )
@@ -268,7 +315,6 @@ def make_probe(
             f"the schedule has {length} steps; "
             "give 1 <= per_picture <= timesteps <= that"
         )
-    latents = encode_pictures(pipeline, pictures)
     if latents.shape[1] != pipeline.unet.config.in_channels:
         raise UnsupportedModelError(
             f"the U-Net takes {pipeline.unet.config.in_channels} channels, the VAE gives {latents.shape[1]}; "
@@ -276,14 +322,14 @@ def make_probe(
         )
     embeddings, added = encode_captions(pipeline, captions)
     if added:
-        height, width = pictures.shape[-2:]
-        size = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
-        added["time_ids"] = size.repeat(len(pictures), 1)
+        height, width = size or tuple(_VAE_FACTOR * side for side in latents.shape[-2:])
+        sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
+        added["time_ids"] = sizes.repeat(len(latents), 1)
     generator = seeded(seed)
     steps = _assign_timesteps(
         groups, strata=timesteps, per_picture=per_picture, length=length, generator=generator
     ).flatten()
-    index = torch.arange(len(pictures)).repeat_interleave(per_picture)
+    index = torch.arange(len(latents)).repeat_interleave(per_picture)
     latents = latents[index]
     noise = torch.randn(latents.shape, generator=generator)
     return Probe(

@@ -5,7 +5,7 @@
     runs/<name>/
         config.toml environment.json
         blocks.csv costs.csv reductions.csv pipeline.csv
-        probe.safetensors importance.csv data.safetensors
+        probe.safetensors importance.csv importance_parts.csv criteria.csv scores/ data.safetensors
         plans/<id>.json plans/searched.csv
         candidates/<id>/ plan.json unet/ profile.json recovery.csv distilled/unet/
                          pictures_pruned.png pictures_distilled.png
@@ -106,6 +106,26 @@ class Run:
     def importance(self) -> Path:
         """The removal impact of every block, pair and stage."""
         return self.folder / "importance.csv"
+
+    @property
+    def importance_parts(self) -> Path:
+        """The impacts per tenth of the noise schedule and per kind of prompt, of all criteria."""
+        return self.folder / "importance_parts.csv"
+
+    @property
+    def criteria(self) -> Path:
+        """The scores by all criteria that were measured, the run's own first."""
+        return self.folder / "criteria.csv"
+
+    @property
+    def scores_dir(self) -> Path:
+        """Every value that was measured for a score, so that it is not measured again."""
+        return self.folder / "scores"
+
+    @property
+    def comparison_dir(self) -> Path:
+        """How the criteria agree with each other and with what was measured: tables, figures and words."""
+        return self.folder / "comparison"
 
     @property
     def costs(self) -> Path:

@@ -181,13 +181,88 @@ def test_prune_writes_a_pipeline_that_plain_diffusers_loads(
 
 def test_score_alone_writes_its_table(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "scores.csv"
-    options = ("--kind", "stage", "--samples", 4, "--device", "cpu", "--out", out)
+    options = ("--groups", "stages", "--samples", 4, "--device", "cpu", "--out", out)
     rows = table("score", tiny_pipeline_folder, *options)
     frame = pd.read_csv(out)
     assert list(frame["group"]) == [row["group"] for row in rows]
     assert set(frame["kind"]) == {"stage"}
     assert set(frame["samples"]) == {4}
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_scores_by_several_criteria_of_any_plans_on_own_prompts(
+    tiny_pipeline_folder: Path, tiny_scorer_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "plans.txt").write_text("-Dn1.R2 -Dn1.A2  # a pair\nbk-tiny\n")
+    (tmp_path / "prompts.csv").write_text("prompt,kind\na cat,animals\na dog,animals\nrain,weather\n")
+    config = RunConfig(
+        model=str(tiny_pipeline_folder),
+        evaluate=EvaluateConfig(prompts=("x",), steps=1, guidance=1.0, scorer=str(tiny_scorer_folder)),
+        score=ScoreConfig(bootstrap=10),
+    )
+    (tmp_path / "job.toml").write_text(to_toml(config))
+    run = tmp_path / "run"
+    options = ["--config", tmp_path / "job.toml", "--run", run, "--device", "cpu", "--batch", "auto"]
+    options += ["--criterion", "output-mse", "--criterion", "clip-score", "--criterion", "similarity"]
+    options += ["--groups", tmp_path / "plans.txt", "--groups", "inner", "--timesteps", 2]
+    options += ["--prompts", tmp_path / "prompts.csv", "--precision", "float32", "--guidance", 4]
+    rows = table("score", *options)
+    names = ["-Dn1.R2 -Dn1.A2", "bk-tiny", "Md", "Dn4+Md+Up1"]
+    assert [row["group"] for row in rows] == names * 3
+    assert [row["criterion"] for row in rows[::4]] == ["output-mse", "clip-score", "similarity"]
+    assert {row["samples"] for row in rows} == {3}
+    parts = pd.read_csv(run / "importance_parts.csv")
+    assert set(parts.loc[parts["criterion"] == "clip-score", "of"]) == {"animals", "weather"}
+    assert "timesteps" in set(parts["part"])
+
+
+def test_all_criteria_compared_with_each_other_and_with_plans(
+    tiny_pipeline_folder: Path, tiny_scorer_folder: Path, tmp_path: Path
+) -> None:
+    config = RunConfig(
+        model=str(tiny_pipeline_folder),
+        device="cpu",
+        probe=ProbeConfig(samples=4, timesteps=2),
+        evaluate=EvaluateConfig(prompts=("a", "b"), steps=1, guidance=1.0, scorer=str(tiny_scorer_folder)),
+        score=ScoreConfig(bootstrap=10),
+    )
+    (tmp_path / "job.toml").write_text(to_toml(config))
+    out = tmp_path / "compared"
+    rows = table("score", "--config", tmp_path / "job.toml", "--compare", "--out", out)
+    assert [row["criterion"] for row in rows[:2]] == ["output-mse", "output-cosine"]
+    assert len(rows) == 13
+    assert rows[0]["leader_spearman"] == 1
+    assert all(-1 <= row["impact_spearman"] <= 1 for row in rows)
+    assert all(row["outcome_spearman"] is None for row in rows)  # nothing was distilled
+    assert len(pd.read_csv(out / "agreement.csv")) == 13 * 13 + 13
+    assert len(pd.read_csv(out / "additivity.csv")) >= 40
+    assert "Spearman" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (("--criterion", "mse"), "choose one of: output-mse"),
+        (("--criterion", "output-mse", "--criterion", "best"), "choose one of: output-mse"),
+        (("--groups", "layers"), "score.groups"),
+        (("--groups", "missing.txt"), "missing.txt"),
+        (("--batch", "many"), "give a whole number of at least 1, or auto"),
+        (("--precision", "int8"), "one of float32"),
+        (("--guidance", "-1"), "zero or more"),
+        (("--prompts", "missing.csv"), "give a .txt file"),
+        (("--prompts", "missing.doc"), "give a .txt file"),
+    ],
+)
+def test_a_score_that_cannot_be_had_is_refused(
+    tiny_pipeline_folder: Path, options: tuple[str, ...], wanted: str
+) -> None:
+    assert wanted in mistake("score", tiny_pipeline_folder, *options)
+
+
+def test_a_bare_unet_has_no_pictures_to_score(tiny_pipeline_folder: Path) -> None:
+    scoring = ("score", tiny_pipeline_folder / "unet", "--samples", 2)
+    assert "clip-score draws pictures" in mistake(*scoring, "--criterion", "clip-score")
+    assert "guidance 4" in mistake(*scoring, "--guidance", 4)
 
 
 # A run -----------------------------------------------------------------------------------------------------------

@@ -152,7 +152,7 @@ def test_an_unknown_setting_is_met_with_the_nearest_one(text: str, named: list[s
         ("[distill]\nlearning_rate = 0", "above zero"),
         ("[distill]\nema_decay = 1.0", "below 1"),
         ("[distill]\ntask_weight = 0\noutput_weight = 0\nfeature_weight = 0", "other two weights"),
-        ("[score]\ngroups = ['blocks']", "block, pair, stage"),
+        ("[score]\ngroups = ['blocks']", "block, pair, triplet, stage"),
         ("[score]\ngroups = 'block'", "list"),
         ("[evaluate]\nseeds = [0, 'one']", "whole number"),
         ("[evaluate]\nseeds = []", "one or more"),

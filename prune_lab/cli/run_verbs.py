@@ -29,7 +29,7 @@ from prune_lab.cli.application import (
 )
 from prune_lab.cli.output import emit, records
 from prune_lab.config import RunConfig, load_config
-from prune_lab.errors import RunError
+from prune_lab.errors import ConfigError, RunError
 from prune_lab.runs import open_run
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def _settings(
     *,
     device: str | None,
     seed: int | None,
+    dtype: str | None = None,
     **tables: dict[str, Any],
 ) -> RunConfig:
     """The settings of ``config``, or else of the run folder, or else the defaults, with the flags that were given."""
@@ -58,7 +59,7 @@ def _settings(
         raise RunError(
             "asked for a step without saying of which model; give MODEL, --config FILE.toml or --run DIR"
         )
-    given: dict[str, Any] = {"model": model or None, "device": device, "seed": seed}
+    given: dict[str, Any] = {"model": model or None, "device": device, "seed": seed, "dtype": dtype}
     if seed is not None:
         for name in ("probe", "distill"):
             tables[name] = {**tables.get(name, {}), "seed": seed}
@@ -101,13 +102,36 @@ def _existing(folder: Path) -> Iterator[Run]:
 def score(
     model: OptionalModel = "",
     run: RunOption = None,
-    out: Annotated[Path | None, typer.Option("--out", help="CSV to write.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="CSV to write; with --compare a folder of tables and figures."),
+    ] = None,
     config: ConfigOption = None,
     criterion: Annotated[
-        str | None, typer.Option(help="output-mse, output-cosine or denoising-loss.")
+        list[str],
+        typer.Option(help="What is measured, such as output-mse; may be repeated: the first leads."),
+    ] = [],  # noqa: B006
+    groups: Annotated[
+        list[str],
+        typer.Option(help="blocks, pairs, triplets, stages, inner, or a file of plans; may be repeated."),
+    ] = [],  # noqa: B006
+    samples: Annotated[int | None, typer.Option(help="Samples in the probe.", min=2)] = None,
+    timesteps: Annotated[int | None, typer.Option(help="Points of the schedule they lie at.", min=1)] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Prompts (.txt, .csv, .parquet) instead of held-out pictures and captions."),
     ] = None,
-    kind: Annotated[list[str], typer.Option(help="block, pair or stage; may be repeated.")] = [],  # noqa: B006
-    samples: Annotated[int | None, typer.Option(help="Held-out pictures in the probe.", min=2)] = None,
+    batch: Annotated[
+        str | None, typer.Option(help="Samples at a time, or auto: what fits into memory.")
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Guidance scale of the predictions that output criteria compare; 1: none."),
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="All criteria, how they agree, and with what was measured.")
+    ] = False,
     device: DeviceOption = None,
     seed: SeedOption = None,
     force: ForceOption = False,
@@ -120,17 +144,52 @@ def score(
         config,
         device=device,
         seed=seed,
-        score={"criterion": criterion, "groups": tuple(kind)},
-        probe={"samples": samples},
+        dtype=precision,
+        score={
+            "criterion": criterion[0] if criterion else None,
+            "also": tuple(criterion[1:]),
+            "groups": tuple(_group_name(name) for name in groups),
+            "batch": None if batch is None else _rows(batch),
+            "guidance": guidance,
+        },
+        probe={
+            "samples": samples,
+            "timesteps": timesteps,
+            "prompts": None if prompts is None else str(prompts),
+        },
     )
     with _opened(settings, run, redo="scores" if force else "") as opened:
         from prune_lab.runtime import write_frame
-        from prune_lab.workflow import ensure_scores
+        from prune_lab.workflow import compared_criteria, ensure_scores, scores_frame
 
-        frame = ensure_scores(opened).frame()
-        if out:
-            write_frame(out, frame)
-    emit(records(frame), as_json=as_json, title=f"Removal impact, {settings.model}")
+        if compare:
+            lines, frame = compared_criteria(opened, out or opened.comparison_dir)
+            for line in lines:
+                typer.echo(line, err=True)
+        else:
+            ensure_scores(opened)
+            frame = scores_frame(opened)
+            if out:
+                write_frame(out, frame)
+    emit(
+        records(frame),
+        as_json=as_json,
+        title=f"{'Agreement of criteria' if compare else 'Importance'}, {settings.model}",
+    )
+
+
+def _group_name(name: str) -> str:
+    """One of the kinds, also in the plural, or the path of a file as it is."""
+    return name if "." in name else name.removesuffix("s")
+
+
+def _rows(text: str) -> int:
+    """Samples at a time; auto is 0."""
+    if text == "auto":
+        return 0
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"--batch is {text!r}; give a whole number of at least 1, or auto")
+    return int(text)
 
 
 @app.command()

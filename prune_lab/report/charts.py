@@ -25,7 +25,14 @@ from prune_lab.report.figures import (
 )
 from prune_lab.report.tables import PlanRow, importance_frame, measured, teacher_row
 
-_KIND_TITLES = {"block": "Single blocks", "pair": "Residual-attention pairs", "stage": "Whole stages"}
+_KIND_TITLES = {
+    "block": "Single blocks",
+    "pair": "Residual-attention pairs",
+    "triplet": "Triplets",
+    "stage": "Whole stages",
+    "inner": "Inner stages together",
+    "plan": "Plans",
+}
 _PART_TITLES = {
     "validation": "Held-out denoising loss, averaged weights",
     "task": "Task loss in training",

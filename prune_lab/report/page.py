@@ -23,7 +23,10 @@ from prune_lab.runs import Run
 from prune_lab.runtime import atomic_write, write_text
 
 # What a reader may want as numbers; each is copied beside the page as the step wrote it.
-_CSV_FILES = ("blocks", "importance", "costs", "reductions", "pipeline_profile", "ranking")
+_CSV_FILES = (
+    *("blocks", "importance", "importance_parts", "criteria", "costs", "reductions", "pipeline_profile"),
+    "ranking",
+)
 
 
 def write_report(run: Run) -> Path:

@@ -19,6 +19,7 @@ from prune_lab.report.maps import draw_block_map, draw_plan_maps
 from prune_lab.report.sheets import picture_parts
 from prune_lab.report.summary import summary
 from prune_lab.report.tables import RunTables, block_map_frame, curve_frame, left_out, measured
+from prune_lab.report.trust import draw_parts
 from prune_lab.report.words import (
     NARROW,
     UNKNOWN,
@@ -78,6 +79,18 @@ def _blocks(tables: RunTables) -> tuple[Part, ...]:
         ),
         _importance_table(importance),
     ]
+    if tables.parts is not None and len(tables.parts):
+        timed = tables.parts
+        parts.insert(
+            -1,
+            Drawing(
+                "importance_parts",
+                "Impact of every block by timestep and by kind of prompt, coloured on a log scale.",
+                "Each column is relative to the predictions of its own samples. High timesteps, where noise hides the "
+                "picture, are on the right; a column with few samples is rough.",
+                lambda theme: draw_parts(timed, theme),
+            ),
+        )
     return tuple(parts)
 
 

@@ -31,6 +31,7 @@ BLOCK_COLUMNS = (
     "reason",
 )
 IMPORTANCE_COLUMNS = ("group", "kind", "blocks", "starred", "impact", "low", "high", "samples", "criterion")
+PARTS_COLUMNS = ("group", "kind", "criterion", "part", "of", "impact", "samples")
 COST_COLUMNS = ("name", "kind", "params", "macs", "attention_macs", "paper_macs")
 REDUCTION_COLUMNS = (
     *("model", "plan", "params", "params_change", "macs", "macs_change"),
@@ -86,6 +87,7 @@ class RunTables:
     environment: Mapping[str, Any]
     blocks: pd.DataFrame | None = None
     importance: pd.DataFrame | None = None
+    parts: pd.DataFrame | None = None  # impacts per timestep and kind of prompt, by the run's criterion
     costs: pd.DataFrame | None = None
     reductions: pd.DataFrame | None = None
     pipeline: pd.DataFrame | None = None
@@ -141,6 +143,7 @@ def read_run(run: Run) -> RunTables:
         environment=_read_environment(run.environment),
         blocks=blocks,
         importance=importance,
+        parts=_leading_parts(_read_table(run.importance_parts, PARTS_COLUMNS), importance),
         costs=_read_table(run.costs, COST_COLUMNS),
         reductions=reductions,
         pipeline=_read_table(run.pipeline_profile, PIPELINE_COLUMNS),
@@ -243,6 +246,14 @@ def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame | None:
             f"asked to read {path}, found no column {', '.join(missing)}; delete it and run the step again"
         )
     return frame
+
+
+def _leading_parts(parts: pd.DataFrame | None, importance: pd.DataFrame | None) -> pd.DataFrame | None:
+    """The single blocks' rows of ``parts`` by the criterion that leads; ``None`` where there are none."""
+    if parts is None or importance is None:
+        return None
+    leading = parts[(parts["criterion"] == importance["criterion"].iloc[0]) & (parts["kind"] == "block")]
+    return leading if len(leading) else None
 
 
 def _read_plans(run: Run, ranking: pd.DataFrame | None) -> tuple[PlanRow, ...]:

@@ -9,6 +9,7 @@ that the model is loaded once.
 from __future__ import annotations
 
 from prune_lab.workflow.comparing import comparison
+from prune_lab.workflow.criteria import compared_criteria
 from prune_lab.workflow.judging import (
     ensure_pictures,
     ensure_ranking,
@@ -24,6 +25,7 @@ from prune_lab.workflow.measuring import (
     ensure_reductions,
     ensure_scores,
     ensure_shares,
+    scores_frame,
 )
 from prune_lab.workflow.steps import STEPS, Step, check_budgets, forget, run_all, start_run, steps_frame
 from prune_lab.workflow.students import (
@@ -42,6 +44,7 @@ __all__ = [
     "Step",
     "Teacher",
     "check_budgets",
+    "compared_criteria",
     "comparison",
     "ensure_blocks",
     "ensure_candidates",
@@ -64,6 +67,7 @@ __all__ = [
     "quality_frame",
     "recovery_frame",
     "run_all",
+    "scores_frame",
     "start_run",
     "steps_frame",
 ]

@@ -19,13 +19,13 @@ from prune_lab.candidates import Candidate, load_candidate, load_student
 from prune_lab.distill import load_recovery
 from prune_lab.errors import DataError
 from prune_lab.evaluation import clip_scores, generate, heldout_loss, save_grid
-from prune_lab.importance import score_groups
+from prune_lab.importance import score
 from prune_lab.plans import PruningPlan
 from prune_lab.ranking import Contender, Ranking, rank, ranking_from_frame
 from prune_lab.report import write_report
 from prune_lab.runs import Run
 from prune_lab.runtime import track, write_frame
-from prune_lab.workflow.measuring import ensure_costs, ensure_probe, ensure_reductions
+from prune_lab.workflow.measuring import ensure_costs, ensure_reductions, scored_subject
 from prune_lab.workflow.students import ensure_candidates, ensure_plans, left_out, origin_of
 from prune_lab.workflow.teacher import Teacher
 
@@ -106,16 +106,8 @@ def _mean_score(run: Run, teacher: Teacher, path: Path) -> float:
 
 def _one_shot_impacts(run: Run, teacher: Teacher, plans: Iterable[PruningPlan]) -> dict[str, float]:
     """Impact of each whole plan by the run's criterion on its probe, by plan id: what adding up only predicts."""
-    groups = [BlockGroup(plan.id, "stage", plan.removed) for plan in plans if plan.removed]
-    settings = teacher.config.score
-    table = score_groups(
-        teacher.unet,
-        groups,
-        ensure_probe(run, teacher),
-        criterion=settings.criterion,
-        batch=settings.batch,
-        bootstrap=0,
-    )
+    groups = [BlockGroup(plan.id, "plan", plan.removed) for plan in plans if plan.removed]
+    table = score(scored_subject(run, teacher), groups, teacher.config.score.criterion, bootstrap=0)
     return {entry.group.name: entry.impact for entry in table.entries}
 
 

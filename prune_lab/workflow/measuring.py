@@ -6,11 +6,36 @@ from typing import cast
 
 import pandas as pd
 
-from prune_lab.blocks import Architecture, GroupKind, architecture_of, block_groups, blocks_frame
-from prune_lab.importance import ImportanceTable, importance_from_frame, score_groups
-from prune_lab.models import resolve_model
+from prune_lab.blocks import (
+    Architecture,
+    BlockGroup,
+    GroupKind,
+    architecture_of,
+    block_groups,
+    blocks_frame,
+)
+from prune_lab.config import PLAN_FILES
+from prune_lab.evaluation import draw_latents
+from prune_lab.importance import (
+    DRAWING,
+    Drawing,
+    ImportanceTable,
+    ScoreCache,
+    Subject,
+    criterion_named,
+    importance_from_frame,
+    score,
+)
+from prune_lab.models import model_digest, resolve_model
 from prune_lab.plans import PruningPlan, read_plans
-from prune_lab.probes import Probe, load_probe, make_probe, random_probe
+from prune_lab.probes import (
+    Probe,
+    encode_captions,
+    load_probe,
+    make_probe,
+    probe_of_latents,
+    random_probe,
+)
 from prune_lab.profiling import CostTable, cost_table, profile_pipeline, reduction_table
 from prune_lab.runs import Run
 from prune_lab.runtime import write_frame
@@ -28,51 +53,119 @@ def ensure_blocks(run: Run, teacher: Teacher | None = None) -> Architecture:
 def ensure_probe(run: Run, teacher: Teacher | None = None) -> Probe:
     """The fixed inputs that scores are measured on; writes probe.safetensors.
 
-    A pipeline gets held-out pictures with their captions; a bare U-Net, which has nothing to encode them with, noise.
+    A pipeline gets held-out pictures with their captions, or pictures that it draws itself for ``probe.prompts``; a
+    bare U-Net, which has nothing to encode them with, noise.
     """
     if run.done(run.probe):
         return load_probe(run.probe)
     teacher = teacher or Teacher(run)
     settings = teacher.config.probe
-    if teacher.source.is_pipeline:
+    timesteps, seed = settings.timesteps, settings.seed
+    if settings.prompts:
+        prompts, how = teacher.probe_prompts, teacher.config.evaluate
+        latents = draw_latents(
+            teacher.pipeline, prompts.texts, (settings.seed,), steps=how.steps, guidance=how.guidance
+        )
+        probe = probe_of_latents(
+            teacher.pipeline, latents, prompts.texts, prompts.kinds, timesteps=timesteps, seed=seed
+        )
+    elif teacher.source.is_pipeline:
         pictures = teacher.pictures("heldout", settings.samples, settings.seed)
         probe = make_probe(
             teacher.pipeline,
             pictures.pixels,
             pictures.captions,
             pictures.groups,
-            timesteps=settings.timesteps,
-            seed=settings.seed,
+            timesteps=timesteps,
+            seed=seed,
         )
     else:
-        probe = random_probe(
-            teacher.source.config, samples=settings.samples, seed=settings.seed, timesteps=settings.timesteps
-        )
+        probe = random_probe(teacher.source.config, samples=settings.samples, timesteps=timesteps, seed=seed)
     probe.save(run.probe)
     return probe
 
 
+def score_groups_of(teacher: Teacher) -> tuple[BlockGroup, ...]:
+    """The groups in ``score.groups``, kind by kind, and the plans of the files among them.
+
+    Raises PlanError when a file cannot be read, UnknownBlockError when it names a block that is not there.
+    """
+    groups: list[BlockGroup] = []
+    for name in teacher.config.score.groups:
+        if name.endswith(PLAN_FILES):
+            plans = read_plans(name, teacher.architecture)
+            groups += [
+                BlockGroup(plan.name or plan.text, "plan", plan.removed) for plan in plans if plan.removed
+            ]
+        else:
+            groups += block_groups(
+                teacher.architecture, cast("GroupKind", name)
+            )  # the settings have checked it
+    return tuple(groups)
+
+
+def scored_subject(run: Run, teacher: Teacher, *, drawing: bool = False) -> Subject:
+    """The run's model with its probe, and with prompts to draw where its criteria, or ``drawing``, ask for pictures."""
+    config, probe = teacher.config, ensure_probe(run, teacher)
+    how = None
+    if teacher.source.is_pipeline and (drawing or DRAWING & {config.score.criterion, *config.score.also}):
+        prompts = teacher.drawn_prompts
+        how = Drawing(
+            teacher.pipeline,
+            prompts.texts,
+            prompts.kinds,
+            seeds=config.evaluate.seeds,
+            steps=config.evaluate.steps,
+            guidance=config.evaluate.guidance,
+            scorer=teacher.scorer,
+            scorer_name=config.evaluate.scorer,
+        )
+    guidance, silent, inputs = config.score.guidance, None, probe.digest
+    if guidance != 1 and teacher.source.is_pipeline:
+        silent = probe.told(*encode_captions(teacher.pipeline, [""]))
+        inputs = f"{inputs}-guided{guidance:g}"
+    cache = ScoreCache.open(
+        run.scores_dir, model=model_digest(teacher.source), inputs=inputs, precision=config.dtype
+    )
+    return Subject(
+        teacher.unet,
+        probe,
+        batch=config.score.batch or None,
+        seed=config.seed,
+        drawing=how,
+        guidance=guidance,
+        silent=silent,
+        cache=cache,
+    )
+
+
 def ensure_scores(run: Run, teacher: Teacher | None = None) -> ImportanceTable:
-    """What removing each block, pair and stage does to the prediction; writes importance.csv."""
+    """What each block, pair and stage is worth by the run's criterion; writes importance.csv, last of all.
+
+    Before it importance_parts.csv, per timestep and kind of prompt, and criteria.csv, the same for ``score.also`` too.
+    """
     if run.done(run.importance):
         # A digest of digits alone, or like 12e4, is a name and not a number.
         return importance_from_frame(pd.read_csv(run.importance, dtype={"probe": str, "model": str}))
     teacher = teacher or Teacher(run)
-    probe = ensure_probe(run, teacher)
     settings = teacher.config.score
-    kinds = cast("tuple[GroupKind, ...]", settings.groups)  # the settings have checked them
-    table = score_groups(
-        teacher.unet,
-        [group for kind in kinds for group in block_groups(teacher.architecture, kind)],
-        probe,
-        criterion=settings.criterion,
-        batch=settings.batch,
-        bootstrap=settings.bootstrap,
-        seed=teacher.config.seed,
-        model=teacher.config.model,
-    )
-    write_frame(run.importance, table.frame())
-    return table
+    for name in (settings.criterion, *settings.also):
+        criterion_named(name)  # an unknown one is an error before the others are measured
+    groups, subject = score_groups_of(teacher), scored_subject(run, teacher)
+    tables = [
+        score(subject, groups, name, bootstrap=settings.bootstrap, model=teacher.config.model)
+        for name in dict.fromkeys((settings.criterion, *settings.also))
+    ]
+    write_frame(run.importance_parts, pd.concat([table.parts() for table in tables], ignore_index=True))
+    write_frame(run.criteria, pd.concat([table.frame() for table in tables], ignore_index=True))
+    write_frame(run.importance, tables[0].frame())
+    return tables[0]
+
+
+def scores_frame(run: Run) -> pd.DataFrame:
+    """The scores of the run by all its criteria, the one that leads first; RunError before they are measured."""
+    path = run.criteria if run.done(run.criteria) else run.needs(run.importance, "score")
+    return pd.read_csv(path, dtype={"probe": str, "model": str})
 
 
 def controls(teacher: Teacher, architecture: Architecture) -> tuple[PruningPlan, ...]:

@@ -29,6 +29,7 @@ from prune_lab.workflow.measuring import (
     ensure_reductions,
     ensure_scores,
     ensure_shares,
+    score_groups_of,
 )
 from prune_lab.workflow.students import (
     ensure_candidates,
@@ -96,7 +97,7 @@ STEPS: tuple[Step, ...] = (
         "scores",
         ("score",),
         ensure_scores,
-        _files("importance"),
+        _files("importance_parts", "criteria", "importance"),
         _files("importance"),
         "removes each block, pair and stage in turn and measures the damage",
     ),
@@ -291,7 +292,9 @@ def check_settings(teacher: Teacher) -> None:
     """Raise whatever a later step would find wrong with the settings, before hours are spent on the earlier ones."""
     config = teacher.config
     _ = teacher.device, teacher.dtype, teacher.pipeline, teacher.scorer
-    criterion_named(config.score.criterion)
+    for criterion in (config.score.criterion, *config.score.also):
+        criterion_named(criterion)
+    score_groups_of(teacher)
     controls(teacher, teacher.architecture)
     for preset in config.report.also_presets:
         controls(teacher, architecture_of(resolve_model(preset).config))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,6 +31,52 @@ class Pictures:
     pixels: Tensor  # (N, 3, H, W) uint8
     captions: tuple[str, ...]
     groups: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prompts:
+    """Prompts, and the kind of each for a look at damage per kind; kinds may be empty."""
+
+    texts: tuple[str, ...]
+    kinds: tuple[str, ...]
+
+
+def read_prompts(path: Path) -> Prompts:
+    """The prompts in a text file, one a line, or in the columns prompt (or caption) and kind (or group) of a table.
+
+    Tables are .csv or .parquet; without a column of kinds all prompts are of one kind. Raises DataError when the file
+    cannot be read or holds none.
+    """
+    remedy = "give a .txt file with one prompt a line, or a .csv or .parquet file with a column prompt"
+    try:
+        if path.suffix == ".txt":
+            lines = path.read_text(encoding="utf-8").splitlines()
+            frame = pd.DataFrame({"prompt": [line.strip() for line in lines if line.strip()]})
+        elif path.suffix in (".csv", ".parquet"):
+            frame = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+        else:
+            raise DataError(
+                f"asked for the prompts in {path}, found a name ending in {path.suffix!r}; {remedy}"
+            )
+    except (
+        OSError,
+        UnicodeDecodeError,
+        pd.errors.ParserError,
+        pd.errors.EmptyDataError,
+        ValueError,
+    ) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"asked for the prompts in {path}, cannot read it ({error}); {remedy}") from None
+    texts = next((name for name in ("prompt", "caption") if name in frame), "")
+    if not texts or frame.empty:
+        found = f"columns {', '.join(map(str, frame.columns))}" if not frame.empty else "no prompts"
+        raise DataError(f"asked for the prompts in {path}, found {found}; {remedy}")
+    kinds = next((name for name in ("kind", "group") if name in frame), "")
+    return Prompts(
+        tuple(frame[texts].astype(str)),
+        tuple(frame[kinds].fillna("").astype(str)) if kinds else ("",) * len(frame),
+    )
 
 
 @dataclasses.dataclass(frozen=True)  # no slots: what is loaded is kept in the instance
@@ -89,6 +137,22 @@ class Teacher:
         """What teacher and candidates draw: ``evaluate.prompts``, or else captions of held-out pictures."""
         named = self.config.evaluate.prompts
         return named or tuple(_chosen("heldout", HELDOUT_PROMPTS, self.config.seed)["caption"])
+
+    @cached_property
+    def probe_prompts(self) -> Prompts:
+        """The prompts in the file ``probe.prompts``, the first ``probe.samples`` of them."""
+        found, most = read_prompts(Path(self.config.probe.prompts)), self.config.probe.samples
+        return Prompts(found.texts[:most], found.kinds[:most])
+
+    @cached_property
+    def drawn_prompts(self) -> Prompts:
+        """What criteria draw that look at pictures: the probe's prompts, or else those of the evaluation."""
+        if self.config.probe.prompts:
+            return self.probe_prompts
+        if self.config.evaluate.prompts:
+            return Prompts(self.config.evaluate.prompts, ())
+        rows = _chosen("heldout", HELDOUT_PROMPTS, self.config.seed)
+        return Prompts(tuple(rows["caption"]), tuple(rows["group"]))
 
     @cached_property
     def validation(self) -> Probe:

@@ -1,0 +1,53 @@
+"""What a group of blocks is worth: criteria, scores with intervals, and how far a score can be trusted."""
+
+from __future__ import annotations
+
+from prune_lab.importance.agreement import (
+    AGREEMENT_COLUMNS,
+    STABILITY_COLUMNS,
+    additivity,
+    agreement,
+    conclusions,
+    foretold,
+    random_plans,
+    stability,
+)
+from prune_lab.importance.cache import ScoreCache, model_key
+from prune_lab.importance.criteria import CRITERIA, DRAWING, Criterion, criterion_named
+from prune_lab.importance.measured import Drawing, Measured, Samples, Subject
+from prune_lab.importance.scoring import score, score_groups
+from prune_lab.importance.tables import (
+    COLUMNS,
+    PARTS_COLUMNS,
+    Importance,
+    ImportanceTable,
+    importance_from_frame,
+)
+
+__all__ = [
+    "AGREEMENT_COLUMNS",
+    "COLUMNS",
+    "CRITERIA",
+    "DRAWING",
+    "PARTS_COLUMNS",
+    "STABILITY_COLUMNS",
+    "Criterion",
+    "Drawing",
+    "Importance",
+    "ImportanceTable",
+    "Measured",
+    "Samples",
+    "ScoreCache",
+    "Subject",
+    "additivity",
+    "agreement",
+    "conclusions",
+    "criterion_named",
+    "foretold",
+    "importance_from_frame",
+    "model_key",
+    "random_plans",
+    "score",
+    "score_groups",
+    "stability",
+]

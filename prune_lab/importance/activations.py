@@ -1,0 +1,68 @@
+"""A criterion on activations: how far a block turns what runs through it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prune_lab.blocks import BlockGroup
+from prune_lab.fanout import Effort
+from prune_lab.importance.measured import Measured, Samples, Subject, checked
+from prune_lab.probes import evaluating
+from prune_lab.surgery import stand_in_for
+
+_ROWS = 32
+
+
+def block_influence(main: Tensor, block: Tensor) -> Tensor:
+    """(N,) one minus the cosine over channels between (N, C, H, W) and (N, C, H, W), averaged over positions."""
+    return (1 - F.cosine_similarity(main.double(), block.double(), dim=1)).flatten(1).mean(1)
+
+
+def similarity(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
+    """One minus the cosine between what goes past a block and what comes out of it, averaged over positions.
+
+    Measures: how far a block turns each position's features; a group's value is the sum of its blocks'.
+    Reads as: 0, the block hands on its input (up to its size); 1, something unrelated.
+    Misleads when: later layers undo or ignore the turn: it does not look at the answer. What goes past is the main
+    path: the skip that an up-stage block reads is gone with the block.
+    Cost: one forward pass for all groups together.
+    Reference: block influence of ShortGPT, arXiv:2403.03853, on feature maps.
+    """
+    unet, probe, architecture = subject.unet, subject.probe, subject.architecture
+    blocks = list(dict.fromkeys(name for group in groups for name in group.blocks))
+    found = np.empty((len(blocks), len(probe)))
+    place: dict[str, slice] = {}
+
+    def listener(number: int, stand_in: Any) -> Callable[..., None]:
+        def listen(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            block = output if isinstance(output, Tensor) else output[0]
+            found[number, place["rows"]] = block_influence(stand_in(hidden), block).cpu().numpy()
+
+        return listen
+
+    effort = Effort(forward_macs=architecture.total_macs)
+    with contextlib.ExitStack() as stack:
+        for number, name in enumerate(blocks):
+            block = architecture.block(name)
+            module = unet.get_submodule(block.path)
+            handle = module.register_forward_hook(listener(number, stand_in_for(block)), with_kwargs=True)
+            stack.callback(handle.remove)
+        stack.enter_context(evaluating(unet))
+        stack.enter_context(torch.inference_mode())
+        for rows, inputs in probe.batches(subject.batch or _ROWS, unet.device, unet.dtype):
+            place["rows"] = rows
+            unet(**inputs, return_dict=False)
+            effort.macs += effort.forward_macs * (rows.stop - rows.start)
+    member = np.array([[name in group.blocks for name in blocks] for group in groups], dtype=np.float64)
+    # 0 times NaN is NaN: a block that is not finite must not spoil the groups without it.
+    values = np.stack([found[row.astype(bool)].sum(0) for row in member])
+    checked(values, [group.name for group in groups], "similarity")
+    return Measured(values, np.ones(len(probe)), Samples.of(probe), effort)

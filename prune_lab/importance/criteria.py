@@ -1,0 +1,44 @@
+"""The table of criteria: one signature, (subject, groups) -> what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from prune_lab.blocks import BlockGroup
+from prune_lab.errors import UnknownCriterionError
+from prune_lab.importance.activations import similarity
+from prune_lab.importance.gates import gate_fisher, gate_gradient, gate_path
+from prune_lab.importance.measured import Measured, Subject
+from prune_lab.importance.outputs import denoising_loss, output_cosine, output_mse
+from prune_lab.importance.trajectories import clip_score, image_change, latent_shift
+from prune_lab.importance.weights import chance, magnitude, taylor
+
+Criterion = Callable[[Subject, Sequence[BlockGroup]], Measured]
+
+CRITERIA: dict[str, Criterion] = {
+    "output-mse": output_mse,
+    "output-cosine": output_cosine,
+    "denoising-loss": denoising_loss,
+    "latent-shift": latent_shift,
+    "clip-score": clip_score,
+    "image-change": image_change,
+    "magnitude": magnitude,
+    "taylor": taylor,
+    "gate-gradient": gate_gradient,
+    "gate-fisher": gate_fisher,
+    "gate-path": gate_path,
+    "similarity": similarity,
+    "random": chance,
+}
+DRAWING = frozenset({"latent-shift", "clip-score", "image-change"})
+"""The criteria that draw pictures and so need a whole pipeline."""
+
+
+def criterion_named(name: str) -> Criterion:
+    """The criterion called ``name``; UnknownCriterionError lists the names there are."""
+    try:
+        return CRITERIA[name]
+    except KeyError:
+        raise UnknownCriterionError(
+            f"no criterion is called {name!r}; choose one of: {', '.join(CRITERIA)}"
+        ) from None

@@ -1,0 +1,162 @@
+"""Criteria from gradients at gates: every block is scaled by a gate, and one backward pass asks all gates at once.
+
+A gate g hands on ``main + g (block - main)``, where ``main`` is what is there when the block is gone: at 1 the block
+works, at 0 it is bypassed. Each row of a batch has gates of its own, so every row gives a value of its own; gradients
+of weights are never formed. A group's gates move together: its derivative is the sum of theirs. Samplers that leave
+with an innermost stage have no gate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prune_lab.blocks import Architecture, BlockGroup
+from prune_lab.fanout import Effort
+from prune_lab.importance.measured import Measured, Samples, Subject, checked
+from prune_lab.probes import evaluating
+from prune_lab.runtime import seeded
+from prune_lab.surgery import stand_in_for
+
+_ROWS = 8  # at a time, unless it is said: a backward pass keeps all activations
+_PASSES = 2  # a forward pass, and a backward pass without gradients of weights
+_PATH = (1.0, 0.5, 0.0)
+
+Cotangent = Callable[[Tensor, slice], Tensor]  # prediction (N, C, H, W), rows -> one scalar to derive
+
+
+@contextlib.contextmanager
+def gated(unet: Any, architecture: Architecture, gates: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, each block named in ``gates`` is scaled by its gate (N,), one per row; nothing stays behind."""
+
+    def hook(stand_in: Any, gate: Tensor) -> Callable[..., Any]:
+        def scaled(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            main = stand_in(hidden)
+            block = output if isinstance(output, Tensor) else output[0]
+            mixed = main + gate.to(block.dtype).reshape(-1, 1, 1, 1) * (block - main)
+            return mixed if isinstance(output, Tensor) else (mixed,)
+
+        return scaled
+
+    with contextlib.ExitStack() as stack:
+        for name, gate in gates.items():
+            block = architecture.block(name)
+            module = unet.get_submodule(block.path)
+            stand_in = stand_in_for(block)
+            # A bare stand-in of an attention block returns its input when nobody says in which form.
+            handle = module.register_forward_hook(hook(stand_in, gate), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+def gate_derivatives(
+    subject: Subject, wanted: Sequence[str], scalar: Cotangent, *, at: float = 1.0
+) -> tuple[np.ndarray[Any, np.dtype[np.float64]], Effort]:
+    """(blocks, rows) derivative of ``scalar``, a sum over rows, by each block's and row's gate, all gates at ``at``."""
+    unet, probe = subject.unet, subject.probe
+    found = np.empty((len(wanted), len(probe)))
+    effort = Effort(forward_macs=subject.architecture.total_macs)
+    learning = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    try:
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        with evaluating(unet):
+            for rows, inputs in probe.batches(subject.batch or _ROWS, unet.device, unet.dtype):
+                count = rows.stop - rows.start
+                gates = {
+                    name: torch.full((count,), at, device=unet.device, requires_grad=True) for name in wanted
+                }
+                with torch.enable_grad(), gated(unet, subject.architecture, gates):
+                    prediction = unet(**inputs, return_dict=False)[0]
+                    derived = torch.autograd.grad(scalar(prediction.float(), rows), list(gates.values()))
+                found[:, rows] = torch.stack(derived).double().cpu().numpy()
+                effort.macs += _PASSES * effort.forward_macs * count
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+    return found, effort
+
+
+def _summed(
+    subject: Subject, groups: Sequence[BlockGroup], scalar: Cotangent, *, at: float = 1.0
+) -> tuple[np.ndarray[Any, np.dtype[np.float64]], Effort]:
+    """(groups, rows): the derivatives of each group's gates together."""
+    blocks = list(dict.fromkeys(name for group in groups for name in group.blocks))
+    for name in blocks:
+        subject.architecture.block(name)  # an unknown one is an error before anything is run
+    found, effort = gate_derivatives(subject, blocks, scalar, at=at)
+    member = np.array([[name in group.blocks for name in blocks] for group in groups], dtype=np.float64)
+    return member @ found, effort
+
+
+def _task_loss(subject: Subject) -> Cotangent:
+    """The denoising error of each row, summed over rows."""
+
+    def scalar(prediction: Tensor, rows: slice) -> Tensor:
+        target = subject.probe.target[rows].to(prediction.device)
+        return (prediction - target).square().mean((1, 2, 3)).sum()
+
+    return scalar
+
+
+def gate_gradient(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
+    """Size of the derivative of the denoising loss by the group's gates.
+
+    Measures: how steeply the loss changes where a group begins to fade, by first order.
+    Reads as: 0, fading it a little changes nothing; the rise of the loss if the loss were a straight line in the gate.
+    Misleads when: removal is a large step, which it is: a trained model sits where first derivatives are small.
+    Cost: two forward-equivalents for all groups together (one pass, and its gradients without those of weights).
+    Reference: Molchanov et al., arXiv:1906.10771 (gates); the Taylor expansion of arXiv:1611.06440.
+    """
+    slopes, effort = _summed(subject, groups, _task_loss(subject))
+    values = checked(np.abs(slopes), [group.name for group in groups], "gate-gradient")
+    return Measured(values, np.ones(values.shape[1]), Samples.of(subject.probe), effort)
+
+
+def gate_fisher(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
+    """Squared response of the prediction to the group's gates, by a random projection, relative to its mean square.
+
+    Measures: the mean squared change of the prediction if the prediction were a straight line in the gate: the Fisher
+    information of the gate under Gaussian errors. Projecting on one normal vector per row gives its square's mean.
+    Reads as: an estimate of output-mse, on the same scale.
+    Misleads when: removal is a large step, or samples are few: each row's value has a relative spread of 1.4.
+    Cost: two forward-equivalents for all groups together.
+    Reference: Theis et al., arXiv:1801.05787 (Fisher pruning), with the model's own distribution of targets.
+    """
+    noise = torch.randn(subject.probe.target.shape, generator=seeded(subject.seed))
+    squares = np.empty(len(subject.probe))
+    size = subject.probe.target[0].numel()
+
+    def scalar(prediction: Tensor, rows: slice) -> Tensor:
+        squares[rows] = prediction.detach().double().square().flatten(1).mean(1).cpu().numpy()
+        return (prediction * noise[rows].to(prediction.device)).sum()
+
+    slopes, effort = _summed(subject, groups, scalar)
+    values = checked(slopes**2 / size, [group.name for group in groups], "gate-fisher")
+    return Measured(values, squares, Samples.of(subject.probe), effort)
+
+
+def gate_path(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
+    """Size of the derivative of the denoising loss by the group's gates, averaged over all gates at 1, 1/2 and 0.
+
+    Measures: the loss's slope along the way from the whole model to one without any of the groups' blocks.
+    Reads as: as gate-gradient.
+    Misleads when: interactions are strong: with all gates low together the model is one that nobody would use, and a
+    block's slope there says what it is worth in that company.
+    Cost: six forward-equivalents for all groups together.
+    Reference: integrated gradients, arXiv:1703.01365, by Simpson's rule on three points.
+    """
+    weights = (1 / 6, 4 / 6, 1 / 6)
+    total, effort = np.zeros((len(groups), len(subject.probe))), Effort()
+    for at, weight in zip(_PATH, weights, strict=True):
+        slopes, spent = _summed(subject, groups, _task_loss(subject), at=at)
+        total += weight * slopes
+        effort.macs, effort.forward_macs = effort.macs + spent.macs, spent.forward_macs
+    values = checked(np.abs(total), [group.name for group in groups], "gate-path")
+    return Measured(values, np.ones(values.shape[1]), Samples.of(subject.probe), effort)

@@ -1,0 +1,175 @@
+"""Importance as data: what each group of blocks is worth by one criterion, with intervals, as a table and as a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import get_args
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from prune_lab.blocks import BlockGroup, GroupKind
+from prune_lab.errors import DataError
+from prune_lab.fanout import Effort
+from prune_lab.importance.measured import Samples
+
+COLUMNS = (
+    "group",
+    "kind",
+    "blocks",
+    "starred",
+    "impact",
+    "low",
+    "high",
+    "samples",
+    "criterion",
+    "probe",
+    "model",
+)
+PARTS_COLUMNS = ("group", "kind", "criterion", "part", "of", "impact", "samples")
+BUCKETS = 10  # parts of the noise schedule that values are kept for
+
+
+# Tables ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Importance:
+    """What one group is worth: its impact and the 95 % bootstrap interval over pictures.
+
+    ``low`` and ``high`` are NaN when there is no interval: fewer than two pictures, or none asked for.
+    """
+
+    group: BlockGroup
+    impact: float
+    low: float
+    high: float
+    samples: int  # rows of the probe
+    starred: bool = False  # has a block that cannot be removed and was scored through its stand-in
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImportanceTable:
+    """Impacts of many groups by one criterion on one probe, in the order the groups were given."""
+
+    entries: tuple[Importance, ...]
+    criterion: str
+    probe: str  # digest
+    model: str
+    values: NDArray[np.float64] | None = field(default=None, repr=False)
+    """(groups, rows) what every row contributed; a table read from a file has none."""
+    scales: NDArray[np.float64] | None = field(default=None, repr=False)
+    """(rows,) what the values are relative to: impact = values.sum() / scales.sum()."""
+    samples: Samples | None = field(default=None, repr=False)
+    """What the columns of ``values`` were measured on."""
+    effort: Effort | None = None
+    """What measuring it cost now, and not what was found in a cache; a table read from a file does not say."""
+
+    def of_kind(self, kind: GroupKind) -> tuple[Importance, ...]:
+        """The entries of one kind of group, in table order."""
+        return tuple(entry for entry in self.entries if entry.group.kind == kind)
+
+    def ranked(self, kind: GroupKind = "block") -> tuple[Importance, ...]:
+        """The entries of one kind, least impact first; equal impacts stay in table order."""
+        return tuple(sorted(self.of_kind(kind), key=lambda entry: entry.impact))
+
+    def block_impacts(self) -> dict[str, float]:
+        """Impact of every single block that was scored, by block name."""
+        return {entry.group.blocks[0]: entry.impact for entry in self.of_kind("block")}
+
+    def frame(self) -> pd.DataFrame:
+        """One row per group: group kind blocks starred impact low high samples criterion probe model.
+
+        ``blocks`` holds the names with spaces between them.
+        """
+        rows = [
+            (
+                entry.group.name,
+                entry.group.kind,
+                " ".join(entry.group.blocks),
+                entry.starred,
+                entry.impact,
+                entry.low,
+                entry.high,
+                entry.samples,
+                self.criterion,
+                self.probe,
+                self.model,
+            )
+            for entry in self.entries
+        ]
+        return pd.DataFrame(rows, columns=list(COLUMNS))
+
+    def parts(self, *, length: int = 1000) -> pd.DataFrame:
+        """Impacts on parts of the samples: per tenth of the noise schedule and per kind of prompt, a row each.
+
+        Columns group kind criterion part of impact samples: ``part`` is "timesteps" or "prompts", ``of`` which of them
+        ("200-299", "faces"). Each is relative to the scale of its own samples, so parts compare with each other.
+        ``length`` is that of the schedule. Empty for a criterion that has neither, or a table read from a file.
+        """
+        rows = [
+            (entry.group.name, entry.group.kind, self.criterion, part, name, float(impact), int(inside.sum()))
+            for part, name, inside in self._parts(length)
+            for entry, impact in zip(self.entries, self._impacts_of(inside), strict=True)
+        ]
+        # An empty frame has no numbers to tell its formats from, and would spoil those that it is put together with.
+        return pd.DataFrame(rows, columns=list(PARTS_COLUMNS)).astype({"impact": float, "samples": int})
+
+    def _parts(self, length: int) -> Iterator[tuple[str, str, NDArray[np.bool_]]]:
+        if self.samples is None or self.values is None:
+            return
+        if self.samples.timesteps is not None:
+            bucket = self.samples.timesteps * BUCKETS // length
+            for number in np.unique(bucket):
+                first, last = number * length // BUCKETS, (number + 1) * length // BUCKETS - 1
+                yield "timesteps", f"{first}-{last}", bucket == number
+        kinds = np.array(self.samples.prompts)
+        for name in dict.fromkeys(self.samples.prompts):
+            if name:
+                yield "prompts", name, kinds == name
+
+    def _impacts_of(self, inside: NDArray[np.bool_]) -> NDArray[np.float64]:
+        assert self.values is not None
+        assert self.scales is not None
+        found: NDArray[np.float64] = self.values[:, inside].sum(axis=1) / self.scales[inside].sum()
+        return found
+
+
+def importance_from_frame(frame: pd.DataFrame) -> ImportanceTable:
+    """The table that ``frame`` (as from ``ImportanceTable.frame``, or its CSV) holds, without values per row.
+
+    Raises DataError when columns are missing, an impact is not a number, or several measurements are mixed.
+    """
+    missing = [column for column in COLUMNS if column not in frame.columns]
+    if missing or frame.empty:
+        raise DataError(
+            f"asked to read a table of importance, found {len(frame)} rows without the columns "
+            f"{', '.join(missing) or '(all are there)'}; make it with `prune-lab score`"
+        )
+    origin = frame[["criterion", "probe", "model"]].fillna("").astype(str).drop_duplicates()
+    if len(origin) > 1:
+        raise DataError(
+            f"asked to read one table of importance, found {len(origin)} mixed (criterion, probe, model); "
+            "keep the rows of one of them"
+        )
+    unknown = sorted(map(str, set(frame["kind"]) - set(get_args(GroupKind))))
+    if unknown or not np.isfinite(pd.to_numeric(frame["impact"], errors="coerce")).all():
+        found = f"kinds {', '.join(unknown)}" if unknown else "impacts that are not numbers"
+        raise DataError(
+            f"asked to read a table of importance, found {found}; make it again with `prune-lab score`"
+        )
+    entries = tuple(
+        Importance(
+            group=BlockGroup(str(row["group"]), row["kind"], tuple(str(row["blocks"]).split())),
+            impact=float(row["impact"]),
+            low=float(row["low"]),
+            high=float(row["high"]),
+            samples=int(row["samples"]),
+            starred=str(row["starred"]) == "True",
+        )
+        for row in frame.to_dict("records")
+    )
+    criterion, probe, model = origin.iloc[0]
+    return ImportanceTable(entries, criterion=criterion, probe=probe, model=model)

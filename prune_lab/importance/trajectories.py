@@ -1,0 +1,148 @@
+"""Criteria on whole trajectories: what changes in the latents and pictures that the pipeline draws without a group.
+
+One trajectory per group, prompt and seed gives all of them: whichever is asked for, the values of the others are kept
+in the cache beside it. They see errors add up over the steps, and cost as much as drawing all the pictures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prune_lab.blocks import BlockGroup
+from prune_lab.errors import DataError
+from prune_lab.evaluation import clip_scores, decode_latents, draw_latents
+from prune_lab.fanout import Effort, gone_with
+from prune_lab.importance.cache import ScoreCache, set_key
+from prune_lab.importance.measured import Drawing, Measured, Subject, checked
+from prune_lab.runtime import track
+from prune_lab.surgery import bypassed
+
+_ROWS = 8  # pictures at a time
+_LEVELS = 255.0
+
+
+def latent_change(teacher: Tensor, pruned: Tensor) -> Tensor:
+    """(N,) how far the mean and the spread of each latent (N, C, h, w) moved: the norms over channels, added up."""
+    moved = [
+        statistic(pruned.double().flatten(2), -1) - statistic(teacher.double().flatten(2), -1)
+        for statistic in (torch.mean, torch.std)
+    ]
+    return torch.stack([one.norm(dim=1) for one in moved]).sum(0)
+
+
+def picture_change(teacher: Tensor, pruned: Tensor) -> Tensor:
+    """(N,) mean squared change of uint8 pictures (N, 3, H, W), of pixels in 0..1; PSNR is -10 log10 of it."""
+    return ((pruned.double() - teacher.double()) / _LEVELS).square().flatten(1).mean(1)
+
+
+def psnr(change: float) -> float:
+    """The peak signal-to-noise ratio in dB of a mean squared change of pixels in 0..1; infinite for none."""
+    return -10 * math.log10(change) if change > 0 else math.inf
+
+
+def _draw(subject: Subject, drawing: Drawing, gone: Sequence[str], effort: Effort) -> Tensor:
+    batch = subject.batch or _ROWS
+    with bypassed(subject.unet, gone, stand_in=True) as unet:
+        latents = draw_latents(
+            drawing.pipeline,
+            drawing.prompts,
+            drawing.seeds,
+            steps=drawing.steps,
+            guidance=drawing.guidance,
+            unet=unet,
+            batch=batch,
+        )
+    effort.forward_macs = subject.architecture.total_macs
+    calls = drawing.steps * (2 if drawing.guidance > 1 else 1)
+    effort.macs += (
+        effort.forward_macs * calls * len(latents)
+    )  # a bypassed block saves little, and is not taken off
+    return latents
+
+
+def _compare(drawing: Drawing, teacher: tuple[Tensor, Tensor], latents: Tensor) -> dict[str, np.ndarray]:
+    pictures = decode_latents(drawing.pipeline, latents)
+    found = {
+        "latent-shift": latent_change(teacher[0], latents).numpy(),
+        "image-change": picture_change(teacher[1], pictures).numpy(),
+    }
+    if drawing.scorer is not None:
+        prompts = [prompt for prompt in drawing.prompts for _ in drawing.seeds]
+        before, after = (clip_scores(drawing.scorer, one, prompts) for one in (teacher[1], pictures))
+        found["clip-score"] = (before - after).double().numpy()
+    return found
+
+
+def _by_trajectory(criterion: str, subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
+    drawing = subject.drawn(criterion)
+    if criterion == "clip-score" and drawing.scorer is None:
+        raise DataError(
+            "clip-score needs a CLIP model that judges the pictures; name one (reference, a folder, a hub id)"
+        )
+    samples, cache = drawing.samples, _shelf(subject.cache, drawing)
+    rows, effort = len(samples), Effort(forward_macs=subject.architecture.total_macs)
+    keys = [set_key(gone_with(subject.architecture, group.blocks, stand_in=True)) for group in groups]
+    missing = {
+        key: group
+        for key, group in zip(keys, groups, strict=True)
+        if np.isnan(cache.values(criterion, key, rows)).any()
+    }
+    if missing:
+        latents = _draw(subject, drawing, (), effort)
+        teacher = (latents, decode_latents(drawing.pipeline, latents))
+        for key, group in track(missing.items(), "drawing without each group", len(missing)):
+            found = _compare(drawing, teacher, _draw(subject, drawing, group.blocks, effort))
+            for name, values in found.items():
+                checked(values[None], [group.name], name)
+                cache.put(name, key, rows, slice(None), values)
+            cache.save(now=False)
+    values = np.stack([cache.values(criterion, key, rows) for key in keys])
+    return Measured(values, np.ones(rows), samples, effort)
+
+
+def _shelf(cache: ScoreCache, drawing: Drawing) -> ScoreCache:
+    """The part of the cache for this way of drawing: the probe's digest says nothing about pictures."""
+    return cache.shelf(drawing.digest)
+
+
+def latent_shift(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
+    """How far mean and spread of the final latents move, per channel over each latent's pixels.
+
+    Measures: what is left of an error at the end of a trajectory, without decoding or judging pictures.
+    Reads as: in units of the latents' own spread (about 1): 0.1, a tenth of it.
+    Misleads when: content moves without a change of mean and spread: another picture with the same colours scores 0.
+    Statistics are of each latent, not of the set as in the paper, so that every trajectory is a sample.
+    Cost: a trajectory for each group, prompt and seed: steps forward passes, twice with guidance.
+    Reference: LD-Pruner, arXiv:2404.11936.
+    """
+    return _by_trajectory("latent-shift", subject, groups)
+
+
+def clip_score(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
+    """Drop of the CLIP score of the drawn pictures, a cosine.
+
+    Measures: what a CLIP model misses in pictures drawn without the group.
+    Reads as: 0, the prompts are met as before; negative, better than before.
+    Misleads when: prompts are few, since the score of one picture is noisy; the scorer judges what it was trained on,
+    and a drop of quality that it does not see costs nothing.
+    Cost: as latent-shift, and a decoding and a CLIP pass for each picture.
+    Reference: BK-SDM, arXiv:2305.15798 (ECCV 2024), footnote 1 and its block-level sensitivity analysis.
+    """
+    return _by_trajectory("clip-score", subject, groups)
+
+
+def image_change(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
+    """Mean squared change of the drawn pictures, pixels in 0..1; PSNR in dB is -10 log10 of the impact.
+
+    Measures: how different the picture of the same prompt and seed is.
+    Reads as: 0.01 is a PSNR of 20 dB: another picture; 0.0001, 40 dB: hard to see.
+    Misleads when: pictures may be as good and different: early steps decide the layout, and any push changes it.
+    Cost: as latent-shift, and a decoding for each picture.
+    Reference: PSNR between pictures of one seed, as reports on quantised diffusion models give it.
+    """
+    return _by_trajectory("image-change", subject, groups)

@@ -1,0 +1,156 @@
+"""All criteria on one model and probe: how they agree, and whether they foretell what was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from prune_lab.blocks import BlockGroup, block_groups
+from prune_lab.importance import (
+    CRITERIA,
+    DRAWING,
+    ImportanceTable,
+    Subject,
+    additivity,
+    agreement,
+    conclusions,
+    foretold,
+    random_plans,
+    score,
+    stability,
+)
+from prune_lab.plans import PruningPlan, plan_from_json
+from prune_lab.report import write_agreement
+from prune_lab.runs import Run
+from prune_lab.runtime import Environment, read_json, track, write_frame, write_json
+from prune_lab.workflow.measuring import scored_subject
+from prune_lab.workflow.teacher import Teacher
+
+_RANDOM_PLANS = 40
+MEASURED = "the measured impact"
+OUTCOME = "the loss after distillation"
+
+
+def _planned(run: Run, teacher: Teacher) -> tuple[PruningPlan, ...]:
+    found = (plan_from_json(read_json(run.plan(plan_id)), teacher.architecture) for plan_id in run.plan_ids())
+    return tuple(plan for plan in found if plan.removed)
+
+
+def _outcomes(run: Run) -> dict[str, float]:
+    """The held-out loss of each plan after its distillation, by plan id; empty where nothing was ranked."""
+    if not run.done(run.ranking):
+        return {}
+    ranking = pd.read_csv(run.ranking).dropna(subset=["loss_after"])
+    rows = ranking[ranking["origin"] != "teacher"]
+    return dict(zip(rows["plan_id"].astype(str), rows["loss_after"].astype(float), strict=True))
+
+
+def _compositions(run: Run, teacher: Teacher) -> tuple[BlockGroup, ...]:
+    """Plans of several blocks: what the model suggests by itself, the run's own plans, and random ones."""
+    architecture = teacher.architecture
+    own = [
+        BlockGroup(group.name, "plan", group.blocks)
+        for kind in ("pair", "triplet", "stage", "inner")
+        for group in block_groups(architecture, kind)
+        if len(group.blocks) > 1
+    ]
+    planned = [BlockGroup(plan.label, "plan", plan.removed) for plan in _planned(run, teacher)]
+    drawn = random_plans(architecture, _RANDOM_PLANS, seed=teacher.config.seed)
+    unique = {frozenset(group.blocks): group for group in (*drawn, *own, *planned)}
+    return tuple(unique.values())
+
+
+def _tables(subject: Subject, teacher: Teacher) -> list[ImportanceTable]:
+    """Every criterion that this model can be scored by, on every block that can be removed."""
+    blocks = [
+        group
+        for group in block_groups(teacher.architecture, "block")
+        if teacher.architecture.block(group.blocks[0]).removable
+    ]
+    leader = teacher.config.score.criterion
+    names = [leader, *(name for name in CRITERIA if name != leader)]
+    names = [name for name in names if subject.drawing is not None or name not in DRAWING]
+    model, bootstrap = teacher.config.model, teacher.config.score.bootstrap
+    return [
+        score(subject, blocks, name, bootstrap=bootstrap, model=model)
+        for name in track(names, "measuring criteria", len(names))
+    ]
+
+
+def _costs(tables: list[ImportanceTable]) -> dict[str, float]:
+    """Forward-equivalents of each criterion; one that found its values beside another's cost as much as that."""
+    costs = {table.criterion: table.effort.forwards if table.effort else 0.0 for table in tables}
+    for family in (("output-mse", "output-cosine", "denoising-loss"), tuple(DRAWING)):
+        most = max((costs[name] for name in family if name in costs), default=0.0)
+        costs |= {name: most for name in family if name in costs}
+    return costs
+
+
+def compared_criteria(run: Run, folder: Path) -> tuple[tuple[str, ...], pd.DataFrame]:
+    """Sentences about what may be concluded, and a row per criterion; tables, figures and a page go to ``folder``.
+
+    Criteria are compared on every removable block; added up over blocks they are compared with the measured impact of
+    plans, and with the loss after distillation of the plans that the run has ranked.
+    """
+    teacher = Teacher(run)
+    subject = scored_subject(run, teacher, drawing=True)
+    tables = _tables(subject, teacher)
+    compositions = _compositions(run, teacher)
+    leader = tables[0]
+    together = score(subject, compositions, "output-mse", bootstrap=0, model=teacher.config.model)
+    found = [agreement(tables), foretold(tables, compositions, _impacts(together), MEASURED)]
+    outcomes, planned = _outcomes(run), _planned(run, teacher)
+    ranked = [plan for plan in planned if plan.id in outcomes]
+    if len(ranked) > 2:
+        groups = [BlockGroup(plan.label, "plan", plan.removed) for plan in ranked]
+        found.append(foretold(tables, groups, np.array([outcomes[plan.id] for plan in ranked]), OUTCOME))
+    compared = pd.concat(found, ignore_index=True)
+    exact = next(table for table in tables if table.criterion == "output-mse")
+    sums, steady, costs = additivity(exact, together), stability(leader), _costs(tables)
+    summary = _summary(tables, compared, costs)
+    lines = conclusions(compared, sums, costs)
+    parts = pd.concat([table.parts() for table in tables], ignore_index=True)
+    frames = {
+        "summary": summary,
+        "agreement": compared,
+        "scores": pd.concat([table.frame() for table in tables], ignore_index=True),
+        "parts": parts,
+        "additivity": sums,
+        "stability": steady,
+    }
+    for name, frame in frames.items():
+        write_frame(folder / f"{name}.csv", frame)
+    write_json(
+        folder / "environment.json", Environment.capture(str(teacher.device), teacher.config.dtype).as_dict()
+    )
+    write_agreement(folder, model=teacher.config.model, lines=lines, frames=frames)
+    return lines, summary
+
+
+def _impacts(table: ImportanceTable) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    return np.array([entry.impact for entry in table.entries])
+
+
+def _summary(tables: list[ImportanceTable], compared: pd.DataFrame, costs: dict[str, float]) -> pd.DataFrame:
+    """A row per criterion: its agreement with the leader, with what was measured, and what it cost."""
+    leader = tables[0].criterion
+    rows = []
+    for table in tables:
+        own = compared[compared["criterion"] == table.criterion]
+        row: dict[str, object] = {
+            "criterion": table.criterion,
+            "samples": table.entries[0].samples,
+            "forwards": costs[table.criterion],
+        }
+        for name, part in (
+            (leader, own[(own["other"] == leader) & (own["over"] == "blocks")]),
+            ("impact", own[own["over"] == MEASURED]),
+            ("outcome", own[own["over"] == OUTCOME]),
+        ):
+            label = "leader" if name == leader else name
+            for column in ("spearman", "spearman_low", "spearman_high", "kendall"):
+                row[f"{label}_{column}"] = float(part[column].iloc[0]) if len(part) else float("nan")
+        rows.append(row)
+    return pd.DataFrame(rows)
