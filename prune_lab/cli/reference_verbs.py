@@ -32,16 +32,18 @@ def train(
     device: DeviceOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="Where to write the finished model.")] = None,
 ) -> None:
-    """Rebuild data, VAE, CLIP pair and U-Net from the public packages; the same command again resumes."""
+    """Rebuild data, VAE, CLIP pair, text encoder and U-Net from the public packages; the same command again resumes."""
     from prune_lab.reference import train_reference
-    from prune_lab.runtime import progress_shown
+    from prune_lab.runtime import pick_device, progress_shown
+
+    chosen = str(pick_device(device or "auto"))
 
     def say(line: str) -> None:
         if not sys.stderr.isatty():  # a terminal has the progress bar
             typer.echo(line, err=True)
 
     with progress_shown():
-        train_reference(work, config=config, sources=sources, device=device or "auto", out=out, say=say)
+        train_reference(work, config=config, sources=sources, device=chosen, out=out, say=say)
 
 
 @reference.command()

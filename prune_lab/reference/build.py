@@ -18,9 +18,10 @@ from prune_lab.reference.clip import text_tower, train_clip, without_style
 from prune_lab.reference.dataset import build_pictures
 from prune_lab.reference.denoising import train_denoiser
 from prune_lab.reference.export import export_pipeline, export_scorer
-from prune_lab.reference.pairs import CachedPairs, cache_pairs
+from prune_lab.reference.pairs import CaptionedLatents, embed_tokens
 from prune_lab.reference.recipe import ReferenceRecipe, read_recipe
 from prune_lab.reference.steps import training_precision
+from prune_lab.reference.text_encoder import train_text_encoder
 from prune_lab.reference.tokenizer import build_tokenizer
 from prune_lab.runtime import atomic_folder
 
@@ -86,30 +87,55 @@ def trained_clip(
     return found.eval().to(device)
 
 
-def cached_pairs(
-    path: Path,
-    frame: pd.DataFrame,
-    autoencoder: AutoencoderKL,
-    tower: CLIPTextModel,
-    tokenizer: CLIPTokenizer,
-) -> CachedPairs:
-    """Latents and text embeddings of the rows, computed once and kept at `path`."""
+def captioned_latents(
+    path: Path, frame: pd.DataFrame, autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer
+) -> CaptionedLatents:
+    """Latents and captions of the rows, computed once and kept at `path`."""
     if not path.is_file():
         captions, styles = frame["caption"].tolist(), frame["style"].tolist()
-        latents = encode(autoencoder, decode_pictures(frame))
-        plain = without_style(captions, styles)
-        cache_pairs(latents, captions, plain, draw_weights(frame), tower, tokenizer).save(path)
-    return CachedPairs.load(path)
+        CaptionedLatents.of(
+            encode(autoencoder, decode_pictures(frame)),
+            captions,
+            without_style(captions, styles),
+            draw_weights(frame),
+            tokenizer,
+        ).save(path)
+    return CaptionedLatents.load(path)
+
+
+def trained_text_encoder(
+    work: Path,
+    tower: CLIPTextModel,
+    data: CaptionedLatents,
+    recipe: ReferenceRecipe,
+    device: str,
+    say: Callable[[str], None],
+) -> CLIPTextModel:
+    """The finished text encoder in the work folder, trained from the scorer's `tower` where it is not there."""
+    folder = work / "text_encoder"
+    if not folder.is_dir():
+        model = train_text_encoder(tower, data, recipe.text_encoder_training, work, device=device, say=say)
+        with atomic_folder(folder) as temporary:
+            model.save_pretrained(temporary)
+    found = CLIPTextModel.from_pretrained(folder, local_files_only=True)
+    assert isinstance(found, CLIPTextModel)
+    return found.eval().to(device)
 
 
 def trained_denoiser(
-    work: Path, data: CachedPairs, recipe: ReferenceRecipe, device: str, say: Callable[[str], None]
+    work: Path,
+    data: CaptionedLatents,
+    text_encoder: CLIPTextModel,
+    recipe: ReferenceRecipe,
+    device: str,
+    say: Callable[[str], None],
 ) -> UNet2DConditionModel:
     """The finished U-Net in the work folder, trained first where it is not there."""
     folder = work / "denoiser"
     if not folder.is_dir():
         model = train_denoiser(
             data,
+            embed_tokens(text_encoder, data.ids),
             recipe.denoiser,
             recipe.denoiser_training,
             work,
@@ -135,8 +161,8 @@ def train_reference(
 ) -> None:
     """Build the reference model into `out` (default: `work`/assets), laid out as the package's own assets.
 
-    Pictures, tokenizer, autoencoder, scorer, latents, U-Net, export: each step's finished file in `work` is
-    recognised, and the trainings go on from their last checkpoint, so the same command resumes. `sources` holds the
+    Pictures, tokenizer, autoencoder, scorer, latents, text encoder, U-Net, export: each step's finished file in `work`
+    is recognised, and the trainings go on from their last checkpoint, so the same command resumes. `sources` holds the
     public packages or receives them; `config` is a recipe other than the committed one, which takes about two hours
     on two CPU cores. Raises DataError and ConfigError.
     """
@@ -155,10 +181,10 @@ def train_reference(
         )
     autoencoder = trained_autoencoder(work, train, recipe, device, say)
     clip = trained_clip(work, train, tokenizer, recipe, device, say)
-    tower = text_tower(clip.cpu()).to(device)
-    data = cached_pairs(work / "pairs.safetensors", train, autoencoder, tower, tokenizer)
-    unet = trained_denoiser(work, data, recipe, device, say)
-    export_pipeline(out / "reference", autoencoder.cpu(), tower.cpu(), tokenizer, unet)
+    data = captioned_latents(work / "latents.safetensors", train, autoencoder, tokenizer)
+    text_encoder = trained_text_encoder(work, text_tower(clip.cpu()), data, recipe, device, say)
+    unet = trained_denoiser(work, data, text_encoder, recipe, device, say)
+    export_pipeline(out / "reference", autoencoder.cpu(), text_encoder.cpu(), tokenizer, unet)
     export_scorer(out / "scorer", clip.cpu(), tokenizer, recipe.clip)
     for folder in (out / "reference" / "tokenizer", out / "scorer"):
         for name in ("vocab.json", "merges.txt"):  # older transformers read these two, not tokenizer.json

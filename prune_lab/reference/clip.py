@@ -1,4 +1,4 @@
-"""The reference scorer: a small `CLIPModel` of pictures and captions, whose text tower conditions the U-Net."""
+"""The reference scorer: a small `CLIPModel`, from whose text tower the pipeline's text encoder starts."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def train_clip(
 
 
 def text_tower(model: CLIPModel) -> CLIPTextModel:
-    """The pair's text tower as the plain `CLIPTextModel` a pipeline holds."""
+    """A copy of the pair's text tower, as the plain `CLIPTextModel` a pipeline holds."""
     tower = CLIPTextModel(CLIPTextConfig(**model.config.text_config.to_dict()))
     tower.load_state_dict(model.text_model.state_dict())
     return tower.eval()

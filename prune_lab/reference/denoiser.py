@@ -25,14 +25,14 @@ _SKIP_GAIN = 0.4  # of a skip beside the main path, at initialisation
 
 
 @functools.cache
-def noise_levels(pure_end: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def noise_levels() -> tuple[torch.Tensor, torch.Tensor]:
     """(signal, noise) factors (1000,) of the schedule: noisy = signal * latent + noise * epsilon.
 
-    With ``pure_end`` it is rescaled to end in noise alone (arXiv:2305.08891). Stable Diffusion's own last timestep
-    still shows where the picture is light and dark; a model trained on that reads the layout off the noise that it
-    starts from, and only the colours off the caption.
+    Stable Diffusion's schedule, rescaled to end in noise alone (arXiv:2305.08891). Its own last timestep still shows
+    where the picture is light and dark; a model trained on that reads the layout off the noise that it starts from,
+    and only the colours off the caption.
     """
-    kept = DDPMScheduler(**SCHEDULE, rescale_betas_zero_snr=pure_end).alphas_cumprod
+    kept = DDPMScheduler(**SCHEDULE, rescale_betas_zero_snr=True).alphas_cumprod
     return kept.sqrt(), (1 - kept).sqrt()
 
 

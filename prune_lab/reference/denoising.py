@@ -22,11 +22,8 @@ from prune_lab.reference.denoiser import (
     noise_levels,
     open_main_path,
 )
-from prune_lab.reference.pairs import CachedPairs
+from prune_lab.reference.pairs import CaptionedLatents
 from prune_lab.reference.steps import Recipe, step_generator, train, training_precision
-
-_NO_CAPTION = 0.1  # share of pictures trained without a caption, for classifier-free guidance
-_STYLELESS = 0.1  # share of captions without their style word
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +47,18 @@ class Objective:
     """Step from which supervision, severed and deaf shrink, linearly, until the last step."""
     fade_to: float = 0.25
     """The share of them that is left there."""
-    pure_end_from: int = 0
-    """Step from which the noise schedule ends in noise alone; before it, it is Stable Diffusion's own."""
+    noisier: float = 1.5
+    """Timesteps are drawn as 1000 (1 - u^noisier), u uniform: 1 draws all equally often, more, noisy ones."""
 
     def __post_init__(self) -> None:
         shares = all(0 <= share <= 1 for share in (self.severed, self.deaf, self.fade_to))
-        if self.supervision < 0 or not shares or not 0 <= self.severed_above <= 1000:
+        weights = self.supervision >= 0 and self.noisier > 0
+        if not shares or not weights or not 0 <= self.severed_above <= 1000:
             raise DataError(
                 f"cannot train with supervision={self.supervision}, severed={self.severed}, deaf={self.deaf}, "
-                f"severed_above={self.severed_above}, fade_to={self.fade_to}; supervision is 0 or more, severed, "
-                "deaf and fade_to are shares, severed_above is a timestep from 0 to 1000"
+                f"severed_above={self.severed_above}, fade_to={self.fade_to}, noisier={self.noisier}; supervision is "
+                "0 or more, severed, deaf and fade_to are shares, severed_above is a timestep from 0 to 1000, "
+                "noisier is above 0"
             )
 
     def at(self, step: int, steps: int) -> Objective:
@@ -88,16 +87,18 @@ class TrainingBatch:
         return TrainingBatch(*(getattr(self, name).to(device) for name in self.__slots__))
 
 
-def draw_batch(data: CachedPairs, size: int, objective: Objective, seed: int, step: int) -> TrainingBatch:
-    """The rows of a step, a function of seed and step alone; every batch sees all noise levels equally often."""
+def draw_batch(
+    data: CaptionedLatents, text: torch.Tensor, size: int, objective: Objective, seed: int, step: int
+) -> TrainingBatch:
+    """The rows of a step, a function of seed and step alone; every batch spreads evenly over the noise levels.
+
+    `text` (M, L, D) holds the states of the captions of `data`.
+    """
     generator = step_generator(seed, step)
-    signal, spread = noise_levels(pure_end=step >= objective.pure_end_from)
-    rows = torch.multinomial(data.weight, size, replacement=True, generator=generator)
-    draw = torch.rand(size, generator=generator)
-    caption = torch.where(draw < _NO_CAPTION + _STYLELESS, data.plain[rows], data.full[rows])
-    caption = caption.masked_fill(draw < _NO_CAPTION, 0)
+    signal, spread = noise_levels()
+    rows, caption = data.draw(size, generator)
     place = (torch.arange(size) + torch.rand(size, generator=generator)) / size
-    times = (place * len(signal)).long().clamp(max=len(signal) - 1)
+    times = (len(signal) * (1 - (1 - place) ** objective.noisier)).long().clamp(max=len(signal) - 1)
     latents = data.latents[rows]
     noise = torch.randn(latents.shape, generator=generator)
     kept, added = signal[times, None, None, None], spread[times, None, None, None]
@@ -107,11 +108,11 @@ def draw_batch(data: CachedPairs, size: int, objective: Objective, seed: int, st
     return TrainingBatch(
         noisy=kept * latents + added * noise,
         times=times,
-        text=data.embeddings[caption],
+        text=text[caption],
         velocity=kept * noise - added * latents,
         cut=depth * (chosen & (times >= objective.severed_above)),
         deaf=torch.rand(size, generator=generator) < objective.deaf,
-        silence=data.embeddings[0],
+        silence=text[0],
     )
 
 
@@ -213,7 +214,8 @@ class SupervisedDenoiser(nn.Module):
 
 
 def train_denoiser(
-    data: CachedPairs,
+    data: CaptionedLatents,
+    text: torch.Tensor,
     shape: DenoiserShape,
     recipe: Recipe,
     folder: Path,
@@ -223,7 +225,7 @@ def train_denoiser(
     say: Callable[[str], None] | None = None,
     until: int | None = None,
 ) -> UNet2DConditionModel:
-    """The U-Net trained to predict the velocity in the latents, all timesteps equally often; averaged weights."""
+    """The U-Net trained to predict the velocity in the latents, given `text` (M, L, D) of their captions; averaged."""
     objective = Objective() if objective is None else objective
     torch.manual_seed(recipe.seed)
     unet = build_denoiser(shape)
@@ -234,7 +236,7 @@ def train_denoiser(
 
     def loss_at(step: int) -> dict[str, torch.Tensor]:
         now = objective.at(step, recipe.steps)
-        batch = draw_batch(data, recipe.batch, now, recipe.seed, step).to(device)
+        batch = draw_batch(data, text, recipe.batch, now, recipe.seed, step).to(device)
         with training_precision(device):
             found, read = model(batch)
         error = (found.float() - batch.velocity).square().mean((1, 2, 3))

@@ -98,7 +98,7 @@ def generated_matches(
 ) -> dict[str, dict[str, float]]:
     """Shares ranked first and in the first five, of generated uint8 pictures and of controls that give them meaning.
 
-    The U-Net is steered by the scorer's own text tower, so a high share may only mean that the scorer is pleased.
+    The text encoder started as the scorer's text tower, so a high share may only mean that the scorer is pleased.
     "shuffled" must be at chance; "real_blurred" keeps 4 x 4 pixels of the real pictures and shows what coarse colour
     alone earns; "pixels" asks, without the scorer, whether the prompt's own real picture is the nearest at 16 x 16.
     """
@@ -185,8 +185,8 @@ def report_page(metrics: dict[str, Any], losses: pd.DataFrame, impacts: pd.DataF
             for k, words in _MATCHES.items()
         ),
         "",
-        "The U-Net is steered by the scorer's own text tower, and coarse colour alone pleases the scorer often (last "
-        "but one row). So its agreement with generated pictures does not say that a person recognises them.",
+        "Coarse colour alone pleases the scorer often (last but one row), so its agreement with generated pictures "
+        "does not say that a person recognises them.",
         "",
         "## Denoising loss by timestep",
         "",
@@ -308,7 +308,7 @@ def evaluate_reference(
 ) -> dict[str, Any]:
     """Every measured number of the reference model, after writing the report's pages and figures into `out`.
 
-    `assets` is laid out as the package's own (the default); `curves` holds the CSV curves of the three trainings,
+    `assets` is laid out as the package's own (the default); `curves` holds the CSV curves of the four trainings,
     copied into the report (default: the ones in `out` already).
     """
     assets = assets_folder() if assets is None else assets
@@ -320,7 +320,7 @@ def evaluate_reference(
     probe = shipped.probe(IMPACT_PICTURES, timesteps=32)
     impacts = score_everything(shipped.pipeline.unet, probe).frame()
     training = {}
-    for name in ("autoencoder", "clip", "denoiser"):
+    for name in ("autoencoder", "clip", "text_encoder", "denoiser"):
         source = (out if curves is None else curves) / f"{name}.csv"
         if source.is_file():
             curve = thinned(pd.read_csv(source))

@@ -18,14 +18,14 @@ from prune_lab.runtime import atomic_folder, read_json, write_json
 def export_pipeline(
     folder: Path,
     autoencoder: AutoencoderKL,
-    tower: CLIPTextModel,
+    text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
     unet: UNet2DConditionModel,
 ) -> None:
     """Write `folder`, replacing what is there, as `StableDiffusionPipeline.from_pretrained` reads it."""
     pipeline = StableDiffusionPipeline(
         vae=copy.deepcopy(autoencoder).half(),
-        text_encoder=copy.deepcopy(tower).half(),
+        text_encoder=copy.deepcopy(text_encoder).half(),
         tokenizer=tokenizer,
         unet=copy.deepcopy(unet).half(),
         scheduler=build_scheduler(),

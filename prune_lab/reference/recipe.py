@@ -29,13 +29,14 @@ class TokenizerShape:
 
 @dataclass(frozen=True, slots=True)
 class ReferenceRecipe:
-    """Shapes and training of all four parts of the reference model."""
+    """Shapes and training of all parts of the reference model; the text encoder has the shape of the scorer's tower."""
 
     tokenizer: TokenizerShape = field(default_factory=TokenizerShape)
     autoencoder: AutoencoderShape = field(default_factory=AutoencoderShape)
     autoencoder_training: Recipe = field(default_factory=lambda: Recipe(steps=2000, batch=16, rate=2e-3))
     clip: ClipShape = field(default_factory=ClipShape)
     clip_training: Recipe = field(default_factory=lambda: Recipe(steps=500, batch=160, rate=1.5e-3))
+    text_encoder_training: Recipe = field(default_factory=lambda: Recipe(steps=2400, batch=128, rate=3e-3))
     denoiser: DenoiserShape = field(default_factory=DenoiserShape)
     denoiser_objective: Objective = field(default_factory=Objective)
     denoiser_training: Recipe = field(default_factory=lambda: Recipe(steps=5000, batch=64, rate=1e-3))

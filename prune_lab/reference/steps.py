@@ -1,4 +1,4 @@
-"""What the three trainings share: the learning-rate schedule, batches and noise by step, averaged weights, resuming.
+"""What the trainings share: the learning-rate schedule, batches and noise by step, averaged weights, resuming.
 
 Everything random is a function of (seed, step), so a training that was stopped and resumed equals one that was not.
 """
