@@ -119,6 +119,11 @@ def test_conclusions_warn_where_little_can_be_concluded() -> None:
         "luck orders the blocks most like it" in line and "150 times cheaper" in line for line in lines
     )
     assert any(line.startswith("Warning: by the loss") for line in lines)
+    control = foretold([scores, table(noisy(0.01), "random")], plans, outcome, "the loss")
+    said = conclusions(
+        pd.concat([agreement([scores], draws=5), control]), pd.DataFrame(), {"output-mse": 1.0}
+    )
+    assert any("random scores, added up, get" in line for line in said)
     few = pd.concat([agreement([scores], draws=5), foretold([scores], plans[:4], outcome[:4], "the loss")])
     assert any(
         "4 plans are too few" in line for line in conclusions(few, pd.DataFrame(), {"output-mse": 1.0})

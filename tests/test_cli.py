@@ -232,6 +232,11 @@ def test_all_criteria_compared_with_each_other_and_with_plans(
     assert [row["criterion"] for row in rows[:2]] == ["output-mse", "output-cosine"]
     assert len(rows) == 13
     assert rows[0]["leader_spearman"] == 1
+    costs = {row["criterion"]: row["forwards"] for row in rows}
+    assert costs["random"] == 0
+    assert costs["gate-fisher"] == 2 * 4  # samples
+    assert costs["clip-score"] == 35 * 2  # the teacher and every block, two prompts, one step
+    assert 4 * 34 / 2.5 < costs["output-mse"] == costs["output-cosine"] < 4 * 34 / 1.3
     assert all(-1 <= row["impact_spearman"] <= 1 for row in rows)
     assert all(row["outcome_spearman"] is None for row in rows)  # nothing was distilled
     assert len(pd.read_csv(out / "agreement.csv")) == 13 * 13 + 13

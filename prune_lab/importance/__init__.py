@@ -13,7 +13,7 @@ from prune_lab.importance.agreement import (
     stability,
 )
 from prune_lab.importance.cache import ScoreCache, model_key
-from prune_lab.importance.criteria import CRITERIA, DRAWING, Criterion, criterion_named
+from prune_lab.importance.criteria import CRITERIA, DRAWING, WALKED, Criterion, criterion_named
 from prune_lab.importance.measured import Drawing, Measured, Samples, Subject
 from prune_lab.importance.scoring import score, score_groups
 from prune_lab.importance.tables import (
@@ -31,6 +31,7 @@ __all__ = [
     "DRAWING",
     "PARTS_COLUMNS",
     "STABILITY_COLUMNS",
+    "WALKED",
     "Criterion",
     "Drawing",
     "Importance",

@@ -243,6 +243,11 @@ def _foresight(rows: Sequence[Row], leader: str) -> list[str]:
     lines = [
         f"Added up over blocks, {leader} orders {count} plans by {over} with Spearman {_with_interval(own)}; {other}."
     ]
+    luck = next((row for row in rows if row["criterion"] == "random"), None)
+    if luck is not None:
+        lines.append(
+            f"Of that, the number of blocks removed explains much: random scores, added up, get {_with_interval(luck)}."
+        )
     if count < FEW:
         lines.append(f"Warning: {count} plans are too few to tell criteria apart by {over}.")
     elif not own["spearman_low"] >= WEAK:

@@ -30,6 +30,8 @@ CRITERIA: dict[str, Criterion] = {
     "similarity": similarity,
     "random": chance,
 }
+WALKED = frozenset({"output-mse", "output-cosine", "denoising-loss"})
+"""The criteria that one walk of the U-Net answers together."""
 DRAWING = frozenset({"latent-shift", "clip-score", "image-change"})
 """The criteria that draw pictures and so need a whole pipeline."""
 

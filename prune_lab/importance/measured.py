@@ -81,6 +81,11 @@ class Drawing:
         return hashlib.sha256(json.dumps(how, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     @property
+    def forwards(self) -> int:
+        """Forward passes of one sample through the U-Net that all its pictures take."""
+        return len(self.prompts) * len(self.seeds) * self.steps * (2 if self.guidance > 1 else 1)
+
+    @property
     def samples(self) -> Samples:
         """One sample per prompt and seed; those of one prompt belong together."""
         kinds = self.kinds or ("",) * len(self.prompts)

@@ -58,10 +58,8 @@ def _draw(subject: Subject, drawing: Drawing, gone: Sequence[str], effort: Effor
             batch=batch,
         )
     effort.forward_macs = subject.architecture.total_macs
-    calls = drawing.steps * (2 if drawing.guidance > 1 else 1)
-    effort.macs += (
-        effort.forward_macs * calls * len(latents)
-    )  # a bypassed block saves little, and is not taken off
+    # A bypassed block saves a little, which is not taken off.
+    effort.macs += effort.forward_macs * drawing.forwards
     return latents
 
 

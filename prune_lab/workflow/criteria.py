@@ -11,6 +11,7 @@ from prune_lab.blocks import BlockGroup, block_groups
 from prune_lab.importance import (
     CRITERIA,
     DRAWING,
+    WALKED,
     ImportanceTable,
     Subject,
     additivity,
@@ -79,12 +80,17 @@ def _tables(subject: Subject, teacher: Teacher) -> list[ImportanceTable]:
     ]
 
 
-def _costs(tables: list[ImportanceTable]) -> dict[str, float]:
-    """Forward-equivalents of each criterion; one that found its values beside another's cost as much as that."""
+def _costs(subject: Subject, tables: list[ImportanceTable]) -> dict[str, float]:
+    """Forward-equivalents of each criterion by itself, whatever was found in the cache this time."""
     costs = {table.criterion: table.effort.forwards if table.effort else 0.0 for table in tables}
-    for family in (("output-mse", "output-cosine", "denoising-loss"), tuple(DRAWING)):
-        most = max((costs[name] for name in family if name in costs), default=0.0)
-        costs |= {name: most for name in family if name in costs}
+    blocks = [entry.group for entry in tables[0].entries]
+    # A walk costs the same for every sample, so one of them tells; all three of its criteria come from it.
+    one = Subject(subject.unet, subject.probe.rows([0]))
+    walk = score(one, blocks, "output-mse", bootstrap=0).effort
+    samples = len(subject.probe) * (1 if subject.guidance == 1 else 2)
+    costs |= dict.fromkeys(WALKED, walk.forwards * samples if walk else 0.0)
+    if subject.drawing is not None:
+        costs |= dict.fromkeys(DRAWING, (1 + len(blocks)) * subject.drawing.forwards)
     return costs
 
 
@@ -108,7 +114,7 @@ def compared_criteria(run: Run, folder: Path) -> tuple[tuple[str, ...], pd.DataF
         found.append(foretold(tables, groups, np.array([outcomes[plan.id] for plan in ranked]), OUTCOME))
     compared = pd.concat(found, ignore_index=True)
     exact = next(table for table in tables if table.criterion == "output-mse")
-    sums, steady, costs = additivity(exact, together), stability(leader), _costs(tables)
+    sums, steady, costs = additivity(exact, together), stability(leader), _costs(subject, tables)
     summary = _summary(tables, compared, costs)
     lines = conclusions(compared, sums, costs)
     parts = pd.concat([table.parts() for table in tables], ignore_index=True)
