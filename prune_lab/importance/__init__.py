@@ -12,7 +12,7 @@ from prune_lab.importance.agreement import (
     random_plans,
     stability,
 )
-from prune_lab.importance.cache import ScoreCache, model_key
+from prune_lab.importance.cache import ScoreCache
 from prune_lab.importance.criteria import CRITERIA, DRAWING, WALKED, Criterion, criterion_named
 from prune_lab.importance.measured import Drawing, Measured, Samples, Subject
 from prune_lab.importance.scoring import score, score_groups
@@ -46,7 +46,6 @@ __all__ = [
     "criterion_named",
     "foretold",
     "importance_from_frame",
-    "model_key",
     "random_plans",
     "score",
     "score_groups",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,9 +11,9 @@ from torch import Tensor
 
 from prune_lab.blocks import BlockGroup
 from prune_lab.fanout import Effort
+from prune_lab.importance.listening import heard_blocks
 from prune_lab.importance.measured import Measured, Samples, Subject, checked
 from prune_lab.probes import evaluating
-from prune_lab.surgery import stand_in_for
 
 _ROWS = 32
 
@@ -40,23 +38,11 @@ def similarity(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
     found = np.empty((len(blocks), len(probe)))
     place: dict[str, slice] = {}
 
-    def listener(number: int, stand_in: Any) -> Callable[..., None]:
-        def listen(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            block = output if isinstance(output, Tensor) else output[0]
-            found[number, place["rows"]] = block_influence(stand_in(hidden), block).cpu().numpy()
-
-        return listen
+    def turned(name: str, main: Tensor, block: Tensor) -> None:
+        found[blocks.index(name), place["rows"]] = block_influence(main, block).cpu().numpy()
 
     effort = Effort(forward_macs=architecture.total_macs)
-    with contextlib.ExitStack() as stack:
-        for number, name in enumerate(blocks):
-            block = architecture.block(name)
-            module = unet.get_submodule(block.path)
-            handle = module.register_forward_hook(listener(number, stand_in_for(block)), with_kwargs=True)
-            stack.callback(handle.remove)
-        stack.enter_context(evaluating(unet))
-        stack.enter_context(torch.inference_mode())
+    with heard_blocks(unet, architecture, blocks, turned), evaluating(unet), torch.inference_mode():
         for rows, inputs in probe.batches(subject.batch or _ROWS, unet.device, unet.dtype):
             place["rows"] = rows
             unet(**inputs, return_dict=False)

@@ -45,10 +45,6 @@ def _resampled(table: ImportanceTable, draws: int, seed: int) -> NDArray[np.floa
     return resampled_impacts(table.values, table.scales, table.samples.pictures, draws=draws, seed=seed)
 
 
-def _impacts(table: ImportanceTable) -> NDArray[np.float64]:
-    return np.array([entry.impact for entry in table.entries])
-
-
 def agreement(tables: Sequence[ImportanceTable], *, draws: int = 200, seed: int = 0) -> pd.DataFrame:
     """Rank correlations between all criteria in ``tables``, of the same groups in the same order.
 
@@ -59,9 +55,9 @@ def agreement(tables: Sequence[ImportanceTable], *, draws: int = 200, seed: int 
     rows = []
     for one, first in zip(tables, again, strict=True):
         for other, second in zip(tables, again, strict=True):
-            spearman, kendall = rank_agreement(_impacts(one), _impacts(other))
-            left = [_impacts(one)] * draws if first is None else first
-            right = [_impacts(other)] * draws if second is None else second
+            spearman, kendall = rank_agreement(one.impacts, other.impacts)
+            left = [one.impacts] * draws if first is None else first
+            right = [other.impacts] * draws if second is None else second
             known = first is not None or second is not None
             drawn = [rank_agreement(a, b) for a, b in zip(left, right, strict=True)] if known else []
             low, high, kendall_low, kendall_high = _interval(drawn)
@@ -127,7 +123,7 @@ def additivity(table: ImportanceTable, plans: ImportanceTable) -> pd.DataFrame:
             "plan": [group.name for group in groups],
             "blocks": [" ".join(group.blocks) for group in groups],
             "count": [len(group.blocks) for group in groups],
-            "measured": _impacts(plans),
+            "measured": plans.impacts,
             "added": added_up(table, groups),
         }
     )

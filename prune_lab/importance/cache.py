@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from prune_lab.errors import DataError
-from prune_lab.runtime import atomic_write, tensors_digest
+from prune_lab.runtime import atomic_write
 
 _FORMAT = "prune_lab scores 1"
 _SAVE_EVERY = 20.0  # seconds that an interruption may cost
@@ -24,14 +24,6 @@ _SAVE_EVERY = 20.0  # seconds that an interruption may cost
 def set_key(gone: Iterable[str]) -> str:
     """12 hexadecimal digits of a set of units that are gone, whatever the group or plan is called."""
     return hashlib.sha256(json.dumps(sorted(gone)).encode()).hexdigest()[:12]
-
-
-def model_key(tensors: Mapping[str, torch.Tensor], config: Mapping[str, object]) -> str:
-    """16 hexadecimal digits of a U-Net in memory: its weights in their number format, and its config."""
-    text = json.dumps(
-        {key: value for key, value in config.items() if not key.startswith("_")}, sort_keys=True
-    )
-    return hashlib.sha256((tensors_digest(tensors) + text).encode()).hexdigest()[:16]
 
 
 class ScoreCache:

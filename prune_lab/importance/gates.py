@@ -18,10 +18,10 @@ from torch import Tensor
 
 from prune_lab.blocks import Architecture, BlockGroup
 from prune_lab.fanout import Effort
+from prune_lab.importance.listening import heard_blocks, learning_only
 from prune_lab.importance.measured import Measured, Samples, Subject, checked
 from prune_lab.probes import evaluating
 from prune_lab.runtime import seeded
-from prune_lab.surgery import stand_in_for
 
 _ROWS = 8  # at a time, unless it is said: a backward pass keeps all activations
 _PASSES = 2  # a forward pass, and a backward pass without gradients of weights
@@ -34,24 +34,10 @@ Cotangent = Callable[[Tensor, slice], Tensor]  # prediction (N, C, H, W), rows -
 def gated(unet: Any, architecture: Architecture, gates: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside, each block named in ``gates`` is scaled by its gate (N,), one per row; nothing stays behind."""
 
-    def hook(stand_in: Any, gate: Tensor) -> Callable[..., Any]:
-        def scaled(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            main = stand_in(hidden)
-            block = output if isinstance(output, Tensor) else output[0]
-            mixed = main + gate.to(block.dtype).reshape(-1, 1, 1, 1) * (block - main)
-            return mixed if isinstance(output, Tensor) else (mixed,)
+    def scaled(name: str, main: Tensor, block: Tensor) -> Tensor:
+        return main + gates[name].to(block.dtype).reshape(-1, 1, 1, 1) * (block - main)
 
-        return scaled
-
-    with contextlib.ExitStack() as stack:
-        for name, gate in gates.items():
-            block = architecture.block(name)
-            module = unet.get_submodule(block.path)
-            stand_in = stand_in_for(block)
-            # A bare stand-in of an attention block returns its input when nobody says in which form.
-            handle = module.register_forward_hook(hook(stand_in, gate), with_kwargs=True)
-            stack.callback(handle.remove)
+    with heard_blocks(unet, architecture, gates, scaled):
         yield
 
 
@@ -62,24 +48,17 @@ def gate_derivatives(
     unet, probe = subject.unet, subject.probe
     found = np.empty((len(wanted), len(probe)))
     effort = Effort(forward_macs=subject.architecture.total_macs)
-    learning = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-    try:
-        for parameter in learning:
-            parameter.requires_grad_(False)
-        with evaluating(unet):
-            for rows, inputs in probe.batches(subject.batch or _ROWS, unet.device, unet.dtype):
-                count = rows.stop - rows.start
-                gates = {
-                    name: torch.full((count,), at, device=unet.device, requires_grad=True) for name in wanted
-                }
-                with torch.enable_grad(), gated(unet, subject.architecture, gates):
-                    prediction = unet(**inputs, return_dict=False)[0]
-                    derived = torch.autograd.grad(scalar(prediction.float(), rows), list(gates.values()))
-                found[:, rows] = torch.stack(derived).double().cpu().numpy()
-                effort.macs += _PASSES * effort.forward_macs * count
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
+    with learning_only(unet, ()), evaluating(unet):
+        for rows, inputs in probe.batches(subject.batch or _ROWS, unet.device, unet.dtype):
+            count = rows.stop - rows.start
+            gates = {
+                name: torch.full((count,), at, device=unet.device, requires_grad=True) for name in wanted
+            }
+            with torch.enable_grad(), gated(unet, subject.architecture, gates):
+                prediction = unet(**inputs, return_dict=False)[0]
+                derived = torch.autograd.grad(scalar(prediction.float(), rows), list(gates.values()))
+            found[:, rows] = torch.stack(derived).double().cpu().numpy()
+            effort.macs += _PASSES * effort.forward_macs * count
     return found, effort
 
 

@@ -67,6 +67,11 @@ class ImportanceTable:
     effort: Effort | None = None
     """What measuring it cost now, and not what was found in a cache; a table read from a file does not say."""
 
+    @property
+    def impacts(self) -> NDArray[np.float64]:
+        """(groups,) in table order."""
+        return np.array([entry.impact for entry in self.entries])
+
     def of_kind(self, kind: GroupKind) -> tuple[Importance, ...]:
         """The entries of one kind of group, in table order."""
         return tuple(entry for entry in self.entries if entry.group.kind == kind)

@@ -17,7 +17,7 @@ from prune_lab.blocks import BlockGroup
 from prune_lab.errors import DataError
 from prune_lab.evaluation import clip_scores, decode_latents, draw_latents
 from prune_lab.fanout import Effort, gone_with
-from prune_lab.importance.cache import ScoreCache, set_key
+from prune_lab.importance.cache import set_key
 from prune_lab.importance.measured import Drawing, Measured, Subject, checked
 from prune_lab.runtime import track
 from prune_lab.surgery import bypassed
@@ -82,7 +82,8 @@ def _by_trajectory(criterion: str, subject: Subject, groups: Sequence[BlockGroup
         raise DataError(
             "clip-score needs a CLIP model that judges the pictures; name one (reference, a folder, a hub id)"
         )
-    samples, cache = drawing.samples, _shelf(subject.cache, drawing)
+    # The probe's digest says nothing about pictures.
+    samples, cache = drawing.samples, subject.cache.shelf(drawing.digest)
     rows, effort = len(samples), Effort(forward_macs=subject.architecture.total_macs)
     keys = [set_key(gone_with(subject.architecture, group.blocks, stand_in=True)) for group in groups]
     missing = {
@@ -101,11 +102,6 @@ def _by_trajectory(criterion: str, subject: Subject, groups: Sequence[BlockGroup
             cache.save(now=False)
     values = np.stack([cache.values(criterion, key, rows) for key in keys])
     return Measured(values, np.ones(rows), samples, effort)
-
-
-def _shelf(cache: ScoreCache, drawing: Drawing) -> ScoreCache:
-    """The part of the cache for this way of drawing: the probe's digest says nothing about pictures."""
-    return cache.shelf(drawing.digest)
 
 
 def latent_shift(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from prune_lab.blocks import BlockGroup
 from prune_lab.fanout import Effort
+from prune_lab.importance.listening import learning_only
 from prune_lab.importance.measured import Measured, Samples, Subject, checked
 from prune_lab.probes import evaluating
 
@@ -63,32 +64,21 @@ def taylor(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
     unet, probe = subject.unet, subject.probe
     matrices = {group.name: list(weight_matrices(subject, group)) for group in groups}
     learning = list(dict.fromkeys(one for group in matrices.values() for one in group))
-    flags = [(one, one.requires_grad) for one in unet.parameters()]
     times = np.unique(probe.timesteps.numpy())
     values = np.empty((len(groups), len(times)))
-    try:
-        for one, _ in flags:
-            one.requires_grad_(False)
-        for one in learning:
-            one.requires_grad_(True)
-        with evaluating(unet), torch.enable_grad():
-            for column, time in enumerate(times):
-                part = probe.rows(np.flatnonzero(probe.timesteps.numpy() == time).tolist())
-                gradients = [torch.zeros_like(one) for one in learning]
-                for rows, inputs in part.batches(subject.batch or _ROWS, unet.device, unet.dtype):
-                    prediction = unet(**inputs, return_dict=False)[0].float()
-                    target = part.target[rows].to(prediction.device)
-                    loss = (prediction - target).square().mean((1, 2, 3)).sum() / len(part)
-                    torch._foreach_add_(gradients, torch.autograd.grad(loss, learning))
-                product = {
-                    one: (one.detach() * gradient) for one, gradient in zip(learning, gradients, strict=True)
-                }
-                values[:, column] = [
-                    neuron_mean([product[one] for one in found]) for found in matrices.values()
-                ]
-    finally:
-        for one, flag in flags:
-            one.requires_grad_(flag)
+    with learning_only(unet, learning), evaluating(unet), torch.enable_grad():
+        for column, time in enumerate(times):
+            part = probe.rows(np.flatnonzero(probe.timesteps.numpy() == time).tolist())
+            gradients = [torch.zeros_like(one) for one in learning]
+            for rows, inputs in part.batches(subject.batch or _ROWS, unet.device, unet.dtype):
+                prediction = unet(**inputs, return_dict=False)[0].float()
+                target = part.target[rows].to(prediction.device)
+                loss = (prediction - target).square().mean((1, 2, 3)).sum() / len(part)
+                torch._foreach_add_(gradients, torch.autograd.grad(loss, learning))
+            product = {
+                one: (one.detach() * gradient) for one, gradient in zip(learning, gradients, strict=True)
+            }
+            values[:, column] = [neuron_mean([product[one] for one in found]) for found in matrices.values()]
     checked(values, [group.name for group in groups], "taylor")
     effort = Effort(macs=_PASSES * len(probe) * _forward(subject), forward_macs=_forward(subject))
     return Measured(values, np.ones(len(times)), Samples(np.arange(len(times)), times), effort)

@@ -106,7 +106,7 @@ def compared_criteria(run: Run, folder: Path) -> tuple[tuple[str, ...], pd.DataF
     compositions = _compositions(run, teacher)
     leader = tables[0]
     together = score(subject, compositions, "output-mse", bootstrap=0, model=teacher.config.model)
-    found = [agreement(tables), foretold(tables, compositions, _impacts(together), MEASURED)]
+    found = [agreement(tables), foretold(tables, compositions, together.impacts, MEASURED)]
     outcomes, planned = _outcomes(run), _planned(run, teacher)
     ranked = [plan for plan in planned if plan.id in outcomes]
     if len(ranked) > 2:
@@ -135,10 +135,6 @@ def compared_criteria(run: Run, folder: Path) -> tuple[tuple[str, ...], pd.DataF
     return lines, summary
 
 
-def _impacts(table: ImportanceTable) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    return np.array([entry.impact for entry in table.entries])
-
-
 def _summary(tables: list[ImportanceTable], compared: pd.DataFrame, costs: dict[str, float]) -> pd.DataFrame:
     """A row per criterion: its agreement with the leader, with what was measured, and what it cost."""
     leader = tables[0].criterion
@@ -151,12 +147,11 @@ def _summary(tables: list[ImportanceTable], compared: pd.DataFrame, costs: dict[
             "forwards": costs[table.criterion],
         }
         for name, part in (
-            (leader, own[(own["other"] == leader) & (own["over"] == "blocks")]),
+            ("leader", own[(own["other"] == leader) & (own["over"] == "blocks")]),
             ("impact", own[own["over"] == MEASURED]),
             ("outcome", own[own["over"] == OUTCOME]),
         ):
-            label = "leader" if name == leader else name
             for column in ("spearman", "spearman_low", "spearman_high", "kendall"):
-                row[f"{label}_{column}"] = float(part[column].iloc[0]) if len(part) else float("nan")
+                row[f"{name}_{column}"] = float(part[column].iloc[0]) if len(part) else float("nan")
         rows.append(row)
     return pd.DataFrame(rows)
