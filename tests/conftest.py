@@ -49,6 +49,12 @@ def build_unet(config: dict[str, Any], seed: int = 0) -> Any:
         return UNet2DConditionModel.from_config(config).eval()
 
 
+@pytest.fixture(autouse=True)
+def _same_randomness() -> None:
+    """Whatever a test draws without a generator of its own is the same every time and in every order of the tests."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tiny_unet_shared() -> Any:
     """The one tiny U-Net that the copies of ``tiny_unet`` are made from; do not change it."""
