@@ -346,6 +346,21 @@ def test_the_rate_warms_up_holds_and_cools_down() -> None:
     assert [recipe.rate_at(step) for step in (0, 9, 50, 79, 90, 99)] == pytest.approx([0.2, 2, 2, 2, 1, 0.1])
 
 
+def test_after_a_restart_the_rate_warms_up_again_and_cools_down_over_the_rest() -> None:
+    recipe = Recipe(
+        steps=100, batch=1, rate=2.0, warmup=10, cooldown=20, restart=50, restart_rate=1.0, weight_decay=0
+    )
+    steps = (0, 29, 40, 49, 50, 59, 75, 99)
+    # By hand: up to 50 as above with its end there; then up to min((k + 1) / 10, (100 - step) / 50).
+    assert [recipe.rate_at(step) for step in steps] == pytest.approx([0.2, 2, 1, 0.1, 0.1, 0.82, 0.5, 0.02])
+
+
+@pytest.mark.parametrize("wrong", [{"restart": 100}, {"restart": -1}, {"restart": 5, "restart_rate": 0.0}])
+def test_a_restart_that_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="a restart comes before the last step"):
+        Recipe(steps=100, batch=1, rate=2.0, **wrong)
+
+
 def test_equal_captions_are_all_right_answers() -> None:
     same = torch.tensor([[True, True, False], [True, True, False], [False, False, True]])
     sure = torch.where(same, 50.0, -50.0)
@@ -511,6 +526,14 @@ def test_the_auxiliaries_fade_in_the_last_part_of_the_training() -> None:
     last = objective.at(300, 300)
     assert (last.severed, last.deaf, last.severed_above) == pytest.approx((0.05, 0.2, 400))
     assert objective.at(10, 50) == objective  # a training that ends before
+    early = Objective(supervision=0.4, fade_from=100, fade_until=200, fade_to=0.25)
+    assert [early.at(step, 300).supervision for step in (150, 200, 300)] == pytest.approx([0.25, 0.1, 0.1])
+
+
+def test_noisy_timesteps_lose_their_preference_from_a_step_on() -> None:
+    objective = Objective(noisier=2.0, even_from=100)
+    assert [objective.at(step, 300).noisier for step in (0, 99, 100, 299)] == [2, 2, 1, 1]
+    assert Objective(noisier=2.0).at(299, 300).noisier == 2
 
 
 def test_a_supervised_pass_is_the_plain_one_where_nothing_is_taken_away() -> None:

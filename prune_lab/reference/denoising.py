@@ -44,11 +44,15 @@ class Objective:
     deaf: float = 0.4
     """Share of the pictures of a batch whose caption is heard by the mid stage alone."""
     fade_from: int = 4500
-    """Step from which supervision, severed and deaf shrink, linearly, until the last step."""
+    """Step from which supervision, severed and deaf shrink, linearly."""
+    fade_until: int = 0
+    """Step at which they have shrunk; 0 for the last one."""
     fade_to: float = 0.25
     """The share of them that is left there."""
     noisier: float = 1.5
     """Timesteps are drawn as 1000 (1 - u^noisier), u uniform: 1 draws all equally often, more, noisy ones."""
+    even_from: int = 0
+    """Step from which all timesteps are drawn equally often after all, once the layout is learned; 0 for never."""
 
     def __post_init__(self) -> None:
         shares = all(0 <= share <= 1 for share in (self.severed, self.deaf, self.fade_to))
@@ -63,10 +67,15 @@ class Objective:
 
     def at(self, step: int, steps: int) -> Objective:
         """What counts at a step (from 0) of a training of `steps`."""
-        gone = min(1.0, max(0, step - self.fade_from) / max(1, steps - self.fade_from))
+        until = self.fade_until or steps
+        gone = min(1.0, max(0, step - self.fade_from) / max(1, until - self.fade_from))
         left = 1 - (1 - self.fade_to) * gone
         return replace(
-            self, supervision=left * self.supervision, severed=left * self.severed, deaf=left * self.deaf
+            self,
+            supervision=left * self.supervision,
+            severed=left * self.severed,
+            deaf=left * self.deaf,
+            noisier=1.0 if self.even_from and step >= self.even_from else self.noisier,
         )
 
 
