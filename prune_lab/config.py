@@ -90,9 +90,17 @@ class ScoreConfig:
     batch: int = 0  # probe samples per forward pass; 0: as many as fit into memory
     guidance: float = 1.0  # of the predictions that output criteria compare; 1: no guidance
     bootstrap: int = 1000  # resamples behind each interval
+    race: float = (
+        0.0  # share of the naive loop's cost for a race by output criteria; 0: every group gets all samples
+    )
+    channels_last: bool = (
+        False  # memory format of the U-Net while it is scored; pays on a GPU with tensor cores
+    )
+    compile: bool = False  # blocks go through torch.compile first; pays when there are many samples
 
     def __post_init__(self) -> None:
         _require_counts("score", self, batch=0, bootstrap=1)
+        _require(0 <= self.race <= 1, "score.race", self.race, "a share from 0 to 1")
         _require_finite("score", self, "guidance")
         named = [group for group in self.groups if not group.endswith(PLAN_FILES)]
         rule = f"some of {', '.join(GROUP_KINDS)}, or files of plans ({', '.join(PLAN_FILES)})"
@@ -253,7 +261,12 @@ def changed_settings(old: RunConfig, new: RunConfig) -> tuple[str, ...]:
 # Reading ---------------------------------------------------------------------------------------------------------
 
 
-_KIND_NAMES: dict[type, str] = {str: "text in quotes", int: "whole number", float: "number"}
+_KIND_NAMES: dict[type, str] = {
+    str: "text in quotes",
+    int: "whole number",
+    float: "number",
+    bool: "true or false",
+}
 
 
 def _read(hint: Any, value: object, name: str) -> object:
@@ -324,6 +337,8 @@ def _literal(value: object) -> str:
     if isinstance(value, str):
         # TOML's escapes are JSON's, but TOML wants U+007F escaped as well
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, tuple):
         return f"[{', '.join(_literal(one) for one in value)}]"
     return repr(value)

@@ -11,6 +11,7 @@ not to be had, since the blocks before a removal are computed once and those aft
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -37,6 +38,8 @@ _LEAST_WIDTH = 8
 _CPU_ROWS = 128  # in one call: beyond that a processor's caches lose more than larger calls gain
 _WORKSPACE = 8  # largest hidden tensors that one call holds at a time, beside its input
 _ROUNDINGS = 16  # that the walk may differ by from the U-Net's own forward pass; on one machine it is 0
+_COMPILED_ROUNDINGS = 1024  # the same for compiled blocks, which add up in another order
+_GRAPHS = 128  # that torch may compile of one class of block: each width is one
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +283,25 @@ def gone_with(
     return frozenset(block.name for block in blocks) | frozenset(removed_samplers(architecture, plan))
 
 
-def check_walk(unet: UNet2DConditionModel, inputs: dict[str, Any]) -> None:
+def macs_without(architecture: Architecture, gone: frozenset[str]) -> int:
+    """Multiply-adds of one row that a set of units ``gone`` needs beside the U-Net's own pass: what comes after the
+    first of them. Sets that share their first removals need less.
+    """
+    units = units_of(architecture)
+    first = next((place for place, unit in enumerate(units) if unit.name in gone), -1)
+    around = architecture.total_macs - sum(unit.macs for unit in units)  # the stem and the head
+    return around + sum(unit.macs for unit in units[first + 1 :] if unit.name not in gone)
+
+
+def _compiling(wanted: bool) -> contextlib.AbstractContextManager[object]:
+    """Inside, torch compiles as many graphs of one class of block as there are widths, and not the usual eight."""
+    if not wanted:
+        return contextlib.nullcontext()
+    patched: contextlib.AbstractContextManager[object] = torch._dynamo.config.patch(recompile_limit=_GRAPHS)
+    return patched
+
+
+def check_walk(unet: UNet2DConditionModel, inputs: dict[str, Any], *, compiled: bool = False) -> None:
     """Compare the walk with ``unet.forward`` on the first row of ``inputs``.
 
     Raises UnsupportedModelError when they differ: this diffusers computes the model in another way than the walk.
@@ -290,8 +311,8 @@ def check_walk(unet: UNet2DConditionModel, inputs: dict[str, Any]) -> None:
         for name, tensor in inputs.items()
     }
     wanted = unet(**one, return_dict=False)[0]
-    ((_, found),) = _answers(unet, one, [frozenset()], 1, Effort())
-    tolerance = _ROUNDINGS * torch.finfo(wanted.dtype).eps
+    ((_, found),) = _answers(unet, one, [frozenset()], 1, Effort(), compiled)
+    tolerance = (_COMPILED_ROUNDINGS if compiled else _ROUNDINGS) * torch.finfo(wanted.dtype).eps
     # A damaged model is not this function's business: what is not finite only has to be so in both.
     atol = tolerance * float(wanted.nan_to_num(0, 0, 0).abs().max())
     if not torch.allclose(found, wanted, rtol=tolerance, atol=atol, equal_nan=True):
@@ -308,14 +329,18 @@ def _answers(
     gone: Sequence[frozenset[str]],
     width: int,
     effort: Effort,
+    compiled: bool,
 ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
     architecture = architecture_of(unet)
     units, everyone = units_of(architecture), tuple(range(len(gone)))
     hidden, given = _stem(unet, inputs)
+    modules: dict[str, Any] = {unit.name: unet.get_submodule(unit.path) for unit in units}
+    if compiled:  # for any number of rows; blocks of equal shapes share a graph
+        modules = {name: torch.compile(module, dynamic=True) for name, module in modules.items()}
     walk = _Walk(
         unet=unet,
         units=units,
-        modules={unit.name: unet.get_submodule(unit.path) for unit in units},
+        modules=modules,
         stand_ins={block.name: stand_in_for(block) for block in architecture.blocks if block.starred},
         given=given,
         effort=effort,
@@ -336,13 +361,14 @@ def predict_without(
     batch: int = 8,
     width: int | None = None,
     effort: Effort | None = None,
+    compiled: bool = False,
 ) -> Iterator[tuple[slice, list[Tensor]]]:
     """Rows of the probe, and the prediction (rows, C, H, W) float32 on the CPU for each of ``removed``, in that order.
 
     ``removed`` holds the units that are bypassed, as from ``gone_with``; the empty set is the U-Net itself. At most
     ``batch`` rows go together, and at most ``width`` states in one call; by default both are what fits into memory.
-    ``effort`` is added up. The walk is compared with the U-Net's own forward pass first; UnsupportedModelError when
-    they differ.
+    ``effort`` is added up. ``compiled`` blocks take a minute or two to compile and are faster then. The walk is
+    compared with the U-Net's own forward pass first; UnsupportedModelError when they differ.
     """
     effort = Effort() if effort is None else effort
     dtype, device = unet.dtype, unet.device
@@ -352,10 +378,10 @@ def predict_without(
     for part, inputs in probe.batches(batch, device, dtype):
         predictions: dict[int, Tensor] = {}
         # Closed before anything is handed out: neither the mode may leak into what the caller does with it.
-        with evaluating(unet), torch.inference_mode():
+        with evaluating(unet), torch.inference_mode(), _compiling(compiled):
             if part.start == 0:
-                check_walk(unet, inputs)
-            answers = _answers(unet, inputs, removed, width, effort)
+                check_walk(unet, inputs, compiled=compiled)
+            answers = _answers(unet, inputs, removed, width, effort, compiled)
             about = f"scoring rows {part.start + 1} to {part.stop} of {len(probe)}"
             for sets, prediction in track(answers, about, len(set(removed))):
                 predictions |= dict.fromkeys(sets, prediction.float().cpu())

@@ -22,6 +22,7 @@ from prune_lab.importance import (
     foretold,
     random_plans,
     stability,
+    steadiness,
 )
 from prune_lab.importance.agreement import rank_agreement
 from prune_lab.models import resolve_model
@@ -140,6 +141,22 @@ def test_an_order_is_stable_when_samples_agree_and_not_when_they_do_not() -> Non
     assert rough[0] < 0.8
     assert rough[-1] > rough[0]
     assert set(firm["part"]) == {"samples", "timesteps", "prompts"}
+
+
+def test_other_noise_is_compared_and_put_into_words() -> None:
+    same, reversed_ = table(noisy(0.01)), table(noisy(0.01)[::-1])
+    found = stability(same, {"seed 1": same, "seed 2": reversed_}, tops=(3, 4, 5))
+    rows = found[found["part"] == "noise"]
+    assert rows["of"].tolist() == ["seed 1"] * 3 + ["seed 2"] * 3
+    assert rows["overlap"].tolist() == [1, 1, 1, 0, 0, 0]  # the least of one are the most of the other
+    assert rows["samples"].tolist() == [40] * 6
+    said = steadiness(found)
+    assert (
+        "Of the 4 least important blocks 0% to 100% are found again with other noise (2 tried, 50% in the mean)."
+        in said
+    )
+    assert any("from one kind of prompt alone (2 tried, 100%" in line for line in said)
+    assert steadiness(stability(same).iloc[:0]) == ()
 
 
 def test_random_plans_are_removable_and_repeatable() -> None:

@@ -190,6 +190,18 @@ def test_score_alone_writes_its_table(tiny_pipeline_folder: Path, tmp_path: Path
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_a_race_says_what_every_block_was_measured_on(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    options = ["--groups", "blocks", "--samples", 16, "--timesteps", 4, "--race", 0.3, "--device", "cpu"]
+    options += ["--criterion", "output-mse", "--criterion", "similarity", "--channels-last"]
+    rows = table("score", tiny_pipeline_folder, *options, "--run", tmp_path / "run")
+    raced = [row["samples"] for row in rows if row["criterion"] == "output-mse"]
+    assert 2 <= min(raced) < 16
+    # A race at 0.3 of the naive cost cannot have measured more than 0.3 x 2.4 of all samples: suffixes are half a pass.
+    assert sum(raced) < 0.72 * 16 * 38
+    assert {row["samples"] for row in rows if row["criterion"] == "similarity"} == {16}
+    assert load_config(tmp_path / "run" / "config.toml").score.race == 0.3
+
+
 def test_scores_by_several_criteria_of_any_plans_on_own_prompts(
     tiny_pipeline_folder: Path, tiny_scorer_folder: Path, tmp_path: Path
 ) -> None:
@@ -242,6 +254,11 @@ def test_all_criteria_compared_with_each_other_and_with_plans(
     assert len(pd.read_csv(out / "agreement.csv")) == 13 * 13 + 13
     assert len(pd.read_csv(out / "additivity.csv")) >= 40
     assert "Spearman" in (out / "README.md").read_text()
+    steady = pd.read_csv(out / "stability.csv")
+    assert steady.loc[steady["part"] == "noise", "of"].unique().tolist() == ["seed 1", "seed 2"]
+    assert "found again with other noise" in (out / "README.md").read_text()
+    drawn = pd.read_csv(out / "scores.csv")
+    assert drawn.loc[drawn["criterion"] == "image-change", "psnr"].notna().all()
 
 
 @pytest.mark.parametrize(
@@ -254,6 +271,9 @@ def test_all_criteria_compared_with_each_other_and_with_plans(
         (("--batch", "many"), "give a whole number of at least 1, or auto"),
         (("--precision", "int8"), "one of float32"),
         (("--guidance", "-1"), "zero or more"),
+        (("--race", "2"), "a share from 0 to 1"),
+        (("--race", "0.2", "--criterion", "taylor"), "race by denoising-loss, output-cosine, output-mse"),
+        (("--race", "0.0001", "--samples", "4"), "give a budget of"),
         (("--prompts", "missing.csv"), "give a .txt file"),
         (("--prompts", "missing.doc"), "give a .txt file"),
     ],

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -18,7 +19,16 @@ from torch_pruning.pruner.importance import GroupMagnitudeImportance
 from prune_lab.blocks import BlockGroup, architecture_of, block_groups
 from prune_lab.errors import DataError, UnknownBlockError, UnknownCriterionError
 from prune_lab.evaluation import clip_scores, decode_latents, draw_latents, generate
-from prune_lab.importance import CRITERIA, DRAWING, Drawing, ScoreCache, Subject, score, score_groups
+from prune_lab.importance import (
+    CRITERIA,
+    DRAWING,
+    Drawing,
+    ScoreCache,
+    Subject,
+    score,
+    score_groups,
+    with_psnr,
+)
 from prune_lab.importance.activations import block_influence
 from prune_lab.importance.gates import gate_derivatives, gated
 from prune_lab.importance.outputs import CHANGES
@@ -326,6 +336,14 @@ def test_changes_of_latents_and_pictures_by_hand() -> None:
     assert picture_change(black, white).tolist() == [1.0]
     assert (psnr(1.0), psnr(0.01)) == (0, pytest.approx(20))
     assert psnr(0.0) == float("inf")
+
+
+def test_the_peak_signal_to_noise_ratio_stands_beside_changes_of_pictures_alone() -> None:
+    scores = pd.DataFrame({"criterion": ["image-change", "output-mse"], "impact": [0.01, 0.01]})
+    found = with_psnr(scores)["psnr"]
+    assert found[0] == pytest.approx(20)
+    assert np.isnan(found[1])
+    assert "psnr" not in with_psnr(scores.iloc[1:])
 
 
 def test_trajectories_are_the_pictures_that_the_pipeline_draws(subject: Subject, scorer: Any) -> None:

@@ -129,6 +129,18 @@ def score(
         typer.Option(help="Guidance scale of the predictions that output criteria compare; 1: none."),
     ] = None,
     precision: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    race: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the naive cost, such as 0.15: blocks whose place is settled get no more samples."
+        ),
+    ] = None,
+    compile_blocks: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Put the blocks through torch.compile.")
+    ] = None,
+    channels_last: Annotated[
+        bool | None, typer.Option("--channels-last/--contiguous", help="Memory format of the U-Net.")
+    ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="All criteria, how they agree, and with what was measured.")
     ] = False,
@@ -151,6 +163,9 @@ def score(
             "groups": tuple(_group_name(name) for name in groups),
             "batch": None if batch is None else _rows(batch),
             "guidance": guidance,
+            "race": race,
+            "compile": compile_blocks,
+            "channels_last": channels_last,
         },
         probe={
             "samples": samples,

@@ -11,10 +11,12 @@ from prune_lab.importance.agreement import (
     foretold,
     random_plans,
     stability,
+    steadiness,
 )
 from prune_lab.importance.cache import ScoreCache
 from prune_lab.importance.criteria import CRITERIA, DRAWING, WALKED, Criterion, criterion_named
 from prune_lab.importance.measured import Drawing, Measured, Samples, Subject
+from prune_lab.importance.racing import Race
 from prune_lab.importance.scoring import score, score_groups
 from prune_lab.importance.tables import (
     COLUMNS,
@@ -23,6 +25,7 @@ from prune_lab.importance.tables import (
     ImportanceTable,
     importance_from_frame,
 )
+from prune_lab.importance.trajectories import with_psnr
 
 __all__ = [
     "AGREEMENT_COLUMNS",
@@ -37,6 +40,7 @@ __all__ = [
     "Importance",
     "ImportanceTable",
     "Measured",
+    "Race",
     "Samples",
     "ScoreCache",
     "Subject",
@@ -50,4 +54,6 @@ __all__ = [
     "score",
     "score_groups",
     "stability",
+    "steadiness",
+    "with_psnr",
 ]

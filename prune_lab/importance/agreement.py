@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.stats import kendalltau, spearmanr
 
 from prune_lab.blocks import Architecture, BlockGroup
-from prune_lab.importance.intervals import INTERVAL, resampled_impacts
+from prune_lab.importance.intervals import INTERVAL, impacts_of, resampled_impacts
 from prune_lab.importance.tables import ImportanceTable
 
 AGREEMENT_COLUMNS = (
@@ -150,17 +150,23 @@ def _overlap(one: NDArray[np.float64], other: NDArray[np.float64], top: int) -> 
 
 
 def stability(
-    table: ImportanceTable, *, tops: Sequence[int] = (5, 10, 15), draws: int = 100, seed: int = 0
+    table: ImportanceTable,
+    again: Mapping[str, ImportanceTable] | None = None,
+    *,
+    tops: Sequence[int] = (5, 10, 15),
+    draws: int = 100,
+    seed: int = 0,
 ) -> pd.DataFrame:
-    """How much of the least important groups is found again with fewer samples, other timesteps or other prompts.
+    """How much of the least important groups is found again with fewer samples, other timesteps, prompts or noise.
 
     STABILITY_COLUMNS. For ``samples`` the pictures are drawn without replacement, 4, 8, 16 ... of them (mean and 95 %
-    of ``draws``); for ``timesteps`` and ``prompts`` each part alone is compared with all. Empty without samples.
+    of ``draws``); for ``timesteps`` and ``prompts`` each part alone is compared with all. ``again`` holds the same
+    groups measured on the same pictures with other draws of the noise, by name. Empty without samples.
     """
     if table.values is None or table.scales is None or table.samples is None:
         return pd.DataFrame(columns=list(STABILITY_COLUMNS))
     values, scales = table.values, table.scales
-    whole = values.sum(1) / scales.sum()
+    whole = impacts_of(values, scales)
     tops = [top for top in tops if top < len(whole)]
     _, picture = np.unique(table.samples.pictures, return_inverse=True)
     pictures = int(picture.max()) + 1
@@ -171,7 +177,7 @@ def stability(
         orders = []
         for _ in range(draws):
             inside = np.isin(picture, generator.choice(pictures, size=size, replace=False))
-            orders.append(values[:, inside].sum(1) / scales[inside].sum())
+            orders.append(impacts_of(values[:, inside], scales[inside]))
         for top in tops:
             found = [_overlap(order, whole, top) for order in orders]
             low, high = np.percentile(found, INTERVAL)
@@ -185,7 +191,33 @@ def stability(
                 (part, name, count, top, _overlap(order, whole, top), float("nan"), float("nan"))
                 for top in tops
             ]
+    for name, other in (again or {}).items():
+        count = other.entries[0].samples
+        rows += [
+            ("noise", name, count, top, _overlap(other.impacts, whole, top), float("nan"), float("nan"))
+            for top in tops
+        ]
     return pd.DataFrame(rows, columns=list(STABILITY_COLUMNS))
+
+
+def steadiness(found: pd.DataFrame) -> tuple[str, ...]:
+    """A sentence for each thing that ``stability`` varied, of the middle one of its numbers of groups."""
+    lines = []
+    for part, what in (
+        ("noise", "with other noise"),
+        ("timesteps", "from a tenth of the schedule alone"),
+        ("prompts", "from one kind of prompt alone"),
+    ):
+        rows = found[found["part"] == part]
+        if len(rows):
+            tops = sorted(set(rows["top"]))
+            top = tops[len(tops) // 2]
+            shares = rows.loc[rows["top"] == top, "overlap"]
+            lines.append(
+                f"Of the {top} least important blocks {shares.min():.0%} to {shares.max():.0%} are found again {what} "
+                f"({len(shares)} tried, {shares.mean():.0%} in the mean)."
+            )
+    return tuple(lines)
 
 
 Row = Mapping[Hashable, Any]

@@ -40,12 +40,18 @@ class Samples:
         """The rows of a probe."""
         return cls(probe.pictures.numpy(), probe.timesteps.numpy(), probe.groups)
 
+    def rows(self, wanted: NDArray[np.int64]) -> Samples:
+        """These samples alone, in this order."""
+        times = None if self.timesteps is None else self.timesteps[wanted]
+        return Samples(self.pictures[wanted], times, tuple(self.prompts[row] for row in wanted))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Measured:
     """What a criterion found: ``values`` (G, R) per group and sample, relative to ``scales`` (R,).
 
-    The impact of a group is the sum of its values over the sum of the scales.
+    The impact of a group is the sum of its values over the sum of the scales. A value that was not measured is NaN:
+    see ``intervals.impacts_of``.
     """
 
     values: NDArray[np.float64]
@@ -105,6 +111,7 @@ class Subject:
     guidance: float = 1.0  # scale of classifier-free guidance in the predictions that are compared; 1: none
     silent: Probe | None = None  # the probe with the empty caption, which guidance needs
     cache: ScoreCache = field(default_factory=ScoreCache)
+    compiled: bool = False  # whether output criteria walk blocks that torch.compile has seen
 
     def __post_init__(self) -> None:
         if (self.guidance == 1) != (self.silent is None):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from prune_lab.blocks import BlockGroup
@@ -62,13 +63,13 @@ def _finite(prediction: Tensor, what: str, criterion: str) -> Tensor:
 
 
 def _unknown_rows(
-    subject: Subject, criterion: str, sets: Iterable[frozenset[str]]
+    subject: Subject, criterion: str, sets: Iterable[frozenset[str]], wanted: NDArray[np.int64]
 ) -> dict[tuple[int, ...], list[frozenset[str]]]:
-    """Sets by the rows that are still to be measured for them."""
+    """Sets by those of the rows ``wanted`` that are still to be measured for them."""
     rows, missing = len(subject.probe), dict[tuple[int, ...], list[frozenset[str]]]()
     for removed in sets:
         known = subject.cache.values(criterion, set_key(removed), rows)
-        left = tuple(np.flatnonzero(np.isnan(known)).tolist())
+        left = tuple(wanted[np.isnan(known[wanted])].tolist())
         if left:
             missing.setdefault(left, []).append(removed)
     return missing
@@ -88,7 +89,10 @@ def _guided(
         subject.unet.dtype.itemsize,
     )
     walks = [
-        predict_without(subject.unet, part, sets, batch=batch, width=width, effort=effort) for part in parts
+        predict_without(
+            subject.unet, part, sets, batch=batch, width=width, effort=effort, compiled=subject.compiled
+        )
+        for part in parts
     ]
     for answers in zip(*walks, strict=True):
         chunk, heard = answers[-1]
@@ -110,13 +114,15 @@ def measure_rows(
     named: Mapping[frozenset[str], str],
     criterion: str,
     effort: Effort,
+    rows: NDArray[np.int64] | None = None,
 ) -> None:
-    """Bring the cache up to date: every change of every set in ``named`` (set: what to call it) on every row.
+    """Bring the cache up to date: every change of every set in ``named`` (set: what to call it) on ``rows``, or on all.
 
     Raises DataError naming the group when an answer is not finite.
     """
     probe, cache, total = subject.probe, subject.cache, len(subject.probe)
-    for left, sets in _unknown_rows(subject, criterion, named).items():
+    wanted = np.arange(total) if rows is None else rows
+    for left, sets in _unknown_rows(subject, criterion, named, wanted).items():
         for chunk, (teacher, *pruned) in _guided(subject, left, [frozenset[str](), *sets], effort):
             place = np.array(left[chunk], dtype=np.int64)
             _finite(teacher, "the model itself", criterion)
@@ -129,22 +135,43 @@ def measure_rows(
             cache.save(now=False)
 
 
-def _by_output(criterion: str, subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
-    # A pair or a stage may be the same set of blocks as another group: each set is measured once.
+def named_sets(
+    subject: Subject, groups: Sequence[BlockGroup]
+) -> tuple[list[frozenset[str]], dict[frozenset[str], str]]:
+    """The units that are gone with each group, and the distinct sets among them with a name for each.
+
+    A pair or a stage may be the same set of blocks as another group: each set is measured once.
+    """
     gone = [gone_with(subject.architecture, group.blocks, stand_in=True) for group in groups]
     named: dict[frozenset[str], str] = {}
     for removed, group in zip(gone, groups, strict=True):
         named.setdefault(removed, group.name)
-    effort, rows = Effort(forward_macs=subject.architecture.total_macs), len(subject.probe)
-    measure_rows(subject, named, criterion, effort)
+    return gone, named
+
+
+def known_values(
+    subject: Subject, gone: Sequence[frozenset[str]], criterion: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Values (sets, R) and scales (R,) as far as they are in the cache; NaN where they are not.
+
+    Raises DataError for a model that predicts nothing.
+    """
+    rows = len(subject.probe)
     values = np.stack([subject.cache.values(criterion, set_key(removed), rows) for removed in gone])
     squares = subject.cache.values(_TEACHER, "", rows)
-    if not squares.sum() > 0:
+    if not np.nansum(squares) > 0:
         raise DataError(
-            f"asked for {criterion} of {len(groups)} groups, found a model that predicts 0 everywhere; "
+            f"asked for {criterion} of {len(gone)} groups, found a model that predicts 0 everywhere; "
             "check its weights"
         )
-    scales = squares if criterion == "output-mse" else np.ones(rows)
+    return values, squares if criterion == "output-mse" else np.ones(rows)
+
+
+def _by_output(criterion: str, subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
+    gone, named = named_sets(subject, groups)
+    effort = Effort(forward_macs=subject.architecture.total_macs)
+    measure_rows(subject, named, criterion, effort)
+    values, scales = known_values(subject, gone, criterion)
     return Measured(values, scales, Samples.of(subject.probe), effort)
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from prune_lab.blocks import BlockGroup, GroupKind
 from prune_lab.errors import DataError
 from prune_lab.fanout import Effort
+from prune_lab.importance.intervals import impacts_of
 from prune_lab.importance.measured import Samples
 
 COLUMNS = (
@@ -59,9 +60,9 @@ class ImportanceTable:
     probe: str  # digest
     model: str
     values: NDArray[np.float64] | None = field(default=None, repr=False)
-    """(groups, rows) what every row contributed; a table read from a file has none."""
+    """(groups, rows) what every row contributed, NaN where a race did without; a table read from a file has none."""
     scales: NDArray[np.float64] | None = field(default=None, repr=False)
-    """(rows,) what the values are relative to: impact = values.sum() / scales.sum()."""
+    """(rows,) what the values are relative to: impact = values.sum() / scales.sum() (``intervals.impacts_of``)."""
     samples: Samples | None = field(default=None, repr=False)
     """What the columns of ``values`` were measured on."""
     effort: Effort | None = None
@@ -115,9 +116,9 @@ class ImportanceTable:
         ``length`` is that of the schedule. Empty for a criterion that has neither, or a table read from a file.
         """
         rows = [
-            (entry.group.name, entry.group.kind, self.criterion, part, name, float(impact), int(inside.sum()))
+            (entry.group.name, entry.group.kind, self.criterion, part, name, float(impact), int(samples))
             for part, name, inside in self._parts(length)
-            for entry, impact in zip(self.entries, self._impacts_of(inside), strict=True)
+            for entry, impact, samples in zip(self.entries, *self._impacts_of(inside), strict=True)
         ]
         # An empty frame has no numbers to tell its formats from, and would spoil those that it is put together with.
         return pd.DataFrame(rows, columns=list(PARTS_COLUMNS)).astype({"impact": float, "samples": int})
@@ -135,11 +136,12 @@ class ImportanceTable:
             if name:
                 yield "prompts", name, kinds == name
 
-    def _impacts_of(self, inside: NDArray[np.bool_]) -> NDArray[np.float64]:
+    def _impacts_of(self, inside: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Impacts on some of the samples, and how many of these each group was measured on."""
         assert self.values is not None
         assert self.scales is not None
-        found: NDArray[np.float64] = self.values[:, inside].sum(axis=1) / self.scales[inside].sum()
-        return found
+        values = self.values[:, inside]
+        return impacts_of(values, self.scales[inside]), (~np.isnan(values)).sum(axis=1)
 
 
 def importance_from_frame(frame: pd.DataFrame) -> ImportanceTable:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -43,6 +44,14 @@ def picture_change(teacher: Tensor, pruned: Tensor) -> Tensor:
 def psnr(change: float) -> float:
     """The peak signal-to-noise ratio in dB of a mean squared change of pixels in 0..1; infinite for none."""
     return -10 * math.log10(change) if change > 0 else math.inf
+
+
+def with_psnr(scores: pd.DataFrame) -> pd.DataFrame:
+    """Rows of ``ImportanceTable.frame``, with a column psnr in dB where ``image-change`` is among the criteria."""
+    drawn = scores["criterion"] == "image-change"
+    if not drawn.any():
+        return scores
+    return scores.assign(psnr=scores["impact"].where(drawn).map(psnr, na_action="ignore"))
 
 
 def _draw(subject: Subject, drawing: Drawing, gone: Sequence[str], effort: Effort) -> Tensor:

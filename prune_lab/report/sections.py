@@ -70,11 +70,7 @@ def _blocks(tables: RunTables) -> tuple[Part, ...]:
         Drawing(
             "importance",
             "Impact of removal with bootstrap intervals for single blocks, pairs and stages on a log axis.",
-            f"Criterion `{criterion}` on {count(importance['samples'].max())} held-out samples. The line through each "
-            "point is its bootstrap interval. 0.01 means that the prediction moves by one hundredth of "
-            "its own mean square."
-            if criterion == "output-mse"
-            else f"Criterion `{criterion}`. The line is the bootstrap interval.",
+            _how_scored(importance, criterion),
             lambda theme: draw_importance(importance, theme),
         ),
         _importance_table(importance),
@@ -92,6 +88,25 @@ def _blocks(tables: RunTables) -> tuple[Part, ...]:
             ),
         )
     return tuple(parts)
+
+
+def _how_scored(importance: pd.DataFrame, criterion: str) -> str:
+    least, most = importance["samples"].min(), importance["samples"].max()
+    spent = (
+        f"{count(most)} held-out samples"
+        if least == most
+        else (
+            f"a race over held-out samples: from {count(least)} where the order was settled early to {count(most)}"
+        )
+    )
+    scale = (
+        " 0.01 means that the prediction moves by one hundredth of its own mean square."
+        if criterion == "output-mse"
+        else ""
+    )
+    return (
+        f"Criterion `{criterion}` on {spent}. The line through each point is its bootstrap interval.{scale}"
+    )
 
 
 def _importance_table(importance: pd.DataFrame) -> Table:

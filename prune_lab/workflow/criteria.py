@@ -21,15 +21,18 @@ from prune_lab.importance import (
     random_plans,
     score,
     stability,
+    steadiness,
+    with_psnr,
 )
 from prune_lab.plans import PruningPlan, plan_from_json
 from prune_lab.report import write_agreement
 from prune_lab.runs import Run
 from prune_lab.runtime import Environment, read_json, track, write_frame, write_json
-from prune_lab.workflow.measuring import scored_subject
+from prune_lab.workflow.measuring import drawn_probe, scored_subject, subject_of
 from prune_lab.workflow.teacher import Teacher
 
 _RANDOM_PLANS = 40
+_OTHER_NOISE = 2  # draws that the order is tried with
 MEASURED = "the measured impact"
 OUTCOME = "the loss after distillation"
 
@@ -80,6 +83,18 @@ def _tables(subject: Subject, teacher: Teacher) -> list[ImportanceTable]:
     ]
 
 
+def _with_other_noise(run: Run, teacher: Teacher, leader: ImportanceTable) -> dict[str, ImportanceTable]:
+    """The leading criterion on the same pictures with noise and timesteps drawn anew; none for one without a walk."""
+    if leader.criterion not in WALKED:
+        return {}
+    groups, first = [entry.group for entry in leader.entries], teacher.config.probe.seed + 1
+    found = {}
+    for seed in range(first, first + _OTHER_NOISE):
+        subject = subject_of(run, teacher, drawn_probe(teacher, seed))
+        found[f"seed {seed}"] = score(subject, groups, leader.criterion, bootstrap=0)
+    return found
+
+
 def _costs(subject: Subject, tables: list[ImportanceTable]) -> dict[str, float]:
     """Forward-equivalents of each criterion by itself, whatever was found in the cache this time."""
     costs = {table.criterion: table.effort.forwards if table.effort else 0.0 for table in tables}
@@ -114,14 +129,15 @@ def compared_criteria(run: Run, folder: Path) -> tuple[tuple[str, ...], pd.DataF
         found.append(foretold(tables, groups, np.array([outcomes[plan.id] for plan in ranked]), OUTCOME))
     compared = pd.concat(found, ignore_index=True)
     exact = next(table for table in tables if table.criterion == "output-mse")
-    sums, steady, costs = additivity(exact, together), stability(leader), _costs(subject, tables)
+    sums, steady = additivity(exact, together), stability(leader, _with_other_noise(run, teacher, leader))
+    costs = _costs(subject, tables)
     summary = _summary(tables, compared, costs)
-    lines = conclusions(compared, sums, costs)
+    lines = (*conclusions(compared, sums, costs), *steadiness(steady))
     parts = pd.concat([table.parts() for table in tables], ignore_index=True)
     frames = {
         "summary": summary,
         "agreement": compared,
-        "scores": pd.concat([table.frame() for table in tables], ignore_index=True),
+        "scores": with_psnr(pd.concat([table.frame() for table in tables], ignore_index=True)),
         "parts": parts,
         "additivity": sums,
         "stability": steady,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 import pandas as pd
+import torch
 
 from prune_lab.blocks import (
     Architecture,
@@ -15,16 +16,20 @@ from prune_lab.blocks import (
     blocks_frame,
 )
 from prune_lab.config import PLAN_FILES
+from prune_lab.errors import ConfigError
 from prune_lab.evaluation import draw_latents
 from prune_lab.importance import (
     DRAWING,
+    WALKED,
     Drawing,
     ImportanceTable,
+    Race,
     ScoreCache,
     Subject,
     criterion_named,
     importance_from_frame,
     score,
+    with_psnr,
 )
 from prune_lab.models import model_digest, resolve_model
 from prune_lab.plans import PruningPlan, read_plans
@@ -59,19 +64,26 @@ def ensure_probe(run: Run, teacher: Teacher | None = None) -> Probe:
     if run.done(run.probe):
         return load_probe(run.probe)
     teacher = teacher or Teacher(run)
+    probe = drawn_probe(teacher, teacher.config.probe.seed)
+    probe.save(run.probe)
+    return probe
+
+
+def drawn_probe(teacher: Teacher, seed: int) -> Probe:
+    """The pictures and captions of the run's probe, with noise and timesteps drawn with ``seed``."""
     settings = teacher.config.probe
-    timesteps, seed = settings.timesteps, settings.seed
+    timesteps = settings.timesteps
     if settings.prompts:
         prompts, how = teacher.probe_prompts, teacher.config.evaluate
         latents = draw_latents(
             teacher.pipeline, prompts.texts, (settings.seed,), steps=how.steps, guidance=how.guidance
         )
-        probe = probe_of_latents(
+        return probe_of_latents(
             teacher.pipeline, latents, prompts.texts, prompts.kinds, timesteps=timesteps, seed=seed
         )
-    elif teacher.source.is_pipeline:
+    if teacher.source.is_pipeline:
         pictures = teacher.pictures("heldout", settings.samples, settings.seed)
-        probe = make_probe(
+        return make_probe(
             teacher.pipeline,
             pictures.pixels,
             pictures.captions,
@@ -79,10 +91,7 @@ def ensure_probe(run: Run, teacher: Teacher | None = None) -> Probe:
             timesteps=timesteps,
             seed=seed,
         )
-    else:
-        probe = random_probe(teacher.source.config, samples=settings.samples, timesteps=timesteps, seed=seed)
-    probe.save(run.probe)
-    return probe
+    return random_probe(teacher.source.config, samples=settings.samples, timesteps=timesteps, seed=seed)
 
 
 def score_groups_of(teacher: Teacher) -> tuple[BlockGroup, ...]:
@@ -104,22 +113,24 @@ def score_groups_of(teacher: Teacher) -> tuple[BlockGroup, ...]:
     return tuple(groups)
 
 
-def scored_subject(run: Run, teacher: Teacher, *, drawing: bool = False) -> Subject:
-    """The run's model with its probe, and with prompts to draw where its criteria, or ``drawing``, ask for pictures."""
-    config, probe = teacher.config, ensure_probe(run, teacher)
-    how = None
-    if teacher.source.is_pipeline and (drawing or DRAWING & {config.score.criterion, *config.score.also}):
-        prompts = teacher.drawn_prompts
-        how = Drawing(
-            teacher.pipeline,
-            prompts.texts,
-            prompts.kinds,
-            seeds=config.evaluate.seeds,
-            steps=config.evaluate.steps,
-            guidance=config.evaluate.guidance,
-            scorer=teacher.scorer,
-            scorer_name=config.evaluate.scorer,
-        )
+def _drawing(teacher: Teacher) -> Drawing:
+    """How the criteria that look at pictures draw and judge them."""
+    prompts, how = teacher.drawn_prompts, teacher.config.evaluate
+    return Drawing(
+        teacher.pipeline,
+        prompts.texts,
+        prompts.kinds,
+        seeds=how.seeds,
+        steps=how.steps,
+        guidance=how.guidance,
+        scorer=teacher.scorer,
+        scorer_name=how.scorer,
+    )
+
+
+def subject_of(run: Run, teacher: Teacher, probe: Probe, drawing: Drawing | None = None) -> Subject:
+    """The run's model asked on ``probe``, with the run's settings and its cache of scores."""
+    config = teacher.config
     guidance, silent, inputs = config.score.guidance, None, probe.digest
     if guidance != 1 and teacher.source.is_pipeline:
         silent = probe.told(*encode_captions(teacher.pipeline, [""]))
@@ -127,16 +138,41 @@ def scored_subject(run: Run, teacher: Teacher, *, drawing: bool = False) -> Subj
     cache = ScoreCache.open(
         run.scores_dir, model=model_digest(teacher.source), inputs=inputs, precision=config.dtype
     )
+    layout = torch.channels_last if config.score.channels_last else torch.contiguous_format
     return Subject(
-        teacher.unet,
+        teacher.unet.to(memory_format=layout),
         probe,
         batch=config.score.batch or None,
         seed=config.seed,
-        drawing=how,
+        drawing=drawing,
         guidance=guidance,
         silent=silent,
         cache=cache,
+        compiled=config.score.compile,
     )
+
+
+def scored_subject(run: Run, teacher: Teacher, *, drawing: bool = False) -> Subject:
+    """The run's model with its probe, and with prompts to draw where its criteria, or ``drawing``, ask for pictures."""
+    wanted = drawing or DRAWING & {teacher.config.score.criterion, *teacher.config.score.also}
+    how = _drawing(teacher) if teacher.source.is_pipeline and wanted else None
+    return subject_of(run, teacher, ensure_probe(run, teacher), how)
+
+
+def criteria_of(teacher: Teacher) -> tuple[str, ...]:
+    """The criteria to measure, the one that leads first. Raises UnknownCriterionError, and ConfigError for a race that
+    the leading one cannot run.
+    """
+    settings = teacher.config.score
+    names = tuple(dict.fromkeys((settings.criterion, *settings.also)))
+    for name in names:
+        criterion_named(name)
+    if settings.race and settings.criterion not in WALKED:
+        raise ConfigError(
+            f"asked to race (score.race = {settings.race}) by {settings.criterion}, which does not measure single "
+            f"samples; race by {', '.join(sorted(WALKED))}, or set score.race to 0"
+        )
+    return names
 
 
 def ensure_scores(run: Run, teacher: Teacher | None = None) -> ImportanceTable:
@@ -148,16 +184,22 @@ def ensure_scores(run: Run, teacher: Teacher | None = None) -> ImportanceTable:
         # A digest of digits alone, or like 12e4, is a name and not a number.
         return importance_from_frame(pd.read_csv(run.importance, dtype={"probe": str, "model": str}))
     teacher = teacher or Teacher(run)
-    settings = teacher.config.score
-    for name in (settings.criterion, *settings.also):
-        criterion_named(name)  # an unknown one is an error before the others are measured
+    settings, names = teacher.config.score, criteria_of(teacher)
     groups, subject = score_groups_of(teacher), scored_subject(run, teacher)
+    race = Race(settings.race) if settings.race else None
     tables = [
-        score(subject, groups, name, bootstrap=settings.bootstrap, model=teacher.config.model)
-        for name in dict.fromkeys((settings.criterion, *settings.also))
+        score(
+            subject,
+            groups,
+            name,
+            bootstrap=settings.bootstrap,
+            model=teacher.config.model,
+            race=race if name in WALKED else None,
+        )
+        for name in names
     ]
     write_frame(run.importance_parts, pd.concat([table.parts() for table in tables], ignore_index=True))
-    write_frame(run.criteria, pd.concat([table.frame() for table in tables], ignore_index=True))
+    write_frame(run.criteria, with_psnr(pd.concat([table.frame() for table in tables], ignore_index=True)))
     write_frame(run.importance, tables[0].frame())
     return tables[0]
 

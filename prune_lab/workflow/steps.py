@@ -13,7 +13,6 @@ import pandas as pd
 from prune_lab.blocks import architecture_of
 from prune_lab.config import RunConfig, changed_settings, load_config, to_toml
 from prune_lab.errors import ConfigError, RunError, StorageError
-from prune_lab.importance import criterion_named
 from prune_lab.models import model_digest, resolve_model
 from prune_lab.profiling import cost_table
 from prune_lab.ranking import Ranking
@@ -23,6 +22,7 @@ from prune_lab.search import check_reachable, parse_budget
 from prune_lab.workflow.judging import ensure_pictures, ensure_ranking, ensure_report
 from prune_lab.workflow.measuring import (
     controls,
+    criteria_of,
     ensure_blocks,
     ensure_costs,
     ensure_probe,
@@ -292,8 +292,7 @@ def check_settings(teacher: Teacher) -> None:
     """Raise whatever a later step would find wrong with the settings, before hours are spent on the earlier ones."""
     config = teacher.config
     _ = teacher.device, teacher.dtype, teacher.pipeline, teacher.scorer
-    for criterion in (config.score.criterion, *config.score.also):
-        criterion_named(criterion)
+    criteria_of(teacher)
     score_groups_of(teacher)
     controls(teacher, teacher.architecture)
     for preset in config.report.also_presets:
