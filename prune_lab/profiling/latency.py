@@ -40,18 +40,29 @@ class Latency:
     warmup: int  # calls before them that were not recorded
 
 
-def _summary(milliseconds: Sequence[float], warmup: int) -> Latency:
+def latency_of(milliseconds: Sequence[float], warmup: int) -> Latency:
+    """The latency of calls that took ``milliseconds`` each, two or more."""
     # "inclusive" keeps both deciles within what was seen, however few the runs.
     deciles = statistics.quantiles(milliseconds, n=10, method="inclusive")
     return Latency(statistics.median(milliseconds), deciles[0], deciles[-1], len(milliseconds), warmup)
 
 
-def _check_runs(runs: int, warmup: int) -> None:
+def check_runs(runs: int, warmup: int) -> None:
+    """Raises ConfigError when a median with a spread cannot come of it."""
     if runs < 2 or warmup < 0:
         raise ConfigError(
             f"asked for {runs} timed runs after {warmup} of warm-up; a median with a spread needs at least 2 runs "
             "and a warm-up of at least 0"
         )
+
+
+def call_ms(call: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of ``call``, ``device`` idle before and after."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return 1e3 * (time.perf_counter() - start)
 
 
 def measure_latency(
@@ -61,19 +72,13 @@ def measure_latency(
 
     Raises ConfigError for fewer than two runs.
     """
-    _check_runs(runs, warmup)
+    check_runs(runs, warmup)
     device = torch.device(device)
-    times = []
     with torch.inference_mode():
         for _ in range(warmup):
             call()
-        for _ in range(runs):
-            synchronize(device)
-            start = time.perf_counter()
-            call()
-            synchronize(device)
-            times.append(1e3 * (time.perf_counter() - start))
-    return _summary(times, warmup)
+        times = [call_ms(call, device) for _ in range(runs)]
+    return latency_of(times, warmup)
 
 
 # Memory ----------------------------------------------------------------------------------------------------
@@ -192,7 +197,7 @@ def profile_blocks(
     block with the device idle, so the parts together take a little longer than an undisturbed pass; ``share`` is the
     part's median in the sum of all medians. Raises ConfigError for fewer than two runs.
     """
-    _check_runs(runs, warmup)
+    check_runs(runs, warmup)
     architecture = architecture_of(unet)
     costs = cost_table(architecture, batch=batch, latent=latent, tokens=tokens)
     paths = {block.name: block.path for block in architecture.blocks}

@@ -1,0 +1,281 @@
+"""What each block's removal saves in time, and from it the latency of every plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from prune_lab.blocks import Architecture
+from prune_lab.errors import DataError, PlanError
+from prune_lab.plans import PruningPlan
+from prune_lab.profiling.costs import REST
+from prune_lab.profiling.latency import Latency
+from prune_lab.profiling.matrices import (
+    PlanMatrix,
+    as_matrix,
+    check_matrix,
+    chunks,
+    levels_gone,
+    sampler_levels,
+)
+from prune_lab.runtime import Environment
+
+LATENCY_TABLE_COLUMNS = ("name", "kind", "measured_ms", "p10_ms", "p90_ms", "saved_ms", "share")
+CHECK_COLUMNS = ("plan", "removed", "use", "measured_ms", "predicted_ms", "error_percent")
+SavingKind = Literal["block", "samplers"]
+Use = Literal["calibrate", "held-out"]
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """Milliseconds by which the U-Net is faster without one block, or without the samplers that leave together.
+
+    As measured: the median of differences, below zero where noise is larger than the saving.
+    """
+
+    name: str  # Dn1.R2, or Dn3.down+Up1.up
+    kind: SavingKind
+    measured_ms: float
+    p10_ms: float
+    p90_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredPlan:
+    """A plan that was materialised and timed: milliseconds of a forward pass of the student."""
+
+    plan: PruningPlan
+    use: Use
+    measured_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyTable:
+    """The latency of a U-Net, what each block saves of it, and what that predicts for a plan.
+
+    predicted = whole - scale * sum of max(0, measured saving) over what the plan removes. Savings below zero stay as
+    they were measured and count as nothing in predictions, so no plan is predicted to be slower than one that removes
+    less. ``scale`` makes up for what a bypass is not: a student does not even concatenate a skip for a block that is
+    gone. Blocks that cannot be removed, and samplers that never leave, are in the rest: without them there is no
+    difference to measure.
+
+    Misleads when: a plan's students run with another batch, size, format or number of threads than in here.
+    """
+
+    architecture: Architecture = field(repr=False)
+    whole: Latency
+    savings: tuple[Saving, ...]  # removable blocks in order of execution, then samplers, innermost first
+    scale: float  # 1 where no plan was measured to calibrate with
+    checks: tuple[MeasuredPlan, ...]
+    batch: int
+    latent: tuple[int, int]  # height and width
+    tokens: int
+    seed: int
+    environment: Environment
+
+    @property
+    def block_savings_ms(self) -> NDArray[np.float64]:
+        """(blocks,) what a prediction takes off for each block in order of execution; 0 for one that must stay."""
+        by_name = {saving.name: self._predicted(saving) for saving in self.savings}
+        return np.array([by_name.get(block.name, 0.0) for block in self.architecture.blocks])
+
+    @property
+    def sampler_savings_ms(self) -> NDArray[np.float64]:
+        """(levels,) what a prediction takes off for the samplers of each of ``sampler_levels``, beside their blocks."""
+        return np.array([self._predicted(saving) for saving in self.savings if saving.kind == "samplers"])
+
+    def of(self, matrix: PlanMatrix) -> NDArray[np.float64]:
+        """(plans,) predicted median milliseconds of a forward pass. Raises as ``check_matrix`` does."""
+        check_matrix(matrix, self.architecture)
+        levels = sampler_levels(self.architecture)
+        blocks, samplers = self.block_savings_ms, self.sampler_savings_ms
+        predicted = np.full(len(matrix), self.whole.median_ms)
+        for part in chunks(matrix):
+            predicted[part] -= matrix[part] @ blocks + levels_gone(matrix[part], levels) @ samplers
+        return predicted
+
+    def predict(self, plan: PruningPlan) -> float:
+        """Predicted median milliseconds of one plan. Raises PlanError for a plan of another architecture."""
+        return float(self.of(as_matrix([plan], self.architecture))[0])
+
+    def part_ms(self) -> dict[str, float]:
+        """Milliseconds of every block, every sampler and the rest, which add up to the whole.
+
+        Of samplers that leave together the first has all; blocks and samplers that never leave have 0: they are in the
+        rest.
+        """
+        parts = {block.name: 0.0 for block in self.architecture.blocks}
+        parts |= {sampler.name: 0.0 for sampler in self.architecture.samplers}
+        for saving in self.savings:
+            parts[saving.name.split("+")[0]] = self._predicted(saving)
+        return {**parts, REST: self.whole.median_ms - math.fsum(parts.values())}
+
+    def errors_percent(self, use: Use = "held-out") -> NDArray[np.float64]:
+        """(plans,) predicted over measured, minus one, in percent, of the plans measured for ``use``."""
+        return np.array(
+            [
+                100 * (self.predict(check.plan) / check.measured_ms - 1)
+                for check in self.checks
+                if check.use == use
+            ]
+        )
+
+    @property
+    def median_error_percent(self) -> float | None:
+        """The median absolute error on plans that were not used to calibrate; None when there are none."""
+        found = np.abs(self.errors_percent())
+        return float(np.median(found)) if len(found) else None
+
+    @property
+    def worst_error_percent(self) -> float | None:
+        """The largest absolute error on plans that were not used to calibrate; None when there are none."""
+        found = np.abs(self.errors_percent())
+        return float(found.max()) if len(found) else None
+
+    def frame(self) -> pd.DataFrame:
+        """One row per block that can be removed, per samplers that can leave, and the rest.
+
+        Columns name, kind, measured_ms, p10_ms, p90_ms (of the differences), saved_ms (what predictions take off),
+        share (saved_ms in the whole). The rest is what is left of the whole, not measured by itself.
+        """
+        rows = [
+            (
+                saving.name,
+                saving.kind,
+                saving.measured_ms,
+                saving.p10_ms,
+                saving.p90_ms,
+                self._predicted(saving),
+            )
+            for saving in self.savings
+        ]
+        rest = self.whole.median_ms - sum(row[-1] for row in rows)
+        rows.append((REST, REST, float("nan"), float("nan"), float("nan"), rest))  # type: ignore[arg-type]
+        frame = pd.DataFrame(rows, columns=list(LATENCY_TABLE_COLUMNS[:-1]))
+        frame["share"] = frame["saved_ms"] / self.whole.median_ms
+        return frame
+
+    def checks_frame(self) -> pd.DataFrame:
+        """One row per measured plan: plan, removed, use, measured_ms, predicted_ms, error_percent."""
+        rows = []
+        for check in self.checks:
+            predicted = self.predict(check.plan)
+            error = 100 * (predicted / check.measured_ms - 1)
+            rows.append((check.plan.label, check.plan.text, check.use, check.measured_ms, predicted, error))
+        return pd.DataFrame(rows, columns=list(CHECK_COLUMNS))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as JSON values, the architecture as its signature; ``latency_table_from_dict`` reads them back."""
+        return {
+            "architecture": self.architecture.signature,
+            "whole": dataclasses.asdict(self.whole),
+            "savings": [dataclasses.asdict(saving) for saving in self.savings],
+            "scale": self.scale,
+            "checks": [
+                {
+                    "removed": list(check.plan.removed),
+                    "name": check.plan.name,
+                    "use": check.use,
+                    "measured_ms": check.measured_ms,
+                }
+                for check in self.checks
+            ],
+            "batch": self.batch,
+            "latent": list(self.latent),
+            "tokens": self.tokens,
+            "seed": self.seed,
+            "environment": self.environment.as_dict(),
+        }
+
+    def _predicted(self, saving: Saving) -> float:
+        return self.scale * max(0.0, saving.measured_ms)
+
+
+def latency_table_from_dict(values: Mapping[str, Any], architecture: Architecture) -> LatencyTable:
+    """The table that ``as_dict`` wrote.
+
+    Raises PlanError when it is of another architecture, DataError when a field is missing or unknown.
+    """
+    found = values.get("architecture") if isinstance(values, Mapping) else None
+    if found is not None and found != architecture.signature:
+        raise PlanError(
+            f"asked to read a latency table for architecture {architecture.signature}, found one of {found}; "
+            "measure this U-Net's own"
+        )
+    try:
+        fields = dict(values)
+        del fields["architecture"]
+        checks = tuple(
+            MeasuredPlan(
+                PruningPlan(tuple(check["removed"]), architecture.signature, check["name"]),
+                check["use"],
+                float(check["measured_ms"]),
+            )
+            for check in fields.pop("checks")
+        )
+        table = LatencyTable(
+            architecture,
+            **{
+                **fields,
+                "whole": Latency(**fields["whole"]),
+                "savings": tuple(Saving(**saving) for saving in fields["savings"]),
+                "checks": checks,
+                "latent": tuple(fields["latent"]),
+                "environment": Environment(**fields["environment"]),
+            },
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DataError(
+            f"asked to read a latency table, found {error} wrong in it; measure the model again"
+        ) from None
+    if [saving.name for saving in table.savings] != saving_names(architecture):
+        raise DataError(
+            "asked to read a latency table, found that savings are missing; measure the model again"
+        )
+    return table
+
+
+def saving_names(architecture: Architecture) -> list[str]:
+    """What can be removed, in table order: blocks as ``Dn1.R2``, then samplers as ``Dn3.down+Up1.up``."""
+    levels = sampler_levels(architecture)
+    return [
+        *(block.name for block in architecture.blocks if block.removable),
+        *("+".join(level.samplers) for level in levels),
+    ]
+
+
+def calibrated(table: LatencyTable, checks: Sequence[MeasuredPlan]) -> LatencyTable:
+    """The table with ``checks``, and the scale that those of them meant for calibration ask for.
+
+    The scale makes the sum of absolute errors on them least, which one plan that was measured badly does not upset: it
+    is the median of measured over added-up savings, weighted by the latter. Zero where no saving was measured at all;
+    1 without a plan to calibrate with.
+    """
+    plain = dataclasses.replace(table, scale=1.0, checks=tuple(checks))
+    pairs = []
+    for check in checks:
+        added_up = plain.whole.median_ms - plain.predict(check.plan)
+        if check.use == "calibrate" and added_up > 0:
+            pairs.append(((plain.whole.median_ms - check.measured_ms) / added_up, added_up))
+    scale = max(0.0, _weighted_median(pairs)) if pairs else 1.0
+    return dataclasses.replace(plain, scale=scale)
+
+
+def _weighted_median(pairs: Sequence[tuple[float, float]]) -> float:
+    """Of (value, weight): the value with half of the weight on either side; between two that share it, their middle."""
+    ordered = sorted(pairs)
+    half, below = sum(weight for _, weight in ordered) / 2, 0.0
+    for number, (value, weight) in enumerate(ordered):
+        below += weight
+        if math.isclose(below, half) and number + 1 < len(ordered):
+            return (value + ordered[number + 1][0]) / 2
+        if below > half:
+            return value
+    return ordered[-1][0]
