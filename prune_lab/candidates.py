@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -17,6 +17,8 @@ from prune_lab.profiling import Profile, profile, profile_from_dict
 from prune_lab.runs import CandidatePaths
 from prune_lab.runtime import Environment, read_json, write_json
 from prune_lab.surgery import materialise, materialise_from_folder, save_unet
+
+State = Literal["pruned", "repaired", "distilled"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,20 +41,20 @@ class Candidate:
 
 def load_student(
     candidate: Candidate,
+    state: State = "pruned",
     *,
-    distilled: bool = False,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> UNet2DConditionModel:
-    """The U-Net of ``candidate`` in eval mode, as it was pruned or, with ``distilled``, after its distillation.
+    """The U-Net of ``candidate`` in eval mode: as it was pruned, after the repair of its cuts, or after distillation.
 
     Raises RunError when there is none yet, ModelFormatError when its files are damaged.
     """
-    folder = candidate.paths.distilled_unet if distilled else candidate.paths.unet
+    paths = candidate.paths
+    folder = {"pruned": paths.unet, "repaired": paths.repaired, "distilled": paths.distilled_unet}[state]
     if not folder.is_dir():
-        step = "distill" if distilled else "prune"
         raise RunError(
-            f"asked for the U-Net in {folder}, found none yet; run prune-lab {step} on this run first"
+            f"asked for the {state} U-Net in {folder}, found none yet; prune-lab run makes it, with these settings"
         )
     return load_unet(resolve_model(str(folder)), device=device, dtype=dtype)
 

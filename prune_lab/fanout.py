@@ -12,6 +12,7 @@ not to be had, since the blocks before a removal are computed once and those aft
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -60,7 +61,7 @@ def units_of(architecture: Architecture) -> tuple[Unit, ...]:
     units: list[Unit] = []
     for stage in architecture.stages:
         down, blocks = stage.startswith("Dn"), architecture.stage_blocks(stage)
-        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+        for block, following in itertools.zip_longest(blocks, blocks[1:]):  # a student's stage may be empty
             last_of_pair = following is None or following.kind == "resnet"
             units.append(
                 Unit(

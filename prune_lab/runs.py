@@ -6,8 +6,8 @@
         config.toml environment.json
         blocks.csv costs.csv reductions.csv pipeline.csv
         probe.safetensors importance.csv importance_parts.csv criteria.csv scores/ data.safetensors
-        plans/<id>.json plans/searched.csv
-        candidates/<id>/ plan.json unet/ profile.json recovery.csv distilled/unet/
+        plans/<id>.json plans/searched.csv plans/searches.csv plans/evolution/ latency.json
+        candidates/<id>/ plan.json unet/ profile.json repair.csv repaired/ recovery.csv distilled/unet/
                          pictures_pruned.png pictures_distilled.png
         pictures/teacher.png
         ranking.csv steps.csv
@@ -44,6 +44,16 @@ class CandidatePaths:
     def unet(self) -> Path:
         """The U-Net folder as it was cut, before any training."""
         return self.folder / "unet"
+
+    @property
+    def repair(self) -> Path:
+        """What the repair of the cut tried and what it came to, a row per change."""
+        return self.folder / "repair.csv"
+
+    @property
+    def repaired(self) -> Path:
+        """The U-Net folder after the repair of the cut, before any training."""
+        return self.folder / "repaired"
 
     @property
     def profile(self) -> Path:
@@ -151,6 +161,21 @@ class Run:
     def plans_dir(self) -> Path:
         """The plans that become candidates."""
         return self.folder / "plans"
+
+    @property
+    def searches(self) -> Path:
+        """A row for each budget: how its plans were found, at what cost, and what the solver says of itself."""
+        return self.plans_dir / "searches.csv"
+
+    @property
+    def evolution_dir(self) -> Path:
+        """The journal of the evolution, by which it goes on."""
+        return self.plans_dir / "evolution"
+
+    @property
+    def latency(self) -> Path:
+        """What each block's removal saves in time, as JSON."""
+        return self.folder / "latency.json"
 
     @property
     def searched(self) -> Path:

@@ -22,7 +22,7 @@ LAYERS = (
     ("models", "plans"),
     ("surgery", "probes"),
     ("profiling", "evaluation", "fanout", "importance"),
-    ("search", "candidates"),
+    ("search", "candidates", "repair"),
     ("distill",),
     ("ranking",),
     ("reference",),

@@ -17,7 +17,7 @@ from prune_lab.importance import Importance, ImportanceTable
 from prune_lab.plans import PruningPlan, is_native, native_choices, parse_plan, plan_of
 from prune_lab.profiling import CostTable, PlanCost, cost_table
 from prune_lab.search import (
-    METRICS,
+    COUNTED,
     Budget,
     check_reachable,
     parse_budget,
@@ -121,7 +121,7 @@ IMPACTS = st.one_of(
 def test_equal_to_brute_force(data: st.DataObject) -> None:
     impacts = {block.name: data.draw(IMPACTS) for block in ARCHITECTURE.blocks}
     budgets = []
-    for metric in data.draw(st.lists(st.sampled_from(METRICS), max_size=2, unique=True)):
+    for metric in data.draw(st.lists(st.sampled_from(COUNTED), max_size=2, unique=True)):
         at = data.draw(st.sampled_from(PRICES))  # a limit that some plan meets exactly, or misses by one
         budgets.append(Budget(metric, getattr(at, metric) - data.draw(st.integers(0, 1)), metric))
     best = brute_force(impacts, budgets)
@@ -173,7 +173,7 @@ def test_bk_plans_bound_the_answer(sd: tuple[Architecture, CostTable]) -> None:
     importance = evenly(architecture)
     for preset in ("bk-base", "bk-small", "bk-tiny"):
         control = parse_plan(preset, architecture)
-        for metric in METRICS:
+        for metric in COUNTED:
             budget = parse_budget(f"{metric}<={preset}", architecture, costs)
             assert budget.allows(costs.of(control))
             (plan,) = search_plans(architecture, importance, costs, [budget])
@@ -254,6 +254,9 @@ def test_budgets_read_as_written(sd: tuple[Architecture, CostTable]) -> None:
         "macs<=bk-base -Md": small.macs,
         "paper_macs<=bk-small": small.macs - small.attention_macs,
         "params<=teacher": total.params,
+        "macs<=0.66x": total.macs * 66 // 100,
+        "params<=as:bk-small": small.params,
+        "macs<= as: bk-base -Md": small.macs,
     }
     for text, limit in limits.items():
         budget = parse_budget(text, architecture, costs)
@@ -263,10 +266,13 @@ def test_budgets_read_as_written(sd: tuple[Architecture, CostTable]) -> None:
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("66%", "params, macs or paper_macs"),
-        ("latency<=5", "params, macs or paper_macs"),
-        ("macs<66%", "params, macs or paper_macs"),
-        ("macs<=", "params, macs or paper_macs"),
+        ("66%", "paper_macs, latency or memory"),
+        ("flops<=5", "paper_macs, latency or memory"),
+        ("latency<=5", "measure a latency table"),
+        ("memory<=0.5x", "measure a memory table"),
+        ("macs<=5GB", "as a plan"),
+        ("macs<66%", "paper_macs, latency or memory"),
+        ("macs<=", "paper_macs, latency or memory"),
         ("macs<=-5", "as a plan"),
         ("macs<=a lot", "as a plan"),
         ("params<=-Dn9.R1", r"Dn9\.R1"),
@@ -279,7 +285,7 @@ def test_budgets_that_cannot_be_read(text: str, found: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", COUNTED)
 def test_an_impossible_budget_says_what_would_work(metric: str) -> None:
     smallest = min(getattr(price, metric) for price in PRICES)
     asked = parse_budget(f"{metric}<={smallest - 1}", ARCHITECTURE, COSTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -9,6 +10,7 @@ import typer
 from prune_lab.cli.application import DeviceOption, DtypeOption, JsonOption, ModelArgument, PlanOption, app
 from prune_lab.cli.output import emit, records
 from prune_lab.errors import PlanError
+from prune_lab.runs import open_run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -118,8 +120,17 @@ def compare(
 ) -> None:
     """Put plans, candidates, models and runs side by side: costs, changes, and quality where it was measured.
 
+    A run folder and then plans: the plans for the run's model, with their impact on its probe and a map of each.
     A plan that starts with a dash needs "--" before it: prune-lab compare -- "-Dn1.R2 -Dn1.A2".
     """
-    from prune_lab.workflow import comparison
+    from prune_lab.workflow import compared_plans, comparison
 
+    first, *plans = targets
+    run = open_run(Path(first), must_exist=False)
+    if plans and run.config.is_file() and not any(Path(text).is_dir() for text in plans):
+        frame, maps = compared_plans(run, plans)
+        emit(records(frame), as_json=as_json, title=f"Plans compared, {first}")
+        if not as_json:
+            typer.echo("\n".join(("", *maps)))
+        return
     emit(records(comparison(model, targets)), as_json=as_json, title=f"Compared with {model}")

@@ -8,7 +8,7 @@ that the model is loaded once.
 
 from __future__ import annotations
 
-from prune_lab.workflow.comparing import comparison
+from prune_lab.workflow.comparing import compared_plans, comparison
 from prune_lab.workflow.criteria import compared_criteria
 from prune_lab.workflow.judging import (
     ensure_pictures,
@@ -21,23 +21,24 @@ from prune_lab.workflow.judging import (
 from prune_lab.workflow.measuring import (
     ensure_blocks,
     ensure_costs,
+    ensure_latency,
     ensure_probe,
     ensure_reductions,
     ensure_scores,
     ensure_shares,
     scores_frame,
 )
-from prune_lab.workflow.steps import STEPS, Step, check_budgets, forget, run_all, start_run, steps_frame
+from prune_lab.workflow.searching import ensure_plans, plan_named, plans_frame
+from prune_lab.workflow.steps import STEPS, Step, forget, start_run
 from prune_lab.workflow.students import (
     ensure_candidates,
     ensure_data,
     ensure_distilled,
-    ensure_plans,
-    plan_named,
-    plans_frame,
+    ensure_repaired,
     recovery_frame,
 )
 from prune_lab.workflow.teacher import Teacher
+from prune_lab.workflow.whole import check_budgets, run_all, steps_frame
 
 __all__ = [
     "STEPS",
@@ -45,17 +46,20 @@ __all__ = [
     "Teacher",
     "check_budgets",
     "compared_criteria",
+    "compared_plans",
     "comparison",
     "ensure_blocks",
     "ensure_candidates",
     "ensure_costs",
     "ensure_data",
     "ensure_distilled",
+    "ensure_latency",
     "ensure_pictures",
     "ensure_plans",
     "ensure_probe",
     "ensure_ranking",
     "ensure_reductions",
+    "ensure_repaired",
     "ensure_report",
     "ensure_scores",
     "ensure_shares",

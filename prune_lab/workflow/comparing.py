@@ -17,12 +17,66 @@ from prune_lab.models import resolve_model
 from prune_lab.plans import PruningPlan, is_native, plan_of, read_plans
 from prune_lab.profiling import CostTable, PlanCost, cost_table
 from prune_lab.runs import CandidatePaths, Run, open_run
+from prune_lab.search import predicted_impact
+from prune_lab.workflow.measuring import ensure_costs, ensure_scores
+from prune_lab.workflow.searching import ensure_plans, goes_by, impact_by_walk
+from prune_lab.workflow.teacher import Teacher
 
 COMPARISON_COLUMNS = (
     *("name", "kind", "blocks_removed", "params", "params_change", "macs", "macs_change"),
-    *("paper_macs", "paper_macs_change", "native", "median_ms"),
+    *("paper_macs", "paper_macs_change", "native", "predicted_impact", "impact", "median_ms"),
     *("loss_before", "loss_after", "clip_before", "clip_after"),
 )
+_MEASURED = ("median_ms", "loss_before", "loss_after", "clip_before", "clip_after")
+
+
+def compared_plans(run: Run, texts: Sequence[str]) -> tuple[pd.DataFrame, tuple[str, ...]]:
+    """One row per plan for the run's model, itself first, with COMPARISON_COLUMNS; and maps of them, line by line.
+
+    ``impact`` is measured on the run's probe, ``predicted_impact`` the sum of the blocks' scores; what the run knows
+    about a plan, losses and latency, comes along. Raises PlanError for a text that is no plan.
+    """
+    teacher = Teacher(run)
+    architecture, costs = teacher.architecture, ensure_costs(run, teacher)
+    importance, impact_of = ensure_scores(run, teacher), impact_by_walk(run, teacher)
+    known = ensure_plans(run, teacher) if run.done(run.searched) else ()
+    plans = []
+    for text in texts:
+        named = [plan for plan in known if goes_by(plan, text)]
+        plans += named or list(_plans(text, architecture, teacher.config.model))
+    impacts = impact_of([frozenset(plan.removed) for plan in plans])
+    ranking = pd.read_csv(run.ranking).set_index("plan_id") if run.done(run.ranking) else pd.DataFrame()
+    teacher_plan = plan_of(architecture, ())
+    rows = [_row(teacher.config.model, "model", costs.total, costs, teacher_plan, architecture)]
+    for plan, impact in zip(plans, impacts, strict=True):
+        measured = {"predicted_impact": predicted_impact(plan, importance), "impact": float(impact)}
+        if plan.id in ranking.index:
+            measured |= {name: float(ranking.loc[plan.id, name]) for name in _MEASURED}
+        name = plan.label if plan.name else plan.text
+        rows.append(_row(name, "plan", costs.of(plan), costs, plan, architecture, measured))
+    return pd.DataFrame(rows, columns=list(COMPARISON_COLUMNS)), block_maps(architecture, plans)
+
+
+def block_maps(architecture: Architecture, plans: Sequence[PruningPlan]) -> tuple[str, ...]:
+    """The U-Net as lines of text, a column for each plan: R and A for blocks that stay, a dot for one that is gone."""
+    names = [plan.label if plan.name else plan.text for plan in plans]
+    cells = [
+        [
+            "".join(
+                "." if block.name in plan.removed else block.kind[0].upper()
+                for block in architecture.stage_blocks(stage)
+            )
+            for plan in plans
+        ]
+        for stage in architecture.stages
+    ]
+    widths = [max(len(name), *(len(row[place]) for row in cells)) for place, name in enumerate(names)]
+    lines = [("", names), *zip(architecture.stages, cells, strict=True)]
+    return tuple(
+        f"{stage:<4}  "
+        + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for stage, row in lines
+    )
 
 
 def comparison(model: str, targets: Sequence[str]) -> pd.DataFrame:
@@ -109,12 +163,11 @@ def _of_candidate(folder: Path, costs: CostTable, architecture: Architecture) ->
 
 def _of_run(run: Run, costs: CostTable) -> list[dict[str, Any]]:
     frame = pd.read_csv(run.needs(run.ranking, "rank"))
-    measured = ("median_ms", "loss_before", "loss_after", "clip_before", "clip_after")
     rows = []
     for row in frame.to_dict("records"):
         macs, paper_macs = int(row["macs"]), int(row["paper_macs"])
         cost = PlanCost(int(row["params"]), macs, macs - paper_macs)
-        figures = {name: float(row[name]) for name in measured}
+        figures = {name: float(row[name]) for name in _MEASURED}
         made = _row(f"{run.folder.name}: {row['plan']}", str(row["origin"]), cost, costs, measured=figures)
         rows.append({**made, "blocks_removed": int(row["blocks_removed"])})
     return rows

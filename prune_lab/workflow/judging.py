@@ -26,7 +26,8 @@ from prune_lab.report import write_report
 from prune_lab.runs import Run
 from prune_lab.runtime import track, write_frame
 from prune_lab.workflow.measuring import ensure_costs, ensure_reductions, scored_subject
-from prune_lab.workflow.students import ensure_candidates, ensure_plans, left_out, origin_of
+from prune_lab.workflow.searching import ensure_plans, left_out, origin_of
+from prune_lab.workflow.students import ensure_candidates
 from prune_lab.workflow.teacher import Teacher
 
 COLUMNS, GAP = 4, 2  # of a grid of pictures
@@ -37,7 +38,9 @@ SHOWN = (".csv", ".json", ".png", ".toml")  # what a report reads
 
 
 def _student(teacher: Teacher, candidate: Candidate, distilled: bool) -> Any:
-    return load_student(candidate, distilled=distilled, device=teacher.device, dtype=teacher.dtype)
+    return load_student(
+        candidate, "distilled" if distilled else "pruned", device=teacher.device, dtype=teacher.dtype
+    )
 
 
 def _drawn(teacher: Teacher, unet: Any) -> Tensor:

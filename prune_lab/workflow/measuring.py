@@ -15,7 +15,7 @@ from prune_lab.blocks import (
     block_groups,
     blocks_frame,
 )
-from prune_lab.config import PLAN_FILES
+from prune_lab.config import BUDGET_CONTROLS, PLAN_FILES
 from prune_lab.errors import ConfigError
 from prune_lab.evaluation import draw_latents
 from prune_lab.importance import (
@@ -32,7 +32,7 @@ from prune_lab.importance import (
     with_psnr,
 )
 from prune_lab.models import model_digest, resolve_model
-from prune_lab.plans import PruningPlan, read_plans
+from prune_lab.plans import PruningPlan, is_native, read_plans
 from prune_lab.probes import (
     Probe,
     encode_captions,
@@ -41,10 +41,21 @@ from prune_lab.probes import (
     probe_of_latents,
     random_probe,
 )
-from prune_lab.profiling import CostTable, cost_table, profile_pipeline, reduction_table
+from prune_lab.profiling import (
+    CostTable,
+    LatencyTable,
+    cost_table,
+    latency_table_from_dict,
+    measure_latency_table,
+    profile_pipeline,
+    random_native_plans,
+    reduction_table,
+)
 from prune_lab.runs import Run
-from prune_lab.runtime import write_frame
+from prune_lab.runtime import read_json, write_frame, write_json
 from prune_lab.workflow.teacher import Teacher
+
+_LATENCY_CHECKS = 8  # plans that tell how well latency is predicted
 
 
 def ensure_blocks(run: Run, teacher: Teacher | None = None) -> Architecture:
@@ -211,10 +222,41 @@ def scores_frame(run: Run) -> pd.DataFrame:
 
 
 def controls(teacher: Teacher, architecture: Architecture) -> tuple[PruningPlan, ...]:
-    """The plans in ``search.controls`` for ``architecture``; one without a name is called by its text."""
-    texts = teacher.config.search.controls
+    """The plans in ``search.controls`` for ``architecture``; one without a name is called by its text.
+
+    Those that are found for a budget (``BUDGET_CONTROLS``) are not among them.
+    """
+    texts = [text for text in teacher.config.search.controls if text not in BUDGET_CONTROLS]
     plans = [plan for text in texts for plan in read_plans(text, architecture)]
     return tuple(plan if plan.name else plan.named(plan.text) for plan in plans)
+
+
+def ensure_latency(run: Run, teacher: Teacher | None = None) -> LatencyTable:
+    """What each block's removal saves in time, and how well that predicts students; writes latency.json.
+
+    The controls calibrate it, random native plans that are no controls tell its error.
+    """
+    teacher = teacher or Teacher(run)
+    if run.done(run.latency):
+        return latency_table_from_dict(read_json(run.latency), teacher.architecture)
+    settings = teacher.config.profile
+    calibrate = {
+        plan.id: plan
+        for plan in controls(teacher, teacher.architecture)
+        if plan.removed and is_native(teacher.architecture, plan)
+    }
+    drawn = random_native_plans(teacher.architecture, _LATENCY_CHECKS, seed=teacher.config.seed)
+    table = measure_latency_table(
+        teacher.unet,
+        calibrate=tuple(calibrate.values()),
+        held_out=tuple(plan for plan in drawn if plan.removed and plan.id not in calibrate),
+        runs=settings.runs,
+        warmup=settings.warmup,
+        batch=settings.batch,
+        seed=teacher.config.seed,
+    )
+    write_json(run.latency, table.as_dict())
+    return table
 
 
 def _reductions(teacher: Teacher) -> pd.DataFrame:

@@ -1,45 +1,34 @@
-"""The order of the steps of a run, what each of them writes, and the whole job from first to last."""
+"""The order of the steps of a run, what each of them writes, and how a run is started and done again."""
 
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
-
-from prune_lab.blocks import architecture_of
 from prune_lab.config import RunConfig, changed_settings, load_config, to_toml
-from prune_lab.errors import ConfigError, RunError, StorageError
+from prune_lab.errors import RunError, StorageError
 from prune_lab.models import model_digest, resolve_model
-from prune_lab.profiling import cost_table
-from prune_lab.ranking import Ranking
-from prune_lab.runs import Run, open_run
-from prune_lab.runtime import Environment, read_json, track, write_frame, write_json, write_text
-from prune_lab.search import check_reachable, parse_budget
+from prune_lab.runs import Run, load_run_config, open_run
+from prune_lab.runtime import Environment, read_json, write_json, write_text
 from prune_lab.workflow.judging import ensure_pictures, ensure_ranking, ensure_report
 from prune_lab.workflow.measuring import (
-    controls,
-    criteria_of,
     ensure_blocks,
     ensure_costs,
     ensure_probe,
     ensure_reductions,
     ensure_scores,
     ensure_shares,
-    score_groups_of,
 )
+from prune_lab.workflow.searching import ensure_plans
 from prune_lab.workflow.students import (
     ensure_candidates,
     ensure_data,
     ensure_distilled,
-    ensure_plans,
+    ensure_repaired,
 )
 from prune_lab.workflow.teacher import Teacher
-
-STEPS_COLUMNS = ("step", "state", "does")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +63,13 @@ def _files(*names: str) -> Callable[[Run], tuple[Path, ...]]:
 
 def _pictures(run: Run) -> tuple[Path, ...]:
     return run.teacher_pictures, *_of_candidates("pictures_pruned", "pictures_distilled")(run)
+
+
+def _repaired(run: Run) -> tuple[Path, ...]:
+    """The repaired U-Nets; none where nothing is to be repaired."""
+    if not run.config.is_file() or load_run_config(run).repair.kind == "none":
+        return ()
+    return _of_candidates("repaired")(run)
 
 
 STEPS: tuple[Step, ...] = (
@@ -113,7 +109,7 @@ STEPS: tuple[Step, ...] = (
         "plans",
         ("search",),
         ensure_plans,
-        _files("plans_dir"),
+        _files("plans_dir", "latency"),
         _files("searched"),
         "searches the best plans under each budget",
     ),
@@ -124,6 +120,14 @@ STEPS: tuple[Step, ...] = (
         _of_candidates("folder"),
         _of_candidates("profile"),
         "cuts and profiles a smaller model for every plan",
+    ),
+    Step(
+        "repaired",
+        ("repair",),
+        ensure_repaired,
+        _of_candidates("repair", "repaired"),
+        _repaired,
+        "mends the cuts in closed form, where repair.kind asks for it",
     ),
     Step(
         "data",
@@ -187,7 +191,7 @@ STEPS: tuple[Step, ...] = (
 # Starting and redoing ----------------------------------------------------------------------------------------
 
 
-def _from(name: str) -> tuple[Step, ...]:
+def steps_from(name: str) -> tuple[Step, ...]:
     """The step called ``name`` and all that follow it."""
     names = [step.name for step in STEPS]
     return STEPS[names.index(name) :]
@@ -208,7 +212,7 @@ def forget(run: Run, name: str, *, plan_ids: Collection[str] | None = None) -> N
     With ``plan_ids`` the folders of other candidates stay as they are.
     """
     # All paths first: which candidates there are is read from plans that may be among them.
-    for path in [path for step in _from(name) for path in step.products(run)]:
+    for path in [path for step in steps_from(name) for path in step.products(run)]:
         ours = plan_ids is None or not path.is_relative_to(run.candidates_dir)
         if not ours and path.relative_to(run.candidates_dir).parts[0] not in (plan_ids or ()):
             continue
@@ -265,7 +269,7 @@ def start_run(config: RunConfig, folder: Path, *, force: bool = False) -> Run:
         _record(run, config)
     elif changed:
         name = first_touched(changed)
-        if not force and any(run.done(path) for step in _from(name) for path in step.products(run)):
+        if not force and any(run.done(path) for step in steps_from(name) for path in step.products(run)):
             raise RunError(
                 f"run {folder} was made with other settings of {', '.join(changed)}; give another --run folder, "
                 f"the old settings, or --force to redo it from the step {name!r}"
@@ -273,85 +277,3 @@ def start_run(config: RunConfig, folder: Path, *, force: bool = False) -> Run:
         forget(run, name)
         _record(run, config)
     return run
-
-
-# The whole job -----------------------------------------------------------------------------------------------
-
-
-def check_budgets(config: RunConfig) -> None:
-    """Raise BudgetError when one of ``search.budgets`` cannot be read, or no native plan meets it; needs no weights."""
-    if not config.search.budgets:
-        return
-    architecture = architecture_of(resolve_model(config.model).config)
-    costs = cost_table(architecture)
-    for text in config.search.budgets:
-        check_reachable(architecture, costs, [parse_budget(text, architecture, costs)])
-
-
-def check_settings(teacher: Teacher) -> None:
-    """Raise whatever a later step would find wrong with the settings, before hours are spent on the earlier ones."""
-    config = teacher.config
-    _ = teacher.device, teacher.dtype, teacher.pipeline, teacher.scorer
-    criteria_of(teacher)
-    score_groups_of(teacher)
-    controls(teacher, teacher.architecture)
-    for preset in config.report.also_presets:
-        controls(teacher, architecture_of(resolve_model(preset).config))
-    check_budgets(config)
-    if config.search.budgets and "block" not in config.score.groups:
-        raise ConfigError(
-            f"search.budgets needs the score of every single block, score.groups is {list(config.score.groups)}; "
-            "add 'block' to it or leave the budgets out"
-        )
-
-
-def _recorded_seconds(run: Run) -> dict[str, float]:
-    """What each step took when it was last done, by its name."""
-    if not run.steps.is_file():
-        return {}
-    frame = pd.read_csv(run.steps)
-    return dict(zip(frame["step"].astype(str), frame["seconds"].astype(float), strict=True))
-
-
-def run_all(config: RunConfig, folder: Path, *, force: bool = False) -> Ranking:
-    """The ranking of the whole job: every step in order, those that are finished only read; ends with the report.
-
-    With ``force`` the steps that changed settings touch are redone, all of them when no setting changed. steps.csv
-    gets the seconds that each step took when it was last done.
-    """
-    if force:
-        check_budgets(config)  # before anything is removed
-    run = open_run(folder, must_exist=False)
-    redo_all = force and run.config.is_file() and not changed_settings(load_config(run.config), config)
-    run = start_run(config, folder, force=force)
-    if redo_all:
-        forget(run, STEPS[0].name)
-    teacher = Teacher(run)
-    check_settings(teacher)
-    known = _recorded_seconds(run)
-    seconds: dict[str, float] = {}
-    for step in track(STEPS, "steps"):
-        finished = all(run.done(path) for path in step.marks(run))
-        start = time.perf_counter()
-        step.ensure(run, teacher)
-        took = time.perf_counter() - start
-        seconds[step.name] = known.get(step.name, took) if finished else took
-        rows = list(seconds.items())
-        write_frame(run.steps, pd.DataFrame(rows, columns=["step", "seconds"]))
-    return ensure_ranking(run, teacher)
-
-
-def steps_frame(config: RunConfig, folder: Path) -> pd.DataFrame:
-    """What ``run_all`` would do, one row per step: step, state (done, to do, redo, or n of m), does."""
-    run = open_run(folder, must_exist=False)
-    changed = changed_settings(load_config(run.config), config) if run.config.is_file() else ()
-    stale = {step.name for step in _from(first_touched(changed))} if changed else set()
-    rows = []
-    for step in STEPS:
-        marks = step.marks(run)
-        finished = sum(run.done(path) for path in marks)
-        state = (
-            "to do" if not finished else "done" if finished == len(marks) else f"{finished} of {len(marks)}"
-        )
-        rows.append((step.name, "redo" if finished and step.name in stale else state, step.does))
-    return pd.DataFrame(rows, columns=list(STEPS_COLUMNS))

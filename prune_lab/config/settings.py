@@ -1,43 +1,26 @@
-"""The settings of a run: frozen, checked dataclasses, and the TOML they are read from and written to.
-
-Each table of the TOML is one dataclass, each key one field of the same name, so there is one list of settings and one
-place for their defaults. The settings that stand before the first table are those of ``RunConfig`` itself.
-"""
+"""The settings of a run as frozen, checked dataclasses, one for each table of the TOML."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 import math
 import re
-import tomllib
-import typing
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
 
 from prune_lab.errors import ConfigError
 
 GROUP_KINDS = ("block", "pair", "triplet", "stage", "inner")
 PLAN_FILES = (".txt", ".json")  # groups may also be plans from such a file
+SOLVERS = ("exact", "interactions", "greedy", "evolution")
+BUDGET_CONTROLS = ("uniform", "random-median", "lowest-one-shot", "similarity")  # found for a budget
+REPAIRS = ("none", "shift", "scale-shift", "linear", "refit", "best")
 DTYPES = ("float32", "bfloat16", "float16")
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
-
-
-class _Settings(Protocol):
-    """Any of the dataclasses below."""
-
-    __dataclass_fields__: typing.ClassVar[dict[str, dataclasses.Field[Any]]]
-
-
-Settings = TypeVar("Settings", bound=_Settings)
 
 
 # Checks ----------------------------------------------------------------------------------------------------------
 
 
-def _require(met: bool, name: str, value: object, rule: str) -> None:
+def require(met: bool, name: str, value: object, rule: str) -> None:
     if not met:
         raise ConfigError(f"setting {name} = {value!r} cannot be used; it must be {rule}")
 
@@ -45,13 +28,13 @@ def _require(met: bool, name: str, value: object, rule: str) -> None:
 def _require_counts(table: str, settings: object, **least: int) -> None:
     for field, bound in least.items():
         value = getattr(settings, field)
-        _require(value >= bound, f"{table}.{field}", value, f"a whole number of at least {bound}")
+        require(value >= bound, f"{table}.{field}", value, f"a whole number of at least {bound}")
 
 
 def _require_finite(table: str, settings: object, *fields: str) -> None:
     for field in fields:
         value = getattr(settings, field)
-        _require(
+        require(
             math.isfinite(value) and value >= 0, f"{table}.{field}", value, "a finite number, zero or more"
         )
 
@@ -59,7 +42,7 @@ def _require_finite(table: str, settings: object, *fields: str) -> None:
 def _require_fraction(table: str, settings: object, *fields: str) -> None:
     for field in fields:
         value = getattr(settings, field)
-        _require(0 <= value < 1, f"{table}.{field}", value, "at least 0 and below 1")
+        require(0 <= value < 1, f"{table}.{field}", value, "at least 0 and below 1")
 
 
 # Tables ----------------------------------------------------------------------------------------------------------
@@ -100,13 +83,11 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         _require_counts("score", self, batch=0, bootstrap=1)
-        _require(0 <= self.race <= 1, "score.race", self.race, "a share from 0 to 1")
+        require(0 <= self.race <= 1, "score.race", self.race, "a share from 0 to 1")
         _require_finite("score", self, "guidance")
         named = [group for group in self.groups if not group.endswith(PLAN_FILES)]
         rule = f"some of {', '.join(GROUP_KINDS)}, or files of plans ({', '.join(PLAN_FILES)})"
-        _require(
-            bool(self.groups) and set(named) <= set(GROUP_KINDS), "score.groups", list(self.groups), rule
-        )
+        require(bool(self.groups) and set(named) <= set(GROUP_KINDS), "score.groups", list(self.groups), rule)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,13 +95,38 @@ class SearchConfig:
     """Which plans become candidates: the controls, and the best found under each budget."""
 
     budgets: tuple[str, ...] = ("params<=bk-base", "params<=bk-small", "params<=bk-tiny")
+    # each one budget, or several that hold at once with commas between them: "macs<=65%, latency<=0.7x"
+    solver: str = "exact"  # exact, interactions, greedy or evolution
     count: int = 1  # plans per budget
+    diverse: int = 1  # blocks in which any two plans of a budget differ at least
+    native_only: bool = True  # plans that a plain diffusers config describes, which alone can be built
+    keep: tuple[str, ...] = ()  # blocks and stages that stay
+    remove: tuple[str, ...] = ()  # blocks and stages that go
+    quotas: tuple[str, ...] = ()  # "Dn1<=2": at most two blocks of Dn1 go; "Dn1=2": exactly two
+    longest_run: int = 0  # most blocks in a row that go together; 0: no rule
+    least_resnets: int = 0  # residual blocks that stay in every stage
+    samples: int = 96  # plans that are measured to learn interactions
+    trials: int = 400  # plans that the evolution tries
     controls: tuple[str, ...] = ("bk-base", "bk-small", "bk-tiny")
+    # plans; uniform, random-median, lowest-one-shot and similarity are found for each budget
 
     def __post_init__(self) -> None:
-        _require_counts("search", self, count=1)
+        _require_counts(
+            "search", self, count=1, diverse=1, longest_run=0, least_resnets=0, samples=20, trials=40
+        )
         some = bool(self.budgets or self.controls)
-        _require(some, "search.budgets", list(self.budgets), "not empty when search.controls is empty too")
+        require(some, "search.budgets", list(self.budgets), "not empty when search.controls is empty too")
+        require(self.solver in SOLVERS, "search.solver", self.solver, f"one of {', '.join(SOLVERS)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RepairConfig:
+    """The closed-form repair of the cut before any training, from the teacher's activations on the probe."""
+
+    kind: str = "none"  # none, shift, scale-shift, linear, refit or best
+
+    def __post_init__(self) -> None:
+        require(self.kind in REPAIRS, "repair.kind", self.kind, f"one of {', '.join(REPAIRS)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,10 +154,10 @@ class DistillConfig:
         _require_counts("distill", self, **counts, pictures=1)
         weights = ("task_weight", "output_weight", "feature_weight")
         _require_finite("distill", self, "learning_rate", "weight_decay", "clip_norm", *weights)
-        _require(self.learning_rate > 0, "distill.learning_rate", self.learning_rate, "above zero")
+        require(self.learning_rate > 0, "distill.learning_rate", self.learning_rate, "above zero")
         _require_fraction("distill", self, "ema_decay", "caption_dropout")
         total = self.task_weight + self.output_weight + self.feature_weight
-        _require(
+        require(
             total > 0, "distill.task_weight", self.task_weight, "above zero when the other two weights are 0"
         )
 
@@ -170,8 +176,8 @@ class EvaluateConfig:
         _require_counts("evaluate", self, steps=1)
         _require_finite("evaluate", self, "guidance")
         usable = bool(self.seeds) and min(self.seeds) >= 0
-        _require(usable, "evaluate.seeds", list(self.seeds), "one or more whole numbers, none below zero")
-        _require(bool(self.scorer), "evaluate.scorer", self.scorer, "reference, a folder or a hub id")
+        require(usable, "evaluate.seeds", list(self.seeds), "one or more whole numbers, none below zero")
+        require(bool(self.scorer), "evaluate.scorer", self.scorer, "reference, a folder or a hub id")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,156 +211,17 @@ class RunConfig:
     probe: ProbeConfig = dataclasses.field(default_factory=ProbeConfig)
     score: ScoreConfig = dataclasses.field(default_factory=ScoreConfig)
     search: SearchConfig = dataclasses.field(default_factory=SearchConfig)
+    repair: RepairConfig = dataclasses.field(default_factory=RepairConfig)
     distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
     report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             bool(self.model), "model", self.model, "reference, a preset, a folder, a config.json or a hub id"
         )
         is_device = _DEVICE.fullmatch(self.device) is not None
-        _require(is_device, "device", self.device, "auto, cpu, mps, cuda or cuda:N")
-        _require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
-        _require(self.seed >= 0, "seed", self.seed, "a whole number of at least 0")
-
-
-# Names -----------------------------------------------------------------------------------------------------------
-
-
-def _flat(config: RunConfig) -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            own_fields = dataclasses.fields(value)
-            flat |= {f"{field.name}.{own.name}": getattr(value, own.name) for own in own_fields}
-        else:
-            flat[field.name] = value
-    return flat
-
-
-def setting_names() -> tuple[str, ...]:
-    """Every setting by its dotted name, such as ``distill.steps``, in the order they are written."""
-    return tuple(_flat(RunConfig()))
-
-
-def _suggestion(name: str) -> str:
-    known = setting_names()
-    leaf = name.rsplit(".", 1)[-1]
-    # a right name in the wrong table is a nearer miss than any spelling
-    moved = [other for other in known if other.rsplit(".", 1)[-1] == leaf]
-    near = moved or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if near:
-        return f"did you mean {' or '.join(near)}?"
-    tables = sorted({other.split(".")[0] for other in known})
-    return f"settings and tables are: {', '.join(tables)}"
-
-
-def changed_settings(old: RunConfig, new: RunConfig) -> tuple[str, ...]:
-    """The dotted names of the settings in which ``old`` and ``new`` differ."""
-    before, after = _flat(old), _flat(new)
-    return tuple(name for name in before if before[name] != after[name])
-
-
-# Reading ---------------------------------------------------------------------------------------------------------
-
-
-_KIND_NAMES: dict[type, str] = {
-    str: "text in quotes",
-    int: "whole number",
-    float: "number",
-    bool: "true or false",
-}
-
-
-def _read(hint: Any, value: object, name: str) -> object:
-    if dataclasses.is_dataclass(hint):
-        _require(isinstance(value, dict), name, value, f"a table: write [{name}] and its settings below")
-        return _build(
-            typing.cast("type[_Settings]", hint), typing.cast("dict[str, object]", value), f"{name}."
-        )
-    if typing.get_origin(hint) is tuple:
-        item = typing.get_args(hint)[0]
-        _require(isinstance(value, list), name, value, f"a list of {_KIND_NAMES[item]}s in [ ]")
-        return tuple(_read(item, one, name) for one in typing.cast("list[object]", value))
-    if hint is float and type(value) is int:
-        return float(value)
-    # `type`, not `isinstance`: true is an int to Python, and no count to a reader
-    _require(type(value) is hint, name, value, f"a {_KIND_NAMES[hint]}")
-    return value
-
-
-def _build(kind: type[Settings], table: Mapping[str, object], prefix: str) -> Settings:
-    hints = typing.get_type_hints(kind)
-    values = {}
-    for key, value in table.items():
-        name = prefix + key
-        if key not in hints:
-            raise ConfigError(f"there is no setting {name}; {_suggestion(name)}")
-        values[key] = _read(hints[key], value, name)
-    return kind(**values)
-
-
-def config_from_toml(text: str) -> RunConfig:
-    """The settings that the TOML ``text`` describes.
-
-    Raises ConfigError, as ``load_config`` does.
-    """
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(
-            f"this is not TOML: {error}; write lines such as steps = 500 under [distill]"
-        ) from None
-    return _build(RunConfig, table, "")
-
-
-def load_config(path: Path | str) -> RunConfig:
-    """The settings in the TOML file ``path``; whatever it leaves out has its default.
-
-    Raises ConfigError when the file is missing or not TOML, or when a setting is unknown or out of range.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ConfigError(
-            f"asked for the settings in {path}: {reason}; give the path of a TOML file"
-        ) from None
-    try:
-        return config_from_toml(text)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-
-
-# Writing ---------------------------------------------------------------------------------------------------------
-
-
-def _literal(value: object) -> str:
-    if isinstance(value, str):
-        # TOML's escapes are JSON's, but TOML wants U+007F escaped as well
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return f"[{', '.join(_literal(one) for one in value)}]"
-    return repr(value)
-
-
-def to_toml(config: RunConfig) -> str:
-    """The TOML of every setting of ``config``, defaults included; reading it gives ``config`` again."""
-    lines = []
-    tables = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            tables += ["", f"[{field.name}]"]
-            tables += [
-                f"{own.name} = {_literal(getattr(value, own.name))}" for own in dataclasses.fields(value)
-            ]
-        else:
-            lines.append(f"{field.name} = {_literal(value)}")
-    return "\n".join(lines + tables) + "\n"
+        require(is_device, "device", self.device, "auto, cpu, mps, cuda or cuda:N")
+        require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        require(self.seed >= 0, "seed", self.seed, "a whole number of at least 0")

@@ -1,0 +1,163 @@
+"""Settings as TOML: read with every name checked, and written whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from prune_lab.config.settings import RunConfig, require
+from prune_lab.errors import ConfigError
+
+
+class _Settings(Protocol):
+    """Any of the dataclasses of settings."""
+
+    __dataclass_fields__: typing.ClassVar[dict[str, dataclasses.Field[Any]]]
+
+
+Settings = TypeVar("Settings", bound=_Settings)
+
+# Names -----------------------------------------------------------------------------------------------------------
+
+
+def _flat(config: RunConfig) -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            own_fields = dataclasses.fields(value)
+            flat |= {f"{field.name}.{own.name}": getattr(value, own.name) for own in own_fields}
+        else:
+            flat[field.name] = value
+    return flat
+
+
+def setting_names() -> tuple[str, ...]:
+    """Every setting by its dotted name, such as ``distill.steps``, in the order they are written."""
+    return tuple(_flat(RunConfig()))
+
+
+def _suggestion(name: str) -> str:
+    known = setting_names()
+    leaf = name.rsplit(".", 1)[-1]
+    # a right name in the wrong table is a nearer miss than any spelling
+    moved = [other for other in known if other.rsplit(".", 1)[-1] == leaf]
+    near = moved or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    tables = sorted({other.split(".")[0] for other in known})
+    return f"settings and tables are: {', '.join(tables)}"
+
+
+def changed_settings(old: RunConfig, new: RunConfig) -> tuple[str, ...]:
+    """The dotted names of the settings in which ``old`` and ``new`` differ."""
+    before, after = _flat(old), _flat(new)
+    return tuple(name for name in before if before[name] != after[name])
+
+
+# Reading ---------------------------------------------------------------------------------------------------------
+
+
+_KIND_NAMES: dict[type, str] = {
+    str: "text in quotes",
+    int: "whole number",
+    float: "number",
+    bool: "true or false",
+}
+
+
+def _read(hint: Any, value: object, name: str) -> object:
+    if dataclasses.is_dataclass(hint):
+        require(isinstance(value, dict), name, value, f"a table: write [{name}] and its settings below")
+        return _build(
+            typing.cast("type[_Settings]", hint), typing.cast("dict[str, object]", value), f"{name}."
+        )
+    if typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        require(isinstance(value, list), name, value, f"a list of {_KIND_NAMES[item]}s in [ ]")
+        return tuple(_read(item, one, name) for one in typing.cast("list[object]", value))
+    if hint is float and type(value) is int:
+        return float(value)
+    # `type`, not `isinstance`: true is an int to Python, and no count to a reader
+    require(type(value) is hint, name, value, f"a {_KIND_NAMES[hint]}")
+    return value
+
+
+def _build(kind: type[Settings], table: Mapping[str, object], prefix: str) -> Settings:
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for key, value in table.items():
+        name = prefix + key
+        if key not in hints:
+            raise ConfigError(f"there is no setting {name}; {_suggestion(name)}")
+        values[key] = _read(hints[key], value, name)
+    return kind(**values)
+
+
+def config_from_toml(text: str) -> RunConfig:
+    """The settings that the TOML ``text`` describes.
+
+    Raises ConfigError, as ``load_config`` does.
+    """
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(
+            f"this is not TOML: {error}; write lines such as steps = 500 under [distill]"
+        ) from None
+    return _build(RunConfig, table, "")
+
+
+def load_config(path: Path | str) -> RunConfig:
+    """The settings in the TOML file ``path``; whatever it leaves out has its default.
+
+    Raises ConfigError when the file is missing or not TOML, or when a setting is unknown or out of range.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(
+            f"asked for the settings in {path}: {reason}; give the path of a TOML file"
+        ) from None
+    try:
+        return config_from_toml(text)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+# Writing ---------------------------------------------------------------------------------------------------------
+
+
+def _literal(value: object) -> str:
+    if isinstance(value, str):
+        # TOML's escapes are JSON's, but TOML wants U+007F escaped as well
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{', '.join(_literal(one) for one in value)}]"
+    return repr(value)
+
+
+def to_toml(config: RunConfig) -> str:
+    """The TOML of every setting of ``config``, defaults included; reading it gives ``config`` again."""
+    lines = []
+    tables = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            tables += ["", f"[{field.name}]"]
+            tables += [
+                f"{own.name} = {_literal(getattr(value, own.name))}" for own in dataclasses.fields(value)
+            ]
+        else:
+            lines.append(f"{field.name} = {_literal(value)}")
+    return "\n".join(lines + tables) + "\n"

@@ -1,0 +1,67 @@
+"""From scores, prices and rules to plans: budgets and constraints, the exact solver, and the searches that measure."""
+
+from __future__ import annotations
+
+from prune_lab.search.budgets import (
+    COUNTED,
+    METRICS,
+    Budget,
+    Counted,
+    Metric,
+    PartPrices,
+    parse_budget,
+    within,
+)
+from prune_lab.search.constraints import ANY_PLAN, Constraints, Limit, Quota, parse_quota
+from prune_lab.search.controls import (
+    bk_control,
+    controls_at,
+    lowest_one_shot,
+    random_median,
+    similarity_control,
+    uniform_control,
+)
+from prune_lab.search.descent import descend
+from prune_lab.search.effects import Effects, predicted_impact
+from prune_lab.search.evolution import evolve_plans
+from prune_lab.search.exact import check_reachable, search_plans, sweep_plans
+from prune_lab.search.greedy import greedy_plan
+from prune_lab.search.interactions import InteractionFit, fit_interactions
+from prune_lab.search.outcomes import Found, FrontPoint, ImpactOf
+from prune_lab.search.sampling import sample_near
+
+__all__ = [
+    "ANY_PLAN",
+    "COUNTED",
+    "METRICS",
+    "Budget",
+    "Constraints",
+    "Counted",
+    "Effects",
+    "Found",
+    "FrontPoint",
+    "ImpactOf",
+    "InteractionFit",
+    "Limit",
+    "Metric",
+    "PartPrices",
+    "Quota",
+    "bk_control",
+    "check_reachable",
+    "controls_at",
+    "descend",
+    "evolve_plans",
+    "fit_interactions",
+    "greedy_plan",
+    "lowest_one_shot",
+    "parse_budget",
+    "parse_quota",
+    "predicted_impact",
+    "random_median",
+    "sample_near",
+    "search_plans",
+    "similarity_control",
+    "sweep_plans",
+    "uniform_control",
+    "within",
+]

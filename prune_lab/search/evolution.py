@@ -1,0 +1,169 @@
+"""Multi-objective evolution: a front of impact against cost, by Optuna's NSGA-II, on the measured impact."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from prune_lab.blocks import Architecture
+from prune_lab.errors import ConfigError
+from prune_lab.search.budgets import Budget, Costs, Metric
+from prune_lab.search.constraints import Constraints
+from prune_lab.search.exact import NATIVE, check_reachable
+from prune_lab.search.outcomes import FrontPoint, ImpactOf, Measuring, undominated
+from prune_lab.search.sampling import sample_near
+from prune_lab.search.space import Removed, Space, space_of
+
+_NEVER = 1e30  # the impact of a plan that was not measured because it breaks a rule; such a plan never wins
+
+
+def evolve_plans(
+    architecture: Architecture,
+    costs: Costs,
+    budgets: Sequence[Budget],
+    impact_of: ImpactOf,
+    constraints: Constraints = NATIVE,
+    *,
+    folder: Path,
+    trials: int = 400,
+    population: int = 40,
+    seed: int = 0,
+) -> tuple[FrontPoint, ...]:
+    """The plans within ``budgets`` and ``constraints`` that no other tried one beats in measured impact, MACs and
+    latency (MACs alone without prices of latency), fewest MACs first.
+
+    NSGA-II (Deb et al. 2002) as in ``optuna.samplers.NSGAIISampler``: a native plan is one choice per level, any plan
+    one choice per block. The first generation is random plans near the budgets; later ones may break a rule, are then
+    not measured, and lose against all that break less. Each generation of ``population`` trials is one call of
+    ``impact_of``, each plan measured once.
+
+    The trials are kept in ``folder``/evolution.log (Optuna's journal); the same call goes on after an interruption and
+    comes to the same end, with more ``trials`` it continues. A folder holds measurements of one ``impact_of``: give
+    another one for another model or probe. Raises ConfigError for fewer trials than a population, BudgetError when no
+    plan meets the budgets, DataError for a bad measurement.
+    """
+    if population < 2 or trials < population:
+        raise ConfigError(
+            f"asked for {trials} trials in populations of {population}; give populations of 2 or more, and a whole one"
+        )
+    check_reachable(architecture, costs, budgets, constraints=constraints)
+    space = space_of(architecture, costs, budgets, constraints)
+    metrics: list[Metric] = ["macs"] if space.prices.latency is None else ["macs", "latency_ms"]
+    first = sample_near(architecture, costs, budgets, population, seed, constraints)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _quiet_optuna():
+        study = _study(folder / "evolution.log", space, metrics, population, seed)
+        measuring = Measuring(impact_of, {_removed(trial): trial.values[0] for trial in _measured(study)})
+        while (done := len(_finished(study))) < trials:
+            # Randomness of its own for each generation: an interruption in between changes nothing.
+            study.sampler = optuna.samplers.NSGAIISampler(population_size=population, seed=seed + done)
+            if done:
+                # Chosen before anything is drawn from them: the first trial of a generation would see another order.
+                study.sampler.get_parent_population(study, done // population)
+            else:
+                for plan in first:
+                    study.enqueue_trial(_parameters(space, frozenset(plan.removed)))
+            _tell(study, space, metrics, measuring, min(population - done % population, trials - done))
+        points = [_point(space, trial) for trial in _measured(study)]
+    return undominated(points, metrics)
+
+
+@contextlib.contextmanager
+def _quiet_optuna() -> Iterator[None]:
+    """Without Optuna's lines on the standard error for every trial."""
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(level)
+
+
+# Trials --------------------------------------------------------------------------------------------------------
+
+
+def _study(file: Path, space: Space, metrics: Sequence[Metric], population: int, seed: int) -> Any:
+    """The study of these settings in ``file``, cleared of what an interruption left half done."""
+    settings = [
+        space.architecture.signature,
+        [sorted(map(sorted, level)) for level in space.levels],
+        [(limit.blocks, limit.least, limit.most) for limit in space.limits],
+        [(budget.metric, budget.limit) for budget in space.budgets],
+        [[metric, space.prices.total(metric)] for metric in metrics],
+        [population, seed],
+    ]
+    name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(file)))
+    known = {found.study_name for found in optuna.get_all_study_summaries(storage)}
+    if name in known and not _finished(optuna.load_study(study_name=name, storage=storage)):
+        optuna.delete_study(study_name=name, storage=storage)
+    study = optuna.create_study(
+        storage=storage, study_name=name, directions=["minimize"] * (1 + len(metrics)), load_if_exists=True
+    )
+    for trial in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+    return study
+
+
+def _finished(study: Any) -> list[Any]:
+    return list(study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE]))
+
+
+def _measured(study: Any) -> list[Any]:
+    return [trial for trial in _finished(study) if trial.values[0] < _NEVER]
+
+
+def _removed(trial: Any) -> Removed:
+    return frozenset(trial.user_attrs["removed"])
+
+
+def _point(space: Space, trial: Any) -> FrontPoint:
+    plan = space.plan(_removed(trial), f"evolution-{trial.number + 1}")
+    return FrontPoint(plan, float(trial.values[0]), space.prices.of_all(plan))
+
+
+def _levels(space: Space) -> list[tuple[str, tuple[Removed, ...]]]:
+    """(parameter, options) of every level where there is a choice."""
+    return [(f"level {place}", options) for place, options in enumerate(space.levels) if len(options) > 1]
+
+
+def _parameters(space: Space, removed: Removed) -> dict[str, int]:
+    chosen = space.chosen(space.plan(removed))
+    return {
+        f"level {place}": options.index(option)
+        for place, (option, options) in enumerate(zip(chosen, space.levels, strict=True))
+        if len(options) > 1
+    }
+
+
+def _tell(study: Any, space: Space, metrics: Sequence[Metric], measuring: Measuring, count: int) -> None:
+    """Ask for ``count`` plans, measure those that are allowed in one batch, and tell how they did."""
+    choices = {
+        name: optuna.distributions.CategoricalDistribution(range(len(options)))
+        for name, options in _levels(space)
+    }
+    fixed = frozenset().union(*(options[0] for options in space.levels if len(options) == 1))
+    trials = [study.ask(fixed_distributions=choices) for _ in range(count)]
+    sets = [
+        fixed.union(*(options[trial.params[name]] for name, options in _levels(space))) for trial in trials
+    ]
+    allowed = [removed for removed in sets if space.allows(removed)]
+    impacts = dict(zip(allowed, measuring.of(allowed).tolist(), strict=True))
+    for trial, removed in zip(trials, sets, strict=True):
+        plan, prices = space.plan(removed), space.prices
+        broken = sum(
+            max(0, limit.least - gone, gone - limit.most)
+            for limit in space.limits
+            for gone in [len(removed.intersection(limit.blocks))]
+        )
+        over = [max(0.0, prices.of(plan, b.metric) - b.limit) / prices.total(b.metric) for b in space.budgets]
+        trial.set_constraint("rules", broken)
+        trial.set_constraint("budgets", sum(over))
+        trial.set_user_attr("removed", sorted(removed))
+        study.tell(trial, [impacts.get(removed, _NEVER), *(prices.of(plan, metric) for metric in metrics)])

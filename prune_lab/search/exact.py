@@ -1,0 +1,258 @@
+"""The best plans under budgets and constraints: an exact 0-1 program over what can be removed.
+
+Assumption, as in BK-SDM's block ranking and LAPTOP-Diff (arXiv:2404.11098): the impact of a plan is the sum of the
+impacts of its blocks, each measured alone. It is a model, not a measurement: blocks that stand in for each other cost
+more together than apart, so a plan found here is a candidate to build and measure. ``Effects`` with interactions
+(see ``fit_interactions``) weaken the assumption to pairs.
+
+Costs are no assumption: removing blocks saves parameters and multiply-adds exactly additively. The answer is the best
+plan of all, to 2e-10 of the largest effect; among plans equal in that sense the cheapest comes first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
+
+from prune_lab.blocks import Architecture
+from prune_lab.errors import BudgetError, ConfigError
+from prune_lab.plans import PruningPlan
+from prune_lab.search.budgets import COUNTED, Budget, Costs, Metric, prices_from
+from prune_lab.search.constraints import Constraints
+from prune_lab.search.effects import Effects, Scores, effects_from
+from prune_lab.search.outcomes import FrontPoint, undominated
+from prune_lab.search.program import Cut, Program
+from prune_lab.search.space import Removed, space_of
+
+NATIVE = Constraints()
+
+
+def search_plans(
+    architecture: Architecture,
+    importance: Scores,
+    costs: Costs,
+    budgets: Sequence[Budget],
+    *,
+    count: int = 1,
+    diverse: int = 1,
+    constraints: Constraints = NATIVE,
+) -> tuple[PruningPlan, ...]:
+    """The ``count`` plans of least predicted impact within all ``budgets`` and ``constraints``, best first.
+
+    Any two of them differ in at least ``diverse`` blocks (removed by one and not the other): each is the best of those
+    that are so far from the ones before it. Of plans with equal impact the one with the lower cost (the first budget's
+    metric, MACs without budgets) comes first. Fewer plans come back when fewer exist. Plans are named after the
+    budget, as in ``search-params-bk-small-1``. Raises BudgetError with the smallest reachable cost and the rule that
+    binds when no plan meets the budgets, DataError when a block has no score, and what bad constraints raise.
+    """
+    if count < 1 or diverse < 1:
+        raise ConfigError(
+            f"asked for {count} plans that differ in {diverse} blocks; give at least 1 for both"
+        )
+    effects = effects_from(importance)
+    _check_known(architecture, effects)
+    space = space_of(architecture, costs, budgets, constraints)
+    program = Program(space, effects)
+    metric = budgets[0].metric if budgets else "macs"
+    found: list[Removed] = []
+    while len(found) < count:
+        cuts = [Cut(removed, diverse) for removed in found]
+        best = _best(program, effects, budgets, metric, cuts)
+        if best is None:
+            break
+        found.append(best)
+    if not found:
+        raise _explain_impossible(architecture, costs, budgets, constraints)
+    plans = tuple(space.plan(removed, _plan_name(budgets, i + 1)) for i, removed in enumerate(found))
+    assert all(constraints.allow(architecture, plan) for plan in plans), "a level has options that are none"
+    return plans
+
+
+def sweep_plans(
+    architecture: Architecture,
+    importance: Scores,
+    costs: Costs,
+    shares: Sequence[float],
+    *,
+    metric: Metric = "macs",
+    budgets: Sequence[Budget] = (),
+    constraints: Constraints = NATIVE,
+) -> tuple[FrontPoint, ...]:
+    """The best plans for a series of budgets from one set of scores, cheapest first, without the dominated ones.
+
+    ``shares`` are limits of ``metric`` relative to the teacher's (0.66 is 66 %); ``budgets`` hold besides at all of
+    them. Shares that no plan reaches are skipped, plans found twice listed once. Raises BudgetError when no share
+    can be reached, and what ``search_plans`` raises.
+    """
+    if not shares or not all(math.isfinite(share) and share > 0 for share in shares):
+        raise ConfigError(
+            f"asked for a sweep over the shares {list(shares)}; give numbers above 0, as in 0.5, 0.6, 0.7"
+        )
+    effects, prices = effects_from(importance), prices_from(costs)
+    _check_known(architecture, effects)
+    space = space_of(architecture, prices, budgets, constraints)
+    program, total = Program(space, effects), prices.total(metric)
+    points = []
+    swept = [_share_of(total, share, metric) for share in sorted(set(shares))]
+    for budget in swept:
+        best = _best(program, effects, [budget, *budgets], metric, ())
+        if best is not None:
+            plan = space.plan(best, _plan_name([budget, *budgets]))
+            points.append(FrontPoint(plan, effects.of(plan.removed), prices.of_all(plan)))
+    if not points:
+        raise _explain_impossible(architecture, prices, [swept[-1], *budgets], constraints)
+    return undominated(points, [metric])
+
+
+def check_reachable(
+    architecture: Architecture,
+    costs: Costs,
+    budgets: Sequence[Budget],
+    *,
+    constraints: Constraints = NATIVE,
+) -> None:
+    """Raise BudgetError, with the smallest reachable cost, when no plan meets all ``budgets`` and ``constraints``.
+
+    Needs no scores: which plans exist and what they cost does not depend on them.
+    """
+    program = _scoreless(architecture, costs, constraints)
+    if program.least(program.objective, budgets) is None:
+        raise _explain_impossible(architecture, costs, budgets, constraints)
+
+
+def _best(
+    program: Program, effects: Effects, budgets: Sequence[Budget], metric: Metric, cuts: Sequence[Cut]
+) -> Removed | None:
+    """The plan of least impact, and of its equals the cheapest."""
+    best = program.least(program.objective, budgets, cuts)
+    if best is None:
+        return None
+    prices, space = program.space.prices, program.space
+    other = program.least(-program.savings(metric), budgets, cuts, [program.ceiling(best)])
+    if other is None or prices.of(space.plan(other), metric) >= prices.of(space.plan(best), metric):
+        return best
+    return other if effects.of(other) <= effects.of(best) + program.resolution else best
+
+
+def _check_known(architecture: Architecture, effects: Effects) -> None:
+    for pair in effects.interactions:
+        for block in pair:
+            architecture.block(block)
+
+
+def _share_of(total: float, share: float, metric: Metric) -> Budget:
+    percent = f"{100 * share:.6g}"
+    limit = Decimal(percent) * Decimal(total) / 100
+    return Budget(metric, math.floor(limit) if metric in COUNTED else float(limit), f"{metric}<={percent}%")
+
+
+def _plan_name(budgets: Sequence[Budget], number: int | None = None) -> str:
+    asked = [re.sub(r"[^\w.]+", "-", budget.text.replace("%", "pct")).strip("-") for budget in budgets]
+    return "-".join(["search", *asked, *([] if number is None else [str(number)])])
+
+
+# Why there is none --------------------------------------------------------------------------------------------
+
+
+def _scoreless(architecture: Architecture, costs: Costs, constraints: Constraints) -> Program:
+    nothing = Effects({block.name: 0.0 for block in architecture.blocks})
+    return Program(space_of(architecture, costs, (), constraints), nothing)
+
+
+def _without(name: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(other for other in names if other != name)
+
+
+def _relaxed(constraints: Constraints) -> Iterator[tuple[str, Constraints]]:
+    """The constraints with one rule less, and that rule in words."""
+    for name in constraints.keep:
+        yield f"keep {name}", dataclasses.replace(constraints, keep=_without(name, constraints.keep))
+    for name in constraints.remove:
+        yield f"remove {name}", dataclasses.replace(constraints, remove=_without(name, constraints.remove))
+    for quota in constraints.quotas:
+        fewer = tuple(other for other in constraints.quotas if other != quota)
+        yield f"quota {quota.text}", dataclasses.replace(constraints, quotas=fewer)
+    if constraints.least_resnets:
+        yield f"least_resnets {constraints.least_resnets}", dataclasses.replace(constraints, least_resnets=0)
+    if constraints.longest_run is not None:
+        yield f"longest_run {constraints.longest_run}", dataclasses.replace(constraints, longest_run=None)
+    if constraints.native_only:
+        yield "native_only", dataclasses.replace(constraints, native_only=False)
+
+
+def _smallest(
+    architecture: Architecture,
+    costs: Costs,
+    constraints: Constraints,
+    metric: Metric,
+    others: Sequence[Budget],
+) -> int | float | None:
+    """The least of ``metric`` that a plan within ``others`` reaches, None when there is no such plan."""
+    program = _scoreless(architecture, costs, constraints)
+    removed = program.least(-program.savings(metric), others)
+    return None if removed is None else prices_from(costs).of(program.space.plan(removed), metric)
+
+
+def _binding(
+    architecture: Architecture,
+    costs: Costs,
+    constraints: Constraints,
+    budget: Budget,
+    others: Sequence[Budget],
+    reached: float | None,
+) -> str:
+    """The one rule whose absence helps most, in words; empty when no single rule does."""
+    helped: list[tuple[bool, float, str]] = []
+    for text, fewer in _relaxed(constraints):
+        less = _smallest(architecture, costs, fewer, budget.metric, others)
+        if less is not None and (reached is None or less < reached):
+            helped.append((less > budget.limit, less, text))
+    if not helped:
+        return ""
+    _, less, text = min(helped)
+    return f"; {text} binds: without it {budget.metric} {_number(less)} could be reached"
+
+
+def _explain_impossible(
+    architecture: Architecture, costs: Costs, budgets: Sequence[Budget], constraints: Constraints
+) -> BudgetError:
+    """What was asked, the smallest that can be reached, which rule binds, and what would work."""
+    kind = "native plan" if constraints.native_only else "plan"
+    program = _scoreless(architecture, costs, constraints)
+    if program.least(program.objective, ()) is None:
+        return _contradiction(architecture, costs, constraints, kind)
+    index = next(i for i in range(len(budgets)) if program.least(program.objective, budgets[: i + 1]) is None)
+    budget, others = budgets[index], budgets[:index]
+    reached = _smallest(architecture, costs, constraints, budget.metric, others)
+    assert reached is not None  # the budgets before this one can be met together
+    total = prices_from(costs).total(budget.metric)
+    share = math.ceil(Decimal(reached) * 1000 / Decimal(total)) / 10
+    limit = reached if budget.metric in COUNTED else math.ceil(reached * 1e3) / 1e3
+    among = f" within {' and '.join(other.text for other in others)}" if others else ""
+    binds = _binding(architecture, costs, constraints, budget, others, reached)
+    return BudgetError(
+        f"asked for {budget.text} (at most {_number(budget.limit)}){among}; the smallest {kind}{among} has "
+        f"{budget.metric} {_number(reached)} of {_number(total)}{binds}; give {budget.metric}<={limit} or "
+        f"{budget.metric}<={share}%"
+    )
+
+
+def _contradiction(
+    architecture: Architecture, costs: Costs, constraints: Constraints, kind: str
+) -> BudgetError:
+    """No plan keeps to the rules, whatever it costs."""
+    alone = []
+    for text, fewer in _relaxed(constraints):
+        program = _scoreless(architecture, costs, fewer)
+        if program.least(program.objective, ()) is not None:
+            alone.append(text)
+    rules = " and ".join(text for text, _ in _relaxed(constraints))
+    remedy = f"leave out {' or '.join(alone)}" if alone else "give fewer rules"
+    return BudgetError(f"asked for a {kind} with {rules}, found none, whatever it costs; {remedy}")
+
+
+def _number(value: int | float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"

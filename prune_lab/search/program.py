@@ -1,0 +1,229 @@
+"""The 0-1 program of a search space, solved by HiGHS (``scipy.optimize.milp``) to gap 0.
+
+One variable z per option of a level, and x_b = sum of the options with block b: 1 when b is gone. What depends on
+several blocks being gone together, samplers and interactions, is a product of x's. Within a level it is linear in z;
+across levels it is a variable y of its own, y <= x_b for each block and y >= sum x_b - (n - 1). With these
+
+    minimise  sum impact_b x_b + sum impact_ij y_ij
+    with      at most one option of each level,   sum saving_b x_b + sum saving_s y_s >= total - limit,
+              least <= sum_{b in rule} x_b <= most,   distance(x, x') >= d for every plan x' that is cut off.
+
+HiGHS computes in floating point, so every answer is priced again exactly, and cut off where it is over a budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from prune_lab.errors import DataError
+from prune_lab.search.budgets import Budget, Metric
+from prune_lab.search.effects import Effects
+from prune_lab.search.space import Removed, Space, rings
+
+_OPTIMAL, _INFEASIBLE = 0, 2  # scipy.optimize.milp's status
+
+# HiGHS stops at an absolute gap of 1e-6: objectives are scaled to this size so that the gap is 1e-10 of the largest.
+_SCALE = 1e4
+_RESOLUTION = 2e-10  # of the largest effect: impacts closer than this are equal to the solver
+
+Vector = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One linear rule over the variables: low <= coefficients @ variables <= high."""
+
+    coefficients: Vector
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Plans nearer than ``distance`` to this one (in blocks that only one of them removes) are out."""
+
+    removed: Removed
+    distance: int = 1
+
+
+class Program:
+    """The variables of one search space with the rules that never change; budgets and cuts come with each question."""
+
+    def __init__(self, space: Space, effects: Effects) -> None:
+        self.space = space
+        options = [
+            (level, option) for level, choices in enumerate(space.levels) for option in choices if option
+        ]
+        self._options = [option for _, option in options]
+        members = sorted(frozenset().union(*self._options)) if options else []
+        products = [blocks for blocks, _ in rings(space.architecture)]
+        products += [pair for pair in effects.interactions if pair not in products]
+        self._level_of = {block: level for level, option in options for block in option}
+        self._apart = [blocks for blocks in products if blocks.issubset(members) and self._crosses(blocks)]
+        self.size = len(options) + len(self._apart)
+        self._gone = {
+            block: self._over_options([block in option for option in self._options]) for block in members
+        }
+        self._rows = [*self._one_per_level(options), *self._linked(), *self._limited()]
+        impacts = self._impacts(effects)
+        largest = float(np.abs(impacts).max(initial=0.0)) or 1.0
+        self.objective = impacts * (_SCALE / largest)
+        self.resolution = _RESOLUTION * largest
+
+    # Expressions: vectors over the variables -----------------------------------------------------------------
+
+    def gone(self, block: str) -> Vector:
+        """1 when ``block`` is gone."""
+        return self._gone.get(block, np.zeros(self.size))
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The blocks that can go, by name."""
+        return tuple(self._gone)
+
+    def together(self, blocks: Removed) -> Vector:
+        """1 when all of ``blocks`` are gone."""
+        if blocks in self._apart:
+            vector = np.zeros(self.size)
+            vector[len(self._options) + self._apart.index(blocks)] = 1.0
+            return vector
+        return self._over_options([blocks <= option for option in self._options])
+
+    def savings(self, metric: Metric) -> Vector:
+        """The share of the teacher's cost that is saved, times _SCALE."""
+        prices = self.space.prices
+        saved = np.zeros(self.size)
+        for block, gone in self._gone.items():
+            saved += prices.of_part(block, metric) * gone
+        for blocks, samplers in rings(self.space.architecture):
+            saved += sum(prices.of_part(name, metric) for name in samplers) * self.together(blocks)
+        return saved * (_SCALE / (prices.total(metric) or 1.0))
+
+    def values(self, removed: Removed) -> Vector:
+        """The variables when exactly these blocks are gone."""
+        parts = {removed & frozenset().union(*level) for level in self.space.levels}
+        values = [option in parts for option in self._options]
+        return np.concatenate([values, [blocks <= removed for blocks in self._apart]]).astype(np.float64)
+
+    def _impacts(self, effects: Effects) -> Vector:
+        missing = sorted(block for block in self._gone if block not in effects.impacts)
+        if missing:
+            raise DataError(
+                f"asked for the impact of removing any of {len(self._gone)} blocks, found no score of "
+                f"{', '.join(missing)}; score all single blocks of this model first, or keep these"
+            )
+        impacts = np.zeros(self.size)
+        for block, gone in self._gone.items():
+            impacts += effects.impacts[block] * gone
+        for pair, effect in effects.interactions.items():
+            impacts += effect * self.together(pair)
+        return impacts
+
+    def _over_options(self, values: Sequence[bool]) -> Vector:
+        return np.concatenate([np.array(values, dtype=np.float64), np.zeros(self.size - len(self._options))])
+
+    def _crosses(self, blocks: Iterable[str]) -> bool:
+        return len({self._level_of[block] for block in blocks}) > 1
+
+    # Rules ---------------------------------------------------------------------------------------------------
+
+    def _one_per_level(self, options: list[tuple[int, Removed]]) -> list[Row]:
+        return [
+            Row(self._over_options([of == level for of, _ in options]), 0.0, 1.0)
+            for level in range(len(self.space.levels))
+        ]
+
+    def _linked(self) -> list[Row]:
+        rows = []
+        for blocks in self._apart:
+            y, xs = self.together(blocks), [self.gone(block) for block in sorted(blocks)]
+            rows += [Row(y - x, -np.inf, 0.0) for x in xs]
+            rows.append(Row(sum(xs, np.zeros(self.size)) - y, -np.inf, len(blocks) - 1.0))
+        return rows
+
+    def _limited(self) -> list[Row]:
+        return [
+            Row(sum(map(self.gone, limit.blocks), np.zeros(self.size)), limit.least, limit.most)
+            for limit in self.space.limits
+        ]
+
+    def _bounded(self, budgets: Sequence[Budget]) -> list[Row]:
+        rows = []
+        for budget in budgets:
+            total = self.space.prices.total(budget.metric)
+            rows.append(
+                Row(self.savings(budget.metric), (total - budget.limit) * (_SCALE / (total or 1.0)), np.inf)
+            )
+        return rows
+
+    def _distant(self, cut: Cut) -> Row:
+        change = sum(
+            (-gone if block in cut.removed else gone for block, gone in self._gone.items()),
+            np.zeros(self.size),
+        )
+        # Blocks of the plan that are no variables here stay in every other plan: they are distance already.
+        return Row(change, cut.distance - len(cut.removed), np.inf)
+
+    # Questions -----------------------------------------------------------------------------------------------
+
+    def near(self, budget: Budget, width: float) -> Row:
+        """Plans that leave at least ``1 - width`` of what the budget allows."""
+        total = self.space.prices.total(budget.metric) or 1.0
+        saved = (total - budget.limit * (1 - width)) * (_SCALE / total)
+        return Row(self.savings(budget.metric), -np.inf, saved)
+
+    def including(self, removed: Removed) -> Row:
+        """Plans that remove at least these blocks."""
+        return Row(sum(map(self.gone, removed), np.zeros(self.size)), len(removed), np.inf)
+
+    def ceiling(self, removed: Removed) -> Row:
+        """Plans with no more predicted impact than this one."""
+        return Row(self.objective, -np.inf, float(self.objective @ self.values(removed)))
+
+    def least(
+        self,
+        objective: Vector,
+        budgets: Sequence[Budget],
+        cuts: Sequence[Cut] = (),
+        extra: Sequence[Row] = (),
+    ) -> Removed | None:
+        """What to remove for the least ``objective`` within the budgets, or None when nothing meets them.
+
+        A plan that is over a budget by less than the solver's tolerance is cut off and the program solved again, so
+        what comes back is within every budget exactly.
+        """
+        rows = [*self._rows, *self._bounded(budgets), *map(self._distant, cuts), *extra]
+        while True:
+            removed = self._solved(objective, rows)
+            if removed is None or all(
+                budget.allows_plan(self.space.plan(removed), self.space.prices) for budget in budgets
+            ):
+                return removed
+            rows.append(self._distant(Cut(removed)))
+
+    def _solved(self, objective: Vector, rows: Sequence[Row]) -> Removed | None:
+        if not self.size:  # nothing can be removed: either that is a plan or there is none
+            return frozenset() if all(row.low <= 0 <= row.high for row in rows) else None
+        choices = np.arange(self.size) < len(self._options)
+        answer = milp(
+            objective,
+            integrality=choices.astype(np.float64),
+            bounds=Bounds(0, 1),
+            constraints=LinearConstraint(
+                np.array([row.coefficients for row in rows]),
+                np.array([row.low for row in rows]),
+                np.array([row.high for row in rows]),
+            ),
+            options={"mip_rel_gap": 0.0},
+        )
+        if answer.status == _INFEASIBLE:
+            return None
+        if answer.status != _OPTIMAL:
+            raise RuntimeError(f"HiGHS stopped without an answer: {answer.message}")
+        chosen = [option for option, value in zip(self._options, answer.x, strict=False) if value > 0.5]
+        return frozenset().union(*chosen)

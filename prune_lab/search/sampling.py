@@ -1,0 +1,87 @@
+"""Random plans near a budget: what interactions are fitted to, and what controls are drawn from.
+
+Every plan is the optimum of the exact program for random impacts, in a band just below a budget. Any 0-1 point of a
+set is a corner of its convex hull, so every allowed plan has a chance; all chances are not equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from prune_lab.blocks import Architecture
+from prune_lab.errors import ConfigError
+from prune_lab.plans import PruningPlan
+from prune_lab.search.budgets import Budget, Costs
+from prune_lab.search.constraints import Constraints
+from prune_lab.search.effects import Effects
+from prune_lab.search.exact import NATIVE, check_reachable
+from prune_lab.search.program import Cut, Program, Row
+from prune_lab.search.space import Removed, space_of
+
+_PATIENCE = 5  # draws in a row that find nothing new, before all that was found is cut off
+
+
+def sample_near(
+    architecture: Architecture,
+    costs: Costs,
+    budgets: Sequence[Budget],
+    count: int,
+    seed: int = 0,
+    constraints: Constraints = NATIVE,
+    *,
+    band: float = 0.05,
+) -> tuple[PruningPlan, ...]:
+    """``count`` different random plans within all ``budgets``, each at most ``band`` (a share) below one of them.
+
+    Without budgets any plan will do. Where fewer plans lie in the band it is doubled until there are enough, so a
+    coarse space of few plans gives what it has; fewer than ``count`` come back only when fewer exist. Named
+    ``random-1`` and so on, in the order drawn. Raises BudgetError when no plan meets the budgets, and what bad
+    constraints raise.
+    """
+    if count < 1 or not 0 < band <= 1:
+        raise ConfigError(
+            f"asked for {count} plans in a band of {band}; give at least 1, and a share from 0 to 1"
+        )
+    check_reachable(architecture, costs, budgets, constraints=constraints)
+    space = space_of(architecture, costs, budgets, constraints)
+    generator = np.random.default_rng(seed)
+    names = [block.name for block in architecture.blocks]
+    program = Program(space, Effects(dict.fromkeys(names, 0.0)))
+    found: dict[Removed, None] = {}
+    repeats, width = 0, band
+    while len(found) < count:
+        cuts = [Cut(removed) for removed in found] if repeats >= _PATIENCE else []
+        removed = _drawn(program, budgets, width, cuts, generator)
+        if removed is not None and removed not in found:
+            found[removed] = None
+            repeats = 0
+        elif not cuts and found:
+            repeats += 1
+        elif width < 1:
+            width *= 2
+        else:
+            break  # everything that there is
+    return tuple(space.plan(removed, f"random-{number}") for number, removed in enumerate(found, start=1))
+
+
+def _drawn(
+    program: Program,
+    budgets: Sequence[Budget],
+    width: float,
+    cuts: Sequence[Cut],
+    generator: np.random.Generator,
+) -> Removed | None:
+    """A random plan at most ``width`` below one of the budgets, taken in random order; None when there is none."""
+    impacts = np.zeros(program.size)
+    for name in program.blocks:
+        impacts += generator.normal() * program.gone(name)
+    bands: list[list[Row]] = [
+        [program.near(budgets[place], width)] for place in generator.permutation(len(budgets))
+    ]
+    for extra in bands or [[]]:
+        removed = program.least(impacts, budgets, cuts, extra)
+        if removed is not None:
+            return removed
+    return None

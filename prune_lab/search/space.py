@@ -1,0 +1,107 @@
+"""The plans that a search may choose from: one option per level, within constraints and budgets.
+
+A native plan is one option of each level of resolution (``plans.native_choices``). Any plan is the same thing with one
+level per removable block, which stays or goes. All solvers work on levels of options and so serve both.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from prune_lab.blocks import Architecture, block_groups
+from prune_lab.errors import PlanError
+from prune_lab.plans import PruningPlan, native_choices, plan_of, removed_samplers
+from prune_lab.search.budgets import Budget, Costs, PartPrices, prices_from, within
+from prune_lab.search.constraints import Constraints, Limit
+
+Removed = frozenset[str]  # names of removed blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """Levels of options, and the rules that tie the levels together.
+
+    Each level lists the sets of blocks that can leave it; options that a rule within their level forbids are left out.
+    """
+
+    prices: PartPrices
+    budgets: tuple[Budget, ...]
+    constraints: Constraints
+    limits: tuple[Limit, ...]
+    levels: tuple[tuple[Removed, ...], ...]
+
+    @property
+    def architecture(self) -> Architecture:
+        """The U-Net whose blocks are chosen from."""
+        return self.prices.architecture
+
+    def plan(self, removed: Iterable[str], name: str = "") -> PruningPlan:
+        """The plan that removes these blocks."""
+        return plan_of(self.architecture, removed, name)
+
+    def lawful(self, removed: Removed) -> bool:
+        """Whether the constraints allow to remove these blocks, which are one option of each level."""
+        return all(limit.allows(removed) for limit in self.limits)
+
+    def allows(self, removed: Removed) -> bool:
+        """Whether constraints and budgets allow to remove these blocks, which are one option of each level."""
+        return self.lawful(removed) and within(self.plan(removed), self.budgets, self.prices)
+
+    def chosen(self, plan: PruningPlan) -> tuple[Removed, ...]:
+        """The option that ``plan`` takes of each level. Raises PlanError when it is not made of options."""
+        removed = frozenset(plan.removed)
+        options = tuple(removed & frozenset().union(*level) for level in self.levels)
+        listed = all(option in level for option, level in zip(options, self.levels, strict=True))
+        if (
+            plan.architecture != self.architecture.signature
+            or not listed
+            or frozenset().union(*options) != removed
+        ):
+            kind = "native plan" if self.constraints.native_only else "plan"
+            raise PlanError(
+                f"asked to start from {plan.label}, which is no {kind} of this U-Net within the constraints; "
+                "start from one that search_plans finds"
+            )
+        return options
+
+
+def space_of(
+    architecture: Architecture, costs: Costs, budgets: Sequence[Budget], constraints: Constraints
+) -> Space:
+    """The plans of ``architecture`` within ``budgets`` and ``constraints``.
+
+    Raises what ``Constraints.limits`` raises, and BudgetError for a budget on what was not measured.
+    """
+    prices = prices_from(costs)
+    for budget in budgets:
+        prices.total(budget.metric)
+    limits = constraints.limits(architecture)
+    levels = native_choices(architecture) if constraints.native_only else _every_block(architecture)
+    kept = tuple(tuple(_lawful_alone(level, limits)) for level in levels)
+    return Space(prices, tuple(budgets), constraints, limits, kept)
+
+
+def _every_block(architecture: Architecture) -> tuple[tuple[Removed, ...], ...]:
+    return tuple((frozenset(), frozenset([block.name])) for block in architecture.blocks if block.removable)
+
+
+def _lawful_alone(level: tuple[Removed, ...], limits: tuple[Limit, ...]) -> Iterator[Removed]:
+    members = frozenset().union(*level)
+    alone = [limit for limit in limits if members.issuperset(limit.blocks)]
+    return (option for option in level if all(limit.allows(option) for limit in alone))
+
+
+@functools.lru_cache(maxsize=16)
+def rings(architecture: Architecture) -> tuple[tuple[Removed, tuple[str, ...]], ...]:
+    """What leaves by itself: (blocks, samplers) where the samplers leave once all of these blocks are gone."""
+    found: list[tuple[Removed, tuple[str, ...]]] = []
+    counted: set[str] = set()
+    for group in block_groups(architecture, "inner"):
+        samplers = removed_samplers(architecture, plan_of(architecture, group.blocks))
+        new = tuple(name for name in samplers if name not in counted)
+        if new:
+            found.append((frozenset(group.blocks), new))
+        counted.update(new)
+    return tuple(found)

@@ -1,0 +1,236 @@
+"""The step that finds plans: prices and scores in, controls and the best plans under each budget out."""
+
+from __future__ import annotations
+
+import functools
+import re
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from prune_lab.blocks import Architecture, BlockGroup
+from prune_lab.config import BUDGET_CONTROLS, RunConfig
+from prune_lab.errors import NonNativePlanError, PlanError
+from prune_lab.importance import Subject, score
+from prune_lab.plans import PruningPlan, native_layout, plan_from_json, read_plans
+from prune_lab.profiling import activation_table
+from prune_lab.profiling.costs import REST
+from prune_lab.runs import Run
+from prune_lab.runtime import read_json, track, write_frame, write_json
+from prune_lab.search import (
+    Budget,
+    Constraints,
+    ImpactOf,
+    PartPrices,
+    parse_budget,
+    parse_quota,
+    predicted_impact,
+)
+from prune_lab.workflow.measuring import controls, ensure_costs, ensure_latency, ensure_scores, scored_subject
+from prune_lab.workflow.solving import SOLVERS, Question, controls_for
+from prune_lab.workflow.teacher import Teacher
+
+SEARCHED_COLUMNS = ("plan_id", "origin", "name", "budget")
+SEARCHES_COLUMNS = (
+    *("budget", "solver", "plans", "measured", "seconds"),
+    *("pairs", "r2", "rank", "additive_r2", "additive_rank"),
+)
+PLANS_COLUMNS = (
+    *("plan", "plan_id", "origin", "budgets", "removed", "blocks_removed", "params", "params_change"),
+    *("macs", "macs_change", "paper_macs", "paper_macs_change", "latency_ms", "latency_change"),
+    *("predicted_impact", "native"),
+)
+
+
+# What is asked for ---------------------------------------------------------------------------------------------
+
+
+def constraints_of(config: RunConfig) -> Constraints:
+    """The rules for plans in ``[search]``. Raises ConfigError."""
+    settings = config.search
+    return Constraints(
+        keep=settings.keep,
+        remove=settings.remove,
+        least_resnets=settings.least_resnets,
+        quotas=tuple(parse_quota(text) for text in settings.quotas),
+        longest_run=settings.longest_run or None,
+        native_only=settings.native_only,
+    )
+
+
+def parse_budgets(text: str, architecture: Architecture, prices: PartPrices) -> tuple[Budget, ...]:
+    """The budgets that hold at once in ``text``, with commas between them. Raises BudgetError."""
+    return tuple(parse_budget(one, architecture, prices) for one in text.split(","))
+
+
+def prices_of(run: Run, teacher: Teacher) -> PartPrices:
+    """What every part of the model costs: parameters and MACs, and what budgets ask for beside them.
+
+    Memory is that of the weights in the run's number format, and on top the whole model's activations: a plan's own
+    are no sum over its parts, and never more. Latency is measured.
+    """
+    costs, asked = ensure_costs(run, teacher), " ".join(teacher.config.search.budgets)
+    memory = latency = None
+    if "memory" in asked:
+        memory = {cost.name: float(cost.params * teacher.dtype.itemsize) for cost in costs.costs}
+        memory[REST] += activation_table(teacher.architecture, dtype=teacher.dtype).total
+    if "latency" in asked or run.done(run.latency):
+        latency = ensure_latency(run, teacher).part_ms()
+    return PartPrices(costs, latency=latency, memory=memory)
+
+
+def impact_by_walk(run: Run, teacher: Teacher) -> ImpactOf:
+    """Measures sets of blocks by output-mse on the run's probe, in shared walks, and none of them twice."""
+
+    @functools.cache  # not loaded before it is needed: the exact solver measures nothing
+    def subject() -> Subject:
+        return scored_subject(run, teacher)
+
+    def impact_of(sets: Sequence[frozenset[str]]) -> NDArray[np.float64]:
+        groups = [BlockGroup(" ".join(sorted(removed)), "plan", tuple(sorted(removed))) for removed in sets]
+        return score(subject(), groups, "output-mse", bootstrap=0).impacts
+
+    return impact_of
+
+
+# Plans ---------------------------------------------------------------------------------------------------------
+
+
+def searched(run: Run) -> pd.DataFrame:
+    """One row per control and per plan found for a budget: plan_id, origin, name, budget."""
+    return pd.read_csv(run.searched, dtype=str, keep_default_na=False)
+
+
+def origin_of(run: Run, plan_id: str) -> Literal["control", "search"]:
+    """``control`` for a plan that the settings name, also when the search finds it too, else ``search``."""
+    rows = searched(run)
+    origins = set(rows.loc[rows["plan_id"] == plan_id, "origin"])
+    return "search" if origins == {"search"} else "control"  # a plan put there by hand was named, not found
+
+
+def _named(plans: Sequence[PruningPlan], solver: str, asked: str) -> list[PruningPlan]:
+    """The plans called after their budgets, as the exact solver calls its own."""
+    prefix = "search" if solver == "exact" else solver
+    slug = re.sub(r"[^\w.]+", "-", asked.replace("%", "pct")).strip("-")
+    return [plan.named(f"{prefix}-{slug}-{number}") for number, plan in enumerate(plans, 1)]
+
+
+def _write_plans(run: Run, teacher: Teacher) -> None:
+    architecture, settings = teacher.architecture, teacher.config.search
+    found = [("control", "", plan) for plan in controls(teacher, architecture)]
+    at_budget = [name for name in settings.controls if name in BUDGET_CONTROLS]
+    searches = []
+    if settings.budgets:
+        importance, prices = ensure_scores(run, teacher), prices_of(run, teacher)
+        constraints, impact_of = constraints_of(teacher.config), impact_by_walk(run, teacher)
+        for text in track(settings.budgets, "searching"):
+            budgets = parse_budgets(text, architecture, prices)
+            asked = ", ".join(budget.text for budget in budgets)
+            question = Question(run, teacher, prices, budgets, constraints, importance, impact_of)
+            start = time.perf_counter()
+            answer = SOLVERS[settings.solver](question)
+            seconds = time.perf_counter() - start
+            row = {"budget": asked, "solver": settings.solver, "plans": len(answer.plans)}
+            searches.append(row | {"measured": answer.measured, "seconds": seconds} | dict(answer.merits))
+            found += [("search", asked, plan) for plan in _named(answer.plans, settings.solver, asked)]
+            if at_budget:
+                found += [("control", asked, plan) for plan in controls_for(question, at_budget)]
+    names: dict[str, list[str]] = {}
+    for _, _, plan in found:
+        names.setdefault(plan.id, []).append(plan.label)
+    for _, _, plan in found:
+        joined = " = ".join(dict.fromkeys(names[plan.id]))
+        write_json(run.plan(plan.id), plan.named(joined).to_json())
+    write_frame(run.searches, pd.DataFrame(searches, columns=list(SEARCHES_COLUMNS)))
+    rows = [(plan.id, origin, plan.label, budget) for origin, budget, plan in found]
+    write_frame(run.searched, pd.DataFrame(rows, columns=list(SEARCHED_COLUMNS)))
+
+
+def ensure_plans(run: Run, teacher: Teacher | None = None) -> tuple[PruningPlan, ...]:
+    """The plans that become candidates, controls first; writes plans/<id>.json and plans/searched.csv.
+
+    A plan found under several budgets, or found by the search and a control too, is one plan with the names joined.
+    Plans that were put into the folder by hand follow at the end. Raises BudgetError for a budget that no plan meets.
+    """
+    teacher = teacher or Teacher(run)
+    if not run.done(run.searched):
+        _write_plans(run, teacher)
+    order = dict.fromkeys(searched(run)["plan_id"])
+    by_hand = [plan_id for plan_id in run.plan_ids() if plan_id not in order]
+    files = [run.plan(plan_id) for plan_id in [*order, *by_hand]]
+    return tuple(plan_from_json(read_json(path), teacher.architecture) for path in files)
+
+
+def plans_frame(run: Run, teacher: Teacher | None = None) -> pd.DataFrame:
+    """One row per plan of the run, in order of ``ensure_plans``, with what it leaves; columns PLANS_COLUMNS.
+
+    ``latency_ms`` is predicted by the run's latency table and missing where none was measured.
+    ``predicted_impact`` is the sum of the impacts of the blocks, missing when they have not been scored.
+    """
+    teacher = teacher or Teacher(run)
+    plans, prices = ensure_plans(run, teacher), prices_of(run, teacher)
+    costs, timed = prices.costs, prices.latency is not None
+    importance = ensure_scores(run, teacher) if run.done(run.importance) else None
+    table = searched(run)
+    rows = []
+    for plan in plans:
+        cost, whole = costs.of(plan), costs.total
+        budgets = table.loc[table["plan_id"] == plan.id, "budget"]
+        rows.append(
+            {
+                "plan": plan.label,
+                "plan_id": plan.id,
+                "origin": origin_of(run, plan.id),
+                "budgets": " ".join(budget for budget in budgets if budget),
+                "removed": " ".join(plan.removed),
+                "blocks_removed": len(plan.removed),
+                "params": cost.params,
+                "params_change": cost.params / whole.params - 1,
+                "macs": cost.macs,
+                "macs_change": cost.macs / whole.macs - 1,
+                "paper_macs": cost.paper_macs,
+                "paper_macs_change": cost.paper_macs / whole.paper_macs - 1,
+                "latency_ms": prices.of(plan, "latency_ms") if timed else None,
+                "latency_change": prices.of(plan, "latency_ms") / prices.total("latency_ms") - 1
+                if timed
+                else None,
+                "predicted_impact": None if importance is None else predicted_impact(plan, importance),
+                "native": not left_out(teacher, plan),
+            }
+        )
+    return pd.DataFrame(rows, columns=list(PLANS_COLUMNS))
+
+
+def left_out(teacher: Teacher, plan: PruningPlan) -> str:
+    """Why ``plan`` cannot become a candidate; empty when it can."""
+    try:
+        native_layout(teacher.architecture, plan)
+    except NonNativePlanError as error:
+        return str(error)
+    return ""
+
+
+def goes_by(plan: PruningPlan, text: str) -> bool:
+    """Whether ``text`` is the plan's id, its name, one of its joined names, or one of these without the budget."""
+    names = plan.name.split(" = ")
+    return text in (plan.id, plan.name, *names, *(name.split(" ")[0] for name in names if name))
+
+
+def plan_named(plans: tuple[PruningPlan, ...], text: str, teacher: Teacher) -> PruningPlan:
+    """The one of ``plans`` that ``text`` means: an id, a name or one of its joined names, or the plan in writing.
+
+    Raises PlanError when it is none of them.
+    """
+    for plan in plans:
+        if goes_by(plan, text):
+            return plan
+    wanted = [plan.id for plan in read_plans(text, teacher.architecture)]
+    for plan in plans:
+        if plan.id in wanted:
+            return plan
+    known = ", ".join(plan.label for plan in plans)
+    raise PlanError(f"asked for the plan {text!r}, which is no plan of this run; its plans are {known}")

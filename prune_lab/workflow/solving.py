@@ -1,0 +1,152 @@
+"""The solvers by name, each from one question to one answer, and the controls of the same question."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from prune_lab.blocks import Architecture, block_groups
+from prune_lab.importance import ImportanceTable, score
+from prune_lab.plans import PruningPlan
+from prune_lab.runs import Run
+from prune_lab.search import (
+    Budget,
+    Constraints,
+    ImpactOf,
+    PartPrices,
+    controls_at,
+    descend,
+    evolve_plans,
+    fit_interactions,
+    greedy_plan,
+    sample_near,
+    search_plans,
+)
+from prune_lab.workflow.measuring import scored_subject
+from prune_lab.workflow.teacher import Teacher
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One search: the best plans under these budgets and rules."""
+
+    run: Run
+    teacher: Teacher
+    prices: PartPrices
+    budgets: tuple[Budget, ...]
+    constraints: Constraints
+    importance: ImportanceTable
+    impact_of: ImpactOf
+
+    @property
+    def place(self) -> tuple[Architecture, PartPrices, tuple[Budget, ...]]:
+        """What every solver is asked with."""
+        return self.teacher.architecture, self.prices, self.budgets
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Plans, best first, how many sets of blocks were measured for them, and what the solver says of itself."""
+
+    plans: tuple[PruningPlan, ...]
+    measured: int = 0
+    merits: tuple[tuple[str, float], ...] = ()
+
+
+def _exact(question: Question) -> Answer:
+    settings = question.teacher.config.search
+    plans = search_plans(
+        question.teacher.architecture,
+        question.importance,
+        question.prices,
+        question.budgets,
+        count=settings.count,
+        diverse=settings.diverse,
+        constraints=question.constraints,
+    )
+    return Answer(plans)
+
+
+def _interactions(question: Question) -> Answer:
+    """The exact solver with effects of pairs, learned from measured plans near the budgets; then swap descent.
+
+    A quarter of the plans that are learned from are the best additive ones: random plans alone say little about the
+    good ones. The descent starts from the best plan measured so far, so it never ends worse than the additive optimum.
+    """
+    settings, (architecture, prices, budgets) = question.teacher.config.search, question.place
+    seed, rules = question.teacher.config.seed, question.constraints
+    near = settings.samples // 4
+    additive = search_plans(
+        architecture, question.importance, prices, budgets, count=near, diverse=2, constraints=rules
+    )
+    drawn = sample_near(architecture, prices, budgets, settings.samples - near, seed, rules)
+    learned = tuple({plan.id: plan for plan in (*additive, *drawn)}.values())
+    impacts = question.impact_of([frozenset(plan.removed) for plan in learned])
+    fit = fit_interactions(learned, impacts, prior=question.importance.block_impacts(), seed=seed)
+    plans = search_plans(
+        architecture,
+        fit.effects,
+        prices,
+        budgets,
+        count=settings.count,
+        diverse=settings.diverse,
+        constraints=rules,
+    )
+    again = question.impact_of([frozenset(plan.removed) for plan in plans])
+    tried = sorted(zip((*impacts, *again), (*learned, *plans), strict=True), key=lambda one: float(one[0]))
+    found = descend(architecture, prices, budgets, question.impact_of, tried[0][1], rules)
+    unique = {plan.id: plan for plan in (found.plan, *plans)}
+    merits = {
+        "pairs": len(fit.pairs),
+        "r2": fit.r2,
+        "rank": fit.rank,
+        "additive_r2": fit.additive_r2,
+        "additive_rank": fit.additive_rank,
+    }
+    kept = tuple(unique.values())[: settings.count]
+    return Answer(kept, len(learned) + len(plans) + found.measured, tuple(merits.items()))
+
+
+def _greedy(question: Question) -> Answer:
+    found = greedy_plan(*question.place, question.impact_of, question.constraints)
+    return Answer((found.plan,), found.measured)
+
+
+def _evolution(question: Question) -> Answer:
+    settings = question.teacher.config.search
+    points = evolve_plans(
+        *question.place,
+        question.impact_of,
+        question.constraints,
+        folder=question.run.evolution_dir,
+        trials=settings.trials,
+        seed=question.teacher.config.seed,
+    )
+    best = sorted(points, key=lambda point: point.impact)[: settings.count]
+    return Answer(tuple(point.plan for point in best), settings.trials)
+
+
+SOLVERS: dict[str, Callable[[Question], Answer]] = {
+    "exact": _exact,
+    "interactions": _interactions,
+    "greedy": _greedy,
+    "evolution": _evolution,
+}
+
+
+def controls_for(question: Question, wanted: Sequence[str]) -> list[PruningPlan]:
+    """The controls named ``wanted`` for the question's budgets, called after both."""
+    subject = scored_subject(question.run, question.teacher)
+    blocks = block_groups(question.teacher.architecture, "block")
+    found = controls_at(
+        question.teacher.architecture,
+        question.importance,
+        question.prices,
+        question.budgets,
+        question.constraints,
+        impact_of=question.impact_of if "lowest-one-shot" in wanted else None,
+        similarity=score(subject, blocks, "similarity", bootstrap=0) if "similarity" in wanted else None,
+        seed=question.teacher.config.seed,
+    )
+    asked = ", ".join(budget.text for budget in question.budgets)
+    return [plan.named(f"{plan.name} {asked}") for plan in found if plan.name in wanted]

@@ -1,0 +1,114 @@
+"""The whole job from first to last, what it checks before it starts, and how far it is."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pandas as pd
+
+from prune_lab.blocks import architecture_of
+from prune_lab.config import RunConfig, changed_settings, load_config
+from prune_lab.errors import ConfigError
+from prune_lab.models import resolve_model
+from prune_lab.profiling import cost_table
+from prune_lab.ranking import Ranking
+from prune_lab.runs import Run, open_run
+from prune_lab.runtime import track, write_frame
+from prune_lab.search import check_reachable, parse_budget
+from prune_lab.workflow.judging import ensure_ranking
+from prune_lab.workflow.measuring import (
+    controls,
+    criteria_of,
+    score_groups_of,
+)
+from prune_lab.workflow.searching import constraints_of
+from prune_lab.workflow.steps import STEPS, first_touched, forget, start_run, steps_from
+from prune_lab.workflow.teacher import Teacher
+
+STEPS_COLUMNS = ("step", "state", "does")
+
+
+def check_budgets(config: RunConfig) -> None:
+    """Raise BudgetError when one of ``search.budgets`` cannot be read, or no native plan meets it; needs no weights."""
+    if not config.search.budgets:
+        return
+    architecture = architecture_of(resolve_model(config.model).config)
+    costs, constraints = cost_table(architecture), constraints_of(config)
+    for text in config.search.budgets:
+        # What has to be measured first, latency and memory, is checked when it is.
+        counted = [one for one in text.split(",") if not re.match(r"\s*(latency|memory)", one)]
+        budgets = [parse_budget(one, architecture, costs) for one in counted]
+        check_reachable(architecture, costs, budgets, constraints=constraints)
+
+
+def check_settings(teacher: Teacher) -> None:
+    """Raise whatever a later step would find wrong with the settings, before hours are spent on the earlier ones."""
+    config = teacher.config
+    _ = teacher.device, teacher.dtype, teacher.pipeline, teacher.scorer
+    criteria_of(teacher)
+    score_groups_of(teacher)
+    controls(teacher, teacher.architecture)
+    for preset in config.report.also_presets:
+        controls(teacher, architecture_of(resolve_model(preset).config))
+    check_budgets(config)
+    if config.search.budgets and "block" not in config.score.groups:
+        raise ConfigError(
+            f"search.budgets needs the score of every single block, score.groups is {list(config.score.groups)}; "
+            "add 'block' to it or leave the budgets out"
+        )
+
+
+def _recorded_seconds(run: Run) -> dict[str, float]:
+    """What each step took when it was last done, by its name."""
+    if not run.steps.is_file():
+        return {}
+    frame = pd.read_csv(run.steps)
+    return dict(zip(frame["step"].astype(str), frame["seconds"].astype(float), strict=True))
+
+
+def run_all(config: RunConfig, folder: Path, *, force: bool = False) -> Ranking:
+    """The ranking of the whole job: every step in order, those that are finished only read; ends with the report.
+
+    With ``force`` the steps that changed settings touch are redone, all of them when no setting changed. steps.csv
+    gets the seconds that each step took when it was last done.
+    """
+    if force:
+        check_budgets(config)  # before anything is removed
+    run = open_run(folder, must_exist=False)
+    redo_all = force and run.config.is_file() and not changed_settings(load_config(run.config), config)
+    run = start_run(config, folder, force=force)
+    if redo_all:
+        forget(run, STEPS[0].name)
+    teacher = Teacher(run)
+    check_settings(teacher)
+    known = _recorded_seconds(run)
+    seconds: dict[str, float] = {}
+    for step in track(STEPS, "steps"):
+        finished = all(run.done(path) for path in step.marks(run))
+        start = time.perf_counter()
+        step.ensure(run, teacher)
+        took = time.perf_counter() - start
+        seconds[step.name] = known.get(step.name, took) if finished else took
+        rows = list(seconds.items())
+        write_frame(run.steps, pd.DataFrame(rows, columns=["step", "seconds"]))
+    return ensure_ranking(run, teacher)
+
+
+def steps_frame(config: RunConfig, folder: Path) -> pd.DataFrame:
+    """What ``run_all`` would do, one row per step: step, state (done, to do, redo, or n of m), does."""
+    run = open_run(folder, must_exist=False)
+    changed = changed_settings(load_config(run.config), config) if run.config.is_file() else ()
+    stale = {step.name for step in steps_from(first_touched(changed))} if changed else set()
+    rows = []
+    for step in STEPS:
+        marks = step.marks(run)
+        finished = sum(run.done(path) for path in marks)
+        state = (
+            "to do" if not finished else "done" if finished == len(marks) else f"{finished} of {len(marks)}"
+        )
+        if step.name == "repaired" and config.repair.kind == "none":
+            state = "not asked for"
+        rows.append((step.name, "redo" if finished and step.name in stale else state, step.does))
+    return pd.DataFrame(rows, columns=list(STEPS_COLUMNS))

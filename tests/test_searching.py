@@ -1,0 +1,225 @@
+"""The search step of a run: every solver, joint budgets, controls at a budget, repair, and plans compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from prune_lab.blocks import BlockGroup, architecture_of
+from prune_lab.candidates import load_student
+from prune_lab.cli import app
+from prune_lab.config import (
+    DistillConfig,
+    EvaluateConfig,
+    ProbeConfig,
+    ProfileConfig,
+    RepairConfig,
+    RunConfig,
+    ScoreConfig,
+    SearchConfig,
+)
+from prune_lab.errors import BudgetError, ConfigError
+from prune_lab.importance import score
+from prune_lab.plans import is_native, parse_plan
+from prune_lab.probes import load_probe, predict
+from prune_lab.profiling import cost_table
+from prune_lab.runs import Run
+from prune_lab.workflow import (
+    Teacher,
+    compared_plans,
+    ensure_candidates,
+    ensure_distilled,
+    ensure_latency,
+    ensure_plans,
+    ensure_repaired,
+    plans_frame,
+    start_run,
+)
+from prune_lab.workflow.comparing import block_maps
+from prune_lab.workflow.measuring import scored_subject
+
+JOINT = "macs<=as:bk-base, params<=80%"
+
+
+@pytest.fixture
+def config(tiny_pipeline_folder: Path, tiny_scorer_folder: Path) -> RunConfig:
+    return RunConfig(
+        model=str(tiny_pipeline_folder),
+        device="cpu",
+        probe=ProbeConfig(samples=6, timesteps=3),
+        score=ScoreConfig(bootstrap=10, groups=("block",)),
+        search=SearchConfig(budgets=(JOINT,), controls=("bk-base",), samples=24, trials=40),
+        distill=DistillConfig(steps=1, batch=2, pictures=4, validate_every=1, warmup=1),
+        evaluate=EvaluateConfig(prompts=("a",), steps=1, guidance=1.0, scorer=str(tiny_scorer_folder)),
+        profile=ProfileConfig(runs=2, warmup=0),
+    )
+
+
+def searching(config: RunConfig, folder: Path, **search: Any) -> tuple[Run, Teacher]:
+    run = start_run(dataclasses.replace(config, search=dataclasses.replace(config.search, **search)), folder)
+    return run, Teacher(run)
+
+
+@pytest.mark.parametrize("solver", ["exact", "interactions", "greedy", "evolution"])
+def test_every_solver_keeps_all_budgets_and_says_what_it_spent(
+    solver: str, config: RunConfig, tmp_path: Path
+) -> None:
+    run, teacher = searching(config, tmp_path / "run", solver=solver)
+    plans = ensure_plans(run, teacher)
+    architecture = teacher.architecture
+    costs = cost_table(architecture)
+    base = costs.of(parse_plan("bk-base", architecture))
+    found = [plan for plan in plans if plan.name.split(" = ")[0] != "bk-base"]
+    assert found
+    for plan in found:
+        assert costs.of(plan).macs <= base.macs
+        assert costs.of(plan).params <= 0.8 * costs.total.params
+        assert is_native(architecture, plan)
+    (row,) = pd.read_csv(run.searches).to_dict("records")
+    assert row["solver"] == solver
+    assert row["budget"] == "macs<=bk-base, params<=80%"
+    assert (row["measured"] == 0) == (solver == "exact")
+    assert np.isfinite(row["r2"]) == (solver == "interactions")
+    prefix = "search" if solver == "exact" else solver
+    assert pd.read_csv(run.searched)["name"].iloc[-1] == f"{prefix}-macs-bk-base-params-80pct-1"
+
+
+def test_a_search_that_measures_ends_no_worse_than_the_additive_one(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    measured = {}
+    for solver in ("exact", "interactions"):
+        run, teacher = searching(config, tmp_path / solver, solver=solver, controls=())
+        plan = ensure_plans(run, teacher)[0]
+        group = BlockGroup("plan", "plan", plan.removed)
+        measured[solver] = score(scored_subject(run, teacher), [group], bootstrap=0).entries[0].impact
+    assert measured["interactions"] <= measured["exact"] * (1 + 1e-4)
+
+
+def test_rules_of_the_settings_reach_the_solver(config: RunConfig, tmp_path: Path) -> None:
+    run, teacher = searching(
+        config,
+        tmp_path / "run",
+        controls=(),
+        keep=("Up1",),
+        quotas=("Dn1<=1",),
+        native_only=False,
+        count=3,
+        diverse=4,
+        longest_run=6,
+        budgets=("macs<=70%",),
+    )
+    plans = ensure_plans(run, teacher)
+    assert len(plans) == 3
+    sets = [set(plan.removed) for plan in plans]
+    assert all(not any(name.startswith("Up1") for name in removed) for removed in sets)
+    assert all(sum(name.startswith("Dn1") for name in removed) <= 1 for removed in sets)
+    assert min(len(one ^ other) for one in sets for other in sets if one is not other) >= 4
+    with pytest.raises(ConfigError, match="write 'Dn1<=2'"):
+        ensure_plans(*searching(config, tmp_path / "wrong", quotas=("Dn1 two",)))
+    with pytest.raises(BudgetError, match="keep Up4 binds"):
+        ensure_plans(*searching(config, tmp_path / "none", keep=("Up4",), budgets=("macs<=30%",)))
+
+
+def test_controls_are_found_for_the_budget(config: RunConfig, tmp_path: Path) -> None:
+    names = ("bk-base", "uniform", "random-median", "lowest-one-shot", "similarity")
+    run, teacher = searching(config, tmp_path / "run", controls=names)
+    ensure_plans(run, teacher)
+    rows = pd.read_csv(run.searched)
+    controls = rows[rows["origin"] == "control"]
+    assert [name.split(" ")[0] for name in controls["name"]] == list(names)
+    assert controls["budget"].fillna("").tolist() == ["", *["macs<=bk-base, params<=80%"] * 4]
+
+
+def test_a_budget_on_latency_measures_a_table_once(config: RunConfig, tmp_path: Path) -> None:
+    run, teacher = searching(config, tmp_path / "run", budgets=("latency<=0.8x, memory<=95%",))
+    frame = plans_frame(run, teacher)
+    table = ensure_latency(run, teacher)
+    assert run.latency.is_file()
+    searched = frame[frame["origin"] == "search"]
+    assert (searched["latency_ms"] <= 0.8 * table.whole.median_ms * (1 + 1e-9)).all()
+    assert (searched["latency_change"] <= -0.2 + 1e-9).all()
+    before = run.latency.read_bytes()
+    ensure_latency(run)
+    assert run.latency.read_bytes() == before
+
+
+def test_plans_are_compared_with_their_impacts_and_maps(config: RunConfig, tmp_path: Path) -> None:
+    run, teacher = searching(config, tmp_path / "run")
+    ensure_plans(run, teacher)
+    texts = ["bk-small", "search-macs-bk-base-params-80pct-1", "-Dn1.R2 -Dn1.A2"]
+    frame, maps = compared_plans(run, texts)
+    assert frame["name"].tolist() == [str(config.model), *texts]
+    groups = [
+        BlockGroup(str(place), "plan", plan.removed)
+        for place, plan in enumerate(
+            [parse_plan(texts[0], teacher.architecture), parse_plan(texts[2], teacher.architecture)]
+        )
+    ]
+    wanted = score(scored_subject(run, teacher), groups, bootstrap=0).impacts
+    assert frame["impact"].tolist()[1::2] == pytest.approx(wanted.tolist(), rel=1e-4)
+    assert np.isnan(frame["impact"].iloc[0])
+    assert len(maps) == 1 + len(teacher.architecture.stages)
+    told = CliRunner().invoke(app, ["compare", str(run.folder), *texts[:2]])
+    assert told.exit_code == 0
+    assert maps[1].split("  ")[1].strip() in told.output
+
+
+def test_a_map_shows_what_is_gone(tiny_config: dict[str, Any]) -> None:
+    architecture = architecture_of(tiny_config)
+    plans = [parse_plan("-Dn1.R2 -Dn1.A2", architecture), parse_plan("bk-tiny", architecture)]
+    lines = block_maps(architecture, plans)
+    assert lines[0].split() == ["-Dn1.R2", "-Dn1.A2", "bk-tiny"]
+    by_stage = {line.split()[0]: line.split()[1:] for line in lines[1:]}
+    assert by_stage["Dn1"] == ["RA..", "RA.."]
+    assert by_stage["Md"] == ["RAR", "..."]
+    assert by_stage["Dn4"] == ["RR", ".."]
+    assert by_stage["Up4"] == ["RARARA", "RA..RA"]
+
+
+def test_a_repair_comes_before_the_distillation(config: RunConfig, tmp_path: Path) -> None:
+    wanted = dataclasses.replace(
+        config, repair=RepairConfig(kind="refit"), search=SearchConfig(budgets=(), controls=("bk-small",))
+    )
+    run = start_run(wanted, tmp_path / "run")
+    teacher = Teacher(run)
+    (row,) = ensure_repaired(run, teacher).to_dict("records")
+    assert row["impact_after"] < row["impact_before"]
+    assert row["applied"] >= 1
+    (candidate,) = ensure_candidates(run, teacher)
+    assert not (candidate.paths.distilled).exists()
+    probe = load_probe(run.probe)
+    pruned, repaired = (predict(load_student(candidate, state), probe) for state in ("pruned", "repaired"))
+    teacher_says = predict(teacher.unet, probe)
+    assert float((repaired - teacher_says).square().sum()) < float((pruned - teacher_says).square().sum())
+    assert json.loads((candidate.paths.repaired / "provenance.json").read_text())["repair"] == "refit"
+    stamp = candidate.paths.repair.stat().st_mtime_ns
+    (recovery,) = ensure_distilled(run, teacher)
+    assert candidate.paths.repair.stat().st_mtime_ns == stamp
+    plain = start_run(dataclasses.replace(wanted, repair=RepairConfig()), tmp_path / "plain")
+    assert ensure_repaired(plain).empty
+    (other,) = ensure_distilled(plain)
+    assert recovery.before != other.before  # it began where the repair ended
+    assert not torch.equal(pruned, repaired)
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        (SearchConfig, {"solver": "best"}),
+        (SearchConfig, {"diverse": 0}),
+        (SearchConfig, {"samples": 5}),
+        (RepairConfig, {"kind": "all"}),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings: Any, wanted: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wanted))):
+        settings(**wanted)
