@@ -6,6 +6,18 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
+# Warnings and progress bars name folders of the machine, and are nobody's result.
+define WITHOUT_STDERR
+import sys, nbformat
+for path in sys.argv[1:]:
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
+    nbformat.write(notebook, path)
+endef
+export WITHOUT_STDERR
+
 .PHONY: help install demo test lint format bench notebooks
 
 help:
@@ -47,3 +59,4 @@ bench: $(INSTALLED)
 
 notebooks: $(INSTALLED)
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
+	$(BIN)/python -c "$$WITHOUT_STDERR" notebooks/*.ipynb

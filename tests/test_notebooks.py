@@ -37,6 +37,12 @@ def test_committed_quick_and_small(path: Path) -> None:
     assert any(isinstance(node, ast.Assert) for node in ast.parse(cells[-1].source).body)
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_outputs_say_nothing_of_the_machine(path: Path) -> None:
+    assert all(out.get("name") != "stderr" for cell in code_of(path) for out in cell.outputs)
+    assert not re.search(r"site-packages|/home/|/root/|[.]venv", path.read_text(encoding="utf-8"))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

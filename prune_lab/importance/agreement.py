@@ -213,8 +213,10 @@ def steadiness(found: pd.DataFrame) -> tuple[str, ...]:
             tops = sorted(set(rows["top"]))
             top = tops[len(tops) // 2]
             shares = rows.loc[rows["top"] == top, "overlap"]
+            least, most = f"{shares.min():.0%}", f"{shares.max():.0%}"
+            found_again = most if least == most else f"{least} to {most}"
             lines.append(
-                f"Of the {top} least important blocks {shares.min():.0%} to {shares.max():.0%} are found again {what} "
+                f"Of the {top} least important blocks {found_again} are found again {what} "
                 f"({len(shares)} tried, {shares.mean():.0%} in the mean)."
             )
     return tuple(lines)

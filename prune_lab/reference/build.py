@@ -163,7 +163,7 @@ def train_reference(
 
     Pictures, tokenizer, autoencoder, scorer, latents, text encoder, U-Net, export: each step's finished file in `work`
     is recognised, and the trainings go on from their last checkpoint, so the same command resumes. `sources` holds the
-    public packages or receives them; `config` is a recipe other than the committed one, which takes about two hours
+    public packages or receives them; `config` is a recipe other than the committed one, which takes about three hours
     on two CPU cores. Raises DataError and ConfigError.
     """
     say = _log.info if say is None else say
