@@ -51,7 +51,7 @@ def compared_plans(run: Run, texts: Sequence[str]) -> tuple[pd.DataFrame, tuple[
     for plan, impact in zip(plans, impacts, strict=True):
         measured = {"predicted_impact": predicted_impact(plan, importance), "impact": float(impact)}
         if plan.id in ranking.index:
-            measured |= {name: float(ranking.loc[plan.id, name]) for name in _MEASURED}
+            measured |= {name: float(ranking[name][plan.id]) for name in _MEASURED}
         name = plan.label if plan.name else plan.text
         rows.append(_row(name, "plan", costs.of(plan), costs, plan, architecture, measured))
     return pd.DataFrame(rows, columns=list(COMPARISON_COLUMNS)), block_maps(architecture, plans)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -238,7 +238,7 @@ def ensure_latency(run: Run, teacher: Teacher | None = None) -> LatencyTable:
     """
     teacher = teacher or Teacher(run)
     if run.done(run.latency):
-        return latency_table_from_dict(read_json(run.latency), teacher.architecture)
+        return latency_table_from_dict(cast("dict[str, Any]", read_json(run.latency)), teacher.architecture)
     settings = teacher.config.profile
     calibrate = {
         plan.id: plan
