@@ -60,7 +60,7 @@ MODEL_HELP = "reference, a preset (sd-v1.4), a pipeline or U-Net folder, a U-Net
 
 ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")]
 OptionalModel = Annotated[
-    str, typer.Argument(help=MODEL_HELP + " May be left out with --run.", metavar="MODEL")
+    str, typer.Argument(help=MODEL_HELP + " Or the folder of a run.", metavar="MODEL")
 ]
 PlanOption = Annotated[
     list[str],
