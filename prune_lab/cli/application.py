@@ -59,9 +59,7 @@ def _before_any_verb(
 MODEL_HELP = "reference, a preset (sd-v1.4), a pipeline or U-Net folder, a U-Net config.json, or a hub id."
 
 ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")]
-OptionalModel = Annotated[
-    str, typer.Argument(help=MODEL_HELP + " Or the folder of a run.", metavar="MODEL")
-]
+OptionalModel = Annotated[str, typer.Argument(help=MODEL_HELP + " Or the folder of a run.", metavar="MODEL")]
 PlanOption = Annotated[
     list[str],
     typer.Option(
