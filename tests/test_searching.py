@@ -173,6 +173,21 @@ def test_plans_are_compared_with_their_impacts_and_maps(config: RunConfig, tmp_p
     assert maps[1].split("  ")[1].strip() in told.output
 
 
+def test_a_run_lends_its_scores_and_stays_as_it_is(config: RunConfig, tmp_path: Path) -> None:
+    run, teacher = searching(config, tmp_path / "run")
+    ensure_plans(run, teacher)
+    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    command = ["search", str(run.folder), "--macs", "75%", "--params", "as:bk-base", "--plans", "2", "--json"]
+    told = CliRunner().invoke(app, [*command, "--diverse", "3", "--keep", "Up4"])
+    assert told.exit_code == 0, told.output
+    rows = [row for row in json.loads(told.stdout) if row["origin"] == "search"]
+    assert len(rows) == 2
+    assert not any("Up4" in row["removed"] for row in rows)
+    impacts = pd.read_csv(run.importance).set_index("group")["impact"]
+    assert rows[0]["predicted_impact"] == pytest.approx(impacts[rows[0]["removed"].split()].sum())
+    assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
+
+
 def test_a_map_shows_what_is_gone(tiny_config: dict[str, Any]) -> None:
     architecture = architecture_of(tiny_config)
     plans = [parse_plan("-Dn1.R2 -Dn1.A2", architecture), parse_plan("bk-tiny", architecture)]

@@ -24,6 +24,7 @@ from prune_lab.cli.application import (
 from prune_lab.cli.opening import model_or_run, run_opened, settings_of
 from prune_lab.cli.output import emit, records
 from prune_lab.errors import ConfigError, RunError
+from prune_lab.runs import open_run
 
 
 @app.command()
@@ -183,14 +184,15 @@ def search(
 ) -> None:
     """Find the plans that lose least under each budget; the BK-SDM plans come along as controls.
 
-    --macs, --params, --latency and --memory hold at once.
+    --macs, --params, --latency and --memory hold at once. For MODEL the folder of a run may stand: its scores are
+    searched with, and it stays as it is.
     """
     asked = {"macs": macs, "params": params, "latency": latency, "memory": memory}
     together = ", ".join(f"{metric}<={limit}" for metric, limit in asked.items() if limit)
-    model, run = model_or_run(model, run)
+    model, lender = model_or_run(model, None)
     settings = settings_of(
         model,
-        run,
+        lender or run,
         config,
         device=device,
         seed=seed,
@@ -212,8 +214,10 @@ def search(
     check_budgets(settings)  # before anything is removed
     with run_opened(settings, run, redo="plans" if force else "") as opened:
         from prune_lab.runtime import write_json
-        from prune_lab.workflow import ensure_plans, plans_frame
+        from prune_lab.workflow import borrow, ensure_plans, plans_frame
 
+        if lender and seed is None:  # another seed is another probe
+            borrow(open_run(lender, must_exist=True), opened)
         if importance and not opened.done(opened.importance):
             if not importance.is_file():
                 raise RunError(

@@ -29,7 +29,7 @@ from prune_lab.workflow.measuring import (
     scores_frame,
 )
 from prune_lab.workflow.searching import ensure_plans, plan_named, plans_frame
-from prune_lab.workflow.steps import STEPS, Step, forget, start_run
+from prune_lab.workflow.steps import STEPS, Step, borrow, forget, start_run
 from prune_lab.workflow.students import (
     ensure_candidates,
     ensure_data,
@@ -44,6 +44,7 @@ __all__ = [
     "STEPS",
     "Step",
     "Teacher",
+    "borrow",
     "check_budgets",
     "compared_criteria",
     "compared_plans",

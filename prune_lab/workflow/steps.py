@@ -277,3 +277,16 @@ def start_run(config: RunConfig, folder: Path, *, force: bool = False) -> Run:
         forget(run, name)
         _record(run, config)
     return run
+
+
+def borrow(lender: Run, run: Run) -> None:
+    """Copy what ``lender`` has measured of the model, probe, scores and prices, into ``run``, which is new.
+
+    So plans can be searched under other settings without touching a run that is finished. Both are of one model.
+    """
+    for name in ("blocks", "probe", "importance_parts", "criteria", "importance", "costs", "latency"):
+        path: Path = getattr(lender, name)
+        if path.is_file():
+            shutil.copyfile(path, getattr(run, name))
+    if lender.scores_dir.is_dir():
+        shutil.copytree(lender.scores_dir, run.scores_dir, dirs_exist_ok=True)
