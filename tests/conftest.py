@@ -39,6 +39,23 @@ TINY_UNET: dict[str, Any] = {
     "attention_head_dim": 2,
 }
 
+# Small networks of the other shapes that are supported.
+SHAPES: dict[str, dict[str, Any]] = {
+    "sd-v1": TINY_UNET,
+    "sd-v2": {**TINY_UNET, "use_linear_projection": True, "attention_head_dim": [1, 2, 4, 4]},
+    "sdxl": {
+        **TINY_UNET,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "block_out_channels": [8, 16, 32],
+        "transformer_layers_per_block": [1, 2, 3],
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 24,
+    },
+}
+
 
 def build_unet(config: dict[str, Any], seed: int = 0) -> Any:
     """A randomly initialised float32 U-Net in eval mode; the global random state stays as it was."""

@@ -7,7 +7,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import TINY_UNET, build_unet
+from conftest import SHAPES, TINY_UNET, build_unet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,19 +20,7 @@ from prune_lab.probes import Probe, predict, random_probe
 from prune_lab.surgery import bypassed
 
 MODELS = {
-    "sd-v1": TINY_UNET,
-    "sd-v2": {**TINY_UNET, "use_linear_projection": True, "attention_head_dim": [1, 2, 4, 4]},
-    "sdxl": {
-        **TINY_UNET,
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-        "block_out_channels": [8, 16, 32],
-        "transformer_layers_per_block": [1, 2, 3],
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 6 * 8 + 24,
-    },
+    **SHAPES,
     "odd latent": {**TINY_UNET, "sample_size": 18},
     "no mid": {**TINY_UNET, "mid_block_type": None},
     "one layer": {**TINY_UNET, "layers_per_block": 1},

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_UNET, build_unet
+from conftest import SHAPES, TINY_UNET, build_unet
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
@@ -37,19 +37,7 @@ from prune_lab.repair.folding import last_layer, layer_features
 from prune_lab.surgery import materialise
 
 MODELS = {
-    "sd-v1": TINY_UNET,
-    "sd-v2": {**TINY_UNET, "use_linear_projection": True, "attention_head_dim": [1, 2, 4, 4]},
-    "sdxl": {
-        **TINY_UNET,
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-        "block_out_channels": [8, 16, 32],
-        "transformer_layers_per_block": [1, 2, 3],
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 6 * 8 + 24,
-    },
+    **SHAPES,
     "scaled mid": {**TINY_UNET, "mid_block_scale_factor": 2.0},
 }
 KINDS: tuple[Choice, ...] = ("shift", "scale-shift", "linear", "refit", "best")

@@ -21,6 +21,7 @@ _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
 def require(met: bool, name: str, value: object, rule: str) -> None:
+    """Raise ConfigError, which says what the setting ``name`` was and by which ``rule`` it fails, unless ``met``."""
     if not met:
         raise ConfigError(f"setting {name} = {value!r} cannot be used; it must be {rule}")
 

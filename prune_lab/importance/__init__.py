@@ -14,7 +14,7 @@ from prune_lab.importance.agreement import (
     steadiness,
 )
 from prune_lab.importance.cache import ScoreCache
-from prune_lab.importance.criteria import CRITERIA, DRAWING, WALKED, Criterion, criterion_named
+from prune_lab.importance.criteria import CRITERIA, DRAWING, WALKED, Criterion, check_race, criterion_named
 from prune_lab.importance.measured import Drawing, Measured, Samples, Subject
 from prune_lab.importance.racing import Race
 from prune_lab.importance.scoring import score, score_groups
@@ -46,6 +46,7 @@ __all__ = [
     "Subject",
     "additivity",
     "agreement",
+    "check_race",
     "conclusions",
     "criterion_named",
     "foretold",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from prune_lab.blocks import BlockGroup
-from prune_lab.errors import UnknownCriterionError
+from prune_lab.errors import ConfigError, UnknownCriterionError
 from prune_lab.importance.activations import similarity
 from prune_lab.importance.gates import gate_fisher, gate_gradient, gate_path
 from prune_lab.importance.measured import Measured, Subject
@@ -44,3 +44,12 @@ def criterion_named(name: str) -> Criterion:
         raise UnknownCriterionError(
             f"no criterion is called {name!r}; choose one of: {', '.join(CRITERIA)}"
         ) from None
+
+
+def check_race(name: str) -> None:
+    """Raise ConfigError when the criterion called ``name`` does not measure single samples in a walk."""
+    if name not in WALKED:
+        raise ConfigError(
+            f"asked to race by {name}, which does not measure single samples; race by {', '.join(sorted(WALKED))}, "
+            "or leave the race out"
+        )

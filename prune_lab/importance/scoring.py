@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from prune_lab.blocks import BlockGroup
-from prune_lab.errors import ConfigError
 from prune_lab.importance.cache import ScoreCache
-from prune_lab.importance.criteria import WALKED, criterion_named
+from prune_lab.importance.criteria import check_race, criterion_named
 from prune_lab.importance.intervals import impacts_of, intervals
 from prune_lab.importance.measured import Drawing, Subject
 from prune_lab.importance.racing import Race, raced
@@ -37,11 +36,8 @@ def score(
     draws pictures and the subject does not say how, and ConfigError for a race by a criterion without a walk.
     """
     measure = criterion_named(criterion)
-    if race is not None and criterion not in WALKED:
-        raise ConfigError(
-            f"asked to race by {criterion}, which does not measure single samples; race by "
-            f"{', '.join(sorted(WALKED))}, or leave the race out"
-        )
+    if race is not None:
+        check_race(criterion)
     architecture = subject.architecture
     starred = [any(architecture.block(name).starred for name in group.blocks) for group in groups]
     try:

@@ -16,7 +16,6 @@ from prune_lab.blocks import (
     blocks_frame,
 )
 from prune_lab.config import BUDGET_CONTROLS, PLAN_FILES
-from prune_lab.errors import ConfigError
 from prune_lab.evaluation import draw_latents
 from prune_lab.importance import (
     DRAWING,
@@ -26,6 +25,7 @@ from prune_lab.importance import (
     Race,
     ScoreCache,
     Subject,
+    check_race,
     criterion_named,
     importance_from_frame,
     score,
@@ -178,11 +178,8 @@ def criteria_of(teacher: Teacher) -> tuple[str, ...]:
     names = tuple(dict.fromkeys((settings.criterion, *settings.also)))
     for name in names:
         criterion_named(name)
-    if settings.race and settings.criterion not in WALKED:
-        raise ConfigError(
-            f"asked to race (score.race = {settings.race}) by {settings.criterion}, which does not measure single "
-            f"samples; race by {', '.join(sorted(WALKED))}, or set score.race to 0"
-        )
+    if settings.race:
+        check_race(settings.criterion)
     return names
 
 
