@@ -7,10 +7,11 @@
         blocks.csv costs.csv reductions.csv pipeline.csv
         probe.safetensors importance.csv importance_parts.csv criteria.csv scores/ data.safetensors
         plans/<id>.json plans/searched.csv plans/searches.csv plans/evolution/ latency.json
-        candidates/<id>/ plan.json unet/ profile.json repair.csv repaired/ recovery.csv distilled/unet/
+        candidates/<id>/ plan.json unet/ profile.json repair.csv repaired/ recovery.csv heldout.csv grids/
+                         distilled/unet/
                          pictures_pruned.png pictures_distilled.png
         pictures/teacher.png
-        ranking.csv steps.csv
+        tournament.csv ranking.csv steps.csv curves/
         report/ index.html report.md *.png *.csv
 
 Files appear under their final name only when complete, so a step is done when its file is there.
@@ -66,9 +67,24 @@ class CandidatePaths:
         return self.folder / "recovery.csv"
 
     @property
+    def heldout(self) -> Path:
+        """The held-out loss of every row at every validation of the distillation: step, row, loss."""
+        return self.folder / "heldout.csv"
+
+    @property
+    def grids(self) -> Path:
+        """Grids of pictures drawn while the student was trained, a file for each step that was asked for."""
+        return self.folder / "grids"
+
+    @property
     def distilled(self) -> Path:
         """The folder of the distillation: its checkpoints, and ``unet`` when it is finished."""
         return self.folder / "distilled"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The state of a distillation that is unfinished, failed, or may be asked to go on."""
+        return self.distilled / "checkpoint.safetensors"
 
     @property
     def distilled_unet(self) -> Path:
@@ -201,6 +217,11 @@ class Run:
         return self.folder / "pictures"
 
     @property
+    def curves_dir(self) -> Path:
+        """Where trackers such as TensorBoard write the curves of the distillation."""
+        return self.folder / "curves"
+
+    @property
     def teacher_pictures(self) -> Path:
         """The grid of pictures the teacher draws."""
         return self.pictures_dir / "teacher.png"
@@ -209,6 +230,11 @@ class Run:
     def ranking(self) -> Path:
         """The candidates in order, with those left out and why."""
         return self.folder / "ranking.csv"
+
+    @property
+    def tournament(self) -> Path:
+        """What each rung of the tournament decided about each candidate; only where there was one."""
+        return self.folder / "tournament.csv"
 
     @property
     def steps(self) -> Path:

@@ -291,10 +291,21 @@ def progress_shown() -> Iterator[None]:
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        ProgressColumn,
+        Task,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+
+    from rich.text import Text
+
+    class Throughput(ProgressColumn):
+        """Units per second, of bars that count in units."""
+
+        def render(self, task: Task) -> Text:
+            unit, per = task.fields.get("unit", ""), task.fields.get("per", 1)
+            return Text(f"{task.speed * per:,.1f} {unit}/s" if unit and task.speed else "")
 
     columns = (
         TextColumn("{task.description}"),
@@ -302,6 +313,7 @@ def progress_shown() -> Iterator[None]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        Throughput(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         token = _progress.set(progress)
@@ -311,15 +323,27 @@ def progress_shown() -> Iterator[None]:
             _progress.reset(token)
 
 
-def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
-    """The same ``items``, counted on a progress bar when one is shown (see ``progress_shown``)."""
+def note(text: str) -> None:
+    """Show one line of ``text`` above the progress bars, when they are shown (see ``progress_shown``)."""
+    progress = _progress.get()
+    if progress is not None:
+        progress.console.print(text, markup=False, highlight=False)
+
+
+def track(
+    items: Iterable[Item], description: str, total: int | None = None, *, unit: str = "", per: float = 1
+) -> Iterator[Item]:
+    """The same ``items``, counted on a progress bar when one is shown (see ``progress_shown``).
+
+    With ``unit`` the bar tells how many of them a second, ``per`` for each item.
+    """
     progress = _progress.get()
     if progress is None:
         yield from items
         return
     if total is None and isinstance(items, Sized):
         total = len(items)
-    task = progress.add_task(description, total=total)
+    task = progress.add_task(description, total=total, unit=unit, per=per)
     try:
         for item in items:
             yield item

@@ -56,6 +56,7 @@ PLANS = {
     ),
 }
 LEFT_OUT_REASON = "distillation stopped at step 40: the loss is not a number"
+DROPPED_REASON = "at rung 1 of 2, 100 steps: worse than the last survivor by 0.0581 [0.0560, 0.0602]"
 
 
 def plan_id(name: str) -> str:
@@ -221,33 +222,62 @@ def write_ranking(folder: Path) -> None:
         return start | {"blocks_removed": len(removed)} | own | {"median_ms": 40.0 - len(removed)} | rest
 
     def measured(shot: float, before: float, after: float, clip: float, pareto: bool) -> dict[str, object]:
-        losses = {"impact_one_shot": shot, "loss_before": before, "loss_after": after}
+        losses = {
+            "impact_one_shot": shot,
+            "loss_before": before,
+            "loss_after": after,
+            "steps": 300,
+            "rung": 2,
+        }
         return losses | {"clip_before": clip - 0.1, "clip_after": clip, "pareto": pareto, "status": "ranked"}
 
     rows = [
         row(0, "teacher", "teacher", pareto=True, loss_before=0.081, loss_after=0.081, clip_before=0.36,
-            clip_after=0.36, impact_one_shot=0.0, status="teacher"),
-        row(1, "search-params-bk-base-1", "search", **measured(0.004, 0.092, 0.0858, 0.352, True)),
-        row(2, "bk-base", "control", **measured(0.31, 0.34, 0.0991, 0.331, True)),
-        row(3, "bk-small", "control", **measured(0.35, 0.39, 0.1012, 0.322, True)),
-        row(4, "bk-tiny", "control", **measured(0.41, 0.52, 0.1105, 0.309, False)),
+            clip_after=0.36, impact_one_shot=0.0, status="teacher", steps=0),
+        row(1, "search-params-bk-base-1", "search", tie_group=1, **measured(0.004, 0.092, 0.0858, 0.352, True)),
+        row(2, "bk-base", "control", tie_group=2, **measured(0.31, 0.34, 0.0991, 0.331, True)),
+        row(3, "bk-small", "control", tie_group=2, **measured(0.35, 0.39, 0.1012, 0.322, True)),
+        row(4, "bk-tiny", "control", tie_group=3, **measured(0.41, 0.52, 0.2105, 0.309, False))
+        | {"steps": 100, "rung": 1, "status": "dropped", "pareto": None, "reason": DROPPED_REASON},
         row(None, "search-params-bk-small-1", "search", impact_one_shot=0.03, loss_before=0.12, status="failed",
-            reason=LEFT_OUT_REASON),
+            reason=LEFT_OUT_REASON, steps=40, rung=1),
     ]  # fmt: skip
     columns = [
-        *("rank", "plan", "plan_id", "origin", "blocks_removed", "params", "macs", "paper_macs", "median_ms"),
-        *(
-            "impact_one_shot",
-            "loss_before",
-            "loss_after",
-            "clip_before",
-            "clip_after",
-            "pareto",
-            "status",
-            "reason",
-        ),
+        *("rank", "tie_group", "plan", "plan_id", "origin", "blocks_removed", "params", "macs", "paper_macs"),
+        *("median_ms", "impact_one_shot", "loss_before", "loss_after", "clip_before", "clip_after", "steps"),
+        *("rung", "pareto", "status", "reason"),
     ]
     pd.DataFrame(rows, columns=columns).to_csv(folder / "ranking.csv", index=False)
+    write_tournament(folder)
+
+
+def write_tournament(folder: Path) -> None:
+    """Two rungs: at 100 steps one is dropped and one has failed, three come to the end."""
+    first = plan_id("search-params-bk-base-1")
+    base, small, tiny = (plan_id(name) for name in ("bk-base", "bk-small", "bk-tiny"))
+    against = {"against": base, "tied": True}
+    rows: list[dict[str, object]] = [
+        {"rung": 1, "name": first, "loss": 0.0893, "place": 1, "fate": "kept"}
+        | {"against": base, "tied": False, "difference": -0.0631, "low": -0.0642, "high": -0.062},
+        {"rung": 1, "name": base, "loss": 0.1524, "place": 2, "fate": "kept", "clip": 0.33},
+        {"rung": 1, "name": small, "loss": 0.153, "place": 3, "fate": "kept", "clip": 0.32}
+        | against | {"difference": 0.0006, "low": -0.0011, "high": 0.0023, "reason": "goes on because it is tied"},
+        {"rung": 1, "name": tiny, "loss": 0.2105, "place": 4, "fate": "dropped", "reason": DROPPED_REASON}
+        | {"against": base, "tied": False, "difference": 0.0581, "low": 0.056, "high": 0.0602},
+        {"rung": 1, "name": plan_id("search-params-bk-small-1"), "fate": "failed", "reason": LEFT_OUT_REASON},
+        {"rung": 2, "name": first, "loss": 0.0858, "place": 1, "fate": "kept"},
+        {"rung": 2, "name": base, "loss": 0.0991, "place": 2, "fate": "kept"}
+        | {"against": first, "tied": False, "difference": 0.0133, "low": 0.0121, "high": 0.0145},
+        {"rung": 2, "name": small, "loss": 0.1012, "place": 3, "fate": "kept"}
+        | {"against": first, "tied": False, "difference": 0.0154, "low": 0.014, "high": 0.0168},
+    ]  # fmt: skip
+    columns = [
+        *("rung", "steps", "name", "loss", "clip", "place", "fate", "tied", "against", "difference", "low"),
+        *("high", "reason"),
+    ]
+    frame = pd.DataFrame(rows, columns=columns)
+    frame["steps"] = frame["rung"].map({1: 100, 2: 300})
+    frame.to_csv(folder / "tournament.csv", index=False)
 
 
 def write_pictures(folder: Path) -> None:

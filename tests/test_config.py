@@ -17,6 +17,7 @@ from prune_lab.config import (
     EvaluateConfig,
     ProbeConfig,
     ProfileConfig,
+    RankConfig,
     RepairConfig,
     ReportConfig,
     RunConfig,
@@ -77,6 +78,13 @@ configs = st.builds(
     ),
     repair=st.builds(RepairConfig, kind=st.sampled_from(["none", "refit"])),
     distill=distill_configs,
+    rank=st.builds(
+        RankConfig,
+        eta=st.sampled_from([0, 2, 3]),
+        keep_controls=st.booleans(),
+        clip=st.booleans(),
+        engine=st.sampled_from(["local", "ray"]),
+    ),
     evaluate=st.builds(
         EvaluateConfig,
         prompts=lists,
@@ -170,6 +178,11 @@ def test_an_unknown_setting_is_met_with_the_nearest_one(text: str, named: list[s
         ("[evaluate]\nseeds = [0, 'one']", "whole number"),
         ("[evaluate]\nseeds = []", "one or more"),
         ("[search]\nbudgets = []\ncontrols = []", "not empty"),
+        ("[rank]\neta = 1", "or 2 or more"),
+        ("[rank]\neta = -2", "or 2 or more"),
+        ("[rank]\nfirst = -1", "at least 0"),
+        ("[rank]\nfirst = 501", "no more than distill.steps = 500"),
+        ("[rank]\nengine = 'dask'", "local, ray"),
         ("this is not toml", "not TOML"),
     ],
 )

@@ -54,6 +54,7 @@ SETTINGS = DistillConfig(
     checkpoint_every=2,
     validate_every=3,
     pictures=5,
+    trackers=(),
 )
 
 
@@ -428,6 +429,7 @@ def test_the_result_on_disk_is_the_averaged_student(
     assert sorted(path.name for path in folder.rglob("*") if path.is_file()) == [
         "config.json",
         "diffusion_pytorch_model.safetensors",
+        "heldout.csv",
         "recovery.csv",
         "recovery.json",
     ]

@@ -1,4 +1,4 @@
-"""Who is ranked, in which order, who is on the Pareto front, and who is left out with which reason."""
+"""Who is ranked, in which order, who ties, who is on the Pareto front, and who is left out with which reason."""
 
 from __future__ import annotations
 
@@ -85,6 +85,85 @@ def test_one_long_training_does_not_push_the_others_out() -> None:
     assert found == [("a", 1, "ranked"), ("b", 2, "ranked"), ("long", None, "left out")]
 
 
+def test_the_dropped_follow_the_survivors_by_how_far_they_came() -> None:
+    ranking = rank(
+        [
+            contender("early-good", 0.2, steps=50, rung=1, dropped="worse at rung 1"),
+            contender("best", 0.3, steps=400, rung=3),
+            contender("late-worse", 0.9, steps=150, rung=2, dropped="worse at rung 2"),
+            contender("late", 0.8, steps=150, rung=2, dropped="worse at rung 2", params=1, macs=1),
+            contender("second", 0.4, steps=400, rung=3),
+            contender("early", 0.5, steps=50, rung=1, dropped="worse at rung 1"),
+            contender("broken", steps=150, rung=2, failure="it broke"),
+            TEACHER,
+        ]
+    )
+    assert [(p.contender.plan, p.rank, p.status, p.reason) for p in ranking.places] == [
+        ("teacher", 0, "teacher", ""),
+        ("best", 1, "ranked", ""),
+        ("second", 2, "ranked", ""),
+        ("late", 3, "dropped", "worse at rung 2"),
+        ("late-worse", 4, "dropped", "worse at rung 2"),
+        ("early-good", 5, "dropped", "worse at rung 1"),
+        ("early", 6, "dropped", "worse at rung 1"),
+        ("broken", None, "failed", "it broke"),
+    ]
+    # a loss after fewer steps is no point of the front, however small the model
+    assert [p.pareto for p in ranking.places] == [True, True, False, None, None, None, None, None]
+
+
+def test_many_dropped_do_not_push_the_survivors_out() -> None:
+    few = [contender(f"d{i}", 0.5, steps=50, rung=1, dropped="worse") for i in range(5)]
+    found = plans(*few, contender("a", 0.3, steps=400, rung=2))
+    assert found[0] == ("a", 1, "ranked")
+    assert {status for _, _, status in found[1:]} == {"dropped"}
+
+
+def with_rows(plan: str, *heldout: float, **more: object) -> Contender:
+    return contender(plan, sum(heldout) / len(heldout), heldout=heldout, **more)
+
+
+def test_ties_share_a_group_whatever_their_ranks() -> None:
+    ranking = rank(
+        [
+            with_rows("far", 0.51, 0.62, 0.73),
+            with_rows("best", 0.10, 0.20, 0.30),
+            with_rows("tied", 0.11, 0.19, 0.31),
+            contender("unknown", 0.4),
+            with_rows("twin", 0.10, 0.20, 0.30),
+            with_rows("dropped", 0.1, 0.2, 0.4, steps=20, rung=1, dropped="worse"),
+            with_rows("dropped too", 0.1, 0.2, 0.41, steps=20, rung=1, dropped="worse"),
+            TEACHER,
+        ]
+    )
+    assert [(p.contender.plan, p.rank, p.tie_group) for p in ranking.places] == [
+        ("teacher", 0, None),
+        ("best", 1, 1),
+        ("twin", 2, 1),
+        ("tied", 3, 1),
+        ("unknown", 4, None),
+        ("far", 5, 2),
+        # after fewer steps they are compared with each other alone
+        ("dropped", 6, 3),
+        ("dropped too", 7, 3),
+    ]
+    assert ranking.frame()["tie_group"].isna().tolist() == [
+        True,
+        False,
+        False,
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]
+
+
+def test_rows_that_are_not_the_same_are_not_paired() -> None:
+    with pytest.raises(DataError, match="compare 3 rows with 2"):
+        rank([with_rows("a", 0.1, 0.2), with_rows("b", 0.1, 0.2, 0.3)])
+
+
 def test_a_plan_counts_once() -> None:
     with pytest.raises(DataError, match="id-a twice"):
         rank([contender("a", 0.1), contender("a", 0.2)])
@@ -134,21 +213,28 @@ def test_the_table_keeps_its_columns_and_survives_a_csv(tmp_path: Path) -> None:
             TEACHER,
             contender("a", 0.3, median_ms=1.5, impact_one_shot=0.01, loss_before=0.1 + 0.2),
             contender("b", failure="it broke, badly"),
+            with_rows("c", 0.1, 0.2, rung=2),
+            with_rows("d", 0.1, 0.2, rung=1, steps=20, dropped="at rung 1 of 2: worse"),
         ]
     )
     frame = ranking.frame()
     assert tuple(frame.columns) == RANKING_COLUMNS
     assert " ".join(RANKING_COLUMNS) == (
-        "rank plan plan_id origin blocks_removed params macs paper_macs median_ms impact_one_shot loss_before "
-        "loss_after clip_before clip_after pareto status reason"
+        "rank tie_group plan plan_id origin blocks_removed params macs paper_macs median_ms impact_one_shot "
+        "loss_before loss_after clip_before clip_after steps rung pareto status reason"
     )
-    assert frame["rank"].isna().tolist() == [False, False, True]
-    assert frame.loc[2, ["median_ms", "loss_after", "clip_after"]].isna().all()
+    assert frame["plan"].tolist() == ["teacher", "c", "a", "d", "b"]
+    assert frame["rank"].isna().tolist() == [False, False, False, False, True]
+    assert frame["steps"].tolist() == [0, 50, 50, 20, 50]
+    assert frame["rung"].fillna(0).tolist() == [0, 2, 0, 1, 0]
+    assert frame.loc[4, ["median_ms", "loss_after", "clip_after"]].isna().all()
     write_frame(tmp_path / "ranking.csv", frame)
     again = ranking_from_frame(pd.read_csv(tmp_path / "ranking.csv"))
     pd.testing.assert_frame_equal(again.frame(), frame)
-    assert [place.status for place in again.places] == ["teacher", "ranked", "failed"]
-    assert again.places[2].contender.failure == "it broke, badly"
+    assert [place.status for place in again.places] == ["teacher", "ranked", "ranked", "dropped", "failed"]
+    assert again.places[4].contender.failure == "it broke, badly"
+    assert again.places[3].contender.dropped == again.places[3].reason == "at rung 1 of 2: worse"
+    assert [place.tie_group for place in again.places] == [None, 1, None, 2, None]
     with pytest.raises(DataError, match="'pareto'"):
         ranking_from_frame(frame.drop(columns="pareto"))
 

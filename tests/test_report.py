@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from matplotlib.colors import to_rgba
 from matplotlib.patches import FancyBboxPatch
 from PIL import Image
-from synthetic_run import LEFT_OUT_REASON, NAMES, PLANS, STARRED, STEPS, plan_id, write_run
+from synthetic_run import DROPPED_REASON, LEFT_OUT_REASON, NAMES, PLANS, STARRED, STEPS, plan_id, write_run
 
 from prune_lab.errors import DataError, RunError
 from prune_lab.report import read_run, write_report
-from prune_lab.report.charts import draw_curves, draw_importance, draw_quality_plane
+from prune_lab.report.charts import draw_curves, draw_importance, draw_prediction, draw_quality_plane
 from prune_lab.report.document import Drawing, Table, Text
 from prune_lab.report.figures import DARK, LIGHT, impact_scale, plan_styles, settle, svg_uri
 from prune_lab.report.maps import draw_block_map, draw_plan_maps, map_cells
@@ -34,12 +34,15 @@ from prune_lab.report.tables import (
     CURVE_COLUMNS,
     MAP_COLUMNS,
     PlanRow,
+    at_the_end,
     block_map_frame,
     curve_frame,
+    dropped,
     importance_frame,
     left_out,
     measured,
 )
+from prune_lab.report.tournament import apart, draw_tournament
 from prune_lab.report.words import amount, change, count, figure3, short_number
 from prune_lab.runs import Run
 
@@ -125,6 +128,8 @@ def test_teacher_competes_with_nobody_and_failures_are_left_out(whole: Run) -> N
     assert ranking is not None
     assert set(measured(ranking)["plan"]) == set(PLANS)
     assert left_out(ranking)["plan"].tolist() == ["search-params-bk-small-1"]
+    assert dropped(ranking)["plan"].tolist() == ["bk-tiny"]
+    assert "bk-tiny" not in set(at_the_end(ranking)["plan"])
 
 
 def test_plan_ids_that_look_like_numbers_stay_text(fresh: Run) -> None:
@@ -316,6 +321,60 @@ def test_losses_that_hardly_differ_are_shown_on_a_plain_axis(whole: Run) -> None
     assert "(log)" not in figure.axes[0].get_ylabel()
 
 
+def test_a_dropped_candidate_is_pale_and_no_part_of_the_front(whole: Run) -> None:
+    tables = read_run(whole)
+    assert tables.ranking is not None
+    # were it compared, its loss after fewer steps would be the best of all
+    ranking = tables.ranking.copy()
+    ranking.loc[ranking["plan"] == "bk-tiny", "loss_after"] = 0.01
+    styles = plan_styles(tables.plans)
+    axes = draw_quality_plane(ranking, styles, LIGHT).axes[0]
+    assert min(axes.lines[0].get_ydata()) > 0.01
+    heights = [(float(np.ma.filled(marks.get_offsets(), np.nan)[0, 1]), marks) for marks in axes.collections]
+    marks = {height: marks.get_alpha() for height, marks in heights}
+    assert marks[0.01] is not None
+    assert marks[0.0991] is None
+    after = draw_prediction(ranking, styles, LIGHT).axes[1]
+    assert sum(bool(np.isfinite(marks.get_offsets()).all()) for marks in after.collections) == 3
+
+
+def test_the_tournament_ends_each_line_where_its_candidate_ended(whole: Run) -> None:
+    tables = read_run(whole)
+    assert tables.tournament is not None
+    styles = plan_styles(tables.plans)
+    axes = draw_tournament(tables.tournament, tables.plans, styles, LIGHT).axes[0]
+    lines = {line.get_color(): line for line in axes.lines if line.get_marker() not in ("None", None)}
+    ends = {plan.label: max(lines[styles[plan.id].color].get_xdata()) for plan in tables.plans[:4]}
+    assert ends == {"bk-base": 300, "bk-small": 300, "bk-tiny": 100, "search-params-bk-base-1": 300}
+    assert styles[plan_id("search-params-bk-small-1")].color not in lines
+    crosses = [tuple(marks.get_offsets()[0]) for marks in axes.collections]
+    assert crosses == [(100, 0.2105)]
+    named = [text.get_text() for text in axes.texts]
+    assert sorted(named) == ["bk-base", "bk-small", "search-params-bk-base-1"]
+
+
+def test_a_run_without_a_tournament_shows_none(fresh: Run) -> None:
+    fresh.tournament.unlink()
+    parts = [part for section in report_sections(read_run(fresh)) for part in section.parts]
+    assert "tournament" not in {part.name for part in parts if isinstance(part, Drawing)}
+    assert "Every verdict of the tournament" not in {p.caption for p in parts if isinstance(p, Table)}
+
+
+def test_ties_of_the_first_are_said(fresh: Run) -> None:
+    ranking = pd.read_csv(fresh.ranking)
+    ranking.loc[ranking["plan"] == "bk-base", "tie_group"] = 1
+    ranking.to_csv(fresh.ranking, index=False)
+    summary = report_sections(read_run(fresh))[0].parts[0]
+    assert isinstance(summary, Text)
+    said = "By their held-out losses search-params-bk-base-1 cannot be told apart from bk-base."
+    assert said in summary.sentences
+
+
+def test_names_are_moved_apart_in_their_order() -> None:
+    assert apart([0.3, 0.1, 0.12, 0.11], 0.05).tolist() == pytest.approx([0.3, 0.1, 0.2, 0.15])
+    assert apart([], 0.1).tolist() == []
+
+
 def test_curves_end_where_a_candidate_stopped(whole: Run) -> None:
     tables = read_run(whole)
     styles = plan_styles(tables.plans)
@@ -369,7 +428,7 @@ def test_the_page_needs_nothing_from_elsewhere(whole: Run) -> None:
     assert "script" not in {tag for tag, _ in page.tags}
     assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
     sources = page.values("src") + page.values("srcset")
-    assert len(sources) == 2 * 8  # eight figures in two appearances
+    assert len(sources) == 2 * 9  # nine figures in two appearances
     assert all(source.startswith("data:image/") for source in sources)
     anchors = page.values("href")
     assert anchors
@@ -403,6 +462,9 @@ def test_the_page_says_what_the_tables_say(whole: Run) -> None:
     for value in ranking["loss_after"].dropna():
         assert f"{value:.4f}" in words
     assert LEFT_OUT_REASON in words
+    assert DROPPED_REASON in words
+    assert "4 candidates ranked, 1 of them dropped on the way by the tournament." in words
+    assert "0.0006 [-0.0011, 0.0023]" in words
     assert "1,204.5\u202fs" in words
     assert "add 108, silu 68" in words
     assert "38.1 to 43.9\u202fms" in words
@@ -416,7 +478,7 @@ def test_markdown_shows_the_same_with_files_beside_it(whole: Run) -> None:
     text = (whole.report_dir / "report.md").read_text()
     assert "data:" not in text
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
-    assert len(pictures) == 8
+    assert len(pictures) == 9
     for name in pictures:
         with Image.open(whole.report_dir / name) as picture:
             assert picture.convert("L").getextrema()[0] < 128  # something is drawn on the white
@@ -430,7 +492,10 @@ def test_markdown_shows_the_same_with_files_beside_it(whole: Run) -> None:
 
 
 def test_tables_beside_the_page_are_the_tables_of_the_run(whole: Run) -> None:
-    for source in (whole.blocks, whole.importance, whole.costs, whole.reductions, whole.ranking):
+    for source in (
+        *(whole.blocks, whole.importance, whole.costs, whole.reductions, whole.ranking),
+        whole.tournament,
+    ):
         assert (whole.report_dir / source.name).read_bytes() == source.read_bytes()
     assert not list(whole.report_dir.glob("*.tmp"))
 
@@ -486,11 +551,13 @@ def test_unknown_cells_are_dashes(whole: Run) -> None:
     failed = dict(
         zip(
             ranking.header,
-            next(row for row in ranking.rows if row[1] == "search-params-bk-small-1"),
+            next(row for row in ranking.rows if row[2] == "search-params-bk-small-1"),
             strict=True,
         )
     )
     assert failed["Rank"] == failed["Loss after"] == failed["CLIP after"] == "\u2013"
+    assert failed["Tie group"] == failed["On the front"] == "\u2013"
+    assert failed["Status"] == "failed"
     assert failed["Loss before"] == "0.1200"
 
 

@@ -44,6 +44,7 @@ def test_the_layout_is_the_documented_one(tmp_path: Path) -> None:
         "pictures_dir": "pictures",
         "teacher_pictures": "pictures/teacher.png",
         "ranking": "ranking.csv",
+        "tournament": "tournament.csv",
         "steps": "steps.csv",
         "report_dir": "report",
         "report": "report/index.html",

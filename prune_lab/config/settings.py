@@ -13,6 +13,9 @@ PLAN_FILES = (".txt", ".json")  # groups may also be plans from such a file
 SOLVERS = ("exact", "interactions", "greedy", "evolution")
 BUDGET_CONTROLS = ("uniform", "random-median", "lowest-one-shot", "similarity")  # found for a budget
 REPAIRS = ("none", "shift", "scale-shift", "linear", "refit", "best")
+LOSS_VARIANTS = ("raw", "normalised", "outlier-masked", "self-attention", "inverse-sensitivity")
+SCHEDULES = ("constant", "linear", "cosine")
+RANK_ENGINES = ("local", "ray")
 DTYPES = ("float32", "bfloat16", "float16")
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
@@ -141,26 +144,80 @@ class DistillConfig:
     task_weight: float = 1.0  # against the noise that was added
     output_weight: float = 1.0  # against the teacher's prediction
     feature_weight: float = 1.0  # against the teacher's stage outputs
+    loss_variant: str = (
+        "raw"  # of the feature loss: raw (paper), normalised, outlier-masked, ... (see losses)
+    )
+    min_snr: float = 0.0  # gamma of the min-SNR weighting of the task loss (arXiv:2303.09556); 0: off
+    noise_offset: float = 0.0  # of each channel of the noise; 0: off
     ema_decay: float = 0.995  # short runs need a short memory; 0 keeps the last weights
     clip_norm: float = 1.0  # of the gradient; 0 does not clip
     warmup: int = 20  # steps until the learning rate is reached
+    schedule: str = "constant"  # of the learning rate after the warm-up: constant, linear or cosine
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for guidance
     seed: int = 0
     checkpoint_every: int = 100  # steps
     validate_every: int = 100  # steps
+    precision: str = (
+        ""  # of the forward passes, weights stay float32: float32 or bfloat16; empty: the teacher's
+    )
+    micro_batch: int = (
+        0  # samples of one student per forward and backward pass; 0: as many as fit into memory
+    )
+    gradient_checkpointing: bool = False  # of the students: less memory for a third more work
+    compile: bool = False  # the blocks of teacher and students go through torch.compile
+    together: int = 0  # students trained on one teacher pass; 0: as many as fit into memory
+    diverged: float = 3.0  # times the held-out loss before training: a student above that is stopped
+    trackers: tuple[str, ...] = ("tensorboard",)  # and what else accelerate knows; a CSV is always written
+    grid_every: int = 0  # steps between grids of pictures drawn by each student; 0: none
     pictures: int = 2048  # training pictures whose latents are cached
 
     def __post_init__(self) -> None:
         counts = {"steps": 1, "batch": 1, "warmup": 0, "seed": 0, "checkpoint_every": 1, "validate_every": 1}
-        _require_counts("distill", self, **counts, pictures=1)
+        _require_counts("distill", self, **counts, pictures=1, micro_batch=0, together=0, grid_every=0)
         weights = ("task_weight", "output_weight", "feature_weight")
         _require_finite("distill", self, "learning_rate", "weight_decay", "clip_norm", *weights)
+        _require_finite("distill", self, "min_snr", "noise_offset")
+        require(self.diverged > 1, "distill.diverged", self.diverged, "above 1")
+        require(
+            self.loss_variant in LOSS_VARIANTS,
+            "distill.loss_variant",
+            self.loss_variant,
+            f"one of {', '.join(LOSS_VARIANTS)}",
+        )
+        require(
+            self.schedule in SCHEDULES, "distill.schedule", self.schedule, f"one of {', '.join(SCHEDULES)}"
+        )
+        require(
+            self.precision in ("", "float32", "bfloat16"),
+            "distill.precision",
+            self.precision,
+            "float32, bfloat16 or empty for the teacher's; float16 loses the gradients of students",
+        )
         require(self.learning_rate > 0, "distill.learning_rate", self.learning_rate, "above zero")
         _require_fraction("distill", self, "ema_decay", "caption_dropout")
         total = self.task_weight + self.output_weight + self.feature_weight
         require(
             total > 0, "distill.task_weight", self.task_weight, "above zero when the other two weights are 0"
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RankConfig:
+    """Who gets how much of the distillation: everyone all of it, or less who falls behind in a tournament."""
+
+    eta: int = 0  # the best 1/eta of each rung go on, and who ties with them; 0: everyone gets distill.steps
+    first: int = (
+        0  # steps of the first rung; 0: distill.steps over the power of eta that leaves twice the warm-up
+    )
+    keep_controls: bool = False  # BK-SDM's and the other controls go on to the end, whatever their loss
+    clip: bool = True  # from the second rung on the CLIP score decides between those who tie on held-out loss
+    engine: str = "local"  # who trains the candidates of a rung: local or ray
+
+    def __post_init__(self) -> None:
+        require(self.eta == 0 or self.eta >= 2, "rank.eta", self.eta, "0 for no tournament, or 2 or more")
+        _require_counts("rank", self, first=0)
+        known = f"one of {', '.join(RANK_ENGINES)}"
+        require(self.engine in RANK_ENGINES, "rank.engine", self.engine, known)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -214,6 +271,7 @@ class RunConfig:
     search: SearchConfig = dataclasses.field(default_factory=SearchConfig)
     repair: RepairConfig = dataclasses.field(default_factory=RepairConfig)
     distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
+    rank: RankConfig = dataclasses.field(default_factory=RankConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
     report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
@@ -226,3 +284,7 @@ class RunConfig:
         require(is_device, "device", self.device, "auto, cpu, mps, cuda or cuda:N")
         require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         require(self.seed >= 0, "seed", self.seed, "a whole number of at least 0")
+        most = self.distill.steps
+        require(
+            self.rank.first <= most, "rank.first", self.rank.first, f"no more than distill.steps = {most}"
+        )

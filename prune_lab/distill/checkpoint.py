@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from prune_lab.errors import DataError, RunError
 from prune_lab.runtime import atomic_write
 
-_FORMAT = "prune_lab checkpoint 1"
+_FORMAT = "prune_lab checkpoint 2"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -30,6 +30,9 @@ class TrainingState:
     step: int  # finished steps
     seconds: float  # wall-clock time spent so far, over all resumed parts
     history: list[tuple[float, ...]]  # one row per finished step, nan where nothing was measured
+    heldout: dict[int, Tensor] = field(
+        default_factory=dict
+    )  # (rows,) float32 by step, of the averaged weights
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights, averaged weights and AdamW moments by name; the live tensors, not copies."""
@@ -62,6 +65,7 @@ def save_checkpoint(path: Path, state: TrainingState, fingerprint: Mapping[str, 
     """Write ``state`` to ``path``, whole or not at all. Raises StorageError."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in state.tensors().items()}
     tensors["history"] = torch.tensor(state.history, dtype=torch.float64)
+    tensors |= {f"heldout.{step}": losses for step, losses in state.heldout.items()}
     metadata = {
         "format": _FORMAT,
         "state": json.dumps({"step": state.step, "seconds": state.seconds}),
@@ -89,6 +93,11 @@ def load_checkpoint(path: Path, state: TrainingState, fingerprint: Mapping[str, 
     progress = json.loads(metadata["state"])
     state.step, state.seconds = progress["step"], progress["seconds"]
     state.history[:] = [tuple(row) for row in saved["history"].tolist()]
+    state.heldout = {
+        int(name.removeprefix("heldout.")): tensor
+        for name, tensor in saved.items()
+        if name.startswith("heldout.")
+    }
     state.ema.optimization_step = state.step
     for name, parameter in state.student.named_parameters():
         if f"{_MOMENTS[0]}.{name}" in saved:

@@ -65,6 +65,16 @@ class LatentData:
         return named | {f"empty_added.{name}": tensor for name, tensor in self.empty_added.items()}
 
     @property
+    def channels(self) -> int:
+        """Channels of the latents."""
+        return self.latents.shape[1]
+
+    @property
+    def width(self) -> int:
+        """Width of the text embeddings."""
+        return self.embeddings.shape[-1]
+
+    @property
     def digest(self) -> str:
         """16 hexadecimal digits that change with any bit of any tensor."""
         return tensors_digest(self.tensors())
@@ -169,6 +179,7 @@ class Batch:
 
     noisy: Tensor  # (B, C, H, W)
     target: Tensor  # (B, C, H, W) the noise, or the velocity
+    weights: Tensor  # (B,) float32, of each sample's task loss; ones unless distill.min_snr asks for others
     timesteps: Tensor  # (B,) int64
     embeddings: Tensor  # (B, L, D)
     added: Mapping[str, Tensor]
@@ -190,13 +201,30 @@ def batch_rows(count: int, batch: int, seed: int, step: int) -> list[int]:
     return [orders[place // count][place % count] for place in places]
 
 
+def min_snr_weights(schedule: Any, timesteps: Tensor, gamma: float) -> Tensor:
+    """Weights (B,) that cap the say of nearly clean samples at a signal-to-noise ratio of ``gamma``; 0 gives ones.
+
+    min(SNR, gamma) / SNR for a model that predicts the noise and / (SNR + 1) for the velocity: equal weights
+    in the space of clean latents (arXiv:2303.09556, section 3.4).
+    """
+    if not gamma:
+        return torch.ones(len(timesteps))
+    kept = schedule.alphas_cumprod[timesteps].float()
+    ratio = kept / (1 - kept)
+    scale = ratio + 1 if schedule.config.prediction_type == "v_prediction" else ratio
+    weights: Tensor = ratio.clamp(max=gamma) / scale.clamp(min=torch.finfo(torch.float32).tiny)
+    return weights
+
+
 def draw_batch(
     data: LatentData, scheduler: Any, settings: DistillConfig, step: int, device: torch.device | str = "cpu"
 ) -> Batch:
     """The batch of step ``step`` (from 1) on ``device``, drawn on the CPU from the seed and the step alone.
 
     ``scheduler`` is any diffusers scheduler of the teacher: its noise schedule and prediction type count. Timesteps
-    are uniform over the training range. A share of ``settings.caption_dropout`` of the captions becomes empty.
+    are uniform over the training range. A share of ``settings.caption_dropout`` of the captions becomes empty. With
+    ``settings.noise_offset`` every channel of the noise is shifted by as much times a normal number of its own, so that
+    overall brightness is learnt too.
     """
     schedule = noise_schedule(scheduler.config)
     rows = torch.tensor(batch_rows(len(data), settings.batch, settings.seed, step))
@@ -205,6 +233,8 @@ def draw_batch(
     noise = torch.randn(latents.shape, generator=generator)
     timesteps = torch.randint(0, schedule.config.num_train_timesteps, (settings.batch,), generator=generator)
     dropped = torch.rand(settings.batch, generator=generator) < settings.caption_dropout
+    if settings.noise_offset:
+        noise = noise + settings.noise_offset * torch.randn((*noise.shape[:2], 1, 1), generator=generator)
     embeddings = torch.where(dropped[:, None, None], data.empty_embedding, data.embeddings[rows])
     added = {name: tensor[rows].clone() for name, tensor in data.added.items()}
     for name, empty in data.empty_added.items():
@@ -212,6 +242,7 @@ def draw_batch(
     return Batch(
         noisy=schedule.add_noise(latents, noise, timesteps).to(device),
         target=training_target(schedule, latents, noise, timesteps).to(device),
+        weights=min_snr_weights(schedule, timesteps, settings.min_snr).to(device),
         timesteps=timesteps.to(device),
         embeddings=embeddings.to(device),
         added={name: tensor.to(device) for name, tensor in added.items()},

@@ -1,8 +1,13 @@
-"""The three losses of BK-SDM (arXiv:2305.15798): task, output and feature, all computed in float32."""
+"""The three losses of BK-SDM (arXiv:2305.15798): task, output and feature, and variants of the feature loss.
+
+All are computed in float32. A variant says which points are compared and how the features of one point are; the paper's
+own is ``raw``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +17,89 @@ from torch.nn.functional import mse_loss
 
 from prune_lab.config import DistillConfig
 from prune_lab.distill.data import Batch
-from prune_lab.distill.features import FeaturePair, feature_loss, tapped
+from prune_lab.distill.features import FeaturePair, Points, tapped
+
+Term = Callable[
+    [Tensor, Tensor], Tensor
+]  # features of teacher and student, equal shapes, float32 -> a scalar
+OUTLIER_DEVIATIONS = 2.0  # of a sample's features from their mean, beyond which they are masked
+
+
+# How the features of one point are compared --------------------------------------------------------------------
+
+
+def squared_error(wanted: Tensor, found: Tensor) -> Tensor:
+    """Mean squared difference, as in BK-SDM's code.
+
+    Misleads when: one stage has far larger features than the rest, since it then carries most of the sum.
+    """
+    return mse_loss(found, wanted)
+
+
+def normalised_error(wanted: Tensor, found: Tensor) -> Tensor:
+    """Mean squared difference over the teacher's mean square: every point has an equal say, whatever its scale.
+
+    After LAPTOP-Diff (arXiv:2404.11098), which divides each term by the norm of the teacher's feature.
+    """
+    return mse_loss(found, wanted) / wanted.square().mean().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def masked_error(wanted: Tensor, found: Tensor) -> Tensor:
+    """Mean squared difference where neither feature is an outlier of its sample, |x - mean| <= 2 deviations.
+
+    After TinyFusion (arXiv:2412.01199): few massive activations, which a pruned model cannot have at once, would carry
+    the loss. Misleads when: the outliers themselves have to be learnt.
+    """
+    kept = _ordinary(wanted) & _ordinary(found.detach())
+    errors = torch.where(kept, found - wanted, 0.0).square()
+    return errors.sum() / kept.sum().clamp(min=1)
+
+
+def _ordinary(features: Tensor) -> Tensor:
+    """Where ``features`` (B, ...) lie within two standard deviations of their sample's mean, a mask of their shape."""
+    rest = tuple(range(1, features.ndim))
+    deviation, mean = torch.std_mean(features, dim=rest, keepdim=True, correction=0)
+    return (features - mean).abs() <= OUTLIER_DEVIATIONS * deviation
+
+
+# The variants ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureVariant:
+    """One way of the feature loss: the points that are compared, and what is summed over them.
+
+    ``by_sensitivity`` weighs each point by one over the removal impact of what lies there, mean weight 1.
+    """
+
+    points: Points
+    term: Term
+    by_sensitivity: bool = False
+
+
+FEATURE_VARIANTS: Mapping[str, FeatureVariant] = {
+    # BK-SDM, arXiv:2305.15798: stage outputs, nothing normalised
+    "raw": FeatureVariant("stages", squared_error),
+    "normalised": FeatureVariant("stages", normalised_error),
+    "outlier-masked": FeatureVariant("stages", masked_error),
+    # KOALA, arXiv:2312.04005: self-attention rather than the last feature of a stage
+    "self-attention": FeatureVariant("self-attention", normalised_error),
+    # HierarchicalPrune, arXiv:2508.04663: what the model is most sensitive to is moved least
+    "inverse-sensitivity": FeatureVariant("blocks", normalised_error, by_sensitivity=True),
+}
+
+
+# The losses of a batch ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Losses:
     """The unweighted losses of one batch, scalars in float32 that carry gradients to the student.
 
-    task: mean squared error of the student's prediction against the training target (noise or velocity).
+    task: mean squared error of the student's prediction against the training target (noise or velocity), each sample
+    by its weight in the batch.
     output: mean squared difference between the predictions of student and teacher.
-    feature: sum over the feature pairs of the mean squared difference of the features.
+    feature: sum over the feature pairs of what the variant makes of the difference of the features.
     """
 
     task: Tensor
@@ -37,27 +115,77 @@ class Losses:
         )
 
 
-def batch_losses(
-    teacher: nn.Module, student: nn.Module, pairs: Sequence[FeaturePair], batch: Batch
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the teacher says to one batch, without gradients: every student of the batch is held against it."""
+
+    prediction: Tensor  # (B, C, H, W) float32
+    features: Mapping[str, Tensor]  # by module path of the teacher, in the format of its forward pass
+
+
+def teacher_answer(
+    teacher: nn.Module, paths: Iterable[str], batch: Batch, precision: torch.dtype | None = None
+) -> Answer:
+    """The teacher's prediction for ``batch`` and the features at its modules ``paths``; one forward pass.
+
+    ``precision`` None is the format of its weights; bfloat16 puts a float32 teacher under autocast.
+    """
+    with tapped(teacher, tuple(dict.fromkeys(paths))) as features, torch.no_grad():
+        with _autocast(batch, precision or torch.float32):
+            prediction = _predict(teacher, batch, next(teacher.parameters()).dtype)
+        return Answer(prediction.float(), dict(features))
+
+
+def student_losses(
+    student: nn.Module,
+    answer: Answer,
+    pairs: Sequence[FeaturePair],
+    batch: Batch,
+    *,
+    variant: str = "raw",
+    precision: torch.dtype = torch.float32,
+    forward: Callable[..., Any] | None = None,
 ) -> Losses:
-    """The losses of ``student`` on ``batch``; one forward pass of each model, no gradient for the teacher.
+    """The losses of ``student`` on ``batch`` against the teacher's ``answer``; one forward pass, with gradients.
+
+    ``precision`` bfloat16 puts the forward pass under autocast; weights stay as they are. ``forward`` is what is called
+    in place of the student where something wraps it (data parallel); the taps sit on the student itself.
+    """
+    term = FEATURE_VARIANTS[variant].term
+    with tapped(student, [pair.student_path for pair in pairs]) as features:
+        with _autocast(batch, precision):
+            found = _predict(forward or student, batch, torch.float32).float()
+        feature = torch.zeros((), dtype=torch.float32, device=found.device)
+        for pair in pairs:
+            wanted, own = answer.features[pair.teacher_path], features[pair.student_path]
+            feature = feature + pair.weight * term(wanted.float(), own.float())
+    errors = (found - batch.target.float()).square().flatten(1).mean(dim=1)
+    return Losses(
+        task=(batch.weights * errors).mean(), output=mse_loss(found, answer.prediction), feature=feature
+    )
+
+
+def batch_losses(
+    teacher: nn.Module,
+    student: nn.Module,
+    pairs: Sequence[FeaturePair],
+    batch: Batch,
+    *,
+    variant: str = "raw",
+) -> Losses:
+    """The losses of one student on ``batch``; one forward pass of each model, no gradient for the teacher.
 
     A teacher in bfloat16 puts the student's forward pass under autocast in bfloat16; its weights stay as they are.
     """
-    device, dtype = batch.noisy.device.type, next(teacher.parameters()).dtype
-    with (
-        tapped(teacher, [pair.teacher_path for pair in pairs]) as teacher_features,
-        tapped(student, [pair.student_path for pair in pairs]) as student_features,
-    ):
-        with torch.no_grad():
-            wanted = _predict(teacher, batch, dtype)
-        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
-            found = _predict(student, batch, torch.float32)
-        return Losses(
-            task=mse_loss(found.float(), batch.target.float()),
-            output=mse_loss(found.float(), wanted.float()),
-            feature=feature_loss(teacher_features, student_features, pairs, like=found),
-        )
+    answer = teacher_answer(teacher, [pair.teacher_path for pair in pairs], batch)
+    precision = next(teacher.parameters()).dtype
+    return student_losses(student, answer, pairs, batch, variant=variant, precision=precision)
+
+
+def _autocast(batch: Batch, precision: torch.dtype) -> contextlib.AbstractContextManager[object]:
+    if precision == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(batch.noisy.device.type, dtype=precision)
 
 
 def _predict(unet: Callable[..., Any], batch: Batch, dtype: torch.dtype) -> Tensor:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import pandas as pd
+from torch import Tensor
 
-from prune_lab.errors import DataError
+from prune_lab.errors import DataError, RunError
 from prune_lab.runs import CandidatePaths
 from prune_lab.runtime import read_json, write_frame, write_json
 
 RECOVERY_COLUMNS = ("step", "task", "output", "feature", "total", "validation", "learning_rate", "seconds")
+HELDOUT_COLUMNS = ("step", "row", "loss")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -50,11 +52,6 @@ def verdict_path(paths: CandidatePaths) -> Path:
     return paths.distilled / "recovery.json"
 
 
-def checkpoint_path(paths: CandidatePaths) -> Path:
-    """The state of an unfinished or failed distillation."""
-    return paths.distilled / "checkpoint.safetensors"
-
-
 def write_recovery(paths: CandidatePaths, recovery: Recovery, fingerprint: Mapping[str, Any]) -> None:
     """Write recovery.csv, then the verdict that says it is complete. Raises StorageError."""
     write_frame(paths.recovery, recovery.frame())
@@ -66,6 +63,35 @@ def write_recovery(paths: CandidatePaths, recovery: Recovery, fingerprint: Mappi
         for name, value in fields.items()
     }
     write_json(verdict_path(paths), known | {"fingerprint": dict(fingerprint)})
+
+
+def write_heldout(paths: CandidatePaths, losses: Mapping[int, Tensor]) -> None:
+    """Write heldout.csv: the loss of every held-out row, (rows,) by step. Raises StorageError."""
+    tables = [
+        pd.DataFrame({"step": step, "row": range(len(rows)), "loss": rows.double().numpy()})
+        for step, rows in sorted(losses.items())
+    ]
+    write_frame(paths.heldout, pd.concat(tables, ignore_index=True)[list(HELDOUT_COLUMNS)])
+
+
+def load_heldout(folder: Path) -> pd.DataFrame:
+    """Held-out losses of the candidate in ``folder``, a row of the frame per step, a column per held-out row.
+
+    Rows are the same pictures, noise and timesteps for every candidate of a run, so differences are paired. Raises
+    RunError when it was not distilled yet, DataError when the file is damaged.
+    """
+    path = CandidatePaths(Path(folder)).heldout
+    if not path.is_file():
+        raise RunError(
+            f"asked for the held-out losses in {folder}, found none; distil it with prune-lab distill"
+        )
+    try:
+        frame = pd.read_csv(path, dtype={"step": "int64", "row": "int64"}, float_precision="round_trip")
+        return frame.pivot(index="step", columns="row", values="loss")
+    except (KeyError, ValueError) as error:
+        raise DataError(
+            f"asked to read {path}, found a damaged file ({error}); remove it and run the distillation again"
+        ) from None
 
 
 def load_recovery(folder: Path) -> Recovery | None:

@@ -7,7 +7,7 @@ from prune_lab.profiling.costs import Cost, CostTable, PlanCost, cost_table
 from prune_lab.profiling.differences import forward_ms, measure_latency_table
 from prune_lab.profiling.latency import Latency, measure_latency, measure_memory_growth, profile_blocks
 from prune_lab.profiling.latency_table import LatencyTable, MeasuredPlan, Saving, latency_table_from_dict
-from prune_lab.profiling.live import live_peak
+from prune_lab.profiling.live import LiveBytes, live_peak
 from prune_lab.profiling.macs import Macs, count_macs
 from prune_lab.profiling.matrices import (
     PlanMatrix,
@@ -24,6 +24,7 @@ from prune_lab.profiling.prices import PriceList, Prices, latency_disagreement, 
 from prune_lab.profiling.reductions import random_unet, reduction_table
 
 __all__ = [
+    "LiveBytes",
     "ActivationTable",
     "Cost",
     "CostTable",

@@ -12,6 +12,7 @@ from prune_lab.report.figures import DARK, LIGHT, plan_styles
 from prune_lab.report.maps import draw_block_map, draw_plan_maps
 from prune_lab.report.page import write_report
 from prune_lab.report.tables import PlanRow, RunTables, block_map_frame, importance_frame, read_run
+from prune_lab.report.tournament import draw_tournament
 from prune_lab.report.trust import draw_additivity, draw_agreement, draw_parts, draw_stability
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "draw_plan_maps",
     "draw_quality_plane",
     "draw_stability",
+    "draw_tournament",
     "importance_frame",
     "plan_styles",
     "read_run",

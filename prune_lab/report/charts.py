@@ -23,7 +23,7 @@ from prune_lab.report.figures import (
     spread,
     style_axes,
 )
-from prune_lab.report.tables import PlanRow, importance_frame, measured, teacher_row
+from prune_lab.report.tables import PlanRow, at_the_end, importance_frame, measured, teacher_row
 
 _KIND_TITLES = {
     "block": "Single blocks",
@@ -39,6 +39,7 @@ _PART_TITLES = {
     "output": "Output loss in training",
     "feature": "Feature loss in training",
 }
+_PALE = 0.35  # how opaque the mark of a dropped candidate is
 
 
 # Importance ------------------------------------------------------------------------------------------------------
@@ -165,7 +166,10 @@ def _cost_colors(theme: Theme) -> tuple[str, str]:
 
 
 def draw_quality_plane(ranking: pd.DataFrame, styles: Mapping[str, PlanStyle], theme: Theme) -> Figure:
-    """Held-out loss and CLIP score against multiply-adds and parameters, before (hollow) and after distillation."""
+    """Held-out loss and CLIP score against multiply-adds and parameters, before (hollow) and after distillation.
+
+    Those that the tournament dropped are pale: they stand where they had come to, and are no part of the front.
+    """
     rows = measured(ranking)
     teacher = teacher_row(ranking)
     qualities = [("loss", "held-out denoising loss, lower is better")]
@@ -177,7 +181,7 @@ def draw_quality_plane(ranking: pd.DataFrame, styles: Mapping[str, PlanStyle], t
     for line, (quality, quality_label) in zip(grid, qualities, strict=True):
         for axes, (cost, cost_label) in zip(line, costs, strict=True):
             style_axes(axes, theme, grid="both")
-            _draw_front(axes, ranking, cost, quality, theme)
+            _draw_front(axes, at_the_end(ranking), cost, quality, theme)
             _draw_outcomes(axes, rows, cost, quality, styles, theme)
             if teacher is not None and pd.notna(teacher[f"{quality}_after"]):
                 axes.axhline(teacher[f"{quality}_after"], color=theme.muted, lw=1, ls=(0, (4, 3)))
@@ -198,7 +202,11 @@ def draw_quality_plane(ranking: pd.DataFrame, styles: Mapping[str, PlanStyle], t
     ]
     if teacher is not None:
         extra.insert(0, _legend_mark("teacher", "s", theme.text, theme.text))
-    _plan_legend(figure, rows, styles, theme, extra)
+    if len(at_the_end(rows)) < len(rows):
+        pale = _legend_mark("pale: dropped before the end", "o", theme.muted, theme.muted)
+        pale.set_alpha(_PALE)
+        extra.append(pale)
+    plan_legend(figure, rows, styles, theme, extra)
     return figure
 
 
@@ -216,6 +224,7 @@ def _draw_outcomes(
             "edgecolors": style.color,
             "linewidths": 1.4,
             "zorder": 3,
+            "alpha": _PALE if row["status"] == "dropped" else None,
         }
         axes.scatter([row[cost]], [before], facecolors=theme.surface, **shape)
         axes.scatter([row[cost]], [after], facecolors=style.color, **shape)
@@ -229,13 +238,14 @@ def _draw_front(axes: Axes, ranking: pd.DataFrame, cost: str, quality: str, them
     axes.step(points[cost], best, where="post", color=theme.muted, lw=5, alpha=0.3, zorder=1)
 
 
-def _plan_legend(
+def plan_legend(
     figure: Figure,
     rows: pd.DataFrame,
     styles: Mapping[str, PlanStyle],
     theme: Theme,
     extra: Sequence[Line2D] = (),
 ) -> None:
+    """Put a legend under ``figure``: the marks of the plans in ``rows`` (plan_id, plan) and those in ``extra``."""
     labels = dict(zip(rows["plan_id"].astype(str), rows["plan"].astype(str), strict=True))
     handles = [
         _legend_mark(labels[plan_id], style.marker, style.color, style.color)
@@ -259,7 +269,10 @@ def _legend_mark(label: str, marker: str, face: str, edge: str) -> Line2D:
 
 
 def draw_prediction(ranking: pd.DataFrame, styles: Mapping[str, PlanStyle], theme: Theme) -> Figure:
-    """The candidates' impact in one shot against their held-out loss before and after distillation."""
+    """The candidates' impact in one shot against their held-out loss before and after distillation.
+
+    After it only those that came to the end: a loss after fewer steps says something else.
+    """
     rows = measured(ranking)
     rows = rows[rows["impact_one_shot"] > 0]
     figure = new_figure(theme, 11, 3.6)
@@ -267,7 +280,8 @@ def draw_prediction(ranking: pd.DataFrame, styles: Mapping[str, PlanStyle], them
     titles = {"loss_before": "Before distillation", "loss_after": "After distillation"}
     for axes, (column, title) in zip(panels, titles.items(), strict=True):
         style_axes(axes, theme, title=title, grid="both")
-        for row in rows.to_dict("records"):
+        shown = rows if column == "loss_before" else at_the_end(rows)
+        for row in shown.to_dict("records"):
             style = styles[str(row["plan_id"])]
             axes.scatter(
                 [row["impact_one_shot"]], [row[column]], s=52, marker=style.marker, color=style.color
@@ -275,7 +289,7 @@ def draw_prediction(ranking: pd.DataFrame, styles: Mapping[str, PlanStyle], them
         is_log = spread(axes, "x", rows["impact_one_shot"].to_numpy(dtype=float))
         axes.set_xlabel("impact in one shot, before any training" + (" (log scale)" if is_log else ""))
     panels[0].set_ylabel("held-out denoising loss")
-    _plan_legend(figure, rows, styles, theme)
+    plan_legend(figure, rows, styles, theme)
     return figure
 
 

@@ -25,7 +25,7 @@ from prune_lab.runtime import atomic_write, write_text
 # What a reader may want as numbers; each is copied beside the page as the step wrote it.
 _CSV_FILES = (
     *("blocks", "importance", "importance_parts", "criteria", "costs", "reductions", "pipeline_profile"),
-    "ranking",
+    *("ranking", "tournament"),
 )
 
 

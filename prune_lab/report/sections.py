@@ -18,7 +18,8 @@ from prune_lab.report.figures import plan_styles
 from prune_lab.report.maps import draw_block_map, draw_plan_maps
 from prune_lab.report.sheets import picture_parts
 from prune_lab.report.summary import summary
-from prune_lab.report.tables import RunTables, block_map_frame, curve_frame, left_out, measured
+from prune_lab.report.tables import RunTables, block_map_frame, curve_frame, measured
+from prune_lab.report.tournament import ranking_tables, tournament_parts
 from prune_lab.report.trust import draw_parts
 from prune_lab.report.words import (
     NARROW,
@@ -26,7 +27,6 @@ from prune_lab.report.words import (
     amount,
     change,
     count,
-    figure3,
     is_missing,
     milliseconds,
     short_number,
@@ -259,18 +259,14 @@ def _ranking(tables: RunTables) -> tuple[Part, ...]:
                 "quality",
                 "Held-out loss and CLIP score against multiply-adds and parameters for every candidate.",
                 "Hollow marks are candidates as pruned, filled ones after distillation, the square and the dashed line "
-                "the teacher. The grey staircase is the Pareto front of its panel: the best that is to be had at each "
-                "cost. In the table, *on the front* is about parameters, multiply-adds and loss together.",
+                "the teacher; pale ones are dropped candidates, where they had come to. The grey staircase is the "
+                "Pareto front of its panel: the best that is to be had at each cost. In the table, *on the front* is "
+                "about parameters, multiply-adds and loss together.",
                 lambda theme: draw_quality_plane(ranking, styles, theme),
             )
         )
-    parts.append(_ranking_table(ranking))
-    out = left_out(ranking)
-    if len(out):
-        rows = tuple((str(row.plan), str(row.status), str(row.reason)) for row in out.itertuples())
-        parts.append(Table("Left out, and why", ("Plan", "Status", "Reason"), rows, left=3))
-    else:
-        parts.append(Text(("No candidate was left out.",)))
+    parts += ranking_tables(ranking)
+    parts += tournament_parts(tables)
     if (measured(ranking)["impact_one_shot"] > 0).sum() > 1:
         parts.append(
             Drawing(
@@ -282,33 +278,6 @@ def _ranking(tables: RunTables) -> tuple[Part, ...]:
             )
         )
     return tuple(parts)
-
-
-def _ranking_table(ranking: pd.DataFrame) -> Table:
-    header = (
-        *("Rank", "Plan", "Origin", "Blocks removed", "Parameters", "MACs (whole)", "Median time"),
-        *("Impact in one shot", "Loss before", "Loss after", "CLIP before", "CLIP after", "On the front"),
-    )
-    rows = tuple(
-        (
-            count(row["rank"]),
-            str(row["plan"]),
-            str(row["origin"]),
-            count(row["blocks_removed"]),
-            amount(row["params"]),
-            amount(row["macs"]),
-            milliseconds(row["median_ms"]),
-            short_number(row["impact_one_shot"]),
-            *(figure3(row[column]) for column in ("loss_before", "loss_after", "clip_before", "clip_after")),
-            UNKNOWN
-            if is_missing(row["pareto"])
-            else "yes"
-            if str(row["pareto"]) in ("True", "1.0", "1")
-            else "no",
-        )
-        for row in ranking.to_dict("records")
-    )
-    return Table("Ranking", header, rows, "ranking.csv", left=3)
 
 
 def _distillation(tables: RunTables) -> tuple[Part, ...]:

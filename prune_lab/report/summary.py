@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from prune_lab.report.document import Part, Text
-from prune_lab.report.tables import RunTables, left_out, teacher_row
+from prune_lab.report.tables import RunTables, at_the_end, dropped, left_out, teacher_row
 from prune_lab.report.words import amount, change, count, figure3, in_words, plural, short_number
 
 
@@ -78,7 +78,9 @@ def _say_reductions(tables: RunTables) -> list[str]:
 def _say_outcome(tables: RunTables) -> list[str]:
     if tables.ranking is None:
         return []
-    ranked = tables.ranking[tables.ranking["rank"].notna() & (tables.ranking["origin"] != "teacher")]
+    ranked = at_the_end(tables.ranking)
+    ranked = ranked[ranked["rank"].notna() & (ranked["origin"] != "teacher")]
+    fell = dropped(tables.ranking)
     says = []
     if len(ranked):
         ordered = ranked.sort_values("rank")
@@ -87,10 +89,22 @@ def _say_outcome(tables: RunTables) -> list[str]:
         steps = tables.setting("distill", "steps")
         after = f"after {steps} steps of distillation" if steps else "after distillation"
         against = "" if teacher is None else f"; the teacher has {figure3(teacher['loss_after'])}"
+        those = f"{plural(len(ranked), 'candidate')} ranked"
+        if len(fell):
+            those = (
+                f"{plural(len(ranked) + len(fell), 'candidate')} ranked, {len(fell)} of them dropped on the way by the "
+                f"tournament"
+            )
         says.append(
-            f"{plural(len(ranked), 'candidate')} ranked. First is {best['plan']}: held-out loss "
+            f"{those}. First is {best['plan']}: held-out loss "
             f"{figure3(best['loss_after'])} {after} ({figure3(best['loss_before'])} before){against}."
         )
+        tied = ordered.iloc[1:]
+        tied = tied[tied["tie_group"] == best["tie_group"]]
+        if len(tied):
+            says.append(
+                f"By their held-out losses {best['plan']} cannot be told apart from {in_words(map(str, tied['plan']))}."
+            )
         controls = ordered[ordered["origin"] == "control"]
         if len(controls) and controls.iloc[0]["plan"] != best["plan"]:
             control = controls.iloc[0]

@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 
 from prune_lab.errors import DataError, RunError
+from prune_lab.ranking import RANKING_COLUMNS, TOURNAMENT_COLUMNS
 from prune_lab.runs import Run
 from prune_lab.runtime import read_json
 
@@ -38,19 +39,6 @@ REDUCTION_COLUMNS = (
     *("paper_macs", "paper_macs_change", "blocks_removed", "native"),
 )
 PIPELINE_COLUMNS = ("part", "calls", "params", "macs", "median_ms", "share")
-RANKING_COLUMNS = (
-    *("rank", "plan", "plan_id", "origin", "blocks_removed", "params", "macs", "paper_macs", "median_ms"),
-    *(
-        "impact_one_shot",
-        "loss_before",
-        "loss_after",
-        "clip_before",
-        "clip_after",
-        "pareto",
-        "status",
-        "reason",
-    ),
-)
 RECOVERY_COLUMNS = ("step", "task", "output", "feature", "total", "validation")
 
 MAP_COLUMNS = ("name", "stage", "kind", "position", "removable", "impact", "low", "high")
@@ -92,6 +80,7 @@ class RunTables:
     reductions: pd.DataFrame | None = None
     pipeline: pd.DataFrame | None = None
     ranking: pd.DataFrame | None = None
+    tournament: pd.DataFrame | None = None  # names are plan ids
     steps: pd.DataFrame | None = None
     recoveries: Mapping[str, pd.DataFrame] = field(default_factory=dict)  # by plan id
     plans: tuple[PlanRow, ...] = ()
@@ -148,6 +137,7 @@ def read_run(run: Run) -> RunTables:
         reductions=reductions,
         pipeline=_read_table(run.pipeline_profile, PIPELINE_COLUMNS),
         ranking=ranking,
+        tournament=_read_table(run.tournament, TOURNAMENT_COLUMNS),
         steps=_read_table(run.folder / "steps.csv", ("step", "seconds")),
         recoveries=recoveries,
         plans=plans,
@@ -204,6 +194,16 @@ def teacher_row(ranking: pd.DataFrame) -> pd.Series[Any] | None:
     return None if rows.empty else rows.iloc[0]
 
 
+def at_the_end(ranking: pd.DataFrame) -> pd.DataFrame:
+    """The rows whose loss after distillation can be compared: of the teacher and of those with all the steps."""
+    return ranking[ranking["status"] != "dropped"]
+
+
+def dropped(ranking: pd.DataFrame) -> pd.DataFrame:
+    """The candidates that the tournament dropped on the way, with the reason."""
+    return ranking[ranking["status"] == "dropped"]
+
+
 def left_out(ranking: pd.DataFrame) -> pd.DataFrame:
     """The candidates without a rank, with the reason; the teacher, which competes with nobody, is not among them."""
     return ranking[ranking["rank"].isna() & (ranking["origin"] != "teacher")]
@@ -236,7 +236,8 @@ def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame | None:
     if not path.exists():
         return None
     try:
-        frame = pd.read_csv(path, dtype={"plan_id": str})  # an id may look like a number: 12e4...
+        # an id may look like a number: 12e4...
+        frame = pd.read_csv(path, dtype=dict.fromkeys(("plan_id", "name", "against"), "str"))
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise DataError(
             f"asked to read {path} as CSV, found {error}; delete it and run the step again"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from prune_lab.workflow.comparing import compared_plans, comparison
 from prune_lab.workflow.criteria import compared_criteria
+from prune_lab.workflow.distilling import ensure_distilled, recovery_frame, train_to
 from prune_lab.workflow.judging import (
     ensure_pictures,
     ensure_ranking,
@@ -33,9 +34,7 @@ from prune_lab.workflow.steps import STEPS, Step, borrow, forget, start_run
 from prune_lab.workflow.students import (
     ensure_candidates,
     ensure_data,
-    ensure_distilled,
     ensure_repaired,
-    recovery_frame,
 )
 from prune_lab.workflow.teacher import Teacher
 from prune_lab.workflow.whole import check_budgets, run_all, steps_frame
@@ -75,4 +74,5 @@ __all__ = [
     "scores_frame",
     "start_run",
     "steps_frame",
+    "train_to",
 ]

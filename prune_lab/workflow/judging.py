@@ -18,7 +18,7 @@ from prune_lab.blocks import BlockGroup
 from prune_lab.candidates import Candidate, load_candidate, load_student
 from prune_lab.distill import load_recovery
 from prune_lab.errors import DataError
-from prune_lab.evaluation import clip_scores, generate, heldout_loss, save_grid
+from prune_lab.evaluation import clip_scores, heldout_loss, save_grid
 from prune_lab.importance import score
 from prune_lab.plans import PruningPlan
 from prune_lab.ranking import Contender, Ranking, rank, ranking_from_frame
@@ -28,7 +28,7 @@ from prune_lab.runtime import track, write_frame
 from prune_lab.workflow.measuring import ensure_costs, ensure_reductions, scored_subject
 from prune_lab.workflow.searching import ensure_plans, left_out, origin_of
 from prune_lab.workflow.students import ensure_candidates
-from prune_lab.workflow.teacher import Teacher
+from prune_lab.workflow.teacher import Teacher, drawn
 
 COLUMNS, GAP = 4, 2  # of a grid of pictures
 SHOWN = (".csv", ".json", ".png", ".toml")  # what a report reads
@@ -40,18 +40,6 @@ SHOWN = (".csv", ".json", ".png", ".toml")  # what a report reads
 def _student(teacher: Teacher, candidate: Candidate, distilled: bool) -> Any:
     return load_student(
         candidate, "distilled" if distilled else "pruned", device=teacher.device, dtype=teacher.dtype
-    )
-
-
-def _drawn(teacher: Teacher, unet: Any) -> Tensor:
-    settings = teacher.config.evaluate
-    return generate(
-        teacher.pipeline,
-        teacher.prompts,
-        settings.seeds,
-        steps=settings.steps,
-        guidance=settings.guidance,
-        unet=unet,
     )
 
 
@@ -71,7 +59,7 @@ def ensure_pictures(run: Run, teacher: Teacher | None = None) -> tuple[Path, ...
                 wanted.append((path, partial(_student, teacher, candidate, distilled)))
     for path, unet in track(wanted, "drawing for each model"):
         if not run.done(path):
-            save_grid(path, _drawn(teacher, unet()), columns=COLUMNS, gap=GAP)
+            save_grid(path, drawn(teacher, unet()), columns=COLUMNS, gap=GAP)
     return tuple(path for path, _ in wanted)
 
 
@@ -199,7 +187,7 @@ def quality(teacher: Teacher, unet: Any) -> dict[str, float]:
     """``loss`` (held-out denoising), ``clip`` (mean score) and ``clip_low`` of ``unet`` in the teacher's pipeline."""
     loss = heldout_loss(unet, teacher.validation).double().mean()
     prompts = [prompt for prompt in teacher.prompts for _ in teacher.config.evaluate.seeds]
-    scores = clip_scores(teacher.scorer, _drawn(teacher, unet), prompts)
+    scores = clip_scores(teacher.scorer, drawn(teacher, unet), prompts)
     return {"loss": float(loss), "clip": float(scores.double().mean()), "clip_low": float(scores.min())}
 
 

@@ -12,6 +12,7 @@ from prune_lab.errors import RunError, StorageError
 from prune_lab.models import model_digest, resolve_model
 from prune_lab.runs import Run, load_run_config, open_run
 from prune_lab.runtime import Environment, read_json, write_json, write_text
+from prune_lab.workflow.distilling import ensure_distilled
 from prune_lab.workflow.judging import ensure_pictures, ensure_ranking, ensure_report
 from prune_lab.workflow.measuring import (
     ensure_blocks,
@@ -22,12 +23,7 @@ from prune_lab.workflow.measuring import (
     ensure_shares,
 )
 from prune_lab.workflow.searching import ensure_plans
-from prune_lab.workflow.students import (
-    ensure_candidates,
-    ensure_data,
-    ensure_distilled,
-    ensure_repaired,
-)
+from prune_lab.workflow.students import ensure_candidates, ensure_data, ensure_repaired
 from prune_lab.workflow.teacher import Teacher
 
 
@@ -70,6 +66,10 @@ def _repaired(run: Run) -> tuple[Path, ...]:
     if not run.config.is_file() or load_run_config(run).repair.kind == "none":
         return ()
     return _of_candidates("repaired")(run)
+
+
+def _distilled(run: Run) -> tuple[Path, ...]:
+    return run.tournament, run.curves_dir, *_of_candidates("recovery", "heldout", "grids", "distilled")(run)
 
 
 STEPS: tuple[Step, ...] = (
@@ -131,7 +131,7 @@ STEPS: tuple[Step, ...] = (
     ),
     Step(
         "data",
-        ("distill",),
+        ("data", "distill.pictures", "distill.seed"),
         ensure_data,
         _files("data"),
         _files("data"),
@@ -139,9 +139,9 @@ STEPS: tuple[Step, ...] = (
     ),
     Step(
         "distilled",
-        (),
+        ("distill", "rank"),
         ensure_distilled,
-        _of_candidates("recovery", "distilled"),
+        _distilled,
         _of_candidates("distilled_unet"),
         "retrains every candidate from the teacher",
     ),

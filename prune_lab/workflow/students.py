@@ -1,4 +1,4 @@
-"""Steps that make students: candidates cut from the teacher, their training data, and their distillation."""
+"""Steps that make students: candidates cut from the teacher, the repair of their cuts, and their training data."""
 
 from __future__ import annotations
 
@@ -8,27 +8,17 @@ from typing import cast
 import pandas as pd
 
 from prune_lab.candidates import Candidate, build_candidate, load_candidate, load_student
-from prune_lab.distill import LatentData, Recovery, cached_data, distill, feature_pairs, load_recovery
+from prune_lab.distill import LatentData, cached_data
 from prune_lab.plans import PruningPlan
 from prune_lab.repair import Choice, repair
 from prune_lab.runs import Run
 from prune_lab.runtime import track, write_frame
 from prune_lab.surgery import save_unet
 from prune_lab.workflow.measuring import ensure_probe
-from prune_lab.workflow.searching import ensure_plans, left_out, plan_named
+from prune_lab.workflow.searching import ensure_plans, left_out
 from prune_lab.workflow.teacher import Teacher
 
 REPAIRED_COLUMNS = ("plan", "plan_id", "kind", "applied", "impact_before", "impact_after")
-RECOVERY_TABLE_COLUMNS = (
-    "plan",
-    "plan_id",
-    "status",
-    "steps",
-    "loss_before",
-    "loss_after",
-    "seconds",
-    "reason",
-)
 
 
 # Candidates --------------------------------------------------------------------------------------------------
@@ -109,51 +99,3 @@ def _repair(run: Run, teacher: Teacher, candidate: Candidate) -> None:
         candidate.plan,
         {"plan": candidate.plan.text, "plan_id": candidate.plan.id, "repair": report.kind},
     )
-
-
-def ensure_distilled(
-    run: Run, teacher: Teacher | None = None, *, only: tuple[str, ...] = ()
-) -> tuple[Recovery, ...]:
-    """What the short distillation makes of each candidate, all on the same data and noise.
-
-    Writes candidates/<id>/{recovery.csv, distilled/}; a candidate that was interrupted goes on from its checkpoint.
-    ``only`` names some of the plans (see ``plan_named``). Raises PlanError when a name is none of the run's.
-    """
-    teacher = teacher or Teacher(run)
-    ensure_repaired(run, teacher)
-    plans = ensure_plans(run, teacher)
-    wanted = {plan_named(plans, text, teacher).id for text in only} or {plan.id for plan in plans}
-    chosen = [one for one in ensure_candidates(run, teacher) if one.plan.id in wanted]
-    return tuple(_distilled(run, teacher, one) for one in track(chosen, "distilling candidates"))
-
-
-def _distilled(run: Run, teacher: Teacher, candidate: Candidate) -> Recovery:
-    steps = teacher.config.distill.steps
-    finished = load_recovery(candidate.folder)
-    # The settings of a run do not change under it, so what is finished here is what is asked for.
-    if finished is not None and finished.steps == steps and run.done(candidate.paths.distilled_unet):
-        return finished
-    repaired = teacher.config.repair.kind != "none"
-    return distill(
-        teacher.unet,
-        # in float32 whatever the teacher's format: rounding first would cost it digits
-        load_student(candidate, "repaired" if repaired else "pruned"),
-        feature_pairs(teacher.architecture, candidate.plan),
-        ensure_data(run, teacher),
-        teacher.pipeline.scheduler,
-        teacher.config.distill,
-        folder=candidate.folder,
-        validation=teacher.validation,
-        device=teacher.device,
-    )
-
-
-def recovery_frame(run: Run, teacher: Teacher | None = None) -> pd.DataFrame:
-    """One row per candidate that was distilled, in order of the plans; columns RECOVERY_TABLE_COLUMNS."""
-    rows = []
-    for plan in ensure_plans(run, teacher):
-        recovery = load_recovery(run.candidate(plan.id).folder)
-        if recovery is not None:
-            figures = (recovery.before, recovery.after, recovery.seconds, recovery.reason)
-            rows.append((plan.label, plan.id, recovery.status, recovery.steps, *figures))
-    return pd.DataFrame(rows, columns=list(RECOVERY_TABLE_COLUMNS))

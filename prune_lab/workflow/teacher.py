@@ -16,6 +16,7 @@ from prune_lab.assets import decode_pictures, load_pictures
 from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.config import RunConfig
 from prune_lab.errors import DataError, RunError
+from prune_lab.evaluation import generate
 from prune_lab.models import ModelSource, load_pipeline, load_scorer, load_unet, resolve_model
 from prune_lab.probes import Probe, make_probe
 from prune_lab.runs import Run, load_run_config
@@ -192,3 +193,16 @@ def _chosen(split: str, count: int, seed: int) -> Any:
         raise DataError(f"asked for {count} {split} pictures, the package ships {len(frame)}; ask for fewer")
     order = torch.randperm(len(frame), generator=seeded(seed))[:count]
     return frame.iloc[order.tolist()]
+
+
+def drawn(teacher: Teacher, unet: Any) -> Tensor:
+    """What ``unet`` draws in the teacher's pipeline for its prompts and seeds, uint8 (prompts x seeds, 3, H, W)."""
+    settings = teacher.config.evaluate
+    return generate(
+        teacher.pipeline,
+        teacher.prompts,
+        settings.seeds,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        unet=unet,
+    )

@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 
 from prune_lab.errors import DataError
+from prune_lab.ranking.paired import tie_groups
 
 Origin = Literal["teacher", "control", "search"]
-Status = Literal["teacher", "ranked", "left out", "failed"]
+Status = Literal["teacher", "ranked", "dropped", "left out", "failed"]
 
 RANKING_COLUMNS = (
-    *("rank", "plan", "plan_id", "origin", "blocks_removed", "params", "macs", "paper_macs", "median_ms"),
-    *(
-        "impact_one_shot",
-        "loss_before",
-        "loss_after",
-        "clip_before",
-        "clip_after",
-        "pareto",
-        "status",
-        "reason",
-    ),
+    *("rank", "tie_group", "plan", "plan_id", "origin", "blocks_removed", "params", "macs", "paper_macs"),
+    *("median_ms", "impact_one_shot", "loss_before", "loss_after", "clip_before", "clip_after", "steps"),
+    *("rung", "pareto", "status", "reason"),
 )
-_COUNTS = ("blocks_removed", "params", "macs", "paper_macs")
+_OF_PLACE = ("rank", "tie_group", "pareto", "status", "reason")
+_COUNTS = ("blocks_removed", "params", "macs", "paper_macs", "steps", "rung")
 _FIGURES = ("median_ms", "impact_one_shot", "loss_before", "loss_after", "clip_before", "clip_after")
 
 
@@ -37,8 +32,10 @@ class Contender:
     """One candidate, or the teacher, with all that was measured of it; nan is what was not measured.
 
     ``impact_one_shot`` is the removal impact of the plan before training, ``loss_*`` the held-out denoising loss and
-    ``clip_*`` the mean CLIP score before and after the distillation of ``steps`` steps. A candidate with a ``failure``
-    (built or trained in vain) or a ``left_out`` (not tried) says why there.
+    ``clip_*`` the mean CLIP score before and after the distillation of ``steps`` steps. ``heldout`` holds the losses
+    after it row by row, of the same rows for everyone; empty where they were not kept. ``rung`` is the last rung of the
+    tournament at which it was measured, None without one. A candidate with a ``failure`` (built or trained in vain), a
+    ``left_out`` (not tried) or a ``dropped`` (trained up to its rung, and not on) says why there.
     """
 
     plan: str
@@ -55,24 +52,35 @@ class Contender:
     clip_before: float = math.nan
     clip_after: float = math.nan
     steps: int = 0
+    rung: int | None = None
+    heldout: tuple[float, ...] = ()
     failure: str = ""
     left_out: str = ""
+    dropped: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Place:
-    """Where a contender ended: 0 is the teacher, 1 the best candidate, None one that is not ranked."""
+    """Where a contender ended: 0 is the teacher, 1 the best candidate, None one that is not ranked.
+
+    Those of one ``tie_group`` (from 1) cannot be told apart from its first by their paired losses, whatever their
+    ranks; None where losses row by row are not known.
+    """
 
     contender: Contender
     rank: int | None
     pareto: bool | None
     status: Status
     reason: str = ""
+    tie_group: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ranking:
-    """Everyone who was considered: the teacher, the candidates from best to worst, then those without a rank."""
+    """Everyone who was considered: the teacher, the candidates from best to worst, then those without a rank.
+
+    The candidates that came to the end stand before those that were dropped, and these by how far they came.
+    """
 
     places: tuple[Place, ...]
 
@@ -85,9 +93,9 @@ class Ranking:
                 for name in RANKING_COLUMNS
                 if name in Contender.__slots__
             }
-            rows.append(row | {name: getattr(place, name) for name in ("rank", "pareto", "status", "reason")})
+            rows.append(row | {name: getattr(place, name) for name in _OF_PLACE})
         frame = pd.DataFrame(rows, columns=list(RANKING_COLUMNS))
-        kinds = dict.fromkeys(("rank", *_COUNTS), "Int64") | dict.fromkeys(_FIGURES, "float64")
+        kinds = dict.fromkeys(("rank", "tie_group", *_COUNTS), "Int64") | dict.fromkeys(_FIGURES, "float64")
         return frame.astype(kinds | {"pareto": "boolean"})
 
 
@@ -116,18 +124,41 @@ def _excused(contender: Contender, steps: int) -> tuple[Status, str] | None:
         return "left out", contender.left_out
     if not math.isfinite(contender.loss_after):
         return "left out", "its held-out loss after distillation was not measured"
-    if contender.steps != steps:
+    if not contender.dropped and contender.steps != steps:
         return "left out", f"distilled for {contender.steps} steps, the ranking compares {steps}"
     return None
+
+
+def _round_of(contender: Contender) -> tuple[int, int, int]:
+    """What can be compared: those who came to the end, then those dropped at one rung, the later ones first."""
+    if not contender.dropped:
+        return 0, 0, 0
+    return 1, -(contender.rung or 0), -contender.steps
+
+
+def _order(contender: Contender) -> tuple[float, float, float, float, str]:
+    clip = -contender.clip_after if math.isfinite(contender.clip_after) else math.inf
+    return contender.loss_after, clip, contender.params, contender.macs, contender.plan_id
+
+
+def _tie_groups(ranked: Sequence[Contender]) -> dict[str, int]:
+    """Tie group by plan id of those with losses row by row, counted on from one round to the next."""
+    groups: dict[str, int] = {}
+    for _, among in itertools.groupby(ranked, key=_round_of):
+        start = max(groups.values(), default=0)
+        found = tie_groups({one.plan_id: one.heldout for one in among if one.heldout})
+        groups |= {plan_id: start + group for plan_id, group in found.items()}
+    return groups
 
 
 def rank(contenders: Sequence[Contender]) -> Ranking:
     """The ranking of ``contenders``: by held-out loss after equally many steps, then by CLIP score, then by size.
 
-    The teacher (origin "teacher") comes first at rank 0 and competes with nobody. Candidates distilled for another
-    number of steps than most, not measured or failed follow at the end without a rank, each with its reason. The Pareto
-    flag is over parameters, MACs and held-out loss among the teacher and the ranked. Raises DataError for two
-    contenders of one plan.
+    The teacher (origin "teacher") comes first at rank 0 and competes with nobody. Those who were dropped on the way
+    are ranked after those who came to the end, the later dropped first, then by their loss there. Candidates distilled
+    for another number of steps than most, not measured or failed follow without a rank, each with its reason. Tie
+    groups are formed where the losses row by row are known. The Pareto flag is over parameters, MACs and held-out loss
+    among the teacher and those who came to the end. Raises DataError for two contenders of one plan.
     """
     repeated = [plan_id for plan_id, count in Counter(one.plan_id for one in contenders).items() if count > 1]
     if repeated:
@@ -137,24 +168,25 @@ def rank(contenders: Sequence[Contender]) -> Ranking:
     finished = Counter(
         one.steps
         for one in candidates
-        if not one.failure and not one.left_out and math.isfinite(one.loss_after)
+        if not one.failure and not one.left_out and not one.dropped and math.isfinite(one.loss_after)
     )
     steps = max(finished, key=lambda count: (finished[count], count), default=0)
     excuses = {one.plan_id: _excused(one, steps) for one in candidates}
 
     ranked = sorted(
         (one for one in candidates if excuses[one.plan_id] is None),
-        key=lambda one: (
-            one.loss_after,
-            -one.clip_after if math.isfinite(one.clip_after) else math.inf,
-            one.params,
-            one.macs,
-            one.plan_id,
-        ),
+        key=lambda one: (_round_of(one), _order(one)),
     )
-    front = pareto_front([*(one for one in teachers if math.isfinite(one.loss_after)), *ranked])
+    groups = _tie_groups(ranked)
+    at_the_end = [one for one in ranked if not one.dropped]
+    front = pareto_front([*(one for one in teachers if math.isfinite(one.loss_after)), *at_the_end])
     places = [Place(one, 0, one.plan_id in front, "teacher") for one in teachers]
-    places += [Place(one, i, one.plan_id in front, "ranked") for i, one in enumerate(ranked, start=1)]
+    for number, one in enumerate(ranked, start=1):
+        group = groups.get(one.plan_id)
+        if one.dropped:
+            places.append(Place(one, number, None, "dropped", one.dropped, group))
+        else:
+            places.append(Place(one, number, one.plan_id in front, "ranked", tie_group=group))
     for one in candidates:
         excuse = excuses[one.plan_id]
         if excuse is not None:
@@ -162,8 +194,12 @@ def rank(contenders: Sequence[Contender]) -> Ranking:
     return Ranking(tuple(places))
 
 
+def _whole_number(cell: Any) -> int | None:
+    return None if pd.isna(cell) else int(cell)
+
+
 def ranking_from_frame(frame: pd.DataFrame) -> Ranking:
-    """The ranking whose ``frame()`` was written as CSV; steps are not part of it and read as 0.
+    """The ranking whose ``frame()`` was written as CSV; losses row by row are not part of it and read as empty.
 
     Raises DataError when columns are missing.
     """
@@ -187,16 +223,20 @@ def ranking_from_frame(frame: pd.DataFrame) -> Ranking:
             loss_after=float(row["loss_after"]),
             clip_before=float(row["clip_before"]),
             clip_after=float(row["clip_after"]),
+            steps=int(row["steps"]),
+            rung=_whole_number(row["rung"]),
             failure=reason if row["status"] == "failed" else "",
             left_out=reason if row["status"] == "left out" else "",
+            dropped=reason if row["status"] == "dropped" else "",
         )
         places.append(
             Place(
                 contender,
-                None if pd.isna(row["rank"]) else int(row["rank"]),
+                _whole_number(row["rank"]),
                 None if pd.isna(row["pareto"]) else bool(row["pareto"]),
                 row["status"],
                 reason,
+                _whole_number(row["tie_group"]),
             )
         )
     return Ranking(tuple(places))

@@ -1,0 +1,260 @@
+"""What all students of a distillation share, and one of them with its files: what is checked, kept and looked at."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+from prune_lab.config import DistillConfig
+from prune_lab.distill.checkpoint import TrainingState, check_fingerprint, load_checkpoint, save_checkpoint
+from prune_lab.distill.features import FeaturePair
+from prune_lab.distill.joint import Student, Trainee, no_longer_finite
+from prune_lab.distill.recovery import (
+    RECOVERY_COLUMNS,
+    Recovery,
+    load_fingerprint,
+    load_recovery,
+    verdict_path,
+    write_heldout,
+    write_recovery,
+)
+from prune_lab.errors import DataError, DeviceError, RunError
+from prune_lab.evaluation import heldout_loss
+from prune_lab.probes import Probe
+from prune_lab.runs import CandidatePaths
+from prune_lab.runtime import atomic_folder, pick_dtype, tensors_digest, write_frame
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from prune_lab.distill.data import TrainingData
+
+# These say how far to go, how often to look and how to compute, and change no step but by rounding.
+_FREE_SETTINGS = {
+    *("checkpoint_every", "validate_every", "pictures", "micro_batch", "gradient_checkpointing", "compile"),
+    *("together", "diverged", "trackers", "grid_every"),
+}
+VALIDATION = RECOVERY_COLUMNS.index("validation")
+Draw = Callable[[nn.Module, Path], None]  # draws a grid of pictures with a U-Net
+
+
+# What stays the same -----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Course:
+    """What all students of one distillation share: teacher, data, noise, timesteps, settings, and who judges them.
+
+    ``draw`` draws pictures with a U-Net into a file, for ``distill.grid_every``; ``logs`` is where trackers write.
+    """
+
+    teacher: nn.Module
+    data: TrainingData
+    scheduler: Any  # of diffusers: its noise schedule and prediction type count
+    settings: DistillConfig
+    validation: Probe
+    device: torch.device | str = "cpu"
+    draw: Draw | None = None
+    logs: Path | None = None
+
+    def precision(self, accelerator: Accelerator) -> torch.dtype:
+        """The format of the forward passes. Raises DeviceError for float16, in which students lose their gradients."""
+        weights = next(self.teacher.parameters()).dtype
+        launched = {"bf16": "bfloat16", "fp16": "float16"}.get(str(accelerator.mixed_precision), "")
+        found = (
+            pick_dtype(self.settings.precision or launched)
+            if self.settings.precision or launched
+            else weights
+        )
+        if torch.float16 in (found, weights):
+            raise DeviceError(
+                "asked to distil in float16, where gradients underflow; load the teacher in bfloat16 or float32"
+            )
+        return found
+
+
+def check_fit(student: Any, data: TrainingData) -> None:
+    """Raise DataError when ``student`` takes other latents or text than ``data`` hold."""
+    channels, width = student.config.in_channels, student.config.cross_attention_dim
+    widths = set(width) if isinstance(width, (list, tuple)) else {width}
+    if data.channels != channels or widths != {data.width}:
+        raise DataError(
+            f"the U-Net takes latents of {channels} channels and text of width {width}, the cached data have "
+            f"{data.channels} and {data.width}; encode the pictures with the pipeline of this U-Net"
+        )
+
+
+def fingerprint_of(course: Course, student: nn.Module, pairs: Sequence[FeaturePair]) -> dict[str, Any]:
+    """What a resumed distillation must share with the one it goes on with."""
+    settings = course.settings
+    free = _FREE_SETTINGS | ({"steps"} if settings.schedule == "constant" else set())
+    kept = {name: value for name, value in dataclasses.asdict(settings).items() if name not in free}
+
+    def written(pair: FeaturePair) -> str:
+        weight = "" if pair.weight == 1 else f"*{pair.weight:.6g}"
+        return f"{pair.teacher_path}={pair.student_path}{weight}"
+
+    return kept | {
+        "student": tensors_digest(dict(student.named_parameters())),
+        "pairs": " ".join(map(written, pairs)),
+        "data": course.data.digest,
+        "validation": course.validation.digest,
+        "prediction": course.scheduler.config.prediction_type,
+    }
+
+
+def _check_reach(found: int, asked: int, paths: CandidatePaths) -> None:
+    if found > asked:
+        raise RunError(
+            f"asked to distil for {asked} steps, found {found} steps taken in {paths.folder}; "
+            "ask for at least as many, or --force to start again"
+        )
+
+
+def finished(paths: CandidatePaths, fingerprint: Mapping[str, Any], steps: int) -> Recovery | None:
+    """The recovery in ``paths`` when it is what is asked for: finished at as many steps, or failed on the way.
+
+    Raises RunError when it was made with something else, or of more steps.
+    """
+    recovery = load_recovery(paths.folder)
+    if recovery is None:
+        return None
+    check_fingerprint(load_fingerprint(paths), fingerprint, verdict_path(paths))
+    complete = recovery.status == "done" and recovery.steps == steps and paths.distilled_unet.is_dir()
+    if complete or (recovery.status == "failed" and recovery.steps <= steps):
+        return recovery
+    _check_reach(recovery.steps, steps, paths)
+    return None
+
+
+# One student -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def averaged(state: TrainingState) -> Iterator[nn.Module]:
+    """The student of ``state`` with its averaged weights; its own return on exit."""
+    parameters = list(state.student.parameters())
+    state.ema.store(parameters)
+    try:
+        state.ema.copy_to(parameters)
+        yield state.student
+    finally:
+        state.ema.restore(parameters)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Desk:
+    """A student in training and where its files go."""
+
+    trainee: Trainee
+    paths: CandidatePaths
+    fingerprint: Mapping[str, Any]
+    main: bool  # of several processes one writes
+
+    @classmethod
+    def of(
+        cls, course: Course, student: Student, unet: nn.Module, fingerprint: Mapping[str, Any], main: bool
+    ) -> Desk:
+        """A desk with ``unet`` on the device, before its first step."""
+        settings = course.settings
+        nn.Module.to(
+            unet.train(), course.device, torch.float32
+        )  # steps this small are lost in shorter formats
+        if settings.gradient_checkpointing:
+            cast("Any", unet).enable_gradient_checkpointing()
+        optimizer = torch.optim.AdamW(
+            unet.parameters(),
+            lr=settings.learning_rate,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            weight_decay=settings.weight_decay,
+            fused=True,  # one pass over the weights instead of ten
+        )
+        ema = EMAModel(unet.parameters(), decay=settings.ema_decay, foreach=True)
+        state = TrainingState(unet, optimizer, ema, step=0, seconds=0.0, history=[])
+        return cls(Trainee(student, state, unet), CandidatePaths(Path(student.folder)), fingerprint, main)
+
+    def resume(self, validation: Probe, until: int) -> None:
+        """Bring the student to where its checkpoint left it; without one, judge it as it is."""
+        state = self.trainee.state
+        if self.paths.checkpoint.is_file():
+            load_checkpoint(self.paths.checkpoint, state, self.fingerprint)
+            _check_reach(state.step, until, self.paths)
+            return
+        state.heldout[0] = heldout_loss(state.student, validation)
+        state.history.append((0, *(math.nan,) * 4, float(state.heldout[0].double().mean()), 0.0, 0.0))
+
+    def judge(self, validation: Probe, diverged: float) -> float:
+        """The held-out loss of the averaged weights after the last step, which goes into history and tables.
+
+        One that is not finite, or more than ``diverged`` times that before training, is a failure.
+        """
+        state = self.trainee.state
+        with averaged(state) as unet:
+            losses = heldout_loss(unet, validation)
+        state.heldout[state.step] = losses
+        found, before = float(losses.double().mean()), state.history[0][VALIDATION]
+        row = list(state.history[-1])
+        row[VALIDATION] = found
+        state.history[-1] = tuple(row)
+        if not math.isfinite(found):
+            self.trainee.failure = no_longer_finite("held-out loss", state.step)
+        elif found > diverged * before:
+            self.trainee.failure = (
+                f"diverged: the held-out loss rose from {before:.4g} to {found:.4g} by step {state.step}, more than "
+                f"{diverged:g} times; try a smaller distill.learning_rate"
+            )
+        return found
+
+    @property
+    def recovery(self) -> Recovery:
+        """What came of the student so far."""
+        state, failure = self.trainee.state, self.trainee.failure
+        return Recovery(
+            plan_id=self.paths.folder.name,
+            steps=state.step,
+            before=state.history[0][VALIDATION],
+            after=math.nan if failure else state.history[-1][VALIDATION],
+            seconds=state.seconds,
+            status="failed" if failure else "done",
+            reason=failure,
+            rows=tuple(state.history),
+        )
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        if self.main:
+            save_checkpoint(self.paths.checkpoint, self.trainee.state, self.fingerprint)
+
+    def write_tables(self) -> None:
+        """Write recovery.csv and heldout.csv as far as they go."""
+        if self.main:
+            write_frame(self.paths.recovery, self.recovery.frame())
+            write_heldout(self.paths, self.trainee.state.heldout)
+
+    def end(self, *, keep_checkpoint: bool) -> Recovery:
+        """Write what came of the student: averaged weights, tables, and last the verdict."""
+        state, failure, recovery = self.trainee.state, self.trainee.failure, self.recovery
+        state.student.eval()
+        if not failure:
+            if keep_checkpoint:
+                self.save()
+            state.ema.copy_to(state.student.parameters())
+        if not self.main:
+            return recovery
+        if not failure:
+            with atomic_folder(self.paths.distilled_unet, force=True) as temporary:
+                cast("Any", state.student).save_pretrained(temporary, safe_serialization=True)
+        write_heldout(self.paths, state.heldout)
+        write_recovery(self.paths, recovery, self.fingerprint)
+        if not failure and not keep_checkpoint:
+            self.paths.checkpoint.unlink(missing_ok=True)
+        return recovery

@@ -1,0 +1,207 @@
+"""One step of many students on one pass of their teacher: the same data, noise and timesteps for all."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils.memory import should_reduce_batch_size
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from prune_lab.config import DistillConfig
+from prune_lab.distill.checkpoint import TrainingState
+from prune_lab.distill.data import Batch
+from prune_lab.distill.features import FeaturePair
+from prune_lab.distill.losses import student_losses, teacher_answer
+from prune_lab.errors import DeviceError
+from prune_lab.runtime import note
+
+_GRAPHS = 128  # that torch may compile of one class of block: each width is one
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Student:
+    """A pruned U-Net to be trained: how it is loaded, what it is held against, and the folder of its candidate."""
+
+    load: Callable[[], nn.Module]
+    pairs: tuple[FeaturePair, ...]
+    folder: Path
+
+
+@dataclass(slots=True, eq=False)
+class Trainee:
+    """A student in training; ``failure`` says why it was stopped, empty while it goes on."""
+
+    student: Student
+    state: TrainingState
+    forward: Callable[..., Any]  # the student, or what wraps it for data parallel training
+    failure: str = ""
+
+
+def rate_at(settings: DistillConfig, step: int) -> float:
+    """The learning rate of step ``step`` (from 1): linear up to ``settings.warmup``, then by ``settings.schedule``.
+
+    constant stays; linear and cosine fall to zero at ``settings.steps``.
+    """
+    if step <= settings.warmup:
+        return settings.learning_rate * step / settings.warmup
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    falling = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return settings.learning_rate * max(0.0, falling[settings.schedule])
+
+
+def no_longer_finite(what: str, step: int) -> str:
+    """Why a student was stopped whose ``what`` became nan or infinite at ``step``."""
+    return f"the {what} was no longer finite at step {step}; try a smaller distill.learning_rate"
+
+
+def part_of(batch: Batch, rows: slice) -> Batch:
+    """The samples ``rows`` of ``batch``."""
+    tensors = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    added = {name: tensor[rows] for name, tensor in tensors.pop("added").items()}
+    return Batch(**{name: tensor[rows] for name, tensor in tensors.items()}, added=added)
+
+
+@contextlib.contextmanager
+def compiled_blocks(unet: nn.Module, paths: Sequence[str], *, backend: str = "inductor") -> Iterator[None]:
+    """Inside, residual and transformer blocks of ``unet`` run through torch.compile; on exit they are as before.
+
+    The modules at ``paths`` are tapped: a block that has one of them inside stays as it is, since a hook in a compiled
+    graph is not called.
+    """
+    kinds = (ResnetBlock2D, BasicTransformerBlock)
+    chosen = [
+        module
+        for name, module in unet.named_modules()
+        if isinstance(module, kinds) and not any(path.startswith(f"{name}.") for path in paths)
+    ]
+    with torch._dynamo.config.patch(recompile_limit=_GRAPHS):
+        try:
+            for module in chosen:
+                module.forward = torch.compile(module.forward, dynamic=False, backend=backend)
+            yield
+        finally:
+            for module in chosen:
+                module.__dict__.pop("forward", None)
+
+
+def _passes(
+    teacher: nn.Module,
+    trainees: Sequence[Trainee],
+    batch: Batch,
+    settings: DistillConfig,
+    precision: torch.dtype,
+    micro: int,
+    accelerator: Accelerator,
+) -> Tensor:
+    """Losses of every student, (students, 3) float32: task, output, feature; gradients are left in the students."""
+    count = len(batch.timesteps)
+    wanted = [pair.teacher_path for trainee in trainees for pair in trainee.student.pairs]
+    sums = torch.zeros(len(trainees), 3, device=batch.noisy.device)
+    for trainee in trainees:
+        trainee.state.optimizer.zero_grad(set_to_none=True)
+    for first in range(0, count, micro):
+        chunk = part_of(batch, slice(first, first + micro))
+        share = len(chunk.timesteps) / count
+        answer = teacher_answer(teacher, wanted, chunk, precision)
+        for place, trainee in enumerate(trainees):
+            wrapped = isinstance(trainee.forward, nn.parallel.DistributedDataParallel)
+            waits = wrapped and first + micro < count  # gradients are exchanged once a step
+            with accelerator.no_sync(trainee.forward) if waits else contextlib.nullcontext():
+                losses = student_losses(
+                    trainee.state.student,
+                    answer,
+                    trainee.student.pairs,
+                    chunk,
+                    variant=settings.loss_variant,
+                    precision=precision,
+                    forward=trainee.forward,
+                )
+                (share * losses.total(settings)).backward()  # type: ignore[no-untyped-call]
+            parts = torch.stack([losses.task.detach(), losses.output.detach(), losses.feature.detach()])
+            sums[place] += share * parts
+    return sums
+
+
+def joint_step(
+    teacher: nn.Module,
+    trainees: Sequence[Trainee],
+    batch: Batch,
+    settings: DistillConfig,
+    *,
+    precision: torch.dtype,
+    micro: int,
+    accelerator: Accelerator,
+) -> tuple[list[tuple[float, ...]], int]:
+    """(task, output, feature and total loss of every student before the step; samples at a time that fitted).
+
+    One forward pass of the teacher serves all. Where memory does not suffice for ``micro`` samples at a time, the step
+    is taken again with half as many; the sum over the batch stays what it was. A student whose loss or gradient is not
+    finite gets a ``failure`` and is left as it was before the step.
+
+    Raises DeviceError when one sample does not fit, or when memory ends in one of several processes.
+    """
+    while True:
+        try:
+            sums = _passes(teacher, trainees, batch, settings, precision, micro, accelerator)
+            break
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            reason = str(error).splitlines()[0]
+        # out of the except clause, whose traceback keeps the activations alive
+        for trainee in trainees:
+            trainee.state.optimizer.zero_grad(set_to_none=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if micro == 1 or accelerator.num_processes > 1:
+            raise DeviceError(
+                f"asked to distil {len(trainees)} students, {micro} samples at a time, found no memory ({reason}); "
+                "set distill.together or distill.micro_batch lower, or distill.gradient_checkpointing"
+            )
+        micro = -(-micro // 2)
+        note(
+            f"out of memory: going on with {micro} samples at a time, {len(batch.timesteps)} a step as before"
+        )
+    if accelerator.num_processes > 1:
+        sums = accelerator.reduce(sums, reduction="mean")
+    norms = []
+    for trainee in trainees:
+        rate = rate_at(settings, trainee.state.step + 1)
+        for group in trainee.state.optimizer.param_groups:
+            group["lr"] = rate
+        parameters = list(trainee.state.student.parameters())
+        norms.append(nn.utils.clip_grad_norm_(parameters, settings.clip_norm or math.inf).detach())
+    weights = (settings.task_weight, settings.output_weight, settings.feature_weight)
+    rows = torch.cat(
+        [sums, torch.stack(norms)[:, None]], dim=1
+    ).tolist()  # one wait for the device, not one each
+    values = []
+    for trainee, (*parts, norm) in zip(trainees, rows, strict=True):
+        total = sum(weight * loss for weight, loss in zip(weights, parts, strict=True))
+        _update(trainee, total, norm)
+        values.append((*parts, total))
+    return values, micro
+
+
+def _update(trainee: Trainee, total: float, norm: float) -> None:
+    state = trainee.state
+    for what, value in (("loss", total), ("gradient", norm)):
+        if not math.isfinite(value):
+            state.optimizer.zero_grad(set_to_none=True)
+            trainee.failure = no_longer_finite(what, state.step + 1)
+            return
+    state.optimizer.step()
+    state.ema.step(list(state.student.parameters()))
+    state.step += 1

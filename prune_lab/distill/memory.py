@@ -1,0 +1,119 @@
+"""What distilling needs of memory, told before it starts: how many students at once, how many samples at a time."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from prune_lab.counting import example_inputs, meta_unet, plain_config
+from prune_lab.profiling import LiveBytes
+
+# Per parameter of a student: weight, gradient, two moments of AdamW and the average, all float32.
+_STATE_BYTES = 4 * (1 + 1 + 2 + 1)
+_SHARE = 0.85  # of the free memory that is used: workspaces and what an allocator rounds up are not counted
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can be had on ``device`` now; on the CPU those of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def pass_bytes(config: Mapping[str, Any], *, tokens: int, training: bool, checkpointing: bool = False) -> int:
+    """Bytes of activations of one float32 sample that are alive at the worst moment of a pass of ``config``'s U-Net.
+
+    With ``training`` forward and backward, gradients of the weights left out; watched on ``meta``, without weights or a
+    real run. Misleads when: the pass runs under autocast, which needs up to half of it.
+    """
+    settings = json.dumps(plain_config(config), sort_keys=True)
+    return _watched(settings, tokens, training, checkpointing)
+
+
+@functools.lru_cache(maxsize=64)
+def _watched(settings: str, tokens: int, training: bool, checkpointing: bool) -> int:
+    unet: Any = meta_unet(json.loads(settings))
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    unet.train(training).requires_grad_(training)
+    inputs = example_inputs(unet.config, tokens=tokens, device="meta", dtype=torch.float32)
+    with LiveBytes(unet) as watch, torch.set_grad_enabled(training):
+        prediction = unet(**inputs, return_dict=False)[0]
+        if training:
+            prediction.square().mean().backward()
+    gradients = sum(parameter.numel() for parameter in unet.parameters()) * 4 if training else 0
+    return max(int(watch.peak) - gradients, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingMemory:
+    """Bytes that a joint distillation needs on its device, part by part, and what is free there."""
+
+    teacher: int  # weights
+    student: int  # weights, gradients, moments and averages of the largest student
+    teacher_sample: int  # activations of one sample
+    student_sample: int  # the same with what the backward pass reads
+    free: int
+
+    def needed(self, students: int, samples: int) -> int:
+        """Bytes for ``students`` trained together, ``samples`` of one at a time."""
+        passes = max(self.teacher_sample, self.student_sample) * samples
+        return self.teacher + students * self.student + passes
+
+    def fit(self, students: int, samples: int) -> tuple[int, int]:
+        """(students at once, samples at a time) that fit: samples are halved first, then students take turns.
+
+        One student with one sample is the least, whether it fits or not.
+        """
+        room = self.free * _SHARE
+        together = students
+        while together > 1 and self.needed(together, 1) > room:
+            together -= 1
+        micro = samples
+        while micro > 1 and self.needed(together, micro) > room:
+            micro = -(-micro // 2)
+        return together, micro
+
+    def words(self, together: int, micro: int) -> str:
+        """What is needed and what is free, for a person to read before hours are spent."""
+        parts = (
+            f"teacher {_size(self.teacher)}",
+            f"{together} x {_size(self.student)} for students, their gradients and moments",
+            f"{micro} x {_size(max(self.teacher_sample, self.student_sample))} for activations",
+        )
+        return f"memory: {_size(self.needed(together, micro))} expected ({', '.join(parts)}), {_size(self.free)} free"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def training_memory(
+    teacher: nn.Module, student: nn.Module, *, tokens: int, device: torch.device, checkpointing: bool = False
+) -> TrainingMemory:
+    """What distilling students as large as ``student`` from ``teacher`` needs on ``device``.
+
+    Activations are those of passes in float32. What is free is counted as if neither model were there yet.
+    """
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in teacher.parameters())
+    there = next(teacher.parameters()).device
+    return TrainingMemory(
+        teacher=weights,
+        student=sum(parameter.numel() for parameter in student.parameters()) * _STATE_BYTES,
+        teacher_sample=pass_bytes(_config(teacher), tokens=tokens, training=False),
+        student_sample=pass_bytes(
+            _config(student), tokens=tokens, training=True, checkpointing=checkpointing
+        ),
+        free=free_bytes(device) + (weights if there == device else 0),
+    )
+
+
+def _config(unet: Any) -> Mapping[str, Any]:
+    return dict(unet.config)

@@ -1,0 +1,214 @@
+"""Steps that train students: all together for equally many steps, or by a tournament in which the worse drop out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from prune_lab.candidates import Candidate, State, load_student
+from prune_lab.distill import (
+    FEATURE_VARIANTS,
+    Course,
+    Recovery,
+    Student,
+    distill_together,
+    feature_pairs,
+    load_heldout,
+    load_recovery,
+)
+from prune_lab.evaluation import clip_scores, save_grid
+from prune_lab.ranking import Measured, Tournament, first_rung, play, rungs, tournament_from_frame
+from prune_lab.runs import Run
+from prune_lab.runtime import note, write_frame
+from prune_lab.workflow.measuring import ensure_scores
+from prune_lab.workflow.searching import ensure_plans, origin_of, plan_named
+from prune_lab.workflow.students import ensure_candidates, ensure_data, ensure_repaired
+from prune_lab.workflow.teacher import Teacher, drawn
+
+if TYPE_CHECKING:
+    from torch import nn
+
+RECOVERY_TABLE_COLUMNS = (
+    "plan",
+    "plan_id",
+    "status",
+    "steps",
+    "loss_before",
+    "loss_after",
+    "seconds",
+    "reason",
+)
+
+
+# Together ----------------------------------------------------------------------------------------------------
+
+
+def _draw(teacher: Teacher, unet: nn.Module, path: Path) -> None:
+    """A grid of the run's prompts by a student in training."""
+    save_grid(path, drawn(teacher, unet))
+
+
+def course_of(run: Run, teacher: Teacher) -> Course:
+    """What all students of the run are trained with."""
+    return Course(
+        teacher.unet,
+        ensure_data(run, teacher),
+        teacher.pipeline.scheduler,
+        teacher.config.distill,
+        teacher.validation,
+        teacher.device,
+        draw=partial(_draw, teacher),
+        logs=run.curves_dir,
+    )
+
+
+def student_of(run: Run, teacher: Teacher, candidate: Candidate) -> Student:
+    """The student that ``candidate`` is before any training, repaired where the run repairs."""
+    variant = FEATURE_VARIANTS[teacher.config.distill.loss_variant]
+    sensitivities = None
+    if variant.by_sensitivity:
+        entries = ensure_scores(run, teacher).entries
+        sensitivities = {one.group.name: one.impact for one in entries if one.group.kind == "block"}
+    state: State = "pruned" if teacher.config.repair.kind == "none" else "repaired"
+    return Student(
+        # in float32 whatever the teacher's format: rounding first would cost it digits
+        partial(load_student, candidate, state),
+        feature_pairs(teacher.architecture, candidate.plan, variant.points, sensitivities=sensitivities),
+        candidate.folder,
+    )
+
+
+def _ended(run: Run, candidate: Candidate, steps: int) -> bool:
+    """Whether nothing is left to do up to ``steps``; the settings of a run do not change under it."""
+    found = load_recovery(candidate.folder)
+    if found is None or found.steps > steps:
+        return found is not None
+    return found.status == "failed" or (found.steps == steps and run.done(candidate.paths.distilled_unet))
+
+
+def train_to(
+    run: Run, teacher: Teacher, candidates: Sequence[Candidate], steps: int, *, keep_checkpoint: bool = False
+) -> None:
+    """Distil ``candidates`` together until each has taken ``steps`` steps; those that have, or failed, are left alone.
+
+    Writes candidates/<id>/{recovery.csv, heldout.csv, distilled/}. With ``keep_checkpoint`` they can go on from there.
+    """
+    waiting = [student_of(run, teacher, one) for one in candidates if not _ended(run, one, steps)]
+    if waiting:
+        distill_together(course_of(run, teacher), waiting, until=steps, keep_checkpoint=keep_checkpoint)
+
+
+# By a tournament ---------------------------------------------------------------------------------------------
+
+
+def _measured(candidates: Sequence[Candidate], steps: int) -> dict[str, Measured]:
+    """Held-out losses after ``steps`` steps, or why there are none, by plan id."""
+    found: dict[str, Measured] = {}
+    for one in candidates:
+        recovery = load_recovery(one.folder)
+        losses = load_heldout(one.folder)
+        if steps in losses.index:
+            found[one.plan.id] = losses.loc[steps].to_numpy(dtype=np.float64)
+        elif recovery is not None and recovery.status == "failed":
+            found[one.plan.id] = recovery.reason
+        else:
+            found[one.plan.id] = f"it was not judged after {steps} steps"
+    return found
+
+
+def _clip_at(
+    teacher: Teacher, candidates: Sequence[Candidate]
+) -> dict[str, np.ndarray[tuple[int], np.dtype[np.float64]]]:
+    """CLIP score of every prompt and seed, drawn with the averaged weights as they are now, by plan id."""
+    prompts = [prompt for prompt in teacher.prompts for _ in teacher.config.evaluate.seeds]
+    found = {}
+    for one in candidates:
+        student = load_student(one, "distilled", device=teacher.device, dtype=teacher.dtype)
+        scores = clip_scores(teacher.scorer, drawn(teacher, student), prompts)
+        found[one.plan.id] = scores.double().numpy()
+    return found
+
+
+def rungs_of(teacher: Teacher) -> tuple[int, ...]:
+    """Steps at which the tournament of the run decides."""
+    rank, distill = teacher.config.rank, teacher.config.distill
+    first = rank.first or first_rung(distill.steps, rank.eta, distill.warmup)
+    return rungs(distill.steps, rank.eta, first)
+
+
+def _play(run: Run, teacher: Teacher, candidates: Sequence[Candidate]) -> Tournament:
+    named = {one.plan.id: one for one in candidates}
+
+    def chosen(names: Collection[str]) -> list[Candidate]:
+        return [named[name] for name in names]
+
+    def measure(names: Sequence[str], steps: int) -> Mapping[str, Measured]:
+        note(f"rung of {steps} steps: {len(names)} candidates")
+        # One that has been there before, in a run that was interrupted, is read and not trained again.
+        train_to(run, teacher, chosen(names), steps, keep_checkpoint=True)
+        return _measured(chosen(names), steps)
+
+    settings = teacher.config.rank
+    controls = [name for name in named if origin_of(run, name) == "control"]
+    return play(
+        list(named),
+        rungs_of(teacher),
+        settings.eta,
+        measure,
+        keep=controls if settings.keep_controls else (),
+        draw=(lambda names, _steps: _clip_at(teacher, chosen(names))) if settings.clip else None,
+    )
+
+
+def ensure_tournament(run: Run, teacher: Teacher, candidates: Sequence[Candidate]) -> Tournament:
+    """Who of ``candidates`` was kept at which rung, by paired held-out losses; writes tournament.csv.
+
+    Survivors of a rung go on from their state. An interrupted tournament goes on where it was: what was measured at
+    a rung is read, and the same is decided again.
+    """
+    if run.done(run.tournament):
+        return tournament_from_frame(pd.read_csv(run.tournament))
+    tournament = _play(run, teacher, candidates)
+    write_frame(run.tournament, tournament.frame())
+    for one in candidates:  # four times the weights, and nobody goes on from here
+        one.paths.checkpoint.unlink(missing_ok=True)
+    return tournament
+
+
+def ensure_distilled(
+    run: Run, teacher: Teacher | None = None, *, only: tuple[str, ...] = ()
+) -> tuple[Recovery, ...]:
+    """What the distillation makes of each candidate, all on the same data, noise and timesteps.
+
+    With ``rank.eta`` in the settings by successive halving (see ``ensure_tournament``): not everyone gets all steps.
+    Writes candidates/<id>/{recovery.csv, heldout.csv, distilled/}; a candidate that was interrupted goes on from its
+    checkpoint. ``only`` names some of the plans (see ``plan_named``), which then get all steps. Raises PlanError when
+    a name is none of the run's.
+    """
+    teacher = teacher or Teacher(run)
+    ensure_repaired(run, teacher)
+    plans = ensure_plans(run, teacher)
+    wanted = {plan_named(plans, text, teacher).id for text in only} or {plan.id for plan in plans}
+    chosen = [one for one in ensure_candidates(run, teacher) if one.plan.id in wanted]
+    if teacher.config.rank.eta and not only:
+        ensure_tournament(run, teacher, chosen)
+    else:
+        train_to(run, teacher, chosen, teacher.config.distill.steps)
+    found = (load_recovery(one.folder) for one in chosen)
+    return tuple(recovery for recovery in found if recovery is not None)
+
+
+def recovery_frame(run: Run, teacher: Teacher | None = None) -> pd.DataFrame:
+    """One row per candidate that was distilled, in order of the plans; columns RECOVERY_TABLE_COLUMNS."""
+    rows = []
+    for plan in ensure_plans(run, teacher):
+        recovery = load_recovery(run.candidate(plan.id).folder)
+        if recovery is not None:
+            figures = (recovery.before, recovery.after, recovery.seconds, recovery.reason)
+            rows.append((plan.label, plan.id, recovery.status, recovery.steps, *figures))
+    return pd.DataFrame(rows, columns=list(RECOVERY_TABLE_COLUMNS))
