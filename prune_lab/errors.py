@@ -23,6 +23,10 @@ class StorageError(PruneLabError):
     """A file or folder cannot be read or written as asked."""
 
 
+class ClusterError(PruneLabError):
+    """Ray is not installed, no cluster answers, or the machines of a cluster do not see what they need."""
+
+
 class RunError(PruneLabError):
     """A run folder lacks what a step needs, or was made with other settings."""
 

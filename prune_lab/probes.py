@@ -299,8 +299,12 @@ def probe_of_latents(
     seed: int,
     per_picture: int = 1,
     size: tuple[int, int] | None = None,
+    text: tuple[Tensor, Mapping[str, Tensor]] | None = None,
 ) -> Probe:
-    """``make_probe`` of scaled latents (N, C, h, w), such as the model's own; ``size`` in pixels is told to SDXL."""
+    """``make_probe`` of scaled latents (N, C, h, w), such as the model's own; ``size`` in pixels is told to SDXL.
+
+    ``text`` holds embeddings (N, L, D) and added conditioning where they are known, and are not made of the captions.
+    """
     if not len(latents) == len(captions) == len(groups) or not len(latents):
         raise DataError(
             f"asked for a probe of {len(latents)} pictures, found {len(captions)} captions "
@@ -320,8 +324,8 @@ def probe_of_latents(
             f"the U-Net takes {pipeline.unet.config.in_channels} channels, the VAE gives {latents.shape[1]}; "
             "text-to-image models take the latents alone"
         )
-    embeddings, added = encode_captions(pipeline, captions)
-    if added:
+    embeddings, added = encode_captions(pipeline, captions) if text is None else (text[0], dict(text[1]))
+    if added and text is None:
         height, width = size or tuple(_VAE_FACTOR * side for side in latents.shape[-2:])
         sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
         added["time_ids"] = sizes.repeat(len(latents), 1)

@@ -5,7 +5,7 @@
     runs/<name>/
         config.toml environment.json
         blocks.csv costs.csv reductions.csv pipeline.csv
-        probe.safetensors importance.csv importance_parts.csv criteria.csv scores/ data.safetensors
+        probe.safetensors importance.csv importance_parts.csv criteria.csv scores/ data.safetensors data/
         plans/<id>.json plans/searched.csv plans/searches.csv plans/evolution/ latency.json
         candidates/<id>/ plan.json unet/ profile.json repair.csv repaired/ recovery.csv heldout.csv grids/
                          distilled/unet/
@@ -172,6 +172,11 @@ class Run:
     def data(self) -> Path:
         """The cached latents and text embeddings that candidates are trained on."""
         return self.folder / "data.safetensors"
+
+    @property
+    def data_dir(self) -> Path:
+        """The cache of latents and text embeddings of pictures that the run's settings name."""
+        return self.folder / "data"
 
     @property
     def plans_dir(self) -> Path:

@@ -297,7 +297,6 @@ def progress_shown() -> Iterator[None]:
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
-
     from rich.text import Text
 
     class Throughput(ProgressColumn):

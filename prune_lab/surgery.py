@@ -212,6 +212,21 @@ def prune_pipeline(
     return Path(out)
 
 
+def pipeline_with(source: ModelSource, unet_folder: Path, out: Path, *, force: bool = False) -> Path:
+    """The folder ``out``: the pipeline ``source`` with the U-Net of ``unet_folder``, loadable by plain diffusers.
+
+    From a U-Net without a pipeline the U-Net folder alone. Nothing is loaded, files are copied. Raises StorageError
+    when ``out`` holds something and ``force`` is not given.
+    """
+    with atomic_folder(out, force=force) as temporary:
+        if source.is_pipeline and source.folder is not None:
+            _copy_components(source.folder, temporary)
+            shutil.copytree(unet_folder, temporary / "unet")
+        else:
+            shutil.copytree(unet_folder, temporary, dirs_exist_ok=True)
+    return Path(out)
+
+
 def _architecture_in(folder: Path) -> Architecture:
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):

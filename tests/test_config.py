@@ -145,7 +145,7 @@ def test_every_setting_is_written() -> None:
         ("modle = 'reference'", ["modle", "did you mean model?"]),
         ("steps = 5", ["no setting steps", "distill.steps or evaluate.steps"]),
         ("[distil]\nsteps = 5", ["distil;", "did you mean distill"]),
-        ("[zzzz]\nqqq = 1", ["zzzz", "settings and tables are: device, distill"]),
+        ("[zzzz]\nqqq = 1", ["zzzz", "settings and tables are: data, device"]),
     ],
 )
 def test_an_unknown_setting_is_met_with_the_nearest_one(text: str, named: list[str]) -> None:

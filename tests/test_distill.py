@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, PNDMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from distilling import SCHEDULER, SETTINGS, made_up_data, same, student_of, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,22 +42,6 @@ from prune_lab.plans import native_choices, parse_plan, plan_of
 from prune_lab.probes import Probe, random_probe
 from prune_lab.surgery import materialise
 
-SCHEDULER = PNDMScheduler(
-    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
-)
-SETTINGS = DistillConfig(
-    steps=6,
-    batch=2,
-    learning_rate=1e-3,
-    warmup=3,
-    ema_decay=0.9,
-    caption_dropout=0.3,
-    checkpoint_every=2,
-    validate_every=3,
-    pictures=5,
-    trackers=(),
-)
-
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
@@ -67,33 +52,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def made_up_data(rows: int = 5, seed: int = 1) -> LatentData:
-    generator = torch.Generator().manual_seed(seed)
-    return LatentData(
-        latents=torch.randn(rows, 4, 16, 16, generator=generator),
-        embeddings=torch.randn(rows, 7, 16, generator=generator),
-        empty_embedding=torch.randn(7, 16, generator=generator),
-        captions=tuple(f"picture {row}" for row in range(rows)),
-    )
-
-
 @pytest.fixture
 def validation(tiny_config: dict[str, Any]) -> Probe:
     return random_probe(tiny_config, samples=2, seed=5)
-
-
-def student_of(unet: UNet2DConditionModel, plan: str) -> tuple[UNet2DConditionModel, tuple[FeaturePair, ...]]:
-    architecture = architecture_of(unet)
-    parsed = parse_plan(plan, architecture)
-    return materialise(unet, parsed), feature_pairs(architecture, parsed)
-
-
-def weights(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in unet.state_dict().items()}
-
-
-def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 # Pairs -----------------------------------------------------------------------------------------------------------

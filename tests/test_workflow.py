@@ -115,8 +115,9 @@ def removed_by(run: Run) -> dict[str, set[str]]:
 def test_the_whole_job_leaves_every_file(finished: Run) -> None:
     missing = {path for step in STEPS for path in step.products(finished) if not finished.done(path)}
     candidates = [finished.candidate(plan_id) for plan_id in finished.plan_ids()]
-    unasked = {finished.latency, *(path for one in candidates for path in (one.repair, one.repaired))}
-    assert missing == unasked  # no budget on latency, no repair
+    of_each = {path for one in candidates for path in (one.repair, one.repaired, one.grids)}
+    # no budget on latency, no repair, no grids, no pictures of the user's own, no tournament
+    assert missing == of_each | {finished.latency, finished.data_dir, finished.tournament}
     assert finished.done(finished.environment)
 
 
@@ -158,7 +159,7 @@ def test_what_is_missing_is_made_again_and_equal(copied: Run, config: RunConfig)
     plan_id = copied.plan_ids()[0]
     paths = copied.candidate(plan_id)
     shutil.rmtree(paths.distilled)
-    for path in (paths.recovery, paths.pictures_distilled, copied.ranking):
+    for path in (paths.recovery, paths.heldout, paths.pictures_distilled, copied.ranking):
         path.unlink()
     kept = {
         name: time for name, time in times(copied).items() if not name.startswith(("report/", "steps.csv"))
@@ -180,7 +181,7 @@ def test_an_interrupt_leaves_a_run_that_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("prune_lab.workflow.judging.generate", interrupted)
+        patch.setattr("prune_lab.workflow.teacher.generate", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_all(config, copied.folder)
     assert not copied.done(copied.ranking)
@@ -196,7 +197,7 @@ def test_an_interrupt_leaves_a_run_that_goes_on(
 
 def test_other_settings_are_refused_by_name(copied: Run, config: RunConfig) -> None:
     distill = dataclasses.replace(config.distill, steps=3)
-    with pytest.raises(RunError, match=r"distill\.steps.*--force.*'data'"):
+    with pytest.raises(RunError, match=r"distill\.steps.*--force.*'distilled'"):
         start_run(dataclasses.replace(config, distill=distill), copied.folder)
     assert load_config(copied.config) == config
 
@@ -206,9 +207,10 @@ def test_force_redoes_only_what_the_settings_touch(copied: Run, config: RunConfi
     run = start_run(other, copied.folder, force=True)
     assert load_config(run.config) == other
     candidate = run.candidate(run.plan_ids()[0])
-    gone = [run.data, candidate.recovery, candidate.distilled, run.teacher_pictures, run.ranking, run.report]
+    gone = [candidate.recovery, candidate.distilled, run.teacher_pictures, run.ranking, run.report]
     assert [path for path in gone if path.exists()] == []
-    assert all(run.done(path) for path in (run.importance, candidate.unet, candidate.profile, run.plans_dir))
+    kept = (run.importance, candidate.unet, candidate.profile, run.plans_dir, run.data)
+    assert all(run.done(path) for path in kept)
 
 
 def test_an_impossible_budget_removes_nothing(copied: Run, config: RunConfig) -> None:
@@ -236,6 +238,8 @@ def test_a_setting_that_no_step_has_read_may_change(copied: Run, config: RunConf
         (["evaluate.guidance"], "shares"),
         (["report.also_presets"], "reductions"),
         (["distill.steps", "search.count"], "plans"),
+        (["distill.steps", "rank.eta"], "distilled"),
+        (["distill.pictures"], "data"),
         (["profile.runs"], "candidates"),
         (["probe.seed"], "probe"),
         (["report.title", "model"], "blocks"),

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from prune_lab.cli import inspect_verbs, make_verbs, reference_verbs, run_verbs, search_verbs
+from prune_lab.cli import data_verbs, inspect_verbs, make_verbs, reference_verbs, run_verbs, search_verbs
 from prune_lab.cli.application import app
 
-__all__ = ["app", "inspect_verbs", "main", "make_verbs", "reference_verbs", "run_verbs", "search_verbs"]
+__all__ = [
+    "app",
+    "data_verbs",
+    "inspect_verbs",
+    "main",
+    "make_verbs",
+    "reference_verbs",
+    "run_verbs",
+    "search_verbs",
+]
 
 
 def main() -> None:

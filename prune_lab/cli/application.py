@@ -9,9 +9,11 @@ import typer
 from typer.core import TyperGroup
 
 from prune_lab import __version__
-from prune_lab.errors import PruneLabError
+from prune_lab.errors import PruneLabError, RunError
+from prune_lab.processes import leave, num_processes
 
 MISTAKE = 2  # exit code of a user's mistake, the same as typer's for a wrong option
+LAUNCHED = ("cache", "distill")  # verbs that many processes share; any other would be done as often
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
@@ -20,7 +22,10 @@ class Verbs(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:  # typer's Context is a vendored click class without a public name
         try:
-            return super().invoke(ctx)
+            found = super().invoke(ctx)
+            if num_processes() > 1:
+                leave()
+            return found
         except PruneLabError as error:
             typer.echo(f"error: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(MISTAKE) from None
@@ -49,11 +54,16 @@ def _show_version(asked: bool) -> None:
 
 @app.callback()
 def _before_any_verb(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    if num_processes() > 1 and ctx.invoked_subcommand not in LAUNCHED:
+        raise RunError(
+            f"asked to {ctx.invoked_subcommand} in {num_processes()} processes; only {' and '.join(LAUNCHED)} share "
+            "their work: run this verb without accelerate launch"
+        )
 
 
 MODEL_HELP = "reference, a preset (sd-v1.4), a pipeline or U-Net folder, a U-Net config.json, or a hub id."

@@ -7,18 +7,15 @@ import dataclasses
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from prune_lab.config import RunConfig, load_config
 from prune_lab.errors import RunError
+from prune_lab.processes import is_main, main_first
 from prune_lab.runs import open_run
 
 if TYPE_CHECKING:
     from prune_lab.runs import Run
-
-ExistingRun = Annotated[Path, typer.Option("--run", help="Run folder.")]
 
 
 def settings_of(
@@ -60,21 +57,26 @@ def model_or_run(model: str, run: Path | None) -> tuple[str, Path | None]:
 
 
 @contextlib.contextmanager
-def run_opened(settings: RunConfig, folder: Path | None, *, redo: str = "") -> Iterator[Run]:
+def run_opened(
+    settings: RunConfig, folder: Path | None, *, redo: str = "", force: bool = False
+) -> Iterator[Run]:
     """The run in ``folder`` with these settings, started when it is new; a temporary one without ``folder``.
 
-    ``redo`` names the step whose files, and those of the later ones, are removed first.
+    ``redo`` names the step whose files, and those of the later ones, are removed first; ``force`` removes only what
+    changed settings touch.
     """
     from prune_lab.runtime import progress_shown
     from prune_lab.workflow import forget, start_run
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(progress_shown())
+        if is_main():
+            stack.enter_context(progress_shown())
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="prune-lab-")))
-        run = start_run(settings, folder, force=bool(redo))
-        if redo:
-            forget(run, redo)
+        with main_first():
+            run = start_run(settings, folder, force=force or bool(redo))
+            if redo:
+                forget(run, redo)
         yield run
 
 

@@ -5,6 +5,7 @@ Without ``--run``, evaluate works in a temporary run folder and only its table s
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -17,28 +18,90 @@ from prune_lab.cli.application import (
     DryRunOption,
     ForceOption,
     JsonOption,
+    OptionalModel,
     RunOption,
     SeedOption,
     app,
 )
-from prune_lab.cli.opening import ExistingRun, existing, run_opened, settings_of
+from prune_lab.cli.opening import existing, model_or_run, run_opened, settings_of
 from prune_lab.cli.output import emit, records
 from prune_lab.errors import RunError
+from prune_lab.processes import is_main, join, main_first
 from prune_lab.runs import open_run
 
 
 @app.command()
 def distill(
-    run: ExistingRun,
+    model: OptionalModel = "",
+    run: RunOption = None,
     plan: Annotated[
         list[str],
-        typer.Option("--plan", help="Only this plan of the run: id, name or text; may be repeated."),
+        typer.Option("--plan", help="What is distilled; of a run: id, name or text; may be repeated."),
     ] = [],  # noqa: B006
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            help="Pictures with captions: a folder, .parquet, .tar, hub id, or a cache; default: shipped.",
+        ),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the distillation.", min=1)] = None,
+    batch: Annotated[int | None, typer.Option(help="Samples per step, over all processes.", min=1)] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of AdamW, after the warm-up.")] = None,
+    loss_variant: Annotated[
+        str | None,
+        typer.Option(help="raw (paper), normalised, outlier-masked, self-attention or inverse-sensitivity."),
+    ] = None,
+    together: Annotated[
+        int | None, typer.Option(help="Students per teacher pass; default: what fits into memory.", min=1)
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Pipeline folder to write the student to; of several, a folder for each."),
+    ] = None,
+    config: ConfigOption = None,
+    device: DeviceOption = None,
+    seed: SeedOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Retrain the candidates of a run from its teacher, all on the same data and noise; resumes."""
-    with existing(run) as opened:
+    """Retrain pruned students from MODEL, all on one teacher pass per batch; the same command again resumes.
+
+    For MODEL the folder of a run may stand: its candidates are distilled. Else --plan says what is cut and distilled,
+    and state, curves and tables lie in --run, or in OUT.run beside the student. With `accelerate launch` all processes
+    share each batch, and one of them writes.
+    """
+    model, run = model_or_run(model, run)
+    folder = run or (out.with_name(f"{out.name}.run") if out else None)
+    if folder is None:
+        raise RunError(
+            f"asked to distil students of {model or 'no model'} without saying where to; give --out DIR or --run DIR"
+        )
+    fresh = bool(model) and not config and not open_run(folder, must_exist=False).config.is_file()
+    if fresh and not plan:
+        raise RunError(
+            f"asked to distil students of {model}, found no plan; give --plan, such as --plan bk-small"
+        )
+    settings = settings_of(
+        model,
+        folder,
+        config,
+        device=device,
+        seed=seed,
+        data={"source": data},
+        distill={
+            "steps": steps,
+            "batch": batch,
+            "learning_rate": learning_rate,
+            "loss_variant": loss_variant,
+            "together": together,
+        },
+    )
+    if fresh:
+        asked = dataclasses.replace(settings.search, budgets=(), controls=tuple(plan))
+        settings = dataclasses.replace(settings, search=asked)
+    join()
+    with run_opened(settings, folder, force=force) as opened:
         from prune_lab.workflow import (
             Teacher,
             ensure_distilled,
@@ -46,15 +109,23 @@ def distill(
             forget,
             plan_named,
             recovery_frame,
+            save_students,
         )
 
         teacher = Teacher(opened)
-        plans = ensure_plans(opened, teacher)
-        ids = [plan_named(plans, text, teacher).id for text in plan]
-        if force:
-            forget(opened, "distilled", plan_ids=ids or None)
-        ensure_distilled(opened, teacher, only=tuple(ids))
+        with main_first():
+            plans = ensure_plans(opened, teacher)
+            ids = tuple(plan_named(plans, text, teacher).id for text in plan)
+            if force and is_main():
+                forget(opened, "distilled", plan_ids=ids or None)
+        ensure_distilled(opened, teacher, only=ids)
+        if not is_main():
+            return
         frame = recovery_frame(opened, teacher)
+        if out:
+            written = save_students(opened, teacher, out, only=ids, force=force)
+            for path in written:
+                typer.echo(f"student: {path}", err=True)
     emit(records(frame), as_json=as_json, title=f"Recovery after {teacher.config.distill.steps} steps")
 
 
@@ -104,15 +175,52 @@ def evaluate(
 
 
 @app.command()
-def rank(run: ExistingRun, force: ForceOption = False, as_json: JsonOption = False) -> None:
-    """Order the candidates of a run by quality at their cost, with who was left out and why."""
-    with existing(run) as opened:
-        from prune_lab.workflow import ensure_ranking, forget
+def rank(
+    model: Annotated[str, typer.Argument(metavar="RUN", help="Run folder.")] = "",
+    run: RunOption = None,
+    budget_steps: Annotated[
+        int | None, typer.Option(help="Steps that the survivors get; the rest is dropped on the way.", min=1)
+    ] = None,
+    eta: Annotated[
+        int | None, typer.Option(help="At each rung the best 1/eta go on; 0: everyone gets all steps.", min=0)
+    ] = None,
+    first: Annotated[int | None, typer.Option(help="Steps of the first rung.", min=1)] = None,
+    engine: Annotated[str | None, typer.Option(help="local, or ray for a cluster.")] = None,
+    address: Annotated[str | None, typer.Option(help="Of the Ray cluster; default: start one here.")] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Folder or fsspec URL that all machines of the cluster see.")
+    ] = None,
+    device: DeviceOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Order the candidates of a run by quality at their cost, with who was dropped or left out and why.
 
+    With --budget-steps or --eta they are distilled first, by successive halving over short distillation: paired
+    differences in held-out loss decide, who ties goes on, and a survivor goes on from its state.
+    """
+    _, folder = model_or_run(model, run)
+    if folder is None:
+        raise RunError(f"asked to rank {model or 'nothing'}, found no run folder there; give RUN")
+    settings = settings_of(
+        "",
+        open_run(folder, must_exist=True).folder,
+        None,
+        device=device,
+        seed=None,
+        distill={"steps": budget_steps},
+        rank={"eta": eta, "first": first, "engine": engine, "address": address, "storage": storage},
+    )
+    with run_opened(settings, folder, force=force) as opened:
+        from prune_lab.workflow import Teacher, ensure_distilled, ensure_ranking, forget
+
+        teacher = Teacher(opened)
         if force:
             forget(opened, "ranking")
-        frame = ensure_ranking(opened).frame()
-    emit(records(frame), as_json=as_json, title=f"Ranking of {run}")
+        if budget_steps or eta:
+            ensure_distilled(opened, teacher)
+        frame = ensure_ranking(opened, teacher).frame()
+    emit(records(frame), as_json=as_json, title=f"Ranking of {folder}")
 
 
 @app.command()

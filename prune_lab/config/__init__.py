@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from prune_lab.config.settings import (
     BUDGET_CONTROLS,
+    CACHE_FORMATS,
+    CROPS,
     DTYPES,
     GROUP_KINDS,
     PLAN_FILES,
     RANK_ENGINES,
     REPAIRS,
     SOLVERS,
+    DataConfig,
     DistillConfig,
     EvaluateConfig,
     ProbeConfig,
@@ -29,12 +32,15 @@ from prune_lab.config.toml import changed_settings, config_from_toml, load_confi
 
 __all__ = [
     "BUDGET_CONTROLS",
+    "CACHE_FORMATS",
+    "CROPS",
     "DTYPES",
     "GROUP_KINDS",
     "PLAN_FILES",
     "RANK_ENGINES",
     "REPAIRS",
     "SOLVERS",
+    "DataConfig",
     "DistillConfig",
     "EvaluateConfig",
     "ProbeConfig",

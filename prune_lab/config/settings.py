@@ -16,6 +16,8 @@ REPAIRS = ("none", "shift", "scale-shift", "linear", "refit", "best")
 LOSS_VARIANTS = ("raw", "normalised", "outlier-masked", "self-attention", "inverse-sensitivity")
 SCHEDULES = ("constant", "linear", "cosine")
 RANK_ENGINES = ("local", "ray")
+CROPS = ("center", "random")
+CACHE_FORMATS = ("float32", "float16")
 DTYPES = ("float32", "bfloat16", "float16")
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
@@ -134,6 +136,46 @@ class RepairConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """The pictures that students are trained on, and how they are encoded."""
+
+    source: str = (
+        ""  # folder, .parquet, .tar or glob, hub id, finished cache; empty: distill.pictures shipped ones
+    )
+    image_column: str = ""  # empty: the usual names, such as image or jpg
+    caption_column: str = ""  # empty: the usual names, such as caption or text
+    limit: int = 0  # pictures, drawn at random from all; 0: all
+    crop: str = "center"  # after the short side was scaled to the model's size: center or random
+    flip: bool = False  # every second variant is mirrored
+    variants: int = (
+        0  # encodings of each picture, the first cropped in the middle; 0: 4 for random crops, 2 for flips
+    )
+    seed: int = 0  # of limit and crops
+    cached: bool = True  # encode once, before the training; false: encode each batch when it is drawn
+    format: str = (
+        "float32"  # of the cache: what the encoders gave; float16: half the disk, rounded to 3 digits
+    )
+    shard: int = 1024  # pictures per file of the cache, and what is lost when a build is stopped
+    batch: int = 16  # pictures per pass of the encoders
+
+    def __post_init__(self) -> None:
+        _require_counts("data", self, limit=0, variants=0, seed=0, shard=1, batch=1)
+        require(self.crop in CROPS, "data.crop", self.crop, f"one of {', '.join(CROPS)}")
+        formats = f"one of {', '.join(CACHE_FORMATS)}"
+        require(self.format in CACHE_FORMATS, "data.format", self.format, formats)
+        most = 1 + self.flip  # different ones, without random crops
+        rule = f"at most {most} without random crops" + ("" if self.flip else " or flips")
+        require(self.crop == "random" or self.variants <= most, "data.variants", self.variants, rule)
+        rule = "0 or at least 2 for flips"
+        require(not self.flip or self.variants != 1, "data.variants", self.variants, rule)
+
+    @property
+    def each(self) -> int:
+        """How many encodings of a picture there are."""
+        return self.variants or (4 if self.crop == "random" else 1 + self.flip)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DistillConfig:
     """The short distillation that every candidate goes through; the weights of the three losses are BK-SDM's."""
 
@@ -212,10 +254,13 @@ class RankConfig:
     keep_controls: bool = False  # BK-SDM's and the other controls go on to the end, whatever their loss
     clip: bool = True  # from the second rung on the CLIP score decides between those who tie on held-out loss
     engine: str = "local"  # who trains the candidates of a rung: local or ray
+    address: str = ""  # of a running Ray cluster, or auto for this machine's; empty: one is started here
+    storage: str = ""  # folder or fsspec URL; empty: every machine of the cluster sees the run folder
+    cpus: int = 1  # cores, and threads, of each candidate on a Ray cluster
 
     def __post_init__(self) -> None:
         require(self.eta == 0 or self.eta >= 2, "rank.eta", self.eta, "0 for no tournament, or 2 or more")
-        _require_counts("rank", self, first=0)
+        _require_counts("rank", self, first=0, cpus=1)
         known = f"one of {', '.join(RANK_ENGINES)}"
         require(self.engine in RANK_ENGINES, "rank.engine", self.engine, known)
 
@@ -270,6 +315,7 @@ class RunConfig:
     score: ScoreConfig = dataclasses.field(default_factory=ScoreConfig)
     search: SearchConfig = dataclasses.field(default_factory=SearchConfig)
     repair: RepairConfig = dataclasses.field(default_factory=RepairConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
     distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
     rank: RankConfig = dataclasses.field(default_factory=RankConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)

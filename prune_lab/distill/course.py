@@ -29,6 +29,7 @@ from prune_lab.distill.recovery import (
 from prune_lab.errors import DataError, DeviceError, RunError
 from prune_lab.evaluation import heldout_loss
 from prune_lab.probes import Probe
+from prune_lab.processes import gathered
 from prune_lab.runs import CandidatePaths
 from prune_lab.runtime import atomic_folder, pick_dtype, tensors_digest, write_frame
 
@@ -135,6 +136,19 @@ def finished(paths: CandidatePaths, fingerprint: Mapping[str, Any], steps: int) 
     return None
 
 
+def seen_alike(paths: CandidatePaths, found: Recovery | None) -> None:
+    """Raise RunError when processes do not see the same files in ``paths``, where this one saw ``found``.
+
+    They would take different steps, and wait for each other for ever.
+    """
+    seen = gathered((found.steps if found else -1, paths.checkpoint.is_file()))
+    if len(set(seen)) > 1:
+        raise RunError(
+            f"asked to distil by {len(seen)} processes, found that not all of them see the same files in "
+            f"{paths.folder}; give a folder that all machines share"
+        )
+
+
 # One student -------------------------------------------------------------------------------------------------------
 
 
@@ -150,6 +164,20 @@ def averaged(state: TrainingState) -> Iterator[nn.Module]:
         state.ema.restore(parameters)
 
 
+def shared_losses(unet: nn.Module, validation: Probe, accelerator: Accelerator) -> torch.Tensor:
+    """Held-out losses (rows,) float32 on the CPU, equal in all processes, each of which computes some of them.
+
+    Equal, so that all come to the same verdict.
+    """
+    world, rank = accelerator.num_processes, accelerator.process_index
+    if world == 1:
+        return heldout_loss(unet, validation)
+    losses = torch.zeros(len(validation), device=accelerator.device)
+    if own := range(rank, len(validation), world):
+        losses[rank::world] = heldout_loss(unet, validation.rows(own)).to(accelerator.device)
+    return cast("torch.Tensor", accelerator.reduce(losses, reduction="sum")).cpu()
+
+
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Desk:
     """A student in training and where its files go."""
@@ -157,11 +185,16 @@ class Desk:
     trainee: Trainee
     paths: CandidatePaths
     fingerprint: Mapping[str, Any]
-    main: bool  # of several processes one writes
+    accelerator: Accelerator
 
     @classmethod
     def of(
-        cls, course: Course, student: Student, unet: nn.Module, fingerprint: Mapping[str, Any], main: bool
+        cls,
+        course: Course,
+        student: Student,
+        unet: nn.Module,
+        fingerprint: Mapping[str, Any],
+        accelerator: Accelerator,
     ) -> Desk:
         """A desk with ``unet`` on the device, before its first step."""
         settings = course.settings
@@ -180,7 +213,13 @@ class Desk:
         )
         ema = EMAModel(unet.parameters(), decay=settings.ema_decay, foreach=True)
         state = TrainingState(unet, optimizer, ema, step=0, seconds=0.0, history=[])
-        return cls(Trainee(student, state, unet), CandidatePaths(Path(student.folder)), fingerprint, main)
+        paths = CandidatePaths(Path(student.folder))
+        return cls(Trainee(student, state, unet), paths, fingerprint, accelerator)
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the files; of several, one does."""
+        return bool(self.accelerator.is_main_process)
 
     def resume(self, validation: Probe, until: int) -> None:
         """Bring the student to where its checkpoint left it; without one, judge it as it is."""
@@ -189,7 +228,7 @@ class Desk:
             load_checkpoint(self.paths.checkpoint, state, self.fingerprint)
             _check_reach(state.step, until, self.paths)
             return
-        state.heldout[0] = heldout_loss(state.student, validation)
+        state.heldout[0] = shared_losses(state.student, validation, self.accelerator)
         state.history.append((0, *(math.nan,) * 4, float(state.heldout[0].double().mean()), 0.0, 0.0))
 
     def judge(self, validation: Probe, diverged: float) -> float:
@@ -199,7 +238,7 @@ class Desk:
         """
         state = self.trainee.state
         with averaged(state) as unet:
-            losses = heldout_loss(unet, validation)
+            losses = shared_losses(unet, validation, self.accelerator)
         state.heldout[state.step] = losses
         found, before = float(losses.double().mean()), state.history[0][VALIDATION]
         row = list(state.history[-1])

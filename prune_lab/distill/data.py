@@ -1,7 +1,8 @@
-"""Training pictures encoded once, and the batch of every step drawn from them by seed and step alone.
+"""What students are trained on, and the batch of every step drawn from it by seed and step alone.
 
-A batch depends on nothing but the data, the settings and the number of the step. So every candidate sees the same
-pictures, noise and timesteps, and a run that was stopped goes on exactly as it would have.
+Training data are in memory (``LatentData``), in a folder of shards (``cache.LatentCache``) or encoded when they are
+asked for (``encoding.LiveData``). A batch depends on nothing but the data, the settings and the number of the step. So
+all candidates see the same pictures, noise and timesteps, and a run that was stopped goes on exactly as it would have.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +26,53 @@ from prune_lab.runtime import atomic_write, seeded, tensors_digest
 
 _FORMAT = "prune_lab latents 1"
 _TENSORS = ("latents", "embeddings", "empty_embedding")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """B pictures as the U-Net sees them before any noise, float32 on the CPU."""
+
+    mean: Tensor  # (B, C, H, W) of the VAE's distribution, scaled by its scaling factor
+    log_variance: Tensor | None  # (B, C, H, W) of the scaled latents; None: the means are the latents
+    embeddings: Tensor  # (B, L, D) of the captions
+    added: Mapping[str, Tensor]  # SDXL: text_embeds (B, P), time_ids (B, 6)
+
+
+class TrainingData(Protocol):
+    """N pictures with captions, each in one or more variants such as crops and flips."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def variants(self) -> int:
+        """Encodings of each picture."""
+
+    @property
+    def channels(self) -> int:
+        """Channels of the latents."""
+
+    @property
+    def width(self) -> int:
+        """Width of the text embeddings."""
+
+    @property
+    def key(self) -> str:
+        """Names what the data were made from: encoders, pictures, captions and settings."""
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that change with anything that is trained on."""
+
+    @property
+    def empty_embedding(self) -> Tensor:
+        """(L, D) of the empty caption, for caption dropout."""
+
+    @property
+    def empty_added(self) -> Mapping[str, Tensor]:
+        """SDXL: text_embeds (P,) of the empty caption."""
+
+    def rows(self, chosen: Tensor, variants: Tensor) -> Rows:
+        """The pictures ``chosen`` (B,) int64, each in its variant of ``variants`` (B,) int64; free to be changed."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,6 +111,16 @@ class LatentData:
         named: dict[str, Tensor] = {name: getattr(self, name) for name in _TENSORS}
         named |= {f"added.{name}": tensor for name, tensor in self.added.items()}
         return named | {f"empty_added.{name}": tensor for name, tensor in self.empty_added.items()}
+
+    def rows(self, chosen: Tensor, variants: Tensor | None = None) -> Rows:
+        """These rows with their modes as latents; there is one variant of each."""
+        added = {name: tensor[chosen] for name, tensor in self.added.items()}
+        return Rows(self.latents[chosen], None, self.embeddings[chosen], added)
+
+    @property
+    def variants(self) -> int:
+        """One: every picture as it is."""
+        return 1
 
     @property
     def channels(self) -> int:
@@ -116,17 +174,27 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def data_key(pipeline: Any, pictures: Tensor, captions: Sequence[str]) -> str:
-    """16 hexadecimal digits that change with the encoders' weights, the pictures or the captions."""
-    encoders = {
+def encoder_weights(pipeline: Any) -> dict[str, Tensor]:
+    """The weights of the VAE and the text encoders of ``pipeline`` by name."""
+    return {
         f"{part}.{name}": tensor
         for part in ("vae", "text_encoder", "text_encoder_2")
         if getattr(pipeline, part, None) is not None
         for name, tensor in getattr(pipeline, part).state_dict().items()
     }
-    digest = hashlib.sha256(tensors_digest(encoders | {"pictures": pictures}).encode())
+
+
+def data_key(pipeline: Any, pictures: Tensor, captions: Sequence[str]) -> str:
+    """16 hexadecimal digits that change with the encoders' weights, the pictures or the captions."""
+    tensors = encoder_weights(pipeline) | {"pictures": pictures}
+    digest = hashlib.sha256(tensors_digest(tensors).encode())
     digest.update(json.dumps(list(captions)).encode())
     return digest.hexdigest()[:16]
+
+
+def size_ids(height: int, width: int, rows: int) -> Tensor:
+    """SDXL's (rows, 6) original size, corner of the crop and size, of pictures that were taken whole."""
+    return torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32).repeat(rows, 1)
 
 
 def encode_data(pipeline: Any, pictures: Tensor, captions: Sequence[str], *, batch: int = 32) -> LatentData:
@@ -144,8 +212,7 @@ def encode_data(pipeline: Any, pictures: Tensor, captions: Sequence[str], *, bat
     empty, empty_added = encode_captions(pipeline, [""])
     if added:
         height, width = pictures.shape[-2:]
-        size = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
-        added = added | {"time_ids": size.repeat(len(captions), 1)}
+        added = added | {"time_ids": size_ids(height, width, len(captions))}
     return LatentData(
         latents=latents,
         embeddings=embeddings,
@@ -185,7 +252,7 @@ class Batch:
     added: Mapping[str, Tensor]
 
 
-def _stream(seed: int, purpose: str, number: int) -> torch.Generator:
+def stream(seed: int, purpose: str, number: int) -> torch.Generator:
     """A generator of its own for every purpose and number: streams of neighbouring seeds or steps never overlap."""
     content = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
     return seeded(int.from_bytes(content[:8], "big") >> 1)
@@ -195,7 +262,7 @@ def batch_rows(count: int, batch: int, seed: int, step: int) -> list[int]:
     """Which of ``count`` pictures step ``step`` (from 1) trains on; every epoch is a new permutation of all."""
     places = range((step - 1) * batch, step * batch)
     orders = {
-        epoch: torch.randperm(count, generator=_stream(seed, "epoch", epoch)).tolist()
+        epoch: torch.randperm(count, generator=stream(seed, "epoch", epoch)).tolist()
         for epoch in {place // count for place in places}
     }
     return [orders[place // count][place % count] for place in places]
@@ -217,26 +284,41 @@ def min_snr_weights(schedule: Any, timesteps: Tensor, gamma: float) -> Tensor:
 
 
 def draw_batch(
-    data: LatentData, scheduler: Any, settings: DistillConfig, step: int, device: torch.device | str = "cpu"
+    data: TrainingData,
+    scheduler: Any,
+    settings: DistillConfig,
+    step: int,
+    device: torch.device | str = "cpu",
+    *,
+    part: slice = slice(None),
 ) -> Batch:
     """The batch of step ``step`` (from 1) on ``device``, drawn on the CPU from the seed and the step alone.
 
     ``scheduler`` is any diffusers scheduler of the teacher: its noise schedule and prediction type count. Timesteps
     are uniform over the training range. A share of ``settings.caption_dropout`` of the captions becomes empty. With
     ``settings.noise_offset`` every channel of the noise is shifted by as much times a normal number of its own, so that
-    overall brightness is learnt too.
+    overall brightness is learnt too. Where the data have the VAE's variance, latents are drawn from its distribution.
+    With ``part`` only these places of the batch are read and returned, equal to the same places of the whole.
     """
     schedule = noise_schedule(scheduler.config)
-    rows = torch.tensor(batch_rows(len(data), settings.batch, settings.seed, step))
-    generator = _stream(settings.seed, "step", step)
-    latents = data.latents[rows]
-    noise = torch.randn(latents.shape, generator=generator)
-    timesteps = torch.randint(0, schedule.config.num_train_timesteps, (settings.batch,), generator=generator)
-    dropped = torch.rand(settings.batch, generator=generator) < settings.caption_dropout
+    size, seed = settings.batch, settings.seed
+    chosen = torch.tensor(batch_rows(len(data), size, seed, step))
+    variants = torch.randint(0, data.variants, (size,), generator=stream(seed, "variant", step))
+    rows = data.rows(chosen[part], variants[part])
+    latents = rows.mean
+    shape = (size, *latents.shape[1:])
+    if rows.log_variance is not None:
+        draws = torch.randn(shape, generator=stream(seed, "vae", step))[part]
+        latents = latents + (rows.log_variance / 2).exp() * draws
+    generator = stream(seed, "step", step)
+    noise = torch.randn(shape, generator=generator)
+    timesteps = torch.randint(0, schedule.config.num_train_timesteps, (size,), generator=generator)[part]
+    dropped = (torch.rand(size, generator=generator) < settings.caption_dropout)[part]
     if settings.noise_offset:
-        noise = noise + settings.noise_offset * torch.randn((*noise.shape[:2], 1, 1), generator=generator)
-    embeddings = torch.where(dropped[:, None, None], data.empty_embedding, data.embeddings[rows])
-    added = {name: tensor[rows].clone() for name, tensor in data.added.items()}
+        noise = noise + settings.noise_offset * torch.randn((*shape[:2], 1, 1), generator=generator)
+    noise = noise[part]
+    embeddings = torch.where(dropped[:, None, None], data.empty_embedding, rows.embeddings)
+    added = dict(rows.added)
     for name, empty in data.empty_added.items():
         added[name][dropped] = empty
     return Batch(

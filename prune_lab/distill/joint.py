@@ -96,6 +96,13 @@ def compiled_blocks(unet: nn.Module, paths: Sequence[str], *, backend: str = "in
                 module.__dict__.pop("forward", None)
 
 
+def _unshared(forward: Callable[..., Any]) -> contextlib.AbstractContextManager[Any]:
+    """Inside, processes do not exchange the gradients of ``forward``, which they do once a step."""
+    if isinstance(forward, nn.parallel.DistributedDataParallel):
+        return forward.no_sync()
+    return contextlib.nullcontext()
+
+
 def _passes(
     teacher: nn.Module,
     trainees: Sequence[Trainee],
@@ -103,7 +110,6 @@ def _passes(
     settings: DistillConfig,
     precision: torch.dtype,
     micro: int,
-    accelerator: Accelerator,
 ) -> Tensor:
     """Losses of every student, (students, 3) float32: task, output, feature; gradients are left in the students."""
     count = len(batch.timesteps)
@@ -116,9 +122,8 @@ def _passes(
         share = len(chunk.timesteps) / count
         answer = teacher_answer(teacher, wanted, chunk, precision)
         for place, trainee in enumerate(trainees):
-            wrapped = isinstance(trainee.forward, nn.parallel.DistributedDataParallel)
-            waits = wrapped and first + micro < count  # gradients are exchanged once a step
-            with accelerator.no_sync(trainee.forward) if waits else contextlib.nullcontext():
+            last = first + micro >= count
+            with contextlib.nullcontext() if last else _unshared(trainee.forward):
                 losses = student_losses(
                     trainee.state.student,
                     answer,
@@ -154,7 +159,7 @@ def joint_step(
     """
     while True:
         try:
-            sums = _passes(teacher, trainees, batch, settings, precision, micro, accelerator)
+            sums = _passes(teacher, trainees, batch, settings, precision, micro)
             break
         except RuntimeError as error:
             if not should_reduce_batch_size(error):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,15 +16,25 @@ from accelerate import Accelerator
 from torch import nn
 
 from prune_lab.config import DistillConfig
-from prune_lab.distill.course import VALIDATION, Course, Desk, averaged, check_fit, fingerprint_of, finished
+from prune_lab.distill.course import (
+    VALIDATION,
+    Course,
+    Desk,
+    averaged,
+    check_fit,
+    fingerprint_of,
+    finished,
+    seen_alike,
+)
 from prune_lab.distill.data import draw_batch
 from prune_lab.distill.features import FeaturePair
-from prune_lab.distill.joint import Student, compiled_blocks, joint_step, part_of, rate_at
+from prune_lab.distill.joint import Student, compiled_blocks, joint_step, rate_at
 from prune_lab.distill.memory import training_memory
 from prune_lab.distill.recovery import Recovery, verdict_path
 from prune_lab.distill.tracking import Log, tracked
 from prune_lab.errors import ConfigError
 from prune_lab.probes import Probe
+from prune_lab.processes import gathered, join
 from prune_lab.runs import CandidatePaths
 from prune_lab.runtime import note, track
 
@@ -70,11 +81,11 @@ def _train(
         if not active:
             continue
         start = time.perf_counter()
-        batch = draw_batch(course.data, course.scheduler, settings, step, course.device)
+        batch = draw_batch(course.data, course.scheduler, settings, step, course.device, part=own)
         values, micro = joint_step(
             course.teacher,
             [desk.trainee for desk in active],
-            part_of(batch, own),
+            batch,
             settings,
             precision=precision,
             micro=micro,
@@ -100,6 +111,18 @@ def _train(
 # Students ----------------------------------------------------------------------------------------------------------
 
 
+def _parallel(student: nn.Module, device: torch.device) -> nn.Module:
+    """``student`` for the forward passes of one of several processes; its gradients become the mean of all.
+
+    Not accelerate's own wrapping, which for good puts the student itself under autocast, also where it is judged.
+    """
+    return nn.parallel.DistributedDataParallel(
+        student,
+        device_ids=None if device.type == "cpu" else [device],
+        gradient_as_bucket_view=True,  # else gradients take memory twice
+    )
+
+
 def _turn(
     course: Course,
     desks: Sequence[Desk],
@@ -122,7 +145,7 @@ def _turn(
                 stack.enter_context(compiled_blocks(trainee.state.student, own))
             desk.resume(course.validation, until)
             if accelerator.num_processes > 1:
-                trainee.forward = accelerator.prepare_model(trainee.state.student)
+                trainee.forward = _parallel(trainee.state.student, accelerator.device)
         logs = course.logs or desks[0].paths.distilled
         log = stack.enter_context(tracked(settings.trackers, logs, dataclasses.asdict(settings)))
         _train(course, desks, until, micro, accelerator, log)
@@ -131,7 +154,10 @@ def _turn(
 
 
 def _sizes(course: Course, unet: nn.Module, students: int, share: int) -> tuple[int, int]:
-    """(students at once, samples at a time): those of the settings, or what fits into memory; the estimate is shown."""
+    """(students at once, samples at a time): those of the settings, or what fits into memory; the estimate is shown.
+
+    The same in all processes, as the one with the least memory needs it.
+    """
     settings = course.settings
     wanted = (settings.together or students, settings.micro_batch or share)
     memory = training_memory(
@@ -141,7 +167,9 @@ def _sizes(course: Course, unet: nn.Module, students: int, share: int) -> tuple[
         device=torch.device(course.device),
         checkpointing=settings.gradient_checkpointing,
     )
-    together, micro = memory.fit(*wanted)
+    if torch.device(course.device).type == "cpu":  # which the processes of one machine share
+        memory = dataclasses.replace(memory, free=memory.free // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    together, micro = map(min, zip(*gathered(memory.fit(*wanted)), strict=True))
     sizes = settings.together or together, settings.micro_batch or micro
     note(memory.words(min(sizes[0], students), sizes[1]))
     return sizes
@@ -169,15 +197,17 @@ def distill_together(
     student with status "failed" and the step in ``reason``; the last good state stays in its checkpoint, no
     distilled/unet is written, and the others go on. What has ended already is read back and not trained again.
     Students are trained in float32 on ``course.device`` and left in eval mode with the averaged weights; the
-    teacher is left as it was found. Under ``accelerate launch`` every process takes its share of each batch.
+    teacher is left as it was found. Under ``accelerate launch`` every process takes its share of each batch and of the
+    held-out rows, and the main one writes; ``processes.leave`` ends that when nothing more is to be distilled.
 
     Raises RunError when a folder holds the work of other settings, data or weights, or of more steps, without
-    ``force``; DataError when data and model do not fit, DeviceError for float16 or where memory does not hold one
-    sample, ConfigError when processes cannot share the batch evenly, StorageError when writing fails.
+    ``force``; DataError when data and model do not fit, DeviceError for float16, for a launch
+    that shards weights or where memory does not hold one sample, ConfigError when processes cannot share the batch
+    evenly, StorageError when writing fails.
     """
     settings, teacher = course.settings, course.teacher
     until = settings.steps if until is None else until
-    accelerator = Accelerator()
+    accelerator = join()
     world = accelerator.num_processes
     if settings.batch % world:
         raise ConfigError(
@@ -203,11 +233,12 @@ def distill_together(
                 paths.checkpoint.unlink(missing_ok=True)
             accelerator.wait_for_everyone()
             known = finished(paths, fingerprint, until)
+            seen_alike(paths, known)
             if known is not None:
                 recoveries[place] = known
             else:
                 sizes = sizes or _sizes(course, unet, len(students) - place, settings.batch // world)
-                waiting[place] = Desk.of(course, student, unet, fingerprint, accelerator.is_main_process)
+                waiting[place] = Desk.of(course, student, unet, fingerprint, accelerator)
             if waiting and sizes and (len(waiting) == sizes[0] or place == len(students) - 1):
                 desks = list(waiting.values())
                 found = _turn(course, desks, until, sizes[1], accelerator, keep_checkpoint=keep_checkpoint)

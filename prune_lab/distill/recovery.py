@@ -86,7 +86,8 @@ def load_heldout(folder: Path) -> pd.DataFrame:
             f"asked for the held-out losses in {folder}, found none; distil it with prune-lab distill"
         )
     try:
-        frame = pd.read_csv(path, dtype={"step": "int64", "row": "int64"}, float_precision="round_trip")
+        # As text first: not every version of pandas reads a float back to the last bit.
+        frame = pd.read_csv(path, dtype=str).astype({"step": "int64", "row": "int64", "loss": "float64"})
         return frame.pivot(index="step", columns="row", values="loss")
     except (KeyError, ValueError) as error:
         raise DataError(

@@ -24,12 +24,12 @@ from prune_lab.profiling.prices import PriceList, Prices, latency_disagreement, 
 from prune_lab.profiling.reductions import random_unet, reduction_table
 
 __all__ = [
-    "LiveBytes",
     "ActivationTable",
     "Cost",
     "CostTable",
     "Latency",
     "LatencyTable",
+    "LiveBytes",
     "Macs",
     "MeasuredPlan",
     "PlanCost",

@@ -88,8 +88,8 @@ def ranking_tables(ranking: pd.DataFrame) -> tuple[Part, ...]:
         )
     out = left_out(ranking)
     if len(out):
-        said = tuple((str(row.plan), str(row.status), str(row.reason)) for row in out.itertuples())
-        parts.append(Table("Left out, and why", ("Plan", "Status", "Reason"), said, left=3))
+        excuses = tuple((str(row.plan), str(row.status), str(row.reason)) for row in out.itertuples())
+        parts.append(Table("Left out, and why", ("Plan", "Status", "Reason"), excuses, left=3))
     else:
         parts.append(Text(("No candidate was left out.",)))
     return tuple(parts)
@@ -190,15 +190,18 @@ def draw_tournament(
     is_log = spread(axes, "y", known["loss"].to_numpy(dtype=float))
     axes.set_ylabel("held-out loss" + (" (log scale)" if is_log else ""))
     if survivors:
-        # Apart as they are drawn: in the units of the axis, of which a name takes about a twentieth.
-        scale, back = (np.log10, lambda value: 10.0**value) if is_log else (np.asarray, lambda value: value)
-        low, high = scale(np.array(axes.get_ylim()))
-        heights = apart([float(scale(loss)) for _, _, loss in survivors], (high - low) / 20)
+        # Apart as they are drawn, in the units of the axis, of which a name takes about a twentieth.
+        ends, limits = np.array([loss for _, _, loss in survivors]), np.array(axes.get_ylim())
+        if is_log:
+            ends, limits = np.log10(ends), np.log10(limits)
+        heights = apart(ends.tolist(), float(limits[1] - limits[0]) / 20)
+        if is_log:
+            heights = 10.0**heights
         for (name, step, loss), height in zip(survivors, heights, strict=True):
             axes.annotate(
                 labels.get(name, name),
                 (step, loss),
-                xytext=(step * (rungs[-1] / rungs[0]) ** 0.03 * 1.02, back(float(height))),
+                xytext=(step * (rungs[-1] / rungs[0]) ** 0.03 * 1.02, float(height)),
                 fontsize=8.5,
                 va="center",
                 color=styles[name].color,

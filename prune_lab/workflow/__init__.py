@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from prune_lab.workflow.comparing import compared_plans, comparison
 from prune_lab.workflow.criteria import compared_criteria
-from prune_lab.workflow.distilling import ensure_distilled, recovery_frame, train_to
+from prune_lab.workflow.distilling import ensure_distilled, recovery_frame, save_students, train_to
 from prune_lab.workflow.judging import (
     ensure_pictures,
     ensure_ranking,
@@ -71,6 +71,7 @@ __all__ = [
     "quality_frame",
     "recovery_frame",
     "run_all",
+    "save_students",
     "scores_frame",
     "start_run",
     "steps_frame",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,13 +23,20 @@ from prune_lab.distill import (
     load_heldout,
     load_recovery,
 )
+from prune_lab.errors import RunError
 from prune_lab.evaluation import clip_scores, save_grid
+from prune_lab.processes import gathered, is_main, join, main_first
 from prune_lab.ranking import Measured, Tournament, first_rung, play, rungs, tournament_from_frame
 from prune_lab.runs import Run
 from prune_lab.runtime import note, write_frame
+from prune_lab.surgery import pipeline_with
 from prune_lab.workflow.measuring import ensure_scores
 from prune_lab.workflow.searching import ensure_plans, origin_of, plan_named
-from prune_lab.workflow.students import ensure_candidates, ensure_data, ensure_repaired
+from prune_lab.workflow.students import (
+    ensure_candidates,
+    ensure_repaired,
+    training_and_validation,
+)
 from prune_lab.workflow.teacher import Teacher, drawn
 
 if TYPE_CHECKING:
@@ -55,12 +64,16 @@ def _draw(teacher: Teacher, unet: nn.Module, path: Path) -> None:
 
 def course_of(run: Run, teacher: Teacher) -> Course:
     """What all students of the run are trained with."""
+    # A cache is built by all processes together; the rest by one.
+    alike = contextlib.nullcontext() if teacher.config.data.source else main_first()
+    with alike:
+        data, validation = training_and_validation(run, teacher)
     return Course(
         teacher.unet,
-        ensure_data(run, teacher),
+        data,
         teacher.pipeline.scheduler,
         teacher.config.distill,
-        teacher.validation,
+        validation,
         teacher.device,
         draw=partial(_draw, teacher),
         logs=run.curves_dir,
@@ -98,7 +111,8 @@ def train_to(
 
     Writes candidates/<id>/{recovery.csv, heldout.csv, distilled/}. With ``keep_checkpoint`` they can go on from there.
     """
-    waiting = [student_of(run, teacher, one) for one in candidates if not _ended(run, one, steps)]
+    with main_first():
+        waiting = [student_of(run, teacher, one) for one in candidates if not _ended(run, one, steps)]
     if waiting:
         distill_together(course_of(run, teacher), waiting, until=steps, keep_checkpoint=keep_checkpoint)
 
@@ -106,7 +120,7 @@ def train_to(
 # By a tournament ---------------------------------------------------------------------------------------------
 
 
-def _measured(candidates: Sequence[Candidate], steps: int) -> dict[str, Measured]:
+def measured(candidates: Sequence[Candidate], steps: int) -> dict[str, Measured]:
     """Held-out losses after ``steps`` steps, or why there are none, by plan id."""
     found: dict[str, Measured] = {}
     for one in candidates:
@@ -124,14 +138,17 @@ def _measured(candidates: Sequence[Candidate], steps: int) -> dict[str, Measured
 def _clip_at(
     teacher: Teacher, candidates: Sequence[Candidate]
 ) -> dict[str, np.ndarray[tuple[int], np.dtype[np.float64]]]:
-    """CLIP score of every prompt and seed, drawn with the averaged weights as they are now, by plan id."""
+    """CLIP score of every prompt and seed, drawn with the averaged weights as they are now, by plan id.
+
+    One process draws for all, so that all decide alike.
+    """
     prompts = [prompt for prompt in teacher.prompts for _ in teacher.config.evaluate.seeds]
     found = {}
-    for one in candidates:
+    for one in candidates if is_main() else ():
         student = load_student(one, "distilled", device=teacher.device, dtype=teacher.dtype)
         scores = clip_scores(teacher.scorer, drawn(teacher, student), prompts)
         found[one.plan.id] = scores.double().numpy()
-    return found
+    return gathered(found)[0]
 
 
 def rungs_of(teacher: Teacher) -> tuple[int, ...]:
@@ -151,7 +168,7 @@ def _play(run: Run, teacher: Teacher, candidates: Sequence[Candidate]) -> Tourna
         note(f"rung of {steps} steps: {len(names)} candidates")
         # One that has been there before, in a run that was interrupted, is read and not trained again.
         train_to(run, teacher, chosen(names), steps, keep_checkpoint=True)
-        return _measured(chosen(names), steps)
+        return measured(chosen(names), steps)
 
     settings = teacher.config.rank
     controls = [name for name in named if origin_of(run, name) == "control"]
@@ -165,6 +182,15 @@ def _play(run: Run, teacher: Teacher, candidates: Sequence[Candidate]) -> Tourna
     )
 
 
+def _play_on_ray(run: Run, teacher: Teacher, candidates: Sequence[Candidate]) -> Tournament:
+    from prune_lab.workflow.remote import play_on_ray  # which trains with what is above
+
+    return play_on_ray(run, teacher, candidates)
+
+
+_ENGINES = {"local": _play, "ray": _play_on_ray}
+
+
 def ensure_tournament(run: Run, teacher: Teacher, candidates: Sequence[Candidate]) -> Tournament:
     """Who of ``candidates`` was kept at which rung, by paired held-out losses; writes tournament.csv.
 
@@ -173,7 +199,9 @@ def ensure_tournament(run: Run, teacher: Teacher, candidates: Sequence[Candidate
     """
     if run.done(run.tournament):
         return tournament_from_frame(pd.read_csv(run.tournament))
-    tournament = _play(run, teacher, candidates)
+    tournament = _ENGINES[teacher.config.rank.engine](run, teacher, candidates)
+    if not is_main():
+        return tournament
     write_frame(run.tournament, tournament.frame())
     for one in candidates:  # four times the weights, and nobody goes on from here
         one.paths.checkpoint.unlink(missing_ok=True)
@@ -187,20 +215,45 @@ def ensure_distilled(
 
     With ``rank.eta`` in the settings by successive halving (see ``ensure_tournament``): not everyone gets all steps.
     Writes candidates/<id>/{recovery.csv, heldout.csv, distilled/}; a candidate that was interrupted goes on from its
-    checkpoint. ``only`` names some of the plans (see ``plan_named``), which then get all steps. Raises PlanError when
-    a name is none of the run's.
+    checkpoint. ``only`` names some of the plans (see ``plan_named``), which then get all steps. Under ``accelerate
+    launch`` the main process prepares and all distil. Raises PlanError when a name is none of the run's.
     """
+    join()
     teacher = teacher or Teacher(run)
-    ensure_repaired(run, teacher)
-    plans = ensure_plans(run, teacher)
-    wanted = {plan_named(plans, text, teacher).id for text in only} or {plan.id for plan in plans}
-    chosen = [one for one in ensure_candidates(run, teacher) if one.plan.id in wanted]
+    with main_first():
+        ensure_repaired(run, teacher)
+        plans = ensure_plans(run, teacher)
+        wanted = {plan_named(plans, text, teacher).id for text in only} or {plan.id for plan in plans}
+        chosen = [one for one in ensure_candidates(run, teacher) if one.plan.id in wanted]
     if teacher.config.rank.eta and not only:
         ensure_tournament(run, teacher, chosen)
     else:
         train_to(run, teacher, chosen, teacher.config.distill.steps)
     found = (load_recovery(one.folder) for one in chosen)
     return tuple(recovery for recovery in found if recovery is not None)
+
+
+def save_students(
+    run: Run, teacher: Teacher, out: Path, *, only: tuple[str, ...] = (), force: bool = False
+) -> tuple[Path, ...]:
+    """Pipeline folders of distilled students that plain diffusers loads: ``out`` for one, ``out``/<label> for more.
+
+    ``only`` names some of the plans. Raises RunError when none of them was distilled, StorageError when ``out`` holds
+    something and ``force`` is not given.
+    """
+    plans = ensure_plans(run, teacher)
+    chosen = [plan_named(plans, text, teacher) for text in only] or list(plans)
+    there = [plan for plan in chosen if run.done(run.candidate(plan.id).distilled_unet)]
+    if not there:
+        raise RunError(
+            f"asked to write distilled students of {run.folder}, found none; see the reasons in the table, or "
+            "distil them with prune-lab distill"
+        )
+    folders = [out] if len(chosen) == 1 else [out / re.sub(r"[^\w.+-]+", "-", plan.label) for plan in there]
+    return tuple(
+        pipeline_with(teacher.source, run.candidate(plan.id).distilled_unet, folder, force=force)
+        for plan, folder in zip(there, folders, strict=True)
+    )
 
 
 def recovery_frame(run: Run, teacher: Teacher | None = None) -> pd.DataFrame:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,26 @@ from PIL import Image
 from torch import Tensor
 
 from prune_lab.blocks import BlockGroup
-from prune_lab.candidates import Candidate, load_candidate, load_student
-from prune_lab.distill import load_recovery
+from prune_lab.candidates import Candidate, State, load_candidate, load_student
+from prune_lab.distill import load_heldout, load_recovery
 from prune_lab.errors import DataError
 from prune_lab.evaluation import clip_scores, heldout_loss, save_grid
-from prune_lab.importance import score
+from prune_lab.importance import ImportanceTable, score
 from prune_lab.plans import PruningPlan
-from prune_lab.ranking import Contender, Ranking, rank, ranking_from_frame
+from prune_lab.ranking import (
+    Contender,
+    Ranking,
+    Verdict,
+    rank,
+    ranking_from_frame,
+    tournament_from_frame,
+)
 from prune_lab.report import write_report
 from prune_lab.runs import Run
 from prune_lab.runtime import track, write_frame
 from prune_lab.workflow.measuring import ensure_costs, ensure_reductions, scored_subject
 from prune_lab.workflow.searching import ensure_plans, left_out, origin_of
-from prune_lab.workflow.students import ensure_candidates
+from prune_lab.workflow.students import ensure_candidates, training_and_validation
 from prune_lab.workflow.teacher import Teacher, drawn
 
 COLUMNS, GAP = 4, 2  # of a grid of pictures
@@ -37,10 +44,35 @@ SHOWN = (".csv", ".json", ".png", ".toml")  # what a report reads
 # Pictures ----------------------------------------------------------------------------------------------------
 
 
-def _student(teacher: Teacher, candidate: Candidate, distilled: bool) -> Any:
-    return load_student(
-        candidate, "distilled" if distilled else "pruned", device=teacher.device, dtype=teacher.dtype
-    )
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A sheet of pictures: where it goes and who draws it, a candidate before or after distillation, or the teacher."""
+
+    path: Path
+    candidate: Candidate | None = None
+    distilled: bool = False
+
+
+def drawn_for(teacher: Teacher, candidate: Candidate | None, distilled: bool) -> Tensor:
+    """The pictures of one grid, uint8 (prompts x seeds, 3, H, W)."""
+    if candidate is None:
+        return drawn(teacher, teacher.unet)
+    state: State = "distilled" if distilled else "pruned"
+    return drawn(teacher, load_student(candidate, state, device=teacher.device, dtype=teacher.dtype))
+
+
+def _draw_here(_run: Run, teacher: Teacher, grids: Sequence[Grid]) -> Iterator[Tensor]:
+    for grid in track(grids, "drawing for each model"):
+        yield drawn_for(teacher, grid.candidate, grid.distilled)
+
+
+def _draw_on_ray(run: Run, teacher: Teacher, grids: Sequence[Grid]) -> Iterator[Tensor]:
+    from prune_lab.workflow.remote import draw_on_ray  # which draws with what is above
+
+    yield from draw_on_ray(run, teacher, grids)
+
+
+_DRAW = {"local": _draw_here, "ray": _draw_on_ray}
 
 
 def ensure_pictures(run: Run, teacher: Teacher | None = None) -> tuple[Path, ...]:
@@ -49,18 +81,17 @@ def ensure_pictures(run: Run, teacher: Teacher | None = None) -> tuple[Path, ...
     Writes pictures/teacher.png and candidates/<id>/pictures_{pruned,distilled}.png.
     """
     teacher = teacher or Teacher(run)
-    wanted: list[tuple[Path, Callable[[], Any]]] = [(run.teacher_pictures, lambda: teacher.unet)]
+    wanted = [Grid(run.teacher_pictures)]
     for candidate in ensure_candidates(run, teacher):
-        for path, distilled in (
-            (candidate.paths.pictures_pruned, False),
-            (candidate.paths.pictures_distilled, True),
-        ):
-            if not distilled or run.done(candidate.paths.distilled_unet):
-                wanted.append((path, partial(_student, teacher, candidate, distilled)))
-    for path, unet in track(wanted, "drawing for each model"):
-        if not run.done(path):
-            save_grid(path, drawn(teacher, unet()), columns=COLUMNS, gap=GAP)
-    return tuple(path for path, _ in wanted)
+        wanted.append(Grid(candidate.paths.pictures_pruned, candidate))
+        if run.done(candidate.paths.distilled_unet):
+            wanted.append(Grid(candidate.paths.pictures_distilled, candidate, distilled=True))
+    missing = [grid for grid in wanted if not run.done(grid.path)]
+    if missing:
+        sheets = _DRAW[teacher.config.rank.engine](run, teacher, missing)
+        for grid, pixels in zip(missing, sheets, strict=True):
+            save_grid(grid.path, pixels, columns=COLUMNS, gap=GAP)
+    return tuple(grid.path for grid in wanted)
 
 
 def read_grid(path: Path, count: int) -> Tensor:
@@ -95,10 +126,23 @@ def _mean_score(run: Run, teacher: Teacher, path: Path) -> float:
 # Ranking -----------------------------------------------------------------------------------------------------
 
 
+def _score_here(run: Run, teacher: Teacher, groups: Sequence[BlockGroup]) -> ImportanceTable:
+    return score(scored_subject(run, teacher), groups, teacher.config.score.criterion, bootstrap=0)
+
+
+def _score_on_ray(run: Run, teacher: Teacher, groups: Sequence[BlockGroup]) -> ImportanceTable:
+    from prune_lab.workflow.remote import score_on_ray
+
+    return score_on_ray(run, teacher, groups)
+
+
+_SCORE = {"local": _score_here, "ray": _score_on_ray}
+
+
 def _one_shot_impacts(run: Run, teacher: Teacher, plans: Iterable[PruningPlan]) -> dict[str, float]:
     """Impact of each whole plan by the run's criterion on its probe, by plan id: what adding up only predicts."""
     groups = [BlockGroup(plan.id, "plan", plan.removed) for plan in plans if plan.removed]
-    table = score(scored_subject(run, teacher), groups, teacher.config.score.criterion, bootstrap=0)
+    table = _SCORE[teacher.config.rank.engine](run, teacher, groups)
     return {entry.group.name: entry.impact for entry in table.entries}
 
 
@@ -106,7 +150,9 @@ def _teacher_itself(run: Run, teacher: Teacher) -> Contender:
     costs = ensure_costs(run, teacher).total
     reductions = ensure_reductions(run, teacher)
     own = reductions[(reductions["plan"] == "teacher") & (reductions["model"] == teacher.config.model)]
-    loss = float(heldout_loss(teacher.unet, teacher.validation).double().mean())
+    _, validation = training_and_validation(run, teacher)
+    losses = heldout_loss(teacher.unet, validation).double()
+    loss = float(losses.mean())
     score = _mean_score(run, teacher, run.teacher_pictures)
     return Contender(
         plan="teacher",
@@ -122,15 +168,22 @@ def _teacher_itself(run: Run, teacher: Teacher) -> Contender:
         loss_after=loss,
         clip_before=score,
         clip_after=score,
+        heldout=tuple(losses.tolist()),
     )
 
 
-def _contender(run: Run, teacher: Teacher, plan: PruningPlan, impact: float) -> Contender:
+def _contender(
+    run: Run, teacher: Teacher, plan: PruningPlan, impact: float, fate: Verdict | None
+) -> Contender:
     costs = ensure_costs(run, teacher).of(plan)
     paths = run.candidate(plan.id)
     recovery = load_recovery(paths.folder)
     built = run.done(paths.profile)
     latency = load_candidate(paths.folder, teacher.architecture).profile.latency if built else None
+    losses: tuple[float, ...] = ()
+    if recovery and recovery.status == "done" and run.done(paths.heldout):
+        row = load_heldout(paths.folder).loc[recovery.steps].to_numpy(dtype=np.float64)
+        losses = tuple(float(loss) for loss in row)
     return Contender(
         plan=plan.label,
         plan_id=plan.id,
@@ -146,7 +199,10 @@ def _contender(run: Run, teacher: Teacher, plan: PruningPlan, impact: float) -> 
         clip_before=_mean_score(run, teacher, paths.pictures_pruned),
         clip_after=_mean_score(run, teacher, paths.pictures_distilled),
         steps=recovery.steps if recovery else 0,
+        rung=fate.rung if fate else None,
+        heldout=losses,
         failure=recovery.reason if recovery else "",
+        dropped=fate.reason if fate and fate.fate == "dropped" else "",
         left_out=left_out(teacher, plan) or ("" if recovery else "it was not distilled"),
     )
 
@@ -163,7 +219,10 @@ def ensure_ranking(run: Run, teacher: Teacher | None = None) -> Ranking:
     plans = ensure_plans(run, teacher)
     ensure_pictures(run, teacher)
     impacts = _one_shot_impacts(run, teacher, plans)
-    contenders = [_contender(run, teacher, plan, impacts.get(plan.id, 0.0)) for plan in plans]
+    fates = tournament_from_frame(pd.read_csv(run.tournament)).fates if run.done(run.tournament) else {}
+    contenders = [
+        _contender(run, teacher, plan, impacts.get(plan.id, 0.0), fates.get(plan.id)) for plan in plans
+    ]
     ranking = rank([_teacher_itself(run, teacher), *contenders])
     write_frame(run.ranking, ranking.frame())
     return ranking

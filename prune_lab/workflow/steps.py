@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from prune_lab.config import RunConfig, changed_settings, load_config, to_toml
+from prune_lab.config import DataConfig, RunConfig, changed_settings, load_config, to_toml
+from prune_lab.distill import CACHE_INDEX, is_cache
 from prune_lab.errors import RunError, StorageError
 from prune_lab.models import model_digest, resolve_model
 from prune_lab.runs import Run, load_run_config, open_run
@@ -66,6 +67,15 @@ def _repaired(run: Run) -> tuple[Path, ...]:
     if not run.config.is_file() or load_run_config(run).repair.kind == "none":
         return ()
     return _of_candidates("repaired")(run)
+
+
+def _data(run: Run) -> tuple[Path, ...]:
+    """What is there when the training data are encoded; nothing where another folder has them, or the loop encodes."""
+    settings = load_run_config(run).data if run.config.is_file() else DataConfig()
+    if not settings.source:
+        return (run.data,)
+    ready = is_cache(Path(settings.source).expanduser())
+    return (run.data_dir / CACHE_INDEX,) if settings.cached and not ready else ()
 
 
 def _distilled(run: Run) -> tuple[Path, ...]:
@@ -133,8 +143,8 @@ STEPS: tuple[Step, ...] = (
         "data",
         ("data", "distill.pictures", "distill.seed"),
         ensure_data,
-        _files("data"),
-        _files("data"),
+        _files("data", "data_dir"),
+        _data,
         "encodes the training pictures",
     ),
     Step(

@@ -6,10 +6,20 @@ import math
 from typing import cast
 
 import pandas as pd
+import torch
 
 from prune_lab.candidates import Candidate, build_candidate, load_candidate, load_student
-from prune_lab.distill import LatentData, cached_data
+from prune_lab.distill import (
+    LatentCache,
+    LatentData,
+    TrainingData,
+    cached_data,
+    held_out,
+    is_cache,
+    training_data,
+)
 from prune_lab.plans import PruningPlan
+from prune_lab.probes import Probe, probe_of_latents
 from prune_lab.repair import Choice, repair
 from prune_lab.runs import Run
 from prune_lab.runtime import track, write_frame
@@ -51,14 +61,47 @@ def _candidate(run: Run, teacher: Teacher, plan: PruningPlan) -> Candidate:
     return load_candidate(paths.folder, teacher.architecture)
 
 
-def ensure_data(run: Run, teacher: Teacher | None = None) -> LatentData:
-    """Training pictures as latents and text embeddings, the same for every candidate; writes data.safetensors."""
+def ensure_data(run: Run, teacher: Teacher | None = None) -> TrainingData:
+    """Training pictures as latents and text embeddings, the same for every candidate.
+
+    Shipped ones are written to data.safetensors, those that ``data.source`` names to data/, unless it names a finished
+    cache or ``data.cached`` is false.
+    """
     if run.done(run.data):
         return LatentData.load(run.data)
+    if is_cache(run.data_dir):
+        return LatentCache.load(run.data_dir)
     teacher = teacher or Teacher(run)
+    if teacher.config.data.source:
+        return training_data(teacher.pipeline, teacher.config.data, run.data_dir)
     settings = teacher.config.distill
     pictures = teacher.pictures("train", settings.pictures, settings.seed)
     return cached_data(run.data, teacher.pipeline, pictures.pixels, pictures.captions)
+
+
+def training_and_validation(run: Run, teacher: Teacher) -> tuple[TrainingData, Probe]:
+    """What students are trained on, and the held-out rows whose loss judges them.
+
+    Of pictures that the user gave ``probe.samples`` are kept back, in their first variant, and never trained on; of the
+    shipped ones the held-out split serves, pictures that the scores have not seen.
+    """
+    data = ensure_data(run, teacher)
+    if not teacher.config.data.source:
+        return data, teacher.validation
+    settings = teacher.config.probe
+    training, kept_back = held_out(data, settings.samples, settings.seed)
+    rows = kept_back.rows(torch.arange(settings.samples), torch.zeros(settings.samples, dtype=torch.int64))
+    unnamed = [""] * settings.samples
+    validation = probe_of_latents(
+        teacher.pipeline,
+        rows.mean,
+        unnamed,
+        unnamed,
+        timesteps=settings.timesteps,
+        seed=settings.seed + 1,
+        text=(rows.embeddings, rows.added),
+    )
+    return training, validation
 
 
 def ensure_repaired(run: Run, teacher: Teacher | None = None) -> pd.DataFrame:

@@ -1,0 +1,26 @@
+"""Work on many machines by Ray: a connection, storage that all of them reach, tasks, and a tournament by ASHA.
+
+What is done there is handed in as functions; nothing here knows of models. Ray is an extra (``prune-lab[ray]``) and is
+imported when it is first needed.
+"""
+
+from __future__ import annotations
+
+from prune_lab.cluster.asha import Memory, Report, Trial, compete, told
+from prune_lab.cluster.connection import Cluster, connected, everywhere, in_tasks, slots
+from prune_lab.cluster.storage import Shelf, publish
+
+__all__ = [
+    "Cluster",
+    "Memory",
+    "Report",
+    "Shelf",
+    "Trial",
+    "compete",
+    "connected",
+    "everywhere",
+    "in_tasks",
+    "publish",
+    "slots",
+    "told",
+]

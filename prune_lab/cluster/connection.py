@@ -1,0 +1,175 @@
+"""A Ray cluster for as long as it is needed, and work sent to it as tasks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from prune_lab.errors import ClusterError, PruneLabError
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+_PATIENCE = 5.0  # seconds for a head node to answer; Ray itself takes two minutes and then ends the process
+_ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # no tables on standard output, which belongs to our own
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # every loss is in the run folder already
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends everything and returns no half of a tournament
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """Where work is done: which cluster, what each task or candidate gets of it, and the storage it shares."""
+
+    address: str = (
+        ""  # host:port, ray://host:port, auto for one on this machine; empty: started here, and ended
+    )
+    storage: str = ""  # folder or fsspec URL; empty: every machine sees the run folder itself
+    cpus: int = 1  # cores, and threads
+    gpus: float | None = None  # None: what the work asks for
+    retries: int = 3  # after a worker died
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise ClusterError("asked for --engine ray, found no ray; pip install 'prune-lab[ray]'") from None
+    return ray
+
+
+def _check_answers(address: str) -> None:
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE):
+            return
+    except (OSError, ValueError, OverflowError) as error:
+        raise ClusterError(
+            f"asked for the Ray cluster at {address!r}, found none that answers ({error}); give host:port of a head "
+            "node, auto for a cluster of this machine, or no --address to start one here"
+        ) from None
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update({name: value for name, value in values.items() if before[name] is None})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def connected(cluster: Cluster) -> Iterator[Any]:
+    """Ray, connected to the cluster; a connection that is there already is used and left as it is.
+
+    Without an address a cluster is started on this machine and ended on exit. Raises ClusterError when Ray is not
+    installed or nothing answers.
+    """
+    ray = _ray()
+    with _environment(_ENVIRONMENT | {"RAY_USAGE_STATS_ENABLED": "0"}):
+        if ray.is_initialized():
+            yield ray
+            return
+        own = cluster.address in ("", "local")
+        if not own and cluster.address != "auto":
+            _check_answers(cluster.address)
+        asked = {"include_dashboard": False} if own else {}
+        try:
+            ray.init(address=cluster.address or "local", log_to_driver=False, logging_level="ERROR", **asked)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ClusterError(
+                f"asked for the Ray cluster at {cluster.address or 'this machine'!r}, found {_first_line(error)}; "
+                "start one with: ray start --head, or give no --address to start one here"
+            ) from None
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
+
+
+def _first_line(error: BaseException | str) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def last_word(error: BaseException) -> str:
+    """Why a task or trial failed, in one line: our own message where there is one, else the end of the traceback."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, PruneLabError):
+        return str(cause)
+    text = str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    ours = [line for line in lines if re.match(r"(\w+\.)*\w+(Error|Exception)\b", line)]
+    return (ours or lines or [type(error).__name__])[-1]
+
+
+def slots(ray: Any, cluster: Cluster) -> int:
+    """How many tasks run at once, 1 at least."""
+    there = ray.cluster_resources()
+    fits = [int(there.get("CPU", 0) // cluster.cpus)]
+    if cluster.gpus:
+        fits.append(int(there.get("GPU", 0) // cluster.gpus))
+    return max(1, min(fits))
+
+
+def check_room(ray: Any, cluster: Cluster) -> None:
+    """Raise ClusterError when no machine has what one task asks for: Ray would wait for ever."""
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = cluster.gpus or 0
+    if not any(one.get("CPU", 0) >= cluster.cpus and one.get("GPU", 0) >= gpus for one in machines):
+        most = max((one.get("CPU", 0) for one in machines), default=0)
+        found = f"{len(machines)} machines of at most {most:g} cores and "
+        found += f"{max((one.get('GPU', 0) for one in machines), default=0):g} GPUs"
+        raise ClusterError(
+            f"asked for {cluster.cpus} cores and {gpus:g} GPUs for each candidate, found {found}; "
+            "lower rank.cpus, or set device = 'cpu'"
+        )
+
+
+def _done(work: Callable[..., Found], *item: Any) -> Found:
+    """What ``work`` makes of ``item``: Ray takes functions alone, and what is handed in may be a part of one."""
+    return work(*item)
+
+
+def in_tasks(ray: Any, cluster: Cluster, work: Callable[[Item], Found], items: Sequence[Item]) -> list[Found]:
+    """``work`` of each of ``items``, in their order, each in a task of its own; who dies is asked again.
+
+    Raises what ``work`` raised, and ClusterError when its worker died more often than ``cluster.retries`` times.
+    """
+    check_room(ray, cluster)
+    task = ray.remote(num_cpus=cluster.cpus, num_gpus=cluster.gpus or 0, max_retries=cluster.retries)(_done)
+    try:
+        found: list[Found] = ray.get([task.remote(work, item) for item in items])
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, PruneLabError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        raise ClusterError(
+            f"asked {len(items)} tasks of the Ray cluster, found {last_word(error)}; see the logs of Ray"
+        ) from None
+    return found
+
+
+def everywhere(ray: Any, work: Callable[[], None]) -> None:
+    """Do ``work`` once on every machine of the cluster; those that do not answer are left out."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    asked = [
+        ray.remote(num_cpus=0)(_done)
+        .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+        .remote(work)
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    ray.wait(asked, num_returns=len(asked), timeout=30)

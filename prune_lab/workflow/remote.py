@@ -1,0 +1,260 @@
+"""The steps that go to the machines of a Ray cluster: the tournament, scores of plans, pictures.
+
+The driver's side; ``workers`` is the other. Where the machines do not see the run folder, the driver publishes on
+``rank.storage`` what they need, and fetches from there what they made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prune_lab.blocks import BlockGroup
+from prune_lab.candidates import Candidate
+from prune_lab.cluster import (
+    Cluster,
+    compete,
+    connected,
+    everywhere,
+    in_tasks,
+    publish,
+    slots,
+    told,
+)
+from prune_lab.distill import FEATURE_VARIANTS, load_recovery
+from prune_lab.errors import ClusterError, ConfigError
+from prune_lab.importance import ImportanceTable
+from prune_lab.ranking import Measured, Tournament
+from prune_lab.runs import Run
+from prune_lab.runtime import note, read_json, write_json
+from prune_lab.workflow.distilling import measured, rungs_of
+from prune_lab.workflow.judging import Grid
+from prune_lab.workflow.measuring import ensure_probe, ensure_scores
+from prune_lab.workflow.searching import origin_of
+from prune_lab.workflow.students import ensure_data
+from prune_lab.workflow.teacher import Teacher
+from prune_lab.workflow.workers import (
+    BUILT,
+    DECISIONS,
+    RAY,
+    VALIDATION,
+    Job,
+    draw_here,
+    files_in,
+    get_state,
+    of_candidate,
+    score_here,
+    sweep,
+    train_here,
+)
+
+_SHARED = (
+    "config.toml",
+    "probe.safetensors",
+    "importance.csv",
+    "data.safetensors",
+    "data",
+    "plans",
+    VALIDATION,
+)
+
+
+# What is sent --------------------------------------------------------------------------------------------------
+
+
+def _job(run: Run, cluster: Cluster, names: Sequence[str]) -> Job:
+    folder = run.folder.resolve()
+    shelf = publish(folder, files_in(folder, names), cluster.storage) if cluster.storage else None
+    read = [path for path in (run.config, run.folder / VALIDATION) if path.is_file()]
+    made_of = hashlib.sha256(b"".join(path.read_bytes() for path in read)).hexdigest()[:16]
+    return Job(str(folder), str(Path.cwd()), cluster.cpus, shelf, made_of)
+
+
+def cluster_of(teacher: Teacher) -> Cluster:
+    """The cluster that the run's settings name."""
+    settings = teacher.config.rank
+    storage = settings.storage
+    if storage and "://" not in storage:
+        storage = str(Path(storage).expanduser().resolve())
+    return Cluster(address=settings.address, storage=storage, cpus=settings.cpus)
+
+
+def _outfitted(ray: Any, teacher: Teacher, cluster: Cluster) -> Cluster:
+    """``cluster`` with the GPUs that the run's device needs of it."""
+    device = teacher.config.device
+    if ":" in device:
+        raise ConfigError(
+            f"asked for device {device!r} with --engine ray, which hands out GPUs itself; use cuda"
+        )
+    if cluster.gpus is not None:
+        return cluster
+    wanted = device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
+    return dataclasses.replace(cluster, gpus=1.0 if wanted else 0.0)
+
+
+# The tournament ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Decisions:
+    """What ASHA decided about the candidates of a run, in a file beside the state it was decided by."""
+
+    run: Run
+
+    def _path(self, name: str) -> Path:
+        return self.run.candidate(name).folder / DECISIONS
+
+    def recall(self, name: str) -> Mapping[int, bool]:
+        path = self._path(name)
+        found = cast("dict[str, bool]", read_json(path)) if path.is_file() else {}
+        return {int(steps): goes_on for steps, goes_on in found.items()}
+
+    def keep(self, name: str, steps: int, goes_on: bool) -> None:
+        known = {**self.recall(name), steps: goes_on}
+        write_json(self._path(name), {str(at): known[at] for at in sorted(known)})
+
+    def stopped(self, name: str) -> int | None:
+        """After how many steps it was stopped; None when it was not."""
+        return next((steps for steps, goes_on in self.recall(name).items() if not goes_on), None)
+
+
+def _prepare(run: Run, teacher: Teacher, plan_ids: Collection[str]) -> list[str]:
+    """Make what every worker reads, so that they do not all make it; the names of these files and folders."""
+    ensure_data(run, teacher)
+    if FEATURE_VARIANTS[teacher.config.distill.loss_variant].by_sensitivity:
+        ensure_scores(run, teacher)
+    if not teacher.config.data.source:
+        teacher.validation.save(run.folder / VALIDATION)
+    return [*_SHARED, *(name for plan_id in plan_ids for name in of_candidate(plan_id, *BUILT))]
+
+
+def _check_ended(
+    run: Run, names: Sequence[str], last: int, decisions: _Decisions, errors: Mapping[str, str]
+) -> None:
+    if names and len(errors) == len(names):
+        raise ClusterError(
+            f"asked to distil {len(names)} candidates on the Ray cluster, found none that came to an end: "
+            f"{errors[names[0]]}"
+        )
+    for name in names:
+        recovery = load_recovery(run.candidate(name).folder)
+        through = recovery is not None and (recovery.status == "failed" or recovery.steps >= last)
+        if not through and name not in errors and decisions.stopped(name) is None:
+            steps = recovery.steps if recovery else 0
+            raise ClusterError(
+                f"asked for a tournament on the Ray cluster, found {name} after {steps} of {last} steps when it ended; "
+                "the same command again goes on"
+            )
+
+
+def play_on_ray(
+    run: Run, teacher: Teacher, candidates: Sequence[Candidate], cluster: Cluster | None = None
+) -> Tournament:
+    """Who of ``candidates`` came to the end, by ASHA over the rungs of the run; on ``cluster``, None: the settings'.
+
+    Each candidate is a trial of Ray Tune that distils it from rung to rung. A trial whose worker died goes on from the
+    candidate's checkpoint, and so does every one when the same is asked again. Survivors are ranked by ``play``'s
+    paired differences. The CLIP score breaks no ties at rungs. Raises ClusterError, StorageError.
+    """
+    cluster, named = cluster or cluster_of(teacher), {one.plan.id: one for one in candidates}
+    names, rungs, settings = list(named), rungs_of(teacher), teacher.config.rank
+    controls = [name for name in names if origin_of(run, name) == "control"] if settings.keep_controls else []
+    decisions, own = _Decisions(run), run.folder.resolve() / RAY
+    with connected(cluster) as ray:
+        cluster = _outfitted(ray, teacher, cluster)
+        job = _job(run, cluster, _prepare(run, teacher, names))
+        note(f"tournament of {len(names)} candidates on Ray, {slots(ray, cluster)} at once")
+        place: Any = str(own)
+        if job.shelf is not None:
+            filesystem, root = job.shelf.opened()
+            place = filesystem, f"{root}/{RAY}"
+        errors = compete(
+            ray,
+            cluster,
+            names,
+            rungs,
+            settings.eta,
+            partial(train_here, job, rungs),
+            decisions,
+            controls=controls,
+            storage=place,
+        )
+        if job.shelf is not None:
+            for name in names:
+                get_state(job.shelf, run, name)
+            everywhere(ray, partial(sweep, job))
+    _check_ended(run, names, rungs[-1], decisions, errors)
+    shutil.rmtree(own, ignore_errors=True)
+
+    def measure(going: Sequence[str], steps: int) -> dict[str, Measured]:
+        answers: dict[str, Measured] = {}
+        for name in going:
+            found = load_recovery(named[name].folder)
+            came = found is not None and (found.status == "failed" or found.steps >= steps)
+            answers |= measured([named[name]], steps) if came else {name: errors[name]}
+        return answers
+
+    stops = {name: decisions.stopped(name) for name in names}
+    stopped = {name: steps for name, steps in stops.items() if steps is not None}
+    return told(names, rungs, measure, stopped, controls)
+
+
+# Tasks ---------------------------------------------------------------------------------------------------------
+
+
+def score_on_ray(
+    run: Run,
+    teacher: Teacher,
+    groups: Sequence[BlockGroup],
+    *,
+    bootstrap: int = 0,
+    cluster: Cluster | None = None,
+) -> ImportanceTable:
+    """What each of ``groups`` is worth by the run's criterion on its probe, in equal shares over the workers.
+
+    Set ``score.batch`` where numbers are to equal local ones: left to itself it is what fits into memory.
+    """
+    cluster = cluster or cluster_of(teacher)
+    ensure_probe(run, teacher)
+    criterion = teacher.config.score.criterion
+    with connected(cluster) as ray:
+        cluster = _outfitted(ray, teacher, cluster)
+        job = _job(run, cluster, ("config.toml", "probe.safetensors"))
+        # in one piece each: neighbours share most of their walk
+        size = math.ceil(len(groups) / slots(ray, cluster))
+        starts = range(0, len(groups), size) if groups else (0,)
+        shares = [tuple(groups[start : start + size]) for start in starts]
+        tables = in_tasks(ray, cluster, partial(score_here, job, criterion, bootstrap), shares)
+    return dataclasses.replace(
+        tables[0],
+        entries=tuple(entry for table in tables for entry in table.entries),
+        values=np.concatenate([table.values for table in tables]),
+        effort=None,  # that of several walks is not that of one
+    )
+
+
+def draw_on_ray(
+    run: Run, teacher: Teacher, grids: Sequence[Grid], *, cluster: Cluster | None = None
+) -> list[Tensor]:
+    """The pictures of each of ``grids``, uint8 (prompts x seeds, 3, H, W), each grid drawn by one worker."""
+    cluster = cluster or cluster_of(teacher)
+    names = ["config.toml"]
+    for grid in grids:
+        if grid.candidate is not None:
+            names += of_candidate(grid.candidate.plan.id, *BUILT, "distilled/unet")
+    with connected(cluster) as ray:
+        cluster = _outfitted(ray, teacher, cluster)
+        job = _job(run, cluster, list(dict.fromkeys(names)))
+        asked = [(grid.candidate.plan.id if grid.candidate else "", grid.distilled) for grid in grids]
+        sheets = in_tasks(ray, cluster, partial(draw_here, job), asked)
+    return [torch.from_numpy(sheet.copy()) for sheet in sheets]  # Ray's arrays are read-only

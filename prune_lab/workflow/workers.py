@@ -1,0 +1,179 @@
+"""What a worker of a Ray cluster does for a run, with the functions and on the files of the local engine.
+
+So weights, scores and pictures are those of the local engine, on a CPU bit for bit at equally many threads. A worker
+sees the run folder itself, or fetches what it needs from a shelf and puts there what it has made after every rung.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from prune_lab.blocks import BlockGroup
+from prune_lab.candidates import Candidate, load_candidate
+from prune_lab.cluster import Report, Shelf
+from prune_lab.distill import load_recovery
+from prune_lab.errors import ClusterError
+from prune_lab.importance import ImportanceTable, ScoreCache, score
+from prune_lab.probes import load_probe
+from prune_lab.runs import Run
+from prune_lab.workflow.distilling import measured, train_to
+from prune_lab.workflow.judging import drawn_for
+from prune_lab.workflow.measuring import scored_subject
+from prune_lab.workflow.teacher import Teacher
+
+RAY = "ray"  # folder in a run for what only the cluster needs; removed when a tournament is over
+VALIDATION = f"{RAY}/validation.safetensors"
+BUILT = ("plan.json", "profile.json", "unet", "repaired")  # of a candidate, before any training
+DECISIONS = "distilled/decisions.json"  # in a candidate's folder, and gone with its distillation
+_VERDICT = "distilled/recovery.json"
+
+
+# What is sent --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Job:
+    """What a worker needs to know to do a part of a run's work; hashable, so that what it loads is kept."""
+
+    folder: str  # of the run, as the driver sees it
+    directory: str  # the driver's working directory, which relative paths in the settings are of
+    cpus: int
+    shelf: Shelf | None
+    made_of: str  # changes with settings and validation: a run of the same name may be another one by now
+
+    @property
+    def scratch(self) -> Path:
+        """The run folder of a worker that does not see the driver's."""
+        assert self.shelf is not None
+        return Path(tempfile.gettempdir()) / f"prune-lab-{self.shelf.key}"
+
+
+def files_in(folder: Path, names: Sequence[str]) -> list[str]:
+    """The files called ``names``, or in folders called so, that are there; relative to ``folder``."""
+    found: list[Path] = []
+    for name in names:
+        path = folder / name
+        inside = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else []
+        found += [path] if path.is_file() else inside
+    return [path.relative_to(folder).as_posix() for path in found if not path.name.startswith(".")]
+
+
+def of_candidate(plan_id: str, *names: str) -> list[str]:
+    """These names as seen from the run folder."""
+    return [f"candidates/{plan_id}/{name}" for name in names]
+
+
+# The run of a job ----------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)  # the next candidate finds the teacher loaded
+def _opened(job: Job) -> tuple[Run, Teacher]:
+    run = Run(Path(job.folder))
+    if job.shelf is not None:
+        run = Run(job.scratch)
+    elif not run.config.is_file():
+        raise ClusterError(
+            f"asked a worker for the run {job.folder}, which it does not see; put the run on a path that all machines "
+            "share, or give --storage URL"
+        )
+    teacher = Teacher(run)
+    path = run.folder / VALIDATION
+    if path.is_file():
+        # That of the driver: encoded on another kind of machine it would differ in its last digits, and no checkpoint
+        # would be taken up there.
+        vars(teacher)["validation"] = load_probe(path)
+    return run, teacher
+
+
+@contextlib.contextmanager
+def _at_work(job: Job) -> Iterator[tuple[Run, Teacher]]:
+    """The run and its teacher, with the threads and the working directory of the job."""
+    threads = torch.get_num_threads()
+    there = Path(job.directory).is_dir()
+    torch.set_num_threads(job.cpus)
+    try:
+        if job.shelf is not None:
+            job.shelf.fetch(job.scratch, lambda name: not name.startswith("candidates/"))
+        with contextlib.chdir(job.directory) if there else contextlib.nullcontext():
+            yield _opened(job)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _candidate(job: Job, run: Run, teacher: Teacher, plan_id: str) -> Candidate:
+    if job.shelf is not None:
+        job.shelf.fetch(run.folder, lambda name: name.startswith(f"candidates/{plan_id}/"))
+    return load_candidate(run.candidate(plan_id).folder, teacher.architecture)
+
+
+def _put_state(shelf: Shelf, run: Run, plan_id: str) -> None:
+    """Write what the distillation of a candidate has come to to ``shelf``, its verdict last."""
+    names = files_in(run.folder, of_candidate(plan_id, "recovery.csv", "heldout.csv", "grids", "distilled"))
+    (decisions,), (verdict,) = of_candidate(plan_id, DECISIONS), of_candidate(plan_id, _VERDICT)
+    shelf.put(run.folder, [name for name in names if name not in (decisions, verdict)])
+    shelf.put(run.folder, [verdict])
+
+
+def get_state(shelf: Shelf, run: Run, plan_id: str) -> None:
+    """Write to ``run`` what ``shelf`` knows of the distillation of a candidate, its verdict last."""
+    published, (verdict,) = set(shelf.names), of_candidate(plan_id, _VERDICT)
+    names = [name for name in shelf.listed(f"candidates/{plan_id}") if name not in published]
+    if verdict in names:  # one that was cut off before it has come to no rung
+        shelf.get(run.folder, [*(name for name in names if name != verdict), verdict])
+
+
+# Work -----------------------------------------------------------------------------------------------------------
+
+
+def train_here(job: Job, rungs: Sequence[int], plan_id: str, report: Report) -> None:
+    """Train a candidate from rung to rung, from where it is, until it is stopped, fails or comes to the end."""
+    with _at_work(job) as (run, teacher):
+        candidate = _candidate(job, run, teacher, plan_id)
+        if job.shelf is not None:
+            # the shelf knows better than what another attempt may have left on this machine
+            for path in (candidate.paths.distilled, candidate.paths.grids):
+                shutil.rmtree(path, ignore_errors=True)
+            get_state(job.shelf, run, plan_id)
+        for steps in rungs:
+            before = load_recovery(candidate.folder)
+            train_to(run, teacher, [candidate], steps, keep_checkpoint=True)
+            after = load_recovery(candidate.folder)
+            if job.shelf is not None and (before is None or after is None or before.steps != after.steps):
+                _put_state(job.shelf, run, plan_id)
+            losses = measured([candidate], steps)[plan_id]
+            if isinstance(losses, str):
+                return  # the verdict in its folder says why
+            report(steps, float(losses.mean()))
+
+
+def score_here(job: Job, criterion: str, bootstrap: int, groups: Sequence[BlockGroup]) -> ImportanceTable:
+    """What each of ``groups`` is worth on the run's probe."""
+    with _at_work(job) as (run, teacher):
+        # in memory: workers that write one file would lose each other's values
+        subject = dataclasses.replace(scored_subject(run, teacher), cache=ScoreCache())
+        return score(subject, groups, criterion, bootstrap=bootstrap)
+
+
+def draw_here(job: Job, what: tuple[str, bool]) -> NDArray[np.uint8]:
+    """The grid of a candidate, its plan's id and whether it is distilled; of the teacher for an empty id."""
+    plan_id, distilled = what
+    with _at_work(job) as (run, teacher):
+        candidate = _candidate(job, run, teacher, plan_id) if plan_id else None
+        pixels = drawn_for(teacher, candidate, distilled).numpy()
+        return cast("NDArray[np.uint8]", pixels)
+
+
+def sweep(job: Job) -> None:
+    """Remove what the job has fetched to this machine."""
+    shutil.rmtree(job.scratch, ignore_errors=True)

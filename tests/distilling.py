@@ -1,0 +1,72 @@
+"""What the tests of distillation share, and what their subprocesses run: made-up data, settings, students."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import PNDMScheduler, UNet2DConditionModel
+
+from prune_lab.blocks import architecture_of
+from prune_lab.config import DistillConfig
+from prune_lab.distill import Course, FeaturePair, LatentData, Student, feature_pairs
+from prune_lab.plans import parse_plan
+from prune_lab.probes import Probe
+from prune_lab.surgery import materialise
+
+SCHEDULER = PNDMScheduler(
+    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+)
+SETTINGS = DistillConfig(
+    steps=6,
+    batch=2,
+    learning_rate=1e-3,
+    warmup=3,
+    ema_decay=0.9,
+    caption_dropout=0.3,
+    checkpoint_every=2,
+    validate_every=3,
+    pictures=5,
+    trackers=(),
+)
+
+
+def made_up_data(rows: int = 5, seed: int = 1) -> LatentData:
+    generator = torch.Generator().manual_seed(seed)
+    return LatentData(
+        latents=torch.randn(rows, 4, 16, 16, generator=generator),
+        embeddings=torch.randn(rows, 7, 16, generator=generator),
+        empty_embedding=torch.randn(7, 16, generator=generator),
+        captions=tuple(f"picture {row}" for row in range(rows)),
+    )
+
+
+def student_of(unet: UNet2DConditionModel, plan: str) -> tuple[UNet2DConditionModel, tuple[FeaturePair, ...]]:
+    architecture = architecture_of(unet)
+    parsed = parse_plan(plan, architecture)
+    return materialise(unet, parsed), feature_pairs(architecture, parsed)
+
+
+def weights(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in unet.state_dict().items()}
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def course_for(unet: UNet2DConditionModel, validation: Probe, settings: DistillConfig = SETTINGS) -> Course:
+    """What students of ``unet`` are trained with on made-up data."""
+    return Course(unet, made_up_data(), SCHEDULER, settings, validation)
+
+
+def students_of(unet: UNet2DConditionModel, folder: Path, plans: Sequence[str]) -> list[Student]:
+    """A student for each of ``plans``, in folders named after them."""
+    architecture = architecture_of(unet)
+    parsed = {plan: parse_plan(plan, architecture) for plan in plans}
+    return [
+        Student(partial(materialise, unet, plan), feature_pairs(architecture, plan), folder / name)
+        for name, plan in parsed.items()
+    ]

@@ -1,0 +1,480 @@
+"""A tournament, scores and pictures on a Ray cluster of two nodes, started here: the numbers of the local engine."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import dataclasses
+import math
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from prune_lab.blocks import BlockGroup
+from prune_lab.cluster import Cluster, Shelf, connected, in_tasks, publish, told
+from prune_lab.cluster.asha import scheduler_of
+from prune_lab.config import (
+    DistillConfig,
+    EvaluateConfig,
+    ProbeConfig,
+    ProfileConfig,
+    RankConfig,
+    RunConfig,
+    ScoreConfig,
+    SearchConfig,
+)
+from prune_lab.distill import load_heldout, load_recovery
+from prune_lab.errors import ClusterError, ConfigError, StorageError
+from prune_lab.importance import score
+from prune_lab.ranking import Measured, Tournament, play
+from prune_lab.runs import Run
+from prune_lab.runtime import read_json
+from prune_lab.workflow import (
+    Teacher,
+    ensure_candidates,
+    ensure_data,
+    ensure_plans,
+    ensure_probe,
+    ensure_ranking,
+    start_run,
+    train_to,
+)
+from prune_lab.workflow.distilling import ensure_tournament
+from prune_lab.workflow.judging import Grid, drawn_for
+from prune_lab.workflow.measuring import scored_subject
+from prune_lab.workflow.remote import cluster_of, draw_on_ray, play_on_ray, score_on_ray
+
+pytestmark = pytest.mark.slow
+
+STEPS, FIRST = 8, 2  # rungs at 2, 4 and 8 steps
+OBJECTS = 100_000_000  # bytes of each node's object store
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As many threads here as on the workers: more of them round differently."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Ray, connected to a head and a second node of one core each; nothing of it is left afterwards."""
+    before = {
+        name: os.environ.get(name) for name in ("RAY_USAGE_STATS_ENABLED", "RAY_DISABLE_IMPORT_WARNING")
+    }
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    import ray
+    from ray.cluster_utils import Cluster as Nodes
+
+    head = {"num_cpus": 1, "object_store_memory": OBJECTS, "include_dashboard": False}
+    started = set(psutil.Process().children(recursive=True))
+    nodes = Nodes(initialize_head=True, head_node_args=head)
+    try:
+        nodes.add_node(num_cpus=1, object_store_memory=OBJECTS)
+        with connected(Cluster(address=nodes.address)):
+            yield ray
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
+        left = [one for one in psutil.Process().children(recursive=True) if one not in started]
+        _, alive = psutil.wait_procs(left, timeout=10)
+        for one in alive:
+            one.kill()
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+    assert not [one for one in alive if one.is_running()]
+
+
+@pytest.fixture(scope="module")
+def config(tiny_pipeline_folder: Path, tiny_scorer_folder: Path) -> RunConfig:
+    return RunConfig(
+        model=str(tiny_pipeline_folder),
+        device="cpu",
+        probe=ProbeConfig(samples=4, timesteps=2),
+        score=ScoreConfig(batch=4, bootstrap=5),
+        search=SearchConfig(budgets=(), controls=("bk-base", "bk-small", "bk-tiny", "-Md")),
+        distill=DistillConfig(
+            steps=STEPS, batch=2, pictures=4, checkpoint_every=1, validate_every=100, warmup=1, trackers=()
+        ),
+        rank=RankConfig(eta=2, first=FIRST, engine="ray"),
+        evaluate=EvaluateConfig(
+            prompts=("a red cat", "a dog"), steps=2, guidance=2.0, scorer=str(tiny_scorer_folder)
+        ),
+        profile=ProfileConfig(runs=2, warmup=0),
+    )
+
+
+@pytest.fixture(scope="module")
+def built(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run with four candidates that nobody has trained; copy it to go on."""
+    run = start_run(config, tmp_path_factory.mktemp("runs") / "built")
+    teacher = Teacher(run)
+    ensure_probe(run, teacher)
+    ensure_candidates(run, teacher)
+    ensure_data(run, teacher)
+    return run
+
+
+@pytest.fixture
+def copied(built: Run, tmp_path: Path) -> Run:
+    return Run(Path(shutil.copytree(built.folder, tmp_path / "run")))
+
+
+def weights_of(run: Run, plan_id: str) -> dict[str, torch.Tensor]:
+    (path,) = run.candidate(plan_id).distilled_unet.glob("*.safetensors")
+    return load_file(path)
+
+
+@pytest.fixture(scope="module")
+def alone(built: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Every candidate of ``built`` trained by itself, in this process and without rungs."""
+    run = Run(Path(shutil.copytree(built.folder, tmp_path_factory.mktemp("alone") / "run")))
+    teacher = Teacher(run)
+    for candidate in ensure_candidates(run, teacher):
+        train_to(run, teacher, [candidate], STEPS)
+    return run
+
+
+def check(run: Run, tournament: Tournament, alone: Run) -> None:
+    """Everyone has a fate, somebody came through, and who did has the weights of ``alone``."""
+    plan_ids = [plan.id for plan in ensure_plans(run)]
+    assert set(tournament.names) == set(tournament.fates) == set(plan_ids)
+    assert tournament.survivors
+    for plan_id in tournament.survivors:
+        ours, theirs = weights_of(run, plan_id), weights_of(alone, plan_id)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for plan_id, verdict in tournament.fates.items():
+        recovery = load_recovery(run.candidate(plan_id).folder)
+        assert recovery is not None
+        assert recovery.steps == verdict.steps
+        if not verdict.kept:
+            assert f"rung {verdict.rung} of 3, {verdict.steps} steps: stopped by ASHA" in verdict.reason
+            assert verdict.difference is not None
+            assert str(verdict.difference) in verdict.reason
+
+
+# On the cluster --------------------------------------------------------------------------------------------------
+
+
+def test_a_tournament_has_the_weights_of_local_training_and_makes_a_ranking(
+    cluster: Any, copied: Run, alone: Run
+) -> None:
+    teacher = Teacher(copied)
+    tournament = ensure_tournament(copied, teacher, ensure_candidates(copied, teacher))
+    assert tournament.rungs == (2, 4, 8)
+    check(copied, tournament, alone)
+    assert not (copied.folder / "ray").exists()
+    frame = ensure_ranking(copied, teacher).frame()  # pictures and impacts come from the cluster too
+    assert set(frame["plan_id"]) == {"teacher", *tournament.names}
+    # the last rung is what the local tournament makes of the same losses
+    last = {name: load_heldout(copied.candidate(name).folder).loc[STEPS] for name in tournament.survivors}
+    local = play(tournament.survivors, (STEPS,), 2, lambda _names, _steps: last)
+    wanted = [dataclasses.replace(one, rung=3) for one in local.verdicts]
+    assert [one for one in tournament.verdicts if one.rung == 3] == wanted
+
+
+def trial_workers() -> list[psutil.Process]:
+    """The processes of this cluster in which candidates are trained."""
+    found = []
+    for one in psutil.process_iter(["cmdline"]):
+        command = " ".join(one.info["cmdline"] or [])
+        if command.startswith("ray::") and "ImplicitFunc" in command:
+            found.append(one)
+    return found
+
+
+def test_a_killed_worker_costs_nothing(cluster: Any, copied: Run, alone: Run) -> None:
+    teacher = Teacher(copied)
+    candidates = ensure_candidates(copied, teacher)
+    killed: list[int] = []
+
+    def kill_in_mid_run() -> None:
+        while not killed:
+            for one in candidates:
+                found = load_recovery(one.folder) if one.paths.recovery.exists() else None
+                # in training between the first rung and the last, with a state that no rung has asked for
+                if found and found.steps < STEPS and len(pd.read_csv(one.paths.recovery)) > 1:
+                    for worker in trial_workers():
+                        with contextlib.suppress(psutil.Error):
+                            worker.kill()
+                            killed.append(worker.pid)
+                    return
+            time.sleep(0.02)
+
+    killer = threading.Thread(target=kill_in_mid_run, daemon=True)
+    killer.start()
+    tournament = play_on_ray(copied, teacher, candidates)
+    assert killed
+    check(copied, tournament, alone)
+
+
+def test_machines_may_share_nothing_but_storage(
+    cluster: Any, copied: Run, alone: Run, tmp_path: Path
+) -> None:
+    frame = pd.read_csv(copied.searched)
+    frame.loc[frame["name"].isin(["bk-base", "-Md"]), "origin"] = "search"
+    frame.to_csv(copied.searched, index=False)
+    storage = tmp_path / "storage"
+    rank = RankConfig(eta=2, first=FIRST, engine="ray", keep_controls=True, storage=f"file://{storage}")
+    run = start_run(dataclasses.replace(Teacher(copied).config, rank=rank), copied.folder)
+    teacher = Teacher(run)
+    tournament = play_on_ray(run, teacher, ensure_candidates(run, teacher))
+    check(run, tournament, alone)
+    controls = {one.name for one in tournament.verdicts if one.place is None}
+    assert controls == set(frame.loc[frame["origin"] == "control", "plan_id"])
+    assert controls <= set(tournament.survivors)
+    (shelf,) = storage.iterdir()
+    kept = {path.relative_to(shelf).as_posix() for path in shelf.rglob("*") if path.is_file()}
+    assert {f"candidates/{name}/distilled/recovery.json" for name in tournament.names} <= kept
+    assert not [name for name in kept if Path(name).name.startswith(".")]
+    assert not Path(f"/tmp/prune-lab-{shelf.name}").exists()
+
+
+def test_scores_and_pictures_equal_the_local_ones(cluster: Any, alone: Run, tmp_path: Path) -> None:
+    teacher = Teacher(alone)
+    groups = [BlockGroup(plan.id, "plan", plan.removed) for plan in ensure_plans(alone, teacher)]
+    ours = score_on_ray(alone, teacher, groups, bootstrap=5)
+    theirs = score(scored_subject(alone, teacher), groups, bootstrap=5)
+    assert np.array_equal(ours.values, theirs.values)
+    assert ours.entries == theirs.entries
+    candidate = ensure_candidates(alone, teacher)[0]
+    grids = [Grid(tmp_path / "a.png"), Grid(tmp_path / "b.png", candidate, distilled=True)]
+    shared = Cluster(storage=str(tmp_path / "storage"))
+    for where in (None, shared):
+        for grid, pixels in zip(grids, draw_on_ray(alone, teacher, grids, cluster=where), strict=True):
+            assert torch.equal(pixels, drawn_for(teacher, grid.candidate, grid.distilled))
+
+
+def test_what_goes_wrong_on_a_worker_is_said_in_one_line(cluster: Any, copied: Run, tmp_path: Path) -> None:
+    teacher = Teacher(copied)
+    candidates = ensure_candidates(copied, teacher)[:1]
+    with pytest.raises(ClusterError, match=r"lower rank\.cpus"):
+        play_on_ray(copied, teacher, candidates, Cluster(cpus=64))
+    shutil.rmtree(candidates[0].paths.unet)
+    with pytest.raises(ClusterError, match="found none that came to an end: asked for the candidate in"):
+        play_on_ray(copied, teacher, candidates, Cluster(retries=0))
+    with pytest.raises(StorageError, match=r"^asked to read .*missing\.json: No such file"):
+        in_tasks(cluster, Cluster(), read_json, [tmp_path / "missing.json"])
+
+
+# Without one -----------------------------------------------------------------------------------------------------
+
+
+def test_without_ray_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def missing(name: str, *rest: Any, **more: Any) -> Any:
+        if name.split(".", maxsplit=1)[0] == "ray":
+            raise ImportError(name)
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with (
+        pytest.raises(ClusterError, match=r"found no ray; pip install 'prune-lab\[ray\]'"),
+        connected(Cluster()),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("address", ["localhost:1", "nonsense", "host:port", "ray://localhost:1"])
+def test_a_cluster_that_does_not_answer_costs_seconds(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_asked: pytest.fail("Ray would wait for two minutes"))
+    start = time.monotonic()
+    with pytest.raises(ClusterError, match=address), connected(Cluster(address=address)):
+        pass
+    assert time.monotonic() - start < 10
+
+
+def test_ray_hands_out_gpus_itself(built: Run, config: RunConfig, cluster: Any) -> None:
+    teacher = Teacher(built)
+    vars(teacher)["config"] = dataclasses.replace(config, device="cuda:1")
+    with pytest.raises(ConfigError, match="use cuda"):
+        score_on_ray(built, teacher, [])
+
+
+def test_the_settings_name_the_cluster(built: Run, config: RunConfig, tmp_path: Path) -> None:
+    teacher, rank = (
+        Teacher(built),
+        dataclasses.replace(config.rank, address="head:6379", storage="shelf", cpus=3),
+    )
+    vars(teacher)["config"] = dataclasses.replace(config, rank=rank)
+    assert cluster_of(teacher) == Cluster(address="head:6379", storage=str(Path.cwd() / "shelf"), cpus=3)
+    rank = dataclasses.replace(rank, storage="s3://bucket/shelf")
+    vars(teacher)["config"] = dataclasses.replace(config, rank=rank)
+    assert cluster_of(teacher).storage == "s3://bucket/shelf"
+
+
+# Storage ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["memory", "file", "path"])
+def test_a_shelf_gives_back_what_was_published(kind: str, tmp_path: Path) -> None:
+    url = {"memory": f"memory://{tmp_path.name}", "file": f"file://{tmp_path}/s", "path": f"{tmp_path}/s"}[
+        kind
+    ]
+    here, there = tmp_path / "here", tmp_path / "there"
+    (here / "sub").mkdir(parents=True)
+    (here / "a.txt").write_text("a")
+    (here / "sub" / "b.txt").write_text("b")
+    shelf = publish(here, ["a.txt", "sub/b.txt"], url)
+    shelf.fetch(there, lambda name: name.startswith("sub/"))
+    assert [path.name for path in there.rglob("*.txt")] == ["b.txt"]
+    shelf.fetch(there)
+    assert (there / "a.txt").read_text() == "a"
+    assert shelf.listed("") == ("a.txt", "sub/b.txt")
+    assert shelf.listed("sub") == ("sub/b.txt",)
+    assert shelf.listed("nowhere") == ()
+    (here / "a.txt").write_text("other")
+    assert publish(here, ["a.txt"], url).key != shelf.key
+    shelf.put(here, ["a.txt"])  # again, over what is there
+    shelf.get(there, ["a.txt"])
+    assert (there / "a.txt").read_text() == "other"
+
+
+def test_nothing_is_sent_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    sent: list[Sequence[str]] = []
+    put = Shelf.put
+
+    def counted(self: Shelf, folder: Path, names: Sequence[str]) -> None:
+        sent.append(list(names))
+        put(self, folder, names)
+
+    monkeypatch.setattr(Shelf, "put", counted)
+    for _ in range(2):
+        publish(tmp_path, ["a.txt"], str(tmp_path / "shelf"))
+    assert sent == [["a.txt"], []]
+
+
+def test_a_copy_that_was_cut_off_is_not_taken_for_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    shelf = publish(tmp_path, ["a.txt"], str(tmp_path / "shelf"))
+    fs, _ = shelf.opened()
+
+    def half(_self: Any, _source: str, target: str, **_more: Any) -> None:
+        Path(target).write_text("hal")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(type(fs), "put_file", half)
+    (tmp_path / "a.txt").write_text("other")
+    with pytest.raises(StorageError, match="no space left"):
+        shelf.put(tmp_path, ["a.txt"])
+    monkeypatch.undo()
+    shelf.get(tmp_path / "there", ["a.txt"])
+    assert (tmp_path / "there" / "a.txt").read_text() == "a"
+    assert [path.name for path in (tmp_path / "shelf").rglob("*") if path.is_file()] == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("url", "found"), [("nonsense://x", "nonsense"), ("file:///proc/nowhere/x", "nowhere")]
+)
+def test_storage_that_cannot_be_used_is_refused(url: str, found: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(StorageError, match=found):
+        publish(tmp_path, ["a.txt"], url)
+
+
+# Decisions -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Remembered:
+    """Decisions in memory."""
+
+    known: dict[str, dict[int, bool]] = dataclasses.field(default_factory=dict)
+
+    def recall(self, name: str) -> Mapping[int, bool]:
+        return self.known.get(name, {})
+
+    def keep(self, name: str, steps: int, goes_on: bool) -> None:
+        self.known.setdefault(name, {})[steps] = goes_on
+
+
+def decided(
+    memory: Remembered, reports: Sequence[tuple[str, int, float]], controls: Sequence[str] = ()
+) -> list[str]:
+    """What is decided about each of ``reports``, in their order."""
+    judge = scheduler_of((2, 4, 8), 2, controls, memory)
+    trials = {name: SimpleNamespace(trial_id=name, config={"name": name}) for name, _, _ in reports}
+    for trial in trials.values():
+        judge.on_trial_add(None, trial)
+    said = []
+    for name, steps, loss in reports:
+        result = {"loss": loss, "steps": steps}
+        said.append(judge.on_trial_result(None, trials[name], result))
+        if said[-1] == "STOP" or steps == 8:
+            judge.on_trial_complete(None, trials[name], result)
+    return said
+
+
+def test_asha_stops_who_is_worse_and_never_a_control() -> None:
+    reports = [("a", 2, 1.0), ("b", 2, 2.0), ("a", 4, 0.9), ("a", 8, 0.8)]
+    assert decided(Remembered(), reports) == ["CONTINUE", "STOP", "CONTINUE", "CONTINUE"]
+    assert decided(Remembered(), reports, ["b"]) == ["CONTINUE"] * 4
+    # a control sets no bar for the others either
+    reports = [("a", 2, 0.1), ("a", 4, 0.1), ("a", 8, 0.1), ("b", 2, 2.0), ("c", 2, 3.0), ("b", 4, 2.0)]
+    assert decided(Remembered(), reports, ["a"]) == [*["CONTINUE"] * 4, "STOP", "CONTINUE"]
+
+
+def test_what_was_decided_stays_so_in_whatever_order_it_is_asked_again() -> None:
+    memory = Remembered()
+    decided(memory, [("a", 2, 2.0), ("b", 2, 1.0), ("c", 2, 3.0), ("a", 4, 1.5)])
+    assert memory.known == {"a": {2: True, 4: True}, "b": {2: True}, "c": {2: False}}
+    again = [("c", 2, 3.0), ("b", 2, 1.0), ("a", 2, 2.0), ("a", 4, 1.5), ("b", 4, 1.6)]
+    assert decided(memory, again) == ["STOP", "CONTINUE", "CONTINUE", "CONTINUE", "STOP"]
+
+
+# Verdicts --------------------------------------------------------------------------------------------------------
+
+
+def test_verdicts_of_a_tournament_that_asha_decided() -> None:
+    losses = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 1.5}
+    spread = np.array([-0.01, 0.0, 0.01, 0.0])
+
+    def measure(names: Sequence[str], steps: int) -> Mapping[str, Measured]:
+        return {name: "diverged" if (name, steps) == ("d", 4) else losses[name] + spread for name in names}
+
+    tournament = told(("c", "a", "b", "d"), (2, 4, 8), measure, {"c": 2, "b": 4}, keep=())
+    assert [(one.rung, one.name, one.fate) for one in tournament.verdicts] == [
+        *((1, "a", "kept"), (1, "d", "kept"), (1, "b", "kept"), (1, "c", "dropped")),
+        *((2, "a", "kept"), (2, "b", "dropped"), (2, "d", "failed")),
+        (3, "a", "kept"),
+    ]
+    gone = tournament.fates["c"]
+    assert (
+        gone.reason
+        == "at rung 1 of 3, 2 steps: stopped by ASHA, 2.0000 [2.0000, 2.0000] above the best there"
+    )
+    assert (gone.against, gone.place) == ("a", 4)
+    assert tournament.fates["d"].reason == "diverged"
+    assert tournament.survivors == ("a",)
+    assert math.isclose(tournament.fates["b"].loss, 2.0)
+
+
+def test_a_stop_that_may_be_chance_says_so() -> None:
+    rows = {"a": np.array([1.0, 2.0, 3.0]), "b": np.array([3.0, 1.0, 2.5])}
+    tournament = told(
+        ("a", "b"), (1, 2), lambda names, _steps: {name: rows[name] for name in names}, {"b": 1}
+    )
+    assert tournament.fates["b"].reason.endswith("above the best there, which may be chance")
