@@ -44,7 +44,9 @@ from prune_lab.distill.encoding import decoded, encode_distributions, framed
 from prune_lab.errors import ConfigError, DataError
 from prune_lab.models import load_pipeline, resolve_model
 from prune_lab.probes import encode_captions
-from prune_lab.workflow import ensure_data, start_run
+from prune_lab.runs import Run
+from prune_lab.workflow import STEPS, ensure_data, forget, start_run
+from prune_lab.workflow.steps import Step
 
 CAPTIONS = ("a cat", "a dog, smiling", "two cats", "", "an owl", "a fox", "rain")
 CACHED = DataConfig(shard=3, batch=2)
@@ -164,23 +166,28 @@ def as_tars(folder: Path) -> str:
         with tarfile.open(folder / f"{number:05d}.tar", "w") as archive:
             for row in rows:
                 add(archive, f"{row:04d}.png", png(row))
+                add(archive, f"{row:04d}.mask.png", b"of the same sample, under another name")
                 if row % 2:
                     add(archive, f"{row:04d}.txt", CAPTIONS[row].encode())
                 else:
                     add(archive, f"{row:04d}.json", json.dumps({"caption": CAPTIONS[row]}).encode())
         frame = pd.DataFrame({"key": [f"{row:04d}" for row in rows], "caption": "of the log"})
         frame.to_parquet(folder / f"{number:05d}.parquet")  # as img2dataset lays them beside
-    return str(folder / "*.tar" if folder.name.endswith("glob") else folder)
+    return str(folder)
 
 
-KINDS = [as_jsonl, as_pairs, as_parquet, as_plain_parquet, as_tars]
+def as_glob_of_tars(folder: Path) -> str:
+    return f"{as_tars(folder)}/*.tar"
+
+
+KINDS = [as_jsonl, as_pairs, as_parquet, as_plain_parquet, as_tars, as_glob_of_tars]
 
 
 @pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)
 def test_every_kind_of_source_has_the_same_pictures_and_captions(
     make: Any, tmp_path: Path, folder: Path
 ) -> None:
-    source = open_source(make(tmp_path / "glob"))
+    source = open_source(make(tmp_path / "found"))
     assert contents(source) == [(caption, png(row)) for row, caption in enumerate(CAPTIONS)]
     assert contents(source) == contents(open_source(str(folder)))
     assert source.left_out == ()
@@ -270,6 +277,23 @@ def _cut_tar(path: Path) -> str:
     return str(path)
 
 
+def _damaged_tar(path: Path) -> str:
+    path.mkdir()
+    with tarfile.open(path / "a.tar", "w") as archive:
+        for name in ("0.png", "0.txt", "1.png", "1.txt"):
+            add(archive, name, b"x")
+    content = bytearray((path / "a.tar").read_bytes())
+    content[2048:2560] = b"?" * 512  # the header of 1.png
+    (path / "a.tar").write_bytes(content)
+    return str(path)
+
+
+def _tar_cut_between_files(path: Path) -> str:
+    whole = Path(_damaged_tar(path)) / "a.tar"
+    whole.write_bytes(whole.read_bytes()[:2048])
+    return str(path)
+
+
 def _packed_tar(path: Path) -> str:
     path.mkdir()
     with tarfile.open(path / "a.tar", "w:gz") as archive:
@@ -303,6 +327,8 @@ def _lists_of_captions(path: Path) -> str:
         (_no_captions, "1 pictures and no caption.*metadata.csv"),
         (_no_pictures, r"found \.md there"),
         (_cut_tar, r"00000\.tar.*fetch it again"),
+        (_damaged_tar, r"a\.tar.*breaks off after 2,048 bytes"),
+        (_tar_cut_between_files, r"a\.tar.*breaks off after 2,048 bytes"),
         (_packed_tar, r"a\.tar.*not compressed"),
         (_other_columns, r"caption_column any of .* found jpg, says; say which with data\.caption_column"),
         (_broken_parquet, "cannot load them"),
@@ -549,6 +575,22 @@ def test_damage_is_named_and_mended(pipeline: Any, folder: Path, tmp_path: Path)
         LatentCache.load(out)
 
 
+def test_a_cache_that_lost_a_shard_is_unfinished_until_it_is_mended(
+    pipeline: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    out, source = tmp_path / "cache", open_source(str(folder))
+    build_cache(pipeline, source, CACHED, out)
+    (out / "shard-00001.safetensors").unlink()
+    monkeypatch.setattr("prune_lab.distill.building._build_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_cache(pipeline, source, CACHED, out)
+    with pytest.raises(DataError, match="unfinished"):
+        LatentCache.load(out)
+
+
 def test_broken_pictures_are_left_out_and_counted(pipeline: Any, folder: Path, tmp_path: Path) -> None:
     (folder / "0.png").write_bytes(png(0)[:700])
     (folder / "more" / "5.png").write_bytes(b"no picture")
@@ -671,13 +713,13 @@ def test_sdxl_is_told_the_size(
 
     def pooled(*arguments: Any, **more: Any) -> Any:
         embeddings, _ = whole(*arguments, **more)
-        return embeddings, {"text_embeds": embeddings[:, 0].clone()}
+        return embeddings, {"text_embeds": embeddings.mean(dim=1)}
 
     monkeypatch.setattr("prune_lab.distill.encoding.encode_captions", pooled)
     cache = build_cache(pipeline, open_source(str(folder)), CACHED, tmp_path / "cache").cache
     rows = cache.rows(torch.tensor([5, 1]), torch.tensor([0, 0]))
     assert rows.added["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]] * 2
-    assert torch.equal(rows.added["text_embeds"], rows.embeddings[:, 0])
+    torch.testing.assert_close(rows.added["text_embeds"], rows.embeddings.mean(dim=1))
     batch = draw_batch(cache, SCHEDULER, dataclasses.replace(TRAINING, caption_dropout=0.99), 1)
     assert torch.equal(batch.added["text_embeds"], cache.empty_added["text_embeds"].expand(4, -1))
 
@@ -707,6 +749,10 @@ def test_variants_follow_from_crop_and_flip() -> None:
     assert math.isclose(DataConfig(crop="random", variants=9).each, 9)
 
 
+def data_step() -> Step:
+    return next(step for step in STEPS if step.name == "data")
+
+
 def test_a_run_trains_on_the_pictures_it_names(
     pipeline: Any, tiny_pipeline_folder: Path, folder: Path, tmp_path: Path
 ) -> None:
@@ -718,6 +764,7 @@ def test_a_run_trains_on_the_pictures_it_names(
     assert isinstance(data, LatentCache)
     assert data.folder == run.data_dir
     assert not run.data.exists()
+    assert data_step().marks(run) == (run.data_dir / "cache.json",)
     shutil.rmtree(folder)
     assert ensure_data(run).digest == data.digest  # from the run alone
 
@@ -725,6 +772,7 @@ def test_a_run_trains_on_the_pictures_it_names(
     found = ensure_data(start_run(ready, tmp_path / "ready"))
     assert found.digest == data.digest
     assert not (tmp_path / "ready" / "data").exists()
+    assert data_step().marks(Run(tmp_path / "ready")) == ()
     with pytest.raises(DataError, match=r"data\.limit = 2"):
         training_data(pipeline, dataclasses.replace(ready.data, limit=2), tmp_path)
     changed = load_pipeline(resolve_model(str(tiny_pipeline_folder)))
@@ -734,6 +782,8 @@ def test_a_run_trains_on_the_pictures_it_names(
         training_data(changed, ready.data, tmp_path)
     assert isinstance(training_data(pipeline.to(torch.bfloat16), ready.data, tmp_path), LatentCache)
     pipeline.to(torch.float32)
+    forget(run, "data")
+    assert not run.data_dir.exists()
 
 
 def test_without_the_cache_a_run_encodes_in_the_loop(
@@ -743,6 +793,7 @@ def test_without_the_cache_a_run_encodes_in_the_loop(
     run = start_run(RunConfig(model=str(tiny_pipeline_folder), device="cpu", data=data), tmp_path / "run")
     assert isinstance(ensure_data(run), LiveData)
     assert not run.data_dir.exists()
+    assert data_step().marks(run) == ()
 
 
 def test_the_verb_builds_finishes_and_refuses(

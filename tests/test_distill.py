@@ -237,6 +237,16 @@ def test_a_batch_follows_from_seed_and_step_alone() -> None:
     assert not torch.equal(first.target, other_seed.target)
 
 
+def test_a_batch_does_not_keep_the_layout_of_the_data() -> None:
+    data = made_up_data()
+    latents = data.latents.contiguous(memory_format=torch.channels_last)
+    laid_out = dataclasses.replace(data, latents=latents)
+    for one in (data, laid_out):
+        batch = draw_batch(one, SCHEDULER, SETTINGS, 1)
+        assert batch.noisy.is_contiguous()
+        assert batch.target.is_contiguous()
+
+
 def test_noisy_latents_follow_the_diffusion_equation() -> None:
     data = made_up_data(rows=1)
     batch = draw_batch(data, SCHEDULER, dataclasses.replace(SETTINGS, batch=3), 1)

@@ -56,7 +56,7 @@ def distilled(processes: int, folder: Path, settings: dict[str, Any], **environm
 
 
 def assert_close(one: Path, other: Path) -> None:
-    """Loss curves, held-out losses and final weights are equal but for rounding."""
+    """Loss curves, held-out losses and final weights are equal up to rounding."""
     left, right = load_recovery(one), load_recovery(other)
     assert left is not None
     assert right is not None
@@ -69,8 +69,9 @@ def assert_close(one: Path, other: Path) -> None:
         for folder in (one, other)
     )
     assert weights.keys() == others.keys()
-    for name, tensor in weights.items():
-        torch.testing.assert_close(tensor, others[name], rtol=1e-4, atol=1e-5, msg=name)
+    # All together: AdamW divides each gradient by its own size, so one that is all rounding moves its weight at random.
+    vector, expected = (torch.cat([found[name].flatten() for name in others]) for found in (weights, others))
+    assert float((vector - expected).norm() / expected.norm()) < 1e-5  # six steps move them by 1e-2
 
 
 @pytest.fixture(scope="module")

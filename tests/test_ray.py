@@ -106,7 +106,7 @@ def config(tiny_pipeline_folder: Path, tiny_scorer_folder: Path) -> RunConfig:
         model=str(tiny_pipeline_folder),
         device="cpu",
         probe=ProbeConfig(samples=4, timesteps=2),
-        score=ScoreConfig(batch=4, bootstrap=5),
+        score=ScoreConfig(batch=2, bootstrap=5),
         search=SearchConfig(budgets=(), controls=("bk-base", "bk-small", "bk-tiny", "-Md")),
         distill=DistillConfig(
             steps=STEPS, batch=2, pictures=4, checkpoint_every=1, validate_every=100, warmup=1, trackers=()
@@ -243,7 +243,7 @@ def test_machines_may_share_nothing_but_storage(
     kept = {path.relative_to(shelf).as_posix() for path in shelf.rglob("*") if path.is_file()}
     assert {f"candidates/{name}/distilled/recovery.json" for name in tournament.names} <= kept
     assert not [name for name in kept if Path(name).name.startswith(".")]
-    assert not Path(f"/tmp/prune-lab-{shelf.name}").exists()
+    assert not Shelf("", shelf.name, ()).scratch.exists()
 
 
 def test_scores_and_pictures_equal_the_local_ones(cluster: Any, alone: Run, tmp_path: Path) -> None:
@@ -252,13 +252,17 @@ def test_scores_and_pictures_equal_the_local_ones(cluster: Any, alone: Run, tmp_
     ours = score_on_ray(alone, teacher, groups, bootstrap=5)
     theirs = score(scored_subject(alone, teacher), groups, bootstrap=5)
     assert np.array_equal(ours.values, theirs.values)
+    assert np.array_equal(ours.scales, theirs.scales)
     assert ours.entries == theirs.entries
+    pd.testing.assert_frame_equal(ours.parts(), theirs.parts())
+    pd.testing.assert_frame_equal(ours.frame(), theirs.frame())
     candidate = ensure_candidates(alone, teacher)[0]
     grids = [Grid(tmp_path / "a.png"), Grid(tmp_path / "b.png", candidate, distilled=True)]
     shared = Cluster(storage=str(tmp_path / "storage"))
     for where in (None, shared):
         for grid, pixels in zip(grids, draw_on_ray(alone, teacher, grids, cluster=where), strict=True):
             assert torch.equal(pixels, drawn_for(teacher, grid.candidate, grid.distilled))
+    assert not list(Shelf("", "x", ()).scratch.parent.glob("prune-lab-????????????????"))
 
 
 def test_what_goes_wrong_on_a_worker_is_said_in_one_line(cluster: Any, copied: Run, tmp_path: Path) -> None:

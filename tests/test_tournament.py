@@ -238,7 +238,8 @@ def test_rank_by_budget(config: RunConfig, tmp_path: Path) -> None:
     words = ["rank", run.folder, "--budget-steps", 4, "--eta", 2, "--first", 2, "--json"]
     rows = json.loads(answer(*words).stdout)
     assert next(row["status"] for row in rows) == "teacher"
-    assert {row["steps"] for row in rows[1:]} == {2, 4}
+    assert {row["steps"] for row in rows[1:]} <= {2, 4}
+    assert (run.tournament).is_file()
     assert load_config(run.config).rank.eta == 2
     assert json.loads(answer(*words).stdout) == rows
     other = ["rank", run.folder, "--budget-steps", 5, "--eta", 2, "--first", 2]

@@ -172,4 +172,4 @@ def everywhere(ray: Any, work: Callable[[], None]) -> None:
         for node in ray.nodes()
         if node["Alive"]
     ]
-    ray.wait(asked, num_returns=len(asked), timeout=30)
+    ray.wait(asked, num_returns=len(asked), timeout=120)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -43,6 +45,15 @@ class Shelf:
     url: str
     key: str
     names: tuple[str, ...]
+
+    @property
+    def scratch(self) -> Path:
+        """Where a machine keeps what it has fetched while it works."""
+        return Path(tempfile.gettempdir()) / f"prune-lab-{self.key}"
+
+    def sweep(self) -> None:
+        """Remove what this machine has fetched."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def opened(self) -> tuple[Any, str]:
         """(filesystem of fsspec, path of the shelf in it). Raises StorageError."""
@@ -86,6 +97,13 @@ class Shelf:
         # what comes back may lack a leading slash, or have one more
         names = [path[path.rindex(f"{self.key}/") + len(self.key) + 1 :] for path in found]
         return tuple(sorted(name for name in names if not PurePosixPath(name).name.startswith(".")))
+
+    def remove(self, under: str) -> None:
+        """Remove the folder ``under`` where it is there. Raises StorageError."""
+        fs, root = self.opened()
+        with _storage_errors(self.url):
+            if fs.exists(f"{root}/{under}"):
+                fs.rm(f"{root}/{under}", recursive=True)
 
     def fetch(self, folder: Path, wanted: Callable[[str], bool] = lambda _name: True) -> None:
         """Write those published files to ``folder`` that are ``wanted`` and not there yet; they never change."""

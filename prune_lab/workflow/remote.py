@@ -10,10 +10,10 @@ import dataclasses
 import hashlib
 import math
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -33,7 +33,8 @@ from prune_lab.cluster import (
 )
 from prune_lab.distill import FEATURE_VARIANTS, load_recovery
 from prune_lab.errors import ClusterError, ConfigError
-from prune_lab.importance import ImportanceTable
+from prune_lab.importance import WALKED, ImportanceTable, Samples
+from prune_lab.importance.intervals import impacts_of, intervals
 from prune_lab.ranking import Measured, Tournament
 from prune_lab.runs import Run
 from prune_lab.runtime import note, read_json, write_json
@@ -49,14 +50,17 @@ from prune_lab.workflow.workers import (
     RAY,
     VALIDATION,
     Job,
+    Share,
     draw_here,
     files_in,
     get_state,
     of_candidate,
     score_here,
-    sweep,
     train_here,
 )
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 _SHARED = (
     "config.toml",
@@ -192,7 +196,8 @@ def play_on_ray(
         if job.shelf is not None:
             for name in names:
                 get_state(job.shelf, run, name)
-            everywhere(ray, partial(sweep, job))
+            job.shelf.remove(f"{RAY}/tune")
+            everywhere(ray, job.shelf.sweep)
     _check_ended(run, names, rungs[-1], decisions, errors)
     shutil.rmtree(own, ignore_errors=True)
 
@@ -212,6 +217,23 @@ def play_on_ray(
 # Tasks ---------------------------------------------------------------------------------------------------------
 
 
+def _in_tasks(
+    ray: Any, cluster: Cluster, job: Job, work: Callable[[Item], Found], items: Sequence[Item]
+) -> list[Found]:
+    """``in_tasks``, and afterwards nothing of the job is left on the machines."""
+    try:
+        return in_tasks(ray, cluster, work, items)
+    finally:
+        if job.shelf is not None:
+            everywhere(ray, job.shelf.sweep)
+
+
+def _pieces(count: int, slots: int, unit: int = 1) -> list[range]:
+    """``count`` things in at most ``slots`` pieces of neighbours, each but the last of a multiple of ``unit``."""
+    size = max(1, math.ceil(math.ceil(count / unit) / slots)) * unit
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
 def score_on_ray(
     run: Run,
     teacher: Teacher,
@@ -220,25 +242,48 @@ def score_on_ray(
     bootstrap: int = 0,
     cluster: Cluster | None = None,
 ) -> ImportanceTable:
-    """What each of ``groups`` is worth by the run's criterion on its probe, in equal shares over the workers.
+    """What each of ``groups`` is worth by the run's criterion on its probe, with the work in equal shares.
 
-    Set ``score.batch`` where numbers are to equal local ones: left to itself it is what fits into memory.
+    Of a criterion that walks every worker gets some rows of the probe, in whole batches: who walks with whom, and so
+    the rounding, stays as it is on one machine where ``score.batch`` is set. Of others it gets some of the groups.
     """
-    cluster = cluster or cluster_of(teacher)
-    ensure_probe(run, teacher)
-    criterion = teacher.config.score.criterion
+    cluster, probe, settings = (
+        cluster or cluster_of(teacher),
+        ensure_probe(run, teacher),
+        teacher.config.score,
+    )
+    walked, all_groups = settings.criterion in WALKED, tuple(groups)
     with connected(cluster) as ray:
         cluster = _outfitted(ray, teacher, cluster)
-        job = _job(run, cluster, ("config.toml", "probe.safetensors"))
-        # in one piece each: neighbours share most of their walk
-        size = math.ceil(len(groups) / slots(ray, cluster))
-        starts = range(0, len(groups), size) if groups else (0,)
-        shares = [tuple(groups[start : start + size]) for start in starts]
-        tables = in_tasks(ray, cluster, partial(score_here, job, criterion, bootstrap), shares)
+        job, room = _job(run, cluster, ("config.toml", "probe.safetensors")), slots(ray, cluster)
+        if walked:
+            shares = [
+                Share(all_groups, tuple(rows)) for rows in _pieces(len(probe), room, settings.batch or 1)
+            ]
+        else:
+            shares = [Share(all_groups[few.start : few.stop]) for few in _pieces(len(all_groups), room)]
+        tables = _in_tasks(ray, cluster, job, partial(score_here, job, settings.criterion), shares)
+    whole = tables[0]
+    assert whole.scales is not None
+    values, scales = np.concatenate([table.values for table in tables], axis=1 if walked else 0), whole.scales
+    entries = [entry for table in tables[: 1 if walked else None] for entry in table.entries]
+    samples = Samples.of(probe) if walked else whole.samples
+    assert samples is not None
+    if walked:
+        scales = np.concatenate([table.scales for table in tables if table.scales is not None])
+    ends = intervals(values, scales, samples.pictures, draws=bootstrap, seed=teacher.config.seed)
     return dataclasses.replace(
-        tables[0],
-        entries=tuple(entry for table in tables for entry in table.entries),
-        values=np.concatenate([table.values for table in tables]),
+        whole,
+        entries=tuple(
+            dataclasses.replace(
+                entry, impact=float(impact), low=float(low), high=float(high), samples=len(scales)
+            )
+            for entry, impact, low, high in zip(entries, impacts_of(values, scales), *ends, strict=True)
+        ),
+        probe=probe.digest,
+        values=values,
+        scales=scales,
+        samples=samples,
         effort=None,  # that of several walks is not that of one
     )
 
@@ -256,5 +301,5 @@ def draw_on_ray(
         cluster = _outfitted(ray, teacher, cluster)
         job = _job(run, cluster, list(dict.fromkeys(names)))
         asked = [(grid.candidate.plan.id if grid.candidate else "", grid.distilled) for grid in grids]
-        sheets = in_tasks(ray, cluster, partial(draw_here, job), asked)
+        sheets = _in_tasks(ray, cluster, job, partial(draw_here, job), asked)
     return [torch.from_numpy(sheet.copy()) for sheet in sheets]  # Ray's arrays are read-only

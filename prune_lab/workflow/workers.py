@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
@@ -52,12 +51,6 @@ class Job:
     shelf: Shelf | None
     made_of: str  # changes with settings and validation: a run of the same name may be another one by now
 
-    @property
-    def scratch(self) -> Path:
-        """The run folder of a worker that does not see the driver's."""
-        assert self.shelf is not None
-        return Path(tempfile.gettempdir()) / f"prune-lab-{self.shelf.key}"
-
 
 def files_in(folder: Path, names: Sequence[str]) -> list[str]:
     """The files called ``names``, or in folders called so, that are there; relative to ``folder``."""
@@ -81,7 +74,7 @@ def of_candidate(plan_id: str, *names: str) -> list[str]:
 def _opened(job: Job) -> tuple[Run, Teacher]:
     run = Run(Path(job.folder))
     if job.shelf is not None:
-        run = Run(job.scratch)
+        run = Run(job.shelf.scratch)
     elif not run.config.is_file():
         raise ClusterError(
             f"asked a worker for the run {job.folder}, which it does not see; put the run on a path that all machines "
@@ -104,7 +97,7 @@ def _at_work(job: Job) -> Iterator[tuple[Run, Teacher]]:
     torch.set_num_threads(job.cpus)
     try:
         if job.shelf is not None:
-            job.shelf.fetch(job.scratch, lambda name: not name.startswith("candidates/"))
+            job.shelf.fetch(job.shelf.scratch, lambda name: not name.startswith("candidates/"))
         with contextlib.chdir(job.directory) if there else contextlib.nullcontext():
             yield _opened(job)
     finally:
@@ -157,12 +150,23 @@ def train_here(job: Job, rungs: Sequence[int], plan_id: str, report: Report) -> 
             report(steps, float(losses.mean()))
 
 
-def score_here(job: Job, criterion: str, bootstrap: int, groups: Sequence[BlockGroup]) -> ImportanceTable:
-    """What each of ``groups`` is worth on the run's probe."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Share:
+    """A part of what is scored: these groups, on these rows of the probe; None: on all samples of the criterion."""
+
+    groups: tuple[BlockGroup, ...]
+    rows: tuple[int, ...] | None = None
+
+
+def score_here(job: Job, criterion: str, share: Share) -> ImportanceTable:
+    """What each group of ``share`` is worth, without intervals."""
     with _at_work(job) as (run, teacher):
         # in memory: workers that write one file would lose each other's values
         subject = dataclasses.replace(scored_subject(run, teacher), cache=ScoreCache())
-        return score(subject, groups, criterion, bootstrap=bootstrap)
+        if share.rows is not None:
+            silent = None if subject.silent is None else subject.silent.rows(share.rows)
+            subject = dataclasses.replace(subject, probe=subject.probe.rows(share.rows), silent=silent)
+        return score(subject, share.groups, criterion, bootstrap=0)
 
 
 def draw_here(job: Job, what: tuple[str, bool]) -> NDArray[np.uint8]:
@@ -172,8 +176,3 @@ def draw_here(job: Job, what: tuple[str, bool]) -> NDArray[np.uint8]:
         candidate = _candidate(job, run, teacher, plan_id) if plan_id else None
         pixels = drawn_for(teacher, candidate, distilled).numpy()
         return cast("NDArray[np.uint8]", pixels)
-
-
-def sweep(job: Job) -> None:
-    """Remove what the job has fetched to this machine."""
-    shutil.rmtree(job.scratch, ignore_errors=True)
