@@ -43,7 +43,7 @@ demo: $(INSTALLED)
 	@echo "report: $(CURDIR)/runs/demo/report/index.html"
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

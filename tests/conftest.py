@@ -11,6 +11,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+# Beside other workers one thread each, also of what a test starts: two on one core only wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings

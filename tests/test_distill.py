@@ -442,16 +442,18 @@ def test_resuming_equals_never_stopping(
 ) -> None:
     whole, student = run(tiny_unet, tmp_path / "whole", validation)
 
-    def failing(data: Any, scheduler: Any, config: Any, step: int, device: Any) -> Any:
+    def failing(data: Any, scheduler: Any, config: Any, step: int, device: Any, **part: Any) -> Any:
         if step == stop:
             raise InterruptionError
-        return draw_batch(data, scheduler, config, step, device)
+        return draw_batch(data, scheduler, config, step, device, **part)
 
     monkeypatch.setattr(loop, "draw_batch", failing)
     with pytest.raises(InterruptionError):
         run(tiny_unet, tmp_path / "parts", validation)
     steps = []
-    monkeypatch.setattr(loop, "draw_batch", lambda *given: steps.append(given[3]) or draw_batch(*given))
+    monkeypatch.setattr(
+        loop, "draw_batch", lambda *given, **part: steps.append(given[3]) or draw_batch(*given, **part)
+    )
     parts, resumed = run(tiny_unet, tmp_path / "parts", validation)
     assert steps == list(range((stop - 1) // 2 * 2 + 1, 7))  # from the last checkpoint on
     assert same(weights(resumed), weights(student))
@@ -473,7 +475,9 @@ def test_a_longer_distillation_goes_on_from_a_kept_checkpoint(
         keep_checkpoint=True,
     )
     steps = []
-    monkeypatch.setattr(loop, "draw_batch", lambda *given: steps.append(given[3]) or draw_batch(*given))
+    monkeypatch.setattr(
+        loop, "draw_batch", lambda *given, **part: steps.append(given[3]) or draw_batch(*given, **part)
+    )
     longer, resumed = run(tiny_unet, tmp_path / "parts", validation)
     assert steps == [5, 6]
     assert same(weights(resumed), weights(student))
@@ -514,8 +518,8 @@ def test_a_loss_that_is_not_finite_ends_it_with_a_verdict(
         tiny_unet, tmp_path / "good", validation, dataclasses.replace(SETTINGS, steps=3), keep_checkpoint=True
     )
 
-    def poisoned(data: Any, scheduler: Any, config: Any, step: int, device: Any) -> Any:
-        batch = draw_batch(data, scheduler, config, step, device)
+    def poisoned(data: Any, scheduler: Any, config: Any, step: int, device: Any, **part: Any) -> Any:
+        batch = draw_batch(data, scheduler, config, step, device, **part)
         return dataclasses.replace(batch, target=batch.target * math.nan) if step == 4 else batch
 
     monkeypatch.setattr(loop, "draw_batch", poisoned)
@@ -543,8 +547,8 @@ def test_every_candidate_sees_the_same_batches(
     seen: dict[str, list[torch.Tensor]] = {"bk-base": [], "bk-tiny": []}
     for plan, batches in seen.items():
 
-        def watching(*given: Any, batches: list[torch.Tensor] = batches) -> Any:
-            batch = draw_batch(*given)
+        def watching(*given: Any, batches: list[torch.Tensor] = batches, **part: Any) -> Any:
+            batch = draw_batch(*given, **part)
             batches.append(
                 torch.cat([batch.noisy.flatten(), batch.target.flatten(), batch.embeddings.flatten()])
             )

@@ -416,10 +416,13 @@ class Remembered:
 
 
 def decided(
-    memory: Remembered, reports: Sequence[tuple[str, int, float]], controls: Sequence[str] = ()
+    memory: Remembered,
+    reports: Sequence[tuple[str, int, float]],
+    controls: Sequence[str] = (),
+    last: int = 8,
 ) -> list[str]:
     """What is decided about each of ``reports``, in their order."""
-    judge = scheduler_of((2, 4, 8), 2, controls, memory)
+    judge = scheduler_of((2, 4, last), 2, controls, memory)
     trials = {name: SimpleNamespace(trial_id=name, config={"name": name}) for name, _, _ in reports}
     for trial in trials.values():
         judge.on_trial_add(None, trial)
@@ -427,7 +430,7 @@ def decided(
     for name, steps, loss in reports:
         result = {"loss": loss, "steps": steps}
         said.append(judge.on_trial_result(None, trials[name], result))
-        if said[-1] == "STOP" or steps == 8:
+        if said[-1] == "STOP" or steps == last:
             judge.on_trial_complete(None, trials[name], result)
     return said
 
@@ -437,8 +440,16 @@ def test_asha_stops_who_is_worse_and_never_a_control() -> None:
     assert decided(Remembered(), reports) == ["CONTINUE", "STOP", "CONTINUE", "CONTINUE"]
     assert decided(Remembered(), reports, ["b"]) == ["CONTINUE"] * 4
     # a control sets no bar for the others either
-    reports = [("a", 2, 0.1), ("a", 4, 0.1), ("a", 8, 0.1), ("b", 2, 2.0), ("c", 2, 3.0), ("b", 4, 2.0)]
-    assert decided(Remembered(), reports, ["a"]) == [*["CONTINUE"] * 4, "STOP", "CONTINUE"]
+    for last in (8, 7):  # 7 is no rung of ASHA's own
+        reports = [
+            ("a", 2, 0.1),
+            ("a", 4, 0.1),
+            ("a", last, 0.1),
+            ("b", 2, 2.0),
+            ("c", 2, 3.0),
+            ("b", 4, 2.0),
+        ]
+        assert decided(Remembered(), reports, ["a"], last) == [*["CONTINUE"] * 4, "STOP", "CONTINUE"]
 
 
 def test_what_was_decided_stays_so_in_whatever_order_it_is_asked_again() -> None:

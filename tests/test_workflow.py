@@ -230,6 +230,16 @@ def test_a_setting_that_no_step_has_read_may_change(copied: Run, config: RunConf
     assert copied.done(copied.ranking)
 
 
+def test_where_something_is_computed_may_change_under_it(copied: Run, config: RunConfig) -> None:
+    before = times(copied)
+    distill = dataclasses.replace(config.distill, together=1, trackers=())
+    rank = dataclasses.replace(config.rank, address="ray-head:6379")
+    start_run(dataclasses.replace(config, distill=distill, rank=rank), copied.folder)
+    changed = {name for name, time in times(copied).items() if before[name] != time}
+    assert changed == {"config.toml", "environment.json"}
+    assert load_config(copied.config).rank.address == "ray-head:6379"
+
+
 @pytest.mark.parametrize(
     ("changed", "step"),
     [

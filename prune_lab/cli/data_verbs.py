@@ -79,17 +79,16 @@ def cache(
         raise ConfigError(
             "asked to build a cache without saying of which pictures; give --data, or data.source in --config"
         )
-    from accelerate import PartialState
-
     from prune_lab.distill import build_cache, is_cache, source_of
     from prune_lab.models import load_pipeline, resolve_model
+    from prune_lab.processes import is_main, join
     from prune_lab.runtime import pick_device, pick_dtype, progress_shown
 
     if is_cache(Path(settings.data.source).expanduser()):
         raise DataError(
             f"asked to cache {settings.data.source}, a finished cache; give it as data.source of a run as it is"
         )
-    state = PartialState(cpu=settings.device == "cpu")  # first: it gives each process its GPU
+    join()  # first: it gives each process its GPU
     model_source = resolve_model(settings.model)
     if not model_source.is_pipeline:
         raise RunError(
@@ -100,7 +99,7 @@ def cache(
     pipeline = load_pipeline(
         model_source, device=pick_device(settings.device), dtype=pick_dtype(settings.dtype)
     )
-    if state.is_main_process:
+    if is_main():
         with progress_shown():
             built = build_cache(pipeline, source, settings.data, out, force=force)
     else:

@@ -305,8 +305,8 @@ def draw_batch(
     chosen = torch.tensor(batch_rows(len(data), size, seed, step))
     variants = torch.randint(0, data.variants, (size,), generator=stream(seed, "variant", step))
     rows = data.rows(chosen[part], variants[part])
-    # A VAE may hand out channels-last latents, which a file does not keep: the layout would decide how sums are rounded,
-    # and a run that goes on from the file would differ in the last bit.
+    # A VAE may hand out channels-last latents, which a file does not keep: the layout would decide how sums are
+    # rounded, and a run that goes on from the file would differ in the last bit.
     latents = rows.mean.contiguous()
     shape = (size, *latents.shape[1:])
     if rows.log_variance is not None:

@@ -198,6 +198,13 @@ STEPS: tuple[Step, ...] = (
 )
 
 
+# These say where or how something is computed, and not what: they may change under what is finished.
+_FREE = {
+    *("rank.address", "rank.storage", "rank.cpus", "distill.together", "distill.micro_batch"),
+    *("distill.trackers", "distill.grid_every", "distill.checkpoint_every"),
+}
+
+
 # Starting and redoing ----------------------------------------------------------------------------------------
 
 
@@ -205,6 +212,11 @@ def steps_from(name: str) -> tuple[Step, ...]:
     """The step called ``name`` and all that follow it."""
     names = [step.name for step in STEPS]
     return STEPS[names.index(name) :]
+
+
+def touching(changed: Iterable[str]) -> tuple[str, ...]:
+    """Those of the ``changed`` settings that what is finished depends on."""
+    return tuple(name for name in changed if name not in _FREE)
 
 
 def first_touched(changed: Iterable[str]) -> str:
@@ -278,13 +290,15 @@ def start_run(config: RunConfig, folder: Path, *, force: bool = False) -> Run:
         forget(run, STEPS[0].name)
         _record(run, config)
     elif changed:
-        name = first_touched(changed)
-        if not force and any(run.done(path) for step in steps_from(name) for path in step.products(run)):
-            raise RunError(
-                f"run {folder} was made with other settings of {', '.join(changed)}; give another --run folder, "
-                f"the old settings, or --force to redo it from the step {name!r}"
-            )
-        forget(run, name)
+        touched = touching(changed)
+        if touched:
+            name = first_touched(touched)
+            if not force and any(run.done(path) for step in steps_from(name) for path in step.products(run)):
+                raise RunError(
+                    f"run {folder} was made with other settings of {', '.join(touched)}; give another --run folder, "
+                    f"the old settings, or --force to redo it from the step {name!r}"
+                )
+            forget(run, name)
         _record(run, config)
     return run
 

@@ -24,7 +24,7 @@ from prune_lab.workflow.measuring import (
     score_groups_of,
 )
 from prune_lab.workflow.searching import constraints_of
-from prune_lab.workflow.steps import STEPS, first_touched, forget, start_run, steps_from
+from prune_lab.workflow.steps import STEPS, first_touched, forget, start_run, steps_from, touching
 from prune_lab.workflow.teacher import Teacher
 
 STEPS_COLUMNS = ("step", "state", "does")
@@ -99,7 +99,7 @@ def run_all(config: RunConfig, folder: Path, *, force: bool = False) -> Ranking:
 def steps_frame(config: RunConfig, folder: Path) -> pd.DataFrame:
     """What ``run_all`` would do, one row per step: step, state (done, to do, redo, or n of m), does."""
     run = open_run(folder, must_exist=False)
-    changed = changed_settings(load_config(run.config), config) if run.config.is_file() else ()
+    changed = touching(changed_settings(load_config(run.config), config)) if run.config.is_file() else ()
     stale = {step.name for step in steps_from(first_touched(changed))} if changed else set()
     rows = []
     for step in STEPS:
