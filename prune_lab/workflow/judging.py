@@ -139,7 +139,7 @@ def _score_on_ray(run: Run, teacher: Teacher, groups: Sequence[BlockGroup]) -> I
 _SCORE = {"local": _score_here, "ray": _score_on_ray}
 
 
-def _one_shot_impacts(run: Run, teacher: Teacher, plans: Iterable[PruningPlan]) -> dict[str, float]:
+def one_shot_impacts(run: Run, teacher: Teacher, plans: Iterable[PruningPlan]) -> dict[str, float]:
     """Impact of each whole plan by the run's criterion on its probe, by plan id: what adding up only predicts."""
     groups = [BlockGroup(plan.id, "plan", plan.removed) for plan in plans if plan.removed]
     table = _SCORE[teacher.config.rank.engine](run, teacher, groups)
@@ -218,7 +218,7 @@ def ensure_ranking(run: Run, teacher: Teacher | None = None) -> Ranking:
     teacher = teacher or Teacher(run)
     plans = ensure_plans(run, teacher)
     ensure_pictures(run, teacher)
-    impacts = _one_shot_impacts(run, teacher, plans)
+    impacts = one_shot_impacts(run, teacher, plans)
     fates = tournament_from_frame(pd.read_csv(run.tournament)).fates if run.done(run.tournament) else {}
     contenders = [
         _contender(run, teacher, plan, impacts.get(plan.id, 0.0), fates.get(plan.id)) for plan in plans
