@@ -36,9 +36,9 @@ from prune_lab.blocks import architecture_of
 from prune_lab.config import DataConfig, DistillConfig
 from prune_lab.counting import CLIP_TOKENS, count_module, count_on_meta, latent_shape, meta_copy
 from prune_lab.distill import (
-    Course,
+    DistillSetup,
     LiveData,
-    Source,
+    PictureSource,
     Student,
     TrainingData,
     build_cache,
@@ -46,8 +46,8 @@ from prune_lab.distill import (
     feature_pairs,
     training_memory,
 )
-from prune_lab.distill.course import Desk
 from prune_lab.distill.joint import joint_step
+from prune_lab.distill.setup import StudentRun
 from prune_lab.models import load_pipeline, load_unet, resolve_model
 from prune_lab.models.silence import quiet
 from prune_lab.plans import PruningPlan, native_layout, parse_plan
@@ -207,7 +207,7 @@ class Way:
     students: int
 
 
-def made_up_pictures(count: int, side: int) -> Source:
+def made_up_pictures(count: int, side: int) -> PictureSource:
     """So many pictures of noise, uncompressed: reading them, which a cache saves too, shall count for nothing."""
     pixels = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, generator=seeded(0)).numpy()
 
@@ -218,11 +218,11 @@ def made_up_pictures(count: int, side: int) -> Source:
 
     files = [content(row) for row in range(count)]
     captions = tuple(f"noto emoji, picture number {number}" for number in range(count))
-    return Source("noise", captions, f"{count:016x}", "noise {}".format, files.__getitem__)
+    return PictureSource("noise", captions, f"{count:016x}", "noise {}".format, files.__getitem__)
 
 
 def measure(
-    ways: Sequence[Way], course: Course, desks: Sequence[Desk], runs: int
+    ways: Sequence[Way], course: DistillSetup, desks: Sequence[StudentRun], runs: int
 ) -> tuple[dict[Way, list[float]], dict[Way, list[float]]]:
     """Seconds of every step of every way, and how many of them went into getting the batch; the ways take turns."""
     settings, accelerator, device = course.settings, join(), torch.device(course.device)
@@ -236,10 +236,10 @@ def measure(
             batch = draw_batch(way.data, course.scheduler, settings, run + 1, device)
             synchronize(device)
             drawn = time.perf_counter()
-            trainees = [desk.trainee for desk in desks[: way.students]]
+            student_states = [desk.student_state for desk in desks[: way.students]]
             _, micro = joint_step(
                 course.teacher,
-                trainees,
+                student_states,
                 batch,
                 settings,
                 precision=course.precision(accelerator),
@@ -247,7 +247,9 @@ def measure(
                 accelerator=accelerator,
             )
             synchronize(device)
-            if failure := next((trainee.failure for trainee in trainees if trainee.failure), ""):
+            if failure := next(
+                (student_state.failure for student_state in student_states if student_state.failure), ""
+            ):
                 raise SystemExit(f"a step was not taken, its time means nothing: {failure}")
             if run:
                 data[way].append(drawn - start)
@@ -380,9 +382,9 @@ def benchmark(arguments: argparse.Namespace, counts: Sequence[int]) -> tuple[pd.
     with tempfile.TemporaryDirectory() as folder:
         cached = build_cache(pipeline, source, pictures, Path(folder)).cache
         validation = random_probe(teacher.config, samples=2, seed=0)
-        course = Course(teacher, cached, pipeline.scheduler, settings, validation, device)
+        course = DistillSetup(teacher, cached, pipeline.scheduler, settings, validation, device)
         desks = [
-            Desk.of(course, Student(build, pairs, Path(folder) / str(number)), build(), {}, join())
+            StudentRun.of(course, Student(build, pairs, Path(folder) / str(number)), build(), {}, join())
             for number in range(max(counts))
         ]
         if device.type == "cuda":
@@ -391,7 +393,7 @@ def benchmark(arguments: argparse.Namespace, counts: Sequence[int]) -> tuple[pd.
         ways += [Way("cached", cached, count) for count in counts]
         whole, data = measure(ways, course, desks, arguments.runs)
     memory = training_memory(
-        teacher, desks[0].trainee.state.student, tokens=validation.embeddings.shape[1], device=device
+        teacher, desks[0].student_state.state.student, tokens=validation.embeddings.shape[1], device=device
     )
     machine = Environment.capture(str(device), str(dtype).removeprefix("torch."))
     millions = (f"{count / 1e6:.0f} M" for count in (work.encoding, work.teacher, work.student))

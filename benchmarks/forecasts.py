@@ -19,7 +19,7 @@ from prune_lab.runs import open_run
 from prune_lab.runtime import write_frame
 from prune_lab.search import predicted_impact
 from prune_lab.workflow import Teacher, ensure_candidates, ensure_repaired, ensure_scores
-from prune_lab.workflow.judging import one_shot_impacts
+from prune_lab.workflow.ranking import one_shot_impacts
 from prune_lab.workflow.searching import origin_of
 from prune_lab.workflow.students import training_and_validation
 

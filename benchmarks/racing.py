@@ -18,10 +18,10 @@ from scipy.stats import kendalltau
 
 from prune_lab.blocks import block_groups
 from prune_lab.config import ProbeConfig, RunConfig
-from prune_lab.fanout import gone_with, macs_without
 from prune_lab.importance import ImportanceTable, Race, Samples, ScoreCache, score_groups
 from prune_lab.importance.intervals import impacts_of
 from prune_lab.importance.racing import sample_order
+from prune_lab.prefix_sharing import gone_with, macs_without
 from prune_lab.workflow import start_run
 from prune_lab.workflow.measuring import ensure_probe
 from prune_lab.workflow.teacher import Teacher
@@ -56,11 +56,11 @@ def main() -> None:
         start = time.perf_counter()
         whole = score_groups(teacher.unet, groups, probe, bootstrap=0, cache=cache)
         whole_seconds = time.perf_counter() - start
-        assert whole.effort is not None
+        assert whole.compute is not None
         print(
             f"{arguments.model}, {len(groups)} blocks, {len(probe)} samples at {arguments.timesteps} timesteps, "
             f"{teacher.device} float32, {torch.get_num_threads()} threads; all of it: "
-            f"{whole.effort.macs / whole.effort.naive_macs:.3f} of the naive loop's multiply-adds, "
+            f"{whole.compute.macs / whole.compute.naive_macs:.3f} of the naive loop's multiply-adds, "
             f"{whole_seconds:.1f} s"
         )
         architecture = teacher.architecture
@@ -72,7 +72,7 @@ def main() -> None:
             start = time.perf_counter()
             first = score_groups(teacher.unet, groups, probe, bootstrap=0, race=Race(budget))
             seconds = time.perf_counter() - start
-            assert first.effort is not None
+            assert first.compute is not None
             races = [first] + [
                 score_groups(
                     teacher.unet, groups, probe, bootstrap=0, race=Race(budget), cache=cache, seed=seed
@@ -97,7 +97,7 @@ def main() -> None:
                 impacts = impacts_of(whole.values[:, some], whole.scales[some])
                 plain.append(float(kendalltau(impacts, whole.impacts).statistic))
             print(
-                f"  budget {budget:.2f}: spent {first.effort.macs / first.effort.naive_macs:.3f}, "
+                f"  budget {budget:.2f}: spent {first.compute.macs / first.compute.naive_macs:.3f}, "
                 f"{whole_seconds / seconds:.2f} times as fast as all of it; samples per block {min(spent)} to "
                 f"{max(spent)}, median {np.median(spent):.0f}; Kendall's tau over {len(taus)} races: mean "
                 f"{taus.mean():.4f}, least {taus.min():.4f}, {np.mean(taus >= 0.98):.0%} at 0.98 or more; "

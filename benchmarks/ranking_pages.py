@@ -18,8 +18,8 @@ from prune_lab.config import RunConfig
 from prune_lab.ranking import Difference
 from prune_lab.report import LIGHT, PlanRow
 from prune_lab.report.figures import PlanStyle, new_figure, save_png, settle, spread, style_axes
+from prune_lab.report.format import in_words
 from prune_lab.report.tournament import apart
-from prune_lab.report.words import in_words
 
 Floats = NDArray[np.float64]
 _SCORES = ("added-up scores", "one-shot impact", "repaired loss")

@@ -17,8 +17,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from prune_lab.blocks import architecture_of
-from prune_lab.fanout import Effort, gone_with, predict_without
 from prune_lab.models import resolve_model
+from prune_lab.prefix_sharing import ComputeCost, gone_with, predict_without
 from prune_lab.probes import Probe, predict, random_probe
 from prune_lab.runtime import pick_device, synchronize
 from prune_lab.surgery import bypassed
@@ -33,11 +33,11 @@ def naive(unet: Any, probe: Probe, blocks: list[str]) -> list[torch.Tensor]:
     return answers
 
 
-def shared(unet: Any, probe: Probe, blocks: list[str], effort: Effort) -> list[torch.Tensor]:
+def shared(unet: Any, probe: Probe, blocks: list[str], compute: ComputeCost) -> list[torch.Tensor]:
     """The same in one walk."""
     architecture = architecture_of(unet)
     gone = [gone_with(architecture, [name] if name else [], stand_in=True) for name in ["", *blocks]]
-    parts = predict_without(unet, probe, gone, batch=len(probe), effort=effort)
+    parts = predict_without(unet, probe, gone, batch=len(probe), compute=compute)
     return [torch.cat(answers) for answers in zip(*(found for _, found in parts), strict=True)]
 
 
@@ -45,10 +45,10 @@ def compare(unet: Any, rows: int, runs: int, device: torch.device) -> None:
     """One line: ``rows`` rows, ``runs`` times each way in turn."""
     probe = random_probe(unet.config, samples=rows, seed=0, timesteps=rows)
     blocks = [block.name for block in architecture_of(unet).blocks]
-    effort = Effort()
+    compute = ComputeCost()
     ways: dict[str, Callable[[], list[torch.Tensor]]] = {
         "naive": lambda: naive(unet, probe, blocks),
-        "shared": lambda: shared(unet, probe, blocks, effort),
+        "shared": lambda: shared(unet, probe, blocks, compute),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     answers: dict[str, list[torch.Tensor]] = {}
@@ -65,7 +65,7 @@ def compare(unet: Any, rows: int, runs: int, device: torch.device) -> None:
         for one, other in zip(answers["shared"], answers["naive"], strict=True)
     )
     print(
-        f"  {rows:>3} rows   {effort.saving:.3f} times fewer multiply-adds   "
+        f"  {rows:>3} rows   {compute.saving:.3f} times fewer multiply-adds   "
         f"{statistics.median(pairwise):.2f} times as fast ({min(pairwise):.2f} to {max(pairwise):.2f})   "
         f"{statistics.median(times['naive']):.2f} s against {statistics.median(times['shared']):.2f} s   "
         f"largest relative difference {apart:.1e}",

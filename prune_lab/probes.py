@@ -86,7 +86,7 @@ class Probe:
             added={name: tensor[index] for name, tensor in self.added.items()},
         )
 
-    def told(self, embeddings: Tensor, added: Mapping[str, Tensor]) -> Probe:
+    def with_prompt(self, embeddings: Tensor, added: Mapping[str, Tensor]) -> Probe:
         """The same rows with another text (1, L, D) for all of them, and its added conditioning (1, ...) where there is
         any; what ``encode_captions`` gives for one caption.
         """

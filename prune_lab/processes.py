@@ -55,7 +55,7 @@ def join() -> Accelerator:
     return Accelerator(cpu=not alone, kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
 
 
-def gathered(value: Item) -> list[Item]:
+def gather_object(value: Item) -> list[Item]:
     """``value`` of every process, in order of rank; all must call it. One that was not ``join``ed is alone."""
     import torch
 
@@ -67,16 +67,16 @@ def gathered(value: Item) -> list[Item]:
 
 
 @contextlib.contextmanager
-def main_first() -> Iterator[None]:
+def main_process_first() -> Iterator[None]:
     """Inside, the main process goes first and the others follow: what it makes, they find. All must enter.
 
     What waits for all processes must not be called inside, and who enters must not depend on what the main one made.
     """
     if not is_main():
-        gathered(None)
+        gather_object(None)
     yield
     if is_main():
-        gathered(None)
+        gather_object(None)
 
 
 def leave() -> None:

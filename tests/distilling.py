@@ -11,7 +11,7 @@ from diffusers import PNDMScheduler, UNet2DConditionModel
 
 from prune_lab.blocks import architecture_of
 from prune_lab.config import DistillConfig
-from prune_lab.distill import Course, FeaturePair, LatentData, Student, feature_pairs
+from prune_lab.distill import DistillSetup, FeaturePair, LatentData, Student, feature_pairs
 from prune_lab.plans import parse_plan
 from prune_lab.probes import Probe
 from prune_lab.surgery import materialise
@@ -57,9 +57,11 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-def course_for(unet: UNet2DConditionModel, validation: Probe, settings: DistillConfig = SETTINGS) -> Course:
+def course_for(
+    unet: UNet2DConditionModel, validation: Probe, settings: DistillConfig = SETTINGS
+) -> DistillSetup:
     """What students of ``unet`` are trained with on made-up data."""
-    return Course(unet, made_up_data(), SCHEDULER, settings, validation)
+    return DistillSetup(unet, made_up_data(), SCHEDULER, settings, validation)
 
 
 def students_of(unet: UNet2DConditionModel, folder: Path, plans: Sequence[str]) -> list[Student]:

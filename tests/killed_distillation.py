@@ -31,9 +31,9 @@ def main(folder: Path) -> None:
 
     loop.draw_batch = dying  # type: ignore[attr-defined]
     validation = random_probe(TINY_UNET, samples=2, seed=5)
-    course = course_for(unet, validation, SETTINGS)
-    assert course.scheduler is SCHEDULER
-    distill_together(course, students_of(unet, folder, PLANS))
+    setup = course_for(unet, validation, SETTINGS)
+    assert setup.scheduler is SCHEDULER
+    distill_together(setup, students_of(unet, folder, PLANS))
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ from prune_lab.importance import (
     Samples,
     additivity,
     agreement,
-    conclusions,
-    foretold,
+    describe_agreement,
+    describe_stability,
+    predictive_correlation,
     random_plans,
     stability,
-    steadiness,
 )
 from prune_lab.importance.agreement import rank_agreement
 from prune_lab.models import resolve_model
@@ -98,7 +98,7 @@ def test_an_additive_model_has_no_residual_and_foretells() -> None:
     assert frame["ratio"].tolist() == pytest.approx([1.5] * 9)
     assert frame["count"].tolist() == [len(plan.blocks) for plan in plans]
     against = table(noisy(0.01)[::-1], "against")
-    found = foretold([scores, against], plans, 1.5 * sums, "the measured impact")
+    found = predictive_correlation([scores, against], plans, 1.5 * sums, "the measured impact")
     assert found["spearman"].iloc[0] == pytest.approx(1)
     assert found["spearman_low"].iloc[0] == pytest.approx(1)
     assert found["spearman"].iloc[1] < 0.5
@@ -113,21 +113,26 @@ def test_conclusions_warn_where_little_can_be_concluded() -> None:
     plans = plans_of((0, 1), (2, 3, 4), (5,), (6, 7, 8), (9, 10, 11), (0, 11), (3, 4), (1, 2, 3), (7, 8))
     outcome = np.random.default_rng(5).normal(size=9)
     frame = pd.concat(
-        [agreement([scores, luck], draws=20), foretold([scores, luck], plans, outcome, "the loss")]
+        [
+            agreement([scores, luck], draws=20),
+            predictive_correlation([scores, luck], plans, outcome, "the loss"),
+        ]
     )
-    lines = conclusions(frame, pd.DataFrame(), {"output-mse": 300.0, "luck": 2.0})
+    lines = describe_agreement(frame, pd.DataFrame(), {"output-mse": 300.0, "luck": 2.0})
     assert any(
         "luck orders the blocks most like it" in line and "150 times cheaper" in line for line in lines
     )
     assert any(line.startswith("Warning: by the loss") for line in lines)
-    control = foretold([scores, table(noisy(0.01), "random")], plans, outcome, "the loss")
-    said = conclusions(
+    control = predictive_correlation([scores, table(noisy(0.01), "random")], plans, outcome, "the loss")
+    said = describe_agreement(
         pd.concat([agreement([scores], draws=5), control]), pd.DataFrame(), {"output-mse": 1.0}
     )
     assert any("random scores, added up, get" in line for line in said)
-    few = pd.concat([agreement([scores], draws=5), foretold([scores], plans[:4], outcome[:4], "the loss")])
+    few = pd.concat(
+        [agreement([scores], draws=5), predictive_correlation([scores], plans[:4], outcome[:4], "the loss")]
+    )
     assert any(
-        "4 plans are too few" in line for line in conclusions(few, pd.DataFrame(), {"output-mse": 1.0})
+        "4 plans are too few" in line for line in describe_agreement(few, pd.DataFrame(), {"output-mse": 1.0})
     )
 
 
@@ -150,13 +155,13 @@ def test_other_noise_is_compared_and_put_into_words() -> None:
     assert rows["of"].tolist() == ["seed 1"] * 3 + ["seed 2"] * 3
     assert rows["overlap"].tolist() == [1, 1, 1, 0, 0, 0]  # the least of one are the most of the other
     assert rows["samples"].tolist() == [40] * 6
-    said = steadiness(found)
+    said = describe_stability(found)
     assert (
         "Of the 4 least important blocks 0% to 100% are found again with other noise (2 tried, 50% in the mean)."
         in said
     )
     assert any("from one kind of prompt alone (2 tried, 100%" in line for line in said)
-    assert steadiness(stability(same).iloc[:0]) == ()
+    assert describe_stability(stability(same).iloc[:0]) == ()
 
 
 def test_random_plans_are_removable_and_repeatable() -> None:
@@ -190,7 +195,7 @@ def test_the_page_shows_what_the_tables_hold(tmp_path: Path) -> None:
         "agreement": pd.concat(
             [
                 agreement([scores, other], draws=5),
-                foretold([scores, other], plans, np.arange(3.0), "the impact"),
+                predictive_correlation([scores, other], plans, np.arange(3.0), "the impact"),
             ]
         ),
         "parts": scores.parts(),

@@ -323,7 +323,7 @@ def run_folder(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
     folder = tmp_path_factory.mktemp("runs") / "one"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prune_lab.workflow.judging.write_report", stub)
+        patch.setattr("prune_lab.workflow.ranking.write_report", stub)
         rows = table("run", "--config", config_file, "--run", folder)
     assert {row["origin"] for row in rows} == {"teacher", "control", "search"}
     return folder

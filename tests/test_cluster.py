@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prune_lab.cluster import Cluster, Shelf, connected, publish, told
+from prune_lab.cluster import ArtifactStore, Cluster, connected, publish, tournament_from_asha
 from prune_lab.cluster.asha import scheduler_of
 from prune_lab.errors import ClusterError, StorageError
-from prune_lab.ranking import Measured
+from prune_lab.ranking import HeldoutLosses
 
 # Connection ------------------------------------------------------------------------------------------------------
 
@@ -62,31 +62,31 @@ def test_a_shelf_gives_back_what_was_published(kind: str, tmp_path: Path) -> Non
     (here / "sub").mkdir(parents=True)
     (here / "a.txt").write_text("a")
     (here / "sub" / "b.txt").write_text("b")
-    shelf = publish(here, ["a.txt", "sub/b.txt"], url)
-    shelf.fetch(there, lambda name: name.startswith("sub/"))
+    store = publish(here, ["a.txt", "sub/b.txt"], url)
+    store.fetch(there, lambda name: name.startswith("sub/"))
     assert [path.name for path in there.rglob("*.txt")] == ["b.txt"]
-    shelf.fetch(there)
+    store.fetch(there)
     assert (there / "a.txt").read_text() == "a"
-    assert shelf.listed("") == ("a.txt", "sub/b.txt")
-    assert shelf.listed("sub") == ("sub/b.txt",)
-    assert shelf.listed("nowhere") == ()
+    assert store.listed("") == ("a.txt", "sub/b.txt")
+    assert store.listed("sub") == ("sub/b.txt",)
+    assert store.listed("nowhere") == ()
     (here / "a.txt").write_text("other")
-    assert publish(here, ["a.txt"], url).key != shelf.key
-    shelf.put(here, ["a.txt"])  # again, over what is there
-    shelf.get(there, ["a.txt"])
+    assert publish(here, ["a.txt"], url).key != store.key
+    store.put(here, ["a.txt"])  # again, over what is there
+    store.get(there, ["a.txt"])
     assert (there / "a.txt").read_text() == "other"
 
 
 def test_nothing_is_sent_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("a")
     sent: list[Sequence[str]] = []
-    put = Shelf.put
+    put = ArtifactStore.put
 
-    def counted(self: Shelf, folder: Path, names: Sequence[str]) -> None:
+    def counted(self: ArtifactStore, folder: Path, names: Sequence[str]) -> None:
         sent.append(list(names))
         put(self, folder, names)
 
-    monkeypatch.setattr(Shelf, "put", counted)
+    monkeypatch.setattr(ArtifactStore, "put", counted)
     for _ in range(2):
         publish(tmp_path, ["a.txt"], str(tmp_path / "shelf"))
     assert sent == [["a.txt"], []]
@@ -96,8 +96,8 @@ def test_a_copy_that_was_cut_off_is_not_taken_for_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.txt").write_text("a")
-    shelf = publish(tmp_path, ["a.txt"], str(tmp_path / "shelf"))
-    fs, _ = shelf.opened()
+    store = publish(tmp_path, ["a.txt"], str(tmp_path / "shelf"))
+    fs, _ = store.opened()
 
     def half(_self: Any, _source: str, target: str, **_more: Any) -> None:
         Path(target).write_text("hal")
@@ -106,9 +106,9 @@ def test_a_copy_that_was_cut_off_is_not_taken_for_the_file(
     monkeypatch.setattr(type(fs), "put_file", half)
     (tmp_path / "a.txt").write_text("other")
     with pytest.raises(StorageError, match="no space left"):
-        shelf.put(tmp_path, ["a.txt"])
+        store.put(tmp_path, ["a.txt"])
     monkeypatch.undo()
-    shelf.get(tmp_path / "there", ["a.txt"])
+    store.get(tmp_path / "there", ["a.txt"])
     assert (tmp_path / "there" / "a.txt").read_text() == "a"
     assert [path.name for path in (tmp_path / "shelf").rglob("*") if path.is_file()] == ["a.txt"]
 
@@ -190,10 +190,10 @@ def test_verdicts_of_a_tournament_that_asha_decided() -> None:
     losses = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 1.5}
     spread = np.array([-0.01, 0.0, 0.01, 0.0])
 
-    def measure(names: Sequence[str], steps: int) -> Mapping[str, Measured]:
+    def measure(names: Sequence[str], steps: int) -> Mapping[str, HeldoutLosses]:
         return {name: "diverged" if (name, steps) == ("d", 4) else losses[name] + spread for name in names}
 
-    tournament = told(("c", "a", "b", "d"), (2, 4, 8), measure, {"c": 2, "b": 4}, keep=())
+    tournament = tournament_from_asha(("c", "a", "b", "d"), (2, 4, 8), measure, {"c": 2, "b": 4}, keep=())
     assert [(one.rung, one.name, one.fate) for one in tournament.verdicts] == [
         *((1, "a", "kept"), (1, "d", "kept"), (1, "b", "kept"), (1, "c", "dropped")),
         *((2, "a", "kept"), (2, "b", "dropped"), (2, "d", "failed")),
@@ -212,7 +212,7 @@ def test_verdicts_of_a_tournament_that_asha_decided() -> None:
 
 def test_a_stop_that_may_be_chance_says_so() -> None:
     rows = {"a": np.array([1.0, 2.0, 3.0]), "b": np.array([3.0, 1.0, 2.5])}
-    tournament = told(
+    tournament = tournament_from_asha(
         ("a", "b"), (1, 2), lambda names, _steps: {name: rows[name] for name in names}, {"b": 1}
     )
     assert tournament.fates["b"].reason.endswith("above the best there, which may be chance")

@@ -21,10 +21,10 @@ from prune_lab.errors import DataError, UnknownBlockError, UnknownCriterionError
 from prune_lab.evaluation import clip_scores, decode_latents, draw_latents, generate
 from prune_lab.importance import (
     CRITERIA,
-    DRAWING,
-    Drawing,
+    NEEDS_PIPELINE,
+    GenerationSettings,
     ScoreCache,
-    Subject,
+    ScoringContext,
     score,
     score_groups,
     with_psnr,
@@ -68,17 +68,17 @@ def probe(tiny_config: dict[str, Any]) -> Probe:
 
 
 @pytest.fixture
-def drawing(pipeline: Any, scorer: Any) -> Drawing:
+def drawing(pipeline: Any, scorer: Any) -> GenerationSettings:
     prompts = ("a red apple", "two cats", "rain")
     kinds = ("food", "animals", "places")
-    return Drawing(
+    return GenerationSettings(
         pipeline, prompts, kinds, seeds=(0,), steps=2, guidance=1.0, scorer=scorer, scorer_name="tiny"
     )
 
 
 @pytest.fixture
-def subject(tiny_unet: Any, probe: Probe, drawing: Drawing) -> Subject:
-    return Subject(tiny_unet, probe, drawing=drawing)
+def context(tiny_unet: Any, probe: Probe, drawing: GenerationSettings) -> ScoringContext:
+    return ScoringContext(tiny_unet, probe, drawing=drawing)
 
 
 def single(*names: str) -> tuple[BlockGroup, ...]:
@@ -105,20 +105,20 @@ def shuffled(probe: Probe, order: list[int]) -> Probe:
 
 
 @pytest.mark.parametrize("criterion", [name for name in CRITERIA if name != "random"])
-def test_a_block_that_hands_on_its_input_is_worth_nothing(subject: Subject, criterion: str) -> None:
-    silence(subject.unet, "Dn1.A2", "Md.R1")
+def test_a_block_that_hands_on_its_input_is_worth_nothing(context: ScoringContext, criterion: str) -> None:
+    silence(context.unet, "Dn1.A2", "Md.R1")
     groups = (*single("Dn1.A2", "Md.R1", "Dn1.A1"), BlockGroup("idle", "plan", ("Dn1.A2", "Md.R1")))
-    table = score(subject, groups, criterion, bootstrap=50)
+    table = score(context, groups, criterion, bootstrap=50)
     idle, also_idle, busy, both = (entry.impact for entry in table.entries)
     assert (idle, also_idle, both) == pytest.approx((0, 0, 0), abs=1e-12)
     assert abs(busy) > 1e-9
 
 
 @pytest.mark.parametrize("criterion", SEEN)
-def test_the_order_of_samples_does_not_matter(subject: Subject, criterion: str) -> None:
+def test_the_order_of_samples_does_not_matter(context: ScoringContext, criterion: str) -> None:
     groups = single("Dn1.A1", "Md.R1")
-    drawing = subject.drawn(criterion)
-    turned = Drawing(
+    drawing = context.drawn(criterion)
+    turned = GenerationSettings(
         drawing.pipeline,
         drawing.prompts[::-1],
         drawing.kinds[::-1],
@@ -126,49 +126,49 @@ def test_the_order_of_samples_does_not_matter(subject: Subject, criterion: str) 
         guidance=drawing.guidance,
         scorer=drawing.scorer,
     )
-    other = Subject(subject.unet, shuffled(subject.probe, [2, 0, 3, 1]), drawing=turned)
-    plain, again = (score(one, groups, criterion, bootstrap=0) for one in (subject, other))
+    other = ScoringContext(context.unet, shuffled(context.probe, [2, 0, 3, 1]), drawing=turned)
+    plain, again = (score(one, groups, criterion, bootstrap=0) for one in (context, other))
     tolerance = 1.0 if criterion == "gate-fisher" else 1e-3  # its random projection goes by place
     for one, two in zip(plain.entries, again.entries, strict=True):
         assert one.impact == pytest.approx(two.impact, rel=tolerance, abs=1e-8)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_one_seed_gives_one_table_in_the_order_asked(subject: Subject, criterion: str) -> None:
+def test_one_seed_gives_one_table_in_the_order_asked(context: ScoringContext, criterion: str) -> None:
     groups = single("Up4.A3", "Dn1.A1", "Md.R1")
-    other = Subject(subject.unet, subject.probe, drawing=subject.drawing)
-    first, again = (score(one, groups, criterion, bootstrap=20).frame() for one in (subject, other))
+    other = ScoringContext(context.unet, context.probe, drawing=context.drawing)
+    first, again = (score(one, groups, criterion, bootstrap=20).frame() for one in (context, other))
     assert first["group"].tolist() == ["Up4.A3", "Dn1.A1", "Md.R1"]
     assert first.equals(again)
 
 
 @pytest.mark.parametrize("criterion", [name for name in CRITERIA if name != "random"])
-def test_not_a_number_is_an_error_and_not_a_score(subject: Subject, criterion: str) -> None:
+def test_not_a_number_is_an_error_and_not_a_score(context: ScoringContext, criterion: str) -> None:
     with torch.no_grad():
-        subject.unet.get_submodule("down_blocks.0.attentions.1.proj_out").weight.fill_(float("nan"))
+        context.unet.get_submodule("down_blocks.0.attentions.1.proj_out").weight.fill_(float("nan"))
     with pytest.raises(DataError, match="not finite"):
-        score(subject, single("Dn1.A1", "Dn1.A2"), criterion)
+        score(context, single("Dn1.A1", "Dn1.A2"), criterion)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_the_model_stays_as_it_was_and_says_what_it_cost(subject: Subject, criterion: str) -> None:
-    unet = subject.unet.train()
-    before, state = predict(unet, subject.probe), copy.deepcopy(unet.state_dict())
+def test_the_model_stays_as_it_was_and_says_what_it_cost(context: ScoringContext, criterion: str) -> None:
+    unet = context.unet.train()
+    before, state = predict(unet, context.probe), copy.deepcopy(unet.state_dict())
     grad = [parameter.requires_grad for parameter in unet.parameters()]
-    table = score(subject, single("Dn1.A1", "Dn2.R1"), criterion, bootstrap=0)
+    table = score(context, single("Dn1.A1", "Dn2.R1"), criterion, bootstrap=0)
     assert unet.training
     assert grad == [parameter.requires_grad for parameter in unet.parameters()]
     assert all(parameter.grad is None for parameter in unet.parameters())
     assert all(torch.equal(value, state[name]) for name, value in unet.state_dict().items())
-    assert torch.equal(predict(unet, subject.probe), before)
-    assert table.effort is not None
+    assert torch.equal(predict(unet, context.probe), before)
+    assert table.compute is not None
     free = criterion in ("magnitude", "random")
-    assert (table.effort.forwards == 0) is free
+    assert (table.compute.forwards == 0) is free
     bound = {"similarity": 4, "taylor": 12, "gate-gradient": 8, "gate-fisher": 8, "gate-path": 24}
     if criterion in bound:
-        assert table.effort.forwards == bound[criterion]  # 4 rows
-    if criterion in DRAWING:
-        assert table.effort.forwards == 3 * 3 * 2  # the teacher and two groups, three prompts, two steps
+        assert table.compute.forwards == bound[criterion]  # 4 rows
+    if criterion in NEEDS_PIPELINE:
+        assert table.compute.forwards == 3 * 3 * 2  # the teacher and two groups, three prompts, two steps
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -178,19 +178,19 @@ def test_every_criterion_explains_itself(criterion: str) -> None:
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_an_unknown_block_is_an_error(subject: Subject, criterion: str) -> None:
+def test_an_unknown_block_is_an_error(context: ScoringContext, criterion: str) -> None:
     with pytest.raises(UnknownBlockError, match=r"Dn9\.R1"):
-        score(subject, single("Dn9.R1"), criterion)
+        score(context, single("Dn9.R1"), criterion)
 
 
 @pytest.mark.parametrize("criterion", SEEN)
-def test_values_are_kept_by_timestep_or_by_prompt(subject: Subject, criterion: str) -> None:
-    table = score(subject, single("Dn1.A1", "Up4.R3"), criterion, bootstrap=0)
+def test_values_are_kept_by_timestep_or_by_prompt(context: ScoringContext, criterion: str) -> None:
+    table = score(context, single("Dn1.A1", "Up4.R3"), criterion, bootstrap=0)
     parts = table.parts()
     assert parts["criterion"].eq(criterion).all()
     wanted = (
         {"prompts"}
-        if criterion in DRAWING
+        if criterion in NEEDS_PIPELINE
         else {"timesteps"}
         if criterion == "taylor"
         else {"timesteps", "prompts"}
@@ -208,7 +208,7 @@ def test_values_are_kept_by_timestep_or_by_prompt(subject: Subject, criterion: s
                 assert np.average(own["impact"], weights=own["samples"]) == pytest.approx(entry.impact)
 
 
-@pytest.mark.parametrize("criterion", sorted(DRAWING))
+@pytest.mark.parametrize("criterion", sorted(NEEDS_PIPELINE))
 def test_a_model_that_cannot_draw_is_told_so(tiny_unet: Any, probe: Probe, criterion: str) -> None:
     with pytest.raises(DataError, match=f"{criterion} draws pictures"):
         score_groups(tiny_unet, single("Md.R1"), probe, criterion=criterion)
@@ -271,14 +271,14 @@ def test_a_gate_at_zero_is_the_bypass_and_at_one_the_block(tiny_unet: Any, probe
 
 def test_gate_derivatives_against_differences(tiny_unet: Any, probe: Probe) -> None:
     unet = tiny_unet.double()
-    subject = Subject(unet, probe)
+    context = ScoringContext(unet, probe)
     names, architecture, step = ["Dn1.A1", "Md.R1", "Up4.R2"], architecture_of(unet), 1e-5
 
     def loss(prediction: torch.Tensor, rows: slice) -> torch.Tensor:
         return (prediction.double() - probe.target[rows].double()).square().mean((1, 2, 3)).sum()
 
-    found, effort = gate_derivatives(subject, names, loss)
-    assert effort.forwards == 8
+    found, compute = gate_derivatives(context, names, loss)
+    assert compute.forwards == 8
     for number, name in enumerate(names):
         for row in range(4):
             ends = []
@@ -291,12 +291,12 @@ def test_gate_derivatives_against_differences(tiny_unet: Any, probe: Probe) -> N
             assert found[number, row] == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=2e-3, abs=1e-7)
 
 
-def test_a_groups_gates_move_together(subject: Subject) -> None:
+def test_a_groups_gates_move_together(context: ScoringContext) -> None:
     blocks = ("Dn1.R2", "Dn1.A2")
     both = (*single(*blocks), BlockGroup("both", "pair", blocks))
-    found, _ = gate_derivatives(subject, list(blocks), lambda prediction, rows: prediction.sum())
+    found, _ = gate_derivatives(context, list(blocks), lambda prediction, rows: prediction.sum())
     assert found.shape == (2, 4)
-    table = score(subject, both, "gate-gradient", bootstrap=0)
+    table = score(context, both, "gate-gradient", bootstrap=0)
     assert table.values is not None
     assert (table.values[2] <= table.values[:2].sum(0) + 1e-12).all()  # opposite slopes cancel, none adds
 
@@ -346,27 +346,27 @@ def test_the_peak_signal_to_noise_ratio_stands_beside_changes_of_pictures_alone(
     assert "psnr" not in with_psnr(scores.iloc[1:])
 
 
-def test_trajectories_are_the_pictures_that_the_pipeline_draws(subject: Subject, scorer: Any) -> None:
-    drawing = subject.drawn("clip-score")
+def test_trajectories_are_the_pictures_that_the_pipeline_draws(context: ScoringContext, scorer: Any) -> None:
+    drawing = context.drawn("clip-score")
     how = {"steps": drawing.steps, "guidance": drawing.guidance}
     latents = draw_latents(drawing.pipeline, drawing.prompts, (0,), **how)
     pictures = generate(drawing.pipeline, drawing.prompts, (0,), **how)
     assert torch.equal(decode_latents(drawing.pipeline, latents), pictures)
-    with bypassed(subject.unet, ["Up4.R3"]) as unet:
+    with bypassed(context.unet, ["Up4.R3"]) as unet:
         without = generate(drawing.pipeline, drawing.prompts, (0,), unet=unet, **how)
     drop = clip_scores(scorer, pictures, drawing.prompts) - clip_scores(scorer, without, drawing.prompts)
     changed = picture_change(pictures, without)
     for name, wanted in (("clip-score", drop), ("image-change", changed)):
-        found = score(subject, single("Up4.R3"), name, bootstrap=0).values
+        found = score(context, single("Up4.R3"), name, bootstrap=0).values
         assert found is not None
         assert found[0].tolist() == pytest.approx(wanted.tolist(), abs=1e-6)
 
 
-def test_one_walk_and_one_trajectory_serve_all_their_criteria(subject: Subject) -> None:
+def test_one_walk_and_one_trajectory_serve_all_their_criteria(context: ScoringContext) -> None:
     groups = single("Dn1.A1", "Md.R1")
-    for family in (("output-mse", "output-cosine", "denoising-loss"), tuple(sorted(DRAWING))):
-        spent = [score(subject, groups, name, bootstrap=0).effort for name in family]
-        assert [effort is not None and effort.macs > 0 for effort in spent] == [True, False, False]
+    for family in (("output-mse", "output-cosine", "denoising-loss"), tuple(sorted(NEEDS_PIPELINE))):
+        spent = [score(context, groups, name, bootstrap=0).compute for name in family]
+        assert [compute is not None and compute.macs > 0 for compute in spent] == [True, False, False]
 
 
 def test_a_random_order_agrees_with_nothing(tiny_unet: Any, probe: Probe) -> None:
@@ -385,26 +385,26 @@ def test_guided_scores_are_of_the_mixed_predictions(
 ) -> None:
     # Loud, so that guiding away from it changes the score by more than the last digits.
     noise = torch.randn(1, *probe.embeddings.shape[1:], generator=torch.Generator().manual_seed(0))
-    silent = probe.told(10 * noise, {})
-    subject = Subject(tiny_unet, probe, guidance=3.0, silent=silent, batch=3)
+    unconditional = probe.with_prompt(10 * noise, {})
+    context = ScoringContext(tiny_unet, probe, guidance=3.0, unconditional=unconditional, batch=3)
 
     def mixed() -> torch.Tensor:
-        heard, unheard = predict(tiny_unet, probe), predict(tiny_unet, silent)
+        heard, unheard = predict(tiny_unet, probe), predict(tiny_unet, unconditional)
         return unheard + 3 * (heard - unheard)
 
     teacher = mixed()
     with bypassed(tiny_unet, ["Dn1.A1"]):
         changed = mixed()
     wanted = float((changed - teacher).square().sum() / teacher.square().sum())
-    table = score(subject, single("Dn1.A1", "Md.R1"), bootstrap=0)
+    table = score(context, single("Dn1.A1", "Md.R1"), bootstrap=0)
     assert table.entries[0].impact == pytest.approx(wanted, rel=1e-4)
     plain = score_groups(tiny_unet, single("Dn1.A1", "Md.R1"), probe, bootstrap=0)
     assert plain.entries[0].impact != pytest.approx(wanted, rel=1e-2)
-    assert table.effort is not None
-    assert plain.effort is not None
-    assert table.effort.macs == 2 * plain.effort.macs
+    assert table.compute is not None
+    assert plain.compute is not None
+    assert table.compute.macs == 2 * plain.compute.macs
     with pytest.raises(DataError, match="guidance 3"):
-        Subject(tiny_unet, probe, guidance=3.0)
+        ScoringContext(tiny_unet, probe, guidance=3.0)
 
 
 # The cache ---------------------------------------------------------------------------------------------------------
@@ -415,14 +415,14 @@ def test_what_is_in_the_cache_is_not_measured_again(tiny_unet: Any, probe: Probe
     first = score_groups(tiny_unet, single("Dn1.A1", "Md.R1"), probe, cache=ScoreCache(path))
     more = score_groups(tiny_unet, single("Md.R1", "Up4.A3"), probe, cache=ScoreCache(path))
     fresh = score_groups(tiny_unet, single("Up4.A3"), probe)
-    assert first.effort is not None
-    assert more.effort is not None
-    assert fresh.effort is not None
-    assert more.effort.macs == fresh.effort.macs  # of the new group alone
+    assert first.compute is not None
+    assert more.compute is not None
+    assert fresh.compute is not None
+    assert more.compute.macs == fresh.compute.macs  # of the new group alone
     assert more.entries[0].impact == first.entries[1].impact
     again = score_groups(tiny_unet, single("Md.R1", "Up4.A3"), probe, cache=ScoreCache(path))
-    assert again.effort is not None
-    assert again.effort.macs == 0
+    assert again.compute is not None
+    assert again.compute.macs == 0
     assert again.frame().equals(more.frame())
 
 
@@ -448,9 +448,9 @@ def test_an_interrupted_run_goes_on(
         score_groups(tiny_unet, groups, probe, batch=2, cache=ScoreCache(path))
     monkeypatch.setattr(outputs, "predict_without", plain)
     resumed = score_groups(tiny_unet, groups, probe, batch=2, cache=ScoreCache(path))
-    assert whole.effort is not None
-    assert resumed.effort is not None
-    assert resumed.effort.macs == whole.effort.macs / 2
+    assert whole.compute is not None
+    assert resumed.compute is not None
+    assert resumed.compute.macs == whole.compute.macs / 2
     assert [one.impact for one in resumed.entries] == pytest.approx(
         [one.impact for one in whole.entries], rel=1e-6
     )

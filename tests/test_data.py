@@ -32,7 +32,7 @@ from prune_lab.distill import (
     LatentCache,
     LatentData,
     LiveData,
-    Source,
+    PictureSource,
     build_cache,
     draw_batch,
     open_source,
@@ -95,7 +95,7 @@ def folder(tmp_path: Path) -> Path:
     return write_pictures(tmp_path / "pictures")
 
 
-def contents(source: Source) -> list[tuple[str, bytes]]:
+def contents(source: PictureSource) -> list[tuple[str, bytes]]:
     return [(source.captions[row], source.content(row)) for row in range(len(source))]
 
 

@@ -19,7 +19,7 @@ from prune_lab.errors import ConfigError, DataError
 from prune_lab.ranking import (
     TOURNAMENT_COLUMNS,
     Difference,
-    Measured,
+    HeldoutLosses,
     Tournament,
     first_rung,
     paired_difference,
@@ -41,11 +41,11 @@ def losses(level: float, noise: float = 0.0, seed: int = 0) -> NDArray[np.float6
 class Engine:
     """Answers with the losses that were written down, and remembers what it was asked."""
 
-    def __init__(self, known: Mapping[str, Mapping[int, Measured] | Measured]) -> None:
+    def __init__(self, known: Mapping[str, Mapping[int, HeldoutLosses] | HeldoutLosses]) -> None:
         self.known = known
         self.asked: list[tuple[tuple[str, ...], int]] = []
 
-    def __call__(self, names: Sequence[str], steps: int) -> dict[str, Measured]:
+    def __call__(self, names: Sequence[str], steps: int) -> dict[str, HeldoutLosses]:
         self.asked.append((tuple(names), steps))
         answers = {}
         for name in names:
@@ -305,7 +305,7 @@ def test_impossible_tournaments_are_refused() -> None:
 
 
 def test_the_table_keeps_its_columns_and_survives_a_csv(tmp_path: Path) -> None:
-    known: dict[str, Measured] = {
+    known: dict[str, HeldoutLosses] = {
         "a": losses(1),
         "b": losses(1),
         "c": losses(3),
@@ -342,7 +342,7 @@ class Game:
     eta: int
     most: int
     keep: tuple[str, ...]
-    known: dict[str, dict[int, Measured]]
+    known: dict[str, dict[int, HeldoutLosses]]
 
 
 @st.composite
@@ -350,7 +350,7 @@ def games(draw: st.DrawFn) -> Game:
     names = tuple("abcdefghi"[: draw(st.integers(1, 9))])
     steps = (10, 20, 40, 80)[: draw(st.integers(1, 4))]
     noise = draw(st.sampled_from([0.0, 0.02, 0.3]))
-    known: dict[str, dict[int, Measured]] = {}
+    known: dict[str, dict[int, HeldoutLosses]] = {}
     for i, name in enumerate(names):
         known[name] = {}
         for step in steps:

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from prune_lab.blocks import BlockGroup, architecture_of, block_groups
 from prune_lab.errors import DataError, UnknownBlockError
-from prune_lab.fanout import predict_without
 from prune_lab.importance import (
     COLUMNS,
     Importance,
@@ -25,6 +24,7 @@ from prune_lab.importance import (
     score_groups,
 )
 from prune_lab.importance.intervals import intervals
+from prune_lab.prefix_sharing import predict_without
 from prune_lab.probes import Probe, predict, random_probe
 
 A_PICTURE_EACH = np.arange(200)
@@ -117,8 +117,8 @@ def test_equal_sets_are_measured_once(tiny_unet: Any, probe: Probe) -> None:
     pair = BlockGroup("twice", "pair", ("Md.R1", "Md.A1"))
     turned = BlockGroup("turned", "pair", ("Md.A1", "Md.R1"))
     once, twice = (score_groups(tiny_unet, groups, probe) for groups in ((pair,), (pair, turned)))
-    assert once.effort is not None
-    assert once.effort == twice.effort  # the teacher and one set
+    assert once.compute is not None
+    assert once.compute == twice.compute  # the teacher and one set
     assert len({entry.impact for entry in (*once.entries, *twice.entries)}) == 1
 
 

@@ -33,7 +33,7 @@ from prune_lab.distill import (
     load_recovery,
 )
 from prune_lab.distill.joint import compiled_blocks
-from prune_lab.distill.losses import teacher_answer
+from prune_lab.distill.losses import teacher_output
 from prune_lab.distill.memory import pass_bytes
 from prune_lab.errors import ConfigError, DeviceError
 from prune_lab.probes import Probe, random_probe
@@ -76,25 +76,25 @@ def assert_equal(one: Path, other: Path) -> None:
 def test_together_equals_alone_and_taking_turns(tiny_unet: Any, tmp_path: Path, validation: Probe) -> None:
     passes = []
     tiny_unet.register_forward_hook(lambda *_: passes.append(1))
-    course = course_for(tiny_unet, validation)
-    found = distill_together(course, students_of(tiny_unet, tmp_path / "together", THREE))
+    setup = course_for(tiny_unet, validation)
+    found = distill_together(setup, students_of(tiny_unet, tmp_path / "together", THREE))
     assert len(passes) == SETTINGS.steps  # one teacher pass a step, whoever learns from it
     assert [recovery.plan_id for recovery in found] == list(THREE)
-    turns = dataclasses.replace(course, settings=dataclasses.replace(SETTINGS, together=2))
+    turns = dataclasses.replace(setup, settings=dataclasses.replace(SETTINGS, together=2))
     distill_together(turns, students_of(tiny_unet, tmp_path / "turns", THREE))
     for plan in THREE:
-        distill_together(course, students_of(tiny_unet, tmp_path / "alone", (plan,)))
+        distill_together(setup, students_of(tiny_unet, tmp_path / "alone", (plan,)))
         assert_equal(tmp_path / "together" / plan, tmp_path / "alone" / plan)
         assert_equal(tmp_path / "turns" / plan, tmp_path / "alone" / plan)
 
 
 def test_rungs_go_on_from_where_they_were(tiny_unet: Any, tmp_path: Path, validation: Probe) -> None:
-    course = course_for(tiny_unet, validation)
-    distill_together(course, students_of(tiny_unet, tmp_path / "whole", THREE))
-    distill_together(course, students_of(tiny_unet, tmp_path / "rungs", THREE), until=3, keep_checkpoint=True)
+    setup = course_for(tiny_unet, validation)
+    distill_together(setup, students_of(tiny_unet, tmp_path / "whole", THREE))
+    distill_together(setup, students_of(tiny_unet, tmp_path / "rungs", THREE), until=3, keep_checkpoint=True)
     early = load_heldout(tmp_path / "rungs" / "bk-base")
     assert early.index.tolist() == [0, 3]
-    distill_together(course, students_of(tiny_unet, tmp_path / "rungs", THREE[:2]))
+    distill_together(setup, students_of(tiny_unet, tmp_path / "rungs", THREE[:2]))
     for plan in THREE[:2]:
         assert_equal(tmp_path / "whole" / plan, tmp_path / "rungs" / plan)
     assert load_heldout(tmp_path / "rungs" / "bk-tiny").index.tolist() == [0, 3]
@@ -119,7 +119,7 @@ def test_held_out_losses_are_those_of_the_averaged_weights(
 
 
 def test_one_that_fails_does_not_stop_the_others(tiny_unet: Any, tmp_path: Path, validation: Probe) -> None:
-    course = course_for(tiny_unet, validation)
+    setup = course_for(tiny_unet, validation)
     first, second = students_of(tiny_unet, tmp_path / "together", ("bk-base", "bk-tiny"))
 
     def broken() -> Any:
@@ -128,10 +128,10 @@ def test_one_that_fails_does_not_stop_the_others(tiny_unet: Any, tmp_path: Path,
             unet.conv_in.weight[0, 0, 0, 0] = math.nan
         return unet
 
-    found = distill_together(course, [first, dataclasses.replace(second, load=broken)])
+    found = distill_together(setup, [first, dataclasses.replace(second, load=broken)])
     assert [recovery.status for recovery in found] == ["done", "failed"]
     assert "step 1" in found[1].reason
-    distill_together(course, students_of(tiny_unet, tmp_path / "alone", ("bk-base",)))
+    distill_together(setup, students_of(tiny_unet, tmp_path / "alone", ("bk-base",)))
     assert_equal(tmp_path / "together" / "bk-base", tmp_path / "alone" / "bk-base")
 
 
@@ -201,9 +201,9 @@ def test_out_of_memory_halves_the_micro_batch_and_says_so(
         tried.append(len(chunk.timesteps))
         if tried[-1] > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return teacher_answer(teacher, paths, chunk, precision)
+        return teacher_output(teacher, paths, chunk, precision)
 
-    monkeypatch.setattr(joint, "teacher_answer", scarce)
+    monkeypatch.setattr(joint, "teacher_output", scarce)
     monkeypatch.setattr(joint, "note", told.append)
     distill_together(
         course_for(tiny_unet, validation, settings), students_of(tiny_unet, tmp_path / "oom", THREE[:2])
@@ -228,10 +228,10 @@ def test_no_memory_for_one_sample_is_an_error(
     def scarce(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(joint, "teacher_answer", scarce)
+    monkeypatch.setattr(joint, "teacher_output", scarce)
     with pytest.raises(DeviceError, match=r"distill\.together or distill\.micro_batch lower"):
         distill_together(course_for(tiny_unet, validation), students_of(tiny_unet, tmp_path, ("bk-base",)))
-    monkeypatch.setattr(joint, "teacher_answer", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
+    monkeypatch.setattr(joint, "teacher_output", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         distill_together(course_for(tiny_unet, validation), students_of(tiny_unet, tmp_path, ("bk-base",)))
 
@@ -337,8 +337,8 @@ def test_trackers_show_what_the_table_says(tiny_unet: Any, tmp_path: Path, valid
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     settings = dataclasses.replace(SETTINGS, trackers=("tensorboard",))
-    course = dataclasses.replace(course_for(tiny_unet, validation, settings), logs=tmp_path / "curves")
-    distill_together(course, students_of(tiny_unet, tmp_path, THREE[:2]))
+    setup = dataclasses.replace(course_for(tiny_unet, validation, settings), logs=tmp_path / "curves")
+    distill_together(setup, students_of(tiny_unet, tmp_path, THREE[:2]))
     events = EventAccumulator(str(tmp_path / "curves" / "distillation")).Reload()
     recovery = load_recovery(tmp_path / "bk-base")
     assert recovery is not None
@@ -363,11 +363,11 @@ def test_unknown_and_missing_trackers_are_named(tiny_unet: Any, tmp_path: Path, 
 def test_grids_are_drawn_with_the_averaged_weights(tiny_unet: Any, tmp_path: Path, validation: Probe) -> None:
     drawn: dict[str, dict[str, torch.Tensor]] = {}
     settings = dataclasses.replace(SETTINGS, grid_every=4)
-    course = dataclasses.replace(
+    setup = dataclasses.replace(
         course_for(tiny_unet, validation, settings),
         draw=lambda unet, path: drawn.update({path.name: weights(unet)}),
     )
-    distill_together(course, students_of(tiny_unet, tmp_path, ("bk-base",)))
+    distill_together(setup, students_of(tiny_unet, tmp_path, ("bk-base",)))
     assert list(drawn) == ["step-000004.png", "step-000006.png"]
     assert same(drawn["step-000006.png"], weights_in(tmp_path / "bk-base"))
 

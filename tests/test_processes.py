@@ -23,7 +23,7 @@ import prune_lab
 from prune_lab.config import DistillConfig, RunConfig, SearchConfig, to_toml
 from prune_lab.distill import RECOVERY_COLUMNS, load_heldout, load_recovery
 from prune_lab.errors import DeviceError
-from prune_lab.processes import gathered, is_main, join, main_first, num_processes
+from prune_lab.processes import gather_object, is_main, join, main_process_first, num_processes
 
 SCRIPT = Path(__file__).parent / "process_distillation.py"
 TIMELESS = [name for name in RECOVERY_COLUMNS if name != "seconds"]
@@ -179,8 +179,8 @@ def test_sharded_weights_are_refused(monkeypatch: pytest.MonkeyPatch, variable: 
 
 
 def test_alone_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (num_processes(), is_main(), gathered(3)) == (1, True, [3])
-    with main_first():
+    assert (num_processes(), is_main(), gather_object(3)) == (1, True, [3])
+    with main_process_first():
         pass
     monkeypatch.setenv("WORLD_SIZE", "4")  # of a batch system, without a launch
     assert num_processes() == 1

@@ -14,10 +14,10 @@ from scipy.stats import kendalltau
 
 from prune_lab.blocks import Architecture, BlockGroup, architecture_of, block_groups
 from prune_lab.errors import ConfigError
-from prune_lab.fanout import gone_with, macs_without, units_of
 from prune_lab.importance import Race, Samples, ScoreCache, score_groups
 from prune_lab.importance.intervals import impacts_of, resampled_impacts
 from prune_lab.importance.racing import distances, sample_order
+from prune_lab.prefix_sharing import gone_with, macs_without, units_of
 from prune_lab.probes import Probe, random_probe
 
 
@@ -121,9 +121,9 @@ def test_a_race_stays_within_its_budget_and_says_what_it_spent(
 ) -> None:
     groups, race = blocks_of(tiny_unet), Race(budget, start=4, step=2)
     table = score_groups(tiny_unet, groups, probe, race=race, bootstrap=50)
-    assert table.effort is not None
-    assert table.effort.naive_macs == len(groups) * len(probe) * table.effort.forward_macs
-    assert table.effort.macs <= budget * table.effort.naive_macs
+    assert table.compute is not None
+    assert table.compute.naive_macs == len(groups) * len(probe) * table.compute.forward_macs
+    assert table.compute.macs <= budget * table.compute.naive_macs
     assert table.values is not None
     assert [entry.samples for entry in table.entries] == (~np.isnan(table.values)).sum(1).tolist()
     assert min(entry.samples for entry in table.entries) >= 2
@@ -137,7 +137,7 @@ def test_a_race_stays_within_its_budget_and_says_what_it_spent(
             architecture, gone_with(architecture, entry.group.blocks, stand_in=True)
         )
     by_hand += max(entry.samples for entry in table.entries) * architecture.total_macs
-    assert table.effort.macs == by_hand
+    assert table.compute.macs == by_hand
 
 
 def test_a_race_that_may_cost_everything_and_settles_nothing_is_the_whole_score(
@@ -181,8 +181,8 @@ def test_the_same_seed_gives_the_same_race_also_from_a_cache(
     assert [entry.samples for entry in again.entries] == [entry.samples for entry in fresh.entries]
     assert again.impacts == pytest.approx(fresh.impacts, rel=1e-4)
     last = score_groups(tiny_unet, groups, probe, race=race, cache=ScoreCache(path))
-    assert last.effort is not None
-    assert last.effort.macs == 0
+    assert last.compute is not None
+    assert last.compute.macs == 0
     assert last.impacts == pytest.approx(again.impacts, rel=0)
     other = score_groups(tiny_unet, groups, probe, race=race, seed=1)
     assert other.impacts.tolist() != fresh.impacts.tolist()
@@ -232,7 +232,7 @@ def test_torch_compile_gives_the_same_scores(
     tiny_unet: Any, probe: Probe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the compiler's front end alone, on some blocks: its code generator takes minutes, and is torch's to test."""
-    from prune_lab.importance import Subject, score
+    from prune_lab.importance import ScoringContext, score
 
     compiled: list[Any] = []
     real = torch.compile
@@ -244,8 +244,8 @@ def test_torch_compile_gives_the_same_scores(
     monkeypatch.setattr(torch, "compile", compile_only_in_front)
     groups = tuple(itertools.islice(blocks_of(tiny_unet), 0, 38, 9))
     few = probe.rows([0, 1])
-    plain = score(Subject(tiny_unet, few), groups, bootstrap=0)
+    plain = score(ScoringContext(tiny_unet, few), groups, bootstrap=0)
     assert not compiled
-    found = score(Subject(tiny_unet, few, compiled=True), groups, bootstrap=0)
+    found = score(ScoringContext(tiny_unet, few, compiled=True), groups, bootstrap=0)
     assert len(compiled) >= 38
     assert found.impacts == pytest.approx(plain.impacts, rel=1e-4)

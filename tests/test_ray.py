@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from prune_lab.blocks import BlockGroup
-from prune_lab.cluster import Cluster, Shelf, connected, in_tasks
+from prune_lab.cluster import ArtifactStore, Cluster, connected, in_tasks
 from prune_lab.config import (
     DistillConfig,
     EvaluateConfig,
@@ -48,8 +48,8 @@ from prune_lab.workflow import (
     train_to,
 )
 from prune_lab.workflow.distilling import ensure_tournament
-from prune_lab.workflow.judging import Grid, drawn_for
-from prune_lab.workflow.measuring import scored_subject
+from prune_lab.workflow.measuring import run_scoring_context
+from prune_lab.workflow.ranking import PictureJob, drawn_for
 from prune_lab.workflow.remote import cluster_of, draw_on_ray, play_on_ray, score_on_ray
 
 pytestmark = pytest.mark.slow
@@ -236,30 +236,30 @@ def test_machines_may_share_nothing_but_storage(
     controls = {one.name for one in tournament.verdicts if one.place is None}
     assert controls == set(frame.loc[frame["origin"] == "control", "plan_id"])
     assert controls <= set(tournament.survivors)
-    (shelf,) = storage.iterdir()
-    kept = {path.relative_to(shelf).as_posix() for path in shelf.rglob("*") if path.is_file()}
+    (store,) = storage.iterdir()
+    kept = {path.relative_to(store).as_posix() for path in store.rglob("*") if path.is_file()}
     assert {f"candidates/{name}/distilled/recovery.json" for name in tournament.names} <= kept
     assert not [name for name in kept if Path(name).name.startswith(".")]
-    assert not Shelf("", shelf.name, ()).scratch.exists()
+    assert not ArtifactStore("", store.name, ()).scratch.exists()
 
 
 def test_scores_and_pictures_equal_the_local_ones(cluster: Any, alone: Run, tmp_path: Path) -> None:
     teacher = Teacher(alone)
     groups = [BlockGroup(plan.id, "plan", plan.removed) for plan in ensure_plans(alone, teacher)]
     ours = score_on_ray(alone, teacher, groups, bootstrap=5)
-    theirs = score(scored_subject(alone, teacher), groups, bootstrap=5)
+    theirs = score(run_scoring_context(alone, teacher), groups, bootstrap=5)
     assert np.array_equal(ours.values, theirs.values)
     assert np.array_equal(ours.scales, theirs.scales)
     assert ours.entries == theirs.entries
     pd.testing.assert_frame_equal(ours.parts(), theirs.parts())
     pd.testing.assert_frame_equal(ours.frame(), theirs.frame())
     candidate = ensure_candidates(alone, teacher)[0]
-    grids = [Grid(tmp_path / "a.png"), Grid(tmp_path / "b.png", candidate, distilled=True)]
+    grids = [PictureJob(tmp_path / "a.png"), PictureJob(tmp_path / "b.png", candidate, distilled=True)]
     shared = Cluster(storage=str(tmp_path / "storage"))
     for where in (None, shared):
         for grid, pixels in zip(grids, draw_on_ray(alone, teacher, grids, cluster=where), strict=True):
             assert torch.equal(pixels, drawn_for(teacher, grid.candidate, grid.distilled))
-    assert not list(Shelf("", "x", ()).scratch.parent.glob("prune-lab-????????????????"))
+    assert not list(ArtifactStore("", "x", ()).scratch.parent.glob("prune-lab-????????????????"))
 
 
 def test_what_goes_wrong_on_a_worker_is_said_in_one_line(cluster: Any, copied: Run, tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from prune_lab.blocks import architecture_of
 from prune_lab.errors import ConfigError, DataError, NonNativePlanError, PlanError
-from prune_lab.fanout import units_of
 from prune_lab.plans import PruningPlan, native_choices, parse_plan, plan_of
+from prune_lab.prefix_sharing import units_of
 from prune_lab.probes import Probe, predict, random_probe
 from prune_lab.repair import (
     COLUMNS,

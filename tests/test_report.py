@@ -25,11 +25,12 @@ from synthetic_run import DROPPED_REASON, LEFT_OUT_REASON, NAMES, PLANS, STARRED
 from prune_lab.errors import DataError, RunError
 from prune_lab.report import read_run, write_report
 from prune_lab.report.charts import draw_curves, draw_importance, draw_prediction, draw_quality_plane
-from prune_lab.report.document import Drawing, Table, Text
+from prune_lab.report.document import Chart, Table, Text
 from prune_lab.report.figures import DARK, LIGHT, impact_scale, plan_styles, settle, svg_uri
+from prune_lab.report.format import amount, change, count, figure3, short_number
 from prune_lab.report.maps import draw_block_map, draw_plan_maps, map_cells
+from prune_lab.report.picture_grids import split_grid
 from prune_lab.report.sections import report_sections
-from prune_lab.report.sheets import split_grid
 from prune_lab.report.tables import (
     CURVE_COLUMNS,
     MAP_COLUMNS,
@@ -43,7 +44,6 @@ from prune_lab.report.tables import (
     measured,
 )
 from prune_lab.report.tournament import apart, draw_tournament
-from prune_lab.report.words import amount, change, count, figure3, short_number
 from prune_lab.runs import Run
 
 VOID = {"meta", "link", "img", "source", "br", "hr"}
@@ -356,7 +356,7 @@ def test_the_tournament_ends_each_line_where_its_candidate_ended(whole: Run) -> 
 def test_a_run_without_a_tournament_shows_none(fresh: Run) -> None:
     fresh.tournament.unlink()
     parts = [part for section in report_sections(read_run(fresh)) for part in section.parts]
-    assert "tournament" not in {part.name for part in parts if isinstance(part, Drawing)}
+    assert "tournament" not in {part.name for part in parts if isinstance(part, Chart)}
     assert "Every verdict of the tournament" not in {p.caption for p in parts if isinstance(p, Table)}
 
 
@@ -567,7 +567,7 @@ def test_without_named_prompts_the_grids_are_shown_as_they_are(fresh: Run) -> No
     pictures = next(section for section in report_sections(read_run(fresh)) if section.key == "pictures")
     kinds = [type(part).__name__ for part in pictures.parts]
     assert kinds == ["Text", *["Grid"] * len(PLANS)]
-    assert not any(isinstance(part, Drawing) for part in pictures.parts)
+    assert not any(isinstance(part, Chart) for part in pictures.parts)
 
 
 def test_nothing_to_report(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def measured(prices: dict[str, float]) -> np.ndarray:
     return STAYS @ np.array([prices[part] for part in PARTS])
 
 
-def lawful(constraints: Constraints) -> np.ndarray:
+def satisfies_rules(constraints: Constraints) -> np.ndarray:
     """(plans,) which keep to the constraints; written anew, without the search's rows."""
     stage = np.array([name.split(".")[0] for name in NAMES])
     residual = np.array(["R" in name for name in NAMES])
@@ -163,7 +163,7 @@ def test_equal_to_brute_force(data: st.DataObject) -> None:
     latency = dict(zip(PARTS, (drawn.integers(-6, 64, len(PARTS)) / 64).tolist(), strict=True))
     memory = dict(zip(PARTS, drawn.integers(1, 1000, len(PARTS)).tolist(), strict=True))
     left = COUNTS | {"latency_ms": measured(latency), "memory": measured(memory)}
-    fine, budgets = lawful(constraints), []
+    fine, budgets = satisfies_rules(constraints), []
     # Limits at or just under what some lawful plan leaves, so that they bind and now and then exclude all.
     targets = np.flatnonzero(fine) if fine.any() else np.arange(len(PLANS))
     for metric in data.draw(st.lists(st.sampled_from(METRICS), max_size=3, unique=True)):
@@ -246,7 +246,7 @@ def test_a_sweep_is_the_front_of_its_budgets(constraints: Constraints) -> None:
     assert macs == sorted(set(macs))
     impacts = [point.impact for point in points]
     assert impacts == sorted(set(impacts), reverse=True)
-    fine, everything = lawful(constraints), impacts_of(effects)
+    fine, everything = satisfies_rules(constraints), impacts_of(effects)
     reached = [
         everything[fine & (COUNTS["macs"] <= math.floor(round(share * 100) * COUNTS["macs"].max() / 100))]
         for share in shares
@@ -272,13 +272,13 @@ def test_the_rule_that_binds_is_named() -> None:
     budget = parse_budget("macs<=60%", ARCHITECTURE, COSTS)
     heavy = max(ARCHITECTURE.blocks, key=lambda block: block.macs)
     light = min(ARCHITECTURE.blocks, key=lambda block: block.macs)
-    smallest = COUNTS["macs"][lawful(Constraints(native_only=False))].min()
+    smallest = COUNTS["macs"][satisfies_rules(Constraints(native_only=False))].min()
     tight = Budget("macs", int(smallest), f"macs<={smallest}")
     rules = Constraints(keep=(light.name, heavy.stage), native_only=False)
     with pytest.raises(BudgetError) as caught:
         check_reachable(ARCHITECTURE, COSTS, [tight], constraints=rules)
-    without = COUNTS["macs"][lawful(Constraints(keep=(light.name,), native_only=False))].min()
-    reached = COUNTS["macs"][lawful(rules)].min()
+    without = COUNTS["macs"][satisfies_rules(Constraints(keep=(light.name,), native_only=False))].min()
+    reached = COUNTS["macs"][satisfies_rules(rules)].min()
     assert f"the smallest plan has macs {reached:,} of" in str(caught.value)
     assert f"keep {heavy.stage} binds: without it macs {without:,} could be reached" in str(caught.value)
     check_reachable(ARCHITECTURE, COSTS, [budget], constraints=Constraints(native_only=False))
@@ -366,12 +366,14 @@ def test_quotas_read_as_written() -> None:
 )
 def test_rules_as_rows_are_the_rules(rules: Constraints) -> None:
     limits = rules.limits(ARCHITECTURE)
-    assert [all(limit.allows(removed) for limit in limits) for removed in SETS] == lawful(rules).tolist()
+    assert [all(limit.allows(removed) for limit in limits) for removed in SETS] == satisfies_rules(
+        rules
+    ).tolist()
 
 
 def test_what_allow_says_is_what_the_search_keeps_to() -> None:
     rules = Constraints(quotas=(Quota("Md", 2),), longest_run=3, least_resnets=1, keep=("Up2.A1",))
-    fine = lawful(rules)
+    fine = satisfies_rules(rules)
     assert 1 < fine.sum() < len(PLANS)
     assert [rules.allow(ARCHITECTURE, plan) for plan in PLANS[::7]] == fine[::7].tolist()
     assert not rules.allow(ARCHITECTURE, PLANS[-1])

@@ -24,10 +24,10 @@ from prune_lab.search import (
     Quota,
     bk_control,
     controls_at,
-    descend,
     evolve_plans,
     fit_interactions,
     greedy_plan,
+    local_search,
     lowest_one_shot,
     parse_budget,
     predicted_impact,
@@ -192,12 +192,12 @@ def test_descent_ends_where_no_neighbour_is_better(constraints: Constraints) -> 
     known = effects(2, pairs=30)
     start = sample_near(ARCHITECTURE, COSTS, [BUDGET], 1, 0, constraints)[0]
     meter = Meter(known)
-    found = descend(ARCHITECTURE, COSTS, [BUDGET], meter, start, constraints)
+    found = local_search(ARCHITECTURE, COSTS, [BUDGET], meter, start, constraints)
     assert allowed(found.plan, constraints)
     assert found.impact == pytest.approx(known.of(found.plan.removed))
     assert found.impact < known.of(start.removed)
     assert found.measured == len(meter.asked) == len(set(meter.asked))
-    again = descend(ARCHITECTURE, COSTS, [BUDGET], Meter(known), found.plan, constraints)
+    again = local_search(ARCHITECTURE, COSTS, [BUDGET], Meter(known), found.plan, constraints)
     assert again.plan == found.plan
     # One block more, one less, or one for another; only native ones where asked.
     gone = frozenset(found.plan.removed)
@@ -212,7 +212,7 @@ def test_descent_ends_where_no_neighbour_is_better(constraints: Constraints) -> 
 def test_descent_batches_a_round_and_stops_when_told() -> None:
     start = sample_near(ARCHITECTURE, COSTS, [BUDGET], 1, 0, ANY_PLAN)[0]
     meter = Meter(effects(2))
-    found = descend(ARCHITECTURE, COSTS, [BUDGET], meter, start, ANY_PLAN, rounds=1)
+    found = local_search(ARCHITECTURE, COSTS, [BUDGET], meter, start, ANY_PLAN, rounds=1)
     assert len(meter.batches) == 2
     assert len(set(found.plan.removed) ^ set(start.removed)) in (1, 2)
 
@@ -220,12 +220,12 @@ def test_descent_batches_a_round_and_stops_when_told() -> None:
 def test_descent_needs_a_start_within_the_rules() -> None:
     meter = Meter(effects())
     with pytest.raises(PlanError, match="over a budget"):
-        descend(ARCHITECTURE, COSTS, [BUDGET], meter, parse_plan("teacher", ARCHITECTURE))
+        local_search(ARCHITECTURE, COSTS, [BUDGET], meter, parse_plan("teacher", ARCHITECTURE))
     with pytest.raises(PlanError, match="no native plan"):
-        descend(ARCHITECTURE, COSTS, [BUDGET], meter, parse_plan("-Dn1.R2 -Md.R1", ARCHITECTURE))
+        local_search(ARCHITECTURE, COSTS, [BUDGET], meter, parse_plan("-Dn1.R2 -Md.R1", ARCHITECTURE))
     kept = Constraints(keep=("Md",))
     with pytest.raises(PlanError, match="start from"):
-        descend(ARCHITECTURE, COSTS, [BUDGET], meter, parse_plan("bk-small", ARCHITECTURE), kept)
+        local_search(ARCHITECTURE, COSTS, [BUDGET], meter, parse_plan("bk-small", ARCHITECTURE), kept)
     assert not meter.batches
 
 

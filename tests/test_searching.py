@@ -44,7 +44,7 @@ from prune_lab.workflow import (
     start_run,
 )
 from prune_lab.workflow.comparing import block_maps
-from prune_lab.workflow.measuring import scored_subject
+from prune_lab.workflow.measuring import run_scoring_context
 
 JOINT = "macs<=as:bk-base, params<=80%"
 
@@ -100,7 +100,7 @@ def test_a_search_that_measures_ends_no_worse_than_the_additive_one(
         run, teacher = searching(config, tmp_path / solver, solver=solver, controls=())
         plan = ensure_plans(run, teacher)[0]
         group = BlockGroup("plan", "plan", plan.removed)
-        measured[solver] = score(scored_subject(run, teacher), [group], bootstrap=0).entries[0].impact
+        measured[solver] = score(run_scoring_context(run, teacher), [group], bootstrap=0).entries[0].impact
     assert measured["interactions"] <= measured["exact"] * (1 + 1e-4)
 
 
@@ -164,7 +164,7 @@ def test_plans_are_compared_with_their_impacts_and_maps(config: RunConfig, tmp_p
             [parse_plan(texts[0], teacher.architecture), parse_plan(texts[2], teacher.architecture)]
         )
     ]
-    wanted = score(scored_subject(run, teacher), groups, bootstrap=0).impacts
+    wanted = score(run_scoring_context(run, teacher), groups, bootstrap=0).impacts
     assert frame["impact"].tolist()[1::2] == pytest.approx(wanted.tolist(), rel=1e-4)
     assert np.isnan(frame["impact"].iloc[0])
     assert len(maps) == 1 + len(teacher.architecture.stages)

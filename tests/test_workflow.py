@@ -61,7 +61,7 @@ from prune_lab.workflow import (
     start_run,
     steps_frame,
 )
-from prune_lab.workflow.judging import read_grid
+from prune_lab.workflow.ranking import read_grid
 from prune_lab.workflow.steps import first_touched
 
 
@@ -141,7 +141,7 @@ def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
         run.report.write_text("drawn")
         return run.report
 
-    monkeypatch.setattr("prune_lab.workflow.judging.write_report", write)
+    monkeypatch.setattr("prune_lab.workflow.ranking.write_report", write)
 
 
 @pytest.mark.usefixtures("quick_report")

@@ -16,8 +16,8 @@ from prune_lab.cli.application import (
     SeedOption,
     app,
 )
-from prune_lab.cli.opening import settings_of
 from prune_lab.cli.output import emit
+from prune_lab.cli.run_context import settings_of
 from prune_lab.errors import ConfigError, DataError, RunError
 
 

@@ -23,10 +23,10 @@ from prune_lab.cli.application import (
     SeedOption,
     app,
 )
-from prune_lab.cli.opening import existing, model_or_run, run_opened, settings_of
 from prune_lab.cli.output import emit, records
+from prune_lab.cli.run_context import existing, model_or_run, run_opened, settings_of
 from prune_lab.errors import RunError
-from prune_lab.processes import is_main, join, main_first
+from prune_lab.processes import is_main, join, main_process_first
 from prune_lab.runs import open_run
 
 
@@ -113,7 +113,7 @@ def distill(
         )
 
         teacher = Teacher(opened)
-        with main_first():
+        with main_process_first():
             plans = ensure_plans(opened, teacher)
             ids = tuple(plan_named(plans, text, teacher).id for text in plan)
             if force and is_main():

@@ -21,8 +21,8 @@ from prune_lab.cli.application import (
     SeedOption,
     app,
 )
-from prune_lab.cli.opening import model_or_run, run_opened, settings_of
 from prune_lab.cli.output import emit, records
+from prune_lab.cli.run_context import model_or_run, run_opened, settings_of
 from prune_lab.errors import ConfigError, RunError
 from prune_lab.runs import open_run
 

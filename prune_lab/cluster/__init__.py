@@ -6,15 +6,15 @@ imported when it is first needed.
 
 from __future__ import annotations
 
-from prune_lab.cluster.asha import Memory, Report, Trial, compete, told
+from prune_lab.cluster.asha import DecisionLog, Report, Trial, compete, tournament_from_asha
 from prune_lab.cluster.connection import Cluster, connected, everywhere, in_tasks, slots
-from prune_lab.cluster.storage import Shelf, publish
+from prune_lab.cluster.storage import ArtifactStore, publish
 
 __all__ = [
+    "ArtifactStore",
     "Cluster",
-    "Memory",
+    "DecisionLog",
     "Report",
-    "Shelf",
     "Trial",
     "compete",
     "connected",
@@ -22,5 +22,5 @@ __all__ = [
     "in_tasks",
     "publish",
     "slots",
-    "told",
+    "tournament_from_asha",
 ]

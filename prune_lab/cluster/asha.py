@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from prune_lab.cluster.connection import Cluster, check_room, last_word
-from prune_lab.ranking import Measured, Tournament, Verdict, play
+from prune_lab.ranking import HeldoutLosses, Tournament, Verdict, play
 
 Report = Callable[[int, float], None]
 """Steps taken and the loss after them; does not return when the candidate is to stop."""
@@ -24,7 +24,7 @@ Trial = Callable[[str, Report], None]
 """Trains the named candidate and reports at each rung, also at those it has been to before."""
 
 
-class Memory(Protocol):
+class DecisionLog(Protocol):
     """What ASHA decided about whom, kept where it outlives the process that decides."""
 
     def recall(self, name: str) -> Mapping[int, bool]:
@@ -34,7 +34,7 @@ class Memory(Protocol):
         """Keep one decision."""
 
 
-def scheduler_of(rungs: Sequence[int], eta: int, controls: Collection[str], memory: Memory) -> Any:
+def scheduler_of(rungs: Sequence[int], eta: int, controls: Collection[str], memory: DecisionLog) -> Any:
     """ASHA over ``rungs``, as Ray Tune wants it."""
     from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
@@ -91,7 +91,7 @@ def compete(
     rungs: Sequence[int],
     eta: int,
     trial: Trial,
-    memory: Memory,
+    memory: DecisionLog,
     *,
     controls: Collection[str] = (),
     storage: tuple[Any, str] | str,
@@ -131,10 +131,10 @@ def compete(
     return {name: last_word(error) for name, error in errors.items()}
 
 
-def told(
+def tournament_from_asha(
     names: Sequence[str],
     rungs: Sequence[int],
-    measure: Callable[[Sequence[str], int], Mapping[str, Measured]],
+    measure: Callable[[Sequence[str], int], Mapping[str, HeldoutLosses]],
     stopped: Mapping[str, int],
     keep: Collection[str] = (),
 ) -> Tournament:
@@ -149,7 +149,13 @@ def told(
         if not going:
             break
         answers = measure(going, steps)
-        here = play(going, (steps,), 2, lambda *_asked, told=answers: told, keep=set(keep) & set(going))
+        here = play(
+            going,
+            (steps,),
+            2,
+            lambda *_asked, losses=answers: losses,
+            keep=set(keep) & set(going),
+        )
         for one in here.verdicts:
             fate, reason = one.fate, one.reason
             if one.kept and stopped.get(one.name) == steps:

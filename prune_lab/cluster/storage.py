@@ -39,7 +39,7 @@ def _digest(path: Path) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Shelf:
+class ArtifactStore:
     """The folder ``key`` at ``url``, and which files were published there."""
 
     url: str
@@ -110,12 +110,12 @@ class Shelf:
         self.get(folder, [name for name in self.names if wanted(name) and not (folder / name).is_file()])
 
 
-def publish(folder: Path, names: Sequence[str], url: str) -> Shelf:
+def publish(folder: Path, names: Sequence[str], url: str) -> ArtifactStore:
     """A shelf at ``url`` with the files ``names`` of ``folder``; those that are there already are not sent again."""
     whole = hashlib.sha256()
     for name in sorted(names):
         whole.update(f"{name}:{_digest(folder / name)};".encode())
-    shelf = Shelf(url, whole.hexdigest()[:16], tuple(sorted(names)))
-    there = set(shelf.listed(""))
-    shelf.put(folder, [name for name in shelf.names if name not in there])
-    return shelf
+    store = ArtifactStore(url, whole.hexdigest()[:16], tuple(sorted(names)))
+    there = set(store.listed(""))
+    store.put(folder, [name for name in store.names if name not in there])
+    return store

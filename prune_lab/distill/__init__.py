@@ -5,15 +5,21 @@ from __future__ import annotations
 from prune_lab.distill.building import CacheBuild, build_cache, source_of, training_data
 from prune_lab.distill.cache import INDEX as CACHE_INDEX
 from prune_lab.distill.cache import LatentCache, is_cache
-from prune_lab.distill.course import Course
-from prune_lab.distill.data import Batch, LatentData, Rows, TrainingData, cached_data, draw_batch, encode_data
+from prune_lab.distill.data import (
+    Batch,
+    EncodedBatch,
+    LatentData,
+    TrainingData,
+    cached_data,
+    draw_batch,
+    encode_data,
+)
 from prune_lab.distill.encoding import LiveData
 from prune_lab.distill.features import FeaturePair, feature_pairs, tapped
 from prune_lab.distill.joint import Student
 from prune_lab.distill.loop import distill, distill_together
 from prune_lab.distill.losses import FEATURE_VARIANTS, Losses, batch_losses
 from prune_lab.distill.memory import TrainingMemory, training_memory
-from prune_lab.distill.parts import Part, held_out
 from prune_lab.distill.recovery import (
     HELDOUT_COLUMNS,
     RECOVERY_COLUMNS,
@@ -21,7 +27,9 @@ from prune_lab.distill.recovery import (
     load_heldout,
     load_recovery,
 )
-from prune_lab.distill.sources import Source, open_source
+from prune_lab.distill.setup import DistillSetup
+from prune_lab.distill.sources import PictureSource, open_source
+from prune_lab.distill.subset import Subset, held_out
 
 __all__ = [
     "CACHE_INDEX",
@@ -30,17 +38,17 @@ __all__ = [
     "RECOVERY_COLUMNS",
     "Batch",
     "CacheBuild",
-    "Course",
+    "DistillSetup",
+    "EncodedBatch",
     "FeaturePair",
     "LatentCache",
     "LatentData",
     "LiveData",
     "Losses",
-    "Part",
+    "PictureSource",
     "Recovery",
-    "Rows",
-    "Source",
     "Student",
+    "Subset",
     "TrainingData",
     "TrainingMemory",
     "batch_losses",

@@ -36,7 +36,7 @@ from prune_lab.distill.encoding import (
     picture_side,
     recipe_of,
 )
-from prune_lab.distill.sources import Source, open_source
+from prune_lab.distill.sources import PictureSource, open_source
 from prune_lab.errors import DataError, StorageError
 from prune_lab.runtime import pick_dtype, read_json, tensors_digest, track, write_json
 
@@ -88,7 +88,7 @@ def _is_kept(path: Path, key: str) -> bool:
 
 
 def _pictures(
-    source: Source, rows: Sequence[int], side: int, settings: DataConfig, pool: Executor
+    source: PictureSource, rows: Sequence[int], side: int, settings: DataConfig, pool: Executor
 ) -> list[Tensor | str]:
     """The variants (V, 3, side, side) of each of ``rows``, or why there are none."""
 
@@ -102,7 +102,7 @@ def _pictures(
 
 
 def _ahead(
-    source: Source, rows: range, side: int, settings: DataConfig, pool: Executor
+    source: PictureSource, rows: range, side: int, settings: DataConfig, pool: Executor
 ) -> Iterator[tuple[range, list[Tensor | str]]]:
     """Rows and pictures, ``settings.batch`` at a time; the next are decoded while the last are encoded."""
     chunks = [rows[start : start + settings.batch] for start in range(0, len(rows), settings.batch)]
@@ -118,7 +118,7 @@ def _ahead(
 def _build_shard(
     path: Path,
     pipeline: Any,
-    source: Source,
+    source: PictureSource,
     settings: DataConfig,
     rows: range,
     recipe: Mapping[str, str | int],
@@ -163,7 +163,7 @@ def _build_shard(
 
 
 def _finish(
-    folder: Path, pipeline: Any, source: Source, recipe: Mapping[str, str | int], paths: Sequence[Path]
+    folder: Path, pipeline: Any, source: PictureSource, recipe: Mapping[str, str | int], paths: Sequence[Path]
 ) -> None:
     """Write what is said once for the whole cache; cache.json last."""
     embedding, added = encode_nothing(pipeline)
@@ -189,7 +189,7 @@ def _finish(
 
 
 def build_cache(
-    pipeline: Any, source: Source, settings: DataConfig, folder: Path, *, force: bool = False
+    pipeline: Any, source: PictureSource, settings: DataConfig, folder: Path, *, force: bool = False
 ) -> CacheBuild:
     """The cache of ``source`` by the encoders of ``pipeline`` in ``folder``, which is made, finished or found there.
 
@@ -231,7 +231,7 @@ def build_cache(
     return CacheBuild(cache, encoded, time.perf_counter() - start)
 
 
-def source_of(settings: DataConfig) -> Source:
+def source_of(settings: DataConfig) -> PictureSource:
     """The pictures that ``settings`` name, opened. Raises DataError."""
     return open_source(
         settings.source,

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prune_lab.distill.data import Rows
+from prune_lab.distill.data import EncodedBatch
 from prune_lab.distill.encoding import encoders_digest, key_of, picture_side
 from prune_lab.errors import DataError
 from prune_lab.runtime import atomic_write, read_json
@@ -192,7 +192,7 @@ class LatentCache:
             found += opened(self.folder / shard.file)[0]["captions"]
         return tuple(found)
 
-    def rows(self, chosen: Tensor, variants: Tensor) -> Rows:
+    def rows(self, chosen: Tensor, variants: Tensor) -> EncodedBatch:
         """These pictures in these variants, read shard by shard."""
         shards = torch.searchsorted(self._starts, chosen, right=True) - 1
         inside = chosen - self._starts[shards]
@@ -211,4 +211,4 @@ class LatentCache:
             places.append(place)
         order = torch.cat(places).argsort()
         whole = {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
-        return Rows(whole["mean"], whole["log_variance"], whole["embeddings"], _added(whole))
+        return EncodedBatch(whole["mean"], whole["log_variance"], whole["embeddings"], _added(whole))

@@ -29,7 +29,7 @@ _TENSORS = ("latents", "embeddings", "empty_embedding")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rows:
+class EncodedBatch:
     """B pictures as the U-Net sees them before any noise, float32 on the CPU."""
 
     mean: Tensor  # (B, C, H, W) of the VAE's distribution, scaled by its scaling factor
@@ -71,7 +71,7 @@ class TrainingData(Protocol):
     def empty_added(self) -> Mapping[str, Tensor]:
         """SDXL: text_embeds (P,) of the empty caption."""
 
-    def rows(self, chosen: Tensor, variants: Tensor) -> Rows:
+    def rows(self, chosen: Tensor, variants: Tensor) -> EncodedBatch:
         """The pictures ``chosen`` (B,) int64, each in its variant of ``variants`` (B,) int64; free to be changed."""
 
 
@@ -112,10 +112,10 @@ class LatentData:
         named |= {f"added.{name}": tensor for name, tensor in self.added.items()}
         return named | {f"empty_added.{name}": tensor for name, tensor in self.empty_added.items()}
 
-    def rows(self, chosen: Tensor, variants: Tensor | None = None) -> Rows:
+    def rows(self, chosen: Tensor, variants: Tensor | None = None) -> EncodedBatch:
         """These rows with their modes as latents; there is one variant of each."""
         added = {name: tensor[chosen] for name, tensor in self.added.items()}
-        return Rows(self.latents[chosen], None, self.embeddings[chosen], added)
+        return EncodedBatch(self.latents[chosen], None, self.embeddings[chosen], added)
 
     @property
     def variants(self) -> int:

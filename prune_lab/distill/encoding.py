@@ -18,8 +18,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from prune_lab.config import DataConfig
-from prune_lab.distill.data import Rows, encoder_weights, size_ids, stream
-from prune_lab.distill.sources import Source
+from prune_lab.distill.data import EncodedBatch, encoder_weights, size_ids, stream
+from prune_lab.distill.sources import PictureSource
 from prune_lab.errors import DataError
 from prune_lab.probes import encode_captions
 from prune_lab.runtime import tensors_digest
@@ -129,7 +129,7 @@ def encoders_digest(pipeline: Any) -> str:
     return hashlib.sha256(f"{tensors_digest(rounded)} {more}".encode()).hexdigest()[:16]
 
 
-def recipe_of(pipeline: Any, source: Source, settings: DataConfig) -> dict[str, str | int]:
+def recipe_of(pipeline: Any, source: PictureSource, settings: DataConfig) -> dict[str, str | int]:
     """Everything that decides the numbers of a cache, and its division into files."""
     return {
         "encoders": encoders_digest(pipeline),
@@ -158,14 +158,14 @@ class LiveData:
     """Training data that are encoded whenever they are asked for; what a float32 cache holds, up to rounding."""
 
     pipeline: Any
-    source: Source
+    source: PictureSource
     settings: DataConfig
     key: str
     empty_embedding: Tensor
     empty_added: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, pipeline: Any, source: Source, settings: DataConfig) -> LiveData:
+    def of(cls, pipeline: Any, source: PictureSource, settings: DataConfig) -> LiveData:
         """The pictures of ``source`` by the encoders of ``pipeline``."""
         key = key_of(recipe_of(pipeline, source, settings) | {"format": "none", "shard": 0})
         return cls(pipeline, source, settings, key, *encode_nothing(pipeline))
@@ -203,13 +203,13 @@ class LiveData:
             ) from None
         return framed(picture, picture_side(self.pipeline), self.settings, row, (variant,))
 
-    def rows(self, chosen: Tensor, variants: Tensor) -> Rows:
+    def rows(self, chosen: Tensor, variants: Tensor) -> EncodedBatch:
         """These pictures in these variants. Raises DataError that names a picture which cannot be read."""
         pairs = zip(chosen.tolist(), variants.tolist(), strict=True)
         pixels = torch.cat([self._pixels(row, variant) for row, variant in pairs])
         captions = [self.source.captions[row] for row in chosen.tolist()]
         size = self.settings.batch
-        return Rows(
+        return EncodedBatch(
             *encode_distributions(self.pipeline, pixels, batch=size),
             *encode_texts(self.pipeline, captions, batch=size),
         )

@@ -21,7 +21,7 @@ from prune_lab.config import DistillConfig
 from prune_lab.distill.checkpoint import TrainingState
 from prune_lab.distill.data import Batch
 from prune_lab.distill.features import FeaturePair
-from prune_lab.distill.losses import student_losses, teacher_answer
+from prune_lab.distill.losses import student_losses, teacher_output
 from prune_lab.errors import DeviceError
 from prune_lab.runtime import note
 
@@ -38,7 +38,7 @@ class Student:
 
 
 @dataclass(slots=True, eq=False)
-class Trainee:
+class StudentState:
     """A student in training; ``failure`` says why it was stopped, empty while it goes on."""
 
     student: Student
@@ -105,7 +105,7 @@ def _unshared(forward: Callable[..., Any]) -> contextlib.AbstractContextManager[
 
 def _passes(
     teacher: nn.Module,
-    trainees: Sequence[Trainee],
+    student_states: Sequence[StudentState],
     batch: Batch,
     settings: DistillConfig,
     precision: torch.dtype,
@@ -113,25 +113,25 @@ def _passes(
 ) -> Tensor:
     """Losses of every student, (students, 3) float32: task, output, feature; gradients are left in the students."""
     count = len(batch.timesteps)
-    wanted = [pair.teacher_path for trainee in trainees for pair in trainee.student.pairs]
-    sums = torch.zeros(len(trainees), 3, device=batch.noisy.device)
-    for trainee in trainees:
-        trainee.state.optimizer.zero_grad(set_to_none=True)
+    wanted = [pair.teacher_path for student_state in student_states for pair in student_state.student.pairs]
+    sums = torch.zeros(len(student_states), 3, device=batch.noisy.device)
+    for student_state in student_states:
+        student_state.state.optimizer.zero_grad(set_to_none=True)
     for first in range(0, count, micro):
         chunk = part_of(batch, slice(first, first + micro))
         share = len(chunk.timesteps) / count
-        answer = teacher_answer(teacher, wanted, chunk, precision)
-        for place, trainee in enumerate(trainees):
+        answer = teacher_output(teacher, wanted, chunk, precision)
+        for place, student_state in enumerate(student_states):
             last = first + micro >= count
-            with contextlib.nullcontext() if last else _unshared(trainee.forward):
+            with contextlib.nullcontext() if last else _unshared(student_state.forward):
                 losses = student_losses(
-                    trainee.state.student,
+                    student_state.state.student,
                     answer,
-                    trainee.student.pairs,
+                    student_state.student.pairs,
                     chunk,
                     variant=settings.loss_variant,
                     precision=precision,
-                    forward=trainee.forward,
+                    forward=student_state.forward,
                 )
                 (share * losses.total(settings)).backward()  # type: ignore[no-untyped-call]
             parts = torch.stack([losses.task.detach(), losses.output.detach(), losses.feature.detach()])
@@ -141,7 +141,7 @@ def _passes(
 
 def joint_step(
     teacher: nn.Module,
-    trainees: Sequence[Trainee],
+    student_states: Sequence[StudentState],
     batch: Batch,
     settings: DistillConfig,
     *,
@@ -159,20 +159,20 @@ def joint_step(
     """
     while True:
         try:
-            sums = _passes(teacher, trainees, batch, settings, precision, micro)
+            sums = _passes(teacher, student_states, batch, settings, precision, micro)
             break
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
             reason = str(error).splitlines()[0]
         # out of the except clause, whose traceback keeps the activations alive
-        for trainee in trainees:
-            trainee.state.optimizer.zero_grad(set_to_none=True)
+        for student_state in student_states:
+            student_state.state.optimizer.zero_grad(set_to_none=True)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if micro == 1 or accelerator.num_processes > 1:
             raise DeviceError(
-                f"asked to distil {len(trainees)} students, {micro} samples at a time, found no memory ({reason}); "
+                f"asked to distil {len(student_states)} students, {micro} samples at a time: no memory ({reason}); "
                 "set distill.together or distill.micro_batch lower, or distill.gradient_checkpointing"
             )
         micro = -(-micro // 2)
@@ -182,30 +182,30 @@ def joint_step(
     if accelerator.num_processes > 1:
         sums = accelerator.reduce(sums, reduction="mean")
     norms = []
-    for trainee in trainees:
-        rate = rate_at(settings, trainee.state.step + 1)
-        for group in trainee.state.optimizer.param_groups:
+    for student_state in student_states:
+        rate = rate_at(settings, student_state.state.step + 1)
+        for group in student_state.state.optimizer.param_groups:
             group["lr"] = rate
-        parameters = list(trainee.state.student.parameters())
+        parameters = list(student_state.state.student.parameters())
         norms.append(nn.utils.clip_grad_norm_(parameters, settings.clip_norm or math.inf).detach())
     weights = (settings.task_weight, settings.output_weight, settings.feature_weight)
     rows = torch.cat(
         [sums, torch.stack(norms)[:, None]], dim=1
     ).tolist()  # one wait for the device, not one each
     values = []
-    for trainee, (*parts, norm) in zip(trainees, rows, strict=True):
+    for student_state, (*parts, norm) in zip(student_states, rows, strict=True):
         total = sum(weight * loss for weight, loss in zip(weights, parts, strict=True))
-        _update(trainee, total, norm)
+        _update(student_state, total, norm)
         values.append((*parts, total))
     return values, micro
 
 
-def _update(trainee: Trainee, total: float, norm: float) -> None:
-    state = trainee.state
+def _update(student_state: StudentState, total: float, norm: float) -> None:
+    state = student_state.state
     for what, value in (("loss", total), ("gradient", norm)):
         if not math.isfinite(value):
             state.optimizer.zero_grad(set_to_none=True)
-            trainee.failure = no_longer_finite(what, state.step + 1)
+            student_state.failure = no_longer_finite(what, state.step + 1)
             return
     state.optimizer.step()
     state.ema.step(list(state.student.parameters()))

@@ -16,25 +16,25 @@ from accelerate import Accelerator
 from torch import nn
 
 from prune_lab.config import DistillConfig
-from prune_lab.distill.course import (
+from prune_lab.distill.data import draw_batch
+from prune_lab.distill.features import FeaturePair
+from prune_lab.distill.joint import Student, compiled_blocks, joint_step, rate_at
+from prune_lab.distill.memory import training_memory
+from prune_lab.distill.recovery import Recovery, verdict_path
+from prune_lab.distill.setup import (
     VALIDATION,
-    Course,
-    Desk,
+    DistillSetup,
+    StudentRun,
     averaged,
     check_fit,
     fingerprint_of,
     finished,
     seen_alike,
 )
-from prune_lab.distill.data import draw_batch
-from prune_lab.distill.features import FeaturePair
-from prune_lab.distill.joint import Student, compiled_blocks, joint_step, rate_at
-from prune_lab.distill.memory import training_memory
-from prune_lab.distill.recovery import Recovery, verdict_path
 from prune_lab.distill.tracking import Log, tracked
 from prune_lab.errors import ConfigError
 from prune_lab.probes import Probe
-from prune_lab.processes import gathered, join
+from prune_lab.processes import gather_object, join
 from prune_lab.runs import CandidatePaths
 from prune_lab.runtime import note, track
 
@@ -45,46 +45,53 @@ if TYPE_CHECKING:
 # Steps -------------------------------------------------------------------------------------------------------------
 
 
-def _look(course: Course, desk: Desk, log: Log, step: int, until: int) -> None:
+def _look(setup: DistillSetup, run: StudentRun, log: Log, step: int, until: int) -> None:
     """After a step: the held-out loss, a grid of pictures, the tables and a checkpoint, where they are due."""
-    trainee, settings, start = desk.trainee, course.settings, time.perf_counter()
-    state, last = trainee.state, step == until
+    student_state, settings, start = run.student_state, setup.settings, time.perf_counter()
+    state, last = student_state.state, step == until
     judged = last or step % settings.validate_every == 0
     if judged:
-        log({f"{desk.paths.folder.name}/heldout": desk.judge(course.validation, settings.diverged)}, step)
-    if settings.grid_every and course.draw and desk.main and (last or step % settings.grid_every == 0):
+        log({f"{run.paths.folder.name}/heldout": run.judge(setup.validation, settings.diverged)}, step)
+    if settings.grid_every and setup.draw and run.main and (last or step % settings.grid_every == 0):
         with averaged(state) as unet:
-            course.draw(unet, desk.paths.grids / f"step-{step:06d}.png")
+            setup.draw(unet, run.paths.grids / f"step-{step:06d}.png")
     state.seconds += time.perf_counter() - start
-    if trainee.failure:
-        desk.save()
+    if student_state.failure:
+        run.save()
         return
     if judged:
-        desk.write_tables()
+        run.write_tables()
     if step % settings.checkpoint_every == 0 and not last:
-        desk.save()
+        run.save()
 
 
 def _train(
-    course: Course, desks: Sequence[Desk], until: int, micro: int, accelerator: Accelerator, log: Log
+    setup: DistillSetup,
+    runs: Sequence[StudentRun],
+    until: int,
+    micro: int,
+    accelerator: Accelerator,
+    log: Log,
 ) -> None:
     """Take the steps that are left, students that are at the same step together; failures end up in the trainees."""
-    settings, names = course.settings, [desk.paths.folder.name for desk in desks]
-    precision = course.precision(accelerator)
+    settings, names = setup.settings, [run.paths.folder.name for run in runs]
+    precision = setup.precision(accelerator)
     share = settings.batch // accelerator.num_processes
     own = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-    first = min(desk.trainee.state.step for desk in desks) + 1
+    first = min(run.student_state.state.step for run in runs) + 1
     title = names[0] if len(names) == 1 else f"{len(names)} students"
     samples = settings.batch * len(names)
     for step in track(range(first, until + 1), f"distil {title}", unit="samples", per=samples):
-        active = [desk for desk in desks if not desk.trainee.failure and desk.trainee.state.step == step - 1]
+        active = [
+            run for run in runs if not run.student_state.failure and run.student_state.state.step == step - 1
+        ]
         if not active:
             continue
         start = time.perf_counter()
-        batch = draw_batch(course.data, course.scheduler, settings, step, course.device, part=own)
+        batch = draw_batch(setup.data, setup.scheduler, settings, step, setup.device, part=own)
         values, micro = joint_step(
-            course.teacher,
-            [desk.trainee for desk in active],
+            setup.teacher,
+            [run.student_state for run in active],
             batch,
             settings,
             precision=precision,
@@ -92,20 +99,20 @@ def _train(
             accelerator=accelerator,
         )
         took = (time.perf_counter() - start) / len(active)
-        for desk, losses in zip(active, values, strict=True):
-            trainee, name = desk.trainee, desk.paths.folder.name
-            if trainee.failure:
-                desk.save()  # the last good state
+        for run, losses in zip(active, values, strict=True):
+            student_state, name = run.student_state, run.paths.folder.name
+            if student_state.failure:
+                run.save()  # the last good state
                 continue
-            trainee.state.seconds += took
+            student_state.state.seconds += took
             rate = rate_at(settings, step)
-            trainee.state.history.append((step, *losses, math.nan, rate, trainee.state.seconds))
+            student_state.state.history.append((step, *losses, math.nan, rate, student_state.state.seconds))
             parts = zip(("task", "output", "feature", "total"), losses, strict=True)
             log({f"{name}/{part}": loss for part, loss in parts}, step)
-            _look(course, desk, log, step, until)
-    for desk in desks:
-        if not desk.trainee.failure and math.isnan(desk.trainee.state.history[-1][VALIDATION]):
-            _look(course, desk, log, until, until)  # resumed at its last step, which was not validated then
+            _look(setup, run, log, step, until)
+    for run in runs:
+        if not run.student_state.failure and math.isnan(run.student_state.state.history[-1][VALIDATION]):
+            _look(setup, run, log, until, until)  # resumed at its last step, which was not validated then
 
 
 # Students ----------------------------------------------------------------------------------------------------------
@@ -124,59 +131,59 @@ def _parallel(student: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _turn(
-    course: Course,
-    desks: Sequence[Desk],
+    setup: DistillSetup,
+    runs: Sequence[StudentRun],
     until: int,
     micro: int,
     accelerator: Accelerator,
     *,
     keep_checkpoint: bool,
 ) -> list[Recovery]:
-    """Distil the students at ``desks``, which fit into memory together, and write what came of them."""
-    settings = course.settings
+    """Distil the students at ``runs``, which fit into memory together, and write what came of them."""
+    settings = setup.settings
     with contextlib.ExitStack() as stack:
         if settings.compile:
-            taps = [pair.teacher_path for desk in desks for pair in desk.trainee.student.pairs]
-            stack.enter_context(compiled_blocks(course.teacher, taps))
-        for desk in desks:
-            trainee = desk.trainee
+            taps = [pair.teacher_path for run in runs for pair in run.student_state.student.pairs]
+            stack.enter_context(compiled_blocks(setup.teacher, taps))
+        for run in runs:
+            student_state = run.student_state
             if settings.compile:
-                own = [pair.student_path for pair in trainee.student.pairs]
-                stack.enter_context(compiled_blocks(trainee.state.student, own))
-            desk.resume(course.validation, until)
+                own = [pair.student_path for pair in student_state.student.pairs]
+                stack.enter_context(compiled_blocks(student_state.state.student, own))
+            run.resume(setup.validation, until)
             if accelerator.num_processes > 1:
-                trainee.forward = _parallel(trainee.state.student, accelerator.device)
-        logs = course.logs or desks[0].paths.distilled
+                student_state.forward = _parallel(student_state.state.student, accelerator.device)
+        logs = setup.logs or runs[0].paths.distilled
         log = stack.enter_context(tracked(settings.trackers, logs, dataclasses.asdict(settings)))
-        _train(course, desks, until, micro, accelerator, log)
+        _train(setup, runs, until, micro, accelerator, log)
     accelerator.free_memory()
-    return [desk.end(keep_checkpoint=keep_checkpoint) for desk in desks]
+    return [run.end(keep_checkpoint=keep_checkpoint) for run in runs]
 
 
-def _sizes(course: Course, unet: nn.Module, students: int, share: int) -> tuple[int, int]:
+def _sizes(setup: DistillSetup, unet: nn.Module, students: int, share: int) -> tuple[int, int]:
     """(students at once, samples at a time): those of the settings, or what fits into memory; the estimate is shown.
 
     The same in all processes, as the one with the least memory needs it.
     """
-    settings = course.settings
+    settings = setup.settings
     wanted = (settings.together or students, settings.micro_batch or share)
     memory = training_memory(
-        course.teacher,
+        setup.teacher,
         unet,
-        tokens=course.validation.embeddings.shape[1],
-        device=torch.device(course.device),
+        tokens=setup.validation.embeddings.shape[1],
+        device=torch.device(setup.device),
         checkpointing=settings.gradient_checkpointing,
     )
-    if torch.device(course.device).type == "cpu":  # which the processes of one machine share
+    if torch.device(setup.device).type == "cpu":  # which the processes of one machine share
         memory = dataclasses.replace(memory, free=memory.free // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    together, micro = map(min, zip(*gathered(memory.fit(*wanted)), strict=True))
+    together, micro = map(min, zip(*gather_object(memory.fit(*wanted)), strict=True))
     sizes = settings.together or together, settings.micro_batch or micro
     note(memory.words(min(sizes[0], students), sizes[1]))
     return sizes
 
 
 def distill_together(
-    course: Course,
+    setup: DistillSetup,
     students: Sequence[Student],
     *,
     until: int | None = None,
@@ -196,7 +203,7 @@ def distill_together(
     A loss or gradient that is not finite, or a held-out loss ``settings.diverged`` times that before training, ends a
     student with status "failed" and the step in ``reason``; the last good state stays in its checkpoint, no
     distilled/unet is written, and the others go on. What has ended already is read back and not trained again.
-    Students are trained in float32 on ``course.device`` and left in eval mode with the averaged weights; the
+    Students are trained in float32 on ``setup.device`` and left in eval mode with the averaged weights; the
     teacher is left as it was found. Under ``accelerate launch`` every process takes its share of each batch and of the
     held-out rows, and the main one writes; ``processes.leave`` ends that when nothing more is to be distilled.
 
@@ -205,7 +212,7 @@ def distill_together(
     that shards weights or where memory does not hold one sample, ConfigError when processes cannot share the batch
     evenly, StorageError when writing fails.
     """
-    settings, teacher = course.settings, course.teacher
+    settings, teacher = setup.settings, setup.teacher
     until = settings.steps if until is None else until
     accelerator = join()
     world = accelerator.num_processes
@@ -215,19 +222,19 @@ def distill_together(
             f"give a multiple of {world}"
         )
     if world > 1:
-        course = dataclasses.replace(course, device=accelerator.device)
-    course.precision(accelerator)
+        setup = dataclasses.replace(setup, device=accelerator.device)
+    setup.precision(accelerator)
     origin = next(teacher.parameters()).device
     training = [module for module in teacher.modules() if module.training]
     recoveries: dict[int, Recovery] = {}
-    waiting: dict[int, Desk] = {}
+    waiting: dict[int, StudentRun] = {}
     sizes = None
     try:
-        teacher.eval().to(course.device)
+        teacher.eval().to(setup.device)
         for place, student in enumerate(students):
             paths, unet = CandidatePaths(Path(student.folder)), student.load()
-            check_fit(unet, course.data)
-            fingerprint = fingerprint_of(course, unet, student.pairs)
+            check_fit(unet, setup.data)
+            fingerprint = fingerprint_of(setup, unet, student.pairs)
             if force and accelerator.is_main_process:
                 verdict_path(paths).unlink(missing_ok=True)
                 paths.checkpoint.unlink(missing_ok=True)
@@ -237,11 +244,11 @@ def distill_together(
             if known is not None:
                 recoveries[place] = known
             else:
-                sizes = sizes or _sizes(course, unet, len(students) - place, settings.batch // world)
-                waiting[place] = Desk.of(course, student, unet, fingerprint, accelerator)
+                sizes = sizes or _sizes(setup, unet, len(students) - place, settings.batch // world)
+                waiting[place] = StudentRun.of(setup, student, unet, fingerprint, accelerator)
             if waiting and sizes and (len(waiting) == sizes[0] or place == len(students) - 1):
-                desks = list(waiting.values())
-                found = _turn(course, desks, until, sizes[1], accelerator, keep_checkpoint=keep_checkpoint)
+                runs = list(waiting.values())
+                found = _turn(setup, runs, until, sizes[1], accelerator, keep_checkpoint=keep_checkpoint)
                 recoveries |= dict(zip(waiting, found, strict=True))
                 waiting.clear()
     finally:
@@ -270,7 +277,7 @@ def distill(
 
     ``student`` is trained in place and left in eval mode with the averaged weights.
     """
-    course = Course(teacher, data, scheduler, settings, validation, device)
+    setup = DistillSetup(teacher, data, scheduler, settings, validation, device)
     one = Student(lambda: student, tuple(pairs), Path(folder))
-    (recovery,) = distill_together(course, [one], force=force, keep_checkpoint=keep_checkpoint)
+    (recovery,) = distill_together(setup, [one], force=force, keep_checkpoint=keep_checkpoint)
     return recovery

@@ -116,16 +116,16 @@ class Losses:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class TeacherOutput:
     """What the teacher says to one batch, without gradients: every student of the batch is held against it."""
 
     prediction: Tensor  # (B, C, H, W) float32
     features: Mapping[str, Tensor]  # by module path of the teacher, in the format of its forward pass
 
 
-def teacher_answer(
+def teacher_output(
     teacher: nn.Module, paths: Iterable[str], batch: Batch, precision: torch.dtype | None = None
-) -> Answer:
+) -> TeacherOutput:
     """The teacher's prediction for ``batch`` and the features at its modules ``paths``; one forward pass.
 
     ``precision`` None is the format of its weights; bfloat16 puts a float32 teacher under autocast.
@@ -133,12 +133,12 @@ def teacher_answer(
     with tapped(teacher, tuple(dict.fromkeys(paths))) as features, torch.no_grad():
         with _autocast(batch, precision or torch.float32):
             prediction = _predict(teacher, batch, next(teacher.parameters()).dtype)
-        return Answer(prediction.float(), dict(features))
+        return TeacherOutput(prediction.float(), dict(features))
 
 
 def student_losses(
     student: nn.Module,
-    answer: Answer,
+    answer: TeacherOutput,
     pairs: Sequence[FeaturePair],
     batch: Batch,
     *,
@@ -177,7 +177,7 @@ def batch_losses(
 
     A teacher in bfloat16 puts the student's forward pass under autocast in bfloat16; its weights stay as they are.
     """
-    answer = teacher_answer(teacher, [pair.teacher_path for pair in pairs], batch)
+    answer = teacher_output(teacher, [pair.teacher_path for pair in pairs], batch)
     precision = next(teacher.parameters()).dtype
     return student_losses(student, answer, pairs, batch, variant=variant, precision=precision)
 

@@ -1,7 +1,7 @@
 """Pictures with captions from wherever they lie: found by name at once, read one by one when they are asked for.
 
 A source is the shipped pictures, a folder of pictures, Parquet files, webdataset tars, or a data set on the hub. A
-picture without a caption, or a caption without a picture, is left out and named in ``Source.left_out``.
+picture without a caption, or a caption without a picture, is left out and named in ``PictureSource.left_out``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _KINDS = "give reference, a folder of pictures, .parquet or .tar files (also as 
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Source:
+class PictureSource:
     """N pictures with a caption each.
 
     ``digest`` covers the captions, and of the pictures the names, sizes and times of change of their files (of a data
@@ -115,7 +115,7 @@ def _text_beside(picture: Path) -> str | None:
         ) from None
 
 
-def _folder(title: str, files: Sequence[Path], captions: str) -> Source:
+def _folder(title: str, files: Sequence[Path], captions: str) -> PictureSource:
     """Pictures named in metadata files, or else with a .txt file of the same name beside each."""
     pictures = {path: False for path in files if path.suffix.lower() in PICTURE_FILES}  # whether told of
     tables = [path for path in files if path.name in _METADATA]
@@ -139,7 +139,7 @@ def _folder(title: str, files: Sequence[Path], captions: str) -> Source:
             "give a metadata.csv with the columns file_name and caption, or a .txt file beside each picture"
         )
     paths, texts = zip(*kept, strict=True)
-    return Source(
+    return PictureSource(
         title,
         texts,
         _digest(texts, _stamps(paths)),
@@ -152,7 +152,7 @@ def _folder(title: str, files: Sequence[Path], captions: str) -> Source:
 # Tars ------------------------------------------------------------------------------------------------------------
 
 
-def _tars(title: str, paths: Sequence[Path], image: str, captions: str) -> Source:
+def _tars(title: str, paths: Sequence[Path], image: str, captions: str) -> PictureSource:
     spans: list[Span] = []
     texts: list[str] = []
     left_out, kinds = [], set()
@@ -173,7 +173,7 @@ def _tars(title: str, paths: Sequence[Path], image: str, captions: str) -> Sourc
             "samples need a picture such as .jpg and a .txt or .json of the same name, or other names in "
             "data.image_column and data.caption_column"
         )
-    return Source(
+    return PictureSource(
         title,
         tuple(texts),
         _digest(texts, [span.name for span in spans], _stamps(paths)),
@@ -216,7 +216,7 @@ def _file_of(value: Any) -> bytes:
     return value
 
 
-def _rows(title: str, table: Any, image: str, captions: str, origin: object) -> Source:
+def _rows(title: str, table: Any, image: str, captions: str, origin: object) -> PictureSource:
     with _datasets(title) as datasets:
         image = _column(table.column_names, image, IMAGE_COLUMNS, "image_column", title)
         captions = _column(table.column_names, captions, CAPTION_COLUMNS, "caption_column", title)
@@ -234,7 +234,7 @@ def _rows(title: str, table: Any, image: str, captions: str, origin: object) -> 
         raise DataError(
             f"asked for the captions of {title}, found none in its {len(texts):,} rows; fill them in"
         )
-    return Source(
+    return PictureSource(
         title,
         tuple(texts[row] for row in kept),
         _digest(origin, image, texts),
@@ -244,13 +244,13 @@ def _rows(title: str, table: Any, image: str, captions: str, origin: object) -> 
     )
 
 
-def _parquet(title: str, paths: Sequence[Path], image: str, captions: str) -> Source:
+def _parquet(title: str, paths: Sequence[Path], image: str, captions: str) -> PictureSource:
     with _datasets(title) as datasets:
         table = datasets.load_dataset("parquet", data_files=[str(path) for path in paths], split="train")
     return _rows(title, table, image, captions, _stamps(paths))
 
 
-def _hub(title: str, image: str, captions: str) -> Source:
+def _hub(title: str, image: str, captions: str) -> PictureSource:
     with _datasets(title) as datasets:
         table = datasets.load_dataset(title, split="train")
     return _rows(
@@ -258,11 +258,11 @@ def _hub(title: str, image: str, captions: str) -> Source:
     )  # of the files' revisions, not of this machine
 
 
-def _shipped() -> Source:
+def _shipped() -> PictureSource:
     frame = load_pictures("train")
     pictures, captions = list(frame["picture"]), tuple(frame["caption"])
     digest = hashlib.sha256(b"".join(pictures)).hexdigest()  # a few MB, and a new install changes their times
-    return Source(
+    return PictureSource(
         "reference",
         captions,
         _digest(digest, captions),
@@ -274,7 +274,7 @@ def _shipped() -> Source:
 # All -------------------------------------------------------------------------------------------------------------
 
 
-def _opened(text: str, image: str, captions: str) -> Source:
+def _opened(text: str, image: str, captions: str) -> PictureSource:
     path = Path(text).expanduser()
     if text == "reference":
         return _shipped()
@@ -304,7 +304,7 @@ def _opened(text: str, image: str, captions: str) -> Source:
 
 def open_source(
     text: str, *, image_column: str = "", caption_column: str = "", limit: int = 0, seed: int = 0
-) -> Source:
+) -> PictureSource:
     """The pictures that ``text`` names: ``reference``, a folder, .parquet or .tar files or a glob of them, or a hub id.
 
     With ``limit`` that many of them, in an order drawn with ``seed``. Raises DataError when there are none, when a file
@@ -314,7 +314,7 @@ def open_source(
     if not limit or limit >= len(source):
         return source
     order = torch.randperm(len(source), generator=seeded(seed))[:limit].tolist()
-    return Source(
+    return PictureSource(
         text,
         tuple(source.captions[row] for row in order),
         _digest(source.digest, order),

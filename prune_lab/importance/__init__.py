@@ -7,15 +7,22 @@ from prune_lab.importance.agreement import (
     STABILITY_COLUMNS,
     additivity,
     agreement,
-    conclusions,
-    foretold,
+    describe_agreement,
+    describe_stability,
+    predictive_correlation,
     random_plans,
     stability,
-    steadiness,
 )
 from prune_lab.importance.cache import ScoreCache
-from prune_lab.importance.criteria import CRITERIA, DRAWING, WALKED, Criterion, check_race, criterion_named
-from prune_lab.importance.measured import Drawing, Measured, Samples, Subject
+from prune_lab.importance.context import GenerationSettings, Samples, SampleScores, ScoringContext
+from prune_lab.importance.criteria import (
+    CRITERIA,
+    NEEDS_PIPELINE,
+    ONE_STEP,
+    Criterion,
+    check_race,
+    criterion_named,
+)
 from prune_lab.importance.racing import Race
 from prune_lab.importance.scoring import score, score_groups
 from prune_lab.importance.tables import (
@@ -31,30 +38,30 @@ __all__ = [
     "AGREEMENT_COLUMNS",
     "COLUMNS",
     "CRITERIA",
-    "DRAWING",
+    "NEEDS_PIPELINE",
+    "ONE_STEP",
     "PARTS_COLUMNS",
     "STABILITY_COLUMNS",
-    "WALKED",
     "Criterion",
-    "Drawing",
+    "GenerationSettings",
     "Importance",
     "ImportanceTable",
-    "Measured",
     "Race",
+    "SampleScores",
     "Samples",
     "ScoreCache",
-    "Subject",
+    "ScoringContext",
     "additivity",
     "agreement",
     "check_race",
-    "conclusions",
     "criterion_named",
-    "foretold",
+    "describe_agreement",
+    "describe_stability",
     "importance_from_frame",
+    "predictive_correlation",
     "random_plans",
     "score",
     "score_groups",
     "stability",
-    "steadiness",
     "with_psnr",
 ]

@@ -74,7 +74,7 @@ def added_up(table: ImportanceTable, plans: Sequence[BlockGroup]) -> NDArray[np.
     return np.array([sum(impacts[name] for name in plan.blocks) for plan in plans])
 
 
-def foretold(
+def predictive_correlation(
     tables: Sequence[ImportanceTable],
     plans: Sequence[BlockGroup],
     outcomes: NDArray[np.float64],
@@ -200,7 +200,7 @@ def stability(
     return pd.DataFrame(rows, columns=list(STABILITY_COLUMNS))
 
 
-def steadiness(found: pd.DataFrame) -> tuple[str, ...]:
+def describe_stability(found: pd.DataFrame) -> tuple[str, ...]:
     """A sentence for each thing that ``stability`` varied, of the middle one of its numbers of groups."""
     lines = []
     for part, what in (
@@ -225,8 +225,10 @@ def steadiness(found: pd.DataFrame) -> tuple[str, ...]:
 Row = Mapping[Hashable, Any]
 
 
-def conclusions(found: pd.DataFrame, sums: pd.DataFrame, efforts: Mapping[str, float]) -> tuple[str, ...]:
-    """What may be concluded, a sentence each, from ``agreement`` and ``foretold`` together and from ``additivity``.
+def describe_agreement(
+    found: pd.DataFrame, sums: pd.DataFrame, efforts: Mapping[str, float]
+) -> tuple[str, ...]:
+    """What may be concluded, a sentence each, from ``agreement``, ``predictive_correlation`` and ``additivity``.
 
     ``efforts`` holds the forward-equivalents that each criterion took. The first criterion leads.
     """

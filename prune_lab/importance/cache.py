@@ -80,7 +80,7 @@ class ScoreCache:
         self._values[f"{criterion}/{key}"] = whole
         self._changed = True
 
-    def shelf(self, inputs: str) -> ScoreCache:
+    def for_inputs(self, inputs: str) -> ScoreCache:
         """The cache beside this one for other inputs of the same model, such as prompts; kept for the next time."""
         if inputs not in self._shelves:
             path = (
@@ -91,8 +91,8 @@ class ScoreCache:
 
     def save(self, *, now: bool = True) -> None:
         """Write the file, whole or not at all; without ``now`` only when the last time is a while ago."""
-        for shelf in self._shelves.values():
-            shelf.save(now=now)
+        for for_inputs in self._shelves.values():
+            for_inputs.save(now=now)
         if self.path is None or not self._changed:
             return
         if not now and time.monotonic() - self._saved < _SAVE_EVERY:

@@ -1,4 +1,4 @@
-"""The table of criteria: one signature, (subject, groups) -> what was measured."""
+"""The table of criteria: one signature, (context, groups) -> what was measured."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from prune_lab.blocks import BlockGroup
 from prune_lab.errors import ConfigError, UnknownCriterionError
 from prune_lab.importance.activations import similarity
+from prune_lab.importance.context import SampleScores, ScoringContext
 from prune_lab.importance.gates import gate_fisher, gate_gradient, gate_path
-from prune_lab.importance.measured import Measured, Subject
 from prune_lab.importance.outputs import denoising_loss, output_cosine, output_mse
 from prune_lab.importance.trajectories import clip_score, image_change, latent_shift
-from prune_lab.importance.weights import chance, magnitude, taylor
+from prune_lab.importance.weights import magnitude, random_scores, taylor
 
-Criterion = Callable[[Subject, Sequence[BlockGroup]], Measured]
+Criterion = Callable[[ScoringContext, Sequence[BlockGroup]], SampleScores]
 
 CRITERIA: dict[str, Criterion] = {
     "output-mse": output_mse,
@@ -28,11 +28,11 @@ CRITERIA: dict[str, Criterion] = {
     "gate-fisher": gate_fisher,
     "gate-path": gate_path,
     "similarity": similarity,
-    "random": chance,
+    "random": random_scores,
 }
-WALKED = frozenset({"output-mse", "output-cosine", "denoising-loss"})
+ONE_STEP = frozenset({"output-mse", "output-cosine", "denoising-loss"})
 """The criteria that one walk of the U-Net answers together."""
-DRAWING = frozenset({"latent-shift", "clip-score", "image-change"})
+NEEDS_PIPELINE = frozenset({"latent-shift", "clip-score", "image-change"})
 """The criteria that draw pictures and so need a whole pipeline."""
 
 
@@ -48,8 +48,8 @@ def criterion_named(name: str) -> Criterion:
 
 def check_race(name: str) -> None:
     """Raise ConfigError when the criterion called ``name`` does not measure single samples in a walk."""
-    if name not in WALKED:
+    if name not in ONE_STEP:
         raise ConfigError(
-            f"asked to race by {name}, which does not measure single samples; race by {', '.join(sorted(WALKED))}, "
+            f"asked to race by {name}, which does not measure single samples; race by {', '.join(sorted(ONE_STEP))}, "
             "or leave the race out"
         )

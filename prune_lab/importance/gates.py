@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from prune_lab.blocks import Architecture, BlockGroup
-from prune_lab.fanout import Effort
-from prune_lab.importance.listening import heard_blocks, learning_only
-from prune_lab.importance.measured import Measured, Samples, Subject, checked
+from prune_lab.importance.context import Samples, SampleScores, ScoringContext, checked
+from prune_lab.importance.hooks import block_hooks, only_requires_grad
+from prune_lab.prefix_sharing import ComputeCost
 from prune_lab.probes import evaluating
 from prune_lab.runtime import seeded
 
@@ -37,54 +37,54 @@ def gated(unet: Any, architecture: Architecture, gates: Mapping[str, Tensor]) ->
     def scaled(name: str, main: Tensor, block: Tensor) -> Tensor:
         return main + gates[name].to(block.dtype).reshape(-1, 1, 1, 1) * (block - main)
 
-    with heard_blocks(unet, architecture, gates, scaled):
+    with block_hooks(unet, architecture, gates, scaled):
         yield
 
 
 def gate_derivatives(
-    subject: Subject, wanted: Sequence[str], scalar: Cotangent, *, at: float = 1.0
-) -> tuple[np.ndarray[Any, np.dtype[np.float64]], Effort]:
+    context: ScoringContext, wanted: Sequence[str], scalar: Cotangent, *, at: float = 1.0
+) -> tuple[np.ndarray[Any, np.dtype[np.float64]], ComputeCost]:
     """(blocks, rows) derivative of ``scalar``, a sum over rows, by each block's and row's gate, all gates at ``at``."""
-    unet, probe = subject.unet, subject.probe
+    unet, probe = context.unet, context.probe
     found = np.empty((len(wanted), len(probe)))
-    effort = Effort(forward_macs=subject.architecture.total_macs)
-    with learning_only(unet, ()), evaluating(unet):
-        for rows, inputs in probe.batches(subject.batch or _ROWS, unet.device, unet.dtype):
+    compute = ComputeCost(forward_macs=context.architecture.total_macs)
+    with only_requires_grad(unet, ()), evaluating(unet):
+        for rows, inputs in probe.batches(context.batch or _ROWS, unet.device, unet.dtype):
             count = rows.stop - rows.start
             gates = {
                 name: torch.full((count,), at, device=unet.device, requires_grad=True) for name in wanted
             }
-            with torch.enable_grad(), gated(unet, subject.architecture, gates):
+            with torch.enable_grad(), gated(unet, context.architecture, gates):
                 prediction = unet(**inputs, return_dict=False)[0]
                 derived = torch.autograd.grad(scalar(prediction.float(), rows), list(gates.values()))
             found[:, rows] = torch.stack(derived).double().cpu().numpy()
-            effort.macs += _PASSES * effort.forward_macs * count
-    return found, effort
+            compute.macs += _PASSES * compute.forward_macs * count
+    return found, compute
 
 
 def _summed(
-    subject: Subject, groups: Sequence[BlockGroup], scalar: Cotangent, *, at: float = 1.0
-) -> tuple[np.ndarray[Any, np.dtype[np.float64]], Effort]:
+    context: ScoringContext, groups: Sequence[BlockGroup], scalar: Cotangent, *, at: float = 1.0
+) -> tuple[np.ndarray[Any, np.dtype[np.float64]], ComputeCost]:
     """(groups, rows): the derivatives of each group's gates together."""
     blocks = list(dict.fromkeys(name for group in groups for name in group.blocks))
     for name in blocks:
-        subject.architecture.block(name)  # an unknown one is an error before anything is run
-    found, effort = gate_derivatives(subject, blocks, scalar, at=at)
+        context.architecture.block(name)  # an unknown one is an error before anything is run
+    found, compute = gate_derivatives(context, blocks, scalar, at=at)
     member = np.array([[name in group.blocks for name in blocks] for group in groups], dtype=np.float64)
-    return member @ found, effort
+    return member @ found, compute
 
 
-def _task_loss(subject: Subject) -> Cotangent:
+def _task_loss(context: ScoringContext) -> Cotangent:
     """The denoising error of each row, summed over rows."""
 
     def scalar(prediction: Tensor, rows: slice) -> Tensor:
-        target = subject.probe.target[rows].to(prediction.device)
+        target = context.probe.target[rows].to(prediction.device)
         return (prediction - target).square().mean((1, 2, 3)).sum()
 
     return scalar
 
 
-def gate_gradient(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
+def gate_gradient(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleScores:
     """Size of the derivative of the denoising loss by the group's gates.
 
     Measures: how steeply the loss changes where a group begins to fade, by first order.
@@ -93,12 +93,12 @@ def gate_gradient(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
     Cost: two forward-equivalents for all groups together (one pass, and its gradients without those of weights).
     Reference: Molchanov et al., arXiv:1906.10771 (gates); the Taylor expansion of arXiv:1611.06440.
     """
-    slopes, effort = _summed(subject, groups, _task_loss(subject))
+    slopes, compute = _summed(context, groups, _task_loss(context))
     values = checked(np.abs(slopes), [group.name for group in groups], "gate-gradient")
-    return Measured(values, np.ones(values.shape[1]), Samples.of(subject.probe), effort)
+    return SampleScores(values, np.ones(values.shape[1]), Samples.of(context.probe), compute)
 
 
-def gate_fisher(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
+def gate_fisher(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleScores:
     """Squared response of the prediction to the group's gates, by a random projection, relative to its mean square.
 
     Measures: the mean squared change of the prediction if the prediction were a straight line in the gate: the Fisher
@@ -108,20 +108,20 @@ def gate_fisher(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
     Cost: two forward-equivalents for all groups together.
     Reference: Theis et al., arXiv:1801.05787 (Fisher pruning), with the model's own distribution of targets.
     """
-    noise = torch.randn(subject.probe.target.shape, generator=seeded(subject.seed))
-    squares = np.empty(len(subject.probe))
-    size = subject.probe.target[0].numel()
+    noise = torch.randn(context.probe.target.shape, generator=seeded(context.seed))
+    squares = np.empty(len(context.probe))
+    size = context.probe.target[0].numel()
 
     def scalar(prediction: Tensor, rows: slice) -> Tensor:
         squares[rows] = prediction.detach().double().square().flatten(1).mean(1).cpu().numpy()
         return (prediction * noise[rows].to(prediction.device)).sum()
 
-    slopes, effort = _summed(subject, groups, scalar)
+    slopes, compute = _summed(context, groups, scalar)
     values = checked(slopes**2 / size, [group.name for group in groups], "gate-fisher")
-    return Measured(values, squares, Samples.of(subject.probe), effort)
+    return SampleScores(values, squares, Samples.of(context.probe), compute)
 
 
-def gate_path(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
+def gate_path(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleScores:
     """Size of the derivative of the denoising loss by the group's gates, averaged over all gates at 1, 1/2 and 0.
 
     Measures: the loss's slope along the way from the whole model to one without any of the groups' blocks.
@@ -132,10 +132,10 @@ def gate_path(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
     Reference: integrated gradients, arXiv:1703.01365, by Simpson's rule on three points.
     """
     weights = (1 / 6, 4 / 6, 1 / 6)
-    total, effort = np.zeros((len(groups), len(subject.probe))), Effort()
+    total, compute = np.zeros((len(groups), len(context.probe))), ComputeCost()
     for at, weight in zip(_PATH, weights, strict=True):
-        slopes, spent = _summed(subject, groups, _task_loss(subject), at=at)
+        slopes, spent = _summed(context, groups, _task_loss(context), at=at)
         total += weight * slopes
-        effort.macs, effort.forward_macs = effort.macs + spent.macs, spent.forward_macs
+        compute.macs, compute.forward_macs = compute.macs + spent.macs, spent.forward_macs
     values = checked(np.abs(total), [group.name for group in groups], "gate-path")
-    return Measured(values, np.ones(values.shape[1]), Samples.of(subject.probe), effort)
+    return SampleScores(values, np.ones(values.shape[1]), Samples.of(context.probe), compute)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from prune_lab.blocks import BlockGroup
 from prune_lab.errors import DataError
-from prune_lab.fanout import Effort, fitting_batch, gone_with, predict_without
 from prune_lab.importance.cache import set_key
-from prune_lab.importance.measured import Measured, Samples, Subject
+from prune_lab.importance.context import Samples, SampleScores, ScoringContext
+from prune_lab.prefix_sharing import ComputeCost, fitting_batch, gone_with, predict_without
 
 Change = Callable[[Tensor, Tensor, Tensor], Tensor]  # (teacher, pruned, target) (N, C, H, W) -> (N,)
 
@@ -35,20 +35,20 @@ def squared_change(teacher: Tensor, pruned: Tensor, target: Tensor) -> Tensor:
     return mean_square(pruned.double() - teacher.double())
 
 
-def turned_angle(teacher: Tensor, pruned: Tensor, target: Tensor) -> Tensor:
+def cosine_distance(teacher: Tensor, pruned: Tensor, target: Tensor) -> Tensor:
     """One minus the cosine between the predictions."""
     return 1 - F.cosine_similarity(teacher.double().flatten(1), pruned.double().flatten(1))
 
 
-def risen_loss(teacher: Tensor, pruned: Tensor, target: Tensor) -> Tensor:
+def loss_increase(teacher: Tensor, pruned: Tensor, target: Tensor) -> Tensor:
     """Rise of the mean squared denoising error."""
     return mean_square(pruned.double() - target.double()) - mean_square(teacher.double() - target.double())
 
 
 CHANGES: dict[str, Change] = {
     "output-mse": squared_change,
-    "output-cosine": turned_angle,
-    "denoising-loss": risen_loss,
+    "output-cosine": cosine_distance,
+    "denoising-loss": loss_increase,
 }
 
 
@@ -63,12 +63,12 @@ def _finite(prediction: Tensor, what: str, criterion: str) -> Tensor:
 
 
 def _unknown_rows(
-    subject: Subject, criterion: str, sets: Iterable[frozenset[str]], wanted: NDArray[np.int64]
+    context: ScoringContext, criterion: str, sets: Iterable[frozenset[str]], wanted: NDArray[np.int64]
 ) -> dict[tuple[int, ...], list[frozenset[str]]]:
     """Sets by those of the rows ``wanted`` that are still to be measured for them."""
-    rows, missing = len(subject.probe), dict[tuple[int, ...], list[frozenset[str]]]()
+    rows, missing = len(context.probe), dict[tuple[int, ...], list[frozenset[str]]]()
     for removed in sets:
-        known = subject.cache.values(criterion, set_key(removed), rows)
+        known = context.cache.values(criterion, set_key(removed), rows)
         left = tuple(wanted[np.isnan(known[wanted])].tolist())
         if left:
             missing.setdefault(left, []).append(removed)
@@ -76,21 +76,21 @@ def _unknown_rows(
 
 
 def _guided(
-    subject: Subject, rows: tuple[int, ...], sets: Sequence[frozenset[str]], effort: Effort
+    context: ScoringContext, rows: tuple[int, ...], sets: Sequence[frozenset[str]], compute: ComputeCost
 ) -> Iterator[tuple[slice, list[Tensor]]]:
     """What ``predict_without`` gives for these rows; with guidance both texts' answers, mixed as a sampler does it."""
-    probes = [subject.probe] if subject.silent is None else [subject.silent, subject.probe]
+    probes = [context.probe] if context.unconditional is None else [context.unconditional, context.probe]
     parts = [probe if len(rows) == len(probe) else probe.rows(rows) for probe in probes]
     # Settled once, for both texts: what fits into memory may be another number a moment later.
     batch, width = fitting_batch(
-        subject.architecture,
-        min(subject.batch or _ROWS, len(rows)),
-        subject.unet.device,
-        subject.unet.dtype.itemsize,
+        context.architecture,
+        min(context.batch or _ROWS, len(rows)),
+        context.unet.device,
+        context.unet.dtype.itemsize,
     )
     walks = [
         predict_without(
-            subject.unet, part, sets, batch=batch, width=width, effort=effort, compiled=subject.compiled
+            context.unet, part, sets, batch=batch, width=width, compute=compute, compiled=context.compiled
         )
         for part in parts
     ]
@@ -103,27 +103,27 @@ def _guided(
             yield (
                 chunk,
                 [
-                    silent + subject.guidance * (told - silent)
-                    for silent, told in zip(unheard, heard, strict=True)
+                    unconditional + context.guidance * (with_prompt - unconditional)
+                    for unconditional, with_prompt in zip(unheard, heard, strict=True)
                 ],
             )
 
 
 def measure_rows(
-    subject: Subject,
+    context: ScoringContext,
     named: Mapping[frozenset[str], str],
     criterion: str,
-    effort: Effort,
+    compute: ComputeCost,
     rows: NDArray[np.int64] | None = None,
 ) -> None:
     """Bring the cache up to date: every change of every set in ``named`` (set: what to call it) on ``rows``, or on all.
 
     Raises DataError naming the group when an answer is not finite.
     """
-    probe, cache, total = subject.probe, subject.cache, len(subject.probe)
+    probe, cache, total = context.probe, context.cache, len(context.probe)
     wanted = np.arange(total) if rows is None else rows
-    for left, sets in _unknown_rows(subject, criterion, named, wanted).items():
-        for chunk, (teacher, *pruned) in _guided(subject, left, [frozenset[str](), *sets], effort):
+    for left, sets in _unknown_rows(context, criterion, named, wanted).items():
+        for chunk, (teacher, *pruned) in _guided(context, left, [frozenset[str](), *sets], compute):
             place = np.array(left[chunk], dtype=np.int64)
             _finite(teacher, "the model itself", criterion)
             cache.put(_TEACHER, "", total, place, mean_square(teacher).numpy())
@@ -136,13 +136,13 @@ def measure_rows(
 
 
 def named_sets(
-    subject: Subject, groups: Sequence[BlockGroup]
+    context: ScoringContext, groups: Sequence[BlockGroup]
 ) -> tuple[list[frozenset[str]], dict[frozenset[str], str]]:
     """The units that are gone with each group, and the distinct sets among them with a name for each.
 
     A pair or a stage may be the same set of blocks as another group: each set is measured once.
     """
-    gone = [gone_with(subject.architecture, group.blocks, stand_in=True) for group in groups]
+    gone = [gone_with(context.architecture, group.blocks, stand_in=True) for group in groups]
     named: dict[frozenset[str], str] = {}
     for removed, group in zip(gone, groups, strict=True):
         named.setdefault(removed, group.name)
@@ -150,15 +150,15 @@ def named_sets(
 
 
 def known_values(
-    subject: Subject, gone: Sequence[frozenset[str]], criterion: str
+    context: ScoringContext, gone: Sequence[frozenset[str]], criterion: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Values (sets, R) and scales (R,) as far as they are in the cache; NaN where they are not.
 
     Raises DataError for a model that predicts nothing.
     """
-    rows = len(subject.probe)
-    values = np.stack([subject.cache.values(criterion, set_key(removed), rows) for removed in gone])
-    squares = subject.cache.values(_TEACHER, "", rows)
+    rows = len(context.probe)
+    values = np.stack([context.cache.values(criterion, set_key(removed), rows) for removed in gone])
+    squares = context.cache.values(_TEACHER, "", rows)
     if not np.nansum(squares) > 0:
         raise DataError(
             f"asked for {criterion} of {len(gone)} groups, found a model that predicts 0 everywhere; "
@@ -167,15 +167,15 @@ def known_values(
     return values, squares if criterion == "output-mse" else np.ones(rows)
 
 
-def _by_output(criterion: str, subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
-    gone, named = named_sets(subject, groups)
-    effort = Effort(forward_macs=subject.architecture.total_macs)
-    measure_rows(subject, named, criterion, effort)
-    values, scales = known_values(subject, gone, criterion)
-    return Measured(values, scales, Samples.of(subject.probe), effort)
+def _by_output(criterion: str, context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleScores:
+    gone, named = named_sets(context, groups)
+    compute = ComputeCost(forward_macs=context.architecture.total_macs)
+    measure_rows(context, named, criterion, compute)
+    values, scales = known_values(context, gone, criterion)
+    return SampleScores(values, scales, Samples.of(context.probe), compute)
 
 
-def output_mse(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
+def output_mse(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleScores:
     """Squared change of the prediction, relative to the prediction's own mean square.
 
     Measures: how far the answer moves, whatever the right answer is.
@@ -185,10 +185,10 @@ def output_mse(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
     Cost: the teacher's pass, and for each group what comes after its first block: about half a pass (``fanout``).
     Reference: LAPTOP-Diff, arXiv:2404.11098 (output loss of a removed layer).
     """
-    return _by_output("output-mse", subject, groups)
+    return _by_output("output-mse", context, groups)
 
 
-def output_cosine(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
+def output_cosine(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleScores:
     """One minus the cosine between the two predictions.
 
     Measures: the turn of the answer's direction.
@@ -197,10 +197,10 @@ def output_cosine(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
     Cost: as output-mse, and nothing more after it.
     Reference: the angle analogue of ShortGPT's block influence, arXiv:2403.03853, taken at the output.
     """
-    return _by_output("output-cosine", subject, groups)
+    return _by_output("output-cosine", context, groups)
 
 
-def denoising_loss(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
+def denoising_loss(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleScores:
     """Rise of the mean squared denoising error; the target has mean square about 1.
 
     Measures: what the task loses, judged by the noise (or velocity) that was truly there.
@@ -209,4 +209,4 @@ def denoising_loss(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
     Cost: as output-mse, and nothing more after it.
     Reference: the training loss of DDPM, arXiv:2006.11239, eq. 14.
     """
-    return _by_output("denoising-loss", subject, groups)
+    return _by_output("denoising-loss", context, groups)

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from prune_lab.blocks import BlockGroup
 from prune_lab.errors import ConfigError
-from prune_lab.fanout import Effort, macs_without
+from prune_lab.importance.context import Samples, SampleScores, ScoringContext
 from prune_lab.importance.intervals import impacts_of
-from prune_lab.importance.measured import Measured, Samples, Subject
 from prune_lab.importance.outputs import known_values, measure_rows, named_sets
+from prune_lab.prefix_sharing import ComputeCost, macs_without
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,19 +79,21 @@ def distances(
     return nearest
 
 
-def raced(subject: Subject, groups: Sequence[BlockGroup], criterion: str, race: Race) -> Measured:
-    """What a criterion of one walk (``WALKED``) finds within the race's budget; NaN for what it did without.
+def score_by_race(
+    context: ScoringContext, groups: Sequence[BlockGroup], criterion: str, race: Race
+) -> SampleScores:
+    """What a criterion of one walk (``ONE_STEP``) finds within the race's budget; NaN for what it did without.
 
     Every group is walked on the samples it gets, never a sample twice: the U-Net's own pass serves all groups that are
     still in the race. The same seed gives the same race, also where an earlier one filled the cache.
     Raises ConfigError when the budget does not buy two samples of every group.
     """
-    gone, named = named_sets(subject, groups)
-    sets, rows = list(named), len(subject.probe)
-    samples = Samples.of(subject.probe)
-    order = sample_order(samples, subject.seed)
-    own = subject.architecture.total_macs
-    after = np.array([macs_without(subject.architecture, removed) for removed in sets], dtype=np.int64)
+    gone, named = named_sets(context, groups)
+    sets, rows = list(named), len(context.probe)
+    samples = Samples.of(context.probe)
+    order = sample_order(samples, context.seed)
+    own = context.architecture.total_macs
+    after = np.array([macs_without(context.architecture, removed) for removed in sets], dtype=np.int64)
     left = int(race.budget * len(sets) * rows * own)
     reach = min(race.start, rows, left // int(own + after.sum()))
     if reach < 2:
@@ -100,18 +102,18 @@ def raced(subject: Subject, groups: Sequence[BlockGroup], criterion: str, race: 
             f"asked to race {len(sets)} groups at {race.budget:.3g} of the naive cost on {rows} samples, which buys "
             f"less than two samples of every group; give a budget of {least:.2g} or more, or more samples"
         )
-    effort = Effort(forward_macs=own)
+    compute = ComputeCost(forward_macs=own)
     racing = np.ones(len(sets), dtype=bool)
     known, begin = np.zeros((len(sets), rows), dtype=bool), 0
     while racing.any():
         round_rows = order[begin:reach]
         active = [removed for removed, on in zip(sets, racing, strict=True) if on]
-        measure_rows(subject, {removed: named[removed] for removed in active}, criterion, effort, round_rows)
+        measure_rows(context, {removed: named[removed] for removed in active}, criterion, compute, round_rows)
         known[np.ix_(racing, round_rows)] = True
         left -= len(round_rows) * int(own + after[racing].sum())
         if reach == rows:
             break
-        values, scales = known_values(subject, sets, criterion)
+        values, scales = known_values(context, sets, criterion)
         seen = order[:reach]
         # The cache may know more from earlier: this race goes by what it paid for.
         open_by = distances(np.where(known, values, np.nan)[:, seen], scales[seen], rows)
@@ -121,10 +123,10 @@ def raced(subject: Subject, groups: Sequence[BlockGroup], criterion: str, race: 
             if left >= (reach - begin) * int(own + after[racing].sum()):
                 break
             racing[place] = False
-    effort.naive_macs = len(sets) * rows * own * (1 if subject.silent is None else 2)
-    values, scales = known_values(subject, sets, criterion)
+    compute.naive_macs = len(sets) * rows * own * (1 if context.unconditional is None else 2)
+    values, scales = known_values(context, sets, criterion)
     seen = np.flatnonzero(known.any(axis=0))
     place_of = {removed: place for place, removed in enumerate(sets)}
     places = [place_of[removed] for removed in gone]
     found = np.where(known, values, np.nan)[places][:, seen]
-    return Measured(found, scales[seen], samples.rows(seen), effort)
+    return SampleScores(found, scales[seen], samples.rows(seen), compute)

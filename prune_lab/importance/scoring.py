@@ -9,16 +9,16 @@ import numpy as np
 
 from prune_lab.blocks import BlockGroup
 from prune_lab.importance.cache import ScoreCache
+from prune_lab.importance.context import GenerationSettings, ScoringContext
 from prune_lab.importance.criteria import check_race, criterion_named
 from prune_lab.importance.intervals import impacts_of, intervals
-from prune_lab.importance.measured import Drawing, Subject
-from prune_lab.importance.racing import Race, raced
+from prune_lab.importance.racing import Race, score_by_race
 from prune_lab.importance.tables import Importance, ImportanceTable
 from prune_lab.probes import Probe
 
 
 def score(
-    subject: Subject,
+    context: ScoringContext,
     groups: Sequence[BlockGroup],
     criterion: str = "output-mse",
     *,
@@ -26,26 +26,26 @@ def score(
     model: str = "",
     race: Race | None = None,
 ) -> ImportanceTable:
-    """What each of ``groups`` is worth to ``subject`` by one criterion.
+    """What each of ``groups`` is worth to ``context`` by one criterion.
 
     With ``race`` groups whose place in the order is settled do without the later samples (``racing``): nearly the same
     order for a fraction of the cost, and ``Importance.samples`` says how many each got. ``bootstrap`` resamplings of
     the pictures, the same for all groups, give the intervals; 0 means none. ``model`` is noted in the table; empty
-    means the architecture's signature. What was measured stays in the subject's cache.
+    means the architecture's signature. What was measured stays in the context's cache.
     Raises UnknownCriterionError, UnknownBlockError, DataError when a value is not finite or when the criterion
-    draws pictures and the subject does not say how, and ConfigError for a race by a criterion without a walk.
+    draws pictures and the context does not say how, and ConfigError for a race by a criterion without a walk.
     """
     measure = criterion_named(criterion)
     if race is not None:
         check_race(criterion)
-    architecture = subject.architecture
+    architecture = context.architecture
     starred = [any(architecture.block(name).starred for name in group.blocks) for group in groups]
     try:
-        found = measure(subject, groups) if race is None else raced(subject, groups, criterion, race)
+        found = measure(context, groups) if race is None else score_by_race(context, groups, criterion, race)
     finally:
-        subject.cache.save()  # also what was there when it was interrupted
+        context.cache.save()  # also what was there when it was interrupted
     lows, highs = intervals(
-        found.values, found.scales, found.samples.pictures, draws=bootstrap, seed=subject.seed
+        found.values, found.scales, found.samples.pictures, draws=bootstrap, seed=context.seed
     )
     impacts = impacts_of(found.values, found.scales)
     spent = (~np.isnan(found.values)).sum(axis=1)
@@ -58,12 +58,12 @@ def score(
     return ImportanceTable(
         entries,
         criterion=criterion,
-        probe=subject.probe.digest,
+        probe=context.probe.digest,
         model=model or architecture.signature,
         values=found.values,
         scales=found.scales,
         samples=found.samples,
-        effort=found.effort,
+        compute=found.compute,
     )
 
 
@@ -77,7 +77,7 @@ def score_groups(
     bootstrap: int = 1000,
     seed: int = 0,
     model: str = "",
-    drawing: Drawing | None = None,
+    drawing: GenerationSettings | None = None,
     cache: ScoreCache | None = None,
     race: Race | None = None,
 ) -> ImportanceTable:
@@ -85,7 +85,7 @@ def score_groups(
 
     The U-Net is asked on its device and in its number format, and left as it was.
     """
-    subject = Subject(
+    context = ScoringContext(
         unet, probe, batch=batch, seed=seed, drawing=drawing, cache=ScoreCache() if cache is None else cache
     )
-    return score(subject, groups, criterion, bootstrap=bootstrap, model=model, race=race)
+    return score(context, groups, criterion, bootstrap=bootstrap, model=model, race=race)

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from prune_lab.blocks import BlockGroup, GroupKind
 from prune_lab.errors import DataError
-from prune_lab.fanout import Effort
+from prune_lab.importance.context import Samples
 from prune_lab.importance.intervals import impacts_of
-from prune_lab.importance.measured import Samples
+from prune_lab.prefix_sharing import ComputeCost
 
 COLUMNS = (
     "group",
@@ -65,7 +65,7 @@ class ImportanceTable:
     """(rows,) what the values are relative to: impact = values.sum() / scales.sum() (``intervals.impacts_of``)."""
     samples: Samples | None = field(default=None, repr=False)
     """What the columns of ``values`` were measured on."""
-    effort: Effort | None = None
+    compute: ComputeCost | None = None
     """What measuring it cost now, and not what was found in a cache; a table read from a file does not say."""
 
     @property

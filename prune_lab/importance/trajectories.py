@@ -17,9 +17,9 @@ from torch import Tensor
 from prune_lab.blocks import BlockGroup
 from prune_lab.errors import DataError
 from prune_lab.evaluation import clip_scores, decode_latents, draw_latents
-from prune_lab.fanout import Effort, gone_with
 from prune_lab.importance.cache import set_key
-from prune_lab.importance.measured import Drawing, Measured, Subject, checked
+from prune_lab.importance.context import GenerationSettings, SampleScores, ScoringContext, checked
+from prune_lab.prefix_sharing import ComputeCost, gone_with
 from prune_lab.runtime import track
 from prune_lab.surgery import bypassed
 
@@ -54,9 +54,11 @@ def with_psnr(scores: pd.DataFrame) -> pd.DataFrame:
     return scores.assign(psnr=scores["impact"].where(drawn).map(psnr, na_action="ignore"))
 
 
-def _draw(subject: Subject, drawing: Drawing, gone: Sequence[str], effort: Effort) -> Tensor:
-    batch = subject.batch or _ROWS
-    with bypassed(subject.unet, gone, stand_in=True) as unet:
+def _draw(
+    context: ScoringContext, drawing: GenerationSettings, gone: Sequence[str], compute: ComputeCost
+) -> Tensor:
+    batch = context.batch or _ROWS
+    with bypassed(context.unet, gone, stand_in=True) as unet:
         latents = draw_latents(
             drawing.pipeline,
             drawing.prompts,
@@ -66,13 +68,15 @@ def _draw(subject: Subject, drawing: Drawing, gone: Sequence[str], effort: Effor
             unet=unet,
             batch=batch,
         )
-    effort.forward_macs = subject.architecture.total_macs
+    compute.forward_macs = context.architecture.total_macs
     # A bypassed block saves a little, which is not taken off.
-    effort.macs += effort.forward_macs * drawing.forwards
+    compute.macs += compute.forward_macs * drawing.forwards
     return latents
 
 
-def _compare(drawing: Drawing, teacher: tuple[Tensor, Tensor], latents: Tensor) -> dict[str, np.ndarray]:
+def _compare(
+    drawing: GenerationSettings, teacher: tuple[Tensor, Tensor], latents: Tensor
+) -> dict[str, np.ndarray]:
     pictures = decode_latents(drawing.pipeline, latents)
     found = {
         "latent-shift": latent_change(teacher[0], latents).numpy(),
@@ -85,35 +89,35 @@ def _compare(drawing: Drawing, teacher: tuple[Tensor, Tensor], latents: Tensor) 
     return found
 
 
-def _by_trajectory(criterion: str, subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
-    drawing = subject.drawn(criterion)
+def _by_trajectory(criterion: str, context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleScores:
+    drawing = context.drawn(criterion)
     if criterion == "clip-score" and drawing.scorer is None:
         raise DataError(
             "clip-score needs a CLIP model that judges the pictures; name one (reference, a folder, a hub id)"
         )
     # The probe's digest says nothing about pictures.
-    samples, cache = drawing.samples, subject.cache.shelf(drawing.digest)
-    rows, effort = len(samples), Effort(forward_macs=subject.architecture.total_macs)
-    keys = [set_key(gone_with(subject.architecture, group.blocks, stand_in=True)) for group in groups]
+    samples, cache = drawing.samples, context.cache.for_inputs(drawing.digest)
+    rows, compute = len(samples), ComputeCost(forward_macs=context.architecture.total_macs)
+    keys = [set_key(gone_with(context.architecture, group.blocks, stand_in=True)) for group in groups]
     missing = {
         key: group
         for key, group in zip(keys, groups, strict=True)
         if np.isnan(cache.values(criterion, key, rows)).any()
     }
     if missing:
-        latents = _draw(subject, drawing, (), effort)
+        latents = _draw(context, drawing, (), compute)
         teacher = (latents, decode_latents(drawing.pipeline, latents))
         for key, group in track(missing.items(), "drawing without each group", len(missing)):
-            found = _compare(drawing, teacher, _draw(subject, drawing, group.blocks, effort))
+            found = _compare(drawing, teacher, _draw(context, drawing, group.blocks, compute))
             for name, values in found.items():
                 checked(values[None], [group.name], name)
                 cache.put(name, key, rows, slice(None), values)
             cache.save(now=False)
     values = np.stack([cache.values(criterion, key, rows) for key in keys])
-    return Measured(values, np.ones(rows), samples, effort)
+    return SampleScores(values, np.ones(rows), samples, compute)
 
 
-def latent_shift(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
+def latent_shift(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleScores:
     """How far mean and spread of the final latents move, per channel over each latent's pixels.
 
     Measures: what is left of an error at the end of a trajectory, without decoding or judging pictures.
@@ -123,10 +127,10 @@ def latent_shift(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
     Cost: a trajectory for each group, prompt and seed: steps forward passes, twice with guidance.
     Reference: LD-Pruner, arXiv:2404.11936.
     """
-    return _by_trajectory("latent-shift", subject, groups)
+    return _by_trajectory("latent-shift", context, groups)
 
 
-def clip_score(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
+def clip_score(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleScores:
     """Drop of the CLIP score of the drawn pictures, a cosine.
 
     Measures: what a CLIP model misses in pictures drawn without the group.
@@ -136,10 +140,10 @@ def clip_score(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
     Cost: as latent-shift, and a decoding and a CLIP pass for each picture.
     Reference: BK-SDM, arXiv:2305.15798 (ECCV 2024), footnote 1 and its block-level sensitivity analysis.
     """
-    return _by_trajectory("clip-score", subject, groups)
+    return _by_trajectory("clip-score", context, groups)
 
 
-def image_change(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
+def image_change(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleScores:
     """Mean squared change of the drawn pictures, pixels in 0..1; PSNR in dB is -10 log10 of the impact.
 
     Measures: how different the picture of the same prompt and seed is.
@@ -148,4 +152,4 @@ def image_change(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
     Cost: as latent-shift, and a decoding for each picture.
     Reference: PSNR between pictures of one seed, as reports on quantised diffusion models give it.
     """
-    return _by_trajectory("image-change", subject, groups)
+    return _by_trajectory("image-change", context, groups)

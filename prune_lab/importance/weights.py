@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from prune_lab.blocks import BlockGroup
-from prune_lab.fanout import Effort
-from prune_lab.importance.listening import learning_only
-from prune_lab.importance.measured import Measured, Samples, Subject, checked
+from prune_lab.importance.context import Samples, SampleScores, ScoringContext, checked
+from prune_lab.importance.hooks import only_requires_grad
+from prune_lab.prefix_sharing import ComputeCost
 from prune_lab.probes import evaluating
 
 _ROWS = 8
 _PASSES = 3  # forward, and backward with the gradients of activations and of weights
 
 
-def weight_matrices(subject: Subject, group: BlockGroup) -> Iterator[nn.Parameter]:
+def weight_matrices(context: ScoringContext, group: BlockGroup) -> Iterator[nn.Parameter]:
     """The weights of the convolutions and linear layers of a group, in order; not biases and norms."""
     for name in group.blocks:
-        for parameter in subject.unet.get_submodule(subject.architecture.block(name).path).parameters():
+        for parameter in context.unet.get_submodule(context.architecture.block(name).path).parameters():
             if parameter.ndim >= 2:
                 yield parameter
 
@@ -32,7 +32,7 @@ def neuron_mean(matrices: Sequence[Tensor]) -> float:
     return float(np.mean([float(one.double().abs().flatten(1).sum(1).mean()) for one in matrices]))
 
 
-def magnitude(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
+def magnitude(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleScores:
     """Sum of absolute weights into an output neuron, averaged over neurons and layers.
 
     Measures: the size of a group's weights, by no sample at all.
@@ -43,14 +43,14 @@ def magnitude(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
     Reference: BK-SDM, arXiv:2305.15798 (ECCV 2024), footnote 1.
     """
     with torch.no_grad():
-        values = np.array([[neuron_mean(list(weight_matrices(subject, group)))] for group in groups])
+        values = np.array([[neuron_mean(list(weight_matrices(context, group)))] for group in groups])
     checked(values, [group.name for group in groups], "magnitude")
-    return Measured(
-        values, np.ones(1), Samples(np.zeros(1, np.int64)), Effort(forward_macs=_forward(subject))
+    return SampleScores(
+        values, np.ones(1), Samples(np.zeros(1, np.int64)), ComputeCost(forward_macs=_forward(context))
     )
 
 
-def taylor(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
+def taylor(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleScores:
     """Sum of absolute products of weight and gradient into an output neuron, averaged over neurons and layers.
 
     Measures: by first order and weight by weight, how much the denoising loss feels the group's weights. One sample is
@@ -61,16 +61,16 @@ def taylor(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
     Cost: three forward-equivalents for all groups together.
     Reference: BK-SDM, arXiv:2305.15798 (ECCV 2024), footnote 1; arXiv:1906.10771.
     """
-    unet, probe = subject.unet, subject.probe
-    matrices = {group.name: list(weight_matrices(subject, group)) for group in groups}
+    unet, probe = context.unet, context.probe
+    matrices = {group.name: list(weight_matrices(context, group)) for group in groups}
     learning = list(dict.fromkeys(one for group in matrices.values() for one in group))
     times = np.unique(probe.timesteps.numpy())
     values = np.empty((len(groups), len(times)))
-    with learning_only(unet, learning), evaluating(unet), torch.enable_grad():
+    with only_requires_grad(unet, learning), evaluating(unet), torch.enable_grad():
         for column, time in enumerate(times):
             part = probe.rows(np.flatnonzero(probe.timesteps.numpy() == time).tolist())
             gradients = [torch.zeros_like(one) for one in learning]
-            for rows, inputs in part.batches(subject.batch or _ROWS, unet.device, unet.dtype):
+            for rows, inputs in part.batches(context.batch or _ROWS, unet.device, unet.dtype):
                 prediction = unet(**inputs, return_dict=False)[0].float()
                 target = part.target[rows].to(prediction.device)
                 loss = (prediction - target).square().mean((1, 2, 3)).sum() / len(part)
@@ -80,11 +80,11 @@ def taylor(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
             }
             values[:, column] = [neuron_mean([product[one] for one in found]) for found in matrices.values()]
     checked(values, [group.name for group in groups], "taylor")
-    effort = Effort(macs=_PASSES * len(probe) * _forward(subject), forward_macs=_forward(subject))
-    return Measured(values, np.ones(len(times)), Samples(np.arange(len(times)), times), effort)
+    compute = ComputeCost(macs=_PASSES * len(probe) * _forward(context), forward_macs=_forward(context))
+    return SampleScores(values, np.ones(len(times)), Samples(np.arange(len(times)), times), compute)
 
 
-def chance(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
+def random_scores(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleScores:
     """A number between 0 and 1 drawn from the seed and the group's name: the control that every criterion should beat.
 
     Measures: nothing.
@@ -95,17 +95,17 @@ def chance(subject: Subject, groups: Sequence[BlockGroup]) -> Measured:
     """
 
     def draw(group: BlockGroup) -> float:
-        digest = hashlib.sha256(f"{subject.seed}:{' '.join(sorted(group.blocks))}".encode()).digest()
+        digest = hashlib.sha256(f"{context.seed}:{' '.join(sorted(group.blocks))}".encode()).digest()
         return int.from_bytes(digest[:6], "big") / 2**48
 
     for group in groups:
         for name in group.blocks:
-            subject.architecture.block(name)
+            context.architecture.block(name)
     values = np.array([[draw(group)] for group in groups])
-    return Measured(
-        values, np.ones(1), Samples(np.zeros(1, np.int64)), Effort(forward_macs=_forward(subject))
+    return SampleScores(
+        values, np.ones(1), Samples(np.zeros(1, np.int64)), ComputeCost(forward_macs=_forward(context))
     )
 
 
-def _forward(subject: Subject) -> int:
-    return subject.architecture.total_macs
+def _forward(context: ScoringContext) -> int:
+    return context.architecture.total_macs

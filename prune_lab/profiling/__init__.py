@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from prune_lab.profiling.activations import ActivationTable, UnitMemory, activation_table
 from prune_lab.profiling.costs import Cost, CostTable, PlanCost, cost_table
-from prune_lab.profiling.differences import forward_ms, measure_latency_table
 from prune_lab.profiling.latency import Latency, measure_latency, measure_memory_growth, profile_blocks
+from prune_lab.profiling.latency_differences import forward_ms, measure_latency_table
 from prune_lab.profiling.latency_table import LatencyTable, MeasuredPlan, Saving, latency_table_from_dict
-from prune_lab.profiling.live import LiveBytes, live_peak
+from prune_lab.profiling.live_memory import LiveBytes, live_peak
 from prune_lab.profiling.macs import Macs, count_macs
 from prune_lab.profiling.matrices import (
     PlanMatrix,
@@ -18,9 +18,9 @@ from prune_lab.profiling.matrices import (
     random_native_plans,
     sampler_levels,
 )
-from prune_lab.profiling.models import Profile, profile, profile_from_dict
 from prune_lab.profiling.pipelines import profile_pipeline
 from prune_lab.profiling.prices import PriceList, Prices, latency_disagreement, price_list
+from prune_lab.profiling.profile import Profile, profile, profile_from_dict
 from prune_lab.profiling.reductions import random_unet, reduction_table
 
 __all__ = [

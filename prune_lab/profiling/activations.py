@@ -32,8 +32,8 @@ from torch import nn
 from prune_lab.blocks import Architecture
 from prune_lab.counting import CLIP_TOKENS, example_inputs, latent_shape, meta_unet, plain_config
 from prune_lab.errors import UnsupportedModelError
-from prune_lab.profiling.costs import Source, architecture_from
-from prune_lab.profiling.live import HEAD, Span, spans
+from prune_lab.profiling.costs import ModelLike, architecture_from
+from prune_lab.profiling.live_memory import HEAD, LiveSpan, spans
 from prune_lab.profiling.matrices import (
     PlanMatrix,
     SamplerLevel,
@@ -185,7 +185,7 @@ def _peaks(table: ActivationTable, gone: list[PlanMatrix], seen: list[int] | Non
 
 
 def activation_table(
-    source: Source,
+    source: ModelLike,
     *,
     latent: int | None = None,
     tokens: int | None = None,
@@ -216,7 +216,7 @@ def activation_table(
 @functools.lru_cache(maxsize=16)
 def _watched(
     config: str, latent: int | None, tokens: int | None, dtype: torch.dtype
-) -> tuple[dict[str, Span], int]:
+) -> tuple[dict[str, LiveSpan], int]:
     unet = nn.Module.to(meta_unet(json.loads(config)), dtype)
     inputs = example_inputs(unet.config, latent=latent, tokens=tokens, device="meta", dtype=dtype)
     head = "conv_norm_out" if unet.conv_norm_out else "conv_out"
@@ -236,7 +236,7 @@ def _paths(architecture: Architecture) -> dict[str, str]:
 
 def _table(
     architecture: Architecture,
-    found: Mapping[str, Span],
+    found: Mapping[str, LiveSpan],
     latent: int | None,
     tokens: int | None,
     dtype: str,

@@ -22,7 +22,7 @@ from prune_lab.plans import PruningPlan, removed_samplers
 from prune_lab.profiling.macs import Macs, count_macs
 
 CostKind = Literal["block", "sampler", "rest"]
-Source: TypeAlias = Architecture | UNet2DConditionModel | Mapping[str, Any]
+ModelLike: TypeAlias = Architecture | UNet2DConditionModel | Mapping[str, Any]
 
 COST_COLUMNS = ("name", "kind", "params", "macs", "attention_macs", "paper_macs")
 REST = "rest"  # convolutions in and out, time and added embeddings: what no plan removes
@@ -138,13 +138,13 @@ def counter_named(name: str) -> Callable[..., Macs]:
         raise ConfigError(f"no counter is called {name!r}; choose one of: {known}") from None
 
 
-def architecture_from(source: Source) -> Architecture:
+def architecture_from(source: ModelLike) -> Architecture:
     """The architecture that ``source`` is, or has."""
     return source if isinstance(source, Architecture) else architecture_of(source)
 
 
 def cost_table(
-    source: Source,
+    source: ModelLike,
     *,
     counter: str = "fvcore",
     batch: int = 1,

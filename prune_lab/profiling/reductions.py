@@ -13,7 +13,7 @@ from torch import nn
 from prune_lab.blocks import Architecture
 from prune_lab.counting import meta_unet
 from prune_lab.plans import PruningPlan, is_native, native_layout, plan_of
-from prune_lab.profiling.costs import Source, architecture_from, cost_table
+from prune_lab.profiling.costs import ModelLike, architecture_from, cost_table
 from prune_lab.profiling.latency import Latency, measure_latency, random_inputs
 from prune_lab.runtime import pick_dtype, seeded, track
 
@@ -69,7 +69,7 @@ def _latency(
 
 
 def reduction_table(
-    source: Source,
+    source: ModelLike,
     plans: Sequence[PruningPlan],
     *,
     model: str = "",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from prune_lab.ranking.halving import (
     TOURNAMENT_COLUMNS,
     Fate,
-    Measured,
+    HeldoutLosses,
     Tournament,
     Verdict,
     first_rung,
@@ -36,7 +36,7 @@ __all__ = [
     "Contender",
     "Difference",
     "Fate",
-    "Measured",
+    "HeldoutLosses",
     "Origin",
     "Place",
     "Ranking",

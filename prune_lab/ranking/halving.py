@@ -22,9 +22,9 @@ from prune_lab.ranking.paired import Difference, paired_difference
 
 _T = TypeVar("_T")
 Fate = Literal["kept", "dropped", "failed"]
-Measured = NDArray[np.float64] | str
+HeldoutLosses = NDArray[np.float64] | str
 """The held-out loss of every row, or why there is none."""
-Measure = Callable[[Sequence[str], int], Mapping[str, Measured]]
+Measure = Callable[[Sequence[str], int], Mapping[str, HeldoutLosses]]
 """Trains the named students on until each has taken that many steps; what they have come to, by name."""
 Draw = Callable[[Sequence[str], int], Mapping[str, NDArray[np.float64]]]
 """The CLIP score of the named students, as they are after that many steps, for every prompt and seed, by name."""
@@ -188,7 +188,7 @@ def _answered(answers: Mapping[str, _T], names: Sequence[str], what: str, steps:
 
 
 def _whole(
-    answers: Mapping[str, Measured], number: int, steps: int
+    answers: Mapping[str, HeldoutLosses], number: int, steps: int
 ) -> tuple[dict[str, NDArray[np.float64]], list[Verdict]]:
     """(losses in order of their mean, verdicts on those who failed)."""
     losses, failed = {}, []

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from prune_lab.blocks import Architecture
-from prune_lab.fanout import gone_with, units_of
 from prune_lab.plans import PruningPlan, native_layout
+from prune_lab.prefix_sharing import gone_with, units_of
 
 STEM = "conv_in"
 HEAD = "conv_out"

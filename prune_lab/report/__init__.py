@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from prune_lab.report.agreement import write_agreement
 from prune_lab.report.charts import draw_costs, draw_curves, draw_importance, draw_quality_plane
+from prune_lab.report.criteria_figures import draw_additivity, draw_agreement, draw_parts, draw_stability
 from prune_lab.report.figures import DARK, LIGHT, plan_styles
 from prune_lab.report.maps import draw_block_map, draw_plan_maps
 from prune_lab.report.page import write_report
 from prune_lab.report.tables import PlanRow, RunTables, block_map_frame, importance_frame, read_run
 from prune_lab.report.tournament import draw_tournament
-from prune_lab.report.trust import draw_additivity, draw_agreement, draw_parts, draw_stability
 
 __all__ = [
     "DARK",

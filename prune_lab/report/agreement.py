@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from prune_lab.report.criteria_figures import draw_additivity, draw_agreement, draw_parts, draw_stability
 from prune_lab.report.figures import LIGHT, save_png, settle
-from prune_lab.report.trust import draw_additivity, draw_agreement, draw_parts, draw_stability
-from prune_lab.report.words import UNKNOWN, count, is_missing
+from prune_lab.report.format import UNKNOWN, count, is_missing
 from prune_lab.runtime import write_text
 
 

@@ -33,7 +33,7 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawing:
+class Chart:
     """A figure that can be drawn in any theme."""
 
     name: str
@@ -43,14 +43,14 @@ class Drawing:
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
+class PictureGrid:
     """Pictures side by side, each with the words to stand under it."""
 
     caption: str
     pictures: tuple[tuple[str, Path], ...]
 
 
-Part = Text | Table | Drawing | Grid
+SectionItem = Text | Table | Chart | PictureGrid
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Section:
 
     key: str
     title: str
-    parts: tuple[Part, ...]
+    parts: tuple[SectionItem, ...]
 
 
 def not_run(what: str, verb: str) -> Text:

@@ -23,8 +23,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
+from prune_lab.report.format import short_number
 from prune_lab.report.tables import PlanRow
-from prune_lab.report.words import short_number
 from prune_lab.runtime import atomic_write
 
 

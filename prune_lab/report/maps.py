@@ -19,8 +19,8 @@ from prune_lab.report.figures import (
     impact_scale,
     new_figure,
 )
+from prune_lab.report.format import MINUS, short_number
 from prune_lab.report.tables import PlanRow
-from prune_lab.report.words import MINUS, short_number
 
 _WIDTH, _HEIGHT, _STEP, _INDENT = 0.92, 0.66, 1.0, 0.55
 

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from prune_lab.report.document import Drawing, Grid, Section, Table, Text
+from prune_lab.report.document import Chart, PictureGrid, Section, Table, Text
 from prune_lab.report.figures import DARK, LIGHT, file_uri, save_png, settle, svg_uri
 from prune_lab.report.sections import report_sections
 from prune_lab.report.tables import RunTables, read_run
@@ -64,20 +64,20 @@ def _rendered(sections: Sequence[Section], run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def _render(part: Text | Table | Drawing | Grid, run: Run) -> dict[str, Any]:
+def _render(part: Text | Table | Chart | PictureGrid, run: Run) -> dict[str, Any]:
     match part:
         case Text():
             return {"kind": "text", **asdict(part)}
         case Table():
             return {"kind": "table", **asdict(part)}
-        case Drawing():
+        case Chart():
             light, dark = part.draw(LIGHT), part.draw(DARK)
             inked = settle(light)
             file = f"{part.name}.png"
             save_png(light, run.report_dir / file, inked)
             uris = {"light": svg_uri(light, inked), "dark": svg_uri(dark, settle(dark))}
             return {"kind": "drawing", "alt": part.alt, "caption": part.caption, "file": file, **uris}
-        case Grid():
+        case PictureGrid():
             pictures = [(label, file_uri(path), _copy_picture(path, run)) for label, path in part.pictures]
             return {"kind": "grid", "caption": part.caption, "pictures": pictures}
 

@@ -13,15 +13,10 @@ from prune_lab.report.charts import (
     draw_prediction,
     draw_quality_plane,
 )
-from prune_lab.report.document import Drawing, Part, Section, Table, Text, not_run
+from prune_lab.report.criteria_figures import draw_parts
+from prune_lab.report.document import Chart, Section, SectionItem, Table, Text, not_run
 from prune_lab.report.figures import plan_styles
-from prune_lab.report.maps import draw_block_map, draw_plan_maps
-from prune_lab.report.sheets import picture_parts
-from prune_lab.report.summary import summary
-from prune_lab.report.tables import RunTables, block_map_frame, curve_frame, measured
-from prune_lab.report.tournament import ranking_tables, tournament_parts
-from prune_lab.report.trust import draw_parts
-from prune_lab.report.words import (
+from prune_lab.report.format import (
     NARROW,
     UNKNOWN,
     amount,
@@ -31,6 +26,11 @@ from prune_lab.report.words import (
     milliseconds,
     short_number,
 )
+from prune_lab.report.maps import draw_block_map, draw_plan_maps
+from prune_lab.report.picture_grids import picture_parts
+from prune_lab.report.summary import summary
+from prune_lab.report.tables import RunTables, block_map_frame, curve_frame, measured
+from prune_lab.report.tournament import ranking_tables, tournament_parts
 
 
 def report_sections(tables: RunTables) -> tuple[Section, ...]:
@@ -48,12 +48,12 @@ def report_sections(tables: RunTables) -> tuple[Section, ...]:
     )
 
 
-def _blocks(tables: RunTables) -> tuple[Part, ...]:
+def _blocks(tables: RunTables) -> tuple[SectionItem, ...]:
     if tables.blocks is None:
         return (not_run("the blocks have not been listed", "run --config FILE.toml"),)
     frame = block_map_frame(tables.blocks, tables.importance)
-    parts: list[Part] = [
-        Drawing(
+    parts: list[SectionItem] = [
+        Chart(
             "block_map",
             f"The {len(frame)} blocks of the U-Net in the shape of a U, each coloured by the impact of its removal.",
             "Down stages on the left, the mid stage at the bottom, up stages on the right; dotted arrows are skip "
@@ -67,7 +67,7 @@ def _blocks(tables: RunTables) -> tuple[Part, ...]:
         return (*parts, not_run("the blocks have not been scored", "score"))
     criterion = str(importance["criterion"].iloc[0])
     parts += [
-        Drawing(
+        Chart(
             "importance",
             "Impact of removal with bootstrap intervals for single blocks, pairs and stages on a log axis.",
             _how_scored(importance, criterion),
@@ -79,7 +79,7 @@ def _blocks(tables: RunTables) -> tuple[Part, ...]:
         timed = tables.parts
         parts.insert(
             -1,
-            Drawing(
+            Chart(
                 "importance_parts",
                 "Impact of every block by timestep and by kind of prompt, coloured on a log scale.",
                 "Each column is relative to the predictions of its own samples. High timesteps, where noise hides the "
@@ -124,7 +124,7 @@ def _importance_table(importance: pd.DataFrame) -> Table:
     return Table("All scores", header, rows, "importance.csv", left=2, folded=True)
 
 
-def _costs(tables: RunTables) -> tuple[Part, ...]:
+def _costs(tables: RunTables) -> tuple[SectionItem, ...]:
     if tables.costs is None:
         return (not_run("costs have not been counted", "run --config FILE.toml"),)
     costs, importance = tables.costs, tables.importance
@@ -132,8 +132,8 @@ def _costs(tables: RunTables) -> tuple[Part, ...]:
         (str(row.name), str(row.kind), count(row.params), amount(row.macs), amount(row.attention_macs))
         for row in costs.drop(columns="name").assign(name=costs["name"]).itertuples(index=False)
     )
-    parts: list[Part] = [
-        Drawing(
+    parts: list[SectionItem] = [
+        Chart(
             "costs",
             "Parameters and multiply-adds of every block, sampler and the rest, beside the impact of removal.",
             "Blocks in the order of execution, then the samplers and the rest; they add up to the whole U-Net. "
@@ -173,11 +173,11 @@ def _costs(tables: RunTables) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def _reductions(tables: RunTables) -> tuple[Part, ...]:
+def _reductions(tables: RunTables) -> tuple[SectionItem, ...]:
     if tables.reductions is None:
         return (not_run("no reductions have been counted", "run --config FILE.toml"),)
     timed = "median_ms" in tables.reductions
-    parts: list[Part] = [
+    parts: list[SectionItem] = [
         Text(
             (
                 "Two ways of counting multiply-adds (MACs), never mixed: *whole* counts everything; *paper* leaves "
@@ -208,7 +208,7 @@ def _reductions(tables: RunTables) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def _footnotes(frame: pd.DataFrame, has_times: bool) -> list[Part]:
+def _footnotes(frame: pd.DataFrame, has_times: bool) -> list[SectionItem]:
     """What a reduction table leaves out: operators without a formula, and how often times were taken."""
     says = []
     if "uncounted" in frame and not is_missing(frame["uncounted"].iloc[0]):
@@ -222,7 +222,7 @@ def _footnotes(frame: pd.DataFrame, has_times: bool) -> list[Part]:
     return [Text((" ".join(says),))] if says else []
 
 
-def _candidates(tables: RunTables) -> tuple[Part, ...]:
+def _candidates(tables: RunTables) -> tuple[SectionItem, ...]:
     if not tables.plans:
         return (not_run("no candidates have been chosen", "search"),)
     styles = plan_styles(tables.plans)
@@ -236,7 +236,7 @@ def _candidates(tables: RunTables) -> tuple[Part, ...]:
         return (listing,)
     frame = block_map_frame(tables.blocks, tables.importance)
     return (
-        Drawing(
+        Chart(
             "plans",
             "One small map of the U-Net per candidate with the removed blocks as dashed outlines.",
             "Dashed outlines are removed blocks; the others keep the colour of their impact. Controls are the plans of "
@@ -247,15 +247,15 @@ def _candidates(tables: RunTables) -> tuple[Part, ...]:
     )
 
 
-def _ranking(tables: RunTables) -> tuple[Part, ...]:
+def _ranking(tables: RunTables) -> tuple[SectionItem, ...]:
     ranking = tables.ranking
     if ranking is None:
         return (not_run("the candidates have not been ranked", "rank"),)
     styles = plan_styles(tables.plans)
-    parts: list[Part] = []
+    parts: list[SectionItem] = []
     if len(measured(ranking)):
         parts.append(
-            Drawing(
+            Chart(
                 "quality",
                 "Held-out loss and CLIP score against multiply-adds and parameters for every candidate.",
                 "Hollow marks are candidates as pruned, filled ones after distillation, the square and the dashed line "
@@ -269,7 +269,7 @@ def _ranking(tables: RunTables) -> tuple[Part, ...]:
     parts += tournament_parts(tables)
     if (measured(ranking)["impact_one_shot"] > 0).sum() > 1:
         parts.append(
-            Drawing(
+            Chart(
                 "prediction",
                 "Impact in one shot against held-out loss before and after distillation.",
                 "Does the cheap score foretell the outcome? Each mark is one candidate; points on a rising line would "
@@ -280,7 +280,7 @@ def _ranking(tables: RunTables) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def _distillation(tables: RunTables) -> tuple[Part, ...]:
+def _distillation(tables: RunTables) -> tuple[SectionItem, ...]:
     if not tables.recoveries:
         return (not_run("no candidate has been distilled", "distill"),)
     styles = plan_styles(tables.plans)
@@ -289,7 +289,7 @@ def _distillation(tables: RunTables) -> tuple[Part, ...]:
     shown = ("steps", "batch", "learning_rate", "task_weight", "output_weight", "feature_weight", "seed")
     told = ", ".join(f"{key.replace('_', ' ')} {settings[key]:g}" for key in shown if key in settings)
     return (
-        Drawing(
+        Chart(
             "curves",
             "Held-out loss and the task, output and feature losses of every candidate over the distillation steps.",
             "Every candidate sees the same pictures, noise and timesteps in the same order"
@@ -299,8 +299,8 @@ def _distillation(tables: RunTables) -> tuple[Part, ...]:
     )
 
 
-def _conditions(tables: RunTables) -> tuple[Part, ...]:
-    parts: list[Part] = []
+def _conditions(tables: RunTables) -> tuple[SectionItem, ...]:
+    parts: list[SectionItem] = []
     if tables.environment:
         rows = tuple((key.replace("_", " "), str(value)) for key, value in tables.environment.items())
         parts.append(Table("Environment of the measurements", ("Item", "Value"), rows, left=2))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from prune_lab.report.document import Part, Text
+from prune_lab.report.document import SectionItem, Text
+from prune_lab.report.format import amount, change, count, figure3, in_words, plural, short_number
 from prune_lab.report.tables import RunTables, at_the_end, dropped, left_out, teacher_row
-from prune_lab.report.words import amount, change, count, figure3, in_words, plural, short_number
 
 
-def summary(tables: RunTables) -> tuple[Part, ...]:
+def summary(tables: RunTables) -> tuple[SectionItem, ...]:
     """What was found, and which steps of the run are still to be done."""
     sentences = [*_say_model(tables), *_say_impacts(tables), *_say_reductions(tables), *_say_outcome(tables)]
     steps = (
@@ -19,7 +19,7 @@ def summary(tables: RunTables) -> tuple[Part, ...]:
         ("candidates ranked", tables.ranking is not None, "rank"),
     )
     missing = [(step, verb) for step, done, verb in steps if not done]
-    parts: list[Part] = [Text(tuple(sentences), bullets=True)] if sentences else []
+    parts: list[SectionItem] = [Text(tuple(sentences), bullets=True)] if sentences else []
     if missing:
         steps_left = in_words(f"{step} (`prune-lab {verb}`)" for step, verb in missing)
         parts.append(Text((f"This run is not complete. Not done yet: {steps_left}.",), note=True))

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from prune_lab.ranking import Difference
 from prune_lab.report.charts import plan_legend
-from prune_lab.report.document import Drawing, Part, Table, Text
+from prune_lab.report.document import Chart, SectionItem, Table, Text
 from prune_lab.report.figures import PlanStyle, Theme, new_figure, plan_styles, spread, style_axes
+from prune_lab.report.format import UNKNOWN, amount, count, figure3, is_missing, milliseconds, short_number
 from prune_lab.report.tables import PlanRow, RunTables, dropped, left_out
-from prune_lab.report.words import UNKNOWN, amount, count, figure3, is_missing, milliseconds, short_number
 
 _END = {"kept": "", "dropped": "x", "failed": "X"}
 Row = Mapping[Hashable, Any]
@@ -50,7 +50,7 @@ def _ranking_row(row: Row) -> tuple[str, ...]:
     )
 
 
-def ranking_tables(ranking: pd.DataFrame) -> tuple[Part, ...]:
+def ranking_tables(ranking: pd.DataFrame) -> tuple[SectionItem, ...]:
     """The table of everyone, what its tie groups mean, who was dropped and why, and who has no rank and why."""
     header = (
         *(
@@ -67,7 +67,7 @@ def ranking_tables(ranking: pd.DataFrame) -> tuple[Part, ...]:
         *("On the front", "Status"),
     )
     rows = tuple(_ranking_row(row) for row in ranking.to_dict("records"))
-    parts: list[Part] = [Table("Ranking", header, rows, "ranking.csv", left=4)]
+    parts: list[SectionItem] = [Table("Ranking", header, rows, "ranking.csv", left=4)]
     if ranking["tie_group"].notna().any():
         parts.append(
             Text(
@@ -115,7 +115,7 @@ def _verdict_row(row: Row, labels: Mapping[str, str]) -> tuple[str, ...]:
     )
 
 
-def tournament_parts(tables: RunTables) -> tuple[Part, ...]:
+def tournament_parts(tables: RunTables) -> tuple[SectionItem, ...]:
     """The figure and the verdicts of the tournament; nothing where there was none."""
     tournament = tables.tournament
     if tournament is None:
@@ -128,7 +128,7 @@ def tournament_parts(tables: RunTables) -> tuple[Part, ...]:
     )
     rows = tuple(_verdict_row(row, labels) for row in tournament.to_dict("records"))
     return (
-        Drawing(
+        Chart(
             "tournament",
             "Held-out loss of every candidate over the rungs of the tournament, ending where it was dropped.",
             "Vertical lines are the rungs, at which the better part goes on, and who ties with the last of them. "

@@ -21,13 +21,13 @@ from prune_lab.search.controls import (
     similarity_control,
     uniform_control,
 )
-from prune_lab.search.descent import descend
 from prune_lab.search.effects import Effects, predicted_impact
 from prune_lab.search.evolution import evolve_plans
 from prune_lab.search.exact import check_reachable, search_plans, sweep_plans
 from prune_lab.search.greedy import greedy_plan
 from prune_lab.search.interactions import InteractionFit, fit_interactions
-from prune_lab.search.outcomes import Found, FrontPoint, ImpactOf
+from prune_lab.search.local_search import local_search
+from prune_lab.search.results import FrontPoint, ImpactOf, SearchResult
 from prune_lab.search.sampling import sample_near
 
 __all__ = [
@@ -38,7 +38,6 @@ __all__ = [
     "Constraints",
     "Counted",
     "Effects",
-    "Found",
     "FrontPoint",
     "ImpactOf",
     "InteractionFit",
@@ -46,13 +45,14 @@ __all__ = [
     "Metric",
     "PartPrices",
     "Quota",
+    "SearchResult",
     "bk_control",
     "check_reachable",
     "controls_at",
-    "descend",
     "evolve_plans",
     "fit_interactions",
     "greedy_plan",
+    "local_search",
     "lowest_one_shot",
     "parse_budget",
     "parse_quota",

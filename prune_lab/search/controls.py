@@ -16,7 +16,7 @@ from prune_lab.search.budgets import Budget, Costs, prices_from, within
 from prune_lab.search.constraints import Constraints
 from prune_lab.search.effects import Scores, predicted_impact
 from prune_lab.search.exact import NATIVE, search_plans
-from prune_lab.search.outcomes import ImpactOf, Measuring
+from prune_lab.search.results import CachedObjective, ImpactOf
 from prune_lab.search.sampling import sample_near
 
 
@@ -87,7 +87,7 @@ def lowest_one_shot(
     be far off. Raises what ``sample_near`` raises, and DataError for a bad measurement.
     """
     plans = sample_near(architecture, costs, budgets, draws, seed, constraints)
-    impacts = Measuring(impact_of).of([frozenset(plan.removed) for plan in plans])
+    impacts = CachedObjective(impact_of).of([frozenset(plan.removed) for plan in plans])
     return plans[int(impacts.argmin())].named("lowest-one-shot")
 
 

@@ -16,7 +16,7 @@ from prune_lab.errors import ConfigError
 from prune_lab.search.budgets import Budget, Costs, Metric
 from prune_lab.search.constraints import Constraints
 from prune_lab.search.exact import NATIVE, check_reachable
-from prune_lab.search.outcomes import FrontPoint, ImpactOf, Measuring, undominated
+from prune_lab.search.results import CachedObjective, FrontPoint, ImpactOf, undominated
 from prune_lab.search.sampling import sample_near
 from prune_lab.search.space import Removed, Space, space_of
 
@@ -59,7 +59,9 @@ def evolve_plans(
     folder.mkdir(parents=True, exist_ok=True)
     with _quiet_optuna():
         study = _study(folder / "evolution.log", space, metrics, population, seed)
-        measuring = Measuring(impact_of, {_removed(trial): trial.values[0] for trial in _measured(study)})
+        objective = CachedObjective(
+            impact_of, {_removed(trial): trial.values[0] for trial in _measured(study)}
+        )
         while (done := len(_finished(study))) < trials:
             # Randomness of its own for each generation: an interruption in between changes nothing.
             study.sampler = optuna.samplers.NSGAIISampler(population_size=population, seed=seed + done)
@@ -69,7 +71,7 @@ def evolve_plans(
             else:
                 for plan in first:
                     study.enqueue_trial(_parameters(space, frozenset(plan.removed)))
-            _tell(study, space, metrics, measuring, min(population - done % population, trials - done))
+            _tell(study, space, metrics, objective, min(population - done % population, trials - done))
         points = [_point(space, trial) for trial in _measured(study)]
     return undominated(points, metrics)
 
@@ -142,7 +144,9 @@ def _parameters(space: Space, removed: Removed) -> dict[str, int]:
     }
 
 
-def _tell(study: Any, space: Space, metrics: Sequence[Metric], measuring: Measuring, count: int) -> None:
+def _tell(
+    study: Any, space: Space, metrics: Sequence[Metric], objective: CachedObjective, count: int
+) -> None:
     """Ask for ``count`` plans, measure those that are allowed in one batch, and tell how they did."""
     choices = {
         name: optuna.distributions.CategoricalDistribution(range(len(options)))
@@ -154,7 +158,7 @@ def _tell(study: Any, space: Space, metrics: Sequence[Metric], measuring: Measur
         fixed.union(*(options[trial.params[name]] for name, options in _levels(space))) for trial in trials
     ]
     allowed = [removed for removed in sets if space.allows(removed)]
-    impacts = dict(zip(allowed, measuring.of(allowed).tolist(), strict=True))
+    impacts = dict(zip(allowed, objective.of(allowed).tolist(), strict=True))
     for trial, removed in zip(trials, sets, strict=True):
         plan, prices = space.plan(removed), space.prices
         broken = sum(

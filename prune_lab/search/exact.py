@@ -23,8 +23,8 @@ from prune_lab.plans import PruningPlan
 from prune_lab.search.budgets import COUNTED, Budget, Costs, Metric, prices_from
 from prune_lab.search.constraints import Constraints
 from prune_lab.search.effects import Effects, Scores, effects_from
-from prune_lab.search.outcomes import FrontPoint, undominated
-from prune_lab.search.program import Cut, Program
+from prune_lab.search.program import LinearBound, Program
+from prune_lab.search.results import FrontPoint, undominated
 from prune_lab.search.space import Removed, space_of
 
 NATIVE = Constraints()
@@ -59,7 +59,7 @@ def search_plans(
     metric = budgets[0].metric if budgets else "macs"
     found: list[Removed] = []
     while len(found) < count:
-        cuts = [Cut(removed, diverse) for removed in found]
+        cuts = [LinearBound(removed, diverse) for removed in found]
         best = _best(program, effects, budgets, metric, cuts)
         if best is None:
             break
@@ -124,7 +124,7 @@ def check_reachable(
 
 
 def _best(
-    program: Program, effects: Effects, budgets: Sequence[Budget], metric: Metric, cuts: Sequence[Cut]
+    program: Program, effects: Effects, budgets: Sequence[Budget], metric: Metric, cuts: Sequence[LinearBound]
 ) -> Removed | None:
     """The plan of least impact, and of its equals the cheapest."""
     best = program.least(program.objective, budgets, cuts)

@@ -10,8 +10,8 @@ from prune_lab.search.budgets import Budget, Costs
 from prune_lab.search.constraints import Constraints
 from prune_lab.search.effects import Effects
 from prune_lab.search.exact import NATIVE, check_reachable
-from prune_lab.search.outcomes import Found, ImpactOf, Measuring
 from prune_lab.search.program import Program
+from prune_lab.search.results import CachedObjective, ImpactOf, SearchResult
 from prune_lab.search.space import Removed, Space, space_of
 
 
@@ -30,7 +30,7 @@ def greedy_plan(
     budgets: Sequence[Budget],
     impact_of: ImpactOf,
     constraints: Constraints = NATIVE,
-) -> Found:
+) -> SearchResult:
     """The plan that removes, step by step, what adds the least impact per saved cost until all ``budgets`` are met.
 
     A step is one block, or with ``native_only`` one option of a level that extends the level's present one. Saved
@@ -45,17 +45,17 @@ def greedy_plan(
     check_reachable(architecture, costs, budgets, constraints=constraints)
     space = space_of(architecture, costs, budgets, constraints)
     program = Program(space, Effects({block.name: 0.0 for block in architecture.blocks}))
-    measuring = Measuring(impact_of)
+    objective = CachedObjective(impact_of)
     gone: Removed = frozenset()
     known: dict[Removed, _Step] = {}
     while not space.allows(gone):
         steps = [blocks for blocks in _steps(space, gone) if blocks not in known]
-        total, *measured = measuring.of([gone, *(gone | blocks for blocks in steps)]).tolist()
+        total, *measured = objective.of([gone, *(gone | blocks for blocks in steps)]).tolist()
         for blocks, impact in zip(steps, measured, strict=True):
             known[blocks] = _Step(blocks, impact - total, gone)
-        step = _cheapest(program, measuring, gone, [known[blocks] for blocks in _steps(space, gone)])
+        step = _cheapest(program, objective, gone, [known[blocks] for blocks in _steps(space, gone)])
         gone |= step.blocks
-    return Found(space.plan(gone, "greedy"), float(measuring.of([gone])[0]), measuring.count)
+    return SearchResult(space.plan(gone, "greedy"), float(objective.of([gone])[0]), objective.count)
 
 
 def _steps(space: Space, gone: Removed) -> list[Removed]:
@@ -67,7 +67,7 @@ def _steps(space: Space, gone: Removed) -> list[Removed]:
     return steps
 
 
-def _cheapest(program: Program, measuring: Measuring, gone: Removed, steps: list[_Step]) -> _Step:
+def _cheapest(program: Program, objective: CachedObjective, gone: Removed, steps: list[_Step]) -> _Step:
     """The step of least added impact per progress, measured as things stand; it leaves a way to the budgets."""
     space = program.space
     missing = _missing(space, gone)
@@ -83,7 +83,7 @@ def _cheapest(program: Program, measuring: Measuring, gone: Removed, steps: list
         step = min(left, key=price)
         after = gone | step.blocks
         if step.given != gone:
-            before, impact = measuring.of([gone, after]).tolist()
+            before, impact = objective.of([gone, after]).tolist()
             step.added, step.given = impact - before, gone
         elif program.least(program.objective, space.budgets, (), [program.including(after)]) is None:
             left.remove(step)  # a dead end

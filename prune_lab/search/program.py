@@ -23,7 +23,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from prune_lab.errors import DataError
 from prune_lab.search.budgets import Budget, Metric
 from prune_lab.search.effects import Effects
-from prune_lab.search.space import Removed, Space, rings
+from prune_lab.search.space import Removed, Space, sampler_groups
 
 _OPTIMAL, _INFEASIBLE = 0, 2  # scipy.optimize.milp's status
 
@@ -44,7 +44,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class LinearBound:
     """Plans nearer than ``distance`` to this one (in blocks that only one of them removes) are out."""
 
     removed: Removed
@@ -61,7 +61,7 @@ class Program:
         ]
         self._options = [option for _, option in options]
         members = sorted(frozenset().union(*self._options)) if options else []
-        products = [blocks for blocks, _ in rings(space.architecture)]
+        products = [blocks for blocks, _ in sampler_groups(space.architecture)]
         products += [pair for pair in effects.interactions if pair not in products]
         self._level_of = {block: level for level, option in options for block in option}
         self._apart = [blocks for blocks in products if blocks.issubset(members) and self._crosses(blocks)]
@@ -100,7 +100,7 @@ class Program:
         saved = np.zeros(self.size)
         for block, gone in self._gone.items():
             saved += prices.of_part(block, metric) * gone
-        for blocks, samplers in rings(self.space.architecture):
+        for blocks, samplers in sampler_groups(self.space.architecture):
             saved += sum(prices.of_part(name, metric) for name in samplers) * self.together(blocks)
         return saved * (_SCALE / (prices.total(metric) or 1.0))
 
@@ -161,7 +161,7 @@ class Program:
             )
         return rows
 
-    def _distant(self, cut: Cut) -> Row:
+    def _distant(self, cut: LinearBound) -> Row:
         change = sum(
             (-gone if block in cut.removed else gone for block, gone in self._gone.items()),
             np.zeros(self.size),
@@ -189,7 +189,7 @@ class Program:
         self,
         objective: Vector,
         budgets: Sequence[Budget],
-        cuts: Sequence[Cut] = (),
+        cuts: Sequence[LinearBound] = (),
         extra: Sequence[Row] = (),
     ) -> Removed | None:
         """What to remove for the least ``objective`` within the budgets, or None when nothing meets them.
@@ -204,7 +204,7 @@ class Program:
                 budget.allows_plan(self.space.plan(removed), self.space.prices) for budget in budgets
             ):
                 return removed
-            rows.append(self._distant(Cut(removed)))
+            rows.append(self._distant(LinearBound(removed)))
 
     def _solved(self, objective: Vector, rows: Sequence[Row]) -> Removed | None:
         if not self.size:  # nothing can be removed: either that is a plan or there is none

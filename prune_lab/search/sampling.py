@@ -17,7 +17,7 @@ from prune_lab.search.budgets import Budget, Costs
 from prune_lab.search.constraints import Constraints
 from prune_lab.search.effects import Effects
 from prune_lab.search.exact import NATIVE, check_reachable
-from prune_lab.search.program import Cut, Program, Row
+from prune_lab.search.program import LinearBound, Program, Row
 from prune_lab.search.space import Removed, space_of
 
 _PATIENCE = 5  # draws in a row that find nothing new, before all that was found is cut off
@@ -52,7 +52,7 @@ def sample_near(
     found: dict[Removed, None] = {}
     repeats, width = 0, band
     while len(found) < count:
-        cuts = [Cut(removed) for removed in found] if repeats >= _PATIENCE else []
+        cuts = [LinearBound(removed) for removed in found] if repeats >= _PATIENCE else []
         removed = _drawn(program, budgets, width, cuts, generator)
         if removed is not None and removed not in found:
             found[removed] = None
@@ -70,7 +70,7 @@ def _drawn(
     program: Program,
     budgets: Sequence[Budget],
     width: float,
-    cuts: Sequence[Cut],
+    cuts: Sequence[LinearBound],
     generator: np.random.Generator,
 ) -> Removed | None:
     """A random plan at most ``width`` below one of the budgets, taken in random order; None when there is none."""

@@ -41,13 +41,13 @@ class Space:
         """The plan that removes these blocks."""
         return plan_of(self.architecture, removed, name)
 
-    def lawful(self, removed: Removed) -> bool:
+    def satisfies_rules(self, removed: Removed) -> bool:
         """Whether the constraints allow to remove these blocks, which are one option of each level."""
         return all(limit.allows(removed) for limit in self.limits)
 
     def allows(self, removed: Removed) -> bool:
         """Whether constraints and budgets allow to remove these blocks, which are one option of each level."""
-        return self.lawful(removed) and within(self.plan(removed), self.budgets, self.prices)
+        return self.satisfies_rules(removed) and within(self.plan(removed), self.budgets, self.prices)
 
     def chosen(self, plan: PruningPlan) -> tuple[Removed, ...]:
         """The option that ``plan`` takes of each level. Raises PlanError when it is not made of options."""
@@ -79,7 +79,7 @@ def space_of(
         prices.total(budget.metric)
     limits = constraints.limits(architecture)
     levels = native_choices(architecture) if constraints.native_only else _every_block(architecture)
-    kept = tuple(tuple(_lawful_alone(level, limits)) for level in levels)
+    kept = tuple(tuple(_satisfying_alone(level, limits)) for level in levels)
     return Space(prices, tuple(budgets), constraints, limits, kept)
 
 
@@ -87,14 +87,14 @@ def _every_block(architecture: Architecture) -> tuple[tuple[Removed, ...], ...]:
     return tuple((frozenset(), frozenset([block.name])) for block in architecture.blocks if block.removable)
 
 
-def _lawful_alone(level: tuple[Removed, ...], limits: tuple[Limit, ...]) -> Iterator[Removed]:
+def _satisfying_alone(level: tuple[Removed, ...], limits: tuple[Limit, ...]) -> Iterator[Removed]:
     members = frozenset().union(*level)
     alone = [limit for limit in limits if members.issuperset(limit.blocks)]
     return (option for option in level if all(limit.allows(option) for limit in alone))
 
 
 @functools.lru_cache(maxsize=16)
-def rings(architecture: Architecture) -> tuple[tuple[Removed, tuple[str, ...]], ...]:
+def sampler_groups(architecture: Architecture) -> tuple[tuple[Removed, tuple[str, ...]], ...]:
     """What leaves by itself: (blocks, samplers) where the samplers leave once all of these blocks are gone."""
     found: list[tuple[Removed, tuple[str, ...]]] = []
     counted: set[str] = set()

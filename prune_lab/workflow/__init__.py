@@ -11,14 +11,6 @@ from __future__ import annotations
 from prune_lab.workflow.comparing import compared_plans, comparison
 from prune_lab.workflow.criteria import compared_criteria
 from prune_lab.workflow.distilling import ensure_distilled, recovery_frame, save_students, train_to
-from prune_lab.workflow.judging import (
-    ensure_pictures,
-    ensure_ranking,
-    ensure_report,
-    picture_scores,
-    quality,
-    quality_frame,
-)
 from prune_lab.workflow.measuring import (
     ensure_blocks,
     ensure_costs,
@@ -29,6 +21,15 @@ from prune_lab.workflow.measuring import (
     ensure_shares,
     scores_frame,
 )
+from prune_lab.workflow.pipeline import check_budgets, run_all, steps_frame
+from prune_lab.workflow.ranking import (
+    ensure_pictures,
+    ensure_ranking,
+    ensure_report,
+    picture_scores,
+    quality,
+    quality_frame,
+)
 from prune_lab.workflow.searching import ensure_plans, plan_named, plans_frame
 from prune_lab.workflow.steps import STEPS, Step, borrow, forget, start_run
 from prune_lab.workflow.students import (
@@ -37,7 +38,6 @@ from prune_lab.workflow.students import (
     ensure_repaired,
 )
 from prune_lab.workflow.teacher import Teacher
-from prune_lab.workflow.whole import check_budgets, run_all, steps_frame
 
 __all__ = [
     "STEPS",

@@ -10,25 +10,25 @@ import pandas as pd
 from prune_lab.blocks import BlockGroup, block_groups
 from prune_lab.importance import (
     CRITERIA,
-    DRAWING,
-    WALKED,
+    NEEDS_PIPELINE,
+    ONE_STEP,
     ImportanceTable,
-    Subject,
+    ScoringContext,
     additivity,
     agreement,
-    conclusions,
-    foretold,
+    describe_agreement,
+    describe_stability,
+    predictive_correlation,
     random_plans,
     score,
     stability,
-    steadiness,
     with_psnr,
 )
 from prune_lab.plans import PruningPlan, plan_from_json
 from prune_lab.report import write_agreement
 from prune_lab.runs import Run
 from prune_lab.runtime import Environment, read_json, track, write_frame, write_json
-from prune_lab.workflow.measuring import drawn_probe, scored_subject, subject_of
+from prune_lab.workflow.measuring import drawn_probe, run_scoring_context, scoring_context_of
 from prune_lab.workflow.teacher import Teacher
 
 _RANDOM_PLANS = 40
@@ -66,7 +66,7 @@ def _compositions(run: Run, teacher: Teacher) -> tuple[BlockGroup, ...]:
     return tuple(unique.values())
 
 
-def _tables(subject: Subject, teacher: Teacher) -> list[ImportanceTable]:
+def _tables(context: ScoringContext, teacher: Teacher) -> list[ImportanceTable]:
     """Every criterion that this model can be scored by, on every block that can be removed."""
     blocks = [
         group
@@ -75,37 +75,37 @@ def _tables(subject: Subject, teacher: Teacher) -> list[ImportanceTable]:
     ]
     leader = teacher.config.score.criterion
     names = [leader, *(name for name in CRITERIA if name != leader)]
-    names = [name for name in names if subject.drawing is not None or name not in DRAWING]
+    names = [name for name in names if context.drawing is not None or name not in NEEDS_PIPELINE]
     model, bootstrap = teacher.config.model, teacher.config.score.bootstrap
     return [
-        score(subject, blocks, name, bootstrap=bootstrap, model=model)
+        score(context, blocks, name, bootstrap=bootstrap, model=model)
         for name in track(names, "measuring criteria", len(names))
     ]
 
 
 def _with_other_noise(run: Run, teacher: Teacher, leader: ImportanceTable) -> dict[str, ImportanceTable]:
     """The leading criterion on the same pictures with noise and timesteps drawn anew; none for one without a walk."""
-    if leader.criterion not in WALKED:
+    if leader.criterion not in ONE_STEP:
         return {}
     groups, first = [entry.group for entry in leader.entries], teacher.config.probe.seed + 1
     found = {}
     for seed in range(first, first + _OTHER_NOISE):
-        subject = subject_of(run, teacher, drawn_probe(teacher, seed))
-        found[f"seed {seed}"] = score(subject, groups, leader.criterion, bootstrap=0)
+        context = scoring_context_of(run, teacher, drawn_probe(teacher, seed))
+        found[f"seed {seed}"] = score(context, groups, leader.criterion, bootstrap=0)
     return found
 
 
-def _costs(subject: Subject, tables: list[ImportanceTable]) -> dict[str, float]:
+def _costs(context: ScoringContext, tables: list[ImportanceTable]) -> dict[str, float]:
     """Forward-equivalents of each criterion by itself, whatever was found in the cache this time."""
-    costs = {table.criterion: table.effort.forwards if table.effort else 0.0 for table in tables}
+    costs = {table.criterion: table.compute.forwards if table.compute else 0.0 for table in tables}
     blocks = [entry.group for entry in tables[0].entries]
     # A walk costs the same for every sample, so one of them tells; all three of its criteria come from it.
-    one = Subject(subject.unet, subject.probe.rows([0]))
-    walk = score(one, blocks, "output-mse", bootstrap=0).effort
-    samples = len(subject.probe) * (1 if subject.guidance == 1 else 2)
-    costs |= dict.fromkeys(WALKED, walk.forwards * samples if walk else 0.0)
-    if subject.drawing is not None:
-        costs |= dict.fromkeys(DRAWING, (1 + len(blocks)) * subject.drawing.forwards)
+    one = ScoringContext(context.unet, context.probe.rows([0]))
+    walk = score(one, blocks, "output-mse", bootstrap=0).compute
+    samples = len(context.probe) * (1 if context.guidance == 1 else 2)
+    costs |= dict.fromkeys(ONE_STEP, walk.forwards * samples if walk else 0.0)
+    if context.drawing is not None:
+        costs |= dict.fromkeys(NEEDS_PIPELINE, (1 + len(blocks)) * context.drawing.forwards)
     return costs
 
 
@@ -116,23 +116,25 @@ def compared_criteria(run: Run, folder: Path) -> tuple[tuple[str, ...], pd.DataF
     plans, and with the loss after distillation of the plans that the run has ranked.
     """
     teacher = Teacher(run)
-    subject = scored_subject(run, teacher, drawing=True)
-    tables = _tables(subject, teacher)
+    context = run_scoring_context(run, teacher, drawing=True)
+    tables = _tables(context, teacher)
     compositions = _compositions(run, teacher)
     leader = tables[0]
-    together = score(subject, compositions, "output-mse", bootstrap=0, model=teacher.config.model)
-    found = [agreement(tables), foretold(tables, compositions, together.impacts, MEASURED)]
+    together = score(context, compositions, "output-mse", bootstrap=0, model=teacher.config.model)
+    found = [agreement(tables), predictive_correlation(tables, compositions, together.impacts, MEASURED)]
     outcomes, planned = _outcomes(run), _planned(run, teacher)
     ranked = [plan for plan in planned if plan.id in outcomes]
     if len(ranked) > 2:
         groups = [BlockGroup(plan.label, "plan", plan.removed) for plan in ranked]
-        found.append(foretold(tables, groups, np.array([outcomes[plan.id] for plan in ranked]), OUTCOME))
+        found.append(
+            predictive_correlation(tables, groups, np.array([outcomes[plan.id] for plan in ranked]), OUTCOME)
+        )
     compared = pd.concat(found, ignore_index=True)
     exact = next(table for table in tables if table.criterion == "output-mse")
     sums, steady = additivity(exact, together), stability(leader, _with_other_noise(run, teacher, leader))
-    costs = _costs(subject, tables)
+    costs = _costs(context, tables)
     summary = _summary(tables, compared, costs)
-    lines = (*conclusions(compared, sums, costs), *steadiness(steady))
+    lines = (*describe_agreement(compared, sums, costs), *describe_stability(steady))
     parts = pd.concat([table.parts() for table in tables], ignore_index=True)
     frames = {
         "summary": summary,

@@ -15,7 +15,7 @@ import pandas as pd
 from prune_lab.candidates import Candidate, State, load_student
 from prune_lab.distill import (
     FEATURE_VARIANTS,
-    Course,
+    DistillSetup,
     Recovery,
     Student,
     distill_together,
@@ -25,8 +25,8 @@ from prune_lab.distill import (
 )
 from prune_lab.errors import RunError
 from prune_lab.evaluation import clip_scores, save_grid
-from prune_lab.processes import gathered, is_main, join, main_first
-from prune_lab.ranking import Measured, Tournament, first_rung, play, rungs, tournament_from_frame
+from prune_lab.processes import gather_object, is_main, join, main_process_first
+from prune_lab.ranking import HeldoutLosses, Tournament, first_rung, play, rungs, tournament_from_frame
 from prune_lab.runs import Run
 from prune_lab.runtime import note, write_frame
 from prune_lab.surgery import pipeline_with
@@ -62,13 +62,13 @@ def _draw(teacher: Teacher, unet: nn.Module, path: Path) -> None:
     save_grid(path, drawn(teacher, unet))
 
 
-def course_of(run: Run, teacher: Teacher) -> Course:
+def distill_setup_of(run: Run, teacher: Teacher) -> DistillSetup:
     """What all students of the run are trained with."""
     # A cache is built by all processes together; the rest by one.
-    alike = contextlib.nullcontext() if teacher.config.data.source else main_first()
+    alike = contextlib.nullcontext() if teacher.config.data.source else main_process_first()
     with alike:
         data, validation = training_and_validation(run, teacher)
-    return Course(
+    return DistillSetup(
         teacher.unet,
         data,
         teacher.pipeline.scheduler,
@@ -111,18 +111,20 @@ def train_to(
 
     Writes candidates/<id>/{recovery.csv, heldout.csv, distilled/}. With ``keep_checkpoint`` they can go on from there.
     """
-    with main_first():
+    with main_process_first():
         waiting = [student_of(run, teacher, one) for one in candidates if not _ended(run, one, steps)]
     if waiting:
-        distill_together(course_of(run, teacher), waiting, until=steps, keep_checkpoint=keep_checkpoint)
+        distill_together(
+            distill_setup_of(run, teacher), waiting, until=steps, keep_checkpoint=keep_checkpoint
+        )
 
 
 # By a tournament ---------------------------------------------------------------------------------------------
 
 
-def measured(candidates: Sequence[Candidate], steps: int) -> dict[str, Measured]:
+def measured(candidates: Sequence[Candidate], steps: int) -> dict[str, HeldoutLosses]:
     """Held-out losses after ``steps`` steps, or why there are none, by plan id."""
-    found: dict[str, Measured] = {}
+    found: dict[str, HeldoutLosses] = {}
     for one in candidates:
         recovery = load_recovery(one.folder)
         losses = load_heldout(one.folder)
@@ -148,7 +150,7 @@ def _clip_at(
         student = load_student(one, "distilled", device=teacher.device, dtype=teacher.dtype)
         scores = clip_scores(teacher.scorer, drawn(teacher, student), prompts)
         found[one.plan.id] = scores.double().numpy()
-    return gathered(found)[0]
+    return gather_object(found)[0]
 
 
 def rungs_of(teacher: Teacher) -> tuple[int, ...]:
@@ -164,7 +166,7 @@ def _play(run: Run, teacher: Teacher, candidates: Sequence[Candidate]) -> Tourna
     def chosen(names: Collection[str]) -> list[Candidate]:
         return [named[name] for name in names]
 
-    def measure(names: Sequence[str], steps: int) -> Mapping[str, Measured]:
+    def measure(names: Sequence[str], steps: int) -> Mapping[str, HeldoutLosses]:
         note(f"rung of {steps} steps: {len(names)} candidates")
         # One that has been there before, in a run that was interrupted, is read and not trained again.
         train_to(run, teacher, chosen(names), steps, keep_checkpoint=True)
@@ -220,7 +222,7 @@ def ensure_distilled(
     """
     join()
     teacher = teacher or Teacher(run)
-    with main_first():
+    with main_process_first():
         ensure_repaired(run, teacher)
         plans = ensure_plans(run, teacher)
         wanted = {plan_named(plans, text, teacher).id for text in only} or {plan.id for plan in plans}

@@ -18,13 +18,13 @@ from prune_lab.blocks import (
 from prune_lab.config import BUDGET_CONTROLS, PLAN_FILES
 from prune_lab.evaluation import draw_latents
 from prune_lab.importance import (
-    DRAWING,
-    WALKED,
-    Drawing,
+    NEEDS_PIPELINE,
+    ONE_STEP,
+    GenerationSettings,
     ImportanceTable,
     Race,
     ScoreCache,
-    Subject,
+    ScoringContext,
     check_race,
     criterion_named,
     importance_from_frame,
@@ -124,10 +124,10 @@ def score_groups_of(teacher: Teacher) -> tuple[BlockGroup, ...]:
     return tuple(groups)
 
 
-def _drawing(teacher: Teacher) -> Drawing:
+def _drawing(teacher: Teacher) -> GenerationSettings:
     """How the criteria that look at pictures draw and judge them."""
     prompts, how = teacher.drawn_prompts, teacher.config.evaluate
-    return Drawing(
+    return GenerationSettings(
         teacher.pipeline,
         prompts.texts,
         prompts.kinds,
@@ -139,35 +139,37 @@ def _drawing(teacher: Teacher) -> Drawing:
     )
 
 
-def subject_of(run: Run, teacher: Teacher, probe: Probe, drawing: Drawing | None = None) -> Subject:
+def scoring_context_of(
+    run: Run, teacher: Teacher, probe: Probe, drawing: GenerationSettings | None = None
+) -> ScoringContext:
     """The run's model asked on ``probe``, with the run's settings and its cache of scores."""
     config = teacher.config
-    guidance, silent, inputs = config.score.guidance, None, probe.digest
+    guidance, unconditional, inputs = config.score.guidance, None, probe.digest
     if guidance != 1 and teacher.source.is_pipeline:
-        silent = probe.told(*encode_captions(teacher.pipeline, [""]))
+        unconditional = probe.with_prompt(*encode_captions(teacher.pipeline, [""]))
         inputs = f"{inputs}-guided{guidance:g}"
     cache = ScoreCache.open(
         run.scores_dir, model=model_digest(teacher.source), inputs=inputs, precision=config.dtype
     )
     layout = torch.channels_last if config.score.channels_last else torch.contiguous_format
-    return Subject(
+    return ScoringContext(
         teacher.unet.to(memory_format=layout),
         probe,
         batch=config.score.batch or None,
         seed=config.seed,
         drawing=drawing,
         guidance=guidance,
-        silent=silent,
+        unconditional=unconditional,
         cache=cache,
         compiled=config.score.compile,
     )
 
 
-def scored_subject(run: Run, teacher: Teacher, *, drawing: bool = False) -> Subject:
+def run_scoring_context(run: Run, teacher: Teacher, *, drawing: bool = False) -> ScoringContext:
     """The run's model with its probe, and with prompts to draw where its criteria, or ``drawing``, ask for pictures."""
-    wanted = drawing or DRAWING & {teacher.config.score.criterion, *teacher.config.score.also}
+    wanted = drawing or NEEDS_PIPELINE & {teacher.config.score.criterion, *teacher.config.score.also}
     how = _drawing(teacher) if teacher.source.is_pipeline and wanted else None
-    return subject_of(run, teacher, ensure_probe(run, teacher), how)
+    return scoring_context_of(run, teacher, ensure_probe(run, teacher), how)
 
 
 def criteria_of(teacher: Teacher) -> tuple[str, ...]:
@@ -193,16 +195,16 @@ def ensure_scores(run: Run, teacher: Teacher | None = None) -> ImportanceTable:
         return importance_from_frame(pd.read_csv(run.importance, dtype={"probe": str, "model": str}))
     teacher = teacher or Teacher(run)
     settings, names = teacher.config.score, criteria_of(teacher)
-    groups, subject = score_groups_of(teacher), scored_subject(run, teacher)
+    groups, context = score_groups_of(teacher), run_scoring_context(run, teacher)
     race = Race(settings.race) if settings.race else None
     tables = [
         score(
-            subject,
+            context,
             groups,
             name,
             bootstrap=settings.bootstrap,
             model=teacher.config.model,
-            race=race if name in WALKED else None,
+            race=race if name in ONE_STEP else None,
         )
         for name in names
     ]

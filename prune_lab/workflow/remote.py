@@ -29,18 +29,18 @@ from prune_lab.cluster import (
     in_tasks,
     publish,
     slots,
-    told,
+    tournament_from_asha,
 )
 from prune_lab.distill import FEATURE_VARIANTS, load_recovery
 from prune_lab.errors import ClusterError, ConfigError
-from prune_lab.importance import WALKED, ImportanceTable, Samples
+from prune_lab.importance import ONE_STEP, ImportanceTable, Samples
 from prune_lab.importance.intervals import impacts_of, intervals
-from prune_lab.ranking import Measured, Tournament
+from prune_lab.ranking import HeldoutLosses, Tournament
 from prune_lab.runs import Run
 from prune_lab.runtime import note, read_json, write_json
 from prune_lab.workflow.distilling import measured, rungs_of
-from prune_lab.workflow.judging import Grid
 from prune_lab.workflow.measuring import ensure_probe, ensure_scores
+from prune_lab.workflow.ranking import PictureJob
 from prune_lab.workflow.searching import origin_of
 from prune_lab.workflow.students import ensure_data
 from prune_lab.workflow.teacher import Teacher
@@ -49,8 +49,8 @@ from prune_lab.workflow.workers import (
     DECISIONS,
     RAY,
     VALIDATION,
-    Job,
-    Share,
+    RunRef,
+    ScoreShard,
     draw_here,
     files_in,
     get_state,
@@ -76,12 +76,12 @@ _SHARED = (
 # What is sent --------------------------------------------------------------------------------------------------
 
 
-def _job(run: Run, cluster: Cluster, names: Sequence[str]) -> Job:
+def _job(run: Run, cluster: Cluster, names: Sequence[str]) -> RunRef:
     folder = run.folder.resolve()
-    shelf = publish(folder, files_in(folder, names), cluster.storage) if cluster.storage else None
+    store = publish(folder, files_in(folder, names), cluster.storage) if cluster.storage else None
     read = [path for path in (run.config, run.folder / VALIDATION) if path.is_file()]
     made_of = hashlib.sha256(b"".join(path.read_bytes() for path in read)).hexdigest()[:16]
-    return Job(str(folder), str(Path.cwd()), cluster.cpus, shelf, made_of)
+    return RunRef(str(folder), str(Path.cwd()), cluster.cpus, store, made_of)
 
 
 def cluster_of(teacher: Teacher) -> Cluster:
@@ -179,8 +179,8 @@ def play_on_ray(
         job = _job(run, cluster, _prepare(run, teacher, names))
         note(f"tournament of {len(names)} candidates on Ray, {slots(ray, cluster)} at once")
         place: Any = str(own)
-        if job.shelf is not None:
-            filesystem, root = job.shelf.opened()
+        if job.store is not None:
+            filesystem, root = job.store.opened()
             place = filesystem, f"{root}/{RAY}"
         errors = compete(
             ray,
@@ -193,16 +193,16 @@ def play_on_ray(
             controls=controls,
             storage=place,
         )
-        if job.shelf is not None:
+        if job.store is not None:
             for name in names:
-                get_state(job.shelf, run, name)
-            job.shelf.remove(f"{RAY}/tune")
-            everywhere(ray, job.shelf.sweep)
+                get_state(job.store, run, name)
+            job.store.remove(f"{RAY}/tune")
+            everywhere(ray, job.store.sweep)
     _check_ended(run, names, rungs[-1], decisions, errors)
     shutil.rmtree(own, ignore_errors=True)
 
-    def measure(going: Sequence[str], steps: int) -> dict[str, Measured]:
-        answers: dict[str, Measured] = {}
+    def measure(going: Sequence[str], steps: int) -> dict[str, HeldoutLosses]:
+        answers: dict[str, HeldoutLosses] = {}
         for name in going:
             found = load_recovery(named[name].folder)
             came = found is not None and (found.status == "failed" or found.steps >= steps)
@@ -211,21 +211,21 @@ def play_on_ray(
 
     stops = {name: decisions.stopped(name) for name in names}
     stopped = {name: steps for name, steps in stops.items() if steps is not None}
-    return told(names, rungs, measure, stopped, controls)
+    return tournament_from_asha(names, rungs, measure, stopped, controls)
 
 
 # Tasks ---------------------------------------------------------------------------------------------------------
 
 
 def _in_tasks(
-    ray: Any, cluster: Cluster, job: Job, work: Callable[[Item], Found], items: Sequence[Item]
+    ray: Any, cluster: Cluster, job: RunRef, work: Callable[[Item], Found], items: Sequence[Item]
 ) -> list[Found]:
     """``in_tasks``, and afterwards nothing of the job is left on the machines."""
     try:
         return in_tasks(ray, cluster, work, items)
     finally:
-        if job.shelf is not None:
-            everywhere(ray, job.shelf.sweep)
+        if job.store is not None:
+            everywhere(ray, job.store.sweep)
 
 
 def _pieces(count: int, slots: int, unit: int = 1) -> list[range]:
@@ -252,16 +252,16 @@ def score_on_ray(
         ensure_probe(run, teacher),
         teacher.config.score,
     )
-    walked, all_groups = settings.criterion in WALKED, tuple(groups)
+    walked, all_groups = settings.criterion in ONE_STEP, tuple(groups)
     with connected(cluster) as ray:
         cluster = _outfitted(ray, teacher, cluster)
         job, room = _job(run, cluster, ("config.toml", "probe.safetensors")), slots(ray, cluster)
         if walked:
             shares = [
-                Share(all_groups, tuple(rows)) for rows in _pieces(len(probe), room, settings.batch or 1)
+                ScoreShard(all_groups, tuple(rows)) for rows in _pieces(len(probe), room, settings.batch or 1)
             ]
         else:
-            shares = [Share(all_groups[few.start : few.stop]) for few in _pieces(len(all_groups), room)]
+            shares = [ScoreShard(all_groups[few.start : few.stop]) for few in _pieces(len(all_groups), room)]
         tables = _in_tasks(ray, cluster, job, partial(score_here, job, settings.criterion), shares)
     whole = tables[0]
     assert whole.scales is not None
@@ -284,12 +284,12 @@ def score_on_ray(
         values=values,
         scales=scales,
         samples=samples,
-        effort=None,  # that of several walks is not that of one
+        compute=None,  # that of several walks is not that of one
     )
 
 
 def draw_on_ray(
-    run: Run, teacher: Teacher, grids: Sequence[Grid], *, cluster: Cluster | None = None
+    run: Run, teacher: Teacher, grids: Sequence[PictureJob], *, cluster: Cluster | None = None
 ) -> list[Tensor]:
     """The pictures of each of ``grids``, uint8 (prompts x seeds, 3, H, W), each grid drawn by one worker."""
     cluster = cluster or cluster_of(teacher)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from prune_lab.blocks import Architecture, BlockGroup
 from prune_lab.config import BUDGET_CONTROLS, RunConfig
 from prune_lab.errors import NonNativePlanError, PlanError
-from prune_lab.importance import Subject, score
+from prune_lab.importance import ScoringContext, score
 from prune_lab.plans import PruningPlan, native_layout, plan_from_json, read_plans
 from prune_lab.profiling import activation_table
 from prune_lab.profiling.costs import REST
@@ -30,7 +30,13 @@ from prune_lab.search import (
     parse_quota,
     predicted_impact,
 )
-from prune_lab.workflow.measuring import controls, ensure_costs, ensure_latency, ensure_scores, scored_subject
+from prune_lab.workflow.measuring import (
+    controls,
+    ensure_costs,
+    ensure_latency,
+    ensure_scores,
+    run_scoring_context,
+)
 from prune_lab.workflow.solving import SOLVERS, Question, controls_for
 from prune_lab.workflow.teacher import Teacher
 
@@ -87,12 +93,12 @@ def impact_by_walk(run: Run, teacher: Teacher) -> ImpactOf:
     """Measures sets of blocks by output-mse on the run's probe, in shared walks, and none of them twice."""
 
     @functools.cache  # not loaded before it is needed: the exact solver measures nothing
-    def subject() -> Subject:
-        return scored_subject(run, teacher)
+    def context() -> ScoringContext:
+        return run_scoring_context(run, teacher)
 
     def impact_of(sets: Sequence[frozenset[str]]) -> NDArray[np.float64]:
         groups = [BlockGroup(" ".join(sorted(removed)), "plan", tuple(sorted(removed))) for removed in sets]
-        return score(subject(), groups, "output-mse", bootstrap=0).impacts
+        return score(context(), groups, "output-mse", bootstrap=0).impacts
 
     return impact_of
 

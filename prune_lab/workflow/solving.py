@@ -15,14 +15,14 @@ from prune_lab.search import (
     ImpactOf,
     PartPrices,
     controls_at,
-    descend,
     evolve_plans,
     fit_interactions,
     greedy_plan,
+    local_search,
     sample_near,
     search_plans,
 )
-from prune_lab.workflow.measuring import scored_subject
+from prune_lab.workflow.measuring import run_scoring_context
 from prune_lab.workflow.teacher import Teacher
 
 
@@ -45,7 +45,7 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class SolverResult:
     """Plans, best first, how many sets of blocks were measured for them, and what the solver says of itself."""
 
     plans: tuple[PruningPlan, ...]
@@ -53,7 +53,7 @@ class Answer:
     merits: tuple[tuple[str, float], ...] = ()
 
 
-def _exact(question: Question) -> Answer:
+def _exact(question: Question) -> SolverResult:
     settings = question.teacher.config.search
     plans = search_plans(
         question.teacher.architecture,
@@ -64,10 +64,10 @@ def _exact(question: Question) -> Answer:
         diverse=settings.diverse,
         constraints=question.constraints,
     )
-    return Answer(plans)
+    return SolverResult(plans)
 
 
-def _interactions(question: Question) -> Answer:
+def _interactions(question: Question) -> SolverResult:
     """The exact solver with effects of pairs, learned from measured plans near the budgets; then swap descent.
 
     A quarter of the plans that are learned from are the best additive ones: random plans alone say little about the
@@ -94,7 +94,7 @@ def _interactions(question: Question) -> Answer:
     )
     again = question.impact_of([frozenset(plan.removed) for plan in plans])
     tried = sorted(zip((*impacts, *again), (*learned, *plans), strict=True), key=lambda one: float(one[0]))
-    found = descend(architecture, prices, budgets, question.impact_of, tried[0][1], rules)
+    found = local_search(architecture, prices, budgets, question.impact_of, tried[0][1], rules)
     unique = {plan.id: plan for plan in (found.plan, *plans)}
     merits = {
         "pairs": len(fit.pairs),
@@ -104,15 +104,15 @@ def _interactions(question: Question) -> Answer:
         "additive_rank": fit.additive_rank,
     }
     kept = tuple(unique.values())[: settings.count]
-    return Answer(kept, len(learned) + len(plans) + found.measured, tuple(merits.items()))
+    return SolverResult(kept, len(learned) + len(plans) + found.measured, tuple(merits.items()))
 
 
-def _greedy(question: Question) -> Answer:
+def _greedy(question: Question) -> SolverResult:
     found = greedy_plan(*question.place, question.impact_of, question.constraints)
-    return Answer((found.plan,), found.measured)
+    return SolverResult((found.plan,), found.measured)
 
 
-def _evolution(question: Question) -> Answer:
+def _evolution(question: Question) -> SolverResult:
     settings = question.teacher.config.search
     points = evolve_plans(
         *question.place,
@@ -123,10 +123,10 @@ def _evolution(question: Question) -> Answer:
         seed=question.teacher.config.seed,
     )
     best = sorted(points, key=lambda point: point.impact)[: settings.count]
-    return Answer(tuple(point.plan for point in best), settings.trials)
+    return SolverResult(tuple(point.plan for point in best), settings.trials)
 
 
-SOLVERS: dict[str, Callable[[Question], Answer]] = {
+SOLVERS: dict[str, Callable[[Question], SolverResult]] = {
     "exact": _exact,
     "interactions": _interactions,
     "greedy": _greedy,
@@ -136,7 +136,7 @@ SOLVERS: dict[str, Callable[[Question], Answer]] = {
 
 def controls_for(question: Question, wanted: Sequence[str]) -> list[PruningPlan]:
     """The controls named ``wanted`` for the question's budgets, called after both."""
-    subject = scored_subject(question.run, question.teacher)
+    context = run_scoring_context(question.run, question.teacher)
     blocks = block_groups(question.teacher.architecture, "block")
     found = controls_at(
         question.teacher.architecture,
@@ -145,7 +145,7 @@ def controls_for(question: Question, wanted: Sequence[str]) -> list[PruningPlan]
         question.budgets,
         question.constraints,
         impact_of=question.impact_of if "lowest-one-shot" in wanted else None,
-        similarity=score(subject, blocks, "similarity", bootstrap=0) if "similarity" in wanted else None,
+        similarity=score(context, blocks, "similarity", bootstrap=0) if "similarity" in wanted else None,
         seed=question.teacher.config.seed,
     )
     asked = ", ".join(budget.text for budget in question.budgets)

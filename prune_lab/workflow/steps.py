@@ -14,7 +14,6 @@ from prune_lab.models import model_digest, resolve_model
 from prune_lab.runs import Run, load_run_config, open_run
 from prune_lab.runtime import Environment, read_json, write_json, write_text
 from prune_lab.workflow.distilling import ensure_distilled
-from prune_lab.workflow.judging import ensure_pictures, ensure_ranking, ensure_report
 from prune_lab.workflow.measuring import (
     ensure_blocks,
     ensure_costs,
@@ -23,6 +22,7 @@ from prune_lab.workflow.measuring import (
     ensure_scores,
     ensure_shares,
 )
+from prune_lab.workflow.ranking import ensure_pictures, ensure_ranking, ensure_report
 from prune_lab.workflow.searching import ensure_plans
 from prune_lab.workflow.students import ensure_candidates, ensure_data, ensure_repaired
 from prune_lab.workflow.teacher import Teacher

@@ -20,15 +20,15 @@ from numpy.typing import NDArray
 
 from prune_lab.blocks import BlockGroup
 from prune_lab.candidates import Candidate, load_candidate
-from prune_lab.cluster import Report, Shelf
+from prune_lab.cluster import ArtifactStore, Report
 from prune_lab.distill import load_recovery
 from prune_lab.errors import ClusterError
 from prune_lab.importance import ImportanceTable, ScoreCache, score
 from prune_lab.probes import load_probe
 from prune_lab.runs import Run
 from prune_lab.workflow.distilling import measured, train_to
-from prune_lab.workflow.judging import drawn_for
-from prune_lab.workflow.measuring import scored_subject
+from prune_lab.workflow.measuring import run_scoring_context
+from prune_lab.workflow.ranking import drawn_for
 from prune_lab.workflow.teacher import Teacher
 
 RAY = "ray"  # folder in a run for what only the cluster needs; removed when a tournament is over
@@ -42,13 +42,13 @@ _VERDICT = "distilled/recovery.json"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Job:
+class RunRef:
     """What a worker needs to know to do a part of a run's work; hashable, so that what it loads is kept."""
 
     folder: str  # of the run, as the driver sees it
     directory: str  # the driver's working directory, which relative paths in the settings are of
     cpus: int
-    shelf: Shelf | None
+    store: ArtifactStore | None
     made_of: str  # changes with settings and validation: a run of the same name may be another one by now
 
 
@@ -71,10 +71,10 @@ def of_candidate(plan_id: str, *names: str) -> list[str]:
 
 
 @functools.lru_cache(maxsize=1)  # the next candidate finds the teacher loaded
-def _opened(job: Job) -> tuple[Run, Teacher]:
+def _opened(job: RunRef) -> tuple[Run, Teacher]:
     run = Run(Path(job.folder))
-    if job.shelf is not None:
-        run = Run(job.shelf.scratch)
+    if job.store is not None:
+        run = Run(job.store.scratch)
     elif not run.config.is_file():
         raise ClusterError(
             f"asked a worker for the run {job.folder}, which it does not see; put the run on a path that all machines "
@@ -90,60 +90,60 @@ def _opened(job: Job) -> tuple[Run, Teacher]:
 
 
 @contextlib.contextmanager
-def _at_work(job: Job) -> Iterator[tuple[Run, Teacher]]:
+def _at_work(job: RunRef) -> Iterator[tuple[Run, Teacher]]:
     """The run and its teacher, with the threads and the working directory of the job."""
     threads = torch.get_num_threads()
     there = Path(job.directory).is_dir()
     torch.set_num_threads(job.cpus)
     try:
-        if job.shelf is not None:
-            job.shelf.fetch(job.shelf.scratch, lambda name: not name.startswith("candidates/"))
+        if job.store is not None:
+            job.store.fetch(job.store.scratch, lambda name: not name.startswith("candidates/"))
         with contextlib.chdir(job.directory) if there else contextlib.nullcontext():
             yield _opened(job)
     finally:
         torch.set_num_threads(threads)
 
 
-def _candidate(job: Job, run: Run, teacher: Teacher, plan_id: str) -> Candidate:
-    if job.shelf is not None:
-        job.shelf.fetch(run.folder, lambda name: name.startswith(f"candidates/{plan_id}/"))
+def _candidate(job: RunRef, run: Run, teacher: Teacher, plan_id: str) -> Candidate:
+    if job.store is not None:
+        job.store.fetch(run.folder, lambda name: name.startswith(f"candidates/{plan_id}/"))
     return load_candidate(run.candidate(plan_id).folder, teacher.architecture)
 
 
-def _put_state(shelf: Shelf, run: Run, plan_id: str) -> None:
-    """Write what the distillation of a candidate has come to to ``shelf``, its verdict last."""
+def _put_state(store: ArtifactStore, run: Run, plan_id: str) -> None:
+    """Write what the distillation of a candidate has come to to ``store``, its verdict last."""
     names = files_in(run.folder, of_candidate(plan_id, "recovery.csv", "heldout.csv", "grids", "distilled"))
     (decisions,), (verdict,) = of_candidate(plan_id, DECISIONS), of_candidate(plan_id, _VERDICT)
-    shelf.put(run.folder, [name for name in names if name not in (decisions, verdict)])
-    shelf.put(run.folder, [verdict])
+    store.put(run.folder, [name for name in names if name not in (decisions, verdict)])
+    store.put(run.folder, [verdict])
 
 
-def get_state(shelf: Shelf, run: Run, plan_id: str) -> None:
-    """Write to ``run`` what ``shelf`` knows of the distillation of a candidate, its verdict last."""
-    published, (verdict,) = set(shelf.names), of_candidate(plan_id, _VERDICT)
-    names = [name for name in shelf.listed(f"candidates/{plan_id}") if name not in published]
+def get_state(store: ArtifactStore, run: Run, plan_id: str) -> None:
+    """Write to ``run`` what ``store`` knows of the distillation of a candidate, its verdict last."""
+    published, (verdict,) = set(store.names), of_candidate(plan_id, _VERDICT)
+    names = [name for name in store.listed(f"candidates/{plan_id}") if name not in published]
     if verdict in names:  # one that was cut off before it has come to no rung
-        shelf.get(run.folder, [*(name for name in names if name != verdict), verdict])
+        store.get(run.folder, [*(name for name in names if name != verdict), verdict])
 
 
 # Work -----------------------------------------------------------------------------------------------------------
 
 
-def train_here(job: Job, rungs: Sequence[int], plan_id: str, report: Report) -> None:
+def train_here(job: RunRef, rungs: Sequence[int], plan_id: str, report: Report) -> None:
     """Train a candidate from rung to rung, from where it is, until it is stopped, fails or comes to the end."""
     with _at_work(job) as (run, teacher):
         candidate = _candidate(job, run, teacher, plan_id)
-        if job.shelf is not None:
+        if job.store is not None:
             # the shelf knows better than what another attempt may have left on this machine
             for path in (candidate.paths.distilled, candidate.paths.grids):
                 shutil.rmtree(path, ignore_errors=True)
-            get_state(job.shelf, run, plan_id)
+            get_state(job.store, run, plan_id)
         for steps in rungs:
             before = load_recovery(candidate.folder)
             train_to(run, teacher, [candidate], steps, keep_checkpoint=True)
             after = load_recovery(candidate.folder)
-            if job.shelf is not None and (before is None or after is None or before.steps != after.steps):
-                _put_state(job.shelf, run, plan_id)
+            if job.store is not None and (before is None or after is None or before.steps != after.steps):
+                _put_state(job.store, run, plan_id)
             losses = measured([candidate], steps)[plan_id]
             if isinstance(losses, str):
                 return  # the verdict in its folder says why
@@ -151,25 +151,27 @@ def train_here(job: Job, rungs: Sequence[int], plan_id: str, report: Report) -> 
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Share:
+class ScoreShard:
     """A part of what is scored: these groups, on these rows of the probe; None: on all samples of the criterion."""
 
     groups: tuple[BlockGroup, ...]
     rows: tuple[int, ...] | None = None
 
 
-def score_here(job: Job, criterion: str, share: Share) -> ImportanceTable:
+def score_here(job: RunRef, criterion: str, share: ScoreShard) -> ImportanceTable:
     """What each group of ``share`` is worth, without intervals."""
     with _at_work(job) as (run, teacher):
         # in memory: workers that write one file would lose each other's values
-        subject = dataclasses.replace(scored_subject(run, teacher), cache=ScoreCache())
+        context = dataclasses.replace(run_scoring_context(run, teacher), cache=ScoreCache())
         if share.rows is not None:
-            silent = None if subject.silent is None else subject.silent.rows(share.rows)
-            subject = dataclasses.replace(subject, probe=subject.probe.rows(share.rows), silent=silent)
-        return score(subject, share.groups, criterion, bootstrap=0)
+            unconditional = None if context.unconditional is None else context.unconditional.rows(share.rows)
+            context = dataclasses.replace(
+                context, probe=context.probe.rows(share.rows), unconditional=unconditional
+            )
+        return score(context, share.groups, criterion, bootstrap=0)
 
 
-def draw_here(job: Job, what: tuple[str, bool]) -> NDArray[np.uint8]:
+def draw_here(job: RunRef, what: tuple[str, bool]) -> NDArray[np.uint8]:
     """The grid of a candidate, its plan's id and whether it is distilled; of the teacher for an empty id."""
     plan_id, distilled = what
     with _at_work(job) as (run, teacher):

@@ -32,7 +32,7 @@ from prune_lab.ranking import (
 from prune_lab.report import write_report
 from prune_lab.runs import Run
 from prune_lab.runtime import track, write_frame
-from prune_lab.workflow.measuring import ensure_costs, ensure_reductions, scored_subject
+from prune_lab.workflow.measuring import ensure_costs, ensure_reductions, run_scoring_context
 from prune_lab.workflow.searching import ensure_plans, left_out, origin_of
 from prune_lab.workflow.students import ensure_candidates, training_and_validation
 from prune_lab.workflow.teacher import Teacher, drawn
@@ -45,7 +45,7 @@ SHOWN = (".csv", ".json", ".png", ".toml")  # what a report reads
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
+class PictureJob:
     """A sheet of pictures: where it goes and who draws it, a candidate before or after distillation, or the teacher."""
 
     path: Path
@@ -61,12 +61,12 @@ def drawn_for(teacher: Teacher, candidate: Candidate | None, distilled: bool) ->
     return drawn(teacher, load_student(candidate, state, device=teacher.device, dtype=teacher.dtype))
 
 
-def _draw_here(_run: Run, teacher: Teacher, grids: Sequence[Grid]) -> Iterator[Tensor]:
+def _draw_here(_run: Run, teacher: Teacher, grids: Sequence[PictureJob]) -> Iterator[Tensor]:
     for grid in track(grids, "drawing for each model"):
         yield drawn_for(teacher, grid.candidate, grid.distilled)
 
 
-def _draw_on_ray(run: Run, teacher: Teacher, grids: Sequence[Grid]) -> Iterator[Tensor]:
+def _draw_on_ray(run: Run, teacher: Teacher, grids: Sequence[PictureJob]) -> Iterator[Tensor]:
     from prune_lab.workflow.remote import draw_on_ray  # which draws with what is above
 
     yield from draw_on_ray(run, teacher, grids)
@@ -81,11 +81,11 @@ def ensure_pictures(run: Run, teacher: Teacher | None = None) -> tuple[Path, ...
     Writes pictures/teacher.png and candidates/<id>/pictures_{pruned,distilled}.png.
     """
     teacher = teacher or Teacher(run)
-    wanted = [Grid(run.teacher_pictures)]
+    wanted = [PictureJob(run.teacher_pictures)]
     for candidate in ensure_candidates(run, teacher):
-        wanted.append(Grid(candidate.paths.pictures_pruned, candidate))
+        wanted.append(PictureJob(candidate.paths.pictures_pruned, candidate))
         if run.done(candidate.paths.distilled_unet):
-            wanted.append(Grid(candidate.paths.pictures_distilled, candidate, distilled=True))
+            wanted.append(PictureJob(candidate.paths.pictures_distilled, candidate, distilled=True))
     missing = [grid for grid in wanted if not run.done(grid.path)]
     if missing:
         sheets = _DRAW[teacher.config.rank.engine](run, teacher, missing)
@@ -127,7 +127,7 @@ def _mean_score(run: Run, teacher: Teacher, path: Path) -> float:
 
 
 def _score_here(run: Run, teacher: Teacher, groups: Sequence[BlockGroup]) -> ImportanceTable:
-    return score(scored_subject(run, teacher), groups, teacher.config.score.criterion, bootstrap=0)
+    return score(run_scoring_context(run, teacher), groups, teacher.config.score.criterion, bootstrap=0)
 
 
 def _score_on_ray(run: Run, teacher: Teacher, groups: Sequence[BlockGroup]) -> ImportanceTable:

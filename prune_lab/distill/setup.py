@@ -16,7 +16,7 @@ from torch import nn
 from prune_lab.config import DistillConfig
 from prune_lab.distill.checkpoint import TrainingState, check_fingerprint, load_checkpoint, save_checkpoint
 from prune_lab.distill.features import FeaturePair
-from prune_lab.distill.joint import Student, Trainee, no_longer_finite
+from prune_lab.distill.joint import Student, StudentState, no_longer_finite
 from prune_lab.distill.recovery import (
     RECOVERY_COLUMNS,
     Recovery,
@@ -29,7 +29,7 @@ from prune_lab.distill.recovery import (
 from prune_lab.errors import DataError, DeviceError, RunError
 from prune_lab.evaluation import heldout_loss
 from prune_lab.probes import Probe
-from prune_lab.processes import gathered
+from prune_lab.processes import gather_object
 from prune_lab.runs import CandidatePaths
 from prune_lab.runtime import atomic_folder, pick_dtype, tensors_digest, write_frame
 
@@ -51,7 +51,7 @@ Draw = Callable[[nn.Module, Path], None]  # draws a grid of pictures with a U-Ne
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Course:
+class DistillSetup:
     """What all students of one distillation share: teacher, data, noise, timesteps, settings, and who judges them.
 
     ``draw`` draws pictures with a U-Net into a file, for ``distill.grid_every``; ``logs`` is where trackers write.
@@ -93,9 +93,9 @@ def check_fit(student: Any, data: TrainingData) -> None:
         )
 
 
-def fingerprint_of(course: Course, student: nn.Module, pairs: Sequence[FeaturePair]) -> dict[str, Any]:
+def fingerprint_of(setup: DistillSetup, student: nn.Module, pairs: Sequence[FeaturePair]) -> dict[str, Any]:
     """What a resumed distillation must share with the one it goes on with."""
-    settings = course.settings
+    settings = setup.settings
     free = _FREE_SETTINGS | ({"steps"} if settings.schedule == "constant" else set())
     kept = {name: value for name, value in dataclasses.asdict(settings).items() if name not in free}
 
@@ -106,9 +106,9 @@ def fingerprint_of(course: Course, student: nn.Module, pairs: Sequence[FeaturePa
     return kept | {
         "student": tensors_digest(dict(student.named_parameters())),
         "pairs": " ".join(map(written, pairs)),
-        "data": course.data.digest,
-        "validation": course.validation.digest,
-        "prediction": course.scheduler.config.prediction_type,
+        "data": setup.data.digest,
+        "validation": setup.validation.digest,
+        "prediction": setup.scheduler.config.prediction_type,
     }
 
 
@@ -141,7 +141,7 @@ def seen_alike(paths: CandidatePaths, found: Recovery | None) -> None:
 
     They would take different steps, and wait for each other for ever.
     """
-    seen = gathered((found.steps if found else -1, paths.checkpoint.is_file()))
+    seen = gather_object((found.steps if found else -1, paths.checkpoint.is_file()))
     if len(set(seen)) > 1:
         raise RunError(
             f"asked to distil by {len(seen)} processes, found that not all of them see the same files in "
@@ -179,10 +179,10 @@ def shared_losses(unet: nn.Module, validation: Probe, accelerator: Accelerator) 
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Desk:
+class StudentRun:
     """A student in training and where its files go."""
 
-    trainee: Trainee
+    student_state: StudentState
     paths: CandidatePaths
     fingerprint: Mapping[str, Any]
     accelerator: Accelerator
@@ -190,16 +190,16 @@ class Desk:
     @classmethod
     def of(
         cls,
-        course: Course,
+        setup: DistillSetup,
         student: Student,
         unet: nn.Module,
         fingerprint: Mapping[str, Any],
         accelerator: Accelerator,
-    ) -> Desk:
+    ) -> StudentRun:
         """A desk with ``unet`` on the device, before its first step."""
-        settings = course.settings
+        settings = setup.settings
         nn.Module.to(
-            unet.train(), course.device, torch.float32
+            unet.train(), setup.device, torch.float32
         )  # steps this small are lost in shorter formats
         if settings.gradient_checkpointing:
             cast("Any", unet).enable_gradient_checkpointing()
@@ -214,7 +214,7 @@ class Desk:
         ema = EMAModel(unet.parameters(), decay=settings.ema_decay, foreach=True)
         state = TrainingState(unet, optimizer, ema, step=0, seconds=0.0, history=[])
         paths = CandidatePaths(Path(student.folder))
-        return cls(Trainee(student, state, unet), paths, fingerprint, accelerator)
+        return cls(StudentState(student, state, unet), paths, fingerprint, accelerator)
 
     @property
     def main(self) -> bool:
@@ -223,7 +223,7 @@ class Desk:
 
     def resume(self, validation: Probe, until: int) -> None:
         """Bring the student to where its checkpoint left it; without one, judge it as it is."""
-        state = self.trainee.state
+        state = self.student_state.state
         if self.paths.checkpoint.is_file():
             load_checkpoint(self.paths.checkpoint, state, self.fingerprint)
             _check_reach(state.step, until, self.paths)
@@ -236,7 +236,7 @@ class Desk:
 
         One that is not finite, or more than ``diverged`` times that before training, is a failure.
         """
-        state = self.trainee.state
+        state = self.student_state.state
         with averaged(state) as unet:
             losses = shared_losses(unet, validation, self.accelerator)
         state.heldout[state.step] = losses
@@ -245,9 +245,9 @@ class Desk:
         row[VALIDATION] = found
         state.history[-1] = tuple(row)
         if not math.isfinite(found):
-            self.trainee.failure = no_longer_finite("held-out loss", state.step)
+            self.student_state.failure = no_longer_finite("held-out loss", state.step)
         elif found > diverged * before:
-            self.trainee.failure = (
+            self.student_state.failure = (
                 f"diverged: the held-out loss rose from {before:.4g} to {found:.4g} by step {state.step}, more than "
                 f"{diverged:g} times; try a smaller distill.learning_rate"
             )
@@ -256,7 +256,7 @@ class Desk:
     @property
     def recovery(self) -> Recovery:
         """What came of the student so far."""
-        state, failure = self.trainee.state, self.trainee.failure
+        state, failure = self.student_state.state, self.student_state.failure
         return Recovery(
             plan_id=self.paths.folder.name,
             steps=state.step,
@@ -271,17 +271,17 @@ class Desk:
     def save(self) -> None:
         """Write the checkpoint."""
         if self.main:
-            save_checkpoint(self.paths.checkpoint, self.trainee.state, self.fingerprint)
+            save_checkpoint(self.paths.checkpoint, self.student_state.state, self.fingerprint)
 
     def write_tables(self) -> None:
         """Write recovery.csv and heldout.csv as far as they go."""
         if self.main:
             write_frame(self.paths.recovery, self.recovery.frame())
-            write_heldout(self.paths, self.trainee.state.heldout)
+            write_heldout(self.paths, self.student_state.state.heldout)
 
     def end(self, *, keep_checkpoint: bool) -> Recovery:
         """Write what came of the student: averaged weights, tables, and last the verdict."""
-        state, failure, recovery = self.trainee.state, self.trainee.failure, self.recovery
+        state, failure, recovery = self.student_state.state, self.student_state.failure, self.recovery
         state.student.eval()
         if not failure:
             if keep_checkpoint:

@@ -13,9 +13,16 @@ from hypothesis import strategies as st
 
 from prune_lab.blocks import architecture_of, block_groups
 from prune_lab.errors import UnknownBlockError, UnremovableBlockError, UnsupportedModelError
-from prune_lab.fanout import Effort, fitting_batch, gone_with, predict_without, state_bytes, units_of
 from prune_lab.models import preset_config
 from prune_lab.plans import parse_plan
+from prune_lab.prefix_sharing import (
+    ComputeCost,
+    fitting_batch,
+    gone_with,
+    predict_without,
+    state_bytes,
+    units_of,
+)
 from prune_lab.probes import Probe, predict, random_probe
 from prune_lab.surgery import bypassed
 
@@ -38,14 +45,14 @@ def naive(unet: Any, probe: Probe, removed: list[tuple[str, ...]]) -> list[torch
 
 def shared(
     unet: Any, probe: Probe, removed: list[tuple[str, ...]], **options: Any
-) -> tuple[list[torch.Tensor], Effort]:
+) -> tuple[list[torch.Tensor], ComputeCost]:
     """The same by shared prefixes."""
-    architecture, effort = architecture_of(unet), Effort()
+    architecture, compute = architecture_of(unet), ComputeCost()
     gone = [gone_with(architecture, blocks, stand_in=True) for blocks in removed]
-    parts = list(predict_without(unet, probe, gone, effort=effort, **options))
+    parts = list(predict_without(unet, probe, gone, compute=compute, **options))
     rows = [row for part, _ in parts for row in range(len(probe))[part]]
     assert rows == list(range(len(probe)))
-    return [torch.cat(answers) for answers in zip(*(found for _, found in parts), strict=True)], effort
+    return [torch.cat(answers) for answers in zip(*(found for _, found in parts), strict=True)], compute
 
 
 def assert_equal(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
@@ -83,9 +90,9 @@ def test_any_plans_at_any_width(exact_unet: Any, data: st.DataObject) -> None:
     removed = data.draw(st.lists(plans, min_size=1, max_size=8))
     removed += [parse_plan("bk-tiny", architecture_of(exact_unet)).removed]
     probe = random_probe(exact_unet.config, samples=2, seed=1, timesteps=2)
-    found, effort = shared(exact_unet, probe, removed, width=data.draw(st.integers(1, 9)))
+    found, compute = shared(exact_unet, probe, removed, width=data.draw(st.integers(1, 9)))
     assert_equal(found, naive(exact_unet, probe, removed))
-    assert effort.macs <= effort.naive_macs
+    assert compute.macs <= compute.naive_macs
 
 
 def test_float32_answers_are_the_naive_ones_to_a_millionth(tiny_unet: Any) -> None:
@@ -138,7 +145,7 @@ def test_the_multiply_adds_are_counted_to_the_last(tiny_unet: Any) -> None:
     assert alone.macs == alone.naive_macs == 3 * architecture.total_macs
     assert alone.forwards == 3
     blocks = [(block.name,) for block in architecture.blocks]
-    _, effort = shared(tiny_unet, probe, [(), *blocks], batch=3)
+    _, compute = shared(tiny_unet, probe, [(), *blocks], batch=3)
     units = units_of(architecture)
     rest = architecture.total_macs - sum(unit.macs for unit in units)
     suffixes = [
@@ -146,9 +153,9 @@ def test_the_multiply_adds_are_counted_to_the_last(tiny_unet: Any) -> None:
         for place, one in enumerate(units)
         if one.kind in ("resnet", "attention")
     ]
-    assert effort.macs == 3 * (architecture.total_macs + sum(suffixes) + rest * len(suffixes))
-    assert effort.naive_macs == 3 * 39 * architecture.total_macs
-    assert effort.saving == effort.naive_macs / effort.macs > 1.5
+    assert compute.macs == 3 * (architecture.total_macs + sum(suffixes) + rest * len(suffixes))
+    assert compute.naive_macs == 3 * 39 * architecture.total_macs
+    assert compute.saving == compute.naive_macs / compute.macs > 1.5
 
 
 def test_equal_sets_are_computed_once(tiny_unet: Any) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from prune_lab.config import RunConfig, load_config
 from prune_lab.errors import RunError
-from prune_lab.processes import is_main, main_first
+from prune_lab.processes import is_main, main_process_first
 from prune_lab.runs import open_run
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def run_opened(
             stack.enter_context(progress_shown())
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="prune-lab-")))
-        with main_first():
+        with main_process_first():
             run = start_run(settings, folder, force=force or bool(redo))
             if redo:
                 forget(run, redo)

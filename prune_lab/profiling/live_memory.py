@@ -68,7 +68,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class LiveSpan:
     """Bytes around one call: alive before it, the most during it, and those of its first input and its result."""
 
     before: int
@@ -79,12 +79,12 @@ class Span:
 
 def spans(
     unet: nn.Module, paths: Mapping[str, str], inputs: Mapping[str, Any], head: str = ""
-) -> tuple[dict[str, Span], int]:
+) -> tuple[dict[str, LiveSpan], int]:
     """The span of every part by name, and of the whole pass the most.
 
     ``paths`` has a module path for each part; from the module ``head`` on, all to the end is one part.
     """
-    found: dict[str, Span] = {}
+    found: dict[str, LiveSpan] = {}
     before: dict[str, int] = {}
     overall = 0
 
@@ -101,7 +101,7 @@ def spans(
             nonlocal overall
             overall = max(overall, live.peak)
             result = made[0] if isinstance(made, tuple) else made
-            found[name] = Span(before[name], live.peak, _size(given[0]), _size(result))
+            found[name] = LiveSpan(before[name], live.peak, _size(given[0]), _size(result))
             live.restart()
 
         return hook
@@ -122,7 +122,7 @@ def spans(
             for handle in handles:
                 handle.remove()
         if head:
-            found[HEAD] = Span(before[HEAD], live.peak, 0, 0)
+            found[HEAD] = LiveSpan(before[HEAD], live.peak, 0, 0)
         return found, max(overall, live.peak)
 
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prune_lab.distill.data import Rows, TrainingData
+from prune_lab.distill.data import EncodedBatch, TrainingData
 from prune_lab.errors import DataError
 from prune_lab.runtime import seeded
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Part:
+class Subset:
     """The rows ``chosen`` (N,) int64 of ``whole``, which satisfy ``TrainingData`` as the whole does."""
 
     whole: TrainingData
@@ -24,7 +24,7 @@ class Part:
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def rows(self, chosen: Tensor, variants: Tensor) -> Rows:
+    def rows(self, chosen: Tensor, variants: Tensor) -> EncodedBatch:
         """The rows ``chosen`` of this part."""
         return self.whole.rows(self.chosen[chosen], variants)
 
@@ -65,7 +65,7 @@ class Part:
         return self.whole.empty_added
 
 
-def held_out(data: TrainingData, count: int, seed: int) -> tuple[Part, Part]:
+def held_out(data: TrainingData, count: int, seed: int) -> tuple[Subset, Subset]:
     """(what is trained on, ``count`` rows that are not), drawn with ``seed`` from ``data``.
 
     Raises DataError when that would leave less than half to train on.
@@ -76,4 +76,4 @@ def held_out(data: TrainingData, count: int, seed: int) -> tuple[Part, Part]:
             "smaller probe.samples"
         )
     order = torch.randperm(len(data), generator=seeded(seed))
-    return Part(data, order[count:].sort().values), Part(data, order[:count])
+    return Subset(data, order[count:].sort().values), Subset(data, order[:count])

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from prune_lab.report.document import Drawing, Grid, Part, Text, not_run
+from prune_lab.report.document import Chart, PictureGrid, SectionItem, Text, not_run
 from prune_lab.report.figures import PlanStyle, Theme, new_figure, plan_styles
 from prune_lab.report.tables import PictureSet, RunTables
 
@@ -119,7 +119,7 @@ def _wrapped(text: str, width: int) -> list[str]:
     return lines if len(lines) <= 4 else [*lines[:3], lines[3] + " ..."]
 
 
-def picture_parts(tables: RunTables) -> tuple[Part, ...]:
+def picture_parts(tables: RunTables) -> tuple[SectionItem, ...]:
     """The section of pictures: sheets of up to six candidates, or the grids as they are without named prompts."""
     if tables.teacher_pictures is None:
         return (not_run("no pictures have been drawn", "rank"),)
@@ -132,7 +132,7 @@ def picture_parts(tables: RunTables) -> tuple[Part, ...]:
     styles = plan_styles(tables.plans)
     several = len(seeds) > 1
     labels = [f"{prompt} (seed {seed})" if several else prompt for prompt in prompts for seed in seeds]
-    parts: list[Part] = [intro]
+    parts: list[SectionItem] = [intro]
     # Six candidates in two states are as many columns as a page can show with pictures that can still be seen.
     sheets = max(1, -(-len(tables.pictures) // 6))
     per_sheet = max(1, -(-len(tables.pictures) // sheets))
@@ -143,7 +143,7 @@ def picture_parts(tables: RunTables) -> tuple[Part, ...]:
             parts += _grids(tables.teacher_pictures, group)
         else:
             parts.append(
-                Drawing(
+                Chart(
                     f"pictures-{sheet + 1}",
                     "Pictures drawn by the teacher and by every candidate as pruned and after distillation.",
                     "One row per prompt and seed. Per candidate: as pruned, then after distillation.",
@@ -153,13 +153,13 @@ def picture_parts(tables: RunTables) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def _grids(teacher: Path, sets: Sequence[PictureSet]) -> list[Part]:
+def _grids(teacher: Path, sets: Sequence[PictureSet]) -> list[SectionItem]:
     """The grids as they were written, for when they cannot be taken apart."""
     if not sets:
-        return [Grid("Teacher", (("teacher", teacher),))]
-    grids: list[Part] = []
+        return [PictureGrid("Teacher", (("teacher", teacher),))]
+    grids: list[SectionItem] = []
     for one in sets:
         versions = (("teacher", teacher), ("pruned", one.pruned), ("distilled", one.distilled))
         shown = tuple((label, path) for label, path in versions if path is not None)
-        grids.append(Grid(f"{one.plan.label}, {len(one.plan.removed)} blocks removed", shown))
+        grids.append(PictureGrid(f"{one.plan.label}, {len(one.plan.removed)} blocks removed", shown))
     return grids

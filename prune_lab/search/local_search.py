@@ -10,11 +10,11 @@ from prune_lab.plans import PruningPlan
 from prune_lab.search.budgets import Budget, Costs
 from prune_lab.search.constraints import Constraints
 from prune_lab.search.exact import NATIVE
-from prune_lab.search.outcomes import Found, ImpactOf, Measuring
+from prune_lab.search.results import CachedObjective, ImpactOf, SearchResult
 from prune_lab.search.space import Removed, Space, space_of
 
 
-def descend(
+def local_search(
     architecture: Architecture,
     costs: Costs,
     budgets: Sequence[Budget],
@@ -23,7 +23,7 @@ def descend(
     constraints: Constraints = NATIVE,
     *,
     rounds: int = 20,
-) -> Found:
+) -> SearchResult:
     """The plan that is reached from ``start`` by going to the best neighbour until none measures better.
 
     Neighbours within budgets and constraints: one level takes another option (with any plan: one block more or less),
@@ -44,16 +44,16 @@ def descend(
             f"asked to start from {start.label}, which is over a budget or breaks a constraint; start from a plan that "
             "search_plans finds"
         )
-    measuring = Measuring(impact_of)
-    best = float(measuring.of([removed])[0])
+    objective = CachedObjective(impact_of)
+    best = float(objective.of([removed])[0])
     for _ in range(rounds):
         near = [other for other in dict.fromkeys(_neighbours(space, levels)) if space.allows(other)]
-        impacts = measuring.of(near)
+        impacts = objective.of(near)
         if not near or impacts.min() >= best:
             break
         removed, best = near[int(impacts.argmin())], float(impacts.min())
         levels = space.chosen(space.plan(removed))
-    return Found(space.plan(removed, "descent"), best, measuring.count)
+    return SearchResult(space.plan(removed, "descent"), best, objective.count)
 
 
 def _neighbours(space: Space, chosen: tuple[Removed, ...]) -> Iterator[Removed]:

@@ -20,7 +20,7 @@ ImpactOf: TypeAlias = Callable[[Sequence[Removed]], NDArray[np.float64]]
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class SearchResult:
     """A plan found by measuring: its measured impact, and how many sets of blocks were measured to find it."""
 
     plan: PruningPlan
@@ -55,7 +55,7 @@ def undominated(points: Sequence[FrontPoint], metrics: Sequence[Metric]) -> tupl
     return tuple(sorted(kept, key=lambda point: ([point.costs[metric] for metric in metrics], point.impact)))
 
 
-class Measuring:
+class CachedObjective:
     """Impacts of sets of blocks, each set measured once; the intact model has impact 0 and is not measured."""
 
     def __init__(self, impact_of: ImpactOf, known: Mapping[Removed, float] = MappingProxyType({})) -> None:

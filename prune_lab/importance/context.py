@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.errors import DataError
-from prune_lab.fanout import Effort
 from prune_lab.importance.cache import ScoreCache
 from prune_lab.models import ScorerInputs
+from prune_lab.prefix_sharing import ComputeCost
 from prune_lab.probes import Probe
 
 
@@ -47,7 +47,7 @@ class Samples:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Measured:
+class SampleScores:
     """What a criterion found: ``values`` (G, R) per group and sample, relative to ``scales`` (R,).
 
     The impact of a group is the sum of its values over the sum of the scales. A value that was not measured is NaN:
@@ -57,11 +57,11 @@ class Measured:
     values: NDArray[np.float64]
     scales: NDArray[np.float64]
     samples: Samples
-    effort: Effort
+    compute: ComputeCost
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Drawing:
+class GenerationSettings:
     """How pictures are drawn and judged, for the criteria that look at pictures."""
 
     pipeline: Any
@@ -100,22 +100,22 @@ class Drawing:
 
 
 @dataclass(frozen=True, eq=False)  # no slots: the architecture is kept in the instance
-class Subject:
+class ScoringContext:
     """A U-Net and what it is asked: everything that a criterion needs to know."""
 
     unet: UNet2DConditionModel
     probe: Probe
     batch: int | None = None  # rows at a time; None: as many as fit into memory
     seed: int = 0
-    drawing: Drawing | None = None
+    drawing: GenerationSettings | None = None
     guidance: float = 1.0  # scale of classifier-free guidance in the predictions that are compared; 1: none
-    silent: Probe | None = None  # the probe with the empty caption, which guidance needs
+    unconditional: Probe | None = None  # the probe with the empty caption, which guidance needs
     cache: ScoreCache = field(default_factory=ScoreCache)
     compiled: bool = False  # whether output criteria walk blocks that torch.compile has seen
 
     def __post_init__(self) -> None:
-        if (self.guidance == 1) != (self.silent is None):
-            found = "no" if self.silent is None else "a"
+        if (self.guidance == 1) != (self.unconditional is None):
+            found = "no" if self.unconditional is None else "a"
             raise DataError(
                 f"asked to score with guidance {self.guidance:g}, found {found} probe with the empty caption to guide "
                 "away from; give one (a whole pipeline encodes it) exactly where guidance is not 1"
@@ -126,7 +126,7 @@ class Subject:
         """The inventory of the U-Net."""
         return architecture_of(self.unet)
 
-    def drawn(self, criterion: str) -> Drawing:
+    def drawn(self, criterion: str) -> GenerationSettings:
         """How to draw pictures; DataError when nobody has said so."""
         if self.drawing is None:
             raise DataError(

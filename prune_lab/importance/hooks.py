@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from prune_lab.blocks import Architecture
 from prune_lab.surgery import stand_in_for
 
-Hear = Callable[
+BlockHook = Callable[
     [str, Tensor, Tensor], Tensor | None
 ]  # (name, main, block) -> what is handed on instead, if anything
 
 
 @contextlib.contextmanager
-def heard_blocks(
-    unet: UNet2DConditionModel, architecture: Architecture, names: Iterable[str], hear: Hear
+def block_hooks(
+    unet: UNet2DConditionModel, architecture: Architecture, names: Iterable[str], hear: BlockHook
 ) -> Iterator[None]:
     """Inside, ``hear`` gets what is there without each named block, and the block's output; nothing stays behind.
 
@@ -45,7 +45,7 @@ def heard_blocks(
 
 
 @contextlib.contextmanager
-def learning_only(unet: UNet2DConditionModel, wanted: Iterable[nn.Parameter]) -> Iterator[None]:
+def only_requires_grad(unet: UNet2DConditionModel, wanted: Iterable[nn.Parameter]) -> Iterator[None]:
     """Inside, gradients are kept for the ``wanted`` parameters alone; every parameter's own flag returns on exit."""
     flags = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
     try:

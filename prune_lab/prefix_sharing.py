@@ -81,7 +81,7 @@ def units_of(architecture: Architecture) -> tuple[Unit, ...]:
 
 
 @dataclass(slots=True)
-class Effort:
+class ComputeCost:
     """Multiply-adds of a walk, those of running everything for every set, and those of one sample's forward pass."""
 
     macs: int = 0
@@ -169,7 +169,7 @@ class _Walk:
     modules: dict[str, nn.Module]  # by name: the unit itself
     stand_ins: dict[str, nn.Module]  # by name: what is there when it is gone
     given: _Conditioning
-    effort: Effort
+    compute: ComputeCost
 
     def _input(self, unit: Unit, state: _State) -> Tensor:
         return torch.cat([state.hidden, state.skips[-1]], dim=1) if unit.takes_skip else state.hidden
@@ -185,7 +185,7 @@ class _Walk:
         together = torch.cat([self._input(unit, state) for state, _ in states])
         skips = states[0][0].skips
         found = _call(unit, self.modules[unit.name], together, self.given.times(len(states)), skips)
-        self.effort.macs += unit.macs * len(together)
+        self.compute.macs += unit.macs * len(together)
         return [
             self._after(unit, state, hidden, sets)
             for (state, sets), hidden in zip(states, found.chunk(len(states)), strict=True)
@@ -312,7 +312,7 @@ def check_walk(unet: UNet2DConditionModel, inputs: dict[str, Any], *, compiled: 
         for name, tensor in inputs.items()
     }
     wanted = unet(**one, return_dict=False)[0]
-    ((_, found),) = _answers(unet, one, [frozenset()], 1, Effort(), compiled)
+    ((_, found),) = _answers(unet, one, [frozenset()], 1, ComputeCost(), compiled)
     tolerance = (_COMPILED_ROUNDINGS if compiled else _ROUNDINGS) * torch.finfo(wanted.dtype).eps
     # A damaged model is not this function's business: what is not finite only has to be so in both.
     atol = tolerance * float(wanted.nan_to_num(0, 0, 0).abs().max())
@@ -329,7 +329,7 @@ def _answers(
     inputs: dict[str, Any],
     gone: Sequence[frozenset[str]],
     width: int,
-    effort: Effort,
+    compute: ComputeCost,
     compiled: bool,
 ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
     architecture = architecture_of(unet)
@@ -344,13 +344,13 @@ def _answers(
         modules=modules,
         stand_ins={block.name: stand_in_for(block) for block in architecture.blocks if block.starred},
         given=given,
-        effort=effort,
+        compute=compute,
     )
     rows, stem_and_head = len(hidden), architecture.total_macs - sum(unit.macs for unit in units)
-    effort.forward_macs = architecture.total_macs
+    compute.forward_macs = architecture.total_macs
     for sets, prediction in _fan_out(walk, _State(hidden, (hidden,), everyone), gone, width):
-        effort.macs += stem_and_head * rows  # the stem, a thousandth of all, is counted for each
-        effort.naive_macs += architecture.total_macs * rows
+        compute.macs += stem_and_head * rows  # the stem, a thousandth of all, is counted for each
+        compute.naive_macs += architecture.total_macs * rows
         yield sets, prediction
 
 
@@ -361,17 +361,17 @@ def predict_without(
     *,
     batch: int = 8,
     width: int | None = None,
-    effort: Effort | None = None,
+    compute: ComputeCost | None = None,
     compiled: bool = False,
 ) -> Iterator[tuple[slice, list[Tensor]]]:
     """Rows of the probe, and the prediction (rows, C, H, W) float32 on the CPU for each of ``removed``, in that order.
 
     ``removed`` holds the units that are bypassed, as from ``gone_with``; the empty set is the U-Net itself. At most
     ``batch`` rows go together, and at most ``width`` states in one call; by default both are what fits into memory.
-    ``effort`` is added up. ``compiled`` blocks take a minute or two to compile and are faster then. The walk is
+    ``compute`` is added up. ``compiled`` blocks take a minute or two to compile and are faster then. The walk is
     compared with the U-Net's own forward pass first; UnsupportedModelError when they differ.
     """
-    effort = Effort() if effort is None else effort
+    compute = ComputeCost() if compute is None else compute
     dtype, device = unet.dtype, unet.device
     if width is None:
         rows = min(batch, len(probe))
@@ -382,7 +382,7 @@ def predict_without(
         with evaluating(unet), torch.inference_mode(), _compiling(compiled):
             if part.start == 0:
                 check_walk(unet, inputs, compiled=compiled)
-            answers = _answers(unet, inputs, removed, width, effort, compiled)
+            answers = _answers(unet, inputs, removed, width, compute, compiled)
             about = f"scoring rows {part.start + 1} to {part.stop} of {len(probe)}"
             for sets, prediction in track(answers, about, len(set(removed))):
                 predictions |= dict.fromkeys(sets, prediction.float().cpu())

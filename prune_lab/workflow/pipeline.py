@@ -17,12 +17,12 @@ from prune_lab.ranking import Ranking
 from prune_lab.runs import Run, open_run
 from prune_lab.runtime import track, write_frame
 from prune_lab.search import check_reachable, parse_budget
-from prune_lab.workflow.judging import ensure_ranking
 from prune_lab.workflow.measuring import (
     controls,
     criteria_of,
     score_groups_of,
 )
+from prune_lab.workflow.ranking import ensure_ranking
 from prune_lab.workflow.searching import constraints_of
 from prune_lab.workflow.steps import STEPS, first_touched, forget, start_run, steps_from, touching
 from prune_lab.workflow.teacher import Teacher
