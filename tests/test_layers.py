@@ -21,7 +21,7 @@ LAYERS = (
     ("config", "blocks", "runs"),
     ("models", "plans"),
     ("surgery", "probes"),
-    ("profiling", "evaluation", "fanout", "importance"),
+    ("profiling", "evaluation", "prefix_sharing", "importance"),
     ("search", "candidates", "repair"),
     ("distill",),
     ("ranking",),
