@@ -34,7 +34,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from prune_lab.assets import reference_folder
 from prune_lab.blocks import architecture_of
 from prune_lab.config import DataConfig, DistillConfig
-from prune_lab.counting import CLIP_TOKENS, count_module, count_on_meta, latent_shape, meta_copy
+from prune_lab.counting import count_module, count_on_meta, meta_copy
 from prune_lab.distill import (
     DistillSetup,
     LiveData,
@@ -48,6 +48,7 @@ from prune_lab.distill import (
 )
 from prune_lab.distill.joint import joint_step
 from prune_lab.distill.setup import StudentRun
+from prune_lab.families import CLIP_TOKENS, latent_shape
 from prune_lab.models import load_pipeline, load_unet, resolve_model
 from prune_lab.models.silence import quiet
 from prune_lab.plans import PruningPlan, native_layout, parse_plan

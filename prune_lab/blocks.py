@@ -12,15 +12,16 @@ import difflib
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import pandas as pd
 from diffusers import UNet2DConditionModel
 
-from prune_lab.counting import count_on_meta, meta_unet
+from prune_lab.counting import count_on_meta
 from prune_lab.errors import UnknownBlockError, UnsupportedModelError
+from prune_lab.families import meta_unet
 
 Kind = Literal["resnet", "attention"]
 GroupKind = Literal["block", "pair", "triplet", "stage", "inner", "plan"]
@@ -83,6 +84,8 @@ class Sampler:
     stage: str
     params: int
     macs: int
+    leaves_with: tuple[str, ...]
+    """Blocks that must all be gone for the sampler to leave: everything further in, in order of execution."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -264,7 +267,14 @@ def _architecture_of_config(canonical: str) -> Architecture:
         for name, path, channels in _walk_blocks(unet)
     )
     samplers = tuple(
-        Sampler(name, path, name.split(".")[0], params[path], count.by_module[path][0])
+        Sampler(
+            name,
+            path,
+            name.split(".")[0],
+            params[path],
+            count.by_module[path][0],
+            leaves_with=_further_in(name, len(unet.down_blocks), [block.name for block in blocks]),
+        )
         for name, path in _walk_samplers(unet)
     )
     shape = [
@@ -316,6 +326,18 @@ def _walk_blocks(unet: UNet2DConditionModel) -> Iterator[tuple[str, str, tuple[i
             if i < len(attentions):
                 layers = len(attentions[i].transformer_blocks)
                 yield f"{stage}.A{i + 1}", f"{path}.attentions.{i}", (width, width, 0, layers)
+
+
+def _further_in(sampler: str, depth: int, blocks: Sequence[str]) -> tuple[str, ...]:
+    """The blocks between a down-sampler and the up-sampler of the same level, for either of the two."""
+    side, number = sampler[:2], int(sampler.split(".", maxsplit=1)[0][2:])
+    level = number if side == "Dn" else depth - number  # the last stage outside
+    stages = {
+        "Md",
+        *(f"Dn{i}" for i in range(level + 1, depth + 1)),
+        *(f"Up{i}" for i in range(1, depth - level + 1)),
+    }
+    return tuple(name for name in blocks if name.split(".")[0] in stages)
 
 
 def _walk_samplers(unet: UNet2DConditionModel) -> Iterator[tuple[str, str]]:

@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from prune_lab.counting import example_inputs
 from prune_lab.errors import DataError, UnsupportedModelError
+from prune_lab.families import example_inputs
 from prune_lab.runtime import atomic_write, seeded, tensors_digest
 
 _FORMAT = "prune_lab probe 1"

@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from prune_lab.blocks import Architecture, Block, architecture_of
-from prune_lab.counting import meta_unet
 from prune_lab.errors import ModelFormatError, UnsupportedModelError
+from prune_lab.families import meta_unet
 from prune_lab.models import ModelSource, model_digest, weight_files
 from prune_lab.plans import NativeLayout, PruningPlan, native_layout, plan_of, removed_samplers
 from prune_lab.runtime import Environment, atomic_folder, read_json, write_json

@@ -8,15 +8,9 @@ import pytest
 import torch
 from torch.utils import flop_counter
 
-from prune_lab.counting import (
-    check_attention_is_counted,
-    count_module,
-    count_on_meta,
-    example_inputs,
-    meta_copy,
-    meta_unet,
-)
+from prune_lab.counting import check_attention_is_counted, count_module, count_on_meta, meta_copy
 from prune_lab.errors import UnsupportedModelError
+from prune_lab.families import example_inputs, meta_unet
 from prune_lab.models import preset_config
 
 TOKENS = 77

@@ -22,7 +22,6 @@ from killed_distillation import PLANS
 from safetensors.torch import load_file
 
 import prune_lab.distill.joint as joint
-from prune_lab.counting import example_inputs
 from prune_lab.distill import (
     RECOVERY_COLUMNS,
     TrainingMemory,
@@ -36,6 +35,7 @@ from prune_lab.distill.joint import compiled_blocks
 from prune_lab.distill.losses import teacher_output
 from prune_lab.distill.memory import pass_bytes
 from prune_lab.errors import ConfigError, DeviceError
+from prune_lab.families import example_inputs
 from prune_lab.probes import Probe, random_probe
 from prune_lab.profiling import LiveBytes
 

@@ -17,7 +17,7 @@ PACKAGE = Path(prune_lab.__file__).resolve().parent
 
 # A module imports from the lines above its own, and on its own line from what stands to its left.
 LAYERS = (
-    ("errors", "runtime", "processes", "counting", "assets"),
+    ("errors", "runtime", "processes", "families", "counting", "assets"),
     ("config", "blocks", "runs"),
     ("models", "plans"),
     ("surgery", "probes"),

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from prune_lab import models
 from prune_lab.assets import reference_folder
-from prune_lab.counting import meta_unet
 from prune_lab.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
+from prune_lab.families import meta_unet
 from prune_lab.models import (
     PRESETS,
     load_pipeline,

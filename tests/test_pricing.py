@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prune_lab.blocks import Architecture, architecture_of
-from prune_lab.counting import count_on_meta, example_inputs, meta_unet
+from prune_lab.counting import count_on_meta
 from prune_lab.errors import ConfigError, DataError, NonNativePlanError, PlanError, UnremovableBlockError
+from prune_lab.families import example_inputs, meta_unet
 from prune_lab.models import preset_config
 from prune_lab.plans import native_layout, parse_plan, plan_of, removed_samplers
 from prune_lab.profiling import (

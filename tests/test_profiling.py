@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prune_lab.blocks import Architecture, architecture_of
-from prune_lab.counting import count_on_meta, example_inputs
+from prune_lab.counting import count_on_meta
 from prune_lab.errors import ConfigError, DataError, ModelNotFoundError, PlanError, UnknownBlockError
+from prune_lab.families import example_inputs
 from prune_lab.models import load_pipeline, preset_config, resolve_model
 from prune_lab.plans import native_choices, parse_plan, plan_of
 from prune_lab.profiling import (

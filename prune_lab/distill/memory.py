@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prune_lab.counting import example_inputs, meta_unet, plain_config
+from prune_lab.families import example_inputs, meta_unet, plain_config
 from prune_lab.profiling import LiveBytes
 
 # Per parameter of a student: weight, gradient, two moments of AdamW and the average, all float32.

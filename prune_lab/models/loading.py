@@ -10,8 +10,8 @@ import diffusers
 import torch
 from diffusers import UNet2DConditionModel
 
-from prune_lab.counting import plain_config
 from prune_lab.errors import UnsupportedModelError
+from prune_lab.families import plain_config
 from prune_lab.models.files import json_object, weight_files
 from prune_lab.models.silence import quiet
 from prune_lab.models.sources import LEFT_OUT, ModelSource

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prune_lab.assets import reference_folder
-from prune_lab.counting import meta_unet, plain_config
 from prune_lab.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
+from prune_lab.families import meta_unet, plain_config
 from prune_lab.models.files import json_object, read_header, weight_files
 from prune_lab.models.silence import quiet
 

@@ -222,17 +222,8 @@ def removed_samplers(architecture: Architecture, plan: PruningPlan) -> tuple[str
     """Names of the samplers that leave with ``plan``: where all blocks further in are gone, nothing is left to
     sample for (BK-SDM-Tiny loses ``Dn3.down`` and ``Up1.up``).
     """
-    depth = len(architecture.config["down_block_types"])
     gone = set(plan.removed)
-    names: list[str] = []
-    inner = [b.name for b in architecture.blocks if b.stage == "Md"]
-    for level in range(depth, 1, -1):  # innermost first
-        up = depth + 1 - level
-        inner += [block.name for block in architecture.blocks if block.stage in (f"Dn{level}", f"Up{up}")]
-        if not gone.issuperset(inner):
-            break
-        names += [f"Dn{level - 1}.down", f"Up{up}.up"]
-    return tuple(sampler.name for sampler in architecture.samplers if sampler.name in names)
+    return tuple(sampler.name for sampler in architecture.samplers if gone.issuperset(sampler.leaves_with))
 
 
 def native_layout(architecture: Architecture, plan: PruningPlan) -> NativeLayout:

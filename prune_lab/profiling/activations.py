@@ -30,8 +30,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from prune_lab.blocks import Architecture
-from prune_lab.counting import CLIP_TOKENS, example_inputs, latent_shape, meta_unet, plain_config
 from prune_lab.errors import UnsupportedModelError
+from prune_lab.families import CLIP_TOKENS, example_inputs, latent_shape, meta_unet, plain_config
 from prune_lab.profiling.costs import ModelLike, architecture_from
 from prune_lab.profiling.live_memory import HEAD, LiveSpan, spans
 from prune_lab.profiling.matrices import (

@@ -18,8 +18,8 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from prune_lab.blocks import architecture_of
-from prune_lab.counting import example_inputs
 from prune_lab.errors import ConfigError
+from prune_lab.families import example_inputs
 from prune_lab.profiling.costs import REST, cost_table
 from prune_lab.runtime import seeded, synchronize, track
 

@@ -11,8 +11,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from prune_lab.blocks import Architecture, architecture_of
-from prune_lab.counting import CLIP_TOKENS, latent_shape
 from prune_lab.errors import ConfigError
+from prune_lab.families import CLIP_TOKENS, latent_shape
 from prune_lab.plans import PruningPlan, native_layout
 from prune_lab.probes import evaluating
 from prune_lab.profiling.latency import call_ms, check_runs, latency_of, random_inputs

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prune_lab.counting import example_inputs, meta_copy, meta_unet, plain_config
+from prune_lab.counting import meta_copy
+from prune_lab.families import example_inputs, meta_unet, plain_config
 
 with warnings.catch_warnings():
     # Importing fvcore scripts a loss that is not used here, which torch 2.13 warns of.

@@ -9,8 +9,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from prune_lab.blocks import Architecture
-from prune_lab.counting import CLIP_TOKENS, latent_shape
 from prune_lab.errors import ConfigError, PlanError
+from prune_lab.families import CLIP_TOKENS, latent_shape
 from prune_lab.profiling.activations import ActivationTable
 from prune_lab.profiling.costs import CostTable
 from prune_lab.profiling.latency_table import LatencyTable

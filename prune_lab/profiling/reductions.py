@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from prune_lab.blocks import Architecture
-from prune_lab.counting import meta_unet
+from prune_lab.families import meta_unet
 from prune_lab.plans import PruningPlan, is_native, native_layout, plan_of
 from prune_lab.profiling.costs import ModelLike, architecture_from, cost_table
 from prune_lab.profiling.latency import Latency, measure_latency, random_inputs
