@@ -184,7 +184,7 @@ def write_reductions(folder: Path, costs: pd.DataFrame) -> None:
 def write_plans(folder: Path) -> None:
     (folder / "plans").mkdir()
     for name, removed in PLANS.items():
-        value = {"id": plan_id(name), "name": name, "architecture": "made-up", "removed": list(removed)}
+        value = {"id": plan_id(name), "names": [name], "architecture": "made-up", "removed": list(removed)}
         (folder / "plans" / f"{plan_id(name)}.json").write_text(json.dumps(value))
 
 

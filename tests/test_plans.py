@@ -127,6 +127,18 @@ def test_the_id_is_the_content(one, other):
     assert one.named("another name").id == one.id
 
 
+def test_names_and_origin_are_data():
+    plan = parse_plan("bk-base", SD).named("bk-base", "", "search-1", origin="search")
+    assert (plan.name, plan.label, plan.names) == ("bk-base", "bk-base", ("bk-base", "search-1"))
+    again = plan_from_json(json.loads(json.dumps(plan.to_json())), SD)
+    assert (again.names, again.origin, again.id) == (plan.names, "search", plan.id)
+    assert again.named("mine").origin == "search"
+    assert plan_of(SD, ["Md.R1"]).label == plan_of(SD, ["Md.R1"]).id
+    old = {**plan.to_json(), "name": "bk-base"}
+    with pytest.raises(PlanError, match='write "names"'):
+        plan_from_json(old, SD)
+
+
 def test_removed_is_in_order_of_execution():
     plan = plan_of(SD, reversed(REMOVABLE))
     assert list(plan.removed) == REMOVABLE
@@ -230,4 +242,4 @@ def test_plans_are_read_from_files(tmp_path):
 
 
 def test_the_name_is_not_part_of_a_plan():
-    assert PruningPlan(("Md.R1",), "x", "one") == PruningPlan(("Md.R1",), "x", "two")
+    assert PruningPlan(("Md.R1",), "x", ("one",)) == PruningPlan(("Md.R1",), "x", ("two",), "search")

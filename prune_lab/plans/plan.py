@@ -27,14 +27,17 @@ def _execution_order(name: str) -> tuple[int, int, int, int]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PruningPlan:
-    """A set of removed blocks of one architecture; equal content gives equal ``id``, whatever its ``name``.
+    """A set of removed blocks of one architecture; equal content gives equal ``id``, whatever its ``names``.
 
     ``removed`` holds block names in order of execution; ``plan_of`` and ``parse_plan`` make plans and check them.
     """
 
     removed: tuple[str, ...]
     architecture: str
-    name: str = dataclasses.field(default="", compare=False)
+    names: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    """What the plan is called, the first name first: several where it was found in several ways."""
+    origin: str = dataclasses.field(default="", compare=False)
+    """Where a run has the plan from: ``control``, ``search``, or empty where a person wrote it."""
 
     @property
     def id(self) -> str:
@@ -48,22 +51,30 @@ class PruningPlan:
         return " ".join(f"-{name}" for name in self.removed)
 
     @property
+    def name(self) -> str:
+        """The first name; empty when the plan has none."""
+        return self.names[0] if self.names else ""
+
+    @property
     def label(self) -> str:
-        """The name, or the id when it has none."""
+        """The first name, or the id when the plan has none."""
         return self.name or self.id
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values; ``plan_from_json`` reads them back."""
         return {
             "id": self.id,
-            "name": self.name,
+            "names": list(self.names),
+            "origin": self.origin,
             "architecture": self.architecture,
             "removed": list(self.removed),
         }
 
-    def named(self, name: str) -> PruningPlan:
-        """The same plan under another name."""
-        return dataclasses.replace(self, name=name)
+    def named(self, *names: str, origin: str | None = None) -> PruningPlan:
+        """The same plan under these names, of the origin it had unless another is given; empty names are left out."""
+        return dataclasses.replace(
+            self, names=tuple(filter(None, names)), origin=self.origin if origin is None else origin
+        )
 
     def __or__(self, other: PruningPlan) -> PruningPlan:
         """What either plan removes."""
@@ -97,9 +108,8 @@ def plan_of(architecture: Architecture, removed: Iterable[str], name: str = "") 
             raise UnremovableBlockError(
                 f"asked to remove {block.name}, but it {block.reason}; remove other blocks of {block.stage}"
             )
-    return PruningPlan(
-        tuple(sorted({block.name for block in blocks}, key=_execution_order)), architecture.signature, name
-    )
+    names = tuple(sorted({block.name for block in blocks}, key=_execution_order))
+    return PruningPlan(names, architecture.signature).named(name)
 
 
 def _preset(name: str, architecture: Architecture) -> set[str]:
@@ -174,7 +184,12 @@ def plan_from_json(value: object, architecture: Architecture) -> PruningPlan:
             f"the plan was made for architecture {made_for}, this U-Net is {architecture.signature}; "
             "write it as text (for example '-Dn1.R2 -Dn1.A2') to apply it here"
         )
-    return plan_of(architecture, map(str, value["removed"]), str(value.get("name", "")))
+    if "name" in value or not isinstance(value.get("names", []), list):
+        raise PlanError(
+            'asked to read a plan, found its name where a list of names belongs; write "names": [...] instead'
+        )
+    plan = plan_of(architecture, map(str, value["removed"]))
+    return plan.named(*map(str, value.get("names", [])), origin=str(value.get("origin", "")))
 
 
 def read_plans(text: str, architecture: Architecture) -> tuple[PruningPlan, ...]:

@@ -214,7 +214,7 @@ def latency_table_from_dict(values: Mapping[str, Any], architecture: Architectur
         del fields["architecture"]
         checks = tuple(
             MeasuredPlan(
-                PruningPlan(tuple(check["removed"]), architecture.signature, check["name"]),
+                PruningPlan(tuple(check["removed"]), architecture.signature).named(check["name"]),
                 check["use"],
                 float(check["measured_ms"]),
             )

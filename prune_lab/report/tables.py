@@ -271,9 +271,10 @@ def _read_plans(run: Run, ranking: pd.DataFrame | None) -> tuple[PlanRow, ...]:
             raise DataError(
                 f"asked to read the plan {path}, found no list `removed` in it; write the plan again"
             )
-        name = str(value.get("name") or "")
+        name = " = ".join(map(str, value.get("names") or ()))
         label, origin = named.pop(plan_id, (name or plan_id, ""))
-        origin = origin or ("control" if name.startswith("bk-") else "search")
+        # The guess serves plans without an origin until every step writes it.
+        origin = origin or value.get("origin") or ("control" if name.startswith("bk-") else "search")
         plans.append(PlanRow(plan_id, label, origin, tuple(map(str, value["removed"]))))
     if named:
         raise DataError(
