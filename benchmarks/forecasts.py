@@ -18,7 +18,7 @@ from prune_lab.evaluation import heldout_loss
 from prune_lab.runs import open_run
 from prune_lab.runtime import write_frame
 from prune_lab.search import predicted_impact
-from prune_lab.workflow import Teacher, ensure_candidates, ensure_repaired, ensure_scores
+from prune_lab.workflow import Session, ensure_candidates, ensure_repaired, ensure_scores
 from prune_lab.workflow.ranking import one_shot_impacts
 from prune_lab.workflow.searching import origin_of
 from prune_lab.workflow.students import training_and_validation
@@ -30,16 +30,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     run = open_run(arguments.run, must_exist=True)
-    teacher = Teacher(run)
-    importance = ensure_scores(run, teacher)
-    repaired = "pruned" if teacher.config.repair.kind == "none" else "repaired"
-    ensure_repaired(run, teacher)
-    candidates = ensure_candidates(run, teacher)
-    impacts = one_shot_impacts(run, teacher, [one.plan for one in candidates])
-    _, validation = training_and_validation(run, teacher)
+    session = Session(run)
+    importance = ensure_scores(session)
+    repaired = "pruned" if session.config.repair.kind == "none" else "repaired"
+    ensure_repaired(session)
+    candidates = ensure_candidates(session)
+    impacts = one_shot_impacts(session, [one.plan for one in candidates])
+    _, validation = training_and_validation(session)
     rows = []
     for one in candidates:
-        student = load_student(one, repaired, device=teacher.device, dtype=teacher.dtype)
+        student = load_student(one, repaired, device=session.device, dtype=session.dtype)
         rows.append(
             {
                 "plan_id": one.plan.id,

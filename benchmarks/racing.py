@@ -24,7 +24,7 @@ from prune_lab.importance.racing import sample_order
 from prune_lab.prefix_sharing import gone_with, macs_without
 from prune_lab.workflow import start_run
 from prune_lab.workflow.measuring import ensure_probe
-from prune_lab.workflow.teacher import Teacher
+from prune_lab.workflow.session import Session
 
 
 def agreement(table: ImportanceTable, whole: ImportanceTable) -> float:
@@ -50,32 +50,32 @@ def main() -> None:
             probe=ProbeConfig(samples=arguments.samples, timesteps=arguments.timesteps),
         )
         run = start_run(settings, Path(folder))
-        teacher = Teacher(run)
-        probe = ensure_probe(run, teacher)
-        groups, cache = block_groups(teacher.architecture, "block"), ScoreCache()
+        session = Session(run)
+        probe = ensure_probe(session)
+        groups, cache = block_groups(session.architecture, "block"), ScoreCache()
         start = time.perf_counter()
-        whole = score_groups(teacher.unet, groups, probe, bootstrap=0, cache=cache)
+        whole = score_groups(session.unet, groups, probe, bootstrap=0, cache=cache)
         whole_seconds = time.perf_counter() - start
         assert whole.compute is not None
         print(
             f"{arguments.model}, {len(groups)} blocks, {len(probe)} samples at {arguments.timesteps} timesteps, "
-            f"{teacher.device} float32, {torch.get_num_threads()} threads; all of it: "
+            f"{session.device} float32, {torch.get_num_threads()} threads; all of it: "
             f"{whole.compute.macs / whole.compute.naive_macs:.3f} of the naive loop's multiply-adds, "
             f"{whole_seconds:.1f} s"
         )
-        architecture = teacher.architecture
+        architecture = session.architecture
         after = sum(
             macs_without(architecture, gone_with(architecture, group.blocks, stand_in=True))
             for group in groups
         )
         for budget in arguments.budget or [0.15]:
             start = time.perf_counter()
-            first = score_groups(teacher.unet, groups, probe, bootstrap=0, race=Race(budget))
+            first = score_groups(session.unet, groups, probe, bootstrap=0, race=Race(budget))
             seconds = time.perf_counter() - start
             assert first.compute is not None
             races = [first] + [
                 score_groups(
-                    teacher.unet, groups, probe, bootstrap=0, race=Race(budget), cache=cache, seed=seed
+                    session.unet, groups, probe, bootstrap=0, race=Race(budget), cache=cache, seed=seed
                 )
                 for seed in range(1, arguments.races)
             ]

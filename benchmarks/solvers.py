@@ -18,18 +18,17 @@ from prune_lab.blocks import BlockGroup
 from prune_lab.config import ProbeConfig, RunConfig, ScoreConfig, SearchConfig
 from prune_lab.importance import ImportanceTable, score_groups
 from prune_lab.plans import PruningPlan
-from prune_lab.runs import Run
-from prune_lab.workflow import Teacher, ensure_plans, start_run
+from prune_lab.workflow import Session, ensure_plans, start_run
 from prune_lab.workflow.measuring import drawn_probe, ensure_probe
 from prune_lab.workflow.searching import searched
 
 CONTROLS = ("bk-small", "uniform", "random-median", "lowest-one-shot", "similarity")
 
 
-def found_by(run: Run, teacher: Teacher) -> dict[str, PruningPlan]:
+def found_by(session: Session) -> dict[str, PruningPlan]:
     """The run's plans by the name they were found under."""
-    plans = {plan.id: plan for plan in ensure_plans(run, teacher)}
-    rows = searched(run)
+    plans = {plan.id: plan for plan in ensure_plans(session)}
+    rows = searched(session.run)
     return {row.name: plans[row.plan_id] for row in rows.itertuples(index=False)}
 
 
@@ -52,10 +51,10 @@ def main() -> None:
                 budgets=(arguments.budget,), solver=solver, controls=controls or ("bk-small",), trials=spent
             )
             run = start_run(dataclasses.replace(config, search=search), Path(folder) / solver)
-            teacher = Teacher(run)
+            session = Session(run)
             plans = {
                 name: plan
-                for name, plan in found_by(run, teacher).items()
+                for name, plan in found_by(session).items()
                 if controls or not name.startswith("bk-small")
             }
             (row,) = pd.read_csv(run.searches).to_dict("records")
@@ -63,8 +62,8 @@ def main() -> None:
                 spent = max(80, int(row["measured"]))
             groups = [BlockGroup(name, "plan", plan.removed) for name, plan in plans.items()]
             tables: list[ImportanceTable] = [
-                score_groups(teacher.unet, groups, probe, bootstrap=0)
-                for probe in (ensure_probe(run, teacher), drawn_probe(teacher, config.probe.seed + 1))
+                score_groups(session.unet, groups, probe, bootstrap=0)
+                for probe in (ensure_probe(session), drawn_probe(session, config.probe.seed + 1))
             ]
             for group, here, there in zip(groups, *(table.impacts for table in tables), strict=True):
                 by_solver = group.name.startswith(("search-", f"{solver}-"))

@@ -45,7 +45,7 @@ from prune_lab.errors import ConfigError, DataError
 from prune_lab.models import load_pipeline, resolve_model
 from prune_lab.probes import encode_captions
 from prune_lab.runs import Run
-from prune_lab.workflow import STEPS, ensure_data, forget, start_run
+from prune_lab.workflow import STEPS, Session, ensure_data, forget, start_run
 from prune_lab.workflow.steps import Step
 
 CAPTIONS = ("a cat", "a dog, smiling", "two cats", "", "an owl", "a fox", "rain")
@@ -229,7 +229,7 @@ def test_folders_and_tars_are_read_as_datasets_reads_them(tmp_path: Path, folder
 
 def test_the_shipped_pictures_in_the_order_of_a_run(pipeline: Any) -> None:
     from prune_lab.assets import decode_pictures
-    from prune_lab.workflow.teacher import _chosen
+    from prune_lab.workflow.session import _chosen
 
     source, frame = open_source("reference", limit=5, seed=3), _chosen("train", 5, 3)
     assert source.captions == tuple(frame["caption"])
@@ -760,16 +760,16 @@ def test_a_run_trains_on_the_pictures_it_names(
         model=str(tiny_pipeline_folder), device="cpu", data=dataclasses.replace(CACHED, source=str(folder))
     )
     run = start_run(config, tmp_path / "run")
-    data = ensure_data(run)
+    data = ensure_data(Session(run))
     assert isinstance(data, LatentCache)
     assert data.folder == run.data_dir
     assert not run.data.exists()
     assert data_step().marks(run) == (run.data_dir / "cache.json",)
     shutil.rmtree(folder)
-    assert ensure_data(run).digest == data.digest  # from the run alone
+    assert ensure_data(Session(run)).digest == data.digest  # from the run alone
 
     ready = dataclasses.replace(config, data=DataConfig(source=str(run.data_dir)))
-    found = ensure_data(start_run(ready, tmp_path / "ready"))
+    found = ensure_data(Session(start_run(ready, tmp_path / "ready")))
     assert found.digest == data.digest
     assert not (tmp_path / "ready" / "data").exists()
     assert data_step().marks(Run(tmp_path / "ready")) == ()
@@ -791,7 +791,7 @@ def test_without_the_cache_a_run_encodes_in_the_loop(
 ) -> None:
     data = dataclasses.replace(CACHED, source=str(folder), cached=False)
     run = start_run(RunConfig(model=str(tiny_pipeline_folder), device="cpu", data=data), tmp_path / "run")
-    assert isinstance(ensure_data(run), LiveData)
+    assert isinstance(ensure_data(Session(run)), LiveData)
     assert not run.data_dir.exists()
     assert data_step().marks(run) == ()
 

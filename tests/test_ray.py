@@ -38,7 +38,7 @@ from prune_lab.ranking import Tournament, play
 from prune_lab.runs import Run
 from prune_lab.runtime import read_json
 from prune_lab.workflow import (
-    Teacher,
+    Session,
     ensure_candidates,
     ensure_data,
     ensure_plans,
@@ -119,10 +119,10 @@ def config(tiny_pipeline_folder: Path, tiny_scorer_folder: Path) -> RunConfig:
 def built(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run with four candidates that nobody has trained; copy it to go on."""
     run = start_run(config, tmp_path_factory.mktemp("runs") / "built")
-    teacher = Teacher(run)
-    ensure_probe(run, teacher)
-    ensure_candidates(run, teacher)
-    ensure_data(run, teacher)
+    session = Session(run)
+    ensure_probe(session)
+    ensure_candidates(session)
+    ensure_data(session)
     return run
 
 
@@ -140,15 +140,15 @@ def weights_of(run: Run, plan_id: str) -> dict[str, torch.Tensor]:
 def alone(built: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Every candidate of ``built`` trained by itself, in this process and without rungs."""
     run = Run(Path(shutil.copytree(built.folder, tmp_path_factory.mktemp("alone") / "run")))
-    teacher = Teacher(run)
-    for candidate in ensure_candidates(run, teacher):
-        train_to(run, teacher, [candidate], STEPS)
+    session = Session(run)
+    for candidate in ensure_candidates(session):
+        train_to(session, [candidate], STEPS)
     return run
 
 
 def check(run: Run, tournament: Tournament, alone: Run) -> None:
     """Everyone has a fate, somebody came through, and who did has the weights of ``alone``."""
-    plan_ids = [plan.id for plan in ensure_plans(run)]
+    plan_ids = [plan.id for plan in ensure_plans(Session(run))]
     assert set(tournament.names) == set(tournament.fates) == set(plan_ids)
     assert tournament.survivors
     for plan_id in tournament.survivors:
@@ -171,12 +171,12 @@ def check(run: Run, tournament: Tournament, alone: Run) -> None:
 def test_a_tournament_has_the_weights_of_local_training_and_makes_a_ranking(
     cluster: Any, copied: Run, alone: Run
 ) -> None:
-    teacher = Teacher(copied)
-    tournament = ensure_tournament(copied, teacher, ensure_candidates(copied, teacher))
+    session = Session(copied)
+    tournament = ensure_tournament(session, ensure_candidates(session))
     assert tournament.rungs == (2, 4, 8)
     check(copied, tournament, alone)
     assert not (copied.folder / "ray").exists()
-    frame = ensure_ranking(copied, teacher).frame()  # pictures and impacts come from the cluster too
+    frame = ensure_ranking(session).frame()  # pictures and impacts come from the cluster too
     assert set(frame["plan_id"]) == {"teacher", *tournament.names}
     # the last rung is what the local tournament makes of the same losses
     last = {name: load_heldout(copied.candidate(name).folder).loc[STEPS] for name in tournament.survivors}
@@ -197,8 +197,8 @@ def trial_workers() -> list[psutil.Process]:
 
 
 def test_a_killed_worker_costs_nothing(cluster: Any, copied: Run, alone: Run) -> None:
-    teacher = Teacher(copied)
-    candidates = ensure_candidates(copied, teacher)
+    session = Session(copied)
+    candidates = ensure_candidates(session)
     killed: list[int] = []
 
     def kill_in_mid_run() -> None:
@@ -216,7 +216,7 @@ def test_a_killed_worker_costs_nothing(cluster: Any, copied: Run, alone: Run) ->
 
     killer = threading.Thread(target=kill_in_mid_run, daemon=True)
     killer.start()
-    tournament = play_on_ray(copied, teacher, candidates)
+    tournament = play_on_ray(session, candidates)
     assert killed
     check(copied, tournament, alone)
 
@@ -229,9 +229,9 @@ def test_machines_may_share_nothing_but_storage(
     frame.to_csv(copied.searched, index=False)
     storage = tmp_path / "storage"
     rank = RankConfig(eta=2, first=FIRST, engine="ray", keep_controls=True, storage=f"file://{storage}")
-    run = start_run(dataclasses.replace(Teacher(copied).config, rank=rank), copied.folder)
-    teacher = Teacher(run)
-    tournament = play_on_ray(run, teacher, ensure_candidates(run, teacher))
+    run = start_run(dataclasses.replace(Session(copied).config, rank=rank), copied.folder)
+    session = Session(run)
+    tournament = play_on_ray(session, ensure_candidates(session))
     check(run, tournament, alone)
     controls = {one.name for one in tournament.verdicts if one.place is None}
     assert controls == set(frame.loc[frame["origin"] == "control", "plan_id"])
@@ -244,32 +244,32 @@ def test_machines_may_share_nothing_but_storage(
 
 
 def test_scores_and_pictures_equal_the_local_ones(cluster: Any, alone: Run, tmp_path: Path) -> None:
-    teacher = Teacher(alone)
-    groups = [BlockGroup(plan.id, "plan", plan.removed) for plan in ensure_plans(alone, teacher)]
-    ours = score_on_ray(alone, teacher, groups, bootstrap=5)
-    theirs = score(run_scoring_context(alone, teacher), groups, bootstrap=5)
+    session = Session(alone)
+    groups = [BlockGroup(plan.id, "plan", plan.removed) for plan in ensure_plans(session)]
+    ours = score_on_ray(session, groups, bootstrap=5)
+    theirs = score(run_scoring_context(session), groups, bootstrap=5)
     assert np.array_equal(ours.values, theirs.values)
     assert np.array_equal(ours.scales, theirs.scales)
     assert ours.entries == theirs.entries
     pd.testing.assert_frame_equal(ours.parts(), theirs.parts())
     pd.testing.assert_frame_equal(ours.frame(), theirs.frame())
-    candidate = ensure_candidates(alone, teacher)[0]
+    candidate = ensure_candidates(session)[0]
     grids = [PictureJob(tmp_path / "a.png"), PictureJob(tmp_path / "b.png", candidate, distilled=True)]
     shared = Cluster(storage=str(tmp_path / "storage"))
     for where in (None, shared):
-        for grid, pixels in zip(grids, draw_on_ray(alone, teacher, grids, cluster=where), strict=True):
-            assert torch.equal(pixels, drawn_for(teacher, grid.candidate, grid.distilled))
+        for grid, pixels in zip(grids, draw_on_ray(session, grids, cluster=where), strict=True):
+            assert torch.equal(pixels, drawn_for(session, grid.candidate, grid.distilled))
     assert not list(ArtifactStore("", "x", ()).scratch.parent.glob("prune-lab-????????????????"))
 
 
 def test_what_goes_wrong_on_a_worker_is_said_in_one_line(cluster: Any, copied: Run, tmp_path: Path) -> None:
-    teacher = Teacher(copied)
-    candidates = ensure_candidates(copied, teacher)[:1]
+    session = Session(copied)
+    candidates = ensure_candidates(session)[:1]
     with pytest.raises(ClusterError, match=r"lower rank\.cpus"):
-        play_on_ray(copied, teacher, candidates, Cluster(cpus=64))
+        play_on_ray(session, candidates, Cluster(cpus=64))
     shutil.rmtree(candidates[0].paths.unet)
     with pytest.raises(ClusterError, match="found none that came to an end: asked for the candidate in"):
-        play_on_ray(copied, teacher, candidates, Cluster(retries=0))
+        play_on_ray(session, candidates, Cluster(retries=0))
     with pytest.raises(StorageError, match=r"^asked to read .*missing\.json: No such file"):
         in_tasks(cluster, Cluster(), read_json, [tmp_path / "missing.json"])
 
@@ -278,19 +278,15 @@ def test_what_goes_wrong_on_a_worker_is_said_in_one_line(cluster: Any, copied: R
 
 
 def test_ray_hands_out_gpus_itself(built: Run, config: RunConfig, cluster: Any) -> None:
-    teacher = Teacher(built)
-    vars(teacher)["config"] = dataclasses.replace(config, device="cuda:1")
+    session = Session(built, config=dataclasses.replace(config, device="cuda:1"))
     with pytest.raises(ConfigError, match="use cuda"):
-        score_on_ray(built, teacher, [])
+        score_on_ray(session, [])
 
 
 def test_the_settings_name_the_cluster(built: Run, config: RunConfig, tmp_path: Path) -> None:
-    teacher, rank = (
-        Teacher(built),
-        dataclasses.replace(config.rank, address="head:6379", storage="shelf", cpus=3),
-    )
-    vars(teacher)["config"] = dataclasses.replace(config, rank=rank)
-    assert cluster_of(teacher) == Cluster(address="head:6379", storage=str(Path.cwd() / "shelf"), cpus=3)
+    rank = dataclasses.replace(config.rank, address="head:6379", storage="shelf", cpus=3)
+    session = Session(built, config=dataclasses.replace(config, rank=rank))
+    assert cluster_of(session) == Cluster(address="head:6379", storage=str(Path.cwd() / "shelf"), cpus=3)
     rank = dataclasses.replace(rank, storage="s3://bucket/shelf")
-    vars(teacher)["config"] = dataclasses.replace(config, rank=rank)
-    assert cluster_of(teacher).storage == "s3://bucket/shelf"
+    session = Session(built, config=dataclasses.replace(config, rank=rank))
+    assert cluster_of(session).storage == "s3://bucket/shelf"

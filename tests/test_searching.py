@@ -31,9 +31,8 @@ from prune_lab.importance import score
 from prune_lab.plans import is_native, parse_plan
 from prune_lab.probes import load_probe, predict
 from prune_lab.profiling import cost_table
-from prune_lab.runs import Run
 from prune_lab.workflow import (
-    Teacher,
+    Session,
     compared_plans,
     ensure_candidates,
     ensure_distilled,
@@ -63,18 +62,18 @@ def config(tiny_pipeline_folder: Path, tiny_scorer_folder: Path) -> RunConfig:
     )
 
 
-def searching(config: RunConfig, folder: Path, **search: Any) -> tuple[Run, Teacher]:
+def searching(config: RunConfig, folder: Path, **search: Any) -> Session:
     run = start_run(dataclasses.replace(config, search=dataclasses.replace(config.search, **search)), folder)
-    return run, Teacher(run)
+    return Session(run)
 
 
 @pytest.mark.parametrize("solver", ["exact", "interactions", "greedy", "evolution"])
 def test_every_solver_keeps_all_budgets_and_says_what_it_spent(
     solver: str, config: RunConfig, tmp_path: Path
 ) -> None:
-    run, teacher = searching(config, tmp_path / "run", solver=solver)
-    plans = ensure_plans(run, teacher)
-    architecture = teacher.architecture
+    session = searching(config, tmp_path / "run", solver=solver)
+    plans = ensure_plans(session)
+    architecture = session.architecture
     costs = cost_table(architecture)
     base = costs.of(parse_plan("bk-base", architecture))
     found = [plan for plan in plans if plan.name.split(" = ")[0] != "bk-base"]
@@ -83,13 +82,13 @@ def test_every_solver_keeps_all_budgets_and_says_what_it_spent(
         assert costs.of(plan).macs <= base.macs
         assert costs.of(plan).params <= 0.8 * costs.total.params
         assert is_native(architecture, plan)
-    (row,) = pd.read_csv(run.searches).to_dict("records")
+    (row,) = pd.read_csv(session.run.searches).to_dict("records")
     assert row["solver"] == solver
     assert row["budget"] == "macs<=bk-base, params<=80%"
     assert (row["measured"] == 0) == (solver == "exact")
     assert np.isfinite(row["r2"]) == (solver == "interactions")
     prefix = "search" if solver == "exact" else solver
-    assert pd.read_csv(run.searched)["name"].iloc[-1] == f"{prefix}-macs-bk-base-params-80pct-1"
+    assert pd.read_csv(session.run.searched)["name"].iloc[-1] == f"{prefix}-macs-bk-base-params-80pct-1"
 
 
 def test_a_search_that_measures_ends_no_worse_than_the_additive_one(
@@ -97,15 +96,15 @@ def test_a_search_that_measures_ends_no_worse_than_the_additive_one(
 ) -> None:
     measured = {}
     for solver in ("exact", "interactions"):
-        run, teacher = searching(config, tmp_path / solver, solver=solver, controls=())
-        plan = ensure_plans(run, teacher)[0]
+        session = searching(config, tmp_path / solver, solver=solver, controls=())
+        plan = ensure_plans(session)[0]
         group = BlockGroup("plan", "plan", plan.removed)
-        measured[solver] = score(run_scoring_context(run, teacher), [group], bootstrap=0).entries[0].impact
+        measured[solver] = score(run_scoring_context(session), [group], bootstrap=0).entries[0].impact
     assert measured["interactions"] <= measured["exact"] * (1 + 1e-4)
 
 
 def test_rules_of_the_settings_reach_the_solver(config: RunConfig, tmp_path: Path) -> None:
-    run, teacher = searching(
+    session = searching(
         config,
         tmp_path / "run",
         controls=(),
@@ -117,75 +116,85 @@ def test_rules_of_the_settings_reach_the_solver(config: RunConfig, tmp_path: Pat
         longest_run=6,
         budgets=("macs<=70%",),
     )
-    plans = ensure_plans(run, teacher)
+    plans = ensure_plans(session)
     assert len(plans) == 3
     sets = [set(plan.removed) for plan in plans]
     assert all(not any(name.startswith("Up1") for name in removed) for removed in sets)
     assert all(sum(name.startswith("Dn1") for name in removed) <= 1 for removed in sets)
     assert min(len(one ^ other) for one in sets for other in sets if one is not other) >= 4
     with pytest.raises(ConfigError, match="write 'Dn1<=2'"):
-        ensure_plans(*searching(config, tmp_path / "wrong", quotas=("Dn1 two",)))
+        ensure_plans(searching(config, tmp_path / "wrong", quotas=("Dn1 two",)))
     with pytest.raises(BudgetError, match="keep Up4 binds"):
-        ensure_plans(*searching(config, tmp_path / "none", keep=("Up4",), budgets=("macs<=30%",)))
+        ensure_plans(searching(config, tmp_path / "none", keep=("Up4",), budgets=("macs<=30%",)))
 
 
 def test_controls_are_found_for_the_budget(config: RunConfig, tmp_path: Path) -> None:
     names = ("bk-base", "uniform", "random-median", "lowest-one-shot", "similarity")
-    run, teacher = searching(config, tmp_path / "run", controls=names)
-    ensure_plans(run, teacher)
-    rows = pd.read_csv(run.searched)
+    session = searching(config, tmp_path / "run", controls=names)
+    ensure_plans(session)
+    rows = pd.read_csv(session.run.searched)
     controls = rows[rows["origin"] == "control"]
     assert [name.split(" ")[0] for name in controls["name"]] == list(names)
     assert controls["budget"].fillna("").tolist() == ["", *["macs<=bk-base, params<=80%"] * 4]
 
 
 def test_a_budget_on_latency_measures_a_table_once(config: RunConfig, tmp_path: Path) -> None:
-    run, teacher = searching(config, tmp_path / "run", budgets=("latency<=0.8x, memory<=95%",))
-    frame = plans_frame(run, teacher)
-    table = ensure_latency(run, teacher)
-    assert run.latency.is_file()
+    session = searching(config, tmp_path / "run", budgets=("latency<=0.8x, memory<=95%",))
+    frame = plans_frame(session)
+    table = ensure_latency(session)
+    assert session.run.latency.is_file()
     searched = frame[frame["origin"] == "search"]
     assert (searched["latency_ms"] <= 0.8 * table.whole.median_ms * (1 + 1e-9)).all()
     assert (searched["latency_change"] <= -0.2 + 1e-9).all()
-    before = run.latency.read_bytes()
-    ensure_latency(run)
-    assert run.latency.read_bytes() == before
+    before = session.run.latency.read_bytes()
+    ensure_latency(Session(session.run))
+    assert session.run.latency.read_bytes() == before
 
 
 def test_plans_are_compared_with_their_impacts_and_maps(config: RunConfig, tmp_path: Path) -> None:
-    run, teacher = searching(config, tmp_path / "run")
-    ensure_plans(run, teacher)
+    session = searching(config, tmp_path / "run")
+    ensure_plans(session)
     texts = ["bk-small", "search-macs-bk-base-params-80pct-1", "-Dn1.R2 -Dn1.A2"]
-    frame, maps = compared_plans(run, texts)
+    frame, maps = compared_plans(session, texts)
     assert frame["name"].tolist() == [str(config.model), *texts]
     groups = [
         BlockGroup(str(place), "plan", plan.removed)
         for place, plan in enumerate(
-            [parse_plan(texts[0], teacher.architecture), parse_plan(texts[2], teacher.architecture)]
+            [parse_plan(texts[0], session.architecture), parse_plan(texts[2], session.architecture)]
         )
     ]
-    wanted = score(run_scoring_context(run, teacher), groups, bootstrap=0).impacts
+    wanted = score(run_scoring_context(session), groups, bootstrap=0).impacts
     assert frame["impact"].tolist()[1::2] == pytest.approx(wanted.tolist(), rel=1e-4)
     assert np.isnan(frame["impact"].iloc[0])
-    assert len(maps) == 1 + len(teacher.architecture.stages)
-    told = CliRunner().invoke(app, ["compare", str(run.folder), *texts[:2]])
+    assert len(maps) == 1 + len(session.architecture.stages)
+    told = CliRunner().invoke(app, ["compare", str(session.run.folder), *texts[:2]])
     assert told.exit_code == 0
     assert maps[1].split("  ")[1].strip() in told.output
 
 
 def test_a_run_lends_its_scores_and_stays_as_it_is(config: RunConfig, tmp_path: Path) -> None:
-    run, teacher = searching(config, tmp_path / "run")
-    ensure_plans(run, teacher)
-    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
-    command = ["search", str(run.folder), "--macs", "75%", "--params", "as:bk-base", "--plans", "2", "--json"]
+    session = searching(config, tmp_path / "run")
+    ensure_plans(session)
+    before = {path: path.read_bytes() for path in session.run.folder.rglob("*") if path.is_file()}
+    command = [
+        "search",
+        str(session.run.folder),
+        "--macs",
+        "75%",
+        "--params",
+        "as:bk-base",
+        "--plans",
+        "2",
+        "--json",
+    ]
     told = CliRunner().invoke(app, [*command, "--diverse", "3", "--keep", "Up4"])
     assert told.exit_code == 0, told.output
     rows = [row for row in json.loads(told.stdout) if row["origin"] == "search"]
     assert len(rows) == 2
     assert not any("Up4" in row["removed"] for row in rows)
-    impacts = pd.read_csv(run.importance).set_index("group")["impact"]
+    impacts = pd.read_csv(session.run.importance).set_index("group")["impact"]
     assert rows[0]["predicted_impact"] == pytest.approx(impacts[rows[0]["removed"].split()].sum())
-    assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in session.run.folder.rglob("*") if path.is_file()} == before
 
 
 def test_a_map_shows_what_is_gone(tiny_config: dict[str, Any]) -> None:
@@ -205,23 +214,23 @@ def test_a_repair_comes_before_the_distillation(config: RunConfig, tmp_path: Pat
         config, repair=RepairConfig(kind="refit"), search=SearchConfig(budgets=(), controls=("bk-small",))
     )
     run = start_run(wanted, tmp_path / "run")
-    teacher = Teacher(run)
-    (row,) = ensure_repaired(run, teacher).to_dict("records")
+    session = Session(run)
+    (row,) = ensure_repaired(session).to_dict("records")
     assert row["impact_after"] < row["impact_before"]
     assert row["applied"] >= 1
-    (candidate,) = ensure_candidates(run, teacher)
+    (candidate,) = ensure_candidates(session)
     assert not (candidate.paths.distilled).exists()
     probe = load_probe(run.probe)
     pruned, repaired = (predict(load_student(candidate, state), probe) for state in ("pruned", "repaired"))
-    teacher_says = predict(teacher.unet, probe)
+    teacher_says = predict(session.unet, probe)
     assert float((repaired - teacher_says).square().sum()) < float((pruned - teacher_says).square().sum())
     assert json.loads((candidate.paths.repaired / "provenance.json").read_text())["repair"] == "refit"
     stamp = candidate.paths.repair.stat().st_mtime_ns
-    (recovery,) = ensure_distilled(run, teacher)
+    (recovery,) = ensure_distilled(session)
     assert candidate.paths.repair.stat().st_mtime_ns == stamp
     plain = start_run(dataclasses.replace(wanted, repair=RepairConfig()), tmp_path / "plain")
-    assert ensure_repaired(plain).empty
-    (other,) = ensure_distilled(plain)
+    assert ensure_repaired(Session(plain)).empty
+    (other,) = ensure_distilled(Session(plain))
     assert recovery.before != other.before  # it began where the repair ended
     assert not torch.equal(pruned, repaired)
 

@@ -31,7 +31,7 @@ from prune_lab.config import (
 )
 from prune_lab.distill import load_heldout, load_recovery
 from prune_lab.runs import CandidatePaths, Run, open_run
-from prune_lab.workflow import Teacher, ensure_distilled, ensure_ranking, ensure_scores, start_run
+from prune_lab.workflow import Session, ensure_distilled, ensure_ranking, ensure_scores, start_run
 from prune_lab.workflow.students import training_and_validation
 
 PLANS = ("bk-base", "bk-small", "bk-tiny", "-Dn1.R2 -Dn1.A2 -Up4.R2 -Up4.A2")
@@ -76,7 +76,7 @@ def equal(one: CandidatePaths, other: CandidatePaths) -> bool:
 @pytest.fixture(scope="module")
 def played(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = start_run(config, tmp_path_factory.mktemp("runs") / "tournament")
-    ensure_distilled(run)
+    ensure_distilled(Session(run))
     return run
 
 
@@ -92,7 +92,7 @@ def test_half_of_them_go_on_and_wasted_work_is_none(played: Run, config: RunConf
     assert 2 <= len(kept) <= 4
     assert set(frame.loc[frame["rung"] == 2, "name"]) == kept
     whole = start_run(dataclasses.replace(config, rank=RankConfig()), tmp_path / "whole")
-    ensure_distilled(whole)
+    ensure_distilled(Session(whole))
     for plan_id in played.plan_ids():
         paths, recovery = played.candidate(plan_id), load_recovery(played.candidate(plan_id).folder)
         assert recovery is not None
@@ -127,25 +127,25 @@ def test_an_interrupted_tournament_decides_the_same(
     run = start_run(config, tmp_path / "again")
     train_to = distilling.train_to
 
-    def stopping(run: Run, teacher: Teacher, candidates: Any, steps: int, **more: Any) -> None:
+    def stopping(session: Session, candidates: Any, steps: int, **more: Any) -> None:
         if steps == 4:
             raise KeyboardInterrupt
-        train_to(run, teacher, candidates, steps, **more)
+        train_to(session, candidates, steps, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(distilling, "train_to", stopping)
         with pytest.raises(KeyboardInterrupt):
-            ensure_distilled(run)
+            ensure_distilled(Session(run))
     assert not run.done(run.tournament)
-    ensure_distilled(run)
+    ensure_distilled(Session(run))
     pd.testing.assert_frame_equal(pd.read_csv(run.tournament), pd.read_csv(played.tournament))
     assert all(equal(run.candidate(one), played.candidate(one)) for one in run.plan_ids())
 
 
 def test_the_ranking_names_everyone(played: Run, tmp_path: Path) -> None:
     run = Run(Path(shutil.copytree(played.folder, tmp_path / "run")))
-    ensure_scores(run)
-    ranking = ensure_ranking(run)
+    ensure_scores(Session(run))
+    ranking = ensure_ranking(Session(run))
     frame = ranking.frame()
     assert set(frame["plan_id"]) == {"teacher", *run.plan_ids()}
     candidates = frame[frame["plan_id"] != "teacher"]
@@ -180,13 +180,13 @@ def test_own_pictures_are_held_out_and_never_trained_on(
 ) -> None:
     data = dataclasses.replace(config.data, source=str(own_pictures))
     run = start_run(dataclasses.replace(config, data=data), tmp_path / "run")
-    training, validation = training_and_validation(run, Teacher(run))
+    training, validation = training_and_validation(Session(run))
     assert (len(training), len(validation)) == (12, 8)
     everything = torch.arange(12)
     means = training.rows(everything, torch.zeros(12, dtype=torch.int64)).mean.flatten(1)
     noise_free = validation.noisy.flatten(1)
     assert torch.cdist(means, means).fill_diagonal_(1).min() > 1e-6  # all pictures differ
-    schedule = Teacher(run).pipeline.scheduler
+    schedule = Session(run).pipeline.scheduler
     kept = schedule.alphas_cumprod[validation.timesteps].reshape(-1, 1)
     clean = (noise_free - (1 - kept).sqrt() * validation.noise.flatten(1)) / kept.sqrt()
     assert torch.cdist(clean, means).min() > 1e-3

@@ -42,7 +42,7 @@ from prune_lab.runs import Run
 from prune_lab.surgery import bypassed
 from prune_lab.workflow import (
     STEPS,
-    Teacher,
+    Session,
     comparison,
     ensure_blocks,
     ensure_candidates,
@@ -147,10 +147,10 @@ def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("quick_report")
 def test_a_report_is_drawn_anew_when_a_table_is(copied: Run) -> None:
     before = copied.report.stat().st_mtime_ns
-    ensure_report(copied)
+    ensure_report(Session(copied))
     assert copied.report.stat().st_mtime_ns == before
     copied.ranking.write_text(copied.ranking.read_text())
-    assert ensure_report(copied).read_text() == "drawn"
+    assert ensure_report(Session(copied)).read_text() == "drawn"
 
 
 @pytest.mark.usefixtures("quick_report")
@@ -181,7 +181,7 @@ def test_an_interrupt_leaves_a_run_that_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("prune_lab.workflow.teacher.generate", interrupted)
+        patch.setattr("prune_lab.workflow.session.generate", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_all(config, copied.folder)
     assert not copied.done(copied.ranking)
@@ -271,7 +271,7 @@ def test_other_weights_are_another_run(config: RunConfig, tiny_pipeline_folder: 
     model = Path(shutil.copytree(tiny_pipeline_folder, tmp_path / "model"))
     config = dataclasses.replace(config, model=str(model))
     run = start_run(config, tmp_path / "run")
-    ensure_blocks(run)
+    ensure_blocks(Session(run))
     weights = model / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
     tensors["conv_in.bias"] += 1
@@ -337,7 +337,7 @@ def test_the_steps_say_how_far_they_are(copied: Run, config: RunConfig, tmp_path
 
 
 def test_the_scores_are_those_of_a_bypass(finished: Run) -> None:
-    unet = Teacher(finished).unet
+    unet = Session(finished).unet
     probe = load_probe(finished.probe)
     whole = predict(unet, probe)
     with bypassed(unet, ["Dn1.A1"]):
@@ -349,34 +349,34 @@ def test_the_scores_are_those_of_a_bypass(finished: Run) -> None:
 
 
 def test_the_ranking_measures_what_the_folders_hold(finished: Run, config: RunConfig) -> None:
-    teacher = Teacher(finished)
+    session = Session(finished)
     table = pd.read_csv(finished.ranking).set_index("plan")
-    plan = parse_plan("bk-base", teacher.architecture)
+    plan = parse_plan("bk-base", session.architecture)
     row = table.loc[table["plan_id"] == plan.id].iloc[0]
     paths = finished.candidate(plan.id)
     student = UNet2DConditionModel.from_pretrained(paths.distilled_unet).eval()
     assert row["params"] == sum(parameter.numel() for parameter in student.parameters())
     assert row["loss_after"] == pytest.approx(
-        float(heldout_loss(student, teacher.validation).mean()), rel=1e-4
+        float(heldout_loss(student, session.validation).mean()), rel=1e-4
     )
     pruned = UNet2DConditionModel.from_pretrained(paths.unet).eval()
     assert row["loss_before"] == pytest.approx(
-        float(heldout_loss(pruned, teacher.validation).mean()), rel=1e-4
+        float(heldout_loss(pruned, session.validation).mean()), rel=1e-4
     )
-    drawn = generate(teacher.pipeline, config.evaluate.prompts, (0,), steps=2, guidance=2.0, unet=student)
-    scores = clip_scores(teacher.scorer, drawn, config.evaluate.prompts)
+    drawn = generate(session.pipeline, config.evaluate.prompts, (0,), steps=2, guidance=2.0, unet=student)
+    scores = clip_scores(session.scorer, drawn, config.evaluate.prompts)
     assert row["clip_after"] == pytest.approx(float(scores.mean()), abs=1e-4)
     assert table.loc["teacher", "rank"] == 0
     assert table.loc["teacher", "loss_after"] == pytest.approx(
-        float(heldout_loss(teacher.unet, teacher.validation).mean()), rel=1e-4
+        float(heldout_loss(session.unet, session.validation).mean()), rel=1e-4
     )
 
 
 def test_the_one_shot_impact_is_of_the_whole_plan(finished: Run) -> None:
-    teacher = Teacher(finished)
+    session = Session(finished)
     probe = load_probe(finished.probe)
-    plan = parse_plan("bk-tiny", teacher.architecture)
-    whole = predict(teacher.unet, probe)
+    plan = parse_plan("bk-tiny", session.architecture)
+    whole = predict(session.unet, probe)
     student = UNet2DConditionModel.from_pretrained(finished.candidate(plan.id).unet).eval()
     expected = float((predict(student, probe) - whole).square().mean() / whole.square().mean())
     table = pd.read_csv(finished.ranking).set_index("plan_id")
@@ -384,8 +384,8 @@ def test_the_one_shot_impact_is_of_the_whole_plan(finished: Run) -> None:
 
 
 def test_the_budgets_are_kept(finished: Run) -> None:
-    frame = plans_frame(finished).set_index("plan_id")
-    architecture = Teacher(finished).architecture
+    frame = plans_frame(Session(finished)).set_index("plan_id")
+    architecture = Session(finished).architecture
     base, tiny = (parse_plan(name, architecture).id for name in ("bk-base", "bk-tiny"))
     found = frame[frame["budgets"].str.contains("params<=bk-base")]
     assert len(found) == 1
@@ -399,13 +399,13 @@ def test_the_budgets_are_kept(finished: Run) -> None:
 
 
 def test_the_last_word_is_not_of_the_pictures_that_chose_the_plans(finished: Run) -> None:
-    teacher = Teacher(finished)
-    samples = teacher.config.probe.samples
-    scored = teacher.pictures("heldout", samples, 0).pixels.flatten(1)
-    judged = teacher.pictures("heldout", samples, 0, skip=samples).pixels.flatten(1)
+    session = Session(finished)
+    samples = session.config.probe.samples
+    scored = session.pictures("heldout", samples, 0).pixels.flatten(1)
+    judged = session.pictures("heldout", samples, 0, skip=samples).pixels.flatten(1)
     assert len(judged) == len(scored) == samples
     assert not any(torch.equal(one, other) for one in scored for other in judged)
-    assert teacher.validation.digest != load_probe(finished.probe).digest
+    assert session.validation.digest != load_probe(finished.probe).digest
 
 
 def test_reductions_hold_the_model_and_the_presets(finished: Run, config: RunConfig) -> None:
@@ -432,32 +432,32 @@ def planned(copied: Run) -> Run:
 def test_one_plan_found_twice_is_one_candidate(planned: Run, config: RunConfig) -> None:
     search = SearchConfig(budgets=("params<=50%", "params<=50.0%"), controls=("bk-base", "bk-base +Md"))
     run = start_run(dataclasses.replace(config, search=search), planned.folder)
-    plans = ensure_plans(run)
+    plans = ensure_plans(Session(run))
     assert [len(removed_by(run)), len(plans)] == [2, 2]
     assert plans[0].name == "bk-base = -" + " -".join(
         plans[0].removed
     )  # "+Md" puts back what was never taken
     assert plans[1].name.count(" = ") == 1
-    assert plan_named(plans, "bk-base", Teacher(run)) == plans[0]
-    assert plan_named(plans, plans[1].id, Teacher(run)) == plans[1]
+    assert plan_named(plans, "bk-base", Session(run)) == plans[0]
+    assert plan_named(plans, plans[1].id, Session(run)) == plans[1]
     with pytest.raises(PlanError, match="bk-tiny"):
-        plan_named(plans, "bk-tiny", Teacher(run))
+        plan_named(plans, "bk-tiny", Session(run))
 
 
 def test_a_plan_put_there_by_hand_becomes_a_candidate(copied: Run) -> None:
-    plan = parse_plan("-Md", Teacher(copied).architecture).named("mine")
+    plan = parse_plan("-Md", Session(copied).architecture).named("mine")
     copied.plan(plan.id).write_text(json.dumps(plan.to_json()))
-    assert ensure_plans(copied)[-1] == plan
-    candidates = ensure_candidates(copied)
+    assert ensure_plans(Session(copied))[-1] == plan
+    candidates = ensure_candidates(Session(copied))
     assert copied.candidate(plan.id).folder in [candidate.folder for candidate in candidates]
-    assert plans_frame(copied).set_index("plan").loc["mine", "origin"] == "control"
+    assert plans_frame(Session(copied)).set_index("plan").loc["mine", "origin"] == "control"
 
 
 def test_a_plan_that_is_not_native_is_left_out_by_name(copied: Run) -> None:
     forget(copied, "ranking")
-    plan = parse_plan("-Dn1.R2", Teacher(copied).architecture).named("odd")
+    plan = parse_plan("-Dn1.R2", Session(copied).architecture).named("odd")
     copied.plan(plan.id).write_text(json.dumps(plan.to_json()))
-    frame = ensure_ranking(copied).frame().set_index("plan")
+    frame = ensure_ranking(Session(copied)).frame().set_index("plan")
     assert frame.loc["odd", "status"] == "left out"
     assert "Dn1" in frame.loc["odd", "reason"]
     assert pd.isna(frame.loc["odd", "rank"])
@@ -466,10 +466,10 @@ def test_a_plan_that_is_not_native_is_left_out_by_name(copied: Run) -> None:
 def test_a_distillation_that_diverges_is_ranked_as_failed(copied: Run, config: RunConfig) -> None:
     distill = dataclasses.replace(config.distill, learning_rate=1e30, clip_norm=0.0, steps=6, warmup=0)
     run = start_run(dataclasses.replace(config, distill=distill), copied.folder, force=True)
-    teacher = Teacher(run)
-    (recovery,) = ensure_distilled(run, teacher, only=("bk-tiny",))
+    session = Session(run)
+    (recovery,) = ensure_distilled(session, only=("bk-tiny",))
     assert recovery.status == "failed"
-    frame = ensure_ranking(run, teacher).frame().set_index("plan_id")
+    frame = ensure_ranking(session).frame().set_index("plan_id")
     assert frame.loc[recovery.plan_id, "status"] == "failed"
     assert frame.loc[recovery.plan_id, "reason"] == recovery.reason
     others = frame.drop(index=["teacher", recovery.plan_id])
@@ -485,15 +485,15 @@ def test_a_bare_unet_can_be_scored_but_not_distilled(
     folder = finished.candidate(finished.plan_ids()[0]).unet
     bare = dataclasses.replace(config, model=str(folder), score=ScoreConfig(groups=("stage",), bootstrap=10))
     run = start_run(bare, tmp_path / "run")
-    assert ensure_probe(run).captions == ("",) * config.probe.samples
-    assert len(ensure_scores(run).entries) > 0
-    assert ensure_blocks(run).total_params == ensure_costs(run).total.params
+    assert ensure_probe(Session(run)).captions == ("",) * config.probe.samples
+    assert len(ensure_scores(Session(run)).entries) > 0
+    assert ensure_blocks(Session(run)).total_params == ensure_costs(Session(run)).total.params
     with pytest.raises(RunError, match="text encoder"):
         run_all(bare, run.folder)
 
 
 def test_quality_has_a_row_per_grid(finished: Run) -> None:
-    frame = quality_frame(finished)
+    frame = quality_frame(Session(finished))
     plans = len(finished.plan_ids())
     assert list(frame["weights"]) == ["teacher", *(["pruned", "distilled"] * plans)]
     assert (frame["clip_low"] <= frame["clip"] + 1e-6).all()
@@ -516,7 +516,7 @@ def test_a_grid_of_another_number_is_refused(tmp_path: Path) -> None:
 
 
 def test_comparison_of_plans_folders_and_runs(finished: Run, config: RunConfig) -> None:
-    architecture = Teacher(finished).architecture
+    architecture = Session(finished).architecture
     base = parse_plan("bk-base", architecture)
     folder = finished.candidate(base.id)
     frame = comparison(

@@ -123,12 +123,12 @@ def compare(
     A run folder and then plans: the plans for the run's model, with their impact on its probe and a map of each.
     A plan that starts with a dash needs "--" before it: prune-lab compare -- "-Dn1.R2 -Dn1.A2".
     """
-    from prune_lab.workflow import compared_plans, comparison
+    from prune_lab.workflow import Session, compared_plans, comparison
 
     first, *plans = targets
     run = open_run(Path(first), must_exist=False)
     if plans and run.config.is_file() and not any(Path(text).is_dir() for text in plans):
-        frame, maps = compared_plans(run, plans)
+        frame, maps = compared_plans(Session(run), plans)
         emit(records(frame), as_json=as_json, title=f"Plans compared, {first}")
         if not as_json:
             typer.echo("\n".join(("", *maps)))

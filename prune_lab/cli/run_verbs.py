@@ -103,7 +103,7 @@ def distill(
     join()
     with run_opened(settings, folder, force=force) as opened:
         from prune_lab.workflow import (
-            Teacher,
+            Session,
             ensure_distilled,
             ensure_plans,
             forget,
@@ -112,21 +112,21 @@ def distill(
             save_students,
         )
 
-        teacher = Teacher(opened)
+        session = Session(opened)
         with main_process_first():
-            plans = ensure_plans(opened, teacher)
-            ids = tuple(plan_named(plans, text, teacher).id for text in plan)
+            plans = ensure_plans(session)
+            ids = tuple(plan_named(plans, text, session).id for text in plan)
             if force and is_main():
                 forget(opened, "distilled", plan_ids=ids or None)
-        ensure_distilled(opened, teacher, only=ids)
+        ensure_distilled(session, only=ids)
         if not is_main():
             return
-        frame = recovery_frame(opened, teacher)
+        frame = recovery_frame(session)
         if out:
-            written = save_students(opened, teacher, out, only=ids, force=force)
+            written = save_students(session, out, only=ids, force=force)
             for path in written:
                 typer.echo(f"student: {path}", err=True)
-    emit(records(frame), as_json=as_json, title=f"Recovery after {teacher.config.distill.steps} steps")
+    emit(records(frame), as_json=as_json, title=f"Recovery after {session.config.distill.steps} steps")
 
 
 @app.command()
@@ -150,9 +150,9 @@ def evaluate(
         )
     if run:
         with existing(run) as opened:
-            from prune_lab.workflow import quality_frame
+            from prune_lab.workflow import Session, quality_frame
 
-            frame = quality_frame(opened)
+            frame = quality_frame(Session(opened))
         emit(records(frame), as_json=as_json, title=f"Pictures of {run}")
         return
     rows = []
@@ -165,12 +165,12 @@ def evaluate(
             text if source.is_pipeline else base, None, config, device=device, seed=seed, evaluate=pictures
         )
         with run_opened(settings, None) as opened:
-            from prune_lab.workflow import Teacher, quality
+            from prune_lab.workflow import Session, quality
 
-            teacher = Teacher(opened)
+            session = Session(opened)
             # the device first: loading is what can fail
-            unet = teacher.unet if source.is_pipeline else load_unet(source, device=teacher.device)
-            rows.append({"model": text, "pictures": len(teacher.prompts), **quality(teacher, unet)})
+            unet = session.unet if source.is_pipeline else load_unet(source, device=session.device)
+            rows.append({"model": text, "pictures": len(session.prompts), **quality(session, unet)})
     emit(rows, as_json=as_json, title="Quality")
 
 
@@ -212,14 +212,14 @@ def rank(
         rank={"eta": eta, "first": first, "engine": engine, "address": address, "storage": storage},
     )
     with run_opened(settings, folder, force=force) as opened:
-        from prune_lab.workflow import Teacher, ensure_distilled, ensure_ranking, forget
+        from prune_lab.workflow import Session, ensure_distilled, ensure_ranking, forget
 
-        teacher = Teacher(opened)
+        session = Session(opened)
         if force:
             forget(opened, "ranking")
         if budget_steps or eta:
-            ensure_distilled(opened, teacher)
-        frame = ensure_ranking(opened, teacher).frame()
+            ensure_distilled(session)
+        frame = ensure_ranking(session).frame()
     emit(records(frame), as_json=as_json, title=f"Ranking of {folder}")
 
 

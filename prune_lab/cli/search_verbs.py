@@ -105,15 +105,16 @@ def score(
     )
     with run_opened(settings, run, redo="scores" if force else "") as opened:
         from prune_lab.runtime import write_frame
-        from prune_lab.workflow import compared_criteria, ensure_scores, scores_frame
+        from prune_lab.workflow import Session, compared_criteria, ensure_scores, scores_frame
 
+        session = Session(opened)
         if compare:
-            lines, frame = compared_criteria(opened, out or opened.comparison_dir)
+            lines, frame = compared_criteria(session, out or opened.comparison_dir)
             for line in lines:
                 typer.echo(line, err=True)
         else:
-            ensure_scores(opened)
-            frame = scores_frame(opened)
+            ensure_scores(session)
+            frame = scores_frame(session)
             if out:
                 write_frame(out, frame)
     emit(
@@ -214,7 +215,7 @@ def search(
     check_budgets(settings)  # before anything is removed
     with run_opened(settings, run, redo="plans" if force else "") as opened:
         from prune_lab.runtime import write_json
-        from prune_lab.workflow import borrow, ensure_plans, plans_frame
+        from prune_lab.workflow import Session, borrow, ensure_plans, plans_frame
 
         if lender and seed is None:  # another seed is another probe
             borrow(open_run(lender, must_exist=True), opened)
@@ -224,8 +225,9 @@ def search(
                     f"asked to search with {importance}, found no such file; write one with: prune-lab score"
                 )
             shutil.copyfile(importance, opened.importance)
-        found = ensure_plans(opened)
-        frame = plans_frame(opened)
+        session = Session(opened)
+        found = ensure_plans(session)
+        frame = plans_frame(session)
         if out:
             write_json(out, [plan.to_json() for plan in found])
     emit(records(frame), as_json=as_json, title=f"Plans for {settings.model}")

@@ -2,8 +2,8 @@
 
 Every ``ensure_*`` function returns what its step makes. It reads the finished file when there is one, and computes and
 writes it otherwise, so the same command again goes on where the last one stopped. There are no algorithms here: each
-step is the function of another module between reading and writing. A ``Teacher`` may be handed from step to step, so
-that the model is loaded once.
+step is the function of another module between reading and writing. They share a ``Session``, so that the model is
+loaded once.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from prune_lab.workflow.ranking import (
     quality_frame,
 )
 from prune_lab.workflow.searching import ensure_plans, plan_named, plans_frame
+from prune_lab.workflow.session import Session
 from prune_lab.workflow.steps import STEPS, Step, borrow, forget, start_run
 from prune_lab.workflow.students import (
     ensure_candidates,
     ensure_data,
     ensure_repaired,
 )
-from prune_lab.workflow.teacher import Teacher
 
 __all__ = [
     "STEPS",
+    "Session",
     "Step",
-    "Teacher",
     "borrow",
     "check_budgets",
     "compared_criteria",

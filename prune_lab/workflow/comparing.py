@@ -20,7 +20,7 @@ from prune_lab.runs import CandidatePaths, Run, open_run
 from prune_lab.search import predicted_impact
 from prune_lab.workflow.measuring import ensure_costs, ensure_scores
 from prune_lab.workflow.searching import ensure_plans, goes_by, impact_by_walk
-from prune_lab.workflow.teacher import Teacher
+from prune_lab.workflow.session import Session
 
 COMPARISON_COLUMNS = (
     *("name", "kind", "blocks_removed", "params", "params_change", "macs", "macs_change"),
@@ -30,24 +30,24 @@ COMPARISON_COLUMNS = (
 _MEASURED = ("median_ms", "loss_before", "loss_after", "clip_before", "clip_after")
 
 
-def compared_plans(run: Run, texts: Sequence[str]) -> tuple[pd.DataFrame, tuple[str, ...]]:
+def compared_plans(session: Session, texts: Sequence[str]) -> tuple[pd.DataFrame, tuple[str, ...]]:
     """One row per plan for the run's model, itself first, with COMPARISON_COLUMNS; and maps of them, line by line.
 
     ``impact`` is measured on the run's probe, ``predicted_impact`` the sum of the blocks' scores; what the run knows
     about a plan, losses and latency, comes along. Raises PlanError for a text that is no plan.
     """
-    teacher = Teacher(run)
-    architecture, costs = teacher.architecture, ensure_costs(run, teacher)
-    importance, impact_of = ensure_scores(run, teacher), impact_by_walk(run, teacher)
-    known = ensure_plans(run, teacher) if run.done(run.searched) else ()
+    run = session.run
+    architecture, costs = session.architecture, ensure_costs(session)
+    importance, impact_of = ensure_scores(session), impact_by_walk(session)
+    known = ensure_plans(session) if run.done(run.searched) else ()
     plans = []
     for text in texts:
         named = [plan for plan in known if goes_by(plan, text)]
-        plans += named or list(_plans(text, architecture, teacher.config.model))
+        plans += named or list(_plans(text, architecture, session.config.model))
     impacts = impact_of([frozenset(plan.removed) for plan in plans])
     ranking = pd.read_csv(run.ranking).set_index("plan_id") if run.done(run.ranking) else pd.DataFrame()
     teacher_plan = plan_of(architecture, ())
-    rows = [_row(teacher.config.model, "model", costs.total, costs, teacher_plan, architecture)]
+    rows = [_row(session.config.model, "model", costs.total, costs, teacher_plan, architecture)]
     for plan, impact in zip(plans, impacts, strict=True):
         measured = {"predicted_impact": predicted_impact(plan, importance), "impact": float(impact)}
         if plan.id in ranking.index:

@@ -29,7 +29,7 @@ from prune_lab.report import write_agreement
 from prune_lab.runs import Run
 from prune_lab.runtime import Environment, read_json, track, write_frame, write_json
 from prune_lab.workflow.measuring import drawn_probe, run_scoring_context, scoring_context_of
-from prune_lab.workflow.teacher import Teacher
+from prune_lab.workflow.session import Session
 
 _RANDOM_PLANS = 40
 _OTHER_NOISE = 2  # draws that the order is tried with
@@ -37,8 +37,11 @@ MEASURED = "the measured impact"
 OUTCOME = "the loss after distillation"
 
 
-def _planned(run: Run, teacher: Teacher) -> tuple[PruningPlan, ...]:
-    found = (plan_from_json(read_json(run.plan(plan_id)), teacher.architecture) for plan_id in run.plan_ids())
+def _planned(session: Session) -> tuple[PruningPlan, ...]:
+    found = (
+        plan_from_json(read_json(session.run.plan(plan_id)), session.architecture)
+        for plan_id in session.run.plan_ids()
+    )
     return tuple(plan for plan in found if plan.removed)
 
 
@@ -51,46 +54,46 @@ def _outcomes(run: Run) -> dict[str, float]:
     return dict(zip(rows["plan_id"].astype(str), rows["loss_after"].astype(float), strict=True))
 
 
-def _compositions(run: Run, teacher: Teacher) -> tuple[BlockGroup, ...]:
+def _compositions(session: Session) -> tuple[BlockGroup, ...]:
     """Plans of several blocks: what the model suggests by itself, the run's own plans, and random ones."""
-    architecture = teacher.architecture
+    architecture = session.architecture
     own = [
         BlockGroup(group.name, "plan", group.blocks)
         for kind in ("pair", "triplet", "stage", "inner")
         for group in block_groups(architecture, kind)
         if len(group.blocks) > 1
     ]
-    planned = [BlockGroup(plan.label, "plan", plan.removed) for plan in _planned(run, teacher)]
-    drawn = random_plans(architecture, _RANDOM_PLANS, seed=teacher.config.seed)
+    planned = [BlockGroup(plan.label, "plan", plan.removed) for plan in _planned(session)]
+    drawn = random_plans(architecture, _RANDOM_PLANS, seed=session.config.seed)
     unique = {frozenset(group.blocks): group for group in (*drawn, *own, *planned)}
     return tuple(unique.values())
 
 
-def _tables(context: ScoringContext, teacher: Teacher) -> list[ImportanceTable]:
+def _tables(context: ScoringContext, session: Session) -> list[ImportanceTable]:
     """Every criterion that this model can be scored by, on every block that can be removed."""
     blocks = [
         group
-        for group in block_groups(teacher.architecture, "block")
-        if teacher.architecture.block(group.blocks[0]).removable
+        for group in block_groups(session.architecture, "block")
+        if session.architecture.block(group.blocks[0]).removable
     ]
-    leader = teacher.config.score.criterion
+    leader = session.config.score.criterion
     names = [leader, *(name for name in CRITERIA if name != leader)]
     names = [name for name in names if context.drawing is not None or name not in NEEDS_PIPELINE]
-    model, bootstrap = teacher.config.model, teacher.config.score.bootstrap
+    model, bootstrap = session.config.model, session.config.score.bootstrap
     return [
         score(context, blocks, name, bootstrap=bootstrap, model=model)
         for name in track(names, "measuring criteria", len(names))
     ]
 
 
-def _with_other_noise(run: Run, teacher: Teacher, leader: ImportanceTable) -> dict[str, ImportanceTable]:
+def _with_other_noise(session: Session, leader: ImportanceTable) -> dict[str, ImportanceTable]:
     """The leading criterion on the same pictures with noise and timesteps drawn anew; none for one without a walk."""
     if leader.criterion not in ONE_STEP:
         return {}
-    groups, first = [entry.group for entry in leader.entries], teacher.config.probe.seed + 1
+    groups, first = [entry.group for entry in leader.entries], session.config.probe.seed + 1
     found = {}
     for seed in range(first, first + _OTHER_NOISE):
-        context = scoring_context_of(run, teacher, drawn_probe(teacher, seed))
+        context = scoring_context_of(session, drawn_probe(session, seed))
         found[f"seed {seed}"] = score(context, groups, leader.criterion, bootstrap=0)
     return found
 
@@ -109,20 +112,19 @@ def _costs(context: ScoringContext, tables: list[ImportanceTable]) -> dict[str, 
     return costs
 
 
-def compared_criteria(run: Run, folder: Path) -> tuple[tuple[str, ...], pd.DataFrame]:
+def compared_criteria(session: Session, folder: Path) -> tuple[tuple[str, ...], pd.DataFrame]:
     """Sentences about what may be concluded, and a row per criterion; tables, figures and a page go to ``folder``.
 
     Criteria are compared on every removable block; added up over blocks they are compared with the measured impact of
     plans, and with the loss after distillation of the plans that the run has ranked.
     """
-    teacher = Teacher(run)
-    context = run_scoring_context(run, teacher, drawing=True)
-    tables = _tables(context, teacher)
-    compositions = _compositions(run, teacher)
+    context = run_scoring_context(session, drawing=True)
+    tables = _tables(context, session)
+    compositions = _compositions(session)
     leader = tables[0]
-    together = score(context, compositions, "output-mse", bootstrap=0, model=teacher.config.model)
+    together = score(context, compositions, "output-mse", bootstrap=0, model=session.config.model)
     found = [agreement(tables), predictive_correlation(tables, compositions, together.impacts, MEASURED)]
-    outcomes, planned = _outcomes(run), _planned(run, teacher)
+    outcomes, planned = _outcomes(session.run), _planned(session)
     ranked = [plan for plan in planned if plan.id in outcomes]
     if len(ranked) > 2:
         groups = [BlockGroup(plan.label, "plan", plan.removed) for plan in ranked]
@@ -131,7 +133,7 @@ def compared_criteria(run: Run, folder: Path) -> tuple[tuple[str, ...], pd.DataF
         )
     compared = pd.concat(found, ignore_index=True)
     exact = next(table for table in tables if table.criterion == "output-mse")
-    sums, steady = additivity(exact, together), stability(leader, _with_other_noise(run, teacher, leader))
+    sums, steady = additivity(exact, together), stability(leader, _with_other_noise(session, leader))
     costs = _costs(context, tables)
     summary = _summary(tables, compared, costs)
     lines = (*describe_agreement(compared, sums, costs), *describe_stability(steady))
@@ -147,9 +149,9 @@ def compared_criteria(run: Run, folder: Path) -> tuple[tuple[str, ...], pd.DataF
     for name, frame in frames.items():
         write_frame(folder / f"{name}.csv", frame)
     write_json(
-        folder / "environment.json", Environment.capture(str(teacher.device), teacher.config.dtype).as_dict()
+        folder / "environment.json", Environment.capture(str(session.device), session.config.dtype).as_dict()
     )
-    write_agreement(folder, model=teacher.config.model, lines=lines, frames=frames)
+    write_agreement(folder, model=session.config.model, lines=lines, frames=frames)
     return lines, summary
 
 

@@ -32,12 +32,12 @@ from prune_lab.runtime import note, write_frame
 from prune_lab.surgery import pipeline_with
 from prune_lab.workflow.measuring import ensure_scores
 from prune_lab.workflow.searching import ensure_plans, origin_of, plan_named
+from prune_lab.workflow.session import Session, drawn
 from prune_lab.workflow.students import (
     ensure_candidates,
     ensure_repaired,
     training_and_validation,
 )
-from prune_lab.workflow.teacher import Teacher, drawn
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,41 +57,41 @@ RECOVERY_TABLE_COLUMNS = (
 # Together ----------------------------------------------------------------------------------------------------
 
 
-def _draw(teacher: Teacher, unet: nn.Module, path: Path) -> None:
+def _draw(session: Session, unet: nn.Module, path: Path) -> None:
     """A grid of the run's prompts by a student in training."""
-    save_grid(path, drawn(teacher, unet))
+    save_grid(path, drawn(session, unet))
 
 
-def distill_setup_of(run: Run, teacher: Teacher) -> DistillSetup:
+def distill_setup_of(session: Session) -> DistillSetup:
     """What all students of the run are trained with."""
     # A cache is built by all processes together; the rest by one.
-    alike = contextlib.nullcontext() if teacher.config.data.source else main_process_first()
+    alike = contextlib.nullcontext() if session.config.data.source else main_process_first()
     with alike:
-        data, validation = training_and_validation(run, teacher)
+        data, validation = training_and_validation(session)
     return DistillSetup(
-        teacher.unet,
+        session.unet,
         data,
-        teacher.pipeline.scheduler,
-        teacher.config.distill,
+        session.pipeline.scheduler,
+        session.config.distill,
         validation,
-        teacher.device,
-        draw=partial(_draw, teacher),
-        logs=run.curves_dir,
+        session.device,
+        draw=partial(_draw, session),
+        logs=session.run.curves_dir,
     )
 
 
-def student_of(run: Run, teacher: Teacher, candidate: Candidate) -> Student:
+def student_of(session: Session, candidate: Candidate) -> Student:
     """The student that ``candidate`` is before any training, repaired where the run repairs."""
-    variant = FEATURE_VARIANTS[teacher.config.distill.loss_variant]
+    variant = FEATURE_VARIANTS[session.config.distill.loss_variant]
     sensitivities = None
     if variant.by_sensitivity:
-        entries = ensure_scores(run, teacher).entries
+        entries = ensure_scores(session).entries
         sensitivities = {one.group.name: one.impact for one in entries if one.group.kind == "block"}
-    state: State = "pruned" if teacher.config.repair.kind == "none" else "repaired"
+    state: State = "pruned" if session.config.repair.kind == "none" else "repaired"
     return Student(
         # in float32 whatever the teacher's format: rounding first would cost it digits
         partial(load_student, candidate, state),
-        feature_pairs(teacher.architecture, candidate.plan, variant.points, sensitivities=sensitivities),
+        feature_pairs(session.architecture, candidate.plan, variant.points, sensitivities=sensitivities),
         candidate.folder,
     )
 
@@ -105,18 +105,16 @@ def _ended(run: Run, candidate: Candidate, steps: int) -> bool:
 
 
 def train_to(
-    run: Run, teacher: Teacher, candidates: Sequence[Candidate], steps: int, *, keep_checkpoint: bool = False
+    session: Session, candidates: Sequence[Candidate], steps: int, *, keep_checkpoint: bool = False
 ) -> None:
     """Distil ``candidates`` together until each has taken ``steps`` steps; those that have, or failed, are left alone.
 
     Writes candidates/<id>/{recovery.csv, heldout.csv, distilled/}. With ``keep_checkpoint`` they can go on from there.
     """
     with main_process_first():
-        waiting = [student_of(run, teacher, one) for one in candidates if not _ended(run, one, steps)]
+        waiting = [student_of(session, one) for one in candidates if not _ended(session.run, one, steps)]
     if waiting:
-        distill_together(
-            distill_setup_of(run, teacher), waiting, until=steps, keep_checkpoint=keep_checkpoint
-        )
+        distill_together(distill_setup_of(session), waiting, until=steps, keep_checkpoint=keep_checkpoint)
 
 
 # By a tournament ---------------------------------------------------------------------------------------------
@@ -138,29 +136,29 @@ def measured(candidates: Sequence[Candidate], steps: int) -> dict[str, HeldoutLo
 
 
 def _clip_at(
-    teacher: Teacher, candidates: Sequence[Candidate]
+    session: Session, candidates: Sequence[Candidate]
 ) -> dict[str, np.ndarray[tuple[int], np.dtype[np.float64]]]:
     """CLIP score of every prompt and seed, drawn with the averaged weights as they are now, by plan id.
 
     One process draws for all, so that all decide alike.
     """
-    prompts = [prompt for prompt in teacher.prompts for _ in teacher.config.evaluate.seeds]
+    prompts = [prompt for prompt in session.prompts for _ in session.config.evaluate.seeds]
     found = {}
     for one in candidates if is_main() else ():
-        student = load_student(one, "distilled", device=teacher.device, dtype=teacher.dtype)
-        scores = clip_scores(teacher.scorer, drawn(teacher, student), prompts)
+        student = load_student(one, "distilled", device=session.device, dtype=session.dtype)
+        scores = clip_scores(session.scorer, drawn(session, student), prompts)
         found[one.plan.id] = scores.double().numpy()
     return gather_object(found)[0]
 
 
-def rungs_of(teacher: Teacher) -> tuple[int, ...]:
+def rungs_of(session: Session) -> tuple[int, ...]:
     """Steps at which the tournament of the run decides."""
-    rank, distill = teacher.config.rank, teacher.config.distill
+    rank, distill = session.config.rank, session.config.distill
     first = rank.first or first_rung(distill.steps, rank.eta, distill.warmup)
     return rungs(distill.steps, rank.eta, first)
 
 
-def _play(run: Run, teacher: Teacher, candidates: Sequence[Candidate]) -> Tournament:
+def _play(session: Session, candidates: Sequence[Candidate]) -> Tournament:
     named = {one.plan.id: one for one in candidates}
 
     def chosen(names: Collection[str]) -> list[Candidate]:
@@ -169,39 +167,40 @@ def _play(run: Run, teacher: Teacher, candidates: Sequence[Candidate]) -> Tourna
     def measure(names: Sequence[str], steps: int) -> Mapping[str, HeldoutLosses]:
         note(f"rung of {steps} steps: {len(names)} candidates")
         # One that has been there before, in a run that was interrupted, is read and not trained again.
-        train_to(run, teacher, chosen(names), steps, keep_checkpoint=True)
+        train_to(session, chosen(names), steps, keep_checkpoint=True)
         return measured(chosen(names), steps)
 
-    settings = teacher.config.rank
-    controls = [name for name in named if origin_of(run, name) == "control"]
+    settings = session.config.rank
+    controls = [name for name in named if origin_of(session.run, name) == "control"]
     return play(
         list(named),
-        rungs_of(teacher),
+        rungs_of(session),
         settings.eta,
         measure,
         keep=controls if settings.keep_controls else (),
-        draw=(lambda names, _steps: _clip_at(teacher, chosen(names))) if settings.clip else None,
+        draw=(lambda names, _steps: _clip_at(session, chosen(names))) if settings.clip else None,
     )
 
 
-def _play_on_ray(run: Run, teacher: Teacher, candidates: Sequence[Candidate]) -> Tournament:
+def _play_on_ray(session: Session, candidates: Sequence[Candidate]) -> Tournament:
     from prune_lab.workflow.remote import play_on_ray  # which trains with what is above
 
-    return play_on_ray(run, teacher, candidates)
+    return play_on_ray(session, candidates)
 
 
 _ENGINES = {"local": _play, "ray": _play_on_ray}
 
 
-def ensure_tournament(run: Run, teacher: Teacher, candidates: Sequence[Candidate]) -> Tournament:
+def ensure_tournament(session: Session, candidates: Sequence[Candidate]) -> Tournament:
     """Who of ``candidates`` was kept at which rung, by paired held-out losses; writes tournament.csv.
 
     Survivors of a rung go on from their state. An interrupted tournament goes on where it was: what was measured at
     a rung is read, and the same is decided again.
     """
+    run = session.run
     if run.done(run.tournament):
         return tournament_from_frame(pd.read_csv(run.tournament))
-    tournament = _ENGINES[teacher.config.rank.engine](run, teacher, candidates)
+    tournament = _ENGINES[session.config.rank.engine](session, candidates)
     if not is_main():
         return tournament
     write_frame(run.tournament, tournament.frame())
@@ -210,9 +209,7 @@ def ensure_tournament(run: Run, teacher: Teacher, candidates: Sequence[Candidate
     return tournament
 
 
-def ensure_distilled(
-    run: Run, teacher: Teacher | None = None, *, only: tuple[str, ...] = ()
-) -> tuple[Recovery, ...]:
+def ensure_distilled(session: Session, *, only: tuple[str, ...] = ()) -> tuple[Recovery, ...]:
     """What the distillation makes of each candidate, all on the same data, noise and timesteps.
 
     With ``rank.eta`` in the settings by successive halving (see ``ensure_tournament``): not everyone gets all steps.
@@ -221,30 +218,30 @@ def ensure_distilled(
     launch`` the main process prepares and all distil. Raises PlanError when a name is none of the run's.
     """
     join()
-    teacher = teacher or Teacher(run)
     with main_process_first():
-        ensure_repaired(run, teacher)
-        plans = ensure_plans(run, teacher)
-        wanted = {plan_named(plans, text, teacher).id for text in only} or {plan.id for plan in plans}
-        chosen = [one for one in ensure_candidates(run, teacher) if one.plan.id in wanted]
-    if teacher.config.rank.eta and not only:
-        ensure_tournament(run, teacher, chosen)
+        ensure_repaired(session)
+        plans = ensure_plans(session)
+        wanted = {plan_named(plans, text, session).id for text in only} or {plan.id for plan in plans}
+        chosen = [one for one in ensure_candidates(session) if one.plan.id in wanted]
+    if session.config.rank.eta and not only:
+        ensure_tournament(session, chosen)
     else:
-        train_to(run, teacher, chosen, teacher.config.distill.steps)
+        train_to(session, chosen, session.config.distill.steps)
     found = (load_recovery(one.folder) for one in chosen)
     return tuple(recovery for recovery in found if recovery is not None)
 
 
 def save_students(
-    run: Run, teacher: Teacher, out: Path, *, only: tuple[str, ...] = (), force: bool = False
+    session: Session, out: Path, *, only: tuple[str, ...] = (), force: bool = False
 ) -> tuple[Path, ...]:
     """Pipeline folders of distilled students that plain diffusers loads: ``out`` for one, ``out``/<label> for more.
 
     ``only`` names some of the plans. Raises RunError when none of them was distilled, StorageError when ``out`` holds
     something and ``force`` is not given.
     """
-    plans = ensure_plans(run, teacher)
-    chosen = [plan_named(plans, text, teacher) for text in only] or list(plans)
+    run = session.run
+    plans = ensure_plans(session)
+    chosen = [plan_named(plans, text, session) for text in only] or list(plans)
     there = [plan for plan in chosen if run.done(run.candidate(plan.id).distilled_unet)]
     if not there:
         raise RunError(
@@ -253,16 +250,16 @@ def save_students(
         )
     folders = [out] if len(chosen) == 1 else [out / re.sub(r"[^\w.+-]+", "-", plan.label) for plan in there]
     return tuple(
-        pipeline_with(teacher.source, run.candidate(plan.id).distilled_unet, folder, force=force)
+        pipeline_with(session.source, run.candidate(plan.id).distilled_unet, folder, force=force)
         for plan, folder in zip(there, folders, strict=True)
     )
 
 
-def recovery_frame(run: Run, teacher: Teacher | None = None) -> pd.DataFrame:
+def recovery_frame(session: Session) -> pd.DataFrame:
     """One row per candidate that was distilled, in order of the plans; columns RECOVERY_TABLE_COLUMNS."""
     rows = []
-    for plan in ensure_plans(run, teacher):
-        recovery = load_recovery(run.candidate(plan.id).folder)
+    for plan in ensure_plans(session):
+        recovery = load_recovery(session.run.candidate(plan.id).folder)
         if recovery is not None:
             figures = (recovery.before, recovery.after, recovery.seconds, recovery.reason)
             rows.append((plan.label, plan.id, recovery.status, recovery.steps, *figures))

@@ -51,109 +51,108 @@ from prune_lab.profiling import (
     random_native_plans,
     reduction_table,
 )
-from prune_lab.runs import Run
 from prune_lab.runtime import read_json, write_frame, write_json
-from prune_lab.workflow.teacher import Teacher
+from prune_lab.workflow.session import Session
 
 _LATENCY_CHECKS = 8  # plans that tell how well latency is predicted
 
 
-def ensure_blocks(run: Run, teacher: Teacher | None = None) -> Architecture:
+def ensure_blocks(session: Session) -> Architecture:
     """The inventory of the run's U-Net; writes blocks.csv."""
-    teacher = teacher or Teacher(run)
+    run = session.run
     if not run.done(run.blocks):
-        write_frame(run.blocks, blocks_frame(teacher.architecture))
-    return teacher.architecture
+        write_frame(run.blocks, blocks_frame(session.architecture))
+    return session.architecture
 
 
-def ensure_probe(run: Run, teacher: Teacher | None = None) -> Probe:
+def ensure_probe(session: Session) -> Probe:
     """The fixed inputs that scores are measured on; writes probe.safetensors.
 
     A pipeline gets held-out pictures with their captions, or pictures that it draws itself for ``probe.prompts``; a
     bare U-Net, which has nothing to encode them with, noise.
     """
+    run = session.run
     if run.done(run.probe):
         return load_probe(run.probe)
-    teacher = teacher or Teacher(run)
-    probe = drawn_probe(teacher, teacher.config.probe.seed)
+    probe = drawn_probe(session, session.config.probe.seed)
     probe.save(run.probe)
     return probe
 
 
-def drawn_probe(teacher: Teacher, seed: int) -> Probe:
+def drawn_probe(session: Session, seed: int) -> Probe:
     """The pictures and captions of the run's probe, with noise and timesteps drawn with ``seed``."""
-    settings = teacher.config.probe
+    settings = session.config.probe
     timesteps = settings.timesteps
     if settings.prompts:
-        prompts, how = teacher.probe_prompts, teacher.config.evaluate
+        prompts, how = session.probe_prompts, session.config.evaluate
         latents = draw_latents(
-            teacher.pipeline, prompts.texts, (settings.seed,), steps=how.steps, guidance=how.guidance
+            session.pipeline, prompts.texts, (settings.seed,), steps=how.steps, guidance=how.guidance
         )
         return probe_of_latents(
-            teacher.pipeline, latents, prompts.texts, prompts.kinds, timesteps=timesteps, seed=seed
+            session.pipeline, latents, prompts.texts, prompts.kinds, timesteps=timesteps, seed=seed
         )
-    if teacher.source.is_pipeline:
-        pictures = teacher.pictures("heldout", settings.samples, settings.seed)
+    if session.source.is_pipeline:
+        pictures = session.pictures("heldout", settings.samples, settings.seed)
         return make_probe(
-            teacher.pipeline,
+            session.pipeline,
             pictures.pixels,
             pictures.captions,
             pictures.groups,
             timesteps=timesteps,
             seed=seed,
         )
-    return random_probe(teacher.source.config, samples=settings.samples, timesteps=timesteps, seed=seed)
+    return random_probe(session.source.config, samples=settings.samples, timesteps=timesteps, seed=seed)
 
 
-def score_groups_of(teacher: Teacher) -> tuple[BlockGroup, ...]:
+def score_groups_of(session: Session) -> tuple[BlockGroup, ...]:
     """The groups in ``score.groups``, kind by kind, and the plans of the files among them.
 
     Raises PlanError when a file cannot be read, UnknownBlockError when it names a block that is not there.
     """
     groups: list[BlockGroup] = []
-    for name in teacher.config.score.groups:
+    for name in session.config.score.groups:
         if name.endswith(PLAN_FILES):
-            plans = read_plans(name, teacher.architecture)
+            plans = read_plans(name, session.architecture)
             groups += [
                 BlockGroup(plan.name or plan.text, "plan", plan.removed) for plan in plans if plan.removed
             ]
         else:
             groups += block_groups(
-                teacher.architecture, cast("GroupKind", name)
+                session.architecture, cast("GroupKind", name)
             )  # the settings have checked it
     return tuple(groups)
 
 
-def _drawing(teacher: Teacher) -> GenerationSettings:
+def _drawing(session: Session) -> GenerationSettings:
     """How the criteria that look at pictures draw and judge them."""
-    prompts, how = teacher.drawn_prompts, teacher.config.evaluate
+    prompts, how = session.drawn_prompts, session.config.evaluate
     return GenerationSettings(
-        teacher.pipeline,
+        session.pipeline,
         prompts.texts,
         prompts.kinds,
         seeds=how.seeds,
         steps=how.steps,
         guidance=how.guidance,
-        scorer=teacher.scorer,
+        scorer=session.scorer,
         scorer_name=how.scorer,
     )
 
 
 def scoring_context_of(
-    run: Run, teacher: Teacher, probe: Probe, drawing: GenerationSettings | None = None
+    session: Session, probe: Probe, drawing: GenerationSettings | None = None
 ) -> ScoringContext:
     """The run's model asked on ``probe``, with the run's settings and its cache of scores."""
-    config = teacher.config
+    config = session.config
     guidance, unconditional, inputs = config.score.guidance, None, probe.digest
-    if guidance != 1 and teacher.source.is_pipeline:
-        unconditional = probe.with_prompt(*encode_captions(teacher.pipeline, [""]))
+    if guidance != 1 and session.source.is_pipeline:
+        unconditional = probe.with_prompt(*encode_captions(session.pipeline, [""]))
         inputs = f"{inputs}-guided{guidance:g}"
     cache = ScoreCache.open(
-        run.scores_dir, model=model_digest(teacher.source), inputs=inputs, precision=config.dtype
+        session.run.scores_dir, model=model_digest(session.source), inputs=inputs, precision=config.dtype
     )
     layout = torch.channels_last if config.score.channels_last else torch.contiguous_format
     return ScoringContext(
-        teacher.unet.to(memory_format=layout),
+        session.unet.to(memory_format=layout),
         probe,
         batch=config.score.batch or None,
         seed=config.seed,
@@ -165,18 +164,18 @@ def scoring_context_of(
     )
 
 
-def run_scoring_context(run: Run, teacher: Teacher, *, drawing: bool = False) -> ScoringContext:
+def run_scoring_context(session: Session, *, drawing: bool = False) -> ScoringContext:
     """The run's model with its probe, and with prompts to draw where its criteria, or ``drawing``, ask for pictures."""
-    wanted = drawing or NEEDS_PIPELINE & {teacher.config.score.criterion, *teacher.config.score.also}
-    how = _drawing(teacher) if teacher.source.is_pipeline and wanted else None
-    return scoring_context_of(run, teacher, ensure_probe(run, teacher), how)
+    wanted = drawing or NEEDS_PIPELINE & {session.config.score.criterion, *session.config.score.also}
+    how = _drawing(session) if session.source.is_pipeline and wanted else None
+    return scoring_context_of(session, ensure_probe(session), how)
 
 
-def criteria_of(teacher: Teacher) -> tuple[str, ...]:
+def criteria_of(session: Session) -> tuple[str, ...]:
     """The criteria to measure, the one that leads first. Raises UnknownCriterionError, and ConfigError for a race that
     the leading one cannot run.
     """
-    settings = teacher.config.score
+    settings = session.config.score
     names = tuple(dict.fromkeys((settings.criterion, *settings.also)))
     for name in names:
         criterion_named(name)
@@ -185,17 +184,17 @@ def criteria_of(teacher: Teacher) -> tuple[str, ...]:
     return names
 
 
-def ensure_scores(run: Run, teacher: Teacher | None = None) -> ImportanceTable:
+def ensure_scores(session: Session) -> ImportanceTable:
     """What each block, pair and stage is worth by the run's criterion; writes importance.csv, last of all.
 
     Before it importance_parts.csv, per timestep and kind of prompt, and criteria.csv, the same for ``score.also`` too.
     """
+    run = session.run
     if run.done(run.importance):
         # A digest of digits alone, or like 12e4, is a name and not a number.
         return importance_from_frame(pd.read_csv(run.importance, dtype={"probe": str, "model": str}))
-    teacher = teacher or Teacher(run)
-    settings, names = teacher.config.score, criteria_of(teacher)
-    groups, context = score_groups_of(teacher), run_scoring_context(run, teacher)
+    settings, names = session.config.score, criteria_of(session)
+    groups, context = score_groups_of(session), run_scoring_context(session)
     race = Race(settings.race) if settings.race else None
     tables = [
         score(
@@ -203,7 +202,7 @@ def ensure_scores(run: Run, teacher: Teacher | None = None) -> ImportanceTable:
             groups,
             name,
             bootstrap=settings.bootstrap,
-            model=teacher.config.model,
+            model=session.config.model,
             race=race if name in ONE_STEP else None,
         )
         for name in names
@@ -214,107 +213,110 @@ def ensure_scores(run: Run, teacher: Teacher | None = None) -> ImportanceTable:
     return tables[0]
 
 
-def scores_frame(run: Run) -> pd.DataFrame:
+def scores_frame(session: Session) -> pd.DataFrame:
     """The scores of the run by all its criteria, the one that leads first; RunError before they are measured."""
+    run = session.run
     path = run.criteria if run.done(run.criteria) else run.needs(run.importance, "score")
     return pd.read_csv(path, dtype={"probe": str, "model": str})
 
 
-def controls(teacher: Teacher, architecture: Architecture) -> tuple[PruningPlan, ...]:
+def controls(session: Session, architecture: Architecture) -> tuple[PruningPlan, ...]:
     """The plans in ``search.controls`` for ``architecture``; one without a name is called by its text.
 
     Those that are found for a budget (``BUDGET_CONTROLS``) are not among them.
     """
-    texts = [text for text in teacher.config.search.controls if text not in BUDGET_CONTROLS]
+    texts = [text for text in session.config.search.controls if text not in BUDGET_CONTROLS]
     plans = [plan for text in texts for plan in read_plans(text, architecture)]
     return tuple(plan if plan.name else plan.named(plan.text) for plan in plans)
 
 
-def ensure_latency(run: Run, teacher: Teacher | None = None) -> LatencyTable:
+def ensure_latency(session: Session) -> LatencyTable:
     """What each block's removal saves in time, and how well that predicts students; writes latency.json.
 
     The controls calibrate it, random native plans that are no controls tell its error.
     """
-    teacher = teacher or Teacher(run)
+    run = session.run
     if run.done(run.latency):
-        return latency_table_from_dict(cast("dict[str, Any]", read_json(run.latency)), teacher.architecture)
-    settings = teacher.config.profile
+        return latency_table_from_dict(cast("dict[str, Any]", read_json(run.latency)), session.architecture)
+    settings = session.config.profile
     calibrate = {
         plan.id: plan
-        for plan in controls(teacher, teacher.architecture)
-        if plan.removed and is_native(teacher.architecture, plan)
+        for plan in controls(session, session.architecture)
+        if plan.removed and is_native(session.architecture, plan)
     }
-    drawn = random_native_plans(teacher.architecture, _LATENCY_CHECKS, seed=teacher.config.seed)
+    drawn = random_native_plans(session.architecture, _LATENCY_CHECKS, seed=session.config.seed)
     table = measure_latency_table(
-        teacher.unet,
+        session.unet,
         calibrate=tuple(calibrate.values()),
         held_out=tuple(plan for plan in drawn if plan.removed and plan.id not in calibrate),
         runs=settings.runs,
         warmup=settings.warmup,
         batch=settings.batch,
-        seed=teacher.config.seed,
+        seed=session.config.seed,
     )
     write_json(run.latency, table.as_dict())
     return table
 
 
-def _reductions(teacher: Teacher) -> pd.DataFrame:
-    settings = teacher.config.profile
+def _reductions(session: Session) -> pd.DataFrame:
+    settings = session.config.profile
     own = reduction_table(
-        teacher.architecture,
-        controls(teacher, teacher.architecture),
-        model=teacher.config.model,
+        session.architecture,
+        controls(session, session.architecture),
+        model=session.config.model,
         batch=settings.batch,
         latency=True,
-        device=teacher.device,
-        dtype=teacher.dtype,
+        device=session.device,
+        dtype=session.dtype,
         runs=settings.runs,
         warmup=settings.warmup,
     )
     frames = [own]
-    for name in teacher.config.report.also_presets:
+    for name in session.config.report.also_presets:
         architecture = architecture_of(resolve_model(name).config)
-        plans = controls(teacher, architecture)
+        plans = controls(session, architecture)
         frames.append(reduction_table(architecture, plans, model=name, batch=settings.batch))
     return pd.concat(frames, ignore_index=True)
 
 
-def _pipeline_shares(teacher: Teacher) -> pd.DataFrame:
-    settings = teacher.config.profile
+def _pipeline_shares(session: Session) -> pd.DataFrame:
+    settings = session.config.profile
     return profile_pipeline(
-        teacher.pipeline,
-        steps=teacher.config.evaluate.steps,
+        session.pipeline,
+        steps=session.config.evaluate.steps,
         batch=settings.batch,
-        guidance=teacher.config.evaluate.guidance,
+        guidance=session.config.evaluate.guidance,
         runs=settings.runs,
         warmup=settings.warmup,
     )
 
 
-def ensure_costs(run: Run, teacher: Teacher | None = None) -> CostTable:
+def ensure_costs(session: Session) -> CostTable:
     """Parameters and MACs of every block of the teacher, for one sample; writes costs.csv."""
-    teacher = teacher or Teacher(run)
-    costs = cost_table(teacher.architecture)
+    run = session.run
+    costs = cost_table(session.architecture)
     if not run.done(run.costs):
         write_frame(run.costs, costs.frame())
     return costs
 
 
-def ensure_reductions(run: Run, teacher: Teacher | None = None) -> pd.DataFrame:
+def ensure_reductions(session: Session) -> pd.DataFrame:
     """What the controls leave of the run's own model, timed, and of ``report.also_presets``, counted without weights.
 
     Writes reductions.csv, the teacher of each model first.
     """
+    run = session.run
     if not run.done(run.reductions):
-        write_frame(run.reductions, _reductions(teacher or Teacher(run)))
+        write_frame(run.reductions, _reductions(session))
     return pd.read_csv(run.reductions)
 
 
-def ensure_shares(run: Run, teacher: Teacher | None = None) -> pd.DataFrame:
+def ensure_shares(session: Session) -> pd.DataFrame:
     """Which share of the time of one picture each part of the pipeline takes; writes pipeline.csv.
 
     Raises RunError when the model is a U-Net alone.
     """
+    run = session.run
     if not run.done(run.pipeline_profile):
-        write_frame(run.pipeline_profile, _pipeline_shares(teacher or Teacher(run)))
+        write_frame(run.pipeline_profile, _pipeline_shares(session))
     return pd.read_csv(run.pipeline_profile)

@@ -24,8 +24,8 @@ from prune_lab.workflow.measuring import (
 )
 from prune_lab.workflow.ranking import ensure_ranking
 from prune_lab.workflow.searching import constraints_of
+from prune_lab.workflow.session import Session
 from prune_lab.workflow.steps import STEPS, first_touched, forget, start_run, steps_from, touching
-from prune_lab.workflow.teacher import Teacher
 
 STEPS_COLUMNS = ("step", "state", "does")
 
@@ -43,15 +43,15 @@ def check_budgets(config: RunConfig) -> None:
         check_reachable(architecture, costs, budgets, constraints=constraints)
 
 
-def check_settings(teacher: Teacher) -> None:
+def check_settings(session: Session) -> None:
     """Raise whatever a later step would find wrong with the settings, before hours are spent on the earlier ones."""
-    config = teacher.config
-    _ = teacher.device, teacher.dtype, teacher.pipeline, teacher.scorer
-    criteria_of(teacher)
-    score_groups_of(teacher)
-    controls(teacher, teacher.architecture)
+    config = session.config
+    _ = session.device, session.dtype, session.pipeline, session.scorer
+    criteria_of(session)
+    score_groups_of(session)
+    controls(session, session.architecture)
     for preset in config.report.also_presets:
-        controls(teacher, architecture_of(resolve_model(preset).config))
+        controls(session, architecture_of(resolve_model(preset).config))
     check_budgets(config)
     if config.search.budgets and "block" not in config.score.groups:
         raise ConfigError(
@@ -81,19 +81,19 @@ def run_all(config: RunConfig, folder: Path, *, force: bool = False) -> Ranking:
     run = start_run(config, folder, force=force)
     if redo_all:
         forget(run, STEPS[0].name)
-    teacher = Teacher(run)
-    check_settings(teacher)
+    session = Session(run)
+    check_settings(session)
     known = _recorded_seconds(run)
     seconds: dict[str, float] = {}
     for step in track(STEPS, "steps"):
         finished = all(run.done(path) for path in step.marks(run))
         start = time.perf_counter()
-        step.ensure(run, teacher)
+        step.ensure(session)
         took = time.perf_counter() - start
         seconds[step.name] = known.get(step.name, took) if finished else took
         rows = list(seconds.items())
         write_frame(run.steps, pd.DataFrame(rows, columns=["step", "seconds"]))
-    return ensure_ranking(run, teacher)
+    return ensure_ranking(session)
 
 
 def steps_frame(config: RunConfig, folder: Path) -> pd.DataFrame:

@@ -30,12 +30,11 @@ from prune_lab.ranking import (
     tournament_from_frame,
 )
 from prune_lab.report import write_report
-from prune_lab.runs import Run
 from prune_lab.runtime import track, write_frame
 from prune_lab.workflow.measuring import ensure_costs, ensure_reductions, run_scoring_context
 from prune_lab.workflow.searching import ensure_plans, left_out, origin_of
+from prune_lab.workflow.session import Session, drawn
 from prune_lab.workflow.students import ensure_candidates, training_and_validation
-from prune_lab.workflow.teacher import Teacher, drawn
 
 COLUMNS, GAP = 4, 2  # of a grid of pictures
 SHOWN = (".csv", ".json", ".png", ".toml")  # what a report reads
@@ -53,42 +52,42 @@ class PictureJob:
     distilled: bool = False
 
 
-def drawn_for(teacher: Teacher, candidate: Candidate | None, distilled: bool) -> Tensor:
+def drawn_for(session: Session, candidate: Candidate | None, distilled: bool) -> Tensor:
     """The pictures of one grid, uint8 (prompts x seeds, 3, H, W)."""
     if candidate is None:
-        return drawn(teacher, teacher.unet)
+        return drawn(session, session.unet)
     state: State = "distilled" if distilled else "pruned"
-    return drawn(teacher, load_student(candidate, state, device=teacher.device, dtype=teacher.dtype))
+    return drawn(session, load_student(candidate, state, device=session.device, dtype=session.dtype))
 
 
-def _draw_here(_run: Run, teacher: Teacher, grids: Sequence[PictureJob]) -> Iterator[Tensor]:
+def _draw_here(session: Session, grids: Sequence[PictureJob]) -> Iterator[Tensor]:
     for grid in track(grids, "drawing for each model"):
-        yield drawn_for(teacher, grid.candidate, grid.distilled)
+        yield drawn_for(session, grid.candidate, grid.distilled)
 
 
-def _draw_on_ray(run: Run, teacher: Teacher, grids: Sequence[PictureJob]) -> Iterator[Tensor]:
+def _draw_on_ray(session: Session, grids: Sequence[PictureJob]) -> Iterator[Tensor]:
     from prune_lab.workflow.remote import draw_on_ray  # which draws with what is above
 
-    yield from draw_on_ray(run, teacher, grids)
+    yield from draw_on_ray(session, grids)
 
 
 _DRAW = {"local": _draw_here, "ray": _draw_on_ray}
 
 
-def ensure_pictures(run: Run, teacher: Teacher | None = None) -> tuple[Path, ...]:
+def ensure_pictures(session: Session) -> tuple[Path, ...]:
     """Grids drawn by the teacher, by each candidate as it was cut, and after distillation; same prompts and seeds.
 
     Writes pictures/teacher.png and candidates/<id>/pictures_{pruned,distilled}.png.
     """
-    teacher = teacher or Teacher(run)
+    run = session.run
     wanted = [PictureJob(run.teacher_pictures)]
-    for candidate in ensure_candidates(run, teacher):
+    for candidate in ensure_candidates(session):
         wanted.append(PictureJob(candidate.paths.pictures_pruned, candidate))
         if run.done(candidate.paths.distilled_unet):
             wanted.append(PictureJob(candidate.paths.pictures_distilled, candidate, distilled=True))
     missing = [grid for grid in wanted if not run.done(grid.path)]
     if missing:
-        sheets = _DRAW[teacher.config.rank.engine](run, teacher, missing)
+        sheets = _DRAW[session.config.rank.engine](session, missing)
         for grid, pixels in zip(missing, sheets, strict=True):
             save_grid(grid.path, pixels, columns=COLUMNS, gap=GAP)
     return tuple(grid.path for grid in wanted)
@@ -113,47 +112,47 @@ def read_grid(path: Path, count: int) -> Tensor:
     return torch.stack([sheet[:, y : y + height - GAP, x : x + width - GAP] for y, x in cells])
 
 
-def picture_scores(teacher: Teacher, path: Path) -> Tensor:
+def picture_scores(session: Session, path: Path) -> Tensor:
     """CLIP score of every picture in the grid ``path`` against its prompt, (prompts x seeds,)."""
-    prompts = [prompt for prompt in teacher.prompts for _ in teacher.config.evaluate.seeds]
-    return clip_scores(teacher.scorer, read_grid(path, len(prompts)), prompts)
+    prompts = [prompt for prompt in session.prompts for _ in session.config.evaluate.seeds]
+    return clip_scores(session.scorer, read_grid(path, len(prompts)), prompts)
 
 
-def _mean_score(run: Run, teacher: Teacher, path: Path) -> float:
-    return float(picture_scores(teacher, path).double().mean()) if run.done(path) else math.nan
+def _mean_score(session: Session, path: Path) -> float:
+    return float(picture_scores(session, path).double().mean()) if session.run.done(path) else math.nan
 
 
 # Ranking -----------------------------------------------------------------------------------------------------
 
 
-def _score_here(run: Run, teacher: Teacher, groups: Sequence[BlockGroup]) -> ImportanceTable:
-    return score(run_scoring_context(run, teacher), groups, teacher.config.score.criterion, bootstrap=0)
+def _score_here(session: Session, groups: Sequence[BlockGroup]) -> ImportanceTable:
+    return score(run_scoring_context(session), groups, session.config.score.criterion, bootstrap=0)
 
 
-def _score_on_ray(run: Run, teacher: Teacher, groups: Sequence[BlockGroup]) -> ImportanceTable:
+def _score_on_ray(session: Session, groups: Sequence[BlockGroup]) -> ImportanceTable:
     from prune_lab.workflow.remote import score_on_ray
 
-    return score_on_ray(run, teacher, groups)
+    return score_on_ray(session, groups)
 
 
 _SCORE = {"local": _score_here, "ray": _score_on_ray}
 
 
-def one_shot_impacts(run: Run, teacher: Teacher, plans: Iterable[PruningPlan]) -> dict[str, float]:
+def one_shot_impacts(session: Session, plans: Iterable[PruningPlan]) -> dict[str, float]:
     """Impact of each whole plan by the run's criterion on its probe, by plan id: what adding up only predicts."""
     groups = [BlockGroup(plan.id, "plan", plan.removed) for plan in plans if plan.removed]
-    table = _SCORE[teacher.config.rank.engine](run, teacher, groups)
+    table = _SCORE[session.config.rank.engine](session, groups)
     return {entry.group.name: entry.impact for entry in table.entries}
 
 
-def _teacher_itself(run: Run, teacher: Teacher) -> Contender:
-    costs = ensure_costs(run, teacher).total
-    reductions = ensure_reductions(run, teacher)
-    own = reductions[(reductions["plan"] == "teacher") & (reductions["model"] == teacher.config.model)]
-    _, validation = training_and_validation(run, teacher)
-    losses = heldout_loss(teacher.unet, validation).double()
+def _teacher_itself(session: Session) -> Contender:
+    costs = ensure_costs(session).total
+    reductions = ensure_reductions(session)
+    own = reductions[(reductions["plan"] == "teacher") & (reductions["model"] == session.config.model)]
+    _, validation = training_and_validation(session)
+    losses = heldout_loss(session.unet, validation).double()
     loss = float(losses.mean())
-    score = _mean_score(run, teacher, run.teacher_pictures)
+    score = _mean_score(session, session.run.teacher_pictures)
     return Contender(
         plan="teacher",
         plan_id="teacher",
@@ -172,14 +171,13 @@ def _teacher_itself(run: Run, teacher: Teacher) -> Contender:
     )
 
 
-def _contender(
-    run: Run, teacher: Teacher, plan: PruningPlan, impact: float, fate: Verdict | None
-) -> Contender:
-    costs = ensure_costs(run, teacher).of(plan)
+def _contender(session: Session, plan: PruningPlan, impact: float, fate: Verdict | None) -> Contender:
+    run = session.run
+    costs = ensure_costs(session).of(plan)
     paths = run.candidate(plan.id)
     recovery = load_recovery(paths.folder)
     built = run.done(paths.profile)
-    latency = load_candidate(paths.folder, teacher.architecture).profile.latency if built else None
+    latency = load_candidate(paths.folder, session.architecture).profile.latency if built else None
     losses: tuple[float, ...] = ()
     if recovery and recovery.status == "done" and run.done(paths.heldout):
         row = load_heldout(paths.folder).loc[recovery.steps].to_numpy(dtype=np.float64)
@@ -196,40 +194,39 @@ def _contender(
         impact_one_shot=impact,
         loss_before=recovery.before if recovery else math.nan,
         loss_after=recovery.after if recovery else math.nan,
-        clip_before=_mean_score(run, teacher, paths.pictures_pruned),
-        clip_after=_mean_score(run, teacher, paths.pictures_distilled),
+        clip_before=_mean_score(session, paths.pictures_pruned),
+        clip_after=_mean_score(session, paths.pictures_distilled),
         steps=recovery.steps if recovery else 0,
         rung=fate.rung if fate else None,
         heldout=losses,
         failure=recovery.reason if recovery else "",
         dropped=fate.reason if fate and fate.fate == "dropped" else "",
-        left_out=left_out(teacher, plan) or ("" if recovery else "it was not distilled"),
+        left_out=left_out(session, plan) or ("" if recovery else "it was not distilled"),
     )
 
 
-def ensure_ranking(run: Run, teacher: Teacher | None = None) -> Ranking:
+def ensure_ranking(session: Session) -> Ranking:
     """The candidates in order of quality at their cost, with those left out and why; writes ranking.csv.
 
     Pictures that are missing are drawn first. Distillation is not started from here: a candidate without it is
     left out.
     """
+    run = session.run
     if run.done(run.ranking):
         return ranking_from_frame(pd.read_csv(run.ranking))
-    teacher = teacher or Teacher(run)
-    plans = ensure_plans(run, teacher)
-    ensure_pictures(run, teacher)
-    impacts = one_shot_impacts(run, teacher, plans)
+    plans = ensure_plans(session)
+    ensure_pictures(session)
+    impacts = one_shot_impacts(session, plans)
     fates = tournament_from_frame(pd.read_csv(run.tournament)).fates if run.done(run.tournament) else {}
-    contenders = [
-        _contender(run, teacher, plan, impacts.get(plan.id, 0.0), fates.get(plan.id)) for plan in plans
-    ]
-    ranking = rank([_teacher_itself(run, teacher), *contenders])
+    contenders = [_contender(session, plan, impacts.get(plan.id, 0.0), fates.get(plan.id)) for plan in plans]
+    ranking = rank([_teacher_itself(session), *contenders])
     write_frame(run.ranking, ranking.frame())
     return ranking
 
 
-def ensure_report(run: Run, teacher: Teacher | None = None) -> Path:
+def ensure_report(session: Session) -> Path:
     """report/index.html from the tables and pictures that are there; written anew when one of them is newer."""
+    run = session.run
     shown = (
         path for path in run.folder.rglob("*") if path.suffix in SHOWN and run.report_dir not in path.parents
     )
@@ -242,30 +239,30 @@ def ensure_report(run: Run, teacher: Teacher | None = None) -> Path:
 # Models outside of a run -------------------------------------------------------------------------------------
 
 
-def quality(teacher: Teacher, unet: Any) -> dict[str, float]:
+def quality(session: Session, unet: Any) -> dict[str, float]:
     """``loss`` (held-out denoising), ``clip`` (mean score) and ``clip_low`` of ``unet`` in the teacher's pipeline."""
-    loss = heldout_loss(unet, teacher.validation).double().mean()
-    prompts = [prompt for prompt in teacher.prompts for _ in teacher.config.evaluate.seeds]
-    scores = clip_scores(teacher.scorer, drawn(teacher, unet), prompts)
+    loss = heldout_loss(unet, session.validation).double().mean()
+    prompts = [prompt for prompt in session.prompts for _ in session.config.evaluate.seeds]
+    scores = clip_scores(session.scorer, drawn(session, unet), prompts)
     return {"loss": float(loss), "clip": float(scores.double().mean()), "clip_low": float(scores.min())}
 
 
-def quality_frame(run: Run, teacher: Teacher | None = None) -> pd.DataFrame:
+def quality_frame(session: Session) -> pd.DataFrame:
     """One row per grid of the run: plan, plan_id, weights (teacher, pruned, distilled), pictures, clip, clip_low.
 
     ``clip`` is the mean CLIP score of the pictures, ``clip_low`` the lowest. Pictures that are missing are drawn.
     """
-    teacher = teacher or Teacher(run)
-    ensure_pictures(run, teacher)
+    run = session.run
+    ensure_pictures(session)
     rows = [("teacher", "teacher", "teacher", run.teacher_pictures)]
-    for plan in ensure_plans(run, teacher):
+    for plan in ensure_plans(session):
         paths = run.candidate(plan.id)
         rows.append((plan.label, plan.id, "pruned", paths.pictures_pruned))
         rows.append((plan.label, plan.id, "distilled", paths.pictures_distilled))
     values = []
     for plan_label, plan_id, weights, path in rows:
         if run.done(path):
-            scores = picture_scores(teacher, path)
+            scores = picture_scores(session, path)
             values.append(
                 (plan_label, plan_id, weights, len(scores), float(scores.mean()), float(scores.min()))
             )

@@ -42,8 +42,8 @@ from prune_lab.workflow.distilling import measured, rungs_of
 from prune_lab.workflow.measuring import ensure_probe, ensure_scores
 from prune_lab.workflow.ranking import PictureJob
 from prune_lab.workflow.searching import origin_of
+from prune_lab.workflow.session import Session
 from prune_lab.workflow.students import ensure_data
-from prune_lab.workflow.teacher import Teacher
 from prune_lab.workflow.workers import (
     BUILT,
     DECISIONS,
@@ -84,18 +84,18 @@ def _job(run: Run, cluster: Cluster, names: Sequence[str]) -> RunRef:
     return RunRef(str(folder), str(Path.cwd()), cluster.cpus, store, made_of)
 
 
-def cluster_of(teacher: Teacher) -> Cluster:
+def cluster_of(session: Session) -> Cluster:
     """The cluster that the run's settings name."""
-    settings = teacher.config.rank
+    settings = session.config.rank
     storage = settings.storage
     if storage and "://" not in storage:
         storage = str(Path(storage).expanduser().resolve())
     return Cluster(address=settings.address, storage=storage, cpus=settings.cpus)
 
 
-def _outfitted(ray: Any, teacher: Teacher, cluster: Cluster) -> Cluster:
+def _outfitted(ray: Any, session: Session, cluster: Cluster) -> Cluster:
     """``cluster`` with the GPUs that the run's device needs of it."""
-    device = teacher.config.device
+    device = session.config.device
     if ":" in device:
         raise ConfigError(
             f"asked for device {device!r} with --engine ray, which hands out GPUs itself; use cuda"
@@ -132,13 +132,13 @@ class _Decisions:
         return next((steps for steps, goes_on in self.recall(name).items() if not goes_on), None)
 
 
-def _prepare(run: Run, teacher: Teacher, plan_ids: Collection[str]) -> list[str]:
+def _prepare(session: Session, plan_ids: Collection[str]) -> list[str]:
     """Make what every worker reads, so that they do not all make it; the names of these files and folders."""
-    ensure_data(run, teacher)
-    if FEATURE_VARIANTS[teacher.config.distill.loss_variant].by_sensitivity:
-        ensure_scores(run, teacher)
-    if not teacher.config.data.source:
-        teacher.validation.save(run.folder / VALIDATION)
+    ensure_data(session)
+    if FEATURE_VARIANTS[session.config.distill.loss_variant].by_sensitivity:
+        ensure_scores(session)
+    if not session.config.data.source:
+        session.validation.save(session.run.folder / VALIDATION)
     return [*_SHARED, *(name for plan_id in plan_ids for name in of_candidate(plan_id, *BUILT))]
 
 
@@ -162,7 +162,7 @@ def _check_ended(
 
 
 def play_on_ray(
-    run: Run, teacher: Teacher, candidates: Sequence[Candidate], cluster: Cluster | None = None
+    session: Session, candidates: Sequence[Candidate], cluster: Cluster | None = None
 ) -> Tournament:
     """Who of ``candidates`` came to the end, by ASHA over the rungs of the run; on ``cluster``, None: the settings'.
 
@@ -170,13 +170,14 @@ def play_on_ray(
     candidate's checkpoint, and so does every one when the same is asked again. Survivors are ranked by ``play``'s
     paired differences. The CLIP score breaks no ties at rungs. Raises ClusterError, StorageError.
     """
-    cluster, named = cluster or cluster_of(teacher), {one.plan.id: one for one in candidates}
-    names, rungs, settings = list(named), rungs_of(teacher), teacher.config.rank
+    run = session.run
+    cluster, named = cluster or cluster_of(session), {one.plan.id: one for one in candidates}
+    names, rungs, settings = list(named), rungs_of(session), session.config.rank
     controls = [name for name in names if origin_of(run, name) == "control"] if settings.keep_controls else []
     decisions, own = _Decisions(run), run.folder.resolve() / RAY
     with connected(cluster) as ray:
-        cluster = _outfitted(ray, teacher, cluster)
-        job = _job(run, cluster, _prepare(run, teacher, names))
+        cluster = _outfitted(ray, session, cluster)
+        job = _job(run, cluster, _prepare(session, names))
         note(f"tournament of {len(names)} candidates on Ray, {slots(ray, cluster)} at once")
         place: Any = str(own)
         if job.store is not None:
@@ -235,8 +236,7 @@ def _pieces(count: int, slots: int, unit: int = 1) -> list[range]:
 
 
 def score_on_ray(
-    run: Run,
-    teacher: Teacher,
+    session: Session,
     groups: Sequence[BlockGroup],
     *,
     bootstrap: int = 0,
@@ -248,14 +248,14 @@ def score_on_ray(
     the rounding, stays as it is on one machine where ``score.batch`` is set. Of others it gets some of the groups.
     """
     cluster, probe, settings = (
-        cluster or cluster_of(teacher),
-        ensure_probe(run, teacher),
-        teacher.config.score,
+        cluster or cluster_of(session),
+        ensure_probe(session),
+        session.config.score,
     )
     walked, all_groups = settings.criterion in ONE_STEP, tuple(groups)
     with connected(cluster) as ray:
-        cluster = _outfitted(ray, teacher, cluster)
-        job, room = _job(run, cluster, ("config.toml", "probe.safetensors")), slots(ray, cluster)
+        cluster = _outfitted(ray, session, cluster)
+        job, room = _job(session.run, cluster, ("config.toml", "probe.safetensors")), slots(ray, cluster)
         if walked:
             shares = [
                 ScoreShard(all_groups, tuple(rows)) for rows in _pieces(len(probe), room, settings.batch or 1)
@@ -271,7 +271,7 @@ def score_on_ray(
     assert samples is not None
     if walked:
         scales = np.concatenate([table.scales for table in tables if table.scales is not None])
-    ends = intervals(values, scales, samples.pictures, draws=bootstrap, seed=teacher.config.seed)
+    ends = intervals(values, scales, samples.pictures, draws=bootstrap, seed=session.config.seed)
     return dataclasses.replace(
         whole,
         entries=tuple(
@@ -289,17 +289,17 @@ def score_on_ray(
 
 
 def draw_on_ray(
-    run: Run, teacher: Teacher, grids: Sequence[PictureJob], *, cluster: Cluster | None = None
+    session: Session, grids: Sequence[PictureJob], *, cluster: Cluster | None = None
 ) -> list[Tensor]:
     """The pictures of each of ``grids``, uint8 (prompts x seeds, 3, H, W), each grid drawn by one worker."""
-    cluster = cluster or cluster_of(teacher)
+    cluster = cluster or cluster_of(session)
     names = ["config.toml"]
     for grid in grids:
         if grid.candidate is not None:
             names += of_candidate(grid.candidate.plan.id, *BUILT, "distilled/unet")
     with connected(cluster) as ray:
-        cluster = _outfitted(ray, teacher, cluster)
-        job = _job(run, cluster, list(dict.fromkeys(names)))
+        cluster = _outfitted(ray, session, cluster)
+        job = _job(session.run, cluster, list(dict.fromkeys(names)))
         asked = [(grid.candidate.plan.id if grid.candidate else "", grid.distilled) for grid in grids]
         sheets = _in_tasks(ray, cluster, job, partial(draw_here, job), asked)
     return [torch.from_numpy(sheet.copy()) for sheet in sheets]  # Ray's arrays are read-only

@@ -37,8 +37,8 @@ from prune_lab.workflow.measuring import (
     ensure_scores,
     run_scoring_context,
 )
+from prune_lab.workflow.session import Session
 from prune_lab.workflow.solving import SOLVERS, Question, controls_for
-from prune_lab.workflow.teacher import Teacher
 
 SEARCHED_COLUMNS = ("plan_id", "origin", "name", "budget")
 SEARCHES_COLUMNS = (
@@ -73,28 +73,28 @@ def parse_budgets(text: str, architecture: Architecture, prices: PartPrices) -> 
     return tuple(parse_budget(one, architecture, prices) for one in text.split(","))
 
 
-def prices_of(run: Run, teacher: Teacher) -> PartPrices:
+def prices_of(session: Session) -> PartPrices:
     """What every part of the model costs: parameters and MACs, and what budgets ask for beside them.
 
     Memory is that of the weights in the run's number format, and on top the whole model's activations: a plan's own
     are no sum over its parts, and never more. Latency is measured.
     """
-    costs, asked = ensure_costs(run, teacher), " ".join(teacher.config.search.budgets)
+    costs, asked = ensure_costs(session), " ".join(session.config.search.budgets)
     memory = latency = None
     if "memory" in asked:
-        memory = {cost.name: float(cost.params * teacher.dtype.itemsize) for cost in costs.costs}
-        memory[REST] += activation_table(teacher.architecture, dtype=teacher.dtype).total
-    if "latency" in asked or run.done(run.latency):
-        latency = ensure_latency(run, teacher).part_ms()
+        memory = {cost.name: float(cost.params * session.dtype.itemsize) for cost in costs.costs}
+        memory[REST] += activation_table(session.architecture, dtype=session.dtype).total
+    if "latency" in asked or session.run.done(session.run.latency):
+        latency = ensure_latency(session).part_ms()
     return PartPrices(costs, latency=latency, memory=memory)
 
 
-def impact_by_walk(run: Run, teacher: Teacher) -> ImpactOf:
+def impact_by_walk(session: Session) -> ImpactOf:
     """Measures sets of blocks by output-mse on the run's probe, in shared walks, and none of them twice."""
 
     @functools.cache  # not loaded before it is needed: the exact solver measures nothing
     def context() -> ScoringContext:
-        return run_scoring_context(run, teacher)
+        return run_scoring_context(session)
 
     def impact_of(sets: Sequence[frozenset[str]]) -> NDArray[np.float64]:
         groups = [BlockGroup(" ".join(sorted(removed)), "plan", tuple(sorted(removed))) for removed in sets]
@@ -125,18 +125,19 @@ def _named(plans: Sequence[PruningPlan], solver: str, asked: str) -> list[Prunin
     return [plan.named(f"{prefix}-{slug}-{number}") for number, plan in enumerate(plans, 1)]
 
 
-def _write_plans(run: Run, teacher: Teacher) -> None:
-    architecture, settings = teacher.architecture, teacher.config.search
-    found = [("control", "", plan) for plan in controls(teacher, architecture)]
+def _write_plans(session: Session) -> None:
+    run = session.run
+    architecture, settings = session.architecture, session.config.search
+    found = [("control", "", plan) for plan in controls(session, architecture)]
     at_budget = [name for name in settings.controls if name in BUDGET_CONTROLS]
     searches = []
     if settings.budgets:
-        importance, prices = ensure_scores(run, teacher), prices_of(run, teacher)
-        constraints, impact_of = constraints_of(teacher.config), impact_by_walk(run, teacher)
+        importance, prices = ensure_scores(session), prices_of(session)
+        constraints, impact_of = constraints_of(session.config), impact_by_walk(session)
         for text in track(settings.budgets, "searching"):
             budgets = parse_budgets(text, architecture, prices)
             asked = ", ".join(budget.text for budget in budgets)
-            question = Question(run, teacher, prices, budgets, constraints, importance, impact_of)
+            question = Question(session, prices, budgets, constraints, importance, impact_of)
             start = time.perf_counter()
             answer = SOLVERS[settings.solver](question)
             seconds = time.perf_counter() - start
@@ -156,31 +157,31 @@ def _write_plans(run: Run, teacher: Teacher) -> None:
     write_frame(run.searched, pd.DataFrame(rows, columns=list(SEARCHED_COLUMNS)))
 
 
-def ensure_plans(run: Run, teacher: Teacher | None = None) -> tuple[PruningPlan, ...]:
+def ensure_plans(session: Session) -> tuple[PruningPlan, ...]:
     """The plans that become candidates, controls first; writes plans/<id>.json and plans/searched.csv.
 
     A plan found under several budgets, or found by the search and a control too, is one plan with the names joined.
     Plans that were put into the folder by hand follow at the end. Raises BudgetError for a budget that no plan meets.
     """
-    teacher = teacher or Teacher(run)
+    run = session.run
     if not run.done(run.searched):
-        _write_plans(run, teacher)
+        _write_plans(session)
     order = dict.fromkeys(searched(run)["plan_id"])
     by_hand = [plan_id for plan_id in run.plan_ids() if plan_id not in order]
     files = [run.plan(plan_id) for plan_id in [*order, *by_hand]]
-    return tuple(plan_from_json(read_json(path), teacher.architecture) for path in files)
+    return tuple(plan_from_json(read_json(path), session.architecture) for path in files)
 
 
-def plans_frame(run: Run, teacher: Teacher | None = None) -> pd.DataFrame:
+def plans_frame(session: Session) -> pd.DataFrame:
     """One row per plan of the run, in order of ``ensure_plans``, with what it leaves; columns PLANS_COLUMNS.
 
     ``latency_ms`` is predicted by the run's latency table and missing where none was measured.
     ``predicted_impact`` is the sum of the impacts of the blocks, missing when they have not been scored.
     """
-    teacher = teacher or Teacher(run)
-    plans, prices = ensure_plans(run, teacher), prices_of(run, teacher)
+    run = session.run
+    plans, prices = ensure_plans(session), prices_of(session)
     costs, timed = prices.costs, prices.latency is not None
-    importance = ensure_scores(run, teacher) if run.done(run.importance) else None
+    importance = ensure_scores(session) if run.done(run.importance) else None
     table = searched(run)
     rows = []
     for plan in plans:
@@ -205,16 +206,16 @@ def plans_frame(run: Run, teacher: Teacher | None = None) -> pd.DataFrame:
                 if timed
                 else None,
                 "predicted_impact": None if importance is None else predicted_impact(plan, importance),
-                "native": not left_out(teacher, plan),
+                "native": not left_out(session, plan),
             }
         )
     return pd.DataFrame(rows, columns=list(PLANS_COLUMNS))
 
 
-def left_out(teacher: Teacher, plan: PruningPlan) -> str:
+def left_out(session: Session, plan: PruningPlan) -> str:
     """Why ``plan`` cannot become a candidate; empty when it can."""
     try:
-        native_layout(teacher.architecture, plan)
+        native_layout(session.architecture, plan)
     except NonNativePlanError as error:
         return str(error)
     return ""
@@ -226,7 +227,7 @@ def goes_by(plan: PruningPlan, text: str) -> bool:
     return text in (plan.id, plan.name, *names, *(name.split(" ")[0] for name in names if name))
 
 
-def plan_named(plans: tuple[PruningPlan, ...], text: str, teacher: Teacher) -> PruningPlan:
+def plan_named(plans: tuple[PruningPlan, ...], text: str, session: Session) -> PruningPlan:
     """The one of ``plans`` that ``text`` means: an id, a name or one of its joined names, or the plan in writing.
 
     Raises PlanError when it is none of them.
@@ -234,7 +235,7 @@ def plan_named(plans: tuple[PruningPlan, ...], text: str, teacher: Teacher) -> P
     for plan in plans:
         if goes_by(plan, text):
             return plan
-    wanted = [plan.id for plan in read_plans(text, teacher.architecture)]
+    wanted = [plan.id for plan in read_plans(text, session.architecture)]
     for plan in plans:
         if plan.id in wanted:
             return plan

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from prune_lab.blocks import Architecture, block_groups
 from prune_lab.importance import ImportanceTable, score
 from prune_lab.plans import PruningPlan
-from prune_lab.runs import Run
 from prune_lab.search import (
     Budget,
     Constraints,
@@ -23,15 +22,14 @@ from prune_lab.search import (
     search_plans,
 )
 from prune_lab.workflow.measuring import run_scoring_context
-from prune_lab.workflow.teacher import Teacher
+from prune_lab.workflow.session import Session
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
     """One search: the best plans under these budgets and rules."""
 
-    run: Run
-    teacher: Teacher
+    session: Session
     prices: PartPrices
     budgets: tuple[Budget, ...]
     constraints: Constraints
@@ -41,7 +39,7 @@ class Question:
     @property
     def place(self) -> tuple[Architecture, PartPrices, tuple[Budget, ...]]:
         """What every solver is asked with."""
-        return self.teacher.architecture, self.prices, self.budgets
+        return self.session.architecture, self.prices, self.budgets
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +52,9 @@ class SolverResult:
 
 
 def _exact(question: Question) -> SolverResult:
-    settings = question.teacher.config.search
+    settings = question.session.config.search
     plans = search_plans(
-        question.teacher.architecture,
+        question.session.architecture,
         question.importance,
         question.prices,
         question.budgets,
@@ -73,8 +71,8 @@ def _interactions(question: Question) -> SolverResult:
     A quarter of the plans that are learned from are the best additive ones: random plans alone say little about the
     good ones. The descent starts from the best plan measured so far, so it never ends worse than the additive optimum.
     """
-    settings, (architecture, prices, budgets) = question.teacher.config.search, question.place
-    seed, rules = question.teacher.config.seed, question.constraints
+    settings, (architecture, prices, budgets) = question.session.config.search, question.place
+    seed, rules = question.session.config.seed, question.constraints
     near = settings.samples // 4
     additive = search_plans(
         architecture, question.importance, prices, budgets, count=near, diverse=2, constraints=rules
@@ -113,14 +111,14 @@ def _greedy(question: Question) -> SolverResult:
 
 
 def _evolution(question: Question) -> SolverResult:
-    settings = question.teacher.config.search
+    settings = question.session.config.search
     points = evolve_plans(
         *question.place,
         question.impact_of,
         question.constraints,
-        folder=question.run.evolution_dir,
+        folder=question.session.run.evolution_dir,
         trials=settings.trials,
-        seed=question.teacher.config.seed,
+        seed=question.session.config.seed,
     )
     best = sorted(points, key=lambda point: point.impact)[: settings.count]
     return SolverResult(tuple(point.plan for point in best), settings.trials)
@@ -136,17 +134,17 @@ SOLVERS: dict[str, Callable[[Question], SolverResult]] = {
 
 def controls_for(question: Question, wanted: Sequence[str]) -> list[PruningPlan]:
     """The controls named ``wanted`` for the question's budgets, called after both."""
-    context = run_scoring_context(question.run, question.teacher)
-    blocks = block_groups(question.teacher.architecture, "block")
+    context = run_scoring_context(question.session)
+    blocks = block_groups(question.session.architecture, "block")
     found = controls_at(
-        question.teacher.architecture,
+        question.session.architecture,
         question.importance,
         question.prices,
         question.budgets,
         question.constraints,
         impact_of=question.impact_of if "lowest-one-shot" in wanted else None,
         similarity=score(context, blocks, "similarity", bootstrap=0) if "similarity" in wanted else None,
-        seed=question.teacher.config.seed,
+        seed=question.session.config.seed,
     )
     asked = ", ".join(budget.text for budget in question.budgets)
     return [plan.named(f"{plan.name} {asked}") for plan in found if plan.name in wanted]

@@ -24,8 +24,8 @@ from prune_lab.workflow.measuring import (
 )
 from prune_lab.workflow.ranking import ensure_pictures, ensure_ranking, ensure_report
 from prune_lab.workflow.searching import ensure_plans
+from prune_lab.workflow.session import Session
 from prune_lab.workflow.students import ensure_candidates, ensure_data, ensure_repaired
-from prune_lab.workflow.teacher import Teacher
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Step:
 
     name: str
     settings: tuple[str, ...]  # tables or single settings that no earlier step reads
-    ensure: Callable[[Run, Teacher], object]
+    ensure: Callable[[Session], object]
     products: Callable[[Run], tuple[Path, ...]]  # files and folders that it writes
     marks: Callable[[Run], tuple[Path, ...]]  # what is there when it is finished
     does: str

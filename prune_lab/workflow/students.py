@@ -21,12 +21,11 @@ from prune_lab.distill import (
 from prune_lab.plans import PruningPlan
 from prune_lab.probes import Probe, probe_of_latents
 from prune_lab.repair import Choice, repair
-from prune_lab.runs import Run
 from prune_lab.runtime import track, write_frame
 from prune_lab.surgery import save_unet
 from prune_lab.workflow.measuring import ensure_probe
 from prune_lab.workflow.searching import ensure_plans, left_out
-from prune_lab.workflow.teacher import Teacher
+from prune_lab.workflow.session import Session
 
 REPAIRED_COLUMNS = ("plan", "plan_id", "kind", "applied", "impact_before", "impact_after")
 
@@ -34,66 +33,65 @@ REPAIRED_COLUMNS = ("plan", "plan_id", "kind", "applied", "impact_before", "impa
 # Candidates --------------------------------------------------------------------------------------------------
 
 
-def ensure_candidates(run: Run, teacher: Teacher | None = None) -> tuple[Candidate, ...]:
+def ensure_candidates(session: Session) -> tuple[Candidate, ...]:
     """Every native plan of the run as a smaller model; writes candidates/<id>/{plan.json, unet/, profile.json}.
 
     Plans that are not native are left out here and named with the reason in the ranking.
     """
-    teacher = teacher or Teacher(run)
-    plans = [plan for plan in ensure_plans(run, teacher) if not left_out(teacher, plan)]
-    return tuple(_candidate(run, teacher, plan) for plan in track(plans, "building candidates"))
+    plans = [plan for plan in ensure_plans(session) if not left_out(session, plan)]
+    return tuple(_candidate(session, plan) for plan in track(plans, "building candidates"))
 
 
-def _candidate(run: Run, teacher: Teacher, plan: PruningPlan) -> Candidate:
-    paths = run.candidate(plan.id)
-    if not run.done(paths.profile):
-        settings = teacher.config.profile
+def _candidate(session: Session, plan: PruningPlan) -> Candidate:
+    paths = session.run.candidate(plan.id)
+    if not session.run.done(paths.profile):
+        settings = session.config.profile
         build_candidate(
-            teacher.source,
+            session.source,
             plan,
             paths.folder,
-            device=teacher.device,
-            dtype=teacher.dtype,
+            device=session.device,
+            dtype=session.dtype,
             batch=settings.batch,
             runs=settings.runs,
             warmup=settings.warmup,
         )
-    return load_candidate(paths.folder, teacher.architecture)
+    return load_candidate(paths.folder, session.architecture)
 
 
-def ensure_data(run: Run, teacher: Teacher | None = None) -> TrainingData:
+def ensure_data(session: Session) -> TrainingData:
     """Training pictures as latents and text embeddings, the same for every candidate.
 
     Shipped ones are written to data.safetensors, those that ``data.source`` names to data/, unless it names a finished
     cache or ``data.cached`` is false.
     """
+    run = session.run
     if run.done(run.data):
         return LatentData.load(run.data)
     if is_cache(run.data_dir):
         return LatentCache.load(run.data_dir)
-    teacher = teacher or Teacher(run)
-    if teacher.config.data.source:
-        return training_data(teacher.pipeline, teacher.config.data, run.data_dir)
-    settings = teacher.config.distill
-    pictures = teacher.pictures("train", settings.pictures, settings.seed)
-    return cached_data(run.data, teacher.pipeline, pictures.pixels, pictures.captions)
+    if session.config.data.source:
+        return training_data(session.pipeline, session.config.data, run.data_dir)
+    settings = session.config.distill
+    pictures = session.pictures("train", settings.pictures, settings.seed)
+    return cached_data(run.data, session.pipeline, pictures.pixels, pictures.captions)
 
 
-def training_and_validation(run: Run, teacher: Teacher) -> tuple[TrainingData, Probe]:
+def training_and_validation(session: Session) -> tuple[TrainingData, Probe]:
     """What students are trained on, and the held-out rows whose loss judges them.
 
     Of pictures that the user gave ``probe.samples`` are kept back, in their first variant, and never trained on; of the
     shipped ones the held-out split serves, pictures that the scores have not seen.
     """
-    data = ensure_data(run, teacher)
-    if not teacher.config.data.source:
-        return data, teacher.validation
-    settings = teacher.config.probe
+    data = ensure_data(session)
+    if not session.config.data.source:
+        return data, session.validation
+    settings = session.config.probe
     training, kept_back = held_out(data, settings.samples, settings.seed)
     rows = kept_back.rows(torch.arange(settings.samples), torch.zeros(settings.samples, dtype=torch.int64))
     unnamed = [""] * settings.samples
     validation = probe_of_latents(
-        teacher.pipeline,
+        session.pipeline,
         rows.mean,
         unnamed,
         unnamed,
@@ -104,19 +102,18 @@ def training_and_validation(run: Run, teacher: Teacher) -> tuple[TrainingData, P
     return training, validation
 
 
-def ensure_repaired(run: Run, teacher: Teacher | None = None) -> pd.DataFrame:
+def ensure_repaired(session: Session) -> pd.DataFrame:
     """A row per candidate: its impact before and after the repair of its cuts; columns REPAIRED_COLUMNS.
 
     Writes candidates/<id>/{repair.csv, repaired/}. Nothing, and no rows, with ``repair.kind`` none.
     """
-    teacher = teacher or Teacher(run)
-    kind = teacher.config.repair.kind
-    candidates = ensure_candidates(run, teacher) if kind != "none" else ()
+    kind = session.config.repair.kind
+    candidates = ensure_candidates(session) if kind != "none" else ()
     rows = []
     for candidate in track(candidates, "repairing candidates"):
         paths = candidate.paths
-        if not run.done(paths.repaired):
-            _repair(run, teacher, candidate)
+        if not session.run.done(paths.repaired):
+            _repair(session, candidate)
         tried = pd.read_csv(paths.repair, dtype={"cut": str, "reason": str})
         applied = tried[tried["applied"]]
         measured = tried["impact_before"].dropna()
@@ -126,14 +123,14 @@ def ensure_repaired(run: Run, teacher: Teacher | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(REPAIRED_COLUMNS))
 
 
-def _repair(run: Run, teacher: Teacher, candidate: Candidate) -> None:
-    student = load_student(candidate, device=teacher.device)
+def _repair(session: Session, candidate: Candidate) -> None:
+    student = load_student(candidate, device=session.device)
     report = repair(
         student,
-        teacher.unet,
+        session.unet,
         candidate.plan,
-        ensure_probe(run, teacher),
-        kind=cast("Choice", teacher.config.repair.kind),
+        ensure_probe(session),
+        kind=cast("Choice", session.config.repair.kind),
     )
     write_frame(candidate.paths.repair, report.frame())
     save_unet(

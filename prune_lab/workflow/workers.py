@@ -29,7 +29,7 @@ from prune_lab.runs import Run
 from prune_lab.workflow.distilling import measured, train_to
 from prune_lab.workflow.measuring import run_scoring_context
 from prune_lab.workflow.ranking import drawn_for
-from prune_lab.workflow.teacher import Teacher
+from prune_lab.workflow.session import Session
 
 RAY = "ray"  # folder in a run for what only the cluster needs; removed when a tournament is over
 VALIDATION = f"{RAY}/validation.safetensors"
@@ -71,7 +71,7 @@ def of_candidate(plan_id: str, *names: str) -> list[str]:
 
 
 @functools.lru_cache(maxsize=1)  # the next candidate finds the teacher loaded
-def _opened(job: RunRef) -> tuple[Run, Teacher]:
+def _opened(job: RunRef) -> Session:
     run = Run(Path(job.folder))
     if job.store is not None:
         run = Run(job.store.scratch)
@@ -80,18 +80,15 @@ def _opened(job: RunRef) -> tuple[Run, Teacher]:
             f"asked a worker for the run {job.folder}, which it does not see; put the run on a path that all machines "
             "share, or give --storage URL"
         )
-    teacher = Teacher(run)
     path = run.folder / VALIDATION
-    if path.is_file():
-        # That of the driver: encoded on another kind of machine it would differ in its last digits, and no checkpoint
-        # would be taken up there.
-        vars(teacher)["validation"] = load_probe(path)
-    return run, teacher
+    # That of the driver: encoded on another kind of machine it would differ in its last digits, and no checkpoint
+    # would be taken up there.
+    return Session(run, validation=load_probe(path) if path.is_file() else None)
 
 
 @contextlib.contextmanager
-def _at_work(job: RunRef) -> Iterator[tuple[Run, Teacher]]:
-    """The run and its teacher, with the threads and the working directory of the job."""
+def _at_work(job: RunRef) -> Iterator[Session]:
+    """The session of the run, with the threads and the working directory of the job."""
     threads = torch.get_num_threads()
     there = Path(job.directory).is_dir()
     torch.set_num_threads(job.cpus)
@@ -104,10 +101,10 @@ def _at_work(job: RunRef) -> Iterator[tuple[Run, Teacher]]:
         torch.set_num_threads(threads)
 
 
-def _candidate(job: RunRef, run: Run, teacher: Teacher, plan_id: str) -> Candidate:
+def _candidate(job: RunRef, session: Session, plan_id: str) -> Candidate:
     if job.store is not None:
-        job.store.fetch(run.folder, lambda name: name.startswith(f"candidates/{plan_id}/"))
-    return load_candidate(run.candidate(plan_id).folder, teacher.architecture)
+        job.store.fetch(session.run.folder, lambda name: name.startswith(f"candidates/{plan_id}/"))
+    return load_candidate(session.run.candidate(plan_id).folder, session.architecture)
 
 
 def _put_state(store: ArtifactStore, run: Run, plan_id: str) -> None:
@@ -131,19 +128,19 @@ def get_state(store: ArtifactStore, run: Run, plan_id: str) -> None:
 
 def train_here(job: RunRef, rungs: Sequence[int], plan_id: str, report: Report) -> None:
     """Train a candidate from rung to rung, from where it is, until it is stopped, fails or comes to the end."""
-    with _at_work(job) as (run, teacher):
-        candidate = _candidate(job, run, teacher, plan_id)
+    with _at_work(job) as session:
+        candidate = _candidate(job, session, plan_id)
         if job.store is not None:
             # the shelf knows better than what another attempt may have left on this machine
             for path in (candidate.paths.distilled, candidate.paths.grids):
                 shutil.rmtree(path, ignore_errors=True)
-            get_state(job.store, run, plan_id)
+            get_state(job.store, session.run, plan_id)
         for steps in rungs:
             before = load_recovery(candidate.folder)
-            train_to(run, teacher, [candidate], steps, keep_checkpoint=True)
+            train_to(session, [candidate], steps, keep_checkpoint=True)
             after = load_recovery(candidate.folder)
             if job.store is not None and (before is None or after is None or before.steps != after.steps):
-                _put_state(job.store, run, plan_id)
+                _put_state(job.store, session.run, plan_id)
             losses = measured([candidate], steps)[plan_id]
             if isinstance(losses, str):
                 return  # the verdict in its folder says why
@@ -160,9 +157,9 @@ class ScoreShard:
 
 def score_here(job: RunRef, criterion: str, share: ScoreShard) -> ImportanceTable:
     """What each group of ``share`` is worth, without intervals."""
-    with _at_work(job) as (run, teacher):
+    with _at_work(job) as session:
         # in memory: workers that write one file would lose each other's values
-        context = dataclasses.replace(run_scoring_context(run, teacher), cache=ScoreCache())
+        context = dataclasses.replace(run_scoring_context(session), cache=ScoreCache())
         if share.rows is not None:
             unconditional = None if context.unconditional is None else context.unconditional.rows(share.rows)
             context = dataclasses.replace(
@@ -174,7 +171,7 @@ def score_here(job: RunRef, criterion: str, share: ScoreShard) -> ImportanceTabl
 def draw_here(job: RunRef, what: tuple[str, bool]) -> NDArray[np.uint8]:
     """The grid of a candidate, its plan's id and whether it is distilled; of the teacher for an empty id."""
     plan_id, distilled = what
-    with _at_work(job) as (run, teacher):
-        candidate = _candidate(job, run, teacher, plan_id) if plan_id else None
-        pixels = drawn_for(teacher, candidate, distilled).numpy()
+    with _at_work(job) as session:
+        candidate = _candidate(job, session, plan_id) if plan_id else None
+        pixels = drawn_for(session, candidate, distilled).numpy()
         return cast("NDArray[np.uint8]", pixels)

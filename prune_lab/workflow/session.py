@@ -1,4 +1,4 @@
-"""The model of a run, loaded when a step first needs it, and the pictures the steps draw from."""
+"""What the steps of a run share: its settings, its model and its inputs, each loaded when first asked for."""
 
 from __future__ import annotations
 
@@ -80,11 +80,17 @@ def read_prompts(path: Path) -> Prompts:
     )
 
 
-@dataclasses.dataclass(frozen=True)  # no slots: what is loaded is kept in the instance
-class Teacher:
-    """The model of a run and what several steps need of it, each part loaded when first asked for and then kept."""
+class Session:
+    """A run, and what its steps need of it: each part is loaded when first asked for, and then kept.
 
-    run: Run
+    ``config`` and ``validation`` stand in for what the run folder says, as a worker on another machine needs it.
+    """
+
+    def __init__(self, run: Run, *, config: RunConfig | None = None, validation: Probe | None = None) -> None:
+        self.run = run
+        given = {"config": config, "validation": validation}
+        # a cached property that is in the instance already is not computed
+        vars(self).update({name: value for name, value in given.items() if value is not None})
 
     @cached_property
     def config(self) -> RunConfig:
@@ -195,12 +201,12 @@ def _chosen(split: str, count: int, seed: int) -> Any:
     return frame.iloc[order.tolist()]
 
 
-def drawn(teacher: Teacher, unet: Any) -> Tensor:
-    """What ``unet`` draws in the teacher's pipeline for its prompts and seeds, uint8 (prompts x seeds, 3, H, W)."""
-    settings = teacher.config.evaluate
+def drawn(session: Session, unet: Any) -> Tensor:
+    """What ``unet`` draws in the session's pipeline for its prompts and seeds, uint8 (prompts x seeds, 3, H, W)."""
+    settings = session.config.evaluate
     return generate(
-        teacher.pipeline,
-        teacher.prompts,
+        session.pipeline,
+        session.prompts,
         settings.seeds,
         steps=settings.steps,
         guidance=settings.guidance,
