@@ -8,10 +8,12 @@ import json
 import tomllib
 import typing
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from prune_lab.config.settings import RunConfig, require
+from prune_lab.config.declaration import require
+from prune_lab.config.settings import SETTINGS, RunConfig
 from prune_lab.errors import ConfigError
 
 
@@ -26,25 +28,24 @@ Settings = TypeVar("Settings", bound=_Settings)
 # Names -----------------------------------------------------------------------------------------------------------
 
 
-def _flat(config: RunConfig) -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            own_fields = dataclasses.fields(value)
-            flat |= {f"{field.name}.{own.name}": getattr(value, own.name) for own in own_fields}
-        else:
-            flat[field.name] = value
-    return flat
+# Settings that an earlier version called otherwise: the old name, and what it is called now.
+RENAMED: dict[str, str] = {}
 
 
-def setting_names() -> tuple[str, ...]:
-    """Every setting by its dotted name, such as ``distill.steps``, in the order they are written."""
-    return tuple(_flat(RunConfig()))
+def setting_values(config: RunConfig) -> dict[str, object]:
+    """The value of every setting in ``config`` by its dotted name, such as ``distill.steps``."""
+    return {name: attrgetter(name)(config) for name in SETTINGS}
+
+
+def unknown_setting(name: str) -> ConfigError:
+    """What to raise for a setting that does not exist: names the nearest one, or what it is called now."""
+    if name in RENAMED:
+        return ConfigError(f"setting {name} is now called {RENAMED[name]}; write that instead")
+    return ConfigError(f"there is no setting {name}; {_suggestion(name)}")
 
 
 def _suggestion(name: str) -> str:
-    known = setting_names()
+    known = tuple(SETTINGS)
     leaf = name.rsplit(".", 1)[-1]
     # a right name in the wrong table is a nearer miss than any spelling
     moved = [other for other in known if other.rsplit(".", 1)[-1] == leaf]
@@ -57,7 +58,7 @@ def _suggestion(name: str) -> str:
 
 def changed_settings(old: RunConfig, new: RunConfig) -> tuple[str, ...]:
     """The dotted names of the settings in which ``old`` and ``new`` differ."""
-    before, after = _flat(old), _flat(new)
+    before, after = setting_values(old), setting_values(new)
     return tuple(name for name in before if before[name] != after[name])
 
 
@@ -95,7 +96,7 @@ def _build(kind: type[Settings], table: Mapping[str, object], prefix: str) -> Se
     for key, value in table.items():
         name = prefix + key
         if key not in hints:
-            raise ConfigError(f"there is no setting {name}; {_suggestion(name)}")
+            raise unknown_setting(name)
         values[key] = _read(hints[key], value, name)
     return kind(**values)
 
