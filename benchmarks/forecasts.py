@@ -18,10 +18,9 @@ from prune_lab.evaluation import heldout_loss
 from prune_lab.runs import open_run
 from prune_lab.runtime import write_frame
 from prune_lab.search import predicted_impact
-from prune_lab.workflow import Session, ensure_candidates, ensure_repaired, ensure_scores
+from prune_lab.session import Session, training_and_validation
+from prune_lab.workflow import ensure_candidates, ensure_repaired, ensure_scores
 from prune_lab.workflow.ranking import one_shot_impacts
-from prune_lab.workflow.searching import origin_of
-from prune_lab.workflow.students import training_and_validation
 
 
 def main() -> None:
@@ -44,7 +43,7 @@ def main() -> None:
             {
                 "plan_id": one.plan.id,
                 "name": one.plan.label,
-                "origin": origin_of(run, one.plan.id),
+                "origin": one.plan.origin,
                 "one_shot": impacts.get(one.plan.id, 0.0),
                 "added_up": predicted_impact(one.plan, importance),
                 "repaired": float(heldout_loss(student, validation).double().mean()),

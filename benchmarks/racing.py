@@ -22,9 +22,8 @@ from prune_lab.importance import ImportanceTable, Race, Samples, ScoreCache, sco
 from prune_lab.importance.intervals import impacts_of
 from prune_lab.importance.racing import sample_order
 from prune_lab.prefix_sharing import gone_with, macs_without
+from prune_lab.session import Session, ensure_probe
 from prune_lab.workflow import start_run
-from prune_lab.workflow.measuring import ensure_probe
-from prune_lab.workflow.session import Session
 
 
 def agreement(table: ImportanceTable, whole: ImportanceTable) -> float:

@@ -18,8 +18,8 @@ from prune_lab.blocks import BlockGroup
 from prune_lab.config import ProbeConfig, RunConfig, ScoreConfig, SearchConfig
 from prune_lab.importance import ImportanceTable, score_groups
 from prune_lab.plans import PruningPlan
-from prune_lab.workflow import Session, ensure_plans, start_run
-from prune_lab.workflow.measuring import drawn_probe, ensure_probe
+from prune_lab.session import Session, drawn_probe, ensure_probe
+from prune_lab.workflow import ensure_plans, start_run
 from prune_lab.workflow.searching import searched
 
 CONTROLS = ("bk-small", "uniform", "random-median", "lowest-one-shot", "similarity")

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from prune_lab.errors import DataError
 from prune_lab.models import ScorerInputs
 from prune_lab.probes import Probe, predict
-from prune_lab.runtime import atomic_write, seeded, track
+from prune_lab.runtime import atomic_folder, atomic_write, seeded, track
 
 
 def heldout_loss(
@@ -162,6 +163,41 @@ def clip_scores(
             # both embeddings come normalised
             scores.append((embedded.image_embeds * embedded.text_embeds).sum(dim=-1).float().cpu())
     return torch.cat(scores)
+
+
+def save_pictures(folder: Path, pictures: Tensor, names: Sequence[str]) -> None:
+    """Write ``pictures`` (N, 3, H, W) uint8 as PNG files called ``names`` in ``folder``, which appears whole or not.
+
+    Raises DataError when there are not as many names, StorageError when a file cannot be written.
+    """
+    if len(pictures) != len(names):
+        raise DataError(f"asked to save {len(pictures)} pictures under {len(names)} names; give one for each")
+    with atomic_folder(folder, force=True) as temporary:
+        for name, picture in zip(names, pictures, strict=True):
+            Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(temporary / name)
+
+
+def read_pictures(folder: Path) -> Tensor:
+    """The PNG files in ``folder`` in the order of their names, uint8 (N, 3, H, W).
+
+    Raises DataError when there are none, or when they cannot be read or differ in size.
+    """
+    pictures = []
+    for path in sorted(folder.glob("*.png")):
+        try:
+            with Image.open(path) as image:
+                pictures.append(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
+        except OSError as error:
+            raise DataError(
+                f"asked to read {path} as a picture: {error}; remove {folder} and draw again"
+            ) from None
+    if len({picture.shape for picture in pictures}) != 1:
+        sizes = sorted({f"{picture.shape[2]} x {picture.shape[1]}" for picture in pictures})
+        found = f"sizes {', '.join(sizes)}" if pictures else "no PNG files"
+        raise DataError(
+            f"asked to read pictures of one size in {folder}, found {found}; remove it and draw again"
+        )
+    return torch.stack(pictures)
 
 
 def save_grid(path: Path, pictures: Tensor, *, columns: int = 4, gap: int = 2) -> None:

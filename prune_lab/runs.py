@@ -1,19 +1,5 @@
 """The folder of a run: the only code that says where a file of it lies.
 
-::
-
-    runs/<name>/
-        config.toml environment.json
-        blocks.csv costs.csv reductions.csv pipeline.csv
-        probe.safetensors importance.csv importance_parts.csv criteria.csv scores/ data.safetensors data/
-        plans/<id>.json plans/searched.csv plans/searches.csv plans/evolution/ latency.json
-        candidates/<id>/ plan.json unet/ profile.json repair.csv repaired/ recovery.csv heldout.csv grids/
-                         distilled/unet/
-                         pictures_pruned.png pictures_distilled.png
-        pictures/teacher.png
-        tournament.csv ranking.csv steps.csv curves/
-        report/ index.html report.md *.png *.csv
-
 Files appear under their final name only when complete, so a step is done when its file is there.
 """
 
@@ -22,12 +8,46 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import Protocol, overload
 
-from prune_lab.config import RunConfig, changed_settings, load_config, to_toml
+from prune_lab.config import RunConfig, load_config
 from prune_lab.errors import RunError
-from prune_lab.runtime import write_text
+from prune_lab.runtime import read_json
 
+FORMAT = 2  # of run folders, in environment.json; those of version 0.1 name none
 _PLAN_ID = re.compile(r"[0-9a-f]{12}")
+
+
+# Paths -----------------------------------------------------------------------------------------------------------
+
+
+class _Place(Protocol):
+    @property
+    def folder(self) -> Path: ...
+
+
+class PathIn:
+    """A path in the folder of its owner, whether or not the file is there yet; its docstring says what it holds."""
+
+    def __init__(self, name: str, meaning: str) -> None:
+        self.name = name
+        self.__doc__ = meaning
+
+    @overload
+    def __get__(self, place: None, kind: type) -> PathIn: ...
+    @overload
+    def __get__(self, place: _Place, kind: type) -> Path: ...
+    def __get__(self, place: _Place | None, kind: type) -> PathIn | Path:
+        return self if place is None else place.folder / self.name
+
+
+def _checked_id(plan_id: str) -> str:
+    # ids become folder names, and some arrive from the command line
+    if not _PLAN_ID.fullmatch(plan_id):
+        raise RunError(
+            f"{plan_id!r} is not the id of a plan; an id is 12 hexadecimal digits, see the plans folder"
+        )
+    return plan_id
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,225 +56,63 @@ class CandidatePaths:
 
     folder: Path
 
-    @property
-    def plan(self) -> Path:
-        """The plan as JSON."""
-        return self.folder / "plan.json"
-
-    @property
-    def unet(self) -> Path:
-        """The U-Net folder as it was cut, before any training."""
-        return self.folder / "unet"
-
-    @property
-    def repair(self) -> Path:
-        """What the repair of the cut tried and what it came to, a row per change."""
-        return self.folder / "repair.csv"
-
-    @property
-    def repaired(self) -> Path:
-        """The U-Net folder after the repair of the cut, before any training."""
-        return self.folder / "repaired"
-
-    @property
-    def profile(self) -> Path:
-        """Parameters, MACs, latency, memory and size on disk as JSON."""
-        return self.folder / "profile.json"
-
-    @property
-    def recovery(self) -> Path:
-        """The losses of the distillation, one row per recorded step."""
-        return self.folder / "recovery.csv"
-
-    @property
-    def heldout(self) -> Path:
-        """The held-out loss of every row at every validation of the distillation: step, row, loss."""
-        return self.folder / "heldout.csv"
-
-    @property
-    def grids(self) -> Path:
-        """Grids of pictures drawn while the student was trained, a file for each step that was asked for."""
-        return self.folder / "grids"
-
-    @property
-    def distilled(self) -> Path:
-        """The folder of the distillation: its checkpoints, and ``unet`` when it is finished."""
-        return self.folder / "distilled"
-
-    @property
-    def checkpoint(self) -> Path:
-        """The state of a distillation that is unfinished, failed, or may be asked to go on."""
-        return self.distilled / "checkpoint.safetensors"
-
-    @property
-    def distilled_unet(self) -> Path:
-        """The U-Net folder after the distillation (averaged weights)."""
-        return self.distilled / "unet"
-
-    @property
-    def pictures_pruned(self) -> Path:
-        """The grid of pictures drawn before training."""
-        return self.folder / "pictures_pruned.png"
-
-    @property
-    def pictures_distilled(self) -> Path:
-        """The grid of pictures drawn after the distillation."""
-        return self.folder / "pictures_distilled.png"
+    plan = PathIn("plan.json", "The plan.")
+    unet = PathIn("unet", "The U-Net as it was cut, before any training.")
+    repair = PathIn("repair.csv", "What the repair of the cut tried and what it came to, a row per change.")
+    repaired = PathIn("repaired", "The U-Net after the repair of the cut, before any training.")
+    profile = PathIn("profile.json", "Parameters, MACs, latency, memory and size on disk.")
+    recovery = PathIn("recovery.csv", "The losses of the distillation, a row per recorded step.")
+    heldout = PathIn("heldout.csv", "The held-out loss of every row at every validation: step, row, loss.")
+    grids = PathIn("grids", "Grids of pictures drawn in the course of the training, a file per step.")
+    distilled = PathIn("distilled", "The folder of the distillation: its checkpoint, and unet at the end.")
+    checkpoint = PathIn("distilled/checkpoint.safetensors", "The state from which a distillation goes on.")
+    distilled_unet = PathIn("distilled/unet", "The U-Net after the distillation (averaged weights).")
+    pictures_pruned = PathIn("pictures/pruned", "Pictures drawn before training, a file per prompt and seed.")
+    pictures_distilled = PathIn("pictures/distilled", "The same pictures drawn after the distillation.")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Run:
-    """A run folder; every property is a path in it, whether or not the file is there yet."""
+    """A run folder."""
 
     folder: Path
 
-    @property
-    def config(self) -> Path:
-        """The settings the run was started with, as TOML."""
-        return self.folder / "config.toml"
-
-    @property
-    def environment(self) -> Path:
-        """The machine and library versions behind the measurements, as JSON."""
-        return self.folder / "environment.json"
-
-    @property
-    def blocks(self) -> Path:
-        """The inventory of the teacher's blocks."""
-        return self.folder / "blocks.csv"
-
-    @property
-    def probe(self) -> Path:
-        """The fixed inputs of scoring and validation."""
-        return self.folder / "probe.safetensors"
-
-    @property
-    def importance(self) -> Path:
-        """The removal impact of every block, pair and stage."""
-        return self.folder / "importance.csv"
-
-    @property
-    def importance_parts(self) -> Path:
-        """The impacts per tenth of the noise schedule and per kind of prompt, of all criteria."""
-        return self.folder / "importance_parts.csv"
-
-    @property
-    def criteria(self) -> Path:
-        """The scores by all criteria that were measured, the run's own first."""
-        return self.folder / "criteria.csv"
-
-    @property
-    def scores_dir(self) -> Path:
-        """Every value that was measured for a score, so that it is not measured again."""
-        return self.folder / "scores"
-
-    @property
-    def comparison_dir(self) -> Path:
-        """How the criteria agree with each other and with what was measured: tables, figures and words."""
-        return self.folder / "comparison"
-
-    @property
-    def costs(self) -> Path:
-        """Parameters and MACs of every block, sampler and the rest."""
-        return self.folder / "costs.csv"
-
-    @property
-    def reductions(self) -> Path:
-        """What every plan leaves of the teacher's parameters, MACs and latency."""
-        return self.folder / "reductions.csv"
-
-    @property
-    def pipeline_profile(self) -> Path:
-        """The share of text encoder, U-Net and decoder in one generation."""
-        return self.folder / "pipeline.csv"
-
-    @property
-    def data(self) -> Path:
-        """The cached latents and text embeddings that candidates are trained on."""
-        return self.folder / "data.safetensors"
-
-    @property
-    def data_dir(self) -> Path:
-        """The cache of latents and text embeddings of pictures that the run's settings name."""
-        return self.folder / "data"
-
-    @property
-    def plans_dir(self) -> Path:
-        """The plans that become candidates."""
-        return self.folder / "plans"
-
-    @property
-    def searches(self) -> Path:
-        """A row for each budget: how its plans were found, at what cost, and what the solver says of itself."""
-        return self.plans_dir / "searches.csv"
-
-    @property
-    def evolution_dir(self) -> Path:
-        """The journal of the evolution, by which it goes on."""
-        return self.plans_dir / "evolution"
-
-    @property
-    def latency(self) -> Path:
-        """What each block's removal saves in time, as JSON."""
-        return self.folder / "latency.json"
-
-    @property
-    def searched(self) -> Path:
-        """Which plan came from which budget; written last, so the plans are complete when it is there."""
-        return self.plans_dir / "searched.csv"
+    config = PathIn("config.toml", "The settings that the run was started with.")
+    environment = PathIn("environment.json", "Format of the folder, and the machine and versions behind it.")
+    blocks = PathIn("blocks.csv", "The inventory of the teacher's blocks.")
+    probe = PathIn("probe.safetensors", "The fixed inputs of scoring.")
+    importance = PathIn("importance.csv", "The removal impact of every block, pair and stage.")
+    importance_parts = PathIn("importance_parts.csv", "Impacts per tenth of the schedule and kind of prompt.")
+    criteria = PathIn("criteria.csv", "The scores by all criteria that were measured, the run's own first.")
+    scores_dir = PathIn("scores", "Every value measured for a score, so that it is not measured again.")
+    comparison_dir = PathIn("comparison", "How the criteria agree: tables, figures and words.")
+    costs = PathIn("costs.csv", "Parameters and MACs of every block, sampler and the rest.")
+    latency = PathIn("latency.json", "What each block's removal saves in time.")
+    reductions = PathIn("reductions.csv", "What the controls leave of parameters, MACs and latency.")
+    pipeline_profile = PathIn("pipeline.csv", "Shares of text encoder, U-Net and decoder in one generation.")
+    data = PathIn("data.safetensors", "Latents and text embeddings of the shipped training pictures.")
+    data_dir = PathIn("data", "Latents and text embeddings of the pictures that the settings name.")
+    plans_dir = PathIn("plans", "The plans that become candidates, <id>.json.")
+    searched = PathIn("plans/searched.csv", "Which plan came from which budget; written last of all plans.")
+    searches = PathIn("plans/searches.csv", "A row per budget: how its plans were found, and at what cost.")
+    evolution_dir = PathIn("plans/evolution", "The journal of the evolution, by which it goes on.")
+    candidates_dir = PathIn("candidates", "One folder per candidate, named by its plan's id.")
+    picture_prompts = PathIn("pictures/prompts.csv", "File, prompt and seed of every picture of a set.")
+    teacher_pictures = PathIn("pictures/teacher", "The teacher's pictures, a file per prompt and seed.")
+    curves_dir = PathIn("curves", "Where trackers such as TensorBoard write the curves of the distillation.")
+    tournament = PathIn("tournament.csv", "What each rung decided about each candidate, if there were rungs.")
+    ranking = PathIn("ranking.csv", "The candidates in order, with those left out and why.")
+    steps = PathIn("steps.csv", "How long each step took when it was last done; not shown in the report.")
+    report_dir = PathIn("report", "Everything that the report shows, as files.")
+    report = PathIn("report/index.html", "The report as one HTML file that works offline.")
 
     def plan(self, plan_id: str) -> Path:
         """The JSON of the plan with this id."""
         return self.plans_dir / f"{_checked_id(plan_id)}.json"
 
-    @property
-    def candidates_dir(self) -> Path:
-        """One folder per candidate, named by its plan's id."""
-        return self.folder / "candidates"
-
     def candidate(self, plan_id: str) -> CandidatePaths:
         """Where the files of the candidate of this plan lie."""
         return CandidatePaths(self.candidates_dir / _checked_id(plan_id))
-
-    @property
-    def pictures_dir(self) -> Path:
-        """Pictures that belong to no candidate."""
-        return self.folder / "pictures"
-
-    @property
-    def curves_dir(self) -> Path:
-        """Where trackers such as TensorBoard write the curves of the distillation."""
-        return self.folder / "curves"
-
-    @property
-    def teacher_pictures(self) -> Path:
-        """The grid of pictures the teacher draws."""
-        return self.pictures_dir / "teacher.png"
-
-    @property
-    def ranking(self) -> Path:
-        """The candidates in order, with those left out and why."""
-        return self.folder / "ranking.csv"
-
-    @property
-    def tournament(self) -> Path:
-        """What each rung of the tournament decided about each candidate; only where there was one."""
-        return self.folder / "tournament.csv"
-
-    @property
-    def steps(self) -> Path:
-        """How long each step took when it was last done; written after the report too, and not shown in it."""
-        return self.folder / "steps.csv"
-
-    @property
-    def report_dir(self) -> Path:
-        """Everything the report shows, as files."""
-        return self.folder / "report"
-
-    @property
-    def report(self) -> Path:
-        """The report as one HTML file that works offline."""
-        return self.report_dir / "index.html"
 
     def plan_ids(self) -> tuple[str, ...]:
         """The ids of the plans that are written down, in alphabetical order."""
@@ -280,10 +138,23 @@ class Run:
         return path
 
 
+# Opening ---------------------------------------------------------------------------------------------------------
+
+
+def _check_format(run: Run) -> None:
+    found = read_json(run.environment) if run.config.is_file() and run.environment.is_file() else None
+    if isinstance(found, dict) and found.get("format") != FORMAT:
+        raise RunError(
+            f"asked for the run folder {run.folder}, found one of version 0.1, which this version does not read; "
+            "start a new run folder, or use prune-lab 0.1"
+        )
+
+
 def open_run(folder: Path | str, *, must_exist: bool) -> Run:
     """The run in ``folder``; nothing is created.
 
-    Raises RunError when ``folder`` is a file, or when ``must_exist`` and it is not a run folder.
+    Raises RunError when ``folder`` is a file, when ``must_exist`` and it is not a run folder, and for one that version
+    0.1 made.
     """
     run = Run(Path(folder))
     if run.folder.exists() and not run.folder.is_dir():
@@ -294,6 +165,7 @@ def open_run(folder: Path | str, *, must_exist: bool) -> Run:
             f"asked for the run folder {folder}, found {found} there; "
             f"start a run with: prune-lab run --config FILE.toml --run {folder}"
         )
+    _check_format(run)
     return run
 
 
@@ -303,28 +175,3 @@ def load_run_config(run: Run) -> RunConfig:
     Raises RunError when it was not started, ConfigError when its file is damaged.
     """
     return load_config(run.needs(run.config, "run --config FILE.toml"))
-
-
-def settle_config(run: Run, config: RunConfig) -> None:
-    """Write ``config`` into a new run, or make sure that a run made before has the same settings.
-
-    Raises RunError naming the settings that changed: tables made under two settings do not belong in one folder.
-    """
-    if not run.done(run.config):
-        write_text(run.config, to_toml(config))
-        return
-    changed = changed_settings(load_config(run.config), config)
-    if changed:
-        raise RunError(
-            f"run {run.folder} was started with other settings ({', '.join(changed)}); "
-            "give another --run folder, or the config it was started with"
-        )
-
-
-def _checked_id(plan_id: str) -> str:
-    # ids become folder names, and some arrive from the command line
-    if not _PLAN_ID.fullmatch(plan_id):
-        raise RunError(
-            f"{plan_id!r} is not the id of a plan; an id is 12 hexadecimal digits, see the plans folder"
-        )
-    return plan_id

@@ -281,25 +281,29 @@ def write_tournament(folder: Path) -> None:
 
 
 def write_pictures(folder: Path) -> None:
-    """Grids of 4 prompts x 2 seeds, 64 px each with 2 between; a disc whose colour tells prompt, seed and model."""
+    """Pictures of 4 prompts x 2 seeds, 64 px each: a disc whose colour tells prompt, seed and model."""
     (folder / "steps.csv").write_text("step,seconds\nscores,31.25\ndistillation,1204.5\n")
-    (folder / "pictures").mkdir()
-    targets = [(folder / "pictures" / "teacher.png", 0)]
+    pairs = [(prompt, seed) for prompt in PROMPTS for seed in (0, 1)]
+    rows = [(f"{number}.png", prompt, seed) for number, (prompt, seed) in enumerate(pairs)]
+    targets = [(folder / "pictures" / "teacher", 0)]
     for index, name in enumerate(PLANS):
-        home = folder / "candidates" / plan_id(name)
-        targets.append((home / "pictures_pruned.png", 40 + 40 * index))
+        home = folder / "candidates" / plan_id(name) / "pictures"
+        targets.append((home / "pruned", 40 + 40 * index))
         if name != "search-params-bk-small-1":
-            targets.append((home / "pictures_distilled.png", 20 + 40 * index))
+            targets.append((home / "distilled", 20 + 40 * index))
     for path, shade in targets:
-        sheet = Image.new("RGB", (4 * 66 - 2, 2 * 66 - 2), "white")
-        pen = ImageDraw.Draw(sheet)
-        for column in range(4):
-            for row in range(2):
-                x, y = 66 * column, 66 * row
-                pen.ellipse((x + 8, y + 8, x + 56, y + 56), fill=(60 * column, 120 * row, shade))
-        sheet.save(path)
+        path.mkdir(parents=True)
+        for number, (file, _, seed) in enumerate(rows):
+            picture = Image.new("RGB", (64, 64), "white")
+            fill = (60 * (number // 2), 120 * seed, shade)
+            ImageDraw.Draw(picture).ellipse((8, 8, 56, 56), fill=fill)
+            picture.save(path / file)
+    pd.DataFrame(rows, columns=["file", "prompt", "seed"]).to_csv(
+        folder / "pictures" / "prompts.csv", index=False
+    )
 
 
+PROMPTS = ("noto emoji, red apple", "twemoji, snail", 'noto emoji, <flag> & "co"', "fluent emoji, rocket")
 CONFIG = """\
 model = "reference"
 device = "cpu"
@@ -327,6 +331,7 @@ also_presets = ["sd-v1.4"]
 """
 
 ENVIRONMENT = {
+    "format": 2,
     "python": "3.11.7",
     "platform": "Linux x86_64",
     "cpu": "An Imaginary CPU",

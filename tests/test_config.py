@@ -16,6 +16,7 @@ from prune_lab.config import (
     CHOICES,
     SETTINGS,
     DistillConfig,
+    EngineConfig,
     EvaluateConfig,
     ProbeConfig,
     ProfileConfig,
@@ -84,8 +85,8 @@ configs = st.builds(
         eta=st.sampled_from([0, 2, 3]),
         keep_controls=st.booleans(),
         clip=st.booleans(),
-        engine=st.sampled_from(["local", "ray"]),
     ),
+    engine=st.builds(EngineConfig, kind=st.sampled_from(["local", "ray"]), storage=st.text(max_size=20)),
     evaluate=st.builds(
         EvaluateConfig,
         prompts=lists,
@@ -183,7 +184,9 @@ def test_an_unknown_setting_is_met_with_the_nearest_one(text: str, named: list[s
         ("[rank]\neta = -2", "or 2 or more"),
         ("[rank]\nfirst = -1", "at least 0"),
         ("[rank]\nfirst = 501", "no more than distill.steps = 500"),
-        ("[rank]\nengine = 'dask'", "local, ray"),
+        ("[engine]\nkind = 'dask'", "local, ray"),
+        ("[rank]\nengine = 'ray'", r"rank\.engine is now called engine\.kind"),
+        ("[rank]\nstorage = 's3://x'", r"rank\.storage is now called engine\.storage"),
         ("this is not toml", "not TOML"),
     ],
 )
@@ -227,7 +230,7 @@ def test_every_setting_says_what_it_means_and_who_reads_it() -> None:
     assert all(setting.meaning and setting.read_by for setting in SETTINGS.values())
     assert [name for name, setting in SETTINGS.items() if setting.free] == [
         *("distill.checkpoint_every", "distill.micro_batch", "distill.together", "distill.trackers"),
-        *("distill.grid_every", "rank.address", "rank.storage", "rank.cpus"),
+        *("distill.grid_every", "engine.address", "engine.storage", "engine.cpus"),
     ]
     assert SETTINGS["distill.seed"].read_by == "data"
     assert SETTINGS["evaluate.guidance"].read_by == "shares"

@@ -229,9 +229,9 @@ def test_folders_and_tars_are_read_as_datasets_reads_them(tmp_path: Path, folder
 
 def test_the_shipped_pictures_in_the_order_of_a_run(pipeline: Any) -> None:
     from prune_lab.assets import decode_pictures
-    from prune_lab.workflow.session import _chosen
+    from prune_lab.session import shipped_rows
 
-    source, frame = open_source("reference", limit=5, seed=3), _chosen("train", 5, 3)
+    source, frame = open_source("reference", limit=5, seed=3), shipped_rows("train", 5, 3)
     assert source.captions == tuple(frame["caption"])
     for row, pixels in enumerate(decode_pictures(frame)):
         assert torch.equal(framed(decoded(source.content(row)), 64, CACHED, row, (0,))[0], pixels)

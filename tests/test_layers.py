@@ -25,7 +25,7 @@ LAYERS = (
     ("search", "candidates", "repair"),
     ("distill",),
     ("ranking",),
-    ("cluster",),
+    ("cluster", "session", "engines"),
     ("reference",),
     ("report",),
     ("workflow",),

@@ -23,6 +23,7 @@ from prune_lab.blocks import BlockGroup
 from prune_lab.cluster import ArtifactStore, Cluster, connected, in_tasks
 from prune_lab.config import (
     DistillConfig,
+    EngineConfig,
     EvaluateConfig,
     ProbeConfig,
     ProfileConfig,
@@ -32,25 +33,22 @@ from prune_lab.config import (
     SearchConfig,
 )
 from prune_lab.distill import load_heldout, load_recovery
+from prune_lab.engines import PictureJob, ray_driver, rungs_of, train_to
+from prune_lab.engines.pictures import draw_job
 from prune_lab.errors import ClusterError, ConfigError, StorageError
 from prune_lab.importance import score
 from prune_lab.ranking import Tournament, play
 from prune_lab.runs import Run
-from prune_lab.runtime import read_json
+from prune_lab.runtime import read_json, write_json
+from prune_lab.session import Session, ensure_data, ensure_probe, run_scoring_context
 from prune_lab.workflow import (
-    Session,
     ensure_candidates,
-    ensure_data,
+    ensure_distilled,
     ensure_plans,
-    ensure_probe,
     ensure_ranking,
     start_run,
-    train_to,
 )
 from prune_lab.workflow.distilling import ensure_tournament
-from prune_lab.workflow.measuring import run_scoring_context
-from prune_lab.workflow.ranking import PictureJob, drawn_for
-from prune_lab.workflow.remote import cluster_of, draw_on_ray, play_on_ray, score_on_ray
 
 pytestmark = pytest.mark.slow
 
@@ -107,7 +105,8 @@ def config(tiny_pipeline_folder: Path, tiny_scorer_folder: Path) -> RunConfig:
         distill=DistillConfig(
             steps=STEPS, batch=2, pictures=4, checkpoint_every=1, validate_every=100, warmup=1, trackers=()
         ),
-        rank=RankConfig(eta=2, first=FIRST, engine="ray"),
+        rank=RankConfig(eta=2, first=FIRST),
+        engine=EngineConfig(kind="ray"),
         evaluate=EvaluateConfig(
             prompts=("a red cat", "a dog"), steps=2, guidance=2.0, scorer=str(tiny_scorer_folder)
         ),
@@ -185,6 +184,29 @@ def test_a_tournament_has_the_weights_of_local_training_and_makes_a_ranking(
     assert [one for one in tournament.verdicts if one.rung == 3] == wanted
 
 
+@pytest.mark.parametrize("shared", [True, False], ids=["shared-folder", "storage-alone"])
+def test_without_a_tournament_everyone_is_trained_on_the_cluster_to_the_end(
+    cluster: Any, copied: Run, alone: Run, shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = "" if shared else f"file://{tmp_path / 'storage'}"
+    engine = EngineConfig(kind="ray", storage=storage)
+    config = dataclasses.replace(Session(copied).config, rank=RankConfig(), engine=engine)
+    run = start_run(config, copied.folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "prune_lab.engines.training.distill_together", None
+        )  # nothing is trained in this process
+        recoveries = ensure_distilled(Session(run))
+    assert [one.steps for one in recoveries] == [STEPS] * 4
+    assert not run.tournament.exists()
+    assert not (run.folder / "ray").exists()
+    for plan in ensure_plans(Session(run)):
+        ours, theirs = weights_of(run, plan.id), weights_of(alone, plan.id)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        assert not run.candidate(plan.id).checkpoint.exists()
+
+
 def trial_workers() -> list[psutil.Process]:
     """The processes, of those that were started from here, in which candidates are trained."""
     found = []
@@ -216,7 +238,7 @@ def test_a_killed_worker_costs_nothing(cluster: Any, copied: Run, alone: Run) ->
 
     killer = threading.Thread(target=kill_in_mid_run, daemon=True)
     killer.start()
-    tournament = play_on_ray(session, candidates)
+    tournament = ray_driver.train(session, candidates, rungs_of(session))
     assert killed
     check(copied, tournament, alone)
 
@@ -224,17 +246,20 @@ def test_a_killed_worker_costs_nothing(cluster: Any, copied: Run, alone: Run) ->
 def test_machines_may_share_nothing_but_storage(
     cluster: Any, copied: Run, alone: Run, tmp_path: Path
 ) -> None:
-    frame = pd.read_csv(copied.searched)
-    frame.loc[frame["name"].isin(["bk-base", "-Md"]), "origin"] = "search"
-    frame.to_csv(copied.searched, index=False)
+    plans = ensure_plans(Session(copied))
+    for plan in plans:
+        if plan.name in ("bk-base", "-Md"):
+            write_json(copied.plan(plan.id), plan.named(*plan.names, origin="search").to_json())
     storage = tmp_path / "storage"
-    rank = RankConfig(eta=2, first=FIRST, engine="ray", keep_controls=True, storage=f"file://{storage}")
-    run = start_run(dataclasses.replace(Session(copied).config, rank=rank), copied.folder)
+    rank = RankConfig(eta=2, first=FIRST, keep_controls=True)
+    engine = EngineConfig(kind="ray", storage=f"file://{storage}")
+    config = dataclasses.replace(Session(copied).config, rank=rank, engine=engine)
+    run = start_run(config, copied.folder)
     session = Session(run)
-    tournament = play_on_ray(session, ensure_candidates(session))
+    tournament = ray_driver.train(session, ensure_candidates(session), rungs_of(session))
     check(run, tournament, alone)
     controls = {one.name for one in tournament.verdicts if one.place is None}
-    assert controls == set(frame.loc[frame["origin"] == "control", "plan_id"])
+    assert controls == {plan.id for plan in plans if plan.name not in ("bk-base", "-Md")}
     assert controls <= set(tournament.survivors)
     (store,) = storage.iterdir()
     kept = {path.relative_to(store).as_posix() for path in store.rglob("*") if path.is_file()}
@@ -246,7 +271,7 @@ def test_machines_may_share_nothing_but_storage(
 def test_scores_and_pictures_equal_the_local_ones(cluster: Any, alone: Run, tmp_path: Path) -> None:
     session = Session(alone)
     groups = [BlockGroup(plan.id, "plan", plan.removed) for plan in ensure_plans(session)]
-    ours = score_on_ray(session, groups, bootstrap=5)
+    ours = ray_driver.score_groups(session, groups, bootstrap=5)
     theirs = score(run_scoring_context(session), groups, bootstrap=5)
     assert np.array_equal(ours.values, theirs.values)
     assert np.array_equal(ours.scales, theirs.scales)
@@ -254,22 +279,22 @@ def test_scores_and_pictures_equal_the_local_ones(cluster: Any, alone: Run, tmp_
     pd.testing.assert_frame_equal(ours.parts(), theirs.parts())
     pd.testing.assert_frame_equal(ours.frame(), theirs.frame())
     candidate = ensure_candidates(session)[0]
-    grids = [PictureJob(tmp_path / "a.png"), PictureJob(tmp_path / "b.png", candidate, distilled=True)]
+    jobs = [PictureJob(tmp_path / "a"), PictureJob(tmp_path / "b", candidate, "distilled")]
     shared = Cluster(storage=str(tmp_path / "storage"))
     for where in (None, shared):
-        for grid, pixels in zip(grids, draw_on_ray(session, grids, cluster=where), strict=True):
-            assert torch.equal(pixels, drawn_for(session, grid.candidate, grid.distilled))
+        for job, pixels in zip(jobs, ray_driver.draw(session, jobs, cluster=where), strict=True):
+            assert torch.equal(pixels, draw_job(session, job.candidate, job.state))
     assert not list(ArtifactStore("", "x", ()).scratch.parent.glob("prune-lab-????????????????"))
 
 
 def test_what_goes_wrong_on_a_worker_is_said_in_one_line(cluster: Any, copied: Run, tmp_path: Path) -> None:
     session = Session(copied)
     candidates = ensure_candidates(session)[:1]
-    with pytest.raises(ClusterError, match=r"lower rank\.cpus"):
-        play_on_ray(session, candidates, Cluster(cpus=64))
+    with pytest.raises(ClusterError, match=r"lower engine\.cpus"):
+        ray_driver.train(session, candidates, (STEPS,), cluster=Cluster(cpus=64))
     shutil.rmtree(candidates[0].paths.unet)
     with pytest.raises(ClusterError, match="found none that came to an end: asked for the candidate in"):
-        play_on_ray(session, candidates, Cluster(retries=0))
+        ray_driver.train(session, candidates, (STEPS,), cluster=Cluster(retries=0))
     with pytest.raises(StorageError, match=r"^asked to read .*missing\.json: No such file"):
         in_tasks(cluster, Cluster(), read_json, [tmp_path / "missing.json"])
 
@@ -280,13 +305,14 @@ def test_what_goes_wrong_on_a_worker_is_said_in_one_line(cluster: Any, copied: R
 def test_ray_hands_out_gpus_itself(built: Run, config: RunConfig, cluster: Any) -> None:
     session = Session(built, config=dataclasses.replace(config, device="cuda:1"))
     with pytest.raises(ConfigError, match="use cuda"):
-        score_on_ray(session, [])
+        ray_driver.score_groups(session, [])
 
 
 def test_the_settings_name_the_cluster(built: Run, config: RunConfig, tmp_path: Path) -> None:
-    rank = dataclasses.replace(config.rank, address="head:6379", storage="shelf", cpus=3)
-    session = Session(built, config=dataclasses.replace(config, rank=rank))
-    assert cluster_of(session) == Cluster(address="head:6379", storage=str(Path.cwd() / "shelf"), cpus=3)
-    rank = dataclasses.replace(rank, storage="s3://bucket/shelf")
-    session = Session(built, config=dataclasses.replace(config, rank=rank))
-    assert cluster_of(session).storage == "s3://bucket/shelf"
+    engine = EngineConfig(kind="ray", address="head:6379", storage="store", cpus=3)
+    session = Session(built, config=dataclasses.replace(config, engine=engine))
+    wanted = Cluster(address="head:6379", storage=str(Path.cwd() / "store"), cpus=3)
+    assert ray_driver.cluster_of(session) == wanted
+    engine = dataclasses.replace(engine, storage="s3://bucket/store")
+    session = Session(built, config=dataclasses.replace(config, engine=engine))
+    assert ray_driver.cluster_of(session).storage == "s3://bucket/store"

@@ -15,8 +15,6 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from matplotlib.colors import to_rgba
 from matplotlib.patches import FancyBboxPatch
 from PIL import Image
@@ -29,7 +27,6 @@ from prune_lab.report.document import Chart, Table, Text
 from prune_lab.report.figures import DARK, LIGHT, impact_scale, plan_styles, settle, svg_uri
 from prune_lab.report.format import amount, change, count, figure3, short_number
 from prune_lab.report.maps import draw_block_map, draw_plan_maps, map_cells
-from prune_lab.report.picture_grids import split_grid
 from prune_lab.report.sections import report_sections
 from prune_lab.report.tables import (
     CURVE_COLUMNS,
@@ -395,30 +392,6 @@ def test_the_same_figure_gives_the_same_bytes(whole: Run) -> None:
     assert first != dark
 
 
-@given(number=st.integers(1, 14), wanted=st.integers(1, 5), side=st.integers(3, 9))
-@settings(deadline=None, max_examples=60)
-def test_grids_come_apart_as_they_were_put_together(
-    tmp_path_factory: pytest.TempPathFactory, number: int, wanted: int, side: int
-) -> None:
-    columns = min(wanted, number)
-    rows = -(-number // columns)
-    pictures = np.random.default_rng(number).integers(0, 255, (number, side, side, 3), dtype=np.uint8)
-    sheet = np.full((rows * (side + 2) - 2, columns * (side + 2) - 2, 3), 255, dtype=np.uint8)
-    for i, picture in enumerate(pictures):
-        top, left = (i // columns) * (side + 2), (i % columns) * (side + 2)
-        sheet[top : top + side, left : left + side] = picture
-    path = tmp_path_factory.mktemp("grid") / "grid.png"
-    Image.fromarray(sheet).save(path)
-    found = split_grid(path, number)
-    assert found is not None
-    assert np.array_equal(np.stack(found), pictures)
-
-
-def test_a_sheet_that_is_no_grid_stays_whole(tmp_path: Path) -> None:
-    Image.new("RGB", (101, 37)).save(tmp_path / "odd.png")
-    assert split_grid(tmp_path / "odd.png", 4) is None
-
-
 # Pages -----------------------------------------------------------------------------------------------------------
 
 
@@ -561,13 +534,18 @@ def test_unknown_cells_are_dashes(whole: Run) -> None:
     assert failed["Loss before"] == "0.1200"
 
 
-def test_without_named_prompts_the_grids_are_shown_as_they_are(fresh: Run) -> None:
+def test_pictures_of_captions_are_compared_too(fresh: Run) -> None:
     text = re.sub(r"prompts = .*", "prompts = []", fresh.config.read_text())
     fresh.config.write_text(text)
     pictures = next(section for section in report_sections(read_run(fresh)) if section.key == "pictures")
-    kinds = [type(part).__name__ for part in pictures.parts]
-    assert kinds == ["Text", *["Grid"] * len(PLANS)]
-    assert not any(isinstance(part, Chart) for part in pictures.parts)
+    assert [type(part).__name__ for part in pictures.parts] == ["Text", "Chart"]
+    assert "captions of held-out pictures" in pictures.parts[0].sentences[0]
+
+
+def test_a_picture_that_is_gone_is_named(fresh: Run) -> None:
+    (fresh.teacher_pictures / "2.png").unlink()
+    with pytest.raises(DataError, match=r"teacher/2\.png.*run prune-lab rank again"):
+        write_report(fresh)
 
 
 def test_nothing_to_report(tmp_path: Path) -> None:

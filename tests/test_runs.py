@@ -1,21 +1,21 @@
-"""The run folder: paths, what counts as done, and one set of settings per folder."""
+"""The run folder: paths, what counts as done, and which folders are read."""
 
 from __future__ import annotations
 
 import inspect
+import json
 from pathlib import Path
 
 import pytest
 
-from prune_lab.config import DistillConfig, RunConfig
 from prune_lab.errors import ConfigError, RunError
-from prune_lab.runs import CandidatePaths, Run, load_run_config, open_run, settle_config
+from prune_lab.runs import FORMAT, CandidatePaths, PathIn, Run, load_run_config, open_run
 
 PLAN_ID = "0123456789ab"
 
 
 def paths_of(place: Run | CandidatePaths) -> dict[str, Path]:
-    names = [name for name, _ in inspect.getmembers(type(place), lambda value: isinstance(value, property))]
+    names = [name for name, _ in inspect.getmembers(type(place), lambda value: isinstance(value, PathIn))]
     return {name: getattr(place, name) for name in names}
 
 
@@ -42,9 +42,9 @@ def test_the_layout_is_the_documented_one(tmp_path: Path) -> None:
         "evolution_dir": "plans/evolution",
         "latency": "latency.json",
         "candidates_dir": "candidates",
-        "pictures_dir": "pictures",
+        "picture_prompts": "pictures/prompts.csv",
         "curves_dir": "curves",
-        "teacher_pictures": "pictures/teacher.png",
+        "teacher_pictures": "pictures/teacher",
         "ranking": "ranking.csv",
         "tournament": "tournament.csv",
         "steps": "steps.csv",
@@ -66,8 +66,8 @@ def test_the_layout_is_the_documented_one(tmp_path: Path) -> None:
         "checkpoint": "distilled/checkpoint.safetensors",
         "distilled": "distilled",
         "distilled_unet": "distilled/unet",
-        "pictures_pruned": "pictures_pruned.png",
-        "pictures_distilled": "pictures_distilled.png",
+        "pictures_pruned": "pictures/pruned",
+        "pictures_distilled": "pictures/distilled",
     }
     assert run.plan(PLAN_ID) == tmp_path / "plans" / f"{PLAN_ID}.json"
 
@@ -129,17 +129,18 @@ def test_a_run_that_must_exist_does(tmp_path: Path) -> None:
         open_run(a_file, must_exist=False)
 
 
-def test_a_folder_keeps_the_settings_it_was_started_with(tmp_path: Path) -> None:
-    run = open_run(tmp_path / "run", must_exist=False)
-    config = RunConfig(model="sd-v1.4", distill=DistillConfig(steps=3))
-    settle_config(run, config)
-    assert load_run_config(open_run(run.folder, must_exist=True)) == config
-    settle_config(run, config)  # running again resumes
-
-    before = run.config.read_bytes()
-    with pytest.raises(RunError, match=r"\(seed, distill.steps\)"):
-        settle_config(run, RunConfig(model="sd-v1.4", seed=1))
-    assert run.config.read_bytes() == before
+def test_runs_of_version_0_1_are_refused_in_one_line(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.config.write_text("")
+    run.environment.write_text(json.dumps({"python": "3.11.7", "model_digest": "0123"}))
+    for must_exist in (True, False):
+        with pytest.raises(
+            RunError, match=r"version 0\.1.*start a new run folder, or use prune-lab 0\.1"
+        ) as caught:
+            open_run(tmp_path, must_exist=must_exist)
+        assert "\n" not in str(caught.value)
+    run.environment.write_text(json.dumps({"format": FORMAT}))
+    assert open_run(tmp_path, must_exist=True) == run
 
 
 def test_damaged_settings_are_told_from_missing_ones(tmp_path: Path) -> None:

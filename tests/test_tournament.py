@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-import prune_lab.workflow.distilling as distilling
+import prune_lab.engines.local as local
 from prune_lab.cli import app
 from prune_lab.config import (
     DistillConfig,
@@ -31,8 +31,8 @@ from prune_lab.config import (
 )
 from prune_lab.distill import load_heldout, load_recovery
 from prune_lab.runs import CandidatePaths, Run, open_run
-from prune_lab.workflow import Session, ensure_distilled, ensure_ranking, ensure_scores, start_run
-from prune_lab.workflow.students import training_and_validation
+from prune_lab.session import Session, training_and_validation
+from prune_lab.workflow import ensure_distilled, ensure_ranking, ensure_scores, start_run
 
 PLANS = ("bk-base", "bk-small", "bk-tiny", "-Dn1.R2 -Dn1.A2 -Up4.R2 -Up4.A2")
 
@@ -125,7 +125,7 @@ def test_an_interrupted_tournament_decides_the_same(
     played: Run, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = start_run(config, tmp_path / "again")
-    train_to = distilling.train_to
+    train_to = local.train_to
 
     def stopping(session: Session, candidates: Any, steps: int, **more: Any) -> None:
         if steps == 4:
@@ -133,7 +133,7 @@ def test_an_interrupted_tournament_decides_the_same(
         train_to(session, candidates, steps, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(distilling, "train_to", stopping)
+        patch.setattr(local, "train_to", stopping)
         with pytest.raises(KeyboardInterrupt):
             ensure_distilled(Session(run))
     assert not run.done(run.tournament)

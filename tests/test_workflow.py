@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import shutil
@@ -14,9 +15,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from typer.testing import CliRunner
 
+import prune_lab
 from prune_lab.cli import app
 from prune_lab.config import (
     DistillConfig,
+    EngineConfig,
     EvaluateConfig,
     ProbeConfig,
     ProfileConfig,
@@ -35,7 +38,7 @@ from prune_lab.errors import (
     UnknownBlockError,
     UnknownCriterionError,
 )
-from prune_lab.evaluation import clip_scores, generate, heldout_loss, save_grid
+from prune_lab.evaluation import clip_scores, generate, heldout_loss, read_pictures
 from prune_lab.plans import parse_plan
 from prune_lab.probes import load_probe, predict
 from prune_lab.runs import Run
@@ -61,7 +64,6 @@ from prune_lab.workflow import (
     start_run,
     steps_frame,
 )
-from prune_lab.workflow.ranking import read_grid
 from prune_lab.workflow.steps import first_touched
 
 
@@ -159,7 +161,8 @@ def test_what_is_missing_is_made_again_and_equal(copied: Run, config: RunConfig)
     plan_id = copied.plan_ids()[0]
     paths = copied.candidate(plan_id)
     shutil.rmtree(paths.distilled)
-    for path in (paths.recovery, paths.heldout, paths.pictures_distilled, copied.ranking):
+    shutil.rmtree(paths.pictures_distilled)
+    for path in (paths.recovery, paths.heldout, copied.ranking):
         path.unlink()
     kept = {
         name: time for name, time in times(copied).items() if not name.startswith(("report/", "steps.csv"))
@@ -181,7 +184,7 @@ def test_an_interrupt_leaves_a_run_that_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("prune_lab.workflow.session.generate", interrupted)
+        patch.setattr("prune_lab.engines.pictures.generate", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_all(config, copied.folder)
     assert not copied.done(copied.ranking)
@@ -233,11 +236,11 @@ def test_a_setting_that_no_step_has_read_may_change(copied: Run, config: RunConf
 def test_where_something_is_computed_may_change_under_it(copied: Run, config: RunConfig) -> None:
     before = times(copied)
     distill = dataclasses.replace(config.distill, together=1, trackers=())
-    rank = dataclasses.replace(config.rank, address="ray-head:6379")
-    start_run(dataclasses.replace(config, distill=distill, rank=rank), copied.folder)
+    engine = EngineConfig(address="ray-head:6379")
+    start_run(dataclasses.replace(config, distill=distill, engine=engine), copied.folder)
     changed = {name for name, time in times(copied).items() if before[name] != time}
     assert changed == {"config.toml", "environment.json"}
-    assert load_config(copied.config).rank.address == "ray-head:6379"
+    assert load_config(copied.config).engine.address == "ray-head:6379"
 
 
 @pytest.mark.parametrize(
@@ -434,10 +437,10 @@ def test_one_plan_found_twice_is_one_candidate(planned: Run, config: RunConfig) 
     run = start_run(dataclasses.replace(config, search=search), planned.folder)
     plans = ensure_plans(Session(run))
     assert [len(removed_by(run)), len(plans)] == [2, 2]
-    assert plans[0].name == "bk-base = -" + " -".join(
-        plans[0].removed
-    )  # "+Md" puts back what was never taken
-    assert plans[1].name.count(" = ") == 1
+    # "+Md" puts back what was never taken
+    assert plans[0].names == ("bk-base", "-" + " -".join(plans[0].removed))
+    assert len(plans[1].names) == 2
+    assert [plan.origin for plan in plans] == ["control", "search"]
     assert plan_named(plans, "bk-base", Session(run)) == plans[0]
     assert plan_named(plans, plans[1].id, Session(run)) == plans[1]
     with pytest.raises(PlanError, match="bk-tiny"):
@@ -492,7 +495,7 @@ def test_a_bare_unet_can_be_scored_but_not_distilled(
         run_all(bare, run.folder)
 
 
-def test_quality_has_a_row_per_grid(finished: Run) -> None:
+def test_quality_has_a_row_per_set_of_pictures(finished: Run) -> None:
     frame = quality_frame(Session(finished))
     plans = len(finished.plan_ids())
     assert list(frame["weights"]) == ["teacher", *(["pruned", "distilled"] * plans)]
@@ -502,17 +505,36 @@ def test_quality_has_a_row_per_grid(finished: Run) -> None:
     assert row["clip"] == pytest.approx(ranking.loc[row["plan_id"], "clip_after"], abs=1e-6)
 
 
-@pytest.mark.parametrize("count", [1, 3, 4, 5, 8])
-def test_a_grid_is_read_as_it_was_written(tmp_path: Path, count: int) -> None:
-    pictures = torch.randint(0, 256, (count, 3, 6, 10), dtype=torch.uint8)
-    save_grid(tmp_path / "grid.png", pictures, columns=4, gap=2)
-    assert torch.equal(read_grid(tmp_path / "grid.png", count), pictures)
+def test_every_picture_is_a_file_named_by_its_prompt(finished: Run) -> None:
+    frame = pd.read_csv(finished.picture_prompts)
+    assert frame["file"].tolist() == ["1-a-red-cat-seed-0.png", "2-a-dog-seed-0.png"]
+    assert frame["prompt"].tolist() == ["a red cat", "a dog"]
+    session = Session(finished)
+    drawn = generate(session.pipeline, tuple(frame["prompt"]), (0,), steps=2, guidance=2.0)
+    assert torch.equal(read_pictures(finished.teacher_pictures), drawn)
+    for one in (finished.candidate(plan_id) for plan_id in finished.plan_ids()):
+        for folder in (one.pictures_pruned, one.pictures_distilled):
+            assert sorted(path.name for path in folder.iterdir()) == frame["file"].tolist()
 
 
-def test_a_grid_of_another_number_is_refused(tmp_path: Path) -> None:
-    save_grid(tmp_path / "grid.png", torch.zeros(2, 3, 5, 5, dtype=torch.uint8), columns=4, gap=2)
-    with pytest.raises(DataError, match="3 pictures"):
-        read_grid(tmp_path / "grid.png", 3)
+def test_no_step_asks_for_one_that_comes_after_it() -> None:
+    """The order of the steps is that of ``STEPS``; what a step asks for it names by its function."""
+    order = [step.ensure.__name__ for step in STEPS]
+    asked: dict[str, set[str]] = {}
+    for module in ("workflow", "session", "engines"):
+        for path in (Path(prune_lab.__file__).parent / module).glob("*.py"):
+            for function in ast.walk(ast.parse(path.read_text())):
+                if isinstance(function, ast.FunctionDef):
+                    names = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+                    asked.setdefault(function.name, set()).update(names - {function.name})
+
+    def reached(name: str, seen: frozenset[str] = frozenset()) -> set[str]:
+        found = {other for other in asked.get(name, ()) if other in asked and other not in seen}
+        return found.union(*(reached(other, seen | found | {name}) for other in found))
+
+    for place, name in enumerate(order):
+        assert reached(name).isdisjoint(order[place + 1 :]), name
+    assert {"ensure_plans", "ensure_scores", "ensure_data"} <= reached("ensure_distilled")
 
 
 def test_comparison_of_plans_folders_and_runs(finished: Run, config: RunConfig) -> None:

@@ -209,7 +209,8 @@ def rank(
         device=device,
         seed=None,
         distill={"steps": budget_steps},
-        rank={"eta": eta, "first": first, "engine": engine, "address": address, "storage": storage},
+        rank={"eta": eta, "first": first},
+        engine={"kind": engine, "address": address, "storage": storage},
     )
     with run_opened(settings, folder, force=force) as opened:
         from prune_lab.workflow import Session, ensure_distilled, ensure_ranking, forget

@@ -40,7 +40,7 @@ def _ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise ClusterError("asked for --engine ray, found no ray; pip install 'prune-lab[ray]'") from None
+        raise ClusterError("asked for the engine ray, found no ray; pip install 'prune-lab[ray]'") from None
     return ray
 
 
@@ -132,7 +132,7 @@ def check_room(ray: Any, cluster: Cluster) -> None:
         found += f"{max((one.get('GPU', 0) for one in machines), default=0):g} GPUs"
         raise ClusterError(
             f"asked for {cluster.cpus} cores and {gpus:g} GPUs for each candidate, found {found}; "
-            "lower rank.cpus, or set device = 'cpu'"
+            "lower engine.cpus, or set device = 'cpu'"
         )
 
 

@@ -22,7 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.format": ("float32", "float16"),
     "distill.loss_variant": ("raw", "normalised", "outlier-masked", "self-attention", "inverse-sensitivity"),
     "distill.schedule": ("constant", "linear", "cosine"),
-    "rank.engine": ("local", "ray"),
+    "engine.kind": ("local", "ray"),
 }
 
 

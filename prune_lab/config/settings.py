@@ -242,7 +242,7 @@ class DistillConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RankConfig:
-    """Who gets how much of the distillation: everyone all of it, or less who falls behind in a tournament."""
+    """How many steps of the distillation each candidate gets: all, or fewer where it falls behind in a tournament."""
 
     eta: int = setting(
         0, "the best 1/eta of each rung go on, and who ties with them; 0: everyone gets distill.steps"
@@ -257,7 +257,19 @@ class RankConfig:
     clip: bool = setting(
         True, "from the second rung on the CLIP score decides between those who tie on held-out loss"
     )
-    engine: str = setting("local", f"who trains the candidates of a rung: {in_words(CHOICES['rank.engine'])}")
+
+    def __post_init__(self) -> None:
+        require(self.eta == 0 or self.eta >= 2, "rank.eta", self.eta, "0 for no tournament, or 2 or more")
+        require_ranges(self, "rank.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Where candidates are trained, plans scored and pictures drawn."""
+
+    kind: str = setting(
+        "local", f"what does the work, this machine or a Ray cluster: {in_words(CHOICES['engine.kind'])}"
+    )
     address: str = setting(
         "",
         "address of a running Ray cluster, or auto for this machine's; empty: one is started here",
@@ -271,8 +283,7 @@ class RankConfig:
     cpus: int = setting(1, "cores, and threads, of each candidate on a Ray cluster", least=1, free=True)
 
     def __post_init__(self) -> None:
-        require(self.eta == 0 or self.eta >= 2, "rank.eta", self.eta, "0 for no tournament, or 2 or more")
-        require_ranges(self, "rank.")
+        require_ranges(self, "engine.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -342,6 +353,7 @@ class RunConfig:
         default_factory=DistillConfig, metadata={"read_by": "distilled"}
     )
     rank: RankConfig = dataclasses.field(default_factory=RankConfig, metadata={"read_by": "distilled"})
+    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig, metadata={"read_by": "distilled"})
     evaluate: EvaluateConfig = dataclasses.field(
         default_factory=EvaluateConfig, metadata={"read_by": "pictures"}
     )

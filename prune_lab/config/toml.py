@@ -29,7 +29,12 @@ Settings = TypeVar("Settings", bound=_Settings)
 
 
 # Settings that an earlier version called otherwise: the old name, and what it is called now.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "rank.engine": "engine.kind",
+    "rank.address": "engine.address",
+    "rank.storage": "engine.storage",
+    "rank.cpus": "engine.cpus",
+}
 
 
 def setting_values(config: RunConfig) -> dict[str, object]:

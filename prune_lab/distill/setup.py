@@ -13,7 +13,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from prune_lab.config import DistillConfig
+from prune_lab.config import SETTINGS, DistillConfig
 from prune_lab.distill.checkpoint import TrainingState, check_fingerprint, load_checkpoint, save_checkpoint
 from prune_lab.distill.features import FeaturePair
 from prune_lab.distill.joint import Student, StudentState, no_longer_finite
@@ -38,11 +38,6 @@ if TYPE_CHECKING:
 
     from prune_lab.distill.data import TrainingData
 
-# These say how far to go, how often to look and how to compute, and change no step but by rounding.
-_FREE_SETTINGS = {
-    *("checkpoint_every", "validate_every", "pictures", "micro_batch", "gradient_checkpointing", "compile"),
-    *("together", "diverged", "trackers", "grid_every"),
-}
 VALIDATION = RECOVERY_COLUMNS.index("validation")
 Draw = Callable[[nn.Module, Path], None]  # draws a grid of pictures with a U-Net
 
@@ -96,8 +91,13 @@ def check_fit(student: Any, data: TrainingData) -> None:
 def fingerprint_of(setup: DistillSetup, student: nn.Module, pairs: Sequence[FeaturePair]) -> dict[str, Any]:
     """What a resumed distillation must share with the one it goes on with."""
     settings = setup.settings
-    free = _FREE_SETTINGS | ({"steps"} if settings.schedule == "constant" else set())
-    kept = {name: value for name, value in dataclasses.asdict(settings).items() if name not in free}
+    kept = {
+        name: value
+        for name, value in dataclasses.asdict(settings).items()
+        if not SETTINGS[f"distill.{name}"].resumes
+    }
+    if settings.schedule == "constant":  # the learning rate of a step does not depend on how many follow
+        del kept["steps"]
 
     def written(pair: FeaturePair) -> str:
         weight = "" if pair.weight == 1 else f"*{pair.weight:.6g}"

@@ -1,10 +1,9 @@
-"""What a page is made of: sections of sentences, tables, figures and picture grids, before any HTML or Markdown."""
+"""What a page is made of: sections of sentences, tables and figures, before any HTML or Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from matplotlib.figure import Figure
 
@@ -42,15 +41,7 @@ class Chart:
     draw: Callable[[Theme], Figure]
 
 
-@dataclass(frozen=True, slots=True)
-class PictureGrid:
-    """Pictures side by side, each with the words to stand under it."""
-
-    caption: str
-    pictures: tuple[tuple[str, Path], ...]
-
-
-SectionItem = Text | Table | Chart | PictureGrid
+SectionItem = Text | Table | Chart
 
 
 @dataclass(frozen=True, slots=True)

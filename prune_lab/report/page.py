@@ -15,8 +15,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from prune_lab.report.document import Chart, PictureGrid, Section, Table, Text
-from prune_lab.report.figures import DARK, LIGHT, file_uri, save_png, settle, svg_uri
+from prune_lab.report.document import Chart, Section, Table, Text
+from prune_lab.report.figures import DARK, LIGHT, save_png, settle, svg_uri
 from prune_lab.report.sections import report_sections
 from prune_lab.report.tables import RunTables, read_run
 from prune_lab.runs import Run
@@ -64,7 +64,7 @@ def _rendered(sections: Sequence[Section], run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def _render(part: Text | Table | Chart | PictureGrid, run: Run) -> dict[str, Any]:
+def _render(part: Text | Table | Chart, run: Run) -> dict[str, Any]:
     match part:
         case Text():
             return {"kind": "text", **asdict(part)}
@@ -77,16 +77,6 @@ def _render(part: Text | Table | Chart | PictureGrid, run: Run) -> dict[str, Any
             save_png(light, run.report_dir / file, inked)
             uris = {"light": svg_uri(light, inked), "dark": svg_uri(dark, settle(dark))}
             return {"kind": "drawing", "alt": part.alt, "caption": part.caption, "file": file, **uris}
-        case PictureGrid():
-            pictures = [(label, file_uri(path), _copy_picture(path, run)) for label, path in part.pictures]
-            return {"kind": "grid", "caption": part.caption, "pictures": pictures}
-
-
-def _copy_picture(path: Path, run: Run) -> str:
-    """The name of the copy of ``path`` in the report folder; pictures of candidates carry their plan's id."""
-    name = path.name if path.parent == run.pictures_dir else f"{path.parent.name}-{path.name}"
-    _copy(path, run.report_dir / name)
-    return name
 
 
 def _copy(source: Path, target: Path) -> None:

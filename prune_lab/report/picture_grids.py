@@ -1,8 +1,7 @@
-"""Picture grids taken apart and put side by side: one row per prompt and seed, one column per model."""
+"""Pictures of all models side by side: one row per prompt and seed, one column per model."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,11 +13,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from prune_lab.report.document import Chart, PictureGrid, SectionItem, Text, not_run
+from prune_lab.errors import DataError
+from prune_lab.report.document import Chart, SectionItem, Text, not_run
 from prune_lab.report.figures import PlanStyle, Theme, new_figure, plan_styles
 from prune_lab.report.tables import PictureSet, RunTables
 
-GAP = 2  # white pixels between two pictures of a grid
 _LABEL = 2.6  # width of the prompts in pictures
 _HEAD = 0.95  # height of the column titles in pictures
 _SPACE = 0.06  # between two pictures of a sheet, and 0.3 between two candidates
@@ -34,38 +33,31 @@ class Column:
     pictures: tuple[NDArray[np.uint8], ...]
 
 
-def split_grid(path: Path, count: int) -> tuple[NDArray[np.uint8], ...] | None:
-    """The ``count`` square pictures (H, W, 3) of the grid in ``path``, row by row; ``None`` when they do not fit it.
-
-    The grid does not say how many columns it has; the pictures being square leaves one answer, or the fewest columns.
-    """
-    with Image.open(path) as image:
-        sheet = np.asarray(image.convert("RGB"))
-    height, width = sheet.shape[:2]
-    for columns in range(1, count + 1):
-        rows = math.ceil(count / columns)
-        step, rest = divmod(width + GAP, columns)
-        if rest == 0 and step > GAP and rows * step == height + GAP:
-            corners = [((i // columns) * step, (i % columns) * step) for i in range(count)]
-            side = step - GAP
-            return tuple(sheet[top : top + side, left : left + side] for top, left in corners)
-    return None
+def read_pictures(folder: Path, files: Sequence[str]) -> tuple[NDArray[np.uint8], ...]:
+    """The pictures called ``files`` in ``folder``, each (H, W, 3). Raises DataError when one cannot be read."""
+    pictures = []
+    for name in files:
+        try:
+            with Image.open(folder / name) as image:
+                pictures.append(np.asarray(image.convert("RGB")))
+        except OSError as error:
+            raise DataError(
+                f"asked to read the picture {folder / name}: {error}; remove {folder} and run prune-lab rank again"
+            ) from None
+    return tuple(pictures)
 
 
-def comparison_columns(teacher: Path, sets: Sequence[PictureSet], count: int) -> tuple[Column, ...] | None:
-    """The teacher's column, then two for each candidate; ``None`` when a grid cannot be taken apart."""
-    grids = [("", "teacher", "", teacher)]
+def comparison_columns(teacher: Path, sets: Sequence[PictureSet], files: Sequence[str]) -> tuple[Column, ...]:
+    """The teacher's column, then those of each candidate, as pruned and after distillation."""
+    folders = [("", "teacher", "", teacher)]
     for one in sets:
         for state, path in (("pruned", one.pruned), ("distilled", one.distilled)):
             if path is not None:
-                grids.append((one.plan.id, one.plan.label, state, path))
-    columns = []
-    for plan_id, title, state, path in grids:
-        pictures = split_grid(path, count)
-        if pictures is None:
-            return None
-        columns.append(Column(plan_id, title, state, pictures))
-    return tuple(columns)
+                folders.append((one.plan.id, one.plan.label, state, path))
+    return tuple(
+        Column(plan_id, title, state, read_pictures(folder, files))
+        for plan_id, title, state, folder in folders
+    )
 
 
 def draw_comparison(
@@ -120,46 +112,32 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def picture_parts(tables: RunTables) -> tuple[SectionItem, ...]:
-    """The section of pictures: sheets of up to six candidates, or the grids as they are without named prompts."""
-    if tables.teacher_pictures is None:
+    """The section of pictures: sheets of up to six candidates, a row for each prompt and seed."""
+    if tables.teacher_pictures is None or tables.prompts is None:
         return (not_run("no pictures have been drawn", "rank"),)
-    prompts: list[str] = list(tables.setting("evaluate", "prompts") or ())
-    seeds: list[int] = list(tables.setting("evaluate", "seeds") or (0,))
+    teacher, prompts = tables.teacher_pictures, tables.prompts
     steps, guidance = tables.setting("evaluate", "steps"), tables.setting("evaluate", "guidance")
     how = f"; {steps} sampler steps, guidance {guidance}" if steps and guidance is not None else ""
-    whose = "" if prompts else " The prompts are captions of held-out pictures."
+    whose = "" if tables.setting("evaluate", "prompts") else " The prompts are captions of held-out pictures."
     intro = Text((f"The same prompts and seeds for all models{how}.{whose}",))
-    styles = plan_styles(tables.plans)
-    several = len(seeds) > 1
-    labels = [f"{prompt} (seed {seed})" if several else prompt for prompt in prompts for seed in seeds]
+    styles, files = plan_styles(tables.plans), prompts["file"].tolist()
+    several = prompts["seed"].nunique() > 1
+    labels = [
+        f"{row.prompt} (seed {row.seed})" if several else str(row.prompt) for row in prompts.itertuples()
+    ]
     parts: list[SectionItem] = [intro]
     # Six candidates in two states are as many columns as a page can show with pictures that can still be seen.
     sheets = max(1, -(-len(tables.pictures) // 6))
     per_sheet = max(1, -(-len(tables.pictures) // sheets))
     for sheet in range(sheets):
         group = tables.pictures[sheet * per_sheet : (sheet + 1) * per_sheet]
-        columns = comparison_columns(tables.teacher_pictures, group, len(labels)) if labels else None
-        if columns is None:
-            parts += _grids(tables.teacher_pictures, group)
-        else:
-            parts.append(
-                Chart(
-                    f"pictures-{sheet + 1}",
-                    "Pictures drawn by the teacher and by every candidate as pruned and after distillation.",
-                    "One row per prompt and seed. Per candidate: as pruned, then after distillation.",
-                    lambda theme, columns=columns: draw_comparison(columns, labels, styles, theme),  # type: ignore[misc]
-                )
+        columns = comparison_columns(teacher, group, files)
+        parts.append(
+            Chart(
+                f"pictures-{sheet + 1}",
+                "Pictures drawn by the teacher and by every candidate as pruned and after distillation.",
+                "One row per prompt and seed. Per candidate: as pruned, then after distillation.",
+                lambda theme, columns=columns: draw_comparison(columns, labels, styles, theme),  # type: ignore[misc]
             )
+        )
     return tuple(parts)
-
-
-def _grids(teacher: Path, sets: Sequence[PictureSet]) -> list[SectionItem]:
-    """The grids as they were written, for when they cannot be taken apart."""
-    if not sets:
-        return [PictureGrid("Teacher", (("teacher", teacher),))]
-    grids: list[SectionItem] = []
-    for one in sets:
-        versions = (("teacher", teacher), ("pruned", one.pruned), ("distilled", one.distilled))
-        shown = tuple((label, path) for label, path in versions if path is not None)
-        grids.append(PictureGrid(f"{one.plan.label}, {len(one.plan.removed)} blocks removed", shown))
-    return grids

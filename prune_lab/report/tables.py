@@ -41,6 +41,8 @@ REDUCTION_COLUMNS = (
 PIPELINE_COLUMNS = ("part", "calls", "params", "macs", "median_ms", "share")
 RECOVERY_COLUMNS = ("step", "task", "output", "feature", "total", "validation")
 
+PICTURE_COLUMNS = ("file", "prompt", "seed")
+
 MAP_COLUMNS = ("name", "stage", "kind", "position", "removable", "impact", "low", "high")
 CURVE_COLUMNS = ("plan", "plan_id", "step", "part", "value")
 
@@ -57,7 +59,7 @@ class PlanRow:
 
 @dataclass(frozen=True, slots=True)
 class PictureSet:
-    """Pictures of one candidate for the same prompts and seeds as the teacher's."""
+    """Folders of pictures of one candidate, for the same prompts and seeds as the teacher's."""
 
     plan: PlanRow
     pruned: Path | None
@@ -84,7 +86,8 @@ class RunTables:
     steps: pd.DataFrame | None = None
     recoveries: Mapping[str, pd.DataFrame] = field(default_factory=dict)  # by plan id
     plans: tuple[PlanRow, ...] = ()
-    teacher_pictures: Path | None = None
+    prompts: pd.DataFrame | None = None  # of every picture: file, prompt, seed
+    teacher_pictures: Path | None = None  # a folder
     pictures: tuple[PictureSet, ...] = ()
 
     def setting(self, section: str, key: str) -> Any:
@@ -141,6 +144,7 @@ def read_run(run: Run) -> RunTables:
         steps=_read_table(run.folder / "steps.csv", ("step", "seconds")),
         recoveries=recoveries,
         plans=plans,
+        prompts=_read_table(run.picture_prompts, PICTURE_COLUMNS),
         teacher_pictures=_if_there(run.teacher_pictures),
         pictures=tuple(one for one in sets if one.pruned or one.distilled),
     )
@@ -271,7 +275,7 @@ def _read_plans(run: Run, ranking: pd.DataFrame | None) -> tuple[PlanRow, ...]:
             raise DataError(
                 f"asked to read the plan {path}, found no list `removed` in it; write the plan again"
             )
-        name = " = ".join(map(str, value.get("names") or ()))
+        name = str((value.get("names") or [""])[0])
         label, origin = named.pop(plan_id, (name or plan_id, ""))
         # The guess serves plans without an origin until every step writes it.
         origin = origin or value.get("origin") or ("control" if name.startswith("bk-") else "search")

@@ -8,14 +8,14 @@ loaded once.
 
 from __future__ import annotations
 
+from prune_lab.session import Session, ensure_data, ensure_probe
 from prune_lab.workflow.comparing import compared_plans, comparison
 from prune_lab.workflow.criteria import compared_criteria
-from prune_lab.workflow.distilling import ensure_distilled, recovery_frame, save_students, train_to
+from prune_lab.workflow.distilling import ensure_distilled, recovery_frame, save_students
 from prune_lab.workflow.measuring import (
     ensure_blocks,
     ensure_costs,
     ensure_latency,
-    ensure_probe,
     ensure_reductions,
     ensure_scores,
     ensure_shares,
@@ -31,13 +31,8 @@ from prune_lab.workflow.ranking import (
     quality_frame,
 )
 from prune_lab.workflow.searching import ensure_plans, plan_named, plans_frame
-from prune_lab.workflow.session import Session
 from prune_lab.workflow.steps import STEPS, Step, borrow, forget, start_run
-from prune_lab.workflow.students import (
-    ensure_candidates,
-    ensure_data,
-    ensure_repaired,
-)
+from prune_lab.workflow.students import ensure_candidates, ensure_repaired
 
 __all__ = [
     "STEPS",
@@ -75,5 +70,4 @@ __all__ = [
     "scores_frame",
     "start_run",
     "steps_frame",
-    "train_to",
 ]

@@ -28,8 +28,7 @@ from prune_lab.plans import PruningPlan, plan_from_json
 from prune_lab.report import write_agreement
 from prune_lab.runs import Run
 from prune_lab.runtime import Environment, read_json, track, write_frame, write_json
-from prune_lab.workflow.measuring import drawn_probe, run_scoring_context, scoring_context_of
-from prune_lab.workflow.session import Session
+from prune_lab.session import Session, drawn_probe, run_scoring_context, scoring_context_of
 
 _RANDOM_PLANS = 40
 _OTHER_NOISE = 2  # draws that the order is tried with

@@ -1,46 +1,25 @@
-"""Steps that train students: all together for equally many steps, or by a tournament in which the worse drop out."""
+"""The step that trains students: all for equally many steps, or by a tournament in which the worse drop out."""
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Collection, Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 
-from prune_lab.candidates import Candidate, State, load_student
-from prune_lab.distill import (
-    FEATURE_VARIANTS,
-    DistillSetup,
-    Recovery,
-    Student,
-    distill_together,
-    feature_pairs,
-    load_heldout,
-    load_recovery,
-)
+from prune_lab.candidates import Candidate
+from prune_lab.distill import Recovery, load_recovery
+from prune_lab.engines import engine_of, needs_scores, rungs_of
 from prune_lab.errors import RunError
-from prune_lab.evaluation import clip_scores, save_grid
-from prune_lab.processes import gather_object, is_main, join, main_process_first
-from prune_lab.ranking import HeldoutLosses, Tournament, first_rung, play, rungs, tournament_from_frame
-from prune_lab.runs import Run
-from prune_lab.runtime import note, write_frame
+from prune_lab.processes import is_main, join, main_process_first
+from prune_lab.ranking import Tournament, tournament_from_frame
+from prune_lab.runtime import write_frame
+from prune_lab.session import Session
 from prune_lab.surgery import pipeline_with
 from prune_lab.workflow.measuring import ensure_scores
-from prune_lab.workflow.searching import ensure_plans, origin_of, plan_named
-from prune_lab.workflow.session import Session, drawn
-from prune_lab.workflow.students import (
-    ensure_candidates,
-    ensure_repaired,
-    training_and_validation,
-)
-
-if TYPE_CHECKING:
-    from torch import nn
+from prune_lab.workflow.searching import ensure_plans, plan_named
+from prune_lab.workflow.students import ensure_candidates, ensure_repaired
 
 RECOVERY_TABLE_COLUMNS = (
     "plan",
@@ -54,157 +33,16 @@ RECOVERY_TABLE_COLUMNS = (
 )
 
 
-# Together ----------------------------------------------------------------------------------------------------
-
-
-def _draw(session: Session, unet: nn.Module, path: Path) -> None:
-    """A grid of the run's prompts by a student in training."""
-    save_grid(path, drawn(session, unet))
-
-
-def distill_setup_of(session: Session) -> DistillSetup:
-    """What all students of the run are trained with."""
-    # A cache is built by all processes together; the rest by one.
-    alike = contextlib.nullcontext() if session.config.data.source else main_process_first()
-    with alike:
-        data, validation = training_and_validation(session)
-    return DistillSetup(
-        session.unet,
-        data,
-        session.pipeline.scheduler,
-        session.config.distill,
-        validation,
-        session.device,
-        draw=partial(_draw, session),
-        logs=session.run.curves_dir,
-    )
-
-
-def student_of(session: Session, candidate: Candidate) -> Student:
-    """The student that ``candidate`` is before any training, repaired where the run repairs."""
-    variant = FEATURE_VARIANTS[session.config.distill.loss_variant]
-    sensitivities = None
-    if variant.by_sensitivity:
-        entries = ensure_scores(session).entries
-        sensitivities = {one.group.name: one.impact for one in entries if one.group.kind == "block"}
-    state: State = "pruned" if session.config.repair.kind == "none" else "repaired"
-    return Student(
-        # in float32 whatever the teacher's format: rounding first would cost it digits
-        partial(load_student, candidate, state),
-        feature_pairs(session.architecture, candidate.plan, variant.points, sensitivities=sensitivities),
-        candidate.folder,
-    )
-
-
-def _ended(run: Run, candidate: Candidate, steps: int) -> bool:
-    """Whether nothing is left to do up to ``steps``; the settings of a run do not change under it."""
-    found = load_recovery(candidate.folder)
-    if found is None or found.steps > steps:
-        return found is not None
-    return found.status == "failed" or (found.steps == steps and run.done(candidate.paths.distilled_unet))
-
-
-def train_to(
-    session: Session, candidates: Sequence[Candidate], steps: int, *, keep_checkpoint: bool = False
-) -> None:
-    """Distil ``candidates`` together until each has taken ``steps`` steps; those that have, or failed, are left alone.
-
-    Writes candidates/<id>/{recovery.csv, heldout.csv, distilled/}. With ``keep_checkpoint`` they can go on from there.
-    """
-    with main_process_first():
-        waiting = [student_of(session, one) for one in candidates if not _ended(session.run, one, steps)]
-    if waiting:
-        distill_together(distill_setup_of(session), waiting, until=steps, keep_checkpoint=keep_checkpoint)
-
-
-# By a tournament ---------------------------------------------------------------------------------------------
-
-
-def measured(candidates: Sequence[Candidate], steps: int) -> dict[str, HeldoutLosses]:
-    """Held-out losses after ``steps`` steps, or why there are none, by plan id."""
-    found: dict[str, HeldoutLosses] = {}
-    for one in candidates:
-        recovery = load_recovery(one.folder)
-        losses = load_heldout(one.folder)
-        if steps in losses.index:
-            found[one.plan.id] = losses.loc[steps].to_numpy(dtype=np.float64)
-        elif recovery is not None and recovery.status == "failed":
-            found[one.plan.id] = recovery.reason
-        else:
-            found[one.plan.id] = f"it was not judged after {steps} steps"
-    return found
-
-
-def _clip_at(
-    session: Session, candidates: Sequence[Candidate]
-) -> dict[str, np.ndarray[tuple[int], np.dtype[np.float64]]]:
-    """CLIP score of every prompt and seed, drawn with the averaged weights as they are now, by plan id.
-
-    One process draws for all, so that all decide alike.
-    """
-    prompts = [prompt for prompt in session.prompts for _ in session.config.evaluate.seeds]
-    found = {}
-    for one in candidates if is_main() else ():
-        student = load_student(one, "distilled", device=session.device, dtype=session.dtype)
-        scores = clip_scores(session.scorer, drawn(session, student), prompts)
-        found[one.plan.id] = scores.double().numpy()
-    return gather_object(found)[0]
-
-
-def rungs_of(session: Session) -> tuple[int, ...]:
-    """Steps at which the tournament of the run decides."""
-    rank, distill = session.config.rank, session.config.distill
-    first = rank.first or first_rung(distill.steps, rank.eta, distill.warmup)
-    return rungs(distill.steps, rank.eta, first)
-
-
-def _play(session: Session, candidates: Sequence[Candidate]) -> Tournament:
-    named = {one.plan.id: one for one in candidates}
-
-    def chosen(names: Collection[str]) -> list[Candidate]:
-        return [named[name] for name in names]
-
-    def measure(names: Sequence[str], steps: int) -> Mapping[str, HeldoutLosses]:
-        note(f"rung of {steps} steps: {len(names)} candidates")
-        # One that has been there before, in a run that was interrupted, is read and not trained again.
-        train_to(session, chosen(names), steps, keep_checkpoint=True)
-        return measured(chosen(names), steps)
-
-    settings = session.config.rank
-    controls = [name for name in named if origin_of(session.run, name) == "control"]
-    return play(
-        list(named),
-        rungs_of(session),
-        settings.eta,
-        measure,
-        keep=controls if settings.keep_controls else (),
-        draw=(lambda names, _steps: _clip_at(session, chosen(names))) if settings.clip else None,
-    )
-
-
-def _play_on_ray(session: Session, candidates: Sequence[Candidate]) -> Tournament:
-    from prune_lab.workflow.remote import play_on_ray  # which trains with what is above
-
-    return play_on_ray(session, candidates)
-
-
-_ENGINES = {"local": _play, "ray": _play_on_ray}
-
-
 def ensure_tournament(session: Session, candidates: Sequence[Candidate]) -> Tournament:
-    """Who of ``candidates`` was kept at which rung, by paired held-out losses; writes tournament.csv.
-
-    Survivors of a rung go on from their state. An interrupted tournament goes on where it was: what was measured at
-    a rung is read, and the same is decided again.
-    """
+    """Which of ``candidates`` were kept at which rung, by paired held-out losses; writes tournament.csv."""
     run = session.run
     if run.done(run.tournament):
         return tournament_from_frame(pd.read_csv(run.tournament))
-    tournament = _ENGINES[session.config.rank.engine](session, candidates)
+    tournament = engine_of(session).train(session, candidates, rungs_of(session))
     if not is_main():
         return tournament
     write_frame(run.tournament, tournament.frame())
-    for one in candidates:  # four times the weights, and nobody goes on from here
+    for one in candidates:  # four times the weights, and no candidate goes on from here
         one.paths.checkpoint.unlink(missing_ok=True)
     return tournament
 
@@ -223,10 +61,12 @@ def ensure_distilled(session: Session, *, only: tuple[str, ...] = ()) -> tuple[R
         plans = ensure_plans(session)
         wanted = {plan_named(plans, text, session).id for text in only} or {plan.id for plan in plans}
         chosen = [one for one in ensure_candidates(session) if one.plan.id in wanted]
+        if needs_scores(session):
+            ensure_scores(session)
     if session.config.rank.eta and not only:
         ensure_tournament(session, chosen)
     else:
-        train_to(session, chosen, session.config.distill.steps)
+        engine_of(session).train(session, chosen, (session.config.distill.steps,))
     found = (load_recovery(one.folder) for one in chosen)
     return tuple(recovery for recovery in found if recovery is not None)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, cast
 
 import pandas as pd
-import torch
 
 from prune_lab.blocks import (
     Architecture,
@@ -16,31 +15,17 @@ from prune_lab.blocks import (
     blocks_frame,
 )
 from prune_lab.config import BUDGET_CONTROLS, PLAN_FILES
-from prune_lab.evaluation import draw_latents
 from prune_lab.importance import (
-    NEEDS_PIPELINE,
     ONE_STEP,
-    GenerationSettings,
     ImportanceTable,
     Race,
-    ScoreCache,
-    ScoringContext,
     check_race,
     criterion_named,
-    importance_from_frame,
     score,
     with_psnr,
 )
-from prune_lab.models import model_digest, resolve_model
+from prune_lab.models import resolve_model
 from prune_lab.plans import PruningPlan, is_native, read_plans
-from prune_lab.probes import (
-    Probe,
-    encode_captions,
-    load_probe,
-    make_probe,
-    probe_of_latents,
-    random_probe,
-)
 from prune_lab.profiling import (
     CostTable,
     LatencyTable,
@@ -52,7 +37,7 @@ from prune_lab.profiling import (
     reduction_table,
 )
 from prune_lab.runtime import read_json, write_frame, write_json
-from prune_lab.workflow.session import Session
+from prune_lab.session import Session, read_scores, run_scoring_context
 
 _LATENCY_CHECKS = 8  # plans that tell how well latency is predicted
 
@@ -63,45 +48,6 @@ def ensure_blocks(session: Session) -> Architecture:
     if not run.done(run.blocks):
         write_frame(run.blocks, blocks_frame(session.architecture))
     return session.architecture
-
-
-def ensure_probe(session: Session) -> Probe:
-    """The fixed inputs that scores are measured on; writes probe.safetensors.
-
-    A pipeline gets held-out pictures with their captions, or pictures that it draws itself for ``probe.prompts``; a
-    bare U-Net, which has nothing to encode them with, noise.
-    """
-    run = session.run
-    if run.done(run.probe):
-        return load_probe(run.probe)
-    probe = drawn_probe(session, session.config.probe.seed)
-    probe.save(run.probe)
-    return probe
-
-
-def drawn_probe(session: Session, seed: int) -> Probe:
-    """The pictures and captions of the run's probe, with noise and timesteps drawn with ``seed``."""
-    settings = session.config.probe
-    timesteps = settings.timesteps
-    if settings.prompts:
-        prompts, how = session.probe_prompts, session.config.evaluate
-        latents = draw_latents(
-            session.pipeline, prompts.texts, (settings.seed,), steps=how.steps, guidance=how.guidance
-        )
-        return probe_of_latents(
-            session.pipeline, latents, prompts.texts, prompts.kinds, timesteps=timesteps, seed=seed
-        )
-    if session.source.is_pipeline:
-        pictures = session.pictures("heldout", settings.samples, settings.seed)
-        return make_probe(
-            session.pipeline,
-            pictures.pixels,
-            pictures.captions,
-            pictures.groups,
-            timesteps=timesteps,
-            seed=seed,
-        )
-    return random_probe(session.source.config, samples=settings.samples, timesteps=timesteps, seed=seed)
 
 
 def score_groups_of(session: Session) -> tuple[BlockGroup, ...]:
@@ -121,54 +67,6 @@ def score_groups_of(session: Session) -> tuple[BlockGroup, ...]:
                 session.architecture, cast("GroupKind", name)
             )  # the settings have checked it
     return tuple(groups)
-
-
-def _drawing(session: Session) -> GenerationSettings:
-    """How the criteria that look at pictures draw and judge them."""
-    prompts, how = session.drawn_prompts, session.config.evaluate
-    return GenerationSettings(
-        session.pipeline,
-        prompts.texts,
-        prompts.kinds,
-        seeds=how.seeds,
-        steps=how.steps,
-        guidance=how.guidance,
-        scorer=session.scorer,
-        scorer_name=how.scorer,
-    )
-
-
-def scoring_context_of(
-    session: Session, probe: Probe, drawing: GenerationSettings | None = None
-) -> ScoringContext:
-    """The run's model asked on ``probe``, with the run's settings and its cache of scores."""
-    config = session.config
-    guidance, unconditional, inputs = config.score.guidance, None, probe.digest
-    if guidance != 1 and session.source.is_pipeline:
-        unconditional = probe.with_prompt(*encode_captions(session.pipeline, [""]))
-        inputs = f"{inputs}-guided{guidance:g}"
-    cache = ScoreCache.open(
-        session.run.scores_dir, model=model_digest(session.source), inputs=inputs, precision=config.dtype
-    )
-    layout = torch.channels_last if config.score.channels_last else torch.contiguous_format
-    return ScoringContext(
-        session.unet.to(memory_format=layout),
-        probe,
-        batch=config.score.batch or None,
-        seed=config.seed,
-        drawing=drawing,
-        guidance=guidance,
-        unconditional=unconditional,
-        cache=cache,
-        compiled=config.score.compile,
-    )
-
-
-def run_scoring_context(session: Session, *, drawing: bool = False) -> ScoringContext:
-    """The run's model with its probe, and with prompts to draw where its criteria, or ``drawing``, ask for pictures."""
-    wanted = drawing or NEEDS_PIPELINE & {session.config.score.criterion, *session.config.score.also}
-    how = _drawing(session) if session.source.is_pipeline and wanted else None
-    return scoring_context_of(session, ensure_probe(session), how)
 
 
 def criteria_of(session: Session) -> tuple[str, ...]:
@@ -191,8 +89,7 @@ def ensure_scores(session: Session) -> ImportanceTable:
     """
     run = session.run
     if run.done(run.importance):
-        # A digest of digits alone, or like 12e4, is a name and not a number.
-        return importance_from_frame(pd.read_csv(run.importance, dtype={"probe": str, "model": str}))
+        return read_scores(run)
     settings, names = session.config.score, criteria_of(session)
     groups, context = score_groups_of(session), run_scoring_context(session)
     race = Race(settings.race) if settings.race else None

@@ -9,14 +9,15 @@ from pathlib import Path
 import pandas as pd
 
 from prune_lab.blocks import architecture_of
-from prune_lab.config import RunConfig, changed_settings, load_config
+from prune_lab.config import RunConfig, changed_settings
 from prune_lab.errors import ConfigError
 from prune_lab.models import resolve_model
 from prune_lab.profiling import cost_table
 from prune_lab.ranking import Ranking
-from prune_lab.runs import Run, open_run
+from prune_lab.runs import Run, load_run_config, open_run
 from prune_lab.runtime import track, write_frame
 from prune_lab.search import check_reachable, parse_budget
+from prune_lab.session import Session
 from prune_lab.workflow.measuring import (
     controls,
     criteria_of,
@@ -24,7 +25,6 @@ from prune_lab.workflow.measuring import (
 )
 from prune_lab.workflow.ranking import ensure_ranking
 from prune_lab.workflow.searching import constraints_of
-from prune_lab.workflow.session import Session
 from prune_lab.workflow.steps import STEPS, first_touched, forget, start_run, steps_from, touching
 
 STEPS_COLUMNS = ("step", "state", "does")
@@ -77,7 +77,7 @@ def run_all(config: RunConfig, folder: Path, *, force: bool = False) -> Ranking:
     if force:
         check_budgets(config)  # before anything is removed
     run = open_run(folder, must_exist=False)
-    redo_all = force and run.config.is_file() and not changed_settings(load_config(run.config), config)
+    redo_all = force and run.config.is_file() and not changed_settings(load_run_config(run), config)
     run = start_run(config, folder, force=force)
     if redo_all:
         forget(run, STEPS[0].name)
@@ -99,7 +99,7 @@ def run_all(config: RunConfig, folder: Path, *, force: bool = False) -> Ranking:
 def steps_frame(config: RunConfig, folder: Path) -> pd.DataFrame:
     """What ``run_all`` would do, one row per step: step, state (done, to do, redo, or n of m), does."""
     run = open_run(folder, must_exist=False)
-    changed = touching(changed_settings(load_config(run.config), config)) if run.config.is_file() else ()
+    changed = touching(changed_settings(load_run_config(run), config)) if run.config.is_file() else ()
     stale = {step.name for step in steps_from(first_touched(changed))} if changed else set()
     rows = []
     for step in STEPS:

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from PIL import Image
 from torch import Tensor
 
 from prune_lab.blocks import BlockGroup
-from prune_lab.candidates import Candidate, State, load_candidate, load_student
+from prune_lab.candidates import load_candidate
 from prune_lab.distill import load_heldout, load_recovery
-from prune_lab.errors import DataError
-from prune_lab.evaluation import clip_scores, heldout_loss, save_grid
-from prune_lab.importance import ImportanceTable, score
+from prune_lab.engines import PictureJob, clip_of, draw_prompts, engine_of, picture_frame
+from prune_lab.evaluation import heldout_loss, read_pictures, save_pictures
 from prune_lab.plans import PruningPlan
 from prune_lab.ranking import (
     Contender,
@@ -30,118 +26,57 @@ from prune_lab.ranking import (
     tournament_from_frame,
 )
 from prune_lab.report import write_report
-from prune_lab.runtime import track, write_frame
-from prune_lab.workflow.measuring import ensure_costs, ensure_reductions, run_scoring_context
-from prune_lab.workflow.searching import ensure_plans, left_out, origin_of
-from prune_lab.workflow.session import Session, drawn
-from prune_lab.workflow.students import ensure_candidates, training_and_validation
+from prune_lab.runtime import write_frame
+from prune_lab.session import Session, training_and_validation
+from prune_lab.workflow.measuring import ensure_costs, ensure_reductions
+from prune_lab.workflow.searching import ensure_plans, left_out
+from prune_lab.workflow.students import ensure_candidates
 
-COLUMNS, GAP = 4, 2  # of a grid of pictures
 SHOWN = (".csv", ".json", ".png", ".toml")  # what a report reads
 
 
 # Pictures ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class PictureJob:
-    """A sheet of pictures: where it goes and who draws it, a candidate before or after distillation, or the teacher."""
-
-    path: Path
-    candidate: Candidate | None = None
-    distilled: bool = False
-
-
-def drawn_for(session: Session, candidate: Candidate | None, distilled: bool) -> Tensor:
-    """The pictures of one grid, uint8 (prompts x seeds, 3, H, W)."""
-    if candidate is None:
-        return drawn(session, session.unet)
-    state: State = "distilled" if distilled else "pruned"
-    return drawn(session, load_student(candidate, state, device=session.device, dtype=session.dtype))
-
-
-def _draw_here(session: Session, grids: Sequence[PictureJob]) -> Iterator[Tensor]:
-    for grid in track(grids, "drawing for each model"):
-        yield drawn_for(session, grid.candidate, grid.distilled)
-
-
-def _draw_on_ray(session: Session, grids: Sequence[PictureJob]) -> Iterator[Tensor]:
-    from prune_lab.workflow.remote import draw_on_ray  # which draws with what is above
-
-    yield from draw_on_ray(session, grids)
-
-
-_DRAW = {"local": _draw_here, "ray": _draw_on_ray}
-
-
 def ensure_pictures(session: Session) -> tuple[Path, ...]:
-    """Grids drawn by the teacher, by each candidate as it was cut, and after distillation; same prompts and seeds.
+    """Folders of pictures by the teacher, by each candidate as it was cut, and after distillation.
 
-    Writes pictures/teacher.png and candidates/<id>/pictures_{pruned,distilled}.png.
+    All draw the same prompts with the same seeds. Writes pictures/teacher/ and candidates/<id>/pictures/{pruned,
+    distilled}/, a PNG for every prompt and seed, and pictures/prompts.csv.
     """
     run = session.run
     wanted = [PictureJob(run.teacher_pictures)]
     for candidate in ensure_candidates(session):
         wanted.append(PictureJob(candidate.paths.pictures_pruned, candidate))
         if run.done(candidate.paths.distilled_unet):
-            wanted.append(PictureJob(candidate.paths.pictures_distilled, candidate, distilled=True))
-    missing = [grid for grid in wanted if not run.done(grid.path)]
+            wanted.append(PictureJob(candidate.paths.pictures_distilled, candidate, "distilled"))
+    frame, missing = picture_frame(session), [job for job in wanted if not run.done(job.folder)]
+    if not run.done(run.picture_prompts):
+        write_frame(run.picture_prompts, frame)
     if missing:
-        sheets = _DRAW[session.config.rank.engine](session, missing)
-        for grid, pixels in zip(missing, sheets, strict=True):
-            save_grid(grid.path, pixels, columns=COLUMNS, gap=GAP)
-    return tuple(grid.path for grid in wanted)
+        for job, pixels in zip(missing, engine_of(session).draw(session, missing), strict=True):
+            save_pictures(job.folder, pixels, frame["file"].tolist())
+    return tuple(job.folder for job in wanted)
 
 
-def read_grid(path: Path, count: int) -> Tensor:
-    """The ``count`` pictures of a grid that a step of a run drew, uint8 (count, 3, H, W).
-
-    Raises DataError when the sheet does not divide into so many.
-    """
-    with Image.open(path) as image:
-        sheet = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    columns = min(COLUMNS, count)
-    rows = math.ceil(count / columns)
-    height, width = (sheet.shape[1] + GAP) // rows, (sheet.shape[2] + GAP) // columns
-    if (height * rows - GAP, width * columns - GAP) != tuple(sheet.shape[1:]):
-        raise DataError(
-            f"asked to read {count} pictures from {path}, found a sheet of {sheet.shape[2]} x {sheet.shape[1]} pixels "
-            "that does not divide into them; remove it and run the step again"
-        )
-    cells = [(row * height, column * width) for row in range(rows) for column in range(columns)][:count]
-    return torch.stack([sheet[:, y : y + height - GAP, x : x + width - GAP] for y, x in cells])
+def picture_scores(session: Session, folder: Path) -> Tensor:
+    """CLIP score of every picture in ``folder`` against its prompt, (prompts x seeds,)."""
+    return clip_of(session, read_pictures(folder))
 
 
-def picture_scores(session: Session, path: Path) -> Tensor:
-    """CLIP score of every picture in the grid ``path`` against its prompt, (prompts x seeds,)."""
-    prompts = [prompt for prompt in session.prompts for _ in session.config.evaluate.seeds]
-    return clip_scores(session.scorer, read_grid(path, len(prompts)), prompts)
-
-
-def _mean_score(session: Session, path: Path) -> float:
-    return float(picture_scores(session, path).double().mean()) if session.run.done(path) else math.nan
+def _mean_score(session: Session, folder: Path) -> float:
+    if not session.run.done(folder):
+        return math.nan
+    return float(picture_scores(session, folder).double().mean())
 
 
 # Ranking -----------------------------------------------------------------------------------------------------
 
 
-def _score_here(session: Session, groups: Sequence[BlockGroup]) -> ImportanceTable:
-    return score(run_scoring_context(session), groups, session.config.score.criterion, bootstrap=0)
-
-
-def _score_on_ray(session: Session, groups: Sequence[BlockGroup]) -> ImportanceTable:
-    from prune_lab.workflow.remote import score_on_ray
-
-    return score_on_ray(session, groups)
-
-
-_SCORE = {"local": _score_here, "ray": _score_on_ray}
-
-
 def one_shot_impacts(session: Session, plans: Iterable[PruningPlan]) -> dict[str, float]:
     """Impact of each whole plan by the run's criterion on its probe, by plan id: what adding up only predicts."""
     groups = [BlockGroup(plan.id, "plan", plan.removed) for plan in plans if plan.removed]
-    table = _SCORE[session.config.rank.engine](session, groups)
+    table = engine_of(session).score(session, groups)
     return {entry.group.name: entry.impact for entry in table.entries}
 
 
@@ -185,7 +120,7 @@ def _contender(session: Session, plan: PruningPlan, impact: float, fate: Verdict
     return Contender(
         plan=plan.label,
         plan_id=plan.id,
-        origin=origin_of(run, plan.id),
+        origin="search" if plan.origin == "search" else "control",
         blocks_removed=len(plan.removed),
         params=costs.params,
         macs=costs.macs,
@@ -242,13 +177,12 @@ def ensure_report(session: Session) -> Path:
 def quality(session: Session, unet: Any) -> dict[str, float]:
     """``loss`` (held-out denoising), ``clip`` (mean score) and ``clip_low`` of ``unet`` in the teacher's pipeline."""
     loss = heldout_loss(unet, session.validation).double().mean()
-    prompts = [prompt for prompt in session.prompts for _ in session.config.evaluate.seeds]
-    scores = clip_scores(session.scorer, drawn(session, unet), prompts)
+    scores = clip_of(session, draw_prompts(session, unet))
     return {"loss": float(loss), "clip": float(scores.double().mean()), "clip_low": float(scores.min())}
 
 
 def quality_frame(session: Session) -> pd.DataFrame:
-    """One row per grid of the run: plan, plan_id, weights (teacher, pruned, distilled), pictures, clip, clip_low.
+    """One row per set of pictures: plan, plan_id, weights (teacher, pruned, distilled), pictures, clip, clip_low.
 
     ``clip`` is the mean CLIP score of the pictures, ``clip_low`` the lowest. Pictures that are missing are drawn.
     """

@@ -6,7 +6,6 @@ import functools
 import re
 import time
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -30,14 +29,13 @@ from prune_lab.search import (
     parse_quota,
     predicted_impact,
 )
+from prune_lab.session import Session, run_scoring_context
 from prune_lab.workflow.measuring import (
     controls,
     ensure_costs,
     ensure_latency,
     ensure_scores,
-    run_scoring_context,
 )
-from prune_lab.workflow.session import Session
 from prune_lab.workflow.solving import SOLVERS, Question, controls_for
 
 SEARCHED_COLUMNS = ("plan_id", "origin", "name", "budget")
@@ -111,13 +109,6 @@ def searched(run: Run) -> pd.DataFrame:
     return pd.read_csv(run.searched, dtype=str, keep_default_na=False)
 
 
-def origin_of(run: Run, plan_id: str) -> Literal["control", "search"]:
-    """``control`` for a plan that the settings name, also when the search finds it too, else ``search``."""
-    rows = searched(run)
-    origins = set(rows.loc[rows["plan_id"] == plan_id, "origin"])
-    return "search" if origins == {"search"} else "control"  # a plan put there by hand was named, not found
-
-
 def _named(plans: Sequence[PruningPlan], solver: str, asked: str) -> list[PruningPlan]:
     """The plans called after their budgets, as the exact solver calls its own."""
     prefix = "search" if solver == "exact" else solver
@@ -146,12 +137,12 @@ def _write_plans(session: Session) -> None:
             found += [("search", asked, plan) for plan in _named(answer.plans, settings.solver, asked)]
             if at_budget:
                 found += [("control", asked, plan) for plan in controls_for(question, at_budget)]
-    names: dict[str, list[str]] = {}
-    for _, _, plan in found:
-        names.setdefault(plan.id, []).append(plan.label)
-    for _, _, plan in found:
-        joined = " = ".join(dict.fromkeys(names[plan.id]))
-        write_json(run.plan(plan.id), plan.named(joined).to_json())
+    for plan_id in dict.fromkeys(plan.id for _, _, plan in found):
+        same = [(origin, plan) for origin, _, plan in found if plan.id == plan_id]
+        names = dict.fromkeys(plan.name for _, plan in same)
+        # one that the settings name is a control, also where the search finds it too
+        origin = "control" if any(origin == "control" for origin, _ in same) else "search"
+        write_json(run.plan(plan_id), same[0][1].named(*names, origin=origin).to_json())
     write_frame(run.searches, pd.DataFrame(searches, columns=list(SEARCHES_COLUMNS)))
     rows = [(plan.id, origin, plan.label, budget) for origin, budget, plan in found]
     write_frame(run.searched, pd.DataFrame(rows, columns=list(SEARCHED_COLUMNS)))
@@ -160,8 +151,9 @@ def _write_plans(session: Session) -> None:
 def ensure_plans(session: Session) -> tuple[PruningPlan, ...]:
     """The plans that become candidates, controls first; writes plans/<id>.json and plans/searched.csv.
 
-    A plan found under several budgets, or found by the search and a control too, is one plan with the names joined.
-    Plans that were put into the folder by hand follow at the end. Raises BudgetError for a budget that no plan meets.
+    A plan found under several budgets, or found by the search and a control too, is one plan with several names. Plans
+    that were put into the folder by hand follow at the end, as controls. Raises BudgetError for a budget that no plan
+    meets.
     """
     run = session.run
     if not run.done(run.searched):
@@ -169,7 +161,8 @@ def ensure_plans(session: Session) -> tuple[PruningPlan, ...]:
     order = dict.fromkeys(searched(run)["plan_id"])
     by_hand = [plan_id for plan_id in run.plan_ids() if plan_id not in order]
     files = [run.plan(plan_id) for plan_id in [*order, *by_hand]]
-    return tuple(plan_from_json(read_json(path), session.architecture) for path in files)
+    plans = (plan_from_json(read_json(path), session.architecture) for path in files)
+    return tuple(plan.named(*plan.names, origin=plan.origin or "control") for plan in plans)
 
 
 def plans_frame(session: Session) -> pd.DataFrame:
@@ -191,7 +184,7 @@ def plans_frame(session: Session) -> pd.DataFrame:
             {
                 "plan": plan.label,
                 "plan_id": plan.id,
-                "origin": origin_of(run, plan.id),
+                "origin": plan.origin,
                 "budgets": " ".join(budget for budget in budgets if budget),
                 "removed": " ".join(plan.removed),
                 "blocks_removed": len(plan.removed),
@@ -222,13 +215,12 @@ def left_out(session: Session, plan: PruningPlan) -> str:
 
 
 def goes_by(plan: PruningPlan, text: str) -> bool:
-    """Whether ``text`` is the plan's id, its name, one of its joined names, or one of these without the budget."""
-    names = plan.name.split(" = ")
-    return text in (plan.id, plan.name, *names, *(name.split(" ")[0] for name in names if name))
+    """Whether ``text`` is the plan's id, one of its names, or one of these without the budget."""
+    return text in (plan.id, *plan.names, *(name.split(" ")[0] for name in plan.names))
 
 
 def plan_named(plans: tuple[PruningPlan, ...], text: str, session: Session) -> PruningPlan:
-    """The one of ``plans`` that ``text`` means: an id, a name or one of its joined names, or the plan in writing.
+    """The one of ``plans`` that ``text`` means: an id, one of its names, or the plan in writing.
 
     Raises PlanError when it is none of them.
     """

@@ -21,8 +21,7 @@ from prune_lab.search import (
     sample_near,
     search_plans,
 )
-from prune_lab.workflow.measuring import run_scoring_context
-from prune_lab.workflow.session import Session
+from prune_lab.session import Session, run_scoring_context
 
 
 @dataclass(frozen=True, slots=True)

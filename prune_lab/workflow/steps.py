@@ -7,37 +7,35 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from prune_lab.config import DataConfig, RunConfig, changed_settings, load_config, to_toml
+from prune_lab.config import SETTINGS, DataConfig, RunConfig, changed_settings, to_toml
 from prune_lab.distill import CACHE_INDEX, is_cache
 from prune_lab.errors import RunError, StorageError
 from prune_lab.models import model_digest, resolve_model
-from prune_lab.runs import Run, load_run_config, open_run
+from prune_lab.runs import FORMAT, Run, load_run_config, open_run
 from prune_lab.runtime import Environment, read_json, write_json, write_text
+from prune_lab.session import Session, ensure_data, ensure_probe
 from prune_lab.workflow.distilling import ensure_distilled
 from prune_lab.workflow.measuring import (
     ensure_blocks,
     ensure_costs,
-    ensure_probe,
     ensure_reductions,
     ensure_scores,
     ensure_shares,
 )
 from prune_lab.workflow.ranking import ensure_pictures, ensure_ranking, ensure_report
 from prune_lab.workflow.searching import ensure_plans
-from prune_lab.workflow.session import Session
-from prune_lab.workflow.students import ensure_candidates, ensure_data, ensure_repaired
+from prune_lab.workflow.students import ensure_candidates, ensure_repaired
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """One step of a run."""
 
-    name: str
-    settings: tuple[str, ...]  # tables or single settings that no earlier step reads
+    name: str  # as the settings that it reads name it (see ``SETTINGS``)
+    does: str
     ensure: Callable[[Session], object]
     products: Callable[[Run], tuple[Path, ...]]  # files and folders that it writes
-    marks: Callable[[Run], tuple[Path, ...]]  # what is there when it is finished
-    does: str
+    marks: Callable[[Run], tuple[Path, ...]]  # those that are there when it is finished
 
 
 def _of_candidates(*parts: str) -> Callable[[Run], tuple[Path, ...]]:
@@ -59,7 +57,11 @@ def _files(*names: str) -> Callable[[Run], tuple[Path, ...]]:
 
 
 def _pictures(run: Run) -> tuple[Path, ...]:
-    return run.teacher_pictures, *_of_candidates("pictures_pruned", "pictures_distilled")(run)
+    return (
+        run.picture_prompts,
+        run.teacher_pictures,
+        *_of_candidates("pictures_pruned", "pictures_distilled")(run),
+    )
 
 
 def _repaired(run: Run) -> tuple[Path, ...]:
@@ -82,127 +84,68 @@ def _distilled(run: Run) -> tuple[Path, ...]:
     return run.tournament, run.curves_dir, *_of_candidates("recovery", "heldout", "grids", "distilled")(run)
 
 
+def _step(
+    name: str,
+    does: str,
+    ensure: Callable[[Session], object],
+    products: Callable[[Run], tuple[Path, ...]],
+    marks: Callable[[Run], tuple[Path, ...]] | None = None,
+) -> Step:
+    return Step(name, does, ensure, products, marks or products)
+
+
+# In order: a step asks steps before it for what they made, and none after it.
 STEPS: tuple[Step, ...] = (
-    Step(
-        "blocks",
-        ("model", "device", "dtype", "seed"),
-        ensure_blocks,
-        _files("blocks"),
-        _files("blocks"),
-        "lists the blocks of the U-Net",
-    ),
-    Step(
-        "probe",
-        ("probe",),
-        ensure_probe,
-        _files("probe"),
-        _files("probe"),
-        "encodes held-out pictures and captions",
-    ),
-    Step(
+    _step("blocks", "lists the blocks of the U-Net", ensure_blocks, _files("blocks")),
+    _step("probe", "encodes held-out pictures and captions", ensure_probe, _files("probe")),
+    _step(
         "scores",
-        ("score",),
+        "removes each block, pair and stage in turn and measures the damage",
         ensure_scores,
         _files("importance_parts", "criteria", "importance"),
         _files("importance"),
-        "removes each block, pair and stage in turn and measures the damage",
     ),
-    Step(
-        "costs",
-        (),
-        ensure_costs,
-        _files("costs"),
-        _files("costs"),
-        "counts parameters and multiply-adds of every block",
-    ),
-    Step(
+    _step("costs", "counts parameters and multiply-adds of every block", ensure_costs, _files("costs")),
+    _step(
         "plans",
-        ("search",),
+        "searches the best plans under each budget",
         ensure_plans,
         _files("plans_dir", "latency"),
         _files("searched"),
-        "searches the best plans under each budget",
     ),
-    Step(
+    _step(
         "candidates",
-        ("profile",),
+        "cuts and profiles a smaller model for every plan",
         ensure_candidates,
         _of_candidates("folder"),
         _of_candidates("profile"),
-        "cuts and profiles a smaller model for every plan",
     ),
-    Step(
+    _step(
         "repaired",
-        ("repair",),
+        "mends the cuts in closed form, where repair.kind asks for it",
         ensure_repaired,
         _of_candidates("repair", "repaired"),
         _repaired,
-        "mends the cuts in closed form, where repair.kind asks for it",
     ),
-    Step(
-        "data",
-        ("data", "distill.pictures", "distill.seed"),
-        ensure_data,
-        _files("data", "data_dir"),
-        _data,
-        "encodes the training pictures",
-    ),
-    Step(
+    _step("data", "encodes the training pictures", ensure_data, _files("data", "data_dir"), _data),
+    _step(
         "distilled",
-        ("distill", "rank"),
+        "retrains every candidate from the teacher",
         ensure_distilled,
         _distilled,
         _of_candidates("distilled_unet"),
-        "retrains every candidate from the teacher",
     ),
-    Step(
+    _step(
         "reductions",
-        ("report.also_presets",),
+        "counts and times what the controls leave, here and of other models",
         ensure_reductions,
         _files("reductions"),
-        _files("reductions"),
-        "counts and times what the controls leave, here and of other models",
     ),
-    Step(
-        "shares",
-        ("evaluate.steps", "evaluate.guidance"),
-        ensure_shares,
-        _files("pipeline_profile"),
-        _files("pipeline_profile"),
-        "times the parts of the pipeline",
-    ),
-    Step(
-        "pictures",
-        ("evaluate",),
-        ensure_pictures,
-        _pictures,
-        _pictures,
-        "draws the same prompts with every model",
-    ),
-    Step(
-        "ranking",
-        (),
-        ensure_ranking,
-        _files("ranking"),
-        _files("ranking"),
-        "orders the candidates by quality at their cost",
-    ),
-    Step(
-        "report",
-        ("report",),
-        ensure_report,
-        _files("report_dir"),
-        _files("report"),
-        "writes the pages",
-    ),
+    _step("shares", "times the parts of the pipeline", ensure_shares, _files("pipeline_profile")),
+    _step("pictures", "draws the same prompts with every model", ensure_pictures, _pictures),
+    _step("ranking", "orders the candidates by quality at their cost", ensure_ranking, _files("ranking")),
+    _step("report", "writes the pages", ensure_report, _files("report_dir"), _files("report")),
 )
-
-
-# These say where or how something is computed, and not what: they may change under what is finished.
-_FREE = {
-    *("rank.address", "rank.storage", "rank.cpus", "distill.together", "distill.micro_batch"),
-    *("distill.trackers", "distill.grid_every", "distill.checkpoint_every"),
-}
 
 
 # Starting and redoing ----------------------------------------------------------------------------------------
@@ -215,17 +158,14 @@ def steps_from(name: str) -> tuple[Step, ...]:
 
 
 def touching(changed: Iterable[str]) -> tuple[str, ...]:
-    """Those of the ``changed`` settings that what is finished depends on."""
-    return tuple(name for name in changed if name not in _FREE)
+    """Those of the ``changed`` settings, dotted names such as ``distill.steps``, that finished results depend on."""
+    return tuple(name for name in changed if not SETTINGS[name].free)
 
 
 def first_touched(changed: Iterable[str]) -> str:
-    """The first step that reads one of the ``changed`` settings, dotted names such as ``distill.steps``."""
-    readers = {
-        setting: place for place, step in reversed(list(enumerate(STEPS))) for setting in step.settings
-    }
-    places = [readers.get(name, readers[name.split(".")[0]]) for name in changed]
-    return STEPS[min(places)].name
+    """The first step that reads one of the ``changed`` settings."""
+    readers = {SETTINGS[name].read_by for name in changed}
+    return next(step.name for step in STEPS if step.name in readers)
 
 
 def forget(run: Run, name: str, *, plan_ids: Collection[str] | None = None) -> None:
@@ -258,8 +198,8 @@ def _recorded_digest(run: Run) -> str:
 def _record(run: Run, config: RunConfig) -> None:
     environment = Environment.capture(config.device, config.dtype).as_dict()
     digest = model_digest(resolve_model(config.model))
+    write_json(run.environment, {"format": FORMAT} | environment | {"model_digest": digest})
     write_text(run.config, to_toml(config))
-    write_json(run.environment, environment | {"model_digest": digest})
 
 
 def start_run(config: RunConfig, folder: Path, *, force: bool = False) -> Run:
@@ -277,7 +217,7 @@ def start_run(config: RunConfig, folder: Path, *, force: bool = False) -> Run:
             )
         _record(run, config)
         return run
-    changed = changed_settings(load_config(run.config), config)
+    changed = changed_settings(load_run_config(run), config)
     if "model" not in changed and _recorded_digest(run) not in (
         "",
         model_digest(resolve_model(config.model)),

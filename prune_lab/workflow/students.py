@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import cast
 
 import pandas as pd
-import torch
 
 from prune_lab.candidates import Candidate, build_candidate, load_candidate, load_student
-from prune_lab.distill import (
-    LatentCache,
-    LatentData,
-    TrainingData,
-    cached_data,
-    held_out,
-    is_cache,
-    training_data,
-)
 from prune_lab.plans import PruningPlan
-from prune_lab.probes import Probe, probe_of_latents
 from prune_lab.repair import Choice, repair
 from prune_lab.runtime import track, write_frame
+from prune_lab.session import Session, ensure_probe
 from prune_lab.surgery import save_unet
-from prune_lab.workflow.measuring import ensure_probe
 from prune_lab.workflow.searching import ensure_plans, left_out
-from prune_lab.workflow.session import Session
 
 REPAIRED_COLUMNS = ("plan", "plan_id", "kind", "applied", "impact_before", "impact_after")
 
@@ -56,50 +45,8 @@ def _candidate(session: Session, plan: PruningPlan) -> Candidate:
             runs=settings.runs,
             warmup=settings.warmup,
         )
-    return load_candidate(paths.folder, session.architecture)
-
-
-def ensure_data(session: Session) -> TrainingData:
-    """Training pictures as latents and text embeddings, the same for every candidate.
-
-    Shipped ones are written to data.safetensors, those that ``data.source`` names to data/, unless it names a finished
-    cache or ``data.cached`` is false.
-    """
-    run = session.run
-    if run.done(run.data):
-        return LatentData.load(run.data)
-    if is_cache(run.data_dir):
-        return LatentCache.load(run.data_dir)
-    if session.config.data.source:
-        return training_data(session.pipeline, session.config.data, run.data_dir)
-    settings = session.config.distill
-    pictures = session.pictures("train", settings.pictures, settings.seed)
-    return cached_data(run.data, session.pipeline, pictures.pixels, pictures.captions)
-
-
-def training_and_validation(session: Session) -> tuple[TrainingData, Probe]:
-    """What students are trained on, and the held-out rows whose loss judges them.
-
-    Of pictures that the user gave ``probe.samples`` are kept back, in their first variant, and never trained on; of the
-    shipped ones the held-out split serves, pictures that the scores have not seen.
-    """
-    data = ensure_data(session)
-    if not session.config.data.source:
-        return data, session.validation
-    settings = session.config.probe
-    training, kept_back = held_out(data, settings.samples, settings.seed)
-    rows = kept_back.rows(torch.arange(settings.samples), torch.zeros(settings.samples, dtype=torch.int64))
-    unnamed = [""] * settings.samples
-    validation = probe_of_latents(
-        session.pipeline,
-        rows.mean,
-        unnamed,
-        unnamed,
-        timesteps=settings.timesteps,
-        seed=settings.seed + 1,
-        text=(rows.embeddings, rows.added),
-    )
-    return training, validation
+    # the run knows best what its plans are called
+    return dataclasses.replace(load_candidate(paths.folder, session.architecture), plan=plan)
 
 
 def ensure_repaired(session: Session) -> pd.DataFrame:

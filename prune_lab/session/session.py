@@ -2,82 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from prune_lab.assets import decode_pictures, load_pictures
+from prune_lab.assets import decode_pictures
 from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.config import RunConfig
-from prune_lab.errors import DataError, RunError
-from prune_lab.evaluation import generate
+from prune_lab.errors import RunError
 from prune_lab.models import ModelSource, load_pipeline, load_scorer, load_unet, resolve_model
 from prune_lab.probes import Probe, make_probe
 from prune_lab.runs import Run, load_run_config
-from prune_lab.runtime import pick_device, pick_dtype, seeded
+from prune_lab.runtime import pick_device, pick_dtype
+from prune_lab.session.prompts import Pictures, Prompts, read_prompts, shipped_rows
 
 HELDOUT_PROMPTS = 8  # captions to draw when evaluate.prompts names none
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Pictures:
-    """Captioned pictures at the size that a model works at."""
-
-    pixels: Tensor  # (N, 3, H, W) uint8
-    captions: tuple[str, ...]
-    groups: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Prompts:
-    """Prompts, and the kind of each for a look at damage per kind; kinds may be empty."""
-
-    texts: tuple[str, ...]
-    kinds: tuple[str, ...]
-
-
-def read_prompts(path: Path) -> Prompts:
-    """The prompts in a text file, one a line, or in the columns prompt (or caption) and kind (or group) of a table.
-
-    Tables are .csv or .parquet; without a column of kinds all prompts are of one kind. Raises DataError when the file
-    cannot be read or holds none.
-    """
-    remedy = "give a .txt file with one prompt a line, or a .csv or .parquet file with a column prompt"
-    try:
-        if path.suffix == ".txt":
-            lines = path.read_text(encoding="utf-8").splitlines()
-            frame = pd.DataFrame({"prompt": [line.strip() for line in lines if line.strip()]})
-        elif path.suffix in (".csv", ".parquet"):
-            frame = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
-        else:
-            raise DataError(
-                f"asked for the prompts in {path}, found a name ending in {path.suffix!r}; {remedy}"
-            )
-    except (
-        OSError,
-        UnicodeDecodeError,
-        pd.errors.ParserError,
-        pd.errors.EmptyDataError,
-        ValueError,
-    ) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"asked for the prompts in {path}, cannot read it ({error}); {remedy}") from None
-    texts = next((name for name in ("prompt", "caption") if name in frame), "")
-    if not texts or frame.empty:
-        found = f"columns {', '.join(map(str, frame.columns))}" if not frame.empty else "no prompts"
-        raise DataError(f"asked for the prompts in {path}, found {found}; {remedy}")
-    kinds = next((name for name in ("kind", "group") if name in frame), "")
-    return Prompts(
-        tuple(frame[texts].astype(str)),
-        tuple(frame[kinds].fillna("").astype(str)) if kinds else ("",) * len(frame),
-    )
 
 
 class Session:
@@ -143,7 +85,7 @@ class Session:
     def prompts(self) -> tuple[str, ...]:
         """What teacher and candidates draw: ``evaluate.prompts``, or else captions of held-out pictures."""
         named = self.config.evaluate.prompts
-        return named or tuple(_chosen("heldout", HELDOUT_PROMPTS, self.config.seed)["caption"])
+        return named or tuple(shipped_rows("heldout", HELDOUT_PROMPTS, self.config.seed)["caption"])
 
     @cached_property
     def probe_prompts(self) -> Prompts:
@@ -158,7 +100,7 @@ class Session:
             return self.probe_prompts
         if self.config.evaluate.prompts:
             return Prompts(self.config.evaluate.prompts, ())
-        rows = _chosen("heldout", HELDOUT_PROMPTS, self.config.seed)
+        rows = shipped_rows("heldout", HELDOUT_PROMPTS, self.config.seed)
         return Prompts(tuple(rows["caption"]), tuple(rows["group"]))
 
     @cached_property
@@ -183,32 +125,10 @@ class Session:
 
         They are resized to the size at which the pipeline works. Raises DataError when there are not so many.
         """
-        rows = _chosen(split, skip + count, seed).iloc[skip:]
+        rows = shipped_rows(split, skip + count, seed).iloc[skip:]
         pixels = decode_pictures(rows)
         side = int(self.pipeline.unet.config.sample_size) * int(self.pipeline.vae_scale_factor)
         if pixels.shape[-1] != side:
             resized = F.interpolate(pixels.float(), (side, side), mode="bicubic", antialias=True)
             pixels = resized.round().clamp(0, 255).to(torch.uint8)
         return Pictures(pixels, tuple(rows["caption"]), tuple(rows["group"]))
-
-
-def _chosen(split: str, count: int, seed: int) -> Any:
-    """The first ``count`` rows of a shipped split, in an order drawn with ``seed``, as a frame."""
-    frame = load_pictures(split)
-    if count > len(frame):
-        raise DataError(f"asked for {count} {split} pictures, the package ships {len(frame)}; ask for fewer")
-    order = torch.randperm(len(frame), generator=seeded(seed))[:count]
-    return frame.iloc[order.tolist()]
-
-
-def drawn(session: Session, unet: Any) -> Tensor:
-    """What ``unet`` draws in the session's pipeline for its prompts and seeds, uint8 (prompts x seeds, 3, H, W)."""
-    settings = session.config.evaluate
-    return generate(
-        session.pipeline,
-        session.prompts,
-        settings.seeds,
-        steps=settings.steps,
-        guidance=settings.guidance,
-        unet=unet,
-    )

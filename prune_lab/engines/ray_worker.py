@@ -1,7 +1,8 @@
 """What a worker of a Ray cluster does for a run, with the functions and on the files of the local engine.
 
 So weights, scores and pictures are those of the local engine, on a CPU bit for bit at equally many threads. A worker
-sees the run folder itself, or fetches what it needs from a shelf and puts there what it has made after every rung.
+sees the run folder itself, or fetches what it needs from an artifact store and puts there what it has made after every
+rung.
 """
 
 from __future__ import annotations
@@ -19,19 +20,18 @@ import torch
 from numpy.typing import NDArray
 
 from prune_lab.blocks import BlockGroup
-from prune_lab.candidates import Candidate, load_candidate
+from prune_lab.candidates import Candidate, State, load_candidate
 from prune_lab.cluster import ArtifactStore, Report
 from prune_lab.distill import load_recovery
+from prune_lab.engines.pictures import draw_job
+from prune_lab.engines.training import heldout_losses_after, train_to
 from prune_lab.errors import ClusterError
 from prune_lab.importance import ImportanceTable, ScoreCache, score
 from prune_lab.probes import load_probe
 from prune_lab.runs import Run
-from prune_lab.workflow.distilling import measured, train_to
-from prune_lab.workflow.measuring import run_scoring_context
-from prune_lab.workflow.ranking import drawn_for
-from prune_lab.workflow.session import Session
+from prune_lab.session import Session, run_scoring_context
 
-RAY = "ray"  # folder in a run for what only the cluster needs; removed when a tournament is over
+RAY = "ray"  # folder in a run for what only the cluster needs; removed when a training is over
 VALIDATION = f"{RAY}/validation.safetensors"
 BUILT = ("plan.json", "profile.json", "unet", "repaired")  # of a candidate, before any training
 DECISIONS = "distilled/decisions.json"  # in a candidate's folder, and gone with its distillation
@@ -49,7 +49,15 @@ class RunRef:
     directory: str  # the driver's working directory, which relative paths in the settings are of
     cpus: int
     store: ArtifactStore | None
-    made_of: str  # changes with settings and validation: a run of the same name may be another one by now
+    digest: str  # of settings and validation: a run of the same name may be another one by now
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ScoreShard:
+    """A part of what is scored: these groups, on these rows of the probe; None: on all samples of the criterion."""
+
+    groups: tuple[BlockGroup, ...]
+    rows: tuple[int, ...] | None = None
 
 
 def files_in(folder: Path, names: Sequence[str]) -> list[str]:
@@ -67,17 +75,17 @@ def of_candidate(plan_id: str, *names: str) -> list[str]:
     return [f"candidates/{plan_id}/{name}" for name in names]
 
 
-# The run of a job ----------------------------------------------------------------------------------------------
+# The session of a worker ---------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=1)  # the next candidate finds the teacher loaded
-def _opened(job: RunRef) -> Session:
-    run = Run(Path(job.folder))
-    if job.store is not None:
-        run = Run(job.store.scratch)
+def _session_of(ref: RunRef) -> Session:
+    run = Run(Path(ref.folder))
+    if ref.store is not None:
+        run = Run(ref.store.scratch)
     elif not run.config.is_file():
         raise ClusterError(
-            f"asked a worker for the run {job.folder}, which it does not see; put the run on a path that all machines "
+            f"asked a worker for the run {ref.folder}, which it does not see; put the run on a path that all machines "
             "share, or give --storage URL"
         )
     path = run.folder / VALIDATION
@@ -87,24 +95,25 @@ def _opened(job: RunRef) -> Session:
 
 
 @contextlib.contextmanager
-def _at_work(job: RunRef) -> Iterator[Session]:
-    """The session of the run, with the threads and the working directory of the job."""
+def _opened(ref: RunRef) -> Iterator[Session]:
+    """The session of the run, with the threads and the working directory that ``ref`` asks for."""
     threads = torch.get_num_threads()
-    there = Path(job.directory).is_dir()
-    torch.set_num_threads(job.cpus)
+    there = Path(ref.directory).is_dir()
+    torch.set_num_threads(ref.cpus)
     try:
-        if job.store is not None:
-            job.store.fetch(job.store.scratch, lambda name: not name.startswith("candidates/"))
-        with contextlib.chdir(job.directory) if there else contextlib.nullcontext():
-            yield _opened(job)
+        if ref.store is not None:
+            ref.store.fetch(ref.store.scratch, lambda name: not name.startswith("candidates/"))
+        with contextlib.chdir(ref.directory) if there else contextlib.nullcontext():
+            yield _session_of(ref)
     finally:
         torch.set_num_threads(threads)
 
 
-def _candidate(job: RunRef, session: Session, plan_id: str) -> Candidate:
-    if job.store is not None:
-        job.store.fetch(session.run.folder, lambda name: name.startswith(f"candidates/{plan_id}/"))
-    return load_candidate(session.run.candidate(plan_id).folder, session.architecture)
+def _candidate(ref: RunRef, session: Session, plan_id: str) -> Candidate:
+    run = session.run
+    if ref.store is not None:
+        ref.store.fetch(run.folder, lambda name: name.startswith(f"candidates/{plan_id}/"))
+    return load_candidate(run.candidate(plan_id).folder, session.architecture)
 
 
 def _put_state(store: ArtifactStore, run: Run, plan_id: str) -> None:
@@ -126,52 +135,43 @@ def get_state(store: ArtifactStore, run: Run, plan_id: str) -> None:
 # Work -----------------------------------------------------------------------------------------------------------
 
 
-def train_here(job: RunRef, rungs: Sequence[int], plan_id: str, report: Report) -> None:
+def train_candidate(ref: RunRef, rungs: Sequence[int], plan_id: str, report: Report) -> None:
     """Train a candidate from rung to rung, from where it is, until it is stopped, fails or comes to the end."""
-    with _at_work(job) as session:
-        candidate = _candidate(job, session, plan_id)
-        if job.store is not None:
-            # the shelf knows better than what another attempt may have left on this machine
+    with _opened(ref) as session:
+        candidate = _candidate(ref, session, plan_id)
+        if ref.store is not None:
+            # the store knows better than what another attempt may have left on this machine
             for path in (candidate.paths.distilled, candidate.paths.grids):
                 shutil.rmtree(path, ignore_errors=True)
-            get_state(job.store, session.run, plan_id)
+            get_state(ref.store, session.run, plan_id)
         for steps in rungs:
             before = load_recovery(candidate.folder)
-            train_to(session, [candidate], steps, keep_checkpoint=True)
+            train_to(session, [candidate], steps, keep_checkpoint=len(rungs) > 1)
             after = load_recovery(candidate.folder)
-            if job.store is not None and (before is None or after is None or before.steps != after.steps):
-                _put_state(job.store, session.run, plan_id)
-            losses = measured([candidate], steps)[plan_id]
+            if ref.store is not None and (before is None or after is None or before.steps != after.steps):
+                _put_state(ref.store, session.run, plan_id)
+            losses = heldout_losses_after([candidate], steps)[plan_id]
             if isinstance(losses, str):
                 return  # the verdict in its folder says why
             report(steps, float(losses.mean()))
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ScoreShard:
-    """A part of what is scored: these groups, on these rows of the probe; None: on all samples of the criterion."""
-
-    groups: tuple[BlockGroup, ...]
-    rows: tuple[int, ...] | None = None
-
-
-def score_here(job: RunRef, criterion: str, share: ScoreShard) -> ImportanceTable:
-    """What each group of ``share`` is worth, without intervals."""
-    with _at_work(job) as session:
+def score_shard(ref: RunRef, criterion: str, shard: ScoreShard) -> ImportanceTable:
+    """What each group of ``shard`` is worth, without intervals."""
+    with _opened(ref) as session:
         # in memory: workers that write one file would lose each other's values
         context = dataclasses.replace(run_scoring_context(session), cache=ScoreCache())
-        if share.rows is not None:
-            unconditional = None if context.unconditional is None else context.unconditional.rows(share.rows)
+        if shard.rows is not None:
+            unconditional = None if context.unconditional is None else context.unconditional.rows(shard.rows)
             context = dataclasses.replace(
-                context, probe=context.probe.rows(share.rows), unconditional=unconditional
+                context, probe=context.probe.rows(shard.rows), unconditional=unconditional
             )
-        return score(context, share.groups, criterion, bootstrap=0)
+        return score(context, shard.groups, criterion, bootstrap=0)
 
 
-def draw_here(job: RunRef, what: tuple[str, bool]) -> NDArray[np.uint8]:
-    """The grid of a candidate, its plan's id and whether it is distilled; of the teacher for an empty id."""
-    plan_id, distilled = what
-    with _at_work(job) as session:
-        candidate = _candidate(job, session, plan_id) if plan_id else None
-        pixels = drawn_for(session, candidate, distilled).numpy()
-        return cast("NDArray[np.uint8]", pixels)
+def draw_set(ref: RunRef, asked: tuple[str, State]) -> NDArray[np.uint8]:
+    """The pictures of a candidate, its plan's id and its state; of the teacher for an empty id."""
+    plan_id, state = asked
+    with _opened(ref) as session:
+        candidate = _candidate(ref, session, plan_id) if plan_id else None
+        return cast("NDArray[np.uint8]", draw_job(session, candidate, state).numpy())

@@ -1,7 +1,7 @@
-"""The steps that go to the machines of a Ray cluster: the tournament, scores of plans, pictures.
+"""The engine of a Ray cluster, the driver's side: training, scores and pictures sent to its machines.
 
-The driver's side; ``workers`` is the other. Where the machines do not see the run folder, the driver publishes on
-``rank.storage`` what they need, and fetches from there what they made.
+``ray_worker`` is the other side. Where the machines do not see the run folder, the driver publishes on
+``engine.storage`` what they need, and fetches from there what they made.
 """
 
 from __future__ import annotations
@@ -31,33 +31,30 @@ from prune_lab.cluster import (
     slots,
     tournament_from_asha,
 )
-from prune_lab.distill import FEATURE_VARIANTS, load_recovery
-from prune_lab.errors import ClusterError, ConfigError
-from prune_lab.importance import ONE_STEP, ImportanceTable, Samples
-from prune_lab.importance.intervals import impacts_of, intervals
-from prune_lab.ranking import HeldoutLosses, Tournament
-from prune_lab.runs import Run
-from prune_lab.runtime import note, read_json, write_json
-from prune_lab.workflow.distilling import measured, rungs_of
-from prune_lab.workflow.measuring import ensure_probe, ensure_scores
-from prune_lab.workflow.ranking import PictureJob
-from prune_lab.workflow.searching import origin_of
-from prune_lab.workflow.session import Session
-from prune_lab.workflow.students import ensure_data
-from prune_lab.workflow.workers import (
+from prune_lab.distill import load_recovery
+from prune_lab.engines.pictures import PictureJob
+from prune_lab.engines.ray_worker import (
     BUILT,
     DECISIONS,
     RAY,
     VALIDATION,
     RunRef,
     ScoreShard,
-    draw_here,
+    draw_set,
     files_in,
     get_state,
     of_candidate,
-    score_here,
-    train_here,
+    score_shard,
+    train_candidate,
 )
+from prune_lab.engines.training import controls_among, heldout_losses_after
+from prune_lab.errors import ClusterError, ConfigError
+from prune_lab.importance import ONE_STEP, ImportanceTable, Samples
+from prune_lab.importance.intervals import impacts_of, intervals
+from prune_lab.ranking import HeldoutLosses, Tournament
+from prune_lab.runs import Run
+from prune_lab.runtime import note, read_json, write_json
+from prune_lab.session import Session, ensure_data, ensure_probe
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -76,17 +73,17 @@ _SHARED = (
 # What is sent --------------------------------------------------------------------------------------------------
 
 
-def _job(run: Run, cluster: Cluster, names: Sequence[str]) -> RunRef:
+def _ref(run: Run, cluster: Cluster, names: Sequence[str]) -> RunRef:
     folder = run.folder.resolve()
     store = publish(folder, files_in(folder, names), cluster.storage) if cluster.storage else None
     read = [path for path in (run.config, run.folder / VALIDATION) if path.is_file()]
-    made_of = hashlib.sha256(b"".join(path.read_bytes() for path in read)).hexdigest()[:16]
-    return RunRef(str(folder), str(Path.cwd()), cluster.cpus, store, made_of)
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in read)).hexdigest()[:16]
+    return RunRef(str(folder), str(Path.cwd()), cluster.cpus, store, digest)
 
 
 def cluster_of(session: Session) -> Cluster:
     """The cluster that the run's settings name."""
-    settings = session.config.rank
+    settings = session.config.engine
     storage = settings.storage
     if storage and "://" not in storage:
         storage = str(Path(storage).expanduser().resolve())
@@ -98,7 +95,7 @@ def _outfitted(ray: Any, session: Session, cluster: Cluster) -> Cluster:
     device = session.config.device
     if ":" in device:
         raise ConfigError(
-            f"asked for device {device!r} with --engine ray, which hands out GPUs itself; use cuda"
+            f"asked for device {device!r} with the engine ray, which hands out GPUs itself; use cuda"
         )
     if cluster.gpus is not None:
         return cluster
@@ -106,7 +103,7 @@ def _outfitted(ray: Any, session: Session, cluster: Cluster) -> Cluster:
     return dataclasses.replace(cluster, gpus=1.0 if wanted else 0.0)
 
 
-# The tournament ------------------------------------------------------------------------------------------------
+# Training --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -135,16 +132,15 @@ class _Decisions:
 def _prepare(session: Session, plan_ids: Collection[str]) -> list[str]:
     """Make what every worker reads, so that they do not all make it; the names of these files and folders."""
     ensure_data(session)
-    if FEATURE_VARIANTS[session.config.distill.loss_variant].by_sensitivity:
-        ensure_scores(session)
     if not session.config.data.source:
         session.validation.save(session.run.folder / VALIDATION)
     return [*_SHARED, *(name for plan_id in plan_ids for name in of_candidate(plan_id, *BUILT))]
 
 
 def _check_ended(
-    run: Run, names: Sequence[str], last: int, decisions: _Decisions, errors: Mapping[str, str]
+    run: Run, names: Sequence[str], last: int, stopped: Mapping[str, int], errors: Mapping[str, str]
 ) -> None:
+    """Raise ClusterError unless every candidate came to the ``last`` step, failed, was stopped or has an error."""
     if names and len(errors) == len(names):
         raise ClusterError(
             f"asked to distil {len(names)} candidates on the Ray cluster, found none that came to an end: "
@@ -153,53 +149,59 @@ def _check_ended(
     for name in names:
         recovery = load_recovery(run.candidate(name).folder)
         through = recovery is not None and (recovery.status == "failed" or recovery.steps >= last)
-        if not through and name not in errors and decisions.stopped(name) is None:
+        if not through and name not in errors and name not in stopped:
             steps = recovery.steps if recovery else 0
             raise ClusterError(
-                f"asked for a tournament on the Ray cluster, found {name} after {steps} of {last} steps when it ended; "
+                f"asked to distil on the Ray cluster, found {name} after {steps} of {last} steps when it ended; "
                 "the same command again goes on"
             )
 
 
-def play_on_ray(
-    session: Session, candidates: Sequence[Candidate], cluster: Cluster | None = None
+def train(
+    session: Session,
+    candidates: Sequence[Candidate],
+    rungs: Sequence[int],
+    *,
+    cluster: Cluster | None = None,
 ) -> Tournament:
-    """Who of ``candidates`` came to the end, by ASHA over the rungs of the run; on ``cluster``, None: the settings'.
+    """Who of ``candidates`` came to the last of ``rungs``, by ASHA; on ``cluster``, None: the one of the settings.
 
     Each candidate is a trial of Ray Tune that distils it from rung to rung. A trial whose worker died goes on from the
     candidate's checkpoint, and so does every one when the same is asked again. Survivors are ranked by ``play``'s
-    paired differences. The CLIP score breaks no ties at rungs. Raises ClusterError, StorageError.
+    paired differences. With one rung nobody is dropped. The CLIP score breaks no ties at rungs. Raises ClusterError,
+    StorageError.
     """
     run = session.run
     cluster, named = cluster or cluster_of(session), {one.plan.id: one for one in candidates}
-    names, rungs, settings = list(named), rungs_of(session), session.config.rank
-    controls = [name for name in names if origin_of(run, name) == "control"] if settings.keep_controls else []
+    names, controls = list(named), controls_among(session, candidates)
     decisions, own = _Decisions(run), run.folder.resolve() / RAY
     with connected(cluster) as ray:
         cluster = _outfitted(ray, session, cluster)
-        job = _job(run, cluster, _prepare(session, names))
-        note(f"tournament of {len(names)} candidates on Ray, {slots(ray, cluster)} at once")
+        ref = _ref(run, cluster, _prepare(session, names))
+        note(f"distilling {len(names)} candidates on Ray, {slots(ray, cluster)} at once")
         place: Any = str(own)
-        if job.store is not None:
-            filesystem, root = job.store.opened()
+        if ref.store is not None:
+            filesystem, root = ref.store.opened()
             place = filesystem, f"{root}/{RAY}"
         errors = compete(
             ray,
             cluster,
             names,
             rungs,
-            settings.eta,
-            partial(train_here, job, rungs),
+            max(2, session.config.rank.eta),  # of no account where there is one rung
+            partial(train_candidate, ref, rungs),
             decisions,
             controls=controls,
             storage=place,
         )
-        if job.store is not None:
+        if ref.store is not None:
             for name in names:
-                get_state(job.store, run, name)
-            job.store.remove(f"{RAY}/tune")
-            everywhere(ray, job.store.sweep)
-    _check_ended(run, names, rungs[-1], decisions, errors)
+                get_state(ref.store, run, name)
+            ref.store.remove(f"{RAY}/tune")
+            everywhere(ray, ref.store.sweep)
+    stops = {name: decisions.stopped(name) for name in names}
+    stopped = {name: steps for name, steps in stops.items() if steps is not None and steps in rungs[:-1]}
+    _check_ended(run, names, rungs[-1], stopped, errors)
     shutil.rmtree(own, ignore_errors=True)
 
     def measure(going: Sequence[str], steps: int) -> dict[str, HeldoutLosses]:
@@ -207,11 +209,9 @@ def play_on_ray(
         for name in going:
             found = load_recovery(named[name].folder)
             came = found is not None and (found.status == "failed" or found.steps >= steps)
-            answers |= measured([named[name]], steps) if came else {name: errors[name]}
+            answers |= heldout_losses_after([named[name]], steps) if came else {name: errors[name]}
         return answers
 
-    stops = {name: decisions.stopped(name) for name in names}
-    stopped = {name: steps for name, steps in stops.items() if steps is not None}
     return tournament_from_asha(names, rungs, measure, stopped, controls)
 
 
@@ -219,14 +219,14 @@ def play_on_ray(
 
 
 def _in_tasks(
-    ray: Any, cluster: Cluster, job: RunRef, work: Callable[[Item], Found], items: Sequence[Item]
+    ray: Any, cluster: Cluster, ref: RunRef, work: Callable[[Item], Found], items: Sequence[Item]
 ) -> list[Found]:
-    """``in_tasks``, and afterwards nothing of the job is left on the machines."""
+    """``in_tasks``, and afterwards nothing of the run is left on the machines."""
     try:
         return in_tasks(ray, cluster, work, items)
     finally:
-        if job.store is not None:
-            everywhere(ray, job.store.sweep)
+        if ref.store is not None:
+            everywhere(ray, ref.store.sweep)
 
 
 def _pieces(count: int, slots: int, unit: int = 1) -> list[range]:
@@ -235,41 +235,41 @@ def _pieces(count: int, slots: int, unit: int = 1) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def score_on_ray(
+def score_groups(
     session: Session,
     groups: Sequence[BlockGroup],
     *,
     bootstrap: int = 0,
     cluster: Cluster | None = None,
 ) -> ImportanceTable:
-    """What each of ``groups`` is worth by the run's criterion on its probe, with the work in equal shares.
+    """What each of ``groups`` is worth by the run's criterion on its probe, with the work in equal shards.
 
-    Of a criterion that walks every worker gets some rows of the probe, in whole batches: who walks with whom, and so
-    the rounding, stays as it is on one machine where ``score.batch`` is set. Of others it gets some of the groups.
+    By a criterion of one step every worker gets some rows of the probe, in whole batches: which rows share a forward
+    pass, and so the rounding, stays as it is on one machine where ``score.batch`` is set. By the others it gets some of
+    the groups.
     """
-    cluster, probe, settings = (
-        cluster or cluster_of(session),
-        ensure_probe(session),
-        session.config.score,
-    )
-    walked, all_groups = settings.criterion in ONE_STEP, tuple(groups)
+    cluster, probe, settings = cluster or cluster_of(session), ensure_probe(session), session.config.score
+    one_step, all_groups = settings.criterion in ONE_STEP, tuple(groups)
     with connected(cluster) as ray:
         cluster = _outfitted(ray, session, cluster)
-        job, room = _job(session.run, cluster, ("config.toml", "probe.safetensors")), slots(ray, cluster)
-        if walked:
-            shares = [
+        ref, room = _ref(session.run, cluster, ("config.toml", "probe.safetensors")), slots(ray, cluster)
+        if one_step:
+            shards = [
                 ScoreShard(all_groups, tuple(rows)) for rows in _pieces(len(probe), room, settings.batch or 1)
             ]
         else:
-            shares = [ScoreShard(all_groups[few.start : few.stop]) for few in _pieces(len(all_groups), room)]
-        tables = _in_tasks(ray, cluster, job, partial(score_here, job, settings.criterion), shares)
+            shards = [ScoreShard(all_groups[few.start : few.stop]) for few in _pieces(len(all_groups), room)]
+        tables = _in_tasks(ray, cluster, ref, partial(score_shard, ref, settings.criterion), shards)
     whole = tables[0]
     assert whole.scales is not None
-    values, scales = np.concatenate([table.values for table in tables], axis=1 if walked else 0), whole.scales
-    entries = [entry for table in tables[: 1 if walked else None] for entry in table.entries]
-    samples = Samples.of(probe) if walked else whole.samples
+    values, scales = (
+        np.concatenate([table.values for table in tables], axis=1 if one_step else 0),
+        whole.scales,
+    )
+    entries = [entry for table in tables[: 1 if one_step else None] for entry in table.entries]
+    samples = Samples.of(probe) if one_step else whole.samples
     assert samples is not None
-    if walked:
+    if one_step:
         scales = np.concatenate([table.scales for table in tables if table.scales is not None])
     ends = intervals(values, scales, samples.pictures, draws=bootstrap, seed=session.config.seed)
     return dataclasses.replace(
@@ -284,22 +284,20 @@ def score_on_ray(
         values=values,
         scales=scales,
         samples=samples,
-        compute=None,  # that of several walks is not that of one
+        compute=None,  # that of several shards is not that of one
     )
 
 
-def draw_on_ray(
-    session: Session, grids: Sequence[PictureJob], *, cluster: Cluster | None = None
-) -> list[Tensor]:
-    """The pictures of each of ``grids``, uint8 (prompts x seeds, 3, H, W), each grid drawn by one worker."""
+def draw(session: Session, jobs: Sequence[PictureJob], *, cluster: Cluster | None = None) -> list[Tensor]:
+    """The pictures of each of ``jobs``, uint8 (prompts x seeds, 3, H, W), each set drawn by one worker."""
     cluster = cluster or cluster_of(session)
     names = ["config.toml"]
-    for grid in grids:
-        if grid.candidate is not None:
-            names += of_candidate(grid.candidate.plan.id, *BUILT, "distilled/unet")
+    for job in jobs:
+        if job.candidate is not None:
+            names += of_candidate(job.candidate.plan.id, *BUILT, "distilled/unet")
     with connected(cluster) as ray:
         cluster = _outfitted(ray, session, cluster)
-        job = _job(session.run, cluster, list(dict.fromkeys(names)))
-        asked = [(grid.candidate.plan.id if grid.candidate else "", grid.distilled) for grid in grids]
-        sheets = _in_tasks(ray, cluster, job, partial(draw_here, job), asked)
-    return [torch.from_numpy(sheet.copy()) for sheet in sheets]  # Ray's arrays are read-only
+        ref = _ref(session.run, cluster, list(dict.fromkeys(names)))
+        asked = [(job.candidate.plan.id if job.candidate else "", job.state) for job in jobs]
+        sets = _in_tasks(ray, cluster, ref, partial(draw_set, ref), asked)
+    return [torch.from_numpy(pictures.copy()) for pictures in sets]  # Ray's arrays are read-only

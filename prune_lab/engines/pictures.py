@@ -1,0 +1,66 @@
+"""Pictures of a run: what is to be drawn, by whom, and how the files are called."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import Tensor
+
+from prune_lab.candidates import Candidate, State, load_student
+from prune_lab.evaluation import clip_scores, generate
+from prune_lab.session import Session
+
+PICTURE_COLUMNS = ("file", "prompt", "seed")
+_LONGEST_NAME = 40  # characters of a prompt in the name of a file
+
+
+@dataclass(frozen=True, slots=True)
+class PictureJob:
+    """One set of pictures: the folder it goes to, and who draws it, a candidate in some state or the teacher."""
+
+    folder: Path
+    candidate: Candidate | None = None  # None: the teacher
+    state: State = "pruned"
+
+
+def draw_prompts(session: Session, unet: Any) -> Tensor:
+    """What ``unet`` draws in the run's pipeline for its prompts and seeds, uint8 (prompts x seeds, 3, H, W)."""
+    settings = session.config.evaluate
+    return generate(
+        session.pipeline,
+        session.prompts,
+        settings.seeds,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        unet=unet,
+    )
+
+
+def draw_job(session: Session, candidate: Candidate | None, state: State) -> Tensor:
+    """The pictures of one job, uint8 (prompts x seeds, 3, H, W)."""
+    if candidate is None:
+        return draw_prompts(session, session.unet)
+    return draw_prompts(session, load_student(candidate, state, device=session.device, dtype=session.dtype))
+
+
+def picture_frame(session: Session) -> pd.DataFrame:
+    """One row per picture of a set, in the order in which they are drawn: file, prompt, seed; columns PICTURE_COLUMNS.
+
+    Names of files, such as 01-a-red-cat-seed-0.png, sort in that order too.
+    """
+    pairs = [(prompt, seed) for prompt in session.prompts for seed in session.config.evaluate.seeds]
+    digits, rows = len(str(len(pairs))), []
+    for number, (prompt, seed) in enumerate(pairs, start=1):
+        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:_LONGEST_NAME].strip("-")
+        name = "-".join(filter(None, (f"{number:0{digits}d}", slug, f"seed-{seed}.png")))
+        rows.append((name, prompt, seed))
+    return pd.DataFrame(rows, columns=list(PICTURE_COLUMNS))
+
+
+def clip_of(session: Session, pictures: Tensor) -> Tensor:
+    """CLIP score of each of the ``pictures`` of a set against its prompt, (prompts x seeds,)."""
+    return clip_scores(session.scorer, pictures, picture_frame(session)["prompt"].tolist())

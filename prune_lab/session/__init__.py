@@ -1,0 +1,34 @@
+"""The session of a run: what its steps and its workers share, loaded when first asked for.
+
+``Session(run)`` knows settings, architecture, model, pipeline, scorer and held-out rows; beside it stand the inputs
+that are read from the run folder, or made and written there.
+"""
+
+from __future__ import annotations
+
+from prune_lab.session.inputs import (
+    drawn_probe,
+    ensure_data,
+    ensure_probe,
+    read_scores,
+    run_scoring_context,
+    scoring_context_of,
+    training_and_validation,
+)
+from prune_lab.session.prompts import Pictures, Prompts, read_prompts, shipped_rows
+from prune_lab.session.session import Session
+
+__all__ = [
+    "Pictures",
+    "Prompts",
+    "Session",
+    "drawn_probe",
+    "ensure_data",
+    "ensure_probe",
+    "read_prompts",
+    "read_scores",
+    "run_scoring_context",
+    "scoring_context_of",
+    "shipped_rows",
+    "training_and_validation",
+]

@@ -1,0 +1,186 @@
+"""What a run measures and trains on: its probe, its training data, and its model ready to be scored.
+
+Each is read from the run folder when it is there, and made and written otherwise, so that a worker which sees the
+folder finds what the run has.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+import torch
+
+from prune_lab.distill import (
+    LatentCache,
+    LatentData,
+    TrainingData,
+    cached_data,
+    held_out,
+    is_cache,
+    training_data,
+)
+from prune_lab.evaluation import draw_latents
+from prune_lab.importance import (
+    NEEDS_PIPELINE,
+    GenerationSettings,
+    ImportanceTable,
+    ScoreCache,
+    ScoringContext,
+    importance_from_frame,
+)
+from prune_lab.models import model_digest
+from prune_lab.probes import (
+    Probe,
+    encode_captions,
+    load_probe,
+    make_probe,
+    probe_of_latents,
+    random_probe,
+)
+from prune_lab.runs import Run
+from prune_lab.session.session import Session
+
+# The probe ---------------------------------------------------------------------------------------------------
+
+
+def drawn_probe(session: Session, seed: int) -> Probe:
+    """The pictures and captions of the run's probe, with noise and timesteps drawn with ``seed``."""
+    settings = session.config.probe
+    timesteps = settings.timesteps
+    if settings.prompts:
+        prompts, how = session.probe_prompts, session.config.evaluate
+        latents = draw_latents(
+            session.pipeline, prompts.texts, (settings.seed,), steps=how.steps, guidance=how.guidance
+        )
+        return probe_of_latents(
+            session.pipeline, latents, prompts.texts, prompts.kinds, timesteps=timesteps, seed=seed
+        )
+    if session.source.is_pipeline:
+        pictures = session.pictures("heldout", settings.samples, settings.seed)
+        return make_probe(
+            session.pipeline,
+            pictures.pixels,
+            pictures.captions,
+            pictures.groups,
+            timesteps=timesteps,
+            seed=seed,
+        )
+    return random_probe(session.source.config, samples=settings.samples, timesteps=timesteps, seed=seed)
+
+
+def ensure_probe(session: Session) -> Probe:
+    """The fixed inputs that scores are measured on; writes probe.safetensors.
+
+    A pipeline gets held-out pictures with their captions, or pictures that it draws itself for ``probe.prompts``; a
+    bare U-Net, which has nothing to encode them with, noise.
+    """
+    run = session.run
+    if run.done(run.probe):
+        return load_probe(run.probe)
+    probe = drawn_probe(session, session.config.probe.seed)
+    probe.save(run.probe)
+    return probe
+
+
+# Scores ------------------------------------------------------------------------------------------------------
+
+
+def _generation_settings(session: Session) -> GenerationSettings:
+    """How the criteria that look at pictures draw and judge them."""
+    prompts, how = session.drawn_prompts, session.config.evaluate
+    return GenerationSettings(
+        session.pipeline,
+        prompts.texts,
+        prompts.kinds,
+        seeds=how.seeds,
+        steps=how.steps,
+        guidance=how.guidance,
+        scorer=session.scorer,
+        scorer_name=how.scorer,
+    )
+
+
+def scoring_context_of(
+    session: Session, probe: Probe, drawing: GenerationSettings | None = None
+) -> ScoringContext:
+    """The run's model asked on ``probe``, with the run's settings and its cache of scores."""
+    config = session.config
+    guidance, unconditional, inputs = config.score.guidance, None, probe.digest
+    if guidance != 1 and session.source.is_pipeline:
+        unconditional = probe.with_prompt(*encode_captions(session.pipeline, [""]))
+        inputs = f"{inputs}-guided{guidance:g}"
+    cache = ScoreCache.open(
+        session.run.scores_dir, model=model_digest(session.source), inputs=inputs, precision=config.dtype
+    )
+    layout = torch.channels_last if config.score.channels_last else torch.contiguous_format
+    return ScoringContext(
+        session.unet.to(memory_format=layout),
+        probe,
+        batch=config.score.batch or None,
+        seed=config.seed,
+        drawing=drawing,
+        guidance=guidance,
+        unconditional=unconditional,
+        cache=cache,
+        compiled=config.score.compile,
+    )
+
+
+def run_scoring_context(session: Session, *, drawing: bool = False) -> ScoringContext:
+    """The run's model with its probe, and with prompts to draw where its criteria, or ``drawing``, ask for pictures."""
+    settings = session.config.score
+    wanted = drawing or NEEDS_PIPELINE & {settings.criterion, *settings.also}
+    how = _generation_settings(session) if session.source.is_pipeline and wanted else None
+    return scoring_context_of(session, ensure_probe(session), how)
+
+
+def read_scores(run: Run) -> ImportanceTable:
+    """What each block, pair and stage is worth by the run's criterion; RunError before it is measured."""
+    # A digest of digits alone, or like 12e4, is a name and not a number.
+    frame = pd.read_csv(run.needs(run.importance, "score"), dtype={"probe": str, "model": str})
+    return importance_from_frame(frame)
+
+
+# Training data -----------------------------------------------------------------------------------------------
+
+
+def ensure_data(session: Session) -> TrainingData:
+    """Training pictures as latents and text embeddings, the same for every candidate.
+
+    Shipped ones are written to data.safetensors, those that ``data.source`` names to data/, unless it names a finished
+    cache or ``data.cached`` is false.
+    """
+    run = session.run
+    if run.done(run.data):
+        return LatentData.load(run.data)
+    if is_cache(run.data_dir):
+        return LatentCache.load(run.data_dir)
+    if session.config.data.source:
+        return training_data(session.pipeline, session.config.data, run.data_dir)
+    settings = session.config.distill
+    pictures = session.pictures("train", settings.pictures, settings.seed)
+    return cached_data(run.data, session.pipeline, pictures.pixels, pictures.captions)
+
+
+def training_and_validation(session: Session) -> tuple[TrainingData, Probe]:
+    """What students are trained on, and the held-out rows whose loss judges them.
+
+    Of pictures that the user gave ``probe.samples`` are kept back, in their first variant, and never trained on; of the
+    shipped ones the held-out split serves, pictures that the scores have not seen.
+    """
+    data = ensure_data(session)
+    if not session.config.data.source:
+        return data, session.validation
+    settings = session.config.probe
+    training, kept_back = held_out(data, settings.samples, settings.seed)
+    rows = kept_back.rows(torch.arange(settings.samples), torch.zeros(settings.samples, dtype=torch.int64))
+    unnamed = [""] * settings.samples
+    validation = probe_of_latents(
+        session.pipeline,
+        rows.mean,
+        unnamed,
+        unnamed,
+        timesteps=settings.timesteps,
+        seed=settings.seed + 1,
+        text=(rows.embeddings, rows.added),
+    )
+    return training, validation
