@@ -26,7 +26,6 @@ LAYERS = (
     ("distill",),
     ("ranking",),
     ("cluster",),
-    ("reference",),
     ("report",),
     ("workflow",),
     ("cli",),

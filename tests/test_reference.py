@@ -29,13 +29,13 @@ from prune_lab.assets import (
     scorer_folder,
 )
 from prune_lab.blocks import architecture_of, block_groups
-from prune_lab.cli import app
 from prune_lab.errors import ConfigError, DataError
 from prune_lab.importance import score_groups
 from prune_lab.models import resolve_model
 from prune_lab.probes import Probe, make_probe, predict
-from prune_lab.reference import train_reference
-from prune_lab.reference.autoencoder import (
+from prune_lab.surgery import bypassed
+from recipes.reference_model.__main__ import app
+from recipes.reference_model.autoencoder import (
     AutoencoderShape,
     build_autoencoder,
     decode,
@@ -44,7 +44,9 @@ from prune_lab.reference.autoencoder import (
     standardise,
     train_autoencoder,
 )
-from prune_lab.reference.clip import (
+from recipes.reference_model.build import train_reference
+from recipes.reference_model.captions import build_tokenizer
+from recipes.reference_model.clip import (
     ClipShape,
     build_clip,
     embed_pairs,
@@ -53,7 +55,7 @@ from prune_lab.reference.clip import (
     text_tower,
     train_clip,
 )
-from prune_lab.reference.dataset import (
+from recipes.reference_model.dataset import (
     caption,
     clip_art_title,
     encode_picture,
@@ -62,7 +64,7 @@ from prune_lab.reference.dataset import (
     square_picture,
     tone_words,
 )
-from prune_lab.reference.denoiser import (
+from recipes.reference_model.denoiser import (
     SCHEDULE,
     DenoiserShape,
     Float32Attention,
@@ -71,7 +73,7 @@ from prune_lab.reference.denoiser import (
     noise_levels,
     open_main_path,
 )
-from prune_lab.reference.denoising import (
+from recipes.reference_model.denoising import (
     Objective,
     SupervisedDenoiser,
     TrainingBatch,
@@ -80,14 +82,12 @@ from prune_lab.reference.denoising import (
     severed,
     train_denoiser,
 )
-from prune_lab.reference.evaluate import Sampling, evaluate_reference, loss_by_timestep, thinned
-from prune_lab.reference.packages import Package, fetch_package
-from prune_lab.reference.pairs import CaptionedLatents
-from prune_lab.reference.recipe import read_recipe
-from prune_lab.reference.steps import Recipe, batch_indices
-from prune_lab.reference.text_encoder import LayoutReader, train_text_encoder
-from prune_lab.reference.tokenizer import build_tokenizer
-from prune_lab.surgery import bypassed
+from recipes.reference_model.evaluate import Sampling, evaluate_reference, loss_by_timestep, thinned
+from recipes.reference_model.packages import Package, fetch_package
+from recipes.reference_model.pairs import CaptionedLatents
+from recipes.reference_model.settings import read_recipe
+from recipes.reference_model.steps import Recipe, batch_indices
+from recipes.reference_model.text_encoder import LayoutReader, train_text_encoder
 
 SHIPPABLE = {"noto": "Apache-2.0", "twemoji": "CC-BY-4.0", "fluent": "MIT", "openclipart": "public-domain"}
 TINY_AUTOENCODER = AutoencoderShape(channels=(8, 8, 8), groups=4)
@@ -740,7 +740,7 @@ def test_the_whole_recipe_builds_a_loadable_model_and_resumes(tmp_path: Path, tr
         checkpoint.unlink()
     shutil.rmtree(tmp_path / "out" / "reference")
     options = [word for name, path in build.items() for word in (f"--{name}", str(path))]
-    answer = CliRunner().invoke(app, ["reference", "train", "--work", str(tmp_path / "work"), *options])
+    answer = CliRunner().invoke(app, ["train", "--work", str(tmp_path / "work"), *options])
     assert answer.exit_code == 0, answer.output
     again = StableDiffusionPipeline.from_pretrained(tmp_path / "out" / "reference", local_files_only=True)
     assert all(

@@ -15,15 +15,15 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 
 from prune_lab.errors import DataError
-from prune_lab.reference.denoiser import (
+from recipes.reference_model.denoiser import (
     DenoiserShape,
     Float32Attention,
     build_denoiser,
     noise_levels,
     open_main_path,
 )
-from prune_lab.reference.pairs import CaptionedLatents
-from prune_lab.reference.steps import Recipe, step_generator, train, training_precision
+from recipes.reference_model.pairs import CaptionedLatents
+from recipes.reference_model.steps import Recipe, step_generator, train, training_precision
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,17 +13,17 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from prune_lab.assets import decode_pictures, read_split
-from prune_lab.reference.autoencoder import encode, standardise, train_autoencoder
-from prune_lab.reference.clip import text_tower, train_clip, without_style
-from prune_lab.reference.dataset import build_pictures
-from prune_lab.reference.denoising import train_denoiser
-from prune_lab.reference.export import export_pipeline, export_scorer
-from prune_lab.reference.pairs import CaptionedLatents, embed_tokens
-from prune_lab.reference.recipe import ReferenceRecipe, read_recipe
-from prune_lab.reference.steps import training_precision
-from prune_lab.reference.text_encoder import train_text_encoder
-from prune_lab.reference.tokenizer import build_tokenizer
 from prune_lab.runtime import atomic_folder
+from recipes.reference_model.autoencoder import encode, standardise, train_autoencoder
+from recipes.reference_model.captions import build_tokenizer
+from recipes.reference_model.clip import text_tower, train_clip, without_style
+from recipes.reference_model.dataset import build_pictures
+from recipes.reference_model.denoising import train_denoiser
+from recipes.reference_model.export import export_pipeline, export_scorer
+from recipes.reference_model.pairs import CaptionedLatents, embed_tokens
+from recipes.reference_model.settings import ReferenceRecipe, read_recipe
+from recipes.reference_model.steps import training_precision
+from recipes.reference_model.text_encoder import train_text_encoder
 
 _STANDARD = 2000  # pictures (in hashed order) whose latents are given zero mean and unit deviation
 

@@ -19,11 +19,11 @@ from prune_lab.blocks import architecture_of, block_groups
 from prune_lab.evaluation import generate
 from prune_lab.importance import ImportanceTable, score_groups
 from prune_lab.probes import Probe, make_probe, predict
-from prune_lab.reference.autoencoder import psnr
-from prune_lab.reference.clip import embed_pairs, retrieval
-from prune_lab.reference.export import as_float32, weights_megabytes
-from prune_lab.reference.figures import draw_curves, draw_impacts, draw_prompt_grid
 from prune_lab.runtime import Environment, write_frame, write_json, write_text
+from recipes.reference_model.autoencoder import psnr
+from recipes.reference_model.clip import embed_pairs, retrieval
+from recipes.reference_model.export import as_float32, weights_megabytes
+from recipes.reference_model.report import draw_curves, draw_impacts, draw_prompt_grid
 
 GRID_PROMPTS = 32
 RETRIEVAL_PROMPTS = 100
@@ -218,8 +218,8 @@ def report_page(metrics: dict[str, Any], losses: pd.DataFrame, impacts: pd.DataF
             for name, one in metrics["training"].items()
         ),
         "",
-        "The recipe is `prune_lab/reference/reference.toml`; `prune-lab reference train` runs it. What happened "
-        "on the way is in `HISTORY.md`.",
+        "The recipe is `recipes/reference_model/reference.toml`; `python -m recipes.reference_model train` "
+        "runs it. What happened on the way is in `HISTORY.md`.",
         "",
         "![Loss curves](curves.png)",
         "",

@@ -10,9 +10,9 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from prune_lab.reference.clip import ClipShape, processor_settings
-from prune_lab.reference.denoiser import build_scheduler
 from prune_lab.runtime import atomic_folder, read_json, write_json
+from recipes.reference_model.clip import ClipShape, processor_settings
+from recipes.reference_model.denoiser import build_scheduler
 
 
 def export_pipeline(

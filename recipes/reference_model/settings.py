@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab.errors import ConfigError
-from prune_lab.reference.autoencoder import AutoencoderShape
-from prune_lab.reference.clip import ClipShape
-from prune_lab.reference.denoiser import DenoiserShape
-from prune_lab.reference.denoising import Objective
-from prune_lab.reference.steps import Recipe
+from recipes.reference_model.autoencoder import AutoencoderShape
+from recipes.reference_model.clip import ClipShape
+from recipes.reference_model.denoiser import DenoiserShape
+from recipes.reference_model.denoising import Objective
+from recipes.reference_model.steps import Recipe
 
 DEFAULT_RECIPE = Path(__file__).with_name("reference.toml")
 

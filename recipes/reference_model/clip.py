@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from prune_lab.reference.autoencoder import shifted, to_unit
-from prune_lab.reference.steps import (
+from recipes.reference_model.autoencoder import shifted, to_unit
+from recipes.reference_model.steps import (
     Recipe,
     batch_indices,
     slices,

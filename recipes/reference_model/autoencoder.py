@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from prune_lab.reference.steps import (
+from recipes.reference_model.steps import (
     Recipe,
     batch_indices,
     slices,

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from prune_lab.reference.clip import tokens
-from prune_lab.reference.steps import slices
 from prune_lab.runtime import atomic_write
+from recipes.reference_model.clip import tokens
+from recipes.reference_model.steps import slices
 
 _NO_CAPTION = 0.1  # share of pictures drawn without a caption, for classifier-free guidance
 _STYLELESS = 0.1  # share of captions drawn without their style word
