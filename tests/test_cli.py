@@ -476,11 +476,6 @@ def test_every_verb_has_help(verb: str) -> None:
     assert "Usage" in answer(verb, "--help").stdout
 
 
-def test_reference_verbs_have_help() -> None:
-    assert "--assets" in answer("reference", "evaluate", "--help").stdout
-    assert "--work" in answer("reference", "train", "--help").stdout
-
-
 # As a program ----------------------------------------------------------------------------------------------------
 
 

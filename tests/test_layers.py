@@ -26,7 +26,6 @@ LAYERS = (
     ("distill",),
     ("ranking",),
     ("cluster",),
-    ("reference",),
     ("report",),
     ("workflow",),
     ("cli",),
@@ -181,6 +180,24 @@ def test_importing_everything_changes_nothing(tmp_path: Path) -> None:
     assert found.returncode == 0, found.stderr
     assert found.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def outside(source: str) -> set[str]:
+    """What ``source`` imports of the repository beside prune_lab, which stands on top of the package."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return {name.split(".")[0] for name in names} & {"recipes", "benchmarks", "tests"}
+
+
+def test_the_package_imports_nothing_that_stands_on_top_of_it() -> None:
+    assert outside("import recipes.reference_model") == outside("from recipes import x") == {"recipes"}
+    assert outside("def f():\n    from benchmarks.search import x") == {"benchmarks"}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        assert not outside(path.read_text(encoding="utf-8")), path
 
 
 def test_nothing_unpickles_or_runs_foreign_code() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prune_lab.cli import data_verbs, inspect_verbs, make_verbs, reference_verbs, run_verbs, search_verbs
+from prune_lab.cli import data_verbs, inspect_verbs, make_verbs, run_verbs, search_verbs
 from prune_lab.cli.application import app
 
 __all__ = [
@@ -11,7 +11,6 @@ __all__ = [
     "inspect_verbs",
     "main",
     "make_verbs",
-    "reference_verbs",
     "run_verbs",
     "search_verbs",
 ]

@@ -182,7 +182,7 @@ def shipped(folder: Path) -> Path:
     if not folder.is_dir():
         raise ModelNotFoundError(
             f"the model 'reference' is not part of this installation ({folder} is not there); "
-            "install prune-lab again, or rebuild it with: prune-lab reference train"
+            "install prune-lab again"
         )
     return folder
 

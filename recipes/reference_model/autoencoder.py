@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from prune_lab.reference.steps import (
-    Recipe,
-    batch_indices,
-    slices,
-    step_generator,
-    train,
-    training_precision,
-)
+from recipes.reference_model.settings import AutoencoderShape, Recipe
+from recipes.reference_model.steps import batch_indices, slices, step_generator, train, training_precision
 
 _KL_WEIGHT = 1e-3  # on the mean per latent element: enough to keep the latents near unit variance
 _EDGE_WEIGHT = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class AutoencoderShape:
-    """Widths of the autoencoder; the downsampling factor is 2 ** (stages - 1)."""
-
-    channels: tuple[int, ...] = (32, 64, 128)
-    layers: int = 1
-    latent_channels: int = 4
-    groups: int = 16
-    picture: int = 64
 
 
 def build_autoencoder(shape: AutoencoderShape) -> AutoencoderKL:

@@ -3,40 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from prune_lab.reference.autoencoder import shifted, to_unit
-from prune_lab.reference.steps import (
-    Recipe,
-    batch_indices,
-    slices,
-    step_generator,
-    train,
-    training_precision,
-)
+from recipes.reference_model.autoencoder import shifted, to_unit
+from recipes.reference_model.captions import tokens, without_style
+from recipes.reference_model.settings import ClipShape, Recipe
+from recipes.reference_model.steps import batch_indices, slices, step_generator, train, training_precision
 
 _MEAN, _DEVIATION = 0.5, 0.5  # pictures reach the scorer in [-1, 1]
 _NOISE = 0.08  # on [-1, 1]: the scorer must also read pictures a decoder made
 _STYLELESS = 0.1  # share of captions shown without their style word, so that plain prompts are understood too
-
-
-@dataclass(frozen=True, slots=True)
-class ClipShape:
-    """Widths and depths of the two towers."""
-
-    text_width: int = 128
-    text_layers: int = 4
-    picture_width: int = 192
-    picture_layers: int = 4
-    heads: int = 4
-    patch: int = 8
-    picture: int = 64
-    shared: int = 128
 
 
 def build_clip(shape: ClipShape, tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -86,25 +66,6 @@ def processor_settings(shape: ClipShape) -> dict[str, object]:
         "resample": 3,
         "rescale_factor": 1 / 255,
     }
-
-
-def tokens(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> torch.Tensor:
-    """Token ids (N, L), int64, padded and cut to the tokenizer's length as the pipeline does it."""
-    found = tokenizer(
-        list(captions),
-        padding="max_length",
-        truncation=True,
-        max_length=tokenizer.model_max_length,
-        return_tensors="pt",
-    )
-    ids = found.input_ids
-    assert isinstance(ids, torch.Tensor)
-    return ids
-
-
-def without_style(captions: Sequence[str], styles: Sequence[str]) -> list[str]:
-    """The captions with their leading "style, " taken off."""
-    return [caption.removeprefix(f"{style}, ") for caption, style in zip(captions, styles, strict=True)]
 
 
 def pair_loss(similarity: torch.Tensor, same: torch.Tensor) -> torch.Tensor:

@@ -20,8 +20,8 @@ import pandas as pd
 from PIL import Image
 
 from prune_lab.assets import COLUMNS, PICTURE_SIZE
-from prune_lab.reference.packages import PACKAGES, debian_files, fetch_package, npm_files
 from prune_lab.runtime import atomic_write
+from recipes.reference_model.packages import PACKAGES, debian_files, fetch_package, npm_files
 
 TONES = {
     "1f3fb": "light",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -9,21 +11,20 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from prune_lab.assets import decode_pictures, read_split
-from prune_lab.reference.autoencoder import encode, standardise, train_autoencoder
-from prune_lab.reference.clip import text_tower, train_clip, without_style
-from prune_lab.reference.dataset import build_pictures
-from prune_lab.reference.denoising import train_denoiser
-from prune_lab.reference.export import export_pipeline, export_scorer
-from prune_lab.reference.pairs import CaptionedLatents, embed_tokens
-from prune_lab.reference.recipe import ReferenceRecipe, read_recipe
-from prune_lab.reference.steps import training_precision
-from prune_lab.reference.text_encoder import train_text_encoder
-from prune_lab.reference.tokenizer import build_tokenizer
-from prune_lab.runtime import atomic_folder
+from prune_lab.runtime import atomic_folder, read_json, write_json
+from recipes.reference_model.autoencoder import encode, standardise, train_autoencoder
+from recipes.reference_model.captions import CaptionedLatents, build_tokenizer, embed_tokens, without_style
+from recipes.reference_model.clip import processor_settings, text_tower, train_clip
+from recipes.reference_model.dataset import build_pictures
+from recipes.reference_model.denoiser import build_scheduler
+from recipes.reference_model.denoising import train_denoiser
+from recipes.reference_model.settings import ClipShape, ReferenceRecipe, read_recipe
+from recipes.reference_model.steps import training_precision
+from recipes.reference_model.text_encoder import train_text_encoder
 
 _STANDARD = 2000  # pictures (in hashed order) whose latents are given zero mean and unit deviation
 
@@ -148,6 +149,44 @@ def trained_denoiser(
     found = UNet2DConditionModel.from_pretrained(folder, local_files_only=True)
     assert isinstance(found, UNet2DConditionModel)
     return found.eval()
+
+
+def export_pipeline(
+    folder: Path,
+    autoencoder: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+) -> None:
+    """Write `folder`, replacing what is there, as `StableDiffusionPipeline.from_pretrained` reads it."""
+    pipeline = StableDiffusionPipeline(
+        vae=copy.deepcopy(autoencoder).half(),
+        text_encoder=copy.deepcopy(text_encoder).half(),
+        tokenizer=tokenizer,
+        unet=copy.deepcopy(unet).half(),
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    with atomic_folder(folder, force=True) as temporary:
+        pipeline.save_pretrained(temporary, safe_serialization=True)
+        for path in temporary.rglob("config.json"):
+            config = read_json(path)
+            assert isinstance(config, dict)
+            # Where a part was loaded from is a folder of the machine that built it and means nothing elsewhere.
+            config.pop("_name_or_path", None)
+            write_json(path, config)
+
+
+def export_scorer(folder: Path, model: CLIPModel, tokenizer: CLIPTokenizer, shape: ClipShape) -> None:
+    """Write `folder`, replacing what is there, as `CLIPModel.from_pretrained` reads it, with its tokenizer."""
+    with atomic_folder(folder, force=True) as temporary:
+        copy.deepcopy(model).half().save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "preprocessor_config.json").write_text(
+            json.dumps(processor_settings(shape), indent=2) + "\n"
+        )
 
 
 def train_reference(

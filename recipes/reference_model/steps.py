@@ -20,56 +20,10 @@ from torch import nn
 
 from prune_lab.errors import DataError
 from prune_lab.runtime import atomic_write, track
+from recipes.reference_model.settings import Recipe
 
 _CLIP_NORM = 1.0
 _SAVE_EVERY = 250
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How long and how fast one network is trained. The rate is warmed up, held, then cooled down linearly to zero,
-
-    so a training can be extended, or cut short by cooling down early, without having wasted its first part. One that
-    has cooled down goes on by a `restart` (arXiv:1608.03983).
-    """
-
-    steps: int
-    batch: int
-    rate: float
-    warmup: int = 100
-    cooldown: int = 500
-    weight_decay: float = 0.01
-    ema: float = 0.999
-    seed: int = 0
-    restart: int = 0
-    """Step at which the rate has cooled down for the first time and is warmed up again; 0 for a single cycle."""
-    restart_rate: float = 1e-3
-    """What it is warmed up to then; from there it cools down until the last step."""
-
-    def __post_init__(self) -> None:
-        if min(self.steps, self.batch) < 1 or self.rate <= 0 or not 0 <= self.ema < 1:
-            raise DataError(
-                f"cannot train with steps={self.steps}, batch={self.batch}, rate={self.rate}, ema={self.ema}; "
-                "steps and batch start at 1, rate is positive, ema lies in [0, 1)"
-            )
-        if not 0 <= self.restart < self.steps or self.restart_rate <= 0:
-            raise DataError(
-                f"cannot train with restart={self.restart}, restart_rate={self.restart_rate} and "
-                f"steps={self.steps}; a restart comes before the last step, with a positive rate"
-            )
-
-    def rate_at(self, step: int) -> float:
-        """Learning rate of the step (from 0): linear warm-up, constant, linear cool-down to zero, perhaps again."""
-        begin, end, rate, cooldown = 0, self.restart or self.steps, self.rate, self.cooldown
-        if step >= end:
-            begin, end, rate, cooldown = end, self.steps, self.restart_rate, self.steps - end
-        up = min(1.0, (step - begin + 1) / max(1, self.warmup))
-        down = min(1.0, (end - step) / max(1, cooldown))
-        return rate * min(up, down)
-
-    def ema_at(self, step: int) -> float:
-        """Decay of the averaged weights at the step: short at first, so that early weights do not linger."""
-        return min(self.ema, (1 + step) / (10 + step))
 
 
 @dataclass(slots=True)

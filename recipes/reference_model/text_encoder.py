@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPTextModel
 
-from prune_lab.reference.pairs import CaptionedLatents
-from prune_lab.reference.steps import Recipe, step_generator, train, training_precision
+from recipes.reference_model.captions import CaptionedLatents
+from recipes.reference_model.settings import Recipe
+from recipes.reference_model.steps import step_generator, train, training_precision
 
 _CELL = 2  # latent pixels along one side that share a query
 _QUERY = 0.5  # spread of the queries at the start

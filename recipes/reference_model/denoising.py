@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,69 +14,10 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 
-from prune_lab.errors import DataError
-from prune_lab.reference.denoiser import (
-    DenoiserShape,
-    Float32Attention,
-    build_denoiser,
-    noise_levels,
-    open_main_path,
-)
-from prune_lab.reference.pairs import CaptionedLatents
-from prune_lab.reference.steps import Recipe, step_generator, train, training_precision
-
-
-@dataclass(frozen=True, slots=True)
-class Objective:
-    """What is trained beside the mean squared error of the velocity, so that the inner stages learn something.
-
-    Alone, that error is lowered fastest along the shortest way, through the outermost stages, and what the innermost
-    ones say is silenced before it is worth hearing. Three things keep them in use: the readers of `SupervisedDenoiser`,
-    rows whose outer stages are `severed` from their skips, and rows whose caption all stages but the mid are deaf to.
-    """
-
-    supervision: float = 0.25
-    """Weight of each coarse prediction read off the mid and the inner up stages; 0 leaves them out."""
-    severed: float = 0.2
-    """Share of the noisier pictures of a batch whose outer up stages get no skips."""
-    severed_above: int = 400
-    """Least timestep at which rows are severed: below it noise, which skips alone carry, is most of the answer."""
-    deaf: float = 0.4
-    """Share of the pictures of a batch whose caption is heard by the mid stage alone."""
-    fade_from: int = 4500
-    """Step from which supervision, severed and deaf shrink, linearly."""
-    fade_until: int = 0
-    """Step at which they have shrunk; 0 for the last one."""
-    fade_to: float = 0.25
-    """The share of them that is left there."""
-    noisier: float = 1.5
-    """Timesteps are drawn as 1000 (1 - u^noisier), u uniform: 1 draws all equally often, more, noisy ones."""
-    even_from: int = 0
-    """Step from which all timesteps are drawn equally often after all, once the layout is learned; 0 for never."""
-
-    def __post_init__(self) -> None:
-        shares = all(0 <= share <= 1 for share in (self.severed, self.deaf, self.fade_to))
-        weights = self.supervision >= 0 and self.noisier > 0
-        if not shares or not weights or not 0 <= self.severed_above <= 1000:
-            raise DataError(
-                f"cannot train with supervision={self.supervision}, severed={self.severed}, deaf={self.deaf}, "
-                f"severed_above={self.severed_above}, fade_to={self.fade_to}, noisier={self.noisier}; supervision is "
-                "0 or more, severed, deaf and fade_to are shares, severed_above is a timestep from 0 to 1000, "
-                "noisier is above 0"
-            )
-
-    def at(self, step: int, steps: int) -> Objective:
-        """What counts at a step (from 0) of a training of `steps`."""
-        until = self.fade_until or steps
-        gone = min(1.0, max(0, step - self.fade_from) / max(1, until - self.fade_from))
-        left = 1 - (1 - self.fade_to) * gone
-        return replace(
-            self,
-            supervision=left * self.supervision,
-            severed=left * self.severed,
-            deaf=left * self.deaf,
-            noisier=1.0 if self.even_from and step >= self.even_from else self.noisier,
-        )
+from recipes.reference_model.captions import CaptionedLatents
+from recipes.reference_model.denoiser import Float32Attention, build_denoiser, noise_levels, open_main_path
+from recipes.reference_model.settings import DenoiserShape, Objective, Recipe
+from recipes.reference_model.steps import step_generator, train, training_precision
 
 
 @dataclass(frozen=True, slots=True)

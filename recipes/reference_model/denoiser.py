@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from prune_lab.blocks import architecture_of
+from recipes.reference_model.settings import DenoiserShape
 
 # Stable Diffusion v1's own schedule (its scheduler_config.json).
 SCHEDULE = {
@@ -34,18 +34,6 @@ def noise_levels() -> tuple[torch.Tensor, torch.Tensor]:
     """
     kept = DDPMScheduler(**SCHEDULE, rescale_betas_zero_snr=True).alphas_cumprod
     return kept.sqrt(), (1 - kept).sqrt()
-
-
-@dataclass(frozen=True, slots=True)
-class DenoiserShape:
-    """Widths of the U-Net; its stages and layers are Stable Diffusion's and not a choice."""
-
-    channels: tuple[int, int, int, int] = (32, 64, 128, 128)
-    heads: int = 4
-    groups: int = 16
-    text_width: int = 128
-    latent: int = 16
-    latent_channels: int = 4
 
 
 def build_denoiser(shape: DenoiserShape) -> UNet2DConditionModel:

@@ -19,24 +19,14 @@ from prune_lab.blocks import architecture_of, block_groups
 from prune_lab.evaluation import generate
 from prune_lab.importance import ImportanceTable, score_groups
 from prune_lab.probes import Probe, make_probe, predict
-from prune_lab.reference.autoencoder import psnr
-from prune_lab.reference.clip import embed_pairs, retrieval
-from prune_lab.reference.export import as_float32, weights_megabytes
-from prune_lab.reference.figures import draw_curves, draw_impacts, draw_prompt_grid
 from prune_lab.runtime import Environment, write_frame, write_json, write_text
+from recipes.reference_model.autoencoder import psnr
+from recipes.reference_model.clip import embed_pairs, retrieval
+from recipes.reference_model.report import draw_curves, draw_impacts, draw_prompt_grid, report_page
 
 GRID_PROMPTS = 32
 RETRIEVAL_PROMPTS = 100
 IMPACT_PICTURES = 256
-MID_STAGE_BAR = 1e-3  # relative change of the prediction that the mid stage should at least be worth
-PIXEL_BAR = 0.5  # share of generated pictures whose own real picture should be the nearest
-_MATCHES = {
-    "generated": "generated picture, by the scorer",
-    "shuffled": "generated picture of another prompt, by the scorer",
-    "real": "real held-out picture, by the scorer",
-    "real_blurred": "the same at 4 x 4 pixels, by the scorer",
-    "pixels": "own real picture nearest to the generated one, by 16 x 16 pixels",
-}
 _GROUP_ORDER = ("faces", "animals", "food", "flags", "objects", "symbols", "places", "activities", "people")
 
 
@@ -121,110 +111,17 @@ def score_everything(unet: Any, probe: Probe) -> ImportanceTable:
     return score_groups(unet, groups, probe, bootstrap=1000, seed=0, model="reference")
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+def weights_megabytes(folder: Path) -> float:
+    """Size of all safetensors files under the folder, in megabytes (1e6 bytes)."""
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 1e6
 
 
-def shortcomings(metrics: dict[str, Any]) -> list[str]:
-    """Lines (Markdown) that name the bars this model misses; none where it misses none."""
-    missed = []
-    mid = metrics["impacts"]["mid_stage"]
-    if mid < MID_STAGE_BAR:
-        missed.append(
-            f"- The mid stage should be worth at least {MID_STAGE_BAR:.0e}; it is worth {mid:.1e}. The innermost "
-            "blocks do next to nothing here, so their scores and the cost of removing them say little."
-        )
-    pixels = metrics["scorer_generated"]["pixels"]["r1"]
-    if pixels < PIXEL_BAR:
-        missed.append(
-            f"- Pictures: {_percent(pixels)} of the generated ones are nearest to their own prompt's real picture. "
-            "Look at the grid before judging a pruned model by pictures."
-        )
-    return ["## What falls short", "", *missed, ""] if missed else []
-
-
-def report_page(metrics: dict[str, Any], losses: pd.DataFrame, impacts: pd.DataFrame) -> str:
-    """The report in words (Markdown), every number from `metrics` and the two tables."""
-    clip, drawn, blocks = metrics["scorer_heldout"], metrics["scorer_generated"], metrics["impacts"]
-    single = impacts[(impacts["kind"] == "block") & ~impacts["starred"]].sort_values("impact")
-    stages = impacts[impacts["kind"] == "stage"]
-    lines = [
-        "# The reference model, measured",
-        "",
-        f"Trained on {metrics['pictures']['train']:,} pictures; every number below is on the "
-        f"{metrics['pictures']['heldout']:,} held-out ones, whose combination of style, subject and tone was never "
-        "trained on. Weights: float16 on disk, "
-        f"{metrics['megabytes']['pipeline']:.1f} MB pipeline and {metrics['megabytes']['scorer']:.1f} MB scorer; "
-        "all measurements in float32 on the CPU. Versions, threads and seeds are in `metrics.json`.",
-        "",
-        f"- Autoencoder: {metrics['autoencoder']['psnr_mean']:.2f} dB PSNR in the mean "
-        f"({metrics['autoencoder']['psnr_p10']:.2f} at the 10th percentile).",
-        f"- Scorer, {int(clip['pictures'])} held-out pictures against their {int(clip['texts'])} captions: picture to "
-        f"text R@1 {_percent(clip['picture_to_text_r1'])}, R@5 {_percent(clip['picture_to_text_r5'])}; text to "
-        f"picture R@1 {_percent(clip['text_to_picture_r1'])}, R@5 {_percent(clip['text_to_picture_r5'])}.",
-        f"- U-Net: held-out loss (mean squared error of the predicted velocity) {metrics['denoiser']['loss']:.4f} "
-        f"({metrics['denoiser']['rows']} rows).",
-        f"- Generated pictures, {drawn['prompts']} held-out prompts ({drawn['steps']} steps, guidance "
-        f"{drawn['guidance']:g}, seed {drawn['seed']}): see the table below; the scorer's word alone is not enough.",
-        f"- Removal impact (relative mean squared change of the prediction, {blocks['rows']} held-out rows, 95 % "
-        f"bootstrap intervals): of {blocks['removable']} removable blocks {blocks['above_1e-3']} change it by at least "
-        f"1e-3 and {blocks['above_1e-4']} by at least 1e-4; {blocks['above_zero']} have an interval above zero, which "
-        "a mean of squares has almost by itself and which is no proof of worth; the whole mid stage is worth "
-        f"{blocks['mid_stage']:.2e} "
-        f"[{blocks['mid_stage_low']:.2e}, {blocks['mid_stage_high']:.2e}].",
-        "",
-        "![Pictures for held-out prompts](grid.png)",
-        "",
-        *shortcomings(metrics),
-        "## Is the right caption found for generated pictures?",
-        "",
-        f"| among {drawn['prompts']} | first | in the first five |",
-        "| --- | ---: | ---: |",
-        *(
-            f"| {words} | {_percent(drawn[k]['r1'])} | {_percent(drawn[k]['r5'])} |"
-            for k, words in _MATCHES.items()
-        ),
-        "",
-        "Coarse colour alone pleases the scorer often (last but one row), so its agreement with generated pictures "
-        "does not say that a person recognises them.",
-        "",
-        "## Denoising loss by timestep",
-        "",
-        "| timesteps | loss | rows |",
-        "| --- | ---: | ---: |",
-        *(f"| {row.first}-{row.last} | {row.loss:.4f} | {row.rows} |" for row in losses.itertuples()),
-        "",
-        "## Removal impact of stages",
-        "",
-        "| stage | impact | 95 % interval |",
-        "| --- | ---: | --- |",
-        *(
-            f"| {row.group} | {row.impact:.2e} | {row.low:.2e} to {row.high:.2e} |"
-            for row in stages.itertuples()
-        ),
-        "",
-        "Least and most of the removable blocks: "
-        + ", ".join(f"{row.group} {row.impact:.1e}" for row in single.head(5).itertuples())
-        + " ... "
-        + ", ".join(f"{row.group} {row.impact:.1e}" for row in single.tail(5).itertuples())
-        + ". All of them are in `impacts.csv`.",
-        "",
-        "![Removal impact of every block](impacts.png)",
-        "",
-        "## Training",
-        "",
-        *(
-            f"- {name}: {one['steps']:,} steps, last loss (mean of the last 100) {one['loss']:.4f}"
-            for name, one in metrics["training"].items()
-        ),
-        "",
-        "The recipe is `prune_lab/reference/reference.toml`; `prune-lab reference train` runs it. What happened "
-        "on the way is in `HISTORY.md`.",
-        "",
-        "![Loss curves](curves.png)",
-        "",
-    ]
-    return "\n".join(lines)
+def as_float32(folder: Path) -> StableDiffusionPipeline:
+    """The pipeline in the folder with float32 weights, offline and quiet."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    assert isinstance(pipeline, StableDiffusionPipeline)
+    return pipeline
 
 
 @dataclass(frozen=True, slots=True)
