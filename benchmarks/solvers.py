@@ -59,7 +59,7 @@ def main() -> None:
             }
             (row,) = pd.read_csv(run.searches).to_dict("records")
             if solver == "interactions":
-                spent = max(80, int(row["measured"]))
+                spent = max(80, int(row["sets_measured"]))
             groups = [BlockGroup(name, "plan", plan.removed) for name, plan in plans.items()]
             tables: list[ImportanceTable] = [
                 score_groups(session.unet, groups, probe, bootstrap=0)
