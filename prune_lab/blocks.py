@@ -22,6 +22,7 @@ from diffusers import UNet2DConditionModel
 from prune_lab.counting import count_on_meta
 from prune_lab.errors import UnknownBlockError, UnsupportedModelError
 from prune_lab.families import meta_unet
+from prune_lab.schemas import BLOCK_COLUMNS
 
 Kind = Literal["resnet", "attention"]
 GroupKind = Literal["block", "pair", "triplet", "stage", "inner", "plan"]
@@ -224,12 +225,8 @@ def blocks_frame(architecture: Architecture) -> pd.DataFrame:
     """One row per block in order of execution: name, path, stage, kind, in_channels, out_channels, skip_channels,
     transformer_layers, params, macs, attention_macs, removable, reason.
     """
-    columns = [
-        *("name", "path", "stage", "kind", "in_channels", "out_channels", "skip_channels"),
-        *("transformer_layers", "params", "macs", "attention_macs", "removable", "reason"),
-    ]
-    rows = [[getattr(block, column) for column in columns] for block in architecture.blocks]
-    return pd.DataFrame(rows, columns=columns)
+    rows = [[getattr(block, column) for column in BLOCK_COLUMNS] for block in architecture.blocks]
+    return pd.DataFrame(rows, columns=list(BLOCK_COLUMNS))
 
 
 # Reading the structure ---------------------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ import prune_lab.distill.loop as loop
 from prune_lab.blocks import architecture_of
 from prune_lab.config import DistillConfig
 from prune_lab.distill import (
-    RECOVERY_COLUMNS,
     FeaturePair,
     LatentData,
     Recovery,
@@ -40,6 +39,7 @@ from prune_lab.errors import DataError, DeviceError, NonNativePlanError, RunErro
 from prune_lab.models import load_pipeline, resolve_model
 from prune_lab.plans import native_choices, parse_plan, plan_of
 from prune_lab.probes import Probe, random_probe
+from prune_lab.schemas import RECOVERY_COLUMNS
 from prune_lab.surgery import materialise
 
 

@@ -17,7 +17,7 @@ PACKAGE = Path(prune_lab.__file__).resolve().parent
 
 # A module imports from the lines above its own, and on its own line from what stands to its left.
 LAYERS = (
-    ("errors", "runtime", "processes", "families", "counting", "assets"),
+    ("errors", "schemas", "runtime", "processes", "families", "counting", "assets"),
     ("config", "blocks", "runs"),
     ("models", "plans"),
     ("surgery", "probes"),
@@ -102,7 +102,9 @@ def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("module", ["prune_lab", "prune_lab.errors", "prune_lab.config", "prune_lab.runs"])
+@pytest.mark.parametrize(
+    "module", ["prune_lab", "prune_lab.errors", "prune_lab.schemas", "prune_lab.config", "prune_lab.runs"]
+)
 def test_light_modules_stay_light(module: str, tmp_path: Path) -> None:
     found = run_python(f"import {module}, sys, json; print(json.dumps(sorted(sys.modules)))", tmp_path)
     assert found.returncode == 0, found.stderr

@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 
 import prune_lab
 from prune_lab.config import DistillConfig, RunConfig, SearchConfig, to_toml
-from prune_lab.distill import RECOVERY_COLUMNS, load_heldout, load_recovery
+from prune_lab.distill import load_heldout, load_recovery
 from prune_lab.errors import DeviceError
 from prune_lab.processes import gather_object, is_main, join, main_process_first, num_processes
+from prune_lab.schemas import RECOVERY_COLUMNS
 
 SCRIPT = Path(__file__).parent / "process_distillation.py"
 TIMELESS = [name for name in RECOVERY_COLUMNS if name != "seconds"]

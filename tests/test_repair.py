@@ -21,19 +21,10 @@ from prune_lab.errors import ConfigError, DataError, NonNativePlanError, PlanErr
 from prune_lab.plans import PruningPlan, native_choices, parse_plan, plan_of
 from prune_lab.prefix_sharing import units_of
 from prune_lab.probes import Probe, predict, random_probe
-from prune_lab.repair import (
-    COLUMNS,
-    Change,
-    Choice,
-    find_cuts,
-    fold,
-    inserted,
-    repair,
-    student_paths,
-    why_not,
-)
+from prune_lab.repair import Change, Choice, find_cuts, fold, inserted, repair, student_paths, why_not
 from prune_lab.repair.fitting import Moments, fit, moments_of
 from prune_lab.repair.folding import last_layer, layer_features
+from prune_lab.schemas import REPAIR_COLUMNS
 from prune_lab.surgery import materialise
 
 MODELS = {
@@ -518,8 +509,8 @@ def test_what_does_not_fold_is_measured_and_gives_way_to_a_shift(tiny_unet: Any,
         ("Up4.A1", "shift", True),
     ]
     frame = report.frame()
-    assert tuple(frame.columns) == COLUMNS
-    assert " ".join(COLUMNS) == (
+    assert tuple(frame.columns) == REPAIR_COLUMNS
+    assert " ".join(REPAIR_COLUMNS) == (
         "cut also_read_by kind side unit folds applied reason strength "
         "cut_error_before cut_error_after impact_before impact_after"
     )

@@ -85,7 +85,7 @@ def test_every_solver_keeps_all_budgets_and_says_what_it_spent(
     (row,) = pd.read_csv(session.run.searches).to_dict("records")
     assert row["solver"] == solver
     assert row["budget"] == "macs<=bk-base, params<=80%"
-    assert (row["measured"] == 0) == (solver == "exact")
+    assert (row["sets_measured"] == 0) == (solver == "exact")
     assert np.isfinite(row["r2"]) == (solver == "interactions")
     prefix = "search" if solver == "exact" else solver
     assert pd.read_csv(session.run.searched)["name"].iloc[-1] == f"{prefix}-macs-bk-base-params-80pct-1"

@@ -9,17 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from prune_lab.schemas import INTEGER_COLUMNS
+
 if TYPE_CHECKING:
     import pandas as pd
-
-# pandas turns an integer column with one missing value into floats; these are integers whatever is missing.
-_WHOLE_NUMBERS = frozenset(
-    (
-        *("params", "macs", "attention_macs", "paper_macs", "rank", "samples", "steps", "calls", "runs"),
-        *("blocks_removed", "in_channels", "out_channels", "skip_channels", "transformer_layers"),
-        *("batch", "disk_bytes", "peak_memory_bytes"),
-    )
-)
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -60,7 +53,7 @@ def _plain(column: str, value: Any) -> Any:
         return [_plain(column, item) for item in value]
     if value is None or (isinstance(value, float) and not math.isfinite(value)) or str(value) == "<NA>":
         return None
-    if column in _WHOLE_NUMBERS and isinstance(value, float):
+    if column in INTEGER_COLUMNS and isinstance(value, float):
         return int(value)
     return value
 

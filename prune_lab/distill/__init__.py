@@ -21,8 +21,6 @@ from prune_lab.distill.loop import distill, distill_together
 from prune_lab.distill.losses import FEATURE_VARIANTS, Losses, batch_losses
 from prune_lab.distill.memory import TrainingMemory, training_memory
 from prune_lab.distill.recovery import (
-    HELDOUT_COLUMNS,
-    RECOVERY_COLUMNS,
     Recovery,
     load_heldout,
     load_recovery,
@@ -34,8 +32,6 @@ from prune_lab.distill.subset import Subset, held_out
 __all__ = [
     "CACHE_INDEX",
     "FEATURE_VARIANTS",
-    "HELDOUT_COLUMNS",
-    "RECOVERY_COLUMNS",
     "Batch",
     "CacheBuild",
     "DistillSetup",

@@ -16,30 +16,19 @@ from typing import Any
 import pandas as pd
 
 from prune_lab.errors import DataError, RunError
-from prune_lab.ranking import RANKING_COLUMNS, TOURNAMENT_COLUMNS
 from prune_lab.runs import Run
 from prune_lab.runtime import read_json
-
-BLOCK_COLUMNS = (
-    "name",
-    "stage",
-    "kind",
-    "in_channels",
-    "out_channels",
-    "params",
-    "macs",
-    "removable",
-    "reason",
+from prune_lab.schemas import (
+    BLOCK_COLUMNS,
+    COST_COLUMNS,
+    IMPORTANCE_COLUMNS,
+    PARTS_COLUMNS,
+    PIPELINE_COLUMNS,
+    RANKING_COLUMNS,
+    RECOVERY_COLUMNS,
+    REDUCTION_COLUMNS,
+    TOURNAMENT_COLUMNS,
 )
-IMPORTANCE_COLUMNS = ("group", "kind", "blocks", "starred", "impact", "low", "high", "samples", "criterion")
-PARTS_COLUMNS = ("group", "kind", "criterion", "part", "of", "impact", "samples")
-COST_COLUMNS = ("name", "kind", "params", "macs", "attention_macs", "paper_macs")
-REDUCTION_COLUMNS = (
-    *("model", "plan", "params", "params_change", "macs", "macs_change"),
-    *("paper_macs", "paper_macs_change", "blocks_removed", "native"),
-)
-PIPELINE_COLUMNS = ("part", "calls", "params", "macs", "median_ms", "share")
-RECOVERY_COLUMNS = ("step", "task", "output", "feature", "total", "validation")
 
 MAP_COLUMNS = ("name", "stage", "kind", "position", "removable", "impact", "low", "high")
 CURVE_COLUMNS = ("plan", "plan_id", "step", "part", "value")

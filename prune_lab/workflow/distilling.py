@@ -29,6 +29,7 @@ from prune_lab.processes import gather_object, is_main, join, main_process_first
 from prune_lab.ranking import HeldoutLosses, Tournament, first_rung, play, rungs, tournament_from_frame
 from prune_lab.runs import Run
 from prune_lab.runtime import note, write_frame
+from prune_lab.schemas import RECOVERY_SUMMARY_COLUMNS
 from prune_lab.surgery import pipeline_with
 from prune_lab.workflow.measuring import ensure_scores
 from prune_lab.workflow.searching import ensure_plans, origin_of, plan_named
@@ -41,17 +42,6 @@ from prune_lab.workflow.students import (
 
 if TYPE_CHECKING:
     from torch import nn
-
-RECOVERY_TABLE_COLUMNS = (
-    "plan",
-    "plan_id",
-    "status",
-    "steps",
-    "loss_before",
-    "loss_after",
-    "seconds",
-    "reason",
-)
 
 
 # Together ----------------------------------------------------------------------------------------------------
@@ -256,11 +246,11 @@ def save_students(
 
 
 def recovery_frame(session: Session) -> pd.DataFrame:
-    """One row per candidate that was distilled, in order of the plans; columns RECOVERY_TABLE_COLUMNS."""
+    """One row per candidate that was distilled, in order of the plans; columns RECOVERY_SUMMARY_COLUMNS."""
     rows = []
     for plan in ensure_plans(session):
         recovery = load_recovery(session.run.candidate(plan.id).folder)
         if recovery is not None:
             figures = (recovery.before, recovery.after, recovery.seconds, recovery.reason)
             rows.append((plan.label, plan.id, recovery.status, recovery.steps, *figures))
-    return pd.DataFrame(rows, columns=list(RECOVERY_TABLE_COLUMNS))
+    return pd.DataFrame(rows, columns=list(RECOVERY_SUMMARY_COLUMNS))

@@ -16,6 +16,7 @@ from prune_lab.profiling import cost_table
 from prune_lab.ranking import Ranking
 from prune_lab.runs import Run, open_run
 from prune_lab.runtime import track, write_frame
+from prune_lab.schemas import STEP_SECONDS_COLUMNS, STEPS_COLUMNS
 from prune_lab.search import check_reachable, parse_budget
 from prune_lab.workflow.measuring import (
     controls,
@@ -26,8 +27,6 @@ from prune_lab.workflow.ranking import ensure_ranking
 from prune_lab.workflow.searching import constraints_of
 from prune_lab.workflow.session import Session
 from prune_lab.workflow.steps import STEPS, first_touched, forget, start_run, steps_from, touching
-
-STEPS_COLUMNS = ("step", "state", "does")
 
 
 def check_budgets(config: RunConfig) -> None:
@@ -92,7 +91,7 @@ def run_all(config: RunConfig, folder: Path, *, force: bool = False) -> Ranking:
         took = time.perf_counter() - start
         seconds[step.name] = known.get(step.name, took) if finished else took
         rows = list(seconds.items())
-        write_frame(run.steps, pd.DataFrame(rows, columns=["step", "seconds"]))
+        write_frame(run.steps, pd.DataFrame(rows, columns=list(STEP_SECONDS_COLUMNS)))
     return ensure_ranking(session)
 
 

@@ -31,6 +31,7 @@ from prune_lab.ranking import (
 )
 from prune_lab.report import write_report
 from prune_lab.runtime import track, write_frame
+from prune_lab.schemas import PICTURES_COLUMNS
 from prune_lab.workflow.measuring import ensure_costs, ensure_reductions, run_scoring_context
 from prune_lab.workflow.searching import ensure_plans, left_out, origin_of
 from prune_lab.workflow.session import Session, drawn
@@ -266,4 +267,4 @@ def quality_frame(session: Session) -> pd.DataFrame:
             values.append(
                 (plan_label, plan_id, weights, len(scores), float(scores.mean()), float(scores.min()))
             )
-    return pd.DataFrame(values, columns=["plan", "plan_id", "weights", "pictures", "clip", "clip_low"])
+    return pd.DataFrame(values, columns=list(PICTURES_COLUMNS))

@@ -21,6 +21,7 @@ from prune_lab.profiling import activation_table
 from prune_lab.profiling.costs import REST
 from prune_lab.runs import Run
 from prune_lab.runtime import read_json, track, write_frame, write_json
+from prune_lab.schemas import PLANS_COLUMNS, SEARCHED_COLUMNS, SEARCHES_COLUMNS
 from prune_lab.search import (
     Budget,
     Constraints,
@@ -39,18 +40,6 @@ from prune_lab.workflow.measuring import (
 )
 from prune_lab.workflow.session import Session
 from prune_lab.workflow.solving import SOLVERS, Question, controls_for
-
-SEARCHED_COLUMNS = ("plan_id", "origin", "name", "budget")
-SEARCHES_COLUMNS = (
-    *("budget", "solver", "plans", "measured", "seconds"),
-    *("pairs", "r2", "rank", "additive_r2", "additive_rank"),
-)
-PLANS_COLUMNS = (
-    *("plan", "plan_id", "origin", "budgets", "removed", "blocks_removed", "params", "params_change"),
-    *("macs", "macs_change", "paper_macs", "paper_macs_change", "latency_ms", "latency_change"),
-    *("predicted_impact", "native"),
-)
-
 
 # What is asked for ---------------------------------------------------------------------------------------------
 
@@ -142,7 +131,9 @@ def _write_plans(session: Session) -> None:
             answer = SOLVERS[settings.solver](question)
             seconds = time.perf_counter() - start
             row = {"budget": asked, "solver": settings.solver, "plans": len(answer.plans)}
-            searches.append(row | {"measured": answer.measured, "seconds": seconds} | dict(answer.merits))
+            searches.append(
+                row | {"sets_measured": answer.measured, "seconds": seconds} | dict(answer.merits)
+            )
             found += [("search", asked, plan) for plan in _named(answer.plans, settings.solver, asked)]
             if at_budget:
                 found += [("control", asked, plan) for plan in controls_for(question, at_budget)]

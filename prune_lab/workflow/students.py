@@ -22,13 +22,11 @@ from prune_lab.plans import PruningPlan
 from prune_lab.probes import Probe, probe_of_latents
 from prune_lab.repair import Choice, repair
 from prune_lab.runtime import track, write_frame
+from prune_lab.schemas import REPAIRED_COLUMNS
 from prune_lab.surgery import save_unet
 from prune_lab.workflow.measuring import ensure_probe
 from prune_lab.workflow.searching import ensure_plans, left_out
 from prune_lab.workflow.session import Session
-
-REPAIRED_COLUMNS = ("plan", "plan_id", "kind", "applied", "impact_before", "impact_after")
-
 
 # Candidates --------------------------------------------------------------------------------------------------
 
