@@ -30,8 +30,10 @@ from prune_lab.config.toml import (
     changed_settings,
     config_from_toml,
     load_config,
+    parse_assignment,
     setting_values,
     to_toml,
+    with_settings,
 )
 
 __all__ = [
@@ -56,6 +58,8 @@ __all__ = [
     "changed_settings",
     "config_from_toml",
     "load_config",
+    "parse_assignment",
     "setting_values",
     "to_toml",
+    "with_settings",
 ]

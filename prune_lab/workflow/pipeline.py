@@ -16,7 +16,7 @@ from prune_lab.profiling import cost_table
 from prune_lab.ranking import Ranking
 from prune_lab.runs import Run, open_run
 from prune_lab.runtime import track, write_frame
-from prune_lab.search import check_reachable, parse_budget
+from prune_lab.search import check_reachable, parse_budget, split_budgets
 from prune_lab.workflow.measuring import (
     controls,
     criteria_of,
@@ -38,7 +38,7 @@ def check_budgets(config: RunConfig) -> None:
     costs, constraints = cost_table(architecture), constraints_of(config)
     for text in config.search.budgets:
         # What has to be measured first, latency and memory, is checked when it is.
-        counted = [one for one in text.split(",") if not re.match(r"\s*(latency|memory)", one)]
+        counted = [one for one in split_budgets(text) if not re.match(r"\s*(latency|memory)", one)]
         budgets = [parse_budget(one, architecture, costs) for one in counted]
         check_reachable(architecture, costs, budgets, constraints=constraints)
 
