@@ -85,7 +85,7 @@ def run_all(config: RunConfig, folder: Path, *, force: bool = False) -> Ranking:
     check_settings(session)
     known = _recorded_seconds(run)
     seconds: dict[str, float] = {}
-    for step in track(STEPS, "steps"):
+    for step in track(STEPS, "step", name=lambda step: step.name):
         finished = all(run.done(path) for path in step.marks(run))
         start = time.perf_counter()
         step.ensure(session)
