@@ -133,7 +133,7 @@ def training_memory(
 
     Activations are those of passes in float32. What is free is counted as if neither model were there yet.
     """
-    weights = sum(parameter.numel() * parameter.elementbytes_text() for parameter in teacher.parameters())
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in teacher.parameters())
     there = next(teacher.parameters()).device
     return TrainingMemory(
         teacher=weights,
