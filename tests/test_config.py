@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 import prune_lab
 from prune_lab.config import (
+    CHOICES,
+    SETTINGS,
     DistillConfig,
     EvaluateConfig,
     ProbeConfig,
@@ -26,7 +28,6 @@ from prune_lab.config import (
     changed_settings,
     config_from_toml,
     load_config,
-    setting_names,
     to_toml,
 )
 from prune_lab.errors import ConfigError
@@ -130,7 +131,7 @@ def test_every_setting_is_written() -> None:
         for name, value in table.items()
         for own in (value if isinstance(value, dict) else [""])
     }
-    assert written == set(setting_names())
+    assert written == set(SETTINGS)
     # counted from the dataclasses, so a field that the writer forgets is missed here
     fields = dataclasses.fields(RunConfig)
     tables = [getattr(RunConfig(), field.name) for field in fields]
@@ -217,3 +218,32 @@ def test_the_demo_says_what_it_means() -> None:
     config = load_config(path)
     assert config.model == "reference"
     assert changed_settings(RunConfig(), config), "a demo that changes nothing has no file to show"
+
+
+# Settings as data -----------------------------------------------------------------------------------------------
+
+
+def test_every_setting_says_what_it_means_and_who_reads_it() -> None:
+    assert all(setting.meaning and setting.read_by for setting in SETTINGS.values())
+    assert [name for name, setting in SETTINGS.items() if setting.free] == [
+        *("distill.checkpoint_every", "distill.micro_batch", "distill.together", "distill.trackers"),
+        *("distill.grid_every", "rank.address", "rank.storage", "rank.cpus"),
+    ]
+    assert SETTINGS["distill.seed"].read_by == "data"
+    assert SETTINGS["evaluate.guidance"].read_by == "shares"
+    assert SETTINGS["search.solver"].choices == CHOICES["search.solver"]
+
+
+def test_every_choice_is_a_setting_whose_default_is_one_of_them() -> None:
+    for name, choices in CHOICES.items():
+        assert SETTINGS[name].default in choices
+
+
+def test_the_tables_of_functions_have_the_names_that_the_settings_offer() -> None:
+    from prune_lab.distill import FEATURE_VARIANTS
+    from prune_lab.repair.reports import Choice
+    from prune_lab.workflow.solving import SOLVERS
+
+    assert tuple(FEATURE_VARIANTS) == CHOICES["distill.loss_variant"]
+    assert tuple(SOLVERS) == CHOICES["search.solver"]
+    assert ("none", *get_args(Choice)) == CHOICES["repair.kind"]

@@ -19,8 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prune_lab.blocks import architecture_of
-from prune_lab.config import DistillConfig
-from prune_lab.config.settings import LOSS_VARIANTS
+from prune_lab.config import CHOICES, DistillConfig
 from prune_lab.distill import FEATURE_VARIANTS, batch_losses, draw_batch, feature_pairs
 from prune_lab.distill.data import min_snr_weights
 from prune_lab.distill.joint import rate_at
@@ -169,13 +168,13 @@ def test_outliers_of_either_model_are_masked() -> None:
 
 
 def test_the_table_of_variants_is_that_of_the_settings() -> None:
-    assert tuple(FEATURE_VARIANTS) == LOSS_VARIANTS
+    assert tuple(FEATURE_VARIANTS) == CHOICES["distill.loss_variant"]
     assert (FEATURE_VARIANTS["raw"].points, FEATURE_VARIANTS["raw"].term) == ("stages", squared_error)
     with pytest.raises(ConfigError, match="raw, normalised"):
         DistillConfig(loss_variant="unheard-of")
 
 
-@pytest.mark.parametrize("variant", LOSS_VARIANTS)
+@pytest.mark.parametrize("variant", FEATURE_VARIANTS)
 def test_every_variant_teaches(tiny_unet: Any, variant: str) -> None:
     architecture = architecture_of(tiny_unet)
     plan = parse_plan("bk-small", architecture)
@@ -288,7 +287,7 @@ def ten_steps(unet: Any, variant: str, plan: str) -> list[tuple[float, float, fl
 
 
 def test_golden_losses(tiny_unet_shared: Any) -> None:
-    cases = [("raw", plan) for plan in OFFICIAL] + [(name, "bk-small") for name in LOSS_VARIANTS[1:]]
+    cases = [("raw", plan) for plan in OFFICIAL] + [(name, "bk-small") for name in list(FEATURE_VARIANTS)[1:]]
     found = {
         (variant, plan, str(step)): row
         for variant, plan in cases

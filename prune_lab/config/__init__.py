@@ -1,21 +1,18 @@
 """The settings of a run: frozen, checked dataclasses, and the TOML they are read from and written to.
 
-Each table of the TOML is one dataclass, each key one field of the same name, so there is one list of settings and one
-place for their defaults. The settings that stand before the first table are those of ``RunConfig`` itself.
+Each table of the TOML is one dataclass, each key one field of the same name. A field says its default, what it means
+and which step reads it; ``SETTINGS`` has all of that as data. The settings that stand before the first table are those
+of ``RunConfig`` itself.
 """
 
 from __future__ import annotations
 
+from prune_lab.config.declaration import CHOICES, Setting
 from prune_lab.config.settings import (
     BUDGET_CONTROLS,
-    CACHE_FORMATS,
-    CROPS,
-    DTYPES,
     GROUP_KINDS,
     PLAN_FILES,
-    RANK_ENGINES,
-    REPAIRS,
-    SOLVERS,
+    SETTINGS,
     DataConfig,
     DistillConfig,
     EvaluateConfig,
@@ -28,18 +25,24 @@ from prune_lab.config.settings import (
     ScoreConfig,
     SearchConfig,
 )
-from prune_lab.config.toml import changed_settings, config_from_toml, load_config, setting_names, to_toml
+from prune_lab.config.toml import (
+    RENAMED,
+    changed_settings,
+    config_from_toml,
+    load_config,
+    parse_assignment,
+    setting_values,
+    to_toml,
+    with_settings,
+)
 
 __all__ = [
     "BUDGET_CONTROLS",
-    "CACHE_FORMATS",
-    "CROPS",
-    "DTYPES",
+    "CHOICES",
     "GROUP_KINDS",
     "PLAN_FILES",
-    "RANK_ENGINES",
-    "REPAIRS",
-    "SOLVERS",
+    "RENAMED",
+    "SETTINGS",
     "DataConfig",
     "DistillConfig",
     "EvaluateConfig",
@@ -51,9 +54,12 @@ __all__ = [
     "RunConfig",
     "ScoreConfig",
     "SearchConfig",
+    "Setting",
     "changed_settings",
     "config_from_toml",
     "load_config",
-    "setting_names",
+    "parse_assignment",
+    "setting_values",
     "to_toml",
+    "with_settings",
 ]

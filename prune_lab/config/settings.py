@@ -3,94 +3,71 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
+from collections.abc import Mapping
 
-from prune_lab.errors import ConfigError
+from prune_lab.config.declaration import (
+    CHOICES,
+    Setting,
+    declared,
+    in_words,
+    require,
+    require_fractions,
+    require_ranges,
+    setting,
+)
 
 GROUP_KINDS = ("block", "pair", "triplet", "stage", "inner")
 PLAN_FILES = (".txt", ".json")  # groups may also be plans from such a file
-SOLVERS = ("exact", "interactions", "greedy", "evolution")
 BUDGET_CONTROLS = ("uniform", "random-median", "lowest-one-shot", "similarity")  # found for a budget
-REPAIRS = ("none", "shift", "scale-shift", "linear", "refit", "best")
-LOSS_VARIANTS = ("raw", "normalised", "outlier-masked", "self-attention", "inverse-sensitivity")
-SCHEDULES = ("constant", "linear", "cosine")
-RANK_ENGINES = ("local", "ray")
-CROPS = ("center", "random")
-CACHE_FORMATS = ("float32", "float16")
-DTYPES = ("float32", "bfloat16", "float16")
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
-
-
-# Checks ----------------------------------------------------------------------------------------------------------
-
-
-def require(met: bool, name: str, value: object, rule: str) -> None:
-    """Raise ConfigError, which says what the setting ``name`` was and by which ``rule`` it fails, unless ``met``."""
-    if not met:
-        raise ConfigError(f"setting {name} = {value!r} cannot be used; it must be {rule}")
-
-
-def _require_counts(table: str, settings: object, **least: int) -> None:
-    for field, bound in least.items():
-        value = getattr(settings, field)
-        require(value >= bound, f"{table}.{field}", value, f"a whole number of at least {bound}")
-
-
-def _require_finite(table: str, settings: object, *fields: str) -> None:
-    for field in fields:
-        value = getattr(settings, field)
-        require(
-            math.isfinite(value) and value >= 0, f"{table}.{field}", value, "a finite number, zero or more"
-        )
-
-
-def _require_fraction(table: str, settings: object, *fields: str) -> None:
-    for field in fields:
-        value = getattr(settings, field)
-        require(0 <= value < 1, f"{table}.{field}", value, "at least 0 and below 1")
-
-
-# Tables ----------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeConfig:
     """The fixed inputs on which blocks are scored and candidates compared."""
 
-    samples: int = 64  # held-out pictures
-    timesteps: int = 8  # points they are spread over, evenly along the noise schedule
-    seed: int = 0
-    prompts: str = (
-        ""  # .txt, .csv or .parquet; the model draws their pictures itself; empty: held-out pictures
+    samples: int = setting(64, "held-out pictures", least=2)
+    timesteps: int = setting(8, "points they are spread over, evenly along the noise schedule", least=1)
+    seed: int = setting(0, "seed of the pictures, their noise and their timesteps")
+    prompts: str = setting(
+        "", "file of prompts (.txt, .csv, .parquet), whose pictures the model draws; empty: held-out pictures"
     )
 
     def __post_init__(self) -> None:
-        _require_counts("probe", self, samples=2, timesteps=1, seed=0)
+        require_ranges(self, "probe.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreConfig:
     """How blocks are scored."""
 
-    criterion: str = "output-mse"  # what is searched and reported with
-    also: tuple[str, ...] = ()  # criteria measured beside it, on the same model and probe
-    groups: tuple[str, ...] = ("block", "pair", "stage")
-    batch: int = 0  # probe samples per forward pass; 0: as many as fit into memory
-    guidance: float = 1.0  # of the predictions that output criteria compare; 1: no guidance
-    bootstrap: int = 1000  # resamples behind each interval
-    race: float = (
-        0.0  # share of the naive loop's cost for a race by output criteria; 0: every group gets all samples
+    criterion: str = setting("output-mse", "criterion that is searched and reported with")
+    also: tuple[str, ...] = setting((), "criteria measured beside it, on the same model and probe")
+    groups: tuple[str, ...] = setting(
+        ("block", "pair", "stage"),
+        f"what is removed at a time: {', '.join(GROUP_KINDS)}, or plans from files ({', '.join(PLAN_FILES)})",
     )
-    channels_last: bool = (
-        False  # memory format of the U-Net while it is scored; pays on a GPU with tensor cores
+    batch: int = setting(0, "probe samples per forward pass; 0: as many as fit into memory")
+    guidance: float = setting(
+        1.0, "guidance scale of the predictions that output criteria compare; 1: no guidance"
     )
-    compile: bool = False  # blocks go through torch.compile first; pays when there are many samples
+    bootstrap: int = setting(1000, "resamples behind each interval", least=1)
+    race: float = setting(
+        0.0,
+        "share of the naive loop's cost, such as 0.15, for a race by output criteria: groups whose place is settled "
+        "get no more samples; 0: every group gets all samples",
+    )
+    channels_last: bool = setting(
+        False, "channels-last memory format of the U-Net while it is scored; pays on a GPU with tensor cores"
+    )
+    compile: bool = setting(
+        False, "put the blocks through torch.compile first; pays when there are many samples"
+    )
 
     def __post_init__(self) -> None:
-        _require_counts("score", self, batch=0, bootstrap=1)
         require(0 <= self.race <= 1, "score.race", self.race, "a share from 0 to 1")
-        _require_finite("score", self, "guidance")
+        require_ranges(self, "score.")
         named = [group for group in self.groups if not group.endswith(PLAN_FILES)]
         rule = f"some of {', '.join(GROUP_KINDS)}, or files of plans ({', '.join(PLAN_FILES)})"
         require(bool(self.groups) and set(named) <= set(GROUP_KINDS), "score.groups", list(self.groups), rule)
@@ -100,69 +77,78 @@ class ScoreConfig:
 class SearchConfig:
     """Which plans become candidates: the controls, and the best found under each budget."""
 
-    budgets: tuple[str, ...] = ("params<=bk-base", "params<=bk-small", "params<=bk-tiny")
-    # each one budget, or several that hold at once with commas between them: "macs<=65%, latency<=0.7x"
-    solver: str = "exact"  # exact, interactions, greedy or evolution
-    count: int = 1  # plans per budget
-    diverse: int = 1  # blocks in which any two plans of a budget differ at least
-    native_only: bool = True  # plans that a plain diffusers config describes, which alone can be built
-    keep: tuple[str, ...] = ()  # blocks and stages that stay
-    remove: tuple[str, ...] = ()  # blocks and stages that go
-    quotas: tuple[str, ...] = ()  # "Dn1<=2": at most two blocks of Dn1 go; "Dn1=2": exactly two
-    longest_run: int = 0  # most blocks in a row that go together; 0: no rule
-    least_resnets: int = 0  # residual blocks that stay in every stage
-    samples: int = 96  # plans that are measured to learn interactions
-    trials: int = 400  # plans that the evolution tries
-    controls: tuple[str, ...] = ("bk-base", "bk-small", "bk-tiny")
-    # plans; uniform, random-median, lowest-one-shot and similarity are found for each budget
+    budgets: tuple[str, ...] = setting(
+        ("params<=bk-base", "params<=bk-small", "params<=bk-tiny"),
+        'each one budget, or several that hold at once with commas between: "macs<=65%, latency<=0.7x"',
+    )
+    solver: str = setting("exact", f"how plans are found: {in_words(CHOICES['search.solver'])}")
+    count: int = setting(1, "plans per budget", least=1)
+    diverse: int = setting(1, "blocks in which any two plans of a budget differ at least", least=1)
+    native_only: bool = setting(
+        True, "only plans that a plain diffusers config describes, which alone can be built"
+    )
+    keep: tuple[str, ...] = setting((), "blocks and stages that stay")
+    remove: tuple[str, ...] = setting((), "blocks and stages that go")
+    quotas: tuple[str, ...] = setting((), '"Dn1<=2": at most two blocks of Dn1 go; "Dn1=2": exactly two')
+    longest_run: int = setting(0, "most blocks in a row that go together; 0: no rule")
+    least_resnets: int = setting(0, "residual blocks that stay in every stage; 0: no rule")
+    samples: int = setting(96, "plans that are measured to learn interactions", least=20)
+    trials: int = setting(400, "plans that the evolution tries", least=40)
+    controls: tuple[str, ...] = setting(
+        ("bk-base", "bk-small", "bk-tiny"),
+        f"plans to compare with; {', '.join(BUDGET_CONTROLS)} are found for each budget",
+    )
 
     def __post_init__(self) -> None:
-        _require_counts(
-            "search", self, count=1, diverse=1, longest_run=0, least_resnets=0, samples=20, trials=40
-        )
+        require_ranges(self, "search.")
         some = bool(self.budgets or self.controls)
         require(some, "search.budgets", list(self.budgets), "not empty when search.controls is empty too")
-        require(self.solver in SOLVERS, "search.solver", self.solver, f"one of {', '.join(SOLVERS)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RepairConfig:
     """The closed-form repair of the cut before any training, from the teacher's activations on the probe."""
 
-    kind: str = "none"  # none, shift, scale-shift, linear, refit or best
+    kind: str = setting("none", f"how the cuts are repaired: {in_words(CHOICES['repair.kind'])}")
 
     def __post_init__(self) -> None:
-        require(self.kind in REPAIRS, "repair.kind", self.kind, f"one of {', '.join(REPAIRS)}")
+        require_ranges(self, "repair.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """The pictures that students are trained on, and how they are encoded."""
 
-    source: str = (
-        ""  # folder, .parquet, .tar or glob, hub id, finished cache; empty: distill.pictures shipped ones
+    source: str = setting(
+        "", "folder, .parquet, .tar or glob, hub id, finished cache; empty: distill.pictures shipped ones"
     )
-    image_column: str = ""  # empty: the usual names, such as image or jpg
-    caption_column: str = ""  # empty: the usual names, such as caption or text
-    limit: int = 0  # pictures, drawn at random from all; 0: all
-    crop: str = "center"  # after the short side was scaled to the model's size: center or random
-    flip: bool = False  # every second variant is mirrored
-    variants: int = (
-        0  # encodings of each picture, the first cropped in the middle; 0: 4 for random crops, 2 for flips
+    image_column: str = setting("", "column of pictures; empty: the usual names, such as image or jpg")
+    caption_column: str = setting("", "column of captions; empty: the usual names, such as caption or text")
+    limit: int = setting(0, "pictures, drawn at random from all; 0: all")
+    crop: str = setting(
+        "center",
+        f"where the square is cut once the short side fits the model: {in_words(CHOICES['data.crop'])}",
     )
-    seed: int = 0  # of limit and crops
-    cached: bool = True  # encode once, before the training; false: encode each batch when it is drawn
-    format: str = (
-        "float32"  # of the cache: what the encoders gave; float16: half the disk, rounded to 3 digits
+    flip: bool = setting(False, "mirror every second variant")
+    variants: int = setting(
+        0,
+        "encodings of each picture, the first cropped in the middle; 0: 4 for random crops, 2 for flips, else 1",
     )
-    shard: int = 1024  # pictures per file of the cache, and what is lost when a build is stopped
-    batch: int = 16  # pictures per pass of the encoders
+    seed: int = setting(0, "seed of limit and crops")
+    cached: bool = setting(
+        True, "encode once, before the training; false: encode each batch when it is drawn"
+    )
+    format: str = setting(
+        "float32",
+        "number format of the cache: float32, what the encoders gave, or float16, half the disk, rounded to 3 digits",
+    )
+    shard: int = setting(
+        1024, "pictures per file of the cache, and what is lost when a build is stopped", least=1
+    )
+    batch: int = setting(16, "pictures per pass of the encoders", least=1)
 
     def __post_init__(self) -> None:
-        _require_counts("data", self, limit=0, variants=0, seed=0, shard=1, batch=1)
-        require(self.crop in CROPS, "data.crop", self.crop, f"one of {', '.join(CROPS)}")
-        formats = f"one of {', '.join(CACHE_FORMATS)}"
-        require(self.format in CACHE_FORMATS, "data.format", self.format, formats)
+        require_ranges(self, "data.")
         most = 1 + self.flip  # different ones, without random crops
         rule = f"at most {most} without random crops" + ("" if self.flip else " or flips")
         require(self.crop == "random" or self.variants <= most, "data.variants", self.variants, rule)
@@ -179,56 +165,67 @@ class DataConfig:
 class DistillConfig:
     """The short distillation that every candidate goes through; the weights of the three losses are BK-SDM's."""
 
-    steps: int = 500
-    batch: int = 16
-    learning_rate: float = 5e-5  # BK-SDM, arXiv:2305.15798
-    weight_decay: float = 1e-2
-    task_weight: float = 1.0  # against the noise that was added
-    output_weight: float = 1.0  # against the teacher's prediction
-    feature_weight: float = 1.0  # against the teacher's stage outputs
-    loss_variant: str = (
-        "raw"  # of the feature loss: raw (paper), normalised, outlier-masked, ... (see losses)
+    steps: int = setting(500, "steps of AdamW that a student gets", least=1)
+    batch: int = setting(16, "samples per step, over all processes", least=1)
+    learning_rate: float = setting(
+        5e-5, "learning rate of AdamW after the warm-up; BK-SDM's (arXiv:2305.15798)"
     )
-    min_snr: float = 0.0  # gamma of the min-SNR weighting of the task loss (arXiv:2303.09556); 0: off
-    noise_offset: float = 0.0  # of each channel of the noise; 0: off
-    ema_decay: float = 0.995  # short runs need a short memory; 0 keeps the last weights
-    clip_norm: float = 1.0  # of the gradient; 0 does not clip
-    warmup: int = 20  # steps until the learning rate is reached
-    schedule: str = "constant"  # of the learning rate after the warm-up: constant, linear or cosine
-    caption_dropout: float = 0.1  # share of captions replaced by the empty one, for guidance
-    seed: int = 0
-    checkpoint_every: int = 100  # steps
-    validate_every: int = 100  # steps
-    precision: str = (
-        ""  # of the forward passes, weights stay float32: float32 or bfloat16; empty: the teacher's
+    weight_decay: float = setting(1e-2, "weight decay of AdamW")
+    task_weight: float = setting(1.0, "weight of the loss against the noise that was added; 0: off")
+    output_weight: float = setting(1.0, "weight of the loss against the teacher's prediction; 0: off")
+    feature_weight: float = setting(1.0, "weight of the loss against the teacher's features; 0: off")
+    loss_variant: str = setting(
+        "raw", f"kind of feature loss: {in_words(CHOICES['distill.loss_variant'])}; raw is BK-SDM's"
     )
-    micro_batch: int = (
-        0  # samples of one student per forward and backward pass; 0: as many as fit into memory
+    min_snr: float = setting(
+        0.0, "gamma of the min-SNR weighting of the task loss (arXiv:2303.09556); 0: off"
     )
-    gradient_checkpointing: bool = False  # of the students: less memory for a third more work
-    compile: bool = False  # the blocks of teacher and students go through torch.compile
-    together: int = 0  # students trained on one teacher pass; 0: as many as fit into memory
-    diverged: float = 3.0  # times the held-out loss before training: a student above that is stopped
-    trackers: tuple[str, ...] = ("tensorboard",)  # and what else accelerate knows; a CSV is always written
-    grid_every: int = 0  # steps between grids of pictures drawn by each student; 0: none
-    pictures: int = 2048  # training pictures whose latents are cached
+    noise_offset: float = setting(0.0, "offset of each channel of the noise; 0: off")
+    ema_decay: float = setting(
+        0.995,
+        "decay of the moving average of the weights, which is what is kept; 0: the last weights are kept",
+    )
+    clip_norm: float = setting(1.0, "largest norm of the gradient; 0: not clipped")
+    warmup: int = setting(20, "steps until the learning rate is reached")
+    schedule: str = setting(
+        "constant", f"course of the learning rate after the warm-up: {in_words(CHOICES['distill.schedule'])}"
+    )
+    caption_dropout: float = setting(0.1, "share of captions replaced by the empty one, for guidance")
+    seed: int = setting(0, "seed of noise, timesteps, dropout and order of pictures", read_by="data")
+    checkpoint_every: int = setting(100, "steps between states to resume from", least=1, free=True)
+    validate_every: int = setting(100, "steps between held-out losses", least=1, resumes=True)
+    precision: str = setting(
+        "",
+        "number format of the forward passes, while weights stay float32: float32 or bfloat16; empty: the teacher's",
+    )
+    micro_batch: int = setting(
+        0,
+        "samples of one student per forward and backward pass; 0: as many as fit into memory",
+        free=True,
+    )
+    gradient_checkpointing: bool = setting(
+        False, "recompute activations of the students: less memory for a third more work", resumes=True
+    )
+    compile: bool = setting(
+        False, "put the blocks of teacher and students through torch.compile", resumes=True
+    )
+    together: int = setting(
+        0, "students trained on one teacher pass; 0: as many as fit into memory", free=True
+    )
+    diverged: float = setting(
+        3.0, "times the held-out loss before training: a student above that is stopped", resumes=True
+    )
+    trackers: tuple[str, ...] = setting(
+        ("tensorboard",), "where curves are shown besides the CSV: whatever accelerate knows", free=True
+    )
+    grid_every: int = setting(0, "steps between grids of pictures drawn by each student; 0: none", free=True)
+    pictures: int = setting(
+        2048, "shipped training pictures whose latents are cached", least=1, read_by="data", resumes=True
+    )
 
     def __post_init__(self) -> None:
-        counts = {"steps": 1, "batch": 1, "warmup": 0, "seed": 0, "checkpoint_every": 1, "validate_every": 1}
-        _require_counts("distill", self, **counts, pictures=1, micro_batch=0, together=0, grid_every=0)
-        weights = ("task_weight", "output_weight", "feature_weight")
-        _require_finite("distill", self, "learning_rate", "weight_decay", "clip_norm", *weights)
-        _require_finite("distill", self, "min_snr", "noise_offset")
+        require_ranges(self, "distill.")
         require(self.diverged > 1, "distill.diverged", self.diverged, "above 1")
-        require(
-            self.loss_variant in LOSS_VARIANTS,
-            "distill.loss_variant",
-            self.loss_variant,
-            f"one of {', '.join(LOSS_VARIANTS)}",
-        )
-        require(
-            self.schedule in SCHEDULES, "distill.schedule", self.schedule, f"one of {', '.join(SCHEDULES)}"
-        )
         require(
             self.precision in ("", "float32", "bfloat16"),
             "distill.precision",
@@ -236,7 +233,7 @@ class DistillConfig:
             "float32, bfloat16 or empty for the teacher's; float16 loses the gradients of students",
         )
         require(self.learning_rate > 0, "distill.learning_rate", self.learning_rate, "above zero")
-        _require_fraction("distill", self, "ema_decay", "caption_dropout")
+        require_fractions(self, "distill.", "ema_decay", "caption_dropout")
         total = self.task_weight + self.output_weight + self.feature_weight
         require(
             total > 0, "distill.task_weight", self.task_weight, "above zero when the other two weights are 0"
@@ -247,37 +244,49 @@ class DistillConfig:
 class RankConfig:
     """Who gets how much of the distillation: everyone all of it, or less who falls behind in a tournament."""
 
-    eta: int = 0  # the best 1/eta of each rung go on, and who ties with them; 0: everyone gets distill.steps
-    first: int = (
-        0  # steps of the first rung; 0: distill.steps over the power of eta that leaves twice the warm-up
+    eta: int = setting(
+        0, "the best 1/eta of each rung go on, and who ties with them; 0: everyone gets distill.steps"
     )
-    keep_controls: bool = False  # BK-SDM's and the other controls go on to the end, whatever their loss
-    clip: bool = True  # from the second rung on the CLIP score decides between those who tie on held-out loss
-    engine: str = "local"  # who trains the candidates of a rung: local or ray
-    address: str = ""  # of a running Ray cluster, or auto for this machine's; empty: one is started here
-    storage: str = ""  # folder or fsspec URL; empty: every machine of the cluster sees the run folder
-    cpus: int = 1  # cores, and threads, of each candidate on a Ray cluster
+    first: int = setting(
+        0,
+        "steps of the first rung; 0: distill.steps over the power of eta that leaves twice the warm-up",
+    )
+    keep_controls: bool = setting(
+        False, "BK-SDM's and the other controls go on to the end, whatever their loss"
+    )
+    clip: bool = setting(
+        True, "from the second rung on the CLIP score decides between those who tie on held-out loss"
+    )
+    engine: str = setting("local", f"who trains the candidates of a rung: {in_words(CHOICES['rank.engine'])}")
+    address: str = setting(
+        "",
+        "address of a running Ray cluster, or auto for this machine's; empty: one is started here",
+        free=True,
+    )
+    storage: str = setting(
+        "",
+        "folder or fsspec URL that all machines of the cluster see; empty: they all see the run folder",
+        free=True,
+    )
+    cpus: int = setting(1, "cores, and threads, of each candidate on a Ray cluster", least=1, free=True)
 
     def __post_init__(self) -> None:
         require(self.eta == 0 or self.eta >= 2, "rank.eta", self.eta, "0 for no tournament, or 2 or more")
-        _require_counts("rank", self, first=0, cpus=1)
-        known = f"one of {', '.join(RANK_ENGINES)}"
-        require(self.engine in RANK_ENGINES, "rank.engine", self.engine, known)
+        require_ranges(self, "rank.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
     """The pictures that teacher and candidates draw, and who judges them."""
 
-    prompts: tuple[str, ...] = ()  # empty: captions of the held-out split
-    seeds: tuple[int, ...] = (0,)  # one picture per prompt and seed
-    steps: int = 25  # of the sampler
-    guidance: float = 7.5
-    scorer: str = "reference"  # a CLIP model: reference, a folder or a hub id
+    prompts: tuple[str, ...] = setting((), "what is drawn; empty: captions of the held-out split")
+    seeds: tuple[int, ...] = setting((0,), "one picture per prompt and seed")
+    steps: int = setting(25, "denoising steps of a picture", least=1, read_by="shares")
+    guidance: float = setting(7.5, "guidance scale of a picture", read_by="shares")
+    scorer: str = setting("reference", "CLIP model that judges: reference, a folder or a hub id")
 
     def __post_init__(self) -> None:
-        _require_counts("evaluate", self, steps=1)
-        _require_finite("evaluate", self, "guidance")
+        require_ranges(self, "evaluate.")
         usable = bool(self.seeds) and min(self.seeds) >= 0
         require(usable, "evaluate.seeds", list(self.seeds), "one or more whole numbers, none below zero")
         require(bool(self.scorer), "evaluate.scorer", self.scorer, "reference, a folder or a hub id")
@@ -287,40 +296,59 @@ class EvaluateConfig:
 class ProfileConfig:
     """How latency is measured."""
 
-    batch: int = 1
-    runs: int = 20  # recorded calls
-    warmup: int = 3  # calls before them that are not recorded
+    batch: int = setting(1, "pictures per call", least=1)
+    runs: int = setting(20, "recorded calls behind each median", least=2)
+    warmup: int = setting(3, "calls before them that are not recorded")
 
     def __post_init__(self) -> None:
-        _require_counts("profile", self, batch=1, runs=2, warmup=0)
+        require_ranges(self, "profile.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ReportConfig:
     """What the report says besides the run's own tables."""
 
-    title: str = "Block pruning report"
-    also_presets: tuple[str, ...] = ()  # models whose reduction table is shown beside the run's own
+    title: str = setting("Block pruning report", "heading of the report")
+    also_presets: tuple[str, ...] = setting(
+        (), "models whose reduction table is shown beside the run's own", read_by="reductions"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """Everything that decides a run; two runs with equal settings differ in timings only."""
+    """Everything that decides a run; two runs with equal settings differ in timings only.
 
-    model: str = "reference"  # reference, a preset, a pipeline or U-Net folder, a config.json, or a hub id
-    device: str = "auto"
-    dtype: str = "float32"
-    seed: int = 0
-    probe: ProbeConfig = dataclasses.field(default_factory=ProbeConfig)
-    score: ScoreConfig = dataclasses.field(default_factory=ScoreConfig)
-    search: SearchConfig = dataclasses.field(default_factory=SearchConfig)
-    repair: RepairConfig = dataclasses.field(default_factory=RepairConfig)
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
-    rank: RankConfig = dataclasses.field(default_factory=RankConfig)
-    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
-    profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
-    report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
+    A table names the step that reads it first; a setting inside may name an earlier one.
+    """
+
+    model: str = setting(
+        "reference",
+        "reference, a preset, a pipeline or U-Net folder, a config.json, or a hub id",
+        read_by="blocks",
+    )
+    device: str = setting(
+        "auto",
+        "auto, cpu, mps, cuda or cuda:N; auto: the first there is of CUDA, MPS and CPU",
+        read_by="blocks",
+    )
+    dtype: str = setting("float32", f"number format: {in_words(CHOICES['dtype'])}", read_by="blocks")
+    seed: int = setting(0, "seed of everything that has no seed of its own", read_by="blocks")
+    probe: ProbeConfig = dataclasses.field(default_factory=ProbeConfig, metadata={"read_by": "probe"})
+    score: ScoreConfig = dataclasses.field(default_factory=ScoreConfig, metadata={"read_by": "scores"})
+    search: SearchConfig = dataclasses.field(default_factory=SearchConfig, metadata={"read_by": "plans"})
+    repair: RepairConfig = dataclasses.field(default_factory=RepairConfig, metadata={"read_by": "repaired"})
+    data: DataConfig = dataclasses.field(default_factory=DataConfig, metadata={"read_by": "data"})
+    distill: DistillConfig = dataclasses.field(
+        default_factory=DistillConfig, metadata={"read_by": "distilled"}
+    )
+    rank: RankConfig = dataclasses.field(default_factory=RankConfig, metadata={"read_by": "distilled"})
+    evaluate: EvaluateConfig = dataclasses.field(
+        default_factory=EvaluateConfig, metadata={"read_by": "pictures"}
+    )
+    profile: ProfileConfig = dataclasses.field(
+        default_factory=ProfileConfig, metadata={"read_by": "candidates"}
+    )
+    report: ReportConfig = dataclasses.field(default_factory=ReportConfig, metadata={"read_by": "report"})
 
     def __post_init__(self) -> None:
         require(
@@ -328,9 +356,12 @@ class RunConfig:
         )
         is_device = _DEVICE.fullmatch(self.device) is not None
         require(is_device, "device", self.device, "auto, cpu, mps, cuda or cuda:N")
-        require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
-        require(self.seed >= 0, "seed", self.seed, "a whole number of at least 0")
+        require_ranges(self)
         most = self.distill.steps
         require(
             self.rank.first <= most, "rank.first", self.rank.first, f"no more than distill.steps = {most}"
         )
+
+
+SETTINGS: Mapping[str, Setting] = declared(RunConfig)
+"""Every setting by its dotted name, such as ``distill.steps``, in the order in which they are written."""

@@ -8,10 +8,12 @@ import json
 import tomllib
 import typing
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from prune_lab.config.settings import RunConfig, require
+from prune_lab.config.declaration import require
+from prune_lab.config.settings import SETTINGS, RunConfig
 from prune_lab.errors import ConfigError
 
 
@@ -26,25 +28,24 @@ Settings = TypeVar("Settings", bound=_Settings)
 # Names -----------------------------------------------------------------------------------------------------------
 
 
-def _flat(config: RunConfig) -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            own_fields = dataclasses.fields(value)
-            flat |= {f"{field.name}.{own.name}": getattr(value, own.name) for own in own_fields}
-        else:
-            flat[field.name] = value
-    return flat
+# Settings that an earlier version called otherwise: the old name, and what it is called now.
+RENAMED: dict[str, str] = {}
 
 
-def setting_names() -> tuple[str, ...]:
-    """Every setting by its dotted name, such as ``distill.steps``, in the order they are written."""
-    return tuple(_flat(RunConfig()))
+def setting_values(config: RunConfig) -> dict[str, object]:
+    """The value of every setting in ``config`` by its dotted name, such as ``distill.steps``."""
+    return {name: attrgetter(name)(config) for name in SETTINGS}
+
+
+def unknown_setting(name: str) -> ConfigError:
+    """What to raise for a setting that does not exist: names the nearest one, or what it is called now."""
+    if name in RENAMED:
+        return ConfigError(f"setting {name} is now called {RENAMED[name]}; write that instead")
+    return ConfigError(f"there is no setting {name}; {_suggestion(name)}")
 
 
 def _suggestion(name: str) -> str:
-    known = setting_names()
+    known = tuple(SETTINGS)
     leaf = name.rsplit(".", 1)[-1]
     # a right name in the wrong table is a nearer miss than any spelling
     moved = [other for other in known if other.rsplit(".", 1)[-1] == leaf]
@@ -57,7 +58,7 @@ def _suggestion(name: str) -> str:
 
 def changed_settings(old: RunConfig, new: RunConfig) -> tuple[str, ...]:
     """The dotted names of the settings in which ``old`` and ``new`` differ."""
-    before, after = _flat(old), _flat(new)
+    before, after = setting_values(old), setting_values(new)
     return tuple(name for name in before if before[name] != after[name])
 
 
@@ -95,7 +96,7 @@ def _build(kind: type[Settings], table: Mapping[str, object], prefix: str) -> Se
     for key, value in table.items():
         name = prefix + key
         if key not in hints:
-            raise ConfigError(f"there is no setting {name}; {_suggestion(name)}")
+            raise unknown_setting(name)
         values[key] = _read(hints[key], value, name)
     return kind(**values)
 
@@ -131,6 +132,46 @@ def load_config(path: Path | str) -> RunConfig:
         return config_from_toml(text)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+# One setting at a time --------------------------------------------------------------------------------------------
+
+
+def parse_assignment(text: str) -> tuple[str, object]:
+    """The setting and the value in ``text``, which is ``table.key=value``.
+
+    The value is written as in TOML, but text needs no quotes, and a list of one item no brackets. Raises ConfigError
+    for an unknown setting and for a value of another kind.
+    """
+    name, equals, written = (part.strip() for part in text.partition("="))
+    if not equals:
+        raise ConfigError(f"cannot read the setting {text!r}; write table.key=value, such as distill.steps=200")
+    if name not in SETTINGS:
+        raise unknown_setting(name)
+    hint = SETTINGS[name].hint
+    try:
+        value: object = tomllib.loads(f"value = {written}")["value"]
+    except tomllib.TOMLDecodeError:
+        usable = typing.get_origin(hint) is not tuple or not written.startswith("[")
+        require(usable, name, written, 'a list in TOML, such as ["one", "two"]')
+        value = written
+    if typing.get_origin(hint) is tuple and not isinstance(value, list):
+        (item, *_) = typing.get_args(hint)
+        value = [written if item is str and not isinstance(value, str) else value]
+    elif hint is str and not isinstance(value, str):
+        value = written
+    return name, _read(hint, value, name)
+
+
+def with_settings(config: RunConfig, values: Mapping[str, object]) -> RunConfig:
+    """``config`` with other ``values`` of some settings, by their dotted names; checked when all are in place."""
+    tables: dict[str, dict[str, Any]] = {"": {}}
+    for name, value in values.items():
+        table, _, key = name.rpartition(".")
+        tables.setdefault(table, {})[key] = value
+    own = tables.pop("")
+    own |= {name: dataclasses.replace(getattr(config, name), **keys) for name, keys in tables.items()}
+    return dataclasses.replace(config, **own)
 
 
 # Writing ---------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from prune_lab.search import (
     parse_budget,
     parse_quota,
     predicted_impact,
+    split_budgets,
 )
 from prune_lab.workflow.measuring import (
     controls,
@@ -59,7 +60,7 @@ def constraints_of(config: RunConfig) -> Constraints:
 
 def parse_budgets(text: str, architecture: Architecture, prices: PartPrices) -> tuple[Budget, ...]:
     """The budgets that hold at once in ``text``, with commas between them. Raises BudgetError."""
-    return tuple(parse_budget(one, architecture, prices) for one in text.split(","))
+    return tuple(parse_budget(one, architecture, prices) for one in split_budgets(text))
 
 
 def prices_of(session: Session) -> PartPrices:
