@@ -163,7 +163,7 @@ def run_killed(folder: Path, kill_at: int) -> int:
     return subprocess.run([sys.executable, script, folder], env=environment, check=False).returncode
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_at_random_steps_it_ends_as_if_never_stopped(tmp_path: Path) -> None:
     assert run_killed(tmp_path / "whole", 0) == 0
     steps = sorted(random.Random(os.urandom(8)).sample(range(1, SETTINGS.steps + 1), 2))

@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,7 @@ from safetensors.torch import load_file
 
 from prune_lab.blocks import BlockGroup
 from prune_lab.cluster import ArtifactStore, Cluster, connected, in_tasks
-from prune_lab.config import (
-    DistillConfig,
-    EvaluateConfig,
-    ProbeConfig,
-    ProfileConfig,
-    RankConfig,
-    RunConfig,
-    ScoreConfig,
-    SearchConfig,
-)
+from prune_lab.config import RankConfig, RunConfig
 from prune_lab.distill import load_heldout, load_recovery
 from prune_lab.errors import ClusterError, ConfigError, StorageError
 from prune_lab.importance import score
@@ -52,7 +43,7 @@ from prune_lab.workflow.measuring import run_scoring_context
 from prune_lab.workflow.ranking import PictureJob, drawn_for
 from prune_lab.workflow.remote import cluster_of, draw_on_ray, play_on_ray, score_on_ray
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 STEPS, FIRST = 8, 2  # rungs at 2, 4 and 8 steps
 OBJECTS = 100_000_000  # bytes of each node's object store
@@ -97,21 +88,13 @@ def cluster() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def config(tiny_pipeline_folder: Path, tiny_scorer_folder: Path) -> RunConfig:
-    return RunConfig(
-        model=str(tiny_pipeline_folder),
-        device="cpu",
-        probe=ProbeConfig(samples=4, timesteps=2),
-        score=ScoreConfig(batch=2, bootstrap=5),
-        search=SearchConfig(budgets=(), controls=("bk-base", "bk-small", "bk-tiny", "-Md")),
-        distill=DistillConfig(
-            steps=STEPS, batch=2, pictures=4, checkpoint_every=1, validate_every=100, warmup=1, trackers=()
-        ),
-        rank=RankConfig(eta=2, first=FIRST, engine="ray"),
-        evaluate=EvaluateConfig(
-            prompts=("a red cat", "a dog"), steps=2, guidance=2.0, scorer=str(tiny_scorer_folder)
-        ),
-        profile=ProfileConfig(runs=2, warmup=0),
+def config(small_run_config: Callable[..., RunConfig]) -> RunConfig:
+    return small_run_config(
+        score={"batch": 2, "bootstrap": 5},
+        search={"controls": ("bk-base", "bk-small", "bk-tiny", "-Md")},
+        distill={"steps": STEPS, "validate_every": 100},
+        rank={"eta": 2, "first": FIRST, "engine": "ray"},
+        evaluate={"prompts": ("a red cat", "a dog"), "steps": 2, "guidance": 2.0},
     )
 
 
