@@ -32,15 +32,15 @@ from prune_lab.distill import (
     LatentCache,
     LatentData,
     LiveData,
-    PictureSource,
+    ImageSource,
     build_cache,
     draw_batch,
     open_source,
     source_of,
     training_data,
 )
-from prune_lab.distill.data import batch_rows, stream
-from prune_lab.distill.encoding import decoded, encode_distributions, framed
+from prune_lab.distill.batches import batch_rows, generator_for
+from prune_lab.distill.encoding import crop_variants, decode_image, encode_distributions
 from prune_lab.errors import ConfigError, DataError
 from prune_lab.models import load_pipeline, resolve_model
 from prune_lab.probes import encode_captions
@@ -95,7 +95,7 @@ def folder(tmp_path: Path) -> Path:
     return write_pictures(tmp_path / "pictures")
 
 
-def contents(source: PictureSource) -> list[tuple[str, bytes]]:
+def contents(source: ImageSource) -> list[tuple[str, bytes]]:
     return [(source.captions[row], source.content(row)) for row in range(len(source))]
 
 
@@ -234,7 +234,7 @@ def test_the_shipped_pictures_in_the_order_of_a_run(pipeline: Any) -> None:
     source, frame = open_source("reference", limit=5, seed=3), _chosen("train", 5, 3)
     assert source.captions == tuple(frame["caption"])
     for row, pixels in enumerate(decode_pictures(frame)):
-        assert torch.equal(framed(decoded(source.content(row)), 64, CACHED, row, (0,))[0], pixels)
+        assert torch.equal(crop_variants(decode_image(source.content(row)), 64, CACHED, row, (0,))[0], pixels)
 
 
 def test_what_has_no_partner_is_named_and_left_out(folder: Path, tmp_path: Path) -> None:
@@ -244,14 +244,14 @@ def test_what_has_no_partner_is_named_and_left_out(folder: Path, tmp_path: Path)
     source = open_source(str(folder))
     assert source.captions == (*CAPTIONS, "a second caption")
     assert [text.removeprefix(f"{folder}/") for text in source.left_out] == [
-        "gone.png: no such picture",
+        "gone.png: no such image",
         "alone.png: no caption",
     ]
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for name, content in {"0.png": png(0), "0.txt": b"x", "1.png": png(1), "2.txt": b"y"}.items():
             add(archive, name, content)
     source = open_source(str(tmp_path / "a.tar"))
-    assert (source.captions, source.left_out) == (("x",), ("a.tar/1: no caption", "a.tar/2: no picture"))
+    assert (source.captions, source.left_out) == (("x",), ("a.tar/1: no caption", "a.tar/2: no image"))
 
 
 def _nothing(path: Path) -> str:
@@ -324,7 +324,7 @@ def _lists_of_captions(path: Path) -> str:
     [
         (str, "no such file or folder"),
         (_nothing, "found nothing there"),
-        (_no_captions, "1 pictures and no caption.*metadata.csv"),
+        (_no_captions, "1 images and no caption.*metadata.csv"),
         (_no_pictures, r"found \.md there"),
         (_cut_tar, r"00000\.tar.*fetch it again"),
         (_damaged_tar, r"a\.tar.*breaks off after 2,048 bytes"),
@@ -368,24 +368,27 @@ def test_the_digest_follows_the_data_and_not_their_place(tmp_path: Path, folder:
 def test_a_picture_is_scaled_to_its_short_side_and_cut_in_the_middle() -> None:
     picture = Image.open(io.BytesIO(png(0)))  # 40 x 56
     resized = picture.resize((44, 32), Image.Resampling.BILINEAR).crop((6, 0, 38, 32))
-    found = framed(picture, 32, CACHED, 0, (0,))
+    found = crop_variants(picture, 32, CACHED, 0, (0,))
     assert torch.equal(found[0], torch.from_numpy(np.array(resized)).permute(2, 0, 1))
 
 
 def test_variants_are_drawn_from_seed_row_and_number() -> None:
-    picture = decoded(png(0))
-    first = framed(picture, 32, MANY, 0, range(3))
-    assert torch.equal(first, framed(picture, 32, MANY, 0, range(3)))
-    assert torch.equal(first[2:], framed(picture, 32, MANY, 0, (2,)))
-    assert torch.equal(first[:1], framed(picture, 32, CACHED, 0, (0,)))
-    assert not torch.equal(first[2], framed(picture, 32, MANY, 1, (2,))[0])
-    assert not torch.equal(first[2], framed(picture, 32, dataclasses.replace(MANY, seed=6), 0, (2,))[0])
-    unflipped = framed(picture, 32, dataclasses.replace(MANY, flip=False), 0, range(3))
+    picture = decode_image(png(0))
+    first = crop_variants(picture, 32, MANY, 0, range(3))
+    assert torch.equal(first, crop_variants(picture, 32, MANY, 0, range(3)))
+    assert torch.equal(first[2:], crop_variants(picture, 32, MANY, 0, (2,)))
+    assert torch.equal(first[:1], crop_variants(picture, 32, CACHED, 0, (0,)))
+    assert not torch.equal(first[2], crop_variants(picture, 32, MANY, 1, (2,))[0])
+    assert not torch.equal(
+        first[2], crop_variants(picture, 32, dataclasses.replace(MANY, seed=6), 0, (2,))[0]
+    )
+    unflipped = crop_variants(picture, 32, dataclasses.replace(MANY, flip=False), 0, range(3))
     assert torch.equal(first[1], unflipped[1].flip(-1))
     assert torch.equal(first[2], unflipped[2])
     settings = dataclasses.replace(MANY, variants=200)
     cuts = {
-        tuple(cut[:, :, 0].flatten().tolist()) for cut in framed(picture, 32, settings, 0, range(0, 200, 2))
+        tuple(cut[:, :, 0].flatten().tolist())
+        for cut in crop_variants(picture, 32, settings, 0, range(0, 200, 2))
     }
     assert len(cuts) == 13  # 44 - 32 places and the one at the end: all are reached
 
@@ -394,7 +397,7 @@ def test_pictures_of_other_modes_become_rgb_on_white_and_upright() -> None:
     def saved(picture: Image.Image, kind: str = "PNG", **more: Any) -> Image.Image:
         buffer = io.BytesIO()
         picture.save(buffer, kind, **more)
-        return decoded(buffer.getvalue())
+        return decode_image(buffer.getvalue())
 
     assert saved(Image.new("RGBA", (4, 4), (255, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
     assert saved(Image.new("L", (4, 4), 7)).getpixel((0, 0)) == (7, 7, 7)
@@ -412,7 +415,7 @@ def test_the_cache_holds_what_the_encoders_say(pipeline: Any, folder: Path, tmp_
     assert (len(cache), cache.variants, cache.channels, cache.width) == (7, 2, 4, 16)
     assert [shard.rows for shard in cache.shards] == [3, 3, 1]
     assert cache.captions() == CAPTIONS
-    pixels = torch.cat([framed(decoded(png(row)), 32, CACHED, row, (0,)) for row in range(7)])
+    pixels = torch.cat([crop_variants(decode_image(png(row)), 32, CACHED, row, (0,)) for row in range(7)])
     scale = pipeline.vae.config.scaling_factor
     chosen = torch.tensor([6, 0, 3, 3])
     for variant, pictures in enumerate((pixels, pixels.flip(-1))):
@@ -602,7 +605,7 @@ def test_broken_pictures_are_left_out_and_counted(pipeline: Any, folder: Path, t
         str(folder / "0.png"),
         str(folder / "more/5.png"),
     ]
-    mean, _ = encode_distributions(pipeline, framed(decoded(png(6)), 32, CACHED, 6, (0,)))
+    mean, _ = encode_distributions(pipeline, crop_variants(decode_image(png(6)), 32, CACHED, 6, (0,)))
     torch.testing.assert_close(cache.rows(torch.tensor([4]), torch.tensor([0])).mean, mean)
     live = LiveData.of(pipeline, source, CACHED)
     with pytest.raises(DataError, match=r"5\.png.*data\.cached = true"):
@@ -631,7 +634,7 @@ def test_a_batch_of_latents_in_memory_is_what_it_always_was() -> None:
     data, step = made_up_data(), 3
     batch = draw_batch(data, SCHEDULER, TRAINING, step)
     rows = torch.tensor(batch_rows(5, 4, TRAINING.seed, step))
-    generator = stream(TRAINING.seed, "step", step)
+    generator = generator_for(TRAINING.seed, "step", step)
     noise = torch.randn((4, 4, 16, 16), generator=generator)
     timesteps = torch.randint(0, 1000, (4,), generator=generator)
     dropped = torch.rand(4, generator=generator) < TRAINING.caption_dropout
@@ -650,9 +653,9 @@ def cache(pipeline: Any, folder: Path, tmp_path: Path) -> LatentCache:
 def test_latents_are_drawn_from_the_distribution_of_the_vae(cache: LatentCache) -> None:
     batch = draw_batch(cache, SCHEDULER, TRAINING, 2)
     chosen = torch.tensor(batch_rows(7, 4, TRAINING.seed, 2))
-    variants = torch.randint(0, 3, (4,), generator=stream(TRAINING.seed, "variant", 2))
+    variants = torch.randint(0, 3, (4,), generator=generator_for(TRAINING.seed, "variant", 2))
     rows = cache.rows(chosen, variants)
-    noise = torch.randn(rows.mean.shape, generator=stream(TRAINING.seed, "vae", 2))
+    noise = torch.randn(rows.mean.shape, generator=generator_for(TRAINING.seed, "vae", 2))
     latents = rows.mean + (rows.log_variance / 2).exp() * noise
     assert torch.equal(batch.noisy, SCHEDULER.add_noise(latents, batch.target, batch.timesteps))
     modes = LatentData(rows.mean, rows.embeddings, cache.empty_embedding, ("",) * 4)
@@ -744,9 +747,13 @@ def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], says: 
 
 
 def test_variants_follow_from_crop_and_flip() -> None:
-    found = [DataConfig(crop=crop, flip=flip).each for crop in ("center", "random") for flip in (False, True)]
+    found = [
+        DataConfig(crop=crop, flip=flip).num_variants
+        for crop in ("center", "random")
+        for flip in (False, True)
+    ]
     assert found == [1, 2, 4, 4]
-    assert math.isclose(DataConfig(crop="random", variants=9).each, 9)
+    assert math.isclose(DataConfig(crop="random", variants=9).num_variants, 9)
 
 
 def data_step() -> Step:

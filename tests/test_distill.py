@@ -34,7 +34,7 @@ from prune_lab.distill import (
     load_recovery,
     tapped,
 )
-from prune_lab.distill.data import batch_rows
+from prune_lab.distill.batches import batch_rows
 from prune_lab.errors import DataError, DeviceError, NonNativePlanError, RunError
 from prune_lab.models import load_pipeline, resolve_model
 from prune_lab.plans import native_choices, parse_plan, plan_of
@@ -327,7 +327,7 @@ def test_encoding_equals_the_vae_and_text_encoder_by_hand(tiny_pipeline_folder: 
     other = cached_data(path, pipeline, pictures.flip(0), captions)
     torch.testing.assert_close(other.latents, first.latents.flip(0))
     assert path.stat().st_mtime_ns != stamp
-    with pytest.raises(DataError, match="3 pictures with 1 captions"):
+    with pytest.raises(DataError, match="3 images with 1 captions"):
         encode_data(pipeline, pictures, ["only one"])
 
 

@@ -18,8 +18,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from prune_lab.config import DistillConfig
+from prune_lab.distill.batches import Batch
 from prune_lab.distill.checkpoint import TrainingState
-from prune_lab.distill.data import Batch
 from prune_lab.distill.features import FeaturePair
 from prune_lab.distill.losses import student_losses, teacher_output
 from prune_lab.errors import DeviceError
