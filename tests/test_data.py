@@ -29,10 +29,10 @@ from typer.testing import CliRunner
 from prune_lab.cli import app
 from prune_lab.config import DataConfig, DistillConfig, RunConfig
 from prune_lab.distill import (
+    ImageSource,
     LatentCache,
     LatentData,
     LiveData,
-    ImageSource,
     build_cache,
     draw_batch,
     open_source,
