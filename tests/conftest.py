@@ -328,3 +328,28 @@ def tiny_inputs(tiny_config: dict[str, Any]) -> dict[str, Any]:
         "timestep": torch.tensor([20, 700]),
         "encoder_hidden_states": torch.randn(2, 7, tiny_config["cross_attention_dim"], generator=generator),
     }
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch on one thread, as in the subprocesses of tests; models this small only wait for a second one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tiny_pipeline_folder: Path) -> Any:
+    """The pipeline of ``tiny_pipeline_folder`` in float32; do not change it."""
+    from prune_lab.models import load_pipeline, resolve_model
+
+    return load_pipeline(resolve_model(str(tiny_pipeline_folder)))
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Seven captioned images as `datasets` reads them, free to be changed."""
+    from training_images import write_images
+
+    return write_images(tmp_path / "images")

@@ -116,8 +116,8 @@ class _ParquetCells:
         self._starts = starts  # first row of each
         self._column = column
         self._lock = threading.Lock()
-        # Threads ask for rows nearly in order: who is late finds his in the step before.
-        self._decoded: deque[tuple[int, Array]] = deque(maxlen=2)  # first row and cells
+        # Threads of one build ask for the rows of a batch in no strict order: late ones find theirs in earlier steps.
+        self._decoded: deque[tuple[int, Array]] = deque(maxlen=4)  # first row and cells
         self._open = -1  # row group that ``_steps`` goes through
         self._steps: Iterator[Any] = iter(())
         self._next = 0  # first row of the next step
