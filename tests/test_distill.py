@@ -300,7 +300,7 @@ def test_data_are_saved_and_loaded_bit_for_bit(tmp_path: Path) -> None:
     (tmp_path / "data.safetensors").write_bytes((tmp_path / "data.safetensors").read_bytes()[:-9])
     with pytest.raises(DataError, match="remove it"):
         LatentData.load(tmp_path / "data.safetensors")
-    with pytest.raises(DataError, match="one caption per picture"):
+    with pytest.raises(DataError, match="one caption per image"):
         dataclasses.replace(data, captions=("one",))
 
 
