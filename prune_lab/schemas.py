@@ -9,7 +9,7 @@ from __future__ import annotations
 
 BLOCK_COLUMNS = (
     *("name", "path", "stage", "kind", "in_channels", "out_channels", "skip_channels"),
-    *("transformer_layers", "params", "macs", "attention_macs", "removable", "reason"),
+    *("transformer_layers", "params", "macs", "attention_macs", "removable", "reason", "lane", "row"),
 )
 COST_COLUMNS = ("name", "kind", "params", "macs", "attention_macs", "paper_macs")
 BLOCK_PROFILE_COLUMNS = (*COST_COLUMNS, "median_ms", "share")

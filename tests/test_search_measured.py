@@ -13,7 +13,7 @@ from conftest import TINY_UNET
 
 from prune_lab.blocks import architecture_of
 from prune_lab.errors import BudgetError, ConfigError, DataError, PlanError
-from prune_lab.plans import PLAN_PRESETS, is_native, native_choices, parse_plan, plan_of
+from prune_lab.plans import is_native, native_choices, parse_plan, plan_of
 from prune_lab.profiling import cost_table
 from prune_lab.search import (
     ANY_PLAN,
@@ -376,7 +376,7 @@ def test_impacts_that_do_not_differ_have_no_merit() -> None:
 
 
 def test_the_bk_control_is_the_largest_that_fits() -> None:
-    for preset in PLAN_PRESETS:
+    for preset in ARCHITECTURE.family.plans:
         budget = parse_budget(f"macs<={preset}", ARCHITECTURE, COSTS)
         found = bk_control(ARCHITECTURE, COSTS, [budget])
         assert found is not None

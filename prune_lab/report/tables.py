@@ -30,7 +30,10 @@ from prune_lab.schemas import (
     TOURNAMENT_COLUMNS,
 )
 
-MAP_COLUMNS = ("name", "stage", "kind", "position", "removable", "impact", "low", "high")
+MAP_COLUMNS = (
+    *("name", "stage", "kind", "lane", "row", "position", "removable"),
+    *("impact", "low", "high"),
+)
 CURVE_COLUMNS = ("plan", "plan_id", "step", "part", "value")
 
 
@@ -140,7 +143,7 @@ def read_run(run: Run) -> RunTables:
 
 def block_map_frame(blocks: pd.DataFrame, importance: pd.DataFrame | None) -> pd.DataFrame:
     """One row per block in order of execution with its place in its stage and its impact (NaN: not scored)."""
-    frame = blocks[["name", "stage", "kind", "removable"]].copy()
+    frame = blocks[["name", "stage", "kind", "lane", "row", "removable"]].copy()
     frame["position"] = frame.groupby("stage", sort=False).cumcount()
     scores = pd.DataFrame(columns=["name", "impact", "low", "high"])
     if importance is not None:

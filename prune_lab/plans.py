@@ -1,28 +1,24 @@
-"""Which blocks to remove, as data: read, checked, combined, and named by content."""
+"""Which blocks to remove: a plan as data, read, checked and named by content, and the plain model that it leaves.
+
+A plan is *native* when a plain diffusers config describes the network it leaves; the model's family decides that
+without any weights.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from prune_lab.blocks import Architecture, block_groups
-from prune_lab.errors import PlanError, UnremovableBlockError
+from prune_lab.errors import NonNativePlanError, PlanError, UnremovableBlockError
+from prune_lab.families import Layout
 from prune_lab.runtime import read_json
-
-PLAN_PRESETS = ("bk-base", "bk-small", "bk-tiny")
-
-
-def _execution_order(name: str) -> tuple[int, int, int, int]:
-    """Sorting key of a block name: stage by stage, and R1 A1 R2 A2 within a stage."""
-    match = re.fullmatch(r"(Dn|Md|Up)(\d*)\.([RA])(\d+)", name)
-    assert match, f"not a block name: {name}"
-    side, stage, kind, index = match.groups()
-    return ("Dn", "Md", "Up").index(side), int(stage or 0), int(index), "RA".index(kind)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -76,67 +72,20 @@ class PruningPlan:
             self, names=tuple(filter(None, names)), origin=self.origin if origin is None else origin
         )
 
-    def __or__(self, other: PruningPlan) -> PruningPlan:
-        """What either plan removes."""
-        return self._combined(other, set(self.removed) | set(other.removed))
-
-    def __and__(self, other: PruningPlan) -> PruningPlan:
-        """What both plans remove."""
-        return self._combined(other, set(self.removed) & set(other.removed))
-
-    def __sub__(self, other: PruningPlan) -> PruningPlan:
-        """What this plan removes and ``other`` keeps."""
-        return self._combined(other, set(self.removed) - set(other.removed))
-
-    def _combined(self, other: PruningPlan, names: set[str]) -> PruningPlan:
-        if self.architecture != other.architecture:
-            raise PlanError(
-                f"asked to combine plans of two architectures, {self.architecture} and {other.architecture}; "
-                "make both for the same U-Net"
-            )
-        return PruningPlan(tuple(sorted(names, key=_execution_order)), self.architecture)
-
 
 def plan_of(architecture: Architecture, removed: Iterable[str], name: str = "") -> PruningPlan:
     """The checked plan that removes the blocks named ``removed``.
 
     Raises UnknownBlockError or UnremovableBlockError naming the block and the reason.
     """
-    blocks = [architecture.block(block) for block in removed]
-    for block in blocks:
-        if block.starred:
+    wanted = {block: architecture.block(block) for block in removed}
+    for block in wanted.values():
+        if not block.removable:
             raise UnremovableBlockError(
                 f"asked to remove {block.name}, but it {block.reason}; remove other blocks of {block.stage}"
             )
-    names = tuple(sorted({block.name for block in blocks}, key=_execution_order))
+    names = tuple(block.name for block in architecture.blocks if block.name in wanted)
     return PruningPlan(names, architecture.signature).named(name)
-
-
-def _preset(name: str, architecture: Architecture) -> set[str]:
-    """The blocks that BK-SDM's ``name`` removes (arXiv:2305.15798 section 3): ``bk-base`` the second residual-attention
-    pair of every stage but the middle, ``bk-small`` the mid stage as well, ``bk-tiny`` the innermost stages as well.
-    """
-    stages = [stage for stage in architecture.stages if stage != "Md"]
-    pairs_per_stage = {
-        stage: sum(b.kind == "resnet" for b in architecture.stage_blocks(stage)) for stage in stages
-    }
-    expected = {f"Dn{i}": 2 for i in range(1, 5)} | {f"Up{i}": 3 for i in range(1, 5)}
-    if pairs_per_stage != expected:
-        raise PlanError(
-            f"{name} is defined for four stages of two layers with a mid stage, as in Stable Diffusion 1 and 2; this "
-            f"U-Net has residual blocks {pairs_per_stage}; name the blocks instead, for example '-Dn1.R2 -Dn1.A2'"
-        )
-    removed = {
-        block.name
-        for block in architecture.blocks
-        if block.stage != "Md" and block.name.endswith(("R2", "A2"))
-    }
-    if name in ("bk-small", "bk-tiny") and "Md" in architecture.stages:
-        removed |= {block.name for block in architecture.stage_blocks("Md")}
-    if name == "bk-tiny":
-        for stage in ("Dn4", "Up1"):
-            removed |= {block.name for block in architecture.stage_blocks(stage)}
-    return removed
 
 
 def _members(name: str, architecture: Architecture) -> set[str]:
@@ -152,26 +101,25 @@ def _members(name: str, architecture: Architecture) -> set[str]:
 def parse_plan(text: str, architecture: Architecture) -> PruningPlan:
     """The plan that ``text`` describes, for example ``bk-small``, ``bk-base -Md`` or ``-Dn1.R2 -Dn1.A2``.
 
-    Items are preset names, ``-`` and ``+`` with a block, a pair (``Dn1.R2+A2``) or a stage (all of it that can be
-    removed); they apply from left to right. ``teacher`` or nothing at all is the empty plan.
-    Raises PlanError, UnknownBlockError or UnremovableBlockError.
+    Items are names of plans that the model's family knows, ``-`` and ``+`` with a block, a pair (``Dn1.R2+A2``) or a
+    stage (all of it that can be removed); they apply from left to right. ``teacher`` or nothing at all is the empty
+    plan. Raises PlanError, UnknownBlockError or UnremovableBlockError.
     """
+    known = architecture.family.plans
     removed: set[str] = set()
     items = text.split()
     for item in items:
         if item == "teacher":
             continue
-        if item in PLAN_PRESETS:
-            removed |= _preset(item, architecture)
+        if item in known:
+            removed |= known[item](architecture.outline)
         elif item[0] in "-+" and len(item) > 1:
             names = _members(item[1:], architecture)
             removed = removed | names if item[0] == "-" else removed - names
         else:
-            known = ", ".join(PLAN_PRESETS)
-            raise PlanError(
-                f"cannot read {item!r} in the plan {text!r}; use a preset ({known}) or -BLOCK and +BLOCK"
-            )
-    return plan_of(architecture, removed, items[0] if len(items) == 1 and items[0] in PLAN_PRESETS else "")
+            named = f"a preset ({', '.join(known)}) or " if known else ""
+            raise PlanError(f"cannot read {item!r} in the plan {text!r}; use {named}-BLOCK and +BLOCK")
+    return plan_of(architecture, removed, items[0] if len(items) == 1 and items[0] in known else "")
 
 
 def plan_from_json(value: object, architecture: Architecture) -> PruningPlan:
@@ -209,3 +157,68 @@ def read_plans(text: str, architecture: Architecture) -> tuple[PruningPlan, ...]
             raise PlanError(f"asked to read plans from {path}: {error.strerror}; check the path") from None
         return tuple(parse_plan(line, architecture) for line in lines if line)
     return (parse_plan(text, architecture),)
+
+
+# The model that a plan leaves ----------------------------------------------------------------------------------------
+
+
+def removed_samplers(architecture: Architecture, plan: PruningPlan) -> tuple[str, ...]:
+    """Names of the samplers that leave with ``plan``: where all blocks further in are gone, nothing is left to
+    sample for (BK-SDM-Tiny loses ``Dn3.down`` and ``Up1.up``).
+    """
+    gone = set(plan.removed)
+    return tuple(sampler.name for sampler in architecture.samplers if gone.issuperset(sampler.leaves_with))
+
+
+def gone_with(
+    architecture: Architecture, removed: Iterable[str], *, stand_in: bool = False
+) -> frozenset[str]:
+    """The names of all units that are bypassed when the blocks ``removed`` are gone: these, and samplers left over.
+
+    Raises UnknownBlockError, and UnremovableBlockError for a block that cannot be removed, unless ``stand_in``.
+    """
+    blocks = [architecture.block(name) for name in removed]
+    plan = plan_of(architecture, (block.name for block in blocks if block.removable or not stand_in))
+    return frozenset(block.name for block in blocks) | frozenset(removed_samplers(architecture, plan))
+
+
+def native_layout(architecture: Architecture, plan: PruningPlan) -> Layout:
+    """The plain config of the network that ``plan`` leaves, and where the original's modules are in it.
+
+    Raises NonNativePlanError with the first reason why no plain diffusers config describes it, PlanError when the plan
+    belongs to another architecture.
+    """
+    if plan.architecture != architecture.signature:
+        raise PlanError(
+            f"the plan was made for architecture {plan.architecture}, this U-Net is {architecture.signature}; "
+            "read it again as text for this U-Net"
+        )
+    removed = frozenset((*plan.removed, *removed_samplers(architecture, plan)))
+    return architecture.family.layout(architecture.outline, removed)
+
+
+def is_native(architecture: Architecture, plan: PruningPlan) -> bool:
+    """Whether ``plan`` leaves a network that a plain diffusers config describes."""
+    try:
+        native_layout(architecture, plan)
+    except NonNativePlanError:
+        return False
+    return True
+
+
+@functools.lru_cache(maxsize=16)
+def native_choices(architecture: Architecture) -> tuple[tuple[frozenset[str], ...], ...]:
+    """For each of the family's levels the sets of blocks that can leave natively, the empty set first.
+
+    A native plan is one option per level, and every combination of options is native. Of a U-Net a level is one
+    resolution, outermost first; of a chain it is one block.
+    """
+    return tuple(
+        tuple(
+            frozenset(names)
+            for size in range(len(members) + 1)
+            for names in itertools.combinations(members, size)
+            if is_native(architecture, PruningPlan(names, architecture.signature))
+        )
+        for members in architecture.family.levels(architecture.outline)
+    )
