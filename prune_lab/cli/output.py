@@ -127,7 +127,7 @@ def _cell(column: str, value: Any) -> str:
         return duration_text(value)
     if isinstance(value, int):
         if column.endswith("macs"):
-            return f"{value / 1e9:.4g} G"
+            return f"{value / 1e9:.4g} G" if value >= 1e9 else f"{value / 1e6:.4g} M"
         return bytes_text(value) if column.endswith("bytes") else f"{value:,}"
     if isinstance(value, float):
         if column.endswith("_change"):

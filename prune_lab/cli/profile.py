@@ -16,13 +16,13 @@ from prune_lab.cli.options import (
     WideOption,
 )
 from prune_lab.cli.output import emit, records
+from prune_lab.config import PLAN_FILES
 from prune_lab.errors import PlanError
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from prune_lab.models import ModelSource
-    from prune_lab.plans import PruningPlan
 
 
 @app.command()
@@ -77,14 +77,14 @@ def _by_plan(
     from prune_lab.profiling import reduction_table
 
     architecture = architecture_of(source.config)
-    plans = [_labelled(plan) for text in texts for plan in read_plans(text, architecture)]
+    plans = [
+        plan if plan.name else plan.named(plan.text if text.endswith(PLAN_FILES) else text)
+        for text in texts
+        for plan in read_plans(text, architecture)
+    ]
     return reduction_table(
         architecture, plans, model=source.text, batch=batch, latency=timed, runs=runs, **place
     )
-
-
-def _labelled(plan: PruningPlan) -> PruningPlan:
-    return plan if plan.name else plan.named(plan.text or "teacher")
 
 
 def _by_block(source: ModelSource, batch: int, runs: int, timed: bool, place: dict[str, Any]) -> pd.DataFrame:
