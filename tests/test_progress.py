@@ -70,8 +70,8 @@ def test_an_item_that_takes_long_is_seen_too(log: Log) -> None:
         log.after(70)
     assert log.new() == [
         "searching: started, 2 to do",
-        "searching 0 of 2",
-        "searching 0 of 2",
+        "searching 0 of 2, 30 s so far",
+        "searching 0 of 2, 1 min 0 s so far",
         "searching 1 of 2, 1 min 30 s each, 1 min 30 s left",
         "searching 1 of 2, 2 min 0 s each, 2 min 0 s left",
         "searching: done, 2 of 2 in 2 min 20 s, 1 min 10 s each",
@@ -98,16 +98,21 @@ def test_of_many_tasks_inside_one_another_one_line_tells(log: Log) -> None:
 
 
 def test_named_steps_have_lines_of_their_own(log: Log) -> None:
-    for step in track(["blocks", "scores"], "step", name=str):
+    for step in track(["blocks", "scores", "report"], "step", name=str):
         if step == "scores":
             for _ in track(range(40), "removing blocks"):
                 log.after(1)
+        if step == "report":
+            log.after(31)
     assert log.new() == [
-        "step 1 of 2, blocks",
-        "step 2 of 2, scores",
-        "step 2 of 2, scores > removing blocks 29 of 40, 1.0 s each, 11 s left",
-        "step 2 of 2, scores: done in 40 s",
-        "step: done, 2 of 2 in 40 s",
+        "step 1 of 3, blocks",
+        "step 2 of 3, scores",
+        "step 2 of 3, scores > removing blocks 29 of 40, 1.0 s each, 11 s left",
+        "step 2 of 3, scores: done in 40 s",
+        "step 3 of 3, report",
+        "step 3 of 3, report, 30 s so far",
+        "step 3 of 3, report: done in 31 s",
+        "step: done, 3 of 3 in 1 min 11 s",
     ]
 
 

@@ -33,6 +33,7 @@ from prune_lab.config.toml import (
     parse_assignment,
     setting_values,
     to_toml,
+    toml_literal,
     with_settings,
 )
 
@@ -61,5 +62,6 @@ __all__ = [
     "parse_assignment",
     "setting_values",
     "to_toml",
+    "toml_literal",
     "with_settings",
 ]

@@ -145,7 +145,9 @@ def parse_assignment(text: str) -> tuple[str, object]:
     """
     name, equals, written = (part.strip() for part in text.partition("="))
     if not equals:
-        raise ConfigError(f"cannot read the setting {text!r}; write table.key=value, such as distill.steps=200")
+        raise ConfigError(
+            f"cannot read the setting {text!r}; write table.key=value, such as distill.steps=200"
+        )
     if name not in SETTINGS:
         raise unknown_setting(name)
     hint = SETTINGS[name].hint
@@ -177,14 +179,15 @@ def with_settings(config: RunConfig, values: Mapping[str, object]) -> RunConfig:
 # Writing ---------------------------------------------------------------------------------------------------------
 
 
-def _literal(value: object) -> str:
+def toml_literal(value: object) -> str:
+    """The ``value`` of a setting as TOML writes it."""
     if isinstance(value, str):
         # TOML's escapes are JSON's, but TOML wants U+007F escaped as well
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return f"[{', '.join(_literal(one) for one in value)}]"
+        return f"[{', '.join(toml_literal(one) for one in value)}]"
     return repr(value)
 
 
@@ -197,8 +200,8 @@ def to_toml(config: RunConfig) -> str:
         if dataclasses.is_dataclass(value):
             tables += ["", f"[{field.name}]"]
             tables += [
-                f"{own.name} = {_literal(getattr(value, own.name))}" for own in dataclasses.fields(value)
+                f"{own.name} = {toml_literal(getattr(value, own.name))}" for own in dataclasses.fields(value)
             ]
         else:
-            lines.append(f"{field.name} = {_literal(value)}")
+            lines.append(f"{field.name} = {toml_literal(value)}")
     return "\n".join(lines + tables) + "\n"

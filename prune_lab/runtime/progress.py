@@ -172,8 +172,14 @@ class Lines:
         # The outermost task tells best when all is over; named steps are too unlike one another to tell.
         lefts = (_left(task, now - task.start) for task in tasks if not task.named)
         left = next((one for one in lefts if one is not None), None)
-        speed = _speed(tasks[-1], now - tasks[-1].start)
-        words = (" > ".join(places), speed, "" if left is None else f"{duration_text(left)} left")
+        inner = tasks[-1]
+        speed = "" if inner.named else _speed(inner, now - inner.start)
+        time_left = (
+            f"{duration_text(now - inner.item_start)} so far"
+            if left is None
+            else f"{duration_text(left)} left"
+        )
+        words = (" > ".join(places), speed, time_left)
         self.note(", ".join(filter(None, words)))
 
 

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from prune_lab.cli.application import DeviceOption, Verbs
+from prune_lab.cli.application import Verbs
+from prune_lab.cli.options import DeviceOption
 from prune_lab.errors import RunError
 from prune_lab.processes import num_processes
 

@@ -1,32 +1,28 @@
-"""Verbs that look at models and change nothing: blocks, profile, compare."""
+"""The verb that counts and times what plans leave: profile."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prune_lab.cli.application import DeviceOption, DtypeOption, JsonOption, ModelArgument, PlanOption, app
+from prune_lab.cli.application import app
+from prune_lab.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    PlanOption,
+    WideOption,
+)
 from prune_lab.cli.output import emit, records
+from prune_lab.config import PLAN_FILES
 from prune_lab.errors import PlanError
-from prune_lab.runs import open_run
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from prune_lab.models import ModelSource
-    from prune_lab.plans import PruningPlan
-
-
-@app.command()
-def blocks(model: ModelArgument, as_json: JsonOption = False) -> None:
-    """List the blocks of MODEL: kind, channels, parameters, MACs, and whether each can be removed."""
-    from prune_lab.blocks import architecture_of, blocks_frame
-    from prune_lab.models import resolve_model
-
-    architecture = architecture_of(resolve_model(model).config)
-    emit(records(blocks_frame(architecture)), as_json=as_json, title=f"Blocks of {model}")
 
 
 @app.command()
@@ -49,6 +45,7 @@ def profile(
         bool, typer.Option("--pipeline", help="Shares of text encoder, U-Net, decoder.")
     ] = False,
     as_json: JsonOption = False,
+    wide: WideOption = False,
 ) -> None:
     """Count parameters and MACs of MODEL and of what each plan leaves, the teacher first, with the changes.
 
@@ -64,12 +61,12 @@ def profile(
     timed = source.has_weights if latency is None else latency
     with progress_shown():
         if by_block:
-            frame = _by_block(source, batch, runs, timed, place)
+            kind, frame = "block costs", _by_block(source, batch, runs, timed, place)
         elif pipeline:
-            frame = _by_part(source, steps, batch, runs, place)
+            kind, frame = "pipeline", _by_part(source, steps, batch, runs, place)
         else:
-            frame = _by_plan(source, plan, batch, runs, timed, place)
-    emit(records(frame), as_json=as_json, title=f"Profile of {model}")
+            kind, frame = "reductions", _by_plan(source, plan, batch, runs, timed, place)
+    emit(kind, records(frame), as_json=as_json, wide=wide, title=f"Profile of {model}")
 
 
 def _by_plan(
@@ -80,14 +77,14 @@ def _by_plan(
     from prune_lab.profiling import reduction_table
 
     architecture = architecture_of(source.config)
-    plans = [_labelled(plan) for text in texts for plan in read_plans(text, architecture)]
+    plans = [
+        plan if plan.name else plan.named(plan.text if text.endswith(PLAN_FILES) else text)
+        for text in texts
+        for plan in read_plans(text, architecture)
+    ]
     return reduction_table(
         architecture, plans, model=source.text, batch=batch, latency=timed, runs=runs, **place
     )
-
-
-def _labelled(plan: PruningPlan) -> PruningPlan:
-    return plan if plan.name else plan.named(plan.text or "teacher")
 
 
 def _by_block(source: ModelSource, batch: int, runs: int, timed: bool, place: dict[str, Any]) -> pd.DataFrame:
@@ -105,32 +102,3 @@ def _by_part(source: ModelSource, steps: int, batch: int, runs: int, place: dict
     from prune_lab.profiling import profile_pipeline
 
     return profile_pipeline(load_pipeline(source, **place), steps=steps, batch=batch, runs=runs)
-
-
-@app.command()
-def compare(
-    targets: Annotated[
-        list[str],
-        typer.Argument(metavar="TARGET", help="Plans, candidate folders, model folders or run folders."),
-    ],
-    model: Annotated[
-        str, typer.Option("--model", help="What plans apply to and changes refer to.")
-    ] = "reference",
-    as_json: JsonOption = False,
-) -> None:
-    """Put plans, candidates, models and runs side by side: costs, changes, and quality where it was measured.
-
-    A run folder and then plans: the plans for the run's model, with their impact on its probe and a map of each.
-    A plan that starts with a dash needs "--" before it: prune-lab compare -- "-Dn1.R2 -Dn1.A2".
-    """
-    from prune_lab.workflow import Session, compared_plans, comparison
-
-    first, *plans = targets
-    run = open_run(Path(first), must_exist=False)
-    if plans and run.config.is_file() and not any(Path(text).is_dir() for text in plans):
-        frame, maps = compared_plans(Session(run), plans)
-        emit(records(frame), as_json=as_json, title=f"Plans compared, {first}")
-        if not as_json:
-            typer.echo("\n".join(("", *maps)))
-        return
-    emit(records(comparison(model, targets)), as_json=as_json, title=f"Compared with {model}")

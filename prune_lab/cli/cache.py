@@ -7,14 +7,17 @@ from typing import Annotated
 
 import typer
 
-from prune_lab.cli.application import (
+from prune_lab.cli.application import app
+from prune_lab.cli.options import (
     MODEL_HELP,
     ConfigOption,
     DeviceOption,
     ForceOption,
     JsonOption,
     SeedOption,
-    app,
+    SetOption,
+    WideOption,
+    for_setting,
 )
 from prune_lab.cli.output import emit
 from prune_lab.cli.run_context import settings_of
@@ -34,47 +37,24 @@ def cache(
             help="Pictures with captions: reference, a folder, .parquet or .tar files (also as a glob), or a hub id.",
         ),
     ] = None,
-    image_column: Annotated[
-        str | None, typer.Option(help="Column of pictures, if it has no usual name.")
-    ] = None,
-    caption_column: Annotated[
-        str | None, typer.Option(help="Column of captions, if it has no usual name.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Pictures, drawn at random from all.", min=1)] = None,
-    crop: Annotated[str | None, typer.Option(help="center or random.")] = None,
-    flip: Annotated[
-        bool | None, typer.Option("--flip/--no-flip", help="Mirror every second variant.")
-    ] = None,
-    variants: Annotated[int | None, typer.Option(help="Encodings of each picture.", min=1)] = None,
-    shard: Annotated[int | None, typer.Option(help="Pictures per file.", min=1)] = None,
-    number_format: Annotated[
-        str | None, typer.Option("--format", help="float32 or float16, on disk.")
-    ] = None,
-    batch: Annotated[int | None, typer.Option(help="Pictures per pass of the encoders.", min=1)] = None,
+    limit: Annotated[int | None, for_setting("data.limit")] = None,
+    crop: Annotated[str | None, for_setting("data.crop")] = None,
+    flip: Annotated[bool | None, for_setting("data.flip", "--flip/--no-flip")] = None,
     config: ConfigOption = None,
+    assign: SetOption = [],  # noqa: B006 - typer makes a new list for every call
     device: DeviceOption = None,
     seed: SeedOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
+    wide: WideOption = False,
 ) -> None:
     """Encode pictures and captions with the VAE and text encoder of MODEL, once, into a folder to train from.
 
     Name the folder as data.source of a run. With `accelerate launch` all processes build their share.
     """
-    tables = {
-        "source": data,
-        "image_column": image_column,
-        "caption_column": caption_column,
-        "limit": limit,
-        "crop": crop,
-        "flip": flip,
-        "variants": variants,
-        "shard": shard,
-        "format": number_format,
-        "batch": batch,
-        "seed": seed,
-    }
-    settings = settings_of(model, None, config, device=device, seed=seed, data=tables)
+    options = {"data.source": data, "data.limit": limit, "data.crop": crop, "data.flip": flip}
+    options |= {"device": device, "seed": seed}
+    settings = settings_of(model, None, config, assign, options)
     if not settings.data.source:
         raise ConfigError(
             "asked to build a cache without saying of which pictures; give --data, or data.source in --config"
@@ -118,4 +98,4 @@ def cache(
         "seconds": round(built.seconds, 3),
         "pictures_per_second": round(built.encoded / built.seconds, 1),
     }
-    emit([row], as_json=as_json, title=f"Cache for {settings.model}")
+    emit("cache", [row], as_json=as_json, wide=wide, title=f"Cache for {settings.model}")
