@@ -13,7 +13,7 @@ from collections.abc import Callable
 from prune_lab import counting
 from prune_lab.blocks import architecture_of
 from prune_lab.models import preset_config
-from prune_lab.plans import PLAN_PRESETS, native_layout, parse_plan
+from prune_lab.plans import native_layout, parse_plan
 from prune_lab.profiling import cost_table, count_macs
 from prune_lab.profiling import macs as macs_module
 
@@ -34,7 +34,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = preset_config(arguments.preset)
     architecture = architecture_of(config)
-    plans = [parse_plan(text, architecture) for text in PLAN_PRESETS]
+    plans = [parse_plan(text, architecture) for text in architecture.family.plans]
     students = [native_layout(architecture, plan).config for plan in plans]
 
     ways: dict[str, Callable[[], object]] = {

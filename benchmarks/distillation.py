@@ -37,8 +37,8 @@ from prune_lab.config import DataConfig, DistillConfig
 from prune_lab.counting import count_module, count_on_meta, meta_copy
 from prune_lab.distill import (
     DistillSetup,
+    ImageSource,
     LiveData,
-    PictureSource,
     Student,
     TrainingData,
     build_cache,
@@ -208,7 +208,7 @@ class Way:
     students: int
 
 
-def made_up_pictures(count: int, side: int) -> PictureSource:
+def made_up_pictures(count: int, side: int) -> ImageSource:
     """So many pictures of noise, uncompressed: reading them, which a cache saves too, shall count for nothing."""
     pixels = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, generator=seeded(0)).numpy()
 
@@ -219,7 +219,7 @@ def made_up_pictures(count: int, side: int) -> PictureSource:
 
     files = [content(row) for row in range(count)]
     captions = tuple(f"noto emoji, picture number {number}" for number in range(count))
-    return PictureSource("noise", captions, f"{count:016x}", "noise {}".format, files.__getitem__)
+    return ImageSource("noise", captions, f"{count:016x}", "noise {}".format, files.__getitem__)
 
 
 def measure(

@@ -13,7 +13,7 @@ import torch
 
 from prune_lab.blocks import architecture_of
 from prune_lab.models import resolve_model
-from prune_lab.plans import PLAN_PRESETS, native_layout, parse_plan
+from prune_lab.plans import native_layout, parse_plan
 from prune_lab.profiling import cost_table, random_unet
 from prune_lab.profiling.latency import random_inputs
 from prune_lab.runtime import pick_device, pick_dtype, synchronize
@@ -30,7 +30,7 @@ def main() -> None:
     device, dtype = pick_device(arguments.device), pick_dtype(arguments.dtype)
     architecture = architecture_of(resolve_model(arguments.model).config)
     costs = cost_table(architecture)
-    plans = {text: parse_plan(text, architecture) for text in ("teacher", *PLAN_PRESETS)}
+    plans = {text: parse_plan(text, architecture) for text in ("teacher", *architecture.family.plans)}
     unets = {
         text: random_unet(native_layout(architecture, plan).config, device=device, dtype=dtype)
         for text, plan in plans.items()

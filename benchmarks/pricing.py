@@ -24,7 +24,7 @@ import numpy as np
 
 from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.models import load_unet, resolve_model
-from prune_lab.plans import PLAN_PRESETS, parse_plan
+from prune_lab.plans import parse_plan
 from prune_lab.profiling import (
     CostTable,
     Latency,
@@ -121,7 +121,7 @@ def measure(arguments: argparse.Namespace) -> None:
     held_out = list(plans[arguments.calibrate :])
     depth = len(architecture.config["down_block_types"])
     if depth == 4:  # BK-SDM's plans are defined for four stages
-        held_out += [parse_plan(text, architecture) for text in PLAN_PRESETS]
+        held_out += [parse_plan(text, architecture) for text in architecture.family.plans]
     with progress_shown():
         table = measure_latency_table(
             unet,

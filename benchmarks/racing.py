@@ -21,7 +21,8 @@ from prune_lab.config import ProbeConfig, RunConfig
 from prune_lab.importance import ImportanceTable, Race, Samples, ScoreCache, score_groups
 from prune_lab.importance.intervals import impacts_of
 from prune_lab.importance.racing import sample_order
-from prune_lab.prefix_sharing import gone_with, macs_without
+from prune_lab.plans import gone_with
+from prune_lab.prefix_sharing import macs_without
 from prune_lab.session import Session, ensure_probe
 from prune_lab.workflow import start_run
 

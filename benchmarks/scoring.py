@@ -18,7 +18,8 @@ from diffusers import UNet2DConditionModel
 
 from prune_lab.blocks import architecture_of
 from prune_lab.models import resolve_model
-from prune_lab.prefix_sharing import ComputeCost, gone_with, predict_without
+from prune_lab.plans import gone_with
+from prune_lab.prefix_sharing import ComputeCost, predict_without
 from prune_lab.probes import Probe, predict, random_probe
 from prune_lab.runtime import pick_device, synchronize
 from prune_lab.surgery import bypassed

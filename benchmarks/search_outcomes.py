@@ -203,9 +203,10 @@ def page(
     for one in known.itertuples():
         lines += [
             "",
-            f"For {one.budget} the solver `{one.solver}` measured {one.measured} plans in {one.seconds:.0f} s. Effects "
-            f"with {one.pairs:.0f} pairs predict held-out plans with R2 {one.r2:.2f} and rank correlation "
-            f"{one.rank:.2f}; added-up scores alone {one.additive_r2:.2f} and {one.additive_rank:.2f}.",
+            f"For {one.budget} the solver `{one.solver}` measured {one.sets_measured} plans in {one.seconds:.0f} s. "
+            f"Effects with {one.pairs:.0f} pairs predict held-out plans with R2 {one.r2:.2f} and rank correlation "
+            f"{one.rank_correlation:.2f}; added-up scores alone {one.additive_r2:.2f} and "
+            f"{one.additive_rank_correlation:.2f}.",
         ]
     rank = spearmanr(table["impact"], table["loss_after"]).statistic
     lines += [

@@ -59,7 +59,7 @@ def main() -> None:
             }
             (row,) = pd.read_csv(run.searches).to_dict("records")
             if solver == "interactions":
-                spent = max(80, int(row["measured"]))
+                spent = max(80, int(row["sets_measured"]))
             groups = [BlockGroup(name, "plan", plan.removed) for name, plan in plans.items()]
             tables: list[ImportanceTable] = [
                 score_groups(session.unet, groups, probe, bootstrap=0)
@@ -67,7 +67,11 @@ def main() -> None:
             ]
             for group, here, there in zip(groups, *(table.impacts for table in tables), strict=True):
                 by_solver = group.name.startswith(("search-", f"{solver}-"))
-                cost = f"{row['measured']:>4} measured, {row['seconds']:>6.1f} s" if by_solver else "control"
+                cost = (
+                    f"{row['sets_measured']:>4} measured, {row['seconds']:>6.1f} s"
+                    if by_solver
+                    else "control"
+                )
                 print(f"  {group.name:<58} {here:.4f}  {there:.4f}   {cost}", flush=True)
 
 

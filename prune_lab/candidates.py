@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 
 from prune_lab.blocks import Architecture
 from prune_lab.errors import RunError
@@ -45,7 +45,7 @@ def load_student(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> UNet2DConditionModel:
+) -> ModelMixin:
     """The U-Net of ``candidate`` in eval mode: as it was pruned, after the repair of its cuts, or after distillation.
 
     Raises RunError when there is none yet, ModelFormatError when its files are damaged.
@@ -74,7 +74,7 @@ def load_candidate(folder: Path, architecture: Architecture) -> Candidate:
 
 
 def build_candidate(
-    teacher: ModelSource | UNet2DConditionModel,
+    teacher: ModelSource | ModelMixin,
     plan: PruningPlan,
     folder: Path,
     *,

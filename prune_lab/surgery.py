@@ -1,124 +1,89 @@
-"""Taking blocks out of a U-Net: bypassed for a trial, or gone for good in a smaller model.
+"""Taking blocks out of a model: bypassed for a trial, or gone for good in a smaller model.
 
 Deleting entries of diffusers' module lists is a trap: an up stage zips its residual with its attention blocks and pops
-one skip connection for each, so a missing entry silently drops its neighbour. Bypass modules keep that bookkeeping. A
-bypassed residual block hands on the main path (the first channels of its input: an up stage concatenates
-``[main, skip]``), a bypassed attention block or sampler hands on its input.
+one skip connection for each, so a missing entry silently drops its neighbour. Bypass modules keep that bookkeeping:
+they hand on those inputs that the family names. A residual block that reads a skip connection gets both in one tensor,
+``[main, skip]``, and hands on the main path.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers import ModelMixin
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from prune_lab.blocks import Architecture, Block, architecture_of
+from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.errors import ModelFormatError, UnsupportedModelError
-from prune_lab.families import meta_unet
+from prune_lab.families import Layout, Unit, meta_unet
 from prune_lab.models import ModelSource, model_digest, weight_files
-from prune_lab.plans import NativeLayout, PruningPlan, native_layout, plan_of, removed_samplers
+from prune_lab.plans import PruningPlan, gone_with, native_layout
 from prune_lab.runtime import Environment, atomic_folder, read_json, write_json
 
 # Bypassing ---------------------------------------------------------------------------------------------------------
 
 
-class MainPath(nn.Module):
-    """In place of a residual block: the main path, which is the first ``channels`` channels of its input."""
+class Bypass(nn.Module):
+    """In place of a unit: its inputs that go on without it, in the form in which ``original`` returns its outputs."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, original: nn.Module, unit: Unit) -> None:
         super().__init__()
-        self.channels = channels
+        self._names = tuple(inspect.signature(type(original).forward).parameters)[1:]  # without self
+        self._unit = unit
 
-    def forward(self, hidden: Tensor, *_: object, **__: object) -> Tensor:
-        """(B, channels, H, W) of (B, channels + skip, H, W)."""
-        # Contiguous, as the smaller model's own tensors are: kernels may round differently on a strided view.
-        main: Tensor = hidden[:, : self.channels]
-        return main.contiguous()
-
-
-class PassThrough(nn.Module):
-    """In place of an attention block or a sampler: its input, in the form that the caller expects."""
-
-    def forward(self, hidden: Tensor, *_: object, return_dict: bool | None = None, **__: object) -> Any:
-        """``hidden`` itself; in a tuple or an output object where an attention block would return one."""
-        if return_dict is None:
-            return hidden
-        return Transformer2DModelOutput(sample=hidden) if return_dict else (hidden,)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The named inputs; of one that carries a skip connection too the main path alone."""
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        outputs: tuple[Any, ...] = tuple(
+            None if name is None else given[name] for name in self._unit.hands_on
+        )
+        if self._unit.takes_skip:
+            # Contiguous, as the smaller model's own tensors are: kernels may round differently on a strided view.
+            outputs = tuple(output[:, : self._unit.main_channels].contiguous() for output in outputs)
+        return outputs if self._unit.in_tuple or len(outputs) > 1 else outputs[0]
 
 
-class ChannelInterpolation(nn.Module):
-    """In place of a block that changes the width: its main path, resized linearly along the channels.
-
-    Only for scoring: BK-SDM marks blocks scored this way with a star. Of an up stage's input the skip is discarded.
-    """
-
-    def __init__(self, main_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.main_channels = main_channels
-        self.out_channels = out_channels
-
-    def forward(self, hidden: Tensor, *_: object, **__: object) -> Tensor:
-        """(B, out_channels, H, W) of (B, main_channels + skip, H, W)."""
-        main = hidden[:, : self.main_channels]
-        pixels = main.flatten(2).transpose(1, 2)  # (B, H W, main_channels)
-        resized: Tensor = F.interpolate(pixels, size=self.out_channels, mode="linear", align_corners=False)
-        return resized.transpose(1, 2).reshape(hidden.shape[0], self.out_channels, *hidden.shape[2:])
+def stand_in_for(original: nn.Module, unit: Unit) -> nn.Module:
+    """What takes the place of the module ``original`` of ``unit`` while it is bypassed."""
+    return unit.stand_in() if unit.stand_in else Bypass(original, unit)
 
 
 @contextlib.contextmanager
 def bypassed(
-    unet: UNet2DConditionModel, removed: PruningPlan | Iterable[str], *, stand_in: bool = False
-) -> Iterator[UNet2DConditionModel]:
-    """The same ``unet`` without the blocks of ``removed``; the originals return on exit, whatever happens inside.
+    model: ModelMixin, removed: PruningPlan | Iterable[str], *, stand_in: bool = False
+) -> Iterator[ModelMixin]:
+    """The same ``model`` without the blocks of ``removed``; the originals return on exit, whatever happens inside.
 
-    Samplers around an innermost stage that is removed whole are bypassed too, as ``native_layout`` drops them.
-    With ``stand_in`` blocks that change the width are replaced by a channel interpolation; without it they raise
-    UnremovableBlockError. Unknown names raise UnknownBlockError, a plan for another U-Net PlanError.
+    Samplers that leave with these blocks are bypassed too, as ``native_layout`` drops them. With ``stand_in`` blocks
+    that cannot be removed are replaced by their stand-in; without it they raise UnremovableBlockError. Unknown names
+    raise UnknownBlockError, a plan for another model PlanError.
     """
-    architecture = architecture_of(unet)
+    architecture = architecture_of(model)
     names = removed.removed if isinstance(removed, PruningPlan) else tuple(removed)
-    blocks = [architecture.block(name) for name in names]
-    plan = plan_of(architecture, (block.name for block in blocks if block.removable or not stand_in))
-    samplers = removed_samplers(architecture, plan)
-    stand_ins: dict[str, nn.Module] = {block.path: stand_in_for(block) for block in blocks}
-    stand_ins |= {
-        sampler.path: PassThrough() for sampler in architecture.samplers if sampler.name in samplers
-    }
-    originals = {path: unet.get_submodule(path) for path in stand_ins}
+    gone = gone_with(architecture, names, stand_in=stand_in)
+    units = [unit for unit in architecture.units if unit.name in gone]
+    originals: dict[str, nn.Module] = {unit.path: model.get_submodule(unit.path) for unit in units}
     try:
-        for path, module in stand_ins.items():
-            unet.set_submodule(path, module)
-        yield unet
+        for unit in units:
+            model.set_submodule(unit.path, stand_in_for(originals[unit.path], unit))
+        yield model
     finally:
         for path, module in originals.items():
-            unet.set_submodule(path, module)
-
-
-def stand_in_for(block: Block) -> nn.Module:
-    """What takes the place of ``block`` while it is bypassed; for a starred one its channel interpolation."""
-    if block.kind == "attention":
-        return PassThrough()
-    if block.removable:
-        return MainPath(block.out_channels)
-    return ChannelInterpolation(block.in_channels - block.skip_channels, block.out_channels)
+            model.set_submodule(path, module)
 
 
 # Materialising -----------------------------------------------------------------------------------------------------
 
 
-def materialise(
-    unet: UNet2DConditionModel, plan: PruningPlan, *, hand_over: bool = False
-) -> UNet2DConditionModel:
-    """The smaller plain diffusers U-Net that ``plan`` leaves, with the surviving weights of ``unet``.
+def materialise(unet: ModelMixin, plan: PruningPlan, *, hand_over: bool = False) -> ModelMixin:
+    """The smaller plain diffusers model that ``plan`` leaves, with the surviving weights of ``unet``.
 
     It is built without memory (on ``meta``) and given the surviving tensors: copies of them, or with ``hand_over`` the
     tensors themselves, after which ``unet`` must not be used any more. Raises NonNativePlanError when no plain config
@@ -135,7 +100,7 @@ def materialise(
 
 def materialise_from_folder(
     folder: Path, plan: PruningPlan, *, dtype: torch.dtype | None = None
-) -> UNet2DConditionModel:
+) -> ModelMixin:
     """The smaller U-Net that ``plan`` leaves of the U-Net in ``folder``; only surviving tensors are read.
 
     ``dtype`` converts each tensor as it is read; ``None`` keeps the files' own. Raises NonNativePlanError, or
@@ -163,10 +128,8 @@ def materialise_from_folder(
         return _assembled(layout, take)
 
 
-def save_unet(
-    unet: UNet2DConditionModel, folder: Path, plan: PruningPlan, provenance: Mapping[str, object]
-) -> None:
-    """Write ``unet`` as a folder that plain ``UNet2DConditionModel.from_pretrained`` loads.
+def save_unet(unet: ModelMixin, folder: Path, plan: PruningPlan, provenance: Mapping[str, object]) -> None:
+    """Write ``unet`` as a folder that plain diffusers (``from_pretrained``) loads.
 
     ``plan.json`` and ``provenance.json`` lie beside the weights. An earlier folder of the same name is replaced
     only when the new one is complete. Raises StorageError when it cannot be written.
@@ -234,30 +197,22 @@ def _architecture_in(folder: Path) -> Architecture:
     return architecture_of(config)
 
 
-def _assembled(layout: NativeLayout, take: Callable[[str], Tensor]) -> UNet2DConditionModel:
+def _assembled(layout: Layout, take: Callable[[str], Tensor]) -> ModelMixin:
     """The student of ``layout`` with every tensor from ``take(key in the original)``."""
-    student = meta_unet(dict(layout.config))
+    student = meta_unet(layout.config)
+    wanted = student.state_dict()
+    sources = layout.sources(wanted)
     tensors = {}
-    for key, wanted in student.state_dict().items():
-        tensor = take(_source_key(key, layout.sources))
-        if tensor.shape != wanted.shape:
+    for key, empty in wanted.items():
+        tensor = take(sources[key])
+        if tensor.shape != empty.shape:
             raise ModelFormatError(
-                f"tensor {key!r} has shape {tuple(tensor.shape)}, the config describes {tuple(wanted.shape)}; "
+                f"tensor {key!r} has shape {tuple(tensor.shape)}, the config describes {tuple(empty.shape)}; "
                 "the weights and config.json do not belong together"
             )
         tensors[key] = tensor
     student.load_state_dict(tensors, strict=True, assign=True)
     return student.eval()
-
-
-def _source_key(key: str, sources: Mapping[str, str]) -> str:
-    """Where the student's tensor ``key`` lies in the original."""
-    parts = key.split(".")
-    for length in (4, 3):  # down_blocks.0.resnets.0 and mid_block.resnets.0
-        path = ".".join(parts[:length])
-        if path in sources:
-            return ".".join((sources[path], *parts[length:]))
-    return key
 
 
 def _copy_components(pipeline: Path, target: Path) -> None:

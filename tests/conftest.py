@@ -1,13 +1,17 @@
-"""A small network with Stable Diffusion's exact topology, and a whole pipeline folder around it.
+"""A small network with Stable Diffusion's exact topology, a whole pipeline folder around it, and a finished run of it.
 
 Four stages, three with cross-attention, two layers per block: the same 38 block names as SD-v1.4, in milliseconds.
+What takes long to build is built once for all workers of pytest-xdist (``built_once``).
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import fcntl
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from prune_lab.config import RunConfig
+from prune_lab.runs import Run
+
+pytest_plugins = ("must_run", "pytester")
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
@@ -28,6 +37,8 @@ settings.register_profile("ci", settings.get_profile("local"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+BuiltOnce = Callable[[str, Callable[[Path], object]], Path]
 
 TINY_UNET: dict[str, Any] = {
     "_class_name": "UNet2DConditionModel",
@@ -77,6 +88,46 @@ def _same_randomness() -> None:
 
 
 @pytest.fixture(scope="session")
+def built_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BuiltOnce]:
+    """``built_once(name, build)``: the folder that ``build(folder)`` made, the first time any worker asked for it.
+
+    All workers read the same folder, so nobody may change it: the end of the session fails when a file is not as it
+    was built. ``name`` must be the same in each worker and of one use only.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    given: dict[Path, dict[str, tuple[int, int]]] = {}
+
+    def folder_of(name: str, build: Callable[[Path], object]) -> Path:
+        folder, failed = root / "shared" / name, root / "shared" / f"{name}.failed"
+        folder.parent.mkdir(exist_ok=True)
+        with folder.with_name(f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until the block ends, and when this process dies
+            if failed.exists():
+                pytest.fail(f"{name} could not be built: {failed.read_text(encoding='utf-8')}")
+            if not (built := folder.with_name(f"{name}.built")).exists():
+                try:
+                    build(folder)
+                except BaseException as error:
+                    failed.write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
+                    raise
+                built.touch()
+        given.setdefault(folder, _stamps(folder))
+        return folder
+
+    yield folder_of
+    changed = [str(folder) for folder, before in given.items() if _stamps(folder) != before]
+    assert not changed, f"tests changed what all of them share: {changed}; copy it to change it"
+
+
+def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    """The size and the time of change, in nanoseconds, of each file below ``folder``."""
+    found = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {str(path): (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
+
+
+@pytest.fixture(scope="session")
 def tiny_unet_shared() -> Any:
     """The one tiny U-Net that the copies of ``tiny_unet`` are made from; do not change it."""
     return build_unet(TINY_UNET)
@@ -95,15 +146,88 @@ def tiny_unet(tiny_unet_shared: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
-def tiny_pipeline_folder(tmp_path_factory: pytest.TempPathFactory, tiny_unet_shared: Any) -> Path:
+def tiny_pipeline_folder(built_once: BuiltOnce, tiny_unet_shared: Any) -> Path:
     """A complete ``StableDiffusionPipeline`` folder in safetensors with random weights; copy it to change it.
 
     Latents are 4 x 16 x 16, pictures 3 x 32 x 32, captions 16 tokens of width 16.
     """
+    return built_once("pipeline", lambda folder: save_tiny_pipeline(folder, tiny_unet_shared))
+
+
+@pytest.fixture(scope="session")
+def tiny_scorer_folder(built_once: BuiltOnce) -> Path:
+    """A ``CLIPModel`` folder with random weights, its tokenizer and its picture settings (32 x 32 pixels)."""
+    return built_once("scorer", save_tiny_scorer)
+
+
+# What a job needs to be done in seconds; ``small_run_config`` adds the two models.
+SMALL: dict[str, Any] = {
+    "device": "cpu",
+    "probe": {"samples": 4, "timesteps": 2},
+    "score": {"bootstrap": 10},
+    "search": {"budgets": (), "controls": ("bk-tiny",)},
+    "distill": {
+        "steps": 2,
+        "batch": 2,
+        "pictures": 4,
+        "warmup": 1,
+        "checkpoint_every": 1,
+        "validate_every": 1,
+        "trackers": (),
+    },
+    "evaluate": {"prompts": ("a red cat",), "steps": 1, "guidance": 1.0},
+    "profile": {"runs": 2, "warmup": 0},
+}
+
+
+@pytest.fixture(scope="session")
+def small_run_config(tiny_pipeline_folder: Path, tiny_scorer_folder: Path) -> Callable[..., RunConfig]:
+    """``small_run_config(**changes)``: the settings of a whole job on the tiny pipeline in a few seconds.
+
+    A change names a setting or a table; ``distill={"steps": 4}`` changes one setting of that table, and a table given
+    as an object, such as ``distill=DistillConfig()``, stands as it is.
+    """
+    models = {"model": str(tiny_pipeline_folder), "evaluate": {"scorer": str(tiny_scorer_folder)}}
+
+    def small(**changes: Any) -> RunConfig:
+        config = RunConfig()
+        for layer in (SMALL, models, changes):
+            merged = {
+                name: dataclasses.replace(getattr(config, name), **value)
+                if isinstance(value, dict)
+                else value
+                for name, value in layer.items()
+            }
+            config = dataclasses.replace(config, **merged)
+        return config
+
+    return small
+
+
+@pytest.fixture(scope="session")
+def finished_config(small_run_config: Callable[..., RunConfig]) -> RunConfig:
+    """The settings of ``finished``: every step but repair, own pictures and a tournament."""
+    return small_run_config(
+        probe={"samples": 6, "timesteps": 3},
+        score={"batch": 6, "bootstrap": 20},
+        search={"budgets": ("params<=bk-base", "macs<=bk-tiny"), "controls": ("bk-base", "bk-tiny")},
+        distill={"trackers": ("tensorboard",)},
+        evaluate={"prompts": ("a red cat", "a dog"), "steps": 2, "guidance": 2.0},
+        report={"title": "Tiny", "also_presets": ("sd-v1.4",)},
+    )
+
+
+@pytest.fixture(scope="session")
+def finished(built_once: BuiltOnce, finished_config: RunConfig) -> Run:
+    """A run that was done from first to last; read it, copy it to change it."""
+    from prune_lab.workflow import run_all
+
+    return Run(built_once("finished", lambda folder: run_all(finished_config, folder)))
+
+
+def save_tiny_pipeline(folder: Path, unet: Any) -> None:
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline
 
-    root = tmp_path_factory.mktemp("tiny-pipeline")
-    folder = root / "pipeline"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         vae = AutoencoderKL(
@@ -118,8 +242,8 @@ def tiny_pipeline_folder(tmp_path_factory: pytest.TempPathFactory, tiny_unet_sha
     pipeline = StableDiffusionPipeline(
         vae=vae.eval(),
         text_encoder=text_encoder.eval(),
-        tokenizer=build_tokenizer(root),
-        unet=tiny_unet_shared,
+        tokenizer=build_tokenizer(folder.with_name(f"{folder.name}-tokenizer")),
+        unet=unet,
         scheduler=PNDMScheduler(
             beta_start=0.00085,
             beta_end=0.012,
@@ -132,17 +256,11 @@ def tiny_pipeline_folder(tmp_path_factory: pytest.TempPathFactory, tiny_unet_sha
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
-    return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_scorer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ``CLIPModel`` folder with random weights, its tokenizer and its picture settings (32 x 32 pixels)."""
+def save_tiny_scorer(folder: Path) -> None:
     from transformers import CLIPConfig, CLIPModel
 
-    root = tmp_path_factory.mktemp("tiny-scorer")
-    folder = root / "scorer"
-    tokenizer = build_tokenizer(root)
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -154,7 +272,7 @@ def tiny_scorer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             )
         )
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    build_tokenizer(folder.with_name(f"{folder.name}-tokenizer")).save_pretrained(folder)
     pictures = {
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,
@@ -164,7 +282,6 @@ def tiny_scorer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "image_std": [0.26862954, 0.26130258, 0.27577711],
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(pictures), encoding="utf-8")
-    return folder
 
 
 def build_text_encoder() -> Any:
@@ -190,6 +307,7 @@ def build_tokenizer(folder: Path) -> Any:
     """A CLIP tokenizer that spells words letter by letter; its two files are written to ``folder``."""
     from transformers import CLIPTokenizer
 
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(_vocabulary()), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
     return CLIPTokenizer.from_pretrained(folder, model_max_length=16)
@@ -210,3 +328,28 @@ def tiny_inputs(tiny_config: dict[str, Any]) -> dict[str, Any]:
         "timestep": torch.tensor([20, 700]),
         "encoder_hidden_states": torch.randn(2, 7, tiny_config["cross_attention_dim"], generator=generator),
     }
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch on one thread, as in the subprocesses of tests; models this small only wait for a second one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tiny_pipeline_folder: Path) -> Any:
+    """The pipeline of ``tiny_pipeline_folder`` in float32; do not change it."""
+    from prune_lab.models import load_pipeline, resolve_model
+
+    return load_pipeline(resolve_model(str(tiny_pipeline_folder)))
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Seven captioned images as `datasets` reads them, free to be changed."""
+    from training_images import write_images
+
+    return write_images(tmp_path / "images")

@@ -87,6 +87,8 @@ def write_blocks(folder: Path) -> None:
                 "attention_macs": macs // 5 if kind == "attention" else 0,
                 "removable": name not in STARRED,
                 "reason": "changes the width" if name in STARRED else "",
+                "lane": {"Dn": "left", "Up": "right"}.get(stage[:2], "middle"),
+                "row": DEPTHS[stage],
             }
         )
     pd.DataFrame(rows).to_csv(folder / "blocks.csv", index=False)

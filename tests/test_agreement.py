@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 
 from prune_lab.blocks import BlockGroup, architecture_of
 from prune_lab.importance import (
-    AGREEMENT_COLUMNS,
-    STABILITY_COLUMNS,
     Importance,
     ImportanceTable,
     Samples,
@@ -27,6 +25,7 @@ from prune_lab.importance import (
 from prune_lab.importance.agreement import rank_agreement
 from prune_lab.models import resolve_model
 from prune_lab.report import write_agreement
+from prune_lab.schemas import AGREEMENT_COLUMNS, STABILITY_COLUMNS
 
 BLOCKS = tuple(f"Dn1.R{number}" for number in range(1, 13))
 

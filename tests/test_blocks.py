@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import UNet2DConditionModel, UNet3DConditionModel
 
 import prune_lab
 from prune_lab.blocks import architecture_of, block_groups, blocks_frame, find_blocks
 from prune_lab.errors import UnknownBlockError, UnsupportedModelError
-from prune_lab.surgery import MainPath
 
 PRESETS = Path(prune_lab.__file__).parent / "presets"
 
@@ -149,6 +149,8 @@ def test_frame_columns_are_fixed(tiny_unet):
         "attention_macs",
         "removable",
         "reason",
+        "lane",
+        "row",
     ]
     assert (
         frame.set_index("name").loc["Dn2.R1", "reason"]
@@ -177,6 +179,6 @@ def test_other_model_classes_are_refused(tiny_config):
 
 def test_a_model_edited_in_place_is_refused(tiny_config):
     unet = UNet2DConditionModel(**tiny_config)
-    unet.mid_block.attentions[0] = MainPath(32)
+    unet.mid_block.attentions[0] = torch.nn.Identity()
     with pytest.raises(UnsupportedModelError, match="edited in place"):
         find_blocks(unet)

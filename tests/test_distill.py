@@ -22,7 +22,6 @@ import prune_lab.distill.loop as loop
 from prune_lab.blocks import architecture_of
 from prune_lab.config import DistillConfig
 from prune_lab.distill import (
-    RECOVERY_COLUMNS,
     FeaturePair,
     LatentData,
     Recovery,
@@ -35,11 +34,12 @@ from prune_lab.distill import (
     load_recovery,
     tapped,
 )
-from prune_lab.distill.data import batch_rows
+from prune_lab.distill.batches import batch_rows
 from prune_lab.errors import DataError, DeviceError, NonNativePlanError, RunError
 from prune_lab.models import load_pipeline, resolve_model
 from prune_lab.plans import native_choices, parse_plan, plan_of
 from prune_lab.probes import Probe, random_probe
+from prune_lab.schemas import RECOVERY_COLUMNS
 from prune_lab.surgery import materialise
 
 
@@ -300,7 +300,7 @@ def test_data_are_saved_and_loaded_bit_for_bit(tmp_path: Path) -> None:
     (tmp_path / "data.safetensors").write_bytes((tmp_path / "data.safetensors").read_bytes()[:-9])
     with pytest.raises(DataError, match="remove it"):
         LatentData.load(tmp_path / "data.safetensors")
-    with pytest.raises(DataError, match="one caption per picture"):
+    with pytest.raises(DataError, match="one caption per image"):
         dataclasses.replace(data, captions=("one",))
 
 
@@ -327,7 +327,7 @@ def test_encoding_equals_the_vae_and_text_encoder_by_hand(tiny_pipeline_folder: 
     other = cached_data(path, pipeline, pictures.flip(0), captions)
     torch.testing.assert_close(other.latents, first.latents.flip(0))
     assert path.stat().st_mtime_ns != stamp
-    with pytest.raises(DataError, match="3 pictures with 1 captions"):
+    with pytest.raises(DataError, match="3 images with 1 captions"):
         encode_data(pipeline, pictures, ["only one"])
 
 

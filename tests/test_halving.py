@@ -17,7 +17,6 @@ from scipy.stats import ttest_1samp, ttest_rel
 
 from prune_lab.errors import ConfigError, DataError
 from prune_lab.ranking import (
-    TOURNAMENT_COLUMNS,
     Difference,
     HeldoutLosses,
     Tournament,
@@ -29,6 +28,7 @@ from prune_lab.ranking import (
     tournament_from_frame,
 )
 from prune_lab.runtime import write_frame
+from prune_lab.schemas import TOURNAMENT_COLUMNS
 
 ROWS = np.random.default_rng(0).uniform(0.5, 1.5, 24)  # how hard each held-out row is, for everyone
 

@@ -15,17 +15,11 @@ from hypothesis import strategies as st
 
 from prune_lab.blocks import BlockGroup, architecture_of, block_groups
 from prune_lab.errors import DataError, UnknownBlockError
-from prune_lab.importance import (
-    COLUMNS,
-    Importance,
-    ImportanceTable,
-    importance_from_frame,
-    outputs,
-    score_groups,
-)
+from prune_lab.importance import Importance, ImportanceTable, importance_from_frame, outputs, score_groups
 from prune_lab.importance.intervals import intervals
 from prune_lab.prefix_sharing import predict_without
 from prune_lab.probes import Probe, predict, random_probe
+from prune_lab.schemas import IMPORTANCE_COLUMNS
 
 A_PICTURE_EACH = np.arange(200)
 
@@ -250,7 +244,7 @@ def test_columns(table: ImportanceTable) -> None:
     frame = table.frame()
     expected = ["group", "kind", "blocks", "starred", "impact", "low", "high", "samples"]
     expected += ["criterion", "probe", "model"]
-    assert list(frame.columns) == expected == list(COLUMNS)
+    assert list(frame.columns) == expected == list(IMPORTANCE_COLUMNS)
     assert frame["blocks"].tolist() == ["Dn2.R1", "Dn1.R2 Dn1.A2"]
     assert frame["starred"].tolist() == [True, False]
 

@@ -23,7 +23,6 @@ from safetensors.torch import load_file
 
 import prune_lab.distill.joint as joint
 from prune_lab.distill import (
-    RECOVERY_COLUMNS,
     TrainingMemory,
     batch_losses,
     distill_together,
@@ -38,6 +37,7 @@ from prune_lab.errors import ConfigError, DeviceError
 from prune_lab.families import example_inputs
 from prune_lab.probes import Probe, random_probe
 from prune_lab.profiling import LiveBytes
+from prune_lab.schemas import RECOVERY_COLUMNS
 
 THREE = ("bk-base", "bk-small", "bk-tiny")
 TIMELESS = [name for name in RECOVERY_COLUMNS if name != "seconds"]
@@ -163,7 +163,7 @@ def run_killed(folder: Path, kill_at: int) -> int:
     return subprocess.run([sys.executable, script, folder], env=environment, check=False).returncode
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_at_random_steps_it_ends_as_if_never_stopped(tmp_path: Path) -> None:
     assert run_killed(tmp_path / "whole", 0) == 0
     steps = sorted(random.Random(os.urandom(8)).sample(range(1, SETTINGS.steps + 1), 2))

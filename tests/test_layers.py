@@ -17,7 +17,7 @@ PACKAGE = Path(prune_lab.__file__).resolve().parent
 
 # A module imports from the lines above its own, and on its own line from what stands to its left.
 LAYERS = (
-    ("errors", "runtime", "processes", "families", "counting", "assets"),
+    ("errors", "schemas", "runtime", "processes", "families", "counting", "assets"),
     ("config", "blocks", "runs"),
     ("models", "plans"),
     ("surgery", "probes"),
@@ -26,7 +26,6 @@ LAYERS = (
     ("distill",),
     ("ranking",),
     ("cluster", "session", "engines"),
-    ("reference",),
     ("report",),
     ("workflow",),
     ("cli",),
@@ -103,31 +102,64 @@ def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("module", ["prune_lab", "prune_lab.errors", "prune_lab.config", "prune_lab.runs"])
-def test_light_modules_stay_light(module: str, tmp_path: Path) -> None:
-    found = run_python(f"import {module}, sys, json; print(json.dumps(sorted(sys.modules)))", tmp_path)
-    assert found.returncode == 0, found.stderr
-    assert set(json.loads(found.stdout)).isdisjoint(HEAVY)
+LIGHT = ("prune_lab", "prune_lab.errors", "prune_lab.schemas", "prune_lab.config", "prune_lab.runs")
+VERBS = (None, "blocks", "profile", "prune", "generate", "score", "run", "report")
 
 
-HELP = """
-import json, sys
-sys.argv = ["prune-lab", *{arguments!r}]
-try:
+def help_of(verb: str | None) -> str:
+    return f"prune-lab {verb} --help" if verb else "prune-lab --help"
+
+
+# Each case in a child of its own, which has imported nothing of ours: one interpreter starts instead of twelve.
+COMMANDS = """
+import importlib, json, os, sys, traceback
+
+def main(command):
+    if command.startswith("import "):
+        return importlib.import_module(command.removeprefix("import "))
+    sys.argv = command.split()
     from prune_lab.cli import main
-    main()
-except SystemExit as stop:
-    assert not stop.code, stop.code
-print("MODULES" + json.dumps(sorted(sys.modules)))
+    try:
+        main()
+    except SystemExit as stop:
+        assert not stop.code, stop.code
+
+for command in {commands!r}:
+    read, write = os.pipe()
+    if not os.fork():
+        try:
+            os.dup2(write, 1), os.dup2(write, 2)
+            main(command)
+            print("MODULES" + json.dumps(sorted(sys.modules)), flush=True)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read, encoding="utf-8") as pipe:
+        print(json.dumps([command, pipe.read()]))
+    os.wait()
 """
 
 
-@pytest.mark.parametrize("verb", [None, "blocks", "profile", "prune", "generate", "score", "run", "report"])
-def test_help_answers_without_the_heavy_libraries(verb: str | None, tmp_path: Path) -> None:
-    arguments = ["--help"] if verb is None else [verb, "--help"]
-    found = run_python(HELP.format(arguments=arguments), tmp_path)
+@pytest.fixture(scope="module")
+def output_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What each command of a fresh interpreter prints, and after the word MODULES what it has imported."""
+    commands = [f"import {module}" for module in LIGHT] + [help_of(verb) for verb in VERBS]
+    found = run_python(COMMANDS.format(commands=commands), tmp_path_factory.mktemp("light"))
     assert found.returncode == 0, found.stderr
-    text, modules = found.stdout.split("MODULES")
+    return dict(json.loads(line) for line in found.stdout.splitlines())
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_modules_stay_light(module: str, output_of: dict[str, str]) -> None:
+    text, modules = output_of[f"import {module}"].split("MODULES")
+    assert text == ""
+    assert set(json.loads(modules)).isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_answers_without_the_heavy_libraries(verb: str | None, output_of: dict[str, str]) -> None:
+    text, modules = output_of[help_of(verb)].split("MODULES")
     assert "Usage" in text
     assert set(json.loads(modules)).isdisjoint(HEAVY)
 
@@ -156,12 +188,12 @@ sys.exit(f"changed by importing prune_lab: {{changed}}" if changed else 0)
 
 
 def test_importing_everything_changes_nothing(tmp_path: Path) -> None:
-    # what the libraries themselves do when they are first imported is not ours to answer for
+    # What the libraries themselves do when they are first imported is not ours to answer for.
     others = sorted(
         {
             name
             for _, path in sources()
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            for node in ast.parse(path.read_text(encoding="utf-8")).body
             for name in (
                 [alias.name for alias in node.names]
                 if isinstance(node, ast.Import)
@@ -181,6 +213,24 @@ def test_importing_everything_changes_nothing(tmp_path: Path) -> None:
     assert found.returncode == 0, found.stderr
     assert found.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def outside(source: str) -> set[str]:
+    """What ``source`` imports of the repository beside prune_lab, which stands on top of the package."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return {name.split(".")[0] for name in names} & {"recipes", "benchmarks", "tests"}
+
+
+def test_the_package_imports_nothing_that_stands_on_top_of_it() -> None:
+    assert outside("import recipes.reference_model") == outside("from recipes import x") == {"recipes"}
+    assert outside("def f():\n    from benchmarks.search import x") == {"benchmarks"}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        assert not outside(path.read_text(encoding="utf-8")), path
 
 
 def test_nothing_unpickles_or_runs_foreign_code() -> None:

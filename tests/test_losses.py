@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from prune_lab.blocks import architecture_of
 from prune_lab.config import CHOICES, DistillConfig
 from prune_lab.distill import FEATURE_VARIANTS, batch_losses, draw_batch, feature_pairs
-from prune_lab.distill.data import min_snr_weights
+from prune_lab.distill.batches import min_snr_weights
 from prune_lab.distill.joint import rate_at
 from prune_lab.distill.losses import masked_error, normalised_error, squared_error
 from prune_lab.errors import ConfigError, DataError

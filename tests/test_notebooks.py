@@ -43,7 +43,7 @@ def test_outputs_say_nothing_of_the_machine(path: Path) -> None:
     assert not re.search(r"site-packages|/home/|/root/|[.]venv", path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_and_its_assertions_hold(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

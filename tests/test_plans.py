@@ -77,13 +77,18 @@ def test_preset_configs_are_the_official_ones():
 
 def test_sources_are_the_official_weight_mapping():
     """BK-SDM's ``copy_weight_from_teacher``, module by module (student <- teacher)."""
+
+    def moved(name):
+        layout = native_layout(SD, parse_plan(name, SD))
+        pairs = {layout.renamed(unit.path): unit.path for unit in SD.units}
+        return {ours: theirs for ours, theirs in pairs.items() if ours not in (None, theirs)}
+
     official = {"up_blocks.0.resnets.1": "up_blocks.0.resnets.2"}
     for i in (1, 2, 3):
         official[f"up_blocks.{i}.resnets.1"] = f"up_blocks.{i}.resnets.2"
         official[f"up_blocks.{i}.attentions.1"] = f"up_blocks.{i}.attentions.2"
     for name in ("bk-base", "bk-small"):
-        moved = {a: b for a, b in native_layout(SD, parse_plan(name, SD)).sources.items() if a != b}
-        assert moved == official
+        assert moved(name) == official
     official = {}
     for i in (0, 1, 2):
         for part in ("resnets", "attentions"):
@@ -91,8 +96,7 @@ def test_sources_are_the_official_weight_mapping():
             official[f"up_blocks.{i}.{part}.1"] = f"up_blocks.{i + 1}.{part}.2"
     for i in (0, 1):
         official[f"up_blocks.{i}.upsamplers.0"] = f"up_blocks.{i + 1}.upsamplers.0"
-    moved = {a: b for a, b in native_layout(SD, parse_plan("bk-tiny", SD)).sources.items() if a != b}
-    assert moved == official
+    assert moved("bk-tiny") == official
 
 
 def test_samplers_leave_only_with_everything_further_in():
@@ -112,13 +116,6 @@ def test_text_grammar():
 def test_text_and_json_read_back(plan):
     assert parse_plan(plan.text, SD) == plan
     assert plan_from_json(json.loads(json.dumps(plan.to_json())), SD) == plan
-
-
-@given(plans, plans)
-def test_set_operations_are_those_of_sets(one, other):
-    assert set((one | other).removed) == set(one.removed) | set(other.removed)
-    assert set((one & other).removed) == set(one.removed) & set(other.removed)
-    assert set((one - other).removed) == set(one.removed) - set(other.removed)
 
 
 @given(plans, plans)
@@ -170,8 +167,6 @@ def test_a_plan_of_another_architecture_is_refused():
         native_layout(other, plan)
     with pytest.raises(PlanError, match=other.signature):
         plan_from_json(plan.to_json(), other)
-    with pytest.raises(PlanError, match="two architectures"):
-        plan | parse_plan("bk-base", other)
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,12 @@ from hypothesis import strategies as st
 from prune_lab.blocks import architecture_of, block_groups
 from prune_lab.errors import UnknownBlockError, UnremovableBlockError, UnsupportedModelError
 from prune_lab.models import preset_config
-from prune_lab.plans import parse_plan
+from prune_lab.plans import gone_with, parse_plan
 from prune_lab.prefix_sharing import (
     ComputeCost,
     fitting_batch,
-    gone_with,
     predict_without,
     state_bytes,
-    units_of,
 )
 from prune_lab.probes import Probe, predict, random_probe
 from prune_lab.surgery import bypassed
@@ -118,7 +116,7 @@ def test_the_units_are_all_blocks_and_samplers_in_order_of_execution(
     tiny_unet: Any, tiny_inputs: dict[str, Any]
 ) -> None:
     order: list[str] = []
-    units = {unit.path: unit for unit in units_of(architecture_of(tiny_unet))}
+    units = {unit.path: unit for unit in architecture_of(tiny_unet).units}
     for path in units:
         tiny_unet.get_submodule(path).register_forward_hook(lambda *_, path=path: order.append(path))
     tiny_unet(**tiny_inputs)
@@ -129,7 +127,7 @@ def test_the_units_are_all_blocks_and_samplers_in_order_of_execution(
 
 def test_the_bound_for_the_blocks_of_stable_diffusion_by_hand() -> None:
     architecture = architecture_of(preset_config("sd-v1.4"))
-    units = units_of(architecture)
+    units = architecture.units
     costs = [unit.macs for unit in units]
     names = [unit.name for unit in units]
     # Removing a block leaves all that comes after it; one pass of the whole U-Net gives the prefixes.
@@ -146,7 +144,7 @@ def test_the_multiply_adds_are_counted_to_the_last(tiny_unet: Any) -> None:
     assert alone.forwards == 3
     blocks = [(block.name,) for block in architecture.blocks]
     _, compute = shared(tiny_unet, probe, [(), *blocks], batch=3)
-    units = units_of(architecture)
+    units = architecture.units
     rest = architecture.total_macs - sum(unit.macs for unit in units)
     suffixes = [
         sum(unit.macs for unit in units[place + 1 :])

@@ -137,7 +137,7 @@ def test_random_native_plans_differ_and_can_be_built(tiny: Architecture, two_sta
 # Counted prices --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", ["sd-v1.4", pytest.param("sdxl-base", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("preset", ["sd-v1.4", pytest.param("sdxl-base", marks=pytest.mark.long)])
 def test_a_matrix_is_priced_like_plan_by_plan(preset: str) -> None:
     architecture = architecture_of(preset_config(preset))
     costs = cost_table(architecture, counter="meta", batch=2)

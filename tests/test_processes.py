@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from process_distillation import PLANS, main
 from safetensors.torch import load_file
 
 import prune_lab
-from prune_lab.config import DistillConfig, RunConfig, SearchConfig, to_toml
-from prune_lab.distill import RECOVERY_COLUMNS, load_heldout, load_recovery
+from prune_lab.config import RunConfig, to_toml
+from prune_lab.distill import load_heldout, load_recovery
 from prune_lab.errors import DeviceError
 from prune_lab.processes import gather_object, is_main, join, main_process_first, num_processes
+from prune_lab.schemas import RECOVERY_COLUMNS
 
 SCRIPT = Path(__file__).parent / "process_distillation.py"
 TIMELESS = [name for name in RECOVERY_COLUMNS if name != "seconds"]
@@ -84,7 +86,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "settings", [{"trackers": ["tensorboard"]}, {"micro_batch": 1}], ids=["whole", "micro"]
 )
@@ -96,7 +98,7 @@ def test_two_processes_make_what_one_makes(alone: Path, tmp_path: Path, settings
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_processes_go_on_from_their_checkpoint(alone: Path, tmp_path: Path) -> None:
     settings = json.dumps({"validate_every": 2})
     assert launched(2, SCRIPT, str(tmp_path), settings, KILL_AT="4").returncode != 0
@@ -114,7 +116,7 @@ def test_killed_processes_go_on_from_their_checkpoint(alone: Path, tmp_path: Pat
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_batch_that_cannot_be_shared_is_one_line(tmp_path: Path) -> None:
     found = launched(2, SCRIPT, str(tmp_path), json.dumps({"steps": 1}), BATCH="3")
     assert found.returncode != 0
@@ -122,7 +124,7 @@ def test_a_batch_that_cannot_be_shared_is_one_line(tmp_path: Path) -> None:
     assert lines == {"error: setting distill.batch = 3 cannot be shared by 2 processes; give a multiple of 2"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_processes_that_do_not_see_the_same_files_stop(alone: Path, tmp_path: Path) -> None:
     shutil.copytree(alone, tmp_path / "0")
     found = launched(2, SCRIPT, str(tmp_path), "{}", APART="1")
@@ -133,15 +135,11 @@ def test_processes_that_do_not_see_the_same_files_stop(alone: Path, tmp_path: Pa
 # The command line ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_distill_under_accelerate_launch_prints_and_writes_once(
-    tiny_pipeline_folder: Path, tmp_path: Path
+    small_run_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    settings = RunConfig(
-        model=str(tiny_pipeline_folder),
-        search=SearchConfig(budgets=(), controls=PLANS),
-        distill=DistillConfig(steps=2, batch=4, pictures=6, trackers=()),
-    )
+    settings = small_run_config(search={"controls": PLANS}, distill={"batch": 4, "pictures": 6})
     config = tmp_path / "settings.toml"
     config.write_text(to_toml(settings), encoding="utf-8")
     prune_lab_command = Path(sys.executable).parent / "prune-lab"

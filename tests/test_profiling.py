@@ -52,7 +52,7 @@ def hooks_of(unet: torch.nn.Module) -> int:
 
 
 @pytest.mark.parametrize(
-    "preset", ["sd-v1.4", "sd-v2.1-base", pytest.param("sdxl-base", marks=pytest.mark.slow)]
+    "preset", ["sd-v1.4", "sd-v2.1-base", pytest.param("sdxl-base", marks=pytest.mark.long)]
 )
 def test_two_counters_agree_but_for_norms_and_upsampling(preset: str) -> None:
     config = preset_config(preset)

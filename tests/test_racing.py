@@ -17,7 +17,8 @@ from prune_lab.errors import ConfigError
 from prune_lab.importance import Race, Samples, ScoreCache, score_groups
 from prune_lab.importance.intervals import impacts_of, resampled_impacts
 from prune_lab.importance.racing import distances, sample_order
-from prune_lab.prefix_sharing import gone_with, macs_without, units_of
+from prune_lab.plans import gone_with
+from prune_lab.prefix_sharing import macs_without
 from prune_lab.probes import Probe, random_probe
 
 
@@ -96,7 +97,7 @@ def test_distances_by_hand() -> None:
 
 def suffix(architecture: Architecture, name: str) -> int:
     """MACs after a block by hand: those of all units behind it, and what stands before and behind the stages."""
-    units = units_of(architecture)
+    units = architecture.units
     place = [unit.name for unit in units].index(name)
     around = architecture.total_macs - sum(unit.macs for unit in units)
     return around + sum(unit.macs for unit in units[place + 1 :])
@@ -108,7 +109,7 @@ def test_what_a_removal_costs(tiny_unet: Any) -> None:
         assert macs_without(architecture, frozenset([name])) == suffix(architecture, name)
     both = macs_without(architecture, frozenset(["Dn2.A1", "Up4.R1"]))
     assert both == suffix(architecture, "Dn2.A1") - next(
-        u.macs for u in units_of(architecture) if u.name == "Up4.R1"
+        u.macs for u in architecture.units if u.name == "Up4.R1"
     )
 
 

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prune_lab.errors import DataError
-from prune_lab.ranking import RANKING_COLUMNS, Contender, pareto_front, rank, ranking_from_frame
+from prune_lab.ranking import Contender, pareto_front, rank, ranking_from_frame
 from prune_lab.runtime import write_frame
+from prune_lab.schemas import RANKING_COLUMNS
 
 
 def contender(plan: str, loss: float = math.nan, **more: object) -> Contender:

@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,7 @@ from safetensors.torch import load_file
 
 from prune_lab.blocks import BlockGroup
 from prune_lab.cluster import ArtifactStore, Cluster, connected, in_tasks
-from prune_lab.config import (
-    DistillConfig,
-    EngineConfig,
-    EvaluateConfig,
-    ProbeConfig,
-    ProfileConfig,
-    RankConfig,
-    RunConfig,
-    ScoreConfig,
-    SearchConfig,
-)
+from prune_lab.config import EngineConfig, RankConfig, RunConfig
 from prune_lab.distill import load_heldout, load_recovery
 from prune_lab.engines import PictureJob, ray_driver, rungs_of, train_to
 from prune_lab.engines.pictures import draw_job
@@ -50,7 +40,7 @@ from prune_lab.workflow import (
 )
 from prune_lab.workflow.distilling import ensure_tournament
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 STEPS, FIRST = 8, 2  # rungs at 2, 4 and 8 steps
 OBJECTS = 100_000_000  # bytes of each node's object store
@@ -95,22 +85,14 @@ def cluster() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def config(tiny_pipeline_folder: Path, tiny_scorer_folder: Path) -> RunConfig:
-    return RunConfig(
-        model=str(tiny_pipeline_folder),
-        device="cpu",
-        probe=ProbeConfig(samples=4, timesteps=2),
-        score=ScoreConfig(batch=2, bootstrap=5),
-        search=SearchConfig(budgets=(), controls=("bk-base", "bk-small", "bk-tiny", "-Md")),
-        distill=DistillConfig(
-            steps=STEPS, batch=2, pictures=4, checkpoint_every=1, validate_every=100, warmup=1, trackers=()
-        ),
-        rank=RankConfig(eta=2, first=FIRST),
-        engine=EngineConfig(kind="ray"),
-        evaluate=EvaluateConfig(
-            prompts=("a red cat", "a dog"), steps=2, guidance=2.0, scorer=str(tiny_scorer_folder)
-        ),
-        profile=ProfileConfig(runs=2, warmup=0),
+def config(small_run_config: Callable[..., RunConfig]) -> RunConfig:
+    return small_run_config(
+        score={"batch": 2, "bootstrap": 5},
+        search={"controls": ("bk-base", "bk-small", "bk-tiny", "-Md")},
+        distill={"steps": STEPS, "validate_every": 100},
+        rank={"eta": 2, "first": FIRST},
+        engine={"kind": "ray"},
+        evaluate={"prompts": ("a red cat", "a dog"), "steps": 2, "guidance": 2.0},
     )
 
 

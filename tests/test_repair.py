@@ -19,21 +19,11 @@ from torch import Tensor
 from prune_lab.blocks import architecture_of
 from prune_lab.errors import ConfigError, DataError, NonNativePlanError, PlanError
 from prune_lab.plans import PruningPlan, native_choices, parse_plan, plan_of
-from prune_lab.prefix_sharing import units_of
 from prune_lab.probes import Probe, predict, random_probe
-from prune_lab.repair import (
-    COLUMNS,
-    Change,
-    Choice,
-    find_cuts,
-    fold,
-    inserted,
-    repair,
-    student_paths,
-    why_not,
-)
+from prune_lab.repair import Change, Choice, find_cuts, fold, inserted, repair, student_paths, why_not
 from prune_lab.repair.fitting import Moments, fit, moments_of
 from prune_lab.repair.folding import last_layer, layer_features
+from prune_lab.schemas import REPAIR_COLUMNS
 from prune_lab.surgery import materialise
 
 MODELS = {
@@ -134,7 +124,7 @@ def test_readers_read_in_both_models_what_the_cut_says(name: str, seed: int) -> 
     plan = some_plan(teacher, seed) if seed else plan_of(architecture, architecture_cut(architecture))
     student = materialise(teacher, plan)
     rows = probe_of(teacher, 2)
-    full = {"conv_in": "conv_in"} | {unit.name: unit.path for unit in units_of(architecture)}
+    full = {"conv_in": "conv_in"} | {unit.name: unit.path for unit in architecture.units}
     with spied(student, student_paths(architecture, plan)) as (read, written):
         predict(student, rows)
     with spied(teacher, full) as (theirs, originals):
@@ -247,7 +237,7 @@ def channels_of(unit: Any, side: str) -> int:
 def calls_of(unet: Any) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """(module, arguments, keywords) of every unit in one pass, by name."""
     calls: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
-    paths = {"conv_in": "conv_in"} | {unit.name: unit.path for unit in units_of(architecture_of(unet))}
+    paths = {"conv_in": "conv_in"} | {unit.name: unit.path for unit in architecture_of(unet).units}
     handles = []
     for name, path in paths.items():
 
@@ -332,7 +322,7 @@ def test_what_does_not_fold_says_who_is_in_the_way(tiny_unet: Any) -> None:
         "scale-shift", "before", unit("down_blocks.0.resnets.0"), "Dn1.R1"
     )
     assert "norm1 of Md.R1 reads it" in why_not("linear", "after", unit("mid_block.resnets.0"), "Md.R1")
-    assert "conv_norm_out reads it" in why_not("linear", "after", None, "conv_out")
+    assert "the norm ahead of conv_out reads it" in why_not("linear", "after", None, "conv_out")
     assert "Dn1.down's padding" in why_not("shift", "after", unit("down_blocks.0.downsamplers.0"), "Dn1.down")
     wide = torch.nn.Conv2d(1000, 8, 3)
     assert "weighs 9,000 inputs" in why_not("refit", "before", wide, "Dn9.down")
@@ -518,8 +508,8 @@ def test_what_does_not_fold_is_measured_and_gives_way_to_a_shift(tiny_unet: Any,
         ("Up4.A1", "shift", True),
     ]
     frame = report.frame()
-    assert tuple(frame.columns) == COLUMNS
-    assert " ".join(COLUMNS) == (
+    assert tuple(frame.columns) == REPAIR_COLUMNS
+    assert " ".join(REPAIR_COLUMNS) == (
         "cut also_read_by kind side unit folds applied reason strength "
         "cut_error_before cut_error_after impact_before impact_after"
     )

@@ -13,7 +13,7 @@ from conftest import TINY_UNET
 
 from prune_lab.blocks import architecture_of
 from prune_lab.errors import BudgetError, ConfigError, DataError, PlanError
-from prune_lab.plans import PLAN_PRESETS, is_native, native_choices, parse_plan, plan_of
+from prune_lab.plans import is_native, native_choices, parse_plan, plan_of
 from prune_lab.profiling import cost_table
 from prune_lab.search import (
     ANY_PLAN,
@@ -316,7 +316,7 @@ def test_pairs_that_matter_are_found_and_solved_for() -> None:
         plans, [predicted_impact(plan, known) + e for plan, e in zip(plans, noise, strict=True)]
     )
     assert fit.r2 > 0.95
-    assert fit.rank > 0.95
+    assert fit.rank_correlation > 0.95
     assert fit.additive_r2 < 0.9
     assert {frozenset(row[:2]) for row in fit.pairs[:6]} == set(known.interactions)
     sizes = [abs(row[2]) for row in fit.pairs]
@@ -330,7 +330,7 @@ def test_noise_has_no_merit() -> None:
     plans = sample_near(ARCHITECTURE, COSTS, [BUDGET], 60, seed=2, constraints=ANY_PLAN)
     fit = fit_interactions(plans, np.random.default_rng(1).normal(size=60))
     assert fit.r2 < 0.1
-    assert abs(fit.rank) < 0.4
+    assert abs(fit.rank_correlation) < 0.4
 
 
 def test_additive_impacts_need_no_pairs() -> None:
@@ -368,7 +368,7 @@ def test_impacts_that_do_not_differ_have_no_merit() -> None:
     plans = sample_near(ARCHITECTURE, COSTS, [BUDGET], 20)
     fit = fit_interactions(plans, [1.0] * 20)
     assert np.isnan(fit.r2)
-    assert np.isnan(fit.rank)
+    assert np.isnan(fit.rank_correlation)
     assert not fit.pairs
 
 
@@ -376,7 +376,7 @@ def test_impacts_that_do_not_differ_have_no_merit() -> None:
 
 
 def test_the_bk_control_is_the_largest_that_fits() -> None:
-    for preset in PLAN_PRESETS:
+    for preset in ARCHITECTURE.family.plans:
         budget = parse_budget(f"macs<={preset}", ARCHITECTURE, COSTS)
         found = bk_control(ARCHITECTURE, COSTS, [budget])
         assert found is not None

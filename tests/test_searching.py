@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,8 @@ from prune_lab.blocks import BlockGroup, architecture_of
 from prune_lab.candidates import load_student
 from prune_lab.cli import app
 from prune_lab.config import (
-    DistillConfig,
-    EvaluateConfig,
-    ProbeConfig,
-    ProfileConfig,
     RepairConfig,
     RunConfig,
-    ScoreConfig,
     SearchConfig,
 )
 from prune_lab.errors import BudgetError, ConfigError
@@ -49,16 +45,13 @@ JOINT = "macs<=as:bk-base, params<=80%"
 
 
 @pytest.fixture
-def config(tiny_pipeline_folder: Path, tiny_scorer_folder: Path) -> RunConfig:
-    return RunConfig(
-        model=str(tiny_pipeline_folder),
-        device="cpu",
-        probe=ProbeConfig(samples=6, timesteps=3),
-        score=ScoreConfig(bootstrap=10, groups=("block",)),
-        search=SearchConfig(budgets=(JOINT,), controls=("bk-base",), samples=24, trials=40),
-        distill=DistillConfig(steps=1, batch=2, pictures=4, validate_every=1, warmup=1),
-        evaluate=EvaluateConfig(prompts=("a",), steps=1, guidance=1.0, scorer=str(tiny_scorer_folder)),
-        profile=ProfileConfig(runs=2, warmup=0),
+def config(small_run_config: Callable[..., RunConfig]) -> RunConfig:
+    return small_run_config(
+        probe={"samples": 6, "timesteps": 3},
+        score={"groups": ("block",)},
+        search={"budgets": (JOINT,), "controls": ("bk-base",), "samples": 24, "trials": 40},
+        distill={"steps": 1},
+        evaluate={"prompts": ("a",)},
     )
 
 
@@ -85,7 +78,7 @@ def test_every_solver_keeps_all_budgets_and_says_what_it_spent(
     (row,) = pd.read_csv(session.run.searches).to_dict("records")
     assert row["solver"] == solver
     assert row["budget"] == "macs<=bk-base, params<=80%"
-    assert (row["measured"] == 0) == (solver == "exact")
+    assert (row["sets_measured"] == 0) == (solver == "exact")
     assert np.isfinite(row["r2"]) == (solver == "interactions")
     prefix = "search" if solver == "exact" else solver
     assert pd.read_csv(session.run.searched)["name"].iloc[-1] == f"{prefix}-macs-bk-base-params-80pct-1"

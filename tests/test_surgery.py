@@ -98,7 +98,7 @@ def test_starred_blocks_are_never_bypassed_without_a_stand_in(tiny_unet):
 
 
 def test_channel_interpolation_by_hand():
-    from prune_lab.surgery import ChannelInterpolation
+    from prune_lab.families.unet_blocks import ChannelInterpolation
 
     hidden = torch.tensor([0.0, 4.0, 100.0]).reshape(1, 3, 1, 1)  # two main channels, one of skip
     # Half-pixel centres: new channel i lies at (i + 0.5) / 2 - 0.5 = -0.25, 0.25, 0.75, 1.25, clamped to [0, 1].

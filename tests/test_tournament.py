@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,7 @@ from typer.testing import CliRunner
 
 import prune_lab.engines.local as local
 from prune_lab.cli import app
-from prune_lab.config import (
-    DistillConfig,
-    EvaluateConfig,
-    ProbeConfig,
-    ProfileConfig,
-    RankConfig,
-    RunConfig,
-    ScoreConfig,
-    SearchConfig,
-    load_config,
-)
+from prune_lab.config import RankConfig, RunConfig, load_config
 from prune_lab.distill import load_heldout, load_recovery
 from prune_lab.runs import CandidatePaths, Run, open_run
 from prune_lab.session import Session, training_and_validation
@@ -38,29 +29,15 @@ PLANS = ("bk-base", "bk-small", "bk-tiny", "-Dn1.R2 -Dn1.A2 -Up4.R2 -Up4.A2")
 
 
 @pytest.fixture(scope="module")
-def config(tiny_pipeline_folder: Path, tiny_scorer_folder: Path) -> RunConfig:
+def config(small_run_config: Callable[..., RunConfig]) -> RunConfig:
     """Four plans, rungs at 2 and 4 steps."""
-    return RunConfig(
-        model=str(tiny_pipeline_folder),
-        device="cpu",
-        probe=ProbeConfig(samples=8, timesteps=4),
-        score=ScoreConfig(batch=8, bootstrap=20, groups=("block",)),
-        search=SearchConfig(budgets=(), controls=PLANS),
-        distill=DistillConfig(
-            steps=4,
-            batch=2,
-            pictures=4,
-            learning_rate=1e-3,
-            checkpoint_every=1,
-            validate_every=4,
-            warmup=1,
-            trackers=(),
-        ),
-        rank=RankConfig(eta=2, first=2),
-        evaluate=EvaluateConfig(
-            prompts=("a red cat",), steps=1, guidance=2.0, scorer=str(tiny_scorer_folder)
-        ),
-        profile=ProfileConfig(runs=2, warmup=0),
+    return small_run_config(
+        probe={"samples": 8, "timesteps": 4},
+        score={"batch": 8, "bootstrap": 20, "groups": ("block",)},
+        search={"controls": PLANS},
+        distill={"steps": 4, "learning_rate": 1e-3, "validate_every": 4},
+        rank={"eta": 2, "first": 2},
+        evaluate={"guidance": 2.0},
     )
 
 

@@ -18,11 +18,7 @@ from typer.testing import CliRunner
 import prune_lab
 from prune_lab.cli import app
 from prune_lab.config import (
-    DistillConfig,
     EngineConfig,
-    EvaluateConfig,
-    ProbeConfig,
-    ProfileConfig,
     ReportConfig,
     RunConfig,
     ScoreConfig,
@@ -67,32 +63,9 @@ from prune_lab.workflow import (
 from prune_lab.workflow.steps import first_touched
 
 
-def small_config(pipeline: Path, scorer: Path) -> RunConfig:
-    """A whole job on the tiny pipeline in a few seconds."""
-    return RunConfig(
-        model=str(pipeline),
-        device="cpu",
-        probe=ProbeConfig(samples=6, timesteps=3),
-        score=ScoreConfig(batch=6, bootstrap=20),
-        search=SearchConfig(budgets=("params<=bk-base", "macs<=bk-tiny"), controls=("bk-base", "bk-tiny")),
-        distill=DistillConfig(steps=2, batch=2, pictures=4, checkpoint_every=1, validate_every=1, warmup=1),
-        evaluate=EvaluateConfig(prompts=("a red cat", "a dog"), steps=2, guidance=2.0, scorer=str(scorer)),
-        profile=ProfileConfig(runs=2, warmup=0),
-        report=ReportConfig(title="Tiny", also_presets=("sd-v1.4",)),
-    )
-
-
 @pytest.fixture(scope="module")
-def config(tiny_pipeline_folder: Path, tiny_scorer_folder: Path) -> RunConfig:
-    return small_config(tiny_pipeline_folder, tiny_scorer_folder)
-
-
-@pytest.fixture(scope="module")
-def finished(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run that was done from first to last; read it, copy it to change it."""
-    run = Run(tmp_path_factory.mktemp("runs") / "small")
-    run_all(config, run.folder)
-    return run
+def config(finished_config: RunConfig) -> RunConfig:
+    return finished_config
 
 
 @pytest.fixture

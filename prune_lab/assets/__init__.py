@@ -44,7 +44,7 @@ def read_split(folder: Path, split: str) -> pd.DataFrame:
     path = folder / f"{split}.parquet"
     if not path.is_file():
         raise DataError(
-            f"no pictures at {path}; reinstall the package or rebuild them with 'reference train'"
+            f"no pictures at {path}; install prune-lab again, or build them by recipes/reference_model"
         )
     return pd.read_parquet(path)[list(COLUMNS)]
 

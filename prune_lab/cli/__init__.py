@@ -1,19 +1,29 @@
-"""The command line: ``prune-lab VERB``, one thin function per verb; torch is imported inside the verb that needs it."""
+"""The command line: ``prune-lab VERB``, one file and one thin function per verb; torch is imported inside the verb."""
 
 from __future__ import annotations
 
-from prune_lab.cli import data_verbs, inspect_verbs, make_verbs, reference_verbs, run_verbs, search_verbs
+# In the order in which --help lists them.
+from prune_lab.cli import blocks, profile, score, search, compare, prune, generate  # isort: skip
+from prune_lab.cli import cache, distill, rank, evaluate, report, run, config  # isort: skip
 from prune_lab.cli.application import app
 
 __all__ = [
     "app",
-    "data_verbs",
-    "inspect_verbs",
+    "blocks",
+    "cache",
+    "compare",
+    "config",
+    "distill",
+    "evaluate",
+    "generate",
     "main",
-    "make_verbs",
-    "reference_verbs",
-    "run_verbs",
-    "search_verbs",
+    "profile",
+    "prune",
+    "rank",
+    "report",
+    "run",
+    "score",
+    "search",
 ]
 
 

@@ -1,15 +1,15 @@
-"""The typer application, the options that several verbs share, and how mistakes end a command."""
+"""The typer application, and how mistakes end a command."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from prune_lab import __version__
-from prune_lab.errors import PruneLabError, RunError
+from prune_lab.cli.options import instead_of
+from prune_lab.errors import ConfigError, PruneLabError, RunError
 from prune_lab.processes import leave, num_processes
 
 MISTAKE = 2  # exit code of a user's mistake, the same as typer's for a wrong option
@@ -22,7 +22,7 @@ class Verbs(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:  # typer's Context is a vendored click class without a public name
         try:
-            found = super().invoke(ctx)
+            found = self._invoke(ctx)
             if num_processes() > 1:
                 leave()
             return found
@@ -34,6 +34,17 @@ class Verbs(TyperGroup):
                 "interrupted; finished files are kept, the same command again goes on from there", err=True
             )
             raise typer.Exit(INTERRUPTED) from None
+
+    def _invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            # Of an unknown option; the class of that error has no public name either.
+            option, verb = getattr(error, "option_name", ""), ctx.invoked_subcommand
+            instead = instead_of(verb, option) if option else ""
+            if not instead:
+                raise
+            raise ConfigError(f"prune-lab {verb} has no option {option}; write {instead}") from None
 
 
 app = typer.Typer(
@@ -64,23 +75,3 @@ def _before_any_verb(
             f"asked to {ctx.invoked_subcommand} in {num_processes()} processes; only {' and '.join(LAUNCHED)} share "
             "their work: run this verb without accelerate launch"
         )
-
-
-MODEL_HELP = "reference, a preset (sd-v1.4), a pipeline or U-Net folder, a U-Net config.json, or a hub id."
-
-ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")]
-OptionalModel = Annotated[str, typer.Argument(help=MODEL_HELP + " Or the folder of a run.", metavar="MODEL")]
-PlanOption = Annotated[
-    list[str],
-    typer.Option(
-        "--plan", help='Plan: bk-base, "bk-small +Md", "-Dn1.R2 -Dn1.A2" or a plan.json; may be repeated.'
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print a JSON list of objects instead of a table.")]
-RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder; made when it is not there.")]
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML with the settings of the job.")]
-DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
-DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
-SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of everything that is drawn.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Redo: replace what is there already.")]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, then stop.")]

@@ -9,17 +9,45 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from prune_lab.runtime import bytes_text, duration_text
+from prune_lab.schemas import INTEGER_COLUMNS
+
 if TYPE_CHECKING:
     import pandas as pd
 
-# pandas turns an integer column with one missing value into floats; these are integers whatever is missing.
-_WHOLE_NUMBERS = frozenset(
-    (
-        *("params", "macs", "attention_macs", "paper_macs", "rank", "samples", "steps", "calls", "runs"),
-        *("blocks_removed", "in_channels", "out_channels", "skip_channels", "transformer_layers"),
-        *("batch", "disk_bytes", "peak_memory_bytes"),
-    )
-)
+# The columns that a decision needs, the most needed first: of each table the first six that have values are shown.
+_MOST = 6
+_DECISIVE: dict[str, tuple[str, ...]] = {
+    "blocks": ("name", "kind", "params", "macs", "removable", "reason"),
+    "reductions": ("plan", "params", "params_change", "macs", "macs_change", "median_ms", "paper_macs"),
+    "block costs": ("name", "kind", "params", "macs", "median_ms", "share", "paper_macs", "attention_macs"),
+    "pipeline": ("part", "calls", "params", "macs", "median_ms", "share"),
+    "scores": ("group", "impact", "low", "high", "samples", "criterion"),
+    "agreement": (
+        *("criterion", "leader_spearman", "impact_spearman", "outcome_spearman", "forwards"),
+        *("samples", "impact_kendall"),
+    ),
+    "plans": (
+        *("plan", "params_change", "macs_change", "latency_change", "predicted_impact"),
+        *("blocks_removed", "native"),
+    ),
+    "comparison": (
+        *("name", "params_change", "macs_change", "loss_after", "clip_after", "median_ms"),
+        *("blocks_removed", "native"),
+    ),
+    "plans compared": (
+        *("name", "params_change", "macs_change", "impact", "predicted_impact", "loss_after"),
+        "blocks_removed",
+    ),
+    "pruned": ("plan", "folder", "written", "blocks_removed", "params_change", "macs_change"),
+    "cache": ("data", "folder", "rows", "left_out", "bytes", "seconds"),
+    "recovery": ("plan", "status", "steps", "loss_before", "loss_after", "reason", "seconds"),
+    "pictures": ("plan", "weights", "pictures", "clip", "clip_low"),
+    "quality": ("model", "pictures", "loss", "clip", "clip_low"),
+    "ranking": ("rank", "plan", "params", "macs", "loss_after", "reason", "clip_after"),
+    "steps": ("step", "state", "does"),
+    "settings": ("setting", "value", "default", "read_by", "meaning"),
+}
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -30,27 +58,52 @@ def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     ]
 
 
-def emit(rows: Sequence[Mapping[str, Any]], *, as_json: bool, title: str = "") -> None:
-    """Print ``rows`` on stdout; with ``as_json`` nothing else is printed there."""
+def emit(kind: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool, wide: bool, title: str) -> None:
+    """Print a table of this ``kind`` on stdout: its six columns that decide, or all of them if it is ``wide``.
+
+    With ``as_json`` it is a list of objects with all columns, and nothing else is printed there.
+    """
     if as_json:
         typer.echo(json.dumps([dict(row) for row in rows], indent=2, ensure_ascii=False, allow_nan=False))
         return
     from rich.console import Console
     from rich.table import Table
 
-    columns = list(rows[0]) if rows else []
-    table = Table(title=title or None, title_justify="left", header_style="bold")
+    everything = list(rows[0]) if rows else []
+    columns = everything if wide else shown_columns(kind, rows)
+    table = Table(title=title, title_justify="left", header_style="bold")
     for column in columns:
-        numeric = any(
-            isinstance(row[column], (int, float)) and not isinstance(row[column], bool) for row in rows
+        numeric = all(row[column] is None or _is_number(row[column]) for row in rows)
+        # A name that is too long goes on in the next line; nothing is cut.
+        table.add_column(
+            column.replace("_", " "),
+            justify="right" if numeric else "left",
+            no_wrap=numeric,
+            overflow="fold",
         )
-        table.add_column(column.replace("_", " "), justify="right" if numeric else "left")
     for row in rows:
         table.add_row(*(_cell(column, row[column]) for column in columns))
+    if len(columns) < len(everything):
+        table.caption = f"{len(columns)} of {len(everything)} columns; --wide shows all"
+        table.caption_justify = "left"
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 240  # a file has no width: do not fold numbers to fit one
     console.print(table)
+
+
+def shown_columns(kind: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The columns of a table of this ``kind`` that a person is shown at first."""
+    filled = [
+        name
+        for name in _DECISIVE[kind]
+        if any(name in row and row[name] not in (None, "", [], ()) for row in rows)
+    ]
+    return filled[:_MOST]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _plain(column: str, value: Any) -> Any:
@@ -60,7 +113,7 @@ def _plain(column: str, value: Any) -> Any:
         return [_plain(column, item) for item in value]
     if value is None or (isinstance(value, float) and not math.isfinite(value)) or str(value) == "<NA>":
         return None
-    if column in _WHOLE_NUMBERS and isinstance(value, float):
+    if column in INTEGER_COLUMNS and isinstance(value, float):
         return int(value)
     return value
 
@@ -70,16 +123,16 @@ def _cell(column: str, value: Any) -> str:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if column == "seconds":
+        return duration_text(value)
     if isinstance(value, int):
-        return f"{value / 1e9:.4g} G" if column.endswith("macs") else f"{value:,}"
+        if column.endswith("macs"):
+            return f"{value / 1e9:.4g} G" if value >= 1e9 else f"{value / 1e6:.4g} M"
+        return bytes_text(value) if column.endswith("bytes") else f"{value:,}"
     if isinstance(value, float):
-        return (
-            f"{value:+.1%}"
-            if column.endswith("_change")
-            else f"{value:.1%}"
-            if column == "share"
-            else f"{value:.4g}"
-        )
+        if column.endswith("_change"):
+            return f"{value:+.1%}"
+        return f"{value:.1%}" if column == "share" else f"{value:.4g}"
     if isinstance(value, (list, tuple)):
         return " ".join(map(str, value))
     return str(value)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from prune_lab.config import RunConfig, load_config
-from prune_lab.errors import RunError
+from prune_lab.config import SETTINGS, RunConfig, load_config, parse_assignment, with_settings
+from prune_lab.errors import ConfigError, RunError
 from prune_lab.processes import is_main, main_process_first
 from prune_lab.runs import open_run
 
@@ -22,31 +21,36 @@ def settings_of(
     model: str,
     run: Path | None,
     config: Path | None,
-    *,
-    device: str | None,
-    seed: int | None,
-    dtype: str | None = None,
-    **tables: dict[str, Any],
+    assignments: Sequence[str],
+    options: Mapping[str, object],
 ) -> RunConfig:
-    """The settings of ``config``, or else of the run folder, or else the defaults, with the flags that were given."""
+    """The settings of ``config``, or else of the run folder, or else the defaults, with what was asked for.
+
+    ``assignments`` are the texts of ``--set``, ``options`` values by the names of settings; None and () were not given.
+    Raises ConfigError for a setting that is given twice, RunError when nothing says which model.
+    """
+    asked = {name: value for name, value in options.items() if value is not None and value != ()}
+    if model:
+        asked["model"] = model
+    for text in assignments:
+        name, value = parse_assignment(text)
+        if name in asked:
+            raise ConfigError(f"asked for {name} = {asked[name]!r} and {name} = {value!r}; give it once")
+        asked[name] = value
     if config:
         settings = load_config(config)
     elif run and open_run(run, must_exist=False).config.is_file():
         settings = load_config(open_run(run, must_exist=True).config)
-    elif model:
-        settings = RunConfig(model=model)
+    elif "model" in asked:
+        settings = RunConfig()
     else:
         raise RunError(
             "asked for a step without saying of which model; give MODEL, --config FILE.toml or --run DIR"
         )
-    given: dict[str, Any] = {"model": model or None, "device": device, "seed": seed, "dtype": dtype}
-    if seed is not None:
-        for name in ("probe", "distill"):
-            tables[name] = {**tables.get(name, {}), "seed": seed}
-    for name, values in tables.items():
-        chosen = {key: value for key, value in values.items() if value not in (None, ())}
-        given[name] = dataclasses.replace(getattr(settings, name), **chosen) if chosen else None
-    return dataclasses.replace(settings, **{key: value for key, value in given.items() if value is not None})
+    if "seed" in asked:
+        seeds = (name for name in SETTINGS if name.endswith(".seed"))
+        asked = dict.fromkeys(seeds, asked["seed"]) | asked
+    return with_settings(settings, asked)
 
 
 def model_or_run(model: str, run: Path | None) -> tuple[str, Path | None]:
@@ -77,14 +81,4 @@ def run_opened(
             run = start_run(settings, folder, force=force or bool(redo))
             if redo:
                 forget(run, redo)
-        yield run
-
-
-@contextlib.contextmanager
-def existing(folder: Path) -> Iterator[Run]:
-    """The run in ``folder``, which must be there, with progress shown."""
-    from prune_lab.runtime import progress_shown
-
-    run = open_run(folder, must_exist=True)
-    with progress_shown():
         yield run

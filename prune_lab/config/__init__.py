@@ -31,8 +31,11 @@ from prune_lab.config.toml import (
     changed_settings,
     config_from_toml,
     load_config,
+    parse_assignment,
     setting_values,
     to_toml,
+    toml_literal,
+    with_settings,
 )
 
 __all__ = [
@@ -58,6 +61,9 @@ __all__ = [
     "changed_settings",
     "config_from_toml",
     "load_config",
+    "parse_assignment",
     "setting_values",
     "to_toml",
+    "toml_literal",
+    "with_settings",
 ]

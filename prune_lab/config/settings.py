@@ -156,8 +156,8 @@ class DataConfig:
         require(not self.flip or self.variants != 1, "data.variants", self.variants, rule)
 
     @property
-    def each(self) -> int:
-        """How many encodings of a picture there are."""
+    def num_variants(self) -> int:
+        """Number of encodings of each image."""
         return self.variants or (4 if self.crop == "random" else 1 + self.flip)
 
 

@@ -139,17 +139,60 @@ def load_config(path: Path | str) -> RunConfig:
         raise ConfigError(f"{path}: {error}") from None
 
 
+# One setting at a time --------------------------------------------------------------------------------------------
+
+
+def parse_assignment(text: str) -> tuple[str, object]:
+    """The setting and the value in ``text``, which is ``table.key=value``.
+
+    The value is written as in TOML, but text needs no quotes, and a list of one item no brackets. Raises ConfigError
+    for an unknown setting and for a value of another kind.
+    """
+    name, equals, written = (part.strip() for part in text.partition("="))
+    if not equals:
+        raise ConfigError(
+            f"cannot read the setting {text!r}; write table.key=value, such as distill.steps=200"
+        )
+    if name not in SETTINGS:
+        raise unknown_setting(name)
+    hint = SETTINGS[name].hint
+    try:
+        value: object = tomllib.loads(f"value = {written}")["value"]
+    except tomllib.TOMLDecodeError:
+        usable = typing.get_origin(hint) is not tuple or not written.startswith("[")
+        require(usable, name, written, 'a list in TOML, such as ["one", "two"]')
+        value = written
+    if typing.get_origin(hint) is tuple and not isinstance(value, list):
+        (item, *_) = typing.get_args(hint)
+        value = [written if item is str and not isinstance(value, str) else value]
+    elif hint is str and not isinstance(value, str):
+        value = written
+    return name, _read(hint, value, name)
+
+
+def with_settings(config: RunConfig, values: Mapping[str, object]) -> RunConfig:
+    """``config`` with other ``values`` of some settings, by their dotted names; checked when all are in place."""
+    tables: dict[str, dict[str, Any]] = {"": {}}
+    for name, value in values.items():
+        table, _, key = name.rpartition(".")
+        tables.setdefault(table, {})[key] = value
+    own = tables.pop("")
+    own |= {name: dataclasses.replace(getattr(config, name), **keys) for name, keys in tables.items()}
+    return dataclasses.replace(config, **own)
+
+
 # Writing ---------------------------------------------------------------------------------------------------------
 
 
-def _literal(value: object) -> str:
+def toml_literal(value: object) -> str:
+    """The ``value`` of a setting as TOML writes it."""
     if isinstance(value, str):
         # TOML's escapes are JSON's, but TOML wants U+007F escaped as well
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return f"[{', '.join(_literal(one) for one in value)}]"
+        return f"[{', '.join(toml_literal(one) for one in value)}]"
     return repr(value)
 
 
@@ -162,8 +205,8 @@ def to_toml(config: RunConfig) -> str:
         if dataclasses.is_dataclass(value):
             tables += ["", f"[{field.name}]"]
             tables += [
-                f"{own.name} = {_literal(getattr(value, own.name))}" for own in dataclasses.fields(value)
+                f"{own.name} = {toml_literal(getattr(value, own.name))}" for own in dataclasses.fields(value)
             ]
         else:
-            lines.append(f"{field.name} = {_literal(value)}")
+            lines.append(f"{field.name} = {toml_literal(value)}")
     return "\n".join(lines + tables) + "\n"

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from prune_lab.distill.batches import Batch, draw_batch
 from prune_lab.distill.building import CacheBuild, build_cache, source_of, training_data
 from prune_lab.distill.cache import INDEX as CACHE_INDEX
 from prune_lab.distill.cache import LatentCache, is_cache
 from prune_lab.distill.data import (
-    Batch,
     EncodedBatch,
     LatentData,
+    Subset,
     TrainingData,
     cached_data,
-    draw_batch,
     encode_data,
+    held_out,
 )
 from prune_lab.distill.encoding import LiveData
 from prune_lab.distill.features import FeaturePair, feature_pairs, tapped
@@ -21,31 +22,26 @@ from prune_lab.distill.loop import distill, distill_together
 from prune_lab.distill.losses import FEATURE_VARIANTS, Losses, batch_losses
 from prune_lab.distill.memory import TrainingMemory, training_memory
 from prune_lab.distill.recovery import (
-    HELDOUT_COLUMNS,
-    RECOVERY_COLUMNS,
     Recovery,
     load_heldout,
     load_recovery,
 )
 from prune_lab.distill.setup import DistillSetup
-from prune_lab.distill.sources import PictureSource, open_source
-from prune_lab.distill.subset import Subset, held_out
+from prune_lab.distill.sources import ImageSource, open_source
 
 __all__ = [
     "CACHE_INDEX",
     "FEATURE_VARIANTS",
-    "HELDOUT_COLUMNS",
-    "RECOVERY_COLUMNS",
     "Batch",
     "CacheBuild",
     "DistillSetup",
     "EncodedBatch",
     "FeaturePair",
+    "ImageSource",
     "LatentCache",
     "LatentData",
     "LiveData",
     "Losses",
-    "PictureSource",
     "Recovery",
     "Student",
     "Subset",

@@ -1,7 +1,7 @@
-"""The making of a cache of encoded pictures: shard by shard, by all processes, to be stopped at any time.
+"""Building a cache of encoded images: shard by shard, by all processes; it may be stopped at any time.
 
-Every shard says which recipe it was made by and appears under its name only when complete. So a build that was stopped
-goes on with the shards that are missing.
+Every shard holds its provenance and gets its name only when it is complete. So a build that was stopped goes on with
+the shards that are missing.
 """
 
 from __future__ import annotations
@@ -22,31 +22,43 @@ from accelerate import PartialState
 from torch import Tensor
 
 from prune_lab.config import DataConfig
-from prune_lab.distill.cache import EMPTY, FORMAT, INDEX, LatentCache, Shard, is_cache, opened, save
+from prune_lab.distill.cache import (
+    EMPTY,
+    FORMAT,
+    INDEX,
+    PROVENANCE,
+    LatentCache,
+    Shard,
+    is_cache,
+    read_cache_file,
+    write_cache_file,
+)
 from prune_lab.distill.data import TrainingData
 from prune_lab.distill.encoding import (
-    BROKEN,
+    UNREADABLE,
     LiveData,
-    decoded,
+    crop_variants,
+    decode_image,
     encode_distributions,
-    encode_nothing,
+    encode_empty_caption,
     encode_texts,
-    framed,
+    image_side,
     key_of,
-    picture_side,
-    recipe_of,
+    provenance_of,
 )
-from prune_lab.distill.sources import PictureSource, open_source
+from prune_lab.distill.sources import ImageSource, open_source
 from prune_lab.errors import DataError, StorageError
 from prune_lab.runtime import pick_dtype, read_json, tensors_digest, track, write_json
 
 
 @dataclass(frozen=True, slots=True)
 class CacheBuild:
-    """A finished cache and what this build had to do for it."""
+    """A finished cache and the work of this build."""
 
     cache: LatentCache
-    encoded: int  # pictures encoded now, by all processes; those of shards that were there are not among them
+    encoded: (
+        int  # images encoded by all processes of this build, without those of shards that were there before
+    )
     seconds: float
 
 
@@ -54,20 +66,20 @@ def _shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.safetensors"
 
 
-def _check_recipe(folder: Path, recipe: Mapping[str, str | int]) -> None:
-    """Raise DataError that says what differs when ``folder`` holds a cache, finished or not, by another recipe."""
+def _check_provenance(folder: Path, provenance: Mapping[str, str | int]) -> None:
+    """Raise DataError naming the differences when ``folder`` holds a cache, finished or not, of another provenance."""
     found: Mapping[str, Any] = {}
     if is_cache(folder):
         index = read_json(folder / INDEX)
-        found = index.get("recipe", {}) if isinstance(index, dict) else {}
+        found = index.get(PROVENANCE, {}) if isinstance(index, dict) else {}
     for path in sorted(folder.glob("shard-*.safetensors"))[:1] if not found else []:
         try:
-            found = opened(path)[0].get("recipe", {})
+            found = read_cache_file(path)[0].get(PROVENANCE, {})
         except DataError:
-            return  # damaged: it is made again
+            return  # damaged: it is built again
     changed = [
         f"{name} {found[name]} there, {value} here"
-        for name, value in recipe.items()
+        for name, value in provenance.items()
         if name in found and found[name] != value
     ]
     if changed:
@@ -77,70 +89,71 @@ def _check_recipe(folder: Path, recipe: Mapping[str, str | int]) -> None:
         )
 
 
-def _is_kept(path: Path, key: str) -> bool:
-    """Whether a shard of an earlier build can stay."""
+def _is_complete(path: Path, key: str) -> bool:
+    """Whether an earlier build has left this shard, readable and with this key."""
     if not path.is_file():
         return False
     try:
-        return opened(path)[0].get("key") == key
+        return read_cache_file(path)[0].get("key") == key
     except DataError:
         return False
 
 
-def _pictures(
-    source: PictureSource, rows: Sequence[int], side: int, settings: DataConfig, pool: Executor
+def _decode_rows(
+    source: ImageSource, rows: Sequence[int], side: int, settings: DataConfig, pool: Executor
 ) -> list[Tensor | str]:
-    """The variants (V, 3, side, side) of each of ``rows``, or why there are none."""
+    """The variants (V, 3, side, side) of the image of each row, or why there are none."""
 
-    def one(row: int) -> Tensor | str:
+    def decode_row(row: int) -> Tensor | str:
         try:
-            return framed(decoded(source.content(row)), side, settings, row, range(settings.each))
-        except BROKEN as error:
+            image = decode_image(source.content(row))
+            return crop_variants(image, side, settings, row, range(settings.num_variants))
+        except UNREADABLE as error:
             return f"{source.name(row)}: {error}"
 
-    return list(pool.map(one, rows))
+    return list(pool.map(decode_row, rows))
 
 
-def _ahead(
-    source: PictureSource, rows: range, side: int, settings: DataConfig, pool: Executor
+def _decoded_chunks(
+    source: ImageSource, rows: range, side: int, settings: DataConfig, pool: Executor
 ) -> Iterator[tuple[range, list[Tensor | str]]]:
-    """Rows and pictures, ``settings.batch`` at a time; the next are decoded while the last are encoded."""
+    """Rows and images, ``settings.batch`` at a time; the next are decoded while the caller encodes the last."""
     chunks = [rows[start : start + settings.batch] for start in range(0, len(rows), settings.batch)]
     with ThreadPoolExecutor(1) as reader:
-        waiting = reader.submit(_pictures, source, chunks[0], side, settings, pool)
+        waiting = reader.submit(_decode_rows, source, chunks[0], side, settings, pool)
         for place, chunk in enumerate(chunks):
-            pictures = waiting.result()
+            images = waiting.result()
             if place + 1 < len(chunks):
-                waiting = reader.submit(_pictures, source, chunks[place + 1], side, settings, pool)
-            yield chunk, pictures
+                waiting = reader.submit(_decode_rows, source, chunks[place + 1], side, settings, pool)
+            yield chunk, images
 
 
 def _build_shard(
     path: Path,
     pipeline: Any,
-    source: PictureSource,
+    source: ImageSource,
     settings: DataConfig,
     rows: range,
-    recipe: Mapping[str, str | int],
+    provenance: Mapping[str, str | int],
     pool: Executor,
 ) -> None:
-    """Encode ``rows`` of ``source`` into ``path``; what cannot be read is left out and named in it."""
+    """Encode ``rows`` of ``source`` into ``path``; images that cannot be read are left out and named in the file."""
     means, log_variances, captions, left_out = [], [], [], []
-    for chunk, pictures in _ahead(source, rows, picture_side(pipeline), settings, pool):
-        pairs = list(zip(chunk, pictures, strict=True))
-        good = [(row, picture) for row, picture in pairs if isinstance(picture, Tensor)]
-        left_out += [picture for _, picture in pairs if isinstance(picture, str)]
+    for chunk, images in _decoded_chunks(source, rows, image_side(pipeline), settings, pool):
+        pairs = list(zip(chunk, images, strict=True))
+        good = [(row, image) for row, image in pairs if isinstance(image, Tensor)]
+        left_out += [reason for _, reason in pairs if isinstance(reason, str)]
         captions += [source.captions[row] for row, _ in good]
         if good:
-            pixels = torch.cat([picture for _, picture in good])
+            pixels = torch.cat([image for _, image in good])
             mean, log_variance = encode_distributions(pipeline, pixels, batch=settings.batch)
-            shape = (len(good), settings.each, *mean.shape[1:])
+            shape = (len(good), settings.num_variants, *mean.shape[1:])
             means.append(mean.reshape(shape))
             log_variances.append(log_variance.reshape(shape))
     if not means:
         raise DataError(
-            f"asked to encode {len(rows)} pictures of {source.title}, none of them can be read ({left_out[0]}); "
-            "give pictures such as PNG, JPEG or WebP"
+            f"asked to encode {len(rows)} images of {source.title}, none of them can be read ({left_out[0]}); "
+            "give images such as PNG, JPEG or WebP"
         )
     embeddings, added = encode_texts(pipeline, captions, batch=settings.batch)
     named = {"mean": torch.cat(means), "log_variance": torch.cat(log_variances), "embeddings": embeddings}
@@ -151,35 +164,39 @@ def _build_shard(
             f"asked to cache {source.title} in {settings.format}, found values beyond its range; "
             "set data.format = float32"
         )
-    said = {
-        "key": key_of(recipe),
-        "recipe": dict(recipe),
+    metadata = {
+        "key": key_of(provenance),
+        PROVENANCE: dict(provenance),
         "digest": tensors_digest(tensors),
         "rows": len(captions),
         "captions": captions,
         "left_out": left_out,
     }
-    save(path, tensors, said)
+    write_cache_file(path, tensors, metadata)
 
 
-def _finish(
-    folder: Path, pipeline: Any, source: PictureSource, recipe: Mapping[str, str | int], paths: Sequence[Path]
+def _write_index(
+    folder: Path,
+    pipeline: Any,
+    source: ImageSource,
+    provenance: Mapping[str, str | int],
+    paths: Sequence[Path],
 ) -> None:
-    """Write what is said once for the whole cache; cache.json last."""
-    embedding, added = encode_nothing(pipeline)
+    """Write the embedding of the empty caption, then cache.json, which ends the build."""
+    embedding, added = encode_empty_caption(pipeline)
     tensors = {"embedding": embedding, **{f"added.{name}": value for name, value in added.items()}}
-    save(folder / EMPTY, tensors, {})
+    write_cache_file(folder / EMPTY, tensors, {})
     shards, left_out = [], list(source.left_out)
     for path in paths:
-        said, _ = opened(path)
-        shards.append(Shard(path.name, said["rows"], path.stat().st_size, said["digest"]))
-        left_out += said["left_out"]
+        metadata, _ = read_cache_file(path)
+        shards.append(Shard(path.name, metadata["rows"], path.stat().st_size, metadata["digest"]))
+        left_out += metadata["left_out"]
     digests = [shard.digest for shard in shards]
     index = {
         "format": FORMAT,
         "source": source.title,
         "rows": sum(shard.rows for shard in shards),
-        "recipe": dict(recipe),
+        PROVENANCE: dict(provenance),
         "digest": hashlib.sha256(json.dumps([tensors_digest(tensors), digests]).encode()).hexdigest()[:16],
         "channels": int(pipeline.vae.config.latent_channels),
         "left_out": left_out,
@@ -189,50 +206,52 @@ def _finish(
 
 
 def build_cache(
-    pipeline: Any, source: PictureSource, settings: DataConfig, folder: Path, *, force: bool = False
+    pipeline: Any, source: ImageSource, settings: DataConfig, folder: Path, *, force: bool = False
 ) -> CacheBuild:
-    """The cache of ``source`` by the encoders of ``pipeline`` in ``folder``, which is made, finished or found there.
+    """The cache in ``folder`` of the images of ``source``, encoded by ``pipeline``; missing shards are built.
 
-    All processes of an ``accelerate launch`` build their share of the shards. A shard comes out the same whoever builds
-    it, so a build may be stopped at any time and go on with other processes. Raises DataError that names what differs
-    when ``folder`` holds another cache; with ``force`` that is removed.
+    All processes of an ``accelerate launch`` build their share of the shards. A shard is the same whichever process
+    builds it, so a build may be stopped at any time and go on with another number of processes. Raises DataError that
+    names the differences when ``folder`` holds another cache; with ``force`` that one is removed.
     """
     folder, state, start = Path(folder), PartialState(), time.perf_counter()
-    recipe = recipe_of(pipeline, source, settings)
-    key = key_of(recipe)
+    provenance = provenance_of(pipeline, source, settings)
+    key = key_of(provenance)
     if folder.is_file():
         raise StorageError(f"asked to build a cache in {folder}, found a file there; give a folder")
     if not force:
-        _check_recipe(folder, recipe)
+        _check_provenance(folder, provenance)
     state.wait_for_everyone()
     if state.is_main_process and folder.is_dir():
-        ours = ["*shard-*.safetensors", EMPTY, INDEX] if force else []
-        for path in [path for pattern in (*ours, ".shard-*.tmp") for path in folder.glob(pattern)]:
-            path.unlink(missing_ok=True)  # a build that was killed leaves its temporary file
+        patterns = [".shard-*.tmp"]  # which a build that was killed leaves
+        if force:
+            patterns += ["*shard-*.safetensors", EMPTY, INDEX]
+        for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+            path.unlink(missing_ok=True)
     state.wait_for_everyone()
     paths = [_shard_path(folder, number) for number in range(-(-len(source) // settings.shard))]
-    missing = [number for number, path in enumerate(paths) if not _is_kept(path, key)]
+    missing = [number for number, path in enumerate(paths) if not _is_complete(path, key)]
     finished = is_cache(folder) and not missing
-    state.wait_for_everyone()  # all have looked before the first writes
+    state.wait_for_everyone()  # all processes know what is missing before the first one writes
     if state.is_main_process and not finished:
         (folder / INDEX).unlink(missing_ok=True)  # of a cache that lost a shard
     own = missing[state.process_index :: state.num_processes]
     with ThreadPoolExecutor(psutil.cpu_count(logical=False) or 1) as pool:
-        for number in track(own, "encoding pictures", unit="pictures", per=settings.shard):
+        for number in track(own, "encoding images", unit="images", per=settings.shard):
             first = number * settings.shard
             rows = range(first, min(first + settings.shard, len(source)))
-            _build_shard(paths[number], pipeline, source, settings, rows, recipe, pool)
+            _build_shard(paths[number], pipeline, source, settings, rows, provenance, pool)
     state.wait_for_everyone()
     if state.is_main_process and not finished:
-        _finish(folder, pipeline, source, recipe, paths)
+        _write_index(folder, pipeline, source, provenance, paths)
     state.wait_for_everyone()
     cache = LatentCache.load(folder)
     encoded = sum(cache.shards[number].rows for number in missing)
     return CacheBuild(cache, encoded, time.perf_counter() - start)
 
 
-def source_of(settings: DataConfig) -> PictureSource:
-    """The pictures that ``settings`` name, opened. Raises DataError."""
+def source_of(settings: DataConfig) -> ImageSource:
+    """The images that ``settings.source`` names. Raises DataError."""
     return open_source(
         settings.source,
         image_column=settings.image_column,
@@ -243,9 +262,10 @@ def source_of(settings: DataConfig) -> PictureSource:
 
 
 def training_data(pipeline: Any, settings: DataConfig, folder: Path) -> TrainingData:
-    """What ``settings.source`` holds: a finished cache as it is, other pictures cached in ``folder`` or encoded live.
+    """The training data that ``settings.source`` names: a finished cache, or images that are encoded now or on demand.
 
-    Raises DataError, also for a cache by other encoders than those of ``pipeline``.
+    With ``settings.cached`` images are encoded now, into ``folder``. Raises DataError, also for a cache by other
+    encoders than those of ``pipeline``.
     """
     ready = Path(settings.source).expanduser()
     if not is_cache(ready):
@@ -255,7 +275,7 @@ def training_data(pipeline: Any, settings: DataConfig, folder: Path) -> Training
         return LiveData.of(pipeline, source, settings)
     if settings.limit:
         raise DataError(
-            f"asked for data.limit = {settings.limit} pictures of the finished cache {ready}; it is used whole: "
+            f"asked for data.limit = {settings.limit} images of the finished cache {ready}; it is used whole: "
             "set data.limit = 0, or build a smaller one with: prune-lab cache ... --limit"
         )
     return LatentCache.load(ready).check(pipeline)

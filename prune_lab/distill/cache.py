@@ -1,13 +1,13 @@
-"""Training pictures that were encoded once into a folder of safetensors files, read by memory map.
+"""Training images that were encoded once into a folder of safetensors files, which are read by memory map.
 
 ::
 
     DIR/
         shard-00000.safetensors ...   mean, log_variance (n, V, C, h, w); embeddings (n, L, D); added.*; captions
         empty.safetensors             embedding of the empty caption
-        cache.json                    what the numbers were made from, and the list of the shards; written last
+        cache.json                    the provenance of the numbers and the list of shards; written last
 
-``building.build_cache`` makes it.
+``building.build_cache`` writes it.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prune_lab.distill.data import EncodedBatch
-from prune_lab.distill.encoding import encoders_digest, key_of, picture_side
+from prune_lab.distill.data import EncodedBatch, with_prefix
+from prune_lab.distill.encoding import encoders_digest, image_side, key_of
 from prune_lab.errors import DataError
 from prune_lab.runtime import atomic_write, read_json
 
 FORMAT = "prune_lab latent cache 1"
-_SAID = "prune_lab"  # the entry of the metadata
+PROVENANCE = "recipe"  # its name in the files, since version 0.1
 EMPTY = "empty.safetensors"
-INDEX = "cache.json"  # its presence says that the cache is complete
+INDEX = "cache.json"  # a folder with it holds a complete cache
+_ENTRY = "prune_lab"  # of the metadata of a safetensors file
 _REMEDY = "build it again with: prune-lab cache ... --force"
 
 
@@ -50,56 +51,52 @@ def is_cache(folder: Path) -> bool:
     return (folder / INDEX).is_file()
 
 
-def save(path: Path, tensors: dict[str, Tensor], said: Mapping[str, Any]) -> None:
-    """Write a file of a cache, whole or not at all: the same tensors and words give the same bytes.
+def write_cache_file(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write a file of a cache, whole or not at all: the same tensors and metadata give the same bytes.
 
     Raises StorageError.
     """
     # in one entry, because safetensors writes several in an order that changes from run to run
-    metadata = {_SAID: json.dumps({"format": FORMAT, **said}, ensure_ascii=False)}
+    entry = {_ENTRY: json.dumps({"format": FORMAT, **metadata}, ensure_ascii=False)}
     with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        save_file(tensors, temporary, entry)
 
 
-def opened(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a file of a cache says, and its tensors: they are memory-mapped, and nothing of them is read yet."""
+def read_cache_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Metadata and tensors of a file of a cache. The tensors are memory-mapped: none of their numbers is read yet.
+
+    Raises DataError for a missing, damaged or other file.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            said: dict[str, Any] = json.loads((file.metadata() or {}).get(_SAID, "{}"))
+            metadata: dict[str, Any] = json.loads((file.metadata() or {}).get(_ENTRY, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise DataError(f"asked to read the cached data {path}, found {error}; {_REMEDY}") from None
-    if said.get("format") != FORMAT:
+    if metadata.get("format") != FORMAT:
         raise DataError(f"asked to read the cached data {path}, found another kind of file; {_REMEDY}")
-    return said, tensors
-
-
-def _added(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name.removeprefix("added."): value for name, value in tensors.items() if name.startswith("added.")
-    }
+    return metadata, tensors
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LatentCache:
-    """Training data in a folder; only the rows that are asked for are read."""
+    """Training data in a folder of shards; only the rows that are asked for are read."""
 
     folder: Path
-    recipe: Mapping[str, str | int]
+    provenance: Mapping[str, str | int]
     shards: tuple[Shard, ...]
-    left_out: tuple[str, ...]  # pictures that could not be used, with the reason
+    left_out: tuple[str, ...]  # images that could not be used, with the reason
     channels: int  # of the latents
     empty_embedding: Tensor  # (L, D)
     empty_added: Mapping[str, Tensor]
     digest: str  # 16 hexadecimal digits that change with any bit of any tensor
     _starts: Tensor  # (shards,) the first row of each
-    _mapped: dict[int, dict[str, Tensor]] = field(
-        default_factory=dict, repr=False
-    )  # filled as shards are used
+    # Tensors by shard, filled as shards are used.
+    _mapped: dict[int, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def load(cls, folder: Path) -> LatentCache:
-        """The finished cache in ``folder``; DataError when it is unfinished, damaged or something else."""
+        """The finished cache in ``folder``. Raises DataError when it is unfinished, damaged or something else."""
         folder = Path(folder)
         if not is_cache(folder):
             found = "an unfinished one" if any(folder.glob("shard-*")) else f"no {INDEX}"
@@ -110,34 +107,33 @@ class LatentCache:
         try:
             if index["format"] != FORMAT:
                 raise ValueError(f"format {index['format']!r}")
-            shards = tuple(Shard(**one) for one in index["shards"])
-            recipe, left_out = dict(index["recipe"]), tuple(index["left_out"])
+            shards = tuple(Shard(**entry) for entry in index["shards"])
+            provenance, left_out = dict(index[PROVENANCE]), tuple(index["left_out"])
             channels, digest = int(index["channels"]), str(index["digest"])
         except (LookupError, TypeError, ValueError) as error:
             raise DataError(
                 f"asked to read the cache {folder}, found another {INDEX} ({error}); {_REMEDY}"
             ) from None
-        for one in shards:
-            path = folder / one.file
+        for shard in shards:
+            path = folder / shard.file
             size = path.stat().st_size if path.is_file() else 0
-            if size != one.bytes:
+            if size != shard.bytes:
                 raise DataError(
-                    f"asked to read the cache {folder}, found {size:,} of the {one.bytes:,} bytes of {one.file}; "
+                    f"asked to read the cache {folder}, found {size:,} of the {shard.bytes:,} bytes of {shard.file}; "
                     "run the prune-lab cache command that made it again, which makes what is missing"
                 )
-        _, empty = opened(folder / EMPTY)
-        ends = torch.tensor([one.rows for one in shards]).cumsum(0)
-        starts = ends - torch.tensor([one.rows for one in shards])
+        _, empty = read_cache_file(folder / EMPTY)
+        counts = torch.tensor([shard.rows for shard in shards])
         return cls(
             folder,
-            recipe,
+            provenance,
             shards,
             left_out,
             channels,
             empty["embedding"].float(),
-            _added(empty),
+            with_prefix("added.", empty),
             digest,
-            starts,
+            counts.cumsum(0) - counts,
         )
 
     def __len__(self) -> int:
@@ -145,8 +141,8 @@ class LatentCache:
 
     @property
     def variants(self) -> int:
-        """Different crops and flips of each picture."""
-        return int(self.recipe["variants"])
+        """Number of crops and flips of each image."""
+        return int(self.provenance["variants"])
 
     @property
     def width(self) -> int:
@@ -155,8 +151,8 @@ class LatentCache:
 
     @property
     def key(self) -> str:
-        """16 hexadecimal digits of the recipe."""
-        return key_of(self.recipe)
+        """16 hexadecimal digits that change with anything in the provenance."""
+        return key_of(self.provenance)
 
     @property
     def bytes(self) -> int:
@@ -164,21 +160,22 @@ class LatentCache:
         return sum(shard.bytes for shard in self.shards)
 
     def check(self, pipeline: Any) -> LatentCache:
-        """The cache itself; DataError when it was made by other encoders than those of ``pipeline``."""
-        found, side = encoders_digest(pipeline), picture_side(pipeline)
-        if (self.recipe["encoders"], self.recipe["side"]) != (found, side):
+        """The cache itself. Raises DataError when it was made by other encoders than those of ``pipeline``."""
+        encoders, side = encoders_digest(pipeline), image_side(pipeline)
+        made_by, made_for = self.provenance["encoders"], self.provenance["side"]
+        if (made_by, made_for) != (encoders, side):
             raise DataError(
                 f"asked to train on the cache {self.folder}, which was made by other encoders or for another size "
-                f"({self.recipe['encoders']} at {self.recipe['side']} pixels, the model has {found} at {side}); "
+                f"({made_by} at {made_for} pixels, the model has {encoders} at {side}); "
                 "build one with: prune-lab cache MODEL --data SOURCE --out DIR"
             )
         return self
 
     def _tensors(self, shard: int) -> dict[str, Tensor]:
         if shard not in self._mapped:
-            said, tensors = opened(self.folder / self.shards[shard].file)
-            if said["digest"] != self.shards[shard].digest:
-                file = self.shards[shard].file
+            file = self.shards[shard].file
+            metadata, tensors = read_cache_file(self.folder / file)
+            if metadata["digest"] != self.shards[shard].digest:
                 raise DataError(
                     f"asked to read {file} of the cache {self.folder}, found it was replaced; {_REMEDY}"
                 )
@@ -189,18 +186,18 @@ class LatentCache:
         """The captions of all rows, read from all shards."""
         found: list[str] = []
         for shard in self.shards:
-            found += opened(self.folder / shard.file)[0]["captions"]
+            found += read_cache_file(self.folder / shard.file)[0]["captions"]
         return tuple(found)
 
-    def rows(self, chosen: Tensor, variants: Tensor) -> EncodedBatch:
-        """These pictures in these variants, read shard by shard."""
-        shards = torch.searchsorted(self._starts, chosen, right=True) - 1
-        inside = chosen - self._starts[shards]
+    def rows(self, indices: Tensor, variants: Tensor) -> EncodedBatch:
+        """The rows ``indices`` (B,) in ``variants`` (B,), read shard by shard. Raises DataError for a damaged file."""
+        shards = torch.searchsorted(self._starts, indices, right=True) - 1
+        rows = indices - self._starts[shards]  # of the shard
         parts: list[dict[str, Tensor]] = []
         places = []
         for shard in torch.unique(shards).tolist():
             place = (shards == shard).nonzero()[:, 0]
-            row, variant = inside[place], variants[place]
+            row, variant = rows[place], variants[place]
             tensors = self._tensors(shard)
             parts.append(
                 {
@@ -210,5 +207,7 @@ class LatentCache:
             )
             places.append(place)
         order = torch.cat(places).argsort()
-        whole = {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
-        return EncodedBatch(whole["mean"], whole["log_variance"], whole["embeddings"], _added(whole))
+        found = {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
+        return EncodedBatch(
+            found["mean"], found["log_variance"], found["embeddings"], with_prefix("added.", found)
+        )

@@ -1,8 +1,7 @@
-"""What students are trained on, and the batch of every step drawn from it by seed and step alone.
+"""Training data: images as latents and captions as text embeddings, N rows that batches are drawn from.
 
-Training data are in memory (``LatentData``), in a folder of shards (``cache.LatentCache``) or encoded when they are
-asked for (``encoding.LiveData``). A batch depends on nothing but the data, the settings and the number of the step. So
-all candidates see the same pictures, noise and timesteps, and a run that was stopped goes on exactly as it would have.
+They lie in memory (``LatentData``), in a folder of files (``cache.LatentCache``), or are encoded when they are asked
+for (``encoding.LiveData``). A ``Subset`` holds some of the rows of another.
 """
 
 from __future__ import annotations
@@ -19,9 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prune_lab.config import DistillConfig
 from prune_lab.errors import DataError
-from prune_lab.probes import encode_captions, encode_pictures, noise_schedule, training_target
+from prune_lab.probes import encode_captions, encode_pictures
 from prune_lab.runtime import atomic_write, seeded, tensors_digest
 
 _FORMAT = "prune_lab latents 1"
@@ -30,22 +28,22 @@ _TENSORS = ("latents", "embeddings", "empty_embedding")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodedBatch:
-    """B pictures as the U-Net sees them before any noise, float32 on the CPU."""
+    """B images and their captions as the U-Net gets them, before any noise; float32 on the CPU."""
 
-    mean: Tensor  # (B, C, H, W) of the VAE's distribution, scaled by its scaling factor
-    log_variance: Tensor | None  # (B, C, H, W) of the scaled latents; None: the means are the latents
+    mean: Tensor  # (B, C, H, W) of the VAE's distribution, times its scaling factor
+    log_variance: Tensor | None  # (B, C, H, W) of the scaled latents; None: train on the means
     embeddings: Tensor  # (B, L, D) of the captions
     added: Mapping[str, Tensor]  # SDXL: text_embeds (B, P), time_ids (B, 6)
 
 
 class TrainingData(Protocol):
-    """N pictures with captions, each in one or more variants such as crops and flips."""
+    """N images with captions, each in one or more variants such as crops and flips."""
 
     def __len__(self) -> int: ...
 
     @property
     def variants(self) -> int:
-        """Encodings of each picture."""
+        """Number of variants of each image."""
 
     @property
     def channels(self) -> int:
@@ -57,7 +55,7 @@ class TrainingData(Protocol):
 
     @property
     def key(self) -> str:
-        """Names what the data were made from: encoders, pictures, captions and settings."""
+        """16 hexadecimal digits that change with the encoders, images, captions and settings."""
 
     @property
     def digest(self) -> str:
@@ -71,15 +69,20 @@ class TrainingData(Protocol):
     def empty_added(self) -> Mapping[str, Tensor]:
         """SDXL: text_embeds (P,) of the empty caption."""
 
-    def rows(self, chosen: Tensor, variants: Tensor) -> EncodedBatch:
-        """The pictures ``chosen`` (B,) int64, each in its variant of ``variants`` (B,) int64; free to be changed."""
+    def rows(self, indices: Tensor, variants: Tensor) -> EncodedBatch:
+        """The rows ``indices`` (B,) int64, each in its variant of ``variants`` (B,) int64, as tensors of their own."""
+
+
+def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with ``prefix``, by the rest of their names."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LatentData:
-    """N training pictures as the U-Net sees them, float32 on the CPU.
+    """N rows in memory, float32 on the CPU, with one variant each.
 
-    ``key`` names what the tensors were made from: encoders, pictures and captions (see ``data_key``).
+    ``key`` changes with the encoders, images and captions that they were made from (see ``data_key``).
     """
 
     latents: Tensor  # (N, C, H, W), scaled by the VAE's scaling factor
@@ -91,16 +94,11 @@ class LatentData:
     key: str = ""
 
     def __post_init__(self) -> None:
-        lengths = {
-            len(self.latents),
-            len(self.embeddings),
-            len(self.captions),
-            *map(len, self.added.values()),
-        }
-        if len(lengths) != 1 or not self.captions:
+        tensors = (self.latents, self.embeddings, *self.added.values())
+        if {len(self.captions), *map(len, tensors)} != {len(self.latents)} or not self.captions:
             raise DataError(
                 f"training data need as many of everything, found {len(self.latents)} latents, "
-                f"{len(self.embeddings)} embeddings and {len(self.captions)} captions; give one caption per picture"
+                f"{len(self.embeddings)} embeddings and {len(self.captions)} captions; give one caption per image"
             )
 
     def __len__(self) -> int:
@@ -112,14 +110,14 @@ class LatentData:
         named |= {f"added.{name}": tensor for name, tensor in self.added.items()}
         return named | {f"empty_added.{name}": tensor for name, tensor in self.empty_added.items()}
 
-    def rows(self, chosen: Tensor, variants: Tensor | None = None) -> EncodedBatch:
-        """These rows with their modes as latents; there is one variant of each."""
-        added = {name: tensor[chosen] for name, tensor in self.added.items()}
-        return EncodedBatch(self.latents[chosen], None, self.embeddings[chosen], added)
+    def rows(self, indices: Tensor, variants: Tensor | None = None) -> EncodedBatch:
+        """The rows ``indices`` (B,) int64; ``variants`` count for nothing, there is one of each."""
+        added = {name: tensor[indices] for name, tensor in self.added.items()}
+        return EncodedBatch(self.latents[indices], None, self.embeddings[indices], added)
 
     @property
     def variants(self) -> int:
-        """One: every picture as it is."""
+        """One: every image as it is."""
         return 1
 
     @property
@@ -151,7 +149,7 @@ class LatentData:
 
     @classmethod
     def load(cls, path: Path) -> LatentData:
-        """What ``save`` wrote to ``path``; DataError when it is missing, damaged or something else."""
+        """The data that ``save`` wrote to ``path``. Raises DataError for a missing, damaged or other file."""
         remedy = "remove it and run the step again"
         try:
             with safe_open(path, framework="pt") as file:
@@ -164,14 +162,10 @@ class LatentData:
         return cls(
             **{name: tensors[name] for name in _TENSORS},
             captions=tuple(json.loads(metadata["captions"])),
-            added=_below("added.", tensors),
-            empty_added=_below("empty_added.", tensors),
+            added=with_prefix("added.", tensors),
+            empty_added=with_prefix("empty_added.", tensors),
             key=metadata["key"],
         )
-
-
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def encoder_weights(pipeline: Any) -> dict[str, Tensor]:
@@ -184,34 +178,34 @@ def encoder_weights(pipeline: Any) -> dict[str, Tensor]:
     }
 
 
-def data_key(pipeline: Any, pictures: Tensor, captions: Sequence[str]) -> str:
-    """16 hexadecimal digits that change with the encoders' weights, the pictures or the captions."""
-    tensors = encoder_weights(pipeline) | {"pictures": pictures}
+def data_key(pipeline: Any, images: Tensor, captions: Sequence[str]) -> str:
+    """16 hexadecimal digits that change with the encoders' weights, the images or the captions."""
+    tensors = encoder_weights(pipeline) | {"pictures": images}  # the name counts: another changes every key
     digest = hashlib.sha256(tensors_digest(tensors).encode())
     digest.update(json.dumps(list(captions)).encode())
     return digest.hexdigest()[:16]
 
 
 def size_ids(height: int, width: int, rows: int) -> Tensor:
-    """SDXL's (rows, 6) original size, corner of the crop and size, of pictures that were taken whole."""
+    """SDXL's (rows, 6) original size, crop corner and target size in pixels, of images that were not cropped."""
     return torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32).repeat(rows, 1)
 
 
-def encode_data(pipeline: Any, pictures: Tensor, captions: Sequence[str], *, batch: int = 32) -> LatentData:
-    """Latents and text embeddings of ``pictures`` (N, 3, H, W) in uint8 with one caption each.
+def encode_data(pipeline: Any, images: Tensor, captions: Sequence[str], *, batch: int = 32) -> LatentData:
+    """Latents and text embeddings of ``images`` (N, 3, H, W) in uint8 with one caption each.
 
-    Latents are the mode of the VAE's distribution times its scaling factor. Raises DataError when the numbers of
-    pictures and captions differ, or for pictures of another form.
+    Latents are the mode of the VAE's distribution times its scaling factor. Raises DataError when the numbers of images
+    and captions differ, or for images of another shape or type.
     """
-    if len(pictures) != len(captions) or not len(captions):
+    if len(images) != len(captions) or not len(captions):
         raise DataError(
-            f"asked to encode {len(pictures)} pictures with {len(captions)} captions; give one caption per picture"
+            f"asked to encode {len(images)} images with {len(captions)} captions; give one caption per image"
         )
-    latents = encode_pictures(pipeline, pictures, batch=batch)
+    latents = encode_pictures(pipeline, images, batch=batch)
     embeddings, added = encode_captions(pipeline, captions, batch=batch)
     empty, empty_added = encode_captions(pipeline, [""])
     if added:
-        height, width = pictures.shape[-2:]
+        height, width = images.shape[-2:]
         added = added | {"time_ids": size_ids(height, width, len(captions))}
     return LatentData(
         latents=latents,
@@ -220,114 +214,86 @@ def encode_data(pipeline: Any, pictures: Tensor, captions: Sequence[str], *, bat
         captions=tuple(captions),
         added=added,
         empty_added={name: tensor[0] for name, tensor in empty_added.items()},
-        key=data_key(pipeline, pictures, captions),
+        key=data_key(pipeline, images, captions),
     )
 
 
 def cached_data(
-    path: Path, pipeline: Any, pictures: Tensor, captions: Sequence[str], *, batch: int = 32
+    path: Path, pipeline: Any, images: Tensor, captions: Sequence[str], *, batch: int = 32
 ) -> LatentData:
-    """``encode_data``, read from ``path`` when that holds the same pictures by the same encoders.
+    """The result of ``encode_data``, read from ``path`` where that file holds the same images by the same encoders.
 
-    Otherwise they are encoded and written to ``path``.
+    Otherwise the images are encoded and the file is written.
     """
     if path.exists():
         data = LatentData.load(path)
-        if data.key == data_key(pipeline, pictures, captions):
+        if data.key == data_key(pipeline, images, captions):
             return data
-    data = encode_data(pipeline, pictures, captions, batch=batch)
+    data = encode_data(pipeline, images, captions, batch=batch)
     data.save(path)
     return data
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Batch:
-    """One training step's input and answer: B noisy latents with their timesteps and text."""
+class Subset:
+    """The rows ``indices`` (N,) int64 of other training data."""
 
-    noisy: Tensor  # (B, C, H, W)
-    target: Tensor  # (B, C, H, W) the noise, or the velocity
-    weights: Tensor  # (B,) float32, of each sample's task loss; ones unless distill.min_snr asks for others
-    timesteps: Tensor  # (B,) int64
-    embeddings: Tensor  # (B, L, D)
-    added: Mapping[str, Tensor]
+    data: TrainingData
+    indices: Tensor
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def rows(self, indices: Tensor, variants: Tensor) -> EncodedBatch:
+        """The rows ``indices`` (B,) int64 of this subset, in ``variants`` (B,) int64."""
+        return self.data.rows(self.indices[indices], variants)
+
+    @property
+    def variants(self) -> int:
+        """Number of variants of each image."""
+        return self.data.variants
+
+    @property
+    def channels(self) -> int:
+        """Channels of the latents."""
+        return self.data.channels
+
+    @property
+    def width(self) -> int:
+        """Width of the text embeddings."""
+        return self.data.width
+
+    @property
+    def key(self) -> str:
+        """The key of the data that the rows are taken from."""
+        return self.data.key
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that change with those data and with the choice of rows."""
+        content = f"{self.data.digest}/{self.indices.tolist()}"
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    @property
+    def empty_embedding(self) -> Tensor:
+        """(L, D) of the empty caption."""
+        return self.data.empty_embedding
+
+    @property
+    def empty_added(self) -> Mapping[str, Tensor]:
+        """SDXL: text_embeds (P,) of the empty caption."""
+        return self.data.empty_added
 
 
-def stream(seed: int, purpose: str, number: int) -> torch.Generator:
-    """A generator of its own for every purpose and number: streams of neighbouring seeds or steps never overlap."""
-    content = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
-    return seeded(int.from_bytes(content[:8], "big") >> 1)
+def held_out(data: TrainingData, count: int, seed: int) -> tuple[Subset, Subset]:
+    """The rows of ``data`` to train on, and ``count`` others to validate with, drawn with ``seed``.
 
-
-def batch_rows(count: int, batch: int, seed: int, step: int) -> list[int]:
-    """Which of ``count`` pictures step ``step`` (from 1) trains on; every epoch is a new permutation of all."""
-    places = range((step - 1) * batch, step * batch)
-    orders = {
-        epoch: torch.randperm(count, generator=stream(seed, "epoch", epoch)).tolist()
-        for epoch in {place // count for place in places}
-    }
-    return [orders[place // count][place % count] for place in places]
-
-
-def min_snr_weights(schedule: Any, timesteps: Tensor, gamma: float) -> Tensor:
-    """Weights (B,) that cap the say of nearly clean samples at a signal-to-noise ratio of ``gamma``; 0 gives ones.
-
-    min(SNR, gamma) / SNR for a model that predicts the noise and / (SNR + 1) for the velocity: equal weights
-    in the space of clean latents (arXiv:2303.09556, section 3.4).
+    Raises DataError when less than half would be left to train on.
     """
-    if not gamma:
-        return torch.ones(len(timesteps))
-    kept = schedule.alphas_cumprod[timesteps].float()
-    ratio = kept / (1 - kept)
-    scale = ratio + 1 if schedule.config.prediction_type == "v_prediction" else ratio
-    weights: Tensor = ratio.clamp(max=gamma) / scale.clamp(min=torch.finfo(torch.float32).tiny)
-    return weights
-
-
-def draw_batch(
-    data: TrainingData,
-    scheduler: Any,
-    settings: DistillConfig,
-    step: int,
-    device: torch.device | str = "cpu",
-    *,
-    part: slice = slice(None),
-) -> Batch:
-    """The batch of step ``step`` (from 1) on ``device``, drawn on the CPU from the seed and the step alone.
-
-    ``scheduler`` is any diffusers scheduler of the teacher: its noise schedule and prediction type count. Timesteps
-    are uniform over the training range. A share of ``settings.caption_dropout`` of the captions becomes empty. With
-    ``settings.noise_offset`` every channel of the noise is shifted by as much times a normal number of its own, so that
-    overall brightness is learnt too. Where the data have the VAE's variance, latents are drawn from its distribution.
-    With ``part`` only these places of the batch are read and returned, equal to the same places of the whole.
-    """
-    schedule = noise_schedule(scheduler.config)
-    size, seed = settings.batch, settings.seed
-    chosen = torch.tensor(batch_rows(len(data), size, seed, step))
-    variants = torch.randint(0, data.variants, (size,), generator=stream(seed, "variant", step))
-    rows = data.rows(chosen[part], variants[part])
-    # A VAE may hand out channels-last latents, which a file does not keep: the layout would decide how sums are
-    # rounded, and a run that goes on from the file would differ in the last bit.
-    latents = rows.mean.contiguous()
-    shape = (size, *latents.shape[1:])
-    if rows.log_variance is not None:
-        draws = torch.randn(shape, generator=stream(seed, "vae", step))[part]
-        latents = latents + (rows.log_variance / 2).exp() * draws
-    generator = stream(seed, "step", step)
-    noise = torch.randn(shape, generator=generator)
-    timesteps = torch.randint(0, schedule.config.num_train_timesteps, (size,), generator=generator)[part]
-    dropped = (torch.rand(size, generator=generator) < settings.caption_dropout)[part]
-    if settings.noise_offset:
-        noise = noise + settings.noise_offset * torch.randn((*shape[:2], 1, 1), generator=generator)
-    noise = noise[part]
-    embeddings = torch.where(dropped[:, None, None], data.empty_embedding, rows.embeddings)
-    added = dict(rows.added)
-    for name, empty in data.empty_added.items():
-        added[name][dropped] = empty
-    return Batch(
-        noisy=schedule.add_noise(latents, noise, timesteps).to(device),
-        target=training_target(schedule, latents, noise, timesteps).to(device),
-        weights=min_snr_weights(schedule, timesteps, settings.min_snr).to(device),
-        timesteps=timesteps.to(device),
-        embeddings=embeddings.to(device),
-        added={name: tensor.to(device) for name, tensor in added.items()},
-    )
+    if 2 * count > len(data):
+        raise DataError(
+            f"asked to hold out {count} images for validation, found {len(data)} in all; give more images, or a "
+            "smaller probe.samples"
+        )
+    order = torch.randperm(len(data), generator=seeded(seed))
+    return Subset(data, order[count:].sort().values), Subset(data, order[:count])

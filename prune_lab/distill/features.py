@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
 from prune_lab.blocks import Architecture
 from prune_lab.errors import DataError
-from prune_lab.plans import PruningPlan, native_layout
+from prune_lab.families import Layout
+from prune_lab.plans import PruningPlan, gone_with, native_layout
 
 Points = Literal["stages", "blocks", "self-attention"]
 
@@ -38,12 +39,8 @@ def feature_pairs(
 ) -> tuple[FeaturePair, ...]:
     """The feature points of a native student, in order of execution.
 
-    stages: one pair per surviving stage, down and up: the stage's output, that is the hidden state after its sampler.
-    Stages vanish from the inside, so student up stage i faces teacher up stage i + number of vanished stages. A student
-    whose inner stages are gone has no down-sampler in its last down stage any more, and the teacher's stage output is
-    half its size there: that stage is compared before the sampler, at the ``proj_out`` of the last attention block of
-    each (the last residual block where either has no attention there). The mid stage is never compared. For Base,
-    Small and Tiny these are the pairs of the official code of BK-SDM (arXiv:2305.15798): 8, 8 and 6 terms.
+    stages: what stands at the ends of the surviving stages, as the model's family says (``Family.stage_features``).
+    For BK-SDM's Base, Small and Tiny these are the pairs of the official code (arXiv:2305.15798): 8, 8 and 6 terms.
 
     blocks: the output of every surviving residual and attention block, with the block of the same name.
     self-attention: the output of every self-attention inside the surviving attention blocks (KOALA, arXiv:2312.04005).
@@ -56,16 +53,28 @@ def feature_pairs(
     """
     layout = native_layout(architecture, plan)
     if points == "stages":
-        return _stage_pairs(architecture.config, layout.config)
-    students = {source: path for path, source in layout.sources.items()}
-    kept = [(block, students[block.path]) for block in architecture.blocks if block.path in students]
-    weights = _inverse([block.name for block, _ in kept], sensitivities) if sensitivities else {}
-    pairs = []
-    for block, path in kept:
-        inner = [f".transformer_blocks.{layer}.attn1" for layer in range(block.transformer_layers)]
-        for rest in [""] if points == "blocks" else inner:
-            pairs.append(FeaturePair(block.path + rest, path + rest, weights.get(block.name, 1.0)))
-    return tuple(pairs)
+        gone = gone_with(architecture, plan.removed)
+        ends = architecture.family.stage_features(architecture.outline, gone)
+        return tuple(_pairs(layout, ends))
+    kept = [block for block in architecture.blocks if layout.renamed(block.path) is not None]
+    weights = _inverse([block.name for block in kept], sensitivities) if sensitivities else {}
+    return tuple(
+        pair
+        for block in kept
+        for pair in _pairs(
+            layout,
+            [(path, path) for path in ([block.path] if points == "blocks" else block.self_attention)],
+            weights.get(block.name, 1.0),
+        )
+    )
+
+
+def _pairs(layout: Layout, features: Iterable[tuple[str, str]], weight: float = 1.0) -> Iterator[FeaturePair]:
+    """Feature points (in the teacher, of the module that writes there in the student) with the student's names."""
+    for teacher_path, origin in features:
+        student_path = layout.renamed(origin)
+        if student_path is not None:
+            yield FeaturePair(teacher_path, student_path, weight)
 
 
 def _inverse(names: Sequence[str], sensitivities: Mapping[str, float]) -> dict[str, float]:
@@ -80,34 +89,6 @@ def _inverse(names: Sequence[str], sensitivities: Mapping[str, float]) -> dict[s
     inverse = [1 / max(value, floor) for value in known]
     mean = statistics.fmean(inverse)
     return {name: value / mean for name, value in zip(names, inverse, strict=True)}
-
-
-def _stage_pairs(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> tuple[FeaturePair, ...]:
-    kept = len(student["down_block_types"])
-    vanished = len(teacher["down_block_types"]) - kept
-    down = [FeaturePair(f"down_blocks.{stage}", f"down_blocks.{stage}") for stage in range(kept)]
-    if vanished:
-        down[-1:] = _before_the_sampler(teacher, student, kept - 1)
-    up = [FeaturePair(f"up_blocks.{stage + vanished}", f"up_blocks.{stage}") for stage in range(kept)]
-    return (*down, *up)
-
-
-def _before_the_sampler(
-    teacher: Mapping[str, Any], student: Mapping[str, Any], stage: int
-) -> tuple[FeaturePair, ...]:
-    """The pair at the end of down stage ``stage`` ahead of the sampler; none when the student has no block there."""
-    layers = (_layers(teacher, stage), _layers(student, stage))
-    if min(layers) == 0:
-        return ()
-    attends = all("Attn" in config["down_block_types"][stage] for config in (teacher, student))
-    point = "attentions.{}.proj_out" if attends else "resnets.{}"
-    teacher_path, student_path = (f"down_blocks.{stage}." + point.format(count - 1) for count in layers)
-    return (FeaturePair(teacher_path, student_path),)
-
-
-def _layers(config: Mapping[str, Any], stage: int) -> int:
-    layers = config["layers_per_block"]
-    return int(layers if isinstance(layers, int) else layers[stage])
 
 
 @contextmanager

@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from prune_lab.config import DistillConfig
+from prune_lab.distill.batches import Batch
 from prune_lab.distill.checkpoint import TrainingState
-from prune_lab.distill.data import Batch
 from prune_lab.distill.features import FeaturePair
 from prune_lab.distill.losses import student_losses, teacher_output
 from prune_lab.errors import DeviceError
+from prune_lab.families import family_of
 from prune_lab.runtime import note
 
 _GRAPHS = 128  # that torch may compile of one class of block: each width is one
@@ -75,16 +74,16 @@ def part_of(batch: Batch, rows: slice) -> Batch:
 
 @contextlib.contextmanager
 def compiled_blocks(unet: nn.Module, paths: Sequence[str], *, backend: str = "inductor") -> Iterator[None]:
-    """Inside, residual and transformer blocks of ``unet`` run through torch.compile; on exit they are as before.
+    """Inside, the modules that repeat in ``unet`` run through torch.compile; on exit they are as before.
 
     The modules at ``paths`` are tapped: a block that has one of them inside stays as it is, since a hook in a compiled
     graph is not called.
     """
-    kinds = (ResnetBlock2D, BasicTransformerBlock)
+    kinds = family_of(unet).compiled
     chosen = [
         module
         for name, module in unet.named_modules()
-        if isinstance(module, kinds) and not any(path.startswith(f"{name}.") for path in paths)
+        if type(module).__name__ in kinds and not any(path.startswith(f"{name}.") for path in paths)
     ]
     with torch._dynamo.config.patch(recompile_limit=_GRAPHS):
         try:

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from prune_lab.config import DistillConfig
-from prune_lab.distill.data import draw_batch
+from prune_lab.distill.batches import draw_batch
 from prune_lab.distill.features import FeaturePair
 from prune_lab.distill.joint import Student, compiled_blocks, joint_step, rate_at
 from prune_lab.distill.memory import training_memory

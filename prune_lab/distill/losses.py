@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from prune_lab.config import DistillConfig
-from prune_lab.distill.data import Batch
+from prune_lab.distill.batches import Batch
 from prune_lab.distill.features import FeaturePair, Points, tapped
 
 Term = Callable[

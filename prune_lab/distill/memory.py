@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from prune_lab.families import example_inputs, meta_unet, plain_config
 from prune_lab.profiling import LiveBytes
+from prune_lab.runtime import bytes_text
 
 # Per parameter of a student: weight, gradient, two moments of AdamW and the average, all float32.
 _STATE_BYTES = 4 * (1 + 1 + 2 + 1)
@@ -117,15 +118,12 @@ class TrainingMemory:
     def words(self, together: int, micro: int) -> str:
         """What is needed and what is free, for a person to read before hours are spent."""
         parts = (
-            f"teacher {_size(self.teacher)}",
-            f"{together} x {_size(self.student)} for students, their gradients and moments",
-            f"{micro} x {_size(max(self.teacher_sample, self.student_sample))} for activations",
+            f"teacher {bytes_text(self.teacher)}",
+            f"{together} x {bytes_text(self.student)} for students, their gradients and moments",
+            f"{micro} x {bytes_text(max(self.teacher_sample, self.student_sample))} for activations",
         )
-        return f"memory: {_size(self.needed(together, micro))} expected ({', '.join(parts)}), {_size(self.free)} free"
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+        needed, free = bytes_text(self.needed(together, micro)), bytes_text(self.free)
+        return f"memory: {needed} expected ({', '.join(parts)}), {free} free"
 
 
 def training_memory(

@@ -14,9 +14,7 @@ from torch import Tensor
 from prune_lab.errors import DataError, RunError
 from prune_lab.runs import CandidatePaths
 from prune_lab.runtime import read_json, write_frame, write_json
-
-RECOVERY_COLUMNS = ("step", "task", "output", "feature", "total", "validation", "learning_rate", "seconds")
-HELDOUT_COLUMNS = ("step", "row", "loss")
+from prune_lab.schemas import HELDOUT_COLUMNS, RECOVERY_COLUMNS
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

@@ -18,7 +18,6 @@ from prune_lab.distill.checkpoint import TrainingState, check_fingerprint, load_
 from prune_lab.distill.features import FeaturePair
 from prune_lab.distill.joint import Student, StudentState, no_longer_finite
 from prune_lab.distill.recovery import (
-    RECOVERY_COLUMNS,
     Recovery,
     load_fingerprint,
     load_recovery,
@@ -32,6 +31,7 @@ from prune_lab.probes import Probe
 from prune_lab.processes import gather_object
 from prune_lab.runs import CandidatePaths
 from prune_lab.runtime import atomic_folder, pick_dtype, tensors_digest, write_frame
+from prune_lab.schemas import RECOVERY_COLUMNS
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -1,12 +1,13 @@
-"""Pictures with captions from wherever they lie: found by name at once, read one by one when they are asked for.
+"""Images with captions from wherever they lie: all are found at once, each is read when it is asked for.
 
-A source is the shipped pictures, a folder of pictures, Parquet files, webdataset tars, or a data set on the hub. A
-picture without a caption, or a caption without a picture, is left out and named in ``PictureSource.left_out``.
+A source is the shipped images, a folder of images, Parquet files, webdataset tars, or a data set on the hub. An image
+without a caption, or a caption without an image, is left out and named in ``ImageSource.left_out``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import glob
 import hashlib
 import json
@@ -20,31 +21,32 @@ import pandas as pd
 import torch
 
 from prune_lab.assets import load_pictures
-from prune_lab.distill.tars import Span, samples_in
+from prune_lab.distill.archives import LazyTable, TarMember, parquet_table, tar_samples
 from prune_lab.errors import DataError
 from prune_lab.models.sources import HUB_ID
 from prune_lab.runtime import seeded
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "picture", "img")
 CAPTION_COLUMNS = ("caption", "text", "txt", "prompt", "captions")
-PICTURE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as `datasets` image folders have them
-_KINDS = "give reference, a folder of pictures, .parquet or .tar files (also as a glob), or a hub id"
+_READABLE = (*IMAGE_SUFFIXES, ".tar", ".parquet", ".csv", ".jsonl", ".txt")
+_KINDS = "give reference, a folder of images, .parquet or .tar files (also as a glob), or a hub id"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PictureSource:
-    """N pictures with a caption each.
+class ImageSource:
+    """N images with a caption each.
 
-    ``digest`` covers the captions, and of the pictures the names, sizes and times of change of their files (of a data
-    set on the hub its fingerprint): cheap for millions, and blind to a file that was changed under its old time.
+    ``digest`` changes with the captions and with the names, sizes and times of change of the files (of a data set on
+    the hub: with its revision). That is cheap for millions of images; it misses a file that changed under its old time.
     """
 
     title: str
     captions: tuple[str, ...]
     digest: str  # 16 hexadecimal digits
-    name: Callable[[int], str]  # what to call the picture of a row
-    content: Callable[[int], bytes]  # its file, as it was compressed
+    name: Callable[[int], str]  # of the image of a row, for messages
+    content: Callable[[int], bytes]  # of its file, compressed as it is there
     left_out: tuple[str, ...] = ()  # names with the reason
 
     def __len__(self) -> int:
@@ -55,14 +57,14 @@ def _digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
 
 
-def _stamps(paths: Sequence[Path]) -> list[tuple[str, int, int]]:
-    """Name below the folder that holds all, size and time of change of every file."""
+def _file_stamps(paths: Sequence[Path]) -> list[tuple[str, int, int]]:
+    """Name below the folder that holds all, size in bytes and time of change of every file."""
     root = os.path.commonpath([path.parent for path in paths])
     found = ((path, path.stat()) for path in paths)
-    return [(path.relative_to(root).as_posix(), one.st_size, one.st_mtime_ns) for path, one in found]
+    return [(path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns) for path, stat in found]
 
 
-def _column(columns: Sequence[str], asked: str, usual: Sequence[str], setting: str, title: str) -> str:
+def _pick_column(columns: Sequence[str], asked: str, usual: Sequence[str], setting: str, title: str) -> str:
     """The column called ``asked``, or else the first with a usual name."""
     found = next((name for name in ((asked,) if asked else usual) if name in columns), "")
     if not found:
@@ -74,10 +76,10 @@ def _column(columns: Sequence[str], asked: str, usual: Sequence[str], setting: s
     return found
 
 
-# Folders of pictures ---------------------------------------------------------------------------------------------
+# Folders of images -----------------------------------------------------------------------------------------------
 
 
-def _table(path: Path) -> pd.DataFrame:
+def _read_metadata(path: Path) -> pd.DataFrame:
     """The rows of a metadata file, text as it stands there."""
     try:
         if path.suffix == ".csv":
@@ -93,228 +95,256 @@ def _table(path: Path) -> pd.DataFrame:
         ) from None
 
 
-def _described(table: Path, captions: str) -> Iterator[tuple[Path, Any]]:
-    """Picture and caption of every row of a metadata file."""
-    frame = _table(table)
+def _metadata_rows(path: Path, caption_column: str) -> Iterator[tuple[Path, Any]]:
+    """Image file and caption of every row of a metadata file."""
+    frame = _read_metadata(path)
     columns = [str(name) for name in frame.columns]
-    files = _column(columns, "", ("file_name",), "file_name", str(table))
-    texts = _column(columns, captions, CAPTION_COLUMNS, "caption_column", str(table))
-    yield from (
-        (table.parent / str(name), text) for name, text in zip(frame[files], frame[texts], strict=True)
-    )
+    files = _pick_column(columns, "", ("file_name",), "file_name", str(path))
+    captions = _pick_column(columns, caption_column, CAPTION_COLUMNS, "caption_column", str(path))
+    for name, caption in zip(frame[files], frame[captions], strict=True):
+        yield path.parent / str(name), caption
 
 
-def _text_beside(picture: Path) -> str | None:
+def _text_beside(image: Path) -> str | None:
     try:
-        return picture.with_suffix(".txt").read_text(encoding="utf-8").strip()
+        return image.with_suffix(".txt").read_text(encoding="utf-8").strip()
     except OSError:
         return None
     except UnicodeDecodeError:
         raise DataError(
-            f"asked for the caption in {picture.with_suffix('.txt')}, found other bytes than UTF-8 text; write it again"
+            f"asked for the caption in {image.with_suffix('.txt')}, found other bytes than UTF-8 text; write it again"
         ) from None
 
 
-def _folder(title: str, files: Sequence[Path], captions: str) -> PictureSource:
-    """Pictures named in metadata files, or else with a .txt file of the same name beside each."""
-    pictures = {path: False for path in files if path.suffix.lower() in PICTURE_FILES}  # whether told of
-    tables = [path for path in files if path.name in _METADATA]
-    pairs: Iterable[tuple[Path, Any]] = (
-        (pair for table in tables for pair in _described(table, captions))
-        if tables
-        else ((path, _text_beside(path)) for path in pictures)
+def _from_folder(title: str, files: Sequence[Path], caption_column: str) -> ImageSource:
+    """Images named in metadata files, or else with a .txt file of the same name beside each."""
+    captioned = {path: False for path in files if path.suffix.lower() in IMAGE_SUFFIXES}
+    metadata = [path for path in files if path.name in _METADATA]
+    rows: Iterable[tuple[Path, Any]] = (
+        (row for path in metadata for row in _metadata_rows(path, caption_column))
+        if metadata
+        else ((path, _text_beside(path)) for path in captioned)
     )
-    kept: list[tuple[Path, str]] = []  # a picture may have several captions, one a row
+    kept: list[tuple[Path, str]] = []  # an image may have several captions, one a row
     left_out = []
-    for path, caption in pairs:
-        if path not in pictures:
-            left_out.append(f"{path}: no such picture")
+    for path, caption in rows:
+        if path not in captioned:
+            left_out.append(f"{path}: no such image")
         elif isinstance(caption, str):
             kept.append((path, caption))
-            pictures[path] = True
-    left_out += [f"{path}: no caption" for path, told in pictures.items() if not told]
+            captioned[path] = True
+    left_out += [f"{path}: no caption" for path, has_caption in captioned.items() if not has_caption]
     if not kept:
         raise DataError(
-            f"asked for pictures with captions in {title}, found {len(pictures):,} pictures and no caption for any; "
-            "give a metadata.csv with the columns file_name and caption, or a .txt file beside each picture"
+            f"asked for images with captions in {title}, found {len(captioned):,} images and no caption for any; "
+            "give a metadata.csv with the columns file_name and caption, or a .txt file beside each image"
         )
-    paths, texts = zip(*kept, strict=True)
-    return PictureSource(
+    paths, captions = zip(*kept, strict=True)
+    return ImageSource(
         title,
-        texts,
-        _digest(texts, _stamps(paths)),
+        captions,
+        _digest(captions, _file_stamps(paths)),
         lambda row: str(paths[row]),
         lambda row: paths[row].read_bytes(),
         tuple(left_out),
     )
 
 
-# Tars ------------------------------------------------------------------------------------------------------------
+# Tars and tables -------------------------------------------------------------------------------------------------
 
 
-def _tars(title: str, paths: Sequence[Path], image: str, captions: str) -> PictureSource:
-    spans: list[Span] = []
-    texts: list[str] = []
+def _from_tars(title: str, paths: Sequence[Path], image_column: str, caption_column: str) -> ImageSource:
+    images: list[TarMember] = []
+    captions: list[str] = []
     left_out, kinds = [], set()
-    images, names = (image,) if image else IMAGE_COLUMNS, (captions,) if captions else CAPTION_COLUMNS
+    image_names = (image_column,) if image_column else IMAGE_COLUMNS
+    caption_names = (caption_column,) if caption_column else CAPTION_COLUMNS
     for path in paths:
-        for name, sample in samples_in(path, names).items():
-            kinds |= sample.spans.keys() | sample.texts.keys()
-            picture = next((kind for kind in images if kind in sample.spans), "")
-            text = next((kind for kind in names if kind in sample.texts), "")
-            if picture and text:
-                spans.append(sample.spans[picture])
-                texts.append(sample.texts[text])
-            elif picture or text:
-                left_out.append(f"{path.name}/{name}: no {'caption' if picture else 'picture'}")
-    if not spans:
+        for name, sample in tar_samples(path, caption_names).items():
+            kinds |= sample.members.keys() | sample.texts.keys()
+            image = next((sample.members[kind] for kind in image_names if kind in sample.members), None)
+            caption = next((sample.texts[kind] for kind in caption_names if kind in sample.texts), None)
+            if image is not None and caption is not None:
+                images.append(image)
+                captions.append(caption)
+            elif image is not None or caption is not None:
+                left_out.append(f"{path.name}/{name}: no {'caption' if image is not None else 'image'}")
+    if not images:
         raise DataError(
-            f"asked for pictures with captions in {title}, found samples of {', '.join(sorted(kinds)) or 'nothing'}; "
-            "samples need a picture such as .jpg and a .txt or .json of the same name, or other names in "
+            f"asked for images with captions in {title}, found samples of {', '.join(sorted(kinds)) or 'nothing'}; "
+            "samples need an image such as .jpg and a .txt or .json of the same name, or other names in "
             "data.image_column and data.caption_column"
         )
-    return PictureSource(
+    return ImageSource(
         title,
-        tuple(texts),
-        _digest(texts, [span.name for span in spans], _stamps(paths)),
-        lambda row: f"{spans[row].name} in {spans[row].tar}",
-        lambda row: spans[row].read(),
+        tuple(captions),
+        _digest(captions, [image.name for image in images], _file_stamps(paths)),
+        lambda row: f"{images[row].name} in {images[row].tar}",
+        lambda row: images[row].read(),
         tuple(left_out),
     )
 
 
-# Tables of `datasets` --------------------------------------------------------------------------------------------
+def _image_bytes(cell: Any) -> bytes:
+    """The compressed image in a cell: bytes, a path, or a dictionary of both as `datasets` and `pandas` give them."""
+    if isinstance(cell, Mapping):
+        cell = cell.get("bytes") or cell.get("path")
+    if isinstance(cell, str):
+        return Path(cell).read_bytes()
+    if not isinstance(cell, bytes):
+        raise ValueError(f"no image but {type(cell).__name__}")
+    return cell
 
 
 @contextlib.contextmanager
-def _datasets(title: str) -> Iterator[Any]:
-    """The library, without its progress bars; what it raises is told as DataError."""
+def _loading(title: str, library_error: type[Exception] = OSError) -> Iterator[None]:
+    """Turns OSError, ValueError and ``library_error`` into DataError."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (OSError, ValueError, library_error) as error:
+        reason = str(error.__cause__ or error) or type(error).__name__
+        raise DataError(f"asked for the images in {title}, cannot load them ({reason}); {_KINDS}") from None
+
+
+def _from_table(
+    title: str, table: LazyTable, image_column: str, caption_column: str, origin: object
+) -> ImageSource:
+    image_column = _pick_column(table.columns, image_column, IMAGE_COLUMNS, "image_column", title)
+    caption_column = _pick_column(table.columns, caption_column, CAPTION_COLUMNS, "caption_column", title)
+    captions, read_image = table.column(caption_column), table.cells(image_column)
+    other = next((text for text in captions if text is not None and not isinstance(text, str)), None)
+    if other is not None:
+        raise DataError(
+            f"asked for the captions in column {caption_column} of {title}, found {type(other).__name__} there; "
+            "say which column holds one text per image with data.caption_column"
+        )
+    kept = [row for row, text in enumerate(captions) if text is not None]
+    if not kept:
+        raise DataError(
+            f"asked for the captions of {title}, found none in its {len(captions):,} rows; fill them in"
+        )
+    return ImageSource(
+        title,
+        tuple(captions[row] for row in kept),
+        _digest(origin, image_column, captions),
+        lambda row: f"row {kept[row]} of {title}",
+        lambda row: _image_bytes(read_image(kept[row])),
+        tuple(f"row {row}: no caption" for row, text in enumerate(captions) if text is None),
+    )
+
+
+def _from_files(title: str, files: Sequence[Path], image_column: str, caption_column: str) -> ImageSource:
+    """The images in ``files``, which are tars, a folder of images with their captions, or Parquet files."""
+    tars = [path for path in files if path.suffix == ".tar"]
+    if tars:  # first: tools that write tars lay a .parquet with their log beside each
+        return _from_tars(title, tars, image_column, caption_column)
+    if any(path.suffix.lower() in IMAGE_SUFFIXES for path in files):
+        return _from_folder(title, files, caption_column)
+    tables = [path for path in files if path.suffix == ".parquet" and path.name not in _METADATA]
+    if tables:
+        with _loading(title):
+            return _from_table(
+                title, parquet_table(tables), image_column, caption_column, _file_stamps(tables)
+            )
+    kinds = sorted({path.suffix or path.name for path in files})
+    raise DataError(
+        f"asked for the images in {title}, found {', '.join(kinds[:8]) or 'nothing'} there; {_KINDS}"
+    )
+
+
+# The hub, and what is shipped --------------------------------------------------------------------------------------
+
+
+def _converted_table(dataset: Any) -> LazyTable:
+    """The rows of a map-style data set of `datasets`, images as they were compressed."""
+    import datasets
+
+    for name, feature in dataset.features.items():
+        if isinstance(feature, datasets.Image):
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+
+    def cells(name: str) -> Callable[[int], Any]:
+        column = dataset.select_columns([name])
+        return lambda row: column[row][name]
+
+    return LazyTable(tuple(dataset.column_names), lambda name: dataset.select_columns([name])[:][name], cells)
+
+
+def _from_hub(title: str, image_column: str, caption_column: str) -> ImageSource:
+    """The train split of a data set on the hub; `datasets` says which files that is.
+
+    They are downloaded once, into the hub's own cache, and read there. Files in other formats, such as .zip, are
+    converted by `datasets`, which writes a second copy.
+    """
     import datasets
 
     shown = datasets.is_progress_bar_enabled()
     try:
         datasets.disable_progress_bars()
-        yield datasets
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        reason = str(error.__cause__ or error) or type(error).__name__
-        raise DataError(f"asked for the pictures in {title}, cannot load them ({reason}); {_KINDS}") from None
+        with _loading(title, datasets.exceptions.DatasetsError):
+            files = (datasets.load_dataset_builder(title).config.data_files or {}).get("train")
+            if not files or not all(Path(url).suffix.lower() in _READABLE for url in files):
+                table = datasets.load_dataset(title, split="train")
+                return _from_table(
+                    title, _converted_table(table), image_column, caption_column, table._fingerprint
+                )
+            paths = [Path(path) for path in datasets.DownloadManager().download(list(files))]
     finally:
         if shown:
             datasets.enable_progress_bars()
+    source = _from_files(title, paths, image_column, caption_column)
+    # of the revision: names and times of the files differ from machine to machine
+    return dataclasses.replace(source, digest=_digest(files.origin_metadata, image_column, source.captions))
 
 
-def _file_of(value: Any) -> bytes:
-    """The compressed picture in a cell: bytes, a path, or a dictionary of both as `datasets` and `pandas` give them."""
-    if isinstance(value, Mapping):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, str):
-        return Path(value).read_bytes()
-    if not isinstance(value, bytes):
-        raise ValueError(f"no picture but {type(value).__name__}")
-    return value
-
-
-def _rows(title: str, table: Any, image: str, captions: str, origin: object) -> PictureSource:
-    with _datasets(title) as datasets:
-        image = _column(table.column_names, image, IMAGE_COLUMNS, "image_column", title)
-        captions = _column(table.column_names, captions, CAPTION_COLUMNS, "caption_column", title)
-        if isinstance(table.features[image], datasets.Image):
-            table = table.cast_column(image, datasets.Image(decode=False))
-        pictures, texts = table.select_columns([image]), table.select_columns([captions])[:][captions]
-    strange = next((text for text in texts if text is not None and not isinstance(text, str)), None)
-    if strange is not None:
-        raise DataError(
-            f"asked for the captions in column {captions} of {title}, found {type(strange).__name__} there; "
-            "say which column holds one text per picture with data.caption_column"
-        )
-    kept = [row for row, text in enumerate(texts) if text is not None]
-    if not kept:
-        raise DataError(
-            f"asked for the captions of {title}, found none in its {len(texts):,} rows; fill them in"
-        )
-    return PictureSource(
-        title,
-        tuple(texts[row] for row in kept),
-        _digest(origin, image, texts),
-        lambda row: f"row {kept[row]} of {title}",
-        lambda row: _file_of(pictures[kept[row]][image]),
-        tuple(f"row {row}: no caption" for row, text in enumerate(texts) if text is None),
-    )
-
-
-def _parquet(title: str, paths: Sequence[Path], image: str, captions: str) -> PictureSource:
-    with _datasets(title) as datasets:
-        table = datasets.load_dataset("parquet", data_files=[str(path) for path in paths], split="train")
-    return _rows(title, table, image, captions, _stamps(paths))
-
-
-def _hub(title: str, image: str, captions: str) -> PictureSource:
-    with _datasets(title) as datasets:
-        table = datasets.load_dataset(title, split="train")
-    return _rows(
-        title, table, image, captions, table._fingerprint
-    )  # of the files' revisions, not of this machine
-
-
-def _shipped() -> PictureSource:
+def _from_package() -> ImageSource:
     frame = load_pictures("train")
-    pictures, captions = list(frame["picture"]), tuple(frame["caption"])
-    digest = hashlib.sha256(b"".join(pictures)).hexdigest()  # a few MB, and a new install changes their times
-    return PictureSource(
+    images, captions = list(frame["picture"]), tuple(frame["caption"])
+    digest = hashlib.sha256(b"".join(images)).hexdigest()  # a few MB, and a new install changes their times
+    return ImageSource(
         "reference",
         captions,
         _digest(digest, captions),
-        lambda row: f"shipped picture {row}",
-        pictures.__getitem__,
+        lambda row: f"shipped image {row}",
+        images.__getitem__,
     )
 
 
 # All -------------------------------------------------------------------------------------------------------------
 
 
-def _opened(text: str, image: str, captions: str) -> PictureSource:
+def _find(text: str, image_column: str, caption_column: str) -> ImageSource:
     path = Path(text).expanduser()
     if text == "reference":
-        return _shipped()
+        return _from_package()
     if path.is_dir():
-        found = sorted(Path(at, name) for at, _, names in os.walk(path) for name in names if name[0] != ".")
+        files = sorted(Path(at, name) for at, _, names in os.walk(path) for name in names if name[0] != ".")
     elif path.is_file():
-        found = [path]
+        files = [path]
     else:
-        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))  # noqa: PTH207, an absolute glob
-        if not found and HUB_ID.fullmatch(text) and not Path(text).parent.is_dir():
-            return _hub(text, image, captions)
-        if not found:
-            raise DataError(f"asked for the pictures in {text}, found no such file or folder; {_KINDS}")
-    tars = [one for one in found if one.suffix == ".tar"]
-    tables = [one for one in found if one.suffix == ".parquet" and one.name not in _METADATA]
-    if tars:  # first: tools that write tars lay a .parquet with their log beside each
-        return _tars(text, tars, image, captions)
-    if path.is_dir() and any(one.suffix.lower() in PICTURE_FILES for one in found):
-        return _folder(text, found, captions)
-    if tables:
-        return _parquet(text, tables, image, captions)
-    kinds = sorted({one.suffix or one.name for one in found})
-    raise DataError(
-        f"asked for the pictures in {text}, found {', '.join(kinds[:8]) or 'nothing'} there; {_KINDS}"
-    )
+        files = sorted(Path(name) for name in glob.glob(str(path), recursive=True))  # noqa: PTH207, an absolute glob
+        if not files and HUB_ID.fullmatch(text) and not Path(text).parent.is_dir():
+            return _from_hub(text, image_column, caption_column)
+        if not files:
+            raise DataError(f"asked for the images in {text}, found no such file or folder; {_KINDS}")
+    return _from_files(text, files, image_column, caption_column)
 
 
 def open_source(
     text: str, *, image_column: str = "", caption_column: str = "", limit: int = 0, seed: int = 0
-) -> PictureSource:
-    """The pictures that ``text`` names: ``reference``, a folder, .parquet or .tar files or a glob of them, or a hub id.
+) -> ImageSource:
+    """The images that ``text`` names: ``reference``, a folder, .parquet or .tar files or a glob of them, or a hub id.
 
     With ``limit`` that many of them, in an order drawn with ``seed``. Raises DataError when there are none, when a file
     cannot be read, or when no column has a usual name and none is given.
     """
-    source = _opened(text, image_column, caption_column)
+    source = _find(text, image_column, caption_column)
     if not limit or limit >= len(source):
         return source
     order = torch.randperm(len(source), generator=seeded(seed))[:limit].tolist()
-    return PictureSource(
+    return ImageSource(
         text,
         tuple(source.captions[row] for row in order),
         _digest(source.digest, order),

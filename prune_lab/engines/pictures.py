@@ -12,9 +12,9 @@ from torch import Tensor
 
 from prune_lab.candidates import Candidate, State, load_student
 from prune_lab.evaluation import clip_scores, generate
+from prune_lab.schemas import PROMPTS_COLUMNS
 from prune_lab.session import Session
 
-PICTURE_COLUMNS = ("file", "prompt", "seed")
 _LONGEST_NAME = 40  # characters of a prompt in the name of a file
 
 
@@ -48,7 +48,7 @@ def draw_job(session: Session, candidate: Candidate | None, state: State) -> Ten
 
 
 def picture_frame(session: Session) -> pd.DataFrame:
-    """One row per picture of a set, in the order in which they are drawn: file, prompt, seed; columns PICTURE_COLUMNS.
+    """One row per picture of a set, in the order in which they are drawn: file, prompt, seed; columns PROMPTS_COLUMNS.
 
     Names of files, such as 01-a-red-cat-seed-0.png, sort in that order too.
     """
@@ -58,7 +58,7 @@ def picture_frame(session: Session) -> pd.DataFrame:
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:_LONGEST_NAME].strip("-")
         name = "-".join(filter(None, (f"{number:0{digits}d}", slug, f"seed-{seed}.png")))
         rows.append((name, prompt, seed))
-    return pd.DataFrame(rows, columns=list(PICTURE_COLUMNS))
+    return pd.DataFrame(rows, columns=list(PROMPTS_COLUMNS))
 
 
 def clip_of(session: Session, pictures: Tensor) -> Tensor:

@@ -1,30 +1,20 @@
-"""Stable Diffusion's U-Net: how it is built without weights, and what its forward pass takes."""
+"""Stable Diffusion's U-Net, ``UNet2DConditionModel``: what its forward pass takes, and BK-SDM's plans for it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from prune_lab.errors import UnsupportedModelError
+from prune_lab.errors import PlanError, UnsupportedModelError
+from prune_lab.families import unet_blocks, unet_walk, unet_wiring
+from prune_lab.families.family import Family, Outline, PrefixWalk, Removed
 
 CLIP_TOKENS = 77  # the context length of every CLIP text encoder that Stable Diffusion uses
 SDXL_TIME_IDS = 6  # original size, crop corner and target size, two numbers each
-
-
-def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a U-Net without diffusers' own bookkeeping (names that begin with ``_``)."""
-    return {name: value for name, value in config.items() if not name.startswith("_")}
-
-
-def meta_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
-    """The U-Net of ``config`` on the ``meta`` device: every shape, no memory, in evaluation mode."""
-    with torch.device("meta"):
-        unet: UNet2DConditionModel = UNet2DConditionModel.from_config(plain_config(config))
-    return unet.eval()
 
 
 def latent_shape(config: Mapping[str, Any], latent: int | None = None) -> tuple[int, int]:
@@ -99,3 +89,55 @@ def example_inputs(
     if added := _added_conditioning(config, batch, device, dtype):
         inputs["added_cond_kwargs"] = added
     return inputs
+
+
+# BK-SDM's plans (arXiv:2305.15798, section 3) -----------------------------------------------------------------------
+
+
+def _bk_base(outline: Outline) -> Removed:
+    """``bk-base``: the second residual-attention pair of every stage but the mid stage."""
+    stages = [stage for stage in outline.stages if stage.lane != "middle"]
+    found = {stage.name: len(outline.units_in(stage.name, "resnet")) for stage in stages}
+    expected = {stage.name: 2 if stage.lane == "left" else 3 for stage in stages}
+    if found != expected or len(found) != 8:
+        raise PlanError(
+            "BK-SDM's plans are defined for four stages of two layers with a mid stage, as in Stable Diffusion 1 "
+            f"and 2; this U-Net has residual blocks {found}; name the blocks instead, for example '-Dn1.R2 -Dn1.A2'"
+        )
+    names = {stage.name for stage in stages}
+    return frozenset(
+        unit.name for unit in outline.units if unit.stage in names and unit.local_name in ("R2", "A2")
+    )
+
+
+def _bk_small(outline: Outline) -> Removed:
+    """``bk-small``: the mid stage as well."""
+    middle = outline.units_in(unet_blocks.MIDDLE)
+    return _bk_base(outline) | {unit.name for unit in middle}
+
+
+def _bk_tiny(outline: Outline) -> Removed:
+    """``bk-tiny``: the innermost stages as well."""
+    small = _bk_small(outline)
+    innermost = (unit for stage in ("Dn4", "Up1") for unit in outline.units_in(stage))
+    return small | {unit.name for unit in innermost if unit.kind != "sampler"}
+
+
+UNET2D_CONDITION = Family(
+    model_class=lambda: diffusers.UNet2DConditionModel,
+    example_inputs=example_inputs,
+    outline=unet_blocks.outline,
+    layout=unet_wiring.layout,
+    levels=unet_wiring.levels,
+    plans={"bk-base": _bk_base, "bk-small": _bk_small, "bk-tiny": _bk_tiny},
+    groups={
+        "pair": unet_blocks.pairs,
+        "triplet": unet_blocks.triplets,
+        "inner": unet_blocks.inner_stages,
+    },
+    stage_features=unet_wiring.stage_features,
+    stem="conv_in",
+    head="conv_out",
+    compiled=("ResnetBlock2D", "BasicTransformerBlock"),
+    walk=PrefixWalk(unet_walk.predictions, unet_walk.state_bytes),
+)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from prune_lab.importance.agreement import (
-    AGREEMENT_COLUMNS,
-    STABILITY_COLUMNS,
     additivity,
     agreement,
     describe_agreement,
@@ -26,8 +24,6 @@ from prune_lab.importance.criteria import (
 from prune_lab.importance.racing import Race
 from prune_lab.importance.scoring import score, score_groups
 from prune_lab.importance.tables import (
-    COLUMNS,
-    PARTS_COLUMNS,
     Importance,
     ImportanceTable,
     importance_from_frame,
@@ -35,13 +31,9 @@ from prune_lab.importance.tables import (
 from prune_lab.importance.trajectories import with_psnr
 
 __all__ = [
-    "AGREEMENT_COLUMNS",
-    "COLUMNS",
     "CRITERIA",
     "NEEDS_PIPELINE",
     "ONE_STEP",
-    "PARTS_COLUMNS",
-    "STABILITY_COLUMNS",
     "Criterion",
     "GenerationSettings",
     "Importance",

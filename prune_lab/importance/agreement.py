@@ -13,12 +13,8 @@ from scipy.stats import kendalltau, spearmanr
 from prune_lab.blocks import Architecture, BlockGroup
 from prune_lab.importance.intervals import INTERVAL, impacts_of, resampled_impacts
 from prune_lab.importance.tables import ImportanceTable
+from prune_lab.schemas import AGREEMENT_COLUMNS, STABILITY_COLUMNS
 
-AGREEMENT_COLUMNS = (
-    *("criterion", "other", "spearman", "spearman_low", "spearman_high"),
-    *("kendall", "kendall_low", "kendall_high", "over", "count"),
-)
-STABILITY_COLUMNS = ("part", "of", "samples", "top", "overlap", "overlap_low", "overlap_high")
 WEAK = 0.5  # a rank correlation whose interval reaches below this is not to be relied on
 FEW = 8  # plans or blocks below which a correlation says next to nothing
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 from numpy.typing import NDArray
 
 from prune_lab.blocks import Architecture, architecture_of
@@ -103,7 +103,7 @@ class GenerationSettings:
 class ScoringContext:
     """A U-Net and what it is asked: everything that a criterion needs to know."""
 
-    unet: UNet2DConditionModel
+    unet: ModelMixin
     probe: Probe
     batch: int | None = None  # rows at a time; None: as many as fit into memory
     seed: int = 0

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from prune_lab.blocks import Architecture
@@ -19,7 +19,7 @@ BlockHook = Callable[
 
 @contextlib.contextmanager
 def block_hooks(
-    unet: UNet2DConditionModel, architecture: Architecture, names: Iterable[str], hear: BlockHook
+    unet: ModelMixin, architecture: Architecture, names: Iterable[str], hear: BlockHook
 ) -> Iterator[None]:
     """Inside, ``hear`` gets what is there without each named block, and the block's output; nothing stays behind.
 
@@ -28,9 +28,10 @@ def block_hooks(
 
     def hook(name: str, stand_in: nn.Module) -> Callable[..., Any]:
         def listen(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            # An attention block answers with a tuple; its stand-in, asked for no form, with the tensor itself.
-            main = stand_in(args[0] if args else kwargs["hidden_states"])
-            instead = hear(name, main, output if isinstance(output, Tensor) else output[0])
+            main, found = (
+                one if isinstance(one, Tensor) else one[0] for one in (stand_in(*args, **kwargs), output)
+            )
+            instead = hear(name, main, found)
             return instead if instead is None or isinstance(output, Tensor) else (instead,)
 
         return listen
@@ -38,14 +39,14 @@ def block_hooks(
     with contextlib.ExitStack() as stack:
         for name in names:
             block = architecture.block(name)
-            listen = hook(name, stand_in_for(block))
-            handle = unet.get_submodule(block.path).register_forward_hook(listen, with_kwargs=True)
+            module = unet.get_submodule(block.path)
+            handle = module.register_forward_hook(hook(name, stand_in_for(module, block)), with_kwargs=True)
             stack.callback(handle.remove)
         yield
 
 
 @contextlib.contextmanager
-def only_requires_grad(unet: UNet2DConditionModel, wanted: Iterable[nn.Parameter]) -> Iterator[None]:
+def only_requires_grad(unet: ModelMixin, wanted: Iterable[nn.Parameter]) -> Iterator[None]:
     """Inside, gradients are kept for the ``wanted`` parameters alone; every parameter's own flag returns on exit."""
     flags = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
     try:

@@ -17,7 +17,8 @@ from prune_lab.blocks import BlockGroup
 from prune_lab.errors import DataError
 from prune_lab.importance.cache import set_key
 from prune_lab.importance.context import Samples, SampleScores, ScoringContext
-from prune_lab.prefix_sharing import ComputeCost, fitting_batch, gone_with, predict_without
+from prune_lab.plans import gone_with
+from prune_lab.prefix_sharing import ComputeCost, fitting_batch, predict_without
 
 Change = Callable[[Tensor, Tensor, Tensor], Tensor]  # (teacher, pruned, target) (N, C, H, W) -> (N,)
 

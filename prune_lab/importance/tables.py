@@ -15,21 +15,8 @@ from prune_lab.errors import DataError
 from prune_lab.importance.context import Samples
 from prune_lab.importance.intervals import impacts_of
 from prune_lab.prefix_sharing import ComputeCost
+from prune_lab.schemas import IMPORTANCE_COLUMNS, PARTS_COLUMNS
 
-COLUMNS = (
-    "group",
-    "kind",
-    "blocks",
-    "starred",
-    "impact",
-    "low",
-    "high",
-    "samples",
-    "criterion",
-    "probe",
-    "model",
-)
-PARTS_COLUMNS = ("group", "kind", "criterion", "part", "of", "impact", "samples")
 BUCKETS = 10  # parts of the noise schedule that values are kept for
 
 
@@ -106,7 +93,7 @@ class ImportanceTable:
             )
             for entry in self.entries
         ]
-        return pd.DataFrame(rows, columns=list(COLUMNS))
+        return pd.DataFrame(rows, columns=list(IMPORTANCE_COLUMNS))
 
     def parts(self, *, length: int = 1000) -> pd.DataFrame:
         """Impacts on parts of the samples: per tenth of the noise schedule and per kind of prompt, a row each.
@@ -149,7 +136,7 @@ def importance_from_frame(frame: pd.DataFrame) -> ImportanceTable:
 
     Raises DataError when columns are missing, an impact is not a number, or several measurements are mixed.
     """
-    missing = [column for column in COLUMNS if column not in frame.columns]
+    missing = [column for column in IMPORTANCE_COLUMNS if column not in frame.columns]
     if missing or frame.empty:
         raise DataError(
             f"asked to read a table of importance, found {len(frame)} rows without the columns "

@@ -19,7 +19,8 @@ from prune_lab.errors import DataError
 from prune_lab.evaluation import clip_scores, decode_latents, draw_latents
 from prune_lab.importance.cache import set_key
 from prune_lab.importance.context import GenerationSettings, SampleScores, ScoringContext, checked
-from prune_lab.prefix_sharing import ComputeCost, gone_with
+from prune_lab.plans import gone_with
+from prune_lab.prefix_sharing import ComputeCost
 from prune_lab.runtime import track
 from prune_lab.surgery import bypassed
 

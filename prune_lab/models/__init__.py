@@ -13,7 +13,6 @@ from prune_lab.models.scorer import ScorerInputs, load_scorer
 from prune_lab.models.sources import (
     PRESETS,
     SUPPORTED_PIPELINES,
-    SUPPORTED_UNETS,
     ModelSource,
     model_digest,
     preset_config,
@@ -23,7 +22,6 @@ from prune_lab.models.sources import (
 __all__ = [
     "PRESETS",
     "SUPPORTED_PIPELINES",
-    "SUPPORTED_UNETS",
     "ModelSource",
     "ScorerInputs",
     "load_pipeline",

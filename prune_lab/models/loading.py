@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import diffusers
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 
 from prune_lab.errors import UnsupportedModelError
-from prune_lab.families import plain_config
+from prune_lab.families import family_of, plain_config
 from prune_lab.models.files import json_object, weight_files
 from prune_lab.models.silence import quiet
 from prune_lab.models.sources import LEFT_OUT, ModelSource
@@ -31,16 +31,17 @@ def load_unet(
     dtype: torch.dtype = torch.float32,
     random_weights: bool = False,
     seed: int = 0,
-) -> UNet2DConditionModel:
+) -> ModelMixin:
     """The U-Net of ``source`` in eval mode; tensor by tensor, so that memory holds it once.
 
     ``random_weights`` initialises it at ``seed`` instead of reading weights, the only way for structure-only sources.
     Raises UnsupportedModelError when there are no weights to read.
     """
+    model_class: Any = family_of(source.config).model_class()
     if random_weights:
         with torch.random.fork_rng(devices=[]), quiet():
             torch.manual_seed(seed)
-            unet = cast("UNet2DConditionModel", UNet2DConditionModel.from_config(plain_config(source.config)))
+            unet = model_class.from_config(plain_config(source.config))
         return unet.to(device, dtype).eval()
     if source.unet_folder is None:
         raise UnsupportedModelError(
@@ -48,16 +49,13 @@ def load_unet(
             "give a pipeline or U-Net folder, a hub id, or ask for random weights"
         )
     with quiet():
-        unet = cast(
-            "UNet2DConditionModel",
-            UNet2DConditionModel.from_pretrained(
-                source.unet_folder,
-                dtype=dtype,
-                use_safetensors=True,
-                low_cpu_mem_usage=True,
-                local_files_only=True,
-                variant=_variant(source.unet_folder),
-            ),
+        unet = model_class.from_pretrained(
+            source.unet_folder,
+            dtype=dtype,
+            use_safetensors=True,
+            low_cpu_mem_usage=True,
+            local_files_only=True,
+            variant=_variant(source.unet_folder),
         )
     return unet.to(device).eval()
 
@@ -76,7 +74,7 @@ def load_pipeline(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    unet: UNet2DConditionModel | None = None,
+    unet: ModelMixin | None = None,
 ) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
     """The pipeline of ``source`` on ``device``, without its safety checker and with no progress bar of its own.
 

@@ -14,14 +14,13 @@ from typing import Any, Literal
 
 from prune_lab.assets import reference_folder
 from prune_lab.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
-from prune_lab.families import meta_unet, plain_config
+from prune_lab.families import CLASS_NAME, FAMILIES, meta_unet, plain_config
 from prune_lab.models.files import json_object, read_header, weight_files
 from prune_lab.models.silence import quiet
 
 SourceKind = Literal["reference", "preset", "pipeline", "unet", "config"]
 
 PRESETS = ("sd-v1.4", "sd-v1.5", "sd-v2.1-base", "sd-v2.1", "sdxl-base")
-SUPPORTED_UNETS = ("UNet2DConditionModel",)
 SUPPORTED_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # Root folders of SD repositories also hold whole checkpoints of several GB in one file: not these.
@@ -73,7 +72,8 @@ def _file_digest(path: Path, size: int, modified: int) -> bytes:
 
 def model_digest(source: ModelSource) -> str:
     """16 hexadecimal digits over the config and every byte of the weights of the U-Net."""
-    digest = hashlib.sha256(json.dumps(plain_config(source.config), sort_keys=True).encode())
+    settings = {name: value for name, value in source.config.items() if not name.startswith("_")}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     if source.unet_folder is not None:
         for path in weight_files(source.unet_folder):
             status = path.stat()
@@ -88,11 +88,11 @@ def preset_config(name: str) -> dict[str, Any]:
 
 def _unet_config(path: Path) -> dict[str, Any]:
     config = json_object(path)
-    name = config.get("_class_name")
-    if name not in SUPPORTED_UNETS:
-        found = f"a model of class {name}" if name else "no _class_name"
+    name = config.get(CLASS_NAME)
+    if name not in FAMILIES:
+        found = f"a model of class {name}" if name else f"no {CLASS_NAME}"
         raise UnsupportedModelError(
-            f"asked for a U-Net, found {found} in {path}; supported is {', '.join(SUPPORTED_UNETS)}"
+            f"asked for a U-Net, found {found} in {path}; supported is {', '.join(FAMILIES)}"
         )
     return config
 
@@ -182,7 +182,7 @@ def shipped(folder: Path) -> Path:
     if not folder.is_dir():
         raise ModelNotFoundError(
             f"the model 'reference' is not part of this installation ({folder} is not there); "
-            "install prune-lab again, or rebuild it with: prune-lab reference train"
+            "install prune-lab again"
         )
     return folder
 

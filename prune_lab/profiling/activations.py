@@ -43,8 +43,8 @@ from prune_lab.profiling.matrices import (
     sampler_levels,
 )
 from prune_lab.runtime import pick_dtype
+from prune_lab.schemas import ACTIVATION_COLUMNS
 
-ACTIVATION_COLUMNS = ("name", "kind", "input_bytes", "output_bytes", "workspace_bytes", "live_bytes")
 UnitKind = Literal["block", "sampler"]
 Bytes = NDArray[np.int64]  # one per plan
 

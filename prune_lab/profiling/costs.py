@@ -20,11 +20,11 @@ from prune_lab.counting import count_on_meta
 from prune_lab.errors import ConfigError, PlanError, UnknownBlockError
 from prune_lab.plans import PruningPlan, removed_samplers
 from prune_lab.profiling.macs import Macs, count_macs
+from prune_lab.schemas import COST_COLUMNS
 
 CostKind = Literal["block", "sampler", "rest"]
 ModelLike: TypeAlias = Architecture | UNet2DConditionModel | Mapping[str, Any]
 
-COST_COLUMNS = ("name", "kind", "params", "macs", "attention_macs", "paper_macs")
 REST = "rest"  # convolutions in and out, time and added embeddings: what no plan removes
 
 

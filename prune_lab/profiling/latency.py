@@ -22,11 +22,7 @@ from prune_lab.errors import ConfigError
 from prune_lab.families import example_inputs
 from prune_lab.profiling.costs import REST, cost_table
 from prune_lab.runtime import seeded, synchronize, track
-
-BLOCK_PROFILE_COLUMNS = (
-    *("name", "kind", "params", "macs", "attention_macs", "paper_macs"),
-    *("median_ms", "share"),
-)
+from prune_lab.schemas import BLOCK_PROFILE_COLUMNS
 
 
 @dataclass(frozen=True, slots=True)

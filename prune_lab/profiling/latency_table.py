@@ -26,9 +26,8 @@ from prune_lab.profiling.matrices import (
     sampler_levels,
 )
 from prune_lab.runtime import Environment
+from prune_lab.schemas import LATENCY_CHECK_COLUMNS, LATENCY_TABLE_COLUMNS
 
-LATENCY_TABLE_COLUMNS = ("name", "kind", "measured_ms", "p10_ms", "p90_ms", "saved_ms", "share")
-CHECK_COLUMNS = ("plan", "removed", "use", "measured_ms", "predicted_ms", "error_percent")
 SavingKind = Literal["block", "samplers"]
 Use = Literal["calibrate", "held-out"]
 
@@ -169,7 +168,7 @@ class LatencyTable:
             predicted = self.predict(check.plan)
             error = 100 * (predicted / check.measured_ms - 1)
             rows.append((check.plan.label, check.plan.text, check.use, check.measured_ms, predicted, error))
-        return pd.DataFrame(rows, columns=list(CHECK_COLUMNS))
+        return pd.DataFrame(rows, columns=list(LATENCY_CHECK_COLUMNS))
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON values, the architecture as its signature; ``latency_table_from_dict`` reads them back."""

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from prune_lab.counting import count_module, meta_copy
 from prune_lab.profiling.latency import measure_latency, random_inputs
 from prune_lab.runtime import pick_dtype, track
-
-PIPELINE_COLUMNS = ("part", "calls", "params", "macs", "median_ms", "share")
+from prune_lab.schemas import PIPELINE_COLUMNS
 
 
 class _Decoder(nn.Module):

@@ -22,9 +22,7 @@ from prune_lab.profiling.matrices import (
     levels_gone,
     sampler_levels,
 )
-
-PRICE_COLUMNS = ("params", "macs", "attention_macs", "paper_macs", "latency_ms", "activation_bytes")
-DISAGREEMENT_COLUMNS = ("name", "kind", "macs", "macs_share", "saved_ms", "latency_share", "ratio", "gap")
+from prune_lab.schemas import DISAGREEMENT_COLUMNS, PRICE_COLUMNS
 
 _COUNTED = ("params", "macs", "attention_macs")
 

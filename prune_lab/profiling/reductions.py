@@ -16,12 +16,7 @@ from prune_lab.plans import PruningPlan, is_native, native_layout, plan_of
 from prune_lab.profiling.costs import ModelLike, architecture_from, cost_table
 from prune_lab.profiling.latency import Latency, measure_latency, random_inputs
 from prune_lab.runtime import pick_dtype, seeded, track
-
-REDUCTION_COLUMNS = (
-    *("model", "plan", "params", "params_change", "macs", "macs_change", "paper_macs", "paper_macs_change"),
-    *("blocks_removed", "native", "uncounted"),
-)
-LATENCY_COLUMNS = ("median_ms", "p10_ms", "p90_ms", "runs", "latency_change")
+from prune_lab.schemas import REDUCTION_COLUMNS, REDUCTION_LATENCY_COLUMNS
 
 TEACHER = "teacher"
 
@@ -121,7 +116,7 @@ def reduction_table(
             times.append(_latency(architecture, plan, sizes, timing, device, form))
     frame = pd.DataFrame(rows, columns=list(REDUCTION_COLUMNS))
     if latency:
-        for column in LATENCY_COLUMNS[:-1]:
+        for column in REDUCTION_LATENCY_COLUMNS[:-1]:
             frame[column] = [None if time is None else getattr(time, column) for time in times]
         frame["latency_change"] = frame["median_ms"] / frame["median_ms"].iloc[0] - 1
     return frame

@@ -7,7 +7,6 @@ an order that their intervals do not support is called a tie.
 from __future__ import annotations
 
 from prune_lab.ranking.halving import (
-    TOURNAMENT_COLUMNS,
     Fate,
     HeldoutLosses,
     Tournament,
@@ -19,7 +18,6 @@ from prune_lab.ranking.halving import (
 )
 from prune_lab.ranking.paired import Difference, paired_difference, tie_groups
 from prune_lab.ranking.places import (
-    RANKING_COLUMNS,
     Contender,
     Origin,
     Place,
@@ -31,8 +29,6 @@ from prune_lab.ranking.places import (
 )
 
 __all__ = [
-    "RANKING_COLUMNS",
-    "TOURNAMENT_COLUMNS",
     "Contender",
     "Difference",
     "Fate",

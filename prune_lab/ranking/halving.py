@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from prune_lab.errors import ConfigError, DataError
 from prune_lab.ranking.paired import Difference, paired_difference
+from prune_lab.schemas import TOURNAMENT_COLUMNS
 
 _T = TypeVar("_T")
 Fate = Literal["kept", "dropped", "failed"]
@@ -28,11 +29,6 @@ Measure = Callable[[Sequence[str], int], Mapping[str, HeldoutLosses]]
 """Trains the named students on until each has taken that many steps; what they have come to, by name."""
 Draw = Callable[[Sequence[str], int], Mapping[str, NDArray[np.float64]]]
 """The CLIP score of the named students, as they are after that many steps, for every prompt and seed, by name."""
-
-TOURNAMENT_COLUMNS = (
-    *("rung", "steps", "name", "loss", "clip", "place", "fate", "tied", "against", "difference", "low"),
-    *("high", "reason"),
-)
 
 
 # Rungs -----------------------------------------------------------------------------------------------------------

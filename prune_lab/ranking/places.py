@@ -13,15 +13,11 @@ import pandas as pd
 
 from prune_lab.errors import DataError
 from prune_lab.ranking.paired import tie_groups
+from prune_lab.schemas import RANKING_COLUMNS
 
 Origin = Literal["teacher", "control", "search"]
 Status = Literal["teacher", "ranked", "dropped", "left out", "failed"]
 
-RANKING_COLUMNS = (
-    *("rank", "tie_group", "plan", "plan_id", "origin", "blocks_removed", "params", "macs", "paper_macs"),
-    *("median_ms", "impact_one_shot", "loss_before", "loss_after", "clip_before", "clip_after", "steps"),
-    *("rung", "pareto", "status", "reason"),
-)
 _OF_PLACE = ("rank", "tie_group", "pareto", "status", "reason")
 _COUNTS = ("blocks_removed", "params", "macs", "paper_macs", "steps", "rung")
 _FIGURES = ("median_ms", "impact_one_shot", "loss_before", "loss_after", "clip_before", "clip_after")

@@ -5,10 +5,9 @@ from prune_lab.repair.cuts import Cut, Reader, find_cuts, student_paths
 from prune_lab.repair.fitting import Change
 from prune_lab.repair.folding import Kind, Side, fold, why_not
 from prune_lab.repair.repairing import repair
-from prune_lab.repair.reports import COLUMNS, Choice, Repair, RepairReport
+from prune_lab.repair.reports import Choice, Repair, RepairReport
 
 __all__ = [
-    "COLUMNS",
     "Change",
     "Choice",
     "Cut",

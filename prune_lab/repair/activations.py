@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from prune_lab.errors import DataError
@@ -74,8 +74,8 @@ def _found(unet: Any, spot: Spot, inputs: dict[str, Any]) -> tuple[Tensor, Tenso
 
 
 def moments_at(
-    student: UNet2DConditionModel,
-    teacher: UNet2DConditionModel,
+    student: ModelMixin,
+    teacher: ModelMixin,
     spot: Spot,
     probe: Probe,
     folds: Sequence[int],

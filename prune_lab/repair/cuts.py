@@ -1,8 +1,8 @@
-"""Where removed blocks leave a cut in a U-Net, and who reads what stands there.
+"""Where removed blocks leave a cut in a model, and which units read the tensor that stands there.
 
-The student is walked on names, as ``plans.native`` does it: the hidden tensor and the waiting skips each carry two
-names, the unit that wrote the tensor in the student, and the unit whose output stands at that place in the teacher.
-Where the two differ, the student's reader gets something else than the teacher's did.
+The student is walked on names: the hidden tensor and the waiting skips each carry two names, the unit that wrote the
+tensor in the student, and the unit whose output stands at that place in the teacher. Where the two differ, the
+student's reader gets another tensor than the teacher's did.
 """
 
 from __future__ import annotations
@@ -12,11 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from prune_lab.blocks import Architecture
-from prune_lab.plans import PruningPlan, native_layout
-from prune_lab.prefix_sharing import gone_with, units_of
-
-STEM = "conv_in"
-HEAD = "conv_out"
+from prune_lab.plans import PruningPlan, gone_with, native_layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +33,8 @@ class Reader:
 class Cut:
     """Consecutive removed units, the unit before them, and every reader of what that unit writes.
 
-    Names are those of the teacher. ``before`` is ``conv_in`` where nothing survives before, a reader ``conv_out``
-    where nothing survives behind.
+    Names are those of the teacher. ``before`` is the model's stem (of a U-Net ``conv_in``) where nothing survives
+    before, a reader its head (``conv_out``) where nothing survives behind.
     """
 
     before: str
@@ -67,7 +63,7 @@ class Cut:
 
 
 def find_cuts(architecture: Architecture, plan: PruningPlan) -> tuple[Cut, ...]:
-    """The cuts that ``plan`` leaves in a U-Net of ``architecture``, in order of execution.
+    """The cuts that ``plan`` leaves in a model of ``architecture``, in order of execution.
 
     Samplers that leave with an innermost stage belong to the cut. Raises UnremovableBlockError or UnknownBlockError
     when the plan does not fit.
@@ -75,9 +71,9 @@ def find_cuts(architecture: Architecture, plan: PruningPlan) -> tuple[Cut, ...]:
     removed = gone_with(architecture, plan.removed)
     readers: dict[str, list[Reader]] = defaultdict(list)
     runs: dict[str, list[str]] = defaultdict(list)
-    writer, place = STEM, STEM
+    writer = place = architecture.family.stem
     skips = [(writer, place)]
-    for unit in units_of(architecture):
+    for unit in architecture.units:
         skip = skips.pop() if unit.takes_skip else None
         if unit.name in removed:
             runs[writer].append(unit.name)
@@ -89,13 +85,14 @@ def find_cuts(architecture: Architecture, plan: PruningPlan) -> tuple[Cut, ...]:
             writer = place = unit.name
         if unit.gives_skip:
             skips.append((writer, place))
-    readers[writer].append(Reader(HEAD, "main", place))
+    readers[writer].append(Reader(architecture.family.head, "main", place))
     return tuple(Cut(before, tuple(gone), tuple(readers[before])) for before, gone in runs.items())
 
 
 def teacher_paths(architecture: Architecture) -> dict[str, str]:
-    """Module path of every unit by name, ``conv_in`` among them."""
-    return {STEM: STEM} | {unit.name: unit.path for unit in units_of(architecture)}
+    """Module path of every unit by name, the stem among them."""
+    stem = architecture.family.stem
+    return {stem: stem} | {unit.name: unit.path for unit in architecture.units}
 
 
 def student_paths(architecture: Architecture, plan: PruningPlan) -> dict[str, str]:
@@ -103,7 +100,6 @@ def student_paths(architecture: Architecture, plan: PruningPlan) -> dict[str, st
 
     Raises NonNativePlanError when no plain diffusers config describes the student.
     """
-    sources = native_layout(architecture, plan).sources
-    moved = {theirs: ours for ours, theirs in sources.items()}
-    paths = teacher_paths(architecture)
-    return {name: moved.get(path, path) for name, path in paths.items() if path in moved or name == STEM}
+    layout = native_layout(architecture, plan)
+    paths = {name: layout.renamed(path) for name, path in teacher_paths(architecture).items()}
+    return {name: path for name, path in paths.items() if path is not None}

@@ -16,16 +16,13 @@ input u: there is nothing to fold.
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.downsampling import Downsample2D
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from prune_lab.families.endings import Layer, ending_of
 from prune_lab.repair.fitting import Change
 
 Kind = Literal["shift", "scale-shift", "linear", "refit"]
@@ -34,23 +31,12 @@ Side = Literal["before", "after"]
 MOST_UNKNOWNS = 6000  # per channel of a refit: the sums alone take their square, 8 bytes each, for every fold
 
 
-def last_layer(unit: nn.Module) -> nn.Conv2d | nn.Linear:
+def last_layer(unit: nn.Module) -> Layer:
     """The layer whose output a unit adds to its residual, or hands on where it has none."""
-    found: Any = unit
-    if isinstance(unit, ResnetBlock2D):
-        found = unit.conv2
-    elif isinstance(unit, Transformer2DModel):
-        found = unit.proj_out
-    elif isinstance(unit, (Downsample2D, Upsample2D)):
-        found = unit.conv
-    return cast("nn.Conv2d | nn.Linear", found)
+    return ending_of(unit).last
 
 
-def _divisor(unit: nn.Module) -> float:
-    return float(cast("float", unit.output_scale_factor)) if isinstance(unit, ResnetBlock2D) else 1.0
-
-
-def layer_features(layer: nn.Conv2d | nn.Linear, entering: Tensor) -> Tensor:
+def layer_features(layer: Layer, entering: Tensor) -> Tensor:
     """(B, P, F): for each output pixel the inputs that ``layer`` weighs, in the order of its flattened weight."""
     if isinstance(layer, nn.Linear):
         return entering
@@ -67,31 +53,27 @@ def layer_features(layer: nn.Conv2d | nn.Linear, entering: Tensor) -> Tensor:
 def why_not(kind: Kind, side: Side, unit: nn.Module | None, name: str) -> str:
     """Why a change of ``kind`` has no exact fold into ``unit``, which is called ``name``; empty when it has one.
 
-    ``side`` says where the unit stands; ``None`` stands for the U-Net's last norm and convolution.
+    ``side`` says where the unit stands; ``None`` stands for the model's last norm and layer.
     """
+    ending = None if unit is None else ending_of(unit)
     if side == "after":
-        if isinstance(unit, (Downsample2D, Upsample2D)):
+        if ending is not None and ending.linear:
             return (
                 "" if kind in ("scale-shift", "linear") else f"a {kind} does not go through {name}'s padding"
             )
-        norm = "norm" if isinstance(unit, Transformer2DModel) else "norm1"
-        reading = f"{norm} of {name}" if unit is not None else "conv_norm_out"
+        reading = f"{ending.norm} of {name}" if ending is not None else f"the norm ahead of {name}"
         return f"{reading} reads it: no map goes through a group norm"
+    assert ending is not None
     if kind == "refit":
-        layer = last_layer(cast("nn.Module", unit))
-        unknowns = layer.weight[0].numel()
+        unknowns = ending.last.weight[0].numel()
         if unknowns > MOST_UNKNOWNS:
             return (
                 f"the last layer of {name} weighs {unknowns:,} inputs; {MOST_UNKNOWNS:,} are solved for here"
             )
         return ""
-    if kind == "shift":
+    if kind == "shift" or not ending.adds_input or ending.shortcut is not None:
         return ""
-    own = {ResnetBlock2D: "norm1", Transformer2DModel: "norm"}
-    reads = next((norm for kind_of, norm in own.items() if isinstance(unit, kind_of)), "")
-    if not reads or (isinstance(unit, ResnetBlock2D) and unit.conv_shortcut is not None):
-        return ""
-    return f"{name} adds its own input, which its {reads} reads as well: only a shift folds into it"
+    return f"{name} adds its own input, which its {ending.norm} reads as well: only a shift folds into it"
 
 
 def _mapped(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
@@ -107,25 +89,25 @@ def fold(unit: nn.Module, kind: Kind, side: Side, change: Change) -> None:
 
     Only for what ``why_not`` has nothing against.
     """
-    layer = last_layer(unit)
+    ending = ending_of(unit)
+    layer, bias = ending.last, ending.divisor * change.bias
     old = layer.weight.double()
     if side == "after":
         # (out, in, k, k): the map acts on what is read
         layer.weight.copy_(torch.einsum("oikl,ij->ojkl", old, change.map))
     elif kind == "refit":
-        layer.weight.copy_(old + _divisor(unit) * change.weight.view_as(old))
-        cast("Tensor", layer.bias).add_(_divisor(unit) * change.bias)
+        layer.weight.copy_(old + ending.divisor * change.weight.view_as(old))
+        cast("Tensor", layer.bias).add_(bias)
     elif kind == "shift":
-        cast("Tensor", layer.bias).add_(_divisor(unit) * change.bias)
+        cast("Tensor", layer.bias).add_(bias)
     else:
-        _mapped(layer, change.map, _divisor(unit) * change.bias)
-        if isinstance(unit, ResnetBlock2D):
-            _mapped(cast("nn.Module", unit.conv_shortcut), change.map, torch.zeros_like(change.bias))
+        _mapped(layer, change.map, bias)
+        if ending.shortcut is not None:
+            _mapped(ending.shortcut, change.map, torch.zeros_like(change.bias))
 
 
 def folded_parameters(unit: nn.Module) -> list[nn.Parameter]:
     """The parameters that ``fold`` may change."""
-    parameters = list(last_layer(unit).parameters())
-    if isinstance(unit, ResnetBlock2D) and unit.conv_shortcut is not None:
-        parameters += list(unit.conv_shortcut.parameters())
-    return parameters
+    ending = ending_of(unit)
+    layers: list[nn.Module] = [ending.last, *([ending.shortcut] if ending.shortcut is not None else [])]
+    return [parameter for layer in layers for parameter in layer.parameters()]

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from prune_lab.blocks import architecture_of
@@ -22,7 +22,7 @@ from prune_lab.importance.outputs import mean_square
 from prune_lab.plans import PruningPlan, native_layout
 from prune_lab.probes import Probe, predict
 from prune_lab.repair.activations import Spot, inserted, moments_at, undone
-from prune_lab.repair.cuts import HEAD, Cut, find_cuts, student_paths, teacher_paths
+from prune_lab.repair.cuts import Cut, find_cuts, student_paths, teacher_paths
 from prune_lab.repair.fitting import Change, Form, Moments, fit
 from prune_lab.repair.folding import Kind, Side, fold, folded_parameters, why_not
 from prune_lab.repair.reports import Choice, Repair, RepairReport
@@ -91,8 +91,8 @@ class _Option:
 class _Bench:
     """The two models, and the rows they are compared on."""
 
-    student: UNet2DConditionModel
-    teacher: UNet2DConditionModel
+    student: ModelMixin
+    teacher: ModelMixin
     ours: Mapping[str, str]  # unit: module path in the student
     theirs: Mapping[str, str]  # and in the teacher
     fitted: Probe
@@ -102,7 +102,7 @@ class _Bench:
     batch: int
 
     def unit(self, name: str) -> nn.Module | None:
-        return None if name == HEAD else self.student.get_submodule(self.ours[name])
+        return self.student.get_submodule(self.ours[name]) if name in self.ours else None
 
     def impact(self) -> float:
         """Of the student as it is now, as ``importance`` defines output-mse."""
@@ -210,8 +210,8 @@ def _repair_side(bench: _Bench, cut: Cut, options: Sequence[_Option], impact: fl
 
 
 def _bench(
-    student: UNet2DConditionModel,
-    teacher: UNet2DConditionModel,
+    student: ModelMixin,
+    teacher: ModelMixin,
     plan: PruningPlan,
     probe: Probe,
     judged: Probe | None,
@@ -245,8 +245,8 @@ def _bench(
 
 
 def repair(
-    student: UNet2DConditionModel,
-    teacher: UNet2DConditionModel,
+    student: ModelMixin,
+    teacher: ModelMixin,
     plan: PruningPlan,
     probe: Probe,
     *,

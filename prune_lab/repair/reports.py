@@ -11,13 +11,9 @@ import pandas as pd
 from prune_lab.plans import PruningPlan
 from prune_lab.repair.cuts import Cut
 from prune_lab.repair.folding import Kind, Side
+from prune_lab.schemas import REPAIR_COLUMNS
 
 Choice = Literal["shift", "scale-shift", "linear", "refit", "best"]
-
-COLUMNS = (
-    *("cut", "also_read_by", "kind", "side", "unit", "folds", "applied", "reason", "strength"),
-    *("cut_error_before", "cut_error_after", "impact_before", "impact_after"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +71,8 @@ class RepairReport:
             [
                 repair.cut.label,
                 ", ".join(reader.text for reader in repair.cut.torn),
-                *(getattr(repair, column) for column in COLUMNS[2:]),
+                *(getattr(repair, column) for column in REPAIR_COLUMNS[2:]),
             ]
             for repair in self.repairs
         ]
-        return pd.DataFrame(rows, columns=list(COLUMNS))
+        return pd.DataFrame(rows, columns=list(REPAIR_COLUMNS))

@@ -1,4 +1,4 @@
-"""The U-Net drawn as a U: down stages on the left, the mid stage at the bottom, up stages on the right."""
+"""The blocks of a model drawn where its family places them: a U-Net as a U, with the mid stage at the bottom."""
 
 from __future__ import annotations
 
@@ -37,31 +37,30 @@ class Cell:
 def map_cells(frame: pd.DataFrame) -> tuple[tuple[Cell, ...], tuple[tuple[str, float, float, str], ...]]:
     """The cells of the blocks in ``frame`` (see ``block_map_frame``) and the stage labels (text, x, y, alignment).
 
-    Stages of one resolution share a row; each row is drawn in towards the middle by a step, which makes the U.
+    Stages of one row stand in lanes; the left and right lanes are drawn in towards the middle by a step for each row,
+    which makes the U.
     """
-    counts = frame.groupby("stage", sort=False).size()
-    down = [stage for stage in counts.index if str(stage).startswith("Dn")]
-    up = [stage for stage in counts.index if str(stage).startswith("Up")]
-    middle = [stage for stage in counts.index if stage not in (*down, *up)]
-    levels = max(len(down), len(up), 1)
-    left_width = max([int(counts[stage]) for stage in down], default=0)
-    gap = levels * _INDENT + 0.6
+    stages = frame.groupby("stage", sort=False).agg(
+        count=("name", "size"), lane=("lane", "first"), row=("row", "first")
+    )
+    sides = stages[stages["lane"] != "middle"]
+    left_width = (
+        int(stages.loc[stages["lane"] == "left", "count"].max()) if "left" in set(sides["lane"]) else 0
+    )
+    gap = (int(sides["row"].max()) + 1 if len(sides) else 1) * _INDENT + 0.6
     right_edge = left_width + 2 * gap  # where the innermost up stage would begin without its indent
     corner: dict[str, tuple[float, float]] = {}
     labels = []
-    for level, stage in enumerate(down):
-        indent = level * _INDENT
-        corner[stage] = (left_width - counts[stage] + indent, -level)
-        labels.append((stage, corner[stage][0] - 0.18, -level + _HEIGHT / 2, "right"))
-    for index, stage in enumerate(up):
-        level = levels - 1 - index if len(up) == levels else len(up) - 1 - index
-        corner[stage] = (right_edge - level * _INDENT, -level)
-        end = corner[stage][0] + counts[stage] - (_STEP - _WIDTH)
-        labels.append((stage, end + 0.18, -level + _HEIGHT / 2, "left"))
-    for stage in middle:
-        width = counts[stage] * _STEP
-        corner[stage] = ((left_width + right_edge - (_STEP - _WIDTH)) / 2 - width / 2, -levels)
-        labels.append((stage, corner[stage][0] - 0.18, -levels + _HEIGHT / 2, "right"))
+    for stage, count, lane, row in stages.itertuples(name=None):
+        x = {
+            "left": left_width - count + row * _INDENT,
+            "middle": (left_width + right_edge - (_STEP - _WIDTH)) / 2 - count * _STEP / 2,
+            "right": right_edge - row * _INDENT,
+        }[lane]
+        corner[stage] = (x, -row)
+        right = lane == "right"
+        edge = x + count - (_STEP - _WIDTH) + 0.18 if right else x - 0.18
+        labels.append((stage, edge, -row + _HEIGHT / 2, "left" if right else "right"))
     cells = tuple(
         Cell(name, corner[stage][0] + position * _STEP, corner[stage][1])
         for name, stage, position in zip(frame["name"], frame["stage"], frame["position"], strict=True)
@@ -147,7 +146,8 @@ def _draw_cells(
         if not numbers:
             continue
         ink = _ink_on(face, theme) if scored else theme.text
-        short = str(row["name"]).partition(".")[2] + ("" if row["removable"] else "*")
+        local = str(row["name"]).removeprefix(f"{row['stage']}.")
+        short = local + ("" if row["removable"] else "*")
         middle = cell.x + _WIDTH / 2
         axes.text(
             middle, cell.y + 0.45, short, ha="center", va="center", fontsize=9, weight="bold", color=ink
@@ -165,12 +165,11 @@ def _draw_cells(
 
 
 def _draw_skips(axes: Axes, cells: Sequence[Cell], frame: pd.DataFrame, theme: Theme) -> None:
-    """A dotted line per row for the skip connections that cross from the down to the up stage."""
-    down = frame["stage"].str.startswith("Dn").to_numpy()
-    up = frame["stage"].str.startswith("Up").to_numpy()
+    """A dotted line per row for the skip connections that cross from the left to the right lane."""
+    lanes = list(zip(cells, frame["lane"], strict=True))
     for y in {cell.y for cell in cells}:
-        ends = [cell.x + _WIDTH for cell, is_down in zip(cells, down, strict=True) if is_down and cell.y == y]
-        starts = [cell.x for cell, is_up in zip(cells, up, strict=True) if is_up and cell.y == y]
+        ends = [cell.x + _WIDTH for cell, lane in lanes if lane == "left" and cell.y == y]
+        starts = [cell.x for cell, lane in lanes if lane == "right" and cell.y == y]
         if ends and starts:
             height = y + _HEIGHT / 2
             axes.annotate(

@@ -16,34 +16,25 @@ from typing import Any
 import pandas as pd
 
 from prune_lab.errors import DataError, RunError
-from prune_lab.ranking import RANKING_COLUMNS, TOURNAMENT_COLUMNS
 from prune_lab.runs import Run
 from prune_lab.runtime import read_json
-
-BLOCK_COLUMNS = (
-    "name",
-    "stage",
-    "kind",
-    "in_channels",
-    "out_channels",
-    "params",
-    "macs",
-    "removable",
-    "reason",
+from prune_lab.schemas import (
+    BLOCK_COLUMNS,
+    COST_COLUMNS,
+    IMPORTANCE_COLUMNS,
+    PARTS_COLUMNS,
+    PIPELINE_COLUMNS,
+    PROMPTS_COLUMNS,
+    RANKING_COLUMNS,
+    RECOVERY_COLUMNS,
+    REDUCTION_COLUMNS,
+    TOURNAMENT_COLUMNS,
 )
-IMPORTANCE_COLUMNS = ("group", "kind", "blocks", "starred", "impact", "low", "high", "samples", "criterion")
-PARTS_COLUMNS = ("group", "kind", "criterion", "part", "of", "impact", "samples")
-COST_COLUMNS = ("name", "kind", "params", "macs", "attention_macs", "paper_macs")
-REDUCTION_COLUMNS = (
-    *("model", "plan", "params", "params_change", "macs", "macs_change"),
-    *("paper_macs", "paper_macs_change", "blocks_removed", "native"),
+
+MAP_COLUMNS = (
+    *("name", "stage", "kind", "lane", "row", "position", "removable"),
+    *("impact", "low", "high"),
 )
-PIPELINE_COLUMNS = ("part", "calls", "params", "macs", "median_ms", "share")
-RECOVERY_COLUMNS = ("step", "task", "output", "feature", "total", "validation")
-
-PICTURE_COLUMNS = ("file", "prompt", "seed")
-
-MAP_COLUMNS = ("name", "stage", "kind", "position", "removable", "impact", "low", "high")
 CURVE_COLUMNS = ("plan", "plan_id", "step", "part", "value")
 
 
@@ -144,7 +135,7 @@ def read_run(run: Run) -> RunTables:
         steps=_read_table(run.folder / "steps.csv", ("step", "seconds")),
         recoveries=recoveries,
         plans=plans,
-        prompts=_read_table(run.picture_prompts, PICTURE_COLUMNS),
+        prompts=_read_table(run.picture_prompts, PROMPTS_COLUMNS),
         teacher_pictures=_if_there(run.teacher_pictures),
         pictures=tuple(one for one in sets if one.pruned or one.distilled),
     )
@@ -155,7 +146,7 @@ def read_run(run: Run) -> RunTables:
 
 def block_map_frame(blocks: pd.DataFrame, importance: pd.DataFrame | None) -> pd.DataFrame:
     """One row per block in order of execution with its place in its stage and its impact (NaN: not scored)."""
-    frame = blocks[["name", "stage", "kind", "removable"]].copy()
+    frame = blocks[["name", "stage", "kind", "lane", "row", "removable"]].copy()
     frame["position"] = frame.groupby("stage", sort=False).cumcount()
     scores = pd.DataFrame(columns=["name", "impact", "low", "high"])
     if importance is not None:

@@ -10,6 +10,7 @@ from prune_lab.search.budgets import (
     Metric,
     PartPrices,
     parse_budget,
+    split_budgets,
     within,
 )
 from prune_lab.search.constraints import ANY_PLAN, Constraints, Limit, Quota, parse_quota
@@ -61,6 +62,7 @@ __all__ = [
     "sample_near",
     "search_plans",
     "similarity_control",
+    "split_budgets",
     "sweep_plans",
     "uniform_control",
     "within",

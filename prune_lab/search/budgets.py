@@ -142,6 +142,14 @@ class Budget:
         return prices_from(costs).of(plan, self.metric) <= self.limit
 
 
+def split_budgets(text: str) -> tuple[str, ...]:
+    """The single budgets in ``text``: ``macs<=65%, params<=6,000,000`` is two of them.
+
+    A comma inside a number is followed by digits, one between budgets by the name of a metric.
+    """
+    return tuple(re.split(r",(?!\s*\d)", text))
+
+
 def parse_budget(text: str, architecture: Architecture, costs: Costs) -> Budget:
     """The budget that ``text`` describes: ``macs<=66%``, ``params<=482346884`` or ``params<=bk-small``.
 
@@ -159,10 +167,15 @@ def parse_budget(text: str, architecture: Architecture, costs: Costs) -> Budget:
         )
     prices, value = prices_from(costs), match[2]
     total = prices.total(metric)
-    number = re.fullmatch(r"(\d[\d_,]*(?:\.\d+)?)\s*([a-zA-Z]*|%)", value)
+    number = re.fullmatch(r"(\d[\d_,]*(?:\.\d+)?|\.\d+)\s*([a-zA-Z]*|%)", value)
     amount = Decimal(re.sub("[_,]", "", number[1])) if number else Decimal(0)
     units = _UNITS[metric]
     limit: Decimal | int | float
+    if number and not number[2] and 0 < amount < 1 and metric != "latency_ms":  # 0.5 ms is a time
+        raise BudgetError(
+            f"cannot use the budget {text!r}: {value} is a share without its unit; "
+            f"write {100 * amount.normalize():f}% or {value}x"
+        )
     if number and number[2] in ("%", "x"):
         limit = amount * Decimal(total) / (100 if number[2] == "%" else 1)
     elif number and number[2] in units:

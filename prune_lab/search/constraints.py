@@ -61,7 +61,7 @@ class Constraints:
     ``keep`` and ``remove`` name blocks or whole stages; a stage in ``remove`` stands for all that can be removed from
     it. ``least_resnets`` residual blocks stay in every stage (0: no rule; BK-SDM-Tiny empties its inner stages).
     ``longest_run`` caps how many blocks in a row, in order of execution, leave together. With ``native_only`` a
-    plain ``UNet2DConditionModel`` config has to describe what is left.
+    plain diffusers config has to describe what is left.
     """
 
     keep: tuple[str, ...] = ()

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from prune_lab.blocks import Architecture, block_groups
 from prune_lab.errors import PlanError
-from prune_lab.plans import PLAN_PRESETS, PruningPlan, parse_plan, plan_of
+from prune_lab.plans import PruningPlan, parse_plan, plan_of
 from prune_lab.search.budgets import Budget, Costs, prices_from, within
 from prune_lab.search.constraints import Constraints
 from prune_lab.search.effects import Scores, predicted_impact
@@ -23,12 +23,13 @@ from prune_lab.search.sampling import sample_near
 def bk_control(
     architecture: Architecture, costs: Costs, budgets: Sequence[Budget], constraints: Constraints = NATIVE
 ) -> PruningPlan | None:
-    """The largest of BK-SDM's Base, Small and Tiny (arXiv:2305.15798) within budgets and constraints, by its name.
+    """The largest of the family's named plans within budgets and constraints; of a U-Net BK-SDM's Base, Small and Tiny
+    (arXiv:2305.15798).
 
-    None when none of them is, or the U-Net is of a shape that they are not defined for.
+    None when none of them is, or the model is of a shape that they are not defined for.
     """
     try:
-        plans = [parse_plan(name, architecture) for name in PLAN_PRESETS]
+        plans = [parse_plan(name, architecture) for name in architecture.family.plans]
     except PlanError:
         return None
     return _largest(plans, architecture, costs, budgets, constraints)
@@ -154,14 +155,12 @@ def _largest(
 
 def _patterns(architecture: Architecture) -> Iterator[frozenset[str]]:
     """Removable blocks of every set of places, fewest places first; a set that adds nothing is listed once."""
-    places = dict.fromkeys(block.name.split(".")[1] for block in architecture.blocks)
+    places = dict.fromkeys(block.local_name for block in architecture.blocks)
     seen = set()
     for size in range(1, len(places) + 1):
         for chosen in itertools.combinations(places, size):
             blocks = frozenset(
-                block.name
-                for block in architecture.blocks
-                if block.removable and block.name.split(".")[1] in chosen
+                block.name for block in architecture.blocks if block.removable and block.local_name in chosen
             )
             if blocks not in seen:
                 seen.add(blocks)

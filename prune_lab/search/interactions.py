@@ -31,16 +31,16 @@ Matrix = NDArray[np.float64]
 class InteractionFit:
     """Effects fitted to measured plans, and how well plans that were held out are predicted.
 
-    ``r2`` is 1 - (mean squared error) / (variance), ``rank`` Spearman's correlation of prediction and measurement,
-    both over all plans, each predicted by a fit without it. ``additive_r2`` and ``additive_rank`` are the same without
-    pairs. NaN where the measurements do not differ. ``strength`` is the penalty chosen for ``effects``.
+    ``r2`` is 1 - (mean squared error) / (variance), ``rank_correlation`` Spearman's of prediction and measurement, both
+    over all plans, each predicted by a fit without it. ``additive_r2`` and ``additive_rank_correlation`` are the same
+    without pairs. NaN where the measurements do not differ. ``strength`` is the penalty chosen for ``effects``.
     """
 
     effects: Effects
     r2: float
-    rank: float
+    rank_correlation: float
     additive_r2: float
-    additive_rank: float
+    additive_rank_correlation: float
     strength: float
     plans: int
 

@@ -1,7 +1,8 @@
 """The plans that a search may choose from: one option per level, within constraints and budgets.
 
-A native plan is one option of each level of resolution (``plans.native_choices``). Any plan is the same thing with one
-level per removable block, which stays or goes. All solvers work on levels of options and so serve both.
+A native plan is one option of each level (``plans.native_choices``; of a U-Net a level of resolution). Any plan is the
+same thing with one level per removable block, which stays or goes. All solvers work on levels of options and so serve
+both.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from prune_lab.blocks import Architecture, block_groups
+from prune_lab.blocks import Architecture
 from prune_lab.errors import PlanError
-from prune_lab.plans import PruningPlan, native_choices, plan_of, removed_samplers
+from prune_lab.plans import PruningPlan, native_choices, plan_of
 from prune_lab.search.budgets import Budget, Costs, PartPrices, prices_from, within
 from prune_lab.search.constraints import Constraints, Limit
 
@@ -95,13 +96,13 @@ def _satisfying_alone(level: tuple[Removed, ...], limits: tuple[Limit, ...]) -> 
 
 @functools.lru_cache(maxsize=16)
 def sampler_groups(architecture: Architecture) -> tuple[tuple[Removed, tuple[str, ...]], ...]:
-    """What leaves by itself: (blocks, samplers) where the samplers leave once all of these blocks are gone."""
-    found: list[tuple[Removed, tuple[str, ...]]] = []
-    counted: set[str] = set()
-    for group in block_groups(architecture, "inner"):
-        samplers = removed_samplers(architecture, plan_of(architecture, group.blocks))
-        new = tuple(name for name in samplers if name not in counted)
-        if new:
-            found.append((frozenset(group.blocks), new))
-        counted.update(new)
-    return tuple(found)
+    """What leaves by itself, innermost first: (blocks, samplers) where the samplers leave once all of these blocks are
+    gone. Samplers that leave with a block that cannot be removed are not listed.
+    """
+    removable = {block.name for block in architecture.blocks if block.removable}
+    found: dict[Removed, tuple[str, ...]] = {}
+    for sampler in architecture.samplers:
+        blocks = frozenset(sampler.leaves_with)
+        if blocks <= removable:
+            found[blocks] = (*found.get(blocks, ()), sampler.name)
+    return tuple(sorted(found.items(), key=lambda group: len(group[0])))

@@ -17,16 +17,12 @@ from prune_lab.models import resolve_model
 from prune_lab.plans import PruningPlan, is_native, plan_of, read_plans
 from prune_lab.profiling import CostTable, PlanCost, cost_table
 from prune_lab.runs import CandidatePaths, Run, open_run
+from prune_lab.schemas import COMPARISON_COLUMNS
 from prune_lab.search import predicted_impact
 from prune_lab.session import Session
 from prune_lab.workflow.measuring import ensure_costs, ensure_scores
 from prune_lab.workflow.searching import ensure_plans, goes_by, impact_by_walk
 
-COMPARISON_COLUMNS = (
-    *("name", "kind", "blocks_removed", "params", "params_change", "macs", "macs_change"),
-    *("paper_macs", "paper_macs_change", "native", "predicted_impact", "impact", "median_ms"),
-    *("loss_before", "loss_after", "clip_before", "clip_after"),
-)
 _MEASURED = ("median_ms", "loss_before", "loss_after", "clip_before", "clip_after")
 
 

@@ -15,22 +15,12 @@ from prune_lab.errors import RunError
 from prune_lab.processes import is_main, join, main_process_first
 from prune_lab.ranking import Tournament, tournament_from_frame
 from prune_lab.runtime import write_frame
+from prune_lab.schemas import RECOVERY_SUMMARY_COLUMNS
 from prune_lab.session import Session
 from prune_lab.surgery import pipeline_with
 from prune_lab.workflow.measuring import ensure_scores
 from prune_lab.workflow.searching import ensure_plans, plan_named
 from prune_lab.workflow.students import ensure_candidates, ensure_repaired
-
-RECOVERY_TABLE_COLUMNS = (
-    "plan",
-    "plan_id",
-    "status",
-    "steps",
-    "loss_before",
-    "loss_after",
-    "seconds",
-    "reason",
-)
 
 
 def ensure_tournament(session: Session, candidates: Sequence[Candidate]) -> Tournament:
@@ -96,11 +86,11 @@ def save_students(
 
 
 def recovery_frame(session: Session) -> pd.DataFrame:
-    """One row per candidate that was distilled, in order of the plans; columns RECOVERY_TABLE_COLUMNS."""
+    """One row per candidate that was distilled, in order of the plans; columns RECOVERY_SUMMARY_COLUMNS."""
     rows = []
     for plan in ensure_plans(session):
         recovery = load_recovery(session.run.candidate(plan.id).folder)
         if recovery is not None:
             figures = (recovery.before, recovery.after, recovery.seconds, recovery.reason)
             rows.append((plan.label, plan.id, recovery.status, recovery.steps, *figures))
-    return pd.DataFrame(rows, columns=list(RECOVERY_TABLE_COLUMNS))
+    return pd.DataFrame(rows, columns=list(RECOVERY_SUMMARY_COLUMNS))

@@ -16,7 +16,8 @@ from prune_lab.profiling import cost_table
 from prune_lab.ranking import Ranking
 from prune_lab.runs import Run, load_run_config, open_run
 from prune_lab.runtime import track, write_frame
-from prune_lab.search import check_reachable, parse_budget
+from prune_lab.schemas import STEP_SECONDS_COLUMNS, STEPS_COLUMNS
+from prune_lab.search import check_reachable, parse_budget, split_budgets
 from prune_lab.session import Session
 from prune_lab.workflow.measuring import (
     controls,
@@ -27,8 +28,6 @@ from prune_lab.workflow.ranking import ensure_ranking
 from prune_lab.workflow.searching import constraints_of
 from prune_lab.workflow.steps import STEPS, first_touched, forget, start_run, steps_from, touching
 
-STEPS_COLUMNS = ("step", "state", "does")
-
 
 def check_budgets(config: RunConfig) -> None:
     """Raise BudgetError when one of ``search.budgets`` cannot be read, or no native plan meets it; needs no weights."""
@@ -38,7 +37,7 @@ def check_budgets(config: RunConfig) -> None:
     costs, constraints = cost_table(architecture), constraints_of(config)
     for text in config.search.budgets:
         # What has to be measured first, latency and memory, is checked when it is.
-        counted = [one for one in text.split(",") if not re.match(r"\s*(latency|memory)", one)]
+        counted = [one for one in split_budgets(text) if not re.match(r"\s*(latency|memory)", one)]
         budgets = [parse_budget(one, architecture, costs) for one in counted]
         check_reachable(architecture, costs, budgets, constraints=constraints)
 
@@ -85,14 +84,14 @@ def run_all(config: RunConfig, folder: Path, *, force: bool = False) -> Ranking:
     check_settings(session)
     known = _recorded_seconds(run)
     seconds: dict[str, float] = {}
-    for step in track(STEPS, "steps"):
+    for step in track(STEPS, "step", name=lambda step: step.name):
         finished = all(run.done(path) for path in step.marks(run))
         start = time.perf_counter()
         step.ensure(session)
         took = time.perf_counter() - start
         seconds[step.name] = known.get(step.name, took) if finished else took
         rows = list(seconds.items())
-        write_frame(run.steps, pd.DataFrame(rows, columns=["step", "seconds"]))
+        write_frame(run.steps, pd.DataFrame(rows, columns=list(STEP_SECONDS_COLUMNS)))
     return ensure_ranking(session)
 
 

@@ -27,6 +27,7 @@ from prune_lab.ranking import (
 )
 from prune_lab.report import write_report
 from prune_lab.runtime import write_frame
+from prune_lab.schemas import PICTURES_COLUMNS
 from prune_lab.session import Session, training_and_validation
 from prune_lab.workflow.measuring import ensure_costs, ensure_reductions
 from prune_lab.workflow.searching import ensure_plans, left_out
@@ -200,4 +201,4 @@ def quality_frame(session: Session) -> pd.DataFrame:
             values.append(
                 (plan_label, plan_id, weights, len(scores), float(scores.mean()), float(scores.min()))
             )
-    return pd.DataFrame(values, columns=["plan", "plan_id", "weights", "pictures", "clip", "clip_low"])
+    return pd.DataFrame(values, columns=list(PICTURES_COLUMNS))

@@ -20,6 +20,7 @@ from prune_lab.profiling import activation_table
 from prune_lab.profiling.costs import REST
 from prune_lab.runs import Run
 from prune_lab.runtime import read_json, track, write_frame, write_json
+from prune_lab.schemas import PLANS_COLUMNS, SEARCHED_COLUMNS, SEARCHES_COLUMNS
 from prune_lab.search import (
     Budget,
     Constraints,
@@ -28,6 +29,7 @@ from prune_lab.search import (
     parse_budget,
     parse_quota,
     predicted_impact,
+    split_budgets,
 )
 from prune_lab.session import Session, run_scoring_context
 from prune_lab.workflow.measuring import (
@@ -37,18 +39,6 @@ from prune_lab.workflow.measuring import (
     ensure_scores,
 )
 from prune_lab.workflow.solving import SOLVERS, Question, controls_for
-
-SEARCHED_COLUMNS = ("plan_id", "origin", "name", "budget")
-SEARCHES_COLUMNS = (
-    *("budget", "solver", "plans", "measured", "seconds"),
-    *("pairs", "r2", "rank", "additive_r2", "additive_rank"),
-)
-PLANS_COLUMNS = (
-    *("plan", "plan_id", "origin", "budgets", "removed", "blocks_removed", "params", "params_change"),
-    *("macs", "macs_change", "paper_macs", "paper_macs_change", "latency_ms", "latency_change"),
-    *("predicted_impact", "native"),
-)
-
 
 # What is asked for ---------------------------------------------------------------------------------------------
 
@@ -68,7 +58,7 @@ def constraints_of(config: RunConfig) -> Constraints:
 
 def parse_budgets(text: str, architecture: Architecture, prices: PartPrices) -> tuple[Budget, ...]:
     """The budgets that hold at once in ``text``, with commas between them. Raises BudgetError."""
-    return tuple(parse_budget(one, architecture, prices) for one in text.split(","))
+    return tuple(parse_budget(one, architecture, prices) for one in split_budgets(text))
 
 
 def prices_of(session: Session) -> PartPrices:
@@ -133,7 +123,9 @@ def _write_plans(session: Session) -> None:
             answer = SOLVERS[settings.solver](question)
             seconds = time.perf_counter() - start
             row = {"budget": asked, "solver": settings.solver, "plans": len(answer.plans)}
-            searches.append(row | {"measured": answer.measured, "seconds": seconds} | dict(answer.merits))
+            searches.append(
+                row | {"sets_measured": answer.measured, "seconds": seconds} | dict(answer.merits)
+            )
             found += [("search", asked, plan) for plan in _named(answer.plans, settings.solver, asked)]
             if at_budget:
                 found += [("control", asked, plan) for plan in controls_for(question, at_budget)]

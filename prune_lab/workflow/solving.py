@@ -96,9 +96,9 @@ def _interactions(question: Question) -> SolverResult:
     merits = {
         "pairs": len(fit.pairs),
         "r2": fit.r2,
-        "rank": fit.rank,
+        "rank_correlation": fit.rank_correlation,
         "additive_r2": fit.additive_r2,
-        "additive_rank": fit.additive_rank,
+        "additive_rank_correlation": fit.additive_rank_correlation,
     }
     kept = tuple(unique.values())[: settings.count]
     return SolverResult(kept, len(learned) + len(plans) + found.measured, tuple(merits.items()))

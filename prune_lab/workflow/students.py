@@ -12,12 +12,10 @@ from prune_lab.candidates import Candidate, build_candidate, load_candidate, loa
 from prune_lab.plans import PruningPlan
 from prune_lab.repair import Choice, repair
 from prune_lab.runtime import track, write_frame
+from prune_lab.schemas import REPAIRED_COLUMNS
 from prune_lab.session import Session, ensure_probe
 from prune_lab.surgery import save_unet
 from prune_lab.workflow.searching import ensure_plans, left_out
-
-REPAIRED_COLUMNS = ("plan", "plan_id", "kind", "applied", "impact_before", "impact_after")
-
 
 # Candidates --------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,19 @@
+"""The verb that lists what there is to remove: blocks."""
+
+from __future__ import annotations
+
+from prune_lab.cli.application import app
+from prune_lab.cli.options import JsonOption, ModelArgument, WideOption
+from prune_lab.cli.output import emit, records
+
+
+@app.command()
+def blocks(model: ModelArgument, as_json: JsonOption = False, wide: WideOption = False) -> None:
+    """List the blocks of MODEL: kind, channels, parameters, MACs, and whether each can be removed."""
+    from prune_lab.blocks import architecture_of, blocks_frame
+    from prune_lab.models import resolve_model
+
+    architecture = architecture_of(resolve_model(model).config)
+    emit(
+        "blocks", records(blocks_frame(architecture)), as_json=as_json, wide=wide, title=f"Blocks of {model}"
+    )

@@ -1,0 +1,101 @@
+"""The verb that encodes training pictures once: cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prune_lab.cli.application import app
+from prune_lab.cli.options import (
+    MODEL_HELP,
+    ConfigOption,
+    DeviceOption,
+    ForceOption,
+    JsonOption,
+    SeedOption,
+    SetOption,
+    WideOption,
+    for_setting,
+)
+from prune_lab.cli.output import emit
+from prune_lab.cli.run_context import settings_of
+from prune_lab.errors import ConfigError, DataError, RunError
+
+
+@app.command()
+def cache(
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder of the cache; the same command again goes on in it.")
+    ],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")] = "",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            help="Pictures with captions: reference, a folder, .parquet or .tar files (also as a glob), or a hub id.",
+        ),
+    ] = None,
+    limit: Annotated[int | None, for_setting("data.limit")] = None,
+    crop: Annotated[str | None, for_setting("data.crop")] = None,
+    flip: Annotated[bool | None, for_setting("data.flip", "--flip/--no-flip")] = None,
+    config: ConfigOption = None,
+    assign: SetOption = [],  # noqa: B006 - typer makes a new list for every call
+    device: DeviceOption = None,
+    seed: SeedOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    wide: WideOption = False,
+) -> None:
+    """Encode pictures and captions with the VAE and text encoder of MODEL, once, into a folder to train from.
+
+    Name the folder as data.source of a run. With `accelerate launch` all processes build their share.
+    """
+    options = {"data.source": data, "data.limit": limit, "data.crop": crop, "data.flip": flip}
+    options |= {"device": device, "seed": seed}
+    settings = settings_of(model, None, config, assign, options)
+    if not settings.data.source:
+        raise ConfigError(
+            "asked to build a cache without saying of which pictures; give --data, or data.source in --config"
+        )
+    from prune_lab.distill import build_cache, is_cache, source_of
+    from prune_lab.models import load_pipeline, resolve_model
+    from prune_lab.processes import is_main, join
+    from prune_lab.runtime import pick_device, pick_dtype, progress_shown
+
+    if is_cache(Path(settings.data.source).expanduser()):
+        raise DataError(
+            f"asked to cache {settings.data.source}, a finished cache; give it as data.source of a run as it is"
+        )
+    join()  # first: it gives each process its GPU
+    model_source = resolve_model(settings.model)
+    if not model_source.is_pipeline:
+        raise RunError(
+            f"asked to encode pictures with {settings.model!r}, a {model_source.kind} without text encoder and VAE; "
+            "give 'reference', a pipeline folder or a hub id"
+        )
+    source = source_of(settings.data)
+    pipeline = load_pipeline(
+        model_source, device=pick_device(settings.device), dtype=pick_dtype(settings.dtype)
+    )
+    if is_main():
+        with progress_shown():
+            built = build_cache(pipeline, source, settings.data, out, force=force)
+    else:
+        build_cache(pipeline, source, settings.data, out, force=force)
+        return
+    found = built.cache
+    row = {
+        "data": settings.data.source,
+        "folder": str(out),
+        "rows": len(found),
+        "left_out": len(found.left_out),
+        "variants": found.variants,
+        "shards": len(found.shards),
+        "bytes": found.bytes,
+        "encoded": built.encoded,
+        "seconds": round(built.seconds, 3),
+        "pictures_per_second": round(built.encoded / built.seconds, 1),
+    }
+    emit("cache", [row], as_json=as_json, wide=wide, title=f"Cache for {settings.model}")

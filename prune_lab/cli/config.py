@@ -1,0 +1,68 @@
+"""The verb that shows settings: config."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from prune_lab.cli.application import app
+from prune_lab.cli.options import ConfigOption, JsonOption, RunOption, SetOption, WideOption
+from prune_lab.cli.output import emit
+from prune_lab.cli.run_context import settings_of
+from prune_lab.config import (
+    SETTINGS,
+    RunConfig,
+    parse_assignment,
+    setting_values,
+    to_toml,
+    toml_literal,
+    with_settings,
+)
+
+
+@app.command()
+def config(
+    show: Annotated[
+        bool, typer.Option("--show", help="Every setting with its default, its meaning, and who reads it.")
+    ] = False,
+    file: ConfigOption = None,
+    run: RunOption = None,
+    assign: SetOption = [],  # noqa: B006
+    as_json: JsonOption = False,
+    wide: WideOption = False,
+) -> None:
+    """Print all settings as TOML, ready to be changed and given as --config; with --show, what each of them means.
+
+    With --config, --run or --set they have the values that a job would have.
+    """
+    asked = bool(file or run or assign)
+    if file or run:
+        settings = settings_of("", run, file, assign, {})
+    else:
+        settings = with_settings(RunConfig(), dict(map(parse_assignment, assign)))
+    if show or as_json:
+        emit("settings", _rows(settings, asked, as_json), as_json=as_json, wide=wide, title="Settings")
+    else:
+        typer.echo(to_toml(settings), nl=False)
+
+
+def _rows(settings: RunConfig, asked: bool, as_json: bool) -> list[dict[str, Any]]:
+    """One row per setting, the value beside the default where values were ``asked`` for; as in TOML for a person."""
+
+    def written(value: object) -> object:
+        return value if as_json else toml_literal(value)
+
+    values = setting_values(settings)
+    return [
+        {
+            "setting": name,
+            **({"value": written(values[name])} if asked else {}),
+            "default": written(setting.default),
+            "read_by": setting.read_by,
+            "meaning": setting.meaning,
+            "choices": list(setting.choices),
+            "may_change": setting.free,
+        }
+        for name, setting in SETTINGS.items()
+    ]

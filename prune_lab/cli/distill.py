@@ -1,0 +1,117 @@
+"""The verb that retrains students: distill."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prune_lab.cli.application import app
+from prune_lab.cli.options import (
+    ConfigOption,
+    DeviceOption,
+    ForceOption,
+    JsonOption,
+    OptionalModel,
+    RunOption,
+    SeedOption,
+    SetOption,
+    WideOption,
+    for_setting,
+)
+from prune_lab.cli.output import emit, records
+from prune_lab.cli.run_context import model_or_run, run_opened, settings_of
+from prune_lab.errors import RunError
+from prune_lab.processes import is_main, join, main_process_first
+from prune_lab.runs import open_run
+
+
+@app.command()
+def distill(
+    model: OptionalModel = "",
+    plan: Annotated[
+        list[str],
+        typer.Option("--plan", help="What is distilled; of a run: id, name or text; may be repeated."),
+    ] = [],  # noqa: B006
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            help="Pictures with captions: a folder, .parquet, .tar, hub id, or a cache; default: shipped.",
+        ),
+    ] = None,
+    steps: Annotated[int | None, for_setting("distill.steps")] = None,
+    batch: Annotated[int | None, for_setting("distill.batch")] = None,
+    learning_rate: Annotated[float | None, for_setting("distill.learning_rate")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Pipeline folder to write the student to; of several, a folder for each."),
+    ] = None,
+    run: RunOption = None,
+    config: ConfigOption = None,
+    assign: SetOption = [],  # noqa: B006
+    device: DeviceOption = None,
+    seed: SeedOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    wide: WideOption = False,
+) -> None:
+    """Retrain pruned students from MODEL, all on one teacher pass per batch; the same command again resumes.
+
+    For MODEL the folder of a run may stand: its candidates are distilled. Else --plan says what is cut and distilled,
+    and state, curves and tables lie in --run, or in OUT.run beside the student. With `accelerate launch` all processes
+    share each batch, and one of them writes.
+    """
+    model, run = model_or_run(model, run)
+    folder = run or (out.with_name(f"{out.name}.run") if out else None)
+    if folder is None:
+        raise RunError(
+            f"asked to distil students of {model or 'no model'} without saying where to; give --out DIR or --run DIR"
+        )
+    fresh = bool(model) and not config and not open_run(folder, must_exist=False).config.is_file()
+    if fresh and not plan:
+        raise RunError(
+            f"asked to distil students of {model}, found no plan; give --plan, such as --plan bk-small"
+        )
+    options = {
+        "data.source": data,
+        "distill.steps": steps,
+        "distill.batch": batch,
+        "distill.learning_rate": learning_rate,
+        "device": device,
+        "seed": seed,
+    }
+    settings = settings_of(model, folder, config, assign, options)
+    if fresh:
+        asked = dataclasses.replace(settings.search, budgets=(), controls=tuple(plan))
+        settings = dataclasses.replace(settings, search=asked)
+    join()
+    with run_opened(settings, folder, force=force) as opened:
+        from prune_lab.workflow import (
+            Session,
+            ensure_distilled,
+            ensure_plans,
+            forget,
+            plan_named,
+            recovery_frame,
+            save_students,
+        )
+
+        session = Session(opened)
+        with main_process_first():
+            plans = ensure_plans(session)
+            ids = tuple(plan_named(plans, text, session).id for text in plan)
+            if force and is_main():
+                forget(opened, "distilled", plan_ids=ids or None)
+        ensure_distilled(session, only=ids)
+        if not is_main():
+            return
+        frame = recovery_frame(session)
+        if out:
+            written = save_students(session, out, only=ids, force=force)
+            for path in written:
+                typer.echo(f"student: {path}", err=True)
+    title = f"Recovery after {settings.distill.steps} steps"
+    emit("recovery", records(frame), as_json=as_json, wide=wide, title=title)

@@ -1,0 +1,78 @@
+"""The verb that draws pictures and judges them: evaluate. Models are judged in a temporary run folder."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from prune_lab.cli.application import app
+from prune_lab.cli.options import (
+    MODEL_HELP,
+    ConfigOption,
+    DeviceOption,
+    JsonOption,
+    RunOption,
+    SeedOption,
+    SetOption,
+    WideOption,
+)
+from prune_lab.cli.output import emit, records
+from prune_lab.cli.run_context import run_opened, settings_of
+from prune_lab.errors import RunError
+from prune_lab.runs import open_run
+
+
+@app.command()
+def evaluate(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help=MODEL_HELP)] = [],  # noqa: B006
+    base: Annotated[str, typer.Option("--base", help="Pipeline in which U-Net folders draw.")] = "reference",
+    prompt: Annotated[
+        list[str], typer.Option("--prompt", help="What to draw; may be repeated; default: held-out captions.")
+    ] = [],  # noqa: B006
+    run: RunOption = None,
+    config: ConfigOption = None,
+    assign: SetOption = [],  # noqa: B006
+    device: DeviceOption = None,
+    seed: SeedOption = None,
+    as_json: JsonOption = False,
+    wide: WideOption = False,
+) -> None:
+    """Draw and judge: CLIP score and held-out loss of models, or the pictures of a run's teacher and candidates."""
+    if bool(models) == bool(run):
+        raise RunError(
+            "asked to evaluate; give models, or --run DIR for the candidates of a run, and not both"
+        )
+    if run:
+        if config or prompt or assign or seed is not None:
+            raise RunError(
+                f"asked to evaluate {run} with other settings; its pictures are drawn with its own: "
+                "give models instead, or change the run's settings with prune-lab run"
+            )
+        from prune_lab.runtime import progress_shown
+        from prune_lab.workflow import Session, quality_frame
+
+        with progress_shown():
+            frame = quality_frame(Session(open_run(run, must_exist=True)))
+        emit("pictures", records(frame), as_json=as_json, wide=wide, title=f"Pictures of {run}")
+        return
+    rows = []
+    options = {
+        "evaluate.prompts": tuple(prompt),
+        "evaluate.seeds": () if seed is None else (seed,),
+        "device": device,
+        "seed": seed,
+    }
+    for text in models:
+        from prune_lab.models import load_unet, resolve_model
+
+        source = resolve_model(text)
+        settings = settings_of(text if source.is_pipeline else base, None, config, assign, options)
+        with run_opened(settings, None) as opened:
+            from prune_lab.workflow import Session, quality
+
+            session = Session(opened)
+            # the device first: loading is what can fail
+            unet = session.unet if source.is_pipeline else load_unet(source, device=session.device)
+            rows.append({"model": text, "pictures": len(session.prompts), **quality(session, unet)})
+    emit("quality", rows, as_json=as_json, wide=wide, title="Quality")

@@ -1,0 +1,52 @@
+"""The verb that draws pictures: generate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prune_lab.cli.application import app
+from prune_lab.cli.options import DeviceOption, DtypeOption, ForceOption, ModelArgument
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[list[str], typer.Option("--prompt", help="What to draw; may be repeated.")],
+    out: Annotated[Path, typer.Option("--out", help="PNG to write; several pictures become one grid.")],
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the first picture of each prompt.", min=0)] = 0,
+    count: Annotated[
+        int, typer.Option("--count", help="Pictures per prompt, seeds seed, seed+1, ...", min=1)
+    ] = 1,
+    steps: Annotated[int, typer.Option("--steps", help="Denoising steps.", min=1)] = 25,
+    guidance: Annotated[float, typer.Option("--guidance", help="Classifier-free guidance scale.")] = 7.5,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    force: ForceOption = False,
+) -> None:
+    """Draw pictures with MODEL; one row per prompt, one column per seed."""
+    from prune_lab.errors import StorageError
+    from prune_lab.evaluation import generate as draw
+    from prune_lab.evaluation import save_grid
+    from prune_lab.models import load_pipeline, resolve_model
+    from prune_lab.runtime import pick_device, pick_dtype, progress_shown
+
+    if out.suffix.lower() != ".png":
+        raise StorageError(
+            f"asked to write {out}; pictures are written as PNG: give a name that ends in .png"
+        )
+    if out.exists() and not force:
+        raise StorageError(f"asked to write {out}, which is there already; give another name or --force")
+    pipeline = load_pipeline(
+        resolve_model(model), device=pick_device(device or "auto"), dtype=pick_dtype(dtype or "float32")
+    )
+    seeds = tuple(range(seed, seed + count))
+    with progress_shown():
+        pictures = draw(pipeline, tuple(prompt), seeds, steps=steps, guidance=guidance)
+    save_grid(out, pictures, columns=count)
+    typer.echo(
+        f"wrote {out}: {len(pictures)} pictures of {pictures.shape[-1]} x {pictures.shape[-2]} pixels",
+        err=True,
+    )

@@ -1,0 +1,77 @@
+"""The options that several verbs share, and what became of those that verbs had once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prune_lab.config import SETTINGS
+
+MODEL_HELP = "reference, a preset (sd-v1.4), a pipeline or U-Net folder, a U-Net config.json, or a hub id."
+
+ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")]
+OptionalModel = Annotated[str, typer.Argument(help=MODEL_HELP + " Or the folder of a run.", metavar="MODEL")]
+PlanOption = Annotated[
+    list[str],
+    typer.Option(
+        "--plan", help='Plan: bk-base, "bk-small +Md", "-Dn1.R2 -Dn1.A2" or a plan.json; may be repeated.'
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print a JSON list of objects instead of a table.")]
+WideOption = Annotated[bool, typer.Option("--wide", help="All columns, not only those that decide.")]
+RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder; made when it is not there.")]
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML with the settings of the job.")]
+SetOption = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="TABLE.KEY=VALUE",
+        help="Any other setting; may be repeated. See: prune-lab config --show.",
+    ),
+]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
+DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of everything that is drawn.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Redo: replace what is there already.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, then stop.")]
+
+
+def for_setting(name: str, *flags: str) -> Any:
+    """The option of a setting that is changed every day; its help is what the setting says of itself."""
+    meaning = SETTINGS[name].meaning
+    return typer.Option(*flags, help=f"{meaning[0].upper()}{meaning[1:]} ({name}).")
+
+
+# Which tables of settings a verb reads, and the options it had under other names than the settings have.
+_TABLES: dict[str, tuple[str, ...]] = {
+    "score": ("score", "probe"),
+    "search": ("search",),
+    "cache": ("data",),
+    "distill": ("distill", "data"),
+    "rank": ("rank", "engine", "distill"),
+    "evaluate": ("evaluate",),
+}
+_ONCE: dict[tuple[str, str], str] = {
+    ("score", "--precision"): "--set dtype=VALUE",
+    ("score", "--contiguous"): "--set score.channels_last=false",
+    ("search", "--budget"): "--set search.budgets=VALUE",
+    ("search", "--count"): "--plans",
+    ("search", "--any"): "--set search.native_only=false",
+    ("search", "--quota"): "--set search.quotas=VALUE",
+    ("search", "--control"): "--set search.controls=VALUE",
+}
+
+
+def instead_of(verb: str, option: str) -> str:
+    """What to write instead of an ``option`` that ``verb`` does not have; empty where nothing is known."""
+    if (verb, option) in _ONCE:
+        return _ONCE[verb, option]
+    key = option.removeprefix("--no-").removeprefix("--").replace("-", "_")
+    value = "false" if option.startswith("--no-") else "VALUE"
+    for table in _TABLES.get(verb, ()):
+        setting = SETTINGS.get(f"{table}.{key}")
+        if setting is not None:
+            return f"--set {setting.name}={'true' if setting.hint is bool and value == 'VALUE' else value}"
+    return ""

@@ -1,0 +1,69 @@
+"""The verb that writes a smaller model: prune."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prune_lab.cli.application import app
+from prune_lab.cli.options import (
+    DryRunOption,
+    DtypeOption,
+    ForceOption,
+    JsonOption,
+    ModelArgument,
+    WideOption,
+)
+from prune_lab.cli.output import emit
+
+
+@app.command()
+def prune(
+    model: ModelArgument,
+    plan: Annotated[
+        str, typer.Option("--plan", help='Plan: bk-small, "bk-base -Md", "-Dn1.R2 -Dn1.A2", plan.json.')
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    dtype: DtypeOption = None,
+    force: ForceOption = False,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+    wide: WideOption = False,
+) -> None:
+    """Write MODEL without the blocks of a plan: a pipeline (or U-Net) folder that plain diffusers loads."""
+    from prune_lab.blocks import architecture_of
+    from prune_lab.errors import PlanError
+    from prune_lab.models import resolve_model
+    from prune_lab.plans import native_layout, read_plans
+    from prune_lab.profiling import cost_table
+    from prune_lab.runtime import pick_dtype
+    from prune_lab.surgery import prune_pipeline
+
+    source = resolve_model(model)
+    architecture = architecture_of(source.config)
+    plans = read_plans(plan, architecture)
+    if len(plans) != 1:
+        raise PlanError(
+            f"asked to prune by {plan}, found {len(plans)} plans in it; give a file with one plan"
+        )
+    (chosen,) = plans
+    native_layout(architecture, chosen)  # says what is in the way, also with --dry-run
+    costs = cost_table(architecture)
+    before, after = costs.total, costs.of(chosen)
+    row = {
+        "model": model,
+        "plan": chosen.label if chosen.name else chosen.text,
+        "plan_id": chosen.id,
+        "folder": str(out),
+        "written": not dry_run,
+        "blocks_removed": len(chosen.removed),
+        "params": after.params,
+        "params_change": after.params / before.params - 1,
+        "macs": after.macs,
+        "macs_change": after.macs / before.macs - 1,
+    }
+    if not dry_run:
+        prune_pipeline(source, chosen, out, force=force, dtype=pick_dtype(dtype) if dtype else None)
+    emit("pruned", [row], as_json=as_json, wide=wide, title="Would write" if dry_run else "Written")

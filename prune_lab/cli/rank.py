@@ -1,0 +1,60 @@
+"""The verb that orders the candidates of a run: rank."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from prune_lab.cli.application import app
+from prune_lab.cli.options import (
+    DeviceOption,
+    ForceOption,
+    JsonOption,
+    RunOption,
+    SetOption,
+    WideOption,
+    for_setting,
+)
+from prune_lab.cli.output import emit, records
+from prune_lab.cli.run_context import model_or_run, run_opened, settings_of
+from prune_lab.errors import RunError
+from prune_lab.runs import open_run
+
+
+@app.command()
+def rank(
+    model: Annotated[str, typer.Argument(metavar="RUN", help="Run folder.")] = "",
+    budget_steps: Annotated[
+        int | None, typer.Option(help="Steps that the survivors get; the rest is dropped on the way.", min=1)
+    ] = None,
+    eta: Annotated[int | None, for_setting("rank.eta")] = None,
+    engine: Annotated[str | None, for_setting("engine.kind", "--engine")] = None,
+    run: RunOption = None,
+    assign: SetOption = [],  # noqa: B006
+    device: DeviceOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    wide: WideOption = False,
+) -> None:
+    """Order the candidates of a run by quality at their cost, with who was dropped or left out and why.
+
+    With --budget-steps or --eta they are distilled first, by successive halving over short distillation: paired
+    differences in held-out loss decide, who ties goes on, and a survivor goes on from its state.
+    """
+    _, folder = model_or_run(model, run)
+    if folder is None:
+        raise RunError(f"asked to rank {model or 'nothing'}, found no run folder there; give RUN")
+    options = {"distill.steps": budget_steps, "rank.eta": eta, "engine.kind": engine, "device": device}
+    settings = settings_of("", open_run(folder, must_exist=True).folder, None, assign, options)
+    tournament = budget_steps or eta or any(text.startswith(("distill.", "rank.")) for text in assign)
+    with run_opened(settings, folder, force=force) as opened:
+        from prune_lab.workflow import Session, ensure_distilled, ensure_ranking, forget
+
+        session = Session(opened)
+        if force:
+            forget(opened, "ranking")
+        if tournament:
+            ensure_distilled(session)
+        frame = ensure_ranking(session).frame()
+    emit("ranking", records(frame), as_json=as_json, wide=wide, title=f"Ranking of {folder}")

@@ -1,0 +1,114 @@
+"""The batch of every training step, drawn by seed and step alone.
+
+A batch depends on nothing but the data, the settings and the number of the step. So all candidates see the same images,
+noise and timesteps, and a run that was stopped goes on exactly as it would have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prune_lab.config import DistillConfig
+from prune_lab.distill.data import TrainingData
+from prune_lab.probes import noise_schedule, training_target
+from prune_lab.runtime import seeded
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Input and target of one training step: B noisy latents with their timesteps and text embeddings."""
+
+    noisy: Tensor  # (B, C, H, W)
+    target: Tensor  # (B, C, H, W) the noise, or the velocity
+    weights: Tensor  # (B,) float32 of each sample's task loss; ones unless distill.min_snr is set
+    timesteps: Tensor  # (B,) int64
+    embeddings: Tensor  # (B, L, D)
+    added: Mapping[str, Tensor]
+
+
+def generator_for(seed: int, purpose: str, number: int) -> torch.Generator:
+    """A CPU generator for one purpose and number; those of neighbouring seeds or numbers are unrelated."""
+    content = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
+    return seeded(int.from_bytes(content[:8], "big") >> 1)
+
+
+def batch_rows(count: int, batch: int, seed: int, step: int) -> list[int]:
+    """The ``batch`` rows, of ``count``, that step ``step`` (from 1) trains on; every epoch is a new order of all."""
+    places = range((step - 1) * batch, step * batch)
+    orders = {
+        epoch: torch.randperm(count, generator=generator_for(seed, "epoch", epoch)).tolist()
+        for epoch in {place // count for place in places}
+    }
+    return [orders[place // count][place % count] for place in places]
+
+
+def min_snr_weights(schedule: Any, timesteps: Tensor, gamma: float) -> Tensor:
+    """Weights (B,) of the task loss that limit the share of nearly clean samples; ones where ``gamma`` is 0.
+
+    With the signal-to-noise ratio SNR they are min(SNR, gamma) / SNR for a model that predicts the noise, and
+    min(SNR, gamma) / (SNR + 1) for one that predicts the velocity (arXiv:2303.09556, section 3.4).
+    """
+    if not gamma:
+        return torch.ones(len(timesteps))
+    kept = schedule.alphas_cumprod[timesteps].float()
+    ratio = kept / (1 - kept)
+    scale = ratio + 1 if schedule.config.prediction_type == "v_prediction" else ratio
+    weights: Tensor = ratio.clamp(max=gamma) / scale.clamp(min=torch.finfo(torch.float32).tiny)
+    return weights
+
+
+def draw_batch(
+    data: TrainingData,
+    scheduler: Any,
+    settings: DistillConfig,
+    step: int,
+    device: torch.device | str = "cpu",
+    *,
+    part: slice = slice(None),
+) -> Batch:
+    """The batch of step ``step`` (from 1) on ``device``, drawn on the CPU from the seed and the step alone.
+
+    ``scheduler`` is any diffusers scheduler of the teacher: its noise schedule and prediction type count. Timesteps
+    are uniform over the training range. A share of ``settings.caption_dropout`` of the captions becomes the empty
+    one. With ``settings.noise_offset`` each channel of the noise is shifted by that times one normal number, so that
+    students learn overall brightness, too. Where the data have the VAE's variance, latents are drawn from its
+    distribution. With ``part`` only these places of the batch are read and returned; they equal the same places of the
+    whole batch.
+    """
+    schedule = noise_schedule(scheduler.config)
+    size, seed = settings.batch, settings.seed
+    indices = torch.tensor(batch_rows(len(data), size, seed, step))
+    variants = torch.randint(0, data.variants, (size,), generator=generator_for(seed, "variant", step))
+    encoded = data.rows(indices[part], variants[part])
+    # A VAE may hand out channels-last latents, which a file does not keep: the layout would decide how sums are
+    # rounded, and a run that goes on from the file would differ in the last bit.
+    latents = encoded.mean.contiguous()
+    shape = (size, *latents.shape[1:])
+    if encoded.log_variance is not None:
+        draws = torch.randn(shape, generator=generator_for(seed, "vae", step))[part]
+        latents = latents + (encoded.log_variance / 2).exp() * draws
+    generator = generator_for(seed, "step", step)
+    noise = torch.randn(shape, generator=generator)
+    timesteps = torch.randint(0, schedule.config.num_train_timesteps, (size,), generator=generator)[part]
+    dropped = (torch.rand(size, generator=generator) < settings.caption_dropout)[part]
+    if settings.noise_offset:
+        noise = noise + settings.noise_offset * torch.randn((*shape[:2], 1, 1), generator=generator)
+    noise = noise[part]
+    embeddings = torch.where(dropped[:, None, None], data.empty_embedding, encoded.embeddings)
+    added = dict(encoded.added)
+    for name, empty in data.empty_added.items():
+        added[name][dropped] = empty
+    return Batch(
+        noisy=schedule.add_noise(latents, noise, timesteps).to(device),
+        target=training_target(schedule, latents, noise, timesteps).to(device),
+        weights=min_snr_weights(schedule, timesteps, settings.min_snr).to(device),
+        timesteps=timesteps.to(device),
+        embeddings=embeddings.to(device),
+        added={name: tensor.to(device) for name, tensor in added.items()},
+    )

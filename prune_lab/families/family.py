@@ -1,0 +1,187 @@
+"""The nouns that describe a class of models: its units, its stages, and what a smaller model of it looks like.
+
+A family is a row of functions about one diffusers class. Everything outside of ``families`` asks it and knows neither
+class names nor module paths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+CLASS_NAME = "_class_name"  # diffusers' own key for the class that a config belongs to
+
+UnitKind = Literal["resnet", "attention", "transformer", "sampler"]
+Lane = Literal["left", "middle", "right"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """One named step of a model's forward pass: a block that a plan may remove, or a sampler between stages."""
+
+    name: str
+    path: str  # of the module
+    stage: str
+    kind: UnitKind
+    in_channels: int
+    out_channels: int
+    skip_channels: int = 0
+    """The last of its input channels that arrive by a skip connection, taken from the top of a stack."""
+    gives_skip: bool = False
+    """Whether its output is also put on the stack of skip connections."""
+    hands_on: tuple[str | None, ...] = ("hidden_states",)
+    """Inputs that become its outputs when it is gone, by their names in the module's ``forward``; None stays None."""
+    in_tuple: bool = False  # whether the module returns a tuple
+    self_attention: tuple[
+        str, ...
+    ] = ()  # module paths of the self-attentions inside, one a transformer layer
+    reason: str = ""
+    """Why the unit cannot be removed by a plan; empty when it can."""
+    stand_in: Callable[[], nn.Module] | None = None
+    """Makes what takes its place while it is scored, where it cannot be removed. It is never built into a student."""
+    leaves_with: tuple[str, ...] = ()
+    """Of a sampler: the blocks that must all be gone for it to leave, in order of execution."""
+    inside: str = ""
+    """The unit that this one lies inside; its cost is part of that unit's."""
+
+    @property
+    def removable(self) -> bool:
+        """Whether a plan may remove the unit."""
+        return not self.reason
+
+    @property
+    def starred(self) -> bool:
+        """Whether the unit can only be scored through a stand-in (a star in BK-SDM's figures)."""
+        return self.stand_in is not None
+
+    @property
+    def takes_skip(self) -> bool:
+        """Whether the unit reads a skip connection."""
+        return self.skip_channels > 0
+
+    @property
+    def main_channels(self) -> int:
+        """Input channels that do not arrive by a skip connection."""
+        return self.in_channels - self.skip_channels
+
+    @property
+    def transformer_layers(self) -> int:
+        """Number of transformer layers inside; 0 for a residual block."""
+        return len(self.self_attention)
+
+    @property
+    def local_name(self) -> str:
+        """The name within the stage: ``R2`` of ``Dn1.R2``."""
+        return self.name.removeprefix(f"{self.stage}.")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stage:
+    """Neighbouring units that form one module, and where a map of the model draws them."""
+
+    name: str
+    path: str  # of the module
+    lane: Lane = "middle"
+    row: int = 0  # counted from the top
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Outline:
+    """The parts of one model in order of execution, and its diffusers config (``_class_name`` included)."""
+
+    config: Mapping[str, Any]
+    stages: tuple[Stage, ...]
+    units: tuple[Unit, ...]
+
+    def units_in(self, stage: str, kind: UnitKind | None = None) -> tuple[Unit, ...]:
+        """The units of ``stage``, of one kind or of all, in order of execution."""
+        return tuple(unit for unit in self.units if unit.stage == stage and kind in (None, unit.kind))
+
+
+def plain_config(source: nn.Module | Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a model or config, and the name of its class; without diffusers' other ``_`` entries."""
+    config: Mapping[str, Any] = source if isinstance(source, Mapping) else source.config  # type: ignore[assignment]
+    named = {} if isinstance(source, Mapping) else {CLASS_NAME: type(source).__name__}
+    kept = {name: value for name, value in config.items() if name == CLASS_NAME or not name.startswith("_")}
+    return kept | named
+
+
+def _followed(path: str, names: Mapping[str, str | None]) -> str | None:
+    """The new name of ``path``: its longest beginning in ``names`` is exchanged; as it is where there is none."""
+    parts = path.split(".")
+    for length in range(len(parts), 0, -1):
+        start = ".".join(parts[:length])
+        if start in names:
+            new = names[start]
+            return None if new is None else ".".join((new, *parts[length:]))
+    return path
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layout:
+    """The plain config of a smaller model, and the names that the modules of the original have in it.
+
+    ``names`` lists module paths of the original with their paths in the smaller model, None for those that are gone.
+    Modules and tensors inside a listed one follow it; what is not listed keeps its name.
+    """
+
+    config: Mapping[str, Any]
+    names: Mapping[str, str | None]
+
+    def renamed(self, path: str) -> str | None:
+        """Path in the smaller model of a module or tensor of the original; None when it is gone."""
+        return _followed(path, self.names)
+
+    def sources(self, paths: Iterable[str]) -> dict[str, str]:
+        """Path in the original of each module or tensor ``paths`` of the smaller model."""
+        origins = {new: old for old, new in self.names.items() if new is not None}
+        return {path: _followed(path, origins) or path for path in paths}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PrefixWalk:
+    """How a family computes predictions without many sets of units and shares what they have in common.
+
+    ``predictions(model, outline, inputs, removed, width, computed, compiled)`` yields (numbers of sets, prediction) for
+    every distinct set in ``removed``, with at most ``width`` states in a call, and calls ``computed(unit, rows)`` for
+    each unit that it runs. ``state_bytes(outline, itemsize)`` is the most that one row of one state takes.
+    """
+
+    predictions: Callable[..., Iterator[tuple[tuple[int, ...], Tensor]]]
+    state_bytes: Callable[[Outline, int], int]
+
+
+Removed = frozenset[str]  # names of units that are gone, samplers that leave with them included
+Groups = Mapping[str, tuple[str, ...]]  # name of a group: names of its units
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """What is known about one diffusers class of models."""
+
+    model_class: Callable[[], type[Any]]
+    """The class; a function, so that it is imported when it is first needed."""
+    example_inputs: Callable[..., dict[str, Any]]
+    """Keyword arguments of ``forward`` for a config: zeros of the right shapes (``families.example_inputs``)."""
+    outline: Callable[[Any], Outline]
+    """The parts of a model, which may be on ``meta``. Raises UnsupportedModelError for parts that are not known."""
+    layout: Callable[[Outline, Removed], Layout]
+    """The smaller model without these units. Raises NonNativePlanError when no plain config describes it."""
+    levels: Callable[[Outline], Sequence[Sequence[str]]]
+    """Removable units in sets: whether a plan is native is decided in each set alone."""
+    plans: Mapping[str, Callable[[Outline], Removed]] = dataclasses.field(default_factory=dict)
+    """Named plans: the blocks each removes. Raises PlanError for a model that the plan is not defined for."""
+    groups: Mapping[str, Callable[[Outline], Groups]] = dataclasses.field(default_factory=dict)
+    """Groups of blocks that are removed together, by kind, beside single blocks and stages."""
+    stage_features: Callable[[Outline, Removed], Sequence[tuple[str, str]]]
+    """Feature points at the ends of the surviving stages: the module that writes there in the original, and the module
+    of the original that writes there once ``removed`` is gone."""
+    stem: str  # path of the module that writes what the first unit reads
+    head: str  # path of the module that writes the prediction
+    compiled: tuple[str, ...] = ()
+    """Class names of the modules that repeat, each worth compiling alone."""
+    walk: PrefixWalk | None = None
+    """None: every set of removed units is computed by a forward pass of its own."""

@@ -1,0 +1,224 @@
+"""Which blocks to remove: a plan as data, read, checked and named by content, and the plain model that it leaves.
+
+A plan is *native* when a plain diffusers config describes the network it leaves; the model's family decides that
+without any weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from prune_lab.blocks import Architecture, block_groups
+from prune_lab.errors import NonNativePlanError, PlanError, UnremovableBlockError
+from prune_lab.families import Layout
+from prune_lab.runtime import read_json
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PruningPlan:
+    """A set of removed blocks of one architecture; equal content gives equal ``id``, whatever its ``names``.
+
+    ``removed`` holds block names in order of execution; ``plan_of`` and ``parse_plan`` make plans and check them.
+    """
+
+    removed: tuple[str, ...]
+    architecture: str
+    names: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    """What the plan is called, the first name first: several where it was found in several ways."""
+    origin: str = dataclasses.field(default="", compare=False)
+    """Where a run has the plan from: ``control``, ``search``, or empty where a person wrote it."""
+
+    @property
+    def id(self) -> str:
+        """12 hexadecimal digits of the content."""
+        content = json.dumps([self.architecture, self.removed])
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+    @property
+    def text(self) -> str:
+        """The plan as a person writes it: ``-Dn1.R2 -Dn1.A2``; empty when nothing is removed."""
+        return " ".join(f"-{name}" for name in self.removed)
+
+    @property
+    def name(self) -> str:
+        """The first name; empty when the plan has none."""
+        return self.names[0] if self.names else ""
+
+    @property
+    def label(self) -> str:
+        """The first name, or the id when the plan has none."""
+        return self.name or self.id
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON values; ``plan_from_json`` reads them back."""
+        return {
+            "id": self.id,
+            "names": list(self.names),
+            "origin": self.origin,
+            "architecture": self.architecture,
+            "removed": list(self.removed),
+        }
+
+    def named(self, *names: str, origin: str | None = None) -> PruningPlan:
+        """The same plan under these names, of the origin it had unless another is given; empty names are left out."""
+        return dataclasses.replace(
+            self, names=tuple(filter(None, names)), origin=self.origin if origin is None else origin
+        )
+
+
+def plan_of(architecture: Architecture, removed: Iterable[str], name: str = "") -> PruningPlan:
+    """The checked plan that removes the blocks named ``removed``.
+
+    Raises UnknownBlockError or UnremovableBlockError naming the block and the reason.
+    """
+    wanted = {block: architecture.block(block) for block in removed}
+    for block in wanted.values():
+        if not block.removable:
+            raise UnremovableBlockError(
+                f"asked to remove {block.name}, but it {block.reason}; remove other blocks of {block.stage}"
+            )
+    names = tuple(block.name for block in architecture.blocks if block.name in wanted)
+    return PruningPlan(names, architecture.signature).named(name)
+
+
+def _members(name: str, architecture: Architecture) -> set[str]:
+    """The blocks that ``name`` stands for: a block, a pair, or all that can be removed from a stage."""
+    if name in architecture.stages:
+        return {block.name for block in architecture.stage_blocks(name) if block.removable}
+    for pair in block_groups(architecture, "pair"):
+        if pair.name == name:
+            return set(pair.blocks)
+    return {architecture.block(name).name}
+
+
+def parse_plan(text: str, architecture: Architecture) -> PruningPlan:
+    """The plan that ``text`` describes, for example ``bk-small``, ``bk-base -Md`` or ``-Dn1.R2 -Dn1.A2``.
+
+    Items are names of plans that the model's family knows, ``-`` and ``+`` with a block, a pair (``Dn1.R2+A2``) or a
+    stage (all of it that can be removed); they apply from left to right. ``teacher`` or nothing at all is the empty
+    plan. Raises PlanError, UnknownBlockError or UnremovableBlockError.
+    """
+    known = architecture.family.plans
+    removed: set[str] = set()
+    items = text.split()
+    for item in items:
+        if item == "teacher":
+            continue
+        if item in known:
+            removed |= known[item](architecture.outline)
+        elif item[0] in "-+" and len(item) > 1:
+            names = _members(item[1:], architecture)
+            removed = removed | names if item[0] == "-" else removed - names
+        else:
+            named = f"a preset ({', '.join(known)}) or " if known else ""
+            raise PlanError(f"cannot read {item!r} in the plan {text!r}; use {named}-BLOCK and +BLOCK")
+    return plan_of(architecture, removed, items[0] if len(items) == 1 and items[0] in known else "")
+
+
+def plan_from_json(value: object, architecture: Architecture) -> PruningPlan:
+    """The plan that ``to_json`` wrote. Raises PlanError when it is damaged or was made for another architecture."""
+    if not isinstance(value, dict) or not isinstance(value.get("removed"), list):
+        raise PlanError("asked to read a plan, found no list of removed blocks in it; write the plan again")
+    made_for = value.get("architecture")
+    if made_for != architecture.signature:
+        raise PlanError(
+            f"the plan was made for architecture {made_for}, this U-Net is {architecture.signature}; "
+            "write it as text (for example '-Dn1.R2 -Dn1.A2') to apply it here"
+        )
+    if "name" in value or not isinstance(value.get("names", []), list):
+        raise PlanError(
+            'asked to read a plan, found its name where a list of names belongs; write "names": [...] instead'
+        )
+    plan = plan_of(architecture, map(str, value["removed"]))
+    return plan.named(*map(str, value.get("names", [])), origin=str(value.get("origin", "")))
+
+
+def read_plans(text: str, architecture: Architecture) -> tuple[PruningPlan, ...]:
+    """The plans that ``text`` names: a plan as ``parse_plan`` reads it, a ``.json`` file of one plan or a list, or a
+    text file with one plan a line (blank lines and ``#`` comments are skipped).
+    """
+    path = Path(text)
+    if path.suffix == ".json":
+        value = read_json(path)
+        return tuple(
+            plan_from_json(item, architecture) for item in (value if isinstance(value, list) else [value])
+        )
+    if path.suffix == ".txt":
+        try:
+            lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        except OSError as error:
+            raise PlanError(f"asked to read plans from {path}: {error.strerror}; check the path") from None
+        return tuple(parse_plan(line, architecture) for line in lines if line)
+    return (parse_plan(text, architecture),)
+
+
+# The model that a plan leaves ----------------------------------------------------------------------------------------
+
+
+def removed_samplers(architecture: Architecture, plan: PruningPlan) -> tuple[str, ...]:
+    """Names of the samplers that leave with ``plan``: where all blocks further in are gone, nothing is left to
+    sample for (BK-SDM-Tiny loses ``Dn3.down`` and ``Up1.up``).
+    """
+    gone = set(plan.removed)
+    return tuple(sampler.name for sampler in architecture.samplers if gone.issuperset(sampler.leaves_with))
+
+
+def gone_with(
+    architecture: Architecture, removed: Iterable[str], *, stand_in: bool = False
+) -> frozenset[str]:
+    """The names of all units that are bypassed when the blocks ``removed`` are gone: these, and samplers left over.
+
+    Raises UnknownBlockError, and UnremovableBlockError for a block that cannot be removed, unless ``stand_in``.
+    """
+    blocks = [architecture.block(name) for name in removed]
+    plan = plan_of(architecture, (block.name for block in blocks if block.removable or not stand_in))
+    return frozenset(block.name for block in blocks) | frozenset(removed_samplers(architecture, plan))
+
+
+def native_layout(architecture: Architecture, plan: PruningPlan) -> Layout:
+    """The plain config of the network that ``plan`` leaves, and where the original's modules are in it.
+
+    Raises NonNativePlanError with the first reason why no plain diffusers config describes it, PlanError when the plan
+    belongs to another architecture.
+    """
+    if plan.architecture != architecture.signature:
+        raise PlanError(
+            f"the plan was made for architecture {plan.architecture}, this U-Net is {architecture.signature}; "
+            "read it again as text for this U-Net"
+        )
+    removed = frozenset((*plan.removed, *removed_samplers(architecture, plan)))
+    return architecture.family.layout(architecture.outline, removed)
+
+
+def is_native(architecture: Architecture, plan: PruningPlan) -> bool:
+    """Whether ``plan`` leaves a network that a plain diffusers config describes."""
+    try:
+        native_layout(architecture, plan)
+    except NonNativePlanError:
+        return False
+    return True
+
+
+@functools.lru_cache(maxsize=16)
+def native_choices(architecture: Architecture) -> tuple[tuple[frozenset[str], ...], ...]:
+    """For each of the family's levels the sets of blocks that can leave natively, the empty set first.
+
+    A native plan is one option per level, and every combination of options is native. Of a U-Net a level is one
+    resolution, outermost first; of a chain it is one block.
+    """
+    return tuple(
+        tuple(
+            frozenset(names)
+            for size in range(len(members) + 1)
+            for names in itertools.combinations(members, size)
+            if is_native(architecture, PruningPlan(names, architecture.signature))
+        )
+        for members in architecture.family.levels(architecture.outline)
+    )

@@ -1,0 +1,41 @@
+"""Devices, seeds, safe writing, progress, and a record of the machine a number was measured on."""
+
+from __future__ import annotations
+
+from prune_lab.runtime.devices import (
+    Environment,
+    pick_device,
+    pick_dtype,
+    seeded,
+    synchronize,
+    tensors_digest,
+)
+from prune_lab.runtime.files import (
+    atomic_folder,
+    atomic_write,
+    read_json,
+    write_frame,
+    write_json,
+    write_text,
+)
+from prune_lab.runtime.progress import bytes_text, duration_text, note, progress_shown, track
+
+__all__ = [
+    "Environment",
+    "atomic_folder",
+    "atomic_write",
+    "bytes_text",
+    "duration_text",
+    "note",
+    "pick_device",
+    "pick_dtype",
+    "progress_shown",
+    "read_json",
+    "seeded",
+    "synchronize",
+    "tensors_digest",
+    "track",
+    "write_frame",
+    "write_json",
+    "write_text",
+]

@@ -1,0 +1,161 @@
+"""Devices, seeds, and a record of the machine that a number was measured on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prune_lab.errors import DeviceError
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    import torch
+
+_DTYPE_NAMES = {
+    "float32": "float32",
+    "fp32": "float32",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float16": "float16",
+    "fp16": "float16",
+}
+
+
+# Devices and seeds -----------------------------------------------------------------------------------------------
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called ``name``; ``auto`` is the first of CUDA, MPS and CPU that is there.
+
+    Raises DeviceError when the device does not exist on this machine.
+    """
+    import torch
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceError(f"no device is called {name!r}; use auto, cpu, cuda, cuda:N or mps") from None
+    found = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if device.type not in found:
+        raise DeviceError(f"device {name!r} is not supported; use auto, cpu, cuda, cuda:N or mps")
+    if found[device.type] <= (device.index or 0):
+        there = ", ".join(f"{count} x {kind}" for kind, count in found.items() if count)
+        raise DeviceError(f"device {name!r} was asked for, this machine has {there}; use --device auto")
+    return device
+
+
+def pick_dtype(name: str) -> torch.dtype:
+    """The floating-point format called ``name`` (float32, bfloat16, float16, or fp32, bf16, fp16)."""
+    import torch
+
+    if name not in _DTYPE_NAMES:
+        raise DeviceError(f"no number format is called {name!r}; use one of: {', '.join(_DTYPE_NAMES)}")
+    dtype = getattr(torch, _DTYPE_NAMES[name])
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until ``device`` has done all work given to it; a GPU call returns before its work is done."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A CPU generator at ``seed``; drawing on the CPU gives the same numbers for every device."""
+    import torch
+
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """16 hexadecimal digits that change with any name, shape, format or bit of ``tensors``."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+# The machine -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Environment:
+    """What a measurement depends on besides the model: machine, device, number format, library versions."""
+
+    python: str
+    platform: str
+    cpu: str
+    num_cpus: int
+    num_threads: int
+    device: str
+    device_name: str
+    dtype: str
+    torch: str
+    diffusers: str
+    transformers: str
+    fvcore: str
+    prune_lab: str
+
+    @classmethod
+    def capture(cls, device: str = "cpu", dtype: str = "float32") -> Environment:
+        """The environment of this process for work on ``device`` in ``dtype``."""
+        import torch
+
+        kind = pick_device(device)
+        name = torch.cuda.get_device_name(kind) if kind.type == "cuda" else _cpu_name()
+        return cls(
+            python=platform.python_version(),
+            platform=f"{platform.system()} {platform.machine()}",
+            cpu=_cpu_name(),
+            num_cpus=len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1,
+            num_threads=torch.get_num_threads(),
+            device=str(kind),
+            device_name=name,
+            dtype=_DTYPE_NAMES.get(dtype, dtype),
+            torch=torch.__version__,
+            diffusers=_version("diffusers"),
+            transformers=_version("transformers"),
+            fvcore=_version("fvcore"),
+            prune_lab=_version("prune-lab"),
+        )
+
+    def as_dict(self) -> dict[str, str | int]:
+        """The fields by name, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

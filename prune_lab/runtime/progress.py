@@ -1,0 +1,315 @@
+"""Progress on stderr: bars on a terminal; elsewhere lines at the start, at the end and every thirty seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+if TYPE_CHECKING:  # rich takes a while to import; a log file does not need it
+    from rich.progress import Progress, TaskID
+
+Item = TypeVar("Item")
+
+
+# Words -----------------------------------------------------------------------------------------------------------
+
+
+def duration_text(seconds: float) -> str:
+    """``seconds`` for a person: 4.2 s, 41 s, 3 min 20 s or 2 h 5 min."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def bytes_text(count: float) -> str:
+    """``count`` bytes for a person: 512 bytes, 3 KiB, 840 MiB or 2.4 GiB."""
+    if count < 1024:
+        return f"{count:.0f} bytes"
+    for unit, size in (("KiB", 2**10), ("MiB", 2**20)):
+        if count < 1024 * size:
+            return f"{count / size:.0f} {unit}"
+    return f"{count / 2**30:.1f} GiB"
+
+
+# Reporters -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class Task:
+    """Something that is counted while it is done."""
+
+    description: str
+    total: int | None
+    unit: str  # what is done each time; empty: items
+    per: float  # how many of them with each item
+    named: bool  # whether each item is a step with a name of its own
+    start: float = 0.0
+    done: int = 0
+    item: str = ""  # the name of the item that is being done
+    item_start: float = 0.0
+    bar: TaskID | None = None  # on a terminal
+
+
+class Reporter(Protocol):
+    """Shows how far tasks are; those that began inside another one end before it."""
+
+    def begin(self, task: Task) -> None:
+        """``task`` begins."""
+
+    def begin_item(self, task: Task, name: str) -> None:
+        """The next item of ``task`` begins; it is called ``name``, which may be empty."""
+
+    def end_item(self, task: Task) -> None:
+        """That item is done."""
+
+    def end(self, task: Task) -> None:
+        """``task`` is over: to its end, or stopped on the way."""
+
+    def note(self, text: str) -> None:
+        """Show one line of text."""
+
+
+@dataclass(slots=True, eq=False)
+class Bars:
+    """Bars that vanish when they are full, for a terminal."""
+
+    progress: Progress
+
+    def begin(self, task: Task) -> None:
+        task.bar = self.progress.add_task(task.description, total=task.total, unit=task.unit, per=task.per)
+
+    def begin_item(self, task: Task, name: str) -> None:
+        if name and task.bar is not None:
+            self.progress.update(task.bar, description=f"{task.description}: {name}")
+
+    def end_item(self, task: Task) -> None:
+        if task.bar is not None:
+            self.progress.advance(task.bar)
+
+    def end(self, task: Task) -> None:
+        if task.bar is not None:
+            self.progress.remove_task(task.bar)
+
+    def note(self, text: str) -> None:
+        self.progress.console.print(text, markup=False, highlight=False)
+
+
+def _to_stderr(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+@dataclass(slots=True, eq=False)
+class Lines:
+    """Plain lines, for a log file or a build server.
+
+    An outermost task, and each of its items that has a name, gets a line at its start and at its end. What goes on
+    inside is seen in the line that ``tick`` writes when none was written for ``every`` seconds.
+    """
+
+    write: Callable[[str], None] = _to_stderr
+    clock: Callable[[], float] = time.monotonic
+    every: float = 30.0
+    tasks: list[Task] = field(default_factory=list)  # outermost first
+    last: float = -float("inf")  # when the last line was written
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def begin(self, task: Task) -> None:
+        task.start = self.clock()
+        self.tasks.append(task)
+        if len(self.tasks) == 1 and not task.named:
+            self.note(
+                f"{task.description}: started" + ("" if task.total is None else f", {task.total} to do")
+            )
+
+    def begin_item(self, task: Task, name: str) -> None:
+        task.item, task.item_start = name, self.clock()
+        if name and task is self.tasks[0]:
+            self.note(_step(task))
+
+    def end_item(self, task: Task) -> None:
+        took = self.clock() - task.item_start
+        if task.item and task is self.tasks[0] and took >= 1:
+            self.note(f"{_step(task)}: done in {duration_text(took)}")
+        task.item = ""
+        task.done += 1
+
+    def end(self, task: Task) -> None:
+        outermost = task is self.tasks[0]
+        self.tasks.remove(task)
+        if not outermost:
+            return
+        took = self.clock() - task.start
+        whole = task.total is None or task.done >= task.total
+        count = f"{task.done}" if task.total is None else f"{task.done} of {task.total}"
+        speed = "" if task.named else _speed(task, took)
+        state = "done" if whole else "stopped"
+        self.note(
+            ", ".join(filter(None, (f"{task.description}: {state}, {count} in {duration_text(took)}", speed)))
+        )
+
+    def note(self, text: str) -> None:
+        with self.lock:
+            self.last = self.clock()
+            self.write(text)
+
+    def tick(self) -> None:
+        """Write how far the tasks are, with throughput and time left, unless another line is younger than ``every``."""
+        tasks, now = tuple(self.tasks), self.clock()
+        if not tasks or now - self.last < self.every:
+            return
+        places = [_step(task) if task.item else f"{task.description} {_count(task)}" for task in tasks]
+        # The outermost task tells best when all is over; named steps are too unlike one another to tell.
+        lefts = (_left(task, now - task.start) for task in tasks if not task.named)
+        left = next((one for one in lefts if one is not None), None)
+        inner = tasks[-1]
+        speed = "" if inner.named else _speed(inner, now - inner.start)
+        time_left = (
+            f"{duration_text(now - inner.item_start)} so far"
+            if left is None
+            else f"{duration_text(left)} left"
+        )
+        words = (" > ".join(places), speed, time_left)
+        self.note(", ".join(filter(None, words)))
+
+
+def _count(task: Task) -> str:
+    return f"{task.done}" if task.total is None else f"{task.done} of {task.total}"
+
+
+def _step(task: Task) -> str:
+    of = "" if task.total is None else f" of {task.total}"
+    return f"{task.description} {task.done + 1}{of}, {task.item}"
+
+
+def _speed(task: Task, took: float) -> str:
+    """Items, or units, per second; how long each takes where that is more than a second."""
+    if not task.done or took <= 0:
+        return ""
+    rate = task.done * task.per / took
+    if task.unit:
+        return f"{rate:,.1f} {task.unit}/s"
+    return f"{rate:,.1f}/s" if rate >= 1 else f"{duration_text(1 / rate)} each"
+
+
+def _left(task: Task, took: float) -> float | None:
+    """Seconds until ``task`` is over if it goes on as fast; None while that is not known."""
+    if not task.done or task.total is None:
+        return None
+    return took / task.done * (task.total - task.done)
+
+
+# Showing ---------------------------------------------------------------------------------------------------------
+
+_reporter: ContextVar[Reporter | None] = ContextVar("prune_lab_progress", default=None)
+
+
+@contextlib.contextmanager
+def progress_shown() -> Iterator[None]:
+    """Inside this context every ``track`` is seen on stderr: bars on a terminal, elsewhere plain lines."""
+    with _bars() if sys.stderr.isatty() else _lines() as reporter:
+        token = _reporter.set(reporter)
+        try:
+            yield
+        finally:
+            _reporter.reset(token)
+
+
+@contextlib.contextmanager
+def _bars() -> Iterator[Reporter]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import Task as Bar
+    from rich.text import Text
+
+    class Throughput(ProgressColumn):
+        """Units per second, of bars that count in units."""
+
+        def render(self, task: Bar) -> Text:
+            unit, per = task.fields.get("unit", ""), task.fields.get("per", 1)
+            return Text(f"{task.speed * per:,.1f} {unit}/s" if unit and task.speed else "")
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        Throughput(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        yield Bars(progress)
+
+
+@contextlib.contextmanager
+def _lines() -> Iterator[Reporter]:
+    lines, over = Lines(), threading.Event()
+
+    def look() -> None:
+        while not over.wait(1):
+            lines.tick()
+
+    # A thread, as a single item may take longer than thirty seconds.
+    thread = threading.Thread(target=look, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield lines
+    finally:
+        over.set()
+        thread.join()
+
+
+def note(text: str) -> None:
+    """Show one line of ``text`` where progress is shown (see ``progress_shown``), above the bars."""
+    reporter = _reporter.get()
+    if reporter is not None:
+        reporter.note(text)
+
+
+def track(
+    items: Iterable[Item],
+    description: str,
+    total: int | None = None,
+    *,
+    unit: str = "",
+    per: float = 1,
+    name: Callable[[Item], str] | None = None,
+) -> Iterator[Item]:
+    """The same ``items``, counted where progress is shown (see ``progress_shown``).
+
+    With ``unit`` the throughput is told in it, ``per`` of them for each item. ``name`` gives each item a name, where
+    items are steps worth a line of their own.
+    """
+    reporter = _reporter.get()
+    if reporter is None:
+        yield from items
+        return
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    task = Task(description, total, unit, per, named=name is not None)
+    reporter.begin(task)
+    try:
+        for item in items:
+            reporter.begin_item(task, name(item) if name else "")
+            yield item
+            reporter.end_item(task)
+    finally:
+        reporter.end(task)

@@ -1,0 +1,110 @@
+"""The columns of every table, in order: what the steps write is what the report and a script read.
+
+Imports neither torch nor pandas, so that anything may import it.
+"""
+
+from __future__ import annotations
+
+# The model: its blocks, what they cost, what plans leave ------------------------------------------------------------
+
+BLOCK_COLUMNS = (
+    *("name", "path", "stage", "kind", "in_channels", "out_channels", "skip_channels"),
+    *("transformer_layers", "params", "macs", "attention_macs", "removable", "reason", "lane", "row"),
+)
+COST_COLUMNS = ("name", "kind", "params", "macs", "attention_macs", "paper_macs")
+BLOCK_PROFILE_COLUMNS = (*COST_COLUMNS, "median_ms", "share")
+PRICE_COLUMNS = (*("params", "macs", "attention_macs", "paper_macs", "latency_ms", "activation_bytes"),)
+REDUCTION_COLUMNS = (
+    *("model", "plan", "params", "params_change", "macs", "macs_change", "paper_macs", "paper_macs_change"),
+    *("blocks_removed", "native", "uncounted"),
+)
+REDUCTION_LATENCY_COLUMNS = ("median_ms", "p10_ms", "p90_ms", "runs", "latency_change")  # where it was timed
+PIPELINE_COLUMNS = ("part", "calls", "params", "macs", "median_ms", "share")
+ACTIVATION_COLUMNS = ("name", "kind", "input_bytes", "output_bytes", "workspace_bytes", "live_bytes")
+LATENCY_TABLE_COLUMNS = ("name", "kind", "measured_ms", "p10_ms", "p90_ms", "saved_ms", "share")
+LATENCY_CHECK_COLUMNS = ("plan", "removed", "use", "measured_ms", "predicted_ms", "error_percent")
+DISAGREEMENT_COLUMNS = ("name", "kind", "macs", "macs_share", "saved_ms", "latency_share", "ratio", "gap")
+
+# Importance ---------------------------------------------------------------------------------------------------------
+
+IMPORTANCE_COLUMNS = (
+    *(
+        "group",
+        "kind",
+        "blocks",
+        "starred",
+        "impact",
+        "low",
+        "high",
+        "samples",
+        "criterion",
+        "probe",
+        "model",
+    ),
+)
+PARTS_COLUMNS = ("group", "kind", "criterion", "part", "of", "impact", "samples")
+AGREEMENT_COLUMNS = (
+    *("criterion", "other", "spearman", "spearman_low", "spearman_high"),
+    *("kendall", "kendall_low", "kendall_high", "over", "count"),
+)
+STABILITY_COLUMNS = ("part", "of", "samples", "top", "overlap", "overlap_low", "overlap_high")
+
+# Search and plans ---------------------------------------------------------------------------------------------------
+
+SEARCHED_COLUMNS = ("plan_id", "origin", "name", "budget")
+SEARCHES_COLUMNS = (
+    *("budget", "solver", "plans", "sets_measured", "seconds"),
+    *("pairs", "r2", "rank_correlation", "additive_r2", "additive_rank_correlation"),
+)
+PLANS_COLUMNS = (
+    *("plan", "plan_id", "origin", "budgets", "removed", "blocks_removed", "params", "params_change"),
+    *("macs", "macs_change", "paper_macs", "paper_macs_change", "latency_ms", "latency_change"),
+    *("predicted_impact", "native"),
+)
+COMPARISON_COLUMNS = (
+    *("name", "kind", "blocks_removed", "params", "params_change", "macs", "macs_change"),
+    *("paper_macs", "paper_macs_change", "native", "predicted_impact", "impact", "median_ms"),
+    *("loss_before", "loss_after", "clip_before", "clip_after"),
+)
+
+# Repair, distillation, ranking --------------------------------------------------------------------------------------
+
+REPAIR_COLUMNS = (
+    *("cut", "also_read_by", "kind", "side", "unit", "folds", "applied", "reason", "strength"),
+    *("cut_error_before", "cut_error_after", "impact_before", "impact_after"),
+)
+REPAIRED_COLUMNS = ("plan", "plan_id", "kind", "applied", "impact_before", "impact_after")
+RECOVERY_COLUMNS = ("step", "task", "output", "feature", "total", "validation", "learning_rate", "seconds")
+HELDOUT_COLUMNS = ("step", "row", "loss")
+RECOVERY_SUMMARY_COLUMNS = (
+    *("plan", "plan_id", "status", "steps", "loss_before", "loss_after", "seconds", "reason"),
+)
+PROMPTS_COLUMNS = ("file", "prompt", "seed")  # of every picture of a set
+PICTURES_COLUMNS = ("plan", "plan_id", "weights", "pictures", "clip", "clip_low")
+RANKING_COLUMNS = (
+    *("rank", "tie_group", "plan", "plan_id", "origin", "blocks_removed", "params", "macs", "paper_macs"),
+    *("median_ms", "impact_one_shot", "loss_before", "loss_after", "clip_before", "clip_after", "steps"),
+    *("rung", "pareto", "status", "reason"),
+)
+TOURNAMENT_COLUMNS = (
+    *("rung", "steps", "name", "loss", "clip", "place", "fate", "tied", "against", "difference", "low"),
+    *("high", "reason"),
+)
+
+# The run itself -----------------------------------------------------------------------------------------------------
+
+STEPS_COLUMNS = ("step", "state", "does")
+STEP_SECONDS_COLUMNS = ("step", "seconds")
+
+# Kinds of columns ---------------------------------------------------------------------------------------------------
+
+# pandas turns integers into floats where one of them is missing; these are integers whatever is missing.
+INTEGER_COLUMNS = frozenset(
+    (
+        *("in_channels", "out_channels", "skip_channels", "transformer_layers", "tokens"),
+        *("params", "macs", "attention_macs", "paper_macs", "calls", "runs", "batch", "blocks_removed"),
+        *("activation_bytes", "memory", "input_bytes", "output_bytes", "workspace_bytes", "live_bytes"),
+        *("disk_bytes", "peak_memory_bytes", "samples", "top", "count", "plans", "sets_measured", "pairs"),
+        *("rank", "tie_group", "steps", "rung", "place", "row"),
+    )
+)
