@@ -87,8 +87,8 @@ def emit(kind: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool, wide: b
         table.caption = f"{len(columns)} of {len(everything)} columns; --wide shows all"
         table.caption_justify = "left"
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 240  # a file has no width: do not fold numbers to fit one
+    if wide or not console.is_terminal:
+        console.width = 1000  # a file has no width, and what was asked for whole is not folded to fit one
     console.print(table)
 
 
