@@ -194,7 +194,7 @@ def test_an_impossible_budget_removes_nothing(copied: Run, config: RunConfig) ->
     before = times(copied)
     with pytest.raises(BudgetError, match=r"params<=5%.*smallest native plan"):
         run_all(dataclasses.replace(config, search=search), copied.folder, force=True)
-    asked = ["search", "--run", str(copied.folder), "--budget", "params<=5%", "--force"]
+    asked = ["search", "--run", str(copied.folder), "--params", "5%", "--force"]
     assert CliRunner().invoke(app, asked).exit_code == 2
     assert times(copied) == before
 
