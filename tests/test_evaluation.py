@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,15 +17,6 @@ from prune_lab.errors import DataError
 from prune_lab.evaluation import clip_scores, generate, heldout_loss, save_grid
 from prune_lab.models import ScorerInputs, load_pipeline, resolve_model
 from prune_lab.probes import random_probe
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

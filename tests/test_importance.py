@@ -24,15 +24,6 @@ from prune_lab.schemas import IMPORTANCE_COLUMNS
 A_PICTURE_EACH = np.arange(200)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small only lose time to a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def probe(tiny_config: dict[str, Any]) -> Probe:
     return random_probe(tiny_config, samples=4, seed=0)

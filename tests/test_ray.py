@@ -46,15 +46,6 @@ STEPS, FIRST = 8, 2  # rungs at 2, 4 and 8 steps
 OBJECTS = 100_000_000  # bytes of each node's object store
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As many threads here as on the workers: more of them round differently."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Ray, connected to a head and a second node of one core each; nothing of it is left afterwards."""
