@@ -110,7 +110,7 @@ def generate(
     return torch.cat([_bytes(drawn) for drawn in _drawn(pipeline, wanted, output="pt", **how)])
 
 
-def draw_latents(
+def generate_latents(
     pipeline: Any,
     prompts: Sequence[str],
     seeds: Sequence[int],

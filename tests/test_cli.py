@@ -265,7 +265,7 @@ def test_a_score_that_cannot_be_had_is_refused(
 
 def test_a_bare_unet_has_no_pictures_to_score(tiny_pipeline_folder: Path) -> None:
     scoring = ("score", tiny_pipeline_folder / "unet", "--samples", 2)
-    assert "clip-score draws pictures" in mistake(*scoring, "--criterion", "clip-score")
+    assert "clip-score generates images" in mistake(*scoring, "--criterion", "clip-score")
     assert "guidance 4" in mistake(*scoring, "--guidance", 4)
 
 

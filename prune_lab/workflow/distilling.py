@@ -26,7 +26,14 @@ from prune_lab.distill import (
 from prune_lab.errors import RunError
 from prune_lab.evaluation import clip_scores, save_grid
 from prune_lab.processes import gather_object, is_main, join, main_process_first
-from prune_lab.ranking import HeldoutLosses, Tournament, first_rung, play, rungs, tournament_from_frame
+from prune_lab.ranking import (
+    HeldoutLosses,
+    Tournament,
+    first_rung,
+    run_tournament,
+    rungs,
+    tournament_from_frame,
+)
 from prune_lab.runs import Run
 from prune_lab.runtime import note, write_frame
 from prune_lab.schemas import RECOVERY_SUMMARY_COLUMNS
@@ -162,13 +169,13 @@ def _play(session: Session, candidates: Sequence[Candidate]) -> Tournament:
 
     settings = session.config.rank
     controls = [name for name in named if origin_of(session.run, name) == "control"]
-    return play(
+    return run_tournament(
         list(named),
         rungs_of(session),
         settings.eta,
         measure,
         keep=controls if settings.keep_controls else (),
-        draw=(lambda names, _steps: _clip_at(session, chosen(names))) if settings.clip else None,
+        clip_scores=(lambda names, _steps: _clip_at(session, chosen(names))) if settings.clip else None,
     )
 
 

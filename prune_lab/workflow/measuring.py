@@ -16,7 +16,7 @@ from prune_lab.blocks import (
     blocks_frame,
 )
 from prune_lab.config import BUDGET_CONTROLS, PLAN_FILES
-from prune_lab.evaluation import draw_latents
+from prune_lab.evaluation import generate_latents
 from prune_lab.importance import (
     NEEDS_PIPELINE,
     ONE_STEP,
@@ -85,7 +85,7 @@ def drawn_probe(session: Session, seed: int) -> Probe:
     timesteps = settings.timesteps
     if settings.prompts:
         prompts, how = session.probe_prompts, session.config.evaluate
-        latents = draw_latents(
+        latents = generate_latents(
             session.pipeline, prompts.texts, (settings.seed,), steps=how.steps, guidance=how.guidance
         )
         return probe_of_latents(
@@ -156,7 +156,7 @@ def scoring_context_of(
         probe,
         batch=config.score.batch or None,
         seed=config.seed,
-        drawing=drawing,
+        generation=drawing,
         guidance=guidance,
         unconditional=unconditional,
         cache=cache,

@@ -167,8 +167,9 @@ def play_on_ray(
     """Who of ``candidates`` came to the end, by ASHA over the rungs of the run; on ``cluster``, None: the settings'.
 
     Each candidate is a trial of Ray Tune that distils it from rung to rung. A trial whose worker died goes on from the
-    candidate's checkpoint, and so does every one when the same is asked again. Survivors are ranked by ``play``'s
-    paired differences. The CLIP score breaks no ties at rungs. Raises ClusterError, StorageError.
+    candidate's checkpoint, and so does every one when the same is asked again. Survivors are ranked by
+    the paired differences of ``run_tournament``. The CLIP score breaks no ties at rungs. Raises ClusterError,
+    StorageError.
     """
     run = session.run
     cluster, named = cluster or cluster_of(session), {one.plan.id: one for one in candidates}
