@@ -20,7 +20,7 @@ from prune_lab.distill import (
 )
 from prune_lab.plans import PruningPlan
 from prune_lab.probes import Probe, probe_of_latents
-from prune_lab.repair import Choice, repair
+from prune_lab.repair import RepairKind, repair
 from prune_lab.runtime import track, write_frame
 from prune_lab.schemas import REPAIRED_COLUMNS
 from prune_lab.surgery import save_unet
@@ -128,7 +128,7 @@ def _repair(session: Session, candidate: Candidate) -> None:
         session.unet,
         candidate.plan,
         ensure_probe(session),
-        kind=cast("Choice", session.config.repair.kind),
+        kind=cast("RepairKind", session.config.repair.kind),
     )
     write_frame(candidate.paths.repair, report.frame())
     save_unet(
