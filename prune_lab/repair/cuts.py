@@ -1,8 +1,8 @@
 """The cuts that removed blocks leave in a model, and the units that consume the tensor at each cut.
 
-The execution of the student is followed by names: the hidden tensor and the stored skips each carry two names, the unit that
-wrote the tensor in the student, and the unit whose output is at that point in the teacher. Where the two differ, a
-consumer in the student gets another tensor than in the teacher.
+The execution of the student is followed by names: the hidden tensor and the stored skips each carry two names,
+the unit that wrote the tensor in the student, and the unit whose output is at that point in the teacher. Where the two
+differ, a consumer in the student gets another tensor than in the teacher.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a page is made of: sections of sentences, tables, figures and picture grids, before any HTML or Markdown."""
+"""The parts of a page: sections of text, tables, charts and picture grids, independent of HTML and Markdown."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table for reading; the exact numbers are in ``source``, a CSV beside the page."""
+    """A table with rounded numbers; the exact numbers are in ``source``, a CSV beside the page."""
 
     caption: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     source: str = ""
-    left: int = 1  # how many columns hold text and are set flush left
+    left: int = 1  # number of columns with text, which are aligned left
     folded: bool = False
 
 
@@ -44,7 +44,7 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class PictureGrid:
-    """Pictures side by side, each with the words to stand under it."""
+    """Pictures side by side, each with its label."""
 
     caption: str
     pictures: tuple[tuple[str, Path], ...]
@@ -55,13 +55,13 @@ SectionItem = Text | Table | Chart | PictureGrid
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A heading with what stands under it."""
+    """A heading with its content; ``key`` is the anchor in the page."""
 
     key: str
     title: str
     parts: tuple[SectionItem, ...]
 
 
-def not_run(what: str, verb: str) -> Text:
-    """The words that stand where the result of a step would be."""
-    return Text((f"Not run yet: {what}. `prune-lab {verb} --run DIR` does it.",), note=True)
+def not_run(missing: str, verb: str) -> Text:
+    """The note in place of the result of a step that has not been run: what is ``missing`` and the command to run."""
+    return Text((f"Not run yet: {missing}. `prune-lab {verb} --run DIR` does it.",), note=True)

@@ -1,4 +1,4 @@
-"""Picture grids taken apart and put side by side: one row per prompt and seed, one column per model."""
+"""Pictures of all models side by side: one row per prompt and seed, one column per model."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from prune_lab.report.tables import PictureSet, RunTables
 GAP = 2  # white pixels between two pictures of a grid
 _LABEL = 2.6  # width of the prompts in pictures
 _HEAD = 0.95  # height of the column titles in pictures
-_SPACE = 0.06  # between two pictures of a sheet, and 0.3 between two candidates
+_SPACE = 0.06  # between two columns of one candidate; 0.3 between two candidates
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """The pictures of one model in one state, in the order of prompts and seeds."""
+    """The pictures of one model in one state (pruned or distilled), in the order of prompts and seeds."""
 
     plan_id: str  # empty for the teacher
     title: str
@@ -35,9 +35,9 @@ class Column:
 
 
 def split_grid(path: Path, count: int) -> tuple[NDArray[np.uint8], ...] | None:
-    """The ``count`` square pictures (H, W, 3) of the grid in ``path``, row by row; ``None`` when they do not fit it.
+    """The ``count`` square pictures (H, W, 3) of the grid in ``path``, row by row; ``None`` if its size does not fit.
 
-    The grid does not say how many columns it has; the pictures being square leaves one answer, or the fewest columns.
+    The file does not hold the number of columns; it is the smallest for which the pictures are square.
     """
     with Image.open(path) as image:
         sheet = np.asarray(image.convert("RGB"))
@@ -53,7 +53,7 @@ def split_grid(path: Path, count: int) -> tuple[NDArray[np.uint8], ...] | None:
 
 
 def comparison_columns(teacher: Path, sets: Sequence[PictureSet], count: int) -> tuple[Column, ...] | None:
-    """The teacher's column, then two for each candidate; ``None`` when a grid cannot be taken apart."""
+    """The teacher's column, then two for each candidate; ``None`` when a grid cannot be split."""
     grids = [("", "teacher", "", teacher)]
     for one in sets:
         for state, path in (("pruned", one.pruned), ("distilled", one.distilled)):
@@ -71,7 +71,7 @@ def comparison_columns(teacher: Path, sets: Sequence[PictureSet], count: int) ->
 def draw_comparison(
     columns: Sequence[Column], labels: Sequence[str], styles: Mapping[str, PlanStyle], theme: Theme
 ) -> Figure:
-    """All ``columns`` beside each other, the prompt of each row on the left, plan names in their colours on top."""
+    """All ``columns`` side by side, with the prompt of each row on the left and coloured plan names on top."""
     steps = [0.0] + [1 + (0.3 if a.plan_id != b.plan_id else _SPACE) for a, b in pairwise(columns)]
     lefts = np.cumsum(steps)
     width = _LABEL + float(lefts[-1]) + 1
@@ -120,7 +120,7 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def picture_parts(tables: RunTables) -> tuple[SectionItem, ...]:
-    """The section of pictures: sheets of up to six candidates, or the grids as they are without named prompts."""
+    """The section of pictures: charts of up to six candidates; without named prompts, the grids as they are."""
     if tables.teacher_pictures is None:
         return (not_run("no pictures have been drawn", "rank"),)
     prompts: list[str] = list(tables.setting("evaluate", "prompts") or ())
@@ -133,7 +133,7 @@ def picture_parts(tables: RunTables) -> tuple[SectionItem, ...]:
     several = len(seeds) > 1
     labels = [f"{prompt} (seed {seed})" if several else prompt for prompt in prompts for seed in seeds]
     parts: list[SectionItem] = [intro]
-    # Six candidates in two states are as many columns as a page can show with pictures that can still be seen.
+    # Six candidates in two states are the most columns that fit on a page with pictures that are not too small.
     sheets = max(1, -(-len(tables.pictures) // 6))
     per_sheet = max(1, -(-len(tables.pictures) // sheets))
     for sheet in range(sheets):
@@ -154,7 +154,7 @@ def picture_parts(tables: RunTables) -> tuple[SectionItem, ...]:
 
 
 def _grids(teacher: Path, sets: Sequence[PictureSet]) -> list[SectionItem]:
-    """The grids as they were written, for when they cannot be taken apart."""
+    """The grids as they were written, used when they cannot be split."""
     if not sets:
         return [PictureGrid("Teacher", (("teacher", teacher),))]
     grids: list[SectionItem] = []
