@@ -159,7 +159,7 @@ def test_other_noise_is_compared_and_put_into_words() -> None:
         "Of the 4 least important blocks 0% to 100% are the same with other noise (2 tried, mean 50%)."
         in said
     )
-    assert any("from one kind of prompt alone (2 tried, 100%" in line for line in said)
+    assert any("from one kind of prompt alone (2 tried, mean 100%" in line for line in said)
     assert describe_stability(stability(same).iloc[:0]) == ()
 
 

@@ -603,7 +603,7 @@ def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
     assert write_report(run).read_text() == first
     write_run(tmp_path / "other", upto="score")
     shutil.copy(tmp_path / "other" / "importance.csv", run.importance)
-    assert "missed least" in write_report(run).read_text()
+    assert "with the least impact" in write_report(run).read_text()
 
 
 def test_reporting_does_not_load_torch() -> None:

@@ -32,6 +32,12 @@ def neuron_mean(matrices: Sequence[Tensor]) -> float:
     return float(np.mean([float(one.double().abs().flatten(1).sum(1).mean()) for one in matrices]))
 
 
+def _without_samples(context: ScoringContext, values: Sequence[float]) -> SampleScores:
+    """The scores of a criterion that gives one value (G,) per group and runs no forward pass."""
+    compute = ComputeCost(forward_macs=context.architecture.total_macs)
+    return SampleScores(np.array(values)[:, None], np.ones(1), Samples(np.zeros(1, np.int64)), compute)
+
+
 def magnitude(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleScores:
     """Sum of the absolute weights of an output neuron, averaged over neurons and layers.
 
@@ -43,11 +49,10 @@ def magnitude(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleSc
     Reference: BK-SDM, arXiv:2305.15798 (ECCV 2024), footnote 1.
     """
     with torch.no_grad():
-        values = np.array([[neuron_mean(list(weight_matrices(context, group)))] for group in groups])
-    require_finite(values, [group.name for group in groups], "magnitude")
-    return SampleScores(
-        values, np.ones(1), Samples(np.zeros(1, np.int64)), ComputeCost(forward_macs=_forward(context))
-    )
+        values = [neuron_mean(list(weight_matrices(context, group))) for group in groups]
+    scores = _without_samples(context, values)
+    require_finite(scores.values, [group.name for group in groups], "magnitude")
+    return scores
 
 
 def taylor(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleScores:
@@ -80,7 +85,8 @@ def taylor(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleScore
             }
             values[:, column] = [neuron_mean([product[one] for one in group]) for group in matrices.values()]
     require_finite(values, [group.name for group in groups], "taylor")
-    compute = ComputeCost(macs=_PASSES * len(probe) * _forward(context), forward_macs=_forward(context))
+    forward_macs = context.architecture.total_macs
+    compute = ComputeCost(macs=_PASSES * len(probe) * forward_macs, forward_macs=forward_macs)
     samples = Samples(np.arange(len(timesteps)), timesteps)
     return SampleScores(values, np.ones(len(timesteps)), samples, compute)
 
@@ -102,11 +108,4 @@ def random_scores(context: ScoringContext, groups: Sequence[BlockGroup]) -> Samp
     for group in groups:
         for name in group.blocks:
             context.architecture.block(name)
-    values = np.array([[random_number(group)] for group in groups])
-    return SampleScores(
-        values, np.ones(1), Samples(np.zeros(1, np.int64)), ComputeCost(forward_macs=_forward(context))
-    )
-
-
-def _forward(context: ScoringContext) -> int:
-    return context.architecture.total_macs
+    return _without_samples(context, [random_number(group) for group in groups])

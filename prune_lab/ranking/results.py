@@ -97,13 +97,9 @@ class Ranking:
         return frame.astype(kinds | {"pareto": "boolean"})
 
 
-def _cost_and_loss(result: CandidateResult) -> tuple[float, float, float]:
-    return result.params, result.macs, result.loss_after
-
-
 def pareto_front(results: Iterable[CandidateResult]) -> frozenset[str]:
     """Plan ids on the Pareto front: no other has parameters, MACs and loss all as low, and one of them lower."""
-    points = {one.plan_id: _cost_and_loss(one) for one in results}
+    points = {one.plan_id: (one.params, one.macs, one.loss_after) for one in results}
     return frozenset(
         plan_id
         for plan_id, point in points.items()

@@ -247,12 +247,15 @@ def plan_legend(
 ) -> None:
     """Add a legend under ``figure``: the marks of the plans in ``rows`` (plan_id, plan) and the marks ``extra``."""
     labels = dict(zip(rows["plan_id"].astype(str), rows["plan"].astype(str), strict=True))
-    handles = [
+    marks = [
         _legend_mark(labels[plan_id], style.marker, style.color, style.color)
         for plan_id, style in styles.items()
         if plan_id in labels
     ]
-    handles += extra
+    _legend_below(figure, [*marks, *extra], theme)
+
+
+def _legend_below(figure: Figure, handles: Sequence[Line2D], theme: Theme) -> None:
     figure.legend(
         handles=handles,
         loc="outside lower center",
@@ -328,12 +331,5 @@ def draw_curves(
         for plan in shown
         for style in [styles[plan.id]]
     ]
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=min(4, len(handles)),
-        frameon=False,
-        fontsize=8.5,
-        labelcolor=theme.text,
-    )
+    _legend_below(figure, handles, theme)
     return figure

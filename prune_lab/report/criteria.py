@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
@@ -16,6 +15,7 @@ from prune_lab.report.figures import (
     LIGHT,
     Theme,
     freeze_layout,
+    impact_bar,
     impact_colors,
     impact_scale,
     log_ticks,
@@ -49,12 +49,8 @@ def draw_parts(parts: pd.DataFrame, theme: Theme) -> Figure:
         )
         _draw_heat(axes, table.loc[names], theme, norm, _PART_TITLES[part])
     panels[0].set_yticks(range(len(names)), names, fontsize=7.5)
-    bar = figure.colorbar(
-        ScalarMappable(norm, impact_colors(theme)), ax=list(panels), fraction=0.03, aspect=40, pad=0.01
-    )
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(colors=theme.muted, labelsize=8, length=0, which="both")
-    bar.set_label("impact (log scale)", color=theme.text, fontsize=9)
+    layout = {"ax": list(panels), "fraction": 0.03, "aspect": 40, "pad": 0.01}
+    impact_bar(figure, norm, theme, "impact (log scale)", layout)
     return figure
 
 
@@ -192,8 +188,8 @@ def write_agreement(
         *(f"- {line}" for line in lines),
         "",
         "Spearman's rank correlation with its 95 % interval. Intervals over blocks resample the samples, intervals "
-        "over plans resample the plans. A criterion without samples has no interval over blocks. Forward-equivalents are "
-        "those of all blocks together.",
+        "over plans resample the plans. A criterion without samples has no interval over blocks. Forward-equivalents "
+        "are those of all blocks together.",
         "",
         *table,
         "",

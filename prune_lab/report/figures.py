@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -104,6 +105,14 @@ def _round_number(value: float, nearest: Callable[[float], float]) -> float:
 def impact_colors(theme: Theme) -> Colormap:
     """The colour map of impact in ``theme``."""
     return mpl.colormaps[theme.impact_map]
+
+
+def impact_bar(figure: Figure, norm: LogNorm, theme: Theme, label: str, layout: Mapping[str, Any]) -> None:
+    """Add the colour bar of impact to ``figure``; ``layout`` holds arguments of matplotlib's ``colorbar``."""
+    bar = figure.colorbar(ScalarMappable(norm, impact_colors(theme)), **layout)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(colors=theme.muted, labelsize=8, length=0, which="both")
+    bar.set_label(label, color=theme.text, fontsize=9)
 
 
 def new_figure(theme: Theme, width: float, height: float) -> Figure:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
@@ -15,6 +14,7 @@ from matplotlib.patches import FancyBboxPatch
 from prune_lab.report.figures import (
     PlanStyle,
     Theme,
+    impact_bar,
     impact_colors,
     impact_scale,
     new_figure,
@@ -75,17 +75,8 @@ def draw_block_map(frame: pd.DataFrame, theme: Theme) -> Figure:
     axes = figure.add_subplot()
     _draw_cells(axes, frame, theme, norm, removed=frozenset(), outline=theme.text, numbers=True)
     if frame["impact"].notna().any():
-        bar = figure.colorbar(
-            ScalarMappable(norm, impact_colors(theme)),
-            ax=axes,
-            orientation="horizontal",
-            fraction=0.045,
-            aspect=50,
-            pad=0.02,
-        )
-        bar.outline.set_visible(False)
-        bar.ax.tick_params(colors=theme.muted, labelsize=8, length=0, which="both")
-        bar.set_label("impact of removing the block (log scale)", color=theme.text, fontsize=9)
+        layout = {"ax": axes, "orientation": "horizontal", "fraction": 0.045, "aspect": 50, "pad": 0.02}
+        impact_bar(figure, norm, theme, "impact of removing the block (log scale)", layout)
     return figure
 
 

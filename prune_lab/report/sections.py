@@ -263,8 +263,8 @@ def _ranking(tables: RunTables) -> tuple[SectionItem, ...]:
                 "quality",
                 "Held-out loss and CLIP score against multiply-adds and parameters for every candidate.",
                 "Hollow marks are candidates before distillation, filled marks after it; the square and the dashed "
-                "line are the teacher. Pale marks are candidates that the tournament dropped, at their last rung. The grey "
-                "staircase is the Pareto front of its panel: the best quality at each cost. In the table, *on the "
+                "line are the teacher. Pale marks are candidates that the tournament dropped, at their last rung. The "
+                "grey staircase is the Pareto front of its panel: the best quality at each cost. In the table, *on the "
                 "front* means the front of parameters, multiply-adds and loss together.",
                 lambda theme: draw_quality_plane(ranking, styles, theme),
             )
