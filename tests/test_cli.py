@@ -235,7 +235,7 @@ def test_all_criteria_compared_with_each_other_and_with_plans(
     assert "Spearman" in (out / "README.md").read_text()
     steady = pd.read_csv(out / "stability.csv")
     assert steady.loc[steady["part"] == "noise", "of"].unique().tolist() == ["seed 1", "seed 2"]
-    assert "found again with other noise" in (out / "README.md").read_text()
+    assert "are the same with other noise" in (out / "README.md").read_text()
     drawn = pd.read_csv(out / "scores.csv")
     assert drawn.loc[drawn["criterion"] == "image-change", "psnr"].notna().all()
 
