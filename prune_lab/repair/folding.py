@@ -69,7 +69,9 @@ def why_not(kind: CorrectionKind, side: Side, unit: nn.Module | None, name: str)
     if kind == "refit":
         unknowns = ending.last.weight[0].numel()
         if unknowns > MOST_UNKNOWNS:
-            return f"the last layer of {name} has {unknowns:,} inputs; at most {MOST_UNKNOWNS:,} can be fitted"
+            return (
+                f"the last layer of {name} has {unknowns:,} inputs; at most {MOST_UNKNOWNS:,} can be fitted"
+            )
         return ""
     if kind == "shift" or not ending.adds_input or ending.shortcut is not None:
         return ""
