@@ -248,7 +248,7 @@ def test_all_criteria_compared_with_each_other_and_with_plans(
     assert "Spearman" in (out / "README.md").read_text()
     steady = pd.read_csv(out / "stability.csv")
     assert steady.loc[steady["part"] == "noise", "of"].unique().tolist() == ["seed 1", "seed 2"]
-    assert "found again with other noise" in (out / "README.md").read_text()
+    assert "are the same with other noise" in (out / "README.md").read_text()
     drawn = pd.read_csv(out / "scores.csv")
     assert drawn.loc[drawn["criterion"] == "image-change", "psnr"].notna().all()
 
@@ -281,7 +281,7 @@ def test_a_score_that_cannot_be_had_is_refused(
 
 def test_a_bare_unet_has_no_pictures_to_score(tiny_pipeline_folder: Path) -> None:
     scoring = ("score", tiny_pipeline_folder / "unet", "--samples", 2)
-    assert "clip-score draws pictures" in mistake(*scoring, "--criterion", "clip-score")
+    assert "clip-score generates images" in mistake(*scoring, "--criterion", "clip-score")
     assert "guidance 4" in mistake(*scoring, "--set", "score.guidance=4")
 
 

@@ -1,4 +1,4 @@
-"""Held-out loss, drawing with a borrowed pipeline, CLIP scores, and picture grids."""
+"""Held-out loss, generating with another U-Net in a pipeline, CLIP scores, and picture grids."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_clip_scores_equal_the_cosine_from_the_towers(scorer: tuple[Any, ScorerI
             )
             assert float(scores[i]) == pytest.approx(expected.item(), abs=1e-5)
     assert clip_scores(scorer, pictures[:0], []).shape == (0,)
-    with pytest.raises(DataError, match="5 pictures against 1 prompts"):
+    with pytest.raises(DataError, match="5 images against 1 prompts"):
         clip_scores(scorer, pictures, ["a cat"])
 
 

@@ -130,10 +130,10 @@ def test_the_ranking_names_everyone(played: Run, tmp_path: Path) -> None:
     assert candidates["tie_group"].notna().all()
     rungs = pd.read_csv(run.tournament).groupby("name")["rung"].max()
     assert dict(zip(candidates["plan_id"], candidates["rung"], strict=True)) == rungs.to_dict()
-    for place in ranking.places:
-        if place.status == "dropped":
-            assert place.reason.startswith("at rung 1 of 2, 2 steps: ")
-            assert place.contender.steps == 2
+    for entry in ranking.entries:
+        if entry.status == "dropped":
+            assert entry.reason.startswith("at rung 1 of 2, 2 steps: ")
+            assert entry.result.steps == 2
 
 
 # Own pictures ------------------------------------------------------------------------------------------------------

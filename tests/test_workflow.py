@@ -163,7 +163,7 @@ def test_an_interrupt_leaves_a_run_that_goes_on(
     assert not copied.done(copied.ranking)
     before = times(copied)
     ranking = run_all(config, copied.folder)
-    assert [place.contender.plan for place in ranking.places if place.status == "failed"] == []
+    assert [entry.result.plan for entry in ranking.entries if entry.status == "failed"] == []
     kept = {name: time for name, time in before.items() if not name.startswith(("report/", "steps.csv"))}
     assert {name: times(copied)[name] for name in kept} == kept
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from prune_lab.cluster.connection import Cluster, check_room, last_word
-from prune_lab.ranking import HeldoutLosses, Tournament, Verdict, play
+from prune_lab.ranking import HeldoutLosses, Tournament, Verdict, run_tournament
 
 Report = Callable[[int, float], None]
 """Steps taken and the loss after them; does not return when the candidate is to stop."""
@@ -140,8 +140,8 @@ def tournament_from_asha(
 ) -> Tournament:
     """The tournament that ASHA decided: it stopped some of ``names`` after so many steps, everyone else is ranked.
 
-    At each rung places, ties and differences are those of ``play`` at its last one: among all who came there, against
-    the best of them, who was not stopped. The CLIP score decides nothing: nobody waits for others to be drawn.
+    At each rung places, ties and differences are those of ``run_tournament`` at its last one: among all who came there,
+    against the best of them, who was not stopped. The CLIP score decides nothing: nobody waits for others to be drawn.
     """
     verdicts: list[Verdict] = []
     going = tuple(names)
@@ -149,7 +149,7 @@ def tournament_from_asha(
         if not going:
             break
         answers = measure(going, steps)
-        here = play(
+        here = run_tournament(
             going,
             (steps,),
             2,

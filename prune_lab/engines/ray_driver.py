@@ -167,7 +167,7 @@ def train(
     """Who of ``candidates`` came to the last of ``rungs``, by ASHA; on ``cluster``, None: the one of the settings.
 
     Each candidate is a trial of Ray Tune that distils it from rung to rung. A trial whose worker died goes on from the
-    candidate's checkpoint, and so does every one when the same is asked again. Survivors are ranked by ``play``'s
+    candidate's checkpoint, and so does every one when the same is asked again. Survivors are ranked by ``run_tournament``'s
     paired differences. With one rung nobody is dropped. The CLIP score breaks no ties at rungs. Raises ClusterError,
     StorageError.
     """
