@@ -10,7 +10,7 @@ import pandas as pd
 
 from prune_lab.candidates import Candidate, build_candidate, load_candidate, load_student
 from prune_lab.plans import PruningPlan
-from prune_lab.repair import repair
+from prune_lab.repair import RepairKind, repair
 from prune_lab.runtime import track, write_frame
 from prune_lab.schemas import REPAIRED_COLUMNS
 from prune_lab.session import Session, ensure_probe
