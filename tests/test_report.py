@@ -169,10 +169,20 @@ def test_numbers_in_words(words: object, value: object, text: str) -> None:
 
 
 def frame_of(stages: dict[str, str]) -> pd.DataFrame:
+    """The blocks of a U-Net whose stages are given in order of execution, with the lane and row of each stage."""
+    depth = sum(stage.startswith("Dn") for stage in stages)
+    lanes = {"Dn": "left", "Md": "middle", "Up": "right"}
+
+    def row_of(stage: str) -> int:
+        level = int(stage[2:] or 0)
+        return {"Dn": level - 1, "Md": depth, "Up": depth - level}[stage[:2]]
+
     rows = [
-        (f"{stage}.{one}", stage, i) for stage, text in stages.items() for i, one in enumerate(text.split())
+        (f"{stage}.{one}", stage, lanes[stage[:2]], row_of(stage), i)
+        for stage, text in stages.items()
+        for i, one in enumerate(text.split())
     ]
-    return pd.DataFrame(rows, columns=["name", "stage", "position"])
+    return pd.DataFrame(rows, columns=["name", "stage", "lane", "row", "position"])
 
 
 @pytest.mark.parametrize(
