@@ -56,7 +56,7 @@ class PlanError(PruneLabError):
 
 
 class NonNativePlanError(PlanError):
-    """No plain ``UNet2DConditionModel`` config describes the network that the plan leaves."""
+    """No plain diffusers config describes the network that the plan leaves."""
 
 
 class BudgetError(PruneLabError):

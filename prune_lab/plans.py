@@ -129,8 +129,8 @@ def plan_from_json(value: object, architecture: Architecture) -> PruningPlan:
     made_for = value.get("architecture")
     if made_for != architecture.signature:
         raise PlanError(
-            f"the plan was made for architecture {made_for}, this U-Net is {architecture.signature}; "
-            "write it as text (for example '-Dn1.R2 -Dn1.A2') to apply it here"
+            f"the plan was made for architecture {made_for}, this model is {architecture.signature}; "
+            f"write it as text (for example '-{architecture.blocks[-1].name}') to apply it here"
         )
     if "name" in value or not isinstance(value.get("names", []), list):
         raise PlanError(
@@ -190,8 +190,8 @@ def native_layout(architecture: Architecture, plan: PruningPlan) -> Layout:
     """
     if plan.architecture != architecture.signature:
         raise PlanError(
-            f"the plan was made for architecture {plan.architecture}, this U-Net is {architecture.signature}; "
-            "read it again as text for this U-Net"
+            f"the plan was made for architecture {plan.architecture}, this model is {architecture.signature}; "
+            "read it again as text for this model"
         )
     removed = frozenset((*plan.removed, *removed_samplers(architecture, plan)))
     return architecture.family.layout(architecture.outline, removed)

@@ -35,7 +35,7 @@ def parse_quota(text: str) -> Quota:
     match = re.fullmatch(r"\s*(\w+)\s*(<?=)\s*(\d+)\s*", text)
     if not match:
         raise ConfigError(
-            f"cannot read the quota {text!r}; write 'Dn1<=2' for at most two, 'Dn1=2' for exactly two"
+            f"cannot read the quota {text!r}; write 'STAGE<=2' for at most two, 'STAGE=2' for exactly two"
         )
     return Quota(match[1], int(match[3]), int(match[3]) if match[2] == "=" else 0)
 
