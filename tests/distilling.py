@@ -57,7 +57,7 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-def course_for(
+def setup_for(
     unet: UNet2DConditionModel, validation: Probe, settings: DistillConfig = SETTINGS
 ) -> DistillSetup:
     """What students of ``unet`` are trained with on made-up data."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from conftest import TINY_UNET, build_unet
-from distilling import SCHEDULER, SETTINGS, course_for, students_of
+from distilling import SCHEDULER, SETTINGS, setup_for, students_of
 
 import prune_lab.distill.loop as loop
 from prune_lab.distill import distill_together, draw_batch
@@ -31,7 +31,7 @@ def main(folder: Path) -> None:
 
     loop.draw_batch = dying  # type: ignore[attr-defined]
     validation = random_probe(TINY_UNET, samples=2, seed=5)
-    setup = course_for(unet, validation, SETTINGS)
+    setup = setup_for(unet, validation, SETTINGS)
     assert setup.scheduler is SCHEDULER
     distill_together(setup, students_of(unet, folder, PLANS))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
+from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from prune_lab.candidates import Candidate
 from prune_lab.engines.pictures import PictureJob, clip_of, draw_job
 from prune_lab.engines.training import controls_among, heldout_losses_after, train_to
 from prune_lab.importance import ImportanceTable, score
-from prune_lab.processes import gather_object, is_main
+from prune_lab.processes import is_main
 from prune_lab.ranking import HeldoutLosses, Tournament, play
 from prune_lab.runtime import note, track
 from prune_lab.session import Session, run_scoring_context
@@ -28,7 +29,8 @@ def _clip_scores_now(session: Session, candidates: Sequence[Candidate]) -> dict[
     for one in candidates if is_main() else ():
         scores = clip_of(session, draw_job(session, one, "distilled"))
         found[one.plan.id] = scores.double().numpy()
-    return gather_object(found)[0]
+    first: dict[str, NDArray[np.float64]] = gather_object([found])[0]
+    return first
 
 
 def train(session: Session, candidates: Sequence[Candidate], rungs: Sequence[int]) -> Tournament:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+from accelerate import PartialState
 
 from prune_lab.candidates import Candidate
 from prune_lab.distill import Recovery, load_recovery
 from prune_lab.engines import engine_of, needs_scores, rungs_of
 from prune_lab.errors import RunError
-from prune_lab.processes import is_main, join, main_process_first
+from prune_lab.processes import init_processes, is_main
 from prune_lab.ranking import Tournament, tournament_from_frame
 from prune_lab.runtime import write_frame
 from prune_lab.schemas import RECOVERY_SUMMARY_COLUMNS
@@ -45,8 +46,8 @@ def ensure_distilled(session: Session, *, only: tuple[str, ...] = ()) -> tuple[R
     checkpoint. ``only`` names some of the plans (see ``plan_named``), which then get all steps. Under ``accelerate
     launch`` the main process prepares and all distil. Raises PlanError when a name is none of the run's.
     """
-    join()
-    with main_process_first():
+    init_processes()
+    with PartialState().main_process_first():
         ensure_repaired(session)
         plans = ensure_plans(session)
         wanted = {plan_named(plans, text, session).id for text in only} or {plan.id for plan in plans}
