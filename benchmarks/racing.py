@@ -18,7 +18,7 @@ from scipy.stats import kendalltau
 
 from prune_lab.blocks import block_groups
 from prune_lab.config import ProbeConfig, RunConfig
-from prune_lab.importance import ImportanceTable, Race, Samples, ScoreCache, score_groups
+from prune_lab.importance import ImportanceTable, Race, Samples, ScoreCache, ScoringContext, score
 from prune_lab.importance.intervals import impacts_of
 from prune_lab.importance.racing import sample_order
 from prune_lab.plans import gone_with
@@ -54,7 +54,7 @@ def main() -> None:
         probe = ensure_probe(session)
         groups, cache = block_groups(session.architecture, "block"), ScoreCache()
         start = time.perf_counter()
-        whole = score_groups(session.unet, groups, probe, bootstrap=0, cache=cache)
+        whole = score(ScoringContext(session.unet, probe, cache=cache), groups, bootstrap=0)
         whole_seconds = time.perf_counter() - start
         assert whole.compute is not None
         print(
@@ -70,12 +70,15 @@ def main() -> None:
         )
         for budget in arguments.budget or [0.15]:
             start = time.perf_counter()
-            first = score_groups(session.unet, groups, probe, bootstrap=0, race=Race(budget))
+            first = score(ScoringContext(session.unet, probe), groups, bootstrap=0, race=Race(budget))
             seconds = time.perf_counter() - start
             assert first.compute is not None
             races = [first] + [
-                score_groups(
-                    session.unet, groups, probe, bootstrap=0, race=Race(budget), cache=cache, seed=seed
+                score(
+                    ScoringContext(session.unet, probe, cache=cache, seed=seed),
+                    groups,
+                    bootstrap=0,
+                    race=Race(budget),
                 )
                 for seed in range(1, arguments.races)
             ]

@@ -6,7 +6,8 @@
 Reads the run's tables alone (candidates/<id>/heldout.csv: step, row, loss) and forecasts.csv: plan_id, name, origin,
 one_shot (impact), added_up (scores), repaired (held-out loss of the repaired plan before training). Writes
 outcomes.csv, agreement.csv (a row per forecast), over_steps.csv (the same for the loss at every step), tournaments.csv
-(``play`` on the recorded losses), the verdicts of each, pairing.csv (what common rows are worth), figures, README.md.
+(``run_tournament`` on the recorded losses), the verdicts of each, pairing.csv (what common rows are worth), figures,
+README.md.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from benchmarks.ranking_pages import Trajectories, draw_curves, draw_flow, draw_tau, page
 from prune_lab.config import load_config
 from prune_lab.errors import DataError
-from prune_lab.ranking import paired_difference, play, rungs, tie_groups
+from prune_lab.ranking import paired_difference, run_tournament, rungs, tie_groups
 from prune_lab.report import PlanRow, plan_styles
 from prune_lab.runs import Run, open_run
 from prune_lab.runtime import read_json, write_frame, write_text
@@ -221,7 +222,7 @@ def replays(
             )
             continue
         for most in (2, 1):
-            found = play([plan.id for plan in told.plans], at, eta, measure, most=most)
+            found = run_tournament([plan.id for plan in told.plans], at, eta, measure, most=most)
             gap = paired_difference(end[place[found.survivors[0]]], end[best])
             rows.append(
                 {

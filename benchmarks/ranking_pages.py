@@ -17,9 +17,16 @@ from numpy.typing import NDArray
 from prune_lab.config import RunConfig
 from prune_lab.ranking import Difference
 from prune_lab.report import LIGHT, PlanRow
-from prune_lab.report.figures import PlanStyle, new_figure, save_png, settle, spread, style_axes
-from prune_lab.report.format import in_words
-from prune_lab.report.tournament import apart
+from prune_lab.report.figures import (
+    PlanStyle,
+    freeze_layout,
+    log_scale_if_wide,
+    new_figure,
+    save_png,
+    style_axes,
+)
+from prune_lab.report.format import enumeration
+from prune_lab.report.tournament import space_labels
 
 Floats = NDArray[np.float64]
 _SCORES = ("added-up scores", "one-shot impact", "repaired loss")
@@ -71,11 +78,11 @@ def draw_curves(told: Trajectories, styles: Mapping[str, PlanStyle], folder: Pat
     for plan, line in zip(told.plans, means, strict=True):
         style = styles[plan.id]
         axes.plot(xs, line, color=style.color, ls=style.dash, lw=1.3, marker=style.marker, ms=3.5)
-    is_log = spread(axes, "y", means)
+    is_log = log_scale_if_wide(axes, "y", means)
     axes.set_ylabel("held-out loss" + (" (log scale)" if is_log else ""))
     ends = np.log(means[:, -1]) if is_log else means[:, -1]
     low, high = (np.log(axes.get_ylim()) if is_log else np.array(axes.get_ylim())).tolist()
-    heights = apart(ends.tolist(), (high - low) / 27)
+    heights = space_labels(ends.tolist(), (high - low) / 27)
     # Half of what they were moved up they are moved down again, but not below the axis.
     heights = heights - min(float(heights.mean() - ends.mean()), float(heights.min()) - low)
     x = xs[-1] * (xs[-1] / xs[0]) ** 0.05
@@ -85,7 +92,7 @@ def draw_curves(told: Trajectories, styles: Mapping[str, PlanStyle], folder: Pat
         axes.text(x, y, plan.label, fontsize=8, va="center", color=color)
     axes.set_xlim(right=xs[-1] * 1.02)
     axes.set_ylim(*(np.exp((low, high)) if is_log else (low, high)))
-    save_png(figure, folder / "curves.png", settle(figure))
+    save_png(figure, folder / "curves.png", freeze_layout(figure))
 
 
 def draw_tau(over_steps: pd.DataFrame, agreement: pd.DataFrame, folder: Path) -> None:
@@ -125,7 +132,7 @@ def draw_tau(over_steps: pd.DataFrame, agreement: pd.DataFrame, folder: Path) ->
     axes.axhline(0, color=LIGHT.muted, lw=0.8)
     axes.set_ylim(min(-0.1, float(over_steps["plans_low"].min()) - 0.05), 1.03)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    save_png(figure, folder / "tau.png", settle(figure))
+    save_png(figure, folder / "tau.png", freeze_layout(figure))
 
 
 def draw_flow(
@@ -151,7 +158,7 @@ def draw_flow(
     axes.set_ylim(len(outcomes) + 0.5, 0.5)
     axes.set_xlim(-0.2, len(columns) - 0.8)
     axes.set_ylabel("rank (bars at the right: tie groups)")
-    save_png(figure, folder / "flow.png", settle(figure))
+    save_png(figure, folder / "flow.png", freeze_layout(figure))
 
 
 # Words -----------------------------------------------------------------------------------------------------------
@@ -165,7 +172,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) 
 def _conditions(told: Trajectories, config: RunConfig, environment: Mapping[str, Any]) -> str:
     settings = config.distill
     where = environment.get("device_name") or environment.get("device", "an unnamed device")
-    versions = in_words(
+    versions = enumeration(
         f"{name} {environment[name]}" for name in ("python", "torch", "diffusers") if name in environment
     )
     return (

@@ -26,7 +26,7 @@ from prune_lab.models import resolve_model
 from prune_lab.plans import PruningPlan, plan_from_json
 from prune_lab.profiling import cost_table
 from prune_lab.report import LIGHT, PlanRow, block_map_frame, draw_plan_maps, plan_styles
-from prune_lab.report.figures import PlanStyle, new_figure, save_png, settle, style_axes
+from prune_lab.report.figures import PlanStyle, freeze_layout, new_figure, save_png, style_axes
 from prune_lab.runs import Run, open_run
 from prune_lab.runtime import read_json, write_frame, write_text
 from prune_lab.search import FrontPoint, predicted_impact, sweep_plans
@@ -149,7 +149,7 @@ def draw_fronts(
             panel.set_xlabel(label)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    save_png(figure, folder / "fronts.png", settle(figure))
+    save_png(figure, folder / "fronts.png", freeze_layout(figure))
 
 
 def draw_additivity(
@@ -166,7 +166,7 @@ def draw_additivity(
     axes.set_xticks(
         range(len(table)), table["plan"].str.split(" = ").str[0], rotation=40, ha="right", fontsize=7.5
     )
-    save_png(figure, folder / "additivity.png", settle(figure))
+    save_png(figure, folder / "additivity.png", freeze_layout(figure))
 
 
 def page(
@@ -308,7 +308,7 @@ def main() -> None:
     draw_additivity(table, predicted, styles, arguments.out)
     frame = block_map_frame(pd.read_csv(runs[0].blocks), importance.frame())
     figure = draw_plan_maps(frame, rows, styles, LIGHT)
-    save_png(figure, arguments.out / "plans.png", settle(figure))
+    save_png(figure, arguments.out / "plans.png", freeze_layout(figure))
     searches = pd.read_csv(runs[0].searches)
     write_frame(arguments.out / "outcomes.csv", table)
     write_frame(arguments.out / "paired.csv", pairs)

@@ -16,7 +16,7 @@ import pandas as pd
 
 from prune_lab.blocks import BlockGroup
 from prune_lab.config import ProbeConfig, RunConfig, ScoreConfig, SearchConfig
-from prune_lab.importance import ImportanceTable, score_groups
+from prune_lab.importance import ImportanceTable, ScoringContext, score
 from prune_lab.plans import PruningPlan
 from prune_lab.session import Session, drawn_probe, ensure_probe
 from prune_lab.workflow import ensure_plans, start_run
@@ -62,7 +62,7 @@ def main() -> None:
                 spent = max(80, int(row["sets_measured"]))
             groups = [BlockGroup(name, "plan", plan.removed) for name, plan in plans.items()]
             tables: list[ImportanceTable] = [
-                score_groups(session.unet, groups, probe, bootstrap=0)
+                score(ScoringContext(session.unet, probe), groups, bootstrap=0)
                 for probe in (ensure_probe(session), drawn_probe(session, config.probe.seed + 1))
             ]
             for group, here, there in zip(groups, *(table.impacts for table in tables), strict=True):

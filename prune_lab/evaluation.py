@@ -1,4 +1,4 @@
-"""How good a U-Net is: its held-out loss, the pictures it draws, and what a CLIP model says about them."""
+"""Evaluation of a U-Net: its held-out loss, images generated with it, and their CLIP scores."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def heldout_loss(
 ) -> Tensor:
     """Mean squared error of the prediction against the probe's target, one value per row, (N,) float32 on the CPU.
 
-    Reads as: the training loss on pictures that were never trained on. Misleads when: compared between probes, since
-    late timesteps have larger losses. ``device`` and ``dtype`` are those of the inputs; None means the U-Net's.
+    Reads as: the training loss on images that were not trained on. Misleads when: compared between probes, because the
+    loss depends on the timestep. ``device`` and ``dtype`` are those of the inputs; None means the U-Net's.
     """
     predictions = predict(unet, probe, batch=batch, device=device, dtype=dtype)
     return (predictions - probe.target).square().flatten(1).mean(dim=1)
 
 
 @contextlib.contextmanager
-def _drawing_with(pipeline: Any, unet: Any) -> Iterator[Any]:
-    """``pipeline`` with ``unet``, a scheduler of its own and no progress bar; all three return on exit."""
+def _pipeline_with(pipeline: Any, unet: Any) -> Iterator[Any]:
+    """``pipeline`` with ``unet`` (None: its own), a fresh scheduler and no progress bar; all are restored on exit."""
     original = pipeline.unet, pipeline.scheduler, getattr(pipeline, "_progress_bar_config", {})
     try:
         pipeline.unet = pipeline.unet if unet is None else unet
@@ -50,9 +50,10 @@ def _drawing_with(pipeline: Any, unet: Any) -> Iterator[Any]:
         pipeline.set_progress_bar_config(**bar)
 
 
-def _drawn(
+def _batches(
     pipeline: Any,
-    wanted: Sequence[tuple[str, int]],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
     *,
     steps: int,
     guidance: float,
@@ -60,34 +61,34 @@ def _drawn(
     batch: int,
     output: str,
 ) -> Iterator[Tensor]:
-    """What the pipeline gives for each (prompt, seed), chunk by chunk; DataError when it is not finite."""
-    with _drawing_with(pipeline, unet) as drawing:
-        for start in track(range(0, len(wanted), batch), "drawing", math.ceil(len(wanted) / batch)):
-            chunk = wanted[start : start + batch]
-            drawn = drawing(
+    """Images or latents of every prompt with every seed, as ``output`` says, in batches.
+
+    Raises DataError when there is nothing to generate or the result is not finite.
+    """
+    if not prompts or not seeds:
+        raise DataError(
+            f"asked to generate images of {len(prompts)} prompts with {len(seeds)} seeds; give at least one of each"
+        )
+    pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    with _pipeline_with(pipeline, unet) as own:
+        for start in track(range(0, len(pairs), batch), "generating", math.ceil(len(pairs) / batch)):
+            chunk = pairs[start : start + batch]
+            images = own(
                 prompt=[prompt for prompt, _ in chunk],
                 generator=[seeded(seed) for _, seed in chunk],
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 output_type=output,
             ).images
-            if not drawn.isfinite().all():
+            if not images.isfinite().all():
                 raise DataError(
-                    "asked for pictures, found values that are not finite; use float32 or another U-Net"
+                    "asked for images, found values that are not finite; use float32 or another U-Net"
                 )
-            yield drawn.float()
+            yield images.float()
 
 
-def _every(prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
-    if not prompts or not seeds:
-        raise DataError(
-            f"asked to draw {len(prompts)} prompts with {len(seeds)} seeds; give at least one of each"
-        )
-    return [(prompt, seed) for prompt in prompts for seed in seeds]
-
-
-def _bytes(pictures: Tensor) -> Tensor:
-    return (pictures * 255).round().clamp(0, 255).to("cpu", torch.uint8)
+def _to_uint8(images: Tensor) -> Tensor:
+    return (images * 255).round().clamp(0, 255).to("cpu", torch.uint8)
 
 
 def generate(
@@ -100,18 +101,18 @@ def generate(
     unet: Any = None,
     batch: int = 8,
 ) -> Tensor:
-    """Pictures uint8 (prompts x seeds, 3, H, W) on the CPU: every prompt with every seed, prompt by prompt.
+    """Images uint8 (prompts x seeds, 3, H, W) on the CPU: every prompt with every seed, prompt by prompt.
 
-    Each picture starts from noise of its own seed, drawn on the CPU: the same for teacher and students, whatever the
-    batch and the device. ``unet`` draws in place of the pipeline's own, which is back afterwards. ``guidance`` is the
-    scale of classifier-free guidance; 1 turns it off. Raises DataError when there is nothing to draw, or when the
-    pictures are not finite.
+    Each image starts from the noise of its seed, drawn on the CPU, so it is the same for teacher and students and does
+    not depend on batch or device. ``unet`` is used instead of the pipeline's own, which is put back. ``guidance`` is
+    the scale of classifier-free guidance; 1 turns it off. Raises DataError when there is nothing to generate, or when
+    the images are not finite.
     """
-    wanted, how = _every(prompts, seeds), {"steps": steps, "guidance": guidance, "unet": unet, "batch": batch}
-    return torch.cat([_bytes(drawn) for drawn in _drawn(pipeline, wanted, output="pt", **how)])
+    settings = {"steps": steps, "guidance": guidance, "unet": unet, "batch": batch}
+    return torch.cat([_to_uint8(one) for one in _batches(pipeline, prompts, seeds, output="pt", **settings)])
 
 
-def draw_latents(
+def generate_latents(
     pipeline: Any,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -121,35 +122,35 @@ def draw_latents(
     unet: Any = None,
     batch: int = 8,
 ) -> Tensor:
-    """The final latents (prompts x seeds, C, h, w), float32 on the CPU, of the pictures that ``generate`` draws."""
-    wanted, how = _every(prompts, seeds), {"steps": steps, "guidance": guidance, "unet": unet, "batch": batch}
-    return torch.cat([drawn.cpu() for drawn in _drawn(pipeline, wanted, output="latent", **how)])
+    """The final latents (prompts x seeds, C, h, w), float32 on the CPU, of the images that ``generate`` returns."""
+    settings = {"steps": steps, "guidance": guidance, "unet": unet, "batch": batch}
+    return torch.cat([one.cpu() for one in _batches(pipeline, prompts, seeds, output="latent", **settings)])
 
 
 @torch.inference_mode()
 def decode_latents(pipeline: Any, latents: Tensor, *, batch: int = 8) -> Tensor:
-    """Pictures uint8 (N, 3, H, W) on the CPU of final latents (N, C, h, w), as the pipeline decodes them."""
+    """Images uint8 (N, 3, H, W) on the CPU of final latents (N, C, h, w), decoded as the pipeline does it."""
     vae = pipeline.vae
     shift = getattr(vae.config, "shift_factor", None) or 0.0
-    pictures = []
+    images = []
     for chunk in torch.split(latents, batch):
         scaled = chunk.to(vae.device, vae.dtype) / vae.config.scaling_factor + shift
-        pictures.append(_bytes((vae.decode(scaled).sample.float() / 2 + 0.5).clamp(0, 1)))
-    return torch.cat(pictures)
+        images.append(_to_uint8((vae.decode(scaled).sample.float() / 2 + 0.5).clamp(0, 1)))
+    return torch.cat(images)
 
 
 def clip_scores(
     scorer: tuple[Any, ScorerInputs], pictures: Tensor, prompts: Sequence[str], *, batch: int = 64
 ) -> Tensor:
-    """Cosine between the CLIP embeddings of each picture and its prompt, (N,) float32 on the CPU.
+    """Cosine between the CLIP embeddings of each image and its prompt, (N,) float32 on the CPU.
 
-    ``scorer`` is what ``models.load_scorer`` returns, ``pictures`` uint8 (N, 3, H, W). The cosine itself, as the
-    authors of BK-SDM report it: neither multiplied by 100 nor cut at zero. Misleads when: compared between scorers.
-    Raises DataError when the numbers of pictures and prompts differ.
+    ``scorer`` is what ``models.load_scorer`` returns, ``pictures`` are images uint8 (N, 3, H, W). As in BK-SDM, the
+    cosine is not multiplied by 100 and not clipped at zero. Misleads when: compared between scorers.
+    Raises DataError when the numbers of images and prompts differ.
     """
     if len(pictures) != len(prompts):
         raise DataError(
-            f"asked to score {len(pictures)} pictures against {len(prompts)} prompts; give one for each"
+            f"asked to score {len(pictures)} images against {len(prompts)} prompts; give one prompt for each image"
         )
     model, inputs = scorer
     scores = [torch.empty(0)]
@@ -160,7 +161,7 @@ def clip_scores(
                 pixel_values=inputs.pictures(pictures[rows], model.device),
                 **inputs.captions(prompts[rows], model.device),
             )
-            # both embeddings come normalised
+            # The model has normalised both embeddings.
             scores.append((embedded.image_embeds * embedded.text_embeds).sum(dim=-1).float().cpu())
     return torch.cat(scores)
 
@@ -201,14 +202,14 @@ def read_pictures(folder: Path) -> Tensor:
 
 
 def save_grid(path: Path, pictures: Tensor, *, columns: int = 4, gap: int = 2) -> None:
-    """Write ``pictures`` (N, 3, H, W) uint8 as one PNG of ``columns`` columns, filled row by row.
+    """Write images ``pictures`` (N, 3, H, W) uint8 as one PNG of ``columns`` columns, filled row by row.
 
-    ``gap`` white pixels lie between two pictures. The file appears whole or not at all. Raises DataError when there are
-    no pictures, StorageError when the file cannot be written.
+    ``gap`` white pixels lie between two images. The file is written completely or not at all. Raises DataError when
+    there are no images, StorageError when the file cannot be written.
     """
     if pictures.ndim != 4 or pictures.shape[1] != 3 or not len(pictures):
         raise DataError(
-            f"asked for a grid of pictures of shape {tuple(pictures.shape)}; give uint8 (N, 3, H, W)"
+            f"asked for a grid of images of shape {tuple(pictures.shape)}; give uint8 (N, 3, H, W), N at least 1"
         )
     count, _, height, width = pictures.shape
     columns = max(1, min(columns, count))

@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Beside other workers one thread each, also of what a test starts: two on one core only wait for each other.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"
+# One thread, also of what a test starts: models this small only wait for a second one, which also rounds differently.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -36,7 +35,7 @@ settings.register_profile("local", deadline=None, suppress_health_check=[HealthC
 settings.register_profile("ci", settings.get_profile("local"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(1)
 
 BuiltOnce = Callable[[str, Callable[[Path], object]], Path]
 
@@ -223,6 +222,14 @@ def finished(built_once: BuiltOnce, finished_config: RunConfig) -> Run:
     from prune_lab.workflow import run_all
 
     return Run(built_once("finished", lambda folder: run_all(finished_config, folder)))
+
+
+@pytest.fixture(scope="session")
+def distilled_alone(built_once: BuiltOnce, tiny_unet_shared: Any) -> Path:
+    """A folder with BK-SDM's three students of the tiny U-Net, each distilled by itself; copy it to change it."""
+    from distilling import distil_alone
+
+    return built_once("distilled", lambda folder: distil_alone(copy.deepcopy(tiny_unet_shared), folder))
 
 
 def save_tiny_pipeline(folder: Path, unet: Any) -> None:

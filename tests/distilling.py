@@ -7,13 +7,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from conftest import TINY_UNET
 from diffusers import PNDMScheduler, UNet2DConditionModel
 
 from prune_lab.blocks import architecture_of
 from prune_lab.config import DistillConfig
-from prune_lab.distill import DistillSetup, FeaturePair, LatentData, Student, feature_pairs
+from prune_lab.distill import DistillSetup, FeaturePair, LatentData, Student, distill_together, feature_pairs
 from prune_lab.plans import parse_plan
-from prune_lab.probes import Probe
+from prune_lab.probes import Probe, random_probe
 from prune_lab.surgery import materialise
 
 SCHEDULER = PNDMScheduler(
@@ -57,6 +58,11 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
+def validation_probe() -> Probe:
+    """Made-up held-out rows for the tiny U-Net."""
+    return random_probe(TINY_UNET, samples=2, seed=5)
+
+
 def setup_for(
     unet: UNet2DConditionModel, validation: Probe, settings: DistillConfig = SETTINGS
 ) -> DistillSetup:
@@ -72,3 +78,10 @@ def students_of(unet: UNet2DConditionModel, folder: Path, plans: Sequence[str]) 
         Student(partial(materialise, unet, plan), feature_pairs(architecture, plan), folder / name)
         for name, plan in parsed.items()
     ]
+
+
+def distil_alone(unet: UNet2DConditionModel, folder: Path) -> None:
+    """BK-SDM's three students of ``unet``, trained one after the other."""
+    setup = setup_for(unet, validation_probe())
+    for plan in ("bk-base", "bk-small", "bk-tiny"):
+        distill_together(setup, students_of(unet, folder, (plan,)))

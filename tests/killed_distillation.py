@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from conftest import TINY_UNET, build_unet
-from distilling import SCHEDULER, SETTINGS, setup_for, students_of
+from distilling import SCHEDULER, SETTINGS, setup_for, students_of, validation_probe
 
 import prune_lab.distill.loop as loop
 from prune_lab.distill import distill_together, draw_batch
-from prune_lab.probes import random_probe
 
 PLANS = ("bk-small", "bk-tiny")
 
@@ -30,8 +29,7 @@ def main(folder: Path) -> None:
         return draw_batch(data, scheduler, settings, step, device, **part)
 
     loop.draw_batch = dying  # type: ignore[attr-defined]
-    validation = random_probe(TINY_UNET, samples=2, seed=5)
-    setup = setup_for(unet, validation, SETTINGS)
+    setup = setup_for(unet, validation_probe(), SETTINGS)
     assert setup.scheduler is SCHEDULER
     distill_together(setup, students_of(unet, folder, PLANS))
 

@@ -126,7 +126,7 @@ def test_conclusions_warn_where_little_can_be_concluded() -> None:
     said = describe_agreement(
         pd.concat([agreement([scores], draws=5), control]), pd.DataFrame(), {"output-mse": 1.0}
     )
-    assert any("random scores, added up, get" in line for line in said)
+    assert any("random scores, summed, reach" in line for line in said)
     few = pd.concat(
         [agreement([scores], draws=5), predictive_correlation([scores], plans[:4], outcome[:4], "the loss")]
     )
@@ -156,10 +156,10 @@ def test_other_noise_is_compared_and_put_into_words() -> None:
     assert rows["samples"].tolist() == [40] * 6
     said = describe_stability(found)
     assert (
-        "Of the 4 least important blocks 0% to 100% are found again with other noise (2 tried, 50% in the mean)."
+        "Of the 4 least important blocks 0% to 100% are the same with other noise (2 tried, mean 50%)."
         in said
     )
-    assert any("from one kind of prompt alone (2 tried, 100%" in line for line in said)
+    assert any("from one kind of prompt alone (2 tried, mean 100%" in line for line in said)
     assert describe_stability(stability(same).iloc[:0]) == ()
 
 

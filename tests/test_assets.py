@@ -19,7 +19,7 @@ from prune_lab.assets import (
     scorer_folder,
 )
 from prune_lab.blocks import architecture_of, block_groups
-from prune_lab.importance import score_groups
+from prune_lab.importance import ScoringContext, score
 from prune_lab.models import resolve_model
 from prune_lab.probes import Probe, make_probe, predict
 
@@ -185,6 +185,6 @@ def test_the_mid_stage_is_worth_a_thousandth(pipeline: StableDiffusionPipeline, 
     groups = [
         one for one in block_groups(architecture_of(pipeline.unet), "stage") if one.name in ("Md", "Up1")
     ]
-    impacts = score_groups(pipeline.unet, groups, probe, bootstrap=100).frame().set_index("group")
+    impacts = score(ScoringContext(pipeline.unet, probe), groups, bootstrap=100).frame().set_index("group")
     assert impacts.loc["Md", "impact"] >= 1e-3
     assert (impacts["low"] > 0).all()

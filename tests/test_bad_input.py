@@ -203,7 +203,7 @@ def scores(pipeline: Path, tmp_path: Path) -> Path:
 def test_a_budget_that_cannot_be_met_or_read(
     budget: str, named: list[str], pipeline: Path, scores: Path, tmp_path: Path
 ) -> None:
-    line = refused(tmp_path, "search", pipeline, "--budget", budget, "--importance", scores)
+    line = refused(tmp_path, "search", pipeline, "--set", f"search.budgets={budget}", "--importance", scores)
     for part in named:
         assert part in line
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,6 @@ from prune_lab.errors import NonNativePlanError, PlanError, RunError, Unsupporte
 from prune_lab.models import resolve_model
 from prune_lab.plans import parse_plan
 from prune_lab.surgery import bypassed
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def predicted(unet: Any) -> torch.Tensor:

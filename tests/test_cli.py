@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,9 +17,19 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import prune_lab
+from prune_lab import schemas
 from prune_lab.cli import app
-from prune_lab.cli.output import records
-from prune_lab.config import ProbeConfig, RunConfig, SearchConfig, load_config, to_toml
+from prune_lab.cli.output import DECISIVE_COLUMNS, records, shown_columns
+from prune_lab.config import (
+    SETTINGS,
+    ProbeConfig,
+    RunConfig,
+    SearchConfig,
+    changed_settings,
+    config_from_toml,
+    load_config,
+    to_toml,
+)
 from prune_lab.runs import Run
 
 # arXiv:2305.15798: parameters of the published U-Nets, exact; MACs of the paper in G
@@ -182,8 +193,9 @@ def test_score_alone_writes_its_table(tiny_pipeline_folder: Path, tmp_path: Path
 
 
 def test_a_race_says_what_every_block_was_measured_on(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
-    options = ["--groups", "blocks", "--samples", 16, "--timesteps", 4, "--race", 0.3, "--device", "cpu"]
-    options += ["--criterion", "output-mse", "--criterion", "similarity", "--channels-last"]
+    options = ["--groups", "blocks", "--samples", 16, "--set", "probe.timesteps=4", "--device", "cpu"]
+    options += ["--criterion", "output-mse", "--criterion", "similarity"]
+    options += ["--set", "score.race=0.3", "--set", "score.channels_last=true"]
     rows = table("score", tiny_pipeline_folder, *options, "--run", tmp_path / "run")
     raced = [row["samples"] for row in rows if row["criterion"] == "output-mse"]
     assert 2 <= min(raced) < 16
@@ -200,10 +212,11 @@ def test_scores_by_several_criteria_of_any_plans_on_own_prompts(
     (tmp_path / "prompts.csv").write_text("prompt,kind\na cat,animals\na dog,animals\nrain,weather\n")
     (tmp_path / "job.toml").write_text(to_toml(small_run_config(evaluate={"prompts": ("x",)})))
     run = tmp_path / "run"
-    options = ["--config", tmp_path / "job.toml", "--run", run, "--device", "cpu", "--batch", "auto"]
+    options = ["--config", tmp_path / "job.toml", "--run", run, "--device", "cpu", "--set", "score.batch=0"]
     options += ["--criterion", "output-mse", "--criterion", "clip-score", "--criterion", "similarity"]
-    options += ["--groups", tmp_path / "plans.txt", "--groups", "inner", "--timesteps", 2]
-    options += ["--prompts", tmp_path / "prompts.csv", "--precision", "float32", "--guidance", 4]
+    options += ["--groups", tmp_path / "plans.txt", "--groups", "inner", "--set", "probe.timesteps=2"]
+    options += ["--set", f"probe.prompts={tmp_path / 'prompts.csv'}", "--set", "dtype=float32"]
+    options += ["--set", "score.guidance=4"]
     rows = table("score", *options)
     names = ["-Dn1.R2 -Dn1.A2", "bk-tiny", "Md", "Dn4+Md+Up1"]
     assert [row["group"] for row in rows] == names * 3
@@ -235,7 +248,7 @@ def test_all_criteria_compared_with_each_other_and_with_plans(
     assert "Spearman" in (out / "README.md").read_text()
     steady = pd.read_csv(out / "stability.csv")
     assert steady.loc[steady["part"] == "noise", "of"].unique().tolist() == ["seed 1", "seed 2"]
-    assert "found again with other noise" in (out / "README.md").read_text()
+    assert "are the same with other noise" in (out / "README.md").read_text()
     drawn = pd.read_csv(out / "scores.csv")
     assert drawn.loc[drawn["criterion"] == "image-change", "psnr"].notna().all()
 
@@ -247,14 +260,17 @@ def test_all_criteria_compared_with_each_other_and_with_plans(
         (("--criterion", "output-mse", "--criterion", "best"), "choose one of: output-mse"),
         (("--groups", "layers"), "score.groups"),
         (("--groups", "missing.txt"), "missing.txt"),
-        (("--batch", "many"), "give a whole number of at least 1, or auto"),
-        (("--precision", "int8"), "one of float32"),
-        (("--guidance", "-1"), "zero or more"),
-        (("--race", "2"), "a share from 0 to 1"),
-        (("--race", "0.2", "--criterion", "taylor"), "race by denoising-loss, output-cosine, output-mse"),
-        (("--race", "0.0001", "--samples", "4"), "give a budget of"),
-        (("--prompts", "missing.csv"), "give a .txt file"),
-        (("--prompts", "missing.doc"), "give a .txt file"),
+        (("--set", "score.batch=many"), "whole number"),
+        (("--set", "dtype=int8"), "one of float32"),
+        (("--set", "score.guidance=-1"), "zero or more"),
+        (("--set", "score.race=2"), "a share from 0 to 1"),
+        (
+            ("--set", "score.race=0.2", "--criterion", "taylor"),
+            "race by denoising-loss, output-cosine, output-mse",
+        ),
+        (("--set", "score.race=0.0001", "--samples", "4"), "give a budget of"),
+        (("--set", "probe.prompts=missing.csv"), "give a .txt file"),
+        (("--set", "probe.prompts=missing.doc"), "give a .txt file"),
     ],
 )
 def test_a_score_that_cannot_be_had_is_refused(
@@ -265,8 +281,8 @@ def test_a_score_that_cannot_be_had_is_refused(
 
 def test_a_bare_unet_has_no_pictures_to_score(tiny_pipeline_folder: Path) -> None:
     scoring = ("score", tiny_pipeline_folder / "unet", "--samples", 2)
-    assert "clip-score draws pictures" in mistake(*scoring, "--criterion", "clip-score")
-    assert "guidance 4" in mistake(*scoring, "--guidance", 4)
+    assert "clip-score generates images" in mistake(*scoring, "--criterion", "clip-score")
+    assert "guidance 4" in mistake(*scoring, "--set", "score.guidance=4")
 
 
 # A run -----------------------------------------------------------------------------------------------------------
@@ -345,7 +361,7 @@ def test_search_alone_with_scores_from_a_file(
 ) -> None:
     out = tmp_path / "plans.json"
     scores = run_folder / "importance.csv"
-    options = ("--importance", scores, "--budget", "params<=60%", "--count", 2, "--out", out)
+    options = ("--importance", scores, "--params", "60%", "--plans", 2, "--out", out)
     rows = table("search", tiny_pipeline_folder, *options)
     found = [row for row in rows if row["origin"] == "search"]
     assert len(found) == 2
@@ -362,10 +378,143 @@ def test_evaluate_judges_folders(
     run_folder: Path, tiny_pipeline_folder: Path, tmp_path: Path, config_file: Path
 ) -> None:
     unet = next((run_folder / "candidates").iterdir()) / "unet"
-    options = ("--config", config_file, "--base", tiny_pipeline_folder, "--prompt", "a dog", "--steps", 1)
+    options = ("--config", config_file, "--base", tiny_pipeline_folder, "--prompt", "a dog")
     rows = table("evaluate", tiny_pipeline_folder, unet, *options)
     assert [row["model"] for row in rows] == [str(tiny_pipeline_folder), str(unet)]
     assert all(row["loss"] > 0 and -1 <= row["clip"] <= 1 for row in rows)
+
+
+# Settings ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_setting_is_shown_with_its_meaning_and_who_reads_it() -> None:
+    rows = table("config", "--show")
+    assert [row["setting"] for row in rows] == list(SETTINGS)
+    steps = next(row for row in rows if row["setting"] == "distill.steps")
+    assert (steps["default"], steps["read_by"]) == (500, "distilled")
+    assert all(row["meaning"] for row in rows)
+    assert "value" not in steps
+    text = answer("config", "--show").stdout
+    assert "steps of AdamW" in text
+    assert '["block", "pair", "stage"]' in text
+
+
+def test_settings_are_shown_with_the_values_that_a_job_would_have(
+    config_file: Path, run_folder: Path
+) -> None:
+    asked = ("--set", "distill.steps=7", "--set", "search.keep=Md")
+    rows = {row["setting"]: row for row in table("config", "--show", "--config", config_file, *asked)}
+    assert [rows["distill.steps"][name] for name in ("value", "default")] == [7, 500]
+    assert rows["search.keep"]["value"] == ["Md"]
+    assert rows["probe.samples"]["value"] == load_config(config_file).probe.samples
+    of_run = {row["setting"]: row for row in table("config", "--show", "--run", run_folder)}
+    assert of_run["probe.samples"]["value"] == load_config(run_folder / "config.toml").probe.samples
+    printed = answer("config", "--config", config_file, *asked).stdout
+    assert changed_settings(load_config(config_file), config_from_toml(printed)) == (
+        "search.keep",
+        "distill.steps",
+    )
+
+
+@pytest.mark.parametrize(
+    ("assignments", "wanted"),
+    [
+        (("distill.step=5",), "did you mean distill.steps?"),
+        (("steps=5",), "did you mean distill.steps or evaluate.steps?"),
+        (("distill.steps=many",), "distill.steps = 'many' cannot be used; it must be a whole number"),
+        (("distill.steps=0",), "a whole number of at least 1"),
+        (("search.solver=exakt",), "one of exact, interactions"),
+        (("score.groups=[block, pair]",), 'a list in TOML, such as ["one", "two"]'),
+        (("distill.steps",), "write table.key=value, such as distill.steps=200"),
+        (("distill.steps=5", "distill.steps=6"), "give it once"),
+    ],
+)
+def test_settings_are_checked_like_the_toml(
+    assignments: tuple[str, ...], wanted: str, config_file: Path, tmp_path: Path
+) -> None:
+    words = [word for text in assignments for word in ("--set", text)]
+    assert wanted in mistake("run", "--config", config_file, "--run", tmp_path / "run", *words)
+    assert wanted in mistake("config", "--show", *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_setting_given_by_an_option_too_is_refused(tiny_pipeline_folder: Path) -> None:
+    asked = ("score", tiny_pipeline_folder, "--samples", 4, "--set", "probe.samples=5")
+    assert "probe.samples = 4 and probe.samples = 5; give it once" in mistake(*asked)
+
+
+def test_a_run_is_not_evaluated_with_other_settings(run_folder: Path) -> None:
+    assert "give models instead" in mistake("evaluate", "--run", run_folder, "--set", "evaluate.steps=2")
+
+
+@pytest.mark.parametrize(
+    ("words", "instead"),
+    [
+        (("score", "reference", "--timesteps", "4"), "--set probe.timesteps=VALUE"),
+        (("score", "reference", "--bootstrap", "10"), "--set score.bootstrap=VALUE"),
+        (("score", "reference", "--precision", "bfloat16"), "--set dtype=VALUE"),
+        (("score", "reference", "--channels-last"), "--set score.channels_last=true"),
+        (("score", "reference", "--no-compile"), "--set score.compile=false"),
+        (("search", "reference", "--budget", "macs<=60%"), "--set search.budgets=VALUE"),
+        (("search", "reference", "--count", "2"), "--plans"),
+        (("search", "reference", "--any"), "--set search.native_only=false"),
+        (("search", "reference", "--longest-run", "2"), "--set search.longest_run=VALUE"),
+        (("cache", "reference", "--out", "x", "--image-column", "y"), "--set data.image_column=VALUE"),
+        (("distill", "reference", "--loss-variant", "raw"), "--set distill.loss_variant=VALUE"),
+        (("evaluate", "reference", "--steps", "3"), "--set evaluate.steps=VALUE"),
+    ],
+)
+def test_an_option_that_a_verb_had_once_is_met_with_what_to_write(
+    words: tuple[str, ...], instead: str
+) -> None:
+    line = mistake(*words)
+    assert line == f"error: prune-lab {words[0]} has no option {line.split()[6].rstrip(';')}; write {instead}"
+
+
+# Tables ------------------------------------------------------------------------------------------------------------
+
+COLUMNS_OF = {
+    "blocks": schemas.BLOCK_COLUMNS,
+    "reductions": (*schemas.REDUCTION_COLUMNS, *schemas.REDUCTION_LATENCY_COLUMNS),
+    "block costs": schemas.BLOCK_PROFILE_COLUMNS,
+    "pipeline": schemas.PIPELINE_COLUMNS,
+    "scores": schemas.IMPORTANCE_COLUMNS,
+    "plans": schemas.PLANS_COLUMNS,
+    "comparison": schemas.COMPARISON_COLUMNS,
+    "plans compared": schemas.COMPARISON_COLUMNS,
+    "recovery": schemas.RECOVERY_SUMMARY_COLUMNS,
+    "pictures": schemas.PICTURES_COLUMNS,
+    "ranking": schemas.RANKING_COLUMNS,
+    "steps": schemas.STEPS_COLUMNS,
+}
+
+
+@pytest.mark.parametrize("kind", COLUMNS_OF)
+def test_a_person_is_shown_six_columns_that_are_there(kind: str) -> None:
+    assert set(DECISIVE_COLUMNS[kind]) <= set(COLUMNS_OF[kind])
+    assert len(shown_columns(kind, [dict.fromkeys(COLUMNS_OF[kind], 1)])) <= 6
+
+
+def test_columns_without_a_value_make_room() -> None:
+    row = {"plan": "bk-small", "params_change": -0.4, "macs_change": -0.3, "latency_change": None}
+    row |= {"predicted_impact": 0.5, "blocks_removed": 17, "native": True}
+    assert shown_columns("plans", [row]) == [name for name in row if name != "latency_change"]
+
+
+def test_names_are_whole_and_fit_into_the_terminal(
+    tiny_pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = "-Dn1.R2 -Dn1.A2 -Dn2.R2 -Dn2.A2 -Dn3.R2 -Dn3.A2 -Up2.R2 -Up2.A2 -Up3.R2 -Up3.A2 -Up4.R2 -Up4.A2"
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    monkeypatch.setenv("COLUMNS", "120")
+    words = ("profile", tiny_pipeline_folder, "--plan", plan, "--no-latency")
+    narrow, wide = answer(*words).stdout, answer(*words, "--wide").stdout
+    assert max(len(re.sub(r"\x1b\[[\d;]*m", "", line)) for line in narrow.splitlines()) <= 120
+    assert "…" not in narrow
+    assert all(name in narrow for name in plan.split())
+    assert "--wide shows all" in narrow
+    assert "native" in wide
+    assert "native" not in narrow
 
 
 # Mistakes --------------------------------------------------------------------------------------------------------
@@ -383,7 +532,7 @@ def test_mistakes_are_one_line_and_exit_2(
     assert "config.toml" in mistake("rank", "--run", tmp_path)
     assert "no.toml" in mistake("run", "--config", tmp_path / "no.toml", "--run", tmp_path / "r")
     scores = ("--importance", run_folder / "importance.csv")
-    assert "params<=1" in mistake("search", tiny_pipeline_folder, *scores, "--budget", "params<=1")
+    assert "params<=1" in mistake("search", tiny_pipeline_folder, *scores, "--params", "1")
     assert not (tmp_path / "x").exists()
     assert not (tmp_path / "r").exists()
 
@@ -441,7 +590,7 @@ def test_version() -> None:
 @pytest.mark.parametrize(
     "verb",
     [
-        *("blocks", "profile", "score", "search", "prune", "distill"),
+        *("blocks", "profile", "score", "search", "prune", "distill", "cache", "config"),
         *("rank", "evaluate", "generate", "report", "run", "compare"),
     ],
 )

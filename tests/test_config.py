@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import prune_lab
 from prune_lab.config import (
     CHOICES,
+    RENAMED,
     SETTINGS,
     DistillConfig,
     EngineConfig,
@@ -29,7 +30,11 @@ from prune_lab.config import (
     changed_settings,
     config_from_toml,
     load_config,
+    parse_assignment,
+    setting_values,
     to_toml,
+    toml_literal,
+    with_settings,
 )
 from prune_lab.errors import ConfigError
 
@@ -250,3 +255,62 @@ def test_the_tables_of_functions_have_the_names_that_the_settings_offer() -> Non
     assert tuple(FEATURE_VARIANTS) == CHOICES["distill.loss_variant"]
     assert tuple(SOLVERS) == CHOICES["search.solver"]
     assert ("none", *get_args(Choice)) == CHOICES["repair.kind"]
+
+
+# One setting at a time -------------------------------------------------------------------------------------------
+
+
+@given(configs)
+def test_what_is_written_can_be_assigned(config: RunConfig) -> None:
+    values = setting_values(config)
+    assignments = [f"{name}={toml_literal(value)}" for name, value in values.items()]
+    assert with_settings(RunConfig(), dict(map(parse_assignment, assignments))) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("search.solver=greedy", "greedy"),
+        ("search.solver = 'greedy'", "greedy"),
+        ("report.title=2024", "2024"),
+        ("report.title=of x = y", "of x = y"),
+        ("search.keep=Md", ("Md",)),
+        ("search.quotas=Dn1<=2", ("Dn1<=2",)),
+        ("search.budgets=macs<=65%, params<=6,000,000", ("macs<=65%, params<=6,000,000",)),
+        ('search.keep=["Md", "Up1"]', ("Md", "Up1")),
+        ("search.keep=[]", ()),
+        ("evaluate.seeds=3", (3,)),
+        ("evaluate.seeds=[3, 4]", (3, 4)),
+        ("distill.learning_rate=1", 1.0),
+        ("data.flip=true", True),
+        ("probe.prompts=", ""),
+    ],
+)
+def test_one_setting_is_read_as_in_toml_without_its_quotes(text: str, value: object) -> None:
+    name, found = parse_assignment(text)
+    assert (name, found, type(found)) == (text.split("=", maxsplit=1)[0].strip(), value, type(value))
+
+
+@pytest.mark.parametrize(
+    "text", ["data.flip=yes", "evaluate.seeds=one", "distill.steps=1.5", "probe.samples="]
+)
+def test_a_value_of_another_kind_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be used; it must be a"):
+        parse_assignment(text)
+
+
+def test_settings_that_only_fit_together_are_set_together() -> None:
+    changed = with_settings(RunConfig(), {"data.crop": "random", "data.variants": 4, "seed": 3})
+    assert (changed.data.crop, changed.data.variants, changed.seed) == ("random", 4, 3)
+    with pytest.raises(ConfigError, match=r"data\.variants"):
+        with_settings(RunConfig(), {"data.variants": 4})
+
+
+def test_a_renamed_setting_says_what_it_is_called_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RENAMED, "distill.iterations", "distill.steps")
+    wanted = "setting distill.iterations is now called distill.steps; write that instead"
+    with pytest.raises(ConfigError, match=wanted):
+        config_from_toml("[distill]\niterations = 5")
+    with pytest.raises(ConfigError, match=wanted):
+        parse_assignment("distill.iterations=5")
+    assert set(RENAMED.values()) <= set(SETTINGS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch_pruning.pruner.importance import GroupMagnitudeImportance
 
 from prune_lab.blocks import BlockGroup, architecture_of, block_groups
 from prune_lab.errors import DataError, UnknownBlockError, UnknownCriterionError
-from prune_lab.evaluation import clip_scores, decode_latents, draw_latents, generate
+from prune_lab.evaluation import clip_scores, decode_latents, generate, generate_latents
 from prune_lab.importance import (
     CRITERIA,
     NEEDS_PIPELINE,
@@ -26,28 +25,18 @@ from prune_lab.importance import (
     ScoreCache,
     ScoringContext,
     score,
-    score_groups,
     with_psnr,
 )
 from prune_lab.importance.activations import block_influence
 from prune_lab.importance.gates import gate_derivatives, gated
-from prune_lab.importance.outputs import CHANGES
-from prune_lab.importance.trajectories import latent_change, picture_change, psnr
+from prune_lab.importance.outputs import OUTPUT_METRICS
+from prune_lab.importance.trajectories import latent_change, pixel_mse, psnr
 from prune_lab.importance.weights import neuron_mean
 from prune_lab.models import load_scorer
 from prune_lab.probes import Probe, predict, random_probe
 from prune_lab.surgery import bypassed
 
 SEEN = [name for name in CRITERIA if name not in ("magnitude", "random")]  # those that look at samples
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small only lose time to a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +57,7 @@ def probe(tiny_config: dict[str, Any]) -> Probe:
 
 
 @pytest.fixture
-def drawing(pipeline: Any, scorer: Any) -> GenerationSettings:
+def generation(pipeline: Any, scorer: Any) -> GenerationSettings:
     prompts = ("a red apple", "two cats", "rain")
     kinds = ("food", "animals", "places")
     return GenerationSettings(
@@ -77,8 +66,8 @@ def drawing(pipeline: Any, scorer: Any) -> GenerationSettings:
 
 
 @pytest.fixture
-def context(tiny_unet: Any, probe: Probe, drawing: GenerationSettings) -> ScoringContext:
-    return ScoringContext(tiny_unet, probe, drawing=drawing)
+def context(tiny_unet: Any, probe: Probe, generation: GenerationSettings) -> ScoringContext:
+    return ScoringContext(tiny_unet, probe, generation=generation)
 
 
 def single(*names: str) -> tuple[BlockGroup, ...]:
@@ -117,16 +106,16 @@ def test_a_block_that_hands_on_its_input_is_worth_nothing(context: ScoringContex
 @pytest.mark.parametrize("criterion", SEEN)
 def test_the_order_of_samples_does_not_matter(context: ScoringContext, criterion: str) -> None:
     groups = single("Dn1.A1", "Md.R1")
-    drawing = context.drawn(criterion)
+    generation = context.generation_for(criterion)
     turned = GenerationSettings(
-        drawing.pipeline,
-        drawing.prompts[::-1],
-        drawing.kinds[::-1],
-        steps=drawing.steps,
-        guidance=drawing.guidance,
-        scorer=drawing.scorer,
+        generation.pipeline,
+        generation.prompts[::-1],
+        generation.kinds[::-1],
+        steps=generation.steps,
+        guidance=generation.guidance,
+        scorer=generation.scorer,
     )
-    other = ScoringContext(context.unet, shuffled(context.probe, [2, 0, 3, 1]), drawing=turned)
+    other = ScoringContext(context.unet, shuffled(context.probe, [2, 0, 3, 1]), generation=turned)
     plain, again = (score(one, groups, criterion, bootstrap=0) for one in (context, other))
     tolerance = 1.0 if criterion == "gate-fisher" else 1e-3  # its random projection goes by place
     for one, two in zip(plain.entries, again.entries, strict=True):
@@ -136,7 +125,7 @@ def test_the_order_of_samples_does_not_matter(context: ScoringContext, criterion
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_one_seed_gives_one_table_in_the_order_asked(context: ScoringContext, criterion: str) -> None:
     groups = single("Up4.A3", "Dn1.A1", "Md.R1")
-    other = ScoringContext(context.unet, context.probe, drawing=context.drawing)
+    other = ScoringContext(context.unet, context.probe, generation=context.generation)
     first, again = (score(one, groups, criterion, bootstrap=20).frame() for one in (context, other))
     assert first["group"].tolist() == ["Up4.A3", "Dn1.A1", "Md.R1"]
     assert first.equals(again)
@@ -210,13 +199,13 @@ def test_values_are_kept_by_timestep_or_by_prompt(context: ScoringContext, crite
 
 @pytest.mark.parametrize("criterion", sorted(NEEDS_PIPELINE))
 def test_a_model_that_cannot_draw_is_told_so(tiny_unet: Any, probe: Probe, criterion: str) -> None:
-    with pytest.raises(DataError, match=f"{criterion} draws pictures"):
-        score_groups(tiny_unet, single("Md.R1"), probe, criterion=criterion)
+    with pytest.raises(DataError, match=f"{criterion} generates images"):
+        score(ScoringContext(tiny_unet, probe), single("Md.R1"), criterion)
 
 
 def test_an_unknown_criterion_names_the_known(tiny_unet: Any, probe: Probe) -> None:
     with pytest.raises(UnknownCriterionError, match=r"'mse'.*output-mse, output-cosine, denoising-loss"):
-        score_groups(tiny_unet, single("Md.R1"), probe, criterion="mse")
+        score(ScoringContext(tiny_unet, probe), single("Md.R1"), "mse")
 
 
 # Formulas ----------------------------------------------------------------------------------------------------------
@@ -225,10 +214,12 @@ def test_an_unknown_criterion_names_the_known(tiny_unet: Any, probe: Probe) -> N
 def test_changes_of_simple_predictions() -> None:
     teacher = torch.tensor([[3.0, 4.0], [0.0, 2.0]])[:, :, None, None]
     target = torch.tensor([[3.0, 0.0], [0.0, 0.0]])[:, :, None, None]
-    assert CHANGES["output-mse"](teacher, 2 * teacher, target).tolist() == [12.5, 2.0]
-    assert CHANGES["output-cosine"](teacher, 2 * teacher, target).tolist() == pytest.approx([0, 0], abs=1e-12)
-    assert CHANGES["output-cosine"](teacher, -teacher, target).tolist() == pytest.approx([2, 2])
-    assert CHANGES["denoising-loss"](teacher, target, target).tolist() == [-8.0, -2.0]
+    assert OUTPUT_METRICS["output-mse"](teacher, 2 * teacher, target).tolist() == [12.5, 2.0]
+    assert OUTPUT_METRICS["output-cosine"](teacher, 2 * teacher, target).tolist() == pytest.approx(
+        [0, 0], abs=1e-12
+    )
+    assert OUTPUT_METRICS["output-cosine"](teacher, -teacher, target).tolist() == pytest.approx([2, 2])
+    assert OUTPUT_METRICS["denoising-loss"](teacher, target, target).tolist() == [-8.0, -2.0]
 
 
 def test_magnitude_is_torch_prunings_averaged_over_neurons() -> None:
@@ -250,7 +241,7 @@ def test_magnitude_is_torch_prunings_averaged_over_neurons() -> None:
 def test_taylor_by_hand(tiny_unet: Any, probe: Probe) -> None:
     """At one timestep, with the gradients that an ordinary backward pass leaves behind."""
     one = probe.rows([1])
-    found = score_groups(tiny_unet, single("Md.A1"), one, criterion="taylor", bootstrap=0).entries[0].impact
+    found = score(ScoringContext(tiny_unet, one), single("Md.A1"), "taylor", bootstrap=0).entries[0].impact
     loss = (tiny_unet(one.noisy, one.timesteps, one.embeddings).sample - one.target).square().mean()
     loss.backward()
     layers = [p for p in tiny_unet.mid_block.attentions[0].parameters() if p.ndim >= 2]
@@ -310,7 +301,7 @@ def test_gate_fisher_estimates_the_change_of_a_model_that_is_linear_in_its_gates
         tiny_unet.up_blocks[3].attentions[2].proj_out.bias.mul_(1e-2)
     probe = random_probe(tiny_config, samples=256, seed=0)
     wanted, found = (
-        score_groups(tiny_unet, single("Up4.A3"), probe, criterion=name, bootstrap=0).entries[0].impact
+        score(ScoringContext(tiny_unet, probe), single("Up4.A3"), name, bootstrap=0).entries[0].impact
         for name in ("output-mse", "gate-fisher")
     )
     assert found == pytest.approx(
@@ -333,7 +324,7 @@ def test_changes_of_latents_and_pictures_by_hand() -> None:
         torch.zeros(1, 3, 2, 2, dtype=torch.uint8),
         torch.full((1, 3, 2, 2), 255, dtype=torch.uint8),
     )
-    assert picture_change(black, white).tolist() == [1.0]
+    assert pixel_mse(black, white).tolist() == [1.0]
     assert (psnr(1.0), psnr(0.01)) == (0, pytest.approx(20))
     assert psnr(0.0) == float("inf")
 
@@ -347,15 +338,17 @@ def test_the_peak_signal_to_noise_ratio_stands_beside_changes_of_pictures_alone(
 
 
 def test_trajectories_are_the_pictures_that_the_pipeline_draws(context: ScoringContext, scorer: Any) -> None:
-    drawing = context.drawn("clip-score")
-    how = {"steps": drawing.steps, "guidance": drawing.guidance}
-    latents = draw_latents(drawing.pipeline, drawing.prompts, (0,), **how)
-    pictures = generate(drawing.pipeline, drawing.prompts, (0,), **how)
-    assert torch.equal(decode_latents(drawing.pipeline, latents), pictures)
+    generation = context.generation_for("clip-score")
+    how = {"steps": generation.steps, "guidance": generation.guidance}
+    latents = generate_latents(generation.pipeline, generation.prompts, (0,), **how)
+    pictures = generate(generation.pipeline, generation.prompts, (0,), **how)
+    assert torch.equal(decode_latents(generation.pipeline, latents), pictures)
     with bypassed(context.unet, ["Up4.R3"]) as unet:
-        without = generate(drawing.pipeline, drawing.prompts, (0,), unet=unet, **how)
-    drop = clip_scores(scorer, pictures, drawing.prompts) - clip_scores(scorer, without, drawing.prompts)
-    changed = picture_change(pictures, without)
+        without = generate(generation.pipeline, generation.prompts, (0,), unet=unet, **how)
+    drop = clip_scores(scorer, pictures, generation.prompts) - clip_scores(
+        scorer, without, generation.prompts
+    )
+    changed = pixel_mse(pictures, without)
     for name, wanted in (("clip-score", drop), ("image-change", changed)):
         found = score(context, single("Up4.R3"), name, bootstrap=0).values
         assert found is not None
@@ -372,7 +365,7 @@ def test_one_walk_and_one_trajectory_serve_all_their_criteria(context: ScoringCo
 def test_a_random_order_agrees_with_nothing(tiny_unet: Any, probe: Probe) -> None:
     groups = block_groups(architecture_of(tiny_unet), "block")
     orders = [
-        [one.impact for one in score_groups(tiny_unet, groups, probe, criterion="random", seed=seed).entries]
+        [one.impact for one in score(ScoringContext(tiny_unet, probe, seed=seed), groups, "random").entries]
         for seed in range(20)
     ]
     agreement = [spearmanr(orders[0], other).statistic for other in orders[1:]]
@@ -389,8 +382,8 @@ def test_guided_scores_are_of_the_mixed_predictions(
     context = ScoringContext(tiny_unet, probe, guidance=3.0, unconditional=unconditional, batch=3)
 
     def mixed() -> torch.Tensor:
-        heard, unheard = predict(tiny_unet, probe), predict(tiny_unet, unconditional)
-        return unheard + 3 * (heard - unheard)
+        with_prompt, without = predict(tiny_unet, probe), predict(tiny_unet, unconditional)
+        return without + 3 * (with_prompt - without)
 
     teacher = mixed()
     with bypassed(tiny_unet, ["Dn1.A1"]):
@@ -398,7 +391,7 @@ def test_guided_scores_are_of_the_mixed_predictions(
     wanted = float((changed - teacher).square().sum() / teacher.square().sum())
     table = score(context, single("Dn1.A1", "Md.R1"), bootstrap=0)
     assert table.entries[0].impact == pytest.approx(wanted, rel=1e-4)
-    plain = score_groups(tiny_unet, single("Dn1.A1", "Md.R1"), probe, bootstrap=0)
+    plain = score(ScoringContext(tiny_unet, probe), single("Dn1.A1", "Md.R1"), bootstrap=0)
     assert plain.entries[0].impact != pytest.approx(wanted, rel=1e-2)
     assert table.compute is not None
     assert plain.compute is not None
@@ -412,15 +405,15 @@ def test_guided_scores_are_of_the_mixed_predictions(
 
 def test_what_is_in_the_cache_is_not_measured_again(tiny_unet: Any, probe: Probe, tmp_path: Path) -> None:
     path = tmp_path / "scores.safetensors"
-    first = score_groups(tiny_unet, single("Dn1.A1", "Md.R1"), probe, cache=ScoreCache(path))
-    more = score_groups(tiny_unet, single("Md.R1", "Up4.A3"), probe, cache=ScoreCache(path))
-    fresh = score_groups(tiny_unet, single("Up4.A3"), probe)
+    first = score(ScoringContext(tiny_unet, probe, cache=ScoreCache(path)), single("Dn1.A1", "Md.R1"))
+    more = score(ScoringContext(tiny_unet, probe, cache=ScoreCache(path)), single("Md.R1", "Up4.A3"))
+    fresh = score(ScoringContext(tiny_unet, probe), single("Up4.A3"))
     assert first.compute is not None
     assert more.compute is not None
     assert fresh.compute is not None
     assert more.compute.macs == fresh.compute.macs  # of the new group alone
     assert more.entries[0].impact == first.entries[1].impact
-    again = score_groups(tiny_unet, single("Md.R1", "Up4.A3"), probe, cache=ScoreCache(path))
+    again = score(ScoringContext(tiny_unet, probe, cache=ScoreCache(path)), single("Md.R1", "Up4.A3"))
     assert again.compute is not None
     assert again.compute.macs == 0
     assert again.frame().equals(more.frame())
@@ -430,7 +423,7 @@ def test_an_interrupted_run_goes_on(
     tiny_unet: Any, probe: Probe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups = single("Dn1.A1", "Md.R1")
-    whole = score_groups(tiny_unet, groups, probe, batch=2)
+    whole = score(ScoringContext(tiny_unet, probe, batch=2), groups)
     from prune_lab.importance import outputs
 
     plain, calls = outputs.predict_without, []
@@ -445,9 +438,9 @@ def test_an_interrupted_run_goes_on(
     monkeypatch.setattr(outputs, "predict_without", stops)
     path = tmp_path / "scores.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        score_groups(tiny_unet, groups, probe, batch=2, cache=ScoreCache(path))
+        score(ScoringContext(tiny_unet, probe, batch=2, cache=ScoreCache(path)), groups)
     monkeypatch.setattr(outputs, "predict_without", plain)
-    resumed = score_groups(tiny_unet, groups, probe, batch=2, cache=ScoreCache(path))
+    resumed = score(ScoringContext(tiny_unet, probe, batch=2, cache=ScoreCache(path)), groups)
     assert whole.compute is not None
     assert resumed.compute is not None
     assert resumed.compute.macs == whole.compute.macs / 2

@@ -119,8 +119,8 @@ def test_two_processes_build_the_cache_of_one(
 ) -> None:
     out = tmp_path / "together"
     verb = [
-        *("cache", str(tiny_pipeline_folder), "--data", str(image_folder), "--out", str(out), "--shard", "2"),
-        *("--batch", "2", "--flip", "--device", "cpu", "--json"),
+        *("cache", str(tiny_pipeline_folder), "--data", str(image_folder), "--out", str(out)),
+        *("--set", "data.shard=2", "--set", "data.batch=2", "--flip", "--device", "cpu", "--json"),
     ]
     code = f"import sys; sys.argv = {['prune-lab', *verb]!r}; from prune_lab.cli import main; main()"
     (tmp_path / "verb.py").write_text(code, encoding="utf-8")

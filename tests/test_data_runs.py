@@ -110,15 +110,17 @@ def test_the_verb_builds_finishes_and_refuses(
         verb = ["cache", str(tiny_pipeline_folder), "--out", str(tmp_path / "cache"), "--device", "cpu"]
         return CliRunner().invoke(app, [*verb, *more])
 
-    found = ask("--data", str(image_folder), "--shard", "4", "--format", "float16", "--json")
+    found = ask(
+        "--data", str(image_folder), "--set", "data.shard=4", "--set", "data.format=float16", "--json"
+    )
     assert found.exit_code == 0, found.output
     (row,) = json.loads(found.stdout)
     assert (row["rows"], row["left_out"], row["variants"], row["shards"], row["encoded"]) == (7, 0, 1, 2, 7)
     assert row["bytes"] == LatentCache.load(tmp_path / "cache").bytes
-    refused = ask("--data", str(image_folder), "--shard", "4")
+    refused = ask("--data", str(image_folder), "--set", "data.shard=4")
     assert refused.exit_code == 2
     assert "format float16 there, float32 here" in refused.stderr
-    assert ask("--data", str(image_folder), "--shard", "4", "--force").exit_code == 0
+    assert ask("--data", str(image_folder), "--set", "data.shard=4", "--force").exit_code == 0
     assert "finished cache" in ask("--data", str(tmp_path / "cache")).stderr
     assert "give --data" in ask().stderr
 

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from distilling import SCHEDULER, SETTINGS, made_up_data, same, student_of, weights
+from distilling import SCHEDULER, SETTINGS, made_up_data, same, student_of, validation_probe, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import prune_lab.distill.loop as loop
 from prune_lab.blocks import architecture_of
@@ -38,23 +39,24 @@ from prune_lab.distill.batches import batch_rows
 from prune_lab.errors import DataError, DeviceError, NonNativePlanError, RunError
 from prune_lab.models import load_pipeline, resolve_model
 from prune_lab.plans import native_choices, parse_plan, plan_of
-from prune_lab.probes import Probe, random_probe
+from prune_lab.probes import Probe
 from prune_lab.schemas import RECOVERY_COLUMNS
 from prune_lab.surgery import materialise
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture
+def validation() -> Probe:
+    return validation_probe()
 
 
 @pytest.fixture
-def validation(tiny_config: dict[str, Any]) -> Probe:
-    return random_probe(tiny_config, samples=2, seed=5)
+def whole(distilled_alone: Path) -> Path:
+    """``bk-small`` trained with ``SETTINGS`` and never stopped; copy it to change it."""
+    return distilled_alone / "bk-small"
+
+
+def trained_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "distilled" / "unet" / "diffusion_pytorch_model.safetensors")
 
 
 # Pairs -----------------------------------------------------------------------------------------------------------
@@ -349,10 +351,9 @@ def run(
     return recovery, student
 
 
-def test_steps_equal_plain_torch_written_out(tiny_unet: Any, tmp_path: Path, validation: Probe) -> None:
-    _, trained = run(tiny_unet, tmp_path / "candidate", validation)
+def test_steps_equal_plain_torch_written_out(tiny_unet: Any, whole: Path) -> None:
     student, pairs = student_of(tiny_unet, "bk-small")
-    parameters = list(student.parameters())
+    names, parameters = zip(*student.named_parameters(), strict=True)
     first = [torch.zeros_like(parameter) for parameter in parameters]
     second = [torch.zeros_like(parameter) for parameter in parameters]
     averages = [parameter.detach().clone() for parameter in parameters]
@@ -372,8 +373,10 @@ def test_steps_equal_plain_torch_written_out(tiny_unet: Any, tmp_path: Path, val
                 corrected = first[i] / (1 - 0.9**step)
                 parameter.sub_(rate * corrected / ((second[i] / (1 - 0.999**step)).sqrt() + 1e-8))
                 averages[i] = decay * averages[i] + (1 - decay) * parameter
-    for average, found in zip(averages, trained.parameters(), strict=True):
-        torch.testing.assert_close(found, average, rtol=1e-3, atol=2e-5)
+    trained = trained_weights(whole)
+    assert trained.keys() == set(names)
+    for average, name in zip(averages, names, strict=True):
+        torch.testing.assert_close(trained[name], average, rtol=1e-3, atol=2e-5)
 
 
 def test_the_result_on_disk_is_the_averaged_student(
@@ -438,9 +441,15 @@ class InterruptionError(Exception):
 
 @pytest.mark.parametrize("stop", [2, 3, 6])
 def test_resuming_equals_never_stopping(
-    tiny_unet: Any, tmp_path: Path, validation: Probe, monkeypatch: pytest.MonkeyPatch, stop: int
+    tiny_unet: Any,
+    whole: Path,
+    tmp_path: Path,
+    validation: Probe,
+    monkeypatch: pytest.MonkeyPatch,
+    stop: int,
 ) -> None:
-    whole, student = run(tiny_unet, tmp_path / "whole", validation)
+    never_stopped = load_recovery(whole)
+    assert never_stopped is not None
 
     def failing(data: Any, scheduler: Any, config: Any, step: int, device: Any, **part: Any) -> Any:
         if step == stop:
@@ -456,17 +465,16 @@ def test_resuming_equals_never_stopping(
     )
     parts, resumed = run(tiny_unet, tmp_path / "parts", validation)
     assert steps == list(range((stop - 1) // 2 * 2 + 1, 7))  # from the last checkpoint on
-    assert same(weights(resumed), weights(student))
+    assert same(weights(resumed), trained_weights(whole))
     without_time = [name for name in RECOVERY_COLUMNS if name != "seconds"]
-    assert parts.frame()[without_time].equals(whole.frame()[without_time])
-    assert (parts.before, parts.after) == (whole.before, whole.after)
+    assert parts.frame()[without_time].equals(never_stopped.frame()[without_time])
+    assert (parts.before, parts.after) == (never_stopped.before, never_stopped.after)
     assert not (tmp_path / "parts" / "distilled" / "checkpoint.safetensors").exists()
 
 
 def test_a_longer_distillation_goes_on_from_a_kept_checkpoint(
-    tiny_unet: Any, tmp_path: Path, validation: Probe, monkeypatch: pytest.MonkeyPatch
+    tiny_unet: Any, whole: Path, tmp_path: Path, validation: Probe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, student = run(tiny_unet, tmp_path / "whole", validation)
     run(
         tiny_unet,
         tmp_path / "parts",
@@ -480,16 +488,18 @@ def test_a_longer_distillation_goes_on_from_a_kept_checkpoint(
     )
     longer, resumed = run(tiny_unet, tmp_path / "parts", validation)
     assert steps == [5, 6]
-    assert same(weights(resumed), weights(student))
+    assert same(weights(resumed), trained_weights(whole))
     assert longer.steps == 6
     with pytest.raises(RunError, match="6 steps taken"):
         run(tiny_unet, tmp_path / "parts", validation, dataclasses.replace(SETTINGS, steps=4))
 
 
 def test_what_is_finished_is_not_done_again(
-    tiny_unet: Any, tmp_path: Path, validation: Probe, monkeypatch: pytest.MonkeyPatch
+    tiny_unet: Any, whole: Path, tmp_path: Path, validation: Probe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, _ = run(tiny_unet, tmp_path, validation)
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    first = load_recovery(tmp_path)
+    assert first is not None
     monkeypatch.setattr(loop, "draw_batch", None)
     again, _ = run(tiny_unet, tmp_path, validation)
     assert again.frame().equals(first.frame())
@@ -533,8 +543,6 @@ def test_a_loss_that_is_not_finite_ends_it_with_a_verdict(
     record = json.loads((tmp_path / "bad" / "distilled" / "recovery.json").read_text())
     assert (record["status"], record["after"]) == ("failed", None)
     kept = [(tmp_path / name / "distilled" / "checkpoint.safetensors") for name in ("good", "bad")]
-    from safetensors.torch import load_file
-
     states = [{name: value for name, value in load_file(path).items() if name != "history"} for path in kept]
     assert same(*states)
     again, _ = run(tiny_unet, tmp_path / "bad", validation)

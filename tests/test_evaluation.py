@@ -1,9 +1,8 @@
-"""Held-out loss, drawing with a borrowed pipeline, CLIP scores, and picture grids."""
+"""Held-out loss, generating with another U-Net in a pipeline, CLIP scores, and picture grids."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,15 +17,6 @@ from prune_lab.errors import DataError
 from prune_lab.evaluation import clip_scores, generate, heldout_loss, save_grid
 from prune_lab.models import ScorerInputs, load_pipeline, resolve_model
 from prune_lab.probes import random_probe
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -140,7 +130,7 @@ def test_clip_scores_equal_the_cosine_from_the_towers(scorer: tuple[Any, ScorerI
             )
             assert float(scores[i]) == pytest.approx(expected.item(), abs=1e-5)
     assert clip_scores(scorer, pictures[:0], []).shape == (0,)
-    with pytest.raises(DataError, match="5 pictures against 1 prompts"):
+    with pytest.raises(DataError, match="5 images against 1 prompts"):
         clip_scores(scorer, pictures, ["a cat"])
 
 

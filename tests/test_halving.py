@@ -1,4 +1,4 @@
-"""Paired differences, ties, and the tournament: who goes on, who does not and why, and what it costs."""
+"""Paired differences, ties, and the tournament: which candidates go on, why others are dropped, and the cost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from prune_lab.ranking import (
     Tournament,
     first_rung,
     paired_difference,
-    play,
+    run_tournament,
     rungs,
     tie_groups,
     tournament_from_frame,
@@ -30,16 +30,16 @@ from prune_lab.ranking import (
 from prune_lab.runtime import write_frame
 from prune_lab.schemas import TOURNAMENT_COLUMNS
 
-ROWS = np.random.default_rng(0).uniform(0.5, 1.5, 24)  # how hard each held-out row is, for everyone
+ROWS = np.random.default_rng(0).uniform(0.5, 1.5, 24)  # the common factor of each held-out row
 
 
 def losses(level: float, noise: float = 0.0, seed: int = 0) -> NDArray[np.float64]:
-    """Losses on the common rows around ``level``, with ``noise`` of one's own."""
+    """Losses on the common rows around ``level``, with independent ``noise``."""
     return level * ROWS + noise * np.random.default_rng(seed).standard_normal(len(ROWS))
 
 
 class Engine:
-    """Answers with the losses that were written down, and remembers what it was asked."""
+    """Returns the losses in ``known``, and records its calls."""
 
     def __init__(self, known: Mapping[str, Mapping[int, HeldoutLosses] | HeldoutLosses]) -> None:
         self.known = known
@@ -72,12 +72,12 @@ def test_the_interval_is_that_of_a_paired_t_test() -> None:
 def test_common_rows_tell_apart_what_two_samples_cannot() -> None:
     # a thousandth of the spread between rows, but on every row
     one, other = losses(0.301), losses(0.3)
-    assert paired_difference(one, other).verdict == "higher"
-    assert paired_difference(other, one).verdict == "lower"
+    assert paired_difference(one, other).direction == "higher"
+    assert paired_difference(other, one).direction == "lower"
     assert paired_difference(one, one).tie
     shaky = paired_difference(losses(0.3, 0.05, 1), losses(0.3, 0.05, 2))
     assert shaky.low < 0 < shaky.high
-    assert shaky.verdict == paired_difference(losses(0.3, 0.05, 2), losses(0.3, 0.05, 1)).verdict == "tie"
+    assert shaky.direction == paired_difference(losses(0.3, 0.05, 2), losses(0.3, 0.05, 1)).direction == "tie"
     assert abs(one.mean() - other.mean()) < 0.1 * one.std() / np.sqrt(len(one))
 
 
@@ -130,7 +130,7 @@ def test_equal_losses_are_one_group_and_a_constant_gap_is_none() -> None:
     # no spread at all in the differences: a t test would divide by zero
     assert tie_groups({"far": np.array([2.0, 3.0]), "near": np.array([1.0, 2.0])}) == {"near": 1, "far": 2}
     assert tie_groups({}) == {}
-    with pytest.raises(DataError, match="b, found losses that are not finite"):
+    with pytest.raises(DataError, match="tie group of b, found losses that are not finite"):
         tie_groups({"a": [0.1, 0.2], "b": [0.1, math.nan]})
 
 
@@ -184,7 +184,7 @@ def test_the_first_rung_leaves_the_warm_up_behind() -> None:
 
 def test_the_better_part_goes_on_and_everyone_knows_why() -> None:
     engine = Engine({name: losses(level) for name, level in zip("abcdef", (3, 1, 6, 2, 5, 4), strict=True)})
-    tournament = play("abcdef", (10, 20, 40), 2, engine)
+    tournament = run_tournament("abcdef", (10, 20, 40), 2, engine)
     assert engine.asked == [(tuple("abcdef"), 10), (("a", "b", "d"), 20), (("b", "d"), 40)]
     assert tournament.survivors == ("b", "d")
     assert fates(tournament) == {
@@ -207,7 +207,7 @@ def test_the_better_part_goes_on_and_everyone_knows_why() -> None:
 
 
 def test_equal_losses_go_on_together_up_to_the_limit() -> None:
-    tournament = play("abcdef", (10, 20), 3, Engine(dict.fromkeys("abcdef", losses(1.0))))
+    tournament = run_tournament("abcdef", (10, 20), 3, Engine(dict.fromkeys("abcdef", losses(1.0))))
     assert tournament.survivors == tuple("abcd")
     assert tournament.fates["e"].reason == (
         "at rung 1 of 2, 10 steps: tied with the last survivor, but no more than 4 may go on"
@@ -215,19 +215,19 @@ def test_equal_losses_go_on_together_up_to_the_limit() -> None:
     first = {verdict.name: verdict for verdict in tournament.verdicts if verdict.rung == 1}
     assert first["d"].reason.endswith("goes on because it is tied with the last survivor")
     assert [first[name].tied for name in "abcdef"] == [True, None, True, True, True, True]
-    assert play("abcdef", (10, 20), 3, Engine(dict.fromkeys("abcdef", losses(1.0))), most=9).survivors == (
-        tuple("abcdef")
-    )
+    assert run_tournament(
+        "abcdef", (10, 20), 3, Engine(dict.fromkeys("abcdef", losses(1.0))), most=9
+    ).survivors == (tuple("abcdef"))
 
 
 def test_controls_go_on_and_take_nobodys_place() -> None:
     engine = Engine({name: losses(level) for name, level in zip("abcdxy", (1, 2, 3, 4, 0.5, 9), strict=True)})
-    tournament = play("abcdxy", (10, 20), 2, engine, keep=("x", "y"))
+    tournament = run_tournament("abcdxy", (10, 20), 2, engine, keep=("x", "y"))
     assert tournament.survivors == ("x", "a", "b", "y")
     places = {verdict.name: verdict.place for verdict in tournament.verdicts if verdict.rung == 2}
     assert places == {"x": None, "a": 1, "b": 2, "y": None}
     # all rivals fail: the controls are still trained to the end
-    alone = play("ax", (10, 20), 2, Engine({"a": "out of memory", "x": losses(2)}), keep="x")
+    alone = run_tournament("ax", (10, 20), 2, Engine({"a": "out of memory", "x": losses(2)}), keep="x")
     assert alone.survivors == ("x",)
 
 
@@ -242,7 +242,7 @@ def test_who_fails_is_out_with_the_reason() -> None:
             "d": losses(3),
         }
     )
-    tournament = play("abcd", (10, 20, 40), 2, engine)
+    tournament = run_tournament("abcd", (10, 20, 40), 2, engine)
     assert engine.asked == [(tuple("abcd"), 10), (("a", "b"), 20), (("b",), 40)]
     assert fates(tournament) == {
         "a": ("failed", 2),
@@ -258,7 +258,7 @@ def test_who_fails_is_out_with_the_reason() -> None:
 
 def test_nobody_is_left_and_the_engine_rests() -> None:
     engine = Engine({"a": "broken", "b": "broken too"})
-    tournament = play("ab", (10, 20), 2, engine)
+    tournament = run_tournament("ab", (10, 20), 2, engine)
     assert len(engine.asked) == 1
     assert tournament.survivors == ()
     assert tournament.cost == 20
@@ -275,7 +275,7 @@ def test_pictures_decide_between_those_who_tie_from_the_second_rung_on() -> None
         asked.append((tuple(names), steps))
         return {name: skill[name] * ROWS for name in names}
 
-    tournament = play("abcdefgh", (10, 20, 40), 2, engine, draw=draw)
+    tournament = run_tournament("abcdefgh", (10, 20, 40), 2, engine, clip_scores=draw)
     assert asked == [(("c", "d", "e"), 20)]
     assert tournament.survivors == ("a", "b", "c", "e")
     lack = paired_difference(0.3 * ROWS, 0.2 * ROWS)
@@ -298,10 +298,10 @@ def test_impossible_tournaments_are_refused() -> None:
         ("ab", (10,), 2, {"most": 0}, "most = 0"),
     ):
         with pytest.raises(ConfigError, match=match):
-            play(names, at, eta, engine, **more)  # type: ignore[arg-type]
+            run_tournament(names, at, eta, engine, **more)  # type: ignore[arg-type]
     assert engine.asked == []
     with pytest.raises(DataError, match="held-out loss of b after 10 steps"):
-        play("ab", (10,), 2, lambda names, steps: {"a": losses(1)})
+        run_tournament("ab", (10,), 2, lambda names, steps: {"a": losses(1)})
 
 
 def test_the_table_keeps_its_columns_and_survives_a_csv(tmp_path: Path) -> None:
@@ -312,8 +312,13 @@ def test_the_table_keeps_its_columns_and_survives_a_csv(tmp_path: Path) -> None:
         "d": "no memory",
         "x": losses(4),
     }
-    tournament = play(
-        "abcdx", (10, 20, 40), 2, Engine(known), keep="x", draw=lambda names, _: dict.fromkeys(names, ROWS)
+    tournament = run_tournament(
+        "abcdx",
+        (10, 20, 40),
+        2,
+        Engine(known),
+        keep="x",
+        clip_scores=lambda names, _: dict.fromkeys(names, ROWS),
     )
     frame = tournament.frame()
     assert tuple(frame.columns) == TOURNAMENT_COLUMNS
@@ -366,7 +371,7 @@ def test_everyone_has_one_fate_and_nothing_is_wasted(game: Game) -> None:
     engine = Engine(game.known)
 
     def run(engine: Engine) -> Tournament:
-        return play(game.names, game.steps, game.eta, engine, keep=game.keep, most=game.most)
+        return run_tournament(game.names, game.steps, game.eta, engine, keep=game.keep, most=game.most)
 
     tournament = run(engine)
     pd.testing.assert_frame_equal(run(Engine(game.known)).frame(), tournament.frame())
@@ -412,7 +417,7 @@ def test_everyone_has_one_fate_and_nothing_is_wasted(game: Game) -> None:
 @settings(deadline=None, max_examples=50)
 def test_with_everyone_kept_it_is_the_order_at_the_end(game: Game) -> None:
     known = {name: {step: losses(ord(name), 0.1, ord(name)) for step in game.steps} for name in game.names}
-    tournament = play(game.names, game.steps, 1, Engine(known))
+    tournament = run_tournament(game.names, game.steps, 1, Engine(known))
     last = {name: float(np.mean(known[name][game.steps[-1]])) for name in game.names}
     assert tournament.survivors == tuple(sorted(game.names, key=last.__getitem__))
     assert tournament.cost == tournament.full_cost

@@ -15,22 +15,20 @@ from hypothesis import strategies as st
 
 from prune_lab.blocks import BlockGroup, architecture_of, block_groups
 from prune_lab.errors import DataError, UnknownBlockError
-from prune_lab.importance import Importance, ImportanceTable, importance_from_frame, outputs, score_groups
+from prune_lab.importance import (
+    Importance,
+    ImportanceTable,
+    ScoringContext,
+    importance_from_frame,
+    outputs,
+    score,
+)
 from prune_lab.importance.intervals import intervals
 from prune_lab.prefix_sharing import predict_without
 from prune_lab.probes import Probe, predict, random_probe
 from prune_lab.schemas import IMPORTANCE_COLUMNS
 
 A_PICTURE_EACH = np.arange(200)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small only lose time to a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -71,7 +69,7 @@ def test_impact_by_hand(tiny_unet: Any, probe: Probe) -> None:
     hook = resnet.register_forward_hook(lambda _, given, out: given[0][:, : out.shape[1]])
     residual = relative(answer() - teacher)
     hook.remove()
-    table = score_groups(tiny_unet, single("Dn2.A1", "Up2.R2"), probe, batch=3)
+    table = score(ScoringContext(tiny_unet, probe, batch=3), single("Dn2.A1", "Up2.R2"))
     assert [entry.impact for entry in table.entries] == pytest.approx([attention, residual], rel=1e-4)
 
 
@@ -79,7 +77,7 @@ def test_all_kinds_of_groups(tiny_unet: Any, tiny_config: dict[str, Any]) -> Non
     architecture = architecture_of(tiny_unet)
     groups = [group for kind in ("block", "pair", "stage") for group in block_groups(architecture, kind)]
     probe = random_probe(tiny_config, samples=2, seed=0)
-    table = score_groups(tiny_unet, groups, probe, bootstrap=100)
+    table = score(ScoringContext(tiny_unet, probe), groups, bootstrap=100)
     assert [entry.group for entry in table.entries] == groups
     assert len(table.of_kind("block")) == 38
     starred = {entry.group.name for entry in table.of_kind("block") if entry.starred}
@@ -96,12 +94,12 @@ def test_all_kinds_of_groups(tiny_unet: Any, tiny_config: dict[str, Any]) -> Non
 
 def test_the_model_stays_as_it_was(tiny_unet: Any, probe: Probe) -> None:
     before = predict(tiny_unet, probe)
-    score_groups(tiny_unet, single("Dn1.A1", "Dn2.R1"), probe)
+    score(ScoringContext(tiny_unet, probe), single("Dn1.A1", "Dn2.R1"))
     assert torch.equal(predict(tiny_unet, probe), before)
     tiny_unet.train()
     breaks = tiny_unet.conv_out.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        score_groups(tiny_unet, single("Dn1.A1"), probe)
+        score(ScoringContext(tiny_unet, probe), single("Dn1.A1"))
     breaks.remove()
     assert tiny_unet.training
     assert torch.equal(predict(tiny_unet, probe), before)
@@ -110,7 +108,7 @@ def test_the_model_stays_as_it_was(tiny_unet: Any, probe: Probe) -> None:
 def test_equal_sets_are_measured_once(tiny_unet: Any, probe: Probe) -> None:
     pair = BlockGroup("twice", "pair", ("Md.R1", "Md.A1"))
     turned = BlockGroup("turned", "pair", ("Md.A1", "Md.R1"))
-    once, twice = (score_groups(tiny_unet, groups, probe) for groups in ((pair,), (pair, turned)))
+    once, twice = (score(ScoringContext(tiny_unet, probe), groups) for groups in ((pair,), (pair, turned)))
     assert once.compute is not None
     assert once.compute == twice.compute  # the teacher and one set
     assert len({entry.impact for entry in (*once.entries, *twice.entries)}) == 1
@@ -118,14 +116,14 @@ def test_equal_sets_are_measured_once(tiny_unet: Any, probe: Probe) -> None:
 
 def test_every_row_of_every_group_is_its_own_whatever_the_batch(tiny_unet: Any, probe: Probe) -> None:
     groups = single("Dn1.A1", "Md.R1", "Up4.A3")
-    values = [score_groups(tiny_unet, groups, probe, batch=batch).values for batch in (1, 3, 4)]
+    values = [score(ScoringContext(tiny_unet, probe, batch=batch), groups).values for batch in (1, 3, 4)]
     for other in values[1:]:
         np.testing.assert_allclose(other, values[0], rtol=1e-3)
 
 
 def test_same_seed_same_table(tiny_unet: Any, tiny_config: dict[str, Any]) -> None:
     groups, probe = single("Dn1.A1", "Md.R1"), random_probe(tiny_config, samples=8, seed=0)
-    first, again, other = (score_groups(tiny_unet, groups, probe, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (score(ScoringContext(tiny_unet, probe, seed=seed), groups) for seed in (1, 1, 2))
     pd.testing.assert_frame_equal(first.frame(), again.frame(), check_exact=True)
     assert first.entries[0].impact == other.entries[0].impact
     assert first.entries[0].low != other.entries[0].low
@@ -133,8 +131,8 @@ def test_same_seed_same_table(tiny_unet: Any, tiny_config: dict[str, Any]) -> No
 
 def test_bfloat16_gives_nearly_the_same_scores(tiny_unet: Any, probe: Probe) -> None:
     groups = single("Dn1.A1", "Dn1.R1")
-    exact = score_groups(tiny_unet, groups, probe)
-    rough = score_groups(tiny_unet.to(torch.bfloat16), groups, probe)
+    exact = score(ScoringContext(tiny_unet, probe), groups)
+    rough = score(ScoringContext(tiny_unet.to(torch.bfloat16), probe), groups)
     assert rough.entries[1].impact == pytest.approx(exact.entries[1].impact, rel=0.1)
 
 
@@ -149,7 +147,7 @@ def test_not_a_number_is_an_error_that_names_the_group(
 
     monkeypatch.setattr(outputs, "predict_without", spoiled)
     with pytest.raises(DataError, match=r"output-mse of Md\.R1.*1 of 4 rows"):
-        score_groups(tiny_unet, single("Md.R1"), probe)
+        score(ScoringContext(tiny_unet, probe), single("Md.R1"))
 
 
 def test_a_damaged_model_is_an_error(tiny_unet: Any, probe: Probe) -> None:
@@ -157,16 +155,16 @@ def test_a_damaged_model_is_an_error(tiny_unet: Any, probe: Probe) -> None:
         tiny_unet.conv_out.weight.fill_(0)
         tiny_unet.conv_out.bias.fill_(0)
     with pytest.raises(DataError, match="predicts 0 everywhere"):
-        score_groups(tiny_unet, single("Md.R1"), probe)
+        score(ScoringContext(tiny_unet, probe), single("Md.R1"))
     with torch.no_grad():
         tiny_unet.conv_out.bias.fill_(float("inf"))
     with pytest.raises(DataError, match="the model itself"):
-        score_groups(tiny_unet, single("Md.R1"), probe)
+        score(ScoringContext(tiny_unet, probe), single("Md.R1"))
 
 
 def test_an_unknown_block_is_an_error(tiny_unet: Any, probe: Probe) -> None:
     with pytest.raises(UnknownBlockError, match=r"Dn9\.R1"):
-        score_groups(tiny_unet, single("Dn9.R1"), probe)
+        score(ScoringContext(tiny_unet, probe), single("Dn9.R1"))
 
 
 # Intervals -------------------------------------------------------------------------------------------------------
@@ -218,11 +216,11 @@ def test_all_groups_see_the_same_resamples(pictures: int, seed: int) -> None:
 
 def test_no_interval_is_not_an_interval_of_zero(tiny_unet: Any, tiny_config: dict[str, Any]) -> None:
     one = random_probe(tiny_config, samples=1, seed=0)
-    (entry,) = score_groups(tiny_unet, single("Md.R1"), one).entries
+    (entry,) = score(ScoringContext(tiny_unet, one), single("Md.R1")).entries
     assert entry.impact > 0
     assert np.isnan([entry.low, entry.high]).all()
     two = random_probe(tiny_config, samples=2, seed=0)
-    (entry,) = score_groups(tiny_unet, single("Md.R1"), two, bootstrap=0).entries
+    (entry,) = score(ScoringContext(tiny_unet, two), single("Md.R1"), bootstrap=0).entries
     assert np.isnan([entry.low, entry.high]).all()
 
 
@@ -270,12 +268,12 @@ def test_a_digest_of_digits_stays_text(table: ImportanceTable) -> None:
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        (lambda frame: frame.drop(columns="impact"), "without the columns impact"),
+        (lambda frame: frame.drop(columns="impact"), "missing columns: impact"),
         (lambda frame: frame.iloc[:0], "found 0 rows"),
         (lambda frame: frame.assign(impact=[0.5, float("nan")]), "not numbers"),
         (lambda frame: frame.assign(impact=["a lot", "0"]), "not numbers"),
         (lambda frame: frame.assign(kind=["block", "layer"]), "kinds layer"),
-        (lambda frame: frame.assign(criterion=["output-mse", "output-cosine"]), "2 mixed"),
+        (lambda frame: frame.assign(criterion=["output-mse", "output-cosine"]), "2 combinations"),
     ],
 )
 def test_a_damaged_table_is_refused(table: ImportanceTable, change: Any, found: str) -> None:

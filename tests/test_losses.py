@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +44,6 @@ OFFICIAL = {
         ("up_blocks.3", "up_blocks.2"),
     ],
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def hooked(unet: Any, batch: Any, paths: list[str]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

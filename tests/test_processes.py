@@ -81,9 +81,7 @@ def assert_close(one: Path, other: Path) -> None:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The students distilled by this process."""
     folder = tmp_path_factory.mktemp("alone")
-    threads = torch.get_num_threads()
     main(folder, {})
-    torch.set_num_threads(threads)
     return folder
 
 

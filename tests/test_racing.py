@@ -14,9 +14,9 @@ from scipy.stats import kendalltau
 
 from prune_lab.blocks import Architecture, BlockGroup, architecture_of, block_groups
 from prune_lab.errors import ConfigError
-from prune_lab.importance import Race, Samples, ScoreCache, score_groups
+from prune_lab.importance import Race, Samples, ScoreCache, ScoringContext, score
 from prune_lab.importance.intervals import impacts_of, resampled_impacts
-from prune_lab.importance.racing import distances, sample_order
+from prune_lab.importance.racing import sample_order, separations
 from prune_lab.plans import gone_with
 from prune_lab.prefix_sharing import macs_without
 from prune_lab.probes import Probe, random_probe
@@ -69,7 +69,7 @@ def test_resamples_of_missing_values_are_impacts_of_the_rows_drawn() -> None:
         assert row[0] == pytest.approx((count * values[0]).sum() / (count * profile).sum() * over)
 
 
-# What a race goes by -------------------------------------------------------------------------------------------------
+# How a race decides --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -89,10 +89,10 @@ def test_distances_by_hand() -> None:
     # Paired differences: 3, 1, 4, 4 (mean 3, deviation sqrt 2) and 86, 86, 88, 88 (mean 87, deviation 2 / sqrt 3).
     # Four samples of eight: the error of the mean is deviation / 2 * sqrt(1 / 2).
     first, second = 3 / (2**0.5 / 2 * 0.5**0.5), 87 / (2 / 3**0.5 / 2 * 0.5**0.5)
-    found = distances(values, np.ones(4), population=8)
+    found = separations(values, np.ones(4), population=8)
     assert found == pytest.approx([first, first, second])
-    assert distances(values, np.full(4, 7.0), population=8) == pytest.approx(found)  # whatever the unit
-    assert np.isinf(distances(values, np.ones(4), population=4)).all()  # nothing is left to be known
+    assert separations(values, np.full(4, 7.0), population=8) == pytest.approx(found)  # whatever the unit
+    assert np.isinf(separations(values, np.ones(4), population=4)).all()  # nothing is left to be known
 
 
 def suffix(architecture: Architecture, name: str) -> int:
@@ -121,7 +121,7 @@ def test_a_race_stays_within_its_budget_and_says_what_it_spent(
     tiny_unet: Any, probe: Probe, budget: float
 ) -> None:
     groups, race = blocks_of(tiny_unet), Race(budget, start=4, step=2)
-    table = score_groups(tiny_unet, groups, probe, race=race, bootstrap=50)
+    table = score(ScoringContext(tiny_unet, probe), groups, race=race, bootstrap=50)
     assert table.compute is not None
     assert table.compute.naive_macs == len(groups) * len(probe) * table.compute.forward_macs
     assert table.compute.macs <= budget * table.compute.naive_macs
@@ -145,8 +145,8 @@ def test_a_race_that_may_cost_everything_and_settles_nothing_is_the_whole_score(
     tiny_unet: Any, probe: Probe
 ) -> None:
     groups = blocks_of(tiny_unet)
-    whole = score_groups(tiny_unet, groups, probe)
-    race = score_groups(tiny_unet, groups, probe, race=Race(1.0, start=4, step=5, settled=1e9))
+    whole = score(ScoringContext(tiny_unet, probe), groups)
+    race = score(ScoringContext(tiny_unet, probe), groups, race=Race(1.0, start=4, step=5, separation=1e9))
     assert [entry.samples for entry in race.entries] == [len(probe)] * len(groups)
     assert race.impacts == pytest.approx(whole.impacts, rel=1e-4)  # batches differ
 
@@ -154,10 +154,9 @@ def test_a_race_that_may_cost_everything_and_settles_nothing_is_the_whole_score(
 def test_settled_groups_get_no_more_samples_and_close_ones_do(tiny_unet: Any, probe: Probe) -> None:
     """Those that stop first are further from their neighbours than those that go on to the end."""
     groups = blocks_of(tiny_unet)
-    race = score_groups(
-        tiny_unet, groups, probe, race=Race(1.0, start=4, step=2)
-    )  # it may spend all, and does not
-    whole = score_groups(tiny_unet, groups, probe, bootstrap=0)
+    # The budget allows to measure everything; the race does not.
+    race = score(ScoringContext(tiny_unet, probe), groups, race=Race(1.0, start=4, step=2))
+    whole = score(ScoringContext(tiny_unet, probe), groups, bootstrap=0)
     samples = np.array([entry.samples for entry in race.entries])
     assert samples.min() < samples.max()
     order = np.sort(np.log(whole.impacts))
@@ -173,25 +172,24 @@ def test_the_same_seed_gives_the_same_race_also_from_a_cache(
     tiny_unet: Any, probe: Probe, tmp_path: Path
 ) -> None:
     groups, race = blocks_of(tiny_unet), Race(0.2, start=4, step=2)
-    fresh = score_groups(tiny_unet, groups, probe, race=race)
+    fresh = score(ScoringContext(tiny_unet, probe), groups, race=race)
     path = tmp_path / "scores.safetensors"
-    score_groups(
-        tiny_unet, groups[:9], probe, cache=ScoreCache(path)
-    )  # knows more than the race will pay for
-    again = score_groups(tiny_unet, groups, probe, race=race, cache=ScoreCache(path))
+    # The cache then holds more values than the race measures.
+    score(ScoringContext(tiny_unet, probe, cache=ScoreCache(path)), groups[:9])
+    again = score(ScoringContext(tiny_unet, probe, cache=ScoreCache(path)), groups, race=race)
     assert [entry.samples for entry in again.entries] == [entry.samples for entry in fresh.entries]
     assert again.impacts == pytest.approx(fresh.impacts, rel=1e-4)
-    last = score_groups(tiny_unet, groups, probe, race=race, cache=ScoreCache(path))
+    last = score(ScoringContext(tiny_unet, probe, cache=ScoreCache(path)), groups, race=race)
     assert last.compute is not None
     assert last.compute.macs == 0
     assert last.impacts == pytest.approx(again.impacts, rel=0)
-    other = score_groups(tiny_unet, groups, probe, race=race, seed=1)
+    other = score(ScoringContext(tiny_unet, probe, seed=1), groups, race=race)
     assert other.impacts.tolist() != fresh.impacts.tolist()
 
 
 def test_equal_sets_race_as_one(tiny_unet: Any, probe: Probe) -> None:
-    twins = (*blocks_of(tiny_unet)[:6], BlockGroup("twin", "plan", blocks_of(tiny_unet)[2].blocks))
-    table = score_groups(tiny_unet, twins, probe, race=Race(0.5, start=4, step=2), bootstrap=0)
+    groups = (*blocks_of(tiny_unet)[:6], BlockGroup("copy", "plan", blocks_of(tiny_unet)[2].blocks))
+    table = score(ScoringContext(tiny_unet, probe), groups, race=Race(0.5, start=4, step=2), bootstrap=0)
     assert table.entries[2].impact == table.entries[6].impact
     assert table.entries[2].samples == table.entries[6].samples
 
@@ -199,12 +197,12 @@ def test_equal_sets_race_as_one(tiny_unet: Any, probe: Probe) -> None:
 def test_impossible_races_say_what_would_do(tiny_unet: Any, probe: Probe) -> None:
     groups = blocks_of(tiny_unet)
     with pytest.raises(ConfigError, match="less than two samples of every group; give a budget of 0"):
-        score_groups(tiny_unet, groups, probe, race=Race(0.001))
+        score(ScoringContext(tiny_unet, probe), groups, race=Race(0.001))
     with pytest.raises(
         ConfigError, match=r"race by gate-fisher.*race by denoising-loss, output-cosine, output-mse"
     ):
-        score_groups(tiny_unet, groups, probe, criterion="gate-fisher", race=Race())
-    for wrong in ({"budget": 0.0}, {"budget": 1.5}, {"start": 1}, {"step": 0}, {"settled": 0.0}):
+        score(ScoringContext(tiny_unet, probe), groups, "gate-fisher", race=Race())
+    for wrong in ({"budget": 0.0}, {"budget": 1.5}, {"start": 1}, {"step": 0}, {"separation": 0.0}):
         with pytest.raises(ConfigError, match="cannot race"):
             Race(**wrong)  # type: ignore[arg-type]
 
@@ -233,8 +231,6 @@ def test_torch_compile_gives_the_same_scores(
     tiny_unet: Any, probe: Probe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the compiler's front end alone, on some blocks: its code generator takes minutes, and is torch's to test."""
-    from prune_lab.importance import ScoringContext, score
-
     compiled: list[Any] = []
     real = torch.compile
 

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prune_lab.errors import DataError
-from prune_lab.ranking import Contender, pareto_front, rank, ranking_from_frame
+from prune_lab.ranking import CandidateResult, pareto_front, rank, ranking_from_frame
 from prune_lab.runtime import write_frame
 from prune_lab.schemas import RANKING_COLUMNS
 
 
-def contender(plan: str, loss: float = math.nan, **more: object) -> Contender:
-    first = Contender(
+def result(plan: str, loss: float = math.nan, **more: object) -> CandidateResult:
+    first = CandidateResult(
         plan=plan,
         plan_id=f"id-{plan}",
         origin="control",
@@ -32,20 +32,20 @@ def contender(plan: str, loss: float = math.nan, **more: object) -> Contender:
     return dataclasses.replace(first, **more)  # type: ignore[arg-type]
 
 
-TEACHER = contender("teacher", 0.1, origin="teacher", steps=0, params=200, macs=2000, blocks_removed=0)
+TEACHER = result("teacher", 0.1, origin="teacher", steps=0, params=200, macs=2000, blocks_removed=0)
 
 
-def plans(*contenders: Contender) -> list[tuple[str, int | None, str]]:
-    return [(place.contender.plan, place.rank, place.status) for place in rank(contenders).places]
+def plans(*results: CandidateResult) -> list[tuple[str, int | None, str]]:
+    return [(entry.result.plan, entry.rank, entry.status) for entry in rank(results).entries]
 
 
 def test_candidates_are_ordered_by_loss_then_clip_then_size_after_the_teacher() -> None:
     found = plans(
-        contender("c", 0.3, clip_after=0.2),
-        contender("no-clip", 0.3),
-        contender("b", 0.3, clip_after=0.4),
-        contender("large", 0.25, params=150),
-        contender("small", 0.25, params=120),
+        result("c", 0.3, clip_after=0.2),
+        result("no-clip", 0.3),
+        result("b", 0.3, clip_after=0.4),
+        result("large", 0.25, params=150),
+        result("small", 0.25, params=120),
         TEACHER,
     )
     assert found == [
@@ -61,15 +61,15 @@ def test_candidates_are_ordered_by_loss_then_clip_then_size_after_the_teacher() 
 def test_everyone_else_stays_with_a_reason() -> None:
     ranking = rank(
         [
-            contender("nan", failure="the loss was no longer finite at step 4"),
-            contender("good", 0.3),
-            contender("short", 0.2, steps=20),
-            contender("also", 0.4),
-            contender("unmeasured"),
-            contender("wild", left_out="no plain diffusers model"),
+            result("nan", failure="the loss was no longer finite at step 4"),
+            result("good", 0.3),
+            result("short", 0.2, steps=20),
+            result("also", 0.4),
+            result("unmeasured"),
+            result("wild", left_out="no plain diffusers model"),
         ]
     )
-    assert [(p.contender.plan, p.status, p.reason) for p in ranking.places] == [
+    assert [(p.result.plan, p.status, p.reason) for p in ranking.entries] == [
         ("good", "ranked", ""),
         ("also", "ranked", ""),
         ("nan", "failed", "the loss was no longer finite at step 4"),
@@ -77,29 +77,29 @@ def test_everyone_else_stays_with_a_reason() -> None:
         ("unmeasured", "left out", "its held-out loss after distillation was not measured"),
         ("wild", "left out", "no plain diffusers model"),
     ]
-    assert [p.rank for p in ranking.places] == [1, 2, None, None, None, None]
-    assert [p.pareto for p in ranking.places[2:]] == [None] * 4
+    assert [p.rank for p in ranking.entries] == [1, 2, None, None, None, None]
+    assert [p.pareto for p in ranking.entries[2:]] == [None] * 4
 
 
 def test_one_long_training_does_not_push_the_others_out() -> None:
-    found = plans(contender("a", 0.3), contender("b", 0.4), contender("long", 0.1, steps=500))
+    found = plans(result("a", 0.3), result("b", 0.4), result("long", 0.1, steps=500))
     assert found == [("a", 1, "ranked"), ("b", 2, "ranked"), ("long", None, "left out")]
 
 
 def test_the_dropped_follow_the_survivors_by_how_far_they_came() -> None:
     ranking = rank(
         [
-            contender("early-good", 0.2, steps=50, rung=1, dropped="worse at rung 1"),
-            contender("best", 0.3, steps=400, rung=3),
-            contender("late-worse", 0.9, steps=150, rung=2, dropped="worse at rung 2"),
-            contender("late", 0.8, steps=150, rung=2, dropped="worse at rung 2", params=1, macs=1),
-            contender("second", 0.4, steps=400, rung=3),
-            contender("early", 0.5, steps=50, rung=1, dropped="worse at rung 1"),
-            contender("broken", steps=150, rung=2, failure="it broke"),
+            result("early-good", 0.2, steps=50, rung=1, dropped="worse at rung 1"),
+            result("best", 0.3, steps=400, rung=3),
+            result("late-worse", 0.9, steps=150, rung=2, dropped="worse at rung 2"),
+            result("late", 0.8, steps=150, rung=2, dropped="worse at rung 2", params=1, macs=1),
+            result("second", 0.4, steps=400, rung=3),
+            result("early", 0.5, steps=50, rung=1, dropped="worse at rung 1"),
+            result("broken", steps=150, rung=2, failure="it broke"),
             TEACHER,
         ]
     )
-    assert [(p.contender.plan, p.rank, p.status, p.reason) for p in ranking.places] == [
+    assert [(p.result.plan, p.rank, p.status, p.reason) for p in ranking.entries] == [
         ("teacher", 0, "teacher", ""),
         ("best", 1, "ranked", ""),
         ("second", 2, "ranked", ""),
@@ -110,18 +110,18 @@ def test_the_dropped_follow_the_survivors_by_how_far_they_came() -> None:
         ("broken", None, "failed", "it broke"),
     ]
     # a loss after fewer steps is no point of the front, however small the model
-    assert [p.pareto for p in ranking.places] == [True, True, False, None, None, None, None, None]
+    assert [p.pareto for p in ranking.entries] == [True, True, False, None, None, None, None, None]
 
 
 def test_many_dropped_do_not_push_the_survivors_out() -> None:
-    few = [contender(f"d{i}", 0.5, steps=50, rung=1, dropped="worse") for i in range(5)]
-    found = plans(*few, contender("a", 0.3, steps=400, rung=2))
+    few = [result(f"d{i}", 0.5, steps=50, rung=1, dropped="worse") for i in range(5)]
+    found = plans(*few, result("a", 0.3, steps=400, rung=2))
     assert found[0] == ("a", 1, "ranked")
     assert {status for _, _, status in found[1:]} == {"dropped"}
 
 
-def with_rows(plan: str, *heldout: float, **more: object) -> Contender:
-    return contender(plan, sum(heldout) / len(heldout), heldout=heldout, **more)
+def with_rows(plan: str, *heldout: float, **more: object) -> CandidateResult:
+    return result(plan, sum(heldout) / len(heldout), heldout=heldout, **more)
 
 
 def test_ties_share_a_group_whatever_their_ranks() -> None:
@@ -130,14 +130,14 @@ def test_ties_share_a_group_whatever_their_ranks() -> None:
             with_rows("far", 0.51, 0.62, 0.73),
             with_rows("best", 0.10, 0.20, 0.30),
             with_rows("tied", 0.11, 0.19, 0.31),
-            contender("unknown", 0.4),
+            result("unknown", 0.4),
             with_rows("twin", 0.10, 0.20, 0.30),
             with_rows("dropped", 0.1, 0.2, 0.4, steps=20, rung=1, dropped="worse"),
             with_rows("dropped too", 0.1, 0.2, 0.41, steps=20, rung=1, dropped="worse"),
             TEACHER,
         ]
     )
-    assert [(p.contender.plan, p.rank, p.tie_group) for p in ranking.places] == [
+    assert [(p.result.plan, p.rank, p.tie_group) for p in ranking.entries] == [
         ("teacher", 0, None),
         ("best", 1, 1),
         ("twin", 2, 1),
@@ -167,7 +167,7 @@ def test_rows_that_are_not_the_same_are_not_paired() -> None:
 
 def test_a_plan_counts_once() -> None:
     with pytest.raises(DataError, match="id-a twice"):
-        rank([contender("a", 0.1), contender("a", 0.2)])
+        rank([result("a", 0.1), result("a", 0.2)])
 
 
 def test_the_front_by_hand() -> None:
@@ -179,10 +179,8 @@ def test_the_front_by_hand() -> None:
         "twin of cheap": (10, 10, 0.5),
         "worse than cheap in parameters alone": (11, 10, 0.5),
     }
-    contenders = [
-        contender(plan, loss, params=params, macs=macs) for plan, (params, macs, loss) in points.items()
-    ]
-    assert pareto_front(contenders) == {
+    results = [result(plan, loss, params=params, macs=macs) for plan, (params, macs, loss) in points.items()]
+    assert pareto_front(results) == {
         "id-cheap",
         "id-dear and good",
         "id-few parameters, many macs",
@@ -192,11 +190,10 @@ def test_the_front_by_hand() -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=9))
 def test_the_front_beats_the_rest_and_nobody_on_it_is_beaten(points: list[tuple[int, int, int]]) -> None:
-    contenders = [
-        contender(str(i), float(loss), params=params, macs=macs)
-        for i, (params, macs, loss) in enumerate(points)
+    results = [
+        result(str(i), float(loss), params=params, macs=macs) for i, (params, macs, loss) in enumerate(points)
     ]
-    front = pareto_front(contenders)
+    front = pareto_front(results)
     assert front
 
     def beats(left: tuple[int, int, int], right: tuple[int, int, int]) -> bool:
@@ -212,8 +209,8 @@ def test_the_table_keeps_its_columns_and_survives_a_csv(tmp_path: Path) -> None:
     ranking = rank(
         [
             TEACHER,
-            contender("a", 0.3, median_ms=1.5, impact_one_shot=0.01, loss_before=0.1 + 0.2),
-            contender("b", failure="it broke, badly"),
+            result("a", 0.3, median_ms=1.5, impact_one_shot=0.01, loss_before=0.1 + 0.2),
+            result("b", failure="it broke, badly"),
             with_rows("c", 0.1, 0.2, rung=2),
             with_rows("d", 0.1, 0.2, rung=1, steps=20, dropped="at rung 1 of 2: worse"),
         ]
@@ -232,10 +229,10 @@ def test_the_table_keeps_its_columns_and_survives_a_csv(tmp_path: Path) -> None:
     write_frame(tmp_path / "ranking.csv", frame)
     again = ranking_from_frame(pd.read_csv(tmp_path / "ranking.csv"))
     pd.testing.assert_frame_equal(again.frame(), frame)
-    assert [place.status for place in again.places] == ["teacher", "ranked", "ranked", "dropped", "failed"]
-    assert again.places[4].contender.failure == "it broke, badly"
-    assert again.places[3].contender.dropped == again.places[3].reason == "at rung 1 of 2: worse"
-    assert [place.tie_group for place in again.places] == [None, 1, None, 2, None]
+    assert [entry.status for entry in again.entries] == ["teacher", "ranked", "ranked", "dropped", "failed"]
+    assert again.entries[4].result.failure == "it broke, badly"
+    assert again.entries[3].result.dropped == again.entries[3].reason == "at rung 1 of 2: worse"
+    assert [entry.tie_group for entry in again.entries] == [None, 1, None, 2, None]
     with pytest.raises(DataError, match="'pareto'"):
         ranking_from_frame(frame.drop(columns="pareto"))
 

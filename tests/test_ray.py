@@ -27,7 +27,7 @@ from prune_lab.engines import PictureJob, ray_driver, rungs_of, train_to
 from prune_lab.engines.pictures import draw_job
 from prune_lab.errors import ClusterError, ConfigError, StorageError
 from prune_lab.importance import score
-from prune_lab.ranking import Tournament, play
+from prune_lab.ranking import Tournament, run_tournament
 from prune_lab.runs import Run
 from prune_lab.runtime import read_json, write_json
 from prune_lab.session import Session, ensure_data, ensure_probe, run_scoring_context
@@ -44,15 +44,6 @@ pytestmark = pytest.mark.long
 
 STEPS, FIRST = 8, 2  # rungs at 2, 4 and 8 steps
 OBJECTS = 100_000_000  # bytes of each node's object store
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As many threads here as on the workers: more of them round differently."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +152,7 @@ def test_a_tournament_has_the_weights_of_local_training_and_makes_a_ranking(
     assert set(frame["plan_id"]) == {"teacher", *tournament.names}
     # the last rung is what the local tournament makes of the same losses
     last = {name: load_heldout(copied.candidate(name).folder).loc[STEPS] for name in tournament.survivors}
-    local = play(tournament.survivors, (STEPS,), 2, lambda _names, _steps: last)
+    local = run_tournament(tournament.survivors, (STEPS,), 2, lambda _names, _steps: last)
     wanted = [dataclasses.replace(one, rung=3) for one in local.verdicts]
     assert [one for one in tournament.verdicts if one.rung == 3] == wanted
 

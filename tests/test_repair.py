@@ -20,7 +20,16 @@ from prune_lab.blocks import architecture_of
 from prune_lab.errors import ConfigError, DataError, NonNativePlanError, PlanError
 from prune_lab.plans import PruningPlan, native_choices, parse_plan, plan_of
 from prune_lab.probes import Probe, predict, random_probe
-from prune_lab.repair import Change, Choice, find_cuts, fold, inserted, repair, student_paths, why_not
+from prune_lab.repair import (
+    Correction,
+    RepairKind,
+    corrected,
+    find_cuts,
+    fold,
+    repair,
+    student_paths,
+    why_not,
+)
 from prune_lab.repair.fitting import Moments, fit, moments_of
 from prune_lab.repair.folding import last_layer, layer_features
 from prune_lab.schemas import REPAIR_COLUMNS
@@ -30,7 +39,7 @@ MODELS = {
     **SHAPES,
     "scaled mid": {**TINY_UNET, "mid_block_scale_factor": 2.0},
 }
-KINDS: tuple[Choice, ...] = ("shift", "scale-shift", "linear", "refit", "best")
+KINDS: tuple[RepairKind, ...] = ("shift", "scale-shift", "linear", "refit", "best")
 
 
 def some_plan(unet: Any, seed: int, *, levels: slice = slice(None)) -> PruningPlan:
@@ -80,18 +89,24 @@ def test_the_cuts_of_base_by_hand(tiny_unet: Any) -> None:
         "Up3.A1 [Up3.R2 Up3.A2] Up3.R3",
         "Up4.A1 [Up4.R2 Up4.A2] Up4.R3",
     ]
-    assert [reader.text for reader in cuts[0].readers] == ["Dn1.down (main, Dn1.A2)", "Up4.R1 (skip, Dn1.A2)"]
-    assert not any(cut.torn for cut in cuts)
+    assert [consumer.text for consumer in cuts[0].consumers] == [
+        "Dn1.down (main, Dn1.A2)",
+        "Up4.R1 (skip, Dn1.A2)",
+    ]
+    assert not any(cut.mismatched for cut in cuts)
 
 
 def test_consecutive_blocks_and_samplers_are_one_cut(tiny_unet: Any) -> None:
     architecture = architecture_of(tiny_unet)
     tiny = find_cuts(architecture, parse_plan("bk-tiny", architecture))[2]
     assert tiny.before == "Dn3.A1"
-    assert tiny.gone[:4] == ("Dn3.R2", "Dn3.A2", "Dn3.down", "Dn4.R1")
-    assert tiny.gone[-1] == "Up1.up"
-    assert [reader.text for reader in tiny.readers] == ["Up2.R1 (main, Up1.up)", "Up2.R1 (skip, Dn3.A2)"]
-    assert [reader.slot for reader in tiny.torn] == ["skip"]
+    assert tiny.removed[:4] == ("Dn3.R2", "Dn3.A2", "Dn3.down", "Dn4.R1")
+    assert tiny.removed[-1] == "Up1.up"
+    assert [consumer.text for consumer in tiny.consumers] == [
+        "Up2.R1 (main, Up1.up)",
+        "Up2.R1 (skip, Dn3.A2)",
+    ]
+    assert [consumer.slot for consumer in tiny.mismatched] == ["skip"]
     first = find_cuts(architecture, plan_of(architecture, ["Dn1.R1", "Dn1.A1", "Up4.R2", "Up4.A2"]))[0]
     assert (first.before, first.after) == ("conv_in", "Dn1.R2")
 
@@ -130,15 +145,15 @@ def test_readers_read_in_both_models_what_the_cut_says(name: str, seed: int) -> 
     with spied(teacher, full) as (theirs, originals):
         predict(teacher, rows)
     cuts = find_cuts(architecture, plan)
-    assert {unit for cut in cuts for unit in cut.gone} >= set(plan.removed)
+    assert {unit for cut in cuts for unit in cut.removed} >= set(plan.removed)
     for cut in cuts:
-        for reader in cut.readers:
-            if reader.unit == "conv_out":
+        for consumer in cut.consumers:
+            if consumer.unit == "conv_out":
                 continue
             width = written[cut.before].shape[1]
-            part = slice(None, width) if reader.slot == "main" else slice(-width, None)
-            assert torch.equal(read[reader.unit][:, part], written[cut.before]), reader
-            assert torch.equal(theirs[reader.unit][:, part], originals[reader.place]), reader
+            part = slice(None, width) if consumer.slot == "main" else slice(-width, None)
+            assert torch.equal(read[consumer.unit][:, part], written[cut.before]), consumer
+            assert torch.equal(theirs[consumer.unit][:, part], originals[consumer.teacher_source]), consumer
 
 
 def architecture_cut(architecture: Any) -> frozenset[str]:
@@ -173,7 +188,7 @@ def total(folds: list[Moments]) -> Moments:
 
 def test_the_error_from_sums_is_the_error() -> None:
     x, e, wanted = drawn(50, noise=0.5)
-    change = Change(torch.randn(5, 5, dtype=torch.float64), torch.randn(5, dtype=torch.float64), 1.0)
+    change = Correction(torch.randn(5, 5, dtype=torch.float64), torch.randn(5, dtype=torch.float64), 1.0)
     left = e - x @ change.weight.T - change.bias
     found = total(folds_of(x, e, wanted)).error_with(change)
     assert found == pytest.approx(float(left.square().sum() / wanted.square().sum()), rel=1e-9)
@@ -218,7 +233,7 @@ def test_noise_and_few_samples_get_a_strong_ridge() -> None:
 # Folds --------------------------------------------------------------------------------------------------------------
 
 
-def small_change(channels: int, kind: str, bias: bool = True) -> Change:
+def small_change(channels: int, kind: str, bias: bool = True) -> Correction:
     generator = torch.Generator().manual_seed(channels)
     weight = 0.3 * torch.randn(channels, channels, generator=generator, dtype=torch.float64)
     if kind == "shift":
@@ -226,7 +241,7 @@ def small_change(channels: int, kind: str, bias: bool = True) -> Change:
     elif kind == "scale-shift":
         weight = torch.diag(weight.diagonal())
     shift = torch.randn(channels, generator=generator, dtype=torch.float64)
-    return Change(weight, shift if bias else torch.zeros_like(shift), 0.0)
+    return Correction(weight, shift if bias else torch.zeros_like(shift), 0.0)
 
 
 def channels_of(unit: Any, side: str) -> int:
@@ -270,7 +285,7 @@ def test_every_fold_equals_the_map_as_a_module(name: str) -> None:
             continue
         change = small_change(channels_of(module, side), kind, bias=side == "before")
         plain = output_of(call)
-        with inserted(module, side, change):
+        with corrected(module, side, change):
             wanted = output_of(call)
         before = weights(module)
         fold(module, kind, side, change)
@@ -298,7 +313,7 @@ def test_a_refit_changes_the_unit_by_what_it_says(name: str) -> None:
     for call in calls_of(unet).values():
         module = call[0]
         layer = last_layer(module)
-        change = Change(
+        change = Correction(
             0.1 * torch.randn(layer.weight.shape[0], layer.weight[0].numel(), dtype=torch.float64),
             torch.randn(layer.weight.shape[0], dtype=torch.float64),
             0.0,
@@ -325,7 +340,7 @@ def test_what_does_not_fold_says_who_is_in_the_way(tiny_unet: Any) -> None:
     assert "the norm ahead of conv_out reads it" in why_not("linear", "after", None, "conv_out")
     assert "Dn1.down's padding" in why_not("shift", "after", unit("down_blocks.0.downsamplers.0"), "Dn1.down")
     wide = torch.nn.Conv2d(1000, 8, 3)
-    assert "weighs 9,000 inputs" in why_not("refit", "before", wide, "Dn9.down")
+    assert "has 9,000 inputs" in why_not("refit", "before", wide, "Dn9.down")
 
 
 # Repairs ------------------------------------------------------------------------------------------------------------
@@ -378,7 +393,7 @@ def test_an_affine_block_is_repaired_to_nothing(
     text: str,
     block: str,
     kind: str,
-    asked: Choice,
+    asked: RepairKind,
 ) -> None:
     teacher = tiny_unet.double()
     plan = parse_plan(text, architecture_of(teacher))
@@ -390,7 +405,7 @@ def test_an_affine_block_is_repaired_to_nothing(
     assert report.impact_before > 1e-5
     assert report.impact_after < 1e-9 * report.impact_before
     assert impact(student, teacher, probe) < 1e-9 * report.impact_before
-    (done,) = (one for one in report.applied if block in one.cut.gone)
+    (done,) = (one for one in report.applied if block in one.cut.removed)
     assert done.side == "before"
     assert done.cut_error_before > 1e-3
     assert done.cut_error_after < 1e-9 * done.cut_error_before
@@ -418,7 +433,7 @@ def test_a_linear_map_goes_through_the_sampler_behind_the_cut(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_where_nothing_is_missing_nothing_changes(
-    tiny_unet: Any, probe: Probe, monkeypatch: pytest.MonkeyPatch, kind: Choice
+    tiny_unet: Any, probe: Probe, monkeypatch: pytest.MonkeyPatch, kind: RepairKind
 ) -> None:
     plan = parse_plan(f"{INNER} -Up4.A1 -Up4.A2 -Up4.A3", architecture_of(tiny_unet))
     student = materialise(tiny_unet, plan)
@@ -451,13 +466,15 @@ def test_every_family_is_repaired_and_stays_plain(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_step_makes_it_worse_and_the_figures_are_true(tiny_unet: Any, probe: Probe, kind: Choice) -> None:
+def test_no_step_makes_it_worse_and_the_figures_are_true(
+    tiny_unet: Any, probe: Probe, kind: RepairKind
+) -> None:
     plan = parse_plan("bk-tiny", architecture_of(tiny_unet))
     student = materialise(tiny_unet, plan)
     rows = random_probe(TINY_UNET, samples=4, seed=5, timesteps=4)
     before = impact(student, tiny_unet, rows)
-    report = repair(student, tiny_unet, plan, probe, kind=kind, judged=rows)
-    assert (report.fitted_rows, report.judged_rows) == (12, 4)
+    report = repair(student, tiny_unet, plan, probe, kind=kind, heldout=rows)
+    assert (report.fitted_rows, report.heldout_rows) == (12, 4)
     assert report.impact_before == pytest.approx(before, rel=1e-9)
     assert report.impact_after == pytest.approx(impact(student, tiny_unet, rows), rel=1e-9)
     impacts = [report.impact_before, *(one.impact_after for one in report.applied)]
@@ -476,9 +493,9 @@ def test_a_repair_that_hurts_is_not_kept(
     student = materialise(tiny_unet, plan)
     before = weights(student)
 
-    def overshooting(folds: Any, form: Any) -> Change:
+    def overshooting(folds: Any, form: Any) -> Correction:
         channels, features = folds[0].xe.T.shape
-        return Change(torch.zeros(channels, features).double(), 1e3 * torch.ones(channels).double(), 0.0)
+        return Correction(torch.zeros(channels, features).double(), 1e3 * torch.ones(channels).double(), 0.0)
 
     monkeypatch.setattr("prune_lab.repair.repairing.fit", overshooting)
     report = repair(student, tiny_unet, plan, probe)
@@ -563,7 +580,7 @@ def test_rows_of_one_picture_stay_together(tiny_unet: Any) -> None:
     rows = replace(rows, pictures=100 + torch.arange(12) // 2)
     plan = parse_plan(INNER, architecture_of(tiny_unet))
     report = repair(materialise(tiny_unet, plan), tiny_unet, plan, rows, kind="shift")
-    assert (report.fitted_rows, report.judged_rows) == (8, 4)
+    assert (report.fitted_rows, report.heldout_rows) == (8, 4)
 
 
 def test_three_rows_do_not_explode(tiny_unet: Any) -> None:
@@ -580,7 +597,7 @@ def test_mistakes_are_named(tiny_unet: Any, probe: Probe) -> None:
     architecture = architecture_of(tiny_unet)
     plan = parse_plan("bk-base", architecture)
     student = materialise(tiny_unet, plan)
-    with pytest.raises(ConfigError, match="kind 'magic'; known are shift"):
+    with pytest.raises(ConfigError, match="kind 'magic'; known kinds are shift"):
         repair(student, tiny_unet, plan, probe, kind="magic")  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="student of another architecture"):
         repair(student, tiny_unet, parse_plan("bk-small", architecture), probe)

@@ -24,23 +24,23 @@ from prune_lab.errors import DataError, RunError
 from prune_lab.report import read_run, write_report
 from prune_lab.report.charts import draw_curves, draw_importance, draw_prediction, draw_quality_plane
 from prune_lab.report.document import Chart, Table, Text
-from prune_lab.report.figures import DARK, LIGHT, impact_scale, plan_styles, settle, svg_uri
-from prune_lab.report.format import amount, change, count, figure3, short_number
+from prune_lab.report.figures import DARK, LIGHT, freeze_layout, impact_scale, plan_styles, svg_uri
+from prune_lab.report.format import amount, count, loss_or_score, percent_change, short_number
 from prune_lab.report.maps import draw_block_map, draw_plan_maps, map_cells
 from prune_lab.report.sections import report_sections
 from prune_lab.report.tables import (
     CURVE_COLUMNS,
     MAP_COLUMNS,
     PlanRow,
-    at_the_end,
     block_map_frame,
     curve_frame,
     dropped,
     importance_frame,
-    left_out,
     measured,
+    not_dropped,
+    unranked,
 )
-from prune_lab.report.tournament import apart, draw_tournament
+from prune_lab.report.tournament import draw_tournament, space_labels
 from prune_lab.runs import Run
 
 VOID = {"meta", "link", "img", "source", "br", "hr"}
@@ -124,9 +124,9 @@ def test_teacher_competes_with_nobody_and_failures_are_left_out(whole: Run) -> N
     ranking = read_run(whole).ranking
     assert ranking is not None
     assert set(measured(ranking)["plan"]) == set(PLANS)
-    assert left_out(ranking)["plan"].tolist() == ["search-params-bk-small-1"]
+    assert unranked(ranking)["plan"].tolist() == ["search-params-bk-small-1"]
     assert dropped(ranking)["plan"].tolist() == ["bk-tiny"]
-    assert "bk-tiny" not in set(at_the_end(ranking)["plan"])
+    assert "bk-tiny" not in set(not_dropped(ranking)["plan"])
 
 
 def test_plan_ids_that_look_like_numbers_stay_text(fresh: Run) -> None:
@@ -148,11 +148,11 @@ def test_plan_ids_that_look_like_numbers_stay_text(fresh: Run) -> None:
         (amount, 8_770_000, "8.77\u202fM"),
         (amount, 999_600, "1.00\u202fM"),
         (amount, 12, "12"),
-        (change, -0.3259, "\u221232.6\u202f%"),
-        (change, 0.0, "±0.0\u202f%"),
-        (change, -0.0001, "±0.0\u202f%"),
-        (figure3, 0.08613, "0.0861"),
-        (figure3, None, "\u2013"),
+        (percent_change, -0.3259, "\u221232.6\u202f%"),
+        (percent_change, 0.0, "±0.0\u202f%"),
+        (percent_change, -0.0001, "±0.0\u202f%"),
+        (loss_or_score, 0.08613, "0.0861"),
+        (loss_or_score, None, "\u2013"),
         (short_number, 1.23e-4, "1.2e-4"),
         (short_number, 9.0e-5, "9e-5"),
         (short_number, 0, "0"),
@@ -363,13 +363,13 @@ def test_ties_of_the_first_are_said(fresh: Run) -> None:
     ranking.to_csv(fresh.ranking, index=False)
     summary = report_sections(read_run(fresh))[0].parts[0]
     assert isinstance(summary, Text)
-    said = "By their held-out losses search-params-bk-base-1 cannot be told apart from bk-base."
+    said = "By held-out loss search-params-bk-base-1 is tied with bk-base."
     assert said in summary.sentences
 
 
 def test_names_are_moved_apart_in_their_order() -> None:
-    assert apart([0.3, 0.1, 0.12, 0.11], 0.05).tolist() == pytest.approx([0.3, 0.1, 0.2, 0.15])
-    assert apart([], 0.1).tolist() == []
+    assert space_labels([0.3, 0.1, 0.12, 0.11], 0.05).tolist() == pytest.approx([0.3, 0.1, 0.2, 0.15])
+    assert space_labels([], 0.1).tolist() == []
 
 
 def test_curves_end_where_a_candidate_stopped(whole: Run) -> None:
@@ -387,7 +387,7 @@ def test_the_same_figure_gives_the_same_bytes(whole: Run) -> None:
     assert tables.blocks is not None
     frame = block_map_frame(tables.blocks, tables.importance)
     figures = [draw_block_map(frame, theme) for theme in (LIGHT, LIGHT, DARK)]
-    first, second, dark = (svg_uri(figure, settle(figure)) for figure in figures)
+    first, second, dark = (svg_uri(figure, freeze_layout(figure)) for figure in figures)
     assert first == second
     assert first != dark
 
@@ -436,7 +436,7 @@ def test_the_page_says_what_the_tables_say(whole: Run) -> None:
         assert f"{value:.4f}" in words
     assert LEFT_OUT_REASON in words
     assert DROPPED_REASON in words
-    assert "4 candidates ranked, 1 of them dropped on the way by the tournament." in words
+    assert "4 candidates ranked, 1 of them dropped by the tournament before the end." in words
     assert "0.0006 [-0.0011, 0.0023]" in words
     assert "1,204.5\u202fs" in words
     assert "add 108, silu 68" in words
@@ -581,7 +581,7 @@ def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
     assert write_report(run).read_text() == first
     write_run(tmp_path / "other", upto="score")
     shutil.copy(tmp_path / "other" / "importance.csv", run.importance)
-    assert "missed least" in write_report(run).read_text()
+    assert "with the least impact" in write_report(run).read_text()
 
 
 def test_reporting_does_not_load_torch() -> None:

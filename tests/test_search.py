@@ -23,6 +23,7 @@ from prune_lab.search import (
     parse_budget,
     predicted_impact,
     search_plans,
+    split_budgets,
 )
 
 # Two levels of different width, so there are starred blocks, and few enough native plans to price every one.
@@ -255,6 +256,7 @@ def test_budgets_read_as_written(sd: tuple[Architecture, CostTable]) -> None:
         "paper_macs<=bk-small": small.macs - small.attention_macs,
         "params<=teacher": total.params,
         "macs<=0.66x": total.macs * 66 // 100,
+        "params<=6,000,000": 6_000_000,
         "params<=as:bk-small": small.params,
         "macs<= as: bk-base -Md": small.macs,
     }
@@ -275,6 +277,8 @@ def test_budgets_read_as_written(sd: tuple[Architecture, CostTable]) -> None:
         ("macs<=", "paper_macs, latency or memory"),
         ("macs<=-5", "as a plan"),
         ("macs<=a lot", "as a plan"),
+        ("macs<=0.65", "write 65% or 0.65x"),
+        ("params<= .5", r"write 50% or \.5x"),
         ("params<=-Dn9.R1", r"Dn9\.R1"),
         ("params<=-Dn2.R1", r"Dn2\.R1"),
     ],
@@ -283,6 +287,11 @@ def test_budgets_that_cannot_be_read(text: str, found: str) -> None:
     with pytest.raises(BudgetError, match=found) as caught:
         parse_budget(text, ARCHITECTURE, COSTS)
     assert "\n" not in str(caught.value)
+
+
+def test_a_comma_parts_budgets_but_not_the_digits_of_one() -> None:
+    assert split_budgets("macs<=65%, params<=6,000,000") == ("macs<=65%", " params<=6,000,000")
+    assert split_budgets("params<=bk-small,latency<=0.7x") == ("params<=bk-small", "latency<=0.7x")
 
 
 @pytest.mark.parametrize("metric", COUNTED)

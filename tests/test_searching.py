@@ -180,7 +180,7 @@ def test_a_run_lends_its_scores_and_stays_as_it_is(config: RunConfig, tmp_path: 
         "2",
         "--json",
     ]
-    told = CliRunner().invoke(app, [*command, "--diverse", "3", "--keep", "Up4"])
+    told = CliRunner().invoke(app, [*command, "--set", "search.diverse=3", "--set", "search.keep=Up4"])
     assert told.exit_code == 0, told.output
     rows = [row for row in json.loads(told.stdout) if row["origin"] == "search"]
     assert len(rows) == 2

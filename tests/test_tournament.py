@@ -130,10 +130,10 @@ def test_the_ranking_names_everyone(played: Run, tmp_path: Path) -> None:
     assert candidates["tie_group"].notna().all()
     rungs = pd.read_csv(run.tournament).groupby("name")["rung"].max()
     assert dict(zip(candidates["plan_id"], candidates["rung"], strict=True)) == rungs.to_dict()
-    for place in ranking.places:
-        if place.status == "dropped":
-            assert place.reason.startswith("at rung 1 of 2, 2 steps: ")
-            assert place.contender.steps == 2
+    for entry in ranking.entries:
+        if entry.status == "dropped":
+            assert entry.reason.startswith("at rung 1 of 2, 2 steps: ")
+            assert entry.result.steps == 2
 
 
 # Own pictures ------------------------------------------------------------------------------------------------------
@@ -187,7 +187,17 @@ def test_distill_a_model_with_own_pictures(
 
     out = tmp_path / "student"
     words = ["distill", tiny_pipeline_folder, "--plan", "bk-tiny", "--data", own_pictures, "--steps", 3]
-    words += ["--batch", 2, "--loss-variant", "normalised", "--device", "cpu", "--out", out, "--json"]
+    words += [
+        "--batch",
+        2,
+        "--set",
+        "distill.loss_variant=normalised",
+        "--device",
+        "cpu",
+        "--out",
+        out,
+        "--json",
+    ]
     toml = tmp_path / "small.toml"
     toml.write_text(f"model = {json.dumps(str(tiny_pipeline_folder))}\n[probe]\nsamples = 8\ntimesteps = 4\n")
     # settings that have no flag come from the TOML, and then the plans do too
@@ -212,14 +222,14 @@ def test_distill_a_model_with_own_pictures(
 
 def test_rank_by_budget(config: RunConfig, tmp_path: Path) -> None:
     run = start_run(dataclasses.replace(config, rank=RankConfig()), tmp_path / "run")
-    words = ["rank", run.folder, "--budget-steps", 4, "--eta", 2, "--first", 2, "--json"]
+    words = ["rank", run.folder, "--budget-steps", 4, "--eta", 2, "--set", "rank.first=2", "--json"]
     rows = json.loads(answer(*words).stdout)
     assert next(row["status"] for row in rows) == "teacher"
     assert {row["steps"] for row in rows[1:]} <= {2, 4}
     assert (run.tournament).is_file()
     assert load_config(run.config).rank.eta == 2
     assert json.loads(answer(*words).stdout) == rows
-    other = ["rank", run.folder, "--budget-steps", 5, "--eta", 2, "--first", 2]
+    other = ["rank", run.folder, "--budget-steps", 5, "--eta", 2, "--set", "rank.first=2"]
     assert "--force to redo it from the step 'distilled'" in answer(*other, code=2).stderr
 
 
@@ -229,7 +239,7 @@ def test_rank_by_budget(config: RunConfig, tmp_path: Path) -> None:
         (("distill", "reference"), "give --out DIR or --run DIR"),
         (("distill", "reference", "--out", "x"), "give --plan, such as"),
         (
-            ("distill", "reference", "--out", "x", "--plan", "bk-tiny", "--loss-variant", "y"),
+            ("distill", "reference", "--out", "x", "--plan", "bk-tiny", "--set", "distill.loss_variant=y"),
             "one of raw, norm",
         ),
         (("rank", "reference"), "found no run folder there"),

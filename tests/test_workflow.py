@@ -163,7 +163,7 @@ def test_an_interrupt_leaves_a_run_that_goes_on(
     assert not copied.done(copied.ranking)
     before = times(copied)
     ranking = run_all(config, copied.folder)
-    assert [place.contender.plan for place in ranking.places if place.status == "failed"] == []
+    assert [entry.result.plan for entry in ranking.entries if entry.status == "failed"] == []
     kept = {name: time for name, time in before.items() if not name.startswith(("report/", "steps.csv"))}
     assert {name: times(copied)[name] for name in kept} == kept
 
@@ -194,7 +194,7 @@ def test_an_impossible_budget_removes_nothing(copied: Run, config: RunConfig) ->
     before = times(copied)
     with pytest.raises(BudgetError, match=r"params<=5%.*smallest native plan"):
         run_all(dataclasses.replace(config, search=search), copied.folder, force=True)
-    asked = ["search", "--run", str(copied.folder), "--budget", "params<=5%", "--force"]
+    asked = ["search", "--run", str(copied.folder), "--params", "5%", "--force"]
     assert CliRunner().invoke(app, asked).exit_code == 2
     assert times(copied) == before
 

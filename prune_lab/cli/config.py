@@ -9,11 +9,10 @@ import typer
 from prune_lab.cli.application import app
 from prune_lab.cli.options import ConfigOption, JsonOption, RunOption, SetOption, WideOption
 from prune_lab.cli.output import emit
-from prune_lab.cli.run_context import settings_of
+from prune_lab.cli.run_context import assigned, settings_of
 from prune_lab.config import (
     SETTINGS,
     RunConfig,
-    parse_assignment,
     setting_values,
     to_toml,
     toml_literal,
@@ -40,7 +39,7 @@ def config(
     if file or run:
         settings = settings_of("", run, file, assign, {})
     else:
-        settings = with_settings(RunConfig(), dict(map(parse_assignment, assign)))
+        settings = with_settings(RunConfig(), assigned(assign, {}))
     if show or as_json:
         emit("settings", _rows(settings, asked, as_json), as_json=as_json, wide=wide, title="Settings")
     else:

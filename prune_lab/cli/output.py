@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # The columns that a decision needs, the most needed first: of each table the first six that have values are shown.
 _MOST = 6
-_DECISIVE: dict[str, tuple[str, ...]] = {
+DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
     "blocks": ("name", "kind", "params", "macs", "removable", "reason"),
     "reductions": ("plan", "params", "params_change", "macs", "macs_change", "median_ms", "paper_macs"),
     "block costs": ("name", "kind", "params", "macs", "median_ms", "share", "paper_macs", "attention_macs"),
@@ -87,8 +87,8 @@ def emit(kind: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool, wide: b
         table.caption = f"{len(columns)} of {len(everything)} columns; --wide shows all"
         table.caption_justify = "left"
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 240  # a file has no width: do not fold numbers to fit one
+    if wide or not console.is_terminal:
+        console.width = 1000  # a file has no width, and what was asked for whole is not folded to fit one
     console.print(table)
 
 
@@ -96,7 +96,7 @@ def shown_columns(kind: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The columns of a table of this ``kind`` that a person is shown at first."""
     filled = [
         name
-        for name in _DECISIVE[kind]
+        for name in DECISIVE_COLUMNS[kind]
         if any(name in row and row[name] not in (None, "", [], ()) for row in rows)
     ]
     return filled[:_MOST]

@@ -17,6 +17,17 @@ if TYPE_CHECKING:
     from prune_lab.runs import Run
 
 
+def assigned(assignments: Sequence[str], given: Mapping[str, object]) -> dict[str, object]:
+    """The settings ``given`` and those of ``assignments``. Raises ConfigError for one that is there twice."""
+    found = dict(given)
+    for text in assignments:
+        name, value = parse_assignment(text)
+        if name in found:
+            raise ConfigError(f"asked for {name} = {found[name]!r} and {name} = {value!r}; give it once")
+        found[name] = value
+    return found
+
+
 def settings_of(
     model: str,
     run: Path | None,
@@ -29,14 +40,8 @@ def settings_of(
     ``assignments`` are the texts of ``--set``, ``options`` values by the names of settings; None and () were not given.
     Raises ConfigError for a setting that is given twice, RunError when nothing says which model.
     """
-    asked = {name: value for name, value in options.items() if value is not None and value != ()}
-    if model:
-        asked["model"] = model
-    for text in assignments:
-        name, value = parse_assignment(text)
-        if name in asked:
-            raise ConfigError(f"asked for {name} = {asked[name]!r} and {name} = {value!r}; give it once")
-        asked[name] = value
+    given = {name: value for name, value in options.items() if value is not None and value != ()}
+    asked = assigned(assignments, given | ({"model": model} if model else {}))
     if config:
         settings = load_config(config)
     elif run and open_run(run, must_exist=False).config.is_file():

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from prune_lab.cluster.connection import Cluster, check_room, last_word
-from prune_lab.ranking import HeldoutLosses, Tournament, Verdict, play
+from prune_lab.ranking import HeldoutLosses, Tournament, Verdict, run_tournament
 
 Report = Callable[[int, float], None]
 """Called with the steps taken and the loss after them; does not return when the candidate is to stop."""
@@ -141,8 +141,8 @@ def tournament_from_asha(
 ) -> Tournament:
     """The tournament whose decisions ASHA made: ``stopped`` says after how many steps a candidate was stopped.
 
-    At each rung places, ties and differences are those of ``play`` at its last rung: among all candidates that came
-    there, against the best of them. The CLIP score decides nothing, since no candidate waits for others.
+    At each rung places, ties and differences are those of ``run_tournament`` at its last rung: among all candidates
+    that came there, against the best of them. The CLIP score decides nothing, since no candidate waits for others.
     """
     verdicts: list[Verdict] = []
     going = tuple(names)
@@ -150,7 +150,7 @@ def tournament_from_asha(
         if not going:
             break
         answers = measure(going, steps)
-        here = play(
+        here = run_tournament(
             going,
             (steps,),
             2,

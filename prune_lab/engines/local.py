@@ -15,7 +15,7 @@ from prune_lab.engines.pictures import PictureJob, clip_of, draw_job
 from prune_lab.engines.training import controls_among, heldout_losses_after, train_to
 from prune_lab.importance import ImportanceTable, score
 from prune_lab.processes import is_main
-from prune_lab.ranking import HeldoutLosses, Tournament, play
+from prune_lab.ranking import HeldoutLosses, Tournament, run_tournament
 from prune_lab.runtime import note, track
 from prune_lab.session import Session, run_scoring_context
 
@@ -51,13 +51,15 @@ def train(session: Session, candidates: Sequence[Candidate], rungs: Sequence[int
         return heldout_losses_after(chosen(names), steps)
 
     settings = session.config.rank
-    return play(
+    return run_tournament(
         list(named),
         rungs,
         max(1, settings.eta),
         measure,
         keep=controls_among(session, candidates),
-        draw=(lambda names, _steps: _clip_scores_now(session, chosen(names))) if settings.clip else None,
+        clip_scores=(lambda names, _steps: _clip_scores_now(session, chosen(names)))
+        if settings.clip
+        else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a group of blocks is worth: criteria, scores with intervals, and how far a score can be trusted."""
+"""The importance of groups of blocks: criteria, scores with intervals, and how reliable a score is."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from prune_lab.importance.criteria import (
     criterion_named,
 )
 from prune_lab.importance.racing import Race
-from prune_lab.importance.scoring import score, score_groups
+from prune_lab.importance.scoring import score
 from prune_lab.importance.tables import (
     Importance,
     ImportanceTable,
@@ -53,7 +53,6 @@ __all__ = [
     "predictive_correlation",
     "random_plans",
     "score",
-    "score_groups",
     "stability",
     "with_psnr",
 ]

@@ -1,4 +1,4 @@
-"""What has been measured already, kept by model, inputs and number format: nothing is computed twice."""
+"""A cache of measured values by model, inputs and number format, so that nothing is computed twice."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from prune_lab.errors import DataError
 from prune_lab.runtime import atomic_write
 
 _FORMAT = "prune_lab scores 1"
-_SAVE_EVERY = 20.0  # seconds that an interruption may cost
+_SAVE_EVERY = 20.0  # seconds of work that an interruption may cost
 
 
-def set_key(gone: Iterable[str]) -> str:
-    """12 hexadecimal digits of a set of units that are gone, whatever the group or plan is called."""
-    return hashlib.sha256(json.dumps(sorted(gone)).encode()).hexdigest()[:12]
+def set_key(removed: Iterable[str]) -> str:
+    """12 hexadecimal digits that identify a set of removed units, whatever the group or plan is called."""
+    return hashlib.sha256(json.dumps(sorted(removed)).encode()).hexdigest()[:12]
 
 
 class ScoreCache:
-    """Values by (criterion, set of units that are gone), one number per row of the inputs; NaN: not measured yet.
+    """Values by (criterion, set of removed units), one number per row of the inputs; NaN means not measured yet.
 
-    One cache is for one model, one set of inputs and one number format; ``open`` finds the file that belongs to them.
+    A cache belongs to one model, one set of inputs and one number format; ``open`` finds the file for them.
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        """An empty cache, or what the file at ``path`` holds; without a path it lives in memory alone."""
+        """An empty cache, or the contents of the file at ``path``. Without a path it is kept in memory only."""
         self.path = path
         self._values: dict[str, NDArray[np.float64]] = {}
-        self._shelves: dict[str, ScoreCache] = {}
+        self._other_inputs: dict[str, ScoreCache] = {}
         self._saved = time.monotonic()
         self._changed = False
         if path is not None and path.is_file():
@@ -44,11 +44,11 @@ class ScoreCache:
 
     @classmethod
     def open(cls, folder: Path | None, *, model: str, inputs: str, precision: str) -> ScoreCache:
-        """The cache in ``folder`` for these digests; in memory where there is no folder."""
+        """The cache in ``folder`` for these digests; in memory only when ``folder`` is None."""
         return cls(None if folder is None else folder / f"{model}-{inputs}-{precision}.safetensors")
 
     def _read(self, path: Path) -> None:
-        remedy = "delete it: it will be measured again"
+        remedy = "delete it, and the scores will be measured again"
         try:
             with safe_open(path, framework="pt") as file:
                 if (file.metadata() or {}).get("format") != _FORMAT:
@@ -62,37 +62,37 @@ class ScoreCache:
             ) from None
 
     def values(self, criterion: str, key: str, rows: int) -> NDArray[np.float64]:
-        """A copy (rows,) of what is known; NaN where nothing is."""
-        known = self._values.get(f"{criterion}/{key}")
-        return np.full(rows, np.nan) if known is None or len(known) != rows else known.copy()
+        """A copy (rows,) of the cached values; NaN where there is none."""
+        cached = self._values.get(f"{criterion}/{key}")
+        return np.full(rows, np.nan) if cached is None or len(cached) != rows else cached.copy()
 
     def put(
         self,
         criterion: str,
         key: str,
         rows: int,
-        where: slice | NDArray[np.int64],
-        found: NDArray[np.float64],
+        index: slice | NDArray[np.int64],
+        values: NDArray[np.float64],
     ) -> None:
-        """Keep values ``found`` for the rows ``where``, of ``rows`` in all; saved now and then."""
-        whole = self.values(criterion, key, rows)
-        whole[where] = found
-        self._values[f"{criterion}/{key}"] = whole
+        """Store ``values`` for the rows ``index`` out of ``rows``; ``save`` writes them to the file."""
+        row_values = self.values(criterion, key, rows)
+        row_values[index] = values
+        self._values[f"{criterion}/{key}"] = row_values
         self._changed = True
 
     def for_inputs(self, inputs: str) -> ScoreCache:
-        """The cache beside this one for other inputs of the same model, such as prompts; kept for the next time."""
-        if inputs not in self._shelves:
+        """The cache of the same model for other inputs, such as prompts; ``save`` of this cache saves it too."""
+        if inputs not in self._other_inputs:
             path = (
                 None if self.path is None else self.path.with_name(f"{self.path.stem}-{inputs}.safetensors")
             )
-            self._shelves[inputs] = ScoreCache(path)
-        return self._shelves[inputs]
+            self._other_inputs[inputs] = ScoreCache(path)
+        return self._other_inputs[inputs]
 
     def save(self, *, now: bool = True) -> None:
-        """Write the file, whole or not at all; without ``now`` only when the last time is a while ago."""
-        for for_inputs in self._shelves.values():
-            for_inputs.save(now=now)
+        """Write the file completely or not at all; with ``now=False`` only if the last save is long enough ago."""
+        for cache in self._other_inputs.values():
+            cache.save(now=now)
         if self.path is None or not self._changed:
             return
         if not now and time.monotonic() - self._saved < _SAVE_EVERY:

@@ -1,4 +1,4 @@
-"""What is scored, on which samples, and what a criterion found there: the nouns that all criteria share."""
+"""The data types that all criteria share: the model and inputs to score, the samples, and the values per sample."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from prune_lab.probes import Probe
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Samples:
-    """What the columns of a criterion's values were measured on, R of them.
+    """The R samples that a criterion was measured on: the columns of its values.
 
-    ``pictures`` (R,) says which samples belong together: they come and go as one in the bootstrap. ``timesteps`` (R,)
-    is None where a sample has none (a whole trajectory, a weight); ``prompts`` (R,) is the kind of prompt.
+    ``pictures`` (R,) numbers the picture or prompt of each sample. The bootstrap resamples pictures, so all samples of
+    one picture are drawn together. ``timesteps`` (R,) is None where samples have no timestep (whole trajectories,
+    weights). ``prompts`` (R,) is the kind of prompt of each sample.
     """
 
     pictures: NDArray[np.int64]
@@ -40,18 +41,18 @@ class Samples:
         """The rows of a probe."""
         return cls(probe.pictures.numpy(), probe.timesteps.numpy(), probe.groups)
 
-    def rows(self, wanted: NDArray[np.int64]) -> Samples:
-        """These samples alone, in this order."""
-        times = None if self.timesteps is None else self.timesteps[wanted]
-        return Samples(self.pictures[wanted], times, tuple(self.prompts[row] for row in wanted))
+    def rows(self, index: NDArray[np.int64]) -> Samples:
+        """The samples ``index``, in that order."""
+        timesteps = None if self.timesteps is None else self.timesteps[index]
+        return Samples(self.pictures[index], timesteps, tuple(self.prompts[row] for row in index))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SampleScores:
-    """What a criterion found: ``values`` (G, R) per group and sample, relative to ``scales`` (R,).
+    """The result of a criterion: ``values`` (G, R) for G groups and R samples, and ``scales`` (R,).
 
-    The impact of a group is the sum of its values over the sum of the scales. A value that was not measured is NaN:
-    see ``intervals.impacts_of``.
+    The impact of a group is the sum of its values divided by the sum of the scales. A value that was not measured is
+    NaN; ``intervals.impacts_of`` estimates the impact from the others.
     """
 
     values: NDArray[np.float64]
@@ -62,38 +63,39 @@ class SampleScores:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GenerationSettings:
-    """How pictures are drawn and judged, for the criteria that look at pictures."""
+    """How images are generated and scored, for the criteria that need a pipeline."""
 
     pipeline: Any
     prompts: tuple[str, ...]
-    kinds: tuple[str, ...] = ()  # of the prompts, one each; none: all the same
+    kinds: tuple[str, ...] = ()  # the kind of each prompt; empty: all are of one kind
     seeds: tuple[int, ...] = (0,)
     steps: int = 25
     guidance: float = 7.5
-    scorer: tuple[Any, ScorerInputs] | None = None  # as `models.load_scorer` gives it
+    scorer: tuple[Any, ScorerInputs] | None = None  # as `models.load_scorer` returns it
     scorer_name: str = ""
 
     def __post_init__(self) -> None:
         if self.kinds and len(self.kinds) != len(self.prompts):
             raise DataError(
-                f"asked to draw {len(self.prompts)} prompts, found {len(self.kinds)} kinds; give one for each, or none"
+                f"asked to generate images of {len(self.prompts)} prompts, found {len(self.kinds)} kinds of prompt; "
+                "give one for each prompt, or none"
             )
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits of everything but the pipeline's own weights."""
-        how = [self.prompts, self.seeds, self.steps, self.guidance, self.scorer_name]
-        how.append(dict(self.pipeline.scheduler.config) if self.pipeline is not None else None)
-        return hashlib.sha256(json.dumps(how, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        """16 hexadecimal digits of all settings except the pipeline's weights."""
+        settings = [self.prompts, self.seeds, self.steps, self.guidance, self.scorer_name]
+        settings.append(dict(self.pipeline.scheduler.config) if self.pipeline is not None else None)
+        return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     @property
     def forwards(self) -> int:
-        """Forward passes of one sample through the U-Net that all its pictures take."""
+        """U-Net forward passes (of one sample each) that one set of all images takes."""
         return len(self.prompts) * len(self.seeds) * self.steps * (2 if self.guidance > 1 else 1)
 
     @property
     def samples(self) -> Samples:
-        """One sample per prompt and seed; those of one prompt belong together."""
+        """One sample per prompt and seed, prompt by prompt; samples of one prompt are resampled together."""
         kinds = self.kinds or ("",) * len(self.prompts)
         order = np.arange(len(self.prompts)).repeat(len(self.seeds))
         return Samples(order, None, tuple(kinds[prompt] for prompt in order))
@@ -101,24 +103,29 @@ class GenerationSettings:
 
 @dataclass(frozen=True, eq=False)  # no slots: the architecture is kept in the instance
 class ScoringContext:
-    """A U-Net and what it is asked: everything that a criterion needs to know."""
+    """A U-Net with the inputs and settings to score it on: everything that a criterion needs.
+
+    Criteria run the U-Net on its own device and in its own number format, and leave it as it was.
+    """
 
     unet: ModelMixin
     probe: Probe
     batch: int | None = None  # rows at a time; None: as many as fit into memory
     seed: int = 0
-    drawing: GenerationSettings | None = None
-    guidance: float = 1.0  # scale of classifier-free guidance in the predictions that are compared; 1: none
-    unconditional: Probe | None = None  # the probe with the empty caption, which guidance needs
+    generation: GenerationSettings | None = None  # for the criteria that generate images
+    guidance: float = (
+        1.0  # scale of classifier-free guidance in the predictions that are compared; 1: no guidance
+    )
+    unconditional: Probe | None = None  # the probe with the empty caption, needed for guidance
     cache: ScoreCache = field(default_factory=ScoreCache)
-    compiled: bool = False  # whether output criteria walk blocks that torch.compile has seen
+    compiled: bool = False  # whether criteria of one step run the blocks through torch.compile
 
     def __post_init__(self) -> None:
         if (self.guidance == 1) != (self.unconditional is None):
             found = "no" if self.unconditional is None else "a"
             raise DataError(
-                f"asked to score with guidance {self.guidance:g}, found {found} probe with the empty caption to guide "
-                "away from; give one (a whole pipeline encodes it) exactly where guidance is not 1"
+                f"asked to score with guidance {self.guidance:g}, found {found} probe with the empty caption; guidance "
+                "needs one (a whole pipeline encodes it), and without guidance (1) there must be none"
             )
 
     @cached_property
@@ -126,18 +133,18 @@ class ScoringContext:
         """The inventory of the U-Net."""
         return architecture_of(self.unet)
 
-    def drawn(self, criterion: str) -> GenerationSettings:
-        """How to draw pictures; DataError when nobody has said so."""
-        if self.drawing is None:
+    def generation_for(self, criterion: str) -> GenerationSettings:
+        """The settings to generate images with. Raises DataError, which names ``criterion``, when there are none."""
+        if self.generation is None:
             raise DataError(
-                f"{criterion} draws pictures, and there is no pipeline to draw them with; give a whole pipeline "
-                "(reference, a pipeline folder or a hub id) with prompts, or another criterion"
+                f"{criterion} generates images, and there is no pipeline for that; give a whole pipeline "
+                "(reference, a pipeline folder or a hub id) with prompts, or choose another criterion"
             )
-        return self.drawing
+        return self.generation
 
 
-def checked(values: NDArray[np.float64], names: list[str], criterion: str) -> NDArray[np.float64]:
-    """``values`` (G, R); DataError naming the first of the groups ``names`` whose values are not finite."""
+def require_finite(values: NDArray[np.float64], names: list[str], criterion: str) -> NDArray[np.float64]:
+    """``values`` (G, R) unchanged. Raises DataError naming the first group of ``names`` (G) with one not finite."""
     for name, row in zip(names, values, strict=True):
         bad = int((~np.isfinite(row)).sum())
         if bad:

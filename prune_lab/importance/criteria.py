@@ -1,4 +1,4 @@
-"""The table of criteria: one signature, (context, groups) -> what was measured."""
+"""The table of criteria: functions of one signature, (context, groups) -> values per group and sample."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ CRITERIA: dict[str, Criterion] = {
     "random": random_scores,
 }
 ONE_STEP = frozenset({"output-mse", "output-cosine", "denoising-loss"})
-"""The criteria that one walk of the U-Net answers together."""
+"""The criteria on the prediction of one denoising step; one computation gives all of them."""
 NEEDS_PIPELINE = frozenset({"latent-shift", "clip-score", "image-change"})
-"""The criteria that draw pictures and so need a whole pipeline."""
+"""The criteria that generate images, and so need a whole pipeline."""
 
 
 def criterion_named(name: str) -> Criterion:
-    """The criterion called ``name``; UnknownCriterionError lists the names there are."""
+    """The criterion called ``name``. Raises UnknownCriterionError, which lists the known names."""
     try:
         return CRITERIA[name]
     except KeyError:
@@ -47,9 +47,9 @@ def criterion_named(name: str) -> Criterion:
 
 
 def check_race(name: str) -> None:
-    """Raise ConfigError when the criterion called ``name`` does not measure single samples in a walk."""
+    """Raise ConfigError when the criterion called ``name`` is not one of ``ONE_STEP``, which measure single samples."""
     if name not in ONE_STEP:
         raise ConfigError(
             f"asked to race by {name}, which does not measure single samples; race by {', '.join(sorted(ONE_STEP))}, "
-            "or leave the race out"
+            "or score without a race"
         )

@@ -1,4 +1,4 @@
-"""Looking into a U-Net while it runs: what goes past a block and what comes out of it, and which weights learn."""
+"""Hooks on the blocks of a U-Net while it runs, and a switch for which of its parameters keep gradients."""
 
 from __future__ import annotations
 
@@ -12,47 +12,47 @@ from torch import Tensor, nn
 from prune_lab.blocks import Architecture
 from prune_lab.surgery import stand_in_for
 
-BlockHook = Callable[
-    [str, Tensor, Tensor], Tensor | None
-]  # (name, main, block) -> what is handed on instead, if anything
+BlockHook = Callable[[str, Tensor, Tensor], Tensor | None]
+"""(block's name, main path (N, C, H, W), block's output (N, C, H, W)) -> a new output, or None to keep the old one."""
 
 
 @contextlib.contextmanager
 def block_hooks(
-    unet: ModelMixin, architecture: Architecture, names: Iterable[str], hear: BlockHook
+    unet: ModelMixin, architecture: Architecture, names: Iterable[str], hook: BlockHook
 ) -> Iterator[None]:
-    """Inside, ``hear`` gets what is there without each named block, and the block's output; nothing stays behind.
+    """Context in which ``hook`` is called after each named block; the hooks are removed on exit.
 
-    Both are (N, C, H, W). What it returns takes the output's place; None leaves it.
+    The main path it gets is the tensor that is left when the block is removed.
     """
 
-    def hook(name: str, stand_in: nn.Module) -> Callable[..., Any]:
-        def listen(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            main, found = (
+    def forward_hook(name: str, stand_in: nn.Module) -> Callable[..., Any]:
+        def call(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            main, block = (
                 one if isinstance(one, Tensor) else one[0] for one in (stand_in(*args, **kwargs), output)
             )
-            instead = hear(name, main, found)
-            return instead if instead is None or isinstance(output, Tensor) else (instead,)
+            changed = hook(name, main, block)
+            return changed if changed is None or isinstance(output, Tensor) else (changed,)
 
-        return listen
+        return call
 
     with contextlib.ExitStack() as stack:
         for name in names:
             block = architecture.block(name)
             module = unet.get_submodule(block.path)
-            handle = module.register_forward_hook(hook(name, stand_in_for(module, block)), with_kwargs=True)
+            forward = forward_hook(name, stand_in_for(module, block))
+            handle = module.register_forward_hook(forward, with_kwargs=True)
             stack.callback(handle.remove)
         yield
 
 
 @contextlib.contextmanager
-def only_requires_grad(unet: ModelMixin, wanted: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Inside, gradients are kept for the ``wanted`` parameters alone; every parameter's own flag returns on exit."""
+def only_requires_grad(unet: ModelMixin, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Context in which only ``parameters`` of ``unet`` require gradients; all flags are restored on exit."""
     flags = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
     try:
         for parameter, _ in flags:
             parameter.requires_grad_(False)
-        for parameter in wanted:
+        for parameter in parameters:
             parameter.requires_grad_(True)
         yield
     finally:

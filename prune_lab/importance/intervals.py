@@ -1,4 +1,4 @@
-"""Impacts from values per sample, where all were measured or some, and their bootstrap intervals over pictures."""
+"""Impacts from values per sample, of which some may be missing, and their bootstrap intervals over pictures."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from numpy.typing import NDArray
 INTERVAL = (2.5, 97.5)  # percentiles: a 95 % interval
 
 
-def _profile(values: NDArray[np.float64], scales: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(R,) how much the samples count where values (G, R) are missing: what was measured on all of them says it.
+def _sample_weights(values: NDArray[np.float64], scales: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(R,) relative size of the values to expect on each sample, to fill in those missing in ``values`` (G, R).
 
-    The mean of the complete groups, each relative to its own; the scales where a value may be negative.
+    It is the mean over the groups that were measured on all samples, each divided by its own mean. The scales take its
+    place when there is no such group or when values may be negative.
     """
-    whole = values[~np.isnan(values).any(axis=1)]
-    means = whole.mean(axis=1, keepdims=True)
-    if not len(whole) or (whole < 0).any() or not (means > 0).all():
+    complete = values[~np.isnan(values).any(axis=1)]
+    means = complete.mean(axis=1, keepdims=True)
+    if not len(complete) or (complete < 0).any() or not (means > 0).all():
         return scales
-    shares: NDArray[np.float64] = (whole / means).mean(axis=0)
-    return shares
+    weights: NDArray[np.float64] = (complete / means).mean(axis=0)
+    return weights
 
 
 def impacts_of(values: NDArray[np.float64], scales: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(G,) sums of ``values`` (G, R) over the sum of ``scales`` (R,), NaN standing for what was not measured.
+    """(G,) sums of ``values`` (G, R) divided by the sum of ``scales`` (R,); NaN in ``values`` means not measured.
 
-    A group's missing values are put in by the ratio estimator (Cochran, Sampling Techniques, chapter 6): samples that
-    are hard for the other groups are expected to be hard for this one.
+    Missing values are estimated with the ratio estimator (Cochran, Sampling Techniques, chapter 6): a sample with large
+    values for other groups is expected to have a large value for this group too.
     """
     if not np.isnan(values).any():
-        whole: NDArray[np.float64] = values.sum(axis=1) / scales.sum()
-        return whole
-    profile = _profile(values, scales)
-    known = ~np.isnan(values)
-    with np.errstate(invalid="ignore"):  # a group that nothing is known of has no impact: 0 / 0
-        found: NDArray[np.float64] = np.nansum(values, axis=1) / (known @ profile)
-    filled: NDArray[np.float64] = found * (profile.sum() / scales.sum())
-    return filled
+        impacts: NDArray[np.float64] = values.sum(axis=1) / scales.sum()
+        return impacts
+    weights, measured = _sample_weights(values, scales), ~np.isnan(values)
+    with np.errstate(invalid="ignore"):  # 0 / 0 for a group without any value: its impact is NaN
+        ratios: NDArray[np.float64] = np.nansum(values, axis=1) / (measured @ weights)
+    estimates: NDArray[np.float64] = ratios * (weights.sum() / scales.sum())
+    return estimates
 
 
 def resampled_impacts(
@@ -46,23 +46,24 @@ def resampled_impacts(
     draws: int,
     seed: int,
 ) -> NDArray[np.float64]:
-    """(draws, groups) ``impacts_of`` on bootstrap samples of pictures, the same samples for every group.
+    """(draws, groups) ``impacts_of`` on bootstrap resamples of the pictures, the same resamples for every group.
 
-    Rows of one picture come and go together: they share its content, so they are no independent evidence.
+    ``pictures`` (R,) numbers the picture of each sample. Samples of one picture are drawn together, because they share
+    its content and are not independent.
     """
     _, index = np.unique(pictures, return_inverse=True)
     count = int(index.max()) + 1
     member = np.zeros((len(index), count))
     member[np.arange(len(index)), index] = 1.0
     generator = np.random.default_rng(seed)
-    drawn = generator.multinomial(count, np.full(count, 1 / count), size=draws).astype(np.float64)
-    profile, known = _profile(values, scales), ~np.isnan(values)
-    numerators: NDArray[np.float64] = drawn @ (np.nan_to_num(values) @ member).T
-    counted: NDArray[np.float64] = drawn @ ((known * profile) @ member).T
-    with np.errstate(invalid="ignore"):  # a draw may miss all samples of a group: 0 / 0
-        found = numerators / counted
-    ratio: NDArray[np.float64] = (drawn @ (profile @ member)) / (drawn @ (scales @ member))
-    return found * ratio[:, None]
+    times = generator.multinomial(count, np.full(count, 1 / count), size=draws).astype(np.float64)
+    weights, measured = _sample_weights(values, scales), ~np.isnan(values)
+    numerators: NDArray[np.float64] = times @ (np.nan_to_num(values) @ member).T
+    denominators: NDArray[np.float64] = times @ ((measured * weights) @ member).T
+    with np.errstate(invalid="ignore"):  # 0 / 0 where a resample holds no measured sample of a group
+        ratios = numerators / denominators
+    totals: NDArray[np.float64] = (times @ (weights @ member)) / (times @ (scales @ member))
+    return ratios * totals[:, None]
 
 
 def intervals(
@@ -73,7 +74,7 @@ def intervals(
     draws: int,
     seed: int,
 ) -> NDArray[np.float64]:
-    """(2, groups) ends of the percentile interval; NaN where there is none (unknown is not zero)."""
+    """(2, groups) low and high ends of the 95 % percentile interval; NaN without draws or with only one picture."""
     if draws < 1 or len(np.unique(pictures)) < 2:
         return np.full((2, len(values)), np.nan)
     impacts = resampled_impacts(values, scales, pictures, draws=draws, seed=seed)

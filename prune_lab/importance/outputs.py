@@ -1,7 +1,7 @@
-"""Criteria on the prediction of one step: what changes in the U-Net's answer when a group is gone, exactly.
+"""Criteria on the prediction of one denoising step: the exact change of the prediction when a group is removed.
 
-All of them come from one walk of the U-Net (``fanout``): whichever is asked for, the values of the others are kept in
-the cache beside it.
+One computation with shared prefixes (``prefix_sharing``) gives all of them: whichever criterion is asked for, the
+values of the others are put into the cache too.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from prune_lab.importance.context import Samples, SampleScores, ScoringContext
 from prune_lab.plans import gone_with
 from prune_lab.prefix_sharing import ComputeCost, fitting_batch, predict_without
 
-Change = Callable[[Tensor, Tensor, Tensor], Tensor]  # (teacher, pruned, target) (N, C, H, W) -> (N,)
+OutputMetric = Callable[
+    [Tensor, Tensor, Tensor], Tensor
+]  # (teacher, pruned, target), all (N, C, H, W) -> (N,)
 
-_TEACHER = "teacher-square"
-_ROWS = 32  # at a time, unless it is said: more are given up for states that share their work
+_TEACHER_SQUARE = "teacher-square"
+_ROWS = 32  # per batch if the context does not say; memory beyond that is better used for more shared states
 
 
 def mean_square(values: Tensor) -> Tensor:
-    """(N,) float64 of (N, ...)."""
+    """(N,) float64 mean square of each row of ``values`` (N, ...)."""
     return values.double().square().flatten(1).mean(dim=1)
 
 
@@ -42,148 +44,146 @@ def cosine_distance(teacher: Tensor, pruned: Tensor, target: Tensor) -> Tensor:
 
 
 def loss_increase(teacher: Tensor, pruned: Tensor, target: Tensor) -> Tensor:
-    """Rise of the mean squared denoising error."""
+    """Increase of the mean squared denoising error."""
     return mean_square(pruned.double() - target.double()) - mean_square(teacher.double() - target.double())
 
 
-CHANGES: dict[str, Change] = {
+OUTPUT_METRICS: dict[str, OutputMetric] = {
     "output-mse": squared_change,
     "output-cosine": cosine_distance,
     "denoising-loss": loss_increase,
 }
 
 
-def _finite(prediction: Tensor, what: str, criterion: str) -> Tensor:
+def _check_finite(prediction: Tensor, name: str, criterion: str) -> None:
     bad = int((~prediction.flatten(1).isfinite().all(dim=1)).sum())
     if bad:
         raise DataError(
-            f"asked for {criterion} of {what}, found predictions that are not finite in {bad} of "
+            f"asked for {criterion} of {name}, found predictions that are not finite in {bad} of "
             f"{len(prediction)} rows; score in float32, or check the weights"
         )
-    return prediction
 
 
-def _unknown_rows(
-    context: ScoringContext, criterion: str, sets: Iterable[frozenset[str]], wanted: NDArray[np.int64]
+def _rows_to_measure(
+    context: ScoringContext, criterion: str, sets: Iterable[frozenset[str]], rows: NDArray[np.int64]
 ) -> dict[tuple[int, ...], list[frozenset[str]]]:
-    """Sets by those of the rows ``wanted`` that are still to be measured for them."""
-    rows, missing = len(context.probe), dict[tuple[int, ...], list[frozenset[str]]]()
+    """The removed sets by those of ``rows`` that are not in the cache yet; equal work is grouped."""
+    sets_by_rows: dict[tuple[int, ...], list[frozenset[str]]] = {}
     for removed in sets:
-        known = context.cache.values(criterion, set_key(removed), rows)
-        left = tuple(wanted[np.isnan(known[wanted])].tolist())
-        if left:
-            missing.setdefault(left, []).append(removed)
-    return missing
+        cached = context.cache.values(criterion, set_key(removed), len(context.probe))
+        missing = tuple(rows[np.isnan(cached[rows])].tolist())
+        if missing:
+            sets_by_rows.setdefault(missing, []).append(removed)
+    return sets_by_rows
 
 
-def _guided(
+def _predictions(
     context: ScoringContext, rows: tuple[int, ...], sets: Sequence[frozenset[str]], compute: ComputeCost
 ) -> Iterator[tuple[slice, list[Tensor]]]:
-    """What ``predict_without`` gives for these rows; with guidance both texts' answers, mixed as a sampler does it."""
+    """The batches of ``predict_without`` for ``rows``, each with its predictions, one for every set.
+
+    With guidance they are computed with and without the prompt and combined as a sampler does.
+    """
     probes = [context.probe] if context.unconditional is None else [context.unconditional, context.probe]
     parts = [probe if len(rows) == len(probe) else probe.rows(rows) for probe in probes]
-    # Settled once, for both texts: what fits into memory may be another number a moment later.
+    # Decided once for both, because they run side by side: free memory may be different a moment later.
     batch, width = fitting_batch(
         context.architecture,
         min(context.batch or _ROWS, len(rows)),
         context.unet.device,
         context.unet.dtype.itemsize,
     )
-    walks = [
+    streams = [
         predict_without(
             context.unet, part, sets, batch=batch, width=width, compute=compute, compiled=context.compiled
         )
         for part in parts
     ]
-    for answers in zip(*walks, strict=True):
-        chunk, heard = answers[-1]
-        if len(answers) == 1:
-            yield chunk, heard
-        else:
-            _, unheard = answers[0]
-            yield (
-                chunk,
-                [
-                    unconditional + context.guidance * (with_prompt - unconditional)
-                    for unconditional, with_prompt in zip(unheard, heard, strict=True)
-                ],
-            )
+    for results in zip(*streams, strict=True):
+        batch_rows, predictions = results[-1]
+        if len(results) > 1:
+            predictions = [
+                unconditional + context.guidance * (with_prompt - unconditional)
+                for unconditional, with_prompt in zip(results[0][1], predictions, strict=True)
+            ]
+        yield batch_rows, predictions
 
 
-def measure_rows(
+def measure_outputs(
     context: ScoringContext,
-    named: Mapping[frozenset[str], str],
+    names: Mapping[frozenset[str], str],
     criterion: str,
     compute: ComputeCost,
     rows: NDArray[np.int64] | None = None,
 ) -> None:
-    """Bring the cache up to date: every change of every set in ``named`` (set: what to call it) on ``rows``, or on all.
+    """Put all output metrics of the removed sets in ``names`` into the cache, for ``rows`` of the probe or for all.
 
-    Raises DataError naming the group when an answer is not finite.
+    ``names`` maps each set to the name of its group. The cost is added to ``compute``. Raises DataError naming the
+    group when a prediction is not finite.
     """
     probe, cache, total = context.probe, context.cache, len(context.probe)
-    wanted = np.arange(total) if rows is None else rows
-    for left, sets in _unknown_rows(context, criterion, named, wanted).items():
-        for chunk, (teacher, *pruned) in _guided(context, left, [frozenset[str](), *sets], compute):
-            place = np.array(left[chunk], dtype=np.int64)
-            _finite(teacher, "the model itself", criterion)
-            cache.put(_TEACHER, "", total, place, mean_square(teacher).numpy())
+    rows = np.arange(total) if rows is None else rows
+    for missing, sets in _rows_to_measure(context, criterion, names, rows).items():
+        for batch_rows, (teacher, *pruned) in _predictions(context, missing, [frozenset(), *sets], compute):
+            index = np.array(missing[batch_rows], dtype=np.int64)
+            _check_finite(teacher, "the model itself", criterion)
+            cache.put(_TEACHER_SQUARE, "", total, index, mean_square(teacher).numpy())
             for removed, prediction in zip(sets, pruned, strict=True):
-                _finite(prediction, named[removed], criterion)
-                for name, change in CHANGES.items():
-                    found = change(teacher, prediction, probe.target[place]).numpy()
-                    cache.put(name, set_key(removed), total, place, found)
+                _check_finite(prediction, names[removed], criterion)
+                for name, metric in OUTPUT_METRICS.items():
+                    values = metric(teacher, prediction, probe.target[index]).numpy()
+                    cache.put(name, set_key(removed), total, index, values)
             cache.save(now=False)
 
 
-def named_sets(
+def removed_sets(
     context: ScoringContext, groups: Sequence[BlockGroup]
 ) -> tuple[list[frozenset[str]], dict[frozenset[str], str]]:
-    """The units that are gone with each group, and the distinct sets among them with a name for each.
+    """The set of removed units of each group, and each distinct set with the name of the first group that has it.
 
-    A pair or a stage may be the same set of blocks as another group: each set is measured once.
+    Different groups may remove the same set, such as a pair and a stage; it is measured once.
     """
-    gone = [gone_with(context.architecture, group.blocks, stand_in=True) for group in groups]
-    named: dict[frozenset[str], str] = {}
-    for removed, group in zip(gone, groups, strict=True):
-        named.setdefault(removed, group.name)
-    return gone, named
+    sets = [gone_with(context.architecture, group.blocks, stand_in=True) for group in groups]
+    names: dict[frozenset[str], str] = {}
+    for removed, group in zip(sets, groups, strict=True):
+        names.setdefault(removed, group.name)
+    return sets, names
 
 
-def known_values(
-    context: ScoringContext, gone: Sequence[frozenset[str]], criterion: str
+def cached_values(
+    context: ScoringContext, sets: Sequence[frozenset[str]], criterion: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Values (sets, R) and scales (R,) as far as they are in the cache; NaN where they are not.
+    """Values (sets, R) and scales (R,) from the cache; NaN where a value is not in it.
 
-    Raises DataError for a model that predicts nothing.
+    Raises DataError for a model whose predictions are all 0.
     """
     rows = len(context.probe)
-    values = np.stack([context.cache.values(criterion, set_key(removed), rows) for removed in gone])
-    squares = context.cache.values(_TEACHER, "", rows)
+    values = np.stack([context.cache.values(criterion, set_key(removed), rows) for removed in sets])
+    squares = context.cache.values(_TEACHER_SQUARE, "", rows)
     if not np.nansum(squares) > 0:
         raise DataError(
-            f"asked for {criterion} of {len(gone)} groups, found a model that predicts 0 everywhere; "
+            f"asked for {criterion} of {len(sets)} groups, found a model that predicts 0 everywhere; "
             "check its weights"
         )
     return values, squares if criterion == "output-mse" else np.ones(rows)
 
 
 def _by_output(criterion: str, context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleScores:
-    gone, named = named_sets(context, groups)
+    sets, names = removed_sets(context, groups)
     compute = ComputeCost(forward_macs=context.architecture.total_macs)
-    measure_rows(context, named, criterion, compute)
-    values, scales = known_values(context, gone, criterion)
+    measure_outputs(context, names, criterion, compute)
+    values, scales = cached_values(context, sets, criterion)
     return SampleScores(values, scales, Samples.of(context.probe), compute)
 
 
 def output_mse(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleScores:
-    """Squared change of the prediction, relative to the prediction's own mean square.
+    """Mean squared change of the prediction, divided by the mean square of the prediction.
 
-    Measures: how far the answer moves, whatever the right answer is.
+    Measures: how much the prediction changes, without regard to the target.
     Reads as: 0, the group did nothing for these inputs; 1, the error is as large as the prediction itself.
-    Misleads when: the change is one that a short training undoes (a shift, a scale), or the timesteps are not
-    balanced, since a v-predicting model has answers of another size at other timesteps.
-    Cost: the teacher's pass, and for each group what comes after its first block: about half a pass (``fanout``).
+    Misleads when: a short training would correct the change (a shift, a scale), or the timesteps are not balanced,
+    because the predictions of a v-predicting model differ in size between timesteps.
+    Cost: a forward pass of the whole model, and for each group the part after its first block: about half a pass.
     Reference: LAPTOP-Diff, arXiv:2404.11098 (output loss of a removed layer).
     """
     return _by_output("output-mse", context, groups)
@@ -192,22 +192,22 @@ def output_mse(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleS
 def output_cosine(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleScores:
     """One minus the cosine between the two predictions.
 
-    Measures: the turn of the answer's direction.
+    Measures: how much the direction of the prediction changes.
     Reads as: 0, same direction; 1, unrelated; 2, opposite.
-    Misleads when: the group sets the size of the answer, which a cosine does not see.
-    Cost: as output-mse, and nothing more after it.
+    Misleads when: the group changes only the size of the prediction, which a cosine ignores.
+    Cost: as output-mse; nothing when output-mse was computed before.
     Reference: the angle analogue of ShortGPT's block influence, arXiv:2403.03853, taken at the output.
     """
     return _by_output("output-cosine", context, groups)
 
 
 def denoising_loss(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleScores:
-    """Rise of the mean squared denoising error; the target has mean square about 1.
+    """Increase of the mean squared denoising error; the target has a mean square of about 1.
 
-    Measures: what the task loses, judged by the noise (or velocity) that was truly there.
+    Measures: how much worse the model does its task: the prediction is compared with the true noise (or velocity).
     Reads as: 0, as good as before; negative, the model is better without the group on these rows.
-    Misleads when: samples are few: the loss of one row is noisy, and changes that hurt and help cancel out.
-    Cost: as output-mse, and nothing more after it.
+    Misleads when: samples are few, because the loss of one row is noisy and changes for better and worse cancel.
+    Cost: as output-mse; nothing when output-mse was computed before.
     Reference: the training loss of DDPM, arXiv:2006.11239, eq. 14.
     """
     return _by_output("denoising-loss", context, groups)

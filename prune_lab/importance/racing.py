@@ -1,11 +1,12 @@
-"""Scores as a race: blocks whose place in the order is settled stop receiving samples.
+"""Scoring by a race: groups whose position in the order is clear get no further samples.
 
-All groups start with the same few samples. After that only those go on whose distance to a neighbour in the order is
-within the noise of their paired differences: both were measured on the same samples, so what a sample adds to both
-cancels. What the others would have shown on the later samples is put in by ``intervals.impacts_of``.
+All groups start with the same few samples. After each round only those groups go on that cannot be told apart from a
+neighbour in the order, by the standard error of their paired differences (both were measured on the same samples, so
+the noise that they share cancels). For the others ``intervals.impacts_of`` estimates the values on later samples.
 
-Reference: successive elimination, Even-Dar et al., JMLR 7 (2006), here for the order of all instead of the best one.
-That runs until all is certain; here a budget ends the race, and near-ties stay open.
+Reference: successive elimination, Even-Dar et al., JMLR 7 (2006), here for the whole order instead of the best one.
+The original runs until everything is certain; here a budget ends the race, and groups that are nearly equal may remain
+undecided.
 """
 
 from __future__ import annotations
@@ -21,112 +22,120 @@ from prune_lab.blocks import BlockGroup
 from prune_lab.errors import ConfigError
 from prune_lab.importance.context import Samples, SampleScores, ScoringContext
 from prune_lab.importance.intervals import impacts_of
-from prune_lab.importance.outputs import known_values, measure_rows, named_sets
+from prune_lab.importance.outputs import cached_values, measure_outputs, removed_sets
 from prune_lab.prefix_sharing import ComputeCost, macs_without
 
 
 @dataclass(frozen=True, slots=True)
 class Race:
-    """How much a race may cost and when a place counts as settled."""
+    """The cost limit of a race, and when the order of two groups counts as known."""
 
     budget: float = 0.15
     """Share of the multiply-adds of the naive loop (a forward pass for each group and sample of the probe)."""
-    start: int = 32  # samples that every group gets, as far as the budget goes
-    step: int = 16  # samples of a round after that
-    settled: float = 1.0  # standard errors between neighbours from which on their order counts as known
+    start: int = (
+        32  # samples of the first round, which all groups get; fewer if the budget does not allow so many
+    )
+    step: int = 16  # samples of every further round
+    separation: float = 1.0  # standard errors between neighbours from which on their order counts as known
 
     def __post_init__(self) -> None:
-        if not 0 < self.budget <= 1 or self.start < 2 or self.step < 1 or not self.settled > 0:
+        if not 0 < self.budget <= 1 or self.start < 2 or self.step < 1 or not self.separation > 0:
             raise ConfigError(
                 f"cannot race with budget={self.budget}, start={self.start}, step={self.step}, "
-                f"settled={self.settled}; the budget is a share above 0 and at most 1, start is 2 or more, step 1 or "
-                "more, settled above 0"
+                f"separation={self.separation}; the budget is a share above 0 and at most 1, start is 2 or more, "
+                "step 1 or more, separation above 0"
             )
 
 
 def sample_order(samples: Samples, seed: int) -> NDArray[np.int64]:
-    """The samples in an order, drawn with ``seed``, whose beginnings have every timestep equally often (+-1)."""
+    """(R,) a random order of the samples, drawn with ``seed``.
+
+    The first n samples, for every n, have each timestep equally often (+-1).
+    """
     generator = np.random.default_rng(seed)
     shuffled = generator.permutation(len(samples))
     if samples.timesteps is None:
         return shuffled
-    times, lap = samples.timesteps[shuffled], np.empty(len(samples), dtype=np.int64)
-    for time in np.unique(times):
-        lap[times == time] = np.arange((times == time).sum())
-    return shuffled[np.argsort(lap, kind="stable")]
+    timesteps, repeat = samples.timesteps[shuffled], np.empty(len(samples), dtype=np.int64)
+    for timestep in np.unique(timesteps):
+        repeat[timesteps == timestep] = np.arange((timesteps == timestep).sum())
+    return shuffled[np.argsort(repeat, kind="stable")]
 
 
-def distances(
+def separations(
     values: NDArray[np.float64], scales: NDArray[np.float64], population: int
 ) -> NDArray[np.float64]:
-    """(G,) standard errors between each group and the nearer of its neighbours in the order of ``impacts_of``.
+    """(G,) difference in impact between each group and its nearest neighbour in the order, in standard errors.
 
-    ``values`` (G, R) are NaN where they were not measured. The error is of the mean paired difference over the samples
-    that both have, of the ``population`` that could be measured.
+    ``values`` (G, R) are NaN where not measured, ``scales`` (R,) as in ``impacts_of``. The standard error is that of
+    the mean paired difference over the samples that both groups have, with the finite-population correction:
+    ``population`` is the number of samples that could be measured.
     """
     impacts = impacts_of(values, scales)
     order = np.argsort(impacts, kind="stable")
     nearest = np.full(len(values), np.inf)
-    unit = np.nanmean(scales)
+    mean_scale = np.nanmean(scales)
     for lower, upper in itertools.pairwise(order):
-        both = values[upper] - values[lower]
-        both = both[~np.isnan(both)]
-        rest = 1 - len(both) / population
-        error = both.std(ddof=1) / np.sqrt(len(both)) * np.sqrt(max(rest, 0.0)) / unit
-        gap = impacts[upper] - impacts[lower]
-        distance = gap / error if error > 0 else np.inf  # the same on every sample, or all samples are known
-        nearest[[lower, upper]] = np.minimum(nearest[[lower, upper]], distance)
+        differences = values[upper] - values[lower]
+        differences = differences[~np.isnan(differences)]
+        count = len(differences)
+        correction = np.sqrt(max(1 - count / population, 0.0))
+        error = differences.std(ddof=1) / np.sqrt(count) * correction / mean_scale
+        # No error: the difference is the same on every sample, or all samples were measured.
+        separation = (impacts[upper] - impacts[lower]) / error if error > 0 else np.inf
+        nearest[[lower, upper]] = np.minimum(nearest[[lower, upper]], separation)
     return nearest
 
 
 def score_by_race(
     context: ScoringContext, groups: Sequence[BlockGroup], criterion: str, race: Race
 ) -> SampleScores:
-    """What a criterion of one walk (``ONE_STEP``) finds within the race's budget; NaN for what it did without.
+    """The values of a criterion of one step (``ONE_STEP``) within the race's budget; NaN where a group had no sample.
 
-    Every group is walked on the samples it gets, never a sample twice: the U-Net's own pass serves all groups that are
-    still in the race. The same seed gives the same race, also where an earlier one filled the cache.
-    Raises ConfigError when the budget does not buy two samples of every group.
+    A sample is never measured twice, and one pass of the whole U-Net serves all groups that are still in the race. The
+    same seed gives the same race, whether or not the cache already holds values.
+    Raises ConfigError when the budget is too small for two samples of every group.
     """
-    gone, named = named_sets(context, groups)
-    sets, rows = list(named), len(context.probe)
+    group_sets, names = removed_sets(context, groups)
+    sets, rows = list(names), len(context.probe)
     samples = Samples.of(context.probe)
     order = sample_order(samples, context.seed)
-    own = context.architecture.total_macs
-    after = np.array([macs_without(context.architecture, removed) for removed in sets], dtype=np.int64)
-    left = int(race.budget * len(sets) * rows * own)
-    reach = min(race.start, rows, left // int(own + after.sum()))
-    if reach < 2:
-        least = 2 * int(own + after.sum()) / (len(sets) * rows * own)
+    whole_macs = context.architecture.total_macs
+    set_macs = np.array([macs_without(context.architecture, removed) for removed in sets], dtype=np.int64)
+    budget = int(race.budget * len(sets) * rows * whole_macs)
+    end = min(race.start, rows, budget // int(whole_macs + set_macs.sum()))
+    if end < 2:
+        least = 2 * int(whole_macs + set_macs.sum()) / (len(sets) * rows * whole_macs)
         raise ConfigError(
-            f"asked to race {len(sets)} groups at {race.budget:.3g} of the naive cost on {rows} samples, which buys "
+            f"asked to race {len(sets)} groups at {race.budget:.3g} of the naive cost on {rows} samples, which allows "
             f"less than two samples of every group; give a budget of {least:.2g} or more, or more samples"
         )
-    compute = ComputeCost(forward_macs=own)
-    racing = np.ones(len(sets), dtype=bool)
-    known, begin = np.zeros((len(sets), rows), dtype=bool), 0
-    while racing.any():
-        round_rows = order[begin:reach]
-        active = [removed for removed, on in zip(sets, racing, strict=True) if on]
-        measure_rows(context, {removed: named[removed] for removed in active}, criterion, compute, round_rows)
-        known[np.ix_(racing, round_rows)] = True
-        left -= len(round_rows) * int(own + after[racing].sum())
-        if reach == rows:
+    compute = ComputeCost(forward_macs=whole_macs)
+    active = np.ones(len(sets), dtype=bool)
+    measured, begin = np.zeros((len(sets), rows), dtype=bool), 0
+    while active.any():
+        round_rows = order[begin:end]
+        still = {removed: names[removed] for removed, on in zip(sets, active, strict=True) if on}
+        measure_outputs(context, still, criterion, compute, round_rows)
+        measured[np.ix_(active, round_rows)] = True
+        budget -= len(round_rows) * int(whole_macs + set_macs[active].sum())
+        if end == rows:
             break
-        values, scales = known_values(context, sets, criterion)
-        seen = order[:reach]
-        # The cache may know more from earlier: this race goes by what it paid for.
-        open_by = distances(np.where(known, values, np.nan)[:, seen], scales[seen], rows)
-        begin, reach = reach, min(rows, reach + race.step)
-        racing &= open_by < race.settled
-        for place in np.argsort(-open_by):  # what the budget does not reach, the most settled first
-            if left >= (reach - begin) * int(own + after[racing].sum()):
+        values, scales = cached_values(context, sets, criterion)
+        so_far = order[:end]
+        # The cache may hold more values, but only those that this race has measured may decide.
+        separation = separations(np.where(measured, values, np.nan)[:, so_far], scales[so_far], rows)
+        begin, end = end, min(rows, end + race.step)
+        active &= separation < race.separation
+        for index in np.argsort(
+            -separation
+        ):  # beyond the budget: the most clearly separated groups stop first
+            if budget >= (end - begin) * int(whole_macs + set_macs[active].sum()):
                 break
-            racing[place] = False
-    compute.naive_macs = len(sets) * rows * own * (1 if context.unconditional is None else 2)
-    values, scales = known_values(context, sets, criterion)
-    seen = np.flatnonzero(known.any(axis=0))
-    place_of = {removed: place for place, removed in enumerate(sets)}
-    places = [place_of[removed] for removed in gone]
-    found = np.where(known, values, np.nan)[places][:, seen]
-    return SampleScores(found, scales[seen], samples.rows(seen), compute)
+            active[index] = False
+    compute.naive_macs = len(sets) * rows * whole_macs * (1 if context.unconditional is None else 2)
+    values, scales = cached_values(context, sets, criterion)
+    columns = np.flatnonzero(measured.any(axis=0))
+    index_of = {removed: index for index, removed in enumerate(sets)}
+    values = np.where(measured, values, np.nan)[[index_of[removed] for removed in group_sets]]
+    return SampleScores(values[:, columns], scales[columns], samples.rows(columns), compute)

@@ -1,4 +1,4 @@
-"""Importance as data: what each group of blocks is worth by one criterion, with intervals, as a table and as a file."""
+"""The table of importance: the impact of each group of blocks by one criterion, with its interval."""
 
 from __future__ import annotations
 
@@ -17,17 +17,14 @@ from prune_lab.importance.intervals import impacts_of
 from prune_lab.prefix_sharing import ComputeCost
 from prune_lab.schemas import IMPORTANCE_COLUMNS, PARTS_COLUMNS
 
-BUCKETS = 10  # parts of the noise schedule that values are kept for
-
-
-# Tables ---------------------------------------------------------------------------------------------------
+BUCKETS = 10  # parts of the noise schedule for which impacts are given separately
 
 
 @dataclass(frozen=True, slots=True)
 class Importance:
-    """What one group is worth: its impact and the 95 % bootstrap interval over pictures.
+    """The impact of one group and its 95 % bootstrap interval over pictures.
 
-    ``low`` and ``high`` are NaN when there is no interval: fewer than two pictures, or none asked for.
+    ``low`` and ``high`` are NaN when there is no interval: fewer than two pictures, or no resampling.
     """
 
     group: BlockGroup
@@ -35,25 +32,25 @@ class Importance:
     low: float
     high: float
     samples: int  # rows of the probe
-    starred: bool = False  # has a block that cannot be removed and was scored through its stand-in
+    starred: bool = False  # it contains a block that cannot be removed and was scored with a stand-in
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImportanceTable:
-    """Impacts of many groups by one criterion on one probe, in the order the groups were given."""
+    """Impacts of many groups by one criterion on one probe, in the order in which the groups were given."""
 
     entries: tuple[Importance, ...]
     criterion: str
     probe: str  # digest
     model: str
     values: NDArray[np.float64] | None = field(default=None, repr=False)
-    """(groups, rows) what every row contributed, NaN where a race did without; a table read from a file has none."""
+    """(groups, rows) value of every sample, NaN where a race skipped it; None in a table read from a file."""
     scales: NDArray[np.float64] | None = field(default=None, repr=False)
-    """(rows,) what the values are relative to: impact = values.sum() / scales.sum() (``intervals.impacts_of``)."""
+    """(rows,) divisors of the values: impact = values.sum() / scales.sum() (``intervals.impacts_of``)."""
     samples: Samples | None = field(default=None, repr=False)
-    """What the columns of ``values`` were measured on."""
+    """The samples that the columns of ``values`` belong to."""
     compute: ComputeCost | None = None
-    """What measuring it cost now, and not what was found in a cache; a table read from a file does not say."""
+    """The cost of measuring, without values that came from a cache; None in a table read from a file."""
 
     @property
     def impacts(self) -> NDArray[np.float64]:
@@ -69,14 +66,11 @@ class ImportanceTable:
         return tuple(sorted(self.of_kind(kind), key=lambda entry: entry.impact))
 
     def block_impacts(self) -> dict[str, float]:
-        """Impact of every single block that was scored, by block name."""
+        """Impact of every block that was scored alone, by block name."""
         return {entry.group.blocks[0]: entry.impact for entry in self.of_kind("block")}
 
     def frame(self) -> pd.DataFrame:
-        """One row per group: group kind blocks starred impact low high samples criterion probe model.
-
-        ``blocks`` holds the names with spaces between them.
-        """
+        """One row per group, columns IMPORTANCE_COLUMNS; ``blocks`` holds the names with spaces between them."""
         rows = [
             (
                 entry.group.name,
@@ -96,18 +90,19 @@ class ImportanceTable:
         return pd.DataFrame(rows, columns=list(IMPORTANCE_COLUMNS))
 
     def parts(self, *, length: int = 1000) -> pd.DataFrame:
-        """Impacts on parts of the samples: per tenth of the noise schedule and per kind of prompt, a row each.
+        """Impacts on parts of the samples: a row per group and tenth of the noise schedule or kind of prompt.
 
-        Columns group kind criterion part of impact samples: ``part`` is "timesteps" or "prompts", ``of`` which of them
-        ("200-299", "faces"). Each is relative to the scale of its own samples, so parts compare with each other.
-        ``length`` is that of the schedule. Empty for a criterion that has neither, or a table read from a file.
+        Columns PARTS_COLUMNS: ``part`` is "timesteps" or "prompts", ``of`` names the part ("200-299", "faces"). Each
+        impact is relative to the scales of its own samples, so parts can be compared with each other. ``length`` is the
+        number of timesteps of the schedule. Empty for a criterion without timesteps and prompts, or a table read from a
+        file.
         """
         rows = [
             (entry.group.name, entry.group.kind, self.criterion, part, name, float(impact), int(samples))
             for part, name, inside in self._parts(length)
             for entry, impact, samples in zip(self.entries, *self._impacts_of(inside), strict=True)
         ]
-        # An empty frame has no numbers to tell its formats from, and would spoil those that it is put together with.
+        # An empty frame has columns of type object, which would spread to a frame that it is concatenated with.
         return pd.DataFrame(rows, columns=list(PARTS_COLUMNS)).astype({"impact": float, "samples": int})
 
     def _parts(self, length: int) -> Iterator[tuple[str, str, NDArray[np.bool_]]]:
@@ -124,7 +119,7 @@ class ImportanceTable:
                 yield "prompts", name, kinds == name
 
     def _impacts_of(self, inside: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Impacts on some of the samples, and how many of these each group was measured on."""
+        """(groups,) impacts on the samples ``inside`` (R,), and how many of these each group was measured on."""
         assert self.values is not None
         assert self.scales is not None
         values = self.values[:, inside]
@@ -132,27 +127,27 @@ class ImportanceTable:
 
 
 def importance_from_frame(frame: pd.DataFrame) -> ImportanceTable:
-    """The table that ``frame`` (as from ``ImportanceTable.frame``, or its CSV) holds, without values per row.
+    """The table in ``frame``, which is from ``ImportanceTable.frame`` or its CSV; without values per sample.
 
     Raises DataError when columns are missing, an impact is not a number, or several measurements are mixed.
     """
     missing = [column for column in IMPORTANCE_COLUMNS if column not in frame.columns]
     if missing or frame.empty:
         raise DataError(
-            f"asked to read a table of importance, found {len(frame)} rows without the columns "
-            f"{', '.join(missing) or '(all are there)'}; make it with `prune-lab score`"
+            f"asked to read a table of importance, found {len(frame)} rows, missing columns: "
+            f"{', '.join(missing) or 'none'}; make it with `prune-lab score`"
         )
     origin = frame[["criterion", "probe", "model"]].fillna("").astype(str).drop_duplicates()
     if len(origin) > 1:
         raise DataError(
-            f"asked to read one table of importance, found {len(origin)} mixed (criterion, probe, model); "
-            "keep the rows of one of them"
+            f"asked to read one table of importance, found rows of {len(origin)} combinations of criterion, probe and "
+            "model; keep the rows of one of them"
         )
     unknown = sorted(map(str, set(frame["kind"]) - set(get_args(GroupKind))))
     if unknown or not np.isfinite(pd.to_numeric(frame["impact"], errors="coerce")).all():
-        found = f"kinds {', '.join(unknown)}" if unknown else "impacts that are not numbers"
+        problem = f"kinds {', '.join(unknown)}" if unknown else "impacts that are not numbers"
         raise DataError(
-            f"asked to read a table of importance, found {found}; make it again with `prune-lab score`"
+            f"asked to read a table of importance, found {problem}; make it again with `prune-lab score`"
         )
     entries = tuple(
         Importance(

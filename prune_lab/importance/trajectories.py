@@ -1,7 +1,8 @@
-"""Criteria on whole trajectories: what changes in the latents and pictures that the pipeline draws without a group.
+"""Criteria on whole trajectories: the change of the final latents and of the generated images without a group.
 
-One trajectory per group, prompt and seed gives all of them: whichever is asked for, the values of the others are kept
-in the cache beside it. They see errors add up over the steps, and cost as much as drawing all the pictures.
+One trajectory per group, prompt and seed gives all of them: whichever criterion is asked for, the values of the others
+are put into the cache too. They include the errors that add up over the steps, and cost as much as generating all the
+images.
 """
 
 from __future__ import annotations
@@ -16,88 +17,90 @@ from torch import Tensor
 
 from prune_lab.blocks import BlockGroup
 from prune_lab.errors import DataError
-from prune_lab.evaluation import clip_scores, decode_latents, draw_latents
+from prune_lab.evaluation import clip_scores, decode_latents, generate_latents
 from prune_lab.importance.cache import set_key
-from prune_lab.importance.context import GenerationSettings, SampleScores, ScoringContext, checked
+from prune_lab.importance.context import GenerationSettings, SampleScores, ScoringContext, require_finite
 from prune_lab.plans import gone_with
 from prune_lab.prefix_sharing import ComputeCost
 from prune_lab.runtime import track
 from prune_lab.surgery import bypassed
 
-_ROWS = 8  # pictures at a time
+_ROWS = 8  # images per batch if the context does not say
 _LEVELS = 255.0
 
 
 def latent_change(teacher: Tensor, pruned: Tensor) -> Tensor:
-    """(N,) how far the mean and the spread of each latent (N, C, h, w) moved: the norms over channels, added up."""
-    moved = [
+    """(N,) change of the mean and of the standard deviation of each latent (N, C, h, w).
+
+    Each is the norm over channels of the change of that statistic over the latent's pixels; the two are added.
+    """
+    changes = [
         statistic(pruned.double().flatten(2), -1) - statistic(teacher.double().flatten(2), -1)
         for statistic in (torch.mean, torch.std)
     ]
-    return torch.stack([one.norm(dim=1) for one in moved]).sum(0)
+    return torch.stack([one.norm(dim=1) for one in changes]).sum(0)
 
 
-def picture_change(teacher: Tensor, pruned: Tensor) -> Tensor:
-    """(N,) mean squared change of uint8 pictures (N, 3, H, W), of pixels in 0..1; PSNR is -10 log10 of it."""
+def pixel_mse(teacher: Tensor, pruned: Tensor) -> Tensor:
+    """(N,) mean squared difference of uint8 images (N, 3, H, W), pixels scaled to 0..1; PSNR is -10 log10 of it."""
     return ((pruned.double() - teacher.double()) / _LEVELS).square().flatten(1).mean(1)
 
 
-def psnr(change: float) -> float:
-    """The peak signal-to-noise ratio in dB of a mean squared change of pixels in 0..1; infinite for none."""
-    return -10 * math.log10(change) if change > 0 else math.inf
+def psnr(mse: float) -> float:
+    """The peak signal-to-noise ratio in dB for a mean squared error of pixels in 0..1; infinite for 0."""
+    return -10 * math.log10(mse) if mse > 0 else math.inf
 
 
 def with_psnr(scores: pd.DataFrame) -> pd.DataFrame:
-    """Rows of ``ImportanceTable.frame``, with a column psnr in dB where ``image-change`` is among the criteria."""
-    drawn = scores["criterion"] == "image-change"
-    if not drawn.any():
+    """``scores`` (as ``ImportanceTable.frame``), with a column psnr in dB if ``image-change`` is among the criteria."""
+    of_images = scores["criterion"] == "image-change"
+    if not of_images.any():
         return scores
-    return scores.assign(psnr=scores["impact"].where(drawn).map(psnr, na_action="ignore"))
+    return scores.assign(psnr=scores["impact"].where(of_images).map(psnr, na_action="ignore"))
 
 
-def _draw(
-    context: ScoringContext, drawing: GenerationSettings, gone: Sequence[str], compute: ComputeCost
+def _latents_without(
+    context: ScoringContext, generation: GenerationSettings, removed: Sequence[str], compute: ComputeCost
 ) -> Tensor:
-    batch = context.batch or _ROWS
-    with bypassed(context.unet, gone, stand_in=True) as unet:
-        latents = draw_latents(
-            drawing.pipeline,
-            drawing.prompts,
-            drawing.seeds,
-            steps=drawing.steps,
-            guidance=drawing.guidance,
+    with bypassed(context.unet, removed, stand_in=True) as unet:
+        latents = generate_latents(
+            generation.pipeline,
+            generation.prompts,
+            generation.seeds,
+            steps=generation.steps,
+            guidance=generation.guidance,
             unet=unet,
-            batch=batch,
+            batch=context.batch or _ROWS,
         )
     compute.forward_macs = context.architecture.total_macs
-    # A bypassed block saves a little, which is not taken off.
-    compute.macs += compute.forward_macs * drawing.forwards
+    compute.macs += compute.forward_macs * generation.forwards  # what the bypassed blocks save is ignored
     return latents
 
 
-def _compare(
-    drawing: GenerationSettings, teacher: tuple[Tensor, Tensor], latents: Tensor
+def _measure(
+    generation: GenerationSettings, teacher: tuple[Tensor, Tensor], latents: Tensor
 ) -> dict[str, np.ndarray]:
-    pictures = decode_latents(drawing.pipeline, latents)
-    found = {
+    """(samples,) values by criterion of ``latents``, compared with the latents and images of ``teacher``."""
+    images = decode_latents(generation.pipeline, latents)
+    values = {
         "latent-shift": latent_change(teacher[0], latents).numpy(),
-        "image-change": picture_change(teacher[1], pictures).numpy(),
+        "image-change": pixel_mse(teacher[1], images).numpy(),
     }
-    if drawing.scorer is not None:
-        prompts = [prompt for prompt in drawing.prompts for _ in drawing.seeds]
-        before, after = (clip_scores(drawing.scorer, one, prompts) for one in (teacher[1], pictures))
-        found["clip-score"] = (before - after).double().numpy()
-    return found
+    if generation.scorer is not None:
+        prompts = [prompt for prompt in generation.prompts for _ in generation.seeds]
+        before, after = (clip_scores(generation.scorer, one, prompts) for one in (teacher[1], images))
+        values["clip-score"] = (before - after).double().numpy()
+    return values
 
 
 def _by_trajectory(criterion: str, context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleScores:
-    drawing = context.drawn(criterion)
-    if criterion == "clip-score" and drawing.scorer is None:
+    generation = context.generation_for(criterion)
+    if criterion == "clip-score" and generation.scorer is None:
         raise DataError(
-            "clip-score needs a CLIP model that judges the pictures; name one (reference, a folder, a hub id)"
+            "clip-score needs a CLIP model that scores the images; name one (reference, a folder, a hub id)"
         )
-    # The probe's digest says nothing about pictures.
-    samples, cache = drawing.samples, context.cache.for_inputs(drawing.digest)
+    # The context's cache is for the probe, but these values depend on prompts, seeds and sampler settings.
+    samples, cache = generation.samples, context.cache.for_inputs(generation.digest)
     rows, compute = len(samples), ComputeCost(forward_macs=context.architecture.total_macs)
     keys = [set_key(gone_with(context.architecture, group.blocks, stand_in=True)) for group in groups]
     missing = {
@@ -106,12 +109,12 @@ def _by_trajectory(criterion: str, context: ScoringContext, groups: Sequence[Blo
         if np.isnan(cache.values(criterion, key, rows)).any()
     }
     if missing:
-        latents = _draw(context, drawing, (), compute)
-        teacher = (latents, decode_latents(drawing.pipeline, latents))
-        for key, group in track(missing.items(), "drawing without each group", len(missing)):
-            found = _compare(drawing, teacher, _draw(context, drawing, group.blocks, compute))
-            for name, values in found.items():
-                checked(values[None], [group.name], name)
+        latents = _latents_without(context, generation, (), compute)
+        teacher = (latents, decode_latents(generation.pipeline, latents))
+        for key, group in track(missing.items(), "generating without each group", len(missing)):
+            latents = _latents_without(context, generation, group.blocks, compute)
+            for name, values in _measure(generation, teacher, latents).items():
+                require_finite(values[None], [group.name], name)
                 cache.put(name, key, rows, slice(None), values)
             cache.save(now=False)
     values = np.stack([cache.values(criterion, key, rows) for key in keys])
@@ -119,38 +122,38 @@ def _by_trajectory(criterion: str, context: ScoringContext, groups: Sequence[Blo
 
 
 def latent_shift(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleScores:
-    """How far mean and spread of the final latents move, per channel over each latent's pixels.
+    """Change of the mean and standard deviation of the final latents, per channel over each latent's pixels.
 
-    Measures: what is left of an error at the end of a trajectory, without decoding or judging pictures.
-    Reads as: in units of the latents' own spread (about 1): 0.1, a tenth of it.
-    Misleads when: content moves without a change of mean and spread: another picture with the same colours scores 0.
-    Statistics are of each latent, not of the set as in the paper, so that every trajectory is a sample.
-    Cost: a trajectory for each group, prompt and seed: steps forward passes, twice with guidance.
+    Measures: the error at the end of a trajectory, without decoding or scoring images.
+    Reads as: in units of the latents' standard deviation, which is about 1.
+    Misleads when: the content changes but mean and deviation do not: another image with the same colours scores 0.
+    Statistics are of each latent, not of the whole set as in the paper, so that every trajectory is a sample.
+    Cost: a trajectory for each group, prompt and seed: a forward pass per step, two with guidance.
     Reference: LD-Pruner, arXiv:2404.11936.
     """
     return _by_trajectory("latent-shift", context, groups)
 
 
 def clip_score(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleScores:
-    """Drop of the CLIP score of the drawn pictures, a cosine.
+    """Decrease of the CLIP score (a cosine) of the generated images.
 
-    Measures: what a CLIP model misses in pictures drawn without the group.
-    Reads as: 0, the prompts are met as before; negative, better than before.
-    Misleads when: prompts are few, since the score of one picture is noisy; the scorer judges what it was trained on,
-    and a drop of quality that it does not see costs nothing.
-    Cost: as latent-shift, and a decoding and a CLIP pass for each picture.
+    Measures: how much worse the images match their prompts without the group, as a CLIP model sees it.
+    Reads as: 0, they match as well as before; negative, better than before.
+    Misleads when: prompts are few, because the score of one image is noisy; or when quality drops in a way that the
+    CLIP model does not see.
+    Cost: as latent-shift, and a decoding and a CLIP pass for each image.
     Reference: BK-SDM, arXiv:2305.15798 (ECCV 2024), footnote 1 and its block-level sensitivity analysis.
     """
     return _by_trajectory("clip-score", context, groups)
 
 
 def image_change(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleScores:
-    """Mean squared change of the drawn pictures, pixels in 0..1; PSNR in dB is -10 log10 of the impact.
+    """Mean squared change of the generated images, pixels in 0..1; PSNR in dB is -10 log10 of the impact.
 
-    Measures: how different the picture of the same prompt and seed is.
-    Reads as: 0.01 is a PSNR of 20 dB: another picture; 0.0001, 40 dB: hard to see.
-    Misleads when: pictures may be as good and different: early steps decide the layout, and any push changes it.
-    Cost: as latent-shift, and a decoding for each picture.
-    Reference: PSNR between pictures of one seed, as reports on quantised diffusion models give it.
+    Measures: how different the image of the same prompt and seed is.
+    Reads as: 0.01 is a PSNR of 20 dB, a different image; 0.0001 is 40 dB, hard to see.
+    Misleads when: images are different but equally good: early steps decide the layout, and small changes alter it.
+    Cost: as latent-shift, and a decoding for each image.
+    Reference: PSNR between images of one seed, as reports on quantised diffusion models give it.
     """
     return _by_trajectory("image-change", context, groups)

@@ -1,7 +1,7 @@
-"""Who is better at equal effort: paired comparisons, the tournament that saves effort, and the order of everyone.
+"""Comparing candidates after equal training: paired differences, the tournament that saves training, the ranking.
 
-Differences are paired over common random numbers (the same held-out pictures, noise and timesteps for everyone), and
-an order that their intervals do not support is called a tie.
+Differences are paired over common random numbers (the same held-out pictures, noise and timesteps for all candidates).
+Where the interval of a difference contains zero, the two candidates are tied.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from prune_lab.ranking.halving import (
     Tournament,
     Verdict,
     first_rung,
-    play,
+    run_tournament,
     rungs,
     tournament_from_frame,
 )
 from prune_lab.ranking.paired import Difference, paired_difference, tie_groups
-from prune_lab.ranking.places import (
-    Contender,
+from prune_lab.ranking.results import (
+    CandidateResult,
     Origin,
-    Place,
     Ranking,
+    RankingEntry,
     Status,
     pareto_front,
     rank,
@@ -29,22 +29,22 @@ from prune_lab.ranking.places import (
 )
 
 __all__ = [
-    "Contender",
+    "CandidateResult",
     "Difference",
     "Fate",
     "HeldoutLosses",
     "Origin",
-    "Place",
     "Ranking",
+    "RankingEntry",
     "Status",
     "Tournament",
     "Verdict",
     "first_rung",
     "paired_difference",
     "pareto_front",
-    "play",
     "rank",
     "ranking_from_frame",
+    "run_tournament",
     "rungs",
     "tie_groups",
     "tournament_from_frame",

@@ -1,9 +1,10 @@
-"""A tournament by successive halving: everyone trains a little, the better part goes on, and so to the end.
+"""A tournament by successive halving: all candidates train for a few steps, the better part goes on, and so on.
 
-Decisions only, no training: ``play`` asks for losses and is told. What it decides by are paired differences on common
-rows, so that nobody is dropped for a difference that the rows do not show.
+This module only decides; ``run_tournament`` gets the losses from a function of its caller, which does the training.
+Decisions use paired differences on common rows, so that no candidate is dropped for a difference that may be chance.
 
-Reference: Jamieson and Talwalkar, arXiv:1502.07943. There the order of the means decides; here ties go on together.
+Reference: Jamieson and Talwalkar, arXiv:1502.07943. There the order of the means decides; here tied candidates go on
+together.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ from prune_lab.schemas import TOURNAMENT_COLUMNS
 _T = TypeVar("_T")
 Fate = Literal["kept", "dropped", "failed"]
 HeldoutLosses = NDArray[np.float64] | str
-"""The held-out loss of every row, or why there is none."""
-Measure = Callable[[Sequence[str], int], Mapping[str, HeldoutLosses]]
-"""Trains the named students on until each has taken that many steps; what they have come to, by name."""
-Draw = Callable[[Sequence[str], int], Mapping[str, NDArray[np.float64]]]
-"""The CLIP score of the named students, as they are after that many steps, for every prompt and seed, by name."""
+"""The held-out loss of every row, or the reason why there is none."""
+TrainAndMeasure = Callable[[Sequence[str], int], Mapping[str, HeldoutLosses]]
+"""(names, steps) -> held-out losses by name, after training each of the named students up to that many steps."""
+ScoreImages = Callable[[Sequence[str], int], Mapping[str, NDArray[np.float64]]]
+"""(names, steps) -> CLIP scores by name, one for every prompt and seed, of students that have taken these steps."""
 
 
 # Rungs -----------------------------------------------------------------------------------------------------------
 
 
 def first_rung(steps: int, eta: int, warmup: int) -> int:
-    """Steps of the first rung when none are asked for: ``steps`` over the highest power of ``eta`` that leaves enough.
+    """Default number of steps of the first rung: ``steps`` divided by ``eta`` as often as enough steps remain.
 
-    Enough is twice the ``warmup`` of the learning rate and no less than ten: before that a student has hardly moved.
+    Enough means twice the ``warmup`` of the learning rate and at least ten: before that a student has hardly changed.
     """
     least, first = max(2 * warmup, 10), steps
     while first // eta >= least:
@@ -46,9 +47,9 @@ def first_rung(steps: int, eta: int, warmup: int) -> int:
 
 
 def rungs(steps: int, eta: int, first: int) -> tuple[int, ...]:
-    """Steps at which the tournament decides: ``first``, ``first * eta`` and so on, and last of all ``steps``.
+    """Steps at which the tournament decides: ``first``, ``first * eta`` and so on, and finally ``steps``.
 
-    One that would lie within the square root of ``eta`` before the end is left out: it would save next to nothing.
+    A rung above ``steps`` divided by the square root of ``eta`` is left out: it would save almost nothing.
     Raises ConfigError for an ``eta`` below 2 and a ``first`` outside of 1 to ``steps``.
     """
     if eta < 2 or not 1 <= first <= steps:
@@ -56,24 +57,24 @@ def rungs(steps: int, eta: int, first: int) -> tuple[int, ...]:
             f"asked for rungs from {first} to {steps} steps with eta = {eta}; eta must be 2 or more, the first rung "
             "at least 1 step and no more than the last"
         )
-    found, rung = [], first
+    decisions, rung = [], first
     while rung * math.sqrt(eta) <= steps:
-        found.append(rung)
+        decisions.append(rung)
         rung *= eta
-    return (*found, steps)
+    return (*decisions, steps)
 
 
-# Nouns -----------------------------------------------------------------------------------------------------------
+# Results ---------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What one rung decided about one contender, and by what.
+    """The decision of one rung on one candidate, and the figures behind it.
 
-    ``loss`` is the mean held-out loss at ``steps``, ``clip`` the mean CLIP score where pictures were drawn; ``place``
-    counts from 1, None for a control, which takes no place, and for one that failed. The ``difference`` is the paired
-    one in loss to ``against``: the last who survives by place, at the last rung the first; None for that one itself.
-    ``tied`` says whether it holds zero.
+    ``loss`` is the mean held-out loss at ``steps``, ``clip`` the mean CLIP score where images were generated. ``place``
+    is the position by loss, from 1; None for controls, which are not counted, and for a failed candidate.
+    ``difference`` is the paired difference in loss to the candidate ``against``: the last survivor by place, or the
+    best candidate at the last rung; None for that candidate itself. ``tied`` says whether its interval contains zero.
     """
 
     rung: int
@@ -90,13 +91,13 @@ class Verdict:
 
     @property
     def kept(self) -> bool:
-        """Whether it went on from here, or came to the end."""
+        """Whether the candidate goes on, or has reached the end."""
         return self.fate == "kept"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tournament:
-    """All verdicts, rung by rung, each rung in order of loss with the failed at its end."""
+    """All verdicts, rung by rung; each rung in order of loss, failed candidates last."""
 
     names: tuple[str, ...]
     rungs: tuple[int, ...]
@@ -104,27 +105,27 @@ class Tournament:
 
     @property
     def fates(self) -> dict[str, Verdict]:
-        """The last verdict on everyone, in the order of ``names``."""
+        """The last verdict on each candidate, in the order of ``names``."""
         last = {verdict.name: verdict for verdict in self.verdicts}
         return {name: last[name] for name in self.names}
 
     @property
     def survivors(self) -> tuple[str, ...]:
-        """Those who came to the end, controls among them, in order of loss there."""
+        """The candidates that reached the end, controls included, in order of loss."""
         return tuple(one.name for one in self.verdicts if one.rung == len(self.rungs) and one.kept)
 
     @property
     def cost(self) -> int:
-        """Steps of single students that were taken; who failed counts up to the rung that was to come."""
+        """Training steps of all students together; a failed one counts up to the rung that it did not reach."""
         return sum(verdict.steps for verdict in self.fates.values())
 
     @property
     def full_cost(self) -> int:
-        """Steps of single students if everyone had been trained to the end."""
+        """Training steps of all students together if each had been trained to the end."""
         return len(self.names) * self.rungs[-1]
 
     def frame(self) -> pd.DataFrame:
-        """One row per verdict, columns TOURNAMENT_COLUMNS; what there is not is missing."""
+        """One row per verdict, columns TOURNAMENT_COLUMNS; values that do not exist are missing."""
         rows = []
         for verdict in self.verdicts:
             row = {
@@ -144,17 +145,17 @@ class Tournament:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Rung:
-    """One rung while it is judged: which it is, and the losses of those who are still whole, in order of their mean."""
+    """One rung: its number of how many, its steps, and the losses of candidates that did not fail, best mean first."""
 
     number: int
-    of: int
+    count: int
     steps: int
     losses: Mapping[str, NDArray[np.float64]]
 
-    def said(self, reason: str) -> str:
-        return f"at rung {self.number} of {self.of}, {self.steps} steps: {reason}"
+    def reason(self, text: str) -> str:
+        return f"at rung {self.number} of {self.count}, {self.steps} steps: {text}"
 
-    def kept(self, name: str, place: int | None, against: str, reason: str = "") -> Verdict:
+    def keep(self, name: str, place: int | None, against: str, reason: str = "") -> Verdict:
         gap = (
             paired_difference(self.losses[name], self.losses[against]) if against not in ("", name) else None
         )
@@ -170,130 +171,134 @@ class _Rung:
             reason=reason,
         )
 
-    def dropped(self, verdict: Verdict, reason: str) -> Verdict:
-        return dataclasses.replace(verdict, fate="dropped", reason=self.said(reason))
+    def drop(self, verdict: Verdict, reason: str) -> Verdict:
+        return dataclasses.replace(verdict, fate="dropped", reason=self.reason(reason))
 
 
-def _answered(answers: Mapping[str, _T], names: Sequence[str], what: str, steps: int) -> dict[str, _T]:
-    """``answers`` for ``names``, in their order."""
-    if silent := [name for name in names if name not in answers]:
+def _complete(values: Mapping[str, _T], names: Sequence[str], quantity: str, steps: int) -> dict[str, _T]:
+    """``values`` of ``names``, in their order. Raises DataError when one is missing."""
+    if missing := [name for name in names if name not in values]:
         raise DataError(
-            f"asked for the {what} of {silent[0]} after {steps} steps, found no answer; give values or a reason"
+            f"asked for the {quantity} of {missing[0]} after {steps} steps, found none; give values or a reason"
         )
-    return {name: answers[name] for name in names}
+    return {name: values[name] for name in names}
 
 
-def _whole(
-    answers: Mapping[str, HeldoutLosses], number: int, steps: int
+def _without_failed(
+    heldout: Mapping[str, HeldoutLosses], number: int, steps: int
 ) -> tuple[dict[str, NDArray[np.float64]], list[Verdict]]:
-    """(losses in order of their mean, verdicts on those who failed)."""
+    """(finite losses in order of their mean, verdicts on the failed candidates)."""
     losses, failed = {}, []
-    for name, answer in answers.items():
-        if isinstance(answer, str):
-            reason = answer
-        elif not len(answer) or not np.isfinite(answer).all():
+    for name, values in heldout.items():
+        if isinstance(values, str):
+            reason = values
+        elif not len(values) or not np.isfinite(values).all():
             reason = f"its held-out loss after {steps} steps is not finite"
         else:
-            losses[name] = np.asarray(answer, dtype=np.float64)
+            losses[name] = np.asarray(values, dtype=np.float64)
             continue
         failed.append(Verdict(rung=number, steps=steps, name=name, fate="failed", reason=reason))
-    # Stable: those with exactly one loss stay in the order in which they were named.
+    # The sort is stable: candidates with exactly equal losses stay in the order of their names in the call.
     ordered = sorted(losses, key=lambda name: float(losses[name].mean()))
     return {name: losses[name] for name in ordered}, failed
 
 
-def _by_pictures(rung: _Rung, found: dict[str, Verdict], tied: Sequence[str], last: str, draw: Draw) -> None:
-    """Put into ``found`` the CLIP scores of ``last`` and of those ``tied`` with it, and drop who scores lower."""
-    scores = _answered(draw([last, *tied], rung.steps), [last, *tied], "CLIP score", rung.steps)
+def _drop_by_clip(
+    rung: _Rung, verdicts: dict[str, Verdict], tied: Sequence[str], last: str, clip_scores: ScoreImages
+) -> None:
+    """Add CLIP scores to ``verdicts``, and drop the candidates ``tied`` with ``last`` whose score is lower."""
+    scores = _complete(clip_scores([last, *tied], rung.steps), [last, *tied], "CLIP score", rung.steps)
     for name, values in scores.items():
-        found[name] = dataclasses.replace(found[name], clip=float(np.mean(values)))
-        if name != last and paired_difference(values, scores[last]).verdict == "lower":
-            lack = paired_difference(scores[last], values)
-            reason = f"tied on loss with the last survivor, its CLIP score is lower by {lack}"
-            found[name] = rung.dropped(found[name], reason)
+        verdicts[name] = dataclasses.replace(verdicts[name], clip=float(np.mean(values)))
+        if name != last and paired_difference(values, scores[last]).direction == "lower":
+            gap = paired_difference(scores[last], values)
+            reason = f"tied on loss with the last survivor, its CLIP score is lower by {gap}"
+            verdicts[name] = rung.drop(verdicts[name], reason)
 
 
-def _halved(
-    rung: _Rung, rivals: Sequence[str], eta: int, most: int, draw: Draw | None
+def _halve(
+    rung: _Rung, ordered: Sequence[str], eta: int, most: int, clip_scores: ScoreImages | None
 ) -> tuple[dict[str, Verdict], str]:
-    """(the verdicts on ``rivals``, which are in order of mean loss, the last who survives by place)."""
-    quota = math.ceil(len(rivals) / eta)
-    last = rivals[quota - 1]
-    found = {name: rung.kept(name, place, last) for place, name in enumerate(rivals, start=1)}
-    for name in rivals[quota:]:
-        if not found[name].tied:
-            gap = found[name].difference
-            found[name] = rung.dropped(found[name], f"worse than the last survivor by {gap}")
-    tied = [name for name in rivals[quota:] if found[name].kept]
-    if tied and draw is not None and rung.number > 1:
-        _by_pictures(rung, found, tied, last, draw)
-    going = [name for name in tied if found[name].kept]
+    """(verdicts on the candidates ``ordered`` by mean loss, the last survivor by place)."""
+    quota = math.ceil(len(ordered) / eta)
+    last = ordered[quota - 1]
+    verdicts = {name: rung.keep(name, place, last) for place, name in enumerate(ordered, start=1)}
+    for name in ordered[quota:]:
+        if not verdicts[name].tied:
+            gap = verdicts[name].difference
+            verdicts[name] = rung.drop(verdicts[name], f"worse than the last survivor by {gap}")
+    tied = [name for name in ordered[quota:] if verdicts[name].kept]
+    if tied and clip_scores is not None and rung.number > 1:
+        _drop_by_clip(rung, verdicts, tied, last, clip_scores)
+        tied = [name for name in tied if verdicts[name].kept]
     room = (most - 1) * quota
-    for name in going[:room]:
-        reason = rung.said("goes on because it is tied with the last survivor")
-        found[name] = dataclasses.replace(found[name], reason=reason)
-    for name in going[room:]:
+    for name in tied[:room]:
+        reason = rung.reason("goes on because it is tied with the last survivor")
+        verdicts[name] = dataclasses.replace(verdicts[name], reason=reason)
+    for name in tied[room:]:
         reason = f"tied with the last survivor, but no more than {most * quota} may go on"
-        found[name] = rung.dropped(found[name], reason)
-    return found, last
+        verdicts[name] = rung.drop(verdicts[name], reason)
+    return verdicts, last
 
 
-def _checked(names: Sequence[str], steps: Sequence[int], eta: int, keep: Collection[str], most: int) -> None:
+def _check_arguments(
+    names: Sequence[str], rungs: Sequence[int], eta: int, keep: Collection[str], most: int
+) -> None:
     if len(set(names)) != len(names):
-        raise ConfigError("asked for a tournament of contenders with one name; name every one differently")
+        raise ConfigError("asked for a tournament with two candidates of one name; give each its own name")
     if unknown := sorted(set(keep) - set(names)):
-        raise ConfigError(f"asked to keep {unknown[0]!r} in the tournament, which is none of its contenders")
-    if not steps or list(steps) != sorted(set(steps)) or steps[0] < 1 or eta < 1 or most < 1:
+        raise ConfigError(f"asked to keep {unknown[0]!r} in the tournament, which is none of its candidates")
+    if not rungs or list(rungs) != sorted(set(rungs)) or rungs[0] < 1 or eta < 1 or most < 1:
         raise ConfigError(
-            f"asked for a tournament with the rungs {list(steps)}, eta = {eta} and most = {most}; rungs are rising "
+            f"asked for a tournament with the rungs {list(rungs)}, eta = {eta} and most = {most}; rungs are rising "
             "numbers of steps above zero, eta and most 1 or more"
         )
 
 
-def play(
+def run_tournament(
     names: Sequence[str],
     rungs: Sequence[int],
     eta: int,
-    measure: Measure,
+    measure: TrainAndMeasure,
     *,
     keep: Collection[str] = (),
-    draw: Draw | None = None,
+    clip_scores: ScoreImages | None = None,
     most: int = 2,
 ) -> Tournament:
-    """The tournament of ``names`` over ``rungs``: at each but the last the best 1/``eta`` go on, rounded up.
+    """The tournament of ``names`` over ``rungs``: at each rung but the last the best 1/``eta`` (rounded up) go on.
 
-    Whoever ties on held-out loss with the last of these goes on too, lowest mean loss first, until ``most`` times as
-    many do. From the second rung on, where ``draw`` is given, those are dropped again whose CLIP score is lower than
-    the last survivor's. ``keep`` names controls, which go on to the end and take nobody's place. A failed one is out.
-    ``measure`` is asked once at each rung, and only about those who are still in. Raises ConfigError for an impossible
-    tournament, DataError when ``measure`` or ``draw`` does not answer for everyone.
+    Candidates that are tied on held-out loss with the last of these go on too, lowest mean loss first, up to ``most``
+    times as many in all. From the second rung on, if ``clip_scores`` is given, tied candidates with a lower CLIP score
+    than that last survivor are dropped. ``keep`` names controls, which always go on and are not counted. Failed
+    candidates leave the tournament. ``measure`` is called once per rung, with the candidates that are still in.
+    Raises ConfigError for impossible arguments, DataError when ``measure`` or ``clip_scores`` leaves out a candidate.
     """
-    _checked(names, rungs, eta, keep, most)
+    _check_arguments(names, rungs, eta, keep, most)
     verdicts: list[Verdict] = []
-    going = tuple(names)
+    running = tuple(names)
     for number, steps in enumerate(rungs, start=1):
-        if not going:
+        if not running:
             break
-        answers = _answered(measure(going, steps), going, "held-out loss", steps)
-        losses, failed = _whole(answers, number, steps)
+        heldout = _complete(measure(running, steps), running, "held-out loss", steps)
+        losses, failed = _without_failed(heldout, number, steps)
         rung = _Rung(number, len(rungs), steps, losses)
-        rivals = [name for name in losses if name not in keep]
-        against, found = "", {}
+        ordered = [name for name in losses if name not in keep]
+        against, decided = "", {}
         if number == len(rungs):
             against = next(iter(losses), "")
-            found = {name: rung.kept(name, place, against) for place, name in enumerate(rivals, start=1)}
-        elif rivals:
-            found, against = _halved(rung, rivals, eta, most, draw)
+            decided = {name: rung.keep(name, place, against) for place, name in enumerate(ordered, start=1)}
+        elif ordered:
+            decided, against = _halve(rung, ordered, eta, most, clip_scores)
         for name in losses:
             if name in keep:
-                found[name] = rung.kept(name, None, against, "a control, which always goes on")
-        verdicts += [*(found[name] for name in losses), *failed]
-        going = tuple(name for name in going if name in found and found[name].kept)
+                decided[name] = rung.keep(name, None, against, "a control, which always goes on")
+        verdicts += [*(decided[name] for name in losses), *failed]
+        running = tuple(name for name in running if name in decided and decided[name].kept)
     return Tournament(tuple(names), tuple(rungs), tuple(verdicts))
 
 
 def tournament_from_frame(frame: pd.DataFrame) -> Tournament:
-    """The tournament whose ``frame()`` was written as CSV; names in order of loss at the first rung.
+    """The tournament in ``frame``, read from the CSV of ``Tournament.frame``; names in order of loss at the first rung.
 
     Raises DataError when columns are missing.
     """

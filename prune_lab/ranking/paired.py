@@ -1,8 +1,8 @@
-"""Differences over common random numbers: everyone is measured on the same rows, so what a row adds to both cancels.
+"""Differences over common random numbers: all candidates are measured on the same rows, so the shared noise cancels.
 
-A row is a held-out picture with its noise and timestep, or a prompt with its seed. Rows count as independent: rows that
-share a picture or a prompt should be averaged first. Each interval is for one comparison; none is widened for how many
-comparisons there are.
+A row is a held-out picture with its noise and timestep, or a prompt with its seed. Rows are treated as independent, so
+rows that share a picture or a prompt should be averaged first. Each interval is for one comparison; there is no
+correction for multiple comparisons.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ COVERAGE = 0.975  # the quantile on either side of a 95 % interval
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A mean paired difference with its 95 % t interval, in the unit of the values; no interval (nan) for one row."""
+    """A mean paired difference and its 95 % t interval, in the unit of the values; one row has no interval (NaN)."""
 
     mean: float
     low: float
     high: float
 
     @property
-    def verdict(self) -> Literal["lower", "tie", "higher"]:
-        """Which side of zero the whole interval lies on; a tie where it holds zero, or where there is none."""
+    def direction(self) -> Literal["lower", "tie", "higher"]:
+        """The side of zero on which the whole interval lies; a tie when it contains zero or there is no interval."""
         if self.high < 0:
             return "lower"
         return "higher" if self.low > 0 else "tie"
 
     @property
     def tie(self) -> bool:
-        """Whether the rows cannot tell the two apart."""
-        return self.verdict == "tie"
+        """Whether the rows do not show which of the two is better."""
+        return self.direction == "tie"
 
     def __str__(self) -> str:
-        # Four decimals, or more where they would turn an end that is not zero into one.
+        # Four decimals, or more where four would round an end to zero.
         ends = [abs(end) for end in (self.low, self.high) if math.isfinite(end) and end]
         digits = min(max(4, -math.floor(math.log10(min(ends, default=1.0)))), 7)
         return f"{self.mean:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
@@ -53,7 +53,7 @@ def _rows(values: ArrayLike) -> NDArray[np.float64]:
 
 
 def paired_difference(one: ArrayLike, other: ArrayLike) -> Difference:
-    """``one`` less ``other``, row by row. Raises DataError when they are empty or have unequally many rows."""
+    """``one`` minus ``other``, row by row. Raises DataError when they are empty or differ in the number of rows."""
     left, right = _rows(one), _rows(other)
     if len(left) != len(right) or not len(left):
         raise DataError(
@@ -68,16 +68,17 @@ def paired_difference(one: ArrayLike, other: ArrayLike) -> Difference:
 
 
 def tie_groups(losses: Mapping[str, ArrayLike]) -> dict[str, int]:
-    """The group of each name, from 1 for the lowest mean loss, in that order; ``losses`` holds the loss of each row.
+    """The tie group of each name, numbered from 1 and ordered by mean loss; ``losses`` holds the loss of each row.
 
-    Whoever cannot be told apart from the leader of the current group belongs to it, the first who can opens the next.
-    Raises DataError for other than the same rows, and for losses that are not finite.
+    The name with the lowest mean loss leads group 1. The following names belong to its group as long as they are tied
+    with it; the first that is not leads the next group.
+    Raises DataError when names differ in the number of rows or a loss is not finite.
     """
     rows = {name: _rows(values) for name, values in losses.items()}
     for name, values in rows.items():
         if not np.isfinite(values).all():
             raise DataError(
-                f"asked to group {name}, found losses that are not finite; leave it out as failed"
+                f"asked for the tie group of {name}, found losses that are not finite; leave it out as failed"
             )
     groups: dict[str, int] = {}
     leader, group = "", 0

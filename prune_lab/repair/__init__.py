@@ -1,24 +1,24 @@
-"""Closed-form repair of what a removal leaves, before any training, with plain diffusers weights as the outcome."""
+"""Closed-form repair of a pruned U-Net before any training; the result is a plain diffusers model."""
 
-from prune_lab.repair.activations import inserted
-from prune_lab.repair.cuts import Cut, Reader, find_cuts, student_paths
-from prune_lab.repair.fitting import Change
-from prune_lab.repair.folding import Kind, Side, fold, why_not
+from prune_lab.repair.activations import corrected
+from prune_lab.repair.cuts import Consumer, Cut, find_cuts, student_paths
+from prune_lab.repair.fitting import Correction
+from prune_lab.repair.folding import CorrectionKind, Side, fold, why_not
 from prune_lab.repair.repairing import repair
-from prune_lab.repair.reports import Choice, Repair, RepairReport
+from prune_lab.repair.reports import Repair, RepairKind, RepairReport
 
 __all__ = [
-    "Change",
-    "Choice",
+    "Consumer",
+    "Correction",
+    "CorrectionKind",
     "Cut",
-    "Kind",
-    "Reader",
     "Repair",
+    "RepairKind",
     "RepairReport",
     "Side",
+    "corrected",
     "find_cuts",
     "fold",
-    "inserted",
     "repair",
     "student_paths",
     "why_not",

@@ -1,4 +1,4 @@
-"""Activations at a cut, of the student and of the teacher on the same rows, as moments; and a change tried in place."""
+"""Moments of the activations of student and teacher at a cut, and context managers to try a correction in place."""
 
 from __future__ import annotations
 
@@ -13,76 +13,78 @@ from torch import Tensor, nn
 
 from prune_lab.errors import DataError
 from prune_lab.probes import Probe, evaluating
-from prune_lab.repair.fitting import Change, Moments, moments_of
+from prune_lab.repair.fitting import Correction, Moments, moments_of
 from prune_lab.repair.folding import Side, last_layer, layer_features
 
 
 @dataclass(frozen=True, slots=True)
-class Spot:
-    """Where to listen: a unit of the student, and the units of the teacher whose outputs are wanted there."""
+class FitPoint:
+    """The tensor of the student to correct, and the tensors of the teacher that it should become."""
 
-    student: str  # module path
-    side: Side  # of the cut on which that unit stands: its output is what is there, or its input
-    wanted: tuple[str, ...]  # module paths; the mean of their outputs
-    of_layer: bool  # the features are what the unit's last layer weighs, and not the channels themselves
+    student_path: str  # of a unit; the tensor is its output or its input
+    side: Side  # the side of the cut on which that unit is: before, its output is meant; after, its input
+    teacher_paths: tuple[str, ...]  # of units; the target is the mean of their outputs
+    refit: (
+        bool  # whether the features are the inputs of the unit's last layer, not the channels of the tensor
+    )
 
 
-class _Heard(Exception):  # noqa: N818 - no error: all that is wanted was heard, the rest of the pass is not needed
+class _StopForward(Exception):  # noqa: N818 - no error: all outputs are known, the rest of the pass is not needed
     pass
 
 
-def _tensor(output: Any) -> Tensor:
-    found: Tensor = output if isinstance(output, Tensor) else output[0]
-    return found
+def _as_tensor(output: Any) -> Tensor:
+    tensor: Tensor = output if isinstance(output, Tensor) else output[0]
+    return tensor
 
 
 def _outputs(unet: Any, paths: Sequence[str], inputs: dict[str, Any]) -> list[Tensor]:
-    """The output of each module, from one pass that stops after the last of them."""
-    heard: dict[str, Tensor] = {}
+    """The output of each module, from one forward pass that stops after the last of them."""
+    outputs: dict[str, Tensor] = {}
     distinct = set(paths)
 
-    def listener(path: str) -> Callable[..., None]:
-        def note(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-            heard[path] = _tensor(output)
-            if len(heard) == len(distinct):
-                raise _Heard
+    def hook(path: str) -> Callable[..., None]:
+        def record(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            outputs[path] = _as_tensor(output)
+            if len(outputs) == len(distinct):
+                raise _StopForward
 
-        return note
+        return record
 
     with contextlib.ExitStack() as stack:
         for path in distinct:
-            stack.callback(unet.get_submodule(path).register_forward_hook(listener(path)).remove)
-        with contextlib.suppress(_Heard):
+            stack.callback(unet.get_submodule(path).register_forward_hook(hook(path)).remove)
+        with contextlib.suppress(_StopForward):
             unet(**inputs, return_dict=False)
-    return [heard[path] for path in paths]
+    return [outputs[path] for path in paths]
 
 
-def _found(unet: Any, spot: Spot, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """What is there (B, C, H, W), and the features (B, P, F) that may change it."""
-    unit = unet.get_submodule(spot.student)
-    entering: list[Tensor] = []
-    module = unit if spot.side == "after" else last_layer(unit)
-    handle = module.register_forward_pre_hook(lambda _module, args: entering.append(args[0]))
+def _tensor_and_features(unet: Any, point: FitPoint, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The student's tensor (B, C, H, W) at ``point``, and the features (B, P, F) of the fit."""
+    unit = unet.get_submodule(point.student_path)
+    layer_inputs: list[Tensor] = []
+    module = unit if point.side == "after" else last_layer(unit)
+    handle = module.register_forward_pre_hook(lambda _module, args: layer_inputs.append(args[0]))
     try:
-        (leaving,) = _outputs(unet, [spot.student], inputs)
+        (output,) = _outputs(unet, [point.student_path], inputs)
     finally:
         handle.remove()
-    there = entering[0] if spot.side == "after" else leaving
-    if spot.of_layer:
-        return there, layer_features(last_layer(unit), entering[0])
-    return there, there.flatten(2).transpose(1, 2)
+    tensor = layer_inputs[0] if point.side == "after" else output
+    if point.refit:
+        return tensor, layer_features(last_layer(unit), layer_inputs[0])
+    return tensor, tensor.flatten(2).transpose(1, 2)
 
 
 def moments_at(
     student: ModelMixin,
     teacher: ModelMixin,
-    spot: Spot,
+    point: FitPoint,
     probe: Probe,
     folds: Sequence[int],
     *,
     batch: int,
 ) -> list[Moments]:
-    """The moments of each fold; ``folds`` (N,) says which fold, counted from 0, each row of the probe belongs to.
+    """The moments of each fold at ``point``; ``folds`` (N,) is the fold, counted from 0, of each row of the probe.
 
     Raises DataError when an activation is not finite.
     """
@@ -93,45 +95,46 @@ def moments_at(
             probe.batches(batch, teacher.device, teacher.dtype),
             strict=True,
         )
-        for (rows, inputs), (_, told) in pairs:
-            there, features = _found(student, spot, inputs)
-            outputs = [one.double().to(there.device) for one in _outputs(teacher, spot.wanted, told)]
-            wanted = torch.stack(outputs).mean(dim=0)
-            changes = wanted - there.double()
-            if not (changes.isfinite().all() and features.isfinite().all()):
+        for (rows, student_inputs), (_, teacher_inputs) in pairs:
+            tensor, features = _tensor_and_features(student, point, student_inputs)
+            outputs = _outputs(teacher, point.teacher_paths, teacher_inputs)
+            target = torch.stack([one.double().to(tensor.device) for one in outputs]).mean(dim=0)
+            errors = target - tensor.double()
+            if not (errors.isfinite().all() and features.isfinite().all()):
                 raise DataError(
-                    f"asked to repair at {spot.student}, found activations that are not finite; "
+                    f"asked to repair at {point.student_path}, found activations that are not finite; "
                     "repair in float32, or check the weights"
                 )
-            # Row by row: the features of a convolution are nine times its input.
+            # Row by row to save memory: the features of a convolution are nine times as large as its input.
             for row, fold in enumerate(folds[rows]):
-                pixels = [one[row].flatten(1).T for one in (changes, wanted)]
-                found = moments_of(features[row], *pixels)
-                sums[fold] = sums[fold] + found if fold in sums else found
+                moments = moments_of(features[row], *(one[row].flatten(1).T for one in (errors, target)))
+                sums[fold] = sums[fold] + moments if fold in sums else moments
     return [sums[fold] for fold in sorted(sums)]
 
 
 @contextlib.contextmanager
-def inserted(unit: nn.Module, side: Side, change: Change) -> Iterator[None]:
-    """Inside, the map of ``change`` stands as a module of its own behind ``unit``, or ahead of it.
+def corrected(unit: nn.Module, side: Side, correction: Correction) -> Iterator[None]:
+    """Context in which ``correction`` is applied by a hook: to the output of ``unit``, or to its input.
 
-    ``side`` says on which side of the cut the unit stands.
-
-    It is what a fold must be equal to, and what a repair would be worth where there is no fold.
+    ``side`` is the side of the cut on which the unit is: before, the output is meant; after, the input. A fold must
+    give the same result. Where no fold exists, this shows what the correction would achieve.
     """
 
-    def mapped(hidden: Tensor) -> Tensor:
-        weight, bias = change.map.to(hidden), change.bias.to(hidden)
+    def apply(hidden: Tensor) -> Tensor:
+        weight, bias = correction.map.to(hidden), correction.bias.to(hidden)
         return torch.einsum("oc,bchw->bohw", weight, hidden) + bias[:, None, None]
 
-    def behind(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
-        hidden = mapped(_tensor(output))
+    def correct_output(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        hidden = apply(_as_tensor(output))
         return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
-    def ahead(_module: nn.Module, args: tuple[Any, ...]) -> Any:
-        return (mapped(args[0]), *args[1:])
+    def correct_input(_module: nn.Module, args: tuple[Any, ...]) -> Any:
+        return (apply(args[0]), *args[1:])
 
-    handle = unit.register_forward_hook(behind) if side == "before" else unit.register_forward_pre_hook(ahead)
+    if side == "before":
+        handle = unit.register_forward_hook(correct_output)
+    else:
+        handle = unit.register_forward_pre_hook(correct_input)
     try:
         yield
     finally:
@@ -139,8 +142,8 @@ def inserted(unit: nn.Module, side: Side, change: Change) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def undone(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Inside, ``parameters`` may be changed; on exit they are what they were."""
+def restored(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Context in which ``parameters`` may be changed; on exit they get their old values back."""
     before = [(parameter, parameter.detach().clone()) for parameter in parameters]
     try:
         yield

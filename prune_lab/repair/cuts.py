@@ -1,8 +1,8 @@
-"""Where removed blocks leave a cut in a model, and which units read the tensor that stands there.
+"""The cuts that removed blocks leave in a model, and the units that consume the tensor at each cut.
 
-The student is walked on names: the hidden tensor and the waiting skips each carry two names, the unit that wrote the
-tensor in the student, and the unit whose output stands at that place in the teacher. Where the two differ, the
-student's reader gets another tensor than the teacher's did.
+The execution of the student is followed by names: the hidden tensor and the stored skips each carry two names,
+the unit that wrote the tensor in the student, and the unit whose output is at that point in the teacher. Where the two
+differ, a consumer in the student gets another tensor than in the teacher.
 """
 
 from __future__ import annotations
@@ -16,87 +16,87 @@ from prune_lab.plans import PruningPlan, gone_with, native_layout
 
 
 @dataclass(frozen=True, slots=True)
-class Reader:
-    """A surviving unit that reads the tensor at a cut, and the unit whose output it reads there in the teacher."""
+class Consumer:
+    """A remaining unit that consumes the tensor at a cut, and the unit whose output it consumes in the teacher."""
 
     unit: str
     slot: Literal["main", "skip"]
-    place: str
+    teacher_source: str
 
     @property
     def text(self) -> str:
-        """``Up4.R1 (skip, Dn1.A2)``."""
-        return f"{self.unit} ({self.slot}, {self.place})"
+        """The consumer in words: ``Up4.R1 (skip, Dn1.A2)``."""
+        return f"{self.unit} ({self.slot}, {self.teacher_source})"
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Consecutive removed units, the unit before them, and every reader of what that unit writes.
+    """Consecutive removed units, the unit before them, and all consumers of the output of that unit.
 
-    Names are those of the teacher. ``before`` is the model's stem (of a U-Net ``conv_in``) where nothing survives
-    before, a reader its head (``conv_out``) where nothing survives behind.
+    Names are those of the teacher. ``before`` is the model's stem (of a U-Net ``conv_in``) where no unit remains
+    before the cut; a consumer is its head (``conv_out``) where none remains after it.
     """
 
     before: str
-    gone: tuple[str, ...]
-    readers: tuple[Reader, ...]  # in order of execution; exactly one reads the main path
+    removed: tuple[str, ...]
+    consumers: tuple[Consumer, ...]  # in order of execution; exactly one consumes the main path
 
     @property
-    def main(self) -> Reader:
-        """The reader of the main path behind the cut."""
-        return next(reader for reader in self.readers if reader.slot == "main")
+    def main(self) -> Consumer:
+        """The consumer of the main path."""
+        return next(one for one in self.consumers if one.slot == "main")
 
     @property
     def after(self) -> str:
-        """The unit behind the cut."""
+        """The unit after the cut on the main path."""
         return self.main.unit
 
     @property
-    def torn(self) -> tuple[Reader, ...]:
-        """Readers to which the teacher gives another tensor than to the main path; the student has one for all."""
-        return tuple(reader for reader in self.readers if reader.place != self.main.place)
+    def mismatched(self) -> tuple[Consumer, ...]:
+        """Consumers that get another tensor than the main path in the teacher; in the student all get the same."""
+        return tuple(one for one in self.consumers if one.teacher_source != self.main.teacher_source)
 
     @property
     def label(self) -> str:
-        """``Dn1.A1 [Dn1.R2 Dn1.A2] Dn1.down``."""
-        return f"{self.before} [{' '.join(self.gone)}] {self.after}"
+        """The cut in words: ``Dn1.A1 [Dn1.R2 Dn1.A2] Dn1.down``."""
+        return f"{self.before} [{' '.join(self.removed)}] {self.after}"
 
 
 def find_cuts(architecture: Architecture, plan: PruningPlan) -> tuple[Cut, ...]:
     """The cuts that ``plan`` leaves in a model of ``architecture``, in order of execution.
 
-    Samplers that leave with an innermost stage belong to the cut. Raises UnremovableBlockError or UnknownBlockError
-    when the plan does not fit.
+    Samplers that are removed together with an innermost stage are part of the cut. Raises UnremovableBlockError or
+    UnknownBlockError when the plan does not fit.
     """
     removed = gone_with(architecture, plan.removed)
-    readers: dict[str, list[Reader]] = defaultdict(list)
+    consumers: dict[str, list[Consumer]] = defaultdict(list)
     runs: dict[str, list[str]] = defaultdict(list)
-    writer = place = architecture.family.stem
-    skips = [(writer, place)]
+    writer = source = architecture.family.stem
+    skips = [(writer, source)]
     for unit in architecture.units:
         skip = skips.pop() if unit.takes_skip else None
         if unit.name in removed:
             runs[writer].append(unit.name)
-            place = unit.name
+            source = unit.name
         else:
-            readers[writer].append(Reader(unit.name, "main", place))
+            consumers[writer].append(Consumer(unit.name, "main", source))
             if skip is not None:
-                readers[skip[0]].append(Reader(unit.name, "skip", skip[1]))
-            writer = place = unit.name
+                consumers[skip[0]].append(Consumer(unit.name, "skip", skip[1]))
+            writer = source = unit.name
         if unit.gives_skip:
-            skips.append((writer, place))
-    readers[writer].append(Reader(architecture.family.head, "main", place))
-    return tuple(Cut(before, tuple(gone), tuple(readers[before])) for before, gone in runs.items())
+            skips.append((writer, source))
+    consumers[writer].append(Consumer(architecture.family.head, "main", source))
+    return tuple(Cut(before, tuple(run), tuple(consumers[before])) for before, run in runs.items())
 
 
 def teacher_paths(architecture: Architecture) -> dict[str, str]:
-    """Module path of every unit by name, the stem among them."""
+    """Module path of every unit by name, including the stem."""
     stem = architecture.family.stem
     return {stem: stem} | {unit.name: unit.path for unit in architecture.units}
 
 
 def student_paths(architecture: Architecture, plan: PruningPlan) -> dict[str, str]:
-    """Module path in the native student of every surviving unit, by its name in the teacher.
+    """Module path in the native student of every remaining unit, by its name in the teacher.
 
     Raises NonNativePlanError when no plain diffusers config describes the student.
     """

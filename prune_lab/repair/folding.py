@@ -1,17 +1,17 @@
-"""Exact folds of a change at a cut into the weights beside it, and why others do not exist.
+"""Folding a correction at a cut into the weights of a unit beside it, exactly; and why some corrections do not fold.
 
-Let h (C channels) be what a unit writes, and ``A h + b`` what is wanted.
+Let h (C channels) be the output of a unit, and ``A h + b`` the corrected tensor.
 
-- Convolutions (the first one, down- and upsamplers) write ``h = K x + k``: the weights become ``A K`` and ``A k + b``.
-- A residual block with a shortcut convolution writes ``h = (S x + s + K u + k) / f``: ``A S``, ``A s``, ``A K`` and
-  ``A k + f b``. It is what every residual block of an up stage has, and one that changes the width.
-- A residual block without one, and an attention block, write ``h = (x + K u + k) / f``: a shift folds, ``k + f b``.
-  ``A`` would have to change x as well, which the block's own norm reads; a group norm does not let ``A`` pass.
-- A sampler that reads h does so by a convolution ``K``, after padding with zeros or after repeating pixels, and ``A``
-  goes through both: ``K A``. A shift does not go through the padding.
+- Convolutions (the first one, down- and upsamplers) compute ``h = K x + k``: the weights become ``A K``, ``A k + b``.
+- A residual block with a shortcut convolution computes ``h = (S x + s + K u + k) / f``: the weights become ``A S``,
+  ``A s``, ``A K`` and ``A k + f b``. All residual blocks of up stages and those that change the width are of this kind.
+- A residual block without a shortcut convolution, and an attention block, compute ``h = (x + K u + k) / f``: a shift
+  folds as ``k + f b``. ``A`` would have to change x too, but the block's own group norm reads x, and ``A`` cannot be
+  moved through a group norm.
+- A sampler behind the cut applies a convolution ``K`` to h, after padding with zeros or repeating pixels. ``A`` can be
+  moved through both: the weights become ``K A``. A shift cannot be moved through the padding.
 
-Beside them a *refit* changes only K and k of the unit's last layer, by what least squares finds on that layer's own
-input u: there is nothing to fold.
+A *refit* changes only K and k of the unit's last layer. It is fitted on that layer's own input u, so it needs no fold.
 """
 
 from __future__ import annotations
@@ -23,25 +23,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prune_lab.families.endings import Layer, ending_of
-from prune_lab.repair.fitting import Change
+from prune_lab.repair.fitting import Correction
 
-Kind = Literal["shift", "scale-shift", "linear", "refit"]
+CorrectionKind = Literal["shift", "scale-shift", "linear", "refit"]
 Side = Literal["before", "after"]
 
-MOST_UNKNOWNS = 6000  # per channel of a refit: the sums alone take their square, 8 bytes each, for every fold
+MOST_UNKNOWNS = (
+    6000  # per channel of a refit; the sums of every fold take 8 bytes times the square of this number
+)
 
 
 def last_layer(unit: nn.Module) -> Layer:
-    """The layer whose output a unit adds to its residual, or hands on where it has none."""
+    """The last layer of a unit; its output is added to the residual, or is the unit's output."""
     return ending_of(unit).last
 
 
-def layer_features(layer: Layer, entering: Tensor) -> Tensor:
-    """(B, P, F): for each output pixel the inputs that ``layer`` weighs, in the order of its flattened weight."""
+def layer_features(layer: Layer, inputs: Tensor) -> Tensor:
+    """(B, P, F) the inputs of ``layer`` for each output pixel, in the order of its flattened weight."""
     if isinstance(layer, nn.Linear):
-        return entering
+        return inputs
     unfolded = F.unfold(
-        entering,
+        inputs,
         cast("tuple[int, int]", layer.kernel_size),
         dilation=cast("tuple[int, int]", layer.dilation),
         padding=cast("tuple[int, int]", layer.padding),
@@ -50,10 +52,10 @@ def layer_features(layer: Layer, entering: Tensor) -> Tensor:
     return unfolded.transpose(1, 2)
 
 
-def why_not(kind: Kind, side: Side, unit: nn.Module | None, name: str) -> str:
-    """Why a change of ``kind`` has no exact fold into ``unit``, which is called ``name``; empty when it has one.
+def why_not(kind: CorrectionKind, side: Side, unit: nn.Module | None, name: str) -> str:
+    """The reason why a correction of ``kind`` has no exact fold into ``unit``, called ``name``; empty when it has one.
 
-    ``side`` says where the unit stands; ``None`` stands for the model's last norm and layer.
+    ``side`` is the side of the cut on which the unit is. ``unit`` is None for the model's last norm and layer.
     """
     ending = None if unit is None else ending_of(unit)
     if side == "after":
@@ -68,7 +70,7 @@ def why_not(kind: Kind, side: Side, unit: nn.Module | None, name: str) -> str:
         unknowns = ending.last.weight[0].numel()
         if unknowns > MOST_UNKNOWNS:
             return (
-                f"the last layer of {name} weighs {unknowns:,} inputs; {MOST_UNKNOWNS:,} are solved for here"
+                f"the last layer of {name} has {unknowns:,} inputs; at most {MOST_UNKNOWNS:,} can be fitted"
             )
         return ""
     if kind == "shift" or not ending.adds_input or ending.shortcut is not None:
@@ -76,34 +78,34 @@ def why_not(kind: Kind, side: Side, unit: nn.Module | None, name: str) -> str:
     return f"{name} adds its own input, which its {ending.norm} reads as well: only a shift folds into it"
 
 
-def _mapped(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
-    """Let ``layer`` (a convolution or linear layer) write ``weight @ output + bias``."""
+def _map_output(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
+    """Change ``layer``, a convolution or linear layer, so that its output becomes ``weight @ output + bias``."""
     old = cast("Tensor", layer.weight).double()
     cast("Tensor", layer.weight).copy_((weight @ old.flatten(1)).view_as(old))
     cast("Tensor", layer.bias).copy_(weight @ cast("Tensor", layer.bias).double() + bias)
 
 
 @torch.no_grad()
-def fold(unit: nn.Module, kind: Kind, side: Side, change: Change) -> None:
-    """Change the weights of ``unit`` as the module's text says; in place, computed in float64.
+def fold(unit: nn.Module, kind: CorrectionKind, side: Side, correction: Correction) -> None:
+    """Fold ``correction`` into the weights of ``unit``, in place, computed in float64 by the rules of this module.
 
-    Only for what ``why_not`` has nothing against.
+    Only for corrections for which ``why_not`` gives no reason.
     """
     ending = ending_of(unit)
-    layer, bias = ending.last, ending.divisor * change.bias
+    layer, bias = ending.last, ending.divisor * correction.bias
     old = layer.weight.double()
     if side == "after":
-        # (out, in, k, k): the map acts on what is read
-        layer.weight.copy_(torch.einsum("oikl,ij->ojkl", old, change.map))
+        # The weight is (out, in, k, k), and the map acts on the input channels.
+        layer.weight.copy_(torch.einsum("oikl,ij->ojkl", old, correction.map))
     elif kind == "refit":
-        layer.weight.copy_(old + ending.divisor * change.weight.view_as(old))
+        layer.weight.copy_(old + ending.divisor * correction.weight.view_as(old))
         cast("Tensor", layer.bias).add_(bias)
     elif kind == "shift":
         cast("Tensor", layer.bias).add_(bias)
     else:
-        _mapped(layer, change.map, bias)
+        _map_output(layer, correction.map, bias)
         if ending.shortcut is not None:
-            _mapped(ending.shortcut, change.map, torch.zeros_like(change.bias))
+            _map_output(ending.shortcut, correction.map, torch.zeros_like(correction.bias))
 
 
 def folded_parameters(unit: nn.Module) -> list[nn.Parameter]:

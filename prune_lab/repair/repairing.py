@@ -1,9 +1,9 @@
-"""Repair of a pruned U-Net before any training: closed-form changes at its cuts, folded into its weights.
+"""Repair of a pruned U-Net before any training: closed-form corrections at its cuts, folded into its weights.
 
-Each cut is taken in order of execution and fitted on the student as the earlier repairs left it. What is fitted are
-sums over the pixels of the probe's rows; what decides is the student's prediction on rows that were held out. The
-student and not the bypassed teacher is worked on: both compute the same to the bit, and only the student's weights may
-change.
+Cuts are repaired in order of execution; each is fitted on the student with all earlier repairs. The fit uses sums over
+the pixels of the fitted rows of a probe; whether a correction is kept is decided by the student's prediction on
+held-out rows. Activations are taken from the student and not from the teacher with bypassed blocks: both compute the
+same bit for bit, but only the student's weights may change.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from prune_lab.errors import ConfigError, DataError, PlanError
 from prune_lab.importance.outputs import mean_square
 from prune_lab.plans import PruningPlan, native_layout
 from prune_lab.probes import Probe, predict
-from prune_lab.repair.activations import Spot, inserted, moments_at, undone
+from prune_lab.repair.activations import FitPoint, corrected, moments_at, restored
 from prune_lab.repair.cuts import Cut, find_cuts, student_paths, teacher_paths
-from prune_lab.repair.fitting import Change, Form, Moments, fit
-from prune_lab.repair.folding import Kind, Side, fold, folded_parameters, why_not
-from prune_lab.repair.reports import Choice, Repair, RepairReport
+from prune_lab.repair.fitting import Correction, Form, Moments, fit
+from prune_lab.repair.folding import CorrectionKind, Side, fold, folded_parameters, why_not
+from prune_lab.repair.reports import Repair, RepairKind, RepairReport
 from prune_lab.runtime import track
 
 _FOLDS = 4  # of the cross-validation that chooses the ridge
-_HELD_OUT = 3  # every third picture judges
+_HELD_OUT = 3  # every third picture is held out
 _NOT_NEARER = "the prediction on held-out rows does not come nearer to the teacher's"
-_FORMS: dict[tuple[Side, Kind], Form] = {
+_FORMS: dict[tuple[Side, CorrectionKind], Form] = {
     ("before", "shift"): "shift",
     ("before", "scale-shift"): "scale-shift",
     ("before", "linear"): "linear-shift",
@@ -41,11 +41,11 @@ _FORMS: dict[tuple[Side, Kind], Form] = {
 }
 
 
-# Rows to fit on and rows to judge by --------------------------------------------------------------------------------
+# Fitted rows and held-out rows --------------------------------------------------------------------------------------
 
 
 def _pictures_in_order(probe: Probe) -> list[int]:
-    """Pictures by their earliest timestep, so that any regular share of them is spread over the schedule."""
+    """Pictures ordered by their earliest timestep, so that every third of them covers the whole schedule."""
     earliest: dict[int, int] = {}
     for picture, timestep in zip(probe.pictures.tolist(), probe.timesteps.tolist(), strict=True):
         earliest[picture] = min(timestep, earliest.get(picture, timestep))
@@ -53,26 +53,26 @@ def _pictures_in_order(probe: Probe) -> list[int]:
 
 
 def _rows_of(probe: Probe, pictures: Sequence[int]) -> Probe:
-    wanted = set(pictures)
-    return probe.rows([row for row, picture in enumerate(probe.pictures.tolist()) if picture in wanted])
+    chosen = set(pictures)
+    return probe.rows([row for row, picture in enumerate(probe.pictures.tolist()) if picture in chosen])
 
 
-def _split(probe: Probe, judged: Probe | None) -> tuple[Probe, list[int], Probe]:
-    """Rows to fit on, the fold of each of them, and rows to judge by; no picture is in two of these."""
+def _split(probe: Probe, heldout: Probe | None) -> tuple[Probe, list[int], Probe]:
+    """(rows to fit on, the fold of each of them, held-out rows); no picture is in two folds or two of these parts."""
     pictures = _pictures_in_order(probe)
-    least = _HELD_OUT if judged is None else 2
+    least = _HELD_OUT if heldout is None else 2
     if len(pictures) < least:
         raise DataError(
-            f"asked to repair with a probe of {len(pictures)} pictures, found too few to fit on some and judge by "
+            f"asked to repair with a probe of {len(pictures)} pictures, found too few to fit on some and hold out "
             f"others; give at least {least}, better 64"
         )
     fitting = pictures
-    if judged is None:
-        judged = _rows_of(probe, pictures[1::_HELD_OUT])
-        fitting = [picture for place, picture in enumerate(pictures) if place % _HELD_OUT != 1]
-    number = {picture: place % min(_FOLDS, len(fitting)) for place, picture in enumerate(fitting)}
+    if heldout is None:
+        heldout = _rows_of(probe, pictures[1::_HELD_OUT])
+        fitting = [picture for number, picture in enumerate(pictures) if number % _HELD_OUT != 1]
+    fold_of = {picture: number % min(_FOLDS, len(fitting)) for number, picture in enumerate(fitting)}
     fitted = _rows_of(probe, fitting)
-    return fitted, [number[picture] for picture in fitted.pictures.tolist()], judged
+    return fitted, [fold_of[picture] for picture in fitted.pictures.tolist()], heldout
 
 
 # One cut after the other --------------------------------------------------------------------------------------------
@@ -80,92 +80,93 @@ def _split(probe: Probe, judged: Probe | None) -> tuple[Probe, list[int], Probe]
 
 @dataclass(frozen=True, slots=True)
 class _Option:
-    """A change that may be tried at a cut."""
+    """A correction that may be tried at a cut."""
 
     side: Side
-    kind: Kind
-    obstacle: str  # why it has no exact fold there
+    kind: CorrectionKind
+    obstacle: str  # why it has no exact fold there; empty when it has one
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Bench:
-    """The two models, and the rows they are compared on."""
+class _Setup:
+    """Student and teacher, and the rows on which they are fitted and compared."""
 
     student: ModelMixin
     teacher: ModelMixin
-    ours: Mapping[str, str]  # unit: module path in the student
-    theirs: Mapping[str, str]  # and in the teacher
+    student_paths: Mapping[str, str]  # module path of each unit
+    teacher_paths: Mapping[str, str]
     fitted: Probe
-    folds: Sequence[int]
-    judged: Probe
-    answer: Tensor  # (N, C, H, W) of the teacher on the judged rows
+    folds: Sequence[int]  # of the fitted rows
+    heldout: Probe
+    prediction: Tensor  # (N, C, H, W) of the teacher on the held-out rows
     batch: int
 
     def unit(self, name: str) -> nn.Module | None:
-        return self.student.get_submodule(self.ours[name]) if name in self.ours else None
+        path = self.student_paths.get(name)
+        return None if path is None else self.student.get_submodule(path)
 
     def impact(self) -> float:
-        """Of the student as it is now, as ``importance`` defines output-mse."""
-        found = predict(self.student, self.judged, batch=self.batch).double()
-        return float(mean_square(found - self.answer).sum() / mean_square(self.answer).sum())
+        """The output-mse (see ``importance``) of the student in its current state, on the held-out rows."""
+        prediction = predict(self.student, self.heldout, batch=self.batch).double()
+        return float(mean_square(prediction - self.prediction).sum() / mean_square(self.prediction).sum())
 
-    def moments(self, cut: Cut, side: Side, of_layer: bool) -> tuple[list[Moments], Moments]:
-        """Of the folds of the fitted rows, and of the judged rows."""
-        # Before the cut there is one tensor for all readers: least squares to each of their wanted tensors is least
-        # squares to the mean of these.
-        readers = cut.readers if side == "before" else (cut.main,)
-        spot = Spot(
-            student=self.ours[cut.before if side == "before" else cut.after],
+    def moments(self, cut: Cut, side: Side, refit: bool) -> tuple[list[Moments], Moments]:
+        """(the moments of each fold of the fitted rows, those of the held-out rows)."""
+        # Before the cut, one tensor serves all consumers. The least-squares fit to all of their targets is the fit to
+        # the mean of the targets.
+        consumers = cut.consumers if side == "before" else (cut.main,)
+        point = FitPoint(
+            student_path=self.student_paths[cut.before if side == "before" else cut.after],
             side=side,
-            wanted=tuple(self.theirs[reader.place] for reader in readers),
-            of_layer=of_layer,
+            teacher_paths=tuple(self.teacher_paths[one.teacher_source] for one in consumers),
+            refit=refit,
         )
         models = (self.student, self.teacher)
-        folds = moments_at(*models, spot, self.fitted, self.folds, batch=self.batch)
-        (judged,) = moments_at(*models, spot, self.judged, [0] * len(self.judged), batch=self.batch)
-        return folds, judged
+        folds = moments_at(*models, point, self.fitted, self.folds, batch=self.batch)
+        (heldout,) = moments_at(*models, point, self.heldout, [0] * len(self.heldout), batch=self.batch)
+        return folds, heldout
 
 
-def _options(bench: _Bench, cut: Cut, choice: Choice) -> tuple[_Option, ...]:
-    """What to try at the cut; first before it, and then, on what that gave, after it."""
-    kinds: tuple[Kind, ...] = get_args(Kind) if choice == "best" else (choice,)
-    options: list[_Option] = []
-    ahead: list[_Option] = []
+def _options(setup: _Setup, cut: Cut, choice: RepairKind) -> tuple[_Option, ...]:
+    """The corrections to try at the cut: first before it, then after it, on the result of the first."""
+    kinds: tuple[CorrectionKind, ...] = get_args(CorrectionKind) if choice == "best" else (choice,)
+    before: list[_Option] = []
+    after: list[_Option] = []
     for kind in kinds:
-        obstacle = why_not(kind, "before", bench.unit(cut.before), cut.before)
+        obstacle = why_not(kind, "before", setup.unit(cut.before), cut.before)
         if ("after", kind) in _FORMS and (obstacle or choice == "best"):
-            also = why_not(kind, "after", bench.unit(cut.after), cut.after)
-            if not also:
-                ahead.append(_Option("after", kind, ""))
+            obstacle_after = why_not(kind, "after", setup.unit(cut.after), cut.after)
+            if not obstacle_after:
+                after.append(_Option("after", kind, ""))
             elif obstacle:
-                obstacle = f"{obstacle}; {also}"
-        options.append(_Option("before", kind, obstacle))
-    if all(option.obstacle for option in options):
-        options.append(_Option("before", "shift", ""))
-    return (*options, *ahead)
+                obstacle = f"{obstacle}; {obstacle_after}"
+        before.append(_Option("before", kind, obstacle))
+    if all(option.obstacle for option in before):
+        before.append(_Option("before", "shift", ""))
+    return (*before, *after)
 
 
-def _trial(bench: _Bench, option: _Option, name: str, change: Change) -> float:
-    """The impact with ``change``, which is taken back: folded into the unit, or as a module where it does not fold."""
-    unit = bench.unit(name)
+def _impact_with(setup: _Setup, option: _Option, name: str, correction: Correction) -> float:
+    """The impact with ``correction`` in the unit ``name``: folded, or by a hook if it does not fold; undone after."""
+    unit = setup.unit(name)
     assert unit is not None
     if option.obstacle:
-        with inserted(unit, option.side, change):
-            return bench.impact()
-    with undone(folded_parameters(unit)):
-        fold(unit, option.kind, option.side, change)
-        return bench.impact()
+        with corrected(unit, option.side, correction):
+            return setup.impact()
+    with restored(folded_parameters(unit)):
+        fold(unit, option.kind, option.side, correction)
+        return setup.impact()
 
 
-def _repair_side(bench: _Bench, cut: Cut, options: Sequence[_Option], impact: float) -> list[Repair]:
-    """What the options of one side came to; the best is in the student's weights now, if any lowers the impact."""
+def _repair_side(setup: _Setup, cut: Cut, options: Sequence[_Option], impact: float) -> list[Repair]:
+    """The results of the ``options`` of one side; the best is folded into the student if it lowers the ``impact``."""
     repairs: list[Repair] = []
-    best: tuple[int, Change] | None = None
+    best: tuple[int, Correction] | None = None
     lowest = impact
-    for of_layer, group in itertools.groupby(options, key=lambda option: option.kind == "refit"):
+    for refit, group in itertools.groupby(options, key=lambda option: option.kind == "refit"):
         moments: tuple[list[Moments], Moments] | None = None
         for option in group:
-            found = Repair(
+            tried = Repair(
                 cut=cut,
                 kind=option.kind,
                 side=option.side,
@@ -173,73 +174,73 @@ def _repair_side(bench: _Bench, cut: Cut, options: Sequence[_Option], impact: fl
                 applied=False,
                 reason=option.obstacle,
             )
-            if of_layer and option.obstacle:
-                repairs.append(found)
+            if refit and option.obstacle:
+                repairs.append(tried)
                 continue
-            folds, judged = moments = moments or bench.moments(cut, option.side, of_layer)
-            change = fit(folds, _FORMS[option.side, option.kind])
-            after = _trial(bench, option, found.unit, change)
+            folds, heldout = moments = moments or setup.moments(cut, option.side, refit)
+            correction = fit(folds, _FORMS[option.side, option.kind])
+            after = _impact_with(setup, option, tried.unit, correction)
             if not option.obstacle and after < lowest:
-                best, lowest = (len(repairs), change), after
+                best, lowest = (len(repairs), correction), after
             repairs.append(
                 replace(
-                    found,
-                    strength=change.strength,
-                    cut_error_before=judged.error,
-                    cut_error_after=judged.error_with(change),
+                    tried,
+                    strength=correction.strength,
+                    cut_error_before=heldout.error,
+                    cut_error_after=heldout.error_with(correction),
                     impact_before=impact,
                     impact_after=after,
                 )
             )
     if best is None:
         return [replace(one, reason=one.reason or _NOT_NEARER) for one in repairs]
-    chosen, change = best
-    kept = repairs[chosen]
-    unit = bench.unit(kept.unit)
+    index, correction = best
+    kept = repairs[index]
+    unit = setup.unit(kept.unit)
     assert unit is not None
-    fold(unit, kept.kind, kept.side, change)
+    fold(unit, kept.kind, kept.side, correction)
     return [
         replace(one, applied=True)
-        if place == chosen
+        if one is kept
         else replace(
             one,
             reason=one.reason or (_NOT_NEARER if one.impact_after >= impact else f"{kept.kind} is better"),
         )
-        for place, one in enumerate(repairs)
+        for one in repairs
     ]
 
 
-def _bench(
+def _set_up(
     student: ModelMixin,
     teacher: ModelMixin,
     plan: PruningPlan,
     probe: Probe,
-    judged: Probe | None,
+    heldout: Probe | None,
     batch: int,
-) -> _Bench:
+) -> _Setup:
     architecture = architecture_of(teacher)
-    wanted = architecture_of(native_layout(architecture, plan).config)
-    if architecture_of(student).signature != wanted.signature:
+    expected = architecture_of(native_layout(architecture, plan).config)
+    if architecture_of(student).signature != expected.signature:
         raise PlanError(
-            f"asked to repair what plan {plan.label} leaves, found a student of another architecture; "
-            "give the U-Net that materialise(teacher, plan) made"
+            f"asked to repair the student of plan {plan.label}, found a student of another architecture; "
+            "give the U-Net that materialise(teacher, plan) returns"
         )
-    fitted, folds, judged = _split(probe, judged)
-    answer = predict(teacher, judged, batch=batch).double()
-    if not answer.isfinite().all() or not answer.any():
+    fitted, folds, heldout = _split(probe, heldout)
+    prediction = predict(teacher, heldout, batch=batch).double()
+    if not prediction.isfinite().all() or not prediction.any():
         raise DataError(
-            "asked to repair towards a teacher whose prediction is 0 or not finite; "
+            "asked to repair with a teacher whose prediction is 0 or not finite; "
             "repair in float32, or check its weights"
         )
-    return _Bench(
+    return _Setup(
         student=student,
         teacher=teacher,
-        ours=student_paths(architecture, plan),
-        theirs=teacher_paths(architecture),
+        student_paths=student_paths(architecture, plan),
+        teacher_paths=teacher_paths(architecture),
         fitted=fitted,
         folds=folds,
-        judged=judged,
-        answer=answer,
+        heldout=heldout,
+        prediction=prediction,
         batch=batch,
     )
 
@@ -250,43 +251,47 @@ def repair(
     plan: PruningPlan,
     probe: Probe,
     *,
-    kind: Choice = "best",
-    judged: Probe | None = None,
+    kind: RepairKind = "best",
+    heldout: Probe | None = None,
     batch: int = 32,
 ) -> RepairReport:
-    """Bring ``student``, the native U-Net that ``plan`` leaves of ``teacher``, nearer to it, in place.
+    """Change the weights of ``student`` in place so that its predictions come nearer to those of ``teacher``.
 
-    At each cut least squares finds what has to be added to the student's tensor: a ``shift`` (one number a channel), a
-    ``scale-shift``, a ``linear`` map of the channels, or a ``refit`` of the last layer before the cut on that layer's
-    own input. A map that has no exact fold gives way to the strongest that has, and is reported with the reason;
-    ``best`` takes of all that fold what lowers the impact most. Nothing stays that does not lower it. ``teacher`` is
-    only read; equal arguments give equal weights.
+    ``student`` is the native U-Net of ``plan``. At each cut a correction of the student's tensor is fitted by least
+    squares: a ``shift`` (one number per channel), a ``scale-shift``, a ``linear`` map of the channels, or a ``refit``
+    of the last layer before the cut on that layer's own input. If the wanted kind has no exact fold, it is reported
+    with the reason, and a weaker kind that folds takes its place. ``best`` tries all kinds and keeps the one that
+    lowers the impact most. A correction that does not lower the impact is not kept. ``teacher`` is not changed; equal
+    arguments give equal weights.
 
-    Two thirds of the probe's pictures are fitted on, the others judge; or all are, and the rows of ``judged`` judge.
-    The impacts in the report are of these rows, which also chose: before plans are compared, measure on others.
+    Two thirds of the probe's pictures are fitted on and the others held out; with ``heldout``, all pictures of the
+    probe are fitted on, and ``heldout`` holds the held-out rows. The impacts in the report are measured on held-out
+    rows, which have also decided what is kept; use other rows to compare plans.
 
     Raises NonNativePlanError or PlanError when the plan or the student does not fit, ConfigError for an unknown kind,
-    DataError for too few pictures, or a teacher that answers nothing or nothing finite.
+    DataError for too few pictures, or a teacher whose predictions are 0 or not finite.
     Source: bias correction, arXiv:1906.04721; reconstruction of a layer's output by least squares, arXiv:1707.06168.
     """
-    if kind not in get_args(Choice):
-        raise ConfigError(f"asked for a repair of kind {kind!r}; known are {', '.join(get_args(Choice))}")
-    bench = _bench(student, teacher, plan, probe, judged, batch)
+    if kind not in get_args(RepairKind):
+        raise ConfigError(
+            f"asked for a repair of kind {kind!r}; known kinds are {', '.join(get_args(RepairKind))}"
+        )
+    setup = _set_up(student, teacher, plan, probe, heldout, batch)
     cuts = find_cuts(architecture_of(teacher), plan)
-    before = impact = bench.impact()
+    before = impact = setup.impact()
     repairs: list[Repair] = []
     for cut in track(cuts, "repairing cuts", len(cuts)):
-        for _, options in itertools.groupby(_options(bench, cut, kind), key=lambda option: option.side):
-            found = _repair_side(bench, cut, tuple(options), impact)
-            repairs += found
-            impact = next((one.impact_after for one in found if one.applied), impact)
+        for _, options in itertools.groupby(_options(setup, cut, kind), key=lambda option: option.side):
+            tried = _repair_side(setup, cut, tuple(options), impact)
+            repairs += tried
+            impact = next((one.impact_after for one in tried if one.applied), impact)
     return RepairReport(
         plan=plan,
         kind=kind,
         cuts=cuts,
         repairs=tuple(repairs),
-        fitted_rows=len(bench.fitted),
-        judged_rows=len(bench.judged),
+        fitted_rows=len(setup.fitted),
+        heldout_rows=len(setup.heldout),
         impact_before=before,
         impact_after=impact,
     )

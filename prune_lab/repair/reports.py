@@ -1,4 +1,4 @@
-"""What a repair tried and what it came to, as data and as a table."""
+"""The report of a repair: the corrections that were tried and their effect, as data and as a table."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ import pandas as pd
 
 from prune_lab.plans import PruningPlan
 from prune_lab.repair.cuts import Cut
-from prune_lab.repair.folding import Kind, Side
+from prune_lab.repair.folding import CorrectionKind, Side
 from prune_lab.schemas import REPAIR_COLUMNS
 
-Choice = Literal["shift", "scale-shift", "linear", "refit", "best"]
+RepairKind = Literal["shift", "scale-shift", "linear", "refit", "best"]
 
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """One change that was tried at a cut. All errors and impacts are those of held-out rows.
+    """One correction that was tried at a cut. All errors and impacts are measured on held-out rows.
 
     ``cut_error`` is the mean squared difference to the teacher's tensors at the cut, relative to their mean square;
-    ``impact`` that of the prediction, with the repairs applied before. ``side`` says whether the change goes into the
-    unit before the cut, where every reader gets it, or into the one after it, where only the main path does. Where it
-    does not fold, the figures are those of the map as a module of its own, which is not kept.
+    ``impact`` is the same of the prediction, with all earlier repairs applied. ``side`` is the unit that gets the
+    correction: the one before the cut, so that all consumers see it, or the one after it, so that only the main path
+    does. If the correction does not fold, the figures are those of a separate module, which is not kept.
     """
 
     cut: Cut
-    kind: Kind
+    kind: CorrectionKind
     side: Side
-    folds: bool  # whether an exact fold into the unit on that side exists
+    folds: bool  # whether it can be folded exactly into the unit on that side
     applied: bool
     reason: str  # why it was not applied; empty when it was
-    # Not a number where nothing was fitted. The ridge is relative to the mean variance; infinite: a mere shift.
+    # NaN where nothing was fitted. The ridge penalty, relative to the mean variance; infinite: only a shift.
     strength: float = math.nan
     cut_error_before: float = math.nan
     cut_error_after: float = math.nan
@@ -41,36 +41,34 @@ class Repair:
 
     @property
     def unit(self) -> str:
-        """The unit whose weights the change goes into."""
+        """The unit that the correction is folded into."""
         return self.cut.before if self.side == "before" else self.cut.after
 
 
 @dataclass(frozen=True, slots=True)
 class RepairReport:
-    """What was tried at every cut that ``plan`` leaves, in order, and what it came to on the held-out rows."""
+    """The repairs tried at every cut of ``plan``, in order, and the impact on held-out rows before and after."""
 
     plan: PruningPlan
-    kind: Choice
+    kind: RepairKind
     cuts: tuple[Cut, ...]
     repairs: tuple[Repair, ...]
     fitted_rows: int
-    judged_rows: int
+    heldout_rows: int
     impact_before: float
     impact_after: float
 
     @property
     def applied(self) -> tuple[Repair, ...]:
-        """The repairs that are in the student's weights now, in order of execution."""
+        """The repairs that were folded into the student's weights, in order of execution."""
         return tuple(repair for repair in self.repairs if repair.applied)
 
     def frame(self) -> pd.DataFrame:
-        """One row per change tried, in the order of trying: cut, also_read_by, kind, side, unit, folds, applied,
-        reason, strength, cut_error_before, cut_error_after, impact_before, impact_after.
-        """
+        """One row per correction, in the order of trying, columns REPAIR_COLUMNS."""
         rows = [
             [
                 repair.cut.label,
-                ", ".join(reader.text for reader in repair.cut.torn),
+                ", ".join(consumer.text for consumer in repair.cut.mismatched),
                 *(getattr(repair, column) for column in REPAIR_COLUMNS[2:]),
             ]
             for repair in self.repairs

@@ -1,14 +1,19 @@
-"""The report of a run: tables in, figures and pages out; nothing is computed here and torch is never loaded.
+"""The report of a run: figures and pages from its tables. Nothing is measured here, and torch is not loaded.
 
-``write_report`` makes the pages. The figures can be had alone: a frame function gives the numbers, the draw function of
-the same name a matplotlib ``Figure`` in a theme.
+``write_report`` writes the pages. For a single figure, a frame function returns the numbers and the draw function
+of the same name a matplotlib ``Figure`` in a theme.
 """
 
 from __future__ import annotations
 
-from prune_lab.report.agreement import write_agreement
 from prune_lab.report.charts import draw_costs, draw_curves, draw_importance, draw_quality_plane
-from prune_lab.report.criteria_figures import draw_additivity, draw_agreement, draw_parts, draw_stability
+from prune_lab.report.criteria import (
+    draw_additivity,
+    draw_agreement,
+    draw_parts,
+    draw_stability,
+    write_agreement,
+)
 from prune_lab.report.figures import DARK, LIGHT, plan_styles
 from prune_lab.report.maps import draw_block_map, draw_plan_maps
 from prune_lab.report.page import write_report

@@ -1,4 +1,4 @@
-"""The charts of the report: importance, costs, the cost-quality plane, prediction against outcome, loss curves."""
+"""The charts of the report: importance, costs, quality against cost, predicted against measured loss, loss curves."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from prune_lab.report.figures import (
     Theme,
     impact_colors,
     impact_scale,
+    log_scale_if_wide,
     log_ticks,
     new_figure,
-    spread,
     style_axes,
 )
-from prune_lab.report.tables import PlanRow, at_the_end, importance_frame, measured, teacher_row
+from prune_lab.report.tables import PlanRow, importance_frame, measured, not_dropped, teacher_row
 
 _KIND_TITLES = {
     "block": "Single blocks",
@@ -39,14 +39,14 @@ _PART_TITLES = {
     "output": "Output loss in training",
     "feature": "Feature loss in training",
 }
-_PALE = 0.35  # how opaque the mark of a dropped candidate is
+_PALE = 0.35  # opacity of the mark of a dropped candidate
 
 
 # Importance ------------------------------------------------------------------------------------------------------
 
 
 def draw_importance(importance: pd.DataFrame, theme: Theme) -> Figure:
-    """Impact of every scored group with its interval on a log axis, most valuable on top; one panel per kind."""
+    """Impact of every scored group with its interval on a log axis, largest on top; one panel per kind of group."""
     groups = {kind: importance_frame(importance, kind) for kind in _KIND_TITLES}
     groups = {kind: frame for kind, frame in groups.items() if len(frame)}
     rest = [len(frame) + 3 for kind, frame in groups.items() if kind != "block"]
@@ -54,7 +54,7 @@ def draw_importance(importance: pd.DataFrame, theme: Theme) -> Figure:
     figure = new_figure(theme, 11, 0.9 + 0.2 * rows)
     columns = figure.add_gridspec(1, 2 if "block" in groups and rest else 1)
     limits = _impact_limits(importance)
-    # One colour per value in all figures: the scale is that of the map, which shows single blocks.
+    # The colour scale of single blocks, as in the block map, so that a value has one colour in all figures.
     scale = impact_scale(groups.get("block", importance)["impact"])
     panels: dict[str, Axes] = {}
     if "block" in groups:
@@ -79,7 +79,7 @@ def _impact_limits(importance: pd.DataFrame) -> tuple[float, float]:
 def _draw_impacts(
     axes: Axes, frame: pd.DataFrame, theme: Theme, limits: tuple[float, float], scale: LogNorm, *, title: str
 ) -> None:
-    """Stems from the edge of the axis: on a log axis a bar has no zero to stand on, only its end counts."""
+    """A point per group with its interval; the line from the edge only leads the eye, as a log axis has no zero."""
     style_axes(axes, theme, title=title)
     positions = np.arange(len(frame))[::-1]
     colors = impact_colors(theme)(scale(frame["impact"]))
@@ -111,7 +111,7 @@ def _draw_impacts(
 
 
 def draw_costs(costs: pd.DataFrame, importance: pd.DataFrame | None, theme: Theme) -> Figure:
-    """Parameters and multiply-adds of every part in the order of the table, beside what removing it does."""
+    """Parameters and multiply-adds of every part in the order of the table, beside the impact of its removal."""
     order = np.arange(len(costs))[::-1]
     scores = None if importance is None else importance[importance["kind"] == "block"].set_index("group")
     figure = new_figure(theme, 11, 1.0 + 0.19 * len(costs))
@@ -142,15 +142,15 @@ def draw_costs(costs: pd.DataFrame, importance: pd.DataFrame | None, theme: Them
     if scores is not None:
         joined = scores.reindex(costs["name"])
         limits = _impact_limits(scores)
-        there = joined["impact"].notna().to_numpy()
+        scored = joined["impact"].notna().to_numpy()
         style_axes(panels[2], theme, title="Impact of removal (log scale)")
         panels[2].set_xscale("log")
         panels[2].set_xlim(*limits)
         log_ticks(panels[2].xaxis, *limits)
-        low, high = (joined[side].clip(lower=limits[0])[there] for side in ("low", "high"))
-        panels[2].hlines(order[there], low, high, color=theme.text, lw=1.2)
+        low, high = (joined[side].clip(lower=limits[0])[scored] for side in ("low", "high"))
+        panels[2].hlines(order[scored], low, high, color=theme.text, lw=1.2)
         panels[2].scatter(
-            joined["impact"].clip(lower=limits[0])[there], order[there], s=18, color=theme.text, zorder=3
+            joined["impact"].clip(lower=limits[0])[scored], order[scored], s=18, color=theme.text, zorder=3
         )
     panels[0].set_yticks(order, costs["name"])
     panels[0].tick_params(axis="y", colors=theme.text, labelsize=8)
@@ -168,7 +168,7 @@ def _cost_colors(theme: Theme) -> tuple[str, str]:
 def draw_quality_plane(ranking: pd.DataFrame, styles: Mapping[str, PlanStyle], theme: Theme) -> Figure:
     """Held-out loss and CLIP score against multiply-adds and parameters, before (hollow) and after distillation.
 
-    Those that the tournament dropped are pale: they stand where they had come to, and are no part of the front.
+    Candidates that the tournament dropped are pale, at the loss of their last rung, and are not part of the front.
     """
     rows = measured(ranking)
     teacher = teacher_row(ranking)
@@ -181,7 +181,7 @@ def draw_quality_plane(ranking: pd.DataFrame, styles: Mapping[str, PlanStyle], t
     for line, (quality, quality_label) in zip(grid, qualities, strict=True):
         for axes, (cost, cost_label) in zip(line, costs, strict=True):
             style_axes(axes, theme, grid="both")
-            _draw_front(axes, at_the_end(ranking), cost, quality, theme)
+            _draw_front(axes, not_dropped(ranking), cost, quality, theme)
             _draw_outcomes(axes, rows, cost, quality, styles, theme)
             if teacher is not None and pd.notna(teacher[f"{quality}_after"]):
                 axes.axhline(teacher[f"{quality}_after"], color=theme.muted, lw=1, ls=(0, (4, 3)))
@@ -192,9 +192,9 @@ def draw_quality_plane(ranking: pd.DataFrame, styles: Mapping[str, PlanStyle], t
             if axes is grid[-1][0] or axes is grid[-1][1]:
                 axes.set_xlabel(cost_label)
         line[0].set_ylabel(quality_label)
-        # Before training the losses can be many times those after it; a log axis keeps both apart.
+        # Losses before training can be many times those after it; a log axis keeps both readable.
         values = rows[[f"{quality}_before", f"{quality}_after"]].to_numpy(dtype=float)
-        if quality == "loss" and spread(line[0], "y", values):
+        if quality == "loss" and log_scale_if_wide(line[0], "y", values):
             line[0].set_ylabel(f"{quality_label} (log)")
     extra = [
         _legend_mark("hollow: before distillation", "o", theme.surface, theme.muted),
@@ -202,7 +202,7 @@ def draw_quality_plane(ranking: pd.DataFrame, styles: Mapping[str, PlanStyle], t
     ]
     if teacher is not None:
         extra.insert(0, _legend_mark("teacher", "s", theme.text, theme.text))
-    if len(at_the_end(rows)) < len(rows):
+    if len(not_dropped(rows)) < len(rows):
         pale = _legend_mark("pale: dropped before the end", "o", theme.muted, theme.muted)
         pale.set_alpha(_PALE)
         extra.append(pale)
@@ -231,7 +231,7 @@ def _draw_outcomes(
 
 
 def _draw_front(axes: Axes, ranking: pd.DataFrame, cost: str, quality: str, theme: Theme) -> None:
-    """A staircase under (for a loss) or over (for a score) all models: at each cost, the best quality to be had."""
+    """The Pareto front as a staircase: at each cost, the best quality of all models that cost no more."""
     column = f"{quality}_after"
     points = ranking.dropna(subset=[cost, column]).sort_values(cost)
     best = points[column].cummin() if quality == "loss" else points[column].cummax()
@@ -245,14 +245,17 @@ def plan_legend(
     theme: Theme,
     extra: Sequence[Line2D] = (),
 ) -> None:
-    """Put a legend under ``figure``: the marks of the plans in ``rows`` (plan_id, plan) and those in ``extra``."""
+    """Add a legend under ``figure``: the marks of the plans in ``rows`` (plan_id, plan) and the marks ``extra``."""
     labels = dict(zip(rows["plan_id"].astype(str), rows["plan"].astype(str), strict=True))
-    handles = [
+    marks = [
         _legend_mark(labels[plan_id], style.marker, style.color, style.color)
         for plan_id, style in styles.items()
         if plan_id in labels
     ]
-    handles += extra
+    _legend_below(figure, [*marks, *extra], theme)
+
+
+def _legend_below(figure: Figure, handles: Sequence[Line2D], theme: Theme) -> None:
     figure.legend(
         handles=handles,
         loc="outside lower center",
@@ -271,7 +274,7 @@ def _legend_mark(label: str, marker: str, face: str, edge: str) -> Line2D:
 def draw_prediction(ranking: pd.DataFrame, styles: Mapping[str, PlanStyle], theme: Theme) -> Figure:
     """The candidates' impact in one shot against their held-out loss before and after distillation.
 
-    After it only those that came to the end: a loss after fewer steps says something else.
+    The panel after distillation shows no dropped candidates: losses after fewer steps cannot be compared.
     """
     rows = measured(ranking)
     rows = rows[rows["impact_one_shot"] > 0]
@@ -280,13 +283,13 @@ def draw_prediction(ranking: pd.DataFrame, styles: Mapping[str, PlanStyle], them
     titles = {"loss_before": "Before distillation", "loss_after": "After distillation"}
     for axes, (column, title) in zip(panels, titles.items(), strict=True):
         style_axes(axes, theme, title=title, grid="both")
-        shown = rows if column == "loss_before" else at_the_end(rows)
+        shown = rows if column == "loss_before" else not_dropped(rows)
         for row in shown.to_dict("records"):
             style = styles[str(row["plan_id"])]
             axes.scatter(
                 [row["impact_one_shot"]], [row[column]], s=52, marker=style.marker, color=style.color
             )
-        is_log = spread(axes, "x", rows["impact_one_shot"].to_numpy(dtype=float))
+        is_log = log_scale_if_wide(axes, "x", rows["impact_one_shot"].to_numpy(dtype=float))
         axes.set_xlabel("impact in one shot, before any training" + (" (log scale)" if is_log else ""))
     panels[0].set_ylabel("held-out denoising loss")
     plan_legend(figure, rows, styles, theme)
@@ -300,8 +303,7 @@ def draw_curves(
     curves: pd.DataFrame, plans: Sequence[PlanRow], styles: Mapping[str, PlanStyle], theme: Theme
 ) -> Figure:
     """The held-out loss and the three training losses of every candidate, step by step."""
-    there = set(curves["part"])
-    parts = [part for part in _PART_TITLES if part in there]
+    parts = [part for part in _PART_TITLES if part in set(curves["part"])]
     figure = new_figure(theme, 11, 0.6 + 2.9 * -(-len(parts) // 2))
     grid = figure.subplots(-(-len(parts) // 2), min(2, len(parts)), squeeze=False)
     for axes in grid.flat[len(parts) :]:
@@ -321,7 +323,7 @@ def draw_curves(
                 ms=4,
             )
         values = curves.loc[curves["part"] == part, "value"].to_numpy(dtype=float)
-        is_log = spread(axes, "y", values)
+        is_log = log_scale_if_wide(axes, "y", values)
         style_axes(axes, theme, title=_PART_TITLES[part] + (" (log)" if is_log else ""), grid="y")
         axes.set_xlabel("distillation step")
     handles = [
@@ -329,12 +331,5 @@ def draw_curves(
         for plan in shown
         for style in [styles[plan.id]]
     ]
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=min(4, len(handles)),
-        frameon=False,
-        fontsize=8.5,
-        labelcolor=theme.text,
-    )
+    _legend_below(figure, handles, theme)
     return figure

@@ -21,13 +21,13 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table for reading; the exact numbers are in ``source``, a CSV beside the page."""
+    """A table with rounded numbers; the exact numbers are in ``source``, a CSV beside the page."""
 
     caption: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     source: str = ""
-    left: int = 1  # how many columns hold text and are set flush left
+    left: int = 1  # number of columns with text, which are aligned left
     folded: bool = False
 
 
@@ -46,13 +46,13 @@ SectionItem = Text | Table | Chart
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A heading with what stands under it."""
+    """A heading with its content; ``key`` is the anchor in the page."""
 
     key: str
     title: str
     parts: tuple[SectionItem, ...]
 
 
-def not_run(what: str, verb: str) -> Text:
-    """The words that stand where the result of a step would be."""
-    return Text((f"Not run yet: {what}. `prune-lab {verb} --run DIR` does it.",), note=True)
+def not_run(missing: str, verb: str) -> Text:
+    """The note in place of the result of a step that has not been run: what is ``missing`` and the command to run."""
+    return Text((f"Not run yet: {missing}. `prune-lab {verb} --run DIR` does it.",), note=True)

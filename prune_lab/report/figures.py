@@ -1,22 +1,23 @@
-"""How every figure of the report looks: themes, colours of plans, the scale of impact, and writing to files.
+"""The style of all figures of the report: themes, styles of plans, the colour scale of impact, writing to files.
 
-Figures are explicit ``Figure`` objects: no pyplot, no global state, so a report can be made from any thread.
+Figures are explicit ``Figure`` objects, without pyplot and global state, so a report can be written from any thread.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -30,7 +31,7 @@ from prune_lab.runtime import atomic_write
 
 @dataclass(frozen=True, slots=True)
 class Theme:
-    """Colours of one appearance; ``impact_map`` is the colour map whose strong end stands for a valuable block."""
+    """Colours of a light or dark page; ``impact_map`` is the colour map, whose strong end means a large impact."""
 
     name: str
     text: str
@@ -40,21 +41,22 @@ class Theme:
     impact_map: str
 
 
-# Viridis keeps its order with every kind of colour vision; reversed on white, so that more ink means more valuable.
+# Viridis keeps its order with every kind of colour vision. It is reversed on white, so that darker means more impact.
 LIGHT = Theme("light", "#1c2127", "#59636e", "#dfe3e8", "#ffffff", "viridis_r")
 DARK = Theme("dark", "#e6e8eb", "#9aa4ae", "#343b43", "#15181c", "viridis")
 
 
 @dataclass(frozen=True, slots=True)
 class PlanStyle:
-    """One look per plan, the same in every figure; shape and dash repeat what the colour says."""
+    """Colour, marker and dash of a plan, the same in every figure; each of them identifies the plan."""
 
     color: str
     marker: str
     dash: str
 
 
-# Okabe and Ito's colours, told apart with every kind of colour vision, less the yellow that vanishes on white.
+# Okabe and Ito's colours, distinguishable with every kind of colour vision, without the yellow, invisible on white;
+# then four more.
 _COLORS = (
     "#0072B2",
     "#D55E00",
@@ -72,7 +74,7 @@ _SEARCH_DASHES = ("--", "-.", ":")
 
 
 def plan_styles(plans: Sequence[PlanRow]) -> dict[str, PlanStyle]:
-    """A style for each plan id: controls are discs with solid lines, searched plans have other shapes and dashes."""
+    """A style for each plan id: controls have discs and solid lines, searched plans other markers and dashes."""
     styles: dict[str, PlanStyle] = {}
     searched = 0
     for index, plan in enumerate(plans):
@@ -86,7 +88,7 @@ def plan_styles(plans: Sequence[PlanRow]) -> dict[str, PlanStyle]:
 
 
 def impact_scale(impacts: pd.Series[float]) -> LogNorm:
-    """The logarithmic colour scale of impact, from a round number below the least positive one to one above all."""
+    """The logarithmic colour scale of impact; it ends at round numbers below and above the positive impacts."""
     positive = impacts[impacts > 0]
     if positive.empty:
         return LogNorm(1e-4, 1.0, clip=True)
@@ -95,7 +97,7 @@ def impact_scale(impacts: pd.Series[float]) -> LogNorm:
 
 
 def _round_number(value: float, nearest: Callable[[float], float]) -> float:
-    """One digit, not above (``floor``) or not below (``ceil``) the value: 0.0037 gives 0.003 or 0.004."""
+    """``value`` rounded down (``floor``) or up (``ceil``) to one digit: 0.0037 gives 0.003 or 0.004."""
     decade = 10.0 ** np.floor(np.log10(value))
     return float(nearest(value / decade) * decade)
 
@@ -105,8 +107,16 @@ def impact_colors(theme: Theme) -> Colormap:
     return mpl.colormaps[theme.impact_map]
 
 
+def impact_bar(figure: Figure, norm: LogNorm, theme: Theme, label: str, layout: Mapping[str, Any]) -> None:
+    """Add the colour bar of impact to ``figure``; ``layout`` holds arguments of matplotlib's ``colorbar``."""
+    bar = figure.colorbar(ScalarMappable(norm, impact_colors(theme)), **layout)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(colors=theme.muted, labelsize=8, length=0, which="both")
+    bar.set_label(label, color=theme.text, fontsize=9)
+
+
 def new_figure(theme: Theme, width: float, height: float) -> Figure:
-    """An empty figure of ``width`` x ``height`` inches whose background lets the page shine through."""
+    """An empty figure of ``width`` x ``height`` inches with a transparent background."""
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.patch.set_alpha(0.0)
     figure.set_edgecolor(theme.surface)
@@ -114,7 +124,7 @@ def new_figure(theme: Theme, width: float, height: float) -> Figure:
 
 
 def style_axes(axes: Axes, theme: Theme, *, title: str = "", grid: str = "x") -> None:
-    """Give ``axes`` the quiet look of the report: no box, a thin grid along ``grid``, small grey tick labels."""
+    """Give ``axes`` the style of the report: no box, a thin grid along ``grid`` (x, y or both), small grey labels."""
     axes.set_facecolor("none")
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
@@ -134,14 +144,14 @@ def style_axes(axes: Axes, theme: Theme, *, title: str = "", grid: str = "x") ->
 
 
 def log_ticks(axis: Axis, low: float, high: float) -> None:
-    """Put few and readable numbers on the logarithmic ``axis`` from ``low`` to ``high``."""
+    """Put a few short numbers on the logarithmic ``axis`` from ``low`` to ``high``."""
     axis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0) if high < 300 * low else (1.0,)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
 
 
-def spread(axes: Axes, side: Literal["x", "y"], values: NDArray[np.float64]) -> bool:
-    """Whether that axis was made logarithmic: worth it for positive values that span more than a factor of three."""
+def log_scale_if_wide(axes: Axes, side: Literal["x", "y"], values: NDArray[np.float64]) -> bool:
+    """Whether the axis ``side`` was made logarithmic: for positive values that span more than a factor of three."""
     known = values[np.isfinite(values)]
     if not len(known) or known.min() <= 0 or known.max() <= 3 * known.min():
         return False
@@ -150,39 +160,39 @@ def spread(axes: Axes, side: Literal["x", "y"], values: NDArray[np.float64]) -> 
     return True
 
 
-def settle(figure: Figure) -> Bbox:
-    """The area of ``figure`` that holds ink, in inches; what is in it is fixed in its place from here on."""
+def freeze_layout(figure: Figure) -> Bbox:
+    """The area of ``figure`` that is drawn on, in inches; afterwards the layout no longer changes."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     return figure.get_tightbbox().padded(0.05)
 
 
-def save_png(figure: Figure, path: Path, part: Bbox) -> None:
-    """Write ``part`` of ``figure`` to ``path`` on white, for readers of the Markdown page."""
+def save_png(figure: Figure, path: Path, area: Bbox) -> None:
+    """Write the ``area`` of ``figure`` to ``path`` on a white background, for the Markdown page."""
     with atomic_write(path) as temporary:
         figure.savefig(
             temporary,
             format="png",
             dpi=130,
             facecolor=LIGHT.surface,
-            bbox_inches=part,
+            bbox_inches=area,
             metadata={"Software": None},
         )
 
 
-def svg_uri(figure: Figure, part: Bbox) -> str:
-    """``part`` of ``figure`` as a data URI with nothing in it that changes from one writing to the next."""
+def svg_uri(figure: Figure, area: Bbox) -> str:
+    """The ``area`` of ``figure`` as a data URI; equal figures give equal bytes."""
     buffer = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": "prune_lab", "svg.fonttype": "path"}):
         figure.savefig(
             buffer,
             format="svg",
-            bbox_inches=part,
+            bbox_inches=area,
             metadata={"Date": None, "Creator": None},
         )
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def file_uri(path: Path) -> str:
+def png_uri(path: Path) -> str:
     """The PNG file ``path`` as a data URI."""
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")

@@ -1,4 +1,4 @@
-"""How numbers are written in the report; what is not known is a dash and never a zero."""
+"""Formats of numbers in the report; an unknown value is a dash, never a zero."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-UNKNOWN = "\u2013"  # not measured, not run or not applicable; never shown as a zero
+UNKNOWN = "\u2013"  # a dash: not measured, not run or not applicable
 MINUS = "\u2212"
 NARROW = "\u202f"  # a thin space that keeps a number and its unit on one line
 
 
 def count(value: object) -> str:
-    """A whole number with its thousands set apart: 859,520,964."""
+    """A whole number with separated thousands: 859,520,964."""
     return UNKNOWN if is_missing(value) else f"{int(float(str(value))):,}"
 
 
@@ -28,7 +28,7 @@ def amount(value: object) -> str:
     return f"{number:.0f}"
 
 
-def change(value: object) -> str:
+def percent_change(value: object) -> str:
     """A fraction as a signed percentage: −32.6 %."""
     if is_missing(value):
         return UNKNOWN
@@ -37,8 +37,8 @@ def change(value: object) -> str:
     return f"{sign}{abs(percent):.1f}{NARROW}%"
 
 
-def figure3(value: object) -> str:
-    """A loss or score with four decimals, or an exponent where these would hide it."""
+def loss_or_score(value: object) -> str:
+    """A loss or score with four decimals, or with an exponent when it is too small for four."""
     if is_missing(value):
         return UNKNOWN
     number = float(str(value))
@@ -46,7 +46,7 @@ def figure3(value: object) -> str:
 
 
 def short_number(value: object) -> str:
-    """``value`` in as few characters as two significant digits need: 1.2e-4, 0.012, 0.31, 2.1."""
+    """``value`` with two significant digits, in few characters: 1.2e-4, 0.012, 0.31, 2.1."""
     if is_missing(value):
         return UNKNOWN
     number = float(str(value))
@@ -67,12 +67,12 @@ def milliseconds(value: object) -> str:
 
 
 def is_missing(value: object) -> bool:
-    """Whether a cell holds nothing."""
+    """Whether a cell of a table has no value."""
     return value is None or bool(pd.isna(value))  # type: ignore[call-overload]
 
 
-def in_words(items: Iterable[str]) -> str:
-    """The items as an enumeration: a, b and c."""
+def enumeration(items: Iterable[str]) -> str:
+    """The items in one phrase: a, b and c."""
     listed = list(items)
     if len(listed) < 2:
         return listed[0] if listed else "none"

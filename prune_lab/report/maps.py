@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
@@ -15,6 +14,7 @@ from matplotlib.patches import FancyBboxPatch
 from prune_lab.report.figures import (
     PlanStyle,
     Theme,
+    impact_bar,
     impact_colors,
     impact_scale,
     new_figure,
@@ -27,7 +27,7 @@ _WIDTH, _HEIGHT, _STEP, _INDENT = 0.92, 0.66, 1.0, 0.55
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """Where a block stands on the map; ``x`` and ``y`` are its lower left corner, ``y`` grows upwards."""
+    """The position of a block on the map: ``x`` and ``y`` of its lower left corner, ``y`` upwards."""
 
     name: str
     x: float
@@ -69,30 +69,21 @@ def map_cells(frame: pd.DataFrame) -> tuple[tuple[Cell, ...], tuple[tuple[str, f
 
 
 def draw_block_map(frame: pd.DataFrame, theme: Theme) -> Figure:
-    """Every block as a cell coloured by impact on a log scale; corners tell attention (round) from residual."""
+    """Every block as a cell coloured by impact on a log scale; attention blocks have round corners."""
     norm = impact_scale(frame["impact"])
     figure = new_figure(theme, 11, 4.9)
     axes = figure.add_subplot()
     _draw_cells(axes, frame, theme, norm, removed=frozenset(), outline=theme.text, numbers=True)
     if frame["impact"].notna().any():
-        bar = figure.colorbar(
-            ScalarMappable(norm, impact_colors(theme)),
-            ax=axes,
-            orientation="horizontal",
-            fraction=0.045,
-            aspect=50,
-            pad=0.02,
-        )
-        bar.outline.set_visible(False)
-        bar.ax.tick_params(colors=theme.muted, labelsize=8, length=0, which="both")
-        bar.set_label("impact of removing the block (log scale)", color=theme.text, fontsize=9)
+        layout = {"ax": axes, "orientation": "horizontal", "fraction": 0.045, "aspect": 50, "pad": 0.02}
+        impact_bar(figure, norm, theme, "impact of removing the block (log scale)", layout)
     return figure
 
 
 def draw_plan_maps(
     frame: pd.DataFrame, plans: Sequence[PlanRow], styles: Mapping[str, PlanStyle], theme: Theme
 ) -> Figure:
-    """One small map per plan: what stays is filled with its impact's colour, what goes is an outline."""
+    """One small map per plan: blocks that stay have the colour of their impact, removed blocks are outlines."""
     columns = min(3, len(plans))
     rows = -(-len(plans) // columns)
     norm = impact_scale(frame["impact"])
@@ -101,7 +92,9 @@ def draw_plan_maps(
     for axes in grid.flat[len(plans) :]:
         axes.set_visible(False)
     titles = {plan.id: f"{plan.label}  {MINUS}{len(plan.removed)} blocks" for plan in plans}
-    size = min(10.0, 350 / max(map(len, titles.values())))  # what fits over a third of the figure
+    size = min(
+        10.0, 350 / max(map(len, titles.values()))
+    )  # the longest title fits over a third of the figure
     for axes, plan in zip(grid.flat, plans, strict=False):
         style = styles[plan.id]
         _draw_cells(

@@ -1,4 +1,4 @@
-"""The pages: one HTML file that works offline, the same as Markdown with its pictures beside it, and the tables."""
+"""The pages of the report: one HTML file that works offline, the same content as Markdown, and the tables as CSV."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from prune_lab.report.document import Chart, Section, Table, Text
-from prune_lab.report.figures import DARK, LIGHT, save_png, settle, svg_uri
+from prune_lab.report.figures import DARK, LIGHT, freeze_layout, save_png, svg_uri
 from prune_lab.report.sections import report_sections
 from prune_lab.report.tables import RunTables, read_run
 from prune_lab.runs import Run
 from prune_lab.runtime import atomic_write, write_text
 
-# What a reader may want as numbers; each is copied beside the page as the step wrote it.
+# The tables that are copied beside the page, as the steps wrote them.
 _CSV_FILES = (
     *("blocks", "importance", "importance_parts", "criteria", "costs", "reductions", "pipeline_profile"),
     *("ranking", "tournament"),
@@ -30,9 +30,9 @@ _CSV_FILES = (
 
 
 def write_report(run: Run) -> Path:
-    """The path of the report on ``run`` as one HTML file; Markdown, PNG and CSV files are written beside it.
+    """The path of the report on ``run``, one HTML file; Markdown, PNG and CSV files are written beside it.
 
-    Reads only files of the run folder, so it can be made at any time; steps that have not been run are named.
+    Reads only files of the run folder, so it can be called after any step; the report names steps that are missing.
     Raises RunError when the folder holds nothing to report, DataError when one of its files is damaged.
     """
     tables = read_run(run)
@@ -72,10 +72,10 @@ def _render(part: Text | Table | Chart, run: Run) -> dict[str, Any]:
             return {"kind": "table", **asdict(part)}
         case Chart():
             light, dark = part.draw(LIGHT), part.draw(DARK)
-            inked = settle(light)
+            area = freeze_layout(light)
             file = f"{part.name}.png"
-            save_png(light, run.report_dir / file, inked)
-            uris = {"light": svg_uri(light, inked), "dark": svg_uri(dark, settle(dark))}
+            save_png(light, run.report_dir / file, area)
+            uris = {"light": svg_uri(light, area), "dark": svg_uri(dark, freeze_layout(dark))}
             return {"kind": "drawing", "alt": part.alt, "caption": part.caption, "file": file, **uris}
 
 
@@ -85,7 +85,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _facts(tables: RunTables) -> list[tuple[str, str]]:
-    """What identifies the run, for the head of the page."""
+    """(name, value) pairs that identify the run, for the head of the page."""
     environment = tables.environment
     facts = {
         "Model": tables.model,
@@ -110,7 +110,7 @@ def _version() -> str:
 
 
 def _template(name: str, *, autoescape: bool, page: dict[str, Any]) -> str:
-    # S701 does not apply to the Markdown page: its filters escape what Markdown would read.
+    # S701 does not apply to the Markdown page: its filters escape what Markdown would interpret.
     environment = Environment(autoescape=autoescape, undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters["inline"] = _inline
     environment.filters["plain"] = _plain
@@ -127,10 +127,10 @@ def _inline(text: str) -> Markup:
 
 
 def _plain(text: object) -> str:
-    """``text`` with what a Markdown table or line would read as markup made harmless."""
+    """``text`` with all Markdown markup escaped, for a table or a line."""
     return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", str(text).replace("\n", " "))
 
 
 def _prose(text: str) -> str:
-    """``text`` for a paragraph of Markdown: its `code` and *emphasis* stay, tags in it become words."""
+    """``text`` for a paragraph of Markdown: `code` and *emphasis* stay, HTML tags are escaped."""
     return re.sub(r"([<>])", r"\\\1", text)

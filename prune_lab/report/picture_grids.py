@@ -20,12 +20,12 @@ from prune_lab.report.tables import PictureSet, RunTables
 
 _LABEL = 2.6  # width of the prompts in pictures
 _HEAD = 0.95  # height of the column titles in pictures
-_SPACE = 0.06  # between two pictures of a sheet, and 0.3 between two candidates
+_SPACE = 0.06  # between two columns of one candidate; 0.3 between two candidates
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """The pictures of one model in one state, in the order of prompts and seeds."""
+    """The pictures of one model in one state (pruned or distilled), in the order of prompts and seeds."""
 
     plan_id: str  # empty for the teacher
     title: str
@@ -63,7 +63,7 @@ def comparison_columns(teacher: Path, sets: Sequence[PictureSet], files: Sequenc
 def draw_comparison(
     columns: Sequence[Column], labels: Sequence[str], styles: Mapping[str, PlanStyle], theme: Theme
 ) -> Figure:
-    """All ``columns`` beside each other, the prompt of each row on the left, plan names in their colours on top."""
+    """All ``columns`` side by side, with the prompt of each row on the left and coloured plan names on top."""
     steps = [0.0] + [1 + (0.3 if a.plan_id != b.plan_id else _SPACE) for a, b in pairwise(columns)]
     lefts = np.cumsum(steps)
     width = _LABEL + float(lefts[-1]) + 1
@@ -126,7 +126,7 @@ def picture_parts(tables: RunTables) -> tuple[SectionItem, ...]:
         f"{row.prompt} (seed {row.seed})" if several else str(row.prompt) for row in prompts.itertuples()
     ]
     parts: list[SectionItem] = [intro]
-    # Six candidates in two states are as many columns as a page can show with pictures that can still be seen.
+    # Six candidates in two states are the most columns that fit on a page with pictures that are not too small.
     sheets = max(1, -(-len(tables.pictures) // 6))
     per_sheet = max(1, -(-len(tables.pictures) // sheets))
     for sheet in range(sheets):

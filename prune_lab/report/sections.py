@@ -1,4 +1,4 @@
-"""The report as data, section by section; both pages are written from these, so they cannot disagree."""
+"""The content of the report, section by section; the HTML and the Markdown page are both written from it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from prune_lab.report.charts import (
     draw_prediction,
     draw_quality_plane,
 )
-from prune_lab.report.criteria_figures import draw_parts
+from prune_lab.report.criteria import draw_parts
 from prune_lab.report.document import Chart, Section, SectionItem, Table, Text, not_run
 from prune_lab.report.figures import plan_styles
 from prune_lab.report.format import (
     NARROW,
     UNKNOWN,
     amount,
-    change,
     count,
     is_missing,
     milliseconds,
+    percent_change,
     short_number,
 )
 from prune_lab.report.maps import draw_block_map, draw_plan_maps
@@ -34,12 +34,12 @@ from prune_lab.report.tournament import ranking_tables, tournament_parts
 
 
 def report_sections(tables: RunTables) -> tuple[Section, ...]:
-    """The whole report on ``tables``; a section whose step has not been run says so and names the command."""
+    """All sections of the report on ``tables``; where a step has not been run, a note names the command."""
     return (
         Section("summary", "Summary", summary(tables)),
-        Section("blocks", "What each block is worth", _blocks(tables)),
-        Section("costs", "What each block costs", _costs(tables)),
-        Section("reductions", "What the plans save", _reductions(tables)),
+        Section("blocks", "Impact of each block", _blocks(tables)),
+        Section("costs", "Cost of each block", _costs(tables)),
+        Section("reductions", "Savings of the plans", _reductions(tables)),
         Section("candidates", "The candidates", _candidates(tables)),
         Section("ranking", "Cost against quality", _ranking(tables)),
         Section("distillation", "Distillation", _distillation(tables)),
@@ -58,7 +58,7 @@ def _blocks(tables: RunTables) -> tuple[SectionItem, ...]:
             f"The {len(frame)} blocks of the U-Net in the shape of a U, each coloured by the impact of its removal.",
             "Down stages on the left, the mid stage at the bottom, up stages on the right; dotted arrows are skip "
             "connections. Square cells are residual blocks (R), round ones attention blocks (A). A star marks a block "
-            "that changes the width of the signal: it is scored through channel interpolation and cannot be removed.",
+            "that changes the number of channels: it cannot be removed, and is scored with channel interpolation.",
             lambda theme: draw_block_map(frame, theme),
         )
     ]
@@ -76,15 +76,15 @@ def _blocks(tables: RunTables) -> tuple[SectionItem, ...]:
         _importance_table(importance),
     ]
     if tables.parts is not None and len(tables.parts):
-        timed = tables.parts
+        impacts = tables.parts
         parts.insert(
             -1,
             Chart(
                 "importance_parts",
                 "Impact of every block by timestep and by kind of prompt, coloured on a log scale.",
-                "Each column is relative to the predictions of its own samples. High timesteps, where noise hides the "
-                "picture, are on the right; a column with few samples is rough.",
-                lambda theme: draw_parts(timed, theme),
+                "The impacts in a column are relative to the predictions of its own samples. High timesteps, with much "
+                "noise, are on the right. Columns with few samples are less exact.",
+                lambda theme: draw_parts(impacts, theme),
             ),
         )
     return tuple(parts)
@@ -92,20 +92,19 @@ def _blocks(tables: RunTables) -> tuple[SectionItem, ...]:
 
 def _how_scored(importance: pd.DataFrame, criterion: str) -> str:
     least, most = importance["samples"].min(), importance["samples"].max()
-    spent = (
-        f"{count(most)} held-out samples"
-        if least == most
-        else (
-            f"a race over held-out samples: from {count(least)} where the order was settled early to {count(most)}"
+    samples = f"{count(most)} held-out samples"
+    if least != most:
+        samples = (
+            f"held-out samples, in a race: between {count(least)} samples, where the order was clear early, and "
+            f"{count(most)}"
         )
-    )
     scale = (
-        " 0.01 means that the prediction moves by one hundredth of its own mean square."
+        " 0.01 means that the mean squared change of the prediction is one hundredth of its mean square."
         if criterion == "output-mse"
         else ""
     )
     return (
-        f"Criterion `{criterion}` on {spent}. The line through each point is its bootstrap interval.{scale}"
+        f"Criterion `{criterion}` on {samples}. The line through each point is its bootstrap interval.{scale}"
     )
 
 
@@ -136,8 +135,8 @@ def _costs(tables: RunTables) -> tuple[SectionItem, ...]:
         Chart(
             "costs",
             "Parameters and multiply-adds of every block, sampler and the rest, beside the impact of removal.",
-            "Blocks in the order of execution, then the samplers and the rest; they add up to the whole U-Net. "
-            "The cost of a plan is the whole less the blocks it removes. One fused multiply-add counts as one.",
+            "Blocks in the order of execution, then the samplers and the rest; together they are the whole U-Net. "
+            "The cost of a plan is that of the whole minus the blocks it removes. A multiply-add counts as one.",
             lambda theme: draw_costs(costs, importance, theme),
         ),
         Table(
@@ -180,8 +179,8 @@ def _reductions(tables: RunTables) -> tuple[SectionItem, ...]:
     parts: list[SectionItem] = [
         Text(
             (
-                "Two ways of counting multiply-adds (MACs), never mixed: *whole* counts everything; *paper* leaves "
-                "out the products inside attention, as the figures published with BK-SDM do.",
+                "Multiply-adds (MACs) are counted in two ways: *whole* counts everything; *paper* omits the products "
+                "inside attention, as in the figures published with BK-SDM.",
             )
         )
     ]
@@ -193,11 +192,14 @@ def _reductions(tables: RunTables) -> tuple[SectionItem, ...]:
         for index, row in enumerate(frame.to_dict("records")):
             first = index == 0
             cells = [str(row["plan"]), count(row["blocks_removed"])]
-            for column, words in (("params", count), ("macs", amount), ("paper_macs", amount)):
-                cells += [words(row[column]), "" if first else change(row[f"{column}_change"])]
+            for column, formatted in (("params", count), ("macs", amount), ("paper_macs", amount)):
+                cells += [formatted(row[column]), "" if first else percent_change(row[f"{column}_change"])]
             cells.append("yes" if str(row["native"]) == "True" else "no")
             if has_times:
-                cells += [milliseconds(row["median_ms"]), "" if first else change(row.get("latency_change"))]
+                cells += [
+                    milliseconds(row["median_ms"]),
+                    "" if first else percent_change(row.get("latency_change")),
+                ]
                 cells.append(
                     f"{row['p10_ms']:.3g} to {milliseconds(row['p90_ms'])}" if "p10_ms" in row else UNKNOWN
                 )
@@ -209,17 +211,19 @@ def _reductions(tables: RunTables) -> tuple[SectionItem, ...]:
 
 
 def _footnotes(frame: pd.DataFrame, has_times: bool) -> list[SectionItem]:
-    """What a reduction table leaves out: operators without a formula, and how often times were taken."""
-    says = []
+    """Notes on a table of reductions: operators that are not counted, and the number of timed runs."""
+    sentences = []
     if "uncounted" in frame and not is_missing(frame["uncounted"].iloc[0]):
         calls = str(frame["uncounted"].iloc[0]).replace(":", " ").split()
         listed = ", ".join(f"{name} {number}" for name, number in zip(calls[::2], calls[1::2], strict=False))
-        says.append(f"Not counted as multiply-adds, calls in one pass of the teacher: {listed}.")
+        sentences.append(
+            f"Operators that are not counted, with their calls in one pass of the teacher: {listed}."
+        )
     if has_times and "runs" in frame:
-        says.append(
+        sentences.append(
             f"Times are of one forward pass with random weights, {count(frame['runs'].max())} runs each."
         )
-    return [Text((" ".join(says),))] if says else []
+    return [Text((" ".join(sentences),))] if sentences else []
 
 
 def _candidates(tables: RunTables) -> tuple[SectionItem, ...]:
@@ -230,8 +234,8 @@ def _candidates(tables: RunTables) -> tuple[SectionItem, ...]:
         (plan.label, plan.origin, str(len(plan.removed)), " ".join(plan.removed), plan.id)
         for plan in tables.plans
     )
-    header = ("Plan", "Origin", "Blocks removed", "Which", "Id")
-    listing = Table("What each candidate removes", header, rows, left=5, folded=True)
+    header = ("Plan", "Origin", "Blocks removed", "Names of blocks", "Id")
+    listing = Table("Removed blocks of each candidate", header, rows, left=5, folded=True)
     if tables.blocks is None:
         return (listing,)
     frame = block_map_frame(tables.blocks, tables.importance)
@@ -239,8 +243,8 @@ def _candidates(tables: RunTables) -> tuple[SectionItem, ...]:
         Chart(
             "plans",
             "One small map of the U-Net per candidate with the removed blocks as dashed outlines.",
-            "Dashed outlines are removed blocks; the others keep the colour of their impact. Controls are the plans of "
-            "the paper, searched plans are the best that the solver found under the budget of a control.",
+            "Dashed outlines are removed blocks; the others have the colour of their impact. Controls are the plans of "
+            "the paper; searched plans are the best that the solver found under the budget.",
             lambda theme: draw_plan_maps(frame, tables.plans, styles, theme),
         ),
         listing,
@@ -258,10 +262,10 @@ def _ranking(tables: RunTables) -> tuple[SectionItem, ...]:
             Chart(
                 "quality",
                 "Held-out loss and CLIP score against multiply-adds and parameters for every candidate.",
-                "Hollow marks are candidates as pruned, filled ones after distillation, the square and the dashed line "
-                "the teacher; pale ones are dropped candidates, where they had come to. The grey staircase is the "
-                "Pareto front of its panel: the best that is to be had at each cost. In the table, *on the front* is "
-                "about parameters, multiply-adds and loss together.",
+                "Hollow marks are candidates before distillation, filled marks after it; the square and the dashed "
+                "line are the teacher. Pale marks are candidates that the tournament dropped, at their last rung. The "
+                "grey staircase is the Pareto front of its panel: the best quality at each cost. In the table, *on the "
+                "front* means the front of parameters, multiply-adds and loss together.",
                 lambda theme: draw_quality_plane(ranking, styles, theme),
             )
         )
@@ -272,8 +276,7 @@ def _ranking(tables: RunTables) -> tuple[SectionItem, ...]:
             Chart(
                 "prediction",
                 "Impact in one shot against held-out loss before and after distillation.",
-                "Does the cheap score foretell the outcome? Each mark is one candidate; points on a rising line would "
-                "mean yes.",
+                "Each mark is one candidate. If the marks lie on a rising line, the cheap score predicts the loss.",
                 lambda theme: draw_prediction(ranking, styles, theme),
             )
         )
@@ -287,13 +290,13 @@ def _distillation(tables: RunTables) -> tuple[SectionItem, ...]:
     curves = curve_frame(tables)
     settings: dict[str, Any] = tables.settings.get("distill", {})
     shown = ("steps", "batch", "learning_rate", "task_weight", "output_weight", "feature_weight", "seed")
-    told = ", ".join(f"{key.replace('_', ' ')} {settings[key]:g}" for key in shown if key in settings)
+    listed = ", ".join(f"{key.replace('_', ' ')} {settings[key]:g}" for key in shown if key in settings)
     return (
         Chart(
             "curves",
             "Held-out loss and the task, output and feature losses of every candidate over the distillation steps.",
             "Every candidate sees the same pictures, noise and timesteps in the same order"
-            + (f" ({told})." if told else "."),
+            + (f" ({listed})." if listed else "."),
             lambda theme: draw_curves(curves, tables.plans, styles, theme),
         ),
     )
@@ -308,13 +311,13 @@ def _conditions(tables: RunTables) -> tuple[SectionItem, ...]:
         parts.append(Text(("The environment of this run was not recorded.",), note=True))
     if tables.steps is not None:
         times = tuple((str(row.step), f"{row.seconds:,.1f}{NARROW}s") for row in tables.steps.itertuples())
-        caption = "Time of each step when the job was last done (finished steps are only read again)"
+        caption = "Time of each step in the last call of the job (finished steps are only read)"
         parts.append(Table(caption, ("Step", "Time"), times, "steps.csv", left=1))
     parts.append(
         Text(
             (
-                "Exact numbers are in the CSV files beside this page. Times hold for the machine above and nothing "
-                f"else; parameters and multiply-adds hold everywhere. A dash ({UNKNOWN}) means not measured.",
+                "Exact numbers are in the CSV files beside this page. Times are valid only for the machine above; "
+                f"parameters and multiply-adds are the same on every machine. A dash ({UNKNOWN}) means not measured.",
             )
         )
     )

@@ -1,7 +1,7 @@
-"""What the files of a run folder hold, as tables ready to be drawn: joins and selections, no new numbers.
+"""The tables of a run folder, read and joined for the report; no new numbers are computed.
 
-Every table may be missing: a run folder is readable after any step. A missing file is ``None`` here and
-"not run yet" on the page; a missing cell stays missing and is never a zero.
+Any table may be missing, because a run folder can be read after any step. A missing file is ``None`` here and
+"not run yet" on the page; a missing cell stays missing and is never zero.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CURVE_COLUMNS = ("plan", "plan_id", "step", "part", "value")
 
 @dataclass(frozen=True, slots=True)
 class PlanRow:
-    """A plan as the report needs it: what it is called and what it removes."""
+    """A plan for the report: its names, its origin and the blocks that it removes."""
 
     id: str
     label: str
@@ -82,12 +82,12 @@ class RunTables:
     pictures: tuple[PictureSet, ...] = ()
 
     def setting(self, section: str, key: str) -> Any:
-        """The value of ``key`` in ``[section]`` of the run's settings, ``None`` when it is not there."""
+        """The value of ``key`` in ``[section]`` of the run's settings, ``None`` if there is none."""
         return self.settings.get(section, {}).get(key)
 
 
 def read_run(run: Run) -> RunTables:
-    """The tables of ``run`` as far as it has come.
+    """The tables that ``run`` has so far.
 
     Raises RunError when the folder holds neither a configuration nor any table, DataError when a file is there but
     lacks a column.
@@ -112,8 +112,8 @@ def read_run(run: Run) -> RunTables:
     sets = [
         PictureSet(
             plan,
-            _if_there(candidates[plan.id].pictures_pruned),
-            _if_there(candidates[plan.id].pictures_distilled),
+            _existing(candidates[plan.id].pictures_pruned),
+            _existing(candidates[plan.id].pictures_distilled),
         )
         for plan in plans
     ]
@@ -136,7 +136,7 @@ def read_run(run: Run) -> RunTables:
         recoveries=recoveries,
         plans=plans,
         prompts=_read_table(run.picture_prompts, PROMPTS_COLUMNS),
-        teacher_pictures=_if_there(run.teacher_pictures),
+        teacher_pictures=_existing(run.teacher_pictures),
         pictures=tuple(one for one in sets if one.pruned or one.distilled),
     )
 
@@ -145,7 +145,7 @@ def read_run(run: Run) -> RunTables:
 
 
 def block_map_frame(blocks: pd.DataFrame, importance: pd.DataFrame | None) -> pd.DataFrame:
-    """One row per block in order of execution with its place in its stage and its impact (NaN: not scored)."""
+    """One row per block in order of execution, with its position in its stage and its impact (NaN: not scored)."""
     frame = blocks[["name", "stage", "kind", "lane", "row", "removable"]].copy()
     frame["position"] = frame.groupby("stage", sort=False).cumcount()
     scores = pd.DataFrame(columns=["name", "impact", "low", "high"])
@@ -157,7 +157,7 @@ def block_map_frame(blocks: pd.DataFrame, importance: pd.DataFrame | None) -> pd
 
 
 def importance_frame(importance: pd.DataFrame, kind: str) -> pd.DataFrame:
-    """The scores of the groups of one ``kind`` (block, pair, stage), most valuable first."""
+    """The rows of the groups of one ``kind`` (block, pair, stage), largest impact first."""
     return importance[importance["kind"] == kind].sort_values("impact", ascending=False, ignore_index=True)
 
 
@@ -177,30 +177,30 @@ def curve_frame(tables: RunTables) -> pd.DataFrame:
 
 
 def measured(ranking: pd.DataFrame) -> pd.DataFrame:
-    """The rows of candidates that have a held-out loss, before or after; the teacher is not one of them."""
+    """The rows of candidates, without the teacher, that have a held-out loss before or after distillation."""
     return ranking[
         ranking[["loss_before", "loss_after"]].notna().any(axis=1) & (ranking["origin"] != "teacher")
     ]
 
 
 def teacher_row(ranking: pd.DataFrame) -> pd.Series[Any] | None:
-    """The teacher's row, ``None`` when it was not measured."""
+    """The teacher's row, ``None`` if it was not measured."""
     rows = ranking[ranking["origin"] == "teacher"]
     return None if rows.empty else rows.iloc[0]
 
 
-def at_the_end(ranking: pd.DataFrame) -> pd.DataFrame:
-    """The rows whose loss after distillation can be compared: of the teacher and of those with all the steps."""
+def not_dropped(ranking: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the teacher and of candidates that the tournament did not drop: only their losses are comparable."""
     return ranking[ranking["status"] != "dropped"]
 
 
 def dropped(ranking: pd.DataFrame) -> pd.DataFrame:
-    """The candidates that the tournament dropped on the way, with the reason."""
+    """The rows of candidates that the tournament dropped, with the reason."""
     return ranking[ranking["status"] == "dropped"]
 
 
-def left_out(ranking: pd.DataFrame) -> pd.DataFrame:
-    """The candidates without a rank, with the reason; the teacher, which competes with nobody, is not among them."""
+def unranked(ranking: pd.DataFrame) -> pd.DataFrame:
+    """The rows of candidates without a rank, with the reason; the teacher is not one of them."""
     return ranking[ranking["rank"].isna() & (ranking["origin"] != "teacher")]
 
 
@@ -231,7 +231,7 @@ def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame | None:
     if not path.exists():
         return None
     try:
-        # an id may look like a number: 12e4...
+        # As text, because an id may look like a number: 12e4...
         frame = pd.read_csv(path, dtype=dict.fromkeys(("plan_id", "name", "against"), "str"))
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise DataError(
@@ -245,7 +245,7 @@ def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame | None:
 
 
 def _leading_parts(parts: pd.DataFrame | None, importance: pd.DataFrame | None) -> pd.DataFrame | None:
-    """The single blocks' rows of ``parts`` by the criterion that leads; ``None`` where there are none."""
+    """The rows of ``parts`` for single blocks, by the first criterion of ``importance``; ``None`` if there are none."""
     if parts is None or importance is None:
         return None
     leading = parts[(parts["criterion"] == importance["criterion"].iloc[0]) & (parts["kind"] == "block")]
@@ -287,5 +287,5 @@ def _model_named_in(*tables: pd.DataFrame | None) -> str:
     return "a U-Net"
 
 
-def _if_there(path: Path) -> Path | None:
+def _existing(path: Path) -> Path | None:
     return path if path.exists() else None

@@ -1,8 +1,9 @@
-"""Who is ranked where and why: the table of everyone, and the tournament rung by rung."""
+"""The ranking as tables, and the tournament as a table and a figure."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,20 @@ from numpy.typing import NDArray
 from prune_lab.ranking import Difference
 from prune_lab.report.charts import plan_legend
 from prune_lab.report.document import Chart, SectionItem, Table, Text
-from prune_lab.report.figures import PlanStyle, Theme, new_figure, plan_styles, spread, style_axes
-from prune_lab.report.format import UNKNOWN, amount, count, figure3, is_missing, milliseconds, short_number
-from prune_lab.report.tables import PlanRow, RunTables, dropped, left_out
+from prune_lab.report.figures import PlanStyle, Theme, log_scale_if_wide, new_figure, plan_styles, style_axes
+from prune_lab.report.format import (
+    UNKNOWN,
+    amount,
+    count,
+    is_missing,
+    loss_or_score,
+    milliseconds,
+    short_number,
+)
+from prune_lab.report.tables import PlanRow, RunTables, dropped, unranked
 
 _END = {"kept": "", "dropped": "x", "failed": "X"}
-Row = Mapping[Hashable, Any]
+Record = Mapping[Hashable, Any]
 
 
 # Tables ----------------------------------------------------------------------------------------------------------
@@ -32,7 +41,7 @@ def _yes_or_no(cell: object) -> str:
     return "yes" if str(cell) in ("True", "1.0", "1") else "no"
 
 
-def _ranking_row(row: Row) -> tuple[str, ...]:
+def _ranking_row(row: Record) -> tuple[str, ...]:
     return (
         count(row["rank"]),
         count(row["tie_group"]),
@@ -44,14 +53,17 @@ def _ranking_row(row: Row) -> tuple[str, ...]:
         milliseconds(row["median_ms"]),
         short_number(row["impact_one_shot"]),
         count(row["steps"]),
-        *(figure3(row[column]) for column in ("loss_before", "loss_after", "clip_before", "clip_after")),
+        *(
+            loss_or_score(row[column])
+            for column in ("loss_before", "loss_after", "clip_before", "clip_after")
+        ),
         _yes_or_no(row["pareto"]),
         str(row["status"]),
     )
 
 
 def ranking_tables(ranking: pd.DataFrame) -> tuple[SectionItem, ...]:
-    """The table of everyone, what its tie groups mean, who was dropped and why, and who has no rank and why."""
+    """The ranking, a note on its tie groups, and the dropped and unranked candidates with the reasons."""
     header = (
         *(
             "Rank",
@@ -72,30 +84,27 @@ def ranking_tables(ranking: pd.DataFrame) -> tuple[SectionItem, ...]:
         parts.append(
             Text(
                 (
-                    "Candidates of one tie group cannot be told apart from its first by their held-out losses: the "
-                    "95 % interval of the paired differences, row by row, holds zero. Their ranks among each other "
-                    "say nothing.",
+                    "Candidates of one tie group are tied with the first of the group: the 95 % interval of the paired "
+                    "differences of their held-out losses contains zero. Their order within the group means nothing.",
                 )
             )
         )
-    fell = dropped(ranking)
-    if len(fell):
-        said = tuple(
-            (str(row.plan), str(row.reason), count(row.rung), count(row.steps)) for row in fell.itertuples()
-        )
-        parts.append(
-            Table("Dropped, and why", ("Plan", "Reason", "Rung", "Steps"), said, "ranking.csv", left=2)
-        )
-    out = left_out(ranking)
-    if len(out):
-        excuses = tuple((str(row.plan), str(row.status), str(row.reason)) for row in out.itertuples())
-        parts.append(Table("Left out, and why", ("Plan", "Status", "Reason"), excuses, left=3))
+    reasons = tuple(
+        (str(row.plan), str(row.reason), count(row.rung), count(row.steps))
+        for row in dropped(ranking).itertuples()
+    )
+    if reasons:
+        columns = ("Plan", "Reason", "Rung", "Steps")
+        parts.append(Table("Dropped candidates", columns, reasons, "ranking.csv", left=2))
+    rest = tuple((str(row.plan), str(row.status), str(row.reason)) for row in unranked(ranking).itertuples())
+    if rest:
+        parts.append(Table("Candidates without a rank", ("Plan", "Status", "Reason"), rest, left=3))
     else:
-        parts.append(Text(("No candidate was left out.",)))
+        parts.append(Text(("All candidates are ranked.",)))
     return tuple(parts)
 
 
-def _verdict_row(row: Row, labels: Mapping[str, str]) -> tuple[str, ...]:
+def _verdict_row(row: Record, labels: Mapping[str, str]) -> tuple[str, ...]:
     gap, against = UNKNOWN, UNKNOWN
     if not is_missing(row["difference"]):
         gap = str(Difference(row["difference"], row["low"], row["high"]))
@@ -108,15 +117,15 @@ def _verdict_row(row: Row, labels: Mapping[str, str]) -> tuple[str, ...]:
         count(row["rung"]),
         count(row["steps"]),
         count(row["place"]),
-        figure3(row["loss"]),
+        loss_or_score(row["loss"]),
         gap,
         _yes_or_no(row["tied"]),
-        figure3(row["clip"]),
+        loss_or_score(row["clip"]),
     )
 
 
 def tournament_parts(tables: RunTables) -> tuple[SectionItem, ...]:
-    """The figure and the verdicts of the tournament; nothing where there was none."""
+    """The figure and the table of verdicts of the tournament; empty if there was none."""
     tournament = tables.tournament
     if tournament is None:
         return ()
@@ -131,8 +140,8 @@ def tournament_parts(tables: RunTables) -> tuple[SectionItem, ...]:
         Chart(
             "tournament",
             "Held-out loss of every candidate over the rungs of the tournament, ending where it was dropped.",
-            "Vertical lines are the rungs, at which the better part goes on, and who ties with the last of them. "
-            "A cross is where a candidate was dropped or failed; those named at the right came to the end.",
+            "Vertical lines are the rungs, where the better part goes on, and candidates tied with the last of them. A "
+            "cross marks where a candidate was dropped or failed; candidates named at the right reached the end.",
             lambda theme: draw_tournament(tournament, tables.plans, styles, theme),
         ),
         Table("Every verdict of the tournament", header, rows, "tournament.csv", left=4, folded=True),
@@ -142,21 +151,19 @@ def tournament_parts(tables: RunTables) -> tuple[SectionItem, ...]:
 # Figure ----------------------------------------------------------------------------------------------------------
 
 
-def apart(values: Sequence[float], gap: float) -> NDArray[np.float64]:
-    """(N,) the ``values`` moved as little as a pass from below allows so that no two are nearer than ``gap``."""
+def space_labels(values: Sequence[float], gap: float) -> NDArray[np.float64]:
+    """(N,) label positions ``values``, shifted up so that neighbours are at least ``gap`` apart."""
     order = np.argsort(values, kind="stable")
-    moved = np.asarray(values, dtype=np.float64)[order]
-    for place in range(1, len(moved)):
-        moved[place] = max(moved[place], moved[place - 1] + gap)
-    found = np.empty_like(moved)
-    found[order] = moved
-    return found
+    positions = np.array(values, dtype=np.float64)
+    for lower, upper in pairwise(order):
+        positions[upper] = max(positions[upper], positions[lower] + gap)
+    return positions
 
 
 def draw_tournament(
     tournament: pd.DataFrame, plans: Sequence[PlanRow], styles: Mapping[str, PlanStyle], theme: Theme
 ) -> Figure:
-    """Held-out loss over steps (log scale), a line per candidate that ends where it was dropped; survivors are named.
+    """Held-out loss over steps (log scale), a line per candidate up to its last rung; survivors are labelled.
 
     Names in ``tournament`` are plan ids.
     """
@@ -173,7 +180,7 @@ def draw_tournament(
         line = known[known["name"] == name].sort_values("steps")
         fate, style = str(verdicts["fate"].iloc[-1]), styles[str(name)]
         if line.empty:
-            continue  # failed before its first rung: the table says so
+            continue  # it failed before its first rung, as the table shows
         axes.plot(
             line["steps"], line["loss"], color=style.color, ls=style.dash, lw=1.5, marker=style.marker, ms=5
         )
@@ -187,14 +194,14 @@ def draw_tournament(
     axes.xaxis.set_major_formatter(FixedFormatter([f"{rung:,}" for rung in rungs]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("distillation steps (log scale)")
-    is_log = spread(axes, "y", known["loss"].to_numpy(dtype=float))
+    is_log = log_scale_if_wide(axes, "y", known["loss"].to_numpy(dtype=float))
     axes.set_ylabel("held-out loss" + (" (log scale)" if is_log else ""))
     if survivors:
-        # Apart as they are drawn, in the units of the axis, of which a name takes about a twentieth.
+        # Spaced in drawing units (log if the axis is); a label is about a twentieth of the axis high.
         ends, limits = np.array([loss for _, _, loss in survivors]), np.array(axes.get_ylim())
         if is_log:
             ends, limits = np.log10(ends), np.log10(limits)
-        heights = apart(ends.tolist(), float(limits[1] - limits[0]) / 20)
+        heights = space_labels(ends.tolist(), float(limits[1] - limits[0]) / 20)
         if is_log:
             heights = 10.0**heights
         for (name, step, loss), height in zip(survivors, heights, strict=True):

@@ -174,7 +174,7 @@ def parse_budget(text: str, architecture: Architecture, costs: Costs) -> Budget:
     if number and not number[2] and 0 < amount < 1 and metric != "latency_ms":  # 0.5 ms is a time
         raise BudgetError(
             f"cannot use the budget {text!r}: {value} is a share without its unit; "
-            f"write {100 * amount.normalize():f}% or {value}x"
+            f"write {(100 * amount).normalize():f}% or {value}x"
         )
     if number and number[2] in ("%", "x"):
         limit = amount * Decimal(total) / (100 if number[2] == "%" else 1)

@@ -18,7 +18,7 @@ from prune_lab.distill import (
     is_cache,
     training_data,
 )
-from prune_lab.evaluation import draw_latents
+from prune_lab.evaluation import generate_latents
 from prune_lab.importance import (
     NEEDS_PIPELINE,
     GenerationSettings,
@@ -48,7 +48,7 @@ def drawn_probe(session: Session, seed: int) -> Probe:
     timesteps = settings.timesteps
     if settings.prompts:
         prompts, how = session.probe_prompts, session.config.evaluate
-        latents = draw_latents(
+        latents = generate_latents(
             session.pipeline, prompts.texts, (settings.seed,), steps=how.steps, guidance=how.guidance
         )
         return probe_of_latents(
@@ -117,7 +117,7 @@ def scoring_context_of(
         probe,
         batch=config.score.batch or None,
         seed=config.seed,
-        drawing=drawing,
+        generation=drawing,
         guidance=guidance,
         unconditional=unconditional,
         cache=cache,

@@ -77,7 +77,7 @@ def _tables(context: ScoringContext, session: Session) -> list[ImportanceTable]:
     ]
     leader = session.config.score.criterion
     names = [leader, *(name for name in CRITERIA if name != leader)]
-    names = [name for name in names if context.drawing is not None or name not in NEEDS_PIPELINE]
+    names = [name for name in names if context.generation is not None or name not in NEEDS_PIPELINE]
     model, bootstrap = session.config.model, session.config.score.bootstrap
     return [
         score(context, blocks, name, bootstrap=bootstrap, model=model)
@@ -106,8 +106,8 @@ def _costs(context: ScoringContext, tables: list[ImportanceTable]) -> dict[str, 
     walk = score(one, blocks, "output-mse", bootstrap=0).compute
     samples = len(context.probe) * (1 if context.guidance == 1 else 2)
     costs |= dict.fromkeys(ONE_STEP, walk.forwards * samples if walk else 0.0)
-    if context.drawing is not None:
-        costs |= dict.fromkeys(NEEDS_PIPELINE, (1 + len(blocks)) * context.drawing.forwards)
+    if context.generation is not None:
+        costs |= dict.fromkeys(NEEDS_PIPELINE, (1 + len(blocks)) * context.generation.forwards)
     return costs
 
 

@@ -18,7 +18,7 @@ from prune_lab.engines import PictureJob, clip_of, draw_prompts, engine_of, pict
 from prune_lab.evaluation import heldout_loss, read_pictures, save_pictures
 from prune_lab.plans import PruningPlan
 from prune_lab.ranking import (
-    Contender,
+    CandidateResult,
     Ranking,
     Verdict,
     rank,
@@ -81,7 +81,7 @@ def one_shot_impacts(session: Session, plans: Iterable[PruningPlan]) -> dict[str
     return {entry.group.name: entry.impact for entry in table.entries}
 
 
-def _teacher_itself(session: Session) -> Contender:
+def _teacher_itself(session: Session) -> CandidateResult:
     costs = ensure_costs(session).total
     reductions = ensure_reductions(session)
     own = reductions[(reductions["plan"] == "teacher") & (reductions["model"] == session.config.model)]
@@ -89,7 +89,7 @@ def _teacher_itself(session: Session) -> Contender:
     losses = heldout_loss(session.unet, validation).double()
     loss = float(losses.mean())
     score = _mean_score(session, session.run.teacher_pictures)
-    return Contender(
+    return CandidateResult(
         plan="teacher",
         plan_id="teacher",
         origin="teacher",
@@ -107,7 +107,7 @@ def _teacher_itself(session: Session) -> Contender:
     )
 
 
-def _contender(session: Session, plan: PruningPlan, impact: float, fate: Verdict | None) -> Contender:
+def _contender(session: Session, plan: PruningPlan, impact: float, fate: Verdict | None) -> CandidateResult:
     run = session.run
     costs = ensure_costs(session).of(plan)
     paths = run.candidate(plan.id)
@@ -118,7 +118,7 @@ def _contender(session: Session, plan: PruningPlan, impact: float, fate: Verdict
     if recovery and recovery.status == "done" and run.done(paths.heldout):
         row = load_heldout(paths.folder).loc[recovery.steps].to_numpy(dtype=np.float64)
         losses = tuple(float(loss) for loss in row)
-    return Contender(
+    return CandidateResult(
         plan=plan.label,
         plan_id=plan.id,
         origin="search" if plan.origin == "search" else "control",

@@ -10,7 +10,7 @@ import pandas as pd
 
 from prune_lab.candidates import Candidate, build_candidate, load_candidate, load_student
 from prune_lab.plans import PruningPlan
-from prune_lab.repair import Choice, repair
+from prune_lab.repair import RepairKind, repair
 from prune_lab.runtime import track, write_frame
 from prune_lab.schemas import REPAIRED_COLUMNS
 from prune_lab.session import Session, ensure_probe
@@ -75,7 +75,7 @@ def _repair(session: Session, candidate: Candidate) -> None:
         session.unet,
         candidate.plan,
         ensure_probe(session),
-        kind=cast("Choice", session.config.repair.kind),
+        kind=cast("RepairKind", session.config.repair.kind),
     )
     write_frame(candidate.paths.repair, report.frame())
     save_unet(

@@ -17,7 +17,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from prune_lab.assets import assets_folder, decode_pictures, read_split
 from prune_lab.blocks import architecture_of, block_groups
 from prune_lab.evaluation import generate
-from prune_lab.importance import ImportanceTable, score_groups
+from prune_lab.importance import ImportanceTable, ScoringContext, score
 from prune_lab.probes import Probe, make_probe, predict
 from prune_lab.runtime import Environment, write_frame, write_json, write_text
 from recipes.reference_model.autoencoder import psnr
@@ -108,7 +108,7 @@ def score_everything(unet: Any, probe: Probe) -> ImportanceTable:
     """Removal impacts of all blocks, pairs and stages on the probe, with 95 % bootstrap intervals."""
     architecture = architecture_of(unet)
     groups = [group for kind in ("block", "pair", "stage") for group in block_groups(architecture, kind)]
-    return score_groups(unet, groups, probe, bootstrap=1000, seed=0, model="reference")
+    return score(ScoringContext(unet, probe, seed=0), groups, bootstrap=1000, model="reference")
 
 
 def weights_megabytes(folder: Path) -> float:

@@ -1,18 +1,36 @@
-"""Figures about the scores themselves: where on the schedule they come from, and how far they can be trusted."""
+"""The page that compares criteria, with its figures: agreement, impacts on parts, stability and additivity."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from prune_lab.report.figures import Theme, impact_colors, impact_scale, log_ticks, new_figure, style_axes
+from prune_lab.report.figures import (
+    LIGHT,
+    Theme,
+    freeze_layout,
+    impact_bar,
+    impact_colors,
+    impact_scale,
+    log_ticks,
+    new_figure,
+    save_png,
+    style_axes,
+)
+from prune_lab.report.format import UNKNOWN, count, is_missing
+from prune_lab.runtime import write_text
 
 _PART_TITLES = {"timesteps": "By timestep", "prompts": "By kind of prompt"}
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+
+
+# Figures ---------------------------------------------------------------------------------------------------------
 
 
 def draw_parts(parts: pd.DataFrame, theme: Theme) -> Figure:
@@ -31,29 +49,25 @@ def draw_parts(parts: pd.DataFrame, theme: Theme) -> Figure:
         )
         _draw_heat(axes, table.loc[names], theme, norm, _PART_TITLES[part])
     panels[0].set_yticks(range(len(names)), names, fontsize=7.5)
-    bar = figure.colorbar(
-        ScalarMappable(norm, impact_colors(theme)), ax=list(panels), fraction=0.03, aspect=40, pad=0.01
-    )
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(colors=theme.muted, labelsize=8, length=0, which="both")
-    bar.set_label("impact (log scale)", color=theme.text, fontsize=9)
+    layout = {"ax": list(panels), "fraction": 0.03, "aspect": 40, "pad": 0.01}
+    impact_bar(figure, norm, theme, "impact (log scale)", layout)
     return figure
 
 
 def _draw_heat(axes: Axes, table: pd.DataFrame, theme: Theme, norm: LogNorm, title: str) -> None:
     style_axes(axes, theme, title=title, grid="")
-    # A change that is no damage has no place on a log scale: it is left blank.
+    # An impact of zero or less has no place on a log scale: its cell stays blank.
     values = np.where(table.to_numpy() > 0, table.to_numpy(), np.nan)
     axes.imshow(values, norm=norm, cmap=impact_colors(theme), aspect="auto", interpolation="nearest")
     axes.set_xticks(range(table.shape[1]), list(table.columns), rotation=45, ha="right", fontsize=7.5)
     axes.spines["bottom"].set_visible(False)
 
 
-def draw_agreement(found: pd.DataFrame, theme: Theme) -> Figure:
-    """Spearman between all criteria over blocks, and of each criterion with what was measured of plans."""
-    blocks = found[found["over"] == "blocks"]
+def draw_agreement(correlations: pd.DataFrame, theme: Theme) -> Figure:
+    """Spearman between all criteria over blocks, and between each criterion and measured outcomes of plans."""
+    blocks = correlations[correlations["over"] == "blocks"]
     names = list(dict.fromkeys(blocks["criterion"]))
-    measured = found[found["other"] == "measured"]
+    measured = correlations[correlations["other"] == "measured"]
     overs = list(dict.fromkeys(measured["over"]))
     figure = new_figure(theme, 11, 1.4 + 0.34 * len(names))
     left, *others = figure.subplots(1, 1 + len(overs), squeeze=False, width_ratios=[2.2, *[1] * len(overs)])[
@@ -73,11 +87,11 @@ def draw_agreement(found: pd.DataFrame, theme: Theme) -> Figure:
     for axes, over in zip(others, overs, strict=True):
         rows = measured[measured["over"] == over].set_index("criterion").loc[names]
         style_axes(axes, theme, title=f"with {over}", grid="x")
-        place = np.arange(len(names))
-        axes.hlines(place, rows["spearman_low"], rows["spearman_high"], color=theme.muted, lw=1.5)
-        axes.scatter(rows["spearman"], place, color=_COLORS[0], s=28, zorder=3)
+        positions = np.arange(len(names))
+        axes.hlines(positions, rows["spearman_low"], rows["spearman_high"], color=theme.muted, lw=1.5)
+        axes.scatter(rows["spearman"], positions, color=_COLORS[0], s=28, zorder=3)
         axes.axvline(0, color=theme.muted, lw=0.8)
-        axes.set_yticks(place, [])
+        axes.set_yticks(positions, [])
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlim(-1.05, 1.05)
         axes.set_xlabel(f"Spearman, {int(rows['count'].iloc[0])} plans")
@@ -85,11 +99,11 @@ def draw_agreement(found: pd.DataFrame, theme: Theme) -> Figure:
 
 
 def draw_stability(table: pd.DataFrame, theme: Theme) -> Figure:
-    """Share of the least important groups that is found again, by the number of samples."""
+    """Share of the least important groups that are the same with fewer samples, by the number of samples."""
     rows = table[table["part"] == "samples"]
     figure = new_figure(theme, 6, 3.2)
     axes = figure.subplots()
-    style_axes(axes, theme, title="Least important blocks found again", grid="both")
+    style_axes(axes, theme, title="Share of the least important blocks that is the same", grid="both")
     for color, (top, line) in zip(_COLORS, rows.groupby("top"), strict=False):
         axes.plot(line["samples"], line["overlap"], color=color, marker="o", ms=4, label=f"the {top} least")
         axes.fill_between(
@@ -107,7 +121,7 @@ def draw_additivity(sums: pd.DataFrame, theme: Theme) -> Figure:
     """The measured impact of each plan against the sum of its blocks' impacts, on log axes."""
     figure = new_figure(theme, 5, 3.6)
     axes = figure.subplots()
-    style_axes(axes, theme, title="Do scores add up?", grid="both")
+    style_axes(axes, theme, title="Additivity of impacts", grid="both")
     known = sums[(sums["added"] > 0) & (sums["measured"] > 0)]
     low, high = (
         float(known[["added", "measured"]].min().min()),
@@ -124,3 +138,62 @@ def draw_additivity(sums: pd.DataFrame, theme: Theme) -> Figure:
     axes.set_xlabel("sum of the single blocks' impacts")
     axes.set_ylabel("measured impact of the plan")
     return figure
+
+
+# The page --------------------------------------------------------------------------------------------------------
+
+
+def _cells(row: Mapping[object, object], outcome: bool) -> list[str]:
+    cells = [f"`{row['criterion']}`", count(row["samples"]), count(row["forwards"])]
+    for name in ("leader", "impact", *(["outcome"] if outcome else [])):
+        value, low, high = (
+            row[f"{name}_{column}"] for column in ("spearman", "spearman_low", "spearman_high")
+        )
+        interval = "" if is_missing(low) else f" [{low:.2f}, {high:.2f}]"
+        cells.append(UNKNOWN if is_missing(value) else f"{value:.2f}{interval}")
+    return cells
+
+
+def write_agreement(
+    folder: Path, *, model: str, lines: Sequence[str], frames: Mapping[str, pd.DataFrame]
+) -> Path:
+    """The path of the page, written to ``folder``: the sentences ``lines``, a row per criterion, and figures.
+
+    ``frames`` holds the tables summary, agreement, parts, additivity and stability.
+    """
+    summary, parts = frames["summary"], frames["parts"]
+    leader = str(summary["criterion"].iloc[0])
+    figures = {
+        "agreement.png": draw_agreement(frames["agreement"], LIGHT),
+        "additivity.png": draw_additivity(frames["additivity"], LIGHT),
+    }
+    if (frames["stability"]["part"] == "samples").any():
+        figures["stability.png"] = draw_stability(frames["stability"], LIGHT)
+    leading = parts[parts["criterion"] == leader]
+    if len(leading):
+        figures["parts.png"] = draw_parts(leading, LIGHT)
+    for name, figure in figures.items():
+        save_png(figure, folder / name, freeze_layout(figure))
+    outcome = bool(summary["outcome_spearman"].notna().any())
+    header = ["Criterion", "Samples", "Forward-equivalents", f"with {leader}", "with impact of plans"]
+    header += ["with loss after distillation"] if outcome else []
+    table = [
+        f"| {' | '.join(header)} |",
+        "| --- | ---: | ---: |" + " ---: |" * (len(header) - 3),
+        *(f"| {' | '.join(_cells(row, outcome))} |" for row in summary.to_dict("records")),
+    ]
+    page = [
+        f"# Criteria compared, {model}",
+        "",
+        *(f"- {line}" for line in lines),
+        "",
+        "Spearman's rank correlation with its 95 % interval. Intervals over blocks resample the samples, intervals "
+        "over plans resample the plans. A criterion without samples has no interval over blocks. Forward-equivalents "
+        "are those of all blocks together.",
+        "",
+        *table,
+        "",
+        *(f"![{name.removesuffix('.png').capitalize()}]({name})\n" for name in figures),
+    ]
+    write_text(folder / "README.md", "\n".join(page))
+    return folder / "README.md"
