@@ -1,4 +1,4 @@
-"""The set-up of a run's training, and training candidates up to a step: what every engine does alike."""
+"""The training of a run's candidates up to a step, which all engines share: set-up, rungs, losses."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _draw_grid(session: Session, unet: nn.Module, path: Path) -> None:
 
 
 def distill_setup_of(session: Session) -> DistillSetup:
-    """What all students of the run are trained with."""
+    """The set-up that all students of the run are trained with."""
     # A cache is built by all processes together; the rest by one.
     order = contextlib.nullcontext() if session.config.data.source else PartialState().main_process_first()
     with order:

@@ -1,4 +1,4 @@
-"""The step that trains students: all for equally many steps, or by a tournament in which the worse drop out."""
+"""The step that trains students: all for the same number of steps, or by a tournament that drops the worse ones."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def ensure_tournament(session: Session, candidates: Sequence[Candidate]) -> Tour
 
 
 def ensure_distilled(session: Session, *, only: tuple[str, ...] = ()) -> tuple[Recovery, ...]:
-    """What the distillation makes of each candidate, all on the same data, noise and timesteps.
+    """The recovery of each candidate by distillation, all on the same data, noise and timesteps.
 
-    With ``rank.eta`` in the settings by successive halving (see ``ensure_tournament``): not everyone gets all steps.
+    With ``rank.eta`` by successive halving (see ``ensure_tournament``), so that not all candidates get all steps.
     Writes candidates/<id>/{recovery.csv, heldout.csv, distilled/}; a candidate that was interrupted goes on from its
     checkpoint. ``only`` names some of the plans (see ``plan_named``), which then get all steps. Under ``accelerate
     launch`` the main process prepares and all distil. Raises PlanError when a name is none of the run's.
