@@ -40,7 +40,9 @@ def _ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise ClusterError("asked for the engine ray, found no ray; pip install 'prune-lab[ray]'") from None
+        raise ClusterError(
+            "asked for engine.kind = 'ray', found no ray; pip install 'prune-lab[ray]'"
+        ) from None
     return ray
 
 
@@ -52,7 +54,7 @@ def _check_answers(address: str) -> None:
     except (OSError, ValueError, OverflowError) as error:
         raise ClusterError(
             f"asked for the Ray cluster at {address!r}, found none that answers ({error}); give host:port of a head "
-            "node, auto for a cluster of this machine, or no --address to start one here"
+            "node, auto for a cluster of this machine, or leave engine.address empty to start one here"
         ) from None
 
 
@@ -89,7 +91,7 @@ def connected(cluster: Cluster) -> Iterator[Any]:
         except (OSError, RuntimeError, ValueError) as error:
             raise ClusterError(
                 f"asked for the Ray cluster at {cluster.address or 'this machine'!r}, found {_first_line(error)}; "
-                "start one with: ray start --head, or give no --address to start one here"
+                "start one with: ray start --head, or leave engine.address empty to start one here"
             ) from None
         try:
             yield ray

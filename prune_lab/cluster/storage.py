@@ -2,6 +2,8 @@
 
 An artifact store is a folder whose key is made of the contents of the files that were published there, which never
 change: a run with other settings or weights has another store. Workers add the files that they make.
+Ray Tune's own checkpoints would not replace it: they bring no inputs to a machine, and resuming a search from them
+unpickles, which is not done here.
 """
 
 from __future__ import annotations

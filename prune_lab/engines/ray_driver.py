@@ -95,7 +95,7 @@ def _with_gpus(ray: Any, session: Session, cluster: Cluster) -> Cluster:
     device = session.config.device
     if ":" in device:
         raise ConfigError(
-            f"asked for device {device!r} with the engine ray, which hands out GPUs itself; use cuda"
+            f"asked for device {device!r} with engine.kind = 'ray', which hands out GPUs itself; use cuda"
         )
     if cluster.gpus is not None:
         return cluster

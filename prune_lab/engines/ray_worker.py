@@ -85,7 +85,7 @@ def _session_of(ref: RunRef) -> Session:
     elif not run.config.is_file():
         raise ClusterError(
             f"asked a worker for the run {ref.folder}, which it does not see; put the run on a path that all machines "
-            "share, or give --storage URL"
+            "share, or set engine.storage"
         )
     path = run.folder / VALIDATION
     # Encoded on another kind of machine it would differ in its last digits, and checkpoints would not match.
