@@ -53,7 +53,7 @@ from prune_lab.models import load_pipeline, load_unet, resolve_model
 from prune_lab.models.silence import quiet
 from prune_lab.plans import PruningPlan, native_layout, parse_plan
 from prune_lab.probes import random_probe
-from prune_lab.processes import join
+from prune_lab.processes import init_processes
 from prune_lab.runtime import (
     Environment,
     pick_device,
@@ -223,10 +223,10 @@ def made_up_pictures(count: int, side: int) -> ImageSource:
 
 
 def measure(
-    ways: Sequence[Way], course: DistillSetup, desks: Sequence[StudentRun], runs: int
+    ways: Sequence[Way], setup: DistillSetup, student_runs: Sequence[StudentRun], runs: int
 ) -> tuple[dict[Way, list[float]], dict[Way, list[float]]]:
     """Seconds of every step of every way, and how many of them went into getting the batch; the ways take turns."""
-    settings, accelerator, device = course.settings, join(), torch.device(course.device)
+    settings, accelerator, device = setup.settings, init_processes(), torch.device(setup.device)
     whole: dict[Way, list[float]] = {way: [] for way in ways}
     data: dict[Way, list[float]] = {way: [] for way in ways}
     micro = settings.micro_batch or settings.batch
@@ -234,16 +234,16 @@ def measure(
         for way in ways:
             synchronize(device)
             start = time.perf_counter()
-            batch = draw_batch(way.data, course.scheduler, settings, run + 1, device)
+            batch = draw_batch(way.data, setup.scheduler, settings, run + 1, device)
             synchronize(device)
             drawn = time.perf_counter()
-            student_states = [desk.student_state for desk in desks[: way.students]]
+            student_states = [student_run.student_state for student_run in student_runs[: way.students]]
             _, micro = joint_step(
-                course.teacher,
+                setup.teacher,
                 student_states,
                 batch,
                 settings,
-                precision=course.precision(accelerator),
+                precision=setup.precision(accelerator),
                 micro=micro,
                 accelerator=accelerator,
             )
@@ -383,18 +383,23 @@ def benchmark(arguments: argparse.Namespace, counts: Sequence[int]) -> tuple[pd.
     with tempfile.TemporaryDirectory() as folder:
         cached = build_cache(pipeline, source, pictures, Path(folder)).cache
         validation = random_probe(teacher.config, samples=2, seed=0)
-        course = DistillSetup(teacher, cached, pipeline.scheduler, settings, validation, device)
-        desks = [
-            StudentRun.of(course, Student(build, pairs, Path(folder) / str(number)), build(), {}, join())
+        setup = DistillSetup(teacher, cached, pipeline.scheduler, settings, validation, device)
+        student_runs = [
+            StudentRun.of(
+                setup, Student(build, pairs, Path(folder) / str(number)), build(), {}, init_processes()
+            )
             for number in range(max(counts))
         ]
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         ways = [Way(BASELINE, LiveData.of(pipeline, source, pictures), 1)]
         ways += [Way("cached", cached, count) for count in counts]
-        whole, data = measure(ways, course, desks, arguments.runs)
+        whole, data = measure(ways, setup, student_runs, arguments.runs)
     memory = training_memory(
-        teacher, desks[0].student_state.state.student, tokens=validation.embeddings.shape[1], device=device
+        teacher,
+        student_runs[0].student_state.state.student,
+        tokens=validation.embeddings.shape[1],
+        device=device,
     )
     machine = Environment.capture(str(device), str(dtype).removeprefix("torch."))
     millions = (f"{count / 1e6:.0f} M" for count in (work.encoding, work.teacher, work.student))
@@ -402,7 +407,7 @@ def benchmark(arguments: argparse.Namespace, counts: Sequence[int]) -> tuple[pd.
         f"{arguments.model}, {arguments.plan}, batch {arguments.batch}, {machine.dtype} on {device} "
         f"({machine.device_name}), {torch.get_num_threads()} threads, torch {machine.torch}, medians of "
         f"{arguments.runs} rounds; multiply-adds of a sample in encoders, teacher and student: {', '.join(millions)}",
-        *(memory.words(count, arguments.batch) for count in dict.fromkeys((counts[0], counts[-1]))),
+        *(memory.describe(count, arguments.batch) for count in dict.fromkeys((counts[0], counts[-1]))),
     ]
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / 2**30

@@ -1,28 +1,27 @@
-"""The processes of one ``accelerate launch``: how this one joins them, what all agree on, and how they part."""
+"""The processes of one ``accelerate launch``: how many there are, whether this is the main one, and how they begin.
+
+Waiting for each other and sharing values are accelerate's own: ``PartialState`` and ``accelerate.utils``.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from prune_lab.errors import DeviceError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-Item = TypeVar("Item")
-
-# What accelerate can be asked for that takes the weights of a model apart.
+# Launches that take the weights of a model apart, by the variable that accelerate sets.
 _SHARDED = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
-_PATIENCE = timedelta(hours=6)  # of those who wait while the main process prepares, draws or writes
+_TIMEOUT = timedelta(hours=6)  # others wait while the main process prepares, draws or writes
 
 
 def num_processes() -> int:
@@ -35,11 +34,11 @@ def is_main() -> bool:
     return num_processes() == 1 or os.environ.get("RANK", "0") == "0"
 
 
-def join() -> Accelerator:
-    """This process among those launched together, on its own GPU where there are any; alone where none were.
+def init_processes() -> Accelerator:
+    """The accelerator of this process: one of those launched together, on its own GPU where there are any, or alone.
 
-    The first call opens the process group and chooses the GPU, so it comes before anything is loaded; ``leave`` closes
-    it. Raises DeviceError for a launch that shards weights: averages, clipping and checkpoints take them to be whole.
+    The first call opens the process group and chooses the GPU, so it comes before anything is loaded. Raises
+    DeviceError for a launch that shards weights: averages, clipping and checkpoints take them to be whole.
     """
     import torch
     from accelerate import Accelerator, InitProcessGroupKwargs
@@ -50,38 +49,14 @@ def join() -> Accelerator:
                 f"asked to distil under {name}, which shards weights or moments; students are kept whole in every "
                 "process: launch with distributed_type MULTI_GPU, as in prune_lab/launch/ddp-1x8.yaml"
             )
-    # Without a GPU accelerate lets every process think it were alone, unless it is told.
+    # Without a GPU accelerate takes every process to be alone, unless it is asked for the CPU.
     alone = num_processes() == 1 or torch.cuda.is_available()
-    return Accelerator(cpu=not alone, kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
+    return Accelerator(cpu=not alone, kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT)])
 
 
-def gather_object(value: Item) -> list[Item]:
-    """``value`` of every process, in order of rank; all must call it. One that was not ``join``ed is alone."""
-    import torch
+def end_processes() -> None:
+    """Close the process group, when there is one; without that torch warns at exit."""
+    from accelerate import PartialState
 
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [value]
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, value)
-    return found
-
-
-@contextlib.contextmanager
-def main_process_first() -> Iterator[None]:
-    """Inside, the main process goes first and the others follow: what it makes, they find. All must enter.
-
-    What waits for all processes must not be called inside, and who enters must not depend on what the main one made.
-    """
-    if not is_main():
-        gather_object(None)
-    yield
-    if is_main():
-        gather_object(None)
-
-
-def leave() -> None:
-    """Close the process group, when one was opened; without it torch warns at exit."""
-    import torch
-
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if num_processes() > 1:
+        PartialState().destroy_process_group()

@@ -63,7 +63,7 @@ def validation_probe() -> Probe:
     return random_probe(TINY_UNET, samples=2, seed=5)
 
 
-def course_for(
+def setup_for(
     unet: UNet2DConditionModel, validation: Probe, settings: DistillConfig = SETTINGS
 ) -> DistillSetup:
     """What students of ``unet`` are trained with on made-up data."""
@@ -82,6 +82,6 @@ def students_of(unet: UNet2DConditionModel, folder: Path, plans: Sequence[str]) 
 
 def distil_alone(unet: UNet2DConditionModel, folder: Path) -> None:
     """BK-SDM's three students of ``unet``, trained one after the other."""
-    setup = course_for(unet, validation_probe())
+    setup = setup_for(unet, validation_probe())
     for plan in ("bk-base", "bk-small", "bk-tiny"):
         distill_together(setup, students_of(unet, folder, (plan,)))

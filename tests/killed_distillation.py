@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from conftest import TINY_UNET, build_unet
-from distilling import SCHEDULER, SETTINGS, course_for, students_of, validation_probe
+from distilling import SCHEDULER, SETTINGS, setup_for, students_of, validation_probe
 
 import prune_lab.distill.loop as loop
 from prune_lab.distill import distill_together, draw_batch
@@ -29,7 +29,7 @@ def main(folder: Path) -> None:
         return draw_batch(data, scheduler, settings, step, device, **part)
 
     loop.draw_batch = dying  # type: ignore[attr-defined]
-    setup = course_for(unet, validation_probe(), SETTINGS)
+    setup = setup_for(unet, validation_probe(), SETTINGS)
     assert setup.scheduler is SCHEDULER
     distill_together(setup, students_of(unet, folder, PLANS))
 

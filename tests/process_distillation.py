@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from conftest import TINY_UNET, build_unet
-from distilling import SETTINGS, course_for, students_of
+from distilling import SETTINGS, setup_for, students_of
 
 import prune_lab.distill.loop as loop
 from prune_lab.distill import distill_together, draw_batch
 from prune_lab.errors import PruneLabError
 from prune_lab.probes import random_probe
-from prune_lab.processes import leave
+from prune_lab.processes import end_processes
 
 PLANS = ("bk-small", "bk-tiny")
 RANK = int(os.environ.get("RANK", "0"))
@@ -70,10 +70,10 @@ def main(folder: Path, given: dict[str, Any]) -> None:
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     settings = dataclasses.replace(SETTINGS, batch=int(os.environ.get("BATCH", "4")), **given)
     try:
-        distill_together(course_for(unet, validation, settings), students_of(unet, folder, PLANS))
+        distill_together(setup_for(unet, validation, settings), students_of(unet, folder, PLANS))
     except PruneLabError as error:
         sys.exit(f"error: {error}")
-    leave()
+    end_processes()
 
 
 if __name__ == "__main__":

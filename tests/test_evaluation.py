@@ -14,7 +14,7 @@ from conftest import build_tokenizer
 from PIL import Image
 
 from prune_lab.errors import DataError
-from prune_lab.evaluation import clip_scores, generate, heldout_loss, save_grid
+from prune_lab.evaluation import clip_scores, generate, heldout_loss, read_pictures, save_grid, save_pictures
 from prune_lab.models import ScorerInputs, load_pipeline, resolve_model
 from prune_lab.probes import random_probe
 
@@ -168,3 +168,25 @@ def test_a_grid_holds_every_picture_where_it_belongs(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["five.png"]
     with pytest.raises(DataError, match="grid"):
         save_grid(path, pictures[:0])
+
+
+def test_pictures_are_read_as_they_were_saved_in_the_order_of_their_names(tmp_path: Path) -> None:
+    pictures = torch.randint(0, 256, (3, 3, 6, 10), dtype=torch.uint8)
+    save_pictures(tmp_path / "set", pictures, ["b.png", "c.png", "a.png"])
+    assert torch.equal(read_pictures(tmp_path / "set"), pictures[[2, 0, 1]])
+    save_pictures(tmp_path / "set", pictures[:1], ["a.png"])  # a set replaces the one before
+    assert len(read_pictures(tmp_path / "set")) == 1
+    with pytest.raises(DataError, match="3 pictures under 1 names"):
+        save_pictures(tmp_path / "set", pictures, ["a.png"])
+
+
+def test_pictures_that_cannot_be_read_together_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="found no PNG files; remove it and draw again"):
+        read_pictures(tmp_path)
+    Image.new("RGB", (4, 3)).save(tmp_path / "a.png")
+    Image.new("RGB", (5, 3)).save(tmp_path / "b.png")
+    with pytest.raises(DataError, match="found sizes 4 x 3, 5 x 3"):
+        read_pictures(tmp_path)
+    (tmp_path / "b.png").write_text("no picture")
+    with pytest.raises(DataError, match=r"b\.png as a picture"):
+        read_pictures(tmp_path)

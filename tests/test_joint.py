@@ -17,9 +17,9 @@ from conftest import TINY_UNET, build_unet
 from distilling import (
     SCHEDULER,
     SETTINGS,
-    course_for,
     made_up_data,
     same,
+    setup_for,
     students_of,
     validation_probe,
     weights,
@@ -78,7 +78,7 @@ def test_together_equals_alone_and_taking_turns(
 ) -> None:
     passes = []
     tiny_unet.register_forward_hook(lambda *_: passes.append(1))
-    setup = course_for(tiny_unet, validation)
+    setup = setup_for(tiny_unet, validation)
     found = distill_together(setup, students_of(tiny_unet, tmp_path / "together", THREE))
     assert len(passes) == SETTINGS.steps  # one teacher pass a step, whoever learns from it
     assert [recovery.plan_id for recovery in found] == list(THREE)
@@ -92,7 +92,7 @@ def test_together_equals_alone_and_taking_turns(
 def test_rungs_go_on_from_where_they_were(
     tiny_unet: Any, tmp_path: Path, validation: Probe, distilled_alone: Path
 ) -> None:
-    setup = course_for(tiny_unet, validation)
+    setup = setup_for(tiny_unet, validation)
     distill_together(setup, students_of(tiny_unet, tmp_path / "rungs", THREE), until=3, keep_checkpoint=True)
     early = load_heldout(tmp_path / "rungs" / "bk-base")
     assert early.index.tolist() == [0, 3]
@@ -120,7 +120,7 @@ def test_held_out_losses_are_those_of_the_averaged_weights(distilled_alone: Path
 def test_one_that_fails_does_not_stop_the_others(
     tiny_unet: Any, tmp_path: Path, validation: Probe, distilled_alone: Path
 ) -> None:
-    setup = course_for(tiny_unet, validation)
+    setup = setup_for(tiny_unet, validation)
     first, second = students_of(tiny_unet, tmp_path / "together", ("bk-base", "bk-tiny"))
 
     def broken() -> Any:
@@ -140,7 +140,7 @@ def test_divergence_is_a_verdict(tiny_unet: Any, tmp_path: Path, validation: Pro
         SETTINGS, learning_rate=3.0, clip_norm=0.0, warmup=0, ema_decay=0.0, validate_every=1
     )
     (found,) = distill_together(
-        course_for(tiny_unet, validation, wild), students_of(tiny_unet, tmp_path, ("bk-small",))
+        setup_for(tiny_unet, validation, wild), students_of(tiny_unet, tmp_path, ("bk-small",))
     )
     assert found.status == "failed"
     assert "the held-out loss rose from" in found.reason or "finite" in found.reason
@@ -149,7 +149,7 @@ def test_divergence_is_a_verdict(tiny_unet: Any, tmp_path: Path, validation: Pro
     assert (tmp_path / "bk-small" / "distilled" / "checkpoint.safetensors").exists()
     patient = dataclasses.replace(wild, learning_rate=1e-3)
     (other,) = distill_together(
-        course_for(tiny_unet, validation, patient), students_of(tiny_unet, tmp_path / "2", ("bk-small",))
+        setup_for(tiny_unet, validation, patient), students_of(tiny_unet, tmp_path / "2", ("bk-small",))
     )
     assert other.status == "done"
 
@@ -182,7 +182,7 @@ def test_micro_batches_add_up(tiny_unet: Any, tmp_path: Path, validation: Probe)
     for name, size in (("whole", 0), ("micro", 1)):
         settings = dataclasses.replace(SETTINGS, batch=3, micro_batch=size, steps=2)
         distill_together(
-            course_for(tiny_unet, validation, settings), students_of(tiny_unet, tmp_path / name, ("bk-base",))
+            setup_for(tiny_unet, validation, settings), students_of(tiny_unet, tmp_path / name, ("bk-base",))
         )
     one, other = (load_recovery(tmp_path / name / "bk-base") for name in ("whole", "micro"))
     assert one is not None
@@ -206,7 +206,7 @@ def test_out_of_memory_halves_the_micro_batch_and_says_so(
     monkeypatch.setattr(joint, "teacher_output", scarce)
     monkeypatch.setattr(joint, "note", told.append)
     distill_together(
-        course_for(tiny_unet, validation, settings), students_of(tiny_unet, tmp_path / "oom", THREE[:2])
+        setup_for(tiny_unet, validation, settings), students_of(tiny_unet, tmp_path / "oom", THREE[:2])
     )
     assert tried[:3] == [4, 2, 1]
     assert tried.count(1) == 4 * settings.steps  # the effective batch stays, and nothing is tried twice
@@ -216,7 +216,7 @@ def test_out_of_memory_halves_the_micro_batch_and_says_so(
     ]
     small = dataclasses.replace(settings, micro_batch=1)
     distill_together(
-        course_for(tiny_unet, validation, small), students_of(tiny_unet, tmp_path / "one", THREE[:2])
+        setup_for(tiny_unet, validation, small), students_of(tiny_unet, tmp_path / "one", THREE[:2])
     )
     for plan in THREE[:2]:
         assert_equal(tmp_path / "oom" / plan, tmp_path / "one" / plan)
@@ -230,10 +230,10 @@ def test_no_memory_for_one_sample_is_an_error(
 
     monkeypatch.setattr(joint, "teacher_output", scarce)
     with pytest.raises(DeviceError, match=r"distill\.together or distill\.micro_batch lower"):
-        distill_together(course_for(tiny_unet, validation), students_of(tiny_unet, tmp_path, ("bk-base",)))
+        distill_together(setup_for(tiny_unet, validation), students_of(tiny_unet, tmp_path, ("bk-base",)))
     monkeypatch.setattr(joint, "teacher_output", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
-        distill_together(course_for(tiny_unet, validation), students_of(tiny_unet, tmp_path, ("bk-base",)))
+        distill_together(setup_for(tiny_unet, validation), students_of(tiny_unet, tmp_path, ("bk-base",)))
 
 
 def test_estimated_activations_are_those_of_a_real_pass(tiny_unet: Any) -> None:
@@ -291,14 +291,14 @@ def test_what_is_planned_fits(
     assert memory.needed(together, micro) <= 0.85 * free or (together, micro) == (1, 1)
     if memory.needed(students, samples) <= 0.85 * free:
         assert (together, micro) == (students, samples)
-    assert f"{together} x" in memory.words(together, micro)
+    assert f"{together} x" in memory.describe(together, micro)
 
 
 def test_gradient_checkpointing_changes_no_step(tiny_unet: Any, tmp_path: Path, validation: Probe) -> None:
     for name, asked in (("plain", False), ("checkpointed", True)):
         settings = dataclasses.replace(SETTINGS, gradient_checkpointing=asked, steps=3)
         distill_together(
-            course_for(tiny_unet, validation, settings),
+            setup_for(tiny_unet, validation, settings),
             students_of(tiny_unet, tmp_path / name, ("bk-small",)),
         )
     assert_equal(tmp_path / "plain" / "bk-small", tmp_path / "checkpointed" / "bk-small")
@@ -337,7 +337,7 @@ def test_trackers_show_what_the_table_says(tiny_unet: Any, tmp_path: Path, valid
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     settings = dataclasses.replace(SETTINGS, trackers=("tensorboard",))
-    setup = dataclasses.replace(course_for(tiny_unet, validation, settings), logs=tmp_path / "curves")
+    setup = dataclasses.replace(setup_for(tiny_unet, validation, settings), logs=tmp_path / "curves")
     distill_together(setup, students_of(tiny_unet, tmp_path, THREE[:2]))
     events = EventAccumulator(str(tmp_path / "curves" / "distillation")).Reload()
     recovery = load_recovery(tmp_path / "bk-base")
@@ -356,7 +356,7 @@ def test_unknown_and_missing_trackers_are_named(tiny_unet: Any, tmp_path: Path, 
         settings = dataclasses.replace(SETTINGS, trackers=(tracker,))
         with pytest.raises(ConfigError, match=words):
             distill_together(
-                course_for(tiny_unet, validation, settings), students_of(tiny_unet, tmp_path, ("bk-base",))
+                setup_for(tiny_unet, validation, settings), students_of(tiny_unet, tmp_path, ("bk-base",))
             )
 
 
@@ -364,7 +364,7 @@ def test_grids_are_drawn_with_the_averaged_weights(tiny_unet: Any, tmp_path: Pat
     drawn: dict[str, dict[str, torch.Tensor]] = {}
     settings = dataclasses.replace(SETTINGS, grid_every=4)
     setup = dataclasses.replace(
-        course_for(tiny_unet, validation, settings),
+        setup_for(tiny_unet, validation, settings),
         draw=lambda unet, path: drawn.update({path.name: weights(unet)}),
     )
     distill_together(setup, students_of(tiny_unet, tmp_path, ("bk-base",)))
@@ -376,7 +376,7 @@ def test_bfloat16_passes_train_float32_weights(tiny_unet: Any, tmp_path: Path, v
     for name in ("float32", "bfloat16"):
         settings = dataclasses.replace(SETTINGS, precision=name, steps=2)
         distill_together(
-            course_for(tiny_unet, validation, settings), students_of(tiny_unet, tmp_path / name, ("bk-base",))
+            setup_for(tiny_unet, validation, settings), students_of(tiny_unet, tmp_path / name, ("bk-base",))
         )
     exact, rough = (load_recovery(tmp_path / name / "bk-base") for name in ("float32", "bfloat16"))
     assert exact is not None

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,29 @@ def test_every_module_has_its_place() -> None:
 def test_no_module_imports_upwards(package: str, path: Path) -> None:
     wrong = upward(package, imports_in(path.read_text(encoding="utf-8"), package))
     assert not wrong, f"{path.name} (of {package}) imports {wrong}, which stand at its level or below"
+
+
+def modules_imported(path: Path, modules: set[str]) -> set[str]:
+    """The modules of prune_lab, by full name, that ``path`` imports anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names & modules | ({node.module or ""} & modules if names - modules else set())
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names} & modules
+    return found
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    paths = {
+        ".".join(("prune_lab", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
+            ".__init__"
+        ): path
+        for _, path in sources()
+    }
+    imported = {name: modules_imported(path, set(paths)) - {name} for name, path in paths.items()}
+    list(TopologicalSorter(imported).static_order())  # raises CycleError, which names the circle
 
 
 @pytest.mark.parametrize(

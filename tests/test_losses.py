@@ -21,7 +21,7 @@ from prune_lab.blocks import architecture_of
 from prune_lab.config import CHOICES, DistillConfig
 from prune_lab.distill import FEATURE_VARIANTS, batch_losses, draw_batch, feature_pairs
 from prune_lab.distill.batches import min_snr_weights
-from prune_lab.distill.joint import rate_at
+from prune_lab.distill.joint import learning_rate_at
 from prune_lab.distill.losses import masked_error, normalised_error, squared_error
 from prune_lab.errors import ConfigError, DataError
 from prune_lab.plans import parse_plan
@@ -242,12 +242,14 @@ def test_schedules_of_the_learning_rate() -> None:
     settings = DistillConfig(steps=110, warmup=10, learning_rate=1.0)
     for name, middle in (("constant", 1.0), ("linear", 0.5), ("cosine", 0.5)):
         one = dataclasses.replace(settings, schedule=name)
-        assert rate_at(one, 5) == pytest.approx(0.5)
-        assert rate_at(one, 10) == pytest.approx(1)
-        assert rate_at(one, 60) == pytest.approx(middle)
-        assert rate_at(one, 110) == pytest.approx(1.0 if name == "constant" else 0.0, abs=1e-9)
-    assert rate_at(dataclasses.replace(settings, schedule="cosine"), 35) == pytest.approx(0.853553, rel=1e-5)
-    assert rate_at(dataclasses.replace(settings, warmup=0), 1) == 1.0
+        assert learning_rate_at(one, 5) == pytest.approx(0.5)
+        assert learning_rate_at(one, 10) == pytest.approx(1)
+        assert learning_rate_at(one, 60) == pytest.approx(middle)
+        assert learning_rate_at(one, 110) == pytest.approx(1.0 if name == "constant" else 0.0, abs=1e-9)
+    assert learning_rate_at(dataclasses.replace(settings, schedule="cosine"), 35) == pytest.approx(
+        0.853553, rel=1e-5
+    )
+    assert learning_rate_at(dataclasses.replace(settings, warmup=0), 1) == 1.0
 
 
 # Golden losses -----------------------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from process_distillation import PLANS, main
 from safetensors.torch import load_file
 
@@ -24,7 +25,7 @@ import prune_lab
 from prune_lab.config import RunConfig, to_toml
 from prune_lab.distill import load_heldout, load_recovery
 from prune_lab.errors import DeviceError
-from prune_lab.processes import gather_object, is_main, join, main_process_first, num_processes
+from prune_lab.processes import init_processes, is_main, num_processes
 from prune_lab.schemas import RECOVERY_COLUMNS
 
 SCRIPT = Path(__file__).parent / "process_distillation.py"
@@ -171,12 +172,12 @@ def test_distill_under_accelerate_launch_prints_and_writes_once(
 def test_sharded_weights_are_refused(monkeypatch: pytest.MonkeyPatch, variable: str, name: str) -> None:
     monkeypatch.setenv(variable, "true")
     with pytest.raises(DeviceError, match=f"asked to distil under {name}.*MULTI_GPU"):
-        join()
+        init_processes()
 
 
 def test_alone_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (num_processes(), is_main(), gather_object(3)) == (1, True, [3])
-    with main_process_first():
+    assert (num_processes(), is_main(), gather_object([3])) == (1, True, [3])
+    with PartialState().main_process_first():
         pass
     monkeypatch.setenv("WORLD_SIZE", "4")  # of a batch system, without a launch
     assert num_processes() == 1

@@ -24,7 +24,7 @@ from prune_lab.cluster import ArtifactStore, Cluster, connected, in_tasks
 from prune_lab.config import EngineConfig, RankConfig, RunConfig
 from prune_lab.distill import load_heldout, load_recovery
 from prune_lab.engines import PictureJob, ray_driver, rungs_of, train_to
-from prune_lab.engines.pictures import draw_job
+from prune_lab.engines.pictures import draw_set
 from prune_lab.errors import ClusterError, ConfigError, StorageError
 from prune_lab.importance import score
 from prune_lab.ranking import Tournament, run_tournament
@@ -256,7 +256,7 @@ def test_scores_and_pictures_equal_the_local_ones(cluster: Any, alone: Run, tmp_
     shared = Cluster(storage=str(tmp_path / "storage"))
     for where in (None, shared):
         for job, pixels in zip(jobs, ray_driver.draw(session, jobs, cluster=where), strict=True):
-            assert torch.equal(pixels, draw_job(session, job.candidate, job.state))
+            assert torch.equal(pixels, draw_set(session, job.candidate, job.state))
     assert not list(ArtifactStore("", "x", ()).scratch.parent.glob("prune-lab-????????????????"))
 
 

@@ -60,7 +60,7 @@ from prune_lab.workflow import (
     start_run,
     steps_frame,
 )
-from prune_lab.workflow.steps import first_touched
+from prune_lab.workflow.steps import first_affected
 
 
 @pytest.fixture(scope="module")
@@ -232,13 +232,13 @@ def test_where_something_is_computed_may_change_under_it(copied: Run, config: Ru
     ],
 )
 def test_the_first_step_that_reads_a_setting(changed: list[str], step: str) -> None:
-    assert first_touched(changed) == step
+    assert first_affected(changed) == step
 
 
 def test_every_setting_has_a_reader() -> None:
     from prune_lab.config import SETTINGS
 
-    assert {first_touched([name]) for name in SETTINGS} <= {step.name for step in STEPS}
+    assert {first_affected([name]) for name in SETTINGS} <= {step.name for step in STEPS}
 
 
 def test_other_weights_are_another_run(config: RunConfig, tiny_pipeline_folder: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 from prune_lab import __version__
 from prune_lab.cli.options import instead_of
 from prune_lab.errors import ConfigError, PruneLabError, RunError
-from prune_lab.processes import leave, num_processes
+from prune_lab.processes import end_processes, num_processes
 
 MISTAKE = 2  # exit code of a user's mistake, the same as typer's for a wrong option
 LAUNCHED = ("cache", "distill")  # verbs that many processes share; any other would be done as often
@@ -24,7 +24,7 @@ class Verbs(TyperGroup):
         try:
             found = self._invoke(ctx)
             if num_processes() > 1:
-                leave()
+                end_processes()
             return found
         except PruneLabError as error:
             typer.echo(f"error: {' '.join(str(error).split())}", err=True)

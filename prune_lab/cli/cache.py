@@ -61,14 +61,14 @@ def cache(
         )
     from prune_lab.distill import build_cache, is_cache, source_of
     from prune_lab.models import load_pipeline, resolve_model
-    from prune_lab.processes import is_main, join
+    from prune_lab.processes import init_processes, is_main
     from prune_lab.runtime import pick_device, pick_dtype, progress_shown
 
     if is_cache(Path(settings.data.source).expanduser()):
         raise DataError(
             f"asked to cache {settings.data.source}, a finished cache; give it as data.source of a run as it is"
         )
-    join()  # first: it gives each process its GPU
+    init_processes()  # first: it gives each process its GPU
     model_source = resolve_model(settings.model)
     if not model_source.is_pipeline:
         raise RunError(

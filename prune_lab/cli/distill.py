@@ -24,7 +24,7 @@ from prune_lab.cli.options import (
 from prune_lab.cli.output import emit, records
 from prune_lab.cli.run_context import model_or_run, run_opened, settings_of
 from prune_lab.errors import RunError
-from prune_lab.processes import is_main, join, main_process_first
+from prune_lab.processes import init_processes, is_main
 from prune_lab.runs import open_run
 
 
@@ -87,8 +87,10 @@ def distill(
     if fresh:
         asked = dataclasses.replace(settings.search, budgets=(), controls=tuple(plan))
         settings = dataclasses.replace(settings, search=asked)
-    join()
+    init_processes()
     with run_opened(settings, folder, force=force) as opened:
+        from accelerate import PartialState
+
         from prune_lab.workflow import (
             Session,
             ensure_distilled,
@@ -100,7 +102,7 @@ def distill(
         )
 
         session = Session(opened)
-        with main_process_first():
+        with PartialState().main_process_first():
             plans = ensure_plans(session)
             ids = tuple(plan_named(plans, text, session).id for text in plan)
             if force and is_main():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from prune_lab.config import SETTINGS, RunConfig, load_config, parse_assignment, with_settings
 from prune_lab.errors import ConfigError, RunError
-from prune_lab.processes import is_main, main_process_first
+from prune_lab.processes import is_main
 from prune_lab.runs import open_run
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ def run_opened(
     ``redo`` names the step whose files, and those of the later ones, are removed first; ``force`` removes only what
     changed settings touch.
     """
+    from accelerate import PartialState
+
     from prune_lab.runtime import progress_shown
     from prune_lab.workflow import forget, start_run
 
@@ -82,7 +84,7 @@ def run_opened(
             stack.enter_context(progress_shown())
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="prune-lab-")))
-        with main_process_first():
+        with PartialState().main_process_first():
             run = start_run(settings, folder, force=force or bool(redo))
             if redo:
                 forget(run, redo)

@@ -1,7 +1,7 @@
-"""Work on many machines by Ray: a connection, storage that all of them reach, tasks, and a tournament by ASHA.
+"""Work on many machines by Ray: a connection, shared storage, tasks, and trials that ASHA stops.
 
-What is done there is handed in as functions; nothing here knows of models. Ray is an extra (``prune-lab[ray]``) and is
-imported when it is first needed.
+The work is given as functions; nothing here knows of models. Ray is an extra (``prune-lab[ray]``) and is imported when
+it is first needed.
 """
 
 from __future__ import annotations

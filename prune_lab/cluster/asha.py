@@ -1,7 +1,8 @@
-"""A tournament on a cluster: candidates as trials of Ray Tune, stopped by ASHA, and the verdicts that come of it.
+"""A tournament on a cluster: candidates as trials of Ray Tune that ASHA stops, and the verdicts on them.
 
-ASHA does not wait for a rung to be complete: whoever comes to a rung is stopped when it is worse than the best 1/eta of
-those who have been there before. So who goes on depends on who was first; what does not depend on it are the weights.
+ASHA does not wait until a rung is complete: a candidate that comes to a rung is stopped when it is worse than the best
+1/eta of those that came before it. So the order of arrival decides which candidates go on; their weights do not depend
+on it.
 
 Reference: Li et al., arXiv:1810.05934.
 """
@@ -19,13 +20,13 @@ from prune_lab.cluster.connection import Cluster, check_room, last_word
 from prune_lab.ranking import HeldoutLosses, Tournament, Verdict, run_tournament
 
 Report = Callable[[int, float], None]
-"""Steps taken and the loss after them; does not return when the candidate is to stop."""
+"""Called with the steps taken and the loss after them; does not return when the candidate is to stop."""
 Trial = Callable[[str, Report], None]
-"""Trains the named candidate and reports at each rung, also at those it has been to before."""
+"""Trains the named candidate and reports at each rung, also at rungs that it came to before."""
 
 
 class DecisionLog(Protocol):
-    """What ASHA decided about whom, kept where it outlives the process that decides."""
+    """The decisions of ASHA, kept where they outlive the process that makes them."""
 
     def recall(self, name: str) -> Mapping[int, bool]:
         """Whether ``name`` went on, by the steps at which that was decided."""
@@ -39,12 +40,12 @@ def scheduler_of(rungs: Sequence[int], eta: int, controls: Collection[str], memo
     from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
     class RememberingASHA(ASHAScheduler):  # type: ignore[misc]  # Ray ships no types
-        """ASHA that decides nothing twice, and nothing about controls."""
+        """ASHA that makes each decision once, and none about controls."""
 
         def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
             name, steps = trial.config["name"], int(result["steps"])
             if name in controls or steps not in rungs[:-1]:
-                return str(TrialScheduler.CONTINUE)  # it ends by itself
+                return str(TrialScheduler.CONTINUE)  # the last rung ends by itself
             decision = str(super().on_trial_result(controller, trial, result))
             known = memory.recall(name)
             if steps in known:
@@ -53,7 +54,7 @@ def scheduler_of(rungs: Sequence[int], eta: int, controls: Collection[str], memo
             return decision
 
         def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
-            """Nothing: ASHA would count the last report again, and that of a control too."""
+            """Do nothing: ASHA would count the last report again, and those of controls."""
 
     return RememberingASHA(
         metric="loss",
@@ -73,7 +74,7 @@ def _trainable(config: dict[str, Any], trial: Trial) -> None:
 
 @contextlib.contextmanager
 def _hushed() -> Iterator[None]:
-    """No tables on standard output, which is ours, and no tracebacks of workers that are started again."""
+    """Keep Ray's tables off our standard output, and the tracebacks of workers that are restarted off the terminal."""
     logger = logging.getLogger("ray.tune")
     before = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -96,10 +97,10 @@ def compete(
     controls: Collection[str] = (),
     storage: tuple[Any, str] | str,
 ) -> dict[str, str]:
-    """Run ``trial`` for all ``names``, stopped by ASHA, ``controls`` excepted; why one could not be finished, by name.
+    """The error of each trial that could not be finished, by name, after ``trial`` ran for all ``names``.
 
-    A trial whose worker died is started again, ``cluster.retries`` times. ``storage`` is where Ray keeps its own files:
-    a folder that all machines see, or a filesystem of fsspec and a path in it.
+    ASHA stops trials at the rungs, ``controls`` excepted. A trial whose worker died is restarted, ``cluster.retries``
+    times. ``storage`` is for Ray's own files: a folder that all machines see, or a filesystem of fsspec and a path.
     """
     from ray import tune
 
@@ -138,10 +139,10 @@ def tournament_from_asha(
     stopped: Mapping[str, int],
     keep: Collection[str] = (),
 ) -> Tournament:
-    """The tournament that ASHA decided: it stopped some of ``names`` after so many steps, everyone else is ranked.
+    """The tournament whose decisions ASHA made: ``stopped`` says after how many steps a candidate was stopped.
 
-    At each rung places, ties and differences are those of ``run_tournament`` at its last one: among all who came there,
-    against the best of them, who was not stopped. The CLIP score decides nothing: nobody waits for others to be drawn.
+    At each rung places, ties and differences are those of ``run_tournament`` at its last rung: among all candidates
+    that came there, against the best of them. The CLIP score decides nothing, since no candidate waits for others.
     """
     verdicts: list[Verdict] = []
     going = tuple(names)

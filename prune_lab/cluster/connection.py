@@ -1,4 +1,4 @@
-"""A Ray cluster for as long as it is needed, and work sent to it as tasks."""
+"""A connection to a Ray cluster, and work sent to it as tasks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prune_lab.errors import ClusterError, PruneLabError
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
-_PATIENCE = 5.0  # seconds for a head node to answer; Ray itself takes two minutes and then ends the process
+_PATIENCE = 5.0  # seconds for a head node to answer; Ray waits two minutes and then ends the process
 _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # no tables on standard output, which belongs to our own
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # every loss is in the run folder already
@@ -25,14 +25,14 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """Where work is done: which cluster, what each task or candidate gets of it, and the storage it shares."""
+    """A Ray cluster, the resources of each task or candidate, and the storage that its machines share."""
 
     address: str = (
         ""  # host:port, ray://host:port, auto for one on this machine; empty: started here, and ended
     )
     storage: str = ""  # folder or fsspec URL; empty: every machine sees the run folder itself
     cpus: int = 1  # cores, and threads
-    gpus: float | None = None  # None: what the work asks for
+    gpus: float | None = None  # None: as the device of the run asks
     retries: int = 3  # after a worker died
 
 
@@ -40,7 +40,9 @@ def _ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise ClusterError("asked for the engine ray, found no ray; pip install 'prune-lab[ray]'") from None
+        raise ClusterError(
+            "asked for engine.kind = 'ray', found no ray; pip install 'prune-lab[ray]'"
+        ) from None
     return ray
 
 
@@ -52,7 +54,7 @@ def _check_answers(address: str) -> None:
     except (OSError, ValueError, OverflowError) as error:
         raise ClusterError(
             f"asked for the Ray cluster at {address!r}, found none that answers ({error}); give host:port of a head "
-            "node, auto for a cluster of this machine, or no --address to start one here"
+            "node, auto for a cluster of this machine, or leave engine.address empty to start one here"
         ) from None
 
 
@@ -70,7 +72,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def connected(cluster: Cluster) -> Iterator[Any]:
-    """Ray, connected to the cluster; a connection that is there already is used and left as it is.
+    """Ray, connected to the cluster; an existing connection is used and left open.
 
     Without an address a cluster is started on this machine and ended on exit. Raises ClusterError when Ray is not
     installed or nothing answers.
@@ -89,7 +91,7 @@ def connected(cluster: Cluster) -> Iterator[Any]:
         except (OSError, RuntimeError, ValueError) as error:
             raise ClusterError(
                 f"asked for the Ray cluster at {cluster.address or 'this machine'!r}, found {_first_line(error)}; "
-                "start one with: ray start --head, or give no --address to start one here"
+                "start one with: ray start --head, or leave engine.address empty to start one here"
             ) from None
         try:
             yield ray
@@ -103,7 +105,7 @@ def _first_line(error: BaseException | str) -> str:
 
 
 def last_word(error: BaseException) -> str:
-    """Why a task or trial failed, in one line: our own message where there is one, else the end of the traceback."""
+    """The reason why a task or trial failed, in one line: our own message, or else the end of the traceback."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, PruneLabError):
         return str(cause)
@@ -137,14 +139,14 @@ def check_room(ray: Any, cluster: Cluster) -> None:
 
 
 def _done(work: Callable[..., Found], *item: Any) -> Found:
-    """What ``work`` makes of ``item``: Ray takes functions alone, and what is handed in may be a part of one."""
+    """``work(*item)``: Ray accepts plain functions alone, and ``work`` may be a partial."""
     return work(*item)
 
 
 def in_tasks(ray: Any, cluster: Cluster, work: Callable[[Item], Found], items: Sequence[Item]) -> list[Found]:
-    """``work`` of each of ``items``, in their order, each in a task of its own; who dies is asked again.
+    """``work(item)`` for each of ``items``, in order, each in a task of its own; a task whose worker died is repeated.
 
-    Raises what ``work`` raised, and ClusterError when its worker died more often than ``cluster.retries`` times.
+    Raises the error of ``work``, and ClusterError when its worker died more often than ``cluster.retries`` times.
     """
     check_room(ray, cluster)
     task = ray.remote(num_cpus=cluster.cpus, num_gpus=cluster.gpus or 0, max_retries=cluster.retries)(_done)
@@ -162,7 +164,7 @@ def in_tasks(ray: Any, cluster: Cluster, work: Callable[[Item], Found], items: S
 
 
 def everywhere(ray: Any, work: Callable[[], None]) -> None:
-    """Do ``work`` once on every machine of the cluster; those that do not answer are left out."""
+    """Call ``work`` once on every machine of the cluster; machines that do not answer are left out."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     asked = [

@@ -1,7 +1,9 @@
-"""Files of a run on storage that all machines reach by fsspec, each there under its name only when it is whole.
+"""Files of a run on storage that all machines reach by fsspec, each visible under its name only when complete.
 
-A shelf holds files that never change under a key made of their contents, so that runs with other settings or weights
-meet other shelves; beside them, what workers put there in the course of the work.
+An artifact store is a folder whose key is made of the contents of the files that were published there, which never
+change: a run with other settings or weights has another store. Workers add the files that they make.
+Ray Tune's own checkpoints would not replace it: they bring no inputs to a machine, and resuming a search from them
+unpickles, which is not done here.
 """
 
 from __future__ import annotations
@@ -48,15 +50,15 @@ class ArtifactStore:
 
     @property
     def scratch(self) -> Path:
-        """Where a machine keeps what it has fetched while it works."""
+        """The folder on this machine for fetched files."""
         return Path(tempfile.gettempdir()) / f"prune-lab-{self.key}"
 
     def sweep(self) -> None:
-        """Remove what this machine has fetched."""
+        """Remove the files that this machine has fetched."""
         shutil.rmtree(self.scratch, ignore_errors=True)
 
     def opened(self) -> tuple[Any, str]:
-        """(filesystem of fsspec, path of the shelf in it). Raises StorageError."""
+        """(filesystem of fsspec, path of the store in it). Raises StorageError."""
         from fsspec.core import url_to_fs
 
         with _storage_errors(self.url):
@@ -64,12 +66,12 @@ class ArtifactStore:
             return fs, f"{root.rstrip('/')}/{self.key}"
 
     def put(self, folder: Path, names: Sequence[str]) -> None:
-        """Write the files ``names`` of ``folder`` to the shelf, in this order. Raises StorageError."""
+        """Write the files ``names`` of ``folder`` to the store, in this order. Raises StorageError."""
         fs, root = self.opened()
         with _storage_errors(self.url):
             for name in names:
                 target = f"{root}/{name}"
-                # hidden beside it, as ``atomic_write`` does: a copy that was cut off is never taken for the file
+                # under a hidden name first, as ``atomic_write`` does: an interrupted copy is never taken for the file
                 temporary = f"{target.rpartition('/')[0]}/.{uuid.uuid4().hex}.tmp"
                 fs.makedirs(target.rpartition("/")[0], exist_ok=True)
                 try:
@@ -81,7 +83,7 @@ class ArtifactStore:
                     raise
 
     def get(self, folder: Path, names: Sequence[str]) -> None:
-        """Write the files ``names`` of the shelf to ``folder``, in this order. Raises StorageError."""
+        """Write the files ``names`` of the store to ``folder``, in this order. Raises StorageError."""
         fs, root = self.opened()
         with _storage_errors(self.url):
             for name in names:
@@ -89,12 +91,12 @@ class ArtifactStore:
                     fs.get_file(f"{root}/{name}", str(temporary))
 
     def listed(self, under: str) -> tuple[str, ...]:
-        """The names of the files in the folder ``under``, in alphabetical order; of those that are whole."""
+        """The names of the files in the folder ``under``, in alphabetical order, of complete files alone."""
         fs, root = self.opened()
         with _storage_errors(self.url):
             fs.invalidate_cache()
             found = fs.find(f"{root}/{under}") if fs.exists(f"{root}/{under}") else []
-        # what comes back may lack a leading slash, or have one more
+        # fsspec may return paths without the leading slash, or with one more
         names = [path[path.rindex(f"{self.key}/") + len(self.key) + 1 :] for path in found]
         return tuple(sorted(name for name in names if not PurePosixPath(name).name.startswith(".")))
 
@@ -106,12 +108,12 @@ class ArtifactStore:
                 fs.rm(f"{root}/{under}", recursive=True)
 
     def fetch(self, folder: Path, wanted: Callable[[str], bool] = lambda _name: True) -> None:
-        """Write those published files to ``folder`` that are ``wanted`` and not there yet; they never change."""
+        """Write the published files that are ``wanted`` and not in ``folder`` yet to it; they never change."""
         self.get(folder, [name for name in self.names if wanted(name) and not (folder / name).is_file()])
 
 
 def publish(folder: Path, names: Sequence[str], url: str) -> ArtifactStore:
-    """A shelf at ``url`` with the files ``names`` of ``folder``; those that are there already are not sent again."""
+    """A store at ``url`` with the files ``names`` of ``folder``; files that are there already are not sent again."""
     whole = hashlib.sha256()
     for name in sorted(names):
         whole.update(f"{name}:{_digest(folder / name)};".encode())

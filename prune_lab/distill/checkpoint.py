@@ -1,4 +1,4 @@
-"""The state of a training run in one safetensors file, so that a run goes on bit for bit where it stopped."""
+"""The state of a training in one safetensors file, from which it resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(slots=True)
 class TrainingState:
-    """Everything that changes from step to step."""
+    """The parts of a training that change from step to step."""
 
     student: nn.Module
     optimizer: torch.optim.AdamW
     ema: Any  # diffusers.training_utils.EMAModel
     step: int  # finished steps
     seconds: float  # wall-clock time spent so far, over all resumed parts
-    history: list[tuple[float, ...]]  # one row per finished step, nan where nothing was measured
+    history: list[tuple[float, ...]]  # one row per finished step; nan: not measured
     heldout: dict[int, Tensor] = field(
         default_factory=dict
     )  # (rows,) float32 by step, of the averaged weights
@@ -76,7 +76,7 @@ def save_checkpoint(path: Path, state: TrainingState, fingerprint: Mapping[str, 
 
 
 def load_checkpoint(path: Path, state: TrainingState, fingerprint: Mapping[str, Any]) -> None:
-    """Bring ``state`` to where ``save_checkpoint`` left it.
+    """Set ``state`` to the one that ``save_checkpoint`` wrote to ``path``.
 
     Raises RunError when the checkpoint belongs to other settings, data or weights, DataError when it is damaged.
     """

@@ -29,7 +29,7 @@ _GRAPHS = 128  # that torch may compile of one class of block: each width is one
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Student:
-    """A pruned U-Net to be trained: how it is loaded, what it is held against, and the folder of its candidate."""
+    """A pruned U-Net to be trained: how it is loaded, its feature pairs, and the folder of its candidate."""
 
     load: Callable[[], nn.Module]
     pairs: tuple[FeaturePair, ...]
@@ -38,15 +38,15 @@ class Student:
 
 @dataclass(slots=True, eq=False)
 class StudentState:
-    """A student in training; ``failure`` says why it was stopped, empty while it goes on."""
+    """A student in training; ``failure`` says why it was stopped and is empty until then."""
 
     student: Student
     state: TrainingState
-    forward: Callable[..., Any]  # the student, or what wraps it for data parallel training
+    forward: Callable[..., Any]  # the student, or its wrapper for data parallel training
     failure: str = ""
 
 
-def rate_at(settings: DistillConfig, step: int) -> float:
+def learning_rate_at(settings: DistillConfig, step: int) -> float:
     """The learning rate of step ``step`` (from 1): linear up to ``settings.warmup``, then by ``settings.schedule``.
 
     constant stays; linear and cosine fall to zero at ``settings.steps``.
@@ -60,12 +60,12 @@ def rate_at(settings: DistillConfig, step: int) -> float:
     return settings.learning_rate * max(0.0, falling[settings.schedule])
 
 
-def no_longer_finite(what: str, step: int) -> str:
-    """Why a student was stopped whose ``what`` became nan or infinite at ``step``."""
-    return f"the {what} was no longer finite at step {step}; try a smaller distill.learning_rate"
+def not_finite_reason(quantity: str, step: int) -> str:
+    """The reason to stop a student whose ``quantity`` became nan or infinite at ``step``."""
+    return f"the {quantity} was no longer finite at step {step}; try a smaller distill.learning_rate"
 
 
-def part_of(batch: Batch, rows: slice) -> Batch:
+def batch_rows(batch: Batch, rows: slice) -> Batch:
     """The samples ``rows`` of ``batch``."""
     tensors = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     added = {name: tensor[rows] for name, tensor in tensors.pop("added").items()}
@@ -74,9 +74,9 @@ def part_of(batch: Batch, rows: slice) -> Batch:
 
 @contextlib.contextmanager
 def compiled_blocks(unet: nn.Module, paths: Sequence[str], *, backend: str = "inductor") -> Iterator[None]:
-    """Inside, the modules that repeat in ``unet`` run through torch.compile; on exit they are as before.
+    """A context in which the modules that repeat in ``unet`` run through torch.compile.
 
-    The modules at ``paths`` are tapped: a block that has one of them inside stays as it is, since a hook in a compiled
+    Hooks read the modules at ``paths``: a block with one of them inside is not compiled, since a hook in a compiled
     graph is not called.
     """
     kinds = family_of(unet).compiled
@@ -95,14 +95,14 @@ def compiled_blocks(unet: nn.Module, paths: Sequence[str], *, backend: str = "in
                 module.__dict__.pop("forward", None)
 
 
-def _unshared(forward: Callable[..., Any]) -> contextlib.AbstractContextManager[Any]:
-    """Inside, processes do not exchange the gradients of ``forward``, which they do once a step."""
+def _without_sync(forward: Callable[..., Any]) -> contextlib.AbstractContextManager[Any]:
+    """A context in which processes keep the gradients of ``forward`` to themselves; they share them once a step."""
     if isinstance(forward, nn.parallel.DistributedDataParallel):
         return forward.no_sync()
     return contextlib.nullcontext()
 
 
-def _passes(
+def _forward_backward(
     teacher: nn.Module,
     student_states: Sequence[StudentState],
     batch: Batch,
@@ -110,22 +110,22 @@ def _passes(
     precision: torch.dtype,
     micro: int,
 ) -> Tensor:
-    """Losses of every student, (students, 3) float32: task, output, feature; gradients are left in the students."""
+    """Losses of every student, (students, 3) float32: task, output, feature; leaves gradients in the students."""
     count = len(batch.timesteps)
     wanted = [pair.teacher_path for student_state in student_states for pair in student_state.student.pairs]
     sums = torch.zeros(len(student_states), 3, device=batch.noisy.device)
     for student_state in student_states:
         student_state.state.optimizer.zero_grad(set_to_none=True)
     for first in range(0, count, micro):
-        chunk = part_of(batch, slice(first, first + micro))
+        chunk = batch_rows(batch, slice(first, first + micro))
         share = len(chunk.timesteps) / count
-        answer = teacher_output(teacher, wanted, chunk, precision)
+        output = teacher_output(teacher, wanted, chunk, precision)
         for place, student_state in enumerate(student_states):
             last = first + micro >= count
-            with contextlib.nullcontext() if last else _unshared(student_state.forward):
+            with contextlib.nullcontext() if last else _without_sync(student_state.forward):
                 losses = student_losses(
                     student_state.state.student,
-                    answer,
+                    output,
                     student_state.student.pairs,
                     chunk,
                     variant=settings.loss_variant,
@@ -158,13 +158,13 @@ def joint_step(
     """
     while True:
         try:
-            sums = _passes(teacher, student_states, batch, settings, precision, micro)
+            sums = _forward_backward(teacher, student_states, batch, settings, precision, micro)
             break
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
             reason = str(error).splitlines()[0]
-        # out of the except clause, whose traceback keeps the activations alive
+        # after the except clause, whose traceback keeps the activations alive
         for student_state in student_states:
             student_state.state.optimizer.zero_grad(set_to_none=True)
         if torch.cuda.is_available():
@@ -182,7 +182,7 @@ def joint_step(
         sums = accelerator.reduce(sums, reduction="mean")
     norms = []
     for student_state in student_states:
-        rate = rate_at(settings, student_state.state.step + 1)
+        rate = learning_rate_at(settings, student_state.state.step + 1)
         for group in student_state.state.optimizer.param_groups:
             group["lr"] = rate
         parameters = list(student_state.state.student.parameters())
@@ -190,7 +190,7 @@ def joint_step(
     weights = (settings.task_weight, settings.output_weight, settings.feature_weight)
     rows = torch.cat(
         [sums, torch.stack(norms)[:, None]], dim=1
-    ).tolist()  # one wait for the device, not one each
+    ).tolist()  # one wait for the device, not one per student
     values = []
     for student_state, (*parts, norm) in zip(student_states, rows, strict=True):
         total = sum(weight * loss for weight, loss in zip(weights, parts, strict=True))
@@ -201,10 +201,10 @@ def joint_step(
 
 def _update(student_state: StudentState, total: float, norm: float) -> None:
     state = student_state.state
-    for what, value in (("loss", total), ("gradient", norm)):
+    for quantity, value in (("loss", total), ("gradient", norm)):
         if not math.isfinite(value):
             state.optimizer.zero_grad(set_to_none=True)
-            student_state.failure = no_longer_finite(what, state.step + 1)
+            student_state.failure = not_finite_reason(quantity, state.step + 1)
             return
     state.optimizer.step()
     state.ema.step(list(state.student.parameters()))

@@ -13,28 +13,29 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 
 from prune_lab.config import DistillConfig
 from prune_lab.distill.batches import draw_batch
 from prune_lab.distill.features import FeaturePair
-from prune_lab.distill.joint import Student, compiled_blocks, joint_step, rate_at
+from prune_lab.distill.joint import Student, compiled_blocks, joint_step, learning_rate_at
 from prune_lab.distill.memory import training_memory
 from prune_lab.distill.recovery import Recovery, verdict_path
 from prune_lab.distill.setup import (
     VALIDATION,
     DistillSetup,
     StudentRun,
-    averaged,
-    check_fit,
+    averaged_weights,
+    check_data_fits,
+    check_same_files,
     fingerprint_of,
-    finished,
-    seen_alike,
+    finished_recovery,
 )
-from prune_lab.distill.tracking import Log, tracked
+from prune_lab.distill.tracking import Log, log_to_trackers
 from prune_lab.errors import ConfigError
 from prune_lab.probes import Probe
-from prune_lab.processes import gather_object, join
+from prune_lab.processes import init_processes
 from prune_lab.runs import CandidatePaths
 from prune_lab.runtime import note, track
 
@@ -45,21 +46,21 @@ if TYPE_CHECKING:
 # Steps -------------------------------------------------------------------------------------------------------------
 
 
-def _look(setup: DistillSetup, run: StudentRun, log: Log, step: int, until: int) -> None:
-    """After a step: the held-out loss, a grid of pictures, the tables and a checkpoint, where they are due."""
+def _record(setup: DistillSetup, run: StudentRun, log: Log, step: int, until: int) -> None:
+    """After a step: measure the held-out loss, draw a grid, write tables and a checkpoint, each where it is due."""
     student_state, settings, start = run.student_state, setup.settings, time.perf_counter()
     state, last = student_state.state, step == until
-    judged = last or step % settings.validate_every == 0
-    if judged:
-        log({f"{run.paths.folder.name}/heldout": run.judge(setup.validation, settings.diverged)}, step)
+    validated = last or step % settings.validate_every == 0
+    if validated:
+        log({f"{run.paths.folder.name}/heldout": run.validate(setup.validation, settings.diverged)}, step)
     if settings.grid_every and setup.draw and run.main and (last or step % settings.grid_every == 0):
-        with averaged(state) as unet:
+        with averaged_weights(state) as unet:
             setup.draw(unet, run.paths.grids / f"step-{step:06d}.png")
     state.seconds += time.perf_counter() - start
     if student_state.failure:
         run.save()
         return
-    if judged:
+    if validated:
         run.write_tables()
     if step % settings.checkpoint_every == 0 and not last:
         run.save()
@@ -73,7 +74,7 @@ def _train(
     accelerator: Accelerator,
     log: Log,
 ) -> None:
-    """Take the steps that are left, students that are at the same step together; failures end up in the trainees."""
+    """Take the steps that are left; students that have come to the same step take the next one together."""
     settings, names = setup.settings, [run.paths.folder.name for run in runs]
     precision = setup.precision(accelerator)
     share = settings.batch // accelerator.num_processes
@@ -102,17 +103,17 @@ def _train(
         for run, losses in zip(active, values, strict=True):
             student_state, name = run.student_state, run.paths.folder.name
             if student_state.failure:
-                run.save()  # the last good state
+                run.save()  # the state before the failure
                 continue
             student_state.state.seconds += took
-            rate = rate_at(settings, step)
+            rate = learning_rate_at(settings, step)
             student_state.state.history.append((step, *losses, math.nan, rate, student_state.state.seconds))
             parts = zip(("task", "output", "feature", "total"), losses, strict=True)
             log({f"{name}/{part}": loss for part, loss in parts}, step)
-            _look(setup, run, log, step, until)
+            _record(setup, run, log, step, until)
     for run in runs:
         if not run.student_state.failure and math.isnan(run.student_state.state.history[-1][VALIDATION]):
-            _look(setup, run, log, until, until)  # resumed at its last step, which was not validated then
+            _record(setup, run, log, until, until)  # resumed at its last step, which had not been validated
 
 
 # Students ----------------------------------------------------------------------------------------------------------
@@ -130,7 +131,7 @@ def _parallel(student: nn.Module, device: torch.device) -> nn.Module:
     )
 
 
-def _turn(
+def _distil_group(
     setup: DistillSetup,
     runs: Sequence[StudentRun],
     until: int,
@@ -139,7 +140,7 @@ def _turn(
     *,
     keep_checkpoint: bool,
 ) -> list[Recovery]:
-    """Distil the students at ``runs``, which fit into memory together, and write what came of them."""
+    """Distil the students of ``runs``, which fit into memory together, and write their results."""
     settings = setup.settings
     with contextlib.ExitStack() as stack:
         if settings.compile:
@@ -154,16 +155,16 @@ def _turn(
             if accelerator.num_processes > 1:
                 student_state.forward = _parallel(student_state.state.student, accelerator.device)
         logs = setup.logs or runs[0].paths.distilled
-        log = stack.enter_context(tracked(settings.trackers, logs, dataclasses.asdict(settings)))
+        log = stack.enter_context(log_to_trackers(settings.trackers, logs, dataclasses.asdict(settings)))
         _train(setup, runs, until, micro, accelerator, log)
     accelerator.free_memory()
     return [run.end(keep_checkpoint=keep_checkpoint) for run in runs]
 
 
-def _sizes(setup: DistillSetup, unet: nn.Module, students: int, share: int) -> tuple[int, int]:
-    """(students at once, samples at a time): those of the settings, or what fits into memory; the estimate is shown.
+def _group_sizes(setup: DistillSetup, unet: nn.Module, students: int, share: int) -> tuple[int, int]:
+    """(students at once, samples at a time): those of the settings, or as many as fit into memory; shows the estimate.
 
-    The same in all processes, as the one with the least memory needs it.
+    The same in all processes: the one with the least memory decides.
     """
     settings = setup.settings
     wanted = (settings.together or students, settings.micro_batch or share)
@@ -176,9 +177,9 @@ def _sizes(setup: DistillSetup, unet: nn.Module, students: int, share: int) -> t
     )
     if torch.device(setup.device).type == "cpu":  # which the processes of one machine share
         memory = dataclasses.replace(memory, free=memory.free // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    together, micro = map(min, zip(*gather_object(memory.fit(*wanted)), strict=True))
+    together, micro = map(min, zip(*gather_object([memory.fit(*wanted)]), strict=True))
     sizes = settings.together or together, settings.micro_batch or micro
-    note(memory.words(min(sizes[0], students), sizes[1]))
+    note(memory.describe(min(sizes[0], students), sizes[1]))
     return sizes
 
 
@@ -190,22 +191,22 @@ def distill_together(
     force: bool = False,
     keep_checkpoint: bool = False,
 ) -> tuple[Recovery, ...]:
-    """What ``until`` steps (None: ``settings.steps``) of BK-SDM's distillation make of each of ``students``, in order.
+    """The recovery of each of ``students``, in order, after ``until`` steps (None: ``settings.steps``) of distillation.
 
-    Minimises task + output + feature loss (arXiv:2305.15798) with AdamW (betas 0.9 and 0.999), gradient clipping, a
-    linear warm-up and averaged weights. All students train on one pass of the teacher per batch, so that data, noise
-    and timesteps are the same for all; where memory does not hold them together they take turns. On a CPU every student
-    comes out bit for bit as if it were trained alone. The folder of each gets recovery.csv, heldout.csv,
-    distilled/recovery.json, distilled/unet (averaged weights, plain diffusers) and, while training,
-    distilled/checkpoint.safetensors; run again, it goes on from there, on a CPU bit for bit as if never stopped. The
-    checkpoint is removed at the end unless ``keep_checkpoint``; with it, more steps go on from the last.
+    Minimises BK-SDM's task + output + feature loss (arXiv:2305.15798) with AdamW (betas 0.9 and 0.999), gradient
+    clipping, a linear warm-up and averaged weights. All students train on one pass of the teacher per batch, so that
+    data, noise and timesteps are the same for all; where memory does not hold all of them, they are trained group by
+    group. On a CPU every student comes out bit for bit as if it were trained alone. The folder of each gets
+    recovery.csv, heldout.csv, distilled/recovery.json, distilled/unet (averaged weights, plain diffusers) and, while
+    training, distilled/checkpoint.safetensors; run again, it goes on from there, on a CPU bit for bit as if never
+    stopped. The checkpoint is removed at the end unless ``keep_checkpoint``; with it, more steps go on from the last.
 
     A loss or gradient that is not finite, or a held-out loss ``settings.diverged`` times that before training, ends a
     student with status "failed" and the step in ``reason``; the last good state stays in its checkpoint, no
-    distilled/unet is written, and the others go on. What has ended already is read back and not trained again.
-    Students are trained in float32 on ``setup.device`` and left in eval mode with the averaged weights; the
+    distilled/unet is written, and the others go on. Students that have ended already are read back and not trained
+    again. Students are trained in float32 on ``setup.device`` and left in eval mode with the averaged weights; the
     teacher is left as it was found. Under ``accelerate launch`` every process takes its share of each batch and of the
-    held-out rows, and the main one writes; ``processes.leave`` ends that when nothing more is to be distilled.
+    held-out rows, and the main one writes; ``end_processes`` ends that when nothing more is to be distilled.
 
     Raises RunError when a folder holds the work of other settings, data or weights, or of more steps, without
     ``force``; DataError when data and model do not fit, DeviceError for float16, for a launch
@@ -214,7 +215,7 @@ def distill_together(
     """
     settings, teacher = setup.settings, setup.teacher
     until = settings.steps if until is None else until
-    accelerator = join()
+    accelerator = init_processes()
     world = accelerator.num_processes
     if settings.batch % world:
         raise ConfigError(
@@ -233,22 +234,24 @@ def distill_together(
         teacher.eval().to(setup.device)
         for place, student in enumerate(students):
             paths, unet = CandidatePaths(Path(student.folder)), student.load()
-            check_fit(unet, setup.data)
+            check_data_fits(unet, setup.data)
             fingerprint = fingerprint_of(setup, unet, student.pairs)
             if force and accelerator.is_main_process:
                 verdict_path(paths).unlink(missing_ok=True)
                 paths.checkpoint.unlink(missing_ok=True)
             accelerator.wait_for_everyone()
-            known = finished(paths, fingerprint, until)
-            seen_alike(paths, known)
+            known = finished_recovery(paths, fingerprint, until)
+            check_same_files(paths, known)
             if known is not None:
                 recoveries[place] = known
             else:
-                sizes = sizes or _sizes(setup, unet, len(students) - place, settings.batch // world)
+                sizes = sizes or _group_sizes(setup, unet, len(students) - place, settings.batch // world)
                 waiting[place] = StudentRun.of(setup, student, unet, fingerprint, accelerator)
             if waiting and sizes and (len(waiting) == sizes[0] or place == len(students) - 1):
                 runs = list(waiting.values())
-                found = _turn(setup, runs, until, sizes[1], accelerator, keep_checkpoint=keep_checkpoint)
+                found = _distil_group(
+                    setup, runs, until, sizes[1], accelerator, keep_checkpoint=keep_checkpoint
+                )
                 recoveries |= dict(zip(waiting, found, strict=True))
                 waiting.clear()
     finally:
@@ -273,7 +276,7 @@ def distill(
     force: bool = False,
     keep_checkpoint: bool = False,
 ) -> Recovery:
-    """What ``settings.steps`` steps make of one ``student``; see ``distill_together``, which this is for one.
+    """The recovery of one ``student`` after ``settings.steps`` steps; see ``distill_together``.
 
     ``student`` is trained in place and left in eval mode with the averaged weights.
     """

@@ -31,13 +31,13 @@ OUTLIER_DEVIATIONS = 2.0  # of a sample's features from their mean, beyond which
 def squared_error(wanted: Tensor, found: Tensor) -> Tensor:
     """Mean squared difference, as in BK-SDM's code.
 
-    Misleads when: one stage has far larger features than the rest, since it then carries most of the sum.
+    Misleads when: one stage has far larger features than the rest, since it then dominates the sum.
     """
     return mse_loss(found, wanted)
 
 
 def normalised_error(wanted: Tensor, found: Tensor) -> Tensor:
-    """Mean squared difference over the teacher's mean square: every point has an equal say, whatever its scale.
+    """Mean squared difference over the teacher's mean square: every point has equal weight, whatever its scale.
 
     After LAPTOP-Diff (arXiv:2404.11098), which divides each term by the norm of the teacher's feature.
     """
@@ -47,8 +47,8 @@ def normalised_error(wanted: Tensor, found: Tensor) -> Tensor:
 def masked_error(wanted: Tensor, found: Tensor) -> Tensor:
     """Mean squared difference where neither feature is an outlier of its sample, |x - mean| <= 2 deviations.
 
-    After TinyFusion (arXiv:2412.01199): few massive activations, which a pruned model cannot have at once, would carry
-    the loss. Misleads when: the outliers themselves have to be learnt.
+    After TinyFusion (arXiv:2412.01199): the few massive activations, which a pruned model cannot reproduce at once,
+    would dominate the loss. Misleads when: the outliers themselves have to be learnt.
     """
     kept = _ordinary(wanted) & _ordinary(found.detach())
     errors = torch.where(kept, found - wanted, 0.0).square()
@@ -67,9 +67,9 @@ def _ordinary(features: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class FeatureVariant:
-    """One way of the feature loss: the points that are compared, and what is summed over them.
+    """A variant of the feature loss: the points that are compared, and the term that is summed over them.
 
-    ``by_sensitivity`` weighs each point by one over the removal impact of what lies there, mean weight 1.
+    ``by_sensitivity`` weighs each point by one over the removal impact of its block; the mean weight is 1.
     """
 
     points: Points
@@ -84,7 +84,7 @@ FEATURE_VARIANTS: Mapping[str, FeatureVariant] = {
     "outlier-masked": FeatureVariant("stages", masked_error),
     # KOALA, arXiv:2312.04005: self-attention rather than the last feature of a stage
     "self-attention": FeatureVariant("self-attention", normalised_error),
-    # HierarchicalPrune, arXiv:2508.04663: what the model is most sensitive to is moved least
+    # HierarchicalPrune, arXiv:2508.04663: the blocks that matter most are changed least
     "inverse-sensitivity": FeatureVariant("blocks", normalised_error, by_sensitivity=True),
 }
 
@@ -99,7 +99,7 @@ class Losses:
     task: mean squared error of the student's prediction against the training target (noise or velocity), each sample
     by its weight in the batch.
     output: mean squared difference between the predictions of student and teacher.
-    feature: sum over the feature pairs of what the variant makes of the difference of the features.
+    feature: sum over the feature pairs of the variant's term.
     """
 
     task: Tensor
@@ -117,7 +117,7 @@ class Losses:
 
 @dataclass(frozen=True, slots=True)
 class TeacherOutput:
-    """What the teacher says to one batch, without gradients: every student of the batch is held against it."""
+    """The teacher's prediction and features for one batch, without gradients; all students are compared with them."""
 
     prediction: Tensor  # (B, C, H, W) float32
     features: Mapping[str, Tensor]  # by module path of the teacher, in the format of its forward pass
@@ -138,7 +138,7 @@ def teacher_output(
 
 def student_losses(
     student: nn.Module,
-    answer: TeacherOutput,
+    output: TeacherOutput,
     pairs: Sequence[FeaturePair],
     batch: Batch,
     *,
@@ -146,10 +146,10 @@ def student_losses(
     precision: torch.dtype = torch.float32,
     forward: Callable[..., Any] | None = None,
 ) -> Losses:
-    """The losses of ``student`` on ``batch`` against the teacher's ``answer``; one forward pass, with gradients.
+    """The losses of ``student`` on ``batch`` against the teacher's ``output``; one forward pass, with gradients.
 
-    ``precision`` bfloat16 puts the forward pass under autocast; weights stay as they are. ``forward`` is what is called
-    in place of the student where something wraps it (data parallel); the taps sit on the student itself.
+    ``precision`` bfloat16 puts the forward pass under autocast; weights stay as they are. ``forward`` is called
+    in place of the student where it is wrapped (data parallel); features are read from the student itself.
     """
     term = FEATURE_VARIANTS[variant].term
     with tapped(student, [pair.student_path for pair in pairs]) as features:
@@ -157,11 +157,11 @@ def student_losses(
             found = _predict(forward or student, batch, torch.float32).float()
         feature = torch.zeros((), dtype=torch.float32, device=found.device)
         for pair in pairs:
-            wanted, own = answer.features[pair.teacher_path], features[pair.student_path]
+            wanted, own = output.features[pair.teacher_path], features[pair.student_path]
             feature = feature + pair.weight * term(wanted.float(), own.float())
     errors = (found - batch.target.float()).square().flatten(1).mean(dim=1)
     return Losses(
-        task=(batch.weights * errors).mean(), output=mse_loss(found, answer.prediction), feature=feature
+        task=(batch.weights * errors).mean(), output=mse_loss(found, output.prediction), feature=feature
     )
 
 
@@ -177,9 +177,9 @@ def batch_losses(
 
     A teacher in bfloat16 puts the student's forward pass under autocast in bfloat16; its weights stay as they are.
     """
-    answer = teacher_output(teacher, [pair.teacher_path for pair in pairs], batch)
+    output = teacher_output(teacher, [pair.teacher_path for pair in pairs], batch)
     precision = next(teacher.parameters()).dtype
-    return student_losses(student, answer, pairs, batch, variant=variant, precision=precision)
+    return student_losses(student, output, pairs, batch, variant=variant, precision=precision)
 
 
 def _autocast(batch: Batch, precision: torch.dtype) -> contextlib.AbstractContextManager[object]:

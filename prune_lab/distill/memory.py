@@ -1,4 +1,4 @@
-"""What distilling needs of memory, told before it starts: how many students at once, how many samples at a time."""
+"""The memory that distilling needs, estimated before it starts: students at once and samples at a time."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ from prune_lab.runtime import bytes_text
 
 # Per parameter of a student: weight, gradient, two moments of AdamW and the average, all float32.
 _STATE_BYTES = 4 * (1 + 1 + 2 + 1)
-_SHARE = 0.85  # of the free memory that is used: workspaces and what an allocator rounds up are not counted
+_SHARE = (
+    0.85  # of the free memory; the rest is for workspaces and an allocator's rounding, which are not counted
+)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can be had on ``device`` now; on the CPU those of the machine."""
+    """Bytes free on ``device`` now; on the CPU those of the machine."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
 
 
 class _FusedAttention(torch.autograd.Function):
-    """What a fused kernel keeps of attention: query, key, value and result, and no matrix of weights."""
+    """The tensors that a fused kernel keeps: query, key, value and result, and no matrix of attention weights."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -53,24 +55,24 @@ def _forget_gradient(parameter: Tensor) -> None:
 
 
 def pass_bytes(config: Mapping[str, Any], *, tokens: int, training: bool, checkpointing: bool = False) -> int:
-    """Bytes of activations of one float32 sample that are alive at the worst moment of a pass of ``config``'s U-Net.
+    """Bytes of activations of one float32 sample that are alive at the peak of a pass of ``config``'s U-Net.
 
-    With ``training`` forward and backward, gradients of the weights left out; watched on ``meta``, without weights or a
-    real run. Misleads when: the pass runs under autocast, which needs up to half of it.
+    With ``training`` of forward and backward, without the gradients of the weights; counted on ``meta``, so without
+    weights and without computing. Misleads when: the pass runs under autocast, which needs as little as half of it.
     """
     settings = json.dumps(plain_config(config), sort_keys=True)
-    return _watched(settings, tokens, training, checkpointing)
+    return _peak_bytes(settings, tokens, training, checkpointing)
 
 
 @functools.lru_cache(maxsize=64)
-def _watched(settings: str, tokens: int, training: bool, checkpointing: bool) -> int:
+def _peak_bytes(settings: str, tokens: int, training: bool, checkpointing: bool) -> int:
     unet: Any = meta_unet(json.loads(settings))
     if checkpointing:
         unet.enable_gradient_checkpointing()
     unet.train(training).requires_grad_(training)
     if (
         training
-    ):  # gradients of the weights stand elsewhere; kept, they would hide the end of the forward pass
+    ):  # gradients of the weights are counted elsewhere; kept, they would hide the end of the forward pass
         for parameter in unet.parameters():
             parameter.register_post_accumulate_grad_hook(_forget_gradient)
     inputs = example_inputs(unet.config, tokens=tokens, device="meta", dtype=torch.float32)
@@ -93,7 +95,7 @@ class TrainingMemory:
     teacher: int  # weights
     student: int  # weights, gradients, moments and averages of the largest student
     teacher_sample: int  # activations of one sample
-    student_sample: int  # the same with what the backward pass reads
+    student_sample: int  # the same with the tensors that the backward pass reads
     free: int
 
     def needed(self, students: int, samples: int) -> int:
@@ -115,8 +117,8 @@ class TrainingMemory:
             micro = -(-micro // 2)
         return together, micro
 
-    def words(self, together: int, micro: int) -> str:
-        """What is needed and what is free, for a person to read before hours are spent."""
+    def describe(self, together: int, micro: int) -> str:
+        """One line for the user: the memory needed, part by part, and the memory free."""
         parts = (
             f"teacher {bytes_text(self.teacher)}",
             f"{together} x {bytes_text(self.student)} for students, their gradients and moments",
@@ -129,9 +131,9 @@ class TrainingMemory:
 def training_memory(
     teacher: nn.Module, student: nn.Module, *, tokens: int, device: torch.device, checkpointing: bool = False
 ) -> TrainingMemory:
-    """What distilling students as large as ``student`` from ``teacher`` needs on ``device``.
+    """The bytes that distilling students as large as ``student`` from ``teacher`` needs on ``device``.
 
-    Activations are those of passes in float32. What is free is counted as if neither model were there yet.
+    Activations are those of passes in float32. Free memory is counted as if neither model were loaded.
     """
     weights = sum(parameter.numel() * parameter.element_size() for parameter in teacher.parameters())
     there = next(teacher.parameters()).device

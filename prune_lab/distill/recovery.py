@@ -1,4 +1,4 @@
-"""What came of a distillation: the nouns that are read back from a candidate's folder, and where they lie in it."""
+"""The result of a distillation: its losses and its verdict, written to and read from a candidate's folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prune_lab.schemas import HELDOUT_COLUMNS, RECOVERY_COLUMNS
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Recovery:
-    """What a distillation made of a pruned U-Net.
+    """How far a distillation brought a pruned U-Net back towards its teacher.
 
     ``before`` and ``after`` are held-out denoising losses (mean squared error on the validation probe), of the student
     as it was pruned and of its averaged weights at the end; ``after`` is nan for a failed one. ``steps`` counts the
@@ -46,7 +46,7 @@ class Recovery:
 
 
 def verdict_path(paths: CandidatePaths) -> Path:
-    """The JSON that is written last: the distillation in ``paths`` has ended, and how."""
+    """The path of the JSON that is written last, when the distillation has ended: done or failed."""
     return paths.distilled / "recovery.json"
 
 
@@ -55,7 +55,7 @@ def write_recovery(paths: CandidatePaths, recovery: Recovery, fingerprint: Mappi
     write_frame(paths.recovery, recovery.frame())
     fields = {field.name: getattr(recovery, field.name) for field in dataclasses.fields(recovery)}
     del fields["rows"]
-    # JSON has no nan: what is not known is null.
+    # JSON has no nan: unknown values are null.
     known = {
         name: None if isinstance(value, float) and math.isnan(value) else value
         for name, value in fields.items()

@@ -1,4 +1,4 @@
-"""What all students of a distillation share, and one of them with its files: what is checked, kept and looked at."""
+"""The set-up that all students of a distillation share, and one student in training with its files."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from diffusers.training_utils import EMAModel
 from torch import nn
 
 from prune_lab.config import SETTINGS, DistillConfig
 from prune_lab.distill.checkpoint import TrainingState, check_fingerprint, load_checkpoint, save_checkpoint
 from prune_lab.distill.features import FeaturePair
-from prune_lab.distill.joint import Student, StudentState, no_longer_finite
+from prune_lab.distill.joint import Student, StudentState, not_finite_reason
 from prune_lab.distill.recovery import (
     Recovery,
     load_fingerprint,
@@ -28,7 +29,6 @@ from prune_lab.distill.recovery import (
 from prune_lab.errors import DataError, DeviceError, RunError
 from prune_lab.evaluation import heldout_loss
 from prune_lab.probes import Probe
-from prune_lab.processes import gather_object
 from prune_lab.runs import CandidatePaths
 from prune_lab.runtime import atomic_folder, pick_dtype, tensors_digest, write_frame
 from prune_lab.schemas import RECOVERY_COLUMNS
@@ -39,22 +39,22 @@ if TYPE_CHECKING:
     from prune_lab.distill.data import TrainingData
 
 VALIDATION = RECOVERY_COLUMNS.index("validation")
-Draw = Callable[[nn.Module, Path], None]  # draws a grid of pictures with a U-Net
+Draw = Callable[[nn.Module, Path], None]  # writes a grid of pictures, drawn with a U-Net, to a file
 
 
-# What stays the same -----------------------------------------------------------------------------------------------
+# The set-up --------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class DistillSetup:
-    """What all students of one distillation share: teacher, data, noise, timesteps, settings, and who judges them.
+    """What all students of one distillation share: teacher, data, noise schedule, settings and validation rows.
 
-    ``draw`` draws pictures with a U-Net into a file, for ``distill.grid_every``; ``logs`` is where trackers write.
+    ``draw`` writes a grid of pictures for ``distill.grid_every``; ``logs`` is the folder that trackers write to.
     """
 
     teacher: nn.Module
     data: TrainingData
-    scheduler: Any  # of diffusers: its noise schedule and prediction type count
+    scheduler: Any  # of diffusers: its noise schedule and prediction type are used
     settings: DistillConfig
     validation: Probe
     device: torch.device | str = "cpu"
@@ -77,7 +77,7 @@ class DistillSetup:
         return found
 
 
-def check_fit(student: Any, data: TrainingData) -> None:
+def check_data_fits(student: Any, data: TrainingData) -> None:
     """Raise DataError when ``student`` takes other latents or text than ``data`` hold."""
     channels, width = student.config.in_channels, student.config.cross_attention_dim
     widths = set(width) if isinstance(width, (list, tuple)) else {width}
@@ -89,7 +89,7 @@ def check_fit(student: Any, data: TrainingData) -> None:
 
 
 def fingerprint_of(setup: DistillSetup, student: nn.Module, pairs: Sequence[FeaturePair]) -> dict[str, Any]:
-    """What a resumed distillation must share with the one it goes on with."""
+    """Settings, data and weights that a distillation must have in common with the one that it resumes, by name."""
     settings = setup.settings
     kept = {
         name: value
@@ -120,10 +120,10 @@ def _check_reach(found: int, asked: int, paths: CandidatePaths) -> None:
         )
 
 
-def finished(paths: CandidatePaths, fingerprint: Mapping[str, Any], steps: int) -> Recovery | None:
-    """The recovery in ``paths`` when it is what is asked for: finished at as many steps, or failed on the way.
+def finished_recovery(paths: CandidatePaths, fingerprint: Mapping[str, Any], steps: int) -> Recovery | None:
+    """The recovery in ``paths`` when nothing is left to do: done at ``steps`` steps, or failed before; else None.
 
-    Raises RunError when it was made with something else, or of more steps.
+    Raises RunError when it was made with other settings, data or weights, or has taken more steps.
     """
     recovery = load_recovery(paths.folder)
     if recovery is None:
@@ -136,12 +136,12 @@ def finished(paths: CandidatePaths, fingerprint: Mapping[str, Any], steps: int) 
     return None
 
 
-def seen_alike(paths: CandidatePaths, found: Recovery | None) -> None:
-    """Raise RunError when processes do not see the same files in ``paths``, where this one saw ``found``.
+def check_same_files(paths: CandidatePaths, found: Recovery | None) -> None:
+    """Raise RunError when the processes do not see the same files in ``paths``; this one saw ``found``.
 
-    They would take different steps, and wait for each other for ever.
+    They would take different steps and wait for each other for ever.
     """
-    seen = gather_object((found.steps if found else -1, paths.checkpoint.is_file()))
+    seen = gather_object([(found.steps if found else -1, paths.checkpoint.is_file())])
     if len(set(seen)) > 1:
         raise RunError(
             f"asked to distil by {len(seen)} processes, found that not all of them see the same files in "
@@ -153,7 +153,7 @@ def seen_alike(paths: CandidatePaths, found: Recovery | None) -> None:
 
 
 @contextlib.contextmanager
-def averaged(state: TrainingState) -> Iterator[nn.Module]:
+def averaged_weights(state: TrainingState) -> Iterator[nn.Module]:
     """The student of ``state`` with its averaged weights; its own return on exit."""
     parameters = list(state.student.parameters())
     state.ema.store(parameters)
@@ -164,10 +164,10 @@ def averaged(state: TrainingState) -> Iterator[nn.Module]:
         state.ema.restore(parameters)
 
 
-def shared_losses(unet: nn.Module, validation: Probe, accelerator: Accelerator) -> torch.Tensor:
-    """Held-out losses (rows,) float32 on the CPU, equal in all processes, each of which computes some of them.
+def shared_heldout_losses(unet: nn.Module, validation: Probe, accelerator: Accelerator) -> torch.Tensor:
+    """Held-out losses (rows,) float32 on the CPU; each process computes some, and all get all of them.
 
-    Equal, so that all come to the same verdict.
+    So every process decides alike whether a student has diverged.
     """
     world, rank = accelerator.num_processes, accelerator.process_index
     if world == 1:
@@ -180,7 +180,7 @@ def shared_losses(unet: nn.Module, validation: Probe, accelerator: Accelerator) 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class StudentRun:
-    """A student in training and where its files go."""
+    """A student in training, and the folder of its files."""
 
     student_state: StudentState
     paths: CandidatePaths
@@ -196,11 +196,11 @@ class StudentRun:
         fingerprint: Mapping[str, Any],
         accelerator: Accelerator,
     ) -> StudentRun:
-        """A desk with ``unet`` on the device, before its first step."""
+        """The student ``unet`` on the device, before its first step."""
         settings = setup.settings
         nn.Module.to(
             unet.train(), setup.device, torch.float32
-        )  # steps this small are lost in shorter formats
+        )  # steps this small are rounded away in shorter formats
         if settings.gradient_checkpointing:
             cast("Any", unet).enable_gradient_checkpointing()
         optimizer = torch.optim.AdamW(
@@ -222,30 +222,30 @@ class StudentRun:
         return bool(self.accelerator.is_main_process)
 
     def resume(self, validation: Probe, until: int) -> None:
-        """Bring the student to where its checkpoint left it; without one, judge it as it is."""
+        """Load the checkpoint; without one, measure the held-out loss before training."""
         state = self.student_state.state
         if self.paths.checkpoint.is_file():
             load_checkpoint(self.paths.checkpoint, state, self.fingerprint)
             _check_reach(state.step, until, self.paths)
             return
-        state.heldout[0] = shared_losses(state.student, validation, self.accelerator)
+        state.heldout[0] = shared_heldout_losses(state.student, validation, self.accelerator)
         state.history.append((0, *(math.nan,) * 4, float(state.heldout[0].double().mean()), 0.0, 0.0))
 
-    def judge(self, validation: Probe, diverged: float) -> float:
-        """The held-out loss of the averaged weights after the last step, which goes into history and tables.
+    def validate(self, validation: Probe, diverged: float) -> float:
+        """The held-out loss of the averaged weights after the last step; it goes into history and tables too.
 
-        One that is not finite, or more than ``diverged`` times that before training, is a failure.
+        A loss that is not finite, or more than ``diverged`` times the one before training, fails the student.
         """
         state = self.student_state.state
-        with averaged(state) as unet:
-            losses = shared_losses(unet, validation, self.accelerator)
+        with averaged_weights(state) as unet:
+            losses = shared_heldout_losses(unet, validation, self.accelerator)
         state.heldout[state.step] = losses
         found, before = float(losses.double().mean()), state.history[0][VALIDATION]
         row = list(state.history[-1])
         row[VALIDATION] = found
         state.history[-1] = tuple(row)
         if not math.isfinite(found):
-            self.student_state.failure = no_longer_finite("held-out loss", state.step)
+            self.student_state.failure = not_finite_reason("held-out loss", state.step)
         elif found > diverged * before:
             self.student_state.failure = (
                 f"diverged: the held-out loss rose from {before:.4g} to {found:.4g} by step {state.step}, more than "
@@ -255,7 +255,7 @@ class StudentRun:
 
     @property
     def recovery(self) -> Recovery:
-        """What came of the student so far."""
+        """The recovery of the student so far."""
         state, failure = self.student_state.state, self.student_state.failure
         return Recovery(
             plan_id=self.paths.folder.name,
@@ -280,7 +280,7 @@ class StudentRun:
             write_heldout(self.paths, self.student_state.state.heldout)
 
     def end(self, *, keep_checkpoint: bool) -> Recovery:
-        """Write what came of the student: averaged weights, tables, and last the verdict."""
+        """Write averaged weights, tables and, last, the verdict; the recovery comes back."""
         state, failure, recovery = self.student_state.state, self.student_state.failure, self.recovery
         state.student.eval()
         if not failure:

@@ -1,4 +1,4 @@
-"""Curves while they grow: TensorBoard, Weights & Biases and whatever else accelerate knows, beside the CSV."""
+"""Loss curves during training, besides the CSV: TensorBoard, Weights & Biases and the other trackers of accelerate."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Log = Callable[[Mapping[str, float], int], None]  # values by name, step
 
 
 @contextmanager
-def tracked(names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> Iterator[Log]:
-    """A function that hands values of a step to the trackers called ``names``; they are finished on exit.
+def log_to_trackers(names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> Iterator[Log]:
+    """A function that logs the values of a step to the trackers called ``names``; they are closed on exit.
 
     Trackers that write files write them into ``folder``. Only the main process logs. Raises ConfigError for a tracker
     that accelerate does not know or whose package is not installed.

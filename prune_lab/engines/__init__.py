@@ -1,7 +1,8 @@
 """Where the work of a run is done: in this process (or those of one ``accelerate launch``), or on a Ray cluster.
 
 ``engine.kind`` in the settings chooses a row of ``ENGINES``. All engines train the same steps on the same data, and
-score and draw the same inputs; they differ in where that happens and in who waits for whom.
+score and draw the same inputs. Rungs differ: the local engine compares all candidates of a rung at once, Ray as they
+come.
 """
 
 from __future__ import annotations

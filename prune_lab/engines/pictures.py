@@ -1,4 +1,4 @@
-"""Pictures of a run: what is to be drawn, by whom, and how the files are called."""
+"""Sets of pictures: the jobs that draw them, the names of their files, and their CLIP scores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LONGEST_NAME = 40  # characters of a prompt in the name of a file
 
 @dataclass(frozen=True, slots=True)
 class PictureJob:
-    """One set of pictures: the folder it goes to, and who draws it, a candidate in some state or the teacher."""
+    """One set of pictures to be drawn: its folder, and the model, a candidate in some state or the teacher."""
 
     folder: Path
     candidate: Candidate | None = None  # None: the teacher
@@ -28,7 +28,7 @@ class PictureJob:
 
 
 def draw_prompts(session: Session, unet: Any) -> Tensor:
-    """What ``unet`` draws in the run's pipeline for its prompts and seeds, uint8 (prompts x seeds, 3, H, W)."""
+    """The pictures that ``unet`` draws for the run's prompts and seeds, uint8 (prompts x seeds, 3, H, W)."""
     settings = session.config.evaluate
     return generate(
         session.pipeline,
@@ -40,8 +40,8 @@ def draw_prompts(session: Session, unet: Any) -> Tensor:
     )
 
 
-def draw_job(session: Session, candidate: Candidate | None, state: State) -> Tensor:
-    """The pictures of one job, uint8 (prompts x seeds, 3, H, W)."""
+def draw_set(session: Session, candidate: Candidate | None, state: State) -> Tensor:
+    """The pictures of a candidate in ``state`` (None: of the teacher), uint8 (prompts x seeds, 3, H, W)."""
     if candidate is None:
         return draw_prompts(session, session.unet)
     return draw_prompts(session, load_student(candidate, state, device=session.device, dtype=session.dtype))

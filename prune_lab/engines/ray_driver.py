@@ -1,7 +1,7 @@
 """The engine of a Ray cluster, the driver's side: training, scores and pictures sent to its machines.
 
 ``ray_worker`` is the other side. Where the machines do not see the run folder, the driver publishes on
-``engine.storage`` what they need, and fetches from there what they made.
+``engine.storage`` the files that they read, and fetches from there the files that they wrote.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from prune_lab.engines.ray_worker import (
     VALIDATION,
     RunRef,
     ScoreShard,
-    draw_set,
+    draw_pictures,
     files_in,
     get_state,
     of_candidate,
@@ -70,7 +70,7 @@ _SHARED = (
 )
 
 
-# What is sent --------------------------------------------------------------------------------------------------
+# Set-up -------------------------------------------------------------------------------------------------------
 
 
 def _ref(run: Run, cluster: Cluster, names: Sequence[str]) -> RunRef:
@@ -90,12 +90,12 @@ def cluster_of(session: Session) -> Cluster:
     return Cluster(address=settings.address, storage=storage, cpus=settings.cpus)
 
 
-def _outfitted(ray: Any, session: Session, cluster: Cluster) -> Cluster:
-    """``cluster`` with the GPUs that the run's device needs of it."""
+def _with_gpus(ray: Any, session: Session, cluster: Cluster) -> Cluster:
+    """``cluster`` with the GPUs per task that the device of the run asks for."""
     device = session.config.device
     if ":" in device:
         raise ConfigError(
-            f"asked for device {device!r} with the engine ray, which hands out GPUs itself; use cuda"
+            f"asked for device {device!r} with engine.kind = 'ray', which hands out GPUs itself; use cuda"
         )
     if cluster.gpus is not None:
         return cluster
@@ -108,7 +108,7 @@ def _outfitted(ray: Any, session: Session, cluster: Cluster) -> Cluster:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Decisions:
-    """What ASHA decided about the candidates of a run, in a file beside the state it was decided by."""
+    """The decisions of ASHA about the candidates of a run, each in a file beside the candidate's state."""
 
     run: Run
 
@@ -125,12 +125,12 @@ class _Decisions:
         write_json(self._path(name), {str(at): known[at] for at in sorted(known)})
 
     def stopped(self, name: str) -> int | None:
-        """After how many steps it was stopped; None when it was not."""
+        """The steps after which ``name`` was stopped; None when it was not."""
         return next((steps for steps, goes_on in self.recall(name).items() if not goes_on), None)
 
 
 def _prepare(session: Session, plan_ids: Collection[str]) -> list[str]:
-    """Make what every worker reads, so that they do not all make it; the names of these files and folders."""
+    """Write the files that every worker reads; their names and those of folders come back."""
     ensure_data(session)
     if not session.config.data.source:
         session.validation.save(session.run.folder / VALIDATION)
@@ -164,19 +164,19 @@ def train(
     *,
     cluster: Cluster | None = None,
 ) -> Tournament:
-    """Who of ``candidates`` came to the last of ``rungs``, by ASHA; on ``cluster``, None: the one of the settings.
+    """The tournament of ``candidates`` over ``rungs``, decided by ASHA; on ``cluster``, None: that of the settings.
 
-    Each candidate is a trial of Ray Tune that distils it from rung to rung. A trial whose worker died goes on from the
-    candidate's checkpoint, and so does every one when the same is asked again. Survivors are ranked by the
-    paired differences of ``run_tournament``. With one rung nobody is dropped. The CLIP score breaks no ties at rungs.
-    Raises ClusterError, StorageError.
+    Each candidate is a trial of Ray Tune that distils it from rung to rung. A trial whose worker died resumes from the
+    candidate's checkpoint, and so do all of them when the same command is given again. Survivors are ranked by the
+    paired differences of ``run_tournament``. With one rung no candidate is dropped. The CLIP score breaks no ties at
+    rungs. Raises ClusterError, StorageError.
     """
     run = session.run
     cluster, named = cluster or cluster_of(session), {one.plan.id: one for one in candidates}
     names, controls = list(named), controls_among(session, candidates)
     decisions, own = _Decisions(run), run.folder.resolve() / RAY
     with connected(cluster) as ray:
-        cluster = _outfitted(ray, session, cluster)
+        cluster = _with_gpus(ray, session, cluster)
         ref = _ref(run, cluster, _prepare(session, names))
         note(f"distilling {len(names)} candidates on Ray, {slots(ray, cluster)} at once")
         place: Any = str(own)
@@ -230,7 +230,7 @@ def _in_tasks(
 
 
 def _pieces(count: int, slots: int, unit: int = 1) -> list[range]:
-    """``count`` things in at most ``slots`` pieces of neighbours, each but the last of a multiple of ``unit``."""
+    """``count`` indices in at most ``slots`` ranges; the length of each but the last is a multiple of ``unit``."""
     size = max(1, math.ceil(math.ceil(count / unit) / slots)) * unit
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
@@ -242,7 +242,7 @@ def score_groups(
     bootstrap: int = 0,
     cluster: Cluster | None = None,
 ) -> ImportanceTable:
-    """What each of ``groups`` is worth by the run's criterion on its probe, with the work in equal shards.
+    """The scores of ``groups`` by the run's criterion on its probe, computed in equal shards.
 
     By a criterion of one step every worker gets some rows of the probe, in whole batches: which rows share a forward
     pass, and so the rounding, stays as it is on one machine where ``score.batch`` is set. By the others it gets some of
@@ -251,7 +251,7 @@ def score_groups(
     cluster, probe, settings = cluster or cluster_of(session), ensure_probe(session), session.config.score
     one_step, all_groups = settings.criterion in ONE_STEP, tuple(groups)
     with connected(cluster) as ray:
-        cluster = _outfitted(ray, session, cluster)
+        cluster = _with_gpus(ray, session, cluster)
         ref, room = _ref(session.run, cluster, ("config.toml", "probe.safetensors")), slots(ray, cluster)
         if one_step:
             shards = [
@@ -296,8 +296,8 @@ def draw(session: Session, jobs: Sequence[PictureJob], *, cluster: Cluster | Non
         if job.candidate is not None:
             names += of_candidate(job.candidate.plan.id, *BUILT, "distilled/unet")
     with connected(cluster) as ray:
-        cluster = _outfitted(ray, session, cluster)
+        cluster = _with_gpus(ray, session, cluster)
         ref = _ref(session.run, cluster, list(dict.fromkeys(names)))
         asked = [(job.candidate.plan.id if job.candidate else "", job.state) for job in jobs]
-        sets = _in_tasks(ray, cluster, ref, partial(draw_set, ref), asked)
+        sets = _in_tasks(ray, cluster, ref, partial(draw_pictures, ref), asked)
     return [torch.from_numpy(pictures.copy()) for pictures in sets]  # Ray's arrays are read-only

@@ -1,8 +1,7 @@
-"""What a worker of a Ray cluster does for a run, with the functions and on the files of the local engine.
+"""The engine of a Ray cluster, the worker's side: training, scoring and drawing with the functions of the local engine.
 
-So weights, scores and pictures are those of the local engine, on a CPU bit for bit at equally many threads. A worker
-sees the run folder itself, or fetches what it needs from an artifact store and puts there what it has made after every
-rung.
+So weights, scores and pictures equal those of the local engine, on a CPU bit for bit with as many threads. A worker
+sees the run folder itself, or fetches files from an artifact store and puts its results there after every rung.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from prune_lab.blocks import BlockGroup
 from prune_lab.candidates import Candidate, State, load_candidate
 from prune_lab.cluster import ArtifactStore, Report
 from prune_lab.distill import load_recovery
-from prune_lab.engines.pictures import draw_job
+from prune_lab.engines.pictures import draw_set
 from prune_lab.engines.training import heldout_losses_after, train_to
 from prune_lab.errors import ClusterError
 from prune_lab.importance import ImportanceTable, ScoreCache, score
@@ -31,30 +30,30 @@ from prune_lab.probes import load_probe
 from prune_lab.runs import Run
 from prune_lab.session import Session, run_scoring_context
 
-RAY = "ray"  # folder in a run for what only the cluster needs; removed when a training is over
+RAY = "ray"  # folder in a run for what only the cluster needs; removed after training
 VALIDATION = f"{RAY}/validation.safetensors"
 BUILT = ("plan.json", "profile.json", "unet", "repaired")  # of a candidate, before any training
 DECISIONS = "distilled/decisions.json"  # in a candidate's folder, and gone with its distillation
 _VERDICT = "distilled/recovery.json"
 
 
-# What is sent --------------------------------------------------------------------------------------------------
+# Messages -----------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RunRef:
-    """What a worker needs to know to do a part of a run's work; hashable, so that what it loads is kept."""
+    """A run as a worker finds it; hashable, so that a worker keeps its session from task to task."""
 
     folder: str  # of the run, as the driver sees it
     directory: str  # the driver's working directory, which relative paths in the settings are of
     cpus: int
     store: ArtifactStore | None
-    digest: str  # of settings and validation: a run of the same name may be another one by now
+    digest: str  # of settings and validation: a folder may hold another run by now
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ScoreShard:
-    """A part of what is scored: these groups, on these rows of the probe; None: on all samples of the criterion."""
+    """A share of the scoring: these groups, on these rows of the probe; None: on all samples of the criterion."""
 
     groups: tuple[BlockGroup, ...]
     rows: tuple[int, ...] | None = None
@@ -86,11 +85,10 @@ def _session_of(ref: RunRef) -> Session:
     elif not run.config.is_file():
         raise ClusterError(
             f"asked a worker for the run {ref.folder}, which it does not see; put the run on a path that all machines "
-            "share, or give --storage URL"
+            "share, or set engine.storage"
         )
     path = run.folder / VALIDATION
-    # That of the driver: encoded on another kind of machine it would differ in its last digits, and no checkpoint
-    # would be taken up there.
+    # Encoded on another kind of machine it would differ in its last digits, and checkpoints would not match.
     return Session(run, validation=load_probe(path) if path.is_file() else None)
 
 
@@ -117,7 +115,7 @@ def _candidate(ref: RunRef, session: Session, plan_id: str) -> Candidate:
 
 
 def _put_state(store: ArtifactStore, run: Run, plan_id: str) -> None:
-    """Write what the distillation of a candidate has come to to ``store``, its verdict last."""
+    """Write the state of a candidate's distillation to ``store``, its verdict last."""
     names = files_in(run.folder, of_candidate(plan_id, "recovery.csv", "heldout.csv", "grids", "distilled"))
     (decisions,), (verdict,) = of_candidate(plan_id, DECISIONS), of_candidate(plan_id, _VERDICT)
     store.put(run.folder, [name for name in names if name not in (decisions, verdict)])
@@ -125,10 +123,10 @@ def _put_state(store: ArtifactStore, run: Run, plan_id: str) -> None:
 
 
 def get_state(store: ArtifactStore, run: Run, plan_id: str) -> None:
-    """Write to ``run`` what ``store`` knows of the distillation of a candidate, its verdict last."""
+    """Write the state of a candidate's distillation from ``store`` to ``run``, its verdict last."""
     published, (verdict,) = set(store.names), of_candidate(plan_id, _VERDICT)
     names = [name for name in store.listed(f"candidates/{plan_id}") if name not in published]
-    if verdict in names:  # one that was cut off before it has come to no rung
+    if verdict in names:  # without a verdict it came to no rung
         store.get(run.folder, [*(name for name in names if name != verdict), verdict])
 
 
@@ -136,11 +134,11 @@ def get_state(store: ArtifactStore, run: Run, plan_id: str) -> None:
 
 
 def train_candidate(ref: RunRef, rungs: Sequence[int], plan_id: str, report: Report) -> None:
-    """Train a candidate from rung to rung, from where it is, until it is stopped, fails or comes to the end."""
+    """Train a candidate from its state, from rung to rung, until it is stopped, fails or comes to the last."""
     with _opened(ref) as session:
         candidate = _candidate(ref, session, plan_id)
         if ref.store is not None:
-            # the store knows better than what another attempt may have left on this machine
+            # an earlier attempt may have left an older state on this machine
             for path in (candidate.paths.distilled, candidate.paths.grids):
                 shutil.rmtree(path, ignore_errors=True)
             get_state(ref.store, session.run, plan_id)
@@ -152,12 +150,12 @@ def train_candidate(ref: RunRef, rungs: Sequence[int], plan_id: str, report: Rep
                 _put_state(ref.store, session.run, plan_id)
             losses = heldout_losses_after([candidate], steps)[plan_id]
             if isinstance(losses, str):
-                return  # the verdict in its folder says why
+                return  # its verdict says why
             report(steps, float(losses.mean()))
 
 
 def score_shard(ref: RunRef, criterion: str, shard: ScoreShard) -> ImportanceTable:
-    """What each group of ``shard`` is worth, without intervals."""
+    """The scores of the groups of ``shard``, without intervals."""
     with _opened(ref) as session:
         # in memory: workers that write one file would lose each other's values
         context = dataclasses.replace(run_scoring_context(session), cache=ScoreCache())
@@ -169,9 +167,9 @@ def score_shard(ref: RunRef, criterion: str, shard: ScoreShard) -> ImportanceTab
         return score(context, shard.groups, criterion, bootstrap=0)
 
 
-def draw_set(ref: RunRef, asked: tuple[str, State]) -> NDArray[np.uint8]:
-    """The pictures of a candidate, its plan's id and its state; of the teacher for an empty id."""
+def draw_pictures(ref: RunRef, asked: tuple[str, State]) -> NDArray[np.uint8]:
+    """The pictures of ``asked``, a plan's id and a state; of the teacher for an empty id."""
     plan_id, state = asked
     with _opened(ref) as session:
         candidate = _candidate(ref, session, plan_id) if plan_id else None
-        return cast("NDArray[np.uint8]", draw_job(session, candidate, state).numpy())
+        return cast("NDArray[np.uint8]", draw_set(session, candidate, state).numpy())

@@ -1,4 +1,4 @@
-"""The set-up of a run's training, and training candidates up to a step: what every engine does alike."""
+"""The training of a run's candidates up to a step, which all engines share: set-up, rungs, losses."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from accelerate import PartialState
 
 from prune_lab.candidates import Candidate, State, load_student
 from prune_lab.distill import (
@@ -22,7 +23,6 @@ from prune_lab.distill import (
 )
 from prune_lab.engines.pictures import draw_prompts
 from prune_lab.evaluation import save_grid
-from prune_lab.processes import main_process_first
 from prune_lab.ranking import HeldoutLosses, first_rung, rungs
 from prune_lab.session import Session, read_scores, training_and_validation
 
@@ -51,9 +51,9 @@ def _draw_grid(session: Session, unet: nn.Module, path: Path) -> None:
 
 
 def distill_setup_of(session: Session) -> DistillSetup:
-    """What all students of the run are trained with."""
+    """The set-up that all students of the run are trained with."""
     # A cache is built by all processes together; the rest by one.
-    order = contextlib.nullcontext() if session.config.data.source else main_process_first()
+    order = contextlib.nullcontext() if session.config.data.source else PartialState().main_process_first()
     with order:
         data, validation = training_and_validation(session)
     return DistillSetup(
@@ -105,7 +105,7 @@ def train_to(
 
     Writes candidates/<id>/{recovery.csv, heldout.csv, distilled/}. With ``keep_checkpoint`` they can go on from there.
     """
-    with main_process_first():
+    with PartialState().main_process_first():
         waiting = [student_of(session, one) for one in candidates if not _ended(session, one, steps)]
     if waiting:
         distill_together(distill_setup_of(session), waiting, until=steps, keep_checkpoint=keep_checkpoint)

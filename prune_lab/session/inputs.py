@@ -1,7 +1,6 @@
-"""What a run measures and trains on: its probe, its training data, and its model ready to be scored.
+"""The inputs of a run: its probe, its training data and its scoring context.
 
-Each is read from the run folder when it is there, and made and written otherwise, so that a worker which sees the
-folder finds what the run has.
+Probe and data are read from the run folder when they are there, and made and written there otherwise.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ from prune_lab.session.session import Session
 
 
 def drawn_probe(session: Session, seed: int) -> Probe:
-    """The pictures and captions of the run's probe, with noise and timesteps drawn with ``seed``."""
+    """A probe of the run's pictures and captions, with noise and timesteps drawn with ``seed``."""
     settings = session.config.probe
     timesteps = settings.timesteps
     if settings.prompts:
@@ -85,8 +84,8 @@ def ensure_probe(session: Session) -> Probe:
 
 
 def _generation_settings(session: Session) -> GenerationSettings:
-    """How the criteria that look at pictures draw and judge them."""
-    prompts, how = session.drawn_prompts, session.config.evaluate
+    """The settings with which criteria that compare pictures draw and score them."""
+    prompts, how = session.generation_prompts, session.config.evaluate
     return GenerationSettings(
         session.pipeline,
         prompts.texts,
@@ -100,9 +99,9 @@ def _generation_settings(session: Session) -> GenerationSettings:
 
 
 def scoring_context_of(
-    session: Session, probe: Probe, drawing: GenerationSettings | None = None
+    session: Session, probe: Probe, generation: GenerationSettings | None = None
 ) -> ScoringContext:
-    """The run's model asked on ``probe``, with the run's settings and its cache of scores."""
+    """The run's model with ``probe``, the settings of the run and its cache of scores."""
     config = session.config
     guidance, unconditional, inputs = config.score.guidance, None, probe.digest
     if guidance != 1 and session.source.is_pipeline:
@@ -117,7 +116,7 @@ def scoring_context_of(
         probe,
         batch=config.score.batch or None,
         seed=config.seed,
-        generation=drawing,
+        generation=generation,
         guidance=guidance,
         unconditional=unconditional,
         cache=cache,
@@ -125,16 +124,16 @@ def scoring_context_of(
     )
 
 
-def run_scoring_context(session: Session, *, drawing: bool = False) -> ScoringContext:
-    """The run's model with its probe, and with prompts to draw where its criteria, or ``drawing``, ask for pictures."""
+def run_scoring_context(session: Session, *, pictures: bool = False) -> ScoringContext:
+    """The run's model with its probe, and with prompts to draw where ``pictures`` or its criteria ask for them."""
     settings = session.config.score
-    wanted = drawing or NEEDS_PIPELINE & {settings.criterion, *settings.also}
-    how = _generation_settings(session) if session.source.is_pipeline and wanted else None
-    return scoring_context_of(session, ensure_probe(session), how)
+    wanted = pictures or NEEDS_PIPELINE & {settings.criterion, *settings.also}
+    generation = _generation_settings(session) if session.source.is_pipeline and wanted else None
+    return scoring_context_of(session, ensure_probe(session), generation)
 
 
 def read_scores(run: Run) -> ImportanceTable:
-    """What each block, pair and stage is worth by the run's criterion; RunError before it is measured."""
+    """The scores of blocks, pairs and stages by the run's criterion; RunError before they are measured."""
     # A digest of digits alone, or like 12e4, is a name and not a number.
     frame = pd.read_csv(run.needs(run.importance, "score"), dtype={"probe": str, "model": str})
     return importance_from_frame(frame)
@@ -162,10 +161,10 @@ def ensure_data(session: Session) -> TrainingData:
 
 
 def training_and_validation(session: Session) -> tuple[TrainingData, Probe]:
-    """What students are trained on, and the held-out rows whose loss judges them.
+    """(training data of the students, held-out rows for their validation loss).
 
-    Of pictures that the user gave ``probe.samples`` are kept back, in their first variant, and never trained on; of the
-    shipped ones the held-out split serves, pictures that the scores have not seen.
+    Of the user's own pictures ``probe.samples`` are held out, in their first variant, and never trained on; with the
+    shipped pictures it is the session's ``validation``, from the held-out split.
     """
     data = ensure_data(session)
     if not session.config.data.source:

@@ -1,4 +1,4 @@
-"""Prompts and shipped pictures: what a run draws, scores and trains with when nothing else is named."""
+"""Prompts from files, and the pictures and captions that ship with the package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prune_lab.runtime import seeded
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pictures:
-    """Captioned pictures at the size that a model works at."""
+    """Captioned pictures, at the size at which the model works."""
 
     pixels: Tensor  # (N, 3, H, W) uint8
     captions: tuple[str, ...]
@@ -25,7 +25,7 @@ class Pictures:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Prompts:
-    """Prompts, and the kind of each for a look at damage per kind; kinds may be empty."""
+    """Prompts and the kind of each, by which damage is broken down; kinds may be empty."""
 
     texts: tuple[str, ...]
     kinds: tuple[str, ...]

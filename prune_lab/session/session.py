@@ -1,4 +1,4 @@
-"""What the steps of a run share: its settings, its model and its inputs, each loaded when first asked for."""
+"""The session of a run: its settings, model, scorer and held-out rows, each loaded when first asked for."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ HELDOUT_PROMPTS = 8  # captions to draw when evaluate.prompts names none
 
 
 class Session:
-    """A run, and what its steps need of it: each part is loaded when first asked for, and then kept.
+    """A run with its settings and models: each part is loaded when first asked for, and then kept.
 
-    ``config`` and ``validation`` stand in for what the run folder says, as a worker on another machine needs it.
+    ``config`` and ``validation`` replace those of the run folder; a worker on another machine needs that.
     """
 
     def __init__(self, run: Run, *, config: RunConfig | None = None, validation: Probe | None = None) -> None:
@@ -41,7 +41,7 @@ class Session:
 
     @cached_property
     def source(self) -> ModelSource:
-        """Where the model comes from."""
+        """The source of the model: shipped, preset, folder or hub."""
         return resolve_model(self.config.model)
 
     @cached_property
@@ -51,12 +51,12 @@ class Session:
 
     @cached_property
     def device(self) -> torch.device:
-        """The device of the job."""
+        """The device on which the run computes."""
         return pick_device(self.config.device)
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The number format of the job."""
+        """The number format in which the run computes."""
         return pick_dtype(self.config.dtype)
 
     @cached_property
@@ -83,7 +83,7 @@ class Session:
 
     @cached_property
     def prompts(self) -> tuple[str, ...]:
-        """What teacher and candidates draw: ``evaluate.prompts``, or else captions of held-out pictures."""
+        """The prompts that teacher and candidates draw: ``evaluate.prompts``, or else captions of held-out pictures."""
         named = self.config.evaluate.prompts
         return named or tuple(shipped_rows("heldout", HELDOUT_PROMPTS, self.config.seed)["caption"])
 
@@ -94,8 +94,8 @@ class Session:
         return Prompts(found.texts[:most], found.kinds[:most])
 
     @cached_property
-    def drawn_prompts(self) -> Prompts:
-        """What criteria draw that look at pictures: the probe's prompts, or else those of the evaluation."""
+    def generation_prompts(self) -> Prompts:
+        """The prompts for criteria that compare pictures: those of the probe, or else those of the evaluation."""
         if self.config.probe.prompts:
             return self.probe_prompts
         if self.config.evaluate.prompts:
@@ -105,9 +105,9 @@ class Session:
 
     @cached_property
     def validation(self) -> Probe:
-        """Held-out rows for the loss that ranks candidates, of pictures that the scores have not seen.
+        """Held-out rows for the loss that ranks candidates, of other pictures than those of the probe.
 
-        A plan that was searched with the scores of some pictures would look too good on the same pictures.
+        On the pictures that a plan was searched with, it would look better than it is.
         """
         settings = self.config.probe
         pictures = self.pictures("heldout", settings.samples, settings.seed, skip=settings.samples)
@@ -123,7 +123,7 @@ class Session:
     def pictures(self, split: str, count: int, seed: int, *, skip: int = 0) -> Pictures:
         """``count`` shipped pictures of ``split`` in an order drawn with ``seed``, after the first ``skip`` of them.
 
-        They are resized to the size at which the pipeline works. Raises DataError when there are not so many.
+        They are resized to the size at which the pipeline works. Raises DataError when there are not that many.
         """
         rows = shipped_rows(split, skip + count, seed).iloc[skip:]
         pixels = decode_pictures(rows)

@@ -1,8 +1,8 @@
-"""The steps of a run folder, each done once: what ``prune-lab run`` chains and the other verbs do alone.
+"""The steps of a run, each done once: ``prune-lab run`` does all in order, the other verbs one at a time.
 
-Every ``ensure_*`` function returns what its step makes. It reads the finished file when there is one, and computes and
-writes it otherwise, so the same command again goes on where the last one stopped. There are no algorithms here: each
-step is the function of another module between reading and writing. They share a ``Session``, so that the model is
+Every ``ensure_*`` function returns the result of its step. It reads the finished file when there is one, and computes
+and writes it otherwise, so the same command again resumes. There are no algorithms here: a step reads files, calls a
+function of another module and writes files. They share a ``Session``, so that the model is
 loaded once.
 """
 

@@ -1,4 +1,4 @@
-"""Plans, candidates and models side by side: what each costs, and how good it is where that was measured."""
+"""Plans, candidates and models side by side: their costs, and their quality where it was measured."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from prune_lab.schemas import COMPARISON_COLUMNS
 from prune_lab.search import predicted_impact
 from prune_lab.session import Session
 from prune_lab.workflow.measuring import ensure_costs, ensure_scores
-from prune_lab.workflow.searching import ensure_plans, goes_by, impact_by_walk
+from prune_lab.workflow.searching import ensure_plans, goes_by, impact_of_sets
 
 _MEASURED = ("median_ms", "loss_before", "loss_after", "clip_before", "clip_after")
 
@@ -29,12 +29,12 @@ _MEASURED = ("median_ms", "loss_before", "loss_after", "clip_before", "clip_afte
 def compared_plans(session: Session, texts: Sequence[str]) -> tuple[pd.DataFrame, tuple[str, ...]]:
     """One row per plan for the run's model, itself first, with COMPARISON_COLUMNS; and maps of them, line by line.
 
-    ``impact`` is measured on the run's probe, ``predicted_impact`` the sum of the blocks' scores; what the run knows
-    about a plan, losses and latency, comes along. Raises PlanError for a text that is no plan.
+    ``impact`` is measured on the run's probe, ``predicted_impact`` the sum of the blocks' scores; losses and latency
+    of the run's own plans are added. Raises PlanError for a text that is no plan.
     """
     run = session.run
     architecture, costs = session.architecture, ensure_costs(session)
-    importance, impact_of = ensure_scores(session), impact_by_walk(session)
+    importance, impact_of = ensure_scores(session), impact_of_sets(session)
     known = ensure_plans(session) if run.done(run.searched) else ()
     plans = []
     for text in texts:
@@ -79,8 +79,8 @@ def comparison(model: str, targets: Sequence[str]) -> pd.DataFrame:
     """One row per target, ``model`` itself first; columns COMPARISON_COLUMNS, changes relative to ``model``.
 
     A target is a run folder (its ranking), a candidate folder (its profile and recovery), a model as ``resolve_model``
-    reads it, or a plan for ``model``. What was not measured is missing. Raises PlanError for a text that is none of
-    these, and the errors of reading the others.
+    reads it, or a plan for ``model``. Values that were not measured are missing. Raises PlanError for a text that is
+    none of these, and the errors of reading the others.
     """
     architecture = architecture_of(resolve_model(model).config)
     costs = cost_table(architecture)

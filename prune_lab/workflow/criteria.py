@@ -1,4 +1,4 @@
-"""All criteria on one model and probe: how they agree, and whether they foretell what was measured."""
+"""All criteria on one model and probe: how they agree, and how well they predict measured outcomes."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from prune_lab.runtime import Environment, read_json, track, write_frame, write_
 from prune_lab.session import Session, drawn_probe, run_scoring_context, scoring_context_of
 
 _RANDOM_PLANS = 40
-_OTHER_NOISE = 2  # draws that the order is tried with
+_OTHER_NOISE = 2  # other draws of noise with which the order is compared
 MEASURED = "the measured impact"
 OUTCOME = "the loss after distillation"
 
 
-def _planned(session: Session) -> tuple[PruningPlan, ...]:
+def _plans_of(session: Session) -> tuple[PruningPlan, ...]:
     found = (
         plan_from_json(read_json(session.run.plan(plan_id)), session.architecture)
         for plan_id in session.run.plan_ids()
@@ -54,7 +54,7 @@ def _outcomes(run: Run) -> dict[str, float]:
 
 
 def _compositions(session: Session) -> tuple[BlockGroup, ...]:
-    """Plans of several blocks: what the model suggests by itself, the run's own plans, and random ones."""
+    """Plans of several blocks: pairs, triplets and stages, the run's own plans, and random ones."""
     architecture = session.architecture
     own = [
         BlockGroup(group.name, "plan", group.blocks)
@@ -62,7 +62,7 @@ def _compositions(session: Session) -> tuple[BlockGroup, ...]:
         for group in block_groups(architecture, kind)
         if len(group.blocks) > 1
     ]
-    planned = [BlockGroup(plan.label, "plan", plan.removed) for plan in _planned(session)]
+    planned = [BlockGroup(plan.label, "plan", plan.removed) for plan in _plans_of(session)]
     drawn = random_plans(architecture, _RANDOM_PLANS, seed=session.config.seed)
     unique = {frozenset(group.blocks): group for group in (*drawn, *own, *planned)}
     return tuple(unique.values())
@@ -86,7 +86,7 @@ def _tables(context: ScoringContext, session: Session) -> list[ImportanceTable]:
 
 
 def _with_other_noise(session: Session, leader: ImportanceTable) -> dict[str, ImportanceTable]:
-    """The leading criterion on the same pictures with noise and timesteps drawn anew; none for one without a walk."""
+    """The scores of the leading criterion with other noise and timesteps, by seed; none unless it is of one step."""
     if leader.criterion not in ONE_STEP:
         return {}
     groups, first = [entry.group for entry in leader.entries], session.config.probe.seed + 1
@@ -101,7 +101,7 @@ def _costs(context: ScoringContext, tables: list[ImportanceTable]) -> dict[str, 
     """Forward-equivalents of each criterion by itself, whatever was found in the cache this time."""
     costs = {table.criterion: table.compute.forwards if table.compute else 0.0 for table in tables}
     blocks = [entry.group for entry in tables[0].entries]
-    # A walk costs the same for every sample, so one of them tells; all three of its criteria come from it.
+    # Every sample costs the same, so one is enough; the three criteria of one step come from the same passes.
     one = ScoringContext(context.unet, context.probe.rows([0]))
     walk = score(one, blocks, "output-mse", bootstrap=0).compute
     samples = len(context.probe) * (1 if context.guidance == 1 else 2)
@@ -112,18 +112,18 @@ def _costs(context: ScoringContext, tables: list[ImportanceTable]) -> dict[str, 
 
 
 def compared_criteria(session: Session, folder: Path) -> tuple[tuple[str, ...], pd.DataFrame]:
-    """Sentences about what may be concluded, and a row per criterion; tables, figures and a page go to ``folder``.
+    """(conclusions as sentences, a row per criterion); writes tables, figures and a page to ``folder``.
 
     Criteria are compared on every removable block; added up over blocks they are compared with the measured impact of
     plans, and with the loss after distillation of the plans that the run has ranked.
     """
-    context = run_scoring_context(session, drawing=True)
+    context = run_scoring_context(session, pictures=True)
     tables = _tables(context, session)
     compositions = _compositions(session)
     leader = tables[0]
     together = score(context, compositions, "output-mse", bootstrap=0, model=session.config.model)
     found = [agreement(tables), predictive_correlation(tables, compositions, together.impacts, MEASURED)]
-    outcomes, planned = _outcomes(session.run), _planned(session)
+    outcomes, planned = _outcomes(session.run), _plans_of(session)
     ranked = [plan for plan in planned if plan.id in outcomes]
     if len(ranked) > 2:
         groups = [BlockGroup(plan.label, "plan", plan.removed) for plan in ranked]
@@ -155,7 +155,7 @@ def compared_criteria(session: Session, folder: Path) -> tuple[tuple[str, ...], 
 
 
 def _summary(tables: list[ImportanceTable], compared: pd.DataFrame, costs: dict[str, float]) -> pd.DataFrame:
-    """A row per criterion: its agreement with the leader, with what was measured, and what it cost."""
+    """A row per criterion: its agreement with the leader and with measured outcomes, and its cost."""
     leader = tables[0].criterion
     rows = []
     for table in tables:

@@ -1,4 +1,4 @@
-"""The step that trains students: all for equally many steps, or by a tournament in which the worse drop out."""
+"""The step that trains students: all for the same number of steps, or by a tournament that drops the worse ones."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+from accelerate import PartialState
 
 from prune_lab.candidates import Candidate
 from prune_lab.distill import Recovery, load_recovery
 from prune_lab.engines import engine_of, needs_scores, rungs_of
 from prune_lab.errors import RunError
-from prune_lab.processes import is_main, join, main_process_first
+from prune_lab.processes import init_processes, is_main
 from prune_lab.ranking import Tournament, tournament_from_frame
 from prune_lab.runtime import write_frame
 from prune_lab.schemas import RECOVERY_SUMMARY_COLUMNS
@@ -38,15 +39,15 @@ def ensure_tournament(session: Session, candidates: Sequence[Candidate]) -> Tour
 
 
 def ensure_distilled(session: Session, *, only: tuple[str, ...] = ()) -> tuple[Recovery, ...]:
-    """What the distillation makes of each candidate, all on the same data, noise and timesteps.
+    """The recovery of each candidate by distillation, all on the same data, noise and timesteps.
 
-    With ``rank.eta`` in the settings by successive halving (see ``ensure_tournament``): not everyone gets all steps.
+    With ``rank.eta`` by successive halving (see ``ensure_tournament``), so that not all candidates get all steps.
     Writes candidates/<id>/{recovery.csv, heldout.csv, distilled/}; a candidate that was interrupted goes on from its
     checkpoint. ``only`` names some of the plans (see ``plan_named``), which then get all steps. Under ``accelerate
     launch`` the main process prepares and all distil. Raises PlanError when a name is none of the run's.
     """
-    join()
-    with main_process_first():
+    init_processes()
+    with PartialState().main_process_first():
         ensure_repaired(session)
         plans = ensure_plans(session)
         wanted = {plan_named(plans, text, session).id for text in only} or {plan.id for plan in plans}

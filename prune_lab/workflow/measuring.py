@@ -1,4 +1,4 @@
-"""Steps that measure the teacher: its blocks, the probe, removal impact, and what everything costs."""
+"""Steps that measure the teacher: its blocks, their removal impact, and their cost."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from prune_lab.profiling import (
 from prune_lab.runtime import read_json, write_frame, write_json
 from prune_lab.session import Session, read_scores, run_scoring_context
 
-_LATENCY_CHECKS = 8  # plans that tell how well latency is predicted
+_LATENCY_CHECKS = 8  # plans with which the predicted latency is compared
 
 
 def ensure_blocks(session: Session) -> Architecture:
@@ -83,9 +83,9 @@ def criteria_of(session: Session) -> tuple[str, ...]:
 
 
 def ensure_scores(session: Session) -> ImportanceTable:
-    """What each block, pair and stage is worth by the run's criterion; writes importance.csv, last of all.
+    """The scores of blocks, pairs and stages by the run's criterion; writes importance.csv, last of all.
 
-    Before it importance_parts.csv, per timestep and kind of prompt, and criteria.csv, the same for ``score.also`` too.
+    Writes importance_parts.csv (per timestep and kind of prompt) and criteria.csv (with ``score.also``) before it.
     """
     run = session.run
     if run.done(run.importance):
@@ -128,9 +128,9 @@ def controls(session: Session, architecture: Architecture) -> tuple[PruningPlan,
 
 
 def ensure_latency(session: Session) -> LatencyTable:
-    """What each block's removal saves in time, and how well that predicts students; writes latency.json.
+    """Milliseconds that the removal of each block saves, and the error of such predictions; writes latency.json.
 
-    The controls calibrate it, random native plans that are no controls tell its error.
+    The controls calibrate the table; its error is measured on random native plans that are no controls.
     """
     run = session.run
     if run.done(run.latency):
@@ -198,7 +198,7 @@ def ensure_costs(session: Session) -> CostTable:
 
 
 def ensure_reductions(session: Session) -> pd.DataFrame:
-    """What the controls leave of the run's own model, timed, and of ``report.also_presets``, counted without weights.
+    """Cost of teacher and controls, of the run's model with latency, and of ``report.also_presets`` without.
 
     Writes reductions.csv, the teacher of each model first.
     """
@@ -209,7 +209,7 @@ def ensure_reductions(session: Session) -> pd.DataFrame:
 
 
 def ensure_shares(session: Session) -> pd.DataFrame:
-    """Which share of the time of one picture each part of the pipeline takes; writes pipeline.csv.
+    """Cost of each part of the pipeline and its share of the time of one picture; writes pipeline.csv.
 
     Raises RunError when the model is a U-Net alone.
     """

@@ -1,4 +1,4 @@
-"""The whole job from first to last, what it checks before it starts, and how far it is."""
+"""The whole run: its checks before it starts, all steps in order, and their states."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from prune_lab.workflow.measuring import (
 )
 from prune_lab.workflow.ranking import ensure_ranking
 from prune_lab.workflow.searching import constraints_of
-from prune_lab.workflow.steps import STEPS, first_touched, forget, start_run, steps_from, touching
+from prune_lab.workflow.steps import STEPS, affecting, first_affected, forget, start_run, steps_from
 
 
 def check_budgets(config: RunConfig) -> None:
@@ -36,14 +36,14 @@ def check_budgets(config: RunConfig) -> None:
     architecture = architecture_of(resolve_model(config.model).config)
     costs, constraints = cost_table(architecture), constraints_of(config)
     for text in config.search.budgets:
-        # What has to be measured first, latency and memory, is checked when it is.
+        # latency and memory have to be measured first and are checked then
         counted = [one for one in split_budgets(text) if not re.match(r"\s*(latency|memory)", one)]
         budgets = [parse_budget(one, architecture, costs) for one in counted]
         check_reachable(architecture, costs, budgets, constraints=constraints)
 
 
 def check_settings(session: Session) -> None:
-    """Raise whatever a later step would find wrong with the settings, before hours are spent on the earlier ones."""
+    """Raise the errors of settings that later steps would raise, before hours are spent on earlier ones."""
     config = session.config
     _ = session.device, session.dtype, session.pipeline, session.scorer
     criteria_of(session)
@@ -60,7 +60,7 @@ def check_settings(session: Session) -> None:
 
 
 def _recorded_seconds(run: Run) -> dict[str, float]:
-    """What each step took when it was last done, by its name."""
+    """Seconds of each step when it was last done, by its name."""
     if not run.steps.is_file():
         return {}
     frame = pd.read_csv(run.steps)
@@ -68,10 +68,10 @@ def _recorded_seconds(run: Run) -> dict[str, float]:
 
 
 def run_all(config: RunConfig, folder: Path, *, force: bool = False) -> Ranking:
-    """The ranking of the whole job: every step in order, those that are finished only read; ends with the report.
+    """The ranking after all steps in order, the report last; finished steps are only read.
 
-    With ``force`` the steps that changed settings touch are redone, all of them when no setting changed. steps.csv
-    gets the seconds that each step took when it was last done.
+    With ``force`` the steps that read changed settings are redone, with the later ones; all steps when no setting
+    changed. Writes steps.csv: the seconds of each step when it was last done.
     """
     if force:
         check_budgets(config)  # before anything is removed
@@ -96,10 +96,10 @@ def run_all(config: RunConfig, folder: Path, *, force: bool = False) -> Ranking:
 
 
 def steps_frame(config: RunConfig, folder: Path) -> pd.DataFrame:
-    """What ``run_all`` would do, one row per step: step, state (done, to do, redo, or n of m), does."""
+    """One row per step as ``run_all`` would find it: step, state (done, to do, redo, or n of m), does."""
     run = open_run(folder, must_exist=False)
-    changed = touching(changed_settings(load_run_config(run), config)) if run.config.is_file() else ()
-    stale = {step.name for step in steps_from(first_touched(changed))} if changed else set()
+    changed = affecting(changed_settings(load_run_config(run), config)) if run.config.is_file() else ()
+    stale = {step.name for step in steps_from(first_affected(changed))} if changed else set()
     rows = []
     for step in STEPS:
         marks = step.marks(run)

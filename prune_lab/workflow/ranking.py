@@ -1,4 +1,4 @@
-"""Steps that judge: pictures of teacher and students for the same prompts and seeds, the ranking, the report."""
+"""Steps that evaluate: pictures of teacher and students for the same prompts and seeds, the ranking, the report."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from prune_lab.workflow.measuring import ensure_costs, ensure_reductions
 from prune_lab.workflow.searching import ensure_plans, left_out
 from prune_lab.workflow.students import ensure_candidates
 
-SHOWN = (".csv", ".json", ".png", ".toml")  # what a report reads
+SHOWN = (".csv", ".json", ".png", ".toml")  # files that a report reads
 
 
 # Pictures ----------------------------------------------------------------------------------------------------
 
 
 def ensure_pictures(session: Session) -> tuple[Path, ...]:
-    """Folders of pictures by the teacher, by each candidate as it was cut, and after distillation.
+    """Folders of pictures by the teacher, and by each candidate before and after distillation.
 
     All draw the same prompts with the same seeds. Writes pictures/teacher/ and candidates/<id>/pictures/{pruned,
     distilled}/, a PNG for every prompt and seed, and pictures/prompts.csv.
@@ -75,13 +75,13 @@ def _mean_score(session: Session, folder: Path) -> float:
 
 
 def one_shot_impacts(session: Session, plans: Iterable[PruningPlan]) -> dict[str, float]:
-    """Impact of each whole plan by the run's criterion on its probe, by plan id: what adding up only predicts."""
+    """Impact of each whole plan by the run's criterion on its probe, by plan id, measured and not added up."""
     groups = [BlockGroup(plan.id, "plan", plan.removed) for plan in plans if plan.removed]
     table = engine_of(session).score(session, groups)
     return {entry.group.name: entry.impact for entry in table.entries}
 
 
-def _teacher_itself(session: Session) -> CandidateResult:
+def _teacher_result(session: Session) -> CandidateResult:
     costs = ensure_costs(session).total
     reductions = ensure_reductions(session)
     own = reductions[(reductions["plan"] == "teacher") & (reductions["model"] == session.config.model)]
@@ -107,7 +107,9 @@ def _teacher_itself(session: Session) -> CandidateResult:
     )
 
 
-def _contender(session: Session, plan: PruningPlan, impact: float, fate: Verdict | None) -> CandidateResult:
+def _candidate_result(
+    session: Session, plan: PruningPlan, impact: float, fate: Verdict | None
+) -> CandidateResult:
     run = session.run
     costs = ensure_costs(session).of(plan)
     paths = run.candidate(plan.id)
@@ -154,8 +156,10 @@ def ensure_ranking(session: Session) -> Ranking:
     ensure_pictures(session)
     impacts = one_shot_impacts(session, plans)
     fates = tournament_from_frame(pd.read_csv(run.tournament)).fates if run.done(run.tournament) else {}
-    contenders = [_contender(session, plan, impacts.get(plan.id, 0.0), fates.get(plan.id)) for plan in plans]
-    ranking = rank([_teacher_itself(session), *contenders])
+    contenders = [
+        _candidate_result(session, plan, impacts.get(plan.id, 0.0), fates.get(plan.id)) for plan in plans
+    ]
+    ranking = rank([_teacher_result(session), *contenders])
     write_frame(run.ranking, ranking.frame())
     return ranking
 

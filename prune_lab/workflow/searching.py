@@ -1,4 +1,4 @@
-"""The step that finds plans: prices and scores in, controls and the best plans under each budget out."""
+"""The step that finds plans: the controls, and the best plans under each budget."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from prune_lab.workflow.measuring import (
 )
 from prune_lab.workflow.solving import SOLVERS, Question, controls_for
 
-# What is asked for ---------------------------------------------------------------------------------------------
+# The problem ---------------------------------------------------------------------------------------------------
 
 
 def constraints_of(config: RunConfig) -> Constraints:
@@ -62,7 +62,7 @@ def parse_budgets(text: str, architecture: Architecture, prices: PartPrices) -> 
 
 
 def prices_of(session: Session) -> PartPrices:
-    """What every part of the model costs: parameters and MACs, and what budgets ask for beside them.
+    """Cost of every part of the model: parameters and MACs, and the latency and memory that budgets ask for.
 
     Memory is that of the weights in the run's number format, and on top the whole model's activations: a plan's own
     are no sum over its parts, and never more. Latency is measured.
@@ -77,10 +77,10 @@ def prices_of(session: Session) -> PartPrices:
     return PartPrices(costs, latency=latency, memory=memory)
 
 
-def impact_by_walk(session: Session) -> ImpactOf:
-    """Measures sets of blocks by output-mse on the run's probe, in shared walks, and none of them twice."""
+def impact_of_sets(session: Session) -> ImpactOf:
+    """A function that measures the impact of sets of blocks by output-mse on the run's probe; repeats are cached."""
 
-    @functools.cache  # not loaded before it is needed: the exact solver measures nothing
+    @functools.cache  # loaded when first called: the exact solver measures nothing
     def context() -> ScoringContext:
         return run_scoring_context(session)
 
@@ -100,7 +100,7 @@ def searched(run: Run) -> pd.DataFrame:
 
 
 def _named(plans: Sequence[PruningPlan], solver: str, asked: str) -> list[PruningPlan]:
-    """The plans called after their budgets, as the exact solver calls its own."""
+    """The plans, named by solver and budget."""
     prefix = "search" if solver == "exact" else solver
     slug = re.sub(r"[^\w.]+", "-", asked.replace("%", "pct")).strip("-")
     return [plan.named(f"{prefix}-{slug}-{number}") for number, plan in enumerate(plans, 1)]
@@ -114,25 +114,25 @@ def _write_plans(session: Session) -> None:
     searches = []
     if settings.budgets:
         importance, prices = ensure_scores(session), prices_of(session)
-        constraints, impact_of = constraints_of(session.config), impact_by_walk(session)
+        constraints, impact_of = constraints_of(session.config), impact_of_sets(session)
         for text in track(settings.budgets, "searching"):
             budgets = parse_budgets(text, architecture, prices)
             asked = ", ".join(budget.text for budget in budgets)
             question = Question(session, prices, budgets, constraints, importance, impact_of)
             start = time.perf_counter()
-            answer = SOLVERS[settings.solver](question)
+            result = SOLVERS[settings.solver](question)
             seconds = time.perf_counter() - start
-            row = {"budget": asked, "solver": settings.solver, "plans": len(answer.plans)}
+            row = {"budget": asked, "solver": settings.solver, "plans": len(result.plans)}
             searches.append(
-                row | {"sets_measured": answer.measured, "seconds": seconds} | dict(answer.merits)
+                row | {"sets_measured": result.measured, "seconds": seconds} | dict(result.statistics)
             )
-            found += [("search", asked, plan) for plan in _named(answer.plans, settings.solver, asked)]
+            found += [("search", asked, plan) for plan in _named(result.plans, settings.solver, asked)]
             if at_budget:
                 found += [("control", asked, plan) for plan in controls_for(question, at_budget)]
     for plan_id in dict.fromkeys(plan.id for _, _, plan in found):
         same = [(origin, plan) for origin, _, plan in found if plan.id == plan_id]
         names = dict.fromkeys(plan.name for _, plan in same)
-        # one that the settings name is a control, also where the search finds it too
+        # a plan that the settings name is a control, even where the search finds it too
         origin = "control" if any(origin == "control" for origin, _ in same) else "search"
         write_json(run.plan(plan_id), same[0][1].named(*names, origin=origin).to_json())
     write_frame(run.searches, pd.DataFrame(searches, columns=list(SEARCHES_COLUMNS)))
@@ -158,7 +158,7 @@ def ensure_plans(session: Session) -> tuple[PruningPlan, ...]:
 
 
 def plans_frame(session: Session) -> pd.DataFrame:
-    """One row per plan of the run, in order of ``ensure_plans``, with what it leaves; columns PLANS_COLUMNS.
+    """One row per plan of the run, in order of ``ensure_plans``, with its cost; columns PLANS_COLUMNS.
 
     ``latency_ms`` is predicted by the run's latency table and missing where none was measured.
     ``predicted_impact`` is the sum of the impacts of the blocks, missing when they have not been scored.

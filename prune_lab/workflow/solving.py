@@ -1,4 +1,4 @@
-"""The solvers by name, each from one question to one answer, and the controls of the same question."""
+"""The solvers by name, and the controls of a budget."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from prune_lab.session import Session, run_scoring_context
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One search: the best plans under these budgets and rules."""
+    """The input of a solver: find the best plans under these budgets and rules."""
 
     session: Session
     prices: PartPrices
@@ -36,18 +36,18 @@ class Question:
     impact_of: ImpactOf
 
     @property
-    def place(self) -> tuple[Architecture, PartPrices, tuple[Budget, ...]]:
-        """What every solver is asked with."""
+    def problem(self) -> tuple[Architecture, PartPrices, tuple[Budget, ...]]:
+        """The arguments that every solver takes first."""
         return self.session.architecture, self.prices, self.budgets
 
 
 @dataclass(frozen=True, slots=True)
 class SolverResult:
-    """Plans, best first, how many sets of blocks were measured for them, and what the solver says of itself."""
+    """Plans, best first, the number of sets of blocks measured for them, and the solver's own statistics."""
 
     plans: tuple[PruningPlan, ...]
     measured: int = 0
-    merits: tuple[tuple[str, float], ...] = ()
+    statistics: tuple[tuple[str, float], ...] = ()
 
 
 def _exact(question: Question) -> SolverResult:
@@ -65,12 +65,13 @@ def _exact(question: Question) -> SolverResult:
 
 
 def _interactions(question: Question) -> SolverResult:
-    """The exact solver with effects of pairs, learned from measured plans near the budgets; then swap descent.
+    """The exact solver with effects of pairs, learned from measured plans near the budgets; then a local search.
 
     A quarter of the plans that are learned from are the best additive ones: random plans alone say little about the
-    good ones. The descent starts from the best plan measured so far, so it never ends worse than the additive optimum.
+    good ones. The local search starts from the best plan measured so far, so it never ends worse than the additive
+    optimum.
     """
-    settings, (architecture, prices, budgets) = question.session.config.search, question.place
+    settings, (architecture, prices, budgets) = question.session.config.search, question.problem
     seed, rules = question.session.config.seed, question.constraints
     near = settings.samples // 4
     additive = search_plans(
@@ -93,7 +94,7 @@ def _interactions(question: Question) -> SolverResult:
     tried = sorted(zip((*impacts, *again), (*learned, *plans), strict=True), key=lambda one: float(one[0]))
     found = local_search(architecture, prices, budgets, question.impact_of, tried[0][1], rules)
     unique = {plan.id: plan for plan in (found.plan, *plans)}
-    merits = {
+    statistics = {
         "pairs": len(fit.pairs),
         "r2": fit.r2,
         "rank_correlation": fit.rank_correlation,
@@ -101,18 +102,18 @@ def _interactions(question: Question) -> SolverResult:
         "additive_rank_correlation": fit.additive_rank_correlation,
     }
     kept = tuple(unique.values())[: settings.count]
-    return SolverResult(kept, len(learned) + len(plans) + found.measured, tuple(merits.items()))
+    return SolverResult(kept, len(learned) + len(plans) + found.measured, tuple(statistics.items()))
 
 
 def _greedy(question: Question) -> SolverResult:
-    found = greedy_plan(*question.place, question.impact_of, question.constraints)
+    found = greedy_plan(*question.problem, question.impact_of, question.constraints)
     return SolverResult((found.plan,), found.measured)
 
 
 def _evolution(question: Question) -> SolverResult:
     settings = question.session.config.search
     points = evolve_plans(
-        *question.place,
+        *question.problem,
         question.impact_of,
         question.constraints,
         folder=question.session.run.evolution_dir,
@@ -132,7 +133,7 @@ SOLVERS: dict[str, Callable[[Question], SolverResult]] = {
 
 
 def controls_for(question: Question, wanted: Sequence[str]) -> list[PruningPlan]:
-    """The controls named ``wanted`` for the question's budgets, called after both."""
+    """The controls named ``wanted`` for the question's budgets, named by both."""
     context = run_scoring_context(question.session)
     blocks = block_groups(question.session.architecture, "block")
     found = controls_at(

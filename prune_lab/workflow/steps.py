@@ -1,4 +1,4 @@
-"""The order of the steps of a run, what each of them writes, and how a run is started and done again."""
+"""The steps of a run in order with the files that each writes, and how a run is started, redone or borrowed from."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from prune_lab.workflow.students import ensure_candidates, ensure_repaired
 class Step:
     """One step of a run."""
 
-    name: str  # as the settings that it reads name it (see ``SETTINGS``)
+    name: str  # ``SETTINGS`` names the step that reads a setting first
     does: str
     ensure: Callable[[Session], object]
     products: Callable[[Run], tuple[Path, ...]]  # files and folders that it writes
-    marks: Callable[[Run], tuple[Path, ...]]  # those that are there when it is finished
+    marks: Callable[[Run], tuple[Path, ...]]  # those that exist when it is finished
 
 
 def _of_candidates(*parts: str) -> Callable[[Run], tuple[Path, ...]]:
-    """These parts of the folder of every plan of a run."""
+    """These paths of every candidate, by the names of the attributes of ``CandidatePaths``."""
 
     def paths(run: Run) -> tuple[Path, ...]:
         return tuple(getattr(run.candidate(plan_id), part) for plan_id in run.plan_ids() for part in parts)
@@ -48,7 +48,7 @@ def _of_candidates(*parts: str) -> Callable[[Run], tuple[Path, ...]]:
 
 
 def _files(*names: str) -> Callable[[Run], tuple[Path, ...]]:
-    """These files of a run, by the names of its properties."""
+    """These paths of a run, by the names of the attributes of ``Run``."""
 
     def paths(run: Run) -> tuple[Path, ...]:
         return tuple(getattr(run, name) for name in names)
@@ -65,14 +65,14 @@ def _pictures(run: Run) -> tuple[Path, ...]:
 
 
 def _repaired(run: Run) -> tuple[Path, ...]:
-    """The repaired U-Nets; none where nothing is to be repaired."""
+    """The repaired U-Nets; none where ``repair.kind`` is none."""
     if not run.config.is_file() or load_run_config(run).repair.kind == "none":
         return ()
     return _of_candidates("repaired")(run)
 
 
 def _data(run: Run) -> tuple[Path, ...]:
-    """What is there when the training data are encoded; nothing where another folder has them, or the loop encodes."""
+    """The encoded training data; none where another folder holds them, or where batches are encoded when drawn."""
     settings = load_run_config(run).data if run.config.is_file() else DataConfig()
     if not settings.source:
         return (run.data,)
@@ -94,7 +94,7 @@ def _step(
     return Step(name, does, ensure, products, marks or products)
 
 
-# In order: a step asks steps before it for what they made, and none after it.
+# The one statement of the order. A step asks earlier ones for their results; a test sees that none asks a later one.
 STEPS: tuple[Step, ...] = (
     _step("blocks", "lists the blocks of the U-Net", ensure_blocks, _files("blocks")),
     _step("probe", "encodes held-out pictures and captions", ensure_probe, _files("probe")),
@@ -157,23 +157,23 @@ def steps_from(name: str) -> tuple[Step, ...]:
     return STEPS[names.index(name) :]
 
 
-def touching(changed: Iterable[str]) -> tuple[str, ...]:
+def affecting(changed: Iterable[str]) -> tuple[str, ...]:
     """Those of the ``changed`` settings, dotted names such as ``distill.steps``, that finished results depend on."""
     return tuple(name for name in changed if not SETTINGS[name].free)
 
 
-def first_touched(changed: Iterable[str]) -> str:
+def first_affected(changed: Iterable[str]) -> str:
     """The first step that reads one of the ``changed`` settings."""
     readers = {SETTINGS[name].read_by for name in changed}
     return next(step.name for step in STEPS if step.name in readers)
 
 
 def forget(run: Run, name: str, *, plan_ids: Collection[str] | None = None) -> None:
-    """Remove what the step called ``name`` and the later ones wrote, so that they are done again.
+    """Remove the files of the step called ``name`` and of the later ones, so that they are done again.
 
     With ``plan_ids`` the folders of other candidates stay as they are.
     """
-    # All paths first: which candidates there are is read from plans that may be among them.
+    # All paths first: the candidates are read from plans, which may be among them.
     for path in [path for step in steps_from(name) for path in step.products(run)]:
         ours = plan_ids is None or not path.is_relative_to(run.candidates_dir)
         if not ours and path.relative_to(run.candidates_dir).parts[0] not in (plan_ids or ()):
@@ -190,7 +190,7 @@ def forget(run: Run, name: str, *, plan_ids: Collection[str] | None = None) -> N
 
 
 def _recorded_digest(run: Run) -> str:
-    """The digest of the model that the run was started with; empty when it is not known."""
+    """The digest of the model that the run was started with; empty when unknown."""
     found = read_json(run.environment) if run.environment.is_file() else {}
     return str(found.get("model_digest", "")) if isinstance(found, dict) else ""
 
@@ -205,9 +205,9 @@ def _record(run: Run, config: RunConfig) -> None:
 def start_run(config: RunConfig, folder: Path, *, force: bool = False) -> Run:
     """The run in ``folder`` with these settings; writes config.toml and environment.json when it is new.
 
-    Settings that no finished step has read may change. Where one has, ``force`` removes what it and the later steps
-    wrote; without it RunError says which settings differ. RunError too for a folder that holds something else, and for
-    a model whose weights are not those that the run was started with.
+    Settings that no finished step has read may change. Where one has, ``force`` removes the files of that step and of
+    the later ones; without it RunError says which settings differ. RunError too for a folder that holds something else,
+    and for a model whose weights are not those that the run was started with.
     """
     run = open_run(folder, must_exist=False)
     if not run.config.is_file():
@@ -230,9 +230,9 @@ def start_run(config: RunConfig, folder: Path, *, force: bool = False) -> Run:
         forget(run, STEPS[0].name)
         _record(run, config)
     elif changed:
-        touched = touching(changed)
+        touched = affecting(changed)
         if touched:
-            name = first_touched(touched)
+            name = first_affected(touched)
             if not force and any(run.done(path) for step in steps_from(name) for path in step.products(run)):
                 raise RunError(
                     f"run {folder} was made with other settings of {', '.join(touched)}; give another --run folder, "
@@ -244,9 +244,9 @@ def start_run(config: RunConfig, folder: Path, *, force: bool = False) -> Run:
 
 
 def borrow(lender: Run, run: Run) -> None:
-    """Copy what ``lender`` has measured of the model, probe, scores and prices, into ``run``, which is new.
+    """Copy probe, scores, costs and latency from ``lender`` into ``run``, which is new and of the same model.
 
-    So plans can be searched under other settings without touching a run that is finished. Both are of one model.
+    So plans can be searched under other settings, and a finished run stays as it is.
     """
     for name in ("blocks", "probe", "importance_parts", "criteria", "importance", "costs", "latency"):
         path: Path = getattr(lender, name)

@@ -1,4 +1,4 @@
-"""Steps that make students: candidates cut from the teacher, the repair of their cuts, and their training data."""
+"""Steps that make students: candidates cut from the teacher, and the repair of their cuts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _candidate(session: Session, plan: PruningPlan) -> Candidate:
             runs=settings.runs,
             warmup=settings.warmup,
         )
-    # the run knows best what its plans are called
+    # names and origin as the run has them
     return dataclasses.replace(load_candidate(paths.folder, session.architecture), plan=plan)
 
 
