@@ -18,12 +18,13 @@ for path in sys.argv[1:]:
 endef
 export WITHOUT_STDERR
 
-.PHONY: help install demo test lint format bench notebooks
+.PHONY: help install demo test test-long lint format bench notebooks
 
 help:
 	@echo "make install    .venv with prune-lab and everything to develop it"
 	@echo "make demo       the whole job on the shipped reference model; ends with a report (about ten minutes on 2 cores)"
-	@echo "make test       the whole test suite"
+	@echo "make test       the tests (under twelve minutes on 2 cores)"
+	@echo "make test-long  the slow and rare tests that make test leaves out: kills, several processes, Ray, notebooks"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff mend what it can"
 	@echo "make bench      the benchmarks"
@@ -42,8 +43,14 @@ demo: $(INSTALLED)
 	$(BIN)/prune-lab run --config prune_lab/demo.toml --run runs/demo
 	@echo "report: $(CURDIR)/runs/demo/report/index.html"
 
+# Options of pytest: make test PYTEST_OPTIONS="-k losses"
+PYTEST_OPTIONS ?=
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long" $(PYTEST_OPTIONS)
+
+test-long: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m long $(PYTEST_OPTIONS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from conftest import BuiltOnce
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -302,7 +304,7 @@ def config_file(small_run_config: Callable[..., RunConfig], tmp_path_factory: py
 
 
 @pytest.fixture(scope="module")
-def run_folder(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_folder(built_once: BuiltOnce, config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run whose report is a stub: drawing it takes longer than all the rest."""
 
     def stub(run: Run) -> Path:
@@ -310,12 +312,14 @@ def run_folder(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         run.report.write_text("a stub")
         return run.report
 
-    folder = tmp_path_factory.mktemp("runs") / "one"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prune_lab.workflow.ranking.write_report", stub)
-        rows = table("run", "--config", config_file, "--run", folder)
-    assert {row["origin"] for row in rows} == {"teacher", "control", "search"}
-    return folder
+    def finish(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("prune_lab.workflow.ranking.write_report", stub)
+            rows = table("run", "--config", config_file, "--run", folder)
+        assert {row["origin"] for row in rows} == {"teacher", "control", "search"}
+
+    finished = built_once("finished-by-the-verb", finish)
+    return Path(shutil.copytree(finished, tmp_path_factory.mktemp("runs") / "one"))
 
 
 def test_run_reports_and_resumes(run_folder: Path, config_file: Path) -> None:

@@ -194,7 +194,7 @@ def test_micro_batches_add_up(tiny_unet: Any, tmp_path: Path, validation: Probe)
 def test_out_of_memory_halves_the_micro_batch_and_says_so(
     tiny_unet: Any, tmp_path: Path, validation: Probe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = dataclasses.replace(SETTINGS, batch=4)
+    settings = dataclasses.replace(SETTINGS, batch=4, steps=3)
     tried, told = [], []
 
     def scarce(teacher: Any, paths: Any, chunk: Any, precision: Any) -> Any:
@@ -307,6 +307,7 @@ def test_gradient_checkpointing_changes_no_step(tiny_unet: Any, tmp_path: Path, 
 # What watches ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # of dynamo, which looks at inner tensors
 def test_taps_survive_compiled_blocks(tiny_unet: Any, tmp_path: Path) -> None:
     (student,) = students_of(tiny_unet, tmp_path, ("bk-small",))

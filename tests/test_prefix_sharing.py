@@ -24,11 +24,13 @@ from prune_lab.prefix_sharing import (
 from prune_lab.probes import Probe, predict, random_probe
 from prune_lab.surgery import bypassed
 
+# Latents as small as can be: each model runs once for every group of its blocks.
+SMALL = {**TINY_UNET, "sample_size": 8}
 MODELS = {
-    **SHAPES,
-    "odd latent": {**TINY_UNET, "sample_size": 18},
-    "no mid": {**TINY_UNET, "mid_block_type": None},
-    "one layer": {**TINY_UNET, "layers_per_block": 1},
+    **{name: {**shape, "sample_size": 8} for name, shape in SHAPES.items()},
+    "odd latent": {**SMALL, "sample_size": 10},
+    "no mid": {**SMALL, "mid_block_type": None},
+    "one layer": {**SMALL, "layers_per_block": 1},
 }
 
 

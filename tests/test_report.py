@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import BuiltOnce
 from matplotlib.colors import to_rgba
 from matplotlib.patches import FancyBboxPatch
 from PIL import Image
@@ -46,12 +47,10 @@ from prune_lab.runs import Run
 VOID = {"meta", "link", "img", "source", "br", "hr"}
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+@pytest.fixture(scope="session")
+def whole(built_once: BuiltOnce) -> Run:
     """A complete run with its report written; read only."""
-    run = Run(write_run(tmp_path_factory.mktemp("runs") / "whole"))
-    write_report(run)
-    return run
+    return Run(built_once("reported", lambda folder: write_report(Run(write_run(folder)))))
 
 
 @pytest.fixture

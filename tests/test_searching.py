@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import BuiltOnce
 from typer.testing import CliRunner
 
 from prune_lab.blocks import BlockGroup, architecture_of
@@ -35,6 +37,7 @@ from prune_lab.workflow import (
     ensure_latency,
     ensure_plans,
     ensure_repaired,
+    ensure_scores,
     plans_frame,
     start_run,
 )
@@ -44,7 +47,10 @@ from prune_lab.workflow.measuring import run_scoring_context
 JOINT = "macs<=as:bk-base, params<=80%"
 
 
-@pytest.fixture
+Searching = Callable[..., Session]
+
+
+@pytest.fixture(scope="session")
 def config(small_run_config: Callable[..., RunConfig]) -> RunConfig:
     return small_run_config(
         probe={"samples": 6, "timesteps": 3},
@@ -55,16 +61,24 @@ def config(small_run_config: Callable[..., RunConfig]) -> RunConfig:
     )
 
 
-def searching(config: RunConfig, folder: Path, **search: Any) -> Session:
-    run = start_run(dataclasses.replace(config, search=dataclasses.replace(config.search, **search)), folder)
-    return Session(run)
+@pytest.fixture(scope="session")
+def searching(built_once: BuiltOnce, config: RunConfig) -> Searching:
+    """``searching(folder, **search)``: a run in ``folder`` with the scores of ``config``, other settings of search."""
+    scored = built_once("scored", lambda folder: ensure_scores(Session(start_run(config, folder))))
+
+    def start(folder: Path, **search: Any) -> Session:
+        shutil.copytree(scored, folder)
+        asked = dataclasses.replace(config, search=dataclasses.replace(config.search, **search))
+        return Session(start_run(asked, folder))
+
+    return start
 
 
 @pytest.mark.parametrize("solver", ["exact", "interactions", "greedy", "evolution"])
 def test_every_solver_keeps_all_budgets_and_says_what_it_spent(
-    solver: str, config: RunConfig, tmp_path: Path
+    solver: str, searching: Searching, tmp_path: Path
 ) -> None:
-    session = searching(config, tmp_path / "run", solver=solver)
+    session = searching(tmp_path / "run", solver=solver)
     plans = ensure_plans(session)
     architecture = session.architecture
     costs = cost_table(architecture)
@@ -85,20 +99,19 @@ def test_every_solver_keeps_all_budgets_and_says_what_it_spent(
 
 
 def test_a_search_that_measures_ends_no_worse_than_the_additive_one(
-    config: RunConfig, tmp_path: Path
+    searching: Searching, tmp_path: Path
 ) -> None:
     measured = {}
     for solver in ("exact", "interactions"):
-        session = searching(config, tmp_path / solver, solver=solver, controls=())
+        session = searching(tmp_path / solver, solver=solver, controls=())
         plan = ensure_plans(session)[0]
         group = BlockGroup("plan", "plan", plan.removed)
         measured[solver] = score(run_scoring_context(session), [group], bootstrap=0).entries[0].impact
     assert measured["interactions"] <= measured["exact"] * (1 + 1e-4)
 
 
-def test_rules_of_the_settings_reach_the_solver(config: RunConfig, tmp_path: Path) -> None:
+def test_rules_of_the_settings_reach_the_solver(searching: Searching, tmp_path: Path) -> None:
     session = searching(
-        config,
         tmp_path / "run",
         controls=(),
         keep=("Up1",),
@@ -116,14 +129,14 @@ def test_rules_of_the_settings_reach_the_solver(config: RunConfig, tmp_path: Pat
     assert all(sum(name.startswith("Dn1") for name in removed) <= 1 for removed in sets)
     assert min(len(one ^ other) for one in sets for other in sets if one is not other) >= 4
     with pytest.raises(ConfigError, match="write 'Dn1<=2'"):
-        ensure_plans(searching(config, tmp_path / "wrong", quotas=("Dn1 two",)))
+        ensure_plans(searching(tmp_path / "wrong", quotas=("Dn1 two",)))
     with pytest.raises(BudgetError, match="keep Up4 binds"):
-        ensure_plans(searching(config, tmp_path / "none", keep=("Up4",), budgets=("macs<=30%",)))
+        ensure_plans(searching(tmp_path / "none", keep=("Up4",), budgets=("macs<=30%",)))
 
 
-def test_controls_are_found_for_the_budget(config: RunConfig, tmp_path: Path) -> None:
+def test_controls_are_found_for_the_budget(searching: Searching, tmp_path: Path) -> None:
     names = ("bk-base", "uniform", "random-median", "lowest-one-shot", "similarity")
-    session = searching(config, tmp_path / "run", controls=names)
+    session = searching(tmp_path / "run", controls=names)
     ensure_plans(session)
     rows = pd.read_csv(session.run.searched)
     controls = rows[rows["origin"] == "control"]
@@ -131,8 +144,8 @@ def test_controls_are_found_for_the_budget(config: RunConfig, tmp_path: Path) ->
     assert controls["budget"].fillna("").tolist() == ["", *["macs<=bk-base, params<=80%"] * 4]
 
 
-def test_a_budget_on_latency_measures_a_table_once(config: RunConfig, tmp_path: Path) -> None:
-    session = searching(config, tmp_path / "run", budgets=("latency<=0.8x, memory<=95%",))
+def test_a_budget_on_latency_measures_a_table_once(searching: Searching, tmp_path: Path) -> None:
+    session = searching(tmp_path / "run", budgets=("latency<=0.8x, memory<=95%",))
     frame = plans_frame(session)
     table = ensure_latency(session)
     assert session.run.latency.is_file()
@@ -144,8 +157,10 @@ def test_a_budget_on_latency_measures_a_table_once(config: RunConfig, tmp_path: 
     assert session.run.latency.read_bytes() == before
 
 
-def test_plans_are_compared_with_their_impacts_and_maps(config: RunConfig, tmp_path: Path) -> None:
-    session = searching(config, tmp_path / "run")
+def test_plans_are_compared_with_their_impacts_and_maps(
+    searching: Searching, config: RunConfig, tmp_path: Path
+) -> None:
+    session = searching(tmp_path / "run")
     ensure_plans(session)
     texts = ["bk-small", "search-macs-bk-base-params-80pct-1", "-Dn1.R2 -Dn1.A2"]
     frame, maps = compared_plans(session, texts)
@@ -165,8 +180,8 @@ def test_plans_are_compared_with_their_impacts_and_maps(config: RunConfig, tmp_p
     assert maps[1].split("  ")[1].strip() in told.output
 
 
-def test_a_run_lends_its_scores_and_stays_as_it_is(config: RunConfig, tmp_path: Path) -> None:
-    session = searching(config, tmp_path / "run")
+def test_a_run_lends_its_scores_and_stays_as_it_is(searching: Searching, tmp_path: Path) -> None:
+    session = searching(tmp_path / "run")
     ensure_plans(session)
     before = {path: path.read_bytes() for path in session.run.folder.rglob("*") if path.is_file()}
     command = [

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import BuiltOnce
 from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -23,12 +24,19 @@ from prune_lab.config import RankConfig, RunConfig, load_config
 from prune_lab.distill import load_heldout, load_recovery
 from prune_lab.runs import CandidatePaths, Run, open_run
 from prune_lab.session import Session, training_and_validation
-from prune_lab.workflow import ensure_distilled, ensure_ranking, ensure_scores, start_run
+from prune_lab.workflow import (
+    ensure_candidates,
+    ensure_data,
+    ensure_distilled,
+    ensure_ranking,
+    ensure_scores,
+    start_run,
+)
 
 PLANS = ("bk-base", "bk-small", "bk-tiny", "-Dn1.R2 -Dn1.A2 -Up4.R2 -Up4.A2")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def config(small_run_config: Callable[..., RunConfig]) -> RunConfig:
     """Four plans, rungs at 2 and 4 steps."""
     return small_run_config(
@@ -50,17 +58,42 @@ def equal(one: CandidatePaths, other: CandidatePaths) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-@pytest.fixture(scope="module")
-def played(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = start_run(config, tmp_path_factory.mktemp("runs") / "tournament")
-    ensure_distilled(Session(run))
-    return run
+@pytest.fixture(scope="session")
+def built(built_once: BuiltOnce, config: RunConfig) -> Path:
+    """The folder of a run with scores and four candidates that nobody has trained; copy it to go on."""
+
+    def build(folder: Path) -> None:
+        session = Session(start_run(config, folder))
+        ensure_scores(session)
+        ensure_candidates(session)
+        ensure_data(session)
+
+    return built_once("tournament-built", build)
+
+
+@pytest.fixture(scope="session")
+def played(built_once: BuiltOnce, built: Path) -> Run:
+    """A run whose tournament has been played; read it, copy it to change it."""
+
+    def play(folder: Path) -> None:
+        shutil.copytree(built, folder)
+        ensure_distilled(Session(Run(folder)))
+
+    return Run(built_once("tournament-played", play))
+
+
+def started(built: Path, config: RunConfig, folder: Path) -> Run:
+    """A copy of ``built`` in ``folder`` that goes on with the settings ``config``."""
+    shutil.copytree(built, folder)
+    return start_run(config, folder)
 
 
 # The tournament ----------------------------------------------------------------------------------------------------
 
 
-def test_half_of_them_go_on_and_wasted_work_is_none(played: Run, config: RunConfig, tmp_path: Path) -> None:
+def test_half_of_them_go_on_and_wasted_work_is_none(
+    played: Run, built: Path, config: RunConfig, tmp_path: Path
+) -> None:
     frame = pd.read_csv(played.tournament)
     assert frame.groupby("rung")["steps"].unique().map(list).tolist() == [[2], [4]]
     first = frame[frame["rung"] == 1]
@@ -68,7 +101,7 @@ def test_half_of_them_go_on_and_wasted_work_is_none(played: Run, config: RunConf
     kept = set(first.loc[first["fate"] == "kept", "name"])
     assert 2 <= len(kept) <= 4
     assert set(frame.loc[frame["rung"] == 2, "name"]) == kept
-    whole = start_run(dataclasses.replace(config, rank=RankConfig()), tmp_path / "whole")
+    whole = started(built, dataclasses.replace(config, rank=RankConfig()), tmp_path / "whole")
     ensure_distilled(Session(whole))
     for plan_id in played.plan_ids():
         paths, recovery = played.candidate(plan_id), load_recovery(played.candidate(plan_id).folder)
@@ -99,9 +132,9 @@ def test_who_is_kept_are_the_best_by_paired_losses(played: Run) -> None:
 
 
 def test_an_interrupted_tournament_decides_the_same(
-    played: Run, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    played: Run, built: Path, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = start_run(config, tmp_path / "again")
+    run = started(built, config, tmp_path / "again")
     train_to = local.train_to
 
     def stopping(session: Session, candidates: Any, steps: int, **more: Any) -> None:
@@ -220,8 +253,8 @@ def test_distill_a_model_with_own_pictures(
     assert "asked to write the folder" in answer(*words, "--config", toml, code=2).stderr
 
 
-def test_rank_by_budget(config: RunConfig, tmp_path: Path) -> None:
-    run = start_run(dataclasses.replace(config, rank=RankConfig()), tmp_path / "run")
+def test_rank_by_budget(built: Path, config: RunConfig, tmp_path: Path) -> None:
+    run = started(built, dataclasses.replace(config, rank=RankConfig()), tmp_path / "run")
     words = ["rank", run.folder, "--budget-steps", 4, "--eta", 2, "--set", "rank.first=2", "--json"]
     rows = json.loads(answer(*words).stdout)
     assert next(row["status"] for row in rows) == "teacher"
