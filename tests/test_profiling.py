@@ -14,9 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch_counter import count_on_meta
+from typer.testing import CliRunner
 
 from prune_lab.blocks import Architecture, architecture_of
+from prune_lab.cli import app
 from prune_lab.cli.output import records
+from prune_lab.config import RunConfig
 from prune_lab.counting import ANALYTIC_EXTRAS, count_macs
 from prune_lab.errors import ConfigError, DataError, ModelNotFoundError, PlanError, UnknownBlockError
 from prune_lab.families import example_inputs
@@ -33,7 +36,10 @@ from prune_lab.profiling import (
     random_unet,
     reduction_table,
 )
+from prune_lab.session import Session
 from prune_lab.surgery import bypassed, materialise
+from prune_lab.workflow import start_run
+from prune_lab.workflow.measuring import ensure_blocks, ensure_costs, ensure_reductions, ensure_shares
 
 CONTROLS = ("bk-base", "bk-small", "bk-tiny")
 MIB = 2**20
@@ -300,6 +306,57 @@ def test_a_pipeline_is_profiled_in_another_format_and_left_alone(tiny_pipeline_f
     profile_pipeline(pipeline, steps=2, dtype="bfloat16", runs=2, warmup=0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in pipeline.unet.state_dict().items())
     assert pipeline.vae.dtype == pipeline.text_encoder.dtype == torch.float32
+
+
+def test_one_number_everywhere(
+    tiny_pipeline_folder: Path, small_run_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """MACs of every block and of the whole, wherever they are shown: files of a run, verbs, functions."""
+
+    def shown(*arguments: object) -> list[dict[str, Any]]:
+        answer = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+        assert answer.exit_code == 0, answer.output
+        rows: list[dict[str, Any]] = json.loads(answer.stdout)
+        return rows
+
+    folder, cpu = tiny_pipeline_folder, ("--runs", 2, "--device", "cpu")
+    config = small_run_config(model=str(folder), evaluate={"guidance": 2.0})
+    session = Session(start_run(config, tmp_path / "run"))
+    for ensure in (ensure_blocks, ensure_costs, ensure_reductions, ensure_shares):
+        ensure(session)
+    run, costs = session.run, cost_table(resolve_model(str(folder)).architecture)
+    blocks = pd.read_csv(run.blocks)
+    wanted = dict(zip(blocks["name"], blocks["macs"], strict=True))
+    assert len(wanted) == 38
+    saved, timed = pd.read_csv(run.costs), shown("profile", folder, "--blocks", *cpu)
+    assert set(blocks["tokens"]) == set(saved["tokens"]) == {costs.tokens} == {16}  # the text encoder's own
+    for rows in (
+        shown("blocks", folder),
+        shown("profile", folder, "--blocks", "--no-latency"),
+        timed,
+        saved.to_dict("records"),
+        costs.frame().to_dict("records"),
+    ):
+        assert {row["name"]: row["macs"] for row in rows if row["name"] in wanted} == wanted
+        assert {row["tokens"] for row in rows} == {16}
+    total = costs.total.macs
+    (plan,) = shown("profile", folder, "--no-latency")
+    reduction, parts = (
+        pd.read_csv(run.reductions).iloc[0],
+        pd.read_csv(run.pipeline_profile).set_index("part"),
+    )
+    by_part = {row["part"]: row for row in shown("profile", folder, "--pipeline", *cpu)}
+    assert (
+        saved["macs"].sum() == sum(row["macs"] for row in timed) == plan["macs"] == reduction["macs"] == total
+    )
+    assert by_part["unet"]["macs"] == parts.loc["unet", "macs"] == 2 * total  # guidance takes two samples
+    assert (
+        plan["tokens"]
+        == reduction["tokens"]
+        == by_part["unet"]["tokens"]
+        == parts.loc["unet", "tokens"]
+        == 16
+    )
 
 
 # Reductions ------------------------------------------------------------------------------------------------
