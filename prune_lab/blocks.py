@@ -11,15 +11,16 @@ import difflib
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import pandas as pd
 from torch import nn
 
-from prune_lab.counting import count_on_meta
+from prune_lab.counting import Macs, count_macs
 from prune_lab.errors import UnknownBlockError, UnsupportedModelError
 from prune_lab.families import (
+    CLIP_TOKENS,
     Family,
     Outline,
     Unit,
@@ -37,13 +38,21 @@ GroupKind = Literal["block", "pair", "triplet", "stage", "inner", "plan"]
 class CountedUnit(Unit):
     """A block or sampler with what it costs.
 
-    ``macs`` counts multiply-adds of one sample at the model's own latent size, attention products included;
-    ``attention_macs`` is the part in the attention products (QK^T and AV).
+    MACs are multiply-adds of one sample at the model's own latent size and the architecture's ``tokens``.
     """
 
     params: int
-    macs: int
-    attention_macs: int
+    count: Callable[[], Macs] = dataclasses.field(repr=False, compare=False)  # of the whole model
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds, attention products included."""
+        return self.count().by_module[self.path][0]
+
+    @property
+    def attention_macs(self) -> int:
+        """Multiply-adds in the attention products, QK^T and AV."""
+        return self.count().by_module[self.path][1]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,7 +69,8 @@ class Architecture:
     """A model without its weights: units in order of execution, totals, and the diffusers config.
 
     ``signature`` identifies the block structure (names, shapes, parameters), so that a plan made for one
-    architecture is refused by another. MACs are those of one sample at the config's ``sample_size``.
+    architecture is refused by another. MACs are those of one sample at the config's ``sample_size`` with ``tokens``
+    words of text; ``count`` traces the model once, when they are first asked for.
     """
 
     outline: Outline
@@ -69,8 +79,13 @@ class Architecture:
     samplers: tuple[CountedUnit, ...]
     signature: str
     total_params: int
-    total_macs: int
-    total_attention_macs: int
+    tokens: int
+    count: Callable[[], Macs] = dataclasses.field(repr=False)
+
+    @property
+    def total_macs(self) -> int:
+        """Multiply-adds of one forward pass of the whole model, attention products included."""
+        return self.count().total
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -104,13 +119,14 @@ class Architecture:
         raise UnknownBlockError(f"no block is called {name!r} among the {len(names)} of this model; {hint}")
 
 
-def architecture_of(source: nn.Module | Mapping[str, Any]) -> Architecture:
+def architecture_of(source: nn.Module | Mapping[str, Any], *, tokens: int | None = None) -> Architecture:
     """The architecture of a model, or of the model that a diffusers config describes (no weights needed).
 
+    ``tokens`` is the length of the text that MACs are counted for (None: 77); ``ModelSource.architecture`` knows it.
     Raises UnsupportedModelError when its class has no family, or it has parts of a type that is not known there.
     """
     family_of(source)  # says so where there is none
-    architecture = _architecture_of_config(_canonical(plain_config(source)))
+    architecture = _architecture_of_config(_canonical(plain_config(source)), tokens or CLIP_TOKENS)
     # The structure follows from the config alone; a model edited in place no longer does what its config says.
     if not isinstance(source, Mapping):
         found = sum(parameter.numel() for parameter in source.parameters())
@@ -160,8 +176,8 @@ def blocks_frame(architecture: Architecture) -> pd.DataFrame:
     """One row per block in order of execution; columns BLOCK_COLUMNS. ``lane`` and ``row`` say where a map draws it."""
     places = {stage.name: stage for stage in architecture.outline.stages}
     rows = [
-        [getattr(block, column) for column in BLOCK_COLUMNS[:-2]]
-        + [places[block.stage].lane, places[block.stage].row]
+        [getattr(block, column) for column in BLOCK_COLUMNS[:-3]]
+        + [architecture.tokens, places[block.stage].lane, places[block.stage].row]
         for block in architecture.blocks
     ]
     return pd.DataFrame(rows, columns=list(BLOCK_COLUMNS))
@@ -175,10 +191,10 @@ def _canonical(config: Mapping[str, Any]) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _architecture_of_config(canonical: str) -> Architecture:
+def _architecture_of_config(canonical: str, tokens: int) -> Architecture:
     model = meta_unet(json.loads(canonical))
     outline = outline_of(model)
-    count = count_on_meta(outline.config)
+    count = functools.cache(functools.partial(count_macs, outline.config, tokens=tokens))
     params = {
         path: sum(parameter.numel() for parameter in module.parameters())
         for path, module in model.named_modules()
@@ -187,8 +203,7 @@ def _architecture_of_config(canonical: str) -> Architecture:
         CountedUnit(
             **{field.name: getattr(unit, field.name) for field in dataclasses.fields(unit)},
             params=params[unit.path],
-            macs=count.by_module[unit.path][0],
-            attention_macs=count.by_module[unit.path][1],
+            count=count,
         )
         for unit in outline.units
         if not unit.inside
@@ -205,6 +220,6 @@ def _architecture_of_config(canonical: str) -> Architecture:
         samplers=tuple(unit for unit in units if unit.kind == "sampler"),
         signature=hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:12],
         total_params=params[""],
-        total_macs=count.total,
-        total_attention_macs=count.attention,
+        tokens=tokens,
+        count=count,
     )

@@ -119,7 +119,8 @@ def build_candidate(
     write_json(paths.plan, plan.to_json())
     if not paths.profile.is_file():
         student = load_student(candidate, device=device, dtype=dtype)
-        measured = profile(student, batch=batch, runs=runs, warmup=warmup, folder=paths.unet)
+        tokens = teacher.tokens if isinstance(teacher, ModelSource) else None
+        measured = profile(student, batch=batch, tokens=tokens, runs=runs, warmup=warmup, folder=paths.unet)
         write_json(paths.profile, measured.as_dict())
     return candidate
 

@@ -1,10 +1,9 @@
-"""Multiply-adds of a U-Net from its config alone: a forward pass on ``meta`` tensors, no weights, no memory.
+"""Multiply-adds as fvcore counts them, with a formula for the attention products it leaves out.
 
-Convention: one fused multiply-add counts as one. Convolutions, linear layers and attention products (QK^T and
-AV) are counted; normalisation, activations, additions, softmax and resampling are not. Torch counts a
-multiply-add as two flops, so MACs are half of its figure.
-
-Shares no formula with ``prune_lab.profiling``, which traces with fvcore: each checks the other.
+Two conventions, always named. *Whole*: everything fvcore has a formula for, and the attention products QK^T and AV.
+*Without attention*: the whole count less those products, which is what thop counts and what the figures of BK-SDM
+(arXiv:2305.15798) are: 339.0 G for SD-v1.4. fvcore counts normalisation (five per element) and nearest-neighbour
+upsampling (one per element), which ``prune_lab.counting`` does not; nothing else sets the two counters apart.
 """
 
 from __future__ import annotations
@@ -12,43 +11,83 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import math
+import warnings
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from prune_lab.families import example_inputs, meta_unet, plain_config
 
-# On `meta`, scaled_dot_product_attention decomposes into two `bmm`; where a kernel is fused it stays whole.
-_PRODUCT_OPERATORS = frozenset(
+with warnings.catch_warnings():
+    # Importing fvcore scripts a loss that is not used here, which torch 2.13 warns of.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from fvcore.nn import FlopCountAnalysis
+    from fvcore.nn.jit_handles import get_shape
+
+ATTENTION = "attention_products"  # the name under which fvcore reports them
+ANALYTIC_EXTRAS = (
+    "group_norm",
+    "layer_norm",
+    "upsample_nearest2d",
+)  # counted by fvcore, not by torch's counter
+
+Handle = Callable[[list[Any], list[Any]], "Counter[str]"]
+
+
+@dataclass(frozen=True, slots=True)
+class Macs:
+    """Multiply-adds of one forward pass over the whole batch; one fused multiply-add counts as one."""
+
+    total: int
+    attention: int  # the part in attention products, QK^T and AV
+    uncounted: Mapping[str, int]  # operator -> calls that no formula covers; unknown, not zero
+    by_operator: Mapping[str, int] = field(default_factory=dict, repr=False)
+    by_module: Mapping[str, tuple[int, int]] = field(
+        default_factory=dict, repr=False
+    )  # path -> (whole, attention)
+    uncounted_by_module: Mapping[str, Mapping[str, int]] = field(default_factory=dict, repr=False)
+
+    @property
+    def without_attention(self) -> int:
+        """The paper's convention, thop's: attention products left out."""
+        return self.total - self.attention
+
+
+def _attention_products(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """QK^T and AV of ``aten::scaled_dot_product_attention``: (..., L, E), (..., S, E) and (..., S, V)."""
+    query, key, value = (get_shape(each) for each in inputs[:3])
+    *batch, length, width = query
+    return Counter({ATTENTION: math.prod(batch) * length * key[-2] * (width + value[-1])})
+
+
+def _batched_product(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """One product of attention written out: ``bmm(a, b)`` or ``baddbmm(bias, a, b)``."""
+    left, right = [shape for each in inputs if (shape := get_shape(each)) is not None][-2:]
+    return Counter({ATTENTION: math.prod(left) * right[-1]})
+
+
+# Linear layers reach the trace as `linear`, so products of batches of matrices are attention in these models.
+HANDLES: Mapping[str, Handle] = MappingProxyType(
     {
-        "aten.bmm",
-        "aten.baddbmm",
-        "aten._scaled_dot_product_efficient_attention",
-        "aten._scaled_dot_product_flash_attention",
-        "aten._scaled_dot_product_flash_attention_for_cpu",
-        "aten._scaled_dot_product_cudnn_attention",
+        "aten::scaled_dot_product_attention": _attention_products,
+        "aten::bmm": _batched_product,
+        "aten::baddbmm": _batched_product,
     }
 )
 
 
-@dataclass(frozen=True, slots=True)
-class MetaCount:
-    """Multiply-adds of one forward pass over a whole batch, attention products included."""
-
-    total: int
-    attention: int  # the part in attention products, QK^T and AV
-    by_module: Mapping[str, tuple[int, int]]  # module path -> (whole, attention); "" is the whole model
-
-    @property
-    def without_attention(self) -> int:
-        """The paper's convention: attention products left out."""
-        return self.total - self.attention
+# A trace on `meta` -----------------------------------------------------------------------------------------
 
 
 def meta_copy(module: nn.Module) -> nn.Module:
@@ -61,75 +100,117 @@ def meta_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo).eval()
 
 
-def _multiply_adds(flops: Mapping[Any, int]) -> tuple[int, int]:
-    """(all, in products of batches of matrices) multiply-adds of one row of torch's table."""
-    products = sum(count for operator, count in flops.items() if str(operator) in _PRODUCT_OPERATORS)
-    return sum(flops.values()) // 2, products // 2
+def _pair(value: Any) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
 
 
-def count_module(module: nn.Module, inputs: Mapping[str, Any]) -> MetaCount:
-    """Multiply-adds of ``module(**inputs)``; right on ``meta`` only, see check_attention_is_counted."""
-    check_attention_is_counted()
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        module(**inputs)
-    root = type(module).__name__
-    flops = counter.get_flop_counts()
-    rows = {
-        path: _multiply_adds(flops.get(f"{root}.{path}" if path else root, {}))
-        for path, _ in module.named_modules()
-    }
-    # Torch runs a linear layer as `bmm` when its input's rows are not contiguous (SD-v2's proj_in). A product
-    # inside a layer that has a weight is that layer's own work; one outside is attention.
-    weighted = [path for path, part in module.named_modules() if isinstance(part, nn.Linear)]
-    own: Counter[str] = Counter()
-    for path in weighted:
-        parts = path.split(".")
-        for depth in range(len(parts) + 1):
-            own[".".join(parts[:depth])] += rows[path][1]
-    by_module = {path: (total, products - own[path]) for path, (total, products) in rows.items()}
-    return MetaCount(*by_module[""], by_module)
+class _ConvolutionsByName(TorchFunctionMode):
+    """Calls every ``conv2d`` as ``_convolution``, the operator that a trace records."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not torch.conv2d:
+            return func(*args, **(kwargs or {}))
+        x, weight, bias, stride, padding, dilation, groups = args
+        options = (_pair(stride), _pair(padding), _pair(dilation), False, [0, 0], groups)
+        return torch._convolution(x, weight, bias, *options, False, False, False, False)
 
 
-@functools.lru_cache(maxsize=1)
-def check_attention_is_counted() -> None:
-    """Raise RuntimeError when torch's counter gives attention products another count than the formula's.
+class _ConvolutionShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Gives a recorded ``_convolution`` on ``meta`` its output's shape."""
 
-    Torch 2.13 does so on CPU tensors: the fused CPU kernel has no formula there and counts as nothing, which
-    silently drops a sixth of SD-v1.4. The path relied on is ``meta``, so that is the one tested.
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._convolution.default:
+            return torch.ops.aten.convolution.default(*args[:9])
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _traceable_on_meta() -> Iterator[None]:
+    """Inside, ``torch.jit`` can trace convolutions of ``meta`` tensors.
+
+    Torch works out the shape of a ``conv2d`` on ``meta`` in Python before the tracer has recorded it; while tracing,
+    sizes are tensors there, and it stops with a TypeError (torch 2.13). Recorded first, as a real device does, the
+    convolution is given its shape with tracing already suspended.
     """
-    batch, heads, queries, keys, width = 2, 3, 5, 7, 4
-    query = torch.empty(batch, heads, queries, width, device="meta")
-    key = torch.empty(batch, heads, keys, width, device="meta")
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        F.scaled_dot_product_attention(query, key, key)
-    expected = 2 * batch * heads * queries * keys * width  # QK^T and AV
-    found = _multiply_adds(counter.get_flop_counts().get("Global", {}))
-    if found != (expected, expected):
-        raise RuntimeError(
-            f"torch {torch.__version__} counts {found} multiply-adds (all, attention) for an attention "
-            f"product of {expected} on meta tensors: its counts are wrong; install a torch that "
-            "pyproject.toml allows"
-        )
+    with torch.no_grad(), _ConvolutionShapes(), _ConvolutionsByName():  # type: ignore[no-untyped-call]
+        yield
 
 
-@functools.lru_cache(maxsize=64)
-def _count_config(config: str, batch: int, latent: int | None, tokens: int | None) -> MetaCount:
-    settings = json.loads(config)
-    unet = meta_unet(settings)
-    # Missing settings take the class's defaults, which only the built model knows.
-    return count_module(
-        unet, example_inputs(unet.config, batch=batch, latent=latent, tokens=tokens, device="meta")
+class _ByPosition(nn.Module):
+    """A module called with tensors by position and answering with tensors alone, which is all a trace takes."""
+
+    def __init__(self, module: nn.Module, structure: TreeSpec) -> None:
+        super().__init__()
+        self.module = module
+        self.structure = structure  # of the keyword arguments
+
+    def forward(self, *leaves: Any) -> tuple[Tensor, ...]:
+        output = self.module(**tree_unflatten(leaves, self.structure))
+        return tuple(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+
+
+def count_call(module: nn.Module, inputs: Mapping[str, Any]) -> Macs:
+    """Multiply-adds of ``module(**inputs)``, whatever the module, per operator and per module in it.
+
+    ``inputs`` are tensors, or mappings of tensors, on the module's own device; ``meta`` (see ``meta_copy``) needs no
+    weights and no memory.
+    """
+    leaves, structure = tree_flatten(dict(inputs))
+    analysis = (
+        FlopCountAnalysis(_ByPosition(module, structure), tuple(leaves))
+        .set_op_handle(**HANDLES)
+        .unsupported_ops_warnings(False)
+        .uncalled_modules_warnings(False)
+        .tracer_warnings("none")
+    )
+    with _traceable_on_meta():
+        counts = analysis.by_module_and_operator()
+    root = "module"
+    by_module: dict[str, tuple[int, int]] = {}
+    uncounted: dict[str, Mapping[str, int]] = {}
+    for path, row in counts.items():
+        if path:
+            name = path.removeprefix(root).removeprefix(".")
+            by_module[name] = (int(sum(row.values())), int(row[ATTENTION]))
+            uncounted[name] = MappingProxyType(dict(analysis.unsupported_ops(path)))
+    return Macs(
+        *by_module[""],
+        uncounted[""],
+        MappingProxyType({operator: int(count) for operator, count in counts[root].items()}),
+        MappingProxyType(by_module),
+        MappingProxyType(uncounted),
     )
 
 
-def count_on_meta(
-    config: Mapping[str, Any], *, batch: int = 1, latent: int | None = None, tokens: int | None = None
-) -> MetaCount:
-    """Multiply-adds of the U-Net of ``config``, whole convention, per module; no weights needed.
+@functools.lru_cache(maxsize=64)
+def _count_config(config: str, batch: int, latent: int | None, tokens: int | None) -> Macs:
+    unet = meta_unet(json.loads(config))
+    inputs = example_inputs(unet.config, batch=batch, latent=latent, tokens=tokens, device="meta")
+    return count_call(unet, inputs)
 
-    ``latent`` is the side of the square latent (None: the config's sample_size), ``tokens`` the length of the
-    text (None: 77). Answers are kept, so asking again costs nothing. Raises UnsupportedModelError for a
+
+def count_macs(
+    source: UNet2DConditionModel | Mapping[str, Any],
+    *,
+    batch: int = 1,
+    latent: int | None = None,
+    tokens: int | None = None,
+) -> Macs:
+    """Multiply-adds of one forward pass over ``batch`` samples, both conventions, per operator and per module.
+
+    ``source`` is a U-Net, counted as it is now (blocks may be bypassed), or a config. ``latent`` is the side of the
+    square latent (None: the config's sample_size), ``tokens`` the length of the text (None: 77). The trace runs on
+    ``meta`` tensors: it needs no weights and leaves ``source`` untouched. Raises UnsupportedModelError for a
     conditioning this project has no inputs for.
     """
-    text = json.dumps(plain_config(config), sort_keys=True, separators=(",", ":"))
-    return _count_config(text, batch, latent, tokens)
+    if isinstance(source, Mapping):
+        text = json.dumps(plain_config(source), sort_keys=True, separators=(",", ":"))
+        return _count_config(text, batch, latent, tokens)
+    inputs = example_inputs(
+        source.config, batch=batch, latent=latent, tokens=tokens, device="meta", dtype=source.dtype
+    )
+    return count_call(meta_copy(source), inputs)

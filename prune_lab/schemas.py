@@ -9,17 +9,21 @@ from __future__ import annotations
 
 BLOCK_COLUMNS = (
     *("name", "path", "stage", "kind", "in_channels", "out_channels", "skip_channels"),
-    *("transformer_layers", "params", "macs", "attention_macs", "removable", "reason", "lane", "row"),
+    *("transformer_layers", "params", "macs", "attention_macs", "removable", "reason"),
+    *("tokens", "lane", "row"),
 )
-COST_COLUMNS = ("name", "kind", "params", "macs", "attention_macs", "paper_macs")
+COST_COLUMNS = ("name", "kind", "params", "macs", "attention_macs", "paper_macs", "weight_bytes", "tokens")
 BLOCK_PROFILE_COLUMNS = (*COST_COLUMNS, "median_ms", "share")
-PRICE_COLUMNS = (*("params", "macs", "attention_macs", "paper_macs", "latency_ms", "activation_bytes"),)
+PRICE_COLUMNS = (
+    *("params", "macs", "attention_macs", "paper_macs", "weight_bytes"),
+    *("latency_ms", "activation_bytes", "memory"),
+)
 REDUCTION_COLUMNS = (
     *("model", "plan", "params", "params_change", "macs", "macs_change", "paper_macs", "paper_macs_change"),
-    *("blocks_removed", "native", "uncounted"),
+    *("blocks_removed", "tokens", "native", "uncounted"),
 )
 REDUCTION_LATENCY_COLUMNS = ("median_ms", "p10_ms", "p90_ms", "runs", "latency_change")  # where it was timed
-PIPELINE_COLUMNS = ("part", "calls", "params", "macs", "median_ms", "share")
+PIPELINE_COLUMNS = ("part", "calls", "tokens", "params", "macs", "median_ms", "share")
 ACTIVATION_COLUMNS = ("name", "kind", "input_bytes", "output_bytes", "workspace_bytes", "live_bytes")
 LATENCY_TABLE_COLUMNS = ("name", "kind", "measured_ms", "p10_ms", "p90_ms", "saved_ms", "share")
 LATENCY_CHECK_COLUMNS = ("plan", "removed", "use", "measured_ms", "predicted_ms", "error_percent")
@@ -103,7 +107,15 @@ INTEGER_COLUMNS = frozenset(
     (
         *("in_channels", "out_channels", "skip_channels", "transformer_layers", "tokens"),
         *("params", "macs", "attention_macs", "paper_macs", "calls", "runs", "batch", "blocks_removed"),
-        *("activation_bytes", "memory", "input_bytes", "output_bytes", "workspace_bytes", "live_bytes"),
+        *(
+            "weight_bytes",
+            "activation_bytes",
+            "memory",
+            "input_bytes",
+            "output_bytes",
+            "workspace_bytes",
+            "live_bytes",
+        ),
         *("disk_bytes", "peak_memory_bytes", "samples", "top", "count", "plans", "sets_measured", "pairs"),
         *("rank", "tie_group", "steps", "rung", "place", "row"),
     )

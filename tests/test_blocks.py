@@ -147,6 +147,7 @@ def test_frame_columns_are_fixed(tiny_unet):
         "params",
         "macs",
         "attention_macs",
+        "tokens",
         "removable",
         "reason",
         "lane",

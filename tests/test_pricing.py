@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -15,8 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prune_lab.blocks import Architecture, architecture_of
-from prune_lab.counting import count_on_meta
-from prune_lab.errors import ConfigError, DataError, NonNativePlanError, PlanError, UnremovableBlockError
+from prune_lab.counting import count_macs
+from prune_lab.errors import (
+    BudgetError,
+    ConfigError,
+    DataError,
+    NonNativePlanError,
+    PlanError,
+    UnremovableBlockError,
+)
 from prune_lab.families import example_inputs, meta_unet
 from prune_lab.models import preset_config
 from prune_lab.plans import native_layout, parse_plan, plan_of, removed_samplers
@@ -28,16 +36,15 @@ from prune_lab.profiling import (
     as_matrix,
     as_plans,
     cost_table,
+    groups_gone,
     latency_disagreement,
     latency_table_from_dict,
-    levels_gone,
     live_peak,
     measure_latency_table,
-    price_list,
     random_native_plans,
-    sampler_levels,
+    sampler_groups,
 )
-from prune_lab.profiling import latency_table as latency_module
+from prune_lab.profiling import latency as latency_module
 from prune_lab.profiling.activations import UnitMemory
 from prune_lab.surgery import materialise
 
@@ -70,8 +77,8 @@ def random_matrix(architecture: Architecture, count: int, seed: int = 0) -> np.n
     generator = np.random.default_rng(seed)
     chance = generator.random((count, 1))
     matrix = generator.random((count, len(architecture.blocks))) < chance
-    for level in sampler_levels(architecture)[:1]:  # SDXL has none: blocks further in must stay
-        matrix[::4, list(level.blocks)] = True
+    for group in sampler_groups(architecture)[:1]:  # SDXL has none: blocks further in must stay
+        matrix[::4, list(group.places)] = True
     matrix[:, [block.starred for block in architecture.blocks]] = False
     return matrix
 
@@ -94,31 +101,31 @@ def test_plans_become_rows_and_come_back(tiny: Architecture) -> None:
 def test_samplers_leave_with_the_same_plans_as_one_by_one(seed: int) -> None:
     for config in (preset_config("sd-v1.4"), TWO_STAGES):
         architecture = architecture_of(config)
-        levels = sampler_levels(architecture)
+        groups = sampler_groups(architecture)
         matrix = random_matrix(architecture, 8, seed)
-        for gone, plan in zip(levels_gone(matrix, levels), as_plans(matrix, architecture), strict=True):
+        for gone, plan in zip(groups_gone(matrix, groups), as_plans(matrix, architecture), strict=True):
             names = {
-                name for level, left in zip(levels, gone, strict=True) if left for name in level.samplers
+                name for group, left in zip(groups, gone, strict=True) if left for name in group.samplers
             }
             assert names == set(removed_samplers(architecture, plan))
 
 
 def test_which_samplers_can_leave() -> None:
-    (level,) = sampler_levels(architecture_of(preset_config("sd-v1.4")))
-    assert (level.samplers, len(level.blocks)) == (("Dn3.down", "Up1.up"), 2 + 3 + 3)
-    assert sampler_levels(architecture_of(preset_config("sdxl-base"))) == ()  # Dn3.R1 changes the width
+    (group,) = sampler_groups(architecture_of(preset_config("sd-v1.4")))
+    assert (group.samplers, len(group.blocks)) == (("Dn3.down", "Up1.up"), 2 + 3 + 3)
+    assert sampler_groups(architecture_of(preset_config("sdxl-base"))) == ()  # Dn3.R1 changes the width
 
 
 def test_a_matrix_of_something_else_is_refused(tiny: Architecture) -> None:
-    prices = price_list(cost_table(tiny, counter="meta"))
+    costs = cost_table(tiny)
     for wrong in (np.zeros((2, 37), np.bool_), np.zeros((2, 38)), np.zeros(38, np.bool_), [[True]]):
         with pytest.raises(PlanError, match=r"boolean matrix \(plans, 38\), found"):
-            prices.of(wrong)  # type: ignore[arg-type]
+            costs.of_many(wrong)  # type: ignore[arg-type]
     starred = np.zeros((3, 38), np.bool_)
     place = [block.name for block in tiny.blocks].index("Dn2.R1")
     starred[2, place] = True
     with pytest.raises(UnremovableBlockError, match=rf"Dn2\.R1.*changes the width.*column {place} False"):
-        prices.of(starred)
+        costs.of_many(starred)
     with pytest.raises(PlanError, match="row of a plan for architecture"):
         as_matrix([parse_plan("bk-base", architecture_of(preset_config("sd-v1.4")))], tiny)
 
@@ -140,23 +147,64 @@ def test_random_native_plans_differ_and_can_be_built(tiny: Architecture, two_sta
 @pytest.mark.parametrize("preset", ["sd-v1.4", pytest.param("sdxl-base", marks=pytest.mark.long)])
 def test_a_matrix_is_priced_like_plan_by_plan(preset: str) -> None:
     architecture = architecture_of(preset_config(preset))
-    costs = cost_table(architecture, counter="meta", batch=2)
+    costs = cost_table(architecture, batch=2, dtype=torch.float16)
     matrix = random_matrix(architecture, 200)
-    prices = price_list(costs).of(matrix)
+    prices = costs.of_many(matrix)
     one_by_one = [costs.of(plan) for plan in as_plans(matrix, architecture)]
-    for name in ("params", "macs", "attention_macs", "paper_macs"):
+    for name in ("params", "macs", "attention_macs", "paper_macs", "weight_bytes"):
         column = getattr(prices, name)
         assert column.dtype == np.int64
         assert column.tolist() == [getattr(cost, name) for cost in one_by_one]
     assert prices.latency_ms is None
     assert prices.activation_bytes is None
+    assert prices.memory is None
     assert len(prices) == 200
+
+
+def test_every_metric_of_a_matrix_equals_plan_by_plan(tiny_unet: Any, tiny: Architecture) -> None:
+    table = measure_latency_table(tiny_unet, runs=2, warmup=0, timer=Timer(tiny_unet))
+    costs = cost_table(tiny, latency=table, activations=activation_table(tiny))
+    matrix = random_matrix(tiny, 50)
+    found, frame = costs.of_many(matrix), costs.of_many(matrix).frame()
+    one_by_one = [costs.of(plan) for plan in as_plans(matrix, tiny)]
+    for name in (
+        "weight_bytes",
+        "latency_ms",
+        "activation_bytes",
+        "memory",
+    ):  # to the last bit, milliseconds too
+        assert getattr(found, name).tolist() == [getattr(cost, name) for cost in one_by_one]
+        assert frame[name].tolist() == getattr(found, name).tolist()
+    assert one_by_one[0].memory == one_by_one[0].weight_bytes + one_by_one[0].activation_bytes
+    assert [cost.latency_ms for cost in one_by_one] == pytest.approx(
+        [table.predict(plan) for plan in as_plans(matrix, tiny)]
+    )
+    assert list(costs.frame().columns[-2:]) == ["tokens", "latency_ms"]
+    with pytest.raises(BudgetError, match="measure a latency table"):
+        cost_table(tiny).total.amount("latency_ms")
+    with pytest.raises(BudgetError, match="asked for a budget on memory, found no activation memory"):
+        cost_table(tiny).total.amount("memory")
+    assert set(cost_table(tiny).total.amounts()) == {"params", "macs", "paper_macs"}
+
+
+@pytest.mark.parametrize("name", ["tiny", "two stages"])
+def test_peaks_never_grow_when_more_is_removed(name: str, tiny: Architecture) -> None:
+    architecture = {"tiny": tiny, "two stages": architecture_of(TWO_STAGES)}[name]
+    table, removable = activation_table(architecture), [block.removable for block in architecture.blocks]
+    matrix = random_matrix(architecture, 400)
+    if name == "two stages":  # every plan there is
+        matrix = np.array(list(itertools.product([False, True], repeat=len(architecture.blocks))))
+    peaks = table.of_many(matrix)
+    for place in np.flatnonzero(removable):
+        more = matrix.copy()
+        more[:, place] = True
+        assert (table.of_many(more) <= peaks).all(), architecture.blocks[place].name
 
 
 def test_the_papers_parameters_from_a_matrix() -> None:
     architecture = architecture_of(preset_config("sd-v1.4"))
     matrix = as_matrix([parse_plan(text, architecture) for text in ("teacher", *CONTROLS)], architecture)
-    found = price_list(cost_table(architecture)).of(matrix)
+    found = cost_table(architecture).of_many(matrix)
     assert found.params.tolist() == [859_520_964, 579_384_964, 482_346_884, 323_384_964]
     assert (found.paper_macs / 1e9).round(1).tolist() == [339.0, 223.9, 217.9, 205.2]
 
@@ -165,39 +213,40 @@ def test_the_papers_parameters_from_a_matrix() -> None:
 @given(seed=st.integers(0, 10_000))
 def test_prices_equal_the_materialised_models(seed: int, tiny_unet_shared: Any, tiny: Architecture) -> None:
     plans = random_native_plans(tiny, 2, seed=seed)
-    found = price_list(cost_table(tiny, counter="meta", latent=8, tokens=5)).of(as_matrix(plans, tiny))
+    found = cost_table(tiny, latent=8, tokens=5).of_many(as_matrix(plans, tiny))
     for plan, params, macs, attention in zip(
         plans, found.params, found.macs, found.attention_macs, strict=True
     ):
         student = materialise(tiny_unet_shared, plan)
-        count = count_on_meta(student.config, latent=8, tokens=5)
+        count = count_macs(student.config, latent=8, tokens=5)
         assert params == sum(parameter.numel() for parameter in student.parameters())
         assert (macs, attention) == (count.total, count.attention)
 
 
 def test_sums_beyond_what_a_float_holds_are_exact(tiny: Architecture) -> None:
-    costs = cost_table(tiny, counter="meta")
-    large = tuple(dataclasses.replace(cost, macs=10**10 * cost.macs + 1) for cost in costs.costs)
-    costs = dataclasses.replace(costs, costs=large)
+    costs = cost_table(tiny)
+    large = tuple(dataclasses.replace(part, macs=10**10 * part.macs + 1) for part in costs.parts)
+    costs = dataclasses.replace(costs, parts=large)
     assert costs.total.macs > 2**53
     matrix = random_matrix(tiny, 50)
-    found = price_list(costs).of(matrix)
+    found = costs.of_many(matrix)
     assert found.macs.tolist() == [costs.of(plan).macs for plan in as_plans(matrix, tiny)]
 
 
 def test_more_plans_than_are_priced_at_a_time(tiny: Architecture) -> None:
-    prices = price_list(cost_table(tiny, counter="meta"), activations=activation_table(tiny))
+    costs = cost_table(tiny, activations=activation_table(tiny))
     matrix = random_matrix(tiny, 20_000)
-    together, reversed_ = prices.of(matrix), prices.of(matrix[::-1])
+    together, reversed_ = costs.of_many(matrix), costs.of_many(matrix[::-1])
     pd.testing.assert_frame_equal(together.frame(), reversed_.frame()[::-1].reset_index(drop=True))
-    assert len(prices.of(matrix[:0])) == 0
+    assert len(costs.of_many(matrix[:0])) == 0
 
 
 def test_prices_as_a_frame(tiny: Architecture) -> None:
-    columns = ["params", "macs", "attention_macs", "paper_macs", "latency_ms", "activation_bytes"]
-    frame = price_list(cost_table(tiny, counter="meta")).of(random_matrix(tiny, 3)).frame()
-    assert list(frame.columns) == columns
-    assert frame[columns[-2:]].isna().all(axis=None)
+    columns = ["params", "macs", "attention_macs", "paper_macs", "weight_bytes"]
+    unknown = ["latency_ms", "activation_bytes", "memory"]
+    frame = cost_table(tiny).of_many(random_matrix(tiny, 3)).frame()
+    assert list(frame.columns) == [*columns, *unknown]
+    assert frame[unknown].isna().all(axis=None)
     assert frame["params"].dtype == "int64"
 
 
@@ -237,7 +286,7 @@ def test_peaks_equal_those_of_materialised_models(seed: int, tiny: Architecture)
     half = bool(seed % 2)
     dtype = torch.float16 if half else torch.float32
     plans = random_native_plans(tiny, 2, seed=seed)
-    found = activation_table(tiny, dtype=dtype).of(as_matrix(plans, tiny))
+    found = activation_table(tiny, dtype=dtype).of_many(as_matrix(plans, tiny))
     for plan, peak in zip(plans, found.tolist(), strict=True):
         assert peak == peak_of_student(native_layout(tiny, plan).config, dtype), plan.text
 
@@ -246,7 +295,7 @@ def test_peaks_of_the_papers_students() -> None:
     architecture = architecture_of(preset_config("sd-v1.4"))
     table = activation_table(architecture, dtype="float16")
     plans = [parse_plan(text, architecture) for text in ("teacher", *CONTROLS, "-Md")]
-    found = table.of(as_matrix(plans, architecture)).tolist()
+    found = table.of_many(as_matrix(plans, architecture)).tolist()
     layouts = [native_layout(architecture, plan).config for plan in plans]
     assert found == [peak_of_student(config, torch.float16) for config in layouts]
     # Of the outermost stages all three keep the same, and only there the peak is decided.
@@ -256,7 +305,7 @@ def test_peaks_of_the_papers_students() -> None:
 @pytest.mark.parametrize(("latent", "tokens"), [(9, 5), (24, 40)])  # 9 is odd: upsamplers are told their size
 def test_peaks_at_another_size(latent: int, tokens: int, tiny: Architecture) -> None:
     plan = parse_plan("bk-small", tiny)
-    (found,) = activation_table(tiny, latent=latent, tokens=tokens).of(as_matrix([plan], tiny))
+    (found,) = activation_table(tiny, latent=latent, tokens=tokens).of_many(as_matrix([plan], tiny))
     config = native_layout(tiny, plan).config
     assert found == peak_of_student(config, torch.float32, latent=latent, tokens=tokens)
 
@@ -311,7 +360,7 @@ def test_peaks_of_any_plan_equal_a_walk_tensor_by_tensor(name: str, tiny: Archit
     architecture = architecture_of(configs[name])
     table = activation_table(architecture)
     matrix = random_matrix(architecture, 300)
-    for plan, peak in zip(as_plans(matrix, architecture), table.of(matrix).tolist(), strict=True):
+    for plan, peak in zip(as_plans(matrix, architecture), table.of_many(matrix).tolist(), strict=True):
         gone = set(plan.removed) | set(removed_samplers(architecture, plan))
         assert peak == by_hand(table, gone), plan.text
 
@@ -321,7 +370,7 @@ def test_nothing_left_but_the_ends(two_stages: Architecture) -> None:
     everything = np.ones((1, len(two_stages.blocks)), np.bool_)
     tensor = 4 * 8 * 8 * 8
     # What the first convolution made, the last norm of it, and the norm's mean and deviation of each of four groups.
-    assert table.of(everything).tolist() == [table.kept_bytes + 2 * tensor + 4 * 2 * 4]
+    assert table.of_many(everything).tolist() == [table.kept_bytes + 2 * tensor + 4 * 2 * 4]
 
 
 def test_the_activation_table_as_a_frame(tiny: Architecture) -> None:
@@ -375,7 +424,7 @@ class Timer:
 
 
 def expected_ms(architecture: Architecture, text: str) -> float:
-    costs = cost_table(architecture, counter="meta")
+    costs = cost_table(architecture)
     return REST_MS + MS_PER_PARAM * costs.of(parse_plan(text, architecture)).params
 
 
@@ -391,7 +440,7 @@ def test_differences_give_each_block_its_time(tiny_unet: Any, tiny: Architecture
     assert tiny_unet.training
     assert table.whole.median_ms == pytest.approx(expected_ms(tiny, "teacher"))
     assert (table.whole.runs, table.whole.warmup) == (1 + 3 * 35, 2)
-    params = {cost.name: cost.params for cost in cost_table(tiny, counter="meta").costs}
+    params = {cost.name: cost.params for cost in cost_table(tiny).parts}
     assert [saving.name for saving in table.savings[-2:]] == ["Up4.A3", "Dn3.down+Up1.up"]
     for saving in table.savings:
         wanted = MS_PER_PARAM * sum(params[part] for part in saving.name.split("+"))
@@ -406,16 +455,16 @@ def test_predictions_of_a_matrix(tiny_unet: Any, tiny: Architecture) -> None:
     texts = ("teacher", *CONTROLS, "-Dn1.A1 -Up4.R2", "-Dn4 -Md -Up1")
     plans = [parse_plan(text, tiny) for text in texts]
     wanted = [expected_ms(tiny, text) for text in texts]
-    assert table.of(as_matrix(plans, tiny)) == pytest.approx(wanted, rel=1e-6)
+    assert [table.predict(plan) for plan in plans] == pytest.approx(wanted, rel=1e-6)
     assert table.predict(plans[3]) == pytest.approx(wanted[3], rel=1e-6)
-    prices = price_list(cost_table(tiny, counter="meta", latent=8), latency=table).of(as_matrix(plans, tiny))
+    prices = cost_table(tiny, latent=8, latency=table).of_many(as_matrix(plans, tiny))
     assert prices.latency_ms == pytest.approx(wanted, rel=1e-6)
 
 
 def test_parts_add_up_to_every_plan(tiny_unet: Any, tiny: Architecture) -> None:
     table = measure_latency_table(tiny_unet, runs=2, warmup=0, latent=8, timer=Timer(tiny_unet))
     parts = table.part_ms()
-    assert set(parts) == {cost.name for cost in cost_table(tiny, counter="meta").costs}
+    assert set(parts) == {cost.name for cost in cost_table(tiny).parts}
     assert sum(parts.values()) == pytest.approx(table.whole.median_ms)
     for text in (*CONTROLS, "-Dn1.A1 -Up4.R2", "-Dn4 -Md -Up1"):
         plan = parse_plan(text, tiny)
@@ -520,7 +569,7 @@ def test_savings_below_zero_are_kept_and_not_predicted_with(tiny_unet: Any, tiny
     )
     assert frame.loc["Dn1.A1", "saved_ms"] == 0
     assert table.predict(parse_plan("-Dn1.A1", tiny)) == table.whole.median_ms
-    assert (table.block_savings_ms >= 0).all()
+    assert min(table.part_ms().values()) >= 0
 
 
 def test_the_latency_table_as_frames_and_files(tiny_unet: Any, tiny: Architecture) -> None:
@@ -547,7 +596,8 @@ def test_the_latency_table_as_frames_and_files(tiny_unet: Any, tiny: Architectur
     assert again == table
     pd.testing.assert_frame_equal(again.frame(), frame)
     matrix = random_matrix(tiny, 20)
-    assert (again.of(matrix) == table.of(matrix)).all()
+    predicted = [cost_table(tiny, latent=8, latency=one).of_many(matrix).latency_ms for one in (again, table)]
+    assert (predicted[0] == predicted[1]).all()
 
 
 def test_damaged_latency_tables_are_refused(tiny_unet: Any, tiny: Architecture) -> None:
@@ -583,7 +633,8 @@ def test_a_real_clock_gives_a_whole_table(tiny_unet: Any, tiny: Architecture) ->
     plan = plan_of(tiny, parse_plan("bk-tiny", tiny).removed)
     table = measure_latency_table(tiny_unet, calibrate=[plan], runs=2, warmup=0, latent=8, tokens=5)
     assert table.whole.median_ms > 0
-    assert np.isfinite(table.of(random_matrix(tiny, 5))).all()
+    costs = cost_table(tiny, latent=8, tokens=5, latency=table)
+    assert np.isfinite(costs.of_many(random_matrix(tiny, 5)).latency_ms).all()
     assert table.checks[0].plan == plan
 
 
@@ -591,7 +642,7 @@ def test_a_real_clock_gives_a_whole_table(tiny_unet: Any, tiny: Architecture) ->
 
 
 def test_where_macs_and_latency_disagree(tiny_unet: Any, tiny: Architecture) -> None:
-    costs = cost_table(tiny, counter="meta", latent=8)
+    costs = cost_table(tiny, latent=8)
     table = measure_latency_table(tiny_unet, runs=2, warmup=0, latent=8, timer=Timer(tiny_unet))
     frame = latency_disagreement(costs, table)
     columns = ["name", "kind", "macs", "macs_share", "saved_ms", "latency_share", "ratio", "gap"]
@@ -601,10 +652,10 @@ def test_where_macs_and_latency_disagree(tiny_unet: Any, tiny: Architecture) -> 
     assert frame["gap"].abs().is_monotonic_decreasing
     rows = frame.set_index("name")
     block = tiny.block("Up2.A1")
-    share = MS_PER_PARAM * block.params / table.whole.median_ms, costs.cost("Up2.A1").macs / costs.total.macs
+    share = MS_PER_PARAM * block.params / table.whole.median_ms, costs.part("Up2.A1").macs / costs.total.macs
     assert rows.loc["Up2.A1", "ratio"] == pytest.approx(share[0] / share[1], rel=1e-6)
     assert rows.loc["Up2.A1", "gap"] == pytest.approx(share[0] - share[1], rel=1e-6)
-    both = costs.cost("Dn3.down").macs + costs.cost("Up1.up").macs
+    both = costs.part("Dn3.down").macs + costs.part("Up1.up").macs
     assert rows.loc["Dn3.down+Up1.up", "macs"] == both
 
 
@@ -613,8 +664,8 @@ def test_tables_of_other_models_or_sizes_are_refused(tiny_unet: Any, tiny: Archi
     with pytest.raises(
         ConfigError, match="16 x 16 latent with 77 tokens, found a latency table at 8 x 8 with 77"
     ):
-        latency_disagreement(cost_table(tiny, counter="meta"), table)
+        latency_disagreement(cost_table(tiny), table)
     with pytest.raises(ConfigError, match="found an activation table at 16 x 16 with 5"):
-        price_list(cost_table(tiny, counter="meta"), activations=activation_table(tiny, tokens=5))
+        cost_table(tiny, activations=activation_table(tiny, tokens=5))
     with pytest.raises(PlanError, match="found an activation table of"):
-        price_list(cost_table(tiny, counter="meta"), activations=activation_table(preset_config("sd-v1.4")))
+        cost_table(tiny, activations=activation_table(architecture_of(preset_config("sd-v1.4"))))

@@ -1,4 +1,4 @@
-"""Profiling: two counters against each other and arithmetic, subtraction against materialised models, clocks."""
+"""Profiling: subtraction against materialised models, clocks, and tables that agree with each other."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch_counter import count_on_meta
+from typer.testing import CliRunner
 
 from prune_lab.blocks import Architecture, architecture_of
-from prune_lab.counting import count_on_meta
+from prune_lab.cli import app
+from prune_lab.cli.output import records
+from prune_lab.config import RunConfig
+from prune_lab.counting import ANALYTIC_EXTRAS, count_macs
 from prune_lab.errors import ConfigError, DataError, ModelNotFoundError, PlanError, UnknownBlockError
 from prune_lab.families import example_inputs
 from prune_lab.models import load_pipeline, preset_config, resolve_model
 from prune_lab.plans import native_choices, parse_plan, plan_of
 from prune_lab.profiling import (
     cost_table,
-    count_macs,
     measure_latency,
     measure_memory_growth,
     profile,
@@ -32,8 +36,10 @@ from prune_lab.profiling import (
     random_unet,
     reduction_table,
 )
-from prune_lab.profiling import macs as macs_module
+from prune_lab.session import Session
 from prune_lab.surgery import bypassed, materialise
+from prune_lab.workflow import start_run
+from prune_lab.workflow.measuring import ensure_blocks, ensure_costs, ensure_reductions, ensure_shares
 
 CONTROLS = ("bk-base", "bk-small", "bk-tiny")
 MIB = 2**20
@@ -46,79 +52,6 @@ def tiny_architecture(tiny_unet_shared: Any) -> Architecture:
 
 def hooks_of(unet: torch.nn.Module) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in unet.modules())
-
-
-# Counting --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "preset", ["sd-v1.4", "sd-v2.1-base", pytest.param("sdxl-base", marks=pytest.mark.long)]
-)
-def test_two_counters_agree_but_for_norms_and_upsampling(preset: str) -> None:
-    config = preset_config(preset)
-    traced, dispatched = count_macs(config), count_on_meta(config)
-    assert abs(traced.total / dispatched.total - 1) < 0.002
-    assert traced.attention == dispatched.attention
-    extras = sum(traced.by_operator[operator] for operator in macs_module.ANALYTIC_EXTRAS)
-    assert traced.total - extras == dispatched.total  # nothing else sets them apart
-    assert set(traced.by_operator) == {"conv", "linear", macs_module.ATTENTION, *macs_module.ANALYTIC_EXTRAS}
-
-
-def test_a_resnet_block_by_hand(tiny_config: dict[str, Any]) -> None:
-    # Dn2.R1: 8 -> 16 channels on 8 x 8, time embedding of width 32, and a 1 x 1 shortcut for the change of width.
-    pixels, time_width = 8 * 8, 32
-    expected = pixels * 9 * 8 * 16 + time_width * 16 + pixels * 9 * 16 * 16 + pixels * 8 * 16
-    norms = 5 * pixels * (8 + 16)  # fvcore's five per element
-    path = "down_blocks.1.resnets.0"
-    assert count_on_meta(tiny_config).by_module[path] == (expected, 0)
-    assert count_macs(tiny_config).by_module[path] == (expected + norms, 0)
-
-
-def test_a_transformer_block_by_hand(tiny_config: dict[str, Any]) -> None:
-    # Dn2.A1's layer: width 16 on 8 x 8 = 64 positions, 77 words of width 16.
-    n, words, width, text = 64, 77, 16, 16
-    own = 4 * n * width * width  # query, key, value and output of self-attention
-    cross = 2 * n * width * width + 2 * words * text * width
-    feed_forward = n * width * (8 * width) + n * (4 * width) * width  # a gated layer: 4 x width, twice
-    products = 2 * n * n * width + 2 * n * words * width
-    expected = own + cross + feed_forward + products
-    path = "down_blocks.1.attentions.0.transformer_blocks.0"
-    assert count_on_meta(tiny_config).by_module[path] == (expected, products)
-    assert count_macs(tiny_config).by_module[path] == (expected + 5 * 3 * n * width, products)
-
-
-def test_a_trace_on_meta_counts_what_a_real_trace_counts(tiny_unet: Any) -> None:
-    real = macs_module._trace(tiny_unet, example_inputs(tiny_unet.config, batch=2))
-    assert real == count_macs(tiny_unet, batch=2)
-    assert real == count_macs(dict(tiny_unet.config), batch=2)
-
-
-def test_counting_attention_written_out_changes_nothing(tiny_unet: Any) -> None:
-    from diffusers.models.attention_processor import AttnProcessor
-
-    fused = count_macs(dict(tiny_unet.config))
-    tiny_unet.set_attn_processor(AttnProcessor())
-    written_out = count_macs(tiny_unet)
-    assert (written_out.total, written_out.attention) == (fused.total, fused.attention)
-    assert "aten::softmax" in written_out.uncounted
-
-
-def test_what_has_no_formula_is_shown(tiny_unet: Any) -> None:
-    count = count_macs(dict(tiny_unet.config))
-    assert count.uncounted["aten::silu"] == 2 * 22 + 22 + 1 + 1  # per resnet two and one for the time, ends
-    assert count.uncounted["aten::gelu"] == 16
-    assert "aten::scaled_dot_product_attention" not in count.uncounted
-    assert "aten::_convolution" not in count.uncounted
-
-
-def test_counting_leaves_the_unet_alone(tiny_unet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    count_macs(tiny_unet)
-    assert hooks_of(tiny_unet) == 0
-    monkeypatch.setitem(tiny_unet.down_blocks[0].__dict__, "forward", None)  # not callable: the trace fails
-    with pytest.raises(TypeError):
-        count_macs(tiny_unet)
-    assert hooks_of(tiny_unet) == 0
-    assert {parameter.device.type for parameter in tiny_unet.parameters()} == {"cpu"}
 
 
 # Costs -----------------------------------------------------------------------------------------------------
@@ -134,13 +67,12 @@ def test_the_papers_figures_by_subtraction() -> None:
     assert [round(cost.macs / 1e9) for cost in found] == [402, 262, 256, 243]
 
 
-@pytest.mark.parametrize("counter", ["fvcore", "meta"])
 @pytest.mark.parametrize("text", CONTROLS)
 def test_subtraction_equals_the_materialised_model(
-    counter: str, text: str, tiny_unet: Any, tiny_architecture: Architecture
+    text: str, tiny_unet: Any, tiny_architecture: Architecture
 ) -> None:
     plan = parse_plan(text, tiny_architecture)
-    check_subtraction(counter, tiny_unet, tiny_architecture, set(plan.removed))
+    check_subtraction(tiny_unet, tiny_architecture, set(plan.removed))
 
 
 @settings(max_examples=6)
@@ -149,22 +81,20 @@ def test_subtraction_equals_the_materialised_model_for_any_native_plan(
     data: st.DataObject, tiny_unet_shared: Any, tiny_architecture: Architecture
 ) -> None:
     options = [data.draw(st.sampled_from(level)) for level in native_choices(tiny_architecture)]
-    counter = data.draw(st.sampled_from(["fvcore", "meta"]))
-    check_subtraction(counter, tiny_unet_shared, tiny_architecture, set().union(*options))
+    check_subtraction(tiny_unet_shared, tiny_architecture, set().union(*options))
 
 
-def check_subtraction(counter: str, unet: Any, architecture: Architecture, removed: set[str]) -> None:
+def check_subtraction(unet: Any, architecture: Architecture, removed: set[str]) -> None:
     plan = plan_of(architecture, removed)
-    cost = cost_table(architecture, counter=counter, latent=8, tokens=5).of(plan)
-    student = materialise(unet, plan)
+    costs = cost_table(architecture, latent=8, tokens=5)
+    cost, student = costs.of(plan), materialise(unet, plan)
     assert cost.params == sum(parameter.numel() for parameter in student.parameters())
-    if counter == "fvcore":
-        traced = count_macs(student, latent=8, tokens=5)
-        assert (cost.macs, cost.attention_macs) == (traced.total, traced.attention)
-        assert cost.uncounted == traced.uncounted
-    else:
-        count = count_on_meta(student.config, latent=8, tokens=5)
-        assert (cost.macs, cost.attention_macs) == (count.total, count.attention)
+    assert cost.weight_bytes == 4 * cost.params
+    traced, dispatched = (count(student.config, latent=8, tokens=5) for count in (count_macs, count_on_meta))
+    assert (cost.macs, cost.attention_macs) == (traced.total, traced.attention)
+    assert costs.uncounted(plan) == traced.uncounted
+    extras = sum(traced.by_operator[operator] for operator in ANALYTIC_EXTRAS)
+    assert (cost.macs - extras, cost.attention_macs) == (dispatched.total, dispatched.attention)
 
 
 def test_subtraction_equals_a_bypassed_model_native_or_not(
@@ -178,9 +108,11 @@ def test_subtraction_equals_a_bypassed_model_native_or_not(
 
 
 def test_the_parts_of_a_cost_table_add_up(tiny_architecture: Architecture, tiny_unet: Any) -> None:
-    costs = cost_table(tiny_unet)
+    costs = cost_table(tiny_architecture)
     frame = costs.frame()
-    assert list(frame.columns) == ["name", "kind", "params", "macs", "attention_macs", "paper_macs"]
+    columns = ["name", "kind", "params", "macs", "attention_macs", "paper_macs", "weight_bytes", "tokens"]
+    assert list(frame.columns) == columns
+    assert set(frame["tokens"]) == {77}
     assert list(frame["kind"]) == ["block"] * 38 + ["sampler"] * 6 + ["rest"]
     assert list(frame["name"][:38]) == [block.name for block in tiny_architecture.blocks]
     count = count_macs(dict(tiny_unet.config))
@@ -188,19 +120,17 @@ def test_the_parts_of_a_cost_table_add_up(tiny_architecture: Architecture, tiny_
     assert frame["attention_macs"].sum() == count.attention
     assert frame["paper_macs"].sum() == count.without_attention
     assert frame["params"].sum() == tiny_architecture.total_params
-    assert costs.cost("Dn3.down").params == 32 * 32 * 9 + 32
+    assert costs.part("Dn3.down").params == 32 * 32 * 9 + 32
     assert frame.dtypes[["params", "macs"]].eq("int64").all()
 
 
 def test_wrong_names_and_plans_are_refused(tiny_architecture: Architecture) -> None:
-    costs = cost_table(tiny_architecture, counter="meta")
+    costs = cost_table(tiny_architecture)
     with pytest.raises(UnknownBlockError, match=r"Dn1\.R9.*nearest"):
-        costs.cost("Dn1.R9")
+        costs.part("Dn1.R9")
     other = architecture_of(preset_config("sd-v1.4"))
     with pytest.raises(PlanError, match="these costs are of"):
         costs.of(parse_plan("bk-base", other))
-    with pytest.raises(ConfigError, match="no counter is called 'thop'; choose one of: fvcore, meta"):
-        cost_table(tiny_architecture, counter="thop")
 
 
 # Clocks and memory -----------------------------------------------------------------------------------------
@@ -264,11 +194,11 @@ def test_memory_growth_is_what_a_call_holds_at_once() -> None:
 
 def test_blocks_are_timed_and_their_hooks_removed(tiny_unet: Any) -> None:
     frame = profile_blocks(tiny_unet, runs=2, warmup=1)
-    columns = ["name", "kind", "params", "macs", "attention_macs", "paper_macs", "median_ms", "share"]
-    assert list(frame.columns) == columns
+    columns = ["name", "kind", "params", "macs", "attention_macs", "paper_macs", "weight_bytes", "tokens"]
+    assert list(frame.columns) == [*columns, "median_ms", "share"]
     assert frame["share"].sum() == pytest.approx(1)
     assert (frame["median_ms"] > 0).all()
-    pd.testing.assert_frame_equal(frame[columns[:6]], cost_table(tiny_unet).frame())
+    pd.testing.assert_frame_equal(frame[columns], cost_table(architecture_of(tiny_unet)).frame())
     assert hooks_of(tiny_unet) == 0
 
 
@@ -343,25 +273,31 @@ def test_a_damaged_profile_and_an_empty_folder_are_refused(
 def test_a_pipelines_parts_with_guidance_and_steps(tiny_pipeline_folder: Path) -> None:
     pipeline = load_pipeline(resolve_model(str(tiny_pipeline_folder)), device="cpu", dtype=torch.float32)
     frame = profile_pipeline(pipeline, steps=5, batch=2, runs=2, warmup=0)
-    assert list(frame.columns) == ["part", "calls", "params", "macs", "median_ms", "share"]
-    assert list(frame["part"]) == ["text_encoder", "unet", "vae_decoder"]
-    assert list(frame["calls"]) == [2, 6, 1]  # PNDM runs one step twice
+    assert list(frame.columns) == ["part", "calls", "tokens", "params", "macs", "median_ms", "share"]
+    assert list(frame["part"]) == ["text_encoder", "unet", "vae_decoder", "total"]
+    assert list(frame["calls"]) == [2, 6, 1, 1]  # PNDM runs one step twice
+    assert records(frame[["tokens"]]) == [{"tokens": length} for length in (16, 16, None, None)]
     rows = frame.set_index("part")
-    assert rows.loc["unet", "macs"] == count_on_meta(pipeline.unet.config, batch=4, tokens=16).total
+    assert rows.loc["unet", "macs"] == count_macs(pipeline.unet.config, batch=4, tokens=16).total
     assert rows.loc["text_encoder", "macs"] == 2 * text_encoder_by_hand()
     decoder = pipeline.vae.decoder, pipeline.vae.post_quant_conv
     assert rows.loc["vae_decoder", "params"] == sum(p.numel() for part in decoder for p in part.parameters())
-    assert frame["share"].sum() == pytest.approx(1)
-    spent = frame["calls"] * frame["median_ms"]
-    assert list(frame["share"]) == pytest.approx(list(spent / spent.sum()))
+    parts, total = frame[:-1], rows.loc["total"]
+    assert parts["share"].sum() == pytest.approx(1) == total["share"]
+    spent = parts["calls"] * parts["median_ms"]
+    assert list(parts["share"]) == pytest.approx(list(spent / spent.sum()))
+    assert total["median_ms"] == pytest.approx(spent.sum())
+    assert total["macs"] == (parts["calls"] * parts["macs"]).sum()
+    assert total["params"] == parts["params"].sum()
     plain = profile_pipeline(pipeline, steps=5, batch=2, guidance=1.0, runs=2, warmup=0).set_index("part")
     assert plain.loc["unet", "macs"] * 2 == rows.loc["unet", "macs"]
-    assert list(plain["calls"]) == [1, 6, 1]
+    assert list(plain["calls"]) == [1, 6, 1, 1]
 
 
 def text_encoder_by_hand(layers: int = 2, n: int = 16, width: int = 16, inner: int = 32) -> int:
-    """One caption through a CLIP text model: four projections, two products, two linear layers a layer."""
-    return layers * (4 * n * width * width + 2 * n * n * width + 2 * n * width * inner)
+    """One caption through a CLIP text model: four projections, two products, two linear layers a layer; norms."""
+    own = layers * (4 * n * width * width + 2 * n * n * width + 2 * n * width * inner)
+    return own + (2 * layers + 1) * 5 * n * width
 
 
 def test_a_pipeline_is_profiled_in_another_format_and_left_alone(tiny_pipeline_folder: Path) -> None:
@@ -370,6 +306,57 @@ def test_a_pipeline_is_profiled_in_another_format_and_left_alone(tiny_pipeline_f
     profile_pipeline(pipeline, steps=2, dtype="bfloat16", runs=2, warmup=0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in pipeline.unet.state_dict().items())
     assert pipeline.vae.dtype == pipeline.text_encoder.dtype == torch.float32
+
+
+def test_one_number_everywhere(
+    tiny_pipeline_folder: Path, small_run_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """MACs of every block and of the whole, wherever they are shown: files of a run, verbs, functions."""
+
+    def shown(*arguments: object) -> list[dict[str, Any]]:
+        answer = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+        assert answer.exit_code == 0, answer.output
+        rows: list[dict[str, Any]] = json.loads(answer.stdout)
+        return rows
+
+    folder, cpu = tiny_pipeline_folder, ("--runs", 2, "--device", "cpu")
+    config = small_run_config(model=str(folder), evaluate={"guidance": 2.0})
+    session = Session(start_run(config, tmp_path / "run"))
+    for ensure in (ensure_blocks, ensure_costs, ensure_reductions, ensure_shares):
+        ensure(session)
+    run, costs = session.run, cost_table(resolve_model(str(folder)).architecture)
+    blocks = pd.read_csv(run.blocks)
+    wanted = dict(zip(blocks["name"], blocks["macs"], strict=True))
+    assert len(wanted) == 38
+    saved, timed = pd.read_csv(run.costs), shown("profile", folder, "--blocks", *cpu)
+    assert set(blocks["tokens"]) == set(saved["tokens"]) == {costs.tokens} == {16}  # the text encoder's own
+    for rows in (
+        shown("blocks", folder),
+        shown("profile", folder, "--blocks", "--no-latency"),
+        timed,
+        saved.to_dict("records"),
+        costs.frame().to_dict("records"),
+    ):
+        assert {row["name"]: row["macs"] for row in rows if row["name"] in wanted} == wanted
+        assert {row["tokens"] for row in rows} == {16}
+    total = costs.total.macs
+    (plan,) = shown("profile", folder, "--no-latency")
+    reduction, parts = (
+        pd.read_csv(run.reductions).iloc[0],
+        pd.read_csv(run.pipeline_profile).set_index("part"),
+    )
+    by_part = {row["part"]: row for row in shown("profile", folder, "--pipeline", *cpu)}
+    assert (
+        saved["macs"].sum() == sum(row["macs"] for row in timed) == plan["macs"] == reduction["macs"] == total
+    )
+    assert by_part["unet"]["macs"] == parts.loc["unet", "macs"] == 2 * total  # guidance takes two samples
+    assert (
+        plan["tokens"]
+        == reduction["tokens"]
+        == by_part["unet"]["tokens"]
+        == parts.loc["unet", "tokens"]
+        == 16
+    )
 
 
 # Reductions ------------------------------------------------------------------------------------------------
@@ -389,7 +376,7 @@ def test_the_reduction_table_of_a_preset_needs_no_weights() -> None:
         "paper_macs",
         "paper_macs_change",
     ]
-    assert list(frame.columns) == [*columns, "blocks_removed", "native", "uncounted"]
+    assert list(frame.columns) == [*columns, "blocks_removed", "tokens", "native", "uncounted"]
     assert list(frame["plan"]) == ["teacher", *CONTROLS]
     # The paper's changes: parameters -32.6, -43.9, -62.4 %, MACs -33.9, -35.7, -39.5 %.
     assert list((100 * frame["params_change"]).round(1)) == [0.0, -32.6, -43.9, -62.4]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from typing import Any
@@ -14,14 +15,12 @@ from hypothesis import strategies as st
 from prune_lab.blocks import architecture_of
 from prune_lab.errors import BudgetError, ConfigError, DataError, UnknownBlockError, UnremovableBlockError
 from prune_lab.plans import is_native, native_choices, plan_of, removed_samplers
-from prune_lab.profiling import cost_table
+from prune_lab.profiling import METRICS, CostTable, activation_table, cost_table
 from prune_lab.search import (
     ANY_PLAN,
-    METRICS,
     Budget,
     Constraints,
     Effects,
-    PartPrices,
     Quota,
     check_reachable,
     parse_budget,
@@ -52,10 +51,12 @@ FLAT_3 = FLAT | {
     "block_out_channels": [8, 8, 8],
 }
 ARCHITECTURE = architecture_of(FLAT)
-COSTS = cost_table(ARCHITECTURE, counter="meta")
+COSTS = cost_table(ARCHITECTURE)
 NAMES = [block.name for block in ARCHITECTURE.blocks]
 STAGES = ARCHITECTURE.stages
-PARTS = [cost.name for cost in COSTS.costs]
+MID = [block.name for block in ARCHITECTURE.stage_blocks("Md")]
+ACTIVATIONS = activation_table(ARCHITECTURE)
+PARTS = [part.name for part in COSTS.parts]
 BITS = np.array(list(itertools.product([0, 1], repeat=len(NAMES))))  # (plans, blocks)
 SETS = [frozenset(itertools.compress(NAMES, bits)) for bits in BITS]
 PLANS = [plan_of(ARCHITECTURE, removed) for removed in SETS]
@@ -89,6 +90,14 @@ def test_the_network_has_what_the_tests_are_about() -> None:
 def measured(prices: dict[str, float]) -> np.ndarray:
     """(plans,) what every plan leaves of a metric that is priced by part."""
     return STAYS @ np.array([prices[part] for part in PARTS])
+
+
+def priced(latency: dict[str, float], weights: dict[str, int] | None = None) -> CostTable:
+    """The costs with latency, and other weights, by hand."""
+    parts = [dataclasses.replace(part, latency_ms=latency.get(part.name)) for part in COSTS.parts]
+    if weights is not None:
+        parts = [dataclasses.replace(part, weight_bytes=weights[part.name]) for part in parts]
+    return dataclasses.replace(COSTS, parts=tuple(parts))
 
 
 def satisfies_rules(constraints: Constraints) -> np.ndarray:
@@ -161,17 +170,24 @@ def test_equal_to_brute_force(data: st.DataObject) -> None:
     drawn = np.random.default_rng(data.draw(st.integers(0, 99)))
     # Parts of 1/64 add up exactly in any order; less than nothing is noise of a measurement.
     latency = dict(zip(PARTS, (drawn.integers(-6, 64, len(PARTS)) / 64).tolist(), strict=True))
-    memory = dict(zip(PARTS, drawn.integers(1, 1000, len(PARTS)).tolist(), strict=True))
-    left = COUNTS | {"latency_ms": measured(latency), "memory": measured(memory)}
+    # Weights that matter as much as the activations, or hardly; any block can decide the peak.
+    weights = dict(zip(PARTS, drawn.integers(1, drawn.choice([9, 9000]), len(PARTS)).tolist(), strict=True))
+    units = [
+        dataclasses.replace(unit, workspace_bytes=int(drawn.integers(0, 40_000)))
+        for unit in ACTIVATIONS.units
+    ]
+    activations = dataclasses.replace(ACTIVATIONS, units=tuple(units))
+    memory = measured(weights) + activations.of_many(BITS.astype(bool))
+    left = COUNTS | {"latency_ms": measured(latency), "memory": memory}
     fine, budgets = satisfies_rules(constraints), []
     # Limits at or just under what some lawful plan leaves, so that they bind and now and then exclude all.
     targets = np.flatnonzero(fine) if fine.any() else np.arange(len(PLANS))
     for metric in data.draw(st.lists(st.sampled_from(METRICS), max_size=3, unique=True)):
         at = left[metric][targets[data.draw(st.integers(0, len(targets) - 1))]].item()
-        limit = at - (data.draw(st.integers(0, 1)) if metric in COUNTS else 0)
+        limit = at - (0 if metric == "latency_ms" else data.draw(st.integers(0, 1)))
         budgets.append(Budget(metric, limit, f"{metric}<={limit}"))
         fine &= left[metric] <= limit
-    prices = PartPrices(COSTS, latency, memory)
+    prices = dataclasses.replace(priced(latency, weights), activations=activations)
     if not fine.any():
         with pytest.raises(BudgetError) as caught:
             search_plans(ARCHITECTURE, effects, prices, budgets, constraints=constraints)
@@ -205,7 +221,7 @@ def test_ties_go_to_the_cheaper_plan_of_any_kind() -> None:
 def test_samplers_leave_ring_by_ring() -> None:
     """With two rings of inner stages each sampler is saved with its own ring, not before and not later."""
     architecture = architecture_of(FLAT_3)
-    costs = cost_table(architecture, counter="meta")
+    costs = cost_table(architecture)
     nothing = Effects(dict.fromkeys((block.name for block in architecture.blocks), 0.0))
     program = Program(space_of(architecture, costs, (), ANY_PLAN), nothing)
     total, seen = costs.total.params, set()
@@ -382,8 +398,7 @@ def test_what_allow_says_is_what_the_search_keeps_to() -> None:
 
 def test_budgets_on_what_is_measured() -> None:
     latency = dict.fromkeys(PARTS, 2.0)
-    memory = dict.fromkeys(PARTS, 2.0**20)
-    prices = PartPrices(COSTS, latency, memory)
+    prices = dataclasses.replace(priced(latency), activations=ACTIVATIONS)
     whole = 2.0 * len(PARTS)
     limits = {
         "latency<=35ms": ("latency_ms", 35.0),
@@ -395,21 +410,26 @@ def test_budgets_on_what_is_measured() -> None:
         "memory<=4MiB": ("memory", 4.0 * 2**20),
         "memory<=4MB": ("memory", 4e6),
         "memory<=1.5k": ("memory", 1500.0),
-        "memory<=100%": ("memory", 2.0**20 * len(PARTS)),
+        "memory<=100%": ("memory", 4.0 * ARCHITECTURE.total_params + ACTIVATIONS.total),
+        "memory<=as:-Md": ("memory", float(prices.of(plan_of(ARCHITECTURE, MID)).amount("memory"))),
     }
     for text, (metric, limit) in limits.items():
         budget = parse_budget(text, ARCHITECTURE, prices)
         assert (budget.metric, budget.limit) == (metric, limit), text
     slow = parse_budget("latency<=0.5x", ARCHITECTURE, prices)
     (plan,) = search_plans(ARCHITECTURE, evenly(), prices, [slow], constraints=ANY_PLAN)
-    assert prices.of(plan, "latency_ms") <= whole / 2
+    assert prices.of(plan).amount("latency_ms") <= whole / 2
     with pytest.raises(BudgetError, match="measure a latency table"):
         search_plans(ARCHITECTURE, evenly(), COSTS, [slow])
     with pytest.raises(BudgetError, match=r"latency_ms [\d.]+ of 30\.000.*give latency_ms<="):
         check_reachable(ARCHITECTURE, prices, [parse_budget("latency<=1us", ARCHITECTURE, prices)])
     del latency["Md.R1"]
-    with pytest.raises(DataError, match=r"no finite price of Md\.R1;"):
-        PartPrices(COSTS, latency)
+    with pytest.raises(BudgetError, match="measure a latency table"):
+        check_reachable(ARCHITECTURE, priced(latency), [slow])
+    with pytest.raises(
+        BudgetError, match=r"asked for memory<=1kB.*has memory [\d,]+ of [\d,]+.*give memory<=\d+ or"
+    ):
+        check_reachable(ARCHITECTURE, prices, [parse_budget("memory<=1kB", ARCHITECTURE, prices)])
 
 
 def test_effects_that_make_no_sense() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +15,12 @@ from conftest import TINY_UNET
 from prune_lab.blocks import architecture_of
 from prune_lab.errors import BudgetError, ConfigError, DataError, PlanError
 from prune_lab.plans import is_native, native_choices, parse_plan, plan_of
-from prune_lab.profiling import cost_table
+from prune_lab.profiling import CostTable, activation_table, cost_table
 from prune_lab.search import (
     ANY_PLAN,
     Budget,
     Constraints,
     Effects,
-    PartPrices,
     Quota,
     bk_control,
     controls_at,
@@ -39,7 +39,7 @@ from prune_lab.search import (
 )
 
 ARCHITECTURE = architecture_of(TINY_UNET)  # the 38 blocks of SD
-COSTS = cost_table(ARCHITECTURE, counter="meta")
+COSTS = cost_table(ARCHITECTURE)
 REMOVABLE = [block.name for block in ARCHITECTURE.blocks if block.removable]
 BUDGET = parse_budget("macs<=66%", ARCHITECTURE, COSTS)
 BOTH = [Constraints(), ANY_PLAN]
@@ -73,6 +73,26 @@ def allowed(
     plan: Any, constraints: Constraints, budgets: Sequence[Budget] = (BUDGET,), costs: Any = COSTS
 ) -> bool:
     return within(plan, budgets, costs) and constraints.allow(ARCHITECTURE, plan)
+
+
+# Memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("constraints", BOTH)
+def test_everything_keeps_to_a_budget_on_memory(tmp_path: Path, constraints: Constraints) -> None:
+    """With the plan's own peak, which is no sum: the exact search, samples, greedy, the descent, evolution."""
+    costs = dataclasses.replace(COSTS, activations=activation_table(ARCHITECTURE))
+    budget = parse_budget("memory<=70%", ARCHITECTURE, costs)
+    place, meter = (ARCHITECTURE, costs, [budget]), Meter(effects(2, pairs=4))
+    (best,) = search_plans(ARCHITECTURE, meter.effects, costs, [budget], constraints=constraints)
+    drawn = sample_near(*place, 12, 3, constraints, band=0.1)
+    assert all(costs.of(plan).memory >= 0.9 * budget.limit for plan in drawn)
+    greedy = greedy_plan(*place, meter, constraints)
+    near = local_search(*place, meter, drawn[0], constraints)
+    points = evolve_plans(*place, meter, constraints, folder=tmp_path, trials=20, population=10)
+    for plan in (best, *drawn, greedy.plan, near.plan, *(point.plan for point in points)):
+        assert allowed(plan, constraints, [budget], costs)
+        assert meter.effects.of(plan.removed) >= meter.effects.of(best.removed) - 1e-9
 
 
 # Sampling --------------------------------------------------------------------------------------------------------
@@ -139,7 +159,7 @@ def random_worst(known: Effects, budgets: Sequence[Budget], constraints: Constra
 def test_greedy_by_hand_rescoring() -> None:
     """Two blocks that are cheap apart and dear together: the second is measured again and passed over."""
     free = ["Dn1.A1", "Dn1.A2", "Up4.A1"]
-    saved = {name: COSTS.cost(name).macs for name in free}
+    saved = {name: COSTS.part(name).macs for name in free}
     assert len(set(saved.values())) == 1  # equal savings, so impacts decide
     rules = Constraints(keep=tuple(name for name in REMOVABLE if name not in free), native_only=False)
     known = Effects({"Dn1.A1": 1.0, "Dn1.A2": 2.0, "Up4.A1": 3.0}, {frozenset({"Dn1.A1", "Dn1.A2"}): 5.0})
@@ -164,11 +184,11 @@ def test_greedy_never_enters_a_dead_end() -> None:
     """Only one block of the stage may go, and the budget needs the dearest one: the cheaper ones are passed over."""
     stage = "Up4"
     free = [block.name for block in ARCHITECTURE.stage_blocks(stage) if block.removable]
-    big = max(free, key=lambda name: COSTS.cost(name).macs)
-    assert min(COSTS.cost(name).macs for name in free) < COSTS.cost(big).macs
-    dear = [name for name in free if COSTS.cost(name).macs == COSTS.cost(big).macs]
+    big = max(free, key=lambda name: COSTS.part(name).macs)
+    assert min(COSTS.part(name).macs for name in free) < COSTS.part(big).macs
+    dear = [name for name in free if COSTS.part(name).macs == COSTS.part(big).macs]
     known = Effects({name: 1e6 if name in dear else 1.0 for name in REMOVABLE})
-    limit = COSTS.total.macs - COSTS.cost(big).macs
+    limit = COSTS.total.macs - COSTS.part(big).macs
     others = tuple(name for name in ARCHITECTURE.stages if name != stage)
     rules = Constraints(quotas=(Quota(stage, 1),), keep=others, native_only=False)
     found = greedy_plan(ARCHITECTURE, COSTS, [Budget("macs", limit, "one")], Meter(known), rules)
@@ -232,15 +252,16 @@ def test_descent_needs_a_start_within_the_rules() -> None:
 # Evolution -------------------------------------------------------------------------------------------------------
 
 
-def latency() -> dict[str, float]:
+def timed_costs() -> CostTable:
     """Times that disagree with MACs, so that both matter."""
     drawn = np.random.default_rng(9)
-    return {cost.name: float(drawn.uniform(0.1, 1)) for cost in COSTS.costs}
+    parts = [dataclasses.replace(part, latency_ms=float(drawn.uniform(0.1, 1))) for part in COSTS.parts]
+    return dataclasses.replace(COSTS, parts=tuple(parts))
 
 
 @pytest.mark.parametrize("constraints", BOTH)
 def test_evolution_gives_a_front_within_the_rules(tmp_path: Path, constraints: Constraints) -> None:
-    known, prices = effects(4, pairs=10), PartPrices(COSTS, latency())
+    known, prices = effects(4, pairs=10), timed_costs()
     meter = Meter(known)
     points = evolve_plans(
         ARCHITECTURE, prices, [BUDGET], meter, constraints, folder=tmp_path, trials=36, population=12
@@ -386,7 +407,7 @@ def test_the_bk_control_is_the_largest_that_fits() -> None:
     budget = parse_budget("macs<=bk-base", ARCHITECTURE, COSTS)
     assert bk_control(ARCHITECTURE, COSTS, [budget], Constraints(keep=("Dn1",))) is None
     other = architecture_of(TINY_UNET | {"layers_per_block": 1})
-    assert bk_control(other, cost_table(other, counter="meta"), []) is None
+    assert bk_control(other, cost_table(other), []) is None
 
 
 @pytest.mark.parametrize("constraints", BOTH)

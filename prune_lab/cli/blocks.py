@@ -10,10 +10,10 @@ from prune_lab.cli.output import emit, records
 @app.command()
 def blocks(model: ModelArgument, as_json: JsonOption = False, wide: WideOption = False) -> None:
     """List the blocks of MODEL: kind, channels, parameters, MACs, and whether each can be removed."""
-    from prune_lab.blocks import architecture_of, blocks_frame
+    from prune_lab.blocks import blocks_frame
     from prune_lab.models import resolve_model
 
-    architecture = architecture_of(resolve_model(model).config)
+    architecture = resolve_model(model).architecture
     emit(
         "blocks", records(blocks_frame(architecture)), as_json=as_json, wide=wide, title=f"Blocks of {model}"
     )

@@ -72,11 +72,10 @@ def profile(
 def _by_plan(
     source: ModelSource, texts: list[str], batch: int, runs: int, timed: bool, place: dict[str, Any]
 ) -> pd.DataFrame:
-    from prune_lab.blocks import architecture_of
     from prune_lab.plans import read_plans
     from prune_lab.profiling import reduction_table
 
-    architecture = architecture_of(source.config)
+    architecture = source.architecture
     plans = [
         plan if plan.name else plan.named(plan.text if text.endswith(PLAN_FILES) else text)
         for text in texts
@@ -92,9 +91,9 @@ def _by_block(source: ModelSource, batch: int, runs: int, timed: bool, place: di
     from prune_lab.profiling import cost_table, profile_blocks
 
     if not timed:
-        return cost_table(source.config, batch=batch).frame()
+        return cost_table(source.architecture, batch=batch).frame()
     unet = load_unet(source, random_weights=not source.has_weights, **place)
-    return profile_blocks(unet, batch=batch, runs=runs)
+    return profile_blocks(unet, batch=batch, tokens=source.tokens, runs=runs)
 
 
 def _by_part(source: ModelSource, steps: int, batch: int, runs: int, place: dict[str, Any]) -> pd.DataFrame:

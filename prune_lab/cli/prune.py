@@ -33,7 +33,6 @@ def prune(
     wide: WideOption = False,
 ) -> None:
     """Write MODEL without the blocks of a plan: a pipeline (or U-Net) folder that plain diffusers loads."""
-    from prune_lab.blocks import architecture_of
     from prune_lab.errors import PlanError
     from prune_lab.models import resolve_model
     from prune_lab.plans import native_layout, read_plans
@@ -42,7 +41,7 @@ def prune(
     from prune_lab.surgery import prune_pipeline
 
     source = resolve_model(model)
-    architecture = architecture_of(source.config)
+    architecture = source.architecture
     plans = read_plans(plan, architecture)
     if len(plans) != 1:
         raise PlanError(

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prune_lab.assets import reference_folder
+from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
-from prune_lab.families import CLASS_NAME, FAMILIES, meta_unet, plain_config
+from prune_lab.families import CLASS_NAME, CLIP_TOKENS, FAMILIES, meta_unet, plain_config
 from prune_lab.models.files import json_object, read_header, weight_files
 from prune_lab.models.silence import quiet
 
@@ -56,6 +57,20 @@ class ModelSource:
     def is_pipeline(self) -> bool:
         """Whether text encoder, VAE and scheduler come with the U-Net."""
         return self.kind in ("reference", "pipeline")
+
+    @property
+    def tokens(self) -> int:
+        """Length of the text that the U-Net reads: the most a pipeline's text encoder takes, else CLIP's 77."""
+        if self.folder is not None and self.is_pipeline:
+            encoder = self.folder / "text_encoder" / "config.json"
+            if encoder.is_file():
+                return int(json_object(encoder).get("max_position_embeddings", CLIP_TOKENS))
+        return CLIP_TOKENS
+
+    @property
+    def architecture(self) -> Architecture:
+        """The inventory of the U-Net, its MACs counted for texts of ``tokens``; needs no weights."""
+        return architecture_of(self.config, tokens=self.tokens)
 
     @property
     def unet_folder(self) -> Path | None:

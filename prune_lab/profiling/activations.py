@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -31,16 +31,15 @@ from torch import nn
 
 from prune_lab.blocks import Architecture
 from prune_lab.errors import UnsupportedModelError
-from prune_lab.families import CLIP_TOKENS, example_inputs, latent_shape, meta_unet, plain_config
-from prune_lab.profiling.costs import ModelLike, architecture_from
+from prune_lab.families import example_inputs, latent_shape, meta_unet, plain_config
 from prune_lab.profiling.live_memory import HEAD, LiveSpan, spans
-from prune_lab.profiling.matrices import (
+from prune_lab.profiling.plan_matrix import (
     PlanMatrix,
-    SamplerLevel,
+    SamplerGroup,
     check_matrix,
     chunks,
-    levels_gone,
-    sampler_levels,
+    groups_gone,
+    sampler_groups,
 )
 from prune_lab.runtime import pick_dtype
 from prune_lab.schemas import ACTIVATION_COLUMNS
@@ -89,18 +88,24 @@ class ActivationTable:
     @property
     def total(self) -> int:
         """The peak of the whole U-Net."""
-        return int(self.of(np.zeros((1, len(self.architecture.blocks)), dtype=np.bool_))[0])
+        return self.peak(())
 
-    def of(self, matrix: PlanMatrix) -> Bytes:
+    def peak(self, removed: Collection[str]) -> int:
+        """Bytes at the peak of one sample's forward pass without the blocks ``removed``."""
+        row = np.array([[block.name in removed for block in self.architecture.blocks]])
+        return int(self.of_many(row)[0])
+
+    def of_many(self, matrix: PlanMatrix) -> Bytes:
         """(plans,) int64: bytes at the peak of one sample's forward pass through what each row leaves.
 
-        Equal to watching the materialised model where the plan is native. Raises as ``check_matrix`` does.
+        Equal to watching the materialised model where the plan is native, and never more for a plan that removes more.
+        Raises as ``check_matrix`` does.
         """
         check_matrix(matrix, self.architecture)
-        levels = sampler_levels(self.architecture)
+        groups = sampler_groups(self.architecture)
         peaks = np.empty(len(matrix), dtype=np.int64)
         for part in chunks(matrix):
-            peaks[part] = _peaks(self, _gone(self, matrix[part], levels))
+            peaks[part] = _peaks(self, _gone(self, matrix[part], groups))
         return peaks
 
     def frame(self) -> pd.DataFrame:
@@ -109,14 +114,14 @@ class ActivationTable:
         return pd.DataFrame(rows, columns=list(ACTIVATION_COLUMNS))
 
 
-def _gone(table: ActivationTable, matrix: PlanMatrix, levels: tuple[SamplerLevel, ...]) -> list[PlanMatrix]:
+def _gone(table: ActivationTable, matrix: PlanMatrix, groups: tuple[SamplerGroup, ...]) -> list[PlanMatrix]:
     """For each unit (plans,): whether it is gone."""
     columns = np.ascontiguousarray(matrix.T)
     gone: dict[str, PlanMatrix] = {
         block.name: column for block, column in zip(table.architecture.blocks, columns, strict=True)
     }
-    for level, column in zip(levels, levels_gone(matrix, levels).T, strict=True):
-        gone |= dict.fromkeys(level.samplers, column)
+    for group, column in zip(groups, groups_gone(matrix, groups).T, strict=True):
+        gone |= dict.fromkeys(group.samplers, column)
     nowhere = np.zeros(len(matrix), dtype=np.bool_)
     return [gone.get(unit.name, nowhere) for unit in table.units]
 
@@ -160,10 +165,9 @@ def _peaks(table: ActivationTable, gone: list[PlanMatrix], seen: list[int] | Non
         if unit.stage != stage:
             stage = unit.stage
             entered, alone, moved = np.where(moved, alone, entered), zero, np.zeros_like(moved)
-            if stage.startswith("Up"):
-                waiting = waiting - sum(pushed[len(pushed) - own :])
-                pushed = pushed[: len(pushed) - own]
-                own = sum(other.takes_skip for other in table.units if other.stage == stage)
+            waiting = waiting - sum(pushed[len(pushed) - own :])
+            pushed = pushed[: len(pushed) - own]
+            own = sum(other.takes_skip for other in table.units if other.stage == stage)
         reads = unit.input_bytes if unit.takes_skip else alone
         live = waiting + entered + reads + unit.workspace_bytes
         peaks = np.maximum(peaks, live * kept)
@@ -185,22 +189,24 @@ def _peaks(table: ActivationTable, gone: list[PlanMatrix], seen: list[int] | Non
 
 
 def activation_table(
-    source: ModelLike,
+    architecture: Architecture,
     *,
     latent: int | None = None,
     tokens: int | None = None,
     dtype: torch.dtype | str = torch.float32,
 ) -> ActivationTable:
-    """The activation memory of ``source``, an architecture, a U-Net or a config; no weights are needed.
+    """The activation memory of ``architecture``; no weights are needed.
 
-    Of one sample of ``latent`` by ``latent`` (None: the config's size) with ``tokens`` words of text (None: 77), all in
-    ``dtype``. Raises UnsupportedModelError when diffusers keeps other tensors alive than the walk says.
+    Of one sample of ``latent`` by ``latent`` (None: the config's size) with ``tokens`` words of text (None: the
+    architecture's), all in ``dtype``. Raises UnsupportedModelError when diffusers keeps other tensors alive than the
+    walk says.
     """
-    architecture = architecture_from(source)
+    tokens = architecture.tokens if tokens is None else tokens
     form = pick_dtype(dtype) if isinstance(dtype, str) else dtype
+    paths = tuple((unit.name, unit.path) for unit in architecture.units)
     # Missing settings of the config take the class's defaults, which the architecture's own has.
     settings = json.dumps(plain_config(architecture.config), sort_keys=True)
-    found, most = _watched(settings, latent, tokens, form)
+    found, most = _watched(settings, paths, latent, tokens, form)
     table = _table(architecture, found, latent, tokens, str(form).removeprefix("torch."))
     seen: list[int] = []
     nowhere = np.zeros(1, dtype=np.bool_)
@@ -215,61 +221,44 @@ def activation_table(
 
 @functools.lru_cache(maxsize=16)
 def _watched(
-    config: str, latent: int | None, tokens: int | None, dtype: torch.dtype
+    config: str, paths: tuple[tuple[str, str], ...], latent: int | None, tokens: int, dtype: torch.dtype
 ) -> tuple[dict[str, LiveSpan], int]:
+    """The span of every unit by name, and the most of the whole pass; ``paths`` holds (name, module path)."""
     unet = nn.Module.to(meta_unet(json.loads(config)), dtype)
     inputs = example_inputs(unet.config, latent=latent, tokens=tokens, device="meta", dtype=dtype)
     head = "conv_norm_out" if unet.conv_norm_out else "conv_out"
-    return spans(unet, _paths(architecture_from(unet)), inputs, head)
-
-
-def _paths(architecture: Architecture) -> dict[str, str]:
-    """Module paths of blocks and samplers by name, in order of execution."""
-    samplers = {sampler.stage: sampler for sampler in architecture.samplers}
-    paths: dict[str, str] = {}
-    for stage in architecture.stages:
-        paths |= {block.name: block.path for block in architecture.stage_blocks(stage)}
-        if stage in samplers:
-            paths[samplers[stage].name] = samplers[stage].path
-    return paths
+    return spans(unet, dict(paths), inputs, head)
 
 
 def _table(
     architecture: Architecture,
     found: Mapping[str, LiveSpan],
     latent: int | None,
-    tokens: int | None,
+    tokens: int,
     dtype: str,
 ) -> ActivationTable:
-    names = list(_paths(architecture))
-    blocks = {block.name: block for block in architecture.blocks}
-    units = []
-    for name, following in zip(names, [*names[1:], ""], strict=True):
-        stage, part = name.split(".")
-        span, block = found[name], blocks.get(name)
-        # Whoever is the last of a residual-attention pair of a down stage hands on a skip, and so does its sampler.
-        last = not following.startswith(f"{stage}.A")
-        units.append(
-            UnitMemory(
-                name=name,
-                kind="sampler" if block is None else "block",
-                stage=stage,
-                input_bytes=span.given,
-                output_bytes=span.made,
-                workspace_bytes=span.peak - span.before,
-                takes_skip=stage.startswith("Up") and part.startswith("R"),
-                gives_skip=stage.startswith("Dn") and last,
-                live_bytes=span.peak,
-            )
+    units = [
+        UnitMemory(
+            name=unit.name,
+            kind="sampler" if unit.kind == "sampler" else "block",
+            stage=unit.stage,
+            input_bytes=found[unit.name].given,
+            output_bytes=found[unit.name].made,
+            workspace_bytes=found[unit.name].peak - found[unit.name].before,
+            takes_skip=unit.takes_skip,
+            gives_skip=unit.gives_skip,
+            live_bytes=found[unit.name].peak,
         )
+        for unit in architecture.units
+    ]
     first = units[0].input_bytes
     return ActivationTable(
         architecture=architecture,
         units=tuple(units),
-        kept_bytes=found[names[0]].before - first,
+        kept_bytes=found[units[0].name].before - first,
         first_bytes=first,
         head_bytes=found[HEAD].peak - found[HEAD].before,
         latent=latent_shape(architecture.config, latent),
-        tokens=CLIP_TOKENS if tokens is None else tokens,
+        tokens=tokens,
         dtype=dtype,
     )

@@ -1,28 +1,32 @@
-"""Wall-clock time and memory of a forward pass, of the whole U-Net and of each of its blocks."""
+"""Latency: the time of a call, and a table of what each block's removal saves, which predicts every plan."""
 
 from __future__ import annotations
 
-import ctypes
-import gc
+import dataclasses
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
-from diffusers import UNet2DConditionModel
-from torch import nn
+from numpy.typing import NDArray
 
-from prune_lab.blocks import architecture_of
-from prune_lab.errors import ConfigError
+from prune_lab.blocks import Architecture
+from prune_lab.errors import ConfigError, DataError, PlanError
 from prune_lab.families import example_inputs
-from prune_lab.profiling.costs import REST, cost_table
-from prune_lab.runtime import seeded, synchronize, track
-from prune_lab.schemas import BLOCK_PROFILE_COLUMNS
+from prune_lab.plans import PruningPlan, removed_samplers
+from prune_lab.profiling.plan_matrix import REST, sampler_groups
+from prune_lab.runtime import Environment, seeded, synchronize
+from prune_lab.schemas import LATENCY_CHECK_COLUMNS, LATENCY_TABLE_COLUMNS
+
+SavingKind = Literal["block", "samplers"]
+Use = Literal["calibrate", "held-out"]
+
+# The time of a call ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,57 +81,6 @@ def measure_latency(
     return latency_of(times, warmup)
 
 
-# Memory ----------------------------------------------------------------------------------------------------
-
-
-def _status_bytes(field: str) -> int:
-    """One line of /proc/self/status, which is in kB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return 1024 * int(line.split()[1])
-    raise KeyError(field)
-
-
-def _give_back_freed_memory() -> None:
-    """Hand pages that the C library keeps for reuse back to the system, so that using them again shows."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, others do not
-    if trim is not None:
-        trim(0)
-
-
-def measure_memory_growth(call: Callable[[], object], *, device: torch.device | str = "cpu") -> int | None:
-    """Bytes by which memory rises above its level before ``call``, at the highest point during it.
-
-    On CUDA, what torch holds. On a Linux CPU, the resident set of this process, whose high-water mark the kernel
-    keeps; other threads that allocate at the same time count too. None where neither can be read.
-    """
-    device = torch.device(device)
-    if device.type == "cuda":
-        synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        with torch.inference_mode():
-            call()
-        synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    reset = Path("/proc/self/clear_refs")  # Linux only
-    if device.type != "cpu" or not reset.exists():
-        return None
-    try:
-        _give_back_freed_memory()
-        reset.write_text("5")  # the high-water mark
-        before = _status_bytes("VmRSS")
-        with torch.inference_mode():
-            call()
-        return max(0, _status_bytes("VmHWM") - before)
-    except (OSError, KeyError):  # a container that forbids it
-        return None
-
-
-# Per block -------------------------------------------------------------------------------------------------
-
-
 def random_inputs(
     config: Mapping[str, Any],
     *,
@@ -147,74 +100,237 @@ def random_inputs(
     return inputs
 
 
-@contextmanager
-def _timed(modules: Mapping[str, nn.Module], device: torch.device) -> Iterator[dict[str, float]]:
-    """A mapping that each call of ``modules`` adds its milliseconds to; the hooks are gone on exit."""
-    spent = dict.fromkeys(modules, 0.0)
-    started: dict[str, float] = {}
-    handles = []
-
-    def start(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            synchronize(device)
-            started[name] = time.perf_counter()
-
-        return hook
-
-    def stop(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            synchronize(device)
-            spent[name] += 1e3 * (time.perf_counter() - started[name])
-
-        return hook
-
-    try:
-        for name, module in modules.items():
-            handles.append(module.register_forward_pre_hook(start(name)))
-            handles.append(module.register_forward_hook(stop(name)))
-        yield spent
-    finally:
-        for handle in handles:
-            handle.remove()
+# What each block's removal saves ----------------------------------------------------------------------------
 
 
-def profile_blocks(
-    unet: UNet2DConditionModel,
-    *,
-    batch: int = 1,
-    latent: int | None = None,
-    tokens: int | None = None,
-    runs: int = 10,
-    warmup: int = 2,
-) -> pd.DataFrame:
-    """One row per block, sampler and the rest: name, kind, params, macs, attention_macs, paper_macs, median_ms, share.
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """Milliseconds by which the U-Net is faster without one block, or without the samplers that leave together.
 
-    Costs are fvcore's for one forward pass over ``batch`` samples. Time is measured where the U-Net is, around each
-    block with the device idle, so the parts together take a little longer than an undisturbed pass; ``share`` is the
-    part's median in the sum of all medians. Raises ConfigError for fewer than two runs.
+    As measured: the median of differences, below zero where noise is larger than the saving.
     """
-    check_runs(runs, warmup)
-    architecture = architecture_of(unet)
-    costs = cost_table(architecture, batch=batch, latent=latent, tokens=tokens)
-    paths = {block.name: block.path for block in architecture.blocks}
-    paths |= {sampler.name: sampler.path for sampler in architecture.samplers}
-    parts = {name: unet.get_submodule(path) for name, path in paths.items()}
-    inputs = random_inputs(
-        unet.config, batch=batch, latent=latent, tokens=tokens, device=unet.device, dtype=unet.dtype
-    )
-    samples: dict[str, list[float]] = {cost.name: [] for cost in costs.costs}
-    whole = "whole"
-    with torch.inference_mode():
-        for run in track(range(warmup + runs), "timing blocks"):
-            with _timed({whole: unet, **parts}, unet.device) as spent:
-                unet(**inputs)
-            if run >= warmup:
-                total = spent.pop(whole)
-                for name, milliseconds in spent.items():
-                    samples[name].append(milliseconds)
-                samples[REST].append(max(0.0, total - sum(spent.values())))
-    medians = {name: statistics.median(times) for name, times in samples.items()}
-    frame = costs.frame()
-    frame["median_ms"] = [medians[name] for name in frame["name"]]
-    frame["share"] = frame["median_ms"] / frame["median_ms"].sum()
-    return frame[list(BLOCK_PROFILE_COLUMNS)]
+
+    name: str  # Dn1.R2, or Dn3.down+Up1.up
+    kind: SavingKind
+    measured_ms: float
+    p10_ms: float
+    p90_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredPlan:
+    """A plan that was materialised and timed: milliseconds of a forward pass of the student."""
+
+    plan: PruningPlan
+    use: Use
+    measured_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyTable:
+    """The latency of a U-Net, what each block saves of it, and what that predicts for a plan.
+
+    predicted = whole - scale * sum of max(0, measured saving) over what the plan removes. Savings below zero stay as
+    they were measured and count as nothing in predictions, so no plan is predicted to be slower than one that removes
+    less. ``scale`` makes up for what a bypass is not: a student does not even concatenate a skip for a block that is
+    gone. Blocks that cannot be removed, and samplers that never leave, are in the rest: without them there is no
+    difference to measure.
+
+    Misleads when: a plan's students run with another batch, size, format or number of threads than in here.
+    """
+
+    architecture: Architecture = field(repr=False)
+    whole: Latency
+    savings: tuple[Saving, ...]  # removable blocks in order of execution, then samplers, innermost first
+    scale: float  # 1 where no plan was measured to calibrate with
+    checks: tuple[MeasuredPlan, ...]
+    batch: int
+    latent: tuple[int, int]  # height and width
+    tokens: int
+    seed: int
+    environment: Environment
+
+    def predict(self, plan: PruningPlan) -> float:
+        """Predicted median milliseconds of one plan. Raises PlanError for a plan of another architecture."""
+        if plan.architecture != self.architecture.signature:
+            raise PlanError(
+                f"asked for the latency of a plan for architecture {plan.architecture}, this table is of "
+                f"{self.architecture.signature}; read the plan again as text for this U-Net"
+            )
+        parts = self.part_ms()
+        gone = (*plan.removed, *removed_samplers(self.architecture, plan))
+        return self.whole.median_ms - math.fsum(parts[name] for name in gone)
+
+    def part_ms(self) -> dict[str, float]:
+        """Milliseconds of every block, every sampler and the rest, which add up to the whole.
+
+        Of samplers that leave together the first has all; blocks and samplers that never leave have 0: they are in the
+        rest.
+        """
+        parts = {block.name: 0.0 for block in self.architecture.blocks}
+        parts |= {sampler.name: 0.0 for sampler in self.architecture.samplers}
+        for saving in self.savings:
+            parts[saving.name.split("+")[0]] = self._predicted(saving)
+        return {**parts, REST: self.whole.median_ms - math.fsum(parts.values())}
+
+    def errors_percent(self, use: Use = "held-out") -> NDArray[np.float64]:
+        """(plans,) predicted over measured, minus one, in percent, of the plans measured for ``use``."""
+        return np.array(
+            [
+                100 * (self.predict(check.plan) / check.measured_ms - 1)
+                for check in self.checks
+                if check.use == use
+            ]
+        )
+
+    @property
+    def median_error_percent(self) -> float | None:
+        """The median absolute error on plans that were not used to calibrate; None when there are none."""
+        found = np.abs(self.errors_percent())
+        return float(np.median(found)) if len(found) else None
+
+    @property
+    def worst_error_percent(self) -> float | None:
+        """The largest absolute error on plans that were not used to calibrate; None when there are none."""
+        found = np.abs(self.errors_percent())
+        return float(found.max()) if len(found) else None
+
+    def frame(self) -> pd.DataFrame:
+        """One row per block that can be removed, per samplers that can leave, and the rest.
+
+        Columns name, kind, measured_ms, p10_ms, p90_ms (of the differences), saved_ms (what predictions take off),
+        share (saved_ms in the whole). The rest is what is left of the whole, not measured by itself.
+        """
+        rows = [
+            (
+                saving.name,
+                saving.kind,
+                saving.measured_ms,
+                saving.p10_ms,
+                saving.p90_ms,
+                self._predicted(saving),
+            )
+            for saving in self.savings
+        ]
+        rest = self.whole.median_ms - sum(row[-1] for row in rows)
+        rows.append((REST, REST, float("nan"), float("nan"), float("nan"), rest))  # type: ignore[arg-type]
+        frame = pd.DataFrame(rows, columns=list(LATENCY_TABLE_COLUMNS[:-1]))
+        frame["share"] = frame["saved_ms"] / self.whole.median_ms
+        return frame
+
+    def checks_frame(self) -> pd.DataFrame:
+        """One row per measured plan: plan, removed, use, measured_ms, predicted_ms, error_percent."""
+        rows = []
+        for check in self.checks:
+            predicted = self.predict(check.plan)
+            error = 100 * (predicted / check.measured_ms - 1)
+            rows.append((check.plan.label, check.plan.text, check.use, check.measured_ms, predicted, error))
+        return pd.DataFrame(rows, columns=list(LATENCY_CHECK_COLUMNS))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as JSON values, the architecture as its signature; ``latency_table_from_dict`` reads them back."""
+        return {
+            "architecture": self.architecture.signature,
+            "whole": dataclasses.asdict(self.whole),
+            "savings": [dataclasses.asdict(saving) for saving in self.savings],
+            "scale": self.scale,
+            "checks": [
+                {
+                    "removed": list(check.plan.removed),
+                    "name": check.plan.name,
+                    "use": check.use,
+                    "measured_ms": check.measured_ms,
+                }
+                for check in self.checks
+            ],
+            "batch": self.batch,
+            "latent": list(self.latent),
+            "tokens": self.tokens,
+            "seed": self.seed,
+            "environment": self.environment.as_dict(),
+        }
+
+    def _predicted(self, saving: Saving) -> float:
+        return self.scale * max(0.0, saving.measured_ms)
+
+
+def latency_table_from_dict(values: Mapping[str, Any], architecture: Architecture) -> LatencyTable:
+    """The table that ``as_dict`` wrote.
+
+    Raises PlanError when it is of another architecture, DataError when a field is missing or unknown.
+    """
+    found = values.get("architecture") if isinstance(values, Mapping) else None
+    if found is not None and found != architecture.signature:
+        raise PlanError(
+            f"asked to read a latency table for architecture {architecture.signature}, found one of {found}; "
+            "measure this U-Net's own"
+        )
+    try:
+        fields = dict(values)
+        del fields["architecture"]
+        checks = tuple(
+            MeasuredPlan(
+                PruningPlan(tuple(check["removed"]), architecture.signature).named(check["name"]),
+                check["use"],
+                float(check["measured_ms"]),
+            )
+            for check in fields.pop("checks")
+        )
+        table = LatencyTable(
+            architecture,
+            **{
+                **fields,
+                "whole": Latency(**fields["whole"]),
+                "savings": tuple(Saving(**saving) for saving in fields["savings"]),
+                "checks": checks,
+                "latent": tuple(fields["latent"]),
+                "environment": Environment(**fields["environment"]),
+            },
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DataError(
+            f"asked to read a latency table, found {error} wrong in it; measure the model again"
+        ) from None
+    if [saving.name for saving in table.savings] != saving_names(architecture):
+        raise DataError(
+            "asked to read a latency table, found that savings are missing; measure the model again"
+        )
+    return table
+
+
+def saving_names(architecture: Architecture) -> list[str]:
+    """What can be removed, in table order: blocks as ``Dn1.R2``, then samplers as ``Dn3.down+Up1.up``."""
+    return [
+        *(block.name for block in architecture.blocks if block.removable),
+        *(group.name for group in sampler_groups(architecture)),
+    ]
+
+
+def calibrated(table: LatencyTable, checks: Sequence[MeasuredPlan]) -> LatencyTable:
+    """The table with ``checks``, and the scale that those of them meant for calibration ask for.
+
+    The scale makes the sum of absolute errors on them least, which one plan that was measured badly does not upset: it
+    is the median of measured over added-up savings, weighted by the latter. Zero where no saving was measured at all;
+    1 without a plan to calibrate with.
+    """
+    plain = dataclasses.replace(table, scale=1.0, checks=tuple(checks))
+    pairs = []
+    for check in checks:
+        added_up = plain.whole.median_ms - plain.predict(check.plan)
+        if check.use == "calibrate" and added_up > 0:
+            pairs.append(((plain.whole.median_ms - check.measured_ms) / added_up, added_up))
+    scale = max(0.0, _weighted_median(pairs)) if pairs else 1.0
+    return dataclasses.replace(plain, scale=scale)
+
+
+def _weighted_median(pairs: Sequence[tuple[float, float]]) -> float:
+    """Of (value, weight): the value with half of the weight on either side; between two that share it, their middle."""
+    ordered = sorted(pairs)
+    half, below = sum(weight for _, weight in ordered) / 2, 0.0
+    for number, (value, weight) in enumerate(ordered):
+        below += weight
+        if math.isclose(below, half) and number + 1 < len(ordered):
+            return (value + ordered[number + 1][0]) / 2
+        if below > half:
+            return value
+    return ordered[-1][0]

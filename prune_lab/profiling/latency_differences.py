@@ -12,20 +12,23 @@ from diffusers import UNet2DConditionModel
 
 from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.errors import ConfigError
-from prune_lab.families import CLIP_TOKENS, latent_shape
+from prune_lab.families import latent_shape
 from prune_lab.plans import PruningPlan, native_layout
 from prune_lab.probes import evaluating
-from prune_lab.profiling.latency import call_ms, check_runs, latency_of, random_inputs
-from prune_lab.profiling.latency_table import (
+from prune_lab.profiling.latency import (
     LatencyTable,
     MeasuredPlan,
     Saving,
     SavingKind,
     Use,
     calibrated,
+    call_ms,
+    check_runs,
+    latency_of,
+    random_inputs,
     saving_names,
 )
-from prune_lab.profiling.matrices import SamplerLevel, sampler_levels
+from prune_lab.profiling.plan_matrix import SamplerGroup, sampler_groups
 from prune_lab.runtime import Environment, track
 from prune_lab.surgery import bypassed, materialise
 
@@ -68,16 +71,14 @@ def _check_plans(
         )
 
 
-def _without_blocks(
-    saved: dict[str, list[float]], architecture: Architecture, levels: Sequence[SamplerLevel]
-) -> None:
-    """Leave of what everything further in saves together what its samplers save, run by run."""
-    for number, level in enumerate(levels):
-        inner = [architecture.blocks[place].name for place in level.blocks]
-        inner += ["+".join(other.samplers) for other in levels[:number]]
+def _take_blocks_off(saved: dict[str, list[float]], groups: Sequence[SamplerGroup]) -> None:
+    """Reduce the saving of everything further in to that of its samplers, run by run."""
+    for number, group in enumerate(groups):
+        inner = [*group.blocks, *(other.name for other in groups[:number])]
         together = zip(*(saved[name] for name in inner), strict=True)
-        name = "+".join(level.samplers)
-        saved[name] = [all_of_it - sum(parts) for all_of_it, parts in zip(saved[name], together, strict=True)]
+        saved[group.name] = [
+            all_of_it - sum(parts) for all_of_it, parts in zip(saved[group.name], together, strict=True)
+        ]
 
 
 def _student_gain(
@@ -125,7 +126,7 @@ def measure_latency_table(
     for a plan that cannot be built, PlanError for one of another architecture; all before anything is timed.
     """
     check_runs(runs, warmup)
-    architecture = architecture_of(unet)
+    architecture = architecture_of(unet, tokens=tokens)
     _check_plans(architecture, calibrate, held_out)
     inputs = random_inputs(
         unet.config,
@@ -136,13 +137,9 @@ def measure_latency_table(
         dtype=unet.dtype,
         seed=seed,
     )
-    levels = sampler_levels(architecture)
+    groups = sampler_groups(architecture)
     blocks = {block.name: (block.name,) for block in architecture.blocks if block.removable}
-    inner = {
-        "+".join(level.samplers): tuple(architecture.blocks[place].name for place in level.blocks)
-        for level in levels
-    }
-    removals = list((blocks | inner).items())
+    removals = list((blocks | {group.name: group.blocks for group in groups}).items())
     saved: dict[str, list[float]] = {name: [] for name, _ in removals}
     generator = np.random.default_rng(seed)
 
@@ -166,7 +163,7 @@ def measure_latency_table(
         for plan, use in track(uses, "timing students"):
             gain = _student_gain(unet, plan, inputs, timer, runs, warmup)
             checks.append(MeasuredPlan(plan, use, latency.median_ms * (1 - gain)))
-    _without_blocks(saved, architecture, levels)
+    _take_blocks_off(saved, groups)
     savings = []
     for name in saving_names(architecture):
         found = latency_of([latency.median_ms * share for share in saved[name]], 0)
@@ -181,7 +178,7 @@ def measure_latency_table(
         checks=(),
         batch=batch,
         latent=latent_shape(unet.config, latent),
-        tokens=CLIP_TOKENS if tokens is None else tokens,
+        tokens=architecture.tokens,
         seed=seed,
         environment=Environment.capture(str(unet.device), dtype),
     )

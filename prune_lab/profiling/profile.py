@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
+from prune_lab.counting import count_macs
 from prune_lab.errors import DataError, ModelNotFoundError
 from prune_lab.families import CLIP_TOKENS, latent_shape, meta_unet
-from prune_lab.profiling.latency import Latency, measure_latency, measure_memory_growth, random_inputs
-from prune_lab.profiling.macs import count_macs
+from prune_lab.profiling.latency import Latency, measure_latency, random_inputs
+from prune_lab.profiling.live_memory import measure_memory_growth
 from prune_lab.runtime import Environment
 
 

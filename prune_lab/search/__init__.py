@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 from prune_lab.search.budgets import (
-    COUNTED,
-    METRICS,
     Budget,
-    Counted,
-    Metric,
-    PartPrices,
     parse_budget,
     split_budgets,
     within,
@@ -33,18 +28,13 @@ from prune_lab.search.sampling import sample_near
 
 __all__ = [
     "ANY_PLAN",
-    "COUNTED",
-    "METRICS",
     "Budget",
     "Constraints",
-    "Counted",
     "Effects",
     "FrontPoint",
     "ImpactOf",
     "InteractionFit",
     "Limit",
-    "Metric",
-    "PartPrices",
     "Quota",
     "SearchResult",
     "bk_control",

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from prune_lab.blocks import Architecture, block_groups
 from prune_lab.errors import PlanError
 from prune_lab.plans import PruningPlan, parse_plan, plan_of
-from prune_lab.search.budgets import Budget, Costs, prices_from, within
+from prune_lab.profiling import CostTable
+from prune_lab.search.budgets import Budget, within
 from prune_lab.search.constraints import Constraints
 from prune_lab.search.effects import Scores, predicted_impact
 from prune_lab.search.exact import NATIVE, search_plans
@@ -21,7 +22,7 @@ from prune_lab.search.sampling import sample_near
 
 
 def bk_control(
-    architecture: Architecture, costs: Costs, budgets: Sequence[Budget], constraints: Constraints = NATIVE
+    architecture: Architecture, costs: CostTable, budgets: Sequence[Budget], constraints: Constraints = NATIVE
 ) -> PruningPlan | None:
     """The largest of the family's named plans within budgets and constraints; of a U-Net BK-SDM's Base, Small and Tiny
     (arXiv:2305.15798).
@@ -36,7 +37,7 @@ def bk_control(
 
 
 def uniform_control(
-    architecture: Architecture, costs: Costs, budgets: Sequence[Budget], constraints: Constraints = NATIVE
+    architecture: Architecture, costs: CostTable, budgets: Sequence[Budget], constraints: Constraints = NATIVE
 ) -> PruningPlan | None:
     """The largest plan within budgets and constraints that removes the same pattern in every stage: ``uniform``.
 
@@ -55,7 +56,7 @@ def uniform_control(
 def random_median(
     architecture: Architecture,
     importance: Scores,
-    costs: Costs,
+    costs: CostTable,
     budgets: Sequence[Budget],
     constraints: Constraints = NATIVE,
     *,
@@ -74,7 +75,7 @@ def random_median(
 
 def lowest_one_shot(
     architecture: Architecture,
-    costs: Costs,
+    costs: CostTable,
     budgets: Sequence[Budget],
     impact_of: ImpactOf,
     constraints: Constraints = NATIVE,
@@ -95,7 +96,7 @@ def lowest_one_shot(
 def similarity_control(
     architecture: Architecture,
     similarity: Scores,
-    costs: Costs,
+    costs: CostTable,
     budgets: Sequence[Budget],
     constraints: Constraints = NATIVE,
 ) -> PruningPlan:
@@ -110,7 +111,7 @@ def similarity_control(
 def controls_at(
     architecture: Architecture,
     importance: Scores,
-    costs: Costs,
+    costs: CostTable,
     budgets: Sequence[Budget],
     constraints: Constraints = NATIVE,
     *,
@@ -140,16 +141,15 @@ def controls_at(
 def _largest(
     plans: Sequence[PruningPlan],
     architecture: Architecture,
-    costs: Costs,
+    costs: CostTable,
     budgets: Sequence[Budget],
     constraints: Constraints,
 ) -> PruningPlan | None:
     """The allowed plan that leaves most of the first budget's metric (MACs without budgets); the first of equals."""
     metric = budgets[0].metric if budgets else "macs"
-    prices = prices_from(costs)
     # Cheap checks first: whether a plan is native takes a walk through the network.
-    fitting = [plan for plan in plans if within(plan, budgets, prices)]
-    ordered = sorted(fitting, key=lambda plan: -prices.of(plan, metric))
+    fitting = [plan for plan in plans if within(plan, budgets, costs)]
+    ordered = sorted(fitting, key=lambda plan: -costs.of(plan).amount(metric))
     return next((plan for plan in ordered if constraints.allow(architecture, plan)), None)
 
 

@@ -13,7 +13,8 @@ import optuna
 
 from prune_lab.blocks import Architecture
 from prune_lab.errors import ConfigError
-from prune_lab.search.budgets import Budget, Costs, Metric
+from prune_lab.profiling import CostTable, Metric
+from prune_lab.search.budgets import Budget
 from prune_lab.search.constraints import Constraints
 from prune_lab.search.exact import NATIVE, check_reachable
 from prune_lab.search.results import CachedObjective, FrontPoint, ImpactOf, undominated
@@ -25,7 +26,7 @@ _NEVER = 1e30  # the impact of a plan that was not measured because it breaks a 
 
 def evolve_plans(
     architecture: Architecture,
-    costs: Costs,
+    costs: CostTable,
     budgets: Sequence[Budget],
     impact_of: ImpactOf,
     constraints: Constraints = NATIVE,
@@ -54,7 +55,7 @@ def evolve_plans(
         )
     check_reachable(architecture, costs, budgets, constraints=constraints)
     space = space_of(architecture, costs, budgets, constraints)
-    metrics: list[Metric] = ["macs"] if space.prices.latency is None else ["macs", "latency_ms"]
+    metrics: list[Metric] = ["macs", "latency_ms"] if costs.timed else ["macs"]
     first = sample_near(architecture, costs, budgets, population, seed, constraints)
     folder.mkdir(parents=True, exist_ok=True)
     with _quiet_optuna():
@@ -97,7 +98,7 @@ def _study(file: Path, space: Space, metrics: Sequence[Metric], population: int,
         [sorted(map(sorted, level)) for level in space.levels],
         [(limit.blocks, limit.least, limit.most) for limit in space.limits],
         [(budget.metric, budget.limit) for budget in space.budgets],
-        [[metric, space.prices.total(metric)] for metric in metrics],
+        [[metric, space.costs.total.amount(metric)] for metric in metrics],
         [population, seed],
     ]
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
@@ -127,7 +128,7 @@ def _removed(trial: Any) -> Removed:
 
 def _point(space: Space, trial: Any) -> FrontPoint:
     plan = space.plan(_removed(trial), f"evolution-{trial.number + 1}")
-    return FrontPoint(plan, float(trial.values[0]), space.prices.of_all(plan))
+    return FrontPoint(plan, float(trial.values[0]), space.costs.of(plan).amounts())
 
 
 def _levels(space: Space) -> list[tuple[str, tuple[Removed, ...]]]:
@@ -160,14 +161,14 @@ def _tell(
     allowed = [removed for removed in sets if space.allows(removed)]
     impacts = dict(zip(allowed, objective.of(allowed).tolist(), strict=True))
     for trial, removed in zip(trials, sets, strict=True):
-        plan, prices = space.plan(removed), space.prices
+        cost, whole = space.costs.of(space.plan(removed)), space.costs.total
         broken = sum(
             max(0, limit.least - gone, gone - limit.most)
             for limit in space.limits
             for gone in [len(removed.intersection(limit.blocks))]
         )
-        over = [max(0.0, prices.of(plan, b.metric) - b.limit) / prices.total(b.metric) for b in space.budgets]
+        over = [max(0.0, cost.amount(b.metric) - b.limit) / whole.amount(b.metric) for b in space.budgets]
         trial.set_constraint("rules", broken)
         trial.set_constraint("budgets", sum(over))
         trial.set_user_attr("removed", sorted(removed))
-        study.tell(trial, [impacts.get(removed, _NEVER), *(prices.of(plan, metric) for metric in metrics)])
+        study.tell(trial, [impacts.get(removed, _NEVER), *(cost.amount(metric) for metric in metrics)])

@@ -20,7 +20,8 @@ from decimal import Decimal
 from prune_lab.blocks import Architecture
 from prune_lab.errors import BudgetError, ConfigError
 from prune_lab.plans import PruningPlan
-from prune_lab.search.budgets import COUNTED, Budget, Costs, Metric, prices_from
+from prune_lab.profiling import COUNTED, CostTable, Metric
+from prune_lab.search.budgets import Budget
 from prune_lab.search.constraints import Constraints
 from prune_lab.search.effects import Effects, Scores, effects_from
 from prune_lab.search.program import LinearBound, Program
@@ -33,7 +34,7 @@ NATIVE = Constraints()
 def search_plans(
     architecture: Architecture,
     importance: Scores,
-    costs: Costs,
+    costs: CostTable,
     budgets: Sequence[Budget],
     *,
     count: int = 1,
@@ -74,7 +75,7 @@ def search_plans(
 def sweep_plans(
     architecture: Architecture,
     importance: Scores,
-    costs: Costs,
+    costs: CostTable,
     shares: Sequence[float],
     *,
     metric: Metric = "macs",
@@ -91,25 +92,25 @@ def sweep_plans(
         raise ConfigError(
             f"asked for a sweep over the shares {list(shares)}; give numbers above 0, as in 0.5, 0.6, 0.7"
         )
-    effects, prices = effects_from(importance), prices_from(costs)
+    effects = effects_from(importance)
     _check_known(architecture, effects)
-    space = space_of(architecture, prices, budgets, constraints)
-    program, total = Program(space, effects), prices.total(metric)
+    space = space_of(architecture, costs, budgets, constraints)
+    program, total = Program(space, effects), costs.total.amount(metric)
     points = []
     swept = [_share_of(total, share, metric) for share in sorted(set(shares))]
     for budget in swept:
         best = _best(program, effects, [budget, *budgets], metric, ())
         if best is not None:
             plan = space.plan(best, _plan_name([budget, *budgets]))
-            points.append(FrontPoint(plan, effects.of(plan.removed), prices.of_all(plan)))
+            points.append(FrontPoint(plan, effects.of(plan.removed), costs.of(plan).amounts()))
     if not points:
-        raise _explain_impossible(architecture, prices, [swept[-1], *budgets], constraints)
+        raise _explain_impossible(architecture, costs, [swept[-1], *budgets], constraints)
     return undominated(points, [metric])
 
 
 def check_reachable(
     architecture: Architecture,
-    costs: Costs,
+    costs: CostTable,
     budgets: Sequence[Budget],
     *,
     constraints: Constraints = NATIVE,
@@ -130,9 +131,8 @@ def _best(
     best = program.least(program.objective, budgets, cuts)
     if best is None:
         return None
-    prices, space = program.space.prices, program.space
-    other = program.least(-program.savings(metric), budgets, cuts, [program.ceiling(best)])
-    if other is None or prices.of(space.plan(other), metric) >= prices.of(space.plan(best), metric):
+    other = program.cheapest(metric, budgets, cuts, [program.ceiling(best)])
+    if other is None or program.amount(other, metric) >= program.amount(best, metric):
         return best
     return other if effects.of(other) <= effects.of(best) + program.resolution else best
 
@@ -157,7 +157,7 @@ def _plan_name(budgets: Sequence[Budget], number: int | None = None) -> str:
 # Why there is none --------------------------------------------------------------------------------------------
 
 
-def _scoreless(architecture: Architecture, costs: Costs, constraints: Constraints) -> Program:
+def _scoreless(architecture: Architecture, costs: CostTable, constraints: Constraints) -> Program:
     nothing = Effects({block.name: 0.0 for block in architecture.blocks})
     return Program(space_of(architecture, costs, (), constraints), nothing)
 
@@ -185,20 +185,20 @@ def _relaxed(constraints: Constraints) -> Iterator[tuple[str, Constraints]]:
 
 def _smallest(
     architecture: Architecture,
-    costs: Costs,
+    costs: CostTable,
     constraints: Constraints,
     metric: Metric,
     others: Sequence[Budget],
 ) -> int | float | None:
     """The least of ``metric`` that a plan within ``others`` reaches, None when there is no such plan."""
     program = _scoreless(architecture, costs, constraints)
-    removed = program.least(-program.savings(metric), others)
-    return None if removed is None else prices_from(costs).of(program.space.plan(removed), metric)
+    removed = program.cheapest(metric, others)
+    return None if removed is None else program.amount(removed, metric)
 
 
 def _binding(
     architecture: Architecture,
-    costs: Costs,
+    costs: CostTable,
     constraints: Constraints,
     budget: Budget,
     others: Sequence[Budget],
@@ -217,7 +217,7 @@ def _binding(
 
 
 def _explain_impossible(
-    architecture: Architecture, costs: Costs, budgets: Sequence[Budget], constraints: Constraints
+    architecture: Architecture, costs: CostTable, budgets: Sequence[Budget], constraints: Constraints
 ) -> BudgetError:
     """What was asked, the smallest that can be reached, which rule binds, and what would work."""
     kind = "native plan" if constraints.native_only else "plan"
@@ -228,9 +228,9 @@ def _explain_impossible(
     budget, others = budgets[index], budgets[:index]
     reached = _smallest(architecture, costs, constraints, budget.metric, others)
     assert reached is not None  # the budgets before this one can be met together
-    total = prices_from(costs).total(budget.metric)
+    total = costs.total.amount(budget.metric)
     share = math.ceil(Decimal(reached) * 1000 / Decimal(total)) / 10
-    limit = reached if budget.metric in COUNTED else math.ceil(reached * 1e3) / 1e3
+    limit = reached if isinstance(reached, int) else math.ceil(reached * 1e3) / 1e3
     among = f" within {' and '.join(other.text for other in others)}" if others else ""
     binds = _binding(architecture, costs, constraints, budget, others, reached)
     return BudgetError(
@@ -241,7 +241,7 @@ def _explain_impossible(
 
 
 def _contradiction(
-    architecture: Architecture, costs: Costs, constraints: Constraints, kind: str
+    architecture: Architecture, costs: CostTable, constraints: Constraints, kind: str
 ) -> BudgetError:
     """No plan keeps to the rules, whatever it costs."""
     alone = []

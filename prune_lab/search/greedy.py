@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prune_lab.blocks import Architecture
-from prune_lab.search.budgets import Budget, Costs
+from prune_lab.profiling import CostTable
+from prune_lab.search.budgets import Budget
 from prune_lab.search.constraints import Constraints
 from prune_lab.search.effects import Effects
 from prune_lab.search.exact import NATIVE, check_reachable
@@ -26,7 +27,7 @@ class _Step:
 
 def greedy_plan(
     architecture: Architecture,
-    costs: Costs,
+    costs: CostTable,
     budgets: Sequence[Budget],
     impact_of: ImpactOf,
     constraints: Constraints = NATIVE,
@@ -93,8 +94,8 @@ def _cheapest(program: Program, objective: CachedObjective, gone: Removed, steps
 
 def _missing(space: Space, gone: Removed) -> list[float]:
     """How far each budget and each rule is from being met: costs over the limit, blocks yet to remove."""
-    plan = space.plan(gone)
-    over = [max(0.0, space.prices.of(plan, budget.metric) - budget.limit) for budget in space.budgets]
+    cost = space.costs.of(space.plan(gone))
+    over = [max(0.0, cost.amount(budget.metric) - budget.limit) for budget in space.budgets]
     return [*over, *(max(0.0, limit.least - len(gone.intersection(limit.blocks))) for limit in space.limits)]
 
 

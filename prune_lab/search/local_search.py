@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from prune_lab.blocks import Architecture
 from prune_lab.errors import ConfigError, PlanError
 from prune_lab.plans import PruningPlan
-from prune_lab.search.budgets import Budget, Costs
+from prune_lab.profiling import CostTable
+from prune_lab.search.budgets import Budget
 from prune_lab.search.constraints import Constraints
 from prune_lab.search.exact import NATIVE
 from prune_lab.search.results import CachedObjective, ImpactOf, SearchResult
@@ -16,7 +17,7 @@ from prune_lab.search.space import Removed, Space, space_of
 
 def local_search(
     architecture: Architecture,
-    costs: Costs,
+    costs: CostTable,
     budgets: Sequence[Budget],
     impact_of: ImpactOf,
     start: PruningPlan,

@@ -8,11 +8,16 @@ across levels it is a variable y of its own, y <= x_b for each block and y >= su
     with      at most one option of each level,   sum saving_b x_b + sum saving_s y_s >= total - limit,
               least <= sum_{b in rule} x_b <= most,   distance(x, x') >= d for every plan x' that is cut off.
 
+The activation memory of a plan is its own peak and no sum. It never grows when more is removed, so a budget on memory
+starts as a bound that every plan within it meets (weights and the least peak there is), and each answer over the budget
+adds a row: its peak stays as high as long as the blocks that make it stay. The last answer is the best plan of all.
+
 HiGHS computes in floating point, so every answer is priced again exactly, and cut off where it is over a budget.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -21,9 +26,10 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from prune_lab.errors import DataError
-from prune_lab.search.budgets import Budget, Metric
+from prune_lab.profiling import ActivationTable, Metric, sampler_groups
+from prune_lab.search.budgets import Budget
 from prune_lab.search.effects import Effects
-from prune_lab.search.space import Removed, Space, sampler_groups
+from prune_lab.search.space import Removed, Space
 
 _OPTIMAL, _INFEASIBLE = 0, 2  # scipy.optimize.milp's status
 
@@ -51,6 +57,45 @@ class LinearBound:
     distance: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """The least that a plan may leave of one cost."""
+
+    metric: Metric
+    least: float
+
+
+class _Peaks:
+    """The peaks of activations in one space, which never grow when more is removed."""
+
+    def __init__(self, table: ActivationTable, blocks: Iterable[str]) -> None:
+        self.table = table
+        self.blocks = tuple(blocks)
+        self.highest = table.peak(())
+        self.lowest = table.peak(self.blocks)
+
+    @property
+    def spread(self) -> int:
+        """From the lowest to the highest."""
+        return self.highest - self.lowest
+
+    def kept(self, removed: Removed) -> tuple[int, Removed]:
+        """The peak without ``removed``, and blocks beside them: as long as these stay, no plan has a lower peak."""
+        peak, largest = self.table.peak(removed), set(removed)
+        for block in self.blocks:
+            if self.table.peak(largest | {block}) >= peak:
+                largest.add(block)
+        return peak, frozenset(self.blocks) - largest
+
+    def left(self, removed: Removed) -> tuple[int, Removed]:
+        """The peak without ``removed``, and blocks among them: once these are gone, no plan has a higher peak."""
+        peak, smallest = self.table.peak(removed), set(removed)
+        for block in sorted(removed):
+            if self.table.peak(smallest - {block}) <= peak:
+                smallest.remove(block)
+        return peak, frozenset(smallest)
+
+
 class Program:
     """The variables of one search space with the rules that never change; budgets and cuts come with each question."""
 
@@ -61,7 +106,7 @@ class Program:
         ]
         self._options = [option for _, option in options]
         members = sorted(frozenset().union(*self._options)) if options else []
-        products = [blocks for blocks, _ in sampler_groups(space.architecture)]
+        products = [frozenset(group.blocks) for group in sampler_groups(space.architecture)]
         products += [pair for pair in effects.interactions if pair not in products]
         self._level_of = {block: level for level, option in options for block in option}
         self._apart = [blocks for blocks in products if blocks.issubset(members) and self._crosses(blocks)]
@@ -74,6 +119,11 @@ class Program:
         largest = float(np.abs(impacts).max(initial=0.0)) or 1.0
         self.objective = impacts * (_SCALE / largest)
         self.resolution = _RESOLUTION * largest
+
+    @functools.cached_property
+    def _peaks(self) -> _Peaks:
+        assert self.space.costs.activations is not None  # a budget on memory has been read with them
+        return _Peaks(self.space.costs.activations, self.blocks)
 
     # Expressions: vectors over the variables -----------------------------------------------------------------
 
@@ -95,14 +145,15 @@ class Program:
         return self._over_options([blocks <= option for option in self._options])
 
     def savings(self, metric: Metric) -> Vector:
-        """The share of the teacher's cost that is saved, times _SCALE."""
-        prices = self.space.prices
+        """The share of the teacher's cost that is saved, times _SCALE; of memory, what is saved of the weights."""
+        column = "weight_bytes" if metric == "memory" else metric
+        amounts = {part.name: getattr(part, column) for part in self.space.costs.parts}
         saved = np.zeros(self.size)
         for block, gone in self._gone.items():
-            saved += prices.of_part(block, metric) * gone
-        for blocks, samplers in sampler_groups(self.space.architecture):
-            saved += sum(prices.of_part(name, metric) for name in samplers) * self.together(blocks)
-        return saved * (_SCALE / (prices.total(metric) or 1.0))
+            saved += amounts[block] * gone
+        for group in sampler_groups(self.space.architecture):
+            saved += sum(amounts[name] for name in group.samplers) * self.together(frozenset(group.blocks))
+        return saved * self._scale(metric)
 
     def values(self, removed: Removed) -> Vector:
         """The variables when exactly these blocks are gone."""
@@ -152,14 +203,22 @@ class Program:
             for limit in self.space.limits
         ]
 
-    def _bounded(self, budgets: Sequence[Budget]) -> list[Row]:
-        rows = []
-        for budget in budgets:
-            total = self.space.prices.total(budget.metric)
-            rows.append(
-                Row(self.savings(budget.metric), (total - budget.limit) * (_SCALE / (total or 1.0)), np.inf)
-            )
-        return rows
+    def _scale(self, metric: Metric) -> float:
+        return _SCALE / (self._total(metric) or 1.0)
+
+    def _total(self, metric: Metric) -> float:
+        return self.space.costs.total.amount(metric)
+
+    def _bounded(self, budget: Budget) -> Row:
+        """What every plan within the budget meets, and of memory some others."""
+        metric = budget.metric
+        most = self._total(metric) - (self._peaks.spread if metric == "memory" else 0) - budget.limit
+        return Row(self.savings(metric), most * self._scale(metric), np.inf)
+
+    def _near(self, floor: Floor) -> Row:
+        """What every plan that leaves at least ``floor`` meets, and of memory some others."""
+        saved = self._total(floor.metric) - floor.least
+        return Row(self.savings(floor.metric), -np.inf, saved * self._scale(floor.metric))
 
     def _distant(self, cut: LinearBound) -> Row:
         change = sum(
@@ -170,12 +229,6 @@ class Program:
         return Row(change, cut.distance - len(cut.removed), np.inf)
 
     # Questions -----------------------------------------------------------------------------------------------
-
-    def near(self, budget: Budget, width: float) -> Row:
-        """Plans that leave at least ``1 - width`` of what the budget allows."""
-        total = self.space.prices.total(budget.metric) or 1.0
-        saved = (total - budget.limit * (1 - width)) * (_SCALE / total)
-        return Row(self.savings(budget.metric), -np.inf, saved)
 
     def including(self, removed: Removed) -> Row:
         """Plans that remove at least these blocks."""
@@ -191,20 +244,73 @@ class Program:
         budgets: Sequence[Budget],
         cuts: Sequence[LinearBound] = (),
         extra: Sequence[Row] = (),
+        floors: Sequence[Floor] = (),
     ) -> Removed | None:
         """What to remove for the least ``objective`` within the budgets, or None when nothing meets them.
 
-        A plan that is over a budget by less than the solver's tolerance is cut off and the program solved again, so
-        what comes back is within every budget exactly.
+        A plan that is over a budget, by its own peak of memory or by less than the solver's tolerance, is cut off and
+        the program solved again, so what comes back is within every budget exactly.
         """
-        rows = [*self._rows, *self._bounded(budgets), *map(self._distant, cuts), *extra]
+        rows = [*self._rows, *map(self._bounded, budgets), *map(self._distant, cuts), *extra]
+        rows += map(self._near, floors)
         while True:
             removed = self._solved(objective, rows)
-            if removed is None or all(
-                budget.allows_plan(self.space.plan(removed), self.space.prices) for budget in budgets
-            ):
+            wrong = [] if removed is None else self._violations(removed, budgets, floors)
+            if not wrong:
                 return removed
-            rows.append(self._distant(LinearBound(removed)))
+            rows += wrong
+
+    def cheapest(
+        self,
+        metric: Metric,
+        budgets: Sequence[Budget],
+        cuts: Sequence[LinearBound] = (),
+        extra: Sequence[Row] = (),
+    ) -> Removed | None:
+        """What to remove to leave the least of ``metric`` within the budgets, or None when nothing meets them."""
+        best, fewest = None, -self.savings(metric)
+        better = self.least(fewest, budgets, cuts, extra)
+        while better is not None:
+            best = better
+            if metric != "memory":
+                break
+            # The lightest weights need not have the lowest peak: look for less than that until there is none.
+            less = Budget(metric, self.amount(best, metric) - 1, "")
+            better = self.least(fewest, [*budgets, less], cuts, extra)
+        return best
+
+    def amount(self, removed: Removed, metric: Metric) -> int | float:
+        """What is left of ``metric`` without these blocks, exactly."""
+        return self.space.costs.of(self.space.plan(removed)).amount(metric)
+
+    def _violations(self, removed: Removed, budgets: Sequence[Budget], floors: Sequence[Floor]) -> list[Row]:
+        """Rows that cut these blocks off where leaving them out breaks a budget or a floor of memory."""
+        cost = self.space.costs.of(self.space.plan(removed))
+        over = [budget for budget in budgets if not budget.allows(cost)]
+        under = [
+            floor for floor in floors if floor.metric == "memory" and cost.amount("memory") < floor.least
+        ]
+        rows = [self._peak_stays(removed, budget) for budget in over if budget.metric == "memory"]
+        rows += [self._peak_sinks(removed, floor) for floor in under]
+        return [*rows, self._distant(LinearBound(removed))] if over or under else []
+
+    def _peak_stays(self, removed: Removed, budget: Budget) -> Row:
+        """The weights have to do while all blocks stay that make the peak as high as without ``removed``."""
+        peak, blocks = self._peaks.kept(removed)
+        gone = sum(map(self.gone, blocks), np.zeros(self.size))
+        scale = self._scale("memory")
+        saved = self._total("memory") - self._peaks.highest + peak - budget.limit
+        return Row(
+            self.savings("memory") + gone * ((peak - self._peaks.lowest) * scale), saved * scale, np.inf
+        )
+
+    def _peak_sinks(self, removed: Removed, floor: Floor) -> Row:
+        """The weights have to do once all blocks are gone that make the peak as low as without ``removed``."""
+        peak, blocks = self._peaks.left(removed)
+        gone = sum(map(self.gone, blocks), np.zeros(self.size))
+        scale, drop = self._scale("memory"), self._peaks.highest - peak
+        saved = self._total("memory") + (len(blocks) - 1) * drop - floor.least
+        return Row(self.savings("memory") + gone * (drop * scale), -np.inf, saved * scale)
 
     def _solved(self, objective: Vector, rows: Sequence[Row]) -> Removed | None:
         if not self.size:  # nothing can be removed: either that is a plan or there is none

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from prune_lab.errors import DataError
 from prune_lab.plans import PruningPlan
-from prune_lab.search.budgets import Metric
+from prune_lab.profiling import Metric
 from prune_lab.search.space import Removed
 
 ImpactOf: TypeAlias = Callable[[Sequence[Removed]], NDArray[np.float64]]

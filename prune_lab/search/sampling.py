@@ -13,11 +13,12 @@ import numpy as np
 from prune_lab.blocks import Architecture
 from prune_lab.errors import ConfigError
 from prune_lab.plans import PruningPlan
-from prune_lab.search.budgets import Budget, Costs
+from prune_lab.profiling import CostTable
+from prune_lab.search.budgets import Budget
 from prune_lab.search.constraints import Constraints
 from prune_lab.search.effects import Effects
 from prune_lab.search.exact import NATIVE, check_reachable
-from prune_lab.search.program import LinearBound, Program, Row
+from prune_lab.search.program import Floor, LinearBound, Program
 from prune_lab.search.space import Removed, space_of
 
 _PATIENCE = 5  # draws in a row that find nothing new, before all that was found is cut off
@@ -25,7 +26,7 @@ _PATIENCE = 5  # draws in a row that find nothing new, before all that was found
 
 def sample_near(
     architecture: Architecture,
-    costs: Costs,
+    costs: CostTable,
     budgets: Sequence[Budget],
     count: int,
     seed: int = 0,
@@ -77,11 +78,10 @@ def _drawn(
     impacts = np.zeros(program.size)
     for name in program.blocks:
         impacts += generator.normal() * program.gone(name)
-    bands: list[list[Row]] = [
-        [program.near(budgets[place], width)] for place in generator.permutation(len(budgets))
-    ]
-    for extra in bands or [[]]:
-        removed = program.least(impacts, budgets, cuts, extra)
+    order = [budgets[place] for place in generator.permutation(len(budgets))]
+    bands = [[Floor(budget.metric, budget.limit * (1 - width))] for budget in order]
+    for floors in bands or [[]]:
+        removed = program.least(impacts, budgets, cuts, floors=floors)
         if removed is not None:
             return removed
     return None

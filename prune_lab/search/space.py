@@ -7,14 +7,14 @@ both.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from prune_lab.blocks import Architecture
 from prune_lab.errors import PlanError
 from prune_lab.plans import PruningPlan, native_choices, plan_of
-from prune_lab.search.budgets import Budget, Costs, PartPrices, prices_from, within
+from prune_lab.profiling import CostTable
+from prune_lab.search.budgets import Budget, within
 from prune_lab.search.constraints import Constraints, Limit
 
 Removed = frozenset[str]  # names of removed blocks
@@ -27,7 +27,7 @@ class Space:
     Each level lists the sets of blocks that can leave it; options that a rule within their level forbids are left out.
     """
 
-    prices: PartPrices
+    costs: CostTable
     budgets: tuple[Budget, ...]
     constraints: Constraints
     limits: tuple[Limit, ...]
@@ -36,7 +36,7 @@ class Space:
     @property
     def architecture(self) -> Architecture:
         """The U-Net whose blocks are chosen from."""
-        return self.prices.architecture
+        return self.costs.architecture
 
     def plan(self, removed: Iterable[str], name: str = "") -> PruningPlan:
         """The plan that removes these blocks."""
@@ -48,7 +48,7 @@ class Space:
 
     def allows(self, removed: Removed) -> bool:
         """Whether constraints and budgets allow to remove these blocks, which are one option of each level."""
-        return self.satisfies_rules(removed) and within(self.plan(removed), self.budgets, self.prices)
+        return self.satisfies_rules(removed) and within(self.plan(removed), self.budgets, self.costs)
 
     def chosen(self, plan: PruningPlan) -> tuple[Removed, ...]:
         """The option that ``plan`` takes of each level. Raises PlanError when it is not made of options."""
@@ -69,19 +69,18 @@ class Space:
 
 
 def space_of(
-    architecture: Architecture, costs: Costs, budgets: Sequence[Budget], constraints: Constraints
+    architecture: Architecture, costs: CostTable, budgets: Sequence[Budget], constraints: Constraints
 ) -> Space:
     """The plans of ``architecture`` within ``budgets`` and ``constraints``.
 
     Raises what ``Constraints.limits`` raises, and BudgetError for a budget on what was not measured.
     """
-    prices = prices_from(costs)
     for budget in budgets:
-        prices.total(budget.metric)
+        costs.total.amount(budget.metric)
     limits = constraints.limits(architecture)
     levels = native_choices(architecture) if constraints.native_only else _every_block(architecture)
     kept = tuple(tuple(_satisfying_alone(level, limits)) for level in levels)
-    return Space(prices, tuple(budgets), constraints, limits, kept)
+    return Space(costs, tuple(budgets), constraints, limits, kept)
 
 
 def _every_block(architecture: Architecture) -> tuple[tuple[Removed, ...], ...]:
@@ -92,17 +91,3 @@ def _satisfying_alone(level: tuple[Removed, ...], limits: tuple[Limit, ...]) -> 
     members = frozenset().union(*level)
     alone = [limit for limit in limits if members.issuperset(limit.blocks)]
     return (option for option in level if all(limit.allows(option) for limit in alone))
-
-
-@functools.lru_cache(maxsize=16)
-def sampler_groups(architecture: Architecture) -> tuple[tuple[Removed, tuple[str, ...]], ...]:
-    """What leaves by itself, innermost first: (blocks, samplers) where the samplers leave once all of these blocks are
-    gone. Samplers that leave with a block that cannot be removed are not listed.
-    """
-    removable = {block.name for block in architecture.blocks if block.removable}
-    found: dict[Removed, tuple[str, ...]] = {}
-    for sampler in architecture.samplers:
-        blocks = frozenset(sampler.leaves_with)
-        if blocks <= removable:
-            found[blocks] = (*found.get(blocks, ()), sampler.name)
-    return tuple(sorted(found.items(), key=lambda group: len(group[0])))

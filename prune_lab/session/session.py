@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from prune_lab.assets import decode_pictures
-from prune_lab.blocks import Architecture, architecture_of
+from prune_lab.blocks import Architecture
 from prune_lab.config import RunConfig
 from prune_lab.errors import RunError
 from prune_lab.models import ModelSource, load_pipeline, load_scorer, load_unet, resolve_model
@@ -47,7 +47,7 @@ class Session:
     @cached_property
     def architecture(self) -> Architecture:
         """The inventory of the U-Net; needs no weights."""
-        return architecture_of(self.source.config)
+        return self.source.architecture
 
     @cached_property
     def device(self) -> torch.device:

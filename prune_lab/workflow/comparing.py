@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from prune_lab.blocks import Architecture, architecture_of
+from prune_lab.blocks import Architecture
 from prune_lab.candidates import load_candidate
 from prune_lab.distill import load_recovery
 from prune_lab.errors import PlanError
@@ -82,7 +82,7 @@ def comparison(model: str, targets: Sequence[str]) -> pd.DataFrame:
     reads it, or a plan for ``model``. Values that were not measured are missing. Raises PlanError for a text that is
     none of these, and the errors of reading the others.
     """
-    architecture = architecture_of(resolve_model(model).config)
+    architecture = resolve_model(model).architecture
     costs = cost_table(architecture)
     rows = [_row(model, "model", costs.total, costs, plan_of(architecture, ()), architecture)]
     for target in targets:
@@ -92,7 +92,7 @@ def comparison(model: str, targets: Sequence[str]) -> pd.DataFrame:
         elif CandidatePaths(folder).profile.is_file():
             rows.append(_of_candidate(folder, costs, architecture))
         elif folder.suffix not in (".json", ".txt") and folder.exists():
-            total = cost_table(architecture_of(resolve_model(target).config)).total
+            total = cost_table(resolve_model(target).architecture).total
             rows.append(_row(target, "model", total, costs))
         else:
             rows += [

@@ -10,7 +10,6 @@ from prune_lab.blocks import (
     Architecture,
     BlockGroup,
     GroupKind,
-    architecture_of,
     block_groups,
     blocks_frame,
 )
@@ -149,6 +148,7 @@ def ensure_latency(session: Session) -> LatencyTable:
         runs=settings.runs,
         warmup=settings.warmup,
         batch=settings.batch,
+        tokens=session.architecture.tokens,
         seed=session.config.seed,
     )
     write_json(run.latency, table.as_dict())
@@ -170,7 +170,7 @@ def _reductions(session: Session) -> pd.DataFrame:
     )
     frames = [own]
     for name in session.config.report.also_presets:
-        architecture = architecture_of(resolve_model(name).config)
+        architecture = resolve_model(name).architecture
         plans = controls(session, architecture)
         frames.append(reduction_table(architecture, plans, model=name, batch=settings.batch))
     return pd.concat(frames, ignore_index=True)
@@ -191,7 +191,7 @@ def _pipeline_shares(session: Session) -> pd.DataFrame:
 def ensure_costs(session: Session) -> CostTable:
     """Parameters and MACs of every block of the teacher, for one sample; writes costs.csv."""
     run = session.run
-    costs = cost_table(session.architecture)
+    costs = cost_table(session.architecture, dtype=session.dtype)
     if not run.done(run.costs):
         write_frame(run.costs, costs.frame())
     return costs

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from prune_lab.blocks import architecture_of
 from prune_lab.config import RunConfig, changed_settings
 from prune_lab.errors import ConfigError
 from prune_lab.models import resolve_model
@@ -33,7 +32,7 @@ def check_budgets(config: RunConfig) -> None:
     """Raise BudgetError when one of ``search.budgets`` cannot be read, or no native plan meets it; needs no weights."""
     if not config.search.budgets:
         return
-    architecture = architecture_of(resolve_model(config.model).config)
+    architecture = resolve_model(config.model).architecture
     costs, constraints = cost_table(architecture), constraints_of(config)
     for text in config.search.budgets:
         # latency and memory have to be measured first and are checked then
@@ -50,7 +49,7 @@ def check_settings(session: Session) -> None:
     score_groups_of(session)
     controls(session, session.architecture)
     for preset in config.report.also_presets:
-        controls(session, architecture_of(resolve_model(preset).config))
+        controls(session, resolve_model(preset).architecture)
     check_budgets(config)
     if config.search.budgets and "block" not in config.score.groups:
         raise ConfigError(

@@ -16,8 +16,7 @@ from prune_lab.config import BUDGET_CONTROLS, RunConfig
 from prune_lab.errors import NonNativePlanError, PlanError
 from prune_lab.importance import ScoringContext, score
 from prune_lab.plans import PruningPlan, native_layout, plan_from_json, read_plans
-from prune_lab.profiling import activation_table
-from prune_lab.profiling.costs import REST
+from prune_lab.profiling import CostTable, activation_table, cost_table
 from prune_lab.runs import Run
 from prune_lab.runtime import read_json, track, write_frame, write_json
 from prune_lab.schemas import PLANS_COLUMNS, SEARCHED_COLUMNS, SEARCHES_COLUMNS
@@ -25,7 +24,6 @@ from prune_lab.search import (
     Budget,
     Constraints,
     ImpactOf,
-    PartPrices,
     parse_budget,
     parse_quota,
     predicted_impact,
@@ -56,25 +54,26 @@ def constraints_of(config: RunConfig) -> Constraints:
     )
 
 
-def parse_budgets(text: str, architecture: Architecture, prices: PartPrices) -> tuple[Budget, ...]:
+def parse_budgets(text: str, architecture: Architecture, costs: CostTable) -> tuple[Budget, ...]:
     """The budgets that hold at once in ``text``, with commas between them. Raises BudgetError."""
-    return tuple(parse_budget(one, architecture, prices) for one in split_budgets(text))
+    return tuple(parse_budget(one, architecture, costs) for one in split_budgets(text))
 
 
-def prices_of(session: Session) -> PartPrices:
-    """Cost of every part of the model: parameters and MACs, and the latency and memory that budgets ask for.
+def costs_of(session: Session) -> CostTable:
+    """The cost table of the model, with latency and activation memory where a budget asks for them.
 
-    Memory is that of the weights in the run's number format, and on top the whole model's activations: a plan's own
-    are no sum over its parts, and never more. Latency is measured.
+    The weights are in the run's number format. Latency is also there once it has been measured.
     """
-    costs, asked = ensure_costs(session), " ".join(session.config.search.budgets)
-    memory = latency = None
-    if "memory" in asked:
-        memory = {cost.name: float(cost.params * session.dtype.itemsize) for cost in costs.costs}
-        memory[REST] += activation_table(session.architecture, dtype=session.dtype).total
-    if "latency" in asked or session.run.done(session.run.latency):
-        latency = ensure_latency(session).part_ms()
-    return PartPrices(costs, latency=latency, memory=memory)
+    ensure_costs(session)
+    asked = " ".join(session.config.search.budgets)
+    architecture, dtype = session.architecture, session.dtype
+    timed = "latency" in asked or session.run.done(session.run.latency)
+    return cost_table(
+        architecture,
+        dtype=dtype,
+        latency=ensure_latency(session) if timed else None,
+        activations=activation_table(architecture, dtype=dtype) if "memory" in asked else None,
+    )
 
 
 def impact_of_sets(session: Session) -> ImpactOf:
@@ -113,12 +112,12 @@ def _write_plans(session: Session) -> None:
     at_budget = [name for name in settings.controls if name in BUDGET_CONTROLS]
     searches = []
     if settings.budgets:
-        importance, prices = ensure_scores(session), prices_of(session)
+        importance, costs = ensure_scores(session), costs_of(session)
         constraints, impact_of = constraints_of(session.config), impact_of_sets(session)
         for text in track(settings.budgets, "searching"):
-            budgets = parse_budgets(text, architecture, prices)
+            budgets = parse_budgets(text, architecture, costs)
             asked = ", ".join(budget.text for budget in budgets)
-            question = Question(session, prices, budgets, constraints, importance, impact_of)
+            question = Question(session, costs, budgets, constraints, importance, impact_of)
             start = time.perf_counter()
             result = SOLVERS[settings.solver](question)
             seconds = time.perf_counter() - start
@@ -164,8 +163,7 @@ def plans_frame(session: Session) -> pd.DataFrame:
     ``predicted_impact`` is the sum of the impacts of the blocks, missing when they have not been scored.
     """
     run = session.run
-    plans, prices = ensure_plans(session), prices_of(session)
-    costs, timed = prices.costs, prices.latency is not None
+    plans, costs = ensure_plans(session), costs_of(session)
     importance = ensure_scores(session) if run.done(run.importance) else None
     table = searched(run)
     rows = []
@@ -186,9 +184,9 @@ def plans_frame(session: Session) -> pd.DataFrame:
                 "macs_change": cost.macs / whole.macs - 1,
                 "paper_macs": cost.paper_macs,
                 "paper_macs_change": cost.paper_macs / whole.paper_macs - 1,
-                "latency_ms": prices.of(plan, "latency_ms") if timed else None,
-                "latency_change": prices.of(plan, "latency_ms") / prices.total("latency_ms") - 1
-                if timed
+                "latency_ms": cost.latency_ms,
+                "latency_change": cost.latency_ms / whole.latency_ms - 1
+                if cost.latency_ms is not None and whole.latency_ms is not None
                 else None,
                 "predicted_impact": None if importance is None else predicted_impact(plan, importance),
                 "native": not left_out(session, plan),

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from prune_lab.blocks import Architecture, block_groups
 from prune_lab.importance import ImportanceTable, score
 from prune_lab.plans import PruningPlan
+from prune_lab.profiling import CostTable
 from prune_lab.search import (
     Budget,
     Constraints,
     ImpactOf,
-    PartPrices,
     controls_at,
     evolve_plans,
     fit_interactions,
@@ -29,16 +29,16 @@ class Question:
     """The input of a solver: find the best plans under these budgets and rules."""
 
     session: Session
-    prices: PartPrices
+    costs: CostTable
     budgets: tuple[Budget, ...]
     constraints: Constraints
     importance: ImportanceTable
     impact_of: ImpactOf
 
     @property
-    def problem(self) -> tuple[Architecture, PartPrices, tuple[Budget, ...]]:
+    def problem(self) -> tuple[Architecture, CostTable, tuple[Budget, ...]]:
         """The arguments that every solver takes first."""
-        return self.session.architecture, self.prices, self.budgets
+        return self.session.architecture, self.costs, self.budgets
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ def _exact(question: Question) -> SolverResult:
     plans = search_plans(
         question.session.architecture,
         question.importance,
-        question.prices,
+        question.costs,
         question.budgets,
         count=settings.count,
         diverse=settings.diverse,
@@ -71,20 +71,20 @@ def _interactions(question: Question) -> SolverResult:
     good ones. The local search starts from the best plan measured so far, so it never ends worse than the additive
     optimum.
     """
-    settings, (architecture, prices, budgets) = question.session.config.search, question.problem
+    settings, (architecture, costs, budgets) = question.session.config.search, question.problem
     seed, rules = question.session.config.seed, question.constraints
     near = settings.samples // 4
     additive = search_plans(
-        architecture, question.importance, prices, budgets, count=near, diverse=2, constraints=rules
+        architecture, question.importance, costs, budgets, count=near, diverse=2, constraints=rules
     )
-    drawn = sample_near(architecture, prices, budgets, settings.samples - near, seed, rules)
+    drawn = sample_near(architecture, costs, budgets, settings.samples - near, seed, rules)
     learned = tuple({plan.id: plan for plan in (*additive, *drawn)}.values())
     impacts = question.impact_of([frozenset(plan.removed) for plan in learned])
     fit = fit_interactions(learned, impacts, prior=question.importance.block_impacts(), seed=seed)
     plans = search_plans(
         architecture,
         fit.effects,
-        prices,
+        costs,
         budgets,
         count=settings.count,
         diverse=settings.diverse,
@@ -92,7 +92,7 @@ def _interactions(question: Question) -> SolverResult:
     )
     again = question.impact_of([frozenset(plan.removed) for plan in plans])
     tried = sorted(zip((*impacts, *again), (*learned, *plans), strict=True), key=lambda one: float(one[0]))
-    found = local_search(architecture, prices, budgets, question.impact_of, tried[0][1], rules)
+    found = local_search(architecture, costs, budgets, question.impact_of, tried[0][1], rules)
     unique = {plan.id: plan for plan in (found.plan, *plans)}
     statistics = {
         "pairs": len(fit.pairs),
@@ -139,7 +139,7 @@ def controls_for(question: Question, wanted: Sequence[str]) -> list[PruningPlan]
     found = controls_at(
         question.session.architecture,
         question.importance,
-        question.prices,
+        question.costs,
         question.budgets,
         question.constraints,
         impact_of=question.impact_of if "lowest-one-shot" in wanted else None,

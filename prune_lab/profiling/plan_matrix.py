@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -13,6 +14,8 @@ from prune_lab.blocks import Architecture
 from prune_lab.errors import PlanError, UnremovableBlockError
 from prune_lab.plans import PruningPlan, native_choices, plan_of
 
+REST = "rest"  # convolutions in and out, time and added embeddings: what no plan removes
+
 PlanMatrix: TypeAlias = NDArray[np.bool_]  # (plans, blocks), True where the block is removed
 
 _CHUNK = 8192  # plans at a time: what is computed of them then fits a processor's cache
@@ -20,37 +23,38 @@ _TRIES = 100  # draws for each plan asked for, before there are too few differen
 
 
 @dataclass(frozen=True, slots=True)
-class SamplerLevel:
-    """Samplers that leave together, and the blocks that must all be gone for it: everything further in."""
+class SamplerGroup:
+    """Samplers that leave together, and the blocks that must all be gone for it."""
 
     samplers: tuple[str, ...]
-    blocks: tuple[int, ...]  # places in ``architecture.blocks``
+    blocks: tuple[str, ...]
+    places: tuple[int, ...]  # of the blocks in ``architecture.blocks``
+
+    @property
+    def name(self) -> str:
+        """The samplers as one name: ``Dn3.down+Up1.up``."""
+        return "+".join(self.samplers)
 
 
-def sampler_levels(architecture: Architecture) -> tuple[SamplerLevel, ...]:
-    """The levels whose samplers can leave, innermost first; ``plans.removed_samplers`` is the rule for one plan.
-
-    A level with a block that cannot be removed ends the list. SD-v1.4 has one level: Dn3.down and Up1.up.
-    """
-    depth = len(architecture.config["down_block_types"])
-    present = {sampler.name for sampler in architecture.samplers}
-    stages, levels = {"Md"}, []
-    for level in range(depth, 1, -1):
-        up = depth + 1 - level
-        stages |= {f"Dn{level}", f"Up{up}"}
-        inner = [place for place, block in enumerate(architecture.blocks) if block.stage in stages]
-        if not all(architecture.blocks[place].removable for place in inner):
-            break
-        leaving = tuple(name for name in (f"Dn{level - 1}.down", f"Up{up}.up") if name in present)
-        levels.append(SamplerLevel(leaving, tuple(inner)))
-    return tuple(levels)
+@functools.lru_cache(maxsize=64)
+def sampler_groups(architecture: Architecture) -> tuple[SamplerGroup, ...]:
+    """The samplers that a plan can make leave, innermost first: those whose ``leaves_with`` can all be removed."""
+    places = {block.name: place for place, block in enumerate(architecture.blocks) if block.removable}
+    found: dict[tuple[str, ...], list[str]] = {}
+    for sampler in architecture.samplers:
+        if places.keys() >= set(sampler.leaves_with):
+            found.setdefault(sampler.leaves_with, []).append(sampler.name)
+    return tuple(
+        SamplerGroup(tuple(found[blocks]), blocks, tuple(places[block] for block in blocks))
+        for blocks in sorted(found, key=len)
+    )
 
 
-def levels_gone(matrix: PlanMatrix, levels: Sequence[SamplerLevel]) -> PlanMatrix:
-    """(plans, levels): whether the samplers of each level leave with the plan."""
-    gone = np.empty((len(matrix), len(levels)), dtype=np.bool_)
-    for number, level in enumerate(levels):
-        gone[:, number] = matrix[:, list(level.blocks)].all(axis=1)
+def groups_gone(matrix: PlanMatrix, groups: Sequence[SamplerGroup]) -> PlanMatrix:
+    """(plans, groups): whether the samplers of each group leave with the plan."""
+    gone = np.empty((len(matrix), len(groups)), dtype=np.bool_)
+    for number, group in enumerate(groups):
+        gone[:, number] = matrix[:, list(group.places)].all(axis=1)
     return gone
 
 
@@ -67,7 +71,7 @@ def check_matrix(matrix: PlanMatrix, architecture: Architecture) -> None:
             f"asked for plans as a boolean matrix (plans, {wanted}), found {found}; as_matrix makes one"
         )
     for place, block in enumerate(architecture.blocks):
-        if block.starred and matrix[:, place].any():
+        if not block.removable and matrix[:, place].any():
             raise UnremovableBlockError(
                 f"asked for plans that remove {block.name}, but it {block.reason}; leave column {place} False"
             )

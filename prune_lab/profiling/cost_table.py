@@ -1,0 +1,342 @@
+"""The cost table: what every part of a U-Net costs, and from it what every plan leaves.
+
+A bypassed block takes its parameters, its multiply-adds and its time along and changes no other block's, so one table
+of the parts prices each of the 2^n plans. Parameters and multiply-adds are exact. Time is measured, and additive by
+assumption: a plan within a budget of milliseconds is one to measure. Activation memory is no sum of parts; it is the
+plan's own peak.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal, get_args
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from prune_lab.blocks import Architecture
+from prune_lab.counting import count_macs
+from prune_lab.errors import BudgetError, ConfigError, PlanError, UnknownBlockError
+from prune_lab.families import latent_shape
+from prune_lab.plans import PruningPlan, removed_samplers
+from prune_lab.profiling.activations import ActivationTable
+from prune_lab.profiling.latency import LatencyTable
+from prune_lab.profiling.plan_matrix import (
+    REST,
+    PlanMatrix,
+    check_matrix,
+    chunks,
+    groups_gone,
+    sampler_groups,
+)
+from prune_lab.schemas import COST_COLUMNS, DISAGREEMENT_COLUMNS, PRICE_COLUMNS
+
+PartKind = Literal["block", "sampler", "rest"]
+Counted = Literal["params", "macs", "paper_macs"]
+Metric = Literal["params", "macs", "paper_macs", "latency_ms", "memory"]
+COUNTED: tuple[Counted, ...] = get_args(Counted)
+METRICS: tuple[Metric, ...] = get_args(Metric)
+
+_PICOSECONDS = 10**9  # in a millisecond: times are added up as integers, so their order cannot matter
+_NOT_MEASURED = {
+    "latency_ms": "latency of the blocks; measure a latency table of this model first",
+    "memory": "activation memory of the plans; make the cost table with an activation table",
+}
+
+
+# What a plan leaves ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PlanCost:
+    """What a U-Net costs; None is "not known", never zero."""
+
+    params: int
+    macs: int  # of one forward pass, attention products included
+    attention_macs: int
+    weight_bytes: int | None = None
+    latency_ms: float | None = None  # predicted, of one forward pass
+    activation_bytes: int | None = None  # at the peak of one sample's forward pass
+
+    @property
+    def paper_macs(self) -> int:
+        """The paper's convention: attention products left out."""
+        return self.macs - self.attention_macs
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes of the weights and of the activations at their peak."""
+        if self.weight_bytes is None or self.activation_bytes is None:
+            return None
+        return self.weight_bytes + self.activation_bytes
+
+    def amount(self, metric: Metric) -> int | float:
+        """The cost in ``metric``: a number, milliseconds or bytes. Raises BudgetError when it is not known."""
+        found: int | float | None = getattr(self, metric)
+        if found is None:
+            name = metric.removesuffix("_ms")
+            raise BudgetError(
+                f"asked for a budget on {name}, found no {_NOT_MEASURED[metric]}, or give params or macs"
+            )
+        return found
+
+    def amounts(self) -> Mapping[Metric, int | float]:
+        """The cost in every metric that is known."""
+        known = {metric: getattr(self, metric) for metric in METRICS}
+        return MappingProxyType({metric: value for metric, value in known.items() if value is not None})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlanCosts:
+    """The costs of many plans, in the order of the matrix's rows; None is "not known"."""
+
+    params: NDArray[np.int64]
+    macs: NDArray[np.int64]
+    attention_macs: NDArray[np.int64]
+    weight_bytes: NDArray[np.int64]
+    latency_ms: NDArray[np.float64] | None
+    activation_bytes: NDArray[np.int64] | None
+
+    @property
+    def paper_macs(self) -> NDArray[np.int64]:
+        """The paper's convention: attention products left out."""
+        return self.macs - self.attention_macs
+
+    @property
+    def memory(self) -> NDArray[np.int64] | None:
+        """Bytes of the weights and of the activations at their peak."""
+        return None if self.activation_bytes is None else self.weight_bytes + self.activation_bytes
+
+    def __len__(self) -> int:
+        return len(self.params)
+
+    def frame(self) -> pd.DataFrame:
+        """One row per plan, columns PRICE_COLUMNS; those that are not known are empty."""
+        columns = {column: getattr(self, column) for column in PRICE_COLUMNS}
+        unknown = {column: object for column, values in columns.items() if values is None}
+        return pd.DataFrame(columns).astype(unknown)
+
+
+# The table -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PartCost:
+    """The share of one block, one sampler, or of all the rest."""
+
+    name: str
+    kind: PartKind
+    params: int
+    macs: int
+    attention_macs: int
+    weight_bytes: int
+    latency_ms: float | None = None  # what a prediction takes off when the part leaves
+    uncounted: Mapping[str, int] = field(
+        default_factory=dict, compare=False
+    )  # operator -> calls without a formula
+
+    @property
+    def paper_macs(self) -> int:
+        """The paper's convention: attention products left out."""
+        return self.macs - self.attention_macs
+
+    @property
+    def picoseconds(self) -> int:
+        """The latency as an integer; 0 where none was measured."""
+        return 0 if self.latency_ms is None else round(self.latency_ms * _PICOSECONDS)
+
+
+@dataclass(frozen=True, slots=True)
+class CostTable:
+    """The costs of a U-Net, part by part; the parts add up to the whole.
+
+    MACs and latency are of one forward pass over ``batch`` samples of ``latent`` (height and width) with ``tokens``
+    words of text. ``activations`` adds each plan's own peak of memory.
+    """
+
+    architecture: Architecture = field(repr=False)
+    parts: tuple[PartCost, ...]  # blocks and samplers in order of execution, then the rest
+    batch: int
+    latent: tuple[int, int]
+    tokens: int
+    activations: ActivationTable | None = field(default=None, repr=False)
+
+    @property
+    def timed(self) -> bool:
+        """Whether latency is known."""
+        return all(part.latency_ms is not None for part in self.parts)
+
+    @property
+    def total(self) -> PlanCost:
+        """The whole U-Net."""
+        return self.of(PruningPlan((), self.architecture.signature))
+
+    def part(self, name: str) -> PartCost:
+        """The part called ``name``: a block, a sampler (``Dn3.down``) or ``rest``. Raises UnknownBlockError."""
+        for part in self.parts:
+            if part.name == name:
+                return part
+        self.architecture.block(name)  # names the nearest blocks
+        raise UnknownBlockError(f"no cost is called {name!r}; ask for a block, a sampler or {REST!r}")
+
+    def of(self, plan: PruningPlan) -> PlanCost:
+        """What is left when ``plan`` is carried out, samplers that leave with it gone.
+
+        Raises PlanError when the plan belongs to another architecture.
+        """
+        kept = self._kept(plan)
+        return PlanCost(
+            params=sum(part.params for part in kept),
+            macs=sum(part.macs for part in kept),
+            attention_macs=sum(part.attention_macs for part in kept),
+            weight_bytes=sum(part.weight_bytes for part in kept),
+            latency_ms=sum(part.picoseconds for part in kept) / _PICOSECONDS if self.timed else None,
+            activation_bytes=None if self.activations is None else self.activations.peak(plan.removed),
+        )
+
+    def of_many(self, matrix: PlanMatrix) -> PlanCosts:
+        """What each plan of ``matrix`` (plans, blocks) leaves, True where a block is removed; equal to ``of``.
+
+        Raises PlanError for another kind or shape of matrix, UnremovableBlockError when it removes a block that must
+        stay.
+        """
+        check_matrix(matrix, self.architecture)
+        groups = sampler_groups(self.architecture)
+        by_name = {
+            part.name: (part.params, part.macs, part.attention_macs, part.weight_bytes, part.picoseconds)
+            for part in self.parts
+        }
+        counted = 5 if self.timed else 4
+        every = np.array(list(by_name.values()), dtype=np.int64)[:, :counted]
+        blocks = np.array([by_name[block.name] for block in self.architecture.blocks], np.int64)[:, :counted]
+        samplers = np.array(
+            [np.sum([by_name[name] for name in group.samplers], axis=0) for group in groups], np.int64
+        ).reshape(len(groups), 5)[:, :counted]
+        left = np.empty((len(matrix), counted), dtype=np.int64)
+        for rows in chunks(matrix):
+            left[rows] = every.sum(axis=0) - matrix[rows] @ blocks
+            left[rows] -= groups_gone(matrix[rows], groups) @ samplers
+        params, macs, attention_macs, weight_bytes, *picoseconds = np.ascontiguousarray(left.T)
+        return PlanCosts(
+            params,
+            macs,
+            attention_macs,
+            weight_bytes,
+            picoseconds[0] / _PICOSECONDS if picoseconds else None,
+            None if self.activations is None else self.activations.of_many(matrix),
+        )
+
+    def uncounted(self, plan: PruningPlan) -> Mapping[str, int]:
+        """The operators without a formula that are left by ``plan``, and how often they run."""
+        calls: Counter[str] = Counter()
+        for part in self._kept(plan):
+            calls.update(part.uncounted)
+        return MappingProxyType(dict(calls))
+
+    def frame(self) -> pd.DataFrame:
+        """One row per part, the rest last: columns COST_COLUMNS, and latency_ms where it is known."""
+        columns = [name for name in COST_COLUMNS if name != "tokens"] + ["latency_ms"] * self.timed
+        rows = [{column: getattr(part, column) for column in columns} for part in self.parts]
+        return pd.DataFrame(rows).assign(tokens=self.tokens)[[*COST_COLUMNS, *["latency_ms"] * self.timed]]
+
+    def _kept(self, plan: PruningPlan) -> list[PartCost]:
+        if plan.architecture != self.architecture.signature:
+            raise PlanError(
+                f"asked for the cost of a plan for architecture {plan.architecture}, these costs are of "
+                f"{self.architecture.signature}; read the plan again as text for this U-Net"
+            )
+        gone = {*plan.removed, *removed_samplers(self.architecture, plan)}
+        return [part for part in self.parts if part.name not in gone]
+
+
+def cost_table(
+    architecture: Architecture,
+    *,
+    batch: int = 1,
+    latent: int | None = None,
+    tokens: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    latency: LatencyTable | None = None,
+    activations: ActivationTable | None = None,
+) -> CostTable:
+    """The costs of ``architecture`` from one count of it; no weights are needed.
+
+    ``latent`` is the side of the square latent (None: the config's size), ``tokens`` the length of the text (None: the
+    architecture's), ``dtype`` the number format of the weights. Raises PlanError when ``latency`` or ``activations``
+    are of another architecture, ConfigError when they are of another size.
+    """
+    tokens = architecture.tokens if tokens is None else tokens
+    for table in (latency, activations):
+        if table is not None:
+            _check_conditions(architecture, latent_shape(architecture.config, latent), tokens, table)
+    count = count_macs(architecture.config, batch=batch, latent=latent, tokens=tokens)
+    times = {} if latency is None else latency.part_ms()
+    parts: list[PartCost] = []
+
+    def add(
+        name: str, kind: PartKind, params: int, macs: tuple[int, int], uncounted: Mapping[str, int]
+    ) -> None:
+        parts.append(PartCost(name, kind, params, *macs, params * dtype.itemsize, times.get(name), uncounted))
+
+    for block in architecture.blocks:
+        uncounted = count.uncounted_by_module[block.path]
+        add(block.name, "block", block.params, count.by_module[block.path], uncounted)
+    for sampler in architecture.samplers:
+        uncounted = count.uncounted_by_module[sampler.path]
+        add(sampler.name, "sampler", sampler.params, count.by_module[sampler.path], uncounted)
+    left = Counter(count.uncounted)
+    for part in parts:
+        left.subtract(part.uncounted)
+    params = architecture.total_params - sum(part.params for part in parts)
+    macs = count.total - sum(part.macs for part in parts)
+    attention = count.attention - sum(part.attention_macs for part in parts)
+    assert min(params, macs, attention) >= 0, "parts of a U-Net overlap"
+    calls = {operator: number for operator, number in left.items() if number}
+    add(REST, "rest", params, (macs, attention), MappingProxyType(calls))
+    return CostTable(
+        architecture, tuple(parts), batch, latent_shape(architecture.config, latent), tokens, activations
+    )
+
+
+def _check_conditions(
+    architecture: Architecture, latent: tuple[int, int], tokens: int, table: LatencyTable | ActivationTable
+) -> None:
+    """Both must be of one architecture at one size; the batch may differ, as what is counted only grows with it."""
+    kind = "a latency table" if isinstance(table, LatencyTable) else "an activation table"
+    if table.architecture.signature != architecture.signature:
+        raise PlanError(
+            f"asked for costs of architecture {architecture.signature}, found {kind} of "
+            f"{table.architecture.signature}; measure this U-Net's own"
+        )
+    if (table.latent, table.tokens) != (latent, tokens):
+        raise ConfigError(
+            f"asked for costs at a {latent[0]} x {latent[1]} latent with {tokens} tokens, found {kind} at "
+            f"{table.latent[0]} x {table.latent[1]} with {table.tokens}; make both at one size"
+        )
+
+
+def latency_disagreement(costs: CostTable, latency: LatencyTable) -> pd.DataFrame:
+    """Where MACs and latency disagree: one row per block that can be removed, samplers that can leave, and the rest.
+
+    Columns name, kind, macs, macs_share, saved_ms (as predictions take it off), latency_share, ratio (latency_share in
+    macs_share) and gap (their difference), the largest gap in either direction first. A ratio above 1 is a block that
+    takes longer than its MACs say; it can be large where both shares are next to nothing, so the gap decides the order.
+    Shares are in the whole U-Net and add up to 1. Raises PlanError and ConfigError as ``cost_table`` does.
+    """
+    _check_conditions(costs.architecture, costs.latent, costs.tokens, latency)
+    frame = latency.frame()[["name", "kind", "saved_ms", "share"]].rename(columns={"share": "latency_share"})
+    by_name = {cost.name: cost.macs for cost in costs.parts}
+    # The first row of each name is what leaves; all else, starred blocks among it, is the rest.
+    macs = [sum(by_name[part] for part in name.split("+")) for name in frame["name"][:-1]]
+    total = costs.total.macs
+    frame["macs"] = [*macs, total - sum(macs)]
+    frame["macs_share"] = frame["macs"] / total
+    frame["ratio"] = frame["latency_share"] / frame["macs_share"]
+    frame["gap"] = frame["latency_share"] - frame["macs_share"]
+    order = frame["gap"].abs().sort_values(ascending=False, kind="stable").index
+    return frame.loc[order, list(DISAGREEMENT_COLUMNS)].reset_index(drop=True)

@@ -1,0 +1,343 @@
+"""The tables of ``profile``: what plans leave of a U-Net, what its blocks cost, what a picture costs a pipeline."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from prune_lab.blocks import Architecture, architecture_of
+from prune_lab.counting import count_call, meta_copy
+from prune_lab.families import meta_unet
+from prune_lab.plans import PruningPlan, is_native, native_layout, plan_of
+from prune_lab.profiling.cost_table import cost_table
+from prune_lab.profiling.latency import Latency, check_runs, measure_latency, random_inputs
+from prune_lab.profiling.plan_matrix import REST
+from prune_lab.runtime import pick_dtype, seeded, synchronize, track
+from prune_lab.schemas import (
+    BLOCK_PROFILE_COLUMNS,
+    PIPELINE_COLUMNS,
+    REDUCTION_COLUMNS,
+    REDUCTION_LATENCY_COLUMNS,
+)
+
+TEACHER = "teacher"
+TOTAL = "total"  # the last row of a pipeline's table
+
+# Plans -----------------------------------------------------------------------------------------------------------
+
+
+def random_unet(
+    config: Mapping[str, Any],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> UNet2DConditionModel:
+    """A U-Net of ``config`` with random weights in evaluation mode, for timing: made in seconds, good for nothing else.
+
+    The same 4,096 normal numbers are repeated through all weights; no kernel's time depends on which they are.
+    """
+    unet: UNet2DConditionModel = nn.Module.to(meta_unet(config), dtype).to_empty(device=device)
+    noise = 0.02 * torch.randn(4096, generator=seeded(seed)).to(device=device, dtype=dtype)
+    with torch.no_grad():
+        for tensor in (*unet.parameters(), *unet.buffers()):
+            count = tensor.numel()
+            tensor.copy_(noise.repeat(-(-count // len(noise)))[:count].view_as(tensor))
+    return unet
+
+
+def uncounted_text(uncounted: Mapping[str, int]) -> str:
+    """Operators without a formula and how often they run: ``add:108 div:55``; empty when the counter says nothing."""
+    calls = sorted(uncounted.items())
+    return " ".join(f"{operator.removeprefix('aten::')}:{count}" for operator, count in calls)
+
+
+def _latency(
+    architecture: Architecture,
+    plan: PruningPlan,
+    sizes: Mapping[str, Any],
+    timing: Mapping[str, Any],
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> Latency | None:
+    """The latency of the student that ``plan`` leaves; None when it cannot be built."""
+    if not is_native(architecture, plan):
+        return None
+    unet = random_unet(native_layout(architecture, plan).config, device=device, dtype=dtype)
+    inputs = random_inputs(unet.config, device=device, dtype=dtype, **sizes)
+    return measure_latency(lambda: unet(**inputs), device=device, **timing)
+
+
+def reduction_table(
+    architecture: Architecture,
+    plans: Sequence[PruningPlan],
+    *,
+    model: str = "",
+    batch: int = 1,
+    latent: int | None = None,
+    tokens: int | None = None,
+    latency: bool = False,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str = torch.float32,
+    runs: int = 20,
+    warmup: int = 3,
+) -> pd.DataFrame:
+    """What each plan leaves of ``architecture``, the teacher first; no weights needed.
+
+    Columns REDUCTION_COLUMNS, with ``latency`` also REDUCTION_LATENCY_COLUMNS. Changes are fractions of the teacher,
+    negative for savings. MACs are of one forward pass over ``batch`` samples with ``tokens`` words (None: the
+    architecture's), ``paper_macs`` without attention products. Latency is that of the same networks with random
+    weights on ``device`` in ``dtype``, empty for a plan that is not native. Raises PlanError for a plan of another
+    architecture.
+    """
+    sizes = {"batch": batch, "latent": latent, "tokens": architecture.tokens if tokens is None else tokens}
+    costs = cost_table(architecture, **sizes)  # type: ignore[arg-type]
+    form = pick_dtype(dtype) if isinstance(dtype, str) else dtype
+    whole = costs.total
+    rows: list[dict[str, Any]] = []
+    times: list[Latency | None] = []
+    everything = plan_of(architecture, (), name=TEACHER)
+    for plan in track([everything, *plans], "profiling plans"):
+        cost = costs.of(plan)
+        rows.append(
+            {
+                "model": model,
+                "plan": plan.label if plan.removed else TEACHER,
+                "params": cost.params,
+                "params_change": cost.params / whole.params - 1,
+                "macs": cost.macs,
+                "macs_change": cost.macs / whole.macs - 1,
+                "paper_macs": cost.paper_macs,
+                "paper_macs_change": cost.paper_macs / whole.paper_macs - 1,
+                "blocks_removed": len(plan.removed),
+                "tokens": costs.tokens,
+                "native": is_native(architecture, plan),
+                "uncounted": uncounted_text(costs.uncounted(plan)),
+            }
+        )
+        if latency:
+            timing = {"runs": runs, "warmup": warmup}
+            times.append(_latency(architecture, plan, sizes, timing, device, form))
+    frame = pd.DataFrame(rows, columns=list(REDUCTION_COLUMNS))
+    if latency:
+        for column in REDUCTION_LATENCY_COLUMNS[:-1]:
+            frame[column] = [None if time is None else getattr(time, column) for time in times]
+        frame["latency_change"] = frame["median_ms"] / frame["median_ms"].iloc[0] - 1
+    return frame
+
+
+# Blocks ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _timed(modules: Mapping[str, nn.Module], device: torch.device) -> Iterator[dict[str, float]]:
+    """A mapping that each call of ``modules`` adds its milliseconds to; the hooks are gone on exit."""
+    spent = dict.fromkeys(modules, 0.0)
+    started: dict[str, float] = {}
+    handles = []
+
+    def start(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            synchronize(device)
+            started[name] = time.perf_counter()
+
+        return hook
+
+    def stop(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            synchronize(device)
+            spent[name] += 1e3 * (time.perf_counter() - started[name])
+
+        return hook
+
+    try:
+        for name, module in modules.items():
+            handles.append(module.register_forward_pre_hook(start(name)))
+            handles.append(module.register_forward_hook(stop(name)))
+        yield spent
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def profile_blocks(
+    unet: UNet2DConditionModel,
+    *,
+    batch: int = 1,
+    latent: int | None = None,
+    tokens: int | None = None,
+    runs: int = 10,
+    warmup: int = 2,
+) -> pd.DataFrame:
+    """One row per block, sampler and the rest: columns BLOCK_PROFILE_COLUMNS.
+
+    Costs are those of the cost table for one forward pass over ``batch`` samples. Time is measured where the U-Net is,
+    around each block with the device idle, so the parts together take a little longer than an undisturbed pass;
+    ``share`` is the part's median in the sum of all medians. Raises ConfigError for fewer than two runs.
+    """
+    check_runs(runs, warmup)
+    architecture = architecture_of(unet, tokens=tokens)
+    costs = cost_table(architecture, batch=batch, latent=latent, dtype=unet.dtype)
+    paths = {block.name: block.path for block in architecture.blocks}
+    paths |= {sampler.name: sampler.path for sampler in architecture.samplers}
+    parts = {name: unet.get_submodule(path) for name, path in paths.items()}
+    inputs = random_inputs(
+        unet.config, batch=batch, latent=latent, tokens=tokens, device=unet.device, dtype=unet.dtype
+    )
+    samples: dict[str, list[float]] = {part.name: [] for part in costs.parts}
+    whole = "whole"
+    with torch.inference_mode():
+        for run in track(range(warmup + runs), "timing blocks"):
+            with _timed({whole: unet, **parts}, unet.device) as spent:
+                unet(**inputs)
+            if run >= warmup:
+                total = spent.pop(whole)
+                for name, milliseconds in spent.items():
+                    samples[name].append(milliseconds)
+                samples[REST].append(max(0.0, total - sum(spent.values())))
+    medians = {name: statistics.median(times) for name, times in samples.items()}
+    frame = costs.frame()
+    frame["median_ms"] = [medians[name] for name in frame["name"]]
+    frame["share"] = frame["median_ms"] / frame["median_ms"].sum()
+    return frame[list(BLOCK_PROFILE_COLUMNS)]
+
+
+# Pipelines ------------------------------------------------------------------------------------------------------
+
+
+class _Decoder(nn.Module):
+    """The half of the VAE that making a picture needs."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.post_quant_conv = vae.post_quant_conv
+        self.decoder = vae.decoder
+
+    def forward(self, latents: Tensor) -> Tensor:
+        if self.post_quant_conv is not None:
+            latents = self.post_quant_conv(latents)
+        decoded: Tensor = self.decoder(latents)
+        return decoded
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    name: str
+    calls: int
+    tokens: int | None  # of the text it reads; None where it reads none
+    module: nn.Module
+    inputs: Callable[[torch.device, torch.dtype], dict[str, Any]]  # of one call
+
+
+def unet_calls(scheduler: Any, steps: int) -> int:
+    """How often the U-Net runs for ``steps`` denoising steps; PNDM runs it once more than it is asked."""
+    mine = type(scheduler).from_config(scheduler.config)
+    mine.set_timesteps(steps)
+    return len(mine.timesteps)
+
+
+def _parts(pipeline: Any, steps: int, batch: int, guided: bool) -> Iterator[_Part]:
+    unet = pipeline.unet
+    tokens = None
+    for name in ("text_encoder", "text_encoder_2"):
+        encoder = getattr(pipeline, name, None)
+        if encoder is None:
+            continue
+        tokens = encoder.config.max_position_embeddings
+        shape = (batch, tokens)
+        yield _Part(
+            name,
+            2 if guided else 1,  # the prompt, and the empty prompt that guidance starts from
+            tokens,
+            encoder,
+            lambda device, dtype, shape=shape: {
+                "input_ids": torch.zeros(shape, dtype=torch.long, device=device)
+            },  # type: ignore[misc]
+        )
+    yield _Part(
+        "unet",
+        unet_calls(pipeline.scheduler, steps),
+        tokens,
+        unet,
+        lambda device, dtype: random_inputs(
+            unet.config, batch=(1 + guided) * batch, tokens=tokens, device=device, dtype=dtype
+        ),
+    )
+    decoder = _Decoder(pipeline.vae)
+    sample = random_inputs(unet.config, batch=batch)["sample"]
+    yield _Part(
+        "vae_decoder",
+        1,
+        None,
+        decoder,
+        lambda device, dtype: {"latents": sample.to(device=device, dtype=dtype)},
+    )
+
+
+@contextmanager
+def _placed(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
+    """``module`` on ``device`` in ``dtype``: itself when it is so already, else a copy that is dropped on exit."""
+    there = next(module.parameters())
+    if there.device == device and there.dtype == dtype:
+        training = module.training
+        try:
+            yield module.eval()
+        finally:
+            module.train(training)
+    else:
+        yield nn.Module.to(copy.deepcopy(module), device=device, dtype=dtype).eval()
+
+
+def profile_pipeline(
+    pipeline: Any,
+    *,
+    steps: int = 25,
+    batch: int = 1,
+    guidance: float = 7.5,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    runs: int = 5,
+    warmup: int = 1,
+) -> pd.DataFrame:
+    """One row per part of a Stable Diffusion pipeline, and ``total`` last: columns PIPELINE_COLUMNS.
+
+    ``calls`` is how often the part runs to make ``batch`` pictures in ``steps`` steps. ``macs`` (attention products
+    included) and ``median_ms`` are of one call; a guided U-Net call (``guidance`` above 1) takes twice the batch.
+    ``tokens`` is the length of the text, the longest that the text encoder takes. ``share`` is calls x median_ms in the
+    sum over the parts. The total is one call of everything: all the MACs and milliseconds behind these pictures.
+    None for ``dtype`` and ``device`` means the U-Net's own. The pipeline is left as it is found. Raises ConfigError
+    for fewer than two runs.
+    """
+    # An empty tensor knows which card "cuda" is.
+    kind = torch.empty(0, device=pipeline.unet.device if device is None else device).device
+    form = pick_dtype(dtype) if isinstance(dtype, str) else pipeline.unet.dtype if dtype is None else dtype
+    rows = []
+    for part in track(list(_parts(pipeline, steps, batch, guidance > 1)), "timing the pipeline"):
+        counted = count_call(
+            meta_copy(part.module), part.inputs(torch.device("meta"), next(part.module.parameters()).dtype)
+        )
+        with _placed(part.module, kind, form) as module:
+            inputs = part.inputs(kind, form)
+            latency = measure_latency(
+                lambda module=module, inputs=inputs: module(**inputs),  # type: ignore[misc]
+                warmup=warmup,
+                runs=runs,
+                device=kind,
+            )
+        params = sum(parameter.numel() for parameter in part.module.parameters())
+        rows.append((part.name, part.calls, part.tokens, params, counted.total, latency.median_ms))
+    macs = sum(calls * macs for _, calls, _, _, macs, _ in rows)
+    spent = sum(calls * milliseconds for _, calls, *_, milliseconds in rows)
+    rows.append((TOTAL, 1, None, sum(row[3] for row in rows), macs, spent))
+    frame = pd.DataFrame(rows, columns=list(PIPELINE_COLUMNS[:-1])).astype({"tokens": "Int64"})
+    return frame.assign(share=frame["calls"] * frame["median_ms"] / spent)
