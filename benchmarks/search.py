@@ -186,6 +186,7 @@ def solver_lines(architecture: Architecture, costs: CostTable, draws: int = 5) -
 
 # One width throughout: 12 blocks, all removable, the inner stages with their samplers too.
 SMALL = {
+    "_class_name": "UNet2DConditionModel",
     "sample_size": 8,
     "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],

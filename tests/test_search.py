@@ -27,6 +27,7 @@ from prune_lab.search import (
 
 # Two levels of different width, so there are starred blocks, and few enough native plans to price every one.
 SMALL: dict[str, Any] = {
+    "_class_name": "UNet2DConditionModel",
     "sample_size": 8,
     "in_channels": 4,
     "out_channels": 4,

@@ -34,6 +34,7 @@ from prune_lab.search.space import space_of
 
 # One width throughout, so every block can go, the inner stages with their samplers too: 12 blocks, 4096 plans.
 FLAT: dict[str, Any] = {
+    "_class_name": "UNet2DConditionModel",
     "sample_size": 8,
     "in_channels": 4,
     "out_channels": 4,
