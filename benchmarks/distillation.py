@@ -34,7 +34,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from prune_lab.assets import reference_folder
 from prune_lab.blocks import architecture_of
 from prune_lab.config import DataConfig, DistillConfig
-from prune_lab.counting import count_module, count_on_meta, meta_copy
+from prune_lab.counting import count_call, count_macs, meta_copy
 from prune_lab.distill import (
     DistillSetup,
     ImageSource,
@@ -181,10 +181,10 @@ def work_of(config: Mapping[str, Any], plan: PruningPlan, vae: Any, encoders: Se
     with torch.device("meta"):
         pictures = torch.zeros(1, 3, side, side, dtype=next(vae.parameters()).dtype)
         words = torch.zeros(1, tokens, dtype=torch.long)
-    encoding = count_module(meta_copy(_Encoder(vae)), {"pictures": pictures}).total
-    encoding += sum(count_module(meta_copy(one), {"input_ids": words}).total for one in encoders)
-    teacher = count_on_meta(config, tokens=tokens).total
-    student = count_on_meta(native_layout(architecture_of(config), plan).config, tokens=tokens).total
+    encoding = count_call(meta_copy(_Encoder(vae)), {"pictures": pictures}).total
+    encoding += sum(count_call(meta_copy(one), {"input_ids": words}).total for one in encoders)
+    teacher = count_macs(config, tokens=tokens).total
+    student = count_macs(native_layout(architecture_of(config), plan).config, tokens=tokens).total
     return Work(encoding, teacher, student)
 
 

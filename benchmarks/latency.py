@@ -11,7 +11,6 @@ import time
 
 import torch
 
-from prune_lab.blocks import architecture_of
 from prune_lab.models import resolve_model
 from prune_lab.plans import native_layout, parse_plan
 from prune_lab.profiling import cost_table, random_unet
@@ -28,7 +27,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     arguments = parser.parse_args()
     device, dtype = pick_device(arguments.device), pick_dtype(arguments.dtype)
-    architecture = architecture_of(resolve_model(arguments.model).config)
+    architecture = resolve_model(arguments.model).architecture
     costs = cost_table(architecture)
     plans = {text: parse_plan(text, architecture) for text in ("teacher", *architecture.family.plans)}
     unets = {

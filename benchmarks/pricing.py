@@ -4,7 +4,7 @@
 
 Random plans, every removable block gone with the same chance. Prints plans per second of one core's time (of the
 process, so another process on the machine changes little) for parameters and MACs alone, and with predicted latency
-and activation memory; both ways must agree to the unit. The latencies are made up: only the pricing is timed.
+and activation memory; both ways must agree to the last bit. The latencies are made up: only the pricing is timed.
 
     python -m benchmarks.pricing --latency --model reference --batch 8
 
@@ -29,19 +29,17 @@ from prune_lab.profiling import (
     CostTable,
     Latency,
     LatencyTable,
-    PriceList,
+    PlanMatrix,
     Saving,
     activation_table,
     as_plans,
     cost_table,
     latency_disagreement,
     measure_latency_table,
-    price_list,
     random_native_plans,
     random_unet,
 )
-from prune_lab.profiling.latency_table import saving_names
-from prune_lab.profiling.matrices import PlanMatrix
+from prune_lab.profiling.latency import saving_names
 from prune_lab.runtime import Environment, pick_device, pick_dtype, progress_shown, write_frame, write_json
 
 MODELS = ("sd-v1.4", "sdxl-base")
@@ -76,29 +74,26 @@ def seconds(call: Callable[[], object]) -> float:
 
 def compare(model: str, count: int, looped: int, runs: int) -> None:
     """The lines of one model."""
-    architecture = architecture_of(resolve_model(model).config)
-    costs: CostTable = cost_table(architecture)
+    architecture = resolve_model(model).architecture
+    latency, activations = made_up_latency(architecture), activation_table(architecture)
     matrix = random_plans(architecture, count)
     plans = as_plans(matrix[:looped], architecture)
-    lists: dict[str, PriceList] = {
-        "params, MACs": price_list(costs),
-        "and latency": price_list(costs, latency=made_up_latency(architecture)),
-        "and memory": price_list(
-            costs, latency=made_up_latency(architecture), activations=activation_table(architecture)
-        ),
+    tables: dict[str, CostTable] = {
+        "params, MACs": cost_table(architecture),
+        "and latency": cost_table(architecture, latency=latency),
+        "and memory": cost_table(architecture, latency=latency, activations=activations),
     }
-    one_by_one = [costs.of(plan) for plan in plans]
-    found = lists["and memory"].of(matrix[:looped])
-    assert [cost.params for cost in one_by_one] == found.params.tolist()
-    assert [cost.macs for cost in one_by_one] == found.macs.tolist()
-    assert [cost.paper_macs for cost in one_by_one] == found.paper_macs.tolist()
+    plain, costs = tables["params, MACs"], tables["and memory"]
+    one_by_one, found = [costs.of(plan) for plan in plans], costs.of_many(matrix[:looped])
+    for column in ("params", "macs", "paper_macs", "latency_ms", "memory"):
+        assert [getattr(cost, column) for cost in one_by_one] == getattr(found, column).tolist()
 
     loop: list[float] = []
-    times: dict[str, list[float]] = {name: [] for name in lists}
+    times: dict[str, list[float]] = {name: [] for name in tables}
     for _ in range(runs):  # interleaved: a busy moment hits all alike
-        loop.append(seconds(lambda: [costs.of(plan) for plan in plans]) / looped)
-        for name, prices in lists.items():
-            times[name].append(seconds(lambda prices=prices: prices.of(matrix)) / count)  # type: ignore[misc]
+        loop.append(seconds(lambda: [plain.of(plan) for plan in plans]) / looped)
+        for name, table in tables.items():
+            times[name].append(seconds(lambda table=table: table.of_many(matrix)) / count)  # type: ignore[misc]
     baseline = statistics.median(loop)
     print(f"{model}, {len(architecture.blocks)} blocks, {count:,} plans at once, median of {runs} runs")
     print(f"  {'loop over of(plan)':<20}{1 / baseline:14,.0f} plans/s")

@@ -201,7 +201,7 @@ SMALL = {
 def agreement(instances: int = 100) -> tuple[int, int]:
     """(agreed, instances): random scores with pairs, budgets and rules, solved exactly and by trying all 4096 plans."""
     architecture = architecture_of(SMALL)
-    costs = cost_table(architecture, counter="meta")
+    costs = cost_table(architecture)
     names = [block.name for block in architecture.blocks]
     plans = [
         plan_of(architecture, itertools.compress(names, bits))
@@ -239,7 +239,7 @@ def main() -> None:
     columns = ("budget", "plans", "search", "of it HiGHS", "loop", "NumPy", "loop/search", "NumPy/search")
     for model in MODELS:
         architecture = architecture_of(preset_config(model))
-        costs = cost_table(architecture, counter="meta")
+        costs = cost_table(architecture)
         importance = random_importance(architecture, seed=0)
         _, listed = timed(functools.partial(native_choices, architecture))
         print(f"\n{model}: listing what can leave natively took {1e3 * listed:.0f} ms, once per architecture")

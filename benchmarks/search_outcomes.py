@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from scipy.stats import kendalltau, spearmanr
 from scipy.stats import t as student_t
 
-from prune_lab.blocks import Architecture, architecture_of
+from prune_lab.blocks import Architecture
 from prune_lab.config import load_config
 from prune_lab.importance import importance_from_frame
 from prune_lab.models import resolve_model
@@ -284,7 +284,7 @@ def main() -> None:
     arguments = parser.parse_args()
     runs = [open_run(folder, must_exist=True) for folder in arguments.runs]
     config = load_config(runs[0].config)
-    architecture = architecture_of(resolve_model(config.model).config)
+    architecture = resolve_model(config.model).architecture
     table, every = outcomes(runs)
     pairs = paired(table, every)
     importance = importance_from_frame(pd.read_csv(runs[0].importance, dtype={"probe": str, "model": str}))

@@ -21,7 +21,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -194,7 +194,7 @@ def _count_config(config: str, batch: int, latent: int | None, tokens: int | Non
 
 
 def count_macs(
-    source: UNet2DConditionModel | Mapping[str, Any],
+    source: ModelMixin | Mapping[str, Any],
     *,
     batch: int = 1,
     latent: int | None = None,

@@ -181,7 +181,7 @@ def test_equal_to_brute_force(data: st.DataObject) -> None:
     memory = measured(weights) + activations.of_many(BITS.astype(bool))
     left = COUNTS | {"latency_ms": measured(latency), "memory": memory}
     fine, budgets = satisfies_rules(constraints), []
-    # Limits at or just under what some lawful plan leaves, so that they bind and now and then exclude all.
+    # Limits at or just under what some allowed plan leaves, so that they bind and now and then exclude all.
     targets = np.flatnonzero(fine) if fine.any() else np.arange(len(PLANS))
     for metric in data.draw(st.lists(st.sampled_from(METRICS), max_size=3, unique=True)):
         at = left[metric][targets[data.draw(st.integers(0, len(targets) - 1))]].item()
@@ -219,8 +219,8 @@ def test_ties_go_to_the_cheaper_plan_of_any_kind() -> None:
     assert set(plan.removed) == set(NAMES)
 
 
-def test_samplers_leave_ring_by_ring() -> None:
-    """With two rings of inner stages each sampler is saved with its own ring, not before and not later."""
+def test_samplers_leave_group_by_group() -> None:
+    """With two groups of inner stages each sampler is saved with its own group, not before and not later."""
     architecture = architecture_of(FLAT_3)
     costs = cost_table(architecture)
     nothing = Effects(dict.fromkeys((block.name for block in architecture.blocks), 0.0))

@@ -80,7 +80,7 @@ def allowed(
 
 @pytest.mark.parametrize("constraints", BOTH)
 def test_everything_keeps_to_a_budget_on_memory(tmp_path: Path, constraints: Constraints) -> None:
-    """With the plan's own peak, which is no sum: the exact search, samples, greedy, the descent, evolution."""
+    """With the plan's own peak, which is no sum: the exact search, samples, greedy, local search, evolution."""
     costs = dataclasses.replace(COSTS, activations=activation_table(ARCHITECTURE))
     budget = parse_budget("memory<=70%", ARCHITECTURE, costs)
     place, meter = (ARCHITECTURE, costs, [budget]), Meter(effects(2, pairs=4))
@@ -208,7 +208,7 @@ def test_a_bad_measurement_is_an_error(answer: Any) -> None:
 
 
 @pytest.mark.parametrize("constraints", BOTH)
-def test_descent_ends_where_no_neighbour_is_better(constraints: Constraints) -> None:
+def test_local_search_ends_where_no_neighbour_is_better(constraints: Constraints) -> None:
     known = effects(2, pairs=30)
     start = sample_near(ARCHITECTURE, COSTS, [BUDGET], 1, 0, constraints)[0]
     meter = Meter(known)
@@ -229,7 +229,7 @@ def test_descent_ends_where_no_neighbour_is_better(constraints: Constraints) -> 
             assert known.of(removed) >= found.impact - 1e-12
 
 
-def test_descent_batches_a_round_and_stops_when_told() -> None:
+def test_local_search_batches_a_round_and_stops_when_told() -> None:
     start = sample_near(ARCHITECTURE, COSTS, [BUDGET], 1, 0, ANY_PLAN)[0]
     meter = Meter(effects(2))
     found = local_search(ARCHITECTURE, COSTS, [BUDGET], meter, start, ANY_PLAN, rounds=1)
@@ -237,7 +237,7 @@ def test_descent_batches_a_round_and_stops_when_told() -> None:
     assert len(set(found.plan.removed) ^ set(start.removed)) in (1, 2)
 
 
-def test_descent_needs_a_start_within_the_rules() -> None:
+def test_local_search_needs_a_start_within_the_rules() -> None:
     meter = Meter(effects())
     with pytest.raises(PlanError, match="over a budget"):
         local_search(ARCHITECTURE, COSTS, [BUDGET], meter, parse_plan("teacher", ARCHITECTURE))

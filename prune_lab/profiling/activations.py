@@ -226,8 +226,7 @@ def _watched(
     """The span of every unit by name, and the most of the whole pass; ``paths`` holds (name, module path)."""
     unet = nn.Module.to(meta_unet(json.loads(config)), dtype)
     inputs = example_inputs(unet.config, latent=latent, tokens=tokens, device="meta", dtype=dtype)
-    head = "conv_norm_out" if unet.conv_norm_out else "conv_out"
-    return spans(unet, dict(paths), inputs, head)
+    return spans(unet, dict(paths), inputs)
 
 
 def _table(

@@ -212,15 +212,19 @@ class CostTable:
             for part in self.parts
         }
         counted = 5 if self.timed else 4
-        every = np.array(list(by_name.values()), dtype=np.int64)[:, :counted]
-        blocks = np.array([by_name[block.name] for block in self.architecture.blocks], np.int64)[:, :counted]
-        samplers = np.array(
-            [np.sum([by_name[name] for name in group.samplers], axis=0) for group in groups], np.int64
-        ).reshape(len(groups), 5)[:, :counted]
+        whole = np.array(list(by_name.values()), dtype=np.int64).sum(axis=0)[:counted]
+        leaving = [
+            *((block.name,) for block in self.architecture.blocks),
+            *(group.samplers for group in groups),
+        ]
+        saved = np.array([np.sum([by_name[name] for name in names], axis=0) for names in leaving], np.int64)
+        # Sums of integers below 2^53 are exact in floats too, and a product of floats is faster.
+        number = np.float64 if whole.max() < 2**53 else np.int64
+        saved = saved[:, :counted].astype(number)
         left = np.empty((len(matrix), counted), dtype=np.int64)
         for rows in chunks(matrix):
-            left[rows] = every.sum(axis=0) - matrix[rows] @ blocks
-            left[rows] -= groups_gone(matrix[rows], groups) @ samplers
+            gone = np.hstack([matrix[rows], groups_gone(matrix[rows], groups)])
+            left[rows] = whole - gone.astype(number) @ saved
         params, macs, attention_macs, weight_bytes, *picoseconds = np.ascontiguousarray(left.T)
         return PlanCosts(
             params,

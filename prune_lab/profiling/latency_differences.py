@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 
 from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.errors import ConfigError
@@ -32,10 +32,10 @@ from prune_lab.profiling.plan_matrix import SamplerGroup, sampler_groups
 from prune_lab.runtime import Environment, track
 from prune_lab.surgery import bypassed, materialise
 
-ForwardTimer: TypeAlias = Callable[[UNet2DConditionModel, Mapping[str, Any]], float]
+ForwardTimer: TypeAlias = Callable[[ModelMixin, Mapping[str, Any]], float]
 
 
-def forward_ms(unet: UNet2DConditionModel, inputs: Mapping[str, Any]) -> float:
+def forward_ms(unet: ModelMixin, inputs: Mapping[str, Any]) -> float:
     """Milliseconds of one forward pass, the device idle before and after."""
     return call_ms(lambda: unet(**inputs), unet.device)
 
@@ -82,7 +82,7 @@ def _take_blocks_off(saved: dict[str, list[float]], groups: Sequence[SamplerGrou
 
 
 def _student_gain(
-    unet: UNet2DConditionModel,
+    unet: ModelMixin,
     plan: PruningPlan,
     inputs: Mapping[str, Any],
     timer: ForwardTimer,
@@ -98,7 +98,7 @@ def _student_gain(
 
 
 def measure_latency_table(
-    unet: UNet2DConditionModel,
+    unet: ModelMixin,
     *,
     calibrate: Sequence[PruningPlan] = (),
     held_out: Sequence[PruningPlan] = (),

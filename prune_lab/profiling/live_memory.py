@@ -133,11 +133,12 @@ class LiveSpan:
 
 
 def spans(
-    unet: nn.Module, paths: Mapping[str, str], inputs: Mapping[str, Any], head: str = ""
+    unet: nn.Module, paths: Mapping[str, str], inputs: Mapping[str, Any]
 ) -> tuple[dict[str, LiveSpan], int]:
     """The span of every part by name, and of the whole pass the most.
 
-    ``paths`` has a module path for each part; from the module ``head`` on, all to the end is one part.
+    ``paths`` has a module path for each part, in order of execution; the modules that the whole calls after the last
+    part are one more, HEAD.
     """
     found: dict[str, LiveSpan] = {}
     before: dict[str, int] = {}
@@ -161,7 +162,11 @@ def spans(
 
         return hook
 
-    handles = []
+    def head_started(*_: Any) -> None:
+        if HEAD not in before and last in found:
+            started(HEAD)()
+
+    handles, last = [], list(paths)[-1] if paths else ""
     with torch.no_grad(), LiveBytes(unet) as live, _FusedAttention():
         # Made anew inside: what the caller holds is alive all along, and counts.
         own = {name: _renewed(value) for name, value in inputs.items()}
@@ -170,13 +175,12 @@ def spans(
                 module = unet.get_submodule(path)
                 handles.append(module.register_forward_pre_hook(started(name)))
                 handles.append(module.register_forward_hook(ended(name)))
-            if head:
-                handles.append(unet.get_submodule(head).register_forward_pre_hook(started(HEAD)))
+            handles += [child.register_forward_pre_hook(head_started) for child in unet.children()]
             unet(**own)
         finally:
             for handle in handles:
                 handle.remove()
-        if head:
+        if HEAD in before:
             found[HEAD] = LiveSpan(before[HEAD], live.peak, 0, 0)
         return found, max(overall, live.peak)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 
 from prune_lab.counting import count_macs
 from prune_lab.errors import DataError, ModelNotFoundError
@@ -63,7 +63,7 @@ def profile_from_dict(values: Mapping[str, Any]) -> Profile:
         ) from None
 
 
-def tensor_bytes(unet: UNet2DConditionModel) -> int:
+def tensor_bytes(unet: ModelMixin) -> int:
     """Bytes of everything that is saved with ``unet``; a safetensors file adds a header of some kilobytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in unet.state_dict().values())
 
@@ -79,7 +79,7 @@ def weights_on_disk(folder: Path) -> int:
 
 
 def profile(
-    source: UNet2DConditionModel | Mapping[str, Any],
+    source: ModelMixin | Mapping[str, Any],
     *,
     batch: int = 1,
     latent: int | None = None,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from prune_lab.blocks import Architecture, architecture_of
@@ -42,12 +42,12 @@ def random_unet(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-) -> UNet2DConditionModel:
+) -> ModelMixin:
     """A U-Net of ``config`` with random weights in evaluation mode, for timing: made in seconds, good for nothing else.
 
     The same 4,096 normal numbers are repeated through all weights; no kernel's time depends on which they are.
     """
-    unet: UNet2DConditionModel = nn.Module.to(meta_unet(config), dtype).to_empty(device=device)
+    unet: ModelMixin = nn.Module.to(meta_unet(config), dtype).to_empty(device=device)
     noise = 0.02 * torch.randn(4096, generator=seeded(seed)).to(device=device, dtype=dtype)
     with torch.no_grad():
         for tensor in (*unet.parameters(), *unet.buffers()):
@@ -171,7 +171,7 @@ def _timed(modules: Mapping[str, nn.Module], device: torch.device) -> Iterator[d
 
 
 def profile_blocks(
-    unet: UNet2DConditionModel,
+    unet: ModelMixin,
     *,
     batch: int = 1,
     latent: int | None = None,

@@ -21,7 +21,7 @@ from prune_lab.search.results import CachedObjective, FrontPoint, ImpactOf, undo
 from prune_lab.search.sampling import sample_near
 from prune_lab.search.space import Removed, Space, space_of
 
-_NEVER = 1e30  # the impact of a plan that was not measured because it breaks a rule; such a plan never wins
+_NOT_MEASURED = 1e30  # the impact of a plan that breaks a rule: it is not measured, and never wins
 
 
 def evolve_plans(
@@ -119,7 +119,7 @@ def _finished(study: Any) -> list[Any]:
 
 
 def _measured(study: Any) -> list[Any]:
-    return [trial for trial in _finished(study) if trial.values[0] < _NEVER]
+    return [trial for trial in _finished(study) if trial.values[0] < _NOT_MEASURED]
 
 
 def _removed(trial: Any) -> Removed:
@@ -171,4 +171,4 @@ def _tell(
         trial.set_constraint("rules", broken)
         trial.set_constraint("budgets", sum(over))
         trial.set_user_attr("removed", sorted(removed))
-        study.tell(trial, [impacts.get(removed, _NEVER), *(cost.amount(metric) for metric in metrics)])
+        study.tell(trial, [impacts.get(removed, _NOT_MEASURED), *(cost.amount(metric) for metric in metrics)])

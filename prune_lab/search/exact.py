@@ -158,8 +158,8 @@ def _plan_name(budgets: Sequence[Budget], number: int | None = None) -> str:
 
 
 def _scoreless(architecture: Architecture, costs: CostTable, constraints: Constraints) -> Program:
-    nothing = Effects({block.name: 0.0 for block in architecture.blocks})
-    return Program(space_of(architecture, costs, (), constraints), nothing)
+    zero = Effects({block.name: 0.0 for block in architecture.blocks})
+    return Program(space_of(architecture, costs, (), constraints), zero)
 
 
 def _without(name: str, names: tuple[str, ...]) -> tuple[str, ...]:

@@ -74,14 +74,14 @@ def _cheapest(program: Program, objective: CachedObjective, gone: Removed, steps
     missing = _missing(space, gone)
     progress = {step.blocks: _progress(missing, _missing(space, gone | step.blocks)) for step in steps}
 
-    def price(step: _Step) -> tuple[bool, float]:
-        # What removing helps the model comes first, whatever it saves.
+    def per_progress(step: _Step) -> tuple[bool, float]:
+        # A step that lowers the impact comes first, whatever it saves.
         helps = step.added <= 0
         return not helps, step.added if helps else step.added / max(progress[step.blocks], 1e-12)
 
     left = list(steps)
     while True:
-        step = min(left, key=price)
+        step = min(left, key=per_progress)
         after = gone | step.blocks
         if step.given != gone:
             before, impact = objective.of([gone, after]).tolist()

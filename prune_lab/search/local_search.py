@@ -1,4 +1,4 @@
-"""Swap descent: from a good plan to the best one nearby, by measuring."""
+"""Local search: from a good plan to the best one nearby, by measuring."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def local_search(
     searched, DataError for a bad measurement.
     """
     if rounds < 1:
-        raise ConfigError(f"asked for {rounds} rounds of descent; give at least 1")
+        raise ConfigError(f"asked for {rounds} rounds of local search; give at least 1")
     space = space_of(architecture, costs, budgets, constraints)
     levels = space.chosen(start)
     removed = frozenset(start.removed)
@@ -54,18 +54,18 @@ def local_search(
             break
         removed, best = near[int(impacts.argmin())], float(impacts.min())
         levels = space.chosen(space.plan(removed))
-    return SearchResult(space.plan(removed, "descent"), best, objective.count)
+    return SearchResult(space.plan(removed, "local-search"), best, objective.count)
 
 
 def _neighbours(space: Space, chosen: tuple[Removed, ...]) -> Iterator[Removed]:
-    whole = frozenset().union(*chosen)
+    removed = frozenset().union(*chosen)
     for present, options in zip(chosen, space.levels, strict=True):
-        yield from ((whole - present) | option for option in options if option != present)
+        yield from ((removed - present) | option for option in options if option != present)
     for place, gives in enumerate(chosen):
         for other, takes in enumerate(chosen):
             if place == other:
                 continue
-            rest = whole - gives - takes
+            rest = removed - gives - takes
             for smaller in _next(gives, space.levels[place], grow=False):
                 yield from (
                     rest | smaller | larger for larger in _next(takes, space.levels[other], grow=True)

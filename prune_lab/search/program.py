@@ -51,7 +51,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class LinearBound:
-    """Plans nearer than ``distance`` to this one (in blocks that only one of them removes) are out."""
+    """Excludes plans that differ from this one in fewer than ``distance`` blocks."""
 
     removed: Removed
     distance: int = 1
@@ -109,8 +109,8 @@ class Program:
         products = [frozenset(group.blocks) for group in sampler_groups(space.architecture)]
         products += [pair for pair in effects.interactions if pair not in products]
         self._level_of = {block: level for level, option in options for block in option}
-        self._apart = [blocks for blocks in products if blocks.issubset(members) and self._crosses(blocks)]
-        self.size = len(options) + len(self._apart)
+        self._products = [blocks for blocks in products if blocks.issubset(members) and self._crosses(blocks)]
+        self.size = len(options) + len(self._products)
         self._gone = {
             block: self._over_options([block in option for option in self._options]) for block in members
         }
@@ -138,9 +138,9 @@ class Program:
 
     def together(self, blocks: Removed) -> Vector:
         """1 when all of ``blocks`` are gone."""
-        if blocks in self._apart:
+        if blocks in self._products:
             vector = np.zeros(self.size)
-            vector[len(self._options) + self._apart.index(blocks)] = 1.0
+            vector[len(self._options) + self._products.index(blocks)] = 1.0
             return vector
         return self._over_options([blocks <= option for option in self._options])
 
@@ -159,7 +159,7 @@ class Program:
         """The variables when exactly these blocks are gone."""
         parts = {removed & frozenset().union(*level) for level in self.space.levels}
         values = [option in parts for option in self._options]
-        return np.concatenate([values, [blocks <= removed for blocks in self._apart]]).astype(np.float64)
+        return np.concatenate([values, [blocks <= removed for blocks in self._products]]).astype(np.float64)
 
     def _impacts(self, effects: Effects) -> Vector:
         missing = sorted(block for block in self._gone if block not in effects.impacts)
@@ -191,7 +191,7 @@ class Program:
 
     def _linked(self) -> list[Row]:
         rows = []
-        for blocks in self._apart:
+        for blocks in self._products:
             y, xs = self.together(blocks), [self.gone(block) for block in sorted(blocks)]
             rows += [Row(y - x, -np.inf, 0.0) for x in xs]
             rows.append(Row(sum(xs, np.zeros(self.size)) - y, -np.inf, len(blocks) - 1.0))

@@ -42,14 +42,14 @@ def undominated(points: Sequence[FrontPoint], metrics: Sequence[Metric]) -> tupl
 
     A point beats another when it is nowhere worse and somewhere better; of equal points the first stays.
     """
-    worth = {
+    by_values = {
         (point.impact, *(point.costs[metric] for metric in metrics)): point for point in reversed(points)
     }
     kept = [
         point
-        for values, point in worth.items()
+        for values, point in by_values.items()
         if not any(
-            other != values and all(o <= v for o, v in zip(other, values, strict=True)) for other in worth
+            other != values and all(o <= v for o, v in zip(other, values, strict=True)) for other in by_values
         )
     ]
     return tuple(sorted(kept, key=lambda point: ([point.costs[metric] for metric in metrics], point.impact)))

@@ -1,7 +1,7 @@
 """Random plans near a budget: what interactions are fitted to, and what controls are drawn from.
 
-Every plan is the optimum of the exact program for random impacts, in a band just below a budget. Any 0-1 point of a
-set is a corner of its convex hull, so every allowed plan has a chance; all chances are not equal.
+Every plan is the optimum of the exact program for random impacts, in a band just below a budget. A 0-1 point is always
+a corner of the convex hull of the set it belongs to, so every allowed plan can be drawn; some are drawn more often.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from prune_lab.search.exact import NATIVE, check_reachable
 from prune_lab.search.program import Floor, LinearBound, Program
 from prune_lab.search.space import Removed, space_of
 
-_PATIENCE = 5  # draws in a row that find nothing new, before all that was found is cut off
+_PATIENCE = 5  # draws in a row that find nothing new, after which known plans are cut off
 
 
 def sample_near(
