@@ -466,6 +466,8 @@ def test_a_run_is_not_evaluated_with_other_settings(run_folder: Path) -> None:
         (("cache", "reference", "--out", "x", "--image-column", "y"), "--set data.image_column=VALUE"),
         (("distill", "reference", "--loss-variant", "raw"), "--set distill.loss_variant=VALUE"),
         (("evaluate", "reference", "--steps", "3"), "--set evaluate.steps=VALUE"),
+        (("rank", "runs/mine", "--address", "auto"), "--set engine.address=VALUE"),
+        (("rank", "runs/mine", "--first", "10"), "--set rank.first=VALUE"),
     ],
 )
 def test_an_option_that_a_verb_had_once_is_met_with_what_to_write(
