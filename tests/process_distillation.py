@@ -72,7 +72,8 @@ def main(folder: Path, given: dict[str, Any]) -> None:
     try:
         distill_together(setup_for(unet, validation, settings), students_of(unet, folder, PLANS))
     except PruneLabError as error:
-        sys.exit(f"error: {error}")
+        sys.stderr.write(f"error: {error}\n")  # at once, as the other process writes too
+        sys.exit(1)
     end_processes()
 
 
