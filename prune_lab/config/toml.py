@@ -50,11 +50,15 @@ def unknown_setting(name: str) -> ConfigError:
 
 
 def _suggestion(name: str) -> str:
-    known = tuple(SETTINGS)
-    leaf = name.rsplit(".", 1)[-1]
-    # a right name in the wrong table is a nearer miss than any spelling
-    moved = [other for other in known if other.rsplit(".", 1)[-1] == leaf]
-    near = moved or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    known, (table, _, leaf) = tuple(SETTINGS), name.rpartition(".")
+    # In the named table a near spelling will do; a right name in the wrong table is a nearer miss than any other.
+    here = [other for other in known if other.rpartition(".")[0] == table]
+    leaves = difflib.get_close_matches(leaf, {other.rpartition(".")[2] for other in known}, n=1, cutoff=0.8)
+    near = (
+        difflib.get_close_matches(name, here, n=1, cutoff=0.9)
+        or [other for other in known if other.rpartition(".")[2] in leaves]
+        or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    )
     if near:
         return f"did you mean {' or '.join(near)}?"
     tables = sorted({other.split(".")[0] for other in known})
