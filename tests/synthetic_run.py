@@ -55,6 +55,7 @@ PLANS = {
         "Up2.A2",
     ),
 }
+TOKENS = 77  # of a caption
 LEFT_OUT_REASON = "distillation stopped at step 40: the loss is not a number"
 DROPPED_REASON = "at rung 1 of 2, 100 steps: worse than the last survivor by 0.0581 [0.0560, 0.0602]"
 
@@ -87,6 +88,7 @@ def write_blocks(folder: Path) -> None:
                 "attention_macs": macs // 5 if kind == "attention" else 0,
                 "removable": name not in STARRED,
                 "reason": "changes the width" if name in STARRED else "",
+                "tokens": TOKENS,
                 "lane": {"Dn": "left", "Up": "right"}.get(stage[:2], "middle"),
                 "row": DEPTHS[stage],
             }
@@ -144,7 +146,8 @@ def write_costs(folder: Path) -> None:
     )
     costs = pd.concat([rows, extra], ignore_index=True)
     costs["paper_macs"] = costs["macs"] - costs["attention_macs"]
-    columns = ["name", "kind", "params", "macs", "attention_macs", "paper_macs"]
+    costs["weight_bytes"], costs["tokens"] = 4 * costs["params"], TOKENS
+    columns = ["name", "kind", "params", "macs", "attention_macs", "paper_macs", "weight_bytes", "tokens"]
     costs[columns].to_csv(folder / "costs.csv", index=False)
     write_reductions(folder, costs)
     pd.DataFrame(
@@ -154,7 +157,7 @@ def write_costs(folder: Path) -> None:
             ("vae_decoder", 1, 1_200_000, 700_000_000, 148.0, 0.1),
         ],
         columns=["part", "calls", "params", "macs", "median_ms", "share"],
-    ).to_csv(folder / "pipeline.csv", index=False)
+    ).assign(tokens=TOKENS).to_csv(folder / "pipeline.csv", index=False)
 
 
 def plan_cost(costs: pd.DataFrame, removed: tuple[str, ...], column: str) -> int:
@@ -175,7 +178,8 @@ def write_reductions(folder: Path, costs: pd.DataFrame) -> None:
             for column, whole in teacher.items():
                 own = factor * plan_cost(costs, removed, column)
                 row |= {column: own, f"{column}_change": own / whole - 1}
-            row |= {"blocks_removed": len(removed), "native": True, "uncounted": "add:108 silu:68"}
+            row |= {"blocks_removed": len(removed), "tokens": TOKENS, "native": True}
+            row |= {"uncounted": "add:108 silu:68"}
             if model == "reference":
                 row |= {"median_ms": 40.0 - len(removed), "latency_change": -len(removed) / 40.0}
                 row |= {"p10_ms": 38.12 - len(removed), "p90_ms": 43.91 - len(removed), "runs": 20}
