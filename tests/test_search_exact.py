@@ -367,7 +367,7 @@ def test_quotas_read_as_written() -> None:
     assert parse_quota(" Dn1 <= 2") == Quota("Dn1", 2)
     assert parse_quota("Up1=3") == Quota("Up1", 3, 3)
     assert parse_quota(Quota("Up1", 3, 3).text) == Quota("Up1", 3, 3)
-    with pytest.raises(ConfigError, match="Dn1<=2"):
+    with pytest.raises(ConfigError, match="STAGE<=2"):
         parse_quota("Dn1<2")
 
 

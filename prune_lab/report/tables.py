@@ -268,8 +268,7 @@ def _read_plans(run: Run, ranking: pd.DataFrame | None) -> tuple[PlanRow, ...]:
             )
         name = str((value.get("names") or [""])[0])
         label, origin = named.pop(plan_id, (name or plan_id, ""))
-        # The guess serves plans without an origin until every step writes it.
-        origin = origin or value.get("origin") or ("control" if name.startswith("bk-") else "search")
+        origin = origin or str(value.get("origin") or "control")  # written by a person: a control
         plans.append(PlanRow(plan_id, label, origin, tuple(map(str, value["removed"]))))
     if named:
         raise DataError(
