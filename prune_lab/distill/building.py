@@ -128,7 +128,7 @@ def _build_shard(
     pool: Executor,
 ) -> None:
     """Encode ``rows`` of ``source`` into ``path``; images that cannot be read are left out and named in the file."""
-    means, log_variances, captions, left_out = [], [], [], []
+    encoded, captions, left_out = [], [], []
     side = image_side(pipeline)
     for chunk, images in _decoded_chunks(source, rows, side, settings, pool):
         pairs = list(zip(chunk, images, strict=True))
@@ -137,17 +137,17 @@ def _build_shard(
         captions += [source.captions[row] for row, _ in good]
         if good:
             pixels = torch.cat([image for _, image in good])
-            mean, log_variance = encode_distributions(pipeline, pixels, batch=settings.batch)
-            shape = (len(good), settings.num_variants, *mean.shape[1:])
-            means.append(mean.reshape(shape))
-            log_variances.append(log_variance.reshape(shape))
-    if not means:
+            encoded.append(encode_distributions(pipeline, pixels, batch=settings.batch))
+    if not encoded:
         raise DataError(
             f"asked to encode {len(rows)} images of {source.title}, none of them can be read ({left_out[0]}); "
             "give images such as PNG, JPEG or WebP"
         )
     embeddings, added = encode_texts(pipeline, captions, (side, side), batch=settings.batch)
-    named = {"mean": torch.cat(means), "log_variance": torch.cat(log_variances), "embeddings": embeddings}
+    mean, log_variance = (torch.cat(parts) for parts in zip(*encoded, strict=True))
+    shape = (len(captions), settings.num_variants, *mean.shape[1:])
+    named = {"mean": mean.reshape(shape), "log_variance": log_variance.reshape(shape)}
+    named["embeddings"] = embeddings
     named |= {f"added.{name}": tensor for name, tensor in added.items()}
     tensors = {name: tensor.to(pick_dtype(settings.format)).contiguous() for name, tensor in named.items()}
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -18,6 +18,7 @@ from torch import nn
 
 from prune_lab.config import SETTINGS, DistillConfig
 from prune_lab.distill.checkpoint import TrainingState, check_fingerprint, load_checkpoint, save_checkpoint
+from prune_lab.distill.data import TrainingData
 from prune_lab.distill.features import FeaturePair
 from prune_lab.distill.recovery import Recovery, load_recovery, verdict_path, write_heldout, write_verdict
 from prune_lab.errors import DataError, DeviceError, RunError
@@ -26,9 +27,6 @@ from prune_lab.probes import Probe
 from prune_lab.runs import CandidatePaths
 from prune_lab.runtime import atomic_folder, pick_dtype, tensors_digest, write_frame
 from prune_lab.schemas import RECOVERY_COLUMNS
-
-if TYPE_CHECKING:
-    from prune_lab.distill.data import TrainingData
 
 VALIDATION = RECOVERY_COLUMNS.index("validation")
 Draw = Callable[[nn.Module, Path], None]  # writes a grid of pictures, drawn with a U-Net, to a file
