@@ -226,7 +226,7 @@ def measure(
     ways: Sequence[Way], setup: DistillSetup, student_runs: Sequence[StudentRun], runs: int
 ) -> tuple[dict[Way, list[float]], dict[Way, list[float]]]:
     """Seconds of every step of every way, and how many of them went into getting the batch; the ways take turns."""
-    settings, accelerator, device = setup.settings, init_processes(), torch.device(setup.device)
+    settings, device = setup.settings, torch.device(setup.device)
     whole: dict[Way, list[float]] = {way: [] for way in ways}
     data: dict[Way, list[float]] = {way: [] for way in ways}
     micro = settings.micro_batch or settings.batch
@@ -237,20 +237,10 @@ def measure(
             batch = draw_batch(way.data, setup.scheduler, settings, run + 1, device)
             synchronize(device)
             drawn = time.perf_counter()
-            student_states = [student_run.student_state for student_run in student_runs[: way.students]]
-            _, micro = joint_step(
-                setup.teacher,
-                student_states,
-                batch,
-                settings,
-                precision=setup.precision(accelerator),
-                micro=micro,
-                accelerator=accelerator,
-            )
+            chosen = student_runs[: way.students]
+            _, micro = joint_step(setup, chosen, batch, micro)
             synchronize(device)
-            if failure := next(
-                (student_state.failure for student_state in student_states if student_state.failure), ""
-            ):
+            if failure := next((student_run.failure for student_run in chosen if student_run.failure), ""):
                 raise SystemExit(f"a step was not taken, its time means nothing: {failure}")
             if run:
                 data[way].append(drawn - start)
@@ -384,10 +374,9 @@ def benchmark(arguments: argparse.Namespace, counts: Sequence[int]) -> tuple[pd.
         cached = build_cache(pipeline, source, pictures, Path(folder)).cache
         validation = random_probe(teacher.config, samples=2, seed=0)
         setup = DistillSetup(teacher, cached, pipeline.scheduler, settings, validation, device)
+        init_processes()
         student_runs = [
-            StudentRun.of(
-                setup, Student(build, pairs, Path(folder) / str(number)), build(), {}, init_processes()
-            )
+            StudentRun.of(setup, Student(build, pairs, Path(folder) / str(number)), build(), {})
             for number in range(max(counts))
         ]
         if device.type == "cuda":
@@ -397,7 +386,7 @@ def benchmark(arguments: argparse.Namespace, counts: Sequence[int]) -> tuple[pd.
         whole, data = measure(ways, setup, student_runs, arguments.runs)
     memory = training_memory(
         teacher,
-        student_runs[0].student_state.state.student,
+        student_runs[0].state.student,
         tokens=validation.embeddings.shape[1],
         device=device,
     )

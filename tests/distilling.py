@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from conftest import TINY_UNET
@@ -12,7 +13,10 @@ from diffusers import PNDMScheduler, UNet2DConditionModel
 
 from prune_lab.blocks import architecture_of
 from prune_lab.config import DistillConfig
-from prune_lab.distill import DistillSetup, FeaturePair, LatentData, Student, distill_together, feature_pairs
+from prune_lab.distill import DistillSetup, LatentData, Recovery, Student, distill_together, feature_pairs
+from prune_lab.distill.batches import Batch
+from prune_lab.distill.features import FeaturePair
+from prune_lab.distill.losses import Losses, student_losses, teacher_output
 from prune_lab.plans import parse_plan
 from prune_lab.probes import Probe, random_probe
 from prune_lab.surgery import materialise
@@ -78,6 +82,34 @@ def students_of(unet: UNet2DConditionModel, folder: Path, plans: Sequence[str]) 
         Student(partial(materialise, unet, plan), feature_pairs(architecture, plan), folder / name)
         for name, plan in parsed.items()
     ]
+
+
+def distill(
+    teacher: Any,
+    student: Any,
+    pairs: Sequence[FeaturePair],
+    data: LatentData,
+    settings: DistillConfig,
+    folder: Path,
+    validation: Probe,
+    **more: Any,
+) -> Recovery:
+    """The recovery of one ``student``, which is trained in place."""
+    setup = DistillSetup(teacher, data, SCHEDULER, settings, validation)
+    one = Student(lambda: student, tuple(pairs), folder)
+    (recovery,) = distill_together(setup, [one], **more)
+    return recovery
+
+
+def batch_losses(
+    teacher: Any, student: Any, pairs: Sequence[FeaturePair], batch: Batch, *, variant: str = "raw"
+) -> Losses:
+    """The losses of one student on ``batch``; a teacher in bfloat16 puts the student under autocast."""
+    output = teacher_output(teacher, [pair.teacher_path for pair in pairs], batch, torch.float32)
+    precision = next(teacher.parameters()).dtype
+    return student_losses(
+        student, output, pairs, batch, variant=variant, precision=precision, forward=student
+    )
 
 
 def distil_alone(unet: UNet2DConditionModel, folder: Path) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from training_images import add_to_tar, png_image
+from training_images import add_to_tar, captions_of, open_source, png_image
 
 from prune_lab.config import DataConfig
-from prune_lab.distill import archives, build_cache, open_source
+from prune_lab.distill import archives, build_cache
 from prune_lab.distill.archives import parquet_table
 
 ROWS = 150
@@ -71,7 +71,7 @@ def test_images_in_a_damaged_page_are_left_out(tiny_pipeline: Any, tmp_path: Pat
     content[2000:4000] = b"?" * 2000  # in the images of the first row group
     path.write_bytes(content)
     cache = build_cache(tiny_pipeline, open_source(str(path)), DataConfig(batch=2), tmp_path / "cache").cache
-    assert cache.captions() == ("3", "4", "5")
+    assert captions_of(cache) == ("3", "4", "5")
     assert [text.split(":")[0] for text in cache.left_out] == [f"row {row} of {path}" for row in range(3)]
 
 

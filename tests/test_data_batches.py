@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from distilling import SCHEDULER, made_up_data
-from training_images import CACHED, MANY, TRAINING, write_images
+from training_images import CACHED, MANY, TRAINING, open_source, write_images
 
-from prune_lab.distill import LatentCache, LatentData, LiveData, build_cache, draw_batch, open_source
+from prune_lab.distill import LatentCache, LatentData, LiveData, build_cache, draw_batch
 from prune_lab.distill.batches import batch_rows, generator_for
 from prune_lab.probes import encode_captions
 
@@ -78,7 +78,7 @@ def test_live_data_give_the_batches_of_the_cache(
     tiny_pipeline: Any, shared_folder: Path, cache: LatentCache
 ) -> None:
     live = LiveData.of(tiny_pipeline, open_source(str(shared_folder)), MANY)
-    assert (len(live), live.variants, live.channels, live.width) == (7, 3, 4, 16)
+    assert (len(live), live.variants, live.channels, live.empty_embedding.shape[-1]) == (7, 3, 4, 16)
     for step in (1, 2):
         found, wanted = (draw_batch(data, SCHEDULER, TRAINING, step) for data in (live, cache))
         for name in ("noisy", "target", "timesteps", "embeddings"):

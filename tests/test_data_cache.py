@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from training_images import CACHED, CAPTIONS, MANY, png_image
+from training_images import CACHED, CAPTIONS, MANY, captions_of, open_source, png_image
 
 from prune_lab.config import DataConfig
-from prune_lab.distill import LatentCache, LiveData, build_cache, open_source
+from prune_lab.distill import LatentCache, LiveData, build_cache
 from prune_lab.distill.encoding import crop_variants, decode_image, encode_distributions
 from prune_lab.errors import DataError
 from prune_lab.models import load_pipeline, resolve_model
@@ -43,9 +43,9 @@ def test_the_cache_holds_what_the_encoders_say(
 ) -> None:
     settings = dataclasses.replace(CACHED, flip=True)
     cache = build_cache(tiny_pipeline, open_source(str(image_folder)), settings, tmp_path / "cache").cache
-    assert (len(cache), cache.variants, cache.channels, cache.width) == (7, 2, 4, 16)
+    assert (len(cache), cache.variants, cache.channels, cache.empty_embedding.shape[-1]) == (7, 2, 4, 16)
     assert [shard.rows for shard in cache.shards] == [3, 3, 1]
-    assert cache.captions() == CAPTIONS
+    assert captions_of(cache) == CAPTIONS
     pixels = torch.cat(
         [crop_variants(decode_image(png_image(row)), 32, CACHED, row, (0,)) for row in range(7)]
     )
@@ -80,7 +80,7 @@ import torch
 torch.set_num_threads(1)
 import prune_lab.distill.building as building
 from prune_lab.config import DataConfig
-from prune_lab.distill import build_cache, open_source
+from prune_lab.distill import build_cache, source_of
 from prune_lab.models import load_pipeline, resolve_model
 whole = building._build_shard
 def dying(path, *more):
@@ -91,7 +91,7 @@ def dying(path, *more):
 building._build_shard = dying
 model, images, out = sys.argv[1:]
 pipeline = load_pipeline(resolve_model(model))
-build_cache(pipeline, open_source(images), DataConfig(shard=3, batch=2), Path(out))
+build_cache(pipeline, source_of(DataConfig(source=images)), DataConfig(shard=3, batch=2), Path(out))
 """
 
 
@@ -235,7 +235,7 @@ def test_broken_pictures_are_left_out_and_counted(
     source = open_source(str(image_folder))
     cache = build_cache(tiny_pipeline, source, CACHED, tmp_path / "cache").cache
     assert [shard.rows for shard in cache.shards] == [2, 2, 1]
-    assert cache.captions() == (*CAPTIONS[1:5], CAPTIONS[6])
+    assert captions_of(cache) == (*CAPTIONS[1:5], CAPTIONS[6])
     assert [text.split(":")[0] for text in cache.left_out] == [
         str(image_folder / "0.png"),
         str(image_folder / "more/5.png"),

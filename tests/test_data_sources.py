@@ -18,10 +18,10 @@ import pandas as pd
 import pytest
 import torch
 from hub_server import serve
-from training_images import CACHED, CAPTIONS, add_to_tar, contents, png_image, write_images
+from training_images import CACHED, CAPTIONS, add_to_tar, contents, open_source, png_image, write_images
 
 from prune_lab.config import DataConfig
-from prune_lab.distill import open_source, source_of
+from prune_lab.distill import source_of
 from prune_lab.distill.encoding import crop_variants, decode_image
 from prune_lab.errors import DataError
 
@@ -129,10 +129,11 @@ def as_arrow(folder: Path) -> None:
 
 READ_FROM_THE_HUB = """
 import hashlib, json, sys
-from prune_lab.distill import open_source
+from prune_lab.config import DataConfig
+from prune_lab.distill import source_of
 found = {}
 for name in sys.argv[1:]:
-    source = open_source(name)
+    source = source_of(DataConfig(source=name))
     digests = [hashlib.sha1(source.content(row)).hexdigest() for row in range(len(source))]
     found[name] = [sorted(zip(source.captions, digests)), source.digest, source.title]
 print(json.dumps(found))

@@ -14,7 +14,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from distilling import SCHEDULER, SETTINGS, made_up_data, same, student_of, validation_probe, weights
+from distilling import (
+    SCHEDULER,
+    SETTINGS,
+    batch_losses,
+    distill,
+    made_up_data,
+    same,
+    student_of,
+    validation_probe,
+    weights,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -23,19 +33,16 @@ import prune_lab.distill.loop as loop
 from prune_lab.blocks import architecture_of
 from prune_lab.config import DistillConfig
 from prune_lab.distill import (
-    FeaturePair,
     LatentData,
     Recovery,
-    batch_losses,
     cached_data,
-    distill,
     draw_batch,
     encode_data,
     feature_pairs,
     load_recovery,
-    tapped,
 )
 from prune_lab.distill.batches import batch_rows
+from prune_lab.distill.features import FeaturePair, tapped
 from prune_lab.errors import DataError, DeviceError, NonNativePlanError, RunError
 from prune_lab.models import load_pipeline, resolve_model
 from prune_lab.plans import native_choices, parse_plan, plan_of
@@ -345,9 +352,7 @@ def run(
     **more: Any,
 ) -> tuple[Recovery, UNet2DConditionModel]:
     student, pairs = student_of(unet, plan)
-    recovery = distill(
-        unet, student, pairs, made_up_data(), SCHEDULER, config, folder=folder, validation=validation, **more
-    )
+    recovery = distill(unet, student, pairs, made_up_data(), config, folder, validation, **more)
     return recovery, student
 
 
@@ -570,15 +575,14 @@ def test_every_candidate_sees_the_same_batches(
 
 def test_what_does_not_fit_is_refused(tiny_unet: Any, tmp_path: Path, validation: Probe) -> None:
     student, pairs = student_of(tiny_unet, "bk-small")
-    more: dict[str, Any] = {"folder": tmp_path, "validation": validation}
     narrow = dataclasses.replace(
         made_up_data(), embeddings=torch.zeros(5, 7, 12), empty_embedding=torch.zeros(7, 12)
     )
     with pytest.raises(DataError, match=r"text of width 16.* have 4 and 12"):
-        distill(tiny_unet, student, pairs, narrow, SCHEDULER, SETTINGS, **more)
+        distill(tiny_unet, student, pairs, narrow, SETTINGS, tmp_path, validation)
     half = copy.deepcopy(tiny_unet).half()
     with pytest.raises(DeviceError, match="bfloat16"):
-        distill(half, student, pairs, made_up_data(), SCHEDULER, SETTINGS, **more)
+        distill(half, student, pairs, made_up_data(), SETTINGS, tmp_path, validation)
     assert not any(tmp_path.iterdir())
 
 
@@ -594,7 +598,5 @@ def test_a_teacher_in_bfloat16_teaches_a_student_in_float32(
     for name in ("task", "output", "feature"):
         assert getattr(rough, name).item() == pytest.approx(getattr(exact, name).item(), rel=0.1)
     config = dataclasses.replace(SETTINGS, steps=1)
-    distill(
-        teacher, student, pairs, made_up_data(), SCHEDULER, config, folder=tmp_path, validation=validation
-    )
+    distill(teacher, student, pairs, made_up_data(), config, tmp_path, validation)
     assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}

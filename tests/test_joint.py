@@ -17,6 +17,7 @@ from conftest import TINY_UNET, build_unet
 from distilling import (
     SCHEDULER,
     SETTINGS,
+    batch_losses,
     made_up_data,
     same,
     setup_for,
@@ -30,17 +31,10 @@ from killed_distillation import PLANS
 from safetensors.torch import load_file
 
 import prune_lab.distill.joint as joint
-from prune_lab.distill import (
-    TrainingMemory,
-    batch_losses,
-    distill_together,
-    draw_batch,
-    load_heldout,
-    load_recovery,
-)
+from prune_lab.distill import distill_together, draw_batch, load_heldout, load_recovery
 from prune_lab.distill.joint import compiled_blocks
 from prune_lab.distill.losses import teacher_output
-from prune_lab.distill.memory import pass_bytes
+from prune_lab.distill.memory import TrainingMemory, pass_bytes
 from prune_lab.errors import ConfigError, DeviceError
 from prune_lab.families import example_inputs
 from prune_lab.probes import Probe

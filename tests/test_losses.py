@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from conftest import SHAPES, build_unet
 from diffusers import DDPMScheduler
-from distilling import SCHEDULER, SETTINGS, made_up_data, student_of
+from distilling import SCHEDULER, SETTINGS, batch_losses, made_up_data, student_of
 from hypothesis import given
 from hypothesis import strategies as st
 
 from prune_lab.blocks import architecture_of
 from prune_lab.config import CHOICES, DistillConfig
-from prune_lab.distill import FEATURE_VARIANTS, batch_losses, draw_batch, feature_pairs
+from prune_lab.distill import FEATURE_VARIANTS, draw_batch, feature_pairs
 from prune_lab.distill.batches import min_snr_weights
 from prune_lab.distill.joint import learning_rate_at
 from prune_lab.distill.losses import masked_error, normalised_error, squared_error

@@ -7,13 +7,15 @@ import io
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
 from prune_lab.config import DataConfig, DistillConfig
-from prune_lab.distill import ImageSource
+from prune_lab.distill import ImageSource, LatentCache, source_of
+from prune_lab.distill.cache import read_cache_file
 
 CAPTIONS = ("a cat", "a dog, smiling", "two cats", "", "an owl", "a fox", "rain")
 CACHED = DataConfig(shard=3, batch=2)
@@ -38,6 +40,17 @@ def write_images(folder: Path, captions: Sequence[str] = CAPTIONS) -> Path:
         (folder / name).write_bytes(png_image(row))
     pd.DataFrame({"file_name": names, "text": captions}).to_csv(folder / "metadata.csv", index=False)
     return folder
+
+
+def open_source(text: str, **more: Any) -> ImageSource:
+    """The images that ``text`` names, with ``more`` settings of the table ``data``."""
+    return source_of(DataConfig(source=text, **more))
+
+
+def captions_of(cache: LatentCache) -> tuple[str, ...]:
+    """The captions of all rows, read from all shards."""
+    files = [read_cache_file(cache.folder / shard.file)[0]["captions"] for shard in cache.shards]
+    return tuple(caption for captions in files for caption in captions)
 
 
 def contents(source: ImageSource) -> list[tuple[str, bytes]]:

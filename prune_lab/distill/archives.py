@@ -13,7 +13,6 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -125,14 +124,9 @@ class _ParquetCells:
     def read(self, row: int) -> Any:
         """The cell of ``row``. Raises OSError or ValueError where the file is damaged."""
         with self._lock:
-            found = self._in_memory(row)
-            if found is None:
-                found = self._decode(row)
-        first, cells = found
+            here = (one for one in self._decoded if one[0] <= row < one[0] + len(one[1]))
+            first, cells = next(here, None) or self._decode(row)
         return cells[row - first].as_py()
-
-    def _in_memory(self, row: int) -> tuple[int, Array] | None:
-        return next((one for one in self._decoded if one[0] <= row < one[0] + len(one[1])), None)
 
     def _decode(self, row: int) -> tuple[int, Array]:
         group = bisect_right(self._starts, row) - 1
@@ -159,13 +153,13 @@ def parquet_table(paths: Sequence[Path]) -> LazyTable:
     """
     heads = [read_metadata(path) for path in paths]
     names = [head.schema.to_arrow_schema().names for head in heads]
-    groups = [
-        (path, number)
-        for path, head in zip(paths, heads, strict=True)
-        for number in range(head.num_row_groups)
-    ]
-    counts = [head.row_group(number).num_rows for head in heads for number in range(head.num_row_groups)]
-    starts = [end - count for end, count in zip(accumulate(counts), counts, strict=True)]
+    common = tuple(name for name in names[0] if all(name in others for others in names))
+    groups, starts, rows = [], [], 0
+    for path, head in zip(paths, heads, strict=True):
+        for number in range(head.num_row_groups):
+            groups.append((path, number))
+            starts.append(rows)
+            rows += head.row_group(number).num_rows
 
     def column(name: str) -> list[Any]:
         found = []
@@ -174,5 +168,4 @@ def parquet_table(paths: Sequence[Path]) -> LazyTable:
                 found += file.read(columns=[name])[name].to_pylist()
         return found
 
-    common = tuple(name for name in names[0] if all(name in others for others in names))
     return LazyTable(common, column, lambda name: _ParquetCells(groups, starts, name).read)

@@ -6,6 +6,7 @@ noise and timesteps, and a run that was stopped goes on exactly as it would have
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +31,12 @@ class Batch:
     timesteps: Tensor  # (B,) int64
     embeddings: Tensor  # (B, L, D)
     added: Mapping[str, Tensor]
+
+    def rows(self, rows: slice) -> Batch:
+        """The samples ``rows`` of the batch."""
+        tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        added = {name: tensor[rows] for name, tensor in tensors.pop("added").items()}
+        return Batch(**{name: tensor[rows] for name, tensor in tensors.items()}, added=added)
 
 
 def generator_for(seed: int, purpose: str, number: int) -> torch.Generator:

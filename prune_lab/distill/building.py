@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from prune_lab.distill.encoding import (
     key_of,
     provenance_of,
 )
-from prune_lab.distill.sources import ImageSource, open_source
+from prune_lab.distill.sources import ImageSource, source_of
 from prune_lab.errors import DataError, StorageError
 from prune_lab.runtime import pick_dtype, read_json, tensors_digest, track, write_json
 
@@ -56,14 +57,9 @@ class CacheBuild:
     """A finished cache and the work of this build."""
 
     cache: LatentCache
-    encoded: (
-        int  # images encoded by all processes of this build, without those of shards that were there before
-    )
+    # Images encoded by all processes of this build, without those of shards that were there before.
+    encoded: int
     seconds: float
-
-
-def _shard_path(folder: Path, number: int) -> Path:
-    return folder / f"shard-{number:05d}.safetensors"
 
 
 def _check_provenance(folder: Path, provenance: Mapping[str, str | int]) -> None:
@@ -99,10 +95,13 @@ def _is_complete(path: Path, key: str) -> bool:
         return False
 
 
-def _decode_rows(
-    source: ImageSource, rows: Sequence[int], side: int, settings: DataConfig, pool: Executor
-) -> list[Tensor | str]:
-    """The variants (V, 3, side, side) of the image of each row, or why there are none."""
+def _decoded_chunks(
+    source: ImageSource, rows: range, side: int, settings: DataConfig, pool: Executor
+) -> Iterator[tuple[range, list[Tensor | str]]]:
+    """Rows, ``settings.batch`` at a time, and the variants (V, 3, side, side) of the image of each, or why none.
+
+    The next are decoded while the caller encodes the last.
+    """
 
     def decode_row(row: int) -> Tensor | str:
         try:
@@ -111,21 +110,12 @@ def _decode_rows(
         except UNREADABLE as error:
             return f"{source.name(row)}: {error}"
 
-    return list(pool.map(decode_row, rows))
-
-
-def _decoded_chunks(
-    source: ImageSource, rows: range, side: int, settings: DataConfig, pool: Executor
-) -> Iterator[tuple[range, list[Tensor | str]]]:
-    """Rows and images, ``settings.batch`` at a time; the next are decoded while the caller encodes the last."""
     chunks = [rows[start : start + settings.batch] for start in range(0, len(rows), settings.batch)]
-    with ThreadPoolExecutor(1) as reader:
-        waiting = reader.submit(_decode_rows, source, chunks[0], side, settings, pool)
-        for place, chunk in enumerate(chunks):
-            images = waiting.result()
-            if place + 1 < len(chunks):
-                waiting = reader.submit(_decode_rows, source, chunks[place + 1], side, settings, pool)
-            yield chunk, images
+    waiting = pool.map(decode_row, chunks[0])
+    for chunk, after in zip_longest(chunks, chunks[1:], fillvalue=range(0)):
+        images = list(waiting)
+        waiting = pool.map(decode_row, after)  # begins at once
+        yield chunk, images
 
 
 def _build_shard(
@@ -138,25 +128,26 @@ def _build_shard(
     pool: Executor,
 ) -> None:
     """Encode ``rows`` of ``source`` into ``path``; images that cannot be read are left out and named in the file."""
-    means, log_variances, captions, left_out = [], [], [], []
-    for chunk, images in _decoded_chunks(source, rows, image_side(pipeline), settings, pool):
+    encoded, captions, left_out = [], [], []
+    side = image_side(pipeline)
+    for chunk, images in _decoded_chunks(source, rows, side, settings, pool):
         pairs = list(zip(chunk, images, strict=True))
         good = [(row, image) for row, image in pairs if isinstance(image, Tensor)]
         left_out += [reason for _, reason in pairs if isinstance(reason, str)]
         captions += [source.captions[row] for row, _ in good]
         if good:
             pixels = torch.cat([image for _, image in good])
-            mean, log_variance = encode_distributions(pipeline, pixels, batch=settings.batch)
-            shape = (len(good), settings.num_variants, *mean.shape[1:])
-            means.append(mean.reshape(shape))
-            log_variances.append(log_variance.reshape(shape))
-    if not means:
+            encoded.append(encode_distributions(pipeline, pixels, batch=settings.batch))
+    if not encoded:
         raise DataError(
             f"asked to encode {len(rows)} images of {source.title}, none of them can be read ({left_out[0]}); "
             "give images such as PNG, JPEG or WebP"
         )
-    embeddings, added = encode_texts(pipeline, captions, batch=settings.batch)
-    named = {"mean": torch.cat(means), "log_variance": torch.cat(log_variances), "embeddings": embeddings}
+    embeddings, added = encode_texts(pipeline, captions, (side, side), batch=settings.batch)
+    mean, log_variance = (torch.cat(parts) for parts in zip(*encoded, strict=True))
+    shape = (len(captions), settings.num_variants, *mean.shape[1:])
+    named = {"mean": mean.reshape(shape), "log_variance": log_variance.reshape(shape)}
+    named["embeddings"] = embeddings
     named |= {f"added.{name}": tensor for name, tensor in added.items()}
     tensors = {name: tensor.to(pick_dtype(settings.format)).contiguous() for name, tensor in named.items()}
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
@@ -229,7 +220,8 @@ def build_cache(
         for path in [path for pattern in patterns for path in folder.glob(pattern)]:
             path.unlink(missing_ok=True)
     state.wait_for_everyone()
-    paths = [_shard_path(folder, number) for number in range(-(-len(source) // settings.shard))]
+    shards = range(-(-len(source) // settings.shard))
+    paths = [folder / f"shard-{number:05d}.safetensors" for number in shards]
     missing = [number for number, path in enumerate(paths) if not _is_complete(path, key)]
     finished = is_cache(folder) and not missing
     state.wait_for_everyone()  # all processes know what is missing before the first one writes
@@ -248,17 +240,6 @@ def build_cache(
     cache = LatentCache.load(folder)
     encoded = sum(cache.shards[number].rows for number in missing)
     return CacheBuild(cache, encoded, time.perf_counter() - start)
-
-
-def source_of(settings: DataConfig) -> ImageSource:
-    """The images that ``settings.source`` names. Raises DataError."""
-    return open_source(
-        settings.source,
-        image_column=settings.image_column,
-        caption_column=settings.caption_column,
-        limit=settings.limit,
-        seed=settings.seed,
-    )
 
 
 def training_data(pipeline: Any, settings: DataConfig, folder: Path) -> TrainingData:

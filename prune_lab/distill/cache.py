@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prune_lab.distill.data import EncodedBatch, with_prefix
-from prune_lab.distill.encoding import encoders_digest, image_side, key_of
+from prune_lab.distill.encoding import encoders_digest, image_side
 from prune_lab.errors import DataError
 from prune_lab.runtime import atomic_write, read_json
 
@@ -145,16 +145,6 @@ class LatentCache:
         return int(self.provenance["variants"])
 
     @property
-    def width(self) -> int:
-        """Width of the text embeddings."""
-        return self.empty_embedding.shape[-1]
-
-    @property
-    def key(self) -> str:
-        """16 hexadecimal digits that change with anything in the provenance."""
-        return key_of(self.provenance)
-
-    @property
     def bytes(self) -> int:
         """Size of the shards on disk."""
         return sum(shard.bytes for shard in self.shards)
@@ -182,32 +172,17 @@ class LatentCache:
             self._mapped[shard] = tensors
         return self._mapped[shard]
 
-    def captions(self) -> tuple[str, ...]:
-        """The captions of all rows, read from all shards."""
-        found: list[str] = []
-        for shard in self.shards:
-            found += read_cache_file(self.folder / shard.file)[0]["captions"]
-        return tuple(found)
-
     def rows(self, indices: Tensor, variants: Tensor) -> EncodedBatch:
         """The rows ``indices`` (B,) in ``variants`` (B,), read shard by shard. Raises DataError for a damaged file."""
         shards = torch.searchsorted(self._starts, indices, right=True) - 1
         rows = indices - self._starts[shards]  # of the shard
-        parts: list[dict[str, Tensor]] = []
-        places = []
+        found: dict[str, Tensor] = {}
         for shard in torch.unique(shards).tolist():
-            place = (shards == shard).nonzero()[:, 0]
-            row, variant = rows[place], variants[place]
-            tensors = self._tensors(shard)
-            parts.append(
-                {
-                    name: (tensor[row, variant] if name in ("mean", "log_variance") else tensor[row]).float()
-                    for name, tensor in tensors.items()
-                }
-            )
-            places.append(place)
-        order = torch.cat(places).argsort()
-        found = {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
+            here = shards == shard
+            row, variant = rows[here], variants[here]
+            for name, tensor in self._tensors(shard).items():
+                part = (tensor[row, variant] if name in ("mean", "log_variance") else tensor[row]).float()
+                found.setdefault(name, part.new_empty(len(indices), *part.shape[1:]))[here] = part
         return EncodedBatch(
             found["mean"], found["log_variance"], found["embeddings"], with_prefix("added.", found)
         )

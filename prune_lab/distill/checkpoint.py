@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prune_lab.errors import DataError, RunError
+from prune_lab.distill.data import read_tensors, with_prefix
+from prune_lab.errors import RunError
 from prune_lab.runtime import atomic_write
 
 _FORMAT = "prune_lab checkpoint 2"
@@ -30,9 +30,8 @@ class TrainingState:
     step: int  # finished steps
     seconds: float  # wall-clock time spent so far, over all resumed parts
     history: list[tuple[float, ...]]  # one row per finished step; nan: not measured
-    heldout: dict[int, Tensor] = field(
-        default_factory=dict
-    )  # (rows,) float32 by step, of the averaged weights
+    # (rows,) float32 by step, of the averaged weights
+    heldout: dict[int, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights, averaged weights and AdamW moments by name; the live tensors, not copies."""
@@ -63,7 +62,7 @@ def check_fingerprint(found: Mapping[str, Any], asked: Mapping[str, Any], path: 
 
 def save_checkpoint(path: Path, state: TrainingState, fingerprint: Mapping[str, Any]) -> None:
     """Write ``state`` to ``path``, whole or not at all. Raises StorageError."""
-    tensors = {name: tensor.detach().contiguous() for name, tensor in state.tensors().items()}
+    tensors = {name: tensor.contiguous() for name, tensor in state.tensors().items()}
     tensors["history"] = torch.tensor(state.history, dtype=torch.float64)
     tensors |= {f"heldout.{step}": losses for step, losses in state.heldout.items()}
     metadata = {
@@ -81,31 +80,18 @@ def load_checkpoint(path: Path, state: TrainingState, fingerprint: Mapping[str, 
     Raises RunError when the checkpoint belongs to other settings, data or weights, DataError when it is damaged.
     """
     remedy = "remove it to start this distillation again"
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"asked to go on from {path}, found a damaged file ({error}); {remedy}") from None
-    if metadata.get("format") != _FORMAT:
-        raise DataError(f"asked to go on from {path}, found another kind of file; {remedy}")
+    metadata, saved = read_tensors(path, _FORMAT, "go on from", remedy)
     check_fingerprint(json.loads(metadata["fingerprint"]), fingerprint, path)
     progress = json.loads(metadata["state"])
     state.step, state.seconds = progress["step"], progress["seconds"]
     state.history[:] = [tuple(row) for row in saved["history"].tolist()]
-    state.heldout = {
-        int(name.removeprefix("heldout.")): tensor
-        for name, tensor in saved.items()
-        if name.startswith("heldout.")
-    }
+    state.heldout = {int(step): losses for step, losses in with_prefix("heldout.", saved).items()}
     state.ema.optimization_step = state.step
     for name, parameter in state.student.named_parameters():
         if f"{_MOMENTS[0]}.{name}" in saved:
             moments = {moment: torch.zeros_like(parameter) for moment in _MOMENTS}
-            state.optimizer.state[parameter] = {
-                "step": torch.tensor(float(state.step), device=parameter.device),
-                **moments,
-            }
+            steps = torch.tensor(float(state.step), device=parameter.device)
+            state.optimizer.state[parameter] = {"step": steps, **moments}
     with torch.no_grad():
         for name, tensor in state.tensors().items():
             tensor.copy_(saved[name])

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prune_lab.errors import DataError
-from prune_lab.probes import encode_captions, encode_pictures
 from prune_lab.runtime import atomic_write, seeded, tensors_digest
 
 _FORMAT = "prune_lab latents 1"
@@ -50,14 +49,6 @@ class TrainingData(Protocol):
         """Channels of the latents."""
 
     @property
-    def width(self) -> int:
-        """Width of the text embeddings."""
-
-    @property
-    def key(self) -> str:
-        """16 hexadecimal digits that change with the encoders, images, captions and settings."""
-
-    @property
     def digest(self) -> str:
         """16 hexadecimal digits that change with anything that is trained on."""
 
@@ -78,11 +69,27 @@ def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
+def read_tensors(path: Path, form: str, asked: str, remedy: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of the safetensors file ``path``, whose metadata give ``form`` as its format.
+
+    Raises DataError, which says what was ``asked`` and its ``remedy``, for a missing, damaged or other file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"asked to {asked} {path}, found a damaged file ({error}); {remedy}") from None
+    if metadata.get("format") != form:
+        raise DataError(f"asked to {asked} {path}, found another kind of file; {remedy}")
+    return metadata, tensors
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LatentData:
     """N rows in memory, float32 on the CPU, with one variant each.
 
-    ``key`` changes with the encoders, images and captions that they were made from (see ``data_key``).
+    ``key`` changes with the encoders, images and captions that they were made from (see ``encoding.data_key``).
     """
 
     latents: Tensor  # (N, C, H, W), scaled by the VAE's scaling factor
@@ -126,39 +133,22 @@ class LatentData:
         return self.latents.shape[1]
 
     @property
-    def width(self) -> int:
-        """Width of the text embeddings."""
-        return self.embeddings.shape[-1]
-
-    @property
     def digest(self) -> str:
         """16 hexadecimal digits that change with any bit of any tensor."""
         return tensors_digest(self.tensors())
 
     def save(self, path: Path) -> None:
         """Write everything as one safetensors file, whole or not at all. Raises StorageError."""
-        metadata = {
-            "format": _FORMAT,
-            "key": self.key,
-            "captions": json.dumps(self.captions, ensure_ascii=False),
-        }
+        captions = json.dumps(self.captions, ensure_ascii=False)
+        tensors = {name: tensor.contiguous() for name, tensor in self.tensors().items()}
         with atomic_write(path) as temporary:
-            save_file(
-                {name: tensor.contiguous() for name, tensor in self.tensors().items()}, temporary, metadata
-            )
+            save_file(tensors, temporary, {"format": _FORMAT, "key": self.key, "captions": captions})
 
     @classmethod
     def load(cls, path: Path) -> LatentData:
         """The data that ``save`` wrote to ``path``. Raises DataError for a missing, damaged or other file."""
         remedy = "remove it and run the step again"
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise DataError(f"asked to read cached latents from {path}, found {error}; {remedy}") from None
-        if metadata.get("format") != _FORMAT or not set(_TENSORS) <= tensors.keys():
-            raise DataError(f"asked to read cached latents from {path}, found another kind of file; {remedy}")
+        metadata, tensors = read_tensors(path, _FORMAT, "read cached latents from", remedy)
         return cls(
             **{name: tensors[name] for name in _TENSORS},
             captions=tuple(json.loads(metadata["captions"])),
@@ -168,78 +158,21 @@ class LatentData:
         )
 
 
-def encoder_weights(pipeline: Any) -> dict[str, Tensor]:
-    """The weights of the VAE and the text encoders of ``pipeline`` by name."""
-    return {
-        f"{part}.{name}": tensor
-        for part in ("vae", "text_encoder", "text_encoder_2")
-        if getattr(pipeline, part, None) is not None
-        for name, tensor in getattr(pipeline, part).state_dict().items()
-    }
-
-
-def data_key(pipeline: Any, images: Tensor, captions: Sequence[str]) -> str:
-    """16 hexadecimal digits that change with the encoders' weights, the images or the captions."""
-    tensors = encoder_weights(pipeline) | {"pictures": images}  # the name counts: another changes every key
-    digest = hashlib.sha256(tensors_digest(tensors).encode())
-    digest.update(json.dumps(list(captions)).encode())
-    return digest.hexdigest()[:16]
-
-
-def size_ids(height: int, width: int, rows: int) -> Tensor:
-    """SDXL's (rows, 6) original size, crop corner and target size in pixels, of images that were not cropped."""
-    return torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32).repeat(rows, 1)
-
-
-def encode_data(pipeline: Any, images: Tensor, captions: Sequence[str], *, batch: int = 32) -> LatentData:
-    """Latents and text embeddings of ``images`` (N, 3, H, W) in uint8 with one caption each.
-
-    Latents are the mode of the VAE's distribution times its scaling factor. Raises DataError when the numbers of images
-    and captions differ, or for images of another shape or type.
-    """
-    if len(images) != len(captions) or not len(captions):
-        raise DataError(
-            f"asked to encode {len(images)} images with {len(captions)} captions; give one caption per image"
-        )
-    latents = encode_pictures(pipeline, images, batch=batch)
-    embeddings, added = encode_captions(pipeline, captions, batch=batch)
-    empty, empty_added = encode_captions(pipeline, [""])
-    if added:
-        height, width = images.shape[-2:]
-        added = added | {"time_ids": size_ids(height, width, len(captions))}
-    return LatentData(
-        latents=latents,
-        embeddings=embeddings,
-        empty_embedding=empty[0],
-        captions=tuple(captions),
-        added=added,
-        empty_added={name: tensor[0] for name, tensor in empty_added.items()},
-        key=data_key(pipeline, images, captions),
-    )
-
-
-def cached_data(
-    path: Path, pipeline: Any, images: Tensor, captions: Sequence[str], *, batch: int = 32
-) -> LatentData:
-    """The result of ``encode_data``, read from ``path`` where that file holds the same images by the same encoders.
-
-    Otherwise the images are encoded and the file is written.
-    """
-    if path.exists():
-        data = LatentData.load(path)
-        if data.key == data_key(pipeline, images, captions):
-            return data
-    data = encode_data(pipeline, images, captions, batch=batch)
-    data.save(path)
-    return data
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Subset:
     """The rows ``indices`` (N,) int64 of other training data."""
 
     data: TrainingData
     indices: Tensor
+    variants: int  # of each image
+    channels: int  # of the latents
+    empty_embedding: Tensor  # (L, D) of the empty caption
+    empty_added: Mapping[str, Tensor]  # SDXL: text_embeds (P,) of the empty caption
+
+    @classmethod
+    def of(cls, data: TrainingData, indices: Tensor) -> Subset:
+        """The rows ``indices`` (N,) int64 of ``data``."""
+        return cls(data, indices, data.variants, data.channels, data.empty_embedding, data.empty_added)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -249,40 +182,10 @@ class Subset:
         return self.data.rows(self.indices[indices], variants)
 
     @property
-    def variants(self) -> int:
-        """Number of variants of each image."""
-        return self.data.variants
-
-    @property
-    def channels(self) -> int:
-        """Channels of the latents."""
-        return self.data.channels
-
-    @property
-    def width(self) -> int:
-        """Width of the text embeddings."""
-        return self.data.width
-
-    @property
-    def key(self) -> str:
-        """The key of the data that the rows are taken from."""
-        return self.data.key
-
-    @property
     def digest(self) -> str:
         """16 hexadecimal digits that change with those data and with the choice of rows."""
         content = f"{self.data.digest}/{self.indices.tolist()}"
         return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-    @property
-    def empty_embedding(self) -> Tensor:
-        """(L, D) of the empty caption."""
-        return self.data.empty_embedding
-
-    @property
-    def empty_added(self) -> Mapping[str, Tensor]:
-        """SDXL: text_embeds (P,) of the empty caption."""
-        return self.data.empty_added
 
 
 def held_out(data: TrainingData, count: int, seed: int) -> tuple[Subset, Subset]:
@@ -296,4 +199,4 @@ def held_out(data: TrainingData, count: int, seed: int) -> tuple[Subset, Subset]
             "smaller probe.samples"
         )
     order = torch.randperm(len(data), generator=seeded(seed))
-    return Subset(data, order[count:].sort().values), Subset(data, order[:count])
+    return Subset.of(data, order[count:].sort().values), Subset.of(data, order[:count])

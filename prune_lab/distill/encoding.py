@@ -10,6 +10,7 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,22 +20,15 @@ from torch import Tensor
 
 from prune_lab.config import DataConfig
 from prune_lab.distill.batches import generator_for
-from prune_lab.distill.data import EncodedBatch, encoder_weights, size_ids
+from prune_lab.distill.data import EncodedBatch, LatentData
 from prune_lab.distill.sources import ImageSource
 from prune_lab.errors import DataError
-from prune_lab.probes import encode_captions
+from prune_lab.probes import encode_captions, encode_pictures
 from prune_lab.runtime import tensors_digest
 
 # What Pillow raises for files that are damaged, cut off, of no known format, or decompression bombs.
-UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+UNREADABLE = (*_DAMAGED, Image.DecompressionBombError)
 
 
 # Images ----------------------------------------------------------------------------------------------------------
@@ -108,16 +102,17 @@ def encode_distributions(pipeline: Any, images: Tensor, *, batch: int = 16) -> t
 
 
 def encode_texts(
-    pipeline: Any, captions: Sequence[str], *, batch: int = 32
+    pipeline: Any, captions: Sequence[str], size: Sequence[int], *, batch: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Text embeddings (N, L, D) and, for SDXL, text_embeds (N, P) and time_ids (N, 6).
+    """Text embeddings (N, L, D) and, for SDXL, text_embeds (N, P) and time_ids (N, 6) of images of one ``size``.
 
-    The time_ids of SDXL say that no image was cropped: students should not learn to draw cropped images.
+    The time_ids of SDXL are original size, crop corner and target size: (height, width) in pixels. They say that no
+    image was cropped: students should not learn to draw cropped images.
     """
     embeddings, added = encode_captions(pipeline, captions, batch=batch)
     if added:
-        side = image_side(pipeline)
-        added = added | {"time_ids": size_ids(side, side, len(captions))}
+        sizes = torch.tensor([*size, 0, 0, *size], dtype=torch.float32)
+        added = added | {"time_ids": sizes.repeat(len(captions), 1)}
     return embeddings, added
 
 
@@ -125,6 +120,16 @@ def encode_empty_caption(pipeline: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """Embedding (L, D) and, for SDXL, text_embeds (P,) of the empty caption."""
     embeddings, added = encode_captions(pipeline, [""])
     return embeddings[0], {name: tensor[0] for name, tensor in added.items()}
+
+
+def encoder_weights(pipeline: Any) -> dict[str, Tensor]:
+    """The weights of the VAE and the text encoders of ``pipeline`` by name."""
+    return {
+        f"{part}.{name}": tensor
+        for part in ("vae", "text_encoder", "text_encoder_2")
+        if getattr(pipeline, part, None) is not None
+        for name, tensor in getattr(pipeline, part).state_dict().items()
+    }
 
 
 def encoders_digest(pipeline: Any) -> str:
@@ -160,6 +165,48 @@ def key_of(provenance: Mapping[str, str | int]) -> str:
     return hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:16]
 
 
+# All in memory -----------------------------------------------------------------------------------------------------
+
+
+def data_key(pipeline: Any, images: Tensor, captions: Sequence[str]) -> str:
+    """16 hexadecimal digits that change with the encoders' weights, the images or the captions."""
+    tensors = encoder_weights(pipeline) | {"pictures": images}  # the name counts: another changes every key
+    digest = hashlib.sha256(tensors_digest(tensors).encode())
+    digest.update(json.dumps(list(captions)).encode())
+    return digest.hexdigest()[:16]
+
+
+def encode_data(pipeline: Any, images: Tensor, captions: Sequence[str], *, batch: int = 32) -> LatentData:
+    """Latents and text embeddings of ``images`` (N, 3, H, W) in uint8 with one caption each.
+
+    Latents are the mode of the VAE's distribution times its scaling factor. Raises DataError when the numbers of images
+    and captions differ, or for images of another shape or type.
+    """
+    if len(images) != len(captions) or not len(captions):
+        raise DataError(
+            f"asked to encode {len(images)} images with {len(captions)} captions; give one caption per image"
+        )
+    latents = encode_pictures(pipeline, images, batch=batch)
+    embeddings, added = encode_texts(pipeline, captions, images.shape[-2:], batch=batch)
+    empty, empty_added = encode_empty_caption(pipeline)
+    key = data_key(pipeline, images, captions)
+    return LatentData(latents, embeddings, empty, tuple(captions), added, empty_added, key)
+
+
+def cached_data(path: Path, pipeline: Any, images: Tensor, captions: Sequence[str]) -> LatentData:
+    """The result of ``encode_data``, read from ``path`` where that file holds the same images by the same encoders.
+
+    Otherwise the images are encoded and the file is written.
+    """
+    if path.exists():
+        data = LatentData.load(path)
+        if data.key == data_key(pipeline, images, captions):
+            return data
+    data = encode_data(pipeline, images, captions)
+    data.save(path)
+    return data
+
+
 # Without a cache -------------------------------------------------------------------------------------------------
 
 
@@ -170,7 +217,9 @@ class LiveData:
     pipeline: Any
     source: ImageSource
     settings: DataConfig
-    key: str
+    variants: int  # crops and flips of each image
+    channels: int  # of the latents
+    digest: str  # of what decides the numbers, because none exist before they are asked for
     empty_embedding: Tensor
     empty_added: Mapping[str, Tensor]
 
@@ -178,30 +227,12 @@ class LiveData:
     def of(cls, pipeline: Any, source: ImageSource, settings: DataConfig) -> LiveData:
         """The images of ``source``, to be encoded by ``pipeline``."""
         key = key_of(provenance_of(pipeline, source, settings) | {"format": "none", "shard": 0})
-        return cls(pipeline, source, settings, key, *encode_empty_caption(pipeline))
+        channels = int(pipeline.vae.config.latent_channels)
+        empty = encode_empty_caption(pipeline)
+        return cls(pipeline, source, settings, settings.num_variants, channels, key, *empty)
 
     def __len__(self) -> int:
         return len(self.source)
-
-    @property
-    def variants(self) -> int:
-        """Number of crops and flips of each image."""
-        return self.settings.num_variants
-
-    @property
-    def channels(self) -> int:
-        """Channels of the latents."""
-        return int(self.pipeline.vae.config.latent_channels)
-
-    @property
-    def width(self) -> int:
-        """Width of the text embeddings."""
-        return self.empty_embedding.shape[-1]
-
-    @property
-    def digest(self) -> str:
-        """The key, because no numbers exist before they are asked for."""
-        return self.key
 
     def _pixels(self, row: int, variant: int) -> Tensor:
         try:
@@ -218,8 +249,8 @@ class LiveData:
         pairs = zip(indices.tolist(), variants.tolist(), strict=True)
         pixels = torch.cat([self._pixels(row, variant) for row, variant in pairs])
         captions = [self.source.captions[row] for row in indices.tolist()]
-        size = self.settings.batch
+        batch = self.settings.batch
         return EncodedBatch(
-            *encode_distributions(self.pipeline, pixels, batch=size),
-            *encode_texts(self.pipeline, captions, batch=size),
+            *encode_distributions(self.pipeline, pixels, batch=batch),
+            *encode_texts(self.pipeline, captions, pixels.shape[-2:], batch=batch),
         )

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from prune_lab.blocks import Architecture
 from prune_lab.errors import DataError
-from prune_lab.families import Layout
 from prune_lab.plans import PruningPlan, gone_with, native_layout
 
 Points = Literal["stages", "blocks", "self-attention"]
@@ -55,26 +55,20 @@ def feature_pairs(
     if points == "stages":
         gone = gone_with(architecture, plan.removed)
         ends = architecture.family.stage_features(architecture.outline, gone)
-        return tuple(_pairs(layout, ends))
-    kept = [block for block in architecture.blocks if layout.renamed(block.path) is not None]
-    weights = _inverse([block.name for block in kept], sensitivities) if sensitivities else {}
+        found = [(path, origin, 1.0) for path, origin in ends]
+    else:
+        kept = [block for block in architecture.blocks if layout.renamed(block.path) is not None]
+        weights = _inverse([block.name for block in kept], sensitivities) if sensitivities else {}
+        found = [
+            (path, path, weights.get(block.name, 1.0))
+            for block in kept
+            for path in ([block.path] if points == "blocks" else block.self_attention)
+        ]
     return tuple(
-        pair
-        for block in kept
-        for pair in _pairs(
-            layout,
-            [(path, path) for path in ([block.path] if points == "blocks" else block.self_attention)],
-            weights.get(block.name, 1.0),
-        )
+        FeaturePair(teacher_path, student_path, weight)
+        for teacher_path, origin, weight in found  # origin: the teacher's module that writes there in the student
+        if (student_path := layout.renamed(origin)) is not None
     )
-
-
-def _pairs(layout: Layout, features: Iterable[tuple[str, str]], weight: float = 1.0) -> Iterator[FeaturePair]:
-    """Feature points (in the teacher, of the module that writes there in the student) with the student's names."""
-    for teacher_path, origin in features:
-        student_path = layout.renamed(origin)
-        if student_path is not None:
-            yield FeaturePair(teacher_path, student_path, weight)
 
 
 def _inverse(names: Sequence[str], sensitivities: Mapping[str, float]) -> dict[str, float]:
@@ -100,18 +94,11 @@ def tapped(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]
     """
     features: dict[str, Tensor] = {}
 
-    def keep(path: str, output: Tensor | tuple[Tensor, ...]) -> None:
+    def keep(path: str, _module: nn.Module, _inputs: Any, output: Tensor | tuple[Tensor, ...]) -> None:
         features[path] = output if isinstance(output, Tensor) else output[0]
 
-    hooks = []
-    try:
+    with ExitStack() as hooks:
+        hooks.callback(features.clear)
         for path in paths:
-            module = model.get_submodule(path)
-            hooks.append(
-                module.register_forward_hook(lambda _module, _inputs, output, path=path: keep(path, output))
-            )
+            hooks.enter_context(model.get_submodule(path).register_forward_hook(partial(keep, path)))
         yield features
-    finally:
-        for hook in hooks:
-            hook.remove()
-        features.clear()

@@ -3,47 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
+from accelerate.utils import reduce
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from prune_lab.config import DistillConfig
 from prune_lab.distill.batches import Batch
-from prune_lab.distill.checkpoint import TrainingState
-from prune_lab.distill.features import FeaturePair
 from prune_lab.distill.losses import student_losses, teacher_output
+from prune_lab.distill.setup import DistillSetup, StudentRun, not_finite_reason
 from prune_lab.errors import DeviceError
 from prune_lab.families import family_of
 from prune_lab.runtime import note
 
 _GRAPHS = 128  # that torch may compile of one class of block: each width is one
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Student:
-    """A pruned U-Net to be trained: how it is loaded, its feature pairs, and the folder of its candidate."""
-
-    load: Callable[[], nn.Module]
-    pairs: tuple[FeaturePair, ...]
-    folder: Path
-
-
-@dataclass(slots=True, eq=False)
-class StudentState:
-    """A student in training; ``failure`` says why it was stopped and is empty until then."""
-
-    student: Student
-    state: TrainingState
-    forward: Callable[..., Any]  # the student, or its wrapper for data parallel training
-    failure: str = ""
 
 
 def learning_rate_at(settings: DistillConfig, step: int) -> float:
@@ -58,18 +36,6 @@ def learning_rate_at(settings: DistillConfig, step: int) -> float:
     done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
     falling = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
     return settings.learning_rate * max(0.0, falling[settings.schedule])
-
-
-def not_finite_reason(quantity: str, step: int) -> str:
-    """The reason to stop a student whose ``quantity`` became nan or infinite at ``step``."""
-    return f"the {quantity} was no longer finite at step {step}; try a smaller distill.learning_rate"
-
-
-def batch_rows(batch: Batch, rows: slice) -> Batch:
-    """The samples ``rows`` of ``batch``."""
-    tensors = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    added = {name: tensor[rows] for name, tensor in tensors.pop("added").items()}
-    return Batch(**{name: tensor[rows] for name, tensor in tensors.items()}, added=added)
 
 
 @contextlib.contextmanager
@@ -102,35 +68,28 @@ def _without_sync(forward: Callable[..., Any]) -> contextlib.AbstractContextMana
     return contextlib.nullcontext()
 
 
-def _forward_backward(
-    teacher: nn.Module,
-    student_states: Sequence[StudentState],
-    batch: Batch,
-    settings: DistillConfig,
-    precision: torch.dtype,
-    micro: int,
-) -> Tensor:
+def _forward_backward(setup: DistillSetup, runs: Sequence[StudentRun], batch: Batch, micro: int) -> Tensor:
     """Losses of every student, (students, 3) float32: task, output, feature; leaves gradients in the students."""
-    count = len(batch.timesteps)
-    wanted = [pair.teacher_path for student_state in student_states for pair in student_state.student.pairs]
-    sums = torch.zeros(len(student_states), 3, device=batch.noisy.device)
-    for student_state in student_states:
-        student_state.state.optimizer.zero_grad(set_to_none=True)
+    settings, precision, count = setup.settings, setup.precision(), len(batch.timesteps)
+    wanted = [pair.teacher_path for run in runs for pair in run.pairs]
+    sums = torch.zeros(len(runs), 3, device=batch.noisy.device)
+    for run in runs:
+        run.state.optimizer.zero_grad()
     for first in range(0, count, micro):
-        chunk = batch_rows(batch, slice(first, first + micro))
+        chunk = batch.rows(slice(first, first + micro))
         share = len(chunk.timesteps) / count
-        output = teacher_output(teacher, wanted, chunk, precision)
-        for place, student_state in enumerate(student_states):
+        output = teacher_output(setup.teacher, wanted, chunk, precision)
+        for place, run in enumerate(runs):
             last = first + micro >= count
-            with contextlib.nullcontext() if last else _without_sync(student_state.forward):
+            with contextlib.nullcontext() if last else _without_sync(run.forward):
                 losses = student_losses(
-                    student_state.state.student,
+                    run.state.student,
                     output,
-                    student_state.student.pairs,
+                    run.pairs,
                     chunk,
                     variant=settings.loss_variant,
                     precision=precision,
-                    forward=student_state.forward,
+                    forward=run.forward,
                 )
                 (share * losses.total(settings)).backward()  # type: ignore[no-untyped-call]
             parts = torch.stack([losses.task.detach(), losses.output.detach(), losses.feature.detach()])
@@ -139,14 +98,7 @@ def _forward_backward(
 
 
 def joint_step(
-    teacher: nn.Module,
-    student_states: Sequence[StudentState],
-    batch: Batch,
-    settings: DistillConfig,
-    *,
-    precision: torch.dtype,
-    micro: int,
-    accelerator: Accelerator,
+    setup: DistillSetup, runs: Sequence[StudentRun], batch: Batch, micro: int
 ) -> tuple[list[tuple[float, ...]], int]:
     """(task, output, feature and total loss of every student before the step; samples at a time that fitted).
 
@@ -156,55 +108,52 @@ def joint_step(
 
     Raises DeviceError when one sample does not fit, or when memory ends in one of several processes.
     """
+    settings = setup.settings
     while True:
         try:
-            sums = _forward_backward(teacher, student_states, batch, settings, precision, micro)
+            sums = _forward_backward(setup, runs, batch, micro)
             break
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
             reason = str(error).splitlines()[0]
         # after the except clause, whose traceback keeps the activations alive
-        for student_state in student_states:
-            student_state.state.optimizer.zero_grad(set_to_none=True)
+        for run in runs:
+            run.state.optimizer.zero_grad()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if micro == 1 or accelerator.num_processes > 1:
+        if micro == 1 or PartialState().num_processes > 1:
             raise DeviceError(
-                f"asked to distil {len(student_states)} students, {micro} samples at a time: no memory ({reason}); "
+                f"asked to distil {len(runs)} students, {micro} samples at a time: no memory ({reason}); "
                 "set distill.together or distill.micro_batch lower, or distill.gradient_checkpointing"
             )
         micro = -(-micro // 2)
         note(
             f"out of memory: going on with {micro} samples at a time, {len(batch.timesteps)} a step as before"
         )
-    if accelerator.num_processes > 1:
-        sums = accelerator.reduce(sums, reduction="mean")
+    sums = reduce(sums, reduction="mean")  # over the processes
     norms = []
-    for student_state in student_states:
-        rate = learning_rate_at(settings, student_state.state.step + 1)
-        for group in student_state.state.optimizer.param_groups:
-            group["lr"] = rate
-        parameters = list(student_state.state.student.parameters())
-        norms.append(nn.utils.clip_grad_norm_(parameters, settings.clip_norm or math.inf).detach())
+    for run in runs:
+        (group,) = run.state.optimizer.param_groups
+        group["lr"] = learning_rate_at(settings, run.state.step + 1)
+        norms.append(nn.utils.clip_grad_norm_(group["params"], settings.clip_norm or math.inf).detach())
     weights = (settings.task_weight, settings.output_weight, settings.feature_weight)
-    rows = torch.cat(
-        [sums, torch.stack(norms)[:, None]], dim=1
-    ).tolist()  # one wait for the device, not one per student
+    # Read in one go: one wait for the device, not one per student.
+    rows = torch.cat([sums, torch.stack(norms)[:, None]], dim=1).tolist()
     values = []
-    for student_state, (*parts, norm) in zip(student_states, rows, strict=True):
+    for run, (*parts, norm) in zip(runs, rows, strict=True):
         total = sum(weight * loss for weight, loss in zip(weights, parts, strict=True))
-        _update(student_state, total, norm)
+        _update(run, total, norm)
         values.append((*parts, total))
     return values, micro
 
 
-def _update(student_state: StudentState, total: float, norm: float) -> None:
-    state = student_state.state
+def _update(run: StudentRun, total: float, norm: float) -> None:
+    state = run.state
     for quantity, value in (("loss", total), ("gradient", norm)):
         if not math.isfinite(value):
-            state.optimizer.zero_grad(set_to_none=True)
-            student_state.failure = not_finite_reason(quantity, state.step + 1)
+            state.optimizer.zero_grad()
+            run.failure = not_finite_reason(quantity, state.step + 1)
             return
     state.optimizer.step()
     state.ema.step(list(state.student.parameters()))

@@ -8,23 +8,20 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate import PartialState
+from accelerate.utils import gather_object, release_memory
 from torch import nn
 
-from prune_lab.config import DistillConfig
 from prune_lab.distill.batches import draw_batch
-from prune_lab.distill.features import FeaturePair
-from prune_lab.distill.joint import Student, compiled_blocks, joint_step, learning_rate_at
+from prune_lab.distill.joint import compiled_blocks, joint_step, learning_rate_at
 from prune_lab.distill.memory import training_memory
 from prune_lab.distill.recovery import Recovery, verdict_path
 from prune_lab.distill.setup import (
     VALIDATION,
     DistillSetup,
+    Student,
     StudentRun,
     averaged_weights,
     check_data_fits,
@@ -34,130 +31,90 @@ from prune_lab.distill.setup import (
 )
 from prune_lab.distill.tracking import Log, log_to_trackers
 from prune_lab.errors import ConfigError
-from prune_lab.probes import Probe
 from prune_lab.processes import init_processes
 from prune_lab.runs import CandidatePaths
 from prune_lab.runtime import note, track
-
-if TYPE_CHECKING:
-    from prune_lab.distill.data import TrainingData
-
 
 # Steps -------------------------------------------------------------------------------------------------------------
 
 
 def _record(setup: DistillSetup, run: StudentRun, log: Log, step: int, until: int) -> None:
     """After a step: measure the held-out loss, draw a grid, write tables and a checkpoint, each where it is due."""
-    student_state, settings, start = run.student_state, setup.settings, time.perf_counter()
-    state, last = student_state.state, step == until
+    settings, start, last = setup.settings, time.perf_counter(), step == until
+    main = PartialState().is_main_process
     validated = last or step % settings.validate_every == 0
     if validated:
-        log({f"{run.paths.folder.name}/heldout": run.validate(setup.validation, settings.diverged)}, step)
-    if settings.grid_every and setup.draw and run.main and (last or step % settings.grid_every == 0):
-        with averaged_weights(state) as unet:
+        log({f"{run.name}/heldout": run.validate(setup.validation, settings.diverged)}, step)
+    if settings.grid_every and setup.draw and main and (last or step % settings.grid_every == 0):
+        with averaged_weights(run.state) as unet:
             setup.draw(unet, run.paths.grids / f"step-{step:06d}.png")
-    state.seconds += time.perf_counter() - start
-    if student_state.failure:
-        run.save()
-        return
-    if validated:
+    run.state.seconds += time.perf_counter() - start
+    if validated and not run.failure:
         run.write_tables()
-    if step % settings.checkpoint_every == 0 and not last:
+    if run.failure or (step % settings.checkpoint_every == 0 and not last):
         run.save()
 
 
-def _train(
-    setup: DistillSetup,
-    runs: Sequence[StudentRun],
-    until: int,
-    micro: int,
-    accelerator: Accelerator,
-    log: Log,
-) -> None:
+def _train(setup: DistillSetup, runs: Sequence[StudentRun], until: int, micro: int, log: Log) -> None:
     """Take the steps that are left; students that have come to the same step take the next one together."""
-    settings, names = setup.settings, [run.paths.folder.name for run in runs]
-    precision = setup.precision(accelerator)
-    share = settings.batch // accelerator.num_processes
-    own = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-    first = min(run.student_state.state.step for run in runs) + 1
-    title = names[0] if len(names) == 1 else f"{len(names)} students"
-    samples = settings.batch * len(names)
+    settings, processes = setup.settings, PartialState()
+    share = settings.batch // processes.num_processes
+    own = slice(processes.process_index * share, (processes.process_index + 1) * share)
+    first = min(run.state.step for run in runs) + 1
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} students"
+    samples = settings.batch * len(runs)
     for step in track(range(first, until + 1), f"distil {title}", unit="samples", per=samples):
-        active = [
-            run for run in runs if not run.student_state.failure and run.student_state.state.step == step - 1
-        ]
+        active = [run for run in runs if not run.failure and run.state.step == step - 1]
         if not active:
             continue
         start = time.perf_counter()
         batch = draw_batch(setup.data, setup.scheduler, settings, step, setup.device, part=own)
-        values, micro = joint_step(
-            setup.teacher,
-            [run.student_state for run in active],
-            batch,
-            settings,
-            precision=precision,
-            micro=micro,
-            accelerator=accelerator,
-        )
+        values, micro = joint_step(setup, active, batch, micro)
         took = (time.perf_counter() - start) / len(active)
         for run, losses in zip(active, values, strict=True):
-            student_state, name = run.student_state, run.paths.folder.name
-            if student_state.failure:
+            if run.failure:
                 run.save()  # the state before the failure
                 continue
-            student_state.state.seconds += took
+            run.state.seconds += took
             rate = learning_rate_at(settings, step)
-            student_state.state.history.append((step, *losses, math.nan, rate, student_state.state.seconds))
+            run.state.history.append((step, *losses, math.nan, rate, run.state.seconds))
             parts = zip(("task", "output", "feature", "total"), losses, strict=True)
-            log({f"{name}/{part}": loss for part, loss in parts}, step)
+            log({f"{run.name}/{part}": loss for part, loss in parts}, step)
             _record(setup, run, log, step, until)
     for run in runs:
-        if not run.student_state.failure and math.isnan(run.student_state.state.history[-1][VALIDATION]):
+        if not run.failure and math.isnan(run.state.history[-1][VALIDATION]):
             _record(setup, run, log, until, until)  # resumed at its last step, which had not been validated
 
 
 # Students ----------------------------------------------------------------------------------------------------------
 
 
-def _parallel(student: nn.Module, device: torch.device) -> nn.Module:
-    """``student`` for the forward passes of one of several processes; its gradients become the mean of all.
-
-    Not accelerate's own wrapping, which for good puts the student itself under autocast, also where it is judged.
-    """
-    return nn.parallel.DistributedDataParallel(
-        student,
-        device_ids=None if device.type == "cpu" else [device],
-        gradient_as_bucket_view=True,  # else gradients take memory twice
-    )
-
-
 def _distil_group(
-    setup: DistillSetup,
-    runs: Sequence[StudentRun],
-    until: int,
-    micro: int,
-    accelerator: Accelerator,
-    *,
-    keep_checkpoint: bool,
+    setup: DistillSetup, runs: Sequence[StudentRun], until: int, micro: int, *, keep_checkpoint: bool
 ) -> list[Recovery]:
     """Distil the students of ``runs``, which fit into memory together, and write their results."""
-    settings = setup.settings
+    settings, processes = setup.settings, PartialState()
     with contextlib.ExitStack() as stack:
         if settings.compile:
-            taps = [pair.teacher_path for run in runs for pair in run.student_state.student.pairs]
+            taps = [pair.teacher_path for run in runs for pair in run.pairs]
             stack.enter_context(compiled_blocks(setup.teacher, taps))
         for run in runs:
-            student_state = run.student_state
             if settings.compile:
-                own = [pair.student_path for pair in student_state.student.pairs]
-                stack.enter_context(compiled_blocks(student_state.state.student, own))
+                own = [pair.student_path for pair in run.pairs]
+                stack.enter_context(compiled_blocks(run.state.student, own))
             run.resume(setup.validation, until)
-            if accelerator.num_processes > 1:
-                student_state.forward = _parallel(student_state.state.student, accelerator.device)
+            if processes.num_processes > 1:
+                # The gradients become the mean of all processes. Not by accelerate's own wrapping, which for good puts
+                # the student itself under autocast, also where it is judged.
+                run.forward = nn.parallel.DistributedDataParallel(
+                    run.state.student,
+                    device_ids=None if processes.device.type == "cpu" else [processes.device],
+                    gradient_as_bucket_view=True,  # else gradients take memory twice
+                )
         logs = setup.logs or runs[0].paths.distilled
         log = stack.enter_context(log_to_trackers(settings.trackers, logs, dataclasses.asdict(settings)))
-        _train(setup, runs, until, micro, accelerator, log)
-    accelerator.free_memory()
+        _train(setup, runs, until, micro, log)
+    release_memory()
     return [run.end(keep_checkpoint=keep_checkpoint) for run in runs]
 
 
@@ -166,16 +123,16 @@ def _group_sizes(setup: DistillSetup, unet: nn.Module, students: int, share: int
 
     The same in all processes: the one with the least memory decides.
     """
-    settings = setup.settings
+    settings, device = setup.settings, torch.device(setup.device)
     wanted = (settings.together or students, settings.micro_batch or share)
     memory = training_memory(
         setup.teacher,
         unet,
         tokens=setup.validation.embeddings.shape[1],
-        device=torch.device(setup.device),
+        device=device,
         checkpointing=settings.gradient_checkpointing,
     )
-    if torch.device(setup.device).type == "cpu":  # which the processes of one machine share
+    if device.type == "cpu":  # which the processes of one machine share
         memory = dataclasses.replace(memory, free=memory.free // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     together, micro = map(min, zip(*gather_object([memory.fit(*wanted)]), strict=True))
     sizes = settings.together or together, settings.micro_batch or micro
@@ -224,7 +181,7 @@ def distill_together(
         )
     if world > 1:
         setup = dataclasses.replace(setup, device=accelerator.device)
-    setup.precision(accelerator)
+    setup.precision()  # raises for float16
     origin = next(teacher.parameters()).device
     training = [module for module in teacher.modules() if module.training]
     recoveries: dict[int, Recovery] = {}
@@ -233,9 +190,9 @@ def distill_together(
     try:
         teacher.eval().to(setup.device)
         for place, student in enumerate(students):
-            paths, unet = CandidatePaths(Path(student.folder)), student.load()
+            paths, unet = CandidatePaths(student.folder), student.load()
             check_data_fits(unet, setup.data)
-            fingerprint = fingerprint_of(setup, unet, student.pairs)
+            fingerprint = fingerprint_of(setup, student, unet)
             if force and accelerator.is_main_process:
                 verdict_path(paths).unlink(missing_ok=True)
                 paths.checkpoint.unlink(missing_ok=True)
@@ -246,12 +203,10 @@ def distill_together(
                 recoveries[place] = known
             else:
                 sizes = sizes or _group_sizes(setup, unet, len(students) - place, settings.batch // world)
-                waiting[place] = StudentRun.of(setup, student, unet, fingerprint, accelerator)
+                waiting[place] = StudentRun.of(setup, student, unet, fingerprint)
             if waiting and sizes and (len(waiting) == sizes[0] or place == len(students) - 1):
                 runs = list(waiting.values())
-                found = _distil_group(
-                    setup, runs, until, sizes[1], accelerator, keep_checkpoint=keep_checkpoint
-                )
+                found = _distil_group(setup, runs, until, sizes[1], keep_checkpoint=keep_checkpoint)
                 recoveries |= dict(zip(waiting, found, strict=True))
                 waiting.clear()
     finally:
@@ -260,27 +215,3 @@ def distill_together(
             module.training = True
     accelerator.wait_for_everyone()
     return tuple(recoveries[place] for place in range(len(students)))
-
-
-def distill(
-    teacher: nn.Module,
-    student: nn.Module,
-    pairs: Sequence[FeaturePair],
-    data: TrainingData,
-    scheduler: Any,
-    settings: DistillConfig,
-    *,
-    folder: Path,
-    validation: Probe,
-    device: torch.device | str = "cpu",
-    force: bool = False,
-    keep_checkpoint: bool = False,
-) -> Recovery:
-    """The recovery of one ``student`` after ``settings.steps`` steps; see ``distill_together``.
-
-    ``student`` is trained in place and left in eval mode with the averaged weights.
-    """
-    setup = DistillSetup(teacher, data, scheduler, settings, validation, device)
-    one = Student(lambda: student, tuple(pairs), Path(folder))
-    (recovery,) = distill_together(setup, [one], force=force, keep_checkpoint=keep_checkpoint)
-    return recovery

@@ -19,9 +19,8 @@ from prune_lab.config import DistillConfig
 from prune_lab.distill.batches import Batch
 from prune_lab.distill.features import FeaturePair, Points, tapped
 
-Term = Callable[
-    [Tensor, Tensor], Tensor
-]  # features of teacher and student, equal shapes, float32 -> a scalar
+# Features of teacher and student, of equal shapes, in float32 -> a scalar.
+Term = Callable[[Tensor, Tensor], Tensor]
 OUTLIER_DEVIATIONS = 2.0  # of a sample's features from their mean, beyond which they are masked
 
 
@@ -124,14 +123,14 @@ class TeacherOutput:
 
 
 def teacher_output(
-    teacher: nn.Module, paths: Iterable[str], batch: Batch, precision: torch.dtype | None = None
+    teacher: nn.Module, paths: Iterable[str], batch: Batch, precision: torch.dtype
 ) -> TeacherOutput:
     """The teacher's prediction for ``batch`` and the features at its modules ``paths``; one forward pass.
 
-    ``precision`` None is the format of its weights; bfloat16 puts a float32 teacher under autocast.
+    ``precision`` bfloat16 puts a float32 teacher under autocast.
     """
     with tapped(teacher, tuple(dict.fromkeys(paths))) as features, torch.no_grad():
-        with _autocast(batch, precision or torch.float32):
+        with _autocast(batch, precision):
             prediction = _predict(teacher, batch, next(teacher.parameters()).dtype)
         return TeacherOutput(prediction.float(), dict(features))
 
@@ -142,19 +141,19 @@ def student_losses(
     pairs: Sequence[FeaturePair],
     batch: Batch,
     *,
-    variant: str = "raw",
-    precision: torch.dtype = torch.float32,
-    forward: Callable[..., Any] | None = None,
+    variant: str,
+    precision: torch.dtype,
+    forward: Callable[..., Any],
 ) -> Losses:
     """The losses of ``student`` on ``batch`` against the teacher's ``output``; one forward pass, with gradients.
 
-    ``precision`` bfloat16 puts the forward pass under autocast; weights stay as they are. ``forward`` is called
-    in place of the student where it is wrapped (data parallel); features are read from the student itself.
+    ``precision`` bfloat16 puts the forward pass under autocast; weights stay as they are. ``forward`` is called:
+    the student, or its wrapper where it is wrapped (data parallel); features are read from the student itself.
     """
     term = FEATURE_VARIANTS[variant].term
     with tapped(student, [pair.student_path for pair in pairs]) as features:
         with _autocast(batch, precision):
-            found = _predict(forward or student, batch, torch.float32).float()
+            found = _predict(forward, batch, torch.float32).float()
         feature = torch.zeros((), dtype=torch.float32, device=found.device)
         for pair in pairs:
             wanted, own = output.features[pair.teacher_path], features[pair.student_path]
@@ -163,23 +162,6 @@ def student_losses(
     return Losses(
         task=(batch.weights * errors).mean(), output=mse_loss(found, output.prediction), feature=feature
     )
-
-
-def batch_losses(
-    teacher: nn.Module,
-    student: nn.Module,
-    pairs: Sequence[FeaturePair],
-    batch: Batch,
-    *,
-    variant: str = "raw",
-) -> Losses:
-    """The losses of one student on ``batch``; one forward pass of each model, no gradient for the teacher.
-
-    A teacher in bfloat16 puts the student's forward pass under autocast in bfloat16; its weights stay as they are.
-    """
-    output = teacher_output(teacher, [pair.teacher_path for pair in pairs], batch)
-    precision = next(teacher.parameters()).dtype
-    return student_losses(student, output, pairs, batch, variant=variant, precision=precision)
 
 
 def _autocast(batch: Batch, precision: torch.dtype) -> contextlib.AbstractContextManager[object]:

@@ -12,7 +12,7 @@ from unittest import mock
 import psutil
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from prune_lab.families import example_inputs, meta_unet, plain_config
 from prune_lab.profiling import LiveBytes
@@ -20,9 +20,8 @@ from prune_lab.runtime import bytes_text
 
 # Per parameter of a student: weight, gradient, two moments of AdamW and the average, all float32.
 _STATE_BYTES = 4 * (1 + 1 + 2 + 1)
-_SHARE = (
-    0.85  # of the free memory; the rest is for workspaces and an allocator's rounding, which are not counted
-)
+# Of the free memory; the rest is for workspaces and an allocator's rounding, which are not counted.
+_SHARE = 0.85
 
 
 def free_bytes(device: torch.device) -> int:
@@ -70,9 +69,8 @@ def _peak_bytes(settings: str, tokens: int, training: bool, checkpointing: bool)
     if checkpointing:
         unet.enable_gradient_checkpointing()
     unet.train(training).requires_grad_(training)
-    if (
-        training
-    ):  # gradients of the weights are counted elsewhere; kept, they would hide the end of the forward pass
+    if training:
+        # Gradients of the weights are counted elsewhere; kept, they would hide the end of the forward pass.
         for parameter in unet.parameters():
             parameter.register_post_accumulate_grad_hook(_forget_gradient)
     inputs = example_inputs(unet.config, tokens=tokens, device="meta", dtype=torch.float32)
@@ -109,13 +107,11 @@ class TrainingMemory:
         One student with one sample is the least, whether it fits or not.
         """
         room = self.free * _SHARE
-        together = students
-        while together > 1 and self.needed(together, 1) > room:
-            together -= 1
-        micro = samples
-        while micro > 1 and self.needed(together, micro) > room:
-            micro = -(-micro // 2)
-        return together, micro
+        while students > 1 and self.needed(students, 1) > room:
+            students -= 1
+        while samples > 1 and self.needed(students, samples) > room:
+            samples = -(-samples // 2)
+        return students, samples
 
     def describe(self, together: int, micro: int) -> str:
         """One line for the user: the memory needed, part by part, and the memory free."""
@@ -129,7 +125,7 @@ class TrainingMemory:
 
 
 def training_memory(
-    teacher: nn.Module, student: nn.Module, *, tokens: int, device: torch.device, checkpointing: bool = False
+    teacher: Any, student: Any, *, tokens: int, device: torch.device, checkpointing: bool = False
 ) -> TrainingMemory:
     """The bytes that distilling students as large as ``student`` from ``teacher`` needs on ``device``.
 
@@ -140,13 +136,7 @@ def training_memory(
     return TrainingMemory(
         teacher=weights,
         student=sum(parameter.numel() for parameter in student.parameters()) * _STATE_BYTES,
-        teacher_sample=pass_bytes(_config(teacher), tokens=tokens, training=False),
-        student_sample=pass_bytes(
-            _config(student), tokens=tokens, training=True, checkpointing=checkpointing
-        ),
+        teacher_sample=pass_bytes(teacher.config, tokens=tokens, training=False),
+        student_sample=pass_bytes(student.config, tokens=tokens, training=True, checkpointing=checkpointing),
         free=free_bytes(device) + (weights if there == device else 0),
     )
-
-
-def _config(unet: Any) -> Mapping[str, Any]:
-    return dict(unet.config)

@@ -33,6 +33,7 @@ class Recovery:
     seconds: float
     status: Literal["done", "failed"]
     reason: str  # empty when done
+    fingerprint: Mapping[str, Any]  # the settings, data and weights that it was made with
     rows: tuple[tuple[float, ...], ...]
 
     def frame(self) -> pd.DataFrame:
@@ -50,9 +51,8 @@ def verdict_path(paths: CandidatePaths) -> Path:
     return paths.distilled / "recovery.json"
 
 
-def write_recovery(paths: CandidatePaths, recovery: Recovery, fingerprint: Mapping[str, Any]) -> None:
-    """Write recovery.csv, then the verdict that says it is complete. Raises StorageError."""
-    write_frame(paths.recovery, recovery.frame())
+def write_verdict(paths: CandidatePaths, recovery: Recovery) -> None:
+    """Write the verdict, which says that the tables are complete. Raises StorageError."""
     fields = {field.name: getattr(recovery, field.name) for field in dataclasses.fields(recovery)}
     del fields["rows"]
     # JSON has no nan: unknown values are null.
@@ -60,7 +60,7 @@ def write_recovery(paths: CandidatePaths, recovery: Recovery, fingerprint: Mappi
         name: None if isinstance(value, float) and math.isnan(value) else value
         for name, value in fields.items()
     }
-    write_json(verdict_path(paths), known | {"fingerprint": dict(fingerprint)})
+    write_json(verdict_path(paths), known)
 
 
 def write_heldout(paths: CandidatePaths, losses: Mapping[int, Tensor]) -> None:
@@ -103,28 +103,14 @@ def load_recovery(folder: Path) -> Recovery | None:
         return None
     try:
         fields = cast("dict[str, Any]", read_json(verdict_path(paths)))
+        fields |= {name: _number(fields[name]) for name in ("before", "after")}
         # As text first: not every version of pandas reads a float back to the last bit.
         rows = pd.read_csv(paths.recovery, dtype=str)[list(RECOVERY_COLUMNS)].astype("float64")
-        return Recovery(
-            plan_id=fields["plan_id"],
-            steps=fields["steps"],
-            before=_number(fields["before"]),
-            after=_number(fields["after"]),
-            seconds=fields["seconds"],
-            status=fields["status"],
-            reason=fields["reason"],
-            rows=tuple(tuple(float(value) for value in row) for row in rows.to_numpy()),
-        )
+        return Recovery(**fields, rows=tuple(map(tuple, rows.to_numpy().tolist())))
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"asked to read the distillation in {folder}, found damaged files ({error!r}); remove {paths.distilled}"
         ) from None
-
-
-def load_fingerprint(paths: CandidatePaths) -> dict[str, Any]:
-    """Settings, data and weights that the finished distillation in ``paths`` was made with."""
-    record = cast("dict[str, Any]", read_json(verdict_path(paths)))
-    return cast("dict[str, Any]", record["fingerprint"])
 
 
 def _number(value: float | None) -> float:

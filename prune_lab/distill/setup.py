@@ -5,38 +5,28 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
-from accelerate.utils import gather_object
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object, reduce
 from diffusers.training_utils import EMAModel
 from torch import nn
 
 from prune_lab.config import SETTINGS, DistillConfig
 from prune_lab.distill.checkpoint import TrainingState, check_fingerprint, load_checkpoint, save_checkpoint
+from prune_lab.distill.data import TrainingData
 from prune_lab.distill.features import FeaturePair
-from prune_lab.distill.joint import Student, StudentState, not_finite_reason
-from prune_lab.distill.recovery import (
-    Recovery,
-    load_fingerprint,
-    load_recovery,
-    verdict_path,
-    write_heldout,
-    write_recovery,
-)
+from prune_lab.distill.recovery import Recovery, load_recovery, verdict_path, write_heldout, write_verdict
 from prune_lab.errors import DataError, DeviceError, RunError
 from prune_lab.evaluation import heldout_loss
 from prune_lab.probes import Probe
 from prune_lab.runs import CandidatePaths
 from prune_lab.runtime import atomic_folder, pick_dtype, tensors_digest, write_frame
 from prune_lab.schemas import RECOVERY_COLUMNS
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from prune_lab.distill.data import TrainingData
 
 VALIDATION = RECOVERY_COLUMNS.index("validation")
 Draw = Callable[[nn.Module, Path], None]  # writes a grid of pictures, drawn with a U-Net, to a file
@@ -61,15 +51,15 @@ class DistillSetup:
     draw: Draw | None = None
     logs: Path | None = None
 
-    def precision(self, accelerator: Accelerator) -> torch.dtype:
-        """The format of the forward passes. Raises DeviceError for float16, in which students lose their gradients."""
+    def precision(self) -> torch.dtype:
+        """The format of the forward passes; ``init_processes`` comes first, because the launch may name one.
+
+        Raises DeviceError for float16, in which students lose their gradients.
+        """
         weights = next(self.teacher.parameters()).dtype
-        launched = {"bf16": "bfloat16", "fp16": "float16"}.get(str(accelerator.mixed_precision), "")
-        found = (
-            pick_dtype(self.settings.precision or launched)
-            if self.settings.precision or launched
-            else weights
-        )
+        launched = {"bf16": "bfloat16", "fp16": "float16"}.get(AcceleratorState().mixed_precision, "")
+        asked = self.settings.precision or launched
+        found = pick_dtype(asked) if asked else weights
         if torch.float16 in (found, weights):
             raise DeviceError(
                 "asked to distil in float16, where gradients underflow; load the teacher in bfloat16 or float32"
@@ -77,19 +67,32 @@ class DistillSetup:
         return found
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Student:
+    """A pruned U-Net to be trained: how it is loaded, its feature pairs, and the folder of its candidate."""
+
+    load: Callable[[], nn.Module]
+    pairs: tuple[FeaturePair, ...]
+    folder: Path
+
+
 def check_data_fits(student: Any, data: TrainingData) -> None:
     """Raise DataError when ``student`` takes other latents or text than ``data`` hold."""
     channels, width = student.config.in_channels, student.config.cross_attention_dim
     widths = set(width) if isinstance(width, (list, tuple)) else {width}
-    if data.channels != channels or widths != {data.width}:
+    found = data.empty_embedding.shape[-1]
+    if data.channels != channels or widths != {found}:
         raise DataError(
             f"the U-Net takes latents of {channels} channels and text of width {width}, the cached data have "
-            f"{data.channels} and {data.width}; encode the pictures with the pipeline of this U-Net"
+            f"{data.channels} and {found}; encode the pictures with the pipeline of this U-Net"
         )
 
 
-def fingerprint_of(setup: DistillSetup, student: nn.Module, pairs: Sequence[FeaturePair]) -> dict[str, Any]:
-    """Settings, data and weights that a distillation must have in common with the one that it resumes, by name."""
+def fingerprint_of(setup: DistillSetup, student: Student, unet: nn.Module) -> dict[str, Any]:
+    """Settings, data and weights that a distillation must have in common with the one that it resumes, by name.
+
+    ``unet`` is what ``student`` loads.
+    """
     settings = setup.settings
     kept = {
         name: value
@@ -104,8 +107,8 @@ def fingerprint_of(setup: DistillSetup, student: nn.Module, pairs: Sequence[Feat
         return f"{pair.teacher_path}={pair.student_path}{weight}"
 
     return kept | {
-        "student": tensors_digest(dict(student.named_parameters())),
-        "pairs": " ".join(map(written, pairs)),
+        "student": tensors_digest(dict(unet.named_parameters())),
+        "pairs": " ".join(map(written, student.pairs)),
         "data": setup.data.digest,
         "validation": setup.validation.digest,
         "prediction": setup.scheduler.config.prediction_type,
@@ -128,7 +131,7 @@ def finished_recovery(paths: CandidatePaths, fingerprint: Mapping[str, Any], ste
     recovery = load_recovery(paths.folder)
     if recovery is None:
         return None
-    check_fingerprint(load_fingerprint(paths), fingerprint, verdict_path(paths))
+    check_fingerprint(recovery.fingerprint, fingerprint, verdict_path(paths))
     complete = recovery.status == "done" and recovery.steps == steps and paths.distilled_unet.is_dir()
     if complete or (recovery.status == "failed" and recovery.steps <= steps):
         return recovery
@@ -164,43 +167,45 @@ def averaged_weights(state: TrainingState) -> Iterator[nn.Module]:
         state.ema.restore(parameters)
 
 
-def shared_heldout_losses(unet: nn.Module, validation: Probe, accelerator: Accelerator) -> torch.Tensor:
+def shared_heldout_losses(unet: nn.Module, validation: Probe) -> torch.Tensor:
     """Held-out losses (rows,) float32 on the CPU; each process computes some, and all get all of them.
 
     So every process decides alike whether a student has diverged.
     """
-    world, rank = accelerator.num_processes, accelerator.process_index
+    processes = PartialState()
+    world, rank = processes.num_processes, processes.process_index
     if world == 1:
         return heldout_loss(unet, validation)
-    losses = torch.zeros(len(validation), device=accelerator.device)
+    losses = torch.zeros(len(validation), device=processes.device)
     if own := range(rank, len(validation), world):
-        losses[rank::world] = heldout_loss(unet, validation.rows(own)).to(accelerator.device)
-    return cast("torch.Tensor", accelerator.reduce(losses, reduction="sum")).cpu()
+        losses[rank::world] = heldout_loss(unet, validation.rows(own)).to(processes.device)
+    return cast("torch.Tensor", reduce(losses, reduction="sum")).cpu()
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+def not_finite_reason(quantity: str, step: int) -> str:
+    """The reason to stop a student whose ``quantity`` became nan or infinite at ``step``."""
+    return f"the {quantity} was no longer finite at step {step}; try a smaller distill.learning_rate"
+
+
+@dataclasses.dataclass(slots=True, eq=False)
 class StudentRun:
-    """A student in training, and the folder of its files."""
+    """A student in training and its files; ``failure`` says why it was stopped and is empty until then."""
 
-    student_state: StudentState
+    state: TrainingState
+    pairs: tuple[FeaturePair, ...]
     paths: CandidatePaths
     fingerprint: Mapping[str, Any]
-    accelerator: Accelerator
+    forward: Callable[..., Any]  # the student, or its wrapper for data parallel training
+    failure: str = ""
 
     @classmethod
     def of(
-        cls,
-        setup: DistillSetup,
-        student: Student,
-        unet: nn.Module,
-        fingerprint: Mapping[str, Any],
-        accelerator: Accelerator,
+        cls, setup: DistillSetup, student: Student, unet: nn.Module, fingerprint: Mapping[str, Any]
     ) -> StudentRun:
         """The student ``unet`` on the device, before its first step."""
         settings = setup.settings
-        nn.Module.to(
-            unet.train(), setup.device, torch.float32
-        )  # steps this small are rounded away in shorter formats
+        # Steps this small are rounded away in shorter formats.
+        nn.Module.to(unet.train(), setup.device, torch.float32)
         if settings.gradient_checkpointing:
             cast("Any", unet).enable_gradient_checkpointing()
         optimizer = torch.optim.AdamW(
@@ -213,22 +218,21 @@ class StudentRun:
         )
         ema = EMAModel(unet.parameters(), decay=settings.ema_decay, foreach=True)
         state = TrainingState(unet, optimizer, ema, step=0, seconds=0.0, history=[])
-        paths = CandidatePaths(Path(student.folder))
-        return cls(StudentState(student, state, unet), paths, fingerprint, accelerator)
+        return cls(state, student.pairs, CandidatePaths(student.folder), fingerprint, unet)
 
     @property
-    def main(self) -> bool:
-        """Whether this process writes the files; of several, one does."""
-        return bool(self.accelerator.is_main_process)
+    def name(self) -> str:
+        """The id of the plan, which the folder is called by."""
+        return self.paths.folder.name
 
     def resume(self, validation: Probe, until: int) -> None:
         """Load the checkpoint; without one, measure the held-out loss before training."""
-        state = self.student_state.state
+        state = self.state
         if self.paths.checkpoint.is_file():
             load_checkpoint(self.paths.checkpoint, state, self.fingerprint)
             _check_reach(state.step, until, self.paths)
             return
-        state.heldout[0] = shared_heldout_losses(state.student, validation, self.accelerator)
+        state.heldout[0] = shared_heldout_losses(state.student, validation)
         state.history.append((0, *(math.nan,) * 4, float(state.heldout[0].double().mean()), 0.0, 0.0))
 
     def validate(self, validation: Probe, diverged: float) -> float:
@@ -236,18 +240,17 @@ class StudentRun:
 
         A loss that is not finite, or more than ``diverged`` times the one before training, fails the student.
         """
-        state = self.student_state.state
+        state = self.state
         with averaged_weights(state) as unet:
-            losses = shared_heldout_losses(unet, validation, self.accelerator)
-        state.heldout[state.step] = losses
+            losses = state.heldout[state.step] = shared_heldout_losses(unet, validation)
         found, before = float(losses.double().mean()), state.history[0][VALIDATION]
         row = list(state.history[-1])
         row[VALIDATION] = found
         state.history[-1] = tuple(row)
         if not math.isfinite(found):
-            self.student_state.failure = not_finite_reason("held-out loss", state.step)
+            self.failure = not_finite_reason("held-out loss", state.step)
         elif found > diverged * before:
-            self.student_state.failure = (
+            self.failure = (
                 f"diverged: the held-out loss rose from {before:.4g} to {found:.4g} by step {state.step}, more than "
                 f"{diverged:g} times; try a smaller distill.learning_rate"
             )
@@ -256,44 +259,45 @@ class StudentRun:
     @property
     def recovery(self) -> Recovery:
         """The recovery of the student so far."""
-        state, failure = self.student_state.state, self.student_state.failure
+        state = self.state
         return Recovery(
-            plan_id=self.paths.folder.name,
+            plan_id=self.name,
             steps=state.step,
             before=state.history[0][VALIDATION],
-            after=math.nan if failure else state.history[-1][VALIDATION],
+            after=math.nan if self.failure else state.history[-1][VALIDATION],
             seconds=state.seconds,
-            status="failed" if failure else "done",
-            reason=failure,
+            status="failed" if self.failure else "done",
+            reason=self.failure,
+            fingerprint=self.fingerprint,
             rows=tuple(state.history),
         )
 
     def save(self) -> None:
-        """Write the checkpoint."""
-        if self.main:
-            save_checkpoint(self.paths.checkpoint, self.student_state.state, self.fingerprint)
+        """Write the checkpoint; of several processes, the main one does."""
+        if PartialState().is_main_process:
+            save_checkpoint(self.paths.checkpoint, self.state, self.fingerprint)
 
     def write_tables(self) -> None:
-        """Write recovery.csv and heldout.csv as far as they go."""
-        if self.main:
+        """Write recovery.csv and heldout.csv as far as they go; of several processes, the main one does."""
+        if PartialState().is_main_process:
             write_frame(self.paths.recovery, self.recovery.frame())
-            write_heldout(self.paths, self.student_state.state.heldout)
+            write_heldout(self.paths, self.state.heldout)
 
     def end(self, *, keep_checkpoint: bool) -> Recovery:
         """Write averaged weights, tables and, last, the verdict; the recovery comes back."""
-        state, failure, recovery = self.student_state.state, self.student_state.failure, self.recovery
+        state, failure, recovery = self.state, self.failure, self.recovery
         state.student.eval()
         if not failure:
             if keep_checkpoint:
                 self.save()
             state.ema.copy_to(state.student.parameters())
-        if not self.main:
+        if not PartialState().is_main_process:
             return recovery
         if not failure:
             with atomic_folder(self.paths.distilled_unet, force=True) as temporary:
                 cast("Any", state.student).save_pretrained(temporary, safe_serialization=True)
-        write_heldout(self.paths, state.heldout)
-        write_recovery(self.paths, recovery, self.fingerprint)
+        self.write_tables()
+        write_verdict(self.paths, recovery)
         if not failure and not keep_checkpoint:
             self.paths.checkpoint.unlink(missing_ok=True)
         return recovery

@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 
 from prune_lab.assets import load_pictures
+from prune_lab.config import DataConfig
 from prune_lab.distill.archives import LazyTable, TarMember, parquet_table, tar_samples
 from prune_lab.errors import DataError
 from prune_lab.models.sources import HUB_ID
@@ -95,12 +96,12 @@ def _read_metadata(path: Path) -> pd.DataFrame:
         ) from None
 
 
-def _metadata_rows(path: Path, caption_column: str) -> Iterator[tuple[Path, Any]]:
+def _metadata_rows(path: Path, settings: DataConfig) -> Iterator[tuple[Path, Any]]:
     """Image file and caption of every row of a metadata file."""
     frame = _read_metadata(path)
     columns = [str(name) for name in frame.columns]
     files = _pick_column(columns, "", ("file_name",), "file_name", str(path))
-    captions = _pick_column(columns, caption_column, CAPTION_COLUMNS, "caption_column", str(path))
+    captions = _pick_column(columns, settings.caption_column, CAPTION_COLUMNS, "caption_column", str(path))
     for name, caption in zip(frame[files], frame[captions], strict=True):
         yield path.parent / str(name), caption
 
@@ -116,12 +117,12 @@ def _text_beside(image: Path) -> str | None:
         ) from None
 
 
-def _from_folder(title: str, files: Sequence[Path], caption_column: str) -> ImageSource:
+def _from_folder(settings: DataConfig, files: Sequence[Path]) -> ImageSource:
     """Images named in metadata files, or else with a .txt file of the same name beside each."""
     captioned = {path: False for path in files if path.suffix.lower() in IMAGE_SUFFIXES}
     metadata = [path for path in files if path.name in _METADATA]
     rows: Iterable[tuple[Path, Any]] = (
-        (row for path in metadata for row in _metadata_rows(path, caption_column))
+        (row for path in metadata for row in _metadata_rows(path, settings))
         if metadata
         else ((path, _text_beside(path)) for path in captioned)
     )
@@ -136,12 +137,12 @@ def _from_folder(title: str, files: Sequence[Path], caption_column: str) -> Imag
     left_out += [f"{path}: no caption" for path, has_caption in captioned.items() if not has_caption]
     if not kept:
         raise DataError(
-            f"asked for images with captions in {title}, found {len(captioned):,} images and no caption for any; "
-            "give a metadata.csv with the columns file_name and caption, or a .txt file beside each image"
+            f"asked for images with captions in {settings.source}, found {len(captioned):,} images and no caption "
+            "for any; give a metadata.csv with the columns file_name and caption, or a .txt file beside each image"
         )
     paths, captions = zip(*kept, strict=True)
     return ImageSource(
-        title,
+        settings.source,
         captions,
         _digest(captions, _file_stamps(paths)),
         lambda row: str(paths[row]),
@@ -153,12 +154,12 @@ def _from_folder(title: str, files: Sequence[Path], caption_column: str) -> Imag
 # Tars and tables -------------------------------------------------------------------------------------------------
 
 
-def _from_tars(title: str, paths: Sequence[Path], image_column: str, caption_column: str) -> ImageSource:
+def _from_tars(settings: DataConfig, paths: Sequence[Path]) -> ImageSource:
     images: list[TarMember] = []
     captions: list[str] = []
     left_out, kinds = [], set()
-    image_names = (image_column,) if image_column else IMAGE_COLUMNS
-    caption_names = (caption_column,) if caption_column else CAPTION_COLUMNS
+    image_names = (settings.image_column,) if settings.image_column else IMAGE_COLUMNS
+    caption_names = (settings.caption_column,) if settings.caption_column else CAPTION_COLUMNS
     for path in paths:
         for name, sample in tar_samples(path, caption_names).items():
             kinds |= sample.members.keys() | sample.texts.keys()
@@ -171,12 +172,12 @@ def _from_tars(title: str, paths: Sequence[Path], image_column: str, caption_col
                 left_out.append(f"{path.name}/{name}: no {'caption' if image is not None else 'image'}")
     if not images:
         raise DataError(
-            f"asked for images with captions in {title}, found samples of {', '.join(sorted(kinds)) or 'nothing'}; "
-            "samples need an image such as .jpg and a .txt or .json of the same name, or other names in "
-            "data.image_column and data.caption_column"
+            f"asked for images with captions in {settings.source}, found samples of "
+            f"{', '.join(sorted(kinds)) or 'nothing'}; samples need an image such as .jpg and a .txt or .json of the "
+            "same name, or other names in data.image_column and data.caption_column"
         )
     return ImageSource(
-        title,
+        settings.source,
         tuple(captions),
         _digest(captions, [image.name for image in images], _file_stamps(paths)),
         lambda row: f"{images[row].name} in {images[row].tar}",
@@ -208,11 +209,10 @@ def _loading(title: str, library_error: type[Exception] = OSError) -> Iterator[N
         raise DataError(f"asked for the images in {title}, cannot load them ({reason}); {_KINDS}") from None
 
 
-def _from_table(
-    title: str, table: LazyTable, image_column: str, caption_column: str, origin: object
-) -> ImageSource:
-    image_column = _pick_column(table.columns, image_column, IMAGE_COLUMNS, "image_column", title)
-    caption_column = _pick_column(table.columns, caption_column, CAPTION_COLUMNS, "caption_column", title)
+def _from_table(settings: DataConfig, table: LazyTable, origin: object) -> ImageSource:
+    columns, title = table.columns, settings.source
+    image_column = _pick_column(columns, settings.image_column, IMAGE_COLUMNS, "image_column", title)
+    caption_column = _pick_column(columns, settings.caption_column, CAPTION_COLUMNS, "caption_column", title)
     captions, read_image = table.column(caption_column), table.cells(image_column)
     other = next((text for text in captions if text is not None and not isinstance(text, str)), None)
     if other is not None:
@@ -235,22 +235,20 @@ def _from_table(
     )
 
 
-def _from_files(title: str, files: Sequence[Path], image_column: str, caption_column: str) -> ImageSource:
+def _from_files(settings: DataConfig, files: Sequence[Path]) -> ImageSource:
     """The images in ``files``, which are tars, a folder of images with their captions, or Parquet files."""
     tars = [path for path in files if path.suffix == ".tar"]
     if tars:  # first: tools that write tars lay a .parquet with their log beside each
-        return _from_tars(title, tars, image_column, caption_column)
+        return _from_tars(settings, tars)
     if any(path.suffix.lower() in IMAGE_SUFFIXES for path in files):
-        return _from_folder(title, files, caption_column)
+        return _from_folder(settings, files)
     tables = [path for path in files if path.suffix == ".parquet" and path.name not in _METADATA]
     if tables:
-        with _loading(title):
-            return _from_table(
-                title, parquet_table(tables), image_column, caption_column, _file_stamps(tables)
-            )
+        with _loading(settings.source):
+            return _from_table(settings, parquet_table(tables), _file_stamps(tables))
     kinds = sorted({path.suffix or path.name for path in files})
     raise DataError(
-        f"asked for the images in {title}, found {', '.join(kinds[:8]) or 'nothing'} there; {_KINDS}"
+        f"asked for the images in {settings.source}, found {', '.join(kinds[:8]) or 'nothing'} there; {_KINDS}"
     )
 
 
@@ -272,7 +270,7 @@ def _converted_table(dataset: Any) -> LazyTable:
     return LazyTable(tuple(dataset.column_names), lambda name: dataset.select_columns([name])[:][name], cells)
 
 
-def _from_hub(title: str, image_column: str, caption_column: str) -> ImageSource:
+def _from_hub(settings: DataConfig) -> ImageSource:
     """The train split of a data set on the hub; `datasets` says which files that is.
 
     They are downloaded once, into the hub's own cache, and read there. Files in other formats, such as .zip, are
@@ -280,43 +278,38 @@ def _from_hub(title: str, image_column: str, caption_column: str) -> ImageSource
     """
     import datasets
 
-    shown = datasets.is_progress_bar_enabled()
+    title, shown = settings.source, datasets.is_progress_bar_enabled()
     try:
         datasets.disable_progress_bars()
         with _loading(title, datasets.exceptions.DatasetsError):
             files = (datasets.load_dataset_builder(title).config.data_files or {}).get("train")
             if not files or not all(Path(url).suffix.lower() in _READABLE for url in files):
                 table = datasets.load_dataset(title, split="train")
-                return _from_table(
-                    title, _converted_table(table), image_column, caption_column, table._fingerprint
-                )
+                return _from_table(settings, _converted_table(table), table._fingerprint)
             paths = [Path(path) for path in datasets.DownloadManager().download(list(files))]
     finally:
         if shown:
             datasets.enable_progress_bars()
-    source = _from_files(title, paths, image_column, caption_column)
+    source = _from_files(settings, paths)
     # of the revision: names and times of the files differ from machine to machine
-    return dataclasses.replace(source, digest=_digest(files.origin_metadata, image_column, source.captions))
+    return dataclasses.replace(
+        source, digest=_digest(files.origin_metadata, settings.image_column, source.captions)
+    )
 
 
 def _from_package() -> ImageSource:
     frame = load_pictures("train")
     images, captions = list(frame["picture"]), tuple(frame["caption"])
     digest = hashlib.sha256(b"".join(images)).hexdigest()  # a few MB, and a new install changes their times
-    return ImageSource(
-        "reference",
-        captions,
-        _digest(digest, captions),
-        lambda row: f"shipped image {row}",
-        images.__getitem__,
-    )
+    name = "shipped image {}".format
+    return ImageSource("reference", captions, _digest(digest, captions), name, images.__getitem__)
 
 
 # All -------------------------------------------------------------------------------------------------------------
 
 
-def _find(text: str, image_column: str, caption_column: str) -> ImageSource:
-    path = Path(text).expanduser()
+def _find(settings: DataConfig) -> ImageSource:
+    text, path = settings.source, Path(settings.source).expanduser()
     if text == "reference":
         return _from_package()
     if path.is_dir():
@@ -326,29 +319,26 @@ def _find(text: str, image_column: str, caption_column: str) -> ImageSource:
     else:
         files = sorted(Path(name) for name in glob.glob(str(path), recursive=True))  # noqa: PTH207, an absolute glob
         if not files and HUB_ID.fullmatch(text) and not Path(text).parent.is_dir():
-            return _from_hub(text, image_column, caption_column)
+            return _from_hub(settings)
         if not files:
             raise DataError(f"asked for the images in {text}, found no such file or folder; {_KINDS}")
-    return _from_files(text, files, image_column, caption_column)
+    return _from_files(settings, files)
 
 
-def open_source(
-    text: str, *, image_column: str = "", caption_column: str = "", limit: int = 0, seed: int = 0
-) -> ImageSource:
-    """The images that ``text`` names: ``reference``, a folder, .parquet or .tar files or a glob of them, or a hub id.
+def source_of(settings: DataConfig) -> ImageSource:
+    """The images that ``settings.source`` names: ``reference``, a folder, .parquet or .tar files, a glob, or a hub id.
 
-    With ``limit`` that many of them, in an order drawn with ``seed``. Raises DataError when there are none, when a file
-    cannot be read, or when no column has a usual name and none is given.
+    With ``settings.limit`` that many of them, in an order drawn with ``settings.seed``. Raises DataError when there are
+    none, when a file cannot be read, or when no column has a usual name and none is given.
     """
-    source = _find(text, image_column, caption_column)
+    source, limit = _find(settings), settings.limit
     if not limit or limit >= len(source):
         return source
-    order = torch.randperm(len(source), generator=seeded(seed))[:limit].tolist()
-    return ImageSource(
-        text,
-        tuple(source.captions[row] for row in order),
-        _digest(source.digest, order),
-        lambda row: source.name(order[row]),
-        lambda row: source.content(order[row]),
-        source.left_out,
+    order = torch.randperm(len(source), generator=seeded(settings.seed))[:limit].tolist()
+    return dataclasses.replace(
+        source,
+        captions=tuple(source.captions[row] for row in order),
+        digest=_digest(source.digest, order),
+        name=lambda row: source.name(order[row]),
+        content=lambda row: source.content(order[row]),
     )
