@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import itertools
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,12 +27,14 @@ def rank_agreement(one: NDArray[np.float64], other: NDArray[np.float64]) -> tupl
     return float(spearmanr(one, other).statistic), float(kendalltau(one, other).statistic)
 
 
-def _interval(draws: Sequence[tuple[float, float]]) -> tuple[float, float, float, float]:
-    """(Spearman low, high, Kendall low, high) 95 % interval of resampled (Spearman, Kendall) pairs."""
-    if not draws:
-        return (float("nan"),) * 4
-    spearman, kendall = np.nanpercentile(np.array(draws), INTERVAL, axis=0).T
-    return float(spearman[0]), float(spearman[1]), float(kendall[0]), float(kendall[1])
+Pair = tuple[NDArray[np.float64], NDArray[np.float64]]  # two lists of scores
+
+
+def _correlations(pair: Pair, draws: Iterable[Pair]) -> tuple[float, ...]:
+    """Spearman's correlation of ``pair`` and the ends of its 95 % interval from resamples; the same of Kendall's."""
+    drawn = [rank_agreement(*draw) for draw in draws]
+    ends = np.nanpercentile(drawn, INTERVAL, axis=0) if drawn else np.full((2, 2), np.nan)
+    return tuple(np.stack([rank_agreement(*pair), *ends]).T.ravel().tolist())
 
 
 def _resampled(table: ImportanceTable, draws: int, seed: int) -> NDArray[np.float64] | None:
@@ -49,18 +52,13 @@ def agreement(tables: Sequence[ImportanceTable], *, draws: int = 200, seed: int 
     """
     resamples = [_resampled(table, draws, seed) for table in tables]
     rows = []
-    for one, first in zip(tables, resamples, strict=True):
-        for other, second in zip(tables, resamples, strict=True):
-            spearman, kendall = rank_agreement(one.impacts, other.impacts)
-            left = [one.impacts] * draws if first is None else first
-            right = [other.impacts] * draws if second is None else second
-            has_samples = first is not None or second is not None
-            drawn = [rank_agreement(a, b) for a, b in zip(left, right, strict=True)] if has_samples else []
-            low, high, kendall_low, kendall_high = _interval(drawn)
-            names = (one.criterion, other.criterion)
-            rows.append(
-                (*names, spearman, low, high, kendall, kendall_low, kendall_high, "blocks", len(one.entries))
-            )
+    pairs = itertools.product(zip(tables, resamples, strict=True), repeat=2)
+    for (one, first), (other, second) in pairs:
+        left = [one.impacts] * draws if first is None else first
+        right = [other.impacts] * draws if second is None else second
+        drawn = () if first is None and second is None else zip(left, right, strict=True)
+        correlations = _correlations((one.impacts, other.impacts), drawn)
+        rows.append((one.criterion, other.criterion, *correlations, "blocks", len(one.entries)))
     return pd.DataFrame(rows, columns=list(AGREEMENT_COLUMNS))
 
 
@@ -89,11 +87,9 @@ def predictive_correlation(
     rows = []
     for table in tables:
         sums = summed_impacts(table, plans)
-        spearman, kendall = rank_agreement(sums, outcomes)
-        drawn = [rank_agreement(sums[one], outcomes[one]) for one in index] if len(plans) > 2 else []
-        low, high, kendall_low, kendall_high = _interval(drawn)
-        names = (table.criterion, "measured")
-        rows.append((*names, spearman, low, high, kendall, kendall_low, kendall_high, over, len(plans)))
+        drawn = [(sums[one], outcomes[one]) for one in index] if len(plans) > 2 else []
+        correlations = _correlations((sums, outcomes), drawn)
+        rows.append((table.criterion, "measured", *correlations, over, len(plans)))
     return pd.DataFrame(rows, columns=list(AGREEMENT_COLUMNS))
 
 

@@ -83,9 +83,7 @@ class ScoreCache:
     def for_inputs(self, inputs: str) -> ScoreCache:
         """The cache of the same model for other inputs, such as prompts; ``save`` of this cache saves it too."""
         if inputs not in self._other_inputs:
-            path = (
-                None if self.path is None else self.path.with_name(f"{self.path.stem}-{inputs}.safetensors")
-            )
+            path = self.path and self.path.with_name(f"{self.path.stem}-{inputs}.safetensors")
             self._other_inputs[inputs] = ScoreCache(path)
         return self._other_inputs[inputs]
 

@@ -20,9 +20,8 @@ from prune_lab.importance.context import Samples, SampleScores, ScoringContext
 from prune_lab.plans import gone_with
 from prune_lab.prefix_sharing import ComputeCost, fitting_batch, predict_without
 
-OutputMetric = Callable[
-    [Tensor, Tensor, Tensor], Tensor
-]  # (teacher, pruned, target), all (N, C, H, W) -> (N,)
+OutputMetric = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(teacher, pruned, target), all (N, C, H, W) -> (N,)."""
 
 _TEACHER_SQUARE = "teacher-square"
 _ROWS = 32  # per batch if the context does not say; memory beyond that is better used for more shared states
@@ -87,16 +86,11 @@ def _predictions(
     probes = [context.probe] if context.unconditional is None else [context.unconditional, context.probe]
     parts = [probe if len(rows) == len(probe) else probe.rows(rows) for probe in probes]
     # Decided once for both, because they run side by side: free memory may be different a moment later.
-    batch, width = fitting_batch(
-        context.architecture,
-        min(context.batch or _ROWS, len(rows)),
-        context.unet.device,
-        context.unet.dtype.itemsize,
-    )
+    unet, most = context.unet, min(context.batch or _ROWS, len(rows))
+    batch, width = fitting_batch(context.architecture, most, unet.device, unet.dtype.itemsize)
+    compiled = context.compiled
     streams = [
-        predict_without(
-            context.unet, part, sets, batch=batch, width=width, compute=compute, compiled=context.compiled
-        )
+        predict_without(unet, part, sets, batch=batch, width=width, compute=compute, compiled=compiled)
         for part in parts
     ]
     for results in zip(*streams, strict=True):

@@ -32,9 +32,7 @@ class Race:
 
     budget: float = 0.15
     """Share of the multiply-adds of the naive loop (a forward pass for each group and sample of the probe)."""
-    start: int = (
-        32  # samples of the first round, which all groups get; fewer if the budget does not allow so many
-    )
+    start: int = 32  # samples of the first round, for all groups; fewer if the budget does not allow so many
     step: int = 16  # samples of every further round
     separation: float = 1.0  # standard errors between neighbours from which on their order counts as known
 
@@ -127,15 +125,13 @@ def score_by_race(
         separation = separations(np.where(measured, values, np.nan)[:, so_far], scales[so_far], rows)
         begin, end = end, min(rows, end + race.step)
         active &= separation < race.separation
-        for index in np.argsort(
-            -separation
-        ):  # beyond the budget: the most clearly separated groups stop first
+        # Beyond the budget, the most clearly separated groups stop first.
+        for index in np.argsort(-separation):
             if budget >= (end - begin) * int(whole_macs + set_macs[active].sum()):
                 break
             active[index] = False
     compute.naive_macs = len(sets) * rows * whole_macs * (1 if context.unconditional is None else 2)
     values, scales = cached_values(context, sets, criterion)
     columns = np.flatnonzero(measured.any(axis=0))
-    index_of = {removed: index for index, removed in enumerate(sets)}
-    values = np.where(measured, values, np.nan)[[index_of[removed] for removed in group_sets]]
+    values = np.where(measured, values, np.nan)[[sets.index(removed) for removed in group_sets]]
     return SampleScores(values[:, columns], scales[columns], samples.rows(columns), compute)

@@ -128,12 +128,11 @@ def corrected(unit: nn.Module, side: Side, correction: Correction) -> Iterator[N
     def correct_input(_module: nn.Module, args: tuple[Any, ...]) -> Any:
         return (apply(args[0]), *args[1:])
 
-    before = side == "before"
-    with (
-        unit.register_forward_hook(correct_output)
-        if before
-        else unit.register_forward_pre_hook(correct_input)
-    ):
+    if side == "before":
+        handle = unit.register_forward_hook(correct_output)
+    else:
+        handle = unit.register_forward_pre_hook(correct_input)
+    with handle:
         yield
 
 
