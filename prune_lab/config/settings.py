@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from prune_lab.config.declaration import (
     CHOICES,
@@ -12,7 +12,6 @@ from prune_lab.config.declaration import (
     declared,
     in_words,
     require,
-    require_fractions,
     require_ranges,
     setting,
 )
@@ -23,7 +22,7 @@ BUDGET_CONTROLS = ("uniform", "random-median", "lowest-one-shot", "similarity") 
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeConfig:
     """The fixed inputs on which blocks are scored and candidates compared."""
 
@@ -38,7 +37,7 @@ class ProbeConfig:
         require_ranges(self, "probe.")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreConfig:
     """How blocks are scored."""
 
@@ -73,7 +72,7 @@ class ScoreConfig:
         require(bool(self.groups) and set(named) <= set(GROUP_KINDS), "score.groups", list(self.groups), rule)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SearchConfig:
     """Which plans become candidates: the controls, and the best found under each budget."""
 
@@ -105,7 +104,7 @@ class SearchConfig:
         require(some, "search.budgets", list(self.budgets), "not empty when search.controls is empty too")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RepairConfig:
     """The closed-form repair of the cut before any training, from the teacher's activations on the probe."""
 
@@ -115,7 +114,7 @@ class RepairConfig:
         require_ranges(self, "repair.")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """The pictures that students are trained on, and how they are encoded."""
 
@@ -161,7 +160,7 @@ class DataConfig:
         return self.variants or (4 if self.crop == "random" else 1 + self.flip)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DistillConfig:
     """The short distillation that every candidate goes through; the weights of the three losses are BK-SDM's."""
 
@@ -226,21 +225,18 @@ class DistillConfig:
     def __post_init__(self) -> None:
         require_ranges(self, "distill.")
         require(self.diverged > 1, "distill.diverged", self.diverged, "above 1")
-        require(
-            self.precision in ("", "float32", "bfloat16"),
-            "distill.precision",
-            self.precision,
-            "float32, bfloat16 or empty for the teacher's; float16 loses the gradients of students",
-        )
+        rule = "float32, bfloat16 or empty for the teacher's; float16 loses the gradients of students"
+        require(self.precision in ("", "float32", "bfloat16"), "distill.precision", self.precision, rule)
         require(self.learning_rate > 0, "distill.learning_rate", self.learning_rate, "above zero")
-        require_fractions(self, "distill.", "ema_decay", "caption_dropout")
+        for share in ("ema_decay", "caption_dropout"):
+            value = getattr(self, share)
+            require(0 <= value < 1, f"distill.{share}", value, "at least 0 and below 1")
         total = self.task_weight + self.output_weight + self.feature_weight
-        require(
-            total > 0, "distill.task_weight", self.task_weight, "above zero when the other two weights are 0"
-        )
+        rule = "above zero when the other two weights are 0"
+        require(total > 0, "distill.task_weight", self.task_weight, rule)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RankConfig:
     """How many steps of the distillation each candidate gets: all, or fewer where it falls behind in a tournament."""
 
@@ -263,7 +259,7 @@ class RankConfig:
         require_ranges(self, "rank.")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """Where candidates are trained, plans scored and pictures drawn."""
 
@@ -286,7 +282,7 @@ class EngineConfig:
         require_ranges(self, "engine.")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
     """The pictures that teacher and candidates draw, and who judges them."""
 
@@ -303,7 +299,7 @@ class EvaluateConfig:
         require(bool(self.scorer), "evaluate.scorer", self.scorer, "reference, a folder or a hub id")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ProfileConfig:
     """How latency is measured."""
 
@@ -315,7 +311,7 @@ class ProfileConfig:
         require_ranges(self, "profile.")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ReportConfig:
     """What the report says besides the run's own tables."""
 
@@ -325,7 +321,7 @@ class ReportConfig:
     )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """Everything that decides a run; two runs with equal settings differ in timings only.
 
@@ -344,35 +340,26 @@ class RunConfig:
     )
     dtype: str = setting("float32", f"number format: {in_words(CHOICES['dtype'])}", read_by="blocks")
     seed: int = setting(0, "seed of everything that has no seed of its own", read_by="blocks")
-    probe: ProbeConfig = dataclasses.field(default_factory=ProbeConfig, metadata={"read_by": "probe"})
-    score: ScoreConfig = dataclasses.field(default_factory=ScoreConfig, metadata={"read_by": "scores"})
-    search: SearchConfig = dataclasses.field(default_factory=SearchConfig, metadata={"read_by": "plans"})
-    repair: RepairConfig = dataclasses.field(default_factory=RepairConfig, metadata={"read_by": "repaired"})
-    data: DataConfig = dataclasses.field(default_factory=DataConfig, metadata={"read_by": "data"})
-    distill: DistillConfig = dataclasses.field(
-        default_factory=DistillConfig, metadata={"read_by": "distilled"}
-    )
-    rank: RankConfig = dataclasses.field(default_factory=RankConfig, metadata={"read_by": "distilled"})
-    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig, metadata={"read_by": "distilled"})
-    evaluate: EvaluateConfig = dataclasses.field(
-        default_factory=EvaluateConfig, metadata={"read_by": "pictures"}
-    )
-    profile: ProfileConfig = dataclasses.field(
-        default_factory=ProfileConfig, metadata={"read_by": "candidates"}
-    )
-    report: ReportConfig = dataclasses.field(default_factory=ReportConfig, metadata={"read_by": "report"})
+    probe: ProbeConfig = field(default_factory=ProbeConfig, metadata={"read_by": "probe"})
+    score: ScoreConfig = field(default_factory=ScoreConfig, metadata={"read_by": "scores"})
+    search: SearchConfig = field(default_factory=SearchConfig, metadata={"read_by": "plans"})
+    repair: RepairConfig = field(default_factory=RepairConfig, metadata={"read_by": "repaired"})
+    data: DataConfig = field(default_factory=DataConfig, metadata={"read_by": "data"})
+    distill: DistillConfig = field(default_factory=DistillConfig, metadata={"read_by": "distilled"})
+    rank: RankConfig = field(default_factory=RankConfig, metadata={"read_by": "distilled"})
+    engine: EngineConfig = field(default_factory=EngineConfig, metadata={"read_by": "distilled"})
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig, metadata={"read_by": "pictures"})
+    profile: ProfileConfig = field(default_factory=ProfileConfig, metadata={"read_by": "candidates"})
+    report: ReportConfig = field(default_factory=ReportConfig, metadata={"read_by": "report"})
 
     def __post_init__(self) -> None:
-        require(
-            bool(self.model), "model", self.model, "reference, a preset, a folder, a config.json or a hub id"
-        )
+        rule = "reference, a preset, a folder, a config.json or a hub id"
+        require(bool(self.model), "model", self.model, rule)
         is_device = _DEVICE.fullmatch(self.device) is not None
         require(is_device, "device", self.device, "auto, cpu, mps, cuda or cuda:N")
         require_ranges(self)
-        most = self.distill.steps
-        require(
-            self.rank.first <= most, "rank.first", self.rank.first, f"no more than distill.steps = {most}"
-        )
+        first, most = self.rank.first, self.distill.steps
+        require(first <= most, "rank.first", first, f"no more than distill.steps = {most}")
 
 
 SETTINGS: Mapping[str, Setting] = declared(RunConfig)

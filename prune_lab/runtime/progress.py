@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:  # rich takes a while to import; a log file does not need it
     from rich.progress import Progress, TaskID
@@ -60,23 +60,8 @@ class Task:
     bar: TaskID | None = None  # on a terminal
 
 
-class Reporter(Protocol):
-    """Shows how far tasks are; those that began inside another one end before it."""
-
-    def begin(self, task: Task) -> None:
-        """``task`` begins."""
-
-    def begin_item(self, task: Task, name: str) -> None:
-        """The next item of ``task`` begins; it is called ``name``, which may be empty."""
-
-    def end_item(self, task: Task) -> None:
-        """That item is done."""
-
-    def end(self, task: Task) -> None:
-        """``task`` is over: to its end, or stopped on the way."""
-
-    def note(self, text: str) -> None:
-        """Show one line of text."""
+# A reporter shows how far tasks are; those that began inside another one end before it. The name of an item may be
+# empty, and a task that ends may have stopped on the way.
 
 
 @dataclass(slots=True, eq=False)
@@ -128,9 +113,8 @@ class Lines:
         task.start = self.clock()
         self.tasks.append(task)
         if len(self.tasks) == 1 and not task.named:
-            self.note(
-                f"{task.description}: started" + ("" if task.total is None else f", {task.total} to do")
-            )
+            to_do = "" if task.total is None else f", {task.total} to do"
+            self.note(f"{task.description}: started{to_do}")
 
     def begin_item(self, task: Task, name: str) -> None:
         task.item, task.item_start = name, self.clock()
@@ -151,12 +135,10 @@ class Lines:
             return
         took = self.clock() - task.start
         whole = task.total is None or task.done >= task.total
-        count = f"{task.done}" if task.total is None else f"{task.done} of {task.total}"
-        speed = "" if task.named else _speed(task, took)
-        state = "done" if whole else "stopped"
-        self.note(
-            ", ".join(filter(None, (f"{task.description}: {state}, {count} in {duration_text(took)}", speed)))
+        line = (
+            f"{task.description}: {'done' if whole else 'stopped'}, {_count(task)} in {duration_text(took)}"
         )
+        self.note(", ".join(filter(None, (line, _speed(task, took)))))
 
     def note(self, text: str) -> None:
         with self.lock:
@@ -173,13 +155,9 @@ class Lines:
         lefts = (_left(task, now - task.start) for task in tasks if not task.named)
         left = next((one for one in lefts if one is not None), None)
         inner = tasks[-1]
-        speed = "" if inner.named else _speed(inner, now - inner.start)
-        time_left = (
-            f"{duration_text(now - inner.item_start)} so far"
-            if left is None
-            else f"{duration_text(left)} left"
-        )
-        words = (" > ".join(places), speed, time_left)
+        so_far = f"{duration_text(now - inner.item_start)} so far"
+        time_left = so_far if left is None else f"{duration_text(left)} left"
+        words = (" > ".join(places), _speed(inner, now - inner.start), time_left)
         self.note(", ".join(filter(None, words)))
 
 
@@ -193,8 +171,8 @@ def _step(task: Task) -> str:
 
 
 def _speed(task: Task, took: float) -> str:
-    """Items, or units, per second; how long each takes where that is more than a second."""
-    if not task.done or took <= 0:
+    """Items, or units, per second; how long each takes where that is more than a second. Empty for named steps."""
+    if task.named or not task.done or took <= 0:
         return ""
     rate = task.done * task.per / took
     if task.unit:
@@ -211,7 +189,7 @@ def _left(task: Task, took: float) -> float | None:
 
 # Showing ---------------------------------------------------------------------------------------------------------
 
-_reporter: ContextVar[Reporter | None] = ContextVar("prune_lab_progress", default=None)
+_reporter: ContextVar[Bars | Lines | None] = ContextVar("prune_lab_progress", default=None)
 
 
 @contextlib.contextmanager
@@ -226,7 +204,7 @@ def progress_shown() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _bars() -> Iterator[Reporter]:
+def _bars() -> Iterator[Bars]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -260,7 +238,7 @@ def _bars() -> Iterator[Reporter]:
 
 
 @contextlib.contextmanager
-def _lines() -> Iterator[Reporter]:
+def _lines() -> Iterator[Lines]:
     lines, over = Lines(), threading.Event()
 
     def look() -> None:
