@@ -201,11 +201,9 @@ def encode_captions(
     device = pipeline.text_encoder.device
     with torch.no_grad():
         for start in range(0, len(captions), batch):
+            few = list(captions[start : start + batch])
             answer = pipeline.encode_prompt(
-                list(captions[start : start + batch]),
-                device=device,
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=False,
+                few, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
             )
             embeddings.append(answer[0].float().cpu())
             if len(answer) == 4:  # SDXL: prompt, negative, pooled prompt, pooled negative

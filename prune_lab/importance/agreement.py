@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from scipy.stats import kendalltau, spearmanr
 
 from prune_lab.blocks import Architecture, BlockGroup
-from prune_lab.importance.intervals import INTERVAL, impacts_of, resampled_impacts
+from prune_lab.importance.intervals import INTERVAL, Floats, impacts_of, resampled_impacts
 from prune_lab.importance.tables import ImportanceTable
 from prune_lab.schemas import AGREEMENT_COLUMNS, STABILITY_COLUMNS
 
@@ -20,14 +19,14 @@ WEAK = 0.5  # a rank correlation whose interval reaches below this is called unr
 FEW = 8  # with fewer plans a correlation says almost nothing
 
 
-def rank_agreement(one: NDArray[np.float64], other: NDArray[np.float64]) -> tuple[float, float]:
+def rank_agreement(one: Floats, other: Floats) -> tuple[float, float]:
     """(Spearman, Kendall) rank correlations of two lists of scores; NaN if one is constant or they are below three."""
     if len(one) < 3 or len(np.unique(one)) < 2 or len(np.unique(other)) < 2:
         return float("nan"), float("nan")
     return float(spearmanr(one, other).statistic), float(kendalltau(one, other).statistic)
 
 
-Pair = tuple[NDArray[np.float64], NDArray[np.float64]]  # two lists of scores
+Pair = tuple[Floats, Floats]  # two lists of scores
 
 
 def _correlations(pair: Pair, draws: Iterable[Pair]) -> tuple[float, ...]:
@@ -37,7 +36,7 @@ def _correlations(pair: Pair, draws: Iterable[Pair]) -> tuple[float, ...]:
     return tuple(np.stack([rank_agreement(*pair), *ends]).T.ravel().tolist())
 
 
-def _resampled(table: ImportanceTable, draws: int, seed: int) -> NDArray[np.float64] | None:
+def _resampled(table: ImportanceTable, draws: int, seed: int) -> Floats | None:
     """(draws, groups) impacts on bootstrap resamples of the pictures; None for a criterion without samples."""
     if table.values is None or table.scales is None or table.samples is None or len(table.samples) < 2:
         return None
@@ -62,7 +61,7 @@ def agreement(tables: Sequence[ImportanceTable], *, draws: int = 200, seed: int 
     return pd.DataFrame(rows, columns=list(AGREEMENT_COLUMNS))
 
 
-def summed_impacts(table: ImportanceTable, plans: Sequence[BlockGroup]) -> NDArray[np.float64]:
+def summed_impacts(table: ImportanceTable, plans: Sequence[BlockGroup]) -> Floats:
     """(plans,) for each plan the sum of its blocks' impacts, which predicts the impact of the plan."""
     impacts = table.block_impacts()
     return np.array([sum(impacts[name] for name in plan.blocks) for plan in plans])
@@ -71,7 +70,7 @@ def summed_impacts(table: ImportanceTable, plans: Sequence[BlockGroup]) -> NDArr
 def predictive_correlation(
     tables: Sequence[ImportanceTable],
     plans: Sequence[BlockGroup],
-    outcomes: NDArray[np.float64],
+    outcomes: Floats,
     over: str,
     *,
     draws: int = 500,
@@ -126,7 +125,7 @@ def random_plans(
     return tuple(groups)
 
 
-def _overlap(one: NDArray[np.float64], other: NDArray[np.float64], top: int) -> float:
+def _overlap(one: Floats, other: Floats, top: int) -> float:
     """Share of the ``top`` groups with the least impact in ``one`` that are also among those of ``other``."""
     return len(set(np.argsort(one)[:top]) & set(np.argsort(other)[:top])) / top
 
@@ -166,7 +165,7 @@ def stability(
             low, high = np.percentile(overlaps, INTERVAL)
             rows.append(("samples", str(size), size, top, float(np.mean(overlaps)), float(low), float(high)))
         size *= 2
-    single: list[tuple[object, object, int, NDArray[np.float64]]] = [
+    single: list[tuple[object, object, int, Floats]] = [
         (part, name, int(inside["samples"].iloc[0]), inside["impact"].to_numpy())
         for (part, name), inside in table.parts().groupby(["part", "of"], sort=False)
     ]

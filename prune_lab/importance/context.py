@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 from diffusers import ModelMixin
-from numpy.typing import NDArray
 
 from prune_lab.blocks import Architecture, BlockGroup, architecture_of
 from prune_lab.errors import DataError
 from prune_lab.importance.cache import ScoreCache
+from prune_lab.importance.intervals import Floats, Integers
 from prune_lab.models import ScorerInputs
 from prune_lab.prefix_sharing import ComputeCost
 from prune_lab.probes import Probe
@@ -30,8 +30,8 @@ class Samples:
     weights). ``prompts`` (R,) is the kind of prompt of each sample.
     """
 
-    pictures: NDArray[np.int64]
-    timesteps: NDArray[np.int64] | None = None
+    pictures: Integers
+    timesteps: Integers | None = None
     prompts: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -42,7 +42,7 @@ class Samples:
         """The rows of a probe."""
         return cls(probe.pictures.numpy(), probe.timesteps.numpy(), probe.groups)
 
-    def rows(self, index: NDArray[np.int64]) -> Samples:
+    def rows(self, index: Integers) -> Samples:
         """The samples ``index``, in that order."""
         timesteps = None if self.timesteps is None else self.timesteps[index]
         return Samples(self.pictures[index], timesteps, tuple(self.prompts[row] for row in index))
@@ -56,8 +56,8 @@ class SampleScores:
     NaN; ``intervals.impacts_of`` estimates the impact from the others.
     """
 
-    values: NDArray[np.float64]
-    scales: NDArray[np.float64]
+    values: Floats
+    scales: Floats
     samples: Samples
     compute: ComputeCost
 
@@ -142,9 +142,7 @@ class ScoringContext:
         return self.generation
 
 
-def require_finite(
-    values: NDArray[np.float64], groups: Sequence[BlockGroup], criterion: str
-) -> NDArray[np.float64]:
+def require_finite(values: Floats, groups: Sequence[BlockGroup], criterion: str) -> Floats:
     """``values`` (G, R) unchanged. Raises DataError naming the first of ``groups`` (G) with one that is not finite."""
     for group, row in zip(groups, values, strict=True):
         bad = int((~np.isfinite(row)).sum())

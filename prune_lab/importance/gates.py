@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from prune_lab.blocks import Architecture, BlockGroup
 from prune_lab.importance.context import Samples, SampleScores, ScoringContext, require_finite
 from prune_lab.importance.hooks import block_hooks, only_requires_grad
+from prune_lab.importance.intervals import Floats
 from prune_lab.prefix_sharing import ComputeCost
 from prune_lab.probes import evaluating
 from prune_lab.runtime import seeded
@@ -45,7 +45,7 @@ def gated(unet: Any, architecture: Architecture, gates: Mapping[str, Tensor]) ->
 
 def gate_derivatives(
     context: ScoringContext, groups: Sequence[BlockGroup], objective: Objective, *, at: float = 1.0
-) -> tuple[NDArray[np.float64], ComputeCost]:
+) -> tuple[Floats, ComputeCost]:
     """(groups, rows) derivative of ``objective`` by the gates of each group's blocks, in each row.
 
     ``at`` is the value of all gates where the derivative is taken.

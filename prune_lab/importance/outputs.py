@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from prune_lab.blocks import BlockGroup
 from prune_lab.errors import DataError
 from prune_lab.importance.cache import set_key
 from prune_lab.importance.context import Samples, SampleScores, ScoringContext
+from prune_lab.importance.intervals import Floats, Integers
 from prune_lab.plans import gone_with
 from prune_lab.prefix_sharing import ComputeCost, fitting_batch, predict_without
 
@@ -64,7 +64,7 @@ def _check_finite(prediction: Tensor, name: str, criterion: str) -> None:
 
 
 def _rows_to_measure(
-    context: ScoringContext, criterion: str, sets: Iterable[frozenset[str]], rows: NDArray[np.int64]
+    context: ScoringContext, criterion: str, sets: Iterable[frozenset[str]], rows: Integers
 ) -> dict[tuple[int, ...], list[frozenset[str]]]:
     """The removed sets by those of ``rows`` that are not in the cache yet; equal work is grouped."""
     sets_by_rows: dict[tuple[int, ...], list[frozenset[str]]] = {}
@@ -108,7 +108,7 @@ def measure_outputs(
     names: Mapping[frozenset[str], str],
     criterion: str,
     compute: ComputeCost,
-    rows: NDArray[np.int64] | None = None,
+    rows: Integers | None = None,
 ) -> None:
     """Put all output metrics of the removed sets in ``names`` into the cache, for ``rows`` of the probe or for all.
 
@@ -146,7 +146,7 @@ def removed_sets(
 
 def cached_values(
     context: ScoringContext, sets: Sequence[frozenset[str]], criterion: str
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+) -> tuple[Floats, Floats]:
     """Values (sets, R) and scales (R,) from the cache; NaN where a value is not in it.
 
     Raises DataError for a model whose predictions are all 0.

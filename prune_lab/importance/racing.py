@@ -16,12 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from prune_lab.blocks import BlockGroup
 from prune_lab.errors import ConfigError
 from prune_lab.importance.context import Samples, SampleScores, ScoringContext
-from prune_lab.importance.intervals import impacts_of
+from prune_lab.importance.intervals import Floats, Integers, impacts_of
 from prune_lab.importance.outputs import cached_values, measure_outputs, removed_sets
 from prune_lab.prefix_sharing import ComputeCost, macs_without
 
@@ -45,7 +44,7 @@ class Race:
             )
 
 
-def sample_order(samples: Samples, seed: int) -> NDArray[np.int64]:
+def sample_order(samples: Samples, seed: int) -> Integers:
     """(R,) a random order of the samples, drawn with ``seed``.
 
     The first n samples, for every n, have each timestep equally often (+-1).
@@ -60,9 +59,7 @@ def sample_order(samples: Samples, seed: int) -> NDArray[np.int64]:
     return shuffled[np.argsort(repeat, kind="stable")]
 
 
-def separations(
-    values: NDArray[np.float64], scales: NDArray[np.float64], population: int
-) -> NDArray[np.float64]:
+def separations(values: Floats, scales: Floats, population: int) -> Floats:
     """(G,) difference in impact between each group and its nearest neighbour in the order, in standard errors.
 
     ``values`` (G, R) are NaN where not measured, ``scales`` (R,) as in ``impacts_of``. The standard error is that of

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from prune_lab.blocks import BlockGroup, GroupKind
 from prune_lab.errors import DataError
 from prune_lab.importance.context import Samples
-from prune_lab.importance.intervals import impacts_of
+from prune_lab.importance.intervals import Floats, impacts_of
 from prune_lab.prefix_sharing import ComputeCost
 from prune_lab.schemas import IMPORTANCE_COLUMNS, PARTS_COLUMNS
 
@@ -53,9 +53,9 @@ class ImportanceTable:
     criterion: str
     probe: str  # digest
     model: str
-    values: NDArray[np.float64] | None = field(default=None, repr=False)
+    values: Floats | None = field(default=None, repr=False)
     """(groups, rows) value of every sample, NaN where a race skipped it; None in a table read from a file."""
-    scales: NDArray[np.float64] | None = field(default=None, repr=False)
+    scales: Floats | None = field(default=None, repr=False)
     """(rows,) divisors of the values: impact = values.sum() / scales.sum() (``intervals.impacts_of``)."""
     samples: Samples | None = field(default=None, repr=False)
     """The samples that the columns of ``values`` belong to."""
@@ -63,7 +63,7 @@ class ImportanceTable:
     """The cost of measuring, without values that came from a cache; None in a table read from a file."""
 
     @property
-    def impacts(self) -> NDArray[np.float64]:
+    def impacts(self) -> Floats:
         """(groups,) in table order."""
         return np.array([entry.impact for entry in self.entries])
 

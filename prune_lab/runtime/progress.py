@@ -57,7 +57,7 @@ class Task:
     done: int = 0
     item: str = ""  # the name of the item that is being done
     item_start: float = 0.0
-    bar: TaskID | None = None  # on a terminal
+    bar: TaskID = field(init=False)  # on a terminal
 
 
 # A reporter shows how far tasks are; those that began inside another one end before it. The name of an item may be
@@ -74,16 +74,14 @@ class Bars:
         task.bar = self.progress.add_task(task.description, total=task.total, unit=task.unit, per=task.per)
 
     def begin_item(self, task: Task, name: str) -> None:
-        if name and task.bar is not None:
+        if name:
             self.progress.update(task.bar, description=f"{task.description}: {name}")
 
     def end_item(self, task: Task) -> None:
-        if task.bar is not None:
-            self.progress.advance(task.bar)
+        self.progress.advance(task.bar)
 
     def end(self, task: Task) -> None:
-        if task.bar is not None:
-            self.progress.remove_task(task.bar)
+        self.progress.remove_task(task.bar)
 
     def note(self, text: str) -> None:
         self.progress.console.print(text, markup=False, highlight=False)
@@ -205,35 +203,26 @@ def progress_shown() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _bars() -> Iterator[Bars]:
+    from rich import progress as rich_progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-    from rich.progress import Task as Bar
     from rich.text import Text
 
-    class Throughput(ProgressColumn):
+    class Throughput(rich_progress.ProgressColumn):
         """Units per second, of bars that count in units."""
 
-        def render(self, task: Bar) -> Text:
+        def render(self, task: rich_progress.Task) -> Text:
             unit, per = task.fields.get("unit", ""), task.fields.get("per", 1)
             return Text(f"{task.speed * per:,.1f} {unit}/s" if unit and task.speed else "")
 
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TimeElapsedColumn(),
+        rich_progress.TimeRemainingColumn(),
         Throughput(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with rich_progress.Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         yield Bars(progress)
 
 
