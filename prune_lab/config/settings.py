@@ -48,9 +48,7 @@ class ScoreConfig:
         f"what is removed at a time: {', '.join(GROUP_KINDS)}, or plans from files ({', '.join(PLAN_FILES)})",
     )
     batch: int = setting(0, "probe samples per forward pass; 0: as many as fit into memory")
-    guidance: float = setting(
-        1.0, "guidance scale of the predictions that output criteria compare; 1: no guidance"
-    )
+    guidance: float = setting(1.0, "guidance scale of the predictions that output criteria compare; 1: none")
     bootstrap: int = setting(1000, "resamples behind each interval", least=1)
     race: float = setting(
         0.0,
@@ -60,9 +58,7 @@ class ScoreConfig:
     channels_last: bool = setting(
         False, "channels-last memory format of the U-Net while it is scored; pays on a GPU with tensor cores"
     )
-    compile: bool = setting(
-        False, "put the blocks through torch.compile first; pays when there are many samples"
-    )
+    compile: bool = setting(False, "put the blocks through torch.compile; pays when there are many samples")
 
     def __post_init__(self) -> None:
         require(0 <= self.race <= 1, "score.race", self.race, "a share from 0 to 1")
@@ -134,9 +130,7 @@ class DataConfig:
         "encodings of each picture, the first cropped in the middle; 0: 4 for random crops, 2 for flips, else 1",
     )
     seed: int = setting(0, "seed of limit and crops")
-    cached: bool = setting(
-        True, "encode once, before the training; false: encode each batch when it is drawn"
-    )
+    cached: bool = setting(True, "encode once, before training; false: encode each batch when it is drawn")
     format: str = setting(
         "float32",
         "number format of the cache: float32, what the encoders gave, or float16, half the disk, rounded to 3 digits",
@@ -166,9 +160,7 @@ class DistillConfig:
 
     steps: int = setting(500, "steps of AdamW that a student gets", least=1)
     batch: int = setting(16, "samples per step, over all processes", least=1)
-    learning_rate: float = setting(
-        5e-5, "learning rate of AdamW after the warm-up; BK-SDM's (arXiv:2305.15798)"
-    )
+    learning_rate: float = setting(5e-5, "learning rate after the warm-up; BK-SDM's (arXiv:2305.15798)")
     weight_decay: float = setting(1e-2, "weight decay of AdamW")
     task_weight: float = setting(1.0, "weight of the loss against the noise that was added; 0: off")
     output_weight: float = setting(1.0, "weight of the loss against the teacher's prediction; 0: off")
@@ -176,9 +168,7 @@ class DistillConfig:
     loss_variant: str = setting(
         "raw", f"kind of feature loss: {in_words(CHOICES['distill.loss_variant'])}; raw is BK-SDM's"
     )
-    min_snr: float = setting(
-        0.0, "gamma of the min-SNR weighting of the task loss (arXiv:2303.09556); 0: off"
-    )
+    min_snr: float = setting(0.0, "gamma of min-SNR weighting of the task loss (arXiv:2303.09556); 0: off")
     noise_offset: float = setting(0.0, "offset of each channel of the noise; 0: off")
     ema_decay: float = setting(
         0.995,
@@ -198,19 +188,13 @@ class DistillConfig:
         "number format of the forward passes, while weights stay float32: float32 or bfloat16; empty: the teacher's",
     )
     micro_batch: int = setting(
-        0,
-        "samples of one student per forward and backward pass; 0: as many as fit into memory",
-        free=True,
+        0, "samples of one student per forward and backward pass; 0: as many as fit into memory", free=True
     )
     gradient_checkpointing: bool = setting(
         False, "recompute activations of the students: less memory for a third more work", resumes=True
     )
-    compile: bool = setting(
-        False, "put the blocks of teacher and students through torch.compile", resumes=True
-    )
-    together: int = setting(
-        0, "students trained on one teacher pass; 0: as many as fit into memory", free=True
-    )
+    compile: bool = setting(False, "put blocks of teacher and students through torch.compile", resumes=True)
+    together: int = setting(0, "students per pass of the teacher; 0: as many as fit into memory", free=True)
     diverged: float = setting(
         3.0, "times the held-out loss before training: a student above that is stopped", resumes=True
     )
@@ -247,12 +231,8 @@ class RankConfig:
         0,
         "steps of the first rung; 0: distill.steps over the power of eta that leaves twice the warm-up",
     )
-    keep_controls: bool = setting(
-        False, "BK-SDM's and the other controls go on to the end, whatever their loss"
-    )
-    clip: bool = setting(
-        True, "from the second rung on the CLIP score decides between those who tie on held-out loss"
-    )
+    keep_controls: bool = setting(False, "BK-SDM's and other controls go on to the end, whatever their loss")
+    clip: bool = setting(True, "from the second rung on the CLIP score decides between ties on held-out loss")
 
     def __post_init__(self) -> None:
         require(self.eta == 0 or self.eta >= 2, "rank.eta", self.eta, "0 for no tournament, or 2 or more")

@@ -125,11 +125,6 @@ def random_plans(
     return tuple(groups)
 
 
-def _overlap(one: Floats, other: Floats, top: int) -> float:
-    """Share of the ``top`` groups with the least impact in ``one`` that are also among those of ``other``."""
-    return len(set(np.argsort(one)[:top]) & set(np.argsort(other)[:top])) / top
-
-
 def stability(
     table: ImportanceTable,
     other_noise: Mapping[str, ImportanceTable] | None = None,
@@ -153,31 +148,22 @@ def stability(
     _, picture = np.unique(table.samples.pictures, return_inverse=True)
     pictures = int(picture.max()) + 1
     generator = np.random.default_rng(seed)
-    rows: list[tuple[object, ...]] = []
+    tried: list[tuple[object, object, int, list[Floats]]] = []  # part, of, samples, and impacts of each draw
     size = 4
     while size < pictures:
-        orders = []
-        for _ in range(draws):
-            inside = np.isin(picture, generator.choice(pictures, size=size, replace=False))
-            orders.append(impacts_of(values[:, inside], scales[inside]))
-        for top in tops:
-            overlaps = [_overlap(order, impacts, top) for order in orders]
-            low, high = np.percentile(overlaps, INTERVAL)
-            rows.append(("samples", str(size), size, top, float(np.mean(overlaps)), float(low), float(high)))
+        drawn = [np.isin(picture, generator.choice(pictures, size=size, replace=False)) for _ in range(draws)]
+        tried.append(("samples", str(size), size, [impacts_of(values[:, one], scales[one]) for one in drawn]))
         size *= 2
-    single: list[tuple[object, object, int, Floats]] = [
-        (part, name, int(inside["samples"].iloc[0]), inside["impact"].to_numpy())
-        for (part, name), inside in table.parts().groupby(["part", "of"], sort=False)
-    ]
-    single += [
-        ("noise", name, other.entries[0].samples, other.impacts)
-        for name, other in (other_noise or {}).items()
-    ]
-    rows += [
-        (part, name, count, top, _overlap(order, impacts, top), float("nan"), float("nan"))
-        for part, name, count, order in single
-        for top in tops
-    ]
+    for (part, name), inside in table.parts().groupby(["part", "of"], sort=False):
+        tried.append((part, name, int(inside["samples"].iloc[0]), [inside["impact"].to_numpy()]))
+    for name, other in (other_noise or {}).items():
+        tried.append(("noise", name, other.entries[0].samples, [other.impacts]))
+    rows = []
+    for (part, name, count, draws_of_part), top in itertools.product(tried, tops):
+        least = set(np.argsort(impacts)[:top])
+        overlaps = [len(least & set(np.argsort(one)[:top])) / top for one in draws_of_part]
+        low, high = np.percentile(overlaps, INTERVAL) if part == "samples" else (np.nan, np.nan)
+        rows.append((part, name, count, top, float(np.mean(overlaps)), float(low), float(high)))
     return pd.DataFrame(rows, columns=list(STABILITY_COLUMNS))
 
 

@@ -18,6 +18,8 @@ from prune_lab.models.sources import LEFT_OUT, ModelSource, pipeline_components
 if TYPE_CHECKING:  # importing them logs advice about torchvision, which is not used here; see `quiet`
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
+_SAFE = {"use_safetensors": True, "local_files_only": True}
+
 
 def _variant(folder: Path) -> str | None:
     return "fp16" if ".fp16" in weight_files(folder)[0].name else None
@@ -51,10 +53,9 @@ def load_unet(
         unet = model_class.from_pretrained(
             source.unet_folder,
             dtype=dtype,
-            use_safetensors=True,
             low_cpu_mem_usage=True,
-            local_files_only=True,
             variant=_variant(source.unet_folder),
+            **_SAFE,
         )
     return unet.to(device).eval()
 
@@ -86,12 +87,7 @@ def load_pipeline(
     found = [_variant(folder) for folder in folders if (folder / "config.json").is_file()]
     with quiet():
         pipeline = getattr(diffusers, parts["_class_name"]).from_pretrained(
-            source.folder,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            variant="fp16" if "fp16" in found else None,
-            **given,
+            source.folder, dtype=dtype, variant="fp16" if "fp16" in found else None, **_SAFE, **given
         )
         pipeline = pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
