@@ -19,20 +19,13 @@ from prune_lab.probes import Probe, predict
 from prune_lab.runtime import atomic_folder, atomic_write, seeded, track
 
 
-def heldout_loss(
-    unet: Any,
-    probe: Probe,
-    *,
-    batch: int = 32,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
+def heldout_loss(unet: Any, probe: Probe, *, batch: int = 32) -> Tensor:
     """Mean squared error of the prediction against the probe's target, one value per row, (N,) float32 on the CPU.
 
     Reads as: the training loss on images that were not trained on. Misleads when: compared between probes, because the
-    loss depends on the timestep. ``device`` and ``dtype`` are those of the inputs; None means the U-Net's.
+    loss depends on the timestep.
     """
-    predictions = predict(unet, probe, batch=batch, device=device, dtype=dtype)
+    predictions = predict(unet, probe, batch=batch)
     return (predictions - probe.target).square().flatten(1).mean(dim=1)
 
 

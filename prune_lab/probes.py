@@ -27,11 +27,8 @@ from prune_lab.runtime import atomic_write, seeded, tensors_digest
 
 _FORMAT = "prune_lab probe 1"
 _TENSORS = ("noisy", "noise", "timesteps", "embeddings", "target", "pictures")
-_SD_SCHEDULE = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-}  # all of SD 1, 2, XL
+# All of SD 1, 2, XL.
+_SD_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _VAE_FACTOR = 8  # pixels per latent pixel in all of SD; only SDXL's size conditioning reads it
 
 
@@ -99,7 +96,7 @@ class Probe:
         )
 
     def batches(
-        self, size: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self, size: int, device: torch.device, dtype: torch.dtype
     ) -> Iterator[tuple[slice, dict[str, Any]]]:
         """Rows in order, at most ``size`` at a time: where they lie, and keyword arguments of ``unet``."""
         for start in range(0, len(self), size):
@@ -114,6 +111,10 @@ class Probe:
                     name: tensor[rows].to(device, dtype) for name, tensor in self.added.items()
                 }
             yield rows, inputs
+
+    def denoising_error(self, prediction: Tensor, rows: slice) -> Tensor:
+        """(n,) mean squared error of ``prediction`` (n, C, H, W) for ``rows`` against their target, on its device."""
+        return (prediction - self.target[rows].to(prediction.device)).square().mean((1, 2, 3))
 
     def save(self, path: Path) -> None:
         """Write the probe as one safetensors file, whole or not at all.
@@ -200,11 +201,9 @@ def encode_captions(
     device = pipeline.text_encoder.device
     with torch.no_grad():
         for start in range(0, len(captions), batch):
+            few = list(captions[start : start + batch])
             answer = pipeline.encode_prompt(
-                list(captions[start : start + batch]),
-                device=device,
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=False,
+                few, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
             )
             embeddings.append(answer[0].float().cpu())
             if len(answer) == 4:  # SDXL: prompt, negative, pooled prompt, pooled negative
@@ -259,6 +258,11 @@ def _assign_timesteps(
     return timesteps
 
 
+def _time_ids(height: int, width: int, rows: int) -> Tensor:
+    """(rows, 6) SDXL's size conditioning, in pixels: original size, corner of the crop, target size."""
+    return torch.tensor([[height, width, 0, 0, height, width]] * rows, dtype=torch.float32)
+
+
 def make_probe(
     pipeline: Any,
     pictures: Tensor,
@@ -307,16 +311,14 @@ def probe_of_latents(
     """
     if not len(latents) == len(captions) == len(groups) or not len(latents):
         raise DataError(
-            f"asked for a probe of {len(latents)} pictures, found {len(captions)} captions "
-            f"and {len(groups)} groups; "
+            f"asked for a probe of {len(latents)} pictures, found {len(captions)} captions and {len(groups)} groups; "
             "give every picture one of each"
         )
     schedule = noise_schedule(pipeline.scheduler.config)
     length = schedule.config.num_train_timesteps
     if not 1 <= per_picture <= timesteps <= length:
         raise DataError(
-            f"asked for {timesteps} timesteps and {per_picture} of them per picture; "
-            f"the schedule has {length} steps; "
+            f"asked for {timesteps} timesteps and {per_picture} of them per picture; the schedule has {length} steps; "
             "give 1 <= per_picture <= timesteps <= that"
         )
     if latents.shape[1] != pipeline.unet.config.in_channels:
@@ -327,8 +329,7 @@ def probe_of_latents(
     embeddings, added = encode_captions(pipeline, captions) if text is None else (text[0], dict(text[1]))
     if added and text is None:
         height, width = size or tuple(_VAE_FACTOR * side for side in latents.shape[-2:])
-        sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
-        added["time_ids"] = sizes.repeat(len(latents), 1)
+        added["time_ids"] = _time_ids(height, width, len(latents))
     generator = seeded(seed)
     steps = _assign_timesteps(
         groups, strata=timesteps, per_picture=per_picture, length=length, generator=generator
@@ -372,9 +373,7 @@ def random_probe(config: Mapping[str, Any], *, samples: int, seed: int, timestep
     }
     if "time_ids" in added:
         height, width = (_VAE_FACTOR * side for side in latents.shape[-2:])
-        added["time_ids"] = torch.tensor(
-            [[height, width, 0, 0, height, width]] * samples, dtype=torch.float32
-        )
+        added["time_ids"] = _time_ids(height, width, samples)
     return Probe(
         noisy=schedule.add_noise(latents, noise, steps),
         noise=noise,
@@ -402,22 +401,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def predict(
-    unet: Any,
-    probe: Probe,
-    *,
-    batch: int = 32,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """What ``unet`` predicts for every row, (N, C, H, W) float32 on the CPU, ``batch`` rows at a time.
-
-    ``device`` and ``dtype`` of the inputs; None means those of the U-Net.
-    """
-    device = unet.device if device is None else device
-    dtype = unet.dtype if dtype is None else dtype
+def predict(unet: Any, probe: Probe, *, batch: int = 32) -> Tensor:
+    """What ``unet`` predicts for every row, (N, C, H, W) float32 on the CPU, ``batch`` rows at a time."""
     predictions = torch.empty_like(probe.target)
     with evaluating(unet), torch.inference_mode():
-        for rows, inputs in probe.batches(batch, device, dtype):
+        for rows, inputs in probe.batches(batch, unet.device, unet.dtype):
             predictions[rows] = unet(**inputs, return_dict=False)[0].float().cpu()
     return predictions

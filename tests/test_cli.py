@@ -28,10 +28,10 @@ from prune_lab.config import (
     RunConfig,
     SearchConfig,
     changed_settings,
-    config_from_toml,
     load_config,
     to_toml,
 )
+from prune_lab.config.toml import config_from_toml
 from prune_lab.runs import Run
 
 # arXiv:2305.15798: parameters of the published U-Nets, exact; MACs of the paper in G

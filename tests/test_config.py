@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 
 import prune_lab
 from prune_lab.config import (
-    CHOICES,
-    RENAMED,
     SETTINGS,
     DistillConfig,
     EngineConfig,
@@ -28,7 +26,6 @@ from prune_lab.config import (
     ScoreConfig,
     SearchConfig,
     changed_settings,
-    config_from_toml,
     load_config,
     parse_assignment,
     setting_values,
@@ -36,6 +33,8 @@ from prune_lab.config import (
     toml_literal,
     with_settings,
 )
+from prune_lab.config.declaration import CHOICES
+from prune_lab.config.toml import RENAMED, config_from_toml
 from prune_lab.errors import ConfigError
 
 counts = st.integers(1, 10**12)

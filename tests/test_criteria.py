@@ -268,7 +268,7 @@ def test_gate_derivatives_against_differences(tiny_unet: Any, probe: Probe) -> N
     def loss(prediction: torch.Tensor, rows: slice) -> torch.Tensor:
         return (prediction.double() - probe.target[rows].double()).square().mean((1, 2, 3)).sum()
 
-    found, compute = gate_derivatives(context, names, loss)
+    found, compute = gate_derivatives(context, single(*names), loss)
     assert compute.forwards == 8
     for number, name in enumerate(names):
         for row in range(4):
@@ -285,7 +285,7 @@ def test_gate_derivatives_against_differences(tiny_unet: Any, probe: Probe) -> N
 def test_a_groups_gates_move_together(context: ScoringContext) -> None:
     blocks = ("Dn1.R2", "Dn1.A2")
     both = (*single(*blocks), BlockGroup("both", "pair", blocks))
-    found, _ = gate_derivatives(context, list(blocks), lambda prediction, rows: prediction.sum())
+    found, _ = gate_derivatives(context, single(*blocks), lambda prediction, rows: prediction.sum())
     assert found.shape == (2, 4)
     table = score(context, both, "gate-gradient", bootstrap=0)
     assert table.values is not None

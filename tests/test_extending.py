@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 
 from prune_lab.blocks import BlockGroup
-from prune_lab.config import CHOICES, RunConfig
+from prune_lab.config import RunConfig
+from prune_lab.config.declaration import CHOICES
 from prune_lab.errors import ConfigError, UnknownCriterionError
 from prune_lab.families import FAMILIES
 from prune_lab.importance import CRITERIA, criterion_named

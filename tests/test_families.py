@@ -27,7 +27,7 @@ from prune_lab.models import load_unet, resolve_model
 from prune_lab.plans import gone_with, is_native, native_choices, native_layout, parse_plan
 from prune_lab.prefix_sharing import ComputeCost, predict_without
 from prune_lab.probes import predict, random_probe
-from prune_lab.repair import find_cuts
+from prune_lab.repair.cuts import find_cuts
 from prune_lab.report.maps import map_cells
 from prune_lab.report.tables import block_map_frame
 from prune_lab.surgery import bypassed, materialise, materialise_from_folder, save_unet

@@ -18,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prune_lab.blocks import architecture_of
-from prune_lab.config import CHOICES, DistillConfig
+from prune_lab.config import DistillConfig
+from prune_lab.config.declaration import CHOICES
 from prune_lab.distill import FEATURE_VARIANTS, draw_batch, feature_pairs
 from prune_lab.distill.batches import min_snr_weights
 from prune_lab.distill.joint import learning_rate_at

@@ -26,16 +26,16 @@ from prune_lab.assets import reference_folder
 from prune_lab.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
 from prune_lab.families import meta_unet
 from prune_lab.models import (
-    PRESETS,
     load_pipeline,
     load_scorer,
     load_unet,
     model_digest,
     preset_config,
-    read_header,
     resolve_model,
     weight_files,
 )
+from prune_lab.models.files import read_header
+from prune_lab.models.sources import PRESETS
 
 # BK-SDM, table 1 and its model cards; SDXL's own model card
 PARAMETERS = {

@@ -18,20 +18,14 @@ from torch import Tensor
 
 from prune_lab.blocks import architecture_of
 from prune_lab.errors import ConfigError, DataError, NonNativePlanError, PlanError
+from prune_lab.families.endings import ending_of
 from prune_lab.plans import PruningPlan, native_choices, parse_plan, plan_of
 from prune_lab.probes import Probe, predict, random_probe
-from prune_lab.repair import (
-    Correction,
-    RepairKind,
-    corrected,
-    find_cuts,
-    fold,
-    repair,
-    student_paths,
-    why_not,
-)
-from prune_lab.repair.fitting import Moments, fit, moments_of
-from prune_lab.repair.folding import last_layer, layer_features
+from prune_lab.repair import RepairKind, repair
+from prune_lab.repair.activations import corrected
+from prune_lab.repair.cuts import find_cuts, student_paths
+from prune_lab.repair.fitting import Correction, Moments, fit, moments_of
+from prune_lab.repair.folding import fold, layer_features, why_not
 from prune_lab.schemas import REPAIR_COLUMNS
 from prune_lab.surgery import materialise
 
@@ -245,7 +239,7 @@ def small_change(channels: int, kind: str, bias: bool = True) -> Correction:
 
 
 def channels_of(unit: Any, side: str) -> int:
-    layer = last_layer(unit)
+    layer = ending_of(unit).last
     return int(layer.weight.shape[0 if side == "before" else 1])
 
 
@@ -312,7 +306,7 @@ def test_a_refit_changes_the_unit_by_what_it_says(name: str) -> None:
     unet = build_unet(MODELS[name]).double()
     for call in calls_of(unet).values():
         module = call[0]
-        layer = last_layer(module)
+        layer = ending_of(module).last
         change = Correction(
             0.1 * torch.randn(layer.weight.shape[0], layer.weight[0].numel(), dtype=torch.float64),
             torch.randn(layer.weight.shape[0], dtype=torch.float64),

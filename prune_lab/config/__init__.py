@@ -7,10 +7,8 @@ of ``RunConfig`` itself.
 
 from __future__ import annotations
 
-from prune_lab.config.declaration import CHOICES, Setting
 from prune_lab.config.settings import (
     BUDGET_CONTROLS,
-    GROUP_KINDS,
     PLAN_FILES,
     SETTINGS,
     DataConfig,
@@ -27,9 +25,7 @@ from prune_lab.config.settings import (
     SearchConfig,
 )
 from prune_lab.config.toml import (
-    RENAMED,
     changed_settings,
-    config_from_toml,
     load_config,
     parse_assignment,
     setting_values,
@@ -40,10 +36,7 @@ from prune_lab.config.toml import (
 
 __all__ = [
     "BUDGET_CONTROLS",
-    "CHOICES",
-    "GROUP_KINDS",
     "PLAN_FILES",
-    "RENAMED",
     "SETTINGS",
     "DataConfig",
     "DistillConfig",
@@ -57,9 +50,7 @@ __all__ = [
     "RunConfig",
     "ScoreConfig",
     "SearchConfig",
-    "Setting",
     "changed_settings",
-    "config_from_toml",
     "load_config",
     "parse_assignment",
     "setting_values",

@@ -48,14 +48,8 @@ def setting(
 
     ``least`` is the smallest whole number allowed; numbers with a fraction are finite and not below zero.
     """
-    metadata = {
-        "meaning": meaning,
-        "least": least,
-        "read_by": read_by,
-        "free": free,
-        "resumes": resumes or free,
-    }
-    return dataclasses.field(default=default, metadata=metadata)
+    known = {"meaning": meaning, "read_by": read_by, "free": free, "resumes": resumes or free}
+    return dataclasses.field(default=default, metadata=known | {"least": least})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,20 +75,15 @@ def declared(config: type[Any]) -> Mapping[str, Setting]:
     found: dict[str, Setting] = {}
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
-        if not dataclasses.is_dataclass(hints[field.name]):
-            found[field.name] = _described(field.name, hints[field.name], field, field.metadata["read_by"])
-            continue
-        own_hints = typing.get_type_hints(hints[field.name])
-        for own in dataclasses.fields(typing.cast("type[Any]", hints[field.name])):
-            read_by = own.metadata["read_by"] or field.metadata["read_by"]
-            name = f"{field.name}.{own.name}"
-            found[name] = _described(name, own_hints[own.name], own, read_by)
+        hint, known = hints[field.name], dict(field.metadata)
+        if dataclasses.is_dataclass(hint):
+            for name, own in declared(typing.cast("type[Any]", hint)).items():
+                dotted, read_by = f"{field.name}.{name}", own.read_by or known["read_by"]
+                found[dotted] = dataclasses.replace(own, name=dotted, read_by=read_by)
+        else:
+            del known["least"]
+            found[field.name] = Setting(field.name, hint, field.default, **known)
     return found
-
-
-def _described(name: str, hint: Any, field: dataclasses.Field[Any], read_by: str) -> Setting:
-    data = field.metadata
-    return Setting(name, hint, field.default, data["meaning"], read_by, data["free"], data["resumes"])
 
 
 # Checking --------------------------------------------------------------------------------------------------------
@@ -118,10 +107,3 @@ def require_ranges(settings: Any, prefix: str = "") -> None:
         elif isinstance(value, float):
             usable = math.isfinite(value) and value >= 0
             require(usable, name, value, "a finite number, zero or more")
-
-
-def require_fractions(settings: Any, prefix: str, *fields: str) -> None:
-    """Raise ConfigError for one of ``fields`` that is not at least 0 and below 1."""
-    for field in fields:
-        value = getattr(settings, field)
-        require(0 <= value < 1, f"{prefix}{field}", value, "at least 0 and below 1")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from prune_lab.config.declaration import (
     CHOICES,
@@ -12,7 +12,6 @@ from prune_lab.config.declaration import (
     declared,
     in_words,
     require,
-    require_fractions,
     require_ranges,
     setting,
 )
@@ -23,7 +22,7 @@ BUDGET_CONTROLS = ("uniform", "random-median", "lowest-one-shot", "similarity") 
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeConfig:
     """The fixed inputs on which blocks are scored and candidates compared."""
 
@@ -38,7 +37,7 @@ class ProbeConfig:
         require_ranges(self, "probe.")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreConfig:
     """How blocks are scored."""
 
@@ -49,9 +48,7 @@ class ScoreConfig:
         f"what is removed at a time: {', '.join(GROUP_KINDS)}, or plans from files ({', '.join(PLAN_FILES)})",
     )
     batch: int = setting(0, "probe samples per forward pass; 0: as many as fit into memory")
-    guidance: float = setting(
-        1.0, "guidance scale of the predictions that output criteria compare; 1: no guidance"
-    )
+    guidance: float = setting(1.0, "guidance scale of the predictions that output criteria compare; 1: none")
     bootstrap: int = setting(1000, "resamples behind each interval", least=1)
     race: float = setting(
         0.0,
@@ -61,9 +58,7 @@ class ScoreConfig:
     channels_last: bool = setting(
         False, "channels-last memory format of the U-Net while it is scored; pays on a GPU with tensor cores"
     )
-    compile: bool = setting(
-        False, "put the blocks through torch.compile first; pays when there are many samples"
-    )
+    compile: bool = setting(False, "put the blocks through torch.compile; pays when there are many samples")
 
     def __post_init__(self) -> None:
         require(0 <= self.race <= 1, "score.race", self.race, "a share from 0 to 1")
@@ -73,7 +68,7 @@ class ScoreConfig:
         require(bool(self.groups) and set(named) <= set(GROUP_KINDS), "score.groups", list(self.groups), rule)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SearchConfig:
     """Which plans become candidates: the controls, and the best found under each budget."""
 
@@ -105,7 +100,7 @@ class SearchConfig:
         require(some, "search.budgets", list(self.budgets), "not empty when search.controls is empty too")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RepairConfig:
     """The closed-form repair of the cut before any training, from the teacher's activations on the probe."""
 
@@ -115,7 +110,7 @@ class RepairConfig:
         require_ranges(self, "repair.")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """The pictures that students are trained on, and how they are encoded."""
 
@@ -135,9 +130,7 @@ class DataConfig:
         "encodings of each picture, the first cropped in the middle; 0: 4 for random crops, 2 for flips, else 1",
     )
     seed: int = setting(0, "seed of limit and crops")
-    cached: bool = setting(
-        True, "encode once, before the training; false: encode each batch when it is drawn"
-    )
+    cached: bool = setting(True, "encode once, before training; false: encode each batch when it is drawn")
     format: str = setting(
         "float32",
         "number format of the cache: float32, what the encoders gave, or float16, half the disk, rounded to 3 digits",
@@ -161,15 +154,13 @@ class DataConfig:
         return self.variants or (4 if self.crop == "random" else 1 + self.flip)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DistillConfig:
     """The short distillation that every candidate goes through; the weights of the three losses are BK-SDM's."""
 
     steps: int = setting(500, "steps of AdamW that a student gets", least=1)
     batch: int = setting(16, "samples per step, over all processes", least=1)
-    learning_rate: float = setting(
-        5e-5, "learning rate of AdamW after the warm-up; BK-SDM's (arXiv:2305.15798)"
-    )
+    learning_rate: float = setting(5e-5, "learning rate after the warm-up; BK-SDM's (arXiv:2305.15798)")
     weight_decay: float = setting(1e-2, "weight decay of AdamW")
     task_weight: float = setting(1.0, "weight of the loss against the noise that was added; 0: off")
     output_weight: float = setting(1.0, "weight of the loss against the teacher's prediction; 0: off")
@@ -177,9 +168,7 @@ class DistillConfig:
     loss_variant: str = setting(
         "raw", f"kind of feature loss: {in_words(CHOICES['distill.loss_variant'])}; raw is BK-SDM's"
     )
-    min_snr: float = setting(
-        0.0, "gamma of the min-SNR weighting of the task loss (arXiv:2303.09556); 0: off"
-    )
+    min_snr: float = setting(0.0, "gamma of min-SNR weighting of the task loss (arXiv:2303.09556); 0: off")
     noise_offset: float = setting(0.0, "offset of each channel of the noise; 0: off")
     ema_decay: float = setting(
         0.995,
@@ -199,19 +188,13 @@ class DistillConfig:
         "number format of the forward passes, while weights stay float32: float32 or bfloat16; empty: the teacher's",
     )
     micro_batch: int = setting(
-        0,
-        "samples of one student per forward and backward pass; 0: as many as fit into memory",
-        free=True,
+        0, "samples of one student per forward and backward pass; 0: as many as fit into memory", free=True
     )
     gradient_checkpointing: bool = setting(
         False, "recompute activations of the students: less memory for a third more work", resumes=True
     )
-    compile: bool = setting(
-        False, "put the blocks of teacher and students through torch.compile", resumes=True
-    )
-    together: int = setting(
-        0, "students trained on one teacher pass; 0: as many as fit into memory", free=True
-    )
+    compile: bool = setting(False, "put blocks of teacher and students through torch.compile", resumes=True)
+    together: int = setting(0, "students per pass of the teacher; 0: as many as fit into memory", free=True)
     diverged: float = setting(
         3.0, "times the held-out loss before training: a student above that is stopped", resumes=True
     )
@@ -226,21 +209,18 @@ class DistillConfig:
     def __post_init__(self) -> None:
         require_ranges(self, "distill.")
         require(self.diverged > 1, "distill.diverged", self.diverged, "above 1")
-        require(
-            self.precision in ("", "float32", "bfloat16"),
-            "distill.precision",
-            self.precision,
-            "float32, bfloat16 or empty for the teacher's; float16 loses the gradients of students",
-        )
+        rule = "float32, bfloat16 or empty for the teacher's; float16 loses the gradients of students"
+        require(self.precision in ("", "float32", "bfloat16"), "distill.precision", self.precision, rule)
         require(self.learning_rate > 0, "distill.learning_rate", self.learning_rate, "above zero")
-        require_fractions(self, "distill.", "ema_decay", "caption_dropout")
+        for share in ("ema_decay", "caption_dropout"):
+            value = getattr(self, share)
+            require(0 <= value < 1, f"distill.{share}", value, "at least 0 and below 1")
         total = self.task_weight + self.output_weight + self.feature_weight
-        require(
-            total > 0, "distill.task_weight", self.task_weight, "above zero when the other two weights are 0"
-        )
+        rule = "above zero when the other two weights are 0"
+        require(total > 0, "distill.task_weight", self.task_weight, rule)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RankConfig:
     """How many steps of the distillation each candidate gets: all, or fewer where it falls behind in a tournament."""
 
@@ -251,19 +231,15 @@ class RankConfig:
         0,
         "steps of the first rung; 0: distill.steps over the power of eta that leaves twice the warm-up",
     )
-    keep_controls: bool = setting(
-        False, "BK-SDM's and the other controls go on to the end, whatever their loss"
-    )
-    clip: bool = setting(
-        True, "from the second rung on the CLIP score decides between those who tie on held-out loss"
-    )
+    keep_controls: bool = setting(False, "BK-SDM's and other controls go on to the end, whatever their loss")
+    clip: bool = setting(True, "from the second rung on the CLIP score decides between ties on held-out loss")
 
     def __post_init__(self) -> None:
         require(self.eta == 0 or self.eta >= 2, "rank.eta", self.eta, "0 for no tournament, or 2 or more")
         require_ranges(self, "rank.")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """Where candidates are trained, plans scored and pictures drawn."""
 
@@ -286,7 +262,7 @@ class EngineConfig:
         require_ranges(self, "engine.")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
     """The pictures that teacher and candidates draw, and who judges them."""
 
@@ -303,7 +279,7 @@ class EvaluateConfig:
         require(bool(self.scorer), "evaluate.scorer", self.scorer, "reference, a folder or a hub id")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ProfileConfig:
     """How latency is measured."""
 
@@ -315,7 +291,7 @@ class ProfileConfig:
         require_ranges(self, "profile.")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ReportConfig:
     """What the report says besides the run's own tables."""
 
@@ -325,7 +301,7 @@ class ReportConfig:
     )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """Everything that decides a run; two runs with equal settings differ in timings only.
 
@@ -344,35 +320,26 @@ class RunConfig:
     )
     dtype: str = setting("float32", f"number format: {in_words(CHOICES['dtype'])}", read_by="blocks")
     seed: int = setting(0, "seed of everything that has no seed of its own", read_by="blocks")
-    probe: ProbeConfig = dataclasses.field(default_factory=ProbeConfig, metadata={"read_by": "probe"})
-    score: ScoreConfig = dataclasses.field(default_factory=ScoreConfig, metadata={"read_by": "scores"})
-    search: SearchConfig = dataclasses.field(default_factory=SearchConfig, metadata={"read_by": "plans"})
-    repair: RepairConfig = dataclasses.field(default_factory=RepairConfig, metadata={"read_by": "repaired"})
-    data: DataConfig = dataclasses.field(default_factory=DataConfig, metadata={"read_by": "data"})
-    distill: DistillConfig = dataclasses.field(
-        default_factory=DistillConfig, metadata={"read_by": "distilled"}
-    )
-    rank: RankConfig = dataclasses.field(default_factory=RankConfig, metadata={"read_by": "distilled"})
-    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig, metadata={"read_by": "distilled"})
-    evaluate: EvaluateConfig = dataclasses.field(
-        default_factory=EvaluateConfig, metadata={"read_by": "pictures"}
-    )
-    profile: ProfileConfig = dataclasses.field(
-        default_factory=ProfileConfig, metadata={"read_by": "candidates"}
-    )
-    report: ReportConfig = dataclasses.field(default_factory=ReportConfig, metadata={"read_by": "report"})
+    probe: ProbeConfig = field(default_factory=ProbeConfig, metadata={"read_by": "probe"})
+    score: ScoreConfig = field(default_factory=ScoreConfig, metadata={"read_by": "scores"})
+    search: SearchConfig = field(default_factory=SearchConfig, metadata={"read_by": "plans"})
+    repair: RepairConfig = field(default_factory=RepairConfig, metadata={"read_by": "repaired"})
+    data: DataConfig = field(default_factory=DataConfig, metadata={"read_by": "data"})
+    distill: DistillConfig = field(default_factory=DistillConfig, metadata={"read_by": "distilled"})
+    rank: RankConfig = field(default_factory=RankConfig, metadata={"read_by": "distilled"})
+    engine: EngineConfig = field(default_factory=EngineConfig, metadata={"read_by": "distilled"})
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig, metadata={"read_by": "pictures"})
+    profile: ProfileConfig = field(default_factory=ProfileConfig, metadata={"read_by": "candidates"})
+    report: ReportConfig = field(default_factory=ReportConfig, metadata={"read_by": "report"})
 
     def __post_init__(self) -> None:
-        require(
-            bool(self.model), "model", self.model, "reference, a preset, a folder, a config.json or a hub id"
-        )
+        rule = "reference, a preset, a folder, a config.json or a hub id"
+        require(bool(self.model), "model", self.model, rule)
         is_device = _DEVICE.fullmatch(self.device) is not None
         require(is_device, "device", self.device, "auto, cpu, mps, cuda or cuda:N")
         require_ranges(self)
-        most = self.distill.steps
-        require(
-            self.rank.first <= most, "rank.first", self.rank.first, f"no more than distill.steps = {most}"
-        )
+        first, most = self.rank.first, self.distill.steps
+        require(first <= most, "rank.first", first, f"no more than distill.steps = {most}")
 
 
 SETTINGS: Mapping[str, Setting] = declared(RunConfig)

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import json
 import tomllib
 import typing
 from collections.abc import Mapping
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from prune_lab.config.declaration import require
 from prune_lab.config.settings import SETTINGS, RunConfig
 from prune_lab.errors import ConfigError
-
-
-class _Settings(Protocol):
-    """Any of the dataclasses of settings."""
-
-    __dataclass_fields__: typing.ClassVar[dict[str, dataclasses.Field[Any]]]
-
-
-Settings = TypeVar("Settings", bound=_Settings)
 
 # Names -----------------------------------------------------------------------------------------------------------
 
@@ -46,23 +38,18 @@ def unknown_setting(name: str) -> ConfigError:
     """What to raise for a setting that does not exist: names the nearest one, or what it is called now."""
     if name in RENAMED:
         return ConfigError(f"setting {name} is now called {RENAMED[name]}; write that instead")
-    return ConfigError(f"there is no setting {name}; {_suggestion(name)}")
-
-
-def _suggestion(name: str) -> str:
-    known, (table, _, leaf) = tuple(SETTINGS), name.rpartition(".")
+    table, _, leaf = name.rpartition(".")
     # In the named table a near spelling will do; a right name in the wrong table is a nearer miss than any other.
-    here = [other for other in known if other.rpartition(".")[0] == table]
-    leaves = difflib.get_close_matches(leaf, {other.rpartition(".")[2] for other in known}, n=1, cutoff=0.8)
+    here = [other for other in SETTINGS if other.rpartition(".")[0] == table]
+    leaves = difflib.get_close_matches(leaf, {one.rpartition(".")[2] for one in SETTINGS}, n=1, cutoff=0.8)
     near = (
         difflib.get_close_matches(name, here, n=1, cutoff=0.9)
-        or [other for other in known if other.rpartition(".")[2] in leaves]
-        or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        or [other for other in SETTINGS if other.rpartition(".")[2] in leaves]
+        or difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.5)
     )
-    if near:
-        return f"did you mean {' or '.join(near)}?"
-    tables = sorted({other.split(".")[0] for other in known})
-    return f"settings and tables are: {', '.join(tables)}"
+    tables = sorted({other.split(".")[0] for other in SETTINGS})
+    known = f"did you mean {' or '.join(near)}?" if near else f"settings and tables are: {', '.join(tables)}"
+    return ConfigError(f"there is no setting {name}; {known}")
 
 
 def changed_settings(old: RunConfig, new: RunConfig) -> tuple[str, ...]:
@@ -74,40 +61,29 @@ def changed_settings(old: RunConfig, new: RunConfig) -> tuple[str, ...]:
 # Reading ---------------------------------------------------------------------------------------------------------
 
 
-_KIND_NAMES: dict[type, str] = {
-    str: "text in quotes",
-    int: "whole number",
-    float: "number",
-    bool: "true or false",
-}
+_KIND_NAMES = {str: "text in quotes", int: "whole number", float: "number", bool: "true or false"}
 
 
-def _read(hint: Any, value: object, name: str) -> object:
+def _read(hint: Any, value: Any, name: str) -> Any:
+    """The setting or table ``name`` of type ``hint`` from the ``value`` in the TOML; RunConfig itself has no name."""
     if dataclasses.is_dataclass(hint):
         require(isinstance(value, dict), name, value, f"a table: write [{name}] and its settings below")
-        return _build(
-            typing.cast("type[_Settings]", hint), typing.cast("dict[str, object]", value), f"{name}."
-        )
+        hints, values = typing.get_type_hints(hint), {}
+        for key, inner in value.items():
+            dotted = f"{name}.{key}" if name else key
+            if key not in hints:
+                raise unknown_setting(dotted)
+            values[key] = _read(hints[key], inner, dotted)
+        return typing.cast("type[Any]", hint)(**values)
     if typing.get_origin(hint) is tuple:
         item = typing.get_args(hint)[0]
         require(isinstance(value, list), name, value, f"a list of {_KIND_NAMES[item]}s in [ ]")
-        return tuple(_read(item, one, name) for one in typing.cast("list[object]", value))
+        return tuple(_read(item, one, name) for one in value)
     if hint is float and type(value) is int:
         return float(value)
     # `type`, not `isinstance`: true is an int to Python, and no count to a reader
     require(type(value) is hint, name, value, f"a {_KIND_NAMES[hint]}")
     return value
-
-
-def _build(kind: type[Settings], table: Mapping[str, object], prefix: str) -> Settings:
-    hints = typing.get_type_hints(kind)
-    values = {}
-    for key, value in table.items():
-        name = prefix + key
-        if key not in hints:
-            raise unknown_setting(name)
-        values[key] = _read(hints[key], value, name)
-    return kind(**values)
 
 
 def config_from_toml(text: str) -> RunConfig:
@@ -121,7 +97,8 @@ def config_from_toml(text: str) -> RunConfig:
         raise ConfigError(
             f"this is not TOML: {error}; write lines such as steps = 500 under [distill]"
         ) from None
-    return _build(RunConfig, table, "")
+    config: RunConfig = _read(RunConfig, table, "")
+    return config
 
 
 def load_config(path: Path | str) -> RunConfig:
@@ -202,15 +179,8 @@ def toml_literal(value: object) -> str:
 
 def to_toml(config: RunConfig) -> str:
     """The TOML of every setting of ``config``, defaults included; reading it gives ``config`` again."""
-    lines = []
-    tables = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            tables += ["", f"[{field.name}]"]
-            tables += [
-                f"{own.name} = {toml_literal(getattr(value, own.name))}" for own in dataclasses.fields(value)
-            ]
-        else:
-            lines.append(f"{field.name} = {toml_literal(value)}")
-    return "\n".join(lines + tables) + "\n"
+    lines: list[str] = []
+    for table, settings in itertools.groupby(SETTINGS, key=lambda name: name.rpartition(".")[0]):
+        lines += ["", f"[{table}]"] if table else []
+        lines += [f"{name.split('.')[-1]} = {toml_literal(attrgetter(name)(config))}" for name in settings]
+    return "\n".join(lines) + "\n"

@@ -17,24 +17,18 @@ from prune_lab.importance.criteria import (
     CRITERIA,
     NEEDS_PIPELINE,
     ONE_STEP,
-    Criterion,
     check_race,
     criterion_named,
 )
 from prune_lab.importance.racing import Race
 from prune_lab.importance.scoring import score
-from prune_lab.importance.tables import (
-    Importance,
-    ImportanceTable,
-    importance_from_frame,
-)
+from prune_lab.importance.tables import Importance, ImportanceTable, importance_from_frame
 from prune_lab.importance.trajectories import with_psnr
 
 __all__ = [
     "CRITERIA",
     "NEEDS_PIPELINE",
     "ONE_STEP",
-    "Criterion",
     "GenerationSettings",
     "Importance",
     "ImportanceTable",

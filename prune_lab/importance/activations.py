@@ -50,5 +50,5 @@ def similarity(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleS
     member = np.array([[name in group.blocks for name in blocks] for group in groups])
     # Not `member @ influences`: 0 times NaN is NaN, and a block that is not finite would reach groups without it.
     values = np.stack([influences[row].sum(0) for row in member])
-    require_finite(values, [group.name for group in groups], "similarity")
+    require_finite(values, groups, "similarity")
     return SampleScores(values, np.ones(len(probe)), Samples.of(probe), compute)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import itertools
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from scipy.stats import kendalltau, spearmanr
 
 from prune_lab.blocks import Architecture, BlockGroup
-from prune_lab.importance.intervals import INTERVAL, impacts_of, resampled_impacts
+from prune_lab.importance.intervals import INTERVAL, Floats, impacts_of, resampled_impacts
 from prune_lab.importance.tables import ImportanceTable
 from prune_lab.schemas import AGREEMENT_COLUMNS, STABILITY_COLUMNS
 
@@ -19,22 +19,24 @@ WEAK = 0.5  # a rank correlation whose interval reaches below this is called unr
 FEW = 8  # with fewer plans a correlation says almost nothing
 
 
-def rank_agreement(one: NDArray[np.float64], other: NDArray[np.float64]) -> tuple[float, float]:
+def rank_agreement(one: Floats, other: Floats) -> tuple[float, float]:
     """(Spearman, Kendall) rank correlations of two lists of scores; NaN if one is constant or they are below three."""
     if len(one) < 3 or len(np.unique(one)) < 2 or len(np.unique(other)) < 2:
         return float("nan"), float("nan")
     return float(spearmanr(one, other).statistic), float(kendalltau(one, other).statistic)
 
 
-def _interval(draws: Sequence[tuple[float, float]]) -> tuple[float, float, float, float]:
-    """(Spearman low, high, Kendall low, high) 95 % interval of resampled (Spearman, Kendall) pairs."""
-    if not draws:
-        return (float("nan"),) * 4
-    spearman, kendall = np.nanpercentile(np.array(draws), INTERVAL, axis=0).T
-    return float(spearman[0]), float(spearman[1]), float(kendall[0]), float(kendall[1])
+Pair = tuple[Floats, Floats]  # two lists of scores
 
 
-def _resampled(table: ImportanceTable, draws: int, seed: int) -> NDArray[np.float64] | None:
+def _correlations(pair: Pair, draws: Iterable[Pair]) -> tuple[float, ...]:
+    """Spearman's correlation of ``pair`` and the ends of its 95 % interval from resamples; the same of Kendall's."""
+    drawn = [rank_agreement(*draw) for draw in draws]
+    ends = np.nanpercentile(drawn, INTERVAL, axis=0) if drawn else np.full((2, 2), np.nan)
+    return tuple(np.stack([rank_agreement(*pair), *ends]).T.ravel().tolist())
+
+
+def _resampled(table: ImportanceTable, draws: int, seed: int) -> Floats | None:
     """(draws, groups) impacts on bootstrap resamples of the pictures; None for a criterion without samples."""
     if table.values is None or table.scales is None or table.samples is None or len(table.samples) < 2:
         return None
@@ -49,22 +51,17 @@ def agreement(tables: Sequence[ImportanceTable], *, draws: int = 200, seed: int 
     """
     resamples = [_resampled(table, draws, seed) for table in tables]
     rows = []
-    for one, first in zip(tables, resamples, strict=True):
-        for other, second in zip(tables, resamples, strict=True):
-            spearman, kendall = rank_agreement(one.impacts, other.impacts)
-            left = [one.impacts] * draws if first is None else first
-            right = [other.impacts] * draws if second is None else second
-            has_samples = first is not None or second is not None
-            drawn = [rank_agreement(a, b) for a, b in zip(left, right, strict=True)] if has_samples else []
-            low, high, kendall_low, kendall_high = _interval(drawn)
-            names = (one.criterion, other.criterion)
-            rows.append(
-                (*names, spearman, low, high, kendall, kendall_low, kendall_high, "blocks", len(one.entries))
-            )
+    pairs = itertools.product(zip(tables, resamples, strict=True), repeat=2)
+    for (one, first), (other, second) in pairs:
+        left = [one.impacts] * draws if first is None else first
+        right = [other.impacts] * draws if second is None else second
+        drawn = () if first is None and second is None else zip(left, right, strict=True)
+        correlations = _correlations((one.impacts, other.impacts), drawn)
+        rows.append((one.criterion, other.criterion, *correlations, "blocks", len(one.entries)))
     return pd.DataFrame(rows, columns=list(AGREEMENT_COLUMNS))
 
 
-def summed_impacts(table: ImportanceTable, plans: Sequence[BlockGroup]) -> NDArray[np.float64]:
+def summed_impacts(table: ImportanceTable, plans: Sequence[BlockGroup]) -> Floats:
     """(plans,) for each plan the sum of its blocks' impacts, which predicts the impact of the plan."""
     impacts = table.block_impacts()
     return np.array([sum(impacts[name] for name in plan.blocks) for plan in plans])
@@ -73,7 +70,7 @@ def summed_impacts(table: ImportanceTable, plans: Sequence[BlockGroup]) -> NDArr
 def predictive_correlation(
     tables: Sequence[ImportanceTable],
     plans: Sequence[BlockGroup],
-    outcomes: NDArray[np.float64],
+    outcomes: Floats,
     over: str,
     *,
     draws: int = 500,
@@ -89,11 +86,9 @@ def predictive_correlation(
     rows = []
     for table in tables:
         sums = summed_impacts(table, plans)
-        spearman, kendall = rank_agreement(sums, outcomes)
-        drawn = [rank_agreement(sums[one], outcomes[one]) for one in index] if len(plans) > 2 else []
-        low, high, kendall_low, kendall_high = _interval(drawn)
-        names = (table.criterion, "measured")
-        rows.append((*names, spearman, low, high, kendall, kendall_low, kendall_high, over, len(plans)))
+        drawn = [(sums[one], outcomes[one]) for one in index] if len(plans) > 2 else []
+        correlations = _correlations((sums, outcomes), drawn)
+        rows.append((table.criterion, "measured", *correlations, over, len(plans)))
     return pd.DataFrame(rows, columns=list(AGREEMENT_COLUMNS))
 
 
@@ -130,11 +125,6 @@ def random_plans(
     return tuple(groups)
 
 
-def _overlap(one: NDArray[np.float64], other: NDArray[np.float64], top: int) -> float:
-    """Share of the ``top`` groups with the least impact in ``one`` that are also among those of ``other``."""
-    return len(set(np.argsort(one)[:top]) & set(np.argsort(other)[:top])) / top
-
-
 def stability(
     table: ImportanceTable,
     other_noise: Mapping[str, ImportanceTable] | None = None,
@@ -158,31 +148,22 @@ def stability(
     _, picture = np.unique(table.samples.pictures, return_inverse=True)
     pictures = int(picture.max()) + 1
     generator = np.random.default_rng(seed)
-    rows: list[tuple[object, ...]] = []
+    tried: list[tuple[object, object, int, list[Floats]]] = []  # part, of, samples, and impacts of each draw
     size = 4
     while size < pictures:
-        orders = []
-        for _ in range(draws):
-            inside = np.isin(picture, generator.choice(pictures, size=size, replace=False))
-            orders.append(impacts_of(values[:, inside], scales[inside]))
-        for top in tops:
-            overlaps = [_overlap(order, impacts, top) for order in orders]
-            low, high = np.percentile(overlaps, INTERVAL)
-            rows.append(("samples", str(size), size, top, float(np.mean(overlaps)), float(low), float(high)))
+        drawn = [np.isin(picture, generator.choice(pictures, size=size, replace=False)) for _ in range(draws)]
+        tried.append(("samples", str(size), size, [impacts_of(values[:, one], scales[one]) for one in drawn]))
         size *= 2
-    single: list[tuple[object, object, int, NDArray[np.float64]]] = [
-        (part, name, int(inside["samples"].iloc[0]), inside["impact"].to_numpy())
-        for (part, name), inside in table.parts().groupby(["part", "of"], sort=False)
-    ]
-    single += [
-        ("noise", name, other.entries[0].samples, other.impacts)
-        for name, other in (other_noise or {}).items()
-    ]
-    rows += [
-        (part, name, count, top, _overlap(order, impacts, top), float("nan"), float("nan"))
-        for part, name, count, order in single
-        for top in tops
-    ]
+    for (part, name), inside in table.parts().groupby(["part", "of"], sort=False):
+        tried.append((part, name, int(inside["samples"].iloc[0]), [inside["impact"].to_numpy()]))
+    for name, other in (other_noise or {}).items():
+        tried.append(("noise", name, other.entries[0].samples, [other.impacts]))
+    rows = []
+    for (part, name, count, draws_of_part), top in itertools.product(tried, tops):
+        least = set(np.argsort(impacts)[:top])
+        overlaps = [len(least & set(np.argsort(one)[:top])) / top for one in draws_of_part]
+        low, high = np.percentile(overlaps, INTERVAL) if part == "samples" else (np.nan, np.nan)
+        rows.append((part, name, count, top, float(np.mean(overlaps)), float(low), float(high)))
     return pd.DataFrame(rows, columns=list(STABILITY_COLUMNS))
 
 

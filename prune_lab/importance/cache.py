@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from prune_lab.errors import DataError
+from prune_lab.importance.intervals import Floats, Integers
 from prune_lab.runtime import atomic_write
 
 _FORMAT = "prune_lab scores 1"
@@ -35,7 +35,7 @@ class ScoreCache:
     def __init__(self, path: Path | None = None) -> None:
         """An empty cache, or the contents of the file at ``path``. Without a path it is kept in memory only."""
         self.path = path
-        self._values: dict[str, NDArray[np.float64]] = {}
+        self._values: dict[str, Floats] = {}
         self._other_inputs: dict[str, ScoreCache] = {}
         self._saved = time.monotonic()
         self._changed = False
@@ -61,19 +61,12 @@ class ScoreCache:
                 f"asked to read the scores in {path}, found a damaged file ({error}); {remedy}"
             ) from None
 
-    def values(self, criterion: str, key: str, rows: int) -> NDArray[np.float64]:
+    def values(self, criterion: str, key: str, rows: int) -> Floats:
         """A copy (rows,) of the cached values; NaN where there is none."""
         cached = self._values.get(f"{criterion}/{key}")
         return np.full(rows, np.nan) if cached is None or len(cached) != rows else cached.copy()
 
-    def put(
-        self,
-        criterion: str,
-        key: str,
-        rows: int,
-        index: slice | NDArray[np.int64],
-        values: NDArray[np.float64],
-    ) -> None:
+    def put(self, criterion: str, key: str, rows: int, index: slice | Integers, values: Floats) -> None:
         """Store ``values`` for the rows ``index`` out of ``rows``; ``save`` writes them to the file."""
         row_values = self.values(criterion, key, rows)
         row_values[index] = values
@@ -83,9 +76,7 @@ class ScoreCache:
     def for_inputs(self, inputs: str) -> ScoreCache:
         """The cache of the same model for other inputs, such as prompts; ``save`` of this cache saves it too."""
         if inputs not in self._other_inputs:
-            path = (
-                None if self.path is None else self.path.with_name(f"{self.path.stem}-{inputs}.safetensors")
-            )
+            path = self.path and self.path.with_name(f"{self.path.stem}-{inputs}.safetensors")
             self._other_inputs[inputs] = ScoreCache(path)
         return self._other_inputs[inputs]
 

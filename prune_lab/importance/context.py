@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from diffusers import ModelMixin
-from numpy.typing import NDArray
 
-from prune_lab.blocks import Architecture, architecture_of
+from prune_lab.blocks import Architecture, BlockGroup, architecture_of
 from prune_lab.errors import DataError
 from prune_lab.importance.cache import ScoreCache
+from prune_lab.importance.intervals import Floats, Integers
 from prune_lab.models import ScorerInputs
 from prune_lab.prefix_sharing import ComputeCost
 from prune_lab.probes import Probe
@@ -29,8 +30,8 @@ class Samples:
     weights). ``prompts`` (R,) is the kind of prompt of each sample.
     """
 
-    pictures: NDArray[np.int64]
-    timesteps: NDArray[np.int64] | None = None
+    pictures: Integers
+    timesteps: Integers | None = None
     prompts: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -41,7 +42,7 @@ class Samples:
         """The rows of a probe."""
         return cls(probe.pictures.numpy(), probe.timesteps.numpy(), probe.groups)
 
-    def rows(self, index: NDArray[np.int64]) -> Samples:
+    def rows(self, index: Integers) -> Samples:
         """The samples ``index``, in that order."""
         timesteps = None if self.timesteps is None else self.timesteps[index]
         return Samples(self.pictures[index], timesteps, tuple(self.prompts[row] for row in index))
@@ -55,8 +56,8 @@ class SampleScores:
     NaN; ``intervals.impacts_of`` estimates the impact from the others.
     """
 
-    values: NDArray[np.float64]
-    scales: NDArray[np.float64]
+    values: Floats
+    scales: Floats
     samples: Samples
     compute: ComputeCost
 
@@ -113,9 +114,7 @@ class ScoringContext:
     batch: int | None = None  # rows at a time; None: as many as fit into memory
     seed: int = 0
     generation: GenerationSettings | None = None  # for the criteria that generate images
-    guidance: float = (
-        1.0  # scale of classifier-free guidance in the predictions that are compared; 1: no guidance
-    )
+    guidance: float = 1.0  # of classifier-free guidance in the predictions that are compared; 1: none
     unconditional: Probe | None = None  # the probe with the empty caption, needed for guidance
     cache: ScoreCache = field(default_factory=ScoreCache)
     compiled: bool = False  # whether criteria of one step run the blocks through torch.compile
@@ -143,13 +142,13 @@ class ScoringContext:
         return self.generation
 
 
-def require_finite(values: NDArray[np.float64], names: list[str], criterion: str) -> NDArray[np.float64]:
-    """``values`` (G, R) unchanged. Raises DataError naming the first group of ``names`` (G) with one not finite."""
-    for name, row in zip(names, values, strict=True):
+def require_finite(values: Floats, groups: Sequence[BlockGroup], criterion: str) -> Floats:
+    """``values`` (G, R) unchanged. Raises DataError naming the first of ``groups`` (G) with one that is not finite."""
+    for group, row in zip(groups, values, strict=True):
         bad = int((~np.isfinite(row)).sum())
         if bad:
             raise DataError(
-                f"asked for {criterion} of {name}, found values that are not finite in {bad} of {len(row)} "
+                f"asked for {criterion} of {group.name}, found values that are not finite in {bad} of {len(row)} "
                 "samples; score in float32, or check the weights"
             )
     return values

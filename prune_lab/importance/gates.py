@@ -19,6 +19,7 @@ from torch import Tensor
 from prune_lab.blocks import Architecture, BlockGroup
 from prune_lab.importance.context import Samples, SampleScores, ScoringContext, require_finite
 from prune_lab.importance.hooks import block_hooks, only_requires_grad
+from prune_lab.importance.intervals import Floats
 from prune_lab.prefix_sharing import ComputeCost
 from prune_lab.probes import evaluating
 from prune_lab.runtime import seeded
@@ -27,9 +28,8 @@ _ROWS = 8  # per batch if the context does not say; few, because a backward pass
 _PASSES = 2  # a forward pass, and a backward pass without gradients of weights
 _SIMPSON = {1.0: 1 / 6, 0.5: 4 / 6, 0.0: 1 / 6}  # weights of Simpson's rule by gate value
 
-Objective = Callable[
-    [Tensor, slice], Tensor
-]  # (prediction (N, C, H, W), rows) -> the scalar to differentiate
+Objective = Callable[[Tensor, slice], Tensor]
+"""(prediction (N, C, H, W), rows) -> (N,) what is differentiated, one value for each row."""
 
 
 @contextlib.contextmanager
@@ -44,13 +44,14 @@ def gated(unet: Any, architecture: Architecture, gates: Mapping[str, Tensor]) ->
 
 
 def gate_derivatives(
-    context: ScoringContext, blocks: Sequence[str], objective: Objective, *, at: float = 1.0
-) -> tuple[np.ndarray[Any, np.dtype[np.float64]], ComputeCost]:
-    """(blocks, rows) derivative of ``objective``, a sum over rows, by each block's gate in each row.
+    context: ScoringContext, groups: Sequence[BlockGroup], objective: Objective, *, at: float = 1.0
+) -> tuple[Floats, ComputeCost]:
+    """(groups, rows) derivative of ``objective`` by the gates of each group's blocks, in each row.
 
     ``at`` is the value of all gates where the derivative is taken.
     """
     unet, probe = context.unet, context.probe
+    blocks = list(dict.fromkeys(name for group in groups for name in group.blocks))
     derivatives = np.empty((len(blocks), len(probe)))
     compute = ComputeCost(forward_macs=context.architecture.total_macs)
     with only_requires_grad(unet, ()), evaluating(unet):
@@ -61,32 +62,12 @@ def gate_derivatives(
             }
             with torch.enable_grad(), gated(unet, context.architecture, gates):
                 prediction = unet(**inputs, return_dict=False)[0]
-                gradients = torch.autograd.grad(objective(prediction.float(), rows), list(gates.values()))
+                value = objective(prediction.float(), rows).sum()
+                gradients = torch.autograd.grad(value, list(gates.values()))
             derivatives[:, rows] = torch.stack(gradients).double().cpu().numpy()
             compute.macs += _PASSES * compute.forward_macs * count
-    return derivatives, compute
-
-
-def _group_derivatives(
-    context: ScoringContext, groups: Sequence[BlockGroup], objective: Objective, *, at: float = 1.0
-) -> tuple[np.ndarray[Any, np.dtype[np.float64]], ComputeCost]:
-    """(groups, rows): for each group the sum of the derivatives by its blocks' gates."""
-    blocks = list(dict.fromkeys(name for group in groups for name in group.blocks))
-    for name in blocks:
-        context.architecture.block(name)  # raises for an unknown block before anything is computed
-    derivatives, compute = gate_derivatives(context, blocks, objective, at=at)
     member = np.array([[name in group.blocks for name in blocks] for group in groups], dtype=np.float64)
     return member @ derivatives, compute
-
-
-def _denoising_error(context: ScoringContext) -> Objective:
-    """The mean squared denoising error of each row, summed over rows."""
-
-    def objective(prediction: Tensor, rows: slice) -> Tensor:
-        target = context.probe.target[rows].to(prediction.device)
-        return (prediction - target).square().mean((1, 2, 3)).sum()
-
-    return objective
 
 
 def gate_gradient(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleScores:
@@ -99,8 +80,8 @@ def gate_gradient(context: ScoringContext, groups: Sequence[BlockGroup]) -> Samp
     Cost: two forward-equivalents for all groups together (a forward pass, and a backward pass without weights).
     Reference: Molchanov et al., arXiv:1906.10771 (gates); the Taylor expansion of arXiv:1611.06440.
     """
-    derivatives, compute = _group_derivatives(context, groups, _denoising_error(context))
-    values = require_finite(np.abs(derivatives), [group.name for group in groups], "gate-gradient")
+    derivatives, compute = gate_derivatives(context, groups, context.probe.denoising_error)
+    values = require_finite(np.abs(derivatives), groups, "gate-gradient")
     return SampleScores(values, np.ones(values.shape[1]), Samples.of(context.probe), compute)
 
 
@@ -122,10 +103,10 @@ def gate_fisher(context: ScoringContext, groups: Sequence[BlockGroup]) -> Sample
 
     def objective(prediction: Tensor, rows: slice) -> Tensor:
         squares[rows] = prediction.detach().double().square().flatten(1).mean(1).cpu().numpy()
-        return (prediction * noise[rows].to(prediction.device)).sum()
+        return (prediction * noise[rows].to(prediction.device)).flatten(1).sum(1)
 
-    derivatives, compute = _group_derivatives(context, groups, objective)
-    values = require_finite(derivatives**2 / size, [group.name for group in groups], "gate-fisher")
+    derivatives, compute = gate_derivatives(context, groups, objective)
+    values = require_finite(derivatives**2 / size, groups, "gate-fisher")
     return SampleScores(values, squares, Samples.of(context.probe), compute)
 
 
@@ -142,8 +123,8 @@ def gate_path(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleSc
     """
     total, compute = np.zeros((len(groups), len(context.probe))), ComputeCost()
     for at, weight in _SIMPSON.items():
-        derivatives, cost = _group_derivatives(context, groups, _denoising_error(context), at=at)
+        derivatives, cost = gate_derivatives(context, groups, context.probe.denoising_error, at=at)
         total += weight * derivatives
         compute.macs, compute.forward_macs = compute.macs + cost.macs, cost.forward_macs
-    values = require_finite(np.abs(total), [group.name for group in groups], "gate-path")
+    values = require_finite(np.abs(total), groups, "gate-path")
     return SampleScores(values, np.ones(values.shape[1]), Samples.of(context.probe), compute)

@@ -40,8 +40,7 @@ def block_hooks(
             block = architecture.block(name)
             module = unet.get_submodule(block.path)
             forward = forward_hook(name, stand_in_for(module, block))
-            handle = module.register_forward_hook(forward, with_kwargs=True)
-            stack.callback(handle.remove)
+            stack.enter_context(module.register_forward_hook(forward, with_kwargs=True))
         yield
 
 

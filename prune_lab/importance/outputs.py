@@ -10,19 +10,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from prune_lab.blocks import BlockGroup
 from prune_lab.errors import DataError
 from prune_lab.importance.cache import set_key
 from prune_lab.importance.context import Samples, SampleScores, ScoringContext
+from prune_lab.importance.intervals import Floats, Integers
 from prune_lab.plans import gone_with
 from prune_lab.prefix_sharing import ComputeCost, fitting_batch, predict_without
 
-OutputMetric = Callable[
-    [Tensor, Tensor, Tensor], Tensor
-]  # (teacher, pruned, target), all (N, C, H, W) -> (N,)
+OutputMetric = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(teacher, pruned, target), all (N, C, H, W) -> (N,)."""
 
 _TEACHER_SQUARE = "teacher-square"
 _ROWS = 32  # per batch if the context does not say; memory beyond that is better used for more shared states
@@ -65,7 +64,7 @@ def _check_finite(prediction: Tensor, name: str, criterion: str) -> None:
 
 
 def _rows_to_measure(
-    context: ScoringContext, criterion: str, sets: Iterable[frozenset[str]], rows: NDArray[np.int64]
+    context: ScoringContext, criterion: str, sets: Iterable[frozenset[str]], rows: Integers
 ) -> dict[tuple[int, ...], list[frozenset[str]]]:
     """The removed sets by those of ``rows`` that are not in the cache yet; equal work is grouped."""
     sets_by_rows: dict[tuple[int, ...], list[frozenset[str]]] = {}
@@ -87,16 +86,11 @@ def _predictions(
     probes = [context.probe] if context.unconditional is None else [context.unconditional, context.probe]
     parts = [probe if len(rows) == len(probe) else probe.rows(rows) for probe in probes]
     # Decided once for both, because they run side by side: free memory may be different a moment later.
-    batch, width = fitting_batch(
-        context.architecture,
-        min(context.batch or _ROWS, len(rows)),
-        context.unet.device,
-        context.unet.dtype.itemsize,
-    )
+    unet, most = context.unet, min(context.batch or _ROWS, len(rows))
+    batch, width = fitting_batch(context.architecture, most, unet.device, unet.dtype.itemsize)
+    compiled = context.compiled
     streams = [
-        predict_without(
-            context.unet, part, sets, batch=batch, width=width, compute=compute, compiled=context.compiled
-        )
+        predict_without(unet, part, sets, batch=batch, width=width, compute=compute, compiled=compiled)
         for part in parts
     ]
     for results in zip(*streams, strict=True):
@@ -114,7 +108,7 @@ def measure_outputs(
     names: Mapping[frozenset[str], str],
     criterion: str,
     compute: ComputeCost,
-    rows: NDArray[np.int64] | None = None,
+    rows: Integers | None = None,
 ) -> None:
     """Put all output metrics of the removed sets in ``names`` into the cache, for ``rows`` of the probe or for all.
 
@@ -152,7 +146,7 @@ def removed_sets(
 
 def cached_values(
     context: ScoringContext, sets: Sequence[frozenset[str]], criterion: str
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+) -> tuple[Floats, Floats]:
     """Values (sets, R) and scales (R,) from the cache; NaN where a value is not in it.
 
     Raises DataError for a model whose predictions are all 0.

@@ -16,12 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from prune_lab.blocks import BlockGroup
 from prune_lab.errors import ConfigError
 from prune_lab.importance.context import Samples, SampleScores, ScoringContext
-from prune_lab.importance.intervals import impacts_of
+from prune_lab.importance.intervals import Floats, Integers, impacts_of
 from prune_lab.importance.outputs import cached_values, measure_outputs, removed_sets
 from prune_lab.prefix_sharing import ComputeCost, macs_without
 
@@ -32,9 +31,7 @@ class Race:
 
     budget: float = 0.15
     """Share of the multiply-adds of the naive loop (a forward pass for each group and sample of the probe)."""
-    start: int = (
-        32  # samples of the first round, which all groups get; fewer if the budget does not allow so many
-    )
+    start: int = 32  # samples of the first round, for all groups; fewer if the budget does not allow so many
     step: int = 16  # samples of every further round
     separation: float = 1.0  # standard errors between neighbours from which on their order counts as known
 
@@ -47,7 +44,7 @@ class Race:
             )
 
 
-def sample_order(samples: Samples, seed: int) -> NDArray[np.int64]:
+def sample_order(samples: Samples, seed: int) -> Integers:
     """(R,) a random order of the samples, drawn with ``seed``.
 
     The first n samples, for every n, have each timestep equally often (+-1).
@@ -62,9 +59,7 @@ def sample_order(samples: Samples, seed: int) -> NDArray[np.int64]:
     return shuffled[np.argsort(repeat, kind="stable")]
 
 
-def separations(
-    values: NDArray[np.float64], scales: NDArray[np.float64], population: int
-) -> NDArray[np.float64]:
+def separations(values: Floats, scales: Floats, population: int) -> Floats:
     """(G,) difference in impact between each group and its nearest neighbour in the order, in standard errors.
 
     ``values`` (G, R) are NaN where not measured, ``scales`` (R,) as in ``impacts_of``. The standard error is that of
@@ -127,15 +122,13 @@ def score_by_race(
         separation = separations(np.where(measured, values, np.nan)[:, so_far], scales[so_far], rows)
         begin, end = end, min(rows, end + race.step)
         active &= separation < race.separation
-        for index in np.argsort(
-            -separation
-        ):  # beyond the budget: the most clearly separated groups stop first
+        # Beyond the budget, the most clearly separated groups stop first.
+        for index in np.argsort(-separation):
             if budget >= (end - begin) * int(whole_macs + set_macs[active].sum()):
                 break
             active[index] = False
     compute.naive_macs = len(sets) * rows * whole_macs * (1 if context.unconditional is None else 2)
     values, scales = cached_values(context, sets, criterion)
     columns = np.flatnonzero(measured.any(axis=0))
-    index_of = {removed: index for index, removed in enumerate(sets)}
-    values = np.where(measured, values, np.nan)[[index_of[removed] for removed in group_sets]]
+    values = np.where(measured, values, np.nan)[[sets.index(removed) for removed in group_sets]]
     return SampleScores(values[:, columns], scales[columns], samples.rows(columns), compute)

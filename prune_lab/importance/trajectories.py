@@ -114,7 +114,7 @@ def _by_trajectory(criterion: str, context: ScoringContext, groups: Sequence[Blo
         for key, group in track(missing.items(), "generating without each group", len(missing)):
             latents = _latents_without(context, generation, group.blocks, compute)
             for name, values in _measure(generation, teacher, latents).items():
-                require_finite(values[None], [group.name], name)
+                require_finite(values[None], [group], name)
                 cache.put(name, key, rows, slice(None), values)
             cache.save(now=False)
     values = np.stack([cache.values(criterion, key, rows) for key in keys])

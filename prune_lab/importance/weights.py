@@ -51,7 +51,7 @@ def magnitude(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleSc
     with torch.no_grad():
         values = [neuron_mean(list(weight_matrices(context, group))) for group in groups]
     scores = _without_samples(context, values)
-    require_finite(scores.values, [group.name for group in groups], "magnitude")
+    require_finite(scores.values, groups, "magnitude")
     return scores
 
 
@@ -77,14 +77,13 @@ def taylor(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleScore
             gradients = [torch.zeros_like(one) for one in weights]
             for rows, inputs in part.batches(context.batch or _ROWS, unet.device, unet.dtype):
                 prediction = unet(**inputs, return_dict=False)[0].float()
-                target = part.target[rows].to(prediction.device)
-                loss = (prediction - target).square().mean((1, 2, 3)).sum() / len(part)
+                loss = part.denoising_error(prediction, rows).sum() / len(part)
                 torch._foreach_add_(gradients, torch.autograd.grad(loss, weights))
             product = {
                 one: (one.detach() * gradient) for one, gradient in zip(weights, gradients, strict=True)
             }
             values[:, column] = [neuron_mean([product[one] for one in group]) for group in matrices.values()]
-    require_finite(values, [group.name for group in groups], "taylor")
+    require_finite(values, groups, "taylor")
     forward_macs = context.architecture.total_macs
     compute = ComputeCost(macs=_PASSES * len(probe) * forward_macs, forward_macs=forward_macs)
     samples = Samples(np.arange(len(timesteps)), timesteps)
@@ -105,7 +104,4 @@ def random_scores(context: ScoringContext, groups: Sequence[BlockGroup]) -> Samp
         digest = hashlib.sha256(f"{context.seed}:{' '.join(sorted(group.blocks))}".encode()).digest()
         return int.from_bytes(digest[:6], "big") / 2**48
 
-    for group in groups:
-        for name in group.blocks:
-            context.architecture.block(name)
     return _without_samples(context, [random_number(group) for group in groups])

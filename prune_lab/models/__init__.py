@@ -7,21 +7,12 @@ with the files is found from a few kilobytes of headers, before anything is load
 
 from __future__ import annotations
 
-from prune_lab.models.files import read_header, weight_files
+from prune_lab.models.files import weight_files
 from prune_lab.models.loading import load_pipeline, load_unet
 from prune_lab.models.scorer import ScorerInputs, load_scorer
-from prune_lab.models.sources import (
-    PRESETS,
-    SUPPORTED_PIPELINES,
-    ModelSource,
-    model_digest,
-    preset_config,
-    resolve_model,
-)
+from prune_lab.models.sources import ModelSource, model_digest, preset_config, resolve_model
 
 __all__ = [
-    "PRESETS",
-    "SUPPORTED_PIPELINES",
     "ModelSource",
     "ScorerInputs",
     "load_pipeline",
@@ -29,7 +20,6 @@ __all__ = [
     "load_unet",
     "model_digest",
     "preset_config",
-    "read_header",
     "resolve_model",
     "weight_files",
 ]

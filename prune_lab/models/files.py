@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -49,15 +50,13 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     only pickled weights, none at all, or when a shard is missing.
     """
     folder = Path(folder)
-    for stem in _WEIGHT_STEMS:
-        for variant in ("", "fp16"):
-            dotted = f".{variant}" if variant else ""
-            whole = folder / f"{stem}{dotted}.safetensors"
-            if whole.is_file():
-                return (whole,)
-            index = folder / f"{stem}.safetensors.index{dotted}.json"
-            if index.is_file():
-                return _shards(index)
+    for stem, variant in itertools.product(_WEIGHT_STEMS, ("", ".fp16")):
+        whole = folder / f"{stem}{variant}.safetensors"
+        if whole.is_file():
+            return (whole,)
+        index = folder / f"{stem}.safetensors.index{variant}.json"
+        if index.is_file():
+            return _shards(index)
     pickled = sorted(path.name for path in folder.glob("*") if path.suffix in _PICKLED)
     if pickled:
         raise ModelFormatError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,10 +13,12 @@ from prune_lab.errors import UnsupportedModelError
 from prune_lab.families import family_of, plain_config
 from prune_lab.models.files import json_object, weight_files
 from prune_lab.models.silence import quiet
-from prune_lab.models.sources import LEFT_OUT, ModelSource
+from prune_lab.models.sources import LEFT_OUT, ModelSource, pipeline_components
 
 if TYPE_CHECKING:  # importing them logs advice about torchvision, which is not used here; see `quiet`
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+_SAFE = {"use_safetensors": True, "local_files_only": True}
 
 
 def _variant(folder: Path) -> str | None:
@@ -52,21 +53,11 @@ def load_unet(
         unet = model_class.from_pretrained(
             source.unet_folder,
             dtype=dtype,
-            use_safetensors=True,
             low_cpu_mem_usage=True,
-            local_files_only=True,
             variant=_variant(source.unet_folder),
+            **_SAFE,
         )
     return unet.to(device).eval()
-
-
-def _pipeline_variant(folder: Path, parts: Mapping[str, Any]) -> str | None:
-    """``fp16`` when any part that is read exists in that variant only."""
-    folders = [
-        folder / part for part, value in parts.items() if isinstance(value, list) and part not in LEFT_OUT
-    ]
-    found = [_variant(one) for one in folders if one.name != "unet" and (one / "config.json").is_file()]
-    return "fp16" if "fp16" in found else None
 
 
 def load_pipeline(
@@ -91,15 +82,12 @@ def load_pipeline(
     if "safety_checker" in parts:
         given["requires_safety_checker"] = False
     given["unet"] = load_unet(source, dtype=dtype) if unet is None else unet
-    variant = _pipeline_variant(source.folder, parts)
+    folders = [source.folder / part for part in pipeline_components(parts) if part != "unet"]
+    # fp16 when any part that is read exists in that variant only.
+    found = [_variant(folder) for folder in folders if (folder / "config.json").is_file()]
     with quiet():
         pipeline = getattr(diffusers, parts["_class_name"]).from_pretrained(
-            source.folder,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            variant=variant,
-            **given,
+            source.folder, dtype=dtype, variant="fp16" if "fp16" in found else None, **_SAFE, **given
         )
         pipeline = pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)

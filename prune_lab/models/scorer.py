@@ -51,13 +51,8 @@ class ScorerInputs:
 
     def captions(self, texts: Sequence[str], device: str | torch.device = "cpu") -> dict[str, Tensor]:
         """``input_ids`` and ``attention_mask``, each (N, max_tokens), cut and padded."""
-        batch = self.tokenizer(
-            list(texts),
-            padding="max_length",
-            truncation=True,
-            max_length=self.max_tokens,
-            return_tensors="pt",
-        )
+        length = {"padding": "max_length", "truncation": True, "max_length": self.max_tokens}
+        batch = self.tokenizer(list(texts), return_tensors="pt", **length)
         return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
 
     def pictures(self, pictures: Tensor, device: str | torch.device = "cpu") -> Tensor:
@@ -65,10 +60,9 @@ class ScorerInputs:
         pixels = pictures if self.resize is None else _resized(pictures, self.resize, self.resample)
         pixels = pixels.to(device, torch.float32)
         if self.crop is not None:
-            top, left = (
-                (size - wanted) // 2 for size, wanted in zip(pixels.shape[2:], self.crop, strict=True)
-            )
-            pixels = pixels[:, :, top : top + self.crop[0], left : left + self.crop[1]]
+            height, width = self.crop
+            top, left = (pixels.shape[2] - height) // 2, (pixels.shape[3] - width) // 2
+            pixels = pixels[:, :, top : top + height, left : left + width]
         mean = torch.tensor(self.mean, device=device).reshape(-1, 1, 1)
         deviation = torch.tensor(self.deviation, device=device).reshape(-1, 1, 1)
         return (pixels / 255 - mean) / deviation

@@ -25,18 +25,18 @@ PRESETS = ("sd-v1.4", "sd-v1.5", "sd-v2.1-base", "sd-v2.1", "sdxl-base")
 SUPPORTED_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # Root folders of SD repositories also hold whole checkpoints of several GB in one file: not these.
-_HUB_FILES = (
-    "*.json",
-    "*/*.safetensors",
-    "diffusion_pytorch_model*.safetensors",
-    "model*.safetensors",
-    "*.txt",
-)
-_HUB_VARIANTS = ("*.fp16*", "*non_ema*", "safety_checker/*")
+_WEIGHTS = ("*/*.safetensors", "diffusion_pytorch_model*.safetensors", "model*.safetensors")
+_HUB_FILES = ["*.json", "*.txt", *_WEIGHTS]
+_HUB_VARIANTS = ["*.fp16*", "*non_ema*", "safety_checker/*"]
 # What diffusers raises, all of it unplanned, when it builds a U-Net from a config that makes no sense.
 _BUILD_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 # Components that a pipeline can do without, and that say nothing about its U-Net.
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
+
+
+def pipeline_components(parts: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The components that are read, each with its library and class, of the ``parts`` in a model_index.json."""
+    return {part: value for part, value in parts.items() if isinstance(value, list) and part not in LEFT_OUT}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -153,9 +153,7 @@ def _checked_pipeline(index: Path) -> dict[str, Any]:
         raise UnsupportedModelError(
             f"{index} describes a pipeline of class {name!r}; supported are {', '.join(SUPPORTED_PIPELINES)}"
         )
-    components = {
-        part: value for part, value in parts.items() if isinstance(value, list) and part not in LEFT_OUT
-    }
+    components = pipeline_components(parts)
     for part, value in components.items():
         if len(value) != 2 or value[0] not in ("diffusers", "transformers", None):
             raise UnsupportedModelError(
@@ -165,14 +163,13 @@ def _checked_pipeline(index: Path) -> dict[str, Any]:
     unet = _unet_config(index.parent / "unet" / "config.json")
     _check_weights(index.parent / "unet", unet)
     for part, (library, _) in components.items():
+        folder = index.parent / part
         if library is None or part == "unet":
             continue
-        if not (index.parent / part).is_dir():
-            raise ModelFormatError(
-                f"{index} lists {part}, but {index.parent / part} is not there; fetch it again"
-            )
-        if (index.parent / part / "config.json").is_file():  # tokenizers and schedulers have no weights
-            for path in weight_files(index.parent / part):
+        if not folder.is_dir():
+            raise ModelFormatError(f"{index} lists {part}, but {folder} is not there; fetch it again")
+        if (folder / "config.json").is_file():  # tokenizers and schedulers have no weights
+            for path in weight_files(folder):
                 read_header(path)
     return unet
 
@@ -180,8 +177,7 @@ def _checked_pipeline(index: Path) -> dict[str, Any]:
 def _from_folder(text: str, folder: Path, kind: Literal["reference"] | None = None) -> ModelSource:
     index = folder / "model_index.json"
     if index.is_file():
-        config = _checked_pipeline(index)
-        return ModelSource(text, kind or "pipeline", folder, config)
+        return ModelSource(text, kind or "pipeline", folder, _checked_pipeline(index))
     if not (folder / "config.json").is_file():
         raise ModelFormatError(
             f"asked for the model in {folder}, found neither model_index.json (a pipeline) nor config.json (a U-Net) "
@@ -212,12 +208,10 @@ def hub_folder(text: str) -> Path:
 
     try:
         with quiet():
-            folder = Path(
-                snapshot_download(text, allow_patterns=[*_HUB_FILES], ignore_patterns=[*_HUB_VARIANTS])
-            )
+            folder = Path(snapshot_download(text, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_VARIANTS))
             unet = folder / "unet" if (folder / "model_index.json").is_file() else folder
             if not any(unet.glob("*.safetensors")):  # some repositories have the half-precision files only
-                folder = Path(snapshot_download(text, allow_patterns=[*_HUB_FILES]))
+                folder = Path(snapshot_download(text, allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         reason = f"it answered {status}" if status else "it cannot be reached"

@@ -12,9 +12,10 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from prune_lab.errors import DataError
+from prune_lab.families.endings import ending_of
 from prune_lab.probes import Probe, evaluating
 from prune_lab.repair.fitting import Correction, Moments, moments_of
-from prune_lab.repair.folding import Side, last_layer, layer_features
+from prune_lab.repair.folding import Side, layer_features
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +25,7 @@ class FitPoint:
     student_path: str  # of a unit; the tensor is its output or its input
     side: Side  # the side of the cut on which that unit is: before, its output is meant; after, its input
     teacher_paths: tuple[str, ...]  # of units; the target is the mean of their outputs
-    refit: (
-        bool  # whether the features are the inputs of the unit's last layer, not the channels of the tensor
-    )
+    refit: bool  # features are the inputs of the unit's last layer; otherwise the channels of the tensor
 
 
 class _StopForward(Exception):  # noqa: N818 - no error: all outputs are known, the rest of the pass is not needed
@@ -53,7 +52,7 @@ def _outputs(unet: Any, paths: Sequence[str], inputs: dict[str, Any]) -> list[Te
 
     with contextlib.ExitStack() as stack:
         for path in distinct:
-            stack.callback(unet.get_submodule(path).register_forward_hook(hook(path)).remove)
+            stack.enter_context(unet.get_submodule(path).register_forward_hook(hook(path)))
         with contextlib.suppress(_StopForward):
             unet(**inputs, return_dict=False)
     return [outputs[path] for path in paths]
@@ -62,16 +61,14 @@ def _outputs(unet: Any, paths: Sequence[str], inputs: dict[str, Any]) -> list[Te
 def _tensor_and_features(unet: Any, point: FitPoint, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The student's tensor (B, C, H, W) at ``point``, and the features (B, P, F) of the fit."""
     unit = unet.get_submodule(point.student_path)
+    layer = ending_of(unit).last
     layer_inputs: list[Tensor] = []
-    module = unit if point.side == "after" else last_layer(unit)
-    handle = module.register_forward_pre_hook(lambda _module, args: layer_inputs.append(args[0]))
-    try:
+    module = unit if point.side == "after" else layer
+    with module.register_forward_pre_hook(lambda _module, args: layer_inputs.append(args[0])):
         (output,) = _outputs(unet, [point.student_path], inputs)
-    finally:
-        handle.remove()
     tensor = layer_inputs[0] if point.side == "after" else output
     if point.refit:
-        return tensor, layer_features(last_layer(unit), layer_inputs[0])
+        return tensor, layer_features(layer, layer_inputs[0])
     return tensor, tensor.flatten(2).transpose(1, 2)
 
 
@@ -135,10 +132,8 @@ def corrected(unit: nn.Module, side: Side, correction: Correction) -> Iterator[N
         handle = unit.register_forward_hook(correct_output)
     else:
         handle = unit.register_forward_pre_hook(correct_input)
-    try:
+    with handle:
         yield
-    finally:
-        handle.remove()
 
 
 @contextlib.contextmanager

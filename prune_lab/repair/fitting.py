@@ -7,11 +7,11 @@ cross-validation and held-out errors need no second pass over the activations.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -23,7 +23,7 @@ Form = Literal["shift", "scale-shift", "scale", "linear", "linear-shift"]
 STRENGTHS = (1e-10, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, math.inf)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Moments:
     """Sums over P pixels of F features x and C errors e (target minus tensor); float64."""
 
@@ -36,15 +36,8 @@ class Moments:
     target_square: float  # sum of squares of the target
 
     def __add__(self, other: Moments) -> Moments:
-        return Moments(
-            self.count + other.count,
-            self.x + other.x,
-            self.e + other.e,
-            self.xx + other.xx,
-            self.xe + other.xe,
-            self.ee + other.ee,
-            self.target_square + other.target_square,
-        )
+        names = [one.name for one in dataclasses.fields(self)]
+        return Moments(*(getattr(self, name) + getattr(other, name) for name in names))
 
     @property
     def error(self) -> float:
@@ -66,7 +59,7 @@ class Moments:
         return max(0.0, float(squares)) / self.target_square if self.target_square else 0.0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Correction:
     """A correction that adds ``weight @ x + bias`` to a tensor at each pixel, with features x; float64."""
 
@@ -101,14 +94,7 @@ def _solver(moments: Moments, form: Form) -> Callable[[float], Correction]:
     mean_e = moments.e / n if centred else torch.zeros_like(moments.e)
     cross_covariance = moments.xe / n - torch.outer(mean_x, mean_e)  # (F, C)
     covariance = moments.xx / n - torch.outer(mean_x, mean_x)
-    no_weight = torch.zeros_like(cross_covariance.T)
-    if form in ("scale", "scale-shift"):
-        variance = covariance.diagonal().clamp(min=0)
-        slope = torch.where(variance > 0, cross_covariance.diagonal() / variance, 0.0)
-
-        def weight(strength: float) -> Tensor:
-            return torch.diag(slope / (1 + strength))
-    elif form in ("linear", "linear-shift"):
+    if form in ("linear", "linear-shift"):
         values, vectors = torch.linalg.eigh(covariance)
         values = values.clamp(min=0)
         size, rotated = values.mean(), vectors.T @ cross_covariance
@@ -117,13 +103,15 @@ def _solver(moments: Moments, form: Form) -> Callable[[float], Correction]:
             damped = (values + strength * size)[:, None]
             solution: Tensor = torch.where(damped > 0, rotated / damped, 0.0).T @ vectors.T
             return solution
-    else:
+    else:  # a shift is only asked for at an infinite penalty, and has no weight
+        variance = covariance.diagonal().clamp(min=0)
+        slope = torch.where(variance > 0, cross_covariance.diagonal() / variance, 0.0)
 
         def weight(strength: float) -> Tensor:
-            return no_weight
+            return torch.diag(slope / (1 + strength))
 
     def solve(strength: float) -> Correction:
-        solution = no_weight if math.isinf(strength) else weight(strength)
+        solution = torch.zeros_like(cross_covariance.T) if math.isinf(strength) else weight(strength)
         return Correction(solution, mean_e - solution @ mean_x, strength)
 
     return solve

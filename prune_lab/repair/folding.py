@@ -28,28 +28,16 @@ from prune_lab.repair.fitting import Correction
 CorrectionKind = Literal["shift", "scale-shift", "linear", "refit"]
 Side = Literal["before", "after"]
 
-MOST_UNKNOWNS = (
-    6000  # per channel of a refit; the sums of every fold take 8 bytes times the square of this number
-)
-
-
-def last_layer(unit: nn.Module) -> Layer:
-    """The last layer of a unit; its output is added to the residual, or is the unit's output."""
-    return ending_of(unit).last
+# Per channel of a refit; the sums of every fold take 8 bytes times the square of this number.
+MOST_UNKNOWNS = 6000
 
 
 def layer_features(layer: Layer, inputs: Tensor) -> Tensor:
     """(B, P, F) the inputs of ``layer`` for each output pixel, in the order of its flattened weight."""
     if isinstance(layer, nn.Linear):
         return inputs
-    unfolded = F.unfold(
-        inputs,
-        cast("tuple[int, int]", layer.kernel_size),
-        dilation=cast("tuple[int, int]", layer.dilation),
-        padding=cast("tuple[int, int]", layer.padding),
-        stride=cast("tuple[int, int]", layer.stride),
-    )
-    return unfolded.transpose(1, 2)
+    settings = {name: getattr(layer, name) for name in ("kernel_size", "dilation", "padding", "stride")}
+    return F.unfold(inputs, **settings).transpose(1, 2)
 
 
 def why_not(kind: CorrectionKind, side: Side, unit: nn.Module | None, name: str) -> str:
@@ -60,29 +48,26 @@ def why_not(kind: CorrectionKind, side: Side, unit: nn.Module | None, name: str)
     ending = None if unit is None else ending_of(unit)
     if side == "after":
         if ending is not None and ending.linear:
-            return (
-                "" if kind in ("scale-shift", "linear") else f"a {kind} does not go through {name}'s padding"
-            )
+            folds = kind in ("scale-shift", "linear")
+            return "" if folds else f"a {kind} does not go through {name}'s padding"
         reading = f"{ending.norm} of {name}" if ending is not None else f"the norm ahead of {name}"
         return f"{reading} reads it: no map goes through a group norm"
     assert ending is not None
     if kind == "refit":
         unknowns = ending.last.weight[0].numel()
-        if unknowns > MOST_UNKNOWNS:
-            return (
-                f"the last layer of {name} has {unknowns:,} inputs; at most {MOST_UNKNOWNS:,} can be fitted"
-            )
-        return ""
+        if unknowns <= MOST_UNKNOWNS:
+            return ""
+        return f"the last layer of {name} has {unknowns:,} inputs; at most {MOST_UNKNOWNS:,} can be fitted"
     if kind == "shift" or not ending.adds_input or ending.shortcut is not None:
         return ""
     return f"{name} adds its own input, which its {ending.norm} reads as well: only a shift folds into it"
 
 
-def _map_output(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
-    """Change ``layer``, a convolution or linear layer, so that its output becomes ``weight @ output + bias``."""
-    old = cast("Tensor", layer.weight).double()
-    cast("Tensor", layer.weight).copy_((weight @ old.flatten(1)).view_as(old))
-    cast("Tensor", layer.bias).copy_(weight @ cast("Tensor", layer.bias).double() + bias)
+def _map_output(layer: Layer, weight: Tensor, bias: Tensor) -> None:
+    """Change ``layer`` so that its output becomes ``weight @ output + bias``."""
+    old, old_bias = layer.weight.double(), cast("Tensor", layer.bias)
+    layer.weight.copy_((weight @ old.flatten(1)).view_as(old))
+    old_bias.copy_(weight @ old_bias.double() + bias)
 
 
 @torch.no_grad()
@@ -111,5 +96,5 @@ def fold(unit: nn.Module, kind: CorrectionKind, side: Side, correction: Correcti
 def folded_parameters(unit: nn.Module) -> list[nn.Parameter]:
     """The parameters that ``fold`` may change."""
     ending = ending_of(unit)
-    layers: list[nn.Module] = [ending.last, *([ending.shortcut] if ending.shortcut is not None else [])]
-    return [parameter for layer in layers for parameter in layer.parameters()]
+    layers = (ending.last, ending.shortcut)
+    return [parameter for layer in layers if layer is not None for parameter in layer.parameters()]

@@ -9,10 +9,12 @@ same bit for bit, but only the student's weights may change.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
+import numpy as np
+import pandas as pd
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
@@ -44,47 +46,30 @@ _FORMS: dict[tuple[Side, CorrectionKind], Form] = {
 # Fitted rows and held-out rows --------------------------------------------------------------------------------------
 
 
-def _pictures_in_order(probe: Probe) -> list[int]:
-    """Pictures ordered by their earliest timestep, so that every third of them covers the whole schedule."""
-    earliest: dict[int, int] = {}
-    for picture, timestep in zip(probe.pictures.tolist(), probe.timesteps.tolist(), strict=True):
-        earliest[picture] = min(timestep, earliest.get(picture, timestep))
-    return sorted(earliest, key=lambda picture: (earliest[picture], picture))
-
-
 def _rows_of(probe: Probe, pictures: Sequence[int]) -> Probe:
-    chosen = set(pictures)
-    return probe.rows([row for row, picture in enumerate(probe.pictures.tolist()) if picture in chosen])
+    return probe.rows(np.flatnonzero(np.isin(probe.pictures.numpy(), pictures)).tolist())
 
 
 def _split(probe: Probe, heldout: Probe | None) -> tuple[Probe, list[int], Probe]:
     """(rows to fit on, the fold of each of them, held-out rows); no picture is in two folds or two of these parts."""
-    pictures = _pictures_in_order(probe)
+    earliest = pd.Series(probe.timesteps.numpy()).groupby(probe.pictures.numpy()).min()
+    # In the order of their earliest timesteps, so that every third picture covers the whole schedule.
+    pictures = earliest.sort_values(kind="stable").index.tolist()
     least = _HELD_OUT if heldout is None else 2
     if len(pictures) < least:
         raise DataError(
             f"asked to repair with a probe of {len(pictures)} pictures, found too few to fit on some and hold out "
             f"others; give at least {least}, better 64"
         )
-    fitting = pictures
     if heldout is None:
         heldout = _rows_of(probe, pictures[1::_HELD_OUT])
-        fitting = [picture for number, picture in enumerate(pictures) if number % _HELD_OUT != 1]
-    fold_of = {picture: number % min(_FOLDS, len(fitting)) for number, picture in enumerate(fitting)}
-    fitted = _rows_of(probe, fitting)
+        del pictures[1::_HELD_OUT]
+    fold_of = {picture: number % min(_FOLDS, len(pictures)) for number, picture in enumerate(pictures)}
+    fitted = _rows_of(probe, pictures)
     return fitted, [fold_of[picture] for picture in fitted.pictures.tolist()], heldout
 
 
 # One cut after the other --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Option:
-    """A correction that may be tried at a cut."""
-
-    side: Side
-    kind: CorrectionKind
-    obstacle: str  # why it has no exact fold there; empty when it has one
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,30 +112,37 @@ class _Setup:
         return folds, heldout
 
 
-def _options(setup: _Setup, cut: Cut, choice: RepairKind) -> tuple[_Option, ...]:
-    """The corrections to try at the cut: first before it, then after it, on the result of the first."""
+def _options(setup: _Setup, cut: Cut, choice: RepairKind) -> list[Repair]:
+    """The corrections to try at the cut: first before it, then after it, on the result of the first.
+
+    The reason of a correction is why it has no exact fold there; empty when it has one.
+    """
+
+    def option(side: Side, kind: CorrectionKind, obstacle: str) -> Repair:
+        return Repair(cut, kind, side, folds=not obstacle, applied=False, reason=obstacle)
+
     kinds: tuple[CorrectionKind, ...] = get_args(CorrectionKind) if choice == "best" else (choice,)
-    before: list[_Option] = []
-    after: list[_Option] = []
+    before: list[Repair] = []
+    after: list[Repair] = []
     for kind in kinds:
         obstacle = why_not(kind, "before", setup.unit(cut.before), cut.before)
         if ("after", kind) in _FORMS and (obstacle or choice == "best"):
             obstacle_after = why_not(kind, "after", setup.unit(cut.after), cut.after)
             if not obstacle_after:
-                after.append(_Option("after", kind, ""))
+                after.append(option("after", kind, ""))
             elif obstacle:
                 obstacle = f"{obstacle}; {obstacle_after}"
-        before.append(_Option("before", kind, obstacle))
-    if all(option.obstacle for option in before):
-        before.append(_Option("before", "shift", ""))
-    return (*before, *after)
+        before.append(option("before", kind, obstacle))
+    if not any(one.folds for one in before):
+        before.append(option("before", "shift", ""))
+    return before + after
 
 
-def _impact_with(setup: _Setup, option: _Option, name: str, correction: Correction) -> float:
-    """The impact with ``correction`` in the unit ``name``: folded, or by a hook if it does not fold; undone after."""
-    unit = setup.unit(name)
+def _impact_with(setup: _Setup, option: Repair, correction: Correction) -> float:
+    """The impact with ``correction`` in the option's unit: folded, or by a hook if it does not fold; undone after."""
+    unit = setup.unit(option.unit)
     assert unit is not None
-    if option.obstacle:
+    if not option.folds:
         with corrected(unit, option.side, correction):
             return setup.impact()
     with restored(folded_parameters(unit)):
@@ -158,44 +150,35 @@ def _impact_with(setup: _Setup, option: _Option, name: str, correction: Correcti
         return setup.impact()
 
 
-def _repair_side(setup: _Setup, cut: Cut, options: Sequence[_Option], impact: float) -> list[Repair]:
+def _repair_side(setup: _Setup, options: Iterable[Repair], impact: float) -> list[Repair]:
     """The results of the ``options`` of one side; the best is folded into the student if it lowers the ``impact``."""
     repairs: list[Repair] = []
-    best: tuple[int, Correction] | None = None
+    best: tuple[Repair, Correction] | None = None
     lowest = impact
-    for refit, group in itertools.groupby(options, key=lambda option: option.kind == "refit"):
-        moments: tuple[list[Moments], Moments] | None = None
-        for option in group:
-            tried = Repair(
-                cut=cut,
-                kind=option.kind,
-                side=option.side,
-                folds=not option.obstacle,
-                applied=False,
-                reason=option.obstacle,
-            )
-            if refit and option.obstacle:
-                repairs.append(tried)
-                continue
-            folds, heldout = moments = moments or setup.moments(cut, option.side, refit)
-            correction = fit(folds, _FORMS[option.side, option.kind])
-            after = _impact_with(setup, option, tried.unit, correction)
-            if not option.obstacle and after < lowest:
-                best, lowest = (len(repairs), correction), after
-            repairs.append(
-                replace(
-                    tried,
-                    strength=correction.strength,
-                    cut_error_before=heldout.error,
-                    cut_error_after=heldout.error_with(correction),
-                    impact_before=impact,
-                    impact_after=after,
-                )
-            )
+    moments: dict[bool, tuple[list[Moments], Moments]] = {}  # by whether they are those of a refit
+    for option in options:
+        refit = option.kind == "refit"
+        if refit and not option.folds:
+            repairs.append(option)
+            continue
+        if refit not in moments:
+            moments[refit] = setup.moments(option.cut, option.side, refit)
+        folds, heldout = moments[refit]
+        correction = fit(folds, _FORMS[option.side, option.kind])
+        tried = replace(
+            option,
+            strength=correction.strength,
+            cut_error_before=heldout.error,
+            cut_error_after=heldout.error_with(correction),
+            impact_before=impact,
+            impact_after=_impact_with(setup, option, correction),
+        )
+        repairs.append(tried)
+        if tried.folds and tried.impact_after < lowest:
+            best, lowest = (tried, correction), tried.impact_after
     if best is None:
         return [replace(one, reason=one.reason or _NOT_NEARER) for one in repairs]
-    index, correction = best
-    kept = repairs[index]
+    kept, correction = best
     unit = setup.unit(kept.unit)
     assert unit is not None
     fold(unit, kept.kind, kept.side, correction)
@@ -208,41 +191,6 @@ def _repair_side(setup: _Setup, cut: Cut, options: Sequence[_Option], impact: fl
         )
         for one in repairs
     ]
-
-
-def _set_up(
-    student: ModelMixin,
-    teacher: ModelMixin,
-    plan: PruningPlan,
-    probe: Probe,
-    heldout: Probe | None,
-    batch: int,
-) -> _Setup:
-    architecture = architecture_of(teacher)
-    expected = architecture_of(native_layout(architecture, plan).config)
-    if architecture_of(student).signature != expected.signature:
-        raise PlanError(
-            f"asked to repair the student of plan {plan.label}, found a student of another architecture; "
-            "give the U-Net that materialise(teacher, plan) returns"
-        )
-    fitted, folds, heldout = _split(probe, heldout)
-    prediction = predict(teacher, heldout, batch=batch).double()
-    if not prediction.isfinite().all() or not prediction.any():
-        raise DataError(
-            "asked to repair with a teacher whose prediction is 0 or not finite; "
-            "repair in float32, or check its weights"
-        )
-    return _Setup(
-        student=student,
-        teacher=teacher,
-        student_paths=student_paths(architecture, plan),
-        teacher_paths=teacher_paths(architecture),
-        fitted=fitted,
-        folds=folds,
-        heldout=heldout,
-        prediction=prediction,
-        batch=batch,
-    )
 
 
 def repair(
@@ -276,13 +224,37 @@ def repair(
         raise ConfigError(
             f"asked for a repair of kind {kind!r}; known kinds are {', '.join(get_args(RepairKind))}"
         )
-    setup = _set_up(student, teacher, plan, probe, heldout, batch)
-    cuts = find_cuts(architecture_of(teacher), plan)
+    architecture = architecture_of(teacher)
+    expected = architecture_of(native_layout(architecture, plan).config)
+    if architecture_of(student).signature != expected.signature:
+        raise PlanError(
+            f"asked to repair the student of plan {plan.label}, found a student of another architecture; "
+            "give the U-Net that materialise(teacher, plan) returns"
+        )
+    fitted, folds, heldout = _split(probe, heldout)
+    prediction = predict(teacher, heldout, batch=batch).double()
+    if not prediction.isfinite().all() or not prediction.any():
+        raise DataError(
+            "asked to repair with a teacher whose prediction is 0 or not finite; "
+            "repair in float32, or check its weights"
+        )
+    setup = _Setup(
+        student=student,
+        teacher=teacher,
+        student_paths=student_paths(architecture, plan),
+        teacher_paths=teacher_paths(architecture),
+        fitted=fitted,
+        folds=folds,
+        heldout=heldout,
+        prediction=prediction,
+        batch=batch,
+    )
+    cuts = find_cuts(architecture, plan)
     before = impact = setup.impact()
     repairs: list[Repair] = []
     for cut in track(cuts, "repairing cuts", len(cuts)):
         for _, options in itertools.groupby(_options(setup, cut, kind), key=lambda option: option.side):
-            tried = _repair_side(setup, cut, tuple(options), impact)
+            tried = _repair_side(setup, options, impact)
             repairs += tried
             impact = next((one.impact_after for one in tried if one.applied), impact)
     return RepairReport(
@@ -290,8 +262,8 @@ def repair(
         kind=kind,
         cuts=cuts,
         repairs=tuple(repairs),
-        fitted_rows=len(setup.fitted),
-        heldout_rows=len(setup.heldout),
+        fitted_rows=len(fitted),
+        heldout_rows=len(heldout),
         impact_before=before,
         impact_after=impact,
     )

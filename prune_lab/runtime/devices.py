@@ -121,14 +121,13 @@ class Environment:
         import torch
 
         kind = pick_device(device)
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         name = torch.cuda.get_device_name(kind) if kind.type == "cuda" else _cpu_name()
         return cls(
             python=platform.python_version(),
             platform=f"{platform.system()} {platform.machine()}",
             cpu=_cpu_name(),
-            num_cpus=len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count() or 1,
+            num_cpus=cpus,
             num_threads=torch.get_num_threads(),
             device=str(kind),
             device_name=name,

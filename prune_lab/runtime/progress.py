@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:  # rich takes a while to import; a log file does not need it
     from rich.progress import Progress, TaskID
@@ -57,26 +57,11 @@ class Task:
     done: int = 0
     item: str = ""  # the name of the item that is being done
     item_start: float = 0.0
-    bar: TaskID | None = None  # on a terminal
+    bar: TaskID = field(init=False)  # on a terminal
 
 
-class Reporter(Protocol):
-    """Shows how far tasks are; those that began inside another one end before it."""
-
-    def begin(self, task: Task) -> None:
-        """``task`` begins."""
-
-    def begin_item(self, task: Task, name: str) -> None:
-        """The next item of ``task`` begins; it is called ``name``, which may be empty."""
-
-    def end_item(self, task: Task) -> None:
-        """That item is done."""
-
-    def end(self, task: Task) -> None:
-        """``task`` is over: to its end, or stopped on the way."""
-
-    def note(self, text: str) -> None:
-        """Show one line of text."""
+# A reporter shows how far tasks are; those that began inside another one end before it. The name of an item may be
+# empty, and a task that ends may have stopped on the way.
 
 
 @dataclass(slots=True, eq=False)
@@ -89,16 +74,14 @@ class Bars:
         task.bar = self.progress.add_task(task.description, total=task.total, unit=task.unit, per=task.per)
 
     def begin_item(self, task: Task, name: str) -> None:
-        if name and task.bar is not None:
+        if name:
             self.progress.update(task.bar, description=f"{task.description}: {name}")
 
     def end_item(self, task: Task) -> None:
-        if task.bar is not None:
-            self.progress.advance(task.bar)
+        self.progress.advance(task.bar)
 
     def end(self, task: Task) -> None:
-        if task.bar is not None:
-            self.progress.remove_task(task.bar)
+        self.progress.remove_task(task.bar)
 
     def note(self, text: str) -> None:
         self.progress.console.print(text, markup=False, highlight=False)
@@ -128,9 +111,8 @@ class Lines:
         task.start = self.clock()
         self.tasks.append(task)
         if len(self.tasks) == 1 and not task.named:
-            self.note(
-                f"{task.description}: started" + ("" if task.total is None else f", {task.total} to do")
-            )
+            to_do = "" if task.total is None else f", {task.total} to do"
+            self.note(f"{task.description}: started{to_do}")
 
     def begin_item(self, task: Task, name: str) -> None:
         task.item, task.item_start = name, self.clock()
@@ -151,12 +133,10 @@ class Lines:
             return
         took = self.clock() - task.start
         whole = task.total is None or task.done >= task.total
-        count = f"{task.done}" if task.total is None else f"{task.done} of {task.total}"
-        speed = "" if task.named else _speed(task, took)
-        state = "done" if whole else "stopped"
-        self.note(
-            ", ".join(filter(None, (f"{task.description}: {state}, {count} in {duration_text(took)}", speed)))
+        line = (
+            f"{task.description}: {'done' if whole else 'stopped'}, {_count(task)} in {duration_text(took)}"
         )
+        self.note(", ".join(filter(None, (line, _speed(task, took)))))
 
     def note(self, text: str) -> None:
         with self.lock:
@@ -173,13 +153,9 @@ class Lines:
         lefts = (_left(task, now - task.start) for task in tasks if not task.named)
         left = next((one for one in lefts if one is not None), None)
         inner = tasks[-1]
-        speed = "" if inner.named else _speed(inner, now - inner.start)
-        time_left = (
-            f"{duration_text(now - inner.item_start)} so far"
-            if left is None
-            else f"{duration_text(left)} left"
-        )
-        words = (" > ".join(places), speed, time_left)
+        so_far = f"{duration_text(now - inner.item_start)} so far"
+        time_left = so_far if left is None else f"{duration_text(left)} left"
+        words = (" > ".join(places), _speed(inner, now - inner.start), time_left)
         self.note(", ".join(filter(None, words)))
 
 
@@ -193,8 +169,8 @@ def _step(task: Task) -> str:
 
 
 def _speed(task: Task, took: float) -> str:
-    """Items, or units, per second; how long each takes where that is more than a second."""
-    if not task.done or took <= 0:
+    """Items, or units, per second; how long each takes where that is more than a second. Empty for named steps."""
+    if task.named or not task.done or took <= 0:
         return ""
     rate = task.done * task.per / took
     if task.unit:
@@ -211,7 +187,7 @@ def _left(task: Task, took: float) -> float | None:
 
 # Showing ---------------------------------------------------------------------------------------------------------
 
-_reporter: ContextVar[Reporter | None] = ContextVar("prune_lab_progress", default=None)
+_reporter: ContextVar[Bars | Lines | None] = ContextVar("prune_lab_progress", default=None)
 
 
 @contextlib.contextmanager
@@ -226,41 +202,32 @@ def progress_shown() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _bars() -> Iterator[Reporter]:
+def _bars() -> Iterator[Bars]:
+    from rich import progress as rich_progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-    from rich.progress import Task as Bar
     from rich.text import Text
 
-    class Throughput(ProgressColumn):
+    class Throughput(rich_progress.ProgressColumn):
         """Units per second, of bars that count in units."""
 
-        def render(self, task: Bar) -> Text:
+        def render(self, task: rich_progress.Task) -> Text:
             unit, per = task.fields.get("unit", ""), task.fields.get("per", 1)
             return Text(f"{task.speed * per:,.1f} {unit}/s" if unit and task.speed else "")
 
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TimeElapsedColumn(),
+        rich_progress.TimeRemainingColumn(),
         Throughput(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with rich_progress.Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         yield Bars(progress)
 
 
 @contextlib.contextmanager
-def _lines() -> Iterator[Reporter]:
+def _lines() -> Iterator[Lines]:
     lines, over = Lines(), threading.Event()
 
     def look() -> None:
