@@ -12,7 +12,7 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ldm_layout import GOLDEN, GOLDEN_LISTS, Shapes, golden_shapes, golden_text, ldm_unet_shapes, read_golden
 
@@ -145,6 +145,7 @@ def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
         assert torch.equal(found[key], tensor), key
 
 
+@settings(max_examples=30)
 @given(random_configs())
 def test_there_and_back_on_random_architectures(config: dict[str, Any]) -> None:
     tensors = build_unet(config).state_dict()
@@ -236,7 +237,7 @@ def test_the_vae_goes_there_and_back_and_diffusers_reads_it(levels: int) -> None
 
 def test_the_places_of_the_vae_by_the_public_layout() -> None:
     keys = {place.key for place in vae_places(narrow_vae().config)}
-    # written down from the layout of the first stage model of Stable Diffusion: 4 levels, 2 blocks each, 3 on the way up
+    # the first stage model of Stable Diffusion: 4 levels, 2 blocks each, 3 on the way up
     resnet = [
         f"{layer}.{kind}" for layer in ("norm1", "conv1", "norm2", "conv2") for kind in ("weight", "bias")
     ]

@@ -136,8 +136,8 @@ def _text_places(folder: Path, config: Mapping[str, Any], class_name: str) -> tu
 def _vae_places(folder: Path, config: Mapping[str, Any], class_name: str) -> tuple[Place, ...]:
     if class_name != "AutoencoderKL":
         raise UnsupportedModelError(
-            f"asked to export {folder}, a {class_name}; the LDM layout holds an AutoencoderKL: export the folder of the "
-            "U-Net alone"
+            f"asked to export {folder}, a {class_name}; the LDM layout holds an AutoencoderKL: export the folder "
+            "of the U-Net alone"
         )
     return vae_places(config)
 
@@ -149,7 +149,7 @@ def _entries(
     dtype: torch.dtype | None,
     left_out: Sequence[str] = (),
 ) -> Iterator[_Entry]:
-    """What the component in ``folder`` puts into the file; raises ModelFormatError when its tensors are not its class's."""
+    """What the component in ``folder`` puts into the file, after a check that it has the tensors of its config."""
     stored = _stored(folder)
     places = tuple(places)
     wanted = {source for place in places for source in place.sources}
@@ -320,14 +320,15 @@ def export_single_file(
 ) -> Exported:
     """``source`` as the one file ``out`` in the LDM layout, and what its readers must be told.
 
-    A pipeline gives U-Net, VAE and text encoders, a U-Net folder the U-Net alone. ``dtype`` converts all tensors; ``None``
-    keeps each as it is. Raises UnsupportedModelError when there are no weights or a part has no place in the layout,
+    A pipeline gives U-Net, VAE and text encoders, a U-Net folder the U-Net alone. ``dtype`` converts all tensors;
+    ``None`` keeps each as it is. Raises UnsupportedModelError when there are no weights or a part has no place in the layout,
     ModelFormatError when weights do not fit their config, StorageError when ``out`` is taken and ``force`` not given.
     """
     out = Path(out)
     if not source.has_weights:
         raise UnsupportedModelError(
-            f"asked to export {source.text!r}, which has no weights (kind: {source.kind}); give a pipeline or U-Net folder"
+            f"asked to export {source.text!r}, which has no weights (kind: {source.kind}); "
+            "give a pipeline or U-Net folder"
         )
     if dtype is not None and dtype not in _NAMES:
         raise UnsupportedModelError(f"asked to export in {dtype}; give float32, float16 or bfloat16")
