@@ -1,7 +1,7 @@
 """Names and shapes of the tensors of a U-Net in the CompVis/LDM layout, by the public constructor's rule.
 
-A plain loop over ``channel_mult``, ``num_res_blocks`` and ``attention_resolutions``, as latent-diffusion's ``UNetModel``
-counts its blocks. It knows nothing of diffusers and nothing of ``prune_lab``; the golden lists are made by it:
+A plain loop over ``channel_mult``, ``num_res_blocks`` and ``attention_resolutions``, as ``UNetModel`` counts.
+It knows nothing of diffusers and nothing of ``prune_lab``; the golden lists are made by it:
 
     python tests/ldm_layout.py
 """

@@ -21,7 +21,8 @@ from prune_lab.blocks import architecture_of
 from prune_lab.cli import app
 from prune_lab.errors import ModelFormatError, StorageError, UnsupportedModelError
 from prune_lab.export import EXPORT_TARGETS, export_single_file
-from prune_lab.models import resolve_model
+from prune_lab.export.reader_notes import reader_notes
+from prune_lab.models import preset_config, resolve_model
 from prune_lab.plans import parse_plan
 from prune_lab.surgery import prune_pipeline
 
@@ -373,10 +374,7 @@ def test_what_the_layout_cannot_hold_is_told(pipeline_of: Any, tmp_path: Path) -
 
 @pytest.mark.parametrize("preset", ["sd-v1.4", "sd-v1.5", "sd-v2.1-base", "sd-v2.1", "sdxl-base"])
 def test_the_originals_are_what_the_readers_assume(preset: str) -> None:
-    from prune_lab.export.single_file import _notes
-    from prune_lab.models import preset_config
-
-    assert _notes({"unet": preset_config(preset)}) == ()
+    assert reader_notes({"unet": preset_config(preset)}) == ()
 
 
 def test_the_verb_writes_the_file_and_says_what_is_in_it(pipeline_of: Any, tmp_path: Path) -> None:

@@ -1,13 +1,11 @@
 """A pipeline as one ``.safetensors`` in the CompVis/LDM layout, which ComfyUI and other front ends read.
 
-Tensors are read one by one through memory maps, renamed by ``ldm_keys`` and written in turn, so memory holds one at a
-time. The plan, the provenance and the configs go into the file's metadata. The layout holds names and shapes only: what
-its readers assume beyond them, such as the number of attention heads, is compared here and told in the notes.
+Tensors are read one by one, renamed by ``ldm_keys`` and written in turn, so memory holds one at a time. The plan,
+the provenance and the configs go into the file's metadata.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -17,7 +15,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 from torch import Tensor
 
 from prune_lab import __version__
@@ -30,6 +27,7 @@ from prune_lab.export.ldm_keys import (
     unet_places,
     vae_places,
 )
+from prune_lab.export.reader_notes import reader_notes
 from prune_lab.families import plain_config
 from prune_lab.models import ModelSource, read_header, weight_files
 from prune_lab.runtime import atomic_write, read_json, track
@@ -37,22 +35,6 @@ from prune_lab.runtime import atomic_write, read_json, track
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _ALIGNMENT = 8  # bytes that the header is padded to, as safetensors does
-
-# What the readers build whatever the file holds, since nothing in the layout says otherwise.
-_ASSUMED = {
-    "act_fn": "silu",
-    "center_input_sample": False,
-    "downsample_padding": 1,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "mid_block_scale_factor": 1,
-    "norm_eps": 1e-5,
-    "norm_num_groups": 32,
-    "only_cross_attention": False,
-    "resnet_time_scale_shift": "default",
-}
-_HEADS = 8  # of each attention in Stable Diffusion 1
-_HEAD_WIDTH = 64  # in Stable Diffusion 2 and XL, which have more heads where they are wider
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,7 +52,7 @@ class _Stored:
     """A tensor on disk."""
 
     path: Path
-    key: str
+    begin: int  # bytes before it in the file
     dtype: str  # as safetensors names it
     shape: tuple[int, ...]
 
@@ -100,6 +82,28 @@ def _itemsize(dtype: str) -> int:
 # Reading the parts -------------------------------------------------------------------------------------------------
 
 
+def _read(stored: _Stored) -> Tensor:
+    # Not through a memory map: one that stays open keeps every page that was read, in the end the whole model.
+    content = bytearray(math.prod(stored.shape) * _itemsize(stored.dtype))
+    with stored.path.open("rb") as file:
+        file.seek(stored.begin)
+        if file.readinto(content) != len(content):
+            raise ModelFormatError(
+                f"asked to read {stored.path}, which became shorter meanwhile; check the file"
+            )
+    return torch.frombuffer(content, dtype=_DTYPES[stored.dtype]).reshape(stored.shape)
+
+
+def _begins(path: Path) -> dict[str, int]:
+    """Where the bytes of each tensor begin in the safetensors file ``path``, whose header is known to be sound."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {
+        key: 8 + length + entry["data_offsets"][0] for key, entry in header.items() if key != "__metadata__"
+    }
+
+
 def _modern(key: str) -> str:
     """The name that the classes of today give a tensor: older files of a VAE or a text encoder have others."""
     if ".attentions." in key and key.startswith(("encoder.", "decoder.")):
@@ -112,12 +116,13 @@ def _modern(key: str) -> str:
 
 def _stored(folder: Path) -> dict[str, _Stored]:
     """Every tensor of the component in ``folder`` by its name of today; ``position_ids`` count up and are left out."""
-    return {
-        _modern(key): _Stored(path, key, dtype, shape)
-        for path in weight_files(folder)
-        for key, (dtype, shape) in read_header(path).items()
-        if not key.endswith("position_ids")
-    }
+    found = {}
+    for path in weight_files(folder):
+        tensors, begins = read_header(path), _begins(path)
+        for key, (dtype, shape) in tensors.items():
+            if not key.endswith("position_ids"):
+                found[_modern(key)] = _Stored(path, begins[key], dtype, shape)
+    return found
 
 
 def _text_places(folder: Path, config: Mapping[str, Any], class_name: str) -> tuple[Place, ...]:
@@ -164,7 +169,7 @@ def _entries(
         kept = sources[0].dtype
         if kept not in _DTYPES:
             raise UnsupportedModelError(
-                f"asked to export {folder}, whose tensor {sources[0].key} is in {kept}; "
+                f"asked to export {folder}, whose tensor {place.sources[0]} is in {kept}; "
                 f"{', '.join(_DTYPES)} can be written: save the model in one of these"
             )
         yield _Entry(f"{prefix}{place.key}", place, sources, _NAMES[dtype] if dtype else kept)
@@ -205,27 +210,12 @@ def _file_entries(
 def _check_identity(folder: Path, attentions: Sequence[str]) -> None:
     """Refuse to leave out attention blocks that do something: those of no layers whose last projection is not zero."""
     stored = _stored(folder) if attentions else {}
-    with contextlib.ExitStack() as stack:
-        read = _reader(stack)
-        for attention in attentions:
-            if any(read(stored[f"{attention}.proj_out.{kind}"]).any() for kind in ("weight", "bias")):
-                raise UnsupportedModelError(
-                    f"asked to export {folder}, whose {attention} has no layers and still changes its input; "
-                    "the LDM layout has no place for it: export a student with that block removed or whole"
-                )
-
-
-def _reader(stack: contextlib.ExitStack) -> Any:
-    """A function that reads one stored tensor through the memory map of its file, open until ``stack`` closes."""
-    files: dict[Path, Any] = {}
-
-    def read(stored: _Stored) -> Tensor:
-        if stored.path not in files:
-            files[stored.path] = stack.enter_context(safe_open(stored.path, framework="pt"))
-        tensor: Tensor = files[stored.path].get_tensor(stored.key)
-        return tensor
-
-    return read
+    for attention in attentions:
+        if any(_read(stored[f"{attention}.proj_out.{kind}"]).any() for kind in ("weight", "bias")):
+            raise UnsupportedModelError(
+                f"asked to export {folder}, whose {attention} has no layers and still changes its input; "
+                "the LDM layout has no place for it: export a student with that block removed or whole"
+            )
 
 
 # What goes along ---------------------------------------------------------------------------------------------------
@@ -254,38 +244,6 @@ def _metadata(source: ModelSource, configs: Mapping[str, Any]) -> dict[str, str]
                 value["source"] = Path(value["source"]).name
             metadata[f"prune_lab.{name}"] = json.dumps(value)
     return metadata
-
-
-def _per_stage(value: Any, stages: int) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value] * stages
-
-
-def _notes(configs: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
-    """What a reader of the file must be told, since the layout cannot hold it."""
-    unet = configs["unet"]
-    notes = [
-        f"{name} is {unet[name]}; readers of this layout assume {assumed}"
-        for name, assumed in _ASSUMED.items()
-        if unet.get(name, assumed) not in (assumed, None)
-    ]
-    channels = list(unet["block_out_channels"])
-    heads = _per_stage(unet.get("num_attention_heads") or unet.get("attention_head_dim", 8), len(channels))
-    by_width = [width // _HEAD_WIDTH for width in channels]
-    wanted = by_width if unet.get("use_linear_projection") else [_HEADS] * len(channels)
-    attends = [
-        "CrossAttn" in down or "CrossAttn" in up
-        for down, up in zip(unet["down_block_types"], reversed(unet["up_block_types"]), strict=True)
-    ]
-    if any(has and found != want for has, found, want in zip(attends, heads, wanted, strict=True)):
-        notes.append(f"attention heads are {heads} by stage; readers of this layout assume {wanted}")
-    if configs.get("scheduler", {}).get("prediction_type") == "v_prediction":
-        notes.append(
-            "the model predicts v, which the layout does not say; ComfyUI guesses it from a block that a student may "
-            "not have: set ModelSamplingDiscrete to v_prediction"
-        )
-    if unet.get("mid_block_type", "UNetMidBlock2DCrossAttn") is None:
-        notes.append("the U-Net has no mid stage; ComfyUI needs a version that knows such models")
-    return tuple(notes)
 
 
 # Writing -----------------------------------------------------------------------------------------------------------
@@ -321,8 +279,9 @@ def export_single_file(
     """``source`` as the one file ``out`` in the LDM layout, and what its readers must be told.
 
     A pipeline gives U-Net, VAE and text encoders, a U-Net folder the U-Net alone. ``dtype`` converts all tensors;
-    ``None`` keeps each as it is. Raises UnsupportedModelError when there are no weights or a part has no place in the layout,
-    ModelFormatError when weights do not fit their config, StorageError when ``out`` is taken and ``force`` not given.
+    ``None`` keeps each as it is. Raises UnsupportedModelError when there are no weights or a part has no place in the
+    layout, ModelFormatError when weights do not fit their config, StorageError when ``out`` is taken and ``force`` not
+    given.
     """
     out = Path(out)
     if not source.has_weights:
@@ -337,12 +296,11 @@ def export_single_file(
     entries = _file_entries(source, configs, dtype)
     header = _header(entries, _metadata(source, configs))
     with atomic_write(out) as temporary:
-        with contextlib.ExitStack() as stack, temporary.open("wb") as file:
+        with temporary.open("wb") as file:
             file.write(header)
-            read = _reader(stack)
             for entry in track(entries, "export", unit="tensors"):
-                tensor = entry.place.joined([read(source) for source in entry.sources])
+                tensor = entry.place.joined([_read(source) for source in entry.sources])
                 tensor = tensor.to(_DTYPES[entry.dtype]).contiguous()
                 file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         read_header(temporary)  # raises when fewer bytes than promised were written
-    return Exported(out, len(entries), out.stat().st_size, _notes(configs))
+    return Exported(out, len(entries), out.stat().st_size, reader_notes(configs))
