@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from prune_lab.assets import reference_folder
-from prune_lab.blocks import architecture_of
 from prune_lab.cli import app
 from prune_lab.errors import ModelFormatError, StorageError, UnsupportedModelError
 from prune_lab.export import EXPORT_TARGETS, export_single_file
@@ -101,7 +100,7 @@ def pipeline_of(built_once: BuiltOnce) -> Callable[[str], Path]:
 
 def student_of(folder: Path, plan: str, out: Path) -> Path:
     source = resolve_model(str(folder))
-    return prune_pipeline(source, parse_plan(plan, architecture_of(source.config)), out)
+    return prune_pipeline(source, parse_plan(plan, source.architecture), out)
 
 
 def exported(folder: Path, out: Path, **options: Any) -> Path:
@@ -243,7 +242,9 @@ def test_files_with_older_names_give_the_same_file(pipeline_of: Any, tmp_path: P
 
 def test_the_plan_and_where_it_came_from_go_along(pipeline_of: Any, tmp_path: Path) -> None:
     student = student_of(pipeline_of("sd-v1"), "bk-base", tmp_path / "student")
-    text = student / "text_encoder" / "config.json"  # older versions of transformers write where a model was read
+    text = (
+        student / "text_encoder" / "config.json"
+    )  # older versions of transformers write where a model was read
     text.write_text(json.dumps(json.loads(text.read_text()) | {"_name_or_path": str(tmp_path)}))
     with safe_open(exported(student, tmp_path / "model.safetensors"), framework="pt") as file:
         metadata = file.metadata()

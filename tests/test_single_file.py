@@ -175,7 +175,7 @@ def test_the_folder_of_a_single_file_is_the_one_it_was_made_from(
 @pytest.mark.parametrize("plan", ["bk-base", "bk-small", "bk-tiny", "-Md.A1 -Md.R2", "-Dn1.A1 -Dn1.A2"])
 def test_a_student_of_somebody_else_is_read_by_its_shapes(plan: str, folder_of: Any, tmp_path: Path) -> None:
     teacher = resolve_model(str(folder_of("sd-v1")))
-    student = prune_pipeline(teacher, parse_plan(plan, architecture_of(teacher.config)), tmp_path / "student")
+    student = prune_pipeline(teacher, parse_plan(plan, teacher.architecture), tmp_path / "student")
     source = resolve_model(str(single_file(student, tmp_path / "model.safetensors")))
     wanted = json.loads((student / "unet" / "config.json").read_text())
     assert architecture_of(source.config).signature == architecture_of(wanted).signature
@@ -354,7 +354,7 @@ def test_a_damaged_file_is_told(tmp_path: Path) -> None:
 
 def test_stages_of_unequal_depth_are_refused_with_the_way_out(folder_of: Any, tmp_path: Path) -> None:
     teacher = resolve_model(str(folder_of("sd-v1")))
-    plan = parse_plan("-Dn2.R2 -Dn2.A2 -Up3.R2 -Up3.A2", architecture_of(teacher.config))
+    plan = parse_plan("-Dn2.R2 -Dn2.A2 -Up3.R2 -Up3.A2", teacher.architecture)
     student = prune_pipeline(teacher, plan, tmp_path / "student")
     theirs = single_file(student, tmp_path / "theirs.safetensors")
     ours = export_single_file(resolve_model(str(student)), tmp_path / "ours.safetensors").path

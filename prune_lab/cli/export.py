@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from prune_lab.cli.application import DtypeOption, ForceOption, JsonOption, ModelArgument, app
+from prune_lab.cli.application import app
+from prune_lab.cli.options import DtypeOption, ForceOption, JsonOption, ModelArgument, WideOption
 from prune_lab.cli.output import emit
 
 
@@ -19,6 +20,7 @@ def export(
     dtype: DtypeOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
+    wide: WideOption = False,
 ) -> None:
     """Write MODEL, a student or any other, in a format that other programs read."""
     from prune_lab.errors import UnsupportedModelError
@@ -42,4 +44,4 @@ def export(
         "tensors": exported.num_tensors,
         "bytes": exported.num_bytes,
     }
-    emit([row], as_json=as_json, title="Written")
+    emit("exported", [row], as_json=as_json, wide=wide, title="Written")
