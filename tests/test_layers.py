@@ -25,7 +25,7 @@ LAYERS = (
     ("profiling", "evaluation", "importance"),
     ("search", "candidates", "repair"),
     ("distill",),
-    ("ranking",),
+    ("ranking", "export"),
     ("cluster", "session", "engines"),
     ("report",),
     ("workflow",),
@@ -127,7 +127,7 @@ def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 LIGHT = ("prune_lab", "prune_lab.errors", "prune_lab.schemas", "prune_lab.config", "prune_lab.runs")
-VERBS = (None, "blocks", "profile", "prune", "generate", "score", "run", "report")
+VERBS = (None, "blocks", "profile", "prune", "generate", "export", "score", "run", "report")
 
 
 def help_of(verb: str | None) -> str:

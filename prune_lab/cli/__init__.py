@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # In the order in which --help lists them.
-from prune_lab.cli import blocks, profile, score, search, compare, prune, generate  # isort: skip
+from prune_lab.cli import blocks, profile, score, search, compare, prune, generate, export  # isort: skip
 from prune_lab.cli import cache, distill, rank, evaluate, report, run, config  # isort: skip
 from prune_lab.cli.application import app
 
@@ -15,6 +15,7 @@ __all__ = [
     "config",
     "distill",
     "evaluate",
+    "export",
     "generate",
     "main",
     "profile",

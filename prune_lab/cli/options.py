@@ -9,7 +9,10 @@ import typer
 
 from prune_lab.config import SETTINGS
 
-MODEL_HELP = "reference, a preset (sd-v1.4), a pipeline or U-Net folder, a U-Net config.json, or a hub id."
+MODEL_HELP = (
+    "reference, a preset (sd-v1.4), a pipeline or U-Net folder, a single-file .safetensors, a U-Net config.json, "
+    "or a hub id."
+)
 
 ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")]
 OptionalModel = Annotated[str, typer.Argument(help=MODEL_HELP + " Or the folder of a run.", metavar="MODEL")]

@@ -11,7 +11,7 @@ from prune_lab.errors import ModelFormatError
 
 # diffusers and transformers name the weights of a component by these stems
 _WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
-_PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
 def json_object(path: Path) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         index = folder / f"{stem}.safetensors.index{variant}.json"
         if index.is_file():
             return _shards(index)
-    pickled = sorted(path.name for path in folder.glob("*") if path.suffix in _PICKLED)
+    pickled = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLED)
     if pickled:
         raise ModelFormatError(
             f"asked for the weights in {folder}, found only pickled files ({', '.join(pickled[:3])}), which are never "

@@ -16,7 +16,7 @@ from prune_lab.assets import reference_folder
 from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
 from prune_lab.families import CLASS_NAME, CLIP_TOKENS, FAMILIES, meta_unet, plain_config
-from prune_lab.models.files import json_object, read_header, weight_files
+from prune_lab.models.files import PICKLED, json_object, read_header, weight_files
 from prune_lab.models.silence import quiet
 
 SourceKind = Literal["reference", "preset", "pipeline", "unet", "config"]
@@ -233,6 +233,15 @@ def resolve_model(text: str) -> ModelSource:
     if text in PRESETS:
         return ModelSource(text, "preset", None, preset_config(text))
     path = Path(text).expanduser()
+    if path.suffix == ".safetensors" and path.is_file():
+        from prune_lab.models.single_file import unpacked
+
+        return _from_folder(text, unpacked(path, preset_config))
+    if path.suffix in PICKLED and path.is_file():
+        raise ModelFormatError(
+            f"asked for the model {text}, a pickled file, which is never opened here; convert it to safetensors "
+            "(its owner may offer that already), or give a diffusers folder"
+        )
     if path.is_file():
         return ModelSource(text, "config", None, _unet_config(path))
     if text and path.is_dir():

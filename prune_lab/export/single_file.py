@@ -1,0 +1,306 @@
+"""A pipeline as one ``.safetensors`` in the CompVis/LDM layout, which ComfyUI and other front ends read.
+
+Tensors are read one by one, renamed by ``ldm_keys`` and written in turn, so memory holds one at a time. The plan,
+the provenance and the configs go into the file's metadata.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from prune_lab import __version__
+from prune_lab.errors import ModelFormatError, StorageError, UnsupportedModelError
+from prune_lab.export.ldm_keys import (
+    Place,
+    clip_places,
+    empty_attentions,
+    open_clip_places,
+    unet_places,
+    vae_places,
+)
+from prune_lab.export.reader_notes import reader_notes
+from prune_lab.families import plain_config
+from prune_lab.models import ModelSource, read_header, weight_files
+from prune_lab.runtime import atomic_write, read_json, track
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_ALIGNMENT = 8  # bytes that the header is padded to, as safetensors does
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Exported:
+    """A file that was written for another program, and what its reader must be told."""
+
+    path: Path
+    num_tensors: int
+    num_bytes: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Stored:
+    """A tensor on disk."""
+
+    path: Path
+    begin: int  # bytes before it in the file
+    dtype: str  # as safetensors names it
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Entry:
+    """A tensor of the file to be written."""
+
+    key: str
+    place: Place
+    sources: tuple[_Stored, ...]
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.place.shape([source.shape for source in self.sources])
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * _itemsize(self.dtype)
+
+
+def _itemsize(dtype: str) -> int:
+    return _DTYPES[dtype].itemsize
+
+
+# Reading the parts -------------------------------------------------------------------------------------------------
+
+
+def _read(stored: _Stored) -> Tensor:
+    # Not through a memory map: one that stays open keeps every page that was read, in the end the whole model.
+    content = bytearray(math.prod(stored.shape) * _itemsize(stored.dtype))
+    with stored.path.open("rb") as file:
+        file.seek(stored.begin)
+        if file.readinto(content) != len(content):
+            raise ModelFormatError(
+                f"asked to read {stored.path}, which became shorter meanwhile; check the file"
+            )
+    return torch.frombuffer(content, dtype=_DTYPES[stored.dtype]).reshape(stored.shape)
+
+
+def _begins(path: Path) -> dict[str, int]:
+    """Where the bytes of each tensor begin in the safetensors file ``path``, whose header is known to be sound."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {
+        key: 8 + length + entry["data_offsets"][0] for key, entry in header.items() if key != "__metadata__"
+    }
+
+
+def _modern(key: str) -> str:
+    """The name that the classes of today give a tensor: older files of a VAE or a text encoder have others."""
+    if ".attentions." in key and key.startswith(("encoder.", "decoder.")):
+        names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+        module, kind = key.rsplit(".", 1)
+        parent, _, layer = module.rpartition(".")
+        return f"{parent}.{names.get(layer, layer)}.{kind}"
+    return key.removeprefix("text_model.")
+
+
+def _stored(folder: Path) -> dict[str, _Stored]:
+    """Every tensor of the component in ``folder`` by its name of today; ``position_ids`` count up and are left out."""
+    found = {}
+    for path in weight_files(folder):
+        tensors, begins = read_header(path), _begins(path)
+        for key, (dtype, shape) in tensors.items():
+            if not key.endswith("position_ids"):
+                found[_modern(key)] = _Stored(path, begins[key], dtype, shape)
+    return found
+
+
+def _text_places(folder: Path, config: Mapping[str, Any], class_name: str) -> tuple[Place, ...]:
+    if class_name not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
+        raise UnsupportedModelError(
+            f"asked to export {folder}, a {class_name}; the LDM layout holds CLIP text encoders: export the folder of "
+            "the U-Net alone"
+        )
+    with torch.device("meta"):
+        model = getattr(transformers, class_name)(transformers.CLIPTextConfig(**plain_config(config)))
+    keys = [_modern(key) for key in model.state_dict()]
+    # OpenAI's CLIP has the fast GELU, OpenCLIP the exact one: the readers build either by the layout of its names
+    return (clip_places if config.get("hidden_act", "quick_gelu") == "quick_gelu" else open_clip_places)(keys)
+
+
+def _vae_places(folder: Path, config: Mapping[str, Any], class_name: str) -> tuple[Place, ...]:
+    if class_name != "AutoencoderKL":
+        raise UnsupportedModelError(
+            f"asked to export {folder}, a {class_name}; the LDM layout holds an AutoencoderKL: export the folder "
+            "of the U-Net alone"
+        )
+    return vae_places(config)
+
+
+def _entries(
+    folder: Path,
+    prefix: str,
+    places: Iterable[Place],
+    dtype: torch.dtype | None,
+    left_out: Sequence[str] = (),
+) -> Iterator[_Entry]:
+    """What the component in ``folder`` puts into the file, after a check that it has the tensors of its config."""
+    stored = _stored(folder)
+    places = tuple(places)
+    wanted = {source for place in places for source in place.sources}
+    found = {key for key in stored if not key.startswith(tuple(f"{module}." for module in left_out))}
+    if wrong := sorted(wanted ^ found):
+        state = "is missing" if wrong[0] in wanted else "is not part of that model"
+        raise ModelFormatError(
+            f"the weights in {folder} do not fit its config.json: tensor {wrong[0]} {state}; save the model again"
+        )
+    for place in places:
+        sources = tuple(stored[source] for source in place.sources)
+        kept = sources[0].dtype
+        if kept not in _DTYPES:
+            raise UnsupportedModelError(
+                f"asked to export {folder}, whose tensor {place.sources[0]} is in {kept}; "
+                f"{', '.join(_DTYPES)} can be written: save the model in one of these"
+            )
+        yield _Entry(f"{prefix}{place.key}", place, sources, _NAMES[dtype] if dtype else kept)
+
+
+def _text_prefixes(index: Mapping[str, Any]) -> dict[str, str]:
+    """The prefix of each text encoder that the pipeline has."""
+    present = [
+        part for part in ("text_encoder", "text_encoder_2") if (index.get(part) or [None])[0] is not None
+    ]
+    if "text_encoder_2" not in present:
+        return dict.fromkeys(present, "cond_stage_model.")
+    return {part: f"conditioner.embedders.{place}." for place, part in enumerate(present)}
+
+
+def _file_entries(
+    source: ModelSource, configs: Mapping[str, Mapping[str, Any]], dtype: torch.dtype | None
+) -> list[_Entry]:
+    assert source.unet_folder is not None
+    left_out = empty_attentions(source.config)
+    _check_identity(source.unet_folder, left_out)
+    entries = [
+        *_entries(source.unet_folder, "model.diffusion_model.", unet_places(source.config), dtype, left_out)
+    ]
+    if source.is_pipeline and source.folder is not None:
+        index = configs["model_index"]
+        vae = source.folder / "vae"
+        entries += _entries(
+            vae, "first_stage_model.", _vae_places(vae, configs["vae"], index["vae"][1]), dtype
+        )
+        for part, prefix in _text_prefixes(index).items():
+            folder = source.folder / part
+            entries += _entries(folder, prefix, _text_places(folder, configs[part], index[part][1]), dtype)
+    # wider numbers first, so that each tensor begins at a multiple of its own width
+    return sorted(entries, key=lambda entry: -_itemsize(entry.dtype))
+
+
+def _check_identity(folder: Path, attentions: Sequence[str]) -> None:
+    """Refuse to leave out attention blocks that do something: those of no layers whose last projection is not zero."""
+    stored = _stored(folder) if attentions else {}
+    for attention in attentions:
+        if any(_read(stored[f"{attention}.proj_out.{kind}"]).any() for kind in ("weight", "bias")):
+            raise UnsupportedModelError(
+                f"asked to export {folder}, whose {attention} has no layers and still changes its input; "
+                "the LDM layout has no place for it: export a student with that block removed or whole"
+            )
+
+
+# What goes along ---------------------------------------------------------------------------------------------------
+
+
+def _configs(source: ModelSource) -> dict[str, dict[str, Any]]:
+    """The config of each part by its name, without paths of the machine that it was saved on."""
+    if source.folder is None or not source.is_pipeline:
+        return {"unet": dict(source.config)}
+    found = {}
+    for path in sorted([source.folder / "model_index.json", *source.folder.glob("*/*config.json")]):
+        value = read_json(path)
+        if isinstance(value, dict) and path.name != "tokenizer_config.json":
+            name = "model_index" if path.parent == source.folder else path.parent.name
+            found[name] = {key: entry for key, entry in value.items() if key != "_name_or_path"}
+    return found
+
+
+def _metadata(source: ModelSource, configs: Mapping[str, Any]) -> dict[str, str]:
+    metadata = {"format": "pt", "prune_lab.version": __version__, "prune_lab.configs": json.dumps(configs)}
+    for name in ("plan", "provenance"):
+        path = (source.unet_folder or Path()) / f"{name}.json"
+        if path.is_file():
+            value = read_json(path)
+            if isinstance(value, dict) and Path(str(value.get("source", ""))).is_absolute():
+                value["source"] = Path(value["source"]).name
+            metadata[f"prune_lab.{name}"] = json.dumps(value)
+    return metadata
+
+
+# Writing -----------------------------------------------------------------------------------------------------------
+
+
+def _check_out(source: ModelSource, out: Path, force: bool) -> None:
+    if out.suffix != ".safetensors":
+        raise StorageError(
+            f"asked to write {out}; a single file is safetensors: give a name that ends in .safetensors"
+        )
+    if out.is_dir() or (out.exists() and not force):
+        what = "a folder" if out.is_dir() else "a file"
+        raise StorageError(f"asked to write {out}, found {what} there; give another name or --force")
+    if source.folder is not None and out.exists() and out.resolve().is_relative_to(source.folder.resolve()):
+        raise StorageError(f"asked to write {out}, which is a file of the model itself; give another name")
+
+
+def _header(entries: Sequence[_Entry], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    begin = 0
+    for entry in entries:
+        end = begin + entry.num_bytes
+        header[entry.key] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def export_single_file(
+    source: ModelSource, out: Path, *, dtype: torch.dtype | None = None, force: bool = False
+) -> Exported:
+    """``source`` as the one file ``out`` in the LDM layout, and what its readers must be told.
+
+    A pipeline gives U-Net, VAE and text encoders, a U-Net folder the U-Net alone. ``dtype`` converts all tensors;
+    ``None`` keeps each as it is. Raises UnsupportedModelError when there are no weights or a part has no place in the
+    layout, ModelFormatError when weights do not fit their config, StorageError when ``out`` is taken and ``force`` not
+    given.
+    """
+    out = Path(out)
+    if not source.has_weights:
+        raise UnsupportedModelError(
+            f"asked to export {source.text!r}, which has no weights (kind: {source.kind}); "
+            "give a pipeline or U-Net folder"
+        )
+    if dtype is not None and dtype not in _NAMES:
+        raise UnsupportedModelError(f"asked to export in {dtype}; give float32, float16 or bfloat16")
+    _check_out(source, out, force)
+    configs = _configs(source)
+    entries = _file_entries(source, configs, dtype)
+    header = _header(entries, _metadata(source, configs))
+    with atomic_write(out) as temporary:
+        with temporary.open("wb") as file:
+            file.write(header)
+            for entry in track(entries, "export", unit="tensors"):
+                tensor = entry.place.joined([_read(source) for source in entry.sources])
+                tensor = tensor.to(_DTYPES[entry.dtype]).contiguous()
+                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        read_header(temporary)  # raises when fewer bytes than promised were written
+    return Exported(out, len(entries), out.stat().st_size, reader_notes(configs))

@@ -1,0 +1,180 @@
+"""Single ``.safetensors`` files in the CompVis/LDM layout, as Civitai, A1111 and ComfyUI use them, made into folders.
+
+Everything here works on folders. So a single file is read once, by diffusers' own loader with configs made from its
+shapes, and written as a pipeline folder into the user's cache, where the same file is found again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import diffusers
+import torch
+from safetensors import SafetensorError, safe_open
+
+from prune_lab.errors import ModelFormatError, UnsupportedModelError
+from prune_lab.families import meta_unet
+from prune_lab.models.clip_vocabulary import NUM_TOKENS, clip_tokenizer
+from prune_lab.models.files import read_header
+from prune_lab.models.ldm_structure import (
+    UNET,
+    VAE,
+    Kind,
+    Shapes,
+    kind_of,
+    model_index,
+    scheduler_config,
+    text_configs,
+    unet_config,
+    vae_config,
+)
+from prune_lab.models.silence import quiet
+from prune_lab.runtime import atomic_folder, bytes_text, note, write_json
+
+_WIDEST_FIRST = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# Stable Diffusion 2 shows what it predicts in its weights only: these spread where it is v, as ComfyUI tells.
+_TELLS_V = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
+_SPREAD_OF_V = 0.09
+_FOLDER_OF_CONFIGS = "prune_lab.configs"  # what our own export leaves in the metadata
+
+PresetConfig = Callable[[str], dict[str, Any]]
+
+
+def _predicts(kind: Kind, path: Path, shapes: Shapes) -> str:
+    if "v_pred" in shapes:  # a marker that some XL files carry
+        return "v_prediction"
+    if kind != "sd-v2" or _TELLS_V not in shapes or shapes[f"{UNET}input_blocks.0.0.weight"][1] != 4:
+        return "epsilon"
+    with safe_open(path, framework="pt") as file:
+        spread = float(file.get_tensor(_TELLS_V).float().std(correction=0))
+    return "v_prediction" if spread > _SPREAD_OF_V else "epsilon"
+
+
+def _configs_by_shape(path: Path, shapes: Shapes, preset_config: PresetConfig) -> dict[str, dict[str, Any]]:
+    kind = kind_of(shapes)
+    predicts = _predicts(kind, path, shapes)
+    preset = {"sd-v1": "sd-v1.5", "sd-v2": "sd-v2.1-base", "sdxl": "sdxl-base"}[kind]
+    if kind == "sd-v2" and predicts == "v_prediction":
+        preset = "sd-v2.1"
+    unet = unet_config(kind, preset_config(preset), shapes)
+    scheduler = scheduler_config(kind, predicts)
+    return {
+        "model_index": model_index(kind, unet["in_channels"], scheduler["_class_name"]),
+        "unet": unet,
+        "vae": vae_config(kind, shapes),
+        "scheduler": scheduler,
+        **text_configs(kind, shapes),
+    }
+
+
+def _configs_inside(path: Path) -> dict[str, dict[str, Any]] | None:
+    """The configs that our own export wrote into the file, or None; a file of a U-Net alone has no index among them."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_FOLDER_OF_CONFIGS)
+    except SafetensorError as error:
+        raise ModelFormatError(f"asked to read {path}: {error}; fetch the file again") from None
+    configs = json.loads(text) if text else {}
+    return cast("dict[str, dict[str, Any]]", configs) if "model_index" in configs else None
+
+
+def configs_of(path: Path, preset_config: PresetConfig) -> dict[str, dict[str, Any]]:
+    """The config of each part of the single file ``path`` by its name, and the ``model_index``.
+
+    Raises UnsupportedModelError when it is not a whole model of a kind that is read, ModelFormatError when damaged.
+    """
+    shapes = {key: shape for key, (_, shape) in read_header(path).items()}
+    try:
+        configs = _configs_inside(path) or _configs_by_shape(path, shapes, preset_config)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"asked to read the single file {path}: {error}") from None
+    _check(path, configs, shapes)
+    return configs
+
+
+def _check(path: Path, configs: Mapping[str, Mapping[str, Any]], shapes: Shapes) -> None:
+    found = sum(math.prod(shape) for key, shape in shapes.items() if key.startswith(UNET))
+    wanted = sum(tensor.numel() for tensor in meta_unet(configs["unet"]).parameters())
+    if found != wanted:
+        raise UnsupportedModelError(
+            f"asked to read the single file {path}: its U-Net has {found:,} parameters, its shapes suggest {wanted:,}: "
+            "give the diffusers folder of the model"
+        )
+    if not isinstance(configs["unet"].get("layers_per_block", 2), int):
+        raise UnsupportedModelError(
+            f"asked to read the single file {path}: its U-Net has stages of unequal depth, which diffusers' loader of "
+            "single files does not read: give the folder it was exported from"
+        )
+    for part in ("text_encoder", "text_encoder_2"):
+        tokens = configs.get(part, {}).get("vocab_size", NUM_TOKENS)
+        if tokens != NUM_TOKENS:
+            raise UnsupportedModelError(
+                f"asked to read the single file {path}: its {part} has {tokens:,} tokens and not CLIP's "
+                f"{NUM_TOKENS:,}, so its tokenizer is not known here: give the folder it was exported from"
+            )
+
+
+def _write_configs(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
+    for part, config in configs.items():
+        name = {"model_index": "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
+        write_json(folder / name.get(part, f"{part}/config.json"), dict(config))
+    for part in ("tokenizer", "tokenizer_2"):
+        if part in configs["model_index"]:
+            encoder = configs[part.replace("tokenizer", "text_encoder")]
+            exact = encoder.get("hidden_act") == "gelu"  # OpenCLIP pads with "!", which is its token 0
+            clip_tokenizer(pad_token="!" if exact else "<|endoftext|>").save_pretrained(folder / part)
+
+
+def _dtype(header: Mapping[str, tuple[str, tuple[int, ...]]], *prefixes: str) -> torch.dtype:
+    """The widest number format of the tensors whose keys begin with one of ``prefixes``."""
+    names = {dtype for key, (dtype, _) in header.items() if key.startswith(prefixes)}
+    return next((dtype for name, dtype in _WIDEST_FIRST.items() if name in names), torch.float32)
+
+
+def unpack(path: Path, out: Path, preset_config: PresetConfig) -> Path:
+    """The pipeline folder ``out`` with what the single file ``path`` holds, each part in its own number format."""
+    configs = configs_of(path, preset_config)
+    header = read_header(path)
+    pipeline_class = getattr(diffusers, configs["model_index"]["_class_name"])
+    with tempfile.TemporaryDirectory() as temporary, quiet():
+        _write_configs(Path(temporary), configs)
+        given: dict[str, Any] = {"config": temporary, "local_files_only": True}
+        # without a number format the loader makes everything float32; with one, every part the same
+        parts = {
+            part: part_class.from_single_file(
+                str(path), subfolder=part, dtype=_dtype(header, prefix), **given
+            )
+            for part, part_class, prefix in (
+                ("unet", diffusers.UNet2DConditionModel, UNET),
+                ("vae", diffusers.AutoencoderKL, VAE),
+            )
+        }
+        text = _dtype(header, "cond_stage_model.", "conditioner.")
+        pipeline = pipeline_class.from_single_file(str(path), dtype=text, **parts, **given)
+        with atomic_folder(out) as folder:
+            pipeline.save_pretrained(folder, safe_serialization=True)
+    return out
+
+
+def _cache_folder(path: Path) -> Path:
+    """Where the folder of ``path`` as it is now lies: another file, or the same one changed, has another."""
+    status = path.stat()
+    name = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return root / "prune_lab" / "single_files" / hashlib.sha256(name.encode()).hexdigest()[:16]
+
+
+def unpacked(path: Path, preset_config: PresetConfig) -> Path:
+    """The pipeline folder of the single file ``path``, made on first use and then found again."""
+    folder = _cache_folder(path)
+    if not folder.is_dir():
+        note(f"writing {path.name} ({bytes_text(path.stat().st_size)}) as a folder into {folder}, once")
+        unpack(path, folder, preset_config)
+    return folder

@@ -1,0 +1,383 @@
+"""Single files of other people: read offline, as the folder that they were made from."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SHAPES, TINY_UNET, BuiltOnce, build_unet
+from safetensors.torch import load_file, save_file
+
+from prune_lab.blocks import architecture_of
+from prune_lab.errors import ModelFormatError, UnsupportedModelError
+from prune_lab.export import export_single_file
+from prune_lab.models import load_pipeline, preset_config, resolve_model
+from prune_lab.models.clip_vocabulary import NUM_TOKENS, clip_tokenizer
+from prune_lab.models.single_file import configs_of, unpack
+from prune_lab.plans import parse_plan
+from prune_lab.surgery import prune_pipeline
+
+# Widths that 32 groups and heads of 64 channels divide, as every reader of such files takes for granted.
+WIDE = {"norm_num_groups": 32, "sample_size": 64}
+UNETS: dict[str, dict[str, Any]] = {
+    "sd-v1": {
+        **TINY_UNET,
+        **WIDE,
+        "block_out_channels": [32, 64, 64, 64],
+        "attention_head_dim": 8,
+        "cross_attention_dim": 64,
+    },
+    "sd-v2": {
+        **TINY_UNET,
+        **WIDE,
+        "block_out_channels": [64, 64, 128, 128],
+        "attention_head_dim": [1, 1, 2, 2],
+        "use_linear_projection": True,
+        "cross_attention_dim": 64,
+    },
+    "sdxl": {
+        **SHAPES["sdxl"],
+        **WIDE,
+        "sample_size": 128,
+        "block_out_channels": [64, 64, 128],
+        "attention_head_dim": [1, 1, 2],
+        "transformer_layers_per_block": [1, 2, 3],
+        "cross_attention_dim": 64 + 128,
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 6 * 256 + 128,
+    },
+}
+
+
+def text_encoder(width: int, act: str, layers: int = 2, *, projected: bool = False) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=NUM_TOKENS,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        hidden_act=act,
+        projection_dim=width,
+        bos_token_id=49406,
+        eos_token_id=49407,
+    )
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
+
+
+def save_pipeline(folder: Path, kind: str, *, in_channels: int = 4) -> None:
+    import diffusers
+
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vae = diffusers.AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            block_out_channels=[32, 32, 64, 64],
+            layers_per_block=2,
+            scaling_factor=0.13025 if kind == "sdxl" else 0.18215,
+        ).eval()
+        unet = build_unet({**UNETS[kind], "in_channels": in_channels})
+        parts: dict[str, Any] = {"vae": vae, "unet": unet, "tokenizer": clip_tokenizer()}
+        if kind == "sdxl":
+            pipeline = diffusers.StableDiffusionXLPipeline(
+                text_encoder=text_encoder(64, "quick_gelu"),
+                text_encoder_2=text_encoder(128, "gelu", projected=True),
+                tokenizer_2=clip_tokenizer(pad_token="!"),
+                scheduler=diffusers.EulerDiscreteScheduler(**betas, timestep_spacing="leading"),
+                **parts,
+            )
+        else:
+            name = "StableDiffusionPipeline" if in_channels == 4 else "StableDiffusionInpaintPipeline"
+            act = "quick_gelu" if kind == "sd-v1" else "gelu"
+            if kind == "sd-v2":
+                parts["tokenizer"] = clip_tokenizer(pad_token="!")
+            pipeline = getattr(diffusers, name)(
+                text_encoder=text_encoder(64, act),
+                scheduler=diffusers.PNDMScheduler(**betas, skip_prk_steps=True),
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+                **parts,
+            )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+
+
+# diffusers' Euler scheduler hands torch's tensors to numpy in an old way
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def folder_of(built_once: BuiltOnce) -> Callable[[str], Path]:
+    return lambda kind: built_once(f"single-{kind}", lambda folder: save_pipeline(folder, kind))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def single_file(
+    folder: Path, out: Path, change: Callable[[dict[str, torch.Tensor]], None] = lambda _: None
+) -> Path:
+    """A file as other programs write it: the tensors alone, some more of a training, and no configs of ours."""
+    export_single_file(resolve_model(str(folder)), out)
+    tensors = load_file(out)
+    tensors["model_ema.decay"] = torch.ones(())
+    tensors["alphas_cumprod"] = torch.ones(1000)
+    change(tensors)
+    save_file(tensors, out)
+    return out
+
+
+def drawn(pipeline: Any) -> torch.Tensor:
+    for part in pipeline.components.values():
+        for parameter in part.parameters() if isinstance(part, torch.nn.Module) else ():
+            parameter.data = parameter.data.clone()
+    pipeline.set_progress_bar_config(disable=True)
+    more = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "pt"}
+    return torch.as_tensor(pipeline("a red cat", generator=torch.Generator().manual_seed(0), **more).images)
+
+
+def assert_same_pipeline(found: Path, wanted: Path) -> None:
+    import diffusers
+
+    one, other = (diffusers.DiffusionPipeline.from_pretrained(folder) for folder in (found, wanted))
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        if getattr(other, part, None) is not None:
+            tensors, theirs = getattr(one, part).state_dict(), getattr(other, part).state_dict()
+            assert tensors.keys() == theirs.keys()
+            assert all(torch.equal(tensors[key], tensor) for key, tensor in theirs.items()), part
+    assert torch.equal(drawn(one), drawn(other))
+
+
+@pytest.mark.parametrize("kind", ["sd-v1", "sd-v2", "sdxl"])
+def test_the_folder_of_a_single_file_is_the_one_it_was_made_from(
+    kind: str, folder_of: Any, tmp_path: Path
+) -> None:
+    source = resolve_model(str(single_file(folder_of(kind), tmp_path / "model.safetensors")))
+    assert source.kind == "pipeline"
+    assert architecture_of(source.config).signature == architecture_of(UNETS[kind]).signature
+    assert source.folder is not None
+    assert_same_pipeline(source.folder, folder_of(kind))
+
+
+@pytest.mark.parametrize("plan", ["bk-base", "bk-small", "bk-tiny", "-Md.A1 -Md.R2", "-Dn1.A1 -Dn1.A2"])
+def test_a_student_of_somebody_else_is_read_by_its_shapes(plan: str, folder_of: Any, tmp_path: Path) -> None:
+    teacher = resolve_model(str(folder_of("sd-v1")))
+    student = prune_pipeline(teacher, parse_plan(plan, teacher.architecture), tmp_path / "student")
+    source = resolve_model(str(single_file(student, tmp_path / "model.safetensors")))
+    wanted = json.loads((student / "unet" / "config.json").read_text())
+    assert architecture_of(source.config).signature == architecture_of(wanted).signature
+    assert source.unet_folder is not None
+    tensors, theirs = (
+        load_file(folder / "diffusion_pytorch_model.safetensors")
+        for folder in (source.unet_folder, student / "unet")
+    )
+    assert tensors.keys() == theirs.keys()
+    assert all(torch.equal(tensors[key], tensor) for key, tensor in theirs.items())
+
+
+def test_our_own_export_keeps_its_settings(folder_of: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    save_pipeline(folder, "sd-v1")
+    config = folder / "unet" / "config.json"
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"attention_head_dim": 4, "sample_size": 8})
+    )
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "v_prediction"}))
+    file = export_single_file(resolve_model(str(folder)), tmp_path / "model.safetensors").path
+    source = resolve_model(str(file))
+    assert source.config["attention_head_dim"] == 4
+    assert source.config["sample_size"] == 8
+    assert source.folder is not None
+    settings = json.loads((source.folder / "scheduler" / "scheduler_config.json").read_text())
+    assert settings["prediction_type"] == "v_prediction"
+
+
+def test_it_is_written_once_and_again_when_the_file_changes(
+    folder_of: Any, tmp_path: Path, cache: Path
+) -> None:
+    file = single_file(folder_of("sd-v1"), tmp_path / "model.safetensors")
+    first = resolve_model(str(file)).folder
+    assert resolve_model(str(file)).folder == first
+    folders = cache / "prune_lab" / "single_files"
+    assert [path.name for path in folders.iterdir()] == [Path(str(first)).name]
+    os.utime(file, (1, 1))
+    assert resolve_model(str(file)).folder != first
+
+
+OFFLINE = """
+import sys
+from prune_lab.models import load_pipeline, resolve_model
+pipeline = load_pipeline(resolve_model(sys.argv[1]))
+print(pipeline("a cat", num_inference_steps=1, height=64, width=64, output_type="pt").images.shape)
+"""
+
+
+def test_a_fresh_process_without_network_or_cache_draws(folder_of: Any, tmp_path: Path) -> None:
+    file = single_file(folder_of("sd-v1"), tmp_path / "model.safetensors")
+    empty = tmp_path / "empty"
+    places = {"HF_HOME": str(empty), "HOME": str(empty), "XDG_CACHE_HOME": str(empty), "HF_HUB_OFFLINE": "1"}
+    found = subprocess.run(
+        [sys.executable, "-c", OFFLINE, str(file)],
+        env={**os.environ, **places, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert found.returncode == 0, found.stderr
+    assert "(1, 64, 64, 3)" in found.stdout or "[1, 3, 64, 64]" in found.stdout
+
+
+def test_each_part_keeps_its_number_format(folder_of: Any, tmp_path: Path) -> None:
+    def halve(tensors: dict[str, torch.Tensor]) -> None:
+        for key, tensor in tensors.items():
+            if not key.startswith("first_stage_model."):  # as many files have it: a VAE overflows easily
+                tensors[key] = tensor.half()
+
+    file = single_file(folder_of("sd-v1"), tmp_path / "model.safetensors", halve)
+    folder = resolve_model(str(file)).folder
+    assert folder is not None
+    for part, dtype in (("unet", torch.float16), ("vae", torch.float32), ("text_encoder", torch.float16)):
+        (weights,) = (folder / part).glob("*.safetensors")
+        assert {tensor.dtype for tensor in load_file(weights).values()} == {dtype}
+
+
+def test_a_model_for_inpainting(tmp_path: Path) -> None:
+    import diffusers
+
+    folder = tmp_path / "inpaint"
+    save_pipeline(folder, "sd-v1", in_channels=9)
+    file = export_unchecked(folder, tmp_path / "model.safetensors")
+    out = unpack(file, tmp_path / "out", preset_config)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(out)
+    assert type(pipeline).__name__ == "StableDiffusionInpaintPipeline"
+    assert pipeline.unet.config.in_channels == 9
+    wanted = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(tensor, wanted[key]) for key, tensor in pipeline.unet.state_dict().items())
+
+
+def export_unchecked(folder: Path, out: Path) -> Path:
+    """As ``single_file``, of a class of pipeline that need not be read as a folder."""
+    index = folder / "model_index.json"
+    own = index.read_text()
+    index.write_text(own.replace("StableDiffusionInpaintPipeline", "StableDiffusionPipeline"))
+    single_file(folder, out)
+    index.write_text(own)
+    return out
+
+
+@pytest.mark.parametrize(("spread", "predicts"), [(0.2, "v_prediction"), (0.02, "epsilon")])
+def test_what_stable_diffusion_2_predicts_shows_in_its_weights(
+    spread: float, predicts: str, folder_of: Any, tmp_path: Path
+) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        key = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+        tensors[key] = spread * torch.tensor([1.0, -1.0]).repeat(len(tensors[key]) // 2)
+
+    configs = configs_of(
+        single_file(folder_of("sd-v2"), tmp_path / "model.safetensors", change), preset_config
+    )
+    assert configs["scheduler"].get("prediction_type", "epsilon") == predicts
+    assert configs["unet"]["sample_size"] == (96 if predicts == "v_prediction" else 64)
+
+
+def test_the_last_layer_of_open_clip_is_not_read(folder_of: Any, tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        layers = {key: tensor for key, tensor in tensors.items() if ".resblocks.1." in key}
+        for number in range(2, 24):
+            tensors.update({key.replace(".1.", f".{number}.", 1): t.clone() for key, t in layers.items()})
+
+    configs = configs_of(
+        single_file(folder_of("sd-v2"), tmp_path / "model.safetensors", change), preset_config
+    )
+    assert configs["text_encoder"]["num_hidden_layers"] == 23
+
+
+# What is refused ---------------------------------------------------------------------------------------------------
+
+
+def test_the_originals_have_the_configs_of_the_presets(tmp_path: Path) -> None:
+    from ldm_layout import golden_shapes
+
+    from prune_lab.models.ldm_structure import unet_config
+
+    shapes = {f"model.diffusion_model.{key}": shape for key, shape in golden_shapes(2).items()}
+    config = unet_config("sd-v1", preset_config("sd-v1.5"), shapes)
+    ours = architecture_of(config).signature
+    assert ours == architecture_of(preset_config("sd-v1.5")).signature
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".pth", ".bin"])
+def test_pickled_files_stay_closed(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(b"\x80\x04")
+    with pytest.raises(ModelFormatError, match="pickled file, which is never opened"):
+        resolve_model(str(path))
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        ("lora_unet_down_blocks_0.lora_up.weight", "it is a LoRA"),
+        ("down_blocks.0.resnets.0.conv1.weight", "one part of a model in diffusers' layout"),
+        ("something.else", "it has no U-Net"),
+        ("model.diffusion_model.input_blocks.0.0.weight", "not the text encoder of"),
+    ],
+)
+def test_what_is_not_a_whole_model_is_told(key: str, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({key: torch.zeros(1)}, path)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        resolve_model(str(path))
+
+
+def test_a_damaged_file_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"12345678")
+    with pytest.raises(ModelFormatError, match="damaged"):
+        resolve_model(str(path))
+
+
+def test_stages_of_unequal_depth_are_refused_with_the_way_out(folder_of: Any, tmp_path: Path) -> None:
+    teacher = resolve_model(str(folder_of("sd-v1")))
+    plan = parse_plan("-Dn2.R2 -Dn2.A2 -Up3.R2 -Up3.A2", teacher.architecture)
+    student = prune_pipeline(teacher, plan, tmp_path / "student")
+    theirs = single_file(student, tmp_path / "theirs.safetensors")
+    ours = export_single_file(resolve_model(str(student)), tmp_path / "ours.safetensors").path
+    for file in (theirs, ours):
+        with pytest.raises(UnsupportedModelError, match="give the folder it was"):
+            resolve_model(str(file))
+
+
+def test_a_model_with_a_tokenizer_of_its_own_is_refused(tmp_path: Path) -> None:
+    file = export_single_file(resolve_model("reference"), tmp_path / "model.safetensors").path
+    with pytest.raises(UnsupportedModelError, match="tokens and not CLIP's 49,408"):
+        resolve_model(str(file))
+
+
+def test_a_unet_with_parts_that_are_not_known_is_refused(folder_of: Any, tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.diffusion_model.time_embed.cond_proj.weight"] = torch.zeros(8, 8)
+
+    file = single_file(folder_of("sd-v1"), tmp_path / "model.safetensors", change)
+    with pytest.raises(UnsupportedModelError, match="parameters, its shapes suggest"):
+        resolve_model(str(file))
+
+
+def test_the_pipeline_of_a_single_file_is_loaded_as_any_other(folder_of: Any, tmp_path: Path) -> None:
+    file = single_file(folder_of("sdxl"), tmp_path / "model.safetensors")
+    assert type(load_pipeline(resolve_model(str(file)))).__name__ == "StableDiffusionXLPipeline"
