@@ -136,7 +136,8 @@ def _costs(tables: RunTables) -> tuple[SectionItem, ...]:
             "costs",
             "Parameters and multiply-adds of every block, sampler and the rest, beside the impact of removal.",
             "Blocks in the order of execution, then the samplers and the rest; together they are the whole U-Net. "
-            "The cost of a plan is that of the whole minus the blocks it removes. A multiply-add counts as one.",
+            "The cost of a plan is that of the whole minus the blocks it removes. A multiply-add counts as one; the "
+            f"text is {count(costs['tokens'].iloc[0])} tokens long.",
             lambda theme: draw_costs(costs, importance, theme),
         ),
         Table(
@@ -153,6 +154,7 @@ def _costs(tables: RunTables) -> tuple[SectionItem, ...]:
             (
                 str(row["part"]).replace("_", " "),
                 count(row["calls"]),
+                count(row["tokens"]),
                 count(row["params"]),
                 amount(row["macs"]),
                 milliseconds(row["median_ms"]),
@@ -163,6 +165,7 @@ def _costs(tables: RunTables) -> tuple[SectionItem, ...]:
         header = (
             "Part of the pipeline",
             "Calls",
+            "Tokens",
             "Parameters",
             "MACs of a call",
             "Median time of a call",
