@@ -141,15 +141,6 @@ class Run:
 # Opening ---------------------------------------------------------------------------------------------------------
 
 
-def _check_format(run: Run) -> None:
-    found = read_json(run.environment) if run.config.is_file() and run.environment.is_file() else None
-    if isinstance(found, dict) and found.get("format") != FORMAT:
-        raise RunError(
-            f"asked for the run folder {run.folder}, found one of version 0.1, which this version does not read; "
-            "start a new run folder, or use prune-lab 0.1"
-        )
-
-
 def open_run(folder: Path | str, *, must_exist: bool) -> Run:
     """The run in ``folder``; nothing is created.
 
@@ -165,7 +156,12 @@ def open_run(folder: Path | str, *, must_exist: bool) -> Run:
             f"asked for the run folder {folder}, found {found} there; "
             f"start a run with: prune-lab run --config FILE.toml --run {folder}"
         )
-    _check_format(run)
+    written = read_json(run.environment) if run.config.is_file() and run.environment.is_file() else None
+    if isinstance(written, dict) and written.get("format") != FORMAT:
+        raise RunError(
+            f"asked for the run folder {folder}, found one of version 0.1, which this version does not read; "
+            "start a new run folder, or use prune-lab 0.1"
+        )
     return run
 
 

@@ -22,8 +22,9 @@ from prune_lab.distill import LatentCache, LiveData, training_data
 from prune_lab.errors import ConfigError, DataError
 from prune_lab.models import load_pipeline, resolve_model
 from prune_lab.runs import Run
-from prune_lab.workflow import STEPS, Session, ensure_data, forget, start_run
-from prune_lab.workflow.steps import Step
+from prune_lab.session import ensure_data
+from prune_lab.workflow import Session, forget, start_run
+from prune_lab.workflow.steps import STEPS, Step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

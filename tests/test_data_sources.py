@@ -211,7 +211,7 @@ def test_folders_and_tars_are_read_as_datasets_reads_them(tmp_path: Path, image_
 
 def test_the_shipped_pictures_in_the_order_of_a_run(tiny_pipeline: Any) -> None:
     from prune_lab.assets import decode_pictures
-    from prune_lab.session import shipped_rows
+    from prune_lab.session.prompts import shipped_rows
 
     source, frame = open_source("reference", limit=5, seed=3), shipped_rows("train", 5, 3)
     assert source.captions == tuple(frame["caption"])

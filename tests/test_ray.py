@@ -23,8 +23,9 @@ from prune_lab.blocks import BlockGroup
 from prune_lab.cluster import ArtifactStore, Cluster, connected, in_tasks
 from prune_lab.config import EngineConfig, RankConfig, RunConfig
 from prune_lab.distill import load_heldout, load_recovery
-from prune_lab.engines import PictureJob, ray_driver, rungs_of, train_to
+from prune_lab.engines import PictureJob, ray_driver, rungs_of
 from prune_lab.engines.pictures import draw_set
+from prune_lab.engines.training import train_to
 from prune_lab.errors import ClusterError, ConfigError, StorageError
 from prune_lab.importance import score
 from prune_lab.ranking import Tournament, run_tournament

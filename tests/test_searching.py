@@ -34,7 +34,6 @@ from prune_lab.workflow import (
     compared_plans,
     ensure_candidates,
     ensure_distilled,
-    ensure_latency,
     ensure_plans,
     ensure_repaired,
     ensure_scores,
@@ -42,7 +41,7 @@ from prune_lab.workflow import (
     start_run,
 )
 from prune_lab.workflow.comparing import block_maps
-from prune_lab.workflow.measuring import run_scoring_context
+from prune_lab.workflow.measuring import ensure_latency, run_scoring_context
 
 JOINT = "macs<=as:bk-base, params<=80%"
 

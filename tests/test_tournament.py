@@ -23,10 +23,9 @@ from prune_lab.cli import app
 from prune_lab.config import RankConfig, RunConfig, load_config
 from prune_lab.distill import load_heldout, load_recovery
 from prune_lab.runs import CandidatePaths, Run, open_run
-from prune_lab.session import Session, training_and_validation
+from prune_lab.session import Session, ensure_data, training_and_validation
 from prune_lab.workflow import (
     ensure_candidates,
-    ensure_data,
     ensure_distilled,
     ensure_ranking,
     ensure_scores,

@@ -38,19 +38,15 @@ from prune_lab.evaluation import clip_scores, generate, heldout_loss, read_pictu
 from prune_lab.plans import parse_plan
 from prune_lab.probes import load_probe, predict
 from prune_lab.runs import Run
+from prune_lab.session import ensure_probe
 from prune_lab.surgery import bypassed
 from prune_lab.workflow import (
-    STEPS,
     Session,
     comparison,
-    ensure_blocks,
     ensure_candidates,
-    ensure_costs,
     ensure_distilled,
     ensure_plans,
-    ensure_probe,
     ensure_ranking,
-    ensure_report,
     ensure_scores,
     forget,
     plan_named,
@@ -60,7 +56,9 @@ from prune_lab.workflow import (
     start_run,
     steps_frame,
 )
-from prune_lab.workflow.steps import first_affected
+from prune_lab.workflow.measuring import ensure_blocks, ensure_costs
+from prune_lab.workflow.ranking import ensure_report
+from prune_lab.workflow.steps import STEPS, first_affected
 
 
 @pytest.fixture(scope="module")

@@ -6,16 +6,14 @@ it is first needed.
 
 from __future__ import annotations
 
-from prune_lab.cluster.asha import DecisionLog, Report, Trial, compete, tournament_from_asha
+from prune_lab.cluster.asha import Report, compete, tournament_from_asha
 from prune_lab.cluster.connection import Cluster, connected, everywhere, in_tasks, slots
 from prune_lab.cluster.storage import ArtifactStore, publish
 
 __all__ = [
     "ArtifactStore",
     "Cluster",
-    "DecisionLog",
     "Report",
-    "Trial",
     "compete",
     "connected",
     "everywhere",

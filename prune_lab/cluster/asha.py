@@ -149,23 +149,13 @@ def tournament_from_asha(
     for number, steps in enumerate(rungs, start=1):
         if not going:
             break
-        answers = measure(going, steps)
-        here = run_tournament(
-            going,
-            (steps,),
-            2,
-            lambda *_asked, losses=answers: losses,
-            keep=set(keep) & set(going),
-        )
-        for one in here.verdicts:
+        for one in run_tournament(going, (steps,), 2, measure, keep=set(keep) & set(going)).verdicts:
             fate, reason = one.fate, one.reason
             if one.kept and stopped.get(one.name) == steps:
                 gap = "" if one.difference is None else f", {one.difference} above the best there"
                 hint = ", which may be chance" if one.tied else ""
-                fate, reason = (
-                    "dropped",
-                    f"at rung {number} of {len(rungs)}, {steps} steps: stopped by ASHA{gap}{hint}",
-                )
+                reason = f"at rung {number} of {len(rungs)}, {steps} steps: stopped by ASHA{gap}{hint}"
+                fate = "dropped"
             verdicts.append(dataclasses.replace(one, rung=number, fate=fate, reason=reason))
         kept = {one.name for one in verdicts if one.rung == number and one.kept}
         going = tuple(name for name in going if name in kept)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # no tables on standard output, which belongs to our own
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # every loss is in the run folder already
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends everything and returns no half of a tournament
+    "RAY_USAGE_STATS_ENABLED": "0",
 }
 
 
@@ -27,23 +28,11 @@ _ENVIRONMENT = {
 class Cluster:
     """A Ray cluster, the resources of each task or candidate, and the storage that its machines share."""
 
-    address: str = (
-        ""  # host:port, ray://host:port, auto for one on this machine; empty: started here, and ended
-    )
+    address: str = ""  # host:port, ray://host:port, auto for one here; empty: started here, and ended
     storage: str = ""  # folder or fsspec URL; empty: every machine sees the run folder itself
     cpus: int = 1  # cores, and threads
     gpus: float | None = None  # None: as the device of the run asks
     retries: int = 3  # after a worker died
-
-
-def _ray() -> Any:
-    try:
-        import ray
-    except ImportError:
-        raise ClusterError(
-            "asked for engine.kind = 'ray', found no ray; pip install 'prune-lab[ray]'"
-        ) from None
-    return ray
 
 
 def _check_answers(address: str) -> None:
@@ -59,15 +48,14 @@ def _check_answers(address: str) -> None:
 
 
 @contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update({name: value for name, value in values.items() if before[name] is None})
+def _environment() -> Iterator[None]:
+    added = _ENVIRONMENT.keys() - os.environ.keys()
+    os.environ.update({name: _ENVIRONMENT[name] for name in added})
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
+        for name in added:
+            os.environ.pop(name, None)
 
 
 @contextlib.contextmanager
@@ -77,8 +65,13 @@ def connected(cluster: Cluster) -> Iterator[Any]:
     Without an address a cluster is started on this machine and ended on exit. Raises ClusterError when Ray is not
     installed or nothing answers.
     """
-    ray = _ray()
-    with _environment(_ENVIRONMENT | {"RAY_USAGE_STATS_ENABLED": "0"}):
+    try:
+        import ray
+    except ImportError:
+        raise ClusterError(
+            "asked for engine.kind = 'ray', found no ray; pip install 'prune-lab[ray]'"
+        ) from None
+    with _environment():
         if ray.is_initialized():
             yield ray
             return
@@ -89,8 +82,9 @@ def connected(cluster: Cluster) -> Iterator[Any]:
         try:
             ray.init(address=cluster.address or "local", log_to_driver=False, logging_level="ERROR", **asked)
         except (OSError, RuntimeError, ValueError) as error:
+            found = next(iter(_lines(error)), type(error).__name__).rstrip(".")
             raise ClusterError(
-                f"asked for the Ray cluster at {cluster.address or 'this machine'!r}, found {_first_line(error)}; "
+                f"asked for the Ray cluster at {cluster.address or 'this machine'!r}, found {found}; "
                 "start one with: ray start --head, or leave engine.address empty to start one here"
             ) from None
         try:
@@ -99,9 +93,8 @@ def connected(cluster: Cluster) -> Iterator[Any]:
             ray.shutdown()
 
 
-def _first_line(error: BaseException | str) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
+def _lines(error: BaseException) -> list[str]:
+    return [line.strip() for line in str(error).splitlines() if line.strip()]
 
 
 def last_word(error: BaseException) -> str:
@@ -109,8 +102,7 @@ def last_word(error: BaseException) -> str:
     cause = getattr(error, "cause", None)
     if isinstance(cause, PruneLabError):
         return str(cause)
-    text = str(error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = _lines(error)
     ours = [line for line in lines if re.match(r"(\w+\.)*\w+(Error|Exception)\b", line)]
     return (ours or lines or [type(error).__name__])[-1]
 
@@ -129,12 +121,10 @@ def check_room(ray: Any, cluster: Cluster) -> None:
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = cluster.gpus or 0
     if not any(one.get("CPU", 0) >= cluster.cpus and one.get("GPU", 0) >= gpus for one in machines):
-        most = max((one.get("CPU", 0) for one in machines), default=0)
-        found = f"{len(machines)} machines of at most {most:g} cores and "
-        found += f"{max((one.get('GPU', 0) for one in machines), default=0):g} GPUs"
+        cores, cards = (max((one.get(kind, 0) for one in machines), default=0) for kind in ("CPU", "GPU"))
         raise ClusterError(
-            f"asked for {cluster.cpus} cores and {gpus:g} GPUs for each candidate, found {found}; "
-            "lower engine.cpus, or set device = 'cpu'"
+            f"asked for {cluster.cpus} cores and {gpus:g} GPUs for each candidate, found {len(machines)} machines of "
+            f"at most {cores:g} cores and {cards:g} GPUs; lower engine.cpus, or set device = 'cpu'"
         )
 
 

@@ -16,7 +16,7 @@ from prune_lab.blocks import BlockGroup
 from prune_lab.candidates import Candidate
 from prune_lab.engines import local, ray_driver
 from prune_lab.engines.pictures import PictureJob, clip_of, draw_prompts, picture_frame
-from prune_lab.engines.training import needs_scores, rungs_of, train_to
+from prune_lab.engines.training import needs_scores, rungs_of
 from prune_lab.importance import ImportanceTable
 from prune_lab.ranking import Tournament
 from prune_lab.session import Session
@@ -55,5 +55,4 @@ __all__ = [
     "needs_scores",
     "picture_frame",
     "rungs_of",
-    "train_to",
 ]

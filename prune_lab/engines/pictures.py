@@ -29,15 +29,9 @@ class PictureJob:
 
 def draw_prompts(session: Session, unet: Any) -> Tensor:
     """The pictures that ``unet`` draws for the run's prompts and seeds, uint8 (prompts x seeds, 3, H, W)."""
-    settings = session.config.evaluate
-    return generate(
-        session.pipeline,
-        session.prompts,
-        settings.seeds,
-        steps=settings.steps,
-        guidance=settings.guidance,
-        unet=unet,
-    )
+    how = session.config.evaluate
+    drawn = session.pipeline, session.prompts, how.seeds
+    return generate(*drawn, steps=how.steps, guidance=how.guidance, unet=unet)
 
 
 def draw_set(session: Session, candidate: Candidate | None, state: State) -> Tensor:

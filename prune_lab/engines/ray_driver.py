@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -90,17 +91,19 @@ def cluster_of(session: Session) -> Cluster:
     return Cluster(address=settings.address, storage=storage, cpus=settings.cpus)
 
 
-def _with_gpus(ray: Any, session: Session, cluster: Cluster) -> Cluster:
-    """``cluster`` with the GPUs per task that the device of the run asks for."""
-    device = session.config.device
-    if ":" in device:
-        raise ConfigError(
-            f"asked for device {device!r} with engine.kind = 'ray', which hands out GPUs itself; use cuda"
-        )
-    if cluster.gpus is not None:
-        return cluster
-    wanted = device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
-    return dataclasses.replace(cluster, gpus=1.0 if wanted else 0.0)
+@contextlib.contextmanager
+def _reached(session: Session, cluster: Cluster | None) -> Iterator[tuple[Any, Cluster]]:
+    """Ray, and ``cluster`` (None: that of the settings) with the GPUs per task that the device of the run asks for."""
+    cluster, device = cluster or cluster_of(session), session.config.device
+    with connected(cluster) as ray:
+        if ":" in device:
+            raise ConfigError(
+                f"asked for device {device!r} with engine.kind = 'ray', which hands out GPUs itself; use cuda"
+            )
+        if cluster.gpus is None:
+            wanted = device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
+            cluster = dataclasses.replace(cluster, gpus=1.0 if wanted else 0.0)
+        yield ray, cluster
 
 
 # Training --------------------------------------------------------------------------------------------------
@@ -127,14 +130,6 @@ class _Decisions:
     def stopped(self, name: str) -> int | None:
         """The steps after which ``name`` was stopped; None when it was not."""
         return next((steps for steps, goes_on in self.recall(name).items() if not goes_on), None)
-
-
-def _prepare(session: Session, plan_ids: Collection[str]) -> list[str]:
-    """Write the files that every worker reads; their names and those of folders come back."""
-    ensure_data(session)
-    if not session.config.data.source:
-        session.validation.save(session.run.folder / VALIDATION)
-    return [*_SHARED, *(name for plan_id in plan_ids for name in of_candidate(plan_id, *BUILT))]
 
 
 def _check_ended(
@@ -172,12 +167,15 @@ def train(
     rungs. Raises ClusterError, StorageError.
     """
     run = session.run
-    cluster, named = cluster or cluster_of(session), {one.plan.id: one for one in candidates}
+    named = {one.plan.id: one for one in candidates}
     names, controls = list(named), controls_among(session, candidates)
     decisions, own = _Decisions(run), run.folder.resolve() / RAY
-    with connected(cluster) as ray:
-        cluster = _with_gpus(ray, session, cluster)
-        ref = _ref(run, cluster, _prepare(session, names))
+    with _reached(session, cluster) as (ray, cluster):
+        ensure_data(session)
+        if not session.config.data.source:
+            session.validation.save(run.folder / VALIDATION)
+        built = [path for name in names for path in of_candidate(name, *BUILT)]
+        ref = _ref(run, cluster, [*_SHARED, *built])
         note(f"distilling {len(names)} candidates on Ray, {slots(ray, cluster)} at once")
         place: Any = str(own)
         if ref.store is not None:
@@ -248,10 +246,9 @@ def score_groups(
     pass, and so the rounding, stays as it is on one machine where ``score.batch`` is set. By the others it gets some of
     the groups.
     """
-    cluster, probe, settings = cluster or cluster_of(session), ensure_probe(session), session.config.score
-    one_step, all_groups = settings.criterion in ONE_STEP, tuple(groups)
-    with connected(cluster) as ray:
-        cluster = _with_gpus(ray, session, cluster)
+    probe, settings, all_groups = ensure_probe(session), session.config.score, tuple(groups)
+    one_step = settings.criterion in ONE_STEP
+    with _reached(session, cluster) as (ray, cluster):
         ref, room = _ref(session.run, cluster, ("config.toml", "probe.safetensors")), slots(ray, cluster)
         if one_step:
             shards = [
@@ -261,25 +258,25 @@ def score_groups(
             shards = [ScoreShard(all_groups[few.start : few.stop]) for few in _pieces(len(all_groups), room)]
         tables = _in_tasks(ray, cluster, ref, partial(score_shard, ref, settings.criterion), shards)
     whole = tables[0]
-    assert whole.scales is not None
-    values, scales = (
-        np.concatenate([table.values for table in tables], axis=1 if one_step else 0),
-        whole.scales,
-    )
-    entries = [entry for table in tables[: 1 if one_step else None] for entry in table.entries]
-    samples = Samples.of(probe) if one_step else whole.samples
-    assert samples is not None
+    values = np.concatenate([table.values for table in tables], axis=1 if one_step else 0)
     if one_step:
+        entries, samples = list(whole.entries), Samples.of(probe)
         scales = np.concatenate([table.scales for table in tables if table.scales is not None])
+    else:
+        entries = [entry for table in tables for entry in table.entries]
+        assert whole.samples is not None
+        assert whole.scales is not None
+        samples, scales = whole.samples, whole.scales
     ends = intervals(values, scales, samples.pictures, draws=bootstrap, seed=session.config.seed)
+    scored = [
+        dataclasses.replace(
+            entry, impact=float(impact), low=float(low), high=float(high), samples=len(scales)
+        )
+        for entry, impact, low, high in zip(entries, impacts_of(values, scales), *ends, strict=True)
+    ]
     return dataclasses.replace(
         whole,
-        entries=tuple(
-            dataclasses.replace(
-                entry, impact=float(impact), low=float(low), high=float(high), samples=len(scales)
-            )
-            for entry, impact, low, high in zip(entries, impacts_of(values, scales), *ends, strict=True)
-        ),
+        entries=tuple(scored),
         probe=probe.digest,
         values=values,
         scales=scales,
@@ -290,14 +287,10 @@ def score_groups(
 
 def draw(session: Session, jobs: Sequence[PictureJob], *, cluster: Cluster | None = None) -> list[Tensor]:
     """The pictures of each of ``jobs``, uint8 (prompts x seeds, 3, H, W), each set drawn by one worker."""
-    cluster = cluster or cluster_of(session)
-    names = ["config.toml"]
-    for job in jobs:
-        if job.candidate is not None:
-            names += of_candidate(job.candidate.plan.id, *BUILT, "distilled/unet")
-    with connected(cluster) as ray:
-        cluster = _with_gpus(ray, session, cluster)
-        ref = _ref(session.run, cluster, list(dict.fromkeys(names)))
-        asked = [(job.candidate.plan.id if job.candidate else "", job.state) for job in jobs]
+    asked = [(job.candidate.plan.id if job.candidate else "", job.state) for job in jobs]
+    ids = dict.fromkeys(plan_id for plan_id, _ in asked if plan_id)
+    names = [name for plan_id in ids for name in of_candidate(plan_id, *BUILT, "distilled/unet")]
+    with _reached(session, cluster) as (ray, cluster):
+        ref = _ref(session.run, cluster, ["config.toml", *names])
         sets = _in_tasks(ray, cluster, ref, partial(draw_pictures, ref), asked)
     return [torch.from_numpy(pictures.copy()) for pictures in sets]  # Ray's arrays are read-only

@@ -45,17 +45,16 @@ def controls_among(session: Session, candidates: Sequence[Candidate]) -> list[st
     return [one.plan.id for one in candidates if keep and one.plan.origin == "control"]
 
 
-def _draw_grid(session: Session, unet: nn.Module, path: Path) -> None:
-    """A grid of the run's prompts by a student in training."""
-    save_grid(path, draw_prompts(session, unet))
-
-
 def distill_setup_of(session: Session) -> DistillSetup:
     """The set-up that all students of the run are trained with."""
     # A cache is built by all processes together; the rest by one.
     order = contextlib.nullcontext() if session.config.data.source else PartialState().main_process_first()
     with order:
         data, validation = training_and_validation(session)
+
+    def draw_grid(unet: nn.Module, path: Path) -> None:
+        save_grid(path, draw_prompts(session, unet))
+
     return DistillSetup(
         session.unet,
         data,
@@ -63,7 +62,7 @@ def distill_setup_of(session: Session) -> DistillSetup:
         session.config.distill,
         validation,
         session.device,
-        draw=partial(_draw_grid, session),
+        draw=draw_grid,
         logs=session.run.curves_dir,
     )
 

@@ -15,20 +15,15 @@ from prune_lab.session.inputs import (
     scoring_context_of,
     training_and_validation,
 )
-from prune_lab.session.prompts import Pictures, Prompts, read_prompts, shipped_rows
 from prune_lab.session.session import Session
 
 __all__ = [
-    "Pictures",
-    "Prompts",
     "Session",
     "drawn_probe",
     "ensure_data",
     "ensure_probe",
-    "read_prompts",
     "read_scores",
     "run_scoring_context",
     "scoring_context_of",
-    "shipped_rows",
     "training_and_validation",
 ]

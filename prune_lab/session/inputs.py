@@ -27,14 +27,7 @@ from prune_lab.importance import (
     importance_from_frame,
 )
 from prune_lab.models import model_digest
-from prune_lab.probes import (
-    Probe,
-    encode_captions,
-    load_probe,
-    make_probe,
-    probe_of_latents,
-    random_probe,
-)
+from prune_lab.probes import Probe, encode_captions, load_probe, probe_of_latents, random_probe
 from prune_lab.runs import Run
 from prune_lab.session.session import Session
 
@@ -44,26 +37,17 @@ from prune_lab.session.session import Session
 def drawn_probe(session: Session, seed: int) -> Probe:
     """A probe of the run's pictures and captions, with noise and timesteps drawn with ``seed``."""
     settings = session.config.probe
-    timesteps = settings.timesteps
     if settings.prompts:
         prompts, how = session.probe_prompts, session.config.evaluate
         latents = generate_latents(
             session.pipeline, prompts.texts, (settings.seed,), steps=how.steps, guidance=how.guidance
         )
-        return probe_of_latents(
-            session.pipeline, latents, prompts.texts, prompts.kinds, timesteps=timesteps, seed=seed
-        )
+        shown = latents, prompts.texts, prompts.kinds
+        return probe_of_latents(session.pipeline, *shown, timesteps=settings.timesteps, seed=seed)
     if session.source.is_pipeline:
-        pictures = session.pictures("heldout", settings.samples, settings.seed)
-        return make_probe(
-            session.pipeline,
-            pictures.pixels,
-            pictures.captions,
-            pictures.groups,
-            timesteps=timesteps,
-            seed=seed,
-        )
-    return random_probe(session.source.config, samples=settings.samples, timesteps=timesteps, seed=seed)
+        return session.picture_probe(seed)
+    config, samples = session.source.config, settings.samples
+    return random_probe(config, samples=samples, timesteps=settings.timesteps, seed=seed)
 
 
 def ensure_probe(session: Session) -> Probe:
@@ -81,21 +65,6 @@ def ensure_probe(session: Session) -> Probe:
 
 
 # Scores ------------------------------------------------------------------------------------------------------
-
-
-def _generation_settings(session: Session) -> GenerationSettings:
-    """The settings with which criteria that compare pictures draw and score them."""
-    prompts, how = session.generation_prompts, session.config.evaluate
-    return GenerationSettings(
-        session.pipeline,
-        prompts.texts,
-        prompts.kinds,
-        seeds=how.seeds,
-        steps=how.steps,
-        guidance=how.guidance,
-        scorer=session.scorer,
-        scorer_name=how.scorer,
-    )
 
 
 def scoring_context_of(
@@ -126,9 +95,19 @@ def scoring_context_of(
 
 def run_scoring_context(session: Session, *, pictures: bool = False) -> ScoringContext:
     """The run's model with its probe, and with prompts to draw where ``pictures`` or its criteria ask for them."""
-    settings = session.config.score
-    wanted = pictures or NEEDS_PIPELINE & {settings.criterion, *settings.also}
-    generation = _generation_settings(session) if session.source.is_pipeline and wanted else None
+    settings, generation = session.config.score, None
+    if session.source.is_pipeline and (pictures or NEEDS_PIPELINE & {settings.criterion, *settings.also}):
+        prompts, how = session.generation_prompts, session.config.evaluate
+        generation = GenerationSettings(
+            session.pipeline,
+            prompts.texts,
+            prompts.kinds,
+            seeds=how.seeds,
+            steps=how.steps,
+            guidance=how.guidance,
+            scorer=session.scorer,
+            scorer_name=how.scorer,
+        )
     return scoring_context_of(session, ensure_probe(session), generation)
 
 

@@ -38,25 +38,15 @@ def read_prompts(path: Path) -> Prompts:
     cannot be read or holds none.
     """
     remedy = "give a .txt file with one prompt a line, or a .csv or .parquet file with a column prompt"
+    if path.suffix not in (".txt", ".csv", ".parquet"):
+        raise DataError(f"asked for the prompts in {path}, found a name ending in {path.suffix!r}; {remedy}")
     try:
         if path.suffix == ".txt":
             lines = path.read_text(encoding="utf-8").splitlines()
             frame = pd.DataFrame({"prompt": [line.strip() for line in lines if line.strip()]})
-        elif path.suffix in (".csv", ".parquet"):
-            frame = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
         else:
-            raise DataError(
-                f"asked for the prompts in {path}, found a name ending in {path.suffix!r}; {remedy}"
-            )
-    except (
-        OSError,
-        UnicodeDecodeError,
-        pd.errors.ParserError,
-        pd.errors.EmptyDataError,
-        ValueError,
-    ) as error:
-        if isinstance(error, DataError):
-            raise
+            frame = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # pandas raises kinds of ValueError
         raise DataError(f"asked for the prompts in {path}, cannot read it ({error}); {remedy}") from None
     texts = next((name for name in ("prompt", "caption") if name in frame), "")
     if not texts or frame.empty:

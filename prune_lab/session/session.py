@@ -110,15 +110,14 @@ class Session:
         On the pictures that a plan was searched with, it would look better than it is.
         """
         settings = self.config.probe
-        pictures = self.pictures("heldout", settings.samples, settings.seed, skip=settings.samples)
-        return make_probe(
-            self.pipeline,
-            pictures.pixels,
-            pictures.captions,
-            pictures.groups,
-            timesteps=settings.timesteps,
-            seed=settings.seed + 1,
-        )
+        return self.picture_probe(settings.seed + 1, skip=settings.samples)
+
+    def picture_probe(self, seed: int, *, skip: int = 0) -> Probe:
+        """``probe.samples`` held-out pictures after the first ``skip``; ``seed`` draws their noise and timesteps."""
+        settings = self.config.probe
+        chosen = self.pictures("heldout", settings.samples, settings.seed, skip=skip)
+        shown = chosen.pixels, chosen.captions, chosen.groups
+        return make_probe(self.pipeline, *shown, timesteps=settings.timesteps, seed=seed)
 
     def pictures(self, split: str, count: int, seed: int, *, skip: int = 0) -> Pictures:
         """``count`` shipped pictures of ``split`` in an order drawn with ``seed``, after the first ``skip`` of them.

@@ -8,58 +8,31 @@ loaded once.
 
 from __future__ import annotations
 
-from prune_lab.session import Session, ensure_data, ensure_probe
+from prune_lab.session import Session
 from prune_lab.workflow.comparing import compared_plans, comparison
 from prune_lab.workflow.criteria import compared_criteria
 from prune_lab.workflow.distilling import ensure_distilled, recovery_frame, save_students
-from prune_lab.workflow.measuring import (
-    ensure_blocks,
-    ensure_costs,
-    ensure_latency,
-    ensure_reductions,
-    ensure_scores,
-    ensure_shares,
-    scores_frame,
-)
+from prune_lab.workflow.measuring import ensure_scores, scores_frame
 from prune_lab.workflow.pipeline import check_budgets, run_all, steps_frame
-from prune_lab.workflow.ranking import (
-    ensure_pictures,
-    ensure_ranking,
-    ensure_report,
-    picture_scores,
-    quality,
-    quality_frame,
-)
+from prune_lab.workflow.ranking import ensure_ranking, quality, quality_frame
 from prune_lab.workflow.searching import ensure_plans, plan_named, plans_frame
-from prune_lab.workflow.steps import STEPS, Step, borrow, forget, start_run
+from prune_lab.workflow.steps import borrow, forget, start_run
 from prune_lab.workflow.students import ensure_candidates, ensure_repaired
 
 __all__ = [
-    "STEPS",
     "Session",
-    "Step",
     "borrow",
     "check_budgets",
     "compared_criteria",
     "compared_plans",
     "comparison",
-    "ensure_blocks",
     "ensure_candidates",
-    "ensure_costs",
-    "ensure_data",
     "ensure_distilled",
-    "ensure_latency",
-    "ensure_pictures",
     "ensure_plans",
-    "ensure_probe",
     "ensure_ranking",
-    "ensure_reductions",
     "ensure_repaired",
-    "ensure_report",
     "ensure_scores",
-    "ensure_shares",
     "forget",
-    "picture_scores",
     "plan_named",
     "plans_frame",
     "quality",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from prune_lab.schemas import COMPARISON_COLUMNS
 from prune_lab.search import predicted_impact
 from prune_lab.session import Session
 from prune_lab.workflow.measuring import ensure_costs, ensure_scores
-from prune_lab.workflow.searching import ensure_plans, goes_by, impact_of_sets
+from prune_lab.workflow.searching import ensure_plans, goes_by, impact_of_sets, relative_costs
 
 _MEASURED = ("median_ms", "loss_before", "loss_after", "clip_before", "clip_after")
 
@@ -42,20 +42,22 @@ def compared_plans(session: Session, texts: Sequence[str]) -> tuple[pd.DataFrame
         plans += named or list(_plans(text, architecture, session.config.model))
     impacts = impact_of([frozenset(plan.removed) for plan in plans])
     ranking = pd.read_csv(run.ranking).set_index("plan_id") if run.done(run.ranking) else pd.DataFrame()
-    teacher_plan = plan_of(architecture, ())
-    rows = [_row(session.config.model, "model", costs.total, costs, teacher_plan, architecture)]
+    rows = [_plan_row(session.config.model, "model", plan_of(architecture, ()), costs)]
     for plan, impact in zip(plans, impacts, strict=True):
         measured = {"predicted_impact": predicted_impact(plan, importance), "impact": float(impact)}
         if plan.id in ranking.index:
             measured |= {name: float(ranking[name][plan.id]) for name in _MEASURED}
-        name = plan.label if plan.name else plan.text
-        rows.append(_row(name, "plan", costs.of(plan), costs, plan, architecture, measured))
+        rows.append({**_plan_row(_title(plan), "plan", plan, costs), **measured})
     return pd.DataFrame(rows, columns=list(COMPARISON_COLUMNS)), block_maps(architecture, plans)
+
+
+def _title(plan: PruningPlan) -> str:
+    return plan.name or plan.text
 
 
 def block_maps(architecture: Architecture, plans: Sequence[PruningPlan]) -> tuple[str, ...]:
     """The U-Net as lines of text, a column for each plan: R and A for blocks that stay, a dot for one that is gone."""
-    names = [plan.label if plan.name else plan.text for plan in plans]
+    names = [_title(plan) for plan in plans]
     cells = [
         [
             "".join(
@@ -84,23 +86,19 @@ def comparison(model: str, targets: Sequence[str]) -> pd.DataFrame:
     """
     architecture = resolve_model(model).architecture
     costs = cost_table(architecture)
-    rows = [_row(model, "model", costs.total, costs, plan_of(architecture, ()), architecture)]
+    rows = [_plan_row(model, "model", plan_of(architecture, ()), costs)]
     for target in targets:
         folder = Path(target)
         if (folder / "config.toml").is_file():
             rows += _of_run(open_run(folder, must_exist=True), costs)
         elif CandidatePaths(folder).profile.is_file():
-            rows.append(_of_candidate(folder, costs, architecture))
+            rows.append(_of_candidate(folder, costs))
         elif folder.suffix not in (".json", ".txt") and folder.exists():
             total = cost_table(resolve_model(target).architecture).total
             rows.append(_row(target, "model", total, costs))
         else:
-            rows += [
-                _row(
-                    plan.label if plan.name else plan.text, "plan", costs.of(plan), costs, plan, architecture
-                )
-                for plan in _plans(target, architecture, model)
-            ]
+            plans = _plans(target, architecture, model)
+            rows += [_plan_row(_title(plan), "plan", plan, costs) for plan in plans]
     return pd.DataFrame(rows, columns=list(COMPARISON_COLUMNS))
 
 
@@ -113,48 +111,25 @@ def _plans(text: str, architecture: Architecture, model: str) -> tuple[PruningPl
         ) from None
 
 
-def _row(
-    name: str,
-    kind: str,
-    cost: PlanCost,
-    whole: CostTable,
-    plan: PruningPlan | None = None,
-    architecture: Architecture | None = None,
-    measured: Mapping[str, float] | None = None,
-) -> dict[str, Any]:
-    total = whole.total
-    return {
-        "name": name,
-        "kind": kind,
-        "blocks_removed": None if plan is None else len(plan.removed),
-        "params": cost.params,
-        "params_change": cost.params / total.params - 1,
-        "macs": cost.macs,
-        "macs_change": cost.macs / total.macs - 1,
-        "paper_macs": cost.paper_macs,
-        "paper_macs_change": cost.paper_macs / total.paper_macs - 1,
-        "native": None if plan is None or architecture is None else is_native(architecture, plan),
-        **(measured or {}),
-    }
+def _row(name: str, kind: str, cost: PlanCost, whole: CostTable) -> dict[str, Any]:
+    figures = relative_costs(cost, whole.total)
+    return {"name": name, "kind": kind, "blocks_removed": None, **figures, "native": None}
 
 
-def _of_candidate(folder: Path, costs: CostTable, architecture: Architecture) -> dict[str, Any]:
-    candidate = load_candidate(folder, architecture)
+def _plan_row(name: str, kind: str, plan: PruningPlan, costs: CostTable) -> dict[str, Any]:
+    row = _row(name, kind, costs.of(plan), costs)
+    return {**row, "blocks_removed": len(plan.removed), "native": is_native(costs.architecture, plan)}
+
+
+def _of_candidate(folder: Path, costs: CostTable) -> dict[str, Any]:
+    candidate, recovery = load_candidate(folder, costs.architecture), load_recovery(folder)
     latency = candidate.profile.latency
-    recovery = load_recovery(folder)
-    return _row(
-        candidate.plan.label,
-        "candidate",
-        costs.of(candidate.plan),
-        costs,
-        candidate.plan,
-        architecture,
-        measured={
-            "median_ms": latency.median_ms if latency else math.nan,
-            "loss_before": recovery.before if recovery else math.nan,
-            "loss_after": recovery.after if recovery else math.nan,
-        },
-    )
+    return {
+        **_plan_row(candidate.plan.label, "candidate", candidate.plan, costs),
+        "median_ms": latency.median_ms if latency else math.nan,
+        "loss_before": recovery.before if recovery else math.nan,
+        "loss_after": recovery.after if recovery else math.nan,
+    }
 
 
 def _of_run(run: Run, costs: CostTable) -> list[dict[str, Any]]:
@@ -164,6 +139,6 @@ def _of_run(run: Run, costs: CostTable) -> list[dict[str, Any]]:
         macs, paper_macs = int(row["macs"]), int(row["paper_macs"])
         cost = PlanCost(int(row["params"]), macs, macs - paper_macs)
         figures = {name: float(row[name]) for name in _MEASURED}
-        made = _row(f"{run.folder.name}: {row['plan']}", str(row["origin"]), cost, costs, measured=figures)
-        rows.append({**made, "blocks_removed": int(row["blocks_removed"])})
+        made = _row(f"{run.folder.name}: {row['plan']}", str(row["origin"]), cost, costs)
+        rows.append({**made, **figures, "blocks_removed": int(row["blocks_removed"])})
     return rows

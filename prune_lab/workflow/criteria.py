@@ -37,10 +37,8 @@ OUTCOME = "the loss after distillation"
 
 
 def _plans_of(session: Session) -> tuple[PruningPlan, ...]:
-    found = (
-        plan_from_json(read_json(session.run.plan(plan_id)), session.architecture)
-        for plan_id in session.run.plan_ids()
-    )
+    files = map(session.run.plan, session.run.plan_ids())
+    found = (plan_from_json(read_json(path), session.architecture) for path in files)
     return tuple(plan for plan in found if plan.removed)
 
 
@@ -118,38 +116,33 @@ def compared_criteria(session: Session, folder: Path) -> tuple[tuple[str, ...], 
     plans, and with the loss after distillation of the plans that the run has ranked.
     """
     context = run_scoring_context(session, pictures=True)
-    tables = _tables(context, session)
-    compositions = _compositions(session)
-    leader = tables[0]
+    tables, compositions = _tables(context, session), _compositions(session)
     together = score(context, compositions, "output-mse", bootstrap=0, model=session.config.model)
     found = [agreement(tables), predictive_correlation(tables, compositions, together.impacts, MEASURED)]
-    outcomes, planned = _outcomes(session.run), _plans_of(session)
-    ranked = [plan for plan in planned if plan.id in outcomes]
+    outcomes = _outcomes(session.run)
+    ranked = [plan for plan in _plans_of(session) if plan.id in outcomes]
     if len(ranked) > 2:
         groups = [BlockGroup(plan.label, "plan", plan.removed) for plan in ranked]
-        found.append(
-            predictive_correlation(tables, groups, np.array([outcomes[plan.id] for plan in ranked]), OUTCOME)
-        )
+        losses = np.array([outcomes[plan.id] for plan in ranked])
+        found.append(predictive_correlation(tables, groups, losses, OUTCOME))
     compared = pd.concat(found, ignore_index=True)
     exact = next(table for table in tables if table.criterion == "output-mse")
-    sums, steady = additivity(exact, together), stability(leader, _with_other_noise(session, leader))
+    sums, steady = additivity(exact, together), stability(tables[0], _with_other_noise(session, tables[0]))
     costs = _costs(context, tables)
     summary = _summary(tables, compared, costs)
     lines = (*describe_agreement(compared, sums, costs), *describe_stability(steady))
-    parts = pd.concat([table.parts() for table in tables], ignore_index=True)
     frames = {
         "summary": summary,
         "agreement": compared,
         "scores": with_psnr(pd.concat([table.frame() for table in tables], ignore_index=True)),
-        "parts": parts,
+        "parts": pd.concat([table.parts() for table in tables], ignore_index=True),
         "additivity": sums,
         "stability": steady,
     }
     for name, frame in frames.items():
         write_frame(folder / f"{name}.csv", frame)
-    write_json(
-        folder / "environment.json", Environment.capture(str(session.device), session.config.dtype).as_dict()
-    )
+    environment = Environment.capture(str(session.device), session.config.dtype)
+    write_json(folder / "environment.json", environment.as_dict())
     write_agreement(folder, model=session.config.model, lines=lines, frames=frames)
     return lines, summary
 

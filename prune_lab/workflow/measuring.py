@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, cast
 
 import pandas as pd
 
-from prune_lab.blocks import (
-    Architecture,
-    BlockGroup,
-    GroupKind,
-    block_groups,
-    blocks_frame,
-)
+from prune_lab.blocks import Architecture, BlockGroup, GroupKind, block_groups, blocks_frame
 from prune_lab.config import BUDGET_CONTROLS, PLAN_FILES
 from prune_lab.importance import (
     ONE_STEP,
@@ -57,14 +52,11 @@ def score_groups_of(session: Session) -> tuple[BlockGroup, ...]:
     groups: list[BlockGroup] = []
     for name in session.config.score.groups:
         if name.endswith(PLAN_FILES):
-            plans = read_plans(name, session.architecture)
-            groups += [
-                BlockGroup(plan.name or plan.text, "plan", plan.removed) for plan in plans if plan.removed
-            ]
+            plans = (plan for plan in read_plans(name, session.architecture) if plan.removed)
+            groups += [BlockGroup(plan.name or plan.text, "plan", plan.removed) for plan in plans]
         else:
-            groups += block_groups(
-                session.architecture, cast("GroupKind", name)
-            )  # the settings have checked it
+            kind = cast("GroupKind", name)  # the settings have checked it
+            groups += block_groups(session.architecture, kind)
     return tuple(groups)
 
 
@@ -89,20 +81,12 @@ def ensure_scores(session: Session) -> ImportanceTable:
     run = session.run
     if run.done(run.importance):
         return read_scores(run)
-    settings, names = session.config.score, criteria_of(session)
+    settings, names, model = session.config.score, criteria_of(session), session.config.model
     groups, context = score_groups_of(session), run_scoring_context(session)
-    race = Race(settings.race) if settings.race else None
-    tables = [
-        score(
-            context,
-            groups,
-            name,
-            bootstrap=settings.bootstrap,
-            model=session.config.model,
-            race=race if name in ONE_STEP else None,
-        )
-        for name in names
-    ]
+    tables = []
+    for name in names:
+        race = Race(settings.race) if settings.race and name in ONE_STEP else None
+        tables.append(score(context, groups, name, bootstrap=settings.bootstrap, model=model, race=race))
     write_frame(run.importance_parts, pd.concat([table.parts() for table in tables], ignore_index=True))
     write_frame(run.criteria, with_psnr(pd.concat([table.frame() for table in tables], ignore_index=True)))
     write_frame(run.importance, tables[0].frame())
@@ -134,7 +118,6 @@ def ensure_latency(session: Session) -> LatencyTable:
     run = session.run
     if run.done(run.latency):
         return latency_table_from_dict(cast("dict[str, Any]", read_json(run.latency)), session.architecture)
-    settings = session.config.profile
     calibrate = {
         plan.id: plan
         for plan in controls(session, session.architecture)
@@ -145,47 +128,12 @@ def ensure_latency(session: Session) -> LatencyTable:
         session.unet,
         calibrate=tuple(calibrate.values()),
         held_out=tuple(plan for plan in drawn if plan.removed and plan.id not in calibrate),
-        runs=settings.runs,
-        warmup=settings.warmup,
-        batch=settings.batch,
+        **dataclasses.asdict(session.config.profile),
         tokens=session.architecture.tokens,
         seed=session.config.seed,
     )
     write_json(run.latency, table.as_dict())
     return table
-
-
-def _reductions(session: Session) -> pd.DataFrame:
-    settings = session.config.profile
-    own = reduction_table(
-        session.architecture,
-        controls(session, session.architecture),
-        model=session.config.model,
-        batch=settings.batch,
-        latency=True,
-        device=session.device,
-        dtype=session.dtype,
-        runs=settings.runs,
-        warmup=settings.warmup,
-    )
-    frames = [own]
-    for name in session.config.report.also_presets:
-        architecture = resolve_model(name).architecture
-        plans = controls(session, architecture)
-        frames.append(reduction_table(architecture, plans, model=name, batch=settings.batch))
-    return pd.concat(frames, ignore_index=True)
-
-
-def _pipeline_shares(session: Session) -> pd.DataFrame:
-    settings = session.config.profile
-    return profile_pipeline(
-        session.pipeline,
-        steps=session.config.evaluate.steps,
-        batch=settings.batch,
-        guidance=session.config.evaluate.guidance,
-        runs=settings.runs,
-        warmup=settings.warmup,
-    )
 
 
 def ensure_costs(session: Session) -> CostTable:
@@ -202,9 +150,23 @@ def ensure_reductions(session: Session) -> pd.DataFrame:
 
     Writes reductions.csv, the teacher of each model first.
     """
-    run = session.run
+    run, settings = session.run, session.config.profile
     if not run.done(run.reductions):
-        write_frame(run.reductions, _reductions(session))
+        own = reduction_table(
+            session.architecture,
+            controls(session, session.architecture),
+            model=session.config.model,
+            latency=True,
+            device=session.device,
+            dtype=session.dtype,
+            **dataclasses.asdict(settings),
+        )
+        frames = [own]
+        for name in session.config.report.also_presets:
+            architecture = resolve_model(name).architecture
+            plans = controls(session, architecture)
+            frames.append(reduction_table(architecture, plans, model=name, batch=settings.batch))
+        write_frame(run.reductions, pd.concat(frames, ignore_index=True))
     return pd.read_csv(run.reductions)
 
 
@@ -213,7 +175,9 @@ def ensure_shares(session: Session) -> pd.DataFrame:
 
     Raises RunError when the model is a U-Net alone.
     """
-    run = session.run
+    run, how = session.run, session.config.evaluate
     if not run.done(run.pipeline_profile):
-        write_frame(run.pipeline_profile, _pipeline_shares(session))
+        timing = dataclasses.asdict(session.config.profile)
+        shares = profile_pipeline(session.pipeline, steps=how.steps, guidance=how.guidance, **timing)
+        write_frame(run.pipeline_profile, shares)
     return pd.read_csv(run.pipeline_profile)

@@ -13,16 +13,12 @@ from prune_lab.errors import ConfigError
 from prune_lab.models import resolve_model
 from prune_lab.profiling import cost_table
 from prune_lab.ranking import Ranking
-from prune_lab.runs import Run, load_run_config, open_run
+from prune_lab.runs import load_run_config, open_run
 from prune_lab.runtime import track, write_frame
 from prune_lab.schemas import STEP_SECONDS_COLUMNS, STEPS_COLUMNS
 from prune_lab.search import check_reachable, parse_budget, split_budgets
 from prune_lab.session import Session
-from prune_lab.workflow.measuring import (
-    controls,
-    criteria_of,
-    score_groups_of,
-)
+from prune_lab.workflow.measuring import controls, criteria_of, score_groups_of
 from prune_lab.workflow.ranking import ensure_ranking
 from prune_lab.workflow.searching import constraints_of
 from prune_lab.workflow.steps import STEPS, affecting, first_affected, forget, start_run, steps_from
@@ -58,14 +54,6 @@ def check_settings(session: Session) -> None:
         )
 
 
-def _recorded_seconds(run: Run) -> dict[str, float]:
-    """Seconds of each step when it was last done, by its name."""
-    if not run.steps.is_file():
-        return {}
-    frame = pd.read_csv(run.steps)
-    return dict(zip(frame["step"].astype(str), frame["seconds"].astype(float), strict=True))
-
-
 def run_all(config: RunConfig, folder: Path, *, force: bool = False) -> Ranking:
     """The ranking after all steps in order, the report last; finished steps are only read.
 
@@ -81,7 +69,10 @@ def run_all(config: RunConfig, folder: Path, *, force: bool = False) -> Ranking:
         forget(run, STEPS[0].name)
     session = Session(run)
     check_settings(session)
-    known = _recorded_seconds(run)
+    known: dict[str, float] = {}
+    if run.steps.is_file():
+        frame = pd.read_csv(run.steps)
+        known = dict(zip(frame["step"], frame["seconds"], strict=True))
     seconds: dict[str, float] = {}
     for step in track(STEPS, "step", name=lambda step: step.name):
         finished = all(run.done(path) for path in step.marks(run))
@@ -89,8 +80,7 @@ def run_all(config: RunConfig, folder: Path, *, force: bool = False) -> Ranking:
         step.ensure(session)
         took = time.perf_counter() - start
         seconds[step.name] = known.get(step.name, took) if finished else took
-        rows = list(seconds.items())
-        write_frame(run.steps, pd.DataFrame(rows, columns=list(STEP_SECONDS_COLUMNS)))
+        write_frame(run.steps, pd.DataFrame(seconds.items(), columns=list(STEP_SECONDS_COLUMNS)))
     return ensure_ranking(session)
 
 

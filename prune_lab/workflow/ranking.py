@@ -7,9 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from torch import Tensor
 
 from prune_lab.blocks import BlockGroup
 from prune_lab.candidates import load_candidate
@@ -60,15 +58,10 @@ def ensure_pictures(session: Session) -> tuple[Path, ...]:
     return tuple(job.folder for job in wanted)
 
 
-def picture_scores(session: Session, folder: Path) -> Tensor:
-    """CLIP score of every picture in ``folder`` against its prompt, (prompts x seeds,)."""
-    return clip_of(session, read_pictures(folder))
-
-
 def _mean_score(session: Session, folder: Path) -> float:
     if not session.run.done(folder):
         return math.nan
-    return float(picture_scores(session, folder).double().mean())
+    return float(clip_of(session, read_pictures(folder)).double().mean())
 
 
 # Ranking -----------------------------------------------------------------------------------------------------
@@ -77,18 +70,14 @@ def _mean_score(session: Session, folder: Path) -> float:
 def one_shot_impacts(session: Session, plans: Iterable[PruningPlan]) -> dict[str, float]:
     """Impact of each whole plan by the run's criterion on its probe, by plan id, measured and not added up."""
     groups = [BlockGroup(plan.id, "plan", plan.removed) for plan in plans if plan.removed]
-    table = engine_of(session).score(session, groups)
-    return {entry.group.name: entry.impact for entry in table.entries}
+    return {entry.group.name: entry.impact for entry in engine_of(session).score(session, groups).entries}
 
 
 def _teacher_result(session: Session) -> CandidateResult:
-    costs = ensure_costs(session).total
-    reductions = ensure_reductions(session)
+    costs, reductions = ensure_costs(session).total, ensure_reductions(session)
     own = reductions[(reductions["plan"] == "teacher") & (reductions["model"] == session.config.model)]
-    _, validation = training_and_validation(session)
-    losses = heldout_loss(session.unet, validation).double()
-    loss = float(losses.mean())
-    score = _mean_score(session, session.run.teacher_pictures)
+    losses = heldout_loss(session.unet, training_and_validation(session)[1]).double()
+    loss, score = float(losses.mean()), _mean_score(session, session.run.teacher_pictures)
     return CandidateResult(
         plan="teacher",
         plan_id="teacher",
@@ -110,16 +99,14 @@ def _teacher_result(session: Session) -> CandidateResult:
 def _candidate_result(
     session: Session, plan: PruningPlan, impact: float, fate: Verdict | None
 ) -> CandidateResult:
-    run = session.run
-    costs = ensure_costs(session).of(plan)
+    run, costs = session.run, ensure_costs(session).of(plan)
     paths = run.candidate(plan.id)
     recovery = load_recovery(paths.folder)
     built = run.done(paths.profile)
     latency = load_candidate(paths.folder, session.architecture).profile.latency if built else None
     losses: tuple[float, ...] = ()
     if recovery and recovery.status == "done" and run.done(paths.heldout):
-        row = load_heldout(paths.folder).loc[recovery.steps].to_numpy(dtype=np.float64)
-        losses = tuple(float(loss) for loss in row)
+        losses = tuple(map(float, load_heldout(paths.folder).loc[recovery.steps]))
     return CandidateResult(
         plan=plan.label,
         plan_id=plan.id,
@@ -199,10 +186,8 @@ def quality_frame(session: Session) -> pd.DataFrame:
         rows.append((plan.label, plan.id, "pruned", paths.pictures_pruned))
         rows.append((plan.label, plan.id, "distilled", paths.pictures_distilled))
     values = []
-    for plan_label, plan_id, weights, path in rows:
+    for *of, path in rows:
         if run.done(path):
-            scores = picture_scores(session, path)
-            values.append(
-                (plan_label, plan_id, weights, len(scores), float(scores.mean()), float(scores.min()))
-            )
+            scores = clip_of(session, read_pictures(path))
+            values.append((*of, len(scores), float(scores.mean()), float(scores.min())))
     return pd.DataFrame(values, columns=list(PICTURES_COLUMNS))

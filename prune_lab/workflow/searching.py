@@ -11,31 +11,18 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from prune_lab.blocks import Architecture, BlockGroup
+from prune_lab.blocks import BlockGroup
 from prune_lab.config import BUDGET_CONTROLS, RunConfig
 from prune_lab.errors import NonNativePlanError, PlanError
 from prune_lab.importance import ScoringContext, score
 from prune_lab.plans import PruningPlan, native_layout, plan_from_json, read_plans
-from prune_lab.profiling import CostTable, activation_table, cost_table
+from prune_lab.profiling import CostTable, PlanCost, activation_table, cost_table
 from prune_lab.runs import Run
 from prune_lab.runtime import read_json, track, write_frame, write_json
 from prune_lab.schemas import PLANS_COLUMNS, SEARCHED_COLUMNS, SEARCHES_COLUMNS
-from prune_lab.search import (
-    Budget,
-    Constraints,
-    ImpactOf,
-    parse_budget,
-    parse_quota,
-    predicted_impact,
-    split_budgets,
-)
+from prune_lab.search import Constraints, ImpactOf, parse_budget, parse_quota, predicted_impact, split_budgets
 from prune_lab.session import Session, run_scoring_context
-from prune_lab.workflow.measuring import (
-    controls,
-    ensure_costs,
-    ensure_latency,
-    ensure_scores,
-)
+from prune_lab.workflow.measuring import controls, ensure_costs, ensure_latency, ensure_scores
 from prune_lab.workflow.solving import SOLVERS, Question, controls_for
 
 # The problem ---------------------------------------------------------------------------------------------------
@@ -52,11 +39,6 @@ def constraints_of(config: RunConfig) -> Constraints:
         longest_run=settings.longest_run or None,
         native_only=settings.native_only,
     )
-
-
-def parse_budgets(text: str, architecture: Architecture, costs: CostTable) -> tuple[Budget, ...]:
-    """The budgets that hold at once in ``text``, with commas between them. Raises BudgetError."""
-    return tuple(parse_budget(one, architecture, costs) for one in split_budgets(text))
 
 
 def costs_of(session: Session) -> CostTable:
@@ -115,17 +97,15 @@ def _write_plans(session: Session) -> None:
         importance, costs = ensure_scores(session), costs_of(session)
         constraints, impact_of = constraints_of(session.config), impact_of_sets(session)
         for text in track(settings.budgets, "searching"):
-            budgets = parse_budgets(text, architecture, costs)
-            asked = ", ".join(budget.text for budget in budgets)
+            budgets = tuple(parse_budget(one, architecture, costs) for one in split_budgets(text))
             question = Question(session, costs, budgets, constraints, importance, impact_of)
             start = time.perf_counter()
             result = SOLVERS[settings.solver](question)
             seconds = time.perf_counter() - start
-            row = {"budget": asked, "solver": settings.solver, "plans": len(result.plans)}
-            searches.append(
-                row | {"sets_measured": result.measured, "seconds": seconds} | dict(result.statistics)
-            )
-            found += [("search", asked, plan) for plan in _named(result.plans, settings.solver, asked)]
+            asked, plans = question.asked, result.plans
+            row = {"budget": asked, "solver": settings.solver, "plans": len(plans), "seconds": seconds}
+            searches.append({**row, "sets_measured": result.measured, **result.statistics})
+            found += [("search", asked, plan) for plan in _named(plans, settings.solver, asked)]
             if at_budget:
                 found += [("control", asked, plan) for plan in controls_for(question, at_budget)]
     for plan_id in dict.fromkeys(plan.id for _, _, plan in found):
@@ -156,6 +136,15 @@ def ensure_plans(session: Session) -> tuple[PruningPlan, ...]:
     return tuple(plan.named(*plan.names, origin=plan.origin or "control") for plan in plans)
 
 
+def relative_costs(cost: PlanCost, whole: PlanCost) -> dict[str, float]:
+    """``cost`` in parameters and MACs of both conventions, and the change of each relative to ``whole``."""
+    figures: dict[str, float] = {}
+    for name in ("params", "macs", "paper_macs"):
+        amount = getattr(cost, name)
+        figures |= {name: amount, f"{name}_change": amount / getattr(whole, name) - 1}
+    return figures
+
+
 def plans_frame(session: Session) -> pd.DataFrame:
     """One row per plan of the run, in order of ``ensure_plans``, with its cost; columns PLANS_COLUMNS.
 
@@ -178,12 +167,7 @@ def plans_frame(session: Session) -> pd.DataFrame:
                 "budgets": " ".join(budget for budget in budgets if budget),
                 "removed": " ".join(plan.removed),
                 "blocks_removed": len(plan.removed),
-                "params": cost.params,
-                "params_change": cost.params / whole.params - 1,
-                "macs": cost.macs,
-                "macs_change": cost.macs / whole.macs - 1,
-                "paper_macs": cost.paper_macs,
-                "paper_macs_change": cost.paper_macs / whole.paper_macs - 1,
+                **relative_costs(cost, whole),
                 "latency_ms": cost.latency_ms,
                 "latency_change": cost.latency_ms / whole.latency_ms - 1
                 if cost.latency_ms is not None and whole.latency_ms is not None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from prune_lab.blocks import Architecture, block_groups
 from prune_lab.importance import ImportanceTable, score
@@ -12,6 +12,7 @@ from prune_lab.profiling import CostTable
 from prune_lab.search import (
     Budget,
     Constraints,
+    Effects,
     ImpactOf,
     controls_at,
     evolve_plans,
@@ -36,6 +37,11 @@ class Question:
     impact_of: ImpactOf
 
     @property
+    def asked(self) -> str:
+        """The budgets in words, with commas between them."""
+        return ", ".join(budget.text for budget in self.budgets)
+
+    @property
     def problem(self) -> tuple[Architecture, CostTable, tuple[Budget, ...]]:
         """The arguments that every solver takes first."""
         return self.session.architecture, self.costs, self.budgets
@@ -47,21 +53,18 @@ class SolverResult:
 
     plans: tuple[PruningPlan, ...]
     measured: int = 0
-    statistics: tuple[tuple[str, float], ...] = ()
+    statistics: Mapping[str, float] = field(default_factory=dict)
+
+
+def _best(question: Question, scores: ImportanceTable | Effects) -> tuple[PruningPlan, ...]:
+    """The plans of least impact by ``scores``, as many and as different as the settings ask for."""
+    settings, (architecture, costs, budgets) = question.session.config.search, question.problem
+    count, diverse, rules = settings.count, settings.diverse, question.constraints
+    return search_plans(architecture, scores, costs, budgets, count=count, diverse=diverse, constraints=rules)
 
 
 def _exact(question: Question) -> SolverResult:
-    settings = question.session.config.search
-    plans = search_plans(
-        question.session.architecture,
-        question.importance,
-        question.costs,
-        question.budgets,
-        count=settings.count,
-        diverse=settings.diverse,
-        constraints=question.constraints,
-    )
-    return SolverResult(plans)
+    return SolverResult(_best(question, question.importance))
 
 
 def _interactions(question: Question) -> SolverResult:
@@ -81,15 +84,7 @@ def _interactions(question: Question) -> SolverResult:
     learned = tuple({plan.id: plan for plan in (*additive, *drawn)}.values())
     impacts = question.impact_of([frozenset(plan.removed) for plan in learned])
     fit = fit_interactions(learned, impacts, prior=question.importance.block_impacts(), seed=seed)
-    plans = search_plans(
-        architecture,
-        fit.effects,
-        costs,
-        budgets,
-        count=settings.count,
-        diverse=settings.diverse,
-        constraints=rules,
-    )
+    plans = _best(question, fit.effects)
     again = question.impact_of([frozenset(plan.removed) for plan in plans])
     tried = sorted(zip((*impacts, *again), (*learned, *plans), strict=True), key=lambda one: float(one[0]))
     found = local_search(architecture, costs, budgets, question.impact_of, tried[0][1], rules)
@@ -102,7 +97,7 @@ def _interactions(question: Question) -> SolverResult:
         "additive_rank_correlation": fit.additive_rank_correlation,
     }
     kept = tuple(unique.values())[: settings.count]
-    return SolverResult(kept, len(learned) + len(plans) + found.measured, tuple(statistics.items()))
+    return SolverResult(kept, len(learned) + len(plans) + found.measured, statistics)
 
 
 def _greedy(question: Question) -> SolverResult:
@@ -146,5 +141,4 @@ def controls_for(question: Question, wanted: Sequence[str]) -> list[PruningPlan]
         similarity=score(context, blocks, "similarity", bootstrap=0) if "similarity" in wanted else None,
         seed=question.session.config.seed,
     )
-    asked = ", ".join(budget.text for budget in question.budgets)
-    return [plan.named(f"{plan.name} {asked}") for plan in found if plan.name in wanted]
+    return [plan.named(f"{plan.name} {question.asked}") for plan in found if plan.name in wanted]

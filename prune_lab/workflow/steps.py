@@ -26,6 +26,8 @@ from prune_lab.workflow.ranking import ensure_pictures, ensure_ranking, ensure_r
 from prune_lab.workflow.searching import ensure_plans
 from prune_lab.workflow.students import ensure_candidates, ensure_repaired
 
+Paths = Callable[[Run], tuple[Path, ...]]
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -34,34 +36,27 @@ class Step:
     name: str  # ``SETTINGS`` names the step that reads a setting first
     does: str
     ensure: Callable[[Session], object]
-    products: Callable[[Run], tuple[Path, ...]]  # files and folders that it writes
-    marks: Callable[[Run], tuple[Path, ...]]  # those that exist when it is finished
+    products: Paths  # files and folders that it writes
+    last: Paths | None = None  # those that it writes last; None: all
+
+    def marks(self, run: Run) -> tuple[Path, ...]:
+        """Files and folders that exist when the step is finished."""
+        return (self.last or self.products)(run)
 
 
-def _of_candidates(*parts: str) -> Callable[[Run], tuple[Path, ...]]:
+def _of_candidates(*parts: str) -> Paths:
     """These paths of every candidate, by the names of the attributes of ``CandidatePaths``."""
-
-    def paths(run: Run) -> tuple[Path, ...]:
-        return tuple(getattr(run.candidate(plan_id), part) for plan_id in run.plan_ids() for part in parts)
-
-    return paths
+    return lambda run: tuple(getattr(run.candidate(one), part) for one in run.plan_ids() for part in parts)
 
 
-def _files(*names: str) -> Callable[[Run], tuple[Path, ...]]:
+def _files(*names: str) -> Paths:
     """These paths of a run, by the names of the attributes of ``Run``."""
-
-    def paths(run: Run) -> tuple[Path, ...]:
-        return tuple(getattr(run, name) for name in names)
-
-    return paths
+    return lambda run: tuple(getattr(run, name) for name in names)
 
 
 def _pictures(run: Run) -> tuple[Path, ...]:
-    return (
-        run.picture_prompts,
-        run.teacher_pictures,
-        *_of_candidates("pictures_pruned", "pictures_distilled")(run),
-    )
+    drawn = _of_candidates("pictures_pruned", "pictures_distilled")(run)
+    return run.picture_prompts, run.teacher_pictures, *drawn
 
 
 def _repaired(run: Run) -> tuple[Path, ...]:
@@ -84,67 +79,57 @@ def _distilled(run: Run) -> tuple[Path, ...]:
     return run.tournament, run.curves_dir, *_of_candidates("recovery", "heldout", "grids", "distilled")(run)
 
 
-def _step(
-    name: str,
-    does: str,
-    ensure: Callable[[Session], object],
-    products: Callable[[Run], tuple[Path, ...]],
-    marks: Callable[[Run], tuple[Path, ...]] | None = None,
-) -> Step:
-    return Step(name, does, ensure, products, marks or products)
-
-
 # The one statement of the order. A step asks earlier ones for their results; a test sees that none asks a later one.
 STEPS: tuple[Step, ...] = (
-    _step("blocks", "lists the blocks of the U-Net", ensure_blocks, _files("blocks")),
-    _step("probe", "encodes held-out pictures and captions", ensure_probe, _files("probe")),
-    _step(
+    Step("blocks", "lists the blocks of the U-Net", ensure_blocks, _files("blocks")),
+    Step("probe", "encodes held-out pictures and captions", ensure_probe, _files("probe")),
+    Step(
         "scores",
         "removes each block, pair and stage in turn and measures the damage",
         ensure_scores,
         _files("importance_parts", "criteria", "importance"),
         _files("importance"),
     ),
-    _step("costs", "counts parameters and multiply-adds of every block", ensure_costs, _files("costs")),
-    _step(
+    Step("costs", "counts parameters and multiply-adds of every block", ensure_costs, _files("costs")),
+    Step(
         "plans",
         "searches the best plans under each budget",
         ensure_plans,
         _files("plans_dir", "latency"),
         _files("searched"),
     ),
-    _step(
+    Step(
         "candidates",
         "cuts and profiles a smaller model for every plan",
         ensure_candidates,
         _of_candidates("folder"),
         _of_candidates("profile"),
     ),
-    _step(
+    Step(
         "repaired",
         "mends the cuts in closed form, where repair.kind asks for it",
         ensure_repaired,
         _of_candidates("repair", "repaired"),
         _repaired,
     ),
-    _step("data", "encodes the training pictures", ensure_data, _files("data", "data_dir"), _data),
-    _step(
+    Step("data", "encodes the training pictures", ensure_data, _files("data", "data_dir"), _data),
+    Step(
         "distilled",
         "retrains every candidate from the teacher",
         ensure_distilled,
         _distilled,
         _of_candidates("distilled_unet"),
     ),
-    _step(
+    Step(
         "reductions",
         "counts and times what the controls leave, here and of other models",
         ensure_reductions,
         _files("reductions"),
     ),
-    _step("shares", "times the parts of the pipeline", ensure_shares, _files("pipeline_profile")),
-    _step("pictures", "draws the same prompts with every model", ensure_pictures, _pictures),
-    _step("ranking", "orders the candidates by quality at their cost", ensure_ranking, _files("ranking")),
-    _step("report", "writes the pages", ensure_report, _files("report_dir"), _files("report")),
+    Step("shares", "times the parts of the pipeline", ensure_shares, _files("pipeline_profile")),
+    Step("pictures", "draws the same prompts with every model", ensure_pictures, _pictures),
+    Step("ranking", "orders the candidates by quality at their cost", ensure_ranking, _files("ranking")),
+    Step("report", "writes the pages", ensure_report, _files("report_dir"), _files("report")),
 )
 
 
@@ -218,10 +203,8 @@ def start_run(config: RunConfig, folder: Path, *, force: bool = False) -> Run:
         _record(run, config)
         return run
     changed = changed_settings(load_run_config(run), config)
-    if "model" not in changed and _recorded_digest(run) not in (
-        "",
-        model_digest(resolve_model(config.model)),
-    ):
+    recorded = "" if "model" in changed else _recorded_digest(run)
+    if recorded and recorded != model_digest(resolve_model(config.model)):
         if not force:
             raise RunError(
                 f"run {folder} was started with other weights of {config.model}; give another --run folder, "

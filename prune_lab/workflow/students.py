@@ -9,7 +9,6 @@ from typing import cast
 import pandas as pd
 
 from prune_lab.candidates import Candidate, build_candidate, load_candidate, load_student
-from prune_lab.plans import PruningPlan
 from prune_lab.repair import RepairKind, repair
 from prune_lab.runtime import track, write_frame
 from prune_lab.schemas import REPAIRED_COLUMNS
@@ -26,25 +25,15 @@ def ensure_candidates(session: Session) -> tuple[Candidate, ...]:
     Plans that are not native are left out here and named with the reason in the ranking.
     """
     plans = [plan for plan in ensure_plans(session) if not left_out(session, plan)]
-    return tuple(_candidate(session, plan) for plan in track(plans, "building candidates"))
-
-
-def _candidate(session: Session, plan: PruningPlan) -> Candidate:
-    paths = session.run.candidate(plan.id)
-    if not session.run.done(paths.profile):
-        settings = session.config.profile
-        build_candidate(
-            session.source,
-            plan,
-            paths.folder,
-            device=session.device,
-            dtype=session.dtype,
-            batch=settings.batch,
-            runs=settings.runs,
-            warmup=settings.warmup,
-        )
-    # names and origin as the run has them
-    return dataclasses.replace(load_candidate(paths.folder, session.architecture), plan=plan)
+    how, candidates = dataclasses.asdict(session.config.profile), []
+    for plan in track(plans, "building candidates"):
+        paths = session.run.candidate(plan.id)
+        if not session.run.done(paths.profile):
+            source, device, dtype = session.source, session.device, session.dtype
+            build_candidate(source, plan, paths.folder, device=device, dtype=dtype, **how)
+        built = load_candidate(paths.folder, session.architecture)
+        candidates.append(dataclasses.replace(built, plan=plan))  # names and origin as the run has them
+    return tuple(candidates)
 
 
 def ensure_repaired(session: Session) -> pd.DataFrame:
@@ -69,18 +58,9 @@ def ensure_repaired(session: Session) -> pd.DataFrame:
 
 
 def _repair(session: Session, candidate: Candidate) -> None:
-    student = load_student(candidate, device=session.device)
-    report = repair(
-        student,
-        session.unet,
-        candidate.plan,
-        ensure_probe(session),
-        kind=cast("RepairKind", session.config.repair.kind),
-    )
+    student, plan = load_student(candidate, device=session.device), candidate.plan
+    kind = cast("RepairKind", session.config.repair.kind)
+    report = repair(student, session.unet, plan, ensure_probe(session), kind=kind)
     write_frame(candidate.paths.repair, report.frame())
-    save_unet(
-        student,
-        candidate.paths.repaired,
-        candidate.plan,
-        {"plan": candidate.plan.text, "plan_id": candidate.plan.id, "repair": report.kind},
-    )
+    notes = {"plan": plan.text, "plan_id": plan.id, "repair": report.kind}
+    save_unet(student, candidate.paths.repaired, plan, notes)
