@@ -42,10 +42,10 @@ def settings_of(
     """
     given = {name: value for name, value in options.items() if value is not None and value != ()}
     asked = assigned(assignments, given | ({"model": model} if model else {}))
+    if config is None and run and open_run(run, must_exist=False).config.is_file():
+        config = open_run(run, must_exist=True).config
     if config:
         settings = load_config(config)
-    elif run and open_run(run, must_exist=False).config.is_file():
-        settings = load_config(open_run(run, must_exist=True).config)
     elif "model" in asked:
         settings = RunConfig()
     else:

@@ -17,7 +17,7 @@ from prune_lab.distill import (
     is_cache,
     training_data,
 )
-from prune_lab.evaluation import generate_latents
+from prune_lab.evaluation import generate
 from prune_lab.importance import (
     NEEDS_PIPELINE,
     GenerationSettings,
@@ -47,8 +47,13 @@ def drawn_probe(session: Session, seed: int) -> Probe:
     timesteps = settings.timesteps
     if settings.prompts:
         prompts, how = session.probe_prompts, session.config.evaluate
-        latents = generate_latents(
-            session.pipeline, prompts.texts, (settings.seed,), steps=how.steps, guidance=how.guidance
+        latents = generate(
+            session.pipeline,
+            prompts.texts,
+            (settings.seed,),
+            steps=how.steps,
+            guidance=how.guidance,
+            latents=True,
         )
         return probe_of_latents(
             session.pipeline, latents, prompts.texts, prompts.kinds, timesteps=timesteps, seed=seed
