@@ -128,13 +128,9 @@ class Tournament:
         """One row per verdict, columns TOURNAMENT_COLUMNS; values that do not exist are missing."""
         rows = []
         for verdict in self.verdicts:
-            row = {
-                field.name: getattr(verdict, field.name)
-                for field in dataclasses.fields(verdict)
-                if field.name != "difference"
-            }
             gap = verdict.difference or Difference(math.nan, math.nan, math.nan)
-            rows.append(row | {"difference": gap.mean, "low": gap.low, "high": gap.high})
+            figures = {"difference": gap.mean, "low": gap.low, "high": gap.high}
+            rows.append(dataclasses.asdict(verdict) | figures)
         frame = pd.DataFrame(rows, columns=list(TOURNAMENT_COLUMNS))
         kinds = dict.fromkeys(("rung", "steps", "place"), "Int64") | {"tied": "boolean"}
         return frame.astype(kinds | dict.fromkeys(("loss", "clip", "difference", "low", "high"), "float64"))
@@ -302,8 +298,7 @@ def tournament_from_frame(frame: pd.DataFrame) -> Tournament:
 
     Raises DataError when columns are missing.
     """
-    missing = [name for name in TOURNAMENT_COLUMNS if name not in frame.columns]
-    if missing:
+    if missing := [name for name in TOURNAMENT_COLUMNS if name not in frame]:
         raise DataError(
             f"asked to read a tournament, found no column {missing[0]!r}; run prune-lab rank again"
         )

@@ -14,7 +14,7 @@ from prune_lab.report.charts import (
     draw_quality_plane,
 )
 from prune_lab.report.criteria import draw_parts
-from prune_lab.report.document import Chart, Section, SectionItem, Table, Text, not_run
+from prune_lab.report.document import Chart, Section, SectionItem, Table, Text, not_run, table_of
 from prune_lab.report.figures import plan_styles
 from prune_lab.report.format import (
     NARROW,
@@ -23,14 +23,40 @@ from prune_lab.report.format import (
     count,
     is_missing,
     milliseconds,
+    percent,
     percent_change,
     short_number,
+    text,
+    yes_or_no,
 )
 from prune_lab.report.maps import draw_block_map, draw_plan_maps
 from prune_lab.report.picture_grids import picture_parts
 from prune_lab.report.summary import summary
 from prune_lab.report.tables import RunTables, block_map_frame, curve_frame, measured
 from prune_lab.report.tournament import ranking_tables, tournament_parts
+
+_IMPORTANCE = (
+    ("Group", "group", text),
+    ("Kind", "kind", text),
+    ("Impact", "impact", short_number),
+    ("Interval", "interval", text),
+    ("Samples", "samples", count),
+)
+_COSTS = (
+    ("Part", "name", text),
+    ("Kind", "kind", text),
+    ("Parameters", "params", count),
+    ("MACs (whole)", "macs", amount),
+    ("of these attention products", "attention_macs", amount),
+)
+_PIPELINE = (
+    ("Part of the pipeline", "part", lambda part: text(part).replace("_", " ")),
+    ("Calls", "calls", count),
+    ("Parameters", "params", count),
+    ("MACs of a call", "macs", amount),
+    ("Median time of a call", "median_ms", milliseconds),
+    ("Share of time", "share", percent),
+)
 
 
 def report_sections(tables: RunTables) -> tuple[Section, ...]:
@@ -73,7 +99,19 @@ def _blocks(tables: RunTables) -> tuple[SectionItem, ...]:
             _how_scored(importance, criterion),
             lambda theme: draw_importance(importance, theme),
         ),
-        _importance_table(importance),
+        table_of(
+            importance.assign(
+                group=importance["group"] + importance["starred"].map({True: "*", False: ""}),
+                interval=[
+                    f"{short_number(row.low)} to {short_number(row.high)}" for row in importance.itertuples()
+                ],
+            ),
+            _IMPORTANCE,
+            "All scores",
+            "importance.csv",
+            left=2,
+            folded=True,
+        ),
     ]
     if tables.parts is not None and len(tables.parts):
         impacts = tables.parts
@@ -108,29 +146,10 @@ def _how_scored(importance: pd.DataFrame, criterion: str) -> str:
     )
 
 
-def _importance_table(importance: pd.DataFrame) -> Table:
-    rows = tuple(
-        (
-            f"{row.group}{'*' if row.starred else ''}",
-            str(row.kind),
-            short_number(row.impact),
-            f"{short_number(row.low)} to {short_number(row.high)}",
-            count(row.samples),
-        )
-        for row in importance.itertuples()
-    )
-    header = ("Group", "Kind", "Impact", "Interval", "Samples")
-    return Table("All scores", header, rows, "importance.csv", left=2, folded=True)
-
-
 def _costs(tables: RunTables) -> tuple[SectionItem, ...]:
     if tables.costs is None:
         return (not_run("costs have not been counted", "run --config FILE.toml"),)
     costs, importance = tables.costs, tables.importance
-    rows = tuple(
-        (str(row.name), str(row.kind), count(row.params), amount(row.macs), amount(row.attention_macs))
-        for row in costs.drop(columns="name").assign(name=costs["name"]).itertuples(index=False)
-    )
     parts: list[SectionItem] = [
         Chart(
             "costs",
@@ -139,43 +158,17 @@ def _costs(tables: RunTables) -> tuple[SectionItem, ...]:
             "The cost of a plan is that of the whole minus the blocks it removes. A multiply-add counts as one.",
             lambda theme: draw_costs(costs, importance, theme),
         ),
-        Table(
-            "All costs",
-            ("Part", "Kind", "Parameters", "MACs (whole)", "of these attention products"),
-            rows,
-            "costs.csv",
-            left=2,
-            folded=True,
-        ),
+        table_of(costs, _COSTS, "All costs", "costs.csv", left=2, folded=True),
     ]
     if tables.pipeline is not None:
-        shares = tuple(
-            (
-                str(row["part"]).replace("_", " "),
-                count(row["calls"]),
-                count(row["params"]),
-                amount(row["macs"]),
-                milliseconds(row["median_ms"]),
-                UNKNOWN if is_missing(row["share"]) else f"{100 * row['share']:.1f}{NARROW}%",
-            )
-            for row in tables.pipeline.to_dict("records")
-        )
-        header = (
-            "Part of the pipeline",
-            "Calls",
-            "Parameters",
-            "MACs of a call",
-            "Median time of a call",
-            "Share of time",
-        )
-        parts.append(Table("Where the time of one picture goes", header, shares, "pipeline.csv"))
+        caption = "Where the time of one picture goes"
+        parts.append(table_of(tables.pipeline, _PIPELINE, caption, "pipeline.csv"))
     return tuple(parts)
 
 
 def _reductions(tables: RunTables) -> tuple[SectionItem, ...]:
     if tables.reductions is None:
         return (not_run("no reductions have been counted", "run --config FILE.toml"),)
-    timed = "median_ms" in tables.reductions
     parts: list[SectionItem] = [
         Text(
             (
@@ -185,27 +178,24 @@ def _reductions(tables: RunTables) -> tuple[SectionItem, ...]:
         )
     ]
     for model, frame in tables.reductions.groupby("model", sort=False):
-        has_times = timed and bool(frame["median_ms"].notna().any())
+        has_times = "median_ms" in frame and bool(frame["median_ms"].notna().any())
         header = ["Plan", "Blocks removed", "Parameters", "change", "MACs (whole)", "change"]
         header += ["MACs (paper)", "change", "Loads in plain diffusers"]
         rows = []
         for index, row in enumerate(frame.to_dict("records")):
-            first = index == 0
             cells = [str(row["plan"]), count(row["blocks_removed"])]
             for column, formatted in (("params", count), ("macs", amount), ("paper_macs", amount)):
-                cells += [formatted(row[column]), "" if first else percent_change(row[f"{column}_change"])]
-            cells.append("yes" if str(row["native"]) == "True" else "no")
+                cells += [formatted(row[column]), percent_change(row[f"{column}_change"]) if index else ""]
+            cells.append(yes_or_no(row["native"]))
             if has_times:
                 cells += [
                     milliseconds(row["median_ms"]),
-                    "" if first else percent_change(row.get("latency_change")),
+                    percent_change(row["latency_change"]) if index else "",
                 ]
-                cells.append(
-                    f"{row['p10_ms']:.3g} to {milliseconds(row['p90_ms'])}" if "p10_ms" in row else UNKNOWN
-                )
+                cells.append(f"{row['p10_ms']:.3g} to {milliseconds(row['p90_ms'])}")
             rows.append(tuple(cells))
         header += ["Median time", "change", "p10 to p90"] if has_times else []
-        parts.append(Table(f"{model}", tuple(header), tuple(rows), "reductions.csv"))
+        parts.append(Table(str(model), tuple(header), tuple(rows), "reductions.csv"))
         parts += _footnotes(frame, has_times)
     return tuple(parts)
 
@@ -213,13 +203,13 @@ def _reductions(tables: RunTables) -> tuple[SectionItem, ...]:
 def _footnotes(frame: pd.DataFrame, has_times: bool) -> list[SectionItem]:
     """Notes on a table of reductions: operators that are not counted, and the number of timed runs."""
     sentences = []
-    if "uncounted" in frame and not is_missing(frame["uncounted"].iloc[0]):
+    if not is_missing(frame["uncounted"].iloc[0]):
         calls = str(frame["uncounted"].iloc[0]).replace(":", " ").split()
         listed = ", ".join(f"{name} {number}" for name, number in zip(calls[::2], calls[1::2], strict=False))
         sentences.append(
             f"Operators that are not counted, with their calls in one pass of the teacher: {listed}."
         )
-    if has_times and "runs" in frame:
+    if has_times:
         sentences.append(
             f"Times are of one forward pass with random weights, {count(frame['runs'].max())} runs each."
         )

@@ -49,15 +49,6 @@ class PlanRow:
 
 
 @dataclass(frozen=True, slots=True)
-class PictureSet:
-    """Folders of pictures of one candidate, for the same prompts and seeds as the teacher's."""
-
-    plan: PlanRow
-    pruned: Path | None
-    distilled: Path | None
-
-
-@dataclass(frozen=True, slots=True)
 class RunTables:
     """Everything a report shows, read from one run folder; a step that has not been run is ``None`` or empty."""
 
@@ -79,7 +70,7 @@ class RunTables:
     plans: tuple[PlanRow, ...] = ()
     prompts: pd.DataFrame | None = None  # of every picture: file, prompt, seed
     teacher_pictures: Path | None = None  # a folder
-    pictures: tuple[PictureSet, ...] = ()
+    pictures: tuple[tuple[PlanRow, Mapping[str, Path]], ...] = ()  # folders by state: pruned, distilled
 
     def setting(self, section: str, key: str) -> Any:
         """The value of ``key`` in ``[section]`` of the run's settings, ``None`` if there is none."""
@@ -103,21 +94,19 @@ def read_run(run: Run) -> RunTables:
         )
     ranking = _read_table(run.ranking, RANKING_COLUMNS)
     plans = _read_plans(run, ranking)
-    candidates = {plan.id: run.candidate(plan.id) for plan in plans}
-    recoveries = {
-        plan_id: table
-        for plan_id, paths in candidates.items()
-        if (table := _read_table(paths.recovery, RECOVERY_COLUMNS)) is not None
-    }
-    sets = [
-        PictureSet(
-            plan,
-            _existing(candidates[plan.id].pictures_pruned),
-            _existing(candidates[plan.id].pictures_distilled),
-        )
-        for plan in plans
+    recoveries: dict[str, pd.DataFrame] = {}
+    pictures: list[tuple[PlanRow, Mapping[str, Path]]] = []
+    for plan in plans:
+        paths = run.candidate(plan.id)
+        if (recovery := _read_table(paths.recovery, RECOVERY_COLUMNS)) is not None:
+            recoveries[plan.id] = recovery
+        states = {"pruned": paths.pictures_pruned, "distilled": paths.pictures_distilled}
+        if drawn := {state: folder for state, folder in states.items() if folder.exists()}:
+            pictures.append((plan, drawn))
+    named = [
+        str(table["model"].iloc[0]) for table in (importance, reductions) if table is not None and len(table)
     ]
-    model = str(settings.get("model", "")) or _model_named_in(importance, reductions)
+    model = str(settings.get("model", "")) or (named[0] if named else "a U-Net")
     return RunTables(
         title=str(settings.get("report", {}).get("title") or f"Pruning {model}"),
         model=model,
@@ -136,8 +125,8 @@ def read_run(run: Run) -> RunTables:
         recoveries=recoveries,
         plans=plans,
         prompts=_read_table(run.picture_prompts, PROMPTS_COLUMNS),
-        teacher_pictures=_existing(run.teacher_pictures),
-        pictures=tuple(one for one in sets if one.pruned or one.distilled),
+        teacher_pictures=run.teacher_pictures if run.teacher_pictures.exists() else None,
+        pictures=tuple(pictures),
     )
 
 
@@ -148,12 +137,11 @@ def block_map_frame(blocks: pd.DataFrame, importance: pd.DataFrame | None) -> pd
     """One row per block in order of execution, with its position in its stage and its impact (NaN: not scored)."""
     frame = blocks[["name", "stage", "kind", "lane", "row", "removable"]].copy()
     frame["position"] = frame.groupby("stage", sort=False).cumcount()
-    scores = pd.DataFrame(columns=["name", "impact", "low", "high"])
-    if importance is not None:
-        scores = importance.loc[importance["kind"] == "block", ["group", "impact", "low", "high"]]
-        scores = scores.rename(columns={"group": "name"})
-    joined = frame.merge(scores, on="name", how="left", validate="one_to_one")
-    return joined.loc[:, list(MAP_COLUMNS)]
+    scores = (
+        pd.DataFrame(columns=["kind", "group", "impact", "low", "high"]) if importance is None else importance
+    )
+    scores = scores[scores["kind"] == "block"].drop(columns="kind").rename(columns={"group": "name"})
+    return frame.merge(scores, on="name", how="left", validate="one_to_one")[list(MAP_COLUMNS)]
 
 
 def importance_frame(importance: pd.DataFrame, kind: str) -> pd.DataFrame:
@@ -165,14 +153,10 @@ def curve_frame(tables: RunTables) -> pd.DataFrame:
     """Every logged loss of every candidate: plan, plan_id, step, part (task, output, feature, validation), value."""
     parts = ["task", "output", "feature", "validation"]
     pieces = [
-        recovery.melt(id_vars="step", value_vars=parts, var_name="part", value_name="value").assign(
-            plan=plan.label, plan_id=plan.id
-        )
+        tables.recoveries[plan.id].melt("step", parts, "part").assign(plan=plan.label, plan_id=plan.id)
         for plan in tables.plans
-        if (recovery := tables.recoveries.get(plan.id)) is not None
+        if plan.id in tables.recoveries
     ]
-    if not pieces:
-        return pd.DataFrame(columns=list(CURVE_COLUMNS))
     return pd.concat(pieces, ignore_index=True).dropna(subset="value")[list(CURVE_COLUMNS)]
 
 
@@ -278,14 +262,3 @@ def _read_plans(run: Run, ranking: pd.DataFrame | None) -> tuple[PlanRow, ...]:
         )
     kept = [plan for plan in plans if plan.removed]
     return tuple(sorted(kept, key=lambda plan: (plan.origin != "control", len(plan.removed), plan.label)))
-
-
-def _model_named_in(*tables: pd.DataFrame | None) -> str:
-    for table in tables:
-        if table is not None and "model" in table and len(table):
-            return str(table["model"].iloc[0])
-    return "a U-Net"
-
-
-def _existing(path: Path) -> Path | None:
-    return path if path.exists() else None
