@@ -191,6 +191,7 @@ def write_plans(folder: Path) -> None:
     (folder / "plans").mkdir()
     for name, removed in PLANS.items():
         value = {"id": plan_id(name), "names": [name], "architecture": "made-up", "removed": list(removed)}
+        value["origin"] = "control" if name.startswith("bk-") else "search"
         (folder / "plans" / f"{plan_id(name)}.json").write_text(json.dumps(value))
 
 

@@ -19,8 +19,10 @@ Origin = Literal["teacher", "control", "search"]
 Status = Literal["teacher", "ranked", "dropped", "left out", "failed"]
 
 _ENTRY_COLUMNS = ("rank", "tie_group", "pareto", "status", "reason")
-_COUNTS = ("blocks_removed", "params", "macs", "paper_macs", "steps")
+_COUNTS = ("rank", "tie_group", "blocks_removed", "params", "macs", "paper_macs", "steps", "rung")
 _FIGURES = ("median_ms", "impact_one_shot", "loss_before", "loss_after", "clip_before", "clip_after")
+_KINDS = dict.fromkeys(_COUNTS, "Int64") | dict.fromkeys(_FIGURES, "float64") | {"pareto": "boolean"}
+_REASON_FIELDS = {"failed": "failure", "left out": "left_out", "dropped": "dropped"}  # by status
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,9 +90,7 @@ class Ranking:
             [getattr(entry if name in _ENTRY_COLUMNS else entry.result, name) for name in RANKING_COLUMNS]
             for entry in self.entries
         ]
-        kinds = dict.fromkeys(("rank", "tie_group", "rung", *_COUNTS), "Int64") | {"pareto": "boolean"}
-        kinds |= dict.fromkeys(_FIGURES, "float64")
-        return pd.DataFrame(rows, columns=list(RANKING_COLUMNS)).astype(kinds)
+        return pd.DataFrame(rows, columns=list(RANKING_COLUMNS)).astype(_KINDS)
 
 
 def pareto_front(results: Iterable[CandidateResult]) -> frozenset[str]:
@@ -181,10 +181,6 @@ def rank(results: Sequence[CandidateResult]) -> Ranking:
     return Ranking(tuple(entries))
 
 
-def _optional_int(cell: Any) -> int | None:
-    return None if pd.isna(cell) else int(cell)
-
-
 def ranking_from_frame(frame: pd.DataFrame) -> Ranking:
     """The ranking in ``frame``, read from the CSV of ``Ranking.frame``; ``heldout`` is not part of it and stays empty.
 
@@ -193,28 +189,12 @@ def ranking_from_frame(frame: pd.DataFrame) -> Ranking:
     if missing := [name for name in RANKING_COLUMNS if name not in frame]:
         raise DataError(f"asked to read a ranking, found no column {missing[0]!r}; run prune-lab rank again")
     entries = []
-    for row in frame.to_dict("records"):
-        reason = "" if pd.isna(row["reason"]) else str(row["reason"])
-        numbers: dict[str, Any] = {name: int(row[name]) for name in _COUNTS}
-        numbers |= {name: float(row[name]) for name in _FIGURES}
-        result = CandidateResult(
-            plan=str(row["plan"]),
-            plan_id=str(row["plan_id"]),
-            origin=row["origin"],
-            **numbers,
-            rung=_optional_int(row["rung"]),
-            failure=reason if row["status"] == "failed" else "",
-            left_out=reason if row["status"] == "left out" else "",
-            dropped=reason if row["status"] == "dropped" else "",
-        )
-        entries.append(
-            RankingEntry(
-                result,
-                _optional_int(row["rank"]),
-                None if pd.isna(row["pareto"]) else bool(row["pareto"]),
-                row["status"],
-                reason,
-                _optional_int(row["tie_group"]),
-            )
-        )
+    for row in frame[list(RANKING_COLUMNS)].astype(_KINDS).to_dict("records"):
+        known: dict[str, Any] = {str(name): value for name, value in row.items() if not pd.isna(value)}
+        position = {name: known.pop(name, None) for name in _ENTRY_COLUMNS}
+        reason = position["reason"] = position["reason"] or ""
+        if position["status"] in _REASON_FIELDS:
+            known[_REASON_FIELDS[position["status"]]] = reason
+        known |= {name: str(known[name]) for name in ("plan", "plan_id")}
+        entries.append(RankingEntry(CandidateResult(**known), **position))
     return Ranking(tuple(entries))

@@ -244,13 +244,10 @@ def draw_prediction(ranking: pd.DataFrame, styles: Mapping[str, PlanStyle], them
     rows = rows[rows["impact_one_shot"] > 0]
     figure = new_figure(theme, 11, 3.6)
     panels = figure.subplots(1, 2)
-    titles = {"loss_before": "Before distillation", "loss_after": "After distillation"}
-    for axes, (column, title) in zip(panels, titles.items(), strict=True):
-        style_axes(axes, theme, title=title, grid="both")
-        shown = rows if column == "loss_before" else not_dropped(rows)
+    for axes, state, shown in zip(panels, ("before", "after"), (rows, not_dropped(rows)), strict=True):
+        style_axes(axes, theme, title=f"{state.capitalize()} distillation", grid="both")
         for row in shown.to_dict("records"):
-            style = styles[str(row["plan_id"])]
-            point = row["impact_one_shot"], row[column]
+            style, point = styles[row["plan_id"]], (row["impact_one_shot"], row[f"loss_{state}"])
             axes.scatter(*point, s=52, marker=style.marker, color=style.color)
         is_log = log_scale_if_wide(axes, "x", rows["impact_one_shot"].to_numpy(dtype=float))
         axes.set_xlabel("impact in one shot, before any training" + (" (log scale)" if is_log else ""))

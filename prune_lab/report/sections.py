@@ -6,29 +6,11 @@ from typing import Any
 
 import pandas as pd
 
-from prune_lab.report.charts import (
-    draw_costs,
-    draw_curves,
-    draw_importance,
-    draw_prediction,
-    draw_quality_plane,
-)
+from prune_lab.report import charts
+from prune_lab.report import format as fmt
 from prune_lab.report.criteria import draw_parts
 from prune_lab.report.document import Chart, Section, SectionItem, Table, Text, not_run, table_of
 from prune_lab.report.figures import plan_styles
-from prune_lab.report.format import (
-    NARROW,
-    UNKNOWN,
-    amount,
-    count,
-    is_missing,
-    milliseconds,
-    percent,
-    percent_change,
-    short_number,
-    text,
-    yes_or_no,
-)
 from prune_lab.report.maps import draw_block_map, draw_plan_maps
 from prune_lab.report.picture_grids import picture_parts
 from prune_lab.report.summary import summary
@@ -36,26 +18,26 @@ from prune_lab.report.tables import RunTables, block_map_frame, curve_frame, mea
 from prune_lab.report.tournament import ranking_tables, tournament_parts
 
 _IMPORTANCE = (
-    ("Group", "group", text),
-    ("Kind", "kind", text),
-    ("Impact", "impact", short_number),
-    ("Interval", "interval", text),
-    ("Samples", "samples", count),
+    ("Group", "group", fmt.text),
+    ("Kind", "kind", fmt.text),
+    ("Impact", "impact", fmt.short_number),
+    ("Interval", "interval", fmt.text),
+    ("Samples", "samples", fmt.count),
 )
 _COSTS = (
-    ("Part", "name", text),
-    ("Kind", "kind", text),
-    ("Parameters", "params", count),
-    ("MACs (whole)", "macs", amount),
-    ("of these attention products", "attention_macs", amount),
+    ("Part", "name", fmt.text),
+    ("Kind", "kind", fmt.text),
+    ("Parameters", "params", fmt.count),
+    ("MACs (whole)", "macs", fmt.amount),
+    ("of these attention products", "attention_macs", fmt.amount),
 )
 _PIPELINE = (
-    ("Part of the pipeline", "part", lambda part: text(part).replace("_", " ")),
-    ("Calls", "calls", count),
-    ("Parameters", "params", count),
-    ("MACs of a call", "macs", amount),
-    ("Median time of a call", "median_ms", milliseconds),
-    ("Share of time", "share", percent),
+    ("Part of the pipeline", "part", lambda part: fmt.text(part).replace("_", " ")),
+    ("Calls", "calls", fmt.count),
+    ("Parameters", "params", fmt.count),
+    ("MACs of a call", "macs", fmt.amount),
+    ("Median time of a call", "median_ms", fmt.milliseconds),
+    ("Share of time", "share", fmt.percent),
 )
 
 
@@ -91,59 +73,43 @@ def _blocks(tables: RunTables) -> tuple[SectionItem, ...]:
     importance = tables.importance
     if importance is None:
         return (*parts, not_run("the blocks have not been scored", "score"))
-    criterion = str(importance["criterion"].iloc[0])
-    parts += [
+    parts.append(
         Chart(
             "importance",
             "Impact of removal with bootstrap intervals for single blocks, pairs and stages on a log axis.",
-            _how_scored(importance, criterion),
-            lambda theme: draw_importance(importance, theme),
-        ),
-        table_of(
-            importance.assign(
-                group=importance["group"] + importance["starred"].map({True: "*", False: ""}),
-                interval=[
-                    f"{short_number(row.low)} to {short_number(row.high)}" for row in importance.itertuples()
-                ],
-            ),
-            _IMPORTANCE,
-            "All scores",
-            "importance.csv",
-            left=2,
-            folded=True,
-        ),
-    ]
-    if tables.parts is not None and len(tables.parts):
-        impacts = tables.parts
-        parts.insert(
-            -1,
+            _how_scored(importance),
+            lambda theme: charts.draw_importance(importance, theme),
+        )
+    )
+    if (impacts := tables.parts) is not None:
+        parts.append(
             Chart(
                 "importance_parts",
                 "Impact of every block by timestep and by kind of prompt, coloured on a log scale.",
                 "The impacts in a column are relative to the predictions of its own samples. High timesteps, with much "
                 "noise, are on the right. Columns with few samples are less exact.",
                 lambda theme: draw_parts(impacts, theme),
-            ),
+            )
         )
+    low, high = (importance[end].map(fmt.short_number) for end in ("low", "high"))
+    group = importance["group"] + importance["starred"].map({True: "*", False: ""})
+    scores = importance.assign(group=group, interval=low + " to " + high)
+    parts.append(table_of(scores, _IMPORTANCE, "All scores", "importance.csv", left=2, folded=True))
     return tuple(parts)
 
 
-def _how_scored(importance: pd.DataFrame, criterion: str) -> str:
-    least, most = importance["samples"].min(), importance["samples"].max()
-    samples = f"{count(most)} held-out samples"
+def _how_scored(importance: pd.DataFrame) -> str:
+    criterion = importance["criterion"].iloc[0]
+    least, most = fmt.count(importance["samples"].min()), fmt.count(importance["samples"].max())
+    samples = f"{most} held-out samples"
     if least != most:
-        samples = (
-            f"held-out samples, in a race: between {count(least)} samples, where the order was clear early, and "
-            f"{count(most)}"
+        samples = f"held-out samples, in a race: between {least} samples, where the order was clear early, and {most}"
+    words = f"Criterion `{criterion}` on {samples}. The line through each point is its bootstrap interval."
+    if criterion == "output-mse":
+        words += (
+            " 0.01 means that the mean squared change of the prediction is one hundredth of its mean square."
         )
-    scale = (
-        " 0.01 means that the mean squared change of the prediction is one hundredth of its mean square."
-        if criterion == "output-mse"
-        else ""
-    )
-    return (
-        f"Criterion `{criterion}` on {samples}. The line through each point is its bootstrap interval.{scale}"
-    )
+    return words
 
 
 def _costs(tables: RunTables) -> tuple[SectionItem, ...]:
@@ -156,7 +122,7 @@ def _costs(tables: RunTables) -> tuple[SectionItem, ...]:
             "Parameters and multiply-adds of every block, sampler and the rest, beside the impact of removal.",
             "Blocks in the order of execution, then the samplers and the rest; together they are the whole U-Net. "
             "The cost of a plan is that of the whole minus the blocks it removes. A multiply-add counts as one.",
-            lambda theme: draw_costs(costs, importance, theme),
+            lambda theme: charts.draw_costs(costs, importance, theme),
         ),
         table_of(costs, _COSTS, "All costs", "costs.csv", left=2, folded=True),
     ]
@@ -169,30 +135,32 @@ def _costs(tables: RunTables) -> tuple[SectionItem, ...]:
 def _reductions(tables: RunTables) -> tuple[SectionItem, ...]:
     if tables.reductions is None:
         return (not_run("no reductions have been counted", "run --config FILE.toml"),)
-    parts: list[SectionItem] = [
-        Text(
-            (
-                "Multiply-adds (MACs) are counted in two ways: *whole* counts everything; *paper* omits the products "
-                "inside attention, as in the figures published with BK-SDM.",
-            )
-        )
-    ]
+    conventions = (
+        "Multiply-adds (MACs) are counted in two ways: *whole* counts everything; *paper* omits the products inside "
+        "attention, as in the figures published with BK-SDM."
+    )
+    parts: list[SectionItem] = [Text((conventions,))]
     for model, frame in tables.reductions.groupby("model", sort=False):
         has_times = "median_ms" in frame and bool(frame["median_ms"].notna().any())
         header = ["Plan", "Blocks removed", "Parameters", "change", "MACs (whole)", "change"]
         header += ["MACs (paper)", "change", "Loads in plain diffusers"]
         rows = []
         for index, row in enumerate(frame.to_dict("records")):
-            cells = [str(row["plan"]), count(row["blocks_removed"])]
-            for column, formatted in (("params", count), ("macs", amount), ("paper_macs", amount)):
-                cells += [formatted(row[column]), percent_change(row[f"{column}_change"]) if index else ""]
-            cells.append(yes_or_no(row["native"]))
-            if has_times:
+            cells = [str(row["plan"]), fmt.count(row["blocks_removed"])]
+            for column, formatted in (
+                ("params", fmt.count),
+                ("macs", fmt.amount),
+                ("paper_macs", fmt.amount),
+            ):
                 cells += [
-                    milliseconds(row["median_ms"]),
-                    percent_change(row["latency_change"]) if index else "",
+                    formatted(row[column]),
+                    fmt.percent_change(row[f"{column}_change"]) if index else "",
                 ]
-                cells.append(f"{row['p10_ms']:.3g} to {milliseconds(row['p90_ms'])}")
+            cells.append(fmt.yes_or_no(row["native"]))
+            if has_times:
+                cells.append(fmt.milliseconds(row["median_ms"]))
+                cells.append(fmt.percent_change(row["latency_change"]) if index else "")
+                cells.append(f"{row['p10_ms']:.3g} to {fmt.milliseconds(row['p90_ms'])}")
             rows.append(tuple(cells))
         header += ["Median time", "change", "p10 to p90"] if has_times else []
         parts.append(Table(str(model), tuple(header), tuple(rows), "reductions.csv"))
@@ -203,7 +171,7 @@ def _reductions(tables: RunTables) -> tuple[SectionItem, ...]:
 def _footnotes(frame: pd.DataFrame, has_times: bool) -> list[SectionItem]:
     """Notes on a table of reductions: operators that are not counted, and the number of timed runs."""
     sentences = []
-    if not is_missing(frame["uncounted"].iloc[0]):
+    if not fmt.is_missing(frame["uncounted"].iloc[0]):
         calls = str(frame["uncounted"].iloc[0]).replace(":", " ").split()
         listed = ", ".join(f"{name} {number}" for name, number in zip(calls[::2], calls[1::2], strict=False))
         sentences.append(
@@ -211,7 +179,7 @@ def _footnotes(frame: pd.DataFrame, has_times: bool) -> list[SectionItem]:
         )
     if has_times:
         sentences.append(
-            f"Times are of one forward pass with random weights, {count(frame['runs'].max())} runs each."
+            f"Times are of one forward pass with random weights, {fmt.count(frame['runs'].max())} runs each."
         )
     return [Text((" ".join(sentences),))] if sentences else []
 
@@ -256,7 +224,7 @@ def _ranking(tables: RunTables) -> tuple[SectionItem, ...]:
                 "line are the teacher. Pale marks are candidates that the tournament dropped, at their last rung. The "
                 "grey staircase is the Pareto front of its panel: the best quality at each cost. In the table, *on the "
                 "front* means the front of parameters, multiply-adds and loss together.",
-                lambda theme: draw_quality_plane(ranking, styles, theme),
+                lambda theme: charts.draw_quality_plane(ranking, styles, theme),
             )
         )
     parts += ranking_tables(ranking)
@@ -267,7 +235,7 @@ def _ranking(tables: RunTables) -> tuple[SectionItem, ...]:
                 "prediction",
                 "Impact in one shot against held-out loss before and after distillation.",
                 "Each mark is one candidate. If the marks lie on a rising line, the cheap score predicts the loss.",
-                lambda theme: draw_prediction(ranking, styles, theme),
+                lambda theme: charts.draw_prediction(ranking, styles, theme),
             )
         )
     return tuple(parts)
@@ -287,7 +255,7 @@ def _distillation(tables: RunTables) -> tuple[SectionItem, ...]:
             "Held-out loss and the task, output and feature losses of every candidate over the distillation steps.",
             "Every candidate sees the same pictures, noise and timesteps in the same order"
             + (f" ({listed})." if listed else "."),
-            lambda theme: draw_curves(curves, tables.plans, styles, theme),
+            lambda theme: charts.draw_curves(curves, tables.plans, styles, theme),
         ),
     )
 
@@ -300,15 +268,13 @@ def _conditions(tables: RunTables) -> tuple[SectionItem, ...]:
     else:
         parts.append(Text(("The environment of this run was not recorded.",), note=True))
     if tables.steps is not None:
-        times = tuple((str(row.step), f"{row.seconds:,.1f}{NARROW}s") for row in tables.steps.itertuples())
+        times = tuple(
+            (str(row.step), f"{row.seconds:,.1f}{fmt.NARROW}s") for row in tables.steps.itertuples()
+        )
         caption = "Time of each step in the last call of the job (finished steps are only read)"
         parts.append(Table(caption, ("Step", "Time"), times, "steps.csv", left=1))
-    parts.append(
-        Text(
-            (
-                "Exact numbers are in the CSV files beside this page. Times are valid only for the machine above; "
-                f"parameters and multiply-adds are the same on every machine. A dash ({UNKNOWN}) means not measured.",
-            )
-        )
+    validity = (
+        "Exact numbers are in the CSV files beside this page. Times are valid only for the machine above; parameters "
+        f"and multiply-adds are the same on every machine. A dash ({fmt.UNKNOWN}) means not measured."
     )
-    return tuple(parts)
+    return (*parts, Text((validity,)))

@@ -15,26 +15,12 @@ from typing import Any
 
 import pandas as pd
 
+from prune_lab import schemas
 from prune_lab.errors import DataError, RunError
 from prune_lab.runs import Run
 from prune_lab.runtime import read_json
-from prune_lab.schemas import (
-    BLOCK_COLUMNS,
-    COST_COLUMNS,
-    IMPORTANCE_COLUMNS,
-    PARTS_COLUMNS,
-    PIPELINE_COLUMNS,
-    PROMPTS_COLUMNS,
-    RANKING_COLUMNS,
-    RECOVERY_COLUMNS,
-    REDUCTION_COLUMNS,
-    TOURNAMENT_COLUMNS,
-)
 
-MAP_COLUMNS = (
-    *("name", "stage", "kind", "lane", "row", "position", "removable"),
-    *("impact", "low", "high"),
-)
+MAP_COLUMNS = ("name", "stage", "kind", "lane", "row", "position", "removable", "impact", "low", "high")
 CURVE_COLUMNS = ("plan", "plan_id", "step", "part", "value")
 
 
@@ -84,21 +70,21 @@ def read_run(run: Run) -> RunTables:
     lacks a column.
     """
     settings, digest = _read_settings(run.config)
-    blocks = _read_table(run.blocks, BLOCK_COLUMNS)
-    importance = _read_table(run.importance, IMPORTANCE_COLUMNS)
-    reductions = _read_table(run.reductions, REDUCTION_COLUMNS)
+    blocks = _read_table(run.blocks, schemas.BLOCK_COLUMNS)
+    importance = _read_table(run.importance, schemas.IMPORTANCE_COLUMNS)
+    reductions = _read_table(run.reductions, schemas.REDUCTION_COLUMNS)
     if not settings and blocks is None and importance is None and reductions is None:
         raise RunError(
             f"asked for a report on {run.folder}, found none of config.toml, blocks.csv, importance.csv and "
             "reductions.csv there; make a run first, for example: prune-lab run --config FILE.toml --run DIR"
         )
-    ranking = _read_table(run.ranking, RANKING_COLUMNS)
+    ranking = _read_table(run.ranking, schemas.RANKING_COLUMNS)
     plans = _read_plans(run, ranking)
     recoveries: dict[str, pd.DataFrame] = {}
     pictures: list[tuple[PlanRow, Mapping[str, Path]]] = []
     for plan in plans:
         paths = run.candidate(plan.id)
-        if (recovery := _read_table(paths.recovery, RECOVERY_COLUMNS)) is not None:
+        if (recovery := _read_table(paths.recovery, schemas.RECOVERY_COLUMNS)) is not None:
             recoveries[plan.id] = recovery
         states = {"pruned": paths.pictures_pruned, "distilled": paths.pictures_distilled}
         if drawn := {state: folder for state, folder in states.items() if folder.exists()}:
@@ -115,16 +101,16 @@ def read_run(run: Run) -> RunTables:
         environment=_read_environment(run.environment),
         blocks=blocks,
         importance=importance,
-        parts=_leading_parts(_read_table(run.importance_parts, PARTS_COLUMNS), importance),
-        costs=_read_table(run.costs, COST_COLUMNS),
+        parts=_leading_parts(_read_table(run.importance_parts, schemas.PARTS_COLUMNS), importance),
+        costs=_read_table(run.costs, schemas.COST_COLUMNS),
         reductions=reductions,
-        pipeline=_read_table(run.pipeline_profile, PIPELINE_COLUMNS),
+        pipeline=_read_table(run.pipeline_profile, schemas.PIPELINE_COLUMNS),
         ranking=ranking,
-        tournament=_read_table(run.tournament, TOURNAMENT_COLUMNS),
-        steps=_read_table(run.folder / "steps.csv", ("step", "seconds")),
+        tournament=_read_table(run.tournament, schemas.TOURNAMENT_COLUMNS),
+        steps=_read_table(run.steps, schemas.STEP_SECONDS_COLUMNS),
         recoveries=recoveries,
         plans=plans,
-        prompts=_read_table(run.picture_prompts, PROMPTS_COLUMNS),
+        prompts=_read_table(run.picture_prompts, schemas.PROMPTS_COLUMNS),
         teacher_pictures=run.teacher_pictures if run.teacher_pictures.exists() else None,
         pictures=tuple(pictures),
     )
@@ -251,9 +237,7 @@ def _read_plans(run: Run, ranking: pd.DataFrame | None) -> tuple[PlanRow, ...]:
                 f"asked to read the plan {path}, found no list `removed` in it; write the plan again"
             )
         name = str((value.get("names") or [""])[0])
-        label, origin = named.pop(plan_id, (name or plan_id, ""))
-        # The guess serves plans without an origin until every step writes it.
-        origin = origin or value.get("origin") or ("control" if name.startswith("bk-") else "search")
+        label, origin = named.pop(plan_id, (name or plan_id, str(value.get("origin", ""))))
         plans.append(PlanRow(plan_id, label, origin, tuple(map(str, value["removed"]))))
     if named:
         raise DataError(

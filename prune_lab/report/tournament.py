@@ -14,20 +14,10 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 from numpy.typing import NDArray
 
 from prune_lab.ranking import Difference
+from prune_lab.report import format as fmt
 from prune_lab.report.charts import plan_legend
 from prune_lab.report.document import Chart, SectionItem, Text, table_of
 from prune_lab.report.figures import PlanStyle, Theme, log_scale_if_wide, new_figure, plan_styles, style_axes
-from prune_lab.report.format import (
-    UNKNOWN,
-    amount,
-    count,
-    is_missing,
-    loss_or_score,
-    milliseconds,
-    short_number,
-    text,
-    yes_or_no,
-)
 from prune_lab.report.tables import PlanRow, RunTables, dropped, unranked
 
 _END = {"kept": "", "dropped": "x", "failed": "X"}
@@ -37,42 +27,42 @@ _END = {"kept": "", "dropped": "x", "failed": "X"}
 
 
 _RANKING = (
-    ("Rank", "rank", count),
-    ("Tie group", "tie_group", count),
-    ("Plan", "plan", text),
-    ("Origin", "origin", text),
-    ("Blocks removed", "blocks_removed", count),
-    ("Parameters", "params", amount),
-    ("MACs (whole)", "macs", amount),
-    ("Median time", "median_ms", milliseconds),
-    ("Impact in one shot", "impact_one_shot", short_number),
-    ("Steps", "steps", count),
-    ("Loss before", "loss_before", loss_or_score),
-    ("Loss after", "loss_after", loss_or_score),
-    ("CLIP before", "clip_before", loss_or_score),
-    ("CLIP after", "clip_after", loss_or_score),
-    ("On the front", "pareto", yes_or_no),
-    ("Status", "status", text),
+    ("Rank", "rank", fmt.count),
+    ("Tie group", "tie_group", fmt.count),
+    ("Plan", "plan", fmt.text),
+    ("Origin", "origin", fmt.text),
+    ("Blocks removed", "blocks_removed", fmt.count),
+    ("Parameters", "params", fmt.amount),
+    ("MACs (whole)", "macs", fmt.amount),
+    ("Median time", "median_ms", fmt.milliseconds),
+    ("Impact in one shot", "impact_one_shot", fmt.short_number),
+    ("Steps", "steps", fmt.count),
+    ("Loss before", "loss_before", fmt.loss_or_score),
+    ("Loss after", "loss_after", fmt.loss_or_score),
+    ("CLIP before", "clip_before", fmt.loss_or_score),
+    ("CLIP after", "clip_after", fmt.loss_or_score),
+    ("On the front", "pareto", fmt.yes_or_no),
+    ("Status", "status", fmt.text),
 )
 _DROPPED = (
-    ("Plan", "plan", text),
-    ("Reason", "reason", text),
-    ("Rung", "rung", count),
-    ("Steps", "steps", count),
+    ("Plan", "plan", fmt.text),
+    ("Reason", "reason", fmt.text),
+    ("Rung", "rung", fmt.count),
+    ("Steps", "steps", fmt.count),
 )
-_UNRANKED = (("Plan", "plan", text), ("Status", "status", text), ("Reason", "reason", text))
+_UNRANKED = (("Plan", "plan", fmt.text), ("Status", "status", fmt.text), ("Reason", "reason", fmt.text))
 _VERDICTS = (
-    ("Plan", "name", text),
-    ("Verdict", "fate", text),
-    ("Reason", "reason", text),
-    ("Compared with", "against", text),
-    ("Rung", "rung", count),
-    ("Steps", "steps", count),
-    ("Place", "place", count),
-    ("Held-out loss", "loss", loss_or_score),
-    ("Difference", "gap", text),
-    ("Tied", "tied", yes_or_no),
-    ("CLIP score", "clip", loss_or_score),
+    ("Plan", "name", fmt.text),
+    ("Verdict", "fate", fmt.text),
+    ("Reason", "reason", fmt.text),
+    ("Compared with", "against", fmt.text),
+    ("Rung", "rung", fmt.count),
+    ("Steps", "steps", fmt.count),
+    ("Place", "place", fmt.count),
+    ("Held-out loss", "loss", fmt.loss_or_score),
+    ("Difference", "gap", fmt.text),
+    ("Tied", "tied", fmt.yes_or_no),
+    ("CLIP score", "clip", fmt.loss_or_score),
 )
 
 
@@ -80,14 +70,11 @@ def ranking_tables(ranking: pd.DataFrame) -> tuple[SectionItem, ...]:
     """The ranking, a note on its tie groups, and the dropped and unranked candidates with the reasons."""
     parts: list[SectionItem] = [table_of(ranking, _RANKING, "Ranking", "ranking.csv", left=4)]
     if ranking["tie_group"].notna().any():
-        parts.append(
-            Text(
-                (
-                    "Candidates of one tie group are tied with the first of the group: the 95 % interval of the paired "
-                    "differences of their held-out losses contains zero. Their order within the group means nothing.",
-                )
-            )
+        ties = (
+            "Candidates of one tie group are tied with the first of the group: the 95 % interval of the paired "
+            "differences of their held-out losses contains zero. Their order within the group means nothing."
         )
+        parts.append(Text((ties,)))
     if len(dropped(ranking)):
         parts.append(table_of(dropped(ranking), _DROPPED, "Dropped candidates", "ranking.csv", left=2))
     if len(unranked(ranking)):
@@ -106,8 +93,9 @@ def tournament_parts(tables: RunTables) -> tuple[SectionItem, ...]:
     styles = plan_styles(tables.plans)
     gaps = tournament[["difference", "low", "high"]].itertuples(index=False, name=None)
     verdicts = tournament.replace({"name": labels, "against": labels}).assign(
-        gap=[UNKNOWN if is_missing(gap[0]) else str(Difference(*gap)) for gap in gaps]
+        gap=[fmt.UNKNOWN if fmt.is_missing(gap[0]) else str(Difference(*gap)) for gap in gaps]
     )
+    caption = "Every verdict of the tournament"
     return (
         Chart(
             "tournament",
@@ -116,9 +104,7 @@ def tournament_parts(tables: RunTables) -> tuple[SectionItem, ...]:
             "cross marks where a candidate was dropped or failed; candidates named at the right reached the end.",
             lambda theme: draw_tournament(tournament, tables.plans, styles, theme),
         ),
-        table_of(
-            verdicts, _VERDICTS, "Every verdict of the tournament", "tournament.csv", left=4, folded=True
-        ),
+        table_of(verdicts, _VERDICTS, caption, "tournament.csv", left=4, folded=True),
     )
 
 
