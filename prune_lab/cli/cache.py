@@ -44,8 +44,7 @@ def cache(
     Name the folder as data.source of a run. With `accelerate launch` all processes build their share.
     """
     asked = {"data.source": data, "data.limit": limit, "data.crop": crop, "data.flip": flip}
-    asked |= {"device": device, "seed": seed}
-    settings = settings_of(model, None, config, assign, asked)
+    settings = settings_of(model, None, config, assign, asked, device=device, seed=seed)
     if not settings.data.source:
         raise ConfigError(
             "asked to build a cache without saying of which pictures; give --data, or data.source in --config"

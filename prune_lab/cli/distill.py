@@ -69,10 +69,8 @@ def distill(
         "distill.steps": steps,
         "distill.batch": batch,
         "distill.learning_rate": learning_rate,
-        "device": device,
-        "seed": seed,
     }
-    settings = settings_of(model, folder, config, assign, asked)
+    settings = settings_of(model, folder, config, assign, asked, device=device, seed=seed)
     if fresh:
         plans_only = dataclasses.replace(settings.search, budgets=(), controls=tuple(plan))
         settings = dataclasses.replace(settings, search=plans_only)

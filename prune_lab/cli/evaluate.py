@@ -51,14 +51,14 @@ def evaluate(
     asked = {
         "evaluate.prompts": tuple(prompt),
         "evaluate.seeds": () if seed is None else (seed,),
-        "device": device,
-        "seed": seed,
     }
     from prune_lab.models import load_unet, resolve_model
 
     for text in models:
         source = resolve_model(text)
-        settings = settings_of(text if source.is_pipeline else base, None, config, assign, asked)
+        settings = settings_of(
+            text if source.is_pipeline else base, None, config, assign, asked, device=device, seed=seed
+        )
         with run_opened(settings, None) as opened:
             from prune_lab.workflow import Session, quality
 

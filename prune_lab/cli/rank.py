@@ -37,8 +37,8 @@ def rank(
     _, folder = model_or_run(model, run)
     if folder is None:
         raise RunError(f"asked to rank {model or 'nothing'}, found no run folder there; give RUN")
-    asked = {"distill.steps": budget_steps, "rank.eta": eta, "engine.kind": engine, "device": device}
-    settings = settings_of("", open_run(folder, must_exist=True).folder, None, assign, asked)
+    asked = {"distill.steps": budget_steps, "rank.eta": eta, "engine.kind": engine}
+    settings = settings_of("", open_run(folder, must_exist=True).folder, None, assign, asked, device=device)
     tournament = budget_steps or eta or any(text.startswith(("distill.", "rank.")) for text in assign)
     with run_opened(settings, folder, force=force) as opened:
         from prune_lab.workflow import Session, ensure_distilled, ensure_ranking, forget

@@ -29,7 +29,7 @@ def run(
     wide: options.WideOption = False,
 ) -> None:
     """Do the whole job: score, search, prune, profile, distill, rank, report."""
-    settings = settings_of("", None, config, assign, {"device": device, "seed": seed})
+    settings = settings_of("", None, config, assign, {}, device=device, seed=seed)
     if dry_run:
         from prune_lab.workflow import steps_frame
 

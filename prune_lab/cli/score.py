@@ -52,10 +52,8 @@ def score(
         # One of the kinds, also in the plural, or the path of a file as it is.
         "score.groups": tuple(name if "." in name else name.removesuffix("s") for name in groups),
         "probe.samples": samples,
-        "device": device,
-        "seed": seed,
     }
-    settings = settings_of(model, run, config, assign, asked)
+    settings = settings_of(model, run, config, assign, asked, device=device, seed=seed)
     with run_opened(settings, run, redo="scores" if force else "") as opened:
         from prune_lab.runtime import write_frame
         from prune_lab.workflow import Session, compared_criteria, ensure_scores, scores_frame

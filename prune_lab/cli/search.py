@@ -51,10 +51,8 @@ def search(
         "search.budgets": (together,) if together else (),
         "search.count": plans,
         "search.solver": solver,
-        "device": device,
-        "seed": seed,
     }
-    settings = settings_of(model, lender or run, config, assign, asked)
+    settings = settings_of(model, lender or run, config, assign, asked, device=device, seed=seed)
     from prune_lab.workflow import check_budgets
 
     check_budgets(settings)  # before anything is removed
