@@ -43,43 +43,6 @@ def _pipeline_with(pipeline: Any, unet: Any) -> Iterator[Any]:
         pipeline.set_progress_bar_config(**bar)
 
 
-def _batches(
-    pipeline: Any,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    *,
-    steps: int,
-    guidance: float,
-    unet: Any,
-    batch: int,
-    output: str,
-) -> Iterator[Tensor]:
-    """Images or latents of every prompt with every seed, as ``output`` says, in batches.
-
-    Raises DataError when there is nothing to generate or the result is not finite.
-    """
-    if not prompts or not seeds:
-        raise DataError(
-            f"asked to generate images of {len(prompts)} prompts with {len(seeds)} seeds; give at least one of each"
-        )
-    pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    with _pipeline_with(pipeline, unet) as own:
-        for start in track(range(0, len(pairs), batch), "generating", math.ceil(len(pairs) / batch)):
-            chunk = pairs[start : start + batch]
-            images = own(
-                prompt=[prompt for prompt, _ in chunk],
-                generator=[seeded(seed) for _, seed in chunk],
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                output_type=output,
-            ).images
-            if not images.isfinite().all():
-                raise DataError(
-                    "asked for images, found values that are not finite; use float32 or another U-Net"
-                )
-            yield images.float()
-
-
 def _to_uint8(images: Tensor) -> Tensor:
     return (images * 255).round().clamp(0, 255).to("cpu", torch.uint8)
 
@@ -93,31 +56,38 @@ def generate(
     guidance: float,
     unet: Any = None,
     batch: int = 8,
+    latents: bool = False,
 ) -> Tensor:
     """Images uint8 (prompts x seeds, 3, H, W) on the CPU: every prompt with every seed, prompt by prompt.
 
+    With ``latents`` the final latents of these images, float32 (prompts x seeds, C, h, w), for ``decode_latents``.
     Each image starts from the noise of its seed, drawn on the CPU, so it is the same for teacher and students and does
     not depend on batch or device. ``unet`` is used instead of the pipeline's own, which is put back. ``guidance`` is
     the scale of classifier-free guidance; 1 turns it off. Raises DataError when there is nothing to generate, or when
     the images are not finite.
     """
-    settings = {"steps": steps, "guidance": guidance, "unet": unet, "batch": batch}
-    return torch.cat([_to_uint8(one) for one in _batches(pipeline, prompts, seeds, output="pt", **settings)])
-
-
-def generate_latents(
-    pipeline: Any,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    *,
-    steps: int,
-    guidance: float,
-    unet: Any = None,
-    batch: int = 8,
-) -> Tensor:
-    """The final latents (prompts x seeds, C, h, w), float32 on the CPU, of the images that ``generate`` returns."""
-    settings = {"steps": steps, "guidance": guidance, "unet": unet, "batch": batch}
-    return torch.cat([one.cpu() for one in _batches(pipeline, prompts, seeds, output="latent", **settings)])
+    if not prompts or not seeds:
+        raise DataError(
+            f"asked to generate images of {len(prompts)} prompts with {len(seeds)} seeds; give at least one of each"
+        )
+    pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    batches = []
+    with _pipeline_with(pipeline, unet) as own:
+        for start in track(range(0, len(pairs), batch), "generating", math.ceil(len(pairs) / batch)):
+            texts, numbers = zip(*pairs[start : start + batch], strict=True)
+            images = own(
+                prompt=list(texts),
+                generator=[seeded(seed) for seed in numbers],
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                output_type="latent" if latents else "pt",
+            ).images.float()
+            if not images.isfinite().all():
+                raise DataError(
+                    "asked for images, found values that are not finite; use float32 or another U-Net"
+                )
+            batches.append(images.cpu() if latents else _to_uint8(images))
+    return torch.cat(batches)
 
 
 @torch.inference_mode()

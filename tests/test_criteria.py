@@ -17,7 +17,7 @@ from torch_pruning.pruner.importance import GroupMagnitudeImportance
 
 from prune_lab.blocks import BlockGroup, architecture_of, block_groups
 from prune_lab.errors import DataError, UnknownBlockError, UnknownCriterionError
-from prune_lab.evaluation import clip_scores, decode_latents, generate, generate_latents
+from prune_lab.evaluation import clip_scores, decode_latents, generate
 from prune_lab.importance import (
     CRITERIA,
     NEEDS_PIPELINE,
@@ -340,7 +340,7 @@ def test_the_peak_signal_to_noise_ratio_stands_beside_changes_of_pictures_alone(
 def test_trajectories_are_the_pictures_that_the_pipeline_draws(context: ScoringContext, scorer: Any) -> None:
     generation = context.generation_for("clip-score")
     how = {"steps": generation.steps, "guidance": generation.guidance}
-    latents = generate_latents(generation.pipeline, generation.prompts, (0,), **how)
+    latents = generate(generation.pipeline, generation.prompts, (0,), latents=True, **how)
     pictures = generate(generation.pipeline, generation.prompts, (0,), **how)
     assert torch.equal(decode_latents(generation.pipeline, latents), pictures)
     with bypassed(context.unet, ["Up4.R3"]) as unet:

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prune_lab.errors import DataError
-from prune_lab.ranking import CandidateResult, pareto_front, rank, ranking_from_frame
+from prune_lab.ranking import CandidateResult, rank, ranking_from_frame
+from prune_lab.ranking.results import pareto_front
 from prune_lab.runtime import write_frame
 from prune_lab.schemas import RANKING_COLUMNS
 

@@ -22,7 +22,7 @@ from PIL import Image
 from synthetic_run import DROPPED_REASON, LEFT_OUT_REASON, NAMES, PLANS, STARRED, STEPS, plan_id, write_run
 
 from prune_lab.errors import DataError, RunError
-from prune_lab.report import read_run, write_report
+from prune_lab.report import write_report
 from prune_lab.report.charts import draw_curves, draw_importance, draw_prediction, draw_quality_plane
 from prune_lab.report.document import Chart, Table, Text
 from prune_lab.report.figures import DARK, LIGHT, freeze_layout, impact_scale, plan_styles, svg_uri
@@ -39,6 +39,7 @@ from prune_lab.report.tables import (
     importance_frame,
     measured,
     not_dropped,
+    read_run,
     unranked,
 )
 from prune_lab.report.tournament import draw_tournament, space_labels

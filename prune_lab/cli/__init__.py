@@ -3,29 +3,11 @@
 from __future__ import annotations
 
 # In the order in which --help lists them.
-from prune_lab.cli import blocks, profile, score, search, compare, prune, generate, export  # isort: skip
-from prune_lab.cli import cache, distill, rank, evaluate, report, run, config  # isort: skip
+from prune_lab.cli import blocks, profile, score, search, compare, prune, generate, export  # noqa: F401 # isort: skip
+from prune_lab.cli import cache, distill, rank, evaluate, report, run, config  # noqa: F401 # isort: skip
 from prune_lab.cli.application import app
 
-__all__ = [
-    "app",
-    "blocks",
-    "cache",
-    "compare",
-    "config",
-    "distill",
-    "evaluate",
-    "export",
-    "generate",
-    "main",
-    "profile",
-    "prune",
-    "rank",
-    "report",
-    "run",
-    "score",
-    "search",
-]
+__all__ = ["app", "main"]
 
 
 def main() -> None:

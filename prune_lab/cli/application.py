@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from prune_lab import __version__
 from prune_lab.cli.options import instead_of
-from prune_lab.errors import ConfigError, PruneLabError, RunError
+from prune_lab.errors import PruneLabError, RunError
 from prune_lab.processes import end_processes, num_processes
 
 MISTAKE = 2  # exit code of a user's mistake, the same as typer's for a wrong option
@@ -22,29 +22,26 @@ class Verbs(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:  # typer's Context is a vendored click class without a public name
         try:
-            found = self._invoke(ctx)
+            found = super().invoke(ctx)
             if num_processes() > 1:
                 end_processes()
             return found
         except PruneLabError as error:
-            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(MISTAKE) from None
+            mistake = str(error)
         except KeyboardInterrupt:
             typer.echo(
                 "interrupted; finished files are kept, the same command again goes on from there", err=True
             )
             raise typer.Exit(INTERRUPTED) from None
-
-    def _invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
         except Exception as error:
             # Of an unknown option; the class of that error has no public name either.
             option, verb = getattr(error, "option_name", ""), ctx.invoked_subcommand
             instead = instead_of(verb, option) if option else ""
             if not instead:
                 raise
-            raise ConfigError(f"prune-lab {verb} has no option {option}; write {instead}") from None
+            mistake = f"prune-lab {verb} has no option {option}; write {instead}"
+        typer.echo(f"error: {' '.join(mistake.split())}", err=True)
+        raise typer.Exit(MISTAKE)
 
 
 app = typer.Typer(

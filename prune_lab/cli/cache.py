@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from prune_lab.cli import options
 from prune_lab.cli.application import app
-from prune_lab.cli.options import (
-    MODEL_HELP,
-    ConfigOption,
-    DeviceOption,
-    ForceOption,
-    JsonOption,
-    SeedOption,
-    SetOption,
-    WideOption,
-    for_setting,
-)
 from prune_lab.cli.output import emit
 from prune_lab.cli.run_context import settings_of
 from prune_lab.errors import ConfigError, DataError, RunError
@@ -29,7 +20,7 @@ def cache(
     out: Annotated[
         Path, typer.Option("--out", help="Folder of the cache; the same command again goes on in it.")
     ],
-    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")] = "",
+    model: Annotated[str, typer.Argument(help=options.MODEL_HELP, metavar="MODEL")] = "",
     data: Annotated[
         str | None,
         typer.Option(
@@ -37,24 +28,23 @@ def cache(
             help="Pictures with captions: reference, a folder, .parquet or .tar files (also as a glob), or a hub id.",
         ),
     ] = None,
-    limit: Annotated[int | None, for_setting("data.limit")] = None,
-    crop: Annotated[str | None, for_setting("data.crop")] = None,
-    flip: Annotated[bool | None, for_setting("data.flip", "--flip/--no-flip")] = None,
-    config: ConfigOption = None,
-    assign: SetOption = [],  # noqa: B006 - typer makes a new list for every call
-    device: DeviceOption = None,
-    seed: SeedOption = None,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-    wide: WideOption = False,
+    limit: Annotated[int | None, options.for_setting("data.limit")] = None,
+    crop: Annotated[str | None, options.for_setting("data.crop")] = None,
+    flip: Annotated[bool | None, options.for_setting("data.flip", "--flip/--no-flip")] = None,
+    config: options.ConfigOption = None,
+    assign: options.SetOption = [],  # noqa: B006 - typer makes a new list for every call
+    device: options.DeviceOption = None,
+    seed: options.SeedOption = None,
+    force: options.ForceOption = False,
+    as_json: options.JsonOption = False,
+    wide: options.WideOption = False,
 ) -> None:
     """Encode pictures and captions with the VAE and text encoder of MODEL, once, into a folder to train from.
 
     Name the folder as data.source of a run. With `accelerate launch` all processes build their share.
     """
-    options = {"data.source": data, "data.limit": limit, "data.crop": crop, "data.flip": flip}
-    options |= {"device": device, "seed": seed}
-    settings = settings_of(model, None, config, assign, options)
+    asked = {"data.source": data, "data.limit": limit, "data.crop": crop, "data.flip": flip}
+    settings = settings_of(model, None, config, assign, asked, device=device, seed=seed)
     if not settings.data.source:
         raise ConfigError(
             "asked to build a cache without saying of which pictures; give --data, or data.source in --config"
@@ -79,11 +69,9 @@ def cache(
     pipeline = load_pipeline(
         model_source, device=pick_device(settings.device), dtype=pick_dtype(settings.dtype)
     )
-    if is_main():
-        with progress_shown():
-            built = build_cache(pipeline, source, settings.data, out, force=force)
-    else:
-        build_cache(pipeline, source, settings.data, out, force=force)
+    with progress_shown() if is_main() else contextlib.nullcontext():
+        built = build_cache(pipeline, source, settings.data, out, force=force)
+    if not is_main():
         return
     found = built.cache
     row = {

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from prune_lab.cli import options
 from prune_lab.cli.application import app
-from prune_lab.cli.options import JsonOption, WideOption
 from prune_lab.cli.output import emit, records
 from prune_lab.runs import open_run
 
@@ -22,8 +22,8 @@ def compare(
     model: Annotated[
         str, typer.Option("--model", help="What plans apply to and changes refer to.")
     ] = "reference",
-    as_json: JsonOption = False,
-    wide: WideOption = False,
+    as_json: options.JsonOption = False,
+    wide: options.WideOption = False,
 ) -> None:
     """Put plans, candidates, models and runs side by side: costs, changes, and quality where it was measured.
 

@@ -6,18 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
+from prune_lab.cli import options
 from prune_lab.cli.application import app
-from prune_lab.cli.options import ConfigOption, JsonOption, RunOption, SetOption, WideOption
 from prune_lab.cli.output import emit
 from prune_lab.cli.run_context import assigned, settings_of
-from prune_lab.config import (
-    SETTINGS,
-    RunConfig,
-    setting_values,
-    to_toml,
-    toml_literal,
-    with_settings,
-)
+from prune_lab.config import SETTINGS, RunConfig, setting_values, to_toml, toml_literal, with_settings
 
 
 @app.command()
@@ -25,11 +18,11 @@ def config(
     show: Annotated[
         bool, typer.Option("--show", help="Every setting with its default, its meaning, and who reads it.")
     ] = False,
-    file: ConfigOption = None,
-    run: RunOption = None,
-    assign: SetOption = [],  # noqa: B006
-    as_json: JsonOption = False,
-    wide: WideOption = False,
+    file: options.ConfigOption = None,
+    run: options.RunOption = None,
+    assign: options.SetOption = [],  # noqa: B006
+    as_json: options.JsonOption = False,
+    wide: options.WideOption = False,
 ) -> None:
     """Print all settings as TOML, ready to be changed and given as --config; with --show, what each of them means.
 

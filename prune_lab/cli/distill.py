@@ -8,19 +8,8 @@ from typing import Annotated
 
 import typer
 
+from prune_lab.cli import options
 from prune_lab.cli.application import app
-from prune_lab.cli.options import (
-    ConfigOption,
-    DeviceOption,
-    ForceOption,
-    JsonOption,
-    OptionalModel,
-    RunOption,
-    SeedOption,
-    SetOption,
-    WideOption,
-    for_setting,
-)
 from prune_lab.cli.output import emit, records
 from prune_lab.cli.run_context import model_or_run, run_opened, settings_of
 from prune_lab.errors import RunError
@@ -30,7 +19,7 @@ from prune_lab.runs import open_run
 
 @app.command()
 def distill(
-    model: OptionalModel = "",
+    model: options.OptionalModel = "",
     plan: Annotated[
         list[str],
         typer.Option("--plan", help="What is distilled; of a run: id, name or text; may be repeated."),
@@ -42,21 +31,21 @@ def distill(
             help="Pictures with captions: a folder, .parquet, .tar, hub id, or a cache; default: shipped.",
         ),
     ] = None,
-    steps: Annotated[int | None, for_setting("distill.steps")] = None,
-    batch: Annotated[int | None, for_setting("distill.batch")] = None,
-    learning_rate: Annotated[float | None, for_setting("distill.learning_rate")] = None,
+    steps: Annotated[int | None, options.for_setting("distill.steps")] = None,
+    batch: Annotated[int | None, options.for_setting("distill.batch")] = None,
+    learning_rate: Annotated[float | None, options.for_setting("distill.learning_rate")] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", help="Pipeline folder to write the student to; of several, a folder for each."),
     ] = None,
-    run: RunOption = None,
-    config: ConfigOption = None,
-    assign: SetOption = [],  # noqa: B006
-    device: DeviceOption = None,
-    seed: SeedOption = None,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-    wide: WideOption = False,
+    run: options.RunOption = None,
+    config: options.ConfigOption = None,
+    assign: options.SetOption = [],  # noqa: B006
+    device: options.DeviceOption = None,
+    seed: options.SeedOption = None,
+    force: options.ForceOption = False,
+    as_json: options.JsonOption = False,
+    wide: options.WideOption = False,
 ) -> None:
     """Retrain pruned students from MODEL, all on one teacher pass per batch; the same command again resumes.
 
@@ -75,18 +64,16 @@ def distill(
         raise RunError(
             f"asked to distil students of {model}, found no plan; give --plan, such as --plan bk-small"
         )
-    options = {
+    asked = {
         "data.source": data,
         "distill.steps": steps,
         "distill.batch": batch,
         "distill.learning_rate": learning_rate,
-        "device": device,
-        "seed": seed,
     }
-    settings = settings_of(model, folder, config, assign, options)
+    settings = settings_of(model, folder, config, assign, asked, device=device, seed=seed)
     if fresh:
-        asked = dataclasses.replace(settings.search, budgets=(), controls=tuple(plan))
-        settings = dataclasses.replace(settings, search=asked)
+        plans_only = dataclasses.replace(settings.search, budgets=(), controls=tuple(plan))
+        settings = dataclasses.replace(settings, search=plans_only)
     init_processes()
     with run_opened(settings, folder, force=force) as opened:
         from accelerate import PartialState
@@ -112,8 +99,7 @@ def distill(
             return
         frame = recovery_frame(session)
         if out:
-            written = save_students(session, out, only=ids, force=force)
-            for path in written:
+            for path in save_students(session, out, only=ids, force=force):
                 typer.echo(f"student: {path}", err=True)
     title = f"Recovery after {settings.distill.steps} steps"
     emit("recovery", records(frame), as_json=as_json, wide=wide, title=title)

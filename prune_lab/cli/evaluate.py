@@ -6,17 +6,8 @@ from typing import Annotated
 
 import typer
 
+from prune_lab.cli import options
 from prune_lab.cli.application import app
-from prune_lab.cli.options import (
-    MODEL_HELP,
-    ConfigOption,
-    DeviceOption,
-    JsonOption,
-    RunOption,
-    SeedOption,
-    SetOption,
-    WideOption,
-)
 from prune_lab.cli.output import emit, records
 from prune_lab.cli.run_context import run_opened, settings_of
 from prune_lab.errors import RunError
@@ -25,18 +16,18 @@ from prune_lab.runs import open_run
 
 @app.command()
 def evaluate(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL", help=MODEL_HELP)] = [],  # noqa: B006
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help=options.MODEL_HELP)] = [],  # noqa: B006
     base: Annotated[str, typer.Option("--base", help="Pipeline in which U-Net folders draw.")] = "reference",
     prompt: Annotated[
         list[str], typer.Option("--prompt", help="What to draw; may be repeated; default: held-out captions.")
     ] = [],  # noqa: B006
-    run: RunOption = None,
-    config: ConfigOption = None,
-    assign: SetOption = [],  # noqa: B006
-    device: DeviceOption = None,
-    seed: SeedOption = None,
-    as_json: JsonOption = False,
-    wide: WideOption = False,
+    run: options.RunOption = None,
+    config: options.ConfigOption = None,
+    assign: options.SetOption = [],  # noqa: B006
+    device: options.DeviceOption = None,
+    seed: options.SeedOption = None,
+    as_json: options.JsonOption = False,
+    wide: options.WideOption = False,
 ) -> None:
     """Draw and judge: CLIP score and held-out loss of models, or the pictures of a run's teacher and candidates."""
     if bool(models) == bool(run):
@@ -57,17 +48,17 @@ def evaluate(
         emit("pictures", records(frame), as_json=as_json, wide=wide, title=f"Pictures of {run}")
         return
     rows = []
-    options = {
+    asked = {
         "evaluate.prompts": tuple(prompt),
         "evaluate.seeds": () if seed is None else (seed,),
-        "device": device,
-        "seed": seed,
     }
-    for text in models:
-        from prune_lab.models import load_unet, resolve_model
+    from prune_lab.models import load_unet, resolve_model
 
+    for text in models:
         source = resolve_model(text)
-        settings = settings_of(text if source.is_pipeline else base, None, config, assign, options)
+        settings = settings_of(
+            text if source.is_pipeline else base, None, config, assign, asked, device=device, seed=seed
+        )
         with run_opened(settings, None) as opened:
             from prune_lab.workflow import Session, quality
 

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
+from prune_lab.cli import options
 from prune_lab.cli.application import app
-from prune_lab.cli.options import DeviceOption, DtypeOption, ForceOption, ModelArgument
 
 
 @app.command()
 def generate(
-    model: ModelArgument,
+    model: options.ModelArgument,
     prompt: Annotated[list[str], typer.Option("--prompt", help="What to draw; may be repeated.")],
     out: Annotated[Path, typer.Option("--out", help="PNG to write; several pictures become one grid.")],
     seed: Annotated[int, typer.Option("--seed", help="Seed of the first picture of each prompt.", min=0)] = 0,
@@ -22,9 +22,9 @@ def generate(
     ] = 1,
     steps: Annotated[int, typer.Option("--steps", help="Denoising steps.", min=1)] = 25,
     guidance: Annotated[float, typer.Option("--guidance", help="Classifier-free guidance scale.")] = 7.5,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    force: ForceOption = False,
+    device: options.DeviceOption = None,
+    dtype: options.DtypeOption = None,
+    force: options.ForceOption = False,
 ) -> None:
     """Draw pictures with MODEL; one row per prompt, one column per seed."""
     from prune_lab.errors import StorageError

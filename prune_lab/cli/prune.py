@@ -7,30 +7,23 @@ from typing import Annotated
 
 import typer
 
+from prune_lab.cli import options
 from prune_lab.cli.application import app
-from prune_lab.cli.options import (
-    DryRunOption,
-    DtypeOption,
-    ForceOption,
-    JsonOption,
-    ModelArgument,
-    WideOption,
-)
 from prune_lab.cli.output import emit
 
 
 @app.command()
 def prune(
-    model: ModelArgument,
+    model: options.ModelArgument,
     plan: Annotated[
         str, typer.Option("--plan", help='Plan: bk-small, "bk-base -Md", "-Dn1.R2 -Dn1.A2", plan.json.')
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
-    dtype: DtypeOption = None,
-    force: ForceOption = False,
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
-    wide: WideOption = False,
+    dtype: options.DtypeOption = None,
+    force: options.ForceOption = False,
+    dry_run: options.DryRunOption = False,
+    as_json: options.JsonOption = False,
+    wide: options.WideOption = False,
 ) -> None:
     """Write MODEL without the blocks of a plan: a pipeline (or U-Net) folder that plain diffusers loads."""
     from prune_lab.errors import PlanError

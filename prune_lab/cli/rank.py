@@ -6,16 +6,8 @@ from typing import Annotated
 
 import typer
 
+from prune_lab.cli import options
 from prune_lab.cli.application import app
-from prune_lab.cli.options import (
-    DeviceOption,
-    ForceOption,
-    JsonOption,
-    RunOption,
-    SetOption,
-    WideOption,
-    for_setting,
-)
 from prune_lab.cli.output import emit, records
 from prune_lab.cli.run_context import model_or_run, run_opened, settings_of
 from prune_lab.errors import RunError
@@ -28,14 +20,14 @@ def rank(
     budget_steps: Annotated[
         int | None, typer.Option(help="Steps that the survivors get; the rest is dropped on the way.", min=1)
     ] = None,
-    eta: Annotated[int | None, for_setting("rank.eta")] = None,
-    engine: Annotated[str | None, for_setting("engine.kind", "--engine")] = None,
-    run: RunOption = None,
-    assign: SetOption = [],  # noqa: B006
-    device: DeviceOption = None,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-    wide: WideOption = False,
+    eta: Annotated[int | None, options.for_setting("rank.eta")] = None,
+    engine: Annotated[str | None, options.for_setting("engine.kind", "--engine")] = None,
+    run: options.RunOption = None,
+    assign: options.SetOption = [],  # noqa: B006
+    device: options.DeviceOption = None,
+    force: options.ForceOption = False,
+    as_json: options.JsonOption = False,
+    wide: options.WideOption = False,
 ) -> None:
     """Order the candidates of a run by quality at their cost, with who was dropped or left out and why.
 
@@ -45,8 +37,8 @@ def rank(
     _, folder = model_or_run(model, run)
     if folder is None:
         raise RunError(f"asked to rank {model or 'nothing'}, found no run folder there; give RUN")
-    options = {"distill.steps": budget_steps, "rank.eta": eta, "engine.kind": engine, "device": device}
-    settings = settings_of("", open_run(folder, must_exist=True).folder, None, assign, options)
+    asked = {"distill.steps": budget_steps, "rank.eta": eta, "engine.kind": engine}
+    settings = settings_of("", open_run(folder, must_exist=True).folder, None, assign, asked, device=device)
     tournament = budget_steps or eta or any(text.startswith(("distill.", "rank.")) for text in assign)
     with run_opened(settings, folder, force=force) as opened:
         from prune_lab.workflow import Session, ensure_distilled, ensure_ranking, forget

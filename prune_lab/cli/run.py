@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from prune_lab.cli import options
 from prune_lab.cli.application import app
-from prune_lab.cli.options import DeviceOption, DryRunOption, JsonOption, SeedOption, SetOption, WideOption
 from prune_lab.cli.output import emit, records
 from prune_lab.cli.run_context import settings_of
 from prune_lab.runs import open_run
@@ -18,18 +18,18 @@ from prune_lab.runs import open_run
 def run(
     config: Annotated[Path, typer.Option("--config", help="TOML with the settings of the job.")],
     folder: Annotated[Path, typer.Option("--run", help="Run folder; the same command again resumes.")],
-    assign: SetOption = [],  # noqa: B006
-    device: DeviceOption = None,
-    seed: SeedOption = None,
+    assign: options.SetOption = [],  # noqa: B006
+    device: options.DeviceOption = None,
+    seed: options.SeedOption = None,
     force: Annotated[
         bool, typer.Option("--force", help="Redo the steps that changed settings touch; all when none did.")
     ] = False,
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
-    wide: WideOption = False,
+    dry_run: options.DryRunOption = False,
+    as_json: options.JsonOption = False,
+    wide: options.WideOption = False,
 ) -> None:
     """Do the whole job: score, search, prune, profile, distill, rank, report."""
-    settings = settings_of("", None, config, assign, {"device": device, "seed": seed})
+    settings = settings_of("", None, config, assign, {}, device=device, seed=seed)
     if dry_run:
         from prune_lab.workflow import steps_frame
 

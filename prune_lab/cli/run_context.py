@@ -34,18 +34,22 @@ def settings_of(
     config: Path | None,
     assignments: Sequence[str],
     options: Mapping[str, object],
+    *,
+    device: str | None = None,
+    seed: int | None = None,
 ) -> RunConfig:
     """The settings of ``config``, or else of the run folder, or else the defaults, with what was asked for.
 
     ``assignments`` are the texts of ``--set``, ``options`` values by the names of settings; None and () were not given.
     Raises ConfigError for a setting that is given twice, RunError when nothing says which model.
     """
+    options = {**options, "device": device, "seed": seed}
     given = {name: value for name, value in options.items() if value is not None and value != ()}
     asked = assigned(assignments, given | ({"model": model} if model else {}))
+    if config is None and run and open_run(run, must_exist=False).config.is_file():
+        config = open_run(run, must_exist=True).config
     if config:
         settings = load_config(config)
-    elif run and open_run(run, must_exist=False).config.is_file():
-        settings = load_config(open_run(run, must_exist=True).config)
     elif "model" in asked:
         settings = RunConfig()
     else:

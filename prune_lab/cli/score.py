@@ -7,26 +7,15 @@ from typing import Annotated
 
 import typer
 
+from prune_lab.cli import options
 from prune_lab.cli.application import app
-from prune_lab.cli.options import (
-    ConfigOption,
-    DeviceOption,
-    ForceOption,
-    JsonOption,
-    OptionalModel,
-    RunOption,
-    SeedOption,
-    SetOption,
-    WideOption,
-    for_setting,
-)
 from prune_lab.cli.output import emit, records
 from prune_lab.cli.run_context import model_or_run, run_opened, settings_of
 
 
 @app.command()
 def score(
-    model: OptionalModel = "",
+    model: options.OptionalModel = "",
     criterion: Annotated[
         list[str],
         typer.Option(help="What is measured, such as output-mse; may be repeated: the first leads."),
@@ -35,7 +24,7 @@ def score(
         list[str],
         typer.Option(help="blocks, pairs, triplets, stages, inner, or a file of plans; may be repeated."),
     ] = [],  # noqa: B006
-    samples: Annotated[int | None, for_setting("probe.samples")] = None,
+    samples: Annotated[int | None, options.for_setting("probe.samples")] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="All criteria, how they agree, and with what was measured.")
     ] = False,
@@ -43,29 +32,28 @@ def score(
         Path | None,
         typer.Option("--out", help="CSV to write; with --compare a folder of tables and figures."),
     ] = None,
-    run: RunOption = None,
-    config: ConfigOption = None,
-    assign: SetOption = [],  # noqa: B006
-    device: DeviceOption = None,
-    seed: SeedOption = None,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-    wide: WideOption = False,
+    run: options.RunOption = None,
+    config: options.ConfigOption = None,
+    assign: options.SetOption = [],  # noqa: B006
+    device: options.DeviceOption = None,
+    seed: options.SeedOption = None,
+    force: options.ForceOption = False,
+    as_json: options.JsonOption = False,
+    wide: options.WideOption = False,
 ) -> None:
     """Measure what the model loses when each block, pair and stage is removed, with bootstrap intervals.
 
     A race is nearly as good for less: --set score.race=0.15 is its share of the naive cost.
     """
     model, run = model_or_run(model, run)
-    options = {
+    asked = {
         "score.criterion": criterion[0] if criterion else None,
         "score.also": tuple(criterion[1:]),
-        "score.groups": tuple(_group_name(name) for name in groups),
+        # One of the kinds, also in the plural, or the path of a file as it is.
+        "score.groups": tuple(name if "." in name else name.removesuffix("s") for name in groups),
         "probe.samples": samples,
-        "device": device,
-        "seed": seed,
     }
-    settings = settings_of(model, run, config, assign, options)
+    settings = settings_of(model, run, config, assign, asked, device=device, seed=seed)
     with run_opened(settings, run, redo="scores" if force else "") as opened:
         from prune_lab.runtime import write_frame
         from prune_lab.workflow import Session, compared_criteria, ensure_scores, scores_frame
@@ -82,8 +70,3 @@ def score(
                 write_frame(out, frame)
     kind, title = ("agreement", "Agreement of criteria") if compare else ("scores", "Importance")
     emit(kind, records(frame), as_json=as_json, wide=wide, title=f"{title}, {settings.model}")
-
-
-def _group_name(name: str) -> str:
-    """One of the kinds, also in the plural, or the path of a file as it is."""
-    return name if "." in name else name.removesuffix("s")

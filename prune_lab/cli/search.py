@@ -8,55 +8,36 @@ from typing import Annotated
 
 import typer
 
+from prune_lab.cli import options
 from prune_lab.cli.application import app
-from prune_lab.cli.options import (
-    ConfigOption,
-    DeviceOption,
-    ForceOption,
-    JsonOption,
-    OptionalModel,
-    RunOption,
-    SeedOption,
-    SetOption,
-    WideOption,
-    for_setting,
-)
 from prune_lab.cli.output import emit, records
 from prune_lab.cli.run_context import model_or_run, run_opened, settings_of
-from prune_lab.config import SETTINGS, RunConfig, changed_settings, load_config
+from prune_lab.config import SETTINGS, changed_settings, load_config
 from prune_lab.errors import RunError
-from prune_lab.runs import Run, open_run
-
-
-def _scored_alike(lender: Run, settings: RunConfig) -> bool:
-    """Whether the scores of ``lender`` are those that ``settings`` ask for; another seed is another probe."""
-    changed = changed_settings(load_config(lender.config), settings)
-    return not any(
-        SETTINGS[name].read_by in ("blocks", "probe", "scores") for name in changed if name != "device"
-    )
+from prune_lab.runs import open_run
 
 
 @app.command()
 def search(
-    model: OptionalModel = "",
+    model: options.OptionalModel = "",
     macs: Annotated[str, typer.Option(help="Most multiply-adds: 65%, 0.65x, 150G or as:bk-small.")] = "",
     params: Annotated[str, typer.Option(help="Most parameters, as with --macs.")] = "",
     latency: Annotated[str, typer.Option(help="Most latency: 0.7x, 35ms or as:bk-small; is measured.")] = "",
     memory: Annotated[str, typer.Option(help="Most memory of weights and activations: 70%, 2GiB.")] = "",
-    plans: Annotated[int | None, for_setting("search.count", "--plans")] = None,
-    solver: Annotated[str | None, for_setting("search.solver")] = None,
+    plans: Annotated[int | None, options.for_setting("search.count", "--plans")] = None,
+    solver: Annotated[str | None, options.for_setting("search.solver")] = None,
     importance: Annotated[
         Path | None, typer.Option(help="importance.csv to search with, instead of scoring.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="JSON file to write the plans to.")] = None,
-    run: RunOption = None,
-    config: ConfigOption = None,
-    assign: SetOption = [],  # noqa: B006
-    device: DeviceOption = None,
-    seed: SeedOption = None,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-    wide: WideOption = False,
+    run: options.RunOption = None,
+    config: options.ConfigOption = None,
+    assign: options.SetOption = [],  # noqa: B006
+    device: options.DeviceOption = None,
+    seed: options.SeedOption = None,
+    force: options.ForceOption = False,
+    as_json: options.JsonOption = False,
+    wide: options.WideOption = False,
 ) -> None:
     """Find the plans that lose least under each budget; the BK-SDM plans come along as controls.
 
@@ -66,14 +47,12 @@ def search(
     limits = {"macs": macs, "params": params, "latency": latency, "memory": memory}
     together = ", ".join(f"{metric}<={limit}" for metric, limit in limits.items() if limit)
     model, lender = model_or_run(model, None)
-    options = {
+    asked = {
         "search.budgets": (together,) if together else (),
         "search.count": plans,
         "search.solver": solver,
-        "device": device,
-        "seed": seed,
     }
-    settings = settings_of(model, lender or run, config, assign, options)
+    settings = settings_of(model, lender or run, config, assign, asked, device=device, seed=seed)
     from prune_lab.workflow import check_budgets
 
     check_budgets(settings)  # before anything is removed
@@ -81,8 +60,12 @@ def search(
         from prune_lab.runtime import write_json
         from prune_lab.workflow import Session, borrow, ensure_plans, plans_frame
 
-        if lender and _scored_alike(open_run(lender, must_exist=True), settings):
-            borrow(open_run(lender, must_exist=True), opened)
+        if lender:
+            lent = open_run(lender, must_exist=True)
+            changed = set(changed_settings(load_config(lent.config), settings)) - {"device"}
+            # Another seed is another probe.
+            if not any(SETTINGS[name].read_by in ("blocks", "probe", "scores") for name in changed):
+                borrow(lent, opened)
         if importance and not opened.done(opened.importance):
             if not importance.is_file():
                 raise RunError(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prune_lab.blocks import BlockGroup
 from prune_lab.errors import DataError
-from prune_lab.evaluation import clip_scores, decode_latents, generate_latents
+from prune_lab.evaluation import clip_scores, decode_latents, generate
 from prune_lab.importance.cache import set_key
 from prune_lab.importance.context import GenerationSettings, SampleScores, ScoringContext, require_finite
 from prune_lab.plans import gone_with
@@ -63,7 +63,7 @@ def _latents_without(
     context: ScoringContext, generation: GenerationSettings, removed: Sequence[str], compute: ComputeCost
 ) -> Tensor:
     with bypassed(context.unet, removed, stand_in=True) as unet:
-        latents = generate_latents(
+        latents = generate(
             generation.pipeline,
             generation.prompts,
             generation.seeds,
@@ -71,6 +71,7 @@ def _latents_without(
             guidance=generation.guidance,
             unet=unet,
             batch=context.batch or _ROWS,
+            latents=True,
         )
     compute.forward_macs = context.architecture.total_macs
     compute.macs += compute.forward_macs * generation.forwards  # what the bypassed blocks save is ignored

@@ -7,7 +7,6 @@ Where the interval of a difference contains zero, the two candidates are tied.
 from __future__ import annotations
 
 from prune_lab.ranking.halving import (
-    Fate,
     HeldoutLosses,
     Tournament,
     Verdict,
@@ -17,31 +16,17 @@ from prune_lab.ranking.halving import (
     tournament_from_frame,
 )
 from prune_lab.ranking.paired import Difference, paired_difference, tie_groups
-from prune_lab.ranking.results import (
-    CandidateResult,
-    Origin,
-    Ranking,
-    RankingEntry,
-    Status,
-    pareto_front,
-    rank,
-    ranking_from_frame,
-)
+from prune_lab.ranking.results import CandidateResult, Ranking, rank, ranking_from_frame
 
 __all__ = [
     "CandidateResult",
     "Difference",
-    "Fate",
     "HeldoutLosses",
-    "Origin",
     "Ranking",
-    "RankingEntry",
-    "Status",
     "Tournament",
     "Verdict",
     "first_rung",
     "paired_difference",
-    "pareto_front",
     "rank",
     "ranking_from_frame",
     "run_tournament",

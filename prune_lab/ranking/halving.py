@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -23,6 +23,11 @@ from prune_lab.ranking.paired import Difference, paired_difference
 from prune_lab.schemas import TOURNAMENT_COLUMNS
 
 _T = TypeVar("_T")
+_KINDS = {
+    **dict.fromkeys(("rung", "steps", "place"), "Int64"),
+    **dict.fromkeys(("loss", "clip", "difference", "low", "high"), "float64"),
+    "tied": "boolean",
+}
 Fate = Literal["kept", "dropped", "failed"]
 HeldoutLosses = NDArray[np.float64] | str
 """The held-out loss of every row, or the reason why there is none."""
@@ -128,16 +133,10 @@ class Tournament:
         """One row per verdict, columns TOURNAMENT_COLUMNS; values that do not exist are missing."""
         rows = []
         for verdict in self.verdicts:
-            row = {
-                field.name: getattr(verdict, field.name)
-                for field in dataclasses.fields(verdict)
-                if field.name != "difference"
-            }
             gap = verdict.difference or Difference(math.nan, math.nan, math.nan)
-            rows.append(row | {"difference": gap.mean, "low": gap.low, "high": gap.high})
-        frame = pd.DataFrame(rows, columns=list(TOURNAMENT_COLUMNS))
-        kinds = dict.fromkeys(("rung", "steps", "place"), "Int64") | {"tied": "boolean"}
-        return frame.astype(kinds | dict.fromkeys(("loss", "clip", "difference", "low", "high"), "float64"))
+            figures = {"difference": gap.mean, "low": gap.low, "high": gap.high}
+            rows.append(dataclasses.asdict(verdict) | figures)
+        return pd.DataFrame(rows, columns=list(TOURNAMENT_COLUMNS)).astype(_KINDS)
 
 
 # The tournament --------------------------------------------------------------------------------------------------
@@ -302,28 +301,15 @@ def tournament_from_frame(frame: pd.DataFrame) -> Tournament:
 
     Raises DataError when columns are missing.
     """
-    missing = [name for name in TOURNAMENT_COLUMNS if name not in frame.columns]
-    if missing:
+    if missing := [name for name in TOURNAMENT_COLUMNS if name not in frame]:
         raise DataError(
             f"asked to read a tournament, found no column {missing[0]!r}; run prune-lab rank again"
         )
     verdicts = []
-    for row in frame.to_dict("records"):
-        gap = Difference(float(row["difference"]), float(row["low"]), float(row["high"]))
-        verdicts.append(
-            Verdict(
-                rung=int(row["rung"]),
-                steps=int(row["steps"]),
-                name=str(row["name"]),
-                loss=float(row["loss"]),
-                clip=float(row["clip"]),
-                place=None if pd.isna(row["place"]) else int(row["place"]),
-                fate=row["fate"],
-                tied=None if pd.isna(row["tied"]) else bool(row["tied"]),
-                against="" if pd.isna(row["against"]) else str(row["against"]),
-                difference=None if math.isnan(gap.mean) else gap,
-                reason="" if pd.isna(row["reason"]) else str(row["reason"]),
-            )
-        )
+    for row in frame[list(TOURNAMENT_COLUMNS)].astype(_KINDS).to_dict("records"):
+        known: dict[str, Any] = {str(name): value for name, value in row.items() if not pd.isna(value)}
+        known |= {name: str(known[name]) for name in ("name", "against") if name in known}
+        gap = Difference(*(known.pop(name, math.nan) for name in ("difference", "low", "high")))
+        verdicts.append(Verdict(**known, difference=None if math.isnan(gap.mean) else gap))
     names = dict.fromkeys(verdict.name for verdict in verdicts)
     return Tournament(tuple(names), tuple(sorted({verdict.steps for verdict in verdicts})), tuple(verdicts))

@@ -19,8 +19,10 @@ Origin = Literal["teacher", "control", "search"]
 Status = Literal["teacher", "ranked", "dropped", "left out", "failed"]
 
 _ENTRY_COLUMNS = ("rank", "tie_group", "pareto", "status", "reason")
-_COUNTS = ("blocks_removed", "params", "macs", "paper_macs", "steps", "rung")
+_COUNTS = ("rank", "tie_group", "blocks_removed", "params", "macs", "paper_macs", "steps", "rung")
 _FIGURES = ("median_ms", "impact_one_shot", "loss_before", "loss_after", "clip_before", "clip_after")
+_KINDS = dict.fromkeys(_COUNTS, "Int64") | dict.fromkeys(_FIGURES, "float64") | {"pareto": "boolean"}
+_REASON_FIELDS = {"failed": "failure", "left out": "left_out", "dropped": "dropped"}  # by status
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,17 +86,11 @@ class Ranking:
 
     def frame(self) -> pd.DataFrame:
         """One row per entry in order, columns RANKING_COLUMNS; unknown values are missing, never zero."""
-        rows = []
-        for entry in self.entries:
-            row = {
-                name: getattr(entry.result, name)
-                for name in RANKING_COLUMNS
-                if name in CandidateResult.__slots__
-            }
-            rows.append(row | {name: getattr(entry, name) for name in _ENTRY_COLUMNS})
-        frame = pd.DataFrame(rows, columns=list(RANKING_COLUMNS))
-        kinds = dict.fromkeys(("rank", "tie_group", *_COUNTS), "Int64") | dict.fromkeys(_FIGURES, "float64")
-        return frame.astype(kinds | {"pareto": "boolean"})
+        rows = [
+            [getattr(entry if name in _ENTRY_COLUMNS else entry.result, name) for name in RANKING_COLUMNS]
+            for entry in self.entries
+        ]
+        return pd.DataFrame(rows, columns=list(RANKING_COLUMNS)).astype(_KINDS)
 
 
 def pareto_front(results: Iterable[CandidateResult]) -> frozenset[str]:
@@ -165,10 +161,9 @@ def rank(results: Sequence[CandidateResult]) -> Ranking:
         if not one.failure and not one.left_out and not one.dropped and math.isfinite(one.loss_after)
     )
     steps = max(finished, key=lambda count: (finished[count], count), default=0)
-    not_ranked = {one.plan_id: _not_ranked(one, steps) for one in candidates}
-
+    not_ranked = {one.plan_id: reason for one in candidates if (reason := _not_ranked(one, steps))}
     ranked = sorted(
-        (one for one in candidates if not_ranked[one.plan_id] is None),
+        (one for one in candidates if one.plan_id not in not_ranked),
         key=lambda one: (_stage_reached(one), _order(one)),
     )
     groups = _tie_groups(ranked)
@@ -181,15 +176,9 @@ def rank(results: Sequence[CandidateResult]) -> Ranking:
             entries.append(RankingEntry(one, number, None, "dropped", one.dropped, group))
         else:
             entries.append(RankingEntry(one, number, one.plan_id in front, "ranked", tie_group=group))
-    for one in candidates:
-        reason = not_ranked[one.plan_id]
-        if reason is not None:
-            entries.append(RankingEntry(one, None, None, *reason))
+    rest = (one for one in candidates if one.plan_id in not_ranked)
+    entries += [RankingEntry(one, None, None, *not_ranked[one.plan_id]) for one in rest]
     return Ranking(tuple(entries))
-
-
-def _optional_int(cell: Any) -> int | None:
-    return None if pd.isna(cell) else int(cell)
 
 
 def ranking_from_frame(frame: pd.DataFrame) -> Ranking:
@@ -197,40 +186,15 @@ def ranking_from_frame(frame: pd.DataFrame) -> Ranking:
 
     Raises DataError when columns are missing.
     """
-    missing = [name for name in RANKING_COLUMNS if name not in frame.columns]
-    if missing:
+    if missing := [name for name in RANKING_COLUMNS if name not in frame]:
         raise DataError(f"asked to read a ranking, found no column {missing[0]!r}; run prune-lab rank again")
     entries = []
-    for row in frame.to_dict("records"):
-        reason = "" if pd.isna(row["reason"]) else str(row["reason"])
-        result = CandidateResult(
-            plan=str(row["plan"]),
-            plan_id=str(row["plan_id"]),
-            origin=row["origin"],
-            blocks_removed=int(row["blocks_removed"]),
-            params=int(row["params"]),
-            macs=int(row["macs"]),
-            paper_macs=int(row["paper_macs"]),
-            median_ms=float(row["median_ms"]),
-            impact_one_shot=float(row["impact_one_shot"]),
-            loss_before=float(row["loss_before"]),
-            loss_after=float(row["loss_after"]),
-            clip_before=float(row["clip_before"]),
-            clip_after=float(row["clip_after"]),
-            steps=int(row["steps"]),
-            rung=_optional_int(row["rung"]),
-            failure=reason if row["status"] == "failed" else "",
-            left_out=reason if row["status"] == "left out" else "",
-            dropped=reason if row["status"] == "dropped" else "",
-        )
-        entries.append(
-            RankingEntry(
-                result,
-                _optional_int(row["rank"]),
-                None if pd.isna(row["pareto"]) else bool(row["pareto"]),
-                row["status"],
-                reason,
-                _optional_int(row["tie_group"]),
-            )
-        )
+    for row in frame[list(RANKING_COLUMNS)].astype(_KINDS).to_dict("records"):
+        known: dict[str, Any] = {str(name): value for name, value in row.items() if not pd.isna(value)}
+        position = {name: known.pop(name, None) for name in _ENTRY_COLUMNS}
+        reason = position["reason"] = position["reason"] or ""
+        if position["status"] in _REASON_FIELDS:
+            known[_REASON_FIELDS[position["status"]]] = reason
+        known |= {name: str(known[name]) for name in ("plan", "plan_id")}
+        entries.append(RankingEntry(CandidateResult(**known), **position))
     return Ranking(tuple(entries))

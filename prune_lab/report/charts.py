@@ -18,8 +18,8 @@ from prune_lab.report.figures import (
     Theme,
     impact_colors,
     impact_scale,
+    log_axis,
     log_scale_if_wide,
-    log_ticks,
     new_figure,
     style_axes,
 )
@@ -47,25 +47,22 @@ _PALE = 0.35  # opacity of the mark of a dropped candidate
 
 def draw_importance(importance: pd.DataFrame, theme: Theme) -> Figure:
     """Impact of every scored group with its interval on a log axis, largest on top; one panel per kind of group."""
-    groups = {kind: importance_frame(importance, kind) for kind in _KIND_TITLES}
-    groups = {kind: frame for kind, frame in groups.items() if len(frame)}
-    rest = [len(frame) + 3 for kind, frame in groups.items() if kind != "block"]
-    rows = max(len(groups.get("block", ())) + 3, sum(rest))
+    frames = {kind: importance_frame(importance, kind) for kind in _KIND_TITLES}
+    frames = {kind: frame for kind, frame in frames.items() if len(frame)}
+    stacked = {kind: len(frame) + 3 for kind, frame in frames.items() if kind != "block"}
+    rows = max(len(frames.get("block", ())) + 3, sum(stacked.values()))
     figure = new_figure(theme, 11, 0.9 + 0.2 * rows)
-    columns = figure.add_gridspec(1, 2 if "block" in groups and rest else 1)
+    columns = figure.add_gridspec(1, 2 if "block" in frames and stacked else 1)
+    places = {"block": columns[0]} if "block" in frames else {}
+    if stacked:
+        stack = columns[-1].subgridspec(len(stacked), 1, height_ratios=list(stacked.values()))
+        places |= {kind: stack[index] for index, kind in enumerate(stacked)}
     limits = _impact_limits(importance)
     # The colour scale of single blocks, as in the block map, so that a value has one colour in all figures.
-    scale = impact_scale(groups.get("block", importance)["impact"])
-    panels: dict[str, Axes] = {}
-    if "block" in groups:
-        panels["block"] = figure.add_subplot(columns[0])
-    others = [kind for kind in groups if kind != "block"]
-    if others:
-        stack = columns[-1].subgridspec(len(others), 1, height_ratios=rest)
-        for index, kind in enumerate(others):
-            panels[kind] = figure.add_subplot(stack[index])
-    for kind, axes in panels.items():
-        _draw_impacts(axes, groups[kind], theme, limits, scale, title=_KIND_TITLES[kind])
+    scale = impact_scale(frames.get("block", importance)["impact"])
+    for kind, place in places.items():
+        axes = figure.add_subplot(place)
+        _draw_impacts(axes, frames[kind], theme, limits, scale, title=_KIND_TITLES[kind])
     return figure
 
 
@@ -85,20 +82,14 @@ def _draw_impacts(
     colors = impact_colors(theme)(scale(frame["impact"]))
     shown = frame["impact"].clip(lower=limits[0])
     axes.hlines(positions, limits[0], shown, color=theme.grid, linewidth=5)
-    axes.hlines(
-        positions,
-        frame["low"].clip(lower=limits[0]),
-        frame["high"].clip(lower=limits[0]),
-        color=theme.text,
-        lw=1.2,
-    )
+    low, high = (frame[side].clip(lower=limits[0]) for side in ("low", "high"))
+    axes.hlines(positions, low, high, color=theme.text, lw=1.2)
     axes.scatter(shown, positions, s=26, c=colors, edgecolors=theme.text, linewidths=0.8, zorder=3)
     for position, impact in zip(positions, frame["impact"], strict=True):
         if impact <= 0:
             axes.text(limits[0] * 1.3, position, "≤ 0", fontsize=7, va="center", color=theme.text)
-    axes.set_xscale("log")
     axes.set_xlim(*limits)
-    log_ticks(axes.xaxis, *limits)
+    log_axis(axes, "x", *limits)
     starred = frame["starred"].astype(bool)
     names = [f"{name}*" if star else str(name) for name, star in zip(frame["group"], starred, strict=True)]
     axes.set_yticks(positions, names)
@@ -116,50 +107,31 @@ def draw_costs(costs: pd.DataFrame, importance: pd.DataFrame | None, theme: Them
     scores = None if importance is None else importance[importance["kind"] == "block"].set_index("group")
     figure = new_figure(theme, 11, 1.0 + 0.19 * len(costs))
     panels = figure.subplots(1, 2 if scores is None else 3, sharey=True)
-    plain, light = _cost_colors(theme)
+    plain, light = ("#33608c", "#a9c3dc") if theme.name == "light" else ("#86b0d8", "#3d5f80")
     panels[0].barh(order, costs["params"], height=0.7, color=plain)
+    products = {"left": costs["paper_macs"], "color": light, "label": "attention products"}
     panels[1].barh(order, costs["paper_macs"], height=0.7, color=plain, label="without attention products")
-    panels[1].barh(
-        order,
-        costs["attention_macs"],
-        left=costs["paper_macs"],
-        height=0.7,
-        color=light,
-        label="attention products",
-    )
+    panels[1].barh(order, costs["attention_macs"], height=0.7, **products)
     style_axes(panels[0], theme, title="Parameters")
     style_axes(panels[1], theme, title="Multiply-adds of one forward pass")
     for axes in panels[:2]:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    panels[1].legend(
-        frameon=False,
-        fontsize=8,
-        labelcolor=theme.text,
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.03),
-        ncols=2,
-    )
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.03), "ncols": 2}
+    panels[1].legend(frameon=False, fontsize=8, labelcolor=theme.text, **below)
     if scores is not None:
         joined = scores.reindex(costs["name"])
         limits = _impact_limits(scores)
         scored = joined["impact"].notna().to_numpy()
         style_axes(panels[2], theme, title="Impact of removal (log scale)")
-        panels[2].set_xscale("log")
         panels[2].set_xlim(*limits)
-        log_ticks(panels[2].xaxis, *limits)
-        low, high = (joined[side].clip(lower=limits[0])[scored] for side in ("low", "high"))
-        panels[2].hlines(order[scored], low, high, color=theme.text, lw=1.2)
-        panels[2].scatter(
-            joined["impact"].clip(lower=limits[0])[scored], order[scored], s=18, color=theme.text, zorder=3
-        )
+        log_axis(panels[2], "x", *limits)
+        joined = joined[["low", "high", "impact"]].clip(lower=limits[0])[scored]
+        panels[2].hlines(order[scored], joined["low"], joined["high"], color=theme.text, lw=1.2)
+        panels[2].scatter(joined["impact"], order[scored], s=18, color=theme.text, zorder=3)
     panels[0].set_yticks(order, costs["name"])
     panels[0].tick_params(axis="y", colors=theme.text, labelsize=8)
     panels[0].set_ylim(-0.7, len(costs) - 0.3)
     return figure
-
-
-def _cost_colors(theme: Theme) -> tuple[str, str]:
-    return ("#33608c", "#a9c3dc") if theme.name == "light" else ("#86b0d8", "#3d5f80")
 
 
 # Cost against quality --------------------------------------------------------------------------------------------
@@ -183,13 +155,11 @@ def draw_quality_plane(ranking: pd.DataFrame, styles: Mapping[str, PlanStyle], t
             style_axes(axes, theme, grid="both")
             _draw_front(axes, not_dropped(ranking), cost, quality, theme)
             _draw_outcomes(axes, rows, cost, quality, styles, theme)
-            if teacher is not None and pd.notna(teacher[f"{quality}_after"]):
-                axes.axhline(teacher[f"{quality}_after"], color=theme.muted, lw=1, ls=(0, (4, 3)))
-                axes.scatter(
-                    [teacher[cost]], [teacher[f"{quality}_after"]], s=64, marker="s", color=theme.text
-                )
+            if teacher is not None and pd.notna(level := teacher[f"{quality}_after"]):
+                axes.axhline(level, color=theme.muted, lw=1, ls=(0, (4, 3)))
+                axes.scatter([teacher[cost]], [level], s=64, marker="s", color=theme.text)
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-            if axes is grid[-1][0] or axes is grid[-1][1]:
+            if quality == qualities[-1][0]:
                 axes.set_xlabel(cost_label)
         line[0].set_ylabel(quality_label)
         # Losses before training can be many times those after it; a log axis keeps both readable.
@@ -206,7 +176,7 @@ def draw_quality_plane(ranking: pd.DataFrame, styles: Mapping[str, PlanStyle], t
         pale = _legend_mark("pale: dropped before the end", "o", theme.muted, theme.muted)
         pale.set_alpha(_PALE)
         extra.append(pale)
-    plan_legend(figure, rows, styles, theme, extra)
+    plan_legend(figure, dict(zip(rows["plan_id"], rows["plan"], strict=True)), styles, theme, extra)
     return figure
 
 
@@ -218,14 +188,9 @@ def _draw_outcomes(
         before, after = row[f"{quality}_before"], row[f"{quality}_after"]
         if pd.notna(before) and pd.notna(after):
             axes.plot([row[cost]] * 2, [before, after], color=style.color, lw=1, alpha=0.6)
-        shape: dict[str, Any] = {
-            "s": 52,
-            "marker": style.marker,
-            "edgecolors": style.color,
-            "linewidths": 1.4,
-            "zorder": 3,
-            "alpha": _PALE if row["status"] == "dropped" else None,
-        }
+        alpha = _PALE if row["status"] == "dropped" else None
+        shape: dict[str, Any] = {"s": 52, "marker": style.marker, "linewidths": 1.4, "zorder": 3}
+        shape |= {"edgecolors": style.color, "alpha": alpha}
         axes.scatter([row[cost]], [before], facecolors=theme.surface, **shape)
         axes.scatter([row[cost]], [after], facecolors=style.color, **shape)
 
@@ -240,13 +205,12 @@ def _draw_front(axes: Axes, ranking: pd.DataFrame, cost: str, quality: str, them
 
 def plan_legend(
     figure: Figure,
-    rows: pd.DataFrame,
+    labels: Mapping[str, str],
     styles: Mapping[str, PlanStyle],
     theme: Theme,
     extra: Sequence[Line2D] = (),
 ) -> None:
-    """Add a legend under ``figure``: the marks of the plans in ``rows`` (plan_id, plan) and the marks ``extra``."""
-    labels = dict(zip(rows["plan_id"].astype(str), rows["plan"].astype(str), strict=True))
+    """Add a legend under ``figure``: the marks of the plans in ``labels`` (by plan id) and the marks ``extra``."""
     marks = [
         _legend_mark(labels[plan_id], style.marker, style.color, style.color)
         for plan_id, style in styles.items()
@@ -280,19 +244,15 @@ def draw_prediction(ranking: pd.DataFrame, styles: Mapping[str, PlanStyle], them
     rows = rows[rows["impact_one_shot"] > 0]
     figure = new_figure(theme, 11, 3.6)
     panels = figure.subplots(1, 2)
-    titles = {"loss_before": "Before distillation", "loss_after": "After distillation"}
-    for axes, (column, title) in zip(panels, titles.items(), strict=True):
-        style_axes(axes, theme, title=title, grid="both")
-        shown = rows if column == "loss_before" else not_dropped(rows)
+    for axes, state, shown in zip(panels, ("before", "after"), (rows, not_dropped(rows)), strict=True):
+        style_axes(axes, theme, title=f"{state.capitalize()} distillation", grid="both")
         for row in shown.to_dict("records"):
-            style = styles[str(row["plan_id"])]
-            axes.scatter(
-                [row["impact_one_shot"]], [row[column]], s=52, marker=style.marker, color=style.color
-            )
+            style, point = styles[row["plan_id"]], (row["impact_one_shot"], row[f"loss_{state}"])
+            axes.scatter(*point, s=52, marker=style.marker, color=style.color)
         is_log = log_scale_if_wide(axes, "x", rows["impact_one_shot"].to_numpy(dtype=float))
         axes.set_xlabel("impact in one shot, before any training" + (" (log scale)" if is_log else ""))
     panels[0].set_ylabel("held-out denoising loss")
-    plan_legend(figure, rows, styles, theme)
+    plan_legend(figure, dict(zip(rows["plan_id"], rows["plan"], strict=True)), styles, theme)
     return figure
 
 
@@ -313,15 +273,8 @@ def draw_curves(
         for plan in shown:
             line = curves[(curves["plan_id"] == plan.id) & (curves["part"] == part)].sort_values("step")
             style = styles[plan.id]
-            axes.plot(
-                line["step"],
-                line["value"],
-                color=style.color,
-                ls=style.dash,
-                lw=1.4,
-                marker=style.marker if part == "validation" else None,
-                ms=4,
-            )
+            marker = style.marker if part == "validation" else None
+            axes.plot(line["step"], line["value"], style.dash, color=style.color, lw=1.4, marker=marker, ms=4)
         values = curves.loc[curves["part"] == part, "value"].to_numpy(dtype=float)
         is_log = log_scale_if_wide(axes, "y", values)
         style_axes(axes, theme, title=_PART_TITLES[part] + (" (log)" if is_log else ""), grid="y")

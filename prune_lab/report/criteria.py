@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from prune_lab.report.figures import (
@@ -18,7 +16,7 @@ from prune_lab.report.figures import (
     impact_bar,
     impact_colors,
     impact_scale,
-    log_ticks,
+    log_axis,
     new_figure,
     save_png,
     style_axes,
@@ -47,20 +45,16 @@ def draw_parts(parts: pd.DataFrame, theme: Theme) -> Figure:
         table = blocks[blocks["part"] == part].pivot_table(
             index="group", columns="of", values="impact", sort=False
         )
-        _draw_heat(axes, table.loc[names], theme, norm, _PART_TITLES[part])
+        style_axes(axes, theme, title=_PART_TITLES[part], grid="")
+        # An impact of zero or less has no place on a log scale: its cell stays blank.
+        positive = table.loc[names].where(table > 0)
+        axes.imshow(positive, norm=norm, cmap=impact_colors(theme), aspect="auto", interpolation="nearest")
+        axes.set_xticks(range(table.shape[1]), list(table.columns), rotation=45, ha="right", fontsize=7.5)
+        axes.spines["bottom"].set_visible(False)
     panels[0].set_yticks(range(len(names)), names, fontsize=7.5)
     layout = {"ax": list(panels), "fraction": 0.03, "aspect": 40, "pad": 0.01}
     impact_bar(figure, norm, theme, "impact (log scale)", layout)
     return figure
-
-
-def _draw_heat(axes: Axes, table: pd.DataFrame, theme: Theme, norm: LogNorm, title: str) -> None:
-    style_axes(axes, theme, title=title, grid="")
-    # An impact of zero or less has no place on a log scale: its cell stays blank.
-    values = np.where(table.to_numpy() > 0, table.to_numpy(), np.nan)
-    axes.imshow(values, norm=norm, cmap=impact_colors(theme), aspect="auto", interpolation="nearest")
-    axes.set_xticks(range(table.shape[1]), list(table.columns), rotation=45, ha="right", fontsize=7.5)
-    axes.spines["bottom"].set_visible(False)
 
 
 def draw_agreement(correlations: pd.DataFrame, theme: Theme) -> Figure:
@@ -70,12 +64,10 @@ def draw_agreement(correlations: pd.DataFrame, theme: Theme) -> Figure:
     measured = correlations[correlations["other"] == "measured"]
     overs = list(dict.fromkeys(measured["over"]))
     figure = new_figure(theme, 11, 1.4 + 0.34 * len(names))
-    left, *others = figure.subplots(1, 1 + len(overs), squeeze=False, width_ratios=[2.2, *[1] * len(overs)])[
-        0
-    ]
-    table = blocks.pivot_table(index="criterion", columns="other", values="spearman", sort=False).loc[
-        names, names
-    ]
+    widths = [2.2, *[1] * len(overs)]
+    left, *others = figure.subplots(1, 1 + len(overs), squeeze=False, width_ratios=widths)[0]
+    table = blocks.pivot_table(index="criterion", columns="other", values="spearman", sort=False)
+    table = table.loc[names, names]
     style_axes(left, theme, title="Spearman over blocks", grid="")
     left.imshow(table, vmin=-1, vmax=1, cmap="RdBu", aspect="auto")
     left.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
@@ -106,13 +98,13 @@ def draw_stability(table: pd.DataFrame, theme: Theme) -> Figure:
     style_axes(axes, theme, title="Share of the least important blocks that is the same", grid="both")
     for color, (top, line) in zip(_COLORS, rows.groupby("top"), strict=False):
         axes.plot(line["samples"], line["overlap"], color=color, marker="o", ms=4, label=f"the {top} least")
-        axes.fill_between(
-            line["samples"], line["overlap_low"], line["overlap_high"], color=color, alpha=0.12, lw=0
-        )
+        interval = line["overlap_low"], line["overlap_high"]
+        axes.fill_between(line["samples"], *interval, color=color, alpha=0.12, lw=0)
     axes.set_xscale("log", base=2)
     axes.set_ylim(0, 1.05)
     axes.set_xlabel("samples")
-    axes.set_xticks(sorted(set(rows["samples"])), [str(size) for size in sorted(set(rows["samples"]))])
+    sizes = sorted(set(rows["samples"]))
+    axes.set_xticks(sizes, list(map(str, sizes)))
     axes.legend(frameon=False, fontsize=8.5, labelcolor=theme.text)
     return figure
 
@@ -123,18 +115,12 @@ def draw_additivity(sums: pd.DataFrame, theme: Theme) -> Figure:
     axes = figure.subplots()
     style_axes(axes, theme, title="Additivity of impacts", grid="both")
     known = sums[(sums["added"] > 0) & (sums["measured"] > 0)]
-    low, high = (
-        float(known[["added", "measured"]].min().min()),
-        float(known[["added", "measured"]].max().max()),
-    )
+    values = known[["added", "measured"]].to_numpy(dtype=float)
+    low, high = values.min(), values.max()
     axes.plot([low, high], [low, high], color=theme.muted, lw=1, ls="--")
-    axes.scatter(
-        known["added"], known["measured"], c=known["count"], cmap=impact_colors(theme), s=24, zorder=3
-    )
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    log_ticks(axes.xaxis, low, high)
-    log_ticks(axes.yaxis, low, high)
+    axes.scatter(values[:, 0], values[:, 1], c=known["count"], cmap=impact_colors(theme), s=24, zorder=3)
+    log_axis(axes, "x", low, high)
+    log_axis(axes, "y", low, high)
     axes.set_xlabel("sum of the single blocks' impacts")
     axes.set_ylabel("measured impact of the plan")
     return figure
@@ -146,9 +132,7 @@ def draw_additivity(sums: pd.DataFrame, theme: Theme) -> Figure:
 def _cells(row: Mapping[object, object], outcome: bool) -> list[str]:
     cells = [f"`{row['criterion']}`", count(row["samples"]), count(row["forwards"])]
     for name in ("leader", "impact", *(["outcome"] if outcome else [])):
-        value, low, high = (
-            row[f"{name}_{column}"] for column in ("spearman", "spearman_low", "spearman_high")
-        )
+        value, low, high = (row[f"{name}_spearman{end}"] for end in ("", "_low", "_high"))
         interval = "" if is_missing(low) else f" [{low:.2f}, {high:.2f}]"
         cells.append(UNKNOWN if is_missing(value) else f"{value:.2f}{interval}")
     return cells

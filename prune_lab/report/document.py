@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import pandas as pd
 from matplotlib.figure import Figure
 
 from prune_lab.report.figures import Theme
@@ -51,6 +52,22 @@ class Section:
     key: str
     title: str
     parts: tuple[SectionItem, ...]
+
+
+def table_of(
+    frame: pd.DataFrame,
+    columns: Sequence[tuple[str, str, Callable[[object], str]]],
+    caption: str,
+    source: str = "",
+    *,
+    left: int = 1,
+    folded: bool = False,
+) -> Table:
+    """The table of ``frame``; ``columns`` are (heading, name in the frame, how its cells are written)."""
+    rows = tuple(
+        tuple(written(row[name]) for _, name, written in columns) for row in frame.to_dict("records")
+    )
+    return Table(caption, tuple(heading for heading, _, _ in columns), rows, source, left, folded)
 
 
 def not_run(missing: str, verb: str) -> Text:

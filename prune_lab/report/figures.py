@@ -16,7 +16,6 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LogNorm
 from matplotlib.figure import Figure
@@ -58,16 +57,8 @@ class PlanStyle:
 # Okabe and Ito's colours, distinguishable with every kind of colour vision, without the yellow, invisible on white;
 # then four more.
 _COLORS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#E69F00",
-    "#8F7BD6",
-    "#A08060",
-    "#882255",
-    "#8C8C2F",
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"),
+    *("#8F7BD6", "#A08060", "#882255", "#8C8C2F"),
 )
 _SEARCH_MARKERS = ("D", "^", "v", "P", "X", "p", "h", "*")
 _SEARCH_DASHES = ("--", "-.", ":")
@@ -123,28 +114,28 @@ def new_figure(theme: Theme, width: float, height: float) -> Figure:
     return figure
 
 
-def style_axes(axes: Axes, theme: Theme, *, title: str = "", grid: str = "x") -> None:
+def style_axes(
+    axes: Axes, theme: Theme, *, title: str = "", grid: Literal["", "x", "y", "both"] = "x"
+) -> None:
     """Give ``axes`` the style of the report: no box, a thin grid along ``grid`` (x, y or both), small grey labels."""
     axes.set_facecolor("none")
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(theme.grid)
     axes.tick_params(axis="both", colors=theme.muted, labelsize=8, length=0, which="both")
-    axes.xaxis.label.set_color(theme.text)
-    axes.yaxis.label.set_color(theme.text)
-    axes.xaxis.label.set_fontsize(9)
-    axes.yaxis.label.set_fontsize(9)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set(color=theme.text, fontsize=9)
     axes.set_axisbelow(True)
-    if grid in ("x", "y"):
-        axes.grid(True, axis="x" if grid == "x" else "y", color=theme.grid, linewidth=0.8)
-    elif grid == "both":
-        axes.grid(True, color=theme.grid, linewidth=0.8)
+    if grid:
+        axes.grid(True, axis=grid, color=theme.grid, linewidth=0.8)
     if title:
         axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=theme.text, pad=8)
 
 
-def log_ticks(axis: Axis, low: float, high: float) -> None:
-    """Put a few short numbers on the logarithmic ``axis`` from ``low`` to ``high``."""
+def log_axis(axes: Axes, side: Literal["x", "y"], low: float, high: float) -> None:
+    """Make the axis ``side`` logarithmic, with a few short numbers from ``low`` to ``high``."""
+    axes.set(**{f"{side}scale": "log"})
+    axis = axes.xaxis if side == "x" else axes.yaxis
     axis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0) if high < 300 * low else (1.0,)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
@@ -155,8 +146,7 @@ def log_scale_if_wide(axes: Axes, side: Literal["x", "y"], values: NDArray[np.fl
     known = values[np.isfinite(values)]
     if not len(known) or known.min() <= 0 or known.max() <= 3 * known.min():
         return False
-    axes.set(**{f"{side}scale": "log"})
-    log_ticks(axes.xaxis if side == "x" else axes.yaxis, float(known.min()), float(known.max()))
+    log_axis(axes, side, float(known.min()), float(known.max()))
     return True
 
 
@@ -170,29 +160,13 @@ def freeze_layout(figure: Figure) -> Bbox:
 def save_png(figure: Figure, path: Path, area: Bbox) -> None:
     """Write the ``area`` of ``figure`` to ``path`` on a white background, for the Markdown page."""
     with atomic_write(path) as temporary:
-        figure.savefig(
-            temporary,
-            format="png",
-            dpi=130,
-            facecolor=LIGHT.surface,
-            bbox_inches=area,
-            metadata={"Software": None},
-        )
+        look: dict[str, Any] = {"dpi": 130, "facecolor": LIGHT.surface, "bbox_inches": area}
+        figure.savefig(temporary, format="png", metadata={"Software": None}, **look)
 
 
 def svg_uri(figure: Figure, area: Bbox) -> str:
     """The ``area`` of ``figure`` as a data URI; equal figures give equal bytes."""
     buffer = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": "prune_lab", "svg.fonttype": "path"}):
-        figure.savefig(
-            buffer,
-            format="svg",
-            bbox_inches=area,
-            metadata={"Date": None, "Creator": None},
-        )
+        figure.savefig(buffer, format="svg", bbox_inches=area, metadata={"Date": None, "Creator": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def png_uri(path: Path) -> str:
-    """The PNG file ``path`` as a data URI."""
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")

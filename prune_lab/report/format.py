@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 
 import pandas as pd
 
@@ -11,16 +12,40 @@ MINUS = "\u2212"
 NARROW = "\u202f"  # a thin space that keeps a number and its unit on one line
 
 
-def count(value: object) -> str:
+def is_missing(value: object) -> bool:
+    """Whether a cell of a table has no value."""
+    return value is None or bool(pd.isna(value))  # type: ignore[call-overload]
+
+
+def text(value: object) -> str:
+    """The words in a cell as they are."""
+    return UNKNOWN if is_missing(value) else str(value)
+
+
+def yes_or_no(value: object) -> str:
+    """A truth value, whichever way a CSV writes it."""
+    return UNKNOWN if is_missing(value) else "yes" if str(value) in ("True", "1.0", "1") else "no"
+
+
+def _number_format(written: Callable[[float], str]) -> Callable[[object], str]:
+    """``written`` for any cell of a table: a dash where it has no value."""
+
+    @functools.wraps(written)
+    def cell_text(value: object) -> str:
+        return UNKNOWN if is_missing(value) else written(float(str(value)))
+
+    return cell_text
+
+
+@_number_format
+def count(number: float) -> str:
     """A whole number with separated thousands: 859,520,964."""
-    return UNKNOWN if is_missing(value) else f"{int(float(str(value))):,}"
+    return f"{int(number):,}"
 
 
-def amount(value: object) -> str:
+@_number_format
+def amount(number: float) -> str:
     """A large number in three digits: 339 G, 8.77 M, 12.3 k."""
-    if is_missing(value):
-        return UNKNOWN
-    number = float(str(value))
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(number) >= 0.9995 * size:
             digits = 0 if abs(number) >= 99.95 * size else 1 if abs(number) >= 9.995 * size else 2
@@ -28,28 +53,29 @@ def amount(value: object) -> str:
     return f"{number:.0f}"
 
 
-def percent_change(value: object) -> str:
+@_number_format
+def percent_change(fraction: float) -> str:
     """A fraction as a signed percentage: −32.6 %."""
-    if is_missing(value):
-        return UNKNOWN
-    percent = round(100 * float(str(value)), 1)
-    sign = MINUS if percent < 0 else "+" if percent > 0 else "±"
-    return f"{sign}{abs(percent):.1f}{NARROW}%"
+    change = round(100 * fraction, 1)
+    sign = MINUS if change < 0 else "+" if change > 0 else "±"
+    return f"{sign}{abs(change):.1f}{NARROW}%"
 
 
-def loss_or_score(value: object) -> str:
+@_number_format
+def percent(fraction: float) -> str:
+    """A share of a whole: 32.6 %."""
+    return f"{100 * fraction:.1f}{NARROW}%"
+
+
+@_number_format
+def loss_or_score(number: float) -> str:
     """A loss or score with four decimals, or with an exponent when it is too small for four."""
-    if is_missing(value):
-        return UNKNOWN
-    number = float(str(value))
     return f"{number:.4f}" if abs(number) >= 0.001 or number == 0 else f"{number:.2e}"
 
 
-def short_number(value: object) -> str:
-    """``value`` with two significant digits, in few characters: 1.2e-4, 0.012, 0.31, 2.1."""
-    if is_missing(value):
-        return UNKNOWN
-    number = float(str(value))
+@_number_format
+def short_number(number: float) -> str:
+    """Two significant digits, in few characters: 1.2e-4, 0.012, 0.31, 2.1."""
     if number == 0:
         return "0"
     if abs(number) >= 0.01:
@@ -58,17 +84,10 @@ def short_number(value: object) -> str:
     return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
-def milliseconds(value: object) -> str:
+@_number_format
+def milliseconds(number: float) -> str:
     """A time in milliseconds with three digits."""
-    if is_missing(value):
-        return UNKNOWN
-    number = float(str(value))
     return f"{number:.3g}{NARROW}ms" if number < 1000 else f"{number:,.0f}{NARROW}ms"
-
-
-def is_missing(value: object) -> bool:
-    """Whether a cell of a table has no value."""
-    return value is None or bool(pd.isna(value))  # type: ignore[call-overload]
 
 
 def enumeration(items: Iterable[str]) -> str:

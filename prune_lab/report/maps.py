@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -11,14 +11,7 @@ from matplotlib.colors import LogNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from prune_lab.report.figures import (
-    PlanStyle,
-    Theme,
-    impact_bar,
-    impact_colors,
-    impact_scale,
-    new_figure,
-)
+from prune_lab.report.figures import PlanStyle, Theme, impact_bar, impact_colors, impact_scale, new_figure
 from prune_lab.report.format import MINUS, short_number
 from prune_lab.report.tables import PlanRow
 
@@ -43,11 +36,9 @@ def map_cells(frame: pd.DataFrame) -> tuple[tuple[Cell, ...], tuple[tuple[str, f
     stages = frame.groupby("stage", sort=False).agg(
         count=("name", "size"), lane=("lane", "first"), row=("row", "first")
     )
-    sides = stages[stages["lane"] != "middle"]
-    left_width = (
-        int(stages.loc[stages["lane"] == "left", "count"].max()) if "left" in set(sides["lane"]) else 0
-    )
-    gap = (int(sides["row"].max()) + 1 if len(sides) else 1) * _INDENT + 0.6
+    left_width = max(stages.loc[stages["lane"] == "left", "count"], default=0)
+    depth = max(stages.loc[stages["lane"] != "middle", "row"], default=0) + 1
+    gap = depth * _INDENT + 0.6
     right_edge = left_width + 2 * gap  # where the innermost up stage would begin without its indent
     corner: dict[str, tuple[float, float]] = {}
     labels = []
@@ -73,7 +64,7 @@ def draw_block_map(frame: pd.DataFrame, theme: Theme) -> Figure:
     norm = impact_scale(frame["impact"])
     figure = new_figure(theme, 11, 4.9)
     axes = figure.add_subplot()
-    _draw_cells(axes, frame, theme, norm, removed=frozenset(), outline=theme.text, numbers=True)
+    _draw_cells(axes, frame, theme, norm, (), outline=theme.text, numbers=True)
     if frame["impact"].notna().any():
         layout = {"ax": axes, "orientation": "horizontal", "fraction": 0.045, "aspect": 50, "pad": 0.02}
         impact_bar(figure, norm, theme, "impact of removing the block (log scale)", layout)
@@ -92,16 +83,12 @@ def draw_plan_maps(
     for axes in grid.flat[len(plans) :]:
         axes.set_visible(False)
     titles = {plan.id: f"{plan.label}  {MINUS}{len(plan.removed)} blocks" for plan in plans}
-    size = min(
-        10.0, 350 / max(map(len, titles.values()))
-    )  # the longest title fits over a third of the figure
+    # The longest title fits over a third of the figure.
+    size = min(10.0, 350 / max(map(len, titles.values())))
     for axes, plan in zip(grid.flat, plans, strict=False):
-        style = styles[plan.id]
-        _draw_cells(
-            axes, frame, theme, norm, removed=frozenset(plan.removed), outline=style.color, numbers=False
-        )
-        title = titles[plan.id]
-        axes.set_title(title, loc="left", fontsize=size, fontweight="bold", color=style.color)
+        color = styles[plan.id].color
+        _draw_cells(axes, frame, theme, norm, plan.removed, outline=color, numbers=False)
+        axes.set_title(titles[plan.id], loc="left", fontsize=size, fontweight="bold", color=color)
     return figure
 
 
@@ -110,8 +97,8 @@ def _draw_cells(
     frame: pd.DataFrame,
     theme: Theme,
     norm: LogNorm,
+    removed: Collection[str],
     *,
-    removed: frozenset[str],
     outline: str,
     numbers: bool,
 ) -> None:

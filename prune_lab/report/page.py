@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import html
-import importlib.metadata
 import re
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -15,7 +13,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from prune_lab.report.document import Chart, Section, Table, Text
+from prune_lab import __version__
+from prune_lab.report.document import Chart, SectionItem, Table, Text
 from prune_lab.report.figures import DARK, LIGHT, freeze_layout, save_png, svg_uri
 from prune_lab.report.sections import report_sections
 from prune_lab.report.tables import RunTables, read_run
@@ -36,13 +35,16 @@ def write_report(run: Run) -> Path:
     Raises RunError when the folder holds nothing to report, DataError when one of its files is damaged.
     """
     tables = read_run(run)
-    sections = report_sections(tables)
-    parts = _rendered(sections, run)
+    # Every figure is drawn and written, and embedded in the HTML page.
+    sections = [
+        {"key": section.key, "title": section.title, "parts": [_render(part, run) for part in section.parts]}
+        for section in report_sections(tables)
+    ]
     page = {
         "title": tables.title,
         "facts": _facts(tables),
-        "sections": parts,
-        "version": _version(),
+        "sections": sections,
+        "version": __version__,
     }
     for source in (*(getattr(run, name) for name in _CSV_FILES), run.folder / "steps.csv"):
         if source.exists():
@@ -56,15 +58,7 @@ def write_report(run: Run) -> Path:
     return run.report
 
 
-def _rendered(sections: Sequence[Section], run: Run) -> list[dict[str, Any]]:
-    """The sections with every figure drawn and written, and every picture embedded."""
-    return [
-        {"key": section.key, "title": section.title, "parts": [_render(part, run) for part in section.parts]}
-        for section in sections
-    ]
-
-
-def _render(part: Text | Table | Chart, run: Run) -> dict[str, Any]:
+def _render(part: SectionItem, run: Run) -> dict[str, Any]:
     match part:
         case Text():
             return {"kind": "text", **asdict(part)}
@@ -99,22 +93,13 @@ def _facts(tables: RunTables) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]
 
 
-def _version() -> str:
-    try:
-        return importlib.metadata.version("prune-lab")
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"
-
-
 # Templates -------------------------------------------------------------------------------------------------------
 
 
 def _template(name: str, *, autoescape: bool, page: dict[str, Any]) -> str:
     # S701 does not apply to the Markdown page: its filters escape what Markdown would interpret.
     environment = Environment(autoescape=autoescape, undefined=StrictUndefined, keep_trailing_newline=True)
-    environment.filters["inline"] = _inline
-    environment.filters["plain"] = _plain
-    environment.filters["prose"] = _prose
+    environment.filters |= {"inline": _inline, "plain": _plain, "prose": _prose}
     source = resources.files("prune_lab.report").joinpath(name).read_text(encoding="utf-8")
     return environment.from_string(source).render(**page)
 

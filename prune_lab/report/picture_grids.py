@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from textwrap import wrap
@@ -16,7 +17,7 @@ from PIL import Image
 from prune_lab.errors import DataError
 from prune_lab.report.document import Chart, SectionItem, Text, not_run
 from prune_lab.report.figures import PlanStyle, Theme, new_figure, plan_styles
-from prune_lab.report.tables import PictureSet, RunTables
+from prune_lab.report.tables import RunTables
 
 _LABEL = 2.6  # width of the prompts in pictures
 _HEAD = 0.95  # height of the column titles in pictures
@@ -45,19 +46,6 @@ def read_pictures(folder: Path, files: Sequence[str]) -> tuple[NDArray[np.uint8]
                 f"asked to read the picture {folder / name}: {error}; remove {folder} and run prune-lab rank again"
             ) from None
     return tuple(pictures)
-
-
-def comparison_columns(teacher: Path, sets: Sequence[PictureSet], files: Sequence[str]) -> tuple[Column, ...]:
-    """The teacher's column, then those of each candidate, as pruned and after distillation."""
-    folders = [("", "teacher", "", teacher)]
-    for one in sets:
-        for state, path in (("pruned", one.pruned), ("distilled", one.distilled)):
-            if path is not None:
-                folders.append((one.plan.id, one.plan.label, state, path))
-    return tuple(
-        Column(plan_id, title, state, read_pictures(folder, files))
-        for plan_id, title, state, folder in folders
-    )
 
 
 def draw_comparison(
@@ -91,53 +79,44 @@ def draw_comparison(
             axes.imshow(picture, extent=(left, left + 1, top + 1, top), interpolation="none", aspect="auto")
     for row, label in enumerate(labels):
         middle = row * (1 + _SPACE) + 0.5
-        text = "\n".join(_wrapped(label, 24))
+        text = "\n".join(wrap(label.replace("$", r"\$"), 25, max_lines=4, placeholder=" ..."))
         axes.text(
             -0.12, middle, text, fontsize=size, color=theme.text, ha="right", va="center", linespacing=1.25
         )
-    axes.set_xlim(-_LABEL, float(lefts[-1]) + 1)
-    axes.set_ylim(height - _HEAD, -_HEAD)
     return figure
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    """``text`` in lines of about ``width`` characters, four at most."""
-    lines = [""]
-    for word in text.replace("$", r"\$").split():
-        if lines[-1] and len(lines[-1]) + len(word) > width:
-            lines.append(word)
-        else:
-            lines[-1] = f"{lines[-1]} {word}".strip()
-    return lines if len(lines) <= 4 else [*lines[:3], lines[3] + " ..."]
 
 
 def picture_parts(tables: RunTables) -> tuple[SectionItem, ...]:
     """The section of pictures: sheets of up to six candidates, a row for each prompt and seed."""
     if tables.teacher_pictures is None or tables.prompts is None:
         return (not_run("no pictures have been drawn", "rank"),)
-    teacher, prompts = tables.teacher_pictures, tables.prompts
     steps, guidance = tables.setting("evaluate", "steps"), tables.setting("evaluate", "guidance")
     how = f"; {steps} sampler steps, guidance {guidance}" if steps and guidance is not None else ""
     whose = "" if tables.setting("evaluate", "prompts") else " The prompts are captions of held-out pictures."
     intro = Text((f"The same prompts and seeds for all models{how}.{whose}",))
-    styles, files = plan_styles(tables.plans), prompts["file"].tolist()
-    several = prompts["seed"].nunique() > 1
+    styles, files = plan_styles(tables.plans), tables.prompts["file"].tolist()
+    several = tables.prompts["seed"].nunique() > 1
     labels = [
-        f"{row.prompt} (seed {row.seed})" if several else str(row.prompt) for row in prompts.itertuples()
+        f"{row.prompt} (seed {row.seed})" if several else str(row.prompt)
+        for row in tables.prompts.itertuples()
     ]
+    teacher = Column("", "teacher", "", read_pictures(tables.teacher_pictures, files))
     parts: list[SectionItem] = [intro]
     # Six candidates in two states are the most columns that fit on a page with pictures that are not too small.
     sheets = max(1, -(-len(tables.pictures) // 6))
     per_sheet = max(1, -(-len(tables.pictures) // sheets))
     for sheet in range(sheets):
         group = tables.pictures[sheet * per_sheet : (sheet + 1) * per_sheet]
-        columns = comparison_columns(teacher, group, files)
+        columns = [teacher]
+        for plan, folders in group:
+            for state, folder in folders.items():
+                columns.append(Column(plan.id, plan.label, state, read_pictures(folder, files)))
         parts.append(
             Chart(
                 f"pictures-{sheet + 1}",
                 "Pictures drawn by the teacher and by every candidate as pruned and after distillation.",
                 "One row per prompt and seed. Per candidate: as pruned, then after distillation.",
-                lambda theme, columns=columns: draw_comparison(columns, labels, styles, theme),  # type: ignore[misc]
+                partial(draw_comparison, columns, labels, styles),
             )
         )
     return tuple(parts)

@@ -6,31 +6,40 @@ from typing import Any
 
 import pandas as pd
 
-from prune_lab.report.charts import (
-    draw_costs,
-    draw_curves,
-    draw_importance,
-    draw_prediction,
-    draw_quality_plane,
-)
+from prune_lab.report import charts
+from prune_lab.report import format as fmt
 from prune_lab.report.criteria import draw_parts
-from prune_lab.report.document import Chart, Section, SectionItem, Table, Text, not_run
+from prune_lab.report.document import Chart, Section, SectionItem, Table, Text, not_run, table_of
 from prune_lab.report.figures import plan_styles
-from prune_lab.report.format import (
-    NARROW,
-    UNKNOWN,
-    amount,
-    count,
-    is_missing,
-    milliseconds,
-    percent_change,
-    short_number,
-)
 from prune_lab.report.maps import draw_block_map, draw_plan_maps
 from prune_lab.report.picture_grids import picture_parts
 from prune_lab.report.summary import summary
 from prune_lab.report.tables import RunTables, block_map_frame, curve_frame, measured
 from prune_lab.report.tournament import ranking_tables, tournament_parts
+
+_IMPORTANCE = (
+    ("Group", "group", fmt.text),
+    ("Kind", "kind", fmt.text),
+    ("Impact", "impact", fmt.short_number),
+    ("Interval", "interval", fmt.text),
+    ("Samples", "samples", fmt.count),
+)
+_COSTS = (
+    ("Part", "name", fmt.text),
+    ("Kind", "kind", fmt.text),
+    ("Parameters", "params", fmt.count),
+    ("MACs (whole)", "macs", fmt.amount),
+    ("of these attention products", "attention_macs", fmt.amount),
+)
+_PIPELINE = (
+    ("Part of the pipeline", "part", lambda part: fmt.text(part).replace("_", " ")),
+    ("Calls", "calls", fmt.count),
+    ("Tokens", "tokens", fmt.count),
+    ("Parameters", "params", fmt.count),
+    ("MACs of a call", "macs", fmt.amount),
+    ("Median time of a call", "median_ms", fmt.milliseconds),
+    ("Share of time", "share", fmt.percent),
+)
 
 
 def report_sections(tables: RunTables) -> tuple[Section, ...]:
@@ -65,150 +74,98 @@ def _blocks(tables: RunTables) -> tuple[SectionItem, ...]:
     importance = tables.importance
     if importance is None:
         return (*parts, not_run("the blocks have not been scored", "score"))
-    criterion = str(importance["criterion"].iloc[0])
-    parts += [
+    parts.append(
         Chart(
             "importance",
             "Impact of removal with bootstrap intervals for single blocks, pairs and stages on a log axis.",
-            _how_scored(importance, criterion),
-            lambda theme: draw_importance(importance, theme),
-        ),
-        _importance_table(importance),
-    ]
-    if tables.parts is not None and len(tables.parts):
-        impacts = tables.parts
-        parts.insert(
-            -1,
+            _how_scored(importance),
+            lambda theme: charts.draw_importance(importance, theme),
+        )
+    )
+    if (impacts := tables.parts) is not None:
+        parts.append(
             Chart(
                 "importance_parts",
                 "Impact of every block by timestep and by kind of prompt, coloured on a log scale.",
                 "The impacts in a column are relative to the predictions of its own samples. High timesteps, with much "
                 "noise, are on the right. Columns with few samples are less exact.",
                 lambda theme: draw_parts(impacts, theme),
-            ),
+            )
         )
+    low, high = (importance[end].map(fmt.short_number) for end in ("low", "high"))
+    group = importance["group"] + importance["starred"].map({True: "*", False: ""})
+    scores = importance.assign(group=group, interval=low + " to " + high)
+    parts.append(table_of(scores, _IMPORTANCE, "All scores", "importance.csv", left=2, folded=True))
     return tuple(parts)
 
 
-def _how_scored(importance: pd.DataFrame, criterion: str) -> str:
-    least, most = importance["samples"].min(), importance["samples"].max()
-    samples = f"{count(most)} held-out samples"
+def _how_scored(importance: pd.DataFrame) -> str:
+    criterion = importance["criterion"].iloc[0]
+    least, most = fmt.count(importance["samples"].min()), fmt.count(importance["samples"].max())
+    samples = f"{most} held-out samples"
     if least != most:
-        samples = (
-            f"held-out samples, in a race: between {count(least)} samples, where the order was clear early, and "
-            f"{count(most)}"
+        samples = f"held-out samples, in a race: between {least} samples, where the order was clear early, and {most}"
+    words = f"Criterion `{criterion}` on {samples}. The line through each point is its bootstrap interval."
+    if criterion == "output-mse":
+        words += (
+            " 0.01 means that the mean squared change of the prediction is one hundredth of its mean square."
         )
-    scale = (
-        " 0.01 means that the mean squared change of the prediction is one hundredth of its mean square."
-        if criterion == "output-mse"
-        else ""
-    )
-    return (
-        f"Criterion `{criterion}` on {samples}. The line through each point is its bootstrap interval.{scale}"
-    )
-
-
-def _importance_table(importance: pd.DataFrame) -> Table:
-    rows = tuple(
-        (
-            f"{row.group}{'*' if row.starred else ''}",
-            str(row.kind),
-            short_number(row.impact),
-            f"{short_number(row.low)} to {short_number(row.high)}",
-            count(row.samples),
-        )
-        for row in importance.itertuples()
-    )
-    header = ("Group", "Kind", "Impact", "Interval", "Samples")
-    return Table("All scores", header, rows, "importance.csv", left=2, folded=True)
+    return words
 
 
 def _costs(tables: RunTables) -> tuple[SectionItem, ...]:
     if tables.costs is None:
         return (not_run("costs have not been counted", "run --config FILE.toml"),)
     costs, importance = tables.costs, tables.importance
-    rows = tuple(
-        (str(row.name), str(row.kind), count(row.params), amount(row.macs), amount(row.attention_macs))
-        for row in costs.drop(columns="name").assign(name=costs["name"]).itertuples(index=False)
-    )
     parts: list[SectionItem] = [
         Chart(
             "costs",
             "Parameters and multiply-adds of every block, sampler and the rest, beside the impact of removal.",
             "Blocks in the order of execution, then the samplers and the rest; together they are the whole U-Net. "
             "The cost of a plan is that of the whole minus the blocks it removes. A multiply-add counts as one; the "
-            f"text is {count(costs['tokens'].iloc[0])} tokens long.",
-            lambda theme: draw_costs(costs, importance, theme),
+            f"text is {fmt.count(costs['tokens'].iloc[0])} tokens long.",
+            lambda theme: charts.draw_costs(costs, importance, theme),
         ),
-        Table(
-            "All costs",
-            ("Part", "Kind", "Parameters", "MACs (whole)", "of these attention products"),
-            rows,
-            "costs.csv",
-            left=2,
-            folded=True,
-        ),
+        table_of(costs, _COSTS, "All costs", "costs.csv", left=2, folded=True),
     ]
     if tables.pipeline is not None:
-        shares = tuple(
-            (
-                str(row["part"]).replace("_", " "),
-                count(row["calls"]),
-                count(row["tokens"]),
-                count(row["params"]),
-                amount(row["macs"]),
-                milliseconds(row["median_ms"]),
-                UNKNOWN if is_missing(row["share"]) else f"{100 * row['share']:.1f}{NARROW}%",
-            )
-            for row in tables.pipeline.to_dict("records")
-        )
-        header = (
-            "Part of the pipeline",
-            "Calls",
-            "Tokens",
-            "Parameters",
-            "MACs of a call",
-            "Median time of a call",
-            "Share of time",
-        )
-        parts.append(Table("Where the time of one picture goes", header, shares, "pipeline.csv"))
+        caption = "Where the time of one picture goes"
+        parts.append(table_of(tables.pipeline, _PIPELINE, caption, "pipeline.csv"))
     return tuple(parts)
 
 
 def _reductions(tables: RunTables) -> tuple[SectionItem, ...]:
     if tables.reductions is None:
         return (not_run("no reductions have been counted", "run --config FILE.toml"),)
-    timed = "median_ms" in tables.reductions
-    parts: list[SectionItem] = [
-        Text(
-            (
-                "Multiply-adds (MACs) are counted in two ways: *whole* counts everything; *paper* omits the products "
-                "inside attention, as in the figures published with BK-SDM.",
-            )
-        )
-    ]
+    conventions = (
+        "Multiply-adds (MACs) are counted in two ways: *whole* counts everything; *paper* omits the products inside "
+        "attention, as in the figures published with BK-SDM."
+    )
+    parts: list[SectionItem] = [Text((conventions,))]
     for model, frame in tables.reductions.groupby("model", sort=False):
-        has_times = timed and bool(frame["median_ms"].notna().any())
+        has_times = "median_ms" in frame and bool(frame["median_ms"].notna().any())
         header = ["Plan", "Blocks removed", "Parameters", "change", "MACs (whole)", "change"]
         header += ["MACs (paper)", "change", "Loads in plain diffusers"]
         rows = []
         for index, row in enumerate(frame.to_dict("records")):
-            first = index == 0
-            cells = [str(row["plan"]), count(row["blocks_removed"])]
-            for column, formatted in (("params", count), ("macs", amount), ("paper_macs", amount)):
-                cells += [formatted(row[column]), "" if first else percent_change(row[f"{column}_change"])]
-            cells.append("yes" if str(row["native"]) == "True" else "no")
-            if has_times:
+            cells = [str(row["plan"]), fmt.count(row["blocks_removed"])]
+            for column, formatted in (
+                ("params", fmt.count),
+                ("macs", fmt.amount),
+                ("paper_macs", fmt.amount),
+            ):
                 cells += [
-                    milliseconds(row["median_ms"]),
-                    "" if first else percent_change(row.get("latency_change")),
+                    formatted(row[column]),
+                    fmt.percent_change(row[f"{column}_change"]) if index else "",
                 ]
-                cells.append(
-                    f"{row['p10_ms']:.3g} to {milliseconds(row['p90_ms'])}" if "p10_ms" in row else UNKNOWN
-                )
+            cells.append(fmt.yes_or_no(row["native"]))
+            if has_times:
+                cells.append(fmt.milliseconds(row["median_ms"]))
+                cells.append(fmt.percent_change(row["latency_change"]) if index else "")
+                cells.append(f"{row['p10_ms']:.3g} to {fmt.milliseconds(row['p90_ms'])}")
             rows.append(tuple(cells))
         header += ["Median time", "change", "p10 to p90"] if has_times else []
-        parts.append(Table(f"{model}", tuple(header), tuple(rows), "reductions.csv"))
+        parts.append(Table(str(model), tuple(header), tuple(rows), "reductions.csv"))
         parts += _footnotes(frame, has_times)
     return tuple(parts)
 
@@ -216,15 +173,15 @@ def _reductions(tables: RunTables) -> tuple[SectionItem, ...]:
 def _footnotes(frame: pd.DataFrame, has_times: bool) -> list[SectionItem]:
     """Notes on a table of reductions: operators that are not counted, and the number of timed runs."""
     sentences = []
-    if "uncounted" in frame and not is_missing(frame["uncounted"].iloc[0]):
+    if not fmt.is_missing(frame["uncounted"].iloc[0]):
         calls = str(frame["uncounted"].iloc[0]).replace(":", " ").split()
         listed = ", ".join(f"{name} {number}" for name, number in zip(calls[::2], calls[1::2], strict=False))
         sentences.append(
             f"Operators that are not counted, with their calls in one pass of the teacher: {listed}."
         )
-    if has_times and "runs" in frame:
+    if has_times:
         sentences.append(
-            f"Times are of one forward pass with random weights, {count(frame['runs'].max())} runs each."
+            f"Times are of one forward pass with random weights, {fmt.count(frame['runs'].max())} runs each."
         )
     return [Text((" ".join(sentences),))] if sentences else []
 
@@ -269,7 +226,7 @@ def _ranking(tables: RunTables) -> tuple[SectionItem, ...]:
                 "line are the teacher. Pale marks are candidates that the tournament dropped, at their last rung. The "
                 "grey staircase is the Pareto front of its panel: the best quality at each cost. In the table, *on the "
                 "front* means the front of parameters, multiply-adds and loss together.",
-                lambda theme: draw_quality_plane(ranking, styles, theme),
+                lambda theme: charts.draw_quality_plane(ranking, styles, theme),
             )
         )
     parts += ranking_tables(ranking)
@@ -280,7 +237,7 @@ def _ranking(tables: RunTables) -> tuple[SectionItem, ...]:
                 "prediction",
                 "Impact in one shot against held-out loss before and after distillation.",
                 "Each mark is one candidate. If the marks lie on a rising line, the cheap score predicts the loss.",
-                lambda theme: draw_prediction(ranking, styles, theme),
+                lambda theme: charts.draw_prediction(ranking, styles, theme),
             )
         )
     return tuple(parts)
@@ -300,7 +257,7 @@ def _distillation(tables: RunTables) -> tuple[SectionItem, ...]:
             "Held-out loss and the task, output and feature losses of every candidate over the distillation steps.",
             "Every candidate sees the same pictures, noise and timesteps in the same order"
             + (f" ({listed})." if listed else "."),
-            lambda theme: draw_curves(curves, tables.plans, styles, theme),
+            lambda theme: charts.draw_curves(curves, tables.plans, styles, theme),
         ),
     )
 
@@ -313,15 +270,13 @@ def _conditions(tables: RunTables) -> tuple[SectionItem, ...]:
     else:
         parts.append(Text(("The environment of this run was not recorded.",), note=True))
     if tables.steps is not None:
-        times = tuple((str(row.step), f"{row.seconds:,.1f}{NARROW}s") for row in tables.steps.itertuples())
+        times = tuple(
+            (str(row.step), f"{row.seconds:,.1f}{fmt.NARROW}s") for row in tables.steps.itertuples()
+        )
         caption = "Time of each step in the last call of the job (finished steps are only read)"
         parts.append(Table(caption, ("Step", "Time"), times, "steps.csv", left=1))
-    parts.append(
-        Text(
-            (
-                "Exact numbers are in the CSV files beside this page. Times are valid only for the machine above; "
-                f"parameters and multiply-adds are the same on every machine. A dash ({UNKNOWN}) means not measured.",
-            )
-        )
+    validity = (
+        "Exact numbers are in the CSV files beside this page. Times are valid only for the machine above; parameters "
+        f"and multiply-adds are the same on every machine. A dash ({fmt.UNKNOWN}) means not measured."
     )
-    return tuple(parts)
+    return (*parts, Text((validity,)))

@@ -15,26 +15,12 @@ from typing import Any
 
 import pandas as pd
 
+from prune_lab import schemas
 from prune_lab.errors import DataError, RunError
 from prune_lab.runs import Run
 from prune_lab.runtime import read_json
-from prune_lab.schemas import (
-    BLOCK_COLUMNS,
-    COST_COLUMNS,
-    IMPORTANCE_COLUMNS,
-    PARTS_COLUMNS,
-    PIPELINE_COLUMNS,
-    PROMPTS_COLUMNS,
-    RANKING_COLUMNS,
-    RECOVERY_COLUMNS,
-    REDUCTION_COLUMNS,
-    TOURNAMENT_COLUMNS,
-)
 
-MAP_COLUMNS = (
-    *("name", "stage", "kind", "lane", "row", "position", "removable"),
-    *("impact", "low", "high"),
-)
+MAP_COLUMNS = ("name", "stage", "kind", "lane", "row", "position", "removable", "impact", "low", "high")
 CURVE_COLUMNS = ("plan", "plan_id", "step", "part", "value")
 
 
@@ -46,15 +32,6 @@ class PlanRow:
     label: str
     origin: str
     removed: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class PictureSet:
-    """Folders of pictures of one candidate, for the same prompts and seeds as the teacher's."""
-
-    plan: PlanRow
-    pruned: Path | None
-    distilled: Path | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +56,7 @@ class RunTables:
     plans: tuple[PlanRow, ...] = ()
     prompts: pd.DataFrame | None = None  # of every picture: file, prompt, seed
     teacher_pictures: Path | None = None  # a folder
-    pictures: tuple[PictureSet, ...] = ()
+    pictures: tuple[tuple[PlanRow, Mapping[str, Path]], ...] = ()  # folders by state: pruned, distilled
 
     def setting(self, section: str, key: str) -> Any:
         """The value of ``key`` in ``[section]`` of the run's settings, ``None`` if there is none."""
@@ -93,31 +70,29 @@ def read_run(run: Run) -> RunTables:
     lacks a column.
     """
     settings, digest = _read_settings(run.config)
-    blocks = _read_table(run.blocks, BLOCK_COLUMNS)
-    importance = _read_table(run.importance, IMPORTANCE_COLUMNS)
-    reductions = _read_table(run.reductions, REDUCTION_COLUMNS)
+    blocks = _read_table(run.blocks, schemas.BLOCK_COLUMNS)
+    importance = _read_table(run.importance, schemas.IMPORTANCE_COLUMNS)
+    reductions = _read_table(run.reductions, schemas.REDUCTION_COLUMNS)
     if not settings and blocks is None and importance is None and reductions is None:
         raise RunError(
             f"asked for a report on {run.folder}, found none of config.toml, blocks.csv, importance.csv and "
             "reductions.csv there; make a run first, for example: prune-lab run --config FILE.toml --run DIR"
         )
-    ranking = _read_table(run.ranking, RANKING_COLUMNS)
+    ranking = _read_table(run.ranking, schemas.RANKING_COLUMNS)
     plans = _read_plans(run, ranking)
-    candidates = {plan.id: run.candidate(plan.id) for plan in plans}
-    recoveries = {
-        plan_id: table
-        for plan_id, paths in candidates.items()
-        if (table := _read_table(paths.recovery, RECOVERY_COLUMNS)) is not None
-    }
-    sets = [
-        PictureSet(
-            plan,
-            _existing(candidates[plan.id].pictures_pruned),
-            _existing(candidates[plan.id].pictures_distilled),
-        )
-        for plan in plans
+    recoveries: dict[str, pd.DataFrame] = {}
+    pictures: list[tuple[PlanRow, Mapping[str, Path]]] = []
+    for plan in plans:
+        paths = run.candidate(plan.id)
+        if (recovery := _read_table(paths.recovery, schemas.RECOVERY_COLUMNS)) is not None:
+            recoveries[plan.id] = recovery
+        states = {"pruned": paths.pictures_pruned, "distilled": paths.pictures_distilled}
+        if drawn := {state: folder for state, folder in states.items() if folder.exists()}:
+            pictures.append((plan, drawn))
+    named = [
+        str(table["model"].iloc[0]) for table in (importance, reductions) if table is not None and len(table)
     ]
-    model = str(settings.get("model", "")) or _model_named_in(importance, reductions)
+    model = str(settings.get("model", "")) or (named[0] if named else "a U-Net")
     return RunTables(
         title=str(settings.get("report", {}).get("title") or f"Pruning {model}"),
         model=model,
@@ -126,18 +101,18 @@ def read_run(run: Run) -> RunTables:
         environment=_read_environment(run.environment),
         blocks=blocks,
         importance=importance,
-        parts=_leading_parts(_read_table(run.importance_parts, PARTS_COLUMNS), importance),
-        costs=_read_table(run.costs, COST_COLUMNS),
+        parts=_leading_parts(_read_table(run.importance_parts, schemas.PARTS_COLUMNS), importance),
+        costs=_read_table(run.costs, schemas.COST_COLUMNS),
         reductions=reductions,
-        pipeline=_read_table(run.pipeline_profile, PIPELINE_COLUMNS),
+        pipeline=_read_table(run.pipeline_profile, schemas.PIPELINE_COLUMNS),
         ranking=ranking,
-        tournament=_read_table(run.tournament, TOURNAMENT_COLUMNS),
-        steps=_read_table(run.folder / "steps.csv", ("step", "seconds")),
+        tournament=_read_table(run.tournament, schemas.TOURNAMENT_COLUMNS),
+        steps=_read_table(run.steps, schemas.STEP_SECONDS_COLUMNS),
         recoveries=recoveries,
         plans=plans,
-        prompts=_read_table(run.picture_prompts, PROMPTS_COLUMNS),
-        teacher_pictures=_existing(run.teacher_pictures),
-        pictures=tuple(one for one in sets if one.pruned or one.distilled),
+        prompts=_read_table(run.picture_prompts, schemas.PROMPTS_COLUMNS),
+        teacher_pictures=run.teacher_pictures if run.teacher_pictures.exists() else None,
+        pictures=tuple(pictures),
     )
 
 
@@ -148,12 +123,11 @@ def block_map_frame(blocks: pd.DataFrame, importance: pd.DataFrame | None) -> pd
     """One row per block in order of execution, with its position in its stage and its impact (NaN: not scored)."""
     frame = blocks[["name", "stage", "kind", "lane", "row", "removable"]].copy()
     frame["position"] = frame.groupby("stage", sort=False).cumcount()
-    scores = pd.DataFrame(columns=["name", "impact", "low", "high"])
-    if importance is not None:
-        scores = importance.loc[importance["kind"] == "block", ["group", "impact", "low", "high"]]
-        scores = scores.rename(columns={"group": "name"})
-    joined = frame.merge(scores, on="name", how="left", validate="one_to_one")
-    return joined.loc[:, list(MAP_COLUMNS)]
+    scores = (
+        pd.DataFrame(columns=["kind", "group", "impact", "low", "high"]) if importance is None else importance
+    )
+    scores = scores[scores["kind"] == "block"].drop(columns="kind").rename(columns={"group": "name"})
+    return frame.merge(scores, on="name", how="left", validate="one_to_one")[list(MAP_COLUMNS)]
 
 
 def importance_frame(importance: pd.DataFrame, kind: str) -> pd.DataFrame:
@@ -165,14 +139,10 @@ def curve_frame(tables: RunTables) -> pd.DataFrame:
     """Every logged loss of every candidate: plan, plan_id, step, part (task, output, feature, validation), value."""
     parts = ["task", "output", "feature", "validation"]
     pieces = [
-        recovery.melt(id_vars="step", value_vars=parts, var_name="part", value_name="value").assign(
-            plan=plan.label, plan_id=plan.id
-        )
+        tables.recoveries[plan.id].melt("step", parts, "part").assign(plan=plan.label, plan_id=plan.id)
         for plan in tables.plans
-        if (recovery := tables.recoveries.get(plan.id)) is not None
+        if plan.id in tables.recoveries
     ]
-    if not pieces:
-        return pd.DataFrame(columns=list(CURVE_COLUMNS))
     return pd.concat(pieces, ignore_index=True).dropna(subset="value")[list(CURVE_COLUMNS)]
 
 
@@ -267,8 +237,8 @@ def _read_plans(run: Run, ranking: pd.DataFrame | None) -> tuple[PlanRow, ...]:
                 f"asked to read the plan {path}, found no list `removed` in it; write the plan again"
             )
         name = str((value.get("names") or [""])[0])
-        label, origin = named.pop(plan_id, (name or plan_id, ""))
-        origin = origin or str(value.get("origin") or "control")  # written by a person: a control
+        origin = str(value.get("origin") or "control")  # written by a person: a control
+        label, origin = named.pop(plan_id, (name or plan_id, origin))
         plans.append(PlanRow(plan_id, label, origin, tuple(map(str, value["removed"]))))
     if named:
         raise DataError(
@@ -277,14 +247,3 @@ def _read_plans(run: Run, ranking: pd.DataFrame | None) -> tuple[PlanRow, ...]:
         )
     kept = [plan for plan in plans if plan.removed]
     return tuple(sorted(kept, key=lambda plan: (plan.origin != "control", len(plan.removed), plan.label)))
-
-
-def _model_named_in(*tables: pd.DataFrame | None) -> str:
-    for table in tables:
-        if table is not None and "model" in table and len(table):
-            return str(table["model"].iloc[0])
-    return "a U-Net"
-
-
-def _existing(path: Path) -> Path | None:
-    return path if path.exists() else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -14,114 +14,74 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 from numpy.typing import NDArray
 
 from prune_lab.ranking import Difference
+from prune_lab.report import format as fmt
 from prune_lab.report.charts import plan_legend
-from prune_lab.report.document import Chart, SectionItem, Table, Text
+from prune_lab.report.document import Chart, SectionItem, Text, table_of
 from prune_lab.report.figures import PlanStyle, Theme, log_scale_if_wide, new_figure, plan_styles, style_axes
-from prune_lab.report.format import (
-    UNKNOWN,
-    amount,
-    count,
-    is_missing,
-    loss_or_score,
-    milliseconds,
-    short_number,
-)
 from prune_lab.report.tables import PlanRow, RunTables, dropped, unranked
 
 _END = {"kept": "", "dropped": "x", "failed": "X"}
-Record = Mapping[Hashable, Any]
 
 
 # Tables ----------------------------------------------------------------------------------------------------------
 
 
-def _yes_or_no(cell: object) -> str:
-    if is_missing(cell):
-        return UNKNOWN
-    return "yes" if str(cell) in ("True", "1.0", "1") else "no"
-
-
-def _ranking_row(row: Record) -> tuple[str, ...]:
-    return (
-        count(row["rank"]),
-        count(row["tie_group"]),
-        str(row["plan"]),
-        str(row["origin"]),
-        count(row["blocks_removed"]),
-        amount(row["params"]),
-        amount(row["macs"]),
-        milliseconds(row["median_ms"]),
-        short_number(row["impact_one_shot"]),
-        count(row["steps"]),
-        *(
-            loss_or_score(row[column])
-            for column in ("loss_before", "loss_after", "clip_before", "clip_after")
-        ),
-        _yes_or_no(row["pareto"]),
-        str(row["status"]),
-    )
+_RANKING = (
+    ("Rank", "rank", fmt.count),
+    ("Tie group", "tie_group", fmt.count),
+    ("Plan", "plan", fmt.text),
+    ("Origin", "origin", fmt.text),
+    ("Blocks removed", "blocks_removed", fmt.count),
+    ("Parameters", "params", fmt.amount),
+    ("MACs (whole)", "macs", fmt.amount),
+    ("Median time", "median_ms", fmt.milliseconds),
+    ("Impact in one shot", "impact_one_shot", fmt.short_number),
+    ("Steps", "steps", fmt.count),
+    ("Loss before", "loss_before", fmt.loss_or_score),
+    ("Loss after", "loss_after", fmt.loss_or_score),
+    ("CLIP before", "clip_before", fmt.loss_or_score),
+    ("CLIP after", "clip_after", fmt.loss_or_score),
+    ("On the front", "pareto", fmt.yes_or_no),
+    ("Status", "status", fmt.text),
+)
+_DROPPED = (
+    ("Plan", "plan", fmt.text),
+    ("Reason", "reason", fmt.text),
+    ("Rung", "rung", fmt.count),
+    ("Steps", "steps", fmt.count),
+)
+_UNRANKED = (("Plan", "plan", fmt.text), ("Status", "status", fmt.text), ("Reason", "reason", fmt.text))
+_VERDICTS = (
+    ("Plan", "name", fmt.text),
+    ("Verdict", "fate", fmt.text),
+    ("Reason", "reason", fmt.text),
+    ("Compared with", "against", fmt.text),
+    ("Rung", "rung", fmt.count),
+    ("Steps", "steps", fmt.count),
+    ("Place", "place", fmt.count),
+    ("Held-out loss", "loss", fmt.loss_or_score),
+    ("Difference", "gap", fmt.text),
+    ("Tied", "tied", fmt.yes_or_no),
+    ("CLIP score", "clip", fmt.loss_or_score),
+)
 
 
 def ranking_tables(ranking: pd.DataFrame) -> tuple[SectionItem, ...]:
     """The ranking, a note on its tie groups, and the dropped and unranked candidates with the reasons."""
-    header = (
-        *(
-            "Rank",
-            "Tie group",
-            "Plan",
-            "Origin",
-            "Blocks removed",
-            "Parameters",
-            "MACs (whole)",
-            "Median time",
-        ),
-        *("Impact in one shot", "Steps", "Loss before", "Loss after", "CLIP before", "CLIP after"),
-        *("On the front", "Status"),
-    )
-    rows = tuple(_ranking_row(row) for row in ranking.to_dict("records"))
-    parts: list[SectionItem] = [Table("Ranking", header, rows, "ranking.csv", left=4)]
+    parts: list[SectionItem] = [table_of(ranking, _RANKING, "Ranking", "ranking.csv", left=4)]
     if ranking["tie_group"].notna().any():
-        parts.append(
-            Text(
-                (
-                    "Candidates of one tie group are tied with the first of the group: the 95 % interval of the paired "
-                    "differences of their held-out losses contains zero. Their order within the group means nothing.",
-                )
-            )
+        ties = (
+            "Candidates of one tie group are tied with the first of the group: the 95 % interval of the paired "
+            "differences of their held-out losses contains zero. Their order within the group means nothing."
         )
-    reasons = tuple(
-        (str(row.plan), str(row.reason), count(row.rung), count(row.steps))
-        for row in dropped(ranking).itertuples()
-    )
-    if reasons:
-        columns = ("Plan", "Reason", "Rung", "Steps")
-        parts.append(Table("Dropped candidates", columns, reasons, "ranking.csv", left=2))
-    rest = tuple((str(row.plan), str(row.status), str(row.reason)) for row in unranked(ranking).itertuples())
-    if rest:
-        parts.append(Table("Candidates without a rank", ("Plan", "Status", "Reason"), rest, left=3))
+        parts.append(Text((ties,)))
+    if len(dropped(ranking)):
+        parts.append(table_of(dropped(ranking), _DROPPED, "Dropped candidates", "ranking.csv", left=2))
+    if len(unranked(ranking)):
+        parts.append(table_of(unranked(ranking), _UNRANKED, "Candidates without a rank", left=3))
     else:
         parts.append(Text(("All candidates are ranked.",)))
     return tuple(parts)
-
-
-def _verdict_row(row: Record, labels: Mapping[str, str]) -> tuple[str, ...]:
-    gap, against = UNKNOWN, UNKNOWN
-    if not is_missing(row["difference"]):
-        gap = str(Difference(row["difference"], row["low"], row["high"]))
-        against = labels.get(str(row["against"]), str(row["against"]))
-    return (
-        labels.get(str(row["name"]), str(row["name"])),
-        str(row["fate"]),
-        UNKNOWN if is_missing(row["reason"]) else str(row["reason"]),
-        against,
-        count(row["rung"]),
-        count(row["steps"]),
-        count(row["place"]),
-        loss_or_score(row["loss"]),
-        gap,
-        _yes_or_no(row["tied"]),
-        loss_or_score(row["clip"]),
-    )
 
 
 def tournament_parts(tables: RunTables) -> tuple[SectionItem, ...]:
@@ -131,11 +91,11 @@ def tournament_parts(tables: RunTables) -> tuple[SectionItem, ...]:
         return ()
     labels = {plan.id: plan.label for plan in tables.plans}
     styles = plan_styles(tables.plans)
-    header = (
-        *("Plan", "Verdict", "Reason", "Compared with", "Rung", "Steps", "Place", "Held-out loss"),
-        *("Difference", "Tied", "CLIP score"),
+    gaps = tournament[["difference", "low", "high"]].itertuples(index=False, name=None)
+    verdicts = tournament.replace({"name": labels, "against": labels}).assign(
+        gap=[fmt.UNKNOWN if fmt.is_missing(gap[0]) else str(Difference(*gap)) for gap in gaps]
     )
-    rows = tuple(_verdict_row(row, labels) for row in tournament.to_dict("records"))
+    caption = "Every verdict of the tournament"
     return (
         Chart(
             "tournament",
@@ -144,7 +104,7 @@ def tournament_parts(tables: RunTables) -> tuple[SectionItem, ...]:
             "cross marks where a candidate was dropped or failed; candidates named at the right reached the end.",
             lambda theme: draw_tournament(tournament, tables.plans, styles, theme),
         ),
-        Table("Every verdict of the tournament", header, rows, "tournament.csv", left=4, folded=True),
+        table_of(verdicts, _VERDICTS, caption, "tournament.csv", left=4, folded=True),
     )
 
 
@@ -178,15 +138,14 @@ def draw_tournament(
     survivors = []
     for name, verdicts in tournament.groupby("name", sort=False):
         line = known[known["name"] == name].sort_values("steps")
-        fate, style = str(verdicts["fate"].iloc[-1]), styles[str(name)]
         if line.empty:
             continue  # it failed before its first rung, as the table shows
-        axes.plot(
-            line["steps"], line["loss"], color=style.color, ls=style.dash, lw=1.5, marker=style.marker, ms=5
-        )
+        style, cross = styles[str(name)], _END[verdicts["fate"].iloc[-1]]
+        look: dict[str, Any] = {"color": style.color, "ls": style.dash, "marker": style.marker}
+        axes.plot(line["steps"], line["loss"], lw=1.5, ms=5, **look)
         end = (float(line["steps"].iloc[-1]), float(line["loss"].iloc[-1]))
-        if _END[fate]:
-            axes.scatter(*end, s=110, marker=_END[fate], color=style.color, linewidths=2, zorder=4)
+        if cross:
+            axes.scatter(*end, s=110, marker=cross, color=style.color, linewidths=2, zorder=4)
         else:
             survivors.append((str(name), *end))
     axes.set_xscale("log")
@@ -216,6 +175,6 @@ def draw_tournament(
                 annotation_clip=False,
             )
     mark = Line2D([], [], color=theme.muted, ls="none", marker="x", ms=8, label="dropped or failed here")
-    shown = pd.DataFrame({"plan_id": list(labels), "plan": list(labels.values())})
-    plan_legend(figure, shown[shown["plan_id"].isin(known["name"])], styles, theme, [mark])
+    shown = {plan_id: label for plan_id, label in labels.items() if plan_id in set(known["name"])}
+    plan_legend(figure, shown, styles, theme, [mark])
     return figure

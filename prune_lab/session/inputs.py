@@ -17,7 +17,7 @@ from prune_lab.distill import (
     is_cache,
     training_data,
 )
-from prune_lab.evaluation import generate_latents
+from prune_lab.evaluation import generate
 from prune_lab.importance import (
     NEEDS_PIPELINE,
     GenerationSettings,
@@ -39,8 +39,13 @@ def drawn_probe(session: Session, seed: int) -> Probe:
     settings = session.config.probe
     if settings.prompts:
         prompts, how = session.probe_prompts, session.config.evaluate
-        latents = generate_latents(
-            session.pipeline, prompts.texts, (settings.seed,), steps=how.steps, guidance=how.guidance
+        latents = generate(
+            session.pipeline,
+            prompts.texts,
+            (settings.seed,),
+            steps=how.steps,
+            guidance=how.guidance,
+            latents=True,
         )
         shown = latents, prompts.texts, prompts.kinds
         return probe_of_latents(session.pipeline, *shown, timesteps=settings.timesteps, seed=seed)
