@@ -29,7 +29,8 @@ from prune_lab.export.ldm_keys import (
 )
 from prune_lab.export.reader_notes import reader_notes
 from prune_lab.families import plain_config
-from prune_lab.models import ModelSource, read_header, weight_files
+from prune_lab.models import ModelSource, weight_files
+from prune_lab.models.files import read_header
 from prune_lab.runtime import atomic_write, read_json, track
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
