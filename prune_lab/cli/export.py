@@ -7,20 +7,20 @@ from typing import Annotated
 
 import typer
 
+from prune_lab.cli import options
 from prune_lab.cli.application import app
-from prune_lab.cli.options import DtypeOption, ForceOption, JsonOption, ModelArgument, WideOption
 from prune_lab.cli.output import emit
 
 
 @app.command()
 def export(
-    model: ModelArgument,
+    model: options.ModelArgument,
     to: Annotated[str, typer.Option("--to", help="Format: single-file (one .safetensors for ComfyUI).")],
     out: Annotated[Path, typer.Option("--out", help="File to write.")],
-    dtype: DtypeOption = None,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-    wide: WideOption = False,
+    dtype: options.DtypeOption = None,
+    force: options.ForceOption = False,
+    as_json: options.JsonOption = False,
+    wide: options.WideOption = False,
 ) -> None:
     """Write MODEL, a student or any other, in a format that other programs read."""
     from prune_lab.errors import UnsupportedModelError
