@@ -175,11 +175,11 @@ def block_groups(architecture: Architecture, kind: GroupKind) -> tuple[BlockGrou
 def blocks_frame(architecture: Architecture) -> pd.DataFrame:
     """One row per block in order of execution; columns BLOCK_COLUMNS. ``lane`` and ``row`` say where a map draws it."""
     places = {stage.name: stage for stage in architecture.outline.stages}
-    rows = [
-        [getattr(block, column) for column in BLOCK_COLUMNS[:-3]]
-        + [architecture.tokens, places[block.stage].lane, places[block.stage].row]
-        for block in architecture.blocks
-    ]
+    rows = []
+    for block in architecture.blocks:
+        place = places[block.stage]
+        known = {"tokens": architecture.tokens, "lane": place.lane, "row": place.row}
+        rows.append([known[name] if name in known else getattr(block, name) for name in BLOCK_COLUMNS])
     return pd.DataFrame(rows, columns=list(BLOCK_COLUMNS))
 
 

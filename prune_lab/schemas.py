@@ -9,8 +9,8 @@ from __future__ import annotations
 
 BLOCK_COLUMNS = (
     *("name", "path", "stage", "kind", "in_channels", "out_channels", "skip_channels"),
-    *("transformer_layers", "params", "macs", "attention_macs", "removable", "reason"),
-    *("tokens", "lane", "row"),
+    *("transformer_layers", "params", "macs", "attention_macs", "tokens", "removable", "reason"),
+    *("lane", "row"),
 )
 COST_COLUMNS = ("name", "kind", "params", "macs", "attention_macs", "paper_macs", "weight_bytes", "tokens")
 BLOCK_PROFILE_COLUMNS = (*COST_COLUMNS, "median_ms", "share")

@@ -20,7 +20,7 @@ from prune_lab.assets import reference_folder
 from prune_lab.cli import app
 from prune_lab.errors import ModelFormatError, StorageError, UnsupportedModelError
 from prune_lab.export import EXPORT_TARGETS, export_single_file
-from prune_lab.export.reader_notes import reader_notes
+from prune_lab.families.ldm_readers import reader_notes
 from prune_lab.models import preset_config, resolve_model
 from prune_lab.plans import parse_plan
 from prune_lab.surgery import prune_pipeline

@@ -18,7 +18,8 @@ from ldm_layout import GOLDEN, GOLDEN_LISTS, Shapes, golden_shapes, golden_text,
 
 from prune_lab.blocks import architecture_of
 from prune_lab.errors import UnsupportedModelError
-from prune_lab.export.ldm_keys import (
+from prune_lab.families import meta_unet
+from prune_lab.families.ldm_keys import (
     clip_places,
     diffusers_to_ldm,
     empty_attentions,
@@ -27,7 +28,6 @@ from prune_lab.export.ldm_keys import (
     unet_places,
     vae_places,
 )
-from prune_lab.families import meta_unet
 from prune_lab.models import preset_config
 from prune_lab.plans import native_layout, parse_plan
 

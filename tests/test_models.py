@@ -23,6 +23,7 @@ from torch import Tensor
 
 from prune_lab import models
 from prune_lab.assets import reference_folder
+from prune_lab.blocks import architecture_of
 from prune_lab.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
 from prune_lab.families import meta_unet
 from prune_lab.models import (
@@ -423,3 +424,8 @@ def test_picture_settings_that_lack_something_are_named(tiny_scorer_folder: Path
     (folder / "preprocessor_config.json").write_text(json.dumps({"size": {"shortest_edge": 32}}))
     with pytest.raises(ModelFormatError, match="crop_size"):
         load_scorer(str(folder))
+
+
+def test_a_config_that_diffusers_refuses_is_one_line(tiny_config: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedModelError, match="diffusers refuses it"):
+        architecture_of({**tiny_config, "num_attention_heads": 8})

@@ -319,3 +319,9 @@ def test_budgets_that_are_impossible_together() -> None:
     second = Budget("macs", reachable - 1, "macs<=less")
     with pytest.raises(BudgetError, match=f"within params<=least has macs {reachable:,} of"):
         search_plans(ARCHITECTURE, evenly(ARCHITECTURE), COSTS, [first, second])
+
+
+@pytest.mark.parametrize("text", ["macs<=0,65", "params<=1,5M", "params<=12,34", "macs<=\uff16\uff15%"])
+def test_a_comma_that_may_be_a_decimal_point_is_refused(text: str) -> None:
+    with pytest.raises(BudgetError, match="cannot read"):
+        parse_budget(text, ARCHITECTURE, COSTS)

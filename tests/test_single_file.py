@@ -313,7 +313,7 @@ def test_the_last_layer_of_open_clip_is_not_read(folder_of: Any, tmp_path: Path)
 def test_the_originals_have_the_configs_of_the_presets(tmp_path: Path) -> None:
     from ldm_layout import golden_shapes
 
-    from prune_lab.models.ldm_structure import unet_config
+    from prune_lab.families.ldm_structure import unet_config
 
     shapes = {f"model.diffusion_model.{key}": shape for key, shape in golden_shapes(2).items()}
     config = unet_config("sd-v1", preset_config("sd-v1.5"), shapes)

@@ -224,7 +224,7 @@ def test_where_something_is_computed_may_change_under_it(copied: Run, config: Ru
         (["distill.steps", "search.count"], "plans"),
         (["distill.steps", "rank.eta"], "distilled"),
         (["distill.pictures"], "data"),
-        (["profile.runs"], "candidates"),
+        (["profile.runs"], "plans"),
         (["probe.seed"], "probe"),
         (["report.title", "model"], "blocks"),
     ],

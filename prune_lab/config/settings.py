@@ -329,7 +329,7 @@ class RunConfig:
     rank: RankConfig = field(default_factory=RankConfig, metadata={"read_by": "distilled"})
     engine: EngineConfig = field(default_factory=EngineConfig, metadata={"read_by": "distilled"})
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig, metadata={"read_by": "pictures"})
-    profile: ProfileConfig = field(default_factory=ProfileConfig, metadata={"read_by": "candidates"})
+    profile: ProfileConfig = field(default_factory=ProfileConfig, metadata={"read_by": "plans"})
     report: ReportConfig = field(default_factory=ReportConfig, metadata={"read_by": "report"})
 
     def __post_init__(self) -> None:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from prune_lab import __version__
 from prune_lab.errors import ModelFormatError, StorageError, UnsupportedModelError
-from prune_lab.export.ldm_keys import (
+from prune_lab.families import plain_config
+from prune_lab.families.ldm_keys import (
     Place,
     clip_places,
     empty_attentions,
@@ -27,8 +28,7 @@ from prune_lab.export.ldm_keys import (
     unet_places,
     vae_places,
 )
-from prune_lab.export.reader_notes import reader_notes
-from prune_lab.families import plain_config
+from prune_lab.families.ldm_readers import reader_notes
 from prune_lab.models import ModelSource, weight_files
 from prune_lab.models.files import read_header
 from prune_lab.runtime import atomic_write, read_json, track

@@ -71,10 +71,20 @@ def family_of(source: nn.Module | Mapping[str, Any]) -> Family:
 
 
 def meta_unet(config: Mapping[str, Any]) -> Any:
-    """The model of ``config`` on the ``meta`` device: every shape, no memory, in evaluation mode."""
+    """The model of ``config`` on the ``meta`` device: every shape, no memory, in evaluation mode.
+
+    Raises UnsupportedModelError when diffusers cannot build it.
+    """
     model_class: Any = family_of(config).model_class()
-    with torch.device("meta"):
-        return model_class.from_config(plain_config(config)).eval()
+    try:
+        with torch.device("meta"):
+            return model_class.from_config(plain_config(config)).eval()
+    except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        # diffusers checks a config by building it; what it says is about the config's own keys
+        raise UnsupportedModelError(
+            f"asked to build a {model_class.__name__} from its config, diffusers refuses it "
+            f"({type(error).__name__}: {error}); compare the config with that of a model that loads"
+        ) from None
 
 
 def outline_of(model: nn.Module) -> Outline:

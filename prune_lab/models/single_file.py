@@ -20,14 +20,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from prune_lab.errors import ModelFormatError, UnsupportedModelError
-from prune_lab.families import meta_unet
-from prune_lab.models.clip_vocabulary import NUM_TOKENS, clip_tokenizer
-from prune_lab.models.files import read_header
-from prune_lab.models.ldm_structure import (
+from prune_lab.families import family_of, meta_unet
+from prune_lab.families.ldm_structure import (
     UNET,
     VAE,
     Kind,
     Shapes,
+    has_even_depths,
     kind_of,
     model_index,
     scheduler_config,
@@ -35,6 +34,8 @@ from prune_lab.models.ldm_structure import (
     unet_config,
     vae_config,
 )
+from prune_lab.models.clip_vocabulary import NUM_TOKENS, clip_tokenizer
+from prune_lab.models.files import read_header
 from prune_lab.models.silence import quiet
 from prune_lab.runtime import atomic_folder, bytes_text, note, write_json
 
@@ -107,7 +108,7 @@ def _check(path: Path, configs: Mapping[str, Mapping[str, Any]], shapes: Shapes)
             f"asked to read the single file {path}: its U-Net has {found:,} parameters, its shapes suggest {wanted:,}: "
             "give the diffusers folder of the model"
         )
-    if not isinstance(configs["unet"].get("layers_per_block", 2), int):
+    if not has_even_depths(configs["unet"]):
         raise UnsupportedModelError(
             f"asked to read the single file {path}: its U-Net has stages of unequal depth, which diffusers' loader of "
             "single files does not read: give the folder it was exported from"
@@ -152,7 +153,7 @@ def unpack(path: Path, out: Path, preset_config: PresetConfig) -> Path:
                 str(path), subfolder=part, dtype=_dtype(header, prefix), **given
             )
             for part, part_class, prefix in (
-                ("unet", diffusers.UNet2DConditionModel, UNET),
+                ("unet", family_of(configs["unet"]).model_class(), UNET),
                 ("vae", diffusers.AutoencoderKL, VAE),
             )
         }

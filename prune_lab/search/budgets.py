@@ -49,6 +49,12 @@ def split_budgets(text: str) -> tuple[str, ...]:
     return tuple(re.split(r",(?!\s*\d)", text))
 
 
+# Digits in groups of three; a comma elsewhere may be meant as a decimal point, and is not guessed at.
+_NUMBER = re.compile(
+    r"((?:\d{1,3}(?:,\d{3})+|\d{1,3}(?:_\d{3})+|\d+)(?:\.\d+)?|\.\d+)\s*([a-zA-Z]*|%)", re.ASCII
+)
+
+
 def parse_budget(text: str, architecture: Architecture, costs: CostTable) -> Budget:
     """The budget that ``text`` describes: ``macs<=66%``, ``params<=482346884`` or ``params<=bk-small``.
 
@@ -66,7 +72,7 @@ def parse_budget(text: str, architecture: Architecture, costs: CostTable) -> Bud
         )
     value = match[2]
     total = costs.total.amount(metric)
-    number = re.fullmatch(r"(\d[\d_,]*(?:\.\d+)?|\.\d+)\s*([a-zA-Z]*|%)", value)
+    number = re.fullmatch(_NUMBER, value)
     amount = Decimal(re.sub("[_,]", "", number[1])) if number else Decimal(0)
     units = _UNITS[metric]
     limit: Decimal | int | float

@@ -101,6 +101,11 @@ def _stage_types(levels: list[list[tuple[int, int]]], side: str) -> list[str]:
     return [f"CrossAttn{side}Block2D" if kinds == {True} else f"{side}Block2D" for kinds in attends]
 
 
+def has_even_depths(config: Mapping[str, Any]) -> bool:
+    """Whether all stages of the U-Net of ``config`` have equally many layers: diffusers' loader counts no others."""
+    return isinstance(config.get("layers_per_block", 2), int)
+
+
 def unet_config(kind: Kind, preset: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
     """The config of the U-Net in ``shapes``, with what they do not show from ``preset``."""
     inner = {key.removeprefix(UNET): shape for key, shape in shapes.items() if key.startswith(UNET)}
