@@ -178,3 +178,13 @@ def test_durations_for_people(seconds: float, text: str) -> None:
 )
 def test_sizes_for_people(count: float, text: str) -> None:
     assert bytes_text(count) == text
+
+
+def test_a_task_within_a_step_counts_from_its_own_start(log: Log) -> None:
+    for _ in track(["scores"], "steps", name=str):
+        log.after(5)
+        log.new()
+        for _ in track(range(4), "scoring rows"):
+            log.after(30)
+            break
+    assert any("scoring rows 0 of 4" in line and "30 s so far" in line for line in log.new())

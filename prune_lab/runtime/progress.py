@@ -108,7 +108,7 @@ class Lines:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def begin(self, task: Task) -> None:
-        task.start = self.clock()
+        task.start = task.item_start = self.clock()
         self.tasks.append(task)
         if len(self.tasks) == 1 and not task.named:
             to_do = "" if task.total is None else f", {task.total} to do"
