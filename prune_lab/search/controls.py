@@ -85,7 +85,7 @@ def lowest_one_shot(
 ) -> PruningPlan:
     """The plan of least measured impact among ``draws`` random ones just below the budgets: ``lowest-one-shot``.
 
-    Assumes that the loss before training foretells the loss after it; TinyFusion (arXiv:2412.01199) found that it can
+    Assumes that the loss before training predicts the loss after it; TinyFusion (arXiv:2412.01199) found that it can
     be far off. Raises what ``sample_near`` raises, and DataError for a bad measurement.
     """
     plans = sample_near(architecture, costs, budgets, draws, seed, constraints)
