@@ -138,14 +138,6 @@ def architecture_of(source: nn.Module | Mapping[str, Any], *, tokens: int | None
     return architecture
 
 
-def find_blocks(model: nn.Module) -> tuple[CountedUnit, ...]:
-    """All blocks of ``model`` in order of execution; SD-v1.4 has 22 residual and 16 attention blocks.
-
-    Raises UnsupportedModelError as ``architecture_of`` does.
-    """
-    return architecture_of(model).blocks
-
-
 def block_groups(architecture: Architecture, kind: GroupKind) -> tuple[BlockGroup, ...]:
     """Groups of one kind, in order of execution; none where the family has no such kind.
 

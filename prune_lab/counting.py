@@ -3,7 +3,8 @@
 Two conventions, always named. *Whole*: everything fvcore has a formula for, and the attention products QK^T and AV.
 *Without attention*: the whole count less those products, which is what thop counts and what the figures of BK-SDM
 (arXiv:2305.15798) are: 339.0 G for SD-v1.4. fvcore counts normalisation (five per element) and nearest-neighbour
-upsampling (one per element), which ``prune_lab.counting`` does not; nothing else sets the two counters apart.
+upsampling (one per element), which torch's own counter, the oracle of the tests, does not; nothing else sets the two
+apart.
 """
 
 from __future__ import annotations

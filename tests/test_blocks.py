@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet3DConditionModel
 
 import prune_lab
-from prune_lab.blocks import architecture_of, block_groups, blocks_frame, find_blocks
+from prune_lab.blocks import architecture_of, block_groups, blocks_frame
 from prune_lab.errors import UnknownBlockError, UnsupportedModelError
 
 PRESETS = Path(prune_lab.__file__).parent / "presets"
@@ -58,7 +58,7 @@ def test_total_parameters_are_the_published_ones(name, params):
 
 
 def test_names_and_paths_go_together_in_order_of_execution(tiny_unet):
-    blocks = find_blocks(tiny_unet)
+    blocks = architecture_of(tiny_unet).blocks
     paths = {block.name: block.path for block in blocks}
     assert paths["Dn2.A1"] == "down_blocks.1.attentions.0"
     assert paths["Md.R2"] == "mid_block.resnets.1"
@@ -73,21 +73,21 @@ def test_the_order_is_the_order_of_execution(tiny_unet, tiny_inputs):
         tiny_unet.get_submodule(block.path).register_forward_hook(
             lambda *_, name=block.name: called.append(name)
         )
-        for block in find_blocks(tiny_unet)
+        for block in architecture_of(tiny_unet).blocks
     ]
     try:
         tiny_unet(**tiny_inputs)
     finally:
         for handle in handles:
             handle.remove()
-    assert called == [block.name for block in find_blocks(tiny_unet)]
+    assert called == [block.name for block in architecture_of(tiny_unet).blocks]
 
 
 def test_skip_channels_are_what_forward_concatenates(tiny_unet, tiny_inputs):
     """The up stages concatenate [main, skip]; the main part is the width that came out of the block before."""
     widths = {}
     handles = []
-    for block in find_blocks(tiny_unet):
+    for block in architecture_of(tiny_unet).blocks:
         module = tiny_unet.get_submodule(block.path)
         handles.append(
             module.register_forward_pre_hook(
@@ -99,7 +99,7 @@ def test_skip_channels_are_what_forward_concatenates(tiny_unet, tiny_inputs):
     finally:
         for handle in handles:
             handle.remove()
-    for block in find_blocks(tiny_unet):
+    for block in architecture_of(tiny_unet).blocks:
         assert widths[block.name] == block.in_channels
         if block.stage.startswith("Dn"):
             assert block.skip_channels == 0
@@ -169,7 +169,7 @@ def test_other_model_classes_are_refused(tiny_config):
         up_block_types=("UpBlock3D", "UpBlock3D"),
     )
     with pytest.raises(UnsupportedModelError, match="UNet3DConditionModel"):
-        find_blocks(unet)
+        architecture_of(unet)
     other = {
         **tiny_config,
         "down_block_types": ["SimpleCrossAttnDownBlock2D", *tiny_config["down_block_types"][1:]],
@@ -182,4 +182,4 @@ def test_a_model_edited_in_place_is_refused(tiny_config):
     unet = UNet2DConditionModel(**tiny_config)
     unet.mid_block.attentions[0] = torch.nn.Identity()
     with pytest.raises(UnsupportedModelError, match="edited in place"):
-        find_blocks(unet)
+        architecture_of(unet)

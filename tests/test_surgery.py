@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prune_lab.blocks import architecture_of, find_blocks
+from prune_lab.blocks import architecture_of
 from prune_lab.errors import ModelFormatError, NonNativePlanError, StorageError, UnremovableBlockError
 from prune_lab.models import resolve_model
 from prune_lab.plans import native_choices, parse_plan, plan_of
@@ -72,7 +72,7 @@ def test_second_pairs_give_a_native_model_with_one_layer_and_copied_weights(
 @given(seed=st.integers(0, 2**16))
 @settings(max_examples=10)
 def test_the_model_comes_back_even_when_the_body_raises(tiny_unet_shared, seed):
-    names = [block.name for block in find_blocks(tiny_unet_shared) if block.removable]
+    names = [block.name for block in architecture_of(tiny_unet_shared).blocks if block.removable]
     chosen = [name for i, name in enumerate(names) if seed >> (i % 17) & 1]
     before = dict(tiny_unet_shared.named_modules())
     weights = {key: value.clone() for key, value in tiny_unet_shared.state_dict().items()}
@@ -86,7 +86,7 @@ def test_the_model_comes_back_even_when_the_body_raises(tiny_unet_shared, seed):
 
 def test_each_block_alone_changes_the_output_and_only_inside(tiny_unet, tiny_inputs):
     expected = run(tiny_unet, tiny_inputs)
-    for block in find_blocks(tiny_unet):
+    for block in architecture_of(tiny_unet).blocks:
         with bypassed(tiny_unet, [block.name], stand_in=True):
             assert not torch.equal(run(tiny_unet, tiny_inputs), expected), block.name
     assert torch.equal(run(tiny_unet, tiny_inputs), expected)
