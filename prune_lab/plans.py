@@ -222,3 +222,31 @@ def native_choices(architecture: Architecture) -> tuple[tuple[frozenset[str], ..
         )
         for members in architecture.family.levels(architecture.outline)
     )
+
+
+def choices_to_json(architecture: Architecture) -> dict[str, Any]:
+    """What ``native_choices`` gives, as JSON values, for a reader without this package.
+
+    ``levels``: for each level the sets of blocks that can leave it natively. ``samplers``: the blocks with which a
+    sampler leaves, of those that can. ``complete``: whether every native plan is one set of each level; where it is
+    not, a plan of another form may be native too.
+    """
+    order = {block.name: place for place, block in enumerate(architecture.blocks)}
+    fixed = {block.stage for block in architecture.blocks if not block.removable}
+    members = [
+        {architecture.block(name).stage for name in names}
+        for names in architecture.family.levels(architecture.outline)
+    ]
+    whole = [level for level in members if not level & fixed]
+    return {
+        "levels": [
+            [sorted(removed, key=order.__getitem__) for removed in level]
+            for level in native_choices(architecture)
+        ],
+        "samplers": {
+            sampler.name: list(sampler.leaves_with)
+            for sampler in architecture.samplers
+            if all(architecture.block(name).removable for name in sampler.leaves_with)
+        },
+        "complete": len(whole) < 2,
+    }

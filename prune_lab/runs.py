@@ -86,6 +86,7 @@ class Run:
     criteria = PathIn("criteria.csv", "The scores by all criteria that were measured, the run's own first.")
     scores_dir = PathIn("scores", "Every value measured for a score, so that it is not measured again.")
     comparison_dir = PathIn("comparison", "How the criteria agree: tables, figures and words.")
+    choices = PathIn("choices.json", "Which blocks can leave together natively, level by level.")
     costs = PathIn("costs.csv", "Parameters and MACs of every block, sampler and the rest.")
     latency = PathIn("latency.json", "What each block's removal saves in time.")
     reductions = PathIn("reductions.csv", "What the controls leave of parameters, MACs and latency.")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -42,7 +43,47 @@ class Chart:
     draw: Callable[[Theme], Figure]
 
 
-SectionItem = Text | Table | Chart
+@dataclass(frozen=True, slots=True)
+class LiveCell:
+    """A block on the live map: a button. Positions and sizes in percent of the map; colours are (cell, letters)."""
+
+    name: str
+    stage: str
+    short: str
+    number: str  # its impact in a few characters
+    spoken: str  # what a screen reader says of it
+    removable: bool
+    round: bool
+    left: float
+    top: float
+    width: float
+    height: float
+    light: tuple[str, str]
+    dark: tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class LiveLabel:
+    """The name of a stage on the live map, in percent of the map: a button for all its blocks."""
+
+    stage: str
+    x: float
+    y: float
+    ends: bool  # whether x is where the name ends
+
+
+@dataclass(frozen=True, slots=True)
+class LiveMap:
+    """A map whose blocks a reader removes by clicking; ``data`` is what the page looks numbers up in."""
+
+    cells: tuple[LiveCell, ...]
+    labels: tuple[LiveLabel, ...]
+    metrics: tuple[tuple[str, str, str], ...]  # name in ``data``, in words, what the teacher takes
+    budgets: tuple[tuple[str, str], ...]  # name in ``data`` and in words
+    data: Mapping[str, Any]
+
+
+SectionItem = Text | Table | Chart | LiveMap
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from prune_lab.report.figures import PlanStyle, Theme, impact_bar, impact_colors
 from prune_lab.report.format import MINUS, short_number
 from prune_lab.report.tables import PlanRow
 
-_WIDTH, _HEIGHT, _STEP, _INDENT = 0.92, 0.66, 1.0, 0.55
+WIDTH, HEIGHT = 0.92, 0.66  # of a cell
+_STEP, _INDENT = 1.0, 0.55
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +46,25 @@ def map_cells(frame: pd.DataFrame) -> tuple[tuple[Cell, ...], tuple[tuple[str, f
     for stage, count, lane, row in stages.itertuples(name=None):
         x = {
             "left": left_width - count + row * _INDENT,
-            "middle": (left_width + right_edge - (_STEP - _WIDTH)) / 2 - count * _STEP / 2,
+            "middle": (left_width + right_edge - (_STEP - WIDTH)) / 2 - count * _STEP / 2,
             "right": right_edge - row * _INDENT,
         }[lane]
         corner[stage] = (x, -row)
         right = lane == "right"
-        edge = x + count - (_STEP - _WIDTH) + 0.18 if right else x - 0.18
-        labels.append((stage, edge, -row + _HEIGHT / 2, "left" if right else "right"))
+        edge = x + count - (_STEP - WIDTH) + 0.18 if right else x - 0.18
+        labels.append((stage, edge, -row + HEIGHT / 2, "left" if right else "right"))
     cells = tuple(
         Cell(name, corner[stage][0] + position * _STEP, corner[stage][1])
         for name, stage, position in zip(frame["name"], frame["stage"], frame["position"], strict=True)
     )
     return cells, tuple(labels)
+
+
+def map_bounds(frame: pd.DataFrame) -> tuple[float, float, float, float]:
+    """Left, bottom, right and top edge of the map of ``frame``, with room for the labels."""
+    cells, _ = map_cells(frame)
+    x, y = [cell.x for cell in cells], [cell.y for cell in cells]
+    return min(x) - 0.9, min(y) - 0.1, max(x) + WIDTH + 0.9, max(y) + HEIGHT + 0.1
 
 
 def draw_block_map(frame: pd.DataFrame, theme: Theme) -> Figure:
@@ -113,8 +121,8 @@ def _draw_cells(
         axes.add_patch(
             FancyBboxPatch(
                 (cell.x, cell.y),
-                _WIDTH,
-                _HEIGHT,
+                WIDTH,
+                HEIGHT,
                 boxstyle=f"round,pad=0,rounding_size={rounding}",
                 facecolor=face,
                 edgecolor=outline if gone else (theme.muted if not scored else "none"),
@@ -125,10 +133,10 @@ def _draw_cells(
         )
         if not numbers:
             continue
-        ink = _ink_on(face, theme) if scored else theme.text
+        ink = ink_on(face, theme) if scored else theme.text
         local = str(row["name"]).removeprefix(f"{row['stage']}.")
         short = local + ("" if row["removable"] else "*")
-        middle = cell.x + _WIDTH / 2
+        middle = cell.x + WIDTH / 2
         axes.text(
             middle, cell.y + 0.45, short, ha="center", va="center", fontsize=9, weight="bold", color=ink
         )
@@ -140,18 +148,19 @@ def _draw_cells(
         axes.text(x, y, text, ha=align, va="center", fontsize=size, weight="bold", color=theme.muted)
     axes.set_aspect("equal")
     axes.axis("off")
-    axes.set_xlim(min(c.x for c in cells) - 0.9, max(c.x for c in cells) + _WIDTH + 0.9)
-    axes.set_ylim(min(c.y for c in cells) - 0.1, max(c.y for c in cells) + _HEIGHT + 0.1)
+    left, bottom, right, top = map_bounds(frame)
+    axes.set_xlim(left, right)
+    axes.set_ylim(bottom, top)
 
 
 def _draw_skips(axes: Axes, cells: Sequence[Cell], frame: pd.DataFrame, theme: Theme) -> None:
     """A dotted line per row for the skip connections that cross from the left to the right lane."""
     lanes = list(zip(cells, frame["lane"], strict=True))
     for y in {cell.y for cell in cells}:
-        ends = [cell.x + _WIDTH for cell, lane in lanes if lane == "left" and cell.y == y]
+        ends = [cell.x + WIDTH for cell, lane in lanes if lane == "left" and cell.y == y]
         starts = [cell.x for cell, lane in lanes if lane == "right" and cell.y == y]
         if ends and starts:
-            height = y + _HEIGHT / 2
+            height = y + HEIGHT / 2
             axes.annotate(
                 "",
                 xy=(min(starts) - 0.1, height),
@@ -160,7 +169,7 @@ def _draw_skips(axes: Axes, cells: Sequence[Cell], frame: pd.DataFrame, theme: T
             )
 
 
-def _ink_on(face: object, theme: Theme) -> str:
+def ink_on(face: object, theme: Theme) -> str:
     """Black or white, whichever is easier to read on ``face``."""
     if face == "none":
         return theme.text

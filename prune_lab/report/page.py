@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 import shutil
 from dataclasses import asdict
@@ -10,11 +11,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from prune_lab import __version__
-from prune_lab.report.document import Chart, SectionItem, Table, Text
+from prune_lab.report.document import Chart, LiveMap, SectionItem, Table, Text
 from prune_lab.report.figures import DARK, LIGHT, freeze_layout, save_png, svg_uri
 from prune_lab.report.sections import report_sections
 from prune_lab.report.tables import RunTables, read_run
@@ -64,6 +65,8 @@ def _render(part: SectionItem, run: Run) -> dict[str, Any]:
             return {"kind": "text", **asdict(part)}
         case Table():
             return {"kind": "table", **asdict(part)}
+        case LiveMap():
+            return {"kind": "live", **asdict(part)}
         case Chart():
             light, dark = part.draw(LIGHT), part.draw(DARK)
             area = freeze_layout(light)
@@ -98,10 +101,24 @@ def _facts(tables: RunTables) -> list[tuple[str, str]]:
 
 def _template(name: str, *, autoescape: bool, page: dict[str, Any]) -> str:
     # S701 does not apply to the Markdown page: its filters escape what Markdown would interpret.
-    environment = Environment(autoescape=autoescape, undefined=StrictUndefined, keep_trailing_newline=True)
-    environment.filters |= {"inline": _inline, "plain": _plain, "prose": _prose}
-    source = resources.files("prune_lab.report").joinpath(name).read_text(encoding="utf-8")
-    return environment.from_string(source).render(**page)
+    environment = Environment(
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        loader=FunctionLoader(_source),
+    )
+    environment.filters |= {"inline": _inline, "plain": _plain, "prose": _prose, "json": _json}
+    environment.globals["script"] = lambda file: Markup(_source(file))  # our own file, not a reader's words
+    return environment.get_template(name).render(**page)
+
+
+def _source(name: str) -> str:
+    return resources.files("prune_lab.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _json(value: object) -> Markup:
+    """``value`` as JSON inside a script element: no ``<`` of it can end the element."""
+    return Markup(json.dumps(value, ensure_ascii=False).replace("<", "\\u003c"))
 
 
 def _inline(text: str) -> Markup:

@@ -11,6 +11,7 @@ from prune_lab.report import format as fmt
 from prune_lab.report.criteria import draw_parts
 from prune_lab.report.document import Chart, Section, SectionItem, Table, Text, not_run, table_of
 from prune_lab.report.figures import plan_styles
+from prune_lab.report.live_map import live_map
 from prune_lab.report.maps import draw_block_map, draw_plan_maps
 from prune_lab.report.picture_grids import picture_parts
 from prune_lab.report.summary import summary
@@ -48,6 +49,7 @@ def report_sections(tables: RunTables) -> tuple[Section, ...]:
         Section("summary", "Summary", summary(tables)),
         Section("blocks", "Impact of each block", _blocks(tables)),
         Section("costs", "Cost of each block", _costs(tables)),
+        Section("try", "Try a plan", _try(tables)),
         Section("reductions", "Savings of the plans", _reductions(tables)),
         Section("candidates", "The candidates", _candidates(tables)),
         Section("ranking", "Cost against quality", _ranking(tables)),
@@ -132,6 +134,22 @@ def _costs(tables: RunTables) -> tuple[SectionItem, ...]:
         caption = "Where the time of one picture goes"
         parts.append(table_of(tables.pipeline, _PIPELINE, caption, "pipeline.csv"))
     return tuple(parts)
+
+
+def _try(tables: RunTables) -> tuple[SectionItem, ...]:
+    alive = live_map(tables)
+    if alive is None:
+        return (not_run("costs have not been counted", "run --config FILE.toml"),)
+    words = (
+        "Click a block, or the name of a stage, to take it out of the model or put it back. Costs, the predicted "
+        "impact and whether a plain `diffusers` config describes what is left change at once. A budget is a share of "
+        "the teacher's cost.",
+    )
+    how = (
+        "The predicted impact is the sum of the impacts of single blocks, as the search adds them up. Predicted times "
+        "are those of the latency table, where one was measured. Stars mark blocks that cannot be removed."
+    )
+    return Text(words), alive, Text((how,))
 
 
 def _reductions(tables: RunTables) -> tuple[SectionItem, ...]:

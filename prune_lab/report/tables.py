@@ -47,6 +47,10 @@ class RunTables:
     importance: pd.DataFrame | None = None
     parts: pd.DataFrame | None = None  # impacts per timestep and kind of prompt, by the run's criterion
     costs: pd.DataFrame | None = None
+    choices: Mapping[str, Any] | None = (
+        None  # which blocks can leave together natively, and samplers with them
+    )
+    latency: Mapping[str, Any] | None = None  # what each block's removal saves in time
     reductions: pd.DataFrame | None = None
     pipeline: pd.DataFrame | None = None
     ranking: pd.DataFrame | None = None
@@ -98,11 +102,13 @@ def read_run(run: Run) -> RunTables:
         model=model,
         settings=settings,
         config_digest=digest,
-        environment=_read_environment(run.environment),
+        environment=_read_object(run.environment) or {},
         blocks=blocks,
         importance=importance,
         parts=_leading_parts(_read_table(run.importance_parts, schemas.PARTS_COLUMNS), importance),
         costs=_read_table(run.costs, schemas.COST_COLUMNS),
+        choices=_read_object(run.choices),
+        latency=_read_object(run.latency),
         reductions=reductions,
         pipeline=_read_table(run.pipeline_profile, schemas.PIPELINE_COLUMNS),
         ranking=ranking,
@@ -188,9 +194,9 @@ def _read_settings(path: Path) -> tuple[dict[str, Any], str]:
     return settings, hashlib.sha256(content).hexdigest()[:12]
 
 
-def _read_environment(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, Any] | None:
     if not path.exists():
-        return {}
+        return None
     value = read_json(path)
     if not isinstance(value, dict):
         raise DataError(f"asked to read {path}, found {type(value).__name__}; it should be a JSON object")

@@ -19,7 +19,7 @@ from prune_lab.importance import (
     with_psnr,
 )
 from prune_lab.models import resolve_model
-from prune_lab.plans import PruningPlan, is_native, read_plans
+from prune_lab.plans import PruningPlan, choices_to_json, is_native, read_plans
 from prune_lab.profiling import (
     CostTable,
     LatencyTable,
@@ -37,8 +37,10 @@ _LATENCY_CHECKS = 8  # plans with which the predicted latency is compared
 
 
 def ensure_blocks(session: Session) -> Architecture:
-    """The inventory of the run's U-Net; writes blocks.csv."""
+    """The inventory of the run's U-Net; writes choices.json and blocks.csv."""
     run = session.run
+    if not run.done(run.choices):
+        write_json(run.choices, choices_to_json(session.architecture))
     if not run.done(run.blocks):
         write_frame(run.blocks, blocks_frame(session.architecture))
     return session.architecture

@@ -81,7 +81,7 @@ def _distilled(run: Run) -> tuple[Path, ...]:
 
 # The one statement of the order. A step asks earlier ones for their results; a test sees that none asks a later one.
 STEPS: tuple[Step, ...] = (
-    Step("blocks", "lists the blocks of the U-Net", ensure_blocks, _files("blocks")),
+    Step("blocks", "lists the blocks of the U-Net", ensure_blocks, _files("choices", "blocks")),
     Step("probe", "encodes held-out pictures and captions", ensure_probe, _files("probe")),
     Step(
         "scores",

@@ -1,0 +1,128 @@
+"""The block map that answers to clicks: what a reader's own plan costs, and whether it can be built.
+
+Everything is looked up in tables that the run has written; the page only adds and subtracts. Impacts are added up as
+the search adds them, costs and times are taken off the teacher's as the cost table takes them off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+from matplotlib.colors import to_rgb
+
+from prune_lab.report import format as fmt
+from prune_lab.report.document import LiveCell, LiveLabel, LiveMap
+from prune_lab.report.figures import DARK, LIGHT, Theme, impact_colors, impact_scale
+from prune_lab.report.maps import HEIGHT, WIDTH, ink_on, map_bounds, map_cells
+from prune_lab.report.tables import RunTables, block_map_frame
+
+_KINDS = {"resnet": "residual block", "attention": "attention block"}
+_COUNTED = ("params", "macs", "paper_macs")
+_WORDS = (
+    ("params", "Parameters", fmt.count),
+    ("macs", "MACs (whole)", fmt.amount),
+    ("paper_macs", "MACs (paper)", fmt.amount),
+    ("ms", "Latency, predicted", fmt.milliseconds),
+)
+_BUDGETS = (("macs", "multiply-adds"), ("params", "parameters"), ("ms", "latency"))
+
+
+def live_map(tables: RunTables) -> LiveMap | None:
+    """The map of the run's blocks; None before the run has listed and counted them."""
+    if tables.blocks is None or tables.costs is None:
+        return None
+    frame = block_map_frame(tables.blocks, tables.importance)
+    times = _times(tables.latency)
+    costs = _costs(tables.costs, times)
+    named = {"teacher": [], **{plan.label: list(plan.removed) for plan in tables.plans}}
+    return LiveMap(
+        cells=_cells(frame),
+        labels=_labels(frame),
+        metrics=tuple(
+            (name, words, written(sum(part[name] for part in costs.values())))
+            for name, words, written in _WORDS
+            if name != "ms" or times
+        ),
+        budgets=tuple(budget for budget in _BUDGETS if budget[0] != "ms" or times),
+        data={
+            "model": tables.model,
+            "costs": costs,
+            "impacts": {
+                str(name): None if pd.isna(impact) else float(impact)
+                for name, impact in zip(frame["name"], frame["impact"], strict=True)
+            },
+            "choices": tables.choices,
+            "plans": named,
+        },
+    )
+
+
+def _times(latency: Mapping[str, Any] | None) -> dict[str, float]:
+    """Milliseconds that each part takes off the teacher's time, and the teacher's as ``""``; empty: not measured."""
+    if not latency:
+        return {}
+    scale = float(latency["scale"])
+    saved = {str(one["name"]): scale * max(0.0, float(one["measured_ms"])) for one in latency["savings"]}
+    first = {name.split("+")[0]: saving for name, saving in saved.items()}
+    return {"": float(latency["whole"]["median_ms"]), **first}
+
+
+def _costs(costs: pd.DataFrame, times: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """What each block, each sampler and the rest take, by name; a part without a saving in time takes none."""
+    found = {
+        str(row["name"]): {metric: int(row[metric]) for metric in _COUNTED} | {"ms": 0.0}
+        for row in costs.to_dict("records")
+    }
+    for name, part in found.items():
+        part["ms"] = times.get(name, 0.0)
+    if times and "rest" in found:
+        found["rest"]["ms"] = times[""] - sum(part["ms"] for name, part in found.items() if name != "rest")
+    return found
+
+
+def _look(impact: float, theme: Theme, frame: pd.DataFrame) -> tuple[str, str]:
+    """Colour of a cell and of the letters on it."""
+    if pd.isna(impact):
+        return "transparent", theme.text
+    red, green, blue = to_rgb(impact_colors(theme)(float(impact_scale(frame["impact"])(impact))))
+    return f"rgb({red:.1%} {green:.1%} {blue:.1%})", ink_on((red, green, blue), theme)
+
+
+def _cells(frame: pd.DataFrame) -> tuple[LiveCell, ...]:
+    left, bottom, right, top = map_bounds(frame)
+    cells = []
+    for cell, row in zip(map_cells(frame)[0], frame.to_dict("records"), strict=True):
+        impact = row["impact"]
+        words = [f"{cell.name}, {_KINDS.get(str(row['kind']), row['kind'])}"]
+        words += ["not scored" if pd.isna(impact) else f"impact {fmt.short_number(impact)}"]
+        words += [] if row["removable"] else ["cannot be removed"]
+        cells.append(
+            LiveCell(
+                name=cell.name,
+                stage=str(row["stage"]),
+                short=cell.name.removeprefix(f"{row['stage']}."),
+                number="" if pd.isna(impact) else fmt.short_number(impact),
+                spoken=", ".join(words),
+                removable=bool(row["removable"]),
+                round=row["kind"] == "attention",
+                left=100 * (cell.x - left) / (right - left),
+                top=100 * (top - cell.y - HEIGHT) / (top - bottom),
+                width=100 * WIDTH / (right - left),
+                height=100 * HEIGHT / (top - bottom),
+                light=_look(impact, LIGHT, frame),
+                dark=_look(impact, DARK, frame),
+            )
+        )
+    return tuple(cells)
+
+
+def _labels(frame: pd.DataFrame) -> tuple[LiveLabel, ...]:
+    left, bottom, right, top = map_bounds(frame)
+    return tuple(
+        LiveLabel(
+            stage, 100 * (x - left) / (right - left), 100 * (top - y) / (top - bottom), align == "right"
+        )
+        for stage, x, y, align in map_cells(frame)[1]
+    )
