@@ -84,7 +84,7 @@ def _costs(costs: pd.DataFrame, times: Mapping[str, float]) -> dict[str, dict[st
 
 def _look(impact: float, theme: Theme, frame: pd.DataFrame) -> tuple[str, str]:
     """Colour of a cell and of the letters on it."""
-    if pd.isna(impact):
+    if fmt.is_missing(impact):
         return "transparent", theme.text
     red, green, blue = to_rgb(impact_colors(theme)(float(impact_scale(frame["impact"])(impact))))
     return f"rgb({red:.1%} {green:.1%} {blue:.1%})", ink_on((red, green, blue), theme)
