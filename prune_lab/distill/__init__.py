@@ -6,7 +6,7 @@ from prune_lab.distill.batches import draw_batch
 from prune_lab.distill.building import build_cache, training_data
 from prune_lab.distill.cache import INDEX as CACHE_INDEX
 from prune_lab.distill.cache import LatentCache, is_cache
-from prune_lab.distill.data import LatentData, TrainingData, held_out
+from prune_lab.distill.data import LatentData, Split, Subset, TrainingData, held_out, split_rows
 from prune_lab.distill.encoding import LiveData, cached_data, encode_data
 from prune_lab.distill.features import feature_pairs
 from prune_lab.distill.loop import distill_together
@@ -25,7 +25,9 @@ __all__ = [
     "LatentData",
     "LiveData",
     "Recovery",
+    "Split",
     "Student",
+    "Subset",
     "TrainingData",
     "build_cache",
     "cached_data",
@@ -38,6 +40,7 @@ __all__ = [
     "load_heldout",
     "load_recovery",
     "source_of",
+    "split_rows",
     "training_data",
     "training_memory",
 ]

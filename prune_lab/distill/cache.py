@@ -139,6 +139,27 @@ class LatentCache:
     def __len__(self) -> int:
         return sum(shard.rows for shard in self.shards)
 
+    def _per_row(self, name: str) -> tuple[str, ...]:
+        """What the metadata of the shards say of each row, read from all of them."""
+        read = (read_cache_file(self.folder / shard.file)[0].get(name) for shard in self.shards)
+        found = (values or [""] * shard.rows for values, shard in zip(read, self.shards, strict=True))
+        return tuple(value for values in found for value in values)
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """Caption of each row, read from the shards."""
+        return self._per_row("captions")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kind of the prompt of each row, where the model drew to prompts with kinds; else empty texts."""
+        return self._per_row("kinds")
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """Digest of the file of the image of each row; empty texts in caches of version 0.1 and of drawn images."""
+        return self._per_row("pictures")
+
     @property
     def variants(self) -> int:
         """Number of crops and flips of each image."""
