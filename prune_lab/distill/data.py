@@ -275,7 +275,8 @@ def split_rows(
     """The rows of training data in three disjoint parts: ``probe`` rows, ``validate`` rows, and the others to train on.
 
     Give it ``data.captions`` and ``data.pictures``; ``Subset.of(data, split.train)`` is the part. ``None`` for
-    ``pictures`` takes each row for an image of its own. The same captions give the same parts, wherever the rows lie. Captions count as the same whatever their case and spaces; an empty one is nobody's.
+    ``pictures`` takes each row for an image of its own. The same captions give the same parts, wherever the rows lie.
+    Captions count as the same whatever their case and spaces; an empty one is nobody's.
     Probe and validate get one row of an image or caption, and other rows of it are used for nothing; so images and
     captions that stand alone are taken first. With few rows a part is smaller than asked for: each of the two gets a
     quarter at most, and one at least.
