@@ -43,8 +43,9 @@ def read_prompts(file: Path | str) -> Prompts:
     """The prompts in a text file, one a line, or in a table; ``default`` are those that ship.
 
     A table is .csv, .tsv, .jsonl or .parquet with a column prompt (or caption, or text), a text or a list of texts a
-    row, and a column kind (or group) where there are kinds; names count in any case. Raises DataError when the file cannot
-    be read or holds none.
+    row, and a column kind (or group) where there are kinds; names count in any case.
+
+    Raises DataError when the file cannot be read or holds none.
     """
     path = prompts_path() if str(file) == DEFAULT else Path(file).expanduser()
     kind = table_kind(path)
