@@ -78,17 +78,17 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-import prune_lab.distill.building as building
+import prune_lab.distill.sharding as sharding
 from prune_lab.config import DataConfig
 from prune_lab.distill import build_cache, source_of
 from prune_lab.models import load_pipeline, resolve_model
-whole = building._build_shard
+whole = sharding._write_shard
 def dying(path, *more):
     if path.name == "shard-00001.safetensors":
         (path.parent / ".shard-00001.safetensors.x.tmp").write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
     whole(path, *more)
-building._build_shard = dying
+sharding._write_shard = dying
 model, images, out = sys.argv[1:]
 pipeline = load_pipeline(resolve_model(model))
 build_cache(pipeline, source_of(DataConfig(source=images)), DataConfig(shard=3, batch=2), Path(out))
@@ -119,7 +119,7 @@ def test_two_processes_build_the_cache_of_one(
 ) -> None:
     out = tmp_path / "together"
     verb = [
-        *("cache", str(tiny_pipeline_folder), "--data", str(image_folder), "--out", str(out)),
+        *("data", str(tiny_pipeline_folder), "--data", str(image_folder), "--out", str(out)),
         *("--set", "data.shard=2", "--set", "data.batch=2", "--flip", "--device", "cpu", "--json"),
     ]
     code = f"import sys; sys.argv = {['prune-lab', *verb]!r}; from prune_lab.cli import main; main()"
@@ -144,10 +144,10 @@ def test_two_processes_build_the_cache_of_one(
 def test_each_process_builds_its_share(
     tiny_pipeline: Any, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from prune_lab.distill import building
+    from prune_lab.distill import sharding
 
     built: list[str] = []
-    whole = building._build_shard
+    whole = sharding._write_shard
 
     def watched(path: Path, *more: Any) -> None:
         built.append(path.name)
@@ -158,8 +158,8 @@ def test_each_process_builds_its_share(
 
         def wait_for_everyone(self) -> None: ...
 
-    monkeypatch.setattr(building, "_build_shard", watched)
-    monkeypatch.setattr(building, "PartialState", Second)
+    monkeypatch.setattr(sharding, "_write_shard", watched)
+    monkeypatch.setattr(sharding, "PartialState", Second)
     with pytest.raises(DataError, match="unfinished"):  # the main process, which ends the build, is not there
         build_cache(tiny_pipeline, open_source(str(image_folder)), CACHED, tmp_path / "cache")
     assert built == ["shard-00001.safetensors"]
@@ -220,7 +220,7 @@ def test_a_cache_that_lost_a_shard_is_unfinished_until_it_is_mended(
     out, source = tmp_path / "cache", open_source(str(image_folder))
     build_cache(tiny_pipeline, source, CACHED, out)
     (out / "shard-00001.safetensors").unlink()
-    monkeypatch.setattr("prune_lab.distill.building._build_shard", interrupted)
+    monkeypatch.setattr("prune_lab.distill.sharding._write_shard", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build_cache(tiny_pipeline, source, CACHED, out)
     with pytest.raises(DataError, match="unfinished"):

@@ -1,4 +1,4 @@
-"""Training data of the user's own in a run and on the command line: settings, the step `data`, the verb `cache`."""
+"""Training data of the user's own in a run and on the command line: settings, the step `data`, the verb `data`."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_the_verb_builds_finishes_and_refuses(
     tiny_pipeline_folder: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     def ask(*more: str) -> Any:
-        verb = ["cache", str(tiny_pipeline_folder), "--out", str(tmp_path / "cache"), "--device", "cpu"]
+        verb = ["data", str(tiny_pipeline_folder), "--out", str(tmp_path / "cache"), "--device", "cpu"]
         return CliRunner().invoke(app, [*verb, *more])
 
     found = ask(
@@ -128,7 +128,7 @@ def test_the_verb_builds_finishes_and_refuses(
 
 def test_help_answers_without_the_heavy_libraries() -> None:
     code = (
-        "import sys; sys.argv = ['prune-lab', 'cache', '--help']\n"
+        "import sys; sys.argv = ['prune-lab', 'data', '--help']\n"
         "from prune_lab.cli import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"

@@ -19,7 +19,7 @@ PACKAGE = Path(prune_lab.__file__).resolve().parent
 # A module imports from the lines above its own, and on its own line from what stands to its left.
 LAYERS = (
     ("errors", "schemas", "runtime", "processes", "families", "counting", "assets"),
-    ("config", "blocks", "runs"),
+    ("config", "blocks", "runs", "text_tables", "prompts"),
     ("models", "plans"),
     ("surgery", "probes", "prefix_sharing"),
     ("profiling", "evaluation", "importance"),

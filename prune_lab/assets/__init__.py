@@ -30,6 +30,11 @@ def scorer_folder() -> Path:
     return assets_folder() / "scorer"
 
 
+def prompts_path() -> Path:
+    """The general list of prompts, columns prompt and kind; `recipes.prompts` makes it."""
+    return assets_folder() / "prompts" / "prompts.csv.gz"
+
+
 def read_split(folder: Path, split: str) -> pd.DataFrame:
     """Rows of one split under `folder`, columns COLUMNS, `picture` as WebP bytes.
 

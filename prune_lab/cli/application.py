@@ -13,7 +13,7 @@ from prune_lab.errors import PruneLabError, RunError
 from prune_lab.processes import end_processes, num_processes
 
 MISTAKE = 2  # exit code of a user's mistake, the same as typer's for a wrong option
-LAUNCHED = ("cache", "distill")  # verbs that many processes share; any other would be done as often
+LAUNCHED = ("data", "distill")  # verbs that many processes share; any other would be done as often
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 

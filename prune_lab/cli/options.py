@@ -51,7 +51,7 @@ def for_setting(name: str, *flags: str) -> Any:
 _TABLES: dict[str, tuple[str, ...]] = {
     "score": ("score", "probe"),
     "search": ("search",),
-    "cache": ("data",),
+    "data": ("data",),
     "distill": ("distill", "data"),
     "rank": ("rank", "engine", "distill"),
     "evaluate": ("evaluate",),

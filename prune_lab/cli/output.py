@@ -41,7 +41,7 @@ DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
     ),
     "pruned": ("plan", "folder", "written", "blocks_removed", "params_change", "macs_change"),
     "exported": ("model", "format", "file", "tensors", "bytes"),
-    "cache": ("data", "folder", "rows", "left_out", "bytes", "seconds"),
+    "data": ("data", "folder", "rows", "left_out", "bytes", "seconds"),
     "recovery": ("plan", "status", "steps", "loss_before", "loss_after", "reason", "seconds"),
     "pictures": ("plan", "weights", "pictures", "clip", "clip_low"),
     "quality": ("model", "pictures", "loss", "clip", "clip_low"),

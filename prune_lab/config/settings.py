@@ -112,7 +112,7 @@ class RepairConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """The pictures that students are trained on, and how they are encoded."""
+    """The pictures that students are trained on, the user's own or drawn by the model, and how they are encoded."""
 
     source: str = setting(
         "", "folder, .parquet, .tar or glob, hub id, finished cache; empty: distill.pictures shipped ones"
@@ -129,7 +129,7 @@ class DataConfig:
         0,
         "encodings of each picture, the first cropped in the middle; 0: 4 for random crops, 2 for flips, else 1",
     )
-    seed: int = setting(0, "seed of limit and crops")
+    seed: int = setting(0, "seed of limit and crops, and of what the model draws")
     cached: bool = setting(True, "encode once, before training; false: encode each batch when it is drawn")
     format: str = setting(
         "float32",
@@ -138,10 +138,19 @@ class DataConfig:
     shard: int = setting(
         1024, "pictures per file of the cache, and what is lost when a build is stopped", least=1
     )
-    batch: int = setting(16, "pictures per pass of the encoders", least=1)
+    batch: int = setting(16, "pictures per pass of the encoders, or of the model that draws", least=1)
+    prompts: str = setting(
+        "default",
+        "what the model draws where data.source names no pictures: default, the list that ships, or a file of prompts",
+    )
+    count: int = setting(1000, "pictures that the model draws", least=1)
+    steps: int = setting(25, "denoising steps of a picture that the model draws", least=1)
+    guidance: float = setting(7.5, "guidance scale of a picture that the model draws")
+    resolution: int = setting(0, "pixels per side of a picture that the model draws; 0: those of the model")
 
     def __post_init__(self) -> None:
         require_ranges(self, "data.")
+        require(bool(self.prompts), "data.prompts", self.prompts, "default, or a file of prompts")
         most = 1 + self.flip  # different ones, without random crops
         rule = f"at most {most} without random crops" + ("" if self.flip else " or flips")
         require(self.crop == "random" or self.variants <= most, "data.variants", self.variants, rule)

@@ -6,7 +6,8 @@ from prune_lab.distill.batches import draw_batch
 from prune_lab.distill.building import build_cache, training_data
 from prune_lab.distill.cache import INDEX as CACHE_INDEX
 from prune_lab.distill.cache import LatentCache, is_cache
-from prune_lab.distill.data import LatentData, TrainingData, held_out
+from prune_lab.distill.data import LatentData, Split, Subset, TrainingData, held_out, split_rows
+from prune_lab.distill.drawing import check_draws_from_text, draw_cache, preview
 from prune_lab.distill.encoding import LiveData, cached_data, encode_data
 from prune_lab.distill.features import feature_pairs
 from prune_lab.distill.loop import distill_together
@@ -14,30 +15,38 @@ from prune_lab.distill.losses import FEATURE_VARIANTS
 from prune_lab.distill.memory import training_memory
 from prune_lab.distill.recovery import Recovery, load_heldout, load_recovery
 from prune_lab.distill.setup import DistillSetup, Student
+from prune_lab.distill.sharding import CacheBuild
 from prune_lab.distill.sources import ImageSource, source_of
 
 __all__ = [
     "CACHE_INDEX",
     "FEATURE_VARIANTS",
+    "CacheBuild",
     "DistillSetup",
     "ImageSource",
     "LatentCache",
     "LatentData",
     "LiveData",
     "Recovery",
+    "Split",
     "Student",
+    "Subset",
     "TrainingData",
     "build_cache",
     "cached_data",
+    "check_draws_from_text",
     "distill_together",
     "draw_batch",
+    "draw_cache",
     "encode_data",
     "feature_pairs",
     "held_out",
     "is_cache",
     "load_heldout",
     "load_recovery",
+    "preview",
     "source_of",
+    "split_rows",
     "training_data",
     "training_memory",
 ]

@@ -4,10 +4,11 @@
 
     DIR/
         shard-00000.safetensors ...   mean, log_variance (n, V, C, h, w); embeddings (n, L, D); added.*; captions
+                                      (drawn by the model: no log_variance)
         empty.safetensors             embedding of the empty caption
         cache.json                    the provenance of the numbers and the list of shards; written last
 
-``building.build_cache`` writes it.
+``building.build_cache`` and ``drawing.draw_cache`` write it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ PROVENANCE = "recipe"  # its name in the files, since version 0.1
 EMPTY = "empty.safetensors"
 INDEX = "cache.json"  # a folder with it holds a complete cache
 _ENTRY = "prune_lab"  # of the metadata of a safetensors file
-_REMEDY = "build it again with: prune-lab cache ... --force"
+_REMEDY = "build it again with: prune-lab data ... --force"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ class LatentCache:
         if not is_cache(folder):
             found = "an unfinished one" if any(folder.glob("shard-*")) else f"no {INDEX}"
             raise DataError(
-                f"asked for the cache in {folder}, found {found} there; run the same prune-lab cache command to the end"
+                f"asked for the cache in {folder}, found {found} there; run the same prune-lab data command to the end"
             )
         index = cast("dict[str, Any]", read_json(folder / INDEX))
         try:
@@ -120,7 +121,7 @@ class LatentCache:
             if size != shard.bytes:
                 raise DataError(
                     f"asked to read the cache {folder}, found {size:,} of the {shard.bytes:,} bytes of {shard.file}; "
-                    "run the prune-lab cache command that made it again, which makes what is missing"
+                    "run the prune-lab data command that made it again, which makes what is missing"
                 )
         _, empty = read_cache_file(folder / EMPTY)
         counts = torch.tensor([shard.rows for shard in shards])
@@ -139,6 +140,27 @@ class LatentCache:
     def __len__(self) -> int:
         return sum(shard.rows for shard in self.shards)
 
+    def _per_row(self, name: str) -> tuple[str, ...]:
+        """What the metadata of the shards say of each row, read from all of them."""
+        read = (read_cache_file(self.folder / shard.file)[0].get(name) for shard in self.shards)
+        found = (values or [""] * shard.rows for values, shard in zip(read, self.shards, strict=True))
+        return tuple(value for values in found for value in values)
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """Caption of each row, read from the shards."""
+        return self._per_row("captions")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kind of the prompt of each row, where the model drew to prompts with kinds; else empty texts."""
+        return self._per_row("kinds")
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """Digest of the file of the image of each row; empty texts in caches of version 0.1 and of drawn images."""
+        return self._per_row("pictures")
+
     @property
     def variants(self) -> int:
         """Number of crops and flips of each image."""
@@ -151,13 +173,16 @@ class LatentCache:
 
     def check(self, pipeline: Any) -> LatentCache:
         """The cache itself. Raises DataError when it was made by other encoders than those of ``pipeline``."""
-        encoders, side = encoders_digest(pipeline), image_side(pipeline)
         made_by, made_for = self.provenance["encoders"], self.provenance["side"]
+        asked_for = self.provenance.get(
+            "resolution", 0
+        )  # of drawn images; training at another size is meant then
+        encoders, side = encoders_digest(pipeline), asked_for or image_side(pipeline)
         if (made_by, made_for) != (encoders, side):
             raise DataError(
                 f"asked to train on the cache {self.folder}, which was made by other encoders or for another size "
                 f"({made_by} at {made_for} pixels, the model has {encoders} at {side}); "
-                "build one with: prune-lab cache MODEL --data SOURCE --out DIR"
+                "build one with: prune-lab data MODEL ... --out DIR"
             )
         return self
 
@@ -184,5 +209,5 @@ class LatentCache:
                 part = (tensor[row, variant] if name in ("mean", "log_variance") else tensor[row]).float()
                 found.setdefault(name, part.new_empty(len(indices), *part.shape[1:]))[here] = part
         return EncodedBatch(
-            found["mean"], found["log_variance"], found["embeddings"], with_prefix("added.", found)
+            found["mean"], found.get("log_variance"), found["embeddings"], with_prefix("added.", found)
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -51,6 +51,14 @@ class TrainingData(Protocol):
     @property
     def digest(self) -> str:
         """16 hexadecimal digits that change with anything that is trained on."""
+
+    @property
+    def captions(self) -> Sequence[str]:
+        """Caption of each row."""
+
+    @property
+    def pictures(self) -> Sequence[str]:
+        """Name of the image of each row, the same for the same image; see ``split_rows``."""
 
     @property
     def empty_embedding(self) -> Tensor:
@@ -123,6 +131,11 @@ class LatentData:
         return EncodedBatch(self.latents[indices], None, self.embeddings[indices], added)
 
     @property
+    def pictures(self) -> tuple[str, ...]:
+        """Digest of the latents of each row."""
+        return tuple(tensors_digest({"latents": row}) for row in self.latents)
+
+    @property
     def variants(self) -> int:
         """One: every image as it is."""
         return 1
@@ -177,6 +190,18 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """Caption of each row of this subset."""
+        captions = self.data.captions
+        return tuple(captions[row] for row in self.indices.tolist())
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """Name of the image of each row of this subset."""
+        pictures = self.data.pictures
+        return tuple(pictures[row] for row in self.indices.tolist())
+
     def rows(self, indices: Tensor, variants: Tensor) -> EncodedBatch:
         """The rows ``indices`` (B,) int64 of this subset, in ``variants`` (B,) int64."""
         return self.data.rows(self.indices[indices], variants)
@@ -200,3 +225,93 @@ def held_out(data: TrainingData, count: int, seed: int) -> tuple[Subset, Subset]
         )
     order = torch.randperm(len(data), generator=seeded(seed))
     return Subset.of(data, order[count:].sort().values), Subset.of(data, order[:count])
+
+
+# Disjoint parts ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Split:
+    """Rows of training data by what they are used for, int64 in rising order; no two parts share an image.
+
+    Nor do they share a caption, unless ``shared_captions``: there were fewer than three different ones.
+    """
+
+    train: Tensor
+    probe: Tensor
+    validate: Tensor
+    unused: Tensor  # of the same image or caption as a row of probe or validate
+    shared_captions: bool
+
+
+def _row_groups(*keys: Sequence[str]) -> list[list[int]]:
+    """Rows that share a key with each other, directly or over other rows; rows with an empty key do not share it."""
+    parent = list(range(len(keys[0])))
+
+    def root(row: int) -> int:
+        while parent[row] != row:
+            parent[row] = row = parent[parent[row]]
+        return row
+
+    for column in keys:
+        first: dict[str, int] = {}
+        for row, key in enumerate(column):
+            if key:
+                parent[root(row)] = root(first.setdefault(key, row))
+    groups: dict[int, list[int]] = {}
+    for row in range(len(parent)):
+        groups.setdefault(root(row), []).append(row)
+    return list(groups.values())
+
+
+def split_rows(
+    captions: Sequence[str],
+    pictures: Sequence[str] | None = None,
+    *,
+    probe: int,
+    validate: int,
+    seed: int = 0,
+) -> Split:
+    """The rows of training data in three disjoint parts: ``probe`` rows, ``validate`` rows, and the others to train on.
+
+    Give it ``data.captions`` and ``data.pictures``; ``Subset.of(data, split.train)`` is the part. ``None`` for
+    ``pictures`` takes each row for an image of its own. The same captions give the same parts, wherever the rows lie.
+    Captions count as the same whatever their case and spaces; an empty one is nobody's.
+    Probe and validate get one row of an image or caption, and other rows of it are used for nothing; so images and
+    captions that stand alone are taken first. With few rows a part is smaller than asked for: each of the two gets a
+    quarter at most, and one at least.
+
+    Raises DataError for fewer than three different images.
+    """
+    named = list(map(str, range(len(captions)))) if pictures is None else list(pictures)
+    assert len(named) == len(captions)
+    plain = [" ".join(caption.lower().split()) for caption in captions]
+    groups, shared = _row_groups(named, plain), False
+    if len(groups) < 3:
+        groups, shared = _row_groups(named), True
+    if len(groups) < 3:
+        raise DataError(
+            f"asked to divide {len(captions)} rows of {len(groups)} different images into rows for the probe, for "
+            "validation and for training; give at least three images, better a dozen"
+        )
+
+    def place(group: Sequence[int]) -> tuple[int, str]:
+        # not the names of images where captions tell rows apart: the same prompts are the same parts for any model
+        keys = sorted(plain[row] or named[row] for row in group)
+        return len(group), hashlib.sha256(json.dumps([seed, keys]).encode()).hexdigest()
+
+    quarter = max(1, len(groups) // 4)
+    counts = min(probe, quarter), min(validate, quarter)
+    in_order = sorted(groups, key=place)
+    chosen, rest = in_order[: sum(counts)], in_order[sum(counts) :]
+
+    def rows(found: Iterable[int]) -> Tensor:
+        return torch.tensor(sorted(found), dtype=torch.int64)
+
+    return Split(
+        train=rows(row for group in rest for row in group),
+        probe=rows(group[0] for group in chosen[: counts[0]]),
+        validate=rows(group[0] for group in chosen[counts[0] :]),
+        unused=rows(row for group in chosen for row in group[1:]),
+        shared_captions=shared,
+    )

@@ -234,6 +234,16 @@ class LiveData:
     def __len__(self) -> int:
         return len(self.source)
 
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """Caption of each row."""
+        return self.source.captions
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """Name of the image of each row: that of its file, whose content is not read for it."""
+        return tuple(map(self.source.name, range(len(self.source))))
+
     def _pixels(self, row: int, variant: int) -> Tensor:
         try:
             image = decode_image(self.source.content(row))

@@ -15,9 +15,10 @@ from prune_lab.config import RunConfig
 from prune_lab.errors import RunError
 from prune_lab.models import ModelSource, load_pipeline, load_scorer, load_unet, resolve_model
 from prune_lab.probes import Probe, make_probe
+from prune_lab.prompts import Prompts, read_prompts
 from prune_lab.runs import Run, load_run_config
 from prune_lab.runtime import pick_device, pick_dtype
-from prune_lab.session.prompts import Pictures, Prompts, read_prompts, shipped_rows
+from prune_lab.session.prompts import Pictures, shipped_rows
 
 HELDOUT_PROMPTS = 8  # captions to draw when evaluate.prompts names none
 
