@@ -26,7 +26,6 @@ _PER_STAGE = (
     "attention_head_dim",
     "num_attention_heads",
     "cross_attention_dim",
-    "transformer_layers_per_block",
     "only_cross_attention",
 )
 # What a layer of each kind ends with: blocks of the first kind stand behind those of the second.
@@ -173,10 +172,58 @@ def _check_widths(outline: Outline, ups: Sequence[_Wiring]) -> None:
 # The smaller model ---------------------------------------------------------------------------------------------------
 
 
-def _config(
-    original: Mapping[str, Any], downs: Sequence[_Wiring], mid: _Wiring | None, ups: Sequence[_Wiring]
+def _entry(depths: Sequence[int], unused: object) -> int | list[int]:
+    """The entry of a stage whose attention blocks have these ``depths``; of none, ``unused`` where it is a number."""
+    if not depths:
+        return unused if isinstance(unused, int) else 1
+    return depths[0] if len(set(depths)) == 1 else list(depths)
+
+
+def _transformer_layers(
+    outline: Outline, downs: Sequence[_Wiring], mid: _Wiring | None, ups: Sequence[_Wiring]
 ) -> dict[str, Any]:
-    config = dict(original)
+    """The settings that say how many transformer layers each attention block has, from the blocks that are left.
+
+    Diffusers takes the numbers of the up stages from the down stages, unless they have a list of their own, and that of
+    the mid stage from the first attention block of the last down stage. So this pair must agree where both are left:
+    otherwise raises NonNativePlanError.
+    """
+    layers = {unit.name: unit.transformer_layers for unit in outline.units}
+
+    def depths(stage: _Wiring) -> list[int]:
+        return [layers[name or ""] for name in stage.attentions]
+
+    setting = outline.config["transformer_layers_per_block"]
+    per_stage = [setting] * len(downs) if isinstance(setting, int) else list(setting)
+    middle = depths(mid) if mid else []
+    down, up = [depths(stage) for stage in downs], [depths(stage) for stage in reversed(ups)]
+    if mid and middle and down[-1] and down[-1][0] != middle[0]:
+        stage = downs[-1]
+        raise NonNativePlanError(
+            f"{mid.attentions[0]} has {middle[0]} transformer layers and {stage.attentions[0]}, the first attention "
+            f"block that {stage.stage.name} would keep, {down[-1][0]}; plain diffusers gives both the same number: "
+            f"keep another one, or remove all attention blocks of {stage.stage.name} or of {mid.stage.name}"
+        )
+    if not down[-1] and middle:
+        per_stage[len(downs) - 1] = middle[0]  # read by the mid stage alone
+    found = [_entry(numbers, unused) for numbers, unused in zip(down, per_stage, strict=False)]
+    for i, (entry, numbers) in enumerate(zip(found, up, strict=True)):
+        if not down[i] and len(set(numbers)) == 1 and not (middle and i == len(found) - 1):
+            found[i] = numbers[0]  # read by the up stage alone
+    opposite = [_entry(numbers, entry) for numbers, entry in zip(up, found, strict=True)]
+    single = isinstance(setting, int) and all(entry == setting for entry in found)
+    return {
+        "transformer_layers_per_block": setting if single else found,
+        "reverse_transformer_layers_per_block": None
+        if opposite == found and all(isinstance(entry, int) for entry in found)
+        else opposite[::-1],
+    }
+
+
+def _config(
+    outline: Outline, downs: Sequence[_Wiring], mid: _Wiring | None, ups: Sequence[_Wiring]
+) -> dict[str, Any]:
+    config = dict(outline.config)
     depth = len(downs)
     for key in _PER_STAGE:
         if isinstance(config.get(key), (list, tuple)):
@@ -191,14 +238,11 @@ def _config(
         kind if stage.attentions else "UpBlock2D"
         for kind, stage in zip(list(config["up_block_types"])[-depth:], ups, strict=True)
     ]
-    reverse = config.get("reverse_transformer_layers_per_block")
-    if reverse is not None:
-        config["reverse_transformer_layers_per_block"] = list(reverse)[-depth:]
     if not mid or not mid.resnets:
         config["mid_block_type"] = None
     elif not mid.attentions:
         config["mid_block_type"] = "UNetMidBlock2D"
-    return config
+    return config | _transformer_layers(outline, downs, mid, ups)
 
 
 def _names(
@@ -225,8 +269,8 @@ def layout(outline: Outline, removed: Removed) -> Layout:
     """The plain diffusers layout of the network that is left without the units ``removed``.
 
     Raises NonNativePlanError with the first reason why no ``UNet2DConditionModel`` config describes it: stages of
-    unequal depth, a residual block without its attention block, or a surviving block that would read another skip
-    connection.
+    unequal depth, a residual block without its attention block, a surviving block that would read another skip
+    connection, or a mid stage of another number of transformer layers than the stage before it.
     """
     bypassed = [stage.without(removed) for stage in _wired(outline)]
     # Where a down-sampler has left, its stage is the last one: the stages further in are empty and no longer there.
@@ -248,7 +292,7 @@ def layout(outline: Outline, removed: Removed) -> Layout:
         )
     _check_widths(outline, ups)
     return Layout(
-        MappingProxyType(_config(outline.config, downs, mid, ups)),
+        MappingProxyType(_config(outline, downs, mid, ups)),
         MappingProxyType(_names(outline, downs, mid, ups)),
     )
 
