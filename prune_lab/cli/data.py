@@ -138,6 +138,7 @@ def _build(settings: RunConfig, out: Path, *, force: bool, pictures: int) -> Cac
 
     from prune_lab.distill import build_cache, check_draws_from_text, draw_cache, preview, source_of
     from prune_lab.models import load_pipeline, resolve_model
+    from prune_lab.models.silence import quiet
     from prune_lab.processes import init_processes, is_main
     from prune_lab.prompts import read_prompts
     from prune_lab.runtime import pick_device, pick_dtype, progress_shown, read_json
@@ -155,7 +156,9 @@ def _build(settings: RunConfig, out: Path, *, force: bool, pictures: int) -> Cac
     else:
         index = read_json(model.folder / "model_index.json")
         assert isinstance(index, dict)
-        check_draws_from_text(getattr(diffusers, index["_class_name"]))
+        with quiet():
+            pipeline_class = getattr(diffusers, index["_class_name"])
+        check_draws_from_text(pipeline_class)
         prompts = read_prompts(settings.data.prompts)
     pipeline = load_pipeline(model, device=pick_device(settings.device), dtype=pick_dtype(settings.dtype))
     with progress_shown() if is_main() else contextlib.nullcontext():

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from prune_lab.distill.encoding import encode_texts, encoders_digest, image_side
 from prune_lab.distill.sharding import CacheBuild, ShardContent, ShardPlan, build_shards
 from prune_lab.errors import DataError, UnsupportedModelError
 from prune_lab.evaluation import decode_latents, save_pictures
+from prune_lab.models.silence import quiet
 from prune_lab.prompts import Prompts
-from prune_lab.runtime import tensors_digest, track
+from prune_lab.runtime import note, tensors_digest, track
 
 _LEAST_SHARD = 16  # pictures per file at least; a stop loses no more, or no more than 1/256 of all
 _LATENT_PIXELS = 64 * 64  # drawn at a time on a CPU, which gains nothing from more at once
@@ -68,7 +69,7 @@ def _fresh_scheduler(pipeline: Any) -> Iterator[None]:
 def _draw(pipeline: Any, texts: tuple[str, ...], rows: range, side: int, settings: DataConfig) -> Tensor:
     """Final latents (n, C, h, w), float32 on the CPU, of the pictures ``rows`` of ``texts``."""
     generators = [generator_for(settings.seed, "drawn picture", row) for row in rows]
-    with _fresh_scheduler(pipeline):
+    with _fresh_scheduler(pipeline), quiet():  # of a prompt that is too long we speak once, in draw_cache
         latents = pipeline(
             prompt=[texts[row] for row in rows],
             height=side,
@@ -94,6 +95,18 @@ def _side_of(pipeline: Any, settings: DataConfig) -> int:
             f"give {max(1, round(settings.resolution / factor)) * factor}"
         )
     return settings.resolution or image_side(pipeline)
+
+
+def _note_cut(pipeline: Any, texts: Sequence[str]) -> None:
+    """Say how many of ``texts`` are longer than the text encoder reads."""
+    with quiet():
+        lengths = map(len, pipeline.tokenizer(list(texts)).input_ids)
+    most = pipeline.tokenizer.model_max_length
+    cut = sum(length > most for length in lengths)
+    if cut:
+        note(
+            f"{cut:,} of {len(texts):,} prompts are cut off after the {most} tokens that the text encoder reads"
+        )
 
 
 def _provenance(pipeline: Any, prompts: Prompts, settings: DataConfig, shard: int) -> dict[str, str | int]:
@@ -143,11 +156,13 @@ def draw_cache(
         shown_chunks = track(chunks, "pictures", unit="pictures", per=min(most, len(rows)))
         latents = torch.cat([_draw(pipeline, shown.texts, chunk, side, settings) for chunk in shown_chunks])
         texts, kinds = shown.texts[rows.start : rows.stop], shown.kinds[rows.start : rows.stop]
-        embeddings, added = encode_texts(pipeline, texts, (side, side), batch=settings.batch)
+        with quiet():
+            embeddings, added = encode_texts(pipeline, texts, (side, side), batch=settings.batch)
         tensors = {"mean": latents[:, None], "embeddings": embeddings}
         tensors |= {f"added.{name}": tensor for name, tensor in added.items()}
         return ShardContent(tensors, {"captions": texts, "kinds": kinds})
 
+    _note_cut(pipeline, shown.texts)
     plan = ShardPlan(
         f"pictures that the model draws for {len(prompts.texts):,} prompts",
         _provenance(pipeline, prompts, settings, shard),
