@@ -55,10 +55,35 @@ def read_text(path: Path) -> str:
         ) from None
 
 
-def separator_of(text: str) -> str:
-    """The separator of columns that cuts the first line of ``text`` into the most: comma, semicolon, tab or bar."""
+def _separated(text: str) -> list[list[str]]:
+    """The cells of every line of a table whose columns are separated by whatever cuts its first line into the most.
+
+    Raises ValueError that names a line with more or fewer cells than the first: a caption with a comma in it would
+    else move into the next column.
+    """
+    if text.startswith("sep="):  # as Excel writes it
+        text = text.partition("\n")[2]
     header = next(iter(text.splitlines()), "")
-    return max(_SEPARATORS, key=lambda mark: len(next(csv.reader([header], delimiter=mark), [])))
+    mark = max(_SEPARATORS, key=lambda mark: len(next(csv.reader([header], delimiter=mark), [])))
+    if len(next(csv.reader([header], delimiter=mark), [])) == 1:
+        mark = "\x1f"  # one column, whose texts may hold any separator
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=True)
+    rows: list[list[str]] = []
+    try:
+        for row in reader:
+            if rows and row and len(row) != len(rows[0]):
+                raise ValueError(
+                    f"line {reader.line_num} has {len(row)} columns and the first line {len(rows[0])}; put quotes "
+                    f"around a text with {mark!r} in it"
+                )
+            if row:
+                rows.append(row)
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num}: {error}") from None
+    twice = next((name for name in rows[0] if rows[0].count(name) > 1), None) if rows else None
+    if twice is not None:
+        raise ValueError(f"two columns are called {twice!r}")
+    return rows
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -85,12 +110,8 @@ def read_table(path: Path) -> pd.DataFrame:
                 rows.append(row)
         frame = pd.DataFrame(rows)
     else:
-        text = read_text(path)
-        if not text.strip():
-            return pd.DataFrame()
-        frame = pd.read_csv(
-            io.StringIO(text), sep=separator_of(text), dtype=str, keep_default_na=False, skipinitialspace=True
-        )
+        header, *cells = _separated(read_text(path)) or [[]]
+        frame = pd.DataFrame(cells, columns=header, dtype=object)
     return frame.rename(columns=lambda name: str(name).strip())
 
 

@@ -226,7 +226,7 @@ def test_what_has_no_partner_is_named_and_left_out(image_folder: Path, tmp_path:
     source = open_source(str(image_folder))
     assert source.captions == (*CAPTIONS, "a second caption")
     assert [text.removeprefix(f"{image_folder}/") for text in source.left_out] == [
-        "gone.png: no such image",
+        "metadata.csv names gone.png, which is not there",
         "alone.png: no caption",
     ]
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
@@ -300,9 +300,9 @@ def _broken_parquet(path: Path) -> str:
     return str(path)
 
 
-def _lists_of_captions(path: Path) -> str:
+def _numbers_for_captions(path: Path) -> str:
     path.mkdir()
-    pd.DataFrame({"jpg": [png_image(0)], "text": [["x", "y"]]}).to_parquet(path / "a.parquet")
+    pd.DataFrame({"jpg": [png_image(0)], "text": [[1, 2]]}).to_parquet(path / "a.parquet")
     return str(path)
 
 
@@ -319,7 +319,7 @@ def _lists_of_captions(path: Path) -> str:
         (_packed_tar, r"a\.tar.*not compressed"),
         (_other_columns, r"caption_column any of .* found jpg, says; say which with data\.caption_column"),
         (_broken_parquet, "cannot load them"),
-        (_lists_of_captions, r"found list there.*data\.caption_column"),
+        (_numbers_for_captions, r"found list there.*data\.caption_column"),
     ],
 )
 def test_a_source_that_cannot_be_used_is_refused_in_one_line(make: Any, says: str, tmp_path: Path) -> None:

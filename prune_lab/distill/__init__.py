@@ -10,13 +10,14 @@ from prune_lab.distill.data import LatentData, Split, Subset, TrainingData, held
 from prune_lab.distill.drawing import check_draws_from_text, draw_cache, preview
 from prune_lab.distill.encoding import LiveData, cached_data, encode_data
 from prune_lab.distill.features import feature_pairs
+from prune_lab.distill.image_source import ImageSource
 from prune_lab.distill.loop import distill_together
 from prune_lab.distill.losses import FEATURE_VARIANTS
 from prune_lab.distill.memory import training_memory
 from prune_lab.distill.recovery import Recovery, load_heldout, load_recovery
 from prune_lab.distill.setup import DistillSetup, Student
 from prune_lab.distill.sharding import CacheBuild
-from prune_lab.distill.sources import ImageSource, source_of
+from prune_lab.distill.sources import source_of
 
 __all__ = [
     "CACHE_INDEX",

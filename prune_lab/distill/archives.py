@@ -19,7 +19,9 @@ from typing import Any
 from pyarrow import Array
 from pyarrow.parquet import ParquetFile, read_metadata
 
+from prune_lab.distill.image_source import texts_in
 from prune_lab.errors import DataError
+from prune_lab.text_tables import decode_text
 
 # Webdataset tars -------------------------------------------------------------------------------------------------
 
@@ -45,7 +47,8 @@ class TarSample:
     """The files of one sample; keys are what follows the first dot of their names, in lower case."""
 
     members: dict[str, TarMember] = field(default_factory=dict)
-    texts: dict[str, str] = field(default_factory=dict)  # those of text files, and the values of .json files
+    # Captions in text files, and those among the values of .json files: one, or a list of them.
+    texts: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def tar_samples(path: Path, texts: Collection[str]) -> dict[str, TarSample]:
@@ -67,13 +70,12 @@ def tar_samples(path: Path, texts: Collection[str]) -> dict[str, TarSample]:
                 member = TarMember(path, entry.name, entry.offset_data, entry.size)
                 sample.members[kind] = member
                 if kind in texts:
-                    sample.texts[kind] = member.read().decode("utf-8").strip()
+                    sample.texts[kind] = (decode_text(member.read()).strip(),)
                 elif kind == "json":
                     values = json.loads(member.read())
                     known = values if isinstance(values, dict) else {}
-                    sample.texts.update(
-                        {name: known[name] for name in texts if isinstance(known.get(name), str)}
-                    )
+                    found = {str(name).lower(): texts_in(value) for name, value in known.items()}
+                    sample.texts.update({name: found[name] or () for name in texts if found.get(name)})
             end = archive.offset
         with path.open("rb") as file:  # tarfile takes a damaged header for the end
             file.seek(end)

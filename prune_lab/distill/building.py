@@ -27,8 +27,9 @@ from prune_lab.distill.encoding import (
     image_side,
     provenance_of,
 )
+from prune_lab.distill.image_source import ImageSource
 from prune_lab.distill.sharding import CacheBuild, ShardContent, ShardPlan, build_shards
-from prune_lab.distill.sources import ImageSource, source_of
+from prune_lab.distill.sources import source_of
 from prune_lab.errors import DataError
 from prune_lab.prompts import read_prompts
 

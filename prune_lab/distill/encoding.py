@@ -21,7 +21,7 @@ from torch import Tensor
 from prune_lab.config import DataConfig
 from prune_lab.distill.batches import generator_for
 from prune_lab.distill.data import EncodedBatch, LatentData
-from prune_lab.distill.sources import ImageSource
+from prune_lab.distill.image_source import ImageSource
 from prune_lab.errors import DataError
 from prune_lab.probes import encode_captions, encode_pictures
 from prune_lab.runtime import tensors_digest

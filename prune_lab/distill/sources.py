@@ -10,145 +10,34 @@ import contextlib
 import dataclasses
 import glob
 import hashlib
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
 from prune_lab.assets import load_pictures
 from prune_lab.config import DataConfig
 from prune_lab.distill.archives import LazyTable, TarMember, parquet_table, tar_samples
+from prune_lab.distill.folders import METADATA, folder_source
+from prune_lab.distill.image_source import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    IMAGE_SUFFIXES,
+    ImageSource,
+    file_stamps,
+    pick_column,
+    source_digest,
+    texts_in,
+)
 from prune_lab.errors import DataError
 from prune_lab.models.sources import HUB_ID
 from prune_lab.runtime import seeded
+from prune_lab.text_tables import TABLE_SUFFIXES
 
-IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "picture", "img")
-CAPTION_COLUMNS = ("caption", "text", "txt", "prompt", "captions")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as `datasets` image folders have them
-_READABLE = (*IMAGE_SUFFIXES, ".tar", ".parquet", ".csv", ".jsonl", ".txt")
+_READABLE = (*IMAGE_SUFFIXES, *TABLE_SUFFIXES, ".tar", ".txt", ".caption", ".json")
 _KINDS = "give reference, a folder of images, .parquet or .tar files (also as a glob), or a hub id"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ImageSource:
-    """N images with a caption each.
-
-    ``digest`` changes with the captions and with the names, sizes and times of change of the files (of a data set on
-    the hub: with its revision). That is cheap for millions of images; it misses a file that changed under its old time.
-    """
-
-    title: str
-    captions: tuple[str, ...]
-    digest: str  # 16 hexadecimal digits
-    name: Callable[[int], str]  # of the image of a row, for messages
-    content: Callable[[int], bytes]  # of its file, compressed as it is there
-    left_out: tuple[str, ...] = ()  # names with the reason
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-
-def _digest(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
-
-
-def _file_stamps(paths: Sequence[Path]) -> list[tuple[str, int, int]]:
-    """Name below the folder that holds all, size in bytes and time of change of every file."""
-    root = os.path.commonpath([path.parent for path in paths])
-    found = ((path, path.stat()) for path in paths)
-    return [(path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns) for path, stat in found]
-
-
-def _pick_column(columns: Sequence[str], asked: str, usual: Sequence[str], setting: str, title: str) -> str:
-    """The column called ``asked``, or else the first with a usual name."""
-    found = next((name for name in ((asked,) if asked else usual) if name in columns), "")
-    if not found:
-        wanted = repr(asked) if asked else f"any of {', '.join(usual)}"
-        raise DataError(
-            f"asked for the {setting} {wanted} of {title}, found {', '.join(columns) or 'none'}; "
-            f"say which with data.{setting}"
-        )
-    return found
-
-
-# Folders of images -----------------------------------------------------------------------------------------------
-
-
-def _read_metadata(path: Path) -> pd.DataFrame:
-    """The rows of a metadata file, text as it stands there."""
-    try:
-        if path.suffix == ".csv":
-            return pd.read_csv(path, dtype=str, keep_default_na=False)
-        if path.suffix == ".parquet":
-            return pd.read_parquet(path)
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return pd.DataFrame([json.loads(line) for line in lines if line.strip()])
-    except (OSError, ValueError, pd.errors.ParserError) as error:
-        raise DataError(
-            f"asked for the captions in {path}, cannot read it ({error}); write it again with the columns "
-            "file_name and caption"
-        ) from None
-
-
-def _metadata_rows(path: Path, settings: DataConfig) -> Iterator[tuple[Path, Any]]:
-    """Image file and caption of every row of a metadata file."""
-    frame = _read_metadata(path)
-    columns = [str(name) for name in frame.columns]
-    files = _pick_column(columns, "", ("file_name",), "file_name", str(path))
-    captions = _pick_column(columns, settings.caption_column, CAPTION_COLUMNS, "caption_column", str(path))
-    for name, caption in zip(frame[files], frame[captions], strict=True):
-        yield path.parent / str(name), caption
-
-
-def _text_beside(image: Path) -> str | None:
-    try:
-        return image.with_suffix(".txt").read_text(encoding="utf-8").strip()
-    except OSError:
-        return None
-    except UnicodeDecodeError:
-        raise DataError(
-            f"asked for the caption in {image.with_suffix('.txt')}, found other bytes than UTF-8 text; write it again"
-        ) from None
-
-
-def _from_folder(settings: DataConfig, files: Sequence[Path]) -> ImageSource:
-    """Images named in metadata files, or else with a .txt file of the same name beside each."""
-    captioned = {path: False for path in files if path.suffix.lower() in IMAGE_SUFFIXES}
-    metadata = [path for path in files if path.name in _METADATA]
-    rows: Iterable[tuple[Path, Any]] = (
-        (row for path in metadata for row in _metadata_rows(path, settings))
-        if metadata
-        else ((path, _text_beside(path)) for path in captioned)
-    )
-    kept: list[tuple[Path, str]] = []  # an image may have several captions, one a row
-    left_out = []
-    for path, caption in rows:
-        if path not in captioned:
-            left_out.append(f"{path}: no such image")
-        elif isinstance(caption, str):
-            kept.append((path, caption))
-            captioned[path] = True
-    left_out += [f"{path}: no caption" for path, has_caption in captioned.items() if not has_caption]
-    if not kept:
-        raise DataError(
-            f"asked for images with captions in {settings.source}, found {len(captioned):,} images and no caption "
-            "for any; give a metadata.csv with the columns file_name and caption, or a .txt file beside each image"
-        )
-    paths, captions = zip(*kept, strict=True)
-    return ImageSource(
-        settings.source,
-        captions,
-        _digest(captions, _file_stamps(paths)),
-        lambda row: str(paths[row]),
-        lambda row: paths[row].read_bytes(),
-        tuple(left_out),
-    )
 
 
 # Tars and tables -------------------------------------------------------------------------------------------------
@@ -158,28 +47,29 @@ def _from_tars(settings: DataConfig, paths: Sequence[Path]) -> ImageSource:
     images: list[TarMember] = []
     captions: list[str] = []
     left_out, kinds = [], set()
-    image_names = (settings.image_column,) if settings.image_column else IMAGE_COLUMNS
-    caption_names = (settings.caption_column,) if settings.caption_column else CAPTION_COLUMNS
+    image_names = (settings.image_column.lower(),) if settings.image_column else IMAGE_COLUMNS
+    caption_names = (settings.caption_column.lower(),) if settings.caption_column else CAPTION_COLUMNS
     for path in paths:
         for name, sample in tar_samples(path, caption_names).items():
             kinds |= sample.members.keys() | sample.texts.keys()
             image = next((sample.members[kind] for kind in image_names if kind in sample.members), None)
-            caption = next((sample.texts[kind] for kind in caption_names if kind in sample.texts), None)
-            if image is not None and caption is not None:
-                images.append(image)
-                captions.append(caption)
-            elif image is not None or caption is not None:
+            texts = next((sample.texts[kind] for kind in caption_names if kind in sample.texts), None)
+            if image is not None and texts is not None:
+                images += [image] * len(texts)
+                captions += texts
+            elif image is not None or texts is not None:
                 left_out.append(f"{path.name}/{name}: no {'caption' if image is not None else 'image'}")
     if not images:
+        first = f" ({left_out[0]})" if left_out else ""
         raise DataError(
             f"asked for images with captions in {settings.source}, found samples of "
-            f"{', '.join(sorted(kinds)) or 'nothing'}; samples need an image such as .jpg and a .txt or .json of the "
-            "same name, or other names in data.image_column and data.caption_column"
+            f"{', '.join(sorted(kinds)) or 'nothing'}{first}; samples need an image such as .jpg and a .txt or .json "
+            "of the same name, or other names in data.image_column and data.caption_column"
         )
     return ImageSource(
         settings.source,
         tuple(captions),
-        _digest(captions, [image.name for image in images], _file_stamps(paths)),
+        source_digest(captions, [image.name for image in images], file_stamps(paths)),
         lambda row: f"{images[row].name} in {images[row].tar}",
         lambda row: images[row].read(),
         tuple(left_out),
@@ -197,6 +87,11 @@ def _image_bytes(cell: Any) -> bytes:
     return cell
 
 
+def _empty(cell: Any) -> bool:
+    """Whether a cell holds no caption at all, rather than something else."""
+    return cell is None or (isinstance(cell, float) and cell != cell) or cell in ([], ())
+
+
 @contextlib.contextmanager
 def _loading(title: str, library_error: type[Exception] = OSError) -> Iterator[None]:
     """Turns OSError, ValueError and ``library_error`` into DataError."""
@@ -211,41 +106,50 @@ def _loading(title: str, library_error: type[Exception] = OSError) -> Iterator[N
 
 def _from_table(settings: DataConfig, table: LazyTable, origin: object) -> ImageSource:
     columns, title = table.columns, settings.source
-    image_column = _pick_column(columns, settings.image_column, IMAGE_COLUMNS, "image_column", title)
-    caption_column = _pick_column(columns, settings.caption_column, CAPTION_COLUMNS, "caption_column", title)
-    captions, read_image = table.column(caption_column), table.cells(image_column)
-    other = next((text for text in captions if text is not None and not isinstance(text, str)), None)
+    image_column = pick_column(columns, settings.image_column, IMAGE_COLUMNS, "image_column", title)
+    caption_column = pick_column(columns, settings.caption_column, CAPTION_COLUMNS, "caption_column", title)
+    cells, read_image = table.column(caption_column), table.cells(image_column)
+    texts = [None if cell is None else texts_in(cell) for cell in cells]
+    other = next(
+        (cell for cell, found in zip(cells, texts, strict=True) if found is None and not _empty(cell)), None
+    )
     if other is not None:
         raise DataError(
             f"asked for the captions in column {caption_column} of {title}, found {type(other).__name__} there; "
-            "say which column holds one text per image with data.caption_column"
+            "say which column holds one text per image, or a list of texts, with data.caption_column"
         )
-    kept = [row for row, text in enumerate(captions) if text is not None]
+    kept = [(row, text) for row, found in enumerate(texts) for text in found or ()]
     if not kept:
         raise DataError(
-            f"asked for the captions of {title}, found none in its {len(captions):,} rows; fill them in"
+            f"asked for the captions of {title}, found none in its {len(cells):,} rows; fill them in"
         )
     return ImageSource(
         title,
-        tuple(captions[row] for row in kept),
-        _digest(origin, image_column, captions),
-        lambda row: f"row {kept[row]} of {title}",
-        lambda row: _image_bytes(read_image(kept[row])),
-        tuple(f"row {row}: no caption" for row, text in enumerate(captions) if text is None),
+        tuple(text for _, text in kept),
+        source_digest(origin, image_column, cells),
+        lambda place: f"row {kept[place][0]} of {title}",
+        lambda place: _image_bytes(read_image(kept[place][0])),
+        tuple(f"row {row}: no caption" for row, found in enumerate(texts) if found is None),
     )
 
 
 def _from_files(settings: DataConfig, files: Sequence[Path]) -> ImageSource:
     """The images in ``files``, which are tars, a folder of images with their captions, or Parquet files."""
-    tars = [path for path in files if path.suffix == ".tar"]
+    tars = [path for path in files if path.suffix.lower() == ".tar"]
     if tars:  # first: tools that write tars lay a .parquet with their log beside each
         return _from_tars(settings, tars)
     if any(path.suffix.lower() in IMAGE_SUFFIXES for path in files):
-        return _from_folder(settings, files)
-    tables = [path for path in files if path.suffix == ".parquet" and path.name not in _METADATA]
+        return folder_source(settings, files)
+    tables = [
+        path for path in files if path.suffix.lower() == ".parquet" and path.name.lower() not in METADATA
+    ]
     if tables:
         with _loading(settings.source):
-            return _from_table(settings, parquet_table(tables), _file_stamps(tables))
+            return _from_table(settings, parquet_table(tables), file_stamps(tables))
+    if any(
+        path.suffix.lower() in TABLE_SUFFIXES for path in files
+    ):  # which may name images that lie elsewhere
+        return folder_source(settings, files)
     kinds = sorted({path.suffix or path.name for path in files})
     raise DataError(
         f"asked for the images in {settings.source}, found {', '.join(kinds[:8]) or 'nothing'} there; {_KINDS}"
@@ -293,7 +197,7 @@ def _from_hub(settings: DataConfig) -> ImageSource:
     source = _from_files(settings, paths)
     # of the revision: names and times of the files differ from machine to machine
     return dataclasses.replace(
-        source, digest=_digest(files.origin_metadata, settings.image_column, source.captions)
+        source, digest=source_digest(files.origin_metadata, settings.image_column, source.captions)
     )
 
 
@@ -302,7 +206,7 @@ def _from_package() -> ImageSource:
     images, captions = list(frame["picture"]), tuple(frame["caption"])
     digest = hashlib.sha256(b"".join(images)).hexdigest()  # a few MB, and a new install changes their times
     name = "shipped image {}".format
-    return ImageSource("reference", captions, _digest(digest, captions), name, images.__getitem__)
+    return ImageSource("reference", captions, source_digest(digest, captions), name, images.__getitem__)
 
 
 # All -------------------------------------------------------------------------------------------------------------
@@ -338,7 +242,7 @@ def source_of(settings: DataConfig) -> ImageSource:
     return dataclasses.replace(
         source,
         captions=tuple(source.captions[row] for row in order),
-        digest=_digest(source.digest, order),
+        digest=source_digest(source.digest, order),
         name=lambda row: source.name(order[row]),
         content=lambda row: source.content(order[row]),
     )

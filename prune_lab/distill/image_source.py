@@ -1,0 +1,76 @@
+"""Images with captions, wherever they lie; and the names that columns of images and captions usually have."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prune_lab.errors import DataError
+from prune_lab.text_tables import find_column
+
+IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "picture", "img")
+CAPTION_COLUMNS = ("caption", "text", "txt", "prompt", "captions")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".jpe", ".avif", ".ppm"),
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageSource:
+    """N images with a caption each.
+
+    ``digest`` changes with the captions and with the names, sizes and times of change of the files (of a data set on
+    the hub: with its revision). That is cheap for millions of images; it misses a file that changed under its old time.
+    """
+
+    title: str
+    captions: tuple[str, ...]
+    digest: str  # 16 hexadecimal digits
+    name: Callable[[int], str]  # of the image of a row, for messages; the same for the same image
+    content: Callable[[int], bytes]  # of its file, compressed as it is there
+    left_out: tuple[str, ...] = ()  # names with the reason
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+def source_digest(*parts: object) -> str:
+    """16 hexadecimal digits that change with any of ``parts``."""
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
+
+
+def file_stamps(paths: Sequence[Path]) -> list[tuple[str, int, int]]:
+    """Name below the folder that holds all, size in bytes and time of change of every file."""
+    root = os.path.commonpath([path.parent for path in paths])
+    found = ((path, path.stat()) for path in paths)
+    return [(path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns) for path, stat in found]
+
+
+def pick_column(columns: Sequence[str], asked: str, usual: Sequence[str], setting: str, title: str) -> str:
+    """The column called ``asked``, or else the first with a usual name; case does not count.
+
+    Raises DataError that names ``data.{setting}``.
+    """
+    found = find_column(columns, (asked,) if asked else usual)
+    if found is None:
+        wanted = repr(asked) if asked else f"any of {', '.join(usual)}"
+        raise DataError(
+            f"asked for the {setting} {wanted} of {title}, found {', '.join(columns) or 'none'}; "
+            f"say which with data.{setting}"
+        )
+    return found
+
+
+def texts_in(cell: Any) -> tuple[str, ...] | None:
+    """The captions in a cell, which is a text or a list of texts; None where it holds anything else."""
+    if isinstance(cell, str):
+        return (cell,)
+    if isinstance(cell, (bytes, dict)) or not hasattr(cell, "__iter__"):
+        return None
+    texts = tuple(cell)
+    return texts if texts and all(isinstance(text, str) for text in texts) else None
