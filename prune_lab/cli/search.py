@@ -53,9 +53,12 @@ def search(
         "search.solver": solver,
     }
     settings = settings_of(model, lender or run, config, assign, asked, device=device, seed=seed)
-    from prune_lab.workflow import check_budgets
+    from prune_lab.runtime import progress_shown
+    from prune_lab.workflow import check_budgets, check_controls
 
-    check_budgets(settings)  # before anything is removed
+    with progress_shown():  # where notes are seen
+        check_controls(settings)  # before anything is removed or scored
+        check_budgets(settings)
     with run_opened(settings, run, redo="plans" if force else "") as opened:
         from prune_lab.runtime import write_json
         from prune_lab.workflow import Session, borrow, ensure_plans, plans_frame

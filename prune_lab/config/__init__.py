@@ -8,6 +8,7 @@ of ``RunConfig`` itself.
 from __future__ import annotations
 
 from prune_lab.config.settings import (
+    AUTO,
     BUDGET_CONTROLS,
     PLAN_FILES,
     SETTINGS,
@@ -35,6 +36,7 @@ from prune_lab.config.toml import (
 )
 
 __all__ = [
+    "AUTO",
     "BUDGET_CONTROLS",
     "PLAN_FILES",
     "SETTINGS",

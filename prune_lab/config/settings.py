@@ -19,6 +19,7 @@ from prune_lab.config.declaration import (
 GROUP_KINDS = ("block", "pair", "triplet", "stage", "inner")
 PLAN_FILES = (".txt", ".json")  # groups may also be plans from such a file
 BUDGET_CONTROLS = ("uniform", "random-median", "lowest-one-shot", "similarity")  # found for a budget
+AUTO = "auto"  # what a setting is called whose value follows from the model
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
@@ -73,8 +74,9 @@ class SearchConfig:
     """Which plans become candidates: the controls, and the best found under each budget."""
 
     budgets: tuple[str, ...] = setting(
-        ("params<=bk-base", "params<=bk-small", "params<=bk-tiny"),
-        'each one budget, or several that hold at once with commas between: "macs<=65%, latency<=0.7x"',
+        (AUTO,),
+        'each one budget, or several that hold at once with commas between: "macs<=65%, latency<=0.7x"; auto: the '
+        "parameters of the family's named plans (bk-base, bk-small, bk-tiny), or shares of a model without them",
     )
     solver: str = setting("exact", f"how plans are found: {in_words(CHOICES['search.solver'])}")
     count: int = setting(1, "plans per budget", least=1)
@@ -90,8 +92,9 @@ class SearchConfig:
     samples: int = setting(96, "plans that are measured to learn interactions", least=20)
     trials: int = setting(400, "plans that the evolution tries", least=40)
     controls: tuple[str, ...] = setting(
-        ("bk-base", "bk-small", "bk-tiny"),
-        f"plans to compare with; {', '.join(BUDGET_CONTROLS)} are found for each budget",
+        (AUTO,),
+        "plans to compare with; auto: the family's named plans that are defined for the model; "
+        f"{', '.join(BUDGET_CONTROLS)} are found for each budget",
     )
 
     def __post_init__(self) -> None:

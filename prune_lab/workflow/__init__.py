@@ -13,16 +13,18 @@ from prune_lab.workflow.comparing import compared_plans, comparison
 from prune_lab.workflow.criteria import compared_criteria
 from prune_lab.workflow.distilling import ensure_distilled, recovery_frame, save_students
 from prune_lab.workflow.measuring import ensure_scores, scores_frame
-from prune_lab.workflow.pipeline import check_budgets, run_all, steps_frame
+from prune_lab.workflow.pipeline import run_all, steps_frame
 from prune_lab.workflow.ranking import ensure_ranking, quality, quality_frame
 from prune_lab.workflow.searching import ensure_plans, plan_named, plans_frame
 from prune_lab.workflow.steps import borrow, forget, start_run
 from prune_lab.workflow.students import ensure_candidates, ensure_repaired
+from prune_lab.workflow.targets import check_budgets, check_controls
 
 __all__ = [
     "Session",
     "borrow",
     "check_budgets",
+    "check_controls",
     "compared_criteria",
     "compared_plans",
     "comparison",

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pandas as pd
 
 from prune_lab.blocks import Architecture, BlockGroup, GroupKind, block_groups, blocks_frame
-from prune_lab.config import BUDGET_CONTROLS, PLAN_FILES
+from prune_lab.config import PLAN_FILES
 from prune_lab.importance import (
     ONE_STEP,
     ImportanceTable,
@@ -32,6 +32,7 @@ from prune_lab.profiling import (
 )
 from prune_lab.runtime import read_json, write_frame, write_json
 from prune_lab.session import Session, read_scores, run_scoring_context
+from prune_lab.workflow.targets import controls_among
 
 _LATENCY_CHECKS = 8  # plans with which the predicted latency is compared
 
@@ -103,13 +104,8 @@ def scores_frame(session: Session) -> pd.DataFrame:
 
 
 def controls(session: Session, architecture: Architecture) -> tuple[PruningPlan, ...]:
-    """The plans in ``search.controls`` for ``architecture``; one without a name is called by its text.
-
-    Those that are found for a budget (``BUDGET_CONTROLS``) are not among them.
-    """
-    texts = [text for text in session.config.search.controls if text not in BUDGET_CONTROLS]
-    plans = [plan for text in texts for plan in read_plans(text, architecture)]
-    return tuple(plan if plan.name else plan.named(plan.text) for plan in plans)
+    """The controls of the run for ``architecture``, without those that are found for a budget."""
+    return controls_among(session.config.search, architecture)
 
 
 def ensure_latency(session: Session) -> LatencyTable:
