@@ -10,8 +10,10 @@ from __future__ import annotations
 from prune_lab.config.settings import (
     AUTO,
     BUDGET_CONTROLS,
+    NO_SCORER,
     PLAN_FILES,
     SETTINGS,
+    SHIPPED,
     DataConfig,
     DistillConfig,
     EngineConfig,
@@ -38,8 +40,10 @@ from prune_lab.config.toml import (
 __all__ = [
     "AUTO",
     "BUDGET_CONTROLS",
+    "NO_SCORER",
     "PLAN_FILES",
     "SETTINGS",
+    "SHIPPED",
     "DataConfig",
     "DistillConfig",
     "EngineConfig",

@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 
 from prune_lab.assets import load_pictures
-from prune_lab.config import DataConfig
+from prune_lab.config import SHIPPED, DataConfig
 from prune_lab.distill.archives import LazyTable, TarMember, parquet_table, tar_samples
 from prune_lab.errors import DataError
 from prune_lab.models.sources import HUB_ID
@@ -310,7 +310,7 @@ def _from_package() -> ImageSource:
 
 def _find(settings: DataConfig) -> ImageSource:
     text, path = settings.source, Path(settings.source).expanduser()
-    if text == "reference":
+    if text in ("reference", SHIPPED):
         return _from_package()
     if path.is_dir():
         files = sorted(Path(at, name) for at, _, names in os.walk(path) for name in names if name[0] != ".")

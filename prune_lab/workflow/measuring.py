@@ -9,6 +9,7 @@ import pandas as pd
 
 from prune_lab.blocks import Architecture, BlockGroup, GroupKind, block_groups, blocks_frame
 from prune_lab.config import PLAN_FILES
+from prune_lab.errors import ConfigError
 from prune_lab.importance import (
     ONE_STEP,
     ImportanceTable,
@@ -31,7 +32,7 @@ from prune_lab.profiling import (
     reduction_table,
 )
 from prune_lab.runtime import read_json, write_frame, write_json
-from prune_lab.session import Session, read_scores, run_scoring_context
+from prune_lab.session import Session, read_scores, run_scoring_context, tell_roles
 from prune_lab.workflow.targets import controls_among
 
 _LATENCY_CHECKS = 8  # plans with which the predicted latency is compared
@@ -64,13 +65,19 @@ def score_groups_of(session: Session) -> tuple[BlockGroup, ...]:
 
 
 def criteria_of(session: Session) -> tuple[str, ...]:
-    """The criteria to measure, the one that leads first. Raises UnknownCriterionError, and ConfigError for a race that
-    the leading one cannot run.
+    """The criteria to measure, the one that leads first.
+
+    Raises UnknownCriterionError, and ConfigError for a race that the leading one cannot run, or a missing scorer.
     """
     settings = session.config.score
     names = tuple(dict.fromkeys((settings.criterion, *settings.also)))
     for name in names:
         criterion_named(name)
+    if "clip-score" in names and session.source.is_pipeline and not session.scorer_choice.text:
+        raise ConfigError(
+            f"asked for the criterion clip-score, found no scorer: {session.scorer_choice.reason}; or choose another "
+            "criterion"
+        )
     if settings.race:
         check_race(settings.criterion)
     return names
@@ -85,7 +92,9 @@ def ensure_scores(session: Session) -> ImportanceTable:
     if run.done(run.importance):
         return read_scores(run)
     settings, names, model = session.config.score, criteria_of(session), session.config.model
-    groups, context = score_groups_of(session), run_scoring_context(session)
+    groups = score_groups_of(session)
+    tell_roles(session)
+    context = run_scoring_context(session)
     tables = []
     for name in names:
         race = Race(settings.race) if settings.race and name in ONE_STEP else None

@@ -14,7 +14,7 @@ from prune_lab.ranking import Ranking
 from prune_lab.runs import load_run_config, open_run
 from prune_lab.runtime import track, write_frame
 from prune_lab.schemas import STEP_SECONDS_COLUMNS, STEPS_COLUMNS
-from prune_lab.session import Session
+from prune_lab.session import Session, tell_roles
 from prune_lab.workflow.measuring import controls, criteria_of, score_groups_of
 from prune_lab.workflow.ranking import ensure_ranking
 from prune_lab.workflow.steps import STEPS, affecting, first_affected, forget, start_run, steps_from
@@ -54,6 +54,7 @@ def run_all(config: RunConfig, folder: Path, *, force: bool = False) -> Ranking:
         forget(run, STEPS[0].name)
     session = Session(run)
     check_settings(session)
+    tell_roles(session)
     known: dict[str, float] = {}
     if run.steps.is_file():
         frame = pd.read_csv(run.steps)
