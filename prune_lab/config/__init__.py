@@ -7,6 +7,7 @@ of ``RunConfig`` itself.
 
 from __future__ import annotations
 
+from prune_lab.config.recipes import recipe_about, recipe_names, recipe_path
 from prune_lab.config.settings import (
     AUTO,
     BUDGET_CONTROLS,
@@ -59,6 +60,9 @@ __all__ = [
     "changed_settings",
     "load_config",
     "parse_assignment",
+    "recipe_about",
+    "recipe_names",
+    "recipe_path",
     "setting_values",
     "to_toml",
     "toml_literal",

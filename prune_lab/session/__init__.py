@@ -16,15 +16,18 @@ from prune_lab.session.inputs import (
     training_and_validation,
 )
 from prune_lab.session.roles import DataRoles, Role, data_roles, tell_roles
-from prune_lab.session.session import Session
+from prune_lab.session.session import SHOWN_PROMPTS, Origin, Session, origin_of
 
 __all__ = [
+    "SHOWN_PROMPTS",
     "DataRoles",
+    "Origin",
     "Role",
     "Session",
     "data_roles",
     "ensure_data",
     "ensure_probe",
+    "origin_of",
     "probe_of",
     "read_scores",
     "run_scoring_context",

@@ -37,6 +37,16 @@ Origin = Literal["shipped", "own", "drawn", "none"]
 """Pictures of the package, of the user, drawn by the model itself; none for a U-Net alone, which gets noise."""
 
 
+def origin_of(config: RunConfig, source: ModelSource) -> Origin:
+    """Whose pictures a run of ``source`` uses; the shipped ones serve the shipped model, others must ask for them."""
+    if not source.is_pipeline:
+        return "none"
+    named = config.data.source
+    if named == SHIPPED or (not named and of_shipped_family(source)):
+        return "shipped"
+    return "own" if named else "drawn"
+
+
 class Session:
     """A run with its settings and models: each part is loaded when first asked for, and then kept.
 
@@ -107,13 +117,8 @@ class Session:
 
     @cached_property
     def data_origin(self) -> Origin:
-        """Whose pictures the run uses; the shipped ones serve the shipped model, another must ask for them by name."""
-        if not self.source.is_pipeline:
-            return "none"
-        named = self.config.data.source
-        if named == SHIPPED or (not named and of_shipped_family(self.source)):
-            return "shipped"
-        return "own" if named else "drawn"
+        """Whose pictures the run uses (see ``origin_of``)."""
+        return origin_of(self.config, self.source)
 
     @cached_property
     def prompt_parts(self) -> PromptParts:
