@@ -91,7 +91,11 @@ class Run:
     latency = PathIn("latency.json", "What each block's removal saves in time.")
     reductions = PathIn("reductions.csv", "What the controls leave of parameters, MACs and latency.")
     pipeline_profile = PathIn("pipeline.csv", "Shares of text encoder, U-Net and decoder in one generation.")
-    data = PathIn("data.safetensors", "Latents and text embeddings of the shipped training pictures.")
+    sources = PathIn("sources.json", "Where probe, training and held-out rows and the scorer come from.")
+    validation = PathIn(
+        "validation.safetensors", "The held-out rows of the user's data, or of drawn pictures."
+    )
+    data = PathIn("data.safetensors", "Latents and text embeddings of shipped or drawn training pictures.")
     data_dir = PathIn("data", "Latents and text embeddings of the pictures that the settings name.")
     plans_dir = PathIn("plans", "The plans that become candidates, <id>.json.")
     searched = PathIn("plans/searched.csv", "Which plan came from which budget; written last of all plans.")

@@ -164,6 +164,7 @@ SMALL: dict[str, Any] = {
     "device": "cpu",
     "probe": {"samples": 4, "timesteps": 2},
     "score": {"bootstrap": 10},
+    "data": {"source": "shipped"},
     "search": {"budgets": (), "controls": ("bk-tiny",)},
     "distill": {
         "steps": 2,

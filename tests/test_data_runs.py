@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from prune_lab.cli import app
 from prune_lab.config import DataConfig, RunConfig
-from prune_lab.distill import LatentCache, LiveData, training_data
+from prune_lab.distill import LatentCache, LiveData, Subset, training_data
 from prune_lab.errors import ConfigError, DataError
 from prune_lab.models import load_pipeline, resolve_model
 from prune_lab.runs import Run
@@ -78,7 +78,8 @@ def test_a_run_trains_on_the_pictures_it_names(
 
     ready = dataclasses.replace(config, data=DataConfig(source=str(run.data_dir)))
     found = ensure_data(Session(start_run(ready, tmp_path / "ready")))
-    assert found.digest == data.digest
+    assert isinstance(found, Subset)  # rows for the probe and the held-out loss are kept back
+    assert found.data.digest == data.digest
     assert not (tmp_path / "ready" / "data").exists()
     assert data_step().marks(Run(tmp_path / "ready")) == ()
     with pytest.raises(DataError, match=r"data\.limit = 2"):

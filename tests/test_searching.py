@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import BuiltOnce
+from conftest import SHAPES, BuiltOnce, build_unet
 from typer.testing import CliRunner
 
 from prune_lab.blocks import BlockGroup, architecture_of
@@ -29,6 +29,7 @@ from prune_lab.importance import score
 from prune_lab.plans import is_native, parse_plan
 from prune_lab.probes import load_probe, predict
 from prune_lab.profiling import cost_table
+from prune_lab.surgery import materialise
 from prune_lab.workflow import (
     Session,
     compared_plans,
@@ -42,6 +43,7 @@ from prune_lab.workflow import (
 )
 from prune_lab.workflow.comparing import block_maps
 from prune_lab.workflow.measuring import ensure_latency, run_scoring_context
+from prune_lab.workflow.targets import budgets_of, controls_among
 
 JOINT = "macs<=as:bk-base, params<=80%"
 
@@ -254,3 +256,70 @@ def test_a_repair_comes_before_the_distillation(config: RunConfig, tmp_path: Pat
 def test_settings_that_cannot_be_are_refused(settings: Any, wanted: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wanted))):
         settings(**wanted)
+
+
+# A model for which BK-SDM's plans are not defined ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="session", params=["sdxl", "student"])
+def without_named_plans(request: Any, built_once: BuiltOnce, tiny_unet_shared: Any) -> Path:
+    """A U-Net folder of SDXL's shape, or of a student that was pruned already."""
+
+    def build(folder: Path) -> None:
+        if request.param == "sdxl":
+            build_unet(SHAPES["sdxl"]).save_pretrained(folder)
+        else:
+            plan = parse_plan("bk-base", architecture_of(tiny_unet_shared))
+            materialise(tiny_unet_shared, plan).save_pretrained(folder)
+
+    return built_once(f"unnamed-{request.param}", build)
+
+
+QUICK = ("--set", "probe.samples=2", "--set", "score.groups=block", "--set", "score.bootstrap=1")
+
+
+def test_a_model_without_named_plans_is_searched_under_shares_of_it(without_named_plans: Path) -> None:
+    found = CliRunner().invoke(app, ["search", str(without_named_plans), *QUICK, "--json"])
+    assert found.exit_code == 0, found.output
+    rows = json.loads(found.stdout)
+    assert {row["origin"] for row in rows} == {"search"}
+    asked = [row["budgets"] for row in rows]
+    assert asked
+    for row in rows:
+        shares = [int(one.removeprefix("params<=").removesuffix("%")) for one in row["budgets"].split()]
+        assert 1 + row["params_change"] <= min(shares) / 100
+    assert "controls left out: bk-base, bk-small, bk-tiny" in found.stderr
+    asked_for = CliRunner().invoke(
+        app, ["search", str(without_named_plans), "--macs", "85%", *QUICK, "--json"]
+    )
+    assert asked_for.exit_code == 0, asked_for.output
+    (row,) = json.loads(asked_for.stdout)
+    assert row["macs_change"] <= -0.15
+
+
+def test_a_control_that_is_named_and_not_defined_is_refused_before_the_scoring(
+    without_named_plans: Path, tmp_path: Path
+) -> None:
+    asked = ["search", str(without_named_plans), "--run", str(tmp_path / "run"), "--set"]
+    for setting in ("search.controls=bk-base", "search.budgets=params<=bk-base"):
+        found = CliRunner().invoke(app, [*asked, setting])
+        assert found.exit_code == 2
+        assert "defined for four stages" in found.stderr
+        assert not (tmp_path / "run").exists()
+
+
+def test_named_plans_are_the_default_where_they_are_defined(
+    tiny_pipeline_folder: Path, tiny_unet_shared: Any
+) -> None:
+    architecture = architecture_of(tiny_unet_shared)
+    settings = RunConfig(model=str(tiny_pipeline_folder))
+    assert [plan.name for plan in controls_among(settings.search, architecture)] == [
+        "bk-base",
+        "bk-small",
+        "bk-tiny",
+    ]
+    assert budgets_of(settings, architecture) == (
+        "params<=bk-base",
+        "params<=bk-small",
+        "params<=bk-tiny",
+    )

@@ -90,7 +90,8 @@ def test_the_whole_job_leaves_every_file(finished: Run) -> None:
     candidates = [finished.candidate(plan_id) for plan_id in finished.plan_ids()]
     of_each = {path for one in candidates for path in (one.repair, one.repaired, one.grids)}
     # no budget on latency, no repair, no grids, no pictures of the user's own, no tournament
-    assert missing == of_each | {finished.latency, finished.data_dir, finished.tournament}
+    own = {finished.data_dir, finished.validation}
+    assert missing == of_each | own | {finished.latency, finished.tournament}
     assert finished.done(finished.environment)
 
 

@@ -24,13 +24,7 @@ def distill(
         list[str],
         typer.Option("--plan", help="What is distilled; of a run: id, name or text; may be repeated."),
     ] = [],  # noqa: B006
-    data: Annotated[
-        str | None,
-        typer.Option(
-            "--data",
-            help="Pictures with captions: a folder, .parquet, .tar, hub id, or a cache; default: shipped.",
-        ),
-    ] = None,
+    data: options.DataOption = None,
     steps: Annotated[int | None, options.for_setting("distill.steps")] = None,
     batch: Annotated[int | None, options.for_setting("distill.batch")] = None,
     learning_rate: Annotated[float | None, options.for_setting("distill.learning_rate")] = None,

@@ -21,6 +21,7 @@ def evaluate(
     prompt: Annotated[
         list[str], typer.Option("--prompt", help="What to draw; may be repeated; default: held-out captions.")
     ] = [],  # noqa: B006
+    data: options.DataOption = None,
     run: options.RunOption = None,
     config: options.ConfigOption = None,
     assign: options.SetOption = [],  # noqa: B006
@@ -35,7 +36,7 @@ def evaluate(
             "asked to evaluate; give models, or --run DIR for the candidates of a run, and not both"
         )
     if run:
-        if config or prompt or assign or seed is not None:
+        if config or prompt or data or assign or seed is not None:
             raise RunError(
                 f"asked to evaluate {run} with other settings; its pictures are drawn with its own: "
                 "give models instead, or change the run's settings with prune-lab run"
@@ -50,6 +51,7 @@ def evaluate(
     rows = []
     asked = {
         "evaluate.prompts": tuple(prompt),
+        "data.source": data,
         "evaluate.seeds": () if seed is None else (seed,),
     }
     from prune_lab.models import load_unet, resolve_model

@@ -38,6 +38,23 @@ DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, c
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of everything that is drawn.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Redo: replace what is there already.")]
+MacsLimit = Annotated[
+    str, typer.Option("--macs", help="Most multiply-adds: 65%, 0.65x, 150G or as:bk-small.")
+]
+ParamsLimit = Annotated[str, typer.Option("--params", help="Most parameters, as with --macs.")]
+LatencyLimit = Annotated[
+    str, typer.Option("--latency", help="Most latency: 0.7x, 35ms or as:bk-small; is measured.")
+]
+MemoryLimit = Annotated[
+    str, typer.Option("--memory", help="Most memory of weights and activations: 70%, 2GiB.")
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="Pictures with captions: a folder, .parquet, .tar, hub id, a cache, or shipped; none: MODEL draws.",
+    ),
+]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, then stop.")]
 
 

@@ -46,7 +46,8 @@ DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
     "pictures": ("plan", "weights", "pictures", "clip", "clip_low"),
     "quality": ("model", "pictures", "loss", "clip", "clip_low"),
     "ranking": ("rank", "plan", "params", "macs", "loss_after", "reason", "clip_after"),
-    "steps": ("step", "state", "does"),
+    "steps": ("step", "state", "does", "estimate_seconds"),
+    "recipes": ("recipe", "about"),
     "settings": ("setting", "value", "default", "read_by", "meaning"),
 }
 

@@ -1,23 +1,52 @@
-"""The verb that does the whole job: run."""
+"""The verb that does the whole job: run. Without a TOML its settings follow from model and device, or from a recipe."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from prune_lab.cli import options
 from prune_lab.cli.application import app
 from prune_lab.cli.output import emit, records
-from prune_lab.cli.run_context import settings_of
+from prune_lab.cli.run_context import budgets_asked, settings_of
+from prune_lab.config import (
+    RunConfig,
+    changed_settings,
+    load_config,
+    recipe_about,
+    recipe_names,
+    recipe_path,
+    setting_values,
+    toml_literal,
+)
+from prune_lab.errors import ConfigError, DeviceError, RunError
 from prune_lab.runs import open_run
+
+if TYPE_CHECKING:
+    from prune_lab.workflow import RunEstimate
 
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Option("--config", help="TOML with the settings of the job.")],
-    folder: Annotated[Path, typer.Option("--run", help="Run folder; the same command again resumes.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=options.MODEL_HELP)] = "",
+    config: Annotated[
+        Path | None, typer.Option("--config", help="TOML with the settings of the job.")
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option("--recipe", help="Ready settings, such as sd15-24gb; list: all.")
+    ] = "",
+    folder: Annotated[
+        Path | None, typer.Option("--run", help="Run folder; the same command again resumes.")
+    ] = None,
+    macs: options.MacsLimit = "",
+    params: options.ParamsLimit = "",
+    latency: options.LatencyLimit = "",
+    memory: options.MemoryLimit = "",
+    plans: Annotated[int | None, options.for_setting("search.count", "--plans")] = None,
+    data: options.DataOption = None,
     assign: options.SetOption = [],  # noqa: B006
     device: options.DeviceOption = None,
     seed: options.SeedOption = None,
@@ -28,18 +57,118 @@ def run(
     as_json: options.JsonOption = False,
     wide: options.WideOption = False,
 ) -> None:
-    """Do the whole job: score, search, prune, profile, distill, rank, report."""
-    settings = settings_of("", None, config, assign, {}, device=device, seed=seed)
+    """Do the whole job: score, search, prune, profile, distill, rank, report.
+
+    `prune-lab run MODEL --latency 0.7x --run runs/mine` needs no TOML: settings that suit model and device are shown
+    with an estimate and written to config.toml. With --dry-run they are shown only.
+    """
+    if recipe == "list":
+        found = [{"recipe": name, "about": recipe_about(name)} for name in recipe_names()]
+        emit("recipes", found, as_json=as_json, wide=wide, title="Recipes")
+        return
+    if folder is None and not dry_run:
+        raise RunError("asked for a run without saying where to; give --run DIR, or --dry-run to see it only")
+    asked = {
+        "search.budgets": budgets_asked(macs, params, latency, memory),
+        "search.count": plans,
+        "data.source": data,
+    }
+    place = {"device": device, "seed": seed}
+    settings = _settings(model, folder, config, recipe, assign, asked, place)
+    shown = folder or Path("runs/new")
+    if config is None or dry_run:
+        lines, expected = _estimated(settings, only_shown=dry_run)
+        for line in lines:
+            typer.echo(line, err=True)
     if dry_run:
         from prune_lab.workflow import steps_frame
 
-        kind, frame = "steps", steps_frame(settings, folder)
+        kind, rows = "steps", records(steps_frame(settings, shown))
+        rows = [{**row, "estimate_seconds": _seconds(row, expected)} for row in rows]
     else:
         from prune_lab.runtime import progress_shown
         from prune_lab.workflow import run_all
 
         with progress_shown():
-            kind, frame = "ranking", run_all(settings, folder, force=force).frame()
-    emit(kind, records(frame), as_json=as_json, wide=wide, title=f"{kind.capitalize()} of {folder}")
+            kind, rows = "ranking", records(run_all(settings, shown, force=force).frame())
+    emit(kind, rows, as_json=as_json, wide=wide, title=f"{kind.capitalize()} of {shown}")
     if not dry_run:
-        typer.echo(f"report: {open_run(folder, must_exist=True).report}", err=True)
+        typer.echo(f"report: {open_run(shown, must_exist=True).report}", err=True)
+
+
+def _settings(
+    model: str,
+    folder: Path | None,
+    config: Path | None,
+    recipe: str,
+    assign: list[str],
+    asked: dict[str, Any],
+    place: dict[str, Any],
+) -> RunConfig:
+    """The settings of the TOML, the recipe, the run that was started before, or those that suit model and device."""
+    if config and recipe:
+        raise ConfigError("asked for a run by --config and by --recipe; give one of them")
+    if recipe:
+        path = recipe_path(recipe)
+        if model:
+            _check_recipe(recipe, model)
+        return settings_of(model, None, path, assign, asked, **place)
+    started = folder is not None and open_run(folder, must_exist=False).config.is_file()
+    if config or started:
+        return settings_of(model, folder, config, assign, asked, **place)
+    if not model:
+        raise RunError(
+            "asked for a run without saying of which model; give MODEL, --config FILE.toml or --recipe NAME"
+        )
+    from prune_lab.distill import free_bytes
+    from prune_lab.models import resolve_model
+    from prune_lab.runtime import pick_device
+    from prune_lab.workflow import settings_for
+
+    architecture, device = resolve_model(model).architecture, pick_device(place["device"] or "auto")
+    base = settings_for(architecture, device, free_bytes(device), asked["data.source"] or "")
+    return settings_of(model, None, None, assign, asked, **place, base=base)
+
+
+def _check_recipe(name: str, model: str) -> None:
+    """Raise ConfigError, which names the recipes that fit, when ``model`` is built otherwise than the recipe's."""
+    from prune_lab.models import resolve_model
+
+    wanted = resolve_model(model).architecture.signature
+    made_for = {one: load_config(recipe_path(one)).model for one in recipe_names()}
+    fitting = [one for one in made_for if resolve_model(made_for[one]).architecture.signature == wanted]
+    if name not in fitting:
+        remedy = f"these fit: {', '.join(fitting)}" if fitting else "none fits it: leave --recipe out"
+        raise ConfigError(
+            f"recipe {name} is for U-Nets built as {made_for[name]}, {model} is another; {remedy}"
+        )
+
+
+def _estimated(settings: RunConfig, *, only_shown: bool) -> tuple[list[str], RunEstimate]:
+    """What differs from the defaults, a line each, and what the run is expected to take."""
+    from prune_lab.distill import free_bytes
+    from prune_lab.models import resolve_model
+    from prune_lab.runtime import pick_device, pick_dtype
+    from prune_lab.session import origin_of
+    from prune_lab.workflow import check_budgets, estimate, macs_per_second
+
+    check_budgets(settings)
+    source, dtype = resolve_model(settings.model), pick_dtype(settings.dtype)
+    try:
+        device = pick_device(settings.device)
+        speed, free = macs_per_second(device, dtype), free_bytes(device)
+    except DeviceError:
+        if not only_shown:
+            raise
+        speed, free = None, sys.maxsize  # a recipe may be looked at where its card is not
+    origin = origin_of(settings, source)
+    found = estimate(settings, source.architecture, origin, dtype=dtype, speed=speed, free=free)
+    values = setting_values(settings)
+    lines = [f"{name} = {toml_literal(values[name])}" for name in changed_settings(RunConfig(), settings)]
+    return [*lines, found.line], found
+
+
+def _seconds(row: dict[str, Any], found: RunEstimate) -> float | None:
+    """The seconds that the step of ``row`` is expected to take; None where it is done, not asked for or very short."""
+    seconds = found.seconds.get(row["step"])
+    return round(seconds, 1) if seconds and row["state"] not in ("done", "not asked for") else None

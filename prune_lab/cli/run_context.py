@@ -28,6 +28,13 @@ def assigned(assignments: Sequence[str], given: Mapping[str, object]) -> dict[st
     return found
 
 
+def budgets_asked(macs: str, params: str, latency: str, memory: str) -> tuple[str, ...]:
+    """``search.budgets`` of the options of the same names, which hold at once; none where none was given."""
+    limits = {"macs": macs, "params": params, "latency": latency, "memory": memory}
+    together = ", ".join(f"{metric}<={limit}" for metric, limit in limits.items() if limit)
+    return (together,) if together else ()
+
+
 def settings_of(
     model: str,
     run: Path | None,
@@ -37,8 +44,9 @@ def settings_of(
     *,
     device: str | None = None,
     seed: int | None = None,
+    base: RunConfig | None = None,
 ) -> RunConfig:
-    """The settings of ``config``, or else of the run folder, or else the defaults, with what was asked for.
+    """The settings of ``config``, or else of the run folder, or else ``base`` (the defaults), with what was asked for.
 
     ``assignments`` are the texts of ``--set``, ``options`` values by the names of settings; None and () were not given.
     Raises ConfigError for a setting that is given twice, RunError when nothing says which model.
@@ -51,7 +59,7 @@ def settings_of(
     if config:
         settings = load_config(config)
     elif "model" in asked:
-        settings = RunConfig()
+        settings = base or RunConfig()
     else:
         raise RunError(
             "asked for a step without saying of which model; give MODEL, --config FILE.toml or --run DIR"

@@ -25,6 +25,7 @@ def score(
         typer.Option(help="blocks, pairs, triplets, stages, inner, or a file of plans; may be repeated."),
     ] = [],  # noqa: B006
     samples: Annotated[int | None, options.for_setting("probe.samples")] = None,
+    data: options.DataOption = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="All criteria, how they agree, and with what was measured.")
     ] = False,
@@ -52,6 +53,7 @@ def score(
         # One of the kinds, also in the plural, or the path of a file as it is.
         "score.groups": tuple(name if "." in name else name.removesuffix("s") for name in groups),
         "probe.samples": samples,
+        "data.source": data,
     }
     settings = settings_of(model, run, config, assign, asked, device=device, seed=seed)
     with run_opened(settings, run, redo="scores" if force else "") as opened:

@@ -11,7 +11,7 @@ import typer
 from prune_lab.cli import options
 from prune_lab.cli.application import app
 from prune_lab.cli.output import emit, records
-from prune_lab.cli.run_context import model_or_run, run_opened, settings_of
+from prune_lab.cli.run_context import budgets_asked, model_or_run, run_opened, settings_of
 from prune_lab.config import SETTINGS, changed_settings, load_config
 from prune_lab.errors import RunError
 from prune_lab.runs import open_run
@@ -20,12 +20,13 @@ from prune_lab.runs import open_run
 @app.command()
 def search(
     model: options.OptionalModel = "",
-    macs: Annotated[str, typer.Option(help="Most multiply-adds: 65%, 0.65x, 150G or as:bk-small.")] = "",
-    params: Annotated[str, typer.Option(help="Most parameters, as with --macs.")] = "",
-    latency: Annotated[str, typer.Option(help="Most latency: 0.7x, 35ms or as:bk-small; is measured.")] = "",
-    memory: Annotated[str, typer.Option(help="Most memory of weights and activations: 70%, 2GiB.")] = "",
+    macs: options.MacsLimit = "",
+    params: options.ParamsLimit = "",
+    latency: options.LatencyLimit = "",
+    memory: options.MemoryLimit = "",
     plans: Annotated[int | None, options.for_setting("search.count", "--plans")] = None,
     solver: Annotated[str | None, options.for_setting("search.solver")] = None,
+    data: options.DataOption = None,
     importance: Annotated[
         Path | None, typer.Option(help="importance.csv to search with, instead of scoring.")
     ] = None,
@@ -44,18 +45,20 @@ def search(
     --macs, --params, --latency and --memory hold at once. For MODEL the folder of a run may stand: its scores are
     searched with, and it stays as it is. Rules are settings: --set search.keep=Md --set "search.quotas=Dn1<=2".
     """
-    limits = {"macs": macs, "params": params, "latency": latency, "memory": memory}
-    together = ", ".join(f"{metric}<={limit}" for metric, limit in limits.items() if limit)
     model, lender = model_or_run(model, None)
     asked = {
-        "search.budgets": (together,) if together else (),
+        "search.budgets": budgets_asked(macs, params, latency, memory),
         "search.count": plans,
+        "data.source": data,
         "search.solver": solver,
     }
     settings = settings_of(model, lender or run, config, assign, asked, device=device, seed=seed)
-    from prune_lab.workflow import check_budgets
+    from prune_lab.runtime import progress_shown
+    from prune_lab.workflow import check_budgets, check_controls
 
-    check_budgets(settings)  # before anything is removed
+    with progress_shown():  # where notes are seen
+        check_controls(settings)  # before anything is removed or scored
+        check_budgets(settings)
     with run_opened(settings, run, redo="plans" if force else "") as opened:
         from prune_lab.runtime import write_json
         from prune_lab.workflow import Session, borrow, ensure_plans, plans_frame

@@ -7,10 +7,14 @@ of ``RunConfig`` itself.
 
 from __future__ import annotations
 
+from prune_lab.config.recipes import recipe_about, recipe_names, recipe_path
 from prune_lab.config.settings import (
+    AUTO,
     BUDGET_CONTROLS,
+    NO_SCORER,
     PLAN_FILES,
     SETTINGS,
+    SHIPPED,
     DataConfig,
     DistillConfig,
     EngineConfig,
@@ -35,9 +39,12 @@ from prune_lab.config.toml import (
 )
 
 __all__ = [
+    "AUTO",
     "BUDGET_CONTROLS",
+    "NO_SCORER",
     "PLAN_FILES",
     "SETTINGS",
+    "SHIPPED",
     "DataConfig",
     "DistillConfig",
     "EngineConfig",
@@ -53,6 +60,9 @@ __all__ = [
     "changed_settings",
     "load_config",
     "parse_assignment",
+    "recipe_about",
+    "recipe_names",
+    "recipe_path",
     "setting_values",
     "to_toml",
     "toml_literal",

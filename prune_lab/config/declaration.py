@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from prune_lab.errors import ConfigError
 
+MOST = 2**63 - 1  # of a whole number: torch takes no larger seed
 Value = TypeVar("Value")
 
 # The values that a setting may have, where they are names. The tables of functions behind them have the same keys; a
@@ -102,8 +103,9 @@ def require_ranges(settings: Any, prefix: str = "") -> None:
         if name in CHOICES:
             require(value in CHOICES[name], name, value, f"one of {', '.join(CHOICES[name])}")
         elif type(value) is int:
-            least = field.metadata["least"]
+            least, most = field.metadata["least"], MOST
             require(value >= least, name, value, f"a whole number of at least {least}")
+            require(value <= most, name, value, f"a whole number of at most {most:,}, what 64 bits hold")
         elif isinstance(value, float):
             usable = math.isfinite(value) and value >= 0
             require(usable, name, value, "a finite number, zero or more")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from prune_lab.config.declaration import (
     CHOICES,
+    MOST,
     Setting,
     declared,
     in_words,
@@ -19,6 +20,9 @@ from prune_lab.config.declaration import (
 GROUP_KINDS = ("block", "pair", "triplet", "stage", "inner")
 PLAN_FILES = (".txt", ".json")  # groups may also be plans from such a file
 BUDGET_CONTROLS = ("uniform", "random-median", "lowest-one-shot", "similarity")  # found for a budget
+SHIPPED = "shipped"  # data.source of the pictures that come with the package
+NO_SCORER = "none"
+AUTO = "auto"  # what a setting is called whose value follows from the model
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
@@ -26,12 +30,14 @@ _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 class ProbeConfig:
     """The fixed inputs on which blocks are scored and candidates compared."""
 
-    samples: int = setting(64, "held-out pictures", least=2)
+    samples: int = setting(64, "rows, of one held-out picture each where there are as many", least=2)
     timesteps: int = setting(8, "points they are spread over, evenly along the noise schedule", least=1)
     seed: int = setting(0, "seed of the pictures, their noise and their timesteps")
     prompts: str = setting(
         "", "file of prompts (.txt, .csv, .parquet), whose pictures the model draws; empty: held-out pictures"
     )
+    drawn: int = setting(16, "pictures that the model draws for it where it has no others", least=1)
+    steps: int = setting(10, "denoising steps of these pictures", least=1)
 
     def __post_init__(self) -> None:
         require_ranges(self, "probe.")
@@ -73,8 +79,9 @@ class SearchConfig:
     """Which plans become candidates: the controls, and the best found under each budget."""
 
     budgets: tuple[str, ...] = setting(
-        ("params<=bk-base", "params<=bk-small", "params<=bk-tiny"),
-        'each one budget, or several that hold at once with commas between: "macs<=65%, latency<=0.7x"',
+        (AUTO,),
+        'each one budget, or several that hold at once with commas between: "macs<=65%, latency<=0.7x"; auto: the '
+        "parameters of the family's named plans (bk-base, bk-small, bk-tiny), or shares of a model without them",
     )
     solver: str = setting("exact", f"how plans are found: {in_words(CHOICES['search.solver'])}")
     count: int = setting(1, "plans per budget", least=1)
@@ -90,8 +97,9 @@ class SearchConfig:
     samples: int = setting(96, "plans that are measured to learn interactions", least=20)
     trials: int = setting(400, "plans that the evolution tries", least=40)
     controls: tuple[str, ...] = setting(
-        ("bk-base", "bk-small", "bk-tiny"),
-        f"plans to compare with; {', '.join(BUDGET_CONTROLS)} are found for each budget",
+        (AUTO,),
+        "plans to compare with; auto: the family's named plans that are defined for the model; "
+        f"{', '.join(BUDGET_CONTROLS)} are found for each budget",
     )
 
     def __post_init__(self) -> None:
@@ -115,11 +123,18 @@ class DataConfig:
     """The pictures that students are trained on, the user's own or drawn by the model, and how they are encoded."""
 
     source: str = setting(
-        "", "folder, .parquet, .tar or glob, hub id, finished cache; empty: distill.pictures shipped ones"
+        "",
+        "folder, .parquet, .tar or glob, hub id, finished cache, or shipped (distill.pictures of the package); empty: "
+        "shipped for the shipped model and its students, else what the model draws",
+        read_by="probe",
     )
-    image_column: str = setting("", "column of pictures; empty: the usual names, such as image or jpg")
-    caption_column: str = setting("", "column of captions; empty: the usual names, such as caption or text")
-    limit: int = setting(0, "pictures, drawn at random from all; 0: all")
+    image_column: str = setting(
+        "", "column of pictures; empty: the usual names, such as image or jpg", read_by="probe"
+    )
+    caption_column: str = setting(
+        "", "column of captions; empty: the usual names, such as caption or text", read_by="probe"
+    )
+    limit: int = setting(0, "pictures, drawn at random from all; 0: all", read_by="probe")
     crop: str = setting(
         "center",
         f"where the square is cut once the short side fits the model: {in_words(CHOICES['data.crop'])}",
@@ -129,7 +144,9 @@ class DataConfig:
         0,
         "encodings of each picture, the first cropped in the middle; 0: 4 for random crops, 2 for flips, else 1",
     )
-    seed: int = setting(0, "seed of limit and crops, and of what the model draws")
+    seed: int = setting(
+        0, "seed of limit, crops, the rows that are held out, and what the model draws", read_by="probe"
+    )
     cached: bool = setting(True, "encode once, before training; false: encode each batch when it is drawn")
     format: str = setting(
         "float32",
@@ -279,13 +296,17 @@ class EvaluateConfig:
     seeds: tuple[int, ...] = setting((0,), "one picture per prompt and seed")
     steps: int = setting(25, "denoising steps of a picture", least=1, read_by="shares")
     guidance: float = setting(7.5, "guidance scale of a picture", read_by="shares")
-    scorer: str = setting("reference", "CLIP model that judges: reference, a folder or a hub id")
+    scorer: str = setting(
+        "",
+        "CLIP model that judges: a folder or a hub id, or none; empty: reference for the shipped model and its "
+        "students, else the CLIP model that the text encoder is part of, where it is on this machine",
+    )
 
     def __post_init__(self) -> None:
         require_ranges(self, "evaluate.")
-        usable = bool(self.seeds) and min(self.seeds) >= 0
-        require(usable, "evaluate.seeds", list(self.seeds), "one or more whole numbers, none below zero")
-        require(bool(self.scorer), "evaluate.scorer", self.scorer, "reference, a folder or a hub id")
+        usable = bool(self.seeds) and min(self.seeds) >= 0 and max(self.seeds) <= MOST
+        rule = f"one or more whole numbers, none below zero or above {MOST:,}"
+        require(usable, "evaluate.seeds", list(self.seeds), rule)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,7 +19,7 @@ from prune_lab.profiling import LiveBytes
 from prune_lab.runtime import bytes_text
 
 # Per parameter of a student: weight, gradient, two moments of AdamW and the average, all float32.
-_STATE_BYTES = 4 * (1 + 1 + 2 + 1)
+STATE_BYTES = 4 * (1 + 1 + 2 + 1)
 # Of the free memory; the rest is for workspaces and an allocator's rounding, which are not counted.
 _SHARE = 0.85
 
@@ -135,7 +135,7 @@ def training_memory(
     there = next(teacher.parameters()).device
     return TrainingMemory(
         teacher=weights,
-        student=sum(parameter.numel() for parameter in student.parameters()) * _STATE_BYTES,
+        student=sum(parameter.numel() for parameter in student.parameters()) * STATE_BYTES,
         teacher_sample=pass_bytes(teacher.config, tokens=tokens, training=False),
         student_sample=pass_bytes(student.config, tokens=tokens, training=True, checkpointing=checkpointing),
         free=free_bytes(device) + (weights if there == device else 0),

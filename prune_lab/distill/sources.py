@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from prune_lab.assets import load_pictures
-from prune_lab.config import DataConfig
+from prune_lab.config import SHIPPED, DataConfig
 from prune_lab.distill.archives import LazyTable, TarMember, parquet_table, tar_samples
 from prune_lab.distill.folders import METADATA, folder_source
 from prune_lab.distill.image_source import (
@@ -214,7 +214,7 @@ def _from_package() -> ImageSource:
 
 def _find(settings: DataConfig) -> ImageSource:
     text, path = settings.source, Path(settings.source).expanduser()
-    if text == "reference":
+    if text in ("reference", SHIPPED):
         return _from_package()
     if path.is_dir():
         files = sorted(Path(at, name) for at, _, names in os.walk(path) for name in names if name[0] != ".")

@@ -58,7 +58,7 @@ def train(session: Session, candidates: Sequence[Candidate], rungs: Sequence[int
         measure,
         keep=controls_among(session, candidates),
         clip_scores=(lambda names, _steps: _clip_scores_now(session, chosen(names)))
-        if settings.clip
+        if settings.clip and session.scorer_choice.text
         else None,
     )
 

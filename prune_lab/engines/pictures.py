@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import Tensor
 
 from prune_lab.candidates import Candidate, State, load_student
@@ -56,5 +58,7 @@ def picture_frame(session: Session) -> pd.DataFrame:
 
 
 def clip_of(session: Session, pictures: Tensor) -> Tensor:
-    """CLIP score of each of the ``pictures`` of a set against its prompt, (prompts x seeds,)."""
+    """CLIP score of each of the ``pictures`` of a set against its prompt, (prompts x seeds,); NaN without a scorer."""
+    if session.scorer is None:
+        return torch.full((len(pictures),), math.nan)
     return clip_scores(session.scorer, pictures, picture_frame(session)["prompt"].tolist())

@@ -172,8 +172,7 @@ def train(
     decisions, own = _Decisions(run), run.folder.resolve() / RAY
     with _reached(session, cluster) as (ray, cluster):
         ensure_data(session)
-        if not session.config.data.source:
-            session.validation.save(run.folder / VALIDATION)
+        session.validation.save(run.folder / VALIDATION)
         built = [path for name in names for path in of_candidate(name, *BUILT)]
         ref = _ref(run, cluster, [*_SHARED, *built])
         note(f"distilling {len(names)} candidates on Ray, {slots(ray, cluster)} at once")

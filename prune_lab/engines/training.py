@@ -48,7 +48,9 @@ def controls_among(session: Session, candidates: Sequence[Candidate]) -> list[st
 def distill_setup_of(session: Session) -> DistillSetup:
     """The set-up that all students of the run are trained with."""
     # A cache is built by all processes together; the rest by one.
-    order = contextlib.nullcontext() if session.config.data.source else PartialState().main_process_first()
+    order = (
+        contextlib.nullcontext() if session.data_origin != "shipped" else PartialState().main_process_first()
+    )
     with order:
         data, validation = training_and_validation(session)
 

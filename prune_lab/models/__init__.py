@@ -8,17 +8,21 @@ with the files is found from a few kilobytes of headers, before anything is load
 from __future__ import annotations
 
 from prune_lab.models.files import weight_files
+from prune_lab.models.kinship import of_shipped_family
 from prune_lab.models.loading import load_pipeline, load_unet
-from prune_lab.models.scorer import ScorerInputs, load_scorer
+from prune_lab.models.scorer import ScorerChoice, ScorerInputs, choose_scorer, load_scorer
 from prune_lab.models.sources import ModelSource, model_digest, preset_config, resolve_model
 
 __all__ = [
     "ModelSource",
+    "ScorerChoice",
     "ScorerInputs",
+    "choose_scorer",
     "load_pipeline",
     "load_scorer",
     "load_unet",
     "model_digest",
+    "of_shipped_family",
     "preset_config",
     "resolve_model",
     "weight_files",

@@ -17,10 +17,26 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
 from prune_lab.assets import scorer_folder
-from prune_lab.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
+from prune_lab.config import NO_SCORER
+from prune_lab.errors import (
+    ConfigError,
+    ModelFormatError,
+    ModelNotFoundError,
+    PruneLabError,
+    UnsupportedModelError,
+)
 from prune_lab.models.files import json_object, read_header, weight_files
+from prune_lab.models.kinship import of_shipped_family
 from prune_lab.models.silence import quiet
-from prune_lab.models.sources import HUB_ID, hub_folder, shipped
+from prune_lab.models.sources import HUB_ID, ModelSource, hub_folder, shipped
+
+# The CLIP models whose text towers the text encoders of Stable Diffusion are, by layers and width.
+_CLIP_OF_ENCODER = {
+    (12, 768): "openai/clip-vit-large-patch14",
+    (23, 1024): "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    (24, 1024): "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+}
+_CLIP_WORDS = 49408  # in the vocabulary of both
 
 
 def _resized(pictures: Tensor, resize: tuple[int, int] | int, resample: int) -> Tensor:
@@ -135,3 +151,71 @@ def load_scorer(
         tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder=subfolder, local_files_only=True)
     limit = min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
     return model.to(device).eval(), _scorer_inputs(folder, tokenizer, limit)
+
+
+# Which one ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ScorerChoice:
+    """The scorer of a model: what ``load_scorer`` takes, its name for people, and why it is this one or none."""
+
+    text: str  # empty: there is none
+    name: str
+    reason: str
+
+
+def _in_hub_cache(repository: str) -> Path | None:
+    """The folder of ``repository`` in the hub's cache on this machine, where its config and safetensors are there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repository, "config.json")
+    if not isinstance(found, str):
+        return None
+    folder = Path(found).parent
+    try:
+        weight_files(folder)
+    except PruneLabError:
+        return None
+    return folder
+
+
+def _clip_of_text_encoder(source: ModelSource) -> str:
+    """The hub id of the CLIP model that the text encoder of ``source`` is a part of; empty where it is not known."""
+    path = source.folder / "text_encoder" / "config.json" if source.folder is not None else None
+    if path is None or not path.is_file():
+        return ""
+    config = json_object(path)
+    if config.get("vocab_size") != _CLIP_WORDS:
+        return ""
+    size = int(config.get("num_hidden_layers", 0)), int(config.get("hidden_size", 0))
+    return _CLIP_OF_ENCODER.get(size, "")
+
+
+def choose_scorer(asked: str, source: ModelSource) -> ScorerChoice:
+    """The scorer that judges the pictures of ``source``: the one ``asked`` for, or the model's own; or none, and why.
+
+    The shipped scorer knows emoji of 64 pixels and judges the shipped model and its students alone. Without a name
+    other models get the CLIP model of their text encoder where it lies in the hub's cache; nothing is downloaded for
+    that. Raises ConfigError when the shipped one is asked to judge another model.
+    """
+    ours = of_shipped_family(source)
+    if asked == NO_SCORER:
+        return ScorerChoice("", "none", "evaluate.scorer is none")
+    if asked == "reference" and not ours:
+        raise ConfigError(
+            f"asked to judge pictures of {source.text} with the scorer reference, which knows 64-pixel emoji and "
+            "judges the shipped model alone; give a CLIP folder or hub id with evaluate.scorer, or none"
+        )
+    if asked:
+        return ScorerChoice(asked, asked, "named by evaluate.scorer")
+    if ours:
+        return ScorerChoice("reference", "reference", "it ships with the model")
+    if not source.is_pipeline:
+        return ScorerChoice("", "none", "a U-Net alone draws no pictures")
+    known = _clip_of_text_encoder(source)
+    folder = _in_hub_cache(known) if known else None
+    if folder is not None:
+        return ScorerChoice(str(folder), known, "the CLIP model of its text encoder, from the hub's cache")
+    remedy = f"name a CLIP folder or hub id with evaluate.scorer{f', such as {known}' if known else ''}"
+    return ScorerChoice("", "none", f"no CLIP model for it on this machine; {remedy}")

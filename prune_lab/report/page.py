@@ -25,7 +25,7 @@ from prune_lab.runtime import atomic_write, write_text
 # The tables that are copied beside the page, as the steps wrote them.
 _CSV_FILES = (
     *("blocks", "importance", "importance_parts", "criteria", "costs", "reductions", "pipeline_profile"),
-    *("ranking", "tournament"),
+    *("ranking", "tournament", "sources"),
 )
 
 

@@ -247,6 +247,8 @@ def _ranking(tables: RunTables) -> tuple[SectionItem, ...]:
                 lambda theme: charts.draw_quality_plane(ranking, styles, theme),
             )
         )
+    if ranking[["clip_before", "clip_after"]].isna().all(axis=None) and (why := _no_scorer(tables)):
+        parts.append(Text((f"There are no CLIP scores: {why}.",), note=True))
     parts += ranking_tables(ranking)
     parts += tournament_parts(tables)
     if (measured(ranking)["impact_one_shot"] > 0).sum() > 1:
@@ -259,6 +261,11 @@ def _ranking(tables: RunTables) -> tuple[SectionItem, ...]:
             )
         )
     return tuple(parts)
+
+
+def _no_scorer(tables: RunTables) -> str:
+    """Why pictures were not scored; empty where that is not known."""
+    return next((str(role["source"]) for role in tables.roles if role["name"] == "scorer"), "")
 
 
 def _distillation(tables: RunTables) -> tuple[SectionItem, ...]:
@@ -287,6 +294,13 @@ def _conditions(tables: RunTables) -> tuple[SectionItem, ...]:
         parts.append(Table("Environment of the measurements", ("Item", "Value"), rows, left=2))
     else:
         parts.append(Text(("The environment of this run was not recorded.",), note=True))
+    if tables.roles:
+        used = tuple(
+            (str(role["name"]), str(role["source"]), fmt.count(role["count"]), fmt.count(role["size"]))
+            for role in tables.roles
+        )
+        header = ("Used as", "Source", "Pictures", "Pixels of a side")
+        parts.append(Table("Data and scorer of this run", header, used, "sources.json", left=2))
     if tables.steps is not None:
         times = tuple(
             (str(row.step), f"{row.seconds:,.1f}{fmt.NARROW}s") for row in tables.steps.itertuples()

@@ -58,6 +58,9 @@ class RunTables:
     steps: pd.DataFrame | None = None
     recoveries: Mapping[str, pd.DataFrame] = field(default_factory=dict)  # by plan id
     plans: tuple[PlanRow, ...] = ()
+    roles: tuple[
+        Mapping[str, Any], ...
+    ] = ()  # where probe, training rows, held-out rows and scorer come from
     prompts: pd.DataFrame | None = None  # of every picture: file, prompt, seed
     teacher_pictures: Path | None = None  # a folder
     pictures: tuple[tuple[PlanRow, Mapping[str, Path]], ...] = ()  # folders by state: pruned, distilled
@@ -116,6 +119,7 @@ def read_run(run: Run) -> RunTables:
         steps=_read_table(run.steps, schemas.STEP_SECONDS_COLUMNS),
         recoveries=recoveries,
         plans=plans,
+        roles=_read_roles(run.sources),
         prompts=_read_table(run.picture_prompts, schemas.PROMPTS_COLUMNS),
         teacher_pictures=run.teacher_pictures if run.teacher_pictures.exists() else None,
         pictures=tuple(pictures),
@@ -201,6 +205,15 @@ def _read_object(path: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise DataError(f"asked to read {path}, found {type(value).__name__}; it should be a JSON object")
     return value
+
+
+def _read_roles(path: Path) -> tuple[Mapping[str, Any], ...]:
+    if not path.exists():
+        return ()
+    value = read_json(path)
+    if not isinstance(value, list) or not all(isinstance(one, dict) and "source" in one for one in value):
+        raise DataError(f"asked to read {path}, found no list of roles; delete it and run the step again")
+    return tuple(value)
 
 
 def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame | None:

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from prune_lab.blocks import Architecture, block_groups
-from prune_lab.errors import PlanError
+from prune_lab.errors import PruneLabError
 from prune_lab.plans import PruningPlan, parse_plan, plan_of
 from prune_lab.profiling import CostTable
 from prune_lab.search.budgets import Budget, within
@@ -21,6 +21,25 @@ from prune_lab.search.results import CachedObjective, ImpactOf
 from prune_lab.search.sampling import sample_near
 
 
+def named_plans(architecture: Architecture) -> tuple[tuple[PruningPlan, ...], dict[str, str]]:
+    """The family's named plans that are defined for this model and remove something, and why each of the others is not.
+
+    Of a U-Net these are BK-SDM's Base, Small and Tiny; a pruned student, SDXL and its kin have none of them.
+    """
+    plans, missing = [], {}
+    for name in architecture.family.plans:
+        try:
+            plan = parse_plan(name, architecture)
+        except PruneLabError as error:
+            missing[name] = str(error)
+            continue
+        if plan.removed:
+            plans.append(plan)
+        else:
+            missing[name] = "it removes nothing from this model"
+    return tuple(plans), missing
+
+
 def bk_control(
     architecture: Architecture, costs: CostTable, budgets: Sequence[Budget], constraints: Constraints = NATIVE
 ) -> PruningPlan | None:
@@ -29,10 +48,7 @@ def bk_control(
 
     None when none of them is, or the model is of a shape that they are not defined for.
     """
-    try:
-        plans = [parse_plan(name, architecture) for name in architecture.family.plans]
-    except PlanError:
-        return None
+    plans, _ = named_plans(architecture)
     return _largest(plans, architecture, costs, budgets, constraints)
 
 

@@ -13,11 +13,9 @@ from prune_lab.distill import (
     LatentData,
     TrainingData,
     cached_data,
-    held_out,
+    check_draws_from_text,
     is_cache,
-    training_data,
 )
-from prune_lab.evaluation import generate
 from prune_lab.importance import (
     NEEDS_PIPELINE,
     GenerationSettings,
@@ -27,44 +25,43 @@ from prune_lab.importance import (
     importance_from_frame,
 )
 from prune_lab.models import model_digest
-from prune_lab.probes import Probe, encode_captions, load_probe, probe_of_latents, random_probe
+from prune_lab.probes import Probe, encode_captions, load_probe, random_probe
 from prune_lab.runs import Run
+from prune_lab.session.drawing import drawn_probe
 from prune_lab.session.session import Session
 
 # The probe ---------------------------------------------------------------------------------------------------
 
 
-def drawn_probe(session: Session, seed: int) -> Probe:
+def probe_of(session: Session, seed: int) -> Probe:
     """A probe of the run's pictures and captions, with noise and timesteps drawn with ``seed``."""
-    settings = session.config.probe
+    settings, how = session.config.probe, session.config.evaluate
     if settings.prompts:
-        prompts, how = session.probe_prompts, session.config.evaluate
-        latents = generate(
-            session.pipeline,
-            prompts.texts,
-            (settings.seed,),
-            steps=how.steps,
-            guidance=how.guidance,
-            latents=True,
-        )
-        shown = latents, prompts.texts, prompts.kinds
-        return probe_of_latents(session.pipeline, *shown, timesteps=settings.timesteps, seed=seed)
-    if session.source.is_pipeline:
-        return session.picture_probe(seed)
-    config, samples = session.source.config, settings.samples
-    return random_probe(config, samples=samples, timesteps=settings.timesteps, seed=seed)
+        return drawn_probe(session.pipeline, session.probe_prompts, settings, how, steps=how.steps, seed=seed)
+    match session.data_origin:
+        case "shipped":
+            return session.picture_probe(seed)
+        case "own":
+            return session.own.probe(session.pipeline, session.own.split.probe, settings, seed=seed)
+        case "drawn":
+            check_draws_from_text(type(session.pipeline))
+            prompts = session.prompt_parts.probe
+            return drawn_probe(session.pipeline, prompts, settings, how, steps=settings.steps, seed=seed)
+        case "none":
+            config, samples = session.source.config, settings.samples
+            return random_probe(config, samples=samples, timesteps=settings.timesteps, seed=seed)
 
 
 def ensure_probe(session: Session) -> Probe:
     """The fixed inputs that scores are measured on; writes probe.safetensors.
 
-    A pipeline gets held-out pictures with their captions, or pictures that it draws itself for ``probe.prompts``; a
-    bare U-Net, which has nothing to encode them with, noise.
+    A pipeline gets held-out pictures with their captions, of the user's data or the shipped ones, or pictures that it
+    draws itself; a bare U-Net, which has nothing to encode them with, noise.
     """
     run = session.run
     if run.done(run.probe):
         return load_probe(run.probe)
-    probe = drawn_probe(session, session.config.probe.seed)
+    probe = probe_of(session, session.config.probe.seed)
     probe.save(run.probe)
     return probe
 
@@ -111,7 +108,7 @@ def run_scoring_context(session: Session, *, pictures: bool = False) -> ScoringC
             steps=how.steps,
             guidance=how.guidance,
             scorer=session.scorer,
-            scorer_name=how.scorer,
+            scorer_name=session.scorer_choice.text,
         )
     return scoring_context_of(session, ensure_probe(session), generation)
 
@@ -130,40 +127,21 @@ def ensure_data(session: Session) -> TrainingData:
     """Training pictures as latents and text embeddings, the same for every candidate.
 
     Shipped ones are written to data.safetensors, those that ``data.source`` names to data/, unless it names a finished
-    cache or ``data.cached`` is false.
+    cache or ``data.cached`` is false; without either the model draws them.
     """
     run = session.run
-    if run.done(run.data):
-        return LatentData.load(run.data)
-    if is_cache(run.data_dir):
+    if session.data_origin == "shipped":
+        if run.done(run.data):
+            return LatentData.load(run.data)
+        settings = session.config.distill
+        pictures = session.pictures("train", settings.pictures, settings.seed)
+        return cached_data(run.data, session.pipeline, pictures.pixels, pictures.captions)
+    _ = session.validation  # before the pictures may be gone
+    if session.data_origin == "own" and is_cache(run.data_dir):
         return LatentCache.load(run.data_dir)
-    if session.config.data.source:
-        return training_data(session.pipeline, session.config.data, run.data_dir)
-    settings = session.config.distill
-    pictures = session.pictures("train", settings.pictures, settings.seed)
-    return cached_data(run.data, session.pipeline, pictures.pixels, pictures.captions)
+    return session.own.training(session.pipeline, session.config.data, run.data_dir)
 
 
 def training_and_validation(session: Session) -> tuple[TrainingData, Probe]:
-    """(training data of the students, held-out rows for their validation loss).
-
-    Of the user's own pictures ``probe.samples`` are held out, in their first variant, and never trained on; with the
-    shipped pictures it is the session's ``validation``, from the held-out split.
-    """
-    data = ensure_data(session)
-    if not session.config.data.source:
-        return data, session.validation
-    settings = session.config.probe
-    training, kept_back = held_out(data, settings.samples, settings.seed)
-    rows = kept_back.rows(torch.arange(settings.samples), torch.zeros(settings.samples, dtype=torch.int64))
-    unnamed = [""] * settings.samples
-    validation = probe_of_latents(
-        session.pipeline,
-        rows.mean,
-        unnamed,
-        unnamed,
-        timesteps=settings.timesteps,
-        seed=settings.seed + 1,
-        text=(rows.embeddings, rows.added),
-    )
-    return training, validation
+    """(training data of the students, held-out rows for their validation loss), of different pictures."""
+    return ensure_data(session), session.validation

@@ -4,23 +4,47 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
 from prune_lab.assets import decode_pictures
 from prune_lab.blocks import Architecture
-from prune_lab.config import RunConfig
+from prune_lab.config import SHIPPED, RunConfig
+from prune_lab.distill import LatentCache, draw_cache, is_cache
 from prune_lab.errors import RunError
-from prune_lab.models import ModelSource, load_pipeline, load_scorer, load_unet, resolve_model
-from prune_lab.probes import Probe, make_probe
+from prune_lab.models import (
+    ModelSource,
+    ScorerChoice,
+    choose_scorer,
+    load_pipeline,
+    load_scorer,
+    load_unet,
+    of_shipped_family,
+    resolve_model,
+)
+from prune_lab.probes import Probe, load_probe, make_probe
 from prune_lab.prompts import Prompts, read_prompts
 from prune_lab.runs import Run, load_run_config
 from prune_lab.runtime import pick_device, pick_dtype
+from prune_lab.session.drawing import PromptParts, prompt_parts
+from prune_lab.session.own import OwnData
 from prune_lab.session.prompts import Pictures, shipped_rows
 
-HELDOUT_PROMPTS = 8  # captions to draw when evaluate.prompts names none
+SHOWN_PROMPTS = 8  # prompts to draw when evaluate.prompts names none
+Origin = Literal["shipped", "own", "drawn", "none"]
+"""Pictures of the package, of the user, drawn by the model itself; none for a U-Net alone, which gets noise."""
+
+
+def origin_of(config: RunConfig, source: ModelSource) -> Origin:
+    """Whose pictures a run of ``source`` uses; the shipped ones serve the shipped model, others must ask for them."""
+    if not source.is_pipeline:
+        return "none"
+    named = config.data.source
+    if named == SHIPPED or (not named and of_shipped_family(source)):
+        return "shipped"
+    return "own" if named else "drawn"
 
 
 class Session:
@@ -31,6 +55,7 @@ class Session:
 
     def __init__(self, run: Run, *, config: RunConfig | None = None, validation: Probe | None = None) -> None:
         self.run = run
+        self.told = False  # whether its sources of data were shown
         given = {"config": config, "validation": validation}
         # a cached property that is in the instance already is not computed
         vars(self).update({name: value for name, value in given.items() if value is not None})
@@ -78,15 +103,66 @@ class Session:
         return load_unet(self.source, device=self.device, dtype=self.dtype)
 
     @cached_property
+    def scorer_choice(self) -> ScorerChoice:
+        """The scorer of the run and why it is this one, or why there is none."""
+        return choose_scorer(self.config.evaluate.scorer, self.source)
+
+    @cached_property
     def scorer(self) -> Any:
-        """The CLIP model that judges pictures against prompts, with its input settings."""
-        return load_scorer(self.config.evaluate.scorer, device=self.device)
+        """The CLIP model that judges pictures against prompts, with its input settings; None where there is none."""
+        choice = self.scorer_choice
+        return load_scorer(choice.text, device=self.device) if choice.text else None
+
+    # Where pictures and prompts come from ------------------------------------------------------------------------
+
+    @cached_property
+    def data_origin(self) -> Origin:
+        """Whose pictures the run uses (see ``origin_of``)."""
+        return origin_of(self.config, self.source)
+
+    @cached_property
+    def prompt_parts(self) -> PromptParts:
+        """The prompts of ``data.prompts`` in parts, for a model that has no other pictures than those it draws."""
+        probe, settings = self.config.probe, self.config.data
+        count = min(probe.drawn, probe.samples)
+        return prompt_parts(
+            read_prompts(settings.prompts), probe=count, shown=SHOWN_PROMPTS, seed=settings.seed
+        )
+
+    @cached_property
+    def own(self) -> OwnData:
+        """The user's data in parts, or what the model draws, which it does now where that is not there in data/."""
+        settings, samples = self.config.data, self.config.probe.samples
+        if self.data_origin == "own":
+            return OwnData.open(settings, samples)
+        folder = self.run.data_dir
+        if is_cache(folder):
+            rows = LatentCache.load(folder)
+        else:
+            rows = draw_cache(self.pipeline, self.prompt_parts.data, settings, folder).cache
+        return OwnData.of(rows, probe=0, validate=samples, seed=settings.seed)
 
     @cached_property
     def prompts(self) -> tuple[str, ...]:
         """The prompts that teacher and candidates draw: ``evaluate.prompts``, or else captions of held-out pictures."""
-        named = self.config.evaluate.prompts
-        return named or tuple(shipped_rows("heldout", HELDOUT_PROMPTS, self.config.seed)["caption"])
+        return self.shown_prompts.texts
+
+    @cached_property
+    def shown_prompts(self) -> Prompts:
+        """``prompts`` with their kinds."""
+        if named := self.config.evaluate.prompts:
+            return Prompts(named, ())
+        if self.data_origin == "shipped":
+            rows = shipped_rows("heldout", SHOWN_PROMPTS, self.config.seed)
+            return Prompts(tuple(rows["caption"]), tuple(rows["group"]))
+        if self.data_origin == "own":
+            captions = (
+                self.validation.captions if self._validated else self.own.captions(self.own.split.validate)
+            )
+            found = tuple(dict.fromkeys(caption for caption in captions if caption))[:SHOWN_PROMPTS]
+            if found:
+                return Prompts(found, ())
+        return self.prompt_parts.shown
 
     @cached_property
     def probe_prompts(self) -> Prompts:
@@ -97,21 +173,29 @@ class Session:
     @cached_property
     def generation_prompts(self) -> Prompts:
         """The prompts for criteria that compare pictures: those of the probe, or else those of the evaluation."""
-        if self.config.probe.prompts:
-            return self.probe_prompts
-        if self.config.evaluate.prompts:
-            return Prompts(self.config.evaluate.prompts, ())
-        rows = shipped_rows("heldout", HELDOUT_PROMPTS, self.config.seed)
-        return Prompts(tuple(rows["caption"]), tuple(rows["group"]))
+        return self.probe_prompts if self.config.probe.prompts else self.shown_prompts
+
+    # Held-out pictures -------------------------------------------------------------------------------------------
+
+    @property
+    def _validated(self) -> bool:
+        return "validation" in vars(self) or self.run.done(self.run.validation)
 
     @cached_property
     def validation(self) -> Probe:
         """Held-out rows for the loss that ranks candidates, of other pictures than those of the probe.
 
-        On the pictures that a plan was searched with, it would look better than it is.
+        On the pictures that a plan was searched with, it would look better than it is. Of the user's data, or of what
+        the model drew, it is written to validation.safetensors.
         """
-        settings = self.config.probe
-        return self.picture_probe(settings.seed + 1, skip=settings.samples)
+        settings, path = self.config.probe, self.run.validation
+        if self.data_origin in ("shipped", "none"):
+            return self.picture_probe(settings.seed + 1, skip=settings.samples)
+        if self.run.done(path):
+            return load_probe(path)
+        probe = self.own.probe(self.pipeline, self.own.split.validate, settings, seed=settings.seed + 1)
+        probe.save(path)
+        return probe
 
     def picture_probe(self, seed: int, *, skip: int = 0) -> Probe:
         """``probe.samples`` held-out pictures after the first ``skip``; ``seed`` draws their noise and timesteps."""

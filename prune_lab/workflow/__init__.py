@@ -12,17 +12,22 @@ from prune_lab.session import Session
 from prune_lab.workflow.comparing import compared_plans, comparison
 from prune_lab.workflow.criteria import compared_criteria
 from prune_lab.workflow.distilling import ensure_distilled, recovery_frame, save_students
+from prune_lab.workflow.estimating import RunEstimate, estimate, macs_per_second
 from prune_lab.workflow.measuring import ensure_scores, scores_frame
-from prune_lab.workflow.pipeline import check_budgets, run_all, steps_frame
+from prune_lab.workflow.pipeline import run_all, steps_frame
 from prune_lab.workflow.ranking import ensure_ranking, quality, quality_frame
 from prune_lab.workflow.searching import ensure_plans, plan_named, plans_frame
+from prune_lab.workflow.sizing import settings_for
 from prune_lab.workflow.steps import borrow, forget, start_run
 from prune_lab.workflow.students import ensure_candidates, ensure_repaired
+from prune_lab.workflow.targets import check_budgets, check_controls
 
 __all__ = [
+    "RunEstimate",
     "Session",
     "borrow",
     "check_budgets",
+    "check_controls",
     "compared_criteria",
     "compared_plans",
     "comparison",
@@ -32,7 +37,9 @@ __all__ = [
     "ensure_ranking",
     "ensure_repaired",
     "ensure_scores",
+    "estimate",
     "forget",
+    "macs_per_second",
     "plan_named",
     "plans_frame",
     "quality",
@@ -41,6 +48,7 @@ __all__ = [
     "run_all",
     "save_students",
     "scores_frame",
+    "settings_for",
     "start_run",
     "steps_frame",
 ]

@@ -28,7 +28,7 @@ from prune_lab.plans import PruningPlan, plan_from_json
 from prune_lab.report import write_agreement
 from prune_lab.runs import Run
 from prune_lab.runtime import Environment, read_json, track, write_frame, write_json
-from prune_lab.session import Session, drawn_probe, run_scoring_context, scoring_context_of
+from prune_lab.session import Session, probe_of, run_scoring_context, scoring_context_of
 
 _RANDOM_PLANS = 40
 _OTHER_NOISE = 2  # other draws of noise with which the order is compared
@@ -76,6 +76,9 @@ def _tables(context: ScoringContext, session: Session) -> list[ImportanceTable]:
     leader = session.config.score.criterion
     names = [leader, *(name for name in CRITERIA if name != leader)]
     names = [name for name in names if context.generation is not None or name not in NEEDS_PIPELINE]
+    names = [
+        name for name in names if name != "clip-score" or not session.source.is_pipeline or session.scorer
+    ]
     model, bootstrap = session.config.model, session.config.score.bootstrap
     return [
         score(context, blocks, name, bootstrap=bootstrap, model=model)
@@ -90,7 +93,7 @@ def _with_other_noise(session: Session, leader: ImportanceTable) -> dict[str, Im
     groups, first = [entry.group for entry in leader.entries], session.config.probe.seed + 1
     found = {}
     for seed in range(first, first + _OTHER_NOISE):
-        context = scoring_context_of(session, drawn_probe(session, seed))
+        context = scoring_context_of(session, probe_of(session, seed))
         found[f"seed {seed}"] = score(context, groups, leader.criterion, bootstrap=0)
     return found
 

@@ -17,7 +17,7 @@ from prune_lab.processes import init_processes, is_main
 from prune_lab.ranking import Tournament, tournament_from_frame
 from prune_lab.runtime import write_frame
 from prune_lab.schemas import RECOVERY_SUMMARY_COLUMNS
-from prune_lab.session import Session
+from prune_lab.session import Session, tell_roles
 from prune_lab.surgery import pipeline_with
 from prune_lab.workflow.measuring import ensure_scores
 from prune_lab.workflow.searching import ensure_plans, plan_named
@@ -48,6 +48,7 @@ def ensure_distilled(session: Session, *, only: tuple[str, ...] = ()) -> tuple[R
     """
     init_processes()
     with PartialState().main_process_first():
+        tell_roles(session)
         ensure_repaired(session)
         plans = ensure_plans(session)
         wanted = {plan_named(plans, text, session).id for text in only} or {plan.id for plan in plans}

@@ -8,7 +8,8 @@ from typing import Any, cast
 import pandas as pd
 
 from prune_lab.blocks import Architecture, BlockGroup, GroupKind, block_groups, blocks_frame
-from prune_lab.config import BUDGET_CONTROLS, PLAN_FILES
+from prune_lab.config import PLAN_FILES
+from prune_lab.errors import ConfigError
 from prune_lab.importance import (
     ONE_STEP,
     ImportanceTable,
@@ -31,7 +32,8 @@ from prune_lab.profiling import (
     reduction_table,
 )
 from prune_lab.runtime import read_json, write_frame, write_json
-from prune_lab.session import Session, read_scores, run_scoring_context
+from prune_lab.session import Session, read_scores, run_scoring_context, tell_roles
+from prune_lab.workflow.targets import controls_among
 
 _LATENCY_CHECKS = 8  # plans with which the predicted latency is compared
 
@@ -63,13 +65,19 @@ def score_groups_of(session: Session) -> tuple[BlockGroup, ...]:
 
 
 def criteria_of(session: Session) -> tuple[str, ...]:
-    """The criteria to measure, the one that leads first. Raises UnknownCriterionError, and ConfigError for a race that
-    the leading one cannot run.
+    """The criteria to measure, the one that leads first.
+
+    Raises UnknownCriterionError, and ConfigError for a race that the leading one cannot run, or a missing scorer.
     """
     settings = session.config.score
     names = tuple(dict.fromkeys((settings.criterion, *settings.also)))
     for name in names:
         criterion_named(name)
+    if "clip-score" in names and session.source.is_pipeline and not session.scorer_choice.text:
+        raise ConfigError(
+            f"asked for the criterion clip-score, found no scorer: {session.scorer_choice.reason}; or choose another "
+            "criterion"
+        )
     if settings.race:
         check_race(settings.criterion)
     return names
@@ -84,7 +92,9 @@ def ensure_scores(session: Session) -> ImportanceTable:
     if run.done(run.importance):
         return read_scores(run)
     settings, names, model = session.config.score, criteria_of(session), session.config.model
-    groups, context = score_groups_of(session), run_scoring_context(session)
+    groups = score_groups_of(session)
+    tell_roles(session)
+    context = run_scoring_context(session)
     tables = []
     for name in names:
         race = Race(settings.race) if settings.race and name in ONE_STEP else None
@@ -103,13 +113,8 @@ def scores_frame(session: Session) -> pd.DataFrame:
 
 
 def controls(session: Session, architecture: Architecture) -> tuple[PruningPlan, ...]:
-    """The plans in ``search.controls`` for ``architecture``; one without a name is called by its text.
-
-    Those that are found for a budget (``BUDGET_CONTROLS``) are not among them.
-    """
-    texts = [text for text in session.config.search.controls if text not in BUDGET_CONTROLS]
-    plans = [plan for text in texts for plan in read_plans(text, architecture)]
-    return tuple(plan if plan.name else plan.named(plan.text) for plan in plans)
+    """The controls of the run for ``architecture``, without those that are found for a budget."""
+    return controls_among(session.config.search, architecture)
 
 
 def ensure_latency(session: Session) -> LatencyTable:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from pathlib import Path
 
@@ -11,30 +10,15 @@ import pandas as pd
 from prune_lab.config import RunConfig, changed_settings
 from prune_lab.errors import ConfigError
 from prune_lab.models import resolve_model
-from prune_lab.profiling import cost_table
 from prune_lab.ranking import Ranking
 from prune_lab.runs import load_run_config, open_run
 from prune_lab.runtime import track, write_frame
 from prune_lab.schemas import STEP_SECONDS_COLUMNS, STEPS_COLUMNS
-from prune_lab.search import check_reachable, parse_budget, split_budgets
-from prune_lab.session import Session
+from prune_lab.session import Session, tell_roles
 from prune_lab.workflow.measuring import controls, criteria_of, score_groups_of
 from prune_lab.workflow.ranking import ensure_ranking
-from prune_lab.workflow.searching import constraints_of
 from prune_lab.workflow.steps import STEPS, affecting, first_affected, forget, start_run, steps_from
-
-
-def check_budgets(config: RunConfig) -> None:
-    """Raise BudgetError when one of ``search.budgets`` cannot be read, or no native plan meets it; needs no weights."""
-    if not config.search.budgets:
-        return
-    architecture = resolve_model(config.model).architecture
-    costs, constraints = cost_table(architecture), constraints_of(config)
-    for text in config.search.budgets:
-        # latency and memory have to be measured first and are checked then
-        counted = [one for one in split_budgets(text) if not re.match(r"\s*(latency|memory)", one)]
-        budgets = [parse_budget(one, architecture, costs) for one in counted]
-        check_reachable(architecture, costs, budgets, constraints=constraints)
+from prune_lab.workflow.targets import check_budgets, check_controls
 
 
 def check_settings(session: Session) -> None:
@@ -43,7 +27,7 @@ def check_settings(session: Session) -> None:
     _ = session.device, session.dtype, session.pipeline, session.scorer
     criteria_of(session)
     score_groups_of(session)
-    controls(session, session.architecture)
+    check_controls(config)
     for preset in config.report.also_presets:
         controls(session, resolve_model(preset).architecture)
     check_budgets(config)
@@ -61,6 +45,7 @@ def run_all(config: RunConfig, folder: Path, *, force: bool = False) -> Ranking:
     changed. Writes steps.csv: the seconds of each step when it was last done.
     """
     if force:
+        check_controls(config)
         check_budgets(config)  # before anything is removed
     run = open_run(folder, must_exist=False)
     redo_all = force and run.config.is_file() and not changed_settings(load_run_config(run), config)
@@ -69,6 +54,7 @@ def run_all(config: RunConfig, folder: Path, *, force: bool = False) -> Ranking:
         forget(run, STEPS[0].name)
     session = Session(run)
     check_settings(session)
+    tell_roles(session)
     known: dict[str, float] = {}
     if run.steps.is_file():
         frame = pd.read_csv(run.steps)

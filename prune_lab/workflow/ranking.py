@@ -26,7 +26,7 @@ from prune_lab.ranking import (
 from prune_lab.report import write_report
 from prune_lab.runtime import write_frame
 from prune_lab.schemas import PICTURES_COLUMNS
-from prune_lab.session import Session, training_and_validation
+from prune_lab.session import Session, tell_roles, training_and_validation
 from prune_lab.workflow.measuring import ensure_costs, ensure_reductions
 from prune_lab.workflow.searching import ensure_plans, left_out
 from prune_lab.workflow.students import ensure_candidates
@@ -167,10 +167,16 @@ def ensure_report(session: Session) -> Path:
 
 
 def quality(session: Session, unet: Any) -> dict[str, float]:
-    """``loss`` (held-out denoising), ``clip`` (mean score) and ``clip_low`` of ``unet`` in the teacher's pipeline."""
-    loss = heldout_loss(unet, session.validation).double().mean()
+    """``loss`` (held-out denoising), ``clip`` (mean score) and ``clip_low`` of ``unet`` in the teacher's pipeline.
+
+    NaN is what cannot be had: the loss without pictures, shipped or of ``data.source``, the scores without a scorer.
+    """
+    tell_roles(session)
+    # What a model draws itself is no measure by which models can be compared.
+    judged = session.data_origin in ("shipped", "own")
+    loss = float(heldout_loss(unet, session.validation).double().mean()) if judged else math.nan
     scores = clip_of(session, draw_prompts(session, unet))
-    return {"loss": float(loss), "clip": float(scores.double().mean()), "clip_low": float(scores.min())}
+    return {"loss": loss, "clip": float(scores.double().mean()), "clip_low": float(scores.min())}
 
 
 def quality_frame(session: Session) -> pd.DataFrame:

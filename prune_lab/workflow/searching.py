@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from prune_lab.blocks import BlockGroup
-from prune_lab.config import BUDGET_CONTROLS, RunConfig
+from prune_lab.config import BUDGET_CONTROLS
 from prune_lab.errors import NonNativePlanError, PlanError
 from prune_lab.importance import ScoringContext, score
 from prune_lab.plans import PruningPlan, native_layout, plan_from_json, read_plans
@@ -20,25 +20,13 @@ from prune_lab.profiling import CostTable, PlanCost, activation_table, cost_tabl
 from prune_lab.runs import Run
 from prune_lab.runtime import read_json, track, write_frame, write_json
 from prune_lab.schemas import PLANS_COLUMNS, SEARCHED_COLUMNS, SEARCHES_COLUMNS
-from prune_lab.search import Constraints, ImpactOf, parse_budget, parse_quota, predicted_impact, split_budgets
+from prune_lab.search import ImpactOf, parse_budget, predicted_impact, split_budgets
 from prune_lab.session import Session, run_scoring_context
 from prune_lab.workflow.measuring import controls, ensure_costs, ensure_latency, ensure_scores
 from prune_lab.workflow.solving import SOLVERS, Question, controls_for
+from prune_lab.workflow.targets import budgets_of, constraints_of
 
 # The problem ---------------------------------------------------------------------------------------------------
-
-
-def constraints_of(config: RunConfig) -> Constraints:
-    """The rules for plans in ``[search]``. Raises ConfigError."""
-    settings = config.search
-    return Constraints(
-        keep=settings.keep,
-        remove=settings.remove,
-        least_resnets=settings.least_resnets,
-        quotas=tuple(parse_quota(text) for text in settings.quotas),
-        longest_run=settings.longest_run or None,
-        native_only=settings.native_only,
-    )
 
 
 def costs_of(session: Session) -> CostTable:
@@ -93,10 +81,11 @@ def _write_plans(session: Session) -> None:
     found = [("control", "", plan) for plan in controls(session, architecture)]
     at_budget = [name for name in settings.controls if name in BUDGET_CONTROLS]
     searches = []
-    if settings.budgets:
+    asked_for = budgets_of(session.config, architecture)
+    if asked_for:
         importance, costs = ensure_scores(session), costs_of(session)
         constraints, impact_of = constraints_of(session.config), impact_of_sets(session)
-        for text in track(settings.budgets, "searching"):
+        for text in track(asked_for, "searching"):
             budgets = tuple(parse_budget(one, architecture, costs) for one in split_budgets(text))
             question = Question(session, costs, budgets, constraints, importance, impact_of)
             start = time.perf_counter()

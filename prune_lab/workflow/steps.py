@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from prune_lab.config import SETTINGS, DataConfig, RunConfig, changed_settings, to_toml
+from prune_lab.config import SETTINGS, SHIPPED, DataConfig, RunConfig, changed_settings, to_toml
 from prune_lab.distill import CACHE_INDEX, is_cache
 from prune_lab.errors import RunError, StorageError
 from prune_lab.models import model_digest, resolve_model
@@ -69,10 +69,11 @@ def _repaired(run: Run) -> tuple[Path, ...]:
 def _data(run: Run) -> tuple[Path, ...]:
     """The encoded training data; none where another folder holds them, or where batches are encoded when drawn."""
     settings = load_run_config(run).data if run.config.is_file() else DataConfig()
-    if not settings.source:
+    drawn = run.data_dir / CACHE_INDEX
+    if settings.source == SHIPPED or (not settings.source and not drawn.is_file()):
         return (run.data,)
     ready = is_cache(Path(settings.source).expanduser())
-    return (run.data_dir / CACHE_INDEX,) if settings.cached and not ready else ()
+    return (drawn,) if settings.cached and not ready else ()
 
 
 def _distilled(run: Run) -> tuple[Path, ...]:
@@ -82,7 +83,13 @@ def _distilled(run: Run) -> tuple[Path, ...]:
 # The one statement of the order. A step asks earlier ones for their results; a test sees that none asks a later one.
 STEPS: tuple[Step, ...] = (
     Step("blocks", "lists the blocks of the U-Net", ensure_blocks, _files("choices", "blocks")),
-    Step("probe", "encodes held-out pictures and captions", ensure_probe, _files("probe")),
+    Step(
+        "probe",
+        "encodes held-out pictures and captions",
+        ensure_probe,
+        _files("probe", "sources"),
+        _files("probe"),
+    ),
     Step(
         "scores",
         "removes each block, pair and stage in turn and measures the damage",
@@ -112,7 +119,13 @@ STEPS: tuple[Step, ...] = (
         _of_candidates("repair", "repaired"),
         _repaired,
     ),
-    Step("data", "encodes the training pictures", ensure_data, _files("data", "data_dir"), _data),
+    Step(
+        "data",
+        "encodes or draws the training pictures",
+        ensure_data,
+        _files("data", "data_dir", "validation"),
+        _data,
+    ),
     Step(
         "distilled",
         "retrains every candidate from the teacher",

@@ -1,0 +1,65 @@
+"""Whether a model is the shipped one or a student of it: only these know the pictures and the scorer that ship."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from prune_lab.assets import reference_folder
+from prune_lab.errors import PruneLabError
+from prune_lab.models.files import json_object, weight_files
+from prune_lab.models.sources import ModelSource
+
+_PARTS = ("text_encoder", "vae")
+# Entries of a config.json that say how it was written, not what it describes.
+_INCIDENTAL = ("dtype", "torch_dtype", "transformers_version", "architectures")
+
+
+def _described(config: dict[str, Any]) -> str:
+    kept = {
+        name: value for name, value in config.items() if not name.startswith("_") and name not in _INCIDENTAL
+    }
+    return json.dumps(kept, sort_keys=True)
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        found |= load_file(path)
+    return {name: tensor for name, tensor in found.items() if tensor.is_floating_point()}
+
+
+def _same_weights(ours: Path, theirs: Path) -> bool:
+    """Whether two folders hold the same numbers, one of them perhaps in half precision."""
+    one, other = _tensors(ours), _tensors(theirs)
+    return one.keys() == other.keys() and all(
+        one[name].shape == other[name].shape
+        and torch.allclose(one[name].float(), other[name].float(), rtol=1e-2, atol=1e-3)
+        for name in one
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _has_shipped_parts(folder: Path) -> bool:
+    ours = reference_folder()
+    try:
+        for part in _PARTS:
+            configs = [json_object(place / part / "config.json") for place in (ours, folder)]
+            if _described(configs[0]) != _described(configs[1]):
+                return False  # as good as always; the weights need not be read
+        return all(_same_weights(ours / part, folder / part) for part in _PARTS)
+    except (PruneLabError, OSError):
+        return False
+
+
+def of_shipped_family(source: ModelSource) -> bool:
+    """Whether ``source`` is the shipped pipeline or one with its text encoder and VAE, such as a student of it."""
+    if source.kind == "reference":
+        return True
+    return source.is_pipeline and source.folder is not None and _has_shipped_parts(source.folder.resolve())

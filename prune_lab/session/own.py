@@ -1,0 +1,159 @@
+"""The user's own data, or what the model drew, in three parts: for the probe, the held-out loss, and to train on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prune_lab.config import DataConfig, ProbeConfig
+from prune_lab.distill import (
+    ImageSource,
+    LatentCache,
+    LiveData,
+    Split,
+    Subset,
+    TrainingData,
+    build_cache,
+    is_cache,
+    source_of,
+    split_rows,
+)
+from prune_lab.distill.encoding import UNREADABLE, crop_variants, decode_image, image_side
+from prune_lab.errors import DataError
+from prune_lab.probes import Probe, make_probe, probe_of_latents
+
+
+def rows_per_picture(samples: int, pictures: int, timesteps: int) -> int:
+    """Rows that each of ``pictures`` gives to a probe of ``samples`` rows, each at a timestep of its own."""
+    return max(1, min(timesteps, math.ceil(samples / pictures)))
+
+
+def _checked(rows: TrainingData, pipeline: Any) -> TrainingData:
+    """``rows``. Raises DataError for a cache that other encoders than those of ``pipeline`` made."""
+    return rows.check(pipeline) if isinstance(rows, LatentCache) else rows
+
+
+def rows_of(source: ImageSource, rows: Sequence[int]) -> ImageSource:
+    """The images ``rows`` of ``source``, in that order."""
+    return dataclasses.replace(
+        source,
+        captions=tuple(source.captions[row] for row in rows),
+        digest=f"{source.digest}-{hash_of(rows)}",
+        name=lambda row: source.name(rows[row]),
+        content=lambda row: source.content(rows[row]),
+    )
+
+
+def hash_of(rows: Sequence[int]) -> str:
+    """16 hexadecimal digits that change with any of ``rows``."""
+    return hashlib.sha256(repr(list(rows)).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OwnData:
+    """Images, or latents that were encoded or drawn before, with the rows of each part; no image is in two of them."""
+
+    rows: ImageSource | TrainingData
+    split: Split
+
+    @classmethod
+    def of(cls, rows: ImageSource | TrainingData, *, probe: int, validate: int, seed: int) -> OwnData:
+        """``rows`` in parts, drawn with ``seed``: ``probe`` and ``validate`` rows, or a quarter of all if that is less.
+
+        Raises DataError for fewer than three different images.
+        """
+        named = map(rows.name, range(len(rows))) if isinstance(rows, ImageSource) else rows.pictures
+        pictures = tuple(named)
+        known = pictures if all(pictures) else None  # unknown in a cache of version 0.1
+        split = split_rows(rows.captions, known, probe=probe, validate=validate, seed=seed)
+        return cls(rows, split)
+
+    @classmethod
+    def open(cls, settings: DataConfig, samples: int) -> OwnData:
+        """What ``data.source`` names, images or a finished cache, with at most ``samples`` rows held out twice.
+
+        Raises DataError.
+        """
+        ready = Path(settings.source).expanduser()
+        rows: ImageSource | TrainingData
+        if not is_cache(ready):
+            rows = source_of(settings)
+        elif settings.limit:
+            raise DataError(
+                f"asked for data.limit = {settings.limit} images of the finished cache {ready}; it is used whole: "
+                "set data.limit = 0, or build a smaller one with prune-lab data ... --limit"
+            )
+        else:
+            rows = LatentCache.load(ready)
+        return cls.of(rows, probe=samples, validate=samples, seed=settings.seed)
+
+    def captions(self, part: Tensor) -> tuple[str, ...]:
+        """The captions of the rows of a part."""
+        captions = self.rows.captions
+        return tuple(captions[row] for row in part.tolist())
+
+    def probe(self, pipeline: Any, part: Tensor, settings: ProbeConfig, *, seed: int) -> Probe:
+        """About ``probe.samples`` rows of the images of a part; ``seed`` draws their noise and timesteps.
+
+        Few images give several rows each, at different timesteps. Raises DataError where none can be read.
+        """
+        if not isinstance(self.rows, ImageSource):
+            rows = _checked(self.rows, pipeline)
+            kinds = rows.kinds if isinstance(rows, LatentCache) else ("",) * len(rows)
+            batch = rows.rows(part, torch.zeros(len(part), dtype=torch.int64))
+            return probe_of_latents(
+                pipeline,
+                batch.mean,
+                self.captions(part),
+                [kinds[row] for row in part.tolist()],
+                timesteps=settings.timesteps,
+                seed=seed,
+                per_picture=rows_per_picture(settings.samples, len(part), settings.timesteps),
+                text=(batch.embeddings, batch.added),
+            )
+        pixels, captions = self._images(pipeline, self.rows, part.tolist())
+        return make_probe(
+            pipeline,
+            pixels,
+            captions,
+            [""] * len(captions),
+            timesteps=settings.timesteps,
+            seed=seed,
+            per_picture=rows_per_picture(settings.samples, len(captions), settings.timesteps),
+        )
+
+    def _images(self, pipeline: Any, source: ImageSource, rows: Sequence[int]) -> tuple[Tensor, list[str]]:
+        side, cropped = image_side(pipeline), DataConfig()
+        found: list[Tensor] = []
+        captions, damaged = [], ""
+        for row in rows:
+            try:
+                found.append(crop_variants(decode_image(source.content(row)), side, cropped, row, (0,)))
+            except UNREADABLE as error:
+                damaged = damaged or f"{source.name(row)}: {error}"
+                continue
+            captions.append(source.captions[row])
+        if not found:
+            raise DataError(
+                f"asked for {len(rows)} held-out images of {source.title}, none of them can be read ({damaged}); "
+                "give images such as PNG, JPEG or WebP"
+            )
+        return torch.cat(found), captions
+
+    def training(self, pipeline: Any, settings: DataConfig, folder: Path) -> TrainingData:
+        """The rows to train on; images are encoded into ``folder`` now, or on demand where ``data.cached`` is false."""
+        train = self.split.train
+        if not isinstance(self.rows, ImageSource):
+            return Subset.of(_checked(self.rows, pipeline), train)
+        source = rows_of(self.rows, train.tolist())
+        if settings.cached:
+            return build_cache(pipeline, source, settings, folder).cache
+        return LiveData.of(pipeline, source, settings)

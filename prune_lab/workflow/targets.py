@@ -1,0 +1,129 @@
+"""What a run searches for: its budgets, its controls and its rules, as they are set or as the model gives them."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+
+from prune_lab.blocks import Architecture
+from prune_lab.config import AUTO, BUDGET_CONTROLS, RunConfig, SearchConfig
+from prune_lab.errors import BudgetError
+from prune_lab.models import resolve_model
+from prune_lab.plans import PruningPlan, read_plans
+from prune_lab.profiling import cost_table
+from prune_lab.runtime import note
+from prune_lab.search import (
+    Constraints,
+    check_reachable,
+    named_plans,
+    parse_budget,
+    parse_quota,
+    split_budgets,
+)
+
+# Of the parameters of a model without named plans; the second row where no plan that can be built reaches the first.
+_SHARES = (("80%", "65%", "50%"), ("95%", "90%"))
+
+
+def constraints_of(config: RunConfig) -> Constraints:
+    """The rules for plans in ``[search]``. Raises ConfigError."""
+    settings = config.search
+    return Constraints(
+        keep=settings.keep,
+        remove=settings.remove,
+        least_resnets=settings.least_resnets,
+        quotas=tuple(parse_quota(text) for text in settings.quotas),
+        longest_run=settings.longest_run or None,
+        native_only=settings.native_only,
+    )
+
+
+# Controls --------------------------------------------------------------------------------------------------------
+
+
+def controls_among(settings: SearchConfig, architecture: Architecture) -> tuple[PruningPlan, ...]:
+    """The plans in ``search.controls`` for ``architecture``; one without a name is called by its text.
+
+    ``auto`` stands for the family's named plans that are defined for it. Those that are found for a budget
+    (``BUDGET_CONTROLS``) are not among them. Raises PlanError or UnknownBlockError for a plan that is named and does
+    not exist.
+    """
+    found: list[PruningPlan] = []
+    for text in settings.controls:
+        if text == AUTO:
+            found += named_plans(architecture)[0]
+        elif text not in BUDGET_CONTROLS:
+            found += read_plans(text, architecture)
+    unique = {(plan.id, plan.name): plan for plan in found}
+    return tuple(plan if plan.name else plan.named(plan.text) for plan in unique.values())
+
+
+def check_controls(config: RunConfig) -> None:
+    """Raise the errors of ``search.controls`` that are named and do not exist; note which of ``auto`` are left out.
+
+    Needs no weights.
+    """
+    architecture = resolve_model(config.model).architecture
+    controls_among(config.search, architecture)
+    missing = named_plans(architecture)[1] if AUTO in config.search.controls else {}
+    if missing:
+        note(f"controls left out: {', '.join(missing)} ({next(iter(missing.values())).split(';')[0]})")
+
+
+# Budgets ---------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=16)
+def _reachable(
+    architecture: Architecture, shares: Sequence[str], constraints: Constraints
+) -> tuple[str, ...]:
+    costs, found = cost_table(architecture), []
+    for share in shares:
+        text = f"params<={share}"
+        try:
+            check_reachable(
+                architecture, costs, [parse_budget(text, architecture, costs)], constraints=constraints
+            )
+        except BudgetError:
+            continue
+        found.append(text)
+    return tuple(found)
+
+
+def _auto_budgets(architecture: Architecture, constraints: Constraints) -> tuple[str, ...]:
+    """The parameters of the family's named plans; of a model without, the shares that a plan reaches under the rules.
+
+    Raises BudgetError when none does.
+    """
+    named, _ = named_plans(architecture)
+    if named:
+        return tuple(f"params<={plan.name}" for plan in named)
+    for shares in _SHARES:
+        if found := _reachable(architecture, shares, constraints):
+            return found
+    raise BudgetError(
+        f"asked for plans that leave {', '.join(share for row in _SHARES for share in row)} of the parameters, found "
+        "none that can be built; give a budget of your own, such as --macs 97%, or drop rules of [search]"
+    )
+
+
+def budgets_of(config: RunConfig, architecture: Architecture) -> tuple[str, ...]:
+    """The texts in ``search.budgets``, ``auto`` replaced by what the model gives. Raises BudgetError."""
+    found: list[str] = []
+    for text in config.search.budgets:
+        found += _auto_budgets(architecture, constraints_of(config)) if text == AUTO else (text,)
+    return tuple(dict.fromkeys(found))
+
+
+def check_budgets(config: RunConfig) -> None:
+    """Raise BudgetError when one of ``search.budgets`` cannot be read, or no native plan meets it; needs no weights."""
+    if not config.search.budgets:
+        return
+    architecture = resolve_model(config.model).architecture
+    costs, constraints = cost_table(architecture), constraints_of(config)
+    for text in budgets_of(config, architecture):
+        # latency and memory have to be measured first and are checked then
+        counted = [one for one in split_budgets(text) if not re.match(r"\s*(latency|memory)", one)]
+        budgets = [parse_budget(one, architecture, costs) for one in counted]
+        check_reachable(architecture, costs, budgets, constraints=constraints)
