@@ -23,7 +23,14 @@ from prune_lab.profiling.latency import (
     latency_table_from_dict,
     measure_latency,
 )
-from prune_lab.profiling.latency_differences import forward_ms, measure_latency_table
+from prune_lab.profiling.latency_cache import (
+    keep_latency,
+    kept_latency,
+    latency_file,
+    latency_key,
+    latency_words,
+)
+from prune_lab.profiling.latency_parts import forward_ms, measure_latency_table
 from prune_lab.profiling.live_memory import LiveBytes, free_bytes, live_peak, measure_memory_growth
 from prune_lab.profiling.plan_matrix import (
     REST,
@@ -91,8 +98,13 @@ __all__ = [
     "forward_ms",
     "free_bytes",
     "groups_gone",
+    "keep_latency",
+    "kept_latency",
     "latency_disagreement",
+    "latency_file",
+    "latency_key",
     "latency_table_from_dict",
+    "latency_words",
     "latent_of_pixels",
     "live_peak",
     "measure_latency",

@@ -39,3 +39,10 @@ def compile_blocks(unet: ModelMixin) -> None:
     for module in unet.modules():
         if type(module).__name__ in names:
             module.compile()
+
+
+def shell_of(unet: ModelMixin) -> ModelMixin:
+    """A model of the same class and config that holds the tensors of ``unet``: it can be compiled, ``unet`` stays."""
+    found: ModelMixin = meta_unet(unet.config)
+    nn.Module.load_state_dict(found, unet.state_dict(), strict=True, assign=True)
+    return found.eval()

@@ -7,18 +7,17 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from diffusers import ModelMixin
-from torch import nn
 
 from prune_lab.blocks import Architecture
 from prune_lab.errors import UnsupportedModelError
-from prune_lab.families import meta_unet
 from prune_lab.plans import PruningPlan, native_layout
+from prune_lab.prefix_sharing import compiling
 from prune_lab.probes import evaluating
 from prune_lab.profiling.activations import activation_table
 from prune_lab.profiling.latency import call_ms, random_inputs
 from prune_lab.profiling.live_memory import free_bytes
 from prune_lab.profiling.own_process import TimingProcess
-from prune_lab.profiling.random_weights import compile_blocks, random_unet
+from prune_lab.profiling.random_weights import compile_blocks, random_unet, shell_of
 from prune_lab.profiling.service import Service
 from prune_lab.profiling.turns import TimedCall, Turns, time_in_turns
 from prune_lab.runtime import pick_dtype
@@ -57,14 +56,15 @@ def _in_this_process(
     device, dtype = torch.device(service.device), pick_dtype(service.dtype)
     whole = random_unet(architecture.config, device=device, dtype=dtype, seed=seed) if unet is None else unet
     inputs = random_inputs(architecture.config, **service.sizes, device=device, dtype=dtype, seed=seed)
-    with evaluating(whole), torch.inference_mode():
+    compiled = service.backend == "compiled"
+    with evaluating(whole), torch.inference_mode(), compiling(compiled):
         # The smaller models hold the tensors of the whole one, so all take the memory of one.
         models = {TEACHER: whole} | {
             name: materialise(whole, plan, hand_over=True) for name, plan in plans.items()
         }
-        if service.backend == "compiled":
+        if compiled:
             # Of the whole a shell with the same tensors: what the caller handed over stays as it is.
-            models[TEACHER] = _shell(whole)
+            models[TEACHER] = shell_of(whole)
             for model in models.values():
                 compile_blocks(model)
 
@@ -72,13 +72,6 @@ def _in_this_process(
             return lambda: call_ms(lambda: model(**inputs), device)
 
         yield {name: timed(model) for name, model in models.items()}
-
-
-def _shell(unet: ModelMixin) -> ModelMixin:
-    """A model of the same class and config that holds the tensors of ``unet``."""
-    found: ModelMixin = meta_unet(unet.config)
-    nn.Module.load_state_dict(found, unet.state_dict(), strict=True, assign=True)
-    return found.eval()
 
 
 @contextlib.contextmanager
