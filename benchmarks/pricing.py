@@ -122,14 +122,14 @@ def measure(arguments: argparse.Namespace) -> None:
             unet,
             calibrate=plans[: arguments.calibrate],
             held_out=held_out,
-            runs=arguments.runs,
+            rounds=arguments.rounds,
             batch=arguments.batch,
             seed=arguments.seed,
         )
     whole = table.whole
     print(
         f"{arguments.model}, batch {table.batch}, {device} {arguments.dtype}, "
-        f"{table.environment.num_threads} threads, {arguments.runs} runs: "
+        f"{table.environment.num_threads} threads, {table.whole.runs} passes: "
         f"{whole.median_ms:.1f} ms ({whole.p10_ms:.1f} to {whole.p90_ms:.1f}), scale {table.scale:.3f}"
     )
     print(table.checks_frame().drop(columns="removed").to_string(index=False, float_format="{:.2f}".format))
@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument("--latency", action="store_true", help="measure a latency table instead")
     parser.add_argument("--model", default="reference", help="with --latency, as the next ones")
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=100, help="passes by parts, at most")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--calibrate", type=int, default=5, help="random native plans to calibrate with")

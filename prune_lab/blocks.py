@@ -175,6 +175,9 @@ def blocks_frame(architecture: Architecture) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(BLOCK_COLUMNS))
 
 
+UNKNOWN_LATENT = 64  # side for which MACs are counted where the config has no sample_size
+
+
 # Reading the structure ---------------------------------------------------------------------------------------------
 
 
@@ -186,7 +189,8 @@ def _canonical(config: Mapping[str, Any]) -> str:
 def _architecture_of_config(canonical: str, tokens: int) -> Architecture:
     model = meta_unet(json.loads(canonical))
     outline = outline_of(model)
-    count = functools.cache(functools.partial(count_macs, outline.config, tokens=tokens))
+    latent = UNKNOWN_LATENT if outline.config.get("sample_size") is None else None
+    count = functools.cache(functools.partial(count_macs, outline.config, latent=latent, tokens=tokens))
     params = {
         path: sum(parameter.numel() for parameter in module.parameters())
         for path, module in model.named_modules()

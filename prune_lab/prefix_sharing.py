@@ -97,7 +97,7 @@ def macs_without(architecture: Architecture, gone: frozenset[str]) -> int:
     return around + sum(unit.macs for unit in units[first + 1 :] if unit.name not in gone)
 
 
-def _compiling(wanted: bool) -> contextlib.AbstractContextManager[object]:
+def compiling(wanted: bool) -> contextlib.AbstractContextManager[object]:
     """Inside, torch compiles as many graphs of one class of block as there are widths, and not the usual eight."""
     if not wanted:
         return contextlib.nullcontext()
@@ -198,7 +198,7 @@ def predict_without(
     for part, inputs in probe.batches(batch, device, dtype):
         predictions: dict[int, Tensor] = {}
         # Closed before anything is handed out: neither the mode may leak into what the caller does with it.
-        with evaluating(unet), torch.inference_mode(), _compiling(compiled):
+        with evaluating(unet), torch.inference_mode(), compiling(compiled):
             if part.start == 0:
                 check_walk(unet, inputs, compiled=compiled)
             answers = _answers(unet, inputs, removed, width, compute, compiled)

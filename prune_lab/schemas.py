@@ -22,7 +22,12 @@ REDUCTION_COLUMNS = (
     *("model", "plan", "params", "params_change", "macs", "macs_change", "paper_macs", "paper_macs_change"),
     *("blocks_removed", "tokens", "native", "uncounted"),
 )
-REDUCTION_LATENCY_COLUMNS = ("median_ms", "p10_ms", "p90_ms", "runs", "latency_change")  # where it was timed
+# Where it was timed: the times alone, and the change by the ratios of times of one round, with its 95 % interval.
+REDUCTION_LATENCY_COLUMNS = (
+    *("median_ms", "p10_ms", "p90_ms", "runs", "latency_change", "latency_low", "latency_high"),
+    *("latency_verdict", "timed"),
+)
+ROUNDS_COLUMNS = ("timing", "round", "name", "milliseconds", "warmup", "processes")  # of times taken in turns
 PIPELINE_COLUMNS = ("part", "calls", "tokens", "params", "macs", "median_ms", "share")
 ACTIVATION_COLUMNS = ("name", "kind", "input_bytes", "output_bytes", "workspace_bytes", "live_bytes")
 LATENCY_TABLE_COLUMNS = ("name", "kind", "measured_ms", "p10_ms", "p90_ms", "saved_ms", "share")

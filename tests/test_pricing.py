@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,6 +48,7 @@ from prune_lab.profiling import (
 )
 from prune_lab.profiling import latency as latency_module
 from prune_lab.profiling.activations import UnitMemory
+from prune_lab.profiling.latency_parts import pass_by_parts
 from prune_lab.surgery import materialise
 
 CONTROLS = ("bk-base", "bk-small", "bk-tiny")
@@ -162,7 +165,7 @@ def test_a_matrix_is_priced_like_plan_by_plan(preset: str) -> None:
 
 
 def test_every_metric_of_a_matrix_equals_plan_by_plan(tiny_unet: Any, tiny: Architecture) -> None:
-    table = measure_latency_table(tiny_unet, runs=2, warmup=0, timer=Timer(tiny_unet))
+    table = measured_table(tiny_unet, Timer(tiny_unet), rounds=2, warmup=0)
     costs = cost_table(tiny, latency=table, activations=activation_table(tiny))
     matrix = random_matrix(tiny, 50)
     found, frame = costs.of_many(matrix), costs.of_many(matrix).frame()
@@ -414,6 +417,9 @@ class Timer:
     def slowness(self) -> float:
         return 1.0
 
+    def interruption(self, part: int) -> float:
+        return 1.0
+
     def __call__(self, unet: Any, inputs: Mapping[str, Any]) -> float:
         self.calls += 1
         self.batches.add(len(inputs["sample"]))
@@ -422,24 +428,38 @@ class Timer:
             self.students.add(id(unet))
         return self.plain(unet) * self.slowness()
 
+    def parts(
+        self, unet: Any, paths: Mapping[str, str], inputs: Mapping[str, Any]
+    ) -> tuple[float, dict[str, float]]:
+        """Each part takes so long per parameter of its own; what interrupts it makes the pass as much longer."""
+        whole, slowness = self(unet, inputs), self.slowness()
+        found = {}
+        for place, (name, path) in enumerate(paths.items()):
+            own = MS_PER_PARAM * sum(parameter.numel() for parameter in unet.get_submodule(path).parameters())
+            found[name] = own * slowness * self.interruption(100 * self.calls + place)
+            whole += found[name] - own * slowness
+        return whole, found
+
 
 def expected_ms(architecture: Architecture, text: str) -> float:
     costs = cost_table(architecture)
     return REST_MS + MS_PER_PARAM * costs.of(parse_plan(text, architecture)).params
 
 
-def test_differences_give_each_block_its_time(tiny_unet: Any, tiny: Architecture) -> None:
+def measured_table(unet: Any, timer: Timer, **settings: Any) -> LatencyTable:
+    return measure_latency_table(unet, timer=timer, parts_timer=timer.parts, **settings)
+
+
+def test_a_pass_gives_each_block_its_time(tiny_unet: Any, tiny: Architecture) -> None:
     timer = Timer(tiny_unet.train())
     before = {path: id(module) for path, module in tiny_unet.named_modules()}
-    table = measure_latency_table(tiny_unet, runs=3, warmup=2, batch=2, latent=8, tokens=5, timer=timer)
-    assert (
-        timer.calls == 2 + 1 + 3 * 2 * 35
-    )  # 34 blocks and the inner stages together, each before a whole pass
+    table = measured_table(tiny_unet, timer, rounds=3, warmup=2, batch=2, latent=8, tokens=5)
+    assert timer.calls == 2 + 3  # a pass times all parts
     assert (timer.batches, timer.gradients) == ({2}, {False})
     assert {path: id(module) for path, module in tiny_unet.named_modules()} == before
     assert tiny_unet.training
     assert table.whole.median_ms == pytest.approx(expected_ms(tiny, "teacher"))
-    assert (table.whole.runs, table.whole.warmup) == (1 + 3 * 35, 2)
+    assert (table.whole.runs, table.whole.warmup) == (3, 2)
     params = {cost.name: cost.params for cost in cost_table(tiny).parts}
     assert [saving.name for saving in table.savings[-2:]] == ["Up4.A3", "Dn3.down+Up1.up"]
     for saving in table.savings:
@@ -451,7 +471,7 @@ def test_differences_give_each_block_its_time(tiny_unet: Any, tiny: Architecture
 
 
 def test_predictions_of_a_matrix(tiny_unet: Any, tiny: Architecture) -> None:
-    table = measure_latency_table(tiny_unet, runs=2, warmup=0, latent=8, timer=Timer(tiny_unet))
+    table = measured_table(tiny_unet, Timer(tiny_unet), rounds=2, warmup=0, latent=8)
     texts = ("teacher", *CONTROLS, "-Dn1.A1 -Up4.R2", "-Dn4 -Md -Up1")
     plans = [parse_plan(text, tiny) for text in texts]
     wanted = [expected_ms(tiny, text) for text in texts]
@@ -462,7 +482,7 @@ def test_predictions_of_a_matrix(tiny_unet: Any, tiny: Architecture) -> None:
 
 
 def test_parts_add_up_to_every_plan(tiny_unet: Any, tiny: Architecture) -> None:
-    table = measure_latency_table(tiny_unet, runs=2, warmup=0, latent=8, timer=Timer(tiny_unet))
+    table = measured_table(tiny_unet, Timer(tiny_unet), rounds=2, warmup=0, latent=8)
     parts = table.part_ms()
     assert set(parts) == {cost.name for cost in cost_table(tiny).parts}
     assert sum(parts.values()) == pytest.approx(table.whole.median_ms)
@@ -480,10 +500,10 @@ class Tiring(Timer):
 
 
 class Interrupted(Timer):
-    """A machine on which about every ninth call takes eight times as long."""
+    """A machine on which in some passes a part takes eight times as long, another each time."""
 
-    def slowness(self) -> float:
-        return 8.0 if (7 * self.calls**2) % 19 in (0, 7) else 1.0
+    def interruption(self, part: int) -> float:
+        return 8.0 if (7 * part**2) % 311 < 2 else 1.0
 
 
 def shares(table: LatencyTable) -> np.ndarray[Any, Any]:
@@ -492,8 +512,8 @@ def shares(table: LatencyTable) -> np.ndarray[Any, Any]:
 
 @pytest.mark.parametrize(("kind", "runs"), [(Tiring, 2), (Interrupted, 9)])
 def test_neither_drift_nor_interruptions_matter(kind: type[Timer], runs: int, tiny_unet: Any) -> None:
-    quiet = measure_latency_table(tiny_unet, runs=2, warmup=0, latent=8, timer=Timer(tiny_unet))
-    other = measure_latency_table(tiny_unet, runs=runs, warmup=0, latent=8, timer=kind(tiny_unet))
+    quiet = measured_table(tiny_unet, Timer(tiny_unet), rounds=2, warmup=0, latent=8)
+    other = measured_table(tiny_unet, kind(tiny_unet), rounds=runs, warmup=0, latent=8)
     assert shares(other) == pytest.approx(shares(quiet), rel=1e-6)
 
 
@@ -508,17 +528,17 @@ class OtherStudents(Timer):
 def test_calibration_makes_up_for_what_bypasses_do_not_save(tiny_unet: Any, tiny: Architecture) -> None:
     calibrate, held_out = random_native_plans(tiny, 3), [parse_plan(text, tiny) for text in CONTROLS]
     timer = OtherStudents(tiny_unet)
-    table = measure_latency_table(
-        tiny_unet, calibrate=calibrate, held_out=held_out, runs=2, warmup=1, latent=8, timer=timer
+    table = measured_table(
+        tiny_unet, timer, calibrate=calibrate, held_out=held_out, rounds=2, warmup=1, latent=8
     )
     assert table.scale == pytest.approx(1.25)
     assert [check.use for check in table.checks] == ["calibrate"] * 3 + ["held-out"] * 3
     assert table.errors_percent() == pytest.approx([0, 0, 0], abs=1e-9)
     assert table.worst_error_percent == pytest.approx(0, abs=1e-9)
-    assert timer.calls == 1 + 1 + 2 * 2 * 35 + 6 * (1 + 1 + 2 * 2)
-    uncalibrated = measure_latency_table(
-        tiny_unet, held_out=held_out, runs=2, latent=8, timer=OtherStudents(tiny_unet)
-    )
+    # The passes by parts, then six rounds of the whole and six students: the intervals are narrow at once.
+    assert timer.calls == 1 + 2 + 7 * (1 + 6)
+    assert len(timer.students) == 6
+    uncalibrated = measured_table(tiny_unet, OtherStudents(tiny_unet), held_out=held_out, rounds=2, latent=8)
     whole, student = expected_ms(tiny, "teacher"), uncalibrated.checks[2].measured_ms
     predicted = expected_ms(tiny, "bk-tiny")
     assert student == pytest.approx(whole - 1.25 * (whole - predicted), rel=1e-6)
@@ -528,7 +548,7 @@ def test_calibration_makes_up_for_what_bypasses_do_not_save(tiny_unet: Any, tiny
 
 
 def test_one_bad_plan_does_not_upset_the_scale(tiny_unet: Any, tiny: Architecture) -> None:
-    table = measure_latency_table(tiny_unet, runs=2, warmup=0, latent=8, timer=Timer(tiny_unet))
+    table = measured_table(tiny_unet, Timer(tiny_unet), rounds=2, warmup=0, latent=8)
     whole = table.whole.median_ms
 
     def measured(text: str, factor: float, use: str = "calibrate") -> MeasuredPlan:
@@ -554,15 +574,17 @@ def test_weighted_medians(pairs: list[tuple[float, float]], wanted: float) -> No
 
 
 class Contrary(Timer):
-    """A machine on which the pass takes longer without Dn1.A1."""
+    """A stopwatch that gives Dn1.A1 less than no time."""
 
-    def plain(self, unet: Any) -> float:
-        gone = not list(unet.down_blocks[0].attentions[0].parameters())
-        return super().plain(unet) + (1000.0 if gone else 0.0)
+    def parts(
+        self, unet: Any, paths: Mapping[str, str], inputs: Mapping[str, Any]
+    ) -> tuple[float, dict[str, float]]:
+        whole, found = super().parts(unet, paths, inputs)
+        return whole, {**found, "Dn1.A1": found["Dn1.A1"] - 1000.0}
 
 
 def test_savings_below_zero_are_kept_and_not_predicted_with(tiny_unet: Any, tiny: Architecture) -> None:
-    table = measure_latency_table(tiny_unet, runs=2, warmup=0, latent=8, timer=Contrary(tiny_unet))
+    table = measured_table(tiny_unet, Contrary(tiny_unet), rounds=2, warmup=0, latent=8)
     frame = table.frame().set_index("name")
     assert frame.loc["Dn1.A1", "measured_ms"] == pytest.approx(
         -1000 + MS_PER_PARAM * tiny.block("Dn1.A1").params
@@ -574,14 +596,14 @@ def test_savings_below_zero_are_kept_and_not_predicted_with(tiny_unet: Any, tiny
 
 def test_the_latency_table_as_frames_and_files(tiny_unet: Any, tiny: Architecture) -> None:
     plans = random_native_plans(tiny, 3)
-    table = measure_latency_table(
+    table = measured_table(
         tiny_unet,
+        OtherStudents(tiny_unet),
         calibrate=plans[:1],
         held_out=plans[1:],
-        runs=2,
+        rounds=2,
         latent=8,
         seed=5,
-        timer=OtherStudents(tiny_unet),
     )
     frame = table.frame()
     assert list(frame.columns) == ["name", "kind", "measured_ms", "p10_ms", "p90_ms", "saved_ms", "share"]
@@ -601,7 +623,7 @@ def test_the_latency_table_as_frames_and_files(tiny_unet: Any, tiny: Architectur
 
 
 def test_damaged_latency_tables_are_refused(tiny_unet: Any, tiny: Architecture) -> None:
-    values = measure_latency_table(tiny_unet, runs=2, warmup=0, latent=8, timer=Timer(tiny_unet)).as_dict()
+    values = measured_table(tiny_unet, Timer(tiny_unet), rounds=2, warmup=0, latent=8).as_dict()
     with pytest.raises(PlanError, match="found one of"):
         latency_table_from_dict(values, architecture_of(preset_config("sd-v1.4")))
     for damaged in ({**values, "whole": None}, {**values, "more": 1}, {}, [], {**values, "checks": [{}]}):
@@ -622,16 +644,103 @@ def test_plans_that_cannot_be_timed_are_refused_before_anything_is(
         ({"held_out": [other]}, PlanError, "made for architecture"),
         ({"held_out": [nothing]}, ConfigError, "removes nothing"),
         ({"calibrate": [base], "held_out": [base.named("mine")]}, ConfigError, "give it once"),
-        ({"runs": 1}, ConfigError, "at least 2 runs"),
+        ({"rounds": 1}, ConfigError, "at least 2 runs"),
     ):
         with pytest.raises(error, match=words):
-            measure_latency_table(tiny_unet, timer=timer, **wrong)  # type: ignore[arg-type]
+            measured_table(tiny_unet, timer, **wrong)  # type: ignore[arg-type]
     assert timer.calls == 0
+
+
+class Noisy(Timer):
+    """A machine on which every part takes up to so much longer or shorter."""
+
+    def __init__(self, unet: Any, noise: float) -> None:
+        super().__init__(unet)
+        self.drawn, self.noise = np.random.default_rng(0), noise
+
+    def interruption(self, part: int) -> float:
+        return float(self.drawn.uniform(1 - self.noise, 1 + self.noise))
+
+
+def test_it_takes_as_many_passes_as_its_intervals_need(tiny_unet: Any) -> None:
+    def passes(noise: float) -> int:
+        timer = Noisy(tiny_unet, noise)
+        table = measured_table(tiny_unet, timer, rounds=60, warmup=0, latent=8, mark=0.002)
+        assert timer.calls == table.whole.runs
+        return table.whole.runs
+
+    assert passes(0.0) == 6
+    assert 6 < passes(0.1) < 60
+    assert passes(0.9) == 60
+
+
+def test_every_part_of_a_real_pass_is_timed_from_the_end_of_the_one_before(
+    tiny_unet: Any, tiny: Architecture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a clock that only some calls advance: a part, a concatenation before it, the stem and the head."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    before = {path: id(module) for path, module in tiny_unet.named_modules()}
+
+    def takes(seconds: float, function: Any) -> Any:
+        def slowed(*args: Any, **kwargs: Any) -> Any:
+            now[0] += seconds
+            return function(*args, **kwargs)
+
+        return slowed
+
+    for path, seconds in (("conv_in", 100), ("conv_out", 200), ("mid_block.attentions.0", 3)):
+        module = tiny_unet.get_submodule(path)
+        monkeypatch.setattr(module, "forward", takes(seconds, module.forward))
+    monkeypatch.setattr(torch, "cat", takes(1, torch.cat))
+    paths = {unit.name: unit.path for unit in tiny.units}
+    with torch.inference_mode():
+        whole, parts = pass_by_parts(tiny_unet, paths, example_inputs(tiny.config))
+    assert list(parts) == list(paths)
+    up = {block.name for block in tiny.blocks if block.takes_skip}
+    assert {
+        name for name, took in parts.items() if took == 1000
+    } == up  # of each the concatenation with its skip
+    assert parts["Md.A1"] == 3000
+    assert sum(parts.values()) == 1000 * (3 + 12)
+    assert whole >= 1000 * (100 + 200) + sum(parts.values())
+    assert {path: id(module) for path, module in tiny_unet.named_modules()} == before
+
+
+def test_a_failing_pass_leaves_the_unet_as_it_was(tiny_unet: Any, tiny: Architecture) -> None:
+    before = {path: id(module) for path, module in tiny_unet.named_modules()}
+    with pytest.raises(RuntimeError):
+        pass_by_parts(
+            tiny_unet,
+            {unit.name: unit.path for unit in tiny.units},
+            {
+                "sample": torch.zeros(1),
+                **{name: value for name, value in example_inputs(tiny.config).items() if name != "sample"},
+            },
+        )
+    assert {path: id(module) for path, module in tiny_unet.named_modules()} == before
+
+
+def test_compiled_blocks_are_those_of_a_shell(
+    tiny_unet: Any, tiny: Architecture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled.append)
+    own = set(map(id, tiny_unet.modules()))
+    plan = parse_plan("bk-tiny", tiny)
+    table = measure_latency_table(
+        tiny_unet, calibrate=[plan], rounds=2, warmup=0, latent=8, tokens=5, backend="compiled"
+    )
+    assert table.backend == "compiled"
+    kinds = Counter(type(module).__name__ for module in compiled)
+    assert kinds.keys() == {"ResnetBlock2D", "BasicTransformerBlock"}
+    assert kinds["ResnetBlock2D"] == 22 + 9  # of the whole, and of Tiny
+    assert own.isdisjoint(map(id, compiled))
 
 
 def test_a_real_clock_gives_a_whole_table(tiny_unet: Any, tiny: Architecture) -> None:
     plan = plan_of(tiny, parse_plan("bk-tiny", tiny).removed)
-    table = measure_latency_table(tiny_unet, calibrate=[plan], runs=2, warmup=0, latent=8, tokens=5)
+    table = measure_latency_table(tiny_unet, calibrate=[plan], rounds=2, warmup=0, latent=8, tokens=5)
     assert table.whole.median_ms > 0
     costs = cost_table(tiny, latent=8, tokens=5, latency=table)
     assert np.isfinite(costs.of_many(random_matrix(tiny, 5)).latency_ms).all()
@@ -643,7 +752,7 @@ def test_a_real_clock_gives_a_whole_table(tiny_unet: Any, tiny: Architecture) ->
 
 def test_where_macs_and_latency_disagree(tiny_unet: Any, tiny: Architecture) -> None:
     costs = cost_table(tiny, latent=8)
-    table = measure_latency_table(tiny_unet, runs=2, warmup=0, latent=8, timer=Timer(tiny_unet))
+    table = measured_table(tiny_unet, Timer(tiny_unet), rounds=2, warmup=0, latent=8)
     frame = latency_disagreement(costs, table)
     columns = ["name", "kind", "macs", "macs_share", "saved_ms", "latency_share", "ratio", "gap"]
     assert list(frame.columns) == columns
@@ -660,7 +769,7 @@ def test_where_macs_and_latency_disagree(tiny_unet: Any, tiny: Architecture) -> 
 
 
 def test_tables_of_other_models_or_sizes_are_refused(tiny_unet: Any, tiny: Architecture) -> None:
-    table = measure_latency_table(tiny_unet, runs=2, warmup=0, latent=8, timer=Timer(tiny_unet))
+    table = measured_table(tiny_unet, Timer(tiny_unet), rounds=2, warmup=0, latent=8)
     with pytest.raises(
         ConfigError, match="16 x 16 latent with 77 tokens, found a latency table at 8 x 8 with 77"
     ):

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch_counter import count_on_meta
@@ -359,6 +360,62 @@ def test_one_number_everywhere(
     )
 
 
+def test_profile_at_another_size(tiny_pipeline_folder: Path, tiny_config: dict[str, Any]) -> None:
+    """Pictures of 48 pixels are latents of 24 here: the VAE halves once."""
+
+    def shown(*arguments: object) -> list[dict[str, Any]]:
+        words = ("profile", tiny_pipeline_folder, "--device", "cpu", "--json", *arguments)
+        answer = CliRunner().invoke(app, list(map(str, words)))
+        assert answer.exit_code == 0, answer.output
+        rows: list[dict[str, Any]] = json.loads(answer.stdout)
+        return rows
+
+    asked = ("--resolution", 48, "--tokens", 7, "--batch", 2)
+    counted = count_macs(tiny_config, batch=2, latent=24, tokens=7)
+    extras = sum(counted.by_operator[operator] for operator in ANALYTIC_EXTRAS)
+    assert counted.total - extras == 2 * count_on_meta(tiny_config, latent=24, tokens=7).total
+    teacher, student = shown("--plan", "bk-tiny", "--rounds", 2, *asked)
+    blocks = shown("--blocks", "--no-latency", *asked)
+    parts = {row["part"]: row for row in shown("--pipeline", "--rounds", 2, "--steps", 2, *asked)}
+    assert teacher["macs"] == sum(row["macs"] for row in blocks) == counted.total
+    assert parts["unet"]["macs"] == 2 * counted.total  # guidance
+    assert student["timed"] == "in turns, one process"
+    for row in (teacher, student, *blocks, *parts.values()):
+        assert (row["resolution"], row["batch"]) == ("48 x 48", 2)
+        assert row["tokens"] in ((None,) if row.get("part") in ("vae_decoder", "total") else (7,))
+    assert shown("--no-latency")[0]["resolution"] == "32 x 32"
+    for wrong, words in (
+        (("--resolution", 47), "multiple of 2"),
+        (("--pipeline", "--tokens", 17), "takes 16"),
+    ):
+        answer = CliRunner().invoke(app, ["profile", str(tiny_pipeline_folder), *map(str, wrong)])
+        assert answer.exit_code == 2, answer.output
+        assert words in " ".join(answer.output.split())
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_a_config_without_a_size_asks_for_one(
+    missing: bool, tiny_config: dict[str, Any], tmp_path: Path
+) -> None:
+    config = {name: value for name, value in tiny_config.items() if not (missing and name == "sample_size")}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config if missing else {**config, "sample_size": None}))
+
+    def invoked(*arguments: str) -> Any:
+        return CliRunner().invoke(app, list(arguments))
+
+    refused = invoked("profile", str(path))
+    assert refused.exit_code == 2, refused.output
+    assert "--resolution 512" in " ".join(refused.output.split())
+    (row,) = json.loads(invoked("profile", str(path), "--resolution", "128", "--json").stdout)
+    assert row["macs"] == count_macs(tiny_config, latent=16).total
+    listed = json.loads(invoked("blocks", str(path), "--json").stdout)
+    unet = UNet2DConditionModel.from_config(tiny_config)
+    resnet = unet.down_blocks[0].resnets[0]
+    assert listed[0]["params"] == sum(parameter.numel() for parameter in resnet.parameters())
+    assert "64 x 64 latent" in invoked("blocks", str(path)).stdout
+
+
 # Reductions ------------------------------------------------------------------------------------------------
 
 
@@ -392,10 +449,14 @@ def test_latency_joins_the_table_and_stays_empty_where_nothing_can_run(
 ) -> None:
     plans = [parse_plan("bk-tiny", tiny_architecture), parse_plan("-Dn1.A1", tiny_architecture)]
     frame = reduction_table(tiny_architecture, plans, latency=True, runs=2, warmup=1)
-    assert list(frame.columns[-5:]) == ["median_ms", "p10_ms", "p90_ms", "runs", "latency_change"]
+    wanted = ["median_ms", "p10_ms", "p90_ms", "runs", "latency_change", "latency_low", "latency_high"]
+    assert list(frame.columns[-9:]) == [*wanted, "latency_verdict", "timed"]
     assert list(frame["native"]) == [True, True, False]
     assert (frame["median_ms"][:2] > 0).all()
     assert frame.loc[0, "latency_change"] == 0
+    assert list(frame["timed"][:2]) == ["in turns, one process"] * 2
+    assert list(frame["latency_verdict"][:2]) == ["undecided"] * 2  # two rounds are too few for an interval
+    assert pd.isna(frame.loc[1, "latency_low"])
     assert pd.isna(frame.loc[2, "median_ms"])
     assert pd.isna(frame.loc[2, "latency_change"])
     assert frame.loc[2, "plan"] == plans[1].id

@@ -10,10 +10,12 @@ from prune_lab.cli.output import emit, records
 @app.command()
 def blocks(model: ModelArgument, as_json: JsonOption = False, wide: WideOption = False) -> None:
     """List the blocks of MODEL: kind, channels, parameters, MACs, and whether each can be removed."""
-    from prune_lab.blocks import blocks_frame
+    from prune_lab.blocks import UNKNOWN_LATENT, blocks_frame
     from prune_lab.models import resolve_model
 
     architecture = resolve_model(model).architecture
-    emit(
-        "blocks", records(blocks_frame(architecture)), as_json=as_json, wide=wide, title=f"Blocks of {model}"
-    )
+    title = f"Blocks of {model}"
+    if architecture.outline.config.get("sample_size") is None:
+        side = UNKNOWN_LATENT
+        title += f" (its config has no sample_size: multiply-adds are those of a {side} x {side} latent)"
+    emit("blocks", records(blocks_frame(architecture)), as_json=as_json, wide=wide, title=title)

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 _MOST = 6
 DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
     "blocks": ("name", "kind", "params", "macs", "removable", "reason"),
-    "reductions": ("plan", "params", "params_change", "macs", "macs_change", "median_ms", "paper_macs"),
+    "reductions": (
+        *("plan", "params", "params_change", "macs_change", "latency_change", "latency_verdict"),
+        *("macs", "median_ms", "paper_macs"),
+    ),
     "block costs": ("name", "kind", "params", "macs", "median_ms", "share", "paper_macs", "attention_macs"),
     "pipeline": ("part", "calls", "params", "macs", "median_ms", "share"),
     "scores": ("group", "impact", "low", "high", "samples", "criterion"),

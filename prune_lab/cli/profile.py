@@ -25,7 +25,18 @@ def profile(
         bool | None,
         typer.Option("--latency/--no-latency", help="Time a forward pass; default: with weights only."),
     ] = None,
-    runs: Annotated[int, typer.Option(help="Recorded calls behind each median.", min=2)] = 20,
+    rounds: Annotated[
+        int,
+        typer.Option(
+            "--rounds", "--runs", help="Rounds, each of which times everything once, in turns.", min=2
+        ),
+    ] = 20,
+    resolution: Annotated[
+        int | None, typer.Option(help="Pixels of the picture's sides; default: the model's own.", min=1)
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Words of text; default: what the text encoder takes, or 77.", min=1)
+    ] = None,
     by_block: Annotated[
         bool, typer.Option("--blocks", help="One row per block instead of one per plan.")
     ] = False,
@@ -37,11 +48,18 @@ def profile(
 ) -> None:
     """Count parameters and MACs of MODEL and of what each plan leaves, the teacher first, with the changes.
 
-    MACs come in two conventions: "macs" is everything, "paper macs" leaves attention products out, as BK-SDM does.
+    MACs come in two conventions: "macs" is everything, "paper macs" leaves attention products out, as BK-SDM does. The
+    latency of plans is measured in turns with the teacher's: the change is the median of the ratios within a round.
     """
     from prune_lab.models import load_pipeline, load_unet, resolve_model
     from prune_lab.plans import read_plans
-    from prune_lab.profiling import cost_table, profile_blocks, profile_pipeline, reduction_table
+    from prune_lab.profiling import (
+        cost_table,
+        picture_size,
+        profile_blocks,
+        profile_pipeline,
+        reduction_table,
+    )
     from prune_lab.runtime import pick_device, pick_dtype, progress_shown
 
     if (by_block or pipeline) and (plan or by_block == pipeline):
@@ -49,15 +67,18 @@ def profile(
     source = resolve_model(model)
     place: dict[str, Any] = {"device": pick_device(device or "auto"), "dtype": pick_dtype(dtype or "float32")}
     timed = source.has_weights if latency is None else latency
+    latent, pixels = picture_size(source, resolution)
+    sizes: dict[str, Any] = {"batch": batch, "latent": latent, "tokens": tokens or source.tokens}
     with progress_shown():
         if pipeline:
             loaded = load_pipeline(source, **place)
-            kind, frame = "pipeline", profile_pipeline(loaded, steps=steps, batch=batch, runs=runs)
+            kind = "pipeline"
+            frame = profile_pipeline(loaded, steps=steps, runs=rounds, **{**sizes, "tokens": tokens})
         elif by_block and timed:
             unet = load_unet(source, random_weights=not source.has_weights, **place)
-            kind, frame = "block costs", profile_blocks(unet, batch=batch, tokens=source.tokens, runs=runs)
+            kind, frame = "block costs", profile_blocks(unet, runs=rounds, **sizes)
         elif by_block:
-            kind, frame = "block costs", cost_table(source.architecture, batch=batch).frame()
+            kind, frame = "block costs", cost_table(source.architecture, **sizes).frame()
         else:
             plans = [
                 found if found.name else found.named(found.text if text.endswith(PLAN_FILES) else text)
@@ -65,7 +86,7 @@ def profile(
                 for found in read_plans(text, source.architecture)
             ]
             kind = "reductions"
-            frame = reduction_table(
-                source.architecture, plans, model=source.text, batch=batch, latency=timed, runs=runs, **place
-            )
+            table = {"latency": timed, "runs": rounds, **sizes, **place}
+            frame = reduction_table(source.architecture, plans, model=source.text, **table)
+    frame = frame.assign(batch=batch, resolution=pixels)
     emit(kind, records(frame), as_json=as_json, wide=wide, title=f"Profile of {model}")

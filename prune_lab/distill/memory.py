@@ -9,26 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from prune_lab.families import example_inputs, meta_unet, plain_config
-from prune_lab.profiling import LiveBytes
+from prune_lab.profiling import LiveBytes, free_bytes
 from prune_lab.runtime import bytes_text
 
 # Per parameter of a student: weight, gradient, two moments of AdamW and the average, all float32.
 STATE_BYTES = 4 * (1 + 1 + 2 + 1)
 # Of the free memory; the rest is for workspaces and an allocator's rounding, which are not counted.
 _SHARE = 0.85
-
-
-def free_bytes(device: torch.device) -> int:
-    """Bytes free on ``device`` now; on the CPU those of the machine."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 class _FusedAttention(torch.autograd.Function):

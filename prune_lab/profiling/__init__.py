@@ -23,8 +23,15 @@ from prune_lab.profiling.latency import (
     latency_table_from_dict,
     measure_latency,
 )
-from prune_lab.profiling.latency_differences import forward_ms, measure_latency_table
-from prune_lab.profiling.live_memory import LiveBytes, live_peak, measure_memory_growth
+from prune_lab.profiling.latency_cache import (
+    keep_latency,
+    kept_latency,
+    latency_file,
+    latency_key,
+    latency_words,
+)
+from prune_lab.profiling.latency_parts import forward_ms, measure_latency_table
+from prune_lab.profiling.live_memory import LiveBytes, free_bytes, live_peak, measure_memory_growth
 from prune_lab.profiling.plan_matrix import (
     REST,
     PlanMatrix,
@@ -36,13 +43,35 @@ from prune_lab.profiling.plan_matrix import (
     sampler_groups,
 )
 from prune_lab.profiling.profile import Profile, profile, profile_from_dict
-from prune_lab.profiling.profile_tables import profile_blocks, profile_pipeline, random_unet, reduction_table
+from prune_lab.profiling.profile_tables import profile_blocks, profile_pipeline, reduction_table
+from prune_lab.profiling.random_weights import random_unet
+from prune_lab.profiling.service import (
+    Service,
+    latent_of_pixels,
+    picture_size,
+    pixels_per_latent,
+    read_service,
+    split_service,
+)
+from prune_lab.profiling.timed_plans import TEACHER, fits_into_one_process, time_plans
+from prune_lab.profiling.turns import (
+    Change,
+    ComparedLatency,
+    Turns,
+    change_of,
+    median_interval,
+    time_in_turns,
+    turns_of_frame,
+)
 
 __all__ = [
     "COUNTED",
     "METRICS",
     "REST",
+    "TEACHER",
     "ActivationTable",
+    "Change",
+    "ComparedLatency",
     "CostTable",
     "Counted",
     "Latency",
@@ -57,25 +86,44 @@ __all__ = [
     "Profile",
     "SamplerGroup",
     "Saving",
+    "Service",
+    "Turns",
     "UnitMemory",
     "activation_table",
     "as_matrix",
     "as_plans",
+    "change_of",
     "cost_table",
+    "fits_into_one_process",
     "forward_ms",
+    "free_bytes",
     "groups_gone",
+    "keep_latency",
+    "kept_latency",
     "latency_disagreement",
+    "latency_file",
+    "latency_key",
     "latency_table_from_dict",
+    "latency_words",
+    "latent_of_pixels",
     "live_peak",
     "measure_latency",
     "measure_latency_table",
     "measure_memory_growth",
+    "median_interval",
+    "picture_size",
+    "pixels_per_latent",
     "profile",
     "profile_blocks",
     "profile_from_dict",
     "profile_pipeline",
     "random_native_plans",
     "random_unet",
+    "read_service",
     "reduction_table",
     "sampler_groups",
+    "split_service",
+    "time_in_turns",
+    "time_plans",
+    "turns_of_frame",
 ]

@@ -105,10 +105,7 @@ def random_inputs(
 
 @dataclass(frozen=True, slots=True)
 class Saving:
-    """Milliseconds by which the U-Net is faster without one block, or without the samplers that leave together.
-
-    As measured: the median of differences, below zero where noise is larger than the saving.
-    """
+    """Milliseconds of a pass that one block takes, or samplers that leave together: what is saved without them."""
 
     name: str  # Dn1.R2, or Dn3.down+Up1.up
     kind: SavingKind
@@ -130,11 +127,10 @@ class MeasuredPlan:
 class LatencyTable:
     """The latency of a U-Net, what each block saves of it, and what that predicts for a plan.
 
-    predicted = whole - scale * sum of max(0, measured saving) over what the plan removes. Savings below zero stay as
-    they were measured and count as nothing in predictions, so no plan is predicted to be slower than one that removes
-    less. ``scale`` makes up for what a bypass is not: a student does not even concatenate a skip for a block that is
-    gone. Blocks that cannot be removed, and samplers that never leave, are in the rest: without them there is no
-    difference to measure.
+    predicted = whole - scale * sum of max(0, measured saving) over what the plan removes, so no plan is predicted to be
+    slower than one that removes less. ``scale`` makes up for what parts in place do not show: a student does not make
+    what only a block that is gone would read, and its stages do less around their blocks. Blocks that cannot be
+    removed, and samplers that never leave, are in the rest.
 
     Misleads when: a plan's students run with another batch, size, format or number of threads than in here.
     """
@@ -149,6 +145,8 @@ class LatencyTable:
     tokens: int
     seed: int
     environment: Environment
+    backend: str = "eager"
+    measured: str = ""  # when, in UTC
 
     def predict(self, plan: PruningPlan) -> float:
         """Predicted median milliseconds of one plan. Raises PlanError for a plan of another architecture."""
@@ -198,7 +196,7 @@ class LatencyTable:
     def frame(self) -> pd.DataFrame:
         """One row per block that can be removed, per samplers that can leave, and the rest.
 
-        Columns name, kind, measured_ms, p10_ms, p90_ms (of the differences), saved_ms (what predictions take off),
+        Columns name, kind, measured_ms, p10_ms, p90_ms (over the passes), saved_ms (what predictions take off),
         share (saved_ms in the whole). The rest is what is left of the whole, not measured by itself.
         """
         rows = [
@@ -248,6 +246,8 @@ class LatencyTable:
             "tokens": self.tokens,
             "seed": self.seed,
             "environment": self.environment.as_dict(),
+            "backend": self.backend,
+            "measured": self.measured,
         }
 
     def _predicted(self, saving: Saving) -> float:

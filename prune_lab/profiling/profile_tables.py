@@ -17,12 +17,15 @@ from torch import Tensor, nn
 
 from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.counting import count_call, meta_copy
-from prune_lab.families import meta_unet
-from prune_lab.plans import PruningPlan, is_native, native_layout, plan_of
+from prune_lab.errors import ConfigError
+from prune_lab.plans import PruningPlan, is_native, plan_of
 from prune_lab.profiling.cost_table import cost_table
-from prune_lab.profiling.latency import Latency, check_runs, measure_latency, random_inputs
+from prune_lab.profiling.latency import check_runs, measure_latency, random_inputs
 from prune_lab.profiling.plan_matrix import REST
-from prune_lab.runtime import pick_dtype, seeded, synchronize, track
+from prune_lab.profiling.service import Service
+from prune_lab.profiling.timed_plans import TEACHER, time_plans
+from prune_lab.profiling.turns import ComparedLatency
+from prune_lab.runtime import pick_dtype, synchronize, track
 from prune_lab.schemas import (
     BLOCK_PROFILE_COLUMNS,
     PIPELINE_COLUMNS,
@@ -30,52 +33,15 @@ from prune_lab.schemas import (
     REDUCTION_LATENCY_COLUMNS,
 )
 
-TEACHER = "teacher"
 TOTAL = "total"  # the last row of a pipeline's table
 
 # Plans -----------------------------------------------------------------------------------------------------------
-
-
-def random_unet(
-    config: Mapping[str, Any],
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-) -> ModelMixin:
-    """A U-Net of ``config`` with random weights in evaluation mode, for timing: made in seconds, good for nothing else.
-
-    The same 4,096 normal numbers are repeated through all weights; no kernel's time depends on which they are.
-    """
-    unet: ModelMixin = nn.Module.to(meta_unet(config), dtype).to_empty(device=device)
-    noise = 0.02 * torch.randn(4096, generator=seeded(seed)).to(device=device, dtype=dtype)
-    with torch.no_grad():
-        for tensor in (*unet.parameters(), *unet.buffers()):
-            count = tensor.numel()
-            tensor.copy_(noise.repeat(-(-count // len(noise)))[:count].view_as(tensor))
-    return unet
 
 
 def uncounted_text(uncounted: Mapping[str, int]) -> str:
     """Operators without a formula and how often they run: ``add:108 div:55``; empty when the counter says nothing."""
     calls = sorted(uncounted.items())
     return " ".join(f"{operator.removeprefix('aten::')}:{count}" for operator, count in calls)
-
-
-def _latency(
-    architecture: Architecture,
-    plan: PruningPlan,
-    sizes: Mapping[str, Any],
-    timing: Mapping[str, Any],
-    device: torch.device | str,
-    dtype: torch.dtype,
-) -> Latency | None:
-    """The latency of the student that ``plan`` leaves; None when it cannot be built."""
-    if not is_native(architecture, plan):
-        return None
-    unet = random_unet(native_layout(architecture, plan).config, device=device, dtype=dtype)
-    inputs = random_inputs(unet.config, device=device, dtype=dtype, **sizes)
-    return measure_latency(lambda: unet(**inputs), device=device, **timing)
 
 
 def reduction_table(
@@ -91,21 +57,22 @@ def reduction_table(
     dtype: torch.dtype | str = torch.float32,
     runs: int = 20,
     warmup: int = 3,
+    times: Mapping[str, ComparedLatency] | None = None,
+    own_processes: bool | None = None,
 ) -> pd.DataFrame:
     """What each plan leaves of ``architecture``, the teacher first; no weights needed.
 
     Columns REDUCTION_COLUMNS, with ``latency`` also REDUCTION_LATENCY_COLUMNS. Changes are fractions of the teacher,
     negative for savings. MACs are of one forward pass over ``batch`` samples with ``tokens`` words (None: the
     architecture's), ``paper_macs`` without attention products. Latency is that of the same networks with random
-    weights on ``device`` in ``dtype``, empty for a plan that is not native. Raises PlanError for a plan of another
-    architecture.
+    weights on ``device`` in ``dtype``, timed in turns in ``runs`` rounds as ``time_plans`` does, or ``times`` by plan
+    id where they are known already; empty for a plan that is not native. Its change is the median of the ratios within
+    a round, with its interval. Raises PlanError for a plan of another architecture.
     """
     sizes = {"batch": batch, "latent": latent, "tokens": architecture.tokens if tokens is None else tokens}
     costs = cost_table(architecture, **sizes)  # type: ignore[arg-type]
-    form = pick_dtype(dtype) if isinstance(dtype, str) else dtype
     whole = costs.total
     rows: list[dict[str, Any]] = []
-    times: list[Latency | None] = []
     everything = plan_of(architecture, (), name=TEACHER)
     for plan in track([everything, *plans], "profiling plans"):
         cost = costs.of(plan)
@@ -125,15 +92,19 @@ def reduction_table(
                 "uncounted": uncounted_text(costs.uncounted(plan)),
             }
         )
-        if latency:
-            timing = {"runs": runs, "warmup": warmup}
-            times.append(_latency(architecture, plan, sizes, timing, device, form))
     frame = pd.DataFrame(rows, columns=list(REDUCTION_COLUMNS))
-    if latency:
-        for column in REDUCTION_LATENCY_COLUMNS[:-1]:
-            frame[column] = [None if time is None else getattr(time, column) for time in times]
-        frame["latency_change"] = frame["median_ms"] / frame["median_ms"].iloc[0] - 1
-    return frame
+    if not latency and times is None:
+        return frame
+    if times is None:
+        service = Service(str(device), str(dtype).removeprefix("torch."), **sizes)  # type: ignore[arg-type]
+        native = {plan.id: plan for plan in plans if plan.removed and is_native(architecture, plan)}
+        timing = {"rounds": runs, "warmup": warmup, "own_processes": own_processes}
+        times = time_plans(architecture, native, service, **timing).compared()  # type: ignore[arg-type]
+    found = [times.get(plan.id if plan.removed else TEACHER) for plan in (everything, *plans)]
+    cells = pd.DataFrame(
+        [{} if one is None else one.columns() for one in found], columns=list(REDUCTION_LATENCY_COLUMNS)
+    )
+    return pd.concat([frame, cells], axis=1)
 
 
 # Blocks ---------------------------------------------------------------------------------------------------------
@@ -187,7 +158,7 @@ def profile_blocks(
     """
     check_runs(runs, warmup)
     architecture = architecture_of(unet, tokens=tokens)
-    costs = cost_table(architecture, batch=batch, latent=latent, dtype=unet.dtype)
+    costs = cost_table(architecture, batch=batch, latent=latent, tokens=tokens, dtype=unet.dtype)
     paths = {block.name: block.path for block in architecture.blocks}
     paths |= {sampler.name: sampler.path for sampler in architecture.samplers}
     parts = {name: unet.get_submodule(path) for name, path in paths.items()}
@@ -246,14 +217,21 @@ def unet_calls(scheduler: Any, steps: int) -> int:
     return len(mine.timesteps)
 
 
-def _parts(pipeline: Any, steps: int, batch: int, guided: bool) -> Iterator[_Part]:
+def _parts(
+    pipeline: Any, steps: int, batch: int, guided: bool, latent: int | None, asked: int | None
+) -> Iterator[_Part]:
     unet = pipeline.unet
     tokens = None
     for name in ("text_encoder", "text_encoder_2"):
         encoder = getattr(pipeline, name, None)
         if encoder is None:
             continue
-        tokens = encoder.config.max_position_embeddings
+        most = encoder.config.max_position_embeddings
+        tokens = most if asked is None else asked
+        if tokens > most:
+            raise ConfigError(
+                f"asked for {tokens} tokens of text, found a text encoder that takes {most}; give at most {most}"
+            )
         shape = (batch, tokens)
         yield _Part(
             name,
@@ -270,11 +248,16 @@ def _parts(pipeline: Any, steps: int, batch: int, guided: bool) -> Iterator[_Par
         tokens,
         unet,
         lambda device, dtype: random_inputs(
-            unet.config, batch=(1 + guided) * batch, tokens=tokens, device=device, dtype=dtype
+            unet.config,
+            batch=(1 + guided) * batch,
+            latent=latent,
+            tokens=tokens,
+            device=device,
+            dtype=dtype,
         ),
     )
     decoder = _Decoder(pipeline.vae)
-    sample = random_inputs(unet.config, batch=batch)["sample"]
+    sample = random_inputs(unet.config, batch=batch, latent=latent)["sample"]
     yield _Part(
         "vae_decoder",
         1,
@@ -303,6 +286,8 @@ def profile_pipeline(
     *,
     steps: int = 25,
     batch: int = 1,
+    latent: int | None = None,
+    tokens: int | None = None,
     guidance: float = 7.5,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
@@ -313,16 +298,19 @@ def profile_pipeline(
 
     ``calls`` is how often the part runs to make ``batch`` pictures in ``steps`` steps. ``macs`` (attention products
     included) and ``median_ms`` are of one call; a guided U-Net call (``guidance`` above 1) takes twice the batch.
-    ``tokens`` is the length of the text, the longest that the text encoder takes. ``share`` is calls x median_ms in the
+    ``latent`` is the side of the square latent (None: the U-Net's own size), ``tokens`` the length of the text (None:
+    the longest that the text encoder takes). ``share`` is calls x median_ms in the
     sum over the parts. The total is one call of everything: all the MACs and milliseconds behind these pictures.
     None for ``dtype`` and ``device`` means the U-Net's own. The pipeline is left as it is found. Raises ConfigError
-    for fewer than two runs.
+    for fewer than two runs, and for a text that is longer than the text encoder takes.
     """
     # An empty tensor knows which card "cuda" is.
     kind = torch.empty(0, device=pipeline.unet.device if device is None else device).device
     form = pick_dtype(dtype) if isinstance(dtype, str) else pipeline.unet.dtype if dtype is None else dtype
     rows = []
-    for part in track(list(_parts(pipeline, steps, batch, guidance > 1)), "timing the pipeline"):
+    for part in track(
+        list(_parts(pipeline, steps, batch, guidance > 1, latent, tokens)), "timing the pipeline"
+    ):
         counted = count_call(
             meta_copy(part.module), part.inputs(torch.device("meta"), next(part.module.parameters()).dtype)
         )

@@ -1,0 +1,127 @@
+"""The service: where and how a U-Net will work, which decides what a pass of it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from prune_lab.errors import BudgetError, ConfigError, DeviceError
+from prune_lab.families import latent_shape
+from prune_lab.models import ModelSource
+from prune_lab.runtime import pick_device, pick_dtype, read_json
+
+Backend = Literal["eager", "compiled"]
+PIXELS = 8  # a side, behind one of a latent, in every Stable Diffusion so far
+
+
+def pixels_per_latent(source: ModelSource) -> int:
+    """Pixels of a picture's side behind one of the latent's: by the VAE of a pipeline, 8 where there is none."""
+    vae = source.folder / "vae" / "config.json" if source.folder is not None else None
+    if vae is None or not source.is_pipeline or not vae.is_file():
+        return PIXELS
+    config = read_json(vae)
+    levels = config.get("block_out_channels") if isinstance(config, dict) else None
+    return int(2 ** (len(levels) - 1)) if levels else PIXELS
+
+
+def latent_of_pixels(pixels: int, source: ModelSource) -> int:
+    """The side of the latent of a picture of ``pixels`` squared. Raises ConfigError when it is no whole number."""
+    side = pixels_per_latent(source)
+    if pixels < side or pixels % side:
+        near = max(side, round(pixels / side) * side)
+        raise ConfigError(
+            f"asked for pictures of {pixels} pixels; {source.text} makes {side} pixels of each side of a latent: "
+            f"give a multiple of {side}, such as {near}"
+        )
+    return pixels // side
+
+
+def picture_size(source: ModelSource, pixels: int | None = None) -> tuple[int | None, str]:
+    """(side of the latent, ``512 x 512``) for pictures of ``pixels`` squared; None and the model's own without.
+
+    Raises ConfigError when the VAE cannot make that size, or when neither the model nor the caller names one.
+    """
+    if pixels is not None:
+        return latent_of_pixels(pixels, source), f"{pixels} x {pixels}"
+    if source.config.get("sample_size") is None:
+        raise ConfigError(
+            f"asked for the costs of {source.text}, found no sample_size in the config of its U-Net; give the size of "
+            "the pictures, such as --resolution 512"
+        )
+    height, width = (pixels_per_latent(source) * side for side in latent_shape(source.config))
+    return None, f"{width} x {height}"
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """Device, number format, batch and size with which a U-Net works; one call of it is one step of a sampler."""
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    batch: int = 1
+    latent: int | None = None  # side of the square latent; None: the size in the model's config
+    tokens: int | None = None  # words of text; None: 77
+    backend: Backend = "eager"
+
+    @property
+    def sizes(self) -> Mapping[str, Any]:
+        """Batch, latent and tokens, as ``example_inputs`` takes them."""
+        return {"batch": self.batch, "latent": self.latent, "tokens": self.tokens}
+
+    def text(self, config: Mapping[str, Any], pixels: int = PIXELS) -> str:
+        """The service in words: ``cpu float32, 512 x 512, batch 1, 77 tokens``; the backend where it is not eager."""
+        height, width = (pixels * side for side in latent_shape(config, self.latent))
+        words = f"{self.device} {self.dtype}, {width} x {height}, batch {self.batch}"
+        words += f", {self.tokens} tokens" if self.tokens else ""
+        return words if self.backend == "eager" else f"{words}, {self.backend}"
+
+
+def split_service(text: str) -> tuple[str, str]:
+    """(budget, service) of ``0.7x@float16,512,batch=1``; the service is empty where none is named."""
+    budget, _, service = text.partition("@")
+    return budget.strip(), service.strip()
+
+
+_BATCH_OR_TOKENS = re.compile(r"(batch|tokens)\s*=\s*([1-9]\d*)", re.ASCII)
+_PIXELS = re.compile(r"[1-9]\d{0,4}", re.ASCII)
+
+
+def read_service(text: str, own: Service, source: ModelSource) -> Service:
+    """``own`` with what ``text`` says otherwise: device, number format, pixels, batch=N, tokens=N in any order.
+
+    ``float16,512,batch=1`` or ``cuda:1,compiled``. Pixels are of a square picture. Raises BudgetError for a part that
+    is none of them or is said twice, ConfigError for a size that the VAE cannot make, DeviceError for a device that is
+    not here.
+    """
+    said: dict[str, Any] = {}
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        found = _part(part, source)
+        if found.keys() & said.keys():
+            raise BudgetError(
+                f"asked for a latency at {text!r}, which says {', '.join(found)} twice; say it once"
+            )
+        said |= found
+    if not said:
+        raise BudgetError(f"asked for a latency at {text!r}, which names nothing; {_REMEDY}")
+    return dataclasses.replace(own, **said)
+
+
+_REMEDY = "after @ write device, number format, pixels, batch=N or tokens=N, as in 0.7x@float16,512,batch=1"
+
+
+def _part(part: str, source: ModelSource) -> dict[str, Any]:
+    if match := _BATCH_OR_TOKENS.fullmatch(part):
+        return {match[1]: int(match[2])}
+    if _PIXELS.fullmatch(part):
+        return {"latent": latent_of_pixels(int(part), source)}
+    if part in ("eager", "compiled"):
+        return {"backend": part}
+    if re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", part):
+        return {"device": str(pick_device(part))}
+    try:
+        return {"dtype": str(pick_dtype(part)).removeprefix("torch.")}
+    except DeviceError:
+        raise BudgetError(f"cannot read {part!r} in what a latency is asked at; {_REMEDY}") from None

@@ -1,0 +1,120 @@
+"""A U-Net and what plans leave of it, timed in turns: in this process, or each in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from diffusers import ModelMixin
+
+from prune_lab.blocks import Architecture
+from prune_lab.errors import UnsupportedModelError
+from prune_lab.plans import PruningPlan, native_layout
+from prune_lab.prefix_sharing import compiling
+from prune_lab.probes import evaluating
+from prune_lab.profiling.activations import activation_table
+from prune_lab.profiling.latency import call_ms, random_inputs
+from prune_lab.profiling.live_memory import free_bytes
+from prune_lab.profiling.own_process import TimingProcess
+from prune_lab.profiling.random_weights import compile_blocks, random_unet, shell_of
+from prune_lab.profiling.service import Service
+from prune_lab.profiling.turns import TimedCall, Turns, time_in_turns
+from prune_lab.runtime import pick_dtype
+from prune_lab.surgery import materialise
+
+TEACHER = "teacher"  # the name of the whole U-Net, which the others are compared with
+_SHARE = (
+    0.85  # of the free memory; the rest is for workspaces and an allocator's rounding, which are not counted
+)
+
+
+def fits_into_one_process(
+    architecture: Architecture, service: Service, *, loaded: bool = False, free: int | None = None
+) -> bool:
+    """Whether the whole U-Net and all that plans leave of it are expected to fit into this process together.
+
+    They share one set of weights, so what is needed is that set, unless it is ``loaded`` already, and the activations
+    of the largest pass. ``free`` is the memory there is (None: what the device has now).
+    """
+    dtype = pick_dtype(service.dtype)
+    needed = 0 if loaded else architecture.total_params * dtype.itemsize
+    with contextlib.suppress(UnsupportedModelError):  # activations that cannot be foretold are left out
+        table = activation_table(architecture, latent=service.latent, tokens=service.tokens, dtype=dtype)
+        needed += table.total * service.batch
+    return needed <= _SHARE * (free_bytes(torch.device(service.device)) if free is None else free)
+
+
+@contextlib.contextmanager
+def _in_this_process(
+    architecture: Architecture,
+    plans: Mapping[str, PruningPlan],
+    service: Service,
+    unet: ModelMixin | None,
+    seed: int,
+) -> Iterator[dict[str, TimedCall]]:
+    device, dtype = torch.device(service.device), pick_dtype(service.dtype)
+    whole = random_unet(architecture.config, device=device, dtype=dtype, seed=seed) if unet is None else unet
+    inputs = random_inputs(architecture.config, **service.sizes, device=device, dtype=dtype, seed=seed)
+    compiled = service.backend == "compiled"
+    with evaluating(whole), torch.inference_mode(), compiling(compiled):
+        # The smaller models hold the tensors of the whole one, so all take the memory of one.
+        models = {TEACHER: whole} | {
+            name: materialise(whole, plan, hand_over=True) for name, plan in plans.items()
+        }
+        if compiled:
+            # Of the whole a shell with the same tensors: what the caller handed over stays as it is.
+            models[TEACHER] = shell_of(whole)
+            for model in models.values():
+                compile_blocks(model)
+
+        def timed(model: ModelMixin) -> TimedCall:
+            return lambda: call_ms(lambda: model(**inputs), device)
+
+        yield {name: timed(model) for name, model in models.items()}
+
+
+@contextlib.contextmanager
+def _in_own_processes(
+    architecture: Architecture, plans: Mapping[str, PruningPlan], service: Service, warmup: int, seed: int
+) -> Iterator[dict[str, TimedCall]]:
+    configs = {TEACHER: architecture.config}
+    configs |= {name: native_layout(architecture, plan).config for name, plan in plans.items()}
+    with contextlib.ExitStack() as stack:
+        yield {
+            name: stack.enter_context(TimingProcess(config, service, warmup=warmup, seed=seed)).turn
+            for name, config in configs.items()
+        }
+
+
+def time_plans(
+    architecture: Architecture,
+    plans: Mapping[str, PruningPlan],
+    service: Service,
+    *,
+    rounds: int = 20,
+    warmup: int = 3,
+    mark: float | None = None,
+    unet: ModelMixin | None = None,
+    own_processes: bool | None = None,
+    seed: int = 0,
+) -> Turns:
+    """One forward pass of the whole U-Net, called TEACHER, and of what each of ``plans`` leaves, timed in turns.
+
+    All in this process where they fit (None for ``own_processes``), with weights that they share: those of ``unet``,
+    which is on the service's device in its number format, or random ones. Else each has a process of its own: it waits
+    for its turn without weights, then makes random ones, warms up, is timed, and lets them go. Weights decide nothing
+    about the time of a pass. ``rounds``, ``warmup`` and ``mark`` are those of ``time_in_turns``. Raises
+    NonNativePlanError for a plan that cannot be built, before anything is timed.
+    """
+    for plan in plans.values():
+        native_layout(architecture, plan)
+    if own_processes is None:
+        own_processes = not fits_into_one_process(architecture, service, loaded=unet is not None)
+    if own_processes:
+        with _in_own_processes(architecture, plans, service, warmup, seed) as calls:
+            return time_in_turns(
+                calls, rounds=rounds, warmup=0, seed=seed, mark=mark, processes="own processes"
+            )
+    with _in_this_process(architecture, plans, service, unet, seed) as calls:
+        return time_in_turns(calls, rounds=rounds, warmup=warmup, seed=seed, mark=mark)
