@@ -16,7 +16,7 @@ from prune_lab.plans import PruningPlan, plan_from_json
 from prune_lab.profiling import Profile, profile, profile_from_dict
 from prune_lab.runs import CandidatePaths
 from prune_lab.runtime import Environment, read_json, write_json
-from prune_lab.surgery import materialise, materialise_from_folder, save_unet
+from prune_lab.surgery import Original, materialise, materialise_from_folder, original_of, save_unet
 
 State = Literal["pruned", "repaired", "distilled"]
 
@@ -87,15 +87,17 @@ def build_candidate(
     """The candidate of ``plan``, built and profiled in ``folder``; a step whose file is there is not done again.
 
     From a source with weights only the surviving tensors are read, and kept in the files' own format; a U-Net in memory
-    is copied and left as it is. The profile is that of the student in ``dtype`` on ``device``, one forward pass of
-    ``batch`` samples, ``runs`` timed after ``warmup``. Raises NonNativePlanError when no plain diffusers config
-    describes the student, UnsupportedModelError when ``teacher`` has no weights, RunError when ``folder`` holds another
-    plan's candidate, StorageError when writing fails.
+    is copied and left as it is. What is written is proved before it gets its name. The profile is
+    that of the student in ``dtype`` on ``device``, one forward pass of ``batch`` samples, ``runs`` timed after
+    ``warmup``. Raises NonNativePlanError when no plain diffusers config describes the student, UnsupportedModelError
+    when ``teacher`` has no weights, RunError when ``folder`` holds another plan's candidate, StorageError when writing
+    fails, ProofError when what was written is another model.
     """
     candidate = Candidate(plan, Path(folder))
     paths = candidate.paths
     _check_owner(candidate)
     if not paths.unet.is_dir():
+        original: Original | None = None
         if isinstance(teacher, ModelSource):
             unet_folder = teacher.unet_folder
             student = (
@@ -106,6 +108,7 @@ def build_candidate(
                 else materialise_from_folder(unet_folder, plan)
             )
             provenance = {"source": teacher.text, "source_digest": model_digest(teacher)}
+            original = original_of(teacher, plan) if unet_folder else None
         else:
             student = materialise(teacher, plan)
             provenance = {"source": "a U-Net in memory"}
@@ -115,6 +118,7 @@ def build_candidate(
             paths.unet,
             plan,
             provenance | {"plan": plan.text, "plan_id": plan.id, "environment": environment},
+            original=original,
         )
     write_json(paths.plan, plan.to_json())
     if not paths.profile.is_file():

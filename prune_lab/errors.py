@@ -39,6 +39,10 @@ class ModelFormatError(PruneLabError):
     """The files of a model are damaged, incomplete or not in a format that is read here."""
 
 
+class ProofError(PruneLabError):
+    """What was written does not load as it should, or is not the model that it was made from."""
+
+
 class UnsupportedModelError(PruneLabError):
     """The model is of a class or shape whose blocks are not known here."""
 

@@ -123,7 +123,7 @@ def test_plans_without_a_plain_config_are_refused(tiny_unet):
 
 
 def test_only_surviving_tensors_are_read(tiny_unet, tiny_inputs, tmp_path, monkeypatch):
-    import prune_lab.surgery as surgery
+    import prune_lab.surgery.building as surgery
 
     tiny_unet.save_pretrained(tmp_path / "teacher")
     plan = parse_plan("bk-tiny", architecture_of(tiny_unet))

@@ -20,12 +20,21 @@ def prune(
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
     dtype: options.DtypeOption = None,
+    variant: Annotated[
+        str,
+        typer.Option(
+            "--variant", help="Names all files with weights: fp16 for x.fp16.safetensors; else plain names."
+        ),
+    ] = "",
     force: options.ForceOption = False,
     dry_run: options.DryRunOption = False,
     as_json: options.JsonOption = False,
     wide: options.WideOption = False,
 ) -> None:
-    """Write MODEL without the blocks of a plan: a pipeline (or U-Net) folder that plain diffusers loads."""
+    """Write MODEL without the blocks of a plan: a pipeline (or U-Net) folder that plain diffusers loads.
+
+    Before the folder gets its name a process of its own loads it and compares it with MODEL without these blocks.
+    """
     from prune_lab.errors import PlanError
     from prune_lab.models import resolve_model
     from prune_lab.plans import native_layout, read_plans
@@ -57,5 +66,6 @@ def prune(
         "macs_change": after.macs / before.macs - 1,
     }
     if not dry_run:
-        prune_pipeline(source, chosen, out, force=force, dtype=pick_dtype(dtype) if dtype else None)
+        number_format = pick_dtype(dtype) if dtype else None
+        prune_pipeline(source, chosen, out, force=force, dtype=number_format, variant=variant)
     emit("pruned", [row], as_json=as_json, wide=wide, title="Would write" if dry_run else "Written")

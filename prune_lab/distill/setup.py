@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object, reduce
+from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from torch import nn
 
@@ -25,8 +26,9 @@ from prune_lab.errors import DataError, DeviceError, RunError
 from prune_lab.evaluation import heldout_loss
 from prune_lab.probes import Probe
 from prune_lab.runs import CandidatePaths
-from prune_lab.runtime import atomic_folder, pick_dtype, tensors_digest, write_frame
+from prune_lab.runtime import pick_dtype, read_json, tensors_digest, write_frame
 from prune_lab.schemas import RECOVERY_COLUMNS
+from prune_lab.surgery import save_unet
 
 VALIDATION = RECOVERY_COLUMNS.index("validation")
 Draw = Callable[[nn.Module, Path], None]  # writes a grid of pictures, drawn with a U-Net, to a file
@@ -284,7 +286,7 @@ class StudentRun:
             write_heldout(self.paths, self.state.heldout)
 
     def end(self, *, keep_checkpoint: bool) -> Recovery:
-        """Write averaged weights, tables and, last, the verdict; the recovery comes back."""
+        """Write averaged weights, proved to be these, tables and, last, the verdict; the recovery comes back."""
         state, failure, recovery = self.state, self.failure, self.recovery
         state.student.eval()
         if not failure:
@@ -294,8 +296,9 @@ class StudentRun:
         if not PartialState().is_main_process:
             return recovery
         if not failure:
-            with atomic_folder(self.paths.distilled_unet, force=True) as temporary:
-                cast("Any", state.student).save_pretrained(temporary, safe_serialization=True)
+            plan = cast("dict[str, Any]", read_json(self.paths.plan)) if self.paths.plan.is_file() else None
+            notes = {"plan_id": self.name, "steps": state.step}
+            save_unet(cast("ModelMixin", state.student), self.paths.distilled_unet, plan, notes)
         self.write_tables()
         write_verdict(self.paths, recovery)
         if not failure and not keep_checkpoint:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -207,7 +207,7 @@ def _transformer_layers(
     if not down[-1] and middle:
         per_stage[len(downs) - 1] = middle[0]  # read by the mid stage alone
     found = [_entry(numbers, unused) for numbers, unused in zip(down, per_stage, strict=False)]
-    for i, (entry, numbers) in enumerate(zip(found, up, strict=True)):
+    for i, numbers in enumerate(up):
         if not down[i] and len(set(numbers)) == 1 and not (middle and i == len(found) - 1):
             found[i] = numbers[0]  # read by the up stage alone
     opposite = [_entry(numbers, entry) for numbers, entry in zip(up, found, strict=True)]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from prune_lab.errors import DataError, StorageError
+from prune_lab.errors import DataError, ProofError, StorageError
 
 if TYPE_CHECKING:  # pandas takes a second to import
     import pandas as pd
@@ -65,9 +65,9 @@ def atomic_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
                 shutil.rmtree(old)
             else:
                 temporary.replace(path)
-        except StorageError as error:
+        except (StorageError, ProofError) as error:
             # Of something written inside: name the folder that was asked for, not our temporary one.
-            raise StorageError(str(error).replace(str(temporary), str(path))) from error
+            raise type(error)(str(error).replace(str(temporary), str(path))) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

@@ -1,0 +1,24 @@
+"""Taking blocks out of a model: bypassed for a trial, or gone for good in a smaller model, written and proved."""
+
+from __future__ import annotations
+
+from prune_lab.surgery.building import materialise, materialise_from_folder
+from prune_lab.surgery.bypass import Bypass, bypassed, stand_in_for
+from prune_lab.surgery.proof import Original, Proof, digest_of, prove
+from prune_lab.surgery.writing import original_of, pipeline_with, prune_pipeline, save_unet
+
+__all__ = [
+    "Bypass",
+    "Original",
+    "Proof",
+    "bypassed",
+    "digest_of",
+    "materialise",
+    "materialise_from_folder",
+    "original_of",
+    "pipeline_with",
+    "prove",
+    "prune_pipeline",
+    "save_unet",
+    "stand_in_for",
+]

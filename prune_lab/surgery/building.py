@@ -1,0 +1,102 @@
+"""The smaller model that a plan leaves, built from a model in memory or from the files of one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from prune_lab.blocks import architecture_of
+from prune_lab.errors import ModelFormatError
+from prune_lab.families import Layout, meta_unet
+from prune_lab.models import weight_files
+from prune_lab.plans import PruningPlan, native_layout
+from prune_lab.runtime import read_json
+
+
+def materialise(unet: ModelMixin, plan: PruningPlan, *, hand_over: bool = False) -> ModelMixin:
+    """The smaller plain diffusers model that ``plan`` leaves, with the surviving weights of ``unet``.
+
+    It is built without memory (on ``meta``) and given the surviving tensors: copies of them, or with ``hand_over`` the
+    tensors themselves, after which ``unet`` must not be used any more. Raises NonNativePlanError when no plain config
+    describes it.
+    """
+    layout = native_layout(architecture_of(unet), plan)
+    tensors: dict[str, Tensor] = unet.state_dict()
+
+    def take(key: str) -> Tensor:
+        return tensors[key] if hand_over else tensors[key].clone()
+
+    return _assembled(layout, take)
+
+
+def materialise_from_files(
+    config: Mapping[str, Any], files: Sequence[Path], plan: PruningPlan, *, dtype: torch.dtype | None = None
+) -> ModelMixin:
+    """The smaller U-Net that ``plan`` leaves of the one with ``config`` and weights in the safetensors ``files``.
+
+    Only surviving tensors are read. ``dtype`` converts each as it is read; ``None`` keeps the files' own. Raises
+    NonNativePlanError, or ModelFormatError when the weights do not fit the config.
+    """
+    layout = native_layout(architecture_of(config), plan)
+    with contextlib.ExitStack() as stack:
+        homes: dict[str, Any] = {}  # key -> open file; tensors are read one by one through its memory map
+        for path in files:
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise ModelFormatError(f"asked to read {path}: {error}; fetch the file again") from None
+            homes |= dict.fromkeys(file.keys(), file)
+
+        def take(key: str) -> Tensor:
+            if key not in homes:
+                raise ModelFormatError(
+                    f"{files[0].parent} has no tensor {key!r} although its config.json describes one; "
+                    "fetch the model again"
+                )
+            tensor: Tensor = homes[key].get_tensor(key)
+            return tensor if dtype is None else tensor.to(dtype)
+
+        return _assembled(layout, take)
+
+
+def materialise_from_folder(
+    folder: Path, plan: PruningPlan, *, dtype: torch.dtype | None = None
+) -> ModelMixin:
+    """The smaller U-Net that ``plan`` leaves of the U-Net in ``folder``; see ``materialise_from_files``."""
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise ModelFormatError(f"{folder / 'config.json'} is not a diffusers config; fetch the model again")
+    return materialise_from_files(config, weight_files(folder), plan, dtype=dtype)
+
+
+def predicted_shapes(config: Mapping[str, Any], plan: PruningPlan) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of the smaller U-Net by its name there, from the original's inventory: nothing is built."""
+    layout = native_layout(architecture_of(config), plan)
+    renamed = {layout.renamed(name): tensor for name, tensor in meta_unet(config).state_dict().items()}
+    return {name: tuple(tensor.shape) for name, tensor in renamed.items() if name is not None}
+
+
+def _assembled(layout: Layout, take: Callable[[str], Tensor]) -> ModelMixin:
+    """The student of ``layout`` with every tensor from ``take(key in the original)``."""
+    student = meta_unet(layout.config)
+    wanted = student.state_dict()
+    sources = layout.sources(wanted)
+    tensors = {}
+    for key, empty in wanted.items():
+        tensor = take(sources[key])
+        if tensor.shape != empty.shape:
+            raise ModelFormatError(
+                f"tensor {key!r} has shape {tuple(tensor.shape)}, the config describes {tuple(empty.shape)}; "
+                "the weights and config.json do not belong together"
+            )
+        tensors[key] = tensor
+    student.load_state_dict(tensors, strict=True, assign=True)
+    return student.eval()

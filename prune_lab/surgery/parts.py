@@ -1,0 +1,143 @@
+"""The parts of a pipeline beside its U-Net, copied in one layout: only what is needed, and all under the same names.
+
+Weights are called as plain diffusers calls them, with or without a variant, whatever the source calls them. Nothing
+written names a folder of this machine, and the index lists what is there.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from prune_lab.errors import ModelFormatError
+from prune_lab.models import weight_files
+from prune_lab.models.files import json_object
+from prune_lab.runtime import write_json
+
+INDEX = "model_index.json"
+_TEXTS = (".json", ".txt", ".model")  # configs, vocabularies; a sentencepiece model
+_LICENCES = ("licen", "notice")
+_STEMS = ("diffusion_pytorch_model", "model")
+# Where a folder of the machine may be named, and what transformers reads where no number format is asked for.
+_PLACES = ("_name_or_path", "name_or_path", "special_tokens_map_file")
+_FORMATS = ("dtype", "torch_dtype")
+_OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # a pipeline draws without them
+
+
+def _without(value: Any, names: Sequence[str]) -> Any:
+    """The JSON ``value`` without the entries ``names``, at any depth."""
+    if isinstance(value, dict):
+        return {name: _without(inner, names) for name, inner in value.items() if name not in names}
+    return [_without(inner, names) for inner in value] if isinstance(value, list) else value
+
+
+def write_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Write ``config`` without the folders it may name; of a transformers model with a number format.
+
+    Without one such a model is loaded in that of its file, the diffusers models around it in float32, and the two
+    cannot draw together. Asked for another format, all of them are loaded in that.
+    """
+    kept = _without(dict(config), _PLACES)
+    if path.name == "config.json" and "_class_name" not in kept:
+        kept = {**_without(kept, _FORMATS), "dtype": "float32"}
+    write_json(path, kept)
+
+
+def _copy_text(path: Path, target: Path) -> None:
+    if path.suffix == ".json" and path.name != "tokenizer.json":
+        value = json.loads(path.read_bytes())  # bytes: a byte-order mark is skipped
+        if isinstance(value, dict) and (path.name == "config.json" or set(_PLACES) & value.keys()):
+            write_config(target, value)
+            return
+    shutil.copyfile(path, target)  # the content, also of a link into a cache
+
+
+def _names(stem: str, variant: str, number: int) -> list[str]:
+    """Names of ``number`` files with weights, as diffusers and transformers write them."""
+    start = f"{stem}.{variant}" if variant else stem
+    if number == 1:
+        return [f"{start}.safetensors"]
+    return [f"{start}-{i + 1:05d}-of-{number:05d}.safetensors" for i in range(number)]
+
+
+def copy_weights(files: Sequence[Path], target: Path, *, variant: str, dtype: torch.dtype | None) -> None:
+    """Write the safetensors ``files`` of one component into ``target``, with their index where there are several.
+
+    ``dtype`` converts every tensor that is not of whole numbers; one file is in memory at a time.
+    """
+    stem = next(stem for stem in _STEMS if files[0].name.startswith(stem))
+    names = _names(stem, variant, len(files))
+    homes: dict[str, str] = {}
+    size = 0
+    for path, name in zip(files, names, strict=True):
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+            if dtype is not None:
+                tensors = {key: file.get_tensor(key) for key in keys}
+                converted = {
+                    key: tensor.to(dtype) if tensor.is_floating_point() else tensor
+                    for key, tensor in tensors.items()
+                }
+                save_file(converted, target / name, {"format": "pt"})
+        if dtype is None:
+            shutil.copyfile(path, target / name)
+        homes |= dict.fromkeys(keys, name)
+        size += (target / name).stat().st_size
+    if len(files) > 1:
+        middle = f".{variant}" if variant else ""
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(homes.items()))}
+        write_json(target / f"{stem}.safetensors.index{middle}.json", index)
+
+
+def copy_texts(source: Path, target: Path) -> None:
+    """Write configs and vocabularies of the component ``source`` into ``target``, no weights and no index of them."""
+    target.mkdir(exist_ok=True)
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix in _TEXTS and ".index" not in path.suffixes:
+            _copy_text(path, target / path.name)
+
+
+def _weights_of(folder: Path, class_name: str) -> tuple[Path, ...]:
+    """The files with weights of a component; none for tokenizers, schedulers and settings of pictures."""
+    modelless = not (folder / "config.json").is_file() or "Tokenizer" in class_name
+    return () if modelless else weight_files(folder)
+
+
+def copy_parts(
+    pipeline: Path, target: Path, *, unet: str, variant: str = "", dtype: torch.dtype | None = None
+) -> None:
+    """Write the pipeline folder into ``target`` without its U-Net, the component ``unet``.
+
+    Parts that are not there, or whose weights are not in safetensors, are taken out of the index where a pipeline draws
+    without them. ``variant`` names the files, ``dtype`` converts them.
+    """
+    index = json_object(pipeline / INDEX)
+    written: dict[str, Any] = {}
+    for part, value in index.items():
+        if not isinstance(value, list) or part == unet or value[:1] == [None]:
+            written[part] = value
+            continue
+        try:
+            files = _weights_of(pipeline / part, str(value[-1]))
+            copy_texts(pipeline / part, target / part)
+        except (ModelFormatError, FileNotFoundError):
+            if part not in _OPTIONAL:
+                raise
+            written[part] = [None, None]
+            continue
+        if files:
+            copy_weights(files, target / part, variant=variant, dtype=dtype)
+        written[part] = value
+    if written.get("safety_checker", [None])[0] is None and "safety_checker" in written:
+        written["requires_safety_checker"] = False
+    write_config(target / INDEX, written)
+    for path in sorted(pipeline.iterdir()):
+        if path.is_file() and any(word in path.name.lower() for word in _LICENCES):
+            shutil.copyfile(path, target / path.name)

@@ -1,0 +1,218 @@
+"""What was written is loaded in another process, by plain diffusers, before its folder gets its name.
+
+There it must have exactly the tensors that were promised, and be the same function: as the original with the removed
+blocks bypassed, or the same tensors, to the bit, as the model that was saved. One process serves all proofs of this
+one: it is started with the first, knows nothing of this process but the question, and ends with it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import prune_lab
+from prune_lab.errors import ProofError
+
+ProofKind = Literal["bypassed teacher", "same tensors", "loads"]
+
+# What a launcher of many processes leaves in the environment: the prover is a process of its own.
+_LAUNCHER = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "MASTER_", "GROUP_", "ROLE_", "OMPI_", "PMI_", "SLURM_")
+_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+_ALONE = {
+    # one thread: sums are then added in one order, and nothing is taken from what else runs
+    **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Original:
+    """The model that a student was cut from, as the other process reads it: config, files and removed blocks."""
+
+    config: Mapping[str, Any]
+    files: Sequence[Path]  # safetensors
+    removed: Sequence[str]  # names of blocks
+    dtype: torch.dtype | None = None  # that its tensors were converted to; None: as they are in the files
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Proof:
+    """What a fresh process found when it loaded a written folder with plain diffusers, and no argument but the folder.
+
+    ``bypassed teacher``: the answer to the same random latents differs from that of the original without its removed
+    blocks by at most ``largest_difference``. ``same tensors``: each tensor equals that of the model that was saved.
+    ``loads``: nothing was compared.
+    """
+
+    kind: ProofKind
+    parameters: int  # of the U-Net
+    largest_difference: float | None  # of any number of the answer; None where no answers were compared
+    versions: Mapping[str, str]  # of what loaded it
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields by name, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+def tensors_in_float32(names: Iterable[str], take: Callable[[str], Tensor]) -> str:
+    """16 hexadecimal digits over names, shapes and numbers of tensors, as they are once loaded in float32."""
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        tensor = take(name).detach().cpu()
+        tensor = (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
+        digest.update(f"{name}:{tuple(tensor.shape)};".encode())
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def digest_of(model: nn.Module) -> str:
+    """The digest of every tensor of ``model``; see ``tensors_in_float32``."""
+    tensors: dict[str, Tensor] = model.state_dict()
+    return tensors_in_float32(tensors, tensors.__getitem__)
+
+
+# The other process -------------------------------------------------------------------------------------------------
+
+
+class _Prover:
+    """The process that loads what was written; it is started when it is first needed and ends with this one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._words: IO[bytes] | None = None  # what it says on its standard error
+        self._owner = 0
+
+    def start(self) -> subprocess.Popen[str]:
+        """The process; a new one where there is none, or only that of the process from which this one was forked."""
+        if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
+            kept = {
+                name: value
+                for name, value in os.environ.items()
+                if name not in _RANKS and not name.startswith(_LAUNCHER)
+            }
+            paths = [str(Path(prune_lab.__file__).resolve().parent.parent), kept.get("PYTHONPATH", "")]
+            self._owner, self._words = os.getpid(), tempfile.TemporaryFile()  # noqa: SIM115
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "prune_lab.surgery.prover"],
+                env=kept | _ALONE | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._words,
+                text=True,
+                encoding="utf-8",
+            )
+        return self._process
+
+    def stop(self) -> None:
+        """End the process, where it belongs to this one."""
+        process, self._process = self._process, None
+        if process is not None and self._owner == os.getpid():
+            process.kill()
+            process.wait()
+
+    def _answer(self, line: str) -> str:
+        process = self.start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(line)
+            process.stdin.flush()
+        except BrokenPipeError:
+            return ""
+        return process.stdout.readline()
+
+    def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """What the process answers. Raises ProofError when it dies instead."""
+        line = json.dumps(question) + "\n"
+        with self._lock:
+            try:
+                answer = self._answer(line)
+                if (
+                    not answer and self.start().wait() == 0
+                ):  # it had ended after a long time without a question
+                    answer = self._answer(line)
+                if answer:
+                    found: dict[str, Any] = json.loads(answer)
+                    return found
+            except BaseException:  # also when the user breaks off: its answer would be taken for the next one
+                self.stop()
+                raise
+            raise ProofError(self._why_it_died())
+
+    def _why_it_died(self) -> str:
+        assert self._process is not None
+        assert self._words is not None
+        code = self._process.wait()
+        self._words.seek(0)
+        said = self._words.read().decode(errors="replace").strip().splitlines()
+        why = said[-1] if said else "it may have been killed for its memory"
+        return f"the process that loads what was written ended with {code}: {why}"
+
+
+_PROVER = _Prover()
+atexit.register(_PROVER.stop)
+
+
+def get_ready_to_prove() -> None:
+    """Start the other process, so that it is ready when what is written now is complete; it takes seconds to import."""
+    _PROVER.start()
+
+
+# Proofs ------------------------------------------------------------------------------------------------------------
+
+
+def prove(
+    folder: Path,
+    *,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    original: Original | None = None,
+    digest: str = "",
+    variant: str = "",
+) -> Proof:
+    """That plain diffusers loads the pipeline or U-Net ``folder`` in a fresh process, all of it in one number format.
+
+    ``shapes`` are those of every tensor of its U-Net by name. ``original`` is what the U-Net must equal without its
+    removed blocks, ``digest`` that of its tensors (``digest_of``). ``variant`` is that of the names of its files.
+    Raises ProofError when anything differs, or when it does not load.
+    """
+    place = str(Path(folder).resolve())
+    question = {
+        "folder": place,
+        "variant": variant,
+        "shapes": None if shapes is None else {name: list(shape) for name, shape in shapes.items()},
+        "digest": digest,
+        "original": original
+        and {
+            "config": dict(original.config),
+            "files": [str(Path(path).resolve()) for path in original.files],
+            "removed": list(original.removed),
+            "dtype": original.dtype and str(original.dtype).removeprefix("torch."),
+        },
+    }
+    try:
+        found = _PROVER.ask(question)
+        if found["error"]:
+            raise ProofError(found["error"].replace(place, str(folder)))
+    except ProofError as error:
+        raise ProofError(
+            f"asked to write {folder}; loaded by plain diffusers in a process of its own it is not what it should be: "
+            f"{error}; nothing was left of it"
+        ) from None
+    kind: ProofKind = "bypassed teacher" if original else "same tensors" if digest else "loads"
+    return Proof(kind, found["parameters"], found["difference"], found["versions"])

@@ -1,0 +1,184 @@
+"""The process that proves what another one wrote: it loads a folder with plain diffusers and compares.
+
+A line of JSON comes in, a line goes out (``prune_lab.surgery.proof``). One model is in memory at a time: the answer of
+the original is computed first, and of the original only what survives is read.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import select
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import diffusers
+import torch
+import transformers
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from prune_lab.families import example_inputs, meta_unet, outline_of, plain_config
+from prune_lab.models.silence import quiet
+from prune_lab.runtime import seeded
+from prune_lab.surgery.bypass import bypassed
+from prune_lab.surgery.proof import digest_of
+
+_IDLE = 120.0  # seconds without a question after which this process ends; the next proof starts another
+_TOKENS = 8
+_TIMESTEP = 500
+
+Question = Mapping[str, Any]
+
+
+# Answers to random latents -----------------------------------------------------------------------------------------
+
+
+def _filled(value: Any, generator: torch.Generator) -> Any:
+    """``value`` with random numbers in place of its zeros; whole numbers stay."""
+    if isinstance(value, Mapping):
+        return {name: _filled(inner, generator) for name, inner in value.items()}
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return torch.randn(value.shape, generator=generator)
+    return value
+
+
+def _inputs(model: Any) -> dict[str, Any]:
+    """Random inputs of a small size that every stage can halve and double."""
+    samplers = [unit for unit in outline_of(model).units if unit.kind == "sampler" and unit.gives_skip]
+    blank = example_inputs(plain_config(model), latent=2 * 2 ** len(samplers), tokens=_TOKENS)
+    filled: dict[str, Any] = _filled(blank, seeded(0))
+    return filled | {"timestep": torch.full_like(blank["timestep"], _TIMESTEP)}
+
+
+def _answer(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+    found: Tensor = model(**inputs, return_dict=False)[0]
+    return found.clone()
+
+
+def _original_answer(original: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    """Inputs, and what the original without its removed blocks answers to them in float32."""
+    kept = None if original["dtype"] is None else getattr(torch, original["dtype"])
+    model = meta_unet(original["config"])
+    inputs = _inputs(model)
+    with bypassed(model, original["removed"]):
+        wanted = set(model.state_dict())
+        tensors: dict[str, Tensor] = {}
+        for path in original["files"]:
+            with safe_open(path, framework="pt") as file:
+                for name in wanted & set(file.keys()):
+                    # rounded as the student's were; copied, so that it lies in memory as torch would lay it
+                    tensor = file.get_tensor(name)
+                    tensor = tensor if kept is None else tensor.to(kept)
+                    tensors[name] = tensor.to(torch.float32, copy=True)
+        model.load_state_dict(tensors, strict=True, assign=True)
+        del tensors
+        return inputs, _answer(model, inputs)
+
+
+# Loading -----------------------------------------------------------------------------------------------------------
+
+
+def _format_of(module: nn.Module) -> set[torch.dtype]:
+    return {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
+
+
+def _loaded(folder: Path, variant: str) -> Any:
+    """The U-Net in ``folder``, which may be a pipeline's: all of that is loaded too, as a user would load it."""
+    named: dict[str, Any] = {"variant": variant} if variant else {}
+    if not (folder / "model_index.json").is_file():
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return getattr(diffusers, config["_class_name"]).from_pretrained(folder, **named)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **named)
+    formats = {
+        name: _format_of(part) for name, part in pipeline.components.items() if isinstance(part, nn.Module)
+    }
+    if len(set().union(*formats.values())) > 1:
+        found = ", ".join(f"{name} {sorted(map(str, dtypes))}" for name, dtypes in formats.items())
+        raise ValueError(f"its parts have different number formats and cannot draw together: {found}")
+    return pipeline.unet
+
+
+def _differing(found: Mapping[str, list[int]], wanted: Mapping[str, list[int]]) -> str:
+    """The first tensor that is not what was promised, and how many more; empty where all are."""
+    wrong = [f"{name} is missing" for name in wanted if name not in found]
+    wrong += [f"{name} was not promised" for name in found if name not in wanted]
+    wrong += [
+        f"{name} is {found[name]} instead of {shape}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+    return f"tensor {wrong[0]}" + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "") if wrong else ""
+
+
+def _compared(question: Question) -> dict[str, Any]:
+    """What is found; ``error`` says what is wrong, and is empty where all is as it should be."""
+    original, expected = question["original"], None
+    inputs: dict[str, Any] = {}
+    if original is not None:
+        inputs, expected = _original_answer(original)
+    unet = _loaded(Path(question["folder"]), question["variant"]).eval()
+    found: dict[str, Any] = {
+        "error": "",
+        "parameters": sum(parameter.numel() for parameter in unet.parameters()),
+        "difference": None,
+        "versions": {
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+        },
+    }
+    if question["shapes"] is not None:
+        shapes = {name: list(tensor.shape) for name, tensor in unet.state_dict().items()}
+        found["error"] = _differing(shapes, question["shapes"])
+    if expected is not None and not found["error"]:
+        # Tensors in a memory map lie where the file has them, and matrix products round by how memory is aligned.
+        for parameter in unet.parameters():
+            parameter.data = parameter.data.clone()
+        difference = float((_answer(unet, inputs) - expected).abs().max())
+        found["difference"] = difference
+        if difference != 0:  # also when it is not a number
+            found["error"] = (
+                f"its answer differs from that of the original without these blocks by {difference}"
+            )
+    if question["digest"] and not found["error"] and digest_of(unet) != question["digest"]:
+        found["error"] = "its tensors are not those of the model that was saved"
+    return found
+
+
+# The conversation --------------------------------------------------------------------------------------------------
+
+
+def _questions(lines: TextIO) -> Iterator[Question]:
+    while select.select([lines], [], [], _IDLE)[0]:
+        line = lines.readline()
+        if not line:
+            return
+        yield json.loads(line)
+
+
+def main() -> None:
+    """Answer the questions on standard input until it ends, or until none came for two minutes."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    torch.set_num_threads(1)
+    with quiet(), torch.no_grad():
+        for question in _questions(sys.stdin):
+            try:
+                found = _compared(question)
+            except Exception as error:
+                text = str(error).strip().splitlines()
+                found = {"error": f"{type(error).__name__}: {text[0] if text else 'without a word'}"}
+            gc.collect()
+            try:
+                answers.write(json.dumps(found) + "\n")
+                answers.flush()
+            except BrokenPipeError:
+                return
+
+
+if __name__ == "__main__":
+    main()

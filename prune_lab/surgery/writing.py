@@ -1,0 +1,163 @@
+"""Folders of students that plain diffusers loads, each proved before it gets its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import diffusers
+import torch
+from diffusers import ModelMixin
+from safetensors import safe_open
+from torch import Tensor
+
+from prune_lab.errors import UnsupportedModelError
+from prune_lab.models import ModelSource, model_digest, weight_files
+from prune_lab.models.files import json_object
+from prune_lab.plans import PruningPlan
+from prune_lab.runtime import Environment, atomic_folder, write_json
+from prune_lab.surgery.building import materialise_from_files, predicted_shapes
+from prune_lab.surgery.parts import copy_parts, copy_texts, copy_weights, write_config
+from prune_lab.surgery.proof import (
+    Original,
+    Proof,
+    digest_of,
+    get_ready_to_prove,
+    prove,
+    tensors_in_float32,
+)
+
+_UNET = "unet"  # the folder of the U-Net in a pipeline
+_PLAN, _PROVENANCE = "plan.json", "provenance.json"
+
+Plan: TypeAlias = PruningPlan | Mapping[str, object] | None  # as it is, as JSON holds it, or not known
+
+
+def _write_unet(unet: Any, folder: Path, plan: Plan, variant: str) -> None:
+    """Weights, config and plan in ``folder``, which nobody reads yet."""
+    unet.save_pretrained(folder, safe_serialization=True, variant=variant or None)
+    config = folder / "config.json"
+    write_config(config, json_object(config))  # a loaded model remembers its folder
+    if plan is not None:
+        write_json(folder / _PLAN, plan.to_json() if isinstance(plan, PruningPlan) else dict(plan))
+
+
+def _write_provenance(folder: Path, provenance: Mapping[str, object], proof: Proof | None) -> None:
+    write_json(folder / _PROVENANCE, {**provenance, "proof": proof and proof.as_dict()})
+
+
+def save_unet(
+    unet: ModelMixin,
+    folder: Path,
+    plan: Plan,
+    provenance: Mapping[str, object],
+    *,
+    original: Original | None = None,
+) -> None:
+    """Write ``unet`` as a folder that plain diffusers (``from_pretrained``) loads, and prove that it does.
+
+    ``plan.json``, where ``plan`` is known, and ``provenance.json`` lie beside the weights. With ``original`` the U-Net
+    is proved to equal that without its removed blocks, else every tensor to equal that of ``unet``; one of a class that
+    is not of diffusers has no proof. An earlier folder of the same name is replaced only when the new one is complete.
+    Raises StorageError when it cannot be written, ProofError when what was written is not ``unet``.
+    """
+    proof: Proof | None = None
+    shapes = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
+    with atomic_folder(folder, force=True) as temporary:
+        _write_unet(unet, temporary, plan, "")
+        if getattr(diffusers, type(unet).__name__, None) is type(unet):
+            digest = "" if original else digest_of(unet)
+            proof = prove(temporary, shapes=shapes, original=original, digest=digest)
+        _write_provenance(temporary, provenance, proof)
+
+
+def original_of(source: ModelSource, plan: PruningPlan, dtype: torch.dtype | None = None) -> Original:
+    """The U-Net of ``source`` as a proof reads it; ``dtype`` is the one that its tensors are converted to."""
+    assert source.unet_folder is not None
+    return Original(source.config, weight_files(source.unet_folder), plan.removed, dtype)
+
+
+def prune_pipeline(
+    source: ModelSource,
+    plan: PruningPlan,
+    out: Path,
+    *,
+    force: bool = False,
+    dtype: torch.dtype | None = None,
+    variant: str = "",
+) -> Path:
+    """The folder ``out``: ``source`` with its U-Net pruned by ``plan``, proved to load and draw in plain diffusers.
+
+    A pipeline folder gives a whole pipeline folder, a U-Net folder a U-Net folder. Neither the original U-Net nor any
+    other part is loaded whole. ``dtype`` converts all parts, None keeps the files' own; ``variant`` names all files
+    with weights, as in ``diffusion_pytorch_model.fp16.safetensors``. Raises UnsupportedModelError when ``source`` has
+    no weights, StorageError when ``out`` holds something and ``force`` is not given, ProofError when what was written
+    is not the original without these blocks.
+    """
+    if source.folder is None or source.unet_folder is None or not source.has_weights:
+        raise UnsupportedModelError(
+            f"asked to prune {source.text!r}, which has no weights (kind: {source.kind}); "
+            "give a pipeline or U-Net folder"
+        )
+    provenance = {
+        "source": source.text,
+        "source_digest": model_digest(source),
+        "plan": plan.text,
+        "plan_id": plan.id,
+        "environment": Environment.capture().as_dict(),
+    }
+    original = original_of(source, plan, dtype)
+    with atomic_folder(out, force=force) as temporary:
+        get_ready_to_prove()
+        folder = temporary / _UNET if source.is_pipeline else temporary
+        if source.is_pipeline:
+            copy_parts(source.folder, temporary, unet=_UNET, variant=variant, dtype=dtype)
+        student = materialise_from_files(source.config, original.files, plan, dtype=dtype)
+        _write_unet(student, folder, plan, variant)
+        del student  # one model at a time: the other process has its turn
+        shapes = predicted_shapes(source.config, plan)
+        proof = prove(temporary, shapes=shapes, original=original, variant=variant)
+        _write_provenance(folder, provenance, proof)
+    return Path(out)
+
+
+def _tensors_in(files: tuple[Path, ...]) -> tuple[dict[str, tuple[int, ...]], str]:
+    """Shapes and digest of the tensors in safetensors ``files``."""
+    homes: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            homes |= dict.fromkeys(file.keys(), path)
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+    def take(name: str) -> Tensor:
+        with safe_open(homes[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+    return shapes, tensors_in_float32(homes, take)
+
+
+def pipeline_with(source: ModelSource, unet_folder: Path, out: Path, *, force: bool = False) -> Path:
+    """The folder ``out``: the pipeline ``source`` with the U-Net of ``unet_folder``, proved to load in plain diffusers.
+
+    From a U-Net without a pipeline the U-Net folder alone. Files are copied, and every tensor of the U-Net that is
+    loaded from ``out`` is compared with its own. Raises StorageError when ``out`` holds something and ``force`` is not
+    given, ProofError when what was written differs.
+    """
+    files = weight_files(unet_folder)
+    shapes, digest = _tensors_in(files)
+    with atomic_folder(out, force=force) as temporary:
+        get_ready_to_prove()
+        inside = source.is_pipeline and source.folder is not None
+        if source.is_pipeline and source.folder is not None:
+            copy_parts(source.folder, temporary, unet=_UNET)
+        folder = temporary / _UNET if inside else temporary
+        copy_texts(unet_folder, folder)
+        copy_weights(files, folder, variant="", dtype=None)
+        proof = prove(temporary, shapes=shapes, digest=digest)
+        written = folder / _PROVENANCE
+        provenance = json_object(written) if written.is_file() else {"source": source.text}
+        _write_provenance(folder, provenance, proof)
+    return Path(out)
