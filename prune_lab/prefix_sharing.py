@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import diffusers
-import psutil
 import torch
 from diffusers import ModelMixin
 from torch import Tensor
@@ -25,7 +24,7 @@ from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.errors import UnsupportedModelError
 from prune_lab.families import Unit
 from prune_lab.probes import Probe, evaluating
-from prune_lab.runtime import track
+from prune_lab.runtime import free_bytes, track
 from prune_lab.surgery import bypassed
 
 _TESTED_DIFFUSERS = "0.42"
@@ -63,12 +62,6 @@ def state_bytes(architecture: Architecture, itemsize: int = 4) -> int:
     return walk.state_bytes(architecture.outline, itemsize) if walk else 0
 
 
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
-
-
 def fitting_batch(
     architecture: Architecture, rows: int, device: torch.device, itemsize: int = 4
 ) -> tuple[int, int]:
@@ -79,7 +72,7 @@ def fitting_batch(
     one = state_bytes(architecture, itemsize)
     if not one:
         return rows, 1
-    budget = min(_MOST_BYTES, int(_MEMORY_SHARE * _free_bytes(device)))
+    budget = min(_MOST_BYTES, int(_MEMORY_SHARE * free_bytes(device)))
     fitting = budget // one
     rows = max(1, min(rows, fitting // _LEAST_WIDTH))
     if device.type == "cpu":

@@ -120,9 +120,8 @@ def _settings(
         raise RunError(
             "asked for a run without saying of which model; give MODEL, --config FILE.toml or --recipe NAME"
         )
-    from prune_lab.distill import free_bytes
     from prune_lab.models import resolve_model
-    from prune_lab.runtime import pick_device
+    from prune_lab.runtime import free_bytes, pick_device
     from prune_lab.workflow import settings_for
 
     architecture, device = resolve_model(model).architecture, pick_device(place["device"] or "auto")
@@ -146,9 +145,8 @@ def _check_recipe(name: str, model: str) -> None:
 
 def _estimated(settings: RunConfig, *, only_shown: bool) -> tuple[list[str], RunEstimate]:
     """What differs from the defaults, a line each, and what the run is expected to take."""
-    from prune_lab.distill import free_bytes
     from prune_lab.models import resolve_model
-    from prune_lab.runtime import pick_device, pick_dtype
+    from prune_lab.runtime import free_bytes, pick_device, pick_dtype
     from prune_lab.session import origin_of
     from prune_lab.workflow import check_budgets, estimate, macs_per_second
 

@@ -13,7 +13,7 @@ from prune_lab.distill.features import feature_pairs
 from prune_lab.distill.image_source import ImageSource
 from prune_lab.distill.loop import distill_together
 from prune_lab.distill.losses import FEATURE_VARIANTS
-from prune_lab.distill.memory import STATE_BYTES, TrainingMemory, free_bytes, pass_bytes, training_memory
+from prune_lab.distill.memory import STATE_BYTES, TrainingMemory, pass_bytes, training_memory
 from prune_lab.distill.recovery import Recovery, load_heldout, load_recovery
 from prune_lab.distill.setup import DistillSetup, Student
 from prune_lab.distill.sharding import CacheBuild
@@ -43,7 +43,6 @@ __all__ = [
     "draw_cache",
     "encode_data",
     "feature_pairs",
-    "free_bytes",
     "held_out",
     "is_cache",
     "load_heldout",

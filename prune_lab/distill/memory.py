@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prune_lab.families import example_inputs, meta_unet, plain_config
-from prune_lab.profiling import LiveBytes, free_bytes
-from prune_lab.runtime import bytes_text
+from prune_lab.profiling import LiveBytes
+from prune_lab.runtime import bytes_text, free_bytes
 
 # Per parameter of a student: weight, gradient, two moments of AdamW and the average, all float32.
 STATE_BYTES = 4 * (1 + 1 + 2 + 1)

@@ -31,7 +31,7 @@ from prune_lab.profiling.latency_cache import (
     latency_words,
 )
 from prune_lab.profiling.latency_parts import forward_ms, measure_latency_table
-from prune_lab.profiling.live_memory import LiveBytes, free_bytes, live_peak, measure_memory_growth
+from prune_lab.profiling.live_memory import LiveBytes, live_peak, measure_memory_growth
 from prune_lab.profiling.plan_matrix import (
     REST,
     PlanMatrix,
@@ -96,7 +96,6 @@ __all__ = [
     "cost_table",
     "fits_into_one_process",
     "forward_ms",
-    "free_bytes",
     "groups_gone",
     "keep_latency",
     "kept_latency",

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,13 +22,6 @@ from prune_lab.runtime import synchronize
 HEAD = "head"  # the name of all that follows the last part
 
 # On a device ---------------------------------------------------------------------------------------------
-
-
-def free_bytes(device: torch.device) -> int:
-    """Bytes free on ``device`` now; on the CPU those of the machine."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def _status_bytes(field: str) -> int:

@@ -15,12 +15,11 @@ from prune_lab.prefix_sharing import compiling
 from prune_lab.probes import evaluating
 from prune_lab.profiling.activations import activation_table
 from prune_lab.profiling.latency import call_ms, random_inputs
-from prune_lab.profiling.live_memory import free_bytes
 from prune_lab.profiling.own_process import TimingProcess
 from prune_lab.profiling.random_weights import compile_blocks, random_unet, shell_of
 from prune_lab.profiling.service import Service
 from prune_lab.profiling.turns import TimedCall, Turns, time_in_turns
-from prune_lab.runtime import pick_dtype
+from prune_lab.runtime import free_bytes, pick_dtype
 from prune_lab.surgery import materialise
 
 TEACHER = "teacher"  # the name of the whole U-Net, which the others are compared with

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prune_lab.runtime.devices import (
     Environment,
+    free_bytes,
     pick_device,
     pick_dtype,
     seeded,
@@ -26,6 +27,7 @@ __all__ = [
     "atomic_write",
     "bytes_text",
     "duration_text",
+    "free_bytes",
     "note",
     "pick_device",
     "pick_dtype",

@@ -64,6 +64,16 @@ def pick_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def free_bytes(device: torch.device) -> int:
+    """Bytes free on ``device`` now; on the CPU those of the machine."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until ``device`` has done all work given to it; a GPU call returns before its work is done."""
     import torch
