@@ -24,7 +24,7 @@ from prune_lab.workflow.targets import budgets_of, controls_among
 
 _CHANNELS, _SIDE, _BATCH = 320, 64, 2  # of the convolution that is timed: one of SD's own
 _PREFIX_SAVING = 1.7  # forward passes that a naive loop over blocks takes for one of ours
-_LATENCY_PASSES = 1_800  # about what a table of latency takes
+_LATENCY_PASSES = 100  # the most that a table of latency takes
 _BACKWARD = 2  # passes forward that a pass back costs
 _UNKNOWN_SHARE = 0.85  # of the teacher, of a student whose budget does not say
 
