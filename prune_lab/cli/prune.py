@@ -40,8 +40,10 @@ def prune(
     from prune_lab.plans import native_layout, read_plans
     from prune_lab.profiling import cost_table
     from prune_lab.runtime import pick_dtype
-    from prune_lab.surgery import prune_pipeline
+    from prune_lab.surgery import get_ready_to_prove, prune_pipeline
 
+    if not dry_run:
+        get_ready_to_prove()  # it imports meanwhile
     source = resolve_model(model)
     architecture = source.architecture
     plans = read_plans(plan, architecture)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prune_lab.surgery.building import materialise, materialise_from_folder
 from prune_lab.surgery.bypass import Bypass, bypassed, stand_in_for
-from prune_lab.surgery.proof import Original, Proof, digest_of, prove
+from prune_lab.surgery.proof import Original, Proof, digest_of, get_ready_to_prove, prove
 from prune_lab.surgery.writing import original_of, pipeline_with, prune_pipeline, save_unet
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Proof",
     "bypassed",
     "digest_of",
+    "get_ready_to_prove",
     "materialise",
     "materialise_from_folder",
     "original_of",

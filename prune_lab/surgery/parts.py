@@ -98,8 +98,9 @@ def copy_weights(files: Sequence[Path], target: Path, *, variant: str, dtype: to
 
 def copy_texts(source: Path, target: Path) -> None:
     """Write configs and vocabularies of the component ``source`` into ``target``, no weights and no index of them."""
+    paths = sorted(source.iterdir())
     target.mkdir(exist_ok=True)
-    for path in sorted(source.iterdir()):
+    for path in paths:
         if path.is_file() and path.suffix in _TEXTS and ".index" not in path.suffixes:
             _copy_text(path, target / path.name)
 

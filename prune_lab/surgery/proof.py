@@ -8,6 +8,7 @@ one: it is started with the first, knows nothing of this process but the questio
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -101,6 +102,7 @@ class _Prover:
     def start(self) -> subprocess.Popen[str]:
         """The process; a new one where there is none, or only that of the process from which this one was forked."""
         if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
+            self.stop()
             kept = {
                 name: value
                 for name, value in os.environ.items()
@@ -120,11 +122,17 @@ class _Prover:
         return self._process
 
     def stop(self) -> None:
-        """End the process, where it belongs to this one."""
+        """End the process where it belongs to this one, and let go of it in any case."""
         process, self._process = self._process, None
-        if process is not None and self._owner == os.getpid():
-            process.kill()
-            process.wait()
+        words, self._words = self._words, None
+        if process is not None:
+            if self._owner == os.getpid():
+                process.kill()
+                process.wait()
+            for stream in (process.stdin, process.stdout, words):
+                if stream is not None:
+                    with contextlib.suppress(OSError):  # what was to be flushed has no reader any more
+                        stream.close()
 
     def _answer(self, line: str) -> str:
         process = self.start()
@@ -153,7 +161,9 @@ class _Prover:
             except BaseException:  # also when the user breaks off: its answer would be taken for the next one
                 self.stop()
                 raise
-            raise ProofError(self._why_it_died())
+            why = self._why_it_died()
+            self.stop()
+            raise ProofError(why)
 
     def _why_it_died(self) -> str:
         assert self._process is not None
