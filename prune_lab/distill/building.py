@@ -78,7 +78,9 @@ def _encode_shard(
         if good:
             pixels = torch.cat(good)
             encoded.append(encode_distributions(pipeline, pixels, batch=settings.batch))
-            conditions.append(encode_conditions(pipeline, pixels, places, settings.seed, batch=settings.batch))
+            conditions.append(
+                encode_conditions(pipeline, pixels, places, settings.seed, batch=settings.batch)
+            )
     if not encoded:
         raise DataError(
             f"asked to encode {len(rows)} images of {source.title}, none of them can be read ({left_out[0]}); "

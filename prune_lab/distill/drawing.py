@@ -23,8 +23,9 @@ from prune_lab.distill.cache import LatentCache
 from prune_lab.distill.encoding import encode_texts, encoders_digest, image_side
 from prune_lab.distill.sharding import CacheBuild, ShardContent, ShardPlan, build_shards
 from prune_lab.errors import DataError, UnsupportedModelError
-from prune_lab.evaluation import decode_latents, save_pictures
+from prune_lab.evaluation import save_pictures
 from prune_lab.models.silence import quiet
+from prune_lab.probes import decode_latents
 from prune_lab.prompts import Prompts
 from prune_lab.runtime import note, tensors_digest, track
 

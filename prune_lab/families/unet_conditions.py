@@ -119,6 +119,11 @@ def _sdxl_widths(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     whole = _needed(config, "projection_class_embeddings_input_dim", kind)
     each = _needed(config, "addition_time_embed_dim", kind)
     ids = REFINER_TIME_IDS if whole - REFINER_TIME_IDS * each == _width(config) else SDXL_TIME_IDS
+    if whole <= ids * each:
+        raise UnsupportedModelError(
+            f"asked for inputs of a U-Net with {kind}; its config has projection_class_embeddings_input_dim {whole}, "
+            f"of which {ids} numbers of width {each} leave nothing for the text"
+        )
     return {"text_embeds": (whole - ids * each,), "time_ids": (ids,)}
 
 
