@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from prune_lab.errors import DataError
+from prune_lab.errors import DataError, UnsupportedModelError
+from prune_lab.families import REFINER_TIME_IDS
 from prune_lab.models import ScorerInputs
-from prune_lab.probes import Probe, predict
+from prune_lab.probes import Probe, pipeline_conditions, predict, to_uint8
 from prune_lab.runtime import atomic_folder, atomic_write, seeded, track
 
 
@@ -27,6 +30,56 @@ def heldout_loss(unet: Any, probe: Probe, *, batch: int = 32) -> Tensor:
     """
     predictions = predict(unet, probe, batch=batch)
     return (predictions - probe.target).square().flatten(1).mean(dim=1)
+
+
+# Drawing from prompts alone ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawing:
+    """How a pipeline draws from a prompt alone: whether as its text-to-image kind, and what else it is given."""
+
+    as_text_to_image: bool = False
+    picture: Callable[[Any, int], dict[str, Any]] | None = None  # (pipeline, images) -> further arguments
+
+
+def _everything_masked(pipeline: Any, count: int) -> dict[str, Any]:
+    """Of an inpainting model: grey pictures that are masked whole, so that all of each is drawn."""
+    side = int(pipeline.unet.config.sample_size) * int(pipeline.vae_scale_factor)
+    return {
+        "image": torch.full((count, 3, side, side), 0.5),
+        "mask_image": torch.ones(count, 1, side, side),
+        "height": side,
+        "width": side,
+        "strength": 1.0,
+    }
+
+
+def _no_picture(pipeline: Any, count: int) -> dict[str, Any]:
+    """Of a model that edits pictures: latents of nothing, which it was trained to take for no picture."""
+    side = int(pipeline.unet.config.sample_size)
+    return {"image": torch.zeros(count, int(pipeline.vae.config.latent_channels), side, side)}
+
+
+def drawing_of(pipeline: Any) -> _Drawing:
+    """How ``pipeline`` draws from prompts alone.
+
+    Pipelines that start from a picture or a ControlNet's draw as their text-to-image kind; an inpainting model paints a
+    picture that is masked whole, one that edits pictures (instruct-pix2pix) gets none.
+    Raises UnsupportedModelError for a U-Net that refines pictures, or takes what cannot be made here.
+    """
+    conditions = {condition.name: condition for condition in pipeline_conditions(pipeline)}
+    if "time_ids" in conditions and conditions["time_ids"].shape == (REFINER_TIME_IDS,):
+        raise UnsupportedModelError(
+            "asked to draw from prompts, found a refiner, which only goes on with pictures of another model; "
+            "it can be scored, pruned and distilled, and is judged by its held-out loss"
+        )
+    if "mask" in conditions:
+        return _Drawing(picture=_everything_masked)
+    if "picture_latents" in conditions:
+        return _Drawing(picture=_no_picture)
+    needed = inspect.signature(pipeline.__call__).parameters
+    return _Drawing(as_text_to_image=any(name in needed for name in ("image", "control_image")))
 
 
 @contextlib.contextmanager
@@ -43,8 +96,20 @@ def _pipeline_with(pipeline: Any, unet: Any) -> Iterator[Any]:
         pipeline.set_progress_bar_config(**bar)
 
 
-def _to_uint8(images: Tensor) -> Tensor:
-    return (images * 255).round().clamp(0, 255).to("cpu", torch.uint8)
+def _text_to_image(pipeline: Any) -> Any:
+    """The text-to-image pipeline of the same parts as ``pipeline``, which may draw from pictures or a ControlNet's."""
+    from diffusers import AutoPipelineForText2Image
+
+    more = {"controlnet": None} if hasattr(pipeline, "controlnet") else {}
+    try:
+        own = AutoPipelineForText2Image.from_pipe(pipeline, **more)
+    except (ValueError, TypeError) as error:
+        raise UnsupportedModelError(
+            f"asked to draw from prompts with a {type(pipeline).__name__}, which draws from pictures; diffusers knows "
+            f"no text-to-image pipeline for it ({str(error).splitlines()[0]})"
+        ) from None
+    own.set_progress_bar_config(disable=True)
+    return own
 
 
 def generate(
@@ -72,7 +137,9 @@ def generate(
         )
     pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
     batches = []
-    with _pipeline_with(pipeline, unet) as own:
+    drawing = drawing_of(pipeline)
+    with _pipeline_with(pipeline, unet) as given:
+        own = _text_to_image(given) if drawing.as_text_to_image else given
         for start in track(range(0, len(pairs), batch), "generating", math.ceil(len(pairs) / batch)):
             texts, numbers = zip(*pairs[start : start + batch], strict=True)
             images = own(
@@ -81,25 +148,14 @@ def generate(
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 output_type="latent" if latents else "pt",
+                **(drawing.picture(own, len(texts)) if drawing.picture else {}),
             ).images.float()
             if not images.isfinite().all():
                 raise DataError(
                     "asked for images, found values that are not finite; use float32 or another U-Net"
                 )
-            batches.append(images.cpu() if latents else _to_uint8(images))
+            batches.append(images.cpu() if latents else to_uint8(images))
     return torch.cat(batches)
-
-
-@torch.inference_mode()
-def decode_latents(pipeline: Any, latents: Tensor, *, batch: int = 8) -> Tensor:
-    """Images uint8 (N, 3, H, W) on the CPU of final latents (N, C, h, w), decoded as the pipeline does it."""
-    vae = pipeline.vae
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    images = []
-    for chunk in torch.split(latents, batch):
-        scaled = chunk.to(vae.device, vae.dtype) / vae.config.scaling_factor + shift
-        images.append(_to_uint8((vae.decode(scaled).sample.float() / 2 + 0.5).clamp(0, 1)))
-    return torch.cat(images)
 
 
 def clip_scores(

@@ -188,7 +188,7 @@ def predict_without(
     if width is None:
         rows = min(batch, len(probe))
         batch, width = fitting_batch(architecture_of(unet), rows, device, dtype.itemsize)
-    for part, inputs in probe.batches(batch, device, dtype):
+    for part, inputs in probe.batches(batch, unet):
         predictions: dict[int, Tensor] = {}
         # Closed before anything is handed out: neither the mode may leak into what the caller does with it.
         with evaluating(unet), torch.inference_mode(), compiling(compiled):

@@ -17,7 +17,7 @@ from torch_pruning.pruner.importance import GroupMagnitudeImportance
 
 from prune_lab.blocks import BlockGroup, architecture_of, block_groups
 from prune_lab.errors import DataError, UnknownBlockError, UnknownCriterionError
-from prune_lab.evaluation import clip_scores, decode_latents, generate
+from prune_lab.evaluation import clip_scores, generate
 from prune_lab.importance import (
     CRITERIA,
     NEEDS_PIPELINE,
@@ -33,7 +33,7 @@ from prune_lab.importance.outputs import OUTPUT_METRICS
 from prune_lab.importance.trajectories import latent_change, pixel_mse, psnr
 from prune_lab.importance.weights import neuron_mean
 from prune_lab.models import load_scorer
-from prune_lab.probes import Probe, predict, random_probe
+from prune_lab.probes import Probe, decode_latents, predict, random_probe
 from prune_lab.surgery import bypassed
 
 SEEN = [name for name in CRITERIA if name not in ("magnitude", "random")]  # those that look at samples

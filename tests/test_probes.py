@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from prune_lab.errors import DataError, UnsupportedModelError
 from prune_lab.probes import (
     Probe,
-    _assign_timesteps,
     encode_captions,
     encode_pictures,
     load_probe,
@@ -25,6 +24,7 @@ from prune_lab.probes import (
     predict,
     random_probe,
 )
+from prune_lab.probes.making import _assign_timesteps
 from prune_lab.runtime import seeded
 
 CAPTIONS = ["noto emoji, cat", "a red house", "noto emoji, dog", "a blue boat"]

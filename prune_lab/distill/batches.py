@@ -7,8 +7,7 @@ noise and timesteps, and a run that was stopped goes on exactly as it would have
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +16,9 @@ from torch import Tensor
 
 from prune_lab.config import DistillConfig
 from prune_lab.distill.data import TrainingData
-from prune_lab.probes import noise_schedule, training_target
-from prune_lab.runtime import seeded
+from prune_lab.families import Condition
+from prune_lab.probes import drawn_rows, noise_schedule, training_target
+from prune_lab.runtime import generator_for
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,19 +30,13 @@ class Batch:
     weights: Tensor  # (B,) float32 of each sample's task loss; ones unless distill.min_snr is set
     timesteps: Tensor  # (B,) int64
     embeddings: Tensor  # (B, L, D)
-    added: Mapping[str, Tensor]
+    added: Mapping[str, Tensor]  # what the U-Net takes beside (`families.conditions_of`), each (B, ...)
 
     def rows(self, rows: slice) -> Batch:
         """The samples ``rows`` of the batch."""
         tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         added = {name: tensor[rows] for name, tensor in tensors.pop("added").items()}
         return Batch(**{name: tensor[rows] for name, tensor in tensors.items()}, added=added)
-
-
-def generator_for(seed: int, purpose: str, number: int) -> torch.Generator:
-    """A CPU generator for one purpose and number; those of neighbouring seeds or numbers are unrelated."""
-    content = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
-    return seeded(int.from_bytes(content[:8], "big") >> 1)
 
 
 def batch_rows(count: int, batch: int, seed: int, step: int) -> list[int]:
@@ -78,6 +72,7 @@ def draw_batch(
     device: torch.device | str = "cpu",
     *,
     part: slice = slice(None),
+    conditions: Sequence[Condition] = (),
 ) -> Batch:
     """The batch of step ``step`` (from 1) on ``device``, drawn on the CPU from the seed and the step alone.
 
@@ -85,8 +80,9 @@ def draw_batch(
     are uniform over the training range. A share of ``settings.caption_dropout`` of the captions becomes the empty
     one. With ``settings.noise_offset`` each channel of the noise is shifted by that times one normal number, so that
     students learn overall brightness, too. Where the data have the VAE's variance, latents are drawn from its
-    distribution. With ``part`` only these places of the batch are read and returned; they equal the same places of the
-    whole batch.
+    distribution. ``conditions`` are what the teacher takes beside: those that need no picture are drawn here, the
+    others come with the data. With ``part`` only these places of the batch are read and returned; they equal the same
+    places of the whole batch.
     """
     schedule = noise_schedule(scheduler.config)
     size, seed = settings.batch, settings.seed
@@ -111,6 +107,8 @@ def draw_batch(
     added = dict(encoded.added)
     for name, empty in data.empty_added.items():
         added[name][dropped] = empty
+    drawn = drawn_rows(conditions, size, generator_for(seed, "guidance", step))
+    added |= {name: tensor[part] for name, tensor in drawn.items()}
     return Batch(
         noisy=schedule.add_noise(latents, noise, timesteps).to(device),
         target=training_target(schedule, latents, noise, timesteps).to(device),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prune_lab.config import DataConfig
-from prune_lab.distill.cache import LatentCache, is_cache
+from prune_lab.distill.cache import OF_VARIANT, LatentCache, is_cache
 from prune_lab.distill.data import TrainingData
 from prune_lab.distill.drawing import draw_cache
 from prune_lab.distill.encoding import (
@@ -22,6 +22,7 @@ from prune_lab.distill.encoding import (
     LiveData,
     crop_variants,
     decode_image,
+    encode_conditions,
     encode_distributions,
     encode_texts,
     image_side,
@@ -62,19 +63,24 @@ def _encode_shard(
     pipeline: Any, source: ImageSource, settings: DataConfig, rows: range, pool: Executor
 ) -> ShardContent:
     """The ``rows`` of ``source`` encoded; images that cannot be read are left out and named."""
-    encoded, captions, digests, left_out = [], [], [], []
+    encoded, conditions, captions, digests, left_out = [], [], [], [], []
     side = image_side(pipeline)
     for chunk, images in _decoded_chunks(source, rows, side, settings, pool):
-        good = []
+        good, places = [], []
         for row, image in zip(chunk, images, strict=True):
             if isinstance(image, str):
                 left_out.append(image)
                 continue
             good.append(image[0])
+            places += [(row, variant) for variant in range(settings.num_variants)]
             digests.append(image[1])
             captions.append(source.captions[row])
         if good:
-            encoded.append(encode_distributions(pipeline, torch.cat(good), batch=settings.batch))
+            pixels = torch.cat(good)
+            encoded.append(encode_distributions(pipeline, pixels, batch=settings.batch))
+            conditions.append(
+                encode_conditions(pipeline, pixels, places, settings.seed, batch=settings.batch)
+            )
     if not encoded:
         raise DataError(
             f"asked to encode {len(rows)} images of {source.title}, none of them can be read ({left_out[0]}); "
@@ -86,6 +92,9 @@ def _encode_shard(
     named = {"mean": mean.reshape(shape), "log_variance": log_variance.reshape(shape)}
     named["embeddings"] = embeddings
     named |= {f"added.{name}": tensor for name, tensor in added.items()}
+    for name in conditions[0]:
+        of_pictures = torch.cat([part[name] for part in conditions])
+        named[f"{OF_VARIANT}{name}"] = of_pictures.reshape(*shape[:2], *of_pictures.shape[1:])
     return ShardContent(named, {"captions": captions, "pictures": digests}, left_out)
 
 

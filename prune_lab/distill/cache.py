@@ -4,7 +4,8 @@
 
     DIR/
         shard-00000.safetensors ...   mean, log_variance (n, V, C, h, w); embeddings (n, L, D); added.*; captions
-                                      (drawn by the model: no log_variance)
+                                      (drawn by the model: no log_variance); of_variant.* (n, V, C, h, w) where the
+                                      U-Net is shown something of the picture
         empty.safetensors             embedding of the empty caption
         cache.json                    the provenance of the numbers and the list of shards; written last
 
@@ -25,13 +26,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prune_lab.distill.data import EncodedBatch, with_prefix
-from prune_lab.distill.encoding import encoders_digest, image_side
+from prune_lab.distill.encoding import conditions_text, encoders_digest, image_side
 from prune_lab.errors import DataError
 from prune_lab.runtime import atomic_write, read_json
 
 FORMAT = "prune_lab latent cache 1"
 PROVENANCE = "recipe"  # its name in the files, since version 0.1
 EMPTY = "empty.safetensors"
+OF_VARIANT = "of_variant."  # begins the names of what each crop or flip has its own of
 INDEX = "cache.json"  # a folder with it holds a complete cache
 _ENTRY = "prune_lab"  # of the metadata of a safetensors file
 _REMEDY = "build it again with: prune-lab data ... --force"
@@ -178,6 +180,13 @@ class LatentCache:
             "resolution", 0
         )  # of drawn images; training at another size is meant then
         encoders, side = encoders_digest(pipeline), asked_for or image_side(pipeline)
+        shown, wanted = self.provenance.get("conditions", ""), conditions_text(pipeline)
+        if shown != wanted:
+            raise DataError(
+                f"asked to train on the cache {self.folder}, which holds {shown or 'nothing'} of each picture beside "
+                f"its latents, and the U-Net takes {wanted or 'nothing'}; "
+                "build one with: prune-lab data MODEL ... --out DIR"
+            )
         if (made_by, made_for) != (encoders, side):
             raise DataError(
                 f"asked to train on the cache {self.folder}, which was made by other encoders or for another size "
@@ -206,8 +215,8 @@ class LatentCache:
             here = shards == shard
             row, variant = rows[here], variants[here]
             for name, tensor in self._tensors(shard).items():
-                part = (tensor[row, variant] if name in ("mean", "log_variance") else tensor[row]).float()
+                varies = name in ("mean", "log_variance") or name.startswith(OF_VARIANT)
+                part = (tensor[row, variant] if varies else tensor[row]).float()
                 found.setdefault(name, part.new_empty(len(indices), *part.shape[1:]))[here] = part
-        return EncodedBatch(
-            found["mean"], found.get("log_variance"), found["embeddings"], with_prefix("added.", found)
-        )
+        added = with_prefix("added.", found) | with_prefix(OF_VARIANT, found)
+        return EncodedBatch(found["mean"], found.get("log_variance"), found["embeddings"], added)

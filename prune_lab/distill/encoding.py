@@ -19,12 +19,18 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from prune_lab.config import DataConfig
-from prune_lab.distill.batches import generator_for
 from prune_lab.distill.data import EncodedBatch, LatentData
 from prune_lab.distill.image_source import ImageSource
 from prune_lab.errors import DataError
-from prune_lab.probes import encode_captions, encode_pictures
-from prune_lab.runtime import tensors_digest
+from prune_lab.probes import (
+    encode_captions,
+    encode_pictures,
+    picture_names,
+    picture_rows,
+    pipeline_conditions,
+    size_rows,
+)
+from prune_lab.runtime import generator_for, tensors_digest
 
 # What Pillow raises for files that are damaged, cut off, of no known format, or decompression bombs.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
@@ -106,13 +112,11 @@ def encode_texts(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Text embeddings (N, L, D) and, for SDXL, text_embeds (N, P) and time_ids (N, 6) of images of one ``size``.
 
-    The time_ids of SDXL are original size, crop corner and target size: (height, width) in pixels. They say that no
-    image was cropped: students should not learn to draw cropped images.
+    The size is (height, width) in pixels; ``probes.size_rows`` says what the time_ids are.
     """
     embeddings, added = encode_captions(pipeline, captions, batch=batch)
     if added:
-        sizes = torch.tensor([*size, 0, 0, *size], dtype=torch.float32)
-        added = added | {"time_ids": sizes.repeat(len(captions), 1)}
+        added = added | {"time_ids": size_rows(pipeline.unet.config, added["text_embeds"], size)}
     return embeddings, added
 
 
@@ -120,6 +124,18 @@ def encode_empty_caption(pipeline: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """Embedding (L, D) and, for SDXL, text_embeds (P,) of the empty caption."""
     embeddings, added = encode_captions(pipeline, [""])
     return embeddings[0], {name: tensor[0] for name, tensor in added.items()}
+
+
+def encode_conditions(
+    pipeline: Any, images: Tensor, pairs: Sequence[tuple[int, int]], seed: int, *, batch: int
+) -> dict[str, Tensor]:
+    """What the U-Net is shown of each of ``images`` (N, 3, H, W) in uint8, such as a mask; empty for most models.
+
+    ``pairs`` are the row and the variant of each image. With ``seed`` they decide what is drawn for it, so each has a
+    mask of its own, the same whenever it is encoded.
+    """
+    draws = [generator_for(seed, f"mask {row}", variant) for row, variant in pairs]
+    return picture_rows(pipeline, pipeline_conditions(pipeline), images, draws, batch=batch)
 
 
 def encoder_weights(pipeline: Any) -> dict[str, Tensor]:
@@ -140,21 +156,29 @@ def encoders_digest(pipeline: Any) -> str:
     """
     rounded = {name: tensor.bfloat16() for name, tensor in encoder_weights(pipeline).items()}
     config = pipeline.vae.config
-    more = (config.scaling_factor, getattr(config, "shift_factor", None), pipeline.tokenizer.model_max_length)
+    tokenizer = pipeline.tokenizer or pipeline.tokenizer_2  # the refiner has the second alone
+    more = (config.scaling_factor, getattr(config, "shift_factor", None), tokenizer.model_max_length)
     return hashlib.sha256(f"{tensors_digest(rounded)} {more}".encode()).hexdigest()[:16]
+
+
+def conditions_text(pipeline: Any) -> str:
+    """What the U-Net is shown of each picture, by name; empty for most models."""
+    return ", ".join(picture_names(pipeline_conditions(pipeline)))
 
 
 def provenance_of(pipeline: Any, source: ImageSource, settings: DataConfig) -> dict[str, str | int]:
     """Everything that decides the numbers in a cache and their division into files, by name."""
+    shown = conditions_text(pipeline)
     return {
         "encoders": encoders_digest(pipeline),
+        **({"conditions": shown} if shown else {}),
         "precision": str(pipeline.vae.dtype).removeprefix("torch."),
         "data": source.digest,
         "side": image_side(pipeline),
         "crop": settings.crop,
         "flip": settings.flip,
         "variants": settings.num_variants,
-        "seed": settings.seed if settings.crop == "random" else 0,
+        "seed": settings.seed if settings.crop == "random" or shown else 0,
         "format": settings.format,
         "shard": settings.shard,
     }
@@ -173,6 +197,7 @@ def data_key(pipeline: Any, images: Tensor, captions: Sequence[str]) -> str:
     tensors = encoder_weights(pipeline) | {"pictures": images}  # the name counts: another changes every key
     digest = hashlib.sha256(tensors_digest(tensors).encode())
     digest.update(json.dumps(list(captions)).encode())
+    digest.update(conditions_text(pipeline).encode())
     return digest.hexdigest()[:16]
 
 
@@ -188,6 +213,8 @@ def encode_data(pipeline: Any, images: Tensor, captions: Sequence[str], *, batch
         )
     latents = encode_pictures(pipeline, images, batch=batch)
     embeddings, added = encode_texts(pipeline, captions, images.shape[-2:], batch=batch)
+    pairs = [(row, 0) for row in range(len(images))]
+    added |= encode_conditions(pipeline, images, pairs, 0, batch=batch)
     empty, empty_added = encode_empty_caption(pipeline)
     key = data_key(pipeline, images, captions)
     return LatentData(latents, embeddings, empty, tuple(captions), added, empty_added, key)
@@ -256,11 +283,10 @@ class LiveData:
 
     def rows(self, indices: Tensor, variants: Tensor) -> EncodedBatch:
         """The rows ``indices`` (B,) in ``variants`` (B,). Raises DataError that names an image that cannot be read."""
-        pairs = zip(indices.tolist(), variants.tolist(), strict=True)
+        pairs = list(zip(indices.tolist(), variants.tolist(), strict=True))
         pixels = torch.cat([self._pixels(row, variant) for row, variant in pairs])
         captions = [self.source.captions[row] for row in indices.tolist()]
-        batch = self.settings.batch
-        return EncodedBatch(
-            *encode_distributions(self.pipeline, pixels, batch=batch),
-            *encode_texts(self.pipeline, captions, pixels.shape[-2:], batch=batch),
-        )
+        batch, seed = self.settings.batch, self.settings.seed
+        embeddings, added = encode_texts(self.pipeline, captions, pixels.shape[-2:], batch=batch)
+        added |= encode_conditions(self.pipeline, pixels, pairs, seed, batch=batch)
+        return EncodedBatch(*encode_distributions(self.pipeline, pixels, batch=batch), embeddings, added)

@@ -31,6 +31,7 @@ from prune_lab.distill.setup import (
 )
 from prune_lab.distill.tracking import Log, log_to_trackers
 from prune_lab.errors import ConfigError
+from prune_lab.families import known_conditions
 from prune_lab.processes import init_processes
 from prune_lab.runs import CandidatePaths
 from prune_lab.runtime import note, track
@@ -63,12 +64,15 @@ def _train(setup: DistillSetup, runs: Sequence[StudentRun], until: int, micro: i
     first = min(run.state.step for run in runs) + 1
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} students"
     samples = settings.batch * len(runs)
+    conditions = known_conditions(setup.teacher)
     for step in track(range(first, until + 1), f"distil {title}", unit="samples", per=samples):
         active = [run for run in runs if not run.failure and run.state.step == step - 1]
         if not active:
             continue
         start = time.perf_counter()
-        batch = draw_batch(setup.data, setup.scheduler, settings, step, setup.device, part=own)
+        batch = draw_batch(
+            setup.data, setup.scheduler, settings, step, setup.device, part=own, conditions=conditions
+        )
         values, micro = joint_step(setup, active, batch, micro)
         took = (time.perf_counter() - start) / len(active)
         for run, losses in zip(active, values, strict=True):

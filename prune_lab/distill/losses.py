@@ -18,6 +18,7 @@ from torch.nn.functional import mse_loss
 from prune_lab.config import DistillConfig
 from prune_lab.distill.batches import Batch
 from prune_lab.distill.features import FeaturePair, Points, tapped
+from prune_lab.families import forward_inputs
 
 # Features of teacher and student, of equal shapes, in float32 -> a scalar.
 Term = Callable[[Tensor, Tensor], Tensor]
@@ -131,7 +132,7 @@ def teacher_output(
     """
     with tapped(teacher, tuple(dict.fromkeys(paths))) as features, torch.no_grad():
         with _autocast(batch, precision):
-            prediction = _predict(teacher, batch, next(teacher.parameters()).dtype)
+            prediction = _predict(teacher, teacher, batch, next(teacher.parameters()).dtype)
         return TeacherOutput(prediction.float(), dict(features))
 
 
@@ -153,7 +154,7 @@ def student_losses(
     term = FEATURE_VARIANTS[variant].term
     with tapped(student, [pair.student_path for pair in pairs]) as features:
         with _autocast(batch, precision):
-            found = _predict(forward, batch, torch.float32).float()
+            found = _predict(student, forward, batch, torch.float32).float()
         feature = torch.zeros((), dtype=torch.float32, device=found.device)
         for pair in pairs:
             wanted, own = output.features[pair.teacher_path], features[pair.student_path]
@@ -170,15 +171,14 @@ def _autocast(batch: Batch, precision: torch.dtype) -> contextlib.AbstractContex
     return torch.autocast(batch.noisy.device.type, dtype=precision)
 
 
-def _predict(unet: Callable[..., Any], batch: Batch, dtype: torch.dtype) -> Tensor:
-    """The prediction of ``unet`` for the noisy latents of ``batch``, shape (B, C, H, W)."""
-    added = {name: tensor.to(dtype) for name, tensor in batch.added.items()} or None
-    (prediction,) = unet(
-        batch.noisy.to(dtype),
-        batch.timesteps,
-        batch.embeddings.to(dtype),
-        added_cond_kwargs=added,
-        return_dict=False,
-    )
+def _predict(unet: nn.Module, forward: Callable[..., Any], batch: Batch, dtype: torch.dtype) -> Tensor:
+    """The prediction of ``unet``, called as ``forward``, for the noisy latents of ``batch``, shape (B, C, H, W)."""
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    added = {name: cast(tensor) for name, tensor in batch.added.items()}
+    inputs = forward_inputs(unet, cast(batch.noisy), batch.timesteps, cast(batch.embeddings), added)
+    (prediction,) = forward(**inputs, return_dict=False)
     assert isinstance(prediction, Tensor)
     return prediction

@@ -24,9 +24,10 @@ from prune_lab.distill.features import FeaturePair
 from prune_lab.distill.recovery import Recovery, load_recovery, verdict_path, write_heldout, write_verdict
 from prune_lab.errors import DataError, DeviceError, RunError
 from prune_lab.evaluation import heldout_loss
-from prune_lab.probes import Probe
+from prune_lab.families import embedding_width, known_conditions, latent_channels
+from prune_lab.probes import Probe, drawn_rows
 from prune_lab.runs import CandidatePaths
-from prune_lab.runtime import pick_dtype, read_json, tensors_digest, write_frame
+from prune_lab.runtime import pick_dtype, read_json, seeded, tensors_digest, write_frame
 from prune_lab.schemas import RECOVERY_COLUMNS
 from prune_lab.surgery import save_unet
 
@@ -79,14 +80,21 @@ class Student:
 
 
 def check_data_fits(student: Any, data: TrainingData) -> None:
-    """Raise DataError when ``student`` takes other latents or text than ``data`` hold."""
-    channels, width = student.config.in_channels, student.config.cross_attention_dim
-    widths = set(width) if isinstance(width, (list, tuple)) else {width}
+    """Raise DataError when ``student`` takes other latents, text or further inputs than ``data`` hold."""
+    channels, width = latent_channels(student.config), embedding_width(student.config)
     found = data.empty_embedding.shape[-1]
-    if data.channels != channels or widths != {found}:
+    if data.channels != channels or width != found:
         raise DataError(
             f"the U-Net takes latents of {channels} channels and text of width {width}, the cached data have "
             f"{data.channels} and {found}; encode the pictures with the pipeline of this U-Net"
+        )
+    conditions = known_conditions(student)
+    wanted = {condition.name for condition in conditions} - drawn_rows(conditions, 1, seeded(0)).keys()
+    first = torch.zeros(1, dtype=torch.int64)
+    if missing := sorted(wanted - data.rows(first, first).added.keys()):
+        raise DataError(
+            f"the U-Net takes {', '.join(missing)} of each picture, the cached data have none; "
+            "encode the pictures with the pipeline of this U-Net"
         )
 
 

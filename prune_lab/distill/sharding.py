@@ -87,11 +87,11 @@ def _check_provenance(folder: Path, provenance: Mapping[str, str | int]) -> None
         except DataError:
             return  # damaged: it is built again
     changed = [
-        f"{name} {found[name]} there, {value} here"
-        for name, value in provenance.items()
-        if name in found and found[name] != value
+        f"{name} {found.get(name, 'none')} there, {provenance.get(name, 'none')} here"
+        for name in [*provenance, *(found.keys() - provenance.keys())]
+        if found and found.get(name) != provenance.get(name)
     ]
-    if found and found.keys() != provenance.keys():  # the one is drawn by the model, the other is not
+    if found and _made_of(found) != _made_of(provenance):  # the one is drawn by the model, the other is not
         changed = [f"of {_made_of(found)} there, of {_made_of(provenance)} here"]
     if changed:
         raise DataError(

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prune_lab.errors import UnsupportedModelError
 from prune_lab.families.family import (
     CLASS_NAME,
+    Condition,
     Family,
     Layout,
     Outline,
@@ -21,21 +22,19 @@ from prune_lab.families.family import (
     Stage,
     Unit,
     UnitKind,
+    arranged,
     plain_config,
 )
-from prune_lab.families.unet2d_condition import (
-    CLIP_TOKENS,
-    SDXL_TIME_IDS,
-    UNET2D_CONDITION,
-    embedding_width,
-    latent_shape,
-)
+from prune_lab.families.unet2d_condition import CLIP_TOKENS, UNET2D_CONDITION, embedding_width, latent_shape
+from prune_lab.families.unet_conditions import REFINER_TIME_IDS, SDXL_TIME_IDS, latent_channels
 
 __all__ = [
     "CLASS_NAME",
     "CLIP_TOKENS",
     "FAMILIES",
+    "REFINER_TIME_IDS",
     "SDXL_TIME_IDS",
+    "Condition",
     "Family",
     "Layout",
     "Outline",
@@ -43,9 +42,13 @@ __all__ = [
     "Stage",
     "Unit",
     "UnitKind",
+    "conditions_of",
     "embedding_width",
     "example_inputs",
     "family_of",
+    "forward_inputs",
+    "known_conditions",
+    "latent_channels",
     "latent_shape",
     "meta_unet",
     "outline_of",
@@ -103,9 +106,48 @@ def example_inputs(
 ) -> dict[str, Any]:
     """Keyword arguments for the ``forward`` of the model of ``config``: zeros of the right shapes.
 
-    Of a U-Net: sample (B, C, H, W), timestep (B,), encoder_hidden_states (B, L, D) and, for SDXL, added_cond_kwargs
-    with text_embeds (B, P) and time_ids (B, 6). None for ``latent`` and ``tokens`` means the model's size and 77.
+    Of a U-Net: sample (B, C, H, W), timestep (B,), encoder_hidden_states (B, L, D) and its ``conditions_of``, each in
+    its place. None for ``latent`` and ``tokens`` means the model's size and 77.
     """
     return family_of(config).example_inputs(
         config, batch=batch, latent=latent, tokens=tokens, device=device, dtype=dtype
     )
+
+
+def conditions_of(source: nn.Module | Mapping[str, Any]) -> tuple[Condition, ...]:
+    """What a model, or that of a config, takes beside noisy latents, timestep and text."""
+    config: Any = source if isinstance(source, Mapping) else source.config
+    return family_of(source).conditions(config)
+
+
+def known_conditions(source: nn.Module | Mapping[str, Any]) -> tuple[Condition, ...]:
+    """``conditions_of`` of a model that is to be run on pictures or noise.
+
+    Raises UnsupportedModelError for one that takes something of which no rows are made here, or whose predictions are
+    more than the noise or velocity.
+    """
+    config: Any = source if isinstance(source, Mapping) else source.config
+    found = conditions_of(source)
+    for condition in found:
+        if condition.reason:
+            raise UnsupportedModelError(
+                f"asked to run a U-Net on inputs made here, found that it takes {condition.reason}"
+            )
+    predicted, latents = config.get("out_channels"), latent_channels(config)
+    if predicted not in (None, latents):
+        raise UnsupportedModelError(
+            f"asked to run a U-Net on inputs made here, found that it predicts {predicted} channels for {latents} "
+            "channels of latents, a variance as well; known are those that predict noise or velocity alone"
+        )
+    return found
+
+
+def forward_inputs(
+    model: nn.Module, sample: Tensor, timestep: Tensor, text: Tensor, given: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Keyword arguments for the ``forward`` of ``model``: the one place where its inputs are put together.
+
+    sample (B, C, h, w) are noisy latents, timestep (B,), text (B, L, D), ``given`` the rows (B, ...) of its
+    ``conditions_of`` by name. Raises DataError when ``given`` holds others than the model takes.
+    """
+    return arranged(conditions_of(model), sample, timestep, text, given)

@@ -10,7 +10,10 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
+
+from prune_lab.errors import DataError
 
 CLASS_NAME = "_class_name"  # diffusers' own key for the class that a config belongs to
 
@@ -154,6 +157,69 @@ class PrefixWalk:
     state_bytes: Callable[[Outline, int], int]
 
 
+# What a model takes beside noisy latents, a timestep and a text ------------------------------------------------------
+
+
+Place = Literal["sample", "timestep_cond", "class_labels", "added_cond_kwargs"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Condition:
+    """One tensor that a model takes beside noisy latents, timestep and text; each sample has a row of it."""
+
+    name: str
+    place: Place
+    """The argument of ``forward`` that it goes into; ``sample`` means further channels, behind the latents."""
+    shape: tuple[int, ...]
+    """Of one row; ``of_picture`` height and width follow."""
+    of_picture: bool = (
+        False  # it is made of the picture by the VAE, and has ``scale`` values for each latent pixel
+    )
+    scale: int = 1  # of its height and width to those of the latent
+    whole: bool = False  # whole numbers
+    giver: str = ""
+    """The method by which a pipeline gives it while it draws; a pipeline without one cannot use the model."""
+    reason: str = ""
+    """Why no rows of it are made here, and what would work; empty where they are."""
+
+    def row_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Shape of one row at a latent of this size."""
+        sides = (self.scale * height, self.scale * width)
+        return (*self.shape, *sides) if self.of_picture else self.shape
+
+
+def arranged(
+    conditions: Sequence[Condition],
+    sample: Tensor,
+    timestep: Tensor,
+    text: Tensor,
+    given: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    """Keyword arguments of ``forward``: noisy latents (B, C, h, w), timesteps (B,), text (B, L, D) and ``given`` rows
+    of ``conditions``, each in its place.
+
+    Raises DataError when ``given`` holds other tensors than the model takes: none is ever left out without a word.
+    """
+    wanted = {condition.name for condition in conditions}
+    if wanted != set(given):
+        takes, found = (", ".join(sorted(names)) or "nothing" for names in (wanted, set(given)))
+        raise DataError(
+            f"asked to run a U-Net that takes {takes} beside latents, timestep and text, found inputs with {found}; "
+            "make the probe or the data again with the pipeline of this U-Net"
+        )
+    inputs: dict[str, Any] = {"timestep": timestep, "encoder_hidden_states": text}
+    channels = [sample]
+    for condition in conditions:
+        row = given[condition.name]
+        if condition.place == "sample":
+            channels.append(row)
+        elif condition.place == "added_cond_kwargs":
+            inputs.setdefault(condition.place, {})[condition.name] = row
+        else:
+            inputs[condition.place] = row
+    return {"sample": torch.cat(channels, dim=1) if len(channels) > 1 else sample, **inputs}
+
+
 Removed = frozenset[str]  # names of units that are gone, samplers that leave with them included
 Groups = Mapping[str, tuple[str, ...]]  # name of a group: names of its units
 
@@ -166,6 +232,8 @@ class Family:
     """The class; a function, so that it is imported when it is first needed."""
     example_inputs: Callable[..., dict[str, Any]]
     """Keyword arguments of ``forward`` for a config: zeros of the right shapes (``families.example_inputs``)."""
+    conditions: Callable[[Mapping[str, Any]], tuple[Condition, ...]] = lambda config: ()
+    """What the model of a config takes beside noisy latents, timestep and text, in the order of its channels."""
     outline: Callable[[Any], Outline]
     """The parts of a model, which may be on ``meta``. Raises UnsupportedModelError for parts that are not known."""
     layout: Callable[[Outline, Removed], Layout]

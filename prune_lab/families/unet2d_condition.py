@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from prune_lab.errors import PlanError, UnsupportedModelError
-from prune_lab.families import unet_blocks, unet_walk, unet_wiring
-from prune_lab.families.family import Family, Outline, PrefixWalk, Removed
+from prune_lab.families import unet_blocks, unet_conditions, unet_walk, unet_wiring
+from prune_lab.families.family import Family, Outline, PrefixWalk, Removed, arranged
 
 CLIP_TOKENS = 77  # the context length of every CLIP text encoder that Stable Diffusion uses
-SDXL_TIME_IDS = 6  # original size, crop corner and target size, two numbers each
 
 
 def latent_shape(config: Mapping[str, Any], latent: int | None = None) -> tuple[int, int]:
@@ -43,27 +42,6 @@ def embedding_width(config: Mapping[str, Any]) -> int:
     return int(width)
 
 
-def _added_conditioning(
-    config: Mapping[str, Any], batch: int, device: torch.device | str, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """What SDXL adds to the time embedding: a pooled text embedding and six numbers about the picture."""
-    kind = config.get("addition_embed_type")
-    if kind is None:
-        return {}
-    if kind != "text_time":
-        raise UnsupportedModelError(
-            f"asked for inputs of a U-Net with addition_embed_type {kind!r}; inputs are known for none and "
-            "for 'text_time' (SDXL)"
-        )
-    pooled = (
-        config["projection_class_embeddings_input_dim"] - SDXL_TIME_IDS * config["addition_time_embed_dim"]
-    )
-    return {
-        "text_embeds": torch.zeros(batch, pooled, device=device, dtype=dtype),
-        "time_ids": torch.zeros(batch, SDXL_TIME_IDS, device=device, dtype=dtype),
-    }
-
-
 def example_inputs(
     config: Mapping[str, Any],
     *,
@@ -75,20 +53,23 @@ def example_inputs(
 ) -> dict[str, Any]:
     """Keyword arguments for ``unet.forward``: zeros of the right shapes.
 
-    sample (B, C, H, W), timestep (B,), encoder_hidden_states (B, L, D) and, for SDXL, added_cond_kwargs with
-    text_embeds (B, P) and time_ids (B, 6). None for ``latent`` and ``tokens`` means the model's size and 77.
+    sample (B, C, H, W), timestep (B,), encoder_hidden_states (B, L, D) and what else the config asks for
+    (``unet_conditions``). None for ``latent`` and ``tokens`` means the model's size and 77.
     """
     height, width = latent_shape(config, latent)
     length = CLIP_TOKENS if tokens is None else tokens
-    made = {"device": device, "dtype": dtype}
-    inputs: dict[str, Any] = {
-        "sample": torch.zeros(batch, config["in_channels"], height, width, **made),  # type: ignore[call-overload]
-        "timestep": torch.zeros(batch, device=device, dtype=torch.long),
-        "encoder_hidden_states": torch.zeros(batch, length, embedding_width(config), **made),  # type: ignore[call-overload]
-    }
-    if added := _added_conditioning(config, batch, device, dtype):
-        inputs["added_cond_kwargs"] = added
-    return inputs
+
+    def zeros(*shape: int, whole: bool = False) -> Tensor:
+        return torch.zeros(batch, *shape, device=device, dtype=torch.long if whole else dtype)
+
+    wanted = unet_conditions.conditions(config)
+    return arranged(
+        wanted,
+        zeros(unet_conditions.latent_channels(config), height, width),
+        zeros(whole=True),
+        zeros(length, embedding_width(config)),
+        {one.name: zeros(*one.row_shape(height, width), whole=one.whole) for one in wanted},
+    )
 
 
 # BK-SDM's plans (arXiv:2305.15798, section 3) -----------------------------------------------------------------------
@@ -126,6 +107,7 @@ def _bk_tiny(outline: Outline) -> Removed:
 UNET2D_CONDITION = Family(
     model_class=lambda: diffusers.UNet2DConditionModel,
     example_inputs=example_inputs,
+    conditions=unet_conditions.conditions,
     outline=unet_blocks.outline,
     layout=unet_wiring.layout,
     levels=unet_wiring.levels,

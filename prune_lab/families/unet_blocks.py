@@ -87,6 +87,10 @@ def _residual(name: str, path: str, stage: str, module: Any, width: int, *, read
 
 
 def _attention(name: str, path: str, stage: str, module: Any, width: int) -> Unit:
+    if not hasattr(module, "transformer_blocks"):
+        raise UnsupportedModelError(
+            f"attention block {name} is a {type(module).__name__} (dual_cross_attention); known are those of one text"
+        )
     layers = range(len(module.transformer_blocks))
     return Unit(
         name=name,

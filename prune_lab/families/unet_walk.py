@@ -33,7 +33,7 @@ class _State:
 class _Conditioning:
     """What every block reads beside the hidden tensor, for one copy of the rows."""
 
-    embedding: Tensor  # (B, E) of the timestep, and of SDXL's added conditioning
+    embedding: Tensor  # (B, E) of the timestep, and of what is added to it
     text: Tensor  # (B, L, D)
     odd_size: bool  # the latent is no multiple of the sampling factor: upsamplers are told their size
 
@@ -48,7 +48,13 @@ def _stem(unet: Any, inputs: dict[str, Any]) -> tuple[Tensor, _Conditioning]:
     odd = any(side % 2**unet.num_upsamplers for side in sample.shape[-2:])
     if unet.config.center_input_sample:
         sample = 2 * sample - 1.0
-    embedding = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=inputs["timestep"]))
+    embedding = unet.time_embedding(
+        unet.get_time_embed(sample=sample, timestep=inputs["timestep"]), inputs.get("timestep_cond")
+    )
+    labels = unet.get_class_embed(sample=sample, class_labels=inputs.get("class_labels"))
+    if labels is not None:
+        concatenated = unet.config.class_embeddings_concat
+        embedding = torch.cat([embedding, labels], dim=-1) if concatenated else embedding + labels
     more = unet.get_aug_embed(emb=embedding, encoder_hidden_states=text, added_cond_kwargs=added)
     if more is not None:
         embedding = embedding + more

@@ -44,7 +44,7 @@ def similarity(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleS
 
     compute = ComputeCost(forward_macs=architecture.total_macs)
     with block_hooks(unet, architecture, blocks, record), evaluating(unet), torch.inference_mode():
-        for rows, inputs in probe.batches(context.batch or _ROWS, unet.device, unet.dtype):
+        for rows, inputs in probe.batches(context.batch or _ROWS, unet):
             unet(**inputs, return_dict=False)
             compute.macs += compute.forward_macs * (rows.stop - rows.start)
     member = np.array([[name in group.blocks for name in blocks] for group in groups])

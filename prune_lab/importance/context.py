@@ -14,6 +14,7 @@ from diffusers import ModelMixin
 
 from prune_lab.blocks import Architecture, BlockGroup, architecture_of
 from prune_lab.errors import DataError
+from prune_lab.families import conditions_of
 from prune_lab.importance.cache import ScoreCache
 from prune_lab.importance.intervals import Floats, Integers
 from prune_lab.models import ScorerInputs
@@ -125,6 +126,12 @@ class ScoringContext:
             raise DataError(
                 f"asked to score with guidance {self.guidance:g}, found {found} probe with the empty caption; guidance "
                 "needs one (a whole pipeline encodes it), and without guidance (1) there must be none"
+            )
+
+        if self.guidance != 1 and any(one.name == "guidance" for one in conditions_of(self.unet)):
+            raise DataError(
+                f"asked to score with guidance {self.guidance:g}, found a U-Net that takes the guidance as an input "
+                "and was distilled to need no other; set score.guidance = 1"
             )
 
     @cached_property

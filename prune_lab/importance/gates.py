@@ -55,7 +55,7 @@ def gate_derivatives(
     derivatives = np.empty((len(blocks), len(probe)))
     compute = ComputeCost(forward_macs=context.architecture.total_macs)
     with only_requires_grad(unet, ()), evaluating(unet):
-        for rows, inputs in probe.batches(context.batch or _ROWS, unet.device, unet.dtype):
+        for rows, inputs in probe.batches(context.batch or _ROWS, unet):
             count = rows.stop - rows.start
             gates = {
                 name: torch.full((count,), at, device=unet.device, requires_grad=True) for name in blocks

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from prune_lab.blocks import BlockGroup
 from prune_lab.errors import DataError
-from prune_lab.evaluation import clip_scores, decode_latents, generate
+from prune_lab.evaluation import clip_scores, generate
 from prune_lab.importance.cache import set_key
 from prune_lab.importance.context import GenerationSettings, SampleScores, ScoringContext, require_finite
 from prune_lab.plans import gone_with
 from prune_lab.prefix_sharing import ComputeCost
+from prune_lab.probes import decode_latents
 from prune_lab.runtime import track
 from prune_lab.surgery import bypassed
 

@@ -88,8 +88,8 @@ def moments_at(
     sums: dict[int, Moments] = {}
     with evaluating(student), evaluating(teacher), torch.no_grad():
         pairs = zip(
-            probe.batches(batch, student.device, student.dtype),
-            probe.batches(batch, teacher.device, teacher.dtype),
+            probe.batches(batch, student),
+            probe.batches(batch, teacher),
             strict=True,
         )
         for (rows, student_inputs), (_, teacher_inputs) in pairs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from prune_lab.runtime.devices import (
     Environment,
     free_bytes,
+    generator_for,
     pick_device,
     pick_dtype,
     seeded,
@@ -28,6 +29,7 @@ __all__ = [
     "bytes_text",
     "duration_text",
     "free_bytes",
+    "generator_for",
     "note",
     "pick_device",
     "pick_dtype",

@@ -91,6 +91,12 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed)
 
 
+def generator_for(seed: int, purpose: str, number: int) -> torch.Generator:
+    """A CPU generator for one purpose and number; those of neighbouring seeds or numbers are unrelated."""
+    content = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
+    return seeded(int.from_bytes(content[:8], "big") >> 1)
+
+
 def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     """16 hexadecimal digits that change with any name, shape, format or bit of ``tensors``."""
     import torch

@@ -14,6 +14,7 @@ from prune_lab.blocks import Architecture
 from prune_lab.config import SHIPPED, RunConfig
 from prune_lab.distill import LatentCache, draw_cache, is_cache
 from prune_lab.errors import RunError
+from prune_lab.families import known_conditions
 from prune_lab.models import (
     ModelSource,
     ScorerChoice,
@@ -87,7 +88,11 @@ class Session:
 
     @cached_property
     def pipeline(self) -> Any:
-        """The whole pipeline on the device. Raises RunError when the model is a U-Net alone."""
+        """The whole pipeline on the device. Raises RunError when the model is a U-Net alone.
+
+        Raises UnsupportedModelError, before anything is read, for a U-Net that takes what no rows are made of here.
+        """
+        known_conditions(self.source.config)
         if not self.source.is_pipeline:
             raise RunError(
                 f"this step encodes captions and pictures, but {self.source.text!r} is a {self.source.kind} "
@@ -98,6 +103,7 @@ class Session:
     @cached_property
     def unet(self) -> Any:
         """The U-Net with its weights, on the device and in eval mode."""
+        known_conditions(self.source.config)
         if self.source.is_pipeline:
             return self.pipeline.unet
         return load_unet(self.source, device=self.device, dtype=self.dtype)
