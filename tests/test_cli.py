@@ -401,6 +401,7 @@ def test_every_setting_is_shown_with_its_meaning_and_who_reads_it() -> None:
     text = answer("config", "--show").stdout
     assert "steps of AdamW" in text
     assert '["block", "pair", "stage"]' in text
+    assert max(map(len, text.splitlines())) <= 120  # no terminal: it may go to a file or a pager
 
 
 def test_settings_are_shown_with_the_values_that_a_job_would_have(

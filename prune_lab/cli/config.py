@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import textwrap
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +14,8 @@ from prune_lab.cli.application import app
 from prune_lab.cli.output import emit
 from prune_lab.cli.run_context import assigned, settings_of
 from prune_lab.config import SETTINGS, RunConfig, setting_values, to_toml, toml_literal, with_settings
+
+_WIDTH = 120  # of what is not printed on a terminal, which has a width of its own
 
 
 @app.command()
@@ -33,10 +38,22 @@ def config(
         settings = settings_of("", run, file, assign, {})
     else:
         settings = with_settings(RunConfig(), assigned(assign, {}))
-    if show or as_json:
+    if show and not as_json and not wide and not sys.stdout.isatty():
+        typer.echo("\n".join(_lines(_rows(settings, asked, as_json))))
+    elif show or as_json:
         emit("settings", _rows(settings, asked, as_json), as_json=as_json, wide=wide, title="Settings")
     else:
         typer.echo(to_toml(settings), nl=False)
+
+
+def _lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """The settings for a file or a pager: a line for each and its meaning below, at most 120 characters wide."""
+    for row in rows:
+        value = f"{row['value']}, default " if "value" in row else ""
+        yield f"{row['setting']} = {value}{row['default']}  (read by {row['read_by']})"
+        yield from textwrap.wrap(
+            row["meaning"], _WIDTH, initial_indent="    ", subsequent_indent="    ", break_long_words=False
+        )
 
 
 def _rows(settings: RunConfig, asked: bool, as_json: bool) -> list[dict[str, Any]]:

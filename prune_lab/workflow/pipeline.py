@@ -73,8 +73,9 @@ def run_all(config: RunConfig, folder: Path, *, force: bool = False) -> Ranking:
 def steps_frame(config: RunConfig, folder: Path) -> pd.DataFrame:
     """One row per step as ``run_all`` would find it: step, state (done, to do, redo, or n of m), does."""
     run = open_run(folder, must_exist=False)
-    changed = affecting(changed_settings(load_run_config(run), config)) if run.config.is_file() else ()
-    stale = {step.name for step in steps_from(first_affected(changed))} if changed else set()
+    known = load_run_config(run) if run.config.is_file() else config
+    changed = affecting(changed_settings(known, config))
+    stale = {step.name for step in steps_from(first_affected(changed, known))} if changed else set()
     rows = []
     for step in STEPS:
         marks = step.marks(run)

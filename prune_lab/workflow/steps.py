@@ -10,10 +10,11 @@ from pathlib import Path
 from prune_lab.config import SETTINGS, SHIPPED, DataConfig, RunConfig, changed_settings, to_toml
 from prune_lab.distill import CACHE_INDEX, is_cache
 from prune_lab.errors import RunError, StorageError
+from prune_lab.importance import NEEDS_PIPELINE
 from prune_lab.models import model_digest, resolve_model
 from prune_lab.runs import FORMAT, Run, load_run_config, open_run
 from prune_lab.runtime import Environment, read_json, write_json, write_text
-from prune_lab.session import Session, ensure_data, ensure_probe
+from prune_lab.session import Session, ensure_data, ensure_probe, origin_of
 from prune_lab.workflow.distilling import ensure_distilled
 from prune_lab.workflow.measuring import (
     ensure_blocks,
@@ -160,9 +161,22 @@ def affecting(changed: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in changed if not SETTINGS[name].free)
 
 
-def first_affected(changed: Iterable[str]) -> str:
-    """The first step that reads one of the ``changed`` settings."""
+def _reads_evaluation(config: RunConfig) -> str:
+    """The first step that draws or judges pictures with the settings of ``[evaluate]``; empty: as they are declared."""
+    if config.probe.prompts or origin_of(config, resolve_model(config.model)) == "drawn":
+        return "probe"
+    if NEEDS_PIPELINE & {config.score.criterion, *config.score.also}:
+        return "scores"
+    return "distilled" if config.rank.eta and config.rank.clip else ""
+
+
+def first_affected(changed: Iterable[str], config: RunConfig | None = None) -> str:
+    """The first step that reads one of the ``changed`` settings; some are read earlier under other settings of
+    ``config``.
+    """
     readers = {SETTINGS[name].read_by for name in changed}
+    if config is not None and any(name.startswith("evaluate.") for name in changed):
+        readers.add(_reads_evaluation(config))
     return next(step.name for step in STEPS if step.name in readers)
 
 
@@ -228,7 +242,7 @@ def start_run(config: RunConfig, folder: Path, *, force: bool = False) -> Run:
     elif changed:
         touched = affecting(changed)
         if touched:
-            name = first_affected(touched)
+            name = first_affected(touched, load_run_config(run))
             if not force and any(run.done(path) for step in steps_from(name) for path in step.products(run)):
                 raise RunError(
                     f"run {folder} was made with other settings of {', '.join(touched)}; give another --run folder, "
