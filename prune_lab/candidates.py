@@ -105,9 +105,9 @@ def build_candidate(
                     load_unet(teacher), plan, hand_over=True
                 )  # says why a source without weights will not do
                 if unet_folder is None
-                else materialise_from_folder(unet_folder, plan)
+                else materialise_from_folder(unet_folder, plan, variant=teacher.variant)
             )
-            provenance = {"source": teacher.text, "source_digest": model_digest(teacher)}
+            provenance = {**teacher.origin, "source_digest": model_digest(teacher)}
             original = original_of(teacher, plan) if unet_folder else None
         else:
             student = materialise(teacher, plan)

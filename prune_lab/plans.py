@@ -152,7 +152,7 @@ def read_plans(text: str, architecture: Architecture) -> tuple[PruningPlan, ...]
         )
     if path.suffix == ".txt":
         try:
-            lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+            lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
         except OSError as error:
             raise PlanError(f"asked to read plans from {path}: {error.strerror}; check the path") from None
         return tuple(parse_plan(line, architecture) for line in lines if line)

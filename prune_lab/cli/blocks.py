@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from prune_lab.cli import options
 from prune_lab.cli.application import app
-from prune_lab.cli.options import JsonOption, ModelArgument, WideOption
 from prune_lab.cli.output import emit, records
+from prune_lab.cli.run_context import model_found
 
 
 @app.command()
-def blocks(model: ModelArgument, as_json: JsonOption = False, wide: WideOption = False) -> None:
+def blocks(
+    model: options.ModelArgument,
+    revision: options.RevisionOption = "",
+    subfolder: options.SubfolderOption = "",
+    variant: options.VariantOption = "",
+    as_json: options.JsonOption = False,
+    wide: options.WideOption = False,
+) -> None:
     """List the blocks of MODEL: kind, channels, parameters, MACs, and whether each can be removed."""
     from prune_lab.blocks import UNKNOWN_LATENT, blocks_frame
-    from prune_lab.models import resolve_model
 
-    architecture = resolve_model(model).architecture
+    architecture = model_found(model, revision=revision, subfolder=subfolder, variant=variant).architecture
     title = f"Blocks of {model}"
     if architecture.outline.config.get("sample_size") is None:
         side = UNKNOWN_LATENT

@@ -10,7 +10,7 @@ import typer
 from prune_lab.cli import options
 from prune_lab.cli.application import app
 from prune_lab.cli.output import emit, records
-from prune_lab.runs import open_run
+from prune_lab.runs import Run, open_run
 
 
 @app.command()
@@ -33,9 +33,9 @@ def compare(
     from prune_lab.workflow import Session, compared_plans, comparison
 
     first, *plans = targets
-    run = open_run(Path(first), must_exist=False)
+    run = Run(Path(first))
     if plans and run.config.is_file() and not any(Path(text).is_dir() for text in plans):
-        frame, maps = compared_plans(Session(run), plans)
+        frame, maps = compared_plans(Session(open_run(run.folder, must_exist=True)), plans)
         emit("plans compared", records(frame), as_json=as_json, wide=wide, title=f"Plans compared, {first}")
         if not as_json:
             typer.echo("\n".join(("", *maps)))

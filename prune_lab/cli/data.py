@@ -53,6 +53,9 @@ def make_data(
     pictures: Annotated[
         int, typer.Option("--pictures", help="Decode the first of them to PNG, in OUT/pictures.", min=0)
     ] = 0,
+    revision: options.RevisionOption = "",
+    subfolder: options.SubfolderOption = "",
+    variant: options.VariantOption = "",
     config: options.ConfigOption = None,
     assign: options.SetOption = [],  # noqa: B006 - typer makes a new list for every call
     device: options.DeviceOption = None,
@@ -77,6 +80,7 @@ def make_data(
     }
     encoding |= {"data.image_column": image_column, "data.caption_column": caption_column}
     asked = drawing | encoding | {"data.batch": batch, "dtype": dtype}
+    asked |= options.found_by(revision, subfolder, variant)
     settings = settings_of(model, None, config, assign, asked, device=device, seed=seed)
     _check_one_way(settings, drawing, encoding, given=config is not None)
     if settings.data.source:
@@ -137,14 +141,14 @@ def _build(settings: RunConfig, out: Path, *, force: bool, pictures: int) -> Cac
     import diffusers
 
     from prune_lab.distill import build_cache, check_draws_from_text, draw_cache, preview, source_of
-    from prune_lab.models import load_pipeline, resolve_model
+    from prune_lab.models import configured_model, load_pipeline
     from prune_lab.models.silence import quiet
     from prune_lab.processes import init_processes, is_main
     from prune_lab.prompts import read_prompts
     from prune_lab.runtime import pick_device, pick_dtype, progress_shown, read_json
 
     init_processes()  # first: it gives each process its GPU
-    model = resolve_model(settings.model)
+    model = configured_model(settings)
     if not model.is_pipeline or model.folder is None:
         raise RunError(
             f"asked for training data of {settings.model!r}, a {model.kind} without text encoder and VAE; "

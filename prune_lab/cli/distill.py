@@ -32,6 +32,9 @@ def distill(
         Path | None,
         typer.Option("--out", help="Pipeline folder to write the student to; of several, a folder for each."),
     ] = None,
+    revision: options.RevisionOption = "",
+    subfolder: options.SubfolderOption = "",
+    variant: options.VariantOption = "",
     run: options.RunOption = None,
     config: options.ConfigOption = None,
     assign: options.SetOption = [],  # noqa: B006
@@ -64,10 +67,19 @@ def distill(
         "distill.batch": batch,
         "distill.learning_rate": learning_rate,
     }
-    settings = settings_of(model, folder, config, assign, asked, device=device, seed=seed)
+    found_by = options.found_by(revision, subfolder, variant)
+    settings = settings_of(model, folder, config, assign, {**asked, **found_by}, device=device, seed=seed)
     if fresh:
         plans_only = dataclasses.replace(settings.search, budgets=(), controls=tuple(plan))
         settings = dataclasses.replace(settings, search=plans_only)
+    from prune_lab.models import configured_model
+
+    source = configured_model(settings)
+    if not source.is_pipeline:
+        raise RunError(
+            f"asked to distil students of {settings.model}, a U-Net alone (kind: {source.kind}); pictures and captions "
+            "are encoded with a VAE and a text encoder: give a pipeline folder or a hub id"
+        )
     init_processes()
     with run_opened(settings, folder, force=force) as opened:
         from accelerate import PartialState

@@ -9,7 +9,7 @@ import typer
 from prune_lab.cli import options
 from prune_lab.cli.application import app
 from prune_lab.cli.output import emit, records
-from prune_lab.cli.run_context import run_opened, settings_of
+from prune_lab.cli.run_context import model_found, run_opened, settings_of
 from prune_lab.errors import RunError
 from prune_lab.runs import open_run
 
@@ -22,6 +22,9 @@ def evaluate(
         list[str], typer.Option("--prompt", help="What to draw; may be repeated; default: held-out captions.")
     ] = [],  # noqa: B006
     data: options.DataOption = None,
+    revision: options.RevisionOption = "",
+    subfolder: options.SubfolderOption = "",
+    variant: options.VariantOption = "",
     run: options.RunOption = None,
     config: options.ConfigOption = None,
     assign: options.SetOption = [],  # noqa: B006
@@ -54,12 +57,19 @@ def evaluate(
         "data.source": data,
         "evaluate.seeds": () if seed is None else (seed,),
     }
-    from prune_lab.models import load_unet, resolve_model
+    from prune_lab.models import load_unet
 
+    found_by = options.found_by(revision, subfolder, variant)
     for text in models:
-        source = resolve_model(text)
+        source = model_found(text, revision=revision, subfolder=subfolder, variant=variant)
         settings = settings_of(
-            text if source.is_pipeline else base, None, config, assign, asked, device=device, seed=seed
+            text if source.is_pipeline else base,
+            None,
+            config,
+            assign,
+            {**asked, **(found_by if source.is_pipeline else {})},
+            device=device,
+            seed=seed,
         )
         with run_opened(settings, None) as opened:
             from prune_lab.workflow import Session, quality

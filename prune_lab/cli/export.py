@@ -10,6 +10,7 @@ import typer
 from prune_lab.cli import options
 from prune_lab.cli.application import app
 from prune_lab.cli.output import emit
+from prune_lab.cli.run_context import model_found
 
 
 @app.command()
@@ -17,6 +18,9 @@ def export(
     model: options.ModelArgument,
     to: Annotated[str, typer.Option("--to", help="Format: single-file (one .safetensors for ComfyUI).")],
     out: Annotated[Path, typer.Option("--out", help="File to write.")],
+    revision: options.RevisionOption = "",
+    subfolder: options.SubfolderOption = "",
+    variant: options.VariantOption = "",
     dtype: options.DtypeOption = None,
     force: options.ForceOption = False,
     as_json: options.JsonOption = False,
@@ -25,7 +29,6 @@ def export(
     """Write MODEL, a student or any other, in a format that other programs read."""
     from prune_lab.errors import UnsupportedModelError
     from prune_lab.export import EXPORT_TARGETS
-    from prune_lab.models import resolve_model
     from prune_lab.runtime import pick_dtype, progress_shown
 
     if to not in EXPORT_TARGETS:
@@ -33,8 +36,9 @@ def export(
             f"asked to export to {to!r}; formats that can be written: {', '.join(EXPORT_TARGETS)}"
         )
     chosen = pick_dtype(dtype) if dtype else None
+    source = model_found(model, revision=revision, subfolder=subfolder, variant=variant)
     with progress_shown():
-        exported = EXPORT_TARGETS[to](resolve_model(model), out, dtype=chosen, force=force)
+        exported = EXPORT_TARGETS[to](source, out, dtype=chosen, force=force)
     for line in exported.notes:
         typer.echo(f"note: {line}", err=True)
     row = {

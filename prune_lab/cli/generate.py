@@ -9,6 +9,7 @@ import typer
 
 from prune_lab.cli import options
 from prune_lab.cli.application import app
+from prune_lab.cli.run_context import model_found
 
 
 @app.command()
@@ -22,6 +23,9 @@ def generate(
     ] = 1,
     steps: Annotated[int, typer.Option("--steps", help="Denoising steps.", min=1)] = 25,
     guidance: Annotated[float, typer.Option("--guidance", help="Classifier-free guidance scale.")] = 7.5,
+    revision: options.RevisionOption = "",
+    subfolder: options.SubfolderOption = "",
+    variant: options.VariantOption = "",
     device: options.DeviceOption = None,
     dtype: options.DtypeOption = None,
     force: options.ForceOption = False,
@@ -30,7 +34,7 @@ def generate(
     from prune_lab.errors import StorageError
     from prune_lab.evaluation import generate as draw
     from prune_lab.evaluation import save_grid
-    from prune_lab.models import load_pipeline, resolve_model
+    from prune_lab.models import load_pipeline
     from prune_lab.runtime import pick_device, pick_dtype, progress_shown
 
     if out.suffix.lower() != ".png":
@@ -39,8 +43,11 @@ def generate(
         )
     if out.exists() and not force:
         raise StorageError(f"asked to write {out}, which is there already; give another name or --force")
+    source = model_found(model, revision=revision, subfolder=subfolder, variant=variant)
     pipeline = load_pipeline(
-        resolve_model(model), device=pick_device(device or "auto"), dtype=pick_dtype(dtype or "float32")
+        source,
+        device=pick_device(device or "auto"),
+        dtype=pick_dtype(dtype or "float32"),
     )
     seeds = tuple(range(seed, seed + count))
     with progress_shown():

@@ -16,6 +16,25 @@ MODEL_HELP = (
 
 ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")]
 OptionalModel = Annotated[str, typer.Argument(help=MODEL_HELP + " Or the folder of a run.", metavar="MODEL")]
+RevisionOption = Annotated[
+    str, typer.Option("--revision", help="Branch, tag or commit of a hub id; default: the newest.")
+]
+SubfolderOption = Annotated[
+    str, typer.Option("--subfolder", help="Folder inside of MODEL to read, such as unet or unet_ema.")
+]
+VariantOption = Annotated[
+    str, typer.Option("--variant", help="Weights to read: fp16, bf16, non_ema, ...; default: the plain ones.")
+]
+ReadVariantOption = Annotated[
+    str,
+    typer.Option(
+        "--read-variant", help="Weights of MODEL to read: fp16, non_ema, ...; default: the plain ones."
+    ),
+]
+RandomWeightsOption = Annotated[
+    bool,
+    typer.Option("--random-weights", help="Draw the weights with --seed: for a preset or a config.json."),
+]
 PlanOption = Annotated[
     list[str],
     typer.Option(
@@ -62,6 +81,17 @@ def for_setting(name: str, *flags: str) -> Any:
     """The option of a setting that is changed every day; its help is what the setting says of itself."""
     meaning = SETTINGS[name].meaning
     return typer.Option(*flags, help=f"{meaning[0].upper()}{meaning[1:]} ({name}).")
+
+
+def found_by(revision: str, subfolder: str, variant: str, random_weights: bool = False) -> dict[str, object]:
+    """The settings of how MODEL is found, by their names; None for what was not asked for."""
+    asked = {
+        "revision": revision,
+        "subfolder": subfolder,
+        "variant": variant,
+        "random_weights": random_weights,
+    }
+    return {name: value or None for name, value in asked.items()}
 
 
 # Which tables of settings a verb reads, and the options it had under other names than the settings have.

@@ -9,6 +9,7 @@ import typer
 from prune_lab.cli import options
 from prune_lab.cli.application import app
 from prune_lab.cli.output import emit, records
+from prune_lab.cli.run_context import model_found
 from prune_lab.config import PLAN_FILES
 from prune_lab.errors import PlanError
 
@@ -19,6 +20,10 @@ def profile(
     plan: options.PlanOption = [],  # noqa: B006 - typer makes a new list for every call
     steps: Annotated[int, typer.Option(help="Denoising steps of --pipeline.", min=1)] = 25,
     batch: Annotated[int, typer.Option(help="Pictures per call.", min=1)] = 1,
+    revision: options.RevisionOption = "",
+    subfolder: options.SubfolderOption = "",
+    variant: options.VariantOption = "",
+    random_weights: options.RandomWeightsOption = False,
     device: options.DeviceOption = None,
     dtype: options.DtypeOption = None,
     latency: Annotated[
@@ -51,7 +56,7 @@ def profile(
     MACs come in two conventions: "macs" is everything, "paper macs" leaves attention products out, as BK-SDM does. The
     latency of plans is measured in turns with the teacher's: the change is the median of the ratios within a round.
     """
-    from prune_lab.models import load_pipeline, load_unet, resolve_model
+    from prune_lab.models import load_pipeline, load_unet
     from prune_lab.plans import read_plans
     from prune_lab.profiling import (
         cost_table,
@@ -64,9 +69,11 @@ def profile(
 
     if (by_block or pipeline) and (plan or by_block == pipeline):
         raise PlanError("--blocks, --pipeline and --plan each give a table of their own; ask for one of them")
-    source = resolve_model(model)
+    source = model_found(
+        model, revision=revision, subfolder=subfolder, variant=variant, random_weights=random_weights
+    )
     place: dict[str, Any] = {"device": pick_device(device or "auto"), "dtype": pick_dtype(dtype or "float32")}
-    timed = source.has_weights if latency is None else latency
+    timed = source.has_weights or random_weights if latency is None else latency
     latent, pixels = picture_size(source, resolution)
     sizes: dict[str, Any] = {"batch": batch, "latent": latent, "tokens": tokens or source.tokens}
     with progress_shown():

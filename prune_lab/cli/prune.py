@@ -10,6 +10,7 @@ import typer
 from prune_lab.cli import options
 from prune_lab.cli.application import app
 from prune_lab.cli.output import emit
+from prune_lab.cli.run_context import model_found
 
 
 @app.command()
@@ -19,6 +20,9 @@ def prune(
         str, typer.Option("--plan", help='Plan: bk-small, "bk-base -Md", "-Dn1.R2 -Dn1.A2", plan.json.')
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    revision: options.RevisionOption = "",
+    subfolder: options.SubfolderOption = "",
+    read_variant: options.ReadVariantOption = "",
     dtype: options.DtypeOption = None,
     variant: Annotated[
         str,
@@ -36,7 +40,6 @@ def prune(
     Before the folder gets its name a process of its own loads it and compares it with MODEL without these blocks.
     """
     from prune_lab.errors import PlanError
-    from prune_lab.models import resolve_model
     from prune_lab.plans import native_layout, read_plans
     from prune_lab.profiling import cost_table
     from prune_lab.runtime import pick_dtype
@@ -44,7 +47,7 @@ def prune(
 
     if not dry_run:
         get_ready_to_prove()  # it imports meanwhile
-    source = resolve_model(model)
+    source = model_found(model, revision=revision, subfolder=subfolder, variant=read_variant)
     architecture = source.architecture
     plans = read_plans(plan, architecture)
     if len(plans) != 1:

@@ -47,6 +47,9 @@ def run(
     memory: options.MemoryLimit = "",
     plans: Annotated[int | None, options.for_setting("search.count", "--plans")] = None,
     data: options.DataOption = None,
+    revision: options.RevisionOption = "",
+    subfolder: options.SubfolderOption = "",
+    variant: options.VariantOption = "",
     assign: options.SetOption = [],  # noqa: B006
     device: options.DeviceOption = None,
     seed: options.SeedOption = None,
@@ -72,6 +75,7 @@ def run(
         "search.budgets": budgets_asked(macs, params, latency, memory),
         "search.count": plans,
         "data.source": data,
+        **options.found_by(revision, subfolder, variant),
     }
     place = {"device": device, "seed": seed}
     settings = _settings(model, folder, config, recipe, assign, asked, place)
@@ -111,7 +115,7 @@ def _settings(
     if recipe:
         path = recipe_path(recipe)
         if model:
-            _check_recipe(recipe, model)
+            _check_recipe(recipe, model, asked)
         return settings_of(model, None, path, assign, asked, **place)
     started = folder is not None and open_run(folder, must_exist=False).config.is_file()
     if config or started:
@@ -124,16 +128,24 @@ def _settings(
     from prune_lab.runtime import free_bytes, pick_device
     from prune_lab.workflow import settings_for
 
-    architecture, device = resolve_model(model).architecture, pick_device(place["device"] or "auto")
+    architecture, device = (
+        resolve_model(model, **_how(asked)).architecture,
+        pick_device(place["device"] or "auto"),
+    )
     base = settings_for(architecture, device, free_bytes(device), asked["data.source"] or "")
     return settings_of(model, None, None, assign, asked, **place, base=base)
 
 
-def _check_recipe(name: str, model: str) -> None:
+def _how(asked: dict[str, Any]) -> dict[str, Any]:
+    """How MODEL is to be found."""
+    return {name: asked[name] or "" for name in ("revision", "subfolder", "variant")}
+
+
+def _check_recipe(name: str, model: str, asked: dict[str, Any]) -> None:
     """Raise ConfigError, which names the recipes that fit, when ``model`` is built otherwise than the recipe's."""
     from prune_lab.models import resolve_model
 
-    wanted = resolve_model(model).architecture.signature
+    wanted = resolve_model(model, **_how(asked)).architecture.signature
     made_for = {one: load_config(recipe_path(one)).model for one in recipe_names()}
     fitting = [one for one in made_for if resolve_model(made_for[one]).architecture.signature == wanted]
     if name not in fitting:
@@ -145,13 +157,13 @@ def _check_recipe(name: str, model: str) -> None:
 
 def _estimated(settings: RunConfig, *, only_shown: bool) -> tuple[list[str], RunEstimate]:
     """What differs from the defaults, a line each, and what the run is expected to take."""
-    from prune_lab.models import resolve_model
+    from prune_lab.models import configured_model
     from prune_lab.runtime import free_bytes, pick_device, pick_dtype
     from prune_lab.session import origin_of
     from prune_lab.workflow import check_budgets, estimate, macs_per_second
 
     check_budgets(settings)
-    source, dtype = resolve_model(settings.model), pick_dtype(settings.dtype)
+    source, dtype = configured_model(settings), pick_dtype(settings.dtype)
     try:
         device = pick_device(settings.device)
         speed, free = macs_per_second(device, dtype), free_bytes(device)

@@ -1,4 +1,4 @@
-"""How verbs come to their settings and to a run folder."""
+"""How verbs come to their model, their settings and a run folder."""
 
 from __future__ import annotations
 
@@ -8,13 +8,35 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
 from prune_lab.config import SETTINGS, RunConfig, load_config, parse_assignment, with_settings
 from prune_lab.errors import ConfigError, RunError
 from prune_lab.processes import is_main
 from prune_lab.runs import open_run
 
 if TYPE_CHECKING:
+    from prune_lab.models import ModelSource
     from prune_lab.runs import Run
+
+
+def model_found(
+    text: str, *, revision: str = "", subfolder: str = "", variant: str = "", random_weights: bool = False
+) -> ModelSource:
+    """The model as ``resolve_model`` finds it; what is worth knowing of how it was found goes to stderr."""
+    from prune_lab.models import resolve_model
+
+    source = resolve_model(
+        text, revision=revision, subfolder=subfolder, variant=variant, random_weights=random_weights
+    )
+    for line in source.notes:
+        typer.echo(f"note: {line}", err=True)
+    return source
+
+
+def model_title(settings: RunConfig) -> str:
+    """The model of ``settings`` as titles of tables call it."""
+    return f"{settings.model}, random weights" if settings.random_weights else settings.model
 
 
 def assigned(assignments: Sequence[str], given: Mapping[str, object]) -> dict[str, object]:
@@ -72,7 +94,12 @@ def settings_of(
 
 def model_or_run(model: str, run: Path | None) -> tuple[str, Path | None]:
     """(model, run folder) where the argument may be the folder of a run."""
-    if model and run is None and open_run(Path(model), must_exist=False).config.is_file():
+    if (
+        Path(model).is_dir()
+        and model
+        and run is None
+        and open_run(Path(model), must_exist=False).config.is_file()
+    ):
         return "", Path(model)
     return model, run
 

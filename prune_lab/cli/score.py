@@ -10,7 +10,7 @@ import typer
 from prune_lab.cli import options
 from prune_lab.cli.application import app
 from prune_lab.cli.output import emit, records
-from prune_lab.cli.run_context import model_or_run, run_opened, settings_of
+from prune_lab.cli.run_context import model_or_run, model_title, run_opened, settings_of
 
 
 @app.command()
@@ -33,6 +33,10 @@ def score(
         Path | None,
         typer.Option("--out", help="CSV to write; with --compare a folder of tables and figures."),
     ] = None,
+    revision: options.RevisionOption = "",
+    subfolder: options.SubfolderOption = "",
+    variant: options.VariantOption = "",
+    random_weights: options.RandomWeightsOption = False,
     run: options.RunOption = None,
     config: options.ConfigOption = None,
     assign: options.SetOption = [],  # noqa: B006
@@ -55,7 +59,8 @@ def score(
         "probe.samples": samples,
         "data.source": data,
     }
-    settings = settings_of(model, run, config, assign, asked, device=device, seed=seed)
+    found_by = options.found_by(revision, subfolder, variant, random_weights)
+    settings = settings_of(model, run, config, assign, {**asked, **found_by}, device=device, seed=seed)
     with run_opened(settings, run, redo="scores" if force else "") as opened:
         from prune_lab.runtime import write_frame
         from prune_lab.workflow import Session, compared_criteria, ensure_scores, scores_frame
@@ -71,4 +76,4 @@ def score(
             if out:
                 write_frame(out, frame)
     kind, title = ("agreement", "Agreement of criteria") if compare else ("scores", "Importance")
-    emit(kind, records(frame), as_json=as_json, wide=wide, title=f"{title}, {settings.model}")
+    emit(kind, records(frame), as_json=as_json, wide=wide, title=f"{title}, {model_title(settings)}")

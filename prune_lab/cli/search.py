@@ -11,7 +11,7 @@ import typer
 from prune_lab.cli import options
 from prune_lab.cli.application import app
 from prune_lab.cli.output import emit, records
-from prune_lab.cli.run_context import budgets_asked, model_or_run, run_opened, settings_of
+from prune_lab.cli.run_context import budgets_asked, model_or_run, model_title, run_opened, settings_of
 from prune_lab.config import SETTINGS, changed_settings, load_config
 from prune_lab.errors import RunError
 from prune_lab.runs import open_run
@@ -31,6 +31,10 @@ def search(
         Path | None, typer.Option(help="importance.csv to search with, instead of scoring.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="JSON file to write the plans to.")] = None,
+    revision: options.RevisionOption = "",
+    subfolder: options.SubfolderOption = "",
+    variant: options.VariantOption = "",
+    random_weights: options.RandomWeightsOption = False,
     run: options.RunOption = None,
     config: options.ConfigOption = None,
     assign: options.SetOption = [],  # noqa: B006
@@ -52,7 +56,10 @@ def search(
         "data.source": data,
         "search.solver": solver,
     }
-    settings = settings_of(model, lender or run, config, assign, asked, device=device, seed=seed)
+    found_by = options.found_by(revision, subfolder, variant, random_weights)
+    settings = settings_of(
+        model, lender or run, config, assign, {**asked, **found_by}, device=device, seed=seed
+    )
     from prune_lab.runtime import progress_shown
     from prune_lab.workflow import check_budgets, check_controls
 
@@ -80,4 +87,4 @@ def search(
         frame = plans_frame(session)
         if out:
             write_json(out, [plan.to_json() for plan in found])
-    emit("plans", records(frame), as_json=as_json, wide=wide, title=f"Plans for {settings.model}")
+    emit("plans", records(frame), as_json=as_json, wide=wide, title=f"Plans for {model_title(settings)}")

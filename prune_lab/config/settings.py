@@ -343,6 +343,18 @@ class RunConfig:
         "reference, a preset, a pipeline or U-Net folder, a config.json, or a hub id",
         read_by="blocks",
     )
+    revision: str = setting(
+        "", "branch, tag or commit of a model on a hub; empty: the newest", read_by="blocks"
+    )
+    subfolder: str = setting(
+        "", "folder of the U-Net or pipeline inside of the model, such as unet_ema", read_by="blocks"
+    )
+    variant: str = setting(
+        "", "variant of the weights, such as fp16 or non_ema; empty: the plain ones", read_by="blocks"
+    )
+    random_weights: bool = setting(
+        False, "draw the weights of the U-Net with seed instead of reading them", read_by="blocks"
+    )
     device: str = setting(
         "auto",
         "auto, cpu, mps, cuda or cuda:N; auto: the first there is of CUDA, MPS and CPU",

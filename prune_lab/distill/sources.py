@@ -32,7 +32,7 @@ from prune_lab.distill.image_source import (
     texts_in,
 )
 from prune_lab.errors import DataError
-from prune_lab.models.sources import HUB_ID
+from prune_lab.models.hub import HUB_ID
 from prune_lab.runtime import seeded
 from prune_lab.text_tables import TABLE_SUFFIXES
 

@@ -5,6 +5,7 @@ A family is a row of functions about one diffusers class. Everything else asks i
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,7 +66,7 @@ def family_of(source: nn.Module | Mapping[str, Any]) -> Family:
     Raises UnsupportedModelError when its class has none, or a config does not name its class.
     """
     name = source.get(CLASS_NAME) if isinstance(source, Mapping) else type(source).__name__
-    if name is None or name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         found = f"a model of class {name}" if name else f"a config without {CLASS_NAME}"
         raise UnsupportedModelError(
             f"asked for the blocks of a model, found {found}; supported is {', '.join(FAMILIES)}"
@@ -79,10 +80,16 @@ def meta_unet(config: Mapping[str, Any]) -> Any:
     Raises UnsupportedModelError when diffusers cannot build it.
     """
     model_class: Any = family_of(config).model_class()
+    # What diffusers does not know, such as the state of a moving average, it would leave out with a warning.
+    known = {CLASS_NAME, *inspect.signature(model_class.__init__).parameters}
+    settings = {name: value for name, value in plain_config(config).items() if name in known}
     try:
         with torch.device("meta"):
-            return model_class.from_config(plain_config(config)).eval()
-    except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+            return model_class.from_config(settings).eval()
+    except (
+        *(TypeError, ValueError, LookupError, AttributeError),
+        *(ArithmeticError, RuntimeError, AssertionError),
+    ) as error:
         # diffusers checks a config by building it; what it says is about the config's own keys
         raise UnsupportedModelError(
             f"asked to build a {model_class.__name__} from its config, diffusers refuses it "

@@ -11,13 +11,20 @@ from prune_lab.models.files import weight_files
 from prune_lab.models.kinship import of_shipped_family
 from prune_lab.models.loading import load_pipeline, load_unet
 from prune_lab.models.scorer import ScorerChoice, ScorerInputs, choose_scorer, load_scorer
-from prune_lab.models.sources import ModelSource, model_digest, preset_config, resolve_model
+from prune_lab.models.sources import (
+    ModelSource,
+    configured_model,
+    model_digest,
+    preset_config,
+    resolve_model,
+)
 
 __all__ = [
     "ModelSource",
     "ScorerChoice",
     "ScorerInputs",
     "choose_scorer",
+    "configured_model",
     "load_pipeline",
     "load_scorer",
     "load_unet",

@@ -26,9 +26,10 @@ from prune_lab.errors import (
     UnsupportedModelError,
 )
 from prune_lab.models.files import json_object, read_header, weight_files
+from prune_lab.models.hub import HUB_ID, hub_folder
 from prune_lab.models.kinship import of_shipped_family
 from prune_lab.models.silence import quiet
-from prune_lab.models.sources import HUB_ID, ModelSource, hub_folder, shipped
+from prune_lab.models.sources import ModelSource, shipped
 
 # The CLIP models whose text towers the text encoders of Stable Diffusion are, by layers and width.
 _CLIP_OF_ENCODER = {

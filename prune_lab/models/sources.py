@@ -7,36 +7,21 @@ import difflib
 import functools
 import hashlib
 import json
-import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from prune_lab.assets import reference_folder
 from prune_lab.blocks import Architecture, architecture_of
-from prune_lab.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
-from prune_lab.families import CLASS_NAME, CLIP_TOKENS, FAMILIES, meta_unet, plain_config
-from prune_lab.models.files import PICKLED, json_object, read_header, weight_files
-from prune_lab.models.silence import quiet
+from prune_lab.config import RunConfig
+from prune_lab.errors import ModelFormatError, ModelNotFoundError
+from prune_lab.families import CLIP_TOKENS
+from prune_lab.models.files import PICKLED, json_object, weight_files
+from prune_lab.models.folders import checked_config, checked_pipeline, checked_unet
+from prune_lab.models.hub import HUB_ID, commit_of, hub_folder
 
 SourceKind = Literal["reference", "preset", "pipeline", "unet", "config"]
 
 PRESETS = ("sd-v1.4", "sd-v1.5", "sd-v2.1-base", "sd-v2.1", "sdxl-base")
-SUPPORTED_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-# Root folders of SD repositories also hold whole checkpoints of several GB in one file: not these.
-_WEIGHTS = ("*/*.safetensors", "diffusion_pytorch_model*.safetensors", "model*.safetensors")
-_HUB_FILES = ["*.json", "*.txt", *_WEIGHTS]
-_HUB_VARIANTS = ["*.fp16*", "*non_ema*", "safety_checker/*"]
-# What diffusers raises, all of it unplanned, when it builds a U-Net from a config that makes no sense.
-_BUILD_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
-# Components that a pipeline can do without, and that say nothing about its U-Net.
-LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
-
-
-def pipeline_components(parts: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The components that are read, each with its library and class, of the ``parts`` in a model_index.json."""
-    return {part: value for part, value in parts.items() if isinstance(value, list) and part not in LEFT_OUT}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,6 +32,12 @@ class ModelSource:
     kind: SourceKind
     folder: Path | None  # of the pipeline or U-Net; None where there is structure only
     config: dict[str, Any]
+    revision: str = ""  # the commit of the hub where it is known, else what was asked for
+    subfolder: str = ""  # of ``text``, in which ``folder`` lies
+    variant: str = ""  # of the U-Net's weights, such as fp16; empty for the plain ones
+    asked_variant: str = ""  # what was asked for; parts that have no such variant are read as they are
+    random_seed: int | None = None  # weights are drawn with it; None: they are read
+    notes: tuple[str, ...] = ()  # what the user should be told of how it was found
 
     @property
     def has_weights(self) -> bool:
@@ -62,9 +53,11 @@ class ModelSource:
     def tokens(self) -> int:
         """Length of the text that the U-Net reads: the most a pipeline's text encoder takes, else CLIP's 77."""
         if self.folder is not None and self.is_pipeline:
-            encoder = self.folder / "text_encoder" / "config.json"
-            if encoder.is_file():
-                return int(json_object(encoder).get("max_position_embeddings", CLIP_TOKENS))
+            for part in ("text_encoder", "text_encoder_2"):
+                encoder = self.folder / part / "config.json"
+                if encoder.is_file():
+                    found = json_object(encoder).get("max_position_embeddings")
+                    return found if isinstance(found, int) else CLIP_TOKENS
         return CLIP_TOKENS
 
     @property
@@ -77,6 +70,25 @@ class ModelSource:
         """The folder with the config and weights of the U-Net."""
         return self.folder / "unet" if self.folder is not None and self.is_pipeline else self.folder
 
+    @property
+    def unet_files(self) -> tuple[Path, ...]:
+        """The safetensors files that together hold the weights of the U-Net; none where there is structure only."""
+        return () if self.unet_folder is None else weight_files(self.unet_folder, self.variant)
+
+    @property
+    def origin(self) -> dict[str, object]:
+        """Where the model is from, for the record of what is made of it: ``source`` and what else was asked for."""
+        known: dict[str, object] = {
+            "revision": self.revision,
+            "subfolder": self.subfolder,
+            "variant": self.variant,
+        }
+        found: dict[str, object] = {
+            "source": self.text,
+            **{name: value for name, value in known.items() if value},
+        }
+        return found if self.random_seed is None else found | {"random_weights": self.random_seed}
+
 
 @functools.lru_cache(maxsize=64)
 def _file_digest(path: Path, size: int, modified: int) -> bytes:
@@ -86,106 +98,20 @@ def _file_digest(path: Path, size: int, modified: int) -> bytes:
 
 
 def model_digest(source: ModelSource) -> str:
-    """16 hexadecimal digits over the config and every byte of the weights of the U-Net."""
+    """16 hexadecimal digits over the config and every byte of the weights of the U-Net, or the seed of random ones."""
     settings = {name: value for name, value in source.config.items() if not name.startswith("_")}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    if source.unet_folder is not None:
-        for path in weight_files(source.unet_folder):
-            status = path.stat()
-            digest.update(_file_digest(path, status.st_size, status.st_mtime_ns))
+    if source.random_seed is not None:
+        digest.update(f"random weights {source.random_seed}".encode())
+    for path in source.unet_files:
+        status = path.stat()
+        digest.update(_file_digest(path, status.st_size, status.st_mtime_ns))
     return digest.hexdigest()[:16]
 
 
 def preset_config(name: str) -> dict[str, Any]:
     """The settings of the U-Net of a preset, as its authors published them."""
     return json_object(Path(__file__).resolve().parent.parent / "presets" / f"{name}.json")
-
-
-def _unet_config(path: Path) -> dict[str, Any]:
-    config = json_object(path)
-    name = config.get(CLASS_NAME)
-    if name not in FAMILIES:
-        found = f"a model of class {name}" if name else f"no {CLASS_NAME}"
-        raise UnsupportedModelError(
-            f"asked for a U-Net, found {found} in {path}; supported is {', '.join(FAMILIES)}"
-        )
-    return config
-
-
-@functools.lru_cache(maxsize=16)
-def _tensor_shapes(config: str, path: Path) -> Mapping[str, tuple[int, ...]]:
-    try:
-        unet = meta_unet(json.loads(config))
-    except _BUILD_ERRORS as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnsupportedModelError(
-            f"no U-Net can be built from {path}: {reason}; give the config.json that save_pretrained wrote"
-        ) from None
-    return {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
-
-
-def _check_weights(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise ModelFormatError unless the files in ``folder`` hold exactly the tensors that ``config`` describes."""
-    found: dict[str, tuple[int, ...]] = {}
-    for path in weight_files(folder):
-        found |= {name: shape for name, (_, shape) in read_header(path).items()}
-    wanted = _tensor_shapes(json.dumps(plain_config(config), sort_keys=True), folder / "config.json")
-    complaints = [f"{name} is missing" for name in wanted if name not in found]
-    complaints += [f"{name} is not part of that U-Net" for name in found if name not in wanted]
-    complaints += [
-        f"{name} is {list(found[name])} instead of {list(shape)}"
-        for name, shape in wanted.items()
-        if name in found and found[name] != shape
-    ]
-    if complaints:
-        more = f" and {len(complaints) - 1} more" if len(complaints) > 1 else ""
-        raise ModelFormatError(
-            f"the weights in {folder} do not fit its config.json: tensor {complaints[0]}{more}; "
-            "fetch both from the same place again"
-        )
-
-
-def _checked_pipeline(index: Path) -> dict[str, Any]:
-    """The config of the U-Net of the pipeline that ``index`` describes, after checking all its parts."""
-    parts = json_object(index)
-    name = parts.get("_class_name")
-    if not isinstance(name, str) or name not in SUPPORTED_PIPELINES:
-        raise UnsupportedModelError(
-            f"{index} describes a pipeline of class {name!r}; supported are {', '.join(SUPPORTED_PIPELINES)}"
-        )
-    components = pipeline_components(parts)
-    for part, value in components.items():
-        if len(value) != 2 or value[0] not in ("diffusers", "transformers", None):
-            raise UnsupportedModelError(
-                f"{index} wants code of its own for {part} ({value}), which is never run here; supported are "
-                "pipelines made of diffusers and transformers classes"
-            )
-    unet = _unet_config(index.parent / "unet" / "config.json")
-    _check_weights(index.parent / "unet", unet)
-    for part, (library, _) in components.items():
-        folder = index.parent / part
-        if library is None or part == "unet":
-            continue
-        if not folder.is_dir():
-            raise ModelFormatError(f"{index} lists {part}, but {folder} is not there; fetch it again")
-        if (folder / "config.json").is_file():  # tokenizers and schedulers have no weights
-            for path in weight_files(folder):
-                read_header(path)
-    return unet
-
-
-def _from_folder(text: str, folder: Path, kind: Literal["reference"] | None = None) -> ModelSource:
-    index = folder / "model_index.json"
-    if index.is_file():
-        return ModelSource(text, kind or "pipeline", folder, _checked_pipeline(index))
-    if not (folder / "config.json").is_file():
-        raise ModelFormatError(
-            f"asked for the model in {folder}, found neither model_index.json (a pipeline) nor config.json (a U-Net) "
-            "there; give the folder that save_pretrained wrote"
-        )
-    config = _unet_config(folder / "config.json")
-    _check_weights(folder, config)
-    return ModelSource(text, "unet", folder, config)
 
 
 def shipped(folder: Path) -> Path:
@@ -198,44 +124,66 @@ def shipped(folder: Path) -> Path:
     return folder
 
 
-def hub_folder(text: str) -> Path:
-    """The local copy of the hub repository ``text``: its JSON, safetensors and tokenizer files, never code.
+# Finding ---------------------------------------------------------------------------------------------------------
 
-    Raises ModelNotFoundError when the hub has no such repository or cannot be reached.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+def _from_folder(text: str, folder: Path, *, variant: str = "", subfolder: str = "") -> ModelSource:
+    inner = folder / subfolder if subfolder else folder
+    kind: SourceKind = "unet"
+    if (inner / "model_index.json").is_file():
+        kind = "pipeline"
+        config, found = checked_pipeline(inner / "model_index.json", variant)
+    elif subfolder and not inner.is_dir():
+        inside = sorted(
+            path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
+        )
+        raise ModelFormatError(
+            f"asked for the subfolder {subfolder} of {folder}, which has {', '.join(inside) or 'none'}; "
+            "give one of these with --subfolder"
+        )
+    else:
+        config, found = checked_unet(inner, variant)
+    notes = (
+        ()
+        if found == variant
+        else (f"the weights of the U-Net are the variant {found}, the only one in {inner}",)
+    )
+    return ModelSource(
+        text, kind, inner, config, subfolder=subfolder, variant=found, asked_variant=variant, notes=notes
+    )
+
+
+def _refuse_what_means_nothing(text: str, what: str, **asked: str) -> None:
+    for name, value in asked.items():
+        if value:
+            raise ModelNotFoundError(
+                f"asked for the {name} {value} of {text}, which is {what} and has none; leave --{name} out"
+            )
+
+
+def _path(text: str) -> Path:
+    path = Path(text)
     try:
-        with quiet():
-            folder = Path(snapshot_download(text, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_VARIANTS))
-            unet = folder / "unet" if (folder / "model_index.json").is_file() else folder
-            if not any(unet.glob("*.safetensors")):  # some repositories have the half-precision files only
-                folder = Path(snapshot_download(text, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        reason = f"it answered {status}" if status else "it cannot be reached"
-        raise ModelNotFoundError(
-            f"asked for the model {text!r}, found no such folder here; as a name on the hub, {reason} "
-            f"({type(error).__name__}); give a local folder, reference, or a preset ({', '.join(PRESETS)})"
-        ) from None
-    return folder
+        return path.expanduser()
+    except RuntimeError:  # the home of somebody who is not known here
+        return path
 
 
-def resolve_model(text: str) -> ModelSource:
-    """The model that ``text`` names, its files checked as far as can be without loading them.
-
-    Raises ModelNotFoundError when nothing has that name, ModelFormatError when its files are damaged or pickled,
-    UnsupportedModelError when it is a class whose blocks are not known here.
-    """
+def _found(text: str, revision: str, subfolder: str, variant: str) -> ModelSource:
+    asked = {"subfolder": subfolder, "variant": variant}
     if text == "reference":
-        return _from_folder(text, shipped(reference_folder()), kind="reference")
+        _refuse_what_means_nothing(text, "the shipped model", revision=revision, **asked)
+        return dataclasses.replace(_from_folder(text, shipped(reference_folder())), kind="reference")
     if text in PRESETS:
+        _refuse_what_means_nothing(text, "a preset", revision=revision, **asked)
         return ModelSource(text, "preset", None, preset_config(text))
-    path = Path(text).expanduser()
+    path = _path(text)
+    if text and path.exists():
+        _refuse_what_means_nothing(text, "on this machine", revision=revision)
     if path.suffix == ".safetensors" and path.is_file():
         from prune_lab.models.single_file import unpacked
 
+        _refuse_what_means_nothing(text, "a single file", **asked)
         return _from_folder(text, unpacked(path, preset_config))
     if path.suffix in PICKLED and path.is_file():
         raise ModelFormatError(
@@ -243,14 +191,79 @@ def resolve_model(text: str) -> ModelSource:
             "(its owner may offer that already), or give a diffusers folder"
         )
     if path.is_file():
-        return ModelSource(text, "config", None, _unet_config(path))
+        _refuse_what_means_nothing(text, "a file", **asked)
+        if path.name == "model_index.json":
+            return _from_folder(text, path.parent)
+        return ModelSource(text, "config", None, checked_config(path))
     if text and path.is_dir():
-        return _from_folder(text, path)
+        return _from_folder(text, path, **asked)
     if HUB_ID.fullmatch(text):
-        return _from_folder(text, hub_folder(text))
-    near = difflib.get_close_matches(text, ("reference", *PRESETS), n=1)
+        folder = hub_folder(text, revision=revision, **asked)
+        return dataclasses.replace(
+            _from_folder(text, folder, **asked), revision=commit_of(folder) or revision
+        )
     raise ModelNotFoundError(
-        f"asked for the model {text!r}, found no file or folder of that name; "
-        + (f"did you mean {near[0]}? " if near else "")
-        + f"Give reference, a preset ({', '.join(PRESETS)}), a folder, a config.json or a hub id (owner/name)"
+        f"asked for the model {text!r}, found no file or folder of that name; {_near(text, path)}"
+        f"Give reference, a preset ({', '.join(PRESETS)}), a folder, a config.json or a hub id (owner/name)"
+    )
+
+
+def _near(text: str, path: Path) -> str:
+    """A name like ``text`` that would be found; empty where there is none."""
+    near = difflib.get_close_matches(text, ("reference", *PRESETS), n=1)
+    if not near and path.parent.is_dir() and path.name:
+        beside = {one.name: str(one) for one in path.parent.iterdir()}
+        near = [beside[name] for name in difflib.get_close_matches(path.name, beside, n=1, cutoff=0.85)]
+    return f"did you mean {near[0]}? " if near else ""
+
+
+def resolve_model(
+    text: str,
+    *,
+    revision: str = "",
+    subfolder: str = "",
+    variant: str = "",
+    random_weights: bool = False,
+    seed: int = 0,
+) -> ModelSource:
+    """The model that ``text`` names, its files checked as far as can be without loading them.
+
+    ``revision`` is a branch, tag or commit of a hub repository, ``subfolder`` the folder inside of a U-Net or a
+    pipeline, ``variant`` that of the weights (fp16, non_ema, ...); without it the plain ones are read, or the only
+    ones. ``random_weights`` keeps the structure of the U-Net alone and draws its weights with ``seed``. Raises
+    ModelNotFoundError when nothing has that name, ModelFormatError when its files are damaged or pickled,
+    UnsupportedModelError when it is a class whose blocks are not known here.
+    """
+    if Path(subfolder).is_absolute() or ".." in Path(subfolder).parts:
+        raise ModelNotFoundError(
+            f"asked for the subfolder {subfolder} of {text}; give a folder inside of the model"
+        )
+    try:
+        found = _found(text, revision, subfolder.strip("/"), variant)
+    except (OSError, UnicodeError) as error:  # no name of a file, or it may not be read
+        reason = getattr(error, "strerror", None) or "it is no name of a file"
+        raise ModelNotFoundError(
+            f"asked for the model {text!r}: {reason}; check its name and who may read it"
+        ) from None
+    if not random_weights:
+        return found
+    note = f"the weights of {text} are random (seed {seed}): what is measured holds for its structure alone"
+    return dataclasses.replace(
+        found,
+        kind="preset" if found.kind == "preset" else "config",
+        folder=None,
+        random_seed=seed,
+        notes=(note,),
+    )
+
+
+def configured_model(config: RunConfig) -> ModelSource:
+    """The model that the settings of a run name, found as they say."""
+    return resolve_model(
+        config.model,
+        revision=config.revision,
+        subfolder=config.subfolder,
+        variant=config.variant,
+        random_weights=config.random_weights,
+        seed=config.seed,
     )

@@ -89,7 +89,7 @@ def read_json(path: Path) -> object:
     Raises StorageError when it is missing, DataError when it is not JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_bytes())  # bytes: a byte-order mark is skipped
     except OSError as error:
         raise StorageError(f"asked to read {path}: {error.strerror}; check the path") from None
     except ValueError as error:

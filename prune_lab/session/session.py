@@ -19,16 +19,16 @@ from prune_lab.models import (
     ModelSource,
     ScorerChoice,
     choose_scorer,
+    configured_model,
     load_pipeline,
     load_scorer,
     load_unet,
     of_shipped_family,
-    resolve_model,
 )
 from prune_lab.probes import Probe, load_probe, make_probe
 from prune_lab.prompts import Prompts, read_prompts
 from prune_lab.runs import Run, load_run_config
-from prune_lab.runtime import pick_device, pick_dtype
+from prune_lab.runtime import note, pick_device, pick_dtype
 from prune_lab.session.drawing import PromptParts, prompt_parts
 from prune_lab.session.own import OwnData
 from prune_lab.session.prompts import Pictures, shipped_rows
@@ -69,7 +69,10 @@ class Session:
     @cached_property
     def source(self) -> ModelSource:
         """The source of the model: shipped, preset, folder or hub."""
-        return resolve_model(self.config.model)
+        source = configured_model(self.config)
+        for line in source.notes:
+            note(line)
+        return source
 
     @cached_property
     def architecture(self) -> Architecture:

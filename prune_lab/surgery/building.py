@@ -67,14 +67,14 @@ def materialise_from_files(
 
 
 def materialise_from_folder(
-    folder: Path, plan: PruningPlan, *, dtype: torch.dtype | None = None
+    folder: Path, plan: PruningPlan, *, dtype: torch.dtype | None = None, variant: str = ""
 ) -> ModelMixin:
     """The smaller U-Net that ``plan`` leaves of the U-Net in ``folder``; see ``materialise_from_files``."""
     folder = Path(folder)
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise ModelFormatError(f"{folder / 'config.json'} is not a diffusers config; fetch the model again")
-    return materialise_from_files(config, weight_files(folder), plan, dtype=dtype)
+    return materialise_from_files(config, weight_files(folder, variant), plan, dtype=dtype)
 
 
 def predicted_shapes(config: Mapping[str, Any], plan: PruningPlan) -> dict[str, tuple[int, ...]]:

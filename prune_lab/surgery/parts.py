@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from prune_lab.errors import ModelFormatError
 from prune_lab.models import weight_files
 from prune_lab.models.files import json_object
+from prune_lab.models.folders import variant_of_part
 from prune_lab.runtime import write_json
 
 INDEX = "model_index.json"
@@ -105,19 +106,26 @@ def copy_texts(source: Path, target: Path) -> None:
             _copy_text(path, target / path.name)
 
 
-def _weights_of(folder: Path, class_name: str) -> tuple[Path, ...]:
+def _weights_of(folder: Path, class_name: str, asked: str) -> tuple[Path, ...]:
     """The files with weights of a component; none for tokenizers, schedulers and settings of pictures."""
     modelless = not (folder / "config.json").is_file() or "Tokenizer" in class_name
-    return () if modelless else weight_files(folder)
+    return () if modelless else weight_files(folder, variant_of_part(folder, asked))
 
 
 def copy_parts(
-    pipeline: Path, target: Path, *, unet: str, variant: str = "", dtype: torch.dtype | None = None
+    pipeline: Path,
+    target: Path,
+    *,
+    unet: str,
+    asked: str = "",
+    variant: str = "",
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write the pipeline folder into ``target`` without its U-Net, the component ``unet``.
 
     Parts that are not there, or whose weights are not in safetensors, are taken out of the index where a pipeline draws
-    without them. ``variant`` names the files, ``dtype`` converts them.
+    without them. ``asked`` is the variant that is read of the parts that have it; ``variant`` names the files that are
+    written, ``dtype`` converts them.
     """
     index = json_object(pipeline / INDEX)
     written: dict[str, Any] = {}
@@ -126,7 +134,7 @@ def copy_parts(
             written[part] = value
             continue
         try:
-            files = _weights_of(pipeline / part, str(value[-1]))
+            files = _weights_of(pipeline / part, str(value[-1]), asked)
             copy_texts(pipeline / part, target / part)
         except (ModelFormatError, FileNotFoundError):
             if part not in _OPTIONAL:

@@ -75,7 +75,7 @@ def save_unet(
 def original_of(source: ModelSource, plan: PruningPlan, dtype: torch.dtype | None = None) -> Original:
     """The U-Net of ``source`` as a proof reads it; ``dtype`` is the one that its tensors are converted to."""
     assert source.unet_folder is not None
-    return Original(source.config, weight_files(source.unet_folder), plan.removed, dtype)
+    return Original(source.config, source.unet_files, plan.removed, dtype)
 
 
 def prune_pipeline(
@@ -101,7 +101,7 @@ def prune_pipeline(
             "give a pipeline or U-Net folder"
         )
     provenance = {
-        "source": source.text,
+        **source.origin,
         "source_digest": model_digest(source),
         "plan": plan.text,
         "plan_id": plan.id,
@@ -112,7 +112,9 @@ def prune_pipeline(
         get_ready_to_prove()
         folder = temporary / _UNET if source.is_pipeline else temporary
         if source.is_pipeline:
-            copy_parts(source.folder, temporary, unet=_UNET, variant=variant, dtype=dtype)
+            copy_parts(
+                source.folder, temporary, unet=_UNET, asked=source.asked_variant, variant=variant, dtype=dtype
+            )
         student = materialise_from_files(source.config, original.files, plan, dtype=dtype)
         _write_unet(student, folder, plan, variant)
         del student  # one model at a time: the other process has its turn
@@ -152,7 +154,7 @@ def pipeline_with(source: ModelSource, unet_folder: Path, out: Path, *, force: b
         get_ready_to_prove()
         inside = source.is_pipeline and source.folder is not None
         if source.is_pipeline and source.folder is not None:
-            copy_parts(source.folder, temporary, unet=_UNET)
+            copy_parts(source.folder, temporary, unet=_UNET, asked=source.asked_variant)
         folder = temporary / _UNET if inside else temporary
         copy_texts(unet_folder, folder)
         copy_weights(files, folder, variant="", dtype=None)

@@ -11,7 +11,7 @@ from prune_lab.config import SETTINGS, SHIPPED, DataConfig, RunConfig, changed_s
 from prune_lab.distill import CACHE_INDEX, is_cache
 from prune_lab.errors import RunError, StorageError
 from prune_lab.importance import NEEDS_PIPELINE
-from prune_lab.models import model_digest, resolve_model
+from prune_lab.models import configured_model, model_digest
 from prune_lab.runs import FORMAT, Run, load_run_config, open_run
 from prune_lab.runtime import Environment, read_json, write_json, write_text
 from prune_lab.session import Session, ensure_data, ensure_probe, origin_of
@@ -163,7 +163,7 @@ def affecting(changed: Iterable[str]) -> tuple[str, ...]:
 
 def _reads_evaluation(config: RunConfig) -> str:
     """The first step that draws or judges pictures with the settings of ``[evaluate]``; empty: as they are declared."""
-    if config.probe.prompts or origin_of(config, resolve_model(config.model)) == "drawn":
+    if config.probe.prompts or origin_of(config, configured_model(config)) == "drawn":
         return "probe"
     if NEEDS_PIPELINE & {config.score.criterion, *config.score.also}:
         return "scores"
@@ -209,7 +209,7 @@ def _recorded_digest(run: Run) -> str:
 
 def _record(run: Run, config: RunConfig) -> None:
     environment = Environment.capture(config.device, config.dtype).as_dict()
-    digest = model_digest(resolve_model(config.model))
+    digest = model_digest(configured_model(config))
     write_json(run.environment, {"format": FORMAT} | environment | {"model_digest": digest})
     write_text(run.config, to_toml(config))
 
@@ -231,7 +231,7 @@ def start_run(config: RunConfig, folder: Path, *, force: bool = False) -> Run:
         return run
     changed = changed_settings(load_run_config(run), config)
     recorded = "" if "model" in changed else _recorded_digest(run)
-    if recorded and recorded != model_digest(resolve_model(config.model)):
+    if recorded and recorded != model_digest(configured_model(config)):
         if not force:
             raise RunError(
                 f"run {folder} was started with other weights of {config.model}; give another --run folder, "

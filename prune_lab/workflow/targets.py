@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from prune_lab.blocks import Architecture
 from prune_lab.config import AUTO, BUDGET_CONTROLS, RunConfig, SearchConfig
 from prune_lab.errors import BudgetError
-from prune_lab.models import resolve_model
+from prune_lab.models import configured_model
 from prune_lab.plans import PruningPlan, read_plans
 from prune_lab.profiling import cost_table
 from prune_lab.runtime import note
@@ -64,7 +64,7 @@ def check_controls(config: RunConfig) -> None:
 
     Needs no weights.
     """
-    architecture = resolve_model(config.model).architecture
+    architecture = configured_model(config).architecture
     controls_among(config.search, architecture)
     missing = named_plans(architecture)[1] if AUTO in config.search.controls else {}
     if missing:
@@ -120,7 +120,7 @@ def check_budgets(config: RunConfig) -> None:
     """Raise BudgetError when one of ``search.budgets`` cannot be read, or no native plan meets it; needs no weights."""
     if not config.search.budgets:
         return
-    architecture = resolve_model(config.model).architecture
+    architecture = configured_model(config).architecture
     costs, constraints = cost_table(architecture), constraints_of(config)
     for text in budgets_of(config, architecture):
         # latency and memory have to be measured first and are checked then

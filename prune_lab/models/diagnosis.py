@@ -1,0 +1,198 @@
+"""What is wrong with a model that is not what it should be, in words that show the way out.
+
+Each function looks at names, configs and headers alone, and either says what it found or says nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from prune_lab.errors import ModelFormatError, UnsupportedModelError
+from prune_lab.families import CLASS_NAME, FAMILIES
+from prune_lab.models.files import PICKLED, is_lfs_pointer, json_object, variants_among
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+_TRAINING_FILES = ("optimizer.bin", "optimizer.pt", "random_states_0.pkl", "training_args.bin", "scaler.pt")
+_DEEP = 3  # levels below the folder that was given on which a model is looked for
+_WIDE = 64  # folders of each of them that are looked at: somebody may give the root of a disk
+_MOST_SHOWN = 4
+
+# Git LFS ---------------------------------------------------------------------------------------------------------
+
+
+def refuse_pointers(folder: Path) -> None:
+    """Raise ModelFormatError where a file directly in ``folder`` is what Git keeps in place of a large one."""
+    read = (".json", ".safetensors", ".txt", ".model")
+    pointers = [
+        path.name
+        for path in sorted(folder.iterdir())
+        if path.suffix in read and path.is_file() and is_lfs_pointer(path)
+    ]
+    if pointers:
+        more = f" and {len(pointers) - 1} more" if len(pointers) > 1 else ""
+        raise ModelFormatError(
+            f"{folder / pointers[0]}{more} is a Git LFS pointer and not the file itself; "
+            "run git lfs pull in that folder, or fetch the model again"
+        )
+
+
+# Names of tensors ------------------------------------------------------------------------------------------------
+
+_WRAPPERS = {
+    "_orig_mod.": "the model was saved while compiled: save model._orig_mod, or unwrap it first",
+    "module.": "the model was saved inside its wrapper for many devices: save model.module, or unwrap it first",
+}
+_QUANTISED = (".absmax", ".quant_map", ".quant_state", ".SCB", ".scale_weight", ".qweight", ".qzeros")
+_FEW_BITS = ("U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E4M3FN", "I4", "U4", "F4")
+
+
+def wrapped(keys: Collection[str]) -> str:
+    """Says so where the names of all tensors begin with the name of what the model was wrapped in."""
+    for prefix, remedy in _WRAPPERS.items():
+        if keys and all(key.startswith(prefix) for key in keys):
+            how = "(accelerate: unwrap_model(model, keep_torch_compile=False).save_pretrained(...))"
+            return f"the names of its tensors begin with {prefix!r}: {remedy} {how}"
+    return ""
+
+
+def adapted(keys: Collection[str]) -> str:
+    """Says so where the tensors are those of an adapter, or a model with one attached."""
+    marks = (
+        ".lora_A.",
+        ".lora_B.",
+        "lora_up.",
+        "lora_down.",
+        ".lora.up.",
+        ".lora.down.",
+        ".alpha",
+        ".hada_w",
+    )
+    if not any(mark in key for key in keys for mark in marks[:-2]):
+        return ""
+    if all(any(mark in key for mark in marks) for key in keys):
+        return "it is a LoRA, an addition to a model: give the model itself"
+    return "a LoRA is attached to it: merge it first (PEFT: merge_and_unload, diffusers: fuse_lora), then save it"
+
+
+def quantised(header: Mapping[str, tuple[str, tuple[int, ...]]], config: Mapping[str, Any]) -> str:
+    """Says so where weights or config are those of a model whose numbers have 8 bits or fewer."""
+    remedy = "pruning needs the weights in float32, float16 or bfloat16: give the model that it was made from"
+    settings = config.get("quantization_config")
+    if settings:
+        how = (
+            settings.get("quant_method") or settings.get("quant_type")
+            if isinstance(settings, Mapping)
+            else None
+        )
+        bits = "4 bits, " if isinstance(settings, Mapping) and settings.get("load_in_4bit") else ""
+        return f"it is quantised ({bits}{how or 'quantization_config'}); {remedy}"
+    for key, (dtype, _) in header.items():
+        if dtype in _FEW_BITS:
+            return f"it is quantised ({key} is in {dtype}); {remedy}"
+    for key in header:
+        if key.endswith(_QUANTISED) or any(f"{mark}." in key for mark in _QUANTISED):
+            return f"it is quantised (it has {key}); {remedy}"
+    return ""
+
+
+def unusable(header: Mapping[str, tuple[str, tuple[int, ...]]], config: Mapping[str, Any]) -> str:
+    """The first of the reasons above for which these tensors are not read; empty where there is none."""
+    return wrapped(header) or adapted(header) or quantised(header, config)
+
+
+# Configs ---------------------------------------------------------------------------------------------------------
+
+
+def refuse_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise UnsupportedModelError, which says what ``config`` is of, unless it is that of a known U-Net."""
+    name = config.get(CLASS_NAME)
+    if isinstance(name, str) and name in FAMILIES:
+        return
+    supported = ", ".join(FAMILIES)
+    remedy = f"supported is {supported}"
+    if "unet" in config and isinstance(name, str) and name.endswith("Pipeline"):
+        found, remedy = f"the index of a pipeline ({name})", f"give its folder, {path.parent}"
+    elif name:
+        found = f"a model of class {name}" if isinstance(name, str) else f"{CLASS_NAME} {name!r}"
+        if path.parent.name and (path.parent.parent / "model_index.json").is_file():
+            remedy += f"; did you mean {path.parent.parent}?"
+    elif "model_type" in config or "architectures" in config:
+        found = f"a config of transformers (model_type {config.get('model_type')!r})"
+    elif "peft_type" in config or "base_model_name_or_path" in config:
+        found, remedy = "the config of an adapter (PEFT)", "give the model that it was made for"
+    else:
+        found = f"no {CLASS_NAME}"
+        near = "down_block_types" in config or "block_out_channels" in config
+        why = "if it is that of a U-Net, add" if near else "give the config.json of a U-Net, which has"
+        remedy = f'{why} "{CLASS_NAME}": "{next(iter(FAMILIES))}"; {remedy}'
+    raise UnsupportedModelError(f"asked for a U-Net, found {found} in {path}; {remedy}")
+
+
+# Folders ---------------------------------------------------------------------------------------------------------
+
+
+def _config_class(folder: Path) -> str:
+    try:
+        return str(json_object(folder / "config.json").get(CLASS_NAME, ""))
+    except ModelFormatError:
+        return ""
+
+
+def _models_below(folder: Path, deep: int = _DEEP, wide: int = _WIDE) -> Iterator[Path]:
+    """Pipelines and U-Nets in the folders below ``folder``, those that lie higher first."""
+    try:
+        visible = (path for path in folder.iterdir() if not path.name.startswith(".") and path.is_dir())
+        inner = sorted(itertools.islice(visible, wide))
+    except OSError:
+        return
+    here = [
+        path for path in inner if (path / "model_index.json").is_file() or _config_class(path) in FAMILIES
+    ]
+    yield from here
+    if deep > 1:
+        for path in inner:
+            if path not in here:
+                yield from _models_below(path, deep - 1, wide // 4)
+
+
+def _shown(names: Collection[str]) -> str:
+    ordered = sorted(names)
+    more = f" and {len(ordered) - _MOST_SHOWN} more" if len(ordered) > _MOST_SHOWN else ""
+    return ", ".join(ordered[:_MOST_SHOWN]) + more
+
+
+def folder_without_a_model(folder: Path) -> str:
+    """What there is in ``folder``, which has neither model_index.json nor config.json, and what to give instead."""
+    entries = {path.name: path for path in folder.iterdir() if not path.name.startswith(".")}
+    if not entries:
+        return "found an empty folder; give the folder that save_pretrained wrote"
+    if adapter := next((name for name in ADAPTER_FILES if name in entries), ""):
+        base = ""
+        if "adapter_config.json" in entries:
+            base = str(json_object(entries["adapter_config.json"]).get("base_model_name_or_path") or "")
+        return (
+            f"found {adapter}, an adapter (LoRA, PEFT), which is an addition to a model: give the model it was "
+            f"made for{f', {base}' if base else ''}"
+        )
+    below = list(_models_below(folder))
+    names = [path.relative_to(folder).as_posix() for path in below]
+    trained = "unet" in names and ("unet_ema" in names or any(name in entries for name in _TRAINING_FILES))
+    if trained or "unet_ema" in names:
+        first = next(name for name in ("unet_ema", "unet") if name in names)
+        others = "".join(f", or --subfolder {name}" for name in ("unet",) if name in names and name != first)
+        return f"found the checkpoint of a training: say which U-Net of it, --subfolder {first}{others}"
+    if names:
+        return f"found models further below: did you mean {' or '.join(str(path) for path in below[:_MOST_SHOWN])}?"
+    single = [name for name in entries if name.endswith(".safetensors") and not variants_among([name])]
+    if single:
+        return f"found single files: did you mean {folder / sorted(single)[0]}?"
+    if variants_among(entries):
+        return f"found weights ({_shown(variants_among(entries).values())}) without their config.json: fetch that too"
+    if pickled := [name for name in entries if Path(name).suffix in PICKLED]:
+        return f"found only pickled files ({_shown(pickled)}), which are never opened here: convert them to safetensors"
+    if (folder.parent / "model_index.json").is_file():
+        return f"found {_shown(entries)}, a part of the pipeline: did you mean {folder.parent}?"
+    return f"found {_shown(entries)}; give the folder that save_pretrained wrote"

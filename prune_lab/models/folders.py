@@ -1,0 +1,148 @@
+"""Checking the folder of a pipeline or a U-Net from a few kilobytes of configs and headers."""
+
+from __future__ import annotations
+
+import functools
+import json
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prune_lab.errors import ModelFormatError, PruneLabError, UnsupportedModelError
+from prune_lab.families import CLASS_NAME, FAMILIES, meta_unet, plain_config
+from prune_lab.models.diagnosis import folder_without_a_model, refuse_config, refuse_pointers, unusable
+from prune_lab.models.files import chosen_variant, json_object, read_header, weights_in
+from prune_lab.models.parts import (
+    BUILD_ERRORS,
+    check_part,
+    misfit,
+    part_class,
+    pipeline_class,
+    pipeline_parts,
+    stem_of,
+)
+
+_EXAMPLES = "StableDiffusionPipeline, StableDiffusionXLPipeline or StableDiffusionInpaintPipeline"
+
+
+# U-Net -----------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=16)
+def _tensor_shapes(config: str, path: Path) -> Mapping[str, tuple[int, ...]]:
+    try:
+        unet = meta_unet(json.loads(config))
+    except BUILD_ERRORS as error:
+        found = error.__context__ if isinstance(error, PruneLabError) and error.__context__ else error
+        reason = textwrap.shorten(str(found), 160, placeholder=" ...") or type(found).__name__
+        remedy = "give the config.json that save_pretrained wrote"
+        if json.loads(config).get("num_attention_heads") is not None:
+            remedy = (
+                "diffusers reads the number of heads from attention_head_dim: leave num_attention_heads out"
+            )
+        raise UnsupportedModelError(f"no U-Net can be built from {path}: {reason}; {remedy}") from None
+    return {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
+
+
+def _shapes_of(config: Mapping[str, Any], path: Path) -> Mapping[str, tuple[int, ...]]:
+    return _tensor_shapes(json.dumps(plain_config(config), sort_keys=True), path)
+
+
+def unet_config(path: Path) -> dict[str, Any]:
+    """The config of a U-Net in ``path``; UnsupportedModelError when it is of something else, or of nothing."""
+    config = json_object(path)
+    refuse_config(path, config)
+    return config
+
+
+def checked_config(path: Path) -> dict[str, Any]:
+    """The same, after building the U-Net without memory: a config that makes no sense is refused here."""
+    config = unet_config(path)
+    _shapes_of(config, path)
+    return config
+
+
+def _check_weights(folder: Path, config: Mapping[str, Any], variant: str) -> str:
+    """The variant of the weights in ``folder``; ModelFormatError unless they are just those ``config`` describes."""
+    weights = weights_in(folder, variant)
+    header: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for path in weights.files:
+        header |= read_header(path)
+    if reason := unusable(header, config):
+        raise UnsupportedModelError(f"asked for the weights in {folder}: {reason}")
+    found = {name: shape for name, (_, shape) in header.items()}
+    if complaint := misfit(found, _shapes_of(config, folder / "config.json"), strict=True):
+        raise ModelFormatError(
+            f"the weights in {folder} do not fit its config.json: tensor {complaint}; "
+            "fetch both from the same place again"
+        )
+    return weights.variant
+
+
+# Pipelines -------------------------------------------------------------------------------------------------------
+
+
+def variant_of_part(folder: Path, variant: str) -> str:
+    """The variant to ask of a part beside the U-Net: ``variant`` where it has that, else what there is."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return variant if variant and chosen_variant(names, variant) is not None else ""
+
+
+def _check_class(index: Path, parts: Mapping[str, Any]) -> None:
+    name = parts.get(CLASS_NAME)
+    found = pipeline_class(name)
+    if found is None:
+        raise UnsupportedModelError(
+            f"{index} describes a pipeline of class {name!r}, which the installed diffusers has not, and code of "
+            f"others is never run here; supported are its pipelines with a U-Net, such as {_EXAMPLES}"
+        )
+    required, _ = found._get_signature_keys(found)
+    if "unet" not in required:
+        raise UnsupportedModelError(
+            f"{index} describes a {name}, which has no U-Net; supported are pipelines with a "
+            f"{', '.join(FAMILIES)}, such as {_EXAMPLES}"
+        )
+    missing = sorted(set(required) - set(parts) - set(found._optional_components) - {"safety_checker"})
+    if missing:
+        raise ModelFormatError(f"{index} lists no {missing[0]}, which a {name} needs; fetch it again")
+
+
+def checked_pipeline(index: Path, variant: str = "") -> tuple[dict[str, Any], str]:
+    """(config, variant of the weights) of the U-Net of the pipeline that ``index`` describes, all parts checked."""
+    refuse_pointers(index.parent)
+    parts = json_object(index)
+    _check_class(index, parts)
+    components = pipeline_parts(parts)
+    for part, value in components.items():
+        if len(value) != 2 or part_class(*value) is None:
+            raise UnsupportedModelError(
+                f"{index} wants code of its own for {part} ({value}), which is never run here; supported are "
+                "pipelines made of diffusers and transformers classes"
+            )
+        if not (index.parent / part).is_dir():
+            raise ModelFormatError(
+                f"{index} lists {part}, but {index.parent / part} is not there; fetch it again"
+            )
+        refuse_pointers(index.parent / part)
+    if "unet" not in components:
+        raise ModelFormatError(f"{index} lists no unet; fetch it again")
+    folder = index.parent / "unet"
+    config = unet_config(folder / "config.json")
+    found = _check_weights(folder, config, variant)
+    for part, (library, name) in components.items():
+        if part != "unet" and stem_of(library, name) is not None:
+            inner = index.parent / part
+            check_part(inner, part_class(library, name), variant_of_part(inner, variant))
+    return config, found
+
+
+def checked_unet(folder: Path, variant: str = "") -> tuple[dict[str, Any], str]:
+    """(config, variant of the weights) of the U-Net in ``folder``, which has no model_index.json, checked."""
+    if not folder.is_dir():
+        raise ModelFormatError(f"asked for the model in {folder}, which is no folder; check the name")
+    refuse_pointers(folder)
+    if not (folder / "config.json").is_file():
+        raise ModelFormatError(f"asked for the model in {folder}, {folder_without_a_model(folder)}")
+    config = unet_config(folder / "config.json")
+    return config, _check_weights(folder, config, variant)
