@@ -1,9 +1,10 @@
-"""A hub of data sets on this machine, as far as ``datasets`` and ``huggingface_hub`` ask it."""
+"""A hub of data sets and models on this machine, as far as ``datasets`` and ``huggingface_hub`` ask it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,10 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlparse
 
 REVISION = "a" * 40
+TAG, TAGGED = (
+    "v2",
+    "b" * 40,
+)  # a second revision, of repositories that have a folder of that name with @v2 behind it
 
 
 def listing(repository: Path, below: str, recursive: bool) -> list[dict[str, Any]]:
@@ -31,7 +36,10 @@ def described(repository: Path, name: str) -> dict[str, Any]:
 
 @contextmanager
 def serve(root: Path) -> Iterator[str]:
-    """The address of a hub whose data sets are the folders ``root``/owner/name, all of one revision."""
+    """The address of a hub whose data sets and models are the folders ``root``/owner/name.
+
+    All are of one revision; the folder ``root``/owner/name@v2 is a second one of its model.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -49,20 +57,29 @@ def serve(root: Path) -> Iterator[str]:
         def do_GET(self) -> None:
             path = unquote(urlparse(self.path).path)
             api = path.startswith("/api/")
-            owner, name, *rest = [*path.removeprefix("/api").removeprefix("/datasets/").split("/"), ""]
-            repository = root / owner / name
+            kind, inner = re.match(r"/(?:(datasets|models)/)?(.*)", path.removeprefix("/api")).groups()  # type: ignore[union-attr]
+            owner, name, *rest = [*inner.split("/"), ""]
+            repository, commit = root / owner / name, REVISION
             verb, below = rest[0], "/".join(rest[2:]).strip("/")
-            if not repository.is_dir():
+            if kind != "datasets" and rest[1:2] in ([TAG], [TAGGED]):
+                repository, commit = root / owner / f"{name}@{TAG}", TAGGED
+            if not (root / owner / name).is_dir():
                 self.answer(b"{}", 404, X_Error_Code="RepoNotFound")
+            elif not repository.is_dir() or (kind == "models" and rest[1:2] == ["missing"]):
+                self.answer(b"{}", 404, X_Error_Code="RevisionNotFound")
             elif api and verb in ("", "revision"):
-                self.answer(json.dumps({"id": f"{owner}/{name}", "sha": REVISION, "siblings": []}).encode())
+                files = [one["path"] for one in listing(repository, "", True) if one["type"] == "file"]
+                siblings = [{"rfilename": file} for file in files] if kind == "models" else []
+                self.answer(
+                    json.dumps({"id": f"{owner}/{name}", "sha": commit, "siblings": siblings}).encode()
+                )
             elif api and verb == "tree" and (repository / below).is_dir():
                 found = listing(repository, below, "recursive=true" in self.path.lower())
                 self.answer(json.dumps(found).encode())
             elif not api and (repository / below).is_file():
                 content = (repository / below).read_bytes()
                 tag = f'"{hashlib.sha1(content).hexdigest()}"'
-                self.answer(content, ETag=tag, X_Repo_Commit=REVISION)
+                self.answer(content, ETag=tag, X_Repo_Commit=commit)
             else:
                 self.answer(b"{}", 404, X_Error_Code="EntryNotFound")
 

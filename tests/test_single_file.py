@@ -261,23 +261,13 @@ def test_a_model_for_inpainting(tmp_path: Path) -> None:
 
     folder = tmp_path / "inpaint"
     save_pipeline(folder, "sd-v1", in_channels=9)
-    file = export_unchecked(folder, tmp_path / "model.safetensors")
+    file = single_file(folder, tmp_path / "model.safetensors")
     out = unpack(file, tmp_path / "out", preset_config)
     pipeline = diffusers.DiffusionPipeline.from_pretrained(out)
     assert type(pipeline).__name__ == "StableDiffusionInpaintPipeline"
     assert pipeline.unet.config.in_channels == 9
     wanted = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(tensor, wanted[key]) for key, tensor in pipeline.unet.state_dict().items())
-
-
-def export_unchecked(folder: Path, out: Path) -> Path:
-    """As ``single_file``, of a class of pipeline that need not be read as a folder."""
-    index = folder / "model_index.json"
-    own = index.read_text()
-    index.write_text(own.replace("StableDiffusionInpaintPipeline", "StableDiffusionPipeline"))
-    single_file(folder, out)
-    index.write_text(own)
-    return out
 
 
 @pytest.mark.parametrize(("spread", "predicts"), [(0.2, "v_prediction"), (0.02, "epsilon")])
@@ -306,6 +296,8 @@ def test_the_last_layer_of_open_clip_is_not_read(folder_of: Any, tmp_path: Path)
     )
     assert configs["text_encoder"]["num_hidden_layers"] == 23
 
+
+REFINER = "conditioner.embedders.0.model.token_embedding.weight"
 
 # What is refused ---------------------------------------------------------------------------------------------------
 
@@ -336,11 +328,13 @@ def test_pickled_files_stay_closed(suffix: str, tmp_path: Path) -> None:
         ("down_blocks.0.resnets.0.conv1.weight", "one part of a model in diffusers' layout"),
         ("something.else", "it has no U-Net"),
         ("model.diffusion_model.input_blocks.0.0.weight", "not the text encoder of"),
+        (REFINER, "the refiner of Stable Diffusion XL"),
     ],
 )
 def test_what_is_not_a_whole_model_is_told(key: str, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    save_file({key: torch.zeros(1)}, path)
+    more = ["model.diffusion_model.input_blocks.0.0.weight"] if key == REFINER else []
+    save_file({name: torch.zeros(1) for name in (key, *more)}, path)
     with pytest.raises(UnsupportedModelError, match=reason):
         resolve_model(str(path))
 
@@ -352,20 +346,98 @@ def test_a_damaged_file_is_told(tmp_path: Path) -> None:
         resolve_model(str(path))
 
 
-def test_stages_of_unequal_depth_are_refused_with_the_way_out(folder_of: Any, tmp_path: Path) -> None:
+UNEVEN = "-Dn2.R2 -Dn2.A2 -Up3.R2 -Up3.A2"
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["with our configs", "by its shapes"])
+def test_stages_of_unequal_depth_come_back(ours: bool, folder_of: Any, tmp_path: Path) -> None:
     teacher = resolve_model(str(folder_of("sd-v1")))
-    plan = parse_plan("-Dn2.R2 -Dn2.A2 -Up3.R2 -Up3.A2", teacher.architecture)
-    student = prune_pipeline(teacher, plan, tmp_path / "student")
-    theirs = single_file(student, tmp_path / "theirs.safetensors")
-    ours = export_single_file(resolve_model(str(student)), tmp_path / "ours.safetensors").path
-    for file in (theirs, ours):
-        with pytest.raises(UnsupportedModelError, match="give the folder it was"):
-            resolve_model(str(file))
+    student = prune_pipeline(teacher, parse_plan(UNEVEN, teacher.architecture), tmp_path / "student")
+    file = tmp_path / "model.safetensors"
+    if ours:
+        export_single_file(resolve_model(str(student)), file)
+    else:
+        single_file(student, file)
+    source = resolve_model(str(file))
+    assert source.config["layers_per_block"] == [2, 1, 2, 2]
+    assert source.folder is not None
+    assert_same_pipeline(source.folder, student)
+
+
+def test_the_shipped_model_comes_back_with_its_own_tokenizer(tmp_path: Path) -> None:
+    file = export_single_file(resolve_model("reference"), tmp_path / "model.safetensors").path
+    source = resolve_model(str(file))
+    ours, theirs = load_pipeline(source), load_pipeline(resolve_model("reference"))
+    for part in ("unet", "vae", "text_encoder"):
+        tensors, wanted = (getattr(pipeline, part).state_dict() for pipeline in (ours, theirs))
+        assert tensors.keys() == wanted.keys()
+        assert all(torch.equal(tensors[key], tensor) for key, tensor in wanted.items()), part
+    texts = ["a red cat", "Grinning face, medium-light skin tone", "\N{COFFIN}"]
+    more = {"padding": "max_length", "truncation": True}
+    assert ours.tokenizer(texts, **more)["input_ids"] == theirs.tokenizer(texts, **more)["input_ids"]
 
 
 def test_a_model_with_a_tokenizer_of_its_own_is_refused(tmp_path: Path) -> None:
     file = export_single_file(resolve_model("reference"), tmp_path / "model.safetensors").path
+    save_file(load_file(file), file)  # the tensors alone
     with pytest.raises(UnsupportedModelError, match="tokens and not CLIP's 49,408"):
+        resolve_model(str(file))
+
+
+@pytest.mark.parametrize("kind", ["sd-v1", "sd-v2", "sdxl"])
+def test_models_for_inpainting_are_read_as_any_other(kind: str, tmp_path: Path) -> None:
+    folder = tmp_path / "inpaint"
+    save_pipeline(folder, kind, in_channels=9)
+    if kind == "sdxl":
+        edit_index(folder, "StableDiffusionXLInpaintPipeline")
+    file = single_file(folder, tmp_path / "model.safetensors")
+    source = resolve_model(str(file))
+    assert source.config["in_channels"] == 9
+    pipeline: Any = load_pipeline(source)
+    assert type(pipeline).__name__ == f"StableDiffusion{'XL' if kind == 'sdxl' else ''}InpaintPipeline"
+    wanted = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(tensor, wanted[key]) for key, tensor in pipeline.unet.state_dict().items())
+
+
+def test_a_model_that_follows_instructions_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / "instructions"
+    save_pipeline(folder, "sd-v1", in_channels=8)
+    edit_index(folder, "StableDiffusionInstructPix2PixPipeline")
+    source = resolve_model(str(single_file(folder, tmp_path / "model.safetensors")))
+    assert source.config["in_channels"] == 8
+    assert type(load_pipeline(source)).__name__ == "StableDiffusionInstructPix2PixPipeline"
+
+
+def edit_index(folder: Path, class_name: str) -> None:
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": class_name}))
+
+
+@pytest.mark.parametrize("channels", [5, 7])
+def test_a_model_for_depth_or_another_purpose_says_what_to_give(channels: int, tmp_path: Path) -> None:
+    folder = tmp_path / "depth"
+    save_pipeline(folder, "sd-v2", in_channels=channels)
+    with pytest.raises(UnsupportedModelError, match=f"takes {channels} channels; .*diffusers folder"):
+        resolve_model(str(single_file(folder, tmp_path / "model.safetensors")))
+
+
+@pytest.mark.parametrize(
+    "content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", b""]
+)
+def test_a_file_that_is_not_the_file_is_told(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ModelFormatError, match="git lfs pull" if content else "empty"):
+        resolve_model(str(path))
+
+
+def test_weights_of_eight_bits_are_told(folder_of: Any, tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        key = "model.diffusion_model.out.2.weight"
+        tensors[key] = tensors[key].to(torch.float8_e4m3fn)
+
+    file = single_file(folder_of("sd-v1"), tmp_path / "model.safetensors", change)
+    with pytest.raises(UnsupportedModelError, match=r"quantised .*out\.2\.weight is in F8_E4M3"):
         resolve_model(str(file))
 
 

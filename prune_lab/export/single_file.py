@@ -30,7 +30,9 @@ from prune_lab.families.ldm_keys import (
 )
 from prune_lab.families.ldm_readers import reader_notes
 from prune_lab.models import ModelSource, weight_files
+from prune_lab.models.clip_vocabulary import NUM_TOKENS
 from prune_lab.models.files import read_header
+from prune_lab.models.single_file import TOKENIZER_FILES
 from prune_lab.runtime import atomic_write, read_json, track
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -235,8 +237,23 @@ def _configs(source: ModelSource) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _tokenizers(source: ModelSource, configs: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """The files of each tokenizer whose vocabulary is not CLIP's, which readers bring along."""
+    found = {}
+    for part in ("text_encoder", "text_encoder_2"):
+        folder = (source.folder or Path()) / part.replace("text_encoder", "tokenizer")
+        if configs.get(part, {}).get("vocab_size", NUM_TOKENS) != NUM_TOKENS:
+            paths = [folder / name for name in TOKENIZER_FILES]
+            found[folder.name] = {
+                path.name: path.read_text(encoding="utf-8") for path in paths if path.is_file()
+            }
+    return found
+
+
 def _metadata(source: ModelSource, configs: Mapping[str, Any]) -> dict[str, str]:
     metadata = {"format": "pt", "prune_lab.version": __version__, "prune_lab.configs": json.dumps(configs)}
+    if tokenizers := _tokenizers(source, configs):
+        metadata["prune_lab.tokenizers"] = json.dumps(tokenizers)
     for name in ("plan", "provenance"):
         path = (source.unet_folder or Path()) / f"{name}.json"
         if path.is_file():

@@ -44,6 +44,10 @@ def kind_of(shapes: Shapes) -> Kind:
                     "it has no VAE (first_stage_model): give a file with the VAE in it"
                 )
             return kind
+    if f"conditioner.embedders.0.model.{_EMBEDDING['open_clip']}" in shapes:
+        raise UnsupportedModelError(
+            "it is the refiner of Stable Diffusion XL, which is not read as a single file: give its diffusers folder"
+        )
     raise UnsupportedModelError(
         "it has a U-Net and not the text encoder of Stable Diffusion 1, 2 or XL: give a whole checkpoint"
     )
@@ -111,10 +115,9 @@ def unet_config(kind: Kind, preset: Mapping[str, Any], shapes: Shapes) -> dict[s
     inner = {key.removeprefix(UNET): shape for key, shape in shapes.items() if key.startswith(UNET)}
     downs = _levels(inner)
     layers = [len(level) for level in downs]
-    if len(set(layers)) != 1:
+    if not all(layers):
         raise UnsupportedModelError(
-            f"its U-Net has {layers} layers per stage, and diffusers' loader of single files reads equal numbers only: "
-            "give the folder it was made from"
+            "its U-Net has a stage without layers, which no plain diffusers config describes"
         )
     ups = _up_levels(inner, layers)
     widths = [level[0][0] for level in downs]
@@ -129,7 +132,7 @@ def unet_config(kind: Kind, preset: Mapping[str, Any], shapes: Shapes) -> dict[s
         "in_channels": inner["input_blocks.0.0.weight"][1],
         "out_channels": inner["out.2.weight"][0],
         "block_out_channels": widths,
-        "layers_per_block": layers[0],
+        "layers_per_block": layers[0] if len(set(layers)) == 1 else layers,
         "down_block_types": _stage_types(downs, "Down"),
         "up_block_types": _stage_types(ups, "Up"),
         "mid_block_type": (None, "UNetMidBlock2D", "", "UNetMidBlock2DCrossAttn")[blocks_of_middle],
@@ -251,7 +254,8 @@ def model_index(kind: Kind, in_channels: int, scheduler: str) -> dict[str, Any]:
     name = _PIPELINES.get(in_channels, {}).get(kind)
     if name is None:
         raise UnsupportedModelError(
-            f"its U-Net takes {in_channels} channels; read are 4 (text to picture), 9 (inpainting) and 8 (instructions)"
+            f"its U-Net takes {in_channels} channels; read are 4 (text to picture), 9 (inpainting) and, in the size of "
+            "Stable Diffusion 1, 8 (instructions); a file for depth lacks what estimates it: give the diffusers folder"
         )
     index: dict[str, Any] = {
         "_class_name": name,

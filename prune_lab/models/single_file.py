@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from prune_lab.errors import ModelFormatError, UnsupportedModelError
 from prune_lab.families import family_of, meta_unet
+from prune_lab.families.ldm_keys import empty_attentions, ldm_to_diffusers, unet_places
 from prune_lab.families.ldm_structure import (
     UNET,
     VAE,
@@ -35,15 +36,18 @@ from prune_lab.families.ldm_structure import (
     vae_config,
 )
 from prune_lab.models.clip_vocabulary import NUM_TOKENS, clip_tokenizer
+from prune_lab.models.diagnosis import quantised
 from prune_lab.models.files import read_header
 from prune_lab.models.silence import quiet
-from prune_lab.runtime import atomic_folder, bytes_text, note, write_json
+from prune_lab.runtime import atomic_folder, bytes_text, note, write_json, write_text
 
 _WIDEST_FIRST = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Stable Diffusion 2 shows what it predicts in its weights only: these spread where it is v, as ComfyUI tells.
 _TELLS_V = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _SPREAD_OF_V = 0.09
 _FOLDER_OF_CONFIGS = "prune_lab.configs"  # what our own export leaves in the metadata
+_TOKENIZERS = "prune_lab.tokenizers"  # the same, of a vocabulary that is not CLIP's
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 
 PresetConfig = Callable[[str], dict[str, Any]]
 
@@ -86,12 +90,26 @@ def _configs_inside(path: Path) -> dict[str, dict[str, Any]] | None:
     return cast("dict[str, dict[str, Any]]", configs) if "model_index" in configs else None
 
 
+def _tokenizers_inside(path: Path) -> dict[str, dict[str, str]]:
+    """The files of each tokenizer by part and name, where our own export wrote them into the file."""
+    with safe_open(path, framework="pt") as file:
+        found = json.loads((file.metadata() or {}).get(_TOKENIZERS, "{}"))
+    return {
+        part: {name: text for name, text in files.items() if name in TOKENIZER_FILES}
+        for part, files in found.items()
+        if part in ("tokenizer", "tokenizer_2")
+    }
+
+
 def configs_of(path: Path, preset_config: PresetConfig) -> dict[str, dict[str, Any]]:
     """The config of each part of the single file ``path`` by its name, and the ``model_index``.
 
     Raises UnsupportedModelError when it is not a whole model of a kind that is read, ModelFormatError when damaged.
     """
-    shapes = {key: shape for key, (_, shape) in read_header(path).items()}
+    header = read_header(path)
+    if reason := quantised(header, {}):
+        raise UnsupportedModelError(f"asked to read the single file {path}: {reason}")
+    shapes = {key: shape for key, (_, shape) in header.items()}
     try:
         configs = _configs_inside(path) or _configs_by_shape(path, shapes, preset_config)
     except UnsupportedModelError as error:
@@ -102,32 +120,38 @@ def configs_of(path: Path, preset_config: PresetConfig) -> dict[str, dict[str, A
 
 def _check(path: Path, configs: Mapping[str, Mapping[str, Any]], shapes: Shapes) -> None:
     found = sum(math.prod(shape) for key, shape in shapes.items() if key.startswith(UNET))
-    wanted = sum(tensor.numel() for tensor in meta_unet(configs["unet"]).parameters())
+    left_out = tuple(f"{attention}." for attention in empty_attentions(configs["unet"]))
+    wanted = sum(
+        tensor.numel()
+        for name, tensor in meta_unet(configs["unet"]).state_dict().items()
+        if not (left_out and name.startswith(left_out))
+    )
     if found != wanted:
         raise UnsupportedModelError(
             f"asked to read the single file {path}: its U-Net has {found:,} parameters, its shapes suggest {wanted:,}: "
             "give the diffusers folder of the model"
         )
-    if not has_even_depths(configs["unet"]):
-        raise UnsupportedModelError(
-            f"asked to read the single file {path}: its U-Net has stages of unequal depth, which diffusers' loader of "
-            "single files does not read: give the folder it was exported from"
-        )
+    known = _tokenizers_inside(path)
     for part in ("text_encoder", "text_encoder_2"):
         tokens = configs.get(part, {}).get("vocab_size", NUM_TOKENS)
-        if tokens != NUM_TOKENS:
+        if tokens != NUM_TOKENS and part.replace("text_encoder", "tokenizer") not in known:
             raise UnsupportedModelError(
                 f"asked to read the single file {path}: its {part} has {tokens:,} tokens and not CLIP's "
                 f"{NUM_TOKENS:,}, so its tokenizer is not known here: give the folder it was exported from"
             )
 
 
-def _write_configs(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
+def _write_configs(
+    folder: Path, configs: Mapping[str, Mapping[str, Any]], tokenizers: Mapping[str, Mapping[str, str]]
+) -> None:
     for part, config in configs.items():
         name = {"model_index": "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
         write_json(folder / name.get(part, f"{part}/config.json"), dict(config))
     for part in ("tokenizer", "tokenizer_2"):
-        if part in configs["model_index"]:
+        if part in tokenizers:
+            for file, text in tokenizers[part].items():
+                write_text(folder / part / file, text)
+        elif part in configs["model_index"] and configs["model_index"][part][0] is not None:
             encoder = configs[part.replace("tokenizer", "text_encoder")]
             exact = encoder.get("hidden_act") == "gelu"  # OpenCLIP pads with "!", which is its token 0
             clip_tokenizer(pad_token="!" if exact else "<|endoftext|>").save_pretrained(folder / part)
@@ -139,13 +163,38 @@ def _dtype(header: Mapping[str, tuple[str, tuple[int, ...]]], *prefixes: str) ->
     return next((dtype for name, dtype in _WIDEST_FIRST.items() if name in names), torch.float32)
 
 
+def _unet_by_name(path: Path, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """The U-Net of ``config`` with the tensors of the file, by our own map of names."""
+    unet, places = meta_unet(config), unet_places(config)
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {place.key: file.get_tensor(f"{UNET}{place.key}").to(dtype) for place in places}
+    except SafetensorError as error:
+        raise UnsupportedModelError(
+            f"asked to read the single file {path}: {error}; give the folder it was exported from"
+        ) from None
+    tensors = ldm_to_diffusers(places, found)
+    # attention of no layers has no place in the layout: it is left out where it adds zero
+    empty = tuple(f"{attention}." for attention in empty_attentions(config))
+    missing = (
+        {name: tensor for name, tensor in unet.state_dict().items() if name.startswith(empty)}
+        if empty
+        else {}
+    )
+    tensors |= {name: torch.zeros(tensor.shape, dtype=dtype) for name, tensor in missing.items()}
+    unet.load_state_dict(tensors, strict=True, assign=True)
+    return unet
+
+
 def unpack(path: Path, out: Path, preset_config: PresetConfig) -> Path:
     """The pipeline folder ``out`` with what the single file ``path`` holds, each part in its own number format."""
     configs = configs_of(path, preset_config)
     header = read_header(path)
     pipeline_class = getattr(diffusers, configs["model_index"]["_class_name"])
     with tempfile.TemporaryDirectory() as temporary, quiet():
-        _write_configs(Path(temporary), configs)
+        _write_configs(Path(temporary), configs, _tokenizers_inside(path))
+        # the loader takes all stages for equally deep and all attention for there
+        plain = has_even_depths(configs["unet"]) and not empty_attentions(configs["unet"])
         given: dict[str, Any] = {"config": temporary, "local_files_only": True}
         # without a number format the loader makes everything float32; with one, every part the same
         parts = {
@@ -156,7 +205,10 @@ def unpack(path: Path, out: Path, preset_config: PresetConfig) -> Path:
                 ("unet", family_of(configs["unet"]).model_class(), UNET),
                 ("vae", diffusers.AutoencoderKL, VAE),
             )
+            if part != "unet" or plain
         }
+        if not plain:
+            parts["unet"] = _unet_by_name(path, configs["unet"], _dtype(header, UNET))
         text = _dtype(header, "cond_stage_model.", "conditioner.")
         pipeline = pipeline_class.from_single_file(str(path), dtype=text, **parts, **given)
         with atomic_folder(out) as folder:

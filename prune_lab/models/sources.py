@@ -198,7 +198,11 @@ def _found(text: str, revision: str, subfolder: str, variant: str) -> ModelSourc
     if text and path.is_dir():
         return _from_folder(text, path, **asked)
     if HUB_ID.fullmatch(text):
-        folder = hub_folder(text, revision=revision, **asked)
+        try:
+            folder = hub_folder(text, revision=revision, **asked)
+        except ModelNotFoundError as error:
+            near = _near(text, path).strip()
+            raise ModelNotFoundError(f"{error}; {near}" if near else str(error)) from None
         return dataclasses.replace(
             _from_folder(text, folder, **asked), revision=commit_of(folder) or revision
         )
