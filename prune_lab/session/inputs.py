@@ -152,11 +152,12 @@ def training_and_validation(session: Session) -> tuple[TrainingData, Probe]:
 
 
 def ensure_captions(session: Session) -> OtherCaptions:
-    """The captions of ``distill.captions`` encoded, without those of the held-out rows; writes captions.safetensors.
+    """The captions of ``distill.captions`` encoded, without what is held out or drawn to compare students.
 
-    Of several processes the main one encodes them, and the others read its file.
+    Writes captions.safetensors. Of several processes the main one encodes them, and the others read its file.
     """
-    held = {" ".join(caption.lower().split()) for caption in session.validation.captions}
+    held_out = (*session.validation.captions, *session.shown_prompts.texts)
+    held = {" ".join(caption.lower().split()) for caption in held_out}
     texts = read_prompts(session.config.distill.captions).texts
     captions = [text for text in texts if " ".join(text.lower().split()) not in held]
     with PartialState().main_process_first():
