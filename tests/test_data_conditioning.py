@@ -19,11 +19,11 @@ from prune_lab.distill import (
     draw_batch,
     other_captions,
 )
-from prune_lab.distill.batches import generator_for
 from prune_lab.distill.conditioning import probability, recondition
 from prune_lab.distill.losses import student_losses, teacher_output
 from prune_lab.errors import ConfigError, DataError, RunError
 from prune_lab.probes import encode_captions
+from prune_lab.runtime import generator_for
 from prune_lab.session import ensure_captions
 from prune_lab.workflow import Session, start_run
 

@@ -22,13 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prune_lab.config import DistillConfig
-from prune_lab.distill.batches import Batch, generator_for
+from prune_lab.distill.batches import Batch
 from prune_lab.distill.data import TrainingData, read_tensors, with_prefix
 from prune_lab.distill.encoding import encoders_digest
 from prune_lab.errors import DataError
 from prune_lab.models.silence import quiet
 from prune_lab.probes import encode_captions, noise_schedule
-from prune_lab.runtime import atomic_write, tensors_digest, track
+from prune_lab.runtime import atomic_write, generator_for, tensors_digest, track
 
 _FORMAT = "prune_lab captions 1"
 _CHUNK = 64  # captions encoded at a time
