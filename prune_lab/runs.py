@@ -97,6 +97,7 @@ class Run:
     )
     data = PathIn("data.safetensors", "Latents and text embeddings of shipped or drawn training pictures.")
     data_dir = PathIn("data", "Latents and text embeddings of the pictures that the settings name.")
+    captions = PathIn("captions.safetensors", "Text embeddings of other captions, for random conditioning.")
     plans_dir = PathIn("plans", "The plans that become candidates, <id>.json.")
     searched = PathIn("plans/searched.csv", "Which plan came from which budget; written last of all plans.")
     searches = PathIn("plans/searches.csv", "A row per budget: how its plans were found, and at what cost.")

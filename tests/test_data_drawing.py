@@ -28,12 +28,12 @@ from prune_lab.distill import (
     split_rows,
     training_data,
 )
-from prune_lab.distill.batches import generator_for
 from prune_lab.distill.drawing import check_draws_from_text, drawn_prompts
 from prune_lab.errors import DataError, UnsupportedModelError
 from prune_lab.models import load_pipeline, resolve_model
 from prune_lab.probes import encode_captions
 from prune_lab.prompts import Prompts
+from prune_lab.runtime import generator_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

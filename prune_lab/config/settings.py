@@ -206,6 +206,15 @@ class DistillConfig:
         "constant", f"course of the learning rate after the warm-up: {in_words(CHOICES['distill.schedule'])}"
     )
     caption_dropout: float = setting(0.1, "share of captions replaced by the empty one, for guidance")
+    random_conditioning: float = setting(
+        0.0,
+        "probability that a latent of pure noise is shown with another caption, where only the losses against the "
+        "teacher count; less with less noise (arXiv:2504.02011); 0: off",
+    )
+    captions: str = setting(
+        "default",
+        "the other captions of distill.random_conditioning: default, the list that ships, or a file of prompts",
+    )
     seed: int = setting(0, "seed of noise, timesteps, dropout and order of pictures", read_by="data")
     checkpoint_every: int = setting(100, "steps between states to resume from", least=1, free=True)
     validate_every: int = setting(100, "steps between held-out losses", least=1, resumes=True)
@@ -241,6 +250,13 @@ class DistillConfig:
         for share in ("ema_decay", "caption_dropout"):
             value = getattr(self, share)
             require(0 <= value < 1, f"distill.{share}", value, "at least 0 and below 1")
+        rule = "at least 0 and at most 1"
+        require(self.random_conditioning <= 1, "distill.random_conditioning", self.random_conditioning, rule)
+        taught = self.output_weight + self.feature_weight > 0
+        rule = "0 where the weights of output and feature loss are 0: nothing is learnt from another caption"
+        alone = taught or not self.random_conditioning
+        require(alone, "distill.random_conditioning", self.random_conditioning, rule)
+        require(bool(self.captions), "distill.captions", self.captions, "default, or a file of prompts")
         total = self.task_weight + self.output_weight + self.feature_weight
         rule = "above zero when the other two weights are 0"
         require(total > 0, "distill.task_weight", self.task_weight, rule)

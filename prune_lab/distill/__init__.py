@@ -6,6 +6,7 @@ from prune_lab.distill.batches import draw_batch
 from prune_lab.distill.building import build_cache, training_data
 from prune_lab.distill.cache import INDEX as CACHE_INDEX
 from prune_lab.distill.cache import LatentCache, is_cache
+from prune_lab.distill.conditioning import OtherCaptions, other_captions
 from prune_lab.distill.data import LatentData, Split, Subset, TrainingData, held_out, split_rows
 from prune_lab.distill.drawing import check_draws_from_text, draw_cache, preview
 from prune_lab.distill.encoding import LiveData, cached_data, encode_data
@@ -29,6 +30,7 @@ __all__ = [
     "LatentCache",
     "LatentData",
     "LiveData",
+    "OtherCaptions",
     "Recovery",
     "Split",
     "Student",
@@ -47,6 +49,7 @@ __all__ = [
     "is_cache",
     "load_heldout",
     "load_recovery",
+    "other_captions",
     "pass_bytes",
     "preview",
     "source_of",

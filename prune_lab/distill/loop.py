@@ -15,6 +15,7 @@ from accelerate.utils import gather_object, release_memory
 from torch import nn
 
 from prune_lab.distill.batches import draw_batch
+from prune_lab.distill.conditioning import check_captions_fit, recondition
 from prune_lab.distill.joint import compiled_blocks, joint_step, learning_rate_at
 from prune_lab.distill.memory import training_memory
 from prune_lab.distill.recovery import Recovery, verdict_path
@@ -73,6 +74,8 @@ def _train(setup: DistillSetup, runs: Sequence[StudentRun], until: int, micro: i
         batch = draw_batch(
             setup.data, setup.scheduler, settings, step, setup.device, part=own, conditions=conditions
         )
+        if setup.others is not None:
+            batch = recondition(batch, setup.others, setup.data, setup.scheduler, settings, step, part=own)
         values, micro = joint_step(setup, active, batch, micro)
         took = (time.perf_counter() - start) / len(active)
         for run, losses in zip(active, values, strict=True):
@@ -186,6 +189,8 @@ def distill_together(
     if world > 1:
         setup = dataclasses.replace(setup, device=accelerator.device)
     setup.precision()  # raises for float16
+    if setup.others is not None:
+        check_captions_fit(setup.others, setup.data)
     origin = next(teacher.parameters()).device
     training = [module for module in teacher.modules() if module.training]
     recoveries: dict[int, Recovery] = {}

@@ -19,6 +19,7 @@ from torch import nn
 
 from prune_lab.config import SETTINGS, DistillConfig
 from prune_lab.distill.checkpoint import TrainingState, check_fingerprint, load_checkpoint, save_checkpoint
+from prune_lab.distill.conditioning import OtherCaptions
 from prune_lab.distill.data import TrainingData
 from prune_lab.distill.features import FeaturePair
 from prune_lab.distill.recovery import Recovery, load_recovery, verdict_path, write_heldout, write_verdict
@@ -53,6 +54,7 @@ class DistillSetup:
     device: torch.device | str = "cpu"
     draw: Draw | None = None
     logs: Path | None = None
+    others: OtherCaptions | None = None  # of random conditioning
 
     def precision(self) -> torch.dtype:
         """The format of the forward passes; ``init_processes`` comes first, because the launch may name one.
@@ -116,6 +118,11 @@ def fingerprint_of(setup: DistillSetup, student: Student, unet: nn.Module) -> di
         weight = "" if pair.weight == 1 else f"*{pair.weight:.6g}"
         return f"{pair.teacher_path}={pair.student_path}{weight}"
 
+    del kept["captions"]
+    if setup.others is None:
+        del kept["random_conditioning"]  # a run from before there was this setting goes on
+    else:
+        kept["captions"] = setup.others.digest  # of their embeddings, wherever the file lies
     return kept | {
         "student": tensors_digest(dict(unet.named_parameters())),
         "pairs": " ".join(map(written, student.pairs)),

@@ -24,7 +24,7 @@ from prune_lab.distill import (
 from prune_lab.engines.pictures import draw_prompts
 from prune_lab.evaluation import save_grid
 from prune_lab.ranking import HeldoutLosses, first_rung, rungs
-from prune_lab.session import Session, read_scores, training_and_validation
+from prune_lab.session import Session, ensure_captions, read_scores, training_and_validation
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,6 +66,7 @@ def distill_setup_of(session: Session) -> DistillSetup:
         session.device,
         draw=draw_grid,
         logs=session.run.curves_dir,
+        others=ensure_captions(session) if session.config.distill.random_conditioning else None,
     )
 
 

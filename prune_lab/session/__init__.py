@@ -7,6 +7,7 @@ that are read from the run folder, or made and written there.
 from __future__ import annotations
 
 from prune_lab.session.inputs import (
+    ensure_captions,
     ensure_data,
     ensure_probe,
     probe_of,
@@ -25,6 +26,7 @@ __all__ = [
     "Role",
     "Session",
     "data_roles",
+    "ensure_captions",
     "ensure_data",
     "ensure_probe",
     "origin_of",

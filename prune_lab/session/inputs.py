@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import pandas as pd
 import torch
+from accelerate import PartialState
 
 from prune_lab.distill import (
     LatentCache,
     LatentData,
+    OtherCaptions,
     TrainingData,
     cached_data,
     check_draws_from_text,
     is_cache,
+    other_captions,
 )
 from prune_lab.importance import (
     NEEDS_PIPELINE,
@@ -26,6 +29,7 @@ from prune_lab.importance import (
 )
 from prune_lab.models import model_digest
 from prune_lab.probes import Probe, encode_captions, load_probe, random_probe
+from prune_lab.prompts import read_prompts
 from prune_lab.runs import Run
 from prune_lab.session.drawing import drawn_probe
 from prune_lab.session.session import Session
@@ -145,3 +149,16 @@ def ensure_data(session: Session) -> TrainingData:
 def training_and_validation(session: Session) -> tuple[TrainingData, Probe]:
     """(training data of the students, held-out rows for their validation loss), of different pictures."""
     return ensure_data(session), session.validation
+
+
+def ensure_captions(session: Session) -> OtherCaptions:
+    """The captions of ``distill.captions`` encoded, without what is held out or drawn to compare students.
+
+    Writes captions.safetensors. Of several processes the main one encodes them, and the others read its file.
+    """
+    held_out = (*session.validation.captions, *session.shown_prompts.texts)
+    held = {" ".join(caption.lower().split()) for caption in held_out}
+    texts = read_prompts(session.config.distill.captions).texts
+    captions = [text for text in texts if " ".join(text.lower().split()) not in held]
+    with PartialState().main_process_first():
+        return other_captions(session.pipeline, captions, session.run.captions)

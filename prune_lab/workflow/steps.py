@@ -124,7 +124,7 @@ STEPS: tuple[Step, ...] = (
         "data",
         "encodes or draws the training pictures",
         ensure_data,
-        _files("data", "data_dir", "validation"),
+        _files("data", "data_dir", "validation", "captions"),
         _data,
     ),
     Step(
