@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from prune_lab.cli import app
+from prune_lab.errors import StorageError
 from prune_lab.models import resolve_model
 from prune_lab.plans import parse_plan
 from prune_lab.surgery import pipeline_with, prune_pipeline
@@ -195,3 +196,17 @@ def test_the_shipped_model_and_its_students_draw(tmp_path: Path) -> None:
     proof = json.loads((distilled / "unet" / "provenance.json").read_text())["proof"]
     assert proof["kind"] == "same tensors"
     assert (distilled / "unet" / "plan.json").is_file()
+
+
+def test_a_model_is_never_replaced_by_its_student(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "home" / "source"
+    shutil.copytree(tiny_pipeline_folder, source)
+    before = sorted(path for path in tmp_path.rglob("*"))
+    (tmp_path / "link").symlink_to(source)
+    for out in (source, source.parent, source / "unet", source / "scheduler" / "new", tmp_path / "link"):
+        with pytest.raises(StorageError, match="found there the model that it is made from"):
+            pruned(source, out, force=True)
+    (tmp_path / "link").unlink()
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+    with pytest.raises(StorageError, match="letters, digits"):
+        pruned(source, tmp_path / "out", variant="../x")

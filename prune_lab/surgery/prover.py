@@ -27,7 +27,7 @@ from prune_lab.runtime import seeded
 from prune_lab.surgery.bypass import bypassed
 from prune_lab.surgery.proof import digest_of
 
-_IDLE = 120.0  # seconds without a question after which this process ends; the next proof starts another
+_IDLE = 300.0  # seconds without a question after which this process ends; the next proof starts another
 _TOKENS = 8
 _TIMESTEP = 500
 
@@ -120,7 +120,9 @@ def _compared(question: Question) -> dict[str, Any]:
     inputs: dict[str, Any] = {}
     if original is not None:
         inputs, expected = _original_answer(original)
+        gc.collect()
     unet = _loaded(Path(question["folder"]), question["variant"]).eval()
+    gc.collect()  # the other parts of the pipeline
     found: dict[str, Any] = {
         "error": "",
         "parameters": sum(parameter.numel() for parameter in unet.parameters()),
@@ -161,7 +163,7 @@ def _questions(lines: TextIO) -> Iterator[Question]:
 
 
 def main() -> None:
-    """Answer the questions on standard input until it ends, or until none came for two minutes."""
+    """Answer the questions on standard input until it ends, or until none came for five minutes."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints is no answer
     torch.set_num_threads(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,13 +13,13 @@ from diffusers import ModelMixin
 from safetensors import safe_open
 from torch import Tensor
 
-from prune_lab.errors import UnsupportedModelError
+from prune_lab.errors import StorageError, UnsupportedModelError
 from prune_lab.models import ModelSource, model_digest, weight_files
 from prune_lab.models.files import json_object
 from prune_lab.plans import PruningPlan
 from prune_lab.runtime import Environment, atomic_folder, write_json
 from prune_lab.surgery.building import materialise_from_files, predicted_shapes
-from prune_lab.surgery.parts import copy_parts, copy_texts, copy_weights, write_config
+from prune_lab.surgery.parts import INDEX, copy_parts, copy_texts, copy_weights, write_config
 from prune_lab.surgery.proof import (
     Original,
     Proof,
@@ -78,6 +79,18 @@ def original_of(source: ModelSource, plan: PruningPlan, dtype: torch.dtype | Non
     return Original(source.config, source.unet_files, plan.removed, dtype)
 
 
+def _refuse_to_replace(out: Path, *sources: Path) -> None:
+    """Raise StorageError where writing ``out`` would remove a folder that it is made from, or a part of one."""
+    place = Path(out).resolve()
+    for source in (path.resolve() for path in sources):
+        parts = json_object(source / INDEX) if (source / INDEX).is_file() else {}
+        inside = place.relative_to(source).parts if source in place.parents else ()
+        if place == source or place in source.parents or (inside and inside[0] in parts):
+            raise StorageError(
+                f"asked to write {out}, found there the model that it is made from ({source}); give another folder"
+            )
+
+
 def prune_pipeline(
     source: ModelSource,
     plan: PruningPlan,
@@ -92,8 +105,8 @@ def prune_pipeline(
     A pipeline folder gives a whole pipeline folder, a U-Net folder a U-Net folder. Neither the original U-Net nor any
     other part is loaded whole. ``dtype`` converts all parts, None keeps the files' own; ``variant`` names all files
     with weights, as in ``diffusion_pytorch_model.fp16.safetensors``. Raises UnsupportedModelError when ``source`` has
-    no weights, StorageError when ``out`` holds something and ``force`` is not given, ProofError when what was written
-    is not the original without these blocks.
+    no weights, StorageError when ``out`` is ``source`` itself, or holds something and ``force`` is not given,
+    ProofError when what was written is not the original without these blocks.
     """
     if source.folder is None or source.unet_folder is None or not source.has_weights:
         raise UnsupportedModelError(
@@ -107,6 +120,11 @@ def prune_pipeline(
         "plan_id": plan.id,
         "environment": Environment.capture().as_dict(),
     }
+    if variant and not re.fullmatch(r"[\w-]+", variant):
+        raise StorageError(
+            f"asked for the variant {variant!r} in the names of files; give letters, digits, - and _, such as fp16"
+        )
+    _refuse_to_replace(out, source.folder)
     original = original_of(source, plan, dtype)
     with atomic_folder(out, force=force) as temporary:
         get_ready_to_prove()
@@ -148,6 +166,7 @@ def pipeline_with(source: ModelSource, unet_folder: Path, out: Path, *, force: b
     loaded from ``out`` is compared with its own. Raises StorageError when ``out`` holds something and ``force`` is not
     given, ProofError when what was written differs.
     """
+    _refuse_to_replace(out, unet_folder, *([source.folder] if source.folder else []))
     files = weight_files(unet_folder)
     shapes, digest = _tensors_in(files)
     with atomic_folder(out, force=force) as temporary:
