@@ -172,10 +172,7 @@ def ensure_latency(session: Session) -> LatencyTable:
     key = latency_key(architecture, service)
     if (found := kept_latency(run.latency, key, architecture)) is not None:
         return found
-    kept, words = (
-        latency_file(key),
-        f"latency of {service.text(architecture.config, pixels_per_latent(session.source))}",
-    )
+    kept, words = latency_file(key), f"latency at {_where(session)}"
     table = None if session.config.profile.anew else kept_latency(kept, key, architecture)
     if table is not None:
         note(f"{words}: kept table, {latency_words(table)}")
