@@ -209,7 +209,7 @@ def test_a_kept_table_that_is_no_good_is_measured_anew_with_a_word(
         "prune_lab.workflow.measuring._measured_latency", lambda *_: measured.append("again") or table
     )
     foreign = {**good, "key": {**good["key"], "structure": "0" * 16}}
-    hole = {**good, "table": {**good["table"], "savings": good["table"]["savings"][1:]}}
+    hole = {**good, "savings": good["savings"][1:]}
     for number, text in enumerate(("{", json.dumps(foreign), json.dumps(hole), "[]"), 1):
         kept.write_text(text)
         session.run.latency.unlink()
