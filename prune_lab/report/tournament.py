@@ -76,8 +76,8 @@ def ranking_tables(ranking: pd.DataFrame) -> tuple[SectionItem, ...]:
     parts: list[SectionItem] = [table_of(ranking, _RANKING, "Ranking", "ranking.csv", left=4)]
     if ranking["latency_change"][~teacher].notna().any():
         times = (
-            "Times of candidates are the teacher's median with the change that was measured in turns with it. In brackets "
-            "its 95 % interval; where that contains no change, or is not known, the change is undecided."
+            "Times of candidates are the teacher's median with the change that was measured in turns with it, in "
+            "brackets its 95 % interval: undecided where that contains no change, or is not known."
         )
         parts.append(Text((times,)))
     if ranking["tie_group"].notna().any():
