@@ -1,64 +1,50 @@
-"""A forward pass of each BK-SDM student of the reference architecture against the teacher's, in the same run.
+"""A forward pass of each BK-SDM student of the reference architecture against the teacher's, timed in turns.
 
-Prints milliseconds, the ratio to the teacher, and the ratio of multiply-adds beside it.
+Prints milliseconds, the change against the teacher with its interval, and that of multiply-adds beside it.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 
 import torch
 
 from prune_lab.models import resolve_model
-from prune_lab.plans import native_layout, parse_plan
-from prune_lab.profiling import cost_table, random_unet
-from prune_lab.profiling.latency import random_inputs
-from prune_lab.runtime import pick_device, pick_dtype, synchronize
+from prune_lab.plans import parse_plan
+from prune_lab.profiling import TEACHER, Service, cost_table, time_plans
+from prune_lab.runtime import pick_device
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="reference")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--own-processes", action="store_true", help="each U-Net in a process of its own")
     arguments = parser.parse_args()
-    device, dtype = pick_device(arguments.device), pick_dtype(arguments.dtype)
     architecture = resolve_model(arguments.model).architecture
     costs = cost_table(architecture)
-    plans = {text: parse_plan(text, architecture) for text in ("teacher", *architecture.family.plans)}
-    unets = {
-        text: random_unet(native_layout(architecture, plan).config, device=device, dtype=dtype)
-        for text, plan in plans.items()
-    }
-    inputs = random_inputs(architecture.config, batch=arguments.batch, device=device, dtype=dtype)
-
-    times: dict[str, list[float]] = {text: [] for text in plans}
-    with torch.inference_mode():
-        for unet in unets.values():
-            unet(**inputs)
-        for _ in range(arguments.runs):
-            for text, unet in unets.items():  # interleaved: a busy moment hits all alike
-                synchronize(device)
-                start = time.perf_counter()
-                unet(**inputs)
-                synchronize(device)
-                times[text].append(1e3 * (time.perf_counter() - start))
-
-    print(
-        f"{arguments.model}, batch {arguments.batch}, {device} {arguments.dtype}, {torch.get_num_threads()} threads, "
-        f"median of {arguments.runs} runs"
+    service = Service(
+        str(pick_device(arguments.device)), arguments.dtype, arguments.batch, tokens=architecture.tokens
     )
-    baseline = statistics.median(times["teacher"])
-    for text, found in times.items():
-        median = statistics.median(found)
-        macs = costs.of(plans[text]).macs / costs.total.macs
-        print(
-            f"  {text:<10}{median:9.1f} ms   time {median / baseline:6.3f} of the teacher's   MACs {macs:6.3f}"
-        )
+    plans = {text: parse_plan(text, architecture) for text in architecture.family.plans}
+    turns = time_plans(
+        architecture, plans, service, rounds=arguments.rounds, own_processes=arguments.own_processes or None
+    )
+    print(
+        f"{arguments.model}, {service.text(architecture.config)}, {torch.get_num_threads()} threads, "
+        f"{arguments.rounds} rounds in turns, {turns.processes}"
+    )
+    for text, found in turns.compared().items():
+        change = found.change
+        line = f"  {text:<10}{found.latency.median_ms:9.1f} ms"
+        if text != TEACHER:
+            ends = "" if change.low is None else f" ({change.low:+.1%} to {change.high:+.1%})"
+            macs = costs.of(plans[text]).macs / costs.total.macs - 1
+            line += f"   time {change.change:+.1%}{ends}, {change.verdict}   MACs {macs:+.1%}"
+        print(line)
 
 
 if __name__ == "__main__":

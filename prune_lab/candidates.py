@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -13,9 +14,9 @@ from prune_lab.blocks import Architecture
 from prune_lab.errors import RunError
 from prune_lab.models import ModelSource, load_unet, model_digest, resolve_model
 from prune_lab.plans import PruningPlan, plan_from_json
-from prune_lab.profiling import Profile, profile, profile_from_dict
+from prune_lab.profiling import ComparedLatency, Profile, Service, profile, profile_from_dict
 from prune_lab.runs import CandidatePaths
-from prune_lab.runtime import Environment, read_json, write_json
+from prune_lab.runtime import Environment, pick_dtype, read_json, write_json
 from prune_lab.surgery import Original, materialise, materialise_from_folder, original_of, save_unet
 
 State = Literal["pruned", "repaired", "distilled"]
@@ -83,15 +84,17 @@ def build_candidate(
     warmup: int = 3,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    profiled: bool = True,
 ) -> Candidate:
     """The candidate of ``plan``, built and profiled in ``folder``; a step whose file is there is not done again.
 
     From a source with weights only the surviving tensors are read, and kept in the files' own format; a U-Net in memory
     is copied and left as it is. What is written is proved before it gets its name. The profile is
     that of the student in ``dtype`` on ``device``, one forward pass of ``batch`` samples, ``runs`` timed after
-    ``warmup``. Raises NonNativePlanError when no plain diffusers config describes the student, UnsupportedModelError
-    when ``teacher`` has no weights, RunError when ``folder`` holds another plan's candidate, StorageError when writing
-    fails, ProofError when what was written is another model.
+    ``warmup``; without ``profiled`` it is left to ``profile_candidate``. Raises NonNativePlanError when no plain
+    diffusers config describes the student, UnsupportedModelError when ``teacher`` has no weights, RunError when
+    ``folder`` holds another plan's candidate, StorageError when writing fails, ProofError when what was written is
+    another model.
     """
     candidate = Candidate(plan, Path(folder))
     paths = candidate.paths
@@ -121,12 +124,24 @@ def build_candidate(
             original=original,
         )
     write_json(paths.plan, plan.to_json())
-    if not paths.profile.is_file():
+    if profiled and not paths.profile.is_file():
         student = load_student(candidate, device=device, dtype=dtype)
         tokens = teacher.tokens if isinstance(teacher, ModelSource) else None
         measured = profile(student, batch=batch, tokens=tokens, runs=runs, warmup=warmup, folder=paths.unet)
         write_json(paths.profile, measured.as_dict())
     return candidate
+
+
+def profile_candidate(candidate: Candidate, compared: ComparedLatency, service: Service) -> Profile:
+    """The profile of ``candidate`` at ``service``, where its latency was measured in turns with the teacher's.
+
+    Writes profile.json.
+    """
+    student = load_student(candidate, device=service.device, dtype=pick_dtype(service.dtype))
+    found = profile(student, **service.sizes, timed=False, folder=candidate.paths.unet)
+    found = dataclasses.replace(found, latency=compared.latency, change=compared.change, timed=compared.timed)
+    write_json(candidate.paths.profile, found.as_dict())
+    return found
 
 
 def _check_owner(candidate: Candidate) -> None:

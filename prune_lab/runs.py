@@ -89,6 +89,7 @@ class Run:
     choices = PathIn("choices.json", "Which blocks can leave together natively, level by level.")
     costs = PathIn("costs.csv", "Parameters and MACs of every block, sampler and the rest.")
     latency = PathIn("latency.json", "What each block's removal saves in time.")
+    latency_rounds = PathIn("latency_rounds.csv", "Times of teacher and students, round by round, in turns.")
     reductions = PathIn("reductions.csv", "What the controls leave of parameters, MACs and latency.")
     pipeline_profile = PathIn("pipeline.csv", "Shares of text encoder, U-Net and decoder in one generation.")
     sources = PathIn("sources.json", "Where probe, training and held-out rows and the scorer come from.")

@@ -25,7 +25,7 @@ REDUCTION_COLUMNS = (
 # Where it was timed: the times alone, and the change by the ratios of times of one round, with its 95 % interval.
 REDUCTION_LATENCY_COLUMNS = (
     *("median_ms", "p10_ms", "p90_ms", "runs", "latency_change", "latency_low", "latency_high"),
-    *("latency_verdict", "timed"),
+    *("latency_verdict", "timed", "service"),
 )
 ROUNDS_COLUMNS = ("timing", "round", "name", "milliseconds", "warmup", "processes")  # of times taken in turns
 PIPELINE_COLUMNS = ("part", "calls", "tokens", "params", "macs", "median_ms", "share")
@@ -73,6 +73,7 @@ PLANS_COLUMNS = (
 COMPARISON_COLUMNS = (
     *("name", "kind", "blocks_removed", "params", "params_change", "macs", "macs_change"),
     *("paper_macs", "paper_macs_change", "native", "predicted_impact", "impact", "median_ms"),
+    *("latency_change", "latency_low", "latency_high"),
     *("loss_before", "loss_after", "clip_before", "clip_after"),
 )
 
@@ -92,7 +93,8 @@ PROMPTS_COLUMNS = ("file", "prompt", "seed")  # of every picture of a set
 PICTURES_COLUMNS = ("plan", "plan_id", "weights", "pictures", "clip", "clip_low")
 RANKING_COLUMNS = (
     *("rank", "tie_group", "plan", "plan_id", "origin", "blocks_removed", "params", "macs", "paper_macs"),
-    *("median_ms", "impact_one_shot", "loss_before", "loss_after", "clip_before", "clip_after", "steps"),
+    *("median_ms", "latency_change", "latency_low", "latency_high"),  # by times taken in turns with the teacher's
+    *("impact_one_shot", "loss_before", "loss_after", "clip_before", "clip_after", "steps"),
     *("rung", "pareto", "status", "reason"),
 )
 TOURNAMENT_COLUMNS = (

@@ -11,6 +11,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ pytest_plugins = ("must_run", "pytester")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Tables of latency that tests measure are kept for the session only; matplotlib's list of fonts takes long to make.
+os.environ.setdefault("MPLCONFIGDIR", str(Path("~/.cache/matplotlib").expanduser()))
+_kept = tempfile.TemporaryDirectory(prefix="prune-lab-tests-")
+os.environ["XDG_CACHE_HOME"] = _kept.name
 
 # A property test has no business failing because the machine was busy; in CI it tries the same examples every time.
 settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -450,7 +450,8 @@ def test_latency_joins_the_table_and_stays_empty_where_nothing_can_run(
     plans = [parse_plan("bk-tiny", tiny_architecture), parse_plan("-Dn1.A1", tiny_architecture)]
     frame = reduction_table(tiny_architecture, plans, latency=True, runs=2, warmup=1)
     wanted = ["median_ms", "p10_ms", "p90_ms", "runs", "latency_change", "latency_low", "latency_high"]
-    assert list(frame.columns[-9:]) == [*wanted, "latency_verdict", "timed"]
+    assert list(frame.columns[-10:]) == [*wanted, "latency_verdict", "timed", "service"]
+    assert frame.loc[0, "service"] == "cpu float32, 128 x 128, batch 1, 77 tokens"
     assert list(frame["native"]) == [True, True, False]
     assert (frame["median_ms"][:2] > 0).all()
     assert frame.loc[0, "latency_change"] == 0

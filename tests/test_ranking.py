@@ -219,7 +219,8 @@ def test_the_table_keeps_its_columns_and_survives_a_csv(tmp_path: Path) -> None:
     frame = ranking.frame()
     assert tuple(frame.columns) == RANKING_COLUMNS
     assert " ".join(RANKING_COLUMNS) == (
-        "rank tie_group plan plan_id origin blocks_removed params macs paper_macs median_ms impact_one_shot "
+        "rank tie_group plan plan_id origin blocks_removed params macs paper_macs median_ms latency_change "
+        "latency_low latency_high impact_one_shot "
         "loss_before loss_after clip_before clip_after steps rung pareto status reason"
     )
     assert frame["plan"].tolist() == ["teacher", "c", "a", "d", "b"]

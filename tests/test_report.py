@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import re
 import shutil
 import subprocess
@@ -26,7 +27,14 @@ from prune_lab.report import write_report
 from prune_lab.report.charts import draw_curves, draw_importance, draw_prediction, draw_quality_plane
 from prune_lab.report.document import Chart, Table, Text
 from prune_lab.report.figures import DARK, LIGHT, freeze_layout, impact_scale, plan_styles, svg_uri
-from prune_lab.report.format import amount, count, loss_or_score, percent_change, short_number
+from prune_lab.report.format import (
+    amount,
+    change_with_interval,
+    count,
+    loss_or_score,
+    percent_change,
+    short_number,
+)
 from prune_lab.report.maps import draw_block_map, draw_plan_maps, map_cells
 from prune_lab.report.sections import report_sections
 from prune_lab.report.tables import (
@@ -602,3 +610,25 @@ def test_reporting_does_not_load_torch() -> None:
         "import sys, prune_lab.report; sys.exit('torch' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("cells", "wanted"),
+    [
+        ((-0.245, -0.26, -0.231), "\u221224.5\u202f% (\u221226.0 to \u221223.1)"),
+        ((-0.012, -0.05, 0.021), "\u22121.2\u202f% (\u22125.0 to +2.1), undecided"),
+        ((-0.012, None, math.nan), "\u22121.2\u202f%, undecided"),
+        ((None, None, None), "\u2013"),
+    ],
+)
+def test_a_change_of_time_says_its_interval_or_that_it_is_undecided(
+    cells: tuple[object, object, object], wanted: str
+) -> None:
+    assert change_with_interval(*cells) == wanted
+
+
+def test_times_of_the_ranking_and_of_the_controls_come_with_their_intervals(whole: Run) -> None:
+    page = (whole.report_dir / "report.md").read_text(encoding="utf-8")
+    # Base removes 14 blocks of 1 ms each, of 40 ms.
+    assert page.count("\u221235.0\u202f% (\u221241.0 to \u221229.0)") == 2
+    assert "in turns, one process, cpu float32, 64 x 64, batch 1" in page

@@ -41,6 +41,7 @@ def test_the_layout_is_the_documented_one(tmp_path: Path) -> None:
         "searches": "plans/searches.csv",
         "evolution_dir": "plans/evolution",
         "latency": "latency.json",
+        "latency_rounds": "latency_rounds.csv",
         "candidates_dir": "candidates",
         "picture_prompts": "pictures/prompts.csv",
         "curves_dir": "curves",

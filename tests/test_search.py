@@ -291,6 +291,12 @@ def test_budgets_that_cannot_be_read(text: str, found: str) -> None:
 
 def test_a_comma_parts_budgets_but_not_the_digits_of_one() -> None:
     assert split_budgets("macs<=65%, params<=6,000,000") == ("macs<=65%", " params<=6,000,000")
+    service = "latency<=0.7x@float16,512,batch=1"
+    assert split_budgets(f"{service}, macs<=65%,params<=6,000,000") == (
+        service,
+        " macs<=65%",
+        "params<=6,000,000",
+    )
     assert split_budgets("params<=bk-small,latency<=0.7x") == ("params<=bk-small", "latency<=0.7x")
 
 

@@ -29,6 +29,7 @@ from prune_lab.importance import score
 from prune_lab.plans import is_native, parse_plan
 from prune_lab.probes import load_probe, predict
 from prune_lab.profiling import cost_table
+from prune_lab.runtime import write_json
 from prune_lab.surgery import materialise
 from prune_lab.workflow import (
     Session,
@@ -42,7 +43,7 @@ from prune_lab.workflow import (
     start_run,
 )
 from prune_lab.workflow.comparing import block_maps
-from prune_lab.workflow.measuring import ensure_latency, run_scoring_context
+from prune_lab.workflow.measuring import ensure_latency, ensure_turns, run_scoring_context
 from prune_lab.workflow.targets import budgets_of, controls_among
 
 JOINT = "macs<=as:bk-base, params<=80%"
@@ -156,6 +157,118 @@ def test_a_budget_on_latency_measures_a_table_once(searching: Searching, tmp_pat
     before = session.run.latency.read_bytes()
     ensure_latency(Session(session.run))
     assert session.run.latency.read_bytes() == before
+
+
+@pytest.fixture
+def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was said while progress is shown."""
+    said: list[str] = []
+    for module in ("workflow.measuring", "profiling.latency_cache"):
+        monkeypatch.setattr(f"prune_lab.{module}.note", said.append)
+    return said
+
+
+def test_a_latency_table_is_kept_for_every_run_of_the_same_structure_and_service(
+    searching: Searching, tmp_path: Path, notes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    budget = "latency<=0.9x@bfloat16,48,batch=2,tokens=5"
+    session = searching(tmp_path / "run", budgets=(budget,), controls=())
+    frame = plans_frame(session)
+    table = ensure_latency(session)
+    assert (table.environment.dtype, table.batch, table.latent, table.tokens) == ("bfloat16", 2, (24, 24), 5)
+    assert (frame["latency_ms"] <= 0.9 * table.whole.median_ms * (1 + 1e-9)).all()
+    assert (
+        frame["macs"].iloc[0] < cost_table(session.architecture).total.macs
+    )  # counted at the model's own size
+    assert len(notes) == 1
+    assert "latency at cpu bfloat16, 48 x 48, batch 2, 5 tokens: measured 20" in notes[0]
+    assert f"in {table.whole.runs} passes, median error" in notes[0]
+    assert len(list((tmp_path / "cache").rglob("*.json"))) == 1
+    passes: list[str] = []
+    monkeypatch.setattr(
+        type(session.unet), "forward", lambda *_, **__: passes.append("a pass") or pytest.fail("a pass")
+    )
+    again = ensure_latency(searching(tmp_path / "again", budgets=(f"{budget}, macs<=90%",), controls=()))
+    assert again == table
+    assert "kept table, measured 20" in notes[-1]
+    assert not passes
+    monkeypatch.undo()
+
+
+def test_a_kept_table_that_is_no_good_is_measured_anew_with_a_word(
+    searching: Searching, tmp_path: Path, notes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    session = searching(tmp_path / "run", budgets=("latency<=0.9x@16",))
+    table = ensure_latency(session)
+    (kept,) = (tmp_path / "cache").rglob("*.json")
+    good = json.loads(kept.read_text())
+    measured: list[str] = []
+    monkeypatch.setattr(
+        "prune_lab.workflow.measuring._measured_latency", lambda *_: measured.append("again") or table
+    )
+    foreign = {**good, "key": {**good["key"], "structure": "0" * 16}}
+    hole = {**good, "savings": good["savings"][1:]}
+    for number, text in enumerate(("{", json.dumps(foreign), json.dumps(hole), "[]"), 1):
+        kept.write_text(text)
+        session.run.latency.unlink()
+        assert ensure_latency(session) == table
+        assert f"the latency table in {kept} cannot be used" in notes[-2]
+        assert len(measured) == number
+        assert json.loads(kept.read_text()) == good
+    session.run.latency.unlink()
+    assert ensure_latency(session) == table
+    assert len(measured) == 4
+    anew = searching(tmp_path / "anew", budgets=("latency<=0.9x@16",))
+    timing = dataclasses.replace(anew.config.profile, anew=True)
+    vars(anew)["config"] = dataclasses.replace(anew.config, profile=timing)
+    ensure_latency(anew)
+    assert len(measured) == 5
+
+
+def test_candidates_are_timed_in_turns_with_the_teacher_and_later_ones_with_it_again(
+    searching: Searching, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = searching(tmp_path / "run", budgets=(), controls=("bk-base", "bk-small"))
+    architecture = session.architecture
+    names = {parse_plan(text, architecture).id: text for text in ("bk-base", "bk-small", "bk-tiny")}
+    monkeypatch.setattr("prune_lab.profiling.timed_plans.call_ms", scripted())
+    first = {one.plan.id: one.profile for one in ensure_candidates(session)}
+    rounds = pd.read_csv(session.run.latency_rounds, dtype={"name": str})
+    assert set(rounds["name"]) == {"teacher", *(name for name in names if names[name] != "bk-tiny")}
+    assert set(rounds["timing"]) == {1}
+    for profile in first.values():
+        assert (profile.timed, profile.latency.runs) == ("in turns, one process", 2)
+    # The second timing is in a minute that is ten times as slow.
+    write_json(
+        session.run.plan(parse_plan("bk-tiny", architecture).id),
+        parse_plan("bk-tiny", architecture).to_json(),
+    )
+    monkeypatch.setattr("prune_lab.profiling.timed_plans.call_ms", scripted(slowness=10))
+    again = {one.plan.id: one.profile for one in ensure_candidates(session)}
+    assert {name: again[name] for name in first} == first
+    rounds = pd.read_csv(session.run.latency_rounds, dtype={"name": str})
+    second = rounds[rounds["timing"] == 2]
+    assert {names.get(name, name) for name in second["name"]} == {"teacher", "bk-tiny"}
+    costs = cost_table(architecture)
+    for name, profile in again.items():
+        share = costs.of(parse_plan(names[name], architecture)).params / costs.total.params
+        assert profile.change.change == pytest.approx(share - 1)
+    times = ensure_turns(session, ())
+    assert times["teacher"].latency.median_ms == pytest.approx(costs.total.params)
+
+
+def scripted(slowness: float = 1) -> Any:
+    """In place of ``call_ms``: a pass takes as many milliseconds as the model has parameters."""
+
+    def call_ms(call: Callable[[], Any], device: torch.device) -> float:
+        (model,) = (
+            cell.cell_contents for cell in call.__closure__ if isinstance(cell.cell_contents, torch.nn.Module)
+        )
+        return slowness * float(sum(parameter.numel() for parameter in model.parameters()))
+
+    return call_ms
 
 
 def test_plans_are_compared_with_their_impacts_and_maps(

@@ -62,7 +62,10 @@ MacsLimit = Annotated[
 ]
 ParamsLimit = Annotated[str, typer.Option("--params", help="Most parameters, as with --macs.")]
 LatencyLimit = Annotated[
-    str, typer.Option("--latency", help="Most latency: 0.7x, 35ms or as:bk-small; is measured.")
+    str,
+    typer.Option(
+        "--latency", help="Most latency, measured: 0.7x, 35ms or 0.7x@float16,512,batch=1 elsewhere."
+    ),
 ]
 MemoryLimit = Annotated[
     str, typer.Option("--memory", help="Most memory of weights and activations: 70%, 2GiB.")

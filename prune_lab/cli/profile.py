@@ -59,8 +59,10 @@ def profile(
     from prune_lab.models import load_pipeline, load_unet
     from prune_lab.plans import read_plans
     from prune_lab.profiling import (
+        Service,
         cost_table,
         picture_size,
+        pixels_per_latent,
         profile_blocks,
         profile_pipeline,
         reduction_table,
@@ -93,7 +95,9 @@ def profile(
                 for found in read_plans(text, source.architecture)
             ]
             kind = "reductions"
-            table = {"latency": timed, "runs": rounds, **sizes, **place}
+            service = Service(str(place["device"]), str(place["dtype"]).removeprefix("torch."), **sizes)
+            where = service.text(source.config, pixels_per_latent(source)) if timed else ""
+            table = {"latency": timed, "runs": rounds, "where": where, **sizes, **place}
             frame = reduction_table(source.architecture, plans, model=source.text, **table)
     frame = frame.assign(batch=batch, resolution=pixels)
     emit(kind, records(frame), as_json=as_json, wide=wide, title=f"Profile of {model}")

@@ -330,8 +330,9 @@ class ProfileConfig:
     """How latency is measured."""
 
     batch: int = setting(1, "pictures per call", least=1)
-    runs: int = setting(20, "recorded calls behind each median", least=2)
+    runs: int = setting(20, "rounds in which everything that is compared is timed once", least=2)
     warmup: int = setting(3, "calls before them that are not recorded")
+    anew: bool = setting(False, "measure the latency table anew, also where one is kept", free=True)
 
     def __post_init__(self) -> None:
         require_ranges(self, "profile.")

@@ -266,18 +266,25 @@ def cost_table(
     tokens: int | None = None,
     dtype: torch.dtype = torch.float32,
     latency: LatencyTable | None = None,
+    latency_elsewhere: bool = False,
     activations: ActivationTable | None = None,
 ) -> CostTable:
     """The costs of ``architecture`` from one count of it; no weights are needed.
 
     ``latent`` is the side of the square latent (None: the config's size), ``tokens`` the length of the text (None: the
     architecture's), ``dtype`` the number format of the weights. Raises PlanError when ``latency`` or ``activations``
-    are of another architecture, ConfigError when they are of another size.
+    are of another architecture, ConfigError when they are of another size; with ``latency_elsewhere`` the latency may
+    be of another size than what is counted: that of a service.
     """
-    tokens = architecture.tokens if tokens is None else tokens
+    tokens, shape = (
+        architecture.tokens if tokens is None else tokens,
+        latent_shape(architecture.config, latent),
+    )
     for table in (latency, activations):
         if table is not None:
-            _check_conditions(architecture, latent_shape(architecture.config, latent), tokens, table)
+            elsewhere = latency_elsewhere and table is latency
+            size = (table.latent, table.tokens) if elsewhere else (shape, tokens)
+            _check_conditions(architecture, *size, table)
     count = count_macs(architecture.config, batch=batch, latent=latent, tokens=tokens)
     times = {} if latency is None else latency.part_ms()
     parts: list[PartCost] = []
@@ -302,9 +309,7 @@ def cost_table(
     assert min(params, macs, attention) >= 0, "parts of a U-Net overlap"
     calls = {operator: number for operator, number in left.items() if number}
     add(REST, "rest", params, (macs, attention), MappingProxyType(calls))
-    return CostTable(
-        architecture, tuple(parts), batch, latent_shape(architecture.config, latent), tokens, activations
-    )
+    return CostTable(architecture, tuple(parts), batch, shape, tokens, activations)
 
 
 def _check_conditions(

@@ -56,7 +56,7 @@ def latency_file(key: Mapping[str, Any]) -> Path:
 
 def keep_latency(path: Path, key: Mapping[str, Any], table: LatencyTable) -> None:
     """Write ``table`` to ``path`` with the ``key`` that it holds for. Raises StorageError."""
-    write_json(path, {"key": dict(key), "table": table.as_dict()})
+    write_json(path, {**table.as_dict(), "key": dict(key)})
 
 
 def kept_latency(path: Path, key: Mapping[str, Any], architecture: Architecture) -> LatencyTable | None:
@@ -65,12 +65,11 @@ def kept_latency(path: Path, key: Mapping[str, Any], architecture: Architecture)
         return None
     try:
         found = read_json(path)
-        if not isinstance(found, dict) or not isinstance(found.get("table"), dict):
-            raise DataError("no table is in it")
-        if found.get("key") != dict(key):
+        if not isinstance(found, dict) or "key" not in found:
+            raise DataError("it does not say what it holds for")
+        if found.pop("key") != dict(key):
             raise DataError("it holds for another model or service")
-        # The signature says more than the key: what is removable, in this version of the program.
-        return latency_table_from_dict(found["table"], architecture)
+        return latency_table_from_dict(found, architecture)
     except (DataError, PlanError, StorageError) as error:
         note(f"the latency table in {path} cannot be used ({error}); it is measured anew")
         return None

@@ -16,6 +16,7 @@ from prune_lab.errors import DataError, ModelNotFoundError
 from prune_lab.families import CLIP_TOKENS, latent_shape, meta_unet
 from prune_lab.profiling.latency import Latency, measure_latency, random_inputs
 from prune_lab.profiling.live_memory import measure_memory_growth
+from prune_lab.profiling.turns import Change
 from prune_lab.runtime import Environment
 
 
@@ -37,6 +38,8 @@ class Profile:
     dtype: str
     device: str
     environment: Environment
+    change: Change | None = None  # of the latency against the teacher's, from times taken in turns
+    timed: str = "alone"  # or "in turns, one process"
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON values; ``profile_from_dict`` reads them back."""
@@ -48,11 +51,12 @@ def profile_from_dict(values: Mapping[str, Any]) -> Profile:
     """The profile that ``as_dict`` wrote. Raises DataError when a field is missing or unknown."""
     try:
         fields = dict(values)
-        latency = fields.pop("latency")
+        latency, change = fields.pop("latency"), fields.pop("change", None)
         return Profile(
             **{
                 **fields,
                 "latency": None if latency is None else Latency(**latency),
+                "change": None if change is None else Change(**change),
                 "latent": tuple(fields["latent"]),
                 "environment": Environment(**fields["environment"]),
             }
@@ -87,13 +91,15 @@ def profile(
     runs: int = 20,
     warmup: int = 3,
     measured: bool = True,
+    timed: bool = True,
     folder: Path | None = None,
 ) -> Profile:
     """The profile of a U-Net on the device and in the number format it has, or of a config (counted only).
 
     MACs are fvcore's for one forward pass over ``batch`` samples at ``latent`` squared (None: the config's size) and
-    ``tokens`` words (None: 77). Without ``measured``, latency and memory stay None. ``folder`` says where the weights
-    lie; without it their size is that of the tensors. Raises ConfigError for fewer than two runs.
+    ``tokens`` words (None: 77). Without ``measured`` latency and memory stay None, without ``timed`` latency does.
+    ``folder`` says where the weights lie; without it their size is that of the tensors. Raises ConfigError for fewer
+    than two runs.
     """
     config = source if isinstance(source, Mapping) else source.config
     unet = meta_unet(source) if isinstance(source, Mapping) else source
@@ -106,7 +112,8 @@ def profile(
         inputs = random_inputs(
             config, batch=batch, latent=latent, tokens=tokens, device=unet.device, dtype=unet.dtype
         )
-        latency = measure_latency(lambda: unet(**inputs), warmup=warmup, runs=runs, device=unet.device)
+        if timed:
+            latency = measure_latency(lambda: unet(**inputs), warmup=warmup, runs=runs, device=unet.device)
         growth = measure_memory_growth(lambda: unet(**inputs), device=unet.device)
         memory = None if growth is None else growth + tensor_bytes(unet)
     dtype = str(unet.dtype).removeprefix("torch.")

@@ -58,6 +58,7 @@ def reduction_table(
     runs: int = 20,
     warmup: int = 3,
     times: Mapping[str, ComparedLatency] | None = None,
+    where: str = "",
     own_processes: bool | None = None,
 ) -> pd.DataFrame:
     """What each plan leaves of ``architecture``, the teacher first; no weights needed.
@@ -66,8 +67,8 @@ def reduction_table(
     negative for savings. MACs are of one forward pass over ``batch`` samples with ``tokens`` words (None: the
     architecture's), ``paper_macs`` without attention products. Latency is that of the same networks with random
     weights on ``device`` in ``dtype``, timed in turns in ``runs`` rounds as ``time_plans`` does, or ``times`` by plan
-    id where they are known already; empty for a plan that is not native. Its change is the median of the ratios within
-    a round, with its interval. Raises PlanError for a plan of another architecture.
+    id where they are known already; ``where`` is the service in words. Empty for a plan that is not native. Its change
+    is the median of the ratios within a round, with its interval. Raises PlanError for a plan of another architecture.
     """
     sizes = {"batch": batch, "latent": latent, "tokens": architecture.tokens if tokens is None else tokens}
     costs = cost_table(architecture, **sizes)  # type: ignore[arg-type]
@@ -100,10 +101,12 @@ def reduction_table(
         native = {plan.id: plan for plan in plans if plan.removed and is_native(architecture, plan)}
         timing = {"rounds": runs, "warmup": warmup, "own_processes": own_processes}
         times = time_plans(architecture, native, service, **timing).compared()  # type: ignore[arg-type]
+        where = where or service.text(architecture.config)
     found = [times.get(plan.id if plan.removed else TEACHER) for plan in (everything, *plans)]
     cells = pd.DataFrame(
         [{} if one is None else one.columns() for one in found], columns=list(REDUCTION_LATENCY_COLUMNS)
     )
+    cells["service"] = [None if one is None else where for one in found]
     return pd.concat([frame, cells], axis=1)
 
 

@@ -20,7 +20,8 @@ Status = Literal["teacher", "ranked", "dropped", "left out", "failed"]
 
 _ENTRY_COLUMNS = ("rank", "tie_group", "pareto", "status", "reason")
 _COUNTS = ("rank", "tie_group", "blocks_removed", "params", "macs", "paper_macs", "steps", "rung")
-_FIGURES = ("median_ms", "impact_one_shot", "loss_before", "loss_after", "clip_before", "clip_after")
+_LATENCY = ("median_ms", "latency_change", "latency_low", "latency_high")
+_FIGURES = (*_LATENCY, "impact_one_shot", "loss_before", "loss_after", "clip_before", "clip_after")
 _KINDS = dict.fromkeys(_COUNTS, "Int64") | dict.fromkeys(_FIGURES, "float64") | {"pareto": "boolean"}
 _REASON_FIELDS = {"failed": "failure", "left out": "left_out", "dropped": "dropped"}  # by status
 
@@ -29,8 +30,10 @@ _REASON_FIELDS = {"failed": "failure", "left out": "left_out", "dropped": "dropp
 class CandidateResult:
     """Costs and measurements of one candidate, or of the teacher; NaN means not measured.
 
-    ``impact_one_shot`` is the impact of removing the whole plan before training, ``loss_*`` the held-out denoising loss
-    and ``clip_*`` the mean CLIP score before and after the distillation of ``steps`` steps. ``heldout`` holds the
+    ``latency_change`` is the median of the ratios to the teacher's times in the same rounds, less one, with the ends of
+    its interval; ``median_ms`` is the teacher's median changed by it. ``impact_one_shot`` is the impact of removing the
+    whole plan before training, ``loss_*`` the held-out denoising loss and ``clip_*`` the mean CLIP score before and
+    after the distillation of ``steps`` steps. ``heldout`` holds the
     losses after it of each row, the same rows for all candidates; empty if unknown. ``rung`` is the last rung of the
     tournament at which the candidate was measured, None without a tournament. Three fields give the reason why a
     candidate is not at the end: ``failure`` (building or training failed), ``left_out`` (not trained), ``dropped``
@@ -45,6 +48,9 @@ class CandidateResult:
     macs: int
     paper_macs: int
     median_ms: float = math.nan
+    latency_change: float = math.nan
+    latency_low: float = math.nan
+    latency_high: float = math.nan
     impact_one_shot: float = math.nan
     loss_before: float = math.nan
     loss_after: float = math.nan

@@ -61,6 +61,18 @@ def percent_change(fraction: float) -> str:
     return f"{sign}{abs(change):.1f}{NARROW}%"
 
 
+def change_with_interval(change: object, low: object, high: object) -> str:
+    """A change with its interval: −24.5 % (−26.0 to −23.1); "undecided" where the interval contains no change."""
+    if is_missing(change):
+        return UNKNOWN
+    words = percent_change(change)
+    if is_missing(low) or is_missing(high):
+        return f"{words}, undecided"
+    ends = " to ".join(percent_change(end).split(NARROW)[0] for end in (low, high))
+    undecided = float(str(low)) <= 0 <= float(str(high))
+    return f"{words} ({ends}){', undecided' if undecided else ''}"
+
+
 @_number_format
 def percent(fraction: float) -> str:
     """A share of a whole: 32.6 %."""

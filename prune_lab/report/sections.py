@@ -179,7 +179,8 @@ def _reductions(tables: RunTables) -> tuple[SectionItem, ...]:
             cells.append(fmt.yes_or_no(row["native"]))
             if has_times:
                 cells.append(fmt.milliseconds(row["median_ms"]))
-                cells.append(fmt.percent_change(row["latency_change"]) if index else "")
+                ends = row.get("latency_low"), row.get("latency_high")
+                cells.append(fmt.change_with_interval(row["latency_change"], *ends) if index else "")
                 cells.append(f"{row['p10_ms']:.3g} to {fmt.milliseconds(row['p90_ms'])}")
             rows.append(tuple(cells))
         header += ["Median time", "change", "p10 to p90"] if has_times else []
@@ -198,8 +199,12 @@ def _footnotes(frame: pd.DataFrame, has_times: bool) -> list[SectionItem]:
             f"Operators that are not counted, with their calls in one pass of the teacher: {listed}."
         )
     if has_times:
+        known = {name: str(frame[name].dropna().iloc[0]) for name in ("timed", "service") if name in frame}
+        how = ", ".join(known.values())
         sentences.append(
-            f"Times are of one forward pass with random weights, {fmt.count(frame['runs'].max())} runs each."
+            f"Times are of one forward pass with random weights, {fmt.count(frame['runs'].max())} rounds"
+            f"{f' ({how})' if how else ''}. A change is the median of the ratios to the teacher within a round, with "
+            "its 95 % interval: undecided where that contains no change, or where there are fewer than six rounds."
         )
     return [Text((" ".join(sentences),))] if sentences else []
 

@@ -35,6 +35,7 @@ _RANKING = (
     ("Parameters", "params", fmt.amount),
     ("MACs (whole)", "macs", fmt.amount),
     ("Median time", "median_ms", fmt.milliseconds),
+    ("Change of time", "latency", fmt.text),
     ("Impact in one shot", "impact_one_shot", fmt.short_number),
     ("Steps", "steps", fmt.count),
     ("Loss before", "loss_before", fmt.loss_or_score),
@@ -68,7 +69,17 @@ _VERDICTS = (
 
 def ranking_tables(ranking: pd.DataFrame) -> tuple[SectionItem, ...]:
     """The ranking, a note on its tie groups, and the dropped and unranked candidates with the reasons."""
+    columns = ["latency_change", "latency_low", "latency_high"]
+    changes = [fmt.change_with_interval(*row) for row in ranking[columns].itertuples(index=False, name=None)]
+    teacher = ranking["origin"] == "teacher"
+    ranking = ranking.assign(latency=pd.Series(changes, index=ranking.index, dtype=object).mask(teacher, ""))
     parts: list[SectionItem] = [table_of(ranking, _RANKING, "Ranking", "ranking.csv", left=4)]
+    if ranking["latency_change"][~teacher].notna().any():
+        times = (
+            "Times of candidates are the teacher's median with the change that was measured in turns with it, in "
+            "brackets its 95 % interval: undecided where that contains no change, or is not known."
+        )
+        parts.append(Text((times,)))
     if ranking["tie_group"].notna().any():
         ties = (
             "Candidates of one tie group are tied with the first of the group: the 95 % interval of the paired "

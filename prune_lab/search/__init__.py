@@ -5,6 +5,7 @@ from __future__ import annotations
 from prune_lab.search.budgets import (
     Budget,
     parse_budget,
+    service_named,
     split_budgets,
     within,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "random_median",
     "sample_near",
     "search_plans",
+    "service_named",
     "similarity_control",
     "split_budgets",
     "sweep_plans",

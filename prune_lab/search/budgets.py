@@ -12,7 +12,7 @@ from types import MappingProxyType
 from prune_lab.blocks import Architecture
 from prune_lab.errors import BudgetError, PruneLabError
 from prune_lab.plans import PruningPlan, parse_plan
-from prune_lab.profiling import COUNTED, METRICS, CostTable, Metric, PlanCost
+from prune_lab.profiling import COUNTED, METRICS, CostTable, Metric, PlanCost, split_service
 
 _NAMES: Mapping[str, Metric] = {metric: metric for metric in METRICS} | {"latency": "latency_ms"}
 _THOUSANDS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -44,9 +44,33 @@ class Budget:
 def split_budgets(text: str) -> tuple[str, ...]:
     """The single budgets in ``text``: ``macs<=65%, params<=6,000,000`` is two of them.
 
-    A comma inside a number is followed by digits, one between budgets by the name of a metric.
+    A comma inside a number is followed by digits, one inside a service by its next part (``0.7x@float16,512,batch=1``),
+    one between budgets by the name of a metric.
     """
-    return tuple(re.split(r",(?!\s*\d)", text))
+    found: list[str] = []
+    for piece in re.split(r",(?!\s*\d)", text):
+        if found and "@" in found[-1] and "<=" not in piece:
+            found[-1] += f",{piece}"
+        else:
+            found.append(piece)
+    return tuple(found)
+
+
+def service_named(texts: Sequence[str]) -> str:
+    """What the budgets on latency in ``texts`` say after ``@``: the service of a run; empty where none says anything.
+
+    Raises BudgetError when they name different ones: a run has one service.
+    """
+    asked = [one for text in texts for one in split_budgets(text) if re.match(r"\s*latency", one)]
+    services = {
+        ",".join(sorted(part.strip() for part in split_service(one)[1].split(","))): one for one in asked
+    }
+    if len(services) > 1:
+        raise BudgetError(
+            f"asked for latencies at different services, {' and '.join(map(repr, services.values()))}; a run measures "
+            "at one: give the others a run of their own"
+        )
+    return next((split_service(one)[1] for one in services.values()), "")
 
 
 # Digits in groups of three; a comma elsewhere may be meant as a decimal point, and is not guessed at.
@@ -61,16 +85,22 @@ def parse_budget(text: str, architecture: Architecture, costs: CostTable) -> Bud
     On the left params, macs (attention products included), paper_macs (without them), latency or memory; on the right
     a share of the teacher's (``66%``, ``0.66x``), a number, or a plan whose cost is the limit (``bk-small``,
     ``as:bk-small``). k, M, G, T are powers of 1000; times are in ms (or us, s), memory in bytes (or kB, MiB and
-    their like). Raises BudgetError for anything else, and for latency or memory that was not measured.
+    their like). What stands after ``@`` in a budget on latency is the service that ``costs`` were measured at
+    (``service_named``). Raises BudgetError for anything else, and for latency or memory that was not measured.
     """
-    match = re.fullmatch(r"\s*([\w-]+)\s*<=\s*(?:as:)?\s*(.+?)\s*", text)
+    plain, service = split_service(text)
+    match = re.fullmatch(r"\s*([\w-]+)\s*<=\s*(?:as:)?\s*(.+?)\s*", plain)
     metric = _NAMES.get(match[1].replace("-", "_")) if match else None
+    if service and metric and metric != "latency_ms":
+        raise BudgetError(
+            f"cannot use the budget {text!r}: only a latency depends on a service; leave @{service} out"
+        )
     if not match or metric is None:
         raise BudgetError(
             f"cannot read the budget {text!r}; write params, macs, paper_macs, latency or memory, then <= and a share, "
             "a number or a plan, for example 'macs<=66%', 'params<=482346884', 'latency<=0.7x' or 'params<=bk-small'"
         )
-    value = match[2]
+    value, at = match[2], f"@{service}" if service else ""
     total = costs.total.amount(metric)
     number = re.fullmatch(_NUMBER, value)
     amount = Decimal(re.sub("[_,]", "", number[1])) if number else Decimal(0)
@@ -95,7 +125,7 @@ def parse_budget(text: str, architecture: Architecture, costs: CostTable) -> Bud
                 f"it), and as a plan: {error}"
             ) from None
         limit = costs.of(plan).amount(metric)
-    return Budget(metric, math.floor(limit) if metric in COUNTED else float(limit), f"{metric}<={value}")
+    return Budget(metric, math.floor(limit) if metric in COUNTED else float(limit), f"{metric}<={value}{at}")
 
 
 def within(plan: PruningPlan, budgets: Sequence[Budget], costs: CostTable) -> bool:

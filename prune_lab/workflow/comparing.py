@@ -23,7 +23,8 @@ from prune_lab.session import Session
 from prune_lab.workflow.measuring import ensure_costs, ensure_scores
 from prune_lab.workflow.searching import ensure_plans, goes_by, impact_of_sets, relative_costs
 
-_MEASURED = ("median_ms", "loss_before", "loss_after", "clip_before", "clip_after")
+_LATENCY = ("median_ms", "latency_change", "latency_low", "latency_high")
+_MEASURED = (*_LATENCY, "loss_before", "loss_after", "clip_before", "clip_after")
 
 
 def compared_plans(session: Session, texts: Sequence[str]) -> tuple[pd.DataFrame, tuple[str, ...]]:
@@ -123,10 +124,12 @@ def _plan_row(name: str, kind: str, plan: PruningPlan, costs: CostTable) -> dict
 
 def _of_candidate(folder: Path, costs: CostTable) -> dict[str, Any]:
     candidate, recovery = load_candidate(folder, costs.architecture), load_recovery(folder)
-    latency = candidate.profile.latency
+    latency, change = candidate.profile.latency, candidate.profile.change
+    known = {} if change is None else {name: getattr(change, name) for name in ("change", "low", "high")}
     return {
         **_plan_row(candidate.plan.label, "candidate", candidate.plan, costs),
         "median_ms": latency.median_ms if latency else math.nan,
+        **{f"latency_{name}": value for name, value in known.items()},
         "loss_before": recovery.before if recovery else math.nan,
         "loss_after": recovery.after if recovery else math.nan,
     }

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+from collections.abc import Iterable
 from typing import Any, cast
 
 import pandas as pd
 
 from prune_lab.blocks import Architecture, BlockGroup, GroupKind, block_groups, blocks_frame
 from prune_lab.config import PLAN_FILES
-from prune_lab.errors import ConfigError
+from prune_lab.errors import ConfigError, StorageError
 from prune_lab.importance import (
     ONE_STEP,
     ImportanceTable,
@@ -22,20 +23,37 @@ from prune_lab.importance import (
 from prune_lab.models import resolve_model
 from prune_lab.plans import PruningPlan, choices_to_json, is_native, read_plans
 from prune_lab.profiling import (
+    TEACHER,
+    ComparedLatency,
     CostTable,
     LatencyTable,
+    Service,
     cost_table,
-    latency_table_from_dict,
+    keep_latency,
+    kept_latency,
+    latency_file,
+    latency_key,
+    latency_words,
     measure_latency_table,
+    pixels_per_latent,
     profile_pipeline,
     random_native_plans,
+    random_unet,
+    read_service,
     reduction_table,
+    time_plans,
+    turns_of_frame,
 )
-from prune_lab.runtime import read_json, write_frame, write_json
+from prune_lab.runtime import note, pick_dtype, write_frame, write_json
+from prune_lab.schemas import ROUNDS_COLUMNS
+from prune_lab.search import service_named
 from prune_lab.session import Session, read_scores, run_scoring_context, tell_roles
 from prune_lab.workflow.targets import controls_among
 
-_LATENCY_CHECKS = 8  # plans with which the predicted latency is compared
+_LATENCY_PLANS = (
+    4  # that calibrate the latency table, and as many again with which its predictions are compared
+)
+_LATENCY_ROUNDS = 5  # times profile.runs: the most passes that the table takes
 
 
 def ensure_blocks(session: Session) -> Architecture:
@@ -117,30 +135,110 @@ def controls(session: Session, architecture: Architecture) -> tuple[PruningPlan,
     return controls_among(session.config.search, architecture)
 
 
-def ensure_latency(session: Session) -> LatencyTable:
-    """Milliseconds that the removal of each block saves, and the error of such predictions; writes latency.json.
+def service_of(session: Session) -> Service:
+    """Where and how the run's models are to work: as its budgets on latency say, else as the run itself does.
 
-    The controls calibrate the table; its error is measured on random native plans that are no controls.
+    Raises BudgetError, ConfigError or DeviceError when it cannot be read, or is not to be had here.
     """
-    run = session.run
-    if run.done(run.latency):
-        return latency_table_from_dict(cast("dict[str, Any]", read_json(run.latency)), session.architecture)
-    calibrate = {
-        plan.id: plan
-        for plan in controls(session, session.architecture)
-        if plan.removed and is_native(session.architecture, plan)
-    }
-    drawn = random_native_plans(session.architecture, _LATENCY_CHECKS, seed=session.config.seed)
-    table = measure_latency_table(
-        session.unet,
-        calibrate=tuple(calibrate.values()),
-        held_out=tuple(plan for plan in drawn if plan.removed and plan.id not in calibrate),
-        **dataclasses.asdict(session.config.profile),
+    own = Service(
+        device=str(session.device),
+        dtype=str(session.dtype).removeprefix("torch."),
+        batch=session.config.profile.batch,
         tokens=session.architecture.tokens,
-        seed=session.config.seed,
     )
-    write_json(run.latency, table.as_dict())
+    asked = service_named(session.config.search.budgets)
+    return read_service(asked, own, session.source) if asked else own
+
+
+def _where(session: Session) -> str:
+    """The run's service in words."""
+    return service_of(session).text(session.architecture.config, pixels_per_latent(session.source))
+
+
+def _own_unet(session: Session, service: Service) -> Any:
+    """The run's U-Net where it is loaded already, and as the service wants it; None: one of random weights will do."""
+    loaded = not {"unet", "pipeline"}.isdisjoint(vars(session)) and not session.config.score.channels_last
+    place = str(session.device), str(session.dtype).removeprefix("torch.")
+    return session.unet if loaded and place == (service.device, service.dtype) else None
+
+
+def ensure_latency(session: Session) -> LatencyTable:
+    """Milliseconds that the removal of each block saves at the run's service, and the error of such predictions.
+
+    Writes latency.json: the table that the cache folder of the user keeps for this structure and service, measured
+    where there is none. Random native plans calibrate it, and others measure its error.
+    """
+    run, architecture, service = session.run, session.architecture, service_of(session)
+    key = latency_key(architecture, service)
+    if (found := kept_latency(run.latency, key, architecture)) is not None:
+        return found
+    kept, words = latency_file(key), f"latency at {_where(session)}"
+    table = None if session.config.profile.anew else kept_latency(kept, key, architecture)
+    if table is not None:
+        note(f"{words}: kept table, {latency_words(table)}")
+    else:
+        table = _measured_latency(session, service)
+        note(f"{words}: {latency_words(table)}")
+        with contextlib.suppress(
+            StorageError
+        ):  # a cache folder that cannot be written costs time the next time
+            keep_latency(kept, key, table)
+    keep_latency(run.latency, key, table)
     return table
+
+
+def _measured_latency(session: Session, service: Service) -> LatencyTable:
+    architecture, seed, how = session.architecture, session.config.seed, session.config.profile
+    place: dict[str, Any] = {"device": service.device, "dtype": pick_dtype(service.dtype)}
+    unet = _own_unet(session, service)
+    drawn = random_native_plans(architecture, 2 * _LATENCY_PLANS, seed=seed)
+    return measure_latency_table(
+        random_unet(architecture.config, **place) if unet is None else unet,
+        calibrate=drawn[:_LATENCY_PLANS],
+        held_out=drawn[_LATENCY_PLANS:],
+        rounds=_LATENCY_ROUNDS * how.runs,
+        warmup=how.warmup,
+        **service.sizes,
+        seed=seed,
+        backend=service.backend,
+    )
+
+
+def ensure_turns(session: Session, plans: Iterable[PruningPlan]) -> dict[str, ComparedLatency]:
+    """The latency of the whole U-Net (TEACHER) and of what each native plan leaves, by plan id, timed in turns.
+
+    Writes latency_rounds.csv. Plans that were not timed yet are timed together, with the whole U-Net among them once
+    more; those that were stay as they are. So a change is always one within the same rounds.
+    """
+    run, how = session.run, session.config.profile
+    columns = list(ROUNDS_COLUMNS)
+    frame = pd.DataFrame(columns=columns)
+    if run.done(run.latency_rounds):
+        frame = pd.read_csv(run.latency_rounds, dtype={"name": str})
+    found: dict[str, ComparedLatency] = {}
+    for _, rows in frame.groupby("timing", sort=True):
+        found = turns_of_frame(rows).compared() | found  # of the whole U-Net the first timing counts
+    missing = {
+        plan.id: plan
+        for plan in plans
+        if plan.removed and plan.id not in found and is_native(session.architecture, plan)
+    }
+    if missing or TEACHER not in found:
+        service = service_of(session)
+        turns = time_plans(
+            session.architecture,
+            missing,
+            service,
+            rounds=how.runs,
+            warmup=how.warmup,
+            unet=_own_unet(session, service),
+            seed=session.config.seed,
+        )
+        number = 1 + int(frame["timing"].max()) if len(frame) else 1
+        parts = [frame, turns.frame().assign(timing=number)[columns]]
+        write_frame(run.latency_rounds, pd.concat(parts[len(frame) == 0 :], ignore_index=True))
+        found = turns.compared() | found
+    return found
 
 
 def ensure_costs(session: Session) -> CostTable:
@@ -159,14 +257,14 @@ def ensure_reductions(session: Session) -> pd.DataFrame:
     """
     run, settings = session.run, session.config.profile
     if not run.done(run.reductions):
+        plans = controls(session, session.architecture)
         own = reduction_table(
             session.architecture,
-            controls(session, session.architecture),
+            plans,
             model=session.config.model,
-            latency=True,
-            device=session.device,
-            dtype=session.dtype,
-            **dataclasses.asdict(settings),
+            batch=settings.batch,
+            times=ensure_turns(session, plans),
+            where=_where(session),
         )
         frames = [own]
         for name in session.config.report.also_presets:
@@ -184,7 +282,14 @@ def ensure_shares(session: Session) -> pd.DataFrame:
     """
     run, how = session.run, session.config.evaluate
     if not run.done(run.pipeline_profile):
-        timing = dataclasses.asdict(session.config.profile)
-        shares = profile_pipeline(session.pipeline, steps=how.steps, guidance=how.guidance, **timing)
+        timing = session.config.profile
+        shares = profile_pipeline(
+            session.pipeline,
+            steps=how.steps,
+            guidance=how.guidance,
+            batch=timing.batch,
+            runs=timing.runs,
+            warmup=timing.warmup,
+        )
         write_frame(run.pipeline_profile, shares)
     return pd.read_csv(run.pipeline_profile)

@@ -15,7 +15,7 @@ from prune_lab.runs import load_run_config, open_run
 from prune_lab.runtime import track, write_frame
 from prune_lab.schemas import STEP_SECONDS_COLUMNS, STEPS_COLUMNS
 from prune_lab.session import Session, tell_roles
-from prune_lab.workflow.measuring import controls, criteria_of, score_groups_of
+from prune_lab.workflow.measuring import controls, criteria_of, score_groups_of, service_of
 from prune_lab.workflow.ranking import ensure_ranking
 from prune_lab.workflow.steps import STEPS, affecting, first_affected, forget, start_run, steps_from
 from prune_lab.workflow.targets import check_budgets, check_controls
@@ -24,7 +24,7 @@ from prune_lab.workflow.targets import check_budgets, check_controls
 def check_settings(session: Session) -> None:
     """Raise the errors of settings that later steps would raise, before hours are spent on earlier ones."""
     config = session.config
-    _ = session.device, session.dtype, session.pipeline, session.scorer
+    _ = session.device, session.dtype, service_of(session), session.pipeline, session.scorer
     criteria_of(session)
     score_groups_of(session)
     check_controls(config)

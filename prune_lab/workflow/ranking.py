@@ -15,6 +15,7 @@ from prune_lab.distill import load_heldout, load_recovery
 from prune_lab.engines import PictureJob, clip_of, draw_prompts, engine_of, picture_frame
 from prune_lab.evaluation import heldout_loss, read_pictures, save_pictures
 from prune_lab.plans import PruningPlan
+from prune_lab.profiling import TEACHER
 from prune_lab.ranking import (
     CandidateResult,
     Ranking,
@@ -27,7 +28,7 @@ from prune_lab.report import write_report
 from prune_lab.runtime import write_frame
 from prune_lab.schemas import PICTURES_COLUMNS
 from prune_lab.session import Session, tell_roles, training_and_validation
-from prune_lab.workflow.measuring import ensure_costs, ensure_reductions
+from prune_lab.workflow.measuring import ensure_costs, ensure_reductions, ensure_turns
 from prune_lab.workflow.searching import ensure_plans, left_out
 from prune_lab.workflow.students import ensure_candidates
 
@@ -87,6 +88,7 @@ def _teacher_result(session: Session) -> CandidateResult:
         macs=costs.macs,
         paper_macs=costs.paper_macs,
         median_ms=float(own["median_ms"].iloc[0]),
+        latency_change=0.0,
         impact_one_shot=0.0,
         loss_before=loss,
         loss_after=loss,
@@ -103,7 +105,8 @@ def _candidate_result(
     paths = run.candidate(plan.id)
     recovery = load_recovery(paths.folder)
     built = run.done(paths.profile)
-    latency = load_candidate(paths.folder, session.architecture).profile.latency if built else None
+    change = load_candidate(paths.folder, session.architecture).profile.change if built else None
+    whole = ensure_turns(session, ())[TEACHER].latency.median_ms
     losses: tuple[float, ...] = ()
     if recovery and recovery.status == "done" and run.done(paths.heldout):
         losses = tuple(map(float, load_heldout(paths.folder).loc[recovery.steps]))
@@ -115,7 +118,11 @@ def _candidate_result(
         params=costs.params,
         macs=costs.macs,
         paper_macs=costs.paper_macs,
-        median_ms=latency.median_ms if latency else math.nan,
+        # Milliseconds of different rounds do not compare; changes do.
+        median_ms=whole * (1 + change.change) if change else math.nan,
+        latency_change=change.change if change else math.nan,
+        latency_low=math.nan if change is None or change.low is None else change.low,
+        latency_high=math.nan if change is None or change.high is None else change.high,
         impact_one_shot=impact,
         loss_before=recovery.before if recovery else math.nan,
         loss_after=recovery.after if recovery else math.nan,

@@ -42,6 +42,7 @@ def costs_of(session: Session) -> CostTable:
         architecture,
         dtype=dtype,
         latency=ensure_latency(session) if timed else None,
+        latency_elsewhere=True,  # at the run's service, which may be of another size
         activations=activation_table(architecture, dtype=dtype) if "memory" in asked else None,
     )
 

@@ -110,7 +110,7 @@ STEPS: tuple[Step, ...] = (
         "candidates",
         "cuts and profiles a smaller model for every plan",
         ensure_candidates,
-        _of_candidates("folder"),
+        lambda run: (run.latency_rounds, *_of_candidates("folder")(run)),
         _of_candidates("profile"),
     ),
     Step(

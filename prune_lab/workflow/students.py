@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import cast
+from typing import Any, cast
 
 import pandas as pd
 
-from prune_lab.candidates import Candidate, build_candidate, load_candidate, load_student
+from prune_lab.candidates import Candidate, build_candidate, load_candidate, load_student, profile_candidate
 from prune_lab.repair import RepairKind, repair
 from prune_lab.runtime import track, write_frame
 from prune_lab.schemas import REPAIRED_COLUMNS
 from prune_lab.session import Session, ensure_probe
 from prune_lab.surgery import save_unet
+from prune_lab.workflow.measuring import ensure_turns, service_of
 from prune_lab.workflow.searching import ensure_plans, left_out
 
 # Candidates --------------------------------------------------------------------------------------------------
@@ -22,18 +23,24 @@ from prune_lab.workflow.searching import ensure_plans, left_out
 def ensure_candidates(session: Session) -> tuple[Candidate, ...]:
     """Every native plan of the run as a smaller model; writes candidates/<id>/{plan.json, unet/, profile.json}.
 
-    Plans that are not native are left out here and named with the reason in the ranking.
+    All are built first and then timed in turns with the teacher. Plans that are not native are left out here and named
+    with the reason in the ranking.
     """
     plans = [plan for plan in ensure_plans(session) if not left_out(session, plan)]
-    how, candidates = dataclasses.asdict(session.config.profile), []
-    for plan in track(plans, "building candidates"):
-        paths = session.run.candidate(plan.id)
-        if not session.run.done(paths.profile):
-            source, device, dtype = session.source, session.device, session.dtype
-            build_candidate(source, plan, paths.folder, device=device, dtype=dtype, **how)
-        built = load_candidate(paths.folder, session.architecture)
-        candidates.append(dataclasses.replace(built, plan=plan))  # names and origin as the run has them
-    return tuple(candidates)
+    place: dict[str, Any] = {"device": session.device, "dtype": session.dtype}
+    missing = [plan for plan in plans if not session.run.done(session.run.candidate(plan.id).profile)]
+    for plan in track(missing, "building candidates"):
+        build_candidate(session.source, plan, session.run.candidate(plan.id).folder, profiled=False, **place)
+    if missing:
+        times, service = ensure_turns(session, missing), service_of(session)
+        for plan in track(missing, "profiling candidates"):
+            built = Candidate(plan, session.run.candidate(plan.id).folder)
+            profile_candidate(built, times[plan.id], service)
+    candidates = (
+        load_candidate(session.run.candidate(plan.id).folder, session.architecture) for plan in plans
+    )
+    # names and origin as the run has them
+    return tuple(dataclasses.replace(one, plan=plan) for one, plan in zip(candidates, plans, strict=True))
 
 
 def ensure_repaired(session: Session) -> pd.DataFrame:

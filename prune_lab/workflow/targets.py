@@ -11,7 +11,7 @@ from prune_lab.config import AUTO, BUDGET_CONTROLS, RunConfig, SearchConfig
 from prune_lab.errors import BudgetError
 from prune_lab.models import configured_model
 from prune_lab.plans import PruningPlan, read_plans
-from prune_lab.profiling import cost_table
+from prune_lab.profiling import Service, cost_table, read_service
 from prune_lab.runtime import note
 from prune_lab.search import (
     Constraints,
@@ -19,6 +19,7 @@ from prune_lab.search import (
     named_plans,
     parse_budget,
     parse_quota,
+    service_named,
     split_budgets,
 )
 
@@ -117,10 +118,16 @@ def budgets_of(config: RunConfig, architecture: Architecture) -> tuple[str, ...]
 
 
 def check_budgets(config: RunConfig) -> None:
-    """Raise BudgetError when one of ``search.budgets`` cannot be read, or no native plan meets it; needs no weights."""
+    """Raise BudgetError when one of ``search.budgets`` cannot be read, or no native plan meets it; needs no weights.
+
+    Raises DeviceError or ConfigError for a service that is not to be had here.
+    """
     if not config.search.budgets:
         return
-    architecture = configured_model(config).architecture
+    source = configured_model(config)
+    if service := service_named(config.search.budgets):
+        read_service(service, Service(), source)
+    architecture = source.architecture
     costs, constraints = cost_table(architecture), constraints_of(config)
     for text in budgets_of(config, architecture):
         # latency and memory have to be measured first and are checked then

@@ -1,0 +1,64 @@
+"""The service of a budget on latency: its parts in any order, what is refused, pixels by the VAE."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from prune_lab.errors import BudgetError, ConfigError, DeviceError, PruneLabError
+from prune_lab.models import resolve_model
+from prune_lab.profiling import Service, pixels_per_latent, read_service, split_service
+from prune_lab.search import service_named
+
+OWN = Service(device="cpu", dtype="float32", batch=4, tokens=16)
+
+
+@pytest.mark.parametrize("parts", list(itertools.permutations(("float16", "512", "batch=1"))))
+def test_parts_stand_in_any_order(parts: tuple[str, ...]) -> None:
+    budget, service = split_service(f"0.7x@{','.join(parts)}")
+    assert budget == "0.7x"
+    found = read_service(service, OWN, resolve_model("sd-v1.4"))
+    assert found == Service("cpu", "float16", 1, 64, 16)
+    assert found.text(resolve_model("sd-v1.4").config) == "cpu float16, 512 x 512, batch 1, 16 tokens"
+
+
+def test_what_is_not_said_is_the_runs_own(tiny_pipeline_folder: Path) -> None:
+    tiny, preset = resolve_model(str(tiny_pipeline_folder)), resolve_model("sd-v1.4")
+    assert (pixels_per_latent(tiny), pixels_per_latent(preset)) == (2, 8)  # the tiny VAE halves once
+    assert read_service("48", OWN, tiny) == Service("cpu", "float32", 4, 24, 16)
+    assert read_service(" cpu , fp16 , tokens = 7, compiled", OWN, preset) == Service(
+        "cpu", "float16", 4, None, 7, "compiled"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "words"),
+    [
+        ("float61", BudgetError, "cannot read 'float61'.*batch=N"),
+        ("batch=0", BudgetError, "cannot read 'batch=0'"),
+        ("batch=1,batch=2", BudgetError, "says batch twice"),
+        ("float16,bf16", BudgetError, "says dtype twice"),
+        (" , ", BudgetError, "names nothing"),
+        ("500", ConfigError, "multiple of 8, such as 496"),
+        ("3", ConfigError, "such as 8"),
+        ("cuda:99", DeviceError, "cuda:99"),
+    ],
+)
+def test_a_service_that_cannot_be_read_is_refused(text: str, error: type[PruneLabError], words: str) -> None:
+    with pytest.raises(error, match=words):
+        read_service(text, OWN, resolve_model("sd-v1.4"))
+
+
+def test_a_run_has_one_service() -> None:
+    assert service_named(()) == service_named(("macs<=65%", "latency<=35ms, params<=80%")) == ""
+    one = "macs<=65%, latency<=0.7x@float16,512,batch=1"
+    assert service_named(("params<=80%", one)) == "float16,512,batch=1"
+    assert service_named((one, "latency<=0.9x@512, batch=1, float16")) in (
+        "float16,512,batch=1",
+        "512, batch=1, float16",
+    )
+    for other in ("latency<=0.5x", "latency<=0.5x@512"):
+        with pytest.raises(BudgetError, match="different services"):
+            service_named((one, other))
