@@ -100,6 +100,12 @@ TOURNAMENT_COLUMNS = (
     *("high", "reason"),
 )
 
+# Files for other programs, and of them --------------------------------------------------------------------------------
+
+CONVERTED_COLUMNS = ("kind", "file", "parts", "kept", "renamed", "dropped", "dropped_from", "plan", "plan_id")
+COMPATIBILITY_COLUMNS = ("what", "fits", "kept", "of", "renamed", "note")
+PUSHED_COLUMNS = ("file", "bytes")
+
 # The run itself -----------------------------------------------------------------------------------------------------
 
 STEPS_COLUMNS = ("step", "state", "does")
@@ -123,5 +129,6 @@ INTEGER_COLUMNS = frozenset(
         ),
         *("disk_bytes", "peak_memory_bytes", "samples", "top", "count", "plans", "sets_measured", "pairs"),
         *("rank", "tie_group", "steps", "rung", "place", "row"),
+        *("parts", "kept", "of", "renamed", "dropped", "bytes"),
     )
 )
