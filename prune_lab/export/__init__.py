@@ -8,8 +8,10 @@ from typing import Protocol
 import torch
 
 from prune_lab.export.additions import Converted
+from prune_lab.export.card import write_card
 from prune_lab.export.compatibility import compatibility
 from prune_lab.export.controlnet import convert_controlnet
+from prune_lab.export.hub import push_folder, uploads_of
 from prune_lab.export.ip_adapter import convert_ip_adapter
 from prune_lab.export.lora import convert_lora
 from prune_lab.export.single_file import Exported, export_single_file
@@ -29,8 +31,11 @@ __all__ = [
     "convert_ip_adapter",
     "convert_lora",
     "export_single_file",
+    "push_folder",
     "student_in",
     "student_of",
+    "uploads_of",
+    "write_card",
 ]
 
 
