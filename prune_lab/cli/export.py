@@ -17,6 +17,10 @@ def export(
     model: options.ModelArgument,
     to: Annotated[str, typer.Option("--to", help="Format: single-file (one .safetensors for ComfyUI).")],
     out: Annotated[Path, typer.Option("--out", help="File to write.")],
+    form: Annotated[
+        str,
+        typer.Option("--form", help="native, or neutral: a mid stage that is gone is there as the identity."),
+    ] = "native",
     dtype: options.DtypeOption = None,
     force: options.ForceOption = False,
     as_json: options.JsonOption = False,
@@ -34,7 +38,7 @@ def export(
         )
     chosen = pick_dtype(dtype) if dtype else None
     with progress_shown():
-        exported = EXPORT_TARGETS[to](resolve_model(model), out, dtype=chosen, force=force)
+        exported = EXPORT_TARGETS[to](resolve_model(model), out, dtype=chosen, form=form, force=force)
     for line in exported.notes:
         typer.echo(f"note: {line}", err=True)
     row = {

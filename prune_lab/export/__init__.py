@@ -14,13 +14,14 @@ from prune_lab.export.controlnet import convert_controlnet
 from prune_lab.export.hub import push_folder, uploads_of
 from prune_lab.export.ip_adapter import convert_ip_adapter
 from prune_lab.export.lora import convert_lora
-from prune_lab.export.single_file import Exported, export_single_file
+from prune_lab.export.single_file import FORMS, NATIVE, Exported, export_single_file
 from prune_lab.export.students import Student, student_in, student_of
 from prune_lab.models import ModelSource
 
 __all__ = [
     "CONVERSIONS",
     "EXPORT_TARGETS",
+    "FORMS",
     "Conversion",
     "Converted",
     "ExportTarget",
@@ -43,7 +44,13 @@ class ExportTarget(Protocol):
     """Writes ``source`` to ``out`` for another program: whole, or not at all."""
 
     def __call__(
-        self, source: ModelSource, out: Path, *, dtype: torch.dtype | None = None, force: bool = False
+        self,
+        source: ModelSource,
+        out: Path,
+        *,
+        dtype: torch.dtype | None = None,
+        form: str = NATIVE,
+        force: bool = False,
     ) -> Exported: ...
 
 
