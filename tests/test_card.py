@@ -92,6 +92,7 @@ def test_its_figures_are_those_of_the_model(small: Path) -> None:
     assert "| LoRA | after conversion | 72 of 128 |" in text
     assert "| ControlNet | after conversion | 8 of 12 |" in text
     assert "Nothing was trained" in text
+    assert f"with {sizes[1]:,} parameters in the U-Net" in text
 
 
 def test_its_lines_draw_as_they_stand(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +110,14 @@ def test_the_folder_alone_knows_its_teacher(small: Path, tmp_path: Path) -> None
     assert provenance["teacher_config"]["layers_per_block"] == 2
     (folder / "unet" / "provenance.json").write_text(json.dumps(provenance | {"source": "nowhere"}))
     assert student_in(folder).plan.name == "bk-small"
+
+
+def test_the_lines_name_the_variant(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["prune", str(small.parent / "parent"), "--plan", "bk-base", "--out", str(tmp_path / "half")]
+    found = CliRunner().invoke(app, [*asked, "--variant", "fp16", "--dtype", "float16"])
+    assert found.exit_code == 0, found.output
+    assert '(".", variant="fp16")' in code_of(tmp_path / "half")
+    run_card(tmp_path / "half", monkeypatch)
 
 
 @pytest.mark.parametrize("kind", ["StableDiffusionInpaintPipeline", "StableDiffusionImg2ImgPipeline"])

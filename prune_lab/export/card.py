@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from prune_lab.export.compatibility import compatibility
 from prune_lab.export.snippets import snippet_for
 from prune_lab.export.students import TEACHER, Student, provenance_in, unet_folder_in
 from prune_lab.families import plain_config
-from prune_lab.models import ModelSource
+from prune_lab.models import ModelSource, weight_files
 from prune_lab.models.files import json_object
 from prune_lab.models.sources import HUB_ID
 from prune_lab.plans import PruningPlan
@@ -141,6 +142,13 @@ def _limits(training: Mapping[str, object]) -> str:
     return "".join(f"- {line}\n" for line in lines)
 
 
+def _variant_of(unet_folder: Path) -> str:
+    """The variant in the names of its weights, as ``fp16``; empty where there is none."""
+    first = weight_files(unet_folder)[0].name
+    found = re.match(r"[^.]+\.(.+?)(-\d+-of-\d+)?\.safetensors", first)
+    return found[1] if found else ""
+
+
 def card_text(
     folder: Path, student: Student, source: ModelSource, training: Mapping[str, object] | None = None
 ) -> str:
@@ -151,7 +159,7 @@ def card_text(
     training, inherited = training or {}, parents_card(source)
     index = folder / "model_index.json"
     named = json_object(index) if index.is_file() else student.layout.config
-    tag, code = snippet_for(str(named["_class_name"]))
+    tag, code = snippet_for(str(named["_class_name"]), _variant_of(unet_folder_in(folder)))
     plan, blocks = student.plan, len(student.architecture.blocks)
     parent = parent_name(source)
     proof = provenance_in(unet_folder_in(folder)).get("proof")

@@ -43,11 +43,19 @@ _BY_NAME: dict[str, tuple[str, str]] = {
 _FROM_TEXT = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline")
 
 
-def snippet_for(class_name: str) -> tuple[str, str]:
-    """(the task as the hub calls it, lines of Python) for a pipeline of that class, or for a model alone."""
+def _lines(class_name: str) -> tuple[str, str]:
     for part, found in _BY_NAME.items():
         if part in class_name:
             return found
     if class_name in _FROM_TEXT:
         return "text-to-image", _TEXT
     return "text-to-image", _PARTS if class_name.endswith("Pipeline") else _MODEL
+
+
+def snippet_for(class_name: str, variant: str = "") -> tuple[str, str]:
+    """(the task as the hub calls it, lines of Python) for a pipeline of that class, or for a model alone.
+
+    ``variant`` is the one that is in the names of its files.
+    """
+    task, lines = _lines(class_name)
+    return task, lines.replace('(".")', f'(".", variant="{variant}")') if variant else lines

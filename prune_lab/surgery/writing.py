@@ -93,8 +93,8 @@ def prune_pipeline(
     A pipeline folder gives a whole pipeline folder, a U-Net folder a U-Net folder. Neither the original U-Net nor any
     other part is loaded whole. ``dtype`` converts all parts, None keeps the files' own; ``variant`` names all files
     with weights, as in ``diffusion_pytorch_model.fp16.safetensors``; ``finish`` adds to the proved folder before it
-    gets its name. Raises UnsupportedModelError when ``source`` has no weights, StorageError when ``out`` holds something and ``force`` is not given, ProofError when what was written
-    is not the original without these blocks.
+    gets its name. Raises UnsupportedModelError when ``source`` has no weights, StorageError when ``out`` holds
+    something and ``force`` is not given, ProofError when what was written is not the original without these blocks.
     """
     if source.folder is None or source.unet_folder is None or not source.has_weights:
         raise UnsupportedModelError(
@@ -153,8 +153,8 @@ def pipeline_with(
     """The folder ``out``: the pipeline ``source`` with the U-Net of ``unet_folder``, proved to load in plain diffusers.
 
     From a U-Net without a pipeline the U-Net folder alone. Files are copied, and every tensor of the U-Net that is
-    loaded from ``out`` is compared with its own; ``finish`` adds to the folder before it gets its name. Raises StorageError when ``out`` holds something and ``force`` is not
-    given, ProofError when what was written differs.
+    loaded from ``out`` is compared with its own; ``finish`` adds to the folder before it gets its name. Raises
+    StorageError when ``out`` holds something and ``force`` is not given, ProofError when what was written differs.
     """
     files = weight_files(unet_folder)
     shapes, digest = _tensors_in(files)
