@@ -27,6 +27,10 @@ class ClusterError(PruneLabError):
     """Ray is not installed, no cluster answers, or the machines of a cluster do not see what they need."""
 
 
+class HubError(PruneLabError):
+    """The model hub refuses, or cannot be reached."""
+
+
 class RunError(PruneLabError):
     """A run folder lacks what a step needs, or was made with other settings."""
 

@@ -93,7 +93,12 @@ PROMPTS_COLUMNS = ("file", "prompt", "seed")  # of every picture of a set
 PICTURES_COLUMNS = ("plan", "plan_id", "weights", "pictures", "clip", "clip_low")
 RANKING_COLUMNS = (
     *("rank", "tie_group", "plan", "plan_id", "origin", "blocks_removed", "params", "macs", "paper_macs"),
-    *("median_ms", "latency_change", "latency_low", "latency_high"),  # by times taken in turns with the teacher's
+    *(
+        "median_ms",
+        "latency_change",
+        "latency_low",
+        "latency_high",
+    ),  # by times taken in turns with the teacher's
     *("impact_one_shot", "loss_before", "loss_after", "clip_before", "clip_after", "steps"),
     *("rung", "pareto", "status", "reason"),
 )
@@ -101,6 +106,12 @@ TOURNAMENT_COLUMNS = (
     *("rung", "steps", "name", "loss", "clip", "place", "fate", "tied", "against", "difference", "low"),
     *("high", "reason"),
 )
+
+# Files for other programs, and of them --------------------------------------------------------------------------------
+
+CONVERTED_COLUMNS = ("kind", "file", "parts", "kept", "renamed", "dropped", "dropped_from", "plan", "plan_id")
+COMPATIBILITY_COLUMNS = ("what", "fits", "kept", "of", "renamed", "note")
+PUSHED_COLUMNS = ("file", "bytes")
 
 # The run itself -----------------------------------------------------------------------------------------------------
 
@@ -125,5 +136,6 @@ INTEGER_COLUMNS = frozenset(
         ),
         *("disk_bytes", "peak_memory_bytes", "samples", "top", "count", "plans", "sets_measured", "pairs"),
         *("rank", "tie_group", "steps", "rung", "place", "row"),
+        *("parts", "kept", "of", "renamed", "dropped", "bytes"),
     )
 )

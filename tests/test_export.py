@@ -398,3 +398,82 @@ def test_another_format_is_refused_with_those_that_there_are(tmp_path: Path) -> 
     found = CliRunner().invoke(app, ["export", "reference", "--to", "gguf", "--out", str(tmp_path / "x")])
     assert found.exit_code == 2
     assert all(name in found.stderr for name in EXPORT_TARGETS)
+
+
+# A neutral mid stage -------------------------------------------------------------------------------------------------
+
+
+def with_whole_middle(folder: Path, out: Path) -> Path:
+    """The configs of the pipeline in ``folder``, those of a U-Net with a whole mid stage."""
+    shutil.copytree(folder, out)
+    path = out / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mid_block_type": "UNetMidBlock2DCrossAttn"}))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("kind", "plan"),
+    [("sd-v1", "bk-small"), ("sd-v1", "-Md.A1 -Md.R2"), ("sd-v1", "bk-tiny"), ("sdxl", "-Md")],
+)
+def test_a_neutral_mid_stage_changes_no_bit(kind: str, plan: str, pipeline_of: Any, tmp_path: Path) -> None:
+    student = student_of(pipeline_of(kind), plan, tmp_path / "student")
+    native = export_single_file(resolve_model(str(student)), tmp_path / "native.safetensors")
+    neutral = export_single_file(
+        resolve_model(str(student)), tmp_path / "neutral.safetensors", form="neutral"
+    )
+    found, without = load_file(neutral.path), load_file(native.path)
+    added = {key: tensor for key, tensor in found.items() if key not in without}
+    assert all(".middle_block." in key and not tensor.any() for key, tensor in added.items())
+    assert all(torch.equal(found[key], tensor) for key, tensor in without.items())
+    middle = {key.split(".")[3] for key in found if ".middle_block." in key}
+    assert middle == {"0", "1", "2"}
+    num_bytes = sum(tensor.numel() * 4 for tensor in added.values())
+    assert neutral.num_bytes > native.num_bytes + num_bytes
+    assert "of zeros" in neutral.notes[-1]
+    assert not any("no mid stage" in note for note in neutral.notes)
+    read = from_single_file(neutral.path, with_whole_middle(student, tmp_path / "configs"))
+    assert read.unet.mid_block is not None
+    assert torch.equal(drawn(read), drawn(from_folder(student)))
+
+
+def test_a_neutral_file_of_a_whole_model_is_the_native_one(pipeline_of: Any, tmp_path: Path) -> None:
+    folder = pipeline_of("sd-v1")
+    native, neutral = (
+        exported(folder, tmp_path / f"{form}.safetensors", form=form) for form in ("native", "neutral")
+    )
+    assert load_file(native).keys() == load_file(neutral).keys()
+    assert exported(folder, tmp_path / "half.safetensors", form="neutral", dtype=torch.float16).is_file()
+
+
+def test_neutral_keys_of_small_are_those_of_base(tmp_path: Path) -> None:
+    # Small is Base without a mid stage: by the public layout's own loop the neutral file has the names of Base
+    from ldm_layout import GOLDEN, read_golden
+
+    from prune_lab.blocks import architecture_of
+    from prune_lab.families.ldm_keys import unet_places, unet_shapes, with_middle
+    from prune_lab.plans import native_layout
+
+    architecture = architecture_of(preset_config("sd-v1.4"))
+    config = with_middle(native_layout(architecture, parse_plan("bk-small", architecture)).config)
+    shapes = unet_shapes(config)
+    found = {place.key: place.shape([shapes[key] for key in place.sources]) for place in unet_places(config)}
+    assert found == read_golden(GOLDEN / "ldm_bk_base.txt")
+
+
+def test_an_unknown_form_is_refused(pipeline_of: Any, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="native or neutral"):
+        exported(pipeline_of("sd-v1"), tmp_path / "x.safetensors", form="padded")
+
+
+def test_no_path_of_this_machine_goes_along(pipeline_of: Any, tmp_path: Path) -> None:
+    student = student_of(pipeline_of("sd-v1"), "bk-base", tmp_path / "student")
+    provenance = student / "unet" / "provenance.json"
+    told = json.loads(provenance.read_text()) | {"more": {"files": [str(tmp_path / "a.safetensors")]}}
+    provenance.write_text(json.dumps(told))
+    config = student / "text_encoder" / "config.json"
+    nested = {"text_config": {"_name_or_path": str(tmp_path)}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | nested))
+    with safe_open(exported(student, tmp_path / "model.safetensors"), framework="pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["prune_lab.provenance"])["more"] == {"files": ["a.safetensors"]}
+    assert not [value for value in metadata.values() if str(tmp_path) in value]

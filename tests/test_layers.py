@@ -25,9 +25,9 @@ LAYERS = (
     ("profiling", "evaluation", "importance"),
     ("search", "candidates", "repair"),
     ("distill",),
-    ("ranking", "export"),
+    ("ranking",),
     ("cluster", "session", "engines"),
-    ("report",),
+    ("report", "export"),
     ("workflow",),
     ("cli",),
 )
@@ -128,7 +128,19 @@ def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 LIGHT = ("prune_lab", "prune_lab.errors", "prune_lab.schemas", "prune_lab.config", "prune_lab.runs")
-VERBS = (None, "blocks", "profile", "prune", "generate", "export", "score", "run", "report")
+VERBS = (
+    None,
+    "blocks",
+    "profile",
+    "prune",
+    "generate",
+    "export",
+    "convert",
+    "push",
+    "score",
+    "run",
+    "report",
+)
 
 
 def help_of(verb: str | None) -> str:

@@ -21,6 +21,10 @@ def export(
     revision: options.RevisionOption = "",
     subfolder: options.SubfolderOption = "",
     variant: options.VariantOption = "",
+    form: Annotated[
+        str,
+        typer.Option("--form", help="native, or neutral: a mid stage that is gone is there as the identity."),
+    ] = "native",
     dtype: options.DtypeOption = None,
     force: options.ForceOption = False,
     as_json: options.JsonOption = False,
@@ -38,7 +42,7 @@ def export(
     chosen = pick_dtype(dtype) if dtype else None
     source = model_found(model, revision=revision, subfolder=subfolder, variant=variant)
     with progress_shown():
-        exported = EXPORT_TARGETS[to](source, out, dtype=chosen, force=force)
+        exported = EXPORT_TARGETS[to](source, out, dtype=chosen, form=form, force=force)
     for line in exported.notes:
         typer.echo(f"note: {line}", err=True)
     row = {

@@ -40,6 +40,7 @@ def prune(
     Before the folder gets its name a process of its own loads it and compares it with MODEL without these blocks.
     """
     from prune_lab.errors import PlanError
+    from prune_lab.export import write_card
     from prune_lab.plans import native_layout, read_plans
     from prune_lab.profiling import cost_table
     from prune_lab.runtime import pick_dtype
@@ -72,5 +73,13 @@ def prune(
     }
     if not dry_run:
         number_format = pick_dtype(dtype) if dtype else None
-        prune_pipeline(source, chosen, out, force=force, dtype=number_format, variant=variant)
+        prune_pipeline(
+            source,
+            chosen,
+            out,
+            force=force,
+            dtype=number_format,
+            variant=variant,
+            finish=lambda folder: write_card(folder, chosen, source),
+        )
     emit("pruned", [row], as_json=as_json, wide=wide, title="Would write" if dry_run else "Written")

@@ -1,4 +1,4 @@
-"""A student for other programs: written into the formats that they read."""
+"""A student among others: written into the formats that they read, and what was made for its teacher fitted to it."""
 
 from __future__ import annotations
 
@@ -7,18 +7,64 @@ from typing import Protocol
 
 import torch
 
-from prune_lab.export.single_file import Exported, export_single_file
+from prune_lab.export.additions import Converted
+from prune_lab.export.card import write_card
+from prune_lab.export.compatibility import compatibility
+from prune_lab.export.controlnet import convert_controlnet
+from prune_lab.export.hub import push_folder, uploads_of
+from prune_lab.export.ip_adapter import convert_ip_adapter
+from prune_lab.export.lora import convert_lora
+from prune_lab.export.single_file import FORMS, NATIVE, Exported, export_single_file
+from prune_lab.export.students import Student, student_in, student_of
 from prune_lab.models import ModelSource
 
-__all__ = ["EXPORT_TARGETS", "ExportTarget", "Exported", "export_single_file"]
+__all__ = [
+    "CONVERSIONS",
+    "EXPORT_TARGETS",
+    "FORMS",
+    "Conversion",
+    "Converted",
+    "ExportTarget",
+    "Exported",
+    "Student",
+    "compatibility",
+    "convert_controlnet",
+    "convert_ip_adapter",
+    "convert_lora",
+    "export_single_file",
+    "push_folder",
+    "student_in",
+    "student_of",
+    "uploads_of",
+    "write_card",
+]
 
 
 class ExportTarget(Protocol):
     """Writes ``source`` to ``out`` for another program: whole, or not at all."""
 
     def __call__(
-        self, source: ModelSource, out: Path, *, dtype: torch.dtype | None = None, force: bool = False
+        self,
+        source: ModelSource,
+        out: Path,
+        *,
+        dtype: torch.dtype | None = None,
+        form: str = NATIVE,
+        force: bool = False,
     ) -> Exported: ...
 
 
 EXPORT_TARGETS: dict[str, ExportTarget] = {"single-file": export_single_file}
+
+
+class Conversion(Protocol):
+    """Writes what was made for the teacher, ``given``, as ``out`` for its student: whole, or not at all."""
+
+    def __call__(self, student: Student, given: Path, out: Path, *, force: bool = False) -> Converted: ...
+
+
+CONVERSIONS: dict[str, Conversion] = {
+    "lora": convert_lora,
+    "controlnet": convert_controlnet,
+    "ip-adapter": convert_ip_adapter,
+}

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,17 +27,21 @@ from prune_lab.families.ldm_keys import (
     empty_attentions,
     open_clip_places,
     unet_places,
+    unet_shapes,
     vae_places,
+    with_middle,
 )
 from prune_lab.families.ldm_readers import reader_notes
 from prune_lab.models import ModelSource, weight_files
 from prune_lab.models.clip_vocabulary import NUM_TOKENS
 from prune_lab.models.files import read_header
 from prune_lab.models.single_file import TOKENIZER_FILES
-from prune_lab.runtime import atomic_write, read_json, track
+from prune_lab.runtime import atomic_write, bytes_text, read_json, track
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+NATIVE, NEUTRAL = "native", "neutral"
+FORMS = (NATIVE, NEUTRAL)
 _ALIGNMENT = 8  # bytes that the header is padded to, as safetensors does
 
 
@@ -54,7 +59,7 @@ class Exported:
 class _Stored:
     """A tensor on disk."""
 
-    path: Path
+    path: Path | None  # None: zeros, which lie nowhere
     begin: int  # bytes before it in the file
     dtype: str  # as safetensors names it
     shape: tuple[int, ...]
@@ -86,6 +91,8 @@ def _itemsize(dtype: str) -> int:
 
 
 def _read(stored: _Stored) -> Tensor:
+    if stored.path is None:
+        return torch.zeros(stored.shape, dtype=_DTYPES[stored.dtype])
     # Not through a memory map: one that stays open keeps every page that was read, in the end the whole model.
     content = bytearray(math.prod(stored.shape) * _itemsize(stored.dtype))
     with stored.path.open("rb") as file:
@@ -156,10 +163,16 @@ def _entries(
     places: Iterable[Place],
     dtype: torch.dtype | None,
     left_out: Sequence[str] = (),
+    zeros: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> Iterator[_Entry]:
-    """What the component in ``folder`` puts into the file, after a check that it has the tensors of its config."""
+    """What the component in ``folder`` puts into the file, after a check that it has the tensors of its config.
+
+    ``zeros`` are the shapes of tensors that it does not have, and that are zero in the file.
+    """
     stored = _stored(folder)
     places = tuple(places)
+    widest = next((tensor.dtype for tensor in stored.values()), "F32")
+    stored |= {key: _Stored(None, 0, widest, shape) for key, shape in zeros.items() if key not in stored}
     wanted = {source for place in places for source in place.sources}
     found = {key for key in stored if not key.startswith(tuple(f"{module}." for module in left_out))}
     if wrong := sorted(wanted ^ found):
@@ -188,15 +201,21 @@ def _text_prefixes(index: Mapping[str, Any]) -> dict[str, str]:
     return {part: f"conditioner.embedders.{place}." for place, part in enumerate(present)}
 
 
+def _unet_entries(
+    folder: Path, config: Mapping[str, Any], unet: Mapping[str, Any], dtype: torch.dtype | None
+) -> Iterator[_Entry]:
+    """What the U-Net in ``folder`` of this ``config`` puts into a file that describes the U-Net ``unet``."""
+    left_out, own = empty_attentions(config), unet_shapes(config)
+    _check_identity(folder, left_out)
+    zeros = {key: shape for key, shape in unet_shapes(unet).items() if key not in own}
+    yield from _entries(folder, "model.diffusion_model.", unet_places(unet), dtype, left_out, zeros)
+
+
 def _file_entries(
     source: ModelSource, configs: Mapping[str, Mapping[str, Any]], dtype: torch.dtype | None
 ) -> list[_Entry]:
     assert source.unet_folder is not None
-    left_out = empty_attentions(source.config)
-    _check_identity(source.unet_folder, left_out)
-    entries = [
-        *_entries(source.unet_folder, "model.diffusion_model.", unet_places(source.config), dtype, left_out)
-    ]
+    entries = [*_unet_entries(source.unet_folder, source.config, configs["unet"], dtype)]
     if source.is_pipeline and source.folder is not None:
         index = configs["model_index"]
         vae = source.folder / "vae"
@@ -233,7 +252,7 @@ def _configs(source: ModelSource) -> dict[str, dict[str, Any]]:
         value = read_json(path)
         if isinstance(value, dict) and path.name != "tokenizer_config.json":
             name = "model_index" if path.parent == source.folder else path.parent.name
-            found[name] = {key: entry for key, entry in value.items() if key != "_name_or_path"}
+            found[name] = value
     return found
 
 
@@ -250,17 +269,27 @@ def _tokenizers(source: ModelSource, configs: Mapping[str, Any]) -> dict[str, di
     return found
 
 
+def _without_paths(value: Any) -> Any:
+    """The JSON ``value`` with the name alone of everything that is a path of this machine."""
+    if isinstance(value, dict):
+        return {key: _without_paths(entry) for key, entry in value.items() if key != "_name_or_path"}
+    if isinstance(value, list):
+        return [_without_paths(entry) for entry in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
 def _metadata(source: ModelSource, configs: Mapping[str, Any]) -> dict[str, str]:
-    metadata = {"format": "pt", "prune_lab.version": __version__, "prune_lab.configs": json.dumps(configs)}
+    metadata = {
+        "format": "pt",
+        "prune_lab.version": __version__,
+        "prune_lab.configs": json.dumps(_without_paths(configs)),
+    }
     if tokenizers := _tokenizers(source, configs):
         metadata["prune_lab.tokenizers"] = json.dumps(tokenizers)
     for name in ("plan", "provenance"):
         path = (source.unet_folder or Path()) / f"{name}.json"
         if path.is_file():
-            value = read_json(path)
-            if isinstance(value, dict) and Path(str(value.get("source", ""))).is_absolute():
-                value["source"] = Path(value["source"]).name
-            metadata[f"prune_lab.{name}"] = json.dumps(value)
+            metadata[f"prune_lab.{name}"] = json.dumps(_without_paths(read_json(path)))
     return metadata
 
 
@@ -292,14 +321,21 @@ def _header(entries: Sequence[_Entry], metadata: Mapping[str, str]) -> bytes:
 
 
 def export_single_file(
-    source: ModelSource, out: Path, *, dtype: torch.dtype | None = None, force: bool = False
+    source: ModelSource,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    form: str = NATIVE,
+    force: bool = False,
 ) -> Exported:
     """``source`` as the one file ``out`` in the LDM layout, and what its readers must be told.
 
     A pipeline gives U-Net, VAE and text encoders, a U-Net folder the U-Net alone. ``dtype`` converts all tensors;
-    ``None`` keeps each as it is. Raises UnsupportedModelError when there are no weights or a part has no place in the
-    layout, ModelFormatError when weights do not fit their config, StorageError when ``out`` is taken and ``force`` not
-    given.
+    ``None`` keeps each as it is. With the ``form`` neutral a mid stage that is gone or cut is there again as the
+    identity, for readers that know no U-Net without one: the same pictures from a larger file.
+
+    Raises UnsupportedModelError when there are no weights or a part has no place in the layout, ModelFormatError when
+    weights do not fit their config, StorageError when ``out`` is taken and ``force`` not given.
     """
     out = Path(out)
     if not source.has_weights:
@@ -309,8 +345,11 @@ def export_single_file(
         )
     if dtype is not None and dtype not in _NAMES:
         raise UnsupportedModelError(f"asked to export in {dtype}; give float32, float16 or bfloat16")
+    if form not in FORMS:
+        raise UnsupportedModelError(f"asked to export in the form {form!r}; give {' or '.join(FORMS)}")
     _check_out(source, out, force)
     configs = _configs(source)
+    configs["unet"] = with_middle(source.config) if form == NEUTRAL else dict(source.config)
     entries = _file_entries(source, configs, dtype)
     header = _header(entries, _metadata(source, configs))
     with atomic_write(out) as temporary:
@@ -321,4 +360,9 @@ def export_single_file(
                 tensor = tensor.to(_DTYPES[entry.dtype]).contiguous()
                 file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         read_header(temporary)  # raises when fewer bytes than promised were written
-    return Exported(out, len(entries), out.stat().st_size, reader_notes(configs))
+    added = sum(entry.num_bytes for entry in entries if any(source.path is None for source in entry.sources))
+    notes = reader_notes(configs)
+    if added:
+        share = added / out.stat().st_size
+        notes += (f"the mid stage is the identity: {bytes_text(added)} of zeros, {share:.0%} of the file",)
+    return Exported(out, len(entries), out.stat().st_size, notes)

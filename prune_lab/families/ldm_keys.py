@@ -185,6 +185,19 @@ def empty_attentions(config: Mapping[str, Any]) -> tuple[str, ...]:
     return _unet_modules(_paths(meta_unet(config).state_dict()))[1]
 
 
+def with_middle(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``config`` with a whole mid stage, which every reader of the layout knows; as it is where it has one.
+
+    A mid stage of zeros is the identity: what each of its blocks adds to its input ends in a layer that gives zero.
+    """
+    return {**plain_config(config), "mid_block_type": "UNetMidBlock2DCrossAttn"}
+
+
+def unet_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of the U-Net of ``config`` by its key in diffusers."""
+    return {key: tuple(tensor.shape) for key, tensor in meta_unet(config).state_dict().items()}
+
+
 def unet_places(config: Mapping[str, Any]) -> tuple[Place, ...]:
     """Where the tensors of the U-Net of ``config`` lie, without the prefix of a whole model.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -99,14 +99,16 @@ def prune_pipeline(
     force: bool = False,
     dtype: torch.dtype | None = None,
     variant: str = "",
+    finish: Callable[[Path], object] | None = None,
 ) -> Path:
     """The folder ``out``: ``source`` with its U-Net pruned by ``plan``, proved to load and draw in plain diffusers.
 
     A pipeline folder gives a whole pipeline folder, a U-Net folder a U-Net folder. Neither the original U-Net nor any
     other part is loaded whole. ``dtype`` converts all parts, None keeps the files' own; ``variant`` names all files
-    with weights, as in ``diffusion_pytorch_model.fp16.safetensors``. Raises UnsupportedModelError when ``source`` has
-    no weights, StorageError when ``out`` is ``source`` itself, or holds something and ``force`` is not given,
-    ProofError when what was written is not the original without these blocks.
+    with weights, as in ``diffusion_pytorch_model.fp16.safetensors``; ``finish`` adds to the proved folder before it
+    gets its name. Raises UnsupportedModelError when ``source`` has no weights, StorageError when ``out`` is ``source``
+    itself, or holds something and ``force`` is not given, ProofError when what was written is not the original without
+    these blocks.
     """
     if source.folder is None or source.unet_folder is None or not source.has_weights:
         raise UnsupportedModelError(
@@ -139,6 +141,8 @@ def prune_pipeline(
         shapes = predicted_shapes(source.config, plan)
         proof = prove(temporary, shapes=shapes, original=original, variant=variant)
         _write_provenance(folder, provenance, proof)
+        if finish is not None:
+            finish(temporary)
     return Path(out)
 
 
@@ -159,12 +163,19 @@ def _tensors_in(files: tuple[Path, ...]) -> tuple[dict[str, tuple[int, ...]], st
     return shapes, tensors_in_float32(homes, take)
 
 
-def pipeline_with(source: ModelSource, unet_folder: Path, out: Path, *, force: bool = False) -> Path:
+def pipeline_with(
+    source: ModelSource,
+    unet_folder: Path,
+    out: Path,
+    *,
+    force: bool = False,
+    finish: Callable[[Path], object] | None = None,
+) -> Path:
     """The folder ``out``: the pipeline ``source`` with the U-Net of ``unet_folder``, proved to load in plain diffusers.
 
     From a U-Net without a pipeline the U-Net folder alone. Files are copied, and every tensor of the U-Net that is
-    loaded from ``out`` is compared with its own. Raises StorageError when ``out`` holds something and ``force`` is not
-    given, ProofError when what was written differs.
+    loaded from ``out`` is compared with its own; ``finish`` adds to the folder before it gets its name. Raises
+    StorageError when ``out`` holds something and ``force`` is not given, ProofError when what was written differs.
     """
     _refuse_to_replace(out, unet_folder, *([source.folder] if source.folder else []))
     files = weight_files(unet_folder)
@@ -181,4 +192,6 @@ def pipeline_with(source: ModelSource, unet_folder: Path, out: Path, *, force: b
         written = folder / _PROVENANCE
         provenance = json_object(written) if written.is_file() else {"source": source.text}
         _write_provenance(folder, provenance, proof)
+        if finish is not None:
+            finish(temporary)
     return Path(out)

@@ -13,6 +13,8 @@ from prune_lab.candidates import Candidate
 from prune_lab.distill import Recovery, load_recovery
 from prune_lab.engines import engine_of, needs_scores, rungs_of
 from prune_lab.errors import RunError
+from prune_lab.export import write_card
+from prune_lab.plans import PruningPlan
 from prune_lab.processes import init_processes, is_main
 from prune_lab.ranking import Tournament, tournament_from_frame
 from prune_lab.runtime import write_frame
@@ -82,9 +84,39 @@ def save_students(
         )
     folders = [out] if len(chosen) == 1 else [out / re.sub(r"[^\w.+-]+", "-", plan.label) for plan in there]
     return tuple(
-        pipeline_with(session.source, run.candidate(plan.id).distilled_unet, folder, force=force)
-        for plan, folder in zip(there, folders, strict=True)
+        _save_student(session, plan, folder, force) for plan, folder in zip(there, folders, strict=True)
     )
+
+
+def _save_student(session: Session, plan: PruningPlan, folder: Path, force: bool) -> Path:
+    paths = session.run.candidate(plan.id)
+    recovery = load_recovery(paths.folder)
+    assert recovery is not None  # its U-Net is there
+    settings = session.config.distill
+    training = {
+        "steps": recovery.steps,
+        "samples per step": settings.batch,
+        "learning rate": f"{settings.learning_rate:g}",
+        "weights of the losses (task, output, features)": (
+            f"{settings.task_weight:g}, {settings.output_weight:g}, {settings.feature_weight:g}"
+        ),
+        "data": _told(session.config.data.source),
+        "held-out loss after the cut": f"{recovery.before:.4g}",
+        "held-out loss after distillation": f"{recovery.after:.4g}",
+    }
+    source = session.source
+    return pipeline_with(
+        source,
+        paths.distilled_unet,
+        folder,
+        force=force,
+        finish=lambda written: write_card(written, plan, source, training),
+    )
+
+
+def _told(source: str) -> str:
+    """What the data are called, without a path of this machine."""
+    return Path(source).name if Path(source).exists() else source or "the pictures that ship with prune-lab"
 
 
 def recovery_frame(session: Session) -> pd.DataFrame:

@@ -1,0 +1,105 @@
+"""Files of additions to a model (LoRA, IP-Adapter): read whole, checked, and written with what became of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prune_lab import __version__
+from prune_lab.blocks import Architecture
+from prune_lab.errors import ModelFormatError, StorageError
+from prune_lab.export.students import Student
+from prune_lab.models.files import PICKLED, read_header
+from prune_lab.runtime import atomic_write
+
+# Digests that kohya's tools write over the tensors of a file; those of the new file would be others.
+_DIGESTS = ("sshs_model_hash", "sshs_legacy_hash")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Converted:
+    """A file that was made for a student: how many parts of the teacher's were kept, and in which blocks others were.
+
+    A part is a module for a LoRA, an attention for an IP-Adapter, and a skip connection for a ControlNet.
+    """
+
+    path: Path
+    kind: str
+    parts: int  # in the teacher's file
+    kept: int
+    renamed: int  # of those kept
+    dropped_from: tuple[str, ...] = ()  # blocks
+    notes: tuple[str, ...] = ()
+
+    @property
+    def dropped(self) -> int:
+        """How many parts had no place."""
+        return self.parts - self.kept
+
+
+def blocks_of(architecture: Architecture, modules: Iterable[str]) -> tuple[str, ...]:
+    """Names of the blocks and samplers that ``modules`` lie in, in order of execution."""
+    paths = tuple(modules)
+    return tuple(
+        unit.name
+        for unit in architecture.units
+        if any(path == unit.path or path.startswith(f"{unit.path}.") for path in paths)
+    )
+
+
+def read_addition(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of the safetensors file ``path``.
+
+    Raises ModelFormatError when it is missing, damaged or pickled.
+    """
+    path = Path(path)
+    if path.suffix in PICKLED:
+        raise ModelFormatError(
+            f"asked to convert {path}, a pickled file, which is never opened here; give it as safetensors"
+        )
+    if not path.is_file():
+        raise ModelFormatError(f"asked to convert the {kind} {path}, found no such file; give a .safetensors")
+    read_header(path)
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return tensors, dict(file.metadata() or {})
+
+
+def check_out(out: Path, given: Path, *, force: bool, suffix: str = ".safetensors") -> None:
+    """Raise StorageError unless ``out`` is free, or may be replaced, and is called as the file that it will be."""
+    if out.suffix != suffix:
+        raise StorageError(f"asked to write {out}; give a name that ends in {suffix}")
+    if out.exists() and out.resolve() == given.resolve():
+        raise StorageError(f"asked to write {out}, which is the file to be converted; give another name")
+    if out.is_dir() or (out.exists() and not force):
+        what = "a folder" if out.is_dir() else "a file"
+        raise StorageError(f"asked to write {out}, found {what} there; give another name or --force")
+
+
+def origin_of(student: Student, given: Path) -> dict[str, str]:
+    """Metadata that says which file was converted for which plan, without paths of this machine."""
+    notes = {"converted_from": given.name, "plan": student.plan.text, "plan_id": student.plan.id}
+    return {
+        "prune_lab.version": __version__,
+        "prune_lab.plan": json.dumps(student.plan.to_json()),
+        "prune_lab.provenance": json.dumps(notes),
+    }
+
+
+def write_addition(
+    out: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], student: Student, given: Path
+) -> None:
+    """Write the converted ``tensors`` to ``out``, with the ``metadata`` that the file had and what became of it."""
+    kept = {name: text for name, text in metadata.items() if name not in _DIGESTS}
+    with atomic_write(out) as temporary:
+        save_file(
+            {key: tensor.contiguous() for key, tensor in tensors.items()},
+            temporary,
+            {"format": "pt"} | kept | origin_of(student, given),
+        )

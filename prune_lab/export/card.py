@@ -1,0 +1,211 @@
+"""The model card of a student: what it was cut from and how, what it costs, what fits it, and what is not known."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData, metadata_load
+from yaml import YAMLError  # type: ignore[import-untyped]  # as the hub's client reads cards
+
+from prune_lab import __version__
+from prune_lab.blocks import blocks_frame
+from prune_lab.export.compatibility import compatibility
+from prune_lab.export.snippets import snippet_for
+from prune_lab.export.students import TEACHER, Student, provenance_in, unet_folder_in
+from prune_lab.families import plain_config
+from prune_lab.models import ModelSource, weight_files
+from prune_lab.models.files import json_object
+from prune_lab.models.hub import HUB_ID
+from prune_lab.plans import PruningPlan
+from prune_lab.profiling import CostTable, cost_table
+from prune_lab.report import LIGHT, PlanRow, block_map_frame, draw_plan_maps, plan_styles
+from prune_lab.report.figures import freeze_layout, save_png
+from prune_lab.report.format import amount, count, percent_change
+from prune_lab.runtime import write_json, write_text
+
+CARD, MAP = "README.md", "block_map.png"
+_LICENCE = ("license", "license_name", "license_link")  # what a card says of it
+
+
+def parent_name(source: ModelSource) -> str:
+    """What the model that was pruned is called, without a path of this machine."""
+    return source.text if is_on_hub(source) else Path(source.text).name or source.text
+
+
+def is_on_hub(source: ModelSource) -> bool:
+    """Whether the user called the model by its name on the hub."""
+    return bool(HUB_ID.fullmatch(source.text)) and not Path(source.text).exists()
+
+
+def parents_card(source: ModelSource) -> dict[str, Any]:
+    """What the card of the model that was pruned says at its beginning; empty where there is none that can be read."""
+    path = (source.folder or Path()) / CARD
+    if source.folder is None or not path.is_file():
+        return {}
+    try:
+        return dict(metadata_load(path) or {})
+    except (ValueError, OSError, YAMLError):
+        return {}
+
+
+# The parts of the text -----------------------------------------------------------------------------------------------
+
+
+def _front_matter(source: ModelSource, inherited: Mapping[str, Any], tag: str | None) -> str:
+    stated = inherited if inherited.get("license") else {}
+    licence = {name: stated[name] for name in _LICENCE if stated.get(name)}
+    data = ModelCardData(
+        base_model=source.text if is_on_hub(source) else None,
+        library_name="diffusers",
+        pipeline_tag=tag,
+        tags=["prune-lab", "pruned", "distillation"],
+        **(licence or {"license": "other", "license_name": "not-stated"}),
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(str(cell).replace("|", "/") for cell in line) + " |\n" for line in lines)
+
+
+def _costs(costs: CostTable, plan: PruningPlan) -> str:
+    before, after = costs.total, costs.of(plan)
+    rows = [
+        (name, text(was), text(now), percent_change(now / was - 1))
+        for name, text, was, now in (
+            ("parameters", count, before.params, after.params),
+            ("multiply-adds", amount, before.macs, after.macs),
+        )
+    ]
+    height, width = costs.latent
+    return (
+        _table(["U-Net", "parent", "this model", "change"], rows)
+        + f"\nMultiply-adds are those of one forward pass over one sample of {height} x {width} latents with "
+        f"{costs.tokens} words of text, attention products included. Latency was not measured.\n"
+    )
+
+
+def _training(training: Mapping[str, object]) -> str:
+    if not training:
+        return "Nothing was trained after the blocks were removed: every weight is the parent's.\n"
+    return "Distilled from the parent.\n\n" + _table(["setting", "value"], list(training.items()))
+
+
+def _check(proof: Mapping[str, Any]) -> str:
+    """What was seen when the folder was loaded before it got its name; see ``surgery.Proof``."""
+    seen = {
+        "bypassed teacher": f"its answer differs from that of the parent with these blocks bypassed by at most "
+        f"{proof.get('largest_difference')}",
+        "same tensors": "every tensor equals that of the model that was saved",
+    }.get(str(proof.get("kind")), "it loads")
+    return (
+        f"Loaded by plain diffusers in a process of its own, with {proof['parameters']:,} parameters in the U-Net: "
+        f"{seen}.\n"
+    )
+
+
+def _fits(student: Student) -> str:
+    rows = []
+    for row in compatibility(student).to_dict("records"):
+        known = f"{row['kept']} of {row['of']}" if isinstance(row["of"], int) else ""
+        rows.append((row["what"], row["fits"], known, row["note"]))
+    return (
+        _table(["made for the parent", "fits", "parts", ""], rows)
+        + "\n`prune-lab convert lora|controlnet|ip-adapter FILE --plan FOLDER --out FILE` converts, with this model in "
+        "FOLDER.\n"
+    )
+
+
+def _licence(source: ModelSource, inherited: Mapping[str, Any]) -> str:
+    name, parent = inherited.get("license"), parent_name(source)
+    if name:
+        return f"That of the parent, as its card states it: {inherited.get('license_name', name)}.\n"
+    return (
+        f"Not known: no card of {parent} that states one was found. This model holds its weights, so its licence "
+        "applies: find it out before you share this.\n"
+    )
+
+
+def _limits(training: Mapping[str, object]) -> str:
+    lines = [
+        "Nothing is claimed about the quality of its pictures: what is not in a table above was not measured.",
+        "It was cut from its parent and has the parent's limits and biases.",
+    ]
+    if not training:
+        lines.append(
+            "As nothing was trained after the cut, it cannot be expected to draw like its parent: distil it."
+        )
+    return "".join(f"- {line}\n" for line in lines)
+
+
+def _variant_of(unet_folder: Path) -> str:
+    """The variant in the names of its weights, as ``fp16``; empty where there is none."""
+    first = weight_files(unet_folder)[0].name
+    found = re.match(r"[^.]+\.(.+?)(-\d+-of-\d+)?\.safetensors", first)
+    return found[1] if found else ""
+
+
+def card_text(
+    folder: Path, student: Student, source: ModelSource, training: Mapping[str, object] | None = None
+) -> str:
+    """The model card of the ``student`` of ``source`` that lies in ``folder``, in Markdown.
+
+    ``training`` are settings and figures of its distillation by their names; nothing for one that was only cut.
+    """
+    training, inherited = training or {}, parents_card(source)
+    index = folder / "model_index.json"
+    named = json_object(index) if index.is_file() else student.layout.config
+    tag, code = snippet_for(str(named["_class_name"]), _variant_of(unet_folder_in(folder)))
+    plan, blocks = student.plan, len(student.architecture.blocks)
+    parent = parent_name(source)
+    proof = provenance_in(unet_folder_in(folder)).get("proof")
+    parts = {
+        f"{parent} without {len(plan.removed)} of {blocks} blocks": (
+            f"Parent: {f'[{parent}](https://huggingface.co/{parent})' if is_on_hub(source) else parent}. Plan "
+            f"{plan.label} removes these blocks of its U-Net:\n\n    {plan.text or 'none'}\n\n"
+            f"![Blocks of the parent in order of execution; outlines are those that were removed]({MAP})\n"
+        ),
+        "Use": f"```python\n{code}```\n",
+        "Costs": _costs(cost_table(student.architecture), plan),
+        "Training": _training(training),
+        **({"Check": _check(proof)} if isinstance(proof, dict) else {}),
+        "What fits": _fits(student),
+        "Licence": _licence(source, inherited),
+        "Limits": _limits(training)
+        + f"\nMade by prune-lab {__version__} after BK-SDM (arXiv:2305.15798). The plan is in `plan.json`, where the "
+        "model comes from in `provenance.json`.\n",
+    }
+    level = ["#", *["##"] * (len(parts) - 1)]
+    text = [f"{mark} {title}\n\n{body}" for mark, (title, body) in zip(level, parts.items(), strict=True)]
+    return "\n".join([_front_matter(source, inherited, tag if index.is_file() else None), *text])
+
+
+def write_map(path: Path, student: Student) -> None:
+    """Draw the blocks of the teacher as a map on which those that the plan removes are outlines; a PNG."""
+    plan = student.plan
+    row = PlanRow(plan.id, plan.label, "control", plan.removed)
+    frame = block_map_frame(blocks_frame(student.architecture), None)
+    figure = draw_plan_maps(frame, [row], plan_styles([row]), LIGHT)
+    save_png(figure, path, freeze_layout(figure))
+
+
+def write_card(
+    folder: Path, plan: PruningPlan, source: ModelSource, training: Mapping[str, object] | None = None
+) -> Path:
+    """Write the card of the student in ``folder``, cut from ``source`` by ``plan``, and the map of its plan.
+
+    The card takes the place of the parent's. The structure of the teacher goes into ``provenance.json``, so that
+    conversions need nothing but the folder.
+    """
+    folder, student = Path(folder), Student(source.architecture, plan, Path(folder))
+    unet = unet_folder_in(folder)
+    write_json(
+        unet / "provenance.json", provenance_in(unet) | {TEACHER: plain_config(student.architecture.config)}
+    )
+    write_map(folder / MAP, student)
+    write_text(folder / CARD, card_text(folder, student, source, training))
+    return folder / CARD

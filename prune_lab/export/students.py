@@ -1,0 +1,103 @@
+"""What a student is a part of: the structure of its teacher, the plan that cut it, and what is where in it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from prune_lab.blocks import Architecture, architecture_of
+from prune_lab.errors import PlanError, PruneLabError
+from prune_lab.families import Layout
+from prune_lab.models import preset_config, resolve_model
+from prune_lab.models.files import json_object
+from prune_lab.models.sources import PRESETS
+from prune_lab.plans import PruningPlan, native_layout, plan_from_json, read_plans
+
+TEACHER = "teacher_config"  # in provenance.json: the structure of the model that was pruned
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Student:
+    """A teacher's structure and the plan that cuts it; ``folder`` holds the student where it is built."""
+
+    architecture: Architecture
+    plan: PruningPlan
+    folder: Path | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """The config of the student, and the teacher's modules in it."""
+        return native_layout(self.architecture, self.plan)
+
+
+def unet_folder_in(folder: Path) -> Path:
+    """The folder of the U-Net of a student: ``folder`` itself, or the U-Net of the pipeline in it."""
+    return folder / "unet" if (folder / "model_index.json").is_file() else folder
+
+
+def provenance_in(unet_folder: Path) -> dict[str, Any]:
+    """What is known of where the U-Net in ``unet_folder`` comes from; empty where nothing is written down."""
+    path = unet_folder / "provenance.json"
+    return json_object(path) if path.is_file() else {}
+
+
+def _architecture_with(signature: str, provenance: dict[str, Any]) -> Architecture | None:
+    """The architecture of that signature: as the student tells it, of a preset, or of the model it was cut from."""
+    told = provenance.get(TEACHER)
+    if isinstance(told, dict):
+        found = architecture_of(told)
+        return found if found.signature == signature else None
+    for name in PRESETS:
+        if (found := architecture_of(preset_config(name))).signature == signature:
+            return found
+    try:
+        found = resolve_model(str(provenance.get("source", ""))).architecture
+    except PruneLabError:
+        return None
+    return found if found.signature == signature else None
+
+
+def student_in(folder: Path, model: str = "") -> Student:
+    """The student in ``folder``, a pipeline or U-Net that ``prune-lab`` wrote; ``model`` is its teacher where that is
+    not written down. Raises PlanError when it has no plan, or its teacher is not known.
+    """
+    unet = unet_folder_in(Path(folder))
+    if not (unet / "plan.json").is_file():
+        raise PlanError(
+            f"asked for the plan of the student in {folder}, found no plan.json there; give a folder that prune-lab "
+            "wrote, or the plan as text and its teacher with --model"
+        )
+    written = json_object(unet / "plan.json")
+    if model:
+        architecture: Architecture | None = resolve_model(model).architecture
+    else:
+        architecture = _architecture_with(str(written.get("architecture")), provenance_in(unet))
+    if architecture is None:
+        raise PlanError(
+            f"asked for the teacher of the student in {folder}, which was cut from another model than the presets "
+            "and does not say which; give it with --model"
+        )
+    return Student(architecture, plan_from_json(written, architecture), Path(folder))
+
+
+def student_of(text: str, model: str = "") -> Student:
+    """The student that ``text`` names: its folder, or a plan of the teacher ``model`` as text or file.
+
+    Raises PlanError when it cannot be read, NonNativePlanError when the plan cannot be built.
+    """
+    if Path(text).is_dir():
+        student = student_in(Path(text), model)
+    elif not model:
+        raise PlanError(
+            f"asked to convert by {text!r}, found no such folder; give the folder of a student, or a plan and its "
+            "teacher with --model"
+        )
+    else:
+        architecture = resolve_model(model).architecture
+        plans = read_plans(text, architecture)
+        if len(plans) != 1:
+            raise PlanError(f"asked to convert by {text}, found {len(plans)} plans in it; give one")
+        student = Student(architecture, plans[0])
+    native_layout(student.architecture, student.plan)  # says what is in the way
+    return student

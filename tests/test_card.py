@@ -1,0 +1,183 @@
+"""The model card of a student: its own and not the parent's, true to the plan, and its lines of Python draw."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import BuiltOnce
+from huggingface_hub import metadata_load
+from PIL import Image
+from typer.testing import CliRunner
+
+from prune_lab.assets import reference_folder
+from prune_lab.cli import app
+from prune_lab.export import student_in, write_card
+from prune_lab.models import resolve_model
+from prune_lab.plans import parse_plan
+
+PARENTS_CARD = """---
+license: creativeml-openrail-m
+tags: [cats]
+---
+# The parent
+
+Draws cats like no other.
+"""
+
+
+@pytest.fixture(scope="module")
+def small(built_once: BuiltOnce, tiny_pipeline_folder: Path) -> Path:
+    """A student that the command line wrote, of a parent with a card; do not change it."""
+
+    def build(folder: Path) -> None:
+        shutil.copytree(tiny_pipeline_folder, folder / "parent")
+        (folder / "parent" / "README.md").write_text(PARENTS_CARD)
+        asked = ["prune", str(folder / "parent"), "--plan", "bk-small", "--out", str(folder / "small")]
+        found = CliRunner().invoke(app, asked)
+        assert found.exit_code == 0, found.output
+
+    return built_once("card", build) / "small"
+
+
+def code_of(folder: Path) -> str:
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    return str(code)
+
+
+def run_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Execute the card's lines in ``folder``, as they stand."""
+    monkeypatch.chdir(folder)
+    exec(compile(code_of(folder), "README.md", "exec"), {})
+
+
+def test_the_card_is_the_students_own(small: Path) -> None:
+    text = (small / "README.md").read_text(encoding="utf-8")
+    assert "cats" not in text
+    assert "# parent without 17 of 38 blocks" in text
+    assert "-Dn1.R2 -Dn1.A2" in text
+    assert str(small.parent) not in text
+    head = metadata_load(small / "README.md")
+    assert head is not None
+    assert head["license"] == "creativeml-openrail-m"
+    assert "license_name" not in head
+    assert head["library_name"] == "diffusers"
+    assert head["pipeline_tag"] == "text-to-image"
+    assert "base_model" not in head  # the parent is a folder and not on the hub
+    with Image.open(small / "block_map.png") as picture:
+        assert picture.format == "PNG"
+        assert picture.width > 600
+
+
+def test_its_figures_are_those_of_the_model(small: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    text = (small / "README.md").read_text(encoding="utf-8")
+    sizes = [
+        sum(
+            parameter.numel()
+            for parameter in UNet2DConditionModel.from_pretrained(folder / "unet").parameters()
+        )
+        for folder in (small.parent / "parent", small)
+    ]
+    (row,) = [line for line in text.splitlines() if line.startswith("| parameters")]
+    change = f"\u2212{100 * (1 - sizes[1] / sizes[0]):.1f}\u202f%"
+    assert row == f"| parameters | {sizes[0]:,} | {sizes[1]:,} | {change} |"
+    assert "| LoRA | after conversion | 72 of 128 |" in text
+    assert "| ControlNet | after conversion | 8 of 12 |" in text
+    assert "Nothing was trained" in text
+    assert f"with {sizes[1]:,} parameters in the U-Net" in text
+
+
+def test_its_lines_draw_as_they_stand(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "moved"
+    shutil.copytree(small, folder)
+    run_card(folder, monkeypatch)
+    with Image.open(folder / "picture.png") as picture:
+        assert picture.size == (32, 32)
+
+
+def test_the_folder_alone_knows_its_teacher(small: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "moved"
+    shutil.copytree(small, folder)
+    provenance = json.loads((folder / "unet" / "provenance.json").read_text())
+    assert provenance["teacher_config"]["layers_per_block"] == 2
+    (folder / "unet" / "provenance.json").write_text(json.dumps(provenance | {"source": "nowhere"}))
+    assert student_in(folder).plan.name == "bk-small"
+
+
+def test_the_lines_name_the_variant(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["prune", str(small.parent / "parent"), "--plan", "bk-base", "--out", str(tmp_path / "half")]
+    found = CliRunner().invoke(app, [*asked, "--variant", "fp16", "--dtype", "float16"])
+    assert found.exit_code == 0, found.output
+    assert '(".", variant="fp16")' in code_of(tmp_path / "half")
+    run_card(tmp_path / "half", monkeypatch)
+
+
+@pytest.mark.parametrize("kind", ["StableDiffusionInpaintPipeline", "StableDiffusionImg2ImgPipeline"])
+def test_the_lines_for_other_pipelines_draw(
+    kind: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "moved"
+    shutil.copytree(small, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": kind}))
+    source = resolve_model(str(small.parent / "parent"))
+    write_card(folder, parse_plan("bk-small", source.architecture), source)
+    run_card(folder, monkeypatch)
+    assert (folder / "picture.png").is_file()
+
+
+def test_a_unet_alone(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent, out = small.parent / "parent" / "unet", tmp_path / "unet"
+    found = CliRunner().invoke(app, ["prune", str(parent), "--plan", "bk-base", "--out", str(out)])
+    assert found.exit_code == 0, found.output
+    run_card(out, monkeypatch)
+    head = metadata_load(out / "README.md")
+    assert head is not None
+    assert head["license"] == "other"
+    assert "Not known: no card of unet" in (out / "README.md").read_text()
+
+
+def test_a_parent_on_the_hub_is_linked(small: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "moved"
+    shutil.copytree(small, folder)
+    source = dataclasses.replace(resolve_model(str(small.parent / "parent")), text="someone/their-model")
+    training = {"steps": 100, "held-out loss after distillation": "0.31"}
+    write_card(folder, parse_plan("bk-small", source.architecture), source, training)
+    head, text = metadata_load(folder / "README.md"), (folder / "README.md").read_text()
+    assert head is not None
+    assert head["base_model"] == "someone/their-model"
+    assert "# someone/their-model without" in text
+    assert "| steps | 100 |" in text
+    assert "Nothing was trained" not in text
+
+
+@pytest.mark.parametrize("card", ["---\nlicense: [\n---\n", "no front matter", ""])
+def test_a_parents_card_that_says_nothing(card: str, small: Path, tmp_path: Path) -> None:
+    parent, folder = tmp_path / "parent", tmp_path / "moved"
+    shutil.copytree(small.parent / "parent", parent)
+    shutil.copytree(small, folder)
+    (parent / "README.md").write_text(card)
+    source = resolve_model(str(parent))
+    write_card(folder, parse_plan("bk-small", source.architecture), source)
+    head = metadata_load(folder / "README.md")
+    assert head is not None
+    assert (head["license"], head["license_name"]) == ("other", "not-stated")
+
+
+@pytest.mark.long
+def test_a_student_of_the_shipped_model_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "student"
+    found = CliRunner().invoke(
+        app, ["prune", str(reference_folder()), "--plan", "bk-base", "--out", str(out)]
+    )
+    assert found.exit_code == 0, found.output
+    run_card(out, monkeypatch)
+    assert (out / "picture.png").is_file()

@@ -1,0 +1,178 @@
+"""Pushing to a hub on this machine with the real client: private, the exact list, the exact bytes, and refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_uploads import Received, serve_uploads
+from typer.testing import CliRunner
+
+from prune_lab.cli import app
+from prune_lab.errors import HubError, StorageError
+from prune_lab.export import push_folder, uploads_of
+
+# of the client itself, about how it hands bytes to its transport
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+TOKEN = "hf_a_secret_that_nobody_may_see"
+
+
+@pytest.fixture
+def student(tiny_pipeline_folder: Path, tmp_path: Path) -> Path:
+    """A copy of a pipeline folder with what training and programs leave in such folders."""
+    folder = tmp_path / "student"
+    shutil.copytree(tiny_pipeline_folder, folder)
+    litter = (
+        *(".cache/huggingface/x.json", ".git/config", ".gitattributes", "__pycache__/a.pyc", "unet/.x.tmp"),
+        *("optimizer.bin", "optimizer.safetensors", "random_states_0.pkl", "checkpoints/state.safetensors"),
+        *("vae/diffusion_pytorch_model.bin", "student.run/config.toml", "logs/events.out", "unet/half.tmp"),
+    )
+    for name in litter:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    return folder
+
+
+def wanted(original: Path) -> dict[str, bytes]:
+    """Every file of the pipeline by its name: what a push has to send."""
+    return {
+        path.relative_to(original).as_posix(): path.read_bytes()
+        for path in original.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Received]:
+    """A hub for this process; the client decides about being offline when it is imported, hence the constants."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with serve_uploads() as (address, received):
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        yield received
+
+
+def test_the_verb_sends_exactly_what_the_dry_run_lists(
+    student: Path, tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    arguments = ["push", str(student), "--to", "someone/small", "--json"]
+    listed = CliRunner().invoke(app, [*arguments, "--dry-run"])  # tests are offline: nobody is asked
+    assert listed.exit_code == 0, listed.output
+    with serve_uploads() as (address, received):
+        environment = os.environ | {
+            "HF_ENDPOINT": address,
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(tmp_path / "home"),
+        }
+        pushed = subprocess.run(
+            [sys.executable, "-c", "from prune_lab.cli import main; main()", *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+    assert pushed.returncode == 0, pushed.stderr
+    files = wanted(tiny_pipeline_folder)
+    assert {row["file"]: row["bytes"] for row in json.loads(listed.stdout)} == {
+        name: len(content) for name, content in files.items()
+    }
+    assert json.loads(pushed.stdout) == json.loads(listed.stdout)
+    assert received.private == {"someone/small": True}
+    assert received.files["someone/small"] == files
+    assert received.tokens == {
+        TOKEN,
+        "",
+    }  # none for the storage of large files, which has addresses of its own
+    assert "someone/small/commit/" in pushed.stderr
+    assert TOKEN not in pushed.stdout + pushed.stderr
+
+
+def test_public_branch_and_message(student: Path, hub: Received) -> None:
+    push_folder(student, "someone/open", public=True, revision="trial", message="A first one")
+    assert hub.private == {"someone/open": False}
+    assert hub.branches == {"someone/open": ["trial"]}
+    assert hub.messages == ["A first one"]
+    assert any("/commit/trial" in path for path in hub.asked)
+
+
+def test_a_public_repository_is_not_written_to_unasked(student: Path, hub: Received) -> None:
+    hub.private["someone/small"] = False
+    with pytest.raises(HubError, match="--public"):
+        push_folder(student, "someone/small")
+    assert hub.files == {}
+    hub.private["someone/small"] = True
+    push_folder(student, "someone/small")
+    assert len(hub.files["someone/small"]) == len(uploads_of(student))
+
+
+@pytest.mark.parametrize(
+    ("refuse", "message"),
+    [
+        (("repos/create", 401), "answered 401.*hf auth login"),
+        (("preupload", 403), "answered 403.*role write"),
+        (("/large/", 403), "answered 403"),
+        (("/commit/", 500), "answered 500"),
+    ],
+)
+def test_a_refusal_is_one_line_without_the_token(
+    refuse: tuple[str, int], message: str, student: Path, hub: Received
+) -> None:
+    hub.refuse = refuse
+    found = CliRunner().invoke(app, ["push", str(student), "--to", "someone/small"])
+    assert found.exit_code == 2, found.output
+    (line,) = found.stderr.strip().splitlines()
+    assert re.search(message, line)
+    assert TOKEN not in found.output
+    assert hub.files == {}
+
+
+def test_a_hub_that_is_not_there(student: Path, hub: Received, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(HubError, match="cannot be reached"):
+        push_folder(student, "someone/small")
+
+
+def test_without_a_token_and_offline(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(HubError, match="hf auth login"):
+        push_folder(student, "someone/small")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with pytest.raises(HubError, match="OfflineModeIsEnabled"):  # the tests are
+        push_folder(student, "someone/small")
+
+
+@pytest.mark.parametrize("to", ["small", "a/b/c", "https://hub/a/b"])
+def test_a_name_that_is_none(to: str, student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with pytest.raises(HubError, match="owner/name"):
+        push_folder(student, to)
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="no such folder"):
+        uploads_of(tmp_path / "none")
+    with pytest.raises(StorageError, match="no model there"):
+        uploads_of(tmp_path)
+    (tmp_path / "config.toml").write_text("")
+    with pytest.raises(StorageError, match="the folder of a run"):
+        uploads_of(tmp_path)
+    found: Any = CliRunner().invoke(app, ["push", str(tmp_path), "--to", "a/b", "--dry-run"])
+    assert found.exit_code == 2
