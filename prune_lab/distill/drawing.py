@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from prune_lab.config import DataConfig
-from prune_lab.distill.batches import generator_for
 from prune_lab.distill.cache import LatentCache
 from prune_lab.distill.encoding import encode_texts, encoders_digest, image_side
 from prune_lab.distill.sharding import CacheBuild, ShardContent, ShardPlan, build_shards
@@ -27,7 +26,7 @@ from prune_lab.evaluation import save_pictures
 from prune_lab.models.silence import quiet
 from prune_lab.probes import decode_latents
 from prune_lab.prompts import Prompts
-from prune_lab.runtime import note, tensors_digest, track
+from prune_lab.runtime import generator_for, note, tensors_digest, track
 
 _LEAST_SHARD = 16  # pictures per file at least; a stop loses no more, or no more than 1/256 of all
 _LATENT_PIXELS = 64 * 64  # drawn at a time on a CPU, which gains nothing from more at once
