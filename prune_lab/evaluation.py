@@ -19,7 +19,7 @@ from prune_lab.errors import DataError, UnsupportedModelError
 from prune_lab.families import REFINER_TIME_IDS
 from prune_lab.models import ScorerInputs
 from prune_lab.probes import Probe, pipeline_conditions, predict, to_uint8
-from prune_lab.runtime import atomic_folder, atomic_write, seeded, track
+from prune_lab.runtime import atomic_folder, atomic_write, note_once, seeded, track
 
 
 def heldout_loss(unet: Any, probe: Probe, *, batch: int = 32) -> Tensor:
@@ -77,6 +77,9 @@ def drawing_of(pipeline: Any) -> _Drawing:
     if "mask" in conditions:
         return _Drawing(picture=_everything_masked)
     if "picture_latents" in conditions:
+        note_once(
+            "the model edits pictures: asked for prompts alone, it is given none (zeros), as in a share of its training"
+        )
         return _Drawing(picture=_no_picture)
     needed = inspect.signature(pipeline.__call__).parameters
     return _Drawing(as_text_to_image=any(name in needed for name in ("image", "control_image")))

@@ -15,8 +15,10 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from distilling import SCHEDULER, SETTINGS
 from narrow_pipelines import EDITING, INPAINTING, LCM, REFINER, SDXL, narrow
 from training_images import CACHED, MANY, TRAINING, open_source, write_images
+from typer.testing import CliRunner
 
 from prune_lab.blocks import architecture_of
+from prune_lab.cli import app
 from prune_lab.counting import count_macs
 from prune_lab.distill import (
     DistillSetup,
@@ -45,8 +47,8 @@ from prune_lab.probes import (
     random_probe,
 )
 from prune_lab.probes.conditions import draw_mask
-from prune_lab.probes.making import _say_once
-from prune_lab.runtime import generator_for, seeded
+from prune_lab.profiling import profile_pipeline
+from prune_lab.runtime import generator_for, progress_shown, seeded
 from prune_lab.surgery import materialise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -314,6 +316,30 @@ def test_a_guided_score_of_a_model_that_takes_the_guidance_is_refused() -> None:
         ScoringContext(build_unet(config), probe, guidance=7.5, unconditional=probe)
 
 
+def test_it_is_refused_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_unet(SMALL_UNET | {"num_class_embeds": 10}).save_pretrained(tmp_path / "unet")
+
+    def read(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("prune_lab.session.session.load_unet", read)
+    asked = ["score", str(tmp_path / "unet"), "--run", str(tmp_path / "run"), "--device", "cpu"]
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert "class labels (one of 10 numbers for each sample" in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "run" / "probe.safetensors").exists()
+
+
+def test_a_pipeline_is_timed_as_it_draws(tiny_pipeline: Any) -> None:
+    def macs(own: Any, guidance: float) -> dict[str, float]:
+        frame = profile_pipeline(own, steps=2, guidance=guidance, runs=2, warmup=0)
+        return dict(zip(frame["part"], frame["macs"], strict=True))
+
+    lcm, inpainting = narrow("lcm", tiny_pipeline), narrow("inpainting", tiny_pipeline)
+    assert macs(lcm, 7.5) == macs(lcm, 1.0)  # no second pass with the empty caption
+    assert macs(inpainting, 1.0)["vae_decoder"] == macs(lcm, 1.0)["vae_decoder"]
+
+
 def test_masks_are_boxes_or_everything() -> None:
     masks = [draw_mask((64, 48), seeded(seed)) for seed in range(200)]
     whole = sum(bool(mask.all()) for mask in masks)
@@ -350,15 +376,18 @@ def test_the_masked_picture_of_latents_is_the_decoded_one(tiny_pipeline: Any) ->
 
 
 def test_a_controlnet_is_left_out_with_a_note(
-    tiny_pipeline: Any, pictures: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    tiny_pipeline: Any,
+    pictures: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    shown: list[str] = []
-    monkeypatch.setattr("prune_lab.probes.making.note", shown.append)
-    _say_once.cache_clear()
+    monkeypatch.setattr("prune_lab.runtime.progress._said", set())
     own = narrow("controlnet", tiny_pipeline)
-    for seed in range(2):
-        make_probe(own, pictures, CAPTIONS, GROUPS, timesteps=3, seed=seed)
-    assert ["ControlNet" in text for text in shown] == [True]
+    make_probe(own, pictures, CAPTIONS, GROUPS, timesteps=3, seed=0)  # where no one looks
+    with progress_shown():
+        for seed in range(2):
+            make_probe(own, pictures, CAPTIONS, GROUPS, timesteps=3, seed=seed)
+    assert capsys.readouterr().err.count("the ControlNet of this pipeline is left out") == 1
 
 
 # Training ----------------------------------------------------------------------------------------------------------

@@ -32,7 +32,9 @@ class EncodedBatch:
     mean: Tensor  # (B, C, H, W) of the VAE's distribution, times its scaling factor
     log_variance: Tensor | None  # (B, C, H, W) of the scaled latents; None: train on the means
     embeddings: Tensor  # (B, L, D) of the captions
-    added: Mapping[str, Tensor]  # SDXL: text_embeds (B, P), time_ids (B, 6)
+    added: Mapping[
+        str, Tensor
+    ]  # what the U-Net takes beside, such as SDXL: text_embeds (B, P), time_ids (B, 6)
 
 
 class TrainingData(Protocol):

@@ -54,6 +54,7 @@ __all__ = [
     "meta_unet",
     "outline_of",
     "plain_config",
+    "takes_guidance",
 ]
 
 FAMILIES: Mapping[str, Family] = {"UNet2DConditionModel": UNET2D_CONDITION}
@@ -147,6 +148,11 @@ def known_conditions(source: nn.Module | Mapping[str, Any]) -> tuple[Condition, 
             "channels of latents, a variance as well; known are those that predict noise or velocity alone"
         )
     return found
+
+
+def takes_guidance(source: nn.Module | Mapping[str, Any]) -> bool:
+    """Whether a model takes the guidance as an input: it is then not run a second time with the empty caption."""
+    return any(condition.name == "guidance" for condition in conditions_of(source))
 
 
 def forward_inputs(

@@ -14,7 +14,7 @@ from diffusers import ModelMixin
 
 from prune_lab.blocks import Architecture, BlockGroup, architecture_of
 from prune_lab.errors import DataError
-from prune_lab.families import conditions_of
+from prune_lab.families import takes_guidance
 from prune_lab.importance.cache import ScoreCache
 from prune_lab.importance.intervals import Floats, Integers
 from prune_lab.models import ScorerInputs
@@ -93,7 +93,8 @@ class GenerationSettings:
     @property
     def forwards(self) -> int:
         """U-Net forward passes (of one sample each) that one set of all images takes."""
-        return len(self.prompts) * len(self.seeds) * self.steps * (2 if self.guidance > 1 else 1)
+        twice = self.guidance > 1 and not takes_guidance(self.pipeline.unet)
+        return len(self.prompts) * len(self.seeds) * self.steps * (2 if twice else 1)
 
     @property
     def samples(self) -> Samples:
@@ -128,7 +129,7 @@ class ScoringContext:
                 "needs one (a whole pipeline encodes it), and without guidance (1) there must be none"
             )
 
-        if self.guidance != 1 and any(one.name == "guidance" for one in conditions_of(self.unet)):
+        if self.guidance != 1 and takes_guidance(self.unet):
             raise DataError(
                 f"asked to score with guidance {self.guidance:g}, found a U-Net that takes the guidance as an input "
                 "and was distilled to need no other; set score.guidance = 1"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,7 +27,7 @@ from prune_lab.probes.encoding import (
     training_target,
 )
 from prune_lab.probes.probe import Probe
-from prune_lab.runtime import generator_for, note, seeded
+from prune_lab.runtime import generator_for, note_once, seeded
 
 # All of SD 1, 2, XL.
 _SD_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -60,14 +59,9 @@ def _assign_timesteps(
     return timesteps
 
 
-@functools.cache
-def _say_once(text: str) -> None:
-    note(text)
-
-
 def _note_controlnet(pipeline: Any) -> None:
     if getattr(pipeline, "controlnet", None) is not None:
-        _say_once(
+        note_once(
             "the ControlNet of this pipeline is left out: the U-Net is scored and trained on captions alone"
         )
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.counting import count_call, meta_copy
 from prune_lab.errors import ConfigError
+from prune_lab.families import latent_channels, takes_guidance
 from prune_lab.plans import PruningPlan, is_native, plan_of
 from prune_lab.profiling.cost_table import cost_table
 from prune_lab.profiling.latency import check_runs, measure_latency, random_inputs
@@ -261,6 +262,7 @@ def _parts(
     )
     decoder = _Decoder(pipeline.vae)
     sample = random_inputs(unet.config, batch=batch, latent=latent)["sample"]
+    sample = sample[:, : latent_channels(unet.config)]  # what the U-Net is shown of a picture is not decoded
     yield _Part(
         "vae_decoder",
         1,
@@ -310,10 +312,9 @@ def profile_pipeline(
     # An empty tensor knows which card "cuda" is.
     kind = torch.empty(0, device=pipeline.unet.device if device is None else device).device
     form = pick_dtype(dtype) if isinstance(dtype, str) else pipeline.unet.dtype if dtype is None else dtype
+    guided = guidance > 1 and not takes_guidance(pipeline.unet)
     rows = []
-    for part in track(
-        list(_parts(pipeline, steps, batch, guidance > 1, latent, tokens)), "timing the pipeline"
-    ):
+    for part in track(list(_parts(pipeline, steps, batch, guided, latent, tokens)), "timing the pipeline"):
         counted = count_call(
             meta_copy(part.module), part.inputs(torch.device("meta"), next(part.module.parameters()).dtype)
         )

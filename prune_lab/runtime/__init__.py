@@ -20,7 +20,7 @@ from prune_lab.runtime.files import (
     write_json,
     write_text,
 )
-from prune_lab.runtime.progress import bytes_text, duration_text, note, progress_shown, track
+from prune_lab.runtime.progress import bytes_text, duration_text, note, note_once, progress_shown, track
 
 __all__ = [
     "Environment",
@@ -31,6 +31,7 @@ __all__ = [
     "free_bytes",
     "generator_for",
     "note",
+    "note_once",
     "pick_device",
     "pick_dtype",
     "progress_shown",

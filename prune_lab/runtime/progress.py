@@ -87,6 +87,16 @@ class Bars:
         self.progress.console.print(text, markup=False, highlight=False)
 
 
+_said: set[str] = set()
+
+
+def note_once(text: str) -> None:
+    """``note`` of a text that this process has not shown before."""
+    if text not in _said and _reporter.get() is not None:
+        _said.add(text)
+        note(text)
+
+
 def _to_stderr(line: str) -> None:
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
