@@ -13,7 +13,6 @@ from prune_lab.evaluation import generate
 from prune_lab.probes import Probe, probe_of_latents
 from prune_lab.prompts import Prompts
 from prune_lab.runtime import seeded
-from prune_lab.session.own import rows_per_picture
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,7 +48,14 @@ def prompt_parts(prompts: Prompts, *, probe: int, shown: int, seed: int) -> Prom
 
 
 def drawn_probe(
-    pipeline: Any, prompts: Prompts, settings: ProbeConfig, how: EvaluateConfig, *, steps: int, seed: int
+    pipeline: Any,
+    prompts: Prompts,
+    settings: ProbeConfig,
+    how: EvaluateConfig,
+    *,
+    steps: int,
+    seed: int,
+    per_picture: int = 1,
 ) -> Probe:
     """A probe of the final latents that ``pipeline`` draws for ``prompts`` in ``steps`` denoising steps.
 
@@ -65,5 +71,5 @@ def drawn_probe(
         prompts.kinds or ("",) * len(prompts.texts),
         timesteps=settings.timesteps,
         seed=seed,
-        per_picture=rows_per_picture(settings.samples, len(prompts.texts), settings.timesteps),
+        per_picture=per_picture,
     )

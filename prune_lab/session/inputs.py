@@ -28,6 +28,7 @@ from prune_lab.models import model_digest
 from prune_lab.probes import Probe, encode_captions, load_probe, random_probe
 from prune_lab.runs import Run
 from prune_lab.session.drawing import drawn_probe
+from prune_lab.session.own import rows_per_picture
 from prune_lab.session.session import Session
 
 # The probe ---------------------------------------------------------------------------------------------------
@@ -46,7 +47,9 @@ def probe_of(session: Session, seed: int) -> Probe:
         case "drawn":
             check_draws_from_text(type(session.pipeline))
             prompts = session.prompt_parts.probe
-            return drawn_probe(session.pipeline, prompts, settings, how, steps=settings.steps, seed=seed)
+            each = rows_per_picture(settings.samples, len(prompts.texts), settings.timesteps)
+            drawn = session.pipeline, prompts, settings, how
+            return drawn_probe(*drawn, steps=settings.steps, seed=seed, per_picture=each)
         case "none":
             config, samples = session.source.config, settings.samples
             return random_probe(config, samples=samples, timesteps=settings.timesteps, seed=seed)
