@@ -18,7 +18,7 @@ from prune_lab.blocks import BlockGroup
 from prune_lab.config import ProbeConfig, RunConfig, ScoreConfig, SearchConfig
 from prune_lab.importance import ImportanceTable, ScoringContext, score
 from prune_lab.plans import PruningPlan
-from prune_lab.session import Session, drawn_probe, ensure_probe
+from prune_lab.session import Session, ensure_probe, probe_of
 from prune_lab.workflow import ensure_plans, start_run
 from prune_lab.workflow.searching import searched
 
@@ -63,7 +63,7 @@ def main() -> None:
             groups = [BlockGroup(name, "plan", plan.removed) for name, plan in plans.items()]
             tables: list[ImportanceTable] = [
                 score(ScoringContext(session.unet, probe), groups, bootstrap=0)
-                for probe in (ensure_probe(session), drawn_probe(session, config.probe.seed + 1))
+                for probe in (ensure_probe(session), probe_of(session, config.probe.seed + 1))
             ]
             for group, here, there in zip(groups, *(table.impacts for table in tables), strict=True):
                 by_solver = group.name.startswith(("search-", f"{solver}-"))

@@ -116,6 +116,7 @@ PUSHED_COLUMNS = ("file", "bytes")
 # The run itself -----------------------------------------------------------------------------------------------------
 
 STEPS_COLUMNS = ("step", "state", "does")
+DRY_RUN_COLUMNS = (*STEPS_COLUMNS, "estimate_seconds")  # of prune-lab run --dry-run
 STEP_SECONDS_COLUMNS = ("step", "seconds")
 
 # Kinds of columns ---------------------------------------------------------------------------------------------------

@@ -425,7 +425,7 @@ def test_settings_are_shown_with_the_values_that_a_job_would_have(
     ("assignments", "wanted"),
     [
         (("distill.step=5",), "did you mean distill.steps?"),
-        (("steps=5",), "did you mean distill.steps or evaluate.steps?"),
+        (("steps=5",), "did you mean probe.steps or data.steps or distill.steps or evaluate.steps?"),
         (("distill.steps=many",), "distill.steps = 'many' cannot be used; it must be a whole number"),
         (("distill.steps=0",), "a whole number of at least 1"),
         (("search.solver=exakt",), "one of exact, interactions"),
@@ -464,7 +464,7 @@ def test_a_run_is_not_evaluated_with_other_settings(run_folder: Path) -> None:
         (("search", "reference", "--count", "2"), "--plans"),
         (("search", "reference", "--any"), "--set search.native_only=false"),
         (("search", "reference", "--longest-run", "2"), "--set search.longest_run=VALUE"),
-        (("cache", "reference", "--out", "x", "--image-column", "y"), "--set data.image_column=VALUE"),
+        (("data", "reference", "--out", "x", "--variants", "2"), "--set data.variants=VALUE"),
         (("distill", "reference", "--loss-variant", "raw"), "--set distill.loss_variant=VALUE"),
         (("evaluate", "reference", "--steps", "3"), "--set evaluate.steps=VALUE"),
         (("rank", "runs/mine", "--address", "auto"), "--set engine.address=VALUE"),
@@ -492,7 +492,7 @@ COLUMNS_OF = {
     "recovery": schemas.RECOVERY_SUMMARY_COLUMNS,
     "pictures": schemas.PICTURES_COLUMNS,
     "ranking": schemas.RANKING_COLUMNS,
-    "steps": schemas.STEPS_COLUMNS,
+    "steps": schemas.DRY_RUN_COLUMNS,
 }
 
 

@@ -10,10 +10,10 @@ import torch
 from prune_lab.config import EvaluateConfig, ProbeConfig
 from prune_lab.errors import DataError
 from prune_lab.evaluation import generate
-from prune_lab.probes import Probe, probe_of_latents
+from prune_lab.probes import Probe
 from prune_lab.prompts import Prompts
 from prune_lab.runtime import seeded
-from prune_lab.session.own import rows_per_picture
+from prune_lab.session.own import probe_of_few
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,17 +53,11 @@ def drawn_probe(
 ) -> Probe:
     """A probe of the final latents that ``pipeline`` draws for ``prompts`` in ``steps`` denoising steps.
 
-    The pictures are drawn with ``probe.seed``; ``seed`` draws the noise and timesteps of the rows.
+    The pictures are drawn with ``probe.seed``; ``seed`` draws the noise and timesteps of the rows. Few pictures give
+    several rows each (see ``probe_of_few``).
     """
     latents = generate(
         pipeline, prompts.texts, (settings.seed,), steps=steps, guidance=how.guidance, latents=True
     )
-    return probe_of_latents(
-        pipeline,
-        latents,
-        prompts.texts,
-        prompts.kinds or ("",) * len(prompts.texts),
-        timesteps=settings.timesteps,
-        seed=seed,
-        per_picture=rows_per_picture(settings.samples, len(prompts.texts), settings.timesteps),
-    )
+    kinds = prompts.kinds or ("",) * len(prompts.texts)
+    return probe_of_few(pipeline, latents, prompts.texts, kinds, settings, seed=seed)

@@ -5,6 +5,8 @@ Probe and data are read from the run folder when they are there, and made and wr
 
 from __future__ import annotations
 
+import dataclasses
+
 import pandas as pd
 import torch
 from accelerate import PartialState
@@ -41,7 +43,8 @@ def probe_of(session: Session, seed: int) -> Probe:
     """A probe of the run's pictures and captions, with noise and timesteps drawn with ``seed``."""
     settings, how = session.config.probe, session.config.evaluate
     if settings.prompts:
-        return drawn_probe(session.pipeline, session.probe_prompts, settings, how, steps=how.steps, seed=seed)
+        own = dataclasses.replace(settings, samples=max(2, len(session.probe_prompts.texts)))
+        return drawn_probe(session.pipeline, session.probe_prompts, own, how, steps=how.steps, seed=seed)
     match session.data_origin:
         case "shipped":
             return session.picture_probe(seed)
@@ -49,8 +52,8 @@ def probe_of(session: Session, seed: int) -> Probe:
             return session.own.probe(session.pipeline, session.own.split.probe, settings, seed=seed)
         case "drawn":
             check_draws_from_text(type(session.pipeline))
-            prompts = session.prompt_parts.probe
-            return drawn_probe(session.pipeline, prompts, settings, how, steps=settings.steps, seed=seed)
+            drawn = session.pipeline, session.prompt_parts.probe, settings, how
+            return drawn_probe(*drawn, steps=settings.steps, seed=seed)
         case "none":
             config, samples = session.source.config, settings.samples
             return random_probe(config, samples=samples, timesteps=settings.timesteps, seed=seed)

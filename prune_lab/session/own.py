@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,39 @@ from prune_lab.distill import (
 )
 from prune_lab.distill.encoding import UNREADABLE, crop_variants, decode_image, image_side
 from prune_lab.errors import DataError
-from prune_lab.probes import Probe, make_probe, probe_of_latents
+from prune_lab.probes import Probe, encode_pictures, probe_of_latents
 
 
-def rows_per_picture(samples: int, pictures: int, timesteps: int) -> int:
-    """Rows that each of ``pictures`` gives to a probe of ``samples`` rows, each at a timestep of its own."""
-    return max(1, min(timesteps, math.ceil(samples / pictures)))
+def probe_of_few(
+    pipeline: Any,
+    latents: Tensor,
+    captions: Sequence[str],
+    kinds: Sequence[str],
+    settings: ProbeConfig,
+    *,
+    seed: int,
+    text: tuple[Tensor, Mapping[str, Tensor]] | None = None,
+) -> Probe:
+    """A probe of ``probe.samples`` rows of latents (N, C, h, w): few pictures give several, each at its own timestep.
+
+    It has fewer rows where all pictures at all ``probe.timesteps`` are fewer. ``text``: see ``probe_of_latents``.
+    """
+    pictures, samples = len(latents), settings.samples
+    each = max(1, min(settings.timesteps, math.ceil(samples / pictures)))
+    probe = probe_of_latents(
+        pipeline,
+        latents,
+        captions,
+        kinds,
+        timesteps=settings.timesteps,
+        seed=seed,
+        per_picture=each,
+        text=text,
+    )
+    if len(probe) <= samples:
+        return probe
+    turns = [picture * each + turn for turn in range(each) for picture in range(pictures)]
+    return probe.rows(sorted(turns[:samples]))
 
 
 def _checked(rows: TrainingData, pipeline: Any) -> TrainingData:
@@ -101,34 +128,22 @@ class OwnData:
         return tuple(captions[row] for row in part.tolist())
 
     def probe(self, pipeline: Any, part: Tensor, settings: ProbeConfig, *, seed: int) -> Probe:
-        """About ``probe.samples`` rows of the images of a part; ``seed`` draws their noise and timesteps.
+        """The probe of the images of a part (see ``probe_of_few``); ``seed`` draws noise and timesteps.
 
-        Few images give several rows each, at different timesteps. Raises DataError where none can be read.
+        Raises DataError where none of them can be read.
         """
         if not isinstance(self.rows, ImageSource):
             rows = _checked(self.rows, pipeline)
             kinds = rows.kinds if isinstance(rows, LatentCache) else ("",) * len(rows)
             batch = rows.rows(part, torch.zeros(len(part), dtype=torch.int64))
-            return probe_of_latents(
-                pipeline,
-                batch.mean,
-                self.captions(part),
-                [kinds[row] for row in part.tolist()],
-                timesteps=settings.timesteps,
-                seed=seed,
-                per_picture=rows_per_picture(settings.samples, len(part), settings.timesteps),
-                text=(batch.embeddings, batch.added),
+            known = [kinds[row] for row in part.tolist()]
+            text = batch.embeddings, batch.added
+            return probe_of_few(
+                pipeline, batch.mean, self.captions(part), known, settings, seed=seed, text=text
             )
         pixels, captions = self._images(pipeline, self.rows, part.tolist())
-        return make_probe(
-            pipeline,
-            pixels,
-            captions,
-            [""] * len(captions),
-            timesteps=settings.timesteps,
-            seed=seed,
-            per_picture=rows_per_picture(settings.samples, len(captions), settings.timesteps),
-        )
+        latents, none = encode_pictures(pipeline, pixels), [""] * len(captions)
+        return probe_of_few(pipeline, latents, captions, none, settings, seed=seed)
 
     def _images(self, pipeline: Any, source: ImageSource, rows: Sequence[int]) -> tuple[Tensor, list[str]]:
         side, cropped = image_side(pipeline), DataConfig()
