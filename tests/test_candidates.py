@@ -47,6 +47,9 @@ def test_a_candidate_is_the_bypassed_teacher_on_disk(
     assert profile.latency.runs == 2
     provenance = json.loads((folder / "unet" / "provenance.json").read_text())
     assert (provenance["plan"], provenance["source"]) == (plan.text, str(tiny_pipeline_folder))
+    proof = provenance["proof"]
+    assert (proof["kind"], proof["parameters"]) == ("bypassed teacher", profile.params)
+    assert proof["largest_difference"] == 0
     again = load_candidate(folder, architecture)
     assert (again.plan, again.plan.name) == (plan, "bk-small")
 

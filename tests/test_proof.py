@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from prune_lab.blocks import architecture_of
 from prune_lab.errors import ProofError
-from prune_lab.models import resolve_model
+from prune_lab.models import load_unet, resolve_model
 from prune_lab.plans import parse_plan
 from prune_lab.surgery import Original, digest_of, materialise, prove, prune_pipeline, save_unet, writing
 from prune_lab.surgery import proof as proof_module
@@ -102,6 +105,20 @@ def test_a_model_in_memory_is_compared_tensor_by_tensor(
     assert [path.name for path in tmp_path.iterdir()] == ["good"]
 
 
+def test_a_model_that_was_loaded_does_not_name_its_folder(tiny_unet: Any, tmp_path: Path) -> None:
+    plan = parse_plan("bk-tiny", architecture_of(tiny_unet))
+    save_unet(materialise(tiny_unet, plan), tmp_path / "once", plan, {})
+    save_unet(load_unet(resolve_model(str(tmp_path / "once"))), tmp_path / "twice", plan, {})
+    assert "_name_or_path" not in (tmp_path / "twice" / "config.json").read_text()
+
+
+def test_a_distilled_student_is_proved_to_be_the_one_that_was_trained(distilled_alone: Path) -> None:
+    folder = distilled_alone / "bk-tiny" / "distilled" / "unet"
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert provenance["proof"]["kind"] == "same tensors"
+    assert provenance["steps"] == 6
+
+
 def test_another_set_of_blocks_is_another_function(
     tiny_unet: Any, tiny_pipeline_folder: Path, tmp_path: Path
 ) -> None:
@@ -171,3 +188,24 @@ def test_what_ended_it_is_said(tiny_pipeline_folder: Path, monkeypatch: pytest.M
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(ProofError, match="the process that loads what was written ended with 1"):
         prove(tiny_pipeline_folder)
+
+
+LONE = """
+import os
+from prune_lab.surgery.proof import _PROVER
+print(_PROVER.start().pid, flush=True)
+os._exit(9)  # as if it was killed: nothing is cleaned up
+"""
+
+
+@pytest.mark.long
+def test_it_ends_with_the_process_that_asked_it() -> None:
+    found = subprocess.run([sys.executable, "-c", LONE], capture_output=True, text=True, check=False)
+    assert found.returncode == 9
+    for _ in range(300):
+        try:
+            os.kill(int(found.stdout), 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("it goes on alone")
