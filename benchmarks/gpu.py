@@ -44,14 +44,21 @@ from prune_lab.probes import predict, random_probe
 from prune_lab.processes import init_processes
 from prune_lab.profiling import (
     Service,
-    free_bytes,
     measure_latency_table,
     random_native_plans,
     random_unet,
     time_plans,
 )
 from prune_lab.profiling.own_process import TimingProcess
-from prune_lab.runtime import Environment, pick_device, pick_dtype, synchronize, write_json, write_text
+from prune_lab.runtime import (
+    Environment,
+    free_bytes,
+    pick_device,
+    pick_dtype,
+    synchronize,
+    write_json,
+    write_text,
+)
 from prune_lab.surgery import bypassed, materialise
 
 Row = dict[str, Any]
