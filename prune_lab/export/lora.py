@@ -19,9 +19,12 @@ from prune_lab.export.additions import Converted, blocks_of, check_out, read_add
 from prune_lab.export.students import Student
 from prune_lab.families import Layout
 from prune_lab.families.adapter_names import TEXT_PREFIXES, AdapterNames, ModuleKey, adapter_names, fits
+from prune_lab.families.ldm_structure import has_even_depths
 
-_CONFIG = (
-    "lora_adapter_metadata"  # diffusers' entry for the PEFT settings, a name for each part of the pipeline
+_CONFIG = "lora_adapter_metadata"  # diffusers' entry for the settings of PEFT, by part of the pipeline
+_UNEVEN = (
+    "its names are of the LDM layout, which diffusers counts right only with equally many layers in all stages; this "
+    "student has not: use it where the LDM layout is read, such as ComfyUI"
 )
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
@@ -65,7 +68,10 @@ def _pattern(patterns: Mapping[str, Any], modules: Mapping[str, str]) -> dict[st
 
 def _settings(text: str, modules: Mapping[str, str]) -> str:
     """The settings of the LoRA as diffusers keeps them, with the modules of the U-Net by their new names."""
-    settings = json.loads(text)
+    try:
+        settings = json.loads(text)
+    except ValueError as error:
+        raise ModelFormatError(f"asked to convert a LoRA whose {_CONFIG} is not JSON: {error}") from None
     for name in [name for name in settings if name.startswith("unet.")]:
         short = name.removeprefix("unet.")
         if short in _PATTERNS and isinstance(settings[name], dict):
@@ -107,6 +113,7 @@ def convert_lora(student: Student, given: Path, out: Path, *, force: bool = Fals
         for key, tensor in tensors.items()
         if (new := parts[key].new_key if key in parts else key) is not None
     }
+    uneven = not has_even_depths(student.layout.config) and any(part.in_ldm_layout for part in parts.values())
     write_addition(out, converted, _metadata(metadata, modules, student.layout), student, given)
     return Converted(
         out,
@@ -114,5 +121,6 @@ def convert_lora(student: Student, given: Path, out: Path, *, force: bool = Fals
         parts=len(modules),
         kept=len(left),
         renamed=sum(modules[module].renamed for module in left),
+        notes=(_UNEVEN,) if uneven else (),
         dropped_from=blocks_of(student.architecture, modules.keys() - set(left)),
     )

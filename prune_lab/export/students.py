@@ -32,8 +32,8 @@ class Student:
 
 
 def unet_folder_in(folder: Path) -> Path:
-    """The folder of the U-Net of a student: ``folder`` itself, or the U-Net of the pipeline in it."""
-    return folder / "unet" if (folder / "model_index.json").is_file() else folder
+    """The folder of the U-Net of a student: ``folder`` itself, or the U-Net of the pipeline or candidate in it."""
+    return folder / "unet" if (folder / "unet").is_dir() else folder
 
 
 def provenance_in(unet_folder: Path) -> dict[str, Any]:

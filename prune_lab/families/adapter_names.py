@@ -51,6 +51,11 @@ class ModuleKey:
         """Whether the module has another name in the student."""
         return self.new_key not in (None, self.key)
 
+    @property
+    def in_ldm_layout(self) -> bool:
+        """Whether the key counts the blocks as the LDM layout does."""
+        return bool(re.search(r"(input|output)_blocks|middle_block", self.key))
+
 
 def _ldm_modules(config: Mapping[str, Any]) -> dict[str, str]:
     """The LDM path of each module of ``config`` that has weights, by diffusers' path; empty where it has no place."""

@@ -21,7 +21,9 @@ from prune_lab.errors import NonNativePlanError, UnsupportedModelError
 from prune_lab.families import Layout, Outline, meta_unet, outline_of, plain_config
 
 CONTROLNET = "ControlNetModel"
-_MIDDLE, _MIDDLE_CONVOLUTION = "mid_block", "controlnet_mid_block"
+_MIDDLE_CONVOLUTION = "controlnet_mid_block"
+# What diffusers raises when it builds a ControlNet from settings that it does not have.
+_BUILD_ERRORS = (TypeError, ValueError, LookupError, AttributeError, RuntimeError)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -149,16 +151,23 @@ def meta_controlnet(config: Mapping[str, Any]) -> Any:
     try:
         with torch.device("meta"):
             return diffusers.ControlNetModel.from_config(plain_config(config)).eval()
-    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+    except _BUILD_ERRORS as error:
         raise UnsupportedModelError(f"no ControlNet can be built from its config: {error}") from None
 
 
 def controlnet_config(teacher: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a ControlNet as it is trained for the U-Net ``teacher``: a copy of its way down."""
-    with torch.device("meta"):
-        unet = meta_unet(teacher)
-        made = diffusers.ControlNetModel.from_unet(unet, load_weights_from_unet=False)
-    return plain_config(made)
+    """The config of a ControlNet as it is trained for the U-Net ``teacher``: a copy of its way down.
+
+    Raises UnsupportedModelError when no plain ControlNet is one: for stages of unequal depth, or without a mid stage.
+    """
+    unet = meta_unet(teacher)
+    try:
+        with torch.device("meta"):
+            return plain_config(diffusers.ControlNetModel.from_unet(unet, load_weights_from_unet=False))
+    except _BUILD_ERRORS as error:
+        raise UnsupportedModelError(
+            f"no plain ControlNet is built like the way down of the teacher ({error})"
+        ) from None
 
 
 def takes_adapter_features(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> tuple[int, int]:
