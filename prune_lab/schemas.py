@@ -112,6 +112,18 @@ TOURNAMENT_COLUMNS = (
 CONVERTED_COLUMNS = ("kind", "file", "parts", "kept", "renamed", "dropped", "dropped_from", "plan", "plan_id")
 COMPATIBILITY_COLUMNS = ("what", "fits", "kept", "of", "renamed", "note")
 PUSHED_COLUMNS = ("file", "bytes")
+# What a reader asks of a finished run --------------------------------------------------------------------------------
+
+CHOICE_COLUMNS = ("block", "kind", "removed", "impact", "params", "macs", "extra_impact", "instead", "reason")
+WIDER_COLUMNS = (
+    *("budget", "predicted_impact", "wider_impact", "impact_change", "params_change", "macs_change"),
+    *("come_back", "go", "plan"),
+)
+SURPRISE_COLUMNS = (
+    *("plan", "plan_id", "impact_one_shot", "loss_before", "loss_after"),
+    *("place_by_impact", "place_by_loss", "places_lost"),
+)
+PICTURE_CHANGE_COLUMNS = ("prompt", "seed", "plan", "plan_id", "weights", "difference", "file")
 
 # The run itself -----------------------------------------------------------------------------------------------------
 
@@ -138,5 +150,6 @@ INTEGER_COLUMNS = frozenset(
         *("disk_bytes", "peak_memory_bytes", "samples", "top", "count", "plans", "sets_measured", "pairs"),
         *("rank", "tie_group", "steps", "rung", "place", "row"),
         *("parts", "kept", "of", "renamed", "dropped", "bytes"),
+        *("place_by_impact", "place_by_loss", "places_lost"),
     )
 )

@@ -21,7 +21,6 @@ from typer.testing import CliRunner, Result
 import prune_lab
 from prune_lab import schemas
 from prune_lab.cli import app
-from prune_lab.cli.output import DECISIVE_COLUMNS, records, shown_columns
 from prune_lab.config import (
     SETTINGS,
     ProbeConfig,
@@ -33,6 +32,7 @@ from prune_lab.config import (
 )
 from prune_lab.config.toml import config_from_toml
 from prune_lab.runs import Run
+from prune_lab.tables import DECISIVE_COLUMNS, records, shown_columns
 
 # arXiv:2305.15798: parameters of the published U-Nets, exact; MACs of the paper in G
 PAPER = {
@@ -493,6 +493,13 @@ COLUMNS_OF = {
     "pictures": schemas.PICTURES_COLUMNS,
     "ranking": schemas.RANKING_COLUMNS,
     "steps": schemas.DRY_RUN_COLUMNS,
+    "seconds": schemas.STEP_SECONDS_COLUMNS,
+    "parts": schemas.PARTS_COLUMNS,
+    "rungs": schemas.TOURNAMENT_COLUMNS,
+    "choices": schemas.CHOICE_COLUMNS,
+    "wider budgets": schemas.WIDER_COLUMNS,
+    "surprises": schemas.SURPRISE_COLUMNS,
+    "picture changes": schemas.PICTURE_CHANGE_COLUMNS,
 }
 
 

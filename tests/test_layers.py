@@ -29,6 +29,7 @@ LAYERS = (
     ("cluster", "session", "engines"),
     ("report", "export"),
     ("workflow",),
+    ("tables", "api"),
     ("cli",),
 )
 RANK = {name: (line, place) for line, names in enumerate(LAYERS) for place, name in enumerate(names)}
@@ -127,7 +128,15 @@ def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-LIGHT = ("prune_lab", "prune_lab.errors", "prune_lab.schemas", "prune_lab.config", "prune_lab.runs")
+LIGHT = (
+    "prune_lab",
+    "prune_lab.errors",
+    "prune_lab.schemas",
+    "prune_lab.config",
+    "prune_lab.runs",
+    "prune_lab.tables",
+    "prune_lab.api.settings",
+)
 VERBS = (
     None,
     "blocks",

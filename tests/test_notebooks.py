@@ -12,19 +12,23 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from prune_lab.runs import Run
+
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+DEMO = 'RUN = "../runs/demo"'  # of the notebook that opens a run; the tests have a smaller one
 
 
 def code_of(path: Path) -> list[nbformat.NotebookNode]:
     return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
 
 
-def test_there_are_three() -> None:
+def test_there_are_four() -> None:
     assert [path.stem for path in NOTEBOOKS] == [
         "01_blocks_and_scores",
         "02_candidates_and_costs",
         "03_distill_and_rank",
+        "04_explore_a_run",
     ]
 
 
@@ -46,10 +50,18 @@ def test_outputs_say_nothing_of_the_machine(path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs_and_its_assertions_hold(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_and_its_assertions_hold(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     notebook = nbformat.read(path, as_version=4)
+    if path.stem == "04_explore_a_run":
+        parameters = code_of(path)[0].source
+        assert parameters.count(DEMO) == 1
+        run: Run = request.getfixturevalue("finished")
+        cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        cells[0].source = parameters.replace(DEMO, f'RUN = "{run.folder}"')
     with warnings.catch_warnings():
         # The kernel's own plumbing (sockets, event loops) is not what is tested here.
         warnings.simplefilter("ignore")

@@ -19,7 +19,6 @@ from typer.testing import CliRunner
 
 from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.cli import app
-from prune_lab.cli.output import records
 from prune_lab.config import RunConfig
 from prune_lab.counting import ANALYTIC_EXTRAS, count_macs
 from prune_lab.errors import ConfigError, DataError, ModelNotFoundError, PlanError, UnknownBlockError
@@ -39,6 +38,7 @@ from prune_lab.profiling import (
 )
 from prune_lab.session import Session
 from prune_lab.surgery import bypassed, materialise
+from prune_lab.tables import records
 from prune_lab.workflow import start_run
 from prune_lab.workflow.measuring import ensure_blocks, ensure_costs, ensure_reductions, ensure_shares
 

@@ -190,3 +190,46 @@ def test_a_task_within_a_step_counts_from_its_own_start(log: Log) -> None:
         log.new()
         list(track(slow(), "scoring rows", 4))
     assert log.new()[0] == "steps 1 of 1, scores > scoring rows 0 of 4, 25 s so far"
+
+
+# In a notebook -----------------------------------------------------------------------------------------------------
+
+
+def test_a_notebook_has_bars_that_change_in_place_and_vanish() -> None:
+    shown: list[tuple[str, str]] = []
+    times = iter(range(1000))
+    cell = progress.Cell(lambda bars, words: shown.append((bars, words)), lambda: next(times))
+    token = progress._reporter.set(cell)
+    try:
+        with progress_shown():  # one inside another changes nothing
+            for _ in track([1, 2], "<plans>", name=lambda one: f"plan {one}"):
+                list(track(range(3), "steps"))
+    finally:
+        progress._reporter.reset(token)
+    words = [line for _, line in shown]
+    assert words[0] == "<plans> 1 of 2, plan 1"
+    assert any(line.startswith("<plans> 1 of 2, plan 1 > steps 2 of 3, ") for line in words)
+    assert any(
+        '<progress value="1" max="2"></progress> &lt;plans&gt; 2 of 2, plan 2' in bars for bars, _ in shown
+    )
+    assert shown[-1] == ("", "")
+
+
+def test_what_is_short_is_not_shown_in_a_notebook() -> None:
+    shown: list[tuple[str, str]] = []
+    cell = progress.Cell(lambda bars, words: shown.append((bars, words)), lambda: 5.0)
+    token = progress._reporter.set(cell)
+    try:
+        assert list(track(range(3), "steps")) == [0, 1, 2]
+    finally:
+        progress._reporter.reset(token)
+    assert [words for _, words in shown] == [""]
+
+
+def test_a_kernel_is_known_by_its_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not progress._in_notebook()
+    shell = type("Shell", (), {"kernel": object()})()
+    monkeypatch.setitem(
+        sys.modules, "IPython", type("IPython", (), {"get_ipython": staticmethod(lambda: shell)})
+    )
+    assert progress._in_notebook()

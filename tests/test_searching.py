@@ -277,7 +277,8 @@ def test_plans_are_compared_with_their_impacts_and_maps(
     session = searching(tmp_path / "run")
     ensure_plans(session)
     texts = ["bk-small", "search-macs-bk-base-params-80pct-1", "-Dn1.R2 -Dn1.A2"]
-    frame, maps = compared_plans(session, texts)
+    frame, plans = compared_plans(session, texts)
+    maps = block_maps(session.architecture, plans)
     assert frame["name"].tolist() == [str(config.model), *texts]
     groups = [
         BlockGroup(str(place), "plan", plan.removed)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from prune_lab.cli import options
 from prune_lab.cli.application import app
-from prune_lab.cli.output import emit, records
-from prune_lab.runs import Run, open_run
+from prune_lab.cli.output import show
 
 
 @app.command()
@@ -30,15 +28,11 @@ def compare(
     A run folder and then plans: the plans for the run's model, with their impact on its probe and a map of each.
     A plan that starts with a dash needs "--" before it: prune-lab compare -- "-Dn1.R2 -Dn1.A2".
     """
-    from prune_lab.workflow import Session, compared_plans, comparison
+    import prune_lab as pl
+    from prune_lab.workflow import block_maps
 
-    first, *plans = targets
-    run = Run(Path(first))
-    if plans and run.config.is_file() and not any(Path(text).is_dir() for text in plans):
-        frame, maps = compared_plans(Session(open_run(run.folder, must_exist=True)), plans)
-        emit("plans compared", records(frame), as_json=as_json, wide=wide, title=f"Plans compared, {first}")
-        if not as_json:
-            typer.echo("\n".join(("", *maps)))
-        return
-    rows = records(comparison(model, targets))
-    emit("comparison", rows, as_json=as_json, wide=wide, title=f"Compared with {model}")
+    table = pl.compare(*targets, model=model)
+    show(table, as_json=as_json, wide=wide)
+    if isinstance(table, pl.Plans) and not as_json:
+        maps = block_maps(table[0].architecture, [one.plan for one in table])
+        typer.echo("\n".join(("", *maps)))

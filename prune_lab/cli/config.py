@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
+from prune_lab.api.settings import assigned, settings_of
 from prune_lab.cli import options
 from prune_lab.cli.application import app
 from prune_lab.cli.output import emit
-from prune_lab.cli.run_context import assigned, settings_of
 from prune_lab.config import SETTINGS, RunConfig, setting_values, to_toml, toml_literal, with_settings
 
 _WIDTH = 120  # of what is not printed on a terminal, which has a width of its own

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from prune_lab.api.settings import settings_of
 from prune_lab.cli import options
 from prune_lab.cli.application import app
-from prune_lab.cli.output import emit
-from prune_lab.cli.run_context import settings_of
+from prune_lab.cli.output import show
 from prune_lab.config import RunConfig
-from prune_lab.errors import ConfigError, DataError, RunError
+from prune_lab.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
-    from prune_lab.distill import CacheBuild
+    pass
 
 
 @app.command("data")
@@ -83,27 +82,11 @@ def make_data(
     asked |= options.found_by(revision, subfolder, variant)
     settings = settings_of(model, None, config, assign, asked, device=device, seed=seed)
     _check_one_way(settings, drawing, encoding, given=config is not None)
-    if settings.data.source:
-        _check_pictures(settings.data.source)
-    found = _build(settings, out, force=force, pictures=pictures)
-    if found is None:
-        return
-    cache = found.cache
-    row = {
-        "data": settings.data.source or f"drawn to {settings.data.prompts}",
-        "folder": str(out),
-        "rows": len(cache),
-        "left_out": len(cache.left_out),
-        "variants": cache.variants,
-        "shards": len(cache.shards),
-        "bytes": cache.bytes,
-        "encoded": found.encoded,
-        "seconds": round(found.seconds, 3),
-        "pictures_per_second": round(found.encoded / found.seconds, 3),
-    }
-    emit("data", [row], as_json=as_json, wide=wide, title=f"Training data for {settings.model}")
-    if cache.left_out:
-        typer.echo(f"left out {len(cache.left_out):,}; the first: {cache.left_out[0]}", err=True)
+    from prune_lab.api.data import data_table
+
+    table = data_table(settings, out, force=force, pictures=pictures)
+    if table is not None:
+        show(table, as_json=as_json, wide=wide)
 
 
 def _check_one_way(
@@ -125,55 +108,6 @@ def _check_one_way(
             "asked to make data without saying of what; give --prompts default, and the model draws, or "
             "give --data for pictures of your own"
         )
-
-
-def _check_pictures(source: str) -> None:
-    from prune_lab.distill import is_cache
-
-    if is_cache(Path(source).expanduser()):
-        raise DataError(
-            f"asked to encode {source}, a finished cache; give it as data.source of a run as it is"
-        )
-
-
-def _build(settings: RunConfig, out: Path, *, force: bool, pictures: int) -> CacheBuild | None:
-    """The finished cache; None in all processes but the main one."""
-    import diffusers
-
-    from prune_lab.distill import build_cache, check_draws_from_text, draw_cache, preview, source_of
-    from prune_lab.models import configured_model, load_pipeline
-    from prune_lab.models.silence import quiet
-    from prune_lab.processes import init_processes, is_main
-    from prune_lab.prompts import read_prompts
-    from prune_lab.runtime import pick_device, pick_dtype, progress_shown, read_json
-
-    init_processes()  # first: it gives each process its GPU
-    model = configured_model(settings)
-    if not model.is_pipeline or model.folder is None:
-        raise RunError(
-            f"asked for training data of {settings.model!r}, a {model.kind} without text encoder and VAE; "
-            "give 'reference', a pipeline folder or a hub id"
-        )
-    source = prompts = None
-    if settings.data.source:
-        source = source_of(settings.data)
-    else:
-        index = read_json(model.folder / "model_index.json")
-        assert isinstance(index, dict)
-        with quiet():
-            pipeline_class = getattr(diffusers, index["_class_name"])
-        check_draws_from_text(pipeline_class)
-        prompts = read_prompts(settings.data.prompts)
-    pipeline = load_pipeline(model, device=pick_device(settings.device), dtype=pick_dtype(settings.dtype))
-    with progress_shown() if is_main() else contextlib.nullcontext():
-        if source is not None:
-            built = build_cache(pipeline, source, settings.data, out, force=force)
-        else:
-            assert prompts is not None
-            built = draw_cache(pipeline, prompts, settings.data, out, force=force)
-        if is_main() and pictures:
-            preview(pipeline, built.cache, pictures)
-    return built if is_main() else None
 
 
 @app.command(

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
+from prune_lab.api.settings import model_or_run, run_opened, settings_of
 from prune_lab.cli import options
 from prune_lab.cli.application import app
 from prune_lab.cli.output import emit, records
-from prune_lab.cli.run_context import model_or_run, run_opened, settings_of
 from prune_lab.errors import RunError
 from prune_lab.processes import init_processes, is_main
 from prune_lab.runs import open_run

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from prune_lab.api.settings import settings_of
 from prune_lab.cli import options
 from prune_lab.cli.application import app
+from prune_lab.cli.models import model_of
 from prune_lab.cli.output import emit, records
-from prune_lab.cli.run_context import model_found, run_opened, settings_of
 from prune_lab.errors import RunError
 from prune_lab.runs import open_run
 
@@ -51,31 +52,24 @@ def evaluate(
             frame = quality_frame(Session(open_run(run, must_exist=True)))
         emit("pictures", records(frame), as_json=as_json, wide=wide, title=f"Pictures of {run}")
         return
-    rows = []
+    rows: list[dict[str, Any]] = []
     asked = {
         "evaluate.prompts": tuple(prompt),
         "data.source": data,
         "evaluate.seeds": () if seed is None else (seed,),
     }
-    from prune_lab.models import load_unet
-
     found_by = options.found_by(revision, subfolder, variant)
     for text in models:
-        source = model_found(text, revision=revision, subfolder=subfolder, variant=variant)
+        model = model_of(text, found_by)
+        whole = model.source.is_pipeline
         settings = settings_of(
-            text if source.is_pipeline else base,
+            text if whole else base,
             None,
             config,
             assign,
-            {**asked, **(found_by if source.is_pipeline else {})},
+            {**asked, **(found_by if whole else {})},
             device=device,
             seed=seed,
         )
-        with run_opened(settings, None) as opened:
-            from prune_lab.workflow import Session, quality
-
-            session = Session(opened)
-            # the device first: loading is what can fail
-            unet = session.unet if source.is_pipeline else load_unet(source, device=session.device)
-            rows.append({"model": text, "pictures": len(session.prompts), **quality(session, unet)})
+        rows += model.judged_in(settings).records()
     emit("quality", rows, as_json=as_json, wide=wide, title="Quality")

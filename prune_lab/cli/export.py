@@ -9,8 +9,8 @@ import typer
 
 from prune_lab.cli import options
 from prune_lab.cli.application import app
-from prune_lab.cli.output import emit
-from prune_lab.cli.run_context import model_found
+from prune_lab.cli.models import model_of
+from prune_lab.cli.output import show
 
 
 @app.command()
@@ -31,25 +31,6 @@ def export(
     wide: options.WideOption = False,
 ) -> None:
     """Write MODEL, a student or any other, in a format that other programs read."""
-    from prune_lab.errors import UnsupportedModelError
-    from prune_lab.export import EXPORT_TARGETS
-    from prune_lab.runtime import pick_dtype, progress_shown
-
-    if to not in EXPORT_TARGETS:
-        raise UnsupportedModelError(
-            f"asked to export to {to!r}; formats that can be written: {', '.join(EXPORT_TARGETS)}"
-        )
-    chosen = pick_dtype(dtype) if dtype else None
-    source = model_found(model, revision=revision, subfolder=subfolder, variant=variant)
-    with progress_shown():
-        exported = EXPORT_TARGETS[to](source, out, dtype=chosen, form=form, force=force)
-    for line in exported.notes:
-        typer.echo(f"note: {line}", err=True)
-    row = {
-        "model": model,
-        "format": to,
-        "file": str(exported.path),
-        "tensors": exported.num_tensors,
-        "bytes": exported.num_bytes,
-    }
-    emit("exported", [row], as_json=as_json, wide=wide, title="Written")
+    chosen = model_of(model, options.found_by(revision, subfolder, variant))
+    table = chosen.export(out, to, form=form, dtype=dtype, force=force)
+    show(table, as_json=as_json, wide=wide)

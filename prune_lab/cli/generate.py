@@ -9,7 +9,7 @@ import typer
 
 from prune_lab.cli import options
 from prune_lab.cli.application import app
-from prune_lab.cli.run_context import model_found
+from prune_lab.cli.models import model_of
 
 
 @app.command()
@@ -43,7 +43,7 @@ def generate(
         )
     if out.exists() and not force:
         raise StorageError(f"asked to write {out}, which is there already; give another name or --force")
-    source = model_found(model, revision=revision, subfolder=subfolder, variant=variant)
+    source = model_of(model, options.found_by(revision, subfolder, variant)).source
     pipeline = load_pipeline(
         source,
         device=pick_device(device or "auto"),

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from prune_lab.api.settings import VERB_TABLES
 from prune_lab.config import SETTINGS
 
 MODEL_HELP = (
@@ -97,15 +98,7 @@ def found_by(revision: str, subfolder: str, variant: str, random_weights: bool =
     return {name: value or None for name, value in asked.items()}
 
 
-# Which tables of settings a verb reads, and the options it had under other names than the settings have.
-_TABLES: dict[str, tuple[str, ...]] = {
-    "score": ("score", "probe"),
-    "search": ("search",),
-    "data": ("data",),
-    "distill": ("distill", "data"),
-    "rank": ("rank", "engine", "distill"),
-    "evaluate": ("evaluate",),
-}
+# Options that verbs had once under other names than the settings have.
 _ONCE: dict[tuple[str, str], str] = {
     ("score", "--precision"): "--set dtype=VALUE",
     ("score", "--contiguous"): "--set score.channels_last=false",
@@ -123,7 +116,7 @@ def instead_of(verb: str, option: str) -> str:
         return _ONCE[verb, option]
     key = option.removeprefix("--no-").removeprefix("--").replace("-", "_")
     value = "false" if option.startswith("--no-") else "VALUE"
-    for table in _TABLES.get(verb, ()):
+    for table in VERB_TABLES.get(verb, ()):
         setting = SETTINGS.get(f"{table}.{key}")
         if setting is not None:
             return f"--set {setting.name}={'true' if setting.hint is bool and value == 'VALUE' else value}"

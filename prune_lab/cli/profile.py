@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from prune_lab.cli import options
 from prune_lab.cli.application import app
-from prune_lab.cli.output import emit, records
-from prune_lab.cli.run_context import model_found
-from prune_lab.config import PLAN_FILES
-from prune_lab.errors import PlanError
+from prune_lab.cli.models import model_of
+from prune_lab.cli.output import show
 
 
 @app.command()
@@ -56,48 +54,16 @@ def profile(
     MACs come in two conventions: "macs" is everything, "paper macs" leaves attention products out, as BK-SDM does. The
     latency of plans is measured in turns with the teacher's: the change is the median of the ratios within a round.
     """
-    from prune_lab.models import load_pipeline, load_unet
-    from prune_lab.plans import read_plans
-    from prune_lab.profiling import (
-        Service,
-        cost_table,
-        picture_size,
-        pixels_per_latent,
-        profile_blocks,
-        profile_pipeline,
-        reduction_table,
+    found_by = options.found_by(revision, subfolder, variant, random_weights)
+    table = model_of(model, found_by, device=device, dtype=dtype).profile(
+        *plan,
+        blocks=by_block,
+        pipeline=pipeline,
+        latency=latency,
+        steps=steps,
+        batch=batch,
+        resolution=resolution,
+        tokens=tokens,
+        rounds=rounds,
     )
-    from prune_lab.runtime import pick_device, pick_dtype, progress_shown
-
-    if (by_block or pipeline) and (plan or by_block == pipeline):
-        raise PlanError("--blocks, --pipeline and --plan each give a table of their own; ask for one of them")
-    source = model_found(
-        model, revision=revision, subfolder=subfolder, variant=variant, random_weights=random_weights
-    )
-    place: dict[str, Any] = {"device": pick_device(device or "auto"), "dtype": pick_dtype(dtype or "float32")}
-    timed = source.has_weights or random_weights if latency is None else latency
-    latent, pixels = picture_size(source, resolution)
-    sizes: dict[str, Any] = {"batch": batch, "latent": latent, "tokens": tokens or source.tokens}
-    with progress_shown():
-        if pipeline:
-            loaded = load_pipeline(source, **place)
-            kind = "pipeline"
-            frame = profile_pipeline(loaded, steps=steps, runs=rounds, **{**sizes, "tokens": tokens})
-        elif by_block and timed:
-            unet = load_unet(source, random_weights=not source.has_weights, **place)
-            kind, frame = "block costs", profile_blocks(unet, runs=rounds, **sizes)
-        elif by_block:
-            kind, frame = "block costs", cost_table(source.architecture, **sizes).frame()
-        else:
-            plans = [
-                found if found.name else found.named(found.text if text.endswith(PLAN_FILES) else text)
-                for text in plan
-                for found in read_plans(text, source.architecture)
-            ]
-            kind = "reductions"
-            service = Service(str(place["device"]), str(place["dtype"]).removeprefix("torch."), **sizes)
-            where = service.text(source.config, pixels_per_latent(source)) if timed else ""
-            table = {"latency": timed, "runs": rounds, "where": where, **sizes, **place}
-            frame = reduction_table(source.architecture, plans, model=source.text, **table)
-    frame = frame.assign(batch=batch, resolution=pixels)
-    emit(kind, records(frame), as_json=as_json, wide=wide, title=f"Profile of {model}")
+    show(table, as_json=as_json, wide=wide)

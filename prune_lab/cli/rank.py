@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
+from prune_lab.api.settings import model_or_run, settings_of
 from prune_lab.cli import options
 from prune_lab.cli.application import app
-from prune_lab.cli.output import emit, records
-from prune_lab.cli.run_context import model_or_run, run_opened, settings_of
+from prune_lab.cli.output import show
 from prune_lab.errors import RunError
 from prune_lab.runs import open_run
 
@@ -40,13 +40,7 @@ def rank(
     asked = {"distill.steps": budget_steps, "rank.eta": eta, "engine.kind": engine}
     settings = settings_of("", open_run(folder, must_exist=True).folder, None, assign, asked, device=device)
     tournament = budget_steps or eta or any(text.startswith(("distill.", "rank.")) for text in assign)
-    with run_opened(settings, folder, force=force) as opened:
-        from prune_lab.workflow import Session, ensure_distilled, ensure_ranking, forget
+    from prune_lab.api.model import Model
 
-        session = Session(opened)
-        if force:
-            forget(opened, "ranking")
-        if tournament:
-            ensure_distilled(session)
-        frame = ensure_ranking(session).frame()
-    emit("ranking", records(frame), as_json=as_json, wide=wide, title=f"Ranking of {folder}")
+    table = Model(settings, folder).rank(distill=bool(tournament), force=force)
+    show(table, as_json=as_json, wide=wide)

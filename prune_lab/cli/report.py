@@ -8,12 +8,11 @@ from typing import Annotated
 import typer
 
 from prune_lab.cli.application import app
-from prune_lab.runs import open_run
 
 
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folder.")]) -> None:
     """Write report/index.html of a run from the tables and pictures that are there."""
-    from prune_lab.report import write_report
+    import prune_lab as pl
 
-    typer.echo(write_report(open_run(folder, must_exist=True)))
+    typer.echo(pl.open_run(folder).report())

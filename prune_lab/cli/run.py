@@ -8,21 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from prune_lab.api.settings import budgets_asked, job_settings
 from prune_lab.cli import options
 from prune_lab.cli.application import app
 from prune_lab.cli.output import emit, records
-from prune_lab.cli.run_context import budgets_asked, settings_of
 from prune_lab.config import (
     RunConfig,
     changed_settings,
-    load_config,
     recipe_about,
     recipe_names,
-    recipe_path,
     setting_values,
     toml_literal,
 )
-from prune_lab.errors import ConfigError, DeviceError, RunError
+from prune_lab.errors import DeviceError, RunError
 from prune_lab.runs import open_run
 
 if TYPE_CHECKING:
@@ -78,7 +76,7 @@ def run(
         **options.found_by(revision, subfolder, variant),
     }
     place = {"device": device, "seed": seed}
-    settings = _settings(model, folder, config, recipe, assign, asked, place)
+    settings = job_settings(model, folder, config, recipe, assign, asked, place)
     shown = folder or Path("runs/new")
     if config is None or dry_run:
         lines, expected = _estimated(settings, only_shown=dry_run)
@@ -98,61 +96,6 @@ def run(
     emit(kind, rows, as_json=as_json, wide=wide, title=f"{kind.capitalize()} of {shown}")
     if not dry_run:
         typer.echo(f"report: {open_run(shown, must_exist=True).report}", err=True)
-
-
-def _settings(
-    model: str,
-    folder: Path | None,
-    config: Path | None,
-    recipe: str,
-    assign: list[str],
-    asked: dict[str, Any],
-    place: dict[str, Any],
-) -> RunConfig:
-    """The settings of the TOML, the recipe, the run that was started before, or those that suit model and device."""
-    if config and recipe:
-        raise ConfigError("asked for a run by --config and by --recipe; give one of them")
-    if recipe:
-        path = recipe_path(recipe)
-        if model:
-            _check_recipe(recipe, model, asked)
-        return settings_of(model, None, path, assign, asked, **place)
-    started = folder is not None and open_run(folder, must_exist=False).config.is_file()
-    if config or started:
-        return settings_of(model, folder, config, assign, asked, **place)
-    if not model:
-        raise RunError(
-            "asked for a run without saying of which model; give MODEL, --config FILE.toml or --recipe NAME"
-        )
-    from prune_lab.models import resolve_model
-    from prune_lab.runtime import free_bytes, pick_device
-    from prune_lab.workflow import settings_for
-
-    architecture, device = (
-        resolve_model(model, **_how(asked)).architecture,
-        pick_device(place["device"] or "auto"),
-    )
-    base = settings_for(architecture, device, free_bytes(device), asked["data.source"] or "")
-    return settings_of(model, None, None, assign, asked, **place, base=base)
-
-
-def _how(asked: dict[str, Any]) -> dict[str, Any]:
-    """How MODEL is to be found."""
-    return {name: asked[name] or "" for name in ("revision", "subfolder", "variant")}
-
-
-def _check_recipe(name: str, model: str, asked: dict[str, Any]) -> None:
-    """Raise ConfigError, which names the recipes that fit, when ``model`` is built otherwise than the recipe's."""
-    from prune_lab.models import resolve_model
-
-    wanted = resolve_model(model, **_how(asked)).architecture.signature
-    made_for = {one: load_config(recipe_path(one)).model for one in recipe_names()}
-    fitting = [one for one in made_for if resolve_model(made_for[one]).architecture.signature == wanted]
-    if name not in fitting:
-        remedy = f"these fit: {', '.join(fitting)}" if fitting else "none fits it: leave --recipe out"
-        raise ConfigError(
-            f"recipe {name} is for U-Nets built as {made_for[name]}, {model} is another; {remedy}"
-        )
 
 
 def _estimated(settings: RunConfig, *, only_shown: bool) -> tuple[list[str], RunEstimate]:

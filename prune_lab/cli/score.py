@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
+from prune_lab.api.settings import model_or_run, settings_of
 from prune_lab.cli import options
 from prune_lab.cli.application import app
-from prune_lab.cli.output import emit, records
-from prune_lab.cli.run_context import model_or_run, model_title, run_opened, settings_of
+from prune_lab.cli.output import show
 
 
 @app.command()
@@ -61,19 +61,11 @@ def score(
     }
     found_by = options.found_by(revision, subfolder, variant, random_weights)
     settings = settings_of(model, run, config, assign, {**asked, **found_by}, device=device, seed=seed)
-    with run_opened(settings, run, redo="scores" if force else "") as opened:
-        from prune_lab.runtime import write_frame
-        from prune_lab.workflow import Session, compared_criteria, ensure_scores, scores_frame
+    from prune_lab.api.model import Model
+    from prune_lab.runtime import write_frame
 
-        session = Session(opened)
-        if compare:
-            lines, frame = compared_criteria(session, out or opened.comparison_dir)
-            for line in lines:
-                typer.echo(line, err=True)
-        else:
-            ensure_scores(session)
-            frame = scores_frame(session)
-            if out:
-                write_frame(out, frame)
-    kind, title = ("agreement", "Agreement of criteria") if compare else ("scores", "Importance")
-    emit(kind, records(frame), as_json=as_json, wide=wide, title=f"{title}, {model_title(settings)}")
+    chosen = Model(settings, run)
+    table = chosen.agreement(out, force=force) if compare else chosen.score(force=force)
+    if out and not compare:
+        write_frame(out, table.frame())
+    show(table, as_json=as_json, wide=wide)

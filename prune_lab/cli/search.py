@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from prune_lab.api.settings import budgets_asked, model_or_run, settings_of
 from prune_lab.cli import options
 from prune_lab.cli.application import app
-from prune_lab.cli.output import emit, records
-from prune_lab.cli.run_context import budgets_asked, model_or_run, model_title, run_opened, settings_of
-from prune_lab.config import SETTINGS, changed_settings, load_config
-from prune_lab.errors import RunError
-from prune_lab.runs import open_run
+from prune_lab.cli.output import show
 
 
 @app.command()
@@ -60,31 +56,10 @@ def search(
     settings = settings_of(
         model, lender or run, config, assign, {**asked, **found_by}, device=device, seed=seed
     )
-    from prune_lab.runtime import progress_shown
-    from prune_lab.workflow import check_budgets, check_controls
+    from prune_lab.api.model import Model
+    from prune_lab.runtime import write_json
 
-    with progress_shown():  # where notes are seen
-        check_controls(settings)  # before anything is removed or scored
-        check_budgets(settings)
-    with run_opened(settings, run, redo="plans" if force else "") as opened:
-        from prune_lab.runtime import write_json
-        from prune_lab.workflow import Session, borrow, ensure_plans, plans_frame
-
-        if lender:
-            lent = open_run(lender, must_exist=True)
-            changed = set(changed_settings(load_config(lent.config), settings)) - {"device"}
-            # Another seed is another probe.
-            if not any(SETTINGS[name].read_by in ("blocks", "probe", "scores") for name in changed):
-                borrow(lent, opened)
-        if importance and not opened.done(opened.importance):
-            if not importance.is_file():
-                raise RunError(
-                    f"asked to search with {importance}, found no such file; write one with: prune-lab score"
-                )
-            shutil.copyfile(importance, opened.importance)
-        session = Session(opened)
-        found = ensure_plans(session)
-        frame = plans_frame(session)
-        if out:
-            write_json(out, [plan.to_json() for plan in found])
-    emit("plans", records(frame), as_json=as_json, wide=wide, title=f"Plans for {model_title(settings)}")
+    table = Model(settings, run).search(lender=lender, importance=importance, force=force)
+    if out:
+        write_json(out, [one.plan.to_json() for one in table])
+    show(table, as_json=as_json, wide=wide)

@@ -151,6 +151,16 @@ def parse_assignment(text: str) -> tuple[str, object]:
     return name, _read(hint, value, name)
 
 
+def setting_named(name: str, value: object) -> Any:
+    """``value`` as the setting ``name`` holds it: lists are tuples there, and whole numbers may stand for others.
+
+    Raises ConfigError for an unknown setting and for a value of another kind.
+    """
+    if name not in SETTINGS:
+        raise unknown_setting(name)
+    return _read(SETTINGS[name].hint, list(value) if isinstance(value, tuple) else value, name)
+
+
 def with_settings(config: RunConfig, values: Mapping[str, object]) -> RunConfig:
     """``config`` with other ``values`` of some settings, by their dotted names; checked when all are in place."""
     tables: dict[str, dict[str, Any]] = {"": {}}

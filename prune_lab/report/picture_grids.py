@@ -10,6 +10,7 @@ from pathlib import Path
 from textwrap import wrap
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
@@ -86,6 +87,12 @@ def draw_comparison(
     return figure
 
 
+def picture_labels(prompts: pd.DataFrame) -> list[str]:
+    """What each row of a grid is called: the prompt, and the seed where there are several."""
+    several = prompts["seed"].nunique() > 1
+    return [f"{row.prompt} (seed {row.seed})" if several else str(row.prompt) for row in prompts.itertuples()]
+
+
 def picture_parts(tables: RunTables) -> tuple[SectionItem, ...]:
     """The section of pictures: sheets of up to six candidates, a row for each prompt and seed."""
     if tables.teacher_pictures is None or tables.prompts is None:
@@ -95,11 +102,7 @@ def picture_parts(tables: RunTables) -> tuple[SectionItem, ...]:
     whose = "" if tables.setting("evaluate", "prompts") else " The prompts are captions of held-out pictures."
     intro = Text((f"The same prompts and seeds for all models{how}.{whose}",))
     styles, files = plan_styles(tables.plans), tables.prompts["file"].tolist()
-    several = tables.prompts["seed"].nunique() > 1
-    labels = [
-        f"{row.prompt} (seed {row.seed})" if several else str(row.prompt)
-        for row in tables.prompts.itertuples()
-    ]
+    labels = picture_labels(tables.prompts)
     teacher = Column("", "teacher", "", read_pictures(tables.teacher_pictures, files))
     parts: list[SectionItem] = [intro]
     # Six candidates in two states are the most columns that fit on a page with pictures that are not too small.

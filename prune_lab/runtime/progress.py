@@ -1,15 +1,16 @@
-"""Progress on stderr: bars on a terminal; elsewhere lines at the start, at the end and every thirty seconds."""
+"""Progress: bars on a terminal and in a notebook; elsewhere lines at the start, at the end and every thirty seconds."""
 
 from __future__ import annotations
 
 import contextlib
+import html
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:  # rich takes a while to import; a log file does not need it
     from rich.progress import Progress, TaskID
@@ -100,6 +101,63 @@ def note_once(text: str) -> None:
 def _to_stderr(line: str) -> None:
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
+
+
+@dataclass(slots=True, eq=False)
+class Cell:
+    """Bars in the output of a notebook's cell, which change in place and are empty at the end.
+
+    ``show`` displays HTML and the same as plain text, for a program that shows no HTML. Nothing is shown of what takes
+    less than ``every`` seconds.
+    """
+
+    show: Callable[[str, str], None]
+    clock: Callable[[], float] = time.monotonic
+    every: float = 0.3
+    tasks: list[Task] = field(default_factory=list)  # outermost first
+    last: float = -float("inf")  # when something was shown last
+
+    def begin(self, task: Task) -> None:
+        if not self.tasks:
+            self.last = self.clock()
+        task.start = task.item_start = self.clock()
+        self.tasks.append(task)
+
+    def begin_item(self, task: Task, name: str) -> None:
+        task.item, task.item_start = name, self.clock()
+        if name:
+            self._show(now=True)
+
+    def end_item(self, task: Task) -> None:
+        task.done += 1
+        self._show()
+
+    def end(self, task: Task) -> None:
+        self.tasks.remove(task)
+        if not self.tasks:
+            self.show("", "")
+
+    def note(self, text: str) -> None:
+        _to_stderr(text)
+
+    def _show(self, *, now: bool = False) -> None:
+        if not now and self.clock() - self.last < self.every:
+            return
+        self.last = self.clock()
+        lines = [", ".join(filter(None, self._words(task))) for task in self.tasks]
+        totals = ("" if task.total is None else f' max="{task.total}"' for task in self.tasks)
+        bars = (
+            f'<progress value="{task.done}"{total}></progress> {html.escape(line)}'
+            for task, total, line in zip(self.tasks, totals, lines, strict=True)
+        )
+        self.show("<br>".join(bars), " > ".join(lines))
+
+    def _words(self, task: Task) -> tuple[str, str, str]:
+        """What is done, how fast, and the time left."""
+        took = self.clock() - task.start
+        left = None if task.named else _left(task, took)
+        place = _step(task) if task.item else f"{task.description} {_count(task)}"
+        return place, _speed(task, took), "" if left is None else f"{duration_text(left)} left"
 
 
 @dataclass(slots=True, eq=False)
@@ -197,18 +255,46 @@ def _left(task: Task, took: float) -> float | None:
 
 # Showing ---------------------------------------------------------------------------------------------------------
 
-_reporter: ContextVar[Bars | Lines | None] = ContextVar("prune_lab_progress", default=None)
+_reporter: ContextVar[Bars | Cell | Lines | None] = ContextVar("prune_lab_progress", default=None)
 
 
 @contextlib.contextmanager
 def progress_shown() -> Iterator[None]:
-    """Inside this context every ``track`` is seen on stderr: bars on a terminal, elsewhere plain lines."""
-    with _bars() if sys.stderr.isatty() else _lines() as reporter:
+    """Inside this context every ``track`` is seen: bars on a terminal and in a notebook, elsewhere lines on stderr.
+
+    A context inside another one changes nothing.
+    """
+    if _reporter.get() is not None:
+        yield
+        return
+    with _cell() if _in_notebook() else _bars() if sys.stderr.isatty() else _lines() as reporter:
         token = _reporter.set(reporter)
         try:
             yield
         finally:
             _reporter.reset(token)
+
+
+def _in_notebook() -> bool:
+    """Whether a Jupyter kernel runs this process; it has imported IPython then."""
+    shell: Any = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return getattr(shell, "kernel", None) is not None
+
+
+@contextlib.contextmanager
+def _cell() -> Iterator[Cell]:
+    from IPython.display import display
+
+    shown: list[Any] = []  # the display to update, once there is one
+
+    def show(bars: str, words: str) -> None:
+        content = {"text/html": bars, "text/plain": words}
+        if shown:
+            shown[0].update(content, raw=True)
+        elif words:
+            shown.append(display(content, raw=True, display_id=True))  # type: ignore[no-untyped-call]
+
+    yield Cell(show)
 
 
 @contextlib.contextmanager

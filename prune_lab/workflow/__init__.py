@@ -9,25 +9,34 @@ loaded once.
 from __future__ import annotations
 
 from prune_lab.session import Session
-from prune_lab.workflow.comparing import compared_plans, comparison
+from prune_lab.workflow.comparing import block_maps, compared_plans, comparison
 from prune_lab.workflow.criteria import compared_criteria
 from prune_lab.workflow.distilling import ensure_distilled, recovery_frame, save_students
 from prune_lab.workflow.estimating import RunEstimate, estimate, macs_per_second
+from prune_lab.workflow.exploring import (
+    choices_frame,
+    picture_changes,
+    rungs_frame,
+    surprises_frame,
+    wider_frame,
+)
 from prune_lab.workflow.measuring import ensure_scores, scores_frame
 from prune_lab.workflow.pipeline import run_all, steps_frame
 from prune_lab.workflow.ranking import ensure_ranking, quality, quality_frame
-from prune_lab.workflow.searching import ensure_plans, plan_named, plans_frame
+from prune_lab.workflow.searching import ensure_plans, goes_by, plan_named, plans_frame
 from prune_lab.workflow.sizing import settings_for
-from prune_lab.workflow.steps import borrow, forget, start_run
+from prune_lab.workflow.steps import borrow_scores, forget, start_run
 from prune_lab.workflow.students import ensure_candidates, ensure_repaired
 from prune_lab.workflow.targets import check_budgets, check_controls
 
 __all__ = [
     "RunEstimate",
     "Session",
-    "borrow",
+    "block_maps",
+    "borrow_scores",
     "check_budgets",
     "check_controls",
+    "choices_frame",
     "compared_criteria",
     "compared_plans",
     "comparison",
@@ -39,16 +48,21 @@ __all__ = [
     "ensure_scores",
     "estimate",
     "forget",
+    "goes_by",
     "macs_per_second",
+    "picture_changes",
     "plan_named",
     "plans_frame",
     "quality",
     "quality_frame",
     "recovery_frame",
     "run_all",
+    "rungs_frame",
     "save_students",
     "scores_frame",
     "settings_for",
     "start_run",
     "steps_frame",
+    "surprises_frame",
+    "wider_frame",
 ]

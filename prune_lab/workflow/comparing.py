@@ -27,8 +27,8 @@ _LATENCY = ("median_ms", "latency_change", "latency_low", "latency_high")
 _MEASURED = (*_LATENCY, "loss_before", "loss_after", "clip_before", "clip_after")
 
 
-def compared_plans(session: Session, texts: Sequence[str]) -> tuple[pd.DataFrame, tuple[str, ...]]:
-    """One row per plan for the run's model, itself first, with COMPARISON_COLUMNS; and maps of them, line by line.
+def compared_plans(session: Session, texts: Sequence[str]) -> tuple[pd.DataFrame, tuple[PruningPlan, ...]]:
+    """One row per plan for the run's model, itself first, with COMPARISON_COLUMNS; and the plans.
 
     ``impact`` is measured on the run's probe, ``predicted_impact`` the sum of the blocks' scores; losses and latency
     of the run's own plans are added. Raises PlanError for a text that is no plan.
@@ -49,7 +49,7 @@ def compared_plans(session: Session, texts: Sequence[str]) -> tuple[pd.DataFrame
         if plan.id in ranking.index:
             measured |= {name: float(ranking[name][plan.id]) for name in _MEASURED}
         rows.append({**_plan_row(_title(plan), "plan", plan, costs), **measured})
-    return pd.DataFrame(rows, columns=list(COMPARISON_COLUMNS)), block_maps(architecture, plans)
+    return pd.DataFrame(rows, columns=list(COMPARISON_COLUMNS)), tuple(plans)
 
 
 def _title(plan: PruningPlan) -> str:

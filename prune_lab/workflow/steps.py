@@ -264,3 +264,11 @@ def borrow(lender: Run, run: Run) -> None:
             shutil.copyfile(path, getattr(run, name))
     if lender.scores_dir.is_dir():
         shutil.copytree(lender.scores_dir, run.scores_dir, dirs_exist_ok=True)
+
+
+def borrow_scores(lender: Run, run: Run) -> None:
+    """``borrow`` from ``lender``, unless ``run`` has other settings of the model, its probe or its scores."""
+    changed = set(changed_settings(load_run_config(lender), load_run_config(run))) - {"device"}
+    # Another seed is another probe.
+    if not any(SETTINGS[name].read_by in ("blocks", "probe", "scores") for name in changed):
+        borrow(lender, run)

@@ -1,4 +1,4 @@
-"""How verbs come to their model, their settings and a run folder."""
+"""How verbs come to their settings and to a run folder, from Python and from the command line; imports no torch."""
 
 from __future__ import annotations
 
@@ -6,32 +6,47 @@ import contextlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from prune_lab.config import SETTINGS, RunConfig, load_config, parse_assignment, with_settings
+from prune_lab.config import (
+    SETTINGS,
+    RunConfig,
+    load_config,
+    parse_assignment,
+    recipe_names,
+    recipe_path,
+    setting_named,
+    with_settings,
+)
 from prune_lab.errors import ConfigError, RunError
 from prune_lab.processes import is_main
 from prune_lab.runs import open_run
 
 if TYPE_CHECKING:
-    from prune_lab.models import ModelSource
     from prune_lab.runs import Run
 
+VERB_TABLES: dict[str, tuple[str, ...]] = {
+    "score": ("score", "probe"),
+    "search": ("search",),
+    "data": ("data",),
+    "distill": ("distill", "data"),
+    "rank": ("rank", "engine", "distill"),
+    "evaluate": ("evaluate",),
+}
+"""The tables in which a verb looks for a setting that is given without its table."""
 
-def model_found(
-    text: str, *, revision: str = "", subfolder: str = "", variant: str = "", random_weights: bool = False
-) -> ModelSource:
-    """The model as ``resolve_model`` finds it; what is worth knowing of how it was found goes to stderr."""
-    from prune_lab.models import resolve_model
 
-    source = resolve_model(
-        text, revision=revision, subfolder=subfolder, variant=variant, random_weights=random_weights
-    )
-    for line in source.notes:
-        typer.echo(f"note: {line}", err=True)
-    return source
+def settings_by_name(verb: str, given: Mapping[str, object]) -> dict[str, object]:
+    """The settings ``given`` to ``verb`` by their dotted names, each checked; one may stand without its table.
+
+    Raises ConfigError for an unknown setting and for a value of another kind.
+    """
+    found = {}
+    for key, value in given.items():
+        known = (f"{table}.{key}" for table in VERB_TABLES.get(verb, ()))
+        name = next((one for one in known if one in SETTINGS), key)
+        found[name] = setting_named(name, value)
+    return found
 
 
 def model_title(settings: RunConfig) -> str:
@@ -128,3 +143,59 @@ def run_opened(
             if redo:
                 forget(run, redo)
         yield run
+
+
+# The whole job ----------------------------------------------------------------------------------------------------
+
+
+def _how(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """How MODEL is to be found."""
+    return {name: asked.get(name) or "" for name in ("revision", "subfolder", "variant")}
+
+
+def _check_recipe(name: str, model: str, asked: Mapping[str, Any]) -> None:
+    """Raise ConfigError, which names the recipes that fit, when ``model`` is built otherwise than the recipe's."""
+    from prune_lab.models import resolve_model
+
+    wanted = resolve_model(model, **_how(asked)).architecture.signature
+    made_for = {one: load_config(recipe_path(one)).model for one in recipe_names()}
+    fitting = [one for one in made_for if resolve_model(made_for[one]).architecture.signature == wanted]
+    if name not in fitting:
+        remedy = f"these fit: {', '.join(fitting)}" if fitting else "none fits it: leave --recipe out"
+        raise ConfigError(
+            f"recipe {name} is for U-Nets built as {made_for[name]}, {model} is another; {remedy}"
+        )
+
+
+def job_settings(
+    model: str,
+    folder: Path | None,
+    config: Path | None,
+    recipe: str,
+    assignments: Sequence[str],
+    asked: Mapping[str, Any],
+    place: Mapping[str, Any],
+) -> RunConfig:
+    """The settings of the TOML, the recipe, the run that was started before, or those that suit model and device."""
+    if config and recipe:
+        raise ConfigError("asked for a run by --config and by --recipe; give one of them")
+    if recipe:
+        path = recipe_path(recipe)
+        if model:
+            _check_recipe(recipe, model, asked)
+        return settings_of(model, None, path, assignments, asked, **place)
+    started = folder is not None and open_run(folder, must_exist=False).config.is_file()
+    if config or started:
+        return settings_of(model, folder, config, assignments, asked, **place)
+    if not model:
+        raise RunError(
+            "asked for a run without saying of which model; give MODEL, --config FILE.toml or --recipe NAME"
+        )
+    from prune_lab.models import resolve_model
+    from prune_lab.runtime import free_bytes, pick_device
+    from prune_lab.workflow import settings_for
+
+    architecture = resolve_model(model, **_how(asked)).architecture
+    device = pick_device(place.get("device") or "auto")
+    base = settings_for(architecture, device, free_bytes(device), asked.get("data.source") or "")
+    return settings_of(model, None, None, assignments, asked, **place, base=base)

@@ -1,0 +1,94 @@
+"""Training data as a table: drawn by the model, or encoded from pictures."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import diffusers
+import pandas as pd
+
+from prune_lab.config import RunConfig
+from prune_lab.distill import (
+    CacheBuild,
+    build_cache,
+    check_draws_from_text,
+    draw_cache,
+    is_cache,
+    preview,
+    source_of,
+)
+from prune_lab.errors import DataError, RunError
+from prune_lab.models import configured_model, load_pipeline
+from prune_lab.models.silence import quiet
+from prune_lab.processes import init_processes, is_main
+from prune_lab.prompts import read_prompts
+from prune_lab.runtime import pick_device, pick_dtype, progress_shown, read_json
+from prune_lab.tables import Table
+
+
+def _check_pictures(source: str) -> None:
+    if is_cache(Path(source).expanduser()):
+        raise DataError(
+            f"asked to encode {source}, a finished cache; give it as data.source of a run as it is"
+        )
+
+
+def _build(settings: RunConfig, out: Path, *, force: bool, pictures: int) -> CacheBuild | None:
+    """The finished cache; None in all processes but the main one."""
+    init_processes()  # first: it gives each process its GPU
+    model = configured_model(settings)
+    if not model.is_pipeline or model.folder is None:
+        raise RunError(
+            f"asked for training data of {settings.model!r}, a {model.kind} without text encoder and VAE; "
+            "give 'reference', a pipeline folder or a hub id"
+        )
+    source = prompts = None
+    if settings.data.source:
+        source = source_of(settings.data)
+    else:
+        index = read_json(model.folder / "model_index.json")
+        assert isinstance(index, dict)
+        with quiet():
+            pipeline_class = getattr(diffusers, index["_class_name"])
+        check_draws_from_text(pipeline_class)
+        prompts = read_prompts(settings.data.prompts)
+    pipeline = load_pipeline(model, device=pick_device(settings.device), dtype=pick_dtype(settings.dtype))
+    with progress_shown() if is_main() else contextlib.nullcontext():
+        if source is not None:
+            built = build_cache(pipeline, source, settings.data, out, force=force)
+        else:
+            assert prompts is not None
+            built = draw_cache(pipeline, prompts, settings.data, out, force=force)
+        if is_main() and pictures:
+            preview(pipeline, built.cache, pictures)
+    return built if is_main() else None
+
+
+def data_table(settings: RunConfig, out: Path, *, force: bool = False, pictures: int = 0) -> Table | None:
+    """What is in the folder ``out`` of training data, in one row; None in all processes but the main one.
+
+    The pictures of ``data.source`` are encoded; where it is empty the model draws to ``data.prompts``. The first
+    ``pictures`` of them are decoded to PNG. Raises DataError for pictures or prompts that cannot be read, RunError for
+    a model that cannot encode or draw.
+    """
+    if settings.data.source:
+        _check_pictures(settings.data.source)
+    found = _build(settings, out, force=force, pictures=pictures)
+    if found is None:
+        return None
+    cache = found.cache
+    row = {
+        "data": settings.data.source or f"drawn to {settings.data.prompts}",
+        "folder": str(out),
+        "rows": len(cache),
+        "left_out": len(cache.left_out),
+        "variants": cache.variants,
+        "shards": len(cache.shards),
+        "bytes": cache.bytes,
+        "encoded": found.encoded,
+        "seconds": round(found.seconds, 3),
+        "pictures_per_second": round(found.encoded / found.seconds, 3),
+    }
+    notes = [f"left out {len(cache.left_out):,}; the first: {first}" for first in cache.left_out[:1]]
+    return Table("data", pd.DataFrame([row]), f"Training data for {settings.model}", notes=tuple(notes))

@@ -1,0 +1,151 @@
+"""Tables of what a model costs, draws and is written as; these need no run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from prune_lab.api.plans import Plan, plan_maps
+from prune_lab.blocks import Architecture
+from prune_lab.config import PLAN_FILES, RunConfig
+from prune_lab.errors import UnsupportedModelError
+from prune_lab.evaluation import generate
+from prune_lab.export import EXPORT_TARGETS
+from prune_lab.models import ModelSource, load_pipeline, load_unet
+from prune_lab.plans import PruningPlan, read_plans
+from prune_lab.profiling import (
+    Service,
+    cost_table,
+    picture_size,
+    pixels_per_latent,
+    profile_blocks,
+    profile_pipeline,
+    reduction_table,
+)
+from prune_lab.report import Column, Theme, draw_comparison, draw_costs
+from prune_lab.runtime import pick_device, pick_dtype
+from prune_lab.tables import Pictures, Table
+
+
+def place_of(settings: RunConfig) -> dict[str, Any]:
+    """The device and the number format of ``settings``. Raises DeviceError where there are none such."""
+    return {"device": pick_device(settings.device), "dtype": pick_dtype(settings.dtype)}
+
+
+def plans_of(architecture: Architecture, plans: Sequence[str | Plan]) -> list[PruningPlan]:
+    """The ``plans``; one that has no name is called by its text. Raises PlanError for one that cannot be read."""
+    found: list[PruningPlan] = []
+    for one in plans:
+        read = (one.plan,) if isinstance(one, Plan) else read_plans(one, architecture)
+        from_file = isinstance(one, str) and one.endswith(PLAN_FILES)
+        found += [plan if plan.name else plan.named(plan.text if from_file else str(one)) for plan in read]
+    return found
+
+
+def profile_table(
+    source: ModelSource,
+    plans: Sequence[PruningPlan],
+    place: dict[str, Any],
+    scores: pd.DataFrame | None,
+    *,
+    kind: Literal["reductions", "block costs", "pipeline"],
+    latency: bool | None,
+    steps: int,
+    batch: int,
+    resolution: int | None,
+    tokens: int | None,
+    rounds: int,
+) -> Table:
+    """What ``plans`` leave, or what each block or each part of the pipeline costs (``Model.profile``)."""
+    title, architecture = f"Profile of {source.text}", source.architecture
+    timed = source.has_weights if latency is None else latency
+    latent, pixels = picture_size(source, resolution)
+    sizes: dict[str, Any] = {"batch": batch, "latent": latent, "tokens": tokens or source.tokens}
+    draw: Callable[[Theme], Figure] | None = None
+    if kind == "pipeline":
+        pipeline = load_pipeline(source, **place)
+        frame = profile_pipeline(pipeline, steps=steps, runs=rounds, **{**sizes, "tokens": tokens})
+    elif kind == "block costs":
+        if timed:
+            unet = load_unet(source, random_weights=not source.has_weights, **place)
+            frame = profile_blocks(unet, runs=rounds, **sizes)
+        else:
+            frame = cost_table(architecture, **sizes).frame()
+        draw = partial(draw_costs, frame, scores)
+    else:
+        service = Service(str(place["device"]), str(place["dtype"]).removeprefix("torch."), **sizes)
+        where = service.text(source.config, pixels_per_latent(source)) if timed else ""
+        table = {"latency": timed, "runs": rounds, "where": where, **sizes, **place}
+        frame = reduction_table(architecture, plans, model=source.text, **table)
+        draw = plan_maps(architecture, plans, scores) if plans else None
+    return Table(kind, frame.assign(batch=batch, resolution=pixels), title, draw)
+
+
+def pruned_table(source: ModelSource, plan: Plan, out: Path, *, written: bool) -> Table:
+    """What is, or would be, ``written`` to ``out``: the model without the blocks of ``plan``, in one row."""
+    costs = cost_table(source.architecture)
+    before, after = costs.total, costs.of(plan.plan)
+    row = {
+        "model": source.text,
+        "plan": plan.label,
+        "plan_id": plan.id,
+        "folder": str(out),
+        "written": written,
+        "blocks_removed": len(plan.removed),
+        "params": after.params,
+        "params_change": after.params / before.params - 1,
+        "macs": after.macs,
+        "macs_change": after.macs / before.macs - 1,
+    }
+    return Table("pruned", pd.DataFrame([row]), "Written" if written else "Would write", plan.plot().draw)
+
+
+def drawn_table(
+    source: ModelSource,
+    prompts: tuple[str, ...],
+    seeds: tuple[int, ...],
+    place: dict[str, Any],
+    *,
+    steps: int,
+    guidance: float,
+) -> Pictures:
+    """What the model draws: a row for each of ``prompts``, a column for each of ``seeds``."""
+    pixels = generate(load_pipeline(source, **place), prompts, seeds, steps=steps, guidance=guidance)
+    pictures = pixels.permute(0, 2, 3, 1).numpy()
+    columns = tuple(
+        Column("", f"seed {seed}" if len(seeds) > 1 else "picture", "", tuple(pictures[first :: len(seeds)]))
+        for first, seed in enumerate(seeds)
+    )
+    rows = [(source.text, prompt, seed) for prompt in prompts for seed in seeds]
+    return Pictures(
+        "grid",
+        pd.DataFrame(rows, columns=["plan", "prompt", "seed"]),
+        f"Pictures by {source.text}",
+        lambda theme: draw_comparison(columns, prompts, {}, theme),
+        columns=columns,
+        labels=prompts,
+    )
+
+
+def exported_table(
+    source: ModelSource, out: Path, to: str, *, dtype: str | None, form: str, force: bool
+) -> Table:
+    """What was written to ``out`` in the format ``to``, in one row, with notes (``Model.export``)."""
+    if to not in EXPORT_TARGETS:
+        known = ", ".join(EXPORT_TARGETS)
+        raise UnsupportedModelError(f"asked to export to {to!r}; formats that can be written: {known}")
+    chosen = pick_dtype(dtype) if dtype else None
+    written = EXPORT_TARGETS[to](source, out, dtype=chosen, form=form, force=force)
+    row = {
+        "model": source.text,
+        "format": to,
+        "file": str(written.path),
+        "tensors": written.num_tensors,
+        "bytes": written.num_bytes,
+    }
+    return Table("exported", pd.DataFrame([row]), "Written", notes=tuple(written.notes))

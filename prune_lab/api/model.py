@@ -1,0 +1,419 @@
+"""A model and the verbs on it, each of which returns a table that shows itself."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from accelerate import PartialState
+
+from prune_lab.api.data import data_table
+from prune_lab.api.making import (
+    drawn_table,
+    exported_table,
+    place_of,
+    plans_of,
+    profile_table,
+    pruned_table,
+)
+from prune_lab.api.plans import Plan, Plans, plan_maps
+from prune_lab.api.results import RunResults, open_run
+from prune_lab.api.settings import budgets_asked, model_title, settings_by_name
+from prune_lab.blocks import UNKNOWN_LATENT, Architecture, blocks_frame
+from prune_lab.config import (
+    RunConfig,
+    with_settings,
+)
+from prune_lab.errors import PlanError, RunError
+from prune_lab.models import ModelSource, configured_model, load_unet
+from prune_lab.plans import PruningPlan, native_layout, read_plans
+from prune_lab.processes import init_processes, is_main
+from prune_lab.report import block_map_frame, draw_block_map
+from prune_lab.runs import Run
+from prune_lab.runs import open_run as run_in
+from prune_lab.runtime import pick_dtype, progress_shown, write_json
+from prune_lab.surgery import get_ready_to_prove, prune_pipeline
+from prune_lab.tables import Pictures, Table
+from prune_lab.workflow import (
+    Session,
+    borrow_scores,
+    check_budgets,
+    check_controls,
+    compared_criteria,
+    ensure_distilled,
+    ensure_plans,
+    ensure_ranking,
+    ensure_scores,
+    forget,
+    goes_by,
+    plan_named,
+    plans_frame,
+    quality,
+    recovery_frame,
+    save_students,
+    scores_frame,
+    start_run,
+)
+
+
+class Model:
+    """A model and what is found out about it: each verb returns a table that shows itself.
+
+    Results lie in a run folder, which the next verb goes on from: ``score`` before ``search``, its plans before
+    ``distill`` and ``rank``. Without ``run`` it is a temporary folder, gone with this object, where changed settings
+    redo what they touch; a folder that was named keeps its results, and changed settings raise RunError without
+    ``force``.
+    """
+
+    def __init__(self, settings: RunConfig, run: Path | None = None) -> None:
+        self.settings = settings
+        self.source: ModelSource = configured_model(settings)
+        self._temporary = run is None
+        self.folder = Path(tempfile.mkdtemp(prefix="prune-lab-")) if run is None else run
+        if self._temporary:
+            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        self._session: Session | None = None
+
+    def __repr__(self) -> str:
+        blocks = self.architecture.blocks
+        removable = sum(block.removable for block in blocks)
+        return (
+            f"{self.source.text}: {self.architecture.total_params:,} parameters, {len(blocks)} blocks, "
+            f"{removable} of them can be removed"
+        )
+
+    @property
+    def architecture(self) -> Architecture:
+        """The inventory of the U-Net; needs no weights."""
+        return self.source.architecture
+
+    @property
+    def _named(self) -> str:
+        """What the results are called: by their folder, or by the model where that is a temporary one."""
+        return self.source.text if self._temporary else str(self.folder)
+
+    @property
+    def results(self) -> RunResults:
+        """Everything that was found so far. Raises RunError before the first step."""
+        return open_run(self.folder)
+
+    def _scores(self) -> pd.DataFrame | None:
+        run = Run(self.folder)
+        return pd.read_csv(run.importance) if run.done(run.importance) else None
+
+    @contextlib.contextmanager
+    def _opened(
+        self, verb: str, given: Mapping[str, object], *, redo: str = "", force: bool = False
+    ) -> Iterator[Session]:
+        """The session of the run folder with the settings ``given``; ``redo`` names the step that is done anew."""
+        settings = with_settings(self.settings, settings_by_name(verb, given))
+        forced = force or bool(redo) or self._temporary
+        with contextlib.ExitStack() as stack:
+            if is_main():
+                stack.enter_context(progress_shown())
+            with PartialState().main_process_first():
+                run = start_run(settings, self.folder, force=forced)
+                if redo:
+                    forget(run, redo)
+            self.settings = settings
+            session = Session(run)
+            old, self._session = self._session, session
+            models = {"source", "architecture", "device", "dtype", "pipeline", "unet"}
+            if old is not None and (old.config.device, old.config.dtype) == (
+                session.config.device,
+                session.config.dtype,
+            ):
+                # What is loaded stays loaded: a cached property that is in the instance is not computed.
+                vars(session).update({name: value for name, value in vars(old).items() if name in models})
+            yield session
+
+    # What needs no weights
+
+    def blocks(self) -> Table:
+        """The blocks of the model: kind, channels, parameters, multiply-adds, and whether each can be removed."""
+        frame, title = blocks_frame(self.architecture), f"Blocks of {self.source.text}"
+        if self.architecture.config.get("sample_size") is None:
+            side = UNKNOWN_LATENT
+            title += f" (its config has no sample_size: multiply-adds are those of a {side} x {side} latent)"
+        mapped = block_map_frame(frame, self._scores())
+        return Table("blocks", frame, title, lambda theme: draw_block_map(mapped, theme))
+
+    def plan(self, text: str | Path) -> Plan:
+        """The plan that ``text`` describes: ``bk-small``, ``bk-base -Md``, ``-Dn1.R2 -Dn1.A2``, or a file of one.
+
+        Raises PlanError, UnknownBlockError or UnremovableBlockError.
+        """
+        plans = read_plans(str(text), self.architecture)
+        if len(plans) != 1:
+            raise PlanError(
+                f"asked for the plan {text}, found {len(plans)} plans in it; give a file with one plan"
+            )
+        return Plan(plans[0], self.architecture, self._scores())
+
+    def profile(
+        self,
+        *plans: str | Plan,
+        blocks: bool = False,
+        pipeline: bool = False,
+        latency: bool | None = None,
+        steps: int = 25,
+        batch: int = 1,
+        resolution: int | None = None,
+        tokens: int | None = None,
+        rounds: int = 20,
+    ) -> Table:
+        """Parameters and multiply-adds of the model and of what each of ``plans`` leaves, the model first.
+
+        With ``blocks`` a row per block, with ``pipeline`` one per part of the pipeline in a picture of ``steps`` steps.
+        ``latency`` times a forward pass of ``batch`` samples in milliseconds, the plans in turns with the model in each
+        of ``rounds`` (None: where there are weights). ``resolution`` is in pixels of the picture's sides, ``tokens`` in
+        words of text (None: the model's own). Raises PlanError for a plan that cannot be read, or when two of the three
+        tables are asked for.
+        """
+        if (blocks or pipeline) and (plans or blocks == pipeline):
+            raise PlanError("blocks, pipeline and plans each give a table of their own; ask for one of them")
+        with progress_shown():
+            return profile_table(
+                self.source,
+                plans_of(self.architecture, plans),
+                place_of(self.settings),
+                self._scores(),
+                kind="pipeline" if pipeline else "block costs" if blocks else "reductions",
+                latency=True if latency is None and self.settings.random_weights else latency,
+                steps=steps,
+                batch=batch,
+                resolution=resolution,
+                tokens=tokens,
+                rounds=rounds,
+            )
+
+    # Scores and plans
+
+    def score(self, *, force: bool = False, **settings: object) -> Table:
+        """The impact of removing each block, pair and stage, with bootstrap intervals; 0.01 moves the prediction by a
+        hundredth of its mean square.
+
+        Settings are those of ``score`` and ``probe``. Raises ConfigError for a bad one, RunError in a named folder
+        that was made with others and without ``force``.
+        """
+        with self._opened("score", settings, redo="scores" if force else "") as session:
+            ensure_scores(session)
+            frame, title = scores_frame(session), f"Importance, {model_title(self.settings)}"
+        return Table("scores", frame, title, self.results.scores.draw)
+
+    def agreement(self, out: str | Path | None = None, *, force: bool = False, **settings: object) -> Table:
+        """How all criteria agree on this model, and with what was measured, a row per criterion; conclusions as notes.
+
+        Tables, figures and a page of them are written to ``out``, or to the run folder. Settings are as for ``score``.
+        """
+        with self._opened("score", settings, redo="scores" if force else "") as session:
+            lines, frame = compared_criteria(session, Path(out) if out else session.run.comparison_dir)
+        return Table("agreement", frame, f"Agreement of criteria, {model_title(self.settings)}", notes=lines)
+
+    def search(
+        self,
+        *,
+        macs: str = "",
+        params: str = "",
+        latency: str = "",
+        memory: str = "",
+        lender: str | Path | None = None,
+        importance: str | Path | None = None,
+        force: bool = False,
+        **settings: object,
+    ) -> Plans:
+        """The plans that lose least within budgets that hold together, such as ``macs="65%"``; scores first if need be.
+
+        A budget is a share (``65%``, ``0.7x``), an amount (``150G``, ``35ms``, ``2GiB``) or a plan (``as:bk-small``).
+        ``lender`` is a finished run whose scores are searched with and which stays as it is, ``importance`` a CSV of
+        scores. Settings are those of ``search``. Raises BudgetError for a budget that cannot be read or met, RunError
+        where there is no such file.
+        """
+        budgets = budgets_asked(macs, params, latency, memory)
+        asked = ({"budgets": list(budgets)} if budgets else {}) | settings
+        wanted = with_settings(self.settings, settings_by_name("search", asked))
+        with progress_shown():  # where notes are seen
+            check_controls(wanted)  # before anything is removed or scored
+            check_budgets(wanted)
+        with self._opened("search", asked, redo="plans" if force else "") as session:
+            if lender is not None:
+                borrow_scores(run_in(lender, must_exist=True), session.run)
+            if importance is not None and not session.run.done(session.run.importance):
+                if not Path(importance).is_file():
+                    raise RunError(
+                        f"asked to search with {importance}, found no such file; write one with: prune-lab score"
+                    )
+                shutil.copyfile(importance, session.run.importance)
+            return self._shown_plans(session)
+
+    def _shown_plans(self, session: Session) -> Plans:
+        found, frame, scores = ensure_plans(session), plans_frame(session), self._scores()
+        shown = tuple(Plan(plan, self.architecture, scores) for plan in found)
+        title = f"Plans for {model_title(self.settings)}"
+        return Plans("plans", frame, title, plan_maps(self.architecture, found, scores), plans=shown)
+
+    # Students
+
+    def prune(
+        self,
+        plan: str | Plan,
+        out: str | Path,
+        *,
+        dtype: str | None = None,
+        variant: str = "",
+        force: bool = False,
+        dry_run: bool = False,
+    ) -> Table:
+        """Write the model without the blocks of ``plan`` to the folder ``out``, which plain diffusers loads.
+
+        A process of its own loads it and compares it with the model without these blocks before the folder gets its
+        name. ``dtype`` converts the weights, ``variant`` names their files (``fp16``). Raises NonNativePlanError with
+        the reason for a plan that cannot be built, StorageError where ``out`` holds something and ``force`` is not
+        given. With ``dry_run`` only the costs come back.
+        """
+        if not dry_run:
+            get_ready_to_prove()  # it imports meanwhile
+        chosen = plan if isinstance(plan, Plan) else self.plan(plan)
+        native_layout(self.architecture, chosen.plan)  # says what is in the way, also with dry_run
+        if not dry_run:
+            how: dict[str, Any] = {
+                "dtype": pick_dtype(dtype) if dtype else None,
+                "variant": variant,
+                "force": force,
+            }
+            with progress_shown():
+                prune_pipeline(self.source, chosen.plan, Path(out), **how)
+        return pruned_table(self.source, chosen, Path(out), written=not dry_run)
+
+    def data(self, out: str | Path, *, pictures: int = 0, force: bool = False, **settings: object) -> Table:
+        """Training data in the folder ``out``, to distil from with ``source=out``: the model draws ``count`` pictures.
+
+        Settings are those of ``data``: ``prompts`` names a file of prompts or the list that ships (``default``), and
+        with ``source`` pictures of one's own are encoded instead. The first ``pictures`` of them are decoded to PNG.
+        The same call again goes on where it was stopped. Raises DataError for what cannot be read.
+        """
+        # The source in the model's own settings is what students learn from.
+        asked = {"data.source": ""} | settings_by_name("data", settings)
+        table = data_table(with_settings(self.settings, asked), Path(out), force=force, pictures=pictures)
+        assert table is not None, "only the command line starts several processes"
+        return table
+
+    def distill(
+        self, *plans: str | Plan, out: str | Path | None = None, force: bool = False, **settings: object
+    ) -> Table:
+        """Retrain students from the model, all on one teacher pass per batch: ``plans``, or all that were searched.
+
+        Their losses before and after come back; with ``out`` the students are written there too, as folders that plain
+        diffusers loads. Settings are those of ``distill`` and ``data``. The same call again resumes. Raises PlanError
+        for a plan that cannot be read, RunError without any plan.
+        """
+        run = Run(self.folder)
+        if not run.done(run.searched) and plans:  # nothing is searched: these alone
+            named = [plan.text for plan in plans_of(self.architecture, plans)]
+            settings |= {"search.budgets": [], "search.controls": named}
+        elif not run.done(run.searched) and self._temporary:
+            raise RunError("asked to distil without a plan; give plans, such as 'bk-small', or search first")
+        init_processes()
+        with self._opened("distill", settings, force=force) as session:
+            ids = tuple(self._in_run(session, plan).id for plan in plans)
+            if force and is_main():
+                forget(session.run, "distilled", plan_ids=ids or None)
+            ensure_distilled(session, only=ids)
+            frame = recovery_frame(session)
+            if out and is_main():
+                save_students(session, Path(out), only=ids, force=force)
+        draw = self.results.losses.draw if len(frame) else None
+        return Table("recovery", frame, f"Recovery after {self.settings.distill.steps} steps", draw)
+
+    def _in_run(self, session: Session, plan: str | Plan) -> PruningPlan:
+        """``plan`` among those of the run, where it is written down if it is none of them yet."""
+        known = ensure_plans(session)
+        if isinstance(plan, Plan) or self._temporary:
+            (found,) = plans_of(self.architecture, (plan,))
+            if found.id not in {one.id for one in known} and not any(
+                goes_by(one, str(plan)) for one in known
+            ):
+                write_json(session.run.plan(found.id), found.to_json())
+                forget(session.run, "ranking")  # it was made without this one
+                return found
+        return plan_named(known, plan.id if isinstance(plan, Plan) else plan, session)
+
+    def rank(self, *, distill: bool = False, force: bool = False, **settings: object) -> Table:
+        """The candidates by quality at their cost: held-out loss, CLIP score, size, with ties and who was left out.
+
+        With ``distill``, or settings of ``rank`` or ``distill`` such as ``eta=2, steps=500``, they are distilled first,
+        by successive halving where ``eta`` is given. Raises RunError as ``score`` does.
+        """
+        names = settings_by_name("rank", settings)
+        with self._opened("rank", names, force=force) as session:
+            if force:
+                forget(session.run, "ranking")
+            if distill or any(name.startswith(("distill.", "rank.")) for name in names):
+                ensure_distilled(session)
+            frame = ensure_ranking(session).frame()
+        return Table("ranking", frame, f"Ranking of {self._named}", self.results.ranking.draw)
+
+    # Pictures
+
+    def generate(
+        self, *prompts: str, seed: int = 0, count: int = 1, steps: int = 25, guidance: float = 7.5
+    ) -> Pictures:
+        """``count`` pictures of each of ``prompts``, as a grid: a row per prompt, a column per seed from ``seed`` on.
+
+        ``guidance`` is the scale of classifier-free guidance, 1 for none. Raises UnsupportedModelError for a U-Net
+        alone, DataError without a prompt.
+        """
+        with progress_shown():
+            return drawn_table(
+                self.source,
+                prompts,
+                tuple(range(seed, seed + count)),
+                place_of(self.settings),
+                steps=steps,
+                guidance=guidance,
+            )
+
+    def evaluate(self, *prompts: str, base: str = "reference", **settings: object) -> Table:
+        """Held-out loss of the model, and the CLIP score of what it draws for ``prompts`` (none: held-out captions).
+
+        A U-Net alone draws in the pipeline ``base``. Settings are those of ``evaluate``.
+        """
+        asked = settings_by_name("evaluate", ({"prompts": list(prompts)} if prompts else {}) | settings)
+        how = self.settings if self.source.is_pipeline else dataclasses.replace(self.settings, model=base)
+        return self.judged_in(with_settings(how, asked))
+
+    def judged_in(self, settings: RunConfig) -> Table:
+        """What ``evaluate`` finds with these ``settings``, whose model is the pipeline in which a U-Net alone draws."""
+        with Model(settings)._opened("evaluate", {}) as session:
+            # the device first: loading is what can fail
+            unet = session.unet if self.source.is_pipeline else load_unet(self.source, device=session.device)
+            row = {"model": self.source.text, "pictures": len(session.prompts), **quality(session, unet)}
+        return Table("quality", pd.DataFrame([row]), "Quality")
+
+    # Other programs
+
+    def export(
+        self,
+        out: str | Path,
+        to: str = "single-file",
+        *,
+        form: str = "native",
+        dtype: str | None = None,
+        force: bool = False,
+    ) -> Table:
+        """Write the model to ``out`` in a format that other programs read; ``single-file`` is ComfyUI's and A1111's.
+
+        With ``form="neutral"`` a mid stage that is gone is there as the identity, for programs that need one.
+
+        Raises UnsupportedModelError for another format and for a model that it cannot hold, StorageError where
+        ``out`` is there already and ``force`` is not given.
+        """
+        with progress_shown():
+            return exported_table(self.source, Path(out), to, form=form, dtype=dtype, force=force)
