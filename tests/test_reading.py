@@ -47,6 +47,10 @@ def unet_folder(tiny_pipeline_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_pipeline_folder / "unet", tmp_path / "unet"))
 
 
+def invoke(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
 # Pipelines -------------------------------------------------------------------------------------------------------
 
 
@@ -388,6 +392,23 @@ def test_what_an_average_left_out_is_read_on_request(pipeline: Path) -> None:
         assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
+def test_the_variant_that_is_asked_for_is_what_students_and_exports_hold(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    raw = {name: tensor + 1 for name, tensor in load_file(pipeline / "unet" / WEIGHTS).items()}
+    save_file(raw, pipeline / "unet" / "diffusion_pytorch_model.non_ema.safetensors")
+    out, file = tmp_path / "out", tmp_path / "model.safetensors"
+    written = invoke("prune", pipeline, "--plan", "bk-base", "--out", out, "--read-variant", "non_ema")
+    assert written.exit_code == 0, written.output
+    found = load_file(out / "unet" / WEIGHTS)
+    assert torch.equal(found["conv_in.weight"], raw["conv_in.weight"])
+    assert json.loads((out / "unet" / "provenance.json").read_text())["variant"] == "non_ema"
+    written = invoke("export", pipeline, "--to", "single-file", "--out", file, "--variant", "non_ema")
+    assert written.exit_code == 0, written.output
+    key = "model.diffusion_model.input_blocks.0.0.weight"
+    assert torch.equal(load_file(file)[key], raw["conv_in.weight"])
+
+
 def test_a_variant_that_is_not_there_names_those_that_are(pipeline: Path) -> None:
     as_variant(pipeline, "fp16")
     with pytest.raises(ModelFormatError, match="no variant bf16; there is fp16"):
@@ -467,10 +488,6 @@ def test_weights_that_are_there_are_left_alone_when_random_ones_are_asked_for(un
     source = resolve_model(str(unet_folder), random_weights=True)
     assert (source.kind, source.folder, source.unet_files) == ("config", None, ())
     assert same_weights(load_unet(source), build_unet(source.config))
-
-
-def invoke(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def test_structure_alone_is_scored_with_random_weights_when_asked(tmp_path: Path) -> None:

@@ -140,7 +140,8 @@ def exported_table(
         known = ", ".join(EXPORT_TARGETS)
         raise UnsupportedModelError(f"asked to export to {to!r}; formats that can be written: {known}")
     chosen = pick_dtype(dtype) if dtype else None
-    written = EXPORT_TARGETS[to](source, out, dtype=chosen, form=form, force=force)
+    with plain_source(source) as plain:
+        written = EXPORT_TARGETS[to](plain, out, dtype=chosen, form=form, force=force)
     row = {
         "model": source.text,
         "format": to,

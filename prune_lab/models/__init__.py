@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from prune_lab.models.files import weight_files
 from prune_lab.models.kinship import of_shipped_family
-from prune_lab.models.loading import load_pipeline, load_unet
+from prune_lab.models.loading import load_pipeline, load_unet, plain_source
 from prune_lab.models.scorer import ScorerChoice, ScorerInputs, choose_scorer, load_scorer
 from prune_lab.models.sources import (
     ModelSource,
@@ -30,6 +30,7 @@ __all__ = [
     "load_unet",
     "model_digest",
     "of_shipped_family",
+    "plain_source",
     "preset_config",
     "resolve_model",
     "weight_files",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -20,6 +23,23 @@ if TYPE_CHECKING:  # importing it logs advice about torchvision, which is not us
     from diffusers import DiffusionPipeline
 
 _SAFE = {"use_safetensors": True, "local_files_only": True}
+
+
+@contextlib.contextmanager
+def plain_source(source: ModelSource) -> Iterator[ModelSource]:
+    """``source`` with the variant that was asked for under the plain names; itself where none was asked for."""
+    if source.folder is None or not source.asked_variant:
+        yield source
+        return
+    with contextlib.ExitStack() as stack:
+        if source.is_pipeline:
+            index = json_object(source.folder / "model_index.json")
+            stems = {part: stem_of(*value) for part, value in pipeline_parts(index).items()}
+            variants = {part: variant_of_part(source.folder / part, source.asked_variant) for part in stems}
+            view = stack.enter_context(pipeline_view(source.folder, stems, variants))
+        else:
+            view = stack.enter_context(component_view(source.folder, STEMS["diffusers"], source.variant))
+        yield dataclasses.replace(source, folder=view, variant="", asked_variant="")
 
 
 def load_unet(
