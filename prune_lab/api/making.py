@@ -16,7 +16,7 @@ from prune_lab.config import PLAN_FILES, RunConfig
 from prune_lab.errors import UnsupportedModelError
 from prune_lab.evaluation import generate
 from prune_lab.export import EXPORT_TARGETS
-from prune_lab.models import ModelSource, load_pipeline, load_unet
+from prune_lab.models import ModelSource, load_pipeline, load_unet, plain_source
 from prune_lab.plans import PruningPlan, read_plans
 from prune_lab.profiling import (
     Service,
