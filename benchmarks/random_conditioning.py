@@ -41,7 +41,6 @@ from prune_lab.runtime import pick_device, seeded
 from prune_lab.surgery import materialise
 
 
-
 def losses_of(unet: Any, probe: Probe, teacher: torch.Tensor) -> tuple[float, float]:
     """(held-out loss against the noise, mean squared distance from the prediction of the teacher)."""
     distance = (predict(unet, probe) - teacher).square().mean()
