@@ -40,8 +40,6 @@ from prune_lab.probes import Probe, make_probe, predict
 from prune_lab.runtime import pick_device, seeded
 from prune_lab.surgery import materialise
 
-MANY = 1024  # pictures of the last row
-
 
 def losses_of(unet: Any, probe: Probe, teacher: torch.Tensor) -> tuple[float, float]:
     """(held-out loss against the noise, mean squared distance from the prediction of the teacher)."""
@@ -53,11 +51,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--plan", default="bk-small")
     parser.add_argument("--pictures", type=int, default=16)
-    parser.add_argument("--captions", type=int, default=4000, help="other captions")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--captions", type=int, default=1000, help="other captions")
+    parser.add_argument("--many", type=int, default=256, help="pictures of the last row")
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--probability", type=float, default=0.8, help="distill.random_conditioning")
-    parser.add_argument("--heldout", type=int, default=256, help="held-out pictures, one row each")
+    parser.add_argument("--heldout", type=int, default=128, help="held-out pictures, one row each")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
@@ -97,7 +96,7 @@ def main() -> None:
         folder = Path(name)
         others = other_captions(pipeline, captions, folder / "captions.safetensors")
         for seed in range(arguments.seeds):
-            chosen = torch.randperm(len(train), generator=seeded(seed))[:MANY].tolist()
+            chosen = torch.randperm(len(train), generator=seeded(seed))[: arguments.many].tolist()
             rows = train.iloc[chosen]
             many = encode_data(pipeline, decode_pictures(rows), rows["caption"].tolist())
             few = Subset.of(many, torch.arange(arguments.pictures))
@@ -107,7 +106,7 @@ def main() -> None:
                 f"{count} pictures": (few, None),
                 f"{count} pictures, their captions shuffled": (few, own),
                 f"{count} pictures, {len(captions):,} other captions": (few, others),
-                f"{MANY} pictures": (many, None),
+                f"{arguments.many} pictures": (many, None),
             }
             for number, (way, (data, extra)) in enumerate(ways.items()):
                 used = dataclasses.replace(settings if extra is None else conditioned, seed=seed)
@@ -117,6 +116,7 @@ def main() -> None:
                 distill_together(setup, [student])
                 unet = UNet2DConditionModel.from_pretrained(student.folder / "distilled/unet").to(device)
                 found.setdefault(way, []).append(losses_of(unet, probe, wanted))
+                print(f"  seed {seed}, {way}: {found[way][-1][1]:.4f} from the teacher", flush=True)
         before = losses_of(materialise(teacher, plan), probe, wanted)
     print(
         f"reference, {arguments.plan}, {arguments.steps} steps of batch {arguments.batch}, {device} float32, "

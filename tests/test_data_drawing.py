@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -277,6 +278,20 @@ def test_the_verb_refuses_before_any_work(
     assert (found.exit_code, len(found.stderr.splitlines())) == (2, 1)
     assert says in found.stderr
     assert not (tmp_path / "cache").exists()
+
+
+def test_the_verb_refuses_such_a_pipeline_before_it_is_loaded(
+    tiny_pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_pipeline_folder, tmp_path / "model")
+    path = tmp_path / "model/model_index.json"
+    index = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(index | {"_class_name": "StableDiffusionImg2ImgPipeline"}), encoding="utf-8")
+    monkeypatch.setattr("prune_lab.api.data.load_pipeline", None)
+    verb = ["data", str(tmp_path / "model"), "--prompts", "default", "--out", str(tmp_path / "cache")]
+    found = CliRunner().invoke(app, verb)
+    assert (found.exit_code, len(found.stderr.splitlines())) == (2, 1)
+    assert "StableDiffusionImg2ImgPipeline to draw" in found.stderr
 
 
 def test_the_old_name_of_the_verb_says_the_new_one() -> None:

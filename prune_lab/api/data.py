@@ -38,7 +38,7 @@ def _build(settings: RunConfig, out: Path, *, force: bool, pictures: int) -> Cac
     """The finished cache; None in all processes but the main one."""
     init_processes()  # first: it gives each process its GPU
     model = configured_model(settings)
-    if not model.is_pipeline or model.folder is None:
+    if not model.is_pipeline:
         raise RunError(
             f"asked for training data of {settings.model!r}, a {model.kind} without text encoder and VAE; "
             "give 'reference', a pipeline folder or a hub id"
@@ -47,11 +47,13 @@ def _build(settings: RunConfig, out: Path, *, force: bool, pictures: int) -> Cac
     if settings.data.source:
         source = source_of(settings.data)
     else:
-        index = read_json(model.folder / "model_index.json")
-        assert isinstance(index, dict)
-        with quiet():
-            pipeline_class = getattr(diffusers, index["_class_name"])
-        check_draws_from_text(pipeline_class)
+        parts = model.folder / "model_index.json" if model.folder is not None else None
+        if parts is not None and parts.is_file():  # else it is seen once the model is loaded
+            index = read_json(parts)
+            assert isinstance(index, dict)
+            with quiet():
+                pipeline_class = getattr(diffusers, index["_class_name"])
+            check_draws_from_text(pipeline_class)
         prompts = read_prompts(settings.data.prompts)
     pipeline = load_pipeline(model, device=pick_device(settings.device), dtype=pick_dtype(settings.dtype))
     with progress_shown() if is_main() else contextlib.nullcontext():
