@@ -16,9 +16,13 @@ from typer.testing import CliRunner
 
 from prune_lab.assets import reference_folder
 from prune_lab.cli import app
+from prune_lab.distill import load_recovery
 from prune_lab.export import student_in, write_card
 from prune_lab.models import resolve_model
 from prune_lab.plans import parse_plan
+from prune_lab.runs import Run
+from prune_lab.session import Session
+from prune_lab.workflow import ensure_plans, plan_named, save_students
 
 PARENTS_CARD = """---
 license: creativeml-openrail-m
@@ -157,6 +161,22 @@ def test_a_parent_on_the_hub_is_linked(small: Path, tmp_path: Path) -> None:
     assert "# someone/their-model without" in text
     assert "| steps | 100 |" in text
     assert "Nothing was trained" not in text
+
+
+def test_a_distilled_student_tells_its_training(finished: Run, tmp_path: Path) -> None:
+    session = Session(finished)
+    (folder,) = save_students(session, tmp_path / "student", only=("bk-base",))
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    plan = plan_named(ensure_plans(session), "bk-base", session)
+    recovery = load_recovery(finished.candidate(plan.id).folder)
+    assert recovery is not None
+    assert f"| steps | {recovery.steps} |" in text
+    assert f"| held-out loss after distillation | {recovery.after:.4g} |" in text
+    assert f"| samples per step | {session.config.distill.batch} |" in text
+    assert "every tensor equals that of the model that was saved" in text
+    assert "Nothing was trained" not in text
+    assert not [path for path in ("/tmp", str(finished.folder)) if path in text]
+    assert student_in(folder).plan.id == plan.id
 
 
 @pytest.mark.parametrize("card", ["---\nlicense: [\n---\n", "no front matter", ""])

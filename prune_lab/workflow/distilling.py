@@ -19,7 +19,7 @@ from prune_lab.processes import init_processes, is_main
 from prune_lab.ranking import Tournament, tournament_from_frame
 from prune_lab.runtime import write_frame
 from prune_lab.schemas import RECOVERY_SUMMARY_COLUMNS
-from prune_lab.session import Session, tell_roles
+from prune_lab.session import Session, tell_roles, origin_of
 from prune_lab.surgery import pipeline_with
 from prune_lab.workflow.measuring import ensure_scores
 from prune_lab.workflow.searching import ensure_plans, plan_named
@@ -65,6 +65,43 @@ def ensure_distilled(session: Session, *, only: tuple[str, ...] = ()) -> tuple[R
     return tuple(recovery for recovery in found if recovery is not None)
 
 
+def _data_of(session: Session) -> str:
+    """What a student was trained on, without a path of this machine."""
+    named = session.config.data.source
+    return {
+        "shipped": "the pictures that ship with prune-lab",
+        "own": Path(named).name if Path(named).exists() else named,
+        "drawn": "pictures that the parent drew",
+        "none": "noise, and what the parent makes of it",
+    }[origin_of(session.config, session.source)]
+
+
+def _save_student(session: Session, plan: PruningPlan, folder: Path, force: bool) -> Path:
+    paths = session.run.candidate(plan.id)
+    recovery = load_recovery(paths.folder)
+    assert recovery is not None  # its U-Net is there
+    settings = session.config.distill
+    training = {
+        "steps": recovery.steps,
+        "samples per step": settings.batch,
+        "learning rate": f"{settings.learning_rate:g}",
+        "weights of the losses (task, output, features)": (
+            f"{settings.task_weight:g}, {settings.output_weight:g}, {settings.feature_weight:g}"
+        ),
+        "data": _data_of(session),
+        "held-out loss after the cut": f"{recovery.before:.4g}",
+        "held-out loss after distillation": f"{recovery.after:.4g}",
+    }
+    source = session.source
+    return pipeline_with(
+        source,
+        paths.distilled_unet,
+        folder,
+        force=force,
+        finish=lambda written: write_card(written, plan, source, training),
+    )
+
+
 def save_students(
     session: Session, out: Path, *, only: tuple[str, ...] = (), force: bool = False
 ) -> tuple[Path, ...]:
@@ -86,37 +123,6 @@ def save_students(
     return tuple(
         _save_student(session, plan, folder, force) for plan, folder in zip(there, folders, strict=True)
     )
-
-
-def _save_student(session: Session, plan: PruningPlan, folder: Path, force: bool) -> Path:
-    paths = session.run.candidate(plan.id)
-    recovery = load_recovery(paths.folder)
-    assert recovery is not None  # its U-Net is there
-    settings = session.config.distill
-    training = {
-        "steps": recovery.steps,
-        "samples per step": settings.batch,
-        "learning rate": f"{settings.learning_rate:g}",
-        "weights of the losses (task, output, features)": (
-            f"{settings.task_weight:g}, {settings.output_weight:g}, {settings.feature_weight:g}"
-        ),
-        "data": _told(session.config.data.source),
-        "held-out loss after the cut": f"{recovery.before:.4g}",
-        "held-out loss after distillation": f"{recovery.after:.4g}",
-    }
-    source = session.source
-    return pipeline_with(
-        source,
-        paths.distilled_unet,
-        folder,
-        force=force,
-        finish=lambda written: write_card(written, plan, source, training),
-    )
-
-
-def _told(source: str) -> str:
-    """What the data are called, without a path of this machine."""
-    return Path(source).name if Path(source).exists() else source or "the pictures that ship with prune-lab"
 
 
 def recovery_frame(session: Session) -> pd.DataFrame:
