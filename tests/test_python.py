@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import prune_lab as pl
 from prune_lab.cli import app
-from prune_lab.errors import ConfigError, PlanError, RunError
+from prune_lab.errors import ConfigError, NonNativePlanError, PlanError, RunError
 from prune_lab.profiling import cost_table
 from prune_lab.runs import Run
 from prune_lab.search import parse_budget, predicted_impact, search_plans
@@ -341,7 +341,9 @@ def test_the_whole_job_in_python(
     assert sum(one.numel() for one in student.unet.parameters()) == best.costs.frame()["params"].iloc[-1]
     recovery = model.distill(best, steps=2, batch=2, pictures=4, warmup=1, validate_every=1)
     assert recovery.frame()["plan_id"].tolist() == [best.id]
-    extra = model.plan("-Dn1.R2 -Dn1.A2")
+    with pytest.raises(NonNativePlanError):
+        model.distill("-Dn1.R2 -Dn1.A2")
+    extra = model.plan("bk-tiny")
     assert set(model.distill(extra).frame()["plan_id"]) == {best.id, extra.id}
     ranking = model.rank().frame()
     assert set(ranking.loc[ranking["status"] == "ranked", "plan_id"]) == {best.id, extra.id}

@@ -29,6 +29,7 @@ from prune_lab.api.settings import budgets_asked, model_title, settings_by_name
 from prune_lab.blocks import UNKNOWN_LATENT, Architecture, blocks_frame
 from prune_lab.config import (
     RunConfig,
+    SearchConfig,
     with_settings,
 )
 from prune_lab.errors import PlanError, RunError
@@ -39,6 +40,7 @@ from prune_lab.report import block_map_frame, draw_block_map
 from prune_lab.runs import Run
 from prune_lab.runs import open_run as run_in
 from prune_lab.runtime import pick_dtype, progress_shown, write_json
+from prune_lab.schemas import RECOVERY_SUMMARY_COLUMNS
 from prune_lab.surgery import get_ready_to_prove, prune_pipeline
 from prune_lab.tables import Pictures, Table
 from prune_lab.workflow import (
@@ -312,38 +314,50 @@ class Model:
 
         Their losses before and after come back; with ``out`` the students are written there too, as folders that plain
         diffusers loads. Settings are those of ``distill`` and ``data``. The same call again resumes. Raises PlanError
-        for a plan that cannot be read, RunError without any plan.
+        for a plan that cannot be read or built, RunError without any plan.
         """
+        if not self.source.is_pipeline:
+            raise RunError(
+                f"asked to distil students of {self.source.text}, a U-Net alone (kind: {self.source.kind}); pictures "
+                "and captions are encoded with a VAE and a text encoder: give a pipeline folder or a hub id"
+            )
         run = Run(self.folder)
-        if not run.done(run.searched) and plans:  # nothing is searched: these alone
-            named = [plan.text for plan in plans_of(self.architecture, plans)]
-            settings |= {"search.budgets": [], "search.controls": named}
-        elif not run.done(run.searched) and self._temporary:
+        if plans and not run.config.is_file() and self.settings.search == SearchConfig():
+            # Nothing was searched, nor is to be: these alone.
+            settings |= {"search.budgets": [], "search.controls": [str(plan) for plan in plans]}
+        elif not plans and self._temporary and not run.done(run.searched):
             raise RunError("asked to distil without a plan; give plans, such as 'bk-small', or search first")
         init_processes()
         with self._opened("distill", settings, force=force) as session:
-            ids = tuple(self._in_run(session, plan).id for plan in plans)
-            if force and is_main():
-                forget(session.run, "distilled", plan_ids=ids or None)
+            with PartialState().main_process_first():
+                ids = tuple(self._in_run(session, plan).id for plan in plans)
+                if force and is_main():
+                    forget(session.run, "distilled", plan_ids=ids or None)
             ensure_distilled(session, only=ids)
+            if not is_main():
+                return Table("recovery", pd.DataFrame(columns=list(RECOVERY_SUMMARY_COLUMNS)))
             frame = recovery_frame(session)
-            if out and is_main():
-                save_students(session, Path(out), only=ids, force=force)
-        draw = self.results.losses.draw if len(frame) else None
-        return Table("recovery", frame, f"Recovery after {self.settings.distill.steps} steps", draw)
+            written = save_students(session, Path(out), only=ids, force=force) if out else ()
+        return Table(
+            "recovery",
+            frame,
+            f"Recovery after {self.settings.distill.steps} steps",
+            self.results.losses.draw if len(frame) else None,
+            notes=tuple(f"student: {path}" for path in written),
+        )
 
     def _in_run(self, session: Session, plan: str | Plan) -> PruningPlan:
-        """``plan`` among those of the run, where it is written down if it is none of them yet."""
+        """``plan`` among those of the run, where it is written down if it is none of them yet and can be built."""
         known = ensure_plans(session)
-        if isinstance(plan, Plan) or self._temporary:
-            (found,) = plans_of(self.architecture, (plan,))
-            if found.id not in {one.id for one in known} and not any(
-                goes_by(one, str(plan)) for one in known
-            ):
-                write_json(session.run.plan(found.id), found.to_json())
-                forget(session.run, "ranking")  # it was made without this one
-                return found
-        return plan_named(known, plan.id if isinstance(plan, Plan) else plan, session)
+        text = plan.id if isinstance(plan, Plan) else plan
+        if any(goes_by(one, text) for one in known) or not (isinstance(plan, Plan) or self._temporary):
+            return plan_named(known, text, session)
+        (found,) = plans_of(self.architecture, (plan,))
+        if found.id not in {one.id for one in known}:
+            native_layout(self.architecture, found)
+            write_json(session.run.plan(found.id), found.to_json())
+            forget(session.run, "ranking")  # it was made without this one
+        return found
 
     def rank(self, *, distill: bool = False, force: bool = False, **settings: object) -> Table:
         """The candidates by quality at their cost: held-out loss, CLIP score, size, with ties and who was left out.

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from prune_lab.api.settings import model_or_run, run_opened, settings_of
+from prune_lab.api.settings import model_or_run, settings_of
 from prune_lab.cli import options
 from prune_lab.cli.application import app
-from prune_lab.cli.output import emit, records
+from prune_lab.cli.output import show
 from prune_lab.errors import RunError
-from prune_lab.processes import init_processes, is_main
+from prune_lab.processes import is_main
 from prune_lab.runs import open_run
 
 
@@ -69,43 +68,8 @@ def distill(
     }
     found_by = options.found_by(revision, subfolder, variant)
     settings = settings_of(model, folder, config, assign, {**asked, **found_by}, device=device, seed=seed)
-    if fresh:
-        plans_only = dataclasses.replace(settings.search, budgets=(), controls=tuple(plan))
-        settings = dataclasses.replace(settings, search=plans_only)
-    from prune_lab.models import configured_model
+    from prune_lab.api.model import Model
 
-    source = configured_model(settings)
-    if not source.is_pipeline:
-        raise RunError(
-            f"asked to distil students of {settings.model}, a U-Net alone (kind: {source.kind}); pictures and captions "
-            "are encoded with a VAE and a text encoder: give a pipeline folder or a hub id"
-        )
-    init_processes()
-    with run_opened(settings, folder, force=force) as opened:
-        from accelerate import PartialState
-
-        from prune_lab.workflow import (
-            Session,
-            ensure_distilled,
-            ensure_plans,
-            forget,
-            plan_named,
-            recovery_frame,
-            save_students,
-        )
-
-        session = Session(opened)
-        with PartialState().main_process_first():
-            plans = ensure_plans(session)
-            ids = tuple(plan_named(plans, text, session).id for text in plan)
-            if force and is_main():
-                forget(opened, "distilled", plan_ids=ids or None)
-        ensure_distilled(session, only=ids)
-        if not is_main():
-            return
-        frame = recovery_frame(session)
-        if out:
-            for path in save_students(session, out, only=ids, force=force):
-                typer.echo(f"student: {path}", err=True)
-    title = f"Recovery after {settings.distill.steps} steps"
-    emit("recovery", records(frame), as_json=as_json, wide=wide, title=title)
+    table = Model(settings, folder).distill(*plan, out=out, force=force)
+    if is_main():
+        show(table, as_json=as_json, wide=wide)
