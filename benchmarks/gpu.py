@@ -392,7 +392,10 @@ def _let_go(device: torch.device) -> None:
 def fenced(section: Section, bench: Bench) -> Row:
     """What became of ``section``: its rows, or why there are none; nothing that fails in it ends the others."""
     if bench.left < section.least and not bench.tiny:
-        return {"status": "left out", "reason": f"{bench.left:.0f} s were left, it needs {section.least:.0f}"}
+        return {
+            "status": "left out",
+            "reason": f"{bench.left:.0f} s were left, it needs {section.least:.0f} s",
+        }
     start = time.perf_counter()
     try:
         rows = section.run(bench)
@@ -491,7 +494,10 @@ def main(words: Sequence[str] | None = None) -> int:
         until=time.monotonic() + 60 * chosen.minutes,
     )
     only = [name for name in chosen.only.split(",") if name]
+    if unknown := set(only) - {section.name for section in SECTIONS}:
+        parser.error(f"--only: no section is called {', '.join(sorted(unknown))}")
     values: dict[str, Any] = {"conditions": conditions(bench), "sections": {}}
+    write_json(chosen.out / "gpu.json", values)
     for section in SECTIONS:
         if only and section.name not in only:
             continue

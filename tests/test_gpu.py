@@ -39,7 +39,6 @@ def test_a_section_that_fails_is_noted_and_the_others_go_on(
         gpu.Section("long", fine, 1e9),
     )
     monkeypatch.setattr(gpu, "SECTIONS", sections)
-    monkeypatch.setattr(gpu, "TINY", gpu.TINY)
     assert gpu.main(["--device", "cpu", "--out", str(tmp_path), "--minutes", "1"]) == 1
     found = results(tmp_path)["sections"]
     assert found["broken"]["status"] == "failed"
@@ -58,8 +57,11 @@ def test_a_section_that_fails_is_noted_and_the_others_go_on(
     assert list(results(tmp_path)["sections"]) == ["fine"]
 
 
-def test_the_conditions_say_what_was_measured_where(tmp_path: Path) -> None:
-    gpu.main(["--device", "cpu", "--out", str(tmp_path), "--only", "none", "--seed", "7"])
+def test_the_conditions_say_what_was_measured_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit):
+        gpu.main(["--device", "cpu", "--out", str(tmp_path), "--only", "none"])
+    monkeypatch.setattr(gpu, "SECTIONS", ())
+    gpu.main(["--device", "cpu", "--out", str(tmp_path), "--seed", "7"])
     said = results(tmp_path)["conditions"]
     assert said["params"] == 859_520_964
     assert said["students"] == {"bk-base": 579_384_964, "bk-small": 482_346_884, "bk-tiny": 323_384_964}

@@ -230,9 +230,9 @@ def test_a_kept_table_that_is_no_good_is_measured_anew_with_a_word(
 def test_candidates_are_timed_in_turns_with_the_teacher_and_later_ones_with_it_again(
     searching: Searching, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = searching(tmp_path / "run", budgets=(), controls=("bk-base", "bk-small"))
+    session = searching(tmp_path / "run", budgets=(), controls=("bk-base",))
     architecture = session.architecture
-    names = {parse_plan(text, architecture).id: text for text in ("bk-base", "bk-small", "bk-tiny")}
+    names = {parse_plan(text, architecture).id: text for text in ("bk-base", "bk-tiny")}
     monkeypatch.setattr("prune_lab.profiling.timed_plans.call_ms", scripted())
     first = {one.plan.id: one.profile for one in ensure_candidates(session)}
     rounds = pd.read_csv(session.run.latency_rounds, dtype={"name": str})

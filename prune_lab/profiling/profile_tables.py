@@ -107,6 +107,8 @@ def reduction_table(
     cells = pd.DataFrame(
         [{} if one is None else one.columns() for one in found], columns=list(REDUCTION_LATENCY_COLUMNS)
     )
+    # The teacher is not compared with itself.
+    cells.loc[0, ["latency_low", "latency_high", "latency_verdict"]] = None
     cells["service"] = [None if one is None else where for one in found]
     return pd.concat([frame, cells], axis=1)
 
