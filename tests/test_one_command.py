@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from typer.testing import CliRunner, Result
 from prune_lab.blocks import block_groups
 from prune_lab.cli import app
 from prune_lab.config import AUTO, RunConfig, load_config, recipe_names, recipe_path
-from prune_lab.models import resolve_model
+from prune_lab.families import example_inputs
+from prune_lab.models import load_unet, resolve_model
 from prune_lab.runs import Run
 from prune_lab.runtime import pick_dtype
-from prune_lab.workflow import estimate, settings_for, steps_frame
+from prune_lab.workflow import estimate, macs_per_second, settings_for, steps_frame
 from prune_lab.workflow.sizing import memory_of
 from prune_lab.workflow.steps import first_affected
 
@@ -253,3 +255,20 @@ def test_a_seed_beyond_64_bits_is_refused(seed: int, tiny_pipeline_folder: Path,
 def test_the_largest_seed_works(tiny_pipeline_folder: Path) -> None:
     quick: tuple[Any, ...] = ("--samples", 2, "--groups", "stage", "--set", "score.bootstrap=1")
     answer("score", tiny_pipeline_folder, "--seed", 2**63 - 1, *quick, "--set", "probe.steps=1")
+
+
+def test_the_speed_of_a_small_model_is_measured_on_itself() -> None:
+    """Its operators take longer to start than to compute, so a convolution of SD's size says too little."""
+    cpu, small = torch.device("cpu"), resolve_model("reference").architecture
+    inputs = example_inputs(small.config, batch=2, tokens=small.tokens)
+    unet = load_unet(resolve_model("reference"))
+    times = []
+    with torch.inference_mode():
+        for _ in range(3):
+            start = time.perf_counter()
+            unet(**inputs)
+            times.append(time.perf_counter() - start)
+    expected = 2 * small.total_macs / min(times)
+    found = macs_per_second(small, cpu, torch.float32)
+    assert expected / 4 < found < expected * 4
+    assert macs_per_second(resolve_model("sd-v1.5").architecture, cpu, torch.float32) > found

@@ -109,7 +109,7 @@ def _estimated(settings: RunConfig, *, only_shown: bool) -> tuple[list[str], Run
     source, dtype = configured_model(settings), pick_dtype(settings.dtype)
     try:
         device = pick_device(settings.device)
-        speed, free = macs_per_second(device, dtype), free_bytes(device)
+        speed, free = macs_per_second(source.architecture, device, dtype), free_bytes(device)
     except DeviceError:
         if not only_shown:
             raise

@@ -6,20 +6,21 @@ import dataclasses
 import math
 import re
 import time
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 
 from prune_lab.blocks import Architecture, GroupKind, block_groups
 from prune_lab.config import BUDGET_CONTROLS, PLAN_FILES, RunConfig
 from prune_lab.errors import PruneLabError
-from prune_lab.families import example_inputs
+from prune_lab.families import example_inputs, plain_config
 from prune_lab.profiling import cost_table
 from prune_lab.ranking import first_rung, rungs
 from prune_lab.runtime import bytes_text, duration_text, synchronize
 from prune_lab.search import parse_budget, split_budgets
 from prune_lab.session import SHOWN_PROMPTS, Origin
-from prune_lab.workflow.sizing import memory_of
+from prune_lab.workflow.sizing import SMALL_MACS, memory_of
 from prune_lab.workflow.targets import budgets_of, controls_among
 
 _CHANNELS, _SIDE, _BATCH = 320, 64, 2  # of the convolution that is timed: one of SD's own
@@ -29,21 +30,39 @@ _BACKWARD = 2  # passes forward that a pass back costs
 _UNKNOWN_SHARE = 0.85  # of the teacher, of a student whose budget does not say
 
 
-def macs_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """Multiply-adds a second of ``device``, by a convolution of Stable Diffusion's own size: the best of three calls.
-
-    Misleads when: the device is busy now, or the model is so small that starting its operators takes longer.
-    """
+def _convolution(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], object], int]:
     layer = torch.nn.Conv2d(_CHANNELS, _CHANNELS, 3, padding=1, device=device, dtype=dtype)
     inputs = torch.zeros(_BATCH, _CHANNELS, _SIDE, _SIDE, device=device, dtype=dtype)
+    return lambda: layer(inputs), _BATCH * _SIDE**2 * 9 * _CHANNELS**2
+
+
+def _whole_model(
+    architecture: Architecture, device: torch.device, dtype: torch.dtype
+) -> tuple[Callable[[], object], int]:
+    with torch.random.fork_rng(devices=[]):
+        model: Any = architecture.family.model_class().from_config(plain_config(architecture.config))
+    sizes: dict[str, Any] = {"batch": _BATCH, "tokens": architecture.tokens}
+    inputs = example_inputs(architecture.config, device=device, dtype=dtype, **sizes)
+    model = model.to(device, dtype).eval()
+    return lambda: model(**inputs, return_dict=False), _BATCH * architecture.total_macs
+
+
+def macs_per_second(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> float:
+    """Multiply-adds a second of ``architecture`` on ``device``: the best of three calls.
+
+    Of a large model by one convolution of Stable Diffusion's own size; of a small one, whose operators take longer to
+    start than to compute, by itself with random weights. Misleads when: the device is busy now.
+    """
+    small = architecture.total_macs < SMALL_MACS
+    call, macs = _whole_model(architecture, device, dtype) if small else _convolution(device, dtype)
     times = []
     with torch.inference_mode():
         for _ in range(4):  # the first one is not counted
             start = time.perf_counter()
-            layer(inputs)
+            call()
             synchronize(device)
             times.append(time.perf_counter() - start)
-    return _BATCH * _SIDE**2 * 9 * _CHANNELS**2 / min(times[1:])
+    return macs / min(times[1:])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
