@@ -33,6 +33,7 @@ from prune_lab.config import (
     with_settings,
 )
 from prune_lab.errors import PlanError, RunError
+from prune_lab.export import write_card
 from prune_lab.models import ModelSource, configured_model, load_unet
 from prune_lab.plans import PruningPlan, native_layout, read_plans
 from prune_lab.processes import init_processes, is_main
@@ -289,6 +290,7 @@ class Model:
                 "dtype": pick_dtype(dtype) if dtype else None,
                 "variant": variant,
                 "force": force,
+                "finish": lambda folder: write_card(folder, chosen.plan, self.source),
             }
             with progress_shown():
                 prune_pipeline(self.source, chosen.plan, Path(out), **how)

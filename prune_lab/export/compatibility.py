@@ -27,8 +27,12 @@ def _lora(student: Student) -> _Row:
     kept = [module for module, new in names.items() if new is not None]
     renamed = sum(names[module] != module for module in kept)
     fit = _fit(len(kept), len(modules), renamed)
-    wrong = f"; as it is, {renamed} would go to another block without a word" if renamed else ""
-    return "LoRA", fit, len(kept), len(modules), renamed, f"modules of all attentions{wrong}"
+    note = "modules of all attentions"
+    if renamed:
+        note += f"; as it is, {renamed} would go to another block without a word"
+    elif fit == AS_IT_IS and student.plan.removed:
+        note += "; one with convolutions too: convert it"
+    return "LoRA", fit, len(kept), len(modules), renamed, note
 
 
 def _controlnet(student: Student) -> _Row:
