@@ -33,7 +33,7 @@ _LOADED = {
     "dtype",
     "pipeline",
     "unet",
-}  # of a session, by its settings of the model
+}  # by the settings of the model
 
 
 class Workplace:
