@@ -299,8 +299,8 @@ class Table:
         )
         below = "<br>".join(map(html.escape, filter(None, (self._rest(columns), *self.notes))))
         return (
-            f'<table style="{_STYLE}">{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-            f"<small>{below}</small>"
+            f'<div style="max-height: 28em; overflow: auto"><table style="{_STYLE}">{title}'
+            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div><small>{below}</small>"
         )
 
     def _rest(self, columns: Sequence[str]) -> str:

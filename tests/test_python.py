@@ -137,6 +137,7 @@ def test_what_was_not_run_yet_is_named(finished: Run, tmp_path: Path) -> None:
     shutil.copy(finished.config, tmp_path / "config.toml")
     shutil.copy(finished.blocks, tmp_path / "blocks.csv")
     results = pl.open_run(tmp_path)
+    assert repr(results).endswith(", found so far: blocks")
     assert len(results.blocks) == 38
     for name, verb in (("scores", "score"), ("plans", "search"), ("losses", "distill"), ("ranking", "rank")):
         with pytest.raises(RunError, match=f"has no .* yet; make (it|them) with: prune-lab {verb} "):

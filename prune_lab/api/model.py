@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import shutil
-import tempfile
-import weakref
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +20,9 @@ from prune_lab.api.making import (
     pruned_table,
 )
 from prune_lab.api.plans import Plan, Plans, plan_maps
-from prune_lab.api.results import RunResults, open_run
 from prune_lab.api.settings import budgets_asked, model_title, settings_by_name
-from prune_lab.blocks import UNKNOWN_LATENT, Architecture, blocks_frame
+from prune_lab.api.workplace import Workplace
+from prune_lab.blocks import UNKNOWN_LATENT, blocks_frame
 from prune_lab.config import (
     RunConfig,
     SearchConfig,
@@ -34,7 +30,7 @@ from prune_lab.config import (
 )
 from prune_lab.errors import PlanError, RunError
 from prune_lab.export import write_card
-from prune_lab.models import ModelSource, configured_model, load_unet
+from prune_lab.models import load_unet
 from prune_lab.plans import PruningPlan, native_layout, read_plans
 from prune_lab.processes import init_processes, is_main
 from prune_lab.report import block_map_frame, draw_block_map
@@ -62,11 +58,10 @@ from prune_lab.workflow import (
     recovery_frame,
     save_students,
     scores_frame,
-    start_run,
 )
 
 
-class Model:
+class Model(Workplace):
     """A model and what is found out about it: each verb returns a table that shows itself.
 
     Results lie in a run folder, which the next verb goes on from: ``score`` before ``search``, its plans before
@@ -75,15 +70,6 @@ class Model:
     ``force``.
     """
 
-    def __init__(self, settings: RunConfig, run: Path | None = None) -> None:
-        self.settings = settings
-        self.source: ModelSource = configured_model(settings)
-        self._temporary = run is None
-        self.folder = Path(tempfile.mkdtemp(prefix="prune-lab-")) if run is None else run
-        if self._temporary:
-            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-        self._session: Session | None = None
-
     def __repr__(self) -> str:
         blocks = self.architecture.blocks
         removable = sum(block.removable for block in blocks)
@@ -91,51 +77,6 @@ class Model:
             f"{self.source.text}: {self.architecture.total_params:,} parameters, {len(blocks)} blocks, "
             f"{removable} of them can be removed"
         )
-
-    @property
-    def architecture(self) -> Architecture:
-        """The inventory of the U-Net; needs no weights."""
-        return self.source.architecture
-
-    @property
-    def _named(self) -> str:
-        """What the results are called: by their folder, or by the model where that is a temporary one."""
-        return self.source.text if self._temporary else str(self.folder)
-
-    @property
-    def results(self) -> RunResults:
-        """Everything that was found so far. Raises RunError before the first step."""
-        return open_run(self.folder)
-
-    def _scores(self) -> pd.DataFrame | None:
-        run = Run(self.folder)
-        return pd.read_csv(run.importance) if run.done(run.importance) else None
-
-    @contextlib.contextmanager
-    def _opened(
-        self, verb: str, given: Mapping[str, object], *, redo: str = "", force: bool = False
-    ) -> Iterator[Session]:
-        """The session of the run folder with the settings ``given``; ``redo`` names the step that is done anew."""
-        settings = with_settings(self.settings, settings_by_name(verb, given))
-        forced = force or bool(redo) or self._temporary
-        with contextlib.ExitStack() as stack:
-            if is_main():
-                stack.enter_context(progress_shown())
-            with PartialState().main_process_first():
-                run = start_run(settings, self.folder, force=forced)
-                if redo:
-                    forget(run, redo)
-            self.settings = settings
-            session = Session(run)
-            old, self._session = self._session, session
-            models = {"source", "architecture", "device", "dtype", "pipeline", "unet"}
-            if old is not None and (old.config.device, old.config.dtype) == (
-                session.config.device,
-                session.config.dtype,
-            ):
-                # What is loaded stays loaded: a cached property that is in the instance is not computed.
-                vars(session).update({name: value for name, value in vars(old).items() if name in models})
-            yield session
 
     # What needs no weights
 

@@ -53,11 +53,24 @@ from prune_lab.workflow import (
 Found = TypeVar("Found")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunResults:
     """What the run in ``folder`` has found so far. A table whose step was not done raises RunError that names it."""
 
     folder: Path
+
+    def __repr__(self) -> str:
+        tables = self.tables
+        found = {
+            "blocks": tables.blocks,
+            "scores": tables.importance,
+            "plans": tables.plans or None,
+            "losses": tables.recoveries or None,
+            "pictures": tables.teacher_pictures,
+            "ranking": tables.ranking,
+        }
+        there = [name for name, table in found.items() if table is not None]
+        return f"run {self.folder} of {tables.model}, found so far: {', '.join(there) or 'nothing'}"
 
     @cached_property
     def run(self) -> Run:
