@@ -44,8 +44,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def pipeline_class(name: object) -> Any | None:
     """The pipeline of the installed diffusers that is called ``name``; None where there is none."""
-    found = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
-    usable = isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)
+    with quiet():  # importing a pipeline logs advice about torchvision
+        found = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
+        usable = isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)
     return found if usable and found is not diffusers.DiffusionPipeline else None
 
 
