@@ -163,6 +163,17 @@ def test_a_parent_on_the_hub_is_linked(small: Path, tmp_path: Path) -> None:
     assert "Nothing was trained" not in text
 
 
+def test_a_model_that_does_not_say_its_size(small: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "moved"
+    shutil.copytree(small, folder)
+    source = resolve_model(str(small.parent / "parent"))
+    unsized = dataclasses.replace(source, config={**source.config, "sample_size": None})
+    write_card(folder, parse_plan("bk-small", unsized.architecture), unsized)
+    old, new = ((path / "README.md").read_text().splitlines() for path in (small, folder))
+    (row,) = [line for line in old if line.startswith("| parameters")]
+    assert row in new
+
+
 def test_a_distilled_student_tells_its_training(finished: Run, tmp_path: Path) -> None:
     session = Session(finished)
     (folder,) = save_students(session, tmp_path / "student", only=("bk-base",))

@@ -12,15 +12,16 @@ from yaml import YAMLError  # type: ignore[import-untyped]  # as the hub's clien
 
 from prune_lab import __version__
 from prune_lab.blocks import blocks_frame
+from prune_lab.errors import UnsupportedModelError
 from prune_lab.export.compatibility import compatibility
 from prune_lab.export.snippets import snippet_for
 from prune_lab.export.students import TEACHER, Student, provenance_in, unet_folder_in
-from prune_lab.families import plain_config
+from prune_lab.families import meta_unet, plain_config
 from prune_lab.models import ModelSource, weight_files
 from prune_lab.models.files import json_object
 from prune_lab.models.hub import HUB_ID
 from prune_lab.plans import PruningPlan
-from prune_lab.profiling import CostTable, cost_table
+from prune_lab.profiling import cost_table
 from prune_lab.report import LIGHT, PlanRow, block_map_frame, draw_plan_maps, plan_styles
 from prune_lab.report.figures import freeze_layout, save_png
 from prune_lab.report.format import amount, count, percent_change
@@ -72,8 +73,16 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "".join("| " + " | ".join(str(cell).replace("|", "/") for cell in line) + " |\n" for line in lines)
 
 
-def _costs(costs: CostTable, plan: PruningPlan) -> str:
-    before, after = costs.total, costs.of(plan)
+def _costs(student: Student) -> str:
+    head = ["U-Net", "parent", "this model", "change"]
+    try:
+        costs = cost_table(student.architecture)
+    except UnsupportedModelError as error:  # without a size there is nothing to count
+        was = student.architecture.total_params
+        now = sum(parameter.numel() for parameter in meta_unet(student.layout.config).parameters())
+        row = ("parameters", count(was), count(now), percent_change(now / was - 1))
+        return _table(head, [row]) + f"\nMultiply-adds were not counted: {error}.\n"
+    before, after = costs.total, costs.of(student.plan)
     rows = [
         (name, text(was), text(now), percent_change(now / was - 1))
         for name, text, was, now in (
@@ -83,7 +92,7 @@ def _costs(costs: CostTable, plan: PruningPlan) -> str:
     ]
     height, width = costs.latent
     return (
-        _table(["U-Net", "parent", "this model", "change"], rows)
+        _table(head, rows)
         + f"\nMultiply-adds are those of one forward pass over one sample of {height} x {width} latents with "
         f"{costs.tokens} words of text, attention products included. Latency was not measured.\n"
     )
@@ -170,7 +179,7 @@ def card_text(
             f"![Blocks of the parent in order of execution; outlines are those that were removed]({MAP})\n"
         ),
         "Use": f"```python\n{code}```\n",
-        "Costs": _costs(cost_table(student.architecture), plan),
+        "Costs": _costs(student),
         "Training": _training(training),
         **({"Check": _check(proof)} if isinstance(proof, dict) else {}),
         "What fits": _fits(student),
