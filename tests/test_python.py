@@ -349,6 +349,7 @@ def test_the_whole_job_in_python(
     ranking = model.rank().frame()
     assert set(ranking.loc[ranking["status"] == "ranked", "plan_id"]) == {best.id, extra.id}
     assert model.evaluate("a dog").frame()["pictures"].tolist() == [1]
+    assert model.data(tmp_path / "drawn", count=3, steps=1, batch=3).frame()["rows"].tolist() == [3]
     grid = model.generate("a cat", "a dog", count=2, steps=1, guidance=1.0)
     assert len(pictures_in(grid._repr_html_(), "image/jpeg")) == 4
     folder = model.folder
