@@ -46,7 +46,7 @@ def test_a_candidate_is_the_bypassed_teacher_on_disk(
     assert profile.latency is not None
     assert profile.latency.runs == 2
     provenance = json.loads((folder / "unet" / "provenance.json").read_text())
-    assert (provenance["plan"], provenance["source"]) == (plan.text, str(tiny_pipeline_folder))
+    assert (provenance["plan"], provenance["source"]) == (plan.text, tiny_pipeline_folder.name)
     proof = provenance["proof"]
     assert (proof["kind"], proof["parameters"]) == ("bypassed teacher", profile.params)
     assert proof["largest_difference"] == 0

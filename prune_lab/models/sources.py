@@ -77,14 +77,18 @@ class ModelSource:
 
     @property
     def origin(self) -> dict[str, object]:
-        """Where the model is from, for the record of what is made of it: ``source`` and what else was asked for."""
+        """Where the model is from, for the record of what is made of it: ``source`` and what else was asked for.
+
+        Of a path the last part alone: records travel with what is made, and a folder's place is nobody's business.
+        """
+        path = Path(self.text).expanduser().absolute()
         known: dict[str, object] = {
             "revision": self.revision,
             "subfolder": self.subfolder,
             "variant": self.variant,
         }
         found: dict[str, object] = {
-            "source": self.text,
+            "source": path.name if path.exists() else self.text,
             **{name: value for name, value in known.items() if value},
         }
         return found if self.random_seed is None else found | {"random_weights": self.random_seed}

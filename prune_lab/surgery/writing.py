@@ -190,7 +190,7 @@ def pipeline_with(
         copy_weights(files, folder, variant="", dtype=None)
         proof = prove(temporary, shapes=shapes, digest=digest)
         written = folder / _PROVENANCE
-        provenance = json_object(written) if written.is_file() else {"source": source.text}
+        provenance = json_object(written) if written.is_file() else source.origin
         _write_provenance(folder, provenance, proof)
         if finish is not None:
             finish(temporary)
