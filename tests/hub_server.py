@@ -58,7 +58,7 @@ def serve(root: Path) -> Iterator[str]:
             path = unquote(urlparse(self.path).path)
             api = path.startswith("/api/")
             kind, inner = re.match(r"/(?:(datasets|models)/)?(.*)", path.removeprefix("/api")).groups()  # type: ignore[union-attr]
-            owner, name, *rest = [*inner.split("/"), ""]
+            owner, name, *rest = [*inner.split("/"), "", ""]
             repository, commit = root / owner / name, REVISION
             verb, below = rest[0], "/".join(rest[2:]).strip("/")
             if kind != "datasets" and rest[1:2] in ([TAG], [TAGGED]):

@@ -93,15 +93,16 @@ def hub_folder(text: str, *, revision: str = "", subfolder: str = "", variant: s
     try:
         with quiet():
             found = HfApi().model_info(text, revision=asked, files_metadata=False)
-            names, commit = [one.rfilename for one in found.siblings or ()], found.sha
+            names = [one.rfilename for one in found.siblings or ()]
             index = None
             if _INDEX in names and not subfolder:
-                path = hf_hub_download(text, _INDEX, revision=commit)
+                path = hf_hub_download(text, _INDEX, revision=asked)
                 value = json.loads(Path(path).read_bytes())
                 index = value if isinstance(value, dict) else None
             wanted = files_to_fetch(names, index, subfolder=subfolder, variant=variant)
             exact = [re.sub(r"([\[?*])", r"[\1]", name) for name in wanted]
-            return Path(snapshot_download(text, revision=commit, allow_patterns=exact))
+            # By its name, which the cache remembers: without a network the same name finds the same commit.
+            return Path(snapshot_download(text, revision=asked, allow_patterns=exact))
     except mistakes as error:
         reason = _why(text, revision, error)
     try:
