@@ -330,7 +330,9 @@ def test_the_whole_job_in_python(
     }
     model = pl.load(tiny_pipeline_folder, settings=quick)
     scores = model.score()
-    plans = model.search(params="80%", controls=["bk-base"])
+    plans = model.search(params="80%", controls=["bk-base"], keep=["Md"])
+    why = model.results.why(plans[1]).frame().set_index("block")
+    assert why.loc["Md.A1", "reason"] == "no plan within the budget and the rules can remove it"
     assert plans[0].label == "bk-base"
     assert scores.frame()["impact"].tolist() == model.results.scores.frame()["impact"].tolist()
     best = plans[1]
