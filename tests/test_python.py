@@ -307,6 +307,7 @@ def test_a_model_is_asked_without_weights() -> None:
     assert frame["params"].tolist()[1] == 482_346_884
     with pytest.raises(RunError, match="asked for the run folder"):
         _ = model.results
+    assert pl.load("sd-v1.4", settings={"search.budgets": []}).settings.search.budgets == ()
     with pytest.raises(ConfigError, match="there is no setting sampels; did you mean"):
         model.score(sampels=3)
     with pytest.raises(ConfigError, match=r"probe\.samples"):
