@@ -307,6 +307,7 @@ def test_a_model_is_asked_without_weights() -> None:
     assert frame["params"].tolist()[1] == 482_346_884
     with pytest.raises(RunError, match="asked for the run folder"):
         _ = model.results
+    assert pl.load("sd-v1.4", settings={"search.budgets": []}).settings.search.budgets == ()
     with pytest.raises(ConfigError, match="there is no setting sampels; did you mean"):
         model.score(sampels=3)
     with pytest.raises(ConfigError, match=r"probe\.samples"):
@@ -330,7 +331,9 @@ def test_the_whole_job_in_python(
     }
     model = pl.load(tiny_pipeline_folder, settings=quick)
     scores = model.score()
-    plans = model.search(params="80%", controls=["bk-base"])
+    plans = model.search(params="80%", controls=["bk-base"], keep=["Md"])
+    why = model.results.why(plans[1]).frame().set_index("block")
+    assert why.loc["Md.A1", "reason"] == "no plan within the budget and the rules can remove it"
     assert plans[0].label == "bk-base"
     assert scores.frame()["impact"].tolist() == model.results.scores.frame()["impact"].tolist()
     best = plans[1]

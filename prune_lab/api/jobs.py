@@ -9,6 +9,7 @@ from typing import Any
 from prune_lab.api.model import Model
 from prune_lab.api.results import RunResults, open_run
 from prune_lab.api.settings import budgets_asked, job_settings, settings_by_name, settings_of
+from prune_lab.config import with_settings
 from prune_lab.models import load_pipeline, load_unet, resolve_model
 from prune_lab.runs import open_run as run_in
 from prune_lab.runtime import pick_device, pick_dtype, progress_shown
@@ -35,9 +36,10 @@ def load(
     ``config`` a TOML of settings and ``settings`` single ones by their dotted names, ``{"probe.samples": 16}``. Raises
     ModelNotFoundError, ModelFormatError or UnsupportedModelError for the model, ConfigError for a setting.
     """
-    given = {"dtype": dtype} | settings_by_name("", settings or {})
+    given = settings_by_name("", settings or {})
     folder, toml = (None if one is None else Path(one) for one in (run, config))
-    return Model(settings_of(str(model), folder, toml, (), given, device=device, seed=seed), folder)
+    found = settings_of(str(model), folder, toml, (), {"dtype": dtype, **given}, device=device, seed=seed)
+    return Model(with_settings(found, given), folder)  # also those that are empty
 
 
 def run(
@@ -65,10 +67,11 @@ def run(
     asked = {
         "search.budgets": budgets_asked(macs, params, latency, memory),
         "data.source": None if data is None else str(data),
-        **settings_by_name("", settings or {}),
     }
+    given = settings_by_name("", settings or {})
+    found = job_settings(str(model), folder, toml, recipe, (), asked | given, {})
     with progress_shown():
-        run_all(job_settings(str(model), folder, toml, recipe, (), asked, {}), folder, force=force)
+        run_all(with_settings(found, given), folder, force=force)  # also those that are empty
     return open_run(folder)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from prune_lab.errors import BudgetError
+from prune_lab.errors import BudgetError, ConfigError
 from prune_lab.evaluation import read_pictures
 from prune_lab.plans import PruningPlan
 from prune_lab.profiling import COUNTED, CostTable
@@ -76,7 +76,7 @@ def choices_frame(session: Session, plan: PruningPlan, budget: str = "") -> pd.D
                 found = best(other)
                 extra, instead = predicted_impact(found, scores) - least, found.text
                 reason = f"to {rule} it costs more impact" if extra > 0 else f"to {rule} it costs nothing"
-            except BudgetError:
+            except (BudgetError, ConfigError):  # no plan is left, or a rule says the opposite
                 reason = f"no plan within the budget and the rules can {rule} it"
         figures = (impacts.get(block.name, float("nan")), block.params, block.macs, extra)
         rows.append((block.name, block.kind, removed, *figures, instead, reason))
