@@ -17,8 +17,6 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _INDEX = "model_index.json"
 _TEXT = (".json", ".txt", ".model")  # configs, and the files of tokenizers
 _CARDS = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
-# What is looked for in the local copy when the hub cannot be asked.
-_CACHED = ["*.json", "*.txt", "*.model", "*.safetensors", *_CARDS]
 
 
 def _weights_among(names: Iterable[str], folder: str, variant: str) -> list[str]:
@@ -79,6 +77,18 @@ def _why(text: str, revision: str, error: Exception) -> str:
     )
 
 
+def _cached(text: str, revision: str, subfolder: str) -> Path | None:
+    """The local copy of an earlier time, complete or not: what lacks in it is told when it is looked at."""
+    from huggingface_hub import try_to_load_from_cache
+
+    prefix = f"{subfolder}/" if subfolder else ""
+    for name in (f"{prefix}{_INDEX}", f"{prefix}config.json", f"{prefix}unet/config.json"):
+        found = try_to_load_from_cache(text, name, revision=revision or None)
+        if isinstance(found, str):
+            return Path(found).parents[name.count("/")]
+    return None
+
+
 def hub_folder(text: str, *, revision: str = "", subfolder: str = "", variant: str = "") -> Path:
     """The local copy of the hub repository ``text``: its JSON, safetensors and tokenizer files, never code.
 
@@ -105,13 +115,9 @@ def hub_folder(text: str, *, revision: str = "", subfolder: str = "", variant: s
             return Path(snapshot_download(text, revision=asked, allow_patterns=exact))
     except mistakes as error:
         reason = _why(text, revision, error)
-    try:
-        with quiet():
-            return Path(
-                snapshot_download(text, revision=asked, allow_patterns=_CACHED, local_files_only=True)
-            )
-    except mistakes:
-        raise ModelNotFoundError(reason) from None
+    if (folder := _cached(text, revision, subfolder)) is not None:
+        return folder
+    raise ModelNotFoundError(reason)
 
 
 def commit_of(folder: Path) -> str:
