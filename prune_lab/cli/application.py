@@ -30,7 +30,7 @@ class Verbs(TyperGroup):
             mistake = str(error)
         except KeyboardInterrupt:
             typer.echo(
-                "interrupted; finished files are kept, the same command again goes on from there", err=True
+                "interrupted; finished files are kept: the same command again uses what there is", err=True
             )
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:

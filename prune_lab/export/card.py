@@ -55,14 +55,16 @@ def parents_card(source: ModelSource) -> dict[str, Any]:
 # The parts of the text -----------------------------------------------------------------------------------------------
 
 
-def _front_matter(source: ModelSource, inherited: Mapping[str, Any], tag: str | None) -> str:
+def _front_matter(
+    source: ModelSource, inherited: Mapping[str, Any], tag: str | None, *, trained: bool
+) -> str:
     stated = inherited if inherited.get("license") else {}
     licence = {name: stated[name] for name in _LICENCE if stated.get(name)}
     data = ModelCardData(
         base_model=source.text if is_on_hub(source) else None,
         library_name="diffusers",
         pipeline_tag=tag,
-        tags=["prune-lab", "pruned", "distillation"],
+        tags=["prune-lab", "pruned", *(["distillation"] if trained else [])],
         **(licence or {"license": "other", "license_name": "not-stated"}),
     )
     return f"---\n{data.to_yaml()}\n---\n"
@@ -190,7 +192,9 @@ def card_text(
     }
     level = ["#", *["##"] * (len(parts) - 1)]
     text = [f"{mark} {title}\n\n{body}" for mark, (title, body) in zip(level, parts.items(), strict=True)]
-    return "\n".join([_front_matter(source, inherited, tag if index.is_file() else None), *text])
+    return "\n".join(
+        [_front_matter(source, inherited, tag if index.is_file() else None, trained=bool(training)), *text]
+    )
 
 
 def write_map(path: Path, student: Student) -> None:
