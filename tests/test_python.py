@@ -314,6 +314,7 @@ def test_a_model_is_asked_without_weights() -> None:
         model.score(samples="many")
 
 
+@pytest.mark.long  # a proof in a process of its own, and pictures of five models
 def test_the_whole_job_in_python(
     tiny_pipeline_folder: Path, tiny_scorer_folder: Path, tmp_path: Path
 ) -> None:
