@@ -396,6 +396,29 @@ def test_what_does_not_belong_to_the_teacher_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
 
 
+@pytest.mark.parametrize("ending", ["down", "up"])
+@pytest.mark.parametrize("kind", [peft_file, processor_file, kohya_file])
+def test_halves_of_a_lora_that_do_not_belong_together_are_refused(
+    kind: Any, ending: str, tmp_path: Path
+) -> None:
+    file, out = kind(build_unet(TINY_UNET), tmp_path / "lora.safetensors"), tmp_path / "o.safetensors"
+    tensors = load_file(file)
+    spelled = (
+        ("lora_A.weight", f"{ending}.weight") if ending == "down" else ("lora_B.weight", f"{ending}.weight")
+    )
+    key = next(key for key in tensors if key.endswith(spelled))
+    module = key.partition(".processor" if kind is processor_file else ".lora")[0]
+    taken = tensors.pop(key)
+    save_file(tensors, file)
+    with pytest.raises(ModelFormatError, match=f"{module}.*found no"):
+        convert_lora(student_for(TINY_UNET, "bk-base"), file, out)
+    other = torch.cat([taken, taken], dim=0 if ending == "down" else 1)
+    save_file(tensors | {key: other}, file)
+    with pytest.raises(ModelFormatError, match=f"{module}.*ranks? .*2.*4|{module}.*ranks? .*4.*2"):
+        convert_lora(student_for(TINY_UNET, "bk-base"), file, out)
+    assert not out.exists()
+
+
 def test_pickled_and_missing_files_and_taken_names(tmp_path: Path) -> None:
     student, out = student_for(TINY_UNET, "bk-small"), tmp_path / "out.safetensors"
     (tmp_path / "lora.bin").write_bytes(b"x")
@@ -592,6 +615,15 @@ def test_controlnets_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="trained for this student's teacher"):
         convert_controlnet(other, tmp_path / "full", out)
     base = student_for(TINY_UNET, "bk-base")
+    controlnet_of(teacher, cross_attention_dim=24).save_pretrained(tmp_path / "text")
+    with pytest.raises(UnsupportedModelError, match=r"cross_attention_dim 24; .* teacher has 16"):
+        convert_controlnet(base, tmp_path / "text", out)
+    controlnet_of(teacher, in_channels=7).save_pretrained(tmp_path / "latents")
+    with pytest.raises(UnsupportedModelError, match=r"in_channels 7; .* teacher has 4"):
+        convert_controlnet(base, tmp_path / "latents", out)
+    controlnet_of(teacher, class_embed_type="timestep").save_pretrained(tmp_path / "classes")
+    with pytest.raises(UnsupportedModelError, match=r"class_embed_type timestep; .* teacher has None"):
+        convert_controlnet(base, tmp_path / "classes", out)
     with pytest.raises(StorageError, match="a ControlNet is a folder"):
         convert_controlnet(base, tmp_path / "full", tmp_path / "x.safetensors")
     (tmp_path / "lone").mkdir()
@@ -602,6 +634,37 @@ def test_controlnets_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="found a config of class UNet2D"):
         convert_controlnet(base, tmp_path / "unet", out)
     assert not out.exists()
+
+
+def test_what_a_conversion_is_made_from_is_never_replaced(
+    small_student: Path, tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    teacher, own = build_unet(TINY_UNET), tmp_path / "home" / "student"
+    shutil.copytree(small_student, own)
+    controlnet_of(teacher).save_pretrained(tmp_path / "full")
+    lora = kohya_file(teacher, tmp_path / "lora.safetensors")
+    adapter = ip_adapter_file(teacher, tmp_path / "ip.safetensors")
+    plan = tmp_path / "plans" / "plan.json"
+    plan.parent.mkdir()
+    shutil.copy(own / "unet" / "plan.json", plan)
+    before = sorted(tmp_path.rglob("*"))
+    weights = own / "unet" / "diffusion_pytorch_model.safetensors"
+    by_folder = ("--plan", own, "--model", tiny_pipeline_folder)
+    by_plan = ("--plan", plan, "--model", tiny_pipeline_folder)
+    for arguments in (
+        ("controlnet", tmp_path / "full", *by_folder, "--out", own),
+        ("controlnet", tmp_path / "full", *by_folder, "--out", own.parent),
+        ("controlnet", tmp_path / "full", *by_folder, "--out", own / "unet"),
+        ("controlnet", tmp_path / "full", *by_plan, "--out", plan.parent),
+        ("controlnet", tmp_path / "full", *by_plan, "--out", tiny_pipeline_folder),
+        ("lora", lora, *by_folder, "--out", weights),
+        ("ip-adapter", adapter, *by_folder, "--out", weights),
+        ("lora", lora, "--plan", own / "unet", *by_plan[2:], "--out", weights),
+    ):
+        found = invoked(*arguments, "--force")
+        assert found.exit_code == 2, arguments
+        assert "that it is made from" in found.stderr
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 # The student, the card and the verb -----------------------------------------------------------------------------------

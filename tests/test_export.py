@@ -290,6 +290,36 @@ def test_the_weights_of_the_model_itself_are_never_replaced(pipeline_of: Any, tm
         exported(folder, folder / "unet" / "diffusion_pytorch_model.safetensors", force=True)
 
 
+def test_what_lies_behind_a_link_is_never_replaced(pipeline_of: Any, tmp_path: Path) -> None:
+    folder, real = tmp_path / "copy", tmp_path / "real"
+    shutil.copytree(pipeline_of("sd-v1"), folder)
+    shutil.move(folder / "unet", real)
+    (folder / "unet").symlink_to(real)
+    with pytest.raises(StorageError, match="model that it is made from"):
+        exported(folder, real / "diffusion_pytorch_model.safetensors", force=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (1e6, torch.float16, r"conv_out\.bias.*float16.*give float32 or bfloat16"),
+        (float("nan"), None, r"conv_out\.bias.*not a number.*fetch the model again"),
+    ],
+)
+def test_numbers_that_are_none_are_not_written(
+    value: float, dtype: torch.dtype | None, message: str, pipeline_of: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(pipeline_of("sd-v1"), folder)
+    rewrite(
+        folder / "unet" / "diffusion_pytorch_model.safetensors",
+        lambda key, tensor: (key, tensor.fill_(value) if key == "conv_out.bias" else tensor),
+    )
+    with pytest.raises(ModelFormatError, match=message):
+        exported(folder, tmp_path / "model.safetensors", dtype=dtype)
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
 @pytest.mark.parametrize("name", ["model.ckpt", "model"])
 def test_the_name_says_what_it_is(name: str, pipeline_of: Any, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"ends in \.safetensors"):

@@ -164,6 +164,9 @@ def test_a_name_that_is_none(to: str, student: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with pytest.raises(HubError, match="owner/name"):
         push_folder(student, to)
+    found = CliRunner().invoke(app, ["push", str(student), "--to", to, "--dry-run"])
+    assert found.exit_code == 2
+    assert "owner/name" in found.stderr
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from prune_lab.cli import app
-from prune_lab.errors import StorageError
+from prune_lab.errors import ModelFormatError, StorageError
 from prune_lab.models import resolve_model
 from prune_lab.plans import parse_plan
 from prune_lab.surgery import pipeline_with, prune_pipeline
@@ -210,3 +210,39 @@ def test_a_model_is_never_replaced_by_its_student(tiny_pipeline_folder: Path, tm
     assert sorted(path for path in tmp_path.rglob("*")) == before
     with pytest.raises(StorageError, match="letters, digits"):
         pruned(source, tmp_path / "out", variant="../x")
+
+
+def test_weights_behind_a_link_are_never_replaced(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    source, home = tmp_path / "source", tmp_path / "home"
+    shutil.copytree(tiny_pipeline_folder, source)
+    home.mkdir()
+    for part in ("unet", "vae"):
+        shutil.move(source / part, home / part)
+        (source / part).symlink_to(home / part)
+    before = sorted(tmp_path.rglob("*"))
+    for out in (home / "unet", home / "vae", home, home / "unet" / "new"):
+        with pytest.raises(StorageError, match="found there the model that it is made from"):
+            pruned(source, out, force=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "dtype", "message"),
+    [
+        ("unet", 1e6, torch.float16, r"conv_out\.bias.*float16.*give float32 or bfloat16"),
+        ("vae", 1e6, torch.float16, r"decoder\.conv_out\.bias.*float16.*give float32 or bfloat16"),
+        ("unet", float("nan"), None, r"conv_out\.bias.*not a number.*fetch the model again"),
+    ],
+)
+def test_a_tensor_that_a_format_cannot_hold_is_named(
+    part: str, value: float, dtype: Any, message: str, tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny_pipeline_folder, source)
+    file = source / part / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["conv_out.bias" if part == "unet" else "decoder.conv_out.bias"].fill_(value)
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ModelFormatError, match=message):
+        pruned(source, tmp_path / "out", dtype=dtype)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

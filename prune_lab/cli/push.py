@@ -31,8 +31,9 @@ def push(
     wide: options.WideOption = False,
 ) -> None:
     """Put the student in FOLDER onto the Hugging Face hub, into a private repository; --dry-run lists the files."""
-    from prune_lab.export import push_folder, uploads_of
+    from prune_lab.export import check_repository, push_folder, uploads_of
 
+    check_repository(to)
     rows = [
         dict(zip(PUSHED_COLUMNS, (upload.name, upload.num_bytes), strict=True))
         for upload in uploads_of(folder)

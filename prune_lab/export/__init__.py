@@ -11,7 +11,7 @@ from prune_lab.export.additions import Converted
 from prune_lab.export.card import write_card
 from prune_lab.export.compatibility import compatibility
 from prune_lab.export.controlnet import convert_controlnet
-from prune_lab.export.hub import push_folder, uploads_of
+from prune_lab.export.hub import check_repository, push_folder, uploads_of
 from prune_lab.export.ip_adapter import convert_ip_adapter
 from prune_lab.export.lora import convert_lora
 from prune_lab.export.single_file import FORMS, NATIVE, Exported, export_single_file
@@ -27,6 +27,7 @@ __all__ = [
     "ExportTarget",
     "Exported",
     "Student",
+    "check_repository",
     "compatibility",
     "convert_controlnet",
     "convert_ip_adapter",

@@ -16,6 +16,7 @@ from prune_lab.export.students import Student
 from prune_lab.families.controlnet import cut_controlnet, meta_controlnet
 from prune_lab.models import weight_files
 from prune_lab.models.files import json_object, read_header
+from prune_lab.models.protection import refuse_to_replace
 from prune_lab.runtime import atomic_folder, write_json
 
 
@@ -71,6 +72,7 @@ def convert_controlnet(student: Student, given: Path, out: Path, *, force: bool 
         raise StorageError(
             f"asked to write {out}, which is the ControlNet to be converted; give another name"
         )
+    refuse_to_replace(out, folder, *([student.folder] if student.folder else []))
     config = json_object(folder / "config.json")
     cut = cut_controlnet(config, student.architecture.outline, student.layout)
     _check_weights(folder, config)

@@ -72,6 +72,12 @@ def uploads_of(folder: Path) -> tuple[Upload, ...]:
     return found
 
 
+def check_repository(to: str) -> None:
+    """Raise HubError unless ``to`` is the name of a repository on the hub, owner/name."""
+    if not HUB_ID.fullmatch(to):
+        raise HubError(f"asked to push to {to!r}; give owner/name")
+
+
 def _reason(error: Exception) -> str:
     """Why the hub refused, in a few words and without what was sent."""
     status = getattr(getattr(error, "response", None), "status_code", None)
@@ -96,8 +102,7 @@ def push_folder(
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
     uploads = uploads_of(folder)
-    if not HUB_ID.fullmatch(to):
-        raise HubError(f"asked to push to {to!r}; give owner/name")
+    check_repository(to)
     if get_token() is None:
         raise HubError(
             f"asked to push to {to}, found no token of the hub; log in with `hf auth login`, or set HF_TOKEN"

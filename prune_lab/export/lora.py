@@ -26,6 +26,12 @@ _UNEVEN = (
     "its names are of the LDM layout, which diffusers counts right only with equally many layers in all stages; this "
     "student has not: use it where the LDM layout is read, such as ComfyUI"
 )
+# One of the two matrices of a module: of a LoRA with any spelling, or of LoHa and LoKr.
+_HALF = re.compile(
+    r"(?P<begin>(?P<module>.+?)[._](?:\w+_lora\.|lora[._](?:linear_layer\.)?|(?:hada|lokr)_w\d_))"
+    r"(?P<side>A|B|down|up|a|b)(?P<rest>(?:\.\w+)*\.weight|)"
+)
+_OTHER = {"A": "B", "B": "A", "down": "up", "up": "down", "a": "b", "b": "a"}
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
@@ -50,6 +56,27 @@ def _parts(given: Path, tensors: Mapping[str, Tensor], names: AdapterNames) -> d
     if not found:
         raise ModelFormatError(f"asked to convert {given}, found nothing in it that is about a U-Net")
     return found
+
+
+def _check_pairs(given: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ModelFormatError unless each matrix of a module has its other one, and both have the same rank."""
+    for key, tensor in tensors.items():
+        found = _HALF.fullmatch(key)
+        if not found:
+            continue
+        module, other = found["module"], f"{found['begin']}{_OTHER[found['side']]}{found['rest']}"
+        if other not in tensors:
+            raise ModelFormatError(
+                f"asked to convert {given}, whose module {module} has {key.removeprefix(module)[1:]}, "
+                f"found no {other.removeprefix(module)[1:]}: the file is not whole; fetch it again"
+            )
+        if found["side"] in ("A", "down") and tensor.dim() > 1 and tensors[other].dim() > 1:
+            ranks = tensor.shape[0], tensors[other].shape[1]
+            if ranks[0] != ranks[1]:
+                raise ModelFormatError(
+                    f"asked to convert {given}, whose module {module} has two matrices of the ranks "
+                    f"{ranks[0]} and {ranks[1]}: they do not belong together; fetch the file again"
+                )
 
 
 def _pattern(patterns: Mapping[str, Any], modules: Mapping[str, str]) -> dict[str, Any]:
@@ -98,7 +125,7 @@ def convert_lora(student: Student, given: Path, out: Path, *, force: bool = Fals
     it, and when nothing is left; StorageError when ``out`` is taken.
     """
     given, out = Path(given), Path(out)
-    check_out(out, given, force=force)
+    check_out(student, out, given, force=force)
     tensors, metadata = read_addition(given, "LoRA")
     names = adapter_names(student.architecture.config, student.layout)
     parts = _parts(given, tensors, names)
@@ -108,6 +135,7 @@ def convert_lora(student: Student, given: Path, out: Path, *, force: bool = Fals
         raise ModelFormatError(
             f"asked to convert {given}, whose {len(modules)} modules all lie in blocks that the student does not have"
         )
+    _check_pairs(given, tensors)
     converted = {
         new: tensor
         for key, tensor in tensors.items()

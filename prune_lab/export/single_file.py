@@ -34,7 +34,9 @@ from prune_lab.families.ldm_keys import (
 from prune_lab.families.ldm_readers import reader_notes
 from prune_lab.models import ModelSource, weight_files
 from prune_lab.models.clip_vocabulary import NUM_TOKENS
+from prune_lab.models.conversion import converted
 from prune_lab.models.files import read_header
+from prune_lab.models.protection import refuse_to_replace
 from prune_lab.models.single_file import TOKENIZER_FILES
 from prune_lab.runtime import atomic_write, bytes_text, read_json, track
 
@@ -73,6 +75,12 @@ class _Entry:
     place: Place
     sources: tuple[_Stored, ...]
     dtype: str
+
+    @property
+    def name(self) -> str:
+        """Where its numbers come from, as the model calls it: ``vae/decoder.conv_out.bias``."""
+        path = self.sources[0].path
+        return f"{path.parent.name if path else 'unet'}/{self.place.sources[0]}"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -306,6 +314,7 @@ def _check_out(source: ModelSource, out: Path, force: bool) -> None:
         raise StorageError(f"asked to write {out}, found {what} there; give another name or --force")
     if source.folder is not None and out.exists() and out.resolve().is_relative_to(source.folder.resolve()):
         raise StorageError(f"asked to write {out}, which is a file of the model itself; give another name")
+    refuse_to_replace(out, *source.places)
 
 
 def _header(entries: Sequence[_Entry], metadata: Mapping[str, str]) -> bytes:
@@ -357,7 +366,7 @@ def export_single_file(
             file.write(header)
             for entry in track(entries, "export", unit="tensors"):
                 tensor = entry.place.joined([_read(source) for source in entry.sources])
-                tensor = tensor.to(_DTYPES[entry.dtype]).contiguous()
+                tensor = converted(entry.name, tensor, _DTYPES[entry.dtype]).contiguous()
                 file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         read_header(temporary)  # raises when fewer bytes than promised were written
     added = sum(entry.num_bytes for entry in entries if any(source.path is None for source in entry.sources))

@@ -21,6 +21,11 @@ from prune_lab.errors import NonNativePlanError, UnsupportedModelError
 from prune_lab.families import Layout, Outline, meta_unet, outline_of, plain_config
 
 CONTROLNET = "ControlNetModel"
+# Settings of what a ControlNet reads beside latents and text; where it has one, its teacher has the same.
+_INPUTS = (
+    *("class_embed_type", "num_class_embeds", "encoder_hid_dim_type"),
+    *("addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim"),
+)
 _MIDDLE_CONVOLUTION = "controlnet_mid_block"
 # What diffusers raises when it builds a ControlNet from settings that it does not have.
 _BUILD_ERRORS = (TypeError, ValueError, LookupError, AttributeError, RuntimeError)
@@ -83,6 +88,38 @@ def _stage_config(
     return kind if attends else "DownBlock2D", depth
 
 
+def _check_shapes(config: Mapping[str, Any], teacher: Mapping[str, Any]) -> None:
+    """Raise UnsupportedModelError where the ControlNet of ``config`` reads inputs that ``teacher`` is not given."""
+    wrong: list[tuple[str, Any, Any]] = [
+        (name, config[name], teacher.get(name))
+        for name in _INPUTS
+        if config.get(name) is not None and config[name] != teacher.get(name)
+    ]
+    # of a model for inpainting it reads the latents alone, which are as many as the model predicts
+    channels = config["in_channels"]
+    if channels not in (teacher["in_channels"], teacher["out_channels"]):
+        wrong.append(("in_channels", channels, teacher["in_channels"]))
+    attends = any(
+        "CrossAttn" in str(kind) for kind in (*config["down_block_types"], config["mid_block_type"])
+    )
+    text, wanted = _text_widths(config), _text_widths(teacher)
+    if attends and text != wanted:
+        found, teachers = (" or ".join(map(str, sorted(one))) for one in (text, wanted))
+        wrong.append(("cross_attention_dim", found, teachers))
+    if wrong:
+        name, found, teachers = wrong[0]
+        raise UnsupportedModelError(
+            f"asked to convert a ControlNet with {name} {found}; the teacher has {teachers}: give one that was "
+            "trained for this student's teacher"
+        )
+
+
+def _text_widths(config: Mapping[str, Any]) -> set[int]:
+    """Widths of the text as a model of ``config`` is given it."""
+    width = config.get("encoder_hid_dim") or config["cross_attention_dim"]
+    return set(width) if isinstance(width, (list, tuple)) else {width}
+
+
 def cut_controlnet(config: Mapping[str, Any], teacher: Outline, layout: Layout) -> ControlNetCut:
     """How the ControlNet of ``config``, made for ``teacher``, becomes one for the student of ``layout``.
 
@@ -95,6 +132,7 @@ def cut_controlnet(config: Mapping[str, Any], teacher: Outline, layout: Layout) 
             f"asked to convert a ControlNet whose stages have (layers, width) {_stages(full)}; the teacher has "
             f"{_stages(teacher.config)}: give one that was trained for this student's teacher"
         )
+    _check_shapes(full, teacher.config)
     stages = _stages(layout.config)
     layers = {number for number, _ in stages}
     if len(layers) != 1:

@@ -71,6 +71,12 @@ class ModelSource:
         return self.folder / "unet" if self.folder is not None and self.is_pipeline else self.folder
 
     @property
+    def places(self) -> tuple[Path, ...]:
+        """Where the model lies: what the user named, its folder and that of its U-Net; see ``refuse_to_replace``."""
+        named = Path(self.text).expanduser() if self.text else None
+        return tuple(path for path in (self.folder, self.unet_folder, named) if path is not None)
+
+    @property
     def unet_files(self) -> tuple[Path, ...]:
         """The safetensors files that together hold the weights of the U-Net; none where there is structure only."""
         return () if self.unet_folder is None else weight_files(self.unet_folder, self.variant)

@@ -16,6 +16,7 @@ from prune_lab.blocks import architecture_of
 from prune_lab.errors import ModelFormatError
 from prune_lab.families import Layout, meta_unet
 from prune_lab.models import weight_files
+from prune_lab.models.conversion import converted
 from prune_lab.plans import PruningPlan, native_layout
 from prune_lab.runtime import read_json
 
@@ -42,7 +43,8 @@ def materialise_from_files(
     """The smaller U-Net that ``plan`` leaves of the one with ``config`` and weights in the safetensors ``files``.
 
     Only surviving tensors are read. ``dtype`` converts each as it is read; ``None`` keeps the files' own. Raises
-    NonNativePlanError, or ModelFormatError when the weights do not fit the config.
+    NonNativePlanError, or ModelFormatError when the weights do not fit the config, are no finite numbers, or too large
+    for ``dtype``.
     """
     layout = native_layout(architecture_of(config), plan)
     with contextlib.ExitStack() as stack:
@@ -61,7 +63,7 @@ def materialise_from_files(
                     "fetch the model again"
                 )
             tensor: Tensor = homes[key].get_tensor(key)
-            return tensor if dtype is None else tensor.to(dtype)
+            return converted(key, tensor, dtype)
 
         return _assembled(layout, take)
 

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from prune_lab.errors import ModelFormatError
 from prune_lab.models import weight_files
+from prune_lab.models.conversion import converted
 from prune_lab.models.files import json_object
 from prune_lab.models.folders import variant_of_part
 from prune_lab.runtime import write_json
@@ -81,12 +82,8 @@ def copy_weights(files: Sequence[Path], target: Path, *, variant: str, dtype: to
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
             if dtype is not None:
-                tensors = {key: file.get_tensor(key) for key in keys}
-                converted = {
-                    key: tensor.to(dtype) if tensor.is_floating_point() else tensor
-                    for key, tensor in tensors.items()
-                }
-                save_file(converted, target / name, {"format": "pt"})
+                tensors = {key: converted(key, file.get_tensor(key), dtype) for key in keys}
+                save_file(tensors, target / name, {"format": "pt"})
         if dtype is None:
             shutil.copyfile(path, target / name)
         homes |= dict.fromkeys(keys, name)

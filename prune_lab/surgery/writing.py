@@ -16,10 +16,11 @@ from torch import Tensor
 from prune_lab.errors import StorageError, UnsupportedModelError
 from prune_lab.models import ModelSource, model_digest, weight_files
 from prune_lab.models.files import json_object
+from prune_lab.models.protection import refuse_to_replace
 from prune_lab.plans import PruningPlan
 from prune_lab.runtime import Environment, atomic_folder, write_json
 from prune_lab.surgery.building import materialise_from_files, predicted_shapes
-from prune_lab.surgery.parts import INDEX, copy_parts, copy_texts, copy_weights, write_config
+from prune_lab.surgery.parts import copy_parts, copy_texts, copy_weights, write_config
 from prune_lab.surgery.proof import (
     Original,
     Proof,
@@ -79,18 +80,6 @@ def original_of(source: ModelSource, plan: PruningPlan, dtype: torch.dtype | Non
     return Original(source.config, source.unet_files, plan.removed, dtype)
 
 
-def _refuse_to_replace(out: Path, *sources: Path) -> None:
-    """Raise StorageError where writing ``out`` would remove a folder that it is made from, or a part of one."""
-    place = Path(out).resolve()
-    for source in (path.resolve() for path in sources):
-        parts = json_object(source / INDEX) if (source / INDEX).is_file() else {}
-        inside = place.relative_to(source).parts if source in place.parents else ()
-        if place == source or place in source.parents or (inside and inside[0] in parts):
-            raise StorageError(
-                f"asked to write {out}, found there the model that it is made from ({source}); give another folder"
-            )
-
-
 def prune_pipeline(
     source: ModelSource,
     plan: PruningPlan,
@@ -126,7 +115,7 @@ def prune_pipeline(
         raise StorageError(
             f"asked for the variant {variant!r} in the names of files; give letters, digits, - and _, such as fp16"
         )
-    _refuse_to_replace(out, source.folder)
+    refuse_to_replace(out, *source.places)
     original = original_of(source, plan, dtype)
     with atomic_folder(out, force=force) as temporary:
         get_ready_to_prove()
@@ -177,7 +166,7 @@ def pipeline_with(
     loaded from ``out`` is compared with its own; ``finish`` adds to the folder before it gets its name. Raises
     StorageError when ``out`` holds something and ``force`` is not given, ProofError when what was written differs.
     """
-    _refuse_to_replace(out, unet_folder, *([source.folder] if source.folder else []))
+    refuse_to_replace(out, unet_folder, *source.places)
     files = weight_files(unet_folder)
     shapes, digest = _tensors_in(files)
     with atomic_folder(out, force=force) as temporary:
