@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from prune_lab.errors import DataError, UnsupportedModelError
+from prune_lab.errors import ConfigError, DataError, UnsupportedModelError
 from prune_lab.families import REFINER_TIME_IDS
 from prune_lab.models import ScorerInputs
-from prune_lab.probes import Probe, pipeline_conditions, predict, to_uint8
+from prune_lab.models.silence import quiet
+from prune_lab.probes import Probe, note_cut, pipeline_conditions, predict, to_uint8
 from prune_lab.runtime import atomic_folder, atomic_write, note_once, seeded, track
 
 
@@ -115,6 +116,16 @@ def _text_to_image(pipeline: Any) -> Any:
     return own
 
 
+def check_steps(pipeline: Any, steps: int, setting: str = "steps") -> None:
+    """Raise ConfigError when the scheduler of ``pipeline`` has fewer timesteps than ``steps``: it would draw noise."""
+    most = pipeline.scheduler.config.get("num_train_timesteps")
+    if most and steps > most:
+        raise ConfigError(
+            f"asked for {setting} = {steps:,}, found a scheduler of {most:,} timesteps, which has no more steps to "
+            f"draw in; give at most {most:,}, 25 are usual"
+        )
+
+
 def generate(
     pipeline: Any,
     prompts: Sequence[str],
@@ -132,16 +143,18 @@ def generate(
     Each image starts from the noise of its seed, drawn on the CPU, so it is the same for teacher and students and does
     not depend on batch or device. ``unet`` is used instead of the pipeline's own, which is put back. ``guidance`` is
     the scale of classifier-free guidance; 1 turns it off. Raises DataError when there is nothing to generate, or when
-    the images are not finite.
+    the images are not finite, ConfigError for more steps than the scheduler has.
     """
     if not prompts or not seeds:
         raise DataError(
             f"asked to generate images of {len(prompts)} prompts with {len(seeds)} seeds; give at least one of each"
         )
+    check_steps(pipeline, steps)
+    note_cut(pipeline, prompts, "prompts")
     pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
     batches = []
     drawing = drawing_of(pipeline)
-    with _pipeline_with(pipeline, unet) as given:
+    with quiet(), _pipeline_with(pipeline, unet) as given:
         own = _text_to_image(given) if drawing.as_text_to_image else given
         for start in track(range(0, len(pairs), batch), "generating", math.ceil(len(pairs) / batch)):
             texts, numbers = zip(*pairs[start : start + batch], strict=True)

@@ -59,6 +59,8 @@ def read_prompts(file: Path | str) -> Prompts:
                 raise DataError(f"asked for the prompts in {path}, found no prompts; {_REMEDY}")
             return Prompts(texts, ("",) * len(texts))
         frame = read_table(path)
+    except DataError:  # which is a ValueError
+        raise
     except OSError as error:
         raise DataError(
             f"asked for the prompts in {path}, cannot read it ({error.strerror or error}); {_REMEDY}"

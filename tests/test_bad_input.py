@@ -208,6 +208,23 @@ def test_a_budget_that_cannot_be_met_or_read(
         assert part in line
 
 
+@pytest.mark.parametrize(
+    "budget",
+    [
+        ("--latency", "nonsense"),
+        ("--latency", "0.7x@"),
+        ("--latency", "30GiB"),
+        ("--memory", "nonsense"),
+        ("--memory", "1e400GiB"),
+        ("--memory", "0.7x@cpu"),
+    ],
+)
+def test_a_budget_that_is_measured_is_read_before_any_work(
+    budget: tuple[str, str], pipeline: Path, tmp_path: Path
+) -> None:
+    assert budget[1] in refused(tmp_path, "run", pipeline, *budget, "--dry-run", "--device", "cpu")
+
+
 # Settings and runs -----------------------------------------------------------------------------------------------
 
 

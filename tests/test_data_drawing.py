@@ -268,6 +268,11 @@ def test_a_pipeline_that_needs_more_than_a_prompt_is_refused(name: str, needs: s
             "asked for data.crop of pictures that the model draws",
         ),
         (("--prompts", "gone.txt"), "No such file"),
+        (
+            ("--prompts", "default", "--steps", "2000"),
+            "asked for data.steps = 2,000, found a scheduler of 1,000 timesteps",
+        ),
+        (("--prompts", "default", "--seed", "-1"), "asked for --seed -1"),
     ],
 )
 def test_the_verb_refuses_before_any_work(

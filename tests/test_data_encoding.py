@@ -7,6 +7,7 @@ import io
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from training_images import CACHED, MANY, png_image
@@ -48,6 +49,21 @@ def test_pictures_of_other_modes_become_rgb_on_white_and_upright() -> None:
 
     assert saved(Image.new("RGBA", (4, 4), (255, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
     assert saved(Image.new("L", (4, 4), 7)).getpixel((0, 0)) == (7, 7, 7)
+    # 16 bits to 8: 65535 / 257 = 255
+    grey = np.array([[0, 257, 40000, 65535]])
+    for kind, pixels in (
+        ("PNG", grey.astype(np.uint16)),
+        ("PPM", grey.astype(np.int32)),
+        ("TIFF", grey.astype(np.uint16)),
+        ("TIFF", grey.astype(np.int32)),
+        ("TIFF", (grey / 65535).astype(np.float32)),
+        ("TIFF", (grey / 257).astype(np.float32)),
+    ):
+        row = np.asarray(saved(Image.fromarray(pixels), kind))
+        np.testing.assert_array_equal(row[0, :, 0], [0, 1, 156, 255])  # 40000 / 257 = 155.6
+        assert (row == row[..., :1]).all()
+    with pytest.raises(ValueError, match="from -5 to 70000"):
+        saved(Image.fromarray(np.array([[-5, 70000]], dtype=np.int32)), "TIFF")
     exif = Image.Exif()
     exif[0x0112] = 6  # lies on its side
     assert saved(Image.new("RGB", (4, 6)), "JPEG", exif=exif).size == (6, 4)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -363,3 +366,61 @@ def test_a_cell_holds_a_text_or_a_list_of_texts() -> None:
     assert texts_in("x") == ("x",)
     assert texts_in(["x", "y"]) == ("x", "y")
     assert [texts_in(cell) for cell in (None, 3, b"x", {"x": 1}, [], [1, "x"], float("nan"))] == [None] * 7
+
+
+@pytest.mark.parametrize("place", ["model", "model/cache", "found", "found/cache", "."])
+def test_data_are_not_written_among_the_model_or_the_pictures(
+    place: str, tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_pipeline_folder, tmp_path / "model")
+    beside(tmp_path / "found", ".txt")
+    before = sorted(tmp_path.rglob("*"))
+    verb = [
+        "data",
+        str(tmp_path / "model"),
+        "--data",
+        str(tmp_path / "found"),
+        "--out",
+        str(tmp_path / place),
+    ]
+    answer = CliRunner().invoke(app, [*verb, "--device", "cpu"])
+    assert (answer.exit_code, len(answer.stderr.splitlines())) == (2, 1), answer.output
+    assert f"asked to write the data to {tmp_path / place}, found" in answer.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_caption_in_other_bytes_costs_its_own_picture(tmp_path: Path) -> None:
+    beside(tmp_path / "found", ".txt")
+    (tmp_path / "found/1.txt").write_bytes(b"\xe9t\xe9")
+    source = open_source(str(tmp_path / "found"))
+    assert len(source) == 2
+    assert re.search(r"1\.png: .*1\.txt, found other bytes than UTF-8", "".join(source.left_out))
+
+
+def test_a_caption_that_is_too_long_is_one_note(
+    tiny_pipeline_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    beside(tmp_path / "found", ".txt")
+    (tmp_path / "found/1.txt").write_text("x " * 300)
+    heard: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    loggers = [logging.getLogger(name) for name in ("transformers", "diffusers")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    verb = [
+        "data",
+        str(tiny_pipeline_folder),
+        "--data",
+        str(tmp_path / "found"),
+        "--out",
+        str(tmp_path / "new"),
+    ]
+    try:
+        answer = CliRunner().invoke(app, [*verb, "--device", "cpu"])
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+    assert answer.exit_code == 0, answer.output
+    assert heard == []
+    assert "1 of 3 captions are cut off after the 16 tokens" in answer.stderr

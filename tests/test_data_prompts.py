@@ -117,3 +117,11 @@ def test_what_cannot_be_used_is_refused_in_one_line(
         read_prompts(tmp_path / name)
     with pytest.raises(DataError, match=r"cannot read it \(No such file"):
         read_prompts(tmp_path / "gone.txt")
+
+
+@pytest.mark.parametrize("content", [b"\n \n", b"\xff\x00\xd8"])
+def test_a_refusal_says_what_was_asked_once(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read_prompts(tmp_path / "a.txt")
+    assert str(caught.value).count("asked for") == 1

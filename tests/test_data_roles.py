@@ -17,10 +17,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from prune_lab.assets import load_pictures, reference_folder
-from prune_lab.config import RunConfig
-from prune_lab.distill import LatentCache, Subset
+from prune_lab.config import DataConfig, RunConfig
+from prune_lab.distill import LatentCache, Subset, draw_cache
 from prune_lab.errors import ConfigError, DataError
 from prune_lab.models import choose_scorer, of_shipped_family, resolve_model
+from prune_lab.prompts import Prompts
 from prune_lab.report.tables import read_run
 from prune_lab.session import data_roles, ensure_data, ensure_probe
 from prune_lab.workflow import Session, ensure_scores, start_run
@@ -206,3 +207,12 @@ def test_too_few_pictures_are_refused(
     session = Session(start_run(of_strangers(small_run_config(), str(few)), tmp_path / "run"))
     with pytest.raises(DataError, match="at least three images"):
         ensure_probe(session)
+
+
+def test_rows_of_a_finished_cache_have_its_size(
+    small_run_config: Callable[..., RunConfig], tiny_pipeline: Any, tmp_path: Path
+) -> None:
+    drawn = DataConfig(count=6, steps=1, resolution=48)
+    draw_cache(tiny_pipeline, Prompts(tuple("abcdef"), ("",) * 6), drawn, tmp_path / "cache")
+    run = start_run(of_strangers(small_run_config(), str(tmp_path / "cache")), tmp_path / "run")
+    assert [role.size for role in data_roles(Session(run)).roles] == [48, 48, 48, None]

@@ -18,7 +18,7 @@ from prune_lab.distill import (
     preview,
     source_of,
 )
-from prune_lab.errors import DataError, RunError
+from prune_lab.errors import DataError, RunError, StorageError
 from prune_lab.models import configured_model, load_pipeline
 from prune_lab.models.silence import quiet
 from prune_lab.processes import init_processes, is_main
@@ -34,6 +34,16 @@ def _check_pictures(source: str) -> None:
         )
 
 
+def _check_apart(out: Path, folder: Path, what: str) -> None:
+    """Raise StorageError when ``out`` is ``folder``, which holds ``what``, lies inside it, or holds it."""
+    mine, other = out.expanduser().resolve(), folder.expanduser().resolve()
+    if other.is_dir() and (mine.is_relative_to(other) or other.is_relative_to(mine)):
+        raise StorageError(
+            f"asked to write the data to {out}, found {what} in {folder}; give a folder beside it, such as "
+            f"{other.parent / (other.name + '-data')}"
+        )
+
+
 def _build(settings: RunConfig, out: Path, *, force: bool, pictures: int) -> CacheBuild | None:
     """The finished cache; None in all processes but the main one."""
     init_processes()  # first: it gives each process its GPU
@@ -43,6 +53,10 @@ def _build(settings: RunConfig, out: Path, *, force: bool, pictures: int) -> Cac
             f"asked for training data of {settings.model!r}, a {model.kind} without text encoder and VAE; "
             "give 'reference', a pipeline folder or a hub id"
         )
+    if model.folder is not None:
+        _check_apart(out, model.folder, "the model")
+    if settings.data.source:
+        _check_apart(out, Path(settings.data.source), "the pictures")
     source = prompts = None
     if settings.data.source:
         source = source_of(settings.data)
@@ -72,7 +86,7 @@ def data_table(settings: RunConfig, out: Path, *, force: bool = False, pictures:
 
     The pictures of ``data.source`` are encoded; where it is empty the model draws to ``data.prompts``. The first
     ``pictures`` of them are decoded to PNG. Raises DataError for pictures or prompts that cannot be read, RunError for
-    a model that cannot encode or draw.
+    a model that cannot encode or draw, StorageError for a folder that holds the model or the pictures, or lies in one.
     """
     if settings.data.source:
         _check_pictures(settings.data.source)

@@ -18,6 +18,7 @@ from prune_lab.config import (
     setting_named,
     with_settings,
 )
+from prune_lab.config.declaration import MOST
 from prune_lab.errors import ConfigError, RunError
 from prune_lab.processes import is_main
 from prune_lab.runs import open_run
@@ -102,6 +103,9 @@ def settings_of(
             "asked for a step without saying of which model; give MODEL, --config FILE.toml or --run DIR"
         )
     if "seed" in asked:
+        number, name = asked["seed"], "seed" if seed is None else "--seed"
+        if isinstance(number, int) and not 0 <= number <= MOST:
+            raise ConfigError(f"asked for {name} {number}; a seed is a whole number from 0 to {MOST}")
         seeds = (name for name in SETTINGS if name.endswith(".seed"))
         asked = dict.fromkeys(seeds, asked["seed"]) | asked
     return with_settings(settings, asked)

@@ -32,6 +32,7 @@ from prune_lab.distill.image_source import ImageSource
 from prune_lab.distill.sharding import CacheBuild, ShardContent, ShardPlan, build_shards
 from prune_lab.distill.sources import source_of
 from prune_lab.errors import DataError
+from prune_lab.probes import note_cut
 from prune_lab.prompts import read_prompts
 
 
@@ -106,6 +107,7 @@ def build_cache(
     As ``sharding.build_shards`` says: by all processes of an ``accelerate launch``, resumable, and a cache of other
     provenance is refused unless ``force``.
     """
+    note_cut(pipeline, source.captions, "captions")
     plan = ShardPlan(
         source.title,
         provenance_of(pipeline, source, settings),

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ from prune_lab.distill.cache import LatentCache
 from prune_lab.distill.encoding import encode_texts, encoders_digest, image_side
 from prune_lab.distill.sharding import CacheBuild, ShardContent, ShardPlan, build_shards
 from prune_lab.errors import DataError, UnsupportedModelError
-from prune_lab.evaluation import save_pictures
+from prune_lab.evaluation import check_steps, save_pictures
 from prune_lab.models.silence import quiet
-from prune_lab.probes import decode_latents
+from prune_lab.probes import decode_latents, note_cut
 from prune_lab.prompts import Prompts
-from prune_lab.runtime import generator_for, note, tensors_digest, track
+from prune_lab.runtime import generator_for, tensors_digest, track
 
 _LEAST_SHARD = 16  # pictures per file at least; a stop loses no more, or no more than 1/256 of all
 _LATENT_PIXELS = 64 * 64  # drawn at a time on a CPU, which gains nothing from more at once
@@ -97,18 +97,6 @@ def _side_of(pipeline: Any, settings: DataConfig) -> int:
     return settings.resolution or image_side(pipeline)
 
 
-def _note_cut(pipeline: Any, texts: Sequence[str]) -> None:
-    """Say how many of ``texts`` are longer than the text encoder reads."""
-    with quiet():
-        lengths = map(len, pipeline.tokenizer(list(texts)).input_ids)
-    most = pipeline.tokenizer.model_max_length
-    cut = sum(length > most for length in lengths)
-    if cut:
-        note(
-            f"{cut:,} of {len(texts):,} prompts are cut off after the {most} tokens that the text encoder reads"
-        )
-
-
 def _provenance(pipeline: Any, prompts: Prompts, settings: DataConfig, shard: int) -> dict[str, str | int]:
     scheduler, unet = pipeline.scheduler, pipeline.unet
     own = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
@@ -143,6 +131,7 @@ def draw_cache(
     than a prompt.
     """
     check_draws_from_text(type(pipeline))
+    check_steps(pipeline, settings.steps, "data.steps")
     side, count = _side_of(pipeline, settings), settings.count
     shard = min(settings.shard, max(_LEAST_SHARD, count // 256))
     shown = drawn_prompts(prompts, count, settings.seed)
@@ -156,13 +145,12 @@ def draw_cache(
         shown_chunks = track(chunks, "pictures", unit="pictures", per=min(most, len(rows)))
         latents = torch.cat([_draw(pipeline, shown.texts, chunk, side, settings) for chunk in shown_chunks])
         texts, kinds = shown.texts[rows.start : rows.stop], shown.kinds[rows.start : rows.stop]
-        with quiet():
-            embeddings, added = encode_texts(pipeline, texts, (side, side), batch=settings.batch)
+        embeddings, added = encode_texts(pipeline, texts, (side, side), batch=settings.batch)
         tensors = {"mean": latents[:, None], "embeddings": embeddings}
         tensors |= {f"added.{name}": tensor for name, tensor in added.items()}
         return ShardContent(tensors, {"captions": texts, "kinds": kinds})
 
-    _note_cut(pipeline, shown.texts)
+    note_cut(pipeline, shown.texts, "prompts")
     plan = ShardPlan(
         f"pictures that the model draws for {len(prompts.texts):,} prompts",
         _provenance(pipeline, prompts, settings, shard),

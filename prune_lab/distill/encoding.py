@@ -25,6 +25,7 @@ from prune_lab.errors import DataError
 from prune_lab.probes import (
     encode_captions,
     encode_pictures,
+    note_cut,
     picture_names,
     picture_rows,
     pipeline_conditions,
@@ -45,10 +46,33 @@ def image_side(pipeline: Any) -> int:
     return int(pipeline.unet.config.sample_size) * int(pipeline.vae_scale_factor)
 
 
+def _eight_bits(image: Image.Image, kind: str) -> Image.Image:
+    """A grey image of more than 8 bits a pixel, from a file of this ``kind``, in 8 bits, which Pillow would cut off.
+
+    Integers are of 16 bits (65535 is white). Floats go to 1, or to 255 where any is above 1; so do the 32-bit integers
+    of a TIFF, to 255 unless any is above that. Raises ValueError for other numbers.
+    """
+    values = np.asarray(image).astype(np.float64)
+    low, high = values.min(), values.max()
+    if image.mode == "F":
+        white = 1 if high <= 1 else 255
+    else:
+        white = 255 if image.mode == "I" and kind == "TIFF" and high <= 255 else 65535
+    if not 0 <= low <= high <= white:  # nan, too
+        raise ValueError(f"its grey values go from {low:g} to {high:g}; save it with 8 or 16 bits")
+    grey = np.round(values * (255 / white)).astype(np.uint8)
+    key = image.info.get("transparency")
+    if isinstance(key, int):  # the one value that is transparent
+        grey[values == key] = 255
+    return Image.fromarray(grey)
+
+
 def decode_image(content: bytes) -> Image.Image:
     """The image in a file: upright, RGB, on white where it is transparent. Raises one of UNREADABLE."""
     with Image.open(io.BytesIO(content)) as file:
         image = ImageOps.exif_transpose(file)
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            image = _eight_bits(image, file.format or "")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -254,6 +278,7 @@ class LiveData:
     def of(cls, pipeline: Any, source: ImageSource, settings: DataConfig) -> LiveData:
         """The images of ``source``, to be encoded by ``pipeline``."""
         key = key_of(provenance_of(pipeline, source, settings) | {"format": "none", "shard": 0})
+        note_cut(pipeline, source.captions, "captions")
         channels = int(pipeline.vae.config.latent_channels)
         empty = encode_empty_caption(pipeline)
         return cls(pipeline, source, settings, settings.num_variants, channels, key, *empty)

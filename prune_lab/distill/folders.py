@@ -182,7 +182,10 @@ def _from_tables(tables: Sequence[Path], files: _Files, settings: DataConfig) ->
 
 
 def _text_beside(beside: Mapping[str, Path], settings: DataConfig) -> tuple[str, ...] | None:
-    """The captions of an image in the files ``beside`` it; None where there are none."""
+    """The captions of an image in the files ``beside`` it; None where there are none.
+
+    Raises ValueError that names a file of other bytes than UTF-8.
+    """
     for ending in _BESIDE:
         path = beside.get(ending)
         if path is None:
@@ -190,9 +193,7 @@ def _text_beside(beside: Mapping[str, Path], settings: DataConfig) -> tuple[str,
         try:
             text = decode_text(path.read_bytes())
         except UnicodeDecodeError:
-            raise DataError(
-                f"asked for the caption in {path}, found other bytes than UTF-8 text; write it again"
-            ) from None
+            raise ValueError(f"asked for the caption in {path}, found other bytes than UTF-8 text") from None
         if ending != ".json":
             return (text.strip(),)
         try:
@@ -226,7 +227,11 @@ def _from_neighbours(files: _Files, settings: DataConfig) -> _Found:
     repeats = _repeats(list(files.images.values()))
     for image in files.images.values():
         beside = files.beside(image)
-        texts = _text_beside(beside, settings)
+        try:
+            texts = _text_beside(beside, settings)
+        except ValueError as error:
+            found.left_out.append(f"{image}: {error}")
+            continue
         if texts is None:
             odd = next((path.name for path in beside.values()), "")
             found.left_out.append(

@@ -15,6 +15,7 @@ from prune_lab.probes.encoding import (
     encode_captions,
     encode_pictures,
     noise_schedule,
+    note_cut,
     to_uint8,
     training_target,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "load_probe",
     "make_probe",
     "noise_schedule",
+    "note_cut",
     "picture_names",
     "picture_rows",
     "pipeline_conditions",

@@ -10,6 +10,8 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from prune_lab.errors import DataError, UnsupportedModelError
+from prune_lab.models.silence import quiet
+from prune_lab.runtime import note_once
 
 
 def _finite(tensor: Tensor, what: str) -> Tensor:
@@ -82,13 +84,28 @@ def _encoded(pipeline: Any, captions: list[str]) -> tuple[Any, ...]:
     return (answer,) if isinstance(answer, Tensor) else answer
 
 
+def note_cut(pipeline: Any, texts: Sequence[str], what: str) -> None:
+    """Say once how many of ``texts``, which are called ``what``, are longer than the text encoder reads."""
+    tokenizer = getattr(pipeline, "tokenizer", None) or getattr(pipeline, "tokenizer_2", None)
+    if tokenizer is None:
+        return
+    most, cut = tokenizer.model_max_length, 0
+    with quiet():
+        for start in range(0, len(texts), 1024):  # millions of captions at once would fill the memory
+            cut += sum(len(ids) > most for ids in tokenizer(list(texts[start : start + 1024])).input_ids)
+    if cut:
+        note_once(
+            f"{cut:,} of {len(texts):,} {what} are cut off after the {most} tokens that the text encoder reads"
+        )
+
+
 def encode_captions(
     pipeline: Any, captions: Sequence[str], *, batch: int = 32
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Text embeddings (N, L, D) and, for SDXL, ``{"text_embeds": (N, P)}``, float32 on the CPU."""
     pooled: list[Tensor] = []
     embeddings: list[Tensor] = []
-    with torch.no_grad():
+    with torch.no_grad(), quiet():  # of captions that are too long ``note_cut`` speaks, once
         for start in range(0, len(captions), batch):
             answer = _encoded(pipeline, list(captions[start : start + batch]))
             embeddings.append(answer[0].float().cpu())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prune_lab.search.budgets import (
     Budget,
+    check_budget_text,
     parse_budget,
     service_named,
     split_budgets,
@@ -40,6 +41,7 @@ __all__ = [
     "Quota",
     "SearchResult",
     "bk_control",
+    "check_budget_text",
     "check_reachable",
     "controls_at",
     "evolve_plans",

@@ -79,6 +79,64 @@ _NUMBER = re.compile(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """A budget as it is written, before any cost is known: one of share, amount and plan is its limit."""
+
+    metric: Metric
+    text: str
+    share: Decimal | None = None  # of the teacher's cost
+    amount: Decimal | None = None
+    plan: PruningPlan | None = None
+
+
+def _read(text: str, architecture: Architecture) -> _Words:
+    plain, service = split_service(text)
+    match = re.fullmatch(r"\s*([\w-]+)\s*<=\s*(?:as:)?\s*(.+?)\s*", plain)
+    metric = _NAMES.get(match[1].replace("-", "_")) if match else None
+    if "@" in text and metric and metric != "latency_ms":
+        raise BudgetError(
+            f"cannot use the budget {text!r}: only a latency depends on a service; leave @{service} out"
+        )
+    if "@" in text and not service:
+        raise BudgetError(
+            f"cannot read the budget {text!r}: nothing stands after @; leave it out, or write device, number format, "
+            "pixels, batch=N or tokens=N, as in 0.7x@float16,512,batch=1"
+        )
+    if not match or metric is None:
+        raise BudgetError(
+            f"cannot read the budget {text!r}; write params, macs, paper_macs, latency or memory, then <= and a share, "
+            "a number or a plan, for example 'macs<=66%', 'params<=482346884', 'latency<=0.7x' or 'params<=bk-small'"
+        )
+    value = match[2]
+    words = f"{metric}<={value}{f'@{service}' if service else ''}"
+    number = re.fullmatch(_NUMBER, value)
+    amount = Decimal(re.sub("[_,]", "", number[1])) if number else Decimal(0)
+    units = _UNITS[metric]
+    if number and not number[2] and 0 < amount < 1 and metric != "latency_ms":  # 0.5 ms is a time
+        raise BudgetError(
+            f"cannot use the budget {text!r}: {value} is a share without its unit; "
+            f"write {(100 * amount).normalize():f}% or {value}x"
+        )
+    if number and number[2] in ("%", "x"):
+        return _Words(metric, words, share=amount / (100 if number[2] == "%" else 1))
+    if number and number[2] in units:
+        return _Words(metric, words, amount=amount * units[number[2]])
+    try:
+        return _Words(metric, words, plan=parse_plan(value, architecture))
+    except PruneLabError as error:
+        known = ", ".join(filter(None, units))
+        raise BudgetError(
+            f"cannot read {value!r} in the budget {text!r} as a share or a number (with {known} or nothing after "
+            f"it), and as a plan: {error}"
+        ) from None
+
+
+def check_budget_text(text: str, architecture: Architecture) -> None:
+    """Raise BudgetError for a budget that ``parse_budget`` cannot read, whatever was measured."""
+    _read(text, architecture)
+
+
 def parse_budget(text: str, architecture: Architecture, costs: CostTable) -> Budget:
     """The budget that ``text`` describes: ``macs<=66%``, ``params<=482346884`` or ``params<=bk-small``.
 
@@ -88,44 +146,17 @@ def parse_budget(text: str, architecture: Architecture, costs: CostTable) -> Bud
     their like). What stands after ``@`` in a budget on latency is the service that ``costs`` were measured at
     (``service_named``). Raises BudgetError for anything else, and for latency or memory that was not measured.
     """
-    plain, service = split_service(text)
-    match = re.fullmatch(r"\s*([\w-]+)\s*<=\s*(?:as:)?\s*(.+?)\s*", plain)
-    metric = _NAMES.get(match[1].replace("-", "_")) if match else None
-    if service and metric and metric != "latency_ms":
-        raise BudgetError(
-            f"cannot use the budget {text!r}: only a latency depends on a service; leave @{service} out"
-        )
-    if not match or metric is None:
-        raise BudgetError(
-            f"cannot read the budget {text!r}; write params, macs, paper_macs, latency or memory, then <= and a share, "
-            "a number or a plan, for example 'macs<=66%', 'params<=482346884', 'latency<=0.7x' or 'params<=bk-small'"
-        )
-    value, at = match[2], f"@{service}" if service else ""
-    total = costs.total.amount(metric)
-    number = re.fullmatch(_NUMBER, value)
-    amount = Decimal(re.sub("[_,]", "", number[1])) if number else Decimal(0)
-    units = _UNITS[metric]
+    words = _read(text, architecture)
+    metric, total = words.metric, costs.total.amount(words.metric)
     limit: Decimal | int | float
-    if number and not number[2] and 0 < amount < 1 and metric != "latency_ms":  # 0.5 ms is a time
-        raise BudgetError(
-            f"cannot use the budget {text!r}: {value} is a share without its unit; "
-            f"write {(100 * amount).normalize():f}% or {value}x"
-        )
-    if number and number[2] in ("%", "x"):
-        limit = amount * Decimal(total) / (100 if number[2] == "%" else 1)
-    elif number and number[2] in units:
-        limit = amount * units[number[2]]
+    if words.share is not None:
+        limit = words.share * Decimal(total)
+    elif words.amount is not None:
+        limit = words.amount
     else:
-        try:
-            plan = parse_plan(value, architecture)
-        except PruneLabError as error:
-            known = ", ".join(filter(None, units))
-            raise BudgetError(
-                f"cannot read {value!r} in the budget {text!r} as a share or a number (with {known} or nothing after "
-                f"it), and as a plan: {error}"
-            ) from None
-        limit = costs.of(plan).amount(metric)
-    return Budget(metric, math.floor(limit) if metric in COUNTED else float(limit), f"{metric}<={value}{at}")
+        assert words.plan is not None
+        limit = costs.of(words.plan).amount(metric)
+    return Budget(metric, math.floor(limit) if metric in COUNTED else float(limit), words.text)
 
 
 def within(plan: PruningPlan, budgets: Sequence[Budget], costs: CostTable) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from prune_lab.distill import LatentCache
 from prune_lab.models import of_shipped_family
 from prune_lab.processes import is_main
 from prune_lab.runtime import note, read_json, write_json
@@ -46,6 +47,12 @@ def _side(session: Session) -> int | None:
     return int(size) * int(vae) if isinstance(size, int) else None
 
 
+def _own_side(session: Session) -> int | None:
+    """Pixels of the side of the user's own pictures: as the model takes them, or as their cache holds them."""
+    rows = session.own.rows
+    return int(rows.provenance["side"]) if isinstance(rows, LatentCache) else _side(session)
+
+
 def _probe(session: Session) -> Role:
     settings, side = session.config.probe, _side(session)
     if settings.prompts:
@@ -55,7 +62,8 @@ def _probe(session: Session) -> Role:
         case "shipped":
             return Role("probe", _shipped(session, "held-out"), settings.samples, side)
         case "own":
-            return Role("probe", session.config.data.source, len(session.own.split.probe), side)
+            count = len(session.own.split.probe)
+            return Role("probe", session.config.data.source, count, _own_side(session))
         case _:
             count = len(session.prompt_parts.probe.texts)
             return Role("probe", f"drawn by the model in {settings.steps} steps", count, side)
@@ -74,7 +82,7 @@ def _data(session: Session) -> tuple[Role, Role]:
         learnt, kept = _shipped(session, "training"), _shipped(session, "held-out")
         return Role("train", learnt, count, side), Role("validate", kept, most, side)
     if session.data_origin == "own":
-        split, source = session.own.split, settings.source
+        split, source, side = session.own.split, settings.source, _own_side(session)
         return Role("train", source, len(split.train), side), Role(
             "validate", source, len(split.validate), side
         )

@@ -9,6 +9,7 @@ import pandas as pd
 
 from prune_lab.config import RunConfig, changed_settings
 from prune_lab.errors import ConfigError
+from prune_lab.evaluation import check_steps
 from prune_lab.models import resolve_model
 from prune_lab.ranking import Ranking
 from prune_lab.runs import load_run_config, open_run
@@ -25,6 +26,11 @@ def check_settings(session: Session) -> None:
     """Raise the errors of settings that later steps would raise, before hours are spent on earlier ones."""
     config = session.config
     _ = session.device, session.dtype, service_of(session), session.pipeline, session.scorer
+    drawing = {"evaluate.steps": config.evaluate.steps}
+    if session.data_origin == "drawn":
+        drawing |= {"data.steps": config.data.steps, "probe.steps": config.probe.steps}
+    for name, steps in drawing.items():
+        check_steps(session.pipeline, steps, name)
     criteria_of(session)
     score_groups_of(session)
     check_controls(config)

@@ -15,6 +15,7 @@ from prune_lab.profiling import Service, cost_table, read_service
 from prune_lab.runtime import note
 from prune_lab.search import (
     Constraints,
+    check_budget_text,
     check_reachable,
     named_plans,
     parse_budget,
@@ -130,7 +131,9 @@ def check_budgets(config: RunConfig) -> None:
     architecture = source.architecture
     costs, constraints = cost_table(architecture), constraints_of(config)
     for text in budgets_of(config, architecture):
-        # latency and memory have to be measured first and are checked then
+        for one in split_budgets(text):
+            check_budget_text(one, architecture)
+        # latency and memory have to be measured first: whether a plan meets them is seen then
         counted = [one for one in split_budgets(text) if not re.match(r"\s*(latency|memory)", one)]
         budgets = [parse_budget(one, architecture, costs) for one in counted]
         check_reachable(architecture, costs, budgets, constraints=constraints)
