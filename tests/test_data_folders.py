@@ -153,11 +153,12 @@ def test_columns_can_be_named_for_a_folder_too(tmp_path: Path) -> None:
         "path,image,prompt,caption",
         *(f"x{row},{row}.png,{text!r},other" for row, text in enumerate("abc")),
     ]
-    table(tmp_path, "list.csv", lines)
+    folder = tmp_path / "found"  # the data may not lie among the pictures
+    table(folder, "list.csv", lines)
     for row in range(3):
-        (tmp_path / f"{row}.txt").write_text("beside")
-    assert open_source(str(tmp_path)).captions == ("beside",) * 3
-    source = open_source(str(tmp_path), image_column="Image", caption_column="prompt")
+        (folder / f"{row}.txt").write_text("beside")
+    assert open_source(str(folder)).captions == ("beside",) * 3
+    source = open_source(str(folder), image_column="Image", caption_column="prompt")
     assert source.captions == ("'a'", "'b'", "'c'")
     found = CliRunner().invoke(
         app,
@@ -166,7 +167,7 @@ def test_columns_can_be_named_for_a_folder_too(tmp_path: Path) -> None:
                 "data",
                 "reference",
                 "--data",
-                str(tmp_path),
+                str(folder),
                 "--out",
                 str(tmp_path / "cache"),
                 "--device",
