@@ -12,12 +12,20 @@ from diffusers import ModelMixin
 
 from prune_lab.blocks import Architecture
 from prune_lab.errors import RunError
+from prune_lab.families import plain_config
 from prune_lab.models import ModelSource, load_unet, model_digest, resolve_model
 from prune_lab.plans import PruningPlan, plan_from_json
 from prune_lab.profiling import ComparedLatency, Profile, Service, profile, profile_from_dict
 from prune_lab.runs import CandidatePaths
 from prune_lab.runtime import Environment, pick_dtype, read_json, write_json
-from prune_lab.surgery import Original, materialise, materialise_from_folder, original_of, save_unet
+from prune_lab.surgery import (
+    TEACHER,
+    Original,
+    materialise,
+    materialise_from_folder,
+    original_of,
+    save_unet,
+)
 
 State = Literal["pruned", "repaired", "distilled"]
 
@@ -110,7 +118,11 @@ def build_candidate(
                 if unet_folder is None
                 else materialise_from_folder(unet_folder, plan, variant=teacher.variant)
             )
-            provenance = {**teacher.origin, "source_digest": model_digest(teacher)}
+            provenance = {
+                **teacher.origin,
+                "source_digest": model_digest(teacher),
+                TEACHER: plain_config(teacher.config),
+            }
             original = original_of(teacher, plan) if unet_folder else None
         else:
             student = materialise(teacher, plan)

@@ -580,19 +580,19 @@ def test_usage_errors_exit_2(arguments: list[str]) -> None:
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(_: str) -> None:
+    def broken(_: object) -> None:
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr("prune_lab.models.resolve_model", broken)
+    monkeypatch.setattr("prune_lab.api.workplace.configured_model", broken)
     with pytest.raises(ZeroDivisionError, match="ours"):
         answer("blocks", "sd-v1.4")
 
 
 def test_an_interrupt_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(_: str) -> None:
+    def interrupted(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("prune_lab.models.resolve_model", interrupted)
+    monkeypatch.setattr("prune_lab.api.workplace.configured_model", interrupted)
     result = answer("blocks", "sd-v1.4", code=130)
     assert "same command again" in result.stderr
 

@@ -235,6 +235,7 @@ def test_every_setting_says_what_it_means_and_who_reads_it() -> None:
     assert [name for name, setting in SETTINGS.items() if setting.free] == [
         *("distill.checkpoint_every", "distill.micro_batch", "distill.together", "distill.trackers"),
         *("distill.grid_every", "engine.address", "engine.storage", "engine.cpus"),
+        "profile.anew",
     ]
     assert SETTINGS["distill.seed"].read_by == "data"
     assert SETTINGS["evaluate.guidance"].read_by == "shares"

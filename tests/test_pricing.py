@@ -725,7 +725,11 @@ def test_compiled_blocks_are_those_of_a_shell(
     tiny_unet: Any, tiny: Architecture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: list[Any] = []
-    monkeypatch.setattr(torch.nn.Module, "compile", compiled.append)
+
+    def record(module: Any) -> None:
+        compiled.append(module)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", record)
     own = set(map(id, tiny_unet.modules()))
     plan = parse_plan("bk-tiny", tiny)
     table = measure_latency_table(

@@ -15,7 +15,7 @@ from prune_lab.blocks import blocks_frame
 from prune_lab.errors import UnsupportedModelError
 from prune_lab.export.compatibility import compatibility
 from prune_lab.export.snippets import snippet_for
-from prune_lab.export.students import TEACHER, Student, provenance_in, unet_folder_in
+from prune_lab.export.students import Student, provenance_in, unet_folder_in
 from prune_lab.families import meta_unet, plain_config
 from prune_lab.models import ModelSource, weight_files
 from prune_lab.models.files import json_object
@@ -26,6 +26,7 @@ from prune_lab.report import LIGHT, PlanRow, block_map_frame, draw_plan_maps, pl
 from prune_lab.report.figures import freeze_layout, save_png
 from prune_lab.report.format import amount, count, percent_change
 from prune_lab.runtime import write_json, write_text
+from prune_lab.surgery import TEACHER
 
 CARD, MAP = "README.md", "block_map.png"
 _LICENCE = ("license", "license_name", "license_link")  # what a card says of it

@@ -13,8 +13,7 @@ from prune_lab.models import preset_config, resolve_model
 from prune_lab.models.files import json_object
 from prune_lab.models.sources import PRESETS
 from prune_lab.plans import PruningPlan, native_layout, plan_from_json, read_plans
-
-TEACHER = "teacher_config"  # in provenance.json: the structure of the model that was pruned
+from prune_lab.surgery import TEACHER
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from prune_lab.surgery.building import materialise, materialise_from_folder
 from prune_lab.surgery.bypass import Bypass, bypassed, stand_in_for
 from prune_lab.surgery.proof import Original, Proof, digest_of, get_ready_to_prove, prove
-from prune_lab.surgery.writing import original_of, pipeline_with, prune_pipeline, save_unet
+from prune_lab.surgery.writing import TEACHER, original_of, pipeline_with, prune_pipeline, save_unet
 
 __all__ = [
+    "TEACHER",
     "Bypass",
     "Original",
     "Proof",

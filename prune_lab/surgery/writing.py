@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from prune_lab.errors import StorageError, UnsupportedModelError
+from prune_lab.families import plain_config
 from prune_lab.models import ModelSource, model_digest, weight_files
 from prune_lab.models.files import json_object
 from prune_lab.models.protection import refuse_to_replace
@@ -32,6 +33,7 @@ from prune_lab.surgery.proof import (
 
 _UNET = "unet"  # the folder of the U-Net in a pipeline
 _PLAN, _PROVENANCE = "plan.json", "provenance.json"
+TEACHER = "teacher_config"  # in provenance.json: the structure of the model that was pruned
 
 Plan: TypeAlias = PruningPlan | Mapping[str, object] | None  # as it is, as JSON holds it, or not known
 
@@ -109,6 +111,7 @@ def prune_pipeline(
         "source_digest": model_digest(source),
         "plan": plan.text,
         "plan_id": plan.id,
+        TEACHER: plain_config(source.config),
         "environment": Environment.capture().as_dict(),
     }
     if variant and not re.fullmatch(r"[\w-]+", variant):
