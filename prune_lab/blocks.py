@@ -189,7 +189,7 @@ def _canonical(config: Mapping[str, Any]) -> str:
 def _architecture_of_config(canonical: str, tokens: int) -> Architecture:
     model = meta_unet(json.loads(canonical))
     outline = outline_of(model)
-    latent = UNKNOWN_LATENT if outline.config.get("sample_size") is None else None
+    latent = UNKNOWN_LATENT if outline.config.get("sample_size", "its own") is None else None
     count = functools.cache(functools.partial(count_macs, outline.config, latent=latent, tokens=tokens))
     params = {
         path: sum(parameter.numel() for parameter in module.parameters())

@@ -409,6 +409,7 @@ def test_the_result_on_disk_is_the_averaged_student(
         "config.json",
         "diffusion_pytorch_model.safetensors",
         "heldout.csv",
+        "provenance.json",
         "recovery.csv",
         "recovery.json",
     ]

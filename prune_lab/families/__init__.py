@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_lab.errors import UnsupportedModelError
+from prune_lab.families.configs import looks_like_a_unet, picture_scale
 from prune_lab.families.family import (
     CLASS_NAME,
     Condition,
@@ -51,8 +52,10 @@ __all__ = [
     "known_conditions",
     "latent_channels",
     "latent_shape",
+    "looks_like_a_unet",
     "meta_unet",
     "outline_of",
+    "picture_scale",
     "plain_config",
     "takes_guidance",
 ]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab.errors import ModelFormatError, UnsupportedModelError
-from prune_lab.families import CLASS_NAME, FAMILIES
+from prune_lab.families import CLASS_NAME, FAMILIES, looks_like_a_unet
 from prune_lab.models.files import PICKLED, is_lfs_pointer, json_object, variants_among
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors")
@@ -125,8 +125,11 @@ def refuse_config(path: Path, config: Mapping[str, Any]) -> None:
         found, remedy = "the config of an adapter (PEFT)", "give the model that it was made for"
     else:
         found = f"no {CLASS_NAME}"
-        near = "down_block_types" in config or "block_out_channels" in config
-        why = "if it is that of a U-Net, add" if near else "give the config.json of a U-Net, which has"
+        why = (
+            "if it is that of a U-Net, add"
+            if looks_like_a_unet(config)
+            else "give the config.json of a U-Net, which has"
+        )
         remedy = f'{why} "{CLASS_NAME}": "{next(iter(FAMILIES))}"; {remedy}'
     raise UnsupportedModelError(f"asked for a U-Net, found {found} in {path}; {remedy}")
 

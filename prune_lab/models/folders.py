@@ -117,13 +117,11 @@ def checked_pipeline(index: Path, variant: str = "") -> tuple[dict[str, Any], st
     for part, value in components.items():
         if len(value) != 2 or part_class(*value) is None:
             raise UnsupportedModelError(
-                f"{index} wants code of its own for {part} ({value}), which is never run here; supported are "
+                f"{index} wants code of its own for {part!r} ({value}), which is never run here; supported are "
                 "pipelines made of diffusers and transformers classes"
             )
         if not (index.parent / part).is_dir():
-            raise ModelFormatError(
-                f"{index} lists {part}, but {index.parent / part} is not there; fetch it again"
-            )
+            raise ModelFormatError(f"{index} lists {part!r}, but it is not there; fetch it again")
         refuse_pointers(index.parent / part)
     if "unet" not in components:
         raise ModelFormatError(f"{index} lists no unet; fetch it again")

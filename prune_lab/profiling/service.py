@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from prune_lab.errors import BudgetError, ConfigError, DeviceError
-from prune_lab.families import latent_shape
+from prune_lab.families import latent_shape, picture_scale
 from prune_lab.models import ModelSource
 from prune_lab.runtime import pick_device, pick_dtype, read_json
 
@@ -23,8 +23,7 @@ def pixels_per_latent(source: ModelSource) -> int:
     if vae is None or not source.is_pipeline or not vae.is_file():
         return PIXELS
     config = read_json(vae)
-    levels = config.get("block_out_channels") if isinstance(config, dict) else None
-    return int(2 ** (len(levels) - 1)) if levels else PIXELS
+    return (picture_scale(config) if isinstance(config, dict) else None) or PIXELS
 
 
 def latent_of_pixels(pixels: int, source: ModelSource) -> int:
