@@ -160,7 +160,7 @@ def test_distill_under_accelerate_launch_prints_and_writes_once(
     refused = launched(2, prune_lab_command, "blocks", "reference")
     assert refused.returncode != 0
     assert refused.stdout == ""
-    assert "error: asked to blocks in 2 processes; only cache and distill share their work" in refused.stderr
+    assert "error: asked to blocks in 2 processes; only data and distill share their work" in refused.stderr
 
 
 # What is refused, and what is shipped -------------------------------------------------------------------------------
