@@ -248,7 +248,7 @@ def test_a_tournament_that_asks_for_clip_reads_how_pictures_are_drawn(
 def test_a_seed_beyond_64_bits_is_refused(seed: int, tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     for verb in (("score", tiny_pipeline_folder), ("run", tiny_pipeline_folder)):
         found = answer(*verb, "--seed", seed, "--run", tmp_path / "run", code=2)
-        assert "what 64 bits hold" in found.stderr
+        assert f"asked for --seed {seed}; a seed is a whole number from 0 to {2**63 - 1}" in found.stderr
     assert not (tmp_path / "run").exists()
 
 
