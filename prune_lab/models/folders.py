@@ -115,13 +115,16 @@ def checked_pipeline(index: Path, variant: str = "") -> tuple[dict[str, Any], st
     _check_class(index, parts)
     components = pipeline_parts(parts)
     for part, value in components.items():
+        named = part if part.isidentifier() else repr(part)  # a message is one line, whatever the index holds
         if len(value) != 2 or part_class(*value) is None:
             raise UnsupportedModelError(
-                f"{index} wants code of its own for {part!r} ({value}), which is never run here; supported are "
+                f"{index} wants code of its own for {named} ({value}), which is never run here; supported are "
                 "pipelines made of diffusers and transformers classes"
             )
         if not (index.parent / part).is_dir():
-            raise ModelFormatError(f"{index} lists {part!r}, but it is not there; fetch it again")
+            raise ModelFormatError(
+                f"{index} lists {named}, but {index.parent / named} is not there; fetch it again"
+            )
         refuse_pointers(index.parent / part)
     if "unet" not in components:
         raise ModelFormatError(f"{index} lists no unet; fetch it again")
