@@ -339,7 +339,8 @@ def test_any_entry_of_an_index_is_read_or_refused_politely(
 
 @given(text=st.text(max_size=30))
 def test_any_name_is_found_or_refused_politely(text: str) -> None:
-    what_is_said_of(text)
+    said = what_is_said_of(text)
+    assert "\n" not in said.replace(text, "")
 
 
 def test_utf_16_without_a_mark_is_no_traceback(pipeline: Path) -> None:

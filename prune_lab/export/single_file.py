@@ -36,6 +36,7 @@ from prune_lab.models import ModelSource, weight_files
 from prune_lab.models.clip_vocabulary import NUM_TOKENS
 from prune_lab.models.conversion import converted
 from prune_lab.models.files import read_header
+from prune_lab.models.parts import modern_name
 from prune_lab.models.protection import refuse_to_replace
 from prune_lab.models.single_file import TOKENIZER_FILES
 from prune_lab.runtime import atomic_write, bytes_text, read_json, track
@@ -124,12 +125,7 @@ def _begins(path: Path) -> dict[str, int]:
 
 def _modern(key: str) -> str:
     """The name that the classes of today give a tensor: older files of a VAE or a text encoder have others."""
-    if ".attentions." in key and key.startswith(("encoder.", "decoder.")):
-        names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-        module, kind = key.rsplit(".", 1)
-        parent, _, layer = module.rpartition(".")
-        return f"{parent}.{names.get(layer, layer)}.{kind}"
-    return key.removeprefix("text_model.")
+    return modern_name(key).removeprefix("text_model.")
 
 
 def _stored(folder: Path) -> dict[str, _Stored]:

@@ -21,6 +21,7 @@ from prune_lab.models import weight_files
 from prune_lab.models.conversion import converted
 from prune_lab.models.files import json_object
 from prune_lab.models.folders import variant_of_part
+from prune_lab.models.parts import LEFT_OUT
 from prune_lab.runtime import write_json
 
 INDEX = "model_index.json"
@@ -30,7 +31,6 @@ _STEMS = ("diffusion_pytorch_model", "model")
 # Where a folder of the machine may be named, and what transformers reads where no number format is asked for.
 _PLACES = ("_name_or_path", "name_or_path", "special_tokens_map_file")
 _FORMATS = ("dtype", "torch_dtype")
-_OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # a pipeline draws without them
 
 
 def _without(value: Any, names: Sequence[str]) -> Any:
@@ -134,7 +134,7 @@ def copy_parts(
             files = _weights_of(pipeline / part, str(value[-1]), asked)
             copy_texts(pipeline / part, target / part)
         except (ModelFormatError, FileNotFoundError):
-            if part not in _OPTIONAL:
+            if part not in LEFT_OUT:
                 raise
             written[part] = [None, None]
             continue
