@@ -15,12 +15,12 @@ from prune_lab.runtime.devices import (
 from prune_lab.runtime.files import (
     atomic_folder,
     atomic_write,
-    read_json,
     write_frame,
     write_json,
     write_text,
 )
 from prune_lab.runtime.progress import bytes_text, duration_text, note, note_once, progress_shown, track
+from prune_lab.runtime.reading import read_json
 
 __all__ = [
     "Environment",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from prune_lab.errors import DataError, ProofError, StorageError
+from prune_lab.errors import ProofError, StorageError
 
 if TYPE_CHECKING:  # pandas takes a second to import
     import pandas as pd
@@ -81,19 +81,6 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write ``value`` as indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> object:
-    """The value that the JSON file ``path`` holds.
-
-    Raises StorageError when it is missing, DataError when it is not JSON.
-    """
-    try:
-        return json.loads(Path(path).read_bytes())  # bytes: a byte-order mark is skipped
-    except OSError as error:
-        raise StorageError(f"asked to read {path}: {error.strerror}; check the path") from None
-    except ValueError as error:
-        raise DataError(f"asked to read {path} as JSON, found {error}; write the file again") from None
 
 
 def write_frame(path: Path, frame: pd.DataFrame) -> None:

@@ -1,0 +1,44 @@
+"""Opening a run folder and reading the settings that it was started with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prune_lab.config import RunConfig, load_config
+from prune_lab.errors import RunError
+from prune_lab.runs.paths import Run
+from prune_lab.runtime import read_json
+
+FORMAT = 2  # of run folders, in environment.json; those of version 0.1 name none
+
+
+def open_run(folder: Path | str, *, must_exist: bool) -> Run:
+    """The run in ``folder``; nothing is created.
+
+    Raises RunError when ``folder`` is a file, when ``must_exist`` and it is not a run folder, and for one that version
+    0.1 made.
+    """
+    run = Run(Path(folder))
+    if run.folder.exists() and not run.folder.is_dir():
+        raise RunError(f"asked for the run folder {folder}, found a file there; give the path of a folder")
+    if must_exist and not run.config.is_file():
+        found = "a folder without config.toml" if run.folder.is_dir() else "nothing"
+        raise RunError(
+            f"asked for the run folder {folder}, found {found} there; "
+            f"start a run with: prune-lab run --config FILE.toml --run {folder}"
+        )
+    written = read_json(run.environment) if run.config.is_file() and run.environment.is_file() else None
+    if isinstance(written, dict) and written.get("format") != FORMAT:
+        raise RunError(
+            f"asked for the run folder {folder}, found one of version 0.1, which this version does not read; "
+            "start a new run folder, or use prune-lab 0.1"
+        )
+    return run
+
+
+def load_run_config(run: Run) -> RunConfig:
+    """The settings that ``run`` was started with.
+
+    Raises RunError when it was not started, ConfigError when its file is damaged.
+    """
+    return load_config(run.needs(run.config, "run --config FILE.toml"))
