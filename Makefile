@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The stamp is renewed when the dependencies change.
 INSTALLED := $(VENV)/.installed
+# The versions that the tests passed with; make CONSTRAINTS= takes the newest that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
 
 .DEFAULT_GOAL := help
 # Warnings and progress bars name folders of the machine, and are nobody's result.
@@ -18,7 +20,7 @@ for path in sys.argv[1:]:
 endef
 export WITHOUT_STDERR
 
-.PHONY: help install demo test test-long lint format bench notebooks
+.PHONY: help install demo test test-long lint format bench notebooks constraints audit
 
 help:
 	@echo "make install    .venv with prune-lab and everything to develop it"
@@ -29,12 +31,15 @@ help:
 	@echo "make format     let ruff mend what it can"
 	@echo "make bench      the benchmarks"
 	@echo "make notebooks  execute the notebooks in place"
+	@echo "make constraints  install the newest versions, test them, and pin them in constraints.txt"
+	@echo "make audit      look up the pinned versions in the lists of known vulnerabilities"
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; say which one with: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,notebooks]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(CONSTRAINTS)) \
+		-e '.[dev,notebooks]'
 	@touch $@
 
 install: $(INSTALLED)
@@ -67,3 +72,15 @@ bench: $(INSTALLED)
 notebooks: $(INSTALLED)
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 	$(BIN)/python -c "$$WITHOUT_STDERR" notebooks/*.ipynb
+
+# torch stays where it is: newer ones are another matter, tried by hand.
+constraints:
+	rm -rf .venv-newest
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=.ci/newest.txt
+	.venv-newest/bin/python .ci/constraints.py > constraints.txt
+
+audit:
+	test -x .venv-audit/bin/pip-audit || { $(PYTHON) -m venv .venv-audit \
+		&& .venv-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit; } \
+		|| { echo "not checked: pip-audit could not be installed"; exit 0; }
+	! test -x .venv-audit/bin/pip-audit || .venv-audit/bin/python .ci/audit.py constraints.txt
