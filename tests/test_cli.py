@@ -229,6 +229,7 @@ def test_scores_by_several_criteria_of_any_plans_on_own_prompts(
     assert "timesteps" in set(parts["part"])
 
 
+@pytest.mark.long
 def test_all_criteria_compared_with_each_other_and_with_plans(
     small_run_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:

@@ -82,6 +82,7 @@ def hub(tiny_pipeline_folder: Path, tmp_path: Path) -> Path:
     return owner.parent
 
 
+@pytest.mark.long
 def test_a_hub_is_read_by_revision_variant_and_subfolder(hub: Path, tmp_path: Path) -> None:
     home, plain = tmp_path / "home", "someone/plain"
     asked: list[tuple[str, dict[str, str]]] = [

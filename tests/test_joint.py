@@ -67,6 +67,7 @@ def assert_equal(one: Path, other: Path) -> None:
 # Together ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_together_equals_alone_and_taking_turns(
     tiny_unet: Any, tmp_path: Path, validation: Probe, distilled_alone: Path
 ) -> None:

@@ -74,7 +74,8 @@ def student_of(folder: Path, model: Path) -> None:
     answer("prune", model, "--plan", "bk-base", "--out", folder)
 
 
-@pytest.mark.parametrize("kind", ["pipeline", pytest.param("student", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["pipeline", "student"])
 def test_a_strangers_model_goes_through_without_toml_and_data(
     kind: str,
     tiny_pipeline_folder: Path,

@@ -160,6 +160,7 @@ def test_numbers_are_the_same_in_every_format_that_holds_them(tiny_unet: Any) ->
 # The other process -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_it_knows_nothing_of_a_launch_and_starts_again_when_it_was_killed(
     tiny_pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -332,6 +332,7 @@ def test_a_map_shows_what_is_gone(tiny_config: dict[str, Any]) -> None:
     assert by_stage["Up4"] == ["RARARA", "RA..RA"]
 
 
+@pytest.mark.long
 def test_a_repair_comes_before_the_distillation(config: RunConfig, tmp_path: Path) -> None:
     wanted = dataclasses.replace(
         config, repair=RepairConfig(kind="refit"), search=SearchConfig(budgets=(), controls=("bk-small",))

@@ -253,6 +253,7 @@ def test_distill_a_model_with_own_pictures(
     assert "asked to write the folder" in answer(*words, "--config", toml, code=2).stderr
 
 
+@pytest.mark.long
 def test_rank_by_budget(built: Path, config: RunConfig, tmp_path: Path) -> None:
     run = started(built, dataclasses.replace(config, rank=RankConfig()), tmp_path / "run")
     words = ["rank", run.folder, "--budget-steps", 4, "--eta", 2, "--set", "rank.first=2", "--json"]
