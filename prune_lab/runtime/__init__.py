@@ -20,7 +20,7 @@ from prune_lab.runtime.files import (
     write_text,
 )
 from prune_lab.runtime.progress import bytes_text, duration_text, note, note_once, progress_shown, track
-from prune_lab.runtime.reading import read_json
+from prune_lab.runtime.reading import open_regular, parse_json, path_text, read_bytes, read_json, read_text
 
 __all__ = [
     "Environment",
@@ -32,10 +32,15 @@ __all__ = [
     "generator_for",
     "note",
     "note_once",
+    "open_regular",
+    "parse_json",
+    "path_text",
     "pick_device",
     "pick_dtype",
     "progress_shown",
+    "read_bytes",
     "read_json",
+    "read_text",
     "seeded",
     "synchronize",
     "tensors_digest",
