@@ -24,7 +24,7 @@ from prune_lab.runs import Run
 from prune_lab.runtime import pick_dtype
 from prune_lab.workflow import estimate, macs_per_second, settings_for, steps_frame
 from prune_lab.workflow.sizing import memory_of
-from prune_lab.workflow.steps import first_affected
+from prune_lab.workflow.starting import first_affected
 
 
 def answer(*arguments: object, code: int = 0) -> Result:

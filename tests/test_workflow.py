@@ -58,7 +58,8 @@ from prune_lab.workflow import (
 )
 from prune_lab.workflow.measuring import ensure_blocks, ensure_costs
 from prune_lab.workflow.ranking import ensure_report
-from prune_lab.workflow.steps import STEPS, first_affected
+from prune_lab.workflow.starting import first_affected
+from prune_lab.workflow.steps import STEPS
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ def test_a_report_is_drawn_anew_when_a_table_is(copied: Run) -> None:
     before = copied.report.stat().st_mtime_ns
     ensure_report(Session(copied))
     assert copied.report.stat().st_mtime_ns == before
-    copied.ranking.write_text(copied.ranking.read_text())
+    copied.ranking.write_text(copied.ranking.read_text() + "\n")
     assert ensure_report(Session(copied)).read_text() == "drawn"
 
 
@@ -136,8 +137,12 @@ def test_what_is_missing_is_made_again_and_equal(copied: Run, config: RunConfig)
     shutil.rmtree(paths.pictures_distilled)
     for path in (paths.recovery, paths.heldout, copied.ranking):
         path.unlink()
+    made = {"report", "ranking", "distilled", "pictures_distilled"}  # the manifests of what is made again
     kept = {
-        name: time for name, time in times(copied).items() if not name.startswith(("report/", "steps.csv"))
+        name: time
+        for name, time in times(copied).items()
+        if not name.startswith(("report/", "steps.csv"))
+        and not ("manifests/" in name and Path(name).stem in made)
     }
     run_all(config, copied.folder)
     assert {name: times(copied)[name] for name in kept} == kept

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +57,7 @@ from prune_lab.workflow import (
     recovery_frame,
     save_students,
     scores_frame,
+    use_scores,
 )
 
 
@@ -188,13 +188,13 @@ class Model(Workplace):
             check_budgets(wanted)
         with self._opened("search", asked, redo="plans" if force else "") as session:
             if lender is not None:
-                borrow_scores(run_in(lender, must_exist=True), session.run)
+                borrow_scores(run_in(lender, must_exist=True), session)
             if importance is not None and not session.run.done(session.run.importance):
                 if not Path(importance).is_file():
                     raise RunError(
                         f"asked to search with {importance}, found no such file; write one with: prune-lab score"
                     )
-                shutil.copyfile(importance, session.run.importance)
+                use_scores(session, Path(importance))
             return self._shown_plans(session)
 
     def _shown_plans(self, session: Session) -> Plans:

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+from prune_lab.runs.manifests import GIVEN, Manifests, Part, Verdict
 from prune_lab.runs.opening import FORMAT, load_run_config, open_run
 from prune_lab.runs.paths import CandidatePaths, PathIn, Run
 
-__all__ = ["FORMAT", "CandidatePaths", "PathIn", "Run", "load_run_config", "open_run"]
+__all__ = [
+    "FORMAT",
+    "GIVEN",
+    "CandidatePaths",
+    "Manifests",
+    "Part",
+    "PathIn",
+    "Run",
+    "Verdict",
+    "load_run_config",
+    "open_run",
+]

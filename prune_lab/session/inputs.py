@@ -34,6 +34,7 @@ from prune_lab.probes import Probe, encode_captions, load_probe, random_probe
 from prune_lab.prompts import read_prompts
 from prune_lab.runs import Run
 from prune_lab.session.drawing import drawn_probe
+from prune_lab.session.parts import captions_part, data_part, lacking, probe_part, record
 from prune_lab.session.session import Session
 
 # The probe ---------------------------------------------------------------------------------------------------
@@ -65,11 +66,12 @@ def ensure_probe(session: Session) -> Probe:
     A pipeline gets held-out pictures with their captions, of the user's data or the shipped ones, or pictures that it
     draws itself; a bare U-Net, which has nothing to encode them with, noise.
     """
-    run = session.run
-    if run.done(run.probe):
+    run, part = session.run, probe_part(session)
+    if not lacking(session, part):
         return load_probe(run.probe)
     probe = probe_of(session, session.config.probe.seed)
     probe.save(run.probe)
+    record(session, part)
     return probe
 
 
@@ -136,17 +138,21 @@ def ensure_data(session: Session) -> TrainingData:
     Shipped ones are written to data.safetensors, those that ``data.source`` names to data/, unless it names a finished
     cache or ``data.cached`` is false; without either the model draws them.
     """
-    run = session.run
+    run, part = session.run, data_part(session)
     if session.data_origin == "shipped":
-        if run.done(run.data):
+        if not lacking(session, part):
             return LatentData.load(run.data)
         settings = session.config.distill
         pictures = session.pictures("train", settings.pictures, settings.seed)
-        return cached_data(run.data, session.pipeline, pictures.pixels, pictures.captions)
+        data = cached_data(run.data, session.pipeline, pictures.pixels, pictures.captions)
+        record(session, part)
+        return data
     _ = session.validation  # before the pictures may be gone
-    if session.data_origin == "own" and is_cache(run.data_dir):
+    if session.data_origin == "own" and not lacking(session, part) and is_cache(run.data_dir):
         return LatentCache.load(run.data_dir)
-    return session.own.training(session.pipeline, session.config.data, run.data_dir)
+    found = session.own.training(session.pipeline, session.config.data, run.data_dir)
+    record(session, part)
+    return found
 
 
 def training_and_validation(session: Session) -> tuple[TrainingData, Probe]:
@@ -159,9 +165,13 @@ def ensure_captions(session: Session) -> OtherCaptions:
 
     Writes captions.safetensors. Of several processes the main one encodes them, and the others read its file.
     """
-    held_out = (*session.validation.captions, *session.shown_prompts.texts)
+    part, held_out = captions_part(session), (*session.validation.captions, *session.shown_prompts.texts)
     held = {" ".join(caption.lower().split()) for caption in held_out}
     texts = read_prompts(session.config.distill.captions).texts
     captions = [text for text in texts if " ".join(text.lower().split()) not in held]
     with PartialState().main_process_first():
-        return other_captions(session.pipeline, captions, session.run.captions)
+        made = lacking(session, part)
+        found = other_captions(session.pipeline, captions, session.run.captions)
+        if made:
+            record(session, part)
+        return found

@@ -9,6 +9,7 @@ from prune_lab.distill import LatentCache
 from prune_lab.models import of_shipped_family
 from prune_lab.processes import is_main
 from prune_lab.runtime import note, read_json, write_json
+from prune_lab.session.parts import lacking, record, sources_part
 from prune_lab.session.session import Session
 
 ROLES = ("probe", "train", "validate", "scorer")
@@ -109,13 +110,14 @@ def data_roles(session: Session) -> DataRoles:
         noise = Role("probe", "random noise: a U-Net alone has no pictures", session.config.probe.samples)
         absent = "nothing: a U-Net alone cannot be trained"
         found: tuple[Role, ...] = (noise, Role("train", absent), Role("validate", absent))
-    elif run.done(run.sources) and run.done(run.probe) and run.done(run.validation):
+    elif not lacking(session, sources_part(session)) and run.done(run.probe) and run.done(run.validation):
         found = _recorded(session)  # the pictures may be gone
     else:
         found = (_probe(session), *_data(session))
     roles = DataRoles((*found, scorer))
-    if not run.done(run.sources) or read_json(run.sources) != roles.as_list():
+    if lacking(session, sources_part(session)) or read_json(run.sources) != roles.as_list():
         write_json(run.sources, roles.as_list())
+        record(session, sources_part(session))
     return roles
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from prune_lab.assets import decode_pictures
 from prune_lab.blocks import Architecture
 from prune_lab.config import SHIPPED, RunConfig
-from prune_lab.distill import LatentCache, draw_cache, is_cache
+from prune_lab.distill import LatentCache, draw_cache
 from prune_lab.errors import RunError
 from prune_lab.families import known_conditions
 from prune_lab.models import (
@@ -27,10 +27,12 @@ from prune_lab.models import (
 )
 from prune_lab.probes import Probe, load_probe, make_probe
 from prune_lab.prompts import Prompts, read_prompts
-from prune_lab.runs import Run, load_run_config
+from prune_lab.runs import Manifests, Run, load_run_config
 from prune_lab.runtime import note, pick_device, pick_dtype
 from prune_lab.session.drawing import PromptParts, prompt_parts
+from prune_lab.session.origins import check_teacher
 from prune_lab.session.own import OwnData
+from prune_lab.session.parts import data_part, lacking, record, validation_part
 from prune_lab.session.prompts import Pictures, shipped_rows
 
 SHOWN_PROMPTS = 8  # prompts to draw when evaluate.prompts names none
@@ -54,8 +56,16 @@ class Session:
     ``config`` and ``validation`` replace those of the run folder; a worker on another machine needs that.
     """
 
-    def __init__(self, run: Run, *, config: RunConfig | None = None, validation: Probe | None = None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        *,
+        config: RunConfig | None = None,
+        validation: Probe | None = None,
+        trusting: bool = False,
+    ) -> None:
         self.run = run
+        self.trusting = trusting  # a worker takes what is in the folder as it is: the driver has looked
         self.told = False  # whether its sources of data were shown
         given = {"config": config, "validation": validation}
         # a cached property that is in the instance already is not computed
@@ -68,11 +78,26 @@ class Session:
 
     @cached_property
     def source(self) -> ModelSource:
-        """The source of the model: shipped, preset, folder or hub."""
+        """The source of the model: shipped, preset, folder or hub.
+
+        Raises RunError where the run was started with other weights of it.
+        """
         source = configured_model(self.config)
         for line in source.notes:
             note(line)
+        if not self.trusting:
+            self.teacher = check_teacher(self.run, self.manifests, source)
         return source
+
+    @cached_property
+    def teacher(self) -> str:
+        """The digest of the model. Raises RunError where the run was started with other weights of it."""
+        return check_teacher(self.run, self.manifests, self.source)
+
+    @cached_property
+    def manifests(self) -> Manifests:
+        """What the steps of the run were made from."""
+        return Manifests(self.run.folder)
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -144,11 +169,12 @@ class Session:
         settings, samples = self.config.data, self.config.probe.samples
         if self.data_origin == "own":
             return OwnData.open(settings, samples)
-        folder = self.run.data_dir
-        if is_cache(folder):
+        folder, part = self.run.data_dir, data_part(self)
+        if not lacking(self, part):
             rows = LatentCache.load(folder)
         else:
             rows = draw_cache(self.pipeline, self.prompt_parts.data, settings, folder).cache
+            record(self, part)
         return OwnData.of(rows, probe=0, validate=samples, seed=settings.seed)
 
     @cached_property
@@ -200,10 +226,14 @@ class Session:
         settings, path = self.config.probe, self.run.validation
         if self.data_origin in ("shipped", "none"):
             return self.picture_probe(settings.seed + 1, skip=settings.samples)
-        if self.run.done(path):
+        if self.data_origin == "drawn":
+            _ = self.own  # what it is part of
+        part = validation_part(self)
+        if not lacking(self, part):
             return load_probe(path)
         probe = self.own.probe(self.pipeline, self.own.split.validate, settings, seed=settings.seed + 1)
         probe.save(path)
+        record(self, part)
         return probe
 
     def picture_probe(self, seed: int, *, skip: int = 0) -> Probe:

@@ -1,7 +1,8 @@
 """The steps of a run, each done once: ``prune-lab run`` does all in order, the other verbs one at a time.
 
-Every ``ensure_*`` function returns the result of its step. It reads the finished file when there is one, and computes
-and writes it otherwise, so the same command again resumes. There are no algorithms here: a step reads files, calls a
+Every ``ensure_*`` function returns the result of its step. It reads what is there where its manifest holds: the files
+are those that the step wrote, from what is there now. Otherwise it computes and writes them, so the same command again
+resumes. There are no algorithms here: a step reads files, calls a
 function of another module and writes files. They share a ``Session``, so that the model is
 loaded once.
 """
@@ -25,7 +26,7 @@ from prune_lab.workflow.pipeline import run_all, steps_frame
 from prune_lab.workflow.ranking import ensure_ranking, quality, quality_frame
 from prune_lab.workflow.searching import ensure_plans, goes_by, plan_named, plans_frame
 from prune_lab.workflow.sizing import settings_for
-from prune_lab.workflow.steps import borrow_scores, forget, start_run
+from prune_lab.workflow.starting import borrow_scores, forget, start_run, use_scores
 from prune_lab.workflow.students import ensure_candidates, ensure_repaired
 from prune_lab.workflow.targets import check_budgets, check_controls
 
@@ -64,5 +65,6 @@ __all__ = [
     "start_run",
     "steps_frame",
     "surprises_frame",
+    "use_scores",
     "wider_frame",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd
@@ -19,23 +20,45 @@ from prune_lab.processes import init_processes, is_main
 from prune_lab.ranking import Tournament, tournament_from_frame
 from prune_lab.runtime import write_frame
 from prune_lab.schemas import RECOVERY_SUMMARY_COLUMNS
-from prune_lab.session import Session, origin_of, tell_roles
+from prune_lab.session import Session, ensure_captions, origin_of, tell_roles, training_and_validation
+from prune_lab.session.parts import distilled_part, lacking, record, tournament_part
 from prune_lab.surgery import pipeline_with
 from prune_lab.workflow.measuring import ensure_scores
 from prune_lab.workflow.searching import ensure_plans, plan_named
 from prune_lab.workflow.students import ensure_candidates, ensure_repaired
 
 
-def ensure_tournament(session: Session, candidates: Sequence[Candidate]) -> Tournament:
-    """Which of ``candidates`` were kept at which rung, by paired held-out losses; writes tournament.csv."""
-    run = session.run
-    if run.done(run.tournament):
-        return tournament_from_frame(pd.read_csv(run.tournament))
-    tournament = engine_of(session).train(session, candidates, rungs_of(session))
+def _train_again(session: Session, candidates: Sequence[Candidate], tournament: Tournament) -> None:
+    """Train ``candidates`` as far as they came in ``tournament``, whose decisions stay."""
+    frame = tournament.frame()
+    for one in candidates:
+        came = frame.loc[frame["name"] == one.plan.id, "steps"].max()
+        engine_of(session).train(session, [one], [steps for steps in rungs_of(session) if steps <= came])
+
+
+def ensure_tournament(
+    session: Session, candidates: Sequence[Candidate], untrained: Sequence[Candidate] = ()
+) -> Tournament:
+    """Which of ``candidates`` were kept at which rung, by paired held-out losses; writes tournament.csv.
+
+    Once it was played its decisions stand: those that are ``untrained`` are trained as far as they came.
+    """
+    run, part = session.run, tournament_part(session, [one.plan for one in candidates])
+    with PartialState().main_process_first():
+        played = not lacking(session, part)
+    if played:
+        tournament = tournament_from_frame(pd.read_csv(run.tournament))
+        _train_again(session, untrained, tournament)
+    else:
+        tournament = engine_of(session).train(session, candidates, rungs_of(session))
     if not is_main():
         return tournament
-    write_frame(run.tournament, tournament.frame())
-    for one in candidates:  # four times the weights, and no candidate goes on from here
+    if not played:
+        write_frame(run.tournament, tournament.frame())
+        record(session, part)
+    for one in (
+        untrained if played else candidates
+    ):  # four times the weights, and no candidate goes on from here
         one.paths.checkpoint.unlink(missing_ok=True)
     return tournament
 
@@ -57,12 +80,38 @@ def ensure_distilled(session: Session, *, only: tuple[str, ...] = ()) -> tuple[R
         chosen = [one for one in ensure_candidates(session) if one.plan.id in wanted]
         if needs_scores(session):
             ensure_scores(session)
+    # A cache is built by all processes together; the rest by one.
+    with PartialState().main_process_first() if session.data_origin == "shipped" else nullcontext():
+        training_and_validation(session)
+    if session.config.distill.random_conditioning:
+        ensure_captions(session)
+    scored = needs_scores(session)
+    parts = [distilled_part(session, one.plan, scored=scored) for one in chosen]
+    with PartialState().main_process_first():
+        untrained = lacking(session, *parts)
     if session.config.rank.eta and not only:
-        ensure_tournament(session, chosen)
+        waiting = [one for one, part in zip(chosen, parts, strict=True) if part in untrained]
+        ensure_tournament(session, chosen, waiting)
     else:
         engine_of(session).train(session, chosen, (session.config.distill.steps,))
-    found = (load_recovery(one.folder) for one in chosen)
+    found = [load_recovery(one.folder) for one in chosen]
+    for part, recovery in zip(parts, found, strict=True):
+        if recovery is not None:
+            record(session, part)
     return tuple(recovery for recovery in found if recovery is not None)
+
+
+def check_distilled(session: Session, plans: Sequence[PruningPlan]) -> None:
+    """Raise RunError where the files of a distillation are not those that it wrote, for what only reads them."""
+    scored = needs_scores(session)
+    for plan in plans:
+        part = distilled_part(session, plan, scored=scored)
+        verdict = session.manifests.verdict(part)
+        if verdict.by == "outputs":
+            raise RunError(
+                f"asked for the distilled {plan.label} of {session.run.folder}, found that {verdict.why} since; "
+                f"make it again with: prune-lab run --run {session.run.folder}"
+            )
 
 
 def _data_of(session: Session) -> str:
@@ -114,6 +163,7 @@ def save_students(
     plans = ensure_plans(session)
     chosen = [plan_named(plans, text, session) for text in only] or list(plans)
     there = [plan for plan in chosen if run.done(run.candidate(plan.id).distilled_unet)]
+    check_distilled(session, there)
     if not there:
         raise RunError(
             f"asked to write distilled students of {run.folder}, found none; see the reasons in the table, or "

@@ -47,7 +47,18 @@ from prune_lab.profiling import (
 from prune_lab.runtime import note, pick_dtype, write_frame, write_json
 from prune_lab.schemas import ROUNDS_COLUMNS
 from prune_lab.search import service_named
-from prune_lab.session import Session, read_scores, run_scoring_context, tell_roles
+from prune_lab.session import Session, ensure_probe, read_scores, run_scoring_context, tell_roles
+from prune_lab.session.parts import (
+    blocks_part,
+    costs_part,
+    lacking,
+    latency_part,
+    record,
+    reductions_part,
+    rounds_part,
+    scores_part,
+    shares_part,
+)
 from prune_lab.workflow.targets import controls_among
 
 _LATENCY_PLANS = (
@@ -58,11 +69,11 @@ _LATENCY_ROUNDS = 5  # times profile.runs: the most passes that the table takes
 
 def ensure_blocks(session: Session) -> Architecture:
     """The inventory of the run's U-Net; writes choices.json and blocks.csv."""
-    run = session.run
-    if not run.done(run.choices):
+    run, part = session.run, blocks_part(session)
+    if lacking(session, part):
         write_json(run.choices, choices_to_json(session.architecture))
-    if not run.done(run.blocks):
         write_frame(run.blocks, blocks_frame(session.architecture))
+        record(session, part)
     return session.architecture
 
 
@@ -107,7 +118,10 @@ def ensure_scores(session: Session) -> ImportanceTable:
     Writes importance_parts.csv (per timestep and kind of prompt) and criteria.csv (with ``score.also``) before it.
     """
     run = session.run
-    if run.done(run.importance):
+    part = scores_part(session)
+    if not session.manifests.given(part) and not session.manifests.settled(part):
+        ensure_probe(session)
+    if not lacking(session, part):
         return read_scores(run)
     settings, names, model = session.config.score, criteria_of(session), session.config.model
     groups = score_groups_of(session)
@@ -120,6 +134,7 @@ def ensure_scores(session: Session) -> ImportanceTable:
     write_frame(run.importance_parts, pd.concat([table.parts() for table in tables], ignore_index=True))
     write_frame(run.criteria, with_psnr(pd.concat([table.frame() for table in tables], ignore_index=True)))
     write_frame(run.importance, tables[0].frame())
+    record(session, part)
     return tables[0]
 
 
@@ -169,8 +184,8 @@ def ensure_latency(session: Session) -> LatencyTable:
     where there is none. Random native plans calibrate it, and others measure its error.
     """
     run, architecture, service = session.run, session.architecture, service_of(session)
-    key = latency_key(architecture, service)
-    if (found := kept_latency(run.latency, key, architecture)) is not None:
+    key, part = latency_key(architecture, service), latency_part(session)
+    if not lacking(session, part) and (found := kept_latency(run.latency, key, architecture)) is not None:
         return found
     kept, words = latency_file(key), f"latency at {_where(session)}"
     table = None if session.config.profile.anew else kept_latency(kept, key, architecture)
@@ -184,6 +199,7 @@ def ensure_latency(session: Session) -> LatencyTable:
         ):  # a cache folder that cannot be written costs time the next time
             keep_latency(kept, key, table)
     keep_latency(run.latency, key, table)
+    record(session, part)
     return table
 
 
@@ -210,10 +226,10 @@ def ensure_turns(session: Session, plans: Iterable[PruningPlan]) -> dict[str, Co
     Writes latency_rounds.csv. Plans that were not timed yet are timed together, with the whole U-Net among them once
     more; those that were stay as they are. So a change is always one within the same rounds.
     """
-    run, how = session.run, session.config.profile
+    run, how, part = session.run, session.config.profile, rounds_part(session)
     columns = list(ROUNDS_COLUMNS)
     frame = pd.DataFrame(columns=columns)
-    if run.done(run.latency_rounds):
+    if not lacking(session, part):
         frame = pd.read_csv(run.latency_rounds, dtype={"name": str})
     found: dict[str, ComparedLatency] = {}
     for _, rows in frame.groupby("timing", sort=True):
@@ -237,16 +253,18 @@ def ensure_turns(session: Session, plans: Iterable[PruningPlan]) -> dict[str, Co
         number = 1 + int(frame["timing"].max()) if len(frame) else 1
         parts = [frame, turns.frame().assign(timing=number)[columns]]
         write_frame(run.latency_rounds, pd.concat(parts[len(frame) == 0 :], ignore_index=True))
+        record(session, part)
         found = turns.compared() | found
     return found
 
 
 def ensure_costs(session: Session) -> CostTable:
     """Parameters and MACs of every block of the teacher, for one sample; writes costs.csv."""
-    run = session.run
+    run, part = session.run, costs_part(session)
     costs = cost_table(session.architecture, dtype=session.dtype)
-    if not run.done(run.costs):
+    if lacking(session, part):
         write_frame(run.costs, costs.frame())
+        record(session, part)
     return costs
 
 
@@ -256,14 +274,16 @@ def ensure_reductions(session: Session) -> pd.DataFrame:
     Writes reductions.csv, the teacher of each model first.
     """
     run, settings = session.run, session.config.profile
-    if not run.done(run.reductions):
-        plans = controls(session, session.architecture)
+    plans = controls(session, session.architecture)
+    times = ensure_turns(session, plans)
+    part = reductions_part(session)
+    if lacking(session, part):
         own = reduction_table(
             session.architecture,
             plans,
             model=session.config.model,
             batch=settings.batch,
-            times=ensure_turns(session, plans),
+            times=times,
             where=_where(session),
         )
         frames = [own]
@@ -272,6 +292,7 @@ def ensure_reductions(session: Session) -> pd.DataFrame:
             plans = controls(session, architecture)
             frames.append(reduction_table(architecture, plans, model=name, batch=settings.batch))
         write_frame(run.reductions, pd.concat(frames, ignore_index=True))
+        record(session, part)
     return pd.read_csv(run.reductions)
 
 
@@ -280,8 +301,8 @@ def ensure_shares(session: Session) -> pd.DataFrame:
 
     Raises RunError when the model is a U-Net alone.
     """
-    run, how = session.run, session.config.evaluate
-    if not run.done(run.pipeline_profile):
+    run, how, part = session.run, session.config.evaluate, shares_part(session)
+    if lacking(session, part):
         timing = session.config.profile
         shares = profile_pipeline(
             session.pipeline,
@@ -292,4 +313,5 @@ def ensure_shares(session: Session) -> pd.DataFrame:
             warmup=timing.warmup,
         )
         write_frame(run.pipeline_profile, shares)
+        record(session, part)
     return pd.read_csv(run.pipeline_profile)

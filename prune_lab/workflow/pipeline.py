@@ -18,7 +18,9 @@ from prune_lab.schemas import STEP_SECONDS_COLUMNS, STEPS_COLUMNS
 from prune_lab.session import Session, tell_roles
 from prune_lab.workflow.measuring import controls, criteria_of, score_groups_of, service_of
 from prune_lab.workflow.ranking import ensure_ranking
-from prune_lab.workflow.steps import STEPS, affecting, first_affected, forget, start_run, steps_from
+from prune_lab.workflow.starting import forget, start_run
+from prune_lab.workflow.states import state_of, states
+from prune_lab.workflow.steps import STEPS
 from prune_lab.workflow.targets import check_budgets, check_controls
 
 
@@ -67,7 +69,7 @@ def run_all(config: RunConfig, folder: Path, *, force: bool = False) -> Ranking:
         known = dict(zip(frame["step"], frame["seconds"], strict=True))
     seconds: dict[str, float] = {}
     for step in track(STEPS, "step", name=lambda step: step.name):
-        finished = all(run.done(path) for path in step.marks(run))
+        finished = state_of(session, step).done
         start = time.perf_counter()
         step.ensure(session)
         took = time.perf_counter() - start
@@ -79,17 +81,6 @@ def run_all(config: RunConfig, folder: Path, *, force: bool = False) -> Ranking:
 def steps_frame(config: RunConfig, folder: Path) -> pd.DataFrame:
     """One row per step as ``run_all`` would find it: step, state (done, to do, redo, or n of m), does."""
     run = open_run(folder, must_exist=False)
-    known = load_run_config(run) if run.config.is_file() else config
-    changed = affecting(changed_settings(known, config))
-    stale = {step.name for step in steps_from(first_affected(changed, known))} if changed else set()
-    rows = []
-    for step in STEPS:
-        marks = step.marks(run)
-        finished = sum(run.done(path) for path in marks)
-        state = (
-            "to do" if not finished else "done" if finished == len(marks) else f"{finished} of {len(marks)}"
-        )
-        if step.name == "repaired" and config.repair.kind == "none":
-            state = "not asked for"
-        rows.append((step.name, "redo" if finished and step.name in stale else state, step.does))
+    session = Session(run, config=config)
+    rows = [(state.step.name, state.text, state.step.does) for state in states(session)]
     return pd.DataFrame(rows, columns=list(STEPS_COLUMNS))

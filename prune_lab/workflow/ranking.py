@@ -27,13 +27,20 @@ from prune_lab.ranking import (
 from prune_lab.report import write_report
 from prune_lab.runtime import write_frame
 from prune_lab.schemas import PICTURES_COLUMNS
-from prune_lab.session import Session, tell_roles, training_and_validation
+from prune_lab.session import Session, ensure_probe, tell_roles, training_and_validation
+from prune_lab.session.parts import (
+    lacking,
+    pictures_part,
+    prompts_part,
+    ranking_part,
+    record,
+    report_part,
+    teacher_pictures_part,
+)
+from prune_lab.workflow.distilling import check_distilled
 from prune_lab.workflow.measuring import ensure_costs, ensure_reductions, ensure_turns
 from prune_lab.workflow.searching import ensure_plans, left_out
 from prune_lab.workflow.students import ensure_candidates
-
-SHOWN = (".csv", ".json", ".png", ".toml")  # files that a report reads
-
 
 # Pictures ----------------------------------------------------------------------------------------------------
 
@@ -44,19 +51,27 @@ def ensure_pictures(session: Session) -> tuple[Path, ...]:
     All draw the same prompts with the same seeds. Writes pictures/teacher/ and candidates/<id>/pictures/{pruned,
     distilled}/, a PNG for every prompt and seed, and pictures/prompts.csv.
     """
-    run = session.run
-    wanted = [PictureJob(run.teacher_pictures)]
-    for candidate in ensure_candidates(session):
-        wanted.append(PictureJob(candidate.paths.pictures_pruned, candidate))
-        if run.done(candidate.paths.distilled_unet):
-            wanted.append(PictureJob(candidate.paths.pictures_distilled, candidate, "distilled"))
-    frame, missing = picture_frame(session), [job for job in wanted if not run.done(job.folder)]
-    if not run.done(run.picture_prompts):
+    run, candidates = session.run, ensure_candidates(session)
+    check_distilled(session, [one.plan for one in candidates])
+    frame, prompts = picture_frame(session), prompts_part(session)
+    if lacking(session, prompts):
         write_frame(run.picture_prompts, frame)
-    if missing:
-        for job, pixels in zip(missing, engine_of(session).draw(session, missing), strict=True):
-            save_pictures(job.folder, pixels, frame["file"].tolist())
-    return tuple(job.folder for job in wanted)
+        record(session, prompts)
+    wanted = {teacher_pictures_part(session): PictureJob(run.teacher_pictures)}
+    for one in candidates:
+        paths = one.paths
+        wanted[pictures_part(session, one.plan, "pruned")] = PictureJob(paths.pictures_pruned, one)
+        distilled = pictures_part(session, one.plan, "distilled")
+        if run.done(paths.distilled_unet):
+            wanted[distilled] = PictureJob(paths.pictures_distilled, one, "distilled")
+        else:
+            lacking(session, distilled)  # of an earlier distillation
+    missing = lacking(session, *wanted)
+    drawn = engine_of(session).draw(session, [wanted[part] for part in missing]) if missing else ()
+    for part, pixels in zip(missing, drawn, strict=True):
+        save_pictures(wanted[part].folder, pixels, frame["file"].tolist())
+        record(session, part)
+    return tuple(job.folder for job in wanted.values())
 
 
 def _mean_score(session: Session, folder: Path) -> float:
@@ -143,11 +158,14 @@ def ensure_ranking(session: Session) -> Ranking:
     Pictures that are missing are drawn first. Distillation is not started from here: a candidate without it is
     left out.
     """
-    run = session.run
-    if run.done(run.ranking):
-        return ranking_from_frame(pd.read_csv(run.ranking))
-    plans = ensure_plans(session)
+    run, plans = session.run, ensure_plans(session)
     ensure_pictures(session)
+    ensure_probe(session)
+    ensure_costs(session)
+    ensure_reductions(session)
+    part = ranking_part(session, plans)
+    if not lacking(session, part):
+        return ranking_from_frame(pd.read_csv(run.ranking))
     impacts = one_shot_impacts(session, plans)
     fates = tournament_from_frame(pd.read_csv(run.tournament)).fates if run.done(run.tournament) else {}
     contenders = [
@@ -155,19 +173,17 @@ def ensure_ranking(session: Session) -> Ranking:
     ]
     ranking = rank([_teacher_result(session), *contenders])
     write_frame(run.ranking, ranking.frame())
+    record(session, part)
     return ranking
 
 
 def ensure_report(session: Session) -> Path:
-    """report/index.html from the tables and pictures that are there; written anew when one of them is newer."""
-    run = session.run
-    shown = (
-        path for path in run.folder.rglob("*") if path.suffix in SHOWN and run.report_dir not in path.parents
-    )
-    newest = max((path.stat().st_mtime_ns for path in shown if path != run.steps), default=0)
-    if run.done(run.report) and run.report.stat().st_mtime_ns >= newest:
-        return run.report
-    return write_report(run)
+    """report/index.html from the tables and pictures that are there; written anew when one of them was changed."""
+    run, part = session.run, report_part(session.run)
+    if lacking(session, part):
+        write_report(run)
+        record(session, part)
+    return run.report
 
 
 # Models outside of a run -------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import functools
 import re
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,13 @@ from numpy.typing import NDArray
 
 from prune_lab.blocks import BlockGroup
 from prune_lab.config import BUDGET_CONTROLS
-from prune_lab.errors import NonNativePlanError, PlanError
+from prune_lab.errors import (
+    DataError,
+    NonNativePlanError,
+    PlanError,
+    UnknownBlockError,
+    UnremovableBlockError,
+)
 from prune_lab.importance import ScoringContext, score
 from prune_lab.plans import PruningPlan, native_layout, plan_from_json, read_plans
 from prune_lab.profiling import CostTable, PlanCost, activation_table, cost_table
@@ -22,6 +29,7 @@ from prune_lab.runtime import read_json, track, write_frame, write_json
 from prune_lab.schemas import PLANS_COLUMNS, SEARCHED_COLUMNS, SEARCHES_COLUMNS
 from prune_lab.search import ImpactOf, parse_budget, predicted_impact, split_budgets
 from prune_lab.session import Session, run_scoring_context
+from prune_lab.session.parts import lacking, plans_part, record
 from prune_lab.workflow.measuring import controls, ensure_costs, ensure_latency, ensure_scores
 from prune_lab.workflow.solving import SOLVERS, Question, controls_for
 from prune_lab.workflow.targets import budgets_of, constraints_of
@@ -76,7 +84,8 @@ def _named(plans: Sequence[PruningPlan], solver: str, asked: str) -> list[Prunin
     return [plan.named(f"{prefix}-{slug}-{number}") for number, plan in enumerate(plans, 1)]
 
 
-def _write_plans(session: Session) -> None:
+def _write_plans(session: Session) -> tuple[Path, ...]:
+    """The files of the plans that were found."""
     run = session.run
     architecture, settings = session.architecture, session.config.search
     found = [("control", "", plan) for plan in controls(session, architecture)]
@@ -107,6 +116,27 @@ def _write_plans(session: Session) -> None:
     write_frame(run.searches, pd.DataFrame(searches, columns=list(SEARCHES_COLUMNS)))
     rows = [(plan.id, origin, plan.label, budget) for origin, budget, plan in found]
     write_frame(run.searched, pd.DataFrame(rows, columns=list(SEARCHED_COLUMNS)))
+    return tuple(dict.fromkeys(run.plan(plan.id) for _, _, plan in found))
+
+
+def _reads_first(session: Session) -> None:
+    """Make what the search reads, so that its plans are known to be of the present scores."""
+    if not session.config.search.budgets:
+        return
+    ensure_scores(session)
+    costs_of(session)
+
+
+def read_plan(session: Session, path: Path) -> PruningPlan:
+    """The plan in ``path``. Raises PlanError where it is none of this model, or another than the file is named by."""
+    remedy = f"remove {path}, or give the file the name of its plan"
+    try:
+        plan = plan_from_json(read_json(path), session.architecture)
+    except (DataError, PlanError, UnknownBlockError, UnremovableBlockError) as error:
+        raise PlanError(f"asked for the plan in {path}: {error}; {remedy}") from None
+    if plan.id != path.stem:
+        raise PlanError(f"asked for the plan in {path}, found the plan {plan.id} there; {remedy}")
+    return plan
 
 
 def ensure_plans(session: Session) -> tuple[PruningPlan, ...]:
@@ -114,15 +144,18 @@ def ensure_plans(session: Session) -> tuple[PruningPlan, ...]:
 
     A plan found under several budgets, or found by the search and a control too, is one plan with several names. Plans
     that were put into the folder by hand follow at the end, as controls. Raises BudgetError for a budget that no plan
-    meets.
+    meets, PlanError for a file of another plan than its name says.
     """
     run = session.run
-    if not run.done(run.searched):
-        _write_plans(session)
+    part = plans_part(session)
+    if not session.manifests.settled(part):
+        _reads_first(session)
+    if lacking(session, part):
+        record(session, part, *_write_plans(session))
     order = dict.fromkeys(searched(run)["plan_id"])
     by_hand = [plan_id for plan_id in run.plan_ids() if plan_id not in order]
     files = [run.plan(plan_id) for plan_id in [*order, *by_hand]]
-    plans = (plan_from_json(read_json(path), session.architecture) for path in files)
+    plans = (read_plan(session, path) for path in files)
     return tuple(plan.named(*plan.names, origin=plan.origin or "control") for plan in plans)
 
 

@@ -13,6 +13,7 @@ from prune_lab.repair import RepairKind, repair
 from prune_lab.runtime import track, write_frame
 from prune_lab.schemas import REPAIRED_COLUMNS
 from prune_lab.session import Session, ensure_probe
+from prune_lab.session.parts import lacking, profile_part, record, repaired_part, unet_part
 from prune_lab.surgery import save_unet
 from prune_lab.workflow.measuring import ensure_turns, service_of
 from prune_lab.workflow.searching import ensure_plans, left_out
@@ -28,14 +29,18 @@ def ensure_candidates(session: Session) -> tuple[Candidate, ...]:
     """
     plans = [plan for plan in ensure_plans(session) if not left_out(session, plan)]
     place: dict[str, Any] = {"device": session.device, "dtype": session.dtype}
-    missing = [plan for plan in plans if not session.run.done(session.run.candidate(plan.id).profile)]
-    for plan in track(missing, "building candidates"):
-        build_candidate(session.source, plan, session.run.candidate(plan.id).folder, profiled=False, **place)
-    if missing:
-        times, service = ensure_turns(session, missing), service_of(session)
-        for plan in track(missing, "profiling candidates"):
-            built = Candidate(plan, session.run.candidate(plan.id).folder)
-            profile_candidate(built, times[plan.id], service)
+    cuts = {unet_part(session, plan): plan for plan in plans}
+    for part in track(lacking(session, *cuts), "building candidates"):
+        build_candidate(session.source, cuts[part], part.folder, profiled=False, **place)
+        record(session, part)
+    profiles = {profile_part(session, plan): plan for plan in plans}
+    if missing := lacking(session, *profiles):
+        times = ensure_turns(session, [profiles[part] for part in missing])
+        service = service_of(session)
+        for part in track(missing, "profiling candidates"):
+            plan = profiles[part]
+            profile_candidate(Candidate(plan, part.folder), times[plan.id], service)
+            record(session, part)
     candidates = (
         load_candidate(session.run.candidate(plan.id).folder, session.architecture) for plan in plans
     )
@@ -49,12 +54,17 @@ def ensure_repaired(session: Session) -> pd.DataFrame:
     Writes candidates/<id>/{repair.csv, repaired/}. Nothing, and no rows, with ``repair.kind`` none.
     """
     kind = session.config.repair.kind
-    candidates = ensure_candidates(session) if kind != "none" else ()
-    rows = []
-    for candidate in track(candidates, "repairing candidates"):
+    if kind == "none":
+        return pd.DataFrame(columns=list(REPAIRED_COLUMNS))
+    candidates = ensure_candidates(session)
+    ensure_probe(session)
+    parts = [repaired_part(session, one.plan) for one in candidates]
+    missing, rows = lacking(session, *parts), []
+    for candidate, part in track(list(zip(candidates, parts, strict=True)), "repairing candidates"):
         paths = candidate.paths
-        if not session.run.done(paths.repaired):
+        if part in missing:
             _repair(session, candidate)
+            record(session, part)
         tried = pd.read_csv(paths.repair, dtype={"cut": str, "reason": str})
         applied = tried[tried["applied"]]
         measured = tried["impact_before"].dropna()

@@ -1,0 +1,416 @@
+"""What each step of a run was made from, and whether its files are still those that it wrote.
+
+A manifest is a JSON file in ``manifests/`` of the run, or of a candidate: the outputs of one part of a step with their
+digests, the digests of what it read, its settings, and the versions of the libraries. It is written after the outputs,
+so a part without one is unfinished. A file whose size and time of change are those in a manifest is not read again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import stat
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from prune_lab.errors import RunError, StorageError
+from prune_lab.runtime import write_json
+
+FORMAT = "prune_lab manifest 1"
+FOLDER = "manifests"  # in the folder of a run or of a candidate
+ORIGINS = "origins"  # the manifest of what lies outside of the run folder: teacher, scorer, the user's data
+GIVEN = "given"  # the input of scores that the user gave: made from nothing else
+_RECORDS = ("provenance.json", "plan.json")  # beside weights; they say how these were made, and are not read
+_LIBRARIES = ("prune-lab", "torch", "diffusers", "transformers")
+_INDEX = "cache.json"  # which says that a cache is complete
+_HEADER = 100_000_000  # bytes: the longest header that safetensors reads
+
+
+# Digests of files --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stamp:
+    """By what a file is known again: size in bytes, time of change in nanoseconds, and its digest."""
+
+    size: int
+    modified_ns: int
+    sha256: str
+
+    def at(self, found: os.stat_result) -> bool:
+        """Whether the file has this size and time, so that it need not be read."""
+        return (self.size, self.modified_ns) == (found.st_size, found.st_mtime_ns)
+
+
+def _file_digest(path: Path) -> str:
+    """The sha256 of a file; of safetensors with the entries of the header in order, which a writer does not keep."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        if path.suffix == ".safetensors":
+            length = file.read(8)
+            header = file.read(min(int.from_bytes(length, "little"), _HEADER))
+            try:
+                digest.update(json.dumps(json.loads(header), sort_keys=True).encode())
+            except (ValueError, RecursionError):
+                digest.update(length + header)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    """The files below ``folder`` in order, without hidden ones, which the system and our own writers leave there."""
+    for at, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        yield from (Path(at, name) for name in sorted(names) if name[0] != ".")
+
+
+def _files_of(path: Path) -> tuple[Path, ...]:
+    """``path``, or the files below it where it is a folder; none where nothing is there."""
+    if path.is_dir():
+        return tuple(_files_in(path))
+    return (path,) if path.exists() else ()
+
+
+@functools.cache
+def _versions() -> Mapping[str, str]:
+    def version(name: str) -> str:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return ""
+
+    return {name: found for name in _LIBRARIES if (found := version(name))}
+
+
+# One manifest ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """What is made, and made again, at once: a step of a run, a part of one, or such a part for one candidate."""
+
+    step: str
+    name: str  # of its manifest
+    folder: Path  # of the run or of the candidate
+    outputs: tuple[Path, ...]  # files and folders that it writes, those that are optional too
+    reads: tuple[Path, ...] = ()  # what it reads of the run, there or not
+    inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)  # other digests; empty: cannot be seen now
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    label: str = ""  # of the candidate's plan
+    resumes: bool = False  # its maker goes on from what is there without a manifest
+
+    @property
+    def manifest(self) -> Path:
+        """Where its manifest lies."""
+        return self.folder / FOLDER / f"{self.name}.json"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Manifest:
+    """What is written down about a part; paths are relative to the run folder."""
+
+    step: str
+    outputs: Mapping[str, Stamp]
+    inputs: Mapping[str, str]
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The manifest as JSON values."""
+        return {"format": FORMAT, **dataclasses.asdict(self)}
+
+
+def _read_manifest(path: Path) -> Manifest | None:
+    """The manifest in ``path``; None where it is missing or of no use: its part is made again then."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return None
+        found = json.loads(path.read_bytes())
+        assert found["format"] == FORMAT
+        outputs = {str(name): Stamp(**stamp) for name, stamp in found["outputs"].items()}
+        texts = ({str(name): str(value) for name, value in found[key].items()} for key in ("inputs", "versions"))
+        inputs, versions = texts
+        return Manifest(str(found["step"]), outputs, inputs, dict(found["settings"]), versions)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError):
+        return None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a part is done, and why not; ``by`` says what is to blame: its files, or what it was made from."""
+
+    state: Literal["done", "to do", "redo"]
+    why: str = ""
+    by: Literal["", "outputs", "inputs"] = ""
+    damaged: tuple[Path, ...] = ()  # of its outputs
+
+
+_DONE = Verdict("done")
+_ANEW = Stamp(0, 0, "anew")  # of what will be made from other inputs
+
+
+# All manifests of a run --------------------------------------------------------------------------------------------
+
+
+class Manifests:
+    """The manifests of the run in ``root``; what was found to hold is not looked at again by the same object."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._found: dict[Path, Manifest] = {}
+        self._stamps: dict[Path, Stamp] = {}
+        self._origins: dict[str, Stamp] = {}
+        self._expected: dict[Path, Stamp] = {}  # what files will be once their parts are made again
+        self._sound: set[Path] = set()
+        for path in self._paths():
+            if (manifest := _read_manifest(path)) is not None:
+                self._take(path, manifest)
+
+    def _paths(self) -> list[Path]:
+        return [*self.root.glob(f"{FOLDER}/*.json"), *self.root.glob(f"candidates/*/{FOLDER}/*.json")]
+
+    def _take(self, path: Path, manifest: Manifest) -> None:
+        self._found[path] = manifest
+        if path == self._path_of_origins:
+            self._origins = dict(manifest.outputs)
+        else:
+            self._stamps |= {self.root / name: stamp for name, stamp in manifest.outputs.items()}
+
+    @property
+    def _path_of_origins(self) -> Path:
+        return self.root / FOLDER / f"{ORIGINS}.json"
+
+    @property
+    def started(self) -> bool:
+        """Whether a run wrote a manifest here."""
+        return bool(self._found)
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix()
+
+    # Digests
+
+    def _stamp(self, path: Path, known: Stamp | None) -> Stamp | None:
+        """The stamp of the file ``path`` as it is, read where ``known`` does not fit; None where there is none."""
+        try:
+            found = path.stat()
+            if not stat.S_ISREG(found.st_mode):
+                return None
+            if known is not None and known.at(found):
+                return known
+            return Stamp(found.st_size, found.st_mtime_ns, _file_digest(path))
+        except OSError:
+            return None
+
+    def stamp(self, path: Path) -> Stamp | None:
+        """The stamp of a file of the run as it is now, or will be; None where there is no regular file."""
+        if path in self._expected:
+            return self._expected[path]
+        found = self._stamp(path, self._stamps.get(path))
+        if found is not None:
+            self._stamps[path] = found
+        return found
+
+    def digest(self, path: Path) -> str:
+        """The digest of a file, or of what is read in a folder; empty where nothing is there."""
+        coming = [file for file in self._expected if file.is_relative_to(path) or path.is_relative_to(file)]
+        if any(self._expected[file] is _ANEW for file in coming):
+            return _ANEW.sha256
+        if not path.is_dir() and path not in (file.parent for file in coming):
+            found = self.stamp(path)
+            return found.sha256 if found else ""
+        files = sorted({*_files_in(path), *coming})
+        files = [file for file in files if file.name not in _RECORDS]
+        stamps = [(file.relative_to(path).as_posix(), self.stamp(file)) for file in files]
+        if not stamps:
+            return ""
+        return hashlib.sha256(
+            "".join(f"{name} {found.sha256 if found else ''}\n" for name, found in stamps).encode()
+        ).hexdigest()
+
+    def origin(self, title: str, files: Mapping[str, Path]) -> str:
+        """The digest of ``files`` outside of the run, by names that are the same on every machine; empty for none."""
+        lines = []
+        for name, path in sorted(files.items()):
+            full = f"{title}/{name}"
+            if (found := self._stamp(path, self._origins.get(full))) is not None:
+                self._origins[full] = found
+                lines.append(f"{name} {found.sha256}\n")
+        return hashlib.sha256("".join(lines).encode()).hexdigest() if lines else ""
+
+    def recorded(self, name: str) -> str:
+        """The digest of the input ``name`` that parts were made from; empty where none says it."""
+        return next((value for one in self._found.values() if (value := one.inputs.get(name))), "")
+
+    def other_settings(self, values: Mapping[str, Any]) -> tuple[str, ...]:
+        """The names of settings with which parts were made and that are not those in ``values``."""
+        found = {
+            name
+            for one in self._found.values()
+            for name, value in one.settings.items()
+            if name in values and values[name] != value
+        }
+        return tuple(name for name in values if name in found)
+
+    @property
+    def other_versions(self) -> dict[str, tuple[str, str]]:
+        """(version that parts were made with, version here) of the libraries that differ, by name."""
+        here = _versions()
+        return {
+            name: (version, here[name])
+            for one in self._found.values()
+            for name, version in one.versions.items()
+            if name in here and here[name] != version
+        }
+
+    # Parts
+
+    def settled(self, part: Part) -> bool:
+        """Whether this object has found, or written down, that ``part`` is done."""
+        return part.manifest in self._sound
+
+    def given(self, part: Part) -> bool:
+        """Whether the user gave what ``part`` would make."""
+        manifest = self._found.get(part.manifest)
+        return manifest is not None and GIVEN in manifest.inputs
+
+    def verdict(self, part: Part) -> Verdict:
+        """Whether ``part`` is done: its outputs are those that it wrote, made from what is there now."""
+        if self.settled(part):
+            return _DONE
+        known = self._found.get(part.manifest)
+        found = self._verdict(part, known)
+        if found.state != "done" and (written := _read_manifest(part.manifest)) not in (None, known):
+            assert written is not None
+            self._take(part.manifest, written)  # another process wrote it meanwhile
+            found = self._verdict(part, written)
+        if found.state == "done":
+            self._sound.add(part.manifest)
+        return found
+
+    def _verdict(self, part: Part, manifest: Manifest | None) -> Verdict:
+        if manifest is None:
+            if part.resumes:
+                return Verdict("to do")
+            there = [path for path in part.outputs if _files_of(path)]
+            if not there:
+                return Verdict("to do")
+            what = "is damaged" if part.manifest.exists() else "is not there"
+            return Verdict("redo", f"{self._name(part.manifest)} {what}", "outputs")
+        found = self.intact(part.name, manifest, part.outputs)
+        if found.state == "done" and GIVEN not in manifest.inputs:
+            return self._made_from_the_same(part, manifest)
+        return found
+
+    def intact(self, name: str, manifest: Manifest, folders: Iterable[Path] = ()) -> Verdict:
+        """Whether the outputs of ``manifest`` are as they were written."""
+        damaged, why = [], ""
+        for output, known in manifest.outputs.items():
+            path = self.root / output
+            found = self._stamp(path, known)
+            if found is None or found.sha256 != known.sha256:
+                state = "was changed" if found else "is missing" if not path.exists() else "is no file"
+                why = why or f"{output} {state}"
+                damaged.append(path)
+            else:
+                self._stamps[path] = found
+        if damaged:
+            more = f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+            return Verdict("redo", why + more, "outputs", tuple(damaged))
+        known_files = {self.root / output for output in manifest.outputs}
+        for folder in folders:
+            if folder.is_dir() and (extra := [file for file in _files_in(folder) if file not in known_files]):
+                raise RunError(
+                    f"asked for the {name} of {self.root}, found {self._name(extra[0])}, which no step of it has "
+                    "written; move it out of the run folder"
+                )
+        return _DONE
+
+    def _made_from_the_same(self, part: Part, manifest: Manifest) -> Verdict:
+        # Of an older or newer version a setting may be unknown.
+        for name, value in part.settings.items():
+            if name in manifest.settings and manifest.settings[name] != value:
+                why = f"{name} is {value!r} and was {manifest.settings[name]!r}"
+                return Verdict("redo", why, "inputs")
+        for name, digest in self._inputs(part).items():
+            known = manifest.inputs.get(name, "")
+            if known == digest or (name in part.inputs and not digest):
+                continue
+            if digest == _ANEW.sha256:
+                return Verdict("redo", f"{name} is made anew", "inputs")
+            state = "was changed" if known and digest else "is there now" if digest else "is gone"
+            return Verdict("redo", f"{name} {state}", "inputs")
+        return _DONE
+
+    def expect(self, part: Part, verdict: Verdict) -> None:
+        """From now on take ``part`` as made again: from the same inputs its files are what they were."""
+        manifest = self._found.get(part.manifest)
+        if verdict.by == "outputs" and manifest:
+            self._expected |= {self.root / name: stamp for name, stamp in manifest.outputs.items()}
+        elif verdict.state != "done":
+            self._expected |= dict.fromkeys(part.outputs, _ANEW)
+
+    def _inputs(self, part: Part) -> dict[str, str]:
+        return dict(part.inputs) | {self._name(path): self.digest(path) for path in part.reads}
+
+    def record(self, part: Part, *more: Path) -> None:
+        """Write down that ``part`` is done, with the outputs that are there, and ``more`` of them. Raises StorageError."""
+        files = [file for path in (*part.outputs, *more) for file in _files_of(path)]
+        outputs = {self._name(file): found for file in files if (found := self.stamp(file)) is not None}
+        manifest = Manifest(part.step, outputs, self._inputs(part), dict(part.settings), _versions())
+        self._write(part.manifest, manifest)
+        self._sound.add(part.manifest)
+        self.save_origins()
+
+    def _write(self, path: Path, manifest: Manifest) -> None:
+        if self._found.get(path) != manifest or not path.exists():
+            write_json(path, manifest.as_dict())
+        self._found[path] = manifest
+
+    def save_origins(self, **digests: str) -> None:
+        """Write down what is known of the files outside of the run, and ``digests`` of them. Raises StorageError."""
+        known = self._found.get(self._path_of_origins)
+        inputs = {**(known.inputs if known else {}), **digests}
+        self._write(self._path_of_origins, Manifest(ORIGINS, dict(self._origins), inputs, {}, {}))
+
+    def of_steps(self, steps: Collection[str]) -> tuple[Path, ...]:
+        """The manifests of these steps."""
+        return tuple(path for path, manifest in self._found.items() if manifest.step in steps)
+
+    def renew(self) -> None:
+        """Write the stamps of outputs that were read and found to be the same, so that they are not read again."""
+        for path in [path for path in self._found if path in self._sound]:
+            manifest = self._found[path]
+            outputs = {name: self._stamps.get(self.root / name, stamp) for name, stamp in manifest.outputs.items()}
+            self._write(path, dataclasses.replace(manifest, outputs=outputs))
+
+    def clear(self, part: Part, verdict: Verdict, *more: Path) -> None:
+        """Remove what is left of ``part``, and ``more``, so that it can be made again. Raises StorageError.
+
+        Of a cache that resumes files that are as they were stay: what is missing is made again.
+        """
+        manifest = self._found.pop(part.manifest, None)
+        self._sound.discard(part.manifest)
+        written = [self.root / name for name in manifest.outputs] if manifest else []
+        doomed = [*written, *part.outputs, *more]
+        if part.resumes and verdict.by == "outputs" and not more:
+            doomed = [*verdict.damaged, *(path for path in written if path.name == _INDEX)]
+        try:
+            part.manifest.unlink(missing_ok=True)
+            for path in doomed:
+                self._stamps.pop(path, None)
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"asked to redo {part.step} in {self.root}, cannot remove {path}: {error.strerror}; remove it by hand"
+            ) from None

@@ -1,0 +1,181 @@
+"""How a run is started, redone from a step on, or lent its scores by another."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from prune_lab.config import SETTINGS, RunConfig, changed_settings, to_toml
+from prune_lab.errors import RunError, StorageError
+from prune_lab.models import configured_model, model_digest
+from prune_lab.profiling import latency_key
+from prune_lab.runs import FORMAT, GIVEN, Manifests, Part, Run, load_run_config, open_run
+from prune_lab.runtime import Environment, note, write_json, write_text
+from prune_lab.session import Session, origin_of
+from prune_lab.session.origins import TEACHER, check_teacher, teacher_digest
+from prune_lab.session.parts import (
+    binding_settings,
+    costs_part,
+    latency_part,
+    probe_part,
+    reads_evaluation,
+    record,
+    scores_part,
+)
+from prune_lab.workflow.measuring import service_of
+from prune_lab.workflow.steps import STEPS, steps_from
+
+
+def affecting(changed: Iterable[str]) -> tuple[str, ...]:
+    """Those of the ``changed`` settings, dotted names such as ``distill.steps``, that finished results depend on."""
+    return tuple(name for name in changed if not SETTINGS[name].free)
+
+
+def first_affected(changed: Iterable[str], config: RunConfig | None = None) -> str:
+    """The first step that reads one of the ``changed`` settings; some are read earlier under other settings of
+    ``config``.
+    """
+    readers = {SETTINGS[name].read_by for name in changed}
+    if config is not None and any(name.startswith("evaluate.") for name in changed):
+        drawn = origin_of(config, configured_model(config)) == "drawn"
+        readers.add(reads_evaluation(config, drawn=drawn))
+    return next(step.name for step in STEPS if step.name in readers)
+
+
+def forget(run: Run, name: str, *, plan_ids: Collection[str] | None = None) -> None:
+    """Remove the files of the step called ``name`` and of the later ones, so that they are done again.
+
+    With ``plan_ids`` the folders of other candidates stay as they are.
+    """
+    # All paths first: the candidates are read from plans, which may be among them. The manifests first of all, so that
+    # what is half removed is not taken for damaged.
+    steps = steps_from(name)
+    manifests = Manifests(run.folder).of_steps([step.name for step in steps])
+    for path in [*manifests, *(path for step in steps for path in step.products(run))]:
+        ours = plan_ids is None or not path.is_relative_to(run.candidates_dir)
+        if not ours and path.relative_to(run.candidates_dir).parts[0] not in (plan_ids or ()):
+            continue
+        try:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"asked to redo {name} in {run.folder}, cannot remove {path}: {error.strerror}; remove it by hand"
+            ) from None
+
+
+def _record(run: Run, config: RunConfig) -> None:
+    environment = Environment.capture(config.device, config.dtype).as_dict()
+    source, manifests = configured_model(config), Manifests(run.folder)
+    write_json(run.environment, {"format": FORMAT} | environment | {"model_digest": model_digest(source)})
+    manifests.save_origins(**{TEACHER: teacher_digest(manifests, source)})
+    write_text(run.config, to_toml(config))
+
+
+def _changed(run: Run, config: RunConfig, manifests: Manifests) -> tuple[str, ...]:
+    """The settings in which ``config`` differs from config.toml, or from what finished steps were made with."""
+    known = changed_settings(load_run_config(run), config) if run.config.is_file() else ()
+    # config.toml may have been edited, or be gone
+    made = manifests.other_settings(binding_settings(config))
+    return tuple(dict.fromkeys((*known, *made)))
+
+
+def _tell_versions(manifests: Manifests) -> None:
+    if found := manifests.other_versions:
+        words = ", ".join(f"{name} {old} (here {new})" for name, (old, new) in found.items())
+        note(f"{manifests.root} was made with {words}; what is done stays")
+
+
+def start_run(config: RunConfig, folder: Path, *, force: bool = False) -> Run:
+    """The run in ``folder`` with these settings; writes config.toml and environment.json when it is new, or lacks them.
+
+    Settings that no finished step has read may change. Where one has, ``force`` removes the files of that step and of
+    the later ones; without it RunError says which settings differ. RunError too for a folder that holds something else,
+    and for a model whose weights are not those that the run was started with.
+    """
+    run = open_run(folder, must_exist=False)
+    manifests = Manifests(run.folder)
+    if not run.config.is_file() and not manifests.started:
+        if run.folder.is_dir() and any(run.folder.iterdir()):
+            raise RunError(
+                f"asked to start a run in {folder}, found other files there; give a new or an empty folder"
+            )
+        _record(run, config)
+        return run
+    changed = _changed(run, config, manifests)
+    if "model" not in changed or not run.config.is_file():
+        try:
+            check_teacher(run, manifests, configured_model(config))
+        except RunError:
+            if not force:
+                raise
+            forget(run, STEPS[0].name)
+            _record(run, config)
+            return run
+    if touched := affecting(changed):
+        name = first_affected(touched, load_run_config(run) if run.config.is_file() else config)
+        if not force and any(run.done(path) for step in steps_from(name) for path in step.products(run)):
+            raise RunError(
+                f"run {folder} was made with other settings of {', '.join(touched)}; give another --run folder, "
+                f"the old settings, or --force to redo it from the step {name!r}"
+            )
+        forget(run, name)
+    lost = [path.name for path in (run.config, run.environment) if not run.done(path)]
+    if lost:
+        note(f"{' and '.join(lost)} of {folder} written anew")
+    if changed or lost:
+        _record(run, config)
+    _tell_versions(manifests)
+    return run
+
+
+def _intact(run: Run, manifests: Manifests, part: Part) -> bool:
+    """Whether ``part`` of a run that lends is there. Raises RunError where it is not what it was."""
+    verdict = manifests.verdict(part)
+    if verdict.state == "redo":
+        raise RunError(
+            f"asked to search with the scores of {run.folder}, found that {verdict.why}; "
+            f"make it again with: prune-lab run --run {run.folder}"
+        )
+    return verdict.state == "done"
+
+
+def borrow_scores(lender: Run, session: Session) -> None:
+    """Copy probe, scores, costs and latency from ``lender`` into the run of ``session``, which is new.
+
+    So plans can be searched under other settings, and a finished run stays as it is. Nothing is copied where the
+    settings of the model, its probe or its scores are others, and no latency of another service. Raises RunError where
+    ``lender`` was made of other weights, or is damaged.
+    """
+    run, theirs = session.run, Session(lender)
+    changed = set(changed_settings(theirs.config, session.config)) - {"device"}
+    # Another seed is another probe.
+    if any(SETTINGS[name].read_by in ("blocks", "probe", "scores") for name in changed):
+        return
+    parts = [probe_part, scores_part, costs_part]
+    if latency_key(theirs.architecture, service_of(theirs)) == latency_key(
+        session.architecture, service_of(session)
+    ):
+        parts.append(latency_part)
+    for part in parts:
+        lent, own = part(theirs), part(session)
+        if not _intact(lender, theirs.manifests, lent):
+            continue
+        there = [(old, new) for old, new in zip(lent.outputs, own.outputs, strict=True) if old.is_file()]
+        for old, new in there:
+            shutil.copyfile(old, new)
+        record(session, own)
+    if lender.scores_dir.is_dir():
+        shutil.copytree(lender.scores_dir, run.scores_dir, dirs_exist_ok=True)
+
+
+def use_scores(session: Session, table: Path) -> None:
+    """Search the run of ``session`` with the scores in the CSV ``table`` instead of measuring any."""
+    part = scores_part(session)
+    shutil.copyfile(table, session.run.importance)
+    given = {GIVEN: session.manifests.digest(session.run.importance)}
+    record(session, dataclasses.replace(part, reads=(), inputs=given))
