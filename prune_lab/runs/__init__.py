@@ -1,8 +1,21 @@
-"""The folder of a run: where its files lie, and how it is opened."""
+"""The folder of a run: where its files lie, how it is opened, and how what was written is read back."""
 
 from __future__ import annotations
 
 from prune_lab.runs.opening import FORMAT, load_run_config, open_run
 from prune_lab.runs.paths import CandidatePaths, PathIn, Run
+from prune_lab.runs.records import damaged, read_picture, read_records, read_typed, typed
 
-__all__ = ["FORMAT", "CandidatePaths", "PathIn", "Run", "load_run_config", "open_run"]
+__all__ = [
+    "FORMAT",
+    "CandidatePaths",
+    "PathIn",
+    "Run",
+    "damaged",
+    "load_run_config",
+    "open_run",
+    "read_picture",
+    "read_records",
+    "read_typed",
+    "typed",
+]
