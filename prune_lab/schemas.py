@@ -257,9 +257,7 @@ PARTS = Records(
     {_TEXT: "group kind criterion part of", _NUMBER_OR_NONE: "impact", _COUNT: "samples"},
     rows=False,
 )
-SEARCHED = Records(
-    SEARCHED_COLUMNS, {_TEXT: "plan_id origin name", _TEXT_OR_NONE: "budget"}, rows=False
-)
+SEARCHED = Records(SEARCHED_COLUMNS, {_TEXT: "plan_id origin name", _TEXT_OR_NONE: "budget"}, rows=False)
 REPAIRS = Records(
     REPAIR_COLUMNS,
     {

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from prune_lab.runs.opening import FORMAT, load_run_config, open_run
-from prune_lab.runs.paths import CandidatePaths, PathIn, Run
+from prune_lab.runs.paths import CandidatePaths, PathIn, Run, is_plan_id
+from prune_lab.runs.plan_files import PlanFile, plan_id_of, read_plan_file
 from prune_lab.runs.records import damaged, read_picture, read_records, read_typed, typed
 
 __all__ = [
     "FORMAT",
     "CandidatePaths",
     "PathIn",
+    "PlanFile",
     "Run",
     "damaged",
+    "is_plan_id",
     "load_run_config",
     "open_run",
+    "plan_id_of",
     "read_picture",
+    "read_plan_file",
     "read_records",
     "read_typed",
     "typed",

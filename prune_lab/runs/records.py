@@ -43,14 +43,18 @@ def run_around(path: Path) -> Path | None:
     return next((one for one in path.parents if (one / "config.toml").is_file()), None)
 
 
-def damaged(path: Path, found: str) -> DataError:
-    """The error to raise for the damaged file ``path``: what was ``found`` in it, and what to do."""
-    folder = run_around(path)
-    cure = "delete it and make it again"
+def damaged(path: Path, found: str, *, made_with: Path | None = None) -> DataError:
+    """The error to raise for the damaged file ``path``: what was ``found`` in it, and what to do.
+
+    ``made_with`` is the folder that is only made as a whole.
+    """
+    folder, it = run_around(path), "it" if made_with is None else path_text(made_with)
+    cure = f"delete {it} and make it again"
     if folder is not None:
         shown = path_text(folder)
         cure = (
-            f"delete it and run again: prune-lab run --run {shown}; prune-lab doctor {shown} lists what else is damaged"
+            f"delete {it} and run again: prune-lab run --run {shown}; prune-lab doctor {shown} lists what else is "
+            "damaged"
         )
     return DataError(f"asked to read {path_text(path)}, found {found}; {cure}")
 
@@ -261,7 +265,7 @@ def _scalar(hint: Any, value: object, place: str) -> Any:
         if type(value) not in (int, float) or not math.isfinite(value):  # type: ignore[arg-type]
             raise _wrong("a finite number", value, place)
         return float(value)  # type: ignore[arg-type]
-    if type(value) is not hint:
+    if type(value) is not hint and not (hint is str and isinstance(value, str)):
         words = {int: "a whole number", str: "text", bool: "true or false", types.NoneType: "null"}
         raise _wrong(words[hint], value, place)
     return value
@@ -324,19 +328,21 @@ def read_typed(path: Path, hint: type[Kind]) -> Kind:
 def read_picture(path: Path) -> NDArray[np.uint8]:
     """The picture in the PNG file ``path``, (H, W, 3) uint8, with every checksum of the file as it should be.
 
-    Raises StorageError when the file cannot be read, DataError when it is damaged or another kind of picture.
+    Raises StorageError when the file cannot be read, DataError when it is missing, damaged or another kind of picture.
     """
     import numpy as np
     from PIL import Image
 
     path = Path(path)
+    if not path.is_file():
+        raise damaged(path, "a folder in its place" if path.is_dir() else "no such file", made_with=path.parent)
     content = _content(path)
     if content[:8] != _PNG or len(content) < 24:
-        raise damaged(path, "no PNG picture" if content else "an empty file")
-    width, height = struct.unpack(">II", content[16:24])
-    if width * height > _MOST_PIXELS:
-        raise damaged(path, f"a picture of {width:,} x {height:,} pixels, which is too large")
+        raise damaged(path, "no PNG picture" if content else "an empty file", made_with=path.parent)
     try:
+        width, height = struct.unpack(">II", content[16:24])
+        if width * height > _MOST_PIXELS:
+            raise ValueError(f"{width:,} x {height:,} pixels are too many")
         with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
             image.verify()
         with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
@@ -344,4 +350,5 @@ def read_picture(path: Path) -> NDArray[np.uint8]:
                 raise ValueError(f"mode {image.mode}")
             return np.array(image)
     except (OSError, SyntaxError, ValueError, EOFError, zlib.error, struct.error) as error:
-        raise damaged(path, f"a damaged picture ({str(error).splitlines()[0] if str(error) else error!r})") from None
+        why = ascii(str(error))[1:-1] or type(error).__name__
+        raise damaged(path, f"a damaged picture ({why})", made_with=path.parent) from None

@@ -17,8 +17,9 @@ from prune_lab.export import write_card
 from prune_lab.plans import PruningPlan
 from prune_lab.processes import init_processes, is_main
 from prune_lab.ranking import Tournament, tournament_from_frame
+from prune_lab.runs import read_records
 from prune_lab.runtime import write_frame
-from prune_lab.schemas import RECOVERY_SUMMARY_COLUMNS
+from prune_lab.schemas import RECOVERY_SUMMARY_COLUMNS, TOURNAMENT
 from prune_lab.session import Session, origin_of, tell_roles
 from prune_lab.surgery import pipeline_with
 from prune_lab.workflow.measuring import ensure_scores
@@ -30,7 +31,7 @@ def ensure_tournament(session: Session, candidates: Sequence[Candidate]) -> Tour
     """Which of ``candidates`` were kept at which rung, by paired held-out losses; writes tournament.csv."""
     run = session.run
     if run.done(run.tournament):
-        return tournament_from_frame(pd.read_csv(run.tournament))
+        return tournament_from_frame(read_records(run.tournament, TOURNAMENT))
     tournament = engine_of(session).train(session, candidates, rungs_of(session))
     if not is_main():
         return tournament

@@ -15,11 +15,11 @@ from prune_lab.blocks import BlockGroup
 from prune_lab.config import BUDGET_CONTROLS
 from prune_lab.errors import NonNativePlanError, PlanError
 from prune_lab.importance import ScoringContext, score
-from prune_lab.plans import PruningPlan, native_layout, plan_from_json, read_plans
+from prune_lab.plans import PruningPlan, native_layout, read_plan, read_plans
 from prune_lab.profiling import CostTable, PlanCost, activation_table, cost_table
-from prune_lab.runs import Run
-from prune_lab.runtime import read_json, track, write_frame, write_json
-from prune_lab.schemas import PLANS_COLUMNS, SEARCHED_COLUMNS, SEARCHES_COLUMNS
+from prune_lab.runs import Run, read_records
+from prune_lab.runtime import track, write_frame, write_json
+from prune_lab.schemas import PLANS_COLUMNS, SEARCHED, SEARCHED_COLUMNS, SEARCHES_COLUMNS
 from prune_lab.search import ImpactOf, parse_budget, predicted_impact, split_budgets
 from prune_lab.session import Session, run_scoring_context
 from prune_lab.workflow.measuring import controls, ensure_costs, ensure_latency, ensure_scores
@@ -66,7 +66,7 @@ def impact_of_sets(session: Session) -> ImpactOf:
 
 def searched(run: Run) -> pd.DataFrame:
     """One row per control and per plan found for a budget: plan_id, origin, name, budget."""
-    return pd.read_csv(run.searched, dtype=str, keep_default_na=False)
+    return read_records(run.searched, SEARCHED).fillna("")
 
 
 def _named(plans: Sequence[PruningPlan], solver: str, asked: str) -> list[PruningPlan]:
@@ -122,7 +122,7 @@ def ensure_plans(session: Session) -> tuple[PruningPlan, ...]:
     order = dict.fromkeys(searched(run)["plan_id"])
     by_hand = [plan_id for plan_id in run.plan_ids() if plan_id not in order]
     files = [run.plan(plan_id) for plan_id in [*order, *by_hand]]
-    plans = (plan_from_json(read_json(path), session.architecture) for path in files)
+    plans = (read_plan(path, session.architecture) for path in files)
     return tuple(plan.named(*plan.names, origin=plan.origin or "control") for plan in plans)
 
 

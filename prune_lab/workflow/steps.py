@@ -12,8 +12,8 @@ from prune_lab.distill import CACHE_INDEX, is_cache
 from prune_lab.errors import RunError, StorageError
 from prune_lab.importance import NEEDS_PIPELINE
 from prune_lab.models import configured_model, model_digest
-from prune_lab.runs import FORMAT, Run, load_run_config, open_run
-from prune_lab.runtime import Environment, read_json, write_json, write_text
+from prune_lab.runs import FORMAT, Run, load_run_config, open_run, read_typed
+from prune_lab.runtime import Environment, write_json, write_text
 from prune_lab.session import Session, ensure_data, ensure_probe, origin_of
 from prune_lab.workflow.distilling import ensure_distilled
 from prune_lab.workflow.measuring import (
@@ -203,8 +203,8 @@ def forget(run: Run, name: str, *, plan_ids: Collection[str] | None = None) -> N
 
 def _recorded_digest(run: Run) -> str:
     """The digest of the model that the run was started with; empty when unknown."""
-    found = read_json(run.environment) if run.environment.is_file() else {}
-    return str(found.get("model_digest", "")) if isinstance(found, dict) else ""
+    found = read_typed(run.environment, dict[str, str | int]) if run.environment.is_file() else {}
+    return str(found.get("model_digest", ""))
 
 
 def _record(run: Run, config: RunConfig) -> None:

@@ -10,8 +10,9 @@ import pandas as pd
 
 from prune_lab.candidates import Candidate, build_candidate, load_candidate, load_student, profile_candidate
 from prune_lab.repair import RepairKind, repair
+from prune_lab.runs import read_records
 from prune_lab.runtime import track, write_frame
-from prune_lab.schemas import REPAIRED_COLUMNS
+from prune_lab.schemas import REPAIRED_COLUMNS, REPAIRS
 from prune_lab.session import Session, ensure_probe
 from prune_lab.surgery import save_unet
 from prune_lab.workflow.measuring import ensure_turns, service_of
@@ -55,7 +56,7 @@ def ensure_repaired(session: Session) -> pd.DataFrame:
         paths = candidate.paths
         if not session.run.done(paths.repaired):
             _repair(session, candidate)
-        tried = pd.read_csv(paths.repair, dtype={"cut": str, "reason": str})
+        tried = read_records(paths.repair, REPAIRS)
         applied = tried[tried["applied"]]
         measured = tried["impact_before"].dropna()
         before = float(measured.iloc[0]) if len(measured) else math.nan
