@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
 from diffusers import ModelMixin
@@ -14,10 +14,10 @@ from prune_lab.blocks import Architecture
 from prune_lab.errors import RunError
 from prune_lab.families import plain_config
 from prune_lab.models import ModelSource, load_unet, model_digest, resolve_model
-from prune_lab.plans import PruningPlan, plan_from_json
-from prune_lab.profiling import ComparedLatency, Profile, Service, profile, profile_from_dict
-from prune_lab.runs import CandidatePaths
-from prune_lab.runtime import Environment, pick_dtype, read_json, write_json
+from prune_lab.plans import PruningPlan, read_plan
+from prune_lab.profiling import ComparedLatency, Profile, Service, profile
+from prune_lab.runs import CandidatePaths, read_plan_file, read_typed
+from prune_lab.runtime import Environment, pick_dtype, write_json
 from prune_lab.surgery import (
     TEACHER,
     Original,
@@ -45,7 +45,7 @@ class Candidate:
     @property
     def profile(self) -> Profile:
         """What the pruned U-Net costs, as it was measured when the candidate was built."""
-        return profile_from_dict(cast("dict[str, Any]", read_json(self.paths.profile)))
+        return read_typed(self.paths.profile, Profile)
 
 
 def load_student(
@@ -79,7 +79,7 @@ def load_candidate(folder: Path, architecture: Architecture) -> Candidate:
         raise RunError(
             f"asked for the candidate in {folder}, which lacks {' and '.join(missing)}; build it with prune-lab run"
         )
-    return Candidate(plan_from_json(read_json(paths.plan), architecture), paths.folder)
+    return Candidate(read_plan(paths.plan, architecture), paths.folder)
 
 
 def build_candidate(
@@ -158,7 +158,7 @@ def profile_candidate(candidate: Candidate, compared: ComparedLatency, service: 
 
 def _check_owner(candidate: Candidate) -> None:
     if candidate.paths.plan.is_file():
-        found = cast("dict[str, Any]", read_json(candidate.paths.plan)).get("id")
+        found = read_plan_file(candidate.paths.plan)["id"]
         if found != candidate.plan.id:
             raise RunError(
                 f"asked to build plan {candidate.plan.id} in {candidate.folder}, found plan {found} there; "

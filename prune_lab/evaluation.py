@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -20,6 +19,7 @@ from prune_lab.families import REFINER_TIME_IDS
 from prune_lab.models import ScorerInputs
 from prune_lab.models.silence import quiet
 from prune_lab.probes import Probe, note_cut, pipeline_conditions, predict, to_uint8
+from prune_lab.runs import read_picture
 from prune_lab.runtime import atomic_folder, atomic_write, note_once, seeded, track
 
 
@@ -213,20 +213,13 @@ def save_pictures(folder: Path, pictures: Tensor, names: Sequence[str]) -> None:
             Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(temporary / name)
 
 
-def read_pictures(folder: Path) -> Tensor:
-    """The PNG files in ``folder`` in the order of their names, uint8 (N, 3, H, W).
+def read_pictures(folder: Path, names: Sequence[str] | None = None) -> Tensor:
+    """The PNG files called ``names`` in ``folder``, uint8 (N, 3, H, W); None: all, in the order of their names.
 
-    Raises DataError when there are none, or when they cannot be read or differ in size.
+    Raises DataError when there are none, when one is missing or damaged, or when they differ in size.
     """
-    pictures = []
-    for path in sorted(folder.glob("*.png")):
-        try:
-            with Image.open(path) as image:
-                pictures.append(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
-        except OSError as error:
-            raise DataError(
-                f"asked to read {path} as a picture: {error}; remove {folder} and draw again"
-            ) from None
+    paths = sorted(folder.glob("*.png")) if names is None else [folder / name for name in names]
+    pictures = [torch.from_numpy(read_picture(path)).permute(2, 0, 1) for path in paths]
     if len({picture.shape for picture in pictures}) != 1:
         sizes = sorted({f"{picture.shape[2]} x {picture.shape[1]}" for picture in pictures})
         found = f"sizes {', '.join(sizes)}" if pictures else "no PNG files"

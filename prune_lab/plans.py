@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import itertools
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from prune_lab.blocks import Architecture, block_groups
-from prune_lab.errors import NonNativePlanError, PlanError, UnremovableBlockError
+from prune_lab.errors import NonNativePlanError, PlanError, PruneLabError, UnremovableBlockError
 from prune_lab.families import Layout
+from prune_lab.runs import plan_id_of, read_plan_file
 from prune_lab.runtime import read_json
 
 
@@ -38,8 +37,7 @@ class PruningPlan:
     @property
     def id(self) -> str:
         """12 hexadecimal digits of the content."""
-        content = json.dumps([self.architecture, self.removed])
-        return hashlib.sha256(content.encode()).hexdigest()[:12]
+        return plan_id_of(self.architecture, self.removed)
 
     @property
     def text(self) -> str:
@@ -138,6 +136,19 @@ def plan_from_json(value: object, architecture: Architecture) -> PruningPlan:
         )
     plan = plan_of(architecture, map(str, value["removed"]))
     return plan.named(*map(str, value.get("names", [])), origin=str(value.get("origin", "")))
+
+
+def read_plan(path: Path, architecture: Architecture) -> PruningPlan:
+    """The plan that ``to_json`` wrote to ``path``.
+
+    Raises DataError when the file is damaged or holds another plan than its name or folder says, PlanError when it was
+    made for another architecture.
+    """
+    value = read_plan_file(path)
+    try:
+        return plan_from_json(value, architecture)
+    except PruneLabError as error:
+        raise PlanError(f"asked to read {path}: {error}") from None
 
 
 def read_plans(text: str, architecture: Architecture) -> tuple[PruningPlan, ...]:

@@ -5,6 +5,11 @@ Imports neither torch nor pandas, so that anything may import it.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
 # The model: its blocks, what they cost, what plans leave ------------------------------------------------------------
 
 BLOCK_COLUMNS = (
@@ -153,3 +158,154 @@ INTEGER_COLUMNS = frozenset(
         *("place_by_impact", "place_by_loss", "places_lost"),
     )
 )
+
+# Tables that are read back --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """What every cell of a column holds; ``runs.read_records`` refuses the file otherwise."""
+
+    kind: Literal["text", "integer", "number", "truth"]
+    missing: bool = False  # whether a cell may be empty: unknown, not measured, or it does not apply
+    infinite: bool = False  # whether a number may be infinite
+    least: float = -math.inf  # of integers and numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """One kind of CSV that is written here and read back: its columns, what they hold, and what tells rows apart."""
+
+    columns: tuple[str, ...]
+    cells: Mapping[Cells, str]  # names of columns, with spaces between them
+    key: tuple[str, ...] = ()  # no two rows have equal values in all of these columns
+    optional: tuple[str, ...] = ()  # columns that may be there too
+    rows: bool = True  # whether there is at least one row
+
+    def cells_of(self, column: str) -> Cells:
+        """What the cells of ``column`` hold."""
+        return next(cells for cells, names in self.cells.items() if column in names.split())
+
+
+_TEXT, _TEXT_OR_NONE = Cells("text"), Cells("text", missing=True)
+_INTEGER = Cells("integer")
+_COUNT, _COUNT_OR_NONE = Cells("integer", least=0), Cells("integer", least=0, missing=True)
+_NUMBER, _NUMBER_OR_NONE = Cells("number"), Cells("number", missing=True)
+_ANY_NUMBER = Cells("number", missing=True, infinite=True)
+_AMOUNT, _AMOUNT_OR_NONE = Cells("number", least=0), Cells("number", least=0, missing=True)
+_TIME = Cells("number", least=1e-9)  # changes of time are ratios
+_TRUTH, _TRUTH_OR_NONE = Cells("truth"), Cells("truth", missing=True)
+
+BLOCKS = Records(
+    BLOCK_COLUMNS,
+    {
+        _TEXT: "name path stage kind lane",
+        _TEXT_OR_NONE: "reason",
+        _COUNT: "in_channels out_channels skip_channels transformer_layers params macs attention_macs tokens row",
+        _TRUTH: "removable",
+    },
+    key=("name",),
+)
+COSTS = Records(
+    COST_COLUMNS,
+    {_TEXT: "name kind", _COUNT: "params macs attention_macs paper_macs weight_bytes tokens"},
+    key=("name",),
+)
+REDUCTIONS = Records(
+    REDUCTION_COLUMNS,
+    {
+        _TEXT: "model plan",
+        _COUNT: "params macs paper_macs blocks_removed tokens",
+        _NUMBER: "params_change macs_change paper_macs_change",
+        _TRUTH: "native",
+        _TEXT_OR_NONE: "uncounted latency_verdict timed service",
+        _AMOUNT_OR_NONE: "median_ms p10_ms p90_ms",
+        _COUNT_OR_NONE: "runs",
+        _NUMBER_OR_NONE: "latency_change latency_low latency_high",
+    },
+    optional=REDUCTION_LATENCY_COLUMNS,
+)
+ROUNDS = Records(
+    ROUNDS_COLUMNS,
+    {_COUNT: "timing round warmup", _TEXT: "name processes", _TIME: "milliseconds"},
+    key=("timing", "round", "name"),
+)
+PIPELINE = Records(
+    PIPELINE_COLUMNS,
+    {
+        _TEXT: "part",
+        _COUNT: "calls params macs",
+        _COUNT_OR_NONE: "tokens",
+        _AMOUNT: "median_ms share",
+    },
+)
+IMPORTANCE = Records(
+    IMPORTANCE_COLUMNS,
+    {
+        _TEXT: "group kind blocks criterion",
+        _TEXT_OR_NONE: "probe model",
+        _TRUTH: "starred",
+        _NUMBER: "impact",
+        _NUMBER_OR_NONE: "low high",
+        _COUNT: "samples",
+        _ANY_NUMBER: "psnr",
+    },
+    optional=("psnr",),
+)
+PARTS = Records(
+    PARTS_COLUMNS,
+    {_TEXT: "group kind criterion part of", _NUMBER_OR_NONE: "impact", _COUNT: "samples"},
+    rows=False,
+)
+SEARCHED = Records(SEARCHED_COLUMNS, {_TEXT: "plan_id origin name", _TEXT_OR_NONE: "budget"}, rows=False)
+REPAIRS = Records(
+    REPAIR_COLUMNS,
+    {
+        _TEXT: "cut kind side unit",
+        _TEXT_OR_NONE: "also_read_by reason",
+        _TRUTH: "folds applied",
+        _ANY_NUMBER: "strength",
+        _NUMBER_OR_NONE: "cut_error_before cut_error_after impact_before impact_after",
+    },
+    rows=False,
+)
+RECOVERY = Records(
+    RECOVERY_COLUMNS,
+    {
+        _COUNT: "step",
+        _NUMBER_OR_NONE: "task output feature total",
+        _ANY_NUMBER: "validation",  # of a student that failed; ``distill.load_recovery`` looks
+        _AMOUNT: "learning_rate seconds",
+    },
+    key=("step",),
+)
+HELDOUT = Records(HELDOUT_COLUMNS, {_COUNT: "step row", _ANY_NUMBER: "loss"}, key=("step", "row"))
+PROMPTS = Records(PROMPTS_COLUMNS, {_TEXT: "file", _TEXT_OR_NONE: "prompt", _INTEGER: "seed"}, key=("file",))
+RANKING = Records(
+    RANKING_COLUMNS,
+    {
+        _COUNT_OR_NONE: "rank tie_group rung",
+        _TEXT: "plan plan_id origin status",
+        _COUNT: "blocks_removed params macs paper_macs steps",
+        _AMOUNT_OR_NONE: "median_ms",
+        _NUMBER_OR_NONE: "latency_change latency_low latency_high impact_one_shot loss_before loss_after "
+        "clip_before clip_after",
+        _TRUTH_OR_NONE: "pareto",
+        _TEXT_OR_NONE: "reason",
+    },
+    key=("plan_id",),
+)
+TOURNAMENT = Records(
+    TOURNAMENT_COLUMNS,
+    {
+        _COUNT: "rung steps",
+        _TEXT: "name fate",
+        _NUMBER_OR_NONE: "loss clip difference low high",
+        _COUNT_OR_NONE: "place",
+        _TRUTH_OR_NONE: "tied",
+        _TEXT_OR_NONE: "against reason",
+    },
+    key=("rung", "name"),
+    rows=False,
+)
+STEP_SECONDS = Records(STEP_SECONDS_COLUMNS, {_TEXT: "step", _AMOUNT: "seconds"}, key=("step",))

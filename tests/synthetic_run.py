@@ -11,6 +11,8 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image, ImageDraw
 
+from prune_lab.plans import PruningPlan
+
 STAGES = {
     "Dn1": "R1 A1 R2 A2",
     "Dn2": "R1 A1 R2 A2",
@@ -61,7 +63,7 @@ DROPPED_REASON = "at rung 1 of 2, 100 steps: worse than the last survivor by 0.0
 
 
 def plan_id(name: str) -> str:
-    return f"{list(PLANS).index(name) + 1:012x}"
+    return PruningPlan(PLANS[name], "made-up").id
 
 
 def write_blocks(folder: Path) -> None:

@@ -188,5 +188,5 @@ def test_pictures_that_cannot_be_read_together_are_named(tmp_path: Path) -> None
     with pytest.raises(DataError, match="found sizes 4 x 3, 5 x 3"):
         read_pictures(tmp_path)
     (tmp_path / "b.png").write_text("no picture")
-    with pytest.raises(DataError, match=r"b\.png as a picture"):
+    with pytest.raises(DataError, match=r"b\.png, found no PNG picture"):
         read_pictures(tmp_path)

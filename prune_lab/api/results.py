@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import pandas as pd
 
-from prune_lab import runs
+from prune_lab import runs, schemas
 from prune_lab.api.plans import Plan, Plans, plan_maps
 from prune_lab.blocks import blocks_frame
 from prune_lab.candidates import State, load_candidate, load_student
@@ -35,7 +35,7 @@ from prune_lab.report import (
     read_run,
     write_report,
 )
-from prune_lab.runs import Run
+from prune_lab.runs import Run, read_records
 from prune_lab.tables import Pictures, Table
 from prune_lab.workflow import (
     Session,
@@ -111,9 +111,7 @@ class RunResults:
     def criteria(self) -> Table:
         """The scores by all criteria that were measured, the run's own first."""
         path = self.run.needs(self.run.criteria, "score")
-        return Table(
-            "scores", pd.read_csv(path, dtype={"probe": str, "model": str}), "Impact by all criteria"
-        )
+        return Table("scores", read_records(path, schemas.IMPORTANCE), "Impact by all criteria")
 
     @property
     def parts(self) -> Table:

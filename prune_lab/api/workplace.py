@@ -18,8 +18,9 @@ from prune_lab.blocks import Architecture
 from prune_lab.config import SETTINGS, RunConfig, changed_settings, with_settings
 from prune_lab.models import ModelSource, configured_model
 from prune_lab.processes import is_main
-from prune_lab.runs import Run
+from prune_lab.runs import Run, read_records
 from prune_lab.runtime import progress_shown
+from prune_lab.schemas import IMPORTANCE
 from prune_lab.workflow import (
     Session,
     forget,
@@ -65,7 +66,7 @@ class Workplace:
 
     def _scores(self) -> pd.DataFrame | None:
         run = Run(self.folder)
-        return pd.read_csv(run.importance) if run.done(run.importance) else None
+        return read_records(run.importance, IMPORTANCE) if run.done(run.importance) else None
 
     @contextlib.contextmanager
     def _opened(

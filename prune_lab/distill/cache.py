@@ -18,7 +18,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,7 +28,8 @@ from torch import Tensor
 from prune_lab.distill.data import EncodedBatch, with_prefix
 from prune_lab.distill.encoding import conditions_text, encoders_digest, image_side
 from prune_lab.errors import DataError
-from prune_lab.runtime import atomic_write, read_json
+from prune_lab.runs import read_typed
+from prune_lab.runtime import atomic_write
 
 FORMAT = "prune_lab latent cache 1"
 PROVENANCE = "recipe"  # its name in the files, since version 0.1
@@ -47,6 +48,17 @@ class Shard:
     rows: int
     bytes: int
     digest: str  # of its tensors
+
+
+class IndexFile(TypedDict):
+    """What cache.json holds."""
+
+    format: str
+    recipe: Mapping[str, Any]  # the provenance
+    shards: tuple[Shard, ...]
+    left_out: tuple[str, ...]
+    channels: int
+    digest: str
 
 
 def is_cache(folder: Path) -> bool:
@@ -106,18 +118,12 @@ class LatentCache:
             raise DataError(
                 f"asked for the cache in {folder}, found {found} there; run the same prune-lab data command to the end"
             )
-        index = cast("dict[str, Any]", read_json(folder / INDEX))
-        try:
-            if index["format"] != FORMAT:
-                raise ValueError(f"format {index['format']!r}")
-            shards = tuple(Shard(**entry) for entry in index["shards"])
-            provenance, left_out = dict(index[PROVENANCE]), tuple(index["left_out"])
-            channels, digest = int(index["channels"]), str(index["digest"])
-        except (LookupError, TypeError, ValueError) as error:
+        index: IndexFile = read_typed(folder / INDEX, IndexFile)
+        if index["format"] != FORMAT:
             raise DataError(
-                f"asked to read the cache {folder}, found another {INDEX} ({error}); {_REMEDY}"
-            ) from None
-        for shard in shards:
+                f"asked to read the cache {folder}, found another {INDEX} (format {index['format']!r}); {_REMEDY}"
+            )
+        for shard in index["shards"]:
             path = folder / shard.file
             size = path.stat().st_size if path.is_file() else 0
             if size != shard.bytes:
@@ -126,16 +132,16 @@ class LatentCache:
                     "run the prune-lab data command that made it again, which makes what is missing"
                 )
         _, empty = read_cache_file(folder / EMPTY)
-        counts = torch.tensor([shard.rows for shard in shards])
+        counts = torch.tensor([shard.rows for shard in index["shards"]])
         return cls(
             folder,
-            provenance,
-            shards,
-            left_out,
-            channels,
+            index["recipe"],
+            index["shards"],
+            index["left_out"],
+            index["channels"],
             empty["embedding"].float(),
             with_prefix("added.", empty),
-            digest,
+            index["digest"],
             counts.cumsum(0) - counts,
         )
 

@@ -6,15 +6,16 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypedDict
 
+import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from prune_lab.errors import DataError, RunError
-from prune_lab.runs import CandidatePaths
-from prune_lab.runtime import read_json, write_frame, write_json
-from prune_lab.schemas import HELDOUT_COLUMNS, RECOVERY_COLUMNS
+from prune_lab.errors import RunError
+from prune_lab.runs import CandidatePaths, damaged, is_plan_id, read_records, read_typed
+from prune_lab.runtime import write_frame, write_json
+from prune_lab.schemas import HELDOUT, HELDOUT_COLUMNS, RECOVERY, RECOVERY_COLUMNS
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -55,9 +56,9 @@ def write_verdict(paths: CandidatePaths, recovery: Recovery) -> None:
     """Write the verdict, which says that the tables are complete. Raises StorageError."""
     fields = {field.name: getattr(recovery, field.name) for field in dataclasses.fields(recovery)}
     del fields["rows"]
-    # JSON has no nan: unknown values are null.
+    # JSON has numbers only: unknown and infinite values are null.
     known = {
-        name: None if isinstance(value, float) and math.isnan(value) else value
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in fields.items()
     }
     write_json(verdict_path(paths), known)
@@ -72,25 +73,51 @@ def write_heldout(paths: CandidatePaths, losses: Mapping[int, Tensor]) -> None:
     write_frame(paths.heldout, pd.concat(tables, ignore_index=True)[list(HELDOUT_COLUMNS)])
 
 
+class _VerdictFile(TypedDict):
+    plan_id: str
+    steps: int
+    before: float | None
+    after: float | None
+    seconds: float
+    status: Literal["done", "failed"]
+    reason: str
+    fingerprint: Mapping[str, Any]
+
+
+def _verdict(paths: CandidatePaths) -> _VerdictFile:
+    found: _VerdictFile = read_typed(verdict_path(paths), _VerdictFile)
+    if is_plan_id(paths.folder.name) and found["plan_id"] != paths.folder.name:
+        raise damaged(verdict_path(paths), f"the verdict on plan {found['plan_id']}")
+    return found
+
+
+def _check_finite(path: Path, values: pd.Series[Any], column: str, verdict: _VerdictFile | None) -> None:
+    """Raise DataError where ``values`` are not finite, unless the student is one that failed."""
+    wrong = ~np.isfinite(values.to_numpy())
+    if wrong.any() and (verdict is None or verdict["status"] != "failed"):
+        row = 1 + int(wrong.argmax())
+        raise damaged(path, f"no finite number in row {row} of {column}")
+
+
 def load_heldout(folder: Path) -> pd.DataFrame:
     """Held-out losses of the candidate in ``folder``, a row of the frame per step, a column per held-out row.
 
     Rows are the same pictures, noise and timesteps for every candidate of a run, so differences are paired. Raises
     RunError when it was not distilled yet, DataError when the file is damaged.
     """
-    path = CandidatePaths(Path(folder)).heldout
-    if not path.is_file():
+    paths = CandidatePaths(Path(folder))
+    if not paths.heldout.exists():
         raise RunError(
             f"asked for the held-out losses in {folder}, found none; distil it with prune-lab distill"
         )
-    try:
-        # As text first: not every version of pandas reads a float back to the last bit.
-        frame = pd.read_csv(path, dtype=str).astype({"step": "int64", "row": "int64", "loss": "float64"})
-        return frame.pivot(index="step", columns="row", values="loss")
-    except (KeyError, ValueError) as error:
-        raise DataError(
-            f"asked to read {path}, found a damaged file ({error}); remove it and run the distillation again"
-        ) from None
+    frame = read_records(paths.heldout, HELDOUT)
+    _check_finite(
+        paths.heldout, frame["loss"], "loss", _verdict(paths) if verdict_path(paths).exists() else None
+    )
+    losses = frame.pivot(index="step", columns="row", values="loss")
+    if len(frame) != losses.size or set(frame["row"]) != set(range(losses.shape[1])):
+        raise damaged(paths.heldout, "losses of some rows only")
+    return losses
 
 
 def load_recovery(folder: Path) -> Recovery | None:
@@ -99,19 +126,22 @@ def load_recovery(folder: Path) -> Recovery | None:
     Raises DataError when its files are damaged.
     """
     paths = CandidatePaths(Path(folder))
-    if not verdict_path(paths).is_file() or not paths.recovery.is_file():
+    if not verdict_path(paths).exists() or not paths.recovery.exists():
         return None
-    try:
-        fields = cast("dict[str, Any]", read_json(verdict_path(paths)))
-        fields |= {name: _number(fields[name]) for name in ("before", "after")}
-        # As text first: not every version of pandas reads a float back to the last bit.
-        rows = pd.read_csv(paths.recovery, dtype=str)[list(RECOVERY_COLUMNS)].astype("float64")
-        return Recovery(**fields, rows=tuple(map(tuple, rows.to_numpy().tolist())))
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f"asked to read the distillation in {folder}, found damaged files ({error!r}); remove {paths.distilled}"
-        ) from None
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
+    fields, frame = _verdict(paths), read_records(paths.recovery, RECOVERY)
+    _check_finite(paths.recovery, frame["validation"].dropna(), "validation", fields)
+    if frame["step"].tolist() != list(range(fields["steps"] + 1)):
+        raise damaged(paths.recovery, f"other steps than 0 to {fields['steps']}")
+    rows = frame[list(RECOVERY_COLUMNS)].astype("float64").to_numpy().tolist()
+    before, after = (math.nan if one is None else one for one in (fields["before"], fields["after"]))
+    return Recovery(
+        plan_id=fields["plan_id"],
+        steps=fields["steps"],
+        before=before,
+        after=after,
+        seconds=fields["seconds"],
+        status=fields["status"],
+        reason=fields["reason"],
+        fingerprint=fields["fingerprint"],
+        rows=tuple(map(tuple, rows)),
+    )

@@ -27,8 +27,8 @@ from prune_lab.errors import DataError, DeviceError, RunError
 from prune_lab.evaluation import heldout_loss
 from prune_lab.families import embedding_width, known_conditions, latent_channels
 from prune_lab.probes import Probe, drawn_rows
-from prune_lab.runs import CandidatePaths
-from prune_lab.runtime import pick_dtype, read_json, seeded, tensors_digest, write_frame
+from prune_lab.runs import CandidatePaths, read_typed
+from prune_lab.runtime import pick_dtype, seeded, tensors_digest, write_frame
 from prune_lab.schemas import RECOVERY_COLUMNS
 from prune_lab.surgery import save_unet
 
@@ -311,7 +311,7 @@ class StudentRun:
         if not PartialState().is_main_process:
             return recovery
         if not failure:
-            plan = cast("dict[str, Any]", read_json(self.paths.plan)) if self.paths.plan.is_file() else None
+            plan = read_typed(self.paths.plan, dict[str, Any]) if self.paths.plan.is_file() else None
             notes = {"plan_id": self.name, "steps": state.step}
             save_unet(cast("ModelMixin", state.student), self.paths.distilled_unet, plan, notes)
         self.write_tables()

@@ -24,6 +24,7 @@ from prune_lab.distill.cache import (
     FORMAT,
     INDEX,
     PROVENANCE,
+    IndexFile,
     LatentCache,
     Shard,
     is_cache,
@@ -32,7 +33,8 @@ from prune_lab.distill.cache import (
 )
 from prune_lab.distill.encoding import encode_empty_caption, key_of
 from prune_lab.errors import DataError, StorageError
-from prune_lab.runtime import pick_dtype, read_json, tensors_digest, track, write_json
+from prune_lab.runs import read_typed
+from prune_lab.runtime import pick_dtype, tensors_digest, track, write_json
 
 _VERSIONS = ("prune_lab", "torch", "diffusers", "transformers")
 
@@ -79,8 +81,7 @@ def _check_provenance(folder: Path, provenance: Mapping[str, str | int]) -> None
     """Raise DataError naming the differences when ``folder`` holds a cache, finished or not, of another provenance."""
     found: Mapping[str, Any] = {}
     if is_cache(folder):
-        index = read_json(folder / INDEX)
-        found = index.get(PROVENANCE, {}) if isinstance(index, dict) else {}
+        found = read_typed(folder / INDEX, IndexFile)["recipe"]
     for path in sorted(folder.glob("shard-*.safetensors"))[:1] if not found else []:
         try:
             found = read_cache_file(path)[0].get(PROVENANCE, {})

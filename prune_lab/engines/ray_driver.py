@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -53,8 +53,8 @@ from prune_lab.errors import ClusterError, ConfigError
 from prune_lab.importance import ONE_STEP, ImportanceTable, Samples
 from prune_lab.importance.intervals import impacts_of, intervals
 from prune_lab.ranking import HeldoutLosses, Tournament
-from prune_lab.runs import Run
-from prune_lab.runtime import note, read_json, write_json
+from prune_lab.runs import Run, read_typed
+from prune_lab.runtime import note, write_json
 from prune_lab.session import Session, ensure_data, ensure_probe
 
 Item = TypeVar("Item")
@@ -120,7 +120,7 @@ class _Decisions:
 
     def recall(self, name: str) -> Mapping[int, bool]:
         path = self._path(name)
-        found = cast("dict[str, bool]", read_json(path)) if path.is_file() else {}
+        found = read_typed(path, dict[str, bool]) if path.is_file() else {}
         return {int(steps): goes_on for steps, goes_on in found.items()}
 
     def keep(self, name: str, steps: int, goes_on: bool) -> None:

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,7 @@ from prune_lab.errors import ConfigError, DataError, PlanError
 from prune_lab.families import example_inputs
 from prune_lab.plans import PruningPlan, removed_samplers
 from prune_lab.profiling.plan_matrix import REST, sampler_groups
+from prune_lab.runs import typed
 from prune_lab.runtime import Environment, seeded, synchronize
 from prune_lab.schemas import LATENCY_CHECK_COLUMNS, LATENCY_TABLE_COLUMNS
 
@@ -254,6 +255,28 @@ class LatencyTable:
         return self.scale * max(0.0, saving.measured_ms)
 
 
+class _CheckFile(TypedDict):
+    removed: tuple[str, ...]
+    name: str
+    use: Use
+    measured_ms: float
+
+
+class _LatencyFile(TypedDict):
+    architecture: str
+    whole: Latency
+    savings: tuple[Saving, ...]
+    scale: float
+    checks: tuple[_CheckFile, ...]
+    batch: int
+    latent: tuple[int, int]
+    tokens: int
+    seed: int
+    environment: Environment
+    backend: str
+    measured: str
+
+
 def latency_table_from_dict(values: Mapping[str, Any], architecture: Architecture) -> LatencyTable:
     """The table that ``as_dict`` wrote.
 
@@ -266,31 +289,21 @@ def latency_table_from_dict(values: Mapping[str, Any], architecture: Architectur
             "measure this U-Net's own"
         )
     try:
-        fields = dict(values)
-        del fields["architecture"]
-        checks = tuple(
-            MeasuredPlan(
-                PruningPlan(tuple(check["removed"]), architecture.signature).named(check["name"]),
-                check["use"],
-                float(check["measured_ms"]),
-            )
-            for check in fields.pop("checks")
+        fields = cast("_LatencyFile", typed(_LatencyFile, values))
+        if unknown := sorted(values.keys() - _LatencyFile.__annotations__.keys()):
+            raise ValueError(f"the unknown entry {unknown[0]!r}")
+    except ValueError as error:
+        raise DataError(f"asked to read a latency table, found {error}; measure the model again") from None
+    checks = tuple(
+        MeasuredPlan(
+            PruningPlan(check["removed"], architecture.signature).named(check["name"]),
+            check["use"],
+            check["measured_ms"],
         )
-        table = LatencyTable(
-            architecture,
-            **{
-                **fields,
-                "whole": Latency(**fields["whole"]),
-                "savings": tuple(Saving(**saving) for saving in fields["savings"]),
-                "checks": checks,
-                "latent": tuple(fields["latent"]),
-                "environment": Environment(**fields["environment"]),
-            },
-        )
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise DataError(
-            f"asked to read a latency table, found {error} wrong in it; measure the model again"
-        ) from None
+        for check in fields["checks"]
+    )
+    read = {name: value for name, value in fields.items() if name not in ("architecture", "checks")}
+    table = LatencyTable(architecture, checks=checks, **read)  # type: ignore[arg-type]
     if [saving.name for saving in table.savings] != saving_names(architecture):
         raise DataError(
             "asked to read a latency table, found that savings are missing; measure the model again"

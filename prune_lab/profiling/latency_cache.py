@@ -20,7 +20,8 @@ from prune_lab.errors import DataError, PlanError, StorageError
 from prune_lab.families import latent_shape, plain_config
 from prune_lab.profiling.latency import LatencyTable, latency_table_from_dict
 from prune_lab.profiling.service import Service
-from prune_lab.runtime import Environment, note, read_json, write_json
+from prune_lab.runs import read_typed
+from prune_lab.runtime import Environment, note, write_json
 
 _FORMAT = 1
 
@@ -64,8 +65,8 @@ def kept_latency(path: Path, key: Mapping[str, Any], architecture: Architecture)
     if not path.is_file():
         return None
     try:
-        found = read_json(path)
-        if not isinstance(found, dict) or "key" not in found:
+        found = read_typed(path, dict[str, Any])
+        if "key" not in found:
             raise DataError("it does not say what it holds for")
         if found.pop("key") != dict(key):
             raise DataError("it holds for another model or service")

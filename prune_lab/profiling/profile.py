@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import ModelMixin
@@ -17,6 +17,7 @@ from prune_lab.families import CLIP_TOKENS, latent_shape, meta_unet
 from prune_lab.profiling.latency import Latency, measure_latency, random_inputs
 from prune_lab.profiling.live_memory import measure_memory_growth
 from prune_lab.profiling.turns import Change
+from prune_lab.runs import typed
 from prune_lab.runtime import Environment
 
 
@@ -48,23 +49,11 @@ class Profile:
 
 
 def profile_from_dict(values: Mapping[str, Any]) -> Profile:
-    """The profile that ``as_dict`` wrote. Raises DataError when a field is missing or unknown."""
+    """The profile that ``as_dict`` wrote. Raises DataError when a field is missing, unknown or of another kind."""
     try:
-        fields = dict(values)
-        latency, change = fields.pop("latency"), fields.pop("change", None)
-        return Profile(
-            **{
-                **fields,
-                "latency": None if latency is None else Latency(**latency),
-                "change": None if change is None else Change(**change),
-                "latent": tuple(fields["latent"]),
-                "environment": Environment(**fields["environment"]),
-            }
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"asked to read a profile, found {error} wrong in it; profile the model again"
-        ) from None
+        return cast("Profile", typed(Profile, values))
+    except ValueError as error:
+        raise DataError(f"asked to read a profile, found {error}; profile the model again") from None
 
 
 def tensor_bytes(unet: ModelMixin) -> int:

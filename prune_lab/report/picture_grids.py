@@ -13,12 +13,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image
 
-from prune_lab.errors import DataError
 from prune_lab.report.document import Chart, SectionItem, Text, not_run
 from prune_lab.report.figures import PlanStyle, Theme, new_figure, plan_styles
 from prune_lab.report.tables import RunTables
+from prune_lab.runs import read_picture
 
 _LABEL = 2.6  # width of the prompts in pictures
 _HEAD = 0.95  # height of the column titles in pictures
@@ -36,17 +35,8 @@ class Column:
 
 
 def read_pictures(folder: Path, files: Sequence[str]) -> tuple[NDArray[np.uint8], ...]:
-    """The pictures called ``files`` in ``folder``, each (H, W, 3). Raises DataError when one cannot be read."""
-    pictures = []
-    for name in files:
-        try:
-            with Image.open(folder / name) as image:
-                pictures.append(np.asarray(image.convert("RGB")))
-        except OSError as error:
-            raise DataError(
-                f"asked to read the picture {folder / name}: {error}; remove {folder} and run prune-lab rank again"
-            ) from None
-    return tuple(pictures)
+    """The pictures called ``files`` in ``folder``, each (H, W, 3). Raises DataError when one is missing or damaged."""
+    return tuple(read_picture(folder / name) for name in files)
 
 
 def draw_comparison(

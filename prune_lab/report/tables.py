@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import pandas as pd
 
 from prune_lab import schemas
+from prune_lab.config import load_config
 from prune_lab.errors import DataError, RunError
-from prune_lab.runs import Run
-from prune_lab.runtime import read_json
+from prune_lab.runs import Run, damaged, read_plan_file, read_records, read_typed
 
 MAP_COLUMNS = ("name", "stage", "kind", "lane", "row", "position", "removable", "impact", "low", "high")
 CURVE_COLUMNS = ("plan", "plan_id", "step", "part", "value")
@@ -73,25 +73,25 @@ class RunTables:
 def read_run(run: Run) -> RunTables:
     """The tables that ``run`` has so far.
 
-    Raises RunError when the folder holds neither a configuration nor any table, DataError when a file is there but
-    lacks a column.
+    Raises RunError when the folder holds neither a configuration nor any table, DataError when a file is damaged, and
+    ConfigError when config.toml is.
     """
     settings, digest = _read_settings(run.config)
-    blocks = _read_table(run.blocks, schemas.BLOCK_COLUMNS)
-    importance = _read_table(run.importance, schemas.IMPORTANCE_COLUMNS)
-    reductions = _read_table(run.reductions, schemas.REDUCTION_COLUMNS)
+    blocks = _read_table(run.blocks, schemas.BLOCKS)
+    importance = _read_table(run.importance, schemas.IMPORTANCE)
+    reductions = _read_table(run.reductions, schemas.REDUCTIONS)
     if not settings and blocks is None and importance is None and reductions is None:
         raise RunError(
             f"asked for a report on {run.folder}, found none of config.toml, blocks.csv, importance.csv and "
             "reductions.csv there; make a run first, for example: prune-lab run --config FILE.toml --run DIR"
         )
-    ranking = _read_table(run.ranking, schemas.RANKING_COLUMNS)
+    ranking = _read_table(run.ranking, schemas.RANKING)
     plans = _read_plans(run, ranking)
     recoveries: dict[str, pd.DataFrame] = {}
     pictures: list[tuple[PlanRow, Mapping[str, Path]]] = []
     for plan in plans:
         paths = run.candidate(plan.id)
-        if (recovery := _read_table(paths.recovery, schemas.RECOVERY_COLUMNS)) is not None:
+        if (recovery := _read_table(paths.recovery, schemas.RECOVERY)) is not None:
             recoveries[plan.id] = recovery
         states = {"pruned": paths.pictures_pruned, "distilled": paths.pictures_distilled}
         if drawn := {state: folder for state, folder in states.items() if folder.exists()}:
@@ -105,22 +105,22 @@ def read_run(run: Run) -> RunTables:
         model=model,
         settings=settings,
         config_digest=digest,
-        environment=_read_object(run.environment) or {},
+        environment=_read_object(run.environment, dict[str, str | int]) or {},
         blocks=blocks,
         importance=importance,
-        parts=_leading_parts(_read_table(run.importance_parts, schemas.PARTS_COLUMNS), importance),
-        costs=_read_table(run.costs, schemas.COST_COLUMNS),
-        choices=_read_object(run.choices),
-        latency=_read_object(run.latency),
+        parts=_leading_parts(_read_table(run.importance_parts, schemas.PARTS), importance),
+        costs=_read_table(run.costs, schemas.COSTS),
+        choices=_read_object(run.choices, _Choices),
+        latency=_read_object(run.latency, _Latency),
         reductions=reductions,
-        pipeline=_read_table(run.pipeline_profile, schemas.PIPELINE_COLUMNS),
+        pipeline=_read_table(run.pipeline_profile, schemas.PIPELINE),
         ranking=ranking,
-        tournament=_read_table(run.tournament, schemas.TOURNAMENT_COLUMNS),
-        steps=_read_table(run.steps, schemas.STEP_SECONDS_COLUMNS),
+        tournament=_read_table(run.tournament, schemas.TOURNAMENT),
+        steps=_read_table(run.steps, schemas.STEP_SECONDS),
         recoveries=recoveries,
         plans=plans,
-        roles=_read_roles(run.sources),
-        prompts=_read_table(run.picture_prompts, schemas.PROMPTS_COLUMNS),
+        roles=tuple(_read_object(run.sources, list[_Role]) or ()),
+        prompts=_read_prompts(run.picture_prompts),
         teacher_pictures=run.teacher_pictures if run.teacher_pictures.exists() else None,
         pictures=tuple(pictures),
     )
@@ -187,49 +187,57 @@ def unranked(ranking: pd.DataFrame) -> pd.DataFrame:
 # Reading ---------------------------------------------------------------------------------------------------------
 
 
+class _Saving(TypedDict):
+    name: str
+    measured_ms: float
+
+
+class _Whole(TypedDict):
+    median_ms: float
+
+
+class _Latency(TypedDict):
+    """What the report reads of latency.json."""
+
+    whole: _Whole
+    scale: float
+    savings: list[_Saving]
+
+
+class _Choices(TypedDict):
+    levels: list[list[list[str]]]
+    samplers: dict[str, list[str]]
+    complete: bool
+
+
+class _Role(TypedDict):
+    name: str
+    source: str
+    count: int | None
+    size: int | None
+
+
 def _read_settings(path: Path) -> tuple[dict[str, Any], str]:
     if not path.exists():
         return {}, ""
+    load_config(path)  # every setting is known, and of its kind
     content = path.read_bytes()
-    try:
-        settings = tomllib.loads(content.decode("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"asked to read {path} as TOML, found {error}; write the file again") from None
-    return settings, hashlib.sha256(content).hexdigest()[:12]
+    return tomllib.loads(content.decode("utf-8-sig")), hashlib.sha256(content).hexdigest()[:12]
 
 
-def _read_object(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise DataError(f"asked to read {path}, found {type(value).__name__}; it should be a JSON object")
-    return value
+def _read_object(path: Path, kind: Any) -> Any:
+    return read_typed(path, kind) if path.exists() else None
 
 
-def _read_roles(path: Path) -> tuple[Mapping[str, Any], ...]:
-    if not path.exists():
-        return ()
-    value = read_json(path)
-    if not isinstance(value, list) or not all(isinstance(one, dict) and "source" in one for one in value):
-        raise DataError(f"asked to read {path}, found no list of roles; delete it and run the step again")
-    return tuple(value)
+def _read_table(path: Path, records: schemas.Records) -> pd.DataFrame | None:
+    return read_records(path, records) if path.exists() else None
 
 
-def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame | None:
-    if not path.exists():
-        return None
-    try:
-        # As text, because an id may look like a number: 12e4...
-        frame = pd.read_csv(path, dtype=dict.fromkeys(("plan_id", "name", "against"), "str"))
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"asked to read {path} as CSV, found {error}; delete it and run the step again"
-        ) from None
-    if missing := [column for column in columns if column not in frame]:
-        raise DataError(
-            f"asked to read {path}, found no column {', '.join(missing)}; delete it and run the step again"
-        )
+def _read_prompts(path: Path) -> pd.DataFrame | None:
+    frame = _read_table(path, schemas.PROMPTS)
+    for name in () if frame is None else frame["file"]:
+        if Path(name).name != name:
+            raise damaged(path, f"{name!r}, which is no name of a file in the folder of pictures")
     return frame
 
 
@@ -250,15 +258,11 @@ def _read_plans(run: Run, ranking: pd.DataFrame | None) -> tuple[PlanRow, ...]:
     plans = []
     for plan_id in run.plan_ids():
         path = run.plan(plan_id)
-        value = read_json(path)
-        if not isinstance(value, dict) or not isinstance(value.get("removed"), list):
-            raise DataError(
-                f"asked to read the plan {path}, found no list `removed` in it; write the plan again"
-            )
-        name = str((value.get("names") or [""])[0])
-        origin = str(value.get("origin") or "control")  # written by a person: a control
-        label, origin = named.pop(plan_id, (name or plan_id, origin))
-        plans.append(PlanRow(plan_id, label, origin, tuple(map(str, value["removed"]))))
+        value = read_plan_file(path)
+        name = next(iter(value.get("names", [])), plan_id)
+        origin = value.get("origin") or "control"  # written by a person: a control
+        label, origin = named.pop(plan_id, (name, origin))
+        plans.append(PlanRow(plan_id, label, origin, tuple(value["removed"])))
     if named:
         raise DataError(
             f"{run.ranking} ranks the plan {next(iter(named))}, found no such file in {run.plans_dir}; "

@@ -1,10 +1,12 @@
-"""The folder of a run: where its files lie, and how it is opened."""
+"""The folder of a run: where its files lie, how it is opened, and how what was written is read back."""
 
 from __future__ import annotations
 
 from prune_lab.runs.manifests import GIVEN, Manifests, Part, Verdict
 from prune_lab.runs.opening import FORMAT, load_run_config, open_run
-from prune_lab.runs.paths import CandidatePaths, PathIn, Run
+from prune_lab.runs.paths import CandidatePaths, PathIn, Run, is_plan_id
+from prune_lab.runs.plan_files import PlanFile, plan_id_of, read_plan_file
+from prune_lab.runs.records import damaged, read_picture, read_records, read_typed, typed
 
 __all__ = [
     "FORMAT",
@@ -13,8 +15,17 @@ __all__ = [
     "Manifests",
     "Part",
     "PathIn",
+    "PlanFile",
     "Run",
     "Verdict",
+    "damaged",
+    "is_plan_id",
     "load_run_config",
     "open_run",
+    "plan_id_of",
+    "read_picture",
+    "read_plan_file",
+    "read_records",
+    "read_typed",
+    "typed",
 ]

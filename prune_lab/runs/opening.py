@@ -7,7 +7,7 @@ from pathlib import Path
 from prune_lab.config import RunConfig, load_config
 from prune_lab.errors import RunError
 from prune_lab.runs.paths import Run
-from prune_lab.runtime import read_json
+from prune_lab.runs.records import read_typed
 
 FORMAT = 2  # of run folders, in environment.json; those of version 0.1 name none
 
@@ -27,8 +27,9 @@ def open_run(folder: Path | str, *, must_exist: bool) -> Run:
             f"asked for the run folder {folder}, found {found} there; "
             f"start a run with: prune-lab run --config FILE.toml --run {folder}"
         )
-    written = read_json(run.environment) if run.config.is_file() and run.environment.is_file() else None
-    if isinstance(written, dict) and written.get("format") != FORMAT:
+    there = run.config.is_file() and run.environment.exists()
+    written = read_typed(run.environment, dict[str, str | int]) if there else {"format": FORMAT}
+    if written.get("format") != FORMAT:
         raise RunError(
             f"asked for the run folder {folder}, found one of version 0.1, which this version does not read; "
             "start a new run folder, or use prune-lab 0.1"

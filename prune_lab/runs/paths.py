@@ -38,9 +38,14 @@ class PathIn:
         return self if place is None else place.folder / self.name
 
 
+def is_plan_id(text: str) -> bool:
+    """Whether ``text`` is the id of a plan: 12 hexadecimal digits."""
+    return _PLAN_ID.fullmatch(text) is not None
+
+
 def _checked_id(plan_id: str) -> str:
     # ids become folder names, and some arrive from the command line
-    if not _PLAN_ID.fullmatch(plan_id):
+    if not is_plan_id(plan_id):
         raise RunError(
             f"{plan_id!r} is not the id of a plan; an id is 12 hexadecimal digits, see the plans folder"
         )
@@ -121,7 +126,7 @@ class Run:
     def plan_ids(self) -> tuple[str, ...]:
         """The ids of the plans that are written down, in alphabetical order."""
         names = (path.stem for path in self.plans_dir.glob("*.json"))
-        return tuple(sorted(name for name in names if _PLAN_ID.fullmatch(name)))
+        return tuple(sorted(name for name in names if is_plan_id(name)))
 
     def done(self, path: Path) -> bool:
         """Whether the step that writes ``path`` is finished: the file or folder is there and not empty."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import pandas as pd
 import torch
 from accelerate import PartialState
 
@@ -32,7 +31,8 @@ from prune_lab.importance import (
 from prune_lab.models import model_digest
 from prune_lab.probes import Probe, encode_captions, load_probe, random_probe
 from prune_lab.prompts import read_prompts
-from prune_lab.runs import Run
+from prune_lab.runs import Run, read_records
+from prune_lab.schemas import IMPORTANCE
 from prune_lab.session.drawing import drawn_probe
 from prune_lab.session.parts import captions_part, data_part, lacking, probe_part, record
 from prune_lab.session.session import Session
@@ -124,9 +124,7 @@ def run_scoring_context(session: Session, *, pictures: bool = False) -> ScoringC
 
 def read_scores(run: Run) -> ImportanceTable:
     """The scores of blocks, pairs and stages by the run's criterion; RunError before they are measured."""
-    # A digest of digits alone, or like 12e4, is a name and not a number.
-    frame = pd.read_csv(run.needs(run.importance, "score"), dtype={"probe": str, "model": str})
-    return importance_from_frame(frame)
+    return importance_from_frame(read_records(run.needs(run.importance, "score"), IMPORTANCE))
 
 
 # Training data -----------------------------------------------------------------------------------------------

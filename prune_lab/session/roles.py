@@ -8,7 +8,8 @@ from typing import Any
 from prune_lab.distill import LatentCache
 from prune_lab.models import of_shipped_family
 from prune_lab.processes import is_main
-from prune_lab.runtime import note, read_json, write_json
+from prune_lab.runs import read_typed
+from prune_lab.runtime import note, write_json
 from prune_lab.session.parts import lacking, record, sources_part
 from prune_lab.session.session import Session
 
@@ -94,9 +95,8 @@ def _data(session: Session) -> tuple[Role, Role]:
 
 
 def _recorded(session: Session) -> tuple[Role, ...]:
-    found = read_json(session.run.sources)
-    assert isinstance(found, list)
-    return tuple(Role(**role) for role in found if isinstance(role, dict) and role["name"] != "scorer")
+    found = read_typed(session.run.sources, list[Role])
+    return tuple(role for role in found if role.name != "scorer")
 
 
 def data_roles(session: Session) -> DataRoles:
@@ -115,7 +115,7 @@ def data_roles(session: Session) -> DataRoles:
     else:
         found = (_probe(session), *_data(session))
     roles = DataRoles((*found, scorer))
-    if lacking(session, sources_part(session)) or read_json(run.sources) != roles.as_list():
+    if lacking(session, sources_part(session)) or read_typed(run.sources, list[Role]) != list(roles.roles):
         write_json(run.sources, roles.as_list())
         record(session, sources_part(session))
     return roles

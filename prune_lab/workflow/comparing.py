@@ -16,8 +16,8 @@ from prune_lab.errors import PlanError
 from prune_lab.models import resolve_model
 from prune_lab.plans import PruningPlan, is_native, plan_of, read_plans
 from prune_lab.profiling import CostTable, PlanCost, cost_table
-from prune_lab.runs import CandidatePaths, Run, open_run
-from prune_lab.schemas import COMPARISON_COLUMNS
+from prune_lab.runs import CandidatePaths, Run, open_run, read_records
+from prune_lab.schemas import COMPARISON_COLUMNS, RANKING
 from prune_lab.search import predicted_impact
 from prune_lab.session import Session
 from prune_lab.workflow.measuring import ensure_costs, ensure_scores
@@ -42,7 +42,9 @@ def compared_plans(session: Session, texts: Sequence[str]) -> tuple[pd.DataFrame
         named = [plan for plan in known if goes_by(plan, text)]
         plans += named or list(_plans(text, architecture, session.config.model))
     impacts = impact_of([frozenset(plan.removed) for plan in plans])
-    ranking = pd.read_csv(run.ranking).set_index("plan_id") if run.done(run.ranking) else pd.DataFrame()
+    ranking = (
+        read_records(run.ranking, RANKING).set_index("plan_id") if run.done(run.ranking) else pd.DataFrame()
+    )
     rows = [_plan_row(session.config.model, "model", plan_of(architecture, ()), costs)]
     for plan, impact in zip(plans, impacts, strict=True):
         measured = {"predicted_impact": predicted_impact(plan, importance), "impact": float(impact)}
@@ -136,7 +138,7 @@ def _of_candidate(folder: Path, costs: CostTable) -> dict[str, Any]:
 
 
 def _of_run(run: Run, costs: CostTable) -> list[dict[str, Any]]:
-    frame = pd.read_csv(run.needs(run.ranking, "rank"))
+    frame = read_records(run.needs(run.ranking, "rank"), RANKING)
     rows = []
     for row in frame.to_dict("records"):
         macs, paper_macs = int(row["macs"]), int(row["paper_macs"])

@@ -24,10 +24,11 @@ from prune_lab.importance import (
     stability,
     with_psnr,
 )
-from prune_lab.plans import PruningPlan, plan_from_json
+from prune_lab.plans import PruningPlan, read_plan
 from prune_lab.report import write_agreement
-from prune_lab.runs import Run
-from prune_lab.runtime import Environment, read_json, track, write_frame, write_json
+from prune_lab.runs import Run, read_records
+from prune_lab.runtime import Environment, track, write_frame, write_json
+from prune_lab.schemas import RANKING
 from prune_lab.session import Session, probe_of, run_scoring_context, scoring_context_of
 
 _RANDOM_PLANS = 40
@@ -38,7 +39,7 @@ OUTCOME = "the loss after distillation"
 
 def _plans_of(session: Session) -> tuple[PruningPlan, ...]:
     files = map(session.run.plan, session.run.plan_ids())
-    found = (plan_from_json(read_json(path), session.architecture) for path in files)
+    found = (read_plan(path, session.architecture) for path in files)
     return tuple(plan for plan in found if plan.removed)
 
 
@@ -46,7 +47,7 @@ def _outcomes(run: Run) -> dict[str, float]:
     """The held-out loss of each plan after its distillation, by plan id; empty where nothing was ranked."""
     if not run.done(run.ranking):
         return {}
-    ranking = pd.read_csv(run.ranking).dropna(subset=["loss_after"])
+    ranking = read_records(run.ranking, RANKING).dropna(subset=["loss_after"])
     rows = ranking[ranking["origin"] != "teacher"]
     return dict(zip(rows["plan_id"].astype(str), rows["loss_after"].astype(float), strict=True))
 

@@ -18,8 +18,9 @@ from prune_lab.export import write_card
 from prune_lab.plans import PruningPlan
 from prune_lab.processes import init_processes, is_main
 from prune_lab.ranking import Tournament, tournament_from_frame
+from prune_lab.runs import read_records
 from prune_lab.runtime import write_frame
-from prune_lab.schemas import RECOVERY_SUMMARY_COLUMNS
+from prune_lab.schemas import RECOVERY_SUMMARY_COLUMNS, TOURNAMENT
 from prune_lab.session import Session, ensure_captions, origin_of, tell_roles, training_and_validation
 from prune_lab.session.parts import distilled_part, lacking, record, tournament_part
 from prune_lab.surgery import pipeline_with
@@ -47,7 +48,7 @@ def ensure_tournament(
     with PartialState().main_process_first():
         played = not lacking(session, part)
     if played:
-        tournament = tournament_from_frame(pd.read_csv(run.tournament))
+        tournament = tournament_from_frame(read_records(run.tournament, TOURNAMENT))
         _train_again(session, untrained, tournament)
     else:
         tournament = engine_of(session).train(session, candidates, rungs_of(session))

@@ -44,8 +44,9 @@ from prune_lab.profiling import (
     time_plans,
     turns_of_frame,
 )
+from prune_lab.runs import read_records
 from prune_lab.runtime import note, pick_dtype, write_frame, write_json
-from prune_lab.schemas import ROUNDS_COLUMNS
+from prune_lab.schemas import IMPORTANCE, PIPELINE, REDUCTIONS, ROUNDS, ROUNDS_COLUMNS
 from prune_lab.search import service_named
 from prune_lab.session import Session, ensure_probe, read_scores, run_scoring_context, tell_roles
 from prune_lab.session.parts import (
@@ -142,7 +143,7 @@ def scores_frame(session: Session) -> pd.DataFrame:
     """The scores of the run by all its criteria, the one that leads first; RunError before they are measured."""
     run = session.run
     path = run.criteria if run.done(run.criteria) else run.needs(run.importance, "score")
-    return pd.read_csv(path, dtype={"probe": str, "model": str})
+    return read_records(path, IMPORTANCE)
 
 
 def controls(session: Session, architecture: Architecture) -> tuple[PruningPlan, ...]:
@@ -230,7 +231,7 @@ def ensure_turns(session: Session, plans: Iterable[PruningPlan]) -> dict[str, Co
     columns = list(ROUNDS_COLUMNS)
     frame = pd.DataFrame(columns=columns)
     if not lacking(session, part):
-        frame = pd.read_csv(run.latency_rounds, dtype={"name": str})
+        frame = read_records(run.latency_rounds, ROUNDS)
     found: dict[str, ComparedLatency] = {}
     for _, rows in frame.groupby("timing", sort=True):
         found = turns_of_frame(rows).compared() | found  # of the whole U-Net the first timing counts
@@ -293,7 +294,7 @@ def ensure_reductions(session: Session) -> pd.DataFrame:
             frames.append(reduction_table(architecture, plans, model=name, batch=settings.batch))
         write_frame(run.reductions, pd.concat(frames, ignore_index=True))
         record(session, part)
-    return pd.read_csv(run.reductions)
+    return read_records(run.reductions, REDUCTIONS)
 
 
 def ensure_shares(session: Session) -> pd.DataFrame:
@@ -314,4 +315,4 @@ def ensure_shares(session: Session) -> pd.DataFrame:
         )
         write_frame(run.pipeline_profile, shares)
         record(session, part)
-    return pd.read_csv(run.pipeline_profile)
+    return read_records(run.pipeline_profile, PIPELINE)

@@ -12,9 +12,9 @@ from prune_lab.errors import ConfigError
 from prune_lab.evaluation import check_steps
 from prune_lab.models import resolve_model
 from prune_lab.ranking import Ranking
-from prune_lab.runs import load_run_config, open_run
+from prune_lab.runs import load_run_config, open_run, read_records
 from prune_lab.runtime import track, write_frame
-from prune_lab.schemas import STEP_SECONDS_COLUMNS, STEPS_COLUMNS
+from prune_lab.schemas import STEP_SECONDS, STEP_SECONDS_COLUMNS, STEPS_COLUMNS
 from prune_lab.session import Session, tell_roles
 from prune_lab.workflow.measuring import controls, criteria_of, score_groups_of, service_of
 from prune_lab.workflow.ranking import ensure_ranking
@@ -65,7 +65,7 @@ def run_all(config: RunConfig, folder: Path, *, force: bool = False) -> Ranking:
     tell_roles(session)
     known: dict[str, float] = {}
     if run.steps.is_file():
-        frame = pd.read_csv(run.steps)
+        frame = read_records(run.steps, STEP_SECONDS)
         known = dict(zip(frame["step"], frame["seconds"], strict=True))
     seconds: dict[str, float] = {}
     for step in track(STEPS, "step", name=lambda step: step.name):

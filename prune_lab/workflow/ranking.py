@@ -25,8 +25,9 @@ from prune_lab.ranking import (
     tournament_from_frame,
 )
 from prune_lab.report import write_report
+from prune_lab.runs import read_records
 from prune_lab.runtime import write_frame
-from prune_lab.schemas import PICTURES_COLUMNS
+from prune_lab.schemas import PICTURES_COLUMNS, RANKING, TOURNAMENT
 from prune_lab.session import Session, ensure_probe, tell_roles, training_and_validation
 from prune_lab.session.parts import (
     lacking,
@@ -77,7 +78,9 @@ def ensure_pictures(session: Session) -> tuple[Path, ...]:
 def _mean_score(session: Session, folder: Path) -> float:
     if not session.run.done(folder):
         return math.nan
-    return float(clip_of(session, read_pictures(folder)).double().mean())
+    return float(
+        clip_of(session, read_pictures(folder, picture_frame(session)["file"].tolist())).double().mean()
+    )
 
 
 # Ranking -----------------------------------------------------------------------------------------------------
@@ -165,9 +168,11 @@ def ensure_ranking(session: Session) -> Ranking:
     ensure_reductions(session)
     part = ranking_part(session, plans)
     if not lacking(session, part):
-        return ranking_from_frame(pd.read_csv(run.ranking))
+        return ranking_from_frame(read_records(run.ranking, RANKING))
     impacts = one_shot_impacts(session, plans)
-    fates = tournament_from_frame(pd.read_csv(run.tournament)).fates if run.done(run.tournament) else {}
+    fates = {}
+    if run.done(run.tournament):
+        fates = tournament_from_frame(read_records(run.tournament, TOURNAMENT)).fates
     contenders = [
         _candidate_result(session, plan, impacts.get(plan.id, 0.0), fates.get(plan.id)) for plan in plans
     ]
@@ -217,6 +222,6 @@ def quality_frame(session: Session) -> pd.DataFrame:
     values = []
     for *of, path in rows:
         if run.done(path):
-            scores = clip_of(session, read_pictures(path))
+            scores = clip_of(session, read_pictures(path, picture_frame(session)["file"].tolist()))
             values.append((*of, len(scores), float(scores.mean()), float(scores.min())))
     return pd.DataFrame(values, columns=list(PICTURES_COLUMNS))

@@ -15,18 +15,15 @@ from numpy.typing import NDArray
 from prune_lab.blocks import BlockGroup
 from prune_lab.config import BUDGET_CONTROLS
 from prune_lab.errors import (
-    DataError,
     NonNativePlanError,
     PlanError,
-    UnknownBlockError,
-    UnremovableBlockError,
 )
 from prune_lab.importance import ScoringContext, score
-from prune_lab.plans import PruningPlan, native_layout, plan_from_json, read_plans
+from prune_lab.plans import PruningPlan, native_layout, read_plan, read_plans
 from prune_lab.profiling import CostTable, PlanCost, activation_table, cost_table
-from prune_lab.runs import Run
-from prune_lab.runtime import read_json, track, write_frame, write_json
-from prune_lab.schemas import PLANS_COLUMNS, SEARCHED_COLUMNS, SEARCHES_COLUMNS
+from prune_lab.runs import Run, read_records
+from prune_lab.runtime import track, write_frame, write_json
+from prune_lab.schemas import PLANS_COLUMNS, SEARCHED, SEARCHED_COLUMNS, SEARCHES_COLUMNS
 from prune_lab.search import ImpactOf, parse_budget, predicted_impact, split_budgets
 from prune_lab.session import Session, run_scoring_context
 from prune_lab.session.parts import lacking, plans_part, record
@@ -74,7 +71,7 @@ def impact_of_sets(session: Session) -> ImpactOf:
 
 def searched(run: Run) -> pd.DataFrame:
     """One row per control and per plan found for a budget: plan_id, origin, name, budget."""
-    return pd.read_csv(run.searched, dtype=str, keep_default_na=False)
+    return read_records(run.searched, SEARCHED).fillna("")
 
 
 def _named(plans: Sequence[PruningPlan], solver: str, asked: str) -> list[PruningPlan]:
@@ -127,18 +124,6 @@ def _reads_first(session: Session) -> None:
     costs_of(session)
 
 
-def read_plan(session: Session, path: Path) -> PruningPlan:
-    """The plan in ``path``. Raises PlanError where it is none of this model, or another than the file is named by."""
-    remedy = f"remove {path}, or give the file the name of its plan"
-    try:
-        plan = plan_from_json(read_json(path), session.architecture)
-    except (DataError, PlanError, UnknownBlockError, UnremovableBlockError) as error:
-        raise PlanError(f"asked for the plan in {path}: {error}; {remedy}") from None
-    if plan.id != path.stem:
-        raise PlanError(f"asked for the plan in {path}, found the plan {plan.id} there; {remedy}")
-    return plan
-
-
 def ensure_plans(session: Session) -> tuple[PruningPlan, ...]:
     """The plans that become candidates, controls first; writes plans/<id>.json and plans/searched.csv.
 
@@ -155,7 +140,7 @@ def ensure_plans(session: Session) -> tuple[PruningPlan, ...]:
     order = dict.fromkeys(searched(run)["plan_id"])
     by_hand = [plan_id for plan_id in run.plan_ids() if plan_id not in order]
     files = [run.plan(plan_id) for plan_id in [*order, *by_hand]]
-    plans = (read_plan(session, path) for path in files)
+    plans = (read_plan(path, session.architecture) for path in files)
     return tuple(plan.named(*plan.names, origin=plan.origin or "control") for plan in plans)
 
 

@@ -10,8 +10,9 @@ import pandas as pd
 
 from prune_lab.candidates import Candidate, build_candidate, load_candidate, load_student, profile_candidate
 from prune_lab.repair import RepairKind, repair
+from prune_lab.runs import read_records
 from prune_lab.runtime import track, write_frame
-from prune_lab.schemas import REPAIRED_COLUMNS
+from prune_lab.schemas import REPAIRED_COLUMNS, REPAIRS
 from prune_lab.session import Session, ensure_probe
 from prune_lab.session.parts import lacking, profile_part, record, repaired_part, unet_part
 from prune_lab.surgery import save_unet
@@ -65,7 +66,7 @@ def ensure_repaired(session: Session) -> pd.DataFrame:
         if part in missing:
             _repair(session, candidate)
             record(session, part)
-        tried = pd.read_csv(paths.repair, dtype={"cut": str, "reason": str})
+        tried = read_records(paths.repair, REPAIRS)
         applied = tried[tried["applied"]]
         measured = tried["impact_before"].dropna()
         before = float(measured.iloc[0]) if len(measured) else math.nan
