@@ -14,6 +14,7 @@ from prune_lab.importance import NEEDS_PIPELINE
 from prune_lab.models import configured_model, model_digest
 from prune_lab.runs import FORMAT, Run, load_run_config, open_run
 from prune_lab.runtime import Environment, read_json, write_json, write_text
+from prune_lab.runtime.holders import is_temporary
 from prune_lab.session import Session, ensure_data, ensure_probe, origin_of
 from prune_lab.workflow.distilling import ensure_distilled
 from prune_lab.workflow.measuring import (
@@ -223,7 +224,8 @@ def start_run(config: RunConfig, folder: Path, *, force: bool = False) -> Run:
     """
     run = open_run(folder, must_exist=False)
     if not run.config.is_file():
-        if run.folder.is_dir() and any(run.folder.iterdir()):
+        found = run.folder.iterdir() if run.folder.is_dir() else ()
+        if any(path != run.lock and not is_temporary(path.name) for path in found):
             raise RunError(
                 f"asked to start a run in {folder}, found other files there; give a new or an empty folder"
             )
