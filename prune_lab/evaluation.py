@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from prune_lab import __version__
 from prune_lab.errors import ConfigError, DataError, UnsupportedModelError
 from prune_lab.families import REFINER_TIME_IDS
 from prune_lab.models import ScorerInputs
@@ -229,6 +231,13 @@ def read_pictures(folder: Path, names: Sequence[str] | None = None) -> Tensor:
     return torch.stack(pictures)
 
 
+def _written_here() -> PngInfo:
+    """What tells later that prune-lab wrote a picture, and may replace it."""
+    info = PngInfo()
+    info.add_text("Software", f"prune_lab {__version__}")
+    return info
+
+
 def save_grid(path: Path, pictures: Tensor, *, columns: int = 4, gap: int = 2) -> None:
     """Write images ``pictures`` (N, 3, H, W) uint8 as one PNG of ``columns`` columns, filled row by row.
 
@@ -247,4 +256,4 @@ def save_grid(path: Path, pictures: Tensor, *, columns: int = 4, gap: int = 2) -
         cell = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
         sheet.paste(cell, ((i % columns) * (width + gap), (i // columns) * (height + gap)))
     with atomic_write(path) as temporary:
-        sheet.save(temporary, format="PNG")
+        sheet.save(temporary, format="PNG", pnginfo=_written_here())

@@ -427,12 +427,16 @@ def test_pickled_and_missing_files_and_taken_names(tmp_path: Path) -> None:
     with pytest.raises(ModelFormatError, match="no such file"):
         convert_ip_adapter(student, tmp_path / "none.safetensors", out)
     file = peft_file(build_unet(TINY_UNET), tmp_path / "lora.safetensors")
-    with pytest.raises(StorageError, match="file to be converted"):
+    with pytest.raises(StorageError, match="found there the file that it is made from"):
         convert_lora(student, file, file, force=True)
     out.write_text("mine")
     with pytest.raises(StorageError, match="--force"):
         convert_lora(student, file, out)
+    with pytest.raises(StorageError, match="did not write"):
+        convert_lora(student, file, out, force=True)
     assert out.read_text() == "mine"
+    out.unlink()
+    convert_lora(student, file, out)
     convert_lora(student, file, out, force=True)
 
 

@@ -82,10 +82,11 @@ import prune_lab.distill.sharding as sharding
 from prune_lab.config import DataConfig
 from prune_lab.distill import build_cache, source_of
 from prune_lab.models import load_pipeline, resolve_model
+from prune_lab.runtime.holders import temporary_beside
 whole = sharding._write_shard
 def dying(path, *more):
     if path.name == "shard-00001.safetensors":
-        (path.parent / ".shard-00001.safetensors.x.tmp").write_bytes(b"half")
+        temporary_beside(path).write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
     whole(path, *more)
 sharding._write_shard = dying
@@ -105,7 +106,9 @@ def test_a_build_that_was_killed_goes_on_to_the_same_cache(
         check=False,
     )
     assert found.returncode == -signal.SIGKILL
-    assert sorted(files(out)) == [".shard-00001.safetensors.x.tmp", "shard-00000.safetensors"]
+    listed, half, lock, shard = sorted(files(out))
+    assert (listed, lock) == (".prune_lab_files.json", ".shard-00001.safetensors.lock")
+    assert (half[:25], half[-4:], shard) == (".shard-00001.safetensors.", ".tmp", "shard-00000.safetensors")
     with pytest.raises(DataError, match="unfinished"):
         LatentCache.load(out)
     resumed = build_cache(tiny_pipeline, source, CACHED, out)

@@ -269,10 +269,15 @@ def test_nothing_is_replaced_unasked_and_nothing_is_left_half_written(
     out.write_text("mine")
     with pytest.raises(StorageError, match="--force"):
         exported(folder, out)
+    with pytest.raises(StorageError, match="did not write"):
+        exported(folder, out, force=True)
+    assert out.read_text() == "mine"
+    out.unlink()
+    whole = exported(folder, out).read_bytes()
     monkeypatch.setattr("prune_lab.export.single_file.track", interrupted)
     with pytest.raises(KeyboardInterrupt):
         exported(folder, out, force=True)
-    assert out.read_text() == "mine"
+    assert out.read_bytes() == whole
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     monkeypatch.undo()
     assert len(load_file(exported(folder, out, force=True))) > 686
@@ -286,7 +291,7 @@ def interrupted(items: Any, *_: Any, **__: Any) -> Any:
 def test_the_weights_of_the_model_itself_are_never_replaced(pipeline_of: Any, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(pipeline_of("sd-v1"), folder)
-    with pytest.raises(StorageError, match="a file of the model itself"):
+    with pytest.raises(StorageError, match="found there the model that it is made from"):
         exported(folder, folder / "unet" / "diffusion_pytorch_model.safetensors", force=True)
 
 

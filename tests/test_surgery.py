@@ -193,5 +193,10 @@ def test_a_full_folder_is_not_overwritten(tiny_pipeline_folder, tmp_path):
         prune_pipeline(source, plan, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "precious.txt").read_text() == "keep"
+    with pytest.raises(StorageError, match=r"not empty.*precious\.txt"):
+        prune_pipeline(source, plan, tmp_path / "out", force=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious.txt"]
+    (tmp_path / "out" / "precious.txt").unlink()
     prune_pipeline(source, plan, tmp_path / "out", force=True)
+    prune_pipeline(source, plan, tmp_path / "out", force=True)  # what we wrote may be replaced
     assert (tmp_path / "out" / "model_index.json").exists()

@@ -10,16 +10,19 @@ import pandas as pd
 
 from prune_lab.config import RunConfig
 from prune_lab.distill import (
+    PREVIEW,
     CacheBuild,
     build_cache,
+    check_cache_folder,
     check_draws_from_text,
     draw_cache,
     is_cache,
     preview,
     source_of,
 )
-from prune_lab.errors import DataError, RunError, StorageError
+from prune_lab.errors import DataError, RunError
 from prune_lab.models import configured_model, load_pipeline
+from prune_lab.models.protection import check_apart, check_folder, sources_of
 from prune_lab.models.silence import quiet
 from prune_lab.processes import init_processes, is_main
 from prune_lab.prompts import read_prompts
@@ -34,16 +37,6 @@ def _check_pictures(source: str) -> None:
         )
 
 
-def _check_apart(out: Path, folder: Path, what: str) -> None:
-    """Raise StorageError when ``out`` is ``folder``, which holds ``what``, lies inside it, or holds it."""
-    mine, other = out.expanduser().resolve(), folder.expanduser().resolve()
-    if other.is_dir() and (mine.is_relative_to(other) or other.is_relative_to(mine)):
-        raise StorageError(
-            f"asked to write the data to {out}, found {what} in {folder}; give a folder beside it, such as "
-            f"{other.parent / (other.name + '-data')}"
-        )
-
-
 def _build(settings: RunConfig, out: Path, *, force: bool, pictures: int) -> CacheBuild | None:
     """The finished cache; None in all processes but the main one."""
     init_processes()  # first: it gives each process its GPU
@@ -53,10 +46,10 @@ def _build(settings: RunConfig, out: Path, *, force: bool, pictures: int) -> Cac
             f"asked for training data of {settings.model!r}, a {model.kind} without text encoder and VAE; "
             "give 'reference', a pipeline folder or a hub id"
         )
-    if model.folder is not None:
-        _check_apart(out, model.folder, "the model")
-    if settings.data.source:
-        _check_apart(out, Path(settings.data.source), "the pictures")
+    out = check_apart(out, {**sources_of(settings), "the model": model.places})
+    check_cache_folder(out, force=force)
+    if pictures:
+        check_folder(out / PREVIEW, {}, force=True)
     source = prompts = None
     if settings.data.source:
         source = source_of(settings.data)

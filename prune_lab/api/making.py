@@ -17,6 +17,7 @@ from prune_lab.errors import UnsupportedModelError
 from prune_lab.evaluation import generate
 from prune_lab.export import EXPORT_TARGETS
 from prune_lab.models import ModelSource, load_pipeline, load_unet, plain_source
+from prune_lab.models.protection import check_apart
 from prune_lab.plans import PruningPlan, read_plans
 from prune_lab.profiling import (
     Service,
@@ -140,6 +141,7 @@ def exported_table(
         known = ", ".join(EXPORT_TARGETS)
         raise UnsupportedModelError(f"asked to export to {to!r}; formats that can be written: {known}")
     chosen = pick_dtype(dtype) if dtype else None
+    out = check_apart(out, {"the model": source.places})  # the plain source may lie elsewhere
     with plain_source(source) as plain:
         written = EXPORT_TARGETS[to](plain, out, dtype=chosen, form=form, force=force)
     row = {

@@ -30,12 +30,13 @@ from prune_lab.config import (
 from prune_lab.errors import PlanError, RunError
 from prune_lab.export import write_card
 from prune_lab.models import load_unet
+from prune_lab.models.protection import check_apart, check_folder
 from prune_lab.plans import PruningPlan, native_layout, read_plans
 from prune_lab.processes import init_processes, is_main
 from prune_lab.report import block_map_frame, draw_block_map
 from prune_lab.runs import Run
 from prune_lab.runs import open_run as run_in
-from prune_lab.runtime import pick_dtype, progress_shown, write_json
+from prune_lab.runtime import output_folder, pick_dtype, progress_shown, write_json
 from prune_lab.schemas import RECOVERY_SUMMARY_COLUMNS
 from prune_lab.surgery import get_ready_to_prove, prune_pipeline
 from prune_lab.tables import Pictures, Table
@@ -57,6 +58,7 @@ from prune_lab.workflow import (
     recovery_frame,
     save_students,
     scores_frame,
+    student_folders,
     use_scores,
 )
 
@@ -157,8 +159,14 @@ class Model(Workplace):
 
         Tables, figures and a page of them are written to ``out``, or to the run folder. Settings are as for ``score``.
         """
+        if out:
+            out = check_folder(out, self._read_by(self.settings), force=force)
         with self._opened("score", settings, redo="scores" if force else "") as session:
-            lines, frame = compared_criteria(session, Path(out) if out else session.run.comparison_dir)
+            if out:
+                with output_folder(Path(out), force=force) as folder:
+                    lines, frame = compared_criteria(session, folder)
+            else:
+                lines, frame = compared_criteria(session, session.run.comparison_dir)
         return Table("agreement", frame, f"Agreement of criteria, {model_title(self.settings)}", notes=lines)
 
     def search(
@@ -222,6 +230,7 @@ class Model(Workplace):
         the reason for a plan that cannot be built, StorageError where ``out`` holds something and ``force`` is not
         given. With ``dry_run`` only the costs come back.
         """
+        out = check_folder(out, {"the model": self.source.places, "the plan": (str(plan),)}, force=force)
         if not dry_run:
             get_ready_to_prove()  # it imports meanwhile
         chosen = plan if isinstance(plan, Plan) else self.plan(plan)
@@ -264,6 +273,12 @@ class Model(Workplace):
                 f"asked to distil students of {self.source.text}, a U-Net alone (kind: {self.source.kind}); pictures "
                 "and captions are encoded with a VAE and a text encoder: give a pipeline folder or a hub id"
             )
+        wanted = with_settings(self.settings, settings_by_name("distill", settings))
+        sources = self._read_by(wanted)
+        if out and len(plans) == 1:
+            out = check_folder(out, sources, force=force)
+        elif out:  # each student has its own folder in it
+            out = check_apart(out, sources)
         run = Run(self.folder)
         if plans and not run.config.is_file() and self.settings.search == SearchConfig():
             # Nothing was searched, nor is to be: these alone.
@@ -276,6 +291,9 @@ class Model(Workplace):
                 ids = tuple(self._in_run(session, plan).id for plan in plans)
                 if force and is_main():
                     forget(session.run, "distilled", plan_ids=ids or None)
+            if out:
+                for folder in student_folders(session, Path(out), only=ids).values():
+                    check_folder(folder, sources, force=force)
             ensure_distilled(session, only=ids)
             if not is_main():
                 return Table("recovery", pd.DataFrame(columns=list(RECOVERY_SUMMARY_COLUMNS)))

@@ -17,8 +17,9 @@ from prune_lab.api.settings import settings_by_name
 from prune_lab.blocks import Architecture
 from prune_lab.config import SETTINGS, RunConfig, changed_settings, with_settings
 from prune_lab.models import ModelSource, configured_model
+from prune_lab.models.protection import Sources, check_run_folder, sources_of
 from prune_lab.processes import is_main
-from prune_lab.runs import Run, read_records
+from prune_lab.runs import Run, read_records, writing
 from prune_lab.runtime import progress_shown
 from prune_lab.schemas import IMPORTANCE
 from prune_lab.workflow import (
@@ -54,6 +55,10 @@ class Workplace:
         """The inventory of the U-Net; needs no weights."""
         return self.source.architecture
 
+    def _read_by(self, settings: RunConfig) -> Sources:
+        """What a job with ``settings`` is made from."""
+        return {**sources_of(settings), "the model": self.source.places}
+
     @property
     def _named(self) -> str:
         """What the results are called: by their folder, or by the model where that is a temporary one."""
@@ -78,6 +83,9 @@ class Workplace:
         with contextlib.ExitStack() as stack:
             if is_main():
                 stack.enter_context(progress_shown())
+            if not self._temporary:
+                check_run_folder(self.folder, settings, **{"the model": self.source.places})
+            stack.enter_context(writing(Run(self.folder)))
             with PartialState().main_process_first():
                 run = start_run(settings, self.folder, force=forced)
                 if redo:

@@ -12,5 +12,5 @@ __all__ = ["app", "main"]
 
 
 def main() -> None:
-    """Answer the command in ``sys.argv``: exit code 0, 2 for a user's mistake, 130 for an interrupt."""
+    """Answer the command in ``sys.argv``: exit code 0, 2 for a mistake, 130 for an interrupt, 143 for SIGTERM."""
     app(prog_name="prune-lab")

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -10,11 +15,36 @@ from typer.core import TyperGroup
 from prune_lab import __version__
 from prune_lab.cli.options import instead_of
 from prune_lab.errors import PruneLabError, RunError
-from prune_lab.processes import end_processes, num_processes
+from prune_lab.processes import end_processes, is_main, num_processes
 
 MISTAKE = 2  # exit code of a user's mistake, the same as typer's for a wrong option
 LAUNCHED = ("data", "distill")  # verbs that many processes share; any other would be done as often
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+INTERRUPTED = 128 + signal.SIGINT  # as shells report it
+_PATIENCE = 3.0  # seconds in which a signal that comes again does not disturb the way out
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[list[float]]:
+    """SIGTERM ends the block as SIGINT does; when it came is in the list.
+
+    So cluster schedulers and containers, which send it, leave neither half-written files nor a lock.
+    """
+    came: list[float] = []
+
+    def end(number: int, frame: object) -> None:
+        came.append(time.monotonic())
+        # a launcher and its process group send it twice, and the second one would stop the cleaning up
+        if len(came) == 1 or came[-1] - came[0] > _PATIENCE:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield came  # signals are the main thread's
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Verbs(TyperGroup):
@@ -22,17 +52,21 @@ class Verbs(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:  # typer's Context is a vendored click class without a public name
         try:
-            found = super().invoke(ctx)
+            with _ended_by_sigterm() as ended:
+                found = super().invoke(ctx)
             if num_processes() > 1:
                 end_processes()
             return found
         except PruneLabError as error:
             mistake = str(error)
         except KeyboardInterrupt:
-            typer.echo(
-                "interrupted; finished files are kept: the same command again uses what there is", err=True
-            )
-            raise typer.Exit(INTERRUPTED) from None
+            if is_main():
+                typer.echo(
+                    f"{'terminated' if ended else 'interrupted'}; finished files are kept: the same command again "
+                    "uses what there is",
+                    err=True,
+                )
+            raise typer.Exit(128 + signal.SIGTERM if ended else INTERRUPTED) from None
         except Exception as error:
             # Of an unknown option; the class of that error has no public name either.
             option, verb = getattr(error, "option_name", ""), ctx.invoked_subcommand

@@ -42,7 +42,7 @@ def convert(
 ) -> None:
     """Fit a LoRA, a ControlNet or an IP-Adapter of a teacher to its student."""
     from prune_lab.export import CONVERSIONS, compatibility, student_of
-    from prune_lab.models.protection import refuse_to_replace
+    from prune_lab.models.protection import check_apart
 
     if show:
         rows = records(compatibility(student_of(show, model)))
@@ -52,8 +52,8 @@ def convert(
         raise PlanError("asked to convert; write KIND FILE --plan STUDENT --out FILE, or --show STUDENT")
     if kind not in CONVERSIONS:
         raise PlanError(f"asked to convert a {kind!r}; what can be converted: {', '.join(CONVERSIONS)}")
+    check_apart(out, {"the file": (given,), "the student": (plan,), "the model": (model,)})
     student = student_of(plan, model)
-    refuse_to_replace(out, *(Path(text).expanduser() for text in (plan, model) if text))
     found = CONVERSIONS[kind](student, given, out, force=force)
     for note in found.notes:
         typer.echo(f"note: {note}", err=True)

@@ -12,7 +12,7 @@ from prune_lab.cli.application import app
 from prune_lab.cli.models import model_of
 from prune_lab.cli.output import emit, records
 from prune_lab.errors import RunError
-from prune_lab.runs import open_run
+from prune_lab.runs import open_run, writing
 
 
 @app.command()
@@ -48,8 +48,9 @@ def evaluate(
         from prune_lab.runtime import progress_shown
         from prune_lab.workflow import Session, quality_frame
 
-        with progress_shown():
-            frame = quality_frame(Session(open_run(run, must_exist=True)))
+        opened = open_run(run, must_exist=True)
+        with progress_shown(), writing(opened):  # pictures that are missing are drawn
+            frame = quality_frame(Session(opened))
         emit("pictures", records(frame), as_json=as_json, wide=wide, title=f"Pictures of {run}")
         return
     rows: list[dict[str, Any]] = []

@@ -31,19 +31,15 @@ def generate(
     force: options.ForceOption = False,
 ) -> None:
     """Draw pictures with MODEL; one row per prompt, one column per seed."""
-    from prune_lab.errors import StorageError
     from prune_lab.evaluation import generate as draw
     from prune_lab.evaluation import save_grid
     from prune_lab.models import load_pipeline
+    from prune_lab.models.protection import check_apart, check_file
     from prune_lab.runtime import pick_device, pick_dtype, progress_shown
 
-    if out.suffix.lower() != ".png":
-        raise StorageError(
-            f"asked to write {out}; pictures are written as PNG: give a name that ends in .png"
-        )
-    if out.exists() and not force:
-        raise StorageError(f"asked to write {out}, which is there already; give another name or --force")
+    check_file(out, {"the model": (model,)}, "pictures", force=force)
     source = model_of(model, options.found_by(revision, subfolder, variant)).source
+    out = check_apart(out, {"the model": source.places})
     pipeline = load_pipeline(
         source,
         device=pick_device(device or "auto"),

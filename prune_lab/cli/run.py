@@ -78,6 +78,9 @@ def run(
     place = {"device": device, "seed": seed}
     settings = job_settings(model, folder, config, recipe, assign, asked, place)
     shown = folder or Path("runs/new")
+    from prune_lab.models.protection import check_run_folder
+
+    check_run_folder(shown, settings, **{"the settings": [config] if config else []})
     if config is None or dry_run:
         lines, expected = _estimated(settings, only_shown=dry_run)
         for line in lines:

@@ -62,7 +62,11 @@ def score(
     found_by = options.found_by(revision, subfolder, variant, random_weights)
     settings = settings_of(model, run, config, assign, {**asked, **found_by}, device=device, seed=seed)
     from prune_lab.api.model import Model
+    from prune_lab.models.protection import check_file, sources_of
     from prune_lab.runtime import write_frame
+
+    if out and not compare:
+        out = check_file(out, sources_of(settings), "scores", force=force)
 
     chosen = Model(settings, run)
     table = chosen.agreement(out, force=force) if compare else chosen.score(force=force)

@@ -57,7 +57,12 @@ def search(
         model, lender or run, config, assign, {**asked, **found_by}, device=device, seed=seed
     )
     from prune_lab.api.model import Model
+    from prune_lab.models.protection import check_file, sources_of
     from prune_lab.runtime import write_json
+
+    if out:
+        given = {"the scores": [] if importance is None else [importance]}
+        out = check_file(out, {**sources_of(settings), **given}, "plans", force=force)
 
     table = Model(settings, run).search(lender=lender, importance=importance, force=force)
     if out:

@@ -17,12 +17,14 @@ from prune_lab.distill.losses import FEATURE_VARIANTS
 from prune_lab.distill.memory import STATE_BYTES, TrainingMemory, pass_bytes, training_memory
 from prune_lab.distill.recovery import Recovery, load_heldout, load_recovery
 from prune_lab.distill.setup import DistillSetup, Student
+from prune_lab.distill.shard_locks import PREVIEW, check_cache_folder
 from prune_lab.distill.sharding import CacheBuild
 from prune_lab.distill.sources import source_of
 
 __all__ = [
     "CACHE_INDEX",
     "FEATURE_VARIANTS",
+    "PREVIEW",
     "STATE_BYTES",
     "CacheBuild",
     "DistillSetup",
@@ -39,6 +41,7 @@ __all__ = [
     "TrainingMemory",
     "build_cache",
     "cached_data",
+    "check_cache_folder",
     "check_draws_from_text",
     "distill_together",
     "draw_batch",

@@ -20,13 +20,14 @@ from torch import Tensor
 from prune_lab.config import DataConfig
 from prune_lab.distill.cache import LatentCache
 from prune_lab.distill.encoding import encode_texts, encoders_digest, image_side
+from prune_lab.distill.shard_locks import PREVIEW
 from prune_lab.distill.sharding import CacheBuild, ShardContent, ShardPlan, build_shards
 from prune_lab.errors import DataError, UnsupportedModelError
 from prune_lab.evaluation import check_steps, save_pictures
 from prune_lab.models.silence import quiet
 from prune_lab.probes import decode_latents, note_cut
 from prune_lab.prompts import Prompts
-from prune_lab.runtime import generator_for, tensors_digest, track
+from prune_lab.runtime import generator_for, output_folder, tensors_digest, track
 
 _LEAST_SHARD = 16  # pictures per file at least; a stop loses no more, or no more than 1/256 of all
 _LATENT_PIXELS = 64 * 64  # drawn at a time on a CPU, which gains nothing from more at once
@@ -167,6 +168,7 @@ def preview(pipeline: Any, cache: LatentCache, count: int) -> Path:
     rows = torch.arange(min(count, len(cache)))
     latents = cache.rows(rows, torch.zeros_like(rows)).mean
     pictures = decode_latents(pipeline, latents, batch=1)
-    folder = cache.folder / "pictures"
-    save_pictures(folder, pictures, [f"{row:05d}.png" for row in rows.tolist()])
+    folder = cache.folder / PREVIEW
+    with output_folder(folder, force=True) as temporary:
+        save_pictures(temporary, pictures, [f"{row:05d}.png" for row in rows.tolist()])
     return folder

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from prune_lab.distill.cache import (
@@ -32,9 +33,11 @@ from prune_lab.distill.cache import (
     write_cache_file,
 )
 from prune_lab.distill.encoding import encode_empty_caption, key_of
-from prune_lab.errors import DataError, StorageError
+from prune_lab.distill.shard_locks import begin, being_built, check_cache_folder, claimed, clear, make_all
+from prune_lab.errors import DataError
 from prune_lab.runs import read_typed
 from prune_lab.runtime import pick_dtype, tensors_digest, track, write_json
+from prune_lab.runtime.holders import Holder
 
 _VERSIONS = ("prune_lab", "torch", "diffusers", "transformers")
 
@@ -87,6 +90,7 @@ def _check_provenance(folder: Path, provenance: Mapping[str, str | int]) -> None
             found = read_cache_file(path)[0].get(PROVENANCE, {})
         except DataError:
             return  # damaged: it is built again
+    found = found or being_built(folder)
     changed = [
         f"{name} {found.get(name, 'none')} there, {provenance.get(name, 'none')} here"
         for name in [*provenance, *(found.keys() - provenance.keys())]
@@ -167,40 +171,49 @@ def build_shards(
     """The cache in ``folder`` of the rows of ``plan``; ``fill`` makes those of each shard that is missing.
 
     All processes of an ``accelerate launch`` build their share of the shards. A shard is the same whichever process
-    builds it, so a build may be stopped at any time and go on with another number of processes. ``work`` is what
-    progress calls it. Raises DataError that names the differences when ``folder`` holds another cache; with ``force``
-    that one is removed.
+    builds it, so a build may be stopped at any time and go on with another number of processes, and several commands
+    may build one cache at the same time. ``work`` is what progress calls it. Raises DataError that names the
+    differences when ``folder`` holds another cache; with ``force`` that one is removed. Raises StorageError where
+    ``folder`` holds something else, or where only builders of other hosts hold what is missing.
     """
     folder, state, start = Path(folder), PartialState(), time.perf_counter()
     key = key_of(plan.provenance)
-    if folder.is_file():
-        raise StorageError(f"asked to build a cache in {folder}, found a file there; give a folder")
+    paths = [folder / f"shard-{number:05d}.safetensors" for number in range(-(-plan.rows // plan.shard))]
+    check_cache_folder(folder, force=False)  # what is not ours stays where it is
     if not force:
         _check_provenance(folder, plan.provenance)
     state.wait_for_everyone()
-    if state.is_main_process and folder.is_dir():
-        patterns = [".shard-*.tmp"]  # which a build that was killed leaves
-        if force:
-            patterns += ["*shard-*.safetensors", EMPTY, INDEX]
-        for path in [path for pattern in patterns for path in folder.glob(pattern)]:
-            path.unlink(missing_ok=True)
+    if state.is_main_process:
+        if force and folder.is_dir():
+            clear(folder)
+        begin(folder, [path.name for path in paths], plan.provenance)
     state.wait_for_everyone()
-    shards = range(-(-plan.rows // plan.shard))
-    paths = [folder / f"shard-{number:05d}.safetensors" for number in shards]
-    missing = [number for number, path in enumerate(paths) if not _is_complete(path, key)]
-    finished = is_cache(folder) and not missing
+    listed = is_cache(folder)  # before the look at the shards: another builder may finish in between
+    missing = [path for path in paths if not _is_complete(path, key)]
     state.wait_for_everyone()  # all processes know what is missing before the first one writes
-    if state.is_main_process and not finished:
+    if state.is_main_process and listed and missing:
         (folder / INDEX).unlink(missing_ok=True)  # of a cache that lost a shard
+    made: list[Path] = []
+
+    def make(path: Path) -> Holder | None:
+        """Who else is making the shard ``path``; None where it is made now."""
+        with claimed(path, plan.provenance) as other:
+            if other is None and not _is_complete(path, key):
+                first = paths.index(path) * plan.shard
+                _write_shard(path, plan, fill(range(first, min(first + plan.shard, plan.rows))))
+                made.append(path)
+            return other
+
     own = missing[state.process_index :: state.num_processes]
-    for number in track(own, work, unit=plan.unit, per=min(plan.shard, plan.rows)):
-        first = number * plan.shard
-        content = fill(range(first, min(first + plan.shard, plan.rows)))
-        _write_shard(paths[number], plan, content)
+    for path in track(own, work, unit=plan.unit, per=min(plan.shard, plan.rows)):
+        make(path)
     state.wait_for_everyone()
-    if state.is_main_process and not finished:
+    if state.is_main_process and missing:
+        make_all(missing, lambda path: _is_complete(path, key), make)
+    if state.is_main_process and (missing or not listed):
         _write_index(folder, pipeline, plan, paths)
     state.wait_for_everyone()
     cache = LatentCache.load(folder)
-    encoded = sum(cache.shards[number].rows for number in missing)
+    by_all = {path.name for path in gather_object(made)}
+    encoded = sum(shard.rows for shard in cache.shards if shard.file in by_all)
     return CacheBuild(cache, encoded, time.perf_counter() - start)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from prune_lab import __version__
 from prune_lab.blocks import Architecture
-from prune_lab.errors import ModelFormatError, StorageError
+from prune_lab.errors import ModelFormatError
 from prune_lab.export.students import Student
 from prune_lab.models.files import PICKLED, read_header
-from prune_lab.models.protection import refuse_to_replace
+from prune_lab.models.protection import check_file
 from prune_lab.runtime import atomic_write
 
 # Digests that kohya's tools write over the tensors of a file; those of the new file would be others.
@@ -72,16 +72,13 @@ def read_addition(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, s
         return tensors, dict(file.metadata() or {})
 
 
-def check_out(student: Student, out: Path, given: Path, *, force: bool, suffix: str = ".safetensors") -> None:
-    """Raise StorageError unless ``out`` is free, or may be replaced, and is called as the file that it will be."""
-    if out.suffix != suffix:
-        raise StorageError(f"asked to write {out}; give a name that ends in {suffix}")
-    if out.exists() and out.resolve() == given.resolve():
-        raise StorageError(f"asked to write {out}, which is the file to be converted; give another name")
-    if out.is_dir() or (out.exists() and not force):
-        what = "a folder" if out.is_dir() else "a file"
-        raise StorageError(f"asked to write {out}, found {what} there; give another name or --force")
-    refuse_to_replace(out, *([student.folder] if student.folder else []))
+def check_out(student: Student, out: Path, given: Path, *, force: bool) -> Path:
+    """The file ``out`` to write what is made of ``given`` for ``student``.
+
+    Raises StorageError as ``models.protection.check_file`` does.
+    """
+    sources = {"the file": (given,), "the student": (student.folder,) if student.folder else ()}
+    return check_file(out, sources, "tensors", force=force)
 
 
 def origin_of(student: Student, given: Path) -> dict[str, str]:

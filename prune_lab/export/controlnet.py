@@ -16,8 +16,8 @@ from prune_lab.export.students import Student
 from prune_lab.families.controlnet import cut_controlnet, meta_controlnet
 from prune_lab.models import weight_files
 from prune_lab.models.files import json_object, read_header
-from prune_lab.models.protection import refuse_to_replace
-from prune_lab.runtime import atomic_folder, write_json
+from prune_lab.models.protection import check_folder
+from prune_lab.runtime import output_folder, write_json
 
 
 def _folder_of(given: Path) -> Path:
@@ -68,11 +68,8 @@ def convert_controlnet(student: Student, given: Path, out: Path, *, force: bool 
         raise StorageError(
             f"asked to write {out}; a ControlNet is a folder: give a name without .safetensors"
         )
-    if out.exists() and out.resolve() == folder.resolve():
-        raise StorageError(
-            f"asked to write {out}, which is the ControlNet to be converted; give another name"
-        )
-    refuse_to_replace(out, folder, *([student.folder] if student.folder else []))
+    sources = {"the ControlNet": (folder,), "the student": (student.folder,) if student.folder else ()}
+    out = check_folder(out, sources, force=force)
     config = json_object(folder / "config.json")
     cut = cut_controlnet(config, student.architecture.outline, student.layout)
     _check_weights(folder, config)
@@ -81,7 +78,7 @@ def convert_controlnet(student: Student, given: Path, out: Path, *, force: bool 
         _read(folder, cut.layout.sources(smaller.state_dict()), cut.zero), strict=True, assign=True
     )
     origin = {"converted_from": folder.name, "plan": student.plan.text, "plan_id": student.plan.id}
-    with atomic_folder(out, force=force) as temporary:
+    with output_folder(out, force=force) as temporary:
         smaller.save_pretrained(temporary, safe_serialization=True)
         write_json(temporary / "plan.json", student.plan.to_json())
         write_json(temporary / "provenance.json", origin)

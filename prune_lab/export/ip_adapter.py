@@ -28,8 +28,8 @@ def convert_ip_adapter(student: Student, given: Path, out: Path, *, force: bool 
 
     Raises ModelFormatError when it was made for a U-Net with other attentions, StorageError when ``out`` is taken.
     """
-    given, out = Path(given), Path(out)
-    check_out(student, out, given, force=force)
+    given = Path(given)
+    out = check_out(student, out, given, force=force)
     tensors, metadata = read_addition(given, "IP-Adapter")
     paths = attentions(student.architecture.config)
     shapes = {name: tuple(t.shape) for name, t in meta_unet(student.architecture.config).state_dict().items()}

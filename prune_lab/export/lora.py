@@ -124,8 +124,8 @@ def convert_lora(student: Student, given: Path, out: Path, *, force: bool = Fals
     names; the format stays. Raises ModelFormatError for a key that the teacher has no module for or that does not fit
     it, and when nothing is left; StorageError when ``out`` is taken.
     """
-    given, out = Path(given), Path(out)
-    check_out(student, out, given, force=force)
+    given = Path(given)
+    out = check_out(student, out, given, force=force)
     tensors, metadata = read_addition(given, "LoRA")
     names = adapter_names(student.architecture.config, student.layout)
     parts = _parts(given, tensors, names)

@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor
 
 from prune_lab import __version__
-from prune_lab.errors import ModelFormatError, StorageError, UnsupportedModelError
+from prune_lab.errors import ModelFormatError, UnsupportedModelError
 from prune_lab.families import plain_config
 from prune_lab.families.ldm_keys import (
     Place,
@@ -37,7 +37,7 @@ from prune_lab.models.clip_vocabulary import NUM_TOKENS
 from prune_lab.models.conversion import converted
 from prune_lab.models.files import read_header
 from prune_lab.models.parts import modern_name
-from prune_lab.models.protection import refuse_to_replace
+from prune_lab.models.protection import check_file
 from prune_lab.models.single_file import TOKENIZER_FILES
 from prune_lab.runtime import atomic_write, bytes_text, read_json, track
 
@@ -300,19 +300,6 @@ def _metadata(source: ModelSource, configs: Mapping[str, Any]) -> dict[str, str]
 # Writing -----------------------------------------------------------------------------------------------------------
 
 
-def _check_out(source: ModelSource, out: Path, force: bool) -> None:
-    if out.suffix != ".safetensors":
-        raise StorageError(
-            f"asked to write {out}; a single file is safetensors: give a name that ends in .safetensors"
-        )
-    if out.is_dir() or (out.exists() and not force):
-        what = "a folder" if out.is_dir() else "a file"
-        raise StorageError(f"asked to write {out}, found {what} there; give another name or --force")
-    if source.folder is not None and out.exists() and out.resolve().is_relative_to(source.folder.resolve()):
-        raise StorageError(f"asked to write {out}, which is a file of the model itself; give another name")
-    refuse_to_replace(out, *source.places)
-
-
 def _header(entries: Sequence[_Entry], metadata: Mapping[str, str]) -> bytes:
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     begin = 0
@@ -340,9 +327,8 @@ def export_single_file(
     identity, for readers that know no U-Net without one: the same pictures from a larger file.
 
     Raises UnsupportedModelError when there are no weights or a part has no place in the layout, ModelFormatError when
-    weights do not fit their config, StorageError when ``out`` is taken and ``force`` not given.
+    weights do not fit their config, StorageError where ``out`` may not be written (``models.protection.check_file``).
     """
-    out = Path(out)
     if not source.has_weights:
         raise UnsupportedModelError(
             f"asked to export {source.text!r}, which has no weights (kind: {source.kind}); "
@@ -352,7 +338,7 @@ def export_single_file(
         raise UnsupportedModelError(f"asked to export in {dtype}; give float32, float16 or bfloat16")
     if form not in FORMS:
         raise UnsupportedModelError(f"asked to export in the form {form!r}; give {' or '.join(FORMS)}")
-    _check_out(source, out, force)
+    out = check_file(out, {"the model": source.places}, "tensors", force=force)
     configs = _configs(source)
     configs["unet"] = with_middle(source.config) if form == NEUTRAL else dict(source.config)
     entries = _file_entries(source, configs, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prune_lab.runs.lock import writing
 from prune_lab.runs.manifests import GIVEN, Manifests, Part, Verdict
 from prune_lab.runs.opening import FORMAT, load_run_config, open_run
 from prune_lab.runs.paths import CandidatePaths, PathIn, Run, is_plan_id
@@ -28,4 +29,5 @@ __all__ = [
     "read_records",
     "read_typed",
     "typed",
+    "writing",
 ]

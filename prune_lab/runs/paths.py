@@ -79,6 +79,7 @@ class Run:
 
     folder: Path
 
+    lock = PathIn("writer.lock", "Which process writes to the folder now.")
     config = PathIn("config.toml", "The settings that the run was started with.")
     environment = PathIn("environment.json", "Format of the folder, and the machine and versions behind it.")
     blocks = PathIn("blocks.csv", "The inventory of the teacher's blocks.")

@@ -13,8 +13,10 @@ from prune_lab.runtime.devices import (
     tensors_digest,
 )
 from prune_lab.runtime.files import (
+    FILE_LIST,
     atomic_folder,
     atomic_write,
+    output_folder,
     write_frame,
     write_json,
     write_text,
@@ -23,6 +25,7 @@ from prune_lab.runtime.progress import bytes_text, duration_text, note, note_onc
 from prune_lab.runtime.reading import open_regular, parse_json, path_text, read_bytes, read_json, read_text
 
 __all__ = [
+    "FILE_LIST",
     "Environment",
     "atomic_folder",
     "atomic_write",
@@ -33,6 +36,7 @@ __all__ = [
     "note",
     "note_once",
     "open_regular",
+    "output_folder",
     "parse_json",
     "path_text",
     "pick_device",

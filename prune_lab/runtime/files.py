@@ -6,14 +6,15 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from prune_lab.errors import ProofError, StorageError
+from prune_lab.runtime.holders import is_temporary, remove_leftovers, temporary_beside
 
 if TYPE_CHECKING:  # pandas takes a second to import
     import pandas as pd
@@ -28,12 +29,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
     path = Path(path)
     with _storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        temporary = temporary_beside(path)
         try:
+            temporary.touch(exist_ok=False)
             yield temporary
-            temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files; these are ordinary results
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -44,7 +43,8 @@ def atomic_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
     """A temporary folder beside ``path`` that becomes ``path`` only when the body succeeds.
 
     Raises StorageError when ``path`` holds something already and ``force`` is not given, or when writing fails.
-    With ``force`` the old folder is removed after the new one is complete.
+    With ``force`` the old folder is removed after the new one is complete: for folders that belong to a run, while
+    ``output_folder`` is for those that a person names.
     """
     path = Path(path)
     if path.is_file() or (path.is_dir() and any(path.iterdir()) and not force):
@@ -54,12 +54,16 @@ def atomic_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
         )
     with _storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        remove_leftovers(path.parent, of=path.name)
+        mounted = path.is_mount()  # it cannot be replaced, only filled
+        temporary = temporary_beside(path / path.name if mounted else path)
+        temporary.mkdir()
         try:
             yield temporary
-            temporary.chmod(0o777 & ~_umask())
-            if path.exists():
-                old = temporary.with_suffix(".old")
+            if mounted:
+                _fill(path, temporary)
+            elif path.exists():
+                old = temporary_beside(path, "old")
                 path.replace(old)
                 temporary.replace(path)
                 shutil.rmtree(old)
@@ -70,6 +74,121 @@ def atomic_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
             raise type(error)(str(error).replace(str(temporary), str(path))) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _fill(folder: Path, temporary: Path) -> None:
+    """Put what lies in ``temporary``, a folder inside of ``folder``, in the place of all else there."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            if entry != temporary:
+                shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    for entry in temporary.iterdir():
+        entry.replace(folder / entry.name)
+
+
+# Folders that a person names ---------------------------------------------------------------------------------------
+
+FILE_LIST = ".prune_lab_files.json"  # in such a folder: the files that prune-lab wrote there
+_NAMED = 3  # files that an error names
+_COUNTED = 10_000  # files that are looked at for it
+
+
+@contextlib.contextmanager
+def output_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
+    """``atomic_folder`` for a folder that a person named: the files in it are listed, and ``force`` replaces only such.
+
+    A link is followed. Raises StorageError as ``check_replaceable`` does, also for files that came in the meantime.
+    """
+    place = Path(os.path.realpath(path))
+    check_replaceable(path, force=force)
+    with atomic_folder(place, force=force) as temporary:
+        yield temporary
+        write_file_list(temporary, (str(file.relative_to(temporary)) for file in _files_in(temporary)))
+        check_replaceable(path, force=force)
+
+
+def check_replaceable(folder: Path, *, force: bool) -> None:
+    """Raise StorageError unless ``folder`` is not there, is empty, or holds files of ours alone and ``force`` is given.
+
+    Ours are those of the list that we wrote there.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise StorageError(f"asked to write the folder {folder}, found a file there; give another path")
+    others = other_files(folder)
+    if others:
+        raise StorageError(
+            f"asked to write the folder {folder}, found a folder that is not empty, with files that prune-lab did not "
+            f"write and --force does not remove: {some_of(others)}; give another path"
+        )
+    if not force and folder.is_dir() and any(folder.iterdir()):
+        raise StorageError(
+            f"asked to write the folder {folder}, found a folder that is not empty there; "
+            "give another path or --force"
+        )
+
+
+def write_file_list(folder: Path, names: Iterable[str], *, about: Mapping[str, object] | None = None) -> None:
+    """Write which files in ``folder`` are ours, by their ``names`` relative to it, whether or not they are there yet.
+
+    ``about`` says what they are made of, where that is needed before they are.
+    """
+    more = {} if about is None else {"about": dict(about)}
+    write_json(folder / FILE_LIST, {"format": 1, **more, "files": sorted(names)})
+
+
+def _file_list(folder: Path) -> dict[str, Any]:
+    try:
+        value = json.loads((folder / FILE_LIST).read_bytes())
+        return value if isinstance(value, dict) else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
+def listed_files(folder: Path) -> frozenset[str] | None:
+    """The files that we wrote, or began to write, into ``folder``; None where nothing says so."""
+    names = _file_list(folder).get("files")
+    return (
+        frozenset(str(Path(name)) for name in names if isinstance(name, str))
+        if isinstance(names, list)
+        else None
+    )
+
+
+def list_about(folder: Path) -> dict[str, Any]:
+    """What the files that are listed in ``folder`` are made of; empty where that is not written there."""
+    about = _file_list(folder).get("about")
+    return about if isinstance(about, dict) else {}
+
+
+def other_files(folder: Path) -> list[str]:
+    """Files and links in ``folder``, relative to it, that we did not list; without a list all that lies in it."""
+    if not folder.is_dir():
+        return []
+    ours = listed_files(folder)
+    if ours is None:
+        found = (path.name for path in folder.iterdir())
+    else:
+        names = (str(path.relative_to(folder)) for path in _files_in(folder))
+        found = (name for name in names if name not in ours and name != FILE_LIST)
+    return sorted(islice((name for name in found if not is_temporary(Path(name).parts[0])), _COUNTED))
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first few ``names``, and how many more there are."""
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return f"{', '.join(names[:_NAMED])}{more}"
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    """Everything below ``folder`` that is no folder; links are not followed."""
+    for place, folders, files in os.walk(folder):
+        links = (name for name in folders if (Path(place) / name).is_symlink())
+        yield from (Path(place) / name for name in (*files, *links))
+
+
+# Files of a kind ---------------------------------------------------------------------------------------------------
 
 
 def write_text(path: Path, text: str) -> None:
@@ -101,9 +220,3 @@ def _storage_errors(path: Path) -> Iterator[None]:
             f"asked to write {path}: {reason}; free some space or give a path that can be written; "
             "nothing was left half-written"
         ) from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

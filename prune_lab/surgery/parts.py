@@ -22,7 +22,7 @@ from prune_lab.models.conversion import converted
 from prune_lab.models.files import json_object
 from prune_lab.models.folders import variant_of_part
 from prune_lab.models.parts import LEFT_OUT
-from prune_lab.runtime import write_json
+from prune_lab.runtime import FILE_LIST, write_json
 
 INDEX = "model_index.json"
 _TEXTS = (".json", ".txt", ".model")  # configs, vocabularies; a sentencepiece model
@@ -99,6 +99,8 @@ def copy_texts(source: Path, target: Path) -> None:
     paths = sorted(source.iterdir())
     target.mkdir(exist_ok=True)
     for path in paths:
+        if path.name == FILE_LIST:
+            continue  # of another folder's files
         if path.is_file() and path.suffix in _TEXTS and ".index" not in path.suffixes:
             _copy_text(path, target / path.name)
 

@@ -17,9 +17,9 @@ from prune_lab.errors import StorageError, UnsupportedModelError
 from prune_lab.families import plain_config
 from prune_lab.models import ModelSource, model_digest, weight_files
 from prune_lab.models.files import json_object
-from prune_lab.models.protection import refuse_to_replace
+from prune_lab.models.protection import check_folder
 from prune_lab.plans import PruningPlan
-from prune_lab.runtime import Environment, atomic_folder, write_json
+from prune_lab.runtime import Environment, atomic_folder, output_folder, write_json
 from prune_lab.surgery.building import materialise_from_files, predicted_shapes
 from prune_lab.surgery.parts import copy_parts, copy_texts, copy_weights, write_config
 from prune_lab.surgery.proof import (
@@ -97,8 +97,8 @@ def prune_pipeline(
     A pipeline folder gives a whole pipeline folder, a U-Net folder a U-Net folder. Neither the original U-Net nor any
     other part is loaded whole. ``dtype`` converts all parts, None keeps the files' own; ``variant`` names all files
     with weights, as in ``diffusion_pytorch_model.fp16.safetensors``; ``finish`` adds to the proved folder before it
-    gets its name. Raises UnsupportedModelError when ``source`` has no weights, StorageError when ``out`` is ``source``
-    itself, or holds something and ``force`` is not given, ProofError when what was written is not the original without
+    gets its name. Raises UnsupportedModelError when ``source`` has no weights, StorageError where ``out`` may not be
+    written (``models.protection.check_folder``), ProofError when what was written is not the original without
     these blocks.
     """
     if source.folder is None or source.unet_folder is None or not source.has_weights:
@@ -118,9 +118,9 @@ def prune_pipeline(
         raise StorageError(
             f"asked for the variant {variant!r} in the names of files; give letters, digits, - and _, such as fp16"
         )
-    refuse_to_replace(out, *source.places)
+    out = check_folder(out, {"the model": source.places}, force=force)
     original = original_of(source, plan, dtype)
-    with atomic_folder(out, force=force) as temporary:
+    with output_folder(out, force=force) as temporary:
         get_ready_to_prove()
         folder = temporary / _UNET if source.is_pipeline else temporary
         if source.is_pipeline:
@@ -135,7 +135,7 @@ def prune_pipeline(
         _write_provenance(folder, provenance, proof)
         if finish is not None:
             finish(temporary)
-    return Path(out)
+    return out
 
 
 def _tensors_in(files: tuple[Path, ...]) -> tuple[dict[str, tuple[int, ...]], str]:
@@ -167,12 +167,14 @@ def pipeline_with(
 
     From a U-Net without a pipeline the U-Net folder alone. Files are copied, and every tensor of the U-Net that is
     loaded from ``out`` is compared with its own; ``finish`` adds to the folder before it gets its name. Raises
-    StorageError when ``out`` holds something and ``force`` is not given, ProofError when what was written differs.
+    StorageError where ``out`` may not be written (``models.protection.check_folder``), ProofError when what was written
+    differs.
     """
-    refuse_to_replace(out, unet_folder, *source.places)
+    sources = {"the student": (unet_folder,), "the model": source.places}
+    out = check_folder(out, sources, force=force)
     files = weight_files(unet_folder)
     shapes, digest = _tensors_in(files)
-    with atomic_folder(out, force=force) as temporary:
+    with output_folder(out, force=force) as temporary:
         get_ready_to_prove()
         inside = source.is_pipeline and source.folder is not None
         if source.is_pipeline and source.folder is not None:
@@ -186,4 +188,4 @@ def pipeline_with(
         _write_provenance(folder, provenance, proof)
         if finish is not None:
             finish(temporary)
-    return Path(out)
+    return out

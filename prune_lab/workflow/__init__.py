@@ -12,7 +12,7 @@ from __future__ import annotations
 from prune_lab.session import Session
 from prune_lab.workflow.comparing import block_maps, compared_plans, comparison
 from prune_lab.workflow.criteria import compared_criteria
-from prune_lab.workflow.distilling import ensure_distilled, recovery_frame, save_students
+from prune_lab.workflow.distilling import ensure_distilled, recovery_frame, save_students, student_folders
 from prune_lab.workflow.estimating import RunEstimate, estimate, macs_per_second
 from prune_lab.workflow.exploring import (
     choices_frame,
@@ -64,6 +64,7 @@ __all__ = [
     "settings_for",
     "start_run",
     "steps_frame",
+    "student_folders",
     "surprises_frame",
     "use_scores",
     "wider_frame",

@@ -152,6 +152,15 @@ def _save_student(session: Session, plan: PruningPlan, folder: Path, force: bool
     )
 
 
+def student_folders(session: Session, out: Path, *, only: tuple[str, ...] = ()) -> dict[str, Path]:
+    """Where the student of each plan is written, by the plan's id: ``out`` for one, ``out``/<label> for more."""
+    plans = ensure_plans(session)
+    chosen = [plan_named(plans, text, session) for text in only] or list(plans)
+    if len(chosen) == 1:
+        return {chosen[0].id: out}
+    return {plan.id: out / re.sub(r"[^\w.+-]+", "-", plan.label) for plan in chosen}
+
+
 def save_students(
     session: Session, out: Path, *, only: tuple[str, ...] = (), force: bool = False
 ) -> tuple[Path, ...]:
@@ -160,20 +169,16 @@ def save_students(
     ``only`` names some of the plans. Raises RunError when none of them was distilled, StorageError when ``out`` holds
     something and ``force`` is not given.
     """
-    run = session.run
-    plans = ensure_plans(session)
-    chosen = [plan_named(plans, text, session) for text in only] or list(plans)
-    there = [plan for plan in chosen if run.done(run.candidate(plan.id).distilled_unet)]
+    run, folders = session.run, student_folders(session, out, only=only)
+    plans = {plan.id: plan for plan in ensure_plans(session)}
+    there = [plans[one] for one in folders if run.done(run.candidate(one).distilled_unet)]
     check_distilled(session, there)
     if not there:
         raise RunError(
             f"asked to write distilled students of {run.folder}, found none; see the reasons in the table, or "
             "distil them with prune-lab distill"
         )
-    folders = [out] if len(chosen) == 1 else [out / re.sub(r"[^\w.+-]+", "-", plan.label) for plan in there]
-    return tuple(
-        _save_student(session, plan, folder, force) for plan, folder in zip(there, folders, strict=True)
-    )
+    return tuple(_save_student(session, plan, folders[plan.id], force) for plan in there)
 
 
 def recovery_frame(session: Session) -> pd.DataFrame:

@@ -11,8 +11,9 @@ from prune_lab.config import RunConfig, changed_settings
 from prune_lab.errors import ConfigError
 from prune_lab.evaluation import check_steps
 from prune_lab.models import resolve_model
+from prune_lab.models.protection import check_run_folder
 from prune_lab.ranking import Ranking
-from prune_lab.runs import load_run_config, open_run, read_records
+from prune_lab.runs import load_run_config, open_run, read_records, writing
 from prune_lab.runtime import track, write_frame
 from prune_lab.schemas import STEP_SECONDS, STEP_SECONDS_COLUMNS, STEPS_COLUMNS
 from prune_lab.session import Session, tell_roles
@@ -55,6 +56,12 @@ def run_all(config: RunConfig, folder: Path, *, force: bool = False) -> Ranking:
     if force:
         check_controls(config)
         check_budgets(config)  # before anything is removed
+    check_run_folder(folder, config)
+    with writing(open_run(folder, must_exist=False)):
+        return _run_all(config, folder, force=force)
+
+
+def _run_all(config: RunConfig, folder: Path, *, force: bool) -> Ranking:
     run = open_run(folder, must_exist=False)
     redo_all = force and run.config.is_file() and not changed_settings(load_run_config(run), config)
     run = start_run(config, folder, force=force)

@@ -13,6 +13,7 @@ from prune_lab.models import configured_model, model_digest
 from prune_lab.profiling import latency_key
 from prune_lab.runs import FORMAT, GIVEN, Manifests, Part, Run, load_run_config, open_run
 from prune_lab.runtime import Environment, note, write_json, write_text
+from prune_lab.runtime.holders import is_temporary
 from prune_lab.session import Session, origin_of
 from prune_lab.session.origins import TEACHER, check_teacher, teacher_digest
 from prune_lab.session.parts import (
@@ -100,7 +101,8 @@ def start_run(config: RunConfig, folder: Path, *, force: bool = False) -> Run:
     run = open_run(folder, must_exist=False)
     manifests = Manifests(run.folder)
     if not run.config.is_file() and not manifests.started:
-        if run.folder.is_dir() and any(run.folder.iterdir()):
+        found = run.folder.iterdir() if run.folder.is_dir() else ()
+        if any(path != run.lock and not is_temporary(path.name) for path in found):
             raise RunError(
                 f"asked to start a run in {folder}, found other files there; give a new or an empty folder"
             )

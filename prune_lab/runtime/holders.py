@@ -1,0 +1,227 @@
+"""Who holds a file: host, process and its start, in the names of temporary files and in locks.
+
+So a later writer can tell what is being written now from what a killed process has left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+LONGEST_NAME = 200  # bytes of a name that leave room for the mark of its temporary file: most disks allow 255
+
+State = Literal["live", "gone", "elsewhere"]
+
+
+# Processes ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A process on some host; another one with its number has started at another time."""
+
+    host: str
+    process: int
+    started: int  # as its host counts, see ``_started``
+    since: str = ""  # when it took what it holds, for a person
+
+    @property
+    def mark(self) -> str:
+        """Host, process and start as a part of a file's name."""
+        return f"{_digest(self.host)}-{self.process}-{self.started}"
+
+    @property
+    def text(self) -> str:
+        """The process in words."""
+        return f"process {self.process} on {self.host}" + (f" since {self.since}" if self.since else "")
+
+    def same_process(self, other: Holder) -> bool:
+        """Whether both are one process, whatever it took when."""
+        return self.mark == other.mark
+
+
+def _digest(host: str) -> str:
+    return hashlib.sha256(host.encode()).hexdigest()[:8]
+
+
+def _started(process: int) -> int | None:
+    """When ``process`` started; None where it is gone, or has ended and only waits to be noticed."""
+    try:
+        # ticks since the machine started: psutil's seconds since 1970 move when the clock is set
+        fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+        state, *numbers = fields.rpartition(")")[2].split()
+        return None if state in ("Z", "X") else int(numbers[18])
+    except (OSError, ValueError, IndexError):
+        pass
+    try:
+        found = psutil.Process(process)
+        return None if found.status() == psutil.STATUS_ZOMBIE else int(found.create_time())
+    except psutil.NoSuchProcess:
+        return None
+    except psutil.Error:
+        return 0  # it is there, and says no more
+
+
+def this_process() -> Holder:
+    """This process, and the time."""
+    process = os.getpid()
+    now = datetime.now(UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
+    return Holder(socket.gethostname(), process, _started(process) or 0, now)
+
+
+def _state(host: bool, process: int, started: int) -> State:
+    if not host:
+        return "elsewhere"
+    now = _started(process) if psutil.pid_exists(process) else None
+    return "gone" if now is None or (now and started and now != started) else "live"
+
+
+def state_of(holder: Holder) -> State:
+    """Whether ``holder`` is still there; of a process on another host nothing is known."""
+    return _state(holder.host == socket.gethostname(), holder.process, holder.started)
+
+
+# Temporary files ---------------------------------------------------------------------------------------------------
+
+_TEMPORARY = re.compile(
+    r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})-(?P<process>\d+)-(?P<started>\d+)-[0-9a-f]{6}\.(?P<kind>tmp|old)"
+)
+
+
+def temporary_beside(path: Path, kind: Literal["tmp", "old"] = "tmp") -> Path:
+    """A name beside ``path`` that says which process uses it and for what; nothing is made.
+
+    ``tmp`` is what will take the place of ``path``, ``old`` what was there until then.
+    """
+    return path.with_name(f".{path.name}.{this_process().mark}-{secrets.token_hex(3)}.{kind}")
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of this ``name`` is one that a writer of ours has not finished."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def remove_leftovers(folder: Path, *, of: str = "", deep: bool = False) -> None:
+    """Remove the temporary files in ``folder`` whose process on this host is gone; ``of`` names the one file they are
+    for.
+
+    A folder that was about to be replaced goes back to its place where the new one never came. ``deep`` looks into
+    folders too. Files of live processes and of other hosts stay.
+    """
+    with contextlib.suppress(OSError):
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            found = _TEMPORARY.fullmatch(entry.name)
+            if found is None:
+                if deep and entry.is_dir(follow_symlinks=False):
+                    remove_leftovers(Path(entry.path), deep=True)
+            elif not of or found["name"] == of:
+                here = found["host"] == _digest(socket.gethostname())
+                if _state(here, int(found["process"]), int(found["started"])) == "gone":
+                    _remove(Path(entry.path), found["name"], found["kind"])
+
+
+def _remove(path: Path, name: str, kind: str) -> None:
+    target = path.with_name(name)
+    with contextlib.suppress(OSError):
+        if kind == "old" and not os.path.lexists(target):
+            path.rename(target)
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+# Locks -------------------------------------------------------------------------------------------------------------
+
+
+def take_lock(path: Path) -> tuple[Holder | None, Holder | None]:
+    """(who holds the lock file ``path`` already, whose it was when it was taken over).
+
+    The first is None when this process holds it now; the second where nobody held it. It is taken over from a process
+    that is gone from this host, and only from such. Raises OSError when the file cannot be written.
+    """
+    taken_from: Holder | None = None
+    while True:
+        mine = this_process()
+        if _made(path, mine):
+            return None, taken_from
+        found = lock_holder(path)
+        if found is None:
+            continue  # it was given back just now
+        if found.same_process(mine):
+            return None, None
+        if state_of(found) != "gone":
+            return found, None
+        _put_aside(path, found)
+        taken_from = found
+
+
+def release_lock(path: Path) -> None:
+    """Give the lock file ``path`` back, where this process holds it."""
+    found = lock_holder(path)
+    if found is not None and found.same_process(this_process()):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def lock_holder(path: Path) -> Holder | None:
+    """Who holds the lock file ``path``; None where there is none. One that cannot be read is of an unknown host."""
+    try:
+        value = json.loads(path.read_bytes())
+        known = {name: value[name] for name in ("host", "process", "started", "since")}
+        return Holder(str(known["host"]), int(known["process"]), int(known["started"]), str(known["since"]))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError):
+        return Holder("a host that its file does not name", 0, 0)
+
+
+def _made(path: Path, mine: Holder) -> bool:
+    """Whether the lock file could be made: whole from its first moment on, and by one process only."""
+    temporary = temporary_beside(path)
+    temporary.write_text(json.dumps(asdict(mine)), encoding="utf-8")
+    try:
+        os.link(temporary, path)
+        return True
+    except FileExistsError:
+        return False
+    except OSError:  # a disk without hard links
+        with contextlib.suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
+            file.write(temporary.read_text(encoding="utf-8"))
+            return True
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _put_aside(path: Path, gone: Holder) -> None:
+    """Remove the lock file of a process that is ``gone``, and no other that came in between."""
+    aside = temporary_beside(path)
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(aside)
+        if (found := lock_holder(aside)) is not None and not found.same_process(gone):
+            with contextlib.suppress(OSError):
+                os.link(aside, path)  # another process was faster: its lock goes back
+        aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def held_lock(path: Path) -> Iterator[None]:
+    """Give the lock file ``path``, which this process has taken, back at the end."""
+    try:
+        yield
+    finally:
+        release_lock(path)
