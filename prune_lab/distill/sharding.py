@@ -43,7 +43,7 @@ class ShardContent:
 
     tensors: Mapping[
         str, Tensor
-    ]  # mean, log_variance (n, V, C, h, w); embeddings (n, L, D); added.* (n, ...)
+    ]  # mean, log_variance (n, V, C, h, w); embeddings (n, L, D); added.* (n, ...); none where n is 0
     per_row: Mapping[str, Sequence[str]]  # captions, and where they are known pictures and kinds
     left_out: Sequence[str] = ()  # images that could not be used, with the reason
 
@@ -129,6 +129,19 @@ def _write_shard(path: Path, plan: ShardPlan, content: ShardContent) -> None:
     write_cache_file(path, tensors, metadata)
 
 
+def _check_not_empty(plan: ShardPlan, paths: Sequence[Path]) -> None:
+    """Raise DataError, with the first reason, and remove the shards, where nothing could be used for any of them."""
+    found = [read_cache_file(path)[0] for path in paths]
+    if not any(metadata["rows"] for metadata in found):
+        first = next((text for metadata in found for text in metadata["left_out"]), "none was given")
+        for path in paths:
+            path.unlink(missing_ok=True)
+        raise DataError(
+            f"asked to encode {plan.rows} images of {plan.title}, none of them can be read ({first}); "
+            "give images such as PNG, JPEG or WebP"
+        )
+
+
 def _write_index(folder: Path, pipeline: Any, plan: ShardPlan, paths: Sequence[Path]) -> None:
     """Write the embedding of the empty caption, then cache.json, which ends the build."""
     embedding, added = encode_empty_caption(pipeline)
@@ -198,6 +211,7 @@ def build_shards(
         _write_shard(paths[number], plan, content)
     state.wait_for_everyone()
     if state.is_main_process and not finished:
+        _check_not_empty(plan, paths)
         _write_index(folder, pipeline, plan, paths)
     state.wait_for_everyone()
     cache = LatentCache.load(folder)
