@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import random
@@ -229,7 +230,9 @@ def test_a_png_of_any_depth_comes_back(size: tuple[int, int], slope: int, kind: 
     if colour in (GREY, GREY_ALPHA):
         known = np.concatenate([known[..., :1]] * 3 + [known[..., 1:]], axis=-1)
     wanted = on_white(known[..., :3], known[..., 3:]) if known.shape[-1] == 4 else known
-    check(png(values.astype(np.int64), depth, colour), wanted, 0)
+    check(
+        png(values.astype(np.int64), depth, colour), wanted, 1 if known.shape[-1] == 4 else 0
+    )  # two roundings
 
 
 @settings(max_examples=20)
@@ -285,8 +288,14 @@ def test_floats_whose_white_is_not_known_are_refused() -> None:
         check(
             saved(Image.fromarray(values * np.float32(white)), "TIFF"), np.repeat(values[..., None], 3, -1), 0
         )
-    for odd in (values * 1.5, values * 300, values - 0.1, np.full_like(values, np.nan), values * np.inf):
-        with np.errstate(invalid="ignore"), pytest.raises(DataError, match="grey values from"):
+    for odd in (
+        values * 1.5,
+        values * 300,
+        values - 0.1,
+        np.full_like(values, np.nan),
+        np.full_like(values, np.inf),
+    ):
+        with pytest.raises(DataError, match="grey values from"):
             decode_image(saved(Image.fromarray(odd.astype(np.float32)), "TIFF"))
 
 
@@ -413,6 +422,7 @@ def test_cmyk_that_may_be_inverted_or_not_is_refused() -> None:
         decode_image(content[:place] + content[place + 16 :])
 
 
+@functools.cache
 def whole_pictures() -> list[bytes]:
     rng = np.random.default_rng(0)
     noisy = Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import zlib
 from typing import Any
 
@@ -107,29 +108,6 @@ def _fit_transparent_value(image: Image.Image, kind: str, depth: int) -> None:
         image.info["transparency"] = scaled[0] if isinstance(key, int) else scaled
 
 
-@functools.lru_cache(maxsize=64)
-def _says_other_colours(profile: bytes, mode: str) -> bool:
-    """Whether colours of ``mode`` by this ICC ``profile`` differ from what they are without it, which is sRGB.
-
-    A profile that is damaged, or for other pictures, says nothing.
-    """
-    steps = range(0, 256, 51)
-    if mode == "CMYK":
-        return _transform(profile, mode) is not None
-    sample = Image.frombytes(mode, (6, 36), bytes(steps) * 36)
-    if mode == "RGB":
-        sample = Image.frombytes(
-            mode, (6, 36), bytes(v for r in steps for g in steps for b in steps for v in (r, g, b))
-        )
-    transform = _transform(profile, mode)
-    if transform is None:
-        return False
-    plain, found = (
-        np.asarray(one, dtype=np.int16) for one in (sample.convert("RGB"), transform.apply(sample))
-    )
-    return int(np.abs(plain - found).max()) > _SAME_COLOURS
-
-
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """What turns colours of ``mode`` by this ICC ``profile`` into sRGB; None where it does not fit."""
     try:
@@ -137,6 +115,24 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         return ImageCms.buildTransform(read, ImageCms.createProfile("sRGB"), mode, "RGB")
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return None
+
+
+@functools.lru_cache(maxsize=64)
+def _says_other_colours(profile: bytes, mode: str) -> bool:
+    """Whether colours of ``mode`` by this ICC ``profile`` differ from what they are without it, which is sRGB.
+
+    A profile that is damaged, or for other pictures, says nothing.
+    """
+    transform = _transform(profile, mode)
+    if transform is None or mode == "CMYK":
+        return transform is not None
+    steps = range(0, 256, 51)
+    colours = itertools.product(steps, repeat=len(mode))  # L or RGB
+    sample = Image.frombytes(mode, (6, 6 ** (len(mode) - 1)), bytes(itertools.chain(*colours)))
+    plain, found = (
+        np.asarray(one, dtype=np.int16) for one in (sample.convert("RGB"), transform.apply(sample))
+    )
+    return int(np.abs(plain - found).max()) > _SAME_COLOURS
 
 
 def _space(profile: bytes) -> str:

@@ -129,17 +129,12 @@ def _write_shard(path: Path, plan: ShardPlan, content: ShardContent) -> None:
     write_cache_file(path, tensors, metadata)
 
 
-def _check_not_empty(plan: ShardPlan, paths: Sequence[Path]) -> None:
-    """Raise DataError, with the first reason, and remove the shards, where nothing could be used for any of them."""
+def _reason_of_nothing(paths: Sequence[Path]) -> str:
+    """Where no shard holds a row: the first reason why not; else empty."""
     found = [read_cache_file(path)[0] for path in paths]
-    if not any(metadata["rows"] for metadata in found):
-        first = next((text for metadata in found for text in metadata["left_out"]), "none was given")
-        for path in paths:
-            path.unlink(missing_ok=True)
-        raise DataError(
-            f"asked to encode {plan.rows} images of {plan.title}, none of them can be read ({first}); "
-            "give images such as PNG, JPEG or WebP"
-        )
+    if any(metadata["rows"] for metadata in found):
+        return ""
+    return next((text for metadata in found for text in metadata["left_out"]), "none was given")
 
 
 def _write_index(folder: Path, pipeline: Any, plan: ShardPlan, paths: Sequence[Path]) -> None:
@@ -210,8 +205,16 @@ def build_shards(
         content = fill(range(first, min(first + plan.shard, plan.rows)))
         _write_shard(paths[number], plan, content)
     state.wait_for_everyone()
+    reason = "" if finished else _reason_of_nothing(paths)
+    state.wait_for_everyone()  # all processes have looked before the first one changes anything
+    if reason:
+        for path in paths if state.is_main_process else ():
+            path.unlink(missing_ok=True)
+        raise DataError(
+            f"asked to encode {plan.rows} images of {plan.title}, none of them can be read ({reason}); "
+            "give images such as PNG, JPEG or WebP"
+        )
     if state.is_main_process and not finished:
-        _check_not_empty(plan, paths)
         _write_index(folder, pipeline, plan, paths)
     state.wait_for_everyone()
     cache = LatentCache.load(folder)
