@@ -20,7 +20,7 @@ from prune_lab.errors import ConfigError, DataError, UnsupportedModelError
 from prune_lab.families import REFINER_TIME_IDS
 from prune_lab.models import ScorerInputs
 from prune_lab.models.silence import quiet
-from prune_lab.probes import Probe, note_cut, pipeline_conditions, predict, to_uint8
+from prune_lab.probes import Probe, cut_texts, note_cut, pipeline_conditions, predict, to_uint8
 from prune_lab.runs import read_picture
 from prune_lab.runtime import atomic_folder, atomic_write, note_once, seeded, track
 
@@ -153,7 +153,7 @@ def generate(
         )
     check_steps(pipeline, steps)
     note_cut(pipeline, prompts, "prompts")
-    pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    pairs = [(prompt, seed) for prompt in cut_texts(prompts) for seed in seeds]
     batches = []
     drawing = drawing_of(pipeline)
     with quiet(), _pipeline_with(pipeline, unet) as given:
@@ -196,7 +196,7 @@ def clip_scores(
             rows = slice(start, start + batch)
             embedded = model(
                 pixel_values=inputs.pictures(pictures[rows], model.device),
-                **inputs.captions(prompts[rows], model.device),
+                **inputs.captions(cut_texts(prompts[rows]), model.device),
             )
             # The model has normalised both embeddings.
             scores.append((embedded.image_embeds * embedded.text_embeds).sum(dim=-1).float().cpu())

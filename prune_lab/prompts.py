@@ -9,8 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab.assets import prompts_path
-from prune_lab.errors import DataError
-from prune_lab.text_tables import TABLE_SUFFIXES, find_column, read_table, read_text, table_kind
+from prune_lab.errors import DataError, PruneLabError
+from prune_lab.runtime import note_once, path_text
+from prune_lab.text_tables import (
+    TABLE_SUFFIXES,
+    find_column,
+    lines_of,
+    one_line,
+    read_table,
+    read_text,
+    table_kind,
+    whole_characters,
+)
 
 DEFAULT = "default"  # names the list that ships
 _TEXTS = ("prompt", "caption", "text", "prompts", "captions")
@@ -36,51 +46,65 @@ class Prompts:
 def _texts_of(cell: Any) -> list[str]:
     """The prompts in a cell: a text, or a list of texts."""
     found = [cell] if isinstance(cell, str) else list(cell) if hasattr(cell, "__iter__") else []
-    return [text.strip() for text in found if isinstance(text, str) and text.strip()]
+    return [whole_characters(text).strip() for text in found if isinstance(text, str) and text.strip()]
+
+
+def _kind_of(cell: Any) -> str:
+    """The kind in a cell, as text; empty where there is none."""
+    return "" if cell is None or cell != cell else whole_characters(str(cell))
+
+
+def _prompts_in_lines(path: Path) -> Prompts:
+    texts = tuple(filter(None, (line.strip() for line in lines_of(read_text(path)))))
+    if not texts:
+        raise DataError(f"asked for the prompts in {path_text(path)}, found no prompts; {_REMEDY}")
+    return Prompts(texts, ("",) * len(texts))
+
+
+def _prompts_in_table(path: Path) -> Prompts:
+    """Raises ValueError that names the first line that is no row."""
+    frame, asked = read_table(path), f"asked for the prompts in {path_text(path)}, found"
+    columns = list(frame.columns)
+    texts_column, kinds_column = find_column(columns, _TEXTS), find_column(columns, _KINDS)
+    if texts_column is None or frame.empty:
+        found = f"columns {', '.join(columns[:20])}" if not frame.empty else "no prompts"
+        raise DataError(f"{asked} {one_line(found)}; {_REMEDY}")
+    cells = list(frame[texts_column])
+    kinds = [""] * len(frame) if kinds_column is None else list(map(_kind_of, frame[kinds_column]))
+    texts = list(map(_texts_of, cells))
+    rows = [(text, kind) for found, kind in zip(texts, kinds, strict=True) for text in found]
+    if not rows:
+        raise DataError(f"{asked} no prompts in column {one_line(texts_column)}; {_REMEDY}")
+    empty = [cell for cell, found in zip(cells, texts, strict=True) if not found]
+    if empty:
+        first = one_line(repr(empty[0]))[:40]
+        note_once(
+            f"{len(empty):,} of {len(cells):,} rows of {one_line(path.name)} hold no prompt and are left out; the first "
+            f"holds {first} in column {one_line(texts_column)}"
+        )
+    found_texts, found_kinds = zip(*rows, strict=True)
+    return Prompts(found_texts, found_kinds)
 
 
 def read_prompts(file: Path | str) -> Prompts:
     """The prompts in a text file, one a line, or in a table; ``default`` are those that ship.
 
     A table is .csv, .tsv, .jsonl or .parquet with a column prompt (or caption, or text), a text or a list of texts a
-    row, and a column kind (or group) where there are kinds; names count in any case.
+    row, and a column kind (or group) where there are kinds; names count in any case. A prompt is text as it stands
+    there (``NA`` and ``007``, too); null and numbers of JSON are none, and their rows are left out with a note.
 
-    Raises DataError when the file cannot be read or holds none.
+    Raises DataError when the file cannot be read or holds none, StorageError for what is no regular file.
     """
     path = prompts_path() if str(file) == DEFAULT else Path(file).expanduser()
-    kind = table_kind(path)
+    kind, asked = table_kind(path), f"asked for the prompts in {path_text(path)}"
     if kind not in (".txt", *TABLE_SUFFIXES):
-        raise DataError(f"asked for the prompts in {path}, found a name ending in {path.suffix!r}; {_REMEDY}")
+        raise DataError(f"{asked}, found a name ending in {one_line(path.suffix)!r}; {_REMEDY}")
     try:
-        if kind == ".txt":
-            lines = [line.strip() for line in read_text(path).splitlines()]
-            texts = tuple(line for line in lines if line)
-            if not texts:
-                raise DataError(f"asked for the prompts in {path}, found no prompts; {_REMEDY}")
-            return Prompts(texts, ("",) * len(texts))
-        frame = read_table(path)
-    except DataError:  # which is a ValueError
+        path.stat()
+        return _prompts_in_lines(path) if kind == ".txt" else _prompts_in_table(path)
+    except PruneLabError:  # which is a ValueError
         raise
     except OSError as error:
-        raise DataError(
-            f"asked for the prompts in {path}, cannot read it ({error.strerror or error}); {_REMEDY}"
-        ) from None
-    except ValueError as error:  # pandas raises kinds of ValueError
-        raise DataError(f"asked for the prompts in {path}, cannot read it ({error}); {_REMEDY}") from None
-    columns = list(frame.columns)
-    texts_column, kinds_column = find_column(columns, _TEXTS), find_column(columns, _KINDS)
-    if texts_column is None or frame.empty:
-        found = f"columns {', '.join(columns)}" if not frame.empty else "no prompts"
-        raise DataError(f"asked for the prompts in {path}, found {found}; {_REMEDY}")
-    kinds = [""] * len(frame) if kinds_column is None else frame[kinds_column].fillna("").astype(str).tolist()
-    rows = [
-        (text, kind)
-        for cell, kind in zip(frame[texts_column], kinds, strict=True)
-        for text in _texts_of(cell)
-    ]
-    if not rows:
-        raise DataError(
-            f"asked for the prompts in {path}, found no prompts in column {texts_column}; {_REMEDY}"
-        )
-    found_texts, found_kinds = zip(*rows, strict=True)
-    return Prompts(found_texts, found_kinds)
+        raise DataError(f"{asked}, cannot read it ({error.strerror or error}); {_REMEDY}") from None
+    except ValueError as error:
+        raise DataError(f"{asked}, cannot read it ({one_line(str(error))}); {_REMEDY}") from None

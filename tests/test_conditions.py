@@ -30,7 +30,8 @@ from prune_lab.distill import (
     draw_batch,
     feature_pairs,
 )
-from prune_lab.distill.encoding import crop_variants, decode_image, encode_data
+from prune_lab.distill.decoding import decode_image
+from prune_lab.distill.encoding import crop_variants, encode_data
 from prune_lab.errors import DataError, UnsupportedModelError
 from prune_lab.evaluation import generate
 from prune_lab.families import conditions_of, example_inputs, forward_inputs, known_conditions

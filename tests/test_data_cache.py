@@ -17,7 +17,8 @@ from training_images import CACHED, CAPTIONS, MANY, captions_of, open_source, pn
 
 from prune_lab.config import DataConfig
 from prune_lab.distill import LatentCache, LiveData, build_cache
-from prune_lab.distill.encoding import crop_variants, decode_image, encode_distributions
+from prune_lab.distill.decoding import decode_image
+from prune_lab.distill.encoding import crop_variants, encode_distributions
 from prune_lab.errors import DataError
 from prune_lab.models import load_pipeline, resolve_model
 from prune_lab.probes import encode_captions

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from training_images import CACHED, MANY, png_image
 
-from prune_lab.distill.encoding import crop_variants, decode_image
+from prune_lab.distill.decoding import decode_image
+from prune_lab.distill.encoding import crop_variants
 
 
 def test_a_picture_is_scaled_to_its_short_side_and_cut_in_the_middle() -> None:

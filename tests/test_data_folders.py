@@ -284,7 +284,7 @@ def _unequal(folder: Path) -> None:
             r"metadata.csv, cannot read it \(line 2 has 4 columns and the first line 2; put quotes",
         ),
         (
-            lambda folder: table(folder, "metadata.jsonl", ['{"file_name": "0.png", "text": "x"}', "{"]),
+            lambda folder: table(folder, "metadata.jsonl", ["", "{"]),
             {},
             r"metadata.jsonl, cannot read it \(line 2",
         ),

@@ -22,7 +22,8 @@ from training_images import CACHED, CAPTIONS, add_to_tar, contents, open_source,
 
 from prune_lab.config import DataConfig
 from prune_lab.distill import source_of
-from prune_lab.distill.encoding import crop_variants, decode_image
+from prune_lab.distill.decoding import decode_image
+from prune_lab.distill.encoding import crop_variants
 from prune_lab.errors import DataError
 
 

@@ -17,6 +17,7 @@ from prune_lab.distill import (
     check_draws_from_text,
     draw_cache,
     is_cache,
+    left_out_text,
     preview,
     source_of,
 )
@@ -99,5 +100,5 @@ def data_table(settings: RunConfig, out: Path, *, force: bool = False, pictures:
         "seconds": round(found.seconds, 3),
         "pictures_per_second": round(found.encoded / found.seconds, 3),
     }
-    notes = [f"left out {len(cache.left_out):,}; the first: {first}" for first in cache.left_out[:1]]
-    return Table("data", pd.DataFrame([row]), f"Training data for {settings.model}", notes=tuple(notes))
+    notes = tuple(filter(None, [left_out_text(cache.left_out)]))
+    return Table("data", pd.DataFrame([row]), f"Training data for {settings.model}", notes=notes)

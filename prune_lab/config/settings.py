@@ -134,6 +134,9 @@ class DataConfig:
     caption_column: str = setting(
         "", "column of captions; empty: the usual names, such as caption or text", read_by="probe"
     )
+    outside: bool = setting(
+        False, "read pictures that a table names outside of the folder of data, too", read_by="probe"
+    )
     limit: int = setting(0, "pictures, drawn at random from all; 0: all", read_by="probe")
     crop: str = setting(
         "center",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from prune_lab.distill.batches import draw_batch
-from prune_lab.distill.building import build_cache, training_data
+from prune_lab.distill.building import build_cache, encoded_now, training_data
 from prune_lab.distill.cache import INDEX as CACHE_INDEX
 from prune_lab.distill.cache import LatentCache, is_cache
 from prune_lab.distill.conditioning import OtherCaptions, other_captions
@@ -11,7 +11,7 @@ from prune_lab.distill.data import LatentData, Split, Subset, TrainingData, held
 from prune_lab.distill.drawing import check_draws_from_text, draw_cache, preview
 from prune_lab.distill.encoding import LiveData, cached_data, encode_data
 from prune_lab.distill.features import feature_pairs
-from prune_lab.distill.image_source import ImageSource
+from prune_lab.distill.image_source import ImageSource, left_out_text
 from prune_lab.distill.loop import distill_together
 from prune_lab.distill.losses import FEATURE_VARIANTS
 from prune_lab.distill.memory import STATE_BYTES, TrainingMemory, pass_bytes, training_memory
@@ -47,9 +47,11 @@ __all__ = [
     "draw_batch",
     "draw_cache",
     "encode_data",
+    "encoded_now",
     "feature_pairs",
     "held_out",
     "is_cache",
+    "left_out_text",
     "load_heldout",
     "load_recovery",
     "other_captions",

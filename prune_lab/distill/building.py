@@ -16,24 +16,24 @@ from torch import Tensor
 from prune_lab.config import DataConfig
 from prune_lab.distill.cache import OF_VARIANT, LatentCache, is_cache
 from prune_lab.distill.data import TrainingData
+from prune_lab.distill.decoding import UNREADABLE, decode_image
 from prune_lab.distill.drawing import draw_cache
 from prune_lab.distill.encoding import (
-    UNREADABLE,
     LiveData,
     crop_variants,
-    decode_image,
     encode_conditions,
     encode_distributions,
     encode_texts,
     image_side,
     provenance_of,
 )
-from prune_lab.distill.image_source import ImageSource
+from prune_lab.distill.image_source import ImageSource, note_left_out
 from prune_lab.distill.sharding import CacheBuild, ShardContent, ShardPlan, build_shards
 from prune_lab.distill.sources import source_of
 from prune_lab.errors import DataError
 from prune_lab.probes import note_cut
 from prune_lab.prompts import read_prompts
+from prune_lab.text_tables import one_line
 
 
 def _decoded_chunks(
@@ -50,7 +50,7 @@ def _decoded_chunks(
             variants = crop_variants(decode_image(content), side, settings, row, range(settings.num_variants))
             return variants, hashlib.sha256(content).hexdigest()[:16]
         except UNREADABLE as error:
-            return f"{source.name(row)}: {error}"
+            return f"{source.name(row)}: {one_line(str(error))}"
 
     chunks = [rows[start : start + settings.batch] for start in range(0, len(rows), settings.batch)]
     waiting = pool.map(decode_row, chunks[0])
@@ -63,7 +63,7 @@ def _decoded_chunks(
 def _encode_shard(
     pipeline: Any, source: ImageSource, settings: DataConfig, rows: range, pool: Executor
 ) -> ShardContent:
-    """The ``rows`` of ``source`` encoded; images that cannot be read are left out and named."""
+    """The ``rows`` of ``source`` encoded; images that cannot be read are left out and named. It may be empty then."""
     encoded, conditions, captions, digests, left_out = [], [], [], [], []
     side = image_side(pipeline)
     for chunk, images in _decoded_chunks(source, rows, side, settings, pool):
@@ -83,10 +83,7 @@ def _encode_shard(
                 encode_conditions(pipeline, pixels, places, settings.seed, batch=settings.batch)
             )
     if not encoded:
-        raise DataError(
-            f"asked to encode {len(rows)} images of {source.title}, none of them can be read ({left_out[0]}); "
-            "give images such as PNG, JPEG or WebP"
-        )
+        return ShardContent({}, {"captions": (), "pictures": ()}, left_out)
     embeddings, added = encode_texts(pipeline, captions, (side, side), batch=settings.batch)
     mean, log_variance = (torch.cat(parts) for parts in zip(*encoded, strict=True))
     shape = (len(captions), settings.num_variants, *mean.shape[1:])
@@ -125,6 +122,13 @@ def build_cache(
         return build_shards(pipeline, plan, fill, folder, work="encoding images", force=force)
 
 
+def encoded_now(pipeline: Any, source: ImageSource, settings: DataConfig, folder: Path) -> LatentCache:
+    """The cache that ``build_cache`` makes, or finds; a note says how many images could not be encoded."""
+    cache = build_cache(pipeline, source, settings, folder).cache
+    note_left_out(source.title, cache.left_out[len(source.left_out) :])
+    return cache
+
+
 def training_data(pipeline: Any, settings: DataConfig, folder: Path) -> TrainingData:
     """The training data of ``settings``: a finished cache, images encoded now or on demand, or drawn by the model.
 
@@ -138,7 +142,7 @@ def training_data(pipeline: Any, settings: DataConfig, folder: Path) -> Training
     if not is_cache(ready):
         source = source_of(settings)
         if settings.cached:
-            return build_cache(pipeline, source, settings, folder).cache
+            return encoded_now(pipeline, source, settings, folder)
         return LiveData.of(pipeline, source, settings)
     if settings.limit:
         raise DataError(

@@ -25,7 +25,7 @@ from prune_lab.distill.sharding import CacheBuild, ShardContent, ShardPlan, buil
 from prune_lab.errors import DataError, UnsupportedModelError
 from prune_lab.evaluation import check_steps, save_pictures
 from prune_lab.models.silence import quiet
-from prune_lab.probes import decode_latents, note_cut
+from prune_lab.probes import cut_texts, decode_latents, note_cut
 from prune_lab.prompts import Prompts
 from prune_lab.runtime import generator_for, output_folder, tensors_digest, track
 
@@ -72,7 +72,7 @@ def _draw(pipeline: Any, texts: tuple[str, ...], rows: range, side: int, setting
     generators = [generator_for(settings.seed, "drawn picture", row) for row in rows]
     with _fresh_scheduler(pipeline), quiet():  # of a prompt that is too long we speak once, in draw_cache
         latents = pipeline(
-            prompt=[texts[row] for row in rows],
+            prompt=cut_texts([texts[row] for row in rows]),
             height=side,
             width=side,
             num_inference_steps=settings.steps,

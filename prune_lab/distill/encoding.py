@@ -1,13 +1,10 @@
-"""From an image file to latents and embeddings: decoding, crops and flips, the encoders; and data encoded on demand."""
+"""From an image to latents and embeddings: crops and flips, the encoders; and data encoded on demand."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
-import struct
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from prune_lab.config import DataConfig
 from prune_lab.distill.data import EncodedBatch, LatentData
+from prune_lab.distill.decoding import UNREADABLE, decode_image
 from prune_lab.distill.image_source import ImageSource
 from prune_lab.errors import DataError
 from prune_lab.probes import (
@@ -33,50 +31,12 @@ from prune_lab.probes import (
 )
 from prune_lab.runtime import generator_for, tensors_digest
 
-# What Pillow raises for files that are damaged, cut off, of no known format, or decompression bombs.
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
-UNREADABLE = (*_DAMAGED, Image.DecompressionBombError)
-
-
 # Images ----------------------------------------------------------------------------------------------------------
 
 
 def image_side(pipeline: Any) -> int:
     """Pixels per side of the images that the pipeline is made for."""
     return int(pipeline.unet.config.sample_size) * int(pipeline.vae_scale_factor)
-
-
-def _eight_bits(image: Image.Image, kind: str) -> Image.Image:
-    """A grey image of more than 8 bits a pixel, from a file of this ``kind``, in 8 bits, which Pillow would cut off.
-
-    Integers are of 16 bits (65535 is white). Floats go to 1, or to 255 where any is above 1; so do the 32-bit integers
-    of a TIFF, to 255 unless any is above that. Raises ValueError for other numbers.
-    """
-    values = np.asarray(image).astype(np.float64)
-    low, high = values.min(), values.max()
-    if image.mode == "F":
-        white = 1 if high <= 1 else 255
-    else:
-        white = 255 if image.mode == "I" and kind == "TIFF" and high <= 255 else 65535
-    if not 0 <= low <= high <= white:  # nan, too
-        raise ValueError(f"its grey values go from {low:g} to {high:g}; save it with 8 or 16 bits")
-    grey = np.round(values * (255 / white)).astype(np.uint8)
-    key = image.info.get("transparency")
-    if isinstance(key, int):  # the one value that is transparent
-        grey[values == key] = 255
-    return Image.fromarray(grey)
-
-
-def decode_image(content: bytes) -> Image.Image:
-    """The image in a file: upright, RGB, on white where it is transparent. Raises one of UNREADABLE."""
-    with Image.open(io.BytesIO(content)) as file:
-        image = ImageOps.exif_transpose(file)
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            image = _eight_bits(image, file.format or "")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
 
 
 def crop_variants(

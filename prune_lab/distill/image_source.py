@@ -5,19 +5,39 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prune_lab.errors import DataError
-from prune_lab.text_tables import find_column
+from prune_lab.runtime import note_once
+from prune_lab.text_tables import find_column, one_line
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "picture", "img")
 CAPTION_COLUMNS = ("caption", "text", "txt", "prompt", "captions")
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".jpe", ".avif", ".ppm"),
 )
+MOST_CAPTION_BYTES = 2**24  # of a file with one caption
+_NO_DATA = (
+    "__macosx",
+    "thumbs.db",
+    "desktop.ini",
+    "@eadir",
+    "$recycle.bin",
+)  # what systems lay beside people's files
+_REASONS = {  # by what the text of something left out holds; the first counts
+    "no caption": r": no caption|has no caption for",
+    "no such picture": r"which is not there",
+    "outside of the folder": r"which lies outside of",
+    "no text": r"other bytes than UTF-8",
+    "no row": r": line \d+ |, cannot read it",
+    "no image": r": no image",
+    "counted 0 times": r"counts 0 times",
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,6 +57,38 @@ class ImageSource:
 
     def __len__(self) -> int:
         return len(self.captions)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a path below a folder of data leads to what people do not see there, which is no data.
+
+    Files and folders whose names begin with a dot (``.ipynb_checkpoints``, AppleDouble's ``._0.png``), and what systems
+    add (``__MACOSX``, ``Thumbs.db``).
+    """
+    parts = name.replace("\\", "/").split("/")
+    return any(
+        (part[:1] == "." and part not in (".", "..")) or part.lower() in _NO_DATA for part in parts if part
+    )
+
+
+def left_out_text(left_out: Iterable[str]) -> str:
+    """How many ``left_out`` tells of, by reason, and the first; empty when there are none."""
+    texts = list(left_out)
+    if not texts:
+        return ""
+    reasons = Counter(
+        next((reason for reason, found in _REASONS.items() if re.search(found, text)), "not readable")
+        for text in texts
+    )
+    by_reason = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())
+    counted = f" ({by_reason})" if len(reasons) > 1 else ""
+    return f"left out {len(texts):,}{counted}; the first: {one_line(texts[0])}"
+
+
+def note_left_out(title: str, left_out: Iterable[str]) -> None:
+    """Say once what was left out of the source of this ``title``, if anything was."""
+    if text := left_out_text(left_out):
+        note_once(f"of {title} are {text}")
 
 
 def source_digest(*parts: object) -> str:
@@ -60,7 +112,7 @@ def pick_column(columns: Sequence[str], asked: str, usual: Sequence[str], settin
     if found is None:
         wanted = repr(asked) if asked else f"any of {', '.join(usual)}"
         raise DataError(
-            f"asked for the {setting} {wanted} of {title}, found {', '.join(columns) or 'none'}; "
+            f"asked for the {setting} {wanted} of {title}, found {one_line(', '.join(columns[:30])) or 'none'}; "
             f"say which with data.{setting}"
         )
     return found

@@ -48,7 +48,7 @@ class ShardContent:
 
     tensors: Mapping[
         str, Tensor
-    ]  # mean, log_variance (n, V, C, h, w); embeddings (n, L, D); added.* (n, ...)
+    ]  # mean, log_variance (n, V, C, h, w); embeddings (n, L, D); added.* (n, ...); none where n is 0
     per_row: Mapping[str, Sequence[str]]  # captions, and where they are known pictures and kinds
     left_out: Sequence[str] = ()  # images that could not be used, with the reason
 
@@ -134,6 +134,14 @@ def _write_shard(path: Path, plan: ShardPlan, content: ShardContent) -> None:
     write_cache_file(path, tensors, metadata)
 
 
+def _reason_of_nothing(paths: Sequence[Path]) -> str:
+    """Where no shard holds a row: the first reason why not; else empty."""
+    found = [read_cache_file(path)[0] for path in paths]
+    if any(metadata["rows"] for metadata in found):
+        return ""
+    return next((text for metadata in found for text in metadata["left_out"]), "none was given")
+
+
 def _write_index(folder: Path, pipeline: Any, plan: ShardPlan, paths: Sequence[Path]) -> None:
     """Write the embedding of the empty caption, then cache.json, which ends the build."""
     embedding, added = encode_empty_caption(pipeline)
@@ -210,6 +218,16 @@ def build_shards(
     state.wait_for_everyone()
     if state.is_main_process and missing:
         make_all(missing, lambda path: _is_complete(path, key), make)
+    state.wait_for_everyone()
+    reason = _reason_of_nothing(paths) if missing or not listed else ""
+    state.wait_for_everyone()  # all processes have looked before the first one changes anything
+    if reason:
+        for path in paths if state.is_main_process else ():
+            path.unlink(missing_ok=True)
+        raise DataError(
+            f"asked to encode {plan.rows} images of {plan.title}, none of them can be read ({reason}); "
+            "give images such as PNG, JPEG or WebP"
+        )
     if state.is_main_process and (missing or not listed):
         _write_index(folder, pipeline, plan, paths)
     state.wait_for_everyone()

@@ -1,7 +1,8 @@
 """Images with captions from wherever they lie: all are found at once, each is read when it is asked for.
 
-A source is the shipped images, a folder of images, Parquet files, webdataset tars, or a data set on the hub. An image
-without a caption, or a caption without an image, is left out and named in ``ImageSource.left_out``.
+A source is the shipped images, a folder of images, Parquet files, webdataset tars, zips like them, or a data set on the
+hub. An image without a caption, a caption without an image, and what cannot be read is left out and named in
+``ImageSource.left_out``; only a source of which nothing is left is an error, which says the first reason.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pyarrow import ArrowException
+from pyarrow.parquet import read_metadata
 
 from prune_lab.assets import load_pictures
 from prune_lab.config import SHIPPED, DataConfig
-from prune_lab.distill.archives import LazyTable, TarMember, parquet_table, tar_samples
+from prune_lab.distill.archives import LazyTable, Member, parquet_table, tar_samples, zip_samples
+from prune_lab.distill.decoding import MOST_BYTES
 from prune_lab.distill.folders import METADATA, folder_source
 from prune_lab.distill.image_source import (
     CAPTION_COLUMNS,
@@ -27,61 +31,77 @@ from prune_lab.distill.image_source import (
     IMAGE_SUFFIXES,
     ImageSource,
     file_stamps,
+    is_hidden,
+    note_left_out,
     pick_column,
     source_digest,
     texts_in,
 )
+from prune_lab.distill.listing import files_below
 from prune_lab.errors import DataError
 from prune_lab.models.hub import HUB_ID
-from prune_lab.runtime import seeded
-from prune_lab.text_tables import TABLE_SUFFIXES
+from prune_lab.runtime import read_bytes, seeded
+from prune_lab.text_tables import TABLE_SUFFIXES, one_line, whole_characters
 
 _READABLE = (*IMAGE_SUFFIXES, *TABLE_SUFFIXES, ".tar", ".txt", ".caption", ".json")
-_KINDS = "give reference, a folder of images, .parquet or .tar files (also as a glob), or a hub id"
+_KINDS = "give reference, a folder of images, .parquet, .tar or .zip files (also as a glob), or a hub id"
 
 
-# Tars and tables -------------------------------------------------------------------------------------------------
+# Archives and tables ---------------------------------------------------------------------------------------------
 
 
-def _from_tars(settings: DataConfig, paths: Sequence[Path]) -> ImageSource:
-    images: list[TarMember] = []
+def _from_archives(settings: DataConfig, paths: Sequence[Path], skipped: Sequence[str]) -> ImageSource:
+    """The samples of images and captions in tars, or in zips."""
+    images: list[Member] = []
     captions: list[str] = []
-    left_out, kinds = [], set()
+    left_out, kinds = list(skipped), set()
     image_names = (settings.image_column.lower(),) if settings.image_column else IMAGE_COLUMNS
     caption_names = (settings.caption_column.lower(),) if settings.caption_column else CAPTION_COLUMNS
     for path in paths:
-        for name, sample in tar_samples(path, caption_names).items():
+        samples = (zip_samples if path.suffix.lower() == ".zip" else tar_samples)(path, caption_names)
+        for name, sample in samples.items():
             kinds |= sample.members.keys() | sample.texts.keys()
             image = next((sample.members[kind] for kind in image_names if kind in sample.members), None)
             texts = next((sample.texts[kind] for kind in caption_names if kind in sample.texts), None)
             if image is not None and texts is not None:
                 images += [image] * len(texts)
                 captions += texts
-            elif image is not None or texts is not None:
-                left_out.append(f"{path.name}/{name}: no {'caption' if image is not None else 'image'}")
+            elif image is not None:
+                left_out.append(
+                    f"{path.name}/{name}: no caption" + "".join(f", {one}" for one in sample.damaged)
+                )
+            elif texts is not None:
+                left_out.append(f"{path.name}/{name}: no image")
     if not images:
-        first = f" ({left_out[0]})" if left_out else ""
+        first = f" ({one_line(left_out[0])})" if left_out else ""
         raise DataError(
             f"asked for images with captions in {settings.source}, found samples of "
-            f"{', '.join(sorted(kinds)) or 'nothing'}{first}; samples need an image such as .jpg and a .txt or .json "
-            "of the same name, or other names in data.image_column and data.caption_column"
+            f"{one_line(', '.join(sorted(kinds)[:20])) or 'nothing'}{first}; samples need an image such as .jpg and a "
+            ".txt or .json of the same name, or other names in data.image_column and data.caption_column"
         )
     return ImageSource(
         settings.source,
         tuple(captions),
         source_digest(captions, [image.name for image in images], file_stamps(paths)),
-        lambda row: f"{images[row].name} in {images[row].tar}",
+        lambda row: f"{images[row].name} in {images[row].archive}",
         lambda row: images[row].read(),
         tuple(left_out),
     )
 
 
-def _image_bytes(cell: Any) -> bytes:
-    """The compressed image in a cell: bytes, a path, or a dictionary of both as `datasets` and `pandas` give them."""
+def _image_bytes(cell: Any, folders: Sequence[Path]) -> bytes:
+    """The compressed image in a cell: bytes, a path, or a dictionary of both as `datasets` and `pandas` give them.
+
+    A path is read inside ``folders`` alone, from the first of them where it is not absolute; anywhere where there are
+    none. Raises OSError or ValueError.
+    """
     if isinstance(cell, Mapping):
         cell = cell.get("bytes") or cell.get("path")
     if isinstance(cell, str):
-        return Path(cell).read_bytes()
+        path = Path(*folders[:1], cell)
+        if folders and not any(path.resolve().is_relative_to(folder.resolve()) for folder in folders):
+            raise ValueError(f"{cell}, which lies outside of {folders[0]}; data.outside = true reads it")
+        return read_bytes(path, most=MOST_BYTES)
     if not isinstance(cell, bytes):
         raise ValueError(f"no image but {type(cell).__name__}")
     return cell
@@ -93,66 +113,98 @@ def _empty(cell: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _loading(title: str, library_error: type[Exception] = OSError) -> Iterator[None]:
+def _loading(title: str, library_error: type[Exception]) -> Iterator[None]:
     """Turns OSError, ValueError and ``library_error`` into DataError."""
     try:
         yield
     except DataError:
         raise
     except (OSError, ValueError, library_error) as error:
-        reason = str(error.__cause__ or error) or type(error).__name__
+        reason = one_line(str(error.__cause__ or error)) or type(error).__name__
         raise DataError(f"asked for the images in {title}, cannot load them ({reason}); {_KINDS}") from None
 
 
-def _from_table(settings: DataConfig, table: LazyTable, origin: object) -> ImageSource:
+def _from_table(
+    settings: DataConfig, table: LazyTable, origin: object, folders: Sequence[Path], skipped: Sequence[str]
+) -> ImageSource:
+    """The rows of a table that holds images, or names those in ``folders`` (see ``_image_bytes``)."""
     columns, title = table.columns, settings.source
     image_column = pick_column(columns, settings.image_column, IMAGE_COLUMNS, "image_column", title)
     caption_column = pick_column(columns, settings.caption_column, CAPTION_COLUMNS, "caption_column", title)
     cells, read_image = table.column(caption_column), table.cells(image_column)
     texts = [None if cell is None else texts_in(cell) for cell in cells]
+    kept = [(row, text) for row, found in enumerate(texts) for text in found or ()]
     other = next(
         (cell for cell, found in zip(cells, texts, strict=True) if found is None and not _empty(cell)), None
     )
-    if other is not None:
+    if not kept and other is not None:
         raise DataError(
             f"asked for the captions in column {caption_column} of {title}, found {type(other).__name__} there; "
             "say which column holds one text per image, or a list of texts, with data.caption_column"
         )
-    kept = [(row, text) for row, found in enumerate(texts) for text in found or ()]
     if not kept:
         raise DataError(
             f"asked for the captions of {title}, found none in its {len(cells):,} rows; fill them in"
         )
+    left_out = [
+        f"row {row}: no caption" + ("" if _empty(cell) else f" but {type(cell).__name__}")
+        for row, (cell, found) in enumerate(zip(cells, texts, strict=True))
+        if found is None
+    ]
+    allowed = () if settings.outside else folders
     return ImageSource(
         title,
         tuple(text for _, text in kept),
         source_digest(origin, image_column, cells),
         lambda place: f"row {kept[place][0]} of {title}",
-        lambda place: _image_bytes(read_image(kept[place][0])),
-        tuple(f"row {row}: no caption" for row, found in enumerate(texts) if found is None),
+        lambda place: _image_bytes(read_image(kept[place][0]), allowed),
+        (*skipped, *left_out),
     )
 
 
-def _from_files(settings: DataConfig, files: Sequence[Path]) -> ImageSource:
-    """The images in ``files``, which are tars, a folder of images with their captions, or Parquet files."""
-    tars = [path for path in files if path.suffix.lower() == ".tar"]
-    if tars:  # first: tools that write tars lay a .parquet with their log beside each
-        return _from_tars(settings, tars)
+def _from_parquet(settings: DataConfig, paths: Sequence[Path], skipped: Sequence[str]) -> ImageSource:
+    whole, left_out, errors = list[Path](), list(skipped), list[Exception]()
+    with _loading(settings.source, ArrowException):
+        for path in paths:
+            try:
+                read_metadata(path)
+                whole.append(path)
+            except (OSError, ArrowException) as error:
+                errors.append(error)
+                left_out.append(f"{path.name}: {one_line(str(error))}")
+        if not whole:
+            raise errors[0]
+        folder = Path(os.path.commonpath([path.parent for path in whole]))
+        return _from_table(settings, parquet_table(whole), file_stamps(whole), (folder,), left_out)
+
+
+def _from_files(settings: DataConfig, files: Sequence[Path], skipped: Sequence[str] = ()) -> ImageSource:
+    """The images in ``files``: tars, a folder of images with their captions, Parquet files, or zips.
+
+    ``skipped`` are files that were left out before, with the reason.
+    """
+    found = {
+        suffix: [path for path in files if path.suffix.lower() == suffix]
+        for suffix in (".tar", ".zip", ".parquet")
+    }
+    if found[".tar"]:  # first: tools that write tars lay a .parquet with their log beside each
+        return _from_archives(settings, found[".tar"], skipped)
     if any(path.suffix.lower() in IMAGE_SUFFIXES for path in files):
-        return folder_source(settings, files)
-    tables = [
-        path for path in files if path.suffix.lower() == ".parquet" and path.name.lower() not in METADATA
-    ]
+        return folder_source(settings, files, skipped)
+    tables = [path for path in found[".parquet"] if path.name.lower() not in METADATA]
     if tables:
-        with _loading(settings.source):
-            return _from_table(settings, parquet_table(tables), file_stamps(tables))
+        return _from_parquet(settings, tables, skipped)
+    if found[".zip"]:
+        return _from_archives(settings, found[".zip"], skipped)
     if any(
         path.suffix.lower() in TABLE_SUFFIXES for path in files
     ):  # which may name images that lie elsewhere
-        return folder_source(settings, files)
+        return folder_source(settings, files, skipped)
     kinds = sorted({path.suffix or path.name for path in files})
+    first = f" ({one_line(skipped[0])})" if skipped else ""
     raise DataError(
-        f"asked for the images in {settings.source}, found {', '.join(kinds[:8]) or 'nothing'} there; {_KINDS}"
+        f"asked for the images in {settings.source}, found {one_line(', '.join(kinds[:8])) or 'nothing'} "
+        f"there{first}; {_KINDS}"
     )
 
 
@@ -189,7 +241,8 @@ def _from_hub(settings: DataConfig) -> ImageSource:
             files = (datasets.load_dataset_builder(title).config.data_files or {}).get("train")
             if not files or not all(Path(url).suffix.lower() in _READABLE for url in files):
                 table = datasets.load_dataset(title, split="train")
-                return _from_table(settings, _converted_table(table), table._fingerprint)
+                unpacked = (Path(datasets.config.HF_CACHE_HOME), Path(datasets.config.HF_DATASETS_CACHE))
+                return _from_table(settings, _converted_table(table), table._fingerprint, unpacked, ())
             paths = [Path(path) for path in datasets.DownloadManager().download(list(files))]
     finally:
         if shown:
@@ -217,25 +270,35 @@ def _find(settings: DataConfig) -> ImageSource:
     if text in ("reference", SHIPPED):
         return _from_package()
     if path.is_dir():
-        files = sorted(Path(at, name) for at, _, names in os.walk(path) for name in names if name[0] != ".")
-    elif path.is_file():
-        files = [path]
-    else:
-        files = sorted(Path(name) for name in glob.glob(str(path), recursive=True))  # noqa: PTH207, an absolute glob
-        if not files and HUB_ID.fullmatch(text) and not Path(text).parent.is_dir():
-            return _from_hub(settings)
-        if not files:
-            raise DataError(f"asked for the images in {text}, found no such file or folder; {_KINDS}")
-    return _from_files(settings, files)
+        return _from_files(settings, *files_below(path))
+    if path.is_file():
+        return _from_files(settings, [path])
+    found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))  # noqa: PTH207, an absolute glob
+    if not found and HUB_ID.fullmatch(text) and not Path(text).parent.is_dir():
+        return _from_hub(settings)
+    if not found:
+        raise DataError(f"asked for the images in {text}, found no such file or folder; {_KINDS}")
+    below = os.path.commonpath([one.parent for one in found])
+    shown = [one for one in found if not is_hidden(os.path.relpath(one, below))]
+    odd = [f"{one}: no regular file" for one in shown if not one.is_file() and not one.is_dir()]
+    return _from_files(settings, [one for one in shown if one.is_file()], odd)
 
 
 def source_of(settings: DataConfig) -> ImageSource:
     """The images that ``settings.source`` names: ``reference``, a folder, .parquet or .tar files, a glob, or a hub id.
 
-    With ``settings.limit`` that many of them, in an order drawn with ``settings.seed``. Raises DataError when there are
-    none, when a file cannot be read, or when no column has a usual name and none is given.
+    With ``settings.limit`` that many of them, in an order drawn with ``settings.seed``. A note counts what is left out.
+    Raises DataError when nothing is left, when a tar or a zip is damaged, or when no column has a usual name and none
+    is given.
     """
-    source, limit = _find(settings), settings.limit
+    found, limit = _find(settings), settings.limit
+    source = dataclasses.replace(
+        found,
+        captions=tuple(map(whole_characters, found.captions)),
+        left_out=tuple(map(one_line, found.left_out)),
+        name=lambda row: one_line(found.name(row)),
+    )
+    note_left_out(source.title, source.left_out)
     if not limit or limit >= len(source):
         return source
     order = torch.randperm(len(source), generator=seeded(settings.seed))[:limit].tolist()

@@ -11,6 +11,7 @@ from prune_lab.probes.conditions import (
     size_rows,
 )
 from prune_lab.probes.encoding import (
+    cut_texts,
     decode_latents,
     encode_captions,
     encode_pictures,
@@ -24,6 +25,7 @@ from prune_lab.probes.probe import Probe, evaluating, load_probe, predict
 
 __all__ = [
     "Probe",
+    "cut_texts",
     "decode_latents",
     "drawn_rows",
     "encode_captions",

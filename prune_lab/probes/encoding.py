@@ -12,6 +12,7 @@ from torch import Tensor
 from prune_lab.errors import DataError, UnsupportedModelError
 from prune_lab.models.silence import quiet
 from prune_lab.runtime import note_once
+from prune_lab.text_tables import one_line, whole_characters
 
 
 def _finite(tensor: Tensor, what: str) -> Tensor:
@@ -69,6 +70,25 @@ def encode_pictures(pipeline: Any, pictures: Tensor, *, batch: int = 16) -> Tens
     return encode_pixels(pipeline, pictures, batch=batch)
 
 
+# Captions --------------------------------------------------------------------------------------------------------
+
+MOST_CHARACTERS = (
+    8192  # of a text that a tokenizer is given: a hundred times the tokens that a text encoder reads
+)
+
+
+def cut_texts(texts: Sequence[str]) -> list[str]:
+    """``texts`` as a tokenizer takes them: whole characters only, and at most ``MOST_CHARACTERS`` of them.
+
+    The tokens that a text encoder reads are the same; a text of millions of characters would keep the tokenizer busy
+    for minutes.
+    """
+    return [
+        whole_characters(text if len(text) <= MOST_CHARACTERS else " ".join(text.split())[:MOST_CHARACTERS])
+        for text in texts
+    ]
+
+
 def _encoded(pipeline: Any, captions: list[str]) -> tuple[Any, ...]:
     """What the pipeline makes of captions: embeddings (N, L, D) first, without those of an empty caption."""
     encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
@@ -85,17 +105,24 @@ def _encoded(pipeline: Any, captions: list[str]) -> tuple[Any, ...]:
 
 
 def note_cut(pipeline: Any, texts: Sequence[str], what: str) -> None:
-    """Say once how many of ``texts``, which are called ``what``, are longer than the text encoder reads."""
+    """Say once how many of ``texts``, called ``what``, are longer than the text encoder reads; and the first."""
     tokenizer = getattr(pipeline, "tokenizer", None) or getattr(pipeline, "tokenizer_2", None)
     if tokenizer is None:
         return
-    most, cut = tokenizer.model_max_length, 0
+    most = tokenizer.model_max_length
+    # Few tokens are added, such as that of the end, and no other is less than a byte: most texts need no look.
+    long = [text for text in texts if len(text) + 4 > most or not text.isascii()]
+    cut, first = 0, ""
     with quiet():
-        for start in range(0, len(texts), 1024):  # millions of captions at once would fill the memory
-            cut += sum(len(ids) > most for ids in tokenizer(list(texts[start : start + 1024])).input_ids)
+        for start in range(0, len(long), 1024):  # millions of captions at once would fill the memory
+            part = long[start : start + 1024]
+            found = tokenizer(cut_texts(part)).input_ids
+            over = [text for text, ids in zip(part, found, strict=True) if len(ids) > most]
+            cut, first = cut + len(over), first or next(iter(over), "")
     if cut:
         note_once(
-            f"{cut:,} of {len(texts):,} {what} are cut off after the {most} tokens that the text encoder reads"
+            f"{cut:,} of {len(texts):,} {what} are cut off after the {most} tokens that the text encoder reads; the "
+            f"first: {one_line(first[:60])}..."
         )
 
 
@@ -107,7 +134,7 @@ def encode_captions(
     embeddings: list[Tensor] = []
     with torch.no_grad(), quiet():  # of captions that are too long ``note_cut`` speaks, once
         for start in range(0, len(captions), batch):
-            answer = _encoded(pipeline, list(captions[start : start + batch]))
+            answer = _encoded(pipeline, cut_texts(captions[start : start + batch]))
             embeddings.append(answer[0].float().cpu())
             if len(answer) == 4:  # SDXL: prompt, negative, pooled prompt, pooled negative
                 pooled.append(answer[2].float().cpu())

@@ -22,7 +22,15 @@ from prune_lab.runtime.files import (
     write_text,
 )
 from prune_lab.runtime.progress import bytes_text, duration_text, note, note_once, progress_shown, track
-from prune_lab.runtime.reading import open_regular, parse_json, path_text, read_bytes, read_json, read_text
+from prune_lab.runtime.reading import (
+    decode_text,
+    open_regular,
+    parse_json,
+    path_text,
+    read_bytes,
+    read_json,
+    read_text,
+)
 
 __all__ = [
     "FILE_LIST",
@@ -30,6 +38,7 @@ __all__ = [
     "atomic_folder",
     "atomic_write",
     "bytes_text",
+    "decode_text",
     "duration_text",
     "free_bytes",
     "generator_for",

@@ -101,15 +101,23 @@ def read_bytes(path: Path | str, *, most: int = MOST_BYTES) -> bytes:
 # Text and JSON ---------------------------------------------------------------------------------------------------
 
 
+def decode_text(content: bytes, errors: str = "strict") -> str:
+    """The text of UTF-8 with or without a byte-order mark, or of UTF-16 or UTF-32 with one; without the mark.
+
+    Raises UnicodeDecodeError for other bytes, unless ``errors`` says what becomes of them.
+    """
+    encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
+    return content.decode(encoding, errors)
+
+
 def read_text(path: Path | str, *, most: int = MOST_BYTES) -> str:
-    """The text in ``path``: UTF-8 with or without a byte-order mark, or UTF-16 or UTF-32 with one; without the mark.
+    """The text in ``path``, as ``decode_text`` says.
 
     Raises StorageError, as ``read_bytes`` does, and DataError for other bytes than text.
     """
     content = read_bytes(path, most=most)
-    encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
     try:
-        return content.decode(encoding)
+        return decode_text(content)
     except UnicodeDecodeError as error:
         raise DataError(
             f"asked for the text in {path_text(path)}, found other bytes than UTF-8 at byte {error.start:,}; save it "

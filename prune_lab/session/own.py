@@ -21,12 +21,14 @@ from prune_lab.distill import (
     Split,
     Subset,
     TrainingData,
-    build_cache,
+    encoded_now,
     is_cache,
     source_of,
     split_rows,
 )
-from prune_lab.distill.encoding import UNREADABLE, crop_variants, decode_image, image_side
+from prune_lab.distill.decoding import UNREADABLE, decode_image
+from prune_lab.distill.encoding import crop_variants, image_side
+from prune_lab.distill.image_source import note_left_out
 from prune_lab.errors import DataError
 from prune_lab.probes import Probe, encode_pictures, probe_of_latents
 
@@ -148,19 +150,20 @@ class OwnData:
     def _images(self, pipeline: Any, source: ImageSource, rows: Sequence[int]) -> tuple[Tensor, list[str]]:
         side, cropped = image_side(pipeline), DataConfig()
         found: list[Tensor] = []
-        captions, damaged = [], ""
+        captions, damaged = [], list[str]()
         for row in rows:
             try:
                 found.append(crop_variants(decode_image(source.content(row)), side, cropped, row, (0,)))
             except UNREADABLE as error:
-                damaged = damaged or f"{source.name(row)}: {error}"
+                damaged.append(f"{source.name(row)}: {error}")
                 continue
             captions.append(source.captions[row])
         if not found:
             raise DataError(
-                f"asked for {len(rows)} held-out images of {source.title}, none of them can be read ({damaged}); "
+                f"asked for {len(rows)} held-out images of {source.title}, none of them can be read ({damaged[0]}); "
                 "give images such as PNG, JPEG or WebP"
             )
+        note_left_out(f"the held-out images of {source.title}", damaged)
         return torch.cat(found), captions
 
     def training(self, pipeline: Any, settings: DataConfig, folder: Path) -> TrainingData:
@@ -170,5 +173,5 @@ class OwnData:
             return Subset.of(_checked(self.rows, pipeline), train)
         source = rows_of(self.rows, train.tolist())
         if settings.cached:
-            return build_cache(pipeline, source, settings, folder).cache
+            return encoded_now(pipeline, source, settings, folder)
         return LiveData.of(pipeline, source, settings)
