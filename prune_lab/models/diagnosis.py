@@ -13,6 +13,7 @@ from typing import Any
 from prune_lab.errors import ModelFormatError, UnsupportedModelError
 from prune_lab.families import CLASS_NAME, FAMILIES, looks_like_a_unet
 from prune_lab.models.files import PICKLED, is_lfs_pointer, json_object, variants_among
+from prune_lab.runtime import path_text
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 _TRAINING_FILES = ("optimizer.bin", "optimizer.pt", "random_states_0.pkl", "training_args.bin", "scaler.pt")
@@ -24,8 +25,14 @@ _MOST_SHOWN = 4
 
 
 def refuse_pointers(folder: Path) -> None:
-    """Raise ModelFormatError where a file directly in ``folder`` is what Git keeps in place of a large one."""
+    """Raise ModelFormatError where a file directly in ``folder`` is what Git keeps in place of a large one, or none."""
     read = (".json", ".safetensors", ".txt", ".model")
+    for path in sorted(folder.iterdir()):
+        # a library that opens a pipe waits for its writer
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ModelFormatError(
+                f"found {path_text(path)}, a pipe, a device or a socket and no file; take it out of the folder"
+            )
     pointers = [
         path.name
         for path in sorted(folder.iterdir())

@@ -12,7 +12,7 @@ from typing import Any
 from prune_lab.errors import ModelFormatError, PruneLabError, UnsupportedModelError
 from prune_lab.families import CLASS_NAME, FAMILIES, meta_unet, plain_config
 from prune_lab.models.diagnosis import folder_without_a_model, refuse_config, refuse_pointers, unusable
-from prune_lab.models.files import chosen_variant, json_object, read_header, weights_in
+from prune_lab.models.files import chosen_variant, json_object, read_headers, weights_in
 from prune_lab.models.parts import (
     BUILD_ERRORS,
     check_part,
@@ -66,9 +66,7 @@ def checked_config(path: Path) -> dict[str, Any]:
 def _check_weights(folder: Path, config: Mapping[str, Any], variant: str) -> str:
     """The variant of the weights in ``folder``; ModelFormatError unless they are just those ``config`` describes."""
     weights = weights_in(folder, variant)
-    header: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for path in weights.files:
-        header |= read_header(path)
+    header = read_headers(weights.files)
     if reason := unusable(header, config):
         raise UnsupportedModelError(f"asked for the weights in {folder}: {reason}")
     found = {name: shape for name, (_, shape) in header.items()}

@@ -126,14 +126,21 @@ def _depth(value: object) -> int:
     return depth
 
 
-def parse_json(content: bytes | str) -> object:
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def parse_json(content: bytes | str, *, once: bool = False) -> object:
     """The value of the JSON ``content``; of a key that is there twice the last counts, as in every reader.
 
     Bytes may be UTF-8, 16 or 32, with or without a byte-order mark. Raises ValueError, which says why in one line, when
-    it is not JSON or deeper than ``DEEPEST`` levels.
+    it is not JSON or deeper than ``DEEPEST`` levels; with ``once`` also for a key that is there twice.
     """
     try:
-        value: object = json.loads(content)
+        value: object = json.loads(content, object_pairs_hook=_once if once else None)
     except RecursionError:
         raise ValueError(f"its brackets are nested deeper than {DEEPEST} levels") from None
     openings = (b"[", b"{") if isinstance(content, bytes) else ("[", "{")
