@@ -20,7 +20,15 @@ from prune_lab.runtime.files import (
     write_text,
 )
 from prune_lab.runtime.progress import bytes_text, duration_text, note, note_once, progress_shown, track
-from prune_lab.runtime.reading import open_regular, parse_json, path_text, read_bytes, read_json, read_text
+from prune_lab.runtime.reading import (
+    open_regular,
+    parse_json,
+    path_text,
+    printable,
+    read_bytes,
+    read_json,
+    read_text,
+)
 
 __all__ = [
     "Environment",
@@ -37,6 +45,7 @@ __all__ = [
     "path_text",
     "pick_device",
     "pick_dtype",
+    "printable",
     "progress_shown",
     "read_bytes",
     "read_json",

@@ -17,7 +17,7 @@ from prune_lab.errors import DataError, StorageError
 
 MOST_BYTES = 64 * 2**20  # of a text or JSON that is read whole; the largest known tokenizer takes half of it
 DEEPEST = 100  # levels of JSON: further in, whatever walks the value would end in a RecursionError
-_MOST_SHOWN = 300  # characters of a path in a message
+_MOST_SHOWN = 300  # characters of a name in a message
 _INSTEAD = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe (FIFO)"),
@@ -35,10 +35,15 @@ _MARKS = (
 )
 
 
+def printable(text: str, most: int = _MOST_SHOWN) -> str:
+    """``text`` for a message: on one line, of ``most`` characters or a few more, whatever it holds."""
+    shown = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text[: most + 1])
+    return shown if len(shown) <= most else f"{shown[:most]}..."
+
+
 def path_text(path: Path | str) -> str:
-    """``path`` for a message: one line of a bounded length, whatever its name holds."""
-    text = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in str(path)[: 2 * _MOST_SHOWN])
-    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+    """``path`` for a message, see ``printable``."""
+    return printable(str(path))
 
 
 # Files -----------------------------------------------------------------------------------------------------------
