@@ -6,23 +6,32 @@ Cases are drawn: bytes and entries of safetensors headers, lists of shards, and 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
+from conftest import SHAPES, TINY_UNET, BuiltOnce, build_unet
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
+from test_bad_input import refused
 
-from prune_lab.errors import ModelFormatError, PruneLabError
+from prune_lab.errors import ModelFormatError, PruneLabError, UnsupportedModelError
+from prune_lab.export.single_file import export_single_file
+from prune_lab.families import example_inputs
 from prune_lab.models import resolve_model, weight_files
 from prune_lab.models.files import MOST_HEADER, MOST_JSON, json_object, read_header, read_headers
+from prune_lab.models.single_file import configs_of
+from prune_lab.models.sources import preset_config
 
 
 @contextlib.contextmanager
@@ -297,3 +306,190 @@ def test_a_config_larger_than_the_bound_is_not_read(tmp_path: Path) -> None:
     path.write_bytes(b" " * (MOST_JSON + 1))
     with pytest.raises(ModelFormatError, match=f"at most {MOST_JSON:,} are read"):
         json_object(path)
+
+
+# Settings of a U-Net ---------------------------------------------------------------------------------------------
+
+KEYS = [key for key in inspect.signature(diffusers.UNet2DConditionModel.__init__).parameters if key != "self"]
+SCALARS: list[Any] = [
+    *(None, True, False, 0, 1, 2, 7, -1, 10**9, 10**30, 0.5, -0.5, math.nan, math.inf, -math.inf, 1e300),
+    *("", "16", "silu", "x" * 10_000, "\ud800\n", "UNetMidBlock2D", "projection", "text_time", "layer_norm"),
+]
+TYPES = ["CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "AttnDownBlock2D"]
+LISTS = (
+    st.lists(st.sampled_from([1, 2, 8, 16]), min_size=3, max_size=5)
+    | st.lists(st.sampled_from(SCALARS), max_size=5)
+    | st.lists(st.sampled_from(TYPES), max_size=5)
+    | st.lists(st.lists(st.integers(-1, 3), max_size=3), max_size=4)
+    | st.sampled_from([[8] * 100_000, [[[1]]], [10**9] * 4])
+)
+HOSTILE = st.sampled_from(SCALARS) | LISTS | st.dictionaries(st.text(max_size=2), st.integers(), max_size=2)
+
+
+def runs_in_plain_diffusers(config: dict[str, Any]) -> None:
+    """Builds the model of ``config`` by diffusers itself and runs it: latents of its own size come out."""
+    unet = build_unet(config)
+    inputs = example_inputs(config, latent=None if config["sample_size"] else 8, tokens=3)
+    with torch.no_grad():
+        predicted = unet(**inputs).sample
+    assert predicted.shape == (1, config["out_channels"], *inputs["sample"].shape[2:])
+
+
+@settings(max_examples=60)
+@given(shape=st.sampled_from(list(SHAPES)), key=st.sampled_from(KEYS), value=HOSTILE)
+@example(shape="sd-v1", key="sample_size", value="16")
+@example(shape="sd-v1", key="block_out_channels", value=[8, 16])
+@example(shape="sdxl", key="transformer_layers_per_block", value=[1, 2, 3, 1])
+@example(shape="sd-v1", key="attention_head_dim", value=3)
+@example(shape="sd-v1", key="layers_per_block", value=10**9)
+@example(shape="sd-v1", key="num_attention_heads", value=2)
+@example(shape="sd-v2", key="class_embeddings_concat", value=True)
+@example(shape="sd-v1", key="conv_in_kernel", value=2)
+def test_a_unet_of_any_setting_runs_or_is_refused(
+    shape: str, key: str, value: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("setting") / "config.json"
+    config = {**SHAPES[shape], key: value}
+    path.write_text(json.dumps(config))
+    with one_line():
+        source = resolve_model(str(path))
+        assert source.architecture.blocks
+        runs_in_plain_diffusers(config)
+
+
+@settings(max_examples=25)
+@given(
+    changes=st.dictionaries(st.sampled_from(KEYS), HOSTILE, min_size=2, max_size=4),
+    left_out=st.sets(st.sampled_from(sorted(TINY_UNET)), max_size=2),
+)
+def test_a_unet_of_any_settings_together_runs_or_is_refused(
+    changes: dict[str, Any], left_out: set[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("settings") / "config.json"
+    config = {key: value for key, value in {**TINY_UNET, **changes}.items() if key not in left_out}
+    path.write_text(json.dumps(config))
+    with one_line():
+        resolve_model(str(path))
+
+
+# A setting, what it is wrongly, and what is said of it.
+WRONG: dict[str, Any] = {
+    "sample_size": "16",
+    "block_out_channels": [8, 16, 32],
+    "attention_head_dim": 5,
+    "transformer_layers_per_block": [1, 1],
+    "norm_num_groups": 3,
+    "cross_attention_dim": -1,
+    "layers_per_block": True,
+    "mid_block_type": "NoSuchBlock2D",
+    "addition_embed_type": "text_time",
+    "num_attention_heads": 2,
+}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_a_wrong_setting_is_named_wherever_it_stands(key: str, pipeline: Path) -> None:
+    path = pipeline / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: WRONG[key]}))
+    for place in (path, path.parent, pipeline):
+        with pytest.raises(UnsupportedModelError, match="no U-Net can be built") as caught:
+            resolve_model(str(place))
+        assert str(caught.value).isprintable()
+        assert str(path) in str(caught.value)
+        named = key.replace("addition_embed_type", "addition_time_embed_dim")
+        assert named in str(caught.value) or str(WRONG[key]) in str(caught.value)
+
+
+def test_a_wrong_setting_ends_a_verb_in_one_line(pipeline: Path, tmp_path: Path) -> None:
+    path = pipeline / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": "16"}))
+    line = refused(tmp_path, "blocks", path)
+    assert "sample_size '16'; it must be a whole number from 1 to 4,096, or two of them" in line
+    assert "sample_size '16'" in refused(
+        tmp_path, "prune", pipeline, "--plan", "bk-base", "--out", tmp_path / "x"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("vae/config.json", {"layers_per_block": 10**9}),
+        ("vae/config.json", {"latent_channels": 10**12}),
+        ("text_encoder/config.json", {"num_hidden_layers": 10**6}),
+        ("text_encoder/config.json", {"vocab_size": 10**15}),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}),
+        ("unet/config.json", {"notes": {"some_layers": [1, 10**6]}}),
+    ],
+)
+def test_what_is_too_large_to_be_built_is_not_begun(
+    name: str, changes: dict[str, Any], pipeline: Path
+) -> None:
+    path = pipeline / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UnsupportedModelError, match="where at most"):
+        resolve_model(str(pipeline))
+
+
+# Single files ----------------------------------------------------------------------------------------------------
+
+SETTING = st.sampled_from(
+    [None, {}, [], "x", 1, {"unet": {}}, {"model_index": {}}, {"model_index": 3}, {"../../out": {"a": 1}}]
+)
+
+
+@pytest.fixture(scope="module")
+def exported(built_once: BuiltOnce, tiny_pipeline_folder: Path) -> Path:
+    """A single file that the tiny pipeline was exported to, with its configs in the metadata."""
+
+    def export(folder: Path) -> None:
+        folder.mkdir()
+        export_single_file(resolve_model(str(tiny_pipeline_folder)), folder / "one.safetensors")
+
+    return built_once("hostile-single-file", export) / "one.safetensors"
+
+
+def with_metadata(path: Path, out: Path, change: Callable[[dict[str, Any]], dict[str, str]]) -> Path:
+    """A copy of the file whose ``__metadata__`` are changed."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = change(header["__metadata__"])
+    text = json.dumps(header).encode()
+    out.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    return out
+
+
+@settings(max_examples=20)
+@given(
+    part=st.sampled_from(["model_index", "unet", "vae", "scheduler", "text_encoder", "../../x", "/tmp/x"]),
+    key=st.sampled_from(["_class_name", "sample_size", "vocab_size", "block_out_channels", "unet", "x"]),
+    value=HOSTILE | SETTING,
+)
+def test_any_setting_in_the_metadata_of_a_single_file_is_read_or_refused(
+    part: str, key: str, value: Any, exported: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    def change(metadata: dict[str, Any]) -> dict[str, str]:
+        configs = json.loads(metadata["prune_lab.configs"])
+        configs[part] = {**configs.get(part, {}), key: value} if key != "x" else value
+        return metadata | {"prune_lab.configs": json.dumps(configs)}
+
+    path = with_metadata(exported, tmp_path_factory.mktemp("single") / "x.safetensors", change)
+    with one_line():
+        configs_of(path, preset_config)
+
+
+@settings(max_examples=20)
+@given(
+    text=st.text(max_size=20) | SETTING.map(json.dumps) | st.just("[" * 100_000),
+    name=st.sampled_from(["prune_lab.configs", "prune_lab.tokenizers"]),
+)
+def test_any_metadata_of_a_single_file_are_read_or_refused(
+    text: str, name: str, exported: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = with_metadata(
+        exported,
+        tmp_path_factory.mktemp("single") / "x.safetensors",
+        lambda metadata: metadata | {name: text.encode(errors="replace").decode()},
+    )
+    with one_line():
+        configs_of(path, preset_config)

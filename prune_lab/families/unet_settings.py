@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from prune_lab.errors import UnsupportedModelError
+from prune_lab.families import unet_conditions
 
 MOST_STAGES = 16  # each halves the latent
 MOST_LAYERS = 256  # residual and transformer layers of the whole; Stable Diffusion XL has 83
@@ -220,3 +221,4 @@ def check_settings(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
         if width % groups:
             divisor = math.gcd(*settings["block_out_channels"])
             _refuse("norm_num_groups", groups, f"a divisor of all block_out_channels, such as {divisor}")
+    unet_conditions.conditions(settings)  # raises where one of them needs a setting that is not there

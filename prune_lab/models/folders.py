@@ -36,7 +36,7 @@ def _tensor_shapes(config: str) -> Mapping[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
 
 
-def _shapes_of(config: Mapping[str, Any], path: Path) -> Mapping[str, tuple[int, ...]]:
+def unet_shapes(config: Mapping[str, Any], path: Path) -> Mapping[str, tuple[int, ...]]:
     """Shapes of the tensors of the U-Net that ``config``, read from ``path``, describes; it was built and run, without
     memory. Raises UnsupportedModelError when it cannot be.
     """
@@ -56,7 +56,7 @@ def unet_config(path: Path) -> dict[str, Any]:
 def checked_config(path: Path) -> dict[str, Any]:
     """The same, after building the U-Net without memory: a config that makes no sense is refused here."""
     config = unet_config(path)
-    _shapes_of(config, path)
+    unet_shapes(config, path)
     return config
 
 
@@ -67,7 +67,7 @@ def _check_weights(folder: Path, config: Mapping[str, Any], variant: str) -> str
     if reason := unusable(header, config):
         raise UnsupportedModelError(f"asked for the weights in {folder}: {reason}")
     found = {name: shape for name, (_, shape) in header.items()}
-    if complaint := misfit(found, _shapes_of(config, folder / "config.json"), strict=True):
+    if complaint := misfit(found, unet_shapes(config, folder / "config.json"), strict=True):
         raise ModelFormatError(
             f"the weights in {folder} do not fit its config.json: tensor {complaint}; "
             "fetch both from the same place again"

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from prune_lab.errors import ModelFormatError, PruneLabError, UnsupportedModelError
-from prune_lab.families import CLASS_NAME, check_forward, family_of, meta_unet
+from prune_lab.families import CLASS_NAME, family_of, meta_unet
 from prune_lab.families.ldm_keys import empty_attentions, ldm_to_diffusers, unet_places
 from prune_lab.families.ldm_structure import (
     UNET,
@@ -37,6 +37,7 @@ from prune_lab.families.ldm_structure import (
 from prune_lab.models.clip_vocabulary import NUM_TOKENS, clip_tokenizer
 from prune_lab.models.diagnosis import beyond_bounds, quantised
 from prune_lab.models.files import read_header
+from prune_lab.models.folders import unet_shapes
 from prune_lab.models.parts import BUILD_ERRORS, pipeline_class
 from prune_lab.models.silence import quiet
 from prune_lab.runtime import (
@@ -147,7 +148,7 @@ def configs_of(path: Path, preset_config: PresetConfig) -> dict[str, dict[str, A
     shapes = {key: shape for key, (_, shape) in header.items()}
     try:
         configs = _configs_inside(path) or _configs_by_shape(path, shapes, preset_config)
-        check_forward(meta_unet(configs["unet"]))
+        wanted = unet_shapes(configs["unet"], path)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"asked to read the single file {path_text(path)}: {error}") from None
     except (
@@ -160,17 +161,15 @@ def configs_of(path: Path, preset_config: PresetConfig) -> dict[str, dict[str, A
         ) from None
     if reason := beyond_bounds(configs):
         raise UnsupportedModelError(f"asked to read the single file {path_text(path)}, whose {reason}")
-    _check(path, configs, shapes)
+    _check(path, configs, shapes, wanted)
     return configs
 
 
-def _check(path: Path, configs: Mapping[str, Mapping[str, Any]], shapes: Shapes) -> None:
+def _check(path: Path, configs: Mapping[str, Mapping[str, Any]], shapes: Shapes, unet: Shapes) -> None:
     found = sum(math.prod(shape) for key, shape in shapes.items() if key.startswith(UNET))
     left_out = tuple(f"{attention}." for attention in empty_attentions(configs["unet"]))
     wanted = sum(
-        tensor.numel()
-        for name, tensor in meta_unet(configs["unet"]).state_dict().items()
-        if not (left_out and name.startswith(left_out))
+        math.prod(shape) for name, shape in unet.items() if not (left_out and name.startswith(left_out))
     )
     if found != wanted:
         raise UnsupportedModelError(
