@@ -79,8 +79,8 @@ def _prompts_in_table(path: Path) -> Prompts:
     if empty:
         first = one_line(repr(empty[0]))[:40]
         note_once(
-            f"{len(empty):,} of {len(cells):,} rows of {one_line(path.name)} hold no prompt and are left out; the first "
-            f"holds {first} in column {one_line(texts_column)}"
+            f"{len(empty):,} of {len(cells):,} rows of {one_line(path.name)} hold no prompt and are left out; the "
+            f"first holds {first} in column {one_line(texts_column)}"
         )
     found_texts, found_kinds = zip(*rows, strict=True)
     return Prompts(found_texts, found_kinds)

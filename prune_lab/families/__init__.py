@@ -29,6 +29,7 @@ from prune_lab.families.family import (
 )
 from prune_lab.families.unet2d_condition import CLIP_TOKENS, UNET2D_CONDITION, embedding_width, latent_shape
 from prune_lab.families.unet_conditions import REFINER_TIME_IDS, SDXL_TIME_IDS, latent_channels
+from prune_lab.runtime import printable
 
 __all__ = [
     "CLASS_NAME",
@@ -44,6 +45,7 @@ __all__ = [
     "Stage",
     "Unit",
     "UnitKind",
+    "check_forward",
     "conditions_of",
     "embedding_width",
     "example_inputs",
@@ -78,27 +80,64 @@ def family_of(source: nn.Module | Mapping[str, Any]) -> Family:
     return FAMILIES[name]
 
 
+_ANY_LATENT = 64  # pixels of a side, where a config does not say
+# What diffusers raises, all of it unplanned, where a config makes no sense.
+_BUILD_ERRORS = (
+    *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError),
+    *(NotImplementedError, RecursionError, MemoryError),
+)
+
+
+def _said(error: BaseException) -> str:
+    """What a library says of ``error``, in one short line."""
+    return printable(" ".join(f"{type(error).__name__}: {error}".split()), 200)
+
+
 def meta_unet(config: Mapping[str, Any]) -> Any:
     """The model of ``config`` on the ``meta`` device: every shape, no memory, in evaluation mode.
 
-    Raises UnsupportedModelError when diffusers cannot build it.
+    Raises UnsupportedModelError when a setting is out of bounds, or diffusers cannot build it.
     """
-    model_class: Any = family_of(config).model_class()
+    family = family_of(config)
+    model_class: Any = family.model_class()
+    parameters = inspect.signature(model_class.__init__).parameters
     # What diffusers does not know, such as the state of a moving average, it would leave out with a warning.
-    known = {CLASS_NAME, *inspect.signature(model_class.__init__).parameters}
+    known = {CLASS_NAME, *parameters}
     settings = {name: value for name, value in plain_config(config).items() if name in known}
+    defaults = {name: one.default for name, one in parameters.items() if one.default is not one.empty}
+    family.check(settings, defaults)
     try:
         with torch.device("meta"):
             return model_class.from_config(settings).eval()
-    except (
-        *(TypeError, ValueError, LookupError, AttributeError),
-        *(ArithmeticError, RuntimeError, AssertionError),
-    ) as error:
+    except _BUILD_ERRORS as error:
         # diffusers checks a config by building it; what it says is about the config's own keys
         raise UnsupportedModelError(
             f"asked to build a {model_class.__name__} from its config, diffusers refuses it "
-            f"({type(error).__name__}: {error}); compare the config with that of a model that loads"
+            f"({_said(error)}); compare the config with that of a model that loads"
         ) from None
+
+
+@torch.no_grad()
+def check_forward(model: Any) -> None:
+    """Raise UnsupportedModelError unless ``model``, which is on ``meta``, takes its example inputs and answers with
+    latents of their size: what can be built cannot always be run.
+    """
+    config, name = model.config, type(model).__name__
+    latent = None if config.get("sample_size") is not None else _ANY_LATENT
+    inputs = example_inputs(config, latent=latent, device="meta")
+    try:
+        predicted = model(**inputs).sample
+    except _BUILD_ERRORS as error:
+        raise UnsupportedModelError(
+            f"asked to run the {name} of a config, diffusers cannot ({_said(error)}); compare the config with that of "
+            "a model that runs"
+        ) from None
+    wanted = (1, int(config["out_channels"]), *inputs["sample"].shape[2:])
+    if tuple(predicted.shape) != wanted:
+        raise UnsupportedModelError(
+            f"asked to run the {name} of a config, found that it answers {list(inputs['sample'].shape)} with "
+            f"{list(predicted.shape)} instead of {list(wanted)}; compare the config with that of a model that runs"
+        )
 
 
 def outline_of(model: nn.Module) -> Outline:

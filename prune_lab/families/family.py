@@ -230,6 +230,9 @@ class Family:
 
     model_class: Callable[[], type[Any]]
     """The class; a function, so that it is imported when it is first needed."""
+    check: Callable[[Mapping[str, Any], Mapping[str, Any]], None] = lambda config, defaults: None
+    """Raises UnsupportedModelError for a setting of a config that nothing can be built from; the second argument holds
+    the values of what it leaves out."""
     example_inputs: Callable[..., dict[str, Any]]
     """Keyword arguments of ``forward`` for a config: zeros of the right shapes (``families.example_inputs``)."""
     conditions: Callable[[Mapping[str, Any]], tuple[Condition, ...]] = lambda config: ()

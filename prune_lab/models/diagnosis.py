@@ -13,6 +13,7 @@ from typing import Any
 from prune_lab.errors import ModelFormatError, UnsupportedModelError
 from prune_lab.families import CLASS_NAME, FAMILIES, looks_like_a_unet
 from prune_lab.models.files import PICKLED, is_lfs_pointer, json_object, variants_among
+from prune_lab.runtime import path_text, printable
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 _TRAINING_FILES = ("optimizer.bin", "optimizer.pt", "random_states_0.pkl", "training_args.bin", "scaler.pt")
@@ -20,16 +21,43 @@ _DEEP = 3  # levels below the folder that was given on which a model is looked f
 _WIDE = 64  # folders of each of them that are looked at: somebody may give the root of a disk
 _MOST_SHOWN = 4
 
-# Git LFS ---------------------------------------------------------------------------------------------------------
+# Files of a folder -----------------------------------------------------------------------------------------------
+
+_MOST_LAYERS = 512
+_LARGEST = 10**7  # whole number, or numbers in a list: the largest known vocabularies have a million words
+_BUILT_FROM = ("config.json", "scheduler_config.json")  # what the libraries build without a look at it
+
+
+def beyond_bounds(config: object, name: str = "") -> str:
+    """The first setting of a ``config`` that is too large for anything to be built from it; empty where none is."""
+    if isinstance(config, dict):
+        inner = ((f"{name}.{key}" if name else str(key), value) for key, value in config.items())
+        return next(filter(None, (beyond_bounds(value, key) for key, value in inner)), "")
+    if isinstance(config, list):
+        if len(config) > _LARGEST:
+            return f"{printable(name)} is a list of {len(config):,}"
+        return next(filter(None, (beyond_bounds(value, name) for value in config)), "")
+    layers = "layers" in name.rpartition(".")[2]
+    most = _MOST_LAYERS if layers else _LARGEST
+    if isinstance(config, int) and abs(config) > most:
+        return f"{printable(name)} is {printable(str(config), 40)}, where at most {most:,} is built"
+    return ""
 
 
 def refuse_pointers(folder: Path) -> None:
-    """Raise ModelFormatError where a file directly in ``folder`` is what Git keeps in place of a large one."""
+    """Raise ModelFormatError where a file directly in ``folder`` is what Git keeps in place of a large one, or is no
+    file at all, or a config that asks for more than can be built.
+    """
     read = (".json", ".safetensors", ".txt", ".model")
+    paths = sorted(folder.iterdir())
+    for path in paths:
+        # a library that opens a pipe waits for its writer
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ModelFormatError(
+                f"found {path_text(path)}, a pipe, a device or a socket and no file; take it out of the folder"
+            )
     pointers = [
-        path.name
-        for path in sorted(folder.iterdir())
-        if path.suffix in read and path.is_file() and is_lfs_pointer(path)
+        path.name for path in paths if path.suffix in read and path.is_file() and is_lfs_pointer(path)
     ]
     if pointers:
         more = f" and {len(pointers) - 1} more" if len(pointers) > 1 else ""
@@ -37,6 +65,11 @@ def refuse_pointers(folder: Path) -> None:
             f"{folder / pointers[0]}{more} is a Git LFS pointer and not the file itself; "
             "run git lfs pull in that folder, or fetch the model again"
         )
+    for path in paths:
+        if path.name in _BUILT_FROM and path.is_file() and (reason := beyond_bounds(json_object(path))):
+            raise UnsupportedModelError(
+                f"asked for the model of {path_text(path)}, whose {reason}; fetch it again"
+            )
 
 
 # Names of tensors ------------------------------------------------------------------------------------------------

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from prune_lab.errors import ModelFormatError
+from prune_lab.errors import ModelFormatError, StorageError
+from prune_lab.runtime import open_regular, parse_json, path_text, read_bytes
 
+MOST_JSON = 8 * 2**20  # bytes of a config or an index; that of a thousand billion parameters takes one
+MOST_HEADER = 32 * 2**20  # bytes of a header: adapters carry the words they were trained on, some millions
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 # diffusers and transformers name the weights of a component by these stems
 _STEMS = ("diffusion_pytorch_model", "model")
@@ -53,7 +57,7 @@ def instead_of_it(content: bytes) -> str:
 
 def is_lfs_pointer(path: Path) -> bool:
     """Whether ``path`` is the few lines that Git keeps in place of a large file."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return file.read(len(_LFS)) == _LFS
 
 
@@ -76,24 +80,22 @@ def json_object(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``, with or without a byte-order mark; ModelFormatError for anything else."""
     content = b""
     try:
-        content = path.read_bytes()
-        value = json.loads(
-            content
-        )  # bytes: UTF-8, 16 and 32 are told apart, and a mark at the beginning is skipped
-    except OSError as error:
-        raise ModelFormatError(f"asked to read {path}: {error.strerror}; fetch the model again") from None
-    except (ValueError, RecursionError) as error:
-        raise ModelFormatError(f"{path} {_not_json(content, error)}") from None
+        content = read_bytes(path, most=MOST_JSON)
+        value = parse_json(content)
+    except StorageError as error:
+        raise ModelFormatError(f"{error}, or fetch the model again") from None
+    except ValueError as error:
+        raise ModelFormatError(f"{path_text(path)} {_not_json(content, error)}") from None
     if not isinstance(value, dict):
         raise ModelFormatError(
-            f"{path} holds a JSON {type(value).__name__}, not an object; fetch the model again"
+            f"{path_text(path)} holds a JSON {type(value).__name__}, not an object; fetch the model again"
         )
     return value
 
 
 def is_plain_text(path: Path) -> bool:
     """Whether ``path`` is UTF-8 without a byte-order mark, as the libraries read it."""
-    content = path.read_bytes()
+    content = read_bytes(path)
     try:
         content.decode()
     except UnicodeDecodeError:
@@ -104,43 +106,115 @@ def is_plain_text(path: Path) -> bool:
 # Headers ---------------------------------------------------------------------------------------------------------
 
 
+_BITS = (
+    {"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U4": 4, "I4": 4, "C64": 64}
+    | dict.fromkeys(("U8", "I8", "F8_E4M3", "F8_E4M3FN", "F8_E5M2", "F8_E8M0"), 8)
+    | dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
+    | dict.fromkeys(("U16", "I16", "F16", "BF16"), 16)
+    | dict.fromkeys(("U32", "I32", "F32"), 32)
+    | dict.fromkeys(("U64", "I64", "F64"), 64)
+)
+
+
+_LARGEST = 2**60  # numbers in a tensor
+
+
 def _damaged(path: Path, size: int, promised: str) -> str:
-    return f"{path} holds {size:,} bytes, its first bytes promise {promised}: it is damaged; fetch it again"
+    return f"{path_text(path)} holds {size:,} bytes, its first bytes promise {promised}: it is damaged; fetch it again"
 
 
-def _refuse_what_it_is_instead(path: Path) -> None:
-    with path.open("rb") as file:
-        instead = instead_of_it(file.read(64))
-    if instead:
-        raise ModelFormatError(f"{path} {instead}")
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _checked_entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """(number format, shape, first byte, byte behind the last) of one tensor. Raises ValueError, which says why not."""
+    shown = path_text(name)
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise ValueError(f"of {shown} it has no number format, shape and place")
+    dtype, shape, places = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise ValueError(f"the number format of {shown} is not known")
+    if not isinstance(shape, list) or not all(map(_is_count, shape)):
+        raise ValueError(f"the shape of {shown} is no list of whole numbers")
+    if math.prod(max(1, side) for side in shape) > _LARGEST:
+        raise ValueError(f"the shape of {shown} is larger than any tensor")
+    if not isinstance(places, list) or len(places) != 2 or not all(map(_is_count, places)):
+        raise ValueError(f"the place of {shown} is not two whole numbers")
+    if (places[1] - places[0]) * 8 != math.prod(shape) * _BITS[dtype]:
+        raise ValueError(f"{shown} does not take the bytes of its shape")
+    return dtype, tuple(shape), places[0], places[1]
+
+
+def _tensors_of(content: bytes) -> tuple[dict[str, tuple[str, tuple[int, ...]]], int]:
+    """The tensors of a header, and how many bytes they take. Raises ValueError, which says why it is none."""
+    header = parse_json(content.decode(), once=True)
+    if not isinstance(header, dict) or content[:1] != b"{":
+        raise ValueError("its header is no object")
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("its metadata are not all text")
+    json.dumps(header, ensure_ascii=False).encode()  # half of a character may be written in an escape
+    entries = {name: _checked_entry(name, entry) for name, entry in header.items() if name != "__metadata__"}
+    end = 0
+    for name in sorted(entries, key=lambda name: entries[name][2:]):
+        if entries[name][2] != end:
+            raise ValueError(f"{path_text(name)} does not begin where the tensor before it ends")
+        end = entries[name][3]
+    return {name: entry[:2] for name, entry in entries.items()}, end
 
 
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Number format and shape of every tensor in the safetensors file ``path``, without reading the tensors.
 
-    Raises ModelFormatError when the file is cut short, too long, or not safetensors.
+    Raises ModelFormatError when the file is cut short, too long, or not safetensors: tensors that overlap, leave a gap
+    or do not take the bytes of their shape are none.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+        with open_regular(path) as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            begin = file.read(64)
+            length = int.from_bytes(begin[:8], "little")
             if size < 8 or length > size - 8:
-                _refuse_what_it_is_instead(path)
+                if instead := instead_of_it(begin):
+                    raise ModelFormatError(f"{path_text(path)} {instead}")
                 raise ModelFormatError(_damaged(path, size, f"a header of {length:,} bytes"))
-            header = json.loads(file.read(length))
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        tensors = {name: (str(entry["dtype"]), tuple(entry["shape"])) for name, entry in entries.items()}
-        whole = 8 + length + int(end)
-    except ModelFormatError:
-        raise
-    except OSError as error:
-        raise ModelFormatError(f"asked to read {path}: {error.strerror}; check the file") from None
-    except (AttributeError, LookupError, TypeError, ValueError, RecursionError):
-        raise ModelFormatError(f"{path} is not a safetensors file; fetch it again") from None
+            if length > MOST_HEADER:
+                raise ModelFormatError(
+                    f"{path_text(path)} has a header of {length:,} bytes; at most {MOST_HEADER:,} are read: save its "
+                    "tensors without their metadata"
+                )
+            file.seek(8)
+            content = file.read(length)
+    except (StorageError, OSError) as error:
+        reason = (
+            str(error) if isinstance(error, StorageError) else f"asked to read {path_text(path)}: {error}"
+        )
+        raise ModelFormatError(reason) from None
+    try:
+        tensors, end = _tensors_of(content)
+    except ValueError as error:
+        said = "" if isinstance(error, (json.JSONDecodeError, UnicodeError)) else f" ({error})"
+        raise ModelFormatError(f"{path_text(path)} is not a safetensors file{said}; fetch it again") from None
+    whole = 8 + length + end
     if whole != size:
         raise ModelFormatError(_damaged(path, size, f"{whole:,} bytes"))
     return tensors
+
+
+def read_headers(files: Iterable[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """``read_header`` of all ``files`` together; ModelFormatError when two of them hold a tensor of the same name."""
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for path in files:
+        header = read_header(path)
+        if twice := found.keys() & header.keys():
+            raise ModelFormatError(
+                f"{path_text(path)} holds {path_text(min(twice))}, which another file of the same weights holds too; "
+                "fetch the model again"
+            )
+        found |= header
+    return found
 
 
 # Weights ---------------------------------------------------------------------------------------------------------
@@ -198,13 +272,20 @@ def _shards(index: Path) -> tuple[Path, ...]:
     entries = json_object(index).get("weight_map")
     names = list(entries.values()) if isinstance(entries, dict) else []
     # a shard's name is only a name: nothing outside the folder is read
-    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-        raise ModelFormatError(f"{index} does not list the shards of the weights; fetch the model again")
+    if not names or any(
+        not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors")
+        for name in names
+    ):
+        raise ModelFormatError(
+            f"{path_text(index)} does not list the shards of the weights; fetch the model again"
+        )
     names = sorted(set(names))
-    missing = [name for name in names if not (index.parent / name).is_file()]
+    there = {path.name for path in index.parent.iterdir() if path.is_file()}
+    missing = [name for name in names if name not in there]
     if missing:
         raise ModelFormatError(
-            f"{index.parent} lacks {len(missing)} of {len(names)} shards of its weights ({missing[0]}); fetch it again"
+            f"{index.parent} lacks {len(missing)} of {len(names)} shards of its weights "
+            f"({path_text(missing[0])}); fetch it again"
         )
     return tuple(index.parent / name for name in names)
 

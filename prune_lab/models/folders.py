@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import functools
 import json
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prune_lab.errors import ModelFormatError, PruneLabError, UnsupportedModelError
-from prune_lab.families import CLASS_NAME, FAMILIES, meta_unet, plain_config
+from prune_lab.errors import ModelFormatError, UnsupportedModelError
+from prune_lab.families import CLASS_NAME, FAMILIES, check_forward, meta_unet, outline_of, plain_config
 from prune_lab.models.diagnosis import folder_without_a_model, refuse_config, refuse_pointers, unusable
-from prune_lab.models.files import chosen_variant, json_object, read_header, weights_in
+from prune_lab.models.files import chosen_variant, json_object, read_headers, weights_in
 from prune_lab.models.parts import (
-    BUILD_ERRORS,
     check_part,
     misfit,
     part_class,
@@ -22,6 +20,7 @@ from prune_lab.models.parts import (
     pipeline_parts,
     stem_of,
 )
+from prune_lab.runtime import path_text
 
 _EXAMPLES = "StableDiffusionPipeline, StableDiffusionXLPipeline or StableDiffusionInpaintPipeline"
 
@@ -30,23 +29,21 @@ _EXAMPLES = "StableDiffusionPipeline, StableDiffusionXLPipeline or StableDiffusi
 
 
 @functools.lru_cache(maxsize=16)
-def _tensor_shapes(config: str, path: Path) -> Mapping[str, tuple[int, ...]]:
-    try:
-        unet = meta_unet(json.loads(config))
-    except BUILD_ERRORS as error:
-        found = error.__context__ if isinstance(error, PruneLabError) and error.__context__ else error
-        reason = textwrap.shorten(str(found), 160, placeholder=" ...") or type(found).__name__
-        remedy = "give the config.json that save_pretrained wrote"
-        if json.loads(config).get("num_attention_heads") is not None:
-            remedy = (
-                "diffusers reads the number of heads from attention_head_dim: leave num_attention_heads out"
-            )
-        raise UnsupportedModelError(f"no U-Net can be built from {path}: {reason}; {remedy}") from None
+def _tensor_shapes(config: str) -> Mapping[str, tuple[int, ...]]:
+    unet = meta_unet(json.loads(config))
+    outline_of(unet)
+    check_forward(unet)
     return {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
 
 
-def _shapes_of(config: Mapping[str, Any], path: Path) -> Mapping[str, tuple[int, ...]]:
-    return _tensor_shapes(json.dumps(plain_config(config), sort_keys=True), path)
+def unet_shapes(config: Mapping[str, Any], path: Path) -> Mapping[str, tuple[int, ...]]:
+    """Shapes of the tensors of the U-Net that ``config``, read from ``path``, describes; it was built and run, without
+    memory. Raises UnsupportedModelError when it cannot be.
+    """
+    try:
+        return _tensor_shapes(json.dumps(plain_config(config), sort_keys=True))
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"no U-Net can be built from {path_text(path)}: {error}") from None
 
 
 def unet_config(path: Path) -> dict[str, Any]:
@@ -59,20 +56,18 @@ def unet_config(path: Path) -> dict[str, Any]:
 def checked_config(path: Path) -> dict[str, Any]:
     """The same, after building the U-Net without memory: a config that makes no sense is refused here."""
     config = unet_config(path)
-    _shapes_of(config, path)
+    unet_shapes(config, path)
     return config
 
 
 def _check_weights(folder: Path, config: Mapping[str, Any], variant: str) -> str:
     """The variant of the weights in ``folder``; ModelFormatError unless they are just those ``config`` describes."""
     weights = weights_in(folder, variant)
-    header: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for path in weights.files:
-        header |= read_header(path)
+    header = read_headers(weights.files)
     if reason := unusable(header, config):
         raise UnsupportedModelError(f"asked for the weights in {folder}: {reason}")
     found = {name: shape for name, (_, shape) in header.items()}
-    if complaint := misfit(found, _shapes_of(config, folder / "config.json"), strict=True):
+    if complaint := misfit(found, unet_shapes(config, folder / "config.json"), strict=True):
         raise ModelFormatError(
             f"the weights in {folder} do not fit its config.json: tensor {complaint}; "
             "fetch both from the same place again"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prune_lab.errors import ModelNotFoundError
-from prune_lab.models.files import chosen_variant, shards_among, variants_among
+from prune_lab.models.files import chosen_variant, json_object, shards_among, variants_among
 from prune_lab.models.parts import pipeline_parts
 from prune_lab.models.silence import quiet
 
@@ -107,8 +106,7 @@ def hub_folder(text: str, *, revision: str = "", subfolder: str = "", variant: s
             index = None
             if _INDEX in names and not subfolder:
                 path = hf_hub_download(text, _INDEX, revision=asked)
-                value = json.loads(Path(path).read_bytes())
-                index = value if isinstance(value, dict) else None
+                index = json_object(Path(path))
             wanted = files_to_fetch(names, index, subfolder=subfolder, variant=variant)
             exact = [re.sub(r"([\[?*])", r"[\1]", name) for name in wanted]
             # By its name, which the cache remembers: without a network the same name finds the same commit.

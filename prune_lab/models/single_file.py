@@ -7,20 +7,19 @@ shapes, and written as a pipeline folder into the user's cache, where the same f
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import diffusers
 import torch
 from safetensors import SafetensorError, safe_open
 
-from prune_lab.errors import ModelFormatError, UnsupportedModelError
-from prune_lab.families import family_of, meta_unet
+from prune_lab.errors import ModelFormatError, PruneLabError, UnsupportedModelError
+from prune_lab.families import CLASS_NAME, family_of, meta_unet
 from prune_lab.families.ldm_keys import empty_attentions, ldm_to_diffusers, unet_places
 from prune_lab.families.ldm_structure import (
     UNET,
@@ -36,10 +35,21 @@ from prune_lab.families.ldm_structure import (
     vae_config,
 )
 from prune_lab.models.clip_vocabulary import NUM_TOKENS, clip_tokenizer
-from prune_lab.models.diagnosis import quantised
+from prune_lab.models.diagnosis import beyond_bounds, quantised
 from prune_lab.models.files import read_header
+from prune_lab.models.folders import unet_shapes
+from prune_lab.models.parts import BUILD_ERRORS, pipeline_class
 from prune_lab.models.silence import quiet
-from prune_lab.runtime import atomic_folder, bytes_text, note, write_json, write_text
+from prune_lab.runtime import (
+    atomic_folder,
+    bytes_text,
+    note,
+    parse_json,
+    path_text,
+    printable,
+    write_json,
+    write_text,
+)
 
 _WIDEST_FIRST = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Stable Diffusion 2 shows what it predicts in its weights only: these spread where it is v, as ComfyUI tells.
@@ -47,6 +57,7 @@ _TELLS_V = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _SPREAD_OF_V = 0.09
 _FOLDER_OF_CONFIGS = "prune_lab.configs"  # what our own export leaves in the metadata
 _TOKENIZERS = "prune_lab.tokenizers"  # the same, of a vocabulary that is not CLIP's
+_PARTS = ("model_index", "unet", "vae", "scheduler", "text_encoder", "text_encoder_2")
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 
 PresetConfig = Callable[[str], dict[str, Any]]
@@ -79,24 +90,49 @@ def _configs_by_shape(path: Path, shapes: Shapes, preset_config: PresetConfig) -
     }
 
 
-def _configs_inside(path: Path) -> dict[str, dict[str, Any]] | None:
-    """The configs that our own export wrote into the file, or None; a file of a U-Net alone has no index among them."""
+def _inside(path: Path, key: str, kind: type) -> dict[str, dict[str, Any]]:
+    """What our own export wrote into the metadata of the file under ``key``: for each part texts or settings.
+
+    ``kind`` is the type of the values in a part. Raises ModelFormatError for anything else.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(_FOLDER_OF_CONFIGS)
-    except SafetensorError as error:
-        raise ModelFormatError(f"asked to read {path}: {error}; fetch the file again") from None
-    configs = json.loads(text) if text else {}
-    return cast("dict[str, dict[str, Any]]", configs) if "model_index" in configs else None
+            text = (file.metadata() or {}).get(key)
+        found: Any = parse_json(text) if text else {}
+    except (SafetensorError, ValueError) as error:
+        raise ModelFormatError(
+            f"asked to read {path_text(path)}: {printable(str(error))}; fetch the file again"
+        ) from None
+    if not isinstance(found, dict) or not all(
+        isinstance(part, dict) and all(isinstance(value, kind) for value in part.values())
+        for part in found.values()
+    ):
+        raise ModelFormatError(
+            f"asked to read {path_text(path)}: its metadata {key} do not hold the files of each part; export it again"
+        )
+    return found
+
+
+def _configs_inside(path: Path) -> dict[str, dict[str, Any]] | None:
+    """The configs that our own export wrote into the file, or None; a file of a U-Net alone has no index among them.
+
+    Only those of parts that are read here, whatever else it names: each becomes a file of its name.
+    """
+    configs = {name: one for name, one in _inside(path, _FOLDER_OF_CONFIGS, object).items() if name in _PARTS}
+    if "model_index" not in configs:
+        return None
+    if lacking := [name for name in ("unet", "vae", "scheduler") if name not in configs]:
+        raise ModelFormatError(
+            f"asked to read {path_text(path)}: its metadata lack the config of the {lacking[0]}; export it again"
+        )
+    return configs
 
 
 def _tokenizers_inside(path: Path) -> dict[str, dict[str, str]]:
     """The files of each tokenizer by part and name, where our own export wrote them into the file."""
-    with safe_open(path, framework="pt") as file:
-        found = json.loads((file.metadata() or {}).get(_TOKENIZERS, "{}"))
     return {
         part: {name: text for name, text in files.items() if name in TOKENIZER_FILES}
-        for part, files in found.items()
+        for part, files in _inside(path, _TOKENIZERS, str).items()
         if part in ("tokenizer", "tokenizer_2")
     }
 
@@ -112,19 +148,28 @@ def configs_of(path: Path, preset_config: PresetConfig) -> dict[str, dict[str, A
     shapes = {key: shape for key, (_, shape) in header.items()}
     try:
         configs = _configs_inside(path) or _configs_by_shape(path, shapes, preset_config)
+        wanted = unet_shapes(configs["unet"], path)
     except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"asked to read the single file {path}: {error}") from None
-    _check(path, configs, shapes)
+        raise UnsupportedModelError(f"asked to read the single file {path_text(path)}: {error}") from None
+    except (
+        LookupError,
+        IndexError,
+    ) as error:  # a tensor that every model of its kind has, or one of its sides
+        raise UnsupportedModelError(
+            f"asked to read the single file {path_text(path)}: it lacks {printable(str(error))}, or that has another "
+            "shape; give the diffusers folder of the model"
+        ) from None
+    if reason := beyond_bounds(configs):
+        raise UnsupportedModelError(f"asked to read the single file {path_text(path)}, whose {reason}")
+    _check(path, configs, shapes, wanted)
     return configs
 
 
-def _check(path: Path, configs: Mapping[str, Mapping[str, Any]], shapes: Shapes) -> None:
+def _check(path: Path, configs: Mapping[str, Mapping[str, Any]], shapes: Shapes, unet: Shapes) -> None:
     found = sum(math.prod(shape) for key, shape in shapes.items() if key.startswith(UNET))
     left_out = tuple(f"{attention}." for attention in empty_attentions(configs["unet"]))
     wanted = sum(
-        tensor.numel()
-        for name, tensor in meta_unet(configs["unet"]).state_dict().items()
-        if not (left_out and name.startswith(left_out))
+        math.prod(shape) for name, shape in unet.items() if not (left_out and name.startswith(left_out))
     )
     if found != wanted:
         raise UnsupportedModelError(
@@ -136,7 +181,7 @@ def _check(path: Path, configs: Mapping[str, Mapping[str, Any]], shapes: Shapes)
         tokens = configs.get(part, {}).get("vocab_size", NUM_TOKENS)
         if tokens != NUM_TOKENS and part.replace("text_encoder", "tokenizer") not in known:
             raise UnsupportedModelError(
-                f"asked to read the single file {path}: its {part} has {tokens:,} tokens and not CLIP's "
+                f"asked to read the single file {path}: its {part} has {printable(repr(tokens))} tokens and not CLIP's "
                 f"{NUM_TOKENS:,}, so its tokenizer is not known here: give the folder it was exported from"
             )
 
@@ -186,11 +231,15 @@ def _unet_by_name(path: Path, config: Mapping[str, Any], dtype: torch.dtype) -> 
     return unet
 
 
-def unpack(path: Path, out: Path, preset_config: PresetConfig) -> Path:
-    """The pipeline folder ``out`` with what the single file ``path`` holds, each part in its own number format."""
-    configs = configs_of(path, preset_config)
+def _refused(path: Path, error: Exception) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"asked to read the single file {path_text(path)}: diffusers cannot "
+        f"({printable(' '.join(str(error).split()), 200)}); give the diffusers folder of the model"
+    )
+
+
+def _unpack(path: Path, out: Path, configs: Mapping[str, dict[str, Any]], pipeline_class: Any) -> None:
     header = read_header(path)
-    pipeline_class = getattr(diffusers, configs["model_index"]["_class_name"])
     with tempfile.TemporaryDirectory() as temporary, quiet():
         _write_configs(Path(temporary), configs, _tokenizers_inside(path))
         # the loader takes all stages for equally deep and all attention for there
@@ -213,6 +262,27 @@ def unpack(path: Path, out: Path, preset_config: PresetConfig) -> Path:
         pipeline = pipeline_class.from_single_file(str(path), dtype=text, **parts, **given)
         with atomic_folder(out) as folder:
             pipeline.save_pretrained(folder, safe_serialization=True)
+
+
+def unpack(path: Path, out: Path, preset_config: PresetConfig) -> Path:
+    """The pipeline folder ``out`` with what the single file ``path`` holds, each part in its own number format."""
+    configs = configs_of(path, preset_config)
+    name = configs["model_index"].get(CLASS_NAME)
+    if (found := pipeline_class(name)) is None:
+        raise UnsupportedModelError(
+            f"asked to read the single file {path_text(path)}, found that it is of class {printable(repr(name))}, "
+            "which the installed diffusers has not; give the diffusers folder of the model"
+        )
+    try:
+        _unpack(path, out, configs, found)
+    except PruneLabError:
+        raise
+    except OSError as error:
+        if error.errno is not None:  # of the disk, and told as that
+            raise
+        raise _refused(path, error) from None
+    except BUILD_ERRORS as error:
+        raise _refused(path, error) from None
     return out
 
 

@@ -13,11 +13,12 @@ from typing import Any, Literal
 from prune_lab.assets import reference_folder
 from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.config import RunConfig
-from prune_lab.errors import ModelFormatError, ModelNotFoundError
+from prune_lab.errors import ModelFormatError, ModelNotFoundError, StorageError
 from prune_lab.families import CLIP_TOKENS
 from prune_lab.models.files import PICKLED, json_object, weight_files
 from prune_lab.models.folders import checked_config, checked_pipeline, checked_unet
 from prune_lab.models.hub import HUB_ID, commit_of, hub_folder
+from prune_lab.runtime import open_regular, path_text
 
 SourceKind = Literal["reference", "preset", "pipeline", "unet", "config"]
 
@@ -207,6 +208,8 @@ def _found(text: str, revision: str, subfolder: str, variant: str) -> ModelSourc
         return ModelSource(text, "config", None, checked_config(path))
     if text and path.is_dir():
         return _from_folder(text, path, **asked)
+    if text and path.exists():
+        open_regular(path)  # it is no file: raises what it is
     if HUB_ID.fullmatch(text):
         try:
             folder = hub_folder(text, revision=revision, **asked)
@@ -217,7 +220,7 @@ def _found(text: str, revision: str, subfolder: str, variant: str) -> ModelSourc
             _from_folder(text, folder, **asked), revision=commit_of(folder) or revision
         )
     raise ModelNotFoundError(
-        f"asked for the model {text!r}, found no file or folder of that name; {_near(text, path)}"
+        f"asked for the model {path_text(text)!r}, found no file or folder of that name; {_near(text, path)}"
         f"Give reference, a preset ({', '.join(PRESETS)}), a folder, a config.json or a hub id (owner/name)"
     )
 
@@ -254,10 +257,12 @@ def resolve_model(
         )
     try:
         found = _found(text, revision, subfolder.strip("/"), variant)
+    except StorageError as error:
+        raise ModelNotFoundError(str(error)) from None
     except (OSError, UnicodeError) as error:  # no name of a file, or it may not be read
         reason = getattr(error, "strerror", None) or "it is no name of a file"
         raise ModelNotFoundError(
-            f"asked for the model {text!r}: {reason}; check its name and who may read it"
+            f"asked for the model {path_text(text)!r}: {reason}; check its name and who may read it"
         ) from None
     if not random_weights:
         return found

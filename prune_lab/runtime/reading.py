@@ -17,7 +17,7 @@ from prune_lab.errors import DataError, StorageError
 
 MOST_BYTES = 64 * 2**20  # of a text or JSON that is read whole; the largest known tokenizer takes half of it
 DEEPEST = 100  # levels of JSON: further in, whatever walks the value would end in a RecursionError
-_MOST_SHOWN = 300  # characters of a path in a message
+_MOST_SHOWN = 300  # characters of a name in a message
 _INSTEAD = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe (FIFO)"),
@@ -35,10 +35,15 @@ _MARKS = (
 )
 
 
+def printable(text: str, most: int = _MOST_SHOWN) -> str:
+    """``text`` for a message: on one line, of ``most`` characters or a few more, whatever it holds."""
+    shown = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text[: most + 1])
+    return shown if len(shown) <= most else f"{shown[:most]}..."
+
+
 def path_text(path: Path | str) -> str:
-    """``path`` for a message: one line of a bounded length, whatever its name holds."""
-    text = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in str(path)[: 2 * _MOST_SHOWN])
-    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+    """``path`` for a message, see ``printable``."""
+    return printable(str(path))
 
 
 # Files -----------------------------------------------------------------------------------------------------------
@@ -134,14 +139,21 @@ def _depth(value: object) -> int:
     return depth
 
 
-def parse_json(content: bytes | str) -> object:
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def parse_json(content: bytes | str, *, once: bool = False) -> object:
     """The value of the JSON ``content``; of a key that is there twice the last counts, as in every reader.
 
     Bytes may be UTF-8, 16 or 32, with or without a byte-order mark. Raises ValueError, which says why in one line, when
-    it is not JSON or deeper than ``DEEPEST`` levels.
+    it is not JSON or deeper than ``DEEPEST`` levels; with ``once`` also for a key that is there twice.
     """
     try:
-        value: object = json.loads(content)
+        value: object = json.loads(content, object_pairs_hook=_once if once else None)
     except RecursionError:
         raise ValueError(f"its brackets are nested deeper than {DEEPEST} levels") from None
     openings = (b"[", b"{") if isinstance(content, bytes) else ("[", "{")
