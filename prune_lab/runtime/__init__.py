@@ -19,6 +19,7 @@ from prune_lab.runtime.files import (
     write_json,
     write_text,
 )
+from prune_lab.runtime.places import copied_without_folders, names_alone, without_folders
 from prune_lab.runtime.progress import bytes_text, duration_text, note, note_once, progress_shown, track
 from prune_lab.runtime.reading import open_regular, parse_json, path_text, read_bytes, read_json, read_text
 
@@ -27,9 +28,11 @@ __all__ = [
     "atomic_folder",
     "atomic_write",
     "bytes_text",
+    "copied_without_folders",
     "duration_text",
     "free_bytes",
     "generator_for",
+    "names_alone",
     "note",
     "note_once",
     "open_regular",
@@ -45,6 +48,7 @@ __all__ = [
     "synchronize",
     "tensors_digest",
     "track",
+    "without_folders",
     "write_frame",
     "write_json",
     "write_text",

@@ -109,7 +109,7 @@ def ensure_scores(session: Session) -> ImportanceTable:
     run = session.run
     if run.done(run.importance):
         return read_scores(run)
-    settings, names, model = session.config.score, criteria_of(session), session.config.model
+    settings, names, model = session.config.score, criteria_of(session), session.source.name
     groups = score_groups_of(session)
     tell_roles(session)
     context = run_scoring_context(session)
@@ -257,11 +257,13 @@ def ensure_reductions(session: Session) -> pd.DataFrame:
     """
     run, settings = session.run, session.config.profile
     if not run.done(run.reductions):
-        plans = controls(session, session.architecture)
+        plans, own_name = controls(session, session.architecture), session.source.name
+        if own_name in session.config.report.also_presets:
+            own_name = f"{own_name} (of this run)"
         own = reduction_table(
             session.architecture,
             plans,
-            model=session.config.model,
+            model=own_name,
             batch=settings.batch,
             times=ensure_turns(session, plans),
             where=_where(session),
