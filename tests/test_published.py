@@ -132,11 +132,12 @@ def test_what_is_measured_of_a_model(model: Path, home: Path) -> None:
 
 
 def test_what_a_run_leaves(finished: Run, tmp_path: Path) -> None:
-    """All but the settings, by which it goes on, and the curves, whose files TensorBoard calls by the machine."""
+    """All but what it goes on by (settings, sources), and the curves, whose files TensorBoard calls by the machine."""
     shared = str(finished.folder.parent)
     machine = [name for name in (socket.gethostname(), os.environ.get("USER", "")) if len(name) > 5]
     secrets = [shared, str(Path.home()), str(Path.cwd()), *machine]
-    assert traces(finished.folder, secrets, but=("config.toml", "curves")) == []
+    assert traces(finished.folder, secrets, but=("config.toml", "sources.json", "curves")) == []
+    assert traces(finished.report_dir, secrets) == []
     assert "_name_or_path" not in "".join(path.read_text() for path in finished.folder.rglob("config.json"))
     out = tmp_path / "students"
     called("distill", finished.folder, "--plan", "bk-tiny", "--out", out)

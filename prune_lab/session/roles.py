@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from prune_lab.distill import LatentCache
 from prune_lab.models import of_shipped_family
 from prune_lab.processes import is_main
-from prune_lab.runtime import note, read_json, without_folders, write_json
+from prune_lab.runtime import note, read_json, write_json
 from prune_lab.session.session import Session
 
 ROLES = ("probe", "train", "validate", "scorer")
@@ -31,11 +30,6 @@ class Role:
         return f"{self.name + ':':<10}{self.source}{count}{f' of {self.size} pixels' if self.size else ''}"
 
 
-def _named(source: str) -> str:
-    parts = (source, source.rpartition(" (")[0])
-    return without_folders(source, [part for part in parts if part and Path(part).expanduser().exists()])
-
-
 @dataclass(frozen=True, slots=True)
 class DataRoles:
     """The four roles of a run, in the order of ROLES."""
@@ -43,8 +37,8 @@ class DataRoles:
     roles: tuple[Role, ...]
 
     def as_list(self) -> list[dict[str, Any]]:
-        """The roles as they stand in sources.json: of paths, which may be relative ones, the last part."""
-        return [asdict(role) | {"source": _named(role.source)} for role in self.roles]
+        """The roles as they stand in sources.json."""
+        return [asdict(role) for role in self.roles]
 
 
 def _side(session: Session) -> int | None:
