@@ -17,7 +17,7 @@ from prune_lab.errors import ModelFormatError
 from prune_lab.export.students import Student
 from prune_lab.models.files import PICKLED, read_header
 from prune_lab.models.protection import check_file
-from prune_lab.runtime import atomic_write
+from prune_lab.runtime import atomic_write, without_folders
 
 # Digests that kohya's tools write over the tensors of a file; those of the new file would be others.
 _DIGESTS = ("sshs_model_hash", "sshs_legacy_hash")
@@ -95,7 +95,7 @@ def write_addition(
     out: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], student: Student, given: Path
 ) -> None:
     """Write the converted ``tensors`` to ``out``, with the ``metadata`` that the file had and what became of it."""
-    kept = {name: text for name, text in metadata.items() if name not in _DIGESTS}
+    kept = {name: without_folders(text) for name, text in metadata.items() if name not in _DIGESTS}
     with atomic_write(out) as temporary:
         save_file(
             {key: tensor.contiguous() for key, tensor in tensors.items()},

@@ -25,7 +25,7 @@ from prune_lab.profiling import cost_table
 from prune_lab.report import LIGHT, PlanRow, block_map_frame, draw_plan_maps, plan_styles
 from prune_lab.report.figures import freeze_layout, save_png
 from prune_lab.report.format import amount, count, percent_change
-from prune_lab.runtime import write_json, write_text
+from prune_lab.runtime import names_alone, write_json, write_text
 from prune_lab.surgery import TEACHER
 
 CARD, MAP = "README.md", "block_map.png"
@@ -34,7 +34,7 @@ _LICENCE = ("license", "license_name", "license_link")  # what a card says of it
 
 def parent_name(source: ModelSource) -> str:
     """What the model that was pruned is called, without a path of this machine."""
-    return source.text if is_on_hub(source) else Path(source.text).name or source.text
+    return source.text if is_on_hub(source) else source.name
 
 
 def is_on_hub(source: ModelSource) -> bool:
@@ -48,7 +48,7 @@ def parents_card(source: ModelSource) -> dict[str, Any]:
     if source.folder is None or not path.is_file():
         return {}
     try:
-        return dict(metadata_load(path) or {})
+        return dict(names_alone(metadata_load(path) or {}))
     except (ValueError, OSError, YAMLError):
         return {}
 
@@ -218,7 +218,8 @@ def write_card(
     folder, student = Path(folder), Student(source.architecture, plan, Path(folder))
     unet = unet_folder_in(folder)
     write_json(
-        unet / "provenance.json", provenance_in(unet) | {TEACHER: plain_config(student.architecture.config)}
+        unet / "provenance.json",
+        provenance_in(unet) | {TEACHER: names_alone(plain_config(student.architecture.config))},
     )
     write_map(folder / MAP, student)
     write_text(folder / CARD, card_text(folder, student, source, training))

@@ -17,7 +17,7 @@ from prune_lab.families.controlnet import cut_controlnet, meta_controlnet
 from prune_lab.models import weight_files
 from prune_lab.models.files import json_object, read_header
 from prune_lab.models.protection import check_folder
-from prune_lab.runtime import output_folder, write_json
+from prune_lab.runtime import names_alone, output_folder, write_json
 
 
 def _folder_of(given: Path) -> Path:
@@ -80,6 +80,7 @@ def convert_controlnet(student: Student, given: Path, out: Path, *, force: bool 
     origin = {"converted_from": folder.name, "plan": student.plan.text, "plan_id": student.plan.id}
     with output_folder(out, force=force) as temporary:
         smaller.save_pretrained(temporary, safe_serialization=True)
+        write_json(temporary / "config.json", names_alone(json_object(temporary / "config.json")))
         write_json(temporary / "plan.json", student.plan.to_json())
         write_json(temporary / "provenance.json", origin)
     own = {path: new for path, new in cut.layout.names.items() if new is None}

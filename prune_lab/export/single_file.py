@@ -39,7 +39,7 @@ from prune_lab.models.files import read_header
 from prune_lab.models.parts import modern_name
 from prune_lab.models.protection import check_file
 from prune_lab.models.single_file import TOKENIZER_FILES
-from prune_lab.runtime import atomic_write, bytes_text, read_json, track
+from prune_lab.runtime import atomic_write, bytes_text, names_alone, read_json, track
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -260,6 +260,13 @@ def _configs(source: ModelSource) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _text_of(path: Path) -> str:
+    """The text of a file of a tokenizer; settings without the folders they may name."""
+    text = path.read_text(encoding="utf-8")
+    settings = path.suffix == ".json" and path.stem != "vocab"
+    return json.dumps(names_alone(json.loads(text)), ensure_ascii=False) if settings else text
+
+
 def _tokenizers(source: ModelSource, configs: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """The files of each tokenizer whose vocabulary is not CLIP's, which readers bring along."""
     found = {}
@@ -267,33 +274,22 @@ def _tokenizers(source: ModelSource, configs: Mapping[str, Any]) -> dict[str, di
         folder = (source.folder or Path()) / part.replace("text_encoder", "tokenizer")
         if configs.get(part, {}).get("vocab_size", NUM_TOKENS) != NUM_TOKENS:
             paths = [folder / name for name in TOKENIZER_FILES]
-            found[folder.name] = {
-                path.name: path.read_text(encoding="utf-8") for path in paths if path.is_file()
-            }
+            found[folder.name] = {path.name: _text_of(path) for path in paths if path.is_file()}
     return found
-
-
-def _without_paths(value: Any) -> Any:
-    """The JSON ``value`` with the name alone of everything that is a path of this machine."""
-    if isinstance(value, dict):
-        return {key: _without_paths(entry) for key, entry in value.items() if key != "_name_or_path"}
-    if isinstance(value, list):
-        return [_without_paths(entry) for entry in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _metadata(source: ModelSource, configs: Mapping[str, Any]) -> dict[str, str]:
     metadata = {
         "format": "pt",
         "prune_lab.version": __version__,
-        "prune_lab.configs": json.dumps(_without_paths(configs)),
+        "prune_lab.configs": json.dumps(names_alone(configs)),
     }
     if tokenizers := _tokenizers(source, configs):
         metadata["prune_lab.tokenizers"] = json.dumps(tokenizers)
     for name in ("plan", "provenance"):
         path = (source.unet_folder or Path()) / f"{name}.json"
         if path.is_file():
-            metadata[f"prune_lab.{name}"] = json.dumps(_without_paths(read_json(path)))
+            metadata[f"prune_lab.{name}"] = json.dumps(names_alone(read_json(path)))
     return metadata
 
 

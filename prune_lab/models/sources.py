@@ -18,7 +18,7 @@ from prune_lab.families import CLIP_TOKENS
 from prune_lab.models.files import PICKLED, json_object, weight_files
 from prune_lab.models.folders import checked_config, checked_pipeline, checked_unet
 from prune_lab.models.hub import HUB_ID, commit_of, hub_folder
-from prune_lab.runtime import open_regular, path_text
+from prune_lab.runtime import open_regular, path_text, without_folders
 
 SourceKind = Literal["reference", "preset", "pipeline", "unet", "config"]
 
@@ -83,19 +83,23 @@ class ModelSource:
         return () if self.unet_folder is None else weight_files(self.unet_folder, self.variant)
 
     @property
-    def origin(self) -> dict[str, object]:
-        """Where the model is from, for the record of what is made of it: ``source`` and what else was asked for.
+    def name(self) -> str:
+        """What the model is called in what is written: of a path the last part alone, for that travels."""
+        path = Path(self.text).expanduser()
+        if not path.exists():
+            return without_folders(self.text)
+        return path.name if path.name not in ("", "..") else path.resolve().name
 
-        Of a path the last part alone: records travel with what is made, and a folder's place is nobody's business.
-        """
-        path = Path(self.text).expanduser().absolute()
+    @property
+    def origin(self) -> dict[str, object]:
+        """Where the model is from, for the record of what is made of it: ``source`` and what else was asked for."""
         known: dict[str, object] = {
             "revision": self.revision,
             "subfolder": self.subfolder,
             "variant": self.variant,
         }
         found: dict[str, object] = {
-            "source": path.name if path.exists() else self.text,
+            "source": self.name,
             **{name: value for name, value in known.items() if value},
         }
         return found if self.random_seed is None else found | {"random_weights": self.random_seed}

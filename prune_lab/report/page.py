@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
-import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -20,7 +20,7 @@ from prune_lab.report.figures import DARK, LIGHT, freeze_layout, save_png, svg_u
 from prune_lab.report.sections import report_sections
 from prune_lab.report.tables import RunTables, read_run
 from prune_lab.runs import Run
-from prune_lab.runtime import atomic_write, write_text
+from prune_lab.runtime import atomic_write, without_folders, write_text
 
 # The tables that are copied beside the page, as the steps wrote them.
 _CSV_FILES = (
@@ -36,37 +36,74 @@ def write_report(run: Run) -> Path:
     Raises RunError when the folder holds nothing to report, DataError when one of its files is damaged.
     """
     tables = read_run(run)
+    places = (str(run.folder), str(run.folder.absolute()), *_paths_in(tables.settings))
     # Every figure is drawn and written, and embedded in the HTML page.
     sections = [
-        {"key": section.key, "title": section.title, "parts": [_render(part, run) for part in section.parts]}
+        {
+            "key": section.key,
+            "title": section.title,
+            "parts": [_render(part, run, places) for part in section.parts],
+        }
         for section in report_sections(tables)
     ]
     page = {
-        "title": tables.title,
-        "facts": _facts(tables),
+        "title": without_folders(tables.title, places),
+        "facts": _told(_facts(tables), places),
         "sections": sections,
         "version": __version__,
     }
     for source in (*(getattr(run, name) for name in _CSV_FILES), run.folder / "steps.csv"):
         if source.exists():
-            _copy(source, run.report_dir / source.name)
+            _copy(source, run.report_dir / source.name, places)
     for plan in tables.plans:
         recovery = run.candidate(plan.id).recovery
         if recovery.exists():
-            _copy(recovery, run.report_dir / f"recovery-{plan.id}.csv")
+            _copy(recovery, run.report_dir / f"recovery-{plan.id}.csv", places)
     write_text(run.report_dir / "report.md", _template("page.md.jinja", autoescape=False, page=page))
     write_text(run.report, _template("page.html.jinja", autoescape=True, page=page))
     return run.report
 
 
-def _render(part: SectionItem, run: Run) -> dict[str, Any]:
+# What is shown names things without the folders of this machine -----------------------------------------------------
+
+
+def _paths_in(settings: object) -> Iterator[str]:
+    """The values of ``settings`` that are paths, also relative ones."""
+    if isinstance(settings, Mapping):
+        for value in settings.values():
+            yield from _paths_in(value)
+    elif isinstance(settings, list):
+        for value in settings:
+            yield from _paths_in(value)
+    elif isinstance(settings, str) and "/" in settings and len(settings) < 1000 and "\n" not in settings:
+        named = settings.startswith(("/", ".", "~")) or Path(settings).exists()
+        yield from [settings] if named else []
+
+
+def _told(value: Any, places: tuple[str, ...]) -> Any:
+    """``value`` with ``without_folders`` of every text in it, also of the names of entries."""
+    match value:
+        case str():
+            return without_folders(value, places)
+        case Mapping():
+            return {_told(name, places): _told(one, places) for name, one in value.items()}
+        case list() | tuple():
+            return [_told(one, places) for one in value]
+        case _:
+            return value
+
+
+# The parts ---------------------------------------------------------------------------------------------------------
+
+
+def _render(part: SectionItem, run: Run, places: tuple[str, ...]) -> dict[str, Any]:
     match part:
         case Text():
-            return {"kind": "text", **asdict(part)}
+            return {"kind": "text", **_told(asdict(part), places)}
         case Table():
-            return {"kind": "table", **asdict(part)}
+            return {"kind": "table", **_told(asdict(part), places)}
         case LiveMap():
-            return {"kind": "live", **asdict(part)}
+            return {"kind": "live", **_told(asdict(part), places)}
         case Chart():
             light, dark = part.draw(LIGHT), part.draw(DARK)
             area = freeze_layout(light)
@@ -76,9 +113,10 @@ def _render(part: SectionItem, run: Run) -> dict[str, Any]:
             return {"kind": "drawing", "alt": part.alt, "caption": part.caption, "file": file, **uris}
 
 
-def _copy(source: Path, target: Path) -> None:
+def _copy(source: Path, target: Path, places: tuple[str, ...]) -> None:
     with atomic_write(target) as temporary:
-        shutil.copyfile(source, temporary)
+        content = source.read_bytes()
+        temporary.write_bytes(without_folders(content.decode("utf-8"), places).encode("utf-8"))
 
 
 def _facts(tables: RunTables) -> list[tuple[str, str]]:

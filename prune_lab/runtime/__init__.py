@@ -21,6 +21,7 @@ from prune_lab.runtime.files import (
     write_json,
     write_text,
 )
+from prune_lab.runtime.places import copied_without_folders, names_alone, without_folders
 from prune_lab.runtime.progress import bytes_text, duration_text, note, note_once, progress_shown, track
 from prune_lab.runtime.reading import (
     decode_text,
@@ -39,10 +40,12 @@ __all__ = [
     "atomic_folder",
     "atomic_write",
     "bytes_text",
+    "copied_without_folders",
     "decode_text",
     "duration_text",
     "free_bytes",
     "generator_for",
+    "names_alone",
     "note",
     "note_once",
     "open_regular",
@@ -60,6 +63,7 @@ __all__ = [
     "synchronize",
     "tensors_digest",
     "track",
+    "without_folders",
     "write_frame",
     "write_json",
     "write_text",

@@ -22,14 +22,13 @@ from prune_lab.models.conversion import converted
 from prune_lab.models.files import json_object
 from prune_lab.models.folders import variant_of_part
 from prune_lab.models.parts import LEFT_OUT
-from prune_lab.runtime import FILE_LIST, write_json
+from prune_lab.runtime import FILE_LIST, copied_without_folders, names_alone, write_json
 
 INDEX = "model_index.json"
 _TEXTS = (".json", ".txt", ".model")  # configs, vocabularies; a sentencepiece model
 _LICENCES = ("licen", "notice")
 _STEMS = ("diffusion_pytorch_model", "model")
-# Where a folder of the machine may be named, and what transformers reads where no number format is asked for.
-_PLACES = ("_name_or_path", "name_or_path", "special_tokens_map_file")
+# What transformers reads where no number format is asked for.
 _FORMATS = ("dtype", "torch_dtype")
 
 
@@ -46,7 +45,7 @@ def write_config(path: Path, config: Mapping[str, Any]) -> None:
     Without one such a model is loaded in that of its file, the diffusers models around it in float32, and the two
     cannot draw together. Asked for another format, all of them are loaded in that.
     """
-    kept = _without(dict(config), _PLACES)
+    kept = names_alone(config)
     if path.name == "config.json" and "_class_name" not in kept:
         kept = {**_without(kept, _FORMATS), "dtype": "float32"}
     write_json(path, kept)
@@ -55,7 +54,7 @@ def write_config(path: Path, config: Mapping[str, Any]) -> None:
 def _copy_text(path: Path, target: Path) -> None:
     if path.suffix == ".json" and path.name != "tokenizer.json":
         value = json.loads(path.read_bytes())  # bytes: a byte-order mark is skipped
-        if isinstance(value, dict) and (path.name == "config.json" or set(_PLACES) & value.keys()):
+        if isinstance(value, dict) and (path.name == "config.json" or names_alone(value) != value):
             write_config(target, value)
             return
     shutil.copyfile(path, target)  # the content, also of a link into a cache
@@ -85,7 +84,7 @@ def copy_weights(files: Sequence[Path], target: Path, *, variant: str, dtype: to
                 tensors = {key: converted(key, file.get_tensor(key), dtype) for key in keys}
                 save_file(tensors, target / name, {"format": "pt"})
         if dtype is None:
-            shutil.copyfile(path, target / name)
+            copied_without_folders(path, target / name)
         homes |= dict.fromkeys(keys, name)
         size += (target / name).stat().st_size
     if len(files) > 1:

@@ -19,7 +19,7 @@ from prune_lab.models import ModelSource, model_digest, weight_files
 from prune_lab.models.files import json_object
 from prune_lab.models.protection import check_folder
 from prune_lab.plans import PruningPlan
-from prune_lab.runtime import Environment, atomic_folder, output_folder, write_json
+from prune_lab.runtime import Environment, atomic_folder, names_alone, output_folder, write_json
 from prune_lab.surgery.building import materialise_from_files, predicted_shapes
 from prune_lab.surgery.parts import copy_parts, copy_texts, copy_weights, write_config
 from prune_lab.surgery.proof import (
@@ -48,7 +48,7 @@ def _write_unet(unet: Any, folder: Path, plan: Plan, variant: str) -> None:
 
 
 def _write_provenance(folder: Path, provenance: Mapping[str, object], proof: Proof | None) -> None:
-    write_json(folder / _PROVENANCE, {**provenance, "proof": proof and proof.as_dict()})
+    write_json(folder / _PROVENANCE, names_alone({**provenance, "proof": proof and proof.as_dict()}))
 
 
 def save_unet(

@@ -80,7 +80,7 @@ def _tables(context: ScoringContext, session: Session) -> list[ImportanceTable]:
     names = [
         name for name in names if name != "clip-score" or not session.source.is_pipeline or session.scorer
     ]
-    model, bootstrap = session.config.model, session.config.score.bootstrap
+    model, bootstrap = session.source.name, session.config.score.bootstrap
     return [
         score(context, blocks, name, bootstrap=bootstrap, model=model)
         for name in track(names, "measuring criteria", len(names))
@@ -121,7 +121,7 @@ def compared_criteria(session: Session, folder: Path) -> tuple[tuple[str, ...], 
     """
     context = run_scoring_context(session, pictures=True)
     tables, compositions = _tables(context, session), _compositions(session)
-    together = score(context, compositions, "output-mse", bootstrap=0, model=session.config.model)
+    together = score(context, compositions, "output-mse", bootstrap=0, model=session.source.name)
     found = [agreement(tables), predictive_correlation(tables, compositions, together.impacts, MEASURED)]
     outcomes = _outcomes(session.run)
     ranked = [plan for plan in _plans_of(session) if plan.id in outcomes]
@@ -147,7 +147,7 @@ def compared_criteria(session: Session, folder: Path) -> tuple[tuple[str, ...], 
         write_frame(folder / f"{name}.csv", frame)
     environment = Environment.capture(str(session.device), session.config.dtype)
     write_json(folder / "environment.json", environment.as_dict())
-    write_agreement(folder, model=session.config.model, lines=lines, frames=frames)
+    write_agreement(folder, model=session.source.name, lines=lines, frames=frames)
     return lines, summary
 
 

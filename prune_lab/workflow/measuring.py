@@ -124,7 +124,7 @@ def ensure_scores(session: Session) -> ImportanceTable:
         ensure_probe(session)
     if not lacking(session, part):
         return read_scores(run)
-    settings, names, model = session.config.score, criteria_of(session), session.config.model
+    settings, names, model = session.config.score, criteria_of(session), session.source.name
     groups = score_groups_of(session)
     tell_roles(session)
     context = run_scoring_context(session)
@@ -275,14 +275,16 @@ def ensure_reductions(session: Session) -> pd.DataFrame:
     Writes reductions.csv, the teacher of each model first.
     """
     run, settings = session.run, session.config.profile
-    plans = controls(session, session.architecture)
+    plans, own_name = controls(session, session.architecture), session.source.name
     times = ensure_turns(session, plans)
     part = reductions_part(session)
     if lacking(session, part):
+        if own_name in session.config.report.also_presets:
+            own_name = f"{own_name} (of this run)"
         own = reduction_table(
             session.architecture,
             plans,
-            model=session.config.model,
+            model=own_name,
             batch=settings.batch,
             times=times,
             where=_where(session),

@@ -94,7 +94,7 @@ def one_shot_impacts(session: Session, plans: Iterable[PruningPlan]) -> dict[str
 
 def _teacher_result(session: Session) -> CandidateResult:
     costs, reductions = ensure_costs(session).total, ensure_reductions(session)
-    own = reductions[(reductions["plan"] == "teacher") & (reductions["model"] == session.config.model)]
+    own = reductions[reductions["plan"] == "teacher"]  # that of the run comes first
     losses = heldout_loss(session.unet, training_and_validation(session)[1]).double()
     loss, score = float(losses.mean()), _mean_score(session, session.run.teacher_pictures)
     return CandidateResult(
