@@ -196,9 +196,13 @@ def job_settings(
             "asked for a run without saying of which model; give MODEL, --config FILE.toml or --recipe NAME"
         )
     from prune_lab.models import resolve_model
+    from prune_lab.models.protection import check_run_folder
     from prune_lab.runtime import free_bytes, pick_device
     from prune_lab.workflow import settings_for
 
+    if folder is not None:  # before blocks are counted
+        read = {"the model": (model,), "the data": (asked.get("data.source") or "",)}
+        check_run_folder(folder, RunConfig(), **read)
     architecture = resolve_model(model, **_how(asked)).architecture
     device = pick_device(place.get("device") or "auto")
     base = settings_for(architecture, device, free_bytes(device), asked.get("data.source") or "")

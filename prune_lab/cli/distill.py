@@ -50,7 +50,12 @@ def distill(
     share each batch, and one of them writes.
     """
     model, run = model_or_run(model, run)
-    folder = run or (out.with_name(f"{out.name}.run") if out else None)
+    if out:
+        from prune_lab.models.protection import check_apart
+
+        out = check_apart(out, {"the model": (model,), "the data": (data or "",), "the run": (run or "",)})
+    beside = out.resolve() if out and out.name in ("", "..") else out
+    folder = run or (beside.with_name(f"{beside.name}.run") if beside else None)
     if folder is None:
         raise RunError(
             f"asked to distil students of {model or 'no model'} without saying where to; give --out DIR or --run DIR"

@@ -19,6 +19,11 @@ def open_run(folder: Path | str, *, must_exist: bool) -> Run:
     0.1 made.
     """
     run = Run(Path(folder))
+    try:
+        run.config.exists()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is no name of a folder"
+        raise RunError(f"asked for the run folder {str(folder)[:60]!r}: {reason}; give another name") from None
     if run.folder.exists() and not run.folder.is_dir():
         raise RunError(f"asked for the run folder {folder}, found a file there; give the path of a folder")
     if must_exist and not run.config.is_file():
