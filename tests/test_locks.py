@@ -288,16 +288,14 @@ def test_readers_neither_lock_nor_clean(finished: Run, gone: Holder, alive: Hold
     assert compared.exit_code == 0, compared.output
     assert left.exists()
     assert lock_holder(run.lock) == alive
-    for words in (["rank", str(run.folder)], ["run", "--run", str(run.folder)]):
-        before = tree(run.folder)
-        refused = CliRunner().invoke(app, words)
-        assert refused.exit_code == 2
-        assert f"process {alive.process}" in refused.stderr
-        assert tree(run.folder) == before
+    before = tree(run.folder)
+    refused = CliRunner().invoke(app, ["rank", str(run.folder)])
+    assert refused.exit_code == 2
+    assert f"process {alive.process}" in refused.stderr
+    assert tree(run.folder) == before
     run.lock.unlink()
-    found = CliRunner().invoke(app, ["rank", str(run.folder), "--json"])
-    assert found.exit_code == 0, found.output
-    assert not left.exists()
+    with writing(run):
+        assert not left.exists()
 
 
 # Shards of a cache ---------------------------------------------------------------------------------------------------
@@ -460,7 +458,11 @@ def test_sigterm_ends_as_an_interrupt_does(
     assert found.exit_code == 143
     (line,) = found.stderr.strip().splitlines()
     assert line.startswith("terminated; finished files are kept")
-    assert sorted(tree(run.folder)) == ["config.toml", "environment.json"]
+    left = tree(run.folder)
+    assert "config.toml" in left
+    assert not [
+        name for name in left if is_temporary(Path(name).name) or name in ("writer.lock", "costs.csv")
+    ]
     assert signal.getsignal(signal.SIGTERM) == before
 
 

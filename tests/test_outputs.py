@@ -427,20 +427,11 @@ def test_a_cache_keeps_what_is_not_its_own(
     assert (out / "notes.txt").read_text() == "mine"
 
 
-def test_a_student_is_replaced_by_another_and_by_nothing_else(
-    tiny_pipeline_folder: Path, tmp_path: Path
-) -> None:
+def test_force_keeps_what_somebody_put_into_a_student(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
-    words = ["prune", tiny_pipeline_folder, "--out", out, "--plan"]
-
-    def prune(*more: object) -> None:
-        result = CliRunner().invoke(app, [str(word) for word in (*words, *more)])
-        assert result.exit_code == 0, result.output
-
-    prune("bk-base")
-    listed = listed_files(out)
-    assert listed == {name for name in tree(out) if (out / name).is_file() and name != FILE_LIST}
-    prune("bk-tiny", "--force")
-    assert json.loads((out / "unet" / "plan.json").read_text())["names"] == ["bk-tiny"]
+    words = ["prune", tiny_pipeline_folder, "--plan", "bk-tiny", "--out", out]
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    assert listed_files(out) == {name for name in tree(out) if (out / name).is_file() and name != FILE_LIST}
     (out / "vae" / "mine.txt").write_text("mine")
-    assert "vae/mine.txt" in refused(tmp_path, *words, "bk-base", "--force")
+    assert "vae/mine.txt" in refused(tmp_path, *words, "--force")

@@ -100,8 +100,7 @@ def being_built(folder: Path) -> Mapping[str, Any]:
 
 
 def begin(folder: Path, names: Sequence[str], provenance: Mapping[str, Any]) -> None:
-    """Make ``folder``, free it of what killed builders left, and list the files of the cache that is built in it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Free ``folder`` of what killed builders left, and list the files of the cache that is built in it."""
     remove_leftovers(folder)
     if list_about(folder) != dict(provenance):
         write_file_list(folder, (*names, EMPTY, INDEX), about=provenance)
@@ -121,9 +120,15 @@ def claimed(shard: Path, provenance: Mapping[str, Any]) -> Iterator[Holder | Non
     Raises DataError where another cache is being built in the folder meanwhile.
     """
     lock = _lock_of(shard)
-    holder, _ = take_lock(lock)
     try:
-        if holder is None and list_about(shard.parent) != dict(provenance):
+        lock.parent.mkdir(parents=True, exist_ok=True)  # on a machine of a launch with a disk of its own
+        holder, _ = take_lock(lock)
+    except OSError as error:
+        raise StorageError(
+            f"asked to write {shard}: {error.strerror}; free some space or give a path that can be written"
+        ) from None
+    try:
+        if holder is None and list_about(shard.parent) not in ({}, dict(provenance)):
             raise DataError(
                 f"asked to build a cache in {shard.parent}, found that another one is built there now; "
                 "give another folder"
