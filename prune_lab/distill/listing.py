@@ -81,6 +81,11 @@ class FolderFiles:
                 return Path(name)
         return found
 
+    def _knows(self, name: str) -> bool:
+        """Whether some image may be meant by ``name``, in whatever folder."""
+        base = os.path.basename(name)  # noqa: PTH119
+        return self.outside or base in self.known or os.path.splitext(base)[0] in self.known  # noqa: PTH122
+
     def lies_outside(self, folder: str, text: str) -> bool:
         """Whether ``text`` in a table in ``folder`` is the name of a file that the table may not name."""
         name = os.path.join(folder, text.strip())  # noqa: PTH118
@@ -93,15 +98,14 @@ class FolderFiles:
         """
         if len(text) > _MOST_PATH:
             return None, False
-        names = dict.fromkeys((text.strip(), text.strip().replace("\\", "/")))
-        for name in filter(None, names):
-            base = os.path.basename(name)  # noqa: PTH119
-            known = self.outside or base in self.known or os.path.splitext(base)[0] in self.known  # noqa: PTH122
-            for folder in folders if known else folders[:1]:
+        names = list(filter(None, dict.fromkeys((text.strip(), text.strip().replace("\\", "/")))))
+        for name in names:
+            for folder in folders if self._knows(name) else folders[:1]:
                 found = self._at(os.path.join(folder, name))  # noqa: PTH118
                 if found is not None:
                     return found, False
-            parts = PurePosixPath(name).parts if known else ()
+        for name in filter(self._knows, names):
+            parts = PurePosixPath(name).parts
             for first in range(max(1, len(parts) - _MOST_FOLDERS), len(parts)):
                 found = self._at(os.path.join(folders[0], *parts[first:]))  # noqa: PTH118
                 if found is not None:
