@@ -82,9 +82,9 @@ class FolderFiles:
         return found
 
     def _knows(self, name: str) -> bool:
-        """Whether some image may be meant by ``name``, in whatever folder."""
+        """Whether some image may be meant by ``name``, in whatever folder; where a table is alone, any may."""
         base = os.path.basename(name)  # noqa: PTH119
-        return self.outside or base in self.known or os.path.splitext(base)[0] in self.known  # noqa: PTH122
+        return self.outside or not self.known or base in self.known or os.path.splitext(base)[0] in self.known  # noqa: PTH122
 
     def lies_outside(self, folder: str, text: str) -> bool:
         """Whether ``text`` in a table in ``folder`` is the name of a file that the table may not name."""

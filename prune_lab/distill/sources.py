@@ -98,8 +98,8 @@ def _image_bytes(cell: Any, folders: Sequence[Path], *, outside: bool) -> bytes:
     if isinstance(cell, Mapping):
         cell = cell.get("bytes") or cell.get("path")
     if isinstance(cell, str):
-        path = folders[0] / cell
-        if not outside and not any(path.resolve().is_relative_to(folder.resolve()) for folder in folders):
+        path = (folders[0] / cell).resolve()
+        if not outside and not any(path.is_relative_to(folder.resolve()) for folder in folders):
             raise ValueError(f"{cell}, which lies outside of {folders[0]}; data.outside = true reads it")
         return read_bytes(path, most=MOST_BYTES)
     if not isinstance(cell, bytes):
