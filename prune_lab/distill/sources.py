@@ -284,7 +284,7 @@ def _find(settings: DataConfig) -> ImageSource:
 
 
 def source_of(settings: DataConfig) -> ImageSource:
-    """The images that ``settings.source`` names: ``reference``, a folder, .parquet or .tar files, a glob, or a hub id.
+    """The images that ``settings.source`` names: ``reference``, a folder, .parquet, .tar or .zip, a glob, or a hub id.
 
     With ``settings.limit`` that many of them, in an order drawn with ``settings.seed``. A note counts what is left out.
     Raises DataError when nothing is left, when a tar or a zip is damaged, or when no column has a usual name and none
