@@ -18,7 +18,8 @@ from training_images import CACHED, CAPTIONS, MANY, captions_of, open_source, pn
 from prune_lab.config import DataConfig
 from prune_lab.distill import LatentCache, LiveData, build_cache
 from prune_lab.distill.decoding import decode_image
-from prune_lab.distill.encoding import crop_variants, encode_distributions
+from prune_lab.distill.encoding import crop_variants, encode_distributions, provenance_of
+from prune_lab.distill.shard_locks import begin
 from prune_lab.errors import DataError
 from prune_lab.models import load_pipeline, resolve_model
 from prune_lab.probes import encode_captions
@@ -164,8 +165,10 @@ def test_each_process_builds_its_share(
 
     monkeypatch.setattr(sharding, "_write_shard", watched)
     monkeypatch.setattr(sharding, "PartialState", Second)
+    source, names = open_source(str(image_folder)), [f"shard-{row:05d}.safetensors" for row in range(3)]
+    begin(tmp_path / "cache", names, provenance_of(tiny_pipeline, source, CACHED))  # as the main process does
     with pytest.raises(DataError, match="unfinished"):  # the main process, which ends the build, is not there
-        build_cache(tiny_pipeline, open_source(str(image_folder)), CACHED, tmp_path / "cache")
+        build_cache(tiny_pipeline, source, CACHED, tmp_path / "cache")
     assert built == ["shard-00001.safetensors"]
 
 
@@ -211,7 +214,7 @@ def test_damage_is_named_and_mended(tiny_pipeline: Any, image_folder: Path, tmp_
     shard.unlink()
     assert build_cache(tiny_pipeline, source, CACHED, out).cache.digest == digest
     (out / "cache.json").write_text("{}")
-    with pytest.raises(DataError, match=r"another cache\.json"):
+    with pytest.raises(DataError, match=r"cache\.json, found no 'channels'; delete it and make it again"):
         LatentCache.load(out)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -14,9 +14,6 @@ from prune_lab.cli.application import app
 from prune_lab.cli.output import show
 from prune_lab.config import RunConfig
 from prune_lab.errors import ConfigError, RunError
-
-if TYPE_CHECKING:
-    pass
 
 
 @app.command("data")
@@ -40,7 +37,7 @@ def make_data(
         str | None,
         typer.Option(
             "--data",
-            help="Pictures with captions: reference, a folder, .parquet or .tar files (also as a glob), or a hub id.",
+            help="Pictures with captions: reference, a folder, .parquet, .tar or .zip (also as a glob), or a hub id.",
         ),
     ] = None,
     limit: Annotated[int | None, options.for_setting("data.limit")] = None,

@@ -75,7 +75,7 @@ DataOption = Annotated[
     str | None,
     typer.Option(
         "--data",
-        help="Pictures with captions: a folder, .parquet, .tar, hub id, a cache, or shipped; none: MODEL draws.",
+        help="Pictures with captions: a folder, .parquet, .tar, .zip, hub id, a cache, or shipped; none: MODEL draws.",
     ),
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, then stop.")]

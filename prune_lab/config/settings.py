@@ -124,8 +124,8 @@ class DataConfig:
 
     source: str = setting(
         "",
-        "folder, .parquet, .tar or glob, hub id, finished cache, or shipped (distill.pictures of the package); empty: "
-        "shipped for the shipped model and its students, else what the model draws",
+        "folder, .parquet, .tar, .zip or glob, hub id, finished cache, or shipped (distill.pictures of the package); "
+        "empty: shipped for the shipped model and its students, else what the model draws",
         read_by="probe",
     )
     image_column: str = setting(

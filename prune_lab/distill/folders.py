@@ -120,11 +120,13 @@ def _from_tables(tables: Sequence[Path], files: FolderFiles, settings: DataConfi
             found.left_out.append(f"{title}: {error}")
             continue
         found.left_out.extend(f"{title}: {text}" for text in no_rows)
+        here = Path(os.path.abspath(table)).parent  # noqa: PTH100
+        folders = list(map(str, (here, *here.parents)))
         for name, cell in cells:
-            image, shortened = files.find(table, name)
+            image, shortened = files.find(folders, name)
             texts = texts_in(cell)
             if image is None:
-                lies = files.lies_outside(table, name)
+                lies = files.lies_outside(folders[0], name)
                 why = (
                     f"lies outside of {files.root}; data.outside = true reads it" if lies else "is not there"
                 )

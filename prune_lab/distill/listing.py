@@ -44,6 +44,7 @@ class FolderFiles:
     every: Sequence[Path]
     outside: bool  # whether a table may name images that lie elsewhere
     root: str = ""  # absolute name of the folder that holds them all
+    known: set[str] = field(default_factory=set)  # names of images without folder and ending
     images: dict[str, Path] = field(default_factory=dict)  # by absolute name
     stems: dict[str, list[Path]] = field(default_factory=dict)  # images by absolute name without its ending
     others: dict[str, dict[str, Path]] = field(
@@ -59,6 +60,7 @@ class FolderFiles:
             name = os.path.abspath(path)  # noqa: PTH100, links stay as they are
             stem, ending = os.path.splitext(name)  # noqa: PTH122
             if ending.lower() in IMAGE_SUFFIXES:
+                found.known.add(os.path.basename(stem))  # noqa: PTH119
                 found.images[name] = path
                 found.stems.setdefault(stem, []).append(path)
             else:
@@ -79,26 +81,33 @@ class FolderFiles:
                 return Path(name)
         return found
 
-    def lies_outside(self, table: Path, text: str) -> bool:
-        """Whether ``text`` in ``table`` is the name of a file outside of the folder that the table may not name."""
-        name = os.path.join(os.path.abspath(table.parent), text.strip())  # noqa: PTH100, PTH118
+    def _knows(self, name: str) -> bool:
+        """Whether some image may be meant by ``name``, in whatever folder; where a table is alone, any may."""
+        base = os.path.basename(name)  # noqa: PTH119
+        return self.outside or not self.known or base in self.known or os.path.splitext(base)[0] in self.known  # noqa: PTH122
+
+    def lies_outside(self, folder: str, text: str) -> bool:
+        """Whether ``text`` in a table in ``folder`` is the name of a file that the table may not name."""
+        name = os.path.join(folder, text.strip())  # noqa: PTH118
         return not self.outside and os.path.isfile(name) and not self._holds(name)  # noqa: PTH113
 
-    def find(self, table: Path, text: str) -> tuple[Path | None, bool]:
-        """The image that ``table`` calls ``text``, and whether folders of that name had to be left away."""
+    def find(self, folders: Sequence[str], text: str) -> tuple[Path | None, bool]:
+        """The image that a table calls ``text``, and whether folders of that name had to be left away.
+
+        ``folders`` are the absolute names of the table's own and of those above it.
+        """
         if len(text) > _MOST_PATH:
             return None, False
-        here = Path(os.path.abspath(table)).parent  # noqa: PTH100
-        names = dict.fromkeys((text.strip(), text.strip().replace("\\", "/")))
-        for name in filter(None, names):
-            for folder in (here, *here.parents):
+        names = list(filter(None, dict.fromkeys((text.strip(), text.strip().replace("\\", "/")))))
+        for name in names:
+            for folder in folders if self._knows(name) else folders[:1]:
                 found = self._at(os.path.join(folder, name))  # noqa: PTH118
                 if found is not None:
                     return found, False
-        for name in names:
+        for name in filter(self._knows, names):
             parts = PurePosixPath(name).parts
             for first in range(max(1, len(parts) - _MOST_FOLDERS), len(parts)):
-                found = self._at(os.path.join(here, *parts[first:]))  # noqa: PTH118
+                found = self._at(os.path.join(folders[0], *parts[first:]))  # noqa: PTH118
                 if found is not None:
                     return found, True
         return None, False

@@ -136,8 +136,8 @@ def _write_shard(path: Path, plan: ShardPlan, content: ShardContent) -> None:
 
 def _reason_of_nothing(paths: Sequence[Path]) -> str:
     """Where no shard holds a row: the first reason why not; else empty."""
-    found = [read_cache_file(path)[0] for path in paths]
-    if any(metadata["rows"] for metadata in found):
+    found = [read_cache_file(path)[0] for path in paths if path.is_file()]
+    if len(found) < len(paths) or any(metadata["rows"] for metadata in found):
         return ""
     return next((text for metadata in found for text in metadata["left_out"]), "none was given")
 

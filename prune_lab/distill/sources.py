@@ -89,17 +89,17 @@ def _from_archives(settings: DataConfig, paths: Sequence[Path], skipped: Sequenc
     )
 
 
-def _image_bytes(cell: Any, folders: Sequence[Path]) -> bytes:
+def _image_bytes(cell: Any, folders: Sequence[Path], *, outside: bool) -> bytes:
     """The compressed image in a cell: bytes, a path, or a dictionary of both as `datasets` and `pandas` give them.
 
-    A path is read inside ``folders`` alone, from the first of them where it is not absolute; anywhere where there are
-    none. Raises OSError or ValueError.
+    A path is read inside ``folders`` alone unless ``outside``; where it is not absolute, from the first of them. Raises
+    OSError or ValueError.
     """
     if isinstance(cell, Mapping):
         cell = cell.get("bytes") or cell.get("path")
     if isinstance(cell, str):
-        path = Path(*folders[:1], cell)
-        if folders and not any(path.resolve().is_relative_to(folder.resolve()) for folder in folders):
+        path = (folders[0] / cell).resolve()
+        if not outside and not any(path.is_relative_to(folder.resolve()) for folder in folders):
             raise ValueError(f"{cell}, which lies outside of {folders[0]}; data.outside = true reads it")
         return read_bytes(path, most=MOST_BYTES)
     if not isinstance(cell, bytes):
@@ -151,13 +151,12 @@ def _from_table(
         for row, (cell, found) in enumerate(zip(cells, texts, strict=True))
         if found is None
     ]
-    allowed = () if settings.outside else folders
     return ImageSource(
         title,
         tuple(text for _, text in kept),
         source_digest(origin, image_column, cells),
         lambda place: f"row {kept[place][0]} of {title}",
-        lambda place: _image_bytes(read_image(kept[place][0]), allowed),
+        lambda place: _image_bytes(read_image(kept[place][0]), folders, outside=settings.outside),
         (*skipped, *left_out),
     )
 
@@ -285,7 +284,7 @@ def _find(settings: DataConfig) -> ImageSource:
 
 
 def source_of(settings: DataConfig) -> ImageSource:
-    """The images that ``settings.source`` names: ``reference``, a folder, .parquet or .tar files, a glob, or a hub id.
+    """The images that ``settings.source`` names: ``reference``, a folder, .parquet, .tar or .zip, a glob, or a hub id.
 
     With ``settings.limit`` that many of them, in an order drawn with ``settings.seed``. A note counts what is left out.
     Raises DataError when nothing is left, when a tar or a zip is damaged, or when no column has a usual name and none
