@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import hashlib
 import json
 import os
 import random
@@ -16,9 +17,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import prune_lab
 from tests.faults import forking
 from tests.faults.forking import Limits, finish, start
-from tests.faults.kinds import KINDS
+from tests.faults.kinds import KINDS, NEED_NO_RUN
 from tests.faults.stage import Stage, build
 from tests.faults.verdicts import Fault, Verdict
 
@@ -178,6 +180,14 @@ def campaign(
     return rows
 
 
+def _version() -> str:
+    """Digits that change with the source of the package: what it wrote before may be of another format."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(prune_lab.__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line asks; 1 where a promise was broken."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
@@ -185,7 +195,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seed", type=int, default=None, help="from which cases are drawn; default: a new one"
     )
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument(
+        "--kinds", nargs="+", default=list(KINDS), choices=list(KINDS), help="which; default: all"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/faults"), help="folder of journal, tables and stage"
     )
@@ -199,8 +211,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked.out.mkdir(parents=True, exist_ok=True)
     out = asked.out.resolve()
     forking.import_everything()
-    stage = build(out / "stage", _say)
-    forking.warm([stage.reader(name, stage.run) for name in ("profile", "compare", "compare-candidate")])
+    kinds = {case.split(":")[0] for case in asked.case} or {*asked.kinds}
+    stage = build(out / f"stage-{_version()}", _say, runs=not kinds <= NEED_NO_RUN)
+    model = str(stage.pipeline)
+    forking.warm([("profile", model, "--no-latency"), ("compare", "bk-base", "--model", model)])
     if asked.case:
         with tempfile.TemporaryDirectory(prefix="faults-") as room:
             pairs = [case.split(":") for case in asked.case]

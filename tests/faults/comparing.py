@@ -13,7 +13,7 @@ from typing import Any
 
 # Not a result: how long things took, which machine it was, what is done, who writes.
 _NOT_RESULTS = re.compile(
-    r"^(steps\.csv|environment\.json|report/.*|.*manifests?(/.*|\.json)|.*prune_lab_files\.json|.*lock.*|curves/.*)$"
+    r"^(steps\.csv|scores/.*|environment\.json|report/.*|.*manifests?(/.*|\.json)|.*prune_lab_files\.json|.*lock.*|curves/.*)$"
 )
 _TIMES = re.compile(
     r"second|_ms$|latency|milliseconds|median|share|p10|p90|interval|verdict|peak|written|created|date"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tests.faults.corruptions import corrupted_run
 from tests.faults.disks import starved_command
+from tests.faults.guided import guided_search
 from tests.faults.kills import killed_command
 from tests.faults.models import hostile_model
 from tests.faults.pictures import hostile_data
@@ -16,11 +17,14 @@ from tests.faults.verdicts import Verdict
 
 Case = Callable[[Stage, int, Path], Verdict]
 
+NEED_NO_RUN = frozenset(("data", "guided", "model"))
+
 # Each does the case of a number in an empty folder of its own.
 KINDS: dict[str, Case] = {
     "corrupt": corrupted_run,
     "data": hostile_data,
     "disk": starved_command,
+    "guided": guided_search,
     "kill": killed_command,
     "model": hostile_model,
     "text": fuzzed_parser,

@@ -27,6 +27,9 @@ READERS: dict[str, tuple[tuple[str, ...], bool]] = {
 }
 
 
+NAME = "the-run"  # of the folder of every copy: some verbs print it
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Stage:
     """Folders that no case changes: each works on copies."""
@@ -73,7 +76,7 @@ def said(name: str, found: Answer, run: Path) -> object:
         pages = {f"report/{leaf}": value for leaf, value in comparing.contents(run / "report").items()}
         kept = {leaf: value for leaf, value in pages.items() if not leaf.startswith("report/steps.csv")}
         return {leaf: value for leaf, value in kept.items() if "index.html" not in leaf}
-    return comparing.plain_answer(found.out, times=not READERS[name][1])
+    return comparing.plain_answer(found.out.replace(str(run.parent), ""), times=not READERS[name][1])
 
 
 def copied(source: Path, target: Path) -> Path:
@@ -124,16 +127,19 @@ def _must(found: Answer, what: Sequence[object]) -> Answer:
     return found
 
 
-def build(folder: Path, say: Callable[[str], object]) -> Stage:
-    """The stage in ``folder``: built there once, and used again."""
+def build(folder: Path, say: Callable[[str], object], *, runs: bool) -> Stage:
+    """The stage in ``folder``, with or without finished ``runs``: built there once, and used again."""
     stage = Stage(folder)
     if (folder / "built").is_file():
         return stage
     words = folder / "words"
     words.mkdir(parents=True, exist_ok=True)
-    say("building a small pipeline and three runs of it")
     if not (folder / "other-job.toml").is_file():
+        say("building a small pipeline")
         _must(finish(start(lambda: _write_models(folder), words / "models")), ["models"])
+    if not runs:
+        return stage
+    say("doing three runs of it")
     for name, job in (("run", "job"), ("twin", "job"), ("other", "other-job")):
         command = ["run", "--config", folder / f"{job}.toml", "--run", folder / name]
         say(f"{name}: {_must(answer(command, words), command).seconds:.1f} s")
@@ -143,14 +149,14 @@ def build(folder: Path, say: Callable[[str], object]) -> Stage:
     known = {}
     for name in READERS:
         shutil.rmtree(folder / "read", ignore_errors=True)
-        run = copied(stage.run, folder / "read")
+        run = copied(stage.run, folder / "read" / NAME)
         reply = answer(stage.reader(name, run), words)
         say(f"{name}: {reply.seconds:.1f} s")
         if reply.code in (0, 1) and "Traceback" not in reply.err:
             known[name] = said(name, reply, run)
         elif not (name == "doctor" and "No such command" in reply.err):
             raise RuntimeError(f"{name} of an undamaged run ended with {reply.code}: {reply.err[-2000:]}")
-        shutil.rmtree(run)
+        shutil.rmtree(folder / "read")
     (folder / "known.json").write_text(json.dumps(known))
     (folder / "built").touch()
     return stage

@@ -410,6 +410,12 @@ def _unet(stage: Stage) -> dict[str, Any]:
     return found
 
 
+def _plan_json(stage: Stage) -> dict[str, Any]:
+    from prune_lab.plans import parse_plan
+
+    return parse_plan("bk-base -Md", _architecture(stage)).to_json()
+
+
 def _changed_bytes(value: dict[str, Any]) -> st.SearchStrategy[bytes]:
     return changed(value).map(lambda found: json.dumps(found).encode())
 
@@ -422,10 +428,7 @@ def _parsers() -> dict[str, Parser]:
         "plan.txt": Parser(_plan_file(".txt"), lambda _: as_file(near(*_PLAN_WORDS))),
         "plan.json": Parser(
             _plan_file(".json"),
-            lambda stage: st.one_of(
-                as_file(json_files),
-                _changed_bytes(json.loads(min((stage.run / "plans").glob("*.json")).read_text())),
-            ),
+            lambda stage: st.one_of(as_file(json_files), _changed_bytes(_plan_json(stage))),
         ),
         "budget": Parser(_budget, lambda _: near(*_BUDGET_WORDS)),
         "toml": Parser(_toml, lambda _: as_file(near(*_toml_words()))),
@@ -492,7 +495,7 @@ def _of_runs(stage: Stage) -> dict[str, Parser]:
 
 def parsers(stage: Stage) -> dict[str, Parser]:
     """Every parser that is tried, by name."""
-    return {**_parsers(), **_of_runs(stage)}
+    return {**_parsers(), **(_of_runs(stage) if stage.run.is_dir() else {})}
 
 
 # A case --------------------------------------------------------------------------------------------------------------
