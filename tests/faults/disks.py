@@ -51,7 +51,7 @@ def starved_command(stage: Stage, seed: int, place: Path) -> Verdict:
     """A command that lacks something, and then the same command with all that it needs."""
     rng = random.Random(seed)
     name = rng.choice(["run", "run-unfinished", *sorted(WORKS)])
-    _, _, size = undisturbed(stage, name)
+    size = undisturbed(stage, name).size
     lack = rng.choice(["disk", "disk", "disk", "read-only", "size", "files", "memory"])
     begun = 6_000_000 if "unfinished" in name or name in ("distill-run", "rank", "report") else 0
     room = int(begun + rng.choice([rng.uniform(4096, 1.2 * size), 4096 * rng.randint(1, 40)]))

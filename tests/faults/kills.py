@@ -13,7 +13,7 @@ from tests.faults import comparing
 from tests.faults.forking import answer, finish, start, verb
 from tests.faults.stage import Stage
 from tests.faults.verdicts import Fault, Verdict, faults_of, left_behind, mistake_line, tail
-from tests.faults.works import WORKS, Work, undisturbed, unsteady, work
+from tests.faults.works import WORKS, Work, undisturbed, work
 
 _SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 _CODES = {signal.SIGTERM: (143, -15), signal.SIGINT: (130, -2)}
@@ -49,14 +49,14 @@ def _killed(
 
 def after_all(one: Work, stage: Stage, what: str, place: Path) -> tuple[int, list[Fault]]:
     """How the same command ends when nothing disturbs it any more: as one that was never disturbed."""
-    _, expected, _ = undisturbed(stage, one.name)
+    expected = undisturbed(stage, one.name)
     found = answer(one.command, place)
     faults = [
         Fault(f.kind, f"again: {f.signature}", f"{what}: {f.detail}") for f in faults_of(found, one.command)
     ]
-    differs = comparing.difference(comparing.contents(one.folder), expected, unsteady(stage))
+    differs = comparing.difference(comparing.contents(one.folder), expected.contents, expected.unsteady)
     if not faults and found.code == 2 and differs:
-        faults.append(Fault("no way back", f"{one.name}", f"{what}: {mistake_line(found)}"))
+        faults.append(Fault("no way back", one.name, f"{what}: {mistake_line(found)}; {differs}"))
     elif not faults and differs:
         faults.append(Fault("ends differently", one.name, f"{what}: {differs}"))
     left = left_behind(one.folder)
@@ -75,7 +75,7 @@ def killed_command(stage: Stage, seed: int, place: Path) -> Verdict:
     """A command killed up to three times, or beside another that writes the same, and then done to its end."""
     rng = random.Random(seed)
     name = rng.choice(["run", "run", "run-unfinished", *sorted(WORKS)])
-    seconds, _, _ = undisturbed(stage, name)
+    seconds = undisturbed(stage, name).seconds
     one = work(stage, name, place / "in")
     faults: list[Fault] = []
     done: list[str] = []

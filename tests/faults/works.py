@@ -111,24 +111,33 @@ def work(stage: Stage, name: str, folder: Path) -> Work:
     return Work(name, tuple(str(places.get(word, word)) for word in WORKS[name]), folder)
 
 
-def undisturbed(stage: Stage, name: str) -> tuple[float, dict[str, str], int]:
-    """Seconds that the command takes, what it leaves, and how many bytes; done once for a stage."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Undisturbed:
+    """What a command comes to when nothing disturbs it: seconds, what it leaves, and how many bytes."""
+
+    seconds: float
+    contents: dict[str, str]
+    size: int
+    unsteady: frozenset[str]  # names of values that differ when it is done twice
+
+
+def undisturbed(stage: Stage, name: str) -> Undisturbed:
+    """What the command called ``name`` comes to; it is done twice for a stage, and then known."""
     kept = stage.folder / "works" / f"{name}.json"
     if not kept.is_file():
         kept.parent.mkdir(exist_ok=True)
         room = stage.folder / "works" / name
-        shutil.rmtree(room, ignore_errors=True)
-        one = work(stage, name, room / "in")
-        found = answer(one.command, room)
-        if found.code != 0:
-            raise RuntimeError(f"{name}, undisturbed, ended with {found.code}: {found.err[-2000:]}")
+        found = []
+        for _ in range(2):
+            shutil.rmtree(room, ignore_errors=True)
+            one = work(stage, name, room / "in")
+            reply = answer(one.command, room)
+            if reply.code != 0:
+                raise RuntimeError(f"{name}, undisturbed, ended with {reply.code}: {reply.err[-2000:]}")
+            found.append(comparing.contents(one.folder))
         size = sum(path.stat().st_size for path in one.folder.rglob("*") if path.is_file())
-        kept.write_text(json.dumps([found.seconds, comparing.contents(one.folder), size]))
+        unsteady = [leaf for leaf in {**found[0], **found[1]} if found[0].get(leaf) != found[1].get(leaf)]
+        kept.write_text(json.dumps([reply.seconds, found[0], size, sorted(unsteady)]))
         shutil.rmtree(room)
-    seconds, contents, size = json.loads(kept.read_text())
-    return seconds, contents, size
-
-
-def unsteady(stage: Stage) -> frozenset[str]:
-    """Names of values that differ from one undisturbed run to the next."""
-    return frozenset(f"run/{name}" for name in stage.contents()[1])
+    seconds, contents, size, unsteady = json.loads(kept.read_text())
+    return Undisturbed(seconds, contents, size, frozenset(unsteady))
