@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -30,6 +31,15 @@ _CASE = Limits(seconds=600.0, memory=None)
 def _say(text: str) -> None:
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
+
+
+@functools.cache
+def package_digest() -> str:
+    """Digits that change with the source of the package: what it wrote before may be of another format."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(prune_lab.__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 # One case ------------------------------------------------------------------------------------------------------------
@@ -58,6 +68,7 @@ def done_case(stage: Stage, kind: str, seed: int, room: Path) -> dict[str, Any]:
     return {
         "kind": kind,
         "seed": seed,
+        "version": package_digest(),
         "seconds": round(time.monotonic() - begin, 3),
         **verdict,
         "repeat": f"python -m tests.faults --case {kind}:{seed}",
@@ -180,14 +191,6 @@ def campaign(
     return rows
 
 
-def _version() -> str:
-    """Digits that change with the source of the package: what it wrote before may be of another format."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(prune_lab.__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:8]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line asks; 1 where a promise was broken."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
@@ -212,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = asked.out.resolve()
     forking.import_everything()
     kinds = {case.split(":")[0] for case in asked.case} or {*asked.kinds}
-    stage = build(out / f"stage-{_version()}", _say, runs=not kinds <= NEED_NO_RUN)
+    stage = build(out / f"stage-{package_digest()}", _say, runs=not kinds <= NEED_NO_RUN)
     model = str(stage.pipeline)
     forking.warm([("profile", model, "--no-latency"), ("compare", "bk-base", "--model", model)])
     if asked.case:

@@ -13,7 +13,7 @@ from typing import Any
 
 # Not a result: how long things took, which machine it was, what is done, who writes.
 _NOT_RESULTS = re.compile(
-    r"^(steps\.csv|scores/.*|environment\.json|report/.*|.*manifests?(/.*|\.json)|.*prune_lab_files\.json|.*lock.*|curves/.*)$"
+    r"(^|/)(steps\.csv|environment\.json|prune_lab_files\.json|writer\.lock|(scores|report|manifests?|curves)/.*)$"
 )
 _TIMES = re.compile(
     r"second|_ms$|latency|milliseconds|median|share|p10|p90|interval|verdict|peak|written|created|date"
@@ -57,7 +57,7 @@ def contents(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and not _NOT_RESULTS.match(name):
+        if path.is_file() and not _NOT_RESULTS.search(name):
             for leaf, value in _of_file(path):
                 if not _TIMES.search(leaf):
                     found[f"{name}::{leaf}"] = value

@@ -94,9 +94,10 @@ def faults_of(answer: Answer, arguments: Sequence[object], *, codes: Sequence[in
 
 
 def left_behind(folder: Path) -> list[str]:
-    """Temporary files and folders below ``folder``."""
+    """Temporary files and folders below ``folder``, and locks that nobody holds any more."""
+    names = (path.name for path in folder.rglob("*"))
     return sorted(
-        str(path.relative_to(folder))
-        for path in folder.rglob(".*")
-        if path.name.endswith((".tmp", ".old", ".part")) or ".tmp" in path.name
+        name
+        for name in names
+        if (name.startswith(".") and ".tmp" in name) or name.endswith((".old", ".lock"))
     )
