@@ -478,7 +478,12 @@ def _of_runs(stage: Stage) -> dict[str, Parser]:
     found, seen = {}, set()
     for path in sorted(stage.run.rglob("*")):
         name = path.relative_to(stage.run).as_posix()
-        if path.suffix not in (".csv", ".json") or name.startswith("report/") or path.name in seen:
+        if (
+            path.suffix not in (".csv", ".json")
+            or name.startswith("report/")
+            or "manifests/" in name
+            or path.name in seen
+        ):
             continue
         seen.add(path.name)
         if path.suffix == ".csv":

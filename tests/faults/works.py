@@ -87,7 +87,7 @@ def work(stage: Stage, name: str, folder: Path) -> Work:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        if name != "report":
+        if name not in ("report", "rank"):
             for candidate in (run / "candidates").iterdir():
                 for part in ("distilled", "recovery.csv", "heldout.csv", "pictures"):
                     path = candidate / part
