@@ -20,7 +20,7 @@ for path in sys.argv[1:]:
 endef
 export WITHOUT_STDERR
 
-.PHONY: help install demo test test-long lint format bench notebooks constraints audit
+.PHONY: help install demo test test-long lint format bench notebooks constraints audit faults
 
 help:
 	@echo "make install    .venv with prune-lab and everything to develop it"
@@ -32,6 +32,7 @@ help:
 	@echo "make bench      the benchmarks"
 	@echo "make notebooks  execute the notebooks in place"
 	@echo "make constraints  install the newest versions, test them, and pin them in constraints.txt"
+	@echo "make faults     a campaign that damages, kills and starves; N=1000 cases, KINDS=..., HOURS=..., SEED=..."
 	@echo "make audit      look up the pinned versions in the lists of known vulnerabilities"
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
@@ -56,6 +57,17 @@ test: $(INSTALLED)
 
 test-long: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m long $(PYTEST_OPTIONS)
+
+# A campaign of faults: its journal and tables lie in FAULTS_OUT, and the same command again goes on.
+N ?= 1000
+KINDS ?=
+HOURS ?=
+SEED ?=
+FAULTS_OUT ?= runs/faults
+
+faults: $(INSTALLED)
+	$(BIN)/python -m tests.faults --n $(N) --out $(FAULTS_OUT) \
+		$(addprefix --hours ,$(HOURS)) $(addprefix --seed ,$(SEED)) $(if $(KINDS),--kinds $(KINDS))
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

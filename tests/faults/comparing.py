@@ -1,0 +1,90 @@
+"""What a run holds, number by number, so that two runs can be compared."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+# Not a result: how long things took, which machine it was, what is done, who writes.
+_NOT_RESULTS = re.compile(
+    r"(^|/)(steps\.csv|environment\.json|prune_lab_files\.json|writer\.lock|(scores|report|manifests?|curves)/.*)$"
+)
+_TIMES = re.compile(
+    r"second|_ms$|latency|milliseconds|median|share|p10|p90|interval|verdict|peak|written|created|date"
+)
+
+
+def _of_json(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _of_json(inner, f"{path}.{key}")
+    elif isinstance(value, list):
+        yield path, f"{len(value)} items"
+        for number, inner in enumerate(value):
+            yield from _of_json(inner, f"{path}[{number}]")
+    else:
+        yield path, repr(value)
+
+
+def _of_table(text: str) -> Iterator[tuple[str, str]]:
+    rows = list(csv.reader(io.StringIO(text)))
+    for number, name in enumerate(rows[0] if rows else []):
+        yield name, "|".join(row[number] if number < len(row) else "" for row in rows[1:])
+
+
+def _of_file(path: Path) -> Iterator[tuple[str, str]]:
+    """Names and values of what ``path`` holds; a file that is no such file is one value."""
+    content = path.read_bytes()
+    try:
+        if path.suffix == ".csv":
+            yield from _of_table(content.decode())
+        elif path.suffix == ".json":
+            yield from _of_json(json.loads(content))
+        else:
+            yield "content", hashlib.sha256(content).hexdigest()[:16]
+    except (ValueError, RecursionError):
+        yield "content", hashlib.sha256(content).hexdigest()[:16]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every value of every result below ``folder``, by file and name, without times of any kind."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and not _NOT_RESULTS.search(name):
+            for leaf, value in _of_file(path):
+                if not _TIMES.search(leaf):
+                    found[f"{name}::{leaf}"] = value
+    return found
+
+
+def difference(
+    found: Mapping[str, str], expected: Mapping[str, str], unsteady: frozenset[str] = frozenset()
+) -> str:
+    """The first value that is not as expected, and how many more; empty where all are."""
+    wrong = [
+        f"{name} is {found.get(name, 'missing')[:60]} instead of {expected.get(name, 'nothing')[:60]}"
+        for name in sorted({*found, *expected})
+        if name not in unsteady and found.get(name) != expected.get(name)
+    ]
+    return f"{wrong[0]}" + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "") if wrong else ""
+
+
+def plain_answer(text: str, *, times: bool) -> object:
+    """What a verb printed as JSON; without ``times`` of any kind. Text that is not JSON stays text."""
+    try:
+        rows = json.loads(text)
+    except ValueError:
+        return re.sub(r"/\S+/", "", text)
+    if times or not isinstance(rows, list):
+        return rows
+    return [
+        {key: value for key, value in row.items() if not _TIMES.search(key)} if isinstance(row, dict) else row
+        for row in rows
+    ]
