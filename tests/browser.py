@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from selenium import webdriver
@@ -16,8 +18,10 @@ _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 @contextmanager
-def browser_on(page: Path, *, print_media: bool = False) -> Iterator[WebDriver]:
-    """A browser that shows ``page``, without a network; ends with the test."""
+def browser_on(
+    page: Path, *, print_media: bool = False, scheme: Literal["light", "dark"] = "light"
+) -> Iterator[WebDriver]:
+    """A browser that shows ``page`` in the colour ``scheme``, without a network; ends with the test."""
     found = next(filter(None, map(shutil.which, _BROWSERS)), None)
     driver = shutil.which("chromedriver")
     if found is None or driver is None:
@@ -27,11 +31,12 @@ def browser_on(page: Path, *, print_media: bool = False) -> Iterator[WebDriver]:
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
         options.add_argument(argument)
     options.add_argument("--window-size=1300,1400")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     browser = webdriver.Chrome(options=options, service=Service(driver))
     try:
-        if print_media:
-            browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+        media = {"media": "print"} if print_media else {}
+        wanted = [{"name": "prefers-color-scheme", "value": scheme}]
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {**media, "features": wanted})
         browser.execute_cdp_cmd("Network.enable", {})
         offline = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
         browser.execute_cdp_cmd("Network.emulateNetworkConditions", offline)
@@ -39,3 +44,12 @@ def browser_on(page: Path, *, print_media: bool = False) -> Iterator[WebDriver]:
         yield browser
     finally:
         browser.quit()
+
+
+def requests_of(browser: WebDriver) -> set[str]:
+    """The addresses that the page asked for since the last call, without those that its own policy refused."""
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    sent = [one["params"] for one in messages if one["method"] == "Network.requestWillBeSent"]
+    failed = [one["params"] for one in messages if one["method"] == "Network.loadingFailed"]
+    refused = {one["requestId"] for one in failed if one.get("blockedReason") == "csp"}
+    return {str(one["request"]["url"]) for one in sent if one["requestId"] not in refused}

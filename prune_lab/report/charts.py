@@ -39,6 +39,7 @@ _PART_TITLES = {
     "output": "Output loss in training",
     "feature": "Feature loss in training",
 }
+_LEGEND_COLUMNS = 4
 _PALE = 0.35  # opacity of the mark of a dropped candidate
 
 
@@ -137,9 +138,15 @@ def draw_costs(costs: pd.DataFrame, importance: pd.DataFrame | None, theme: Them
 # Cost against quality --------------------------------------------------------------------------------------------
 
 
+def legend_height(plans: int) -> float:
+    """Inches that a legend of so many plans takes beyond its first lines, for which every figure has room."""
+    return 0.19 * max(0, -(-plans // _LEGEND_COLUMNS) - 3)
+
+
 def draw_quality_plane(ranking: pd.DataFrame, styles: Mapping[str, PlanStyle], theme: Theme) -> Figure:
     """Held-out loss and CLIP score against multiply-adds and parameters, before (hollow) and after distillation.
 
+    Candidates without a style are dots, after distillation alone.
     Candidates that the tournament dropped are pale, at the loss of their last rung, and are not part of the front.
     """
     rows = measured(ranking)
@@ -147,13 +154,15 @@ def draw_quality_plane(ranking: pd.DataFrame, styles: Mapping[str, PlanStyle], t
     qualities = [("loss", "held-out denoising loss, lower is better")]
     if ranking[["clip_before", "clip_after"]].notna().any(axis=None):
         qualities.append(("clip", "CLIP score of the scorer, higher is better"))
-    figure = new_figure(theme, 11, 0.7 + 3.5 * len(qualities))
+    figure = new_figure(theme, 11, 0.7 + 3.5 * len(qualities) + legend_height(len(styles)))
+    others, rows = _without_style(rows, styles)
     grid = figure.subplots(len(qualities), 2, sharex="col", sharey="row", squeeze=False)
     costs = [("macs", "multiply-adds of one forward pass (whole)"), ("params", "parameters")]
     for line, (quality, quality_label) in zip(grid, qualities, strict=True):
         for axes, (cost, cost_label) in zip(line, costs, strict=True):
             style_axes(axes, theme, grid="both")
             _draw_front(axes, not_dropped(ranking), cost, quality, theme)
+            _draw_others(axes, not_dropped(others), cost, f"{quality}_after", theme)
             _draw_outcomes(axes, rows, cost, quality, styles, theme)
             if teacher is not None and pd.notna(level := teacher[f"{quality}_after"]):
                 axes.axhline(level, color=theme.muted, lw=1, ls=(0, (4, 3)))
@@ -172,12 +181,29 @@ def draw_quality_plane(ranking: pd.DataFrame, styles: Mapping[str, PlanStyle], t
     ]
     if teacher is not None:
         extra.insert(0, _legend_mark("teacher", "s", theme.text, theme.text))
+    extra += _others_mark(others, theme)
     if len(not_dropped(rows)) < len(rows):
         pale = _legend_mark("pale: dropped before the end", "o", theme.muted, theme.muted)
         pale.set_alpha(_PALE)
         extra.append(pale)
     plan_legend(figure, dict(zip(rows["plan_id"], rows["plan"], strict=True)), styles, theme, extra)
     return figure
+
+
+def _without_style(rows: pd.DataFrame, styles: Mapping[str, PlanStyle]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows of candidates without a style, and the others."""
+    known = rows["plan_id"].isin(list(styles))
+    return rows[~known], rows[known]
+
+
+def _draw_others(axes: Axes, rows: pd.DataFrame, x: str, y: str, theme: Theme) -> None:
+    if len(rows):
+        axes.scatter(rows[x], rows[y], s=9, color=theme.muted, alpha=0.5, linewidths=0, zorder=2)
+
+
+def _others_mark(rows: pd.DataFrame, theme: Theme) -> list[Line2D]:
+    """The mark of a legend for candidates that are dots; none where there are none."""
+    return [_legend_mark("dots: other candidates", ".", theme.muted, theme.muted)] if len(rows) else []
 
 
 def _draw_outcomes(
@@ -223,7 +249,7 @@ def _legend_below(figure: Figure, handles: Sequence[Line2D], theme: Theme) -> No
     figure.legend(
         handles=handles,
         loc="outside lower center",
-        ncols=min(4, len(handles)),
+        ncols=min(_LEGEND_COLUMNS, len(handles)),
         frameon=False,
         fontsize=8.5,
         labelcolor=theme.text,
@@ -242,17 +268,21 @@ def draw_prediction(ranking: pd.DataFrame, styles: Mapping[str, PlanStyle], them
     """
     rows = measured(ranking)
     rows = rows[rows["impact_one_shot"] > 0]
-    figure = new_figure(theme, 11, 3.6)
+    others, _ = _without_style(rows, styles)
+    figure = new_figure(theme, 11, 3.6 + legend_height(len(styles)))
     panels = figure.subplots(1, 2)
-    for axes, state, shown in zip(panels, ("before", "after"), (rows, not_dropped(rows)), strict=True):
+    for axes, state, known in zip(panels, ("before", "after"), (rows, not_dropped(rows)), strict=True):
         style_axes(axes, theme, title=f"{state.capitalize()} distillation", grid="both")
+        dots, shown = _without_style(known, styles)
+        _draw_others(axes, dots, "impact_one_shot", f"loss_{state}", theme)
         for row in shown.to_dict("records"):
             style, point = styles[row["plan_id"]], (row["impact_one_shot"], row[f"loss_{state}"])
             axes.scatter(*point, s=52, marker=style.marker, color=style.color)
         is_log = log_scale_if_wide(axes, "x", rows["impact_one_shot"].to_numpy(dtype=float))
         axes.set_xlabel("impact in one shot, before any training" + (" (log scale)" if is_log else ""))
     panels[0].set_ylabel("held-out denoising loss")
-    plan_legend(figure, dict(zip(rows["plan_id"], rows["plan"], strict=True)), styles, theme)
+    labels = dict(zip(rows["plan_id"], rows["plan"], strict=True))
+    plan_legend(figure, labels, styles, theme, _others_mark(others, theme))
     return figure
 
 
@@ -264,14 +294,16 @@ def draw_curves(
 ) -> Figure:
     """The held-out loss and the three training losses of every candidate, step by step."""
     parts = [part for part in _PART_TITLES if part in set(curves["part"])]
-    figure = new_figure(theme, 11, 0.6 + 2.9 * -(-len(parts) // 2))
+    figure = new_figure(theme, 11, 0.6 + 2.9 * -(-len(parts) // 2) + legend_height(len(plans)))
     grid = figure.subplots(-(-len(parts) // 2), min(2, len(parts)), squeeze=False)
     for axes in grid.flat[len(parts) :]:
         axes.set_visible(False)
-    shown = [plan for plan in plans if (curves["plan_id"] == plan.id).any()]
+    lines = dict(iter(curves.groupby(["plan_id", "part"])))
+    known = set(curves["plan_id"])
+    shown = [plan for plan in plans if plan.id in known]
     for axes, part in zip(grid.flat, parts, strict=False):
         for plan in shown:
-            line = curves[(curves["plan_id"] == plan.id) & (curves["part"] == part)].sort_values("step")
+            line = lines.get((plan.id, part), curves[:0]).sort_values("step")
             style = styles[plan.id]
             marker = style.marker if part == "validation" else None
             axes.plot(line["step"], line["value"], style.dash, color=style.color, lw=1.4, marker=marker, ms=4)

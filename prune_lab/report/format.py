@@ -102,9 +102,11 @@ def milliseconds(number: float) -> str:
     return f"{number:.3g}{NARROW}ms" if number < 1000 else f"{number:,.0f}{NARROW}ms"
 
 
-def enumeration(items: Iterable[str]) -> str:
-    """The items in one phrase: a, b and c."""
+def enumeration(items: Iterable[str], *, most: int | None = None) -> str:
+    """The items in one phrase: a, b and c; beyond ``most`` of them their number: a, b and 3 more."""
     listed = list(items)
+    if most is not None and len(listed) > most + 1:
+        listed = [*listed[:most], f"{len(listed) - most} more"]
     if len(listed) < 2:
         return listed[0] if listed else "none"
     return f"{', '.join(listed[:-1])} and {listed[-1]}"

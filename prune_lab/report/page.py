@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 import json
 import re
@@ -38,7 +40,7 @@ def write_report(run: Run) -> Path:
     tables = read_run(run)
     places = (str(run.folder), str(run.folder.absolute()), *_paths_in(tables.settings))
     # Every figure is drawn and written, and embedded in the HTML page.
-    sections = [
+    sections: list[dict[str, Any]] = [
         {
             "key": section.key,
             "title": section.title,
@@ -60,7 +62,9 @@ def write_report(run: Run) -> Path:
         if recovery.exists():
             _copy(recovery, run.report_dir / f"recovery-{plan.id}.csv", places)
     write_text(run.report_dir / "report.md", _template("page.md.jinja", autoescape=False, page=page))
-    write_text(run.report, _template("page.html.jinja", autoescape=True, page=page))
+    parts = [part for section in sections for part in section["parts"]]
+    html_page = page | _allowed(*(part for part in parts if part["kind"] == "live"))
+    write_text(run.report, _template("page.html.jinja", autoescape=True, page=html_page))
     return run.report
 
 
@@ -134,6 +138,46 @@ def _facts(tables: RunTables) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]
 
 
+# What the page may do ----------------------------------------------------------------------------------------------
+
+
+def _place_rules(live: Mapping[str, Any]) -> str:
+    """Where each cell and name of the live map stands, and its colours; a page without style attributes needs this."""
+    rules = []
+    for number, cell in enumerate(live["cells"], 1):
+        sides = ("left", "top", "width", "height")
+        words = [f"{side}:{cell[side]:.3f}%" for side in sides]
+        words += [
+            f"--{theme[0]}{letter}:{cell[theme][place]}"
+            for theme in ("light", "dark")
+            for place, letter in enumerate("ci")
+        ]
+        rules.append(f"#live-cell-{number}{{{';'.join(words)}}}")
+    for number, label in enumerate(live["labels"], 1):
+        rules.append(f"#live-stage-{number}{{left:{label['x']:.3f}%;top:{label['y']:.3f}%}}")
+    return "\n".join(rules)
+
+
+def _allowed(*live: Mapping[str, Any]) -> dict[str, Markup]:
+    """Style and script of the page, both our own, and the policy by which a browser runs these and loads nothing."""
+    style = "\n".join([_source("page.css"), *map(_place_rules, live)])
+    script = _source("live_map.js")
+    rules = {
+        "default-src": "'none'",
+        "img-src": "data:",
+        "style-src": _digest(style),
+        "script-src": _digest(script),
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+    policy = "; ".join(f"{name} {value}" for name, value in rules.items())
+    return {"style": Markup(style), "script": Markup(script), "policy": Markup(policy)}
+
+
+def _digest(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
 # Templates -------------------------------------------------------------------------------------------------------
 
 
@@ -146,7 +190,6 @@ def _template(name: str, *, autoescape: bool, page: dict[str, Any]) -> str:
         loader=FunctionLoader(_source),
     )
     environment.filters |= {"inline": _inline, "plain": _plain, "prose": _prose, "json": _json}
-    environment.globals["script"] = lambda file: Markup(_source(file))  # our own file, not a reader's words
     return environment.get_template(name).render(**page)
 
 

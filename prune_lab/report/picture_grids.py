@@ -13,14 +13,17 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
 
 from prune_lab.report.document import Chart, SectionItem, Text, not_run
 from prune_lab.report.figures import PlanStyle, Theme, new_figure, plan_styles
-from prune_lab.report.tables import RunTables
+from prune_lab.report.format import enumeration
+from prune_lab.report.tables import PlanRow, RunTables
 from prune_lab.runs import read_picture
 
 _LABEL = 2.6  # width of the prompts in pictures
 _HEAD = 0.95  # height of the column titles in pictures
+_CANDIDATES, _ROWS = 18, 16  # as many are shown: a page has an end
 _SPACE = 0.06  # between two columns of one candidate; 0.3 between two candidates
 
 
@@ -83,27 +86,68 @@ def picture_labels(prompts: pd.DataFrame) -> list[str]:
     return [f"{row.prompt} (seed {row.seed})" if several else str(row.prompt) for row in prompts.itertuples()]
 
 
+def _chosen(tables: RunTables) -> tuple[tuple[PlanRow, Mapping[str, Path]], ...]:
+    """The candidates whose pictures are shown: all of a few, else controls and the first of the ranking."""
+    pictures, ranking = tables.pictures, tables.ranking
+    if len(pictures) <= _CANDIDATES or ranking is None:
+        return pictures[:_CANDIDATES]
+    ranked = ranking.sort_values("rank", kind="stable", na_position="last")["plan_id"].tolist()
+    controls = [plan.id for plan, _ in pictures if plan.origin == "control"][: _CANDIDATES // 2]
+    drawn = {plan.id for plan, _ in pictures}
+    best = [one for one in ranked if one in drawn and one not in controls]
+    kept = {*controls, *best[: _CANDIDATES - len(controls)]}
+    return tuple(pair for pair in pictures if pair[0].id in kept)
+
+
+def _left_out(tables: RunTables, chosen: Sequence[object]) -> str:
+    """What is not shown; empty where everything is."""
+    assert tables.prompts is not None
+    words = []
+    if len(chosen) < len(tables.pictures):
+        words.append("the pictures of the controls and of the best candidates are shown")
+    if len(tables.prompts) > _ROWS:
+        words.append(f"{_ROWS} of {len(tables.prompts)} pictures of each are shown")
+    return f"{enumeration(words).capitalize()}; all lie in the folder of the run." if words else ""
+
+
+def _small(folder: Path, files: Sequence[str], side: int) -> tuple[NDArray[np.uint8], ...]:
+    """The pictures called ``files`` in ``folder``, none with a side beyond ``side`` pixels."""
+    pictures = []
+    for picture in read_pictures(folder, files):
+        image = Image.fromarray(picture)
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)  # leaves smaller ones as they are
+        pictures.append(np.asarray(image))
+    return tuple(pictures)
+
+
 def picture_parts(tables: RunTables) -> tuple[SectionItem, ...]:
-    """The section of pictures: sheets of up to six candidates, a row for each prompt and seed."""
+    """The section of pictures: sheets of up to six candidates, a row for each prompt and seed.
+
+    Of many candidates, prompts and seeds some are shown, and a note says so.
+    """
     if tables.teacher_pictures is None or tables.prompts is None:
         return (not_run("no pictures have been drawn", "rank"),)
     steps, guidance = tables.setting("evaluate", "steps"), tables.setting("evaluate", "guidance")
     how = f"; {steps} sampler steps, guidance {guidance}" if steps and guidance is not None else ""
     whose = "" if tables.setting("evaluate", "prompts") else " The prompts are captions of held-out pictures."
     intro = Text((f"The same prompts and seeds for all models{how}.{whose}",))
-    styles, files = plan_styles(tables.plans), tables.prompts["file"].tolist()
-    labels = picture_labels(tables.prompts)
-    teacher = Column("", "teacher", "", read_pictures(tables.teacher_pictures, files))
+    styles, files = plan_styles(tables.plans), tables.prompts["file"].tolist()[:_ROWS]
+    labels = picture_labels(tables.prompts)[:_ROWS]
+    chosen = _chosen(tables)
     parts: list[SectionItem] = [intro]
+    if left_out := _left_out(tables, chosen):
+        parts.append(Text((left_out,), note=True))
     # Six candidates in two states are the most columns that fit on a page with pictures that are not too small.
-    sheets = max(1, -(-len(tables.pictures) // 6))
-    per_sheet = max(1, -(-len(tables.pictures) // sheets))
+    sheets = max(1, -(-len(chosen) // 6))
+    per_sheet = max(1, -(-len(chosen) // sheets))
     for sheet in range(sheets):
-        group = tables.pictures[sheet * per_sheet : (sheet + 1) * per_sheet]
-        columns = [teacher]
+        group = chosen[sheet * per_sheet : (sheet + 1) * per_sheet]
+        # No picture is larger than it is shown, on a screen of twice the usual number of dots.
+        side = 2 * 1100 // (3 + sum(len(folders) for _, folders in group))
+        columns = [Column("", "teacher", "", _small(tables.teacher_pictures, files, side))]
         for plan, folders in group:
             for state, folder in folders.items():
-                columns.append(Column(plan.id, plan.label, state, read_pictures(folder, files)))
+                columns.append(Column(plan.id, plan.label, state, _small(folder, files, side)))
         parts.append(
             Chart(
                 f"pictures-{sheet + 1}",

@@ -14,6 +14,7 @@ from prune_lab.report.figures import plan_styles
 from prune_lab.report.live_map import live_map
 from prune_lab.report.maps import draw_block_map, draw_plan_maps
 from prune_lab.report.picture_grids import picture_parts
+from prune_lab.report.shown import shown_in_figures, shown_note
 from prune_lab.report.summary import summary
 from prune_lab.report.tables import RunTables, block_map_frame, curve_frame, measured
 from prune_lab.report.tournament import ranking_tables, tournament_parts
@@ -45,16 +46,17 @@ _PIPELINE = (
 
 def report_sections(tables: RunTables) -> tuple[Section, ...]:
     """All sections of the report on ``tables``; where a step has not been run, a note names the command."""
+    drawn = shown_in_figures(tables)
     return (
         Section("summary", "Summary", summary(tables)),
         Section("blocks", "Impact of each block", _blocks(tables)),
         Section("costs", "Cost of each block", _costs(tables)),
-        Section("try", "Try a plan", _try(tables)),
+        Section("try", "Try a plan", _try(drawn)),
         Section("reductions", "Savings of the plans", _reductions(tables)),
-        Section("candidates", "The candidates", _candidates(tables)),
-        Section("ranking", "Cost against quality", _ranking(tables)),
-        Section("distillation", "Distillation", _distillation(tables)),
-        Section("pictures", "Pictures", picture_parts(tables)),
+        Section("candidates", "The candidates", _candidates(tables, drawn)),
+        Section("ranking", "Cost against quality", _ranking(tables, drawn)),
+        Section("distillation", "Distillation", _distillation(drawn)),
+        Section("pictures", "Pictures", picture_parts(drawn)),
         Section("conditions", "Conditions and files", _conditions(tables)),
     )
 
@@ -209,10 +211,10 @@ def _footnotes(frame: pd.DataFrame, has_times: bool) -> list[SectionItem]:
     return [Text((" ".join(sentences),))] if sentences else []
 
 
-def _candidates(tables: RunTables) -> tuple[SectionItem, ...]:
+def _candidates(tables: RunTables, drawn: RunTables) -> tuple[SectionItem, ...]:
     if not tables.plans:
         return (not_run("no candidates have been chosen", "search"),)
-    styles = plan_styles(tables.plans)
+    styles = plan_styles(drawn.plans)
     rows = tuple(
         (plan.label, plan.origin, str(len(plan.removed)), " ".join(plan.removed), plan.id)
         for plan in tables.plans
@@ -222,23 +224,25 @@ def _candidates(tables: RunTables) -> tuple[SectionItem, ...]:
     if tables.blocks is None:
         return (listing,)
     frame = block_map_frame(tables.blocks, tables.importance)
+    note = shown_note(tables)
     return (
+        *((Text((note,)),) if note else ()),
         Chart(
             "plans",
             "One small map of the U-Net per candidate with the removed blocks as dashed outlines.",
             "Dashed outlines are removed blocks; the others have the colour of their impact. Controls are the plans of "
             "the paper; searched plans are the best that the solver found under the budget.",
-            lambda theme: draw_plan_maps(frame, tables.plans, styles, theme),
+            lambda theme: draw_plan_maps(frame, drawn.plans, styles, theme),
         ),
         listing,
     )
 
 
-def _ranking(tables: RunTables) -> tuple[SectionItem, ...]:
+def _ranking(tables: RunTables, drawn: RunTables) -> tuple[SectionItem, ...]:
     ranking = tables.ranking
     if ranking is None:
         return (not_run("the candidates have not been ranked", "rank"),)
-    styles = plan_styles(tables.plans)
+    styles = plan_styles(drawn.plans)
     parts: list[SectionItem] = []
     if len(measured(ranking)):
         parts.append(
@@ -255,7 +259,7 @@ def _ranking(tables: RunTables) -> tuple[SectionItem, ...]:
     if ranking[["clip_before", "clip_after"]].isna().all(axis=None) and (why := _no_scorer(tables)):
         parts.append(Text((f"There are no CLIP scores: {why}.",), note=True))
     parts += ranking_tables(ranking)
-    parts += tournament_parts(tables)
+    parts += tournament_parts(tables, drawn)
     if (measured(ranking)["impact_one_shot"] > 0).sum() > 1:
         parts.append(
             Chart(

@@ -14,6 +14,8 @@ from prune_lab.report.format import (
 )
 from prune_lab.report.tables import RunTables, dropped, not_dropped, teacher_row, unranked
 
+_NAMED = 12  # as many candidates are called by name in a sentence
+
 
 def _model_sentences(tables: RunTables) -> list[str]:
     if tables.blocks is None:
@@ -91,7 +93,7 @@ def _ranking_sentences(tables: RunTables) -> list[str]:
         tied = ordered.iloc[1:]
         tied = tied[tied["tie_group"] == best["tie_group"]]
         if len(tied):
-            others = enumeration(map(str, tied["plan"]))
+            others = enumeration(map(str, tied["plan"]), most=_NAMED)
             sentences.append(f"By held-out loss {best['plan']} is tied with {others}.")
         controls = ordered[ordered["origin"] == "control"]
         if len(controls) and controls.iloc[0]["plan"] != best["plan"]:
@@ -103,7 +105,7 @@ def _ranking_sentences(tables: RunTables) -> list[str]:
             )
     rest = unranked(tables.ranking)
     if len(rest):
-        reasons = enumeration(f"{row.plan} ({row.reason})" for row in rest.itertuples())
+        reasons = enumeration((f"{row.plan} ({row.reason})" for row in rest.itertuples()), most=_NAMED)
         sentences.append(f"Not ranked: {reasons}.")
     return sentences
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from prune_lab.ranking import Difference
 from prune_lab.report import format as fmt
-from prune_lab.report.charts import plan_legend
+from prune_lab.report.charts import legend_height, plan_legend
 from prune_lab.report.document import Chart, SectionItem, Text, table_of
 from prune_lab.report.figures import PlanStyle, Theme, log_scale_if_wide, new_figure, plan_styles, style_axes
 from prune_lab.report.tables import PlanRow, RunTables, dropped, unranked
@@ -95,16 +95,18 @@ def ranking_tables(ranking: pd.DataFrame) -> tuple[SectionItem, ...]:
     return tuple(parts)
 
 
-def tournament_parts(tables: RunTables) -> tuple[SectionItem, ...]:
-    """The figure and the table of verdicts of the tournament; empty if there was none."""
+def tournament_parts(tables: RunTables, drawn: RunTables) -> tuple[SectionItem, ...]:
+    """The figure, of the candidates in ``drawn``, and the table of all verdicts; empty without a tournament."""
     tournament = tables.tournament
     if tournament is None:
         return ()
     labels = {plan.id: plan.label for plan in tables.plans}
-    styles = plan_styles(tables.plans)
+    styles = plan_styles(drawn.plans)
     gaps = tournament[["difference", "low", "high"]].itertuples(index=False, name=None)
-    verdicts = tournament.replace({"name": labels, "against": labels}).assign(
-        gap=[fmt.UNKNOWN if fmt.is_missing(gap[0]) else str(Difference(*gap)) for gap in gaps]
+    named = {key: tournament[key].map(lambda one: labels.get(one, one)) for key in ("name", "against")}
+    verdicts = tournament.assign(
+        **named,
+        gap=[fmt.UNKNOWN if fmt.is_missing(gap[0]) else str(Difference(*gap)) for gap in gaps],
     )
     caption = "Every verdict of the tournament"
     return (
@@ -113,7 +115,7 @@ def tournament_parts(tables: RunTables) -> tuple[SectionItem, ...]:
             "Held-out loss of every candidate over the rungs of the tournament, ending where it was dropped.",
             "Vertical lines are the rungs, where the better part goes on, and candidates tied with the last of them. A "
             "cross marks where a candidate was dropped or failed; candidates named at the right reached the end.",
-            lambda theme: draw_tournament(tournament, tables.plans, styles, theme),
+            lambda theme: draw_tournament(tournament, drawn.plans, styles, theme),
         ),
         table_of(verdicts, _VERDICTS, caption, "tournament.csv", left=4, folded=True),
     )
@@ -138,8 +140,9 @@ def draw_tournament(
 
     Names in ``tournament`` are plan ids.
     """
+    tournament = tournament[tournament["name"].isin(list(styles))]
     known = tournament.dropna(subset="loss")
-    figure = new_figure(theme, 11, 4.6)
+    figure = new_figure(theme, 11, 4.6 + legend_height(len(styles)))
     axes = figure.subplots()
     style_axes(axes, theme, title="Held-out denoising loss at each rung", grid="y")
     rungs = sorted(set(tournament["steps"].astype(int)))
