@@ -273,13 +273,12 @@ RECOVERY = Records(
     RECOVERY_COLUMNS,
     {
         _COUNT: "step",
-        _NUMBER_OR_NONE: "task output feature total",
-        _ANY_NUMBER: "validation",  # of a student that failed; ``distill.load_recovery`` looks
+        _NUMBER_OR_NONE: "task output feature total validation",
         _AMOUNT: "learning_rate seconds",
     },
     key=("step",),
 )
-HELDOUT = Records(HELDOUT_COLUMNS, {_COUNT: "step row", _ANY_NUMBER: "loss"}, key=("step", "row"))
+HELDOUT = Records(HELDOUT_COLUMNS, {_COUNT: "step row", _NUMBER_OR_NONE: "loss"}, key=("step", "row"))
 PROMPTS = Records(PROMPTS_COLUMNS, {_TEXT: "file", _TEXT_OR_NONE: "prompt", _INTEGER: "seed"}, key=("file",))
 RANKING = Records(
     RANKING_COLUMNS,

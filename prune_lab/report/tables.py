@@ -46,6 +46,7 @@ class RunTables:
     blocks: pd.DataFrame | None = None
     importance: pd.DataFrame | None = None
     parts: pd.DataFrame | None = None  # impacts per timestep and kind of prompt, by the run's criterion
+    criteria: pd.DataFrame | None = None  # the impacts by all criteria
     costs: pd.DataFrame | None = None
     choices: Mapping[str, Any] | None = (
         None  # which blocks can leave together natively, and samplers with them
@@ -109,6 +110,7 @@ def read_run(run: Run) -> RunTables:
         blocks=blocks,
         importance=importance,
         parts=_leading_parts(_read_table(run.importance_parts, schemas.PARTS), importance),
+        criteria=_read_table(run.criteria, schemas.IMPORTANCE),
         costs=_read_table(run.costs, schemas.COSTS),
         choices=_read_object(run.choices, _Choices),
         latency=_read_object(run.latency, _Latency),

@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # these take a second to import
 _MOST_TABLE = 2**29  # of a table: held-out losses of long trainings are the longest
 _MOST_PIXELS = 2**26  # of a picture: 8192 x 8192
 _PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"  # which Pillow does not look for
 
 Kind = TypeVar("Kind")
 
@@ -340,6 +341,8 @@ def read_picture(path: Path) -> NDArray[np.uint8]:
     if content[:8] != _PNG or len(content) < 24:
         raise damaged(path, "no PNG picture" if content else "an empty file", made_with=path.parent)
     try:
+        if not content.endswith(_PNG_END):
+            raise ValueError("its end is missing")
         width, height = struct.unpack(">II", content[16:24])
         if width * height > _MOST_PIXELS:
             raise ValueError(f"{width:,} x {height:,} pixels are too many")
