@@ -18,21 +18,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import prune_lab as pl
 from prune_lab import schemas
 from prune_lab.blocks import Architecture
 from prune_lab.candidates import load_candidate
 from prune_lab.distill import LatentData, load_heldout, load_recovery
-from prune_lab.errors import DataError, PruneLabError
+from prune_lab.errors import DataError, PruneLabError, RunError
 from prune_lab.importance import ScoreCache
 from prune_lab.models import resolve_model
 from prune_lab.plans import read_plan
 from prune_lab.probes import load_probe
 from prune_lab.profiling import Profile
-from prune_lab.report import read_pictures, read_run
+from prune_lab.report import read_pictures, read_run, write_report
 from prune_lab.runs import Run, load_run_config, open_run, read_picture, read_records, read_typed
 from prune_lab.runtime import write_frame, write_json
 from prune_lab.schemas import Cells, Records
 from prune_lab.session import read_scores
+from prune_lab.workflow.comparing import comparison
 
 TABLES = {name: one for name, one in vars(schemas).items() if isinstance(one, Records)}
 
@@ -59,7 +61,7 @@ def cells_like(cells: Cells) -> st.SearchStrategy[Any]:
     """Values that the cells of a column may hold."""
     least = max(cells.least, -(2.0**62))
     kinds: dict[str, st.SearchStrategy[Any]] = {
-        "text": TEXTS,
+        "text": st.sampled_from(cells.words) if cells.words else TEXTS,
         "truth": st.booleans(),
         "integer": st.integers(math.ceil(least), 2**53 if cells.missing else 2**62),
         "number": st.floats(least, allow_nan=False, allow_infinity=cells.infinite),
@@ -349,3 +351,54 @@ def test_files_of_other_candidates_are_refused(damaged_run: Run, architecture: A
     shutil.copy(theirs.distilled / "recovery.json", mine.distilled / "recovery.json")
     with pytest.raises(DataError, match=f"found the verdict on plan {other}"):
         load_recovery(mine.folder)
+
+
+@pytest.mark.parametrize("part", ["", "unet", "vae", "text_encoder"])
+def test_a_model_or_a_part_of_one_is_no_run(tiny_pipeline_folder: Path, part: str) -> None:
+    folder = tiny_pipeline_folder / part
+    for read in (pl.open_run, lambda folder: open_run(folder, must_exist=True)):
+        with pytest.raises(RunError, match=r"found a model or a part of one there .*; give the folder"):
+            read(folder)
+
+
+def test_a_table_of_scores_that_is_given_is_read_before_anything_is_done(
+    finished: Run, tmp_path: Path, tiny_pipeline_folder: Path
+) -> None:
+    (tmp_path / "scores.csv").write_text(finished.importance.read_text()[:-4])
+    with pytest.raises(DataError, match=r"scores\.csv, found that its last line is cut off"):
+        pl.load(tiny_pipeline_folder).search(params="80%", importance=tmp_path / "scores.csv")
+
+
+# What a page shows -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("ranking.csv", "0.", "1."),
+        ("costs.csv", "1", "2"),
+        ("importance.csv", "0.2", "0.3"),
+        ("choices.json", "A2", "A1"),
+    ],
+)
+def test_a_digit_that_was_changed_is_not_reported(damaged_run: Run, name: str, old: str, new: str) -> None:
+    """The file is a good one still; the manifest tells that it is not what its step has written."""
+    path = damaged_run.folder / name
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(
+        DataError, match=rf"{name}, found something else than its step has written; delete it and run"
+    ):
+        write_report(damaged_run)
+    with pytest.raises(DataError, match=name):
+        _ = pl.open_run(damaged_run.folder).tables
+    if name == "ranking.csv":
+        model = load_run_config(damaged_run).model
+        with pytest.raises(DataError, match=name):
+            comparison(model, [str(damaged_run.folder)])
+
+
+def test_a_picture_of_another_run_is_not_shown(damaged_run: Run) -> None:
+    path = sorted(damaged_run.teacher_pictures.glob("*.png"))[0]
+    Image.new("RGB", (32, 32), "red").save(path)
+    with pytest.raises(DataError, match=f"{path.name}, found something else than its step has written"):
+        write_report(damaged_run)

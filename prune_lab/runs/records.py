@@ -107,7 +107,7 @@ def _wrong_cell(text: str, cells: Cells) -> str:
     if not text:
         return "" if cells.missing else "nothing"
     if cells.kind == "text":
-        return ""
+        return "" if not cells.words or text in cells.words else _shown(text)
     if cells.kind == "truth":
         return "" if text in ("True", "False") else _shown(text)
     infinite = text.lstrip("+-") == "inf"
@@ -123,7 +123,7 @@ def _wrong_cell(text: str, cells: Cells) -> str:
 
 def _wanted(cells: Cells) -> str:
     words = {
-        "text": "text",
+        "text": " or ".join(cells.words) or "text",
         "integer": "a whole number",
         "number": "a number" if cells.infinite else "a finite number",
         "truth": "True or False",
