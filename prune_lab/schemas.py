@@ -170,6 +170,7 @@ class Cells:
     missing: bool = False  # whether a cell may be empty: unknown, not measured, or it does not apply
     infinite: bool = False  # whether a number may be infinite
     least: float = -math.inf  # of integers and numbers
+    words: tuple[str, ...] = ()  # the only texts there are; none: any text
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +189,10 @@ class Records:
 
 
 _TEXT, _TEXT_OR_NONE = Cells("text"), Cells("text", missing=True)
+_ORIGIN = Cells("text", words=("teacher", "control", "search"))
+_STATUS = Cells("text", words=("teacher", "ranked", "dropped", "left out", "failed"))
+_FATE = Cells("text", words=("kept", "dropped", "failed"))
+_PROCESSES = Cells("text", words=("one process", "own processes"))
 _INTEGER = Cells("integer")
 _COUNT, _COUNT_OR_NONE = Cells("integer", least=0), Cells("integer", least=0, missing=True)
 _NUMBER, _NUMBER_OR_NONE = Cells("number"), Cells("number", missing=True)
@@ -227,7 +232,7 @@ REDUCTIONS = Records(
 )
 ROUNDS = Records(
     ROUNDS_COLUMNS,
-    {_COUNT: "timing round warmup", _TEXT: "name processes", _TIME: "milliseconds"},
+    {_COUNT: "timing round warmup", _TEXT: "name", _PROCESSES: "processes", _TIME: "milliseconds"},
     key=("timing", "round", "name"),
 )
 PIPELINE = Records(
@@ -257,7 +262,9 @@ PARTS = Records(
     {_TEXT: "group kind criterion part of", _NUMBER_OR_NONE: "impact", _COUNT: "samples"},
     rows=False,
 )
-SEARCHED = Records(SEARCHED_COLUMNS, {_TEXT: "plan_id origin name", _TEXT_OR_NONE: "budget"}, rows=False)
+SEARCHED = Records(
+    SEARCHED_COLUMNS, {_TEXT: "plan_id name", _ORIGIN: "origin", _TEXT_OR_NONE: "budget"}, rows=False
+)
 REPAIRS = Records(
     REPAIR_COLUMNS,
     {
@@ -273,19 +280,20 @@ RECOVERY = Records(
     RECOVERY_COLUMNS,
     {
         _COUNT: "step",
-        _NUMBER_OR_NONE: "task output feature total",
-        _ANY_NUMBER: "validation",  # of a student that failed; ``distill.load_recovery`` looks
+        _NUMBER_OR_NONE: "task output feature total validation",
         _AMOUNT: "learning_rate seconds",
     },
     key=("step",),
 )
-HELDOUT = Records(HELDOUT_COLUMNS, {_COUNT: "step row", _ANY_NUMBER: "loss"}, key=("step", "row"))
+HELDOUT = Records(HELDOUT_COLUMNS, {_COUNT: "step row", _NUMBER_OR_NONE: "loss"}, key=("step", "row"))
 PROMPTS = Records(PROMPTS_COLUMNS, {_TEXT: "file", _TEXT_OR_NONE: "prompt", _INTEGER: "seed"}, key=("file",))
 RANKING = Records(
     RANKING_COLUMNS,
     {
         _COUNT_OR_NONE: "rank tie_group rung",
-        _TEXT: "plan plan_id origin status",
+        _TEXT: "plan plan_id",
+        _ORIGIN: "origin",
+        _STATUS: "status",
         _COUNT: "blocks_removed params macs paper_macs steps",
         _AMOUNT_OR_NONE: "median_ms",
         _NUMBER_OR_NONE: "latency_change latency_low latency_high impact_one_shot loss_before loss_after "
@@ -299,7 +307,8 @@ TOURNAMENT = Records(
     TOURNAMENT_COLUMNS,
     {
         _COUNT: "rung steps",
-        _TEXT: "name fate",
+        _TEXT: "name",
+        _FATE: "fate",
         _NUMBER_OR_NONE: "loss clip difference low high",
         _COUNT_OR_NONE: "place",
         _TRUTH_OR_NONE: "tied",

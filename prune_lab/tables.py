@@ -191,8 +191,10 @@ class Plot:
             raise ConfigError(
                 f"asked to write a figure to {path}; give a name that ends in .png, .svg or .pdf"
             )
+        from prune_lab.report import plain_texts
+
         figure = _on_surface(self.draw, theme)
-        with atomic_write(path) as temporary:
+        with atomic_write(path) as temporary, plain_texts(figure):
             figure.savefig(temporary, format=kind, dpi=130, bbox_inches="tight")
         return path
 
@@ -211,8 +213,11 @@ def _png_uri(figure: Figure) -> str:
     """``figure`` as a data URI; 64 colours are enough for it and a third of the bytes."""
     from PIL import Image
 
+    from prune_lab.report import plain_texts
+
     drawn, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=80, bbox_inches="tight", metadata={"Software": None})
+    with plain_texts(figure):
+        figure.savefig(drawn, format="png", dpi=80, bbox_inches="tight", metadata={"Software": None})
     Image.open(drawn).convert("RGB").quantize(64).save(small, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(small.getvalue()).decode("ascii")
 

@@ -26,7 +26,7 @@ from prune_lab.errors import ConfigError, DataError, RunError
 from prune_lab.report import write_report
 from prune_lab.report.charts import draw_curves, draw_importance, draw_prediction, draw_quality_plane
 from prune_lab.report.document import Chart, Table, Text
-from prune_lab.report.figures import DARK, LIGHT, freeze_layout, impact_scale, plan_styles, svg_uri
+from prune_lab.report.figures import DARK, LIGHT, freeze_layout, impact_scale, plan_styles, save_png, svg_uri
 from prune_lab.report.format import (
     amount,
     change_with_interval,
@@ -52,6 +52,7 @@ from prune_lab.report.tables import (
 )
 from prune_lab.report.tournament import draw_tournament, space_labels
 from prune_lab.runs import Run
+from prune_lab.tables import Plot
 
 VOID = {"meta", "link", "img", "source", "br", "hr", "input"}
 
@@ -634,3 +635,30 @@ def test_times_of_the_ranking_and_of_the_controls_come_with_their_intervals(whol
     # Base removes 14 blocks of 1 ms each, of 40 ms.
     assert page.count("\u221235.0\u202f% (\u221241.0 to \u221229.0)") == 2
     assert "in turns, one process, cpu float32, 64 x 64, batch 1" in page
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "\u72d0\u72f8\u3068\u6708",
+        "costs $5 or $6",
+        r"$\frac$ {",
+        "\U0001f98a \u0e01\u0e34\u0e19",
+        "a\u0301\u200f",
+    ],
+)
+def test_a_text_of_any_alphabet_is_drawn_silently(
+    fresh: Run, prompt: str, recwarn: pytest.WarningsRecorder, capfd: pytest.CaptureFixture[str]
+) -> None:
+    frame = pd.read_csv(fresh.picture_prompts)
+    frame["prompt"] = prompt
+    frame.to_csv(fresh.picture_prompts, index=False)
+    section = next(section for section in report_sections(read_run(fresh)) if section.key == "pictures")
+    chart = next(part for part in section.parts if isinstance(part, Chart))
+    figure = chart.draw(LIGHT)
+    area = freeze_layout(figure)
+    svg_uri(figure, area)
+    save_png(figure, fresh.folder / "drawn.png", area)
+    Plot(chart.alt, lambda _: chart.draw(LIGHT)).save(fresh.folder / "shown.png")
+    assert [str(one.message) for one in recwarn] == []
+    assert capfd.readouterr().err == ""

@@ -34,10 +34,10 @@ from prune_lab.models.protection import check_apart, check_folder
 from prune_lab.plans import PruningPlan, native_layout, read_plans
 from prune_lab.processes import init_processes, is_main
 from prune_lab.report import block_map_frame, draw_block_map
-from prune_lab.runs import Run
+from prune_lab.runs import Run, read_records
 from prune_lab.runs import open_run as run_in
 from prune_lab.runtime import output_folder, pick_dtype, progress_shown, write_json
-from prune_lab.schemas import RECOVERY_SUMMARY_COLUMNS
+from prune_lab.schemas import IMPORTANCE, RECOVERY_SUMMARY_COLUMNS
 from prune_lab.surgery import get_ready_to_prove, prune_pipeline
 from prune_lab.tables import Pictures, Table
 from prune_lab.workflow import (
@@ -194,14 +194,16 @@ class Model(Workplace):
         with progress_shown():  # where notes are seen
             check_controls(wanted)  # before anything is removed or scored
             check_budgets(wanted)
+        if importance is not None:
+            if not Path(importance).is_file():
+                raise RunError(
+                    f"asked to search with {importance}, found no such file; write one with: prune-lab score"
+                )
+            read_records(Path(importance), IMPORTANCE)  # before anything is removed
         with self._opened("search", asked, redo="plans" if force else "") as session:
             if lender is not None:
                 borrow_scores(run_in(lender, must_exist=True), session)
             if importance is not None and not session.run.done(session.run.importance):
-                if not Path(importance).is_file():
-                    raise RunError(
-                        f"asked to search with {importance}, found no such file; write one with: prune-lab score"
-                    )
                 use_scores(session, Path(importance))
             return self._shown_plans(session)
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-import numpy as np
 import pandas as pd
 from torch import Tensor
 
@@ -16,6 +15,8 @@ from prune_lab.errors import RunError
 from prune_lab.runs import CandidatePaths, damaged, is_plan_id, read_records, read_typed
 from prune_lab.runtime import write_frame, write_json
 from prune_lab.schemas import HELDOUT, HELDOUT_COLUMNS, RECOVERY, RECOVERY_COLUMNS
+
+_INFINITE = [math.inf, -math.inf]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -41,9 +42,9 @@ class Recovery:
         """One row per step, columns RECOVERY_COLUMNS; step 0 is the pruned student.
 
         task, output, feature, total: losses of the batch before the step, total weighted. validation: held-out loss of
-        the averaged weights after the step, empty where it was not measured. seconds: since the start.
+        the averaged weights after the step, empty where it was not measured or not finite. seconds: since the start.
         """
-        frame = pd.DataFrame(list(self.rows), columns=list(RECOVERY_COLUMNS))
+        frame = pd.DataFrame(list(self.rows), columns=list(RECOVERY_COLUMNS)).replace(_INFINITE, math.nan)
         return frame.astype({"step": "int64"})
 
 
@@ -65,12 +66,16 @@ def write_verdict(paths: CandidatePaths, recovery: Recovery) -> None:
 
 
 def write_heldout(paths: CandidatePaths, losses: Mapping[int, Tensor]) -> None:
-    """Write heldout.csv: the loss of every held-out row, (rows,) by step. Raises StorageError."""
+    """Write heldout.csv: the loss of every held-out row, (rows,) by step, empty where it is not finite.
+
+    Raises StorageError.
+    """
     tables = [
         pd.DataFrame({"step": step, "row": range(len(rows)), "loss": rows.double().numpy()})
         for step, rows in sorted(losses.items())
     ]
-    write_frame(paths.heldout, pd.concat(tables, ignore_index=True)[list(HELDOUT_COLUMNS)])
+    frame = pd.concat(tables, ignore_index=True)[list(HELDOUT_COLUMNS)]
+    write_frame(paths.heldout, frame.replace(_INFINITE, math.nan))
 
 
 class _VerdictFile(TypedDict):
@@ -91,19 +96,12 @@ def _verdict(paths: CandidatePaths) -> _VerdictFile:
     return found
 
 
-def _check_finite(path: Path, values: pd.Series[Any], column: str, verdict: _VerdictFile | None) -> None:
-    """Raise DataError where ``values`` are not finite, unless the student is one that failed."""
-    wrong = ~np.isfinite(values.to_numpy())
-    if wrong.any() and (verdict is None or verdict["status"] != "failed"):
-        row = 1 + int(wrong.argmax())
-        raise damaged(path, f"no finite number in row {row} of {column}")
-
-
 def load_heldout(folder: Path) -> pd.DataFrame:
     """Held-out losses of the candidate in ``folder``, a row of the frame per step, a column per held-out row.
 
     Rows are the same pictures, noise and timesteps for every candidate of a run, so differences are paired. Raises
-    RunError when it was not distilled yet, DataError when the file is damaged.
+    RunError when it was not distilled yet, DataError when the file is damaged. Only of a student that failed a loss may
+    be missing (NaN).
     """
     paths = CandidatePaths(Path(folder))
     if not paths.heldout.exists():
@@ -111,9 +109,10 @@ def load_heldout(folder: Path) -> pd.DataFrame:
             f"asked for the held-out losses in {folder}, found none; distil it with prune-lab distill"
         )
     frame = read_records(paths.heldout, HELDOUT)
-    _check_finite(
-        paths.heldout, frame["loss"], "loss", _verdict(paths) if verdict_path(paths).exists() else None
-    )
+    missing = frame["loss"].isna().to_numpy()
+    failed = verdict_path(paths).exists() and _verdict(paths)["status"] == "failed"
+    if missing.any() and not failed:
+        raise damaged(paths.heldout, f"nothing in row {1 + int(missing.argmax())} of loss")
     losses = frame.pivot(index="step", columns="row", values="loss")
     if len(frame) != losses.size or set(frame["row"]) != set(range(losses.shape[1])):
         raise damaged(paths.heldout, "losses of some rows only")
@@ -129,7 +128,6 @@ def load_recovery(folder: Path) -> Recovery | None:
     if not verdict_path(paths).exists() or not paths.recovery.exists():
         return None
     fields, frame = _verdict(paths), read_records(paths.recovery, RECOVERY)
-    _check_finite(paths.recovery, frame["validation"].dropna(), "validation", fields)
     if frame["step"].tolist() != list(range(fields["steps"] + 1)):
         raise damaged(paths.recovery, f"other steps than 0 to {fields['steps']}")
     rows = frame[list(RECOVERY_COLUMNS)].astype("float64").to_numpy().tolist()

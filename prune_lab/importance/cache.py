@@ -39,7 +39,7 @@ class ScoreCache:
         self._other_inputs: dict[str, ScoreCache] = {}
         self._saved = time.monotonic()
         self._changed = False
-        if path is not None and path.is_file():
+        if path is not None and path.exists():
             self._read(path)
 
     @classmethod

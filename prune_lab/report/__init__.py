@@ -15,7 +15,7 @@ from prune_lab.report.charts import (
     draw_quality_plane,
 )
 from prune_lab.report.criteria import draw_parts, write_agreement
-from prune_lab.report.figures import DARK, LIGHT, Theme, plan_styles
+from prune_lab.report.figures import DARK, LIGHT, Theme, plain_texts, plan_styles
 from prune_lab.report.maps import draw_block_map, draw_plan_maps
 from prune_lab.report.page import write_report
 from prune_lab.report.picture_grids import Column, draw_comparison, picture_labels, read_pictures
@@ -42,6 +42,7 @@ __all__ = [
     "draw_quality_plane",
     "draw_tournament",
     "picture_labels",
+    "plain_texts",
     "plan_styles",
     "read_pictures",
     "read_run",

@@ -6,8 +6,10 @@ Figures are explicit ``Figure`` objects, without pyplot and global state, so a r
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +21,8 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.text import Text as MplText
+from matplotlib.ticker import FuncFormatter, LogFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
@@ -150,16 +153,35 @@ def log_scale_if_wide(axes: Axes, side: Literal["x", "y"], values: NDArray[np.fl
     return True
 
 
+@contextlib.contextmanager
+def plain_texts(figure: Figure) -> Iterator[None]:
+    """While it lasts ``figure`` can be drawn with texts as they are, whoever wrote them.
+
+    A dollar sign begins no formula, and of a letter that no font here has a box is drawn without a word.
+    """
+    axes = [axis for one in figure.axes for axis in (one.xaxis, one.yaxis)]
+    powers = [
+        axis for axis in axes if isinstance(axis.get_major_formatter(), LogFormatter)
+    ]  # of ten, as formulas
+    ours = {text for axis in powers for text in axis.findobj(MplText)}
+    for text in figure.findobj(MplText):
+        text.set_parse_math(text in ours)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
+
+
 def freeze_layout(figure: Figure) -> Bbox:
     """The area of ``figure`` that is drawn on, in inches; afterwards the layout no longer changes."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-    return figure.get_tightbbox().padded(0.05)
+    with plain_texts(figure):
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+        return figure.get_tightbbox().padded(0.05)
 
 
 def save_png(figure: Figure, path: Path, area: Bbox) -> None:
     """Write the ``area`` of ``figure`` to ``path`` on a white background, for the Markdown page."""
-    with atomic_write(path) as temporary:
+    with atomic_write(path) as temporary, plain_texts(figure):
         look: dict[str, Any] = {"dpi": 130, "facecolor": LIGHT.surface, "bbox_inches": area}
         figure.savefig(temporary, format="png", metadata={"Software": None}, **look)
 
@@ -167,6 +189,6 @@ def save_png(figure: Figure, path: Path, area: Bbox) -> None:
 def svg_uri(figure: Figure, area: Bbox) -> str:
     """The ``area`` of ``figure`` as a data URI; equal figures give equal bytes."""
     buffer = io.BytesIO()
-    with mpl.rc_context({"svg.hashsalt": "prune_lab", "svg.fonttype": "path"}):
+    with mpl.rc_context({"svg.hashsalt": "prune_lab", "svg.fonttype": "path"}), plain_texts(figure):
         figure.savefig(buffer, format="svg", bbox_inches=area, metadata={"Date": None, "Creator": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

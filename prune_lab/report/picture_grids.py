@@ -73,7 +73,7 @@ def draw_comparison(
             axes.imshow(picture, extent=(left, left + 1, top + 1, top), interpolation="none", aspect="auto")
     for row, label in enumerate(labels):
         middle = row * (1 + _SPACE) + 0.5
-        text = "\n".join(wrap(label.replace("$", r"\$"), 25, max_lines=4, placeholder=" ..."))
+        text = "\n".join(wrap(label, 25, max_lines=4, placeholder=" ..."))
         axes.text(
             -0.12, middle, text, fontsize=size, color=theme.text, ha="right", va="center", linespacing=1.25
         )

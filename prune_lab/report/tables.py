@@ -18,7 +18,7 @@ import pandas as pd
 from prune_lab import schemas
 from prune_lab.config import load_config
 from prune_lab.errors import DataError, RunError
-from prune_lab.runs import Run, damaged, read_plan_file, read_records, read_typed
+from prune_lab.runs import Manifests, Run, damaged, read_plan_file, read_records, read_typed
 
 MAP_COLUMNS = ("name", "stage", "kind", "lane", "row", "position", "removable", "impact", "low", "high")
 CURVE_COLUMNS = ("plan", "plan_id", "step", "part", "value")
@@ -46,6 +46,7 @@ class RunTables:
     blocks: pd.DataFrame | None = None
     importance: pd.DataFrame | None = None
     parts: pd.DataFrame | None = None  # impacts per timestep and kind of prompt, by the run's criterion
+    criteria: pd.DataFrame | None = None  # the impacts by all criteria
     costs: pd.DataFrame | None = None
     choices: Mapping[str, Any] | None = (
         None  # which blocks can leave together natively, and samplers with them
@@ -70,32 +71,136 @@ class RunTables:
         return self.settings.get(section, {}).get(key)
 
 
+# Reading ---------------------------------------------------------------------------------------------------------
+
+
+class _Saving(TypedDict):
+    name: str
+    measured_ms: float
+
+
+class _Whole(TypedDict):
+    median_ms: float
+
+
+class _Latency(TypedDict):
+    """What the report reads of latency.json."""
+
+    whole: _Whole
+    scale: float
+    savings: list[_Saving]
+
+
+class _Choices(TypedDict):
+    levels: list[list[list[str]]]
+    samplers: dict[str, list[str]]
+    complete: bool
+
+
+class _Role(TypedDict):
+    name: str
+    source: str
+    count: int | None
+    size: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """Reads files of a run that are there, as the steps left them; ``None`` for one that is not."""
+
+    manifests: Manifests
+
+    def json(self, path: Path, kind: Any) -> Any:
+        if not path.exists():
+            return None
+        found = read_typed(path, kind)
+        self.manifests.check(path)
+        return found
+
+    def table(self, path: Path, records: schemas.Records) -> pd.DataFrame | None:
+        if not path.exists():
+            return None
+        frame = read_records(path, records)
+        self.manifests.check(path)
+        return frame
+
+    def prompts(self, path: Path) -> pd.DataFrame | None:
+        frame = self.table(path, schemas.PROMPTS)
+        for name in () if frame is None else frame["file"]:
+            if Path(name).name != name:
+                raise damaged(path, f"{name!r}, which is no name of a file in the folder of pictures")
+        return frame
+
+
+def _read_settings(path: Path) -> tuple[dict[str, Any], str]:
+    if not path.exists():
+        return {}, ""
+    load_config(path)  # every setting is known, and of its kind
+    content = path.read_bytes()
+    return tomllib.loads(content.decode("utf-8-sig")), hashlib.sha256(content).hexdigest()[:12]
+
+
+def _leading_parts(parts: pd.DataFrame | None, importance: pd.DataFrame | None) -> pd.DataFrame | None:
+    """The rows of ``parts`` for single blocks, by the first criterion of ``importance``; ``None`` if there are none."""
+    if parts is None or importance is None:
+        return None
+    leading = parts[(parts["criterion"] == importance["criterion"].iloc[0]) & (parts["kind"] == "block")]
+    return leading if len(leading) else None
+
+
+def _read_plans(run: Run, ranking: pd.DataFrame | None, files: _Files) -> tuple[PlanRow, ...]:
+    """The plans of ``run`` that remove something, controls before searched ones, each group by size."""
+    named: dict[str, tuple[str, str]] = {}
+    if ranking is not None:
+        rows = ranking[ranking["origin"] != "teacher"]
+        named = {str(row.plan_id): (str(row.plan), str(row.origin)) for row in rows.itertuples()}
+    plans = []
+    for plan_id in run.plan_ids():
+        path = run.plan(plan_id)
+        value = read_plan_file(path)
+        files.manifests.check(path)
+        name = next(iter(value.get("names", [])), plan_id)
+        origin = value.get("origin") or "control"  # written by a person: a control
+        label, origin = named.pop(plan_id, (name, origin))
+        plans.append(PlanRow(plan_id, label, origin, tuple(value["removed"])))
+    if named:
+        raise DataError(
+            f"{run.ranking} ranks the plan {next(iter(named))}, found no such file in {run.plans_dir}; "
+            "delete ranking.csv and rank again"
+        )
+    kept = [plan for plan in plans if plan.removed]
+    return tuple(sorted(kept, key=lambda plan: (plan.origin != "control", len(plan.removed), plan.label)))
+
+
 def read_run(run: Run) -> RunTables:
     """The tables that ``run`` has so far.
 
-    Raises RunError when the folder holds neither a configuration nor any table, DataError when a file is damaged, and
-    ConfigError when config.toml is.
+    Raises RunError when the folder holds neither a configuration nor any table, DataError when a file is damaged or not
+    as its step left it, and ConfigError when config.toml is damaged.
     """
+    files = _Files(Manifests(run.folder))
     settings, digest = _read_settings(run.config)
-    blocks = _read_table(run.blocks, schemas.BLOCKS)
-    importance = _read_table(run.importance, schemas.IMPORTANCE)
-    reductions = _read_table(run.reductions, schemas.REDUCTIONS)
+    blocks = files.table(run.blocks, schemas.BLOCKS)
+    importance = files.table(run.importance, schemas.IMPORTANCE)
+    reductions = files.table(run.reductions, schemas.REDUCTIONS)
     if not settings and blocks is None and importance is None and reductions is None:
         raise RunError(
             f"asked for a report on {run.folder}, found none of config.toml, blocks.csv, importance.csv and "
             "reductions.csv there; make a run first, for example: prune-lab run --config FILE.toml --run DIR"
         )
-    ranking = _read_table(run.ranking, schemas.RANKING)
-    plans = _read_plans(run, ranking)
+    ranking = files.table(run.ranking, schemas.RANKING)
+    plans = _read_plans(run, ranking, files)
     recoveries: dict[str, pd.DataFrame] = {}
     pictures: list[tuple[PlanRow, Mapping[str, Path]]] = []
     for plan in plans:
         paths = run.candidate(plan.id)
-        if (recovery := _read_table(paths.recovery, schemas.RECOVERY)) is not None:
+        if (recovery := files.table(paths.recovery, schemas.RECOVERY)) is not None:
             recoveries[plan.id] = recovery
         states = {"pruned": paths.pictures_pruned, "distilled": paths.pictures_distilled}
         if drawn := {state: folder for state, folder in states.items() if folder.exists()}:
             pictures.append((plan, drawn))
+    drawn_by_all = [run.teacher_pictures, *(folder for _, states in pictures for folder in states.values())]
+    files.manifests.check(*(file for folder in drawn_by_all for file in sorted(folder.glob("*.png"))))
     named = [
         str(table["model"].iloc[0]) for table in (importance, reductions) if table is not None and len(table)
     ]
@@ -105,22 +210,23 @@ def read_run(run: Run) -> RunTables:
         model=model,
         settings=settings,
         config_digest=digest,
-        environment=_read_object(run.environment, dict[str, str | int]) or {},
+        environment=files.json(run.environment, dict[str, str | int]) or {},
         blocks=blocks,
         importance=importance,
-        parts=_leading_parts(_read_table(run.importance_parts, schemas.PARTS), importance),
-        costs=_read_table(run.costs, schemas.COSTS),
-        choices=_read_object(run.choices, _Choices),
-        latency=_read_object(run.latency, _Latency),
+        parts=_leading_parts(files.table(run.importance_parts, schemas.PARTS), importance),
+        criteria=files.table(run.criteria, schemas.IMPORTANCE),
+        costs=files.table(run.costs, schemas.COSTS),
+        choices=files.json(run.choices, _Choices),
+        latency=files.json(run.latency, _Latency),
         reductions=reductions,
-        pipeline=_read_table(run.pipeline_profile, schemas.PIPELINE),
+        pipeline=files.table(run.pipeline_profile, schemas.PIPELINE),
         ranking=ranking,
-        tournament=_read_table(run.tournament, schemas.TOURNAMENT),
-        steps=_read_table(run.steps, schemas.STEP_SECONDS),
+        tournament=files.table(run.tournament, schemas.TOURNAMENT),
+        steps=files.table(run.steps, schemas.STEP_SECONDS),
         recoveries=recoveries,
         plans=plans,
-        roles=tuple(_read_object(run.sources, list[_Role]) or ()),
-        prompts=_read_prompts(run.picture_prompts),
+        roles=tuple(files.json(run.sources, list[_Role]) or ()),
+        prompts=files.prompts(run.picture_prompts),
         teacher_pictures=run.teacher_pictures if run.teacher_pictures.exists() else None,
         pictures=tuple(pictures),
     )
@@ -182,91 +288,3 @@ def dropped(ranking: pd.DataFrame) -> pd.DataFrame:
 def unranked(ranking: pd.DataFrame) -> pd.DataFrame:
     """The rows of candidates without a rank, with the reason; the teacher is not one of them."""
     return ranking[ranking["rank"].isna() & (ranking["origin"] != "teacher")]
-
-
-# Reading ---------------------------------------------------------------------------------------------------------
-
-
-class _Saving(TypedDict):
-    name: str
-    measured_ms: float
-
-
-class _Whole(TypedDict):
-    median_ms: float
-
-
-class _Latency(TypedDict):
-    """What the report reads of latency.json."""
-
-    whole: _Whole
-    scale: float
-    savings: list[_Saving]
-
-
-class _Choices(TypedDict):
-    levels: list[list[list[str]]]
-    samplers: dict[str, list[str]]
-    complete: bool
-
-
-class _Role(TypedDict):
-    name: str
-    source: str
-    count: int | None
-    size: int | None
-
-
-def _read_settings(path: Path) -> tuple[dict[str, Any], str]:
-    if not path.exists():
-        return {}, ""
-    load_config(path)  # every setting is known, and of its kind
-    content = path.read_bytes()
-    return tomllib.loads(content.decode("utf-8-sig")), hashlib.sha256(content).hexdigest()[:12]
-
-
-def _read_object(path: Path, kind: Any) -> Any:
-    return read_typed(path, kind) if path.exists() else None
-
-
-def _read_table(path: Path, records: schemas.Records) -> pd.DataFrame | None:
-    return read_records(path, records) if path.exists() else None
-
-
-def _read_prompts(path: Path) -> pd.DataFrame | None:
-    frame = _read_table(path, schemas.PROMPTS)
-    for name in () if frame is None else frame["file"]:
-        if Path(name).name != name:
-            raise damaged(path, f"{name!r}, which is no name of a file in the folder of pictures")
-    return frame
-
-
-def _leading_parts(parts: pd.DataFrame | None, importance: pd.DataFrame | None) -> pd.DataFrame | None:
-    """The rows of ``parts`` for single blocks, by the first criterion of ``importance``; ``None`` if there are none."""
-    if parts is None or importance is None:
-        return None
-    leading = parts[(parts["criterion"] == importance["criterion"].iloc[0]) & (parts["kind"] == "block")]
-    return leading if len(leading) else None
-
-
-def _read_plans(run: Run, ranking: pd.DataFrame | None) -> tuple[PlanRow, ...]:
-    """The plans of ``run`` that remove something, controls before searched ones, each group by size."""
-    named: dict[str, tuple[str, str]] = {}
-    if ranking is not None:
-        rows = ranking[ranking["origin"] != "teacher"]
-        named = {str(row.plan_id): (str(row.plan), str(row.origin)) for row in rows.itertuples()}
-    plans = []
-    for plan_id in run.plan_ids():
-        path = run.plan(plan_id)
-        value = read_plan_file(path)
-        name = next(iter(value.get("names", [])), plan_id)
-        origin = value.get("origin") or "control"  # written by a person: a control
-        label, origin = named.pop(plan_id, (name, origin))
-        plans.append(PlanRow(plan_id, label, origin, tuple(value["removed"])))
-    if named:
-        raise DataError(
-            f"{run.ranking} ranks the plan {next(iter(named))}, found no such file in {run.plans_dir}; "
-            "delete ranking.csv and rank again"
-        )
-    kept = [plan for plan in plans if plan.removed]
-    return tuple(sorted(kept, key=lambda plan: (plan.origin != "control", len(plan.removed), plan.label)))

@@ -7,7 +7,7 @@ from prune_lab.runs.manifests import GIVEN, Manifests, Part, Verdict
 from prune_lab.runs.opening import FORMAT, load_run_config, open_run
 from prune_lab.runs.paths import CandidatePaths, PathIn, Run, is_plan_id
 from prune_lab.runs.plan_files import PlanFile, plan_id_of, read_plan_file
-from prune_lab.runs.records import damaged, read_picture, read_records, read_typed, typed
+from prune_lab.runs.records import damaged, read_picture, read_records, read_typed, run_around, typed
 
 __all__ = [
     "FORMAT",
@@ -28,6 +28,7 @@ __all__ = [
     "read_plan_file",
     "read_records",
     "read_typed",
+    "run_around",
     "typed",
     "writing",
 ]

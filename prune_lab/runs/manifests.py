@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prune_lab.errors import RunError, StorageError
+from prune_lab.runs.records import damaged
 from prune_lab.runtime import write_json
 
 FORMAT = "prune_lab manifest 1"
@@ -217,6 +218,14 @@ class Manifests:
         if found is not None:
             self._stamps[path] = found
         return found
+
+    def check(self, *paths: Path) -> None:
+        """Raise DataError for a file that a part wrote and that holds something else now; for those that only read."""
+        for path in paths:
+            known = self._stamps.get(path)
+            found = self._stamp(path, known) if known else None
+            if known and found and found.sha256 != known.sha256:
+                raise damaged(path, "something else than its step has written")
 
     def digest(self, path: Path) -> str:
         """The digest of a file, or of what is read in a folder; empty where nothing is there."""

@@ -9,6 +9,7 @@ from prune_lab.errors import RunError
 from prune_lab.runs.paths import Run
 from prune_lab.runs.records import read_typed
 
+_OF_MODELS = ("model_index.json", "config.json")
 FORMAT = 2  # of run folders, in environment.json; those of version 0.1 name none
 
 
@@ -26,6 +27,12 @@ def open_run(folder: Path | str, *, must_exist: bool) -> Run:
         raise RunError(f"asked for the run folder {str(folder)[:60]!r}: {reason}; give another name") from None
     if run.folder.exists() and not run.folder.is_dir():
         raise RunError(f"asked for the run folder {folder}, found a file there; give the path of a folder")
+    of_model = [name for name in _OF_MODELS if (run.folder / name).is_file()]
+    if must_exist and of_model and not run.config.is_file():
+        raise RunError(
+            f"asked for the run folder {folder}, found a model or a part of one there ({of_model[0]}); give the folder "
+            "that was --run of prune-lab run, in which config.toml lies"
+        )
     if must_exist and not run.config.is_file():
         found = "a folder without config.toml" if run.folder.is_dir() else "nothing"
         raise RunError(

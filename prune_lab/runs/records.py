@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # these take a second to import
 _MOST_TABLE = 2**29  # of a table: held-out losses of long trainings are the longest
 _MOST_PIXELS = 2**26  # of a picture: 8192 x 8192
 _PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"  # which Pillow does not look for
 
 Kind = TypeVar("Kind")
 
@@ -106,7 +107,7 @@ def _wrong_cell(text: str, cells: Cells) -> str:
     if not text:
         return "" if cells.missing else "nothing"
     if cells.kind == "text":
-        return ""
+        return "" if not cells.words or text in cells.words else _shown(text)
     if cells.kind == "truth":
         return "" if text in ("True", "False") else _shown(text)
     infinite = text.lstrip("+-") == "inf"
@@ -122,7 +123,7 @@ def _wrong_cell(text: str, cells: Cells) -> str:
 
 def _wanted(cells: Cells) -> str:
     words = {
-        "text": "text",
+        "text": " or ".join(cells.words) or "text",
         "integer": "a whole number",
         "number": "a number" if cells.infinite else "a finite number",
         "truth": "True or False",
@@ -340,6 +341,8 @@ def read_picture(path: Path) -> NDArray[np.uint8]:
     if content[:8] != _PNG or len(content) < 24:
         raise damaged(path, "no PNG picture" if content else "an empty file", made_with=path.parent)
     try:
+        if not content.endswith(_PNG_END):
+            raise ValueError("its end is missing")
         width, height = struct.unpack(">II", content[16:24])
         if width * height > _MOST_PIXELS:
             raise ValueError(f"{width:,} x {height:,} pixels are too many")

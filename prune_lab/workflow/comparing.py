@@ -16,7 +16,7 @@ from prune_lab.errors import PlanError
 from prune_lab.models import resolve_model
 from prune_lab.plans import PruningPlan, is_native, plan_of, read_plans
 from prune_lab.profiling import CostTable, PlanCost, cost_table
-from prune_lab.runs import CandidatePaths, Run, open_run, read_records
+from prune_lab.runs import CandidatePaths, Manifests, Run, open_run, read_records, run_around
 from prune_lab.schemas import COMPARISON_COLUMNS, RANKING
 from prune_lab.search import predicted_impact
 from prune_lab.session import Session
@@ -126,6 +126,8 @@ def _plan_row(name: str, kind: str, plan: PruningPlan, costs: CostTable) -> dict
 
 def _of_candidate(folder: Path, costs: CostTable) -> dict[str, Any]:
     candidate, recovery = load_candidate(folder, costs.architecture), load_recovery(folder)
+    if (around := run_around(folder)) is not None:
+        Manifests(around).check(candidate.paths.plan, candidate.paths.profile, candidate.paths.recovery)
     latency, change = candidate.profile.latency, candidate.profile.change
     known = {} if change is None else {name: getattr(change, name) for name in ("change", "low", "high")}
     return {
@@ -139,6 +141,7 @@ def _of_candidate(folder: Path, costs: CostTable) -> dict[str, Any]:
 
 def _of_run(run: Run, costs: CostTable) -> list[dict[str, Any]]:
     frame = read_records(run.needs(run.ranking, "rank"), RANKING)
+    Manifests(run.folder).check(run.ranking)
     rows = []
     for row in frame.to_dict("records"):
         macs, paper_macs = int(row["macs"]), int(row["paper_macs"])
