@@ -134,6 +134,7 @@ PICTURE_CHANGE_COLUMNS = ("prompt", "seed", "plan", "plan_id", "weights", "diffe
 
 STEPS_COLUMNS = ("step", "state", "does")
 DRY_RUN_COLUMNS = (*STEPS_COLUMNS, "estimate_seconds")  # of prune-lab run --dry-run
+DOCTOR_COLUMNS = ("step", "of", "state", "why")
 STEP_SECONDS_COLUMNS = ("step", "seconds")
 
 # Kinds of columns ---------------------------------------------------------------------------------------------------

@@ -77,6 +77,7 @@ DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
     "quality": ("model", "pictures", "loss", "clip", "clip_low"),
     "ranking": ("rank", "plan", "params", "macs", "loss_after", "reason", "clip_after"),
     "steps": ("step", "state", "does", "estimate_seconds"),
+    "doctor": ("step", "of", "state", "why"),
     "recipes": ("recipe", "about"),
     "seconds": ("step", "seconds"),
     "settings": ("setting", "value", "default", "read_by", "meaning"),

@@ -33,7 +33,6 @@ from prune_lab.report import (
     plan_styles,
     read_pictures,
     read_run,
-    write_report,
 )
 from prune_lab.runs import Run, read_records
 from prune_lab.tables import Pictures, Table
@@ -41,13 +40,16 @@ from prune_lab.workflow import (
     Session,
     choices_frame,
     compared_plans,
+    diagnosis,
     ensure_plans,
+    is_well,
     picture_changes,
     plan_named,
     plans_frame,
     rungs_frame,
     surprises_frame,
     wider_frame,
+    written_report,
 )
 
 Found = TypeVar("Found")
@@ -301,8 +303,24 @@ class RunResults:
         return load_student(load_candidate(folder, self.session.architecture), weights)
 
     def report(self) -> Path:
-        """The path of report/index.html, written from the tables and pictures that are there."""
-        return write_report(self.run)
+        """The path of report/index.html, written from the tables and pictures that are there.
+
+        Raises RunError where one of them is not what a step wrote.
+        """
+        return written_report(self.run)
+
+    def doctor(self) -> Table:
+        """What is missing, damaged, stale or left over, and what the next ``prune-lab run`` would do, a row each."""
+        return looked_over(self.folder)[0]
+
+
+def looked_over(folder: str | Path) -> tuple[Table, bool]:
+    """(the findings in the run in ``folder``, whether all is well and done). Raises RunError for no run folder."""
+    run = Run(Path(folder))
+    if not run.config.is_file() and not runs.Manifests(run.folder).started:
+        runs.open_run(folder, must_exist=True)  # says what is there instead
+    frame = diagnosis(run)
+    return Table("doctor", frame, f"Doctor, {run.folder}"), is_well(frame)
 
 
 def open_run(folder: str | Path) -> RunResults:

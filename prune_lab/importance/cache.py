@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from prune_lab.errors import DataError
 from prune_lab.importance.intervals import Floats, Integers
-from prune_lab.runtime import atomic_write
+from prune_lab.runtime import atomic_write, tensors_digest
 
 _FORMAT = "prune_lab scores 1"
 _SAVE_EVERY = 20.0  # seconds of work that an interruption may cost
@@ -55,7 +55,12 @@ class ScoreCache:
                     raise DataError(
                         f"asked to read the scores in {path}, found another kind of file; {remedy}"
                     )
-                self._values = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                if (file.metadata() or {}).get("digest", "") not in ("", tensors_digest(tensors)):
+                    raise DataError(
+                        f"asked to read the scores in {path}, found other numbers in it; {remedy}"
+                    )
+                self._values = {name: tensor.numpy() for name, tensor in tensors.items()}
         except (SafetensorError, OSError) as error:
             raise DataError(
                 f"asked to read the scores in {path}, found a damaged file ({error}); {remedy}"
@@ -91,5 +96,5 @@ class ScoreCache:
         tensors = {name: torch.from_numpy(value) for name, value in self._values.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.path) as temporary:
-            save_file(tensors, temporary, metadata={"format": _FORMAT})
+            save_file(tensors, temporary, metadata={"format": _FORMAT, "digest": tensors_digest(tensors)})
         self._saved, self._changed = time.monotonic(), False

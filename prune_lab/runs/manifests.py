@@ -229,6 +229,8 @@ class Manifests:
 
     def digest(self, path: Path) -> str:
         """The digest of a file, or of what is read in a folder; empty where nothing is there."""
+        if path in self._expected:
+            return self._expected[path].sha256
         coming = [file for file in self._expected if file.is_relative_to(path) or path.is_relative_to(file)]
         if any(self._expected[file] is _ANEW for file in coming):
             return _ANEW.sha256
@@ -348,7 +350,8 @@ class Manifests:
             if name in manifest.settings and manifest.settings[name] != value:
                 why = f"{name} is {value!r} and was {manifest.settings[name]!r}"
                 return Verdict("redo", why, "inputs")
-        for name, digest in self._inputs(part).items():
+        found = self._inputs(part)
+        for name, digest in (dict.fromkeys(manifest.inputs, "") | found).items():
             known = manifest.inputs.get(name, "")
             if known == digest or (name in part.inputs and not digest):
                 continue
@@ -392,6 +395,13 @@ class Manifests:
     def of_steps(self, steps: Collection[str]) -> tuple[Path, ...]:
         """The manifests of these steps."""
         return tuple(path for path, manifest in self._found.items() if manifest.step in steps)
+
+    def damaged(self, *, missing: bool = True) -> Iterator[tuple[Path, str]]:
+        """(manifest, what is wrong) of each whose outputs are not as they were written; ``missing``: or are not there."""
+        for path, manifest in sorted(self._found.items()):
+            found = self.intact(path.stem, manifest) if path != self._path_of_origins else _DONE
+            if found.state != "done" and (missing or any(one.exists() for one in found.damaged)):
+                yield path, found.why
 
     def renew(self) -> None:
         """Write the stamps of outputs that were read and found to be the same, so that they are not read again."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from prune_lab.config import RunConfig, load_config
-from prune_lab.errors import RunError
+from prune_lab.errors import ConfigError, DataError, RunError
 from prune_lab.runs.paths import Run
 from prune_lab.runs.records import read_typed
 
@@ -54,4 +55,8 @@ def load_run_config(run: Run) -> RunConfig:
 
     Raises RunError when it was not started, ConfigError when its file is damaged.
     """
-    return load_config(run.needs(run.config, "run --config FILE.toml"))
+    try:
+        return load_config(run.needs(run.config, "run --config FILE.toml"))
+    except ConfigError as error:
+        again = f"prune-lab run --config FILE.toml --run {run.folder}"
+        raise ConfigError(f"{error}; or remove {run.config} and give the settings again: {again}") from None

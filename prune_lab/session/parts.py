@@ -243,7 +243,7 @@ def ranking_part(bench: Bench, plans: Iterable[PruningPlan]) -> Part:
         paths = run.candidate(plan.id)
         verdict = paths.distilled / "recovery.json"
         reads += [paths.profile, verdict, paths.heldout, paths.pictures_pruned, paths.pictures_distilled]
-        names[f"plan {plan.id}"] = " | ".join((plan.origin, *plan.names))
+        names[f"plan {plan.id}"] = f"{plan.origin}: {', '.join(plan.names)}"
     return _part(bench, "ranking", "ranking", run.ranking, reads=tuple(reads), inputs=names | _scorer(bench))
 
 

@@ -32,7 +32,7 @@ from prune_lab.runtime import note, pick_device, pick_dtype
 from prune_lab.session.drawing import PromptParts, prompt_parts
 from prune_lab.session.origins import check_teacher
 from prune_lab.session.own import OwnData
-from prune_lab.session.parts import data_part, lacking, record, validation_part
+from prune_lab.session.parts import binding_settings, data_part, lacking, record, validation_part
 from prune_lab.session.prompts import Pictures, shipped_rows
 
 SHOWN_PROMPTS = 8  # prompts to draw when evaluate.prompts names none
@@ -73,8 +73,18 @@ class Session:
 
     @cached_property
     def config(self) -> RunConfig:
-        """The settings that the run was started with."""
-        return load_run_config(self.run)
+        """The settings that the run was started with.
+
+        Raises RunError where finished steps were made with others: somebody edited config.toml.
+        """
+        config = load_run_config(self.run)
+        changed = () if self.trusting else self.manifests.other_settings(binding_settings(config))
+        if changed:
+            raise RunError(
+                f"{self.run.config} was changed: finished steps were made with other values of {', '.join(changed)}; "
+                f"set them back, or redo these steps: prune-lab run --run {self.run.folder} --force"
+            )
+        return config
 
     @cached_property
     def source(self) -> ModelSource:

@@ -13,6 +13,7 @@ from prune_lab.session import Session
 from prune_lab.workflow.comparing import block_maps, compared_plans, comparison
 from prune_lab.workflow.criteria import compared_criteria
 from prune_lab.workflow.distilling import ensure_distilled, recovery_frame, save_students, student_folders
+from prune_lab.workflow.doctoring import diagnosis, is_well
 from prune_lab.workflow.estimating import RunEstimate, estimate, macs_per_second
 from prune_lab.workflow.exploring import (
     choices_frame,
@@ -23,7 +24,7 @@ from prune_lab.workflow.exploring import (
 )
 from prune_lab.workflow.measuring import ensure_scores, scores_frame
 from prune_lab.workflow.pipeline import run_all, steps_frame
-from prune_lab.workflow.ranking import ensure_ranking, quality, quality_frame
+from prune_lab.workflow.ranking import ensure_ranking, quality, quality_frame, written_report
 from prune_lab.workflow.searching import ensure_plans, goes_by, plan_named, plans_frame
 from prune_lab.workflow.sizing import settings_for
 from prune_lab.workflow.starting import borrow_scores, forget, start_run, use_scores
@@ -41,6 +42,7 @@ __all__ = [
     "compared_criteria",
     "compared_plans",
     "comparison",
+    "diagnosis",
     "ensure_candidates",
     "ensure_distilled",
     "ensure_plans",
@@ -50,6 +52,7 @@ __all__ = [
     "estimate",
     "forget",
     "goes_by",
+    "is_well",
     "macs_per_second",
     "picture_changes",
     "plan_named",
@@ -68,4 +71,5 @@ __all__ = [
     "surprises_frame",
     "use_scores",
     "wider_frame",
+    "written_report",
 ]

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 
 import pandas as pd
 
-from prune_lab.config import RunConfig, changed_settings
-from prune_lab.errors import ConfigError
+from prune_lab.config import RunConfig
+from prune_lab.errors import ConfigError, DataError, StorageError
 from prune_lab.evaluation import check_steps
 from prune_lab.models import resolve_model
 from prune_lab.models.protection import check_run_folder
 from prune_lab.ranking import Ranking
-from prune_lab.runs import load_run_config, open_run, read_records, writing
+from prune_lab.runs import Manifests, open_run, read_records, writing
 from prune_lab.runtime import track, write_frame
 from prune_lab.schemas import STEP_SECONDS, STEP_SECONDS_COLUMNS, STEPS_COLUMNS
 from prune_lab.session import Session, tell_roles
 from prune_lab.workflow.measuring import controls, criteria_of, score_groups_of, service_of
 from prune_lab.workflow.ranking import ensure_ranking
-from prune_lab.workflow.starting import forget, start_run
+from prune_lab.workflow.starting import changed_in, forget, start_run
 from prune_lab.workflow.states import state_of, states
 from prune_lab.workflow.steps import STEPS
 from prune_lab.workflow.targets import check_budgets, check_controls
@@ -63,7 +64,7 @@ def run_all(config: RunConfig, folder: Path, *, force: bool = False) -> Ranking:
 
 def _run_all(config: RunConfig, folder: Path, *, force: bool) -> Ranking:
     run = open_run(folder, must_exist=False)
-    redo_all = force and run.config.is_file() and not changed_settings(load_run_config(run), config)
+    redo_all = force and run.done(run.config) and not changed_in(run, config, Manifests(run.folder))
     run = start_run(config, folder, force=force)
     if redo_all:
         forget(run, STEPS[0].name)
@@ -71,9 +72,9 @@ def _run_all(config: RunConfig, folder: Path, *, force: bool) -> Ranking:
     check_settings(session)
     tell_roles(session)
     known: dict[str, float] = {}
-    if run.steps.is_file():
-        frame = read_records(run.steps, STEP_SECONDS)
-        known = dict(zip(frame["step"], frame["seconds"], strict=True))
+    with contextlib.suppress(DataError):  # nothing follows from these times
+        frame = read_records(run.steps, STEP_SECONDS) if run.steps.is_file() else pd.DataFrame()
+        known = dict(zip(frame["step"], frame["seconds"], strict=True)) if len(frame) else {}
     seconds: dict[str, float] = {}
     for step in track(STEPS, "step", name=lambda step: step.name):
         finished = state_of(session, step).done
@@ -82,6 +83,8 @@ def _run_all(config: RunConfig, folder: Path, *, force: bool) -> Ranking:
         took = time.perf_counter() - start
         seconds[step.name] = known.get(step.name, took) if finished else took
         write_frame(run.steps, pd.DataFrame(seconds.items(), columns=list(STEP_SECONDS_COLUMNS)))
+    with contextlib.suppress(StorageError):  # without it files of another time are only read once more
+        session.manifests.renew()
     return ensure_ranking(session)
 
 

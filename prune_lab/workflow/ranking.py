@@ -13,6 +13,7 @@ from prune_lab.blocks import BlockGroup
 from prune_lab.candidates import load_candidate
 from prune_lab.distill import load_heldout, load_recovery
 from prune_lab.engines import PictureJob, clip_of, draw_prompts, engine_of, picture_frame
+from prune_lab.errors import RunError
 from prune_lab.evaluation import heldout_loss, read_pictures, save_pictures
 from prune_lab.plans import PruningPlan
 from prune_lab.profiling import TEACHER
@@ -25,7 +26,7 @@ from prune_lab.ranking import (
     tournament_from_frame,
 )
 from prune_lab.report import write_report
-from prune_lab.runs import read_records
+from prune_lab.runs import Manifests, Run, read_records
 from prune_lab.runtime import write_frame
 from prune_lab.schemas import PICTURES_COLUMNS, RANKING, TOURNAMENT
 from prune_lab.session import Session, ensure_probe, tell_roles, training_and_validation
@@ -182,13 +183,27 @@ def ensure_ranking(session: Session) -> Ranking:
     return ranking
 
 
+def written_report(run: Run) -> Path:
+    """report/index.html, written from the tables and pictures that are there.
+
+    Raises RunError where one of them is not what a step wrote.
+    """
+    manifests = Manifests(run.folder)
+    for manifest, why in manifests.damaged(missing=False):
+        if manifest.stem != "report":
+            raise RunError(
+                f"asked to report on {run.folder}, found that {why} since it was made; make it again with: "
+                f"prune-lab run --run {run.folder} (prune-lab doctor {run.folder} lists all that is damaged)"
+            )
+    path = write_report(run)
+    manifests.record(report_part(run))
+    return path
+
+
 def ensure_report(session: Session) -> Path:
     """report/index.html from the tables and pictures that are there; written anew when one of them was changed."""
     run, part = session.run, report_part(session.run)
-    if lacking(session, part):
-        write_report(run)
-        record(session, part)
-    return run.report
+    return written_report(run) if lacking(session, part) else run.report
 
 
 # Models outside of a run -------------------------------------------------------------------------------------

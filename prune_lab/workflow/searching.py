@@ -124,12 +124,18 @@ def _reads_first(session: Session) -> None:
     costs_of(session)
 
 
+def plan_in(session: Session, path: Path) -> PruningPlan:
+    """The plan in a file of the run. Raises DataError where it is another plan, PlanError for another model."""
+    plan = read_plan(path, session.architecture)
+    return plan.named(*plan.names, origin=plan.origin or "control")
+
+
 def ensure_plans(session: Session) -> tuple[PruningPlan, ...]:
     """The plans that become candidates, controls first; writes plans/<id>.json and plans/searched.csv.
 
     A plan found under several budgets, or found by the search and a control too, is one plan with several names. Plans
     that were put into the folder by hand follow at the end, as controls. Raises BudgetError for a budget that no plan
-    meets, PlanError for a file of another plan than its name says.
+    meets, DataError for a file of another plan than its name says.
     """
     run = session.run
     part = plans_part(session)
@@ -140,8 +146,7 @@ def ensure_plans(session: Session) -> tuple[PruningPlan, ...]:
     order = dict.fromkeys(searched(run)["plan_id"])
     by_hand = [plan_id for plan_id in run.plan_ids() if plan_id not in order]
     files = [run.plan(plan_id) for plan_id in [*order, *by_hand]]
-    plans = (read_plan(path, session.architecture) for path in files)
-    return tuple(plan.named(*plan.names, origin=plan.origin or "control") for plan in plans)
+    return tuple(plan_in(session, path) for path in files)
 
 
 def relative_costs(cost: PlanCost, whole: PlanCost) -> dict[str, float]:

@@ -8,11 +8,11 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from prune_lab.config import SETTINGS, RunConfig, changed_settings, to_toml
-from prune_lab.errors import RunError, StorageError
+from prune_lab.errors import PruneLabError, RunError, StorageError
 from prune_lab.models import configured_model, model_digest
 from prune_lab.profiling import latency_key
 from prune_lab.runs import FORMAT, GIVEN, Manifests, Part, Run, load_run_config, open_run
-from prune_lab.runtime import Environment, note, write_json, write_text
+from prune_lab.runtime import Environment, note, read_json, write_json, write_text
 from prune_lab.runtime.holders import is_temporary
 from prune_lab.session import Session, origin_of
 from prune_lab.session.origins import TEACHER, check_teacher, teacher_digest
@@ -77,9 +77,9 @@ def _record(run: Run, config: RunConfig) -> None:
     write_text(run.config, to_toml(config))
 
 
-def _changed(run: Run, config: RunConfig, manifests: Manifests) -> tuple[str, ...]:
+def changed_in(run: Run, config: RunConfig, manifests: Manifests) -> tuple[str, ...]:
     """The settings in which ``config`` differs from config.toml, or from what finished steps were made with."""
-    known = changed_settings(load_run_config(run), config) if run.config.is_file() else ()
+    known = changed_settings(load_run_config(run), config) if run.done(run.config) else ()
     # config.toml may have been edited, or be gone
     made = manifests.other_settings(binding_settings(config))
     return tuple(dict.fromkeys((*known, *made)))
@@ -91,6 +91,13 @@ def _tell_versions(manifests: Manifests) -> None:
         note(f"{manifests.root} was made with {words}; what is done stays")
 
 
+def _readable(path: Path) -> bool:
+    try:
+        return bool(read_json(path)) if path.suffix == ".json" else path.stat().st_size > 0
+    except (OSError, PruneLabError):
+        return False
+
+
 def start_run(config: RunConfig, folder: Path, *, force: bool = False) -> Run:
     """The run in ``folder`` with these settings; writes config.toml and environment.json when it is new, or lacks them.
 
@@ -100,7 +107,7 @@ def start_run(config: RunConfig, folder: Path, *, force: bool = False) -> Run:
     """
     run = open_run(folder, must_exist=False)
     manifests = Manifests(run.folder)
-    if not run.config.is_file() and not manifests.started:
+    if not run.done(run.config) and not manifests.started:
         found = run.folder.iterdir() if run.folder.is_dir() else ()
         if any(path != run.lock and not is_temporary(path.name) for path in found):
             raise RunError(
@@ -108,8 +115,8 @@ def start_run(config: RunConfig, folder: Path, *, force: bool = False) -> Run:
             )
         _record(run, config)
         return run
-    changed = _changed(run, config, manifests)
-    if "model" not in changed or not run.config.is_file():
+    changed = changed_in(run, config, manifests)
+    if "model" not in changed:
         try:
             check_teacher(run, manifests, configured_model(config))
         except RunError:
@@ -119,14 +126,14 @@ def start_run(config: RunConfig, folder: Path, *, force: bool = False) -> Run:
             _record(run, config)
             return run
     if touched := affecting(changed):
-        name = first_affected(touched, load_run_config(run) if run.config.is_file() else config)
+        name = first_affected(touched, load_run_config(run) if run.done(run.config) else config)
         if not force and any(run.done(path) for step in steps_from(name) for path in step.products(run)):
             raise RunError(
                 f"run {folder} was made with other settings of {', '.join(touched)}; give another --run folder, "
                 f"the old settings, or --force to redo it from the step {name!r}"
             )
         forget(run, name)
-    lost = [path.name for path in (run.config, run.environment) if not run.done(path)]
+    lost = [path.name for path in (run.config, run.environment) if not _readable(path)]
     if lost:
         note(f"{' and '.join(lost)} of {folder} written anew")
     if changed or lost:

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from prune_lab.errors import PruneLabError
-from prune_lab.plans import PruningPlan, read_plan
+from prune_lab.plans import PruningPlan
 from prune_lab.runs import Part, Verdict
 from prune_lab.session import Session
-from prune_lab.workflow.searching import left_out
+from prune_lab.workflow.searching import left_out, plan_in
 from prune_lab.workflow.steps import STEPS, Step
 
 
@@ -50,7 +50,7 @@ def planned(session: Session) -> tuple[PruningPlan, ...]:
     found = []
     for plan_id in session.run.plan_ids():
         with contextlib.suppress(PruneLabError):
-            found.append(read_plan(session.run.plan(plan_id), session.architecture))
+            found.append(plan_in(session, session.run.plan(plan_id)))
     return tuple(plan for plan in found if not left_out(session, plan))
 
 

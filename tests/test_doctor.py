@@ -1,0 +1,96 @@
+"""``prune-lab doctor``: it names what is missing, damaged, stale or left over in a run, and changes nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import prune_lab as pl
+from prune_lab.cli import app
+from prune_lab.runs import Run
+
+
+@pytest.fixture
+def copied(finished: Run, tmp_path: Path) -> Run:
+    return Run(Path(shutil.copytree(finished.folder, tmp_path / "run")))
+
+
+def examined(run: Run, exit_code: int = 1) -> list[dict[str, Any]]:
+    """The rows of ``doctor RUN --json`` that are not well; the run stays as it was."""
+    before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
+    found = CliRunner().invoke(app, ["doctor", str(run.folder), "--json"])
+    assert found.exit_code == exit_code, found.output
+    assert {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")} == before
+    rows: list[dict[str, Any]] = json.loads(found.stdout)
+    return [row for row in rows if row["state"] not in ("done", "not asked for")]
+
+
+def test_a_finished_run_is_well(finished: Run) -> None:
+    assert examined(finished, 0) == []
+    assert set(pl.open_run(finished.folder).doctor().frame()["state"]) == {"done", "not asked for"}
+
+
+def test_what_is_wrong_is_named_with_its_step(copied: Run) -> None:
+    plan_id = copied.plan_ids()[0]
+    paths = copied.candidate(plan_id)
+    copied.costs.write_text(copied.costs.read_text() + "\n")
+    (paths.unet / "config.json").unlink()
+    paths.heldout.write_bytes(b"\0")
+    (copied.folder / ".costs.csv.x.tmp").write_text("half")
+    (copied.candidates_dir / ("0" * 12)).mkdir()
+    rows = examined(copied)
+    assert {(row["step"], row["state"], row["why"]) for row in rows} == {
+        ("costs", "redo", "costs.csv was changed"),
+        ("candidates", "redo", f"candidates/{plan_id}/unet/config.json is missing"),
+        ("distilled", "redo", f"candidates/{plan_id}/heldout.csv was changed"),
+        ("report", "redo", "costs.csv was changed"),
+        ("files", "left over", "of a writer that was stopped"),
+        ("files", "left over", "no plan of this run has that id; remove the folder if nobody needs it"),
+    } - {("report", "redo", "costs.csv was changed")}
+    labels = {row["of"] for row in rows if row["step"] == "distilled"}
+    assert labels == {label for label in labels if label}
+
+
+def test_half_of_a_training_is_no_damage(copied: Run) -> None:
+    from prune_lab.workflow import forget
+
+    plan_id = copied.plan_ids()[0]
+    forget(copied, "distilled", plan_ids=[plan_id])
+    paths = copied.candidate(plan_id)
+    paths.distilled.mkdir()
+    paths.checkpoint.write_bytes(b"half")
+    found = [row for row in examined(copied) if row["step"] == "distilled"]
+    assert [(row["state"], row["why"]) for row in found] == [("to do", "goes on from its checkpoint")]
+
+
+@pytest.mark.parametrize("content", [None, "", "[distill\n", "[distill]\nstep = 3\n"])
+def test_settings_that_cannot_be_read_are_refused_with_the_cure(copied: Run, content: str | None) -> None:
+    if content is None:
+        copied.config.unlink()
+    else:
+        copied.config.write_text(content)
+    copied.ranking.unlink()
+    rows = examined(copied)
+    (settings,) = [row for row in rows if row["step"] == "settings"]
+    assert settings["state"] == "refused"
+    assert f"run --config FILE.toml --run {copied.folder}" in settings["why"]
+    assert ("ranking", "ranking.csv is missing") in {(row["step"], row["why"]) for row in rows}
+
+
+def test_an_edited_setting_is_named(copied: Run) -> None:
+    copied.config.write_text(copied.config.read_text().replace("bootstrap = 20", "bootstrap = 21"))
+    copied.environment.write_text("{")
+    rows = examined(copied)
+    assert {row["of"] for row in rows if row["step"] == "settings"} == {"score.bootstrap", "environment.json"}
+    assert {"scores", "ranking"} <= {row["step"] for row in rows}
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "none"):
+        found = CliRunner().invoke(app, ["doctor", str(folder)])
+        assert (found.exit_code, found.stderr.count("\n")) == (2, 1)
