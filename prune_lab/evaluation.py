@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from prune_lab import __version__
+from prune_lab.config import EvaluateConfig
 from prune_lab.errors import ConfigError, DataError, UnsupportedModelError
 from prune_lab.families import REFINER_TIME_IDS
 from prune_lab.models import ScorerInputs
@@ -118,14 +119,18 @@ def _text_to_image(pipeline: Any) -> Any:
     return own
 
 
-def check_steps(pipeline: Any, steps: int, setting: str = "steps") -> None:
-    """Raise ConfigError when the scheduler of ``pipeline`` has fewer timesteps than ``steps``: it would draw noise."""
-    most = pipeline.scheduler.config.get("num_train_timesteps")
-    if most and steps > most:
+def check_step_count(timesteps: object, steps: int, setting: str = "steps") -> None:
+    """Raise ConfigError when a scheduler of so many ``timesteps`` has fewer than ``steps``: it would draw noise."""
+    if isinstance(timesteps, int) and timesteps and steps > timesteps:
         raise ConfigError(
-            f"asked for {setting} = {steps:,}, found a scheduler of {most:,} timesteps, which has no more steps to "
-            f"draw in; give at most {most:,}, 25 are usual"
+            f"asked for {setting} = {steps:,}, found a scheduler of {timesteps:,} timesteps, which has no more steps "
+            f"to draw in; give at most {timesteps:,}, 25 are usual"
         )
+
+
+def check_steps(pipeline: Any, steps: int, setting: str = "steps") -> None:
+    """The same for the scheduler of ``pipeline``."""
+    check_step_count(pipeline.scheduler.config.get("num_train_timesteps"), steps, setting)
 
 
 def generate(
@@ -145,12 +150,13 @@ def generate(
     Each image starts from the noise of its seed, drawn on the CPU, so it is the same for teacher and students and does
     not depend on batch or device. ``unet`` is used instead of the pipeline's own, which is put back. ``guidance`` is
     the scale of classifier-free guidance; 1 turns it off. Raises DataError when there is nothing to generate, or when
-    the images are not finite, ConfigError for more steps than the scheduler has.
+    the images are not finite, ConfigError for more steps than the scheduler has, or a number out of range.
     """
     if not prompts or not seeds:
         raise DataError(
             f"asked to generate images of {len(prompts)} prompts with {len(seeds)} seeds; give at least one of each"
         )
+    EvaluateConfig(steps=steps, guidance=guidance, seeds=tuple(seeds))  # raises for what is out of range
     check_steps(pipeline, steps)
     note_cut(pipeline, prompts, "prompts")
     pairs = [(prompt, seed) for prompt in cut_texts(prompts) for seed in seeds]

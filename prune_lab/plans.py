@@ -17,7 +17,7 @@ from prune_lab.blocks import Architecture, block_groups
 from prune_lab.errors import NonNativePlanError, PlanError, PruneLabError, UnremovableBlockError
 from prune_lab.families import Layout
 from prune_lab.runs import plan_id_of, read_plan_file
-from prune_lab.runtime import read_json
+from prune_lab.runtime import path_text, printable, read_json, read_text
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -96,13 +96,8 @@ def _members(name: str, architecture: Architecture) -> set[str]:
     return {architecture.block(name).name}
 
 
-def parse_plan(text: str, architecture: Architecture) -> PruningPlan:
-    """The plan that ``text`` describes, for example ``bk-small``, ``bk-base -Md`` or ``-Dn1.R2 -Dn1.A2``.
-
-    Items are names of plans that the model's family knows, ``-`` and ``+`` with a block, a pair (``Dn1.R2+A2``) or a
-    stage (all of it that can be removed); they apply from left to right. ``teacher`` or nothing at all is the empty
-    plan. Raises PlanError, UnknownBlockError or UnremovableBlockError.
-    """
+def _parsed(text: str, architecture: Architecture, members: dict[str, set[str]]) -> PruningPlan:
+    """``parse_plan`` that keeps in ``members`` what the names it met stand for: a file may hold many plans."""
     known = architecture.family.plans
     removed: set[str] = set()
     items = text.split()
@@ -110,14 +105,30 @@ def parse_plan(text: str, architecture: Architecture) -> PruningPlan:
         if item == "teacher":
             continue
         if item in known:
-            removed |= known[item](architecture.outline)
+            if item not in members:
+                members[item] = set(known[item](architecture.outline))
+            removed = removed | members[item]
         elif item[0] in "-+" and len(item) > 1:
-            names = _members(item[1:], architecture)
-            removed = removed | names if item[0] == "-" else removed - names
+            name = item[1:]
+            if name not in members:
+                members[name] = _members(name, architecture)
+            removed = removed | members[name] if item[0] == "-" else removed - members[name]
         else:
             named = f"a preset ({', '.join(known)}) or " if known else ""
-            raise PlanError(f"cannot read {item!r} in the plan {text!r}; use {named}-BLOCK and +BLOCK")
+            raise PlanError(
+                f"cannot read {printable(item)!r} in the plan {printable(text)!r}; use {named}-BLOCK and +BLOCK"
+            )
     return plan_of(architecture, removed, items[0] if len(items) == 1 and items[0] in known else "")
+
+
+def parse_plan(text: str, architecture: Architecture) -> PruningPlan:
+    """The plan that ``text`` describes, for example ``bk-small``, ``bk-base -Md`` or ``-Dn1.R2 -Dn1.A2``.
+
+    Items are names of plans that the model's family knows, ``-`` and ``+`` with a block, a pair (``Dn1.R2+A2``) or a
+    stage (all of it that can be removed); they apply from left to right. ``teacher`` or nothing at all is the empty
+    plan. Raises PlanError, UnknownBlockError or UnremovableBlockError.
+    """
+    return _parsed(text, architecture, {})
 
 
 def plan_from_json(value: object, architecture: Architecture) -> PruningPlan:
@@ -163,10 +174,11 @@ def read_plans(text: str, architecture: Architecture) -> tuple[PruningPlan, ...]
         )
     if path.suffix == ".txt":
         try:
-            lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-        except OSError as error:
-            raise PlanError(f"asked to read plans from {path}: {error.strerror}; check the path") from None
-        return tuple(parse_plan(line, architecture) for line in lines if line)
+            lines = [line.split("#")[0].strip() for line in read_text(path).splitlines()]
+        except PruneLabError as error:
+            raise PlanError(f"asked for the plans in {path_text(path)}: {error}") from None
+        members: dict[str, set[str]] = {}
+        return tuple(_parsed(line, architecture, members) for line in lines if line)
     return (parse_plan(text, architecture),)
 
 

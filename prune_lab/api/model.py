@@ -25,6 +25,7 @@ from prune_lab.blocks import UNKNOWN_LATENT, blocks_frame
 from prune_lab.config import (
     RunConfig,
     SearchConfig,
+    check_numbers,
     with_settings,
 )
 from prune_lab.errors import PlanError, RunError
@@ -121,10 +122,11 @@ class Model(Workplace):
         ``latency`` times a forward pass of ``batch`` samples in milliseconds, the plans in turns with the model in each
         of ``rounds`` (None: where there are weights). ``resolution`` is in pixels of the picture's sides, ``tokens`` in
         words of text (None: the model's own). Raises PlanError for a plan that cannot be read, or when two of the three
-        tables are asked for.
+        tables are asked for, ConfigError for a number out of range.
         """
         if (blocks or pipeline) and (plans or blocks == pipeline):
             raise PlanError("blocks, pipeline and plans each give a table of their own; ask for one of them")
+        check_numbers(steps=steps, batch=batch, resolution=resolution, tokens=tokens, rounds=rounds)
         with progress_shown():
             return profile_table(
                 self.source,
@@ -345,8 +347,9 @@ class Model(Workplace):
         """``count`` pictures of each of ``prompts``, as a grid: a row per prompt, a column per seed from ``seed`` on.
 
         ``guidance`` is the scale of classifier-free guidance, 1 for none. Raises UnsupportedModelError for a U-Net
-        alone, DataError without a prompt.
+        alone, DataError without a prompt, ConfigError for a number out of range.
         """
+        check_numbers(seed=seed, count=count, steps=steps, guidance=guidance)
         with progress_shown():
             return drawn_table(
                 self.source,

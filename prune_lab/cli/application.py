@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import signal
 import threading
 import time
@@ -16,9 +17,12 @@ from prune_lab import __version__
 from prune_lab.cli.options import instead_of
 from prune_lab.errors import PruneLabError, RunError
 from prune_lab.processes import end_processes, is_main, num_processes
+from prune_lab.runtime import printable
 
 MISTAKE = 2  # exit code of a user's mistake, the same as typer's for a wrong option
 LAUNCHED = ("data", "distill")  # verbs that many processes share; any other would be done as often
+# What the system says of a path that a person gave; of a disk that is full or broken it says other things.
+_OF_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
 INTERRUPTED = 128 + signal.SIGINT  # as shells report it
 _PATIENCE = 3.0  # seconds in which a signal that comes again does not disturb the way out
 
@@ -47,8 +51,37 @@ def _ended_by_sigterm() -> Iterator[list[float]]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _mistake_of(error: Exception, verb: str) -> str:
+    """What is said of an ``error`` that a user's mistake in calling ``verb`` led to; empty for a bug of ours.
+
+    The classes of errors in a command line have no public names.
+    """
+    option = getattr(error, "option_name", "")
+    if option and (instead := instead_of(verb, option)):
+        return f"prune-lab {verb} has no option {option}; write {instead}"
+    if isinstance(error, OSError) and error.errno in _OF_NAMES:
+        return (
+            f"asked for {printable(str(error.filename))}: {error.strerror}; check its name and who may use it"
+        )
+    said = getattr(error, "format_message", None)
+    command = f"prune-lab {verb}" if verb else "prune-lab"
+    return f"{str(said()).rstrip('.')}; {command} --help lists what there is" if said else ""
+
+
 class Verbs(TyperGroup):
     """The group of verbs; turns a user's mistake into one line on stderr, and leaves bugs their traceback."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The same as of any group, with mistakes before the verb in one line."""
+        if not args:
+            return super().parse_args(ctx, args)  # shows the help
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if not (mistake := _mistake_of(error, "")):
+                raise
+        typer.echo(f"error: {' '.join(mistake.split())}", err=True)
+        raise typer.Exit(MISTAKE)
 
     def invoke(self, ctx: Any) -> Any:  # typer's Context is a vendored click class without a public name
         try:
@@ -68,12 +101,9 @@ class Verbs(TyperGroup):
                 )
             raise typer.Exit(128 + signal.SIGTERM if ended else INTERRUPTED) from None
         except Exception as error:
-            # Of an unknown option; the class of that error has no public name either.
-            option, verb = getattr(error, "option_name", ""), ctx.invoked_subcommand
-            instead = instead_of(verb, option) if option else ""
-            if not instead:
+            mistake = _mistake_of(error, ctx.invoked_subcommand or "")
+            if not mistake:
                 raise
-            mistake = f"prune-lab {verb} has no option {option}; write {instead}"
         typer.echo(f"error: {' '.join(mistake.split())}", err=True)
         raise typer.Exit(MISTAKE)
 

@@ -17,11 +17,9 @@ def generate(
     model: options.ModelArgument,
     prompt: Annotated[list[str], typer.Option("--prompt", help="What to draw; may be repeated.")],
     out: Annotated[Path, typer.Option("--out", help="PNG to write; several pictures become one grid.")],
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the first picture of each prompt.", min=0)] = 0,
-    count: Annotated[
-        int, typer.Option("--count", help="Pictures per prompt, seeds seed, seed+1, ...", min=1)
-    ] = 1,
-    steps: Annotated[int, typer.Option("--steps", help="Denoising steps.", min=1)] = 25,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the first picture of each prompt.")] = 0,
+    count: Annotated[int, typer.Option("--count", help="Pictures per prompt, seeds seed, seed+1, ...")] = 1,
+    steps: Annotated[int, typer.Option("--steps", help="Denoising steps.")] = 25,
     guidance: Annotated[float, typer.Option("--guidance", help="Classifier-free guidance scale.")] = 7.5,
     revision: options.RevisionOption = "",
     subfolder: options.SubfolderOption = "",
@@ -31,12 +29,14 @@ def generate(
     force: options.ForceOption = False,
 ) -> None:
     """Draw pictures with MODEL; one row per prompt, one column per seed."""
+    from prune_lab.config import check_numbers
     from prune_lab.evaluation import generate as draw
     from prune_lab.evaluation import save_grid
     from prune_lab.models import load_pipeline
     from prune_lab.models.protection import check_apart, check_file
     from prune_lab.runtime import pick_device, pick_dtype, progress_shown
 
+    check_numbers(seed=seed, count=count, steps=steps, guidance=guidance)
     check_file(out, {"the model": (model,)}, "pictures", force=force)
     source = model_of(model, options.found_by(revision, subfolder, variant)).source
     out = check_apart(out, {"the model": source.places})

@@ -16,8 +16,8 @@ from prune_lab.cli.output import show
 def profile(
     model: options.ModelArgument,
     plan: options.PlanOption = [],  # noqa: B006 - typer makes a new list for every call
-    steps: Annotated[int, typer.Option(help="Denoising steps of --pipeline.", min=1)] = 25,
-    batch: Annotated[int, typer.Option(help="Pictures per call.", min=1)] = 1,
+    steps: Annotated[int, typer.Option(help="Denoising steps of --pipeline.")] = 25,
+    batch: Annotated[int, typer.Option(help="Pictures per call.")] = 1,
     revision: options.RevisionOption = "",
     subfolder: options.SubfolderOption = "",
     variant: options.VariantOption = "",
@@ -30,15 +30,13 @@ def profile(
     ] = None,
     rounds: Annotated[
         int,
-        typer.Option(
-            "--rounds", "--runs", help="Rounds, each of which times everything once, in turns.", min=2
-        ),
+        typer.Option("--rounds", "--runs", help="Rounds, each of which times everything once, in turns."),
     ] = 20,
     resolution: Annotated[
-        int | None, typer.Option(help="Pixels of the picture's sides; default: the model's own.", min=1)
+        int | None, typer.Option(help="Pixels of the picture's sides; default: the model's own.")
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(help="Words of text; default: what the text encoder takes, or 77.", min=1)
+        int | None, typer.Option(help="Words of text; default: what the text encoder takes, or 77.")
     ] = None,
     by_block: Annotated[
         bool, typer.Option("--blocks", help="One row per block instead of one per plan.")

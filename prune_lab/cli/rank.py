@@ -18,7 +18,7 @@ from prune_lab.runs import open_run
 def rank(
     model: Annotated[str, typer.Argument(metavar="RUN", help="Run folder.")] = "",
     budget_steps: Annotated[
-        int | None, typer.Option(help="Steps that the survivors get; the rest is dropped on the way.", min=1)
+        int | None, typer.Option(help="Steps that the survivors get; the rest is dropped on the way.")
     ] = None,
     eta: Annotated[int | None, options.for_setting("rank.eta")] = None,
     engine: Annotated[str | None, options.for_setting("engine.kind", "--engine")] = None,

@@ -106,7 +106,7 @@ def _estimated(settings: RunConfig, *, only_shown: bool) -> tuple[list[str], Run
     from prune_lab.models import configured_model
     from prune_lab.runtime import free_bytes, pick_device, pick_dtype
     from prune_lab.session import origin_of
-    from prune_lab.workflow import check_budgets, estimate, macs_per_second
+    from prune_lab.workflow import check_budgets, check_drawing, estimate, macs_per_second
 
     check_budgets(settings)
     source, dtype = configured_model(settings), pick_dtype(settings.dtype)
@@ -118,6 +118,7 @@ def _estimated(settings: RunConfig, *, only_shown: bool) -> tuple[list[str], Run
             raise
         speed, free = None, sys.maxsize  # a recipe may be looked at where its card is not
     origin = origin_of(settings, source)
+    check_drawing(settings, source, origin)
     found = estimate(settings, source.architecture, origin, dtype=dtype, speed=speed, free=free)
     values = setting_values(settings)
     lines = [f"{name} = {toml_literal(values[name])}" for name in changed_settings(RunConfig(), settings)]

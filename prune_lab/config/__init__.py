@@ -7,6 +7,7 @@ of ``RunConfig`` itself.
 
 from __future__ import annotations
 
+from prune_lab.config.numbers import NUMBERS, check_numbers
 from prune_lab.config.recipes import recipe_about, recipe_names, recipe_path
 from prune_lab.config.settings import (
     AUTO,
@@ -43,6 +44,7 @@ __all__ = [
     "AUTO",
     "BUDGET_CONTROLS",
     "NO_SCORER",
+    "NUMBERS",
     "PLAN_FILES",
     "SETTINGS",
     "SHIPPED",
@@ -59,6 +61,7 @@ __all__ = [
     "ScoreConfig",
     "SearchConfig",
     "changed_settings",
+    "check_numbers",
     "load_config",
     "parse_assignment",
     "recipe_about",

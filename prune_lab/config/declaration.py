@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 from prune_lab.errors import ConfigError
 
 MOST = 2**63 - 1  # of a whole number: torch takes no larger seed
+MOST_NUMBER = 1e9  # of a number with a fraction: larger ones leave float32, or mean nothing
+_MOST_SHOWN = 200  # characters of a value in a message
 Value = TypeVar("Value")
 
 # The values that a setting may have, where they are names. The tables of functions behind them have the same keys; a
@@ -41,16 +43,18 @@ def setting(
     meaning: str,
     *,
     least: int = 0,
+    most: int = MOST,
     read_by: str = "",
     free: bool = False,
     resumes: bool = False,
 ) -> Value:
     """A field of a table of settings, with its documentation as data (see ``Setting``).
 
-    ``least`` is the smallest whole number allowed; numbers with a fraction are finite and not below zero.
+    ``least`` and ``most`` are the smallest and the largest whole number allowed; numbers with a fraction are finite,
+    not below zero and not above ``MOST_NUMBER``.
     """
     known = {"meaning": meaning, "read_by": read_by, "free": free, "resumes": resumes or free}
-    return dataclasses.field(default=default, metadata=known | {"least": least})
+    return dataclasses.field(default=default, metadata=known | {"least": least, "most": most})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,7 +86,7 @@ def declared(config: type[Any]) -> Mapping[str, Setting]:
                 dotted, read_by = f"{field.name}.{name}", own.read_by or known["read_by"]
                 found[dotted] = dataclasses.replace(own, name=dotted, read_by=read_by)
         else:
-            del known["least"]
+            del known["least"], known["most"]
             found[field.name] = Setting(field.name, hint, field.default, **known)
     return found
 
@@ -93,7 +97,9 @@ def declared(config: type[Any]) -> Mapping[str, Setting]:
 def require(met: bool, name: str, value: object, rule: str) -> None:
     """Raise ConfigError, which says what the setting ``name`` was and by which ``rule`` it fails, unless ``met``."""
     if not met:
-        raise ConfigError(f"setting {name} = {value!r} cannot be used; it must be {rule}")
+        shown = repr(value)
+        shown = shown if len(shown) <= _MOST_SHOWN else f"{shown[:_MOST_SHOWN]}..."
+        raise ConfigError(f"setting {name} = {shown} cannot be used; it must be {rule}")
 
 
 def require_ranges(settings: Any, prefix: str = "") -> None:
@@ -103,9 +109,10 @@ def require_ranges(settings: Any, prefix: str = "") -> None:
         if name in CHOICES:
             require(value in CHOICES[name], name, value, f"one of {', '.join(CHOICES[name])}")
         elif type(value) is int:
-            least, most = field.metadata["least"], MOST
+            least, most = field.metadata["least"], field.metadata["most"]
             require(value >= least, name, value, f"a whole number of at least {least}")
-            require(value <= most, name, value, f"a whole number of at most {most:,}, what 64 bits hold")
+            held = ", what 64 bits hold" if most == MOST else ""
+            require(value <= most, name, value, f"a whole number of at most {most:,}{held}")
         elif isinstance(value, float):
-            usable = math.isfinite(value) and value >= 0
-            require(usable, name, value, "a finite number, zero or more")
+            require(math.isfinite(value) and value >= 0, name, value, "a finite number, zero or more")
+            require(value <= MOST_NUMBER, name, value, f"a number of at most {MOST_NUMBER:g}")

@@ -22,6 +22,7 @@ PLAN_FILES = (".txt", ".json")  # groups may also be plans from such a file
 BUDGET_CONTROLS = ("uniform", "random-median", "lowest-one-shot", "similarity")  # found for a budget
 SHIPPED = "shipped"  # data.source of the pictures that come with the package
 NO_SCORER = "none"
+MANY = 10**6  # of what is drawn, tried or measured one by one: more is a slip of the hand
 AUTO = "auto"  # what a setting is called whose value follows from the model
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
@@ -30,14 +31,18 @@ _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 class ProbeConfig:
     """The fixed inputs on which blocks are scored and candidates compared."""
 
-    samples: int = setting(64, "rows, of one held-out picture each where there are as many", least=2)
+    samples: int = setting(
+        64, "rows, of one held-out picture each where there are as many", least=2, most=MANY
+    )
     timesteps: int = setting(8, "points they are spread over, evenly along the noise schedule", least=1)
     seed: int = setting(0, "seed of the pictures, their noise and their timesteps")
     prompts: str = setting(
         "", "file of prompts (.txt, .csv, .parquet), whose pictures the model draws; empty: held-out pictures"
     )
-    drawn: int = setting(16, "pictures that the model draws for it where it has no others", least=1)
-    steps: int = setting(10, "denoising steps of these pictures", least=1)
+    drawn: int = setting(
+        16, "pictures that the model draws for it where it has no others", least=1, most=MANY
+    )
+    steps: int = setting(10, "denoising steps of these pictures", least=1, most=MANY)
 
     def __post_init__(self) -> None:
         require_ranges(self, "probe.")
@@ -53,9 +58,9 @@ class ScoreConfig:
         ("block", "pair", "stage"),
         f"what is removed at a time: {', '.join(GROUP_KINDS)}, or plans from files ({', '.join(PLAN_FILES)})",
     )
-    batch: int = setting(0, "probe samples per forward pass; 0: as many as fit into memory")
+    batch: int = setting(0, "probe samples per forward pass; 0: as many as fit into memory", most=MANY)
     guidance: float = setting(1.0, "guidance scale of the predictions that output criteria compare; 1: none")
-    bootstrap: int = setting(1000, "resamples behind each interval", least=1)
+    bootstrap: int = setting(1000, "resamples behind each interval", least=1, most=MANY)
     race: float = setting(
         0.0,
         "share of the naive loop's cost, such as 0.15, for a race by output criteria: groups whose place is settled "
@@ -84,7 +89,7 @@ class SearchConfig:
         "parameters of the family's named plans (bk-base, bk-small, bk-tiny), or shares of a model without them",
     )
     solver: str = setting("exact", f"how plans are found: {in_words(CHOICES['search.solver'])}")
-    count: int = setting(1, "plans per budget", least=1)
+    count: int = setting(1, "plans per budget", least=1, most=MANY)
     diverse: int = setting(1, "blocks in which any two plans of a budget differ at least", least=1)
     native_only: bool = setting(
         True, "only plans that a plain diffusers config describes, which alone can be built"
@@ -94,8 +99,8 @@ class SearchConfig:
     quotas: tuple[str, ...] = setting((), '"Dn1<=2": at most two blocks of Dn1 go; "Dn1=2": exactly two')
     longest_run: int = setting(0, "most blocks in a row that go together; 0: no rule")
     least_resnets: int = setting(0, "residual blocks that stay in every stage; 0: no rule")
-    samples: int = setting(96, "plans that are measured to learn interactions", least=20)
-    trials: int = setting(400, "plans that the evolution tries", least=40)
+    samples: int = setting(96, "plans that are measured to learn interactions", least=20, most=MANY)
+    trials: int = setting(400, "plans that the evolution tries", least=40, most=MANY)
     controls: tuple[str, ...] = setting(
         (AUTO,),
         "plans to compare with; auto: the family's named plans that are defined for the model; "
@@ -146,6 +151,7 @@ class DataConfig:
     variants: int = setting(
         0,
         "encodings of each picture, the first cropped in the middle; 0: 4 for random crops, 2 for flips, else 1",
+        most=MANY,
     )
     seed: int = setting(
         0, "seed of limit, crops, the rows that are held out, and what the model draws", read_by="probe"
@@ -156,17 +162,24 @@ class DataConfig:
         "number format of the cache: float32, what the encoders gave, or float16, half the disk, rounded to 3 digits",
     )
     shard: int = setting(
-        1024, "pictures per file of the cache, and what is lost when a build is stopped", least=1
+        1024,
+        "pictures per file of the cache, and what is lost when a build is stopped",
+        least=1,
+        most=MANY,
     )
-    batch: int = setting(16, "pictures per pass of the encoders, or of the model that draws", least=1)
+    batch: int = setting(
+        16, "pictures per pass of the encoders, or of the model that draws", least=1, most=MANY
+    )
     prompts: str = setting(
         "default",
         "what the model draws where data.source names no pictures: default, the list that ships, or a file of prompts",
     )
-    count: int = setting(1000, "pictures that the model draws", least=1)
-    steps: int = setting(25, "denoising steps of a picture that the model draws", least=1)
+    count: int = setting(1000, "pictures that the model draws", least=1, most=10**9)
+    steps: int = setting(25, "denoising steps of a picture that the model draws", least=1, most=MANY)
     guidance: float = setting(7.5, "guidance scale of a picture that the model draws")
-    resolution: int = setting(0, "pixels per side of a picture that the model draws; 0: those of the model")
+    resolution: int = setting(
+        0, "pixels per side of a picture that the model draws; 0: those of the model", most=65_536
+    )
 
     def __post_init__(self) -> None:
         require_ranges(self, "data.")
@@ -301,7 +314,9 @@ class EngineConfig:
         "folder or fsspec URL that all machines of the cluster see; empty: they all see the run folder",
         free=True,
     )
-    cpus: int = setting(1, "cores, and threads, of each candidate on a Ray cluster", least=1, free=True)
+    cpus: int = setting(
+        1, "cores, and threads, of each candidate on a Ray cluster", least=1, free=True, most=MANY
+    )
 
     def __post_init__(self) -> None:
         require_ranges(self, "engine.")
@@ -313,7 +328,7 @@ class EvaluateConfig:
 
     prompts: tuple[str, ...] = setting((), "what is drawn; empty: captions of the held-out split")
     seeds: tuple[int, ...] = setting((0,), "one picture per prompt and seed")
-    steps: int = setting(25, "denoising steps of a picture", least=1, read_by="shares")
+    steps: int = setting(25, "denoising steps of a picture", least=1, read_by="shares", most=MANY)
     guidance: float = setting(7.5, "guidance scale of a picture", read_by="shares")
     scorer: str = setting(
         "",
@@ -332,9 +347,9 @@ class EvaluateConfig:
 class ProfileConfig:
     """How latency is measured."""
 
-    batch: int = setting(1, "pictures per call", least=1)
-    runs: int = setting(20, "rounds in which everything that is compared is timed once", least=2)
-    warmup: int = setting(3, "calls before them that are not recorded")
+    batch: int = setting(1, "pictures per call", least=1, most=MANY)
+    runs: int = setting(20, "rounds in which everything that is compared is timed once", least=2, most=MANY)
+    warmup: int = setting(3, "calls before them that are not recorded", most=MANY)
     anew: bool = setting(False, "measure the latency table anew, also where one is kept", free=True)
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import itertools
 import json
+import re
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -15,7 +16,8 @@ from typing import Any
 
 from prune_lab.config.declaration import require
 from prune_lab.config.settings import SETTINGS, RunConfig
-from prune_lab.errors import ConfigError
+from prune_lab.errors import ConfigError, PruneLabError
+from prune_lab.runtime import path_text, printable, read_text
 
 # Names -----------------------------------------------------------------------------------------------------------
 
@@ -60,6 +62,22 @@ def changed_settings(old: RunConfig, new: RunConfig) -> tuple[str, ...]:
 
 # Reading ---------------------------------------------------------------------------------------------------------
 
+MOST_TOML = 2**20  # bytes of settings, most of them prompts
+_MOST_DOTS = 100  # of a line outside of its texts: tomllib takes minutes for a name of some thousand parts
+_QUOTED = re.compile(r""""[^"\n]*"|'[^'\n]*'|#[^\n]*""")
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """The TOML ``text`` as Python values. Raises ValueError, which says why not."""
+    if text.count(".") > _MOST_DOTS and any(
+        line.count(".") > _MOST_DOTS for line in _QUOTED.sub("", text).split("\n")
+    ):
+        raise ValueError(f"a line has more than {_MOST_DOTS} dots outside of its texts")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("its brackets are nested too deep") from None
+
 
 _KIND_NAMES = {str: "text in quotes", int: "whole number", float: "number", bool: "true or false"}
 
@@ -92,10 +110,10 @@ def config_from_toml(text: str) -> RunConfig:
     Raises ConfigError, as ``load_config`` does.
     """
     try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        table = _parsed(text)
+    except ValueError as error:  # also of a number with thousands of digits
         raise ConfigError(
-            f"this is not TOML: {error}; write lines such as steps = 500 under [distill]"
+            f"this is not TOML: {printable(str(error))}; write lines such as steps = 500 under [distill]"
         ) from None
     config: RunConfig = _read(RunConfig, table, "")
     return config
@@ -106,18 +124,14 @@ def load_config(path: Path | str) -> RunConfig:
 
     Raises ConfigError when the file is missing or not TOML, or when a setting is unknown or out of range.
     """
-    path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ConfigError(
-            f"asked for the settings in {path}: {reason}; give the path of a TOML file"
-        ) from None
+        text = read_text(path, most=MOST_TOML)
+    except PruneLabError as error:
+        raise ConfigError(f"asked for the settings in {path_text(path)}: {error}") from None
     try:
         return config_from_toml(text)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{path_text(path)}: {error}") from None
 
 
 # One setting at a time --------------------------------------------------------------------------------------------
@@ -138,8 +152,9 @@ def parse_assignment(text: str) -> tuple[str, object]:
         raise unknown_setting(name)
     hint = SETTINGS[name].hint
     try:
-        value: object = tomllib.loads(f"value = {written}")["value"]
-    except tomllib.TOMLDecodeError:
+        found = _parsed(f"value = {written}") if len(written) <= MOST_TOML else {}
+        (value,) = found.values()  # there are several where it goes on behind the value
+    except ValueError:
         usable = typing.get_origin(hint) is not tuple or not written.startswith("[")
         require(usable, name, written, 'a list in TOML, such as ["one", "two"]')
         value = written

@@ -62,6 +62,15 @@ class ModelSource:
         return CLIP_TOKENS
 
     @property
+    def timesteps(self) -> int | None:
+        """Timesteps of the pipeline's scheduler, the most steps that it draws in; None where it is not said."""
+        if self.folder is None or not self.is_pipeline:
+            return None
+        path = self.folder / "scheduler" / "scheduler_config.json"
+        found = json_object(path).get("num_train_timesteps") if path.is_file() else None
+        return found if isinstance(found, int) else None
+
+    @property
     def architecture(self) -> Architecture:
         """The inventory of the U-Net, its MACs counted for texts of ``tokens``; needs no weights."""
         return architecture_of(self.config, tokens=self.tokens)

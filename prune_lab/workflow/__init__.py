@@ -29,7 +29,7 @@ from prune_lab.workflow.searching import ensure_plans, goes_by, plan_named, plan
 from prune_lab.workflow.sizing import settings_for
 from prune_lab.workflow.starting import borrow_scores, forget, start_run, use_scores
 from prune_lab.workflow.students import ensure_candidates, ensure_repaired
-from prune_lab.workflow.targets import check_budgets, check_controls
+from prune_lab.workflow.targets import check_budgets, check_controls, check_drawing
 
 __all__ = [
     "RunEstimate",
@@ -38,6 +38,7 @@ __all__ = [
     "borrow_scores",
     "check_budgets",
     "check_controls",
+    "check_drawing",
     "choices_frame",
     "compared_criteria",
     "compared_plans",

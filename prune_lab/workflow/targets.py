@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from prune_lab.blocks import Architecture
 from prune_lab.config import AUTO, BUDGET_CONTROLS, RunConfig, SearchConfig
 from prune_lab.errors import BudgetError
-from prune_lab.models import configured_model
+from prune_lab.evaluation import check_step_count
+from prune_lab.models import ModelSource, configured_model
 from prune_lab.plans import PruningPlan, read_plans
 from prune_lab.profiling import Service, cost_table, read_service
 from prune_lab.runtime import note
@@ -137,3 +138,15 @@ def check_budgets(config: RunConfig) -> None:
         counted = [one for one in split_budgets(text) if not re.match(r"\s*(latency|memory)", one)]
         budgets = [parse_budget(one, architecture, costs) for one in counted]
         check_reachable(architecture, costs, budgets, constraints=constraints)
+
+
+def check_drawing(config: RunConfig, source: ModelSource, origin: str) -> None:
+    """Raise ConfigError for more denoising steps than the scheduler of ``source`` has; ``origin`` is that of the data.
+
+    Loads nothing, so that a plan of a run can be checked.
+    """
+    drawing = {"evaluate.steps": config.evaluate.steps}
+    if origin == "drawn":
+        drawing |= {"data.steps": config.data.steps, "probe.steps": config.probe.steps}
+    for name, steps in drawing.items():
+        check_step_count(source.timesteps, steps, name)
