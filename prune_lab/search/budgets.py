@@ -13,6 +13,7 @@ from prune_lab.blocks import Architecture
 from prune_lab.errors import BudgetError, PruneLabError
 from prune_lab.plans import PruningPlan, parse_plan
 from prune_lab.profiling import COUNTED, METRICS, CostTable, Metric, PlanCost, split_service
+from prune_lab.runtime import note_once, printable
 
 _NAMES: Mapping[str, Metric] = {metric: metric for metric in METRICS} | {"latency": "latency_ms"}
 _THOUSANDS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -79,6 +80,9 @@ _NUMBER = re.compile(
 )
 
 
+_MOST_DIGITS = 40  # a thousand quettabytes take 34
+
+
 @dataclass(frozen=True, slots=True)
 class _Words:
     """A budget as it is written, before any cost is known: one of share, amount and plan is its limit."""
@@ -119,16 +123,30 @@ def _read(text: str, architecture: Architecture) -> _Words:
             f"write {(100 * amount).normalize():f}% or {value}x"
         )
     if number and number[2] in ("%", "x"):
-        return _Words(metric, words, share=amount / (100 if number[2] == "%" else 1))
+        share = amount / (100 if number[2] == "%" else 1)
+        if share > 1 or "," in number[1]:
+            raise BudgetError(
+                f"cannot use the budget {printable(text)!r}: a share is a number without commas and at most the whole, "
+                "100% or 1x"
+            )
+        return _Words(metric, words, share=share)
+    if number and len(number[1]) > _MOST_DIGITS:
+        raise BudgetError(
+            f"cannot use the budget {printable(text, 60)!r}: write at most {_MOST_DIGITS} digits, and k, M, G or T"
+        )
     if number and number[2] in units:
+        if metric == "latency_ms" and not number[2]:
+            note_once(
+                f"the budget {text} means {value} ms; write {value}% for a share of the model's own latency"
+            )
         return _Words(metric, words, amount=amount * units[number[2]])
     try:
         return _Words(metric, words, plan=parse_plan(value, architecture))
     except PruneLabError as error:
         known = ", ".join(filter(None, units))
         raise BudgetError(
-            f"cannot read {value!r} in the budget {text!r} as a share or a number (with {known} or nothing after "
-            f"it), and as a plan: {error}"
+            f"cannot read {printable(value)!r} in the budget {printable(text)!r} as a share or a number (with {known} "
+            f"or nothing after it), and as a plan: {error}"
         ) from None
 
 
