@@ -137,7 +137,10 @@ def test_seeds_of_any_size_work_or_are_refused(seed: int) -> None:
 
 def options_of(verb: str) -> dict[str, Any]:
     """The options of ``verb`` that take a number, by their names in Python, with the type of each."""
-    callback = next(one.callback for one in app.registered_commands if one.callback.__name__ == verb)  # type: ignore[union-attr]
+    found: dict[str, Any] = {
+        one.name or one.callback.__name__: one.callback for one in app.registered_commands if one.callback
+    }
+    callback = found[verb]
     hints = typing.get_type_hints(callback)
     return {
         name: hint
@@ -249,15 +252,17 @@ def test_any_budget_means_its_number_or_is_refused(
     except PruneLabError as error:
         assert len(str(error)) < 2000  # noqa: PT017
         return
-    number = Decimal(digits.strip().replace(",", "").replace("_", ""))
+    written = f"{digits}{unit}".strip()
+    plain = written.rstrip("%xkKMGT ")
+    number, unit = Decimal(plain.replace(",", "").replace("_", "")), written.removeprefix(plain).strip()
     (budget,) = budgets
-    if unit.strip() in ("%", "x"):
-        share = number / 100 if unit.strip() == "%" else number
+    if unit in ("%", "x"):
+        share = number / 100 if unit == "%" else number
         assert share <= 1
+        assert "," not in plain
         assert budget.limit == math.floor(share * costs.total.params)
-        assert "," not in digits
     else:
-        assert budget.limit == math.floor(number * UNITS[unit.strip()])
+        assert budget.limit == math.floor(number * UNITS[unit])
 
 
 @pytest.mark.parametrize("text", ["params<=1,2,3%", "params<=123%", "macs<=1.01x", "params<=1,000%"])

@@ -137,7 +137,7 @@ def _read(text: str, architecture: Architecture) -> _Words:
     if number and number[2] in units:
         if metric == "latency_ms" and not number[2]:
             note_once(
-                f"the budget {text} means {value} ms; write {value}% for a share of the model's own latency"
+                f"the budget {text} means {value} ms; a share of the model's own latency is 70% or 0.7x"
             )
         return _Words(metric, words, amount=amount * units[number[2]])
     try:
