@@ -45,7 +45,7 @@ from prune_lab.workflow.measuring import (
     ensure_shares,
 )
 from prune_lab.workflow.ranking import ensure_pictures, ensure_ranking, ensure_report
-from prune_lab.workflow.searching import ensure_plans
+from prune_lab.workflow.searching import ensure_plans, plans_there
 from prune_lab.workflow.students import ensure_candidates, ensure_repaired
 
 Paths = Callable[[Run], tuple[Path, ...]]
@@ -60,7 +60,7 @@ class Step:
     does: str
     ensure: Callable[[Session], object]
     products: Paths  # files and folders that it writes
-    parts: Parts  # what of it is done, and redone, by itself
+    parts: Parts  # what of it is done, and redone, by itself; of the plans that can be built
 
 
 def _of_candidates(*parts: str) -> Paths:
@@ -215,7 +215,7 @@ STEPS: tuple[Step, ...] = (
         "orders the candidates by quality at their cost",
         ensure_ranking,
         _files("ranking"),
-        lambda session, plans: (ranking_part(session, plans),),
+        lambda session, _plans: (ranking_part(session, plans_there(session)),),  # and who cannot be built
     ),
     Step(
         "report",
