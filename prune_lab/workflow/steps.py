@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from prune_lab.distill import load_recovery
 from prune_lab.engines import needs_scores
+from prune_lab.errors import DataError
 from prune_lab.plans import PruningPlan
 from prune_lab.runs import Part, Run
 from prune_lab.session import Session, ensure_data, ensure_probe
@@ -118,8 +120,9 @@ def _picture_parts(session: Session, plans: Sequence[PruningPlan]) -> Iterable[P
     yield from (prompts_part(session), teacher_pictures_part(session))
     for plan in plans:
         yield pictures_part(session, plan, "pruned")
-        paths = session.run.candidate(plan.id)
-        recovery = load_recovery(paths.folder)
+        recovery = None
+        with contextlib.suppress(DataError):  # damaged: it will be made again
+            recovery = load_recovery(session.run.candidate(plan.id).folder)
         if recovery is None or recovery.status == "done":
             yield pictures_part(session, plan, "distilled")
 
