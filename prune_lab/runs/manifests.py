@@ -351,7 +351,8 @@ class Manifests:
                 why = f"{name} is {value!r} and was {manifest.settings[name]!r}"
                 return Verdict("redo", why, "inputs")
         found = self._inputs(part)
-        for name, digest in (dict.fromkeys(manifest.inputs, "") | found).items():
+        gone = {name: self.digest(self.root / name) for name in manifest.inputs if name not in found}
+        for name, digest in (gone | found).items():
             known = manifest.inputs.get(name, "")
             if known == digest or (name in part.inputs and not digest):
                 continue

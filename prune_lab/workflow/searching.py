@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import time
@@ -17,6 +18,7 @@ from prune_lab.config import BUDGET_CONTROLS
 from prune_lab.errors import (
     NonNativePlanError,
     PlanError,
+    PruneLabError,
 )
 from prune_lab.importance import ScoringContext, score
 from prune_lab.plans import PruningPlan, native_layout, read_plan, read_plans
@@ -128,6 +130,15 @@ def plan_in(session: Session, path: Path) -> PruningPlan:
     """The plan in a file of the run. Raises DataError where it is another plan, PlanError for another model."""
     plan = read_plan(path, session.architecture)
     return plan.named(*plan.names, origin=plan.origin or "control")
+
+
+def plans_there(session: Session) -> tuple[PruningPlan, ...]:
+    """The plans in the folder of the run; nothing is searched. Files of no use are left out."""
+    found = []
+    for plan_id in session.run.plan_ids():
+        with contextlib.suppress(PruneLabError):
+            found.append(plan_in(session, session.run.plan(plan_id)))
+    return tuple(found)
 
 
 def ensure_plans(session: Session) -> tuple[PruningPlan, ...]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from prune_lab.errors import PruneLabError
-from prune_lab.plans import PruningPlan
 from prune_lab.runs import Part, Verdict
 from prune_lab.session import Session
-from prune_lab.workflow.searching import left_out, plan_in
+from prune_lab.workflow.searching import left_out, plans_there
 from prune_lab.workflow.steps import STEPS, Step
 
 
@@ -45,19 +42,11 @@ class StepState:
         return "redo" if any(verdict.state == "redo" for verdict in verdicts) else "to do"
 
 
-def planned(session: Session) -> tuple[PruningPlan, ...]:
-    """The plans in the folder of the run that become candidates; nothing is searched. Files of no use are left out."""
-    found = []
-    for plan_id in session.run.plan_ids():
-        with contextlib.suppress(PruneLabError):
-            found.append(plan_in(session, session.run.plan(plan_id)))
-    return tuple(plan for plan in found if not left_out(session, plan))
-
-
 def state_of(session: Session, step: Step, *, ahead: bool = False) -> StepState:
     """What there is of ``step``; ``ahead``: as it will be when the steps that were asked before have been done."""
     found = []
-    for part in step.parts(session, planned(session)):
+    native = [plan for plan in plans_there(session) if not left_out(session, plan)]
+    for part in step.parts(session, native):
         verdict = session.manifests.verdict(part)
         if ahead and verdict.state != "done":
             session.manifests.expect(part, verdict)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from prune_lab.distill import load_recovery
 from prune_lab.engines import needs_scores
+from prune_lab.errors import DataError
 from prune_lab.plans import PruningPlan
 from prune_lab.runs import Part, Run
 from prune_lab.session import Session, ensure_data, ensure_probe
@@ -45,7 +47,7 @@ from prune_lab.workflow.measuring import (
     ensure_shares,
 )
 from prune_lab.workflow.ranking import ensure_pictures, ensure_ranking, ensure_report
-from prune_lab.workflow.searching import ensure_plans
+from prune_lab.workflow.searching import ensure_plans, plans_there
 from prune_lab.workflow.students import ensure_candidates, ensure_repaired
 
 Paths = Callable[[Run], tuple[Path, ...]]
@@ -60,7 +62,7 @@ class Step:
     does: str
     ensure: Callable[[Session], object]
     products: Paths  # files and folders that it writes
-    parts: Parts  # what of it is done, and redone, by itself
+    parts: Parts  # what of it is done, and redone, by itself; of the plans that can be built
 
 
 def _of_candidates(*parts: str) -> Paths:
@@ -118,8 +120,9 @@ def _picture_parts(session: Session, plans: Sequence[PruningPlan]) -> Iterable[P
     yield from (prompts_part(session), teacher_pictures_part(session))
     for plan in plans:
         yield pictures_part(session, plan, "pruned")
-        paths = session.run.candidate(plan.id)
-        recovery = load_recovery(paths.folder)
+        recovery = None
+        with contextlib.suppress(DataError):  # damaged: it will be made again
+            recovery = load_recovery(session.run.candidate(plan.id).folder)
         if recovery is None or recovery.status == "done":
             yield pictures_part(session, plan, "distilled")
 
@@ -215,7 +218,7 @@ STEPS: tuple[Step, ...] = (
         "orders the candidates by quality at their cost",
         ensure_ranking,
         _files("ranking"),
-        lambda session, plans: (ranking_part(session, plans),),
+        lambda session, _plans: (ranking_part(session, plans_there(session)),),  # and who cannot be built
     ),
     Step(
         "report",
