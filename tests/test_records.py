@@ -376,7 +376,7 @@ def test_a_table_of_scores_that_is_given_is_read_before_anything_is_done(
     ("name", "old", "new"),
     [
         ("ranking.csv", "0.", "1."),
-        ("costs.csv", "1", "2"),
+        ("costs.csv", ",1", ",2"),
         ("importance.csv", "0.2", "0.3"),
         ("choices.json", "A2", "A1"),
     ],
