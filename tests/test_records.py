@@ -88,7 +88,7 @@ def frames(draw: st.DrawFn) -> tuple[Records, pd.DataFrame]:
     return records, pd.DataFrame({name: pd.Series(values, dtype=object) for name, values in columns.items()})
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(frames())
 def test_what_is_written_is_read_back(tmp_path: Path, drawn: tuple[Records, pd.DataFrame]) -> None:
     records, frame = drawn
@@ -307,10 +307,10 @@ def test_a_number_of_a_table_that_became_something_else_is_refused(
             continue
         backup = path.read_text()
         names = backup.splitlines()[0].split(",")
-        for row, column in draw.sample(_numbers_in(path), min(6, len(_numbers_in(path)))):
+        for row, column in draw.sample(_numbers_in(path), min(3, len(_numbers_in(path)))):
             if names[column] in text_columns:
                 continue
-            for instead in ("many", "nan", "inf", "-inf", "0x10", "1 000", "1,5"):
+            for instead in draw.sample(["many", "nan", "inf", "-inf", "0x10", "1 000", "1,5"], 3):
                 lines = [line.split(",") for line in backup.splitlines()]
                 lines[row][column] = instead
                 path.write_text("\n".join(map(",".join, lines)) + "\n")
@@ -320,7 +320,7 @@ def test_a_number_of_a_table_that_became_something_else_is_refused(
                 assert f"row {row}" in str(caught.value)
                 tried += 1
         path.write_text(backup)
-    assert tried > 200
+    assert tried > 60
 
 
 def test_a_flipped_byte_is_never_a_traceback(damaged_run: Run, architecture: Architecture) -> None:
@@ -328,7 +328,7 @@ def test_a_flipped_byte_is_never_a_traceback(damaged_run: Run, architecture: Arc
     draw = random.Random(21)
     for path, read in readers_of(damaged_run, architecture):
         backup = path.read_bytes()
-        for _ in range(12):
+        for _ in range(4):
             changed = bytearray(backup)
             changed[draw.randrange(len(changed))] ^= 1 << draw.randrange(8)
             path.write_bytes(changed)
@@ -376,7 +376,7 @@ def test_a_table_of_scores_that_is_given_is_read_before_anything_is_done(
     ("name", "old", "new"),
     [
         ("ranking.csv", "0.", "1."),
-        ("costs.csv", "1", "2"),
+        ("costs.csv", ",1", ",2"),
         ("importance.csv", "0.2", "0.3"),
         ("choices.json", "A2", "A1"),
     ],
@@ -402,3 +402,15 @@ def test_a_picture_of_another_run_is_not_shown(damaged_run: Run) -> None:
     Image.new("RGB", (32, 32), "red").save(path)
     with pytest.raises(DataError, match=f"{path.name}, found something else than its step has written"):
         write_report(damaged_run)
+
+
+@pytest.mark.parametrize("name", ["importance.csv", "costs.csv", "plans/searched.csv"])
+def test_reading_a_run_makes_nothing_anew(damaged_run: Run, name: str) -> None:
+    path = damaged_run.folder / name
+    path.write_text(path.read_text().replace(",", ";", 3))
+    before = {file: file.read_bytes() for file in damaged_run.folder.rglob("*") if file.is_file()}
+    results = pl.open_run(damaged_run.folder)
+    for read in (lambda: results.plans, lambda: results.plan("bk-tiny"), lambda: results.compare("bk-base")):
+        with pytest.raises(PruneLabError, match=rf"{name}( was changed|, found)"):
+            read()
+    assert {file: file.read_bytes() for file in damaged_run.folder.rglob("*") if file.is_file()} == before

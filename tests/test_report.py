@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 from conftest import BuiltOnce
 from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from PIL import Image
 from synthetic_run import DROPPED_REASON, LEFT_OUT_REASON, NAMES, PLANS, STARRED, STEPS, plan_id, write_run
@@ -26,7 +27,16 @@ from prune_lab.errors import ConfigError, DataError, RunError
 from prune_lab.report import write_report
 from prune_lab.report.charts import draw_curves, draw_importance, draw_prediction, draw_quality_plane
 from prune_lab.report.document import Chart, Table, Text
-from prune_lab.report.figures import DARK, LIGHT, freeze_layout, impact_scale, plan_styles, save_png, svg_uri
+from prune_lab.report.figures import (
+    DARK,
+    LIGHT,
+    Theme,
+    freeze_layout,
+    impact_scale,
+    plan_styles,
+    save_png,
+    svg_uri,
+)
 from prune_lab.report.format import (
     amount,
     change_with_interval,
@@ -36,6 +46,7 @@ from prune_lab.report.format import (
     short_number,
 )
 from prune_lab.report.maps import draw_block_map, draw_plan_maps, map_cells
+from prune_lab.report.picture_grids import Column, draw_comparison
 from prune_lab.report.sections import report_sections
 from prune_lab.report.tables import (
     CURVE_COLUMNS,
@@ -648,17 +659,18 @@ def test_times_of_the_ranking_and_of_the_controls_come_with_their_intervals(whol
     ],
 )
 def test_a_text_of_any_alphabet_is_drawn_silently(
-    fresh: Run, prompt: str, recwarn: pytest.WarningsRecorder, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, prompt: str, recwarn: pytest.WarningsRecorder, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    frame = pd.read_csv(fresh.picture_prompts)
-    frame["prompt"] = prompt
-    frame.to_csv(fresh.picture_prompts, index=False)
-    section = next(section for section in report_sections(read_run(fresh)) if section.key == "pictures")
-    chart = next(part for part in section.parts if isinstance(part, Chart))
-    figure = chart.draw(LIGHT)
+    columns = [Column("", prompt, prompt, (np.zeros((8, 8, 3), np.uint8),))]
+
+    def draw(theme: Theme) -> Figure:
+        return draw_comparison(columns, [prompt], {}, theme)
+
+    figure = draw(LIGHT)
     area = freeze_layout(figure)
-    svg_uri(figure, area)
-    save_png(figure, fresh.folder / "drawn.png", area)
-    Plot(chart.alt, lambda _: chart.draw(LIGHT)).save(fresh.folder / "shown.png")
+    assert svg_uri(figure, area).startswith("data:image/svg+xml")
+    save_png(figure, tmp_path / "drawn.png", area)
+    Plot(draw).save(tmp_path / "shown.png")
+    assert Plot(draw)._repr_html_().startswith("<picture>")
     assert [str(one.message) for one in recwarn] == []
     assert capfd.readouterr().err == ""

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import pandas as pd
 
-from prune_lab import runs, schemas
+from prune_lab import runs
 from prune_lab.api.plans import Plan, Plans, plan_maps
 from prune_lab.blocks import blocks_frame
 from prune_lab.candidates import State, load_candidate, load_student
@@ -34,7 +34,8 @@ from prune_lab.report import (
     read_pictures,
     read_run,
 )
-from prune_lab.runs import Run, read_records
+from prune_lab.runs import Run
+from prune_lab.session.parts import costs_part, plans_part, scores_part
 from prune_lab.tables import Pictures, Table
 from prune_lab.workflow import (
     Session,
@@ -95,6 +96,17 @@ class RunResults:
         assert table is not None
         return table
 
+    def _check_plans(self) -> None:
+        """Raise RunError where the plans, or what they were found by, are not what they were: nothing is made anew."""
+        self.run.needs(self.run.searched, "search")
+        for part in (scores_part(self.session), costs_part(self.session), plans_part(self.session)):
+            verdict = self.session.manifests.verdict(part)
+            if verdict.state == "redo":
+                raise RunError(
+                    f"asked for the plans of {self.folder}, found that {verdict.why}; "
+                    f"make them again with: prune-lab run --run {self.folder}"
+                )
+
     @property
     def blocks(self) -> Table:
         """The blocks of the model; as a figure the map of them, coloured by impact where it was scored."""
@@ -112,8 +124,8 @@ class RunResults:
     @property
     def criteria(self) -> Table:
         """The scores by all criteria that were measured, the run's own first."""
-        path = self.run.needs(self.run.criteria, "score")
-        return Table("scores", read_records(path, schemas.IMPORTANCE), "Impact by all criteria")
+        frame = self._found(self.tables.criteria, self.run.criteria, "score")
+        return Table("scores", frame, "Impact by all criteria")
 
     @property
     def parts(self) -> Table:
@@ -145,7 +157,7 @@ class RunResults:
     @property
     def plans(self) -> Plans:
         """The plans of the run, controls first, with what they cost and predicted impacts; needs the model's config."""
-        self.run.needs(self.run.searched, "search")
+        self._check_plans()
         scores, architecture = self.tables.importance, self.session.architecture
         found = ensure_plans(self.session)
         shown = tuple(Plan(plan, architecture, scores) for plan in found)
@@ -252,7 +264,7 @@ class RunResults:
 
     def plan(self, text: str) -> Plan:
         """The plan of the run that ``text`` means: an id, a name, or what it removes. Raises PlanError for another."""
-        self.run.needs(self.run.searched, "search")
+        self._check_plans()
         found = plan_named(ensure_plans(self.session), text, self.session)
         return Plan(found, self.session.architecture, self.tables.importance)
 
@@ -272,6 +284,8 @@ class RunResults:
 
         Raises BudgetError for a budget that cannot be read or met, RunError before blocks are scored.
         """
+        if self.run.done(self.run.searched):
+            self._check_plans()
         asked = budgets or self.session.config.search.budgets
         return Table(
             "wider budgets", wider_frame(self.session, asked, more), f"What {more:.0%} more budget buys"
@@ -282,6 +296,8 @@ class RunResults:
 
         Raises PlanError for a text that is no plan.
         """
+        if self.run.done(self.run.searched):
+            self._check_plans()
         frame, found = compared_plans(self.session, plans)
         scores, architecture = self.tables.importance, self.session.architecture
         shown = tuple(Plan(plan, architecture, scores) for plan in found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import os
 import shutil
@@ -204,8 +205,11 @@ def write_json(path: Path, value: object) -> None:
 
 def write_frame(path: Path, frame: pd.DataFrame) -> None:
     """Write ``frame`` as CSV without its index, whole or not at all; floats keep every digit."""
+    text = frame.to_csv(index=False, lineterminator="\n")
+    if "\r" in text:  # which begins a row for every reader, and is quoted only where all texts are
+        text = frame.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     with atomic_write(path) as temporary:
-        frame.to_csv(temporary, index=False)
+        temporary.write_bytes(text.encode())
 
 
 @contextlib.contextmanager
