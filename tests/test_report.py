@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
@@ -23,10 +24,11 @@ from matplotlib.patches import FancyBboxPatch
 from PIL import Image
 from synthetic_run import DROPPED_REASON, LEFT_OUT_REASON, NAMES, PLANS, STARRED, STEPS, plan_id, write_run
 
+from benchmarks.report import grow
 from prune_lab.errors import ConfigError, DataError, RunError
 from prune_lab.report import write_report
 from prune_lab.report.charts import draw_curves, draw_importance, draw_prediction, draw_quality_plane
-from prune_lab.report.document import Chart, Table, Text
+from prune_lab.report.document import Chart, LiveMap, Table, Text
 from prune_lab.report.figures import (
     DARK,
     LIGHT,
@@ -48,6 +50,7 @@ from prune_lab.report.format import (
 from prune_lab.report.maps import draw_block_map, draw_plan_maps, map_cells
 from prune_lab.report.picture_grids import Column, draw_comparison
 from prune_lab.report.sections import report_sections
+from prune_lab.report.shown import shown_in_figures
 from prune_lab.report.tables import (
     CURVE_COLUMNS,
     MAP_COLUMNS,
@@ -420,6 +423,80 @@ def test_the_same_figure_gives_the_same_bytes(whole: Run) -> None:
     first, second, dark = (svg_uri(figure, freeze_layout(figure)) for figure in figures)
     assert first == second
     assert first != dark
+
+
+# Many candidates --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def many(built_once: BuiltOnce) -> Run:
+    """A run of 120 candidates without a report; read only."""
+
+    def build(folder: Path) -> None:
+        grow(Run(write_run(folder)), 120)
+
+    return Run(built_once("many", build))
+
+
+def test_of_many_candidates_figures_show_controls_front_and_best(many: Run) -> None:
+    tables = read_run(many)
+    drawn = shown_in_figures(tables)
+    ids = {plan.id for plan in drawn.plans}
+    ranking = pd.read_csv(many.ranking, dtype={"plan_id": "str"}).query("origin != 'teacher'")
+    front = ranking[ranking["pareto"].astype(str) == "True"].sort_values("params")["plan_id"]
+    assert len(front) > 20
+    assert {plan_id(name) for name in PLANS if name.startswith("bk-")} <= ids
+    assert set(ranking.sort_values("rank")["plan_id"].head(20)) <= ids
+    assert {front.iloc[0], front.iloc[-1]} <= ids
+    assert 23 <= len(ids) <= 43
+    assert [plan.id for plan in tables.plans if plan.id in ids] == [plan.id for plan in drawn.plans]
+    assert set(drawn.recoveries) <= ids
+    sections = {section.key: section for section in report_sections(tables)}
+    words = [part.sentences[0] for part in sections["candidates"].parts if isinstance(part, Text)]
+    assert words == [
+        f"Figures show {len(ids)} of 120 candidates: the controls, the Pareto front and the best 20. The tables hold "
+        "all of them."
+    ]
+    parts = [part for section in sections.values() for part in section.parts]
+    rows = {part.caption: len(part.rows) for part in parts if isinstance(part, Table)}
+    assert rows["Removed blocks of each candidate"] == 120
+    assert rows["Ranking"] == 121
+    assert rows["Every verdict of the tournament"] == len(pd.read_csv(many.tournament))
+    charts = [part for part in parts if isinstance(part, Chart)]
+    assert sum(chart.name.startswith("pictures-") for chart in charts) == 3
+    live = next(part for part in parts if isinstance(part, LiveMap))
+    assert len(live.data["plans"]) == len(ids) + 1
+    # one sentence does not name a hundred
+    summary = sections["summary"].parts[0]
+    assert isinstance(summary, Text)
+    assert max(map(len, summary.sentences)) < 2500
+    assert re.search(r"and \d+ more\.", " ".join(summary.sentences))
+
+
+def test_the_others_are_dots_and_a_few_are_all_shown(many: Run, whole: Run) -> None:
+    tables = read_run(many)
+    assert tables.ranking is not None
+    styles = plan_styles(shown_in_figures(tables).plans)
+    rows = measured(tables.ranking)
+    hidden = rows[~rows["plan_id"].isin(list(styles))]
+    axes = draw_quality_plane(tables.ranking, styles, LIGHT).axes[0]
+    sizes = {len(marks.get_offsets()) for marks in axes.collections}
+    assert sizes == {1, len(not_dropped(hidden))}
+    few = read_run(whole)
+    assert shown_in_figures(few) is few
+
+
+@pytest.mark.long
+def test_a_report_of_five_hundred_is_written_in_time(tmp_path: Path) -> None:
+    run = Run(write_run(tmp_path / "run"))
+    grow(run, 500)
+    started = time.process_time()
+    page = write_report(run)
+    assert time.process_time() - started < 45  # about 20 s; a busy machine is slower
+    assert page.stat().st_size < 15e6
+    words = Page(page.read_text()).words
+    for plan in run.plan_ids():
+        assert plan in words
 
 
 # Pages -----------------------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def _render(part: SectionItem, run: Run, places: tuple[str, ...]) -> dict[str, A
             area = freeze_layout(light)
             file = f"{part.name}.png"
             save_png(light, run.report_dir / file, area)
-            uris = {"light": svg_uri(light, area), "dark": svg_uri(dark, freeze_layout(dark))}
+            uris = {"light": svg_uri(light, area), "dark": svg_uri(dark, area)}  # of the same words and sizes
             return {"kind": "drawing", "alt": part.alt, "caption": part.caption, "file": file, **uris}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 
 from prune_lab.report.format import enumeration
@@ -18,8 +19,10 @@ def _ids(ranking: pd.DataFrame, plans: tuple[PlanRow, ...]) -> set[str]:
     controls = [plan.id for plan in plans if plan.origin == "control"][:_MOST]
     ordered = ranking[ranking["origin"] != "teacher"].sort_values("rank", kind="stable", na_position="last")
     best = ordered["plan_id"].head(_MOST).tolist() or [plan.id for plan in plans[:_MOST]]
-    front = ordered.loc[ordered["pareto"].map(str).isin(("True", "1.0", "1")), "plan_id"].head(_MOST).tolist()
-    return {*controls, *best, *front}
+    on_front = ordered[ordered["pareto"].map(str).isin(("True", "1.0", "1"))].sort_values("params")
+    # Of a long front some from end to end: the cheap ones are seldom among the best.
+    spread = np.linspace(0, max(0, len(on_front) - 1), min(_MOST, len(on_front))).round().astype(int)
+    return {*controls, *best, *on_front["plan_id"].iloc[spread]}
 
 
 def shown_in_figures(tables: RunTables) -> RunTables:
@@ -27,7 +30,7 @@ def shown_in_figures(tables: RunTables) -> RunTables:
     if len(tables.plans) <= FEW:
         return tables
     ranking = tables.ranking
-    nothing = pd.DataFrame(columns=["origin", "rank", "plan_id", "pareto"])
+    nothing = pd.DataFrame(columns=["origin", "rank", "plan_id", "pareto", "params"])
     chosen = _ids(nothing if ranking is None else ranking, tables.plans)
     return replace(
         tables,

@@ -20,6 +20,7 @@ from prune_lab.report.document import Chart, SectionItem, Text, table_of
 from prune_lab.report.figures import PlanStyle, Theme, log_scale_if_wide, new_figure, plan_styles, style_axes
 from prune_lab.report.tables import PlanRow, RunTables, dropped, unranked
 
+_NAMED = 12  # as many names fit beside the axes
 _END = {"kept": "", "dropped": "x", "failed": "X"}
 
 
@@ -136,7 +137,7 @@ def space_labels(values: Sequence[float], gap: float) -> NDArray[np.float64]:
 def draw_tournament(
     tournament: pd.DataFrame, plans: Sequence[PlanRow], styles: Mapping[str, PlanStyle], theme: Theme
 ) -> Figure:
-    """Held-out loss over steps (log scale), a line per candidate up to its last rung; survivors are labelled.
+    """Held-out loss over steps (log scale), a line per candidate up to its last rung; the best survivors are labelled.
 
     Names in ``tournament`` are plan ids.
     """
@@ -169,6 +170,8 @@ def draw_tournament(
     axes.set_xlabel("distillation steps (log scale)")
     is_log = log_scale_if_wide(axes, "y", known["loss"].to_numpy(dtype=float))
     axes.set_ylabel("held-out loss" + (" (log scale)" if is_log else ""))
+    if len(survivors) > _NAMED:
+        survivors = sorted(survivors, key=lambda one: one[2])[:_NAMED]
     if survivors:
         # Spaced in drawing units (log if the axis is); a label is about a twentieth of the axis high.
         ends, limits = np.array([loss for _, _, loss in survivors]), np.array(axes.get_ylim())
