@@ -45,7 +45,7 @@ def test_texts_are_understood_or_refused(stage: Stage, drawn: int, tmp_path: Pat
     for number, (name, parser) in enumerate(sorted(parsers(stage).items())):
         place = tmp_path / str(number)
         place.mkdir()
-        faults = fuzzed(parser, stage, drawn + number, place, examples=12)
+        faults = fuzzed(parser, stage, drawn + number, place, examples=8)
         found += [(name, fault) for fault in faults]
     assert found == [], f"drawn from {drawn}"
 
@@ -64,8 +64,8 @@ def broken(rows: list[dict[str, object]]) -> list[object]:
 
 
 def test_hostile_models_and_data(drawn: int, tmp_path: Path) -> None:
-    rows = campaign(tmp_path, drawn, "--kinds", "model", "data", "--n", "16")
-    assert len(rows) == 16
+    rows = campaign(tmp_path, drawn, "--kinds", "model", "data", "--n", "12")
+    assert len(rows) == 12
     assert broken(rows) == [], f"drawn from {drawn}"
 
 

@@ -25,7 +25,7 @@ from tests.faults.kinds import KINDS, NEED_NO_RUN
 from tests.faults.stage import Stage, build
 from tests.faults.verdicts import Fault, Verdict
 
-_CASE = Limits(seconds=600.0, memory=None)
+_CASE = Limits(seconds=900.0, still=900.0, memory=None)
 
 
 def _say(text: str) -> None:

@@ -38,6 +38,18 @@ def _of_table(text: str) -> Iterator[tuple[str, str]]:
         yield name, "|".join(row[number] if number < len(row) else "" for row in rows[1:])
 
 
+def _of_tensors(content: bytes) -> Iterator[tuple[str, str]]:
+    """A digest for each tensor; the metadata, whose order safetensors changes from run to run, by key."""
+    length = int.from_bytes(content[:8], "little")
+    for name, entry in json.loads(content[8 : 8 + length]).items():
+        if name == "__metadata__":
+            yield from _of_json(entry, name)
+        else:
+            begin, end = entry["data_offsets"]
+            digest = hashlib.sha256(content[8 + length + begin : 8 + length + end]).hexdigest()[:16]
+            yield name, f"{entry['dtype']} {entry['shape']} {digest}"
+
+
 def _of_file(path: Path) -> Iterator[tuple[str, str]]:
     """Names and values of what ``path`` holds; a file that is no such file is one value."""
     content = path.read_bytes()
@@ -46,9 +58,11 @@ def _of_file(path: Path) -> Iterator[tuple[str, str]]:
             yield from _of_table(content.decode())
         elif path.suffix == ".json":
             yield from _of_json(json.loads(content))
+        elif path.suffix == ".safetensors":
+            yield from _of_tensors(content)
         else:
             yield "content", hashlib.sha256(content).hexdigest()[:16]
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         yield "content", hashlib.sha256(content).hexdigest()[:16]
 
 
@@ -74,6 +88,19 @@ def difference(
         if name not in unsteady and found.get(name) != expected.get(name)
     ]
     return f"{wrong[0]}" + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "") if wrong else ""
+
+
+def first_change(now: object, before: object) -> str:
+    """Where two answers differ first, in words."""
+    if isinstance(now, list) and isinstance(before, list) and len(now) == len(before):
+        for one, other in zip(now, before, strict=True):
+            if one != other and isinstance(one, dict) and isinstance(other, dict):
+                return difference(
+                    {k: repr(v) for k, v in one.items()}, {k: repr(v) for k, v in other.items()}
+                )
+    if isinstance(now, dict) and isinstance(before, dict):
+        return difference({k: repr(v) for k, v in now.items()}, {k: repr(v) for k, v in before.items()})
+    return f"{str(now)[:100]} instead of {str(before)[:100]}"
 
 
 def plain_answer(text: str, *, times: bool) -> object:

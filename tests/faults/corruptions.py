@@ -254,7 +254,11 @@ def _read(
         )  # of what is there
         if now != before and not unfinished and not _names(found.err, name):
             faults.append(
-                Fault("another answer without a word", f"{reader}: {shape}", f"{what}; {words(command)}")
+                Fault(
+                    "another answer without a word",
+                    f"{reader}: {shape}",
+                    f"{what}; {words(command)}: {comparing.first_change(now, before)}",
+                )
             )
     return found, faults
 

@@ -21,9 +21,6 @@ import psutil
 
 GIB = 2**30
 _POLL = 0.02
-_STILL = (
-    20.0  # seconds without any work of any process of a command, after which it counts as waiting for ever
-)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,6 +28,9 @@ class Limits:
     """What a command may take; None for no limit."""
 
     seconds: float = 120.0  # of the clock
+    still: float = (
+        20.0  # seconds without any work of its processes, after which it counts as waiting for ever
+    )
     memory: int | None = 3 * GIB  # of address space, over what the imports take
     files: int | None = None  # open at once
     size: int | None = None  # of each file that it writes
@@ -328,7 +328,7 @@ def finish(started: Started) -> Answer:
             work, runs = _work_done(started.pid)
             if runs or work - before > 0.005:
                 still_since, before = now, work
-        if now - started.began > started.limits.seconds or now - still_since > _STILL:
+        if now - started.began > started.limits.seconds or now - still_since > started.limits.still:
             ended = "time" if now - started.began > started.limits.seconds else "waits"
             end_session(started.pid)
             _, status = os.waitpid(started.pid, 0)

@@ -25,7 +25,9 @@ def _killed(
     """The command, killed at a random moment; SIGTERM and SIGINT end it in one line."""
     which, moment = rng.choice(_SIGNALS), rng.uniform(0, longest)
     begun = start(verb(one.command), place / f"killed-{number}")
-    time.sleep(moment)
+    end, ended = time.monotonic() + moment, os.WEXITED | os.WNOHANG | os.WNOWAIT
+    while time.monotonic() < end and os.waitid(os.P_PID, begun.pid, ended) is None:
+        time.sleep(min(0.01, moment))
     with contextlib.suppress(ProcessLookupError):
         if which == signal.SIGKILL:
             os.killpg(begun.pid, which)
