@@ -78,21 +78,14 @@ def _complaints(
     return [*lacking, *misshapen, *(f"{name} is not part of {whole}" for name in extra)]
 
 
-def misfit(found: Shapes, wanted: Shapes, whole: str = "that U-Net", *, squeezed: bool = False) -> str:
-    """The first tensor in which ``found`` is not what is ``wanted`` of ``whole``, and how many more; empty: it fits.
-
-    Shapes are compared ``squeezed`` where linear layers were convolutions once, as those of a VAE's attention.
-    """
-
-    def plain(shape: tuple[int, ...]) -> tuple[int, ...]:
-        return shape[:2] if squeezed and shape[2:] == (1, 1) else shape
-
+def misfit(found: Shapes, wanted: Shapes, whole: str = "that U-Net") -> str:
+    """The first tensor in which ``found`` is not what is ``wanted`` of ``whole``, and how many more; empty: it fits."""
     missing = [name for name in wanted if name not in found]
     extra = [name for name in found if name not in wanted and not name.endswith(_COUNTER)]
     misshapen = [
         f"{name} is {list(found[name])} instead of {list(shape)}"
         for name, shape in wanted.items()
-        if name in found and plain(found[name]) != plain(shape)
+        if name in found and found[name] != shape
     ]
     return _first_of(_complaints(missing, extra, misshapen, whole))
 
@@ -149,7 +142,7 @@ def _checked(model_class: Any, folder: Path, variant: str, _state: tuple[tuple[s
         if issubclass(model_class, diffusers.ModelMixin):
             found = {modern_name(name): shape for name, (_, shape) in header.items()}
             wanted = _wanted(model_class, json.dumps(plain_config(config), sort_keys=True))
-            complaint = misfit(found, wanted, f"a {model_class.__name__} of its config.json", squeezed=True)
+            complaint = misfit(found, wanted, f"a {model_class.__name__} of its config.json")
         else:
             complaint = _transformers_misfit(model_class, folder, variant)
     except PruneLabError:
