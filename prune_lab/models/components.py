@@ -20,7 +20,7 @@ import torch
 from prune_lab.errors import ModelFormatError, PruneLabError, UnsupportedModelError
 from prune_lab.families import plain_config
 from prune_lab.models.diagnosis import unusable
-from prune_lab.models.files import json_object, read_header, weights_in
+from prune_lab.models.files import json_object, read_headers, weights_in
 from prune_lab.models.silence import quiet
 from prune_lab.models.views import STEMS, component_view
 
@@ -133,9 +133,7 @@ def _transformers_misfit(model_class: Any, folder: Path, variant: str) -> str:
 @functools.lru_cache(maxsize=256)
 def _checked(model_class: Any, folder: Path, variant: str, _state: tuple[tuple[str, int, int], ...]) -> None:
     config = json_object(folder / "config.json")
-    header: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for path in weights_in(folder, variant).files:
-        header |= read_header(path)
+    header = read_headers(weights_in(folder, variant).files)
     if reason := unusable(header, config):
         raise UnsupportedModelError(f"asked for the weights in {folder}: {reason}")
     try:
