@@ -65,7 +65,7 @@ def load_student(
         raise RunError(
             f"asked for the {state} U-Net in {folder}, found none yet; prune-lab run makes it, with these settings"
         )
-    return load_unet(resolve_model(str(folder)), device=device, dtype=dtype)
+    return load_unet(resolve_model(str(folder)), device=device, dtype=dtype, trusted=True)
 
 
 def load_candidate(folder: Path, architecture: Architecture) -> Candidate:

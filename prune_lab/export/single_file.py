@@ -34,9 +34,9 @@ from prune_lab.families.ldm_keys import (
 from prune_lab.families.ldm_readers import reader_notes
 from prune_lab.models import ModelSource, weight_files
 from prune_lab.models.clip_vocabulary import NUM_TOKENS
+from prune_lab.models.components import modern_name
 from prune_lab.models.conversion import converted
 from prune_lab.models.files import read_header
-from prune_lab.models.parts import modern_name
 from prune_lab.models.protection import check_file
 from prune_lab.models.single_file import TOKENIZER_FILES
 from prune_lab.runtime import atomic_write, bytes_text, names_alone, read_json, track

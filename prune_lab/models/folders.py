@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import functools
 import json
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from prune_lab.errors import ModelFormatError, UnsupportedModelError
 from prune_lab.families import CLASS_NAME, FAMILIES, check_forward, meta_unet, outline_of, plain_config
+from prune_lab.models.components import check_part, check_vocabulary, misfit
 from prune_lab.models.diagnosis import folder_without_a_model, refuse_config, refuse_pointers, unusable
 from prune_lab.models.files import chosen_variant, json_object, read_headers, weights_in
 from prune_lab.models.parts import (
-    check_part,
-    misfit,
+    LEFT_OUT,
+    kind_of,
+    kinds_wanted,
     part_class,
     pipeline_class,
     pipeline_parts,
@@ -67,7 +70,7 @@ def _check_weights(folder: Path, config: Mapping[str, Any], variant: str) -> str
     if reason := unusable(header, config):
         raise UnsupportedModelError(f"asked for the weights in {folder}: {reason}")
     found = {name: shape for name, (_, shape) in header.items()}
-    if complaint := misfit(found, unet_shapes(config, folder / "config.json"), strict=True):
+    if complaint := misfit(found, unet_shapes(config, folder / "config.json")):
         raise ModelFormatError(
             f"the weights in {folder} do not fit its config.json: tensor {complaint}; "
             "fetch both from the same place again"
@@ -84,7 +87,14 @@ def variant_of_part(folder: Path, variant: str) -> str:
     return variant if variant and chosen_variant(names, variant) is not None else ""
 
 
-def _check_class(index: Path, parts: Mapping[str, Any]) -> None:
+def _shown(value: object) -> str:
+    return textwrap.shorten(
+        repr(value), 80, placeholder=" ..."
+    )  # a message is one line, whatever the index holds
+
+
+def _check_class(index: Path, parts: Mapping[str, Any]) -> Any:
+    """The class of the pipeline that ``index`` describes with these ``parts``."""
     name = parts.get(CLASS_NAME)
     found = pipeline_class(name)
     if found is None:
@@ -98,37 +108,70 @@ def _check_class(index: Path, parts: Mapping[str, Any]) -> None:
             f"{index} describes a {name}, which has no U-Net; supported are pipelines with a "
             f"{', '.join(FAMILIES)}, such as {_EXAMPLES}"
         )
-    missing = sorted(set(required) - set(parts) - set(found._optional_components) - {"safety_checker"})
+    if found._load_connected_pipes:
+        raise UnsupportedModelError(
+            f"{index} describes a {name}, which is made of several pipelines; give the one with the U-Net, such as "
+            f"{_EXAMPLES}"
+        )
+    needed = sorted(set(required) - set(found._optional_components) - {"safety_checker"})
+    missing = [part for part in needed if part not in parts]
     if missing:
         raise ModelFormatError(f"{index} lists no {missing[0]}, which a {name} needs; fetch it again")
+    for part in sorted({*required, *LEFT_OUT} & parts.keys()):
+        value = parts[part]
+        if value in (None, [None, None]) and part not in needed:
+            continue
+        if not isinstance(value, list) or len(value) != 2 or not all(isinstance(one, str) for one in value):
+            raise ModelFormatError(
+                f"{index} lists {part} as {_shown(value)}, which a {name} cannot use; its entry is a library and a "
+                'class, such as ["diffusers", "PNDMScheduler"]; fetch it again'
+            )
+    return found
+
+
+def _check_entry(index: Path, part: str, value: list[Any], pipeline: Any) -> None:
+    """Raise unless the ``part`` of ``pipeline`` is of a class that it can use, and has a folder."""
+    named = part if part.isidentifier() else repr(part)
+    found = part_class(*value) if len(value) == 2 else None
+    if found is None:
+        raise UnsupportedModelError(
+            f"{index} wants code of its own for {named} ({_shown(value)}), which is never run here; supported are "
+            "pipelines made of models, schedulers, tokenizers and image processors of diffusers and transformers"
+        )
+    wanted, kind = kinds_wanted(pipeline).get(part, frozenset()), kind_of(found)
+    if wanted and kind not in wanted:
+        raise UnsupportedModelError(
+            f"{index} lists as {named} a {found.__name__}, a {kind}, where a {pipeline.__name__} takes a "
+            f"{' or '.join(sorted(wanted))}; fetch it again"
+        )
+    if Path(part).name != part or not (index.parent / part).is_dir():
+        raise ModelFormatError(
+            f"{index} lists {named}, but {index.parent / named} is not there; fetch it again"
+        )
+    refuse_pointers(index.parent / part)
 
 
 def checked_pipeline(index: Path, variant: str = "") -> tuple[dict[str, Any], str]:
     """(config, variant of the weights) of the U-Net of the pipeline that ``index`` describes, all parts checked."""
     refuse_pointers(index.parent)
     parts = json_object(index)
-    _check_class(index, parts)
+    pipeline = _check_class(index, parts)
     components = pipeline_parts(parts)
     for part, value in components.items():
-        named = part if part.isidentifier() else repr(part)  # a message is one line, whatever the index holds
-        if len(value) != 2 or part_class(*value) is None:
-            raise UnsupportedModelError(
-                f"{index} wants code of its own for {named} ({value}), which is never run here; supported are "
-                "pipelines made of diffusers and transformers classes"
-            )
-        if not (index.parent / part).is_dir():
-            raise ModelFormatError(
-                f"{index} lists {named}, but {index.parent / named} is not there; fetch it again"
-            )
-        refuse_pointers(index.parent / part)
-    if "unet" not in components:
-        raise ModelFormatError(f"{index} lists no unet; fetch it again")
+        _check_entry(index, part, value, pipeline)
     folder = index.parent / "unet"
     config = unet_config(folder / "config.json")
+    if components["unet"][1] != config[CLASS_NAME]:
+        raise ModelFormatError(
+            f"{index} lists as unet a {components['unet'][1]}, {folder / 'config.json'} is of a "
+            f"{config[CLASS_NAME]}; fetch both from the same place again"
+        )
     found = _check_weights(folder, config, variant)
     for part, (library, name) in components.items():
+        inner, kind = index.parent / part, kind_of(part_class(library, name))
+        if kind == "tokenizer":
+            check_vocabulary(inner, part_class(library, name))
         if part != "unet" and stem_of(library, name) is not None:
-            inner = index.parent / part
             check_part(inner, part_class(library, name), variant_of_part(inner, variant))
     return config, found
 

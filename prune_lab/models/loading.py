@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from diffusers import ModelMixin
+from torch import nn
 
-from prune_lab.errors import UnsupportedModelError
+from prune_lab.errors import ModelFormatError, UnsupportedModelError
 from prune_lab.families import CLASS_NAME, family_of, plain_config
+from prune_lab.models.answers import complaint_of_parts, refuse_silent, unet_complaint
+from prune_lab.models.components import reason_of
+from prune_lab.models.conversion import refuse_flawed
 from prune_lab.models.files import json_object
 from prune_lab.models.folders import variant_of_part
-from prune_lab.models.parts import left_out, pipeline_class, pipeline_parts, stem_of
+from prune_lab.models.parts import kind_of, part_class, pipeline_class, pipeline_parts, stem_of
 from prune_lab.models.silence import quiet
 from prune_lab.models.sources import ModelSource
 from prune_lab.models.views import STEMS, component_view, pipeline_view
@@ -23,6 +28,13 @@ if TYPE_CHECKING:  # importing it logs advice about torchvision, which is not us
     from diffusers import DiffusionPipeline
 
 _SAFE = {"use_safetensors": True, "local_files_only": True}
+_SOUND: set[tuple[object, ...]] = set()  # files as they were when what they hold was found in order
+
+
+def _state(folders: Iterable[Path]) -> tuple[tuple[str, int, int], ...]:
+    """Name, size and time of change of each file right in ``folders``."""
+    paths = sorted(path for folder in folders for path in folder.iterdir() if path.is_file())
+    return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
 
 
 @contextlib.contextmanager
@@ -49,12 +61,14 @@ def load_unet(
     dtype: torch.dtype = torch.float32,
     random_weights: bool = False,
     seed: int = 0,
+    trusted: bool = False,
 ) -> ModelMixin:
     """The U-Net of ``source`` in eval mode; tensor by tensor, so that memory holds it once.
 
     ``random_weights`` initialises it at ``seed`` instead of reading weights, the only way for structure-only sources; a
     source that was asked for with random weights brings its own seed. Raises UnsupportedModelError when there are no
-    weights to read.
+    weights to read, and, unless it is ``trusted``, ModelFormatError when they hold what is no number or give the same
+    answer to every input.
     """
     model_class: Any = family_of(source.config).model_class()
     if source.random_seed is not None:
@@ -73,7 +87,53 @@ def load_unet(
         unet = model_class.from_pretrained(view, dtype=dtype, low_cpu_mem_usage=True, **_SAFE)
     if view != source.unet_folder:  # a view is gone by now
         unet.register_to_config(_name_or_path=str(source.unet_folder))
-    return unet.to(device).eval()
+    unet = unet.to(device).eval()
+    state = (_state([source.unet_folder]), source.variant, dtype)
+    if not trusted and state not in _SOUND:
+        named = f"the U-Net of {source.text}"
+        refuse_flawed(unet.state_dict().items(), named, dtype)
+        refuse_silent(unet_complaint(unet), named)
+        _SOUND.add(state)
+    return unet
+
+
+def _loaded_part(folder: Path, found: Any, dtype: torch.dtype, named: str) -> Any:
+    """The part in ``folder`` of the class ``found``; ModelFormatError, with what is ``named``, where that fails."""
+    settings: dict[str, Any] = {"local_files_only": True}
+    if issubclass(found, nn.Module):
+        word = "dtype" if kind_of(found) == "transformers model" else "torch_dtype"
+        settings |= {word: dtype, "use_safetensors": True, "low_cpu_mem_usage": True}
+    try:
+        return found.from_pretrained(folder, **settings)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever the libraries raise about files that make no sense
+        raise ModelFormatError(
+            f"asked for {named}, which cannot be loaded as a {found.__name__}: {reason_of(error)}; "
+            "fetch the model again"
+        ) from None
+
+
+def _assembled(found: Any, index: Mapping[str, Any], made: dict[str, Any], named: str) -> Any:
+    """The pipeline of the class ``found`` from what was ``made``, with the settings in its ``index``."""
+    components, settings = found._get_signature_keys(found)
+    chosen = {
+        name: index[name] for name in settings if name in index and name not in found._optional_components
+    }
+    given = dict.fromkeys(components) | {name: part for name, part in made.items() if name in components}
+    if (
+        "safety_checker" in given
+        and given["safety_checker"] is None
+        and "requires_safety_checker" in settings
+    ):
+        chosen["requires_safety_checker"] = False
+    try:
+        return found(**chosen, **given)
+    except Exception as error:
+        raise ModelFormatError(
+            f"asked for {named}, of whose parts no {found.__name__} can be made: {reason_of(error)}; "
+            "fetch its model_index.json again"
+        ) from None
 
 
 def load_pipeline(
@@ -86,7 +146,8 @@ def load_pipeline(
     """The pipeline of ``source``, of the class that it was saved from, without its safety checker and progress bar.
 
     ``unet`` takes the place of the U-Net on disk, which is then not read. Raises UnsupportedModelError when ``source``
-    is a U-Net alone.
+    is a U-Net alone, ModelFormatError, which names the part, when one cannot be loaded, holds what is no number, or
+    gives the same answer to every input.
     """
     if source.folder is None or not source.is_pipeline:
         raise UnsupportedModelError(
@@ -94,18 +155,25 @@ def load_pipeline(
             "encoder and VAE; give reference, a pipeline folder or a hub id"
         )
     index = json_object(source.folder / "model_index.json")
-    given: dict[str, Any] = dict.fromkeys(left_out(index))
     found = pipeline_class(index[CLASS_NAME])
     assert found is not None
-    if "safety_checker" in given and "requires_safety_checker" in found._get_signature_keys(found)[1]:
-        given["requires_safety_checker"] = False
-    stems = {part: stem_of(*value) for part, value in pipeline_parts(index).items() if part != "unet"}
+    parts = {part: value for part, value in pipeline_parts(index).items() if part != "unet"}
+    stems = {part: stem_of(*value) for part, value in parts.items()}
     variants = {part: variant_of_part(source.folder / part, source.asked_variant) for part in stems}
-    given["unet"] = load_unet(source, dtype=dtype) if unet is None else unet
+    components, _ = found._get_signature_keys(found)
+    state = (_state([source.folder / part for part in parts]), source.asked_variant, dtype)
+    made: dict[str, Any] = {"unet": load_unet(source, device=device, dtype=dtype) if unet is None else unet}
     with quiet(), pipeline_view(source.folder, stems, variants) as view:
-        pipeline = found.from_pretrained(view, dtype=dtype, **_SAFE, **given)
-        pipeline = pipeline.to(device)
-    if view != source.folder:
-        pipeline.register_to_config(_name_or_path=str(source.folder))
+        for part in (part for part in parts if part in components):
+            named = f"the {part} of {source.text}"
+            loaded = _loaded_part(view / part, part_class(*parts[part]), dtype, named)
+            if isinstance(loaded, nn.Module) and state not in _SOUND:
+                refuse_flawed(loaded.state_dict().items(), named, dtype)
+            made[part] = loaded
+        pipeline = _assembled(found, index, made, source.text).to(device)
+    if state not in _SOUND:
+        refuse_silent(complaint_of_parts(pipeline), source.text)
+        _SOUND.add(state)
+    pipeline.register_to_config(_name_or_path=str(source.folder))
     pipeline.set_progress_bar_config(disable=True)
     return cast("DiffusionPipeline", pipeline)

@@ -25,11 +25,15 @@ from prune_lab.errors import (
     PruneLabError,
     UnsupportedModelError,
 )
-from prune_lab.models.files import json_object, read_header, weight_files
+from prune_lab.models.answers import refuse_silent, scorer_complaint
+from prune_lab.models.components import check_part, check_vocabulary, reason_of
+from prune_lab.models.conversion import refuse_flawed
+from prune_lab.models.files import json_object, weight_files
 from prune_lab.models.hub import HUB_ID, hub_folder
 from prune_lab.models.kinship import of_shipped_family
 from prune_lab.models.silence import quiet
 from prune_lab.models.sources import ModelSource, shipped
+from prune_lab.models.views import STEMS, component_view
 
 # The CLIP models whose text towers the text encoders of Stable Diffusion are, by layers and width.
 _CLIP_OF_ENCODER = {
@@ -142,16 +146,28 @@ def load_scorer(
             f"asked for a CLIP model to score with, found model_type {config.get('model_type')!r} in {folder}; "
             "give a folder that CLIPModel.save_pretrained wrote, or reference"
         )
-    for file in weight_files(folder):
-        read_header(file)
-    with quiet():
-        model = CLIPModel.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
-        )
-        subfolder = "tokenizer" if (folder / "tokenizer").is_dir() else ""
-        tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder=subfolder, local_files_only=True)
+    words = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
+    check_part(folder, CLIPModel)
+    check_vocabulary(words, CLIPTokenizer)
+    named = f"the scorer {text}"
+    try:
+        with quiet(), component_view(folder, STEMS["transformers"]) as view:
+            model = CLIPModel.from_pretrained(
+                view, dtype=torch.float32, use_safetensors=True, local_files_only=True
+            )
+            tokenizer = CLIPTokenizer.from_pretrained(words, local_files_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever the libraries raise about files that make no sense
+        raise ModelFormatError(
+            f"asked for {named}, which cannot be loaded: {reason_of(error)}; fetch it again"
+        ) from None
+    refuse_flawed(model.state_dict().items(), named)
     limit = min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
-    return model.to(device).eval(), _scorer_inputs(folder, tokenizer, limit)
+    inputs = _scorer_inputs(folder, tokenizer, limit)
+    model = model.to(device).eval()
+    refuse_silent(scorer_complaint(model, tokenizer, inputs.pictures), named)
+    return model, inputs
 
 
 # Which one ---------------------------------------------------------------------------------------------------------

@@ -35,10 +35,11 @@ from prune_lab.families.ldm_structure import (
     vae_config,
 )
 from prune_lab.models.clip_vocabulary import NUM_TOKENS, clip_tokenizer
+from prune_lab.models.components import BUILD_ERRORS
 from prune_lab.models.diagnosis import beyond_bounds, quantised
 from prune_lab.models.files import read_header
 from prune_lab.models.folders import unet_shapes
-from prune_lab.models.parts import BUILD_ERRORS, pipeline_class
+from prune_lab.models.parts import pipeline_class
 from prune_lab.models.silence import quiet
 from prune_lab.runtime import (
     atomic_folder,

@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 
 from prune_lab.errors import ModelFormatError
 from prune_lab.models import weight_files
-from prune_lab.models.conversion import converted
+from prune_lab.models.conversion import converted, refuse_flawed, stored
 from prune_lab.models.files import json_object
 from prune_lab.models.folders import variant_of_part
-from prune_lab.models.parts import LEFT_OUT
-from prune_lab.runtime import FILE_LIST, copied_without_folders, names_alone, write_json
+from prune_lab.models.parts import LEFT_OUT, installed_name, part_class
+from prune_lab.runtime import FILE_LIST, copied_without_folders, names_alone, note, write_json
 
 INDEX = "model_index.json"
 _TEXTS = (".json", ".txt", ".model")  # configs, vocabularies; a sentencepiece model
@@ -53,7 +53,10 @@ def write_config(path: Path, config: Mapping[str, Any]) -> None:
 
 def _copy_text(path: Path, target: Path) -> None:
     if path.suffix == ".json" and path.name != "tokenizer.json":
-        value = json.loads(path.read_bytes())  # bytes: a byte-order mark is skipped
+        try:
+            value = json.loads(path.read_bytes())  # bytes: a byte-order mark is skipped
+        except (ValueError, RecursionError):
+            value = None  # of a part that is used it is refused before; of another the bytes are kept
         if isinstance(value, dict) and (path.name == "config.json" or names_alone(value) != value):
             write_config(target, value)
             return
@@ -110,6 +113,14 @@ def _weights_of(folder: Path, class_name: str, asked: str) -> tuple[Path, ...]:
     return () if modelless else weight_files(folder, variant_of_part(folder, asked))
 
 
+def _entry_of(value: list[Any], named: str) -> list[str]:
+    """The library and class of a part as the installed libraries know it; ModelFormatError where they do not."""
+    if len(value) != 2 or part_class(*value) is None:
+        raise ModelFormatError(f"{named} is of a class that diffusers and transformers have not")
+    library, name = value
+    return [library, installed_name(library, name)]
+
+
 def copy_parts(
     pipeline: Path,
     target: Path,
@@ -131,17 +142,22 @@ def copy_parts(
         if not isinstance(value, list) or part == unet or value[:1] == [None]:
             written[part] = value
             continue
+        named = f"the {part} in {pipeline}"
         try:
-            files = _weights_of(pipeline / part, str(value[-1]), asked)
+            entry = _entry_of(value, named)
+            files = _weights_of(pipeline / part, entry[-1], asked)
             copy_texts(pipeline / part, target / part)
-        except (ModelFormatError, FileNotFoundError):
+        except (ModelFormatError, FileNotFoundError) as error:
             if part not in LEFT_OUT:
                 raise
+            if (pipeline / part).is_dir():
+                note(f"left {part} out: {error}")
             written[part] = [None, None]
             continue
         if files:
+            refuse_flawed(stored(files), named)
             copy_weights(files, target / part, variant=variant, dtype=dtype)
-        written[part] = value
+        written[part] = entry
     if written.get("safety_checker", [None])[0] is None and "safety_checker" in written:
         written["requires_safety_checker"] = False
     write_config(target / INDEX, written)

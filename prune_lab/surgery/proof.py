@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import prune_lab
 from prune_lab.errors import ProofError
+from prune_lab.models.answers import refuse_silent
 
 ProofKind = Literal["bypassed teacher", "same tensors", "loads"]
 
@@ -194,12 +195,14 @@ def prove(
     original: Original | None = None,
     digest: str = "",
     variant: str = "",
+    answers: bool = False,
 ) -> Proof:
     """That plain diffusers loads the pipeline or U-Net ``folder`` in a fresh process, all of it in one number format.
 
     ``shapes`` are those of every tensor of its U-Net by name. ``original`` is what the U-Net must equal without its
-    removed blocks, ``digest`` that of its tensors (``digest_of``). ``variant`` is that of the names of its files.
-    Raises ProofError when anything differs, or when it does not load.
+    removed blocks, ``digest`` that of its tensors (``digest_of``). ``variant`` is that of the names of its files. With
+    ``answers`` each part is asked whether its answers differ. Raises ProofError when anything differs, or when it does
+    not load, ModelFormatError when a part answers the same to every input.
     """
     place = str(Path(folder).resolve())
     question = {
@@ -207,6 +210,7 @@ def prove(
         "variant": variant,
         "shapes": None if shapes is None else {name: list(shape) for name, shape in shapes.items()},
         "digest": digest,
+        "answers": answers,
         "original": original
         and {
             "config": dict(original.config),
@@ -224,5 +228,6 @@ def prove(
             f"asked to write {folder}; loaded by plain diffusers in a process of its own it is not what it should be: "
             f"{error}; nothing was left of it"
         ) from None
+    refuse_silent(found["complaint"], str(folder))
     kind: ProofKind = "bypassed teacher" if original else "same tensors" if digest else "loads"
     return Proof(kind, found["parameters"], found["difference"], found["versions"])

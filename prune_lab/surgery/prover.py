@@ -21,37 +21,19 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from prune_lab.families import example_inputs, meta_unet, outline_of, plain_config
+from prune_lab.families import meta_unet
+from prune_lab.models.answers import complaint_of_parts, random_inputs, unet_complaint
+from prune_lab.models.parts import left_out
 from prune_lab.models.silence import quiet
-from prune_lab.runtime import seeded
 from prune_lab.surgery.bypass import bypassed
 from prune_lab.surgery.proof import digest_of
 
 _IDLE = 300.0  # seconds without a question after which this process ends; the next proof starts another
-_TOKENS = 8
-_TIMESTEP = 500
 
 Question = Mapping[str, Any]
 
 
 # Answers to random latents -----------------------------------------------------------------------------------------
-
-
-def _filled(value: Any, generator: torch.Generator) -> Any:
-    """``value`` with random numbers in place of its zeros; whole numbers stay."""
-    if isinstance(value, Mapping):
-        return {name: _filled(inner, generator) for name, inner in value.items()}
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return torch.randn(value.shape, generator=generator)
-    return value
-
-
-def _inputs(model: Any) -> dict[str, Any]:
-    """Random inputs of a small size that every stage can halve and double."""
-    samplers = [unit for unit in outline_of(model).units if unit.kind == "sampler" and unit.gives_skip]
-    blank = example_inputs(plain_config(model), latent=2 * 2 ** len(samplers), tokens=_TOKENS)
-    filled: dict[str, Any] = _filled(blank, seeded(0))
-    return filled | {"timestep": torch.full_like(blank["timestep"], _TIMESTEP)}
 
 
 def _answer(model: Any, inputs: Mapping[str, Any]) -> Tensor:
@@ -63,7 +45,7 @@ def _original_answer(original: Mapping[str, Any]) -> tuple[dict[str, Any], Tenso
     """Inputs, and what the original without its removed blocks answers to them in float32."""
     kept = None if original["dtype"] is None else getattr(torch, original["dtype"])
     model = meta_unet(original["config"])
-    inputs = _inputs(model)
+    inputs = random_inputs(model)
     with bypassed(model, original["removed"]):
         wanted = set(model.state_dict())
         tensors: dict[str, Tensor] = {}
@@ -86,20 +68,25 @@ def _format_of(module: nn.Module) -> set[torch.dtype]:
     return {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
 
 
-def _loaded(folder: Path, variant: str) -> Any:
-    """The U-Net in ``folder``, which may be a pipeline's: all of that is loaded too, as a user would load it."""
+def _loaded(folder: Path, variant: str) -> tuple[Any, Any]:
+    """The U-Net in ``folder``, and the pipeline that it may be of, loaded as a user would load it; else None.
+
+    The parts that are never used here stay closed, as they do everywhere.
+    """
     named: dict[str, Any] = {"variant": variant} if variant else {}
     if not (folder / "model_index.json").is_file():
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return getattr(diffusers, config["_class_name"]).from_pretrained(folder, **named)
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **named)
+        return getattr(diffusers, config["_class_name"]).from_pretrained(folder, **named), None
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    unused: dict[str, Any] = dict.fromkeys(left_out(index))
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **named, **unused)
     formats = {
         name: _format_of(part) for name, part in pipeline.components.items() if isinstance(part, nn.Module)
     }
     if len(set().union(*formats.values())) > 1:
         found = ", ".join(f"{name} {sorted(map(str, dtypes))}" for name, dtypes in formats.items())
         raise ValueError(f"its parts have different number formats and cannot draw together: {found}")
-    return pipeline.unet
+    return pipeline.unet, pipeline
 
 
 def _differing(found: Mapping[str, list[int]], wanted: Mapping[str, list[int]]) -> str:
@@ -121,10 +108,16 @@ def _compared(question: Question) -> dict[str, Any]:
     if original is not None:
         inputs, expected = _original_answer(original)
         gc.collect()
-    unet = _loaded(Path(question["folder"]), question["variant"]).eval()
+    unet, pipeline = _loaded(Path(question["folder"]), question["variant"])
+    complaint = complaint_of_parts(pipeline) if question["answers"] and pipeline is not None else ""
+    del pipeline
+    unet.eval()
     gc.collect()  # the other parts of the pipeline
+    if question["answers"] and not complaint and (found_of_unet := unet_complaint(unet)):
+        complaint = f"its U-Net {found_of_unet}"
     found: dict[str, Any] = {
         "error": "",
+        "complaint": complaint,
         "parameters": sum(parameter.numel() for parameter in unet.parameters()),
         "difference": None,
         "versions": {

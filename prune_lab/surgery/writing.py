@@ -16,6 +16,7 @@ from torch import Tensor
 from prune_lab.errors import StorageError, UnsupportedModelError
 from prune_lab.families import plain_config
 from prune_lab.models import ModelSource, model_digest, weight_files
+from prune_lab.models.conversion import refuse_flawed, stored
 from prune_lab.models.files import json_object
 from prune_lab.models.protection import check_folder
 from prune_lab.plans import PruningPlan
@@ -98,8 +99,8 @@ def prune_pipeline(
     other part is loaded whole. ``dtype`` converts all parts, None keeps the files' own; ``variant`` names all files
     with weights, as in ``diffusion_pytorch_model.fp16.safetensors``; ``finish`` adds to the proved folder before it
     gets its name. Raises UnsupportedModelError when ``source`` has no weights, StorageError where ``out`` may not be
-    written (``models.protection.check_folder``), ProofError when what was written is not the original without
-    these blocks.
+    written (``models.protection.check_folder``), ProofError when what was written is not the original without these
+    blocks, ModelFormatError when a part of it holds what is no number, or answers the same to every input.
     """
     if source.folder is None or source.unet_folder is None or not source.has_weights:
         raise UnsupportedModelError(
@@ -120,6 +121,7 @@ def prune_pipeline(
         )
     out = check_folder(out, {"the model": source.places}, force=force)
     original = original_of(source, plan, dtype)
+    refuse_flawed(stored(original.files), f"the U-Net in {source.unet_folder}")
     with output_folder(out, force=force) as temporary:
         get_ready_to_prove()
         folder = temporary / _UNET if source.is_pipeline else temporary
@@ -131,7 +133,7 @@ def prune_pipeline(
         _write_unet(student, folder, plan, variant)
         del student  # one model at a time: the other process has its turn
         shapes = predicted_shapes(source.config, plan)
-        proof = prove(temporary, shapes=shapes, original=original, variant=variant)
+        proof = prove(temporary, shapes=shapes, original=original, variant=variant, answers=True)
         _write_provenance(folder, provenance, proof)
         if finish is not None:
             finish(temporary)

@@ -1,0 +1,188 @@
+"""Whether the files of a part hold what its class needs: every tensor by name and shape, and its vocabulary.
+
+The libraries fill what a file lacks with random numbers and go on, and make a tokenizer without a vocabulary. So names
+and shapes of all tensors are compared with the class that a part's config describes before anything is loaded, from
+headers and on ``meta``.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from prune_lab.errors import ModelFormatError, PruneLabError, UnsupportedModelError
+from prune_lab.families import plain_config
+from prune_lab.models.diagnosis import unusable
+from prune_lab.models.files import json_object, read_headers, weights_in
+from prune_lab.models.silence import quiet
+from prune_lab.models.views import STEMS, component_view
+
+# What the libraries raise, all of it unplanned, when they build a model from a config that makes no sense.
+BUILD_ERRORS = (
+    *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError),
+    *(OSError, RecursionError, MemoryError, ImportError),
+)
+# What older files hold beside the weights and is computed today: counters, angles, and masks of attention.
+_COUNTER = "position_ids"
+_COMPUTED = (_COUNTER, "token_type_ids", ".attn.bias", ".attn.masked_bias", ".inv_freq")
+# A text or picture encoder may come in the file of the whole model that it is one half of.
+_OTHER_HALVES = (
+    *("text_model", "text_projection", "vision_model", "visual_projection", "logit_scale", "logit_bias"),
+    *("decoder", "lm_head"),
+)
+# How older files of a VAE call the parts of its attention; diffusers renames them when it loads.
+_RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+_ADAPTER = (
+    "adapter_config.json"  # beside the weights of a transformers model it is read without being asked for
+)
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def reason_of(error: BaseException) -> str:
+    """What ``error`` says, as a part of a line."""
+    return textwrap.shorten(str(error), 160, placeholder=" ...") or type(error).__name__
+
+
+# Names and shapes ------------------------------------------------------------------------------------------------
+
+
+def modern_name(key: str) -> str:
+    """The name that the classes of today give a tensor: older files of a VAE have others."""
+    if ".attentions." in key and key.startswith(("encoder.", "decoder.")):
+        module, kind = key.rsplit(".", 1)
+        parent, _, layer = module.rpartition(".")
+        return f"{parent}.{_RENAMED.get(layer, layer)}.{kind}"
+    return key
+
+
+def _first_of(complaints: Sequence[str]) -> str:
+    more = f" and {len(complaints) - 1} more" if len(complaints) > 1 else ""
+    return f"{complaints[0]}{more}" if complaints else ""
+
+
+def _complaints(
+    missing: Sequence[str], extra: Sequence[str], misshapen: Sequence[str], whole: str
+) -> list[str]:
+    lacking = [f"{name} is missing" for name in missing]
+    if lacking and extra:
+        lacking[0] += f" ({extra[0]} is there instead)"
+    return [*lacking, *misshapen, *(f"{name} is not part of {whole}" for name in extra)]
+
+
+def misfit(found: Shapes, wanted: Shapes, whole: str = "that U-Net") -> str:
+    """The first tensor in which ``found`` is not what is ``wanted`` of ``whole``, and how many more; empty: it fits."""
+    missing = [name for name in wanted if name not in found]
+    extra = [name for name in found if name not in wanted and not name.endswith(_COUNTER)]
+    misshapen = [
+        f"{name} is {list(found[name])} instead of {list(shape)}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+    return _first_of(_complaints(missing, extra, misshapen, whole))
+
+
+@functools.lru_cache(maxsize=64)
+def _wanted(model_class: Any, config: str) -> Shapes:
+    with quiet(), torch.device("meta"):
+        model = model_class.from_config(json.loads(config))
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _is_of_other_half(name: str, own: frozenset[str]) -> bool:
+    first = name.split(".", 1)[0]
+    return first in _OTHER_HALVES and first not in own
+
+
+def _transformers_misfit(model_class: Any, folder: Path, variant: str) -> str:
+    """What transformers itself misses when it loads the part without its numbers: it knows all its old names."""
+    with quiet(), component_view(folder, STEMS["transformers"], variant) as view:
+        model, report = model_class.from_pretrained(
+            view,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    own = frozenset(name.split(".", 1)[0] for name in model.state_dict())
+    extra = [
+        name
+        for name in sorted(report["unexpected_keys"])
+        if not name.endswith(_COMPUTED) and not _is_of_other_half(name, own)
+    ]
+    misshapen = [
+        f"{name} is {list(found)} instead of {list(want)}"
+        for name, found, want in sorted(report["mismatched_keys"])
+    ]
+    whole = f"a {model_class.__name__} of its config.json"
+    return _first_of(_complaints(sorted(report["missing_keys"]), extra, misshapen, whole))
+
+
+# Parts -----------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=256)
+def _checked(model_class: Any, folder: Path, variant: str, _state: tuple[tuple[str, int, int], ...]) -> None:
+    config = json_object(folder / "config.json")
+    header = read_headers(weights_in(folder, variant).files)
+    if reason := unusable(header, config):
+        raise UnsupportedModelError(f"asked for the weights in {folder}: {reason}")
+    try:
+        if issubclass(model_class, diffusers.ModelMixin):
+            found = {modern_name(name): shape for name, (_, shape) in header.items()}
+            wanted = _wanted(model_class, json.dumps(plain_config(config), sort_keys=True))
+            complaint = misfit(found, wanted, f"a {model_class.__name__} of its config.json")
+        else:
+            complaint = _transformers_misfit(model_class, folder, variant)
+    except PruneLabError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"no {model_class.__name__} can be built from {folder / 'config.json'}: {reason_of(error)}; "
+            "fetch the folder again"
+        ) from None
+    if complaint:
+        raise ModelFormatError(
+            f"the weights in {folder} do not fit its config.json: tensor {complaint}; fetch both from the same place "
+            "again"
+        )
+
+
+def check_part(folder: Path, model_class: Any, variant: str = "") -> None:
+    """Raise ModelFormatError unless the files in ``folder`` hold just the tensors of ``model_class`` by its config.
+
+    Files that are as they were are not looked at again.
+    """
+    if (folder / _ADAPTER).is_file():
+        raise UnsupportedModelError(
+            f"found {folder / _ADAPTER}, an adapter (LoRA, PEFT) that would be put on the weights there: merge it into "
+            "them first (PEFT: merge_and_unload), or take the file away"
+        )
+    paths = [folder / "config.json", *weights_in(folder, variant).files]
+    if not paths[0].is_file():
+        raise ModelFormatError(f"{folder} has weights and no config.json; fetch it again")
+    states = tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
+    _checked(model_class, folder, variant, states)
+
+
+def check_vocabulary(folder: Path, tokenizer_class: Any) -> None:
+    """Raise ModelFormatError where ``folder`` lacks the words of a tokenizer: it would be made without any."""
+    names = {
+        name: file
+        for name, file in getattr(tokenizer_class, "vocab_files_names", {}).items()
+        if name != "tokenizer_file" and isinstance(file, str)
+    }
+    missing = [file for file in names.values() if not (folder / file).is_file()]
+    if missing and not (folder / "tokenizer.json").is_file():
+        raise ModelFormatError(
+            f"{folder} lacks {missing[0]}, in which a {tokenizer_class.__name__} has its words; fetch it again"
+        )
