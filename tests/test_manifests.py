@@ -23,6 +23,8 @@ from prune_lab.config import RunConfig, load_config
 from prune_lab.errors import DataError, RunError
 from prune_lab.plans import parse_plan
 from prune_lab.runs import Manifests, Part, Run
+from prune_lab.runs.manifest_files import Manifest, Stamp, read_manifest
+from prune_lab.runtime import write_json
 from prune_lab.session import Session
 from prune_lab.session.parts import STEP_NAMES
 from prune_lab.workflow import ensure_distilled, ensure_plans, ensure_ranking, forget, run_all, start_run
@@ -387,3 +389,38 @@ def test_a_part_is_done_until_something_of_it_changes(
     for changed in ({"inputs": {"teacher": "2"}}, {"settings": {"seed": 1}}):
         other: Any = dataclasses.replace(part, **changed)
         assert Manifests(folder).verdict(other).state == "redo"
+
+
+@settings(max_examples=60)
+@given(at=st.integers(0, 10_000), to=st.binary(min_size=1, max_size=3))
+def test_a_manifest_that_was_changed_is_none(
+    tmp_path_factory: pytest.TempPathFactory, at: int, to: bytes
+) -> None:
+    path = tmp_path_factory.mktemp("manifest") / "costs.json"
+    stamps = {"costs.csv": Stamp(7, 1_700_000_000_000_000_001, "5f")}
+    manifest = Manifest(
+        "costs", stamps, {"teacher": "ab"}, {"device": "cpu", "seeds": [0, 1]}, {"torch": "2"}
+    )
+    write_json(path, manifest.as_dict())
+    assert read_manifest(path) == manifest
+    content = path.read_bytes()
+    at %= len(content)
+    path.write_bytes(content[:at] + to + content[at + len(to) :])
+    # a changed blank between two words of JSON says the same
+    assert read_manifest(path) in (None, manifest)
+    if json.loads(content) != _value_of(path):
+        assert read_manifest(path) is None
+
+
+def _value_of(path: Path) -> object:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError:
+        return None
+
+
+def test_an_endless_manifest_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "costs.json"
+    with path.open("wb") as file:
+        file.truncate(2**33)
+    assert read_manifest(path) is None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from prune_lab.runs.lock import writing
-from prune_lab.runs.manifests import GIVEN, Manifests, Part, Verdict
+from prune_lab.runs.manifest_files import Part
+from prune_lab.runs.manifests import GIVEN, Manifests, Verdict
 from prune_lab.runs.opening import FORMAT, load_run_config, open_run
 from prune_lab.runs.paths import CandidatePaths, PathIn, Run, is_plan_id
 from prune_lab.runs.plan_files import PlanFile, plan_id_of, read_plan_file

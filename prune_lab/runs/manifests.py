@@ -8,11 +8,7 @@ so a part without one is unfinished. A file whose size and time of change are th
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
-import importlib.metadata
-import json
-import os
 import shutil
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -20,127 +16,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prune_lab.errors import RunError, StorageError
+from prune_lab.runs.manifest_files import (
+    FOLDER,
+    Manifest,
+    Part,
+    Stamp,
+    file_digest,
+    files_in,
+    files_of,
+    read_manifest,
+    versions,
+)
 from prune_lab.runs.records import damaged
 from prune_lab.runtime import write_json
 
-FORMAT = "prune_lab manifest 1"
-FOLDER = "manifests"  # in the folder of a run or of a candidate
 ORIGINS = "origins"  # the manifest of what lies outside of the run folder: teacher, scorer, the user's data
 GIVEN = "given"  # the input of scores that the user gave: made from nothing else
 _RECORDS = ("provenance.json", "plan.json")  # beside weights; they say how these were made, and are not read
-_LIBRARIES = ("prune-lab", "torch", "diffusers", "transformers")
 _INDEX = "cache.json"  # which says that a cache is complete
-_HEADER = 100_000_000  # bytes: the longest header that safetensors reads
-
-
-# Digests of files --------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Stamp:
-    """By what a file is known again: size in bytes, time of change in nanoseconds, and its digest."""
-
-    size: int
-    modified_ns: int
-    sha256: str
-
-    def at(self, found: os.stat_result) -> bool:
-        """Whether the file has this size and time, so that it need not be read."""
-        return (self.size, self.modified_ns) == (found.st_size, found.st_mtime_ns)
-
-
-def _file_digest(path: Path) -> str:
-    """The sha256 of a file; of safetensors with the entries of the header in order, which a writer does not keep."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        if path.suffix == ".safetensors":
-            length = file.read(8)
-            header = file.read(min(int.from_bytes(length, "little"), _HEADER))
-            try:
-                digest.update(json.dumps(json.loads(header), sort_keys=True).encode())
-            except (ValueError, RecursionError):
-                digest.update(length + header)
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _files_in(folder: Path) -> Iterator[Path]:
-    """The files below ``folder`` in order, without hidden ones, which the system and our own writers leave there."""
-    for at, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name[0] != ".")
-        yield from (Path(at, name) for name in sorted(names) if name[0] != ".")
-
-
-def _files_of(path: Path) -> tuple[Path, ...]:
-    """``path``, or the files below it where it is a folder; none where nothing is there."""
-    if path.is_dir():
-        return tuple(_files_in(path))
-    return (path,) if path.exists() else ()
-
-
-@functools.cache
-def _versions() -> Mapping[str, str]:
-    def version(name: str) -> str:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return ""
-
-    return {name: found for name in _LIBRARIES if (found := version(name))}
-
-
-# One manifest ------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Part:
-    """What is made, and made again, at once: a step of a run, a part of one, or such a part for one candidate."""
-
-    step: str
-    name: str  # of its manifest
-    folder: Path  # of the run or of the candidate
-    outputs: tuple[Path, ...]  # files and folders that it writes, those that are optional too
-    reads: tuple[Path, ...] = ()  # what it reads of the run, there or not
-    inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)  # other digests; empty: cannot be seen now
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    label: str = ""  # of the candidate's plan
-    resumes: bool = False  # its maker goes on from what is there without a manifest
-
-    @property
-    def manifest(self) -> Path:
-        """Where its manifest lies."""
-        return self.folder / FOLDER / f"{self.name}.json"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Manifest:
-    """What is written down about a part; paths are relative to the run folder."""
-
-    step: str
-    outputs: Mapping[str, Stamp]
-    inputs: Mapping[str, str]
-    settings: Mapping[str, Any]
-    versions: Mapping[str, str]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The manifest as JSON values."""
-        return {"format": FORMAT, **dataclasses.asdict(self)}
-
-
-def _read_manifest(path: Path) -> Manifest | None:
-    """The manifest in ``path``; None where it is missing or of no use: its part is made again then."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            return None
-        found = json.loads(path.read_bytes())
-        assert found["format"] == FORMAT
-        outputs = {str(name): Stamp(**stamp) for name, stamp in found["outputs"].items()}
-        texts = ({str(name): str(value) for name, value in found[key].items()} for key in ("inputs", "versions"))
-        inputs, versions = texts
-        return Manifest(str(found["step"]), outputs, inputs, dict(found["settings"]), versions)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError):
-        return None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -171,7 +64,7 @@ class Manifests:
         self._expected: dict[Path, Stamp] = {}  # what files will be once their parts are made again
         self._sound: set[Path] = set()
         for path in self._paths():
-            if (manifest := _read_manifest(path)) is not None:
+            if (manifest := read_manifest(path)) is not None:
                 self._take(path, manifest)
 
     def _paths(self) -> list[Path]:
@@ -206,7 +99,7 @@ class Manifests:
                 return None
             if known is not None and known.at(found):
                 return known
-            return Stamp(found.st_size, found.st_mtime_ns, _file_digest(path))
+            return Stamp(found.st_size, found.st_mtime_ns, file_digest(path))
         except OSError:
             return None
 
@@ -237,7 +130,7 @@ class Manifests:
         if not path.is_dir() and path not in (file.parent for file in coming):
             found = self.stamp(path)
             return found.sha256 if found else ""
-        files = sorted({*_files_in(path), *coming})
+        files = sorted({*files_in(path), *coming})
         files = [file for file in files if file.name not in _RECORDS]
         stamps = [(file.relative_to(path).as_posix(), self.stamp(file)) for file in files]
         if not stamps:
@@ -273,7 +166,7 @@ class Manifests:
     @property
     def other_versions(self) -> dict[str, tuple[str, str]]:
         """(version that parts were made with, version here) of the libraries that differ, by name."""
-        here = _versions()
+        here = versions()
         return {
             name: (version, here[name])
             for one in self._found.values()
@@ -298,7 +191,7 @@ class Manifests:
             return _DONE
         known = self._found.get(part.manifest)
         found = self._verdict(part, known)
-        if found.state != "done" and (written := _read_manifest(part.manifest)) not in (None, known):
+        if found.state != "done" and (written := read_manifest(part.manifest)) not in (None, known):
             assert written is not None
             self._take(part.manifest, written)  # another process wrote it meanwhile
             found = self._verdict(part, written)
@@ -310,7 +203,7 @@ class Manifests:
         if manifest is None:
             if part.resumes:
                 return Verdict("to do")
-            there = [path for path in part.outputs if _files_of(path)]
+            there = [path for path in part.outputs if files_of(path)]
             if not there:
                 return Verdict("to do")
             what = "is damaged" if part.manifest.exists() else "is not there"
@@ -337,7 +230,7 @@ class Manifests:
             return Verdict("redo", why + more, "outputs", tuple(damaged))
         known_files = {self.root / output for output in manifest.outputs}
         for folder in folders:
-            if folder.is_dir() and (extra := [file for file in _files_in(folder) if file not in known_files]):
+            if folder.is_dir() and (extra := [file for file in files_in(folder) if file not in known_files]):
                 raise RunError(
                     f"asked for the {name} of {self.root}, found {self._name(extra[0])}, which no step of it has "
                     "written; move it out of the run folder"
@@ -375,9 +268,9 @@ class Manifests:
 
     def record(self, part: Part, *more: Path) -> None:
         """Write down that ``part`` is done, with the outputs that are there, and ``more`` of them. Raises StorageError."""
-        files = [file for path in (*part.outputs, *more) for file in _files_of(path)]
+        files = [file for path in (*part.outputs, *more) for file in files_of(path)]
         outputs = {self._name(file): found for file in files if (found := self.stamp(file)) is not None}
-        manifest = Manifest(part.step, outputs, self._inputs(part), dict(part.settings), _versions())
+        manifest = Manifest(part.step, outputs, self._inputs(part), dict(part.settings), versions())
         self._write(part.manifest, manifest)
         self._sound.add(part.manifest)
         self.save_origins()
