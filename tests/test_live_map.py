@@ -21,7 +21,15 @@ from synthetic_run import PLANS, write_run
 
 from prune_lab.blocks import Architecture, blocks_frame
 from prune_lab.models import resolve_model
-from prune_lab.plans import choices_to_json, gone_with, is_native, native_choices, parse_plan, plan_of
+from prune_lab.plans import (
+    PruningPlan,
+    choices_to_json,
+    gone_with,
+    is_native,
+    native_choices,
+    parse_plan,
+    plan_of,
+)
 from prune_lab.profiling import cost_table
 from prune_lab.report import write_report
 from prune_lab.report.format import amount, count, milliseconds, percent_change
@@ -239,8 +247,9 @@ def test_words_of_a_run_cannot_become_code(tmp_path: Path, run: Run) -> None:
     evil = Run(write_run(tmp_path / "run", upto="costs"))
     name = "</script><script>document.title='taken'</script>"
     evil.plans_dir.mkdir(exist_ok=True)
-    value = {"id": "a" * 12, "names": [name], "origin": "control", "removed": list(PLANS["bk-base"])}
-    evil.plan("a" * 12).write_text(json.dumps(value))
+    plan = PruningPlan(tuple(PLANS["bk-base"]), "made-up")
+    value = {"id": plan.id, "names": [name], "origin": "control", "architecture": "made-up"}
+    evil.plan(plan.id).write_text(json.dumps({**value, "removed": list(plan.removed)}))
     with browser_on(write_report(evil)) as page:
         assert page.title != "taken"
         assert name in [option.text for option in Select(part(page, "plan")).options]
