@@ -427,7 +427,7 @@ def test_pickled_and_missing_files_and_taken_names(tmp_path: Path) -> None:
     with pytest.raises(ModelFormatError, match="no such file"):
         convert_ip_adapter(student, tmp_path / "none.safetensors", out)
     file = peft_file(build_unet(TINY_UNET), tmp_path / "lora.safetensors")
-    with pytest.raises(StorageError, match="found there the file that it is made from"):
+    with pytest.raises(StorageError, match="the file that it is made from"):
         convert_lora(student, file, file, force=True)
     out.write_text("mine")
     with pytest.raises(StorageError, match="--force"):

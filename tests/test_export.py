@@ -291,7 +291,7 @@ def interrupted(items: Any, *_: Any, **__: Any) -> Any:
 def test_the_weights_of_the_model_itself_are_never_replaced(pipeline_of: Any, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(pipeline_of("sd-v1"), folder)
-    with pytest.raises(StorageError, match="found there the model that it is made from"):
+    with pytest.raises(StorageError, match="the model that it is made from"):
         exported(folder, folder / "unet" / "diffusion_pytorch_model.safetensors", force=True)
 
 

@@ -159,7 +159,7 @@ def test_data_of_a_person_are_a_source_too(verb: str, world: World) -> None:
     ending = ENDINGS.get(verb, "")
     for place in (world.data, world.data.parent, world.data / f"new{ending}", world.root / "to-data" / "x"):
         line = refused(world.root, *asked(verb, world, "plain", str(place)))
-        assert "found there" in line or "found a folder there" in line
+        assert "that it is made from" in line or "found a folder there" in line
 
 
 @pytest.mark.usefixtures("no_work")
@@ -197,7 +197,8 @@ def test_which_places_overlap(
         check_apart(place, {"the model": [root / source]})
     except StorageError as error:  # also of a link that leads in a circle
         found = str(error)
-    assert ("found there the model" in found) == (inside or holds)
+    words = "which is" if mine == other else "which lies in" if inside else "which holds"
+    assert (f"{words} the model that it is made from" in found) == (inside or holds)
     assert not [path for path in root.rglob("*") if path.is_file()]
 
 
@@ -219,11 +220,21 @@ def test_a_home_folder_and_names_that_only_begin_alike(
         check_apart("/", {})
 
 
+def test_what_was_written_whole_is_not_replaced_in_part(tmp_path: Path) -> None:
+    with output_folder(tmp_path / "student", force=False) as folder:
+        (folder / "unet").mkdir()
+        (folder / "unet" / "config.json").write_text("{}")
+    for out in ("unet", "unet/config.json", "new"):
+        with pytest.raises(StorageError, match=r"lies in .*student, a whole that prune-lab wrote"):
+            check_folder(tmp_path / "student" / out, {}, force=True)
+    check_folder(tmp_path / "student", {}, force=True)
+
+
 def test_files_that_a_pattern_finds_are_sources(tmp_path: Path) -> None:
     (tmp_path / "one.tar").write_bytes(b"")
     sources = {"the data": [str(tmp_path / "*.tar")]}
     assert check_folder(tmp_path / "student", sources) == tmp_path / "student"
-    with pytest.raises(StorageError, match="found there the data"):
+    with pytest.raises(StorageError, match="which is the data"):
         check_apart(tmp_path / "one.tar", sources)
 
 

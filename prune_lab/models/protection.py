@@ -20,7 +20,7 @@ from prune_lab.assets import reference_folder
 from prune_lab.config import PLAN_FILES, RunConfig
 from prune_lab.errors import RunError, StorageError
 from prune_lab.runs import Run
-from prune_lab.runtime.files import check_replaceable
+from prune_lab.runtime.files import FILE_LIST, check_replaceable
 from prune_lab.runtime.holders import LONGEST_NAME, remove_leftovers, temporary_beside
 
 Sources: TypeAlias = Mapping[str, Iterable["Path | str"]]
@@ -94,12 +94,15 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _overlap(place: Path, source: Path) -> bool:
-    """Whether ``place`` (resolved) is ``source``, lies in it, or holds it."""
+def _overlap(place: Path, source: Path) -> str:
+    """How ``place`` (resolved) lies to ``source``, in words: it is it, lies in it, or holds it; empty where apart."""
     real = Path(os.path.realpath(source))
-    around = {_identity(one) for one in (place, *place.parents)}
-    inside = _identity(real) in around - {None}
-    return inside or _identity(place) in {_identity(one) for one in real.parents} - {None}
+    own, theirs = _identity(place), _identity(real)
+    if theirs is not None and own == theirs:
+        return "which is"
+    if theirs is not None and theirs in {_identity(one) for one in place.parents}:
+        return "which lies in"
+    return "which holds" if own is not None and own in {_identity(one) for one in real.parents} else ""
 
 
 def _is_run(folder: Path) -> bool:
@@ -141,9 +144,9 @@ def check_apart(out: Path | str, sources: Sources, *, run: Path | None = None) -
     place = _place(out)
     for what, texts in sources.items():
         for named in chain.from_iterable(map(_found, texts)):
-            if any(_overlap(place, one) for one in _whole(named)):
+            if lies := next(filter(None, (_overlap(place, one) for one in _whole(named))), ""):
                 raise StorageError(
-                    f"asked to write {out}, found there {what} that it is made from ({named}); give another name"
+                    f"asked to write {out}, {lies} {what} that it is made from ({named}); give another name"
                 )
     own = None if run is None else _place(run)
     for folder in (place, *place.parents):
@@ -152,6 +155,10 @@ def check_apart(out: Path | str, sources: Sources, *, run: Path | None = None) -
                 f"asked to write {out}, found the run {folder} there, which only its own steps write to; "
                 "give a path outside of it"
             )
+    if around := next((folder for folder in place.parents if (folder / FILE_LIST).is_file()), None):
+        raise StorageError(
+            f"asked to write {out}, which lies in {around}, a whole that prune-lab wrote; give a path outside of it"
+        )
     _check_writable(out, place)
     return expanded(out)
 
