@@ -28,6 +28,7 @@ import prune_lab.distill.sharding as sharding
 from prune_lab.cli import app
 from prune_lab.config import DataConfig, RunConfig
 from prune_lab.distill import build_cache, source_of
+from prune_lab.distill.shard_locks import claimed, clear, make_all
 from prune_lab.errors import RunError, StorageError
 from prune_lab.runs import Run, writing
 from prune_lab.runtime import atomic_write, progress_shown
@@ -206,6 +207,98 @@ def test_a_lock_that_cannot_be_read_is_named(content: str, tmp_path: Path) -> No
     run.lock.write_text(content)
     assert f"remove {run.lock}" in str(_refusal(run))
     assert run.lock.read_text() == content
+
+
+LOCK_FIELDS: dict[str, tuple[str, ...]] = {  # as JSON, the right one first
+    "host": (
+        json.dumps(socket.gethostname()),
+        "1",
+        "[]",
+        '"a\\u0000b"',
+        '"\\ud800"',
+        '"a\\nb"',
+        f'"{"x" * 999}"',
+        '""',
+    ),
+    "process": (
+        "<gone>",
+        "1e400",
+        str(2**31 + 5),
+        str(10**30),
+        "-1",
+        "0",
+        "true",
+        "NaN",
+        '"7"',
+        "null",
+        "7.5",
+    ),
+    "started": ("1", "-1", "1e400", str(10**30), "true", "[]", "7" * 5000),
+    "since": ('"then"', "7", '"a\\nb"', '"\\ud800"', "{}"),
+}
+NO_LOCKS: dict[str, Callable[[Path], object]] = {
+    "pipe": os.mkfifo,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "nowhere": lambda path: path.symlink_to("nowhere"),
+    "folder": lambda path: path.mkdir(),
+    "brackets": lambda path: path.write_text("[" * 200_000),
+    "long": lambda path: path.write_bytes(b" " * 10**7),
+    "bytes": lambda path: path.write_bytes(b"\xff\xfe\x00"),
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    fields=st.one_of(
+        st.sampled_from(sorted(NO_LOCKS)),
+        st.tuples(*map(st.sampled_from, LOCK_FIELDS.values())),
+    )
+)
+def test_a_lock_that_we_cannot_have_written_is_refused_by_name(
+    fields: str | tuple[str, ...], gone: Holder, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    root = tmp_path_factory.mktemp("locks")
+    (root / "outside").write_text("of somebody")
+    run = Run(root / "run")
+    shard = root / "cache" / "shard-00000.safetensors"
+    lock = shard.with_name(f".{shard.name}.lock")
+    ours = fields == tuple(values[0] for values in LOCK_FIELDS.values())
+    for path in (run.lock, lock):
+        path.parent.mkdir()
+        if isinstance(fields, str):
+            NO_LOCKS[fields](path)
+        else:
+            text = ", ".join(f'"{name}": {value}' for name, value in zip(LOCK_FIELDS, fields, strict=True))
+            path.write_text(f"{{{text}}}".replace("<gone>", str(gone.process)))
+        assert (state_of(lock_holder(path) or gone) == "gone") == ours
+    if not ours:
+        lines = [str(_refusal(run))]
+        assert f"remove {run.lock}" in lines[0]
+        for work in (
+            lambda: clear(shard.parent),
+            lambda: make_all([shard], lambda path: False, _claim),
+        ):
+            with pytest.raises(StorageError, match="once you are sure") as caught:
+                work()
+            lines.append(str(caught.value))
+            assert f"remove {lock}" in lines[-1]
+        assert all(len(line.splitlines()) == 1 and len(line) < 2000 for line in lines)
+        assert os.path.lexists(run.lock)
+        assert os.path.lexists(lock)
+    assert sorted(path.name for path in root.iterdir()) == ["cache", "outside", "run"]
+
+
+def _claim(shard: Path) -> Holder | None:
+    with claimed(shard, {}) as other:
+        return other
+
+
+@pytest.mark.parametrize("process", [0, 2**31 + 5, 10**30])
+def test_a_temporary_file_of_no_process_stays(process: int, tmp_path: Path) -> None:
+    left = tmp_path / f".x.{dataclasses.replace(this_process(), process=process).mark}-0a1b2c.tmp"
+    left.touch()
+    remove_leftovers(tmp_path)
+    assert left.exists()
 
 
 def test_the_lock_of_a_dead_process_is_taken_over_and_said(

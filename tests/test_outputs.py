@@ -18,9 +18,11 @@ from test_bad_input import refused, tree
 from typer.testing import CliRunner
 
 from prune_lab.cli import app
+from prune_lab.distill.cache import FORMAT, INDEX
+from prune_lab.distill.shard_locks import check_cache_folder, clear
 from prune_lab.errors import RunError, StorageError
 from prune_lab.models.protection import check_apart, check_file, check_folder, check_run_folder, sources_of
-from prune_lab.runtime.files import FILE_LIST, listed_files, output_folder
+from prune_lab.runtime.files import FILE_LIST, check_replaceable, listed_files, output_folder
 
 # The verbs that write where a person says: what follows the place, which comes last.
 MODEL, DATA, LORA, PART = "<model>", "<data>", "<lora>", "<part>"
@@ -445,6 +447,85 @@ def test_a_cache_keeps_what_is_not_its_own(
     assert "notes.txt" in refused(tmp_path, *words, "--force")
     build("--flip")  # which removes nothing
     assert (out / "notes.txt").read_text() == "mine"
+
+
+OUTSIDE = "outside.txt"
+NAMES = (
+    "",
+    ".",
+    "..",
+    "../outside.txt",
+    "sub/../../outside.txt",
+    "<outside>",
+    "a\0b",
+    "\ud800",
+    "x" * 5000,
+    7,
+    None,
+)
+HOSTILE: dict[str, Callable[[Path], object]] = {
+    "pipe": os.mkfifo,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "nowhere": lambda path: path.symlink_to("nowhere"),
+    "folder": lambda path: path.mkdir(),
+    "brackets": lambda path: path.write_text("[" * 200_000),
+    "numbers": lambda path: path.write_text('{"files": [1e400], "shards": [1e400]}'),
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    listed=st.one_of(st.sampled_from(sorted(HOSTILE)), st.lists(st.sampled_from(NAMES), min_size=1)),
+    indexed=st.one_of(
+        st.just("none"), st.sampled_from(sorted(HOSTILE)), st.lists(st.sampled_from(NAMES), min_size=1)
+    ),
+    linked=st.booleans(),
+)
+def test_a_list_that_we_cannot_have_written_removes_nothing(
+    listed: str | list[object],
+    indexed: str | list[object],
+    linked: bool,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    root = tmp_path_factory.mktemp("lists")
+    outside, folder = root / OUTSIDE, root / "out"
+    outside.write_text("of somebody")
+    folder.mkdir()
+    (folder / "mine").write_text("of somebody")
+    (folder / "link").symlink_to(root)
+
+    def fill(path: Path, value: str | list[object], content: Callable[[list[object]], object]) -> None:
+        if isinstance(value, list):
+            names = [str(outside) if one == "<outside>" else one for one in value]
+            path.write_text(json.dumps(content(names)))
+        elif value in HOSTILE:
+            HOSTILE[value](path)
+
+    fill(folder / FILE_LIST, listed, lambda names: {"format": 1, "files": [*names, "mine"]})
+    fill(
+        folder / INDEX, indexed, lambda names: {"format": FORMAT, "shards": [{"file": one} for one in names]}
+    )
+    assert listed_files(folder) is None
+    before = sorted(folder.iterdir())
+    for check in (check_replaceable, check_cache_folder):
+        with pytest.raises(StorageError, match="did not write") as caught:
+            check(folder, force=True)
+        assert len(str(caught.value).splitlines()) == 1
+    clear(folder)
+    assert sorted(folder.iterdir()) == before
+    # a list with names that lie inside of the folder, though a link leads out of it
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "link").symlink_to(root)
+    (folder / "sub").mkdir()
+    (folder / "sub" / "mine").write_text("of somebody")
+    names = ["link/outside.txt", "sub", *(["link"] if linked else [])]
+    (folder / FILE_LIST).write_text(json.dumps({"format": 1, "files": names}))
+    with pytest.raises(StorageError, match="did not write"):
+        check_cache_folder(folder, force=True)
+    clear(folder)
+    assert (folder / "sub" / "mine").is_file()
+    assert outside.read_text() == "of somebody"
 
 
 def test_force_keeps_what_somebody_put_into_a_student(tiny_pipeline_folder: Path, tmp_path: Path) -> None:

@@ -13,10 +13,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prune_lab.distill.cache import EMPTY, INDEX, is_cache
+from prune_lab.distill.cache import EMPTY, FORMAT, INDEX
 from prune_lab.errors import DataError, StorageError
 from prune_lab.runtime import FILE_LIST, note_once, read_json
-from prune_lab.runtime.files import check_replaceable, list_about, listed_files, some_of, write_file_list
+from prune_lab.runtime.files import (
+    check_replaceable,
+    is_name_inside,
+    list_about,
+    listed_files,
+    some_of,
+    write_file_list,
+)
 from prune_lab.runtime.holders import (
     Holder,
     is_temporary,
@@ -34,15 +41,30 @@ _PAUSE = 0.5  # seconds between two looks at what other builders have finished
 # What lies in the folder -------------------------------------------------------------------------------------------
 
 
+def _indexed(folder: Path) -> frozenset[str] | None:
+    """The shards that the index of ``folder`` names; None where there is none, or one that we cannot have written."""
+    try:
+        index = read_json(folder / INDEX)
+    except (StorageError, DataError):
+        return None
+    shards = index.get("shards") if isinstance(index, dict) and index.get("format") == FORMAT else None
+    if not isinstance(shards, list):
+        return None
+    names = [one.get("file") if isinstance(one, dict) else None for one in shards]
+    return frozenset(map(str, names)) if all(map(is_name_inside, names)) else None
+
+
 def _ours(folder: Path) -> set[str] | None:
     """The names that belong to the cache in ``folder``, finished or not; None where there is none."""
-    listed = listed_files(folder)
-    found = set(listed or ())
-    if is_cache(folder):
-        index = read_json(folder / INDEX)
-        shards = index.get("shards", []) if isinstance(index, dict) else []
-        found |= {str(one["file"]) for one in shards if isinstance(one, dict) and "file" in one}
-    return found | {EMPTY, INDEX, FILE_LIST} if listed is not None or is_cache(folder) else None
+    listed, indexed = listed_files(folder), _indexed(folder)
+    if listed is None and indexed is None:
+        return None
+    names = {*(listed or ()), *(indexed or ()), EMPTY, INDEX}
+    return names if listed is None else {*names, FILE_LIST}
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def _is_passing(name: str) -> bool:
@@ -50,7 +72,9 @@ def _is_passing(name: str) -> bool:
 
 
 def _is_preview(path: Path) -> bool:
-    return path.name == PREVIEW and path.is_dir() and all(one.suffix == ".png" for one in path.glob("[!.]*"))
+    return (
+        path.name == PREVIEW and _is_folder(path) and all(one.suffix == ".png" for one in path.glob("[!.]*"))
+    )
 
 
 def check_cache_folder(folder: Path, *, force: bool) -> None:
@@ -66,7 +90,9 @@ def check_cache_folder(folder: Path, *, force: bool) -> None:
     others = [
         path.name
         for path in sorted(folder.iterdir())
-        if path.name not in (ours or ()) and not _is_passing(path.name) and not (ours and _is_preview(path))
+        if (path.name not in (ours or ()) or _is_folder(path))
+        and not _is_passing(path.name)
+        and not (ours and _is_preview(path))
     ]
     if others and (force or ours is None):
         raise StorageError(
@@ -85,11 +111,16 @@ def clear(folder: Path) -> None:
                 f"end it (once you are sure that it has ended, remove {path})"
             )
         path.unlink(missing_ok=True)
-    for name in _ours(folder) or ():
-        (folder / name).unlink(missing_ok=True)
-    if listed_files(folder / PREVIEW) is not None:
-        check_replaceable(folder / PREVIEW, force=True)
-        shutil.rmtree(folder / PREVIEW)
+    preview = folder / PREVIEW
+    has_preview = _is_folder(preview) and listed_files(preview) is not None
+    if has_preview:
+        check_replaceable(preview, force=True)
+    ours = _ours(folder) or ()
+    for path in sorted(folder.iterdir()):  # what lies in the folder itself: a name may lead anywhere
+        if path.name in ours and not _is_folder(path):
+            path.unlink(missing_ok=True)
+    if has_preview:
+        shutil.rmtree(preview)
 
 
 def being_built(folder: Path) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -14,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from prune_lab.errors import ProofError, StorageError
+from prune_lab.errors import DataError, ProofError, StorageError
 from prune_lab.runtime.holders import is_temporary, remove_leftovers, temporary_beside
+from prune_lab.runtime.reading import printable, read_json
 
 if TYPE_CHECKING:  # pandas takes a second to import
     import pandas as pd
@@ -94,6 +96,8 @@ def _fill(folder: Path, temporary: Path) -> None:
 FILE_LIST = ".prune_lab_files.json"  # in such a folder: the files that prune-lab wrote there
 _NAMED = 3  # files that an error names
 _COUNTED = 10_000  # files that are looked at for it
+_LONGEST_PATH = 4096  # characters of a name in the list
+_IN_NO_NAME = re.compile("[\0\ud800-\udfff]")  # halves of a character among them
 
 
 @contextlib.contextmanager
@@ -139,22 +143,31 @@ def write_file_list(folder: Path, names: Iterable[str], *, about: Mapping[str, o
     write_json(folder / FILE_LIST, {"format": 1, **more, "files": sorted(names)})
 
 
+def is_name_inside(name: object) -> bool:
+    """Whether ``name`` is one that a file below a folder may have, relative to the folder."""
+    if not isinstance(name, str) or len(name) > _LONGEST_PATH or _IN_NO_NAME.search(name):
+        return False
+    path = Path(name)
+    return bool(path.parts) and not path.anchor and ".." not in path.parts
+
+
 def _file_list(folder: Path) -> dict[str, Any]:
+    """The list in ``folder``; empty where there is none, or one that we cannot have written."""
     try:
-        value = json.loads((folder / FILE_LIST).read_bytes())
-        return value if isinstance(value, dict) else {}
-    except (OSError, ValueError, RecursionError):
+        value = read_json(folder / FILE_LIST)
+    except (StorageError, DataError):
         return {}
+    names = value.get("files") if isinstance(value, dict) else None
+    return value if isinstance(names, list) and all(map(is_name_inside, names)) else {}  # type: ignore[return-value]
 
 
 def listed_files(folder: Path) -> frozenset[str] | None:
-    """The files that we wrote, or began to write, into ``folder``; None where nothing says so."""
-    names = _file_list(folder).get("files")
-    return (
-        frozenset(str(Path(name)) for name in names if isinstance(name, str))
-        if isinstance(names, list)
-        else None
-    )
+    """The files that we wrote, or began to write, into ``folder``; None where nothing says so.
+
+    A list that names anything outside of ``folder`` says nothing. A name may still lead through a link.
+    """
+    found = _file_list(folder)
+    return frozenset(str(Path(name)) for name in found["files"]) if found else None
 
 
 def list_about(folder: Path) -> dict[str, Any]:
@@ -179,7 +192,7 @@ def other_files(folder: Path) -> list[str]:
 def some_of(names: Sequence[str]) -> str:
     """The first few ``names``, and how many more there are."""
     more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
-    return f"{', '.join(names[:_NAMED])}{more}"
+    return f"{', '.join(map(printable, names[:_NAMED]))}{more}"
 
 
 def _files_in(folder: Path) -> Iterator[Path]:

@@ -13,6 +13,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -21,7 +22,15 @@ from typing import Literal
 
 import psutil
 
+from prune_lab.errors import DataError, StorageError
+from prune_lab.runtime.reading import read_json
+
 LONGEST_NAME = 200  # bytes of a name that leave room for the mark of its temporary file: most disks allow 255
+
+_MOST_OF_LOCK = 4096  # bytes
+_LONGEST_WORD = 300  # characters of the host and the time in a lock
+_PROCESSES = range(1, 2**31)
+_STARTS = range(2**63)
 
 State = Literal["live", "gone", "elsewhere"]
 
@@ -46,11 +55,16 @@ class Holder:
     @property
     def text(self) -> str:
         """The process in words."""
+        if not self.process:
+            return "a process that its lock file does not name"
         return f"process {self.process} on {self.host}" + (f" since {self.since}" if self.since else "")
 
     def same_process(self, other: Holder) -> bool:
         """Whether both are one process, whatever it took when."""
         return self.mark == other.mark
+
+
+_UNKNOWN = Holder("", 0, 0)
 
 
 def _digest(host: str) -> str:
@@ -83,7 +97,7 @@ def this_process() -> Holder:
 
 
 def _state(host: bool, process: int, started: int) -> State:
-    if not host:
+    if not host or process not in _PROCESSES:  # no number of a process: nothing of ours
         return "elsewhere"
     now = _started(process) if psutil.pid_exists(process) else None
     return "gone" if now is None or (now and started and now != started) else "live"
@@ -178,15 +192,47 @@ def release_lock(path: Path) -> None:
 
 
 def lock_holder(path: Path) -> Holder | None:
-    """Who holds the lock file ``path``; None where there is none. One that cannot be read is of an unknown host."""
-    try:
-        value = json.loads(path.read_bytes())
-        known = {name: value[name] for name in ("host", "process", "started", "since")}
-        return Holder(str(known["host"]), int(known["process"]), int(known["started"]), str(known["since"]))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, LookupError, TypeError):
-        return Holder("a host that its file does not name", 0, 0)
+    """Who holds the lock file ``path``; None where there is none.
+
+    What cannot be read, and a link, a pipe or a folder, is of a process that nobody knows.
+    """
+    while True:
+        try:
+            before = path.lstat()
+            if stat.S_ISREG(
+                before.st_mode
+            ):  # we make no links: one that leads nowhere would never be given back
+                return _holder_in(read_json(path, most=_MOST_OF_LOCK))
+            return _UNKNOWN
+        except FileNotFoundError:
+            return None
+        except OSError:
+            return _UNKNOWN
+        except (StorageError, DataError):
+            with contextlib.suppress(OSError):
+                if path.lstat().st_ino == before.st_ino:
+                    return _UNKNOWN
+            # it was given back, or taken by another process, just now
+
+
+def _holder_in(value: object) -> Holder:
+    """The holder that the ``value`` of a lock file names; ``_UNKNOWN`` unless it is one that we may have written."""
+    if not isinstance(value, dict):
+        return _UNKNOWN
+    host, since = value.get("host"), value.get("since")
+    process, started = value.get("process"), value.get("started")
+    if not all(
+        isinstance(text, str) and text.isprintable() and len(text) <= _LONGEST_WORD for text in (host, since)
+    ):
+        return _UNKNOWN
+    if (
+        type(process) is not int
+        or process not in _PROCESSES
+        or type(started) is not int
+        or started not in _STARTS
+    ):
+        return _UNKNOWN
+    return Holder(str(host), process, started, str(since))
 
 
 def _made(path: Path, mine: Holder) -> bool:
