@@ -199,40 +199,30 @@ def lock_holder(path: Path) -> Holder | None:
     while True:
         try:
             before = path.lstat()
-            if stat.S_ISREG(
-                before.st_mode
-            ):  # we make no links: one that leads nowhere would never be given back
-                return _holder_in(read_json(path, most=_MOST_OF_LOCK))
-            return _UNKNOWN
+            if not stat.S_ISREG(before.st_mode):  # a link too: no lock of ours is one
+                return _UNKNOWN
+            return _holder_in(read_json(path, most=_MOST_OF_LOCK))
         except FileNotFoundError:
             return None
         except OSError:
             return _UNKNOWN
         except (StorageError, DataError):
             with contextlib.suppress(OSError):
-                if path.lstat().st_ino == before.st_ino:
+                now = path.lstat()
+                if (now.st_ino, now.st_mtime_ns) == (before.st_ino, before.st_mtime_ns):
                     return _UNKNOWN
             # it was given back, or taken by another process, just now
 
 
 def _holder_in(value: object) -> Holder:
     """The holder that the ``value`` of a lock file names; ``_UNKNOWN`` unless it is one that we may have written."""
-    if not isinstance(value, dict):
-        return _UNKNOWN
-    host, since = value.get("host"), value.get("since")
-    process, started = value.get("process"), value.get("started")
-    if not all(
-        isinstance(text, str) and text.isprintable() and len(text) <= _LONGEST_WORD for text in (host, since)
-    ):
-        return _UNKNOWN
-    if (
-        type(process) is not int
-        or process not in _PROCESSES
-        or type(started) is not int
-        or started not in _STARTS
-    ):
-        return _UNKNOWN
-    return Holder(str(host), process, started, str(since))
+    match value:
+        case {"host": str(host), "process": int(process), "started": int(started), "since": str(since)}:
+            words = all(text.isprintable() and len(text) <= _LONGEST_WORD for text in (host, since))
+            numbers = process in _PROCESSES and started in _STARTS
+            if words and numbers and not isinstance(process, bool) and not isinstance(started, bool):
+                return Holder(host, process, started, since)
+    return _UNKNOWN
 
 
 def _made(path: Path, mine: Holder) -> bool:
