@@ -120,5 +120,6 @@ def check_scheduler(folder: Path, scheduler_class: Any, named: str) -> None:
     config = json_object(folder / FILE)
     if found := scheduler_complaint(scheduler_class, config):
         raise ModelFormatError(
-            f"asked for {named}, found {folder.name}/{FILE} {found}; correct it, or fetch the model again"
+            f"asked for {named}, which cannot be loaded as a {scheduler_class.__name__} from "
+            f"{folder.name}/{FILE}, {found}; correct it, or fetch the model again"
         )
