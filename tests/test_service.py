@@ -6,10 +6,13 @@ import itertools
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from prune_lab.errors import BudgetError, ConfigError, DeviceError, PruneLabError
 from prune_lab.models import resolve_model
 from prune_lab.profiling import Service, pixels_per_latent, read_service, split_service
+from prune_lab.profiling.latency import random_inputs
 from prune_lab.search import service_named
 
 OWN = Service(device="cpu", dtype="float32", batch=4, tokens=16)
@@ -49,6 +52,43 @@ def test_what_is_not_said_is_the_runs_own(tiny_pipeline_folder: Path) -> None:
 def test_a_service_that_cannot_be_read_is_refused(text: str, error: type[PruneLabError], words: str) -> None:
     with pytest.raises(error, match=words):
         read_service(text, OWN, resolve_model("sd-v1.4"))
+
+
+def refused(text: str) -> str:
+    with pytest.raises(PruneLabError) as caught:
+        read_service(text, OWN, resolve_model("sd-v1.4"))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@given(
+    name=st.sampled_from(("batch", "tokens")),
+    value=st.one_of(
+        st.integers(100_001).map(str),
+        st.integers(max_value=0).map(str),
+        st.sampled_from(("\uff11", "\u0661", "1e3", "1_0", "0x1", "1.0", "nan", "\xb2", "9" * 5000)),
+    ),
+)
+def test_numbers_of_a_service_have_bounds(name: str, value: str) -> None:
+    assert name in refused(f"cpu,{name}={value}")
+
+
+@given(st.integers(65_537, 99_999))
+def test_pictures_of_a_service_have_bounds(pixels: int) -> None:
+    assert "resolution" in refused(str(pixels))
+
+
+def test_a_device_number_of_any_length_is_refused() -> None:
+    for number in ("99999999999999999999", "9" * 5000):
+        assert len(refused(f"cuda:{number}")) < 400
+
+
+def test_a_service_that_does_not_fit_memory_is_told_with_its_cure() -> None:
+    # 20 TB: more than any machine has
+    sizes = {"batch": 65_536, "latent": 8_192, "tokens": 77}
+    with pytest.raises(ConfigError, match=r"do not fit the memory.*smaller batch") as caught:
+        random_inputs(resolve_model("sd-v1.4").config, **sizes)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_run_has_one_service() -> None:

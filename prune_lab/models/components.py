@@ -44,6 +44,8 @@ _ADAPTER = (
     "adapter_config.json"  # beside the weights of a transformers model it is read without being asked for
 )
 
+_MOST_SCALE = 1e4  # of latents; known VAEs have 0.04 to 9
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -127,6 +129,30 @@ def _transformers_misfit(model_class: Any, folder: Path, variant: str) -> str:
     return _first_of(_complaints(sorted(report["missing_keys"]), extra, misshapen, whole))
 
 
+# Scaling of latents ----------------------------------------------------------------------------------------------
+
+
+def _within(value: object, least: float) -> bool:
+    return type(value) in (int, float) and least <= value <= _MOST_SCALE  # type: ignore[operator]
+
+
+def complaint_of_scaling(config: Mapping[str, Any]) -> str:
+    """What is wrong with the numbers by which a VAE of this ``config`` scales its latents; empty where nothing is."""
+    scale, shift = config.get("scaling_factor", 1.0), config.get("shift_factor")
+    if not _within(scale, 1 / _MOST_SCALE):
+        return f"scaling_factor is {scale!r:.60}, where a finite number above zero belongs"
+    if shift is not None and not _within(shift, -_MOST_SCALE):
+        return f"shift_factor is {shift!r:.60}, where a finite number or null belongs"
+    channels = config.get("latent_channels", 4)
+    for name, least in (("latents_mean", -_MOST_SCALE), ("latents_std", 1 / _MOST_SCALE)):
+        values = config.get(name)
+        usable = isinstance(values, (list, tuple)) and all(_within(value, least) for value in values)
+        if values is not None and not (usable and len(values) == channels):
+            kind = "finite numbers" if least < 0 else "finite numbers above zero"
+            return f"{name} is {values!r:.60}, where {channels} {kind} or null belong"
+    return ""
+
+
 # Parts -----------------------------------------------------------------------------------------------------------
 
 
@@ -136,6 +162,10 @@ def _checked(model_class: Any, folder: Path, variant: str, _state: tuple[tuple[s
     header = read_headers(weights_in(folder, variant).files)
     if reason := unusable(header, config):
         raise UnsupportedModelError(f"asked for the weights in {folder}: {reason}")
+    if "scaling_factor" in config and (flawed := complaint_of_scaling(config)):
+        raise ModelFormatError(
+            f"found {folder / 'config.json'}, whose {flawed}; correct it, or fetch the model again"
+        )
     try:
         if issubclass(model_class, diffusers.ModelMixin):
             found = {modern_name(name): shape for name, (_, shape) in header.items()}

@@ -20,6 +20,7 @@ from prune_lab.models.conversion import refuse_flawed
 from prune_lab.models.files import json_object
 from prune_lab.models.folders import variant_of_part
 from prune_lab.models.parts import kind_of, part_class, pipeline_class, pipeline_parts, stem_of
+from prune_lab.models.schedulers import check_scheduler
 from prune_lab.models.silence import quiet
 from prune_lab.models.sources import ModelSource
 from prune_lab.models.views import STEMS, component_view, pipeline_view
@@ -166,7 +167,10 @@ def load_pipeline(
     with quiet(), pipeline_view(source.folder, stems, variants) as view:
         for part in (part for part in parts if part in components):
             named = f"the {part} of {source.text}"
-            loaded = _loaded_part(view / part, part_class(*parts[part]), dtype, named)
+            found_part = part_class(*parts[part])
+            if kind_of(found_part) == "scheduler" and state not in _SOUND:
+                check_scheduler(view / part, found_part, named)
+            loaded = _loaded_part(view / part, found_part, dtype, named)
             if isinstance(loaded, nn.Module) and state not in _SOUND:
                 refuse_flawed(loaded.state_dict().items(), named, dtype)
             made[part] = loaded

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import re
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict, cast
 
@@ -66,6 +68,24 @@ def call_ms(call: Callable[[], object], device: torch.device) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
+_NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|size overflow", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def fitting() -> Iterator[None]:
+    """Turns what torch raises in the block when memory does not suffice into a ConfigError with the cure."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # of a CPU torch raises a plain RuntimeError
+        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+            raise
+        raise ConfigError(
+            "asked for passes of the U-Net that do not fit the memory of this machine; give a smaller batch, smaller "
+            "pictures or fewer tokens, as in 0.7x@512,batch=1"
+        ) from None
+
+
 def measure_latency(
     call: Callable[[], object], *, warmup: int = 3, runs: int = 20, device: torch.device | str = "cpu"
 ) -> Latency:
@@ -75,7 +95,7 @@ def measure_latency(
     """
     check_runs(runs, warmup)
     device = torch.device(device)
-    with torch.inference_mode():
+    with fitting(), torch.inference_mode():
         for _ in range(warmup):
             call()
         times = [call_ms(call, device) for _ in range(runs)]
@@ -92,11 +112,15 @@ def random_inputs(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """``example_inputs`` filled with normal noise: a GPU runs faster on zeros than on pictures."""
-    inputs = example_inputs(config, batch=batch, latent=latent, tokens=tokens, device=device, dtype=dtype)
+    """``example_inputs`` filled with normal noise: a GPU runs faster on zeros than on pictures.
+
+    Raises ConfigError when they do not fit memory.
+    """
     generator = seeded(seed)
-    for name in ("sample", "encoder_hidden_states"):
-        inputs[name].copy_(torch.randn(inputs[name].shape, generator=generator))
+    with fitting():
+        inputs = example_inputs(config, batch=batch, latent=latent, tokens=tokens, device=device, dtype=dtype)
+        for name in ("sample", "encoder_hidden_states"):
+            inputs[name].copy_(torch.randn(inputs[name].shape, generator=generator))
     inputs["timestep"].fill_(500)
     return inputs
 

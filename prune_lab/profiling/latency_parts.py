@@ -33,6 +33,7 @@ from prune_lab.profiling.latency import (
     calibrated,
     call_ms,
     check_runs,
+    fitting,
     latency_of,
     random_inputs,
     saving_names,
@@ -227,7 +228,7 @@ def measure_latency_table(
     assert {part for parts in leaving.values() for part in parts} <= set(paths)
     passes: list[tuple[float, dict[str, float]]] = []
     compiled = backend == "compiled"
-    with evaluating(unet), torch.inference_mode(), compiling(compiled):
+    with fitting(), evaluating(unet), torch.inference_mode(), compiling(compiled):
         model = shell_of(unet) if compiled else unet  # compiled in place: not what the caller has
         students = {plan.id: materialise(unet, plan, hand_over=True) for plan in (*calibrate, *held_out)}
         for one in (model, *students.values()) if compiled else ():

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from prune_lab.config import check_numbers
 from prune_lab.errors import BudgetError, ConfigError, DeviceError
 from prune_lab.families import latent_shape, picture_scale
 from prune_lab.models import ModelSource
-from prune_lab.runtime import pick_device, pick_dtype, read_json
+from prune_lab.runtime import pick_device, pick_dtype, printable, read_json
 
 Backend = Literal["eager", "compiled"]
 PIXELS = 8  # a side, behind one of a latent, in every Stable Diffusion so far
@@ -84,7 +85,7 @@ def split_service(text: str) -> tuple[str, str]:
     return budget.strip(), service.strip()
 
 
-_BATCH_OR_TOKENS = re.compile(r"(batch|tokens)\s*=\s*([1-9]\d*)", re.ASCII)
+_BATCH_OR_TOKENS = re.compile(r"(batch|tokens)\s*=\s*([1-9]\d{0,18})", re.ASCII)
 _PIXELS = re.compile(r"[1-9]\d{0,4}", re.ASCII)
 
 
@@ -92,8 +93,8 @@ def read_service(text: str, own: Service, source: ModelSource) -> Service:
     """``own`` with what ``text`` says otherwise: device, number format, pixels, batch=N, tokens=N in any order.
 
     ``float16,512,batch=1`` or ``cuda:1,compiled``. Pixels are of a square picture. Raises BudgetError for a part that
-    is none of them or is said twice, ConfigError for a size that the VAE cannot make, DeviceError for a device that is
-    not here.
+    is none of them or is said twice, ConfigError for a number out of range or a size that the VAE cannot make,
+    DeviceError for a device that is not here.
     """
     said: dict[str, Any] = {}
     for part in filter(None, (piece.strip() for piece in text.split(","))):
@@ -113,14 +114,19 @@ _REMEDY = "after @ write device, number format, pixels, batch=N or tokens=N, as 
 
 def _part(part: str, source: ModelSource) -> dict[str, Any]:
     if match := _BATCH_OR_TOKENS.fullmatch(part):
-        return {match[1]: int(match[2])}
+        found = {match[1]: int(match[2])}
+        check_numbers(**found)
+        return found
     if _PIXELS.fullmatch(part):
+        check_numbers(resolution=int(part))
         return {"latent": latent_of_pixels(int(part), source)}
     if part in ("eager", "compiled"):
         return {"backend": part}
-    if re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", part):
+    if re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,4})?", part, re.ASCII):
         return {"device": str(pick_device(part))}
     try:
         return {"dtype": str(pick_dtype(part)).removeprefix("torch.")}
     except DeviceError:
-        raise BudgetError(f"cannot read {part!r} in what a latency is asked at; {_REMEDY}") from None
+        raise BudgetError(
+            f"cannot read {printable(part, 60)!r} in what a latency is asked at; {_REMEDY}"
+        ) from None

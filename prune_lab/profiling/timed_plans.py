@@ -14,7 +14,7 @@ from prune_lab.plans import PruningPlan, native_layout
 from prune_lab.prefix_sharing import compiling
 from prune_lab.probes import evaluating
 from prune_lab.profiling.activations import activation_table
-from prune_lab.profiling.latency import call_ms, random_inputs
+from prune_lab.profiling.latency import call_ms, fitting, random_inputs
 from prune_lab.profiling.own_process import TimingProcess
 from prune_lab.profiling.random_weights import compile_blocks, random_unet, shell_of
 from prune_lab.profiling.service import Service
@@ -115,5 +115,5 @@ def time_plans(
             return time_in_turns(
                 calls, rounds=rounds, warmup=0, seed=seed, mark=mark, processes="own processes"
             )
-    with _in_this_process(architecture, plans, service, unet, seed) as calls:
+    with fitting(), _in_this_process(architecture, plans, service, unet, seed) as calls:
         return time_in_turns(calls, rounds=rounds, warmup=warmup, seed=seed, mark=mark)

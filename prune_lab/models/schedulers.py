@@ -1,0 +1,125 @@
+"""Whether a scheduler can draw with a U-Net: the words and numbers of its config, its schedule, and a pass with it.
+
+The libraries take nearly every number there without a word, and draw noise with it or fail in the middle.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prune_lab.errors import ModelFormatError, PruneLabError
+from prune_lab.models.components import reason_of
+from prune_lab.models.files import json_object
+from prune_lab.models.silence import quiet
+from prune_lab.runtime import seeded
+
+FILE = "scheduler_config.json"
+_WORDS: Mapping[str, tuple[str, ...]] = {
+    "prediction_type": ("epsilon", "sample", "v_prediction"),
+    "timestep_spacing": ("leading", "linspace", "trailing"),
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "exp"),
+}
+_TIMESTEPS = 1000  # of every scheduler by betas that does not say
+_STEPS = 25  # of the pass that is tried, the usual number; fewer are beyond some good schedulers
+_SHAPE = (1, 4, 8, 8)  # of latents
+
+
+def _is_share(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value < 1  # type: ignore[operator]
+
+
+def _is_count(value: object, least: int) -> bool:
+    return type(value) is int and value >= least  # `type`: true is an int to Python
+
+
+def _complaint_of_settings(config: Mapping[str, Any]) -> str:
+    for name, words in _WORDS.items():
+        if name in config and config[name] not in words:
+            return f"whose {name} is {config[name]!r:.60}; known are {', '.join(words)}"
+    count = config.get("num_train_timesteps", _TIMESTEPS)
+    if not _is_count(count, 1):
+        return f"whose num_train_timesteps is {count!r:.60}, where a whole number from 1 on belongs"
+    for name in ("beta_start", "beta_end"):
+        if name in config and not _is_share(config[name]):
+            return f"whose {name} is {config[name]!r:.60}, where a number between 0 and 1 belongs"
+    betas = config.get("trained_betas")
+    if betas is not None and not (isinstance(betas, list) and all(map(_is_share, betas))):
+        return "whose trained_betas are no list of numbers between 0 and 1"
+    if betas is not None and len(betas) != count:
+        return f"whose trained_betas are {len(betas):,} numbers for {count:,} timesteps (num_train_timesteps)"
+    offset = config.get("steps_offset", 0)
+    if not _is_count(offset, 0) or offset >= count:
+        return f"whose steps_offset is {offset!r:.60}, where a whole number from 0 to {count - 1:,} belongs"
+    if config.get("use_flow_sigmas"):
+        return "whose use_flow_sigmas is on: such models learn by flow matching, which is not supported"
+    return ""
+
+
+def _complaint_of_schedule(scheduler: Any) -> str:
+    """What is wrong with the shares of a picture that are left at each timestep (``alphas_cumprod``)."""
+    left = getattr(scheduler, "alphas_cumprod", None)
+    if not isinstance(left, torch.Tensor):
+        return (
+            f"whose class, {type(scheduler).__name__}, does not work by betas as these U-Nets do; take a scheduler "
+            "such as PNDMScheduler, DDIMScheduler or EulerDiscreteScheduler"
+        )
+    # the last may be nought, where all of a picture is noise (rescale_betas_zero_snr)
+    sound = left.isfinite().all() and left[:-1].gt(0).all() and left[-1] >= 0 and left[0] <= 1
+    if not sound or not left.diff().le(0).all():
+        return (
+            "whose betas (beta_start, beta_end, beta_schedule or trained_betas) make no noise schedule: what is left "
+            "of a picture must fall from at most 1 to 0 or more"
+        )
+    return ""
+
+
+def _complaint_of_steps(scheduler: Any) -> str:
+    """What is wrong with a pass of the usual number of steps, or of all that there are, random numbers for a U-Net."""
+    config = scheduler.config
+    count = config.num_train_timesteps
+    steps = min(_STEPS, count, config.get("original_inference_steps") or count)
+    scheduler.set_timesteps(steps)
+    if outside := [step for step in scheduler.timesteps.tolist() if not 0 <= step < count]:
+        return (
+            f"with which a pass of {steps} steps has the timestep {outside[0]:g}, outside of 0 to {count - 1:,}: "
+            "look at steps_offset and timestep_spacing"
+        )
+    generator = seeded(0)
+    sample = torch.randn(_SHAPE, generator=generator) * float(scheduler.init_noise_sigma)
+    for step in scheduler.timesteps:
+        scheduler.scale_model_input(sample, step)
+        noise = torch.randn(_SHAPE, generator=generator)
+        sample = scheduler.step(noise, step, sample, return_dict=False)[0]
+    return "" if sample.isfinite().all() else f"with which {steps} steps give numbers that are not finite"
+
+
+def scheduler_complaint(scheduler_class: Any, config: Mapping[str, Any]) -> str:
+    """What is wrong with a scheduler of that class and ``config``, as the end of a line; empty where nothing is."""
+    if found := _complaint_of_settings(config):
+        return found
+    plain = {name: value for name, value in config.items() if not name.startswith("_")}
+    try:
+        # some draw noise of their own, and some warn of how they call numpy
+        with quiet(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")
+            scheduler = scheduler_class.from_config(plain)
+            return _complaint_of_schedule(scheduler) or _complaint_of_steps(scheduler)
+    except (PruneLabError, MemoryError):
+        raise
+    except Exception as error:  # whatever the libraries raise about settings that make no sense
+        return f"with which no {scheduler_class.__name__} works: {reason_of(error)}"
+
+
+def check_scheduler(folder: Path, scheduler_class: Any, named: str) -> None:
+    """Raise ModelFormatError unless the scheduler in ``folder`` can draw; ``named`` says whose it is."""
+    config = json_object(folder / FILE)
+    if found := scheduler_complaint(scheduler_class, config):
+        raise ModelFormatError(
+            f"asked for {named}, which cannot be loaded as a {scheduler_class.__name__} from "
+            f"{folder.name}/{FILE}, {found}; correct it, or fetch the model again"
+        )

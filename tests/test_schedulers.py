@@ -1,0 +1,137 @@
+"""Settings of a scheduler or VAE that cannot draw are named before anything is drawn; the usual ones pass."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prune_lab.errors import ModelFormatError
+from prune_lab.models import load_pipeline, resolve_model
+from prune_lab.models.components import complaint_of_scaling
+from prune_lab.models.schedulers import scheduler_complaint
+
+USUAL = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "trained_betas": None,
+}
+CLASSES = (
+    *("PNDMScheduler", "DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "LMSDiscreteScheduler"),
+    *("EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"),
+    *("UniPCMultistepScheduler", "DEISMultistepScheduler", "HeunDiscreteScheduler", "LCMScheduler"),
+    *("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "TCDScheduler"),
+)
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {"steps_offset": 1, "skip_prk_steps": True, "set_alpha_to_one": False, "clip_sample": False},
+    {"steps_offset": 1, "prediction_type": "v_prediction", "clip_sample": False},
+    {"steps_offset": 1, "timestep_spacing": "leading", "sample_max_value": 1.0, "use_karras_sigmas": False},
+    {"timestep_spacing": "trailing"},
+    {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "rescale_betas_zero_snr": True},
+    {"beta_schedule": "squaredcos_cap_v2"},
+    {"trained_betas": [0.001 + 1e-5 * step for step in range(1000)]},
+)
+
+
+def complaint(name: str, **more: Any) -> str:
+    return scheduler_complaint(getattr(diffusers, name), USUAL | more)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_usual_schedulers_pass_and_the_random_numbers_stay(name: str) -> None:
+    before = torch.random.get_rng_state()
+    for more in VARIANTS:
+        assert complaint(name, **more) == "", more
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+NUMBERS = st.one_of(
+    st.floats(max_value=0),
+    st.floats(min_value=1),
+    st.sampled_from([float("nan"), "0.1", True, [0.1], 10**400]),
+)
+WRONG = st.one_of(
+    st.tuples(
+        st.sampled_from(("prediction_type", "timestep_spacing", "beta_schedule")),
+        st.one_of(st.text(max_size=5), st.none(), st.integers(), st.lists(st.integers(), max_size=2)),
+    ),
+    st.tuples(st.just("trained_betas"), st.lists(st.floats(0.001, 0.02), max_size=5)),
+    st.tuples(st.just("trained_betas"), NUMBERS.map(lambda value: [0.01] * 999 + [value])),
+    st.tuples(st.sampled_from(("beta_start", "beta_end")), NUMBERS),
+    st.tuples(
+        st.just("steps_offset"), st.one_of(st.integers(max_value=-1), st.integers(min_value=1000), NUMBERS)
+    ),
+    st.tuples(st.just("steps_offset"), st.integers(41, 999)),  # 25 steps end at 960
+)
+
+
+@settings(max_examples=40)
+@given(name=st.sampled_from(("PNDMScheduler", "DDIMScheduler")), wrong=WRONG)
+def test_settings_that_cannot_draw_are_named(name: str, wrong: tuple[str, Any]) -> None:
+    setting, value = wrong
+    found = complaint(name, **({"timestep_spacing": "leading"} | {setting: value}))
+    assert setting in found
+    assert "\n" not in found
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", "KarrasVeScheduler", "VQDiffusionScheduler"],
+)
+def test_a_scheduler_of_another_kind_is_refused(name: str) -> None:
+    assert scheduler_complaint(getattr(diffusers, name), USUAL)
+
+
+SCALES = st.one_of(
+    st.sampled_from(["0.18215", None, True, 0, -0.5, float("nan"), float("inf"), 10**400, [1.0], 1e-30]),
+    st.floats(max_value=0),
+)
+SHIFTS = st.sampled_from(["0.1", True, float("nan"), float("-inf"), -(10**400), [0.1]])
+WRONG_SCALING = st.one_of(
+    st.tuples(st.just("scaling_factor"), SCALES),
+    st.tuples(st.just("shift_factor"), SHIFTS),
+    st.tuples(st.just("latents_mean"), SHIFTS.map(lambda value: [0.0, 0.0, 0.0, value])),
+    st.tuples(st.just("latents_std"), SCALES.map(lambda value: [value, 1.0, 1.0, 1.0])),
+    st.tuples(
+        st.sampled_from(("latents_mean", "latents_std")), st.sampled_from([[], [1.0], "1,1,1,1", 1.0, {}])
+    ),
+)
+
+
+@given(wrong=WRONG_SCALING)
+def test_scaling_of_latents_that_is_none_is_named(wrong: tuple[str, Any]) -> None:
+    good = {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None}
+    good |= {"latents_mean": [-1.6, 2.3, 2.6, -0.2], "latents_std": [8.4, 5.3, 6.5, 5.5]}
+    assert complaint_of_scaling(good) == complaint_of_scaling({}) == ""
+    assert wrong[0] in complaint_of_scaling(good | dict([wrong]))
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("scheduler/scheduler_config.json", {"prediction_type": "bogus"}),
+        ("scheduler/scheduler_config.json", {"beta_end": 5.0}),
+        ("vae/config.json", {"scaling_factor": "0.18215"}),
+        ("vae/config.json", {"shift_factor": float("nan")}),
+    ],
+)
+def test_loading_names_file_and_setting(
+    file: str, change: dict[str, Any], tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_pipeline_folder, tmp_path / "pipeline"))
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ModelFormatError) as caught:
+        load_pipeline(resolve_model(str(folder)))
+    assert file in str(caught.value)
+    assert next(iter(change)) in str(caught.value)
+    assert "\n" not in str(caught.value)
