@@ -20,7 +20,7 @@ from prune_lab.assets import reference_folder
 from prune_lab.config import PLAN_FILES, RunConfig
 from prune_lab.errors import RunError, StorageError
 from prune_lab.runs import Run
-from prune_lab.runtime.files import FILE_LIST, check_replaceable
+from prune_lab.runtime.files import check_replaceable, listed_files
 from prune_lab.runtime.holders import LONGEST_NAME, remove_leftovers, temporary_beside
 
 Sources: TypeAlias = Mapping[str, Iterable["Path | str"]]
@@ -105,6 +105,10 @@ def _overlap(place: Path, source: Path) -> str:
     return "which holds" if own is not None and own in {_identity(one) for one in real.parents} else ""
 
 
+def _overlap_of_names(place: Path, file: Path) -> bool:
+    return place == file or file in place.parents or place in file.parents
+
+
 def _is_run(folder: Path) -> bool:
     """Whether ``folder`` is that of a run: with its settings, and with something that a run wrote."""
     run = Run(folder)
@@ -155,10 +159,11 @@ def check_apart(out: Path | str, sources: Sources, *, run: Path | None = None) -
                 f"asked to write {out}, found the run {folder} there, which only its own steps write to; "
                 "give a path outside of it"
             )
-    if around := next((folder for folder in place.parents if (folder / FILE_LIST).is_file()), None):
-        raise StorageError(
-            f"asked to write {out}, which lies in {around}, a whole that prune-lab wrote; give a path outside of it"
-        )
+    for folder in place.parents:
+        if any(_overlap_of_names(place, folder / name) for name in listed_files(folder) or ()):
+            raise StorageError(
+                f"asked to write {out}, a part of {folder}, which prune-lab wrote as a whole; give a path outside of it"
+            )
     _check_writable(out, place)
     return expanded(out)
 
