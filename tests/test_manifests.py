@@ -26,7 +26,7 @@ from prune_lab.runs import Manifests, Part, Run
 from prune_lab.runs.manifest_files import Manifest, Stamp, read_manifest
 from prune_lab.runtime import write_json
 from prune_lab.session import Session
-from prune_lab.session.parts import STEP_NAMES
+from prune_lab.session.parts import STEP_NAMES, report_part
 from prune_lab.workflow import ensure_distilled, ensure_plans, ensure_ranking, forget, run_all, start_run
 from prune_lab.workflow.states import states
 from prune_lab.workflow.steps import STEPS
@@ -135,7 +135,7 @@ def faults(run: Run, config: RunConfig) -> dict[Path, str]:
     }
 
 
-def test_every_file_of_a_run_is_watched(copied: Run, finished_config: RunConfig) -> None:
+def test_every_file_of_a_run_is_watched(copied: Run, finished_config: RunConfig, tmp_path: Path) -> None:
     draw = random.Random(13)
     assert faults(copied, finished_config) == {}
     known = outputs(copied)
@@ -148,7 +148,7 @@ def test_every_file_of_a_run_is_watched(copied: Run, finished_config: RunConfig)
     assert {name.split("/")[0] for name in unwatched} <= {"scores", "curves"}
     for name in draw.sample(sorted(known), 12):
         path, manifest = copied.folder / name, known[name]
-        kept = path.with_name(".kept")
+        kept = tmp_path / "kept"
         shutil.copy2(path, kept)
         damage = draw.choice(DAMAGE)
         damage(path, draw)
@@ -223,6 +223,91 @@ def test_a_file_that_no_step_wrote_is_no_picture(copied: Run) -> None:
         ensure_ranking(Session(copied))
 
 
+# Nothing of others is lost -----------------------------------------------------------------------------------------
+
+OUTSIDE = ("/{}/victim", "../victim", "a/../../victim", "", ".", "a\0b", "/proc", "\ud800", "a//b", "./a")
+
+
+@pytest.mark.parametrize("where", ["outputs", "inputs"])
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_manifest_that_names_what_lies_outside_is_damaged(tmp_path: Path, name: str, where: str) -> None:
+    name = name.format(tmp_path) if name.startswith("/{}") else name
+    run, victim = tmp_path / "run", tmp_path / "victim"
+    victim.mkdir()
+    (victim / "thesis.md").write_text("precious")
+    part = Part("costs", "costs", run, (run / "costs.csv",))
+    inputs = {name: "ab"} if where == "inputs" else {}
+    manifest = Manifest("costs", {name: Stamp(1, 1, "00")} if where == "outputs" else {}, inputs, {}, {})
+    run.mkdir()
+    part.manifest.parent.mkdir()
+    part.manifest.write_text(json.dumps(manifest.as_dict()))
+    assert read_manifest(part.manifest) is None
+    manifests = Manifests(run)
+    manifests.clear(part, manifests.verdict(part))
+    assert (victim / "thesis.md").read_text() == "precious"
+
+
+def test_links_in_a_run_are_not_followed_when_a_part_is_made_again(tmp_path: Path) -> None:
+    run, victim = tmp_path / "run", tmp_path / "victim"
+    part = Part("report", "report", run, (run / "report",))
+    victim.mkdir()
+    for folder in (run / "report", victim):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "index.html").write_text("page")
+    Manifests(run).record(part)
+    shutil.move(run / "report", tmp_path / "moved")
+    (run / "report").symlink_to(victim)
+    (victim / "index.html").write_text("precious")
+    manifests = Manifests(run)
+    with pytest.raises(RunError, match="a link leads out of the run folder"):
+        manifests.clear(part, manifests.verdict(part))
+    assert (victim / "index.html").read_text() == "precious"
+    (run / "report").unlink()
+    (run / "report").mkdir()
+    (run / "report" / "index.html").symlink_to(victim / "index.html")
+    manifests = Manifests(run)
+    manifests.clear(part, manifests.verdict(part))
+    assert not (run / "report").exists()
+    assert (victim / "index.html").read_text() == "precious"
+
+
+FOREIGN = (".git/HEAD", "notes.md", "mine/photo.jpg", ".hidden", "\u6587.txt", "index.html.bak")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_others_put_into_a_run_is_never_removed(copied: Run, seed: int) -> None:
+    draw = random.Random(seed)
+    paths = copied.candidate(copied.plan_ids()[0])
+    folders = [copied.report_dir, paths.unet, paths.distilled, paths.pictures_pruned, copied.teacher_pictures]
+    foreign = draw.choice(folders) / draw.choice(FOREIGN)
+    foreign.parent.mkdir(parents=True, exist_ok=True)
+    foreign.write_text("precious")
+    before = {path for path in copied.folder.rglob("*") if path.is_file()}
+    with pytest.raises(RunError, match=r"no step has written.*move them out"):
+        forget(copied, "blocks")
+    assert {path for path in copied.folder.rglob("*") if path.is_file()} == before
+    foreign.unlink()
+    shutil.rmtree(foreign.parent) if foreign.parent.name in (".git", "mine") else None
+    forget(copied, "blocks")
+    left = {path.name for path in copied.folder.rglob("*") if path.is_file()}
+    assert not {path.name for path in copied.candidates_dir.rglob("*") if path.is_file()}
+    assert "index.html" not in left
+    assert not copied.plan_ids()
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("lost", ["report/index.html", "manifests/report.json"])
+def test_a_report_with_files_of_others_is_not_made_again(copied: Run, name: str, lost: str) -> None:
+    foreign = copied.report_dir / name
+    foreign.parent.mkdir(parents=True, exist_ok=True)
+    foreign.write_text("precious")
+    (copied.folder / lost).unlink()
+    manifests, part = Manifests(copied.folder), report_part(copied)
+    with pytest.raises(RunError, match=r"move (it|them) out"):
+        manifests.verdict(part)
+    assert foreign.read_text() == "precious"
+
+
 # What it was made from ---------------------------------------------------------------------------------------------
 
 
@@ -283,6 +368,32 @@ def test_other_weights_of_the_teacher_are_refused_by_every_verb(
     found = CliRunner().invoke(app, ["doctor", folder, "--json"])
     assert found.exit_code == 1
     assert any(row["state"] == "refused" for row in json.loads(found.stdout))
+
+
+def test_other_weights_under_the_old_size_and_time_are_seen(
+    moved: tuple[Run, RunConfig, Path],
+) -> None:
+    run, _, model = moved
+    session = Session(run)
+    assert session.teacher
+    session.manifests.save_origins()
+    (path,) = (model / "unet").glob("*.safetensors")
+    before, content = path.stat(), bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(RunError, match="other weights"):
+        _ = Session(run).teacher
+
+
+def test_what_compares_or_lends_says_what_is_damaged(copied: Run) -> None:
+    profile = copied.candidate(copied.plan_ids()[0]).profile
+    profile.write_text(profile.read_text() + " ")
+    found = CliRunner().invoke(app, ["compare", str(copied.folder)])
+    assert (found.exit_code, "profile.json" in found.stderr) == (2, True), found.output
+    copied.choices.write_text("[1]")
+    found = CliRunner().invoke(app, ["search", str(copied.folder), "--params", "60%"])
+    assert (found.exit_code, "choices.json" in found.stderr) == (2, True), found.output
 
 
 # Settings and plans by hand ----------------------------------------------------------------------------------------

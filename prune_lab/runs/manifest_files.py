@@ -17,6 +17,7 @@ from prune_lab.runs.records import read_typed
 
 FORMAT = "prune_lab manifest 1"
 FOLDER = "manifests"  # in the folder of a run or of a candidate
+ORIGINS = "origins"  # the manifest of what lies outside of the run folder: teacher, scorer, the user's data
 _LIBRARIES = ("prune-lab", "torch", "diffusers", "transformers")
 _HEADER = 100_000_000  # bytes: the longest header that safetensors reads
 
@@ -90,7 +91,9 @@ class Part:
     folder: Path  # of the run or of the candidate
     outputs: tuple[Path, ...]  # files and folders that it writes, those that are optional too
     reads: tuple[Path, ...] = ()  # what it reads of the run, there or not
-    inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)  # other digests; empty: cannot be seen now
+    inputs: Mapping[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # other digests; empty: cannot be seen now
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     label: str = ""  # of the candidate's plan
     resumes: bool = False  # its maker goes on from what is there without a manifest
@@ -134,6 +137,13 @@ class Manifest:
         return {"format": FORMAT, **fields, "digest": _digest_of(fields)}
 
 
+def _is_name(name: str) -> bool:
+    """Whether ``name`` is a path that stays inside of the run folder, as every one that a part writes down."""
+    path = Path(name)
+    plain = "\0" not in name and not any("\ud800" <= letter <= "\udfff" for letter in name)
+    return plain and not path.is_absolute() and name == path.as_posix() != "." and ".." not in path.parts
+
+
 def read_manifest(path: Path) -> Manifest | None:
     """The manifest in ``path``; None where it is missing or damaged: its part is made again then."""
     try:
@@ -143,4 +153,7 @@ def read_manifest(path: Path) -> Manifest | None:
     manifest = Manifest(
         found["step"], found["outputs"], found["inputs"], found["settings"], found["versions"]
     )
+    names = [*(found["outputs"] if path.stem != ORIGINS else ()), *found["inputs"]]
+    if not all(map(_is_name, names)):
+        return None
     return manifest if _digest_of(dataclasses.asdict(manifest)) == found["digest"] else None

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import shutil
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from prune_lab.errors import RunError, StorageError
+from prune_lab.errors import RunError
 from prune_lab.runs.manifest_files import (
     FOLDER,
+    ORIGINS,
     Manifest,
     Part,
     Stamp,
@@ -28,11 +28,12 @@ from prune_lab.runs.manifest_files import (
     versions,
 )
 from prune_lab.runs.records import damaged
+from prune_lab.runs.removing import remains
 from prune_lab.runtime import write_json
 
-ORIGINS = "origins"  # the manifest of what lies outside of the run folder: teacher, scorer, the user's data
 GIVEN = "given"  # the input of scores that the user gave: made from nothing else
 _RECORDS = ("provenance.json", "plan.json")  # beside weights; they say how these were made, and are not read
+_CHANGED = "changed_ns"  # in the manifest of the origins
 _INDEX = "cache.json"  # which says that a cache is complete
 
 
@@ -50,6 +51,14 @@ _DONE = Verdict("done")
 _ANEW = Stamp(0, 0, "anew")  # of what will be made from other inputs
 
 
+def _changed_ns(path: Path) -> int:
+    """The system's own time of change of a file in nanoseconds; 0 where there is none."""
+    try:
+        return path.stat().st_ctime_ns
+    except OSError:
+        return 0
+
+
 # All manifests of a run --------------------------------------------------------------------------------------------
 
 
@@ -61,6 +70,7 @@ class Manifests:
         self._found: dict[Path, Manifest] = {}
         self._stamps: dict[Path, Stamp] = {}
         self._origins: dict[str, Stamp] = {}
+        self._changed: dict[str, int] = {}  # by origin: the time of change that no program can set
         self._expected: dict[Path, Stamp] = {}  # what files will be once their parts are made again
         self._sound: set[Path] = set()
         for path in self._paths():
@@ -68,12 +78,18 @@ class Manifests:
                 self._take(path, manifest)
 
     def _paths(self) -> list[Path]:
-        return [*self.root.glob(f"{FOLDER}/*.json"), *self.root.glob(f"candidates/*/{FOLDER}/*.json")]
+        of_candidates = self.root.glob(f"candidates/*/{FOLDER}/*.json")
+        return [
+            *self.root.glob(f"{FOLDER}/*.json"),
+            *(path for path in of_candidates if path.stem != ORIGINS),
+        ]
 
     def _take(self, path: Path, manifest: Manifest) -> None:
         self._found[path] = manifest
         if path == self._path_of_origins:
             self._origins = dict(manifest.outputs)
+            changed = manifest.settings.get(_CHANGED)
+            self._changed = dict(changed) if isinstance(changed, dict) else {}
         else:
             self._stamps |= {self.root / name: stamp for name, stamp in manifest.outputs.items()}
 
@@ -144,8 +160,10 @@ class Manifests:
         lines = []
         for name, path in sorted(files.items()):
             full = f"{title}/{name}"
-            if (found := self._stamp(path, self._origins.get(full))) is not None:
-                self._origins[full] = found
+            changed = _changed_ns(path)
+            known = self._origins.get(full) if self._changed.get(full) == changed else None
+            if (found := self._stamp(path, known)) is not None:
+                self._origins[full], self._changed[full] = found, changed
                 lines.append(f"{name} {found.sha256}\n")
         return hashlib.sha256("".join(lines).encode()).hexdigest() if lines else ""
 
@@ -186,7 +204,10 @@ class Manifests:
         return manifest is not None and GIVEN in manifest.inputs
 
     def verdict(self, part: Part) -> Verdict:
-        """Whether ``part`` is done: its outputs are those that it wrote, made from what is there now."""
+        """Whether ``part`` is done: its outputs are those that it wrote, made from what is there now.
+
+        Raises RunError where it is not, and files of others lie where it is to be made (see ``remains``).
+        """
         if self.settled(part):
             return _DONE
         known = self._found.get(part.manifest)
@@ -197,7 +218,15 @@ class Manifests:
             found = self._verdict(part, written)
         if found.state == "done":
             self._sound.add(part.manifest)
+        else:  # it raises for files that are not ours, before any work
+            remains(self.root, part.outputs, self.listed)
         return found
+
+    @property
+    def listed(self) -> frozenset[Path]:
+        """The files of the run that its parts wrote."""
+        manifests = (one for path, one in self._found.items() if path != self._path_of_origins)
+        return frozenset(self.root / name for manifest in manifests for name in manifest.outputs)
 
     def _verdict(self, part: Part, manifest: Manifest | None) -> Verdict:
         if manifest is None:
@@ -284,7 +313,8 @@ class Manifests:
         """Write down what is known of the files outside of the run, and ``digests`` of them. Raises StorageError."""
         known = self._found.get(self._path_of_origins)
         inputs = {**(known.inputs if known else {}), **digests}
-        self._write(self._path_of_origins, Manifest(ORIGINS, dict(self._origins), inputs, {}, {}))
+        manifest = Manifest(ORIGINS, dict(self._origins), inputs, {_CHANGED: dict(self._changed)}, {})
+        self._write(self._path_of_origins, manifest)
 
     def of_steps(self, steps: Collection[str]) -> tuple[Path, ...]:
         """The manifests of these steps."""
@@ -303,27 +333,24 @@ class Manifests:
             manifest = self._found[path]
             outputs = {name: self._stamps.get(self.root / name, stamp) for name, stamp in manifest.outputs.items()}
             self._write(path, dataclasses.replace(manifest, outputs=outputs))
+        self.save_origins()
 
     def clear(self, part: Part, verdict: Verdict, *more: Path) -> None:
-        """Remove what is left of ``part``, and ``more``, so that it can be made again. Raises StorageError.
+        """Remove what is left of ``part``, and ``more``, so that it can be made again: files of ours alone.
 
-        Of a cache that resumes files that are as they were stay: what is missing is made again.
+        Of a cache that resumes files that are as they were stay: what is missing is made again. Raises StorageError,
+        and RunError as ``remains`` does.
         """
-        manifest = self._found.pop(part.manifest, None)
-        self._sound.discard(part.manifest)
+        manifest = self._found.get(part.manifest)
         written = [self.root / name for name in manifest.outputs] if manifest else []
         doomed = [*written, *part.outputs, *more]
         if part.resumes and verdict.by == "outputs" and not more:
             doomed = [*verdict.damaged, *(path for path in written if path.name == _INDEX)]
-        try:
-            part.manifest.unlink(missing_ok=True)
-            for path in doomed:
-                self._stamps.pop(path, None)
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
-        except OSError as error:
-            raise StorageError(
-                f"asked to redo {part.step} in {self.root}, cannot remove {path}: {error.strerror}; remove it by hand"
-            ) from None
+        found = remains(self.root, doomed, self.listed)
+        self._found.pop(part.manifest, None)
+        self._sound.discard(part.manifest)
+        for path in (*doomed, *found.files):
+            self._stamps.pop(path, None)
+        dataclasses.replace(found, files=(part.manifest, *found.files)).remove(
+            f"asked to redo {part.step} in {self.root}"
+        )

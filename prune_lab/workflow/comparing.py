@@ -16,7 +16,15 @@ from prune_lab.errors import PlanError
 from prune_lab.models import resolve_model
 from prune_lab.plans import PruningPlan, is_native, plan_of, read_plans
 from prune_lab.profiling import CostTable, PlanCost, cost_table
-from prune_lab.runs import CandidatePaths, Manifests, Run, open_run, read_records, run_around
+from prune_lab.runs import (
+    CandidatePaths,
+    Manifests,
+    Run,
+    is_plan_id,
+    open_run,
+    read_records,
+    run_around,
+)
 from prune_lab.schemas import COMPARISON_COLUMNS, RANKING
 from prune_lab.search import predicted_impact
 from prune_lab.session import Session
@@ -42,6 +50,7 @@ def compared_plans(session: Session, texts: Sequence[str]) -> tuple[pd.DataFrame
         named = [plan for plan in known if goes_by(plan, text)]
         plans += named or list(_plans(text, architecture, session.config.model))
     impacts = impact_of([frozenset(plan.removed) for plan in plans])
+    session.manifests.check(run.ranking)
     ranking = (
         read_records(run.ranking, RANKING).set_index("plan_id") if run.done(run.ranking) else pd.DataFrame()
     )
@@ -141,7 +150,11 @@ def _of_candidate(folder: Path, costs: CostTable) -> dict[str, Any]:
 
 def _of_run(run: Run, costs: CostTable) -> list[dict[str, Any]]:
     frame = read_records(run.needs(run.ranking, "rank"), RANKING)
-    Manifests(run.folder).check(run.ranking)
+    students = [
+        run.candidate(str(plan_id)) for plan_id in frame["plan_id"].dropna() if is_plan_id(str(plan_id))
+    ]
+    made_from = [path for one in students for path in (one.plan, one.profile, one.recovery, one.heldout)]
+    Manifests(run.folder).check(run.ranking, *made_from)
     rows = []
     for row in frame.to_dict("records"):
         macs, paper_macs = int(row["macs"]), int(row["paper_macs"])

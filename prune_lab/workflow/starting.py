@@ -8,16 +8,18 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from prune_lab.config import SETTINGS, RunConfig, changed_settings, to_toml
-from prune_lab.errors import PruneLabError, RunError, StorageError
+from prune_lab.errors import PruneLabError, RunError
 from prune_lab.models import configured_model, model_digest
 from prune_lab.profiling import latency_key
 from prune_lab.runs import FORMAT, GIVEN, Manifests, Part, Run, load_run_config, open_run
+from prune_lab.runs.removing import remains
 from prune_lab.runtime import Environment, note, read_json, write_json, write_text
 from prune_lab.runtime.holders import is_temporary
 from prune_lab.session import Session, origin_of
 from prune_lab.session.origins import TEACHER, check_teacher, teacher_digest
 from prune_lab.session.parts import (
     binding_settings,
+    blocks_part,
     costs_part,
     latency_part,
     probe_part,
@@ -48,25 +50,24 @@ def first_affected(changed: Iterable[str], config: RunConfig | None = None) -> s
 def forget(run: Run, name: str, *, plan_ids: Collection[str] | None = None) -> None:
     """Remove the files of the step called ``name`` and of the later ones, so that they are done again.
 
-    With ``plan_ids`` the folders of other candidates stay as they are.
+    With ``plan_ids`` the folders of other candidates stay as they are. Raises RunError, before anything is removed, as
+    ``remains`` does for files that no step has written.
     """
     # All paths first: the candidates are read from plans, which may be among them. The manifests first of all, so that
     # what is half removed is not taken for damaged.
-    steps = steps_from(name)
-    manifests = Manifests(run.folder).of_steps([step.name for step in steps])
-    for path in [*manifests, *(path for step in steps for path in step.products(run))]:
-        ours = plan_ids is None or not path.is_relative_to(run.candidates_dir)
-        if not ours and path.relative_to(run.candidates_dir).parts[0] not in (plan_ids or ()):
-            continue
-        try:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-        except OSError as error:
-            raise StorageError(
-                f"asked to redo {name} in {run.folder}, cannot remove {path}: {error.strerror}; remove it by hand"
-            ) from None
+    steps, known = steps_from(name), Manifests(run.folder)
+
+    def chosen(path: Path) -> bool:
+        return (
+            plan_ids is None
+            or not path.is_relative_to(run.candidates_dir)
+            or path.relative_to(run.candidates_dir).parts[0] in plan_ids
+        )
+
+    manifests = filter(chosen, known.of_steps([step.name for step in steps]))
+    products = filter(chosen, (path for step in steps for path in step.products(run)))
+    found = remains(run.folder, [*manifests, *products], known.listed)
+    found.remove(f"asked to redo {name} in {run.folder}")
 
 
 def _record(run: Run, config: RunConfig) -> None:
@@ -165,6 +166,7 @@ def borrow_scores(lender: Run, session: Session) -> None:
     # Another seed is another probe.
     if any(SETTINGS[name].read_by in ("blocks", "probe", "scores") for name in changed):
         return
+    _intact(lender, theirs.manifests, blocks_part(theirs))  # which blocks can leave together is said there
     parts = [probe_part, scores_part, costs_part]
     if latency_key(theirs.architecture, service_of(theirs)) == latency_key(
         session.architecture, service_of(session)
