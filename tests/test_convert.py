@@ -486,6 +486,7 @@ def test_weights_of_a_model_are_no_lora(tmp_path: Path) -> None:
             )
         ),
     ],
+    ids=lambda text: ascii(text)[1:40],
 )
 def test_settings_that_are_none_are_refused(settings: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "lora.safetensors"

@@ -152,7 +152,7 @@ def test_a_table_that_a_spreadsheet_saved_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("hint", [int, float, list[float], float | None, dict[str, int | str]])
-@pytest.mark.parametrize("number", [2**63, -(2**63), 10**400, -(10**4000)])
+@pytest.mark.parametrize("number", [2**63, -(2**63), 10**400, -(10**4000)], ids=lambda one: str(one)[:9])
 def test_an_integer_that_no_file_holds_is_damage(hint: Any, number: int) -> None:
     value = {list[float]: [number], dict[str, int | str]: {"a": number}}.get(hint, number)
     with pytest.raises(ValueError, match=r"where "):
