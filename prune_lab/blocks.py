@@ -29,6 +29,7 @@ from prune_lab.families import (
     outline_of,
     plain_config,
 )
+from prune_lab.runtime import printable
 from prune_lab.schemas import BLOCK_COLUMNS
 
 GroupKind = Literal["block", "pair", "triplet", "stage", "inner", "plan"]
@@ -114,9 +115,10 @@ class Architecture:
             if block.name == name:
                 return block
         names = [block.name for block in self.blocks]
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+        near = difflib.get_close_matches(name[:50], names, n=3, cutoff=0.5)
         hint = f"nearest: {', '.join(near)}" if near else f"blocks run from {names[0]} to {names[-1]}"
-        raise UnknownBlockError(f"no block is called {name!r} among the {len(names)} of this model; {hint}")
+        shown = repr(printable(name, 50))
+        raise UnknownBlockError(f"no block is called {shown} among the {len(names)} of this model; {hint}")
 
 
 def architecture_of(source: nn.Module | Mapping[str, Any], *, tokens: int | None = None) -> Architecture:

@@ -131,22 +131,53 @@ def parse_plan(text: str, architecture: Architecture) -> PruningPlan:
     return _parsed(text, architecture, {})
 
 
+def _is_called(name: str, plan: PruningPlan, architecture: Architecture) -> bool:
+    """Whether ``plan`` may have the name: that of a preset belongs to the preset alone."""
+    preset = architecture.family.plans.get(name)
+    try:
+        return preset is None or set(preset(architecture.outline)) == set(plan.removed)
+    except PlanError:  # it has no meaning for this architecture
+        return False
+
+
+def _check_said(plan: PruningPlan, said: object, architecture: Architecture) -> None:
+    """Raise PlanError where a file calls ``plan`` by the id ``said`` or by the name of a preset, and it is another."""
+    wrong = [f"the id {printable(str(said), 50)}"] if said is not None and said != plan.id else []
+    wrong += [f"the name {name}" for name in plan.names if not _is_called(name, plan, architecture)]
+    if wrong:
+        raise PlanError(
+            f"asked to read a plan, found {wrong[0]} and the blocks of another one, {plan.id}; remove its id and "
+            "names, or restore its blocks"
+        )
+
+
 def plan_from_json(value: object, architecture: Architecture) -> PruningPlan:
-    """The plan that ``to_json`` wrote. Raises PlanError when it is damaged or was made for another architecture."""
+    """The plan that ``to_json`` wrote; one that a person wrote may lack id and names.
+
+    Raises PlanError when it is damaged, was made for another architecture, or has the id or preset's name of another.
+    """
     if not isinstance(value, dict) or not isinstance(value.get("removed"), list):
         raise PlanError("asked to read a plan, found no list of removed blocks in it; write the plan again")
     made_for = value.get("architecture")
     if made_for != architecture.signature:
         raise PlanError(
-            f"the plan was made for architecture {made_for}, this model is {architecture.signature}; "
-            f"write it as text (for example '-{architecture.blocks[-1].name}') to apply it here"
+            f"the plan was made for architecture {printable(str(made_for), 50)}, this model is "
+            f"{architecture.signature}; write it as text (for example '-{architecture.blocks[-1].name}') to "
+            "apply it here"
         )
-    if "name" in value or not isinstance(value.get("names", []), list):
+    names = value.get("names", [])
+    if "name" in value or not isinstance(names, list):
         raise PlanError(
             'asked to read a plan, found its name where a list of names belongs; write "names": [...] instead'
         )
-    plan = plan_of(architecture, map(str, value["removed"]))
-    return plan.named(*map(str, value.get("names", [])), origin=str(value.get("origin", "")))
+    origin = value.get("origin", "")
+    if not all(isinstance(one, str) for one in (*value["removed"], *names, origin)):
+        raise PlanError(
+            "asked to read a plan, found other things than text in its lists; write the plan again"
+        )
+    plan = plan_of(architecture, value["removed"]).named(*names, origin=origin)
+    _check_said(plan, value.get("id"), architecture)
+    return plan
 
 
 def read_plan(path: Path, architecture: Architecture) -> PruningPlan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -419,6 +420,101 @@ def test_halves_of_a_lora_that_do_not_belong_together_are_refused(
     assert not out.exists()
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", [peft_file, kohya_file])
+def test_a_lora_with_a_wrong_value_or_shape_is_refused(kind: Any, seed: int, tmp_path: Path) -> None:
+    draw = random.Random(seed)
+    file, out = kind(build_unet(TINY_UNET), tmp_path / "lora.safetensors"), tmp_path / "o.safetensors"
+    tensors = load_file(file)
+    key = draw.choice(sorted(key for key in tensors if not key.startswith("text_encoder")))
+    wrong = tensors[key].clone()
+    wrong.view(-1)[draw.randrange(wrong.numel())] = draw.choice([torch.nan, torch.inf, -torch.inf])
+    shaped = [torch.ones(3), torch.ones(*wrong.shape, 5)]
+    if not key.endswith("alpha"):
+        shaped += [torch.tensor(1.0), torch.ones(2, 2, 2, 2, 2), wrong[:0]]
+    student = student_for(TINY_UNET, "bk-base")
+    for changed, message in [(wrong, "holds NaN|infinite"), *((one, "does not fit") for one in shaped)]:
+        save_file(tensors | {key: changed.clone()}, file)
+        with pytest.raises(ModelFormatError, match=message):
+            convert_lora(student, file, out)
+    assert not out.exists()
+
+
+def test_weights_of_a_model_are_no_lora(tmp_path: Path) -> None:
+    unet = build_unet(TINY_UNET)
+    whole = unet.state_dict()
+    lora = load_file(peft_file(unet, tmp_path / "lora.safetensors"))
+    student = student_for(TINY_UNET, "bk-base")
+    more = [
+        whole,
+        *(lora | {f"unet.{key}": whole[key]} for key in random.Random(1).sample(sorted(whole), 3)),
+        lora | {"text_encoder.text_model.final_layer_norm.weight": torch.ones(16)},
+    ]
+    for tensors in more:
+        save_file(tensors, tmp_path / "lora.safetensors")
+        with pytest.raises(ModelFormatError, match="no part of a LoRA"):
+            convert_lora(student, tmp_path / "lora.safetensors", tmp_path / "o.safetensors")
+    save_file(lora | {"unet.conv_in." + "lora_" * 300: torch.ones(1)}, tmp_path / "lora.safetensors")
+    with pytest.raises(ModelFormatError, match="key of 1,513 characters"):
+        convert_lora(student, tmp_path / "lora.safetensors", tmp_path / "o.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("[]", "a list where an object"),
+        ("3", "3 where an object"),
+        ("null", "null where an object"),
+        ("[" * 200_000, "nested deeper"),
+        ('{"unet.r": NaN}', "cannot be read"),
+        ('{"unet.rank_pattern": ["to_q"]}', "a list where an object"),
+        ('{"unet.alpha_pattern": {"to_q": Infinity}}', "cannot be read"),
+        ('{"unet.alpha_pattern": {"to_q": "x"}}', "'x' where a finite number"),
+        ('{"unet.rank_pattern": {"to_q": 1%s}}' % ("0" * 400), r"below 2\*\*63"),
+        *(
+            (json.dumps({f"unet.{name}": {pattern: 2}}), "only names of modules")
+            for name in ("rank_pattern", "alpha_pattern")
+            for pattern in (
+                "(([a-z_.0-9]+)+)+!",
+                "(",
+                "to_q|to_k",
+                ".*",
+                "",
+                "to_q\n",
+                "a{9}",
+                "x" * 10**5 + "*",
+            )
+        ),
+    ],
+    ids=lambda text: ascii(text)[1:40],
+)
+def test_settings_that_are_none_are_refused(settings: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "lora.safetensors"
+    module = "unet.down_blocks.0.attentions.0.proj_in"
+    tensors = {
+        f"{module}.lora_A.weight": torch.ones(2, 8, 1, 1),
+        f"{module}.lora_B.weight": torch.ones(8, 2, 1, 1),
+    }
+    save_file(tensors, file, {"lora_adapter_metadata": settings})
+    with pytest.raises(ModelFormatError, match=message) as caught:
+        convert_lora(student_for(TINY_UNET, "bk-base"), file, tmp_path / "o.safetensors")
+    assert len(str(caught.value)) < 700
+    assert not (tmp_path / "o.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "key", ["to_q", "attn1.to_q", "^a.attn1.to_q", "a.attn1.to_q$", r"attn1\.to_q", "o_q", "^to_q"]
+)
+def test_plain_patterns_are_read_as_peft_reads_them(key: str) -> None:
+    from peft.utils.other import get_pattern_key
+
+    from prune_lab.export.lora import _pattern
+
+    module = "a.attn1.to_q"
+    wanted = {"new": 2} if get_pattern_key([key], module) == key else {}
+    assert _pattern({key: 2}, {module: "new"}) == wanted
+
+
 def test_pickled_and_missing_files_and_taken_names(tmp_path: Path) -> None:
     student, out = student_for(TINY_UNET, "bk-small"), tmp_path / "out.safetensors"
     (tmp_path / "lora.bin").write_bytes(b"x")
@@ -509,6 +605,15 @@ def test_another_models_ip_adapter_is_refused(tmp_path: Path) -> None:
     save_file({"ip_adapter.99.to_k_ip.weight": torch.ones(8, 16)}, file)
     with pytest.raises(ModelFormatError, match=r"ip_adapter\.99.*32 attentions"):
         convert_ip_adapter(student, file, out)
+    for number in ("9" * 5000, "01", "\u0661"):
+        save_file({f"ip_adapter.{number}.to_k_ip.weight": torch.ones(8, 16)}, file)
+        with pytest.raises(ModelFormatError, match="32 attentions"):
+            convert_ip_adapter(student, file, out)
+    tensors = load_file(ip_adapter_file(build_unet(TINY_UNET), file))
+    for key in random.Random(1).sample(sorted(tensors), 3):
+        save_file(tensors | {key: tensors[key] * torch.nan}, file)
+        with pytest.raises(ModelFormatError, match=f"{key} holds NaN"):
+            convert_ip_adapter(student, file, out)
     assert not out.exists()
 
 
@@ -608,6 +713,16 @@ def test_a_controlnet_without_attention_of_a_teacher_with(tmp_path: Path) -> Non
     assert torch.equal(found, controlled(teacher, full))
 
 
+def test_a_controlnet_of_numbers_that_are_none_is_refused(tmp_path: Path) -> None:
+    controlnet = controlnet_of(build_unet(TINY_UNET))
+    for parameter in controlnet.parameters():
+        nn.init.constant_(parameter, torch.inf)
+    controlnet.save_pretrained(tmp_path / "full")
+    with pytest.raises(ModelFormatError, match="infinite"):
+        convert_controlnet(student_for(TINY_UNET, "bk-base"), tmp_path / "full", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_controlnets_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     teacher = build_unet(TINY_UNET)
     controlnet_of(teacher).save_pretrained(tmp_path / "full")
@@ -697,9 +812,34 @@ def test_the_teacher_of_a_student_is_found(small_student: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
+    "plan", ["bk-base", "bk-tiny", "-Dn1.R1 -Dn1.A1", "-Dn1.R2 -Dn1.A2 -Up4.R2 -Up4.A2", ""]
+)
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_plan_of_another_student_than_its_weights_is_refused(
+    plan: str, noted: bool, small_student: Path, tmp_path: Path
+) -> None:
+    copied = tmp_path / "student"
+    shutil.copytree(small_student, copied)
+    student = student_in(copied)
+    other = parse_plan(plan, student.architecture)
+    (copied / "unet" / "plan.json").write_text(json.dumps(other.to_json()))
+    if not noted:
+        told = json.loads((copied / "unet" / "provenance.json").read_text())
+        del told["plan_id"]
+        (copied / "unet" / "provenance.json").write_text(json.dumps(told))
+    with pytest.raises(PlanError, match="another student than its weights"):
+        student_in(copied)
+    lora = peft_file(build_unet(TINY_UNET), tmp_path / "lora.safetensors")
+    found = invoked("lora", lora, "--plan", copied, "--out", tmp_path / "out.safetensors")
+    assert found.exit_code == 2
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize(
     ("text", "model", "message"),
     [
         ("bk-small", "", "no such folder"),
+        ("-Md" * 5000, "", "no such folder"),
         ("bk-small -Dn1.R2", "sd-v1.4", ""),
         ("-Dn1.A1", "sd-v1.4", "Dn1"),
     ],

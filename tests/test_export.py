@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from typer.testing import CliRunner
 
 from prune_lab.assets import reference_folder
 from prune_lab.cli import app
-from prune_lab.errors import ModelFormatError, StorageError, UnsupportedModelError
+from prune_lab.errors import DataError, ModelFormatError, StorageError, UnsupportedModelError
 from prune_lab.export import EXPORT_TARGETS, export_single_file
+from prune_lab.export.single_file import _tokenizers
 from prune_lab.families.ldm_readers import reader_notes
-from prune_lab.models import preset_config, resolve_model
+from prune_lab.models import ModelSource, preset_config, resolve_model
+from prune_lab.models.single_file import TOKENIZER_FILES
 from prune_lab.plans import parse_plan
 from prune_lab.surgery import prune_pipeline
 
@@ -254,6 +257,21 @@ def test_the_plan_and_where_it_came_from_go_along(pipeline_of: Any, tmp_path: Pa
     assert configs["unet"]["layers_per_block"] == 1
     assert configs["scheduler"]["_class_name"] == "DDIMScheduler"
     assert not [value for value in metadata.values() if str(tmp_path) in value or "/shared/" in value]
+
+
+@pytest.mark.parametrize("content", [b"[" * 200_000, b'{"a": "\xe9"}', b"", b"{'a': 1}"])
+@pytest.mark.parametrize("name", TOKENIZER_FILES)
+def test_a_file_of_a_tokenizer_that_is_no_text_is_refused(name: str, content: bytes, tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / name).write_bytes(content)
+    source = ModelSource("m", "pipeline", tmp_path, {})
+    settings = name.endswith(".json") and name != "vocab.json"
+    refused: Any = (
+        pytest.raises(DataError, match="asked ") if settings or b"\xe9" in content else nullcontext()
+    )
+    with refused:
+        _tokenizers(source, {"text_encoder": {"vocab_size": 7}})
 
 
 def test_a_unet_folder_gives_the_unet_alone(pipeline_of: Any, tmp_path: Path) -> None:

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 import prune_lab
 from prune_lab.blocks import architecture_of
-from prune_lab.errors import NonNativePlanError, PlanError, UnknownBlockError, UnremovableBlockError
+from prune_lab.errors import (
+    NonNativePlanError,
+    PlanError,
+    PruneLabError,
+    UnknownBlockError,
+    UnremovableBlockError,
+)
 from prune_lab.plans import (
     PruningPlan,
     is_native,
@@ -134,6 +140,36 @@ def test_names_and_origin_are_data():
     old = {**plan.to_json(), "name": "bk-base"}
     with pytest.raises(PlanError, match='write "names"'):
         plan_from_json(old, SD)
+
+
+@given(plans, plans, st.sampled_from(["bk-base", "bk-small", "bk-tiny"]), st.booleans())
+def test_a_file_whose_id_or_name_is_of_another_plan_is_refused(plan, other, name, by_name):
+    preset = parse_plan(name, SD)
+    edited = {**plan.to_json(), "removed": list(other.removed)}
+    fits = other == plan
+    if by_name:
+        edited = {**preset.to_json(), "removed": list(other.removed)}
+        del edited["id"]
+        fits = other == preset
+    if fits:
+        assert plan_from_json(edited, SD) == other
+        return
+    with pytest.raises(PlanError, match="remove its id and names, or restore its blocks"):
+        plan_from_json(edited, SD)
+    unnamed = {"architecture": SD.signature, "removed": edited["removed"]}
+    assert plan_from_json(unnamed, SD) == other
+
+
+def test_names_of_a_megabyte_are_shortened():
+    long = "Dn1" + "x" * 10**6
+    good = parse_plan("-Md", SD).to_json()
+    for changed in ({"removed": [long]}, {"architecture": [long]}, {"id": long}):
+        with pytest.raises(PruneLabError) as caught:
+            plan_from_json({**good, **changed}, SD)
+        assert len(str(caught.value)) < 500
+    for changed in ({"removed": [1]}, {"names": [{}]}, {"origin": []}):
+        with pytest.raises(PlanError, match="other things than text"):
+            plan_from_json({**good, **changed}, SD)
 
 
 def test_removed_is_in_order_of_execution():

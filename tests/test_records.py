@@ -31,6 +31,7 @@ from prune_lab.probes import load_probe
 from prune_lab.profiling import Profile
 from prune_lab.report import read_pictures, read_run, write_report
 from prune_lab.runs import Run, load_run_config, open_run, read_picture, read_records, read_typed
+from prune_lab.runs.records import typed
 from prune_lab.runtime import write_frame, write_json
 from prune_lab.schemas import Cells, Records
 from prune_lab.session import read_scores
@@ -148,6 +149,14 @@ def test_a_table_that_a_spreadsheet_saved_is_read(tmp_path: Path) -> None:
 
 
 # JSON ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hint", [int, float, list[float], float | None, dict[str, int | str]])
+@pytest.mark.parametrize("number", [2**63, -(2**63), 10**400, -(10**4000)], ids=lambda one: str(one)[:9])
+def test_an_integer_that_no_file_holds_is_damage(hint: Any, number: int) -> None:
+    value = {list[float]: [number], dict[str, int | str]: {"a": number}}.get(hint, number)
+    with pytest.raises(ValueError, match=r"where "):
+        typed(hint, value)
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ from prune_lab import __version__
 from prune_lab.blocks import Architecture
 from prune_lab.errors import ModelFormatError
 from prune_lab.export.students import Student
+from prune_lab.models.conversion import converted
 from prune_lab.models.files import PICKLED, read_header
 from prune_lab.models.protection import check_file
-from prune_lab.runtime import atomic_write, without_folders
+from prune_lab.runtime import atomic_write, path_text, without_folders
 
 # Digests that kohya's tools write over the tensors of a file; those of the new file would be others.
 _DIGESTS = ("sshs_model_hash", "sshs_legacy_hash")
@@ -57,18 +58,20 @@ def blocks_of(architecture: Architecture, modules: Iterable[str]) -> tuple[str, 
 def read_addition(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of the safetensors file ``path``.
 
-    Raises ModelFormatError when it is missing, damaged or pickled.
+    Raises ModelFormatError when it is missing, damaged or pickled, or holds numbers that are not finite.
     """
     path = Path(path)
     if path.suffix in PICKLED:
         raise ModelFormatError(
-            f"asked to convert {path}, a pickled file, which is never opened here; give it as safetensors"
+            f"asked to convert {path_text(path)}, a pickled file, which is never opened here; give it as safetensors"
         )
     if not path.is_file():
-        raise ModelFormatError(f"asked to convert the {kind} {path}, found no such file; give a .safetensors")
+        raise ModelFormatError(
+            f"asked to convert the {kind} {path_text(path)}, found no such file; give a .safetensors"
+        )
     read_header(path)
     with safe_open(path, framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        tensors = {key: converted(path_text(key), file.get_tensor(key), None) for key in file.keys()}  # noqa: SIM118
         return tensors, dict(file.metadata() or {})
 
 

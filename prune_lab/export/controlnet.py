@@ -15,17 +15,19 @@ from prune_lab.export.additions import Converted, blocks_of
 from prune_lab.export.students import Student
 from prune_lab.families.controlnet import cut_controlnet, meta_controlnet
 from prune_lab.models import weight_files
+from prune_lab.models.conversion import converted
 from prune_lab.models.files import json_object, read_header
 from prune_lab.models.protection import check_folder
-from prune_lab.runtime import names_alone, output_folder, write_json
+from prune_lab.runtime import names_alone, output_folder, path_text, write_json
 
 
 def _folder_of(given: Path) -> Path:
     folder = given.parent if given.is_file() else given
     if not (folder / "config.json").is_file():
         raise ModelFormatError(
-            f"asked to convert the ControlNet {given}, found no config.json beside its weights; give the folder that "
-            "save_pretrained wrote (a file in the LDM layout becomes one through diffusers' from_single_file)"
+            f"asked to convert the ControlNet {path_text(given)}, found no config.json beside its weights; give the "
+            "folder that save_pretrained wrote (a file in the LDM layout becomes one through diffusers' "
+            "from_single_file)"
         )
     return folder
 
@@ -37,8 +39,8 @@ def _check_weights(folder: Path, config: dict[str, Any]) -> None:
     wrong = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
     if wrong:
         raise ModelFormatError(
-            f"the weights in {folder} do not fit its config.json: tensor {wrong[0]} is {found.get(wrong[0])} "
-            f"instead of {wanted.get(wrong[0])}; fetch both from the same place again"
+            f"the weights in {path_text(folder)} do not fit its config.json: tensor {path_text(wrong[0])} is "
+            f"{found.get(wrong[0])} instead of {wanted.get(wrong[0])}; fetch both from the same place again"
         )
 
 
@@ -49,7 +51,7 @@ def _read(folder: Path, keys: dict[str, str], zero: tuple[str, ...]) -> dict[str
         for path in weight_files(folder):
             file = stack.enter_context(safe_open(path, framework="pt"))
             homes |= dict.fromkeys(file.keys(), file)
-        tensors = {key: homes[old].get_tensor(old) for key, old in keys.items()}
+        tensors = {key: converted(old, homes[old].get_tensor(old), None) for key, old in keys.items()}
     return {
         key: torch.zeros_like(tensor) if key.startswith(tuple(f"{module}." for module in zero)) else tensor
         for key, tensor in tensors.items()

@@ -10,8 +10,9 @@ from prune_lab.export.additions import Converted, blocks_of, check_out, read_add
 from prune_lab.export.students import Student
 from prune_lab.families import meta_unet
 from prune_lab.families.adapter_names import attentions, is_cross_attention, values_of
+from prune_lab.runtime import path_text
 
-_LAYER = re.compile(r"ip_adapter\.(\d+)\.(.+)")
+_LAYER = re.compile(r"ip_adapter\.(0|[1-9][0-9]{0,5})\.(.+)")
 _IMAGE = "image_proj."
 
 
@@ -43,15 +44,16 @@ def convert_ip_adapter(student: Student, given: Path, out: Path, *, force: bool 
         number = int(found[1]) if found else -1
         if not found or number not in numbers:
             raise ModelFormatError(
-                f"asked to convert {given}, whose key {key!r} is none of an IP-Adapter for the teacher, which has "
-                f"{len(paths)} attentions; give one that was trained for this student's teacher"
+                f"asked to convert {path_text(given)}, whose key {path_text(key)!r} is none of an IP-Adapter "
+                f"for the teacher, which has {len(paths)} attentions; give one that was trained for this "
+                "student's teacher"
             )
         width = shapes[f"{values_of(paths[number])}.weight"]
         if found[2] in ("to_k_ip.weight", "to_v_ip.weight") and (
             tuple(tensor.shape) != width or not is_cross_attention(paths[number])
         ):
             raise ModelFormatError(
-                f"asked to convert {given}, whose {key} is {list(tensor.shape)} where the teacher has "
+                f"asked to convert {path_text(given)}, whose {key} is {list(tensor.shape)} where the teacher has "
                 f"{list(width)}; give an IP-Adapter that was trained for this student's teacher"
             )
         given_layers.add(number)
@@ -60,7 +62,7 @@ def convert_ip_adapter(student: Student, given: Path, out: Path, *, force: bool 
     kept = [number for number in given_layers if numbers[number] is not None]
     if not kept:
         raise ModelFormatError(
-            f"asked to convert {given}, found no layer in it that the student has an attention for"
+            f"asked to convert {path_text(given)}, found no layer in it that the student has an attention for"
         )
     write_addition(out, converted, metadata, student, given)
     return Converted(

@@ -20,6 +20,8 @@ from prune_lab.export.students import Student
 from prune_lab.families import Layout
 from prune_lab.families.adapter_names import TEXT_PREFIXES, AdapterNames, ModuleKey, adapter_names, fits
 from prune_lab.families.ldm_structure import has_even_depths
+from prune_lab.runs.records import typed
+from prune_lab.runtime import parse_json, path_text, printable
 
 _CONFIG = "lora_adapter_metadata"  # diffusers' entry for the settings of PEFT, by part of the pipeline
 _UNEVEN = (
@@ -32,29 +34,52 @@ _HALF = re.compile(
     r"(?P<side>A|B|down|up|a|b)(?P<rest>(?:\.\w+)*\.weight|)"
 )
 _OTHER = {"A": "B", "B": "A", "down": "up", "up": "down", "a": "b", "b": "a"}
+# What a LoRA or one of its kin is for a module, at the end of a key: all else is no addition, but a weight itself.
+_ADDED = re.compile(
+    r"(?:.*[._])?(?:(?:lora|oft|boft)(?:[._].+|)|\w+_lora\..+|(?:hada|lokr)_\w+|(?:down|up)\.weight|alpha|scalar"
+    r"|diff(?:_b)?|dora_scale|[wb]_norm)",
+)
+_VOCABULARY = "bundle_emb."
+_LONGEST = 500  # characters of a key: the time that a pattern takes may grow with the square of it
 _PATTERNS = ("rank_pattern", "alpha_pattern")
+# The names of modules that are read as patterns: any more of a regular expression may take for ever.
+_PLAIN = re.compile(r"\^?(?:[\w-]|\\?\.)+\$?")
 
 
 def _parts(given: Path, tensors: Mapping[str, Tensor], names: AdapterNames) -> dict[str, ModuleKey]:
     """What each key of the U-Net is about. Raises ModelFormatError for one that belongs to no module of the teacher."""
     found: dict[str, ModuleKey] = {}
     for key, tensor in tensors.items():
-        if key.startswith(TEXT_PREFIXES):
-            continue
-        part = names.of(key)
-        if part is None:
+        if len(key) > _LONGEST:
             raise ModelFormatError(
-                f"asked to convert {given}, whose key {key!r} names no module of the teacher; "
+                f"asked to convert {path_text(given)}, found a key of {len(key):,} characters in it "
+                f"({printable(key, 50)}); fetch the file again"
+            )
+        is_text = key.startswith(TEXT_PREFIXES)
+        part = None if is_text else names.of(key)
+        if part is None and not is_text:
+            raise ModelFormatError(
+                f"asked to convert {path_text(given)}, whose key {path_text(key)!r} names no module of the teacher; "
                 "give a LoRA that was trained for this student's teacher"
             )
+        if not key.startswith(_VOCABULARY) and not _ADDED.fullmatch(part.rest if part else key):
+            raise ModelFormatError(
+                f"asked to convert {path_text(given)}, whose {path_text(key)} is no part of a LoRA, but may be a "
+                "weight of a model; give a LoRA alone"
+            )
+        if part is None:
+            continue
         if not fits(part, tensor, names):
             raise ModelFormatError(
-                f"asked to convert {given}, whose {key} is {list(tensor.shape)} and does not fit the teacher's module "
-                f"of {list(names.shapes[part.module])}; give a LoRA that was trained for this student's teacher"
+                f"asked to convert {path_text(given)}, whose {path_text(key)} is {list(tensor.shape)} and does not fit "
+                f"the teacher's module of {list(names.shapes[part.module])}; give a LoRA that was trained for this "
+                "student's teacher"
             )
         found[key] = part
     if not found:
-        raise ModelFormatError(f"asked to convert {given}, found nothing in it that is about a U-Net")
+        raise ModelFormatError(
+            f"asked to convert {path_text(given)}, found nothing in it that is about a U-Net"
+        )
     return found
 
 
@@ -67,42 +92,60 @@ def _check_pairs(given: Path, tensors: Mapping[str, Tensor]) -> None:
         module, other = found["module"], f"{found['begin']}{_OTHER[found['side']]}{found['rest']}"
         if other not in tensors:
             raise ModelFormatError(
-                f"asked to convert {given}, whose module {module} has {key.removeprefix(module)[1:]}, "
-                f"found no {other.removeprefix(module)[1:]}: the file is not whole; fetch it again"
+                f"asked to convert {path_text(given)}, whose module {path_text(module)} has "
+                f"{path_text(key.removeprefix(module)[1:])}, found no "
+                f"{path_text(other.removeprefix(module)[1:])}: the file is not whole; fetch it again"
             )
         if found["side"] in ("A", "down") and tensor.dim() > 1 and tensors[other].dim() > 1:
             ranks = tensor.shape[0], tensors[other].shape[1]
             if ranks[0] != ranks[1]:
                 raise ModelFormatError(
-                    f"asked to convert {given}, whose module {module} has two matrices of the ranks "
-                    f"{ranks[0]} and {ranks[1]}: they do not belong together; fetch the file again"
+                    f"asked to convert {path_text(given)}, whose module {path_text(module)} has two matrices of the "
+                    f"ranks {ranks[0]} and {ranks[1]}: they do not belong together; fetch the file again"
                 )
+
+
+def _ending(key: str) -> str:
+    """The end of a dotted path that the pattern ``key`` stands for, as PEFT reads a plain name.
+
+    Raises ModelFormatError for more of a regular expression than ``^``, ``$`` and an escaped dot.
+    """
+    if not _PLAIN.fullmatch(key):
+        raise ModelFormatError(
+            f"asked to convert a LoRA whose {_CONFIG} has the pattern {printable(key, 80)!r}; only names of modules "
+            "are read as patterns: write out the modules, each with its value"
+        )
+    name = key.removesuffix("$").replace("\\.", ".")
+    return f"..{name[1:]}" if name[0] == "^" else f".{name}"
 
 
 def _pattern(patterns: Mapping[str, Any], modules: Mapping[str, str]) -> dict[str, Any]:
     """The value of each module under its new name: PEFT takes the first pattern that a module's path ends with."""
-    return {
-        new: value
+    endings = [(_ending(key), value) for key, value in patterns.items()]
+    found = (
+        (new, next((value for ending, value in endings if f"..{module}".endswith(ending)), None))
         for module, new in modules.items()
-        if (
-            value := next(
-                (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), None
-            )
-        )
-        is not None
-    }
+    )
+    return {new: value for new, value in found if value is not None}
 
 
 def _settings(text: str, modules: Mapping[str, str]) -> str:
     """The settings of the LoRA as diffusers keeps them, with the modules of the U-Net by their new names."""
     try:
-        settings = json.loads(text)
+        settings = typed(dict[str, Any], parse_json(text))
+        json.dumps(settings, allow_nan=False)
+        for name in settings:
+            if name.removeprefix("unet.") in _PATTERNS and settings[name] is not None:
+                typed(dict[str, float], settings[name], name)
     except ValueError as error:
-        raise ModelFormatError(f"asked to convert a LoRA whose {_CONFIG} is not JSON: {error}") from None
+        raise ModelFormatError(
+            f"asked to convert a LoRA whose {_CONFIG} cannot be read: {printable(str(error))}; fetch the file again, "
+            "or save it without its metadata"
+        ) from None
     for name in [name for name in settings if name.startswith("unet.")]:
         short = name.removeprefix("unet.")
-        if short in _PATTERNS and isinstance(settings[name], dict):
-            settings[name] = _pattern(settings[name], modules)
+        if short in _PATTERNS:
+            settings[name] = _pattern(settings[name] or {}, modules)
         elif short == "target_modules":
             settings[name] = sorted(set(modules.values()))
         elif short in ("exclude_modules", "layers_to_transform", "layers_pattern"):
@@ -133,7 +176,8 @@ def convert_lora(student: Student, given: Path, out: Path, *, force: bool = Fals
     left = [module for module, part in modules.items() if part.new_key is not None]
     if not left:
         raise ModelFormatError(
-            f"asked to convert {given}, whose {len(modules)} modules all lie in blocks that the student does not have"
+            f"asked to convert {path_text(given)}, whose {len(modules)} modules all lie in blocks that the "
+            "student does not have"
         )
     _check_pairs(given, tensors)
     converted = {

@@ -39,7 +39,7 @@ from prune_lab.models.conversion import converted
 from prune_lab.models.files import read_header
 from prune_lab.models.protection import check_file
 from prune_lab.models.single_file import TOKENIZER_FILES
-from prune_lab.runtime import atomic_write, bytes_text, names_alone, read_json, track
+from prune_lab.runtime import atomic_write, bytes_text, names_alone, read_json, read_text, track
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -262,9 +262,8 @@ def _configs(source: ModelSource) -> dict[str, dict[str, Any]]:
 
 def _text_of(path: Path) -> str:
     """The text of a file of a tokenizer; settings without the folders they may name."""
-    text = path.read_text(encoding="utf-8")
     settings = path.suffix == ".json" and path.stem != "vocab"
-    return json.dumps(names_alone(json.loads(text)), ensure_ascii=False) if settings else text
+    return json.dumps(names_alone(read_json(path)), ensure_ascii=False) if settings else read_text(path)
 
 
 def _tokenizers(source: ModelSource, configs: Mapping[str, Any]) -> dict[str, dict[str, str]]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 from prune_lab.blocks import Architecture, architecture_of
-from prune_lab.errors import PlanError, PruneLabError
-from prune_lab.families import Layout
-from prune_lab.models import preset_config, resolve_model
-from prune_lab.models.files import json_object
+from prune_lab.errors import NonNativePlanError, PlanError, PruneLabError
+from prune_lab.families import Layout, meta_unet
+from prune_lab.models import preset_config, resolve_model, weight_files
+from prune_lab.models.files import json_object, read_headers, variants_among
 from prune_lab.models.sources import PRESETS
 from prune_lab.plans import PruningPlan, native_layout, plan_from_json, read_plans
+from prune_lab.runs import is_plan_id
+from prune_lab.runtime import path_text
 from prune_lab.surgery import TEACHER
 
 
@@ -57,15 +60,35 @@ def _architecture_with(signature: str, provenance: dict[str, Any]) -> Architectu
     return found if found.signature == signature else None
 
 
+def _check_plan(student: Student, unet: Path) -> None:
+    """Raise PlanError where the plan beside the weights in ``unet`` is not the one that they were cut by."""
+    told = provenance_in(unet).get("plan_id")
+    other = isinstance(told, str) and is_plan_id(told) and told != student.plan.id
+    variant = next(iter(variants_among([path.name for path in unet.iterdir() if path.is_file()])), None)
+    if variant is not None and not other:
+        found = {key: shape for key, (_, shape) in read_headers(weight_files(unet, variant)).items()}
+        try:
+            tensors = meta_unet(student.layout.config).state_dict()
+        except NonNativePlanError:  # then no plain folder holds it
+            other = True
+        else:
+            other = found != {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    if other:
+        raise PlanError(
+            f"asked for the student in {path_text(unet)}, found a plan.json of another student than its weights "
+            f"(plan {student.plan.label}); restore its plan.json, or give the plan as text and the teacher with --model"
+        )
+
+
 def student_in(folder: Path, model: str = "") -> Student:
     """The student in ``folder``, a pipeline or U-Net that ``prune-lab`` wrote; ``model`` is its teacher where that is
-    not written down. Raises PlanError when it has no plan, or its teacher is not known.
+    not written down. Raises PlanError when it has no plan, one of another student, or its teacher is not known.
     """
     unet = unet_folder_in(Path(folder))
     if not (unet / "plan.json").is_file():
         raise PlanError(
-            f"asked for the plan of the student in {folder}, found no plan.json there; give a folder that prune-lab "
-            "wrote, or the plan as text and its teacher with --model"
+            f"asked for the plan of the student in {path_text(folder)}, found no plan.json there; give a folder that "
+            "prune-lab wrote, or the plan as text and its teacher with --model"
         )
     written = json_object(unet / "plan.json")
     if model:
@@ -74,10 +97,12 @@ def student_in(folder: Path, model: str = "") -> Student:
         architecture = _architecture_with(str(written.get("architecture")), provenance_in(unet))
     if architecture is None:
         raise PlanError(
-            f"asked for the teacher of the student in {folder}, which was cut from another model than the presets "
-            "and does not say which; give it with --model"
+            f"asked for the teacher of the student in {path_text(folder)}, which was cut from another model than the "
+            "presets and does not say which; give it with --model"
         )
-    return Student(architecture, plan_from_json(written, architecture), Path(folder))
+    student = Student(architecture, plan_from_json(written, architecture), Path(folder))
+    _check_plan(student, unet)
+    return student
 
 
 def student_of(text: str, model: str = "") -> Student:
@@ -85,18 +110,20 @@ def student_of(text: str, model: str = "") -> Student:
 
     Raises PlanError when it cannot be read, NonNativePlanError when the plan cannot be built.
     """
-    if Path(text).is_dir():
+    if os.path.isdir(text):  # noqa: PTH112 - a plan may be too long for the name of a file
         student = student_in(Path(text), model)
     elif not model:
         raise PlanError(
-            f"asked to convert by {text!r}, found no such folder; give the folder of a student, or a plan and its "
-            "teacher with --model"
+            f"asked to convert by {path_text(text)!r}, found no such folder; give the folder of a student, or a "
+            "plan and its teacher with --model"
         )
     else:
         architecture = resolve_model(model).architecture
         plans = read_plans(text, architecture)
         if len(plans) != 1:
-            raise PlanError(f"asked to convert by {text}, found {len(plans)} plans in it; give one")
+            raise PlanError(
+                f"asked to convert by {path_text(text)}, found {len(plans)} plans in it; give one"
+            )
         student = Student(architecture, plans[0])
     native_layout(student.architecture, student.plan)  # says what is in the way
     return student

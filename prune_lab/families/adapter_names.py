@@ -139,14 +139,27 @@ _OUTPUTS = re.compile(r"(lora_B|lora_up|lora\.up|up)\b.*weight")
 
 
 def fits(part: ModuleKey, tensor: Tensor, names: AdapterNames) -> bool:
-    """Whether the two matrices of a LoRA have the width of the teacher's module; others are not looked at."""
+    """Whether the matrices of a LoRA, or its alpha, have a shape for the teacher's module; others are not looked at.
+
+    Of a module of shape (out, in, ...) these are (rank, in, ...) and (out, rank); ones may stand for a size of the
+    kernel, and behind the second matrix. An alpha is one number.
+    """
     outputs, *inputs = names.shapes[part.module]
-    if tensor.dim() > 1 and inputs:
-        if _INPUTS.fullmatch(part.rest):
-            return tensor.shape[1] == inputs[0]
-        if _OUTPUTS.fullmatch(part.rest):
-            return tensor.shape[0] == outputs
-    return True
+    shape = tuple(tensor.shape)
+    if part.rest == "alpha":
+        return tensor.numel() == 1
+    first = _INPUTS.fullmatch(part.rest)
+    if not first and not _OUTPUTS.fullmatch(part.rest):
+        return True
+    if not inputs or len(shape) < 2 or 0 in shape:
+        return False
+    kernel, ones = tuple(inputs[1:]), (1,) * (len(shape) - 2)
+    if first:
+        bare = max(kernel, default=1) == 1  # a kernel of one may be left out
+        return shape[1] == inputs[0] and (
+            shape[2:] == kernel or (shape[2:] == ones and (bare or len(ones) == len(kernel)))
+        )
+    return shape[0] == outputs and shape[2:] == ones
 
 
 def attentions(config: Mapping[str, Any]) -> tuple[str, ...]:

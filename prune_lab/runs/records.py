@@ -261,6 +261,8 @@ def _items(hint: Any, value: object, place: str) -> list[Any]:
 
 
 def _scalar(hint: Any, value: object, place: str) -> Any:
+    if type(value) is int and abs(value) >= 2**63:  # none is written here, and no float may hold it
+        raise _wrong("a number below 2**63", value, place)
     if hint is float:
         # Every integer is a number here, and true is neither.
         if type(value) not in (int, float) or not math.isfinite(value):  # type: ignore[arg-type]
