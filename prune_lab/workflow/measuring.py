@@ -121,6 +121,8 @@ def ensure_scores(session: Session) -> ImportanceTable:
     run = session.run
     part = scores_part(session)
     if not session.manifests.given(part) and not session.manifests.settled(part):
+        if not run.done(run.importance):
+            criteria_of(session)  # refused before any work
         ensure_probe(session)
     if not lacking(session, part):
         return read_scores(run)
