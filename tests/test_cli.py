@@ -577,7 +577,8 @@ def test_other_settings_than_the_run_was_made_with(
 def test_usage_errors_exit_2(arguments: list[str]) -> None:
     result = answer(*arguments, code=2)
     assert result.stdout == ""
-    assert "Error" in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

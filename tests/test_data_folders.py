@@ -386,7 +386,8 @@ def test_data_are_not_written_among_the_model_or_the_pictures(
     ]
     answer = CliRunner().invoke(app, [*verb, "--device", "cpu"])
     assert (answer.exit_code, len(answer.stderr.splitlines())) == (2, 1), answer.output
-    assert f"asked to write {tmp_path / place}, found there the " in answer.stderr
+    assert f"asked to write {tmp_path / place}, which " in answer.stderr
+    assert "that it is made from" in answer.stderr
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -23,6 +23,7 @@ def test_the_layout_is_the_documented_one(tmp_path: Path) -> None:
     run = Run(tmp_path)
     assert {name: path.relative_to(tmp_path).as_posix() for name, path in paths_of(run).items()} == {
         "config": "config.toml",
+        "lock": "writer.lock",
         "environment": "environment.json",
         "blocks": "blocks.csv",
         "probe": "probe.safetensors",
