@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_lab.errors import ModelFormatError, PruneLabError
-from prune_lab.families import example_inputs, outline_of, plain_config
+from prune_lab.families import example_inputs, outline_of, picture_scale, plain_config
 from prune_lab.models.components import reason_of
 from prune_lab.models.silence import quiet
 from prune_lab.runtime import seeded
@@ -86,8 +86,7 @@ def _text_answers(encoder: Any, tokenizer: Any) -> list[list[Tensor]]:
 
 
 def _decoder_answers(vae: Any) -> list[list[Tensor]]:
-    halved = len(getattr(vae.config, "block_out_channels", ())) or 4
-    side = max(1, _SIDES // 2 ** (halved - 1))
+    side = max(1, _SIDES // (picture_scale(vae.config) or 8))
     shape = (1, vae.config.latent_channels, side, side)
     latents = (torch.randn(shape, generator=seeded(seed)) for seed in (0, 1))
     return [[vae.decode(_placed(one, vae), return_dict=False)[0]] for one in latents]
