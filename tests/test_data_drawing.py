@@ -139,7 +139,9 @@ def test_a_kill_costs_one_shard_and_changes_nothing(
     code = f"import sys; sys.argv = {['prune-lab', *command]!r}\n{KILLED}"
     found = subprocess.run([sys.executable, "-c", code], timeout=120, check=False)
     assert found.returncode == -signal.SIGKILL
-    there = [name for name in files(tmp_path / "cache") if not name.startswith(".")]  # locks and temporary files
+    there = [
+        name for name in files(tmp_path / "cache") if not name.startswith(".")
+    ]  # locks and temporary files
     assert there == ["shard-00000.safetensors"]
     resumed = CliRunner().invoke(app, [*command, "--pictures", "2"])
     assert resumed.exit_code == 0, resumed.output
