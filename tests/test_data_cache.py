@@ -119,6 +119,7 @@ def test_a_build_that_was_killed_goes_on_to_the_same_cache(
     assert files(out) == files(tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_two_processes_build_the_cache_of_one(
     tiny_pipeline: Any, tiny_pipeline_folder: Path, image_folder: Path, tmp_path: Path
 ) -> None:

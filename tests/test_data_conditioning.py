@@ -129,6 +129,7 @@ def trained(
     return load_file(student.folder / "distilled/unet/diffusion_pytorch_model.safetensors")
 
 
+@pytest.mark.long
 def test_a_training_goes_on_bit_for_bit_and_only_with_the_same_captions(
     tiny_unet: Any, tmp_path: Path
 ) -> None:

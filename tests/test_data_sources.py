@@ -141,6 +141,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.long
 def test_a_hub_id_is_loaded_by_datasets(tmp_path: Path) -> None:
     makers = {"parquet": as_parquet, "tars": as_tars, "folder": write_images, "arrow": as_arrow}
     hub = tmp_path / "hub/someone"

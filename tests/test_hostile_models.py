@@ -335,6 +335,7 @@ def runs_in_plain_diffusers(config: dict[str, Any]) -> None:
     assert predicted.shape == (1, config["out_channels"], *inputs["sample"].shape[2:])
 
 
+@pytest.mark.long
 @settings(max_examples=60)
 @given(shape=st.sampled_from(list(SHAPES)), key=st.sampled_from(KEYS), value=HOSTILE)
 @example(shape="sd-v1", key="sample_size", value="16")

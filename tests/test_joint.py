@@ -84,6 +84,7 @@ def test_together_equals_alone_and_taking_turns(
         assert_equal(tmp_path / "turns" / plan, distilled_alone / plan)
 
 
+@pytest.mark.long
 def test_rungs_go_on_from_where_they_were(
     tiny_unet: Any, tmp_path: Path, validation: Probe, distilled_alone: Path
 ) -> None:
@@ -186,6 +187,7 @@ def test_micro_batches_add_up(tiny_unet: Any, tmp_path: Path, validation: Probe)
         assert left[:6] == pytest.approx(right[:6], rel=1e-4, nan_ok=True)
 
 
+@pytest.mark.long
 def test_out_of_memory_halves_the_micro_batch_and_says_so(
     tiny_unet: Any, tmp_path: Path, validation: Probe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -369,6 +369,7 @@ def test_of_many_that_come_at_once_one_writes(left: bool, gone: Holder, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["start", "won"]
 
 
+@pytest.mark.long
 def test_readers_neither_lock_nor_clean(finished: Run, gone: Holder, alive: Holder, tmp_path: Path) -> None:
     run = Run(Path(shutil.copytree(finished.folder, tmp_path / "run")))
     left = run.folder / f".costs.csv.{gone.mark}-0a1b2c.tmp"

@@ -311,6 +311,7 @@ def test_a_report_with_files_of_others_is_not_made_again(copied: Run, name: str,
 # What it was made from ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_ranking_of_an_interrupted_run_is_made_again(copied: Run, said: list[str]) -> None:
     forget(copied, "distilled")
     early = ensure_ranking(Session(copied))
@@ -425,6 +426,7 @@ def test_edited_settings_are_refused(copied: Run, old: str, new: str, name: str)
         assert (found.exit_code, name in found.stderr) == (2, True), (asked, found.output)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("quick_report")
 def test_a_plan_put_into_a_finished_run_is_built_and_ranked(copied: Run, finished_config: RunConfig) -> None:
     plan = parse_plan("-Dn1.R2 -Dn1.A2 -Up4.R2 -Up4.A2", Session(copied).architecture)

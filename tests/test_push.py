@@ -64,6 +64,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Received]:
         yield received
 
 
+@pytest.mark.long
 def test_the_verb_sends_exactly_what_the_dry_run_lists(
     student: Path, tiny_pipeline_folder: Path, tmp_path: Path
 ) -> None:

@@ -100,6 +100,7 @@ def test_every_solver_keeps_all_budgets_and_says_what_it_spent(
     assert pd.read_csv(session.run.searched)["name"].iloc[-1] == f"{prefix}-macs-bk-base-params-80pct-1"
 
 
+@pytest.mark.long
 def test_a_search_that_measures_ends_no_worse_than_the_additive_one(
     searching: Searching, tmp_path: Path
 ) -> None:
@@ -227,6 +228,7 @@ def test_a_kept_table_that_is_no_good_is_measured_anew_with_a_word(
     assert len(measured) == 5
 
 
+@pytest.mark.long
 def test_candidates_are_timed_in_turns_with_the_teacher_and_later_ones_with_it_again(
     searching: Searching, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

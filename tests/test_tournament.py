@@ -130,6 +130,7 @@ def test_who_is_kept_are_the_best_by_paired_losses(played: Run) -> None:
         )
 
 
+@pytest.mark.long
 def test_an_interrupted_tournament_decides_the_same(
     played: Run, built: Path, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -154,6 +154,7 @@ def test_a_layout_is_put_together_from_its_cells() -> None:
     assert torch.equal(moved, wanted)
 
 
+@pytest.mark.long
 def test_training_the_other_parts_lowers_their_losses(tmp_path: Path) -> None:
     rows = load_pictures("train").iloc[:32]
     pictures, captions = decode_pictures(rows), rows["caption"].tolist()

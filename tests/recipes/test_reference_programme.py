@@ -69,6 +69,7 @@ def test_reference_verbs_have_help() -> None:
     assert "--work" in CliRunner().invoke(app, ["train", "--help"]).stdout
 
 
+@pytest.mark.long
 def test_a_mistake_ends_the_programme_with_one_line_and_exit_code_2(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "recipes.reference_model", "train", "--work", str(tmp_path / "work")]
     found = subprocess.run(
@@ -115,6 +116,7 @@ def test_a_wrong_recipe_is_refused_with_the_reason(tmp_path: Path, text: str, me
         read_recipe(tmp_path / "r.toml")
 
 
+@pytest.mark.long
 def test_the_whole_recipe_builds_a_loadable_model_and_resumes(tmp_path: Path) -> None:
     train = load_pictures("train")
     pictures = tmp_path / "out" / "pictures"

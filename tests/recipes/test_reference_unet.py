@@ -193,6 +193,7 @@ def test_every_block_starts_as_nothing_and_the_main_path_is_open() -> None:
     assert float(outputs[1].std() / outputs[0].std()) > 0.5
 
 
+@pytest.mark.long
 def test_training_the_denoiser_lowers_its_loss_and_resumes_exactly(tmp_path: Path) -> None:
     data, recipe = _tiny_pairs(), Recipe(steps=40, batch=8, rate=3e-3, warmup=5, cooldown=10, ema=0.9)
     whole = train_denoiser(data, TINY_TEXT, TINY_DENOISER, recipe, tmp_path / "whole")
