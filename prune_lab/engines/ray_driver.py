@@ -91,15 +91,21 @@ def cluster_of(session: Session) -> Cluster:
     return Cluster(address=settings.address, storage=storage, cpus=settings.cpus)
 
 
+def _device_of(session: Session) -> str:
+    """The device that the settings of the run name. Raises ConfigError where it is a certain card."""
+    device = session.config.device
+    if ":" in device:
+        raise ConfigError(
+            f"asked for device {device!r} with engine.kind = 'ray', which hands out GPUs itself; use cuda"
+        )
+    return device
+
+
 @contextlib.contextmanager
 def _reached(session: Session, cluster: Cluster | None) -> Iterator[tuple[Any, Cluster]]:
     """Ray, and ``cluster`` (None: that of the settings) with the GPUs per task that the device of the run asks for."""
-    cluster, device = cluster or cluster_of(session), session.config.device
+    cluster, device = cluster or cluster_of(session), _device_of(session)
     with connected(cluster) as ray:
-        if ":" in device:
-            raise ConfigError(
-                f"asked for device {device!r} with engine.kind = 'ray', which hands out GPUs itself; use cuda"
-            )
         if cluster.gpus is None:
             wanted = device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
             cluster = dataclasses.replace(cluster, gpus=1.0 if wanted else 0.0)
@@ -245,6 +251,7 @@ def score_groups(
     pass, and so the rounding, stays as it is on one machine where ``score.batch`` is set. By the others it gets some of
     the groups.
     """
+    _device_of(session)  # before any work
     probe, settings, all_groups = ensure_probe(session), session.config.score, tuple(groups)
     one_step = settings.criterion in ONE_STEP
     with _reached(session, cluster) as (ray, cluster):
