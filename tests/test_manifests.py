@@ -32,7 +32,7 @@ from prune_lab.workflow.states import states
 from prune_lab.workflow.steps import STEPS
 
 # Timings and seconds differ whenever they are measured.
-TIMED = ("median_ms", "latency", "seconds", "share", "milliseconds")
+TIMED = ("median_ms", "p10_ms", "p90_ms", "latency", "seconds", "share", "milliseconds")
 
 
 @pytest.fixture

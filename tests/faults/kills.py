@@ -20,7 +20,7 @@ _CODES = {signal.SIGTERM: (143, -15), signal.SIGINT: (130, -2)}
 
 
 def _killed(
-    one: Work, rng: random.Random, longest: float, place: Path, number: int
+    one: Work, rng: random.Random, longest: float, place: Path, number: int, *, beside: bool = False
 ) -> tuple[str, list[Fault]]:
     """The command, killed at a random moment; SIGTERM and SIGINT end it in one line."""
     which, moment = rng.choice(_SIGNALS), rng.uniform(0, longest)
@@ -36,7 +36,8 @@ def _killed(
     found = finish(begun)
     what = f"{which.name} after {moment:.2f} s"
     faults: list[Fault] = []
-    if which != signal.SIGKILL and found.code != 0:
+    refused = beside and found.code == 2 and bool(mistake_line(found))  # the other one writes
+    if which != signal.SIGKILL and found.code != 0 and not refused:
         code = found.code if found.code is not None else -found.signal
         if "Traceback" in found.err:
             faults.append(Fault("traceback", f"{one.name} at {which.name}", f"{what}: {tail(found.err)}"))
@@ -84,7 +85,7 @@ def killed_command(stage: Stage, seed: int, place: Path) -> Verdict:
     if rng.random() < 0.25:  # another writer waits, or is told to go
         beside = start(verb(one.command), place / "beside")
         time.sleep(rng.uniform(0, 0.5 * seconds))
-        what, seen = _killed(one, rng, 1.5 * seconds, place, 0)
+        what, seen = _killed(one, rng, 1.5 * seconds, place, 0, beside=True)
         found = finish(beside)
         refused = found.code == 2 and mistake_line(found)
         if not refused:
