@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prune_lab.errors import DataError
-from prune_lab.runtime import decode_text, parse_json, path_text, read_bytes
+from prune_lab.runtime import decode_text, parse_json, path_text, read_bytes, text_of
 
 if TYPE_CHECKING:  # pandas takes a second to import
     import pandas as pd
@@ -87,13 +87,7 @@ def read_text(path: Path) -> str:
 
     Raises StorageError when it cannot be read, DataError for other bytes than text.
     """
-    try:
-        return decode_text(_content(path))
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"asked for the text in {path_text(path)}, found other bytes than UTF-8 at byte {error.start:,}; save it "
-            "as UTF-8"
-        ) from None
+    return text_of(_content(path), path)
 
 
 # Tables ----------------------------------------------------------------------------------------------------------

@@ -366,3 +366,15 @@ def image_folder(tmp_path: Path) -> Path:
     from training_images import write_images
 
     return write_images(tmp_path / "images")
+
+
+@pytest.fixture
+def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report without its figures, for tests of other steps: drawing them takes longer than all the rest."""
+
+    def write(run: Run) -> Path:
+        run.report_dir.mkdir(exist_ok=True)
+        run.report.write_text("drawn")
+        return run.report
+
+    monkeypatch.setattr("prune_lab.workflow.ranking.write_report", write)

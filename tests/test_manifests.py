@@ -41,18 +41,6 @@ def copied(finished: Run, tmp_path: Path) -> Run:
 
 
 @pytest.fixture
-def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A report without its figures: drawing them takes longer than all the rest."""
-
-    def write(run: Run) -> Path:
-        run.report_dir.mkdir(exist_ok=True)
-        run.report.write_text("drawn")
-        return run.report
-
-    monkeypatch.setattr("prune_lab.workflow.ranking.write_report", write)
-
-
-@pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The lines that say what is redone and why."""
     lines: list[str] = []

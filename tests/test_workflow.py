@@ -108,18 +108,6 @@ def test_doing_it_again_computes_nothing(copied: Run, finished: Run, config: Run
     pd.testing.assert_series_equal(*seconds)
 
 
-@pytest.fixture
-def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A report without its figures, for tests of other steps: drawing them takes longer than all the rest."""
-
-    def write(run: Run) -> Path:
-        run.report_dir.mkdir(exist_ok=True)
-        run.report.write_text("drawn")
-        return run.report
-
-    monkeypatch.setattr("prune_lab.workflow.ranking.write_report", write)
-
-
 @pytest.mark.usefixtures("quick_report")
 def test_a_report_is_drawn_anew_when_a_table_is(copied: Run) -> None:
     before = copied.report.stat().st_mtime_ns

@@ -70,6 +70,8 @@ def files_of(path: Path) -> tuple[Path, ...]:
 
 @functools.cache
 def versions() -> Mapping[str, str]:
+    """The versions of the libraries that results depend on, by name; without those that are not installed."""
+
     def version(name: str) -> str:
         try:
             return importlib.metadata.version(name)

@@ -32,6 +32,7 @@ from prune_lab.runtime.reading import (
     read_bytes,
     read_json,
     read_text,
+    text_of,
 )
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "seeded",
     "synchronize",
     "tensors_digest",
+    "text_of",
     "track",
     "without_folders",
     "write_frame",

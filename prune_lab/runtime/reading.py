@@ -115,12 +115,11 @@ def decode_text(content: bytes, errors: str = "strict") -> str:
     return content.decode(encoding, errors)
 
 
-def read_text(path: Path | str, *, most: int = MOST_BYTES) -> str:
-    """The text in ``path``, as ``decode_text`` says.
+def text_of(content: bytes, path: Path | str) -> str:
+    """The text that ``content``, which was read from ``path``, is, as ``decode_text`` says.
 
-    Raises StorageError, as ``read_bytes`` does, and DataError for other bytes than text.
+    Raises DataError, which names ``path``, for other bytes than text.
     """
-    content = read_bytes(path, most=most)
     try:
         return decode_text(content)
     except UnicodeDecodeError as error:
@@ -128,6 +127,14 @@ def read_text(path: Path | str, *, most: int = MOST_BYTES) -> str:
             f"asked for the text in {path_text(path)}, found other bytes than UTF-8 at byte {error.start:,}; save it "
             "as UTF-8"
         ) from None
+
+
+def read_text(path: Path | str, *, most: int = MOST_BYTES) -> str:
+    """The text in ``path``, as ``decode_text`` says.
+
+    Raises StorageError, as ``read_bytes`` does, and DataError for other bytes than text.
+    """
+    return text_of(read_bytes(path, most=most), path)
 
 
 def _depth(value: object) -> int:
