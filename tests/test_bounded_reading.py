@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import os
@@ -12,10 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
+import prune_lab
+from prune_lab.distill.cache import read_cache_file
+from prune_lab.distill.data import LatentData
 from prune_lab.errors import DataError, PruneLabError, StorageError
+from prune_lab.probes.probe import load_probe
 from prune_lab.runtime import open_regular, parse_json, path_text, read_bytes, read_json, read_text
 from prune_lab.runtime.reading import DEEPEST
 
@@ -189,3 +196,79 @@ def test_of_a_key_that_is_there_twice_the_last_counts() -> None:
 def test_a_missing_file_is_a_matter_of_storage(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="No such file"):
         read_json(tmp_path / "none.json")
+
+
+# JSON in the metadata of safetensors -----------------------------------------------------------------------------
+
+IN_METADATA: dict[str, tuple[Callable[[Path], object], dict[str, str], tuple[str, ...]]] = {
+    "captions": (LatentData.load, {"format": "prune_lab latents 1"}, ()),
+    "groups": (
+        load_probe,
+        {"format": "prune_lab probe 1", "captions": "[]"},
+        ("noisy", "noise", "timesteps", "embeddings", "target", "pictures"),
+    ),
+    "prune_lab": (read_cache_file, {}, ()),
+}
+
+
+@settings(max_examples=10)
+@given(
+    text=VALUES.filter(lambda value: not isinstance(value, (list, dict))).map(json.dumps)
+    | st.sampled_from(["", "[", nested(DEEPEST + 1, "[", "]"), nested(200_000, "[", "]")])
+)
+@pytest.mark.parametrize("name", IN_METADATA)
+def test_metadata_that_are_something_else_are_told_in_one_line(
+    name: str, text: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    reader, metadata, names = IN_METADATA[name]
+    path = tmp_path_factory.getbasetemp() / f"{name}.safetensors"
+    save_file({one: torch.zeros(1) for one in (*names, "more")}, path, metadata | {name: text})
+    assert str(path) in complaint(reader, path)
+
+
+# The package -----------------------------------------------------------------------------------------------------
+
+_OWN = "text that this process made, or that one of its own wrote into a pipe"
+_PACKAGED = "a file of the package or of the kernel"
+EXCEPTIONS = {
+    "blocks.py": _OWN,
+    "counting.py": _OWN,
+    "distill/memory.py": _OWN,
+    "models/components.py": _OWN,
+    "models/folders.py": _OWN,
+    "profiling/activations.py": _OWN,
+    "profiling/own_process.py": _OWN,
+    "surgery/proof.py": _OWN,
+    "surgery/prover.py": _OWN,
+    "engines/ray_driver.py": "the digest of files of its own run, of any size",
+    "config/recipes.py": _PACKAGED,
+    "profiling/live_memory.py": _PACKAGED,
+    "report/page.py": _PACKAGED,
+    "runtime/devices.py": _PACKAGED,
+    "runtime/holders.py": "its own temporary file, and what the kernel says of a process",
+    "runtime/reading.py": "the bounded reader itself",
+}
+
+
+def reads_without_bounds(source: str) -> bool:
+    """Whether a module parses JSON, or reads a whole file, by itself."""
+    found = (
+        node.func
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    )
+    return any(
+        call.attr in ("read_text", "read_bytes")
+        or (call.attr in ("load", "loads") and ast.unparse(call.value) == "json")
+        for call in found
+    )
+
+
+def test_every_module_reads_through_the_bounded_reader() -> None:
+    root = Path(prune_lab.__file__).parent
+    found = {
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*.py")
+        if reads_without_bounds(path.read_text(encoding="utf-8"))
+    }
+    assert found == set(EXCEPTIONS)

@@ -29,7 +29,8 @@ from prune_lab.distill.data import EncodedBatch, with_prefix
 from prune_lab.distill.encoding import conditions_text, encoders_digest, image_side
 from prune_lab.errors import DataError
 from prune_lab.runs import read_typed
-from prune_lab.runtime import atomic_write
+from prune_lab.runs.records import typed
+from prune_lab.runtime import atomic_write, parse_json
 
 FORMAT = "prune_lab latent cache 1"
 PROVENANCE = "recipe"  # its name in the files, since version 0.1
@@ -84,7 +85,8 @@ def read_cache_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata: dict[str, Any] = json.loads((file.metadata() or {}).get(_ENTRY, "{}"))
+            text = (file.metadata() or {}).get(_ENTRY, "{}")
+            metadata: dict[str, Any] = typed(dict[str, Any], parse_json(text))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise DataError(f"asked to read the cached data {path}, found {error}; {_REMEDY}") from None

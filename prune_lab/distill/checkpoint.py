@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prune_lab.distill.data import read_tensors, with_prefix
+from prune_lab.distill.data import read_entry, read_tensors, with_prefix
 from prune_lab.errors import RunError
 from prune_lab.runtime import atomic_write
 
@@ -47,6 +47,12 @@ class TrainingState:
         return named
 
 
+@dataclass(frozen=True, slots=True)
+class _Progress:
+    step: int
+    seconds: float
+
+
 def check_fingerprint(found: Mapping[str, Any], asked: Mapping[str, Any], path: Path) -> None:
     """Raise RunError when ``path`` was made with other settings, data or weights than those asked for now."""
     changed = sorted(name for name in asked.keys() | found.keys() if asked.get(name) != found.get(name))
@@ -67,7 +73,7 @@ def save_checkpoint(path: Path, state: TrainingState, fingerprint: Mapping[str, 
     tensors |= {f"heldout.{step}": losses for step, losses in state.heldout.items()}
     metadata = {
         "format": _FORMAT,
-        "state": json.dumps({"step": state.step, "seconds": state.seconds}),
+        "state": json.dumps(asdict(_Progress(state.step, state.seconds))),
         "fingerprint": json.dumps(dict(fingerprint)),
     }
     with atomic_write(path) as temporary:
@@ -80,10 +86,13 @@ def load_checkpoint(path: Path, state: TrainingState, fingerprint: Mapping[str, 
     Raises RunError when the checkpoint belongs to other settings, data or weights, DataError when it is damaged.
     """
     remedy = "remove it to start this distillation again"
-    metadata, saved = read_tensors(path, _FORMAT, "go on from", remedy)
-    check_fingerprint(json.loads(metadata["fingerprint"]), fingerprint, path)
-    progress = json.loads(metadata["state"])
-    state.step, state.seconds = progress["step"], progress["seconds"]
+    asked = "go on from"
+    metadata, saved = read_tensors(path, _FORMAT, asked, remedy)
+    check_fingerprint(
+        read_entry(path, metadata, "fingerprint", dict[str, Any], asked, remedy), fingerprint, path
+    )
+    progress: _Progress = read_entry(path, metadata, "state", _Progress, asked, remedy)
+    state.step, state.seconds = progress.step, progress.seconds
     state.history[:] = [tuple(row) for row in saved["history"].tolist()]
     state.heldout = {int(step): losses for step, losses in with_prefix("heldout.", saved).items()}
     state.ema.optimization_step = state.step

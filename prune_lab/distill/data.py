@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prune_lab.errors import DataError
-from prune_lab.runtime import atomic_write, seeded, tensors_digest
+from prune_lab.runs.records import typed
+from prune_lab.runtime import atomic_write, parse_json, seeded, tensors_digest
 
 _FORMAT = "prune_lab latents 1"
 _TENSORS = ("latents", "embeddings", "empty_embedding")
@@ -95,6 +96,19 @@ def read_tensors(path: Path, form: str, asked: str, remedy: str) -> tuple[dict[s
     return metadata, tensors
 
 
+def read_entry(path: Path, metadata: Mapping[str, str], name: str, hint: Any, asked: str, remedy: str) -> Any:
+    """The JSON in the entry ``name`` of the ``metadata`` of ``path``, as the type ``hint`` says.
+
+    Raises DataError, as ``read_tensors`` does, when it is missing or another value.
+    """
+    try:
+        return typed(hint, parse_json(metadata.get(name, "")))
+    except ValueError as error:
+        raise DataError(
+            f"asked to {asked} {path}, found {name} that cannot be read ({error}); {remedy}"
+        ) from None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LatentData:
     """N rows in memory, float32 on the CPU, with one variant each.
@@ -163,10 +177,12 @@ class LatentData:
     def load(cls, path: Path) -> LatentData:
         """The data that ``save`` wrote to ``path``. Raises DataError for a missing, damaged or other file."""
         remedy = "remove it and run the step again"
-        metadata, tensors = read_tensors(path, _FORMAT, "read cached latents from", remedy)
+        asked = "read cached latents from"
+        metadata, tensors = read_tensors(path, _FORMAT, asked, remedy)
+        captions = read_entry(path, metadata, "captions", tuple[str, ...], asked, remedy)
         return cls(
             **{name: tensors[name] for name in _TENSORS},
-            captions=tuple(json.loads(metadata["captions"])),
+            captions=captions,
             added=with_prefix("added.", tensors),
             empty_added=with_prefix("empty_added.", tensors),
             key=metadata["key"],

@@ -36,10 +36,19 @@ from prune_lab.models import ModelSource, weight_files
 from prune_lab.models.clip_vocabulary import NUM_TOKENS
 from prune_lab.models.components import modern_name
 from prune_lab.models.conversion import converted
-from prune_lab.models.files import read_header
+from prune_lab.models.files import MOST_HEADER, read_header
 from prune_lab.models.protection import check_file
 from prune_lab.models.single_file import TOKENIZER_FILES
-from prune_lab.runtime import atomic_write, bytes_text, names_alone, read_json, read_text, track
+from prune_lab.runtime import (
+    atomic_write,
+    bytes_text,
+    names_alone,
+    open_regular,
+    parse_json,
+    read_json,
+    read_text,
+    track,
+)
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -115,9 +124,9 @@ def _read(stored: _Stored) -> Tensor:
 
 def _begins(path: Path) -> dict[str, int]:
     """Where the bytes of each tensor begin in the safetensors file ``path``, whose header is known to be sound."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+        header: Any = parse_json(file.read(min(length, MOST_HEADER)))
     return {
         key: 8 + length + entry["data_offsets"][0] for key, entry in header.items() if key != "__metadata__"
     }

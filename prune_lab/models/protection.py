@@ -7,12 +7,11 @@ spelling lead around it.
 from __future__ import annotations
 
 import glob
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from safetensors import SafetensorError, safe_open
 
@@ -22,6 +21,7 @@ from prune_lab.errors import RunError, StorageError
 from prune_lab.runs import Run
 from prune_lab.runtime.files import check_replaceable, listed_files
 from prune_lab.runtime.holders import LONGEST_NAME, remove_leftovers, temporary_beside
+from prune_lab.runtime.reading import open_regular, read_json
 
 Sources: TypeAlias = Mapping[str, Iterable["Path | str"]]
 """What a result is made from: paths by what they are, such as "the model". One that is not there is left aside."""
@@ -240,7 +240,6 @@ def check_run_folder(folder: Path, config: RunConfig, **more: Iterable[Path | st
 # Whether a file is one of ours -------------------------------------------------------------------------------------
 
 _CSV = b"group,kind,blocks,starred,impact,"  # how a table of scores begins
-_MOST = 2**26  # bytes of a list of plans
 
 
 def _wrote_tensors(path: Path) -> bool:
@@ -249,14 +248,12 @@ def _wrote_tensors(path: Path) -> bool:
 
 
 def _wrote_scores(path: Path) -> bool:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return file.read(len(_CSV)) == _CSV
 
 
 def _wrote_plans(path: Path) -> bool:
-    if path.stat().st_size > _MOST:
-        return False
-    found: Any = json.loads(path.read_bytes())
+    found = read_json(path)
     return isinstance(found, list) and all(
         isinstance(one, dict) and {"id", "architecture", "removed"} <= one.keys() for one in found
     )
@@ -281,5 +278,5 @@ _KINDS: dict[str, tuple[str, Callable[[Path], bool]]] = {
 def _is_ours(path: Path, wrote: Callable[[Path], bool]) -> bool:
     try:
         return wrote(path)
-    except (OSError, ValueError, RecursionError, SyntaxError, SafetensorError):
+    except (OSError, ValueError, SyntaxError, SafetensorError):
         return False

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from prune_lab.errors import DataError
 from prune_lab.families import forward_inputs
-from prune_lab.runtime import atomic_write, tensors_digest
+from prune_lab.runs.records import typed
+from prune_lab.runtime import atomic_write, parse_json, tensors_digest
 
 _FORMAT = "prune_lab probe 1"
 _TENSORS = ("noisy", "noise", "timesteps", "embeddings", "target", "pictures")
@@ -150,15 +151,21 @@ def load_probe(path: Path) -> Probe:
         raise DataError(f"asked to read the probe {path}, found a damaged file ({error}); {remedy}") from None
     if metadata.get("format") != _FORMAT or not set(_TENSORS) <= set(tensors):
         raise DataError(f"asked to read the probe {path}, found another kind of safetensors file; {remedy}")
+    try:
+        captions, groups = (
+            typed(tuple[str, ...], parse_json(metadata.get(name, ""))) for name in ("captions", "groups")
+        )
+    except ValueError as error:
+        raise DataError(f"asked to read the probe {path}, found a damaged file ({error}); {remedy}") from None
     probe = Probe(
         **{name: tensors[name] for name in _TENSORS},
-        captions=tuple(json.loads(metadata["captions"])),
-        groups=tuple(json.loads(metadata["groups"])),
+        captions=captions,
+        groups=groups,
         added={
             name.removeprefix("added."): value for name, value in tensors.items() if name.startswith("added.")
         },
     )
-    if probe.digest != metadata["digest"]:
+    if probe.digest != metadata.get("digest"):
         raise DataError(f"asked to read the probe {path}, found tensors that were changed; {remedy}")
     return probe
 

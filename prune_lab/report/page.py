@@ -22,7 +22,7 @@ from prune_lab.report.figures import DARK, LIGHT, freeze_layout, save_png, svg_u
 from prune_lab.report.sections import report_sections
 from prune_lab.report.tables import RunTables, read_run
 from prune_lab.runs import Run
-from prune_lab.runtime import atomic_write, without_folders, write_text
+from prune_lab.runtime import atomic_write, read_text, without_folders, write_text
 
 # The tables that are copied beside the page, as the steps wrote them.
 _CSV_FILES = (
@@ -119,8 +119,7 @@ def _render(part: SectionItem, run: Run, places: tuple[str, ...]) -> dict[str, A
 
 def _copy(source: Path, target: Path, places: tuple[str, ...]) -> None:
     with atomic_write(target) as temporary:
-        content = source.read_bytes()
-        temporary.write_bytes(without_folders(content.decode("utf-8"), places).encode("utf-8"))
+        temporary.write_bytes(without_folders(read_text(source), places).encode())
 
 
 def _facts(tables: RunTables) -> list[tuple[str, str]]:

@@ -19,6 +19,7 @@ from prune_lab import schemas
 from prune_lab.config import load_config
 from prune_lab.errors import DataError, RunError
 from prune_lab.runs import Manifests, Run, damaged, read_plan_file, read_records, read_typed
+from prune_lab.runtime import read_bytes
 
 MAP_COLUMNS = ("name", "stage", "kind", "lane", "row", "position", "removable", "impact", "low", "high")
 CURVE_COLUMNS = ("plan", "plan_id", "step", "part", "value")
@@ -136,7 +137,7 @@ def _read_settings(path: Path) -> tuple[dict[str, Any], str]:
     if not path.exists():
         return {}, ""
     load_config(path)  # every setting is known, and of its kind
-    content = path.read_bytes()
+    content = read_bytes(path)
     return tomllib.loads(content.decode("utf-8-sig")), hashlib.sha256(content).hexdigest()[:12]
 
 

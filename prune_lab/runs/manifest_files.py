@@ -14,6 +14,7 @@ from typing import Any, Literal, TypedDict
 
 from prune_lab.errors import DataError, StorageError
 from prune_lab.runs.records import read_typed
+from prune_lab.runtime import open_regular, parse_json
 
 FORMAT = "prune_lab manifest 1"
 FOLDER = "manifests"  # in the folder of a run or of a candidate
@@ -40,14 +41,14 @@ class Stamp:
 
 def file_digest(path: Path) -> str:
     """The sha256 of a file; of safetensors with the entries of the header in order, which a writer does not keep."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         digest = hashlib.sha256()
         if path.suffix == ".safetensors":
             length = file.read(8)
             header = file.read(min(int.from_bytes(length, "little"), _HEADER))
             try:
-                digest.update(json.dumps(json.loads(header), sort_keys=True).encode())
-            except (ValueError, RecursionError):
+                digest.update(json.dumps(parse_json(header), sort_keys=True).encode())
+            except ValueError:
                 digest.update(length + header)
         while block := file.read(1 << 20):
             digest.update(block)

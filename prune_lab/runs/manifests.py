@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from prune_lab.errors import RunError
+from prune_lab.errors import RunError, StorageError
 from prune_lab.runs.manifest_files import (
     FOLDER,
     ORIGINS,
@@ -116,7 +116,7 @@ class Manifests:
             if known is not None and known.at(found):
                 return known
             return Stamp(found.st_size, found.st_mtime_ns, file_digest(path))
-        except OSError:
+        except (OSError, StorageError):
             return None
 
     def stamp(self, path: Path) -> Stamp | None:

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from prune_lab.runtime.reading import MOST_BYTES, open_regular, parse_json
+
 # Entries in which the libraries note where a model was read from; nothing reads them.
 NOTES_OF_PLACES = ("_name_or_path", "name_or_path", "special_tokens_map_file")
 # Where paths begin on machines of others; those of this one are looked for.
@@ -135,9 +137,9 @@ def names_alone(value: Any, places: Sequence[str] = ()) -> Any:
 
 def copied_without_folders(source: Path, target: Path) -> None:
     """Copy the safetensors file ``source``; where its notes name paths, names are left of them."""
-    with source.open("rb") as file:
+    with open_regular(source) as file:
         (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
+        header: Any = parse_json(file.read(min(length, MOST_BYTES)))
         notes = header.get("__metadata__") or {}
         told = {name: without_folders(text) for name, text in notes.items()}
         if told == notes:

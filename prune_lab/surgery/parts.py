@@ -6,7 +6,6 @@ written names a folder of this machine, and the index lists what is there.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,13 +15,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from prune_lab.errors import ModelFormatError
+from prune_lab.errors import DataError, ModelFormatError
 from prune_lab.models import weight_files
 from prune_lab.models.conversion import converted, refuse_flawed, stored
 from prune_lab.models.files import json_object
 from prune_lab.models.folders import variant_of_part
 from prune_lab.models.parts import LEFT_OUT, installed_name, part_class
-from prune_lab.runtime import FILE_LIST, copied_without_folders, names_alone, note, write_json
+from prune_lab.runtime import FILE_LIST, copied_without_folders, names_alone, note, read_json, write_json
 
 INDEX = "model_index.json"
 _TEXTS = (".json", ".txt", ".model")  # configs, vocabularies; a sentencepiece model
@@ -54,8 +53,8 @@ def write_config(path: Path, config: Mapping[str, Any]) -> None:
 def _copy_text(path: Path, target: Path) -> None:
     if path.suffix == ".json" and path.name != "tokenizer.json":
         try:
-            value = json.loads(path.read_bytes())  # bytes: a byte-order mark is skipped
-        except (ValueError, RecursionError):
+            value = read_json(path)
+        except DataError:
             value = None  # of a part that is used it is refused before; of another the bytes are kept
         if isinstance(value, dict) and (path.name == "config.json" or names_alone(value) != value):
             write_config(target, value)

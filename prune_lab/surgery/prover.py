@@ -25,6 +25,7 @@ from prune_lab.families import meta_unet
 from prune_lab.models.answers import complaint_of_parts, random_inputs, unet_complaint
 from prune_lab.models.parts import left_out
 from prune_lab.models.silence import quiet
+from prune_lab.runtime import read_json
 from prune_lab.surgery.bypass import bypassed
 from prune_lab.surgery.proof import digest_of
 
@@ -75,9 +76,9 @@ def _loaded(folder: Path, variant: str) -> tuple[Any, Any]:
     """
     named: dict[str, Any] = {"variant": variant} if variant else {}
     if not (folder / "model_index.json").is_file():
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config: Any = read_json(folder / "config.json")
         return getattr(diffusers, config["_class_name"]).from_pretrained(folder, **named), None
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index: Any = read_json(folder / "model_index.json")
     unused: dict[str, Any] = dict.fromkeys(left_out(index))
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **named, **unused)
     formats = {
