@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import tarfile
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from training_images import add_to_tar, captions_of, open_source, png_image
+from training_images import add_to_tar, captions_of, contents, open_source, png_image
 
 from prune_lab.config import DataConfig
 from prune_lab.distill import archives, build_cache
 from prune_lab.distill.archives import parquet_table
+from prune_lab.distill.image_source import IMAGE_SUFFIXES
 
 ROWS = 150
 
@@ -82,3 +84,21 @@ def test_files_in_a_tar_are_read_in_any_order(tmp_path: Path) -> None:
             add_to_tar(archive, f"{row}.txt", str(row).encode())
     source, rows = open_source(str(tmp_path / "a.tar")), (4, 0, 3, 3)
     assert [source.content(row) for row in rows] == [png_image(row) for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_an_image_of_any_ending_is_found_in_an_archive(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{kind}"
+    files = {f"{row}{ending}": png_image(row) for row, ending in enumerate(IMAGE_SUFFIXES)}
+    files |= {f"{row}.txt": f"caption {row}".encode() for row in range(len(IMAGE_SUFFIXES))}
+    if kind == "tar":
+        with tarfile.open(path, "w") as archive:
+            for name, content in files.items():
+                add_to_tar(archive, name, content)
+    else:
+        with zipfile.ZipFile(path, "w") as packed:
+            for name, content in files.items():
+                packed.writestr(name, content)
+    source = open_source(str(path))
+    assert source.left_out == ()
+    assert dict(contents(source)) == {f"caption {row}": png_image(row) for row in range(len(IMAGE_SUFFIXES))}

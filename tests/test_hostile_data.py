@@ -268,6 +268,9 @@ def test_pictures_of_odd_shape_are_left_out_by_the_verb_and_counted(
     assert found.exit_code == 0, found.output
     assert (json.loads(found.stdout)[0]["rows"], json.loads(found.stdout)[0]["left_out"]) == (1, 2)
     assert "left out 2 (no text 1, not readable 1); the first: " in found.stderr
+    listed = tmp_path / "cache/cache.json"
+    assert f"; all are listed in {listed}" in " ".join(found.stderr.split())
+    assert len(json.loads(listed.read_text())["left_out"]) == 2
 
 
 def test_held_out_pictures_that_cannot_be_read_are_told(
@@ -307,4 +310,30 @@ def test_reasons_are_counted_apart() -> None:
         "left out 4 (no caption 2, no such picture 1, not readable 1); the first: a.png: no caption"
     )
     assert left_out_text(texts[:1]) == "left out 1; the first: a.png: no caption"
-    assert left_out_text([]) == ""
+    assert left_out_text([]) == left_out_text([], Path("cache.json")) == ""
+    assert left_out_text(texts, Path("data/cache.json")).endswith("; all are listed in data/cache.json")
+
+
+EMPTY = st.lists(st.sampled_from(["a cat", "", " ", "\t"]), min_size=1, max_size=6)
+
+
+@settings(max_examples=8)
+@given(captions=EMPTY, table=st.booleans())
+def test_captions_that_are_empty_are_kept_and_counted(
+    captions: list[str], table: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = pairs(tmp_path_factory.mktemp("found"), len(captions))
+    for row, caption in enumerate(captions):
+        (folder / f"{row}.txt").write_text(caption)
+    if table:
+        lines = ["file_name,caption", *(f'{row}.png,"{caption}"' for row, caption in enumerate(captions))]
+        (folder / "metadata.csv").write_text("\n".join(lines))
+    heard: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prune_lab.distill.image_source.note_once", heard.append)
+        assert len(open_source(str(folder))) == len(captions)
+    empty = [row for row, caption in enumerate(captions) if not caption.strip()]
+    assert len(heard) == bool(empty)
+    if empty:
+        assert f" {len(empty)} of {len(captions)} captions are empty" in heard[0]
+        assert heard[0].endswith(f"the first: {folder}/{empty[0]}.png")

@@ -10,6 +10,7 @@ import pandas as pd
 
 from prune_lab.config import RunConfig
 from prune_lab.distill import (
+    CACHE_INDEX,
     PREVIEW,
     CacheBuild,
     build_cache,
@@ -100,5 +101,5 @@ def data_table(settings: RunConfig, out: Path, *, force: bool = False, pictures:
         "seconds": round(found.seconds, 3),
         "pictures_per_second": round(found.encoded / found.seconds, 3),
     }
-    notes = tuple(filter(None, [left_out_text(cache.left_out)]))
+    notes = tuple(filter(None, [left_out_text(cache.left_out, cache.folder / CACHE_INDEX)]))
     return Table("data", pd.DataFrame([row]), f"Training data for {settings.model}", notes=notes)

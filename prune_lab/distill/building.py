@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prune_lab.config import DataConfig
-from prune_lab.distill.cache import OF_VARIANT, LatentCache, is_cache
+from prune_lab.distill.cache import INDEX, OF_VARIANT, LatentCache, is_cache
 from prune_lab.distill.data import TrainingData
 from prune_lab.distill.decoding import UNREADABLE, decode_image
 from prune_lab.distill.drawing import draw_cache
@@ -123,9 +123,9 @@ def build_cache(
 
 
 def encoded_now(pipeline: Any, source: ImageSource, settings: DataConfig, folder: Path) -> LatentCache:
-    """The cache that ``build_cache`` makes, or finds; a note says how many images could not be encoded."""
+    """The cache that ``build_cache`` makes, or finds; a note counts the images that are not in it, see its index."""
     cache = build_cache(pipeline, source, settings, folder).cache
-    note_left_out(source.title, cache.left_out[len(source.left_out) :])
+    note_left_out(source.title, cache.left_out, folder / INDEX)
     return cache
 
 

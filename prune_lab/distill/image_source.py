@@ -71,8 +71,8 @@ def is_hidden(name: str) -> bool:
     )
 
 
-def left_out_text(left_out: Iterable[str]) -> str:
-    """How many ``left_out`` tells of, by reason, and the first; empty when there are none."""
+def left_out_text(left_out: Iterable[str], listed: Path | None = None) -> str:
+    """How many ``left_out`` tells of, by reason, the first, and the file where all are ``listed``; empty for none."""
     texts = list(left_out)
     if not texts:
         return ""
@@ -82,13 +82,24 @@ def left_out_text(left_out: Iterable[str]) -> str:
     )
     by_reason = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())
     counted = f" ({by_reason})" if len(reasons) > 1 else ""
-    return f"left out {len(texts):,}{counted}; the first: {one_line(texts[0])}"
+    place = f"; all are listed in {one_line(str(listed))}" if listed is not None and len(texts) > 1 else ""
+    return f"left out {len(texts):,}{counted}; the first: {one_line(texts[0])}{place}"
 
 
-def note_left_out(title: str, left_out: Iterable[str]) -> None:
-    """Say once what was left out of the source of this ``title``, if anything was."""
-    if text := left_out_text(left_out):
+def note_left_out(title: str, left_out: Iterable[str], listed: Path | None = None) -> None:
+    """Say once what was left out of the source of this ``title``, if anything was; see ``left_out_text``."""
+    if text := left_out_text(left_out, listed):
         note_once(f"of {title} are {text}")
+
+
+def note_empty(source: ImageSource) -> None:
+    """Say once how many captions of ``source`` are empty, if any are: they may be meant, so they are kept."""
+    empty = [row for row, caption in enumerate(source.captions) if not caption.strip()]
+    if empty:
+        note_once(
+            f"of {source.title} {len(empty):,} of {len(source):,} captions are empty; these images are kept, to be "
+            f"learned without words; the first: {source.name(empty[0])}"
+        )
 
 
 def source_digest(*parts: object) -> str:

@@ -32,6 +32,7 @@ from prune_lab.distill.image_source import (
     ImageSource,
     file_stamps,
     is_hidden,
+    note_empty,
     note_left_out,
     pick_column,
     source_digest,
@@ -44,6 +45,8 @@ from prune_lab.runtime import read_bytes, seeded
 from prune_lab.text_tables import TABLE_SUFFIXES, one_line, whole_characters
 
 _READABLE = (*IMAGE_SUFFIXES, *TABLE_SUFFIXES, ".tar", ".txt", ".caption", ".json")
+# in archives names end as those of files do
+_IMAGE_NAMES = tuple(dict.fromkeys((*IMAGE_COLUMNS, *(suffix[1:] for suffix in IMAGE_SUFFIXES))))
 _KINDS = "give reference, a folder of images, .parquet, .tar or .zip files (also as a glob), or a hub id"
 
 
@@ -55,7 +58,7 @@ def _from_archives(settings: DataConfig, paths: Sequence[Path], skipped: Sequenc
     images: list[Member] = []
     captions: list[str] = []
     left_out, kinds = list(skipped), set()
-    image_names = (settings.image_column.lower(),) if settings.image_column else IMAGE_COLUMNS
+    image_names = (settings.image_column.lower(),) if settings.image_column else _IMAGE_NAMES
     caption_names = (settings.caption_column.lower(),) if settings.caption_column else CAPTION_COLUMNS
     for path in paths:
         samples = (zip_samples if path.suffix.lower() == ".zip" else tar_samples)(path, caption_names)
@@ -286,9 +289,9 @@ def _find(settings: DataConfig) -> ImageSource:
 def source_of(settings: DataConfig) -> ImageSource:
     """The images that ``settings.source`` names: ``reference``, a folder, .parquet, .tar or .zip, a glob, or a hub id.
 
-    With ``settings.limit`` that many of them, in an order drawn with ``settings.seed``. A note counts what is left out.
-    Raises DataError when nothing is left, when a tar or a zip is damaged, or when no column has a usual name and none
-    is given.
+    With ``settings.limit`` that many of them, in an order drawn with ``settings.seed``. Notes count what is left out
+    and captions that are empty. Raises DataError when nothing is left, when a tar or a zip is damaged, or when no
+    column has a usual name and none is given.
     """
     found, limit = _find(settings), settings.limit
     source = dataclasses.replace(
@@ -298,13 +301,15 @@ def source_of(settings: DataConfig) -> ImageSource:
         name=lambda row: one_line(found.name(row)),
     )
     note_left_out(source.title, source.left_out)
-    if not limit or limit >= len(source):
-        return source
-    order = torch.randperm(len(source), generator=seeded(settings.seed))[:limit].tolist()
-    return dataclasses.replace(
-        source,
-        captions=tuple(source.captions[row] for row in order),
-        digest=source_digest(source.digest, order),
-        name=lambda row: source.name(order[row]),
-        content=lambda row: source.content(order[row]),
-    )
+    kept = source
+    if limit and limit < len(source):
+        order = torch.randperm(len(source), generator=seeded(settings.seed))[:limit].tolist()
+        kept = dataclasses.replace(
+            source,
+            captions=tuple(source.captions[row] for row in order),
+            digest=source_digest(source.digest, order),
+            name=lambda row: source.name(order[row]),
+            content=lambda row: source.content(order[row]),
+        )
+    note_empty(kept)
+    return kept
