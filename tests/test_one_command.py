@@ -253,9 +253,21 @@ def test_a_seed_beyond_64_bits_is_refused(seed: int, tiny_pipeline_folder: Path,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_the_largest_seed_works(tiny_pipeline_folder: Path) -> None:
     quick: tuple[Any, ...] = ("--samples", 2, "--groups", "stage", "--set", "score.bootstrap=1")
-    answer("score", tiny_pipeline_folder, "--seed", 2**63 - 1, *quick, "--set", "probe.steps=1")
+
+    def impacts(seed: int) -> list[float]:
+        found = answer(
+            "score", tiny_pipeline_folder, "--seed", seed, *quick, "--set", "probe.steps=1", "--json"
+        )
+        return [row["impact"] for row in json.loads(found.stdout)]
+
+    largest = 2**63 - 1
+    first = impacts(largest)
+    assert len(first) > 1
+    assert impacts(largest) == first
+    assert impacts(largest - 1) != first  # nor is it cut off, as 64-bit floats cut it
 
 
 def test_the_speed_of_a_small_model_is_measured_on_itself() -> None:
