@@ -20,6 +20,7 @@ from prune_lab.config import EvaluateConfig
 from prune_lab.errors import ConfigError, DataError, UnsupportedModelError
 from prune_lab.families import REFINER_TIME_IDS
 from prune_lab.models import ScorerInputs
+from prune_lab.models.schedulers import steps_complaint
 from prune_lab.models.silence import quiet
 from prune_lab.probes import Probe, cut_texts, note_cut, pipeline_conditions, predict, to_uint8
 from prune_lab.runs import read_picture
@@ -129,8 +130,13 @@ def check_step_count(timesteps: object, steps: int, setting: str = "steps") -> N
 
 
 def check_steps(pipeline: Any, steps: int, setting: str = "steps") -> None:
-    """The same for the scheduler of ``pipeline``."""
+    """The same for the scheduler of ``pipeline``, and where so many steps lead out of its timesteps."""
     check_step_count(pipeline.scheduler.config.get("num_train_timesteps"), steps, setting)
+    if reason := steps_complaint(pipeline.scheduler, steps):
+        raise ConfigError(
+            f"asked for {setting} = {steps:,}, found a {type(pipeline.scheduler).__name__} {reason}; give fewer, "
+            "25 are usual"
+        )
 
 
 def generate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -13,7 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prune_lab.errors import ModelFormatError
+from prune_lab.errors import ConfigError, ModelFormatError
+from prune_lab.evaluation import check_steps, generate
 from prune_lab.models import load_pipeline, resolve_model
 from prune_lab.models.components import complaint_of_scaling
 from prune_lab.models.schedulers import scheduler_complaint
@@ -135,3 +137,37 @@ def test_loading_names_file_and_setting(
     assert file in str(caught.value)
     assert next(iter(change)) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@settings(max_examples=30)
+@given(
+    name=st.sampled_from(("PNDMScheduler", "DDIMScheduler", "DDPMScheduler")),
+    spacing=st.sampled_from(("leading", "trailing", "linspace")),
+    offset=st.integers(0, 2),
+    steps=st.integers(1, 40) | st.integers(37, 40),
+)
+def test_steps_that_are_not_refused_stay_within_the_timesteps(
+    name: str, spacing: str, offset: int, steps: int
+) -> None:
+    more = {"num_train_timesteps": 40, "steps_offset": offset, "timestep_spacing": spacing}
+    scheduler = getattr(diffusers, name).from_config(USUAL | more | {"skip_prk_steps": True})
+    pipeline = SimpleNamespace(scheduler=scheduler)
+    # the other spacings never add the offset
+    if spacing == "leading" and (steps - 1) * (40 // steps) + offset >= 40:
+        with pytest.raises(ConfigError, match=f"steps = {steps}, found a {name}"):
+            check_steps(pipeline, steps)
+        return
+    check_steps(pipeline, steps)
+    scheduler.set_timesteps(steps)
+    sample = torch.ones(1, 4, 2, 2)
+    for step in scheduler.timesteps:
+        assert 0 <= step < 40
+        sample = scheduler.step(sample, step, sample, return_dict=False)[0]
+
+
+def test_a_thousand_steps_are_refused_where_the_offset_leads_out(tiny_pipeline: Any) -> None:
+    assert tiny_pipeline.scheduler.config.steps_offset == 1
+    with pytest.raises(
+        ConfigError, match=r"asked for steps = 1,000, found a .* timestep 1000, outside of 0 to 999"
+    ):
+        generate(tiny_pipeline, ["a cat"], [0], steps=1000, guidance=1)

@@ -98,6 +98,25 @@ def _complaint_of_steps(scheduler: Any) -> str:
     return "" if sample.isfinite().all() else f"with which {steps} steps give numbers that are not finite"
 
 
+def steps_complaint(scheduler: Any, steps: int) -> str:
+    """Why ``scheduler`` cannot draw in so many ``steps``, as the end of a line; empty where it can.
+
+    Some of the timesteps may lie beyond those that the U-Net knows (``steps_offset``), or of the last there is no next.
+    """
+    count = scheduler.config.get("num_train_timesteps")
+    try:
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            own = type(scheduler).from_config(scheduler.config)
+            own.set_timesteps(steps)
+    except Exception as error:  # each class has its own bounds, and words for them
+        return f"which cannot take so many: {reason_of(error)}"
+    outside = [step for step in own.timesteps.tolist() if isinstance(count, int) and not 0 <= step < count]
+    if outside:
+        return f"which would begin at timestep {outside[0]:g}, outside of 0 to {count - 1:,}"
+    return ""
+
+
 def scheduler_complaint(scheduler_class: Any, config: Mapping[str, Any]) -> str:
     """What is wrong with a scheduler of that class and ``config``, as the end of a line; empty where nothing is."""
     if found := _complaint_of_settings(config):
