@@ -44,7 +44,7 @@ def beyond_bounds(config: object, name: str = "") -> str:
     return ""
 
 
-def refuse_pointers(folder: Path) -> None:
+def check_files(folder: Path) -> None:
     """Raise ModelFormatError where a file directly in ``folder`` is what Git keeps in place of a large one, or is no
     file at all, or a config that asks for more than can be built.
     """

@@ -12,7 +12,7 @@ from typing import Any
 from prune_lab.errors import ModelFormatError, UnsupportedModelError
 from prune_lab.families import CLASS_NAME, FAMILIES, check_forward, meta_unet, outline_of, plain_config
 from prune_lab.models.components import check_part, check_vocabulary, misfit
-from prune_lab.models.diagnosis import folder_without_a_model, refuse_config, refuse_pointers, unusable
+from prune_lab.models.diagnosis import check_files, folder_without_a_model, refuse_config, unusable
 from prune_lab.models.files import chosen_variant, json_object, read_headers, weights_in
 from prune_lab.models.parts import (
     LEFT_OUT,
@@ -148,12 +148,12 @@ def _check_entry(index: Path, part: str, value: list[Any], pipeline: Any) -> Non
         raise ModelFormatError(
             f"{index} lists {named}, but {index.parent / named} is not there; fetch it again"
         )
-    refuse_pointers(index.parent / part)
+    check_files(index.parent / part)
 
 
 def checked_pipeline(index: Path, variant: str = "") -> tuple[dict[str, Any], str]:
     """(config, variant of the weights) of the U-Net of the pipeline that ``index`` describes, all parts checked."""
-    refuse_pointers(index.parent)
+    check_files(index.parent)
     parts = json_object(index)
     pipeline = _check_class(index, parts)
     components = pipeline_parts(parts)
@@ -180,7 +180,7 @@ def checked_unet(folder: Path, variant: str = "") -> tuple[dict[str, Any], str]:
     """(config, variant of the weights) of the U-Net in ``folder``, which has no model_index.json, checked."""
     if not folder.is_dir():
         raise ModelFormatError(f"asked for the model in {folder}, which is no folder; check the name")
-    refuse_pointers(folder)
+    check_files(folder)
     if not (folder / "config.json").is_file():
         raise ModelFormatError(f"asked for the model in {folder}, {folder_without_a_model(folder)}")
     config = unet_config(folder / "config.json")
