@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,12 @@ from typer.testing import CliRunner
 
 import prune_lab as pl
 from prune_lab.cli import app
+from prune_lab.config import RunConfig
 from prune_lab.runs import Run
+from prune_lab.runs.manifest_files import file_digest, read_manifest
+from prune_lab.runtime import write_json
 from prune_lab.runtime.holders import temporary_beside
+from prune_lab.workflow import start_run
 
 
 @pytest.fixture
@@ -88,6 +94,42 @@ def test_an_edited_setting_is_named(copied: Run) -> None:
     rows = examined(copied)
     assert {row["of"] for row in rows if row["step"] == "settings"} == {"score.bootstrap", "environment.json"}
     assert {"scores", "ranking"} <= {row["step"] for row in rows}
+
+
+@pytest.mark.parametrize("how", ["delete", "cut", "another part", "another run"])
+def test_another_record_of_what_lies_outside_is_named_and_written_anew(
+    copied: Run, finished_config: RunConfig, how: str
+) -> None:
+    path = copied.folder / "manifests" / "origins.json"
+    manifest = read_manifest(path)
+    assert manifest is not None
+    if how == "delete":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[:-9])
+    elif how == "another part":
+        shutil.copy(random.Random().choice(sorted(copied.folder.glob("manifests/[!o]*.json"))), path)
+    else:
+        write_json(path, dataclasses.replace(manifest, run="0" * 16).as_dict())
+    (row,) = examined(copied)
+    assert row["why"].startswith("manifests/origins.json is ")
+    start_run(finished_config, copied.folder)
+    assert examined(copied, 0) == []
+
+
+@pytest.mark.parametrize("size", [0, 7, 2**33])
+def test_other_times_of_the_steps_are_named(copied: Run, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def digest(path: Path) -> str:
+        read.append(path.name)
+        return file_digest(path)
+
+    monkeypatch.setattr("prune_lab.runs.manifests.file_digest", digest)
+    with copied.steps.open("r+b") as file:
+        file.truncate(size)
+    assert [row["why"] for row in examined(copied)] == ["steps.csv was changed"]
+    assert "steps.csv" not in read  # it may be endless
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:

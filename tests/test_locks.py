@@ -199,6 +199,18 @@ def _refusal(run: Run) -> RunError:
     return caught.value
 
 
+@pytest.mark.parametrize("far", [False, True])
+def test_a_second_run_is_refused_before_it_says_anything(
+    far: bool, alive: Holder, tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    run = Run(tmp_path / "run")
+    write_lock(run.lock, FAR if far else alive)
+    asked = ["run", str(tiny_pipeline_folder), "--params", "80%", "--run", str(run.folder)]
+    found = CliRunner().invoke(app, asked)
+    assert (found.exit_code, found.output.count("\n")) == (2, 1)
+    assert "asked to write the run" in found.output
+
+
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", '{"host": 1}', '{"host": "x", "process": "y"}', "\x00" * 50]
 )

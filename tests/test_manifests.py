@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -20,7 +21,7 @@ from typer.testing import CliRunner
 
 from prune_lab.cli import app
 from prune_lab.config import RunConfig, load_config
-from prune_lab.errors import DataError, RunError
+from prune_lab.errors import DataError, RunError, StorageError
 from prune_lab.plans import parse_plan
 from prune_lab.runs import Manifests, Part, Run
 from prune_lab.runs.manifest_files import Manifest, Stamp, read_manifest
@@ -28,6 +29,8 @@ from prune_lab.runtime import write_json
 from prune_lab.session import Session
 from prune_lab.session.parts import STEP_NAMES, report_part
 from prune_lab.workflow import ensure_distilled, ensure_plans, ensure_ranking, forget, run_all, start_run
+from prune_lab.workflow.comparing import comparison
+from prune_lab.workflow.starting import use_scores
 from prune_lab.workflow.states import states
 from prune_lab.workflow.steps import STEPS
 
@@ -128,7 +131,7 @@ def test_every_file_of_a_run_is_watched(copied: Run, finished_config: RunConfig,
     assert faults(copied, finished_config) == {}
     known = outputs(copied)
     # what nobody reads afterwards, or what is only said of the rest
-    free = {"config.toml", "environment.json", "steps.csv"}
+    free = {"config.toml", "environment.json"}
     there = {
         path.relative_to(copied.folder).as_posix() for path in copied.folder.rglob("*") if path.is_file()
     }
@@ -296,6 +299,26 @@ def test_a_report_with_files_of_others_is_not_made_again(copied: Run, name: str,
     assert foreign.read_text() == "precious"
 
 
+def test_files_of_others_stop_a_run_before_its_first_step(
+    copied: Run, finished_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = random.Random()
+    paths = copied.candidate(draw.choice(copied.plan_ids()))
+    late = draw.choice([paths.distilled, paths.distilled_unet, paths.pictures_distilled, copied.report_dir])
+    foreign = late / draw.choice([".git/HEAD", ".hidden", "\u6587.txt"])
+    foreign.parent.mkdir(exist_ok=True)
+    foreign.write_text("precious")
+    copied.costs.unlink()  # of an early step, and something of the late part
+    (late / next(file.name for file in sorted(late.iterdir()) if file.is_file() and file != foreign)).unlink()
+    before = {path: path.stat().st_mtime_ns for path in copied.folder.rglob("*") if path.is_file()}
+    monkeypatch.setattr(
+        "prune_lab.workflow.pipeline.check_settings", lambda _session: pytest.fail("too late")
+    )
+    with pytest.raises(RunError, match=r"no step.* has written.*move (it|them) out"):
+        run_all(finished_config, copied.folder)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
 # What it was made from ---------------------------------------------------------------------------------------------
 
 
@@ -386,6 +409,31 @@ def test_what_compares_or_lends_says_what_is_damaged(copied: Run) -> None:
 
 
 # Settings and plans by hand ----------------------------------------------------------------------------------------
+
+
+def test_a_candidate_is_compared_by_its_own_files(copied: Run, finished_config: RunConfig) -> None:
+    candidate = str(copied.candidate(copied.plan_ids()[0]).folder)
+    before = comparison(finished_config.model, [candidate])
+    for path in (copied.costs, copied.ranking, copied.latency_rounds, copied.blocks, copied.steps):
+        path.write_bytes(random.Random().randbytes(64))
+    pd.testing.assert_frame_equal(comparison(finished_config.model, [candidate]), before)
+
+
+def test_a_copy_that_is_cut_short_leaves_nothing(
+    copied: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = Path(shutil.copy(copied.importance, tmp_path / "scores.csv"))
+    before = copied.importance.read_bytes()
+
+    def full(_source: Path, target: Path) -> None:
+        target.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("prune_lab.workflow.starting.shutil.copyfile", full)
+    with pytest.raises(StorageError, match="No space left"):
+        use_scores(Session(copied), table)
+    assert copied.importance.read_bytes() == before
+    assert not list(copied.folder.rglob(".*.tmp"))
 
 
 def test_lost_settings_are_written_anew(copied: Run, finished_config: RunConfig) -> None:
@@ -490,6 +538,27 @@ def test_a_part_is_done_until_something_of_it_changes(
     for changed in ({"inputs": {"teacher": "2"}}, {"settings": {"seed": 1}}):
         other: Any = dataclasses.replace(part, **changed)
         assert Manifests(folder).verdict(other).state == "redo"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_manifest_of_another_part_or_run_is_damaged(
+    copied: Run, finished_config: RunConfig, seed: int
+) -> None:
+    draw = random.Random(seed)
+    first, other = draw.sample(sorted((copied.folder / "manifests").glob("*.json")), 2)
+    kept = first.read_bytes()
+    first.write_bytes(other.read_bytes())
+    if first.stem != "origins":
+        assert first in faults(copied, finished_config)
+    assert Manifests(copied.folder).started
+    manifest = read_manifest(other)
+    assert manifest is not None
+    first.write_bytes(kept)
+    write_json(other, dataclasses.replace(manifest, run="f" * 16).as_dict())
+    if other.stem != "origins":
+        assert other in faults(copied, finished_config)
+    else:
+        assert Manifests(copied.folder).without_origins
 
 
 @settings(max_examples=60)

@@ -21,7 +21,7 @@ from prune_lab.config import (
     toml_literal,
 )
 from prune_lab.errors import DeviceError, RunError
-from prune_lab.runs import open_run
+from prune_lab.runs import check_free, open_run
 
 if TYPE_CHECKING:
     from prune_lab.workflow import RunEstimate
@@ -81,6 +81,8 @@ def run(
     from prune_lab.models.protection import check_run_folder
 
     check_run_folder(shown, settings, **{"the settings": [config] if config else []})
+    if not dry_run:
+        check_free(open_run(shown, must_exist=False))
     if config is None or dry_run:
         lines, expected = _estimated(settings, only_shown=dry_run)
         for line in lines:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prune_lab.runs.lock import writing
+from prune_lab.runs.lock import check_free, writing
 from prune_lab.runs.manifest_files import Part
 from prune_lab.runs.manifests import GIVEN, Manifests, Verdict
 from prune_lab.runs.opening import FORMAT, load_run_config, open_run
@@ -20,6 +20,7 @@ __all__ = [
     "PlanFile",
     "Run",
     "Verdict",
+    "check_free",
     "damaged",
     "is_plan_id",
     "load_run_config",

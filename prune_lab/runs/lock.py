@@ -16,7 +16,15 @@ from prune_lab.errors import RunError, StorageError
 from prune_lab.processes import is_main
 from prune_lab.runs.paths import Run
 from prune_lab.runtime import note
-from prune_lab.runtime.holders import release_lock, remove_leftovers, state_of, take_lock
+from prune_lab.runtime.holders import (
+    Holder,
+    lock_holder,
+    release_lock,
+    remove_leftovers,
+    state_of,
+    take_lock,
+    this_process,
+)
 
 _held: dict[Path, int] = {}  # by run folder, how often this process has opened it for writing
 _changing = threading.Lock()
@@ -68,6 +76,24 @@ def _made(place: Path, run: Run) -> list[Path]:
     return missing
 
 
+def _refusal(run: Run, holder: Holder) -> RunError:
+    if state_of(holder) == "live":
+        return RunError(
+            f"asked to write the run {run.folder}, which {holder.text} writes now; wait for its end, or end it"
+        )
+    return RunError(
+        f"asked to write the run {run.folder}, which {holder.text} holds, and from here nobody can tell whether it "
+        f"still works; once you are sure that it does not, remove {run.lock}"
+    )
+
+
+def check_free(run: Run) -> None:
+    """Raise the RunError of ``writing`` where another process holds ``run``; nothing is taken."""
+    holder = lock_holder(run.lock) if is_main() else None
+    if holder is not None and state_of(holder) != "gone" and not holder.same_process(this_process()):
+        raise _refusal(run, holder)
+
+
 def _take(run: Run) -> None:
     try:
         holder, gone = take_lock(run.lock)
@@ -79,11 +105,4 @@ def _take(run: Run) -> None:
         if gone is not None:
             note(f"{gone.text} did not come to its end in {run.folder}; this one goes on")
         return
-    if state_of(holder) == "live":
-        raise RunError(
-            f"asked to write the run {run.folder}, which {holder.text} writes now; wait for its end, or end it"
-        )
-    raise RunError(
-        f"asked to write the run {run.folder}, which {holder.text} holds, and from here nobody can tell whether it "
-        f"still works; once you are sure that it does not, remove {run.lock}"
-    )
+    raise _refusal(run, holder)

@@ -16,7 +16,7 @@ from prune_lab.errors import DataError, StorageError
 from prune_lab.runs.records import read_typed
 from prune_lab.runtime import open_regular, parse_json
 
-FORMAT = "prune_lab manifest 1"
+FORMAT = "prune_lab manifest 2"
 FOLDER = "manifests"  # in the folder of a run or of a candidate
 ORIGINS = "origins"  # the manifest of what lies outside of the run folder: teacher, scorer, the user's data
 _LIBRARIES = ("prune-lab", "torch", "diffusers", "transformers")
@@ -110,12 +110,14 @@ class Part:
 class _File(TypedDict):
     """A manifest as it stands in its file, with the digest of all the rest."""
 
-    format: Literal["prune_lab manifest 1"]
+    format: Literal["prune_lab manifest 2"]
     step: str
     outputs: dict[str, Stamp]
     inputs: dict[str, str]
     settings: dict[str, Any]
     versions: dict[str, str]
+    place: str
+    run: str
     digest: str
 
 
@@ -133,6 +135,8 @@ class Manifest:
     inputs: Mapping[str, str]
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
+    place: str = ""  # where it was written: one of another part, or another run, says nothing about this one
+    run: str = ""  # a random word, the same in all manifests of a run, also in a copy of it
 
     def as_dict(self) -> dict[str, Any]:
         """The manifest as JSON values."""
@@ -153,10 +157,9 @@ def read_manifest(path: Path) -> Manifest | None:
         found = read_typed(path, _File)
     except (DataError, StorageError):
         return None
-    manifest = Manifest(
-        found["step"], found["outputs"], found["inputs"], found["settings"], found["versions"]
-    )
+    digest = found["digest"]
+    manifest = Manifest(**{name: value for name, value in found.items() if name not in ("format", "digest")})  # type: ignore[arg-type]
     names = [*(found["outputs"] if path.stem != ORIGINS else ()), *found["inputs"]]
     if not all(map(_is_name, names)):
         return None
-    return manifest if _digest_of(dataclasses.asdict(manifest)) == found["digest"] else None
+    return manifest if _digest_of(dataclasses.asdict(manifest)) == digest else None

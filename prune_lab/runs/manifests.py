@@ -7,9 +7,12 @@ so a part without one is unfinished. A file whose size and time of change are th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import secrets
 import stat
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -59,6 +62,17 @@ def _changed_ns(path: Path) -> int:
         return 0
 
 
+def _other_size(path: Path, known: Stamp) -> bool:
+    """Whether ``path`` is a file of another size than ``known``; equal weights may have headers of two lengths."""
+    if path.suffix == ".safetensors":
+        return False
+    try:
+        found = path.stat()
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_size != known.size
+
+
 # All manifests of a run --------------------------------------------------------------------------------------------
 
 
@@ -73,8 +87,12 @@ class Manifests:
         self._changed: dict[str, int] = {}  # by origin: the time of change that no program can set
         self._expected: dict[Path, Stamp] = {}  # what files will be once their parts are made again
         self._sound: set[Path] = set()
-        for path in self._paths():
-            if (manifest := read_manifest(path)) is not None:
+        self._run = ""  # in all manifests of the run; empty while there is none
+        there = [(path, found) for path in sorted(self._paths()) if (found := self._read(path)) is not None]
+        if there:  # a few of another run do not say which run this is
+            ((self._run, _),) = Counter(found.run for _, found in there).most_common(1)
+        for path, manifest in there:
+            if manifest.run == self._run:
                 self._take(path, manifest)
 
     def _paths(self) -> list[Path]:
@@ -83,6 +101,12 @@ class Manifests:
             *self.root.glob(f"{FOLDER}/*.json"),
             *(path for path in of_candidates if path.stem != ORIGINS),
         ]
+
+    def _read(self, path: Path) -> Manifest | None:
+        """The manifest in ``path``; None where it is missing, damaged, or one of another part or run."""
+        found = read_manifest(path)
+        known = found is not None and found.place == self._name(path) and self._run in ("", found.run)
+        return found if known else None
 
     def _take(self, path: Path, manifest: Manifest) -> None:
         self._found[path] = manifest
@@ -101,6 +125,14 @@ class Manifests:
     def started(self) -> bool:
         """Whether a run wrote a manifest here."""
         return bool(self._found)
+
+    @property
+    def without_origins(self) -> str:
+        """What is wrong with the record of what lies outside of the run folder, in words; empty where nothing is."""
+        if self._path_of_origins in self._found or not self.started:
+            return ""
+        state = "is damaged" if self._path_of_origins.exists() else "is not there"
+        return f"{self._name(self._path_of_origins)} {state}"
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
@@ -131,9 +163,10 @@ class Manifests:
     def check(self, *paths: Path) -> None:
         """Raise DataError for a file that a part wrote and that holds something else now; for those that only read."""
         for path in paths:
-            known = self._stamps.get(path)
-            found = self._stamp(path, known) if known else None
-            if known and found and found.sha256 != known.sha256:
+            if (known := self._stamps.get(path)) is None:
+                continue
+            found = None if (other := _other_size(path, known)) else self._stamp(path, known)
+            if other or (found and found.sha256 != known.sha256):
                 raise damaged(path, "something else than its step has written")
 
     def digest(self, path: Path) -> str:
@@ -212,7 +245,7 @@ class Manifests:
             return _DONE
         known = self._found.get(part.manifest)
         found = self._verdict(part, known)
-        if found.state != "done" and (written := read_manifest(part.manifest)) not in (None, known):
+        if found.state != "done" and (written := self._read(part.manifest)) not in (None, known):
             assert written is not None
             self._take(part.manifest, written)  # another process wrote it meanwhile
             found = self._verdict(part, written)
@@ -247,9 +280,10 @@ class Manifests:
         damaged, why = [], ""
         for output, known in manifest.outputs.items():
             path = self.root / output
-            found = self._stamp(path, known)
+            # of another size it holds something else, and is not read: it may be endless
+            found = None if _other_size(path, known) else self._stamp(path, known)
             if found is None or found.sha256 != known.sha256:
-                state = "was changed" if found else "is missing" if not path.exists() else "is no file"
+                state = "was changed" if path.is_file() else "is missing" if not path.exists() else "is no file"
                 why = why or f"{output} {state}"
                 damaged.append(path)
             else:
@@ -292,6 +326,15 @@ class Manifests:
         elif verdict.state != "done":
             self._expected |= dict.fromkeys(part.outputs, _ANEW)
 
+    @contextlib.contextmanager
+    def looking_ahead(self) -> Iterator[None]:
+        """Inside, verdicts may be about what will be made (``expect``); afterwards they are forgotten."""
+        expected, sound = dict(self._expected), set(self._sound)
+        try:
+            yield
+        finally:
+            self._expected, self._sound = expected, sound
+
     def _inputs(self, part: Part) -> dict[str, str]:
         return dict(part.inputs) | {self._name(path): self.digest(path) for path in part.reads}
 
@@ -305,6 +348,10 @@ class Manifests:
         self.save_origins()
 
     def _write(self, path: Path, manifest: Manifest) -> None:
+        if not self._run:
+            first = self._read(self._path_of_origins)  # which another writer may have begun with
+            self._run = first.run if first else secrets.token_hex(8)
+        manifest = dataclasses.replace(manifest, place=self._name(path), run=self._run)
         if self._found.get(path) != manifest or not path.exists():
             write_json(path, manifest.as_dict())
         self._found[path] = manifest

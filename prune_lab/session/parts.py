@@ -247,6 +247,11 @@ def ranking_part(bench: Bench, plans: Iterable[PruningPlan]) -> Part:
     return _part(bench, "ranking", "ranking", run.ranking, reads=tuple(reads), inputs=names | _scorer(bench))
 
 
+def steps_part(run: Run) -> Part:
+    """How long each step took; it is written after each."""
+    return Part("steps", "steps", run.folder, (run.steps,), resumes=True)
+
+
 SHOWN = (".csv", ".json", ".png", ".toml")  # files that a report reads
 
 
@@ -328,7 +333,7 @@ def pictures_part(bench: Bench, plan: PruningPlan, state: str) -> Part:
 # What is to be made ------------------------------------------------------------------------------------------------
 
 
-def _remains(part: Part) -> tuple[Path, ...]:
+def remains_of(part: Part) -> tuple[Path, ...]:
     """What goes when a student is trained anew: its state too, and its grids."""
     paths = CandidatePaths(part.folder)
     return (paths.distilled, paths.grids) if part.name == "distilled" else ()
@@ -346,7 +351,7 @@ def lacking(bench: Bench, *parts: Part) -> list[Part]:
     again = [(part, verdict) for part, verdict in found if verdict.state == "redo"]
     if is_main():
         for part, verdict in again:
-            bench.manifests.clear(part, verdict, *_remains(part))
+            bench.manifests.clear(part, verdict, *remains_of(part))
         if again:
             part, verdict = again[0]
             of = f" of {part.label}" if part.label else ""

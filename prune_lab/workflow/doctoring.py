@@ -34,6 +34,8 @@ def _settings(run: Run, manifests: Manifests) -> Iterator[Row]:
         read_json(run.environment)
     except PruneLabError as error:
         yield "settings", "environment.json", "redo", str(error).split(";")[0]
+    if why := manifests.without_origins:
+        yield "settings", "model and data", "redo", why
 
 
 def _plans(session: Session) -> Iterator[Row]:

@@ -15,9 +15,11 @@ from prune_lab.models import resolve_model
 from prune_lab.models.protection import check_run_folder
 from prune_lab.ranking import Ranking
 from prune_lab.runs import Manifests, open_run, read_records, writing
+from prune_lab.runs.removing import remains
 from prune_lab.runtime import track, write_frame
 from prune_lab.schemas import STEP_SECONDS, STEP_SECONDS_COLUMNS, STEPS_COLUMNS
 from prune_lab.session import Session, tell_roles
+from prune_lab.session.parts import lacking, record, remains_of, steps_part
 from prune_lab.workflow.measuring import controls, criteria_of, score_groups_of, service_of
 from prune_lab.workflow.ranking import ensure_ranking
 from prune_lab.workflow.starting import changed_in, forget, start_run
@@ -48,6 +50,17 @@ def check_settings(session: Session) -> None:
         )
 
 
+def check_files_of_others(session: Session) -> None:
+    """Raise RunError, before any step is redone, where files of others lie in what will be made again."""
+    again: list[Path] = []
+    with session.manifests.looking_ahead():
+        for state in states(session):
+            for part, verdict in state.parts:
+                if verdict.state == "redo":
+                    again += [*part.outputs, *remains_of(part)]
+    remains(session.run.folder, again, session.manifests.listed)
+
+
 def run_all(config: RunConfig, folder: Path, *, force: bool = False) -> Ranking:
     """The ranking after all steps in order, the report last; finished steps are only read.
 
@@ -69,20 +82,25 @@ def _run_all(config: RunConfig, folder: Path, *, force: bool) -> Ranking:
     if redo_all:
         forget(run, STEPS[0].name)
     session = Session(run)
+    check_files_of_others(session)
     check_settings(session)
     tell_roles(session)
+    lacking(session, steps_part(run))
     known: dict[str, float] = {}
     with contextlib.suppress(DataError):  # nothing follows from these times
         frame = read_records(run.steps, STEP_SECONDS) if run.steps.is_file() else pd.DataFrame()
         known = dict(zip(frame["step"], frame["seconds"], strict=True)) if len(frame) else {}
-    seconds: dict[str, float] = {}
+    seconds = dict(known)
     for step in track(STEPS, "step", name=lambda step: step.name):
         finished = state_of(session, step).done
         start = time.perf_counter()
         step.ensure(session)
         took = time.perf_counter() - start
         seconds[step.name] = known.get(step.name, took) if finished else took
-        write_frame(run.steps, pd.DataFrame(seconds.items(), columns=list(STEP_SECONDS_COLUMNS)))
+        if seconds != known:
+            rows = [(one.name, seconds[one.name]) for one in STEPS if one.name in seconds]
+            write_frame(run.steps, pd.DataFrame(rows, columns=list(STEP_SECONDS_COLUMNS)))
+        record(session, steps_part(run))
     with contextlib.suppress(StorageError):  # without it files of another time are only read once more
         session.manifests.renew()
     return ensure_ranking(session)

@@ -12,8 +12,9 @@ from prune_lab.errors import PruneLabError, RunError
 from prune_lab.models import configured_model, model_digest
 from prune_lab.profiling import latency_key
 from prune_lab.runs import FORMAT, GIVEN, Manifests, Part, Run, load_run_config, open_run
+from prune_lab.runs.manifest_files import ORIGINS, files_of
 from prune_lab.runs.removing import remains
-from prune_lab.runtime import Environment, note, read_json, write_json, write_text
+from prune_lab.runtime import Environment, atomic_write, note, read_json, write_json, write_text
 from prune_lab.runtime.holders import is_temporary
 from prune_lab.session import Session, origin_of
 from prune_lab.session.origins import TEACHER, check_teacher, teacher_digest
@@ -135,6 +136,8 @@ def start_run(config: RunConfig, folder: Path, *, force: bool = False) -> Run:
             )
         forget(run, name)
     lost = [path.name for path in (run.config, run.environment) if not _readable(path)]
+    if manifests.without_origins:
+        lost.append(f"manifests/{ORIGINS}.json")
     if lost:
         note(f"{' and '.join(lost)} of {folder} written anew")
     if changed or lost:
@@ -152,6 +155,12 @@ def _intact(run: Run, manifests: Manifests, part: Part) -> bool:
             f"make it again with: prune-lab run --run {run.folder}"
         )
     return verdict.state == "done"
+
+
+def _copy(old: Path, new: Path) -> None:
+    """Copy a file, whole or not at all. Raises StorageError."""
+    with atomic_write(new) as temporary:
+        shutil.copyfile(old, temporary)
 
 
 def borrow_scores(lender: Run, session: Session) -> None:
@@ -178,15 +187,16 @@ def borrow_scores(lender: Run, session: Session) -> None:
             continue
         there = [(old, new) for old, new in zip(lent.outputs, own.outputs, strict=True) if old.is_file()]
         for old, new in there:
-            shutil.copyfile(old, new)
+            _copy(old, new)
         record(session, own)
     if lender.scores_dir.is_dir():
-        shutil.copytree(lender.scores_dir, run.scores_dir, dirs_exist_ok=True)
+        for old in files_of(lender.scores_dir):
+            _copy(old, run.scores_dir / old.relative_to(lender.scores_dir))
 
 
 def use_scores(session: Session, table: Path) -> None:
     """Search the run of ``session`` with the scores in the CSV ``table`` instead of measuring any."""
     part = scores_part(session)
-    shutil.copyfile(table, session.run.importance)
+    _copy(table, session.run.importance)
     given = {GIVEN: session.manifests.digest(session.run.importance)}
     record(session, dataclasses.replace(part, reads=(), inputs=given))

@@ -33,6 +33,7 @@ from prune_lab.session.parts import (
     scores_part,
     shares_part,
     sources_part,
+    steps_part,
     teacher_pictures_part,
     tournament_part,
     unet_part,
@@ -225,7 +226,7 @@ STEPS: tuple[Step, ...] = (
         "writes the pages",
         ensure_report,
         _files("report_dir"),
-        lambda session, _plans: (report_part(session.run),),
+        lambda session, _plans: (report_part(session.run), steps_part(session.run)),
     ),
 )
 
