@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from prune_lab.cli import app
 from prune_lab.errors import StorageError
+from prune_lab.models.protection import check_apart
 from prune_lab.runtime import atomic_folder, write_text
 
 resource = pytest.importorskip("resource", reason="full disks are played with a limit on file sizes")
@@ -284,6 +285,21 @@ def test_a_disk_that_fills_up_while_a_table_is_written(pipeline: Path, tmp_path:
     assert "\n" not in str(caught.value)
     assert tree(tmp_path)["table.txt"] == b"what was there before"
     assert not list(tmp_path.glob(".table*"))
+
+
+def test_a_current_directory_that_was_removed(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as elsewhere:
+        elsewhere.chdir(tmp_path)
+        gone = tmp_path / "gone"
+        gone.mkdir()
+        elsewhere.chdir(gone)
+        gone.rmdir()
+        for verb in app.registered_commands:
+            assert verb.callback is not None
+            line = refused(tmp_path, verb.callback.__name__, "x", "--out", "y")
+            assert "current directory, which was removed" in line
+        with pytest.raises(StorageError, match="current directory removed"):
+            check_apart("y", {})
 
 
 def test_an_old_folder_survives_a_failed_new_one(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -131,6 +132,12 @@ def _before_any_verb(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError:  # torch cannot even be imported there
+        raise RunError(
+            "asked to work in the current directory, which was removed; go to one that is there"
+        ) from None
     if num_processes() > 1 and ctx.invoked_subcommand not in LAUNCHED:
         raise RunError(
             f"asked to {ctx.invoked_subcommand} in {num_processes()} processes; only {' and '.join(LAUNCHED)} share "

@@ -20,7 +20,7 @@ import torch
 from prune_lab.errors import ModelFormatError, PruneLabError, UnsupportedModelError
 from prune_lab.families import plain_config
 from prune_lab.models.diagnosis import unusable
-from prune_lab.models.files import json_object, read_headers, weights_in
+from prune_lab.models.files import headers_of, json_object, weights_in
 from prune_lab.models.silence import quiet
 from prune_lab.models.views import STEMS, component_view
 
@@ -43,6 +43,7 @@ _RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_ou
 _ADAPTER = (
     "adapter_config.json"  # beside the weights of a transformers model it is read without being asked for
 )
+_ELSEWHERE = "transformers_weights"  # an entry of a config by which transformers reads another file
 
 _MOST_SCALE = 1e4  # of latents; known VAEs have 0.04 to 9
 
@@ -159,7 +160,12 @@ def complaint_of_scaling(config: Mapping[str, Any]) -> str:
 @functools.lru_cache(maxsize=256)
 def _checked(model_class: Any, folder: Path, variant: str, _state: tuple[tuple[str, int, int], ...]) -> None:
     config = json_object(folder / "config.json")
-    header = read_headers(weights_in(folder, variant).files)
+    header = headers_of(weights_in(folder, variant))
+    if f'"{_ELSEWHERE}"' in json.dumps(config):
+        raise UnsupportedModelError(
+            f"found {folder / 'config.json'}, whose {_ELSEWHERE} names a file to read in place of the usual one; take "
+            "that entry away, and call the right file model.safetensors"
+        )
     if reason := unusable(header, config):
         raise UnsupportedModelError(f"asked for the weights in {folder}: {reason}")
     if "scaling_factor" in config and (flawed := complaint_of_scaling(config)):
@@ -197,7 +203,8 @@ def check_part(folder: Path, model_class: Any, variant: str = "") -> None:
             f"found {folder / _ADAPTER}, an adapter (LoRA, PEFT) that would be put on the weights there: merge it into "
             "them first (PEFT: merge_and_unload), or take the file away"
         )
-    paths = [folder / "config.json", *weights_in(folder, variant).files]
+    weights = weights_in(folder, variant)
+    paths = [folder / "config.json", *weights.files, *([weights.index] if weights.index else [])]
     if not paths[0].is_file():
         raise ModelFormatError(f"{folder} has weights and no config.json; fetch it again")
     states = tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths)

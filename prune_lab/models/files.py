@@ -229,10 +229,10 @@ class Weights:
     index: Path | None = None  # says which shard holds which tensor; None where there is one file
 
 
-def variants_among(names: Collection[str]) -> dict[str, str]:
-    """The weights among the file ``names`` of a component: of each variant its one file, or the index of its shards.
+def rivals_among(names: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """The weights among the file ``names`` of a component: of each variant its file, or the index of its shards.
 
-    The plain variant is the empty text.
+    The plain variant is the empty text. Where a variant has several, diffusers takes another one than transformers.
     """
     ordered = []
     for name in sorted(names):
@@ -240,10 +240,15 @@ def variants_among(names: Collection[str]) -> dict[str, str]:
         if match and not _NUMBERED.search(name):
             variant = (match["variant"] or match["late"] or "").removeprefix(".")
             ordered.append((_STEMS.index(match["stem"]), match["index"] is not None, variant, name))
-    found: dict[str, str] = {}
+    found: dict[str, tuple[str, ...]] = {}
     for _, _, variant, name in sorted(ordered):
-        found.setdefault(variant, name)
+        found[variant] = (*found.get(variant, ()), name)
     return found
+
+
+def variants_among(names: Collection[str]) -> dict[str, str]:
+    """The first of ``rivals_among`` of each variant."""
+    return {variant: rivals[0] for variant, rivals in rivals_among(names).items()}
 
 
 def shards_among(names: Collection[str], variant: str) -> tuple[str, ...]:
@@ -268,9 +273,14 @@ def chosen_variant(names: Collection[str], variant: str = "") -> str | None:
     return "" if "" in found else usable[0] if len(usable) == 1 else None
 
 
-def _shards(index: Path) -> tuple[Path, ...]:
+def _weight_map(index: Path) -> dict[str, Any]:
+    """Which shard holds which tensor by ``index``; empty where it does not say."""
     entries = json_object(index).get("weight_map")
-    names = list(entries.values()) if isinstance(entries, dict) else []
+    return entries if isinstance(entries, dict) else {}
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    names = list(_weight_map(index).values())
     # a shard's name is only a name: nothing outside the folder is read
     if not names or any(
         not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors")
@@ -327,8 +337,8 @@ def _why_no_weights(folder: Path, names: Collection[str], variant: str) -> str:
 def weights_in(folder: Path, variant: str = "") -> Weights:
     """The weights of the component in ``folder``: the ``variant`` asked for, else the plain ones, else the only ones.
 
-    Raises ModelFormatError when there are only pickled weights, none at all, or several variants to choose from, or
-    when a shard is missing.
+    Raises ModelFormatError when there are only pickled weights, none at all, or several variants to choose from, when
+    the variant is there twice, as one file and in shards, or when a shard is missing.
     """
     folder = Path(folder)
     names = [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
@@ -337,10 +347,30 @@ def weights_in(folder: Path, variant: str = "") -> Weights:
         raise ModelFormatError(
             f"asked for the weights in {folder}, {_why_no_weights(folder, names, variant)}"
         )
-    path = folder / variants_among(names)[chosen]
+    first, *others = rivals_among(names)[chosen]
+    if others:
+        raise ModelFormatError(
+            f"asked for the weights in {folder}, found {' and '.join([first, *others])}, of which programs read one or "
+            "the other; keep the right one there, alone"
+        )
+    path = folder / first
     if path.suffix == ".json":
         return Weights(chosen, _shards(path), path)
     return Weights(chosen, (path,))
+
+
+def headers_of(weights: Weights) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """``read_headers`` of the files of ``weights``; ModelFormatError when their index lists other tensors, by which
+    diffusers decides what is there.
+    """
+    found = read_headers(weights.files)
+    if weights.index is not None and (differ := found.keys() ^ _weight_map(weights.index).keys()):
+        where = "its shards lack" if min(differ) not in found else "it does not list"
+        raise ModelFormatError(
+            f"{path_text(weights.index)} does not fit its shards: {where} {path_text(min(differ))}; "
+            "fetch the model again"
+        )
+    return found
 
 
 def weight_files(folder: Path, variant: str = "") -> tuple[Path, ...]:

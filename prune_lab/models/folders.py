@@ -13,7 +13,7 @@ from prune_lab.errors import ModelFormatError, UnsupportedModelError
 from prune_lab.families import CLASS_NAME, FAMILIES, check_forward, meta_unet, outline_of, plain_config
 from prune_lab.models.components import check_part, check_vocabulary, misfit
 from prune_lab.models.diagnosis import check_files, folder_without_a_model, refuse_config, unusable
-from prune_lab.models.files import chosen_variant, json_object, read_headers, weights_in
+from prune_lab.models.files import chosen_variant, headers_of, json_object, weights_in
 from prune_lab.models.parts import (
     LEFT_OUT,
     kind_of,
@@ -66,7 +66,7 @@ def checked_config(path: Path) -> dict[str, Any]:
 def _check_weights(folder: Path, config: Mapping[str, Any], variant: str) -> str:
     """The variant of the weights in ``folder``; ModelFormatError unless they are just those ``config`` describes."""
     weights = weights_in(folder, variant)
-    header = read_headers(weights.files)
+    header = headers_of(weights)
     if reason := unusable(header, config):
         raise UnsupportedModelError(f"asked for the weights in {folder}: {reason}")
     found = {name: shape for name, (_, shape) in header.items()}

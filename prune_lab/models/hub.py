@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab.errors import ModelNotFoundError
-from prune_lab.models.files import chosen_variant, json_object, shards_among, variants_among
+from prune_lab.models.files import chosen_variant, json_object, rivals_among, shards_among
 from prune_lab.models.parts import pipeline_parts
 from prune_lab.models.silence import quiet
 
@@ -27,9 +27,9 @@ def _weights_among(names: Iterable[str], folder: str, variant: str) -> list[str]
         chosen = chosen_variant(inner)
     if chosen is None:
         return []  # what is wrong is told when the folder is looked at
-    first = variants_among(inner)[chosen]
-    shards = shards_among(inner, chosen) if first.endswith(".json") else ()
-    return [f"{prefix}{name}" for name in (first, *shards)]
+    rivals = rivals_among(inner)[chosen]  # several are refused when the folder is looked at
+    shards = shards_among(inner, chosen) if rivals[0].endswith(".json") else ()
+    return [f"{prefix}{name}" for name in (*rivals, *shards)]
 
 
 def files_to_fetch(

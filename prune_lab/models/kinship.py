@@ -14,6 +14,7 @@ from torch import Tensor
 from prune_lab.assets import reference_folder
 from prune_lab.errors import PruneLabError
 from prune_lab.models.files import json_object, weight_files
+from prune_lab.models.folders import variant_of_part
 from prune_lab.models.sources import ModelSource
 
 _PARTS = ("text_encoder", "vae")
@@ -28,16 +29,16 @@ def _described(config: dict[str, Any]) -> str:
     return json.dumps(kept, sort_keys=True)
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
+def _tensors(folder: Path, variant: str = "") -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    for path in weight_files(folder):
+    for path in weight_files(folder, variant_of_part(folder, variant)):
         found |= load_file(path)
     return {name: tensor for name, tensor in found.items() if tensor.is_floating_point()}
 
 
-def _same_weights(ours: Path, theirs: Path) -> bool:
-    """Whether two folders hold the same numbers, one of them perhaps in half precision."""
-    one, other = _tensors(ours), _tensors(theirs)
+def _same_weights(ours: Path, theirs: Path, variant: str) -> bool:
+    """Whether two folders hold the same numbers, ``theirs``, of that ``variant``, perhaps in half precision."""
+    one, other = _tensors(ours), _tensors(theirs, variant)
     return one.keys() == other.keys() and all(
         one[name].shape == other[name].shape
         and torch.allclose(one[name].float(), other[name].float(), rtol=1e-2, atol=1e-3)
@@ -46,14 +47,14 @@ def _same_weights(ours: Path, theirs: Path) -> bool:
 
 
 @functools.lru_cache(maxsize=16)
-def _has_shipped_parts(folder: Path) -> bool:
+def _has_shipped_parts(folder: Path, variant: str) -> bool:
     ours = reference_folder()
     try:
         for part in _PARTS:
             configs = [json_object(place / part / "config.json") for place in (ours, folder)]
             if _described(configs[0]) != _described(configs[1]):
                 return False  # as good as always; the weights need not be read
-        return all(_same_weights(ours / part, folder / part) for part in _PARTS)
+        return all(_same_weights(ours / part, folder / part, variant) for part in _PARTS)
     except (PruneLabError, OSError):
         return False
 
@@ -62,4 +63,6 @@ def of_shipped_family(source: ModelSource) -> bool:
     """Whether ``source`` is the shipped pipeline or one with its text encoder and VAE, such as a student of it."""
     if source.kind == "reference":
         return True
-    return source.is_pipeline and source.folder is not None and _has_shipped_parts(source.folder.resolve())
+    if not source.is_pipeline or source.folder is None:
+        return False
+    return _has_shipped_parts(source.folder.resolve(), source.asked_variant)

@@ -129,8 +129,14 @@ def _place(out: Path | str) -> Path:
     text = str(expanded(out))
     if "\0" in text:
         raise StorageError(f"asked to write {str(out)!r}, which is no name of a file; give another name")
+    try:
+        whole = Path(text).absolute()
+    except FileNotFoundError:
+        raise StorageError(
+            f"asked to write {out}, found the current directory removed; give a full path, or go to another directory"
+        ) from None
     longest = max((len(os.fsencode(part)) for part in Path(text).parts), default=0)
-    if longest > LONGEST_NAME or len(os.fsencode(Path(text).absolute())) > _LONGEST_PATH:
+    if longest > LONGEST_NAME or len(os.fsencode(whole)) > _LONGEST_PATH:
         raise StorageError(
             f"asked to write {text[:60]}..., a name of {longest:,} bytes in a path of {len(os.fsencode(text)):,}; "
             f"give a name of at most {LONGEST_NAME}"

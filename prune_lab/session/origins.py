@@ -17,6 +17,7 @@ from prune_lab.config import RunConfig, setting_values
 from prune_lab.distill import CACHE_INDEX, is_cache
 from prune_lab.errors import PruneLabError, RunError
 from prune_lab.models import ModelSource, ScorerChoice, model_digest, weight_files
+from prune_lab.models.folders import variant_of_part
 from prune_lab.models.hub import HUB_ID, hub_folder
 from prune_lab.models.parts import LEFT_OUT
 from prune_lab.runs import Manifests, Run
@@ -32,7 +33,7 @@ def _component_files(folder: Path, variant: str) -> dict[str, Path]:
         return {}
     found = [path for path in folder.iterdir() if path.suffix in _TEXTS and path.is_file()]
     with contextlib.suppress(PruneLabError):  # no weights, such as a scheduler
-        found += weight_files(folder, variant)
+        found += weight_files(folder, variant_of_part(folder, variant))
     return {path.name: path for path in found}
 
 
