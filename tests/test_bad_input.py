@@ -296,7 +296,7 @@ def test_a_current_directory_that_was_removed(tmp_path: Path) -> None:
         gone.rmdir()
         for verb in app.registered_commands:
             assert verb.callback is not None
-            line = refused(tmp_path, verb.callback.__name__, "x", "--out", "y")
+            line = refused(tmp_path, verb.name or verb.callback.__name__, "x", "--out", "y")
             assert "current directory, which was removed" in line
         with pytest.raises(StorageError, match="current directory removed"):
             check_apart("y", {})

@@ -8,17 +8,20 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hub_uploads import Received, serve_uploads
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from prune_lab.cli import app
 from prune_lab.errors import HubError, StorageError
-from prune_lab.export import push_folder, uploads_of
+from prune_lab.export import check_repository, push_folder, uploads_of
 
 # of the client itself, about how it hands bytes to its transport
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -180,3 +183,112 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
         uploads_of(tmp_path)
     found: Any = CliRunner().invoke(app, ["push", str(tmp_path), "--to", "a/b", "--dry-run"])
     assert found.exit_code == 2
+
+
+# What is not the model's -----------------------------------------------------------------------------------------
+
+SECRET = "/home/somebody/secret"
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, 100)
+
+
+def turned_to_nothing(path: Path) -> None:
+    tensors = load_file(path)
+    save_file({name: tensor * float("nan") for name, tensor in tensors.items()}, path, {"format": "pt"})
+
+
+def noted(path: Path) -> None:
+    save_file(load_file(path), path, {"format": "pt", "ss_output_dir": SECRET})
+
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+SPOILS: dict[str, Callable[[Path], object]] = {
+    "a loop": lambda folder: (folder / "loop").symlink_to("."),
+    "a folder elsewhere": lambda folder: (folder / "etc").symlink_to("/etc/ssl"),
+    "a part elsewhere": lambda folder: (
+        (folder / "vae").rename(folder.parent / "vae"),
+        (folder / "vae").symlink_to(folder.parent / "vae"),
+    ),
+    "a file elsewhere": lambda folder: (folder / "unet" / "notes.txt").symlink_to("/etc/hostname"),
+    "a link to nothing": lambda folder: (folder / "more.json").symlink_to("nothing"),
+    "a pipe": lambda folder: os.mkfifo(folder / "pipe.json"),
+    "a device": lambda folder: (folder / "zero.txt").symlink_to("/dev/zero"),
+    "cut weights": lambda folder: cut(folder / WEIGHTS),
+    "cut weights that are not read": lambda folder: cut(
+        Path(shutil.copy(folder / WEIGHTS, folder / WEIGHTS.replace(".safe", ".fp16.safe")))
+    ),
+    "no numbers": lambda folder: turned_to_nothing(folder / WEIGHTS),
+    "no config": lambda folder: (folder / "unet" / "config.json").write_text("{"),
+    "no settings": lambda folder: (folder / "unet" / "plan.json").write_text("{"),
+    "notes of a folder": lambda folder: noted(folder / WEIGHTS),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
+def test_a_folder_with_what_is_no_models_is_refused(spoil: str, student: Path) -> None:
+    SPOILS[spoil](student)
+    found = CliRunner().invoke(app, ["push", str(student), "--to", "me/x", "--dry-run", "--json"])
+    assert found.exit_code == 2, found.output
+    assert found.stdout == ""
+    (line,) = found.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+
+
+@given(data=st.data())
+@settings(max_examples=5)
+def test_no_folder_of_this_machine_and_no_other_file_goes(
+    data: st.DataObject, tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("push") / "student"
+    shutil.copytree(tiny_pipeline_folder, folder)
+    places = st.sampled_from([SECRET, str(folder), f"{folder}/unet"])
+    for path in [path for path in sorted(folder.rglob("*config.json")) if data.draw(st.booleans())]:
+        noted = {"_name_or_path": data.draw(places), "notes": [{"from": data.draw(places)}]}
+        path.write_text(json.dumps(json.loads(path.read_text()) | noted))
+    (folder / "README.md").write_text(f"It was made in {data.draw(places)} of [us](https://a.b/home/c).\n")
+    for name in ("secrets/key.json", "id_rsa", ".env", "unet/.token.json", "vae/more/a.json", "shell.py"):
+        if data.draw(st.booleans()):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text("{}")
+    uploads = uploads_of(folder)
+    assert {upload.name for upload in uploads} == {*wanted(tiny_pipeline_folder), "README.md"}
+    for upload in uploads:
+        content = upload.path.read_bytes() if upload.content is None else upload.content
+        assert upload.num_bytes == len(content)
+        assert b"/home/somebody" not in content
+        assert str(folder.parent).encode() not in content
+        if upload.name.endswith("config.json"):
+            before = json.loads((tiny_pipeline_folder / upload.name).read_text())
+            after = json.loads(content)
+            assert {key: after[key] for key in before if key != "_name_or_path"} == {
+                key: value for key, value in before.items() if key != "_name_or_path"
+            }
+        if upload.name == "README.md":
+            assert b"https://a.b/home/c" in content
+
+
+@settings(max_examples=60)
+@given(
+    name=st.text(max_size=8) | st.sampled_from(["café", "a" * 97, "a--b", "a..b", "a.git", "-a", "a b"]),
+    branch=st.text("ab./~ \n\\", min_size=1, max_size=8)
+    | st.sampled_from(["../x", "a\n", "x.lock", "a" * 300]),
+)
+def test_names_are_those_that_the_hub_takes(name: str, branch: str) -> None:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(f"me/{name}")
+    except HFValidationError:
+        with pytest.raises(HubError, match="owner/name"):
+            check_repository(f"me/{name}")
+    else:
+        check_repository(f"me/{name}")
+    git = ["git", "check-ref-format", "--branch", branch]
+    try:
+        check_repository("me/x", branch)
+    except HubError:
+        pass
+    else:
+        assert subprocess.run(git, capture_output=True, check=False).returncode == 0

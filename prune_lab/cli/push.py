@@ -33,7 +33,7 @@ def push(
     """Put the student in FOLDER onto the Hugging Face hub, into a private repository; --dry-run lists the files."""
     from prune_lab.export import check_repository, push_folder, uploads_of
 
-    check_repository(to)
+    check_repository(to, revision)
     rows = [
         dict(zip(PUSHED_COLUMNS, (upload.name, upload.num_bytes), strict=True))
         for upload in uploads_of(folder)

@@ -4,55 +4,103 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from prune_lab.errors import HubError, StorageError
-from prune_lab.models.files import PICKLED
-from prune_lab.models.hub import HUB_ID
+from prune_lab.models import resolve_model
+from prune_lab.models.conversion import refuse_flawed, stored
+from prune_lab.models.files import json_object, read_header
 from prune_lab.models.silence import quiet
 from prune_lab.runs import open_run
+from prune_lab.runtime import names_alone, path_text, printable, read_json, read_text, without_folders
 
-# What training and reading leave behind, by the names of folders and the ends of files: never part of a model.
-_LEFT_OUT_FOLDERS = ("__pycache__", "checkpoints", "logs", "runs")
-_LEFT_OUT_NAMES = ("optimizer", "scheduler.bin", "random_states", "rng_state", "scaler.pt", "trainer_state")
+_INDEX = "model_index.json"
+# What a model is made of and described with, by the ends of files.
+_KEPT = (".json", ".safetensors", ".txt", ".model", ".md", ".png", ".jpg", ".jpeg", ".webp", ".gif")
+_LICENCES = ("licen", "notice")
+# What training leaves behind, by the begin of names: never part of a model.
+_LEFT_OUT = ("optimizer", "random_states", "rng_state", "trainer_state")
 # Libraries that carry requests, by the version of the client: each has errors of its own for a broken connection.
 _TRANSPORTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "hf_xet")
-_UNFINISHED = (".tmp", ".lock", ".old", ".pyc", ".log")
+_BRANCH = re.compile(r"[A-Za-z0-9_][\w-]*(?:[./][\w-]+)*", re.ASCII)
+_LONGEST_BRANCH, _LONGEST_NAME = 200, 96
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Upload:
-    """A file that goes to the hub: its path there, and where it lies here."""
+    """A file that goes to the hub: its path there, where it lies here, and what is sent where that is not the same."""
 
     name: str
     path: Path
+    content: bytes | None = None
 
     @property
     def num_bytes(self) -> int:
-        """Its size."""
-        return self.path.stat().st_size
+        """How many bytes are sent."""
+        return self.path.stat().st_size if self.content is None else len(self.content)
+
+
+def _belongs(path: Path) -> bool:
+    named = path.name.lower().startswith(_LICENCES) or path.suffix.lower() in _KEPT
+    return named and not path.name.startswith((".", *_LEFT_OUT))
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or (path.is_symlink() and not path.exists()):
-            continue
-        if path.is_dir():
-            if path.name not in _LEFT_OUT_FOLDERS and not path.name.endswith(".run"):
-                yield from _files(path)
-        elif not (path.name.startswith(_LEFT_OUT_NAMES) or path.suffix in (*PICKLED, *_UNFINISHED)):
-            yield path
+    """The files of the model in ``folder``, those of its parts included. Raises StorageError for a link or no file."""
+    index = folder / _INDEX
+    listed = json_object(index) if index.is_file() else {}
+    parts = [part for part, value in listed.items() if isinstance(value, list) and value[:1] != [None]]
+    for place in (folder, *(folder / part for part in sorted(parts))):
+        for path in sorted(place.iterdir()) if place.is_dir() else ():
+            plain = not path.is_symlink() and (path.is_dir() or path.is_file())
+            if not plain and not path.name.startswith("."):
+                raise StorageError(
+                    f"asked to push {path_text(folder)}, found {path_text(path)}, a link, a pipe or a device; only "
+                    "plain files are sent: take it out, or put a copy of the file in its place"
+                )
+            if plain and path.is_file() and _belongs(path):
+                yield path
+
+
+def _without_places(path: Path) -> bytes | None:
+    """The content of ``path`` with names in place of the folders of this machine; None where it holds none.
+
+    Raises ModelFormatError for what is no JSON or safetensors, StorageError for weights whose notes hold a folder.
+    """
+    if path.suffix == ".safetensors":
+        read_header(path)
+        with safe_open(path, framework="numpy") as file:
+            notes = file.metadata() or {}
+        if names_alone(notes) != notes:
+            raise StorageError(
+                f"asked to push {path_text(path)}, found folders of a machine in its metadata; save its tensors "
+                "without them"
+            )
+    elif path.suffix == ".json" and path.name != "tokenizer.json":
+        value = read_json(path)
+        if (told := names_alone(value)) != value:
+            return json.dumps(told, indent=2, ensure_ascii=False).encode() + b"\n"
+    elif path.suffix == ".md":
+        text = read_text(path)
+        if (written := without_folders(text)) != text:
+            return written.encode()
+    return None
 
 
 def uploads_of(folder: Path) -> tuple[Upload, ...]:
-    """The files of the model in ``folder`` that go to the hub, in order of their names.
+    """The files of the model in ``folder`` that go to the hub, in order of their names, without folders of a machine.
 
-    Hidden files, caches, states of training, pickled and unfinished files stay here. Raises StorageError when
-    ``folder`` is not there, is a run, or holds no model.
+    What is not of the model stays here: hidden files, caches, states of training, folders that its index does not list.
+    Raises StorageError when ``folder`` is not there, is a run, holds no model, or a link or a pipe in it; other errors
+    as ``resolve_model`` does, and ModelFormatError for numbers that are broken.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -62,20 +110,44 @@ def uploads_of(folder: Path) -> tuple[Upload, ...]:
             f"asked to push {folder}, which is the folder of a run; give that of a student (prune-lab prune or "
             "distill with --out)"
         )
-    found = tuple(Upload(path.relative_to(folder).as_posix(), path) for path in _files(folder))
-    names = {upload.name for upload in found}
-    if not names & {"model_index.json", "config.json"} or not any(n.endswith(".safetensors") for n in names):
+    if not any((folder / name).is_file() for name in (_INDEX, "config.json")):
         raise StorageError(
             f"asked to push {folder}, found no model there (model_index.json or config.json, and safetensors); give "
             "the folder of a student"
         )
-    return found
+    resolve_model(str(folder.resolve()))
+    files = tuple(_files(folder))
+    found = {path.relative_to(folder).as_posix(): path for path in files}
+    uploads = tuple(Upload(name, path, _without_places(path)) for name, path in sorted(found.items()))
+    for part in {path.parent: None for path in files}:
+        weights = [path for path in files if path.parent == part and path.suffix == ".safetensors"]
+        refuse_flawed(stored(weights), f"the weights in {path_text(part)}")
+    return uploads
 
 
-def check_repository(to: str) -> None:
-    """Raise HubError unless ``to`` is the name of a repository on the hub, owner/name."""
-    if not HUB_ID.fullmatch(to):
-        raise HubError(f"asked to push to {to!r}; give owner/name")
+def check_repository(to: str, revision: str = "") -> None:
+    """Raise HubError unless ``to`` is the name of a repository on the hub, owner/name, and ``revision``, where given,
+    that of a branch.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(to)
+        known = to.isascii() and to.count("/") == 1
+    except HFValidationError:
+        known = False
+    if not known:
+        raise HubError(
+            f"asked to push to {printable(to, 100)!r}; give owner/name, each of at most {_LONGEST_NAME} letters, "
+            "digits, -, _ and ."
+        )
+    named = _BRANCH.fullmatch(revision) and not f"{revision}/".count(".lock/")
+    if revision and not (named and len(revision) <= _LONGEST_BRANCH):
+        raise HubError(
+            f"asked to push to the revision {printable(revision, 100)!r}; give the name of a branch of at most "
+            f"{_LONGEST_BRANCH} letters, digits, -, _, . and /"
+        )
 
 
 def _reason(error: Exception) -> str:
@@ -101,8 +173,8 @@ def push_folder(
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
+    check_repository(to, revision or "")
     uploads = uploads_of(folder)
-    check_repository(to)
     if get_token() is None:
         raise HubError(
             f"asked to push to {to}, found no token of the hub; log in with `hf auth login`, or set HF_TOKEN"
@@ -117,7 +189,10 @@ def push_folder(
                 if revision:
                     api.create_branch(to, branch=revision, exist_ok=True)
                 operations: list[Any] = [
-                    CommitOperationAdd(path_in_repo=upload.name, path_or_fileobj=upload.path)
+                    CommitOperationAdd(
+                        path_in_repo=upload.name,
+                        path_or_fileobj=upload.path if upload.content is None else upload.content,
+                    )
                     for upload in uploads
                 ]
                 found = api.create_commit(
