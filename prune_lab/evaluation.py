@@ -20,6 +20,7 @@ from prune_lab.config import EvaluateConfig
 from prune_lab.errors import ConfigError, DataError, UnsupportedModelError
 from prune_lab.families import REFINER_TIME_IDS
 from prune_lab.models import ScorerInputs
+from prune_lab.models.parts import why_no_text_to_image
 from prune_lab.models.schedulers import steps_complaint
 from prune_lab.models.silence import quiet
 from prune_lab.probes import Probe, cut_texts, note_cut, pipeline_conditions, predict, to_uint8
@@ -66,6 +67,15 @@ def _no_picture(pipeline: Any, count: int) -> dict[str, Any]:
     return {"image": torch.zeros(count, int(pipeline.vae.config.latent_channels), side, side)}
 
 
+def _check_text_to_image(pipeline: Any) -> None:
+    """Raise UnsupportedModelError unless ``pipeline`` is of a class, with a scheduler, that draws from prompts."""
+    if why := why_no_text_to_image(type(pipeline), type(pipeline.scheduler)):
+        raise UnsupportedModelError(
+            f"asked to draw from prompts with a {type(pipeline).__name__}, which {why}; if its U-Net draws with a "
+            "plain pipeline too, name that one in model_index.json (_class_name)"
+        )
+
+
 def drawing_of(pipeline: Any) -> _Drawing:
     """How ``pipeline`` draws from prompts alone.
 
@@ -87,7 +97,10 @@ def drawing_of(pipeline: Any) -> _Drawing:
         )
         return _Drawing(picture=_no_picture)
     needed = inspect.signature(pipeline.__call__).parameters
-    return _Drawing(as_text_to_image=any(name in needed for name in ("image", "control_image")))
+    if any(name in needed for name in ("image", "control_image")):
+        return _Drawing(as_text_to_image=True)
+    _check_text_to_image(pipeline)
+    return _Drawing()
 
 
 @contextlib.contextmanager
@@ -116,6 +129,7 @@ def _text_to_image(pipeline: Any) -> Any:
             f"asked to draw from prompts with a {type(pipeline).__name__}, which draws from pictures; diffusers knows "
             f"no text-to-image pipeline for it ({str(error).splitlines()[0]})"
         ) from None
+    _check_text_to_image(own)
     own.set_progress_bar_config(disable=True)
     return own
 

@@ -20,10 +20,15 @@ from prune_lab.runtime import decode_text, parse_json, path_text, read_bytes, te
 
 if TYPE_CHECKING:  # pandas takes a second to import
     import pandas as pd
+    from pyarrow.parquet import ParquetFile
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+_STEPS = (16, 4096)  # rows of a Parquet file that are decoded at a time, at least and at most
+_LONGEST_LINE = 2**24  # characters of JSON in a line
 _SEPARATORS = (",", ";", "\t", "|")
-_MOST_BYTES = 2**31  # of a table: some ten million captions
+# More would fill the memory: of each text Python makes an object of its own, however small it is in the file.
+MOST_ROWS = 2_000_000
+_MOST_BYTES = 2**27  # of a file, or unpacked from it
 _LINE_ENDS = re.compile("\r\n|\n|\r")  # str.splitlines also parts at characters that are no end of a line
 _HALF_CHARACTERS = re.compile("[\ud800-\udfff]")
 _NO_TEXT = "holds other bytes than UTF-8; save it as UTF-8"
@@ -53,6 +58,15 @@ def table_kind(path: Path) -> str:
     return Path(name.removesuffix(".gz")).suffix
 
 
+def check_size(path: Path, rows: int, size: int = 0) -> None:
+    """Raise DataError for more than ``MOST_ROWS`` rows in ``path``, or more bytes or characters than are read."""
+    for found, most, what in ((rows, MOST_ROWS, "rows"), (size, _MOST_BYTES, "bytes")):
+        if found > most:
+            raise DataError(
+                f"asked for the text in {path_text(path)}, found more than {most:,} {what}; divide it, or give a part"
+            )
+
+
 def _content(path: Path) -> bytes:
     """The bytes of ``path``, those of a .gz unpacked.
 
@@ -67,11 +81,7 @@ def _content(path: Path) -> bytes:
             unpacking = zlib.decompressobj(zlib.MAX_WBITS | 16)
             parts.append(unpacking.decompress(left, _MOST_BYTES + 1 - size))
             size += len(parts[-1])
-            if size > _MOST_BYTES:
-                raise DataError(
-                    f"asked for the text in {path_text(path)}, found more than {_MOST_BYTES:,} bytes packed in it; "
-                    "divide it"
-                )
+            check_size(path, 0, size)
             if not unpacking.eof:
                 raise zlib.error("it is cut off")
             left = unpacking.unused_data
@@ -82,12 +92,19 @@ def _content(path: Path) -> bytes:
     return b"".join(parts)
 
 
+def _bounded(path: Path) -> bytes:
+    """``_content`` of a text, whose lines are counted."""
+    content = _content(path)
+    check_size(path, content.count(b"\n") + content.count(b"\r"))
+    return content
+
+
 def read_text(path: Path) -> str:
     """The text in ``path``, also of a .gz (see ``decode_text``).
 
-    Raises StorageError when it cannot be read, DataError for other bytes than text.
+    Raises StorageError when it cannot be read, DataError for other bytes than text, and for too much of it.
     """
-    return text_of(_content(path), path)
+    return text_of(_bounded(path), path)
 
 
 # Tables ----------------------------------------------------------------------------------------------------------
@@ -148,12 +165,53 @@ def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
         if _HALF_CHARACTERS.search(line):  # bytes that are no text; what JSON escapes is no character yet
             yield number, _NO_TEXT
             continue
+        if len(line) > _LONGEST_LINE:
+            yield number, f"has {len(line):,} characters; at most {_LONGEST_LINE:,} are read"
+            continue
         try:
             row = parse_json(line)
         except ValueError as error:
             yield number, f"is no JSON ({error})"
             continue
         yield number, row if isinstance(row, dict) else f"holds no object but {line.strip()[:40]}"
+
+
+def parquet_cells(path: Path, file: ParquetFile, columns: Sequence[str] | None = None) -> list[list[Any]]:
+    """The cells of each of ``columns`` (None: all) of the Parquet ``file``, which lies at ``path``.
+
+    Decoded step by step: a text that is packed once may be there millions of times. Raises DataError for too many rows
+    or characters.
+    """
+    head = file.metadata
+    check_size(path, head.num_rows)
+    groups = [head.row_group(number) for number in range(head.num_row_groups)]
+    packed = max(
+        (group.column(one).total_uncompressed_size for group in groups for one in range(head.num_columns)),
+        default=1,
+    )
+    step = min(max(_STEPS[0], _MOST_BYTES // max(1, packed)), _STEPS[1])
+    found: list[list[Any]] = [[] for _ in columns or file.schema_arrow.names]
+    size = 0
+    for batch in file.iter_batches(step, columns=columns):
+        decoded = [column.to_pylist() for column in batch.columns]
+        for cells, more in zip(found, decoded, strict=True):
+            cells.extend(more)
+        size += sum(len(cell) for more in decoded for cell in more if isinstance(cell, (str, bytes, list)))
+        check_size(path, 0, size)
+    return found
+
+
+def _parquet_columns(path: Path) -> tuple[list[str], list[list[Any]]]:
+    """The names of the columns of a Parquet file, and the cells of each."""
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    with io.BytesIO(_content(path)) as content:
+        try:
+            file = ParquetFile(content)
+            return [name.strip() for name in file.schema_arrow.names], parquet_cells(path, file)
+        except ArrowException as error:
+            raise ValueError(str(error)) from None
 
 
 def read_rows(path: Path) -> tuple[pd.DataFrame, list[str]]:
@@ -166,20 +224,11 @@ def read_rows(path: Path) -> tuple[pd.DataFrame, list[str]]:
 
     kind, left_out = table_kind(path), list[str]()
     if kind == ".parquet":
-        from pyarrow import ArrowException
-        from pyarrow.parquet import read_table as read_parquet
-
-        with io.BytesIO(_content(path)) as content:
-            try:
-                table = read_parquet(content)
-            except ArrowException as error:
-                raise ValueError(str(error)) from None
-        names = [name.strip() for name in table.column_names]
-        columns = {number: column.to_pylist() for number, column in enumerate(table.columns)}
-        frame = pd.DataFrame(columns, dtype=object)
+        names, columns = _parquet_columns(path)
+        frame = pd.DataFrame(dict(enumerate(columns)), dtype=object)
     elif kind == ".jsonl":
         rows = []
-        for number, found in _json_rows(decode_text(_content(path), "surrogateescape")):
+        for number, found in _json_rows(decode_text(_bounded(path), "surrogateescape")):
             if isinstance(found, str):
                 left_out.append(f"line {number} {found}")
             else:
@@ -190,7 +239,7 @@ def read_rows(path: Path) -> tuple[pd.DataFrame, list[str]]:
         cells: list[list[str]] = []
         before = csv.field_size_limit(_MOST_BYTES)  # of the whole process
         try:
-            for number, line in _separated(decode_text(_content(path), "surrogateescape")):
+            for number, line in _separated(decode_text(_bounded(path), "surrogateescape")):
                 if isinstance(line, str):
                     left_out.append(f"line {number} {line}")
                 elif any(map(_HALF_CHARACTERS.search, line)):
@@ -216,11 +265,17 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def find_column(columns: Sequence[str], wanted: Sequence[str]) -> str | None:
-    """The first of ``wanted`` among ``columns``, as it is written there; a name in another case counts, too."""
+    """The first of ``wanted`` among ``columns``, as it is written there; a name in another case counts, too.
+
+    Raises ValueError where several differ from it in nothing but their case; a name that is the only one wanted may
+    be one of them.
+    """
     for name in wanted:
-        if name in columns:
-            return name
         same = [column for column in columns if column.lower() == name.lower()]
+        if name in same and len(wanted) == 1:
+            return name
+        if len(same) > 1:
+            raise ValueError(f"{' and '.join(map(repr, same))} are both there; keep one of them")
         if same:
             return same[0]
     return None

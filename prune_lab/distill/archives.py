@@ -25,7 +25,7 @@ from prune_lab.distill.decoding import MOST_BYTES
 from prune_lab.distill.image_source import MOST_CAPTION_BYTES, is_hidden, texts_in
 from prune_lab.errors import DataError
 from prune_lab.runtime import decode_text, parse_json
-from prune_lab.text_tables import one_line
+from prune_lab.text_tables import one_line, parquet_cells
 
 # Tars and zips ---------------------------------------------------------------------------------------------------
 
@@ -96,6 +96,7 @@ class Sample:
     # Captions in text files, and those among the values of .json files: one, or a list of them.
     texts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     damaged: list[str] = field(default_factory=list)  # files that hold no text, with the reason
+    twice: list[str] = field(default_factory=list)  # files of a name that came before: the first counts
 
 
 def _add_texts(sample: Sample, kind: str, member: Member, texts: Collection[str]) -> None:
@@ -127,6 +128,9 @@ def _samples(members: Iterator[Member], texts: Collection[str]) -> dict[str, Sam
         kind = kind.lower()
         if stem and kind and not is_hidden(member.name):
             sample = samples.setdefault(f"{folder}/{stem}".removeprefix("/"), Sample())
+            if kind in sample.members:
+                sample.twice.append(member.name)
+                continue
             sample.members[kind] = member
             if kind in texts or kind == "json":
                 _add_texts(sample, kind, member, texts)
@@ -272,7 +276,7 @@ def parquet_table(paths: Sequence[Path]) -> LazyTable:
         found = []
         for path in paths:
             with ParquetFile(path) as file:
-                found += file.read(columns=[name])[name].to_pylist()
+                found += parquet_cells(path, file, [name])[0]
         return found
 
     return LazyTable(common, column, lambda name: _ParquetCells(groups, starts, name).read)

@@ -24,6 +24,7 @@ from prune_lab.distill.shard_locks import PREVIEW
 from prune_lab.distill.sharding import CacheBuild, ShardContent, ShardPlan, build_shards
 from prune_lab.errors import DataError, UnsupportedModelError
 from prune_lab.evaluation import check_steps, save_pictures
+from prune_lab.models.parts import why_no_text_to_image
 from prune_lab.models.silence import quiet
 from prune_lab.probes import cut_texts, decode_latents, note_cut
 from prune_lab.prompts import Prompts
@@ -47,6 +48,11 @@ def check_draws_from_text(pipeline_class: Any) -> None:
         raise UnsupportedModelError(
             f"asked {pipeline_class.__name__} to draw its own training pictures, but it draws from "
             f"{' and '.join(needed) or 'no prompt'}; give pictures of your own with --data"
+        )
+    if why := why_no_text_to_image(pipeline_class):
+        raise UnsupportedModelError(
+            f"asked {pipeline_class.__name__} to draw its own training pictures, which {why}; give pictures of your "
+            "own with --data"
         )
 
 

@@ -76,7 +76,10 @@ def _names_files(path: Path, settings: DataConfig) -> bool:
     files = (settings.image_column,) if settings.image_column else FILE_COLUMNS
     captions = (settings.caption_column,) if settings.caption_column else CAPTION_COLUMNS
     columns = _columns_of(path)
-    return find_column(columns, files) is not None and find_column(columns, captions) is not None
+    try:
+        return find_column(columns, files) is not None and find_column(columns, captions) is not None
+    except ValueError:
+        return True  # one of them twice, which is told where it is read
 
 
 def _cells(path: Path, settings: DataConfig) -> tuple[list[tuple[str, Any]], list[str]]:

@@ -37,6 +37,7 @@ _REASONS = {  # by what the text of something left out holds; the first counts
     "no row": r": line \d+ |, cannot read it",
     "no image": r": no image",
     "counted 0 times": r"counts 0 times",
+    "of a name twice": r" twice; the first counts",
 }
 
 
@@ -119,7 +120,12 @@ def pick_column(columns: Sequence[str], asked: str, usual: Sequence[str], settin
 
     Raises DataError that names ``data.{setting}``.
     """
-    found = find_column(columns, (asked,) if asked else usual)
+    try:
+        found = find_column(columns, (asked,) if asked else usual)
+    except ValueError as error:
+        raise DataError(
+            f"asked for the {setting} of {title}, found that {error}, or say which with data.{setting}"
+        ) from None
     if found is None:
         wanted = repr(asked) if asked else f"any of {', '.join(usual)}"
         raise DataError(

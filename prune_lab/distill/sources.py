@@ -64,6 +64,7 @@ def _from_archives(settings: DataConfig, paths: Sequence[Path], skipped: Sequenc
         samples = (zip_samples if path.suffix.lower() == ".zip" else tar_samples)(path, caption_names)
         for name, sample in samples.items():
             kinds |= sample.members.keys() | sample.texts.keys()
+            left_out += [f"{path.name} has {one} twice; the first counts" for one in sample.twice]
             image = next((sample.members[kind] for kind in image_names if kind in sample.members), None)
             texts = next((sample.texts[kind] for kind in caption_names if kind in sample.texts), None)
             if image is not None and texts is not None:

@@ -25,6 +25,7 @@ from prune_lab.models.parts import (
 )
 from prune_lab.runtime import path_text
 
+_OF_PROMPTS = ("text_encoder", "tokenizer")
 _EXAMPLES = "StableDiffusionPipeline, StableDiffusionXLPipeline or StableDiffusionInpaintPipeline"
 
 
@@ -113,7 +114,9 @@ def _check_class(index: Path, parts: Mapping[str, Any]) -> Any:
             f"{index} describes a {name}, which is made of several pipelines; give the one with the U-Net, such as "
             f"{_EXAMPLES}"
         )
-    needed = sorted(set(required) - set(found._optional_components) - {"safety_checker"})
+    # of several encoders each is optional to diffusers, and the last is the one that no prompt goes without
+    last = {max((part for part in required if part.startswith(kind)), default="unet") for kind in _OF_PROMPTS}
+    needed = sorted((set(required) - set(found._optional_components) - {"safety_checker"}) | last)
     missing = [part for part in needed if part not in parts]
     if missing:
         raise ModelFormatError(f"{index} lists no {missing[0]}, which a {name} needs; fetch it again")

@@ -162,7 +162,8 @@ def load_pipeline(
     stems = {part: stem_of(*value) for part, value in parts.items()}
     variants = {part: variant_of_part(source.folder / part, source.asked_variant) for part in stems}
     components, _ = found._get_signature_keys(found)
-    state = (_state([source.folder / part for part in parts]), source.asked_variant, dtype)
+    classes = (index[CLASS_NAME], *(tuple(value) for value in parts.values()))
+    state = (_state([source.folder / part for part in parts]), classes, source.asked_variant, dtype)
     made: dict[str, Any] = {"unet": load_unet(source, device=device, dtype=dtype) if unet is None else unet}
     with quiet(), pipeline_view(source.folder, stems, variants) as view:
         for part in (part for part in parts if part in components):

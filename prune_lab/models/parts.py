@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import inspect
 import types
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -90,6 +91,32 @@ def part_class(library: object, name: object) -> Any | None:
         home = home if inside else None
     found = _attribute(home, installed_name(library, name)) if home is not None else None
     return found if kind_of(found) is not None and not isinstance(found, enum.EnumMeta) else None
+
+
+def why_no_text_to_image(pipeline: Any, scheduler: Any = None) -> str:
+    """Why pipelines of the class ``pipeline`` draw no plain picture from a prompt; empty where they do.
+
+    ``scheduler``: with one of this class.
+
+    Others may need more, draw panoramas, videos or depths, or take minutes: diffusers lists those that do not.
+    """
+    with quiet():
+        from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING as KNOWN
+
+    components, _ = pipeline._get_signature_keys(pipeline)
+    inputs = inspect.signature(pipeline.__call__).parameters.values()
+    asked = [one.name for one in inputs if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+    more = [name for name in asked if name not in ("self", "prompt")]
+    if more:
+        return f"draws from {' and '.join(more)} besides"
+    if pipeline not in KNOWN.values() or "vae" not in components:
+        return "is not among the pipelines that diffusers lists for text to image"
+    with quiet():
+        steps, *others = pipeline._get_signature_types()["scheduler"]
+    any_of_many = others or issubclass(steps, enum.Enum)
+    if scheduler is None or any_of_many or issubclass(scheduler, steps):
+        return ""
+    return f"steps by a {steps.__name__}, found a {scheduler.__name__}"
 
 
 @functools.lru_cache(maxsize=64)

@@ -89,6 +89,8 @@ def _complaint_of_steps(scheduler: Any) -> str:
             f"with which a pass of {steps} steps has the timestep {outside[0]:g}, outside of 0 to {count - 1:,}: "
             "look at steps_offset and timestep_spacing"
         )
+    if scheduler.timesteps[0] < scheduler.timesteps[-1]:
+        return f"whose class, {type(scheduler).__name__}, goes from pictures to noise; take one that draws"
     generator = seeded(0)
     sample = torch.randn(_SHAPE, generator=generator) * float(scheduler.init_noise_sigma)
     for step in scheduler.timesteps:

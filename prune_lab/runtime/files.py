@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from prune_lab.errors import DataError, ProofError, StorageError
-from prune_lab.runtime.holders import is_temporary, remove_leftovers, temporary_beside
+from prune_lab.runtime.holders import is_temporary, remove_folder, remove_leftovers, temporary_beside
 from prune_lab.runtime.reading import printable, read_json
 
 if TYPE_CHECKING:  # pandas takes a second to import
@@ -76,7 +77,7 @@ def atomic_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
             # Of something written inside: name the folder that was asked for, not our temporary one.
             raise type(error)(str(error).replace(str(temporary), str(path))) from error
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove_folder(temporary)
 
 
 def _fill(folder: Path, temporary: Path) -> None:
@@ -225,6 +226,13 @@ def write_frame(path: Path, frame: pd.DataFrame) -> None:
         temporary.write_bytes(text.encode())
 
 
+_REMEDIES = {
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+    errno.EFBIG: "allow larger files (ulimit -f)",
+}
+
+
 @contextlib.contextmanager
 def _storage_errors(path: Path) -> Iterator[None]:
     try:
@@ -233,7 +241,9 @@ def _storage_errors(path: Path) -> Iterator[None]:
         if isinstance(error, SafetensorError) and "I/O error" not in str(error):
             raise  # about the tensors, not about the disk
         reason = getattr(error, "strerror", None) or str(error)
+        remedy = _REMEDIES.get(
+            getattr(error, "errno", None) or 0, "free some space or give a path that can be written"
+        )
         raise StorageError(
-            f"asked to write {path}: {reason}; free some space or give a path that can be written; "
-            "nothing was left half-written"
+            f"asked to write {path}: {reason}; {remedy}; nothing was left half-written"
         ) from error

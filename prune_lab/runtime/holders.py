@@ -6,12 +6,12 @@ So a later writer can tell what is being written now from what a killed process 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import re
 import secrets
-import shutil
 import socket
 import stat
 from collections.abc import Iterator
@@ -85,15 +85,20 @@ def _started(process: int) -> int | None:
         return None if found.status() == psutil.STATUS_ZOMBIE else int(found.create_time())
     except psutil.NoSuchProcess:
         return None
-    except psutil.Error:
+    except (psutil.Error, OSError):
         return 0  # it is there, and says no more
+
+
+@functools.lru_cache(maxsize=1)
+def _own_start(process: int) -> int:
+    return _started(process) or 0  # once: under a limit of open files it might be another one each time
 
 
 def this_process() -> Holder:
     """This process, and the time."""
     process = os.getpid()
     now = datetime.now(UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
-    return Holder(socket.gethostname(), process, _started(process) or 0, now)
+    return Holder(socket.gethostname(), process, _own_start(process), now)
 
 
 def _state(host: bool, process: int, started: int) -> State:
@@ -147,13 +152,24 @@ def remove_leftovers(folder: Path, *, of: str = "", deep: bool = False) -> None:
                     _remove(Path(entry.path), found["name"], found["kind"])
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove ``folder``, as far as that can be done; it needs one open file, and none where the folder is empty."""
+    found = [(str(folder), list[str](), list[str]()), *os.walk(str(folder))]
+    for place, folders, files in reversed(found):
+        for name in (*files, *folders):
+            with contextlib.suppress(OSError):
+                Path(place, name).unlink()  # of a folder it fails: it is removed as a place
+        with contextlib.suppress(OSError):
+            Path(place).rmdir()
+
+
 def _remove(path: Path, name: str, kind: str) -> None:
     target = path.with_name(name)
     with contextlib.suppress(OSError):
         if kind == "old" and not os.path.lexists(target):
             path.rename(target)
         elif path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
+            remove_folder(path)
         else:
             path.unlink(missing_ok=True)
 

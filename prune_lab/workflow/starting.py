@@ -13,6 +13,7 @@ from prune_lab.models import configured_model, model_digest
 from prune_lab.profiling import latency_key
 from prune_lab.runs import FORMAT, GIVEN, Manifests, Part, Run, load_run_config, open_run
 from prune_lab.runs.manifest_files import ORIGINS, files_of
+from prune_lab.runs.records import read_typed
 from prune_lab.runs.removing import remains
 from prune_lab.runtime import Environment, atomic_write, note, read_json, write_json, write_text
 from prune_lab.runtime.holders import is_temporary
@@ -100,6 +101,17 @@ def _readable(path: Path) -> bool:
         return False
 
 
+def _is_of_start(path: Path, run: Run) -> bool:
+    """Whether a start that did not come to its end may have left ``path`` in ``run``: the next one takes it over."""
+    if path == run.environment:
+        try:
+            return read_typed(path, dict[str, str | int]).get("format") == FORMAT
+        except PruneLabError:
+            return False
+    empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+    return empty or path == run.lock or is_temporary(path.name)
+
+
 def start_run(config: RunConfig, folder: Path, *, force: bool = False) -> Run:
     """The run in ``folder`` with these settings; writes config.toml and environment.json when it is new, or lacks them.
 
@@ -111,7 +123,7 @@ def start_run(config: RunConfig, folder: Path, *, force: bool = False) -> Run:
     manifests = Manifests(run.folder)
     if not run.done(run.config) and not manifests.started:
         found = run.folder.iterdir() if run.folder.is_dir() else ()
-        if any(path != run.lock and not is_temporary(path.name) for path in found):
+        if not all(_is_of_start(path, run) for path in found):
             raise RunError(
                 f"asked to start a run in {folder}, found other files there; give a new or an empty folder"
             )
