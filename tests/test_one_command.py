@@ -147,7 +147,7 @@ def test_nothing_of_the_libraries_is_said_at_the_head_of_a_run(
     assert heard == []
 
 
-@pytest.mark.parametrize("name", ["data.limit=24", "data.column=text", "data.outside=true"])
+@pytest.mark.parametrize("name", ["data.limit=24", "data.caption_column=text", "data.outside=true"])
 @pytest.mark.parametrize("model", ["reference", "drawing"])
 def test_a_setting_of_own_pictures_is_refused_for_others(
     tiny_pipeline_folder: Path, tmp_path: Path, name: str, model: str

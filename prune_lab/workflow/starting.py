@@ -96,7 +96,7 @@ def _tell_versions(manifests: Manifests) -> None:
 # Of the user's own pictures alone; what says it of the others.
 _OF_OWN_DATA = {
     "data.limit": {"shipped": "distill.pictures", "drawn": "data.count"},
-    "data.column": {},
+    "data.caption_column": {},
     "data.outside": {},
 }
 
