@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,14 @@ from typer.testing import CliRunner
 import prune_lab as pl
 from prune_lab.cli import app
 from prune_lab.config import RunConfig
-from prune_lab.runs import Run
+from prune_lab.runs import Manifests, Run
 from prune_lab.runs.manifest_files import file_digest, read_manifest
 from prune_lab.runtime import write_json
 from prune_lab.runtime.holders import temporary_beside
-from prune_lab.workflow import start_run
+from prune_lab.workflow import forget, start_run
+from prune_lab.workflow.steps import STEPS
+
+FOLLOWS = "{} would be made again; what was made from it follows where that changes it"
 
 
 @pytest.fixture
@@ -55,6 +61,10 @@ def test_what_is_wrong_is_named_with_its_step(copied: Run) -> None:
         ("costs", "redo", "costs.csv was changed"),
         ("candidates", "redo", f"candidates/{plan_id}/unet/config.json is missing"),
         ("distilled", "redo", f"candidates/{plan_id}/heldout.csv was changed"),
+        ("candidates", "may follow", FOLLOWS.format(f"candidates/{plan_id}/unet")),
+        ("pictures", "may follow", FOLLOWS.format(f"candidates/{plan_id}/unet")),
+        ("ranking", "may follow", FOLLOWS.format("costs.csv")),
+        ("report", "may follow", FOLLOWS.format(f"candidates/{plan_id}/distilled/recovery.json")),
         ("files", "left over", "of a writer that was stopped"),
         ("files", "left over", "no plan of this run has that id; remove the folder if nobody needs it"),
     }
@@ -63,8 +73,6 @@ def test_what_is_wrong_is_named_with_its_step(copied: Run) -> None:
 
 
 def test_half_of_a_training_is_no_damage(copied: Run) -> None:
-    from prune_lab.workflow import forget
-
     plan_id = copied.plan_ids()[0]
     forget(copied, "distilled", plan_ids=[plan_id])
     paths = copied.candidate(plan_id)
@@ -136,3 +144,82 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "none"):
         found = CliRunner().invoke(app, ["doctor", str(folder)])
         assert (found.exit_code, found.stderr.count("\n")) == (2, 1)
+
+
+# One rule for those that read ---------------------------------------------------------------------------------------
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[random.randrange(len(content))] ^= 1
+    path.write_bytes(content)
+
+
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def written_files(run: Run) -> list[Path]:
+    """The files that steps wrote, without pages and manifests."""
+    return sorted(path for path in Manifests(run.folder).listed if run.report_dir not in path.parents)
+
+
+@pytest.mark.parametrize("damage", [_flip, Path.unlink, _pipe])
+def test_what_the_doctor_would_have_made_again_is_not_shown(
+    copied: Run, damage: Callable[[Path], None]
+) -> None:
+    plan_id = copied.plan_ids()[0]
+    weights = copied.candidate(plan_id).distilled_unet / "diffusion_pytorch_model.safetensors"
+    files = {
+        copied.ranking,
+        weights,
+        copied.candidate(plan_id).profile,
+        *random.sample(written_files(copied), 1),
+    }
+    if damage is Path.unlink:
+        files.add(copied.environment)
+    for path in sorted(files):
+        kept = path.with_name(".kept")
+        shutil.copy2(path, kept)
+        damage(path)
+        name = path.relative_to(copied.folder).as_posix()
+        commands = [["report", str(copied.folder)], ["compare", str(copied.folder)]]
+        if copied.candidates_dir in path.parents:
+            commands.append(
+                ["compare", str(copied.candidates_dir / path.relative_to(copied.candidates_dir).parts[0])]
+            )
+        for command in commands:
+            found = CliRunner().invoke(app, command)
+            assert (found.exit_code, found.stderr.count("\n"), name in found.stderr) == (2, 1, True), (
+                command,
+                name,
+                found.output,
+            )
+            assert f"prune-lab run --run {copied.folder}" in found.stderr
+            assert "delete" not in found.stderr
+        assert any(row["state"] == "redo" and name in row["why"] for row in examined(copied)), name
+        path.unlink(missing_ok=True)
+        kept.rename(path)
+
+
+@pytest.mark.long
+def test_what_a_run_makes_again_was_named_by_the_doctor(copied: Run) -> None:
+    paths = [copied.candidate(plan_id).profile for plan_id in copied.plan_ids()]
+    for path in (random.choice(paths), random.choice(written_files(copied))):
+        _flip(path)
+    told = {row["step"] for row in examined(copied) if row["state"] in ("redo", "may follow")}
+    assert {"candidates", "ranking", "report"} <= told
+    found = CliRunner().invoke(app, ["run", "--run", str(copied.folder)])
+    assert found.exit_code == 0, found.output
+    made = set(re.findall(r"^(?:note: )?(\w+)(?: of .*)?: redone, ", found.stderr, re.MULTILINE))
+    assert "candidates" in made
+    assert made <= told
+    assert examined(copied, 0) == []
+
+
+@pytest.mark.parametrize("step", [step.name for step in STEPS])
+def test_every_row_of_the_doctor_has_a_name_of_its_own(copied: Run, step: str) -> None:
+    forget(copied, step)
+    named = [(row["step"], row["of"]) for row in examined(copied)]
+    assert len(set(named)) == len(named)

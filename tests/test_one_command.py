@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -124,9 +125,41 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
     assert 'search.budgets = ["latency<=0.7x"]' in found.stderr
     assert not (tmp_path / "run").exists()
     assert "--run DIR" in answer("run", tiny_pipeline_folder, code=2).stderr
-    assert "give MODEL" in answer("run", "--run", tmp_path / "run", code=2).stderr
+    unknown = answer("run", "--run", tmp_path / "run", code=2).stderr
+    assert "give MODEL" in unknown
+    assert "found no such folder" in unknown
     refused = answer("run", tiny_pipeline_folder, "--macs", "0%", "--run", tmp_path / "run", code=2)
     assert "error: " in refused.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_of_the_libraries_is_said_at_the_head_of_a_run(
+    tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    heard: list[str] = []
+    logger, handler = logging.getLogger("diffusers"), logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        answer("run", tiny_pipeline_folder, "--params", "90%", "--run", tmp_path / "run", "--dry-run")
+    finally:
+        logger.removeHandler(handler)
+    assert heard == []
+
+
+@pytest.mark.parametrize("name", ["data.limit=24", "data.caption_column=text", "data.outside=true"])
+@pytest.mark.parametrize("model", ["reference", "drawing"])
+def test_a_setting_of_own_pictures_is_refused_for_others(
+    tiny_pipeline_folder: Path, tmp_path: Path, name: str, model: str
+) -> None:
+    instead = {"reference": "distill.pictures", "drawing": "data.count"}[model]
+    named = "reference" if model == "reference" else tiny_pipeline_folder
+    for dry in ((), ("--dry-run",)):
+        refused = answer("run", named, "--run", tmp_path / "run", "--set", name, *dry, code=2).stderr
+        assert refused.count("\n") == 1
+        assert f"asked for {name.split('=', maxsplit=1)[0]}" in refused
+        assert "data.source" in refused
+        assert (instead in refused) == ("limit" in name)
     assert not (tmp_path / "run").exists()
 
 

@@ -321,7 +321,7 @@ class RunResults:
     def report(self) -> Path:
         """The path of report/index.html, written from the tables and pictures that are there.
 
-        Raises RunError where one of them is not what a step wrote.
+        Raises DataError where something of the run is not what a step wrote.
         """
         return written_report(self.run)
 

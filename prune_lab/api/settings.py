@@ -73,6 +73,14 @@ def budgets_asked(macs: str, params: str, latency: str, memory: str) -> tuple[st
     return (together,) if together else ()
 
 
+def _without_model(what: str, folder: Path | None) -> str:
+    """What to say where nothing names a model, and ``folder`` is not the run of one."""
+    if folder is None:
+        return f"asked for a {what} without saying of which model"
+    found = "no config.toml there" if folder.is_dir() else "no such folder"
+    return f"asked for the run {folder} without saying of which model, found {found}"
+
+
 def settings_of(
     model: str,
     run: Path | None,
@@ -99,9 +107,8 @@ def settings_of(
     elif "model" in asked:
         settings = base or RunConfig()
     else:
-        raise RunError(
-            "asked for a step without saying of which model; give MODEL, --config FILE.toml or --run DIR"
-        )
+        found = _without_model("step", run)
+        raise RunError(f"{found}; give MODEL, --config FILE.toml or --run DIR")
     if "seed" in asked:
         number, name = asked["seed"], "seed" if seed is None else "--seed"
         if isinstance(number, int) and not 0 <= number <= MOST:
@@ -192,9 +199,8 @@ def job_settings(
     if config or started:
         return settings_of(model, folder, config, assignments, asked, **place)
     if not model:
-        raise RunError(
-            "asked for a run without saying of which model; give MODEL, --config FILE.toml or --recipe NAME"
-        )
+        found = _without_model("run", folder)
+        raise RunError(f"{found}; give MODEL, --config FILE.toml or --recipe NAME")
     from prune_lab.models import resolve_model
     from prune_lab.models.protection import check_run_folder
     from prune_lab.runtime import free_bytes, pick_device

@@ -81,6 +81,9 @@ def run(
     from prune_lab.models.protection import check_run_folder
 
     check_run_folder(shown, settings, **{"the settings": [config] if config else []})
+    from prune_lab.workflow import check_effect
+
+    check_effect(settings, open_run(shown, must_exist=False))
     if not dry_run:
         check_free(open_run(shown, must_exist=False))
     if config is None or dry_run:

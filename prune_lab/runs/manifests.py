@@ -283,7 +283,7 @@ class Manifests:
             # of another size it holds something else, and is not read: it may be endless
             found = None if _other_size(path, known) else self._stamp(path, known)
             if found is None or found.sha256 != known.sha256:
-                state = "was changed" if path.is_file() else "is missing" if not path.exists() else "is no file"
+                state = "was changed" if path.is_file() else "is missing" if not path.exists() else "is not a regular file"
                 why = why or f"{output} {state}"
                 damaged.append(path)
             else:
@@ -367,11 +367,11 @@ class Manifests:
         """The manifests of these steps."""
         return tuple(path for path, manifest in self._found.items() if manifest.step in steps)
 
-    def damaged(self, *, missing: bool = True) -> Iterator[tuple[Path, str]]:
-        """(manifest, what is wrong) of each whose outputs are not as they were written; ``missing``: or are not there."""
+    def damaged(self) -> Iterator[tuple[Path, str]]:
+        """(manifest, what is wrong) of each whose outputs are not as they were written, or are not there."""
         for path, manifest in sorted(self._found.items()):
             found = self.intact(path.stem, manifest) if path != self._path_of_origins else _DONE
-            if found.state != "done" and (missing or any(one.exists() for one in found.damaged)):
+            if found.state != "done":
                 yield path, found.why
 
     def renew(self) -> None:

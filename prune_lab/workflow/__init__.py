@@ -27,7 +27,7 @@ from prune_lab.workflow.pipeline import run_all, steps_frame
 from prune_lab.workflow.ranking import ensure_ranking, quality, quality_frame, written_report
 from prune_lab.workflow.searching import ensure_plans, goes_by, plan_named, plans_frame
 from prune_lab.workflow.sizing import settings_for
-from prune_lab.workflow.starting import borrow_scores, forget, start_run, use_scores
+from prune_lab.workflow.starting import borrow_scores, check_effect, forget, start_run, use_scores
 from prune_lab.workflow.students import ensure_candidates, ensure_repaired
 from prune_lab.workflow.targets import check_budgets, check_controls, check_drawing
 
@@ -39,6 +39,7 @@ __all__ = [
     "check_budgets",
     "check_controls",
     "check_drawing",
+    "check_effect",
     "choices_frame",
     "compared_criteria",
     "compared_plans",

@@ -20,14 +20,15 @@ from prune_lab.runs import (
     CandidatePaths,
     Manifests,
     Run,
-    is_plan_id,
     open_run,
     read_records,
     run_around,
 )
+from prune_lab.runs.manifest_files import FOLDER
 from prune_lab.schemas import COMPARISON_COLUMNS, RANKING
 from prune_lab.search import predicted_impact
 from prune_lab.session import Session
+from prune_lab.workflow.intact import check_intact, check_parts
 from prune_lab.workflow.measuring import ensure_costs, ensure_scores
 from prune_lab.workflow.searching import ensure_plans, goes_by, impact_of_sets, relative_costs
 
@@ -41,6 +42,7 @@ def compared_plans(session: Session, texts: Sequence[str]) -> tuple[pd.DataFrame
     ``impact`` is measured on the run's probe, ``predicted_impact`` the sum of the blocks' scores; losses and latency
     of the run's own plans are added. Raises PlanError for a text that is no plan.
     """
+    check_intact(session)
     run = session.run
     architecture, costs = session.architecture, ensure_costs(session)
     importance, impact_of = ensure_scores(session), impact_of_sets(session)
@@ -50,7 +52,6 @@ def compared_plans(session: Session, texts: Sequence[str]) -> tuple[pd.DataFrame
         named = [plan for plan in known if goes_by(plan, text)]
         plans += named or list(_plans(text, architecture, session.config.model))
     impacts = impact_of([frozenset(plan.removed) for plan in plans])
-    session.manifests.check(run.ranking)
     ranking = (
         read_records(run.ranking, RANKING).set_index("plan_id") if run.done(run.ranking) else pd.DataFrame()
     )
@@ -103,7 +104,7 @@ def comparison(model: str, targets: Sequence[str]) -> pd.DataFrame:
         folder = Path(target)
         if (folder / "config.toml").is_file():
             rows += _of_run(open_run(folder, must_exist=True), costs)
-        elif CandidatePaths(folder).profile.is_file():
+        elif CandidatePaths(folder).profile.exists() or (folder / FOLDER).is_dir():
             rows.append(_of_candidate(folder, costs))
         elif folder.suffix not in (".json", ".txt") and folder.exists():
             total = cost_table(resolve_model(target).architecture).total
@@ -134,9 +135,9 @@ def _plan_row(name: str, kind: str, plan: PruningPlan, costs: CostTable) -> dict
 
 
 def _of_candidate(folder: Path, costs: CostTable) -> dict[str, Any]:
-    candidate, recovery = load_candidate(folder, costs.architecture), load_recovery(folder)
     if (around := run_around(folder)) is not None:
-        Manifests(around).check(candidate.paths.plan, candidate.paths.profile, candidate.paths.recovery)
+        check_parts(Run(around), Manifests(around), folder)
+    candidate, recovery = load_candidate(folder, costs.architecture), load_recovery(folder)
     latency, change = candidate.profile.latency, candidate.profile.change
     known = {} if change is None else {name: getattr(change, name) for name in ("change", "low", "high")}
     return {
@@ -149,12 +150,8 @@ def _of_candidate(folder: Path, costs: CostTable) -> dict[str, Any]:
 
 
 def _of_run(run: Run, costs: CostTable) -> list[dict[str, Any]]:
+    check_intact(Session(run))
     frame = read_records(run.needs(run.ranking, "rank"), RANKING)
-    students = [
-        run.candidate(str(plan_id)) for plan_id in frame["plan_id"].dropna() if is_plan_id(str(plan_id))
-    ]
-    made_from = [path for one in students for path in (one.plan, one.profile, one.recovery, one.heldout)]
-    Manifests(run.folder).check(run.ranking, *made_from)
     rows = []
     for row in frame.to_dict("records"):
         macs, paper_macs = int(row["macs"]), int(row["paper_macs"])

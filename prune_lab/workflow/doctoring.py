@@ -8,11 +8,11 @@ import pandas as pd
 
 from prune_lab.errors import PruneLabError
 from prune_lab.runs import Manifests, Run, load_run_config
-from prune_lab.runtime import read_json
 from prune_lab.runtime.holders import is_temporary
 from prune_lab.schemas import DOCTOR_COLUMNS
 from prune_lab.session import Session
 from prune_lab.session.parts import binding_settings
+from prune_lab.workflow.intact import lost_records
 from prune_lab.workflow.searching import plan_in
 from prune_lab.workflow.states import states
 
@@ -30,12 +30,8 @@ def _settings(run: Run, manifests: Manifests) -> Iterator[Row]:
         for name in manifests.other_settings(binding_settings(config)):
             why = "finished steps were made with another value; set it back, or run with --force"
             yield "settings", name, "refused", why
-    try:
-        read_json(run.environment)
-    except PruneLabError as error:
-        yield "settings", "environment.json", "redo", str(error).split(";")[0]
-    if why := manifests.without_origins:
-        yield "settings", "model and data", "redo", why
+    for title, why in lost_records(run, manifests):
+        yield "settings", title, "redo", why
 
 
 def _plans(session: Session) -> Iterator[Row]:
@@ -51,13 +47,18 @@ def _steps(session: Session) -> Iterator[Row]:
     run = session.run
     for state in states(session):
         waiting = [(part, verdict) for part, verdict in state.parts if verdict.state != "done"]
-        if not waiting or not state.asked_for:
+        if not state.asked_for or not (waiting or state.follows):
             yield state.step.name, "", state.text, ""
-        for part, verdict in waiting if state.asked_for else ():
+            continue
+        if state.follows:
+            why = f"{state.follows} would be made again; what was made from it follows where that changes it"
+            yield state.step.name, "", "may follow", why
+        for part, verdict in waiting:
             why = verdict.why
             if part.name == "distilled" and run.done(part.folder / "distilled" / "checkpoint.safetensors"):
                 why = why or "goes on from its checkpoint"
-            yield state.step.name, part.label, verdict.state, why
+            title = "" if part.name == state.step.name else part.name.replace("_", " ")
+            yield state.step.name, ": ".join(filter(None, (part.label, title))), verdict.state, why
 
 
 def _leftovers(run: Run, plan_ids: tuple[str, ...]) -> Iterator[Row]:
@@ -85,7 +86,8 @@ def _damaged(run: Run, manifests: Manifests) -> Iterator[Row]:
 def diagnosis(run: Run) -> pd.DataFrame:
     """A row per finding in the run, columns DOCTOR_COLUMNS; a step without one has a row that says ``done``.
 
-    ``state``: done, to do, redo, refused (``why`` names the cure), left over, or not asked for. Nothing is written.
+    ``state``: done, to do, redo, may follow (where a redo changes what was read), refused (``why`` names the cure),
+    left over, or not asked for. Nothing is written.
     """
     manifests = Manifests(run.folder)
     rows = list(_settings(run, manifests))

@@ -15,6 +15,7 @@ from prune_lab.blocks import Architecture, GroupKind, block_groups
 from prune_lab.config import BUDGET_CONTROLS, PLAN_FILES, RunConfig
 from prune_lab.errors import PruneLabError
 from prune_lab.families import example_inputs, plain_config
+from prune_lab.models.silence import quiet
 from prune_lab.profiling import cost_table
 from prune_lab.ranking import first_rung, rungs
 from prune_lab.runtime import bytes_text, duration_text, synchronize
@@ -43,7 +44,8 @@ def _whole_model(
         model: Any = architecture.family.model_class().from_config(plain_config(architecture.config))
     sizes: dict[str, Any] = {"batch": _BATCH, "tokens": architecture.tokens}
     inputs = example_inputs(architecture.config, device=device, dtype=dtype, **sizes)
-    model = model.to(device, dtype).eval()
+    with quiet():
+        model = model.to(device, dtype).eval()
     return lambda: model(**inputs, return_dict=False), _BATCH * architecture.total_macs
 
 

@@ -13,7 +13,6 @@ from prune_lab.blocks import BlockGroup
 from prune_lab.candidates import load_candidate
 from prune_lab.distill import load_heldout, load_recovery
 from prune_lab.engines import PictureJob, clip_of, draw_prompts, engine_of, picture_frame
-from prune_lab.errors import RunError
 from prune_lab.evaluation import heldout_loss, read_pictures, save_pictures
 from prune_lab.plans import PruningPlan
 from prune_lab.profiling import TEACHER
@@ -26,7 +25,7 @@ from prune_lab.ranking import (
     tournament_from_frame,
 )
 from prune_lab.report import write_report
-from prune_lab.runs import Manifests, Run, read_records
+from prune_lab.runs import Run, read_records
 from prune_lab.runtime import write_frame
 from prune_lab.schemas import PICTURES_COLUMNS, RANKING, TOURNAMENT
 from prune_lab.session import Session, ensure_probe, tell_roles, training_and_validation
@@ -40,6 +39,7 @@ from prune_lab.session.parts import (
     teacher_pictures_part,
 )
 from prune_lab.workflow.distilling import check_distilled
+from prune_lab.workflow.intact import check_intact
 from prune_lab.workflow.measuring import ensure_costs, ensure_reductions, ensure_turns
 from prune_lab.workflow.searching import ensure_plans, left_out
 from prune_lab.workflow.students import ensure_candidates
@@ -186,17 +186,12 @@ def ensure_ranking(session: Session) -> Ranking:
 def written_report(run: Run) -> Path:
     """report/index.html, written from the tables and pictures that are there.
 
-    Raises RunError where one of them is not what a step wrote.
+    Raises DataError where something of the run is not what a step wrote (see ``check_intact``).
     """
-    manifests = Manifests(run.folder)
-    for manifest, why in manifests.damaged(missing=False):
-        if manifest.stem != "report":
-            raise RunError(
-                f"asked to report on {run.folder}, found that {why} since it was made; make it again with: "
-                f"prune-lab run --run {run.folder} (prune-lab doctor {run.folder} lists all that is damaged)"
-            )
+    session = Session(run)
+    check_intact(session)
     path = write_report(run)
-    manifests.record(report_part(run))
+    session.manifests.record(report_part(run))
     return path
 
 

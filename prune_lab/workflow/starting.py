@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from prune_lab.config import SETTINGS, RunConfig, changed_settings, to_toml
-from prune_lab.errors import PruneLabError, RunError
+from prune_lab.errors import ConfigError, PruneLabError, RunError
 from prune_lab.models import configured_model, model_digest
 from prune_lab.profiling import latency_key
 from prune_lab.runs import FORMAT, GIVEN, Manifests, Part, Run, load_run_config, open_run
@@ -94,6 +94,37 @@ def _tell_versions(manifests: Manifests) -> None:
         note(f"{manifests.root} was made with {words}; what is done stays")
 
 
+# Of the user's own pictures alone; what says it of the others.
+_OF_OWN_DATA = {
+    "data.limit": {"shipped": "distill.pictures", "drawn": "data.count"},
+    "data.caption_column": {},
+    "data.outside": {},
+}
+
+
+def check_effect(config: RunConfig, run: Run) -> None:
+    """Raise ConfigError for a setting that ``run`` was not started with and that nothing reads, as its pictures come
+    from elsewhere.
+    """
+    known = load_run_config(run) if run.done(run.config) else RunConfig()
+    given = set(changed_settings(known, config)) & set(changed_settings(RunConfig(), config))
+    if not (asked := [name for name in _OF_OWN_DATA if name in given]):
+        return
+    origin = origin_of(config, configured_model(config))
+    if origin == "own":
+        return
+    whose = {"shipped": "the shipped pictures", "drawn": "pictures that the model draws", "none": "noise"}[
+        origin
+    ]
+    if not (instead := _OF_OWN_DATA[asked[0]].get(origin)):
+        cure = "leave it out, or name pictures with data.source"
+    else:
+        cure = f"set {instead} instead, or name pictures with data.source"
+    raise ConfigError(
+        f"asked for {asked[0]}, found that this run uses {whose}, which it says nothing about; {cure}"
+    )
+
+
 def _readable(path: Path) -> bool:
     try:
         return bool(read_json(path)) if path.suffix == ".json" else path.stat().st_size > 0
@@ -127,9 +158,11 @@ def start_run(config: RunConfig, folder: Path, *, force: bool = False) -> Run:
             raise RunError(
                 f"asked to start a run in {folder}, found other files there; give a new or an empty folder"
             )
+        check_effect(config, run)
         _record(run, config)
         return run
     changed = changed_in(run, config, manifests)
+    check_effect(config, run)
     if "model" not in changed:
         try:
             check_teacher(run, manifests, configured_model(config))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from prune_lab.runs import Part, Verdict
 from prune_lab.session import Session
@@ -18,6 +20,7 @@ class StepState:
     step: Step
     parts: tuple[tuple[Part, Verdict], ...]
     asked_for: bool = True
+    follows: str = ""  # what would be made again, and could then be other than what finished parts of it read
 
     @property
     def done(self) -> bool:
@@ -26,11 +29,11 @@ class StepState:
 
     @property
     def text(self) -> str:
-        """``done``, ``to do``, ``redo``, ``2 of 3`` candidates, or ``not asked for``."""
+        """``done``, ``may follow``, ``to do``, ``redo``, ``2 of 3`` candidates, or ``not asked for``."""
         if not self.asked_for:
             return "not asked for"
         if self.parts and self.done:
-            return "done"
+            return "may follow" if self.follows else "done"
         verdicts = [verdict for _, verdict in self.parts]
         students: dict[str, bool] = {}
         for part, verdict in self.parts:
@@ -54,6 +57,29 @@ def state_of(session: Session, step: Step, *, ahead: bool = False) -> StepState:
     return StepState(step, tuple(found), step.name != "repaired" or session.config.repair.kind != "none")
 
 
+def _following(root: Path, state: StepState, again: set[Path]) -> str:
+    """What finished parts of ``state`` read of that which is made ``again`` in the run in ``root``; empty for nothing.
+
+    Adds what is, or may be, made again in ``state``. What is made from other inputs has readers that are redone.
+    """
+    first = ""
+    for part, verdict in state.parts:
+        if verdict.state == "done":
+            around = {folder for path in again for folder in path.parents}
+            read = [
+                path for path in part.reads if path in around or not again.isdisjoint((path, *path.parents))
+            ]
+            if not read:
+                continue
+            first = first or read[0].relative_to(root).as_posix()
+        if verdict.state == "done" or verdict.by == "outputs":
+            again.update(part.outputs)
+    return first
+
+
 def states(session: Session) -> Iterator[StepState]:
-    """What there is of each step, and what will be redone because an earlier one is."""
-    return (state_of(session, step, ahead=True) for step in STEPS)
+    """What there is of each step, what will be redone because an earlier one is, and what may be."""
+    again: set[Path] = set()
+    for step in STEPS:
+        state = state_of(session, step, ahead=True)
+        yield dataclasses.replace(state, follows=_following(session.run.folder, state, again))
