@@ -166,7 +166,7 @@ def test_steps_that_are_not_refused_stay_within_the_timesteps(
         sample = scheduler.step(sample, step, sample, return_dict=False)[0]
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 @pytest.mark.parametrize(
     "name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"]
