@@ -256,8 +256,11 @@ def _configs(source: ModelSource) -> dict[str, dict[str, Any]]:
 
 def _text_of(path: Path) -> str:
     """The text of a file of a tokenizer; settings without the folders they may name."""
-    settings = path.suffix == ".json" and path.stem not in ("vocab", "tokenizer")  # these hold the words
-    return json.dumps(names_alone(read_json(path)), ensure_ascii=False) if settings else read_text(path)
+    if path.suffix != ".json" or path.stem == "vocab":
+        return read_text(path)
+    value = read_json(path)
+    # the words in a tokenizer.json may look like paths
+    return json.dumps(value if path.stem == "tokenizer" else names_alone(value), ensure_ascii=False)
 
 
 def _tokenizers(source: ModelSource, configs: Mapping[str, Any]) -> dict[str, dict[str, str]]:
