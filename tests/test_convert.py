@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Iterable
@@ -24,6 +25,7 @@ from prune_lab.errors import (
     ModelFormatError,
     NonNativePlanError,
     PlanError,
+    RunError,
     StorageError,
     UnsupportedModelError,
 )
@@ -41,6 +43,7 @@ from prune_lab.families.adapter_names import adapter_names
 from prune_lab.families.ldm_keys import unet_places
 from prune_lab.models import preset_config, resolve_model
 from prune_lab.plans import gone_with, parse_plan
+from prune_lab.runs import open_run
 from prune_lab.schemas import COMPATIBILITY_COLUMNS, CONVERTED_COLUMNS
 from prune_lab.surgery import materialise, prune_pipeline, stand_in_for
 
@@ -468,6 +471,9 @@ def test_weights_of_a_model_are_no_lora(tmp_path: Path) -> None:
         ("[" * 200_000, "nested deeper"),
         ('{"unet.r": NaN}', "cannot be read"),
         ('{"unet.rank_pattern": ["to_q"]}', "a list where an object"),
+        ('{"unet.r": "x"}', "'x' where a whole number"),
+        ('{"text_encoder.lora_alpha": {"a": []}}', "text_encoder.lora_alpha"),
+        ('{"unet.target_modules": 7}', "target_modules"),
         ('{"unet.alpha_pattern": {"to_q": Infinity}}', "cannot be read"),
         ('{"unet.alpha_pattern": {"to_q": "x"}}', "'x' where a finite number"),
         ('{"unet.rank_pattern": {"to_q": 1%s}}' % ("0" * 400), r"below 2\*\*63"),
@@ -595,6 +601,20 @@ def test_numbers_at_the_shape_of_stable_diffusion() -> None:
     numbers = new_numbers(student_for(preset_config("sd-v1.4"), "bk-small"))
     wanted = {1: 1, 5: 3, 9: 5, 13: 7, 17: 9, 19: 11, 23: 13, 25: 15, 29: 17}
     assert {old: new for old, new in numbers.items() if new is not None and old % 2} == wanted
+
+
+def test_what_is_no_file_is_named(tmp_path: Path) -> None:
+    student = student_for(TINY_UNET, "bk-base")
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    for given, what in ((tmp_path / "pipe.safetensors", "a pipe"), (Path("/dev/zero"), "a device")):
+        with pytest.raises((ModelFormatError, StorageError), match=f"found {what}"):
+            convert_ip_adapter(student, given, tmp_path / "out.safetensors")
+        with pytest.raises((ModelFormatError, StorageError), match=f"found {what}"):
+            convert_lora(student, given, tmp_path / "out.safetensors")
+        with pytest.raises((ModelFormatError, StorageError), match=f"found {what}"):
+            convert_controlnet(student, given, tmp_path / "out")
+        with pytest.raises(RunError, match=f"found {what}"):
+            open_run(given, must_exist=True)
 
 
 def test_another_models_ip_adapter_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -18,7 +19,7 @@ from prune_lab.errors import ConfigError, ModelFormatError
 from prune_lab.evaluation import check_steps, generate
 from prune_lab.models import load_pipeline, resolve_model
 from prune_lab.models.components import complaint_of_scaling
-from prune_lab.models.schedulers import scheduler_complaint
+from prune_lab.models.schedulers import scheduler_complaint, steps_complaint
 
 USUAL = {
     "num_train_timesteps": 1000,
@@ -163,6 +164,29 @@ def test_steps_that_are_not_refused_stay_within_the_timesteps(
     for step in scheduler.timesteps:
         assert 0 <= step < 40
         sample = scheduler.step(sample, step, sample, return_dict=False)[0]
+
+
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize(
+    "name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"]
+)
+def test_solvers_of_several_steps_break_in_no_pass_that_is_not_refused(name: str, spacing: str) -> None:
+    for offset, steps in itertools.product((0, 1), (*range(20, 40, 7), 38, 39, 40)):
+        more = {"num_train_timesteps": 40, "steps_offset": offset, "timestep_spacing": spacing}
+        scheduler = getattr(diffusers, name).from_config(USUAL | more)
+        before = torch.random.get_rng_state()
+        refused = steps_complaint(scheduler, steps)
+        assert torch.equal(before, torch.random.get_rng_state())
+        assert "\n" not in refused
+        if refused:
+            continue
+        scheduler.set_timesteps(steps)
+        sample = torch.ones(1, 4, 2, 2)
+        for step in scheduler.timesteps:
+            assert 0 <= step < 40
+            sample = scheduler.step(torch.ones(1, 4, 2, 2), step, sample, return_dict=False)[0]
+        assert sample.isfinite().all()
 
 
 def test_a_thousand_steps_are_refused_where_the_offset_leads_out(tiny_pipeline: Any) -> None:

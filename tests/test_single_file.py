@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SHAPES, TINY_UNET, BuiltOnce, build_unet
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from prune_lab.blocks import architecture_of
@@ -453,3 +456,91 @@ def test_a_unet_with_parts_that_are_not_known_is_refused(folder_of: Any, tmp_pat
 def test_the_pipeline_of_a_single_file_is_loaded_as_any_other(folder_of: Any, tmp_path: Path) -> None:
     file = single_file(folder_of("sdxl"), tmp_path / "model.safetensors")
     assert type(load_pipeline(resolve_model(str(file)))).__name__ == "StableDiffusionXLPipeline"
+
+
+# Every tensor of the file ------------------------------------------------------------------------------------------
+
+KINDS = ("sd-v1", "sd-v2", "sdxl")
+STRAY = ("first_stage_model.decoder.foo", "cond_stage_model.zz", "lora_unet_x.lora_up.weight", "other")
+HARMLESS = (
+    *("model_ema.decay", "betas", "sqrt_recipm1_alphas_cumprod", "posterior_mean_coef1", "denoiser.sigmas"),
+    *("first_stage_model.loss.logvar", "cond_stage_model.transformer.text_model.embeddings.position_ids"),
+    *("conditioner.embedders.1.model.logit_scale", "v_pred"),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tensor_of_a_file_is_used_or_named(kind: str, folder_of: Any, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    export_single_file(resolve_model(str(folder_of(kind))), file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    whole, draw = load_file(file), random.Random(kind)
+
+    def read(tensors: dict[str, torch.Tensor], notes: dict[str, str]) -> None:
+        save_file(tensors, file, notes)
+        configs_of(file, preset_config)
+
+    others = [key for key in whole if not key.startswith("model.diffusion_model.")]
+    for notes in (metadata, {}):
+        read(whole | {key: torch.zeros(1) for key in HARMLESS}, notes)
+    for key in (*draw.sample(others, 2), draw.choice(list(whole))):
+        with pytest.raises(UnsupportedModelError, match="is missing"):
+            read({name: tensor for name, tensor in whole.items() if name != key}, metadata)
+        with pytest.raises(UnsupportedModelError, match="instead of"):
+            read(whole | {key: torch.zeros(3, 5, 7)}, metadata)
+    for key in STRAY:
+        with pytest.raises(UnsupportedModelError, match=f"{key} is not part of"):
+            read(whole | {key: torch.zeros(3)}, metadata)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("num_hidden_layers", 1), ("num_hidden_layers", 3), ("vocab_size", "x"), ("hidden_size", None)],
+)
+def test_settings_in_a_file_that_are_not_those_of_its_tensors_are_refused(
+    setting: str, value: object, folder_of: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "model.safetensors"
+    export_single_file(resolve_model(str(folder_of("sd-v1"))), file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    configs = json.loads(metadata["prune_lab.configs"])
+    configs["text_encoder"][setting] = value
+    save_file(load_file(file), file, metadata | {"prune_lab.configs": json.dumps(configs)})
+    with pytest.raises(UnsupportedModelError) as caught:
+        resolve_model(str(file))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_in_the_cache_that_lost_a_file_is_made_again(folder_of: Any, tmp_path: Path) -> None:
+    file = single_file(folder_of("sd-v1"), tmp_path / "model.safetensors")
+    folder = resolve_model(str(file)).folder
+    assert folder is not None
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    draw = random.Random(0)
+    for path in draw.sample(files, 3):
+        path.unlink()
+    draw.choice([path for path in files if path.is_file()]).write_bytes(b"")
+    assert resolve_model(str(file)).folder == folder
+    assert all(path.stat().st_size for path in files)
+
+
+@pytest.mark.parametrize("form", ["tokenizer.json", "vocab.json", "nothing"])
+def test_the_words_of_a_tokenizer_go_along(form: str, tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_pipeline_folder, tmp_path / "pipeline"))
+    words = load_pipeline(resolve_model(str(folder))).tokenizer.get_vocab()
+    model = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]
+    if form != "tokenizer.json":
+        (folder / "tokenizer" / "tokenizer.json").unlink()
+    if form == "vocab.json":
+        (folder / "tokenizer" / "vocab.json").write_text(json.dumps(model["vocab"]))
+        merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
+        (folder / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    file = tmp_path / "model.safetensors"
+    if form == "nothing":
+        with pytest.raises(ModelFormatError, match="has its words"):
+            export_single_file(resolve_model(str(folder)), file)
+        return
+    export_single_file(resolve_model(str(folder)), file)
+    assert load_pipeline(resolve_model(str(file))).tokenizer.get_vocab() == words

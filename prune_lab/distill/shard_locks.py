@@ -33,6 +33,7 @@ from prune_lab.runtime.holders import (
     state_of,
     take_lock,
 )
+from prune_lab.runtime.reading import what_is
 
 PREVIEW = "pictures"  # the folder in that of a cache with the first of its rows as PNG
 _PAUSE = 0.5  # seconds between two looks at what other builders have finished
@@ -83,7 +84,9 @@ def check_cache_folder(folder: Path, *, force: bool) -> None:
     With ``force`` it may hold nothing else, because then what is there is removed.
     """
     if folder.exists() and not folder.is_dir():
-        raise StorageError(f"asked to build a cache in {folder}, found a file there; give a folder")
+        raise StorageError(
+            f"asked to build a cache in {folder}, found {what_is(folder)} there; give a folder"
+        )
     if not folder.is_dir():
         return
     ours = _ours(folder)

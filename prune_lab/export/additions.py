@@ -65,7 +65,7 @@ def read_addition(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, s
         raise ModelFormatError(
             f"asked to convert {path_text(path)}, a pickled file, which is never opened here; give it as safetensors"
         )
-    if not path.is_file():
+    if not path.exists():  # what is there and no file is named by the reader
         raise ModelFormatError(
             f"asked to convert the {kind} {path_text(path)}, found no such file; give a .safetensors"
         )

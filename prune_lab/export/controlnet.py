@@ -18,10 +18,12 @@ from prune_lab.models import weight_files
 from prune_lab.models.conversion import converted
 from prune_lab.models.files import json_object, read_header
 from prune_lab.models.protection import check_folder
-from prune_lab.runtime import names_alone, output_folder, path_text, write_json
+from prune_lab.runtime import names_alone, open_regular, output_folder, path_text, write_json
 
 
 def _folder_of(given: Path) -> Path:
+    if given.exists() and not given.is_dir():
+        open_regular(given).close()  # raises what it is, where that is no file
     folder = given.parent if given.is_file() else given
     if not (folder / "config.json").is_file():
         raise ModelFormatError(

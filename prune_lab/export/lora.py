@@ -42,6 +42,15 @@ _ADDED = re.compile(
 _VOCABULARY = "bundle_emb."
 _LONGEST = 500  # characters of a key: the time that a pattern takes may grow with the square of it
 _PATTERNS = ("rank_pattern", "alpha_pattern")
+# What PEFT's settings are, of those that it computes with or finds modules by.
+_SETTINGS: Mapping[str, Any] = {
+    **dict.fromkeys(_PATTERNS, dict[str, float] | None),
+    "r": int,
+    "lora_alpha": float,
+    "lora_dropout": float,
+    **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias"), bool),
+    **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save"), list[str] | str | None),
+}
 # The names of modules that are read as patterns: any more of a regular expression may take for ever.
 _PLAIN = re.compile(r"\^?(?:[\w-]|\\?\.)+\$?")
 
@@ -135,8 +144,8 @@ def _settings(text: str, modules: Mapping[str, str]) -> str:
         settings = typed(dict[str, Any], parse_json(text))
         json.dumps(settings, allow_nan=False)
         for name in settings:
-            if name.removeprefix("unet.") in _PATTERNS and settings[name] is not None:
-                typed(dict[str, float], settings[name], name)
+            if (hint := _SETTINGS.get(name.rpartition(".")[2])) is not None:
+                typed(hint, settings[name], name)
     except ValueError as error:
         raise ModelFormatError(
             f"asked to convert a LoRA whose {_CONFIG} cannot be read: {printable(str(error))}; fetch the file again, "

@@ -15,30 +15,29 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from prune_lab import __version__
 from prune_lab.errors import ModelFormatError, UnsupportedModelError
-from prune_lab.families import plain_config
 from prune_lab.families.ldm_keys import (
+    TEXT_CLASSES,
     Place,
-    clip_places,
     empty_attentions,
-    open_clip_places,
+    text_places,
+    text_prefixes,
     unet_places,
     unet_shapes,
     vae_places,
     with_middle,
 )
 from prune_lab.families.ldm_readers import reader_notes
-from prune_lab.models import ModelSource, weight_files
+from prune_lab.models import ModelSource, preset_config, weight_files
 from prune_lab.models.clip_vocabulary import NUM_TOKENS
 from prune_lab.models.components import modern_name
 from prune_lab.models.conversion import converted
 from prune_lab.models.files import MOST_HEADER, read_header
 from prune_lab.models.protection import check_file
-from prune_lab.models.single_file import TOKENIZER_FILES
+from prune_lab.models.single_file import TOKENIZER_FILES, prove_readable
 from prune_lab.runtime import (
     atomic_write,
     bytes_text,
@@ -149,16 +148,12 @@ def _stored(folder: Path) -> dict[str, _Stored]:
 
 
 def _text_places(folder: Path, config: Mapping[str, Any], class_name: str) -> tuple[Place, ...]:
-    if class_name not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
+    if class_name not in TEXT_CLASSES:
         raise UnsupportedModelError(
             f"asked to export {folder}, a {class_name}; the LDM layout holds CLIP text encoders: export the folder of "
             "the U-Net alone"
         )
-    with torch.device("meta"):
-        model = getattr(transformers, class_name)(transformers.CLIPTextConfig(**plain_config(config)))
-    keys = [_modern(key) for key in model.state_dict()]
-    # OpenAI's CLIP has the fast GELU, OpenCLIP the exact one: the readers build either by the layout of its names
-    return (clip_places if config.get("hidden_act", "quick_gelu") == "quick_gelu" else open_clip_places)(keys)
+    return text_places(config, class_name)
 
 
 def _vae_places(folder: Path, config: Mapping[str, Any], class_name: str) -> tuple[Place, ...]:
@@ -204,16 +199,6 @@ def _entries(
         yield _Entry(f"{prefix}{place.key}", place, sources, _NAMES[dtype] if dtype else kept)
 
 
-def _text_prefixes(index: Mapping[str, Any]) -> dict[str, str]:
-    """The prefix of each text encoder that the pipeline has."""
-    present = [
-        part for part in ("text_encoder", "text_encoder_2") if (index.get(part) or [None])[0] is not None
-    ]
-    if "text_encoder_2" not in present:
-        return dict.fromkeys(present, "cond_stage_model.")
-    return {part: f"conditioner.embedders.{place}." for place, part in enumerate(present)}
-
-
 def _unet_entries(
     folder: Path, config: Mapping[str, Any], unet: Mapping[str, Any], dtype: torch.dtype | None
 ) -> Iterator[_Entry]:
@@ -235,7 +220,7 @@ def _file_entries(
         entries += _entries(
             vae, "first_stage_model.", _vae_places(vae, configs["vae"], index["vae"][1]), dtype
         )
-        for part, prefix in _text_prefixes(index).items():
+        for part, prefix in text_prefixes(index).items():
             folder = source.folder / part
             entries += _entries(folder, prefix, _text_places(folder, configs[part], index[part][1]), dtype)
     # wider numbers first, so that each tensor begins at a multiple of its own width
@@ -271,8 +256,11 @@ def _configs(source: ModelSource) -> dict[str, dict[str, Any]]:
 
 def _text_of(path: Path) -> str:
     """The text of a file of a tokenizer; settings without the folders they may name."""
-    settings = path.suffix == ".json" and path.stem != "vocab"
-    return json.dumps(names_alone(read_json(path)), ensure_ascii=False) if settings else read_text(path)
+    if path.suffix != ".json" or path.stem == "vocab":
+        return read_text(path)
+    value = read_json(path)
+    # the words in a tokenizer.json may look like paths
+    return json.dumps(value if path.stem == "tokenizer" else names_alone(value), ensure_ascii=False)
 
 
 def _tokenizers(source: ModelSource, configs: Mapping[str, Any]) -> dict[str, dict[str, str]]:
@@ -355,6 +343,8 @@ def export_single_file(
                 tensor = converted(entry.name, tensor, _DTYPES[entry.dtype]).contiguous()
                 file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         read_header(temporary)  # raises when fewer bytes than promised were written
+        if source.is_pipeline and source.folder is not None:
+            prove_readable(temporary, source.folder, preset_config)
     added = sum(entry.num_bytes for entry in entries if any(source.path is None for source in entry.sources))
     notes = reader_notes(configs)
     if added:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+import transformers
 from diffusers import AutoencoderKL
 from torch import Tensor
 
@@ -244,19 +245,25 @@ def _vae_leaf(module: str, rest: str) -> str | None:
     return rest.replace("conv_shortcut", "nin_shortcut")
 
 
+def vae_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of the ``AutoencoderKL`` of ``config`` by its key in diffusers."""
+    with torch.device("meta"):
+        model = AutoencoderKL.from_config(plain_config(config))
+    return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+
+
 def vae_places(config: Mapping[str, Any]) -> tuple[Place, ...]:
     """Where the tensors of the ``AutoencoderKL`` of ``config`` lie, without the prefix of a whole model."""
-    with torch.device("meta"):
-        tensors = AutoencoderKL.from_config(plain_config(config)).state_dict()
+    tensors = vae_shapes(config)
     modules = _vae_modules(_paths(tensors))
     return tuple(
         Place(
             _renamed(key, modules, _vae_leaf),
             (key,),
             # attention over pixels is linear in diffusers, a convolution of 1 x 1 in the layout
-            "convolution" if ".attentions." in key and tensor.dim() == 2 else "same",
+            "convolution" if ".attentions." in key and len(shape) == 2 else "same",
         )
-        for key, tensor in tensors.items()
+        for key, shape in tensors.items()
     )
 
 
@@ -309,3 +316,32 @@ def open_clip_places(keys: Iterable[str]) -> tuple[Place, ...]:
                 "CLIP text encoders fit: keep this model as a diffusers folder"
             )
     return tuple(places)
+
+
+TEXT_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
+
+
+def text_shapes(config: Mapping[str, Any], class_name: str) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of the text encoder of that class and ``config``, without ``text_model.`` in its key."""
+    with torch.device("meta"):
+        model = getattr(transformers, class_name)(transformers.CLIPTextConfig(**plain_config(config)))
+    return {
+        key.removeprefix("text_model."): tuple(tensor.shape) for key, tensor in model.state_dict().items()
+    }
+
+
+def text_places(config: Mapping[str, Any], class_name: str) -> tuple[Place, ...]:
+    """Where these tensors lie, without the prefix of the text encoder in a whole model."""
+    # OpenAI's CLIP has the fast GELU, OpenCLIP the exact one: the readers build either by the layout of its names
+    places = clip_places if config.get("hidden_act", "quick_gelu") == "quick_gelu" else open_clip_places
+    return places(text_shapes(config, class_name))
+
+
+def text_prefixes(index: Mapping[str, Any]) -> dict[str, str]:
+    """The prefix of each text encoder that the pipeline with this ``index`` has."""
+    present = [
+        part for part in ("text_encoder", "text_encoder_2") if (index.get(part) or [None])[0] is not None
+    ]
+    if "text_encoder_2" not in present:
+        return dict.fromkeys(present, "cond_stage_model.")
+    return {part: f"conditioner.embedders.{place}." for place, part in enumerate(present)}

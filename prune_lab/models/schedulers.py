@@ -5,8 +5,9 @@ The libraries take nearly every number there without a word, and draw noise with
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +79,16 @@ def _complaint_of_schedule(scheduler: Any) -> str:
     return ""
 
 
-def _complaint_of_steps(scheduler: Any) -> str:
-    """What is wrong with a pass of the usual number of steps, or of all that there are, random numbers for a U-Net."""
-    config = scheduler.config
-    count = config.num_train_timesteps
-    steps = min(_STEPS, count, config.get("original_inference_steps") or count)
+def _complaint_of_pass(scheduler: Any, steps: int) -> str:
+    """What is wrong with a pass of ``steps``: its timesteps, and what it makes of random numbers for a U-Net."""
+    count = scheduler.config.get("num_train_timesteps")
     scheduler.set_timesteps(steps)
-    if outside := [step for step in scheduler.timesteps.tolist() if not 0 <= step < count]:
+    outside = [
+        step for step in scheduler.timesteps.tolist() if isinstance(count, int) and not 0 <= step < count
+    ]
+    if outside:
         return (
-            f"with which a pass of {steps} steps has the timestep {outside[0]:g}, outside of 0 to {count - 1:,}: "
+            f"with which a pass of {steps:,} steps has the timestep {outside[0]:g}, outside of 0 to {count - 1:,}: "
             "look at steps_offset and timestep_spacing"
         )
     if scheduler.timesteps[0] < scheduler.timesteps[-1]:
@@ -97,26 +99,24 @@ def _complaint_of_steps(scheduler: Any) -> str:
         scheduler.scale_model_input(sample, step)
         noise = torch.randn(_SHAPE, generator=generator)
         sample = scheduler.step(noise, step, sample, return_dict=False)[0]
-    return "" if sample.isfinite().all() else f"with which {steps} steps give numbers that are not finite"
+    return "" if sample.isfinite().all() else f"with which {steps:,} steps give numbers that are not finite"
+
+
+@contextlib.contextmanager
+def _trial() -> Iterator[None]:
+    """Trying a scheduler: some draw noise of their own, and some warn of how they call numpy."""
+    with quiet(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def steps_complaint(scheduler: Any, steps: int) -> str:
-    """Why ``scheduler`` cannot draw in so many ``steps``, as the end of a line; empty where it can.
-
-    Some of the timesteps may lie beyond those that the U-Net knows (``steps_offset``), or of the last there is no next.
-    """
-    count = scheduler.config.get("num_train_timesteps")
+    """Why ``scheduler`` cannot draw in so many ``steps``, as the end of a line; empty where it can."""
     try:
-        with quiet(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            own = type(scheduler).from_config(scheduler.config)
-            own.set_timesteps(steps)
+        with _trial():
+            return _complaint_of_pass(type(scheduler).from_config(scheduler.config), steps)
     except Exception as error:  # each class has its own bounds, and words for them
         return f"which cannot take so many: {reason_of(error)}"
-    outside = [step for step in own.timesteps.tolist() if isinstance(count, int) and not 0 <= step < count]
-    if outside:
-        return f"which would begin at timestep {outside[0]:g}, outside of 0 to {count - 1:,}"
-    return ""
 
 
 def scheduler_complaint(scheduler_class: Any, config: Mapping[str, Any]) -> str:
@@ -125,11 +125,11 @@ def scheduler_complaint(scheduler_class: Any, config: Mapping[str, Any]) -> str:
         return found
     plain = {name: value for name, value in config.items() if not name.startswith("_")}
     try:
-        # some draw noise of their own, and some warn of how they call numpy
-        with quiet(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore")
+        with _trial():
             scheduler = scheduler_class.from_config(plain)
-            return _complaint_of_schedule(scheduler) or _complaint_of_steps(scheduler)
+            steps = scheduler.config.get("original_inference_steps") or _STEPS
+            steps = min(_STEPS, steps, scheduler.config.num_train_timesteps)
+            return _complaint_of_schedule(scheduler) or _complaint_of_pass(scheduler, steps)
     except (PruneLabError, MemoryError):
         raise
     except Exception as error:  # whatever the libraries raise about settings that make no sense

@@ -7,7 +7,6 @@ shapes, and written as a pipeline folder into the user's cache, where the same f
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ import diffusers
 import torch
 from safetensors import SafetensorError, safe_open
 
-from prune_lab.errors import ModelFormatError, PruneLabError, UnsupportedModelError
+from prune_lab.errors import ModelFormatError, ProofError, PruneLabError, UnsupportedModelError
 from prune_lab.families import CLASS_NAME, family_of, meta_unet
 from prune_lab.families.ldm_keys import empty_attentions, ldm_to_diffusers, unet_places
 from prune_lab.families.ldm_structure import (
@@ -35,11 +34,11 @@ from prune_lab.families.ldm_structure import (
     vae_config,
 )
 from prune_lab.models.clip_vocabulary import NUM_TOKENS, clip_tokenizer
-from prune_lab.models.components import BUILD_ERRORS
 from prune_lab.models.diagnosis import beyond_bounds, quantised
 from prune_lab.models.files import read_header
 from prune_lab.models.folders import unet_shapes
-from prune_lab.models.parts import pipeline_class
+from prune_lab.models.ldm_contents import left_out
+from prune_lab.models.parts import part_class, pipeline_class
 from prune_lab.models.silence import quiet
 from prune_lab.runtime import (
     atomic_folder,
@@ -51,6 +50,7 @@ from prune_lab.runtime import (
     write_json,
     write_text,
 )
+from prune_lab.runtime.files import list_about, some_of, write_file_list
 
 _WIDEST_FIRST = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Stable Diffusion 2 shows what it predicts in its weights only: these spread where it is v, as ComfyUI tells.
@@ -59,7 +59,9 @@ _SPREAD_OF_V = 0.09
 _FOLDER_OF_CONFIGS = "prune_lab.configs"  # what our own export leaves in the metadata
 _TOKENIZERS = "prune_lab.tokenizers"  # the same, of a vocabulary that is not CLIP's
 _PARTS = ("model_index", "unet", "vae", "scheduler", "text_encoder", "text_encoder_2")
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = (
+    *("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+)
 
 PresetConfig = Callable[[str], dict[str, Any]]
 
@@ -138,6 +140,24 @@ def _tokenizers_inside(path: Path) -> dict[str, dict[str, str]]:
     }
 
 
+def _refused(path: Path, error: Exception) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"asked to read the single file {path_text(path)}: diffusers cannot "
+        f"({printable(' '.join(str(error).split()), 200)}); give the diffusers folder of the model"
+    )
+
+
+def _check_tokenizers(path: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
+    known = _tokenizers_inside(path)
+    for part in ("text_encoder", "text_encoder_2"):
+        tokens = configs.get(part, {}).get("vocab_size", NUM_TOKENS)
+        if tokens != NUM_TOKENS and part.replace("text_encoder", "tokenizer") not in known:
+            raise UnsupportedModelError(
+                f"asked to read the single file {path}: its {part} has {printable(repr(tokens))} tokens and not CLIP's "
+                f"{NUM_TOKENS:,}, so its tokenizer is not known here: give the folder it was exported from"
+            )
+
+
 def configs_of(path: Path, preset_config: PresetConfig) -> dict[str, dict[str, Any]]:
     """The config of each part of the single file ``path`` by its name, and the ``model_index``.
 
@@ -149,7 +169,7 @@ def configs_of(path: Path, preset_config: PresetConfig) -> dict[str, dict[str, A
     shapes = {key: shape for key, (_, shape) in header.items()}
     try:
         configs = _configs_inside(path) or _configs_by_shape(path, shapes, preset_config)
-        wanted = unet_shapes(configs["unet"], path)
+        unet_shapes(configs["unet"], path)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"asked to read the single file {path_text(path)}: {error}") from None
     except (
@@ -162,29 +182,16 @@ def configs_of(path: Path, preset_config: PresetConfig) -> dict[str, dict[str, A
         ) from None
     if reason := beyond_bounds(configs):
         raise UnsupportedModelError(f"asked to read the single file {path_text(path)}, whose {reason}")
-    _check(path, configs, shapes, wanted)
+    _check_tokenizers(path, configs)
+    try:
+        others = left_out(configs, shapes)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"asked to read the single file {path_text(path)}: {error}") from None
+    except Exception as error:  # whatever the libraries raise about configs that make no sense
+        raise _refused(path, error) from None
+    if others:
+        note(f"left out of {path.name}, for they are no part of the model: {some_of(others)}")
     return configs
-
-
-def _check(path: Path, configs: Mapping[str, Mapping[str, Any]], shapes: Shapes, unet: Shapes) -> None:
-    found = sum(math.prod(shape) for key, shape in shapes.items() if key.startswith(UNET))
-    left_out = tuple(f"{attention}." for attention in empty_attentions(configs["unet"]))
-    wanted = sum(
-        math.prod(shape) for name, shape in unet.items() if not (left_out and name.startswith(left_out))
-    )
-    if found != wanted:
-        raise UnsupportedModelError(
-            f"asked to read the single file {path}: its U-Net has {found:,} parameters, its shapes suggest {wanted:,}: "
-            "give the diffusers folder of the model"
-        )
-    known = _tokenizers_inside(path)
-    for part in ("text_encoder", "text_encoder_2"):
-        tokens = configs.get(part, {}).get("vocab_size", NUM_TOKENS)
-        if tokens != NUM_TOKENS and part.replace("text_encoder", "tokenizer") not in known:
-            raise UnsupportedModelError(
-                f"asked to read the single file {path}: its {part} has {printable(repr(tokens))} tokens and not CLIP's "
-                f"{NUM_TOKENS:,}, so its tokenizer is not known here: give the folder it was exported from"
-            )
 
 
 def _write_configs(
@@ -232,11 +239,16 @@ def _unet_by_name(path: Path, config: Mapping[str, Any], dtype: torch.dtype) -> 
     return unet
 
 
-def _refused(path: Path, error: Exception) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"asked to read the single file {path_text(path)}: diffusers cannot "
-        f"({printable(' '.join(str(error).split()), 200)}); give the diffusers folder of the model"
-    )
+def _states(folder: Path) -> dict[str, list[int]]:
+    """Size and time of change of each file below ``folder``, by its name relative to it."""
+    files = ((path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): [state.st_size, state.st_mtime_ns] for path, state in files}
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the files that were written into ``folder`` are there as they were written."""
+    written = list_about(folder)
+    return bool(written) and written.items() <= _states(folder).items()
 
 
 def _unpack(path: Path, out: Path, configs: Mapping[str, dict[str, Any]], pipeline_class: Any) -> None:
@@ -261,8 +273,10 @@ def _unpack(path: Path, out: Path, configs: Mapping[str, dict[str, Any]], pipeli
             parts["unet"] = _unet_by_name(path, configs["unet"], _dtype(header, UNET))
         text = _dtype(header, "cond_stage_model.", "conditioner.")
         pipeline = pipeline_class.from_single_file(str(path), dtype=text, **parts, **given)
-        with atomic_folder(out) as folder:
+        with atomic_folder(out, force=True) as folder:
             pipeline.save_pretrained(folder, safe_serialization=True)
+            states = _states(folder)
+            write_file_list(folder, states, about=states)
 
 
 def unpack(path: Path, out: Path, preset_config: PresetConfig) -> Path:
@@ -282,7 +296,7 @@ def unpack(path: Path, out: Path, preset_config: PresetConfig) -> Path:
         if error.errno is not None:  # of the disk, and told as that
             raise
         raise _refused(path, error) from None
-    except BUILD_ERRORS as error:
+    except Exception as error:  # whatever the libraries raise about tensors and configs that make no sense
         raise _refused(path, error) from None
     return out
 
@@ -296,9 +310,33 @@ def _cache_folder(path: Path) -> Path:
 
 
 def unpacked(path: Path, preset_config: PresetConfig) -> Path:
-    """The pipeline folder of the single file ``path``, made on first use and then found again."""
+    """The pipeline folder of the single file ``path``, made on first use, and again where files of it are gone."""
     folder = _cache_folder(path)
-    if not folder.is_dir():
+    if not _is_whole(folder):
         note(f"writing {path.name} ({bytes_text(path.stat().st_size)}) as a folder into {folder}, once")
         unpack(path, folder, preset_config)
     return folder
+
+
+def prove_readable(path: Path, folder: Path, preset_config: PresetConfig) -> None:
+    """Raise unless the single file ``path``, made of the pipeline in ``folder``, has all of its tensors and words."""
+    configs = configs_of(path, preset_config)
+    index = configs["model_index"]
+    with tempfile.TemporaryDirectory() as temporary, quiet():
+        _write_configs(Path(temporary), configs, _tokenizers_inside(path))
+        for part in ("tokenizer", "tokenizer_2"):
+            if (index.get(part) or [None])[0] is None:
+                continue
+            found: Any = part_class(*index[part])
+            try:
+                words, wanted = (
+                    found.from_pretrained(home / part, local_files_only=True).get_vocab()
+                    for home in (Path(temporary), folder)
+                )
+            except Exception as error:  # whatever the libraries raise about files that make no sense
+                raise _refused(path, error) from None
+            if words != wanted or not words:
+                raise ProofError(
+                    f"asked to export {path_text(folder)}, whose {part} has {len(wanted):,} words, found "
+                    f"{len(words):,} or others in what was written; save it with its {TOKENIZER_FILES[2]}"
+                )

@@ -9,6 +9,7 @@ from prune_lab.config import RunConfig, load_config
 from prune_lab.errors import ConfigError, DataError, RunError
 from prune_lab.runs.paths import Run
 from prune_lab.runs.records import read_typed
+from prune_lab.runtime.reading import what_is
 
 _OF_MODELS = ("model_index.json", "config.json")
 FORMAT = 2  # of run folders, in environment.json; those of version 0.1 name none
@@ -27,7 +28,7 @@ def open_run(folder: Path | str, *, must_exist: bool) -> Run:
         reason = getattr(error, "strerror", None) or "it is no name of a folder"
         raise RunError(f"asked for the run folder {str(folder)[:60]!r}: {reason}; give another name") from None
     if run.folder.exists() and not run.folder.is_dir():
-        raise RunError(f"asked for the run folder {folder}, found a file there; give the path of a folder")
+        raise RunError(f"asked for the run folder {folder}, found {what_is(folder)} there; give the path of a folder")
     of_model = [name for name in _OF_MODELS if (run.folder / name).is_file()]
     if must_exist and of_model and not run.config.is_file():
         raise RunError(

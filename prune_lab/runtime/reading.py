@@ -49,11 +49,19 @@ def path_text(path: Path | str) -> str:
 # Files -----------------------------------------------------------------------------------------------------------
 
 
+def what_is(path: Path | str, mode: int | None = None) -> str:
+    """What lies at ``path``, as a line calls it; ``mode`` is that of its status, where it is known."""
+    mode = Path(path).stat().st_mode if mode is None else mode
+    other = next((what for is_it, what in _INSTEAD if is_it(mode)), "no regular file")
+    return "a file" if stat.S_ISREG(mode) else other
+
+
 def _refuse_others(path: Path | str, mode: int) -> None:
     """Raise StorageError, which says what ``path`` is, unless its ``mode`` is that of a regular file."""
     if not stat.S_ISREG(mode):
-        what = next((what for is_it, what in _INSTEAD if is_it(mode)), "no regular file")
-        raise StorageError(f"asked to read {path_text(path)}, found {what}; give a regular file")
+        raise StorageError(
+            f"asked to read {path_text(path)}, found {what_is(path, mode)}; give a regular file"
+        )
 
 
 def open_regular(path: Path | str) -> BinaryIO:
