@@ -344,6 +344,7 @@ def test_dry_run_says_what_is_left(run_folder: Path, config_file: Path, tmp_path
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.long
 def test_every_step_alone_on_a_run(run_folder: Path) -> None:
     assert len(table("score", "--run", run_folder)) == 38
     plans = table("search", "--run", run_folder)

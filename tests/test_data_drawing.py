@@ -132,6 +132,7 @@ def verb(tiny_pipeline_folder: Path, tmp_path: Path) -> list[str]:
     return ["data", str(tiny_pipeline_folder), "--prompts", str(tmp_path / "prompts.csv"), *VERB]
 
 
+@pytest.mark.long
 def test_a_kill_costs_one_shard_and_changes_nothing(
     drawn: LatentCache, verb: list[str], tmp_path: Path
 ) -> None:

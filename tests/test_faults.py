@@ -39,6 +39,7 @@ def stage(built_once: BuiltOnce, finished: Run, tiny_pipeline_folder: Path) -> S
     return Stage(built_once("faults-stage", link))
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_texts_are_understood_or_refused(stage: Stage, drawn: int, tmp_path: Path) -> None:
     found: list[tuple[str, object]] = []
@@ -63,6 +64,7 @@ def broken(rows: list[dict[str, object]]) -> list[object]:
     return [(row["repeat"], row["what"], row["faults"]) for row in rows if row["faults"]]
 
 
+@pytest.mark.long
 def test_hostile_models_and_data(drawn: int, tmp_path: Path) -> None:
     rows = campaign(tmp_path, drawn, "--kinds", "model", "data", "--n", "12")
     assert len(rows) == 12

@@ -460,7 +460,7 @@ def with_metadata(path: Path, out: Path, change: Callable[[dict[str, Any]], dict
     return out
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(
     part=st.sampled_from(["model_index", "unet", "vae", "scheduler", "text_encoder", "../../x", "/tmp/x"]),
     key=st.sampled_from(["_class_name", "sample_size", "vocab_size", "block_out_channels", "unet", "x"]),

@@ -108,6 +108,7 @@ def plain(text: str) -> str:
     return text.replace("\u202f", " ")
 
 
+@pytest.mark.long
 def test_every_number_is_that_of_the_cost_table(
     page: WebDriver, run: Run, architecture: Architecture
 ) -> None:

@@ -152,10 +152,9 @@ def test_every_file_of_a_run_is_watched(copied: Run, finished_config: RunConfig,
     assert faults(copied, finished_config) == {}
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("quick_report")
-@pytest.mark.parametrize(
-    "seed", [1, pytest.param(2, marks=pytest.mark.long), pytest.param(3, marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("seed", [1, 2, 3])
 def test_what_is_damaged_is_redone_and_ends_equal(
     copied: Run, finished_config: RunConfig, said: list[str], seed: int
 ) -> None:

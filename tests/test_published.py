@@ -182,6 +182,7 @@ def test_what_a_report_says(home: Path) -> None:
         assert kept in words
 
 
+@pytest.mark.long
 def test_a_report_keeps_what_only_looks_like_a_path(home: Path) -> None:
     run = Run(write_run(home / "run"))
     reason = "w/o the loss at 1/2 of the steps; see https://arxiv.org/abs/2305.15798 and /r/aww or and/or"

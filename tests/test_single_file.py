@@ -29,6 +29,7 @@ from prune_lab.surgery import prune_pipeline
 
 # Widths that 32 groups and heads of 64 channels divide, as every reader of such files takes for granted.
 WIDE = {"norm_num_groups": 32, "sample_size": 64}
+ONE_OF_THEM = ["sd-v1", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("sd-v2", "sdxl"))]
 UNETS: dict[str, dict[str, Any]] = {
     "sd-v1": {
         **TINY_UNET,
@@ -164,7 +165,7 @@ def assert_same_pipeline(found: Path, wanted: Path) -> None:
     assert torch.equal(drawn(one), drawn(other))
 
 
-@pytest.mark.parametrize("kind", ["sd-v1", "sd-v2", "sdxl"])
+@pytest.mark.parametrize("kind", ONE_OF_THEM)
 def test_the_folder_of_a_single_file_is_the_one_it_was_made_from(
     kind: str, folder_of: Any, tmp_path: Path
 ) -> None:
@@ -175,7 +176,14 @@ def test_the_folder_of_a_single_file_is_the_one_it_was_made_from(
     assert_same_pipeline(source.folder, folder_of(kind))
 
 
-@pytest.mark.parametrize("plan", ["bk-base", "bk-small", "bk-tiny", "-Md.A1 -Md.R2", "-Dn1.A1 -Dn1.A2"])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "bk-small",
+        "-Md.A1 -Md.R2",
+        *(pytest.param(plan, marks=pytest.mark.long) for plan in ("bk-base", "bk-tiny", "-Dn1.A1 -Dn1.A2")),
+    ],
+)
 def test_a_student_of_somebody_else_is_read_by_its_shapes(plan: str, folder_of: Any, tmp_path: Path) -> None:
     teacher = resolve_model(str(folder_of("sd-v1")))
     student = prune_pipeline(teacher, parse_plan(plan, teacher.architecture), tmp_path / "student")
@@ -229,6 +237,7 @@ print(pipeline("a cat", num_inference_steps=1, height=64, width=64, output_type=
 """
 
 
+@pytest.mark.long
 def test_a_fresh_process_without_network_or_cache_draws(folder_of: Any, tmp_path: Path) -> None:
     file = single_file(folder_of("sd-v1"), tmp_path / "model.safetensors")
     empty = tmp_path / "empty"
@@ -352,7 +361,9 @@ def test_a_damaged_file_is_told(tmp_path: Path) -> None:
 UNEVEN = "-Dn2.R2 -Dn2.A2 -Up3.R2 -Up3.A2"
 
 
-@pytest.mark.parametrize("ours", [True, False], ids=["with our configs", "by its shapes"])
+@pytest.mark.parametrize(
+    "ours", [pytest.param(True, marks=pytest.mark.long), False], ids=["with our configs", "by its shapes"]
+)
 def test_stages_of_unequal_depth_come_back(ours: bool, folder_of: Any, tmp_path: Path) -> None:
     teacher = resolve_model(str(folder_of("sd-v1")))
     student = prune_pipeline(teacher, parse_plan(UNEVEN, teacher.architecture), tmp_path / "student")
@@ -387,7 +398,7 @@ def test_a_model_with_a_tokenizer_of_its_own_is_refused(tmp_path: Path) -> None:
         resolve_model(str(file))
 
 
-@pytest.mark.parametrize("kind", ["sd-v1", "sd-v2", "sdxl"])
+@pytest.mark.parametrize("kind", ONE_OF_THEM)
 def test_models_for_inpainting_are_read_as_any_other(kind: str, tmp_path: Path) -> None:
     folder = tmp_path / "inpaint"
     save_pipeline(folder, kind, in_channels=9)
@@ -402,6 +413,7 @@ def test_models_for_inpainting_are_read_as_any_other(kind: str, tmp_path: Path) 
     assert all(torch.equal(tensor, wanted[key]) for key, tensor in pipeline.unet.state_dict().items())
 
 
+@pytest.mark.long
 def test_a_model_that_follows_instructions_is_read(tmp_path: Path) -> None:
     folder = tmp_path / "instructions"
     save_pipeline(folder, "sd-v1", in_channels=8)
@@ -449,7 +461,7 @@ def test_a_unet_with_parts_that_are_not_known_is_refused(folder_of: Any, tmp_pat
         tensors["model.diffusion_model.time_embed.cond_proj.weight"] = torch.zeros(8, 8)
 
     file = single_file(folder_of("sd-v1"), tmp_path / "model.safetensors", change)
-    with pytest.raises(UnsupportedModelError, match="parameters, its shapes suggest"):
+    with pytest.raises(UnsupportedModelError, match=r"time_embed\.cond_proj\.weight is not part"):
         resolve_model(str(file))
 
 
@@ -460,7 +472,6 @@ def test_the_pipeline_of_a_single_file_is_loaded_as_any_other(folder_of: Any, tm
 
 # Every tensor of the file ------------------------------------------------------------------------------------------
 
-KINDS = ("sd-v1", "sd-v2", "sdxl")
 STRAY = ("first_stage_model.decoder.foo", "cond_stage_model.zz", "lora_unet_x.lora_up.weight", "other")
 HARMLESS = (
     *("model_ema.decay", "betas", "sqrt_recipm1_alphas_cumprod", "posterior_mean_coef1", "denoiser.sigmas"),
@@ -469,7 +480,7 @@ HARMLESS = (
 )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ONE_OF_THEM)
 def test_every_tensor_of_a_file_is_used_or_named(kind: str, folder_of: Any, tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     export_single_file(resolve_model(str(folder_of(kind))), file)

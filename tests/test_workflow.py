@@ -114,7 +114,7 @@ def test_a_report_is_drawn_anew_when_a_table_is(copied: Run) -> None:
     ensure_report(Session(copied))
     assert copied.report.stat().st_mtime_ns == before
     copied.ranking.write_text(copied.ranking.read_text().replace("control", "search"))
-    with pytest.raises(RunError, match=r"ranking\.csv was changed"):
+    with pytest.raises(DataError, match=r"ranking\.csv was changed"):
         ensure_report(Session(copied))
     session = Session(copied)
     record(session, ranking_part(session, ensure_plans(session)))  # as its own step changes it
