@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -169,7 +170,7 @@ def test_what_is_damaged_is_redone_and_ends_equal(
     for name, frame in before.items():
         pd.testing.assert_frame_equal(after[name], frame, rtol=1e-6, obj=name)
     steps = {json.loads(manifest.read_text())["step"] for manifest in damaged}
-    assert {line.split(" of ")[0].split(":")[0] for line in said} >= steps - {"report"}
+    assert {re.split("[ :]", line)[0] for line in said} >= steps - {"report"}
     assert all(": redone, " in line and "\n" not in line for line in said)
     assert faults(copied, finished_config) == {}
 
