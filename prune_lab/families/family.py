@@ -7,7 +7,7 @@ class names nor module paths.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -146,19 +146,6 @@ class Layout:
         return {path: _followed(path, origins) or path for path in paths}
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class PrefixWalk:
-    """How a family computes predictions without many sets of units and shares what they have in common.
-
-    ``predictions(model, outline, inputs, removed, width, computed, compiled)`` yields (numbers of sets, prediction) for
-    every distinct set in ``removed``, with at most ``width`` states in a call, and calls ``computed(unit, rows)`` for
-    each unit that it runs. ``state_bytes(outline, itemsize)`` is the most that one row of one state takes.
-    """
-
-    predictions: Callable[..., Iterator[tuple[tuple[int, ...], Tensor]]]
-    state_bytes: Callable[[Outline, int], int]
-
-
 # What a model takes beside noisy latents, a timestep and a text ------------------------------------------------------
 
 
@@ -258,5 +245,3 @@ class Family:
     head: str  # path of the module that writes the prediction
     compiled: tuple[str, ...] = ()
     """Class names of the modules that repeat, each worth compiling alone."""
-    walk: PrefixWalk | None = None
-    """None: every set of removed units is computed by a forward pass of its own."""
