@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 HEAD = "head"  # the name of all that follows the last part
 
 
-class _FusedAttention(TorchFunctionMode):
+class FusedAttention(TorchFunctionMode):
     """Attention as a fused kernel leaves it: the result and nothing beside it. On ``meta`` it would be written out."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -112,7 +112,7 @@ def spans(
             started(HEAD)()
 
     handles, last = [], list(paths)[-1] if paths else ""
-    with torch.no_grad(), LiveBytes(unet) as live, _FusedAttention():
+    with torch.no_grad(), LiveBytes(unet) as live, FusedAttention():
         # Made anew inside: what the caller holds is alive all along, and counts.
         own = {name: _renewed(value) for name, value in inputs.items()}
         try:

@@ -22,7 +22,7 @@ from prune_lab.errors import ReplayError, UnknownBlockError
 from prune_lab.families import Family, Layout, Outline, Stage, Unit, example_inputs, meta_unet, plain_config
 from prune_lab.models import preset_config
 from prune_lab.plans import gone_with
-from prune_lab.prefix_sharing import ComputeCost, predict_without, replayed
+from prune_lab.prefix_sharing import ComputeCost, macs_without, predict_without, replayed
 from prune_lab.probes import random_probe
 
 WIDE = 5e-5  # how far a wide pass may be from a plain one, of the largest value
@@ -313,6 +313,17 @@ def test_inner_layers_before_a_difference_are_not_computed_again(chain: Callable
         _, compute, _ = shared(model, sets, width=width)
         # B1 once, B2 three times without its layers; T1 once and not, T2 of the whole and of what lacks T1
         assert compute.macs == 2 * (3 * around + block + 3 * (block - 2 * layer) + layer + 2 * layer)
+    # alone beside a pass of the whole model: B2 anew but for T1; B2 anew with T2 alone; nothing of B2 twice
+    wanted = {
+        "B2.T2": block - 2 * layer,
+        "B2.T1": block - layer,
+        "B2": 0,
+        "B1": block,
+        "B1.T2": 2 * block - 2 * layer,
+    }
+    for name, macs_after in wanted.items():
+        assert macs_without(architecture, frozenset({name})) == around + macs_after, name
+    assert macs_without(architecture, frozenset()) == architecture.total_macs
 
 
 @pytest.mark.parametrize("width", [1, 3, 100])

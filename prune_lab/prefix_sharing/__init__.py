@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prune_lab.prefix_sharing.growing import growth
 from prune_lab.prefix_sharing.replay import replayed
 from prune_lab.prefix_sharing.sharing import (
     ComputeCost,
@@ -16,6 +17,7 @@ __all__ = [
     "ComputeCost",
     "compiling",
     "fitting_batch",
+    "growth",
     "macs_without",
     "predict_without",
     "replayed",

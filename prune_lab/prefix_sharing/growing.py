@@ -18,23 +18,23 @@ from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, tr
 
 from prune_lab.blocks import Architecture
 from prune_lab.errors import ReplayError
-from prune_lab.families import meta_unet
+from prune_lab.families import Unit, meta_unet
 from prune_lab.surgery.patching import patched
 
 Marks = tuple[bool, ...]  # one for each leaf: whether its first dimension grows with the rows
 
-_FEW, _MORE = 2, 3  # rows of the two runs
+FEW, MORE = 2, 3  # rows of the two runs
 
 
 def _shapes(leaves: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(leaf.shape) if isinstance(leaf, Tensor) else () for leaf in leaves)
 
 
-def marks_of(few: Any, more: Any, rows: tuple[int, int] = (1, 2)) -> Marks:
-    """The marks of a tree of tensors that was made for two numbers of ``rows``."""
+def marks_of(few: Any, more: Any) -> Marks:
+    """The marks of a tree of tensors that was made for ``FEW`` and for ``MORE`` rows."""
     shapes = (_shapes(tree_flatten(tree)[0]) for tree in (few, more))
     return tuple(
-        bool(one) and bool(other) and one[0] * rows[1] == other[0] * rows[0]
+        bool(one) and bool(other) and one[0] * MORE == other[0] * FEW
         for one, other in zip(*shapes, strict=True)
     )
 
@@ -49,29 +49,27 @@ class Growth:
 
 @dataclass(frozen=True, slots=True)
 class Kinds:
-    """The inputs of a model without their values: a tree, of each tensor shape and dtype, and which have the rows."""
+    """The inputs of a model without their values: a tree, and the shape and dtype of each tensor in it."""
 
     tree: str
     leaves: tuple[Any, ...]
-    marks: Marks
 
     @staticmethod
-    def of(inputs: Mapping[str, Any], marks: Marks) -> Kinds:
+    def of(inputs: Mapping[str, Any]) -> Kinds:
         """The kinds of keyword arguments of a model's ``forward``."""
         leaves, spec = tree_flatten(dict(inputs))
         kinds = ((tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        return Kinds(treespec_dumps(spec), tuple(kinds), marks)
+        return Kinds(treespec_dumps(spec), tuple(kinds))
 
-    def inputs(self, rows: int) -> dict[str, Any]:
-        """Inputs of these kinds on ``meta``, with ``rows`` rows. A model without weights is in float32."""
+    def inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+        """Inputs of these kinds, of zeros; floating point numbers are of ``dtype``."""
         leaves = []
-        for kind, grows in zip(self.leaves, self.marks, strict=True):
+        for kind in self.leaves:
             if not isinstance(kind, tuple):
                 leaves.append(kind)
                 continue
-            shape, dtype = kind
-            dtype = torch.float32 if dtype.is_floating_point else dtype
-            leaves.append(torch.empty((rows, *shape[1:]) if grows else shape, dtype=dtype, device="meta"))
+            shape, own = kind
+            leaves.append(torch.zeros(shape, dtype=dtype if own.is_floating_point else own, device=device))
         found: dict[str, Any] = tree_unflatten(leaves, treespec_loads(self.tree))
         return found
 
@@ -94,24 +92,41 @@ def _watched(model: Any, paths: Sequence[str], inputs: Mapping[str, Any]) -> dic
     return seen
 
 
-@functools.lru_cache(maxsize=64)
-def growth(architecture: Architecture, kinds: Kinds) -> Mapping[str, Growth]:
-    """By path of each unit's module: which of its arguments and results grow with the rows of inputs of ``kinds``.
-
-    Raises ReplayError for a unit whose module is not called.
-    """
-    model = meta_unet(architecture.config)
-    paths = [unit.path for unit in architecture.outline.units]
+def _growth(model: Any, units: Sequence[Unit], kinds: tuple[Kinds, Kinds]) -> Mapping[str, Growth]:
+    paths = [unit.path for unit in units]
     with torch.inference_mode(False), torch.no_grad():
-        few, more = (_watched(model, paths, kinds.inputs(rows)) for rows in (_FEW, _MORE))
-    for unit in architecture.outline.units:
+        few, more = (_watched(model, paths, one.inputs(model.device, model.dtype)) for one in kinds)
+    for unit in units:
         if unit.path not in few:
             raise ReplayError(
                 f"asked to share what comes before {unit.name}, found that the forward pass of the model never calls "
                 f"it ({unit.path}); its family lists a block that is not used"
             )
-    rows = (_FEW, _MORE)
     return {
-        path: Growth(*(marks_of(one, other, rows) for one, other in zip(few[path], more[path], strict=True)))
+        path: Growth(*(marks_of(one, other) for one, other in zip(few[path], more[path], strict=True)))
         for path in paths
     }
+
+
+@functools.lru_cache(maxsize=64)
+def _without_weights(architecture: Architecture, kinds: tuple[Kinds, Kinds]) -> Mapping[str, Growth] | None:
+    """What ``growth`` gives; None where the model does not run on ``meta``, since it reads values."""
+    try:
+        return _growth(meta_unet(architecture.config), architecture.outline.units, kinds)
+    except ReplayError:
+        raise
+    except (RuntimeError, NotImplementedError, TypeError, ValueError):
+        return None
+
+
+def growth(
+    model: Any, architecture: Architecture, inputs: Callable[[int], Mapping[str, Any]]
+) -> Mapping[str, Growth]:
+    """By path of each unit's module: which of its arguments and results grow with the rows of ``inputs(rows)``.
+
+    The model itself is run only where one without weights cannot be. Raises ReplayError for a unit whose module is not
+    called.
+    """
+    kinds = Kinds.of(inputs(FEW)), Kinds.of(inputs(MORE))
+    found = _without_weights(architecture, kinds)
+    return _growth(model, architecture.outline.units, kinds) if found is None else found

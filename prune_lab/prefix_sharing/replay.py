@@ -15,7 +15,6 @@ it differs, once for each difference, and the inner ones share among themselves 
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,7 +33,6 @@ from prune_lab.surgery import stand_in_for
 from prune_lab.surgery.patching import patched
 
 Code = tuple[bool, ...]  # of one set: for each site whether it is removed
-Around = Callable[[Unit], contextlib.AbstractContextManager[object]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,16 +145,6 @@ def _versions(leaves: Sequence[Any]) -> tuple[int, ...]:
     )
 
 
-def repeated(leaves: Sequence[Any], marks: Marks, times: int) -> list[Any]:
-    """The leaves with their rows ``times`` over, copy after copy."""
-    if times == 1:
-        return list(leaves)
-    return [
-        leaf.repeat(times, *[1] * (leaf.dim() - 1)) if grows else leaf
-        for leaf, grows in zip(leaves, marks, strict=True)
-    ]
-
-
 def _split(leaves: Sequence[Any], marks: Marks, lanes: int) -> list[list[Any]]:
     """For each lane its part of the leaves."""
     columns = [
@@ -220,13 +208,11 @@ class _Passes:
         growth: Mapping[str, Growth] | None,
         at_once: int,
         computed: Callable[[Unit, int], None],
-        around: Around,
     ) -> None:
         self._sites = sites
         self._growth = growth
         self._at_once = at_once
         self._computed = computed
-        self._around = around
         self._held: dict[int, _Held] = {}
         self._next_held: dict[int, _Held] = {}
         self._lanes: Sequence[Code] = ()
@@ -345,8 +331,7 @@ class _Passes:
             return site.gone(*args, **kwargs)
         outer, self._lanes, self._place = self._lanes, lanes, place + 1
         try:
-            with self._around(site.unit):
-                output = site.forward(*args, **kwargs)
+            output = site.forward(*args, **kwargs)
         finally:
             self._lanes = outer
         self._finished(site.end)
@@ -406,14 +391,13 @@ def replayed(
     growth: Callable[[], Mapping[str, Growth]] | None = None,
     computed: Callable[[Unit, int], None] = lambda unit, lanes: None,
     at_once: int | None = None,
-    around: Around = lambda unit: contextlib.nullcontext(),
     compiled: bool = False,
 ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
     """(numbers of sets, answer (rows, ...)) of every distinct set in ``removed``, in the order in which they are ready.
 
     ``call(lanes)`` runs the model on its rows, repeated so many times, and gives its answer. ``width`` sets go in one
     pass; ``growth`` says which tensors grow with them and is asked only where several do. ``computed(unit, lanes)`` is
-    told of each unit that is run, and ``around`` is entered for it; at most ``at_once`` sets go into one call of it.
+    told of each unit that is run; at most ``at_once`` sets go into one call of it.
     Raises ReplayError for a model that does something that its units cannot be replayed with: it calls one twice,
     changes what one gave, or keeps state in its buffers.
     """
@@ -423,7 +407,7 @@ def replayed(
         numbers.setdefault(_coded(sites, names), []).append(number)
     groups = _groups(sites, list(numbers), width)
     known = growth() if growth is not None and any(len(group) > 1 for group in groups) else None
-    passes = _Passes(sites, known, at_once or width, computed, around)
+    passes = _Passes(sites, known, at_once or width, computed)
     before = _state(model)
     for group, following in itertools.zip_longest(groups, groups[1:]):
         with patched(model, passes.forwards()):

@@ -12,21 +12,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from prune_lab.blocks import UNKNOWN_LATENT, Architecture, architecture_of
 from prune_lab.errors import ReplayError
 from prune_lab.families import Unit, example_inputs, meta_unet
 from prune_lab.live_bytes import live_peak
-from prune_lab.prefix_sharing.growing import Kinds, Marks, growth, marks_of
-from prune_lab.prefix_sharing.replay import repeated, replayed
+from prune_lab.prefix_sharing.growing import growth
+from prune_lab.prefix_sharing.replay import in_order, replayed
 from prune_lab.probes import Probe, evaluating
 from prune_lab.runtime import free_bytes, track
 
@@ -89,24 +88,6 @@ def fitting_batch(
     return rows, max(1, fitting // rows)
 
 
-def macs_without(architecture: Architecture, gone: frozenset[str]) -> int:
-    """Multiply-adds of one row that a set of units ``gone`` needs beside the U-Net's own pass: what comes after the
-    first of them. Sets that share their first removals need less.
-    """
-    units = architecture.units
-    first = next((place for place, unit in enumerate(units) if unit.name in gone), -1)
-    around = architecture.total_macs - sum(unit.macs for unit in units)  # the stem and the head
-    return around + sum(unit.macs for unit in units[first + 1 :] if unit.name not in gone)
-
-
-def compiling(wanted: bool) -> contextlib.AbstractContextManager[object]:
-    """Inside, torch compiles as many graphs of one class of block as there are widths, and not the usual eight."""
-    if not wanted:
-        return contextlib.nullcontext()
-    patched: contextlib.AbstractContextManager[object] = torch._dynamo.config.patch(recompile_limit=_GRAPHS)
-    return patched
-
-
 def own_macs(architecture: Architecture) -> tuple[dict[str, int], int]:
     """Multiply-adds of one row by unit, without those of the units inside it; and of what lies around all units."""
     units = architecture.outline.units
@@ -118,32 +99,55 @@ def own_macs(architecture: Architecture) -> tuple[dict[str, int], int]:
     return own, architecture.total_macs - sum(own.values())
 
 
+def macs_without(architecture: Architecture, gone: frozenset[str]) -> int:
+    """Multiply-adds of one row that a set of units ``gone`` needs beside the model's own pass: what comes after the
+    first of them, and what lies around it in the same block. Sets that share their first removals need less.
+    """
+    own, needed = own_macs(architecture)
+    units = in_order(architecture.outline.units)
+    around: dict[str, frozenset[str]] = {
+        "": frozenset()
+    }  # of each unit: itself, and those that it lies inside of
+    for unit in units:
+        around[unit.name] = around[unit.inside] | {unit.name}
+    first = next((place for place, unit in enumerate(units) if unit.name in gone), -1)
+    again = around[units[first].name] if first >= 0 else frozenset[str]()
+    for place, unit in enumerate(units):
+        if (place > first or unit.name in again) and gone.isdisjoint(around[unit.name]):
+            needed += own[unit.name]
+    return needed
+
+
+def compiling(wanted: bool) -> contextlib.AbstractContextManager[object]:
+    """Inside, torch compiles as many graphs of one class of block as there are widths, and not the usual eight."""
+    if not wanted:
+        return contextlib.nullcontext()
+    patched: contextlib.AbstractContextManager[object] = torch._dynamo.config.patch(recompile_limit=_GRAPHS)
+    return patched
+
+
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """The inputs of some rows, and which of their tensors have these rows."""
+    """Some rows of a probe, and the model that is asked."""
 
     model: Any
-    inputs: Mapping[str, Any]
-    marks: Marks
+    probe: Probe
+    numbers: tuple[int, ...]
+
+    def inputs(self, copies: int) -> dict[str, Any]:
+        """Keyword arguments of ``forward`` for the rows, repeated copy after copy."""
+        numbers = self.numbers * copies
+        ((_, inputs),) = self.probe.rows(numbers).batches(len(numbers), self.model)
+        return inputs
 
     def answer(self, copies: int) -> Tensor:
-        """The prediction (copies x rows, ...) for the rows, repeated copy after copy."""
-        leaves, spec = tree_flatten(dict(self.inputs))
-        inputs = tree_unflatten(repeated(leaves, self.marks, copies), spec)
-        prediction: Tensor = self.model(**inputs, return_dict=False)[0]
+        """The prediction (copies x rows, ...)."""
+        prediction: Tensor = self.model(**self.inputs(copies), return_dict=False)[0]
         return prediction
 
     def first(self) -> _Rows:
         """The first row alone."""
-        leaves, spec = tree_flatten(dict(self.inputs))
-        few = [leaf[:1] if grows else leaf for leaf, grows in zip(leaves, self.marks, strict=True)]
-        return _Rows(self.model, tree_unflatten(few, spec), self.marks)
-
-
-def _marks(probe: Probe, model: ModelMixin) -> Marks:
-    """Which of the model's inputs have a row for each row of ``probe``."""
-    one, two = (next(probe.rows(rows).batches(2, model))[1] for rows in ([0], [0, 0]))
-    return marks_of(one, two)
+        return _Rows(self.model, self.probe, self.numbers[:1])
 
 
 def _answers(
@@ -167,7 +171,7 @@ def _answers(
         rows.answer,
         removed,
         width=width,
-        growth=lambda: growth(architecture, Kinds.of(rows.inputs, rows.marks)),
+        growth=lambda: growth(rows.model, architecture, rows.first().inputs),
         computed=computed,
         compiled=compiled,
     )
@@ -209,18 +213,17 @@ def predict_without(
     ``removed`` holds the units that are bypassed, as from ``gone_with``; the empty set is the model itself. At most
     ``batch`` rows go together, and at most ``width`` sets in one pass; by default both are what fits into memory. With
     a width of 1 the numbers are those of plain passes over the same rows, bit for bit. ``compute`` is added up.
-    ``compiled`` blocks take a minute or two to compile and are faster then. Raises ReplayError for a model that its
-    units cannot be replayed of, or one whose rows hang on each other.
+    ``compiled`` blocks take a minute or two to compile and are faster then. Raises ReplayError for a
+    model whose units cannot be replayed, or whose rows hang on each other.
     """
     compute = ComputeCost() if compute is None else compute
-    dtype, device = unet.dtype, unet.device
     if width is None:
         rows = min(batch, len(probe))
-        batch, width = fitting_batch(architecture_of(unet), rows, device, dtype.itemsize)
-    marks = _marks(probe, unet)
-    for part, inputs in probe.batches(batch, unet):
+        batch, width = fitting_batch(architecture_of(unet), rows, unet.device, unet.dtype.itemsize)
+    for start in range(0, len(probe), batch):
+        part = slice(start, min(start + batch, len(probe)))
+        given = _Rows(unet, probe, tuple(range(part.start, part.stop)))
         predictions: dict[int, Tensor] = {}
-        given = _Rows(unet, inputs, marks)
         # Closed before anything is handed out: neither the mode may leak into what the caller does with it. In
         # inference mode torch does not count what is changed in place.
         with evaluating(unet), torch.inference_mode(False), torch.no_grad(), compiling(compiled):
