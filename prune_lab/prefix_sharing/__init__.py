@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from prune_lab.prefix_sharing.growing import growth
+from prune_lab.prefix_sharing.needs import needed_bytes, stated_peak
 from prune_lab.prefix_sharing.replay import replayed
 from prune_lab.prefix_sharing.sharing import (
     ComputeCost,
@@ -19,7 +20,9 @@ __all__ = [
     "fitting_batch",
     "growth",
     "macs_without",
+    "needed_bytes",
     "predict_without",
     "replayed",
     "state_bytes",
+    "stated_peak",
 ]

@@ -24,10 +24,12 @@ from prune_lab.blocks import UNKNOWN_LATENT, Architecture, architecture_of
 from prune_lab.errors import ReplayError
 from prune_lab.families import Unit, example_inputs, meta_unet
 from prune_lab.live_bytes import live_peak
+from prune_lab.models.streamed import is_streamed
 from prune_lab.prefix_sharing.growing import growth
+from prune_lab.prefix_sharing.needs import needed_bytes
 from prune_lab.prefix_sharing.replay import in_order, replayed
 from prune_lab.probes import Probe, evaluating
-from prune_lab.runtime import free_bytes, track
+from prune_lab.runtime import bytes_text, free_bytes, note, track
 
 _MEMORY_SHARE = 0.4  # of what is free at the start
 _MOST_BYTES = 6 << 30
@@ -154,6 +156,7 @@ def _answers(
     rows: _Rows,
     removed: Sequence[frozenset[str]],
     width: int,
+    at_once: int | None,
     compute: ComputeCost,
     compiled: bool,
 ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
@@ -173,6 +176,7 @@ def _answers(
         width=width,
         growth=lambda: growth(rows.model, architecture, rows.first().inputs),
         computed=computed,
+        at_once=at_once,
         compiled=compiled,
     )
     for sets, prediction in found:
@@ -198,6 +202,23 @@ def _check_wide(rows: _Rows, removed: frozenset[str], found: Tensor) -> None:
         )
 
 
+def _width_from_disk(rows: _Rows, removed: Sequence[frozenset[str]], at_once: int) -> int:
+    """How many sets share a pass of a model that is read from disk: all, if they fit, so that it is read once.
+
+    Says what memory that will take, before it starts.
+    """
+    width, free = len(set(removed)), free_bytes(rows.model.device)
+    needed = needed_bytes(rows.model, rows.inputs, removed, width=width, at_once=at_once)
+    while needed > _MEMORY_SHARE * free and width > 1:
+        width = -(-width // 2)
+        needed = needed_bytes(rows.model, rows.inputs, removed, width=width, at_once=at_once)
+    note(
+        f"blocks are read from disk, {-(-len(set(removed)) // width)} times each for {len(rows.numbers)} rows; this "
+        f"takes up to {bytes_text(needed)} of memory beside what is in use"
+    )
+    return width
+
+
 def predict_without(
     unet: ModelMixin,
     probe: Probe,
@@ -213,13 +234,18 @@ def predict_without(
     ``removed`` holds the units that are bypassed, as from ``gone_with``; the empty set is the model itself. At most
     ``batch`` rows go together, and at most ``width`` sets in one pass; by default both are what fits into memory. With
     a width of 1 the numbers are those of plain passes over the same rows, bit for bit. ``compute`` is added up.
-    ``compiled`` blocks take a minute or two to compile and are faster then. Raises ReplayError for a
+    ``compiled`` blocks take a minute or two to compile and are faster then. Of a model that is read from disk
+    (``load_streamed``) all sets share a pass if they fit, so that each block is read once. Raises ReplayError for a
     model whose units cannot be replayed, or whose rows hang on each other.
     """
     compute = ComputeCost() if compute is None else compute
+    at_once = None
     if width is None:
         rows = min(batch, len(probe))
         batch, width = fitting_batch(architecture_of(unet), rows, unet.device, unet.dtype.itemsize)
+        if is_streamed(unet):
+            at_once = width
+            width = _width_from_disk(_Rows(unet, probe, tuple(range(batch))), removed, at_once)
     for start in range(0, len(probe), batch):
         part = slice(start, min(start + batch, len(probe)))
         given = _Rows(unet, probe, tuple(range(part.start, part.stop)))
@@ -227,7 +253,7 @@ def predict_without(
         # Closed before anything is handed out: neither the mode may leak into what the caller does with it. In
         # inference mode torch does not count what is changed in place.
         with evaluating(unet), torch.inference_mode(False), torch.no_grad(), compiling(compiled):
-            answers = _answers(given, removed, width, compute, compiled)
+            answers = _answers(given, removed, width, at_once, compute, compiled)
             about = f"scoring rows {part.start + 1} to {part.stop} of {len(probe)}"
             for sets, prediction in track(answers, about, len(set(removed))):
                 if part.start == 0 and width > 1 and 0 in sets:
