@@ -15,7 +15,6 @@ it differs, once for each difference, and the inner ones share among themselves 
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,23 +25,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from prune_lab.blocks import Architecture
-from prune_lab.errors import ReplayError, UnknownBlockError
+from prune_lab.errors import ReplayError
 from prune_lab.families import Unit
 from prune_lab.prefix_sharing.growing import Growth, Marks
-from prune_lab.surgery import stand_in_for
+from prune_lab.prefix_sharing.sites import Code, Site, coded, grouped, sites_of
 from prune_lab.surgery.patching import patched
-
-Code = tuple[bool, ...]  # of one set: for each site whether it is removed
-
-
-@dataclass(frozen=True, slots=True)
-class _Site:
-    """One unit at its place in the order of execution."""
-
-    unit: Unit
-    forward: Callable[..., Any]  # the module's own
-    gone: Callable[..., Any]  # what answers when it is removed
-    end: int  # the place after the last unit inside it; what it gives hangs on all decisions before that
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,85 +41,6 @@ class _Held:
     leaves: list[Any]
     spec: TreeSpec
     versions: tuple[int, ...]
-
-
-# What a family says, checked -----------------------------------------------------------------------------------------
-
-
-def in_order(units: Sequence[Unit]) -> tuple[Unit, ...]:
-    """The units in order of execution, each followed by those that lie inside it."""
-    inner: dict[str, list[Unit]] = {}
-    for unit in units:
-        inner.setdefault(unit.inside, []).append(unit)
-
-    def with_inner(unit: Unit) -> Iterator[Unit]:
-        yield unit
-        for one in inner.get(unit.name, ()):
-            yield from with_inner(one)
-
-    return tuple(itertools.chain.from_iterable(with_inner(unit) for unit in inner.get("", ())))
-
-
-def _check_hands_on(unit: Unit, module: nn.Module) -> None:
-    """Raise ReplayError where the unit would hand on an input that its module does not have."""
-    parameters = inspect.signature(type(module).forward).parameters
-    if unit.stand_in or any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
-        return
-    missing = [name for name in unit.hands_on if name is not None and name not in parameters]
-    if missing:
-        raise ReplayError(
-            f"asked for what goes on without {unit.name}, found that its family names the input {missing[0]!r}, which "
-            f"{type(module).__name__}.forward does not take; it takes {', '.join(list(parameters)[1:])}"
-        )
-
-
-def _handing_on(unit: Unit, module: nn.Module) -> Callable[..., Any]:
-    instead = stand_in_for(module, unit)
-
-    def gone(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return instead(*args, **kwargs)
-        except KeyError as error:
-            raise ReplayError(
-                f"asked for what goes on without {unit.name}, found that the model calls it without the input "
-                f"{error.args[0]!r}, which its family names"
-            ) from None
-
-    return gone
-
-
-def _sites(model: nn.Module, architecture: Architecture, compiled: bool) -> tuple[_Site, ...]:
-    units = in_order(architecture.outline.units)
-    places = {unit.name: place for place, unit in enumerate(units)}
-    ends = [place + 1 for place in range(len(units))]
-    for place in range(len(units) - 1, -1, -1):  # from the last, so that inner ends reach their outer units
-        if units[place].inside:
-            outer = places[units[place].inside]
-            ends[outer] = max(ends[outer], ends[place])
-    sites = []
-    for place, unit in enumerate(units):
-        module = model.get_submodule(unit.path)
-        _check_hands_on(unit, module)
-        forward = module.forward
-        if compiled and ends[place] == place + 1:  # what others lie inside is patched there
-            # for any number of rows; blocks of equal shapes share a graph
-            forward = torch.compile(forward, dynamic=True)
-        sites.append(_Site(unit, forward, _handing_on(unit, module), ends[place]))
-    return tuple(sites)
-
-
-def _coded(sites: Sequence[_Site], removed: frozenset[str]) -> Code:
-    """The decisions of a set; those inside of a removed unit make no difference and are left out."""
-    unknown = removed - {site.unit.name for site in sites}
-    if unknown:
-        raise UnknownBlockError(f"asked to remove {', '.join(sorted(unknown))}, found no unit of that name")
-    code: list[bool] = []
-    for place, site in enumerate(sites):
-        if place >= len(code):
-            code.append(site.unit.name in removed)
-            if code[-1]:
-                code += [False] * (site.end - len(code))
-    return tuple(code)
 
 
 # Tensors -------------------------------------------------------------------------------------------------------------
@@ -196,6 +104,15 @@ def _check_form(
         )
 
 
+def _layout(output: Any) -> torch.memory_format:
+    """How the state on the main path lies in memory: with the channels last, as plain attention gives it, or not."""
+    state = output if isinstance(output, Tensor) else output[0]
+    last = isinstance(state, Tensor) and state.ndim == 4 and not state.is_contiguous()
+    if last and state.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
 # The passes ----------------------------------------------------------------------------------------------------------
 
 
@@ -204,7 +121,7 @@ class _Passes:
 
     def __init__(
         self,
-        sites: Sequence[_Site],
+        sites: Sequence[Site],
         growth: Mapping[str, Growth] | None,
         at_once: int,
         computed: Callable[[Unit, int], None],
@@ -219,6 +136,7 @@ class _Passes:
         self._last: Code = ()
         self._shared = 0  # places whose decisions the next pass begins with too
         self._place = 0  # of the unit that is to be called next
+        self._main_path = torch.contiguous_format
 
     def forwards(self) -> dict[str, Callable[..., Any]]:
         """By path of each module what it answers through meanwhile."""
@@ -231,6 +149,7 @@ class _Passes:
     def run(self, call: Callable[[], Tensor], codes: Sequence[Code], following: Code | None) -> Tensor:
         """The answer of one pass for ``codes``, a copy of the rows for each; ``following`` is the next pass's first."""
         self._lanes, self._last, self._place = codes, codes[-1], 0
+        self._main_path = torch.contiguous_format
         self._shared = 0
         if following is not None:
             pairs = enumerate(zip(codes[-1], following, strict=True))
@@ -295,10 +214,12 @@ class _Passes:
         self._place = site.end
         assert spec is not None
         self._hold(place, found, output, spec)
-        if covered:
-            return output
-        joined = _joined([found[code[: site.end]] for code in lanes], self._marks(place).made)
-        return tree_unflatten(joined, spec)
+        if not covered:
+            joined = _joined([found[code[: site.end]] for code in lanes], self._marks(place).made)
+            output = tree_unflatten(joined, spec)
+        if not site.unit.inside:
+            self._main_path = _layout(output)
+        return output
 
     def _calls(self, place: int, wanted: Sequence[Code]) -> Iterator[Sequence[Code]]:
         """The histories in wanted, by calls: those that compute the unit, then those that it is removed from."""
@@ -328,7 +249,11 @@ class _Passes:
         """What the unit gives for ``lanes``, which all keep it or all lack it."""
         (args, kwargs), site = given, self._sites[place]
         if lanes[0][place]:
-            return site.gone(*args, **kwargs)
+            handed_on = site.gone(*args, **kwargs)
+            if site.unit.takes_skip and isinstance(handed_on, Tensor):
+                # It was cut from a concatenation, which hides how the main path lies; kernels may round otherwise then.
+                return handed_on.contiguous(memory_format=self._main_path)
+            return handed_on
         outer, self._lanes, self._place = self._lanes, lanes, place + 1
         try:
             output = site.forward(*args, **kwargs)
@@ -359,23 +284,6 @@ class _Passes:
         self._next_held[place] = _Held(key, output, leaves, spec, _versions(leaves))
 
 
-def _groups(sites: Sequence[_Site], codes: Sequence[Code], width: int) -> list[list[Code]]:
-    """The codes of each pass, in the order of their decisions.
-
-    Where a sampler is gone all that follows has another size, so such sets stand apart from the others in wide passes.
-    """
-    samplers = [place for place, site in enumerate(sites) if site.unit.kind == "sampler"]
-
-    def sizes(code: Code) -> Code:
-        return tuple(code[place] for place in samplers) if width > 1 else ()
-
-    groups = []
-    for _, alike in itertools.groupby(sorted(codes, key=lambda code: (sizes(code), code)), key=sizes):
-        members = list(alike)
-        groups += [members[start : start + width] for start in range(0, len(members), width)]
-    return groups
-
-
 def _state(model: nn.Module) -> list[tuple[str, int, int]]:
     """Which buffers the model has, and how often each was changed in place."""
     return [(name, id(buffer), _versions([buffer])[0]) for name, buffer in model.named_buffers()]
@@ -401,11 +309,11 @@ def replayed(
     Raises ReplayError for a model that does something that its units cannot be replayed with: it calls one twice,
     changes what one gave, or keeps state in its buffers.
     """
-    sites = _sites(model, architecture, compiled)
+    sites = sites_of(model, architecture, compiled)
     numbers: dict[Code, list[int]] = {}
     for number, names in enumerate(removed):
-        numbers.setdefault(_coded(sites, names), []).append(number)
-    groups = _groups(sites, list(numbers), width)
+        numbers.setdefault(coded(sites, names), []).append(number)
+    groups = grouped(sites, list(numbers), width)
     known = growth() if growth is not None and any(len(group) > 1 for group in groups) else None
     passes = _Passes(sites, known, at_once or width, computed)
     before = _state(model)

@@ -27,7 +27,8 @@ from prune_lab.live_bytes import live_peak
 from prune_lab.models.streamed import is_streamed
 from prune_lab.prefix_sharing.growing import growth
 from prune_lab.prefix_sharing.needs import needed_bytes
-from prune_lab.prefix_sharing.replay import in_order, replayed
+from prune_lab.prefix_sharing.replay import replayed
+from prune_lab.prefix_sharing.sites import in_order
 from prune_lab.probes import Probe, evaluating
 from prune_lab.runtime import bytes_text, free_bytes, note, track
 
