@@ -250,7 +250,7 @@ class _Passes:
         (args, kwargs), site = given, self._sites[place]
         if lanes[0][place]:
             handed_on = site.gone(*args, **kwargs)
-            if site.unit.takes_skip and isinstance(handed_on, Tensor):
+            if site.unit.takes_skip and not site.unit.stand_in:
                 # It was cut from a concatenation, which hides how the main path lies; kernels may round otherwise then.
                 return handed_on.contiguous(memory_format=self._main_path)
             return handed_on
