@@ -51,6 +51,10 @@ class UnsupportedModelError(PruneLabError):
     """The model is of a class or shape whose blocks are not known here."""
 
 
+class ReplayError(UnsupportedModelError):
+    """The model's forward pass does something that its blocks cannot be replayed with."""
+
+
 class UnknownBlockError(PruneLabError):
     """The U-Net has no block of that name."""
 

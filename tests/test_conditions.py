@@ -37,7 +37,7 @@ from prune_lab.evaluation import generate
 from prune_lab.families import conditions_of, example_inputs, forward_inputs, known_conditions
 from prune_lab.importance import ScoringContext
 from prune_lab.plans import parse_plan
-from prune_lab.prefix_sharing import check_walk
+from prune_lab.prefix_sharing import predict_without, replayed
 from prune_lab.probes import (
     guidance_embedding,
     load_probe,
@@ -271,9 +271,12 @@ def test_a_known_kind_is_given_rows_that_are_not_zero(kind: str) -> None:
         assert rows.shape == (4, *condition.row_shape(16, 16))
         assert (rows.flatten(1) != 0).any(dim=1).all(), condition.name
     unet = build_unet(config)
-    with torch.no_grad():
-        for _, inputs in probe.batches(2, unet):
-            check_walk(unet, inputs)
+    parts = predict_without(unet, probe, [frozenset(), frozenset({"Md.R1"})], batch=2, width=1)
+    found = [torch.cat(answers) for answers in zip(*(answers for _, answers in parts), strict=True)]
+    assert torch.equal(found[0], predict(unet, probe, batch=2))
+    wide = predict_without(unet, probe, [frozenset(), frozenset({"Md.R1"})], batch=4)
+    for one, other in zip(next(wide)[1], found, strict=True):
+        torch.testing.assert_close(one, other, rtol=5e-5, atol=5e-5)
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -285,14 +288,16 @@ def test_an_unknown_kind_is_refused_in_one_line(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in REFUSED if kind.startswith(("labels", "side", "noise"))])
-def test_the_walk_gives_labels_their_place(kind: str) -> None:
+def test_a_replay_gives_labels_their_place(kind: str) -> None:
     """Labels are refused where inputs are made, not where a caller brings them."""
     unet = build_unet(SMALL_UNET | REFUSED[kind][0])
     inputs = example_inputs(unet.config, batch=1, tokens=5)
     inputs["sample"] = torch.randn(inputs["sample"].shape)
     inputs["class_labels"] = inputs["class_labels"] + 1
+    sets = [frozenset({"Md.R1"}), frozenset[str]()]
     with torch.no_grad():
-        check_walk(unet, inputs)
+        found = replayed(unet, architecture_of(unet), lambda copies: unet(**inputs).sample, sets)
+        assert torch.equal(dict(found)[(1,)], unet(**inputs).sample)
 
 
 def test_inputs_of_another_model_are_refused() -> None:

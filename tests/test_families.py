@@ -176,17 +176,19 @@ def toy_config(toy: Any) -> dict[str, Any]:
     return plain_config(toy)
 
 
-def test_a_family_without_a_walk_predicts_set_by_set(toy: Any) -> None:
+def test_a_toy_shares_what_its_sets_begin_with(toy: Any) -> None:
     architecture, compute = architecture_of(toy), ComputeCost()
     probe = random_probe(toy_config(toy), samples=3, seed=0, timesteps=3)
     sets = [gone_with(architecture, names) for names in ((), ("B1",), ("B1", "B3"), ("B1",))]
-    parts = list(predict_without(toy, probe, sets, compute=compute))
+    parts = list(predict_without(toy, probe, sets, compute=compute, width=1))
     found = [torch.cat(answers) for answers in zip(*(answers for _, answers in parts), strict=True)]
     for gone, answer in zip(sets, found, strict=True):
         with bypassed(toy, gone):
             assert torch.equal(predict(toy, probe), answer)
-    # three different sets, which lack none, one and two blocks
-    assert compute.macs == 3 * (3 * architecture.total_macs - 3 * architecture.blocks[0].macs)
+    # all four blocks; then B2, B3 and B4 without B1; then B4, after what both have in common
+    block = architecture.blocks[0].macs
+    around = architecture.total_macs - 4 * block
+    assert compute.macs == 3 * (3 * around + (4 + 3 + 1) * block)
 
 
 def test_features_of_a_toy_follow_the_weights(toy: Any) -> None:

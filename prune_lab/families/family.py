@@ -7,7 +7,7 @@ class names nor module paths.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -133,6 +133,8 @@ class Layout:
 
     config: Mapping[str, Any]
     names: Mapping[str, str | None]
+    convert: Mapping[str, Callable[[Tensor], Tensor]] = dataclasses.field(default_factory=dict)
+    """By name of a tensor in the smaller model: what makes it of the original's, where it is not the same."""
 
     def renamed(self, path: str) -> str | None:
         """Path in the smaller model of a module or tensor of the original; None when it is gone."""
@@ -142,19 +144,6 @@ class Layout:
         """Path in the original of each module or tensor ``paths`` of the smaller model."""
         origins = {new: old for old, new in self.names.items() if new is not None}
         return {path: _followed(path, origins) or path for path in paths}
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class PrefixWalk:
-    """How a family computes predictions without many sets of units and shares what they have in common.
-
-    ``predictions(model, outline, inputs, removed, width, computed, compiled)`` yields (numbers of sets, prediction) for
-    every distinct set in ``removed``, with at most ``width`` states in a call, and calls ``computed(unit, rows)`` for
-    each unit that it runs. ``state_bytes(outline, itemsize)`` is the most that one row of one state takes.
-    """
-
-    predictions: Callable[..., Iterator[tuple[tuple[int, ...], Tensor]]]
-    state_bytes: Callable[[Outline, int], int]
 
 
 # What a model takes beside noisy latents, a timestep and a text ------------------------------------------------------
@@ -230,6 +219,8 @@ class Family:
 
     model_class: Callable[[], type[Any]]
     """The class; a function, so that it is imported when it is first needed."""
+    component: str = "unet"
+    """The model's name among the parts of a pipeline."""
     check: Callable[[Mapping[str, Any], Mapping[str, Any]], None] = lambda config, defaults: None
     """Raises UnsupportedModelError for a setting of a config that nothing can be built from; the second argument holds
     the values of what it leaves out."""
@@ -254,5 +245,3 @@ class Family:
     head: str  # path of the module that writes the prediction
     compiled: tuple[str, ...] = ()
     """Class names of the modules that repeat, each worth compiling alone."""
-    walk: PrefixWalk | None = None
-    """None: every set of removed units is computed by a forward pass of its own."""

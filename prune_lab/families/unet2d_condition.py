@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from prune_lab.errors import PlanError, UnsupportedModelError
-from prune_lab.families import unet_blocks, unet_conditions, unet_settings, unet_walk, unet_wiring
-from prune_lab.families.family import Family, Outline, PrefixWalk, Removed, arranged
+from prune_lab.families import unet_blocks, unet_conditions, unet_settings, unet_wiring
+from prune_lab.families.family import Family, Outline, Removed, arranged
 
 CLIP_TOKENS = 77  # the context length of every CLIP text encoder that Stable Diffusion uses
 
@@ -122,5 +122,4 @@ UNET2D_CONDITION = Family(
     stem="conv_in",
     head="conv_out",
     compiled=("ResnetBlock2D", "BasicTransformerBlock"),
-    walk=PrefixWalk(unet_walk.predictions, unet_walk.state_bytes),
 )

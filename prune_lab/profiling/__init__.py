@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prune_lab.live_bytes import LiveBytes, live_peak
 from prune_lab.profiling.activations import ActivationTable, UnitMemory, activation_table
 from prune_lab.profiling.cost_table import (
     COUNTED,
@@ -31,7 +32,7 @@ from prune_lab.profiling.latency_cache import (
     latency_words,
 )
 from prune_lab.profiling.latency_parts import forward_ms, measure_latency_table
-from prune_lab.profiling.live_memory import LiveBytes, live_peak, measure_memory_growth
+from prune_lab.profiling.live_memory import measure_memory_growth
 from prune_lab.profiling.plan_matrix import (
     REST,
     PlanMatrix,

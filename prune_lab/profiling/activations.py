@@ -32,7 +32,7 @@ from torch import nn
 from prune_lab.blocks import Architecture
 from prune_lab.errors import UnsupportedModelError
 from prune_lab.families import example_inputs, latent_shape, meta_unet, plain_config
-from prune_lab.profiling.live_memory import HEAD, LiveSpan, spans
+from prune_lab.live_bytes import HEAD, LiveSpan, spans
 from prune_lab.profiling.plan_matrix import (
     PlanMatrix,
     SamplerGroup,

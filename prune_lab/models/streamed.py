@@ -1,0 +1,131 @@
+"""A model whose blocks are read from disk when they are called: memory holds one of them at a time.
+
+What lies around the blocks, a few hundredths of a large model, is there all along. The files are mapped, so that a
+block that is stored as it is computed is not copied. Whoever calls the model as a whole need not know: also a replay,
+which calls each block once for all sets of a pass, and so reads its weights once.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+from diffusers import ModelMixin
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from prune_lab.errors import ModelFormatError
+from prune_lab.families import family_of, outline_of, plain_config
+from prune_lab.models.files import json_object
+from prune_lab.models.silence import quiet
+
+_STREAMED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def is_streamed(model: nn.Module) -> bool:
+    """Whether the model is one of ``load_streamed``."""
+    return model in _STREAMED
+
+
+class _Weights:
+    """The safetensors files of a model's folder, opened for each tensor anew: a map that is closed takes no memory."""
+
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+        self._files: dict[str, Path] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with self._open(path) as file:
+                self._files |= dict.fromkeys(file.keys(), path)
+
+    @staticmethod
+    def _open(path: Path) -> Any:
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ModelFormatError(
+                f"asked for the weights in {path}, found a damaged file ({error}); fetch the model again"
+            ) from None
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of that name, on the device and in the number format of the model."""
+        if name not in self._files:
+            raise ModelFormatError(
+                f"asked for the weights of a model, found none called {name!r} in its files; fetch the model again"
+            )
+        with self._open(self._files[name]) as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor.to(self._device, self._dtype) if tensor.is_floating_point() else tensor.to(self._device)
+
+
+class _OneAtATime:
+    """The unit whose weights are in memory: the one that was called last."""
+
+    def __init__(self, weights: _Weights) -> None:
+        self._weights = weights
+        self._module: nn.Module | None = None
+        self._empty: Mapping[str, Tensor] = {}  # what it holds without them
+
+    def bring(self, path: str, module: nn.Module) -> None:
+        """Put the weights of ``module`` into it, and take them out of the one before."""
+        if module is self._module:
+            return
+        if self._module is not None:
+            nn.Module.load_state_dict(self._module, self._empty, assign=True)
+        self._module, self._empty = module, dict(module.state_dict())
+        for name in self._empty:
+            # One by one: of a tensor that is stored in another form both are there for a moment.
+            nn.Module.load_state_dict(
+                module, {name: self._weights.read(f"{path}.{name}")}, strict=False, assign=True
+            )
+
+
+def _bringing(place: _OneAtATime, path: str, module: nn.Module) -> Callable[..., Any]:
+    forward = module.forward
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        place.bring(path, module)
+        return forward(*args, **kwargs)
+
+    return call
+
+
+def outer_paths(model: nn.Module) -> Iterator[str]:
+    """Module paths of the units that lie in no other."""
+    return (unit.path for unit in outline_of(model).units if not unit.inside)
+
+
+def load_streamed(
+    folder: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> ModelMixin:
+    """The model in ``folder``, in eval mode, that reads each of its blocks from there when it is called.
+
+    Raises ModelFormatError for weights that are missing or damaged, UnsupportedModelError for a class that is not
+    known.
+    """
+    folder = Path(folder)
+    config = json_object(folder / "config.json")
+    model_class: Any = family_of(config).model_class()
+    # Buffers are made for real: those that are not saved are made of the config.
+    with quiet(), accelerate.init_empty_weights(include_buffers=False):
+        model: Any = model_class.from_config(plain_config(config)).eval()
+    weights = _Weights(folder, torch.device(device), dtype)
+    paths = tuple(outer_paths(model))
+    beginnings = tuple(f"{path}." for path in paths)
+    resident = {name: weights.read(name) for name in model.state_dict() if not name.startswith(beginnings)}
+    nn.Module.load_state_dict(model, {n: t.clone() for n, t in resident.items()}, strict=False, assign=True)
+    for name, buffer in model.named_buffers():
+        if buffer.device != torch.device(device) and buffer.device.type != "meta":
+            owner, _, own = name.rpartition(".")
+            model.get_submodule(owner)._buffers[own] = buffer.to(device)
+    place = _OneAtATime(weights)
+    for path in paths:
+        module = model.get_submodule(path)
+        module.forward = _bringing(place, path, module)
+    model.requires_grad_(False)
+    _STREAMED.add(model)
+    streamed: ModelMixin = model
+    return streamed

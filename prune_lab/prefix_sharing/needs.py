@@ -1,0 +1,75 @@
+"""The memory that a replay will take, said before it starts: it is run without weights and numbers first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from prune_lab.blocks import architecture_of
+from prune_lab.families import meta_unet
+from prune_lab.live_bytes import FusedAttention, LiveBytes
+from prune_lab.models.streamed import is_streamed, outer_paths
+from prune_lab.prefix_sharing.growing import Kinds, growth
+from prune_lab.prefix_sharing.replay import replayed
+
+Inputs = Callable[[int], Mapping[str, Any]]
+
+
+def _holding(shell: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """What the units of ``shell`` answer through so that memory holds the weights of one at a time, as if read."""
+    held: dict[str, list[Tensor]] = {}
+
+    def holding(path: str, module: nn.Module) -> Callable[..., Any]:
+        forward, shapes = module.forward, [(one.shape, one.dtype) for one in module.state_dict().values()]
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if path not in held:
+                held.clear()
+                held[path] = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes]
+            return forward(*args, **kwargs)
+
+        return call
+
+    for path in outer_paths(shell):
+        yield path, holding(path, shell.get_submodule(path))
+
+
+def needed_bytes(
+    model: Any, inputs: Inputs, removed: Sequence[frozenset[str]], *, width: int, at_once: int | None = None
+) -> int:
+    """The most bytes that a replay of ``removed`` will hold beside the model, at one moment.
+
+    ``inputs(copies)`` are the rows repeated so many times. Counted by a run on ``meta``, storage by storage, with a
+    block's weights where the model is streamed; what a kernel takes for itself is not seen.
+    """
+    architecture = architecture_of(model)
+    known = growth(model, architecture, inputs)
+    shell = meta_unet(architecture.config).to(model.dtype)
+    if is_streamed(model):
+        for path, forward in _holding(shell):
+            shell.get_submodule(path).forward = forward
+
+    def call(copies: int) -> Tensor:
+        given = Kinds.of(inputs(copies)).inputs(torch.device("meta"), model.dtype)
+        answer: Tensor = shell(**given, return_dict=False)[0]
+        return answer
+
+    with torch.no_grad(), LiveBytes(shell) as live, FusedAttention():
+        for _ in replayed(
+            shell, architecture, call, removed, width=width, growth=lambda: known, at_once=at_once
+        ):
+            pass
+    peak: int = live.peak
+    return peak
+
+
+def stated_peak(
+    model: Any, inputs: Inputs, removed: Sequence[frozenset[str]], *, width: int, at_once: int | None = None
+) -> int:
+    """Bytes of this process at the highest moment of the replay: those that it has now, and ``needed_bytes``."""
+    now: int = psutil.Process().memory_info().rss
+    return now + needed_bytes(model, inputs, removed, width=width, at_once=at_once)
