@@ -128,7 +128,7 @@ def _naive(
     computed: Callable[[Unit, int], None],
 ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
     """The predictions of ``families.PrefixWalk``, by a forward pass for every distinct set."""
-    blocks = {block.name for block in architecture.blocks}
+    blocks = {block.name for block in architecture.named}
     for gone in dict.fromkeys(removed):
         with bypassed(model, gone & blocks, stand_in=True):
             prediction = model(**inputs, return_dict=False)[0]
@@ -154,7 +154,8 @@ def _answers(
         compute.macs += macs[unit.name] * rows
 
     walk = architecture.family.walk
-    if walk is None:
+    layers = {layer.name for layer in architecture.layers}
+    if walk is None or any(not gone.isdisjoint(layers) for gone in removed):
         found = _naive(model, architecture, inputs, removed, computed)
     else:
         found = walk.predictions(model, architecture.outline, inputs, removed, width, computed, compiled)

@@ -27,6 +27,8 @@ from prune_lab.families.family import (
     arranged,
     plain_config,
 )
+from prune_lab.families.refused import REFUSED
+from prune_lab.families.unet2d import UNET2D
 from prune_lab.families.unet2d_condition import CLIP_TOKENS, UNET2D_CONDITION, embedding_width, latent_shape
 from prune_lab.families.unet_conditions import REFINER_TIME_IDS, SDXL_TIME_IDS, latent_channels
 from prune_lab.runtime import printable
@@ -62,7 +64,10 @@ __all__ = [
     "takes_guidance",
 ]
 
-FAMILIES: Mapping[str, Family] = {"UNet2DConditionModel": UNET2D_CONDITION}
+FAMILIES: Mapping[str, Family] = {
+    "UNet2DConditionModel": UNET2D_CONDITION,
+    "UNet2DModel": UNET2D,
+}
 """By name of the diffusers class."""
 
 
@@ -74,8 +79,9 @@ def family_of(source: nn.Module | Mapping[str, Any]) -> Family:
     name = source.get(CLASS_NAME) if isinstance(source, Mapping) else type(source).__name__
     if not isinstance(name, str) or name not in FAMILIES:
         found = f"a model of class {name}" if name else f"a config without {CLASS_NAME}"
+        why = f", which {REFUSED[name]}" if isinstance(name, str) and name in REFUSED else ""
         raise UnsupportedModelError(
-            f"asked for the blocks of a model, found {found}; supported is {', '.join(FAMILIES)}"
+            f"asked for the blocks of a model, found {found}{why}; supported is {', '.join(FAMILIES)}"
         )
     return FAMILIES[name]
 

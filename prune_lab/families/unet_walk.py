@@ -170,14 +170,15 @@ def predictions(
 ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
     """(set numbers, prediction (B, C, H, W)) of every distinct set in ``removed``; see ``family.PrefixWalk``."""
     hidden, given = _stem(unet, inputs)
-    modules: dict[str, Any] = {unit.name: unet.get_submodule(unit.path) for unit in outline.units}
+    units = tuple(unit for unit in outline.units if not unit.inside)
+    modules: dict[str, Any] = {unit.name: unet.get_submodule(unit.path) for unit in units}
     if compiled:  # for any number of rows; blocks of equal shapes share a graph
         modules = {name: torch.compile(module, dynamic=True) for name, module in modules.items()}
     walk = _Walk(
         unet=unet,
-        units=outline.units,
+        units=units,
         modules=modules,
-        stand_ins={unit.name: unit.stand_in() for unit in outline.units if unit.stand_in},
+        stand_ins={unit.name: unit.stand_in() for unit in units if unit.stand_in},
         given=given,
         computed=computed,
     )
@@ -190,6 +191,8 @@ def state_bytes(outline: Outline, itemsize: int) -> int:
     channels = int(outline.config["block_out_channels"][0])
     held, largest = channels * side**2, 0
     for unit in outline.units:
+        if unit.inside:
+            continue
         if unit.kind == "sampler":
             side = -(-side // 2) if unit.gives_skip else side * 2
         else:
