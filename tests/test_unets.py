@@ -5,6 +5,7 @@ A native student is compared bit for bit with its teacher while blocks hand on w
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import random
@@ -136,6 +137,10 @@ def test_any_blocks_are_bypassed_as_by_hand(kind: str) -> None:
             assert torch.equal(answer(teacher, inputs), wanted), (config, plan.text)
 
 
+def begun(ran: list[str], name: str, *_: object) -> None:
+    ran.append(name)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_read_and_named(kind: str) -> None:
     """Names lead to the modules by the same rule for all, in the order in which they run."""
@@ -148,7 +153,8 @@ def test_every_kind_is_read_and_named(kind: str) -> None:
         assert [block.path for block in architecture.named] == [path_of(b.name) for b in architecture.named]
         ran: list[str] = []
         for block in architecture.named:  # a block has begun before the layers inside it
-            model.get_submodule(block.path).register_forward_pre_hook(lambda *_, n=block.name: ran.append(n))
+            hook = functools.partial(begun, ran, block.name)
+            model.get_submodule(block.path).register_forward_pre_hook(hook)
         answer(model, inputs_of(config))
         assert ran == [block.name for block in architecture.named]
         inside = {layer.inside for layer in architecture.layers}
@@ -178,7 +184,7 @@ def test_the_class_decides_the_family(tmp_path: Path) -> None:
         materialise(model, plan_of(architecture, ["Md.R1", "Md.A1", "Md.R2"])), diffusers.UNet2DModel
     )
     # Settings of one class under the name of another: diffusers would leave out what it does not know.
-    with pytest.raises(UnsupportedModelError, match="UNet2DConditionModel.*settings of a UNet2DModel"):
+    with pytest.raises(UnsupportedModelError, match=r"UNet2DConditionModel.*settings of a UNet2DModel"):
         architecture_of({**plain_config(model), "_class_name": "UNet2DConditionModel"})
 
 
@@ -217,7 +223,7 @@ def test_stages_that_are_not_read_are_named(down: str, up: str, reason: str) -> 
         architecture_of(config)
 
 
-# Traps -----------------------------------------------------------------------------------------------------------------
+# Traps ---------------------------------------------------------------------------------------------------------------
 
 
 def refusal(config: Config, text: str) -> str:

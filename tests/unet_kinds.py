@@ -110,7 +110,6 @@ def simple(chance: random.Random) -> Config:
             "resnet_time_scale_shift": chance.choice(("default", "scale_shift")),
             "resnet_skip_time_act": chance.choice((True, False)),
             "resnet_out_scale_factor": chance.choice((1.0, 1.5)),
-            "cross_attention_norm": chance.choice((None, "layer_norm")),
             "only_cross_attention": chance.choice((True, False)),
         }
     )

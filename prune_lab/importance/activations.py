@@ -19,7 +19,7 @@ _ROWS = 32
 
 
 def block_influence(main: Tensor, block: Tensor) -> Tensor:
-    """(N,) one minus the cosine over channels between two tensors, (N, C, H, W) or (N, L, C), averaged over positions."""
+    """(N,) one minus the cosine over channels of two tensors, (N, C, H, W) or (N, L, C), averaged over positions."""
     channels = -1 if main.ndim == 3 else 1
     return (1 - F.cosine_similarity(main.double(), block.double(), dim=channels)).flatten(1).mean(1)
 
