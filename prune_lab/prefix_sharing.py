@@ -138,6 +138,16 @@ def _naive(
         yield tuple(number for number, other in enumerate(removed) if other == gone), prediction
 
 
+def _walkable(architecture: Architecture, removed: Sequence[frozenset[str]]) -> bool:
+    """Whether the walk knows how to call all units, and none of ``removed`` lies inside another."""
+    layers = {layer.name for layer in architecture.layers}
+    return all(gone.isdisjoint(layers) for gone in removed) and all(
+        unit.in_tuple if unit.kind == "attention" else unit.hands_on == ("hidden_states",)
+        for unit in architecture.units
+        if unit.kind != "resnet"
+    )
+
+
 def _answers(
     model: ModelMixin,
     inputs: dict[str, Any],
@@ -154,8 +164,7 @@ def _answers(
         compute.macs += macs[unit.name] * rows
 
     walk = architecture.family.walk
-    layers = {layer.name for layer in architecture.layers}
-    if walk is None or any(not gone.isdisjoint(layers) for gone in removed):
+    if walk is None or not _walkable(architecture, removed):
         found = _naive(model, architecture, inputs, removed, computed)
     else:
         found = walk.predictions(model, architecture.outline, inputs, removed, width, computed, compiled)

@@ -6,6 +6,7 @@ A native student is compared bit for bit with its teacher while blocks hand on w
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import json
 import random
@@ -24,6 +25,7 @@ import prune_lab
 from prune_lab.blocks import Architecture, architecture_of, blocks_frame
 from prune_lab.errors import NonNativePlanError, PlanError, UnsupportedModelError
 from prune_lab.families import FAMILIES, check_forward, example_inputs, family_of, meta_unet, plain_config
+from prune_lab.families.controlnet import cut_controlnet
 from prune_lab.plans import (
     PruningPlan,
     is_native,
@@ -370,3 +372,22 @@ def test_a_search_takes_layers_and_prices_them_once() -> None:
         architecture, Effects(impacts), costs, [budget], constraints=Constraints(native_only=False)
     )
     assert costs.of(loose[0]).params <= budget.limit
+
+
+def test_a_controlnet_keeps_layers_that_its_unet_lost() -> None:
+    """It has as many outputs as the student has skips; what is inside its own attention blocks is its own."""
+    config = KINDS["xl"](random.Random(0))
+    shared = set(inspect.signature(diffusers.ControlNetModel.__init__).parameters) & config.keys()
+    settings = {name: config[name] for name in shared} | {"_class_name": "ControlNetModel"}
+    architecture = architecture_of(config)
+    last = config["transformer_layers_per_block"][-1]
+    text = f"-Dn3.A1.T1 -Dn3.A2.T{last} -Md.A1.T2 -Dn1.R2 -Up3.R2"
+    layout = native_layout(architecture, parse_plan(text, architecture))
+    # one number of layers for all stages is what a ControlNet can have: no stage may lose a layer alone
+    with pytest.raises(NonNativePlanError, match="same number in each"):
+        cut_controlnet(settings, architecture.outline, layout)
+    layout = native_layout(architecture, parse_plan(text.replace(" -Dn1.R2 -Up3.R2", ""), architecture))
+    cut = cut_controlnet(settings, architecture.outline, layout)
+    assert cut.layout.config["transformer_layers_per_block"] == config["transformer_layers_per_block"]
+    path = "down_blocks.2.attentions.0.transformer_blocks.0.norm1.weight"
+    assert cut.layout.renamed(path) == path

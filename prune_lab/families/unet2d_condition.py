@@ -50,10 +50,12 @@ def embedding_width(config: Mapping[str, Any]) -> int:
     width = config.get("cross_attention_dim")
     if isinstance(width, int):
         return width
-    read = unet_conditions.text_widths(config)
-    if len({text for text, _ in read}) > 1 and all(text == own for text, own in read):
-        return 0
-    widths = {text for text, _ in read} or set(list(width or ())[:1])
+    widths = set(width or ())
+    if len(widths) > 1:  # those of stages that attend to no text mean nothing
+        read = unet_conditions.text_widths(config)
+        widths = {text for text, _ in read} or widths
+        if len(widths) > 1 and all(text == own for text, own in read):
+            return 0
     if len(widths) != 1:
         raise UnsupportedModelError(
             f"asked for the text width of a U-Net; its cross_attention_dim is {width!r}; one is needed, or that of "
