@@ -244,6 +244,18 @@ def test_stages_of_a_unet2d_lose_equally_many_layers() -> None:
     assert any(plan.removed and set(plan.removed) == option for option in native_choices(architecture)[0])
 
 
+def test_every_combination_of_choices_of_a_unet2d_is_native() -> None:
+    chance = random.Random(5)
+    for middle in (None, "UNetMidBlock2D"):
+        config = {**KINDS["unet2d"](chance), "block_out_channels": [8, 8], "mid_block_type": middle}
+        config |= {key: config[key][:2] for key in ("down_block_types", "up_block_types")}
+        architecture = architecture_of(config)
+        levels = native_choices(architecture)
+        assert len(levels) == (2 if middle else 1)
+        for options in itertools.product(*levels):
+            assert is_native(architecture, plan_of(architecture, frozenset[str]().union(*options)))
+
+
 def test_heads_that_diffusers_does_not_turn_round() -> None:
     """``attention_head_dim`` of up stages is read outermost first: without the innermost stage all others move."""
     config = {

@@ -94,7 +94,8 @@ def describe(left: Left) -> Mapping[str, Any]:
 
 def levels(outline: Outline) -> list[list[str]]:
     """A level for all stages together, whose options ``more_options`` lists, and one of the mid stage's blocks."""
-    return [[], [unit.name for unit in outline.blocks if unit.stage == MIDDLE and unit.removable]]
+    middle = [unit.name for unit in outline.blocks if unit.stage == MIDDLE and unit.removable]
+    return [[], middle] if middle else [[]]
 
 
 def _patterns(outline: Outline) -> list[Removed]:
