@@ -124,7 +124,8 @@ def test_a_native_student_is_its_teacher_without_the_blocks(kind: str, tmp_path:
 @pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_hundred_native_students_are_their_teachers_without_the_blocks(kind: str, tmp_path: Path) -> None:
-    assert check_native(kind, 10, 16, tmp_path) >= 100
+    configs = 20 if kind == "unet2d" else 10  # its stages lose equally many layers: of each there are few plans
+    assert check_native(kind, configs, 16, tmp_path) >= 100
 
 
 @pytest.mark.parametrize("kind", KINDS)
