@@ -11,7 +11,7 @@ import difflib
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
 import pandas as pd
@@ -75,13 +75,21 @@ class Architecture:
     """
 
     outline: Outline
-    units: tuple[CountedUnit, ...]  # blocks and samplers; what lies inside another is in the outline only
+    units: tuple[CountedUnit, ...]  # blocks and samplers, which do not overlap
     blocks: tuple[CountedUnit, ...]
+    layers: tuple[
+        CountedUnit, ...
+    ]  # what lies inside blocks and can be removed by itself; its cost is part of theirs
+    named: tuple[CountedUnit, ...]  # blocks and layers in order of execution: all that a plan may name
     samplers: tuple[CountedUnit, ...]
     signature: str
     total_params: int
     tokens: int
     count: Callable[[], Macs] = dataclasses.field(repr=False)
+
+    def layers_in(self, name: str) -> tuple[CountedUnit, ...]:
+        """The layers inside the block called ``name``, in order of execution."""
+        return tuple(layer for layer in self.layers if layer.inside == name)
 
     @property
     def total_macs(self) -> int:
@@ -110,15 +118,25 @@ class Architecture:
         return tuple(block for block in self.blocks if block.stage == stage)
 
     def block(self, name: str) -> CountedUnit:
-        """The block called ``name``. Raises UnknownBlockError with the nearest names."""
-        for block in self.blocks:
+        """The block or layer called ``name``. Raises UnknownBlockError with the nearest names."""
+        for block in self.named:
             if block.name == name:
                 return block
-        names = [block.name for block in self.blocks]
+        names = [block.name for block in self.named]
         near = difflib.get_close_matches(name[:50], names, n=3, cutoff=0.5)
-        hint = f"nearest: {', '.join(near)}" if near else f"blocks run from {names[0]} to {names[-1]}"
+        blocks = self.blocks
+        hint = (
+            f"nearest: {', '.join(near)}"
+            if near
+            else f"blocks run from {blocks[0].name} to {blocks[-1].name}"
+        )
         shown = repr(printable(name, 50))
         raise UnknownBlockError(f"no block is called {shown} among the {len(names)} of this model; {hint}")
+
+    def outermost(self, names: Iterable[str]) -> frozenset[str]:
+        """``names`` without layers of blocks that are named too: these leave with their block."""
+        found = frozenset(names)
+        return found - {layer.name for layer in self.layers if layer.inside in found}
 
 
 def architecture_of(source: nn.Module | Mapping[str, Any], *, tokens: int | None = None) -> Architecture:
@@ -143,18 +161,18 @@ def architecture_of(source: nn.Module | Mapping[str, Any], *, tokens: int | None
 def block_groups(architecture: Architecture, kind: GroupKind) -> tuple[BlockGroup, ...]:
     """Groups of one kind, in order of execution; none where the family has no such kind.
 
-    ``block`` lists every block, starred ones too. ``stage`` is all that can be removed from a stage, where that is more
-    than one block. Of a U-Net ``pair`` is a removable residual block with the attention block that follows it
-    (``Dn1.R2+A2``), ``triplet`` such a pair and the residual block after it (``Md.R1+A1+R2``), ``inner`` the innermost
-    stages together as far as they can be removed whole (``Md``, ``Dn4+Md+Up1``). Raises ValueError for ``plan``: any
-    set of blocks.
+    ``block`` lists every block, starred ones and the layers inside blocks too. ``stage`` is all that can be removed
+    from a stage, where that is more than one block. Of a U-Net ``pair`` is a removable residual block with the
+    attention block that follows it (``Dn1.R2+A2``), ``triplet`` such a pair and the residual block after it
+    (``Md.R1+A1+R2``), ``inner`` the innermost stages together as far as they can be removed whole (``Md``,
+    ``Dn4+Md+Up1``). Raises ValueError for ``plan``: any set of blocks.
     """
     known = [name for name in get_args(GroupKind) if name != "plan"]
     if kind not in known:
         raise ValueError(f"no groups of kind {kind!r}; use one of: {', '.join(known)}")
     found: Mapping[str, tuple[str, ...]] = {}
     if kind == "block":
-        found = {block.name: (block.name,) for block in architecture.blocks}
+        found = {block.name: (block.name,) for block in architecture.named}
     elif kind == "stage":
         members = {
             stage: tuple(block.name for block in architecture.stage_blocks(stage) if block.removable)
@@ -167,10 +185,13 @@ def block_groups(architecture: Architecture, kind: GroupKind) -> tuple[BlockGrou
 
 
 def blocks_frame(architecture: Architecture) -> pd.DataFrame:
-    """One row per block in order of execution; columns BLOCK_COLUMNS. ``lane`` and ``row`` say where a map draws it."""
+    """One row per block in order of execution; columns BLOCK_COLUMNS. ``lane`` and ``row`` say where a map draws it.
+
+    Layers inside blocks follow their block (``Up1.A2.T7``); their costs are part of its costs.
+    """
     places = {stage.name: stage for stage in architecture.outline.stages}
     rows = []
-    for block in architecture.blocks:
+    for block in architecture.named:
         place = places[block.stage]
         known = {"tokens": architecture.tokens, "lane": place.lane, "row": place.row}
         rows.append([known[name] if name in known else getattr(block, name) for name in BLOCK_COLUMNS])
@@ -197,15 +218,15 @@ def _architecture_of_config(canonical: str, tokens: int) -> Architecture:
         path: sum(parameter.numel() for parameter in module.parameters())
         for path, module in model.named_modules()
     }
-    units = tuple(
+    found = tuple(
         CountedUnit(
             **{field.name: getattr(unit, field.name) for field in dataclasses.fields(unit)},
             params=params[unit.path],
             count=count,
         )
         for unit in outline.units
-        if not unit.inside
     )
+    units = tuple(unit for unit in found if not unit.inside)
     blocks = tuple(unit for unit in units if unit.kind != "sampler")
     shape = [
         (b.name, b.path, b.in_channels, b.out_channels, b.skip_channels, b.transformer_layers, b.params)
@@ -215,6 +236,8 @@ def _architecture_of_config(canonical: str, tokens: int) -> Architecture:
         outline=outline,
         units=units,
         blocks=blocks,
+        layers=tuple(unit for unit in found if unit.inside),
+        named=tuple(unit for unit in found if unit.kind != "sampler"),
         samplers=tuple(unit for unit in units if unit.kind == "sampler"),
         signature=hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:12],
         total_params=params[""],

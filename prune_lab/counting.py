@@ -105,6 +105,20 @@ def _pair(value: Any) -> list[int]:
     return [value, value] if isinstance(value, int) else list(value)
 
 
+def _convolution(
+    x: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    """``conv2d`` of these arguments as the operator that a trace records."""
+    options = (_pair(stride), _pair(padding), _pair(dilation), False, [0, 0], groups)
+    return torch._convolution(x, weight, bias, *options, False, False, False, False)
+
+
 class _ConvolutionsByName(TorchFunctionMode):
     """Calls every ``conv2d`` as ``_convolution``, the operator that a trace records."""
 
@@ -113,9 +127,7 @@ class _ConvolutionsByName(TorchFunctionMode):
     ) -> Any:
         if func is not torch.conv2d:
             return func(*args, **(kwargs or {}))
-        x, weight, bias, stride, padding, dilation, groups = args
-        options = (_pair(stride), _pair(padding), _pair(dilation), False, [0, 0], groups)
-        return torch._convolution(x, weight, bias, *options, False, False, False, False)
+        return _convolution(*args, **(kwargs or {}))
 
 
 class _ConvolutionShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]

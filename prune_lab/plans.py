@@ -72,7 +72,7 @@ class PruningPlan:
 
 
 def plan_of(architecture: Architecture, removed: Iterable[str], name: str = "") -> PruningPlan:
-    """The checked plan that removes the blocks named ``removed``.
+    """The checked plan that removes the blocks and layers named ``removed``; a layer of a removed block leaves with it.
 
     Raises UnknownBlockError or UnremovableBlockError naming the block and the reason.
     """
@@ -82,7 +82,8 @@ def plan_of(architecture: Architecture, removed: Iterable[str], name: str = "") 
             raise UnremovableBlockError(
                 f"asked to remove {block.name}, but it {block.reason}; remove other blocks of {block.stage}"
             )
-    names = tuple(block.name for block in architecture.blocks if block.name in wanted)
+    gone = architecture.outermost(wanted)
+    names = tuple(block.name for block in architecture.named if block.name in gone)
     return PruningPlan(names, architecture.signature).named(name)
 
 
@@ -96,6 +97,17 @@ def _members(name: str, architecture: Architecture) -> set[str]:
     return {architecture.block(name).name}
 
 
+def _taken(removed: set[str], members: set[str], architecture: Architecture) -> set[str]:
+    """``removed`` and ``members``, with the layers of every block among these."""
+    return removed | members | {layer.name for layer in architecture.layers if layer.inside in members}
+
+
+def _given_back(removed: set[str], members: set[str], architecture: Architecture) -> set[str]:
+    """``removed`` without ``members`` and their layers; of a removed block a layer that is given back stays alone."""
+    layers = [layer for layer in architecture.layers if layer.inside in members or layer.name in members]
+    return removed - members - {name for layer in layers for name in (layer.name, layer.inside)}
+
+
 def _parsed(text: str, architecture: Architecture, members: dict[str, set[str]]) -> PruningPlan:
     """``parse_plan`` that keeps in ``members`` what the names it met stand for: a file may hold many plans."""
     known = architecture.family.plans
@@ -107,12 +119,13 @@ def _parsed(text: str, architecture: Architecture, members: dict[str, set[str]])
         if item in known:
             if item not in members:
                 members[item] = set(known[item](architecture.outline))
-            removed = removed | members[item]
+            removed = _taken(removed, members[item], architecture)
         elif item[0] in "-+" and len(item) > 1:
             name = item[1:]
             if name not in members:
                 members[name] = _members(name, architecture)
-            removed = removed | members[name] if item[0] == "-" else removed - members[name]
+            change = _taken if item[0] == "-" else _given_back
+            removed = change(removed, members[name], architecture)
         else:
             named = f"a preset ({', '.join(known)}) or " if known else ""
             raise PlanError(
@@ -125,8 +138,9 @@ def parse_plan(text: str, architecture: Architecture) -> PruningPlan:
     """The plan that ``text`` describes, for example ``bk-small``, ``bk-base -Md`` or ``-Dn1.R2 -Dn1.A2``.
 
     Items are names of plans that the model's family knows, ``-`` and ``+`` with a block, a pair (``Dn1.R2+A2``) or a
-    stage (all of it that can be removed); they apply from left to right. ``teacher`` or nothing at all is the empty
-    plan. Raises PlanError, UnknownBlockError or UnremovableBlockError.
+    stage (all of it that can be removed), or a layer (``Up1.A2.T7``); they apply from left to right, and a block goes
+    and comes back with its layers: ``-Up1.A2 +Up1.A2.T7`` leaves that layer alone in it. ``teacher`` or nothing at
+    all is the empty plan. Raises PlanError, UnknownBlockError or UnremovableBlockError.
     """
     return _parsed(text, architecture, {})
 
@@ -221,7 +235,11 @@ def removed_samplers(architecture: Architecture, plan: PruningPlan) -> tuple[str
     sample for (BK-SDM-Tiny loses ``Dn3.down`` and ``Up1.up``).
     """
     gone = set(plan.removed)
-    return tuple(sampler.name for sampler in architecture.samplers if gone.issuperset(sampler.leaves_with))
+    return tuple(
+        sampler.name
+        for sampler in architecture.samplers
+        if sampler.leaves_with and gone.issuperset(sampler.leaves_with)
+    )
 
 
 def gone_with(
@@ -233,7 +251,8 @@ def gone_with(
     """
     blocks = [architecture.block(name) for name in removed]
     plan = plan_of(architecture, (block.name for block in blocks if block.removable or not stand_in))
-    return frozenset(block.name for block in blocks) | frozenset(removed_samplers(architecture, plan))
+    named = architecture.outermost(block.name for block in blocks)
+    return named | frozenset(removed_samplers(architecture, plan))
 
 
 def native_layout(architecture: Architecture, plan: PruningPlan) -> Layout:
@@ -264,43 +283,53 @@ def is_native(architecture: Architecture, plan: PruningPlan) -> bool:
 def native_choices(architecture: Architecture) -> tuple[tuple[frozenset[str], ...], ...]:
     """For each of the family's levels the sets of blocks that can leave natively, the empty set first.
 
-    A native plan is one option per level, and every combination of options is native. Of a U-Net a level is one
-    resolution, outermost first; of a chain it is one block.
+    A native plan is one option per level, and every combination of options is native: of a block and a layer inside it
+    the block counts. Of a U-Net a level is one resolution, outermost first, and one for each layer inside a block; of a
+    chain it is one block.
     """
-    return tuple(
-        tuple(
+
+    def native(names: Iterable[str]) -> bool:
+        return is_native(architecture, PruningPlan(tuple(names), architecture.signature))
+
+    family, outline = architecture.family, architecture.outline
+    choices = []
+    for members in family.levels(outline):
+        options = [
             frozenset(names)
             for size in range(len(members) + 1)
             for names in itertools.combinations(members, size)
-            if is_native(architecture, PruningPlan(names, architecture.signature))
-        )
-        for members in architecture.family.levels(architecture.outline)
-    )
+            if native(names)
+        ]
+        more = [other for option in options for other in family.more_options(outline, members, option)]
+        choices.append(tuple(dict.fromkeys([*options, *filter(native, more)])))
+    return tuple(choices)
 
 
 def choices_to_json(architecture: Architecture) -> dict[str, Any]:
-    """What ``native_choices`` gives, as JSON values, for a reader without this package.
+    """What ``native_choices`` gives of whole blocks, as JSON values, for a reader without this package.
 
     ``levels``: for each level the sets of blocks that can leave it natively. ``samplers``: the blocks with which a
-    sampler leaves, of those that can. ``complete``: whether every native plan is one set of each level; where it is
-    not, a plan of another form may be native too.
+    sampler leaves, of those that can. ``complete``: whether every native plan of whole blocks is one set of each level;
+    where it is not, a plan of another form may be native too.
     """
     order = {block.name: place for place, block in enumerate(architecture.blocks)}
     fixed = {block.stage for block in architecture.blocks if not block.removable}
-    members = [
-        {architecture.block(name).stage for name in names}
-        for names in architecture.family.levels(architecture.outline)
+    listed = [
+        (members, [option for option in choices if option <= order.keys()])
+        for members, choices in zip(
+            architecture.family.levels(architecture.outline), native_choices(architecture), strict=True
+        )
+        if set(members) <= order.keys()  # others are of layers
     ]
-    whole = [level for level in members if not level & fixed]
+    stages = [{architecture.block(name).stage for name in members} for members, _ in listed]
+    whole = [level for level in stages if not level & fixed]
+    beyond = any(not option <= set(members) for members, options in listed for option in options)
     return {
-        "levels": [
-            [sorted(removed, key=order.__getitem__) for removed in level]
-            for level in native_choices(architecture)
-        ],
+        "levels": [[sorted(removed, key=order.__getitem__) for removed in options] for _, options in listed],
         "samplers": {
             sampler.name: list(sampler.leaves_with)
             for sampler in architecture.samplers
-            if all(architecture.block(name).removable for name in sampler.leaves_with)
+            if sampler.leaves_with and all(architecture.block(name).removable for name in sampler.leaves_with)
         },
-        "complete": len(whole) < 2,
+        "complete": len(whole) < 2 and not beyond,
     }

@@ -172,9 +172,9 @@ def test_other_model_classes_are_refused(tiny_config):
         architecture_of(unet)
     other = {
         **tiny_config,
-        "down_block_types": ["SimpleCrossAttnDownBlock2D", *tiny_config["down_block_types"][1:]],
+        "down_block_types": ["SkipDownBlock2D", *tiny_config["down_block_types"][1:]],
     }
-    with pytest.raises(UnsupportedModelError, match="SimpleCrossAttnDownBlock2D"):
+    with pytest.raises(UnsupportedModelError, match="SkipDownBlock2D"):
         architecture_of(other)
 
 

@@ -140,7 +140,7 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
     "deep": (written("unet/config.json", "[" * 100_000), ["not JSON"]),
     "no class": (
         changed_json("unet/config.json", _class_name=...),
-        ['add "_class_name": "UNet2DConditionModel"'],
+        ['add "_class_name": "UNet2DConditionModel", or what else its class is'],
     ),
     "class of no text": (changed_json("unet/config.json", _class_name=["UNet"]), ["supported is"]),
     "both kinds of heads": (

@@ -90,7 +90,8 @@ def built_by_diffusers(config: dict[str, Any]) -> int:
 
 def promised(architecture: Architecture, plan: PruningPlan) -> int:
     gone = {*plan.removed, *removed_samplers(architecture, plan)}
-    return architecture.total_params - sum(unit.params for unit in architecture.units if unit.name in gone)
+    units = (*architecture.units, *architecture.layers)
+    return architecture.total_params - sum(unit.params for unit in units if unit.name in gone)
 
 
 def drawn_plan(architecture: Architecture, choose: Any) -> PruningPlan:

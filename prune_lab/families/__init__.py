@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from prune_lab.errors import UnsupportedModelError
@@ -26,6 +28,8 @@ from prune_lab.families.family import (
     arranged,
     plain_config,
 )
+from prune_lab.families.refused import REFUSED
+from prune_lab.families.unet2d import UNET2D
 from prune_lab.families.unet2d_condition import CLIP_TOKENS, UNET2D_CONDITION, embedding_width, latent_shape
 from prune_lab.families.unet_conditions import REFINER_TIME_IDS, SDXL_TIME_IDS, latent_channels
 from prune_lab.runtime import printable
@@ -46,6 +50,7 @@ __all__ = [
     "check_forward",
     "conditions_of",
     "embedding_width",
+    "empty_model",
     "example_inputs",
     "family_of",
     "forward_inputs",
@@ -60,7 +65,10 @@ __all__ = [
     "takes_guidance",
 ]
 
-FAMILIES: Mapping[str, Family] = {"UNet2DConditionModel": UNET2D_CONDITION}
+FAMILIES: Mapping[str, Family] = {
+    "UNet2DConditionModel": UNET2D_CONDITION,
+    "UNet2DModel": UNET2D,
+}
 """By name of the diffusers class."""
 
 
@@ -72,8 +80,9 @@ def family_of(source: nn.Module | Mapping[str, Any]) -> Family:
     name = source.get(CLASS_NAME) if isinstance(source, Mapping) else type(source).__name__
     if not isinstance(name, str) or name not in FAMILIES:
         found = f"a model of class {name}" if name else f"a config without {CLASS_NAME}"
+        why = f", which {REFUSED[name]}" if isinstance(name, str) and name in REFUSED else ""
         raise UnsupportedModelError(
-            f"asked for the blocks of a model, found {found}; supported is {', '.join(FAMILIES)}"
+            f"asked for the blocks of a model, found {found}{why}; supported is {', '.join(FAMILIES)}"
         )
     return FAMILIES[name]
 
@@ -91,8 +100,24 @@ def _said(error: BaseException) -> str:
     return printable(" ".join(f"{type(error).__name__}: {error}".split()), 200)
 
 
-def meta_unet(config: Mapping[str, Any]) -> Any:
-    """The model of ``config`` on the ``meta`` device: every shape, no memory, in evaluation mode.
+def _check_of_one_class(config: Mapping[str, Any], known: set[str]) -> None:
+    """Raise UnsupportedModelError where ``config`` has the settings of another class than the one it names: what that
+    one does not know would be left out, and another model be built.
+    """
+    given = plain_config(config).keys()
+    if given <= known:
+        return
+    for name, family in FAMILIES.items():
+        theirs = {CLASS_NAME, *inspect.signature(family.model_class().__init__).parameters}
+        if name != config[CLASS_NAME] and given <= theirs:
+            raise UnsupportedModelError(
+                f"asked to build a {config[CLASS_NAME]}, found the settings of a {name} in its config "
+                f"({', '.join(sorted(given - known)[:3])}); correct {CLASS_NAME}"
+            )
+
+
+def _built(config: Mapping[str, Any], place: AbstractContextManager[Any]) -> Any:
+    """The model of ``config``, built inside ``place``, in evaluation mode.
 
     Raises UnsupportedModelError when a setting is out of bounds, or diffusers cannot build it.
     """
@@ -101,11 +126,12 @@ def meta_unet(config: Mapping[str, Any]) -> Any:
     parameters = inspect.signature(model_class.__init__).parameters
     # What diffusers does not know, such as the state of a moving average, it would leave out with a warning.
     known = {CLASS_NAME, *parameters}
+    _check_of_one_class(config, known)
     settings = {name: value for name, value in plain_config(config).items() if name in known}
     defaults = {name: one.default for name, one in parameters.items() if one.default is not one.empty}
     family.check(settings, defaults)
     try:
-        with torch.device("meta"):
+        with place:
             return model_class.from_config(settings).eval()
     except _BUILD_ERRORS as error:
         # diffusers checks a config by building it; what it says is about the config's own keys
@@ -113,6 +139,22 @@ def meta_unet(config: Mapping[str, Any]) -> Any:
             f"asked to build a {model_class.__name__} from its config, diffusers refuses it "
             f"({_said(error)}); compare the config with that of a model that loads"
         ) from None
+
+
+def meta_unet(config: Mapping[str, Any]) -> Any:
+    """The model of ``config`` on the ``meta`` device: every shape, no memory, in evaluation mode.
+
+    Raises UnsupportedModelError when a setting is out of bounds, or diffusers cannot build it.
+    """
+    return _built(config, torch.device("meta"))
+
+
+def empty_model(config: Mapping[str, Any]) -> Any:
+    """The model of ``config`` before its weights are there: they are on ``meta``, and what is computed of the config
+    alone (kernels of samplers, places of patches, which no file holds) is not. In evaluation mode. Raises as
+    ``meta_unet``.
+    """
+    return _built(config, init_empty_weights(include_buffers=False))
 
 
 @torch.no_grad()

@@ -158,7 +158,10 @@ def cut_controlnet(config: Mapping[str, Any], teacher: Outline, layout: Layout) 
     if vanished:
         smaller["mid_block_type"] = "UNetMidBlock2D"
     names: dict[str, str | None] = {
-        path: new for path, new in layout.names.items() if path.startswith("down_blocks.")
+        path: new
+        for path, new in layout.names.items()
+        # A ControlNet keeps its own transformer layers: what the student lost inside an attention block is no skip.
+        if path.startswith("down_blocks.") and "transformer_blocks" not in path
     }
     places = {old: new for new, old in skips.items()}
     names |= {

@@ -46,7 +46,7 @@ class Unit:
     stand_in: Callable[[], nn.Module] | None = None
     """Makes what takes its place while it is scored, where it cannot be removed. It is never built into a student."""
     leaves_with: tuple[str, ...] = ()
-    """Of a sampler: the blocks that must all be gone for it to leave, in order of execution."""
+    """Of a sampler: the blocks that must all be gone for it to leave, in order of execution; none if it stays."""
     inside: str = ""
     """The unit that this one lies inside; its cost is part of that unit's."""
 
@@ -102,6 +102,15 @@ class Outline:
     def units_in(self, stage: str, kind: UnitKind | None = None) -> tuple[Unit, ...]:
         """The units of ``stage``, of one kind or of all, in order of execution."""
         return tuple(unit for unit in self.units if unit.stage == stage and kind in (None, unit.kind))
+
+    @property
+    def blocks(self) -> tuple[Unit, ...]:
+        """The units that together make up the stages: no samplers, and nothing that lies inside another unit."""
+        return tuple(unit for unit in self.units if unit.kind != "sampler" and not unit.inside)
+
+    def inner(self, name: str) -> tuple[Unit, ...]:
+        """The units inside the unit called ``name``, in order of execution."""
+        return tuple(unit for unit in self.units if unit.inside == name)
 
 
 def plain_config(source: nn.Module | Mapping[str, Any]) -> dict[str, Any]:
@@ -166,6 +175,7 @@ class Condition:
     )
     scale: int = 1  # of its height and width to those of the latent
     whole: bool = False  # whole numbers
+    classes: int = 0  # of a class: how many there are, counted from 0
     giver: str = ""
     """The method by which a pipeline gives it while it draws; a pipeline without one cannot use the model."""
     reason: str = ""
@@ -234,6 +244,9 @@ class Family:
     """The smaller model without these units. Raises NonNativePlanError when no plain config describes it."""
     levels: Callable[[Outline], Sequence[Sequence[str]]]
     """Removable units in sets: whether a plan is native is decided in each set alone."""
+    more_options: Callable[[Outline, Sequence[str], Removed], Sequence[Removed]] = lambda *_: ()
+    """For one of the levels and a native set of its units further options of that level, of other units: where plans
+    are native that no choice unit by unit makes up. They are tried, too."""
     plans: Mapping[str, Callable[[Outline], Removed]] = dataclasses.field(default_factory=dict)
     """Named plans: the blocks each removes. Raises PlanError for a model that the plan is not defined for."""
     groups: Mapping[str, Callable[[Outline], Groups]] = dataclasses.field(default_factory=dict)

@@ -18,15 +18,12 @@ from torch import Tensor, nn
 
 from prune_lab.errors import UnsupportedModelError
 from prune_lab.families.family import Groups, Outline, Stage, Unit, plain_config
+from prune_lab.families.unet_stages import K_STAGES, check_stage, skips_of
 
-SUPPORTED_STAGES = (
-    "CrossAttnDownBlock2D",
-    "DownBlock2D",
-    "UNetMidBlock2DCrossAttn",
-    "UNetMidBlock2D",
-    "CrossAttnUpBlock2D",
-    "UpBlock2D",
-)
+ATTENTIONS = {"Transformer2DModel": True, "Attention": False, "KAttentionBlock": False}
+"""Classes of attention blocks, and whether each returns a tuple."""
+# What the first input of a sampler is called, where it is not ``hidden_states``.
+_FIRST_INPUTS = {"ResnetBlock2D": "input_tensor", "KDownsample2D": "inputs", "KUpsample2D": "inputs"}
 MIDDLE = "Md"
 
 
@@ -70,7 +67,7 @@ def _stages(unet: Any) -> list[tuple[Stage, Any]]:
 def _residual(name: str, path: str, stage: str, module: Any, width: int, *, reads_skip: bool) -> Unit:
     """The unit of a residual block that gets ``width`` channels on the main path."""
     skip = module.in_channels - width if reads_skip else 0
-    main, out = module.in_channels - skip, module.out_channels
+    main, out = module.in_channels - skip, module.conv2.out_channels
     changes = f"changes the width of the main path from {main} to {out} channels" if main != out else ""
     return Unit(
         name=name,
@@ -87,11 +84,11 @@ def _residual(name: str, path: str, stage: str, module: Any, width: int, *, read
 
 
 def _attention(name: str, path: str, stage: str, module: Any, width: int) -> Unit:
-    if not hasattr(module, "transformer_blocks"):
+    kind = type(module).__name__
+    if kind not in ATTENTIONS:
         raise UnsupportedModelError(
-            f"attention block {name} is a {type(module).__name__} (dual_cross_attention); known are those of one text"
+            f"attention block {name} is a {kind} (dual_cross_attention); known are those of one text"
         )
-    layers = range(len(module.transformer_blocks))
     return Unit(
         name=name,
         path=path,
@@ -99,35 +96,66 @@ def _attention(name: str, path: str, stage: str, module: Any, width: int) -> Uni
         kind="attention",
         in_channels=width,
         out_channels=width,
-        in_tuple=True,
-        self_attention=tuple(f"{path}.transformer_blocks.{layer}.attn1" for layer in layers),
+        in_tuple=ATTENTIONS[kind],
+        self_attention=tuple(f"{path}{inner}" for inner in _self_attentions(module)),
     )
 
 
+def _self_attentions(module: Any) -> list[str]:
+    """Where in an attention block its self-attentions lie: one for each transformer layer, or the block itself."""
+    if hasattr(module, "transformer_blocks"):
+        return [f".transformer_blocks.{layer}.attn1" for layer in range(len(module.transformer_blocks))]
+    if hasattr(module, "add_self_attention"):  # a K-diffusion block
+        return [".attn1"] if module.add_self_attention else []
+    return [] if getattr(module, "added_kv_proj_dim", None) else [""]
+
+
+def _layers(block: Unit) -> Iterator[Unit]:
+    """The transformer layers inside an attention block that has more than one: a single one is the block itself."""
+    if block.transformer_layers < 2 or not block.in_tuple:
+        return
+    for layer, attention in enumerate(block.self_attention):
+        yield Unit(
+            name=f"{block.name}.T{layer + 1}",
+            path=f"{block.path}.transformer_blocks.{layer}",
+            stage=block.stage,
+            kind="transformer",
+            in_channels=block.in_channels,
+            out_channels=block.out_channels,
+            self_attention=(attention,),
+            inside=block.name,
+        )
+
+
 def _blocks(stage: Stage, module: Any, width: int) -> Iterator[Unit]:
-    """Residual and attention blocks of a stage in turns; ``width`` channels come in."""
-    down, up = stage.lane == "left", stage.lane == "right"
+    """Residual and attention blocks of a stage in turns, layers behind their block; ``width`` channels come in."""
     resnets: list[Any] = list(module.resnets)
-    attentions: list[Any] = list(getattr(module, "attentions", None) or [])
+    attentions: list[Any] = [one for one in getattr(module, "attentions", None) or [] if one is not None]
+    skips = skips_of(stage, module, width)
     for i in range(max(len(resnets), len(attentions))):
         attends = i < len(attentions)
         if i < len(resnets):
             path = f"{stage.path}.resnets.{i}"
-            unit = _residual(f"{stage.name}.R{i + 1}", path, stage.name, resnets[i], width, reads_skip=up)
-            yield dataclasses.replace(unit, gives_skip=down and not attends)
+            unit = _residual(
+                f"{stage.name}.R{i + 1}", path, stage.name, resnets[i], width, reads_skip=skips.reads(i)
+            )
+            yield dataclasses.replace(unit, gives_skip=skips.gives(i, len(resnets)) and not attends)
             width = unit.out_channels
         if attends:
             path = f"{stage.path}.attentions.{i}"
             unit = _attention(f"{stage.name}.A{i + 1}", path, stage.name, attentions[i], width)
             # A down stage puts its state on the stack after each layer, that is after its attention block.
             last_of_layer = i + 1 < len(resnets) or i + 1 >= len(attentions)
-            yield dataclasses.replace(unit, gives_skip=down and last_of_layer)
+            unit = dataclasses.replace(unit, gives_skip=skips.gives(i, len(resnets)) and last_of_layer)
+            yield unit
+            yield from _layers(unit)
 
 
 def _sampler(stage: Stage, module: Any, width: int) -> Unit | None:
     """The sampler at the end of a stage, without the blocks that it leaves with; None where there is none."""
     for side, modules in (("down", "downsamplers"), ("up", "upsamplers")):
         if getattr(module, modules, None) is not None:
+            (sampler,) = getattr(module, modules)
             return Unit(
                 name=f"{stage.name}.{side}",
                 path=f"{stage.path}.{modules}.0",
@@ -135,18 +163,25 @@ def _sampler(stage: Stage, module: Any, width: int) -> Unit | None:
                 kind="sampler",
                 in_channels=width,
                 out_channels=width,
-                gives_skip=side == "down",
-                reason="leaves only together with all blocks further in",
+                gives_skip=side == "down" and type(module).__name__ not in K_STAGES,
+                hands_on=(_FIRST_INPUTS.get(type(sampler).__name__, "hidden_states"),),
+                reason="stays, since the blocks around it were made for it"
+                if type(module).__name__ in K_STAGES
+                else "leaves only together with all blocks further in",
             )
     return None
 
 
 def _further_in(sampler: Unit, stages: Sequence[Stage], units: Sequence[Unit]) -> tuple[str, ...]:
     """The blocks between a down-sampler and the up-sampler of the same level, for either of the two."""
-    rows = {stage.name: stage.row for stage in stages}
-    own = rows[sampler.stage]
-    least = own + 1 if sampler.gives_skip else own
-    return tuple(unit.name for unit in units if unit.kind != "sampler" and rows[unit.stage] >= least)
+    places = {stage.name: stage for stage in stages}
+    own = places[sampler.stage]
+    least = own.row + 1 if own.lane == "left" else own.row
+    return tuple(
+        unit.name
+        for unit in units
+        if unit.kind != "sampler" and not unit.inside and places[unit.stage].row >= least
+    )
 
 
 def outline(unet: Any) -> Outline:
@@ -155,18 +190,17 @@ def outline(unet: Any) -> Outline:
     width = unet.conv_in.out_channels
     found = _stages(unet)
     for stage, module in found:
-        if type(module).__name__ not in SUPPORTED_STAGES:
-            raise UnsupportedModelError(
-                f"stage {stage.name} is a {type(module).__name__}; stages known here: {', '.join(SUPPORTED_STAGES)}"
-            )
+        check_stage(stage, module)
         units += _blocks(stage, module, width)
-        width = units[-1].out_channels if units else width
+        blocks = [unit for unit in units if not unit.inside]
+        width = blocks[-1].out_channels if blocks else width
         sampler = _sampler(stage, module, width)
         units += [sampler] if sampler else []
     stages = tuple(stage for stage, _ in found)
+    staying = {stage.name for stage, module in found if type(module).__name__ in K_STAGES}
     placed = tuple(
         dataclasses.replace(unit, leaves_with=_further_in(unit, stages, units))
-        if unit.kind == "sampler"
+        if unit.kind == "sampler" and unit.stage not in staying
         else unit
         for unit in units
     )
@@ -179,7 +213,7 @@ def outline(unet: Any) -> Outline:
 
 def _neighbours(pattern: Sequence[str], outline: Outline) -> Groups:
     """Removable blocks of one stage that follow each other and are of these kinds, as ``Dn1.R2+A2``."""
-    blocks = [unit for unit in outline.units if unit.kind != "sampler"]
+    blocks = outline.blocks
     runs = zip(*(blocks[start:] for start in range(len(pattern))), strict=False)
     return {
         "+".join([run[0].name, *(unit.local_name for unit in run[1:])]): tuple(unit.name for unit in run)
@@ -215,9 +249,8 @@ def inner_stages(outline: Outline) -> Groups:
     for row in reversed(rows(outline)):
         around = [*inside, *row]
         inside = [stage for stage in outline.stages if stage in around]
-        members = [
-            unit for stage in inside for unit in outline.units_in(stage.name) if unit.kind != "sampler"
-        ]
+        names = {stage.name for stage in inside}
+        members = [unit for unit in outline.blocks if unit.stage in names]
         if not all(unit.removable for unit in members):
             break
         groups["+".join(stage.name for stage in inside)] = tuple(unit.name for unit in members)

@@ -22,6 +22,18 @@ def latent_channels(config: Mapping[str, Any]) -> int:
     return min(taken, predicted)
 
 
+def text_widths(config: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """(width of the text, channels) of every stage that attends to a text, of a config with a width for each stage."""
+    texts, channels = list(config["cross_attention_dim"]), list(config["block_out_channels"])
+    pairs = list(zip(texts, channels, strict=True))
+    rows = (
+        (config["down_block_types"], pairs),
+        (config["up_block_types"], list(reversed(pairs))),
+        ([config.get("mid_block_type") or ""], pairs[-1:]),
+    )
+    return [pair for kinds, own in rows for kind, pair in zip(kinds, own, strict=True) if "CrossAttn" in kind]
+
+
 def _width(config: Mapping[str, Any]) -> int:
     """Width of the cross-attention, of the first stage where each has its own."""
     width = config.get("cross_attention_dim") or 0

@@ -19,8 +19,9 @@ _ROWS = 32
 
 
 def block_influence(main: Tensor, block: Tensor) -> Tensor:
-    """(N,) one minus the cosine over channels between two (N, C, H, W) tensors, averaged over positions."""
-    return (1 - F.cosine_similarity(main.double(), block.double(), dim=1)).flatten(1).mean(1)
+    """(N,) one minus the cosine over channels of two tensors, (N, C, H, W) or (N, L, C), averaged over positions."""
+    channels = -1 if main.ndim == 3 else 1
+    return (1 - F.cosine_similarity(main.double(), block.double(), dim=channels)).flatten(1).mean(1)
 
 
 def similarity(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleScores:

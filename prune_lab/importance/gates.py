@@ -37,7 +37,7 @@ def gated(unet: Any, architecture: Architecture, gates: Mapping[str, Tensor]) ->
     """Context in which each block named in ``gates`` is scaled by its gate (N,), one per row; undone on exit."""
 
     def scale(name: str, main: Tensor, block: Tensor) -> Tensor:
-        return main + gates[name].to(block.dtype).reshape(-1, 1, 1, 1) * (block - main)
+        return main + gates[name].to(block.dtype).reshape(-1, *[1] * (block.ndim - 1)) * (block - main)
 
     with block_hooks(unet, architecture, gates, scale):
         yield

@@ -41,7 +41,9 @@ def _filled(value: Any, generator: torch.Generator) -> Any:
 
 def random_inputs(unet: Any) -> dict[str, Any]:
     """Random inputs of ``unet``, float32 on the CPU, of a small size that every stage can halve and double."""
-    samplers = [unit for unit in outline_of(unet).units if unit.kind == "sampler" and unit.gives_skip]
+    outline = outline_of(unet)
+    down = {stage.name for stage in outline.stages if stage.lane == "left"}
+    samplers = [unit for unit in outline.units if unit.kind == "sampler" and unit.stage in down]
     blank = example_inputs(plain_config(unet), latent=2 * 2 ** len(samplers), tokens=_TOKENS)
     filled: dict[str, Any] = _filled(blank, seeded(0))
     return filled | {"timestep": torch.full_like(blank["timestep"], _TIMESTEP)}

@@ -163,7 +163,7 @@ def refuse_config(path: Path, config: Mapping[str, Any]) -> None:
             if looks_like_a_unet(config)
             else "give the config.json of a U-Net, which has"
         )
-        remedy = f'{why} "{CLASS_NAME}": "{next(iter(FAMILIES))}"; {remedy}'
+        remedy = f'{why} "{CLASS_NAME}": "{next(iter(FAMILIES))}", or what else its class is; {remedy}'
     raise UnsupportedModelError(f"asked for a U-Net, found {found} in {path}; {remedy}")
 
 

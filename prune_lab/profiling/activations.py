@@ -92,7 +92,7 @@ class ActivationTable:
 
     def peak(self, removed: Collection[str]) -> int:
         """Bytes at the peak of one sample's forward pass without the blocks ``removed``."""
-        row = np.array([[block.name in removed for block in self.architecture.blocks]])
+        row = np.array([[block.name in removed for block in self.architecture.named]])
         return int(self.of_many(row)[0])
 
     def of_many(self, matrix: PlanMatrix) -> Bytes:
@@ -118,7 +118,7 @@ def _gone(table: ActivationTable, matrix: PlanMatrix, groups: tuple[SamplerGroup
     """For each unit (plans,): whether it is gone."""
     columns = np.ascontiguousarray(matrix.T)
     gone: dict[str, PlanMatrix] = {
-        block.name: column for block, column in zip(table.architecture.blocks, columns, strict=True)
+        block.name: column for block, column in zip(table.architecture.named, columns, strict=True)
     }
     for group, column in zip(groups, groups_gone(matrix, groups).T, strict=True):
         gone |= dict.fromkeys(group.samplers, column)

@@ -8,6 +8,7 @@ plan's own peak.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from prune_lab.blocks import Architecture
+from prune_lab.blocks import Architecture, CountedUnit
 from prune_lab.counting import count_macs
 from prune_lab.errors import BudgetError, ConfigError, PlanError, UnknownBlockError
 from prune_lab.families import latent_shape
@@ -32,6 +33,7 @@ from prune_lab.profiling.plan_matrix import (
     check_matrix,
     chunks,
     groups_gone,
+    outermost,
     sampler_groups,
 )
 from prune_lab.schemas import COST_COLUMNS, DISAGREEMENT_COLUMNS, PRICE_COLUMNS
@@ -165,6 +167,7 @@ class CostTable:
     latent: tuple[int, int]
     tokens: int
     activations: ActivationTable | None = field(default=None, repr=False)
+    layers: tuple[PartCost, ...] = ()  # inside blocks, whose costs they are a part of
 
     @property
     def timed(self) -> bool:
@@ -178,7 +181,7 @@ class CostTable:
 
     def part(self, name: str) -> PartCost:
         """The part called ``name``: a block, a sampler (``Dn3.down``) or ``rest``. Raises UnknownBlockError."""
-        for part in self.parts:
+        for part in (*self.parts, *self.layers):
             if part.name == name:
                 return part
         self.architecture.block(name)  # names the nearest blocks
@@ -189,13 +192,18 @@ class CostTable:
 
         Raises PlanError when the plan belongs to another architecture.
         """
-        kept = self._kept(plan)
+        kept, without = self._kept(plan)
+
+        def left(column: str) -> int:
+            whole, inside = (sum(int(getattr(part, column)) for part in parts) for parts in (kept, without))
+            return whole - inside
+
         return PlanCost(
-            params=sum(part.params for part in kept),
-            macs=sum(part.macs for part in kept),
-            attention_macs=sum(part.attention_macs for part in kept),
-            weight_bytes=sum(part.weight_bytes for part in kept),
-            latency_ms=sum(part.picoseconds for part in kept) / _PICOSECONDS if self.timed else None,
+            params=left("params"),
+            macs=left("macs"),
+            attention_macs=left("attention_macs"),
+            weight_bytes=left("weight_bytes"),
+            latency_ms=left("picoseconds") / _PICOSECONDS if self.timed else None,
             activation_bytes=None if self.activations is None else self.activations.peak(plan.removed),
         )
 
@@ -209,12 +217,12 @@ class CostTable:
         groups = sampler_groups(self.architecture)
         by_name = {
             part.name: (part.params, part.macs, part.attention_macs, part.weight_bytes, part.picoseconds)
-            for part in self.parts
+            for part in (*self.parts, *self.layers)
         }
         counted = 5 if self.timed else 4
-        whole = np.array(list(by_name.values()), dtype=np.int64).sum(axis=0)[:counted]
+        whole = np.array([by_name[part.name] for part in self.parts], dtype=np.int64).sum(axis=0)[:counted]
         leaving = [
-            *((block.name,) for block in self.architecture.blocks),
+            *((block.name,) for block in self.architecture.named),
             *(group.samplers for group in groups),
         ]
         saved = np.array([np.sum([by_name[name] for name in names], axis=0) for names in leaving], np.int64)
@@ -223,7 +231,8 @@ class CostTable:
         saved = saved[:, :counted].astype(number)
         left = np.empty((len(matrix), counted), dtype=np.int64)
         for rows in chunks(matrix):
-            gone = np.hstack([matrix[rows], groups_gone(matrix[rows], groups)])
+            removed = outermost(matrix[rows], self.architecture)
+            gone = np.hstack([removed, groups_gone(removed, groups)])
             left[rows] = whole - gone.astype(number) @ saved
         params, macs, attention_macs, weight_bytes, *picoseconds = np.ascontiguousarray(left.T)
         return PlanCosts(
@@ -238,9 +247,12 @@ class CostTable:
     def uncounted(self, plan: PruningPlan) -> Mapping[str, int]:
         """The operators without a formula that are left by ``plan``, and how often they run."""
         calls: Counter[str] = Counter()
-        for part in self._kept(plan):
+        kept, without = self._kept(plan)
+        for part in kept:
             calls.update(part.uncounted)
-        return MappingProxyType(dict(calls))
+        for part in without:
+            calls.subtract(part.uncounted)
+        return MappingProxyType({operator: number for operator, number in calls.items() if number})
 
     def frame(self) -> pd.DataFrame:
         """One row per part, the rest last: columns COST_COLUMNS, and latency_ms where it is known."""
@@ -248,14 +260,18 @@ class CostTable:
         rows = [{column: getattr(part, column) for column in columns} for part in self.parts]
         return pd.DataFrame(rows).assign(tokens=self.tokens)[[*COST_COLUMNS, *["latency_ms"] * self.timed]]
 
-    def _kept(self, plan: PruningPlan) -> list[PartCost]:
+    def _kept(self, plan: PruningPlan) -> tuple[list[PartCost], list[PartCost]]:
+        """The parts that stay, and the layers that leave from inside of them."""
         if plan.architecture != self.architecture.signature:
             raise PlanError(
                 f"asked for the cost of a plan for architecture {plan.architecture}, these costs are of "
                 f"{self.architecture.signature}; read the plan again as text for this U-Net"
             )
         gone = {*plan.removed, *removed_samplers(self.architecture, plan)}
-        return [part for part in self.parts if part.name not in gone]
+        return (
+            [part for part in self.parts if part.name not in gone],
+            [layer for layer in self.layers if layer.name in gone],
+        )
 
 
 def cost_table(
@@ -287,29 +303,40 @@ def cost_table(
             _check_conditions(architecture, *size, table)
     count = count_macs(architecture.config, batch=batch, latent=latent, tokens=tokens)
     times = {} if latency is None else latency.part_ms()
-    parts: list[PartCost] = []
 
-    def add(
+    def part(
         name: str, kind: PartKind, params: int, macs: tuple[int, int], uncounted: Mapping[str, int]
-    ) -> None:
-        parts.append(PartCost(name, kind, params, *macs, params * dtype.itemsize, times.get(name), uncounted))
+    ) -> PartCost:
+        return PartCost(name, kind, params, *macs, params * dtype.itemsize, times.get(name), uncounted)
 
-    for block in architecture.blocks:
-        uncounted = count.uncounted_by_module[block.path]
-        add(block.name, "block", block.params, count.by_module[block.path], uncounted)
-    for sampler in architecture.samplers:
-        uncounted = count.uncounted_by_module[sampler.path]
-        add(sampler.name, "sampler", sampler.params, count.by_module[sampler.path], uncounted)
+    def counted(unit: CountedUnit, kind: PartKind) -> PartCost:
+        macs, uncounted = count.by_module[unit.path], count.uncounted_by_module[unit.path]
+        return part(unit.name, kind, unit.params, macs, uncounted)
+
+    parts = [
+        *(counted(block, "block") for block in architecture.blocks),
+        *(counted(sampler, "sampler") for sampler in architecture.samplers),
+    ]
+    blocks = {block.name: block for block in parts}
+    layers = []
+    for layer in architecture.layers:
+        found, around = counted(layer, "block"), blocks[layer.inside]
+        if (
+            around.latency_ms is not None
+        ):  # what its multiply-adds are of the block's: layers are not timed alone
+            share = found.macs / around.macs if around.macs else 0.0
+            found = dataclasses.replace(found, latency_ms=around.latency_ms * share)
+        layers.append(found)
     left = Counter(count.uncounted)
-    for part in parts:
-        left.subtract(part.uncounted)
-    params = architecture.total_params - sum(part.params for part in parts)
-    macs = count.total - sum(part.macs for part in parts)
-    attention = count.attention - sum(part.attention_macs for part in parts)
+    for one in parts:
+        left.subtract(one.uncounted)
+    params = architecture.total_params - sum(one.params for one in parts)
+    macs = count.total - sum(one.macs for one in parts)
+    attention = count.attention - sum(one.attention_macs for one in parts)
     assert min(params, macs, attention) >= 0, "parts of a U-Net overlap"
     calls = {operator: number for operator, number in left.items() if number}
-    add(REST, "rest", params, (macs, attention), MappingProxyType(calls))
-    return CostTable(architecture, tuple(parts), batch, shape, tokens, activations)
+    parts.append(part(REST, "rest", params, (macs, attention), MappingProxyType(calls)))
+    return CostTable(architecture, tuple(parts), batch, shape, tokens, activations, tuple(layers))
 
 
 def _check_conditions(

@@ -182,6 +182,11 @@ class LatencyTable:
             )
         parts = self.part_ms()
         gone = (*plan.removed, *removed_samplers(self.architecture, plan))
+        units = {unit.name: unit for unit in self.architecture.named}
+        for layer in (
+            self.architecture.layers
+        ):  # what its multiply-adds are of its block's: layers are not timed alone
+            parts[layer.name] = parts[layer.inside] * layer.macs / max(1, units[layer.inside].macs)
         return self.whole.median_ms - math.fsum(parts[name] for name in gone)
 
     def part_ms(self) -> dict[str, float]:

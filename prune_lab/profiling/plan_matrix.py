@@ -1,4 +1,4 @@
-"""Many plans as one NumPy matrix: a row per plan, a column per block in the order of ``architecture.blocks``."""
+"""Many plans as one NumPy matrix: a row per plan, a column per block or layer as in ``architecture.named``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prune_lab.plans import PruningPlan, native_choices, plan_of
 
 REST = "rest"  # convolutions in and out, time and added embeddings: what no plan removes
 
-PlanMatrix: TypeAlias = NDArray[np.bool_]  # (plans, blocks), True where the block is removed
+PlanMatrix: TypeAlias = NDArray[np.bool_]  # (plans, blocks and layers), True where one is removed by name
 
 _CHUNK = 8192  # plans at a time: what is computed of them then fits a processor's cache
 _TRIES = 100  # draws for each plan asked for, before there are too few different ones
@@ -28,7 +28,7 @@ class SamplerGroup:
 
     samplers: tuple[str, ...]
     blocks: tuple[str, ...]
-    places: tuple[int, ...]  # of the blocks in ``architecture.blocks``
+    places: tuple[int, ...]  # of the blocks in ``architecture.named``
 
     @property
     def name(self) -> str:
@@ -39,10 +39,10 @@ class SamplerGroup:
 @functools.lru_cache(maxsize=64)
 def sampler_groups(architecture: Architecture) -> tuple[SamplerGroup, ...]:
     """The samplers that a plan can make leave, innermost first: those whose ``leaves_with`` can all be removed."""
-    places = {block.name: place for place, block in enumerate(architecture.blocks) if block.removable}
+    places = {block.name: place for place, block in enumerate(architecture.named) if block.removable}
     found: dict[tuple[str, ...], list[str]] = {}
     for sampler in architecture.samplers:
-        if places.keys() >= set(sampler.leaves_with):
+        if sampler.leaves_with and places.keys() >= set(sampler.leaves_with):
             found.setdefault(sampler.leaves_with, []).append(sampler.name)
     return tuple(
         SamplerGroup(tuple(found[blocks]), blocks, tuple(places[block] for block in blocks))
@@ -60,7 +60,7 @@ def groups_gone(matrix: PlanMatrix, groups: Sequence[SamplerGroup]) -> PlanMatri
 
 def check_matrix(matrix: PlanMatrix, architecture: Architecture) -> None:
     """Raises PlanError when ``matrix`` is not one of plans for ``architecture``, and UnremovableBlockError."""
-    wanted = len(architecture.blocks)
+    wanted = len(architecture.named)
     if not isinstance(matrix, np.ndarray) or matrix.dtype != np.bool_ or matrix.shape[1:] != (wanted,):
         found = (
             f"{matrix.dtype} of shape {matrix.shape}"
@@ -70,11 +70,22 @@ def check_matrix(matrix: PlanMatrix, architecture: Architecture) -> None:
         raise PlanError(
             f"asked for plans as a boolean matrix (plans, {wanted}), found {found}; as_matrix makes one"
         )
-    for place, block in enumerate(architecture.blocks):
+    for place, block in enumerate(architecture.named):
         if not block.removable and matrix[:, place].any():
             raise UnremovableBlockError(
                 f"asked for plans that remove {block.name}, but it {block.reason}; leave column {place} False"
             )
+
+
+def outermost(matrix: PlanMatrix, architecture: Architecture) -> PlanMatrix:
+    """``matrix`` with False for each layer whose block is removed: the block counts."""
+    if not architecture.layers:
+        return matrix
+    places = {block.name: place for place, block in enumerate(architecture.named)}
+    found = matrix.copy()
+    for layer in architecture.layers:
+        found[:, places[layer.name]] &= ~matrix[:, places[layer.inside]]
+    return found
 
 
 def chunks(matrix: PlanMatrix) -> Iterator[slice]:
@@ -86,7 +97,7 @@ def chunks(matrix: PlanMatrix) -> Iterator[slice]:
 def as_matrix(plans: Iterable[PruningPlan], architecture: Architecture) -> PlanMatrix:
     """(plans, blocks): True where a plan removes a block. Raises PlanError for a plan of another architecture."""
     listed = list(plans)
-    places = {block.name: place for place, block in enumerate(architecture.blocks)}
+    places = {block.name: place for place, block in enumerate(architecture.named)}
     matrix = np.zeros((len(listed), len(places)), dtype=np.bool_)
     for row, plan in zip(matrix, listed, strict=True):
         if plan.architecture != architecture.signature:
@@ -101,7 +112,7 @@ def as_matrix(plans: Iterable[PruningPlan], architecture: Architecture) -> PlanM
 def as_plans(matrix: PlanMatrix, architecture: Architecture) -> tuple[PruningPlan, ...]:
     """The plan of every row, without names. Raises PlanError and UnremovableBlockError as ``check_matrix`` does."""
     check_matrix(matrix, architecture)
-    names = np.array([block.name for block in architecture.blocks])
+    names = np.array([block.name for block in architecture.named])
     return tuple(plan_of(architecture, names[row].tolist()) for row in matrix)
 
 

@@ -36,7 +36,9 @@ def live_map(tables: RunTables) -> LiveMap | None:
     frame = block_map_frame(tables.blocks, tables.importance)
     times = _times(tables.latency)
     costs = _costs(tables.costs, times)
-    named = {"teacher": [], **{plan.label: list(plan.removed) for plan in tables.plans}}
+    drawn = set(frame["name"])  # whole blocks: plans that remove layers inside them are not on the map
+    plans = [plan for plan in tables.plans if drawn.issuperset(plan.removed)]
+    named = {"teacher": [], **{plan.label: list(plan.removed) for plan in plans}}
     return LiveMap(
         cells=_cells(frame),
         labels=_labels(frame),

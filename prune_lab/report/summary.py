@@ -12,7 +12,7 @@ from prune_lab.report.format import (
     plural,
     short_number,
 )
-from prune_lab.report.tables import RunTables, dropped, not_dropped, teacher_row, unranked
+from prune_lab.report.tables import RunTables, dropped, not_dropped, teacher_row, unranked, whole_blocks
 
 _NAMED = 12  # as many candidates are called by name in a sentence
 
@@ -20,10 +20,11 @@ _NAMED = 12  # as many candidates are called by name in a sentence
 def _model_sentences(tables: RunTables) -> list[str]:
     if tables.blocks is None:
         return []
-    kinds = tables.blocks["kind"].value_counts()
+    blocks = whole_blocks(tables.blocks)
+    kinds = blocks["kind"].value_counts()
     sentence = (
-        f"The U-Net of `{tables.model}` has {len(tables.blocks)} blocks ({kinds.get('resnet', 0)} residual, "
-        f"{kinds.get('attention', 0)} attention); {int(tables.blocks['removable'].sum())} of them can be removed."
+        f"The U-Net of `{tables.model}` has {len(blocks)} blocks ({kinds.get('resnet', 0)} residual, "
+        f"{kinds.get('attention', 0)} attention); {int(blocks['removable'].sum())} of them can be removed."
     )
     if tables.reductions is None:
         return [sentence]

@@ -236,9 +236,15 @@ def read_run(run: Run) -> RunTables:
 # Tables for the figures ------------------------------------------------------------------------------------------
 
 
+def whole_blocks(blocks: pd.DataFrame) -> pd.DataFrame:
+    """The rows of ``blocks`` without layers inside others (``Up1.A2.T7``), whose costs are part of their block's."""
+    around = blocks["name"].astype(str).str.rpartition(".")[0]
+    return blocks[~around.isin(set(blocks["name"]))]
+
+
 def block_map_frame(blocks: pd.DataFrame, importance: pd.DataFrame | None) -> pd.DataFrame:
     """One row per block in order of execution, with its position in its stage and its impact (NaN: not scored)."""
-    frame = blocks[["name", "stage", "kind", "lane", "row", "removable"]].copy()
+    frame = whole_blocks(blocks)[["name", "stage", "kind", "lane", "row", "removable"]].copy()
     frame["position"] = frame.groupby("stage", sort=False).cumcount()
     scores = (
         pd.DataFrame(columns=["kind", "group", "impact", "low", "high"]) if importance is None else importance

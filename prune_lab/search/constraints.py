@@ -90,6 +90,7 @@ class Constraints:
         Raises UnknownBlockError, UnremovableBlockError or ConfigError naming the block or stage and the reason.
         """
         return (
+            *_inside(architecture),
             *_fixed(self, architecture),
             *_resnets(self, architecture),
             *_quotas(self, architecture),
@@ -114,8 +115,22 @@ def _members(name: str, architecture: Architecture) -> tuple[str, ...]:
     return (architecture.block(name).name,)
 
 
+def _inside(architecture: Architecture) -> Iterator[Limit]:
+    """A layer of a removed block is not removed besides: that would be the same plan."""
+    for layer in architecture.layers:
+        yield Limit(f"{layer.name} leaves with {layer.inside}", (layer.inside, layer.name), most=1)
+
+
+def _kept(name: str, architecture: Architecture) -> Iterator[str]:
+    """What stays when the block, layer or stage ``name`` is kept: layers of its blocks, and the block of a layer."""
+    for member in _members(name, architecture):
+        block = architecture.block(member)
+        yield from (member, *([block.inside] if block.inside else []))
+        yield from (layer.name for layer in architecture.layers_in(member))
+
+
 def _fixed(constraints: Constraints, architecture: Architecture) -> Iterator[Limit]:
-    kept = {block: f"keep {name}" for name in constraints.keep for block in _members(name, architecture)}
+    kept = {block: f"keep {name}" for name in constraints.keep for block in _kept(name, architecture)}
     for block, reason in kept.items():
         yield Limit(reason, (block,), most=0)
     for name in constraints.remove:

@@ -158,7 +158,7 @@ def _plan_name(budgets: Sequence[Budget], number: int | None = None) -> str:
 
 
 def _scoreless(architecture: Architecture, costs: CostTable, constraints: Constraints) -> Program:
-    zero = Effects({block.name: 0.0 for block in architecture.blocks})
+    zero = Effects({block.name: 0.0 for block in architecture.named})
     return Program(space_of(architecture, costs, (), constraints), zero)
 
 

@@ -45,7 +45,7 @@ def greedy_plan(
     """
     check_reachable(architecture, costs, budgets, constraints=constraints)
     space = space_of(architecture, costs, budgets, constraints)
-    program = Program(space, Effects({block.name: 0.0 for block in architecture.blocks}))
+    program = Program(space, Effects({block.name: 0.0 for block in architecture.named}))
     objective = CachedObjective(impact_of)
     gone: Removed = frozenset()
     known: dict[Removed, _Step] = {}

@@ -147,7 +147,8 @@ class Program:
     def savings(self, metric: Metric) -> Vector:
         """The share of the teacher's cost that is saved, times _SCALE; of memory, what is saved of the weights."""
         column = "weight_bytes" if metric == "memory" else metric
-        amounts = {part.name: getattr(part, column) for part in self.space.costs.parts}
+        costs = self.space.costs
+        amounts = {part.name: getattr(part, column) for part in (*costs.parts, *costs.layers)}
         saved = np.zeros(self.size)
         for block, gone in self._gone.items():
             saved += amounts[block] * gone

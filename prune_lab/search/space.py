@@ -84,7 +84,7 @@ def space_of(
 
 
 def _every_block(architecture: Architecture) -> tuple[tuple[Removed, ...], ...]:
-    return tuple((frozenset(), frozenset([block.name])) for block in architecture.blocks if block.removable)
+    return tuple((frozenset(), frozenset([block.name])) for block in architecture.named if block.removable)
 
 
 def _satisfying_alone(level: tuple[Removed, ...], limits: tuple[Limit, ...]) -> Iterator[Removed]:

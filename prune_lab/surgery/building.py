@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prune_lab.blocks import architecture_of
 from prune_lab.errors import ModelFormatError
-from prune_lab.families import Layout, meta_unet
+from prune_lab.families import Layout, empty_model, meta_unet
 from prune_lab.models import weight_files
 from prune_lab.models.conversion import converted
 from prune_lab.plans import PruningPlan, native_layout
@@ -88,7 +88,7 @@ def predicted_shapes(config: Mapping[str, Any], plan: PruningPlan) -> dict[str, 
 
 def _assembled(layout: Layout, take: Callable[[str], Tensor]) -> ModelMixin:
     """The student of ``layout`` with every tensor from ``take(key in the original)``."""
-    student = meta_unet(layout.config)
+    student = empty_model(layout.config)
     wanted = student.state_dict()
     sources = layout.sources(wanted)
     tensors = {}

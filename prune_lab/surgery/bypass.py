@@ -13,12 +13,30 @@ import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from diffusers import ModelMixin
-from torch import nn
+from torch import Tensor, nn
 
 from prune_lab.blocks import architecture_of
 from prune_lab.families import Unit
 from prune_lab.plans import PruningPlan, gone_with
+
+
+class MainPath:
+    """How the latest state on the main path lies in memory; a concatenation with a skip connection hides it.
+
+    Plain attention returns states with the channels last, from which most later layers keep that order.
+    """
+
+    def __init__(self) -> None:
+        self.form = torch.contiguous_format
+
+    def seen(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        """A hook on what writes to the main path."""
+        state = output if isinstance(output, Tensor) else output[0]
+        last = state.ndim == 4 and not state.is_contiguous()
+        last = last and state.is_contiguous(memory_format=torch.channels_last)
+        self.form = torch.channels_last if last else torch.contiguous_format
 
 
 class Bypass(nn.Module):
@@ -28,6 +46,7 @@ class Bypass(nn.Module):
         super().__init__()
         self._names = tuple(inspect.signature(type(original).forward).parameters)[1:]  # without self
         self._unit = unit
+        self.main_path = MainPath()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The named inputs; of one that carries a skip connection too the main path alone."""
@@ -36,8 +55,11 @@ class Bypass(nn.Module):
             None if name is None else given[name] for name in self._unit.hands_on
         )
         if self._unit.takes_skip:
-            # Contiguous, as the smaller model's own tensors are: kernels may round differently on a strided view.
-            outputs = tuple(output[:, : self._unit.main_channels].contiguous() for output in outputs)
+            # As the smaller model's own tensors lie in memory: kernels may round differently on a strided view.
+            form = self.main_path.form
+            outputs = tuple(
+                output[:, : self._unit.main_channels].contiguous(memory_format=form) for output in outputs
+            )
         return outputs if self._unit.in_tuple or len(outputs) > 1 else outputs[0]
 
 
@@ -59,12 +81,21 @@ def bypassed(
     architecture = architecture_of(model)
     names = removed.removed if isinstance(removed, PruningPlan) else tuple(removed)
     gone = gone_with(architecture, names, stand_in=stand_in)
-    units = [unit for unit in architecture.units if unit.name in gone]
+    units = [unit for unit in (*architecture.units, *architecture.layers) if unit.name in gone]
     originals: dict[str, nn.Module] = {unit.path: model.get_submodule(unit.path) for unit in units}
+    main_path, hooks = MainPath(), []
     try:
         for unit in units:
-            model.set_submodule(unit.path, stand_in_for(originals[unit.path], unit))
+            instead = stand_in_for(originals[unit.path], unit)
+            if isinstance(instead, Bypass):
+                instead.main_path = main_path
+            model.set_submodule(unit.path, instead)
+        if any(unit.takes_skip for unit in units):
+            writers = [architecture.family.stem, *(unit.path for unit in architecture.units)]
+            hooks = [model.get_submodule(path).register_forward_hook(main_path.seen) for path in writers]
         yield model
     finally:
+        for hook in hooks:
+            hook.remove()
         for path, module in originals.items():
             model.set_submodule(path, module)
