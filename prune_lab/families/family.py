@@ -133,6 +133,8 @@ class Layout:
 
     config: Mapping[str, Any]
     names: Mapping[str, str | None]
+    convert: Mapping[str, Callable[[Tensor], Tensor]] = dataclasses.field(default_factory=dict)
+    """By name of a tensor in the smaller model: what makes it of the original's, where it is not the same."""
 
     def renamed(self, path: str) -> str | None:
         """Path in the smaller model of a module or tensor of the original; None when it is gone."""
@@ -230,6 +232,8 @@ class Family:
 
     model_class: Callable[[], type[Any]]
     """The class; a function, so that it is imported when it is first needed."""
+    component: str = "unet"
+    """The model's name among the parts of a pipeline."""
     check: Callable[[Mapping[str, Any], Mapping[str, Any]], None] = lambda config, defaults: None
     """Raises UnsupportedModelError for a setting of a config that nothing can be built from; the second argument holds
     the values of what it leaves out."""

@@ -94,6 +94,8 @@ def _assembled(layout: Layout, take: Callable[[str], Tensor]) -> ModelMixin:
     tensors = {}
     for key, empty in wanted.items():
         tensor = take(sources[key])
+        if key in layout.convert:
+            tensor = layout.convert[key](tensor)
         if tensor.shape != empty.shape:
             raise ModelFormatError(
                 f"tensor {key!r} has shape {tuple(tensor.shape)}, the config describes {tuple(empty.shape)}; "
