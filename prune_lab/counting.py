@@ -98,6 +98,10 @@ def meta_copy(module: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
     for buffer in module.buffers():
         memo[id(buffer)] = buffer.to("meta")
+    for part in module.modules():  # tensors that are no buffers: tables of angles
+        for tensor in tree_leaves(list(vars(part).values())):
+            if isinstance(tensor, Tensor):
+                memo.setdefault(id(tensor), tensor.to("meta"))
     return copy.deepcopy(module, memo).eval()
 
 

@@ -6,10 +6,13 @@ A family is a row of functions about one diffusers class. Everything else asks i
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from prune_lab.errors import UnsupportedModelError
@@ -27,8 +30,11 @@ from prune_lab.families.family import (
     arranged,
     plain_config,
 )
+from prune_lab.families.image_transformers import IMAGE_TRANSFORMERS
+from prune_lab.families.joint_transformers import JOINT_TRANSFORMERS
 from prune_lab.families.unet2d_condition import CLIP_TOKENS, UNET2D_CONDITION, embedding_width, latent_shape
 from prune_lab.families.unet_conditions import REFINER_TIME_IDS, SDXL_TIME_IDS, latent_channels
+from prune_lab.families.video_transformers import VIDEO_TRANSFORMERS
 from prune_lab.runtime import printable
 
 __all__ = [
@@ -48,6 +54,7 @@ __all__ = [
     "check_forward",
     "conditions_of",
     "embedding_width",
+    "empty_model",
     "example_inputs",
     "family_of",
     "forward_inputs",
@@ -62,7 +69,12 @@ __all__ = [
     "takes_guidance",
 ]
 
-FAMILIES: Mapping[str, Family] = {"UNet2DConditionModel": UNET2D_CONDITION}
+FAMILIES: Mapping[str, Family] = {
+    "UNet2DConditionModel": UNET2D_CONDITION,
+    **IMAGE_TRANSFORMERS,
+    **JOINT_TRANSFORMERS,
+    **VIDEO_TRANSFORMERS,
+}
 """By name of the diffusers class."""
 
 
@@ -93,8 +105,8 @@ def _said(error: BaseException) -> str:
     return printable(" ".join(f"{type(error).__name__}: {error}".split()), 200)
 
 
-def meta_unet(config: Mapping[str, Any]) -> Any:
-    """The model of ``config`` on the ``meta`` device: every shape, no memory, in evaluation mode.
+def _built(config: Mapping[str, Any], place: AbstractContextManager[Any]) -> Any:
+    """The model of ``config``, built inside ``place``, in evaluation mode.
 
     Raises UnsupportedModelError when a setting is out of bounds, or diffusers cannot build it.
     """
@@ -107,7 +119,8 @@ def meta_unet(config: Mapping[str, Any]) -> Any:
     defaults = {name: one.default for name, one in parameters.items() if one.default is not one.empty}
     family.check(settings, defaults)
     try:
-        with torch.device("meta"):
+        with place, warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # what diffusers says of its own parts
             return model_class.from_config(settings).eval()
     except _BUILD_ERRORS as error:
         # diffusers checks a config by building it; what it says is about the config's own keys
@@ -115,6 +128,21 @@ def meta_unet(config: Mapping[str, Any]) -> Any:
             f"asked to build a {model_class.__name__} from its config, diffusers refuses it "
             f"({_said(error)}); compare the config with that of a model that loads"
         ) from None
+
+
+def meta_unet(config: Mapping[str, Any]) -> Any:
+    """The model of ``config`` on the ``meta`` device: every shape, no memory, in evaluation mode.
+
+    Raises UnsupportedModelError when a setting is out of bounds, or diffusers cannot build it.
+    """
+    return _built(config, torch.device("meta"))
+
+
+def empty_model(config: Mapping[str, Any]) -> Any:
+    """The model of ``config`` before its weights are there: they are on ``meta``, and what is computed of the config
+    alone (places of patches, which no file holds) is not. In evaluation mode. Raises as ``meta_unet``.
+    """
+    return _built(config, init_empty_weights(include_buffers=False))
 
 
 @torch.no_grad()

@@ -47,6 +47,8 @@ class Unit:
     """Makes what takes its place while it is scored, where it cannot be removed. It is never built into a student."""
     leaves_with: tuple[str, ...] = ()
     """Of a sampler: the blocks that must all be gone for it to leave, in order of execution."""
+    keeps: tuple[str, ...] = ()
+    """Modules inside that others read, by their paths in it: they stay when the unit is gone."""
     inside: str = ""
     """The unit that this one lies inside; its cost is part of that unit's."""
 
@@ -162,7 +164,7 @@ class PrefixWalk:
 # What a model takes beside noisy latents, a timestep and a text ------------------------------------------------------
 
 
-Place = Literal["sample", "timestep_cond", "class_labels", "added_cond_kwargs"]
+Place = Literal["sample", "timestep_cond", "class_labels", "added_cond_kwargs", "argument"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +173,8 @@ class Condition:
 
     name: str
     place: Place
-    """The argument of ``forward`` that it goes into; ``sample`` means further channels, behind the latents."""
+    """The argument of ``forward`` that it goes into; ``sample`` means further channels, behind the latents, and
+    ``argument`` one of its own name."""
     shape: tuple[int, ...]
     """Of one row; ``of_picture`` height and width follow."""
     of_picture: bool = (
@@ -217,6 +220,8 @@ def arranged(
             channels.append(row)
         elif condition.place == "added_cond_kwargs":
             inputs.setdefault(condition.place, {})[condition.name] = row
+        elif condition.place == "argument":
+            inputs[condition.name] = row
         else:
             inputs[condition.place] = row
     return {"sample": torch.cat(channels, dim=1) if len(channels) > 1 else sample, **inputs}
