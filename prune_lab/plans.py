@@ -302,5 +302,5 @@ def choices_to_json(architecture: Architecture) -> dict[str, Any]:
             for sampler in architecture.samplers
             if all(architecture.block(name).removable for name in sampler.leaves_with)
         },
-        "complete": len(whole) < 2,
+        "complete": len(whole) < 2 if architecture.family.complete is None else architecture.family.complete,
     }

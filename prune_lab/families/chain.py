@@ -8,6 +8,8 @@ a class apart (a last block of its own, a block that others read, counted blocks
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +18,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from prune_lab.errors import NonNativePlanError, UnsupportedModelError
+from prune_lab.errors import NonNativePlanError
 from prune_lab.families.family import (
     Condition,
     Family,
@@ -26,7 +28,9 @@ from prune_lab.families.family import (
     Stage,
     Unit,
     plain_config,
+    sample_size,
 )
+from prune_lab.families.transformer_settings import check_settings
 
 Config = Mapping[str, Any]
 Size = tuple[int, int]  # height and width of the latent
@@ -61,26 +65,37 @@ class Sizes:
         """Zeros (batch, *shape) of whole numbers."""
         return torch.zeros(self.batch, *shape, device=self.device, dtype=torch.long)
 
+    def all_words(self) -> Tensor:
+        """A mask that leaves no word out (batch, tokens), for a model that counts the words of each row while it runs:
+        on ``meta`` there would be nothing to count, so it stays on the CPU there.
+        """
+        device = "cpu" if torch.device(self.device).type == "meta" else self.device
+        return torch.ones(self.batch, self.tokens, dtype=torch.bool, device=device)
+
     def grid(self, *sides: int) -> Tensor:
         """The places of a grid of these sides in order, one a row (N, number of sides), as numbers."""
         axes = (torch.arange(side, dtype=self.dtype) for side in sides)
         return torch.cartesian_prod(*axes).reshape(-1, len(sides)).to(self.device)
 
 
-def sample_size(config: Config) -> Size:
-    """Height and width of the latent that a model was trained at, by its ``sample_size``."""
-    size = config.get("sample_size")
-    if size is None:
-        raise UnsupportedModelError(
-            "asked for the latent size of a transformer; its config has no sample_size; pass a latent size"
-        )
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(height), int(width)
-
-
 def heads(config: Config) -> int:
     """Width of the blocks: attention heads by their width."""
     return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+
+
+@functools.cache
+def _defaults(class_name: str) -> Config:
+    """What a config that leaves a setting out has there."""
+    parameters = inspect.signature(getattr(diffusers, class_name).__init__).parameters
+    return {name: one.default for name, one in parameters.items() if one.default is not one.empty}
+
+
+def refuse_an_empty_chain(kept: Kept) -> None:
+    """Raise NonNativePlanError where no block is left of a chain whose last block is another than the others."""
+    if not any(kept.values()):
+        raise NonNativePlanError(
+            "no block would be left, and the last one has parts that no other has: keep one block"
+        )
 
 
 # The blocks -----------------------------------------------------------------------------------------------------------
@@ -95,6 +110,10 @@ class Blocks:
     setting: str = "num_layers"  # that says how many there are
     hands_on: tuple[str | None, ...] = ("hidden_states",)
     last_hands_on: tuple[str | None, ...] = ()  # of the last block, where it answers with less
+    last_is_less: bool = (
+        False  # whether the last block has less in it, and so has another that becomes the last
+    )
+    main: str = "hidden_states"  # the input that carries the picture
     in_tuple: bool = False
     self_attention: tuple[str, ...] = ()  # paths in a block
 
@@ -111,6 +130,8 @@ class Blocks:
                 hands_on=(self.last_hands_on if i == count - 1 else ()) or self.hands_on,
                 in_tuple=self.in_tuple,
                 self_attention=tuple(f"{self.path}.{i}.{path}" for path in self.self_attention),
+                main=self.hands_on.index(self.main),
+                changes_others=self.last_is_less and 0 < i == count - 1,
             )
             for i in range(count)
         ]
@@ -181,7 +202,9 @@ def chain(
     adapt: Callable[[Outline], Outline] = lambda outline: outline,
     levels: Callable[[Outline], Sequence[Sequence[str]]] | None = None,
     compiled: tuple[str, ...] = (),
+    complete: bool = True,
     component: str = "transformer",
+    latents: str = "hidden_states",
 ) -> Family:
     """The family of a diffusers class whose blocks stand in ``lists``, in order of execution.
 
@@ -210,19 +233,32 @@ def chain(
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> dict[str, Any]:
-        height, across = size(config) if latent is None else (latent, latent)
+        height, across = latent_size(config) if latent is None else (latent, latent)
         words = text_length(config) if tokens is None else tokens
-        return inputs(config, Sizes(batch, height, across, words, device, dtype))
+        return inputs(whole(config), Sizes(batch, height, across, words, device, dtype))
 
-    text_length = tokens
+    def whole(config: Config) -> Config:
+        return {**_defaults(class_name), **config}
+
+    def latent_size(config: Config) -> Size:
+        return size(whole(config))
+
+    def text_length(config: Config) -> int:
+        return tokens(whole(config))
+
     return Family(
         model_class=lambda: getattr(diffusers, class_name),
         component=component,
+        latents=latents,
+        check=functools.partial(check_settings, [blocks.setting for blocks in lists]),
+        size=latent_size,
+        tokens=text_length,
         example_inputs=example_inputs,
-        conditions=conditions,
+        conditions=lambda config: conditions(whole(config)),
         outline=outline,
         layout=layout,
         levels=levels or (lambda outline: [[unit.name] for unit in outline.units if unit.removable]),
+        complete=complete,
         stage_features=lambda outline, removed: _features(lists, outline, removed),
         stem=stem,
         head=head,

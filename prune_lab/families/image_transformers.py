@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from prune_lab.errors import NonNativePlanError
@@ -159,10 +158,7 @@ def _lumina2_inputs(config: Config, sizes: Sizes) -> dict[str, Any]:
         "hidden_states": sizes.zeros(config["in_channels"], sizes.height, sizes.width),
         "timestep": sizes.zeros(),
         "encoder_hidden_states": sizes.zeros(sizes.tokens, config["cap_feat_dim"]),
-        # the number of words of each row decides what is computed, so it is a number also where nothing else is
-        "encoder_attention_mask": torch.ones(
-            sizes.batch, sizes.tokens, dtype=torch.bool, device=sizes.device
-        ),
+        "encoder_attention_mask": sizes.all_words(),
     }
 
 
@@ -190,13 +186,21 @@ def _z_image_inputs(config: Config, sizes: Sizes) -> dict[str, Any]:
 
 Z_IMAGE = chain(
     "ZImageTransformer2DModel",
-    Blocks(letter="B", path="layers", setting="n_layers", hands_on=("x",), self_attention=("attention",)),
+    Blocks(
+        letter="B",
+        path="layers",
+        setting="n_layers",
+        hands_on=("x",),
+        main="x",
+        self_attention=("attention",),
+    ),
     inputs=_z_image_inputs,
     size=lambda config: (128, 128),
     tokens=lambda config: 512,
     width=lambda config: int(config["dim"]),
-    stem="all_x_embedder",
-    head="all_final_layer",
+    latents="x",
+    stem="all_x_embedder.2-1",
+    head="all_final_layer.2-1",
     compiled=("ZImageTransformerBlock",),
 )
 
@@ -235,6 +239,29 @@ def _cogview(class_name: str, block: str, tokens: int) -> Family:
 COGVIEW3 = _cogview("CogView3PlusTransformer2DModel", "CogView3PlusTransformerBlock", 224)
 COGVIEW4 = _cogview("CogView4Transformer2DModel", "CogView4TransformerBlock", 1024)
 
+# PRX ------------------------------------------------------------------------------------------------------------------
+
+
+def _prx_inputs(config: Config, sizes: Sizes) -> dict[str, Any]:
+    return {
+        "hidden_states": sizes.zeros(config["in_channels"], sizes.height, sizes.width),
+        "timestep": sizes.zeros(),
+        "encoder_hidden_states": sizes.zeros(sizes.tokens, config["context_in_dim"]),
+    }
+
+
+PRX = chain(
+    "PRXTransformer2DModel",
+    Blocks(letter="B", path="blocks", setting="depth", self_attention=("attention",)),
+    inputs=_prx_inputs,
+    size=lambda config: (32, 32),  # 1024 pixels through a VAE of 32 to one
+    tokens=lambda config: 256,
+    width=lambda config: int(config["hidden_size"]),
+    stem="img_in",
+    head="final_layer",
+    compiled=("PRXBlock",),
+)
+
 IMAGE_TRANSFORMERS = {
     "PixArtTransformer2DModel": PIXART,
     "SanaTransformer2DModel": SANA,
@@ -242,6 +269,7 @@ IMAGE_TRANSFORMERS = {
     "AuraFlowTransformer2DModel": AURAFLOW,
     "Lumina2Transformer2DModel": LUMINA2,
     "ZImageTransformer2DModel": Z_IMAGE,
+    "PRXTransformer2DModel": PRX,
     "CogView3PlusTransformer2DModel": COGVIEW3,
     "CogView4Transformer2DModel": COGVIEW4,
 }

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prune_lab.families.chain import JOINT, Blocks, Config, Kept, Size, Sizes, chain, heads, refused
+from prune_lab.families.chain import (
+    JOINT,
+    Blocks,
+    Config,
+    Kept,
+    Size,
+    Sizes,
+    chain,
+    heads,
+    refuse_an_empty_chain,
+    refused,
+)
 from prune_lab.families.family import Condition, Family, Layout, Outline
 
 
@@ -34,13 +46,14 @@ def _sd3_inputs(config: Config, sizes: Sizes) -> dict[str, Any]:
 
 def _sd3_finish(outline: Outline, layout: Layout, kept: Kept) -> Layout:
     """The dual attention goes with its blocks; the new last block no longer writes the text, which nobody reads."""
+    refuse_an_empty_chain(kept)
     places = kept[_LIST]
     dual = outline.config["dual_attention_layers"]
     config = {
         **layout.config,
         "dual_attention_layers": [new for new, old in enumerate(places) if old in dual],
     }
-    if not places or places[-1] == outline.config["num_layers"] - 1:
+    if places[-1] == outline.config["num_layers"] - 1:
         return Layout(config, layout.names)
     width = heads(config)
 
@@ -62,6 +75,7 @@ SD3 = chain(
         letter="B",
         hands_on=JOINT,
         last_hands_on=(None, "hidden_states"),
+        last_is_less=True,
         in_tuple=True,
         self_attention=("attn",),
     ),
@@ -223,6 +237,38 @@ QWEN = chain(
     compiled=("QwenImageTransformerBlock",),
 )
 
+# HunyuanImage ---------------------------------------------------------------------------------------------------------
+
+
+def _hunyuan_image_conditions(config: Config) -> tuple[Condition, ...]:
+    later = (Condition(name="timestep_r", place="argument", shape=()),) if config["use_meanflow"] else ()
+    return (*_guidance(config), *later)
+
+
+def _hunyuan_image_inputs(config: Config, sizes: Sizes) -> dict[str, Any]:
+    frames = [1] * (len(config["patch_size"]) - 2)
+    return {
+        "hidden_states": sizes.zeros(config["in_channels"], *frames, sizes.height, sizes.width),
+        "timestep": sizes.zeros(),
+        "encoder_hidden_states": sizes.zeros(sizes.tokens, config["text_embed_dim"]),
+        "encoder_attention_mask": sizes.ones(sizes.tokens).bool(),
+        **{one.name: sizes.ones() for one in _hunyuan_image_conditions(config)},
+    }
+
+
+_PICTURE_FIRST = ("hidden_states", "encoder_hidden_states")
+HUNYUAN_IMAGE = chain(
+    "HunyuanImageTransformer2DModel",
+    dataclasses.replace(_DOUBLE, hands_on=_PICTURE_FIRST),
+    dataclasses.replace(_SINGLE, hands_on=_PICTURE_FIRST),
+    inputs=_hunyuan_image_inputs,
+    size=lambda config: (64, 64),  # 2048 pixels through a VAE of 32 to one
+    tokens=lambda config: 1000,
+    conditions=_hunyuan_image_conditions,
+    stem="x_embedder",
+    compiled=_classes("HunyuanImage"),
+)
+
 JOINT_TRANSFORMERS = {
     "SD3Transformer2DModel": SD3,
     "FluxTransformer2DModel": FLUX,
@@ -231,5 +277,6 @@ JOINT_TRANSFORMERS = {
     "LongCatImageTransformer2DModel": LONGCAT,
     "OvisImageTransformer2DModel": OVIS,
     "ChromaTransformer2DModel": CHROMA,
+    "HunyuanImageTransformer2DModel": HUNYUAN_IMAGE,
     "QwenImageTransformer2DModel": QWEN,
 }

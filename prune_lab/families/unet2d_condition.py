@@ -11,9 +11,7 @@ from torch import Tensor
 
 from prune_lab.errors import PlanError, UnsupportedModelError
 from prune_lab.families import unet_blocks, unet_conditions, unet_settings, unet_walk, unet_wiring
-from prune_lab.families.family import Family, Outline, PrefixWalk, Removed, arranged
-
-CLIP_TOKENS = 77  # the context length of every CLIP text encoder that Stable Diffusion uses
+from prune_lab.families.family import CLIP_TOKENS, Family, Outline, PrefixWalk, Removed, arranged
 
 
 def latent_shape(config: Mapping[str, Any], latent: int | None = None) -> tuple[int, int]:
@@ -107,6 +105,7 @@ def _bk_tiny(outline: Outline) -> Removed:
 UNET2D_CONDITION = Family(
     model_class=lambda: diffusers.UNet2DConditionModel,
     check=unet_settings.check_settings,
+    size=latent_shape,
     example_inputs=example_inputs,
     conditions=unet_conditions.conditions,
     outline=unet_blocks.outline,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune_lab.families.chain import Blocks, Config, Kept, Sizes, chain
+from prune_lab.families.chain import Blocks, Config, Kept, Sizes, chain, refuse_an_empty_chain
 from prune_lab.families.family import Condition, Family, Layout, Outline
 
 FRAMES = 21  # of the latent: 81 frames through a VAE of four to one
@@ -154,14 +154,15 @@ def _mochi_inputs(config: Config, sizes: Sizes) -> dict[str, Any]:
         "hidden_states": sizes.zeros(config["in_channels"], MOCHI_FRAMES, sizes.height, sizes.width),
         "timestep": sizes.whole(),
         "encoder_hidden_states": sizes.zeros(sizes.tokens, config["text_embed_dim"]),
-        "encoder_attention_mask": sizes.ones(sizes.tokens).bool(),
+        "encoder_attention_mask": sizes.all_words(),
     }
 
 
 def _mochi_finish(outline: Outline, layout: Layout, kept: Kept) -> Layout:
     """The new last block no longer writes the text, which nobody reads."""
+    refuse_an_empty_chain(kept)
     places = kept["transformer_blocks"]
-    if not places or places[-1] == outline.config["num_layers"] - 1:
+    if places[-1] == outline.config["num_layers"] - 1:
         return layout
     old, new = f"transformer_blocks.{places[-1]}", f"transformer_blocks.{len(places) - 1}"
     width = int(outline.config["pooled_projection_dim"])
@@ -183,7 +184,7 @@ def _mochi_finish(outline: Outline, layout: Layout, kept: Kept) -> Layout:
 
 MOCHI = chain(
     "MochiTransformer3DModel",
-    _PICTURE_FIRST,
+    dataclasses.replace(_PICTURE_FIRST, last_is_less=True),
     inputs=_mochi_inputs,
     size=lambda config: (60, 106),  # 480 by 848 pixels
     tokens=lambda config: int(config["max_sequence_length"]),
@@ -232,6 +233,58 @@ HUNYUAN_VIDEO = chain(
     compiled=("HunyuanVideoTransformerBlock", "HunyuanVideoSingleTransformerBlock"),
 )
 
+# Sana, EasyAnimate ----------------------------------------------------------------------------------------------------
+
+
+def _sana_inputs(config: Config, sizes: Sizes) -> dict[str, Any]:
+    return {
+        "hidden_states": sizes.zeros(config["in_channels"], FRAMES, sizes.height, sizes.width),
+        "timestep": sizes.zeros(),
+        "encoder_hidden_states": sizes.zeros(sizes.tokens, config["caption_channels"]),
+        **({"guidance": sizes.zeros()} if config["guidance_embeds"] else {}),
+    }
+
+
+SANA_VIDEO = chain(
+    "SanaVideoTransformer3DModel",
+    Blocks(letter="B", self_attention=("attn1",)),
+    inputs=_sana_inputs,
+    size=lambda config: (60, 104),  # 480 by 832 pixels
+    tokens=lambda config: 300,
+    conditions=lambda config: (
+        (Condition(name="guidance", place="argument", shape=()),) if config["guidance_embeds"] else ()
+    ),
+    stem="patch_embedding",
+    compiled=("SanaVideoTransformerBlock",),
+)
+
+
+def _easy_inputs(config: Config, sizes: Sizes) -> dict[str, Any]:
+    return {
+        "hidden_states": sizes.zeros(config["in_channels"], EASY_FRAMES, sizes.height, sizes.width),
+        "timestep": sizes.whole(),
+        "encoder_hidden_states": sizes.zeros(sizes.tokens, config["text_embed_dim"]),
+    }
+
+
+def _easy_finish(outline: Outline, layout: Layout, kept: Kept) -> Layout:
+    """The first ``mmdit_layers`` blocks have weights of their own for the text, and stay the first."""
+    own = sum(place < outline.config["mmdit_layers"] for place in kept["transformer_blocks"])
+    return dataclasses.replace(layout, config={**layout.config, "mmdit_layers": own})
+
+
+EASY_FRAMES = 13  # 49 frames through a VAE of four to one
+EASY_ANIMATE = chain(
+    "EasyAnimateTransformer3DModel",
+    _PICTURE_FIRST,
+    inputs=_easy_inputs,
+    size=lambda config: (int(config["sample_height"]), int(config["sample_width"])),
+    tokens=lambda config: 256,
+    finish=_easy_finish,
+    stem="proj",
+    compiled=("EasyAnimateTransformerBlock",),
+)
+
 VIDEO_TRANSFORMERS = {
     "WanTransformer3DModel": WAN,
     "ChronoEditTransformer3DModel": CHRONO_EDIT,
@@ -241,4 +294,6 @@ VIDEO_TRANSFORMERS = {
     "AllegroTransformer3DModel": ALLEGRO,
     "MochiTransformer3DModel": MOCHI,
     "HunyuanVideoTransformer3DModel": HUNYUAN_VIDEO,
+    "SanaVideoTransformer3DModel": SANA_VIDEO,
+    "EasyAnimateTransformer3DModel": EASY_ANIMATE,
 }
