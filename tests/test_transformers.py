@@ -340,9 +340,8 @@ def test_features_of_a_student_are_those_of_the_bypassed_teacher(name: str) -> N
         assert pairs
         teacher = [pair.teacher_path for pair in pairs]
         ours = [pair.student_path for pair in pairs]
-        with bypassed(model, plan), tapped(student, ours) as found:
+        with tapped(student, ours) as found, tapped(model, teacher) as whole:
             answer(student, inputs)
-        with tapped(model, teacher) as whole:
             answer(model, inputs)
             assert {whole[one].shape for one in teacher} == {found[one].shape for one in ours}
     (pair, *_) = feature_pairs(architecture, plan, "blocks")
@@ -406,7 +405,10 @@ def test_a_candidate_of_a_transformer(name: str, tmp_path: Path) -> None:
     plan = plan_of(architecture, [architecture.blocks[-1].name])
     candidate = build_candidate(model, plan, tmp_path / "c", profiled=False)
     inputs = random_inputs(model)
-    assert torch.equal(answer(load_student(candidate), inputs), naively(model, inputs, plan))
+    student = load_student(candidate)
+    for parameter in student.parameters():  # matrix products round by how memory is aligned, and a map is not
+        parameter.data = parameter.data.clone()
+    assert torch.equal(answer(student, inputs), naively(model, inputs, plan))
 
 
 # What is refused ------------------------------------------------------------------------------------------------------

@@ -246,18 +246,6 @@ TINY_TRANSFORMERS: Mapping[str, Mapping[str, Any]] = {
         "cross_attention_dim": 32,
         "caption_channels": 12,
     },
-    "EasyAnimateTransformer3DModel": {
-        **_VIDEO_HEADS,
-        "num_layers": 4,
-        "mmdit_layers": 2,
-        "in_channels": 4,
-        "out_channels": 4,
-        "patch_size": 2,
-        "sample_width": 8,
-        "sample_height": 8,
-        "time_embed_dim": 8,
-        "text_embed_dim": 12,
-    },
     "HunyuanImageTransformer2DModel": {
         **_HEADS,
         "num_layers": 3,
@@ -365,9 +353,6 @@ _MORE: Mapping[str, Callable[[random.Random, dict[str, Any]], dict[str, Any]]] =
     "LatteTransformer3DModel": _as_wide("cross_attention_dim"),
     "HunyuanDiT2DModel": _as_wide("hidden_size"),
     "SanaVideoTransformer3DModel": _of_sana,
-    "EasyAnimateTransformer3DModel": lambda generator, settings: {
-        "mmdit_layers": generator.randint(0, settings["num_layers"])
-    },
     "FluxTransformer2DModel": lambda generator, settings: {"guidance_embeds": generator.random() < 0.5},
     "HunyuanVideoTransformer3DModel": lambda generator, settings: {
         "guidance_embeds": generator.random() < 0.5

@@ -30,6 +30,7 @@ REFUSED_TRANSFORMERS: Mapping[str, str] = {
     "OmniGenTransformer2DModel": _ALL_IN_ONE,
     "HiDreamImageTransformer2DModel": f"gives every block a layer of its text encoder by its number, and {_EXPERTS}",
     "NucleusMoEImageTransformer2DModel": _EXPERTS,
+    "EasyAnimateTransformer3DModel": "rounds its sizes while it runs, so that its multiply-adds cannot be traced",
     "RFD4ProteinaTransformer": "makes molecules and no pictures",
     "Transformer2DModel": "is one block of attention of a U-Net",
     "TransformerTemporalModel": "is one block of attention of a U-Net for films",

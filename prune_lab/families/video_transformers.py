@@ -233,7 +233,7 @@ HUNYUAN_VIDEO = chain(
     compiled=("HunyuanVideoTransformerBlock", "HunyuanVideoSingleTransformerBlock"),
 )
 
-# Sana, EasyAnimate ----------------------------------------------------------------------------------------------------
+# Sana ----------------------------------------------------------------------------------------------------------------
 
 
 def _sana_inputs(config: Config, sizes: Sizes) -> dict[str, Any]:
@@ -258,33 +258,6 @@ SANA_VIDEO = chain(
     compiled=("SanaVideoTransformerBlock",),
 )
 
-
-def _easy_inputs(config: Config, sizes: Sizes) -> dict[str, Any]:
-    return {
-        "hidden_states": sizes.zeros(config["in_channels"], EASY_FRAMES, sizes.height, sizes.width),
-        "timestep": sizes.whole(),
-        "encoder_hidden_states": sizes.zeros(sizes.tokens, config["text_embed_dim"]),
-    }
-
-
-def _easy_finish(outline: Outline, layout: Layout, kept: Kept) -> Layout:
-    """The first ``mmdit_layers`` blocks have weights of their own for the text, and stay the first."""
-    own = sum(place < outline.config["mmdit_layers"] for place in kept["transformer_blocks"])
-    return dataclasses.replace(layout, config={**layout.config, "mmdit_layers": own})
-
-
-EASY_FRAMES = 13  # 49 frames through a VAE of four to one
-EASY_ANIMATE = chain(
-    "EasyAnimateTransformer3DModel",
-    _PICTURE_FIRST,
-    inputs=_easy_inputs,
-    size=lambda config: (int(config["sample_height"]), int(config["sample_width"])),
-    tokens=lambda config: 256,
-    finish=_easy_finish,
-    stem="proj",
-    compiled=("EasyAnimateTransformerBlock",),
-)
-
 VIDEO_TRANSFORMERS = {
     "WanTransformer3DModel": WAN,
     "ChronoEditTransformer3DModel": CHRONO_EDIT,
@@ -295,5 +268,4 @@ VIDEO_TRANSFORMERS = {
     "MochiTransformer3DModel": MOCHI,
     "HunyuanVideoTransformer3DModel": HUNYUAN_VIDEO,
     "SanaVideoTransformer3DModel": SANA_VIDEO,
-    "EasyAnimateTransformer3DModel": EASY_ANIMATE,
 }
