@@ -178,7 +178,8 @@ def test_a_hundred_students_are_the_teacher_without_their_blocks(name: str) -> N
 def renumbered(model: Any, plan: PruningPlan) -> Any:
     """The same class with fewer blocks, renumbered list by list, whatever the family says; None where it will not."""
     outline = outline_of(model)
-    settings, names = dict(outline.config), {}
+    settings = dict(outline.config)
+    names: dict[str, str] = {}
     for stage in outline.stages:
         left = [unit for unit in outline.units_in(stage.name) if unit.name not in plan.removed]
         names |= {unit.path: f"{stage.path}.{place}" for place, unit in enumerate(left)}
@@ -336,7 +337,7 @@ def test_features_of_a_student_are_those_of_the_bypassed_teacher(name: str) -> N
     plan = plan_of(architecture, [architecture.blocks[1].name])
     student = materialise(model, plan)
     for points in ("stages", "blocks", "self-attention"):
-        pairs = feature_pairs(architecture, plan, points)  # type: ignore[arg-type]
+        pairs = feature_pairs(architecture, plan, points)
         assert pairs
         teacher = [pair.teacher_path for pair in pairs]
         ours = [pair.student_path for pair in pairs]
