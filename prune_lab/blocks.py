@@ -20,7 +20,6 @@ from torch import nn
 from prune_lab.counting import Macs, count_macs
 from prune_lab.errors import UnknownBlockError, UnsupportedModelError
 from prune_lab.families import (
-    CLIP_TOKENS,
     Family,
     Outline,
     Unit,
@@ -44,15 +43,21 @@ class CountedUnit(Unit):
 
     params: int
     count: Callable[[], Macs] = dataclasses.field(repr=False, compare=False)  # of the whole model
+    count_without: Callable[[], Macs] | None = dataclasses.field(default=None, repr=False, compare=False)
+    """Of the model without the unit, where others are less without it; its cost is the difference."""
 
     @property
     def macs(self) -> int:
         """Multiply-adds, attention products included."""
+        if self.count_without is not None:
+            return self.count().total - self.count_without().total
         return self.count().by_module[self.path][0]
 
     @property
     def attention_macs(self) -> int:
         """Multiply-adds in the attention products, QK^T and AV."""
+        if self.count_without is not None:
+            return self.count().attention - self.count_without().attention
         return self.count().by_module[self.path][1]
 
 
@@ -70,7 +75,7 @@ class Architecture:
     """A model without its weights: units in order of execution, totals, and the diffusers config.
 
     ``signature`` identifies the block structure (names, shapes, parameters), so that a plan made for one
-    architecture is refused by another. MACs are those of one sample at the config's ``sample_size`` with ``tokens``
+    architecture is refused by another. MACs are those of one sample at the config's size with ``tokens``
     words of text; ``count`` traces the model once, when they are first asked for.
     """
 
@@ -142,11 +147,13 @@ class Architecture:
 def architecture_of(source: nn.Module | Mapping[str, Any], *, tokens: int | None = None) -> Architecture:
     """The architecture of a model, or of the model that a diffusers config describes (no weights needed).
 
-    ``tokens`` is the length of the text that MACs are counted for (None: 77); ``ModelSource.architecture`` knows it.
+    ``tokens`` is the length of the text that MACs are counted for (None: what the model is meant for);
+    ``ModelSource.architecture`` knows it.
     Raises UnsupportedModelError when its class has no family, or it has parts of a type that is not known there.
     """
-    family_of(source)  # says so where there is none
-    architecture = _architecture_of_config(_canonical(plain_config(source)), tokens or CLIP_TOKENS)
+    config = plain_config(source)
+    words = tokens or family_of(config).tokens(config)
+    architecture = _architecture_of_config(_canonical(config), words)
     # The structure follows from the config alone; a model edited in place no longer does what its config says.
     if not isinstance(source, Mapping):
         found = sum(parameter.numel() for parameter in source.parameters())
@@ -218,14 +225,17 @@ def _architecture_of_config(canonical: str, tokens: int) -> Architecture:
         path: sum(parameter.numel() for parameter in module.parameters())
         for path, module in model.named_modules()
     }
-    found = tuple(
-        CountedUnit(
-            **{field.name: getattr(unit, field.name) for field in dataclasses.fields(unit)},
-            params=params[unit.path],
-            count=count,
-        )
-        for unit in outline.units
-    )
+
+    def counted(unit: Unit) -> CountedUnit:
+        fields = {field.name: getattr(unit, field.name) for field in dataclasses.fields(unit)}
+        if not unit.changes_others:
+            return CountedUnit(**fields, params=params[unit.path], count=count)
+        without = family_of(outline.config).layout(outline, frozenset({unit.name})).config
+        left = sum(parameter.numel() for parameter in meta_unet(without).parameters())
+        macs = functools.cache(functools.partial(count_macs, without, latent=latent, tokens=tokens))
+        return CountedUnit(**fields, params=params[""] - left, count=count, count_without=macs)
+
+    found = tuple(counted(unit) for unit in outline.units)
     units = tuple(unit for unit in found if not unit.inside)
     blocks = tuple(unit for unit in units if unit.kind != "sampler")
     shape = [

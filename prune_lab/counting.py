@@ -9,6 +9,7 @@ apart.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
@@ -28,13 +29,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from prune_lab.families import example_inputs, meta_unet, plain_config
+from prune_lab.families import example_inputs, meta_unet, plain_config, runs_on_meta
 
 with warnings.catch_warnings():
     # Importing fvcore scripts a loss that is not used here, which torch 2.13 warns of.
     warnings.simplefilter("ignore", DeprecationWarning)
     from fvcore.nn import FlopCountAnalysis
-    from fvcore.nn.jit_handles import get_shape
+    from fvcore.nn.jit_handles import einsum_flop_jit, get_shape
 
 ATTENTION = "attention_products"  # the name under which fvcore reports them
 ANALYTIC_EXTRAS = (
@@ -72,6 +73,21 @@ def _attention_products(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     return Counter({ATTENTION: math.prod(batch) * length * key[-2] * (width + value[-1])})
 
 
+def _einsum(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """One product for each set of places: of one tensor alone, which is laid out in another order, there is none."""
+    shapes = [get_shape(operand) for operand in inputs[1].node().inputs()]
+    if len(shapes) > 2:
+        counted: Counter[str] = einsum_flop_jit(inputs, outputs)
+        return counted
+    terms = inputs[0].toIValue().replace(" ", "").split("->")[0].split(",")
+    sides = {
+        letter: side
+        for term, shape in zip(terms, shapes, strict=True)
+        for letter, side in zip(term, shape, strict=True)
+    }
+    return Counter({"einsum": math.prod(sides.values()) if len(shapes) == 2 else 0})
+
+
 def _batched_product(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     """One product of attention written out: ``bmm(a, b)`` or ``baddbmm(bias, a, b)``."""
     left, right = [shape for each in inputs if (shape := get_shape(each)) is not None][-2:]
@@ -83,6 +99,7 @@ HANDLES: Mapping[str, Handle] = MappingProxyType(
     {
         "aten::scaled_dot_product_attention": _attention_products,
         "aten::bmm": _batched_product,
+        "aten::einsum": _einsum,
         "aten::baddbmm": _batched_product,
     }
 )
@@ -98,14 +115,22 @@ def meta_copy(module: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
     for buffer in module.buffers():
         memo[id(buffer)] = buffer.to("meta")
+    for part in module.modules():  # tensors that are no buffers: tables of angles
+        for tensor in tree_leaves(list(vars(part).values())):
+            if isinstance(tensor, Tensor):
+                memo.setdefault(id(tensor), tensor.to("meta"))
     return copy.deepcopy(module, memo).eval()
 
 
-def _pair(value: Any) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
+_CONVOLUTIONS: Mapping[Any, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}  # by number of sides
+
+
+def _per_side(value: Any, sides: int) -> list[int]:
+    return [value] * sides if isinstance(value, int) else list(value)
 
 
 def _convolution(
+    sides: int,
     x: Any,
     weight: Any,
     bias: Any = None,
@@ -114,20 +139,26 @@ def _convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Any:
-    """``conv2d`` of these arguments as the operator that a trace records."""
-    options = (_pair(stride), _pair(padding), _pair(dilation), False, [0, 0], groups)
-    return torch._convolution(x, weight, bias, *options, False, False, False, False)
+    """``conv2d`` of these arguments, or its like with other ``sides``, as the operator that a trace records."""
+    stride, padding, dilation = (_per_side(option, sides) for option in (stride, padding, dilation))
+    form = (stride, padding, dilation, False, [0] * sides, groups)
+    return torch._convolution(x, weight, bias, *form, False, False, False, False)
 
 
-class _ConvolutionsByName(TorchFunctionMode):
-    """Calls every ``conv2d`` as ``_convolution``, the operator that a trace records."""
+class _AsTraced(TorchFunctionMode):
+    """Calls every ``conv2d`` and its like as ``_convolution``, the operator that a trace records, and ``masked_fill``
+    with a number: the tracer knows none that fills with true or false.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is not torch.conv2d:
+        sides = _CONVOLUTIONS.get(func)
+        if func is Tensor.masked_fill and len(args) == 3 and isinstance(args[2], bool):
+            return func(*args[:2], int(args[2]))
+        if sides is None:
             return func(*args, **(kwargs or {}))
-        return _convolution(*args, **(kwargs or {}))
+        return _convolution(sides, *args, **(kwargs or {}))
 
 
 class _ConvolutionShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -145,11 +176,11 @@ class _ConvolutionShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _traceable_on_meta() -> Iterator[None]:
     """Inside, ``torch.jit`` can trace convolutions of ``meta`` tensors.
 
-    Torch works out the shape of a ``conv2d`` on ``meta`` in Python before the tracer has recorded it; while tracing,
+    Torch works out the shape of a convolution on ``meta`` in Python before the tracer has recorded it; while tracing,
     sizes are tensors there, and it stops with a TypeError (torch 2.13). Recorded first, as a real device does, the
     convolution is given its shape with tracing already suspended.
     """
-    with torch.no_grad(), _ConvolutionShapes(), _ConvolutionsByName():  # type: ignore[no-untyped-call]
+    with runs_on_meta(), _ConvolutionShapes(), _AsTraced():  # type: ignore[no-untyped-call]
         yield
 
 
@@ -162,8 +193,20 @@ class _ByPosition(nn.Module):
         self.structure = structure  # of the keyword arguments
 
     def forward(self, *leaves: Any) -> tuple[Tensor, ...]:
-        output = self.module(**tree_unflatten(leaves, self.structure))
-        return tuple(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+        """What the module and each of its layers answers: what a trace does not hand out, it leaves away, such as the
+        text that the last block of a transformer writes for nobody.
+        """
+        written: list[Any] = []
+
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            written.append(output)
+
+        with contextlib.ExitStack() as hooks:
+            for part in self.module.modules():
+                if not list(part.children()) and list(part.parameters(recurse=False)):
+                    hooks.enter_context(part.register_forward_hook(keep))
+            written.append(self.module(**tree_unflatten(leaves, self.structure)))
+        return tuple(leaf for leaf in tree_leaves(written) if isinstance(leaf, Tensor))
 
 
 def count_call(module: nn.Module, inputs: Mapping[str, Any]) -> Macs:

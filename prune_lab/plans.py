@@ -324,6 +324,7 @@ def choices_to_json(architecture: Architecture) -> dict[str, Any]:
     stages = [{architecture.block(name).stage for name in members} for members, _ in listed]
     whole = [level for level in stages if not level & fixed]
     beyond = any(not option <= set(members) for members, options in listed for option in options)
+    known = architecture.family.complete
     return {
         "levels": [[sorted(removed, key=order.__getitem__) for removed in options] for _, options in listed],
         "samplers": {
@@ -331,5 +332,5 @@ def choices_to_json(architecture: Architecture) -> dict[str, Any]:
             for sampler in architecture.samplers
             if sampler.leaves_with and all(architecture.block(name).removable for name in sampler.leaves_with)
         },
-        "complete": len(whole) < 2 and not beyond,
+        "complete": len(whole) < 2 and not beyond if known is None else known,
     }

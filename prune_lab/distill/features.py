@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from prune_lab.blocks import Architecture
 from prune_lab.errors import DataError
+from prune_lab.families import outline_of
 from prune_lab.plans import PruningPlan, gone_with, native_layout
 
 Points = Literal["stages", "blocks", "self-attention"]
@@ -89,13 +90,14 @@ def _inverse(names: Sequence[str], sensitivities: Mapping[str, float]) -> dict[s
 def tapped(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """A mapping that holds, after each forward pass of ``model``, the output of every module in ``paths``.
 
-    Of an output that is a tuple (a down stage returns hidden state and skips) the first element is kept. The hooks are
-    gone on exit, also when the body raises.
+    Of an output that is a tuple (a down stage returns hidden state and skips, a block of SD3 text and picture) what is
+    on the main path is kept. The hooks are gone on exit, also when the body raises.
     """
     features: dict[str, Tensor] = {}
+    main = {unit.path: unit.main for unit in outline_of(model).units}
 
     def keep(path: str, _module: nn.Module, _inputs: Any, output: Tensor | tuple[Tensor, ...]) -> None:
-        features[path] = output if isinstance(output, Tensor) else output[0]
+        features[path] = output if isinstance(output, Tensor) else output[main.get(path, 0)]
 
     with ExitStack() as hooks:
         hooks.callback(features.clear)

@@ -6,6 +6,7 @@ A family is a row of functions about one diffusers class. Everything else asks i
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -18,6 +19,7 @@ from prune_lab.errors import UnsupportedModelError
 from prune_lab.families.configs import looks_like_a_unet, picture_scale
 from prune_lab.families.family import (
     CLASS_NAME,
+    CLIP_TOKENS,
     Condition,
     Family,
     Layout,
@@ -28,10 +30,15 @@ from prune_lab.families.family import (
     arranged,
     plain_config,
 )
+from prune_lab.families.image_transformers import IMAGE_TRANSFORMERS
+from prune_lab.families.joint_transformers import JOINT_TRANSFORMERS
+from prune_lab.families.meta_device import runs_on_meta
 from prune_lab.families.refused import REFUSED
+from prune_lab.families.skipping_transformers import SKIPPING_TRANSFORMERS
 from prune_lab.families.unet2d import UNET2D
-from prune_lab.families.unet2d_condition import CLIP_TOKENS, UNET2D_CONDITION, embedding_width, latent_shape
+from prune_lab.families.unet2d_condition import UNET2D_CONDITION, embedding_width
 from prune_lab.families.unet_conditions import REFINER_TIME_IDS, SDXL_TIME_IDS, latent_channels
+from prune_lab.families.video_transformers import VIDEO_TRANSFORMERS
 from prune_lab.runtime import printable
 
 __all__ = [
@@ -53,6 +60,7 @@ __all__ = [
     "empty_model",
     "example_inputs",
     "family_of",
+    "filled_with_noise",
     "forward_inputs",
     "known_conditions",
     "latent_channels",
@@ -62,12 +70,17 @@ __all__ = [
     "outline_of",
     "picture_scale",
     "plain_config",
+    "runs_on_meta",
     "takes_guidance",
 ]
 
 FAMILIES: Mapping[str, Family] = {
     "UNet2DConditionModel": UNET2D_CONDITION,
     "UNet2DModel": UNET2D,
+    **IMAGE_TRANSFORMERS,
+    **JOINT_TRANSFORMERS,
+    **VIDEO_TRANSFORMERS,
+    **SKIPPING_TRANSFORMERS,
 }
 """By name of the diffusers class."""
 
@@ -131,7 +144,8 @@ def _built(config: Mapping[str, Any], place: AbstractContextManager[Any]) -> Any
     defaults = {name: one.default for name, one in parameters.items() if one.default is not one.empty}
     family.check(settings, defaults)
     try:
-        with place:
+        with place, warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # what diffusers says of its own parts
             return model_class.from_config(settings).eval()
     except _BUILD_ERRORS as error:
         # diffusers checks a config by building it; what it says is about the config's own keys
@@ -166,14 +180,15 @@ def check_forward(model: Any) -> None:
     latent = None if config.get("sample_size") is not None else _ANY_LATENT
     inputs = example_inputs(config, latent=latent, device="meta")
     try:
-        predicted = model(**inputs)[0]
+        with runs_on_meta():
+            predicted = model(**inputs)[0]
     except _BUILD_ERRORS as error:
         raise UnsupportedModelError(
             f"asked to run the {name} of a config, diffusers cannot ({_said(error)}); compare the config with that of "
             "a model that runs"
         ) from None
-    if config.get("out_channels") is None:
-        return  # a class that answers with something else, or does not say
+    if config.get("out_channels") is None or family_of(model).component != "unet":
+        return  # a class that answers with something else, such as patches in rows, or does not say
     wanted = (1, int(config["out_channels"]), *inputs["sample"].shape[2:])
     if tuple(predicted.shape) != wanted:
         raise UnsupportedModelError(
@@ -199,11 +214,41 @@ def example_inputs(
     """Keyword arguments for the ``forward`` of the model of ``config``: zeros of the right shapes.
 
     Of a U-Net: sample (B, C, H, W), timestep (B,), encoder_hidden_states (B, L, D) and its ``conditions_of``, each in
-    its place. None for ``latent`` and ``tokens`` means the model's size and 77.
+    its place. None for ``latent`` and ``tokens`` means the sizes that the model is meant for.
     """
     return family_of(config).example_inputs(
         config, batch=batch, latent=latent, tokens=tokens, device=device, dtype=dtype
     )
+
+
+_AS_THEY_ARE = (
+    "ids",
+    "mask",
+    "rotary_emb",
+)  # endings of names: places and masks, whose numbers have a meaning
+
+
+def filled_with_noise(inputs: Any, generator: torch.Generator, name: str = "") -> Any:
+    """The same ``inputs`` with normal noise in place of zeros, timesteps of 500, and what has a meaning as it was."""
+    if isinstance(inputs, Mapping):
+        return {key: filled_with_noise(value, generator, key) for key, value in inputs.items()}
+    if isinstance(inputs, list):  # of one tensor a row
+        return [filled_with_noise(value, generator, name) for value in inputs]
+    if not isinstance(inputs, Tensor) or name.endswith(_AS_THEY_ARE):
+        return inputs
+    if name.startswith("timestep") and not name.endswith("cond"):
+        return torch.full_like(inputs, 500)
+    if not inputs.is_floating_point():
+        return inputs
+    return torch.randn(inputs.shape, generator=generator).to(inputs.device, inputs.dtype)
+
+
+def latent_shape(config: Mapping[str, Any], latent: int | None = None) -> tuple[int, int]:
+    """Height and width of the latent: ``latent`` squared, or the size that the model of ``config`` is meant for.
+
+    Raises UnsupportedModelError where its config does not say.
+    """
+    return family_of(config).size(config) if latent is None else (latent, latent)
 
 
 def conditions_of(source: nn.Module | Mapping[str, Any]) -> tuple[Condition, ...]:

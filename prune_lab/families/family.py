@@ -13,8 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prune_lab.errors import DataError
+from prune_lab.errors import DataError, UnsupportedModelError
 
+CLIP_TOKENS = 77  # the context length of every CLIP text encoder that Stable Diffusion uses
 CLASS_NAME = "_class_name"  # diffusers' own key for the class that a config belongs to
 
 UnitKind = Literal["resnet", "attention", "transformer", "sampler"]
@@ -38,6 +39,7 @@ class Unit:
     hands_on: tuple[str | None, ...] = ("hidden_states",)
     """Inputs that become its outputs when it is gone, by their names in the module's ``forward``; None stays None."""
     in_tuple: bool = False  # whether the module returns a tuple
+    main: int = 0  # which of its outputs is on the main path
     self_attention: tuple[
         str, ...
     ] = ()  # module paths of the self-attentions inside, one a transformer layer
@@ -47,6 +49,11 @@ class Unit:
     """Makes what takes its place while it is scored, where it cannot be removed. It is never built into a student."""
     leaves_with: tuple[str, ...] = ()
     """Of a sampler: the blocks that must all be gone for it to leave, in order of execution; none if it stays."""
+    changes_others: bool = False
+    """Whether other units hold less without it (SD3's last block, which does not write the text): its cost is then what
+    a model without it lacks."""
+    keeps: tuple[str, ...] = ()
+    """Modules inside that others read, by their paths in it: they stay when the unit is gone."""
     inside: str = ""
     """The unit that this one lies inside; its cost is part of that unit's."""
 
@@ -121,6 +128,17 @@ def plain_config(source: nn.Module | Mapping[str, Any]) -> dict[str, Any]:
     return kept | named
 
 
+def sample_size(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of the latent by the ``sample_size`` of a config. Raises UnsupportedModelError without one."""
+    size = config.get("sample_size")
+    if size is None:
+        raise UnsupportedModelError(
+            "asked for the latent size of a model; its config has no sample_size; pass a latent size"
+        )
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
+
+
 def _followed(path: str, names: Mapping[str, str | None]) -> str | None:
     """The new name of ``path``: its longest beginning in ``names`` is exchanged; as it is where there is none."""
     parts = path.split(".")
@@ -158,7 +176,7 @@ class Layout:
 # What a model takes beside noisy latents, a timestep and a text ------------------------------------------------------
 
 
-Place = Literal["sample", "timestep_cond", "class_labels", "added_cond_kwargs"]
+Place = Literal["sample", "timestep_cond", "class_labels", "added_cond_kwargs", "argument"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +185,8 @@ class Condition:
 
     name: str
     place: Place
-    """The argument of ``forward`` that it goes into; ``sample`` means further channels, behind the latents."""
+    """The argument of ``forward`` that it goes into; ``sample`` means further channels, behind the latents, and
+    ``argument`` one of its own name."""
     shape: tuple[int, ...]
     """Of one row; ``of_picture`` height and width follow."""
     of_picture: bool = (
@@ -214,6 +233,8 @@ def arranged(
             channels.append(row)
         elif condition.place == "added_cond_kwargs":
             inputs.setdefault(condition.place, {})[condition.name] = row
+        elif condition.place == "argument":
+            inputs[condition.name] = row
         else:
             inputs[condition.place] = row
     return {"sample": torch.cat(channels, dim=1) if len(channels) > 1 else sample, **inputs}
@@ -234,6 +255,12 @@ class Family:
     check: Callable[[Mapping[str, Any], Mapping[str, Any]], None] = lambda config, defaults: None
     """Raises UnsupportedModelError for a setting of a config that nothing can be built from; the second argument holds
     the values of what it leaves out."""
+    latents: str = "sample"
+    """The argument of ``forward`` that holds the noisy latents."""
+    size: Callable[[Mapping[str, Any]], tuple[int, int]] = sample_size
+    """Height and width of the latent that a model is meant for. Raises UnsupportedModelError where it is not known."""
+    tokens: Callable[[Mapping[str, Any]], int] = lambda config: CLIP_TOKENS
+    """Words of text that a model is run with, where nothing else is said."""
     example_inputs: Callable[..., dict[str, Any]]
     """Keyword arguments of ``forward`` for a config: zeros of the right shapes (``families.example_inputs``)."""
     conditions: Callable[[Mapping[str, Any]], tuple[Condition, ...]] = lambda config: ()
@@ -247,6 +274,8 @@ class Family:
     more_options: Callable[[Outline, Sequence[str], Removed], Sequence[Removed]] = lambda *_: ()
     """For one of the levels and a native set of its units further options of that level, of other units: where plans
     are native that no choice unit by unit makes up. They are tried, too."""
+    complete: bool | None = None
+    """Whether every native plan is made up of native sets of the levels; None where the levels themselves tell."""
     plans: Mapping[str, Callable[[Outline], Removed]] = dataclasses.field(default_factory=dict)
     """Named plans: the blocks each removes. Raises PlanError for a model that the plan is not defined for."""
     groups: Mapping[str, Callable[[Outline], Groups]] = dataclasses.field(default_factory=dict)

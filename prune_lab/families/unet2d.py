@@ -16,8 +16,7 @@ from torch import Tensor
 
 from prune_lab.errors import NonNativePlanError
 from prune_lab.families import unet2d_settings, unet_blocks, unet_levels, unet_wiring
-from prune_lab.families.family import Condition, Family, Outline, Removed
-from prune_lab.families.unet2d_condition import latent_shape
+from prune_lab.families.family import Condition, Family, Outline, Removed, sample_size
 from prune_lab.families.unet_blocks import MIDDLE, rows
 from prune_lab.families.unet_conditions import latent_channels
 from prune_lab.families.unet_config import check_middle, stage_types
@@ -56,7 +55,7 @@ def example_inputs(
     """Keyword arguments of ``forward``: zeros of the right shapes. sample (B, C, H, W), timestep (B,), and class_labels
     where the config asks for them; ``tokens`` mean nothing here.
     """
-    height, width = latent_shape(config, latent)
+    height, width = sample_size(config) if latent is None else (latent, latent)
     sample = torch.zeros(batch, int(config.get("in_channels", 3)), height, width, device=device, dtype=dtype)
     inputs: dict[str, Tensor] = {
         "sample": sample,
@@ -160,6 +159,7 @@ def more_options(outline: Outline, level: Sequence[str], option: Removed) -> lis
 UNET2D = Family(
     model_class=lambda: diffusers.UNet2DModel,
     check=unet2d_settings.check_settings,
+    tokens=lambda config: 0,  # it reads no text
     example_inputs=example_inputs,
     conditions=conditions,
     outline=unet_blocks.outline,

@@ -20,22 +20,7 @@ from prune_lab.families import (
     unet_settings,
     unet_wiring,
 )
-from prune_lab.families.family import Family, arranged
-
-CLIP_TOKENS = 77  # the context length of every CLIP text encoder that Stable Diffusion uses
-
-
-def latent_shape(config: Mapping[str, Any], latent: int | None = None) -> tuple[int, int]:
-    """Height and width of the latent: ``latent`` squared, or the size the model was trained at."""
-    size = config.get("sample_size") if latent is None else latent
-    if size is None:
-        raise UnsupportedModelError(
-            "asked for the latent size of a U-Net; its config has no sample_size; pass a latent size"
-        )
-    if isinstance(size, int):
-        return size, size
-    height, width = size
-    return int(height), int(width)
+from prune_lab.families.family import CLIP_TOKENS, Family, arranged, sample_size
 
 
 def embedding_width(config: Mapping[str, Any]) -> int:
@@ -77,7 +62,7 @@ def example_inputs(
     sample (B, C, H, W), timestep (B,), encoder_hidden_states (B, L, D), None where no text is read, and what else the
     config asks for (``unet_conditions``). None for ``latent`` and ``tokens`` means the model's size and 77.
     """
-    height, width = latent_shape(config, latent)
+    height, width = sample_size(config) if latent is None else (latent, latent)
     length = CLIP_TOKENS if tokens is None else tokens
 
     def zeros(*shape: int, whole: bool = False) -> Tensor:

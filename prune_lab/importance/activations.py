@@ -19,8 +19,8 @@ _ROWS = 32
 
 
 def block_influence(main: Tensor, block: Tensor) -> Tensor:
-    """(N,) one minus the cosine over channels of two tensors, (N, C, H, W) or (N, L, C), averaged over positions."""
-    channels = -1 if main.ndim == 3 else 1
+    """(N,) one minus the cosine over channels between two (N, C, H, W) or (N, L, C) tensors: the mean of positions."""
+    channels = 1 if main.ndim == 4 else -1
     return (1 - F.cosine_similarity(main.double(), block.double(), dim=channels)).flatten(1).mean(1)
 
 
@@ -41,7 +41,10 @@ def similarity(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleS
     rows = slice(0)
 
     def record(name: str, main: Tensor, block: Tensor) -> None:
-        influences[blocks.index(name), rows] = block_influence(main, block).cpu().numpy()
+        found = block_influence(main, block)
+        # a block inside one frame, or at one place of all frames, has several rows of each sample
+        found = found.reshape(rows.stop - rows.start, -1).mean(1)
+        influences[blocks.index(name), rows] = found.cpu().numpy()
 
     compute = ComputeCost(forward_macs=architecture.total_macs)
     with block_hooks(unet, architecture, blocks, record), evaluating(unet), torch.inference_mode():

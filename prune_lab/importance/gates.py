@@ -32,14 +32,20 @@ Objective = Callable[[Tensor, slice], Tensor]
 """(prediction (N, C, H, W), rows) -> (N,) what is differentiated, one value for each row."""
 
 
+def _per_row(gate: Tensor, block: Tensor) -> Tensor:
+    """The gates (N,) in the form of ``block``, whose rows are those of the batch, or several in turn of each."""
+    spread = gate.to(block.dtype).repeat_interleave(block.shape[0] // len(gate))
+    return spread.reshape(-1, *[1] * (block.ndim - 1))
+
+
 @contextlib.contextmanager
 def gated(unet: Any, architecture: Architecture, gates: Mapping[str, Tensor]) -> Iterator[None]:
     """Context in which each block named in ``gates`` is scaled by its gate (N,), one per row; undone on exit."""
 
     def scale(name: str, main: Tensor, block: Tensor) -> Tensor:
-        return main + gates[name].to(block.dtype).reshape(-1, *[1] * (block.ndim - 1)) * (block - main)
+        return main + _per_row(gates[name], block) * (block - main)
 
-    with block_hooks(unet, architecture, gates, scale):
+    with block_hooks(unet, architecture, gates, scale, every=True):
         yield
 
 

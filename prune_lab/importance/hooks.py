@@ -18,20 +18,30 @@ BlockHook = Callable[[str, Tensor, Tensor], Tensor | None]
 
 @contextlib.contextmanager
 def block_hooks(
-    unet: ModelMixin, architecture: Architecture, names: Iterable[str], hook: BlockHook
+    unet: ModelMixin,
+    architecture: Architecture,
+    names: Iterable[str],
+    hook: BlockHook,
+    *,
+    every: bool = False,
 ) -> Iterator[None]:
     """Context in which ``hook`` is called after each named block; the hooks are removed on exit.
 
-    The main path it gets is the tensor that is left when the block is removed.
+    The main path it gets is the tensor that is left when the block is removed. With ``every`` it is called for each
+    output of a block that has several, such as text and picture, else for the one on the main path.
     """
 
-    def forward_hook(name: str, stand_in: nn.Module) -> Callable[..., Any]:
+    def forward_hook(name: str, stand_in: nn.Module, place: int) -> Callable[..., Any]:
         def call(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            main, block = (
-                one if isinstance(one, Tensor) else one[0] for one in (stand_in(*args, **kwargs), output)
-            )
-            changed = hook(name, main, block)
-            return changed if changed is None or isinstance(output, Tensor) else (changed,)
+            left = stand_in(*args, **kwargs)
+            if isinstance(output, Tensor):
+                return hook(name, left if isinstance(left, Tensor) else left[place], output)
+            changed = list(output)
+            for i, own in enumerate(output):
+                if isinstance(own, Tensor) and (every or i == place):
+                    new = hook(name, left if isinstance(left, Tensor) else left[i], own)
+                    changed[i] = own if new is None else new
+            return tuple(changed)
 
         return call
 
@@ -39,7 +49,7 @@ def block_hooks(
         for name in names:
             block = architecture.block(name)
             module = unet.get_submodule(block.path)
-            forward = forward_hook(name, stand_in_for(module, block))
+            forward = forward_hook(name, stand_in_for(module, block), block.main)
             stack.enter_context(module.register_forward_hook(forward, with_kwargs=True))
         yield
 

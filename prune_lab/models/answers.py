@@ -14,13 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from prune_lab.errors import ModelFormatError, PruneLabError
-from prune_lab.families import example_inputs, outline_of, picture_scale, plain_config
+from prune_lab.families import (
+    example_inputs,
+    family_of,
+    filled_with_noise,
+    outline_of,
+    picture_scale,
+    plain_config,
+)
 from prune_lab.models.components import reason_of
 from prune_lab.models.silence import quiet
 from prune_lab.runtime import seeded
 
 _TOKENS = 8
-_TIMESTEP = 500
 _CAPTION = "two boats on 7 blue seas"
 _FEWEST_WORDS = 6  # so many make two captions that differ
 _LONGEST = 77  # tokens, of an encoder that takes any number
@@ -30,36 +36,29 @@ _SIDES = 64  # pixels of the pictures and of what is drawn, about; every VAE hal
 # A U-Net ---------------------------------------------------------------------------------------------------------
 
 
-def _filled(value: Any, generator: torch.Generator) -> Any:
-    """``value`` with random numbers in place of its zeros; whole numbers stay."""
-    if isinstance(value, Mapping):
-        return {name: _filled(inner, generator) for name, inner in value.items()}
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return torch.randn(value.shape, generator=generator)
-    return value
-
-
-def random_inputs(unet: Any) -> dict[str, Any]:
+def random_inputs(unet: Any, seed: int = 0) -> dict[str, Any]:
     """Random inputs of ``unet``, float32 on the CPU, of a small size that every stage can halve and double."""
     outline = outline_of(unet)
     down = {stage.name for stage in outline.stages if stage.lane == "left"}
     samplers = [unit for unit in outline.units if unit.kind == "sampler" and unit.stage in down]
     blank = example_inputs(plain_config(unet), latent=2 * 2 ** len(samplers), tokens=_TOKENS)
-    filled: dict[str, Any] = _filled(blank, seeded(0))
-    return filled | {"timestep": torch.full_like(blank["timestep"], _TIMESTEP)}
+    filled: dict[str, Any] = filled_with_noise(blank, seeded(seed))
+    return filled
 
 
 def _placed(value: Any, model: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _placed(inner, model) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_placed(inner, model) for inner in value]
     if isinstance(value, Tensor):
         return value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
     return value
 
 
 def _unet_answers(unet: Any) -> list[list[Tensor]]:
-    one = random_inputs(unet)
-    other = one | {"sample": torch.randn(one["sample"].shape, generator=seeded(1))}
+    one, latents = random_inputs(unet), family_of(unet).latents
+    other = one | {latents: random_inputs(unet, seed=1)[latents]}
     return [[unet(**_placed(inputs, unet), return_dict=False)[0]] for inputs in (one, other)]
 
 

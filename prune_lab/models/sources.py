@@ -14,7 +14,7 @@ from prune_lab.assets import reference_folder
 from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.config import RunConfig
 from prune_lab.errors import ModelFormatError, ModelNotFoundError, StorageError
-from prune_lab.families import CLIP_TOKENS
+from prune_lab.families import CLIP_TOKENS, family_of
 from prune_lab.models.files import PICKLED, json_object, weight_files
 from prune_lab.models.folders import checked_config, checked_pipeline, checked_unet
 from prune_lab.models.hub import HUB_ID, commit_of, hub_folder
@@ -52,14 +52,14 @@ class ModelSource:
 
     @property
     def tokens(self) -> int:
-        """Length of the text that the U-Net reads: the most a pipeline's text encoder takes, else CLIP's 77."""
+        """Length of the text that the U-Net reads: the most a pipeline's text encoder takes, else what it is for."""
         if self.folder is not None and self.is_pipeline:
             for part in ("text_encoder", "text_encoder_2"):
                 encoder = self.folder / part / "config.json"
                 if encoder.is_file():
                     found = json_object(encoder).get("max_position_embeddings")
                     return found if isinstance(found, int) else CLIP_TOKENS
-        return CLIP_TOKENS
+        return family_of(self.config).tokens(self.config)
 
     @property
     def timesteps(self) -> int | None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from prune_lab.blocks import UNKNOWN_LATENT, Architecture, architecture_of
 from prune_lab.errors import ReplayError
-from prune_lab.families import Unit, example_inputs, meta_unet
+from prune_lab.families import Unit, example_inputs, meta_unet, runs_on_meta
 from prune_lab.live_bytes import live_peak
 from prune_lab.models.streamed import is_streamed
 from prune_lab.prefix_sharing.growing import growth
@@ -67,7 +67,8 @@ def _peak_bytes(architecture: Architecture) -> int:
     config = architecture.config
     latent = UNKNOWN_LATENT if config.get("sample_size", "its own") is None else None
     inputs = example_inputs(config, latent=latent, tokens=architecture.tokens, device="meta")
-    return live_peak(meta_unet(config), inputs)
+    with runs_on_meta():
+        return live_peak(meta_unet(config), inputs)
 
 
 def state_bytes(architecture: Architecture, itemsize: int = 4) -> int:

@@ -31,7 +31,7 @@ from torch import nn
 
 from prune_lab.blocks import Architecture
 from prune_lab.errors import UnsupportedModelError
-from prune_lab.families import example_inputs, latent_shape, meta_unet, plain_config
+from prune_lab.families import example_inputs, latent_shape, meta_unet, plain_config, runs_on_meta
 from prune_lab.live_bytes import HEAD, LiveSpan, spans
 from prune_lab.profiling.plan_matrix import (
     PlanMatrix,
@@ -226,7 +226,8 @@ def _watched(
     """The span of every unit by name, and the most of the whole pass; ``paths`` holds (name, module path)."""
     unet = nn.Module.to(meta_unet(json.loads(config)), dtype)
     inputs = example_inputs(unet.config, latent=latent, tokens=tokens, device="meta", dtype=dtype)
-    return spans(unet, dict(paths), inputs)
+    with runs_on_meta():
+        return spans(unet, dict(paths), inputs)
 
 
 def _table(

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from prune_lab.blocks import Architecture
 from prune_lab.errors import ConfigError, DataError, PlanError
-from prune_lab.families import example_inputs
+from prune_lab.families import example_inputs, filled_with_noise
 from prune_lab.plans import PruningPlan, removed_samplers
 from prune_lab.profiling.plan_matrix import REST, sampler_groups
 from prune_lab.runs import typed
@@ -119,10 +119,8 @@ def random_inputs(
     generator = seeded(seed)
     with fitting():
         inputs = example_inputs(config, batch=batch, latent=latent, tokens=tokens, device=device, dtype=dtype)
-        for name in ("sample", "encoder_hidden_states"):
-            inputs[name].copy_(torch.randn(inputs[name].shape, generator=generator))
-    inputs["timestep"].fill_(500)
-    return inputs
+        filled: dict[str, Any] = filled_with_noise(inputs, generator)
+    return filled
 
 
 # What each block's removal saves ----------------------------------------------------------------------------

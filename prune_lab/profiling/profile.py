@@ -13,7 +13,7 @@ from diffusers import ModelMixin
 
 from prune_lab.counting import count_macs
 from prune_lab.errors import DataError, ModelNotFoundError
-from prune_lab.families import CLIP_TOKENS, latent_shape, meta_unet
+from prune_lab.families import family_of, latent_shape, meta_unet
 from prune_lab.profiling.latency import Latency, measure_latency, random_inputs
 from prune_lab.profiling.live_memory import measure_memory_growth
 from prune_lab.profiling.turns import Change
@@ -85,8 +85,8 @@ def profile(
 ) -> Profile:
     """The profile of a U-Net on the device and in the number format it has, or of a config (counted only).
 
-    MACs are fvcore's for one forward pass over ``batch`` samples at ``latent`` squared (None: the config's size) and
-    ``tokens`` words (None: 77). Without ``measured`` latency and memory stay None, without ``timed`` latency does.
+    MACs are fvcore's for one forward pass over ``batch`` samples at ``latent`` squared and ``tokens`` words (None: what
+    the model is meant for). Without ``measured`` latency and memory stay None, without ``timed`` latency does.
     ``folder`` says where the weights lie; without it their size is that of the tensors. Raises ConfigError for fewer
     than two runs.
     """
@@ -118,7 +118,7 @@ def profile(
         disk_bytes=disk_bytes,
         batch=batch,
         latent=latent_shape(unet.config, latent),
-        tokens=CLIP_TOKENS if tokens is None else tokens,
+        tokens=family_of(config).tokens(config) if tokens is None else tokens,
         dtype=dtype,
         device=str(device),
         environment=Environment.capture(str(device), dtype),

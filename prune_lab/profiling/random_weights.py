@@ -9,7 +9,7 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
-from prune_lab.families import family_of, meta_unet
+from prune_lab.families import empty_model, family_of
 from prune_lab.runtime import seeded
 
 
@@ -24,10 +24,13 @@ def random_unet(
 
     The same 4,096 normal numbers are repeated through all weights; no kernel's time depends on which they are.
     """
-    unet: ModelMixin = nn.Module.to(meta_unet(config), dtype).to_empty(device=device)
+    unet: ModelMixin = nn.Module.to(empty_model(config), dtype)
+    unet._apply(
+        lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+    )
     noise = 0.02 * torch.randn(4096, generator=seeded(seed)).to(device=device, dtype=dtype)
     with torch.no_grad():
-        for tensor in (*unet.parameters(), *unet.buffers()):
+        for tensor in unet.parameters():
             count = tensor.numel()
             tensor.copy_(noise.repeat(-(-count // len(noise)))[:count].view_as(tensor))
     return unet
@@ -43,6 +46,6 @@ def compile_blocks(unet: ModelMixin) -> None:
 
 def shell_of(unet: ModelMixin) -> ModelMixin:
     """A model of the same class and config that holds the tensors of ``unet``: it can be compiled, ``unet`` stays."""
-    found: ModelMixin = meta_unet(unet.config)
+    found: ModelMixin = empty_model(unet.config)
     nn.Module.load_state_dict(found, unet.state_dict(), strict=True, assign=True)
-    return found.eval()
+    return nn.Module.to(found, unet.device).eval()

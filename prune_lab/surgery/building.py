@@ -82,8 +82,13 @@ def materialise_from_folder(
 def predicted_shapes(config: Mapping[str, Any], plan: PruningPlan) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of the smaller U-Net by its name there, from the original's inventory: nothing is built."""
     layout = native_layout(architecture_of(config), plan)
-    renamed = {layout.renamed(name): tensor for name, tensor in meta_unet(config).state_dict().items()}
-    return {name: tuple(tensor.shape) for name, tensor in renamed.items() if name is not None}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, tensor in meta_unet(config).state_dict().items():
+        new = layout.renamed(name)
+        if new is not None:
+            made = layout.convert[new](tensor) if new in layout.convert else tensor
+            shapes[new] = tuple(made.shape)
+    return shapes
 
 
 def _assembled(layout: Layout, take: Callable[[str], Tensor]) -> ModelMixin:

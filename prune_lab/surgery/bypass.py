@@ -47,6 +47,15 @@ class Bypass(nn.Module):
         self._names = tuple(inspect.signature(type(original).forward).parameters)[1:]  # without self
         self._unit = unit
         self.main_path = MainPath()
+        for path in unit.keeps:
+            # others read it, by its path in the unit
+            parents = path.split(".")[:-1]
+            place: nn.Module = self
+            for parent in parents:
+                if not hasattr(place, parent):
+                    place.add_module(parent, nn.Module())
+                place = place.get_submodule(parent)
+            place.add_module(path.rsplit(".", 1)[-1], original.get_submodule(path))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The named inputs; of one that carries a skip connection too the main path alone."""

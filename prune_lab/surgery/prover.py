@@ -21,7 +21,7 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from prune_lab.families import meta_unet
+from prune_lab.families import empty_model
 from prune_lab.models.answers import complaint_of_parts, random_inputs, unet_complaint
 from prune_lab.models.parts import left_out
 from prune_lab.models.silence import quiet
@@ -45,7 +45,7 @@ def _answer(model: Any, inputs: Mapping[str, Any]) -> Tensor:
 def _original_answer(original: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
     """Inputs, and what the original without its removed blocks answers to them in float32."""
     kept = None if original["dtype"] is None else getattr(torch, original["dtype"])
-    model = meta_unet(original["config"])
+    model = empty_model(original["config"])
     inputs = random_inputs(model)
     with bypassed(model, original["removed"]):
         wanted = set(model.state_dict())

@@ -1,0 +1,277 @@
+"""A transformer as a chain of equal blocks: one row describes a class, whatever takes place around its blocks.
+
+What diffusers calls such a model is a few lists of blocks that run one after the other. Every block reads and writes
+tensors of one shape, so a chain without some of its blocks is the same class with fewer of them, renumbered. What sets
+a class apart (a last block of its own, a block that others read, counted blocks) is said in its row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from prune_lab.errors import NonNativePlanError
+from prune_lab.families.family import (
+    Condition,
+    Family,
+    Layout,
+    Outline,
+    Removed,
+    Stage,
+    Unit,
+    plain_config,
+    sample_size,
+)
+from prune_lab.families.transformer_settings import check_settings
+
+Config = Mapping[str, Any]
+Size = tuple[int, int]  # height and width of the latent
+Kept = Mapping[
+    str, tuple[int, ...]
+]  # path of a list of blocks: places, counted from 0, of those that are left
+
+
+# What goes in ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much goes into a model, and where it lies: rows, height and width of the latent, words of text."""
+
+    batch: int
+    height: int
+    width: int
+    tokens: int
+    device: torch.device | str
+    dtype: torch.dtype
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Zeros (batch, *shape)."""
+        return torch.zeros(self.batch, *shape, device=self.device, dtype=self.dtype)
+
+    def ones(self, *shape: int) -> Tensor:
+        """Ones (batch, *shape)."""
+        return torch.ones(self.batch, *shape, device=self.device, dtype=self.dtype)
+
+    def whole(self, *shape: int) -> Tensor:
+        """Zeros (batch, *shape) of whole numbers."""
+        return torch.zeros(self.batch, *shape, device=self.device, dtype=torch.long)
+
+    def all_words(self) -> Tensor:
+        """A mask that leaves no word out (batch, tokens), for a model that counts the words of each row while it runs:
+        on ``meta`` there would be nothing to count, so it stays on the CPU there.
+        """
+        device = "cpu" if torch.device(self.device).type == "meta" else self.device
+        return torch.ones(self.batch, self.tokens, dtype=torch.bool, device=device)
+
+    def grid(self, *sides: int) -> Tensor:
+        """The places of a grid of these sides in order, one a row (N, number of sides), as numbers."""
+        axes = (torch.arange(side, dtype=self.dtype) for side in sides)
+        return torch.cartesian_prod(*axes).reshape(-1, len(sides)).to(self.device)
+
+
+def heads(config: Config) -> int:
+    """Width of the blocks: attention heads by their width."""
+    return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+
+
+@functools.cache
+def _defaults(class_name: str) -> Config:
+    """What a config that leaves a setting out has there."""
+    parameters = inspect.signature(getattr(diffusers, class_name).__init__).parameters
+    return {name: one.default for name, one in parameters.items() if one.default is not one.empty}
+
+
+def refuse_an_empty_chain(kept: Kept) -> None:
+    """Raise NonNativePlanError where no block is left of a chain whose last block is another than the others."""
+    if not any(kept.values()):
+        raise NonNativePlanError(
+            "no block would be left, and the last one has parts that no other has: keep one block"
+        )
+
+
+# The blocks -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Blocks:
+    """One list of blocks: where it is, how its blocks are called, and which of their inputs go on without them."""
+
+    letter: str  # of the names: B1, B2, ...; also the name of the stage
+    path: str = "transformer_blocks"
+    setting: str = "num_layers"  # that says how many there are
+    hands_on: tuple[str | None, ...] = ("hidden_states",)
+    last_hands_on: tuple[str | None, ...] = ()  # of the last block, where it answers with less
+    last_is_less: bool = (
+        False  # whether the last block has less in it, and so has another that becomes the last
+    )
+    main: str = "hidden_states"  # the input that carries the picture
+    in_tuple: bool = False
+    self_attention: tuple[str, ...] = ()  # paths in a block
+
+    def units(self, count: int, width: int) -> list[Unit]:
+        """The ``count`` blocks of the list in order of execution."""
+        return [
+            Unit(
+                name=f"{self.letter}{i + 1}",
+                path=f"{self.path}.{i}",
+                stage=self.letter,
+                kind="transformer",
+                in_channels=width,
+                out_channels=width,
+                hands_on=(self.last_hands_on if i == count - 1 else ()) or self.hands_on,
+                in_tuple=self.in_tuple,
+                self_attention=tuple(f"{self.path}.{i}.{path}" for path in self.self_attention),
+                main=self.hands_on.index(self.main),
+                changes_others=self.last_is_less and 0 < i == count - 1,
+            )
+            for i in range(count)
+        ]
+
+
+JOINT = ("encoder_hidden_states", "hidden_states")  # what a block of two streams answers with, text first
+
+
+def _number(path: str) -> int:
+    return int(path.rsplit(".", 1)[1])
+
+
+def kept_blocks(lists: Sequence[Blocks], outline: Outline, removed: Removed) -> Kept:
+    """The places of the blocks that are left, list by list."""
+    return {
+        blocks.path: tuple(
+            _number(unit.path) for unit in outline.units_in(blocks.letter) if unit.name not in removed
+        )
+        for blocks in lists
+    }
+
+
+def renumbered(lists: Sequence[Blocks], outline: Outline, kept: Kept) -> Layout:
+    """The same class with the blocks ``kept``, in the order in which they were."""
+    names: dict[str, str | None] = {unit.path: None for unit in outline.units}
+    config = dict(outline.config)
+    for blocks in lists:
+        config[blocks.setting] = len(kept[blocks.path])
+        names |= {f"{blocks.path}.{old}": f"{blocks.path}.{new}" for new, old in enumerate(kept[blocks.path])}
+    return Layout(config, names)
+
+
+def _features(
+    lists: Sequence[Blocks], outline: Outline, removed: Removed, points: int = 4
+) -> list[tuple[str, str]]:
+    """The state at the ends of the four quarters of each list; what writes it without ``removed`` is the last block
+    that is left of the list until there.
+    """
+    found: list[tuple[str, str]] = []
+    for blocks in lists:
+        units = outline.units_in(blocks.letter)
+        ends = sorted({-(-len(units) * part // points) for part in range(1, points + 1)} - {0})
+        for end in ends:
+            left = [unit for unit in units[:end] if unit.name not in removed]
+            if left:
+                found.append((units[end - 1].path, left[-1].path))
+    # two ends with the same last block are one point
+    return list({origin: (path, origin) for path, origin in reversed(found)}.values())[::-1]
+
+
+# A row ----------------------------------------------------------------------------------------------------------------
+
+Inputs = Callable[[Config, Sizes], dict[str, Any]]
+Finish = Callable[[Outline, Layout, Kept], Layout]
+
+
+def chain(
+    class_name: str,
+    *lists: Blocks,
+    inputs: Inputs,
+    stem: str,
+    head: str = "proj_out",
+    size: Callable[[Config], Size] = sample_size,
+    tokens: Callable[[Config], int] = lambda config: 77,
+    width: Callable[[Config], int] = heads,
+    conditions: Callable[[Config], tuple[Condition, ...]] = lambda config: (),
+    finish: Finish = lambda outline, layout, kept: layout,
+    adapt: Callable[[Outline], Outline] = lambda outline: outline,
+    levels: Callable[[Outline], Sequence[Sequence[str]]] | None = None,
+    compiled: tuple[str, ...] = (),
+    complete: bool = True,
+    component: str = "transformer",
+    latents: str = "hidden_states",
+) -> Family:
+    """The family of a diffusers class whose blocks stand in ``lists``, in order of execution.
+
+    ``finish`` completes the layout of a smaller model, or raises NonNativePlanError; ``adapt`` completes the outline.
+    """
+
+    def outline(model: Any) -> Outline:
+        config = plain_config(model)
+        across = width(config)
+        units = [
+            unit for blocks in lists for unit in blocks.units(len(model.get_submodule(blocks.path)), across)
+        ]
+        stages = tuple(Stage(blocks.letter, blocks.path, row=row) for row, blocks in enumerate(lists))
+        return adapt(Outline(MappingProxyType(config), stages, tuple(units)))
+
+    def layout(outline: Outline, removed: Removed) -> Layout:
+        kept = kept_blocks(lists, outline, removed)
+        return finish(outline, renumbered(lists, outline, kept), kept)
+
+    def example_inputs(
+        config: Config,
+        *,
+        batch: int = 1,
+        latent: int | None = None,
+        tokens: int | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> dict[str, Any]:
+        height, across = latent_size(config) if latent is None else (latent, latent)
+        words = text_length(config) if tokens is None else tokens
+        return inputs(whole(config), Sizes(batch, height, across, words, device, dtype))
+
+    def whole(config: Config) -> Config:
+        return {**_defaults(class_name), **config}
+
+    def latent_size(config: Config) -> Size:
+        return size(whole(config))
+
+    def text_length(config: Config) -> int:
+        return tokens(whole(config))
+
+    return Family(
+        model_class=lambda: getattr(diffusers, class_name),
+        component=component,
+        latents=latents,
+        check=functools.partial(check_settings, [blocks.setting for blocks in lists]),
+        size=latent_size,
+        tokens=text_length,
+        example_inputs=example_inputs,
+        conditions=lambda config: conditions(whole(config)),
+        outline=outline,
+        layout=layout,
+        levels=levels or (lambda outline: [[unit.name] for unit in outline.units if unit.removable]),
+        complete=complete,
+        stage_features=lambda outline, removed: _features(lists, outline, removed),
+        stem=stem,
+        head=head,
+        compiled=compiled,
+    )
+
+
+def refused(reason: str) -> Finish:
+    """A class of which no block can leave natively, for ``reason``."""
+
+    def finish(outline: Outline, layout: Layout, kept: Kept) -> Layout:
+        if any(len(kept[stage.path]) < len(outline.units_in(stage.name)) for stage in outline.stages):
+            raise NonNativePlanError(reason)
+        return layout
+
+    return finish
