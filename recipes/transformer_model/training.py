@@ -114,7 +114,7 @@ def train_transformer(
 
 
 class Rounded(nn.Module):
-    """A parametrisation whose value is the weight as stored and whose gradient is the weight's own (straight through)."""
+    """Parametrisation: the value is the weight as stored, the gradient the weight's own (straight through)."""
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight rounded to what the file can hold."""
