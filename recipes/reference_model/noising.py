@@ -20,13 +20,11 @@ class NoisyRows:
     velocity: torch.Tensor  # (N, C, h, w), arXiv:2202.00512
 
 
-def draw_noisy(data: CaptionedLatents, size: int, noisier: float, generator: torch.Generator) -> NoisyRows:
-    """`size` rows that spread evenly over the noise levels, drawn as 1000 (1 - u^noisier), u uniform."""
+def with_noise(
+    latents: torch.Tensor, times: torch.Tensor, caption: torch.Tensor, generator: torch.Generator
+) -> NoisyRows:
+    """Latents (N, C, h, w) with noise of their timesteps (N,)."""
     signal, spread = noise_levels()
-    rows, caption = data.draw(size, generator)
-    place = (torch.arange(size) + torch.rand(size, generator=generator)) / size
-    times = (len(signal) * (1 - (1 - place) ** noisier)).long().clamp(max=len(signal) - 1)
-    latents = data.latents[rows]
     noise = torch.randn(latents.shape, generator=generator)
     kept, added = signal[times, None, None, None], spread[times, None, None, None]
     return NoisyRows(
@@ -35,3 +33,12 @@ def draw_noisy(data: CaptionedLatents, size: int, noisier: float, generator: tor
         caption=caption,
         velocity=kept * noise - added * latents,
     )
+
+
+def draw_noisy(data: CaptionedLatents, size: int, noisier: float, generator: torch.Generator) -> NoisyRows:
+    """`size` rows that spread evenly over the noise levels, drawn as 1000 (1 - u^noisier), u uniform."""
+    length = len(noise_levels()[0])
+    rows, caption = data.draw(size, generator)
+    place = (torch.arange(size) + torch.rand(size, generator=generator)) / size
+    times = (length * (1 - (1 - place) ** noisier)).long().clamp(max=length - 1)
+    return with_noise(data.latents[rows], times, caption, generator)

@@ -60,5 +60,24 @@ def train(
         train_shipped_transformer(work, config=config, device=chosen, out=out, say=say)
 
 
+@app.command()
+def evaluate(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the report.")],
+    assets: Annotated[
+        Path | None, typer.Option("--assets", help="What `train` wrote; default: what ships.")
+    ] = None,
+) -> None:
+    """Measure the transformer on the held-out pictures and write the report: tables, figures, README.md."""
+    from prune_lab.models.silence import quiet
+    from prune_lab.runtime import progress_shown
+
+    with quiet():
+        from recipes.transformer_model.evaluate import evaluate_transformer
+
+    with progress_shown():
+        evaluate_transformer(out, assets=assets)
+    typer.echo(out / "README.md")
+
+
 if __name__ == "__main__":
     app(prog_name="python -m recipes.transformer_model")

@@ -1,4 +1,4 @@
-"""Every setting of the transformer: its shape, how it is trained and how it is stored, read from TOML and checked."""
+"""Every setting of the transformer: its shape and how it is trained, read from TOML and checked."""
 
 from __future__ import annotations
 
@@ -60,12 +60,11 @@ class NoiseLevels:
 
 @dataclass(frozen=True, slots=True)
 class TransformerRecipe:
-    """Shape and training of the transformer; `rounding` is the training that ends in the weights as they are stored."""
+    """Shape and training of the transformer."""
 
     transformer: TransformerShape = field(default_factory=TransformerShape)
     noise: NoiseLevels = field(default_factory=NoiseLevels)
     training: Recipe = field(default_factory=lambda: Recipe(steps=10_000, batch=48, rate=1.5e-3))
-    rounding: Recipe = field(default_factory=lambda: Recipe(steps=600, batch=48, rate=1e-4))
 
 
 def read_recipe(path: Path | None = None) -> TransformerRecipe:

@@ -1,44 +1,25 @@
-"""How the transformer is trained: to predict the velocity in noisy latents, at last with weights rounded as stored."""
+"""How the transformer is trained: to predict the velocity in noisy latents."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import PixArtTransformer2DModel
 from diffusers.models.attention_processor import AttnProcessor2_0
-from torch import nn
-from torch.nn.utils import parametrize
 
-from recipes.reference_model.captions import CaptionedLatents
 from recipes.reference_model.denoiser import Float32Attention
 from recipes.reference_model.noising import draw_noisy
 from recipes.reference_model.settings import Recipe
 from recipes.reference_model.steps import step_generator, train
+from recipes.transformer_model.captioned import Captioned
 from recipes.transformer_model.settings import NoiseLevels, TransformerShape
-from recipes.transformer_model.storage import rounded_names, stored
-from recipes.transformer_model.transformer import build_transformer, predicted, real_tokens, start_as_pixart
+from recipes.transformer_model.transformer import build_transformer, predicted, start_as_pixart
 
 _SAVE_EVERY = 100
-
-
-@dataclass(frozen=True, slots=True)
-class Captioned:
-    """What the trainings read: latents, and the states (M, L, D) and masks (M, L) of their captions."""
-
-    data: CaptionedLatents
-    text: torch.Tensor
-    mask: torch.Tensor
-
-    @classmethod
-    def of(cls, data: CaptionedLatents, text: torch.Tensor, end: int) -> Captioned:
-        """The same with the masks that the tokenizer gives; `end` is the token that ends and pads a caption."""
-        return cls(data, text, real_tokens(data.ids, end))
 
 
 def linear_precision(device: str) -> contextlib.AbstractContextManager[object]:
@@ -111,42 +92,3 @@ def train_transformer(
         )
     transformer.load_state_dict(average, strict=False)
     return transformer.eval()
-
-
-class Rounded(nn.Module):
-    """Parametrisation: the value is the weight as stored, the gradient the weight's own (straight through)."""
-
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight rounded to what the file can hold."""
-        return weight + (stored(weight) - weight).detach()
-
-
-def train_rounded(
-    transformer: PixArtTransformer2DModel,
-    captioned: Captioned,
-    recipe: Recipe,
-    folder: Path,
-    *,
-    device: str = "cpu",
-    say: Callable[[str], None] | None = None,
-    until: int | None = None,
-) -> PixArtTransformer2DModel:
-    """A copy of the transformer trained further with rounded weights in its forward pass; averaged, then rounded."""
-    model = copy.deepcopy(transformer).to(device).train()
-    names = rounded_names(model)
-    for name in names:
-        owner, _, last = name.rpartition(".")
-        parametrize.register_parametrization(model.get_submodule(owner), last, Rounded())
-
-    def loss_at(step: int) -> dict[str, torch.Tensor]:
-        return {"loss": velocity_loss(model, captioned, recipe.batch, 1.0, recipe.seed, step)}
-
-    with _quick_attention(model):
-        average = train(
-            model, loss_at, recipe, folder, "rounding", say=say, until=until, save_every=_SAVE_EVERY
-        )
-    model.load_state_dict(average, strict=False)
-    for name in names:
-        owner, _, last = name.rpartition(".")
-        parametrize.remove_parametrizations(model.get_submodule(owner), last)
-    return model.eval()

@@ -52,12 +52,6 @@ def start_as_pixart(transformer: PixArtTransformer2DModel) -> None:
     nn.init.zeros_(transformer.proj_out.weight)
 
 
-def real_tokens(ids: torch.Tensor, end: int) -> torch.Tensor:
-    """Mask (N, L), 1 up to the first `end` of token ids (N, L) and 0 behind: the tokenizer's own attention mask."""
-    ends = ids == end
-    return (ends.cumsum(1) - ends.long() == 0).long()
-
-
 def predicted(
     transformer: PixArtTransformer2DModel,
     noisy: torch.Tensor,
