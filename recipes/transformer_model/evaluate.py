@@ -59,6 +59,14 @@ def draw(pipeline: PixArtAlphaPipeline, prompts: Sequence[str], sampling: Sampli
     return torch.cat(found)
 
 
+def captioned_rows(pipeline: PixArtAlphaPipeline, frame: pd.DataFrame) -> Captioned:
+    """Latents and captions of the pictures of the rows, by the parts of the pipeline."""
+    captions = frame["caption"].tolist()
+    latents = encode(pipeline.vae, decode_pictures(frame))
+    data = CaptionedLatents.of(latents, captions, captions, torch.ones(len(frame)), pipeline.tokenizer)
+    return Captioned.of(data, pipeline.text_encoder, pipeline.tokenizer)
+
+
 @dataclass(frozen=True, slots=True)
 class _Shipped:
     """The pipeline under test, and the held-out pictures it is tested on."""
@@ -74,12 +82,7 @@ class _Shipped:
         pipeline = PixArtAlphaPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         pipeline.set_progress_bar_config(disable=True)
         heldout = load_pictures("heldout")
-        captions = heldout["caption"].tolist()
-        real = decode_pictures(heldout)
-        data = CaptionedLatents.of(
-            encode(pipeline.vae, real), captions, captions, torch.ones(len(captions)), pipeline.tokenizer
-        )
-        return cls(pipeline, heldout, real, Captioned.of(data, pipeline.text_encoder, pipeline.tokenizer))
+        return cls(pipeline, heldout, decode_pictures(heldout), captioned_rows(pipeline, heldout))
 
 
 def _drawn_figures(shipped: _Shipped, sampling: Sampling, sheet: Path) -> dict[str, Any]:

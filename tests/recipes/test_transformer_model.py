@@ -15,7 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from typer.testing import CliRunner
 
 import prune_lab.assets
-from prune_lab.assets import load_pictures, reference_folder
+from prune_lab.assets import assets_folder, load_pictures, reference_folder, transformer_folder
 from prune_lab.assets.assembling import assembled
 from prune_lab.errors import ConfigError
 from recipes.reference_model.captions import CaptionedLatents, tokens
@@ -27,7 +27,7 @@ from recipes.reference_model.steps import step_generator
 from recipes.transformer_model import build, evaluate
 from recipes.transformer_model.__main__ import app
 from recipes.transformer_model.captioned import Captioned, real_tokens
-from recipes.transformer_model.losses import by_transformer, errors, held_out_rows
+from recipes.transformer_model.losses import by_transformer, caption_losses, errors, held_out_rows
 from recipes.transformer_model.settings import NoiseLevels, TransformerShape, read_recipe
 from recipes.transformer_model.storage import CARD, as_float8, as_shipped, packed_names
 from recipes.transformer_model.training import train_transformer, velocity_loss
@@ -35,6 +35,11 @@ from recipes.transformer_model.transformer import build_transformer, predicted, 
 
 TINY = TransformerShape(layers=2, heads=2, head_width=8, text_width=16, latent=8)
 LENGTHS = torch.tensor([2, 5, 3, 4])  # tokens of the tiny captions, with both marks
+
+OWN = assets_folder() / "transformer"
+shipped = pytest.mark.skipif(
+    not (OWN / "model_index.json").is_file(), reason="the transformer has not been trained yet"
+)
 
 TINY_RECIPE = """
 [transformer]
@@ -219,10 +224,13 @@ def test_a_wrong_recipe_is_refused_with_the_reason(tmp_path: Path, text: str, me
         read_recipe(tmp_path / "r.toml")
 
 
-def _card_snippet() -> str:
+def _run_card() -> dict[str, Any]:
+    """The names that the card's snippet leaves behind."""
     found = re.search(r"```python\n(.*?)```", CARD.read_text(encoding="utf-8"), re.DOTALL)
     assert found
-    return found[1]
+    names: dict[str, Any] = {}
+    exec(found[1], names)
+    return names
 
 
 def test_the_whole_recipe_builds_a_pipeline_that_the_cards_call_draws_with(
@@ -248,8 +256,7 @@ def test_the_whole_recipe_builds_a_pipeline_that_the_cards_call_draws_with(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = assembled(own, reference_folder())
     monkeypatch.setattr(prune_lab.assets, "transformer_folder", lambda: folder)
-    names: dict[str, Any] = {}
-    exec(_card_snippet(), names)
+    names = _run_card()
     assert names["picture"].size == (64, 64)
     pipe = names["pipe"]
     assert type(pipe).__name__ == "PixArtAlphaPipeline"
@@ -283,3 +290,28 @@ def test_the_whole_recipe_builds_a_pipeline_that_the_cards_call_draws_with(
     page = (tmp_path / "report" / "README.md").read_text()
     assert all((tmp_path / "report" / name).is_file() for name in re.findall(r"\((\w+\.png)\)", page))
     assert "| 900-999 |" in page
+
+
+@shipped
+def test_the_shipped_card_draws_with_the_shipped_model() -> None:
+    names = _run_card()
+    assert names["picture"].size == (64, 64)
+    assert len(names["picture"].getcolors(64 * 64)) > 50  # more than a flat area
+    assert (OWN / "README.md").read_bytes() == CARD.read_bytes()
+
+
+@shipped
+def test_the_shipped_transformer_is_small_and_listens_to_captions() -> None:
+    assert sum(path.stat().st_size for path in OWN.rglob("*") if path.is_file()) <= 8e6
+    pipeline = PixArtAlphaPipeline.from_pretrained(transformer_folder(), local_files_only=True)
+    assert (
+        dict(pipeline.transformer.config).items()
+        >= dict(num_layers=12, num_attention_heads=6, attention_head_dim=32, patch_size=2).items()
+    )
+    frame = load_pictures("heldout").iloc[:48]
+    captioned = evaluate.captioned_rows(pipeline, frame)
+    rows = held_out_rows(captioned, rounds=2)
+    model = by_transformer(pipeline.transformer)
+    assert float(errors(model, captioned, rows).mean()) < 0.45
+    losses = caption_losses(model, captioned, rows)
+    assert losses["right"] < losses["none"] < losses["another"]
