@@ -21,13 +21,9 @@ CARD = Path(__file__).with_name("card.md")
 
 
 def packed_names(transformer: PixArtTransformer2DModel) -> tuple[str, ...]:
-    """Names of the weights that are stored in one byte: all linear layers inside the blocks, and the modulation's."""
-    inside = [
-        f"{name}.weight"
-        for name, module in transformer.named_modules()
-        if name.startswith("transformer_blocks.") and isinstance(module, nn.Linear)
-    ]
-    return (*inside, "adaln_single.linear.weight")
+    """Names of the weights that are stored in one byte a number: those of all linear layers."""
+    modules = transformer.named_modules()
+    return tuple(f"{name}.weight" for name, module in modules if isinstance(module, nn.Linear))
 
 
 def as_shipped(transformer: PixArtTransformer2DModel) -> PixArtTransformer2DModel:
