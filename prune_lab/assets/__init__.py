@@ -1,4 +1,4 @@
-"""What ships inside the package: the reference pipeline, its scorer and the pictures both were trained on."""
+"""What ships inside the package: two pipelines, their scorer and the pictures that all were trained on."""
 
 from __future__ import annotations
 
@@ -23,6 +23,17 @@ def assets_folder() -> Path:
 def reference_folder() -> Path:
     """Folder of the reference pipeline, as plain `StableDiffusionPipeline.from_pretrained` reads it."""
     return assets_folder() / "reference"
+
+
+def transformer_folder() -> Path:
+    """Folder of the second pipeline, as plain `PixArtAlphaPipeline.from_pretrained` reads it.
+
+    It ships without the parts that it shares with the reference pipeline, and is put together on first use in the
+    user's cache. Raises StorageError when that cannot be written.
+    """
+    from prune_lab.assets.assembling import assembled
+
+    return assembled(assets_folder() / "transformer", reference_folder())
 
 
 def scorer_folder() -> Path:

@@ -104,7 +104,7 @@ class Float32Attention:
     """Attention whose product runs in float32 under bfloat16 autocast, for training on a CPU.
 
     There the fused kernel's bfloat16 backward pass takes longer than the rest of the step together. Reads the same
-    weights as diffusers' own processors; knows only what a Stable Diffusion U-Net needs (no masks, no norms).
+    weights as diffusers' own processors; knows only what an SD U-Net and a PixArt transformer need (no norms).
     """
 
     def __call__(
@@ -115,8 +115,10 @@ class Float32Attention:
         attention_mask: torch.Tensor | None = None,
         temb: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The attended states (N, T, C) of hidden states (N, T, C) over the text's, or over themselves."""
-        assert attention_mask is None
+        """The attended states (N, T, C) of hidden states (N, T, C) over the text's, or over themselves.
+
+        A mask is a bias (N, 1, L) on the scores, the same for all heads.
+        """
         seen = hidden_states if encoder_hidden_states is None else encoder_hidden_states
 
         def heads(states: torch.Tensor) -> torch.Tensor:
@@ -124,7 +126,8 @@ class Float32Attention:
 
         query, key, value = heads(attn.to_q(hidden_states)), heads(attn.to_k(seen)), heads(attn.to_v(seen))
         with torch.autocast(hidden_states.device.type, enabled=False):
-            mixed = F.scaled_dot_product_attention(query, key, value)
+            bias = None if attention_mask is None else attention_mask[:, None].float()
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         projection, dropout = attn.to_out
         found = dropout(projection(mixed.transpose(1, 2).flatten(2)))
         assert isinstance(found, torch.Tensor)

@@ -15,7 +15,8 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 
 from recipes.reference_model.captions import CaptionedLatents
-from recipes.reference_model.denoiser import Float32Attention, build_denoiser, noise_levels, open_main_path
+from recipes.reference_model.denoiser import Float32Attention, build_denoiser, open_main_path
+from recipes.reference_model.noising import draw_noisy
 from recipes.reference_model.settings import DenoiserShape, Objective, Recipe
 from recipes.reference_model.steps import step_generator, train, training_precision
 
@@ -45,22 +46,16 @@ def draw_batch(
     `text` (M, L, D) holds the states of the captions of `data`.
     """
     generator = step_generator(seed, step)
-    signal, spread = noise_levels()
-    rows, caption = data.draw(size, generator)
-    place = (torch.arange(size) + torch.rand(size, generator=generator)) / size
-    times = (len(signal) * (1 - (1 - place) ** objective.noisier)).long().clamp(max=len(signal) - 1)
-    latents = data.latents[rows]
-    noise = torch.randn(latents.shape, generator=generator)
-    kept, added = signal[times, None, None, None], spread[times, None, None, None]
+    rows = draw_noisy(data, size, objective.noisier, generator)
     # The two outermost up stages at least: one alone hardly changes the way the answer takes.
     depth = torch.randint(2, 5, (size,), generator=generator)
     chosen = torch.rand(size, generator=generator) < objective.severed
     return TrainingBatch(
-        noisy=kept * latents + added * noise,
-        times=times,
-        text=text[caption],
-        velocity=kept * noise - added * latents,
-        cut=depth * (chosen & (times >= objective.severed_above)),
+        noisy=rows.noisy,
+        times=rows.times,
+        text=text[rows.caption],
+        velocity=rows.velocity,
+        cut=depth * (chosen & (rows.times >= objective.severed_above)),
         deaf=torch.rand(size, generator=generator) < objective.deaf,
         silence=text[0],
     )

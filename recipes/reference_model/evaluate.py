@@ -49,10 +49,11 @@ def held_out_prompts(frame: pd.DataFrame, count: int) -> list[str]:
     return picked[:count]
 
 
-def loss_by_timestep(unet: Any, probe: Probe, buckets: int = 10, length: int = 1000) -> pd.DataFrame:
-    """Mean squared error of the prediction per bucket of timesteps: columns bucket, first, last, loss, rows."""
-    error = (predict(unet, probe) - probe.target).double().square().flatten(1).mean(1)
-    bucket = probe.timesteps * buckets // length
+def by_timestep(
+    error: torch.Tensor, timesteps: torch.Tensor, buckets: int = 10, length: int = 1000
+) -> pd.DataFrame:
+    """Mean of the errors (N,) per bucket of timesteps (N,): columns bucket, first, last, loss, rows."""
+    bucket = timesteps * buckets // length
     rows = []
     for number in range(buckets):
         inside = error[bucket == number]
@@ -60,6 +61,12 @@ def loss_by_timestep(unet: Any, probe: Probe, buckets: int = 10, length: int = 1
         loss = float(inside.mean()) if len(inside) else float("nan")
         rows.append((number, first, last, loss, len(inside)))
     return pd.DataFrame(rows, columns=["bucket", "first", "last", "loss", "rows"])
+
+
+def loss_by_timestep(unet: Any, probe: Probe, buckets: int = 10, length: int = 1000) -> pd.DataFrame:
+    """Mean squared error of the prediction per bucket of timesteps: columns bucket, first, last, loss, rows."""
+    error = (predict(unet, probe) - probe.target).double().square().flatten(1).mean(1)
+    return by_timestep(error, probe.timesteps, buckets, length)
 
 
 def caption_ranks(

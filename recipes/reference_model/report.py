@@ -16,7 +16,7 @@ from prune_lab.runtime import atomic_write
 
 MID_STAGE_BAR = 1e-3  # relative change of the prediction that the mid stage should at least be worth
 PIXEL_BAR = 0.5  # share of generated pictures whose own real picture should be the nearest
-_MATCHES = {
+MATCHES = {
     "generated": "generated picture, by the scorer",
     "shuffled": "generated picture of another prompt, by the scorer",
     "real": "real held-out picture, by the scorer",
@@ -26,7 +26,7 @@ _MATCHES = {
 _DRAWN, _REAL = "#1f5a96", "#999999"
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
@@ -42,7 +42,7 @@ def shortcomings(metrics: dict[str, Any]) -> list[str]:
     pixels = metrics["scorer_generated"]["pixels"]["r1"]
     if pixels < PIXEL_BAR:
         missed.append(
-            f"- Pictures: {_percent(pixels)} of the generated ones are nearest to their own prompt's real picture. "
+            f"- Pictures: {percent(pixels)} of the generated ones are nearest to their own prompt's real picture. "
             "Look at the grid before judging a pruned model by pictures."
         )
     return ["## What falls short", "", *missed, ""] if missed else []
@@ -65,8 +65,8 @@ def report_page(metrics: dict[str, Any], losses: pd.DataFrame, impacts: pd.DataF
         f"- Autoencoder: {metrics['autoencoder']['psnr_mean']:.2f} dB PSNR in the mean "
         f"({metrics['autoencoder']['psnr_p10']:.2f} at the 10th percentile).",
         f"- Scorer, {int(clip['pictures'])} held-out pictures against their {int(clip['texts'])} captions: picture to "
-        f"text R@1 {_percent(clip['picture_to_text_r1'])}, R@5 {_percent(clip['picture_to_text_r5'])}; text to "
-        f"picture R@1 {_percent(clip['text_to_picture_r1'])}, R@5 {_percent(clip['text_to_picture_r5'])}.",
+        f"text R@1 {percent(clip['picture_to_text_r1'])}, R@5 {percent(clip['picture_to_text_r5'])}; text to "
+        f"picture R@1 {percent(clip['text_to_picture_r1'])}, R@5 {percent(clip['text_to_picture_r5'])}.",
         f"- U-Net: held-out loss (mean squared error of the predicted velocity) {metrics['denoiser']['loss']:.4f} "
         f"({metrics['denoiser']['rows']} rows).",
         f"- Generated pictures, {drawn['prompts']} held-out prompts ({drawn['steps']} steps, guidance "
@@ -86,8 +86,8 @@ def report_page(metrics: dict[str, Any], losses: pd.DataFrame, impacts: pd.DataF
         f"| among {drawn['prompts']} | first | in the first five |",
         "| --- | ---: | ---: |",
         *(
-            f"| {words} | {_percent(drawn[k]['r1'])} | {_percent(drawn[k]['r5'])} |"
-            for k, words in _MATCHES.items()
+            f"| {words} | {percent(drawn[k]['r1'])} | {percent(drawn[k]['r5'])} |"
+            for k, words in MATCHES.items()
         ),
         "",
         "Coarse colour alone pleases the scorer often (last but one row), so its agreement with generated pictures "

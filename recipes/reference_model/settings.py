@@ -7,11 +7,13 @@ import difflib
 import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from prune_lab.errors import ConfigError, DataError
 
 DEFAULT_RECIPE = Path(__file__).with_name("reference.toml")
+
+Sections = TypeVar("Sections")
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,24 +188,33 @@ def _section(name: str, known: Any, given: object) -> Any:
     return dataclasses.replace(known, **values)
 
 
-def read_recipe(path: Path | None = None) -> ReferenceRecipe:
-    """The recipe in the TOML file, or the committed one; sections and settings left out keep their defaults.
+def read_sections(known: Sections, path: Path) -> Sections:
+    """The settings in `known`, a dataclass of sections, changed by those in the TOML file.
 
     Raises ConfigError when the file cannot be read or names something unknown.
     """
-    path = DEFAULT_RECIPE if path is None else path
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"the recipe {path} cannot be read ({error}); give a TOML file") from error
-    recipe = ReferenceRecipe()
-    sections = [one.name for one in dataclasses.fields(recipe)]
+    assert dataclasses.is_dataclass(known)
+    assert not isinstance(known, type)
+    sections = [one.name for one in dataclasses.fields(known)]
     for name, given in found.items():
         if name not in sections:
             raise ConfigError(
                 f"the recipe {path} has a section [{name}]; the sections are {', '.join(sections)}"
             )
-        recipe = dataclasses.replace(recipe, **{name: _section(name, getattr(recipe, name), given)})
+        known = dataclasses.replace(known, **{name: _section(name, getattr(known, name), given)})
+    return known
+
+
+def read_recipe(path: Path | None = None) -> ReferenceRecipe:
+    """The recipe in the TOML file, or the committed one; sections and settings left out keep their defaults.
+
+    Raises ConfigError when the file cannot be read or names something unknown.
+    """
+    recipe = read_sections(ReferenceRecipe(), DEFAULT_RECIPE if path is None else path)
     if recipe.denoiser.text_width != recipe.clip.text_width:
         raise ConfigError(
             f"the recipe gives the denoiser text_width {recipe.denoiser.text_width} and the text tower "

@@ -132,12 +132,13 @@ def train(
     *,
     say: Callable[[str], None] | None = None,
     until: int | None = None,
+    save_every: int = _SAVE_EVERY,
 ) -> dict[str, torch.Tensor]:
     """Averaged weights of `model` after the recipe's steps; the model itself holds the last ones.
 
     `loss_at(step)` gives named scalar terms, of which "loss" is minimised. Checkpoints go to
-    `folder/<name>.ckpt.safetensors` and the curve to `folder/<name>.csv`; a later call with the same folder goes on
-    from there. `until` stops early, as an interruption would.
+    `folder/<name>.ckpt.safetensors` every `save_every` steps, and the curve to `folder/<name>.csv`; a later call with
+    the same folder goes on from there. `until` stops early, as an interruption would.
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, curve_path = folder / f"{name}.ckpt.safetensors", folder / f"{name}.csv"
@@ -171,7 +172,7 @@ def train(
         if curve is None:
             curve = Curve.read(curve_path, ("step", *values, "rate", "seconds"), before=start)
         curve.rows.append((step, *values.values(), recipe.rate_at(step), seconds))
-        if (step + 1) % _SAVE_EVERY == 0 or step + 1 == end:
+        if (step + 1) % save_every == 0 or step + 1 == end:
             _save(checkpoint, model, average, optimizer, step + 1)
             curve.write(curve_path)
         if say is not None and (step + 1) % 50 == 0:
