@@ -110,7 +110,15 @@ DIT = chain(
     inputs=_dit_inputs,
     adapt=_with_the_embedding,
     tokens=lambda config: 0,
-    conditions=lambda config: (Condition(name="class_labels", place="class_labels", shape=(), whole=True),),
+    conditions=lambda config: (
+        Condition(
+            name="class_labels",
+            place="class_labels",
+            shape=(),
+            whole=True,
+            classes=int(config["num_embeds_ada_norm"]),
+        ),
+    ),
     finish=_keeps_the_first,
     stem="pos_embed",
     head="proj_out_2",
