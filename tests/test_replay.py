@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import itertools
 import random
@@ -11,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from conftest import SHAPES, build_unet
 from diffusers import ConfigMixin, ModelMixin
@@ -99,13 +99,13 @@ def apart(one: Tensor, other: Tensor) -> float:
 # U-Nets --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_each_block_and_random_plans_of_a_unet_bit_for_bit(name: str) -> None:
+def check_unet(name: str, every: int) -> None:
+    """Of one in ``every`` blocks, and as few of the random plans."""
     unet = build_unet({**SHAPES[name], "sample_size": 8})
     architecture = architecture_of(unet)
     starred = {block.name for block in architecture.blocks if block.starred}
-    sets = [frozenset({block.name}) for block in architecture.blocks]
-    sets += [frozenset[str](), *plans(architecture, 12, seed=len(name))]
+    sets = [frozenset({block.name}) for block in architecture.blocks[::every]]
+    sets += [frozenset[str](), *plans(architecture, 12 // every, seed=len(name))]
     # everything that can leave, and the samplers that leave with it
     sets.append(gone_with(architecture, [block.name for block in architecture.blocks if block.removable]))
     assert bool(sets[-1] & {unit.name for unit in architecture.samplers}) == (name != "sdxl")
@@ -120,6 +120,18 @@ def test_each_block_and_random_plans_of_a_unet_bit_for_bit(name: str) -> None:
         assert apart(other, one) < WIDE
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_some_blocks_and_plans_of_a_unet_bit_for_bit(name: str) -> None:
+    check_unet(name, every=6)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SHAPES)
+def test_each_block_and_random_plans_of_a_unet_bit_for_bit(name: str) -> None:
+    check_unet(name, every=1)
+
+
+@pytest.mark.long
 def test_the_saving_for_stable_diffusion_is_the_closed_form() -> None:
     """Counted by the engine itself, on ``meta``: 1.71 for the 38 blocks of SD-v1.4."""
     config = preset_config("sd-v1.4")
@@ -442,13 +454,12 @@ def goes_on_as(
                     yield unit, following, place, name
 
 
-@pytest.mark.parametrize("name", list(families.FAMILIES))
+@pytest.mark.parametrize("name", tiny_models.others_long(families.FAMILIES))
 def test_a_family_hands_on_what_neighbours_show(name: str) -> None:
     """Found by object identity in a tiny model, where there is one, or the class's default model on ``meta``."""
-    tiny: Any = importlib.import_module("tiny_models") if importlib.util.find_spec("tiny_models") else None
-    if tiny and name in tiny.TINY_TRANSFORMERS:
-        model = tiny.tiny_model(name)
-        inputs = tiny.random_inputs(model)
+    if name in tiny_models.TINY_TRANSFORMERS:
+        model = tiny_models.tiny_model(name)
+        inputs = tiny_models.random_inputs(model)
     else:
         model = meta_unet({"_class_name": name})
         latent = 16 if model.config.get("sample_size") is None else None

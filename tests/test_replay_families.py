@@ -5,15 +5,14 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import discovery
 import pytest
+import tiny_models
 import torch
 from torch import Tensor
 
 from prune_lab.blocks import architecture_of
 from prune_lab.prefix_sharing import growth, replayed
-
-tiny_models = pytest.importorskip("tiny_models")
-discovery = pytest.importorskip("discovery")
 
 
 def stacked(answer: Any) -> Tensor:
@@ -36,7 +35,7 @@ def alike(model: Any, batch: int) -> Any:
     return fitted(*(tiny_models.random_inputs(model, batch=rows) for rows in (batch, 1)))
 
 
-@pytest.mark.parametrize("name", sorted(tiny_models.TINY_TRANSFORMERS))
+@pytest.mark.parametrize("name", tiny_models.others_long(sorted(tiny_models.TINY_TRANSFORMERS)))
 def test_each_block_and_random_plans_of_a_transformer(name: str) -> None:
     model = tiny_models.tiny_model(name)
     architecture = architecture_of(model)

@@ -7,7 +7,6 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from tiny_models import (
     TINY_TRANSFORMERS,
     drawn_config,
+    others_long,
     random_inputs,
     tiny_config,
     tiny_model,
@@ -275,14 +275,8 @@ def test_the_last_block_of_sd3_becomes_another_one() -> None:
 
 # Costs ----------------------------------------------------------------------------------------------------------------
 
-FEW = ("PixArtTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel", "WanTransformer3DModel")
 
-
-def _others_long(names: Sequence[str]) -> list[Any]:
-    return [name if name in FEW else pytest.param(name, marks=pytest.mark.long) for name in names]
-
-
-@pytest.mark.parametrize("name", _others_long(CLASSES))
+@pytest.mark.parametrize("name", others_long(CLASSES))
 def test_multiply_adds_are_those_of_torch_and_add_up(name: str) -> None:
     config = tiny_config(name)
     ours, model = count_macs(config, latent=8, tokens=6), meta_unet(config).requires_grad_(False)
@@ -302,7 +296,7 @@ def test_multiply_adds_are_those_of_torch_and_add_up(name: str) -> None:
         assert architecture.total_params - sum(block.params for block in gone) == left.total_params
 
 
-@pytest.mark.parametrize("name", _others_long(CLASSES))
+@pytest.mark.parametrize("name", others_long(CLASSES))
 def test_the_profile_of_a_transformer(name: str) -> None:
     model = random_unet(tiny_config(name))
     measured = profile(model, latent=8, tokens=6, runs=2, warmup=0)
@@ -399,7 +393,7 @@ def test_saved_students_are_loaded_by_plain_diffusers(tmp_path: Path) -> None:
     assert sorted(done.stdout.split()) == [name for name in CLASSES if name not in NEVER_NATIVE]
 
 
-@pytest.mark.parametrize("name", _others_long([name for name in CLASSES if name not in NEVER_NATIVE]))
+@pytest.mark.parametrize("name", others_long([name for name in CLASSES if name not in NEVER_NATIVE]))
 def test_a_candidate_of_a_transformer(name: str, tmp_path: Path) -> None:
     model = tiny_model(name)
     architecture = architecture_of(model)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -383,6 +384,15 @@ def drawn_config(class_name: str, generator: random.Random, deepest: int = 5) ->
         settings["num_attention_heads"] = generator.choice([1, 2, 3])
     more = _MORE.get(class_name)
     return {**settings, **(more(generator, settings) if more else {}), "_class_name": class_name}
+
+
+FEW = ("PixArtTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel", "WanTransformer3DModel")
+
+
+def others_long(names: Iterable[str]) -> list[Any]:
+    """The names as parameters of a test, of which those of transformers are for the long tests but for a few."""
+    rare = TINY_TRANSFORMERS.keys() - set(FEW)
+    return [pytest.param(name, marks=pytest.mark.long) if name in rare else name for name in names]
 
 
 def tiny_config(class_name: str, **settings: Any) -> dict[str, Any]:

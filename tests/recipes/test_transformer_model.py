@@ -233,6 +233,7 @@ def _run_card() -> dict[str, Any]:
     return names
 
 
+@pytest.mark.long
 def test_the_whole_recipe_builds_a_pipeline_that_the_cards_call_draws_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
