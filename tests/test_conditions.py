@@ -336,6 +336,7 @@ def test_it_is_refused_before_anything_is_read(tmp_path: Path, monkeypatch: pyte
     assert not (tmp_path / "run" / "probe.safetensors").exists()
 
 
+@pytest.mark.long
 def test_a_pipeline_is_timed_as_it_draws(tiny_pipeline: Any) -> None:
     def macs(own: Any, guidance: float) -> dict[str, float]:
         frame = profile_pipeline(own, steps=2, guidance=guidance, runs=2, warmup=0)

@@ -360,6 +360,7 @@ def test_one_number_everywhere(
     )
 
 
+@pytest.mark.long
 def test_profile_at_another_size(tiny_pipeline_folder: Path, tiny_config: dict[str, Any]) -> None:
     """Pictures of 48 pixels are latents of 24 here: the VAE halves once."""
 

@@ -141,6 +141,7 @@ def test_a_race_stays_within_its_budget_and_says_what_it_spent(
     assert table.compute.macs == by_hand
 
 
+@pytest.mark.long
 def test_a_race_that_may_cost_everything_and_settles_nothing_is_the_whole_score(
     tiny_unet: Any, probe: Probe
 ) -> None:

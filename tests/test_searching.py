@@ -169,6 +169,7 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return said
 
 
+@pytest.mark.long
 def test_a_latency_table_is_kept_for_every_run_of_the_same_structure_and_service(
     searching: Searching, tmp_path: Path, notes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

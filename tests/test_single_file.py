@@ -268,6 +268,7 @@ def test_each_part_keeps_its_number_format(folder_of: Any, tmp_path: Path) -> No
         assert {tensor.dtype for tensor in load_file(weights).values()} == {dtype}
 
 
+@pytest.mark.long
 def test_a_model_for_inpainting(tmp_path: Path) -> None:
     import diffusers
 
@@ -361,9 +362,8 @@ def test_a_damaged_file_is_told(tmp_path: Path) -> None:
 UNEVEN = "-Dn2.R2 -Dn2.A2 -Up3.R2 -Up3.A2"
 
 
-@pytest.mark.parametrize(
-    "ours", [pytest.param(True, marks=pytest.mark.long), False], ids=["with our configs", "by its shapes"]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("ours", [True, False], ids=["with our configs", "by its shapes"])
 def test_stages_of_unequal_depth_come_back(ours: bool, folder_of: Any, tmp_path: Path) -> None:
     teacher = resolve_model(str(folder_of("sd-v1")))
     student = prune_pipeline(teacher, parse_plan(UNEVEN, teacher.architecture), tmp_path / "student")
@@ -465,6 +465,7 @@ def test_a_unet_with_parts_that_are_not_known_is_refused(folder_of: Any, tmp_pat
         resolve_model(str(file))
 
 
+@pytest.mark.long
 def test_the_pipeline_of_a_single_file_is_loaded_as_any_other(folder_of: Any, tmp_path: Path) -> None:
     file = single_file(folder_of("sdxl"), tmp_path / "model.safetensors")
     assert type(load_pipeline(resolve_model(str(file)))).__name__ == "StableDiffusionXLPipeline"
@@ -524,6 +525,7 @@ def test_settings_in_a_file_that_are_not_those_of_its_tensors_are_refused(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.long
 def test_a_folder_in_the_cache_that_lost_a_file_is_made_again(folder_of: Any, tmp_path: Path) -> None:
     file = single_file(folder_of("sd-v1"), tmp_path / "model.safetensors")
     folder = resolve_model(str(file)).folder

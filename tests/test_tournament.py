@@ -90,6 +90,7 @@ def started(built: Path, config: RunConfig, folder: Path) -> Run:
 # The tournament ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_half_of_them_go_on_and_wasted_work_is_none(
     played: Run, built: Path, config: RunConfig, tmp_path: Path
 ) -> None:
@@ -114,6 +115,7 @@ def test_half_of_them_go_on_and_wasted_work_is_none(
         assert row["loss"] == pytest.approx(losses.loc[2].mean())
 
 
+@pytest.mark.long
 def test_who_is_kept_are_the_best_by_paired_losses(played: Run) -> None:
     rows = pd.read_csv(played.tournament)
     rows = rows[rows["rung"] == 1].set_index("name")
@@ -152,6 +154,7 @@ def test_an_interrupted_tournament_decides_the_same(
     assert all(equal(run.candidate(one), played.candidate(one)) for one in run.plan_ids())
 
 
+@pytest.mark.long
 def test_the_ranking_names_everyone(played: Run, tmp_path: Path) -> None:
     run = Run(Path(shutil.copytree(played.folder, tmp_path / "run")))
     ensure_scores(Session(run))
@@ -214,6 +217,7 @@ def answer(*arguments: object, code: int = 0) -> Any:
     return result
 
 
+@pytest.mark.long
 def test_distill_a_model_with_own_pictures(
     tiny_pipeline_folder: Path, own_pictures: Path, tmp_path: Path
 ) -> None:

@@ -64,7 +64,7 @@ WORKS: dict[str, tuple[str, ...]] = {
 }
 # Verbs that go on with a run which misses its last steps.
 _UNFINISHED = ("run-unfinished", "distill-run", "rank", "report")
-_LATE = ("ranking.csv", "tournament.csv", "report", "curves")
+_LATE = ("ranking.csv", "tournament.csv", "curves", "report")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def work(stage: Stage, name: str, folder: Path) -> Work:
     folder.mkdir(parents=True, exist_ok=True)
     if name in _UNFINISHED:
         run = copied(stage.run, folder / "run")
-        for late in _LATE:
+        for late in _LATE if name != "report" else _LATE[-1:]:  # a report of a run that lost more is refused
             path = run / late
             if path.is_dir():
                 shutil.rmtree(path)
