@@ -6,6 +6,7 @@ A family is a row of functions about one diffusers class. Everything else asks i
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -75,6 +76,7 @@ __all__ = [
     "picture_scale",
     "plain_config",
     "runs_on_meta",
+    "supported_classes",
     "takes_guidance",
 ]
 
@@ -89,6 +91,13 @@ FAMILIES: Mapping[str, Family] = {
 """By name of the diffusers class."""
 
 
+def supported_classes() -> str:
+    """The names of the classes that have a family, in one short text."""
+    nets = [name for name in FAMILIES if name.startswith("UNet")]
+    rest = [re.sub("(Transformer)?[23]DModel$", "", name) for name in FAMILIES if name not in nets]
+    return f"{', '.join(nets)} and the transformers {', '.join(rest)}"
+
+
 def family_of(source: nn.Module | Mapping[str, Any]) -> Family:
     """The family of a model, or of the model that a diffusers config describes.
 
@@ -99,7 +108,7 @@ def family_of(source: nn.Module | Mapping[str, Any]) -> Family:
         found = f"a model of class {name}" if name else f"a config without {CLASS_NAME}"
         why = f", which {REFUSED[name]}" if isinstance(name, str) and name in REFUSED else ""
         raise UnsupportedModelError(
-            f"asked for the blocks of a model, found {found}{why}; supported is {', '.join(FAMILIES)}"
+            f"asked for the blocks of a model, found {found}{why}; supported is {supported_classes()}"
         )
     return FAMILIES[name]
 

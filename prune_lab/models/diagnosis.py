@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab.errors import ModelFormatError, UnsupportedModelError
-from prune_lab.families import CLASS_NAME, FAMILIES, REFUSED, looks_like_a_unet
+from prune_lab.families import CLASS_NAME, FAMILIES, REFUSED, looks_like_a_unet, supported_classes
 from prune_lab.models.files import PICKLED, is_lfs_pointer, json_object, variants_among
 from prune_lab.runtime import path_text, printable
 
@@ -144,8 +144,7 @@ def refuse_config(path: Path, config: Mapping[str, Any]) -> None:
     name = config.get(CLASS_NAME)
     if isinstance(name, str) and name in FAMILIES:
         return
-    supported = ", ".join(FAMILIES)
-    remedy = f"supported is {supported}"
+    remedy = f"supported is {supported_classes()}"
     if isinstance(name, str) and name.endswith("Pipeline"):
         found, remedy = f"the index of a pipeline ({name})", f"give its folder, {path.parent}"
     elif name:

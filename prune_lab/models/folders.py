@@ -21,6 +21,7 @@ from prune_lab.families import (
     modern_name,
     outline_of,
     plain_config,
+    supported_classes,
 )
 from prune_lab.models.components import check_part, check_vocabulary, misfit, unread_tensors
 from prune_lab.models.diagnosis import check_files, folder_without_a_model, refuse_config, unusable
@@ -141,7 +142,7 @@ def _check_class(index: Path, parts: Mapping[str, Any]) -> tuple[Any, str]:
     if not models_wanted(found):
         raise UnsupportedModelError(
             f"{index} describes a {name}, which {_why_no_model(found)}; supported are pipelines with a "
-            f"{', '.join(FAMILIES)}, such as {_EXAMPLES}"
+            f"{supported_classes()}, such as {_EXAMPLES}"
         )
     component = next(iter(models_wanted(found)))
     models = [part for part in sorted(required) if _names_a_model(parts.get(part))]
