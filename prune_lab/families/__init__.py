@@ -33,7 +33,7 @@ from prune_lab.families.family import (
 )
 from prune_lab.families.image_transformers import IMAGE_TRANSFORMERS
 from prune_lab.families.joint_transformers import JOINT_TRANSFORMERS
-from prune_lab.families.legacy import modern_config, modern_name
+from prune_lab.families.legacy import modern_class, modern_config
 from prune_lab.families.meta_device import runs_on_meta
 from prune_lab.families.refused import REFUSED
 from prune_lab.families.skipping_transformers import SKIPPING_TRANSFORMERS
@@ -66,12 +66,13 @@ __all__ = [
     "filled_with_noise",
     "forward_inputs",
     "known_conditions",
+    "knows_its_size",
     "latent_channels",
     "latent_shape",
     "looks_like_a_unet",
     "meta_unet",
+    "modern_class",
     "modern_config",
-    "modern_name",
     "outline_of",
     "picture_scale",
     "plain_config",
@@ -262,6 +263,15 @@ def latent_shape(config: Mapping[str, Any], latent: int | None = None) -> tuple[
     Raises UnsupportedModelError where its config does not say.
     """
     return family_of(config).size(config) if latent is None else (latent, latent)
+
+
+def knows_its_size(config: Mapping[str, Any]) -> bool:
+    """Whether the size of the latent is known that the model of ``config`` is meant for."""
+    try:
+        latent_shape(config)
+    except UnsupportedModelError:
+        return False
+    return True
 
 
 def conditions_of(source: nn.Module | Mapping[str, Any]) -> tuple[Condition, ...]:

@@ -17,8 +17,8 @@ from prune_lab.families import (
     check_forward,
     family_of,
     meta_unet,
+    modern_class,
     modern_config,
-    modern_name,
     outline_of,
     plain_config,
     supported_classes,
@@ -215,7 +215,7 @@ def checked_pipeline(index: Path, variant: str = "") -> tuple[dict[str, Any], st
         _check_entry(index, part, value, pipeline)
     folder = index.parent / component
     config = unet_config(folder / "config.json")
-    listed, name = modern_name(components[component][1], config), config[CLASS_NAME]
+    listed, name = modern_class(components[component][1], config), config[CLASS_NAME]
     if listed != name:
         raise ModelFormatError(
             f"{index} lists as {component} a {listed}, {folder / 'config.json'} is of a {name}; "
