@@ -33,6 +33,7 @@ from prune_lab.families.family import (
 )
 from prune_lab.families.image_transformers import IMAGE_TRANSFORMERS
 from prune_lab.families.joint_transformers import JOINT_TRANSFORMERS
+from prune_lab.families.legacy import modern_config, modern_name
 from prune_lab.families.meta_device import runs_on_meta
 from prune_lab.families.refused import REFUSED
 from prune_lab.families.skipping_transformers import SKIPPING_TRANSFORMERS
@@ -47,6 +48,7 @@ __all__ = [
     "CLIP_TOKENS",
     "FAMILIES",
     "REFINER_TIME_IDS",
+    "REFUSED",
     "SDXL_TIME_IDS",
     "Condition",
     "Family",
@@ -68,6 +70,8 @@ __all__ = [
     "latent_shape",
     "looks_like_a_unet",
     "meta_unet",
+    "modern_config",
+    "modern_name",
     "outline_of",
     "picture_scale",
     "plain_config",
