@@ -365,7 +365,7 @@ def profile_pipeline(
     """One row per part of a pipeline that works while it draws, and ``total`` last: columns PIPELINE_COLUMNS.
 
     ``calls`` is how often the part runs to make ``batch`` pictures in ``steps`` steps. ``macs`` (attention products
-    included) and ``median_ms`` are of one call; a guided call of the model (``guidance`` above 1) takes twice the batch.
+    included) and ``median_ms`` are of one call; a guided one of the model (``guidance`` above 1) takes twice the batch.
     ``latent`` is the side of the square latent (None: the model's own size), ``tokens`` the length of the text (None:
     the longest that the text encoders take, or that the pipeline asks of them). ``share`` is calls x median_ms in the
     sum over the parts. The total is one call of everything: all the MACs and milliseconds behind these pictures.
