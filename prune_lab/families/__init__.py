@@ -5,6 +5,7 @@ A family is a row of functions about one diffusers class. Everything else asks i
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from prune_lab.families.family import (
     CLIP_TOKENS,
     Condition,
     Family,
+    Form,
     Layout,
     Outline,
     Stage,
@@ -33,6 +35,17 @@ from prune_lab.families.family import (
 from prune_lab.families.image_transformers import IMAGE_TRANSFORMERS
 from prune_lab.families.joint_transformers import JOINT_TRANSFORMERS
 from prune_lab.families.meta_device import runs_on_meta
+from prune_lab.families.own_code import (
+    base_name,
+    check_code,
+    entry_of,
+    file_of,
+    is_own,
+    known_files,
+    own_class,
+    own_family,
+    own_layout,
+)
 from prune_lab.families.refused import REFUSED
 from prune_lab.families.skipping_transformers import SKIPPING_TRANSFORMERS
 from prune_lab.families.unet2d import UNET2D
@@ -49,25 +62,34 @@ __all__ = [
     "SDXL_TIME_IDS",
     "Condition",
     "Family",
+    "Form",
     "Layout",
     "Outline",
     "Stage",
     "Unit",
     "UnitKind",
+    "base_name",
+    "check_code",
     "check_forward",
     "conditions_of",
     "embedding_width",
     "empty_model",
+    "entry_of",
     "example_inputs",
     "family_of",
+    "file_of",
     "filled_with_noise",
     "forward_inputs",
+    "is_own",
     "known_conditions",
+    "known_files",
     "latent_channels",
     "latent_shape",
     "looks_like_a_unet",
     "meta_unet",
     "outline_of",
+    "own_class",
+    "own_layout",
     "picture_scale",
     "plain_config",
     "runs_on_meta",
@@ -85,12 +107,20 @@ FAMILIES: Mapping[str, Family] = {
 """By name of the diffusers class."""
 
 
+@functools.cache
+def _own_family(class_name: str, file: str) -> Family:
+    return own_family(FAMILIES[base_name(class_name)], file)
+
+
 def family_of(source: nn.Module | Mapping[str, Any]) -> Family:
     """The family of a model, or of the model that a diffusers config describes.
 
     Raises UnsupportedModelError when its class has none, or a config does not name its class.
     """
     name = source.get(CLASS_NAME) if isinstance(source, Mapping) else type(source).__name__
+    if is_own(name) and base_name(str(name)) in FAMILIES:
+        file = file_of(source) if isinstance(source, Mapping) else type(source).__module__
+        return _own_family(str(name), file.rpartition(".")[2])
     if not isinstance(name, str) or name not in FAMILIES:
         found = f"a model of class {name}" if name else f"a config without {CLASS_NAME}"
         why = f", which {REFUSED[name]}" if isinstance(name, str) and name in REFUSED else ""
