@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from prune_lab.blocks import Architecture
 from prune_lab.errors import DataError
 from prune_lab.families import outline_of
-from prune_lab.plans import PruningPlan, gone_with, native_layout
+from prune_lab.forms import layout_of
+from prune_lab.plans import PruningPlan, gone_with
 
 Points = Literal["stages", "blocks", "self-attention"]
 
@@ -49,10 +50,10 @@ def feature_pairs(
     ``sensitivities`` (removal impact by block name, for points inside blocks) weighs each pair by one over the impact
     of its block, impacts below a hundredth of their median counted as that, and the mean weight is 1.
 
-    Raises NonNativePlanError when no plain diffusers config describes the student, DataError when a surviving block has
+    Raises FormError when no plain diffusers config describes the student, DataError when a surviving block has
     no sensitivity.
     """
-    layout = native_layout(architecture, plan)
+    layout = layout_of(architecture, plan)
     if points == "stages":
         gone = gone_with(architecture, plan.removed)
         ends = architecture.family.stage_features(architecture.outline, gone)

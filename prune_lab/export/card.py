@@ -16,7 +16,7 @@ from prune_lab.errors import UnsupportedModelError
 from prune_lab.export.compatibility import compatibility
 from prune_lab.export.snippets import snippet_for
 from prune_lab.export.students import Student, provenance_in, unet_folder_in
-from prune_lab.families import meta_unet, plain_config
+from prune_lab.families import base_name, is_own, meta_unet, plain_config
 from prune_lab.models import ModelSource, weight_files
 from prune_lab.models.files import json_object
 from prune_lab.models.hub import HUB_ID
@@ -26,7 +26,7 @@ from prune_lab.report import LIGHT, PlanRow, block_map_frame, draw_plan_maps, pl
 from prune_lab.report.figures import freeze_layout, save_png
 from prune_lab.report.format import amount, count, percent_change
 from prune_lab.runtime import names_alone, write_json, write_text
-from prune_lab.surgery import TEACHER
+from prune_lab.surgery import TEACHER, notes_on_form
 
 CARD, MAP = "README.md", "block_map.png"
 _LICENCE = ("license", "license_name", "license_link")  # what a card says of it
@@ -101,6 +101,17 @@ def _costs(student: Student) -> str:
     )
 
 
+def _form(student: Student) -> str:
+    """What one has to know of a student that is not a plain config alone."""
+    if student.plan.form == "neutral":
+        return (
+            "A plain model in which removed blocks are still there and do nothing: weights that are zero keep them "
+            "silent. A training that changes these weights brings the blocks back to life; `prune-lab distill` leaves "
+            "them alone.\n"
+        )
+    return notes_on_form(student.layout.config, student.architecture.family.component)
+
+
 def _training(training: Mapping[str, object]) -> str:
     if not training:
         return "Nothing was trained after the blocks were removed: every weight is the parent's.\n"
@@ -171,7 +182,9 @@ def card_text(
     training, inherited = training or {}, parents_card(source)
     index = folder / "model_index.json"
     named = json_object(index) if index.is_file() else student.layout.config
-    tag, code = snippet_for(str(named["_class_name"]), _variant_of(unet_folder_in(folder)))
+    config = student.layout.config
+    how = {"variant": _variant_of(unet_folder_in(folder)), "trusted": is_own(config)}
+    tag, code = snippet_for(base_name(str(named["_class_name"])), **how)
     plan, blocks = student.plan, len(student.architecture.blocks)
     parent = parent_name(source)
     proof = provenance_in(unet_folder_in(folder)).get("proof")
@@ -182,6 +195,7 @@ def card_text(
             f"![Blocks of the parent in order of execution; outlines are those that were removed]({MAP})\n"
         ),
         "Use": f"```python\n{code}```\n",
+        **({"Form": form} if (form := _form(student)) else {}),
         "Costs": _costs(student),
         "Training": _training(training),
         **({"Check": _check(proof)} if isinstance(proof, dict) else {}),

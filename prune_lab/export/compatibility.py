@@ -70,6 +70,8 @@ def _adapter(student: Student) -> _Row:
 
 
 def _single_file(student: Student) -> _Row:
+    if student.plan.form == "own":
+        return "single file", NOT_AT_ALL, None, None, None, "it has no place for code of its own"
     try:
         unet_places(student.layout.config)
     except PruneLabError as error:
@@ -81,16 +83,21 @@ def _outside(what: str, where: str) -> _Row:
     return what, AS_IT_IS, None, None, None, f"{where}, which pruning leaves alone"
 
 
+def _made_for_blocks(student: Student) -> list[_Row]:
+    if student.plan.form == "native":
+        return [_lora(student), _controlnet(student), _ip_adapter(student), _adapter(student)]
+    note = f"not known for a student in the {student.plan.form} form"
+    kinds = ("LoRA", "ControlNet", "IP-Adapter", "T2I-Adapter")
+    return [(kind, NOT_AT_ALL, None, None, None, note) for kind in kinds]
+
+
 def compatibility(student: Student) -> pd.DataFrame:
     """A row for each kind of file: whether it fits the student, and how many of its parts; COMPATIBILITY_COLUMNS.
 
     ``kept`` of ``of`` parts have a place, ``renamed`` of them another one than in the teacher.
     """
     rows = [
-        _lora(student),
-        _controlnet(student),
-        _ip_adapter(student),
-        _adapter(student),
+        *_made_for_blocks(student),
         _outside("textual inversion", "words of the text encoder"),
         _outside("VAE", "a part of the pipeline"),
         _outside("scheduler", "a part of the pipeline"),

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from prune_lab import __version__
 from prune_lab.errors import ModelFormatError, UnsupportedModelError
+from prune_lab.families import is_own
 from prune_lab.families.ldm_keys import (
     TEXT_CLASSES,
     Place,
@@ -325,6 +326,11 @@ def export_single_file(
         raise UnsupportedModelError(
             f"asked to export {source.text!r}, which has no weights (kind: {source.kind}); "
             "give a pipeline or U-Net folder"
+        )
+    if is_own(source.config):
+        raise UnsupportedModelError(
+            f"asked to export {source.text}, a student with code of its own, for which a single file has no place; "
+            "export one of a plan that is native, or build the plan with --form neutral"
         )
     if dtype is not None and dtype not in _NAMES:
         raise UnsupportedModelError(f"asked to export in {dtype}; give float32, float16 or bfloat16")

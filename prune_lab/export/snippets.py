@@ -52,10 +52,11 @@ def _lines(class_name: str) -> tuple[str, str]:
     return "text-to-image", _PARTS if class_name.endswith("Pipeline") else _MODEL
 
 
-def snippet_for(class_name: str, variant: str = "") -> tuple[str, str]:
+def snippet_for(class_name: str, variant: str = "", *, trusted: bool = False) -> tuple[str, str]:
     """(the task as the hub calls it, lines of Python) for a pipeline of that class, or for a model alone.
 
-    ``variant`` is the one that is in the names of its files.
+    ``variant`` is the one that is in the names of its files; ``trusted`` runs the code that the folder brings along.
     """
     task, lines = _lines(class_name)
-    return task, lines.replace('(".")', f'(".", variant="{variant}")') if variant else lines
+    more = [f'variant="{variant}"'] * bool(variant) + ["trust_remote_code=True"] * trusted
+    return task, lines.replace('(".")', "({})".format(", ".join(['"."', *more])))

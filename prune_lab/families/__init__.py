@@ -38,6 +38,7 @@ from prune_lab.families.meta_device import runs_on_meta
 from prune_lab.families.own_code import (
     base_name,
     check_code,
+    code_path,
     entry_of,
     file_of,
     is_own,
@@ -71,6 +72,7 @@ __all__ = [
     "base_name",
     "check_code",
     "check_forward",
+    "code_path",
     "conditions_of",
     "embedding_width",
     "empty_model",

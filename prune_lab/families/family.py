@@ -167,7 +167,7 @@ class Layout:
     convert: Mapping[str, Callable[[Tensor], Tensor]] = dataclasses.field(default_factory=dict)
     """By name of a tensor in the smaller model: what makes it of the original's, where it is not the same."""
     frozen: tuple[str, ...] = ()
-    """Modules of the smaller model that compute nothing as long as their weights are what they are: not to be trained."""
+    """Modules of the smaller model that compute nothing as long as their weights stay: not to be trained."""
 
     def renamed(self, path: str) -> str | None:
         """Path in the smaller model of a module or tensor of the original; None when it is gone."""

@@ -177,7 +177,12 @@ def _vanishing(outline: Outline, removed: Removed) -> Removed:
 
 def _places(outline: Outline, removed: Removed) -> dict[str, list[int]]:
     """For each attention block with layers the places of those that are built."""
-    blocks = [unit for lane in ("left", "middle", "right") for stage in _transformers(outline, lane) for unit in stage]
+    blocks = [
+        unit
+        for lane in ("left", "middle", "right")
+        for stage in _transformers(outline, lane)
+        for unit in stage
+    ]
     places = {unit.name: _layers_left(outline, unit, removed) for unit in blocks}
     counts = {unit.name: unit.transformer_layers for unit in blocks}
     for names in tied(outline):

@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab.errors import ModelFormatError, UnsupportedModelError
-from prune_lab.families import CLASS_NAME, FAMILIES, check_forward, meta_unet, outline_of, plain_config
+from prune_lab.families import (
+    CLASS_NAME,
+    FAMILIES,
+    check_code,
+    check_forward,
+    is_own,
+    meta_unet,
+    outline_of,
+    own_class,
+    plain_config,
+)
 from prune_lab.models.components import check_part, check_vocabulary, misfit
 from prune_lab.models.diagnosis import check_files, folder_without_a_model, refuse_config, unusable
 from prune_lab.models.files import chosen_variant, headers_of, json_object, weights_in
@@ -66,6 +76,7 @@ def checked_config(path: Path) -> dict[str, Any]:
 
 def _check_weights(folder: Path, config: Mapping[str, Any], variant: str) -> str:
     """The variant of the weights in ``folder``; ModelFormatError unless they are just those ``config`` describes."""
+    check_code(folder, config)
     weights = weights_in(folder, variant)
     header = headers_of(weights)
     if reason := unusable(header, config):
@@ -135,6 +146,8 @@ def _check_class(index: Path, parts: Mapping[str, Any]) -> Any:
 def _check_entry(index: Path, part: str, value: list[Any], pipeline: Any) -> None:
     """Raise unless the ``part`` of ``pipeline`` is of a class that it can use, and has a folder."""
     named = part if part.isidentifier() else repr(part)
+    if len(value) == 2 and is_own(value[1]):
+        own_class(*value)  # says which code is known
     found = part_class(*value) if len(value) == 2 else None
     if found is None:
         raise UnsupportedModelError(

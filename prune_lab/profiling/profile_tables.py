@@ -19,6 +19,7 @@ from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.counting import count_call, meta_copy
 from prune_lab.errors import ConfigError
 from prune_lab.families import latent_channels, takes_guidance
+from prune_lab.forms import why_not
 from prune_lab.plans import PruningPlan, is_native, plan_of
 from prune_lab.profiling.cost_table import cost_table
 from prune_lab.profiling.latency import check_runs, measure_latency, random_inputs
@@ -68,7 +69,8 @@ def reduction_table(
     negative for savings. MACs are of one forward pass over ``batch`` samples with ``tokens`` words (None: the
     architecture's), ``paper_macs`` without attention products. Latency is that of the same networks with random
     weights on ``device`` in ``dtype``, timed in turns in ``runs`` rounds as ``time_plans`` does, or ``times`` by plan
-    id where they are known already; ``where`` is the service in words. Empty for a plan that is not native. Its change
+    id where they are known already; ``where`` is the service in words. Empty for a plan that cannot be built in its
+    form. Its change
     is the median of the ratios within a round, with its interval. Raises PlanError for a plan of another architecture.
     """
     sizes = {"batch": batch, "latent": latent, "tokens": architecture.tokens if tokens is None else tokens}
@@ -99,7 +101,7 @@ def reduction_table(
         return frame
     if times is None:
         service = Service(str(device), str(dtype).removeprefix("torch."), **sizes)  # type: ignore[arg-type]
-        native = {plan.id: plan for plan in plans if plan.removed and is_native(architecture, plan)}
+        native = {plan.id: plan for plan in plans if plan.removed and not why_not(architecture, plan)}
         timing = {"rounds": runs, "warmup": warmup, "own_processes": own_processes}
         times = time_plans(architecture, native, service, **timing).compared()  # type: ignore[arg-type]
         where = where or service.text(architecture.config)

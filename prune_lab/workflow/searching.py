@@ -15,13 +15,10 @@ from numpy.typing import NDArray
 
 from prune_lab.blocks import BlockGroup
 from prune_lab.config import BUDGET_CONTROLS
-from prune_lab.errors import (
-    NonNativePlanError,
-    PlanError,
-    PruneLabError,
-)
+from prune_lab.errors import PlanError, PruneLabError
+from prune_lab.forms import why_not
 from prune_lab.importance import ScoringContext, score
-from prune_lab.plans import PruningPlan, native_layout, read_plan, read_plans
+from prune_lab.plans import PruningPlan, read_plan, read_plans
 from prune_lab.profiling import CostTable, PlanCost, activation_table, cost_table
 from prune_lab.runs import Run, read_records
 from prune_lab.runtime import track, write_frame, write_json
@@ -205,11 +202,7 @@ def plans_frame(session: Session) -> pd.DataFrame:
 
 def left_out(session: Session, plan: PruningPlan) -> str:
     """Why ``plan`` cannot become a candidate; empty when it can."""
-    try:
-        native_layout(session.architecture, plan)
-    except NonNativePlanError as error:
-        return str(error)
-    return ""
+    return why_not(session.architecture, plan)
 
 
 def goes_by(plan: PruningPlan, text: str) -> bool:

@@ -35,7 +35,7 @@ from prune_lab.families.family import (
 from prune_lab.runtime import printable
 
 FOLDER = Path(__file__).resolve().parent
-NEWEST = "@@NEWEST@@"
+NEWEST = "modeling_pruned_b36d3a80ad81"
 PREFIX = "Pruned"  # of class names; what follows is the diffusers class
 REMOVED, MAIN_PATH, AUTO_MAP = "removed", "main_path", "auto_map"
 _OWN = (REMOVED, MAIN_PATH, AUTO_MAP)  # settings that the diffusers class does not have
@@ -127,6 +127,17 @@ def own_class(file: str, class_name: str) -> type[Any]:
     return found
 
 
+def code_path(file: str) -> Path:
+    """Where the package's copy of a model file lies. Raises UnsupportedModelError for another file."""
+    for path in known_files().values():
+        if path.stem == file:
+            return path
+    raise UnsupportedModelError(
+        f"asked for the code {printable(file, 60)}, which this version of prune-lab does not know; install the "
+        "prune-lab that wrote the model"
+    )
+
+
 def entry_of(config: Mapping[str, Any]) -> list[str]:
     """What ``model_index.json`` says of a model: the library or model file, and the class."""
     return [file_of(config) if is_own(config) else "diffusers", str(config[CLASS_NAME])]
@@ -154,9 +165,7 @@ def _mark(unit: Unit, names: Sequence[str]) -> str:
     Under its name the student has a tensor without numbers: the plain class then refuses the weights, where it would
     leave what is missing as random numbers, or as no numbers at all.
     """
-    inside = (
-        name.removeprefix(f"{unit.path}.") for name in names if name.startswith(f"{unit.path}.")
-    )
+    inside = (name.removeprefix(f"{unit.path}.") for name in names if name.startswith(f"{unit.path}."))
     kept = tuple(f"{path}." for path in unit.keeps)
     return next((name for name in inside if not name.startswith(kept)), "")
 
@@ -215,7 +224,6 @@ def _without_gone(family: Family, model: Any) -> Outline:
     outline = family.outline(_whole(_canonical(config)))
     paths = set(config.get(REMOVED) or {})
     gone = {unit.name for unit in outline.units if unit.path in paths}
-    gone |= {unit.name for unit in outline.units if unit.inside in gone}
     units = tuple(
         dataclasses.replace(unit, gone=True, reason="is gone already", stand_in=None)
         if unit.name in gone
@@ -227,6 +235,7 @@ def _without_gone(family: Family, model: Any) -> Outline:
             ),
         )
         for unit in outline.units
+        if unit.inside not in gone  # what lies in a block that is gone has no place any more
     )
     return Outline(MappingProxyType(config), outline.stages, units)
 

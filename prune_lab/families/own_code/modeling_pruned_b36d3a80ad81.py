@@ -87,10 +87,12 @@ def _signature(base: Any) -> inspect.Signature:
 def pruned(base: Any) -> Any:
     """The class of the diffusers model ``base`` that takes blocks out of itself once it is built."""
 
-    def __init__(
+    def built(
         self: Any, *args: Any, removed: Any = None, main_path: Any = None, auto_map: Any = None, **config: Any
     ) -> None:
-        base.__init__.__wrapped__(self, *args, **config)  # the config is registered once, by our own decorator
+        base.__init__.__wrapped__(
+            self, *args, **config
+        )  # the config is registered once, by our own decorator
         layout = Layout()
         for path, how in (removed or {}).items():
             gone = Removed(self.get_submodule(path), **how)
@@ -99,7 +101,7 @@ def pruned(base: Any) -> Any:
         for path in main_path or ():  # the modules that write what a block with ``channels`` reads
             self.get_submodule(path).register_forward_hook(layout.seen)
 
-    __init__.__signature__ = _signature(base)  # type: ignore[attr-defined]
+    built.__signature__ = _signature(base)  # type: ignore[attr-defined]
 
     @functools.wraps(base.save_pretrained)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -109,7 +111,7 @@ def pruned(base: Any) -> Any:
             shutil.copyfile(source, target)
 
     body = {
-        "__init__": register_to_config(__init__),
+        "__init__": register_to_config(built),
         "save_pretrained": save_pretrained,
         # diffusers writes the class into ``auto_map`` of config.json, and the module into model_index.json
         "_auto_class": "AutoModel",
