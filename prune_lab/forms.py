@@ -64,6 +64,11 @@ def why_not(architecture: Architecture, plan: PruningPlan) -> str:
     return ""
 
 
+def exists_in(architecture: Architecture, plan: PruningPlan, form: Form) -> bool:
+    """Whether ``plan`` can be built in ``form``; the plan that removes nothing exists in all."""
+    return not plan.removed or not why_not(architecture, plan.built(form))
+
+
 def in_form(architecture: Architecture, plan: PruningPlan, form: Form | None = None) -> PruningPlan:
     """``plan`` in the form that is asked for; None: native where that exists, else with code of its own.
 

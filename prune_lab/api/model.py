@@ -30,7 +30,7 @@ from prune_lab.config import (
 )
 from prune_lab.errors import PlanError, RunError
 from prune_lab.export import write_card
-from prune_lab.forms import form_named, in_form, layout_of
+from prune_lab.forms import form_named, in_form, layout_of, within_form
 from prune_lab.models import load_unet
 from prune_lab.models.protection import check_apart, check_folder
 from prune_lab.plans import PruningPlan, read_plans
@@ -324,7 +324,8 @@ class Model(Workplace):
         text = plan.id if isinstance(plan, Plan) else plan
         if any(goes_by(one, text) for one in known) or not (isinstance(plan, Plan) or self._temporary):
             return plan_named(known, text, session)
-        (found,) = plans_of(self.architecture, (plan,))
+        (read,) = plans_of(self.architecture, (plan,))
+        found = within_form(self.architecture, read, form_named(self.settings.search.form))
         if found.id not in {one.id for one in known}:
             layout_of(self.architecture, found)
             write_json(session.run.plan(found.id), found.to_json())

@@ -59,7 +59,8 @@ def feature_pairs(
         ends = architecture.family.stage_features(architecture.outline, gone)
         found = [(path, origin, 1.0) for path, origin in ends]
     else:
-        kept = [block for block in architecture.blocks if layout.renamed(block.path) is not None]
+        gone = gone_with(architecture, plan.removed)
+        kept = [block for block in architecture.blocks if block.name not in gone]
         weights = _inverse([block.name for block in kept], sensitivities) if sensitivities else {}
         found = [
             (path, path, weights.get(block.name, 1.0))

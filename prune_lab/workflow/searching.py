@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from prune_lab.blocks import BlockGroup
 from prune_lab.config import BUDGET_CONTROLS
 from prune_lab.errors import PlanError, PruneLabError
-from prune_lab.forms import why_not
+from prune_lab.forms import form_named, why_not, within_form
 from prune_lab.importance import ScoringContext, score
 from prune_lab.plans import PruningPlan, read_plan, read_plans
 from prune_lab.profiling import CostTable, PlanCost, activation_table, cost_table
@@ -103,6 +103,8 @@ def _write_plans(session: Session) -> tuple[Path, ...]:
             found += [("search", asked, plan) for plan in _named(plans, settings.solver, asked)]
             if at_budget:
                 found += [("control", asked, plan) for plan in controls_for(question, at_budget)]
+    form = form_named(settings.form)
+    found = [(origin, budget, within_form(architecture, plan, form)) for origin, budget, plan in found]
     for plan_id in dict.fromkeys(plan.id for _, _, plan in found):
         same = [(origin, plan) for origin, _, plan in found if plan.id == plan_id]
         names = dict.fromkeys(plan.name for _, plan in same)
@@ -195,6 +197,7 @@ def plans_frame(session: Session) -> pd.DataFrame:
                 else None,
                 "predicted_impact": None if importance is None else predicted_impact(plan, importance),
                 "native": not left_out(session, plan),
+                "form": plan.form,
             }
         )
     return pd.DataFrame(rows, columns=list(PLANS_COLUMNS))
