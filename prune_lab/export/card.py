@@ -183,8 +183,8 @@ def card_text(
     index = folder / "model_index.json"
     named = json_object(index) if index.is_file() else student.layout.config
     config = student.layout.config
-    how = {"variant": _variant_of(unet_folder_in(folder)), "trusted": is_own(config)}
-    tag, code = snippet_for(base_name(str(named["_class_name"])), **how)
+    variant = _variant_of(unet_folder_in(folder))
+    tag, code = snippet_for(base_name(str(named["_class_name"])), variant, trusted=is_own(config))
     plan, blocks = student.plan, len(student.architecture.blocks)
     parent = parent_name(source)
     proof = provenance_in(unet_folder_in(folder)).get("proof")

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from prune_lab.families import check_code, empty_model, is_own
 from prune_lab.models.answers import complaint_of_parts, random_inputs, unet_complaint
+from prune_lab.models.files import json_object
 from prune_lab.models.parts import left_out
 from prune_lab.models.silence import quiet
 from prune_lab.runtime import read_json
@@ -85,7 +86,7 @@ def _loaded(folder: Path, variant: str) -> tuple[Any, Any]:
     unused: dict[str, Any] = dict.fromkeys(left_out(index))
     for part, value in index.items():
         if isinstance(value, list) and is_own(value[-1]):
-            check_code(folder / part, read_json(folder / part / "config.json"))
+            check_code(folder / part, json_object(folder / part / "config.json"))
             named["trust_remote_code"] = True
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **named, **unused)
     formats = {
