@@ -109,7 +109,7 @@ def _form(student: Student) -> str:
             "silent. A training that changes these weights brings the blocks back to life; `prune-lab distill` leaves "
             "them alone.\n"
         )
-    return notes_on_form(student.layout.config, student.architecture.family.component)
+    return notes_on_form(student.layout.config)
 
 
 def _training(training: Mapping[str, object]) -> str:

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prune_lab.families import base_name, code_path, file_of, is_own
-from prune_lab.families.family import CLASS_NAME
+from prune_lab.families import CLASS_NAME, base_name, code_path, family_of, file_of, is_own
 from prune_lab.runtime import write_text
 
 _NOTES = """\
@@ -49,21 +48,24 @@ Good to know:
 """
 
 
-def notes_on_form(config: Mapping[str, Any], component: str) -> str:
+def notes_on_form(config: Mapping[str, Any]) -> str:
     """What one has to know to load a student of this ``config``, as Markdown; empty for one of a plain class."""
     if not is_own(config):
         return ""
     name = str(config[CLASS_NAME])
-    gone = len(config["removed"])
     return _NOTES.format(
-        name=name, base=base_name(name), count=gone, file=file_of(config), component=component
+        name=name,
+        base=base_name(name),
+        count=len(config["removed"]),
+        file=file_of(config),
+        component=family_of(config).component,
     )
 
 
-def write_code(folder: Path, config: Mapping[str, Any], component: str) -> None:
+def write_code(folder: Path, config: Mapping[str, Any]) -> None:
     """Put the model file and a README beside the weights in ``folder``; nothing for a plain ``config``."""
     if not is_own(config):
         return
     file = file_of(config)
     shutil.copyfile(code_path(file), folder / f"{file}.py")
-    write_text(folder / "README.md", f"# {config[CLASS_NAME]}\n\n{notes_on_form(config, component)}")
+    write_text(folder / "README.md", f"# {config[CLASS_NAME]}\n\n{notes_on_form(config)}")
