@@ -159,6 +159,16 @@ def tiny_pipeline_folder(built_once: BuiltOnce, tiny_unet_shared: Any) -> Path:
 
 
 @pytest.fixture(scope="session")
+def pipeline_folder(built_once: BuiltOnce) -> Callable[[str], Path]:
+    """``pipeline_folder(kind)``: the folder of a tiny pipeline of one of the kinds of tiny_pipelines; copy it to
+    change it.
+    """
+    from tiny_pipelines import tiny_pipeline
+
+    return lambda kind: built_once(f"pipeline-{kind}", lambda folder: tiny_pipeline(kind, folder))
+
+
+@pytest.fixture(scope="session")
 def tiny_scorer_folder(built_once: BuiltOnce) -> Path:
     """A ``CLIPModel`` folder with random weights, its tokenizer and its picture settings (32 x 32 pixels)."""
     return built_once("scorer", save_tiny_scorer)

@@ -8,6 +8,7 @@ from prune_lab.probes.conditions import (
     picture_names,
     picture_rows,
     pipeline_conditions,
+    rows_of_size,
     size_rows,
 )
 from prune_lab.probes.encoding import (
@@ -22,9 +23,11 @@ from prune_lab.probes.encoding import (
 )
 from prune_lab.probes.making import make_probe, probe_of_latents, random_probe
 from prune_lab.probes.probe import Probe, evaluating, load_probe, predict
+from prune_lab.probes.schedules import Schedule, schedule_of
 
 __all__ = [
     "Probe",
+    "Schedule",
     "cut_texts",
     "decode_latents",
     "drawn_rows",
@@ -42,6 +45,8 @@ __all__ = [
     "predict",
     "probe_of_latents",
     "random_probe",
+    "rows_of_size",
+    "schedule_of",
     "size_rows",
     "to_uint8",
     "training_target",
