@@ -281,7 +281,7 @@ class Model(Workplace):
         """
         if not self.source.is_pipeline:
             raise RunError(
-                f"asked to distil students of {self.source.text}, a U-Net alone (kind: {self.source.kind}); pictures "
+                f"asked to distil students of {self.source.text}, a model alone (kind: {self.source.kind}); pictures "
                 "and captions are encoded with a VAE and a text encoder: give a pipeline folder or a hub id"
             )
         wanted = with_settings(self.settings, settings_by_name("distill", settings))
@@ -354,7 +354,7 @@ class Model(Workplace):
     ) -> Pictures:
         """``count`` pictures of each of ``prompts``, as a grid: a row per prompt, a column per seed from ``seed`` on.
 
-        ``guidance`` is the scale of classifier-free guidance, 1 for none. Raises UnsupportedModelError for a U-Net
+        ``guidance`` is the scale of classifier-free guidance, 1 for none. Raises UnsupportedModelError for a model
         alone, DataError without a prompt, ConfigError for a number out of range.
         """
         check_numbers(seed=seed, count=count, steps=steps, guidance=guidance)
@@ -371,14 +371,14 @@ class Model(Workplace):
     def evaluate(self, *prompts: str, base: str = "reference", **settings: object) -> Table:
         """Held-out loss of the model, and the CLIP score of what it draws for ``prompts`` (none: held-out captions).
 
-        A U-Net alone draws in the pipeline ``base``. Settings are those of ``evaluate``.
+        A model alone draws in the pipeline ``base``. Settings are those of ``evaluate``.
         """
         asked = settings_by_name("evaluate", ({"prompts": list(prompts)} if prompts else {}) | settings)
         how = self.settings if self.source.is_pipeline else dataclasses.replace(self.settings, model=base)
         return self.judged_in(with_settings(how, asked))
 
     def judged_in(self, settings: RunConfig) -> Table:
-        """What ``evaluate`` finds with these ``settings``, whose model is the pipeline in which a U-Net alone draws."""
+        """What ``evaluate`` finds with these ``settings``, whose model is the pipeline in which a model alone draws."""
         with Model(settings)._opened("evaluate", {}) as session:
             # the device first: loading is what can fail
             unet = session.unet if self.source.is_pipeline else load_unet(self.source, device=session.device)
