@@ -30,6 +30,7 @@ from prune_lab.config import (
 )
 from prune_lab.errors import PlanError, RunError
 from prune_lab.export import write_card
+from prune_lab.families import knows_its_size
 from prune_lab.forms import form_named, in_form, layout_of, within_form
 from prune_lab.models import load_unet
 from prune_lab.models.protection import check_apart, check_folder
@@ -87,7 +88,7 @@ class Model(Workplace):
     def blocks(self) -> Table:
         """The blocks of the model: kind, channels, parameters, multiply-adds, and whether each can be removed."""
         frame, title = blocks_frame(self.architecture), f"Blocks of {self.source.text}"
-        if self.architecture.config.get("sample_size") is None:
+        if not knows_its_size(self.architecture.config):
             side = UNKNOWN_LATENT
             title += f" (its config has no sample_size: multiply-adds are those of a {side} x {side} latent)"
         mapped = block_map_frame(frame, self._scores())
@@ -281,8 +282,9 @@ class Model(Workplace):
         """
         if not self.source.is_pipeline:
             raise RunError(
-                f"asked to distil students of {self.source.text}, a model alone (kind: {self.source.kind}); pictures "
-                "and captions are encoded with a VAE and a text encoder: give a pipeline folder or a hub id"
+                f"asked to distil students of {self.source.text}, a {self.source.called} alone (kind: "
+                f"{self.source.kind}); pictures and captions are encoded with a VAE and a text encoder: give a "
+                "pipeline folder or a hub id"
             )
         wanted = with_settings(self.settings, settings_by_name("distill", settings))
         sources = self._read_by(wanted)
