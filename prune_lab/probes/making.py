@@ -19,13 +19,8 @@ from prune_lab.probes.conditions import (
     pipeline_conditions,
     size_rows,
 )
-from prune_lab.probes.encoding import (
-    decode_latents,
-    encode_captions,
-    encode_pictures,
-    noise_schedule,
-    training_target,
-)
+from prune_lab.probes.encoding import encode_captions, noise_schedule, training_target
+from prune_lab.probes.latents import decode_latents, encode_pictures
 from prune_lab.probes.probe import Probe
 from prune_lab.runtime import generator_for, note_once, seeded
 

@@ -18,15 +18,17 @@ from torch import Tensor, nn
 from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.counting import count_call, meta_copy
 from prune_lab.errors import ConfigError
-from prune_lab.families import latent_channels, takes_guidance
+from prune_lab.families import family_of, latent_form, model_of, plain_config, takes_guidance
+from prune_lab.families.drawing import reads_text, text_length
 from prune_lab.plans import PruningPlan, is_native, plan_of
+from prune_lab.probes import picture_side, pixels_per_latent, vae_of
 from prune_lab.profiling.cost_table import cost_table
 from prune_lab.profiling.latency import check_runs, measure_latency, random_inputs
 from prune_lab.profiling.plan_matrix import REST
 from prune_lab.profiling.service import Service
 from prune_lab.profiling.timed_plans import TEACHER, time_plans
 from prune_lab.profiling.turns import ComparedLatency
-from prune_lab.runtime import pick_dtype, synchronize, track
+from prune_lab.runtime import pick_dtype, seeded, synchronize, track
 from prune_lab.schemas import (
     BLOCK_PROFILE_COLUMNS,
     PIPELINE_COLUMNS,
@@ -197,7 +199,7 @@ class _Decoder(nn.Module):
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
-        self.post_quant_conv = vae.post_quant_conv
+        self.post_quant_conv = getattr(vae, "post_quant_conv", None)
         self.decoder = vae.decoder
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -217,8 +219,10 @@ class _Part:
 
 
 def unet_calls(scheduler: Any, steps: int) -> int:
-    """How often the U-Net runs for ``steps`` denoising steps; PNDM runs it once more than it is asked."""
+    """How often the model runs for ``steps`` denoising steps; PNDM runs it once more than it is asked."""
     mine = type(scheduler).from_config(scheduler.config)
+    if mine.config.get("use_dynamic_shifting"):  # its steps hang on the size of the picture, their number does not
+        return int(steps * mine.order)
     mine.set_timesteps(steps)
     return len(mine.timesteps)
 
@@ -226,13 +230,17 @@ def unet_calls(scheduler: Any, steps: int) -> int:
 def _parts(
     pipeline: Any, steps: int, batch: int, guided: bool, latent: int | None, asked: int | None
 ) -> Iterator[_Part]:
-    unet = pipeline.unet
+    model, vae = model_of(pipeline), vae_of(pipeline)
+    if latent is None and "sample_size" not in model.config:
+        latent = picture_side(pipeline) // pixels_per_latent(pipeline)
     tokens = None
-    for name in ("text_encoder", "text_encoder_2"):
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
         encoder = getattr(pipeline, name, None)
         if encoder is None:
             continue
-        most = encoder.config.max_position_embeddings
+        most = getattr(encoder.config, "max_position_embeddings", None) or text_length(pipeline)
+        if most is None:  # it reads texts of any length, and nobody says how long
+            most = getattr(pipeline, name.replace("text_encoder", "tokenizer")).model_max_length
         tokens = most if asked is None else asked
         if tokens > most:
             raise ConfigError(
@@ -249,12 +257,12 @@ def _parts(
             },  # type: ignore[misc]
         )
     yield _Part(
-        "unet",
+        family_of(model).component,
         unet_calls(pipeline.scheduler, steps),
         tokens,
-        unet,
+        model,
         lambda device, dtype: random_inputs(
-            unet.config,
+            plain_config(model),
             batch=(1 + guided) * batch,
             latent=latent,
             tokens=tokens,
@@ -262,9 +270,10 @@ def _parts(
             dtype=dtype,
         ),
     )
-    decoder = _Decoder(pipeline.vae)
-    sample = random_inputs(unet.config, batch=batch, latent=latent)["sample"]
-    sample = sample[:, : latent_channels(unet.config)]  # what the U-Net is shown of a picture is not decoded
+    if vae is None:  # the model draws pixels
+        return
+    decoder = _Decoder(vae)
+    sample = torch.randn(batch, *latent_form(plain_config(model), latent), generator=seeded(0))
     yield _Part(
         "vae_decoder",
         1,
@@ -301,10 +310,10 @@ def profile_pipeline(
     runs: int = 5,
     warmup: int = 1,
 ) -> pd.DataFrame:
-    """One row per part of a Stable Diffusion pipeline, and ``total`` last: columns PIPELINE_COLUMNS.
+    """One row per part of a pipeline, and ``total`` last: columns PIPELINE_COLUMNS.
 
     ``calls`` is how often the part runs to make ``batch`` pictures in ``steps`` steps. ``macs`` (attention products
-    included) and ``median_ms`` are of one call; a guided U-Net call (``guidance`` above 1) takes twice the batch.
+    included) and ``median_ms`` are of one call; a guided call of the model (``guidance`` above 1) takes twice the batch.
     ``latent`` is the side of the square latent (None: the U-Net's own size), ``tokens`` the length of the text (None:
     the longest that the text encoder takes). ``share`` is calls x median_ms in the
     sum over the parts. The total is one call of everything: all the MACs and milliseconds behind these pictures.
@@ -312,9 +321,10 @@ def profile_pipeline(
     for fewer than two runs, and for a text that is longer than the text encoder takes.
     """
     # An empty tensor knows which card "cuda" is.
-    kind = torch.empty(0, device=pipeline.unet.device if device is None else device).device
-    form = pick_dtype(dtype) if isinstance(dtype, str) else pipeline.unet.dtype if dtype is None else dtype
-    guided = guidance > 1 and not takes_guidance(pipeline.unet)
+    kind = torch.empty(0, device=model_of(pipeline).device if device is None else device).device
+    model = model_of(pipeline)
+    form = pick_dtype(dtype) if isinstance(dtype, str) else model.dtype if dtype is None else dtype
+    guided = guidance > 1 and reads_text(pipeline) and not takes_guidance(model)
     rows = []
     for part in track(list(_parts(pipeline, steps, batch, guided, latent, tokens)), "timing the pipeline"):
         counted = count_call(

@@ -7,6 +7,7 @@ from typing import Any
 
 from prune_lab.distill import LatentCache
 from prune_lab.models import of_shipped_family
+from prune_lab.probes import picture_side
 from prune_lab.processes import is_main
 from prune_lab.runs import read_typed
 from prune_lab.runtime import note, write_json
@@ -43,10 +44,9 @@ class DataRoles:
         return [asdict(role) for role in self.roles]
 
 
-def _side(session: Session) -> int | None:
-    """Pixels of the side of the model's own pictures, where its config says it."""
-    size, vae = session.source.config.get("sample_size"), session.pipeline.vae_scale_factor
-    return int(size) * int(vae) if isinstance(size, int) else None
+def _side(session: Session) -> int:
+    """Pixels of the side of the model's own pictures."""
+    return picture_side(session.pipeline)
 
 
 def _own_side(session: Session) -> int | None:
