@@ -83,8 +83,8 @@ def draw_batch(
 ) -> Batch:
     """The batch of step ``step`` (from 1) on ``device``, drawn on the CPU from the seed and the step alone.
 
-    ``scheduler`` is any diffusers scheduler of the teacher: its noise schedule and prediction type count. Timesteps
-    are uniform over the places of the schedule. A share of ``settings.caption_dropout`` of the captions becomes the empty
+    ``scheduler`` is any diffusers scheduler of the teacher: its noise schedule and prediction type count. Timesteps are
+    uniform over the places of the schedule. A share of ``settings.caption_dropout`` of the captions becomes the empty
     one. With ``settings.noise_offset`` each channel of the noise is shifted by that times one normal number, so that
     students learn overall brightness, too. Where the data have the VAE's variance, latents are drawn from its
     distribution. ``conditions`` are what the teacher takes beside: those that need no picture are drawn here unless

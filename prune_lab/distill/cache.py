@@ -4,8 +4,8 @@
 
     DIR/
         shard-00000.safetensors ...   mean, log_variance (n, V, C, h, w); embeddings (n, L, D); added.*; captions
-                                      (drawn by the model, or pixels: no log_variance); of_variant.* (n, V, C, h, w) where the
-                                      U-Net is shown something of the picture
+                                      (drawn by the model, or pixels: no log_variance); of_variant.* (n, V, C, h, w)
+                                      where the U-Net is shown something of the picture
         empty.safetensors             embedding of the empty caption
         cache.json                    the provenance of the numbers and the list of shards; written last
 

@@ -96,8 +96,8 @@ FEATURE_VARIANTS: Mapping[str, FeatureVariant] = {
 class Losses:
     """The unweighted losses of one batch, scalars in float32 that carry gradients to the student.
 
-    task: mean squared error of the student's prediction against the training target (noise, velocity or the way of a flow), each sample
-    by its weight in the batch.
+    task: mean squared error of the student's prediction against the training target (noise, velocity or the way of a
+    flow), each sample by its weight in the batch.
     output: mean squared difference between the predictions of student and teacher.
     feature: sum over the feature pairs of the variant's term.
     """

@@ -55,8 +55,9 @@ def pass_bytes(
 ) -> int:
     """Bytes of activations of one float32 sample that are alive at the peak of a pass of ``config``'s model.
 
-    ``latent`` is the side of the latents, None: the one that the model is meant for. With ``training`` of forward and backward, without the gradients of the weights; counted on ``meta``, so without
-    weights and without computing. Misleads when: the pass runs under autocast, which needs as little as half of it.
+    ``latent`` is the side of the latents, None: the one that the model is meant for. With ``training`` of forward and
+    backward, without the gradients of the weights; counted on ``meta``, so without weights and without computing.
+    Misleads when: the pass runs under autocast, which needs as little as half of it.
     """
     settings = json.dumps(plain_config(config), sort_keys=True)
     return _peak_bytes(settings, tokens, training, checkpointing, latent)
@@ -139,7 +140,8 @@ def training_memory(
 ) -> TrainingMemory:
     """The bytes that distilling students as large as ``student`` from ``teacher`` needs on ``device``.
 
-    ``latent`` is the side of the latents, None: the one that the model is meant for. Activations are those of passes in float32. Free memory is counted as if neither model were loaded.
+    ``latent`` is the side of the latents, None: the one that the model is meant for. Activations are those of passes in
+    float32. Free memory is counted as if neither model were loaded.
     """
     weights = sum(parameter.numel() * parameter.element_size() for parameter in teacher.parameters())
     there = next(teacher.parameters()).device

@@ -186,7 +186,8 @@ def _from_files(
 ) -> ImageSource:
     """The images in ``files``: tars, a folder of images with their captions, Parquet files, or zips.
 
-    Images in a folder need no captions unless they must be ``captioned``. ``skipped`` are files that were left out before, with the reason.
+    Images in a folder need no captions unless they must be ``captioned``. ``skipped`` are files that were left out
+    before, with the reason.
     """
     found = {
         suffix: [path for path in files if path.suffix.lower() == suffix]

@@ -104,7 +104,9 @@ def class_texts(classes: int, count: int, first: int = 0) -> tuple[str, ...]:
     return tuple(f"class {number % classes}" for number in numbers)
 
 
-def asked(pipeline: Any, texts: Sequence[str], *, side: int | None = None, classes: int = 0) -> dict[str, Any]:
+def asked(
+    pipeline: Any, texts: Sequence[str], *, side: int | None = None, classes: int = 0
+) -> dict[str, Any]:
     """Arguments with which ``pipeline`` draws one picture for each of ``texts``, ``side`` pixels high and wide; None:
     the size of its model, which it knows. ``classes``: how many it knows.
 

@@ -15,7 +15,6 @@ from prune_lab.probes.latents import finite
 from prune_lab.runtime import note_once
 from prune_lab.text_tables import one_line, whole_characters
 
-
 # Captions --------------------------------------------------------------------------------------------------------
 
 MOST_CHARACTERS = (

@@ -53,10 +53,12 @@ def vae_of(pipeline: Any) -> Any | None:
     for name, part in parts.items():
         if isinstance(part, nn.Module) and hasattr(part, "decode"):
             raise UnsupportedModelError(
-                f"asked for latents of pictures of a {type(pipeline).__name__}, found that its {name} makes them; known "
-                "are pipelines with a vae, or without one, of models that draw pixels"
+                f"asked for latents of a {type(pipeline).__name__}, found that its {name} makes them; known are "
+                "pipelines with a vae, or without one, of models that draw pixels"
             )
-    if vae is not None and hasattr(vae, "bn"):  # FLUX.2 packs latents and normalises them by stored statistics
+    if vae is not None and hasattr(
+        vae, "bn"
+    ):  # FLUX.2 packs latents and normalises them by stored statistics
         raise UnsupportedModelError(
             f"asked for latents of pictures, found a {type(vae).__name__}, which normalises packed latents; pictures "
             "are encoded by VAEs with a scaling factor, or with a mean and deviation of each channel"

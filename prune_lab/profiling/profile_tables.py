@@ -221,7 +221,9 @@ class _Part:
 def unet_calls(scheduler: Any, steps: int) -> int:
     """How often the model runs for ``steps`` denoising steps; PNDM runs it once more than it is asked."""
     mine = type(scheduler).from_config(scheduler.config)
-    if mine.config.get("use_dynamic_shifting"):  # its steps hang on the size of the picture, their number does not
+    if mine.config.get(
+        "use_dynamic_shifting"
+    ):  # its steps hang on the size of the picture, their number does not
         return int(steps * mine.order)
     mine.set_timesteps(steps)
     return len(mine.timesteps)
@@ -313,7 +315,7 @@ def profile_pipeline(
     """One row per part of a pipeline, and ``total`` last: columns PIPELINE_COLUMNS.
 
     ``calls`` is how often the part runs to make ``batch`` pictures in ``steps`` steps. ``macs`` (attention products
-    included) and ``median_ms`` are of one call; a guided call of the model (``guidance`` above 1) takes twice the batch.
+    included) and ``median_ms`` are of one call; a guided one of the model (``guidance`` above 1) takes twice the batch.
     ``latent`` is the side of the square latent (None: the U-Net's own size), ``tokens`` the length of the text (None:
     the longest that the text encoder takes). ``share`` is calls x median_ms in the
     sum over the parts. The total is one call of everything: all the MACs and milliseconds behind these pictures.

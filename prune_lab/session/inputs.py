@@ -87,8 +87,8 @@ def scoring_context_of(
     guidance, unconditional, inputs = config.score.guidance, None, probe.digest
     if guidance != 1 and not session.reads_text:
         raise ConfigError(
-            f"asked for score.guidance = {guidance:g}, found a model that reads no text, so there is none to leave out; "
-            "set score.guidance = 1"
+            f"asked for score.guidance = {guidance:g}, found a model that reads no text, so there is none to leave "
+            "out; set score.guidance = 1"
         )
     if guidance != 1 and session.source.is_pipeline:
         unconditional = probe.with_prompt(*encode_captions(session.pipeline, [""]))

@@ -113,7 +113,8 @@ class OwnData:
     ) -> OwnData:
         """``rows`` in parts, drawn with ``seed``: ``probe`` and ``validate`` rows, or a quarter of all if that is less.
 
-        ``by_caption``: no caption is in two parts; a model of classes meets all of them in each. Raises DataError for fewer than three different images.
+        ``by_caption``: no caption is in two parts; a model of classes meets all of them in each. Raises DataError for
+        fewer than three different images.
         """
         named = map(rows.name, range(len(rows))) if isinstance(rows, ImageSource) else rows.pictures
         pictures = tuple(named)
@@ -160,9 +161,9 @@ class OwnData:
             kinds = rows.kinds if isinstance(rows, LatentCache) else ("",) * len(rows)
             batch = rows.rows(part, torch.zeros(len(part), dtype=torch.int64))
             known = [kinds[row] for row in part.tolist()]
-            text = batch.embeddings, batch.added
+            told = batch.embeddings, batch.added
             return probe_of_few(
-                pipeline, batch.mean, self.captions(part), known, settings, seed=seed, text=text
+                pipeline, batch.mean, self.captions(part), known, settings, seed=seed, text=told
             )
         pixels, captions = self._images(pipeline, self.rows, part.tolist())
         latents, none = encode_pictures(pipeline, pixels), [""] * len(captions)

@@ -280,8 +280,8 @@ class Session:
         """
         if self.classes:
             raise DataError(
-                f"asked to show the pictures of the package to {self.source.text}, a model of {self.classes:,} classes, "
-                "which they do not have; give pictures whose captions name classes with data.source, or let it draw"
+                f"asked to show the pictures of the package to {self.source.text}, a model of {self.classes:,} "
+                "classes, which they do not have; name pictures with classes as captions in data.source, or let it draw"
             )
         rows = shipped_rows(split, skip + count, seed).iloc[skip:]
         pixels = decode_pictures(rows)
