@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -27,7 +27,7 @@ from prune_lab.families.family import (
     Stage,
     Unit,
     UnitKind,
-    arranged,
+    check_given,
     plain_config,
 )
 from prune_lab.families.image_transformers import IMAGE_TRANSFORMERS
@@ -36,8 +36,8 @@ from prune_lab.families.meta_device import runs_on_meta
 from prune_lab.families.refused import REFUSED
 from prune_lab.families.skipping_transformers import SKIPPING_TRANSFORMERS
 from prune_lab.families.unet2d import UNET2D
-from prune_lab.families.unet2d_condition import UNET2D_CONDITION, embedding_width
-from prune_lab.families.unet_conditions import REFINER_TIME_IDS, SDXL_TIME_IDS, latent_channels
+from prune_lab.families.unet2d_condition import UNET2D_CONDITION
+from prune_lab.families.unet_conditions import REFINER_TIME_IDS, SDXL_TIME_IDS
 from prune_lab.families.video_transformers import VIDEO_TRANSFORMERS
 from prune_lab.runtime import printable
 
@@ -64,14 +64,19 @@ __all__ = [
     "forward_inputs",
     "known_conditions",
     "latent_channels",
+    "latent_form",
     "latent_shape",
     "looks_like_a_unet",
     "meta_unet",
+    "model_of",
     "outline_of",
     "picture_scale",
     "plain_config",
+    "predict_with",
+    "prediction_of",
     "runs_on_meta",
     "takes_guidance",
+    "text_form",
 ]
 
 FAMILIES: Mapping[str, Family] = {
@@ -251,30 +256,57 @@ def latent_shape(config: Mapping[str, Any], latent: int | None = None) -> tuple[
     return family_of(config).size(config) if latent is None else (latent, latent)
 
 
+def latent_form(source: nn.Module | Mapping[str, Any], latent: int | None = None) -> tuple[int, ...]:
+    """Shape of one row of noisy latents, (C, h, w), of a model of films (C, 1, h, w): ``latent`` squared, or of the
+    size that the model is meant for. Raises UnsupportedModelError where its config does not say.
+    """
+    family, config = family_of(source), plain_config(source)
+    frames = (1,) if family.frames else ()
+    return (family.channels(config), *frames, *latent_shape(config, latent))
+
+
+def text_form(source: nn.Module | Mapping[str, Any], tokens: int | None = None) -> tuple[int, int]:
+    """Words and width (L, D) of the text that a model reads, ``tokens`` words or as many as it is run with where
+    nothing is said; (0, 0) where it reads none.
+    """
+    family, config = family_of(source), plain_config(source)
+    width = family.text(config)
+    return (family.tokens(config) if tokens is None else tokens, width) if width else (0, 0)
+
+
 def conditions_of(source: nn.Module | Mapping[str, Any]) -> tuple[Condition, ...]:
     """What a model, or that of a config, takes beside noisy latents, timestep and text."""
-    config: Any = source if isinstance(source, Mapping) else source.config
-    return family_of(source).conditions(config)
+    return family_of(source).conditions(plain_config(source))
+
+
+def latent_channels(source: nn.Module | Mapping[str, Any]) -> int:
+    """Channels of the noisy latents of a model, or that of a config; of a model of pixels those of the picture."""
+    return family_of(source).channels(plain_config(source))
+
+
+def embedding_width(source: nn.Module | Mapping[str, Any]) -> int:
+    """Width of the text that a model, or that of a config, reads; 0 where it reads none."""
+    return family_of(source).text(plain_config(source))
 
 
 def known_conditions(source: nn.Module | Mapping[str, Any]) -> tuple[Condition, ...]:
     """``conditions_of`` of a model that is to be run on pictures or noise.
 
     Raises UnsupportedModelError for one that takes something of which no rows are made here, or whose predictions are
-    more than the noise or velocity.
+    more than noise or velocity, and a variance that can be left out.
     """
-    config: Any = source if isinstance(source, Mapping) else source.config
     found = conditions_of(source)
     for condition in found:
         if condition.reason:
             raise UnsupportedModelError(
-                f"asked to run a U-Net on inputs made here, found that it takes {condition.reason}"
+                f"asked to run a model on inputs made here, found that it takes {condition.reason}"
             )
-    predicted, latents = config.get("out_channels"), latent_channels(config)
-    if predicted not in (None, latents):
+    family, config = family_of(source), plain_config(source)
+    predicted, latents = config.get("out_channels"), family.channels(config)
+    if family.component == "unet" and predicted not in (None, latents, 2 * latents):
         raise UnsupportedModelError(
             f"asked to run a U-Net on inputs made here, found that it predicts {predicted} channels for {latents} "
-            "channels of latents, a variance as well; known are those that predict noise or velocity alone"
+            "channels of latents; known are those that predict noise or velocity, and a variance of it as well"
         )
     return found
 
@@ -284,12 +316,65 @@ def takes_guidance(source: nn.Module | Mapping[str, Any]) -> bool:
     return any(condition.name == "guidance" for condition in conditions_of(source))
 
 
+# A pipeline's model, and what it is given and answers ----------------------------------------------------------------
+
+_MODELS = ("unet", "transformer", "transformer_2")  # names of such parts in diffusers' pipelines
+
+
+def model_of(pipeline: Any) -> Any:
+    """The one part of ``pipeline`` that predicts, whose class has a family.
+
+    Raises UnsupportedModelError where there is none, or there are two.
+    """
+    parts = {name: getattr(pipeline, name, None) for name in _MODELS}
+    found = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+    known = [name for name, part in found.items() if type(part).__name__ in FAMILIES]
+    if len(known) > 1:
+        raise UnsupportedModelError(
+            f"asked for the model of a {type(pipeline).__name__}, found {len(known)} ({', '.join(known)}) that share "
+            "the steps; give a pipeline with one, or the folder of one of them"
+        )
+    if known:
+        return found[known[0]]
+    for part in found.values():
+        family_of(part)  # says why it has none
+    raise UnsupportedModelError(
+        f"asked for the model of a {type(pipeline).__name__}, found none among its parts; "
+        f"give a pipeline with a {' or '.join(dict.fromkeys(family.component for family in FAMILIES.values()))}"
+    )
+
+
 def forward_inputs(
     model: nn.Module, sample: Tensor, timestep: Tensor, text: Tensor, given: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """Keyword arguments for the ``forward`` of ``model``: the one place where its inputs are put together.
 
-    sample (B, C, h, w) are noisy latents, timestep (B,), text (B, L, D), ``given`` the rows (B, ...) of its
-    ``conditions_of`` by name. Raises DataError when ``given`` holds others than the model takes.
+    sample (B, C, h, w) are noisy latents, (B, C, 1, h, w) of a model of films, timestep (B,), text (B, L, D), ``given``
+    the rows (B, ...) of its ``conditions_of`` by name. Raises DataError when ``given`` holds others than the model
+    takes.
     """
-    return arranged(conditions_of(model), sample, timestep, text, given)
+    family, config = family_of(model), plain_config(model)
+    conditions = family.conditions(config)
+    check_given(conditions, given)
+    return family.arrange(config, conditions, sample, timestep, text, given)
+
+
+def prediction_of(model: nn.Module, output: Any, sample: Tensor) -> Tensor:
+    """What ``model`` predicts for noisy latents ``sample``, in their form; ``output`` is the first that it gave."""
+    return family_of(model).prediction(plain_config(model), output, sample)
+
+
+def predict_with(
+    model: Any,
+    sample: Tensor,
+    timestep: Tensor,
+    text: Tensor,
+    given: Mapping[str, Tensor],
+    *,
+    forward: Callable[..., Any] | None = None,
+) -> Tensor:
+    """What ``model`` predicts for noisy latents ``sample``, in their form; the arguments are those of
+    ``forward_inputs``. ``forward`` is called in place of the model where it is wrapped.
+    """
+    inputs = forward_inputs(model, sample, timestep, text, given)
+    return prediction_of(model, (forward or model)(**inputs, return_dict=False)[0], sample)

@@ -8,6 +8,7 @@ from prune_lab.probes.conditions import (
     picture_names,
     picture_rows,
     pipeline_conditions,
+    rows_of_size,
     size_rows,
 )
 from prune_lab.probes.encoding import (
@@ -33,9 +34,11 @@ from prune_lab.probes.latents import (
 )
 from prune_lab.probes.making import make_probe, probe_of_latents, random_probe
 from prune_lab.probes.probe import Probe, evaluating, load_probe, predict
+from prune_lab.probes.schedules import Schedule, schedule_of
 
 __all__ = [
     "Probe",
+    "Schedule",
     "channels_of",
     "class_count",
     "cut_texts",
@@ -60,6 +63,8 @@ __all__ = [
     "predict",
     "probe_of_latents",
     "random_probe",
+    "rows_of_size",
+    "schedule_of",
     "size_rows",
     "takes_frames",
     "to_uint8",
