@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, settings
 from prune_lab.config import RunConfig
 from prune_lab.runs import Run
 
-pytest_plugins = ("must_run", "pytester")
+pytest_plugins = ("families_seen", "must_run", "pytester")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")

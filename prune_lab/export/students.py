@@ -9,7 +9,7 @@ from typing import Any
 
 from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.errors import NonNativePlanError, PlanError, PruneLabError
-from prune_lab.families import Layout, meta_unet
+from prune_lab.families import FAMILIES, Layout, meta_unet
 from prune_lab.models import preset_config, resolve_model, weight_files
 from prune_lab.models.files import json_object, read_headers, variants_among
 from prune_lab.models.sources import PRESETS
@@ -34,12 +34,13 @@ class Student:
 
 
 def unet_folder_in(folder: Path) -> Path:
-    """The folder of the U-Net of a student: ``folder`` itself, or the U-Net of the pipeline or candidate in it."""
-    return folder / "unet" if (folder / "unet").is_dir() else folder
+    """The folder of the model of a student: ``folder`` itself, or the model of the pipeline or candidate in it."""
+    components = sorted({family.component for family in FAMILIES.values()})
+    return next((folder / name for name in components if (folder / name).is_dir()), folder)
 
 
 def provenance_in(unet_folder: Path) -> dict[str, Any]:
-    """What is known of where the U-Net in ``unet_folder`` comes from; empty where nothing is written down."""
+    """What is known of where the model in ``unet_folder`` comes from; empty where nothing is written down."""
     path = unet_folder / "provenance.json"
     return json_object(path) if path.is_file() else {}
 
@@ -81,7 +82,7 @@ def _check_plan(student: Student, unet: Path) -> None:
 
 
 def student_in(folder: Path, model: str = "") -> Student:
-    """The student in ``folder``, a pipeline or U-Net that ``prune-lab`` wrote; ``model`` is its teacher where that is
+    """The student in ``folder``, a pipeline or model that ``prune-lab`` wrote; ``model`` is its teacher where that is
     not written down. Raises PlanError when it has no plan, one of another student, or its teacher is not known.
     """
     unet = unet_folder_in(Path(folder))

@@ -6,6 +6,7 @@ A family is a row of functions about one diffusers class. Everything else asks i
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -32,6 +33,7 @@ from prune_lab.families.family import (
 )
 from prune_lab.families.image_transformers import IMAGE_TRANSFORMERS
 from prune_lab.families.joint_transformers import JOINT_TRANSFORMERS
+from prune_lab.families.legacy import modern_config, modern_name
 from prune_lab.families.meta_device import runs_on_meta
 from prune_lab.families.refused import REFUSED
 from prune_lab.families.skipping_transformers import SKIPPING_TRANSFORMERS
@@ -46,6 +48,7 @@ __all__ = [
     "CLIP_TOKENS",
     "FAMILIES",
     "REFINER_TIME_IDS",
+    "REFUSED",
     "SDXL_TIME_IDS",
     "Condition",
     "Family",
@@ -69,12 +72,15 @@ __all__ = [
     "looks_like_a_unet",
     "meta_unet",
     "model_of",
+    "modern_config",
+    "modern_name",
     "outline_of",
     "picture_scale",
     "plain_config",
     "predict_with",
     "prediction_of",
     "runs_on_meta",
+    "supported_classes",
     "takes_guidance",
     "text_form",
 ]
@@ -90,6 +96,13 @@ FAMILIES: Mapping[str, Family] = {
 """By name of the diffusers class."""
 
 
+def supported_classes() -> str:
+    """The names of the classes that have a family, in one short text."""
+    nets = [name for name in FAMILIES if name.startswith("UNet")]
+    rest = [re.sub("(Transformer)?[23]DModel$", "", name) for name in FAMILIES if name not in nets]
+    return f"{', '.join(nets)} and the transformers {', '.join(rest)}"
+
+
 def family_of(source: nn.Module | Mapping[str, Any]) -> Family:
     """The family of a model, or of the model that a diffusers config describes.
 
@@ -100,7 +113,7 @@ def family_of(source: nn.Module | Mapping[str, Any]) -> Family:
         found = f"a model of class {name}" if name else f"a config without {CLASS_NAME}"
         why = f", which {REFUSED[name]}" if isinstance(name, str) and name in REFUSED else ""
         raise UnsupportedModelError(
-            f"asked for the blocks of a model, found {found}{why}; supported is {', '.join(FAMILIES)}"
+            f"asked for the blocks of a model, found {found}{why}; supported is {supported_classes()}"
         )
     return FAMILIES[name]
 

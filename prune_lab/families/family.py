@@ -322,3 +322,8 @@ class Family:
     head: str  # path of the module that writes the prediction
     compiled: tuple[str, ...] = ()
     """Class names of the modules that repeat, each worth compiling alone."""
+
+    @property
+    def called(self) -> str:
+        """What messages call the model: a U-Net or a transformer."""
+        return "U-Net" if self.component == "unet" else self.component

@@ -17,12 +17,12 @@ import diffusers
 import transformers
 from torch import nn
 
-from prune_lab.families import CLASS_NAME
+from prune_lab.families import CLASS_NAME, FAMILIES
 from prune_lab.families.drawing import call_inputs, draws_videos, reads_text
 from prune_lab.models.silence import quiet
 from prune_lab.models.views import STEMS
 
-# Left out where the class of the pipeline can do without: they say nothing about the U-Net.
+# Left out where the class of the pipeline can do without: they say nothing about the model.
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 # How transformers called what prepares pictures before its version 5; sources that old are still about.
 _OLD_ENDING, _NEW_ENDING = "FeatureExtractor", "ImageProcessor"
@@ -134,6 +134,33 @@ def kinds_wanted(pipeline: Any) -> Mapping[str, frozenset[PartKind]]:
         name: frozenset(kind for one in found if (kind := kind_of(one)) is not None)
         for name, found in types_of.items()
     }
+
+
+@functools.lru_cache(maxsize=64)
+def classes_wanted(pipeline: Any) -> Mapping[str, tuple[str, ...]]:
+    """The names of the classes that the class ``pipeline`` takes under each name, as far as it says them."""
+    with quiet():
+        types_of = pipeline._get_signature_types()
+    return {
+        part: tuple(one.__name__ for one in found if isinstance(one, type))
+        for part, found in types_of.items()
+    }
+
+
+def models_wanted(pipeline: Any) -> Mapping[str, tuple[str, ...]]:
+    """Under which name the class ``pipeline`` takes a model whose blocks are known, and of which classes; empty for one
+    that takes none.
+    """
+    known = {
+        part: tuple(name for name in names if name in FAMILIES and FAMILIES[name].component == part)
+        for part, names in classes_wanted(pipeline).items()
+    }
+    return {part: names for part, names in known.items() if names}
+
+
+def component_of(index: Mapping[str, Any]) -> str:
+    """The name of the model among the parts of a pipeline with this ``model_index.json``, whose class takes one."""
+    return next(iter(models_wanted(pipeline_class(index[CLASS_NAME]))))
 
 
 def left_out(index: Mapping[str, Any]) -> tuple[str, ...]:

@@ -21,9 +21,9 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from prune_lab.families import empty_model
+from prune_lab.families import empty_model, family_of
 from prune_lab.models.answers import complaint_of_parts, random_inputs, unet_complaint
-from prune_lab.models.parts import left_out
+from prune_lab.models.parts import component_of, left_out
 from prune_lab.models.silence import quiet
 from prune_lab.runtime import read_json
 from prune_lab.surgery.bypass import bypassed
@@ -70,7 +70,7 @@ def _format_of(module: nn.Module) -> set[torch.dtype]:
 
 
 def _loaded(folder: Path, variant: str) -> tuple[Any, Any]:
-    """The U-Net in ``folder``, and the pipeline that it may be of, loaded as a user would load it; else None.
+    """The model in ``folder``, and the pipeline that it may be of, loaded as a user would load it; else None.
 
     The parts that are never used here stay closed, as they do everywhere.
     """
@@ -87,7 +87,7 @@ def _loaded(folder: Path, variant: str) -> tuple[Any, Any]:
     if len(set().union(*formats.values())) > 1:
         found = ", ".join(f"{name} {sorted(map(str, dtypes))}" for name, dtypes in formats.items())
         raise ValueError(f"its parts have different number formats and cannot draw together: {found}")
-    return pipeline.unet, pipeline
+    return getattr(pipeline, component_of(index)), pipeline
 
 
 def _differing(found: Mapping[str, list[int]], wanted: Mapping[str, list[int]]) -> str:
@@ -115,7 +115,7 @@ def _compared(question: Question) -> dict[str, Any]:
     unet.eval()
     gc.collect()  # the other parts of the pipeline
     if question["answers"] and not complaint and (found_of_unet := unet_complaint(unet)):
-        complaint = f"its U-Net {found_of_unet}"
+        complaint = f"its {family_of(unet).called} {found_of_unet}"
     found: dict[str, Any] = {
         "error": "",
         "complaint": complaint,

@@ -32,7 +32,6 @@ from prune_lab.surgery.proof import (
     tensors_in_float32,
 )
 
-_UNET = "unet"  # the folder of the U-Net in a pipeline
 _PLAN, _PROVENANCE = "plan.json", "provenance.json"
 TEACHER = "teacher_config"  # in provenance.json: the structure of the model that was pruned
 
@@ -93,9 +92,9 @@ def prune_pipeline(
     variant: str = "",
     finish: Callable[[Path], object] | None = None,
 ) -> Path:
-    """The folder ``out``: ``source`` with its U-Net pruned by ``plan``, proved to load and draw in plain diffusers.
+    """The folder ``out``: ``source`` with its model pruned by ``plan``, proved to load and draw in plain diffusers.
 
-    A pipeline folder gives a whole pipeline folder, a U-Net folder a U-Net folder. Neither the original U-Net nor any
+    A pipeline folder gives a whole pipeline folder, a model folder a model folder. Neither the original model nor any
     other part is loaded whole. ``dtype`` converts all parts, None keeps the files' own; ``variant`` names all files
     with weights, as in ``diffusion_pytorch_model.fp16.safetensors``; ``finish`` adds to the proved folder before it
     gets its name. Raises UnsupportedModelError when ``source`` has no weights, StorageError where ``out`` may not be
@@ -105,7 +104,7 @@ def prune_pipeline(
     if source.folder is None or source.unet_folder is None or not source.has_weights:
         raise UnsupportedModelError(
             f"asked to prune {source.text!r}, which has no weights (kind: {source.kind}); "
-            "give a pipeline or U-Net folder"
+            "give the folder of a pipeline or of a model"
         )
     provenance = {
         **source.origin,
@@ -121,13 +120,18 @@ def prune_pipeline(
         )
     out = check_folder(out, {"the model": source.places}, force=force)
     original = original_of(source, plan, dtype)
-    refuse_flawed(stored(original.files), f"the U-Net in {source.unet_folder}")
+    refuse_flawed(stored(original.files), f"the {source.called} in {source.unet_folder}")
     with output_folder(out, force=force) as temporary:
         get_ready_to_prove()
-        folder = temporary / _UNET if source.is_pipeline else temporary
+        folder = temporary / source.component if source.is_pipeline else temporary
         if source.is_pipeline:
             copy_parts(
-                source.folder, temporary, unet=_UNET, asked=source.asked_variant, variant=variant, dtype=dtype
+                source.folder,
+                temporary,
+                unet=source.component,
+                asked=source.asked_variant,
+                variant=variant,
+                dtype=dtype,
             )
         student = materialise_from_files(source.config, original.files, plan, dtype=dtype)
         _write_unet(student, folder, plan, variant)
@@ -180,8 +184,8 @@ def pipeline_with(
         get_ready_to_prove()
         inside = source.is_pipeline and source.folder is not None
         if source.is_pipeline and source.folder is not None:
-            copy_parts(source.folder, temporary, unet=_UNET, asked=source.asked_variant)
-        folder = temporary / _UNET if inside else temporary
+            copy_parts(source.folder, temporary, unet=source.component, asked=source.asked_variant)
+        folder = temporary / source.component if inside else temporary
         copy_texts(unet_folder, folder)
         copy_weights(files, folder, variant="", dtype=None)
         proof = prove(temporary, shapes=shapes, digest=digest)
