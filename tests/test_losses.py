@@ -199,9 +199,7 @@ def test_min_snr_weights_by_hand() -> None:
     torch.testing.assert_close(
         min_snr_weights(schedule, timesteps, 5.0).double(), expected, rtol=1e-5, atol=0
     )
-    velocity = schedule_of(
-        DDPMScheduler.from_config(SCHEDULER.config, prediction_type="v_prediction").config
-    )
+    velocity = schedule_of(DDPMScheduler.from_config(SCHEDULER.config, prediction_type="v_prediction").config)
     expected = torch.minimum(ratio, torch.tensor(5.0)) / (ratio + 1)
     torch.testing.assert_close(
         min_snr_weights(velocity, timesteps, 5.0).double(), expected, rtol=1e-5, atol=0

@@ -11,9 +11,14 @@ import torch
 from diffusers import AutoencoderDC, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from tiny_pipelines import DRAWN_WITH, KINDS
 from torch import Tensor
+from training_images import png_image
 
+from prune_lab.config import DataConfig, DistillConfig
+from prune_lab.distill import build_cache, draw_batch, draw_cache, source_of
+from prune_lab.distill.batches import batch_rows
 from prune_lab.errors import DataError, UnsupportedModelError
 from prune_lab.evaluation import generate
+from prune_lab.families import known_conditions
 from prune_lab.families.drawing import class_numbers, class_texts
 from prune_lab.probes import (
     decode_latents,
@@ -23,6 +28,7 @@ from prune_lab.probes import (
     encode_pixels,
     picture_side,
 )
+from prune_lab.prompts import Prompts
 from prune_lab.runtime import generator_for, seeded
 
 SIDES = {"sd": 32, "pixart": 16, "sd3": 16, "flux": 16, "wan": 32, "ddpm": 16, "dit": 16}
@@ -40,7 +46,7 @@ TEXT = {"ddpm": "picture 1", "dit": "class 1"}
 
 @pytest.fixture(scope="module")
 def loaded(pipeline_folder: Callable[[str], Path]) -> Callable[[str], Any]:
-    """``loaded(kind)``: a pipeline by plain diffusers; FLUX and Wan, which have no size of their own, get a small one."""
+    """``loaded(kind)``: a pipeline by plain diffusers; FLUX and Wan, which have no size of their own, a small one."""
     kept: dict[str, Any] = {}
 
     def pipeline(kind: str) -> Any:
@@ -73,7 +79,9 @@ def by_hand(pipeline: Any, kind: str, pixels: Tensor) -> Tensor:
                 for values in (config.latents_mean, config.latents_std)
             )
             return (mode - mean) / deviation
-        return (pipeline.vae.encode(pixels).latent_dist.mode() - (config.shift_factor or 0)) * config.scaling_factor
+        return (
+            pipeline.vae.encode(pixels).latent_dist.mode() - (config.shift_factor or 0)
+        ) * config.scaling_factor
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -173,7 +181,8 @@ def test_a_model_that_is_asked_for_nothing_draws_other_pictures_by_name(
     assert torch.equal(both[1], again[0])
 
 
-def test_classes_of_a_model_of_pixels_are_drawn_by_number() -> None:
+def class_pipeline() -> DDPMPipeline:
+    """A model of pixels that is told one of five classes."""
     torch.manual_seed(0)
     model = UNet2DModel(
         sample_size=8,
@@ -184,8 +193,13 @@ def test_classes_of_a_model_of_pixels_are_drawn_by_number() -> None:
         norm_num_groups=4,
         attention_head_dim=4,
         num_class_embeds=5,
-    ).eval()
-    pipeline = DDPMPipeline(model, DDPMScheduler(num_train_timesteps=100))
+    )
+    return DDPMPipeline(model.eval(), DDPMScheduler(num_train_timesteps=100))
+
+
+def test_classes_of_a_model_of_pixels_are_drawn_by_number() -> None:
+    pipeline = class_pipeline()
+    model = pipeline.unet
     found = generate(pipeline, ["class 1", "4"], [0], steps=3, guidance=1.0)
     for picture, number in zip(found, (1, 4), strict=True):
         pipeline.scheduler.set_timesteps(3)
@@ -205,6 +219,38 @@ def test_classes_of_a_model_of_pixels_are_drawn_by_number() -> None:
     assert class_texts(5, 3, first=4) == ("class 4", "class 0", "class 1")
 
 
+def test_classes_come_with_the_pictures(tmp_path: Path) -> None:
+    pipeline = class_pipeline()
+    names = ["class 3", "1", "class 0", "class 3"]
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for row, name in enumerate(names):
+        (folder / f"{row}.png").write_bytes(png_image(row))
+        (folder / f"{row}.txt").write_text(name)
+    settings = DataConfig(source=str(folder), flip=True, format="float16", count=7, steps=2)
+    own = build_cache(pipeline, source_of(settings), settings, tmp_path / "own").cache
+    drawn = draw_cache(pipeline, Prompts(("unread",), ("",)), settings, tmp_path / "drawn").cache
+    everything = torch.arange(4)
+    for cache, expected in ((own, [3, 1, 0, 3]), (drawn, [0, 1, 2, 3, 4, 0, 1])):
+        batch = cache.rows(torch.arange(len(cache)), torch.zeros(len(cache), dtype=torch.int64))
+        labels = batch.added["class_labels"]
+        assert labels.dtype == torch.int64
+        assert sorted(labels.tolist()) == sorted(expected)  # prompts are drawn in an order of their own
+        assert batch.log_variance is None
+        assert tuple(batch.mean.shape[1:]) == (3, 8, 8)
+    rows = own.rows(everything, torch.ones_like(everything))
+    assert torch.equal(rows.mean, own.rows(everything, torch.zeros_like(everything)).mean.flip(-1))
+    # a training batch tells the model the class of each picture
+    conditions = known_conditions(pipeline.unet)
+    batch = draw_batch(own, pipeline.scheduler, DistillConfig(batch=4), 1, conditions=conditions)
+    order = torch.tensor(batch_rows(4, 4, 0, 1))
+    assert torch.equal(batch.added["class_labels"], torch.tensor([3, 1, 0, 3])[order])
+    assert tuple(batch.embeddings.shape) == (4, 0, 0)
+    (folder / "0.txt").write_text("a red cat")
+    with pytest.raises(DataError, match="asked for the class of 'a red cat'"):
+        build_cache(pipeline, source_of(settings), settings, tmp_path / "other")
+
+
 def test_a_size_is_asked_of_models_without_one(loaded: Callable[[str], Any]) -> None:
     pipeline = loaded("sd3")
     draw_at(pipeline, 512)
@@ -217,6 +263,8 @@ def test_a_size_is_asked_of_models_without_one(loaded: Callable[[str], Any]) -> 
 def test_parts_that_hide_the_latents_are_refused() -> None:
     from diffusers import LDMPipeline, VQModel
 
-    pipeline = LDMPipeline(VQModel(), UNet2DModel(sample_size=8, block_out_channels=(32,) * 4), DDPMScheduler())
+    pipeline = LDMPipeline(
+        VQModel(), UNet2DModel(sample_size=8, block_out_channels=(32,) * 4), DDPMScheduler()
+    )
     with pytest.raises(UnsupportedModelError, match="its vqvae makes them"):
         encode_pixels(pipeline, noise(1, 3, 8, 8))

@@ -10,6 +10,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from prune_lab.errors import UnsupportedModelError
+from prune_lab.families.drawing import reads_text
 from prune_lab.models.silence import quiet
 from prune_lab.probes.latents import finite
 from prune_lab.runtime import note_once
@@ -74,7 +75,12 @@ def note_cut(pipeline: Any, texts: Sequence[str], what: str) -> None:
 def encode_captions(
     pipeline: Any, captions: Sequence[str], *, batch: int = 32
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Text embeddings (N, L, D) and, for SDXL, ``{"text_embeds": (N, P)}``, float32 on the CPU."""
+    """Text embeddings (N, L, D) and, for SDXL, ``{"text_embeds": (N, P)}``, float32 on the CPU.
+
+    (N, 0, 0) of a model that reads no text.
+    """
+    if not reads_text(pipeline):
+        return torch.zeros(len(captions), 0, 0), {}
     pooled: list[Tensor] = []
     embeddings: list[Tensor] = []
     with torch.no_grad(), quiet():  # of captions that are too long ``note_cut`` speaks, once
