@@ -31,6 +31,7 @@ from prune_lab.families import (
 from prune_lab.forms import why_not
 from prune_lab.models.schedulers import set_steps
 from prune_lab.plans import PruningPlan, is_native, plan_of
+from prune_lab.probes import picture_side, pixels_per_latent
 from prune_lab.profiling.cost_table import cost_table
 from prune_lab.profiling.latency import check_runs, measure_latency, random_inputs
 from prune_lab.profiling.plan_matrix import REST
@@ -298,6 +299,8 @@ def _parts(
     pipeline: Any, steps: int, batch: int, guided: bool, latent: int | None, asked: int | None
 ) -> Iterator[_Part]:
     model = model_of(pipeline)
+    if latent is None and "sample_size" not in model.config:
+        latent = picture_side(pipeline) // pixels_per_latent(pipeline)
     words, tokens = _words(pipeline, asked)
     for name, encoder in _encoders(pipeline).items():
         shape = (batch, words[name])
