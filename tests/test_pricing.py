@@ -79,10 +79,10 @@ def random_matrix(architecture: Architecture, count: int, seed: int = 0) -> np.n
     """Random plans, every fourth of them with all of the innermost stages gone."""
     generator = np.random.default_rng(seed)
     chance = generator.random((count, 1))
-    matrix = generator.random((count, len(architecture.blocks))) < chance
+    matrix = generator.random((count, len(architecture.named))) < chance
     for group in sampler_groups(architecture)[:1]:  # SDXL has none: blocks further in must stay
         matrix[::4, list(group.places)] = True
-    matrix[:, [block.starred for block in architecture.blocks]] = False
+    matrix[:, [block.starred for block in architecture.named]] = False
     return matrix
 
 

@@ -10,6 +10,7 @@ from prune_lab.blocks import Architecture
 from prune_lab.config import AUTO, BUDGET_CONTROLS, RunConfig, SearchConfig
 from prune_lab.errors import BudgetError
 from prune_lab.evaluation import check_step_count
+from prune_lab.forms import form_named
 from prune_lab.models import ModelSource, configured_model
 from prune_lab.plans import PruningPlan, read_plans
 from prune_lab.profiling import Service, cost_table, read_service
@@ -38,7 +39,7 @@ def constraints_of(config: RunConfig) -> Constraints:
         least_resnets=settings.least_resnets,
         quotas=tuple(parse_quota(text) for text in settings.quotas),
         longest_run=settings.longest_run or None,
-        native_only=settings.native_only,
+        form=form_named(settings.form),
     )
 
 
@@ -63,14 +64,14 @@ def controls_among(settings: SearchConfig, architecture: Architecture) -> tuple[
 
 
 def check_controls(config: RunConfig) -> None:
-    """Raise the errors of ``search.controls`` that are named and do not exist; note which of ``auto`` are left out.
+    """Raise the errors of ``search.controls`` that are named and do not exist; note it where ``auto`` has none.
 
     Needs no weights.
     """
     architecture = configured_model(config).architecture
     controls_among(config.search, architecture)
-    missing = named_plans(architecture)[1] if AUTO in config.search.controls else {}
-    if missing:
+    found, missing = named_plans(architecture)
+    if AUTO in config.search.controls and missing and not found:  # each is defined for one published model
         note(f"controls left out: {', '.join(missing)} ({next(iter(missing.values())).split(';')[0]})")
 
 
