@@ -20,7 +20,7 @@ for path in sys.argv[1:]:
 endef
 export WITHOUT_STDERR
 
-.PHONY: help install demo test test-long lint format bench notebooks constraints audit faults
+.PHONY: help install demo test test-long lint format bench families notebooks constraints audit faults
 
 help:
 	@echo "make install    .venv with prune-lab and everything to develop it"
@@ -30,6 +30,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff mend what it can"
 	@echo "make bench      the benchmarks"
+	@echo "make families   the tests that say what works with which class of models; their table in the README"
 	@echo "make notebooks  execute the notebooks in place"
 	@echo "make constraints  install the newest versions, test them, and pin them in constraints.txt"
 	@echo "make faults     a campaign that damages, kills and starves; N=1000 cases, KINDS=..., HOURS=..., SEED=..."
@@ -80,6 +81,9 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
+
+families: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --seen=new
 
 notebooks: $(INSTALLED)
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb

@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, settings
 from prune_lab.config import RunConfig
 from prune_lab.runs import Run
 
-pytest_plugins = ("must_run", "pytester")
+pytest_plugins = ("families_seen", "must_run", "pytester")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -163,6 +163,16 @@ def tiny_pipeline_folder(built_once: BuiltOnce, tiny_unet_shared: Any) -> Path:
     Latents are 4 x 16 x 16, pictures 3 x 32 x 32, captions 16 tokens of width 16.
     """
     return built_once("pipeline", lambda folder: save_tiny_pipeline(folder, tiny_unet_shared))
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(built_once: BuiltOnce) -> Callable[[str], Path]:
+    """``pipeline_folder(kind)``: the folder of a tiny pipeline of one of the kinds of tiny_pipelines; copy it to
+    change it.
+    """
+    from tiny_pipelines import tiny_pipeline
+
+    return lambda kind: built_once(f"pipeline-{kind}", lambda folder: tiny_pipeline(kind, folder))
 
 
 @pytest.fixture(scope="session")

@@ -100,7 +100,7 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
         "embedded picture",
     ),
     "image projection": ({"encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 24}, "embedded picture"),
-    "learned variance": ({"out_channels": 8}, "a variance as well"),
+    "odd prediction": ({"out_channels": 7}, "and a variance of it"),
 }
 # Of these the inputs are those of any other U-Net.
 PLAIN: Mapping[str, dict[str, Any]] = {
@@ -108,6 +108,7 @@ PLAIN: Mapping[str, dict[str, Any]] = {
     "wide text": {"encoder_hid_dim": 24, "encoder_hid_dim_type": "text_proj"},
     "text in the timestep": {"addition_embed_type": "text", "addition_embed_type_num_heads": 4},
     "fourier": {"time_embedding_type": "fourier"},
+    "learned variance": {"out_channels": 8},
 }
 
 

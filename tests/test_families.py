@@ -110,8 +110,21 @@ def toy_features(outline: Outline, removed: frozenset[str]) -> list[tuple[str, s
     return [(middle[-1].path, left[-1].path)] if left else []
 
 
+def toy_arrange(
+    config: Any, conditions: Any, sample: Tensor, timestep: Tensor, text: Tensor, given: Any
+) -> dict[str, Any]:
+    """Each latent pixel is a row."""
+    return {"sample": sample.flatten(2).mT, "timestep": timestep, "encoder_hidden_states": text}
+
+
 TOY = Family(
     model_class=lambda: ToyChain,
+    channels=lambda config: int(config["channels"]),
+    text=lambda config: int(config["width"]),
+    size=lambda config: (1, 5),
+    tokens=lambda config: 2,
+    arrange=toy_arrange,
+    prediction=lambda config, output, sample: output.mT.reshape(sample.shape),
     example_inputs=toy_inputs,
     outline=toy_outline,
     layout=toy_layout,

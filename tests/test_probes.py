@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UniPCMultistepScheduler,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -23,6 +30,7 @@ from prune_lab.probes import (
     make_probe,
     predict,
     random_probe,
+    schedule_of,
 )
 from prune_lab.probes.making import _assign_timesteps
 from prune_lab.runtime import seeded
@@ -95,13 +103,61 @@ def test_velocity_target(pipeline: Any, pictures: torch.Tensor, monkeypatch: pyt
     torch.testing.assert_close(probe.target.double(), by_hand, rtol=1e-5, atol=1e-5)
 
 
-def test_sample_prediction_is_refused(
-    pipeline: Any, pictures: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, prediction_type="sample")
-    monkeypatch.setattr(pipeline, "scheduler", scheduler)
-    with pytest.raises(UnsupportedModelError, match="'sample'"):
-        make_probe(pipeline, pictures, CAPTIONS, GROUPS, timesteps=2, seed=0)
+def test_a_kind_of_prediction_that_is_not_known_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="'trigflow'"):
+        schedule_of({"prediction_type": "trigflow"})
+
+
+# Schedules -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_a_schedule_is_that_of_the_plain_scheduler(kind: str) -> None:
+    plain = DDPMScheduler(beta_schedule="scaled_linear", prediction_type=kind, num_train_timesteps=50)
+    schedule = schedule_of(plain.config)
+    clean, noise = torch.randn(2, 50, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    steps = schedule.timesteps
+    assert torch.equal(steps, torch.arange(50))
+    assert torch.equal(schedule.add_noise(clean, noise, steps), plain.add_noise(clean, noise, steps))
+    wanted = {"epsilon": noise, "sample": clean, "v_prediction": plain.get_velocity(clean, noise, steps)}
+    assert torch.equal(schedule.target(clean, noise, steps), wanted[kind])
+
+
+@pytest.mark.parametrize("maker", [CogVideoXDDIMScheduler, CogVideoXDPMScheduler])
+def test_the_schedule_of_cogvideo_is_its_own(maker: Any) -> None:
+    plain = maker(rescale_betas_zero_snr=True, snr_shift_scale=3.0, prediction_type="v_prediction")
+    clean, noise = torch.randn(2, 4, 3, 4, 4, generator=torch.Generator().manual_seed(2))
+    steps, schedule = torch.tensor([0, 400, 800, 999]), schedule_of(plain.config)
+    assert torch.equal(schedule.add_noise(clean, noise, steps), plain.add_noise(clean, noise, steps))
+    assert torch.equal(schedule.target(clean, noise, steps), plain.get_velocity(clean, noise, steps))
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 1.73])
+@pytest.mark.parametrize("maker", [FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler])
+def test_a_flow_goes_straight_from_latents_to_noise(maker: Any, shift: float) -> None:
+    more: dict[str, Any] = {"shift": shift}
+    if maker is UniPCMultistepScheduler:
+        more = {"flow_shift": shift, "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    plain = maker(num_train_timesteps=1000, **more)
+    schedule = schedule_of(plain.config)
+    assert (schedule.kind, schedule.length) == ("flow", 1000)
+    if maker is FlowMatchEulerDiscreteScheduler:
+        # The sampler's own training timesteps, which are not whole numbers, within half a step.
+        assert (schedule.timesteps.flip(0) - plain.timesteps).abs().max() <= 0.501
+    clean, noise = torch.randn(2, 3, 2, 4, 4, generator=torch.Generator().manual_seed(3)).double()
+    steps = torch.tensor([1, 250, 1000])
+    share = torch.tensor([0.001, 0.25, 1.0]).reshape(3, 1, 1, 1)
+    noisy = schedule.add_noise(clean, noise, steps)
+    torch.testing.assert_close(noisy, (1 - share) * clean + share * noise, rtol=1e-6, atol=1e-6)
+    # A step of the size of the whole share along the target is the clean latent.
+    torch.testing.assert_close(
+        noisy - share * schedule.target(clean, noise, steps), clean, rtol=1e-6, atol=1e-6
+    )
+
+
+def test_a_schedule_with_a_moving_shift_is_even() -> None:
+    config = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0).config
+    assert torch.equal(schedule_of(config).timesteps, torch.arange(1, 1001))
 
 
 def test_embeddings_are_the_text_encoders(pipeline: Any) -> None:

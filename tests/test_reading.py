@@ -179,7 +179,10 @@ def test_the_blocks_of_a_pipeline_for_inpainting(kind_of_pipeline: Callable[[str
         ({"_class_name": "DiffusionPipeline"}, "which the installed diffusers has not"),
         ({"_class_name": "UNet2DConditionModel"}, "which the installed diffusers has not"),
         ({"_class_name": ["pipeline", "MyPipeline"]}, "which the installed diffusers has not"),
-        ({"_class_name": "FluxPipeline"}, "FluxPipeline, which has no U-Net"),
+        (
+            {"_class_name": "FluxPipeline"},
+            "FluxPipeline, which takes a transformer, and lists a UNet2DConditionModel as unet",
+        ),
         ({"_class_name": "StableDiffusionControlNetPipeline"}, "lists no controlnet"),
         ({"unet": ["diffusers", "NoSuchUNet"]}, "code of its own for unet"),
         ({"vae": ["my_vae", "MyVAE"]}, "code of its own for vae"),

@@ -14,6 +14,7 @@ import diffusers
 import pytest
 import torch
 from discovery import Site, discover, without
+from families_seen import Seen
 from safetensors.torch import save_file
 from tiny_models import (
     TINY_TRANSFORMERS,
@@ -145,7 +146,7 @@ def test_a_family_says_what_its_class_does(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", others_long(CLASSES))
-def test_the_inventory_of_a_transformer(name: str) -> None:
+def test_the_inventory_of_a_transformer(name: str, seen: Seen) -> None:
     architecture = architecture_of(tiny_config(name))
     frame = blocks_frame(architecture)
     assert len(frame) == len(architecture.blocks)
@@ -157,6 +158,7 @@ def test_the_inventory_of_a_transformer(name: str) -> None:
     assert parse_plan(f"-{stage}", architecture).removed == tuple(
         block.name for block in architecture.stage_blocks(stage)
     )
+    seen(name, "blocks")
 
 
 # Students -------------------------------------------------------------------------------------------------------------
@@ -221,22 +223,28 @@ def test_what_is_refused_would_be_another_model(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "plan", "reason"),
+    ("name", "plan", "reason", "words"),
     [
-        ("DiTTransformer2DModel", "-B1", "keep B1"),
-        ("HunyuanDiT2DModel", "-B1", "share a skip connection"),
-        ("HunyuanDiT2DModel", "-B3 -B4", "keep the two blocks in the middle"),
-        ("LatteTransformer3DModel", "-S1 -T1", "keep S1"),
-        ("LatteTransformer3DModel", "-S2", "take turns"),
-        ("ChromaTransformer2DModel", "-S2", "by its place among all blocks"),
-        ("SD3Transformer2DModel", "-B", "keep one block"),
-        ("MochiTransformer3DModel", "-B", "keep one block"),
+        ("DiTTransformer2DModel", "-B1", "keep B1", "native: B1 stays"),
+        ("HunyuanDiT2DModel", "-B1", "share a skip connection", "native: blocks leave in pairs"),
+        (
+            "HunyuanDiT2DModel",
+            "-B3 -B4",
+            "keep the two blocks in the middle",
+            "native: the two in the middle stay",
+        ),
+        ("LatteTransformer3DModel", "-S1 -T1", "keep S1", "native: S1 stays"),
+        ("LatteTransformer3DModel", "-S2", "take turns", "native: blocks leave in pairs"),
+        ("ChromaTransformer2DModel", "-S2", "by its place among all blocks", "never native"),
+        ("SD3Transformer2DModel", "-B", "keep one block", "native: one block stays"),
+        ("MochiTransformer3DModel", "-B", "keep one block", "native: one block stays"),
     ],
 )
-def test_why_a_plan_is_not_native(name: str, plan: str, reason: str) -> None:
+def test_why_a_plan_is_not_native(name: str, plan: str, reason: str, words: str, seen: Seen) -> None:
     architecture = architecture_of(tiny_config(name))
     with pytest.raises(NonNativePlanError, match=reason):
         native_layout(architecture, parse_plan(plan, architecture))
+    seen(name, "prune", exception=words)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +305,7 @@ def test_multiply_adds_are_those_of_torch_and_add_up(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", others_long(CLASSES))
-def test_the_profile_of_a_transformer(name: str) -> None:
+def test_the_profile_of_a_transformer(name: str, seen: Seen) -> None:
     model = random_unet(tiny_config(name))
     measured = profile(model, latent=8, tokens=6, runs=2, warmup=0)
     assert measured.params == sum(parameter.numel() for parameter in model.parameters())
@@ -307,6 +315,7 @@ def test_the_profile_of_a_transformer(name: str) -> None:
         architecture_of(tiny_config(name)).total_macs,
         family_of(model).tokens(model.config),
     )
+    seen(name, "profile")
 
 
 def test_parameters_of_published_transformers() -> None:
@@ -394,16 +403,19 @@ def test_saved_students_are_loaded_by_plain_diffusers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", others_long([name for name in CLASSES if name not in NEVER_NATIVE]))
-def test_a_candidate_of_a_transformer(name: str, tmp_path: Path) -> None:
+def test_a_candidate_of_a_transformer(name: str, tmp_path: Path, seen: Seen) -> None:
     model = tiny_model(name)
     architecture = architecture_of(model)
-    plan = plan_of(architecture, [architecture.blocks[-1].name])
+    # the last block where it leaves alone
+    levels = reversed(native_choices(architecture))
+    plan = plan_of(architecture, next(option for options in levels for option in options if option))
     candidate = build_candidate(model, plan, tmp_path / "c", profiled=False)
     inputs = random_inputs(model)
     student = load_student(candidate)
     for parameter in student.parameters():  # matrix products round by how memory is aligned, and a map is not
         parameter.data = parameter.data.clone()
     assert torch.equal(answer(student, inputs), naively(model, inputs, plan))
+    seen(name, "prune")
 
 
 # What is refused ------------------------------------------------------------------------------------------------------

@@ -18,11 +18,14 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from families_seen import Seen
 from torch import Tensor
+from torch_counter import count_module
 from unet_kinds import KINDS, Config, built, path_of, without
 
 import prune_lab
 from prune_lab.blocks import Architecture, architecture_of, blocks_frame
+from prune_lab.counting import ANALYTIC_EXTRAS, count_macs
 from prune_lab.errors import NonNativePlanError, PlanError, UnsupportedModelError
 from prune_lab.families import FAMILIES, check_forward, example_inputs, family_of, meta_unet, plain_config
 from prune_lab.families.controlnet import cut_controlnet
@@ -35,7 +38,7 @@ from prune_lab.plans import (
     plan_of,
     removed_samplers,
 )
-from prune_lab.profiling import cost_table
+from prune_lab.profiling import cost_table, profile
 from prune_lab.search import Constraints, parse_budget, search_plans
 from prune_lab.search.effects import Effects
 from prune_lab.surgery import bypassed, materialise
@@ -117,8 +120,9 @@ def check_native(kind: str, configs: int, plans: int, tmp_path: Path) -> int:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_native_student_is_its_teacher_without_the_blocks(kind: str, tmp_path: Path) -> None:
+def test_a_native_student_is_its_teacher_without_the_blocks(kind: str, tmp_path: Path, seen: Seen) -> None:
     assert check_native(kind, 2 if kind == "unet2d" else 1, 2, tmp_path) >= 1
+    seen(KINDS[kind](random.Random(0)), "prune")
 
 
 @pytest.mark.long
@@ -147,7 +151,7 @@ def begun(ran: list[str], name: str, *_: object) -> None:
 
 @pytest.mark.parametrize("seed", [2, *(pytest.param(seed, marks=pytest.mark.long) for seed in (3, 4))])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_is_read_and_named(kind: str, seed: int) -> None:
+def test_every_kind_is_read_and_named(kind: str, seed: int, seen: Seen) -> None:
     """Names lead to the modules by the same rule for all, in the order in which they run."""
     config = KINDS[kind](random.Random(seed + zlib.crc32(kind.encode())))
     model = built(config)
@@ -163,6 +167,24 @@ def test_every_kind_is_read_and_named(kind: str, seed: int) -> None:
     inside = {layer.inside for layer in architecture.layers}
     assert inside <= {block.name for block in architecture.blocks}
     assert sum(b.params for b in architecture.units) < architecture.total_params == parameters(model)
+    seen(model, "blocks")
+
+
+QUICKLY_COUNTED = ("simple", "upscaler", "unet2d")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=() if k in QUICKLY_COUNTED else pytest.mark.long) for k in KINDS]
+)
+def test_every_kind_is_counted_as_torch_counts(kind: str, seen: Seen) -> None:
+    config = KINDS[kind](random.Random(zlib.crc32(kind.encode())))
+    model = built(config)
+    ours = profile(model, runs=2, warmup=0)
+    theirs = count_module(meta_unet(config).requires_grad_(False), example_inputs(config, device="meta"))
+    by_operator = count_macs(config).by_operator
+    assert ours.macs - sum(by_operator.get(name, 0) for name in ANALYTIC_EXTRAS) == theirs.total
+    assert (ours.params, ours.latency is not None) == (parameters(model), True)
+    seen(config, "profile")
 
 
 # The class of a config decides ---------------------------------------------------------------------------------------
@@ -229,13 +251,14 @@ def refusal(config: Config, text: str) -> str:
     return str(caught.value)
 
 
-def test_stages_of_a_unet2d_lose_equally_many_layers() -> None:
+def test_stages_of_a_unet2d_lose_equally_many_layers(seen: Seen) -> None:
     config = {**PLAIN, "block_out_channels": [8, 8], "layers_per_block": 2}
     assert "one number of layers" in refusal(config, "-Dn1.R2 -Up2.R2")
     architecture = architecture_of(config)
     plan = parse_plan("-Dn1.R2 -Up2.R2 -Dn2.R2 -Up1.R2", architecture)
     assert native_layout(architecture, plan).config["layers_per_block"] == 1
     assert any(plan.removed and set(plan.removed) == option for option in native_choices(architecture)[0])
+    seen(PLAIN, "prune", exception="native: all stages lose equally many layers")
 
 
 def test_every_combination_of_choices_of_a_unet2d_is_native() -> None:
@@ -365,7 +388,7 @@ def test_choices_of_layers_grow_with_their_number_alone() -> None:
     assert frozenset({"Dn3.A1.T10", "Dn3.A2.T10", "Md.A1.T10"}) in innermost
 
 
-def test_a_search_takes_layers_and_prices_them_once() -> None:
+def test_a_search_takes_layers_and_prices_them_once(seen: Seen) -> None:
     """Against a search by hand of all plans of a small model, where blocks cost their layers' impact and more."""
     config = {
         **KINDS["xl"](random.Random(0)),
@@ -388,10 +411,9 @@ def test_a_search_takes_layers_and_prices_them_once() -> None:
         assert sum(impacts[name] for name in found.removed) == pytest.approx(best, abs=1e-9)
         assert parameters(meta_unet(native_layout(architecture, found).config)) == costs.of(found).params
     assert any(".T" in name for plan in plans for name in plan.removed)
-    loose = search_plans(
-        architecture, Effects(impacts), costs, [budget], constraints=Constraints(native_only=False)
-    )
+    loose = search_plans(architecture, Effects(impacts), costs, [budget], constraints=Constraints(form="own"))
     assert costs.of(loose[0]).params <= budget.limit
+    seen(config, "search")
 
 
 def test_a_controlnet_keeps_layers_that_its_unet_lost() -> None:

@@ -5,10 +5,11 @@ A family is a row of functions about one diffusers class. Everything else asks i
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -23,22 +24,36 @@ from prune_lab.families.family import (
     CLIP_TOKENS,
     Condition,
     Family,
+    Form,
     Layout,
     Outline,
     Stage,
     Unit,
     UnitKind,
-    arranged,
+    check_given,
     plain_config,
 )
 from prune_lab.families.image_transformers import IMAGE_TRANSFORMERS
 from prune_lab.families.joint_transformers import JOINT_TRANSFORMERS
+from prune_lab.families.legacy import modern_class, modern_config
 from prune_lab.families.meta_device import runs_on_meta
+from prune_lab.families.own_code import (
+    base_name,
+    check_code,
+    code_path,
+    entry_of,
+    file_of,
+    is_own,
+    known_files,
+    own_class,
+    own_family,
+    own_layout,
+)
 from prune_lab.families.refused import REFUSED
 from prune_lab.families.skipping_transformers import SKIPPING_TRANSFORMERS
 from prune_lab.families.unet2d import UNET2D
-from prune_lab.families.unet2d_condition import UNET2D_CONDITION, embedding_width
-from prune_lab.families.unet_conditions import REFINER_TIME_IDS, SDXL_TIME_IDS, latent_channels
+from prune_lab.families.unet2d_condition import UNET2D_CONDITION
+from prune_lab.families.unet_conditions import REFINER_TIME_IDS, SDXL_TIME_IDS
 from prune_lab.families.video_transformers import VIDEO_TRANSFORMERS
 from prune_lab.runtime import printable
 
@@ -47,33 +62,52 @@ __all__ = [
     "CLIP_TOKENS",
     "FAMILIES",
     "REFINER_TIME_IDS",
+    "REFUSED",
     "SDXL_TIME_IDS",
     "Condition",
     "Family",
+    "Form",
     "Layout",
     "Outline",
     "Stage",
     "Unit",
     "UnitKind",
+    "base_name",
+    "check_code",
     "check_forward",
+    "code_path",
     "conditions_of",
     "embedding_width",
     "empty_model",
+    "entry_of",
     "example_inputs",
     "family_of",
+    "file_of",
     "filled_with_noise",
     "forward_inputs",
+    "is_own",
     "known_conditions",
+    "known_files",
+    "knows_its_size",
     "latent_channels",
+    "latent_form",
     "latent_shape",
     "looks_like_a_unet",
     "meta_unet",
+    "model_of",
+    "modern_class",
+    "modern_config",
     "outline_of",
+    "own_class",
+    "own_layout",
     "picture_scale",
     "plain_config",
+    "predict_with",
+    "prediction_of",
     "runs_on_meta",
     "supported_classes",
     "takes_guidance",
+    "text_form",
 ]
 
 FAMILIES: Mapping[str, Family] = {
@@ -94,12 +128,20 @@ def supported_classes() -> str:
     return f"{', '.join(nets)} and the transformers {', '.join(rest)}"
 
 
+@functools.cache
+def _own_family(class_name: str, file: str) -> Family:
+    return own_family(FAMILIES[base_name(class_name)], file)
+
+
 def family_of(source: nn.Module | Mapping[str, Any]) -> Family:
     """The family of a model, or of the model that a diffusers config describes.
 
     Raises UnsupportedModelError when its class has none, or a config does not name its class.
     """
     name = source.get(CLASS_NAME) if isinstance(source, Mapping) else type(source).__name__
+    if is_own(name) and base_name(str(name)) in FAMILIES:
+        file = file_of(source) if isinstance(source, Mapping) else type(source).__module__
+        return _own_family(str(name), file.rpartition(".")[2])
     if not isinstance(name, str) or name not in FAMILIES:
         found = f"a model of class {name}" if name else f"a config without {CLASS_NAME}"
         why = f", which {REFUSED[name]}" if isinstance(name, str) and name in REFUSED else ""
@@ -260,30 +302,66 @@ def latent_shape(config: Mapping[str, Any], latent: int | None = None) -> tuple[
     return family_of(config).size(config) if latent is None else (latent, latent)
 
 
+def knows_its_size(config: Mapping[str, Any]) -> bool:
+    """Whether the size of the latent is known that the model of ``config`` is meant for."""
+    try:
+        latent_shape(config)
+    except UnsupportedModelError:
+        return False
+    return True
+
+
+def latent_form(source: nn.Module | Mapping[str, Any], latent: int | None = None) -> tuple[int, ...]:
+    """Shape of one row of noisy latents, (C, h, w), of a model of films (C, 1, h, w): ``latent`` squared, or of the
+    size that the model is meant for. Raises UnsupportedModelError where its config does not say.
+    """
+    family, config = family_of(source), plain_config(source)
+    frames = (1,) if family.frames else ()
+    return (family.channels(config), *frames, *latent_shape(config, latent))
+
+
+def text_form(source: nn.Module | Mapping[str, Any], tokens: int | None = None) -> tuple[int, int]:
+    """Words and width (L, D) of the text that a model reads, ``tokens`` words or as many as it is run with where
+    nothing is said; (0, 0) where it reads none.
+    """
+    family, config = family_of(source), plain_config(source)
+    width = family.text(config)
+    return (family.tokens(config) if tokens is None else tokens, width) if width else (0, 0)
+
+
 def conditions_of(source: nn.Module | Mapping[str, Any]) -> tuple[Condition, ...]:
     """What a model, or that of a config, takes beside noisy latents, timestep and text."""
-    config: Any = source if isinstance(source, Mapping) else source.config
-    return family_of(source).conditions(config)
+    return family_of(source).conditions(plain_config(source))
+
+
+def latent_channels(source: nn.Module | Mapping[str, Any]) -> int:
+    """Channels of the noisy latents of a model, or that of a config; of a model of pixels those of the picture."""
+    return family_of(source).channels(plain_config(source))
+
+
+def embedding_width(source: nn.Module | Mapping[str, Any]) -> int:
+    """Width of the text that a model, or that of a config, reads; 0 where it reads none."""
+    return family_of(source).text(plain_config(source))
 
 
 def known_conditions(source: nn.Module | Mapping[str, Any]) -> tuple[Condition, ...]:
     """``conditions_of`` of a model that is to be run on pictures or noise.
 
     Raises UnsupportedModelError for one that takes something of which no rows are made here, or whose predictions are
-    more than the noise or velocity.
+    more than noise or velocity, and a variance that can be left out.
     """
-    config: Any = source if isinstance(source, Mapping) else source.config
     found = conditions_of(source)
     for condition in found:
         if condition.reason:
             raise UnsupportedModelError(
-                f"asked to run a U-Net on inputs made here, found that it takes {condition.reason}"
+                f"asked to run a model on inputs made here, found that it takes {condition.reason}"
             )
-    predicted, latents = config.get("out_channels"), latent_channels(config)
-    if predicted not in (None, latents):
+    family, config = family_of(source), plain_config(source)
+    predicted, latents = config.get("out_channels"), family.channels(config)
+    if family.component == "unet" and predicted not in (None, latents, 2 * latents):
         raise UnsupportedModelError(
             f"asked to run a U-Net on inputs made here, found that it predicts {predicted} channels for {latents} "
-            "channels of latents, a variance as well; known are those that predict noise or velocity alone"
+            "channels of latents; known are those that predict noise or velocity, and a variance of it as well"
         )
     return found
 
@@ -293,12 +371,65 @@ def takes_guidance(source: nn.Module | Mapping[str, Any]) -> bool:
     return any(condition.name == "guidance" for condition in conditions_of(source))
 
 
+# A pipeline's model, and what it is given and answers ----------------------------------------------------------------
+
+_MODELS = ("unet", "transformer", "transformer_2")  # names of such parts in diffusers' pipelines
+
+
+def model_of(pipeline: Any) -> Any:
+    """The one part of ``pipeline`` that predicts, whose class has a family.
+
+    Raises UnsupportedModelError where there is none, or there are two.
+    """
+    parts = {name: getattr(pipeline, name, None) for name in _MODELS}
+    found = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+    known = [name for name, part in found.items() if type(part).__name__ in FAMILIES]
+    if len(known) > 1:
+        raise UnsupportedModelError(
+            f"asked for the model of a {type(pipeline).__name__}, found {len(known)} ({', '.join(known)}) that share "
+            "the steps; give a pipeline with one, or the folder of one of them"
+        )
+    if known:
+        return found[known[0]]
+    for part in found.values():
+        family_of(part)  # says why it has none
+    raise UnsupportedModelError(
+        f"asked for the model of a {type(pipeline).__name__}, found none among its parts; "
+        f"give a pipeline with a {' or '.join(dict.fromkeys(family.component for family in FAMILIES.values()))}"
+    )
+
+
 def forward_inputs(
     model: nn.Module, sample: Tensor, timestep: Tensor, text: Tensor, given: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """Keyword arguments for the ``forward`` of ``model``: the one place where its inputs are put together.
 
-    sample (B, C, h, w) are noisy latents, timestep (B,), text (B, L, D), ``given`` the rows (B, ...) of its
-    ``conditions_of`` by name. Raises DataError when ``given`` holds others than the model takes.
+    sample (B, C, h, w) are noisy latents, (B, C, 1, h, w) of a model of films, timestep (B,), text (B, L, D), ``given``
+    the rows (B, ...) of its ``conditions_of`` by name. Raises DataError when ``given`` holds others than the model
+    takes.
     """
-    return arranged(conditions_of(model), sample, timestep, text, given)
+    family, config = family_of(model), plain_config(model)
+    conditions = family.conditions(config)
+    check_given(conditions, given)
+    return family.arrange(config, conditions, sample, timestep, text, given)
+
+
+def prediction_of(model: nn.Module, output: Any, sample: Tensor) -> Tensor:
+    """What ``model`` predicts for noisy latents ``sample``, in their form; ``output`` is the first that it gave."""
+    return family_of(model).prediction(plain_config(model), output, sample)
+
+
+def predict_with(
+    model: Any,
+    sample: Tensor,
+    timestep: Tensor,
+    text: Tensor,
+    given: Mapping[str, Tensor],
+    *,
+    forward: Callable[..., Any] | None = None,
+) -> Tensor:
+    """What ``model`` predicts for noisy latents ``sample``, in their form; the arguments are those of
+    ``forward_inputs``. ``forward`` is called in place of the model where it is wrapped.
+    """
+    inputs = forward_inputs(model, sample, timestep, text, given)
+    return prediction_of(model, (forward or model)(**inputs, return_dict=False)[0], sample)

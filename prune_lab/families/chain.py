@@ -250,6 +250,8 @@ def chain(
         model_class=lambda: getattr(diffusers, class_name),
         component=component,
         latents=latents,
+        channels=lambda config: int(whole(config)["in_channels"]),
+        text=lambda config: 0,
         check=functools.partial(check_settings, [blocks.setting for blocks in lists]),
         size=latent_size,
         tokens=text_length,

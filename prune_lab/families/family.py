@@ -20,6 +20,8 @@ CLASS_NAME = "_class_name"  # diffusers' own key for the class that a config bel
 
 UnitKind = Literal["resnet", "attention", "transformer", "sampler"]
 Lane = Literal["left", "middle", "right"]
+Form = Literal["native", "neutral", "own"]
+"""How a smaller model is built: a plain config; a plain config with blocks that do nothing; with code of its own."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +58,8 @@ class Unit:
     """Modules inside that others read, by their paths in it: they stay when the unit is gone."""
     inside: str = ""
     """The unit that this one lies inside; its cost is part of that unit's."""
+    gone: bool = False
+    """Whether it was taken out already, of a student with code of its own: what it hands on still has its place."""
 
     @property
     def removable(self) -> bool:
@@ -162,6 +166,8 @@ class Layout:
     names: Mapping[str, str | None]
     convert: Mapping[str, Callable[[Tensor], Tensor]] = dataclasses.field(default_factory=dict)
     """By name of a tensor in the smaller model: what makes it of the original's, where it is not the same."""
+    frozen: tuple[str, ...] = ()
+    """Modules of the smaller model that compute nothing as long as their weights stay: not to be trained."""
 
     def renamed(self, path: str) -> str | None:
         """Path in the smaller model of a module or tensor of the original; None when it is gone."""
@@ -193,7 +199,13 @@ class Condition:
         False  # it is made of the picture by the VAE, and has ``scale`` values for each latent pixel
     )
     scale: int = 1  # of its height and width to those of the latent
+    of_text: bool = False  # the pipeline's ``encode_prompt`` gives it along with the text
+    words: bool = False  # a mask, whose rows have a number for each word of the text instead of ``shape``
+    of_size: bool = False  # it tells the size of the picture in pixels
     whole: bool = False  # whole numbers
+    value: float | None = (
+        None  # what a pipeline gives where nothing else is said; None where there is no such number
+    )
     classes: int = 0  # of a class: how many there are, counted from 0
     giver: str = ""
     """The method by which a pipeline gives it while it draws; a pipeline without one cannot use the model."""
@@ -206,25 +218,30 @@ class Condition:
         return (*self.shape, *sides) if self.of_picture else self.shape
 
 
+def check_given(conditions: Sequence[Condition], given: Mapping[str, Tensor]) -> None:
+    """Raise DataError when ``given`` holds other tensors than ``conditions``: none is ever left out without a word."""
+    wanted = {condition.name for condition in conditions}
+    if wanted != set(given):
+        takes, found = (", ".join(sorted(names)) or "nothing" for names in (wanted, set(given)))
+        raise DataError(
+            f"asked to run a model that takes {takes} beside latents, timestep and text, found inputs with {found}; "
+            "make the probe or the data again with the pipeline of this model"
+        )
+
+
 def arranged(
+    config: Mapping[str, Any],
     conditions: Sequence[Condition],
     sample: Tensor,
     timestep: Tensor,
     text: Tensor,
     given: Mapping[str, Tensor],
+    *,
+    latents: str = "sample",
 ) -> dict[str, Any]:
-    """Keyword arguments of ``forward``: noisy latents (B, C, h, w), timesteps (B,), text (B, L, D) and ``given`` rows
-    of ``conditions``, each in its place.
-
-    Raises DataError when ``given`` holds other tensors than the model takes: none is ever left out without a word.
+    """Keyword arguments of ``forward``: noisy latents (B, C, h, w) as ``latents``, timesteps (B,), text (B, L, D) and
+    ``given`` rows of ``conditions``, each in its place.
     """
-    wanted = {condition.name for condition in conditions}
-    if wanted != set(given):
-        takes, found = (", ".join(sorted(names)) or "nothing" for names in (wanted, set(given)))
-        raise DataError(
-            f"asked to run a U-Net that takes {takes} beside latents, timestep and text, found inputs with {found}; "
-            "make the probe or the data again with the pipeline of this U-Net"
-        )
     inputs: dict[str, Any] = {"timestep": timestep, "encoder_hidden_states": text}
     channels = [sample]
     for condition in conditions:
@@ -237,7 +254,14 @@ def arranged(
             inputs[condition.name] = row
         else:
             inputs[condition.place] = row
-    return {"sample": torch.cat(channels, dim=1) if len(channels) > 1 else sample, **inputs}
+    return {latents: torch.cat(channels, dim=1) if len(channels) > 1 else sample, **inputs}
+
+
+def noise_alone(config: Mapping[str, Any], output: Any, sample: Tensor) -> Tensor:
+    """The prediction (B, C, ...) for noisy latents (B, C, ...) of an output that may hold a variance behind it."""
+    channels = sample.shape[1]
+    prediction: Tensor = output if output.shape[1] == channels else output[:, :channels]
+    return prediction
 
 
 Removed = frozenset[str]  # names of units that are gone, samplers that leave with them included
@@ -257,6 +281,15 @@ class Family:
     the values of what it leaves out."""
     latents: str = "sample"
     """The argument of ``forward`` that holds the noisy latents."""
+    channels: Callable[[Mapping[str, Any]], int] = lambda config: int(config["in_channels"])
+    """Channels of the noisy latents, unpacked; they are those of the prediction."""
+    frames: bool = False
+    """Whether latents have frames (B, C, F, h, w); a picture is one frame."""
+    text: Callable[[Mapping[str, Any]], int] = lambda config: 0
+    """Width of the text that a model reads; 0 where it reads none."""
+    answers: tuple[str | None, ...] = ("text",)
+    """What the pipeline's ``encode_prompt`` gives, in this order: the text, conditions by name, and None for what the
+    model is not given."""
     size: Callable[[Mapping[str, Any]], tuple[int, int]] = sample_size
     """Height and width of the latent that a model is meant for. Raises UnsupportedModelError where it is not known."""
     tokens: Callable[[Mapping[str, Any]], int] = lambda config: CLIP_TOKENS
@@ -265,10 +298,23 @@ class Family:
     """Keyword arguments of ``forward`` for a config: zeros of the right shapes (``families.example_inputs``)."""
     conditions: Callable[[Mapping[str, Any]], tuple[Condition, ...]] = lambda config: ()
     """What the model of a config takes beside noisy latents, timestep and text, in the order of its channels."""
+    arrange: Callable[
+        [Mapping[str, Any], Sequence[Condition], Tensor, Tensor, Tensor, Mapping[str, Tensor]],
+        dict[str, Any],
+    ] = arranged
+    """(config, conditions, noisy latents (B, C, h, w), timesteps (B,), text (B, L, D), rows by name of condition) ->
+    keyword arguments of ``forward``: packing, places and the scale of the timestep are its business."""
+    prediction: Callable[[Mapping[str, Any], Any, Tensor], Tensor] = noise_alone
+    """(config, output of ``forward``, noisy latents) -> the prediction in the form of the latents."""
     outline: Callable[[Any], Outline]
     """The parts of a model, which may be on ``meta``. Raises UnsupportedModelError for parts that are not known."""
     layout: Callable[[Outline, Removed], Layout]
     """The smaller model without these units. Raises NonNativePlanError when no plain config describes it."""
+    neutral: Callable[[Outline, Removed], Layout] | None = None
+    """A plain model that computes the same, in which these units are there and do nothing. Raises FormError where a
+    unit cannot; None for a class that has no such form."""
+    tied: Callable[[Outline], Sequence[tuple[str, ...]]] = lambda outline: ()
+    """Blocks that in the neutral form save something only when all of them are gone."""
     levels: Callable[[Outline], Sequence[Sequence[str]]]
     """Removable units in sets: whether a plan is native is decided in each set alone."""
     more_options: Callable[[Outline, Sequence[str], Removed], Sequence[Removed]] = lambda *_: ()
@@ -287,3 +333,8 @@ class Family:
     head: str  # path of the module that writes the prediction
     compiled: tuple[str, ...] = ()
     """Class names of the modules that repeat, each worth compiling alone."""
+
+    @property
+    def called(self) -> str:
+        """What messages call the model: a U-Net or a transformer."""
+        return "U-Net" if self.component == "unet" else self.component

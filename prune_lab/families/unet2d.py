@@ -15,17 +15,21 @@ import torch
 from torch import Tensor
 
 from prune_lab.errors import NonNativePlanError
-from prune_lab.families import unet2d_settings, unet_blocks, unet_levels, unet_wiring
-from prune_lab.families.family import Condition, Family, Outline, Removed, sample_size
+from prune_lab.families import unet2d_settings, unet_blocks, unet_levels, unet_neutral, unet_wiring
+from prune_lab.families.family import Condition, Family, Outline, Removed, arranged, sample_size
 from prune_lab.families.unet_blocks import MIDDLE, rows
-from prune_lab.families.unet_conditions import latent_channels
 from prune_lab.families.unet_config import check_middle, stage_types
 from prune_lab.families.unet_wiring import Left
 
 
+def _channels(config: Mapping[str, Any]) -> int:
+    """Channels of the noisy picture, or of latents."""
+    return min(int(config.get("in_channels", 3)), int(config.get("out_channels", 3)))
+
+
 def conditions(config: Mapping[str, Any]) -> tuple[Condition, ...]:
     """What the model of ``config`` takes beside a noisy picture and a timestep: a class, or further channels."""
-    taken, latents = int(config.get("in_channels", 3)), latent_channels(config)
+    taken, latents = int(config.get("in_channels", 3)), _channels(config)
     found: list[Condition] = []
     if taken > latents:
         what = f"{taken - latents} channels behind the noisy ones, whose meaning is not known"
@@ -65,6 +69,13 @@ def example_inputs(
         if one.place == "class_labels":
             form = torch.long if one.whole else dtype
             inputs["class_labels"] = torch.zeros(batch, *one.shape, device=device, dtype=form)
+    return inputs
+
+
+def arrange(config: Mapping[str, Any], *given: Any) -> dict[str, Any]:
+    """Keyword arguments of ``forward``; there is no text among them."""
+    inputs = arranged(config, *given)
+    del inputs["encoder_hidden_states"]
     return inputs
 
 
@@ -159,11 +170,15 @@ def more_options(outline: Outline, level: Sequence[str], option: Removed) -> lis
 UNET2D = Family(
     model_class=lambda: diffusers.UNet2DModel,
     check=unet2d_settings.check_settings,
-    tokens=lambda config: 0,  # it reads no text
+    channels=_channels,
+    text=lambda config: 0,
+    tokens=lambda config: 0,
     example_inputs=example_inputs,
     conditions=conditions,
+    arrange=arrange,
     outline=unet_blocks.outline,
     layout=functools.partial(unet_wiring.layout, describe=describe),
+    neutral=functools.partial(unet_neutral.layout, describe=describe),
     levels=levels,
     more_options=more_options,
     groups={

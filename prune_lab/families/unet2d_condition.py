@@ -16,6 +16,7 @@ from prune_lab.families import (
     unet_conditions,
     unet_config,
     unet_levels,
+    unet_neutral,
     unet_plans,
     unet_settings,
     unet_wiring,
@@ -48,6 +49,12 @@ def embedding_width(config: Mapping[str, Any]) -> int:
     return int(widths.pop())
 
 
+def arrange(config: Mapping[str, Any], *given: Any) -> dict[str, Any]:
+    """Keyword arguments of ``forward``; encoder_hidden_states is None where the model reads no text."""
+    inputs = arranged(config, *given)
+    return inputs if inputs["encoder_hidden_states"].shape[-1] else {**inputs, "encoder_hidden_states": None}
+
+
 def example_inputs(
     config: Mapping[str, Any],
     *,
@@ -70,23 +77,29 @@ def example_inputs(
 
     wanted = unet_conditions.conditions(config)
     text = embedding_width(config)
-    inputs = arranged(
+    return arrange(
+        config,
         wanted,
         zeros(unet_conditions.latent_channels(config), height, width),
         zeros(whole=True),
         zeros(length, text),
         {one.name: zeros(*one.row_shape(height, width), whole=one.whole) for one in wanted},
     )
-    return inputs if text else {**inputs, "encoder_hidden_states": None}
 
 
 UNET2D_CONDITION = Family(
     model_class=lambda: diffusers.UNet2DConditionModel,
     check=unet_settings.check_settings,
+    channels=unet_conditions.latent_channels,
+    text=embedding_width,
+    answers=("text", None, "text_embeds", None),
     example_inputs=example_inputs,
     conditions=unet_conditions.conditions,
+    arrange=arrange,
     outline=unet_blocks.outline,
     layout=functools.partial(unet_wiring.layout, describe=unet_config.describe),
+    neutral=functools.partial(unet_neutral.layout, describe=unet_config.describe),
+    tied=unet_neutral.tied,
     levels=unet_levels.levels,
     more_options=unet_levels.more_options,
     plans=unet_plans.PLANS,

@@ -161,7 +161,15 @@ def _added(config: Mapping[str, Any]) -> tuple[Condition, ...]:
     reason = what + _COUNTED if "image_embeds" in shapes else ""
     giver = "" if reason else "_get_add_time_ids"
     found = tuple(
-        Condition(name=name, place="added_cond_kwargs", shape=shape, giver=giver, reason=reason)
+        Condition(
+            name=name,
+            place="added_cond_kwargs",
+            shape=shape,
+            giver=giver,
+            reason=reason,
+            of_text=name == "text_embeds",
+            of_size=name == "time_ids",
+        )
         for name, shape in shapes.items()
     )
     if kind != "image_hint":

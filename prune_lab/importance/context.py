@@ -14,7 +14,7 @@ from diffusers import ModelMixin
 
 from prune_lab.blocks import Architecture, BlockGroup, architecture_of
 from prune_lab.errors import DataError
-from prune_lab.families import takes_guidance
+from prune_lab.families import model_of, takes_guidance
 from prune_lab.importance.cache import ScoreCache
 from prune_lab.importance.intervals import Floats, Integers
 from prune_lab.models import ScorerInputs
@@ -93,7 +93,7 @@ class GenerationSettings:
     @property
     def forwards(self) -> int:
         """U-Net forward passes (of one sample each) that one set of all images takes."""
-        twice = self.guidance > 1 and not takes_guidance(self.pipeline.unet)
+        twice = self.guidance > 1 and not takes_guidance(model_of(self.pipeline))
         return len(self.prompts) * len(self.seeds) * self.steps * (2 if twice else 1)
 
     @property

@@ -67,7 +67,7 @@ def gate_derivatives(
                 name: torch.full((count,), at, device=unet.device, requires_grad=True) for name in blocks
             }
             with torch.enable_grad(), gated(unet, context.architecture, gates):
-                prediction = unet(**inputs, return_dict=False)[0]
+                prediction = probe.predicted(rows, unet, inputs)
                 value = objective(prediction.float(), rows).sum()
                 gradients = torch.autograd.grad(value, list(gates.values()))
             derivatives[:, rows] = torch.stack(gradients).double().cpu().numpy()

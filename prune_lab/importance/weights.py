@@ -76,7 +76,7 @@ def taylor(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleScore
             part = probe.rows(np.flatnonzero(probe.timesteps.numpy() == timestep).tolist())
             gradients = [torch.zeros_like(one) for one in weights]
             for rows, inputs in part.batches(context.batch or _ROWS, unet):
-                prediction = unet(**inputs, return_dict=False)[0].float()
+                prediction = part.predicted(rows, unet, inputs).float()
                 loss = part.denoising_error(prediction, rows).sum() / len(part)
                 torch._foreach_add_(gradients, torch.autograd.grad(loss, weights))
             product = {

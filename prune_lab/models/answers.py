@@ -27,21 +27,29 @@ from prune_lab.models.silence import quiet
 from prune_lab.runtime import seeded
 
 _TOKENS = 8
+_PATCHED = 8  # rows and columns of a latent that is cut into patches, of at most that side
 _CAPTION = "two boats on 7 blue seas"
 _FEWEST_WORDS = 6  # so many make two captions that differ
 _LONGEST = 77  # tokens, of an encoder that takes any number
 _SIDES = 64  # pixels of the pictures and of what is drawn, about; every VAE halves them three times or so
 
 
-# A U-Net ---------------------------------------------------------------------------------------------------------
+# The model -------------------------------------------------------------------------------------------------------
+
+
+def _small_latent(model: Any) -> int:
+    """Rows and columns of a small latent: one that every stage can halve and double, or a few patches."""
+    outline = outline_of(model)
+    down = {stage.name for stage in outline.stages if stage.lane == "left"}
+    if not down:
+        return _PATCHED
+    samplers = [unit for unit in outline.units if unit.kind == "sampler" and unit.stage in down]
+    return int(2 * 2 ** len(samplers))
 
 
 def random_inputs(unet: Any, seed: int = 0) -> dict[str, Any]:
-    """Random inputs of ``unet``, float32 on the CPU, of a small size that every stage can halve and double."""
-    outline = outline_of(unet)
-    down = {stage.name for stage in outline.stages if stage.lane == "left"}
-    samplers = [unit for unit in outline.units if unit.kind == "sampler" and unit.stage in down]
-    blank = example_inputs(plain_config(unet), latent=2 * 2 ** len(samplers), tokens=_TOKENS)
+    """Random inputs of ``unet``, a model of any family, float32 on the CPU and of a small size."""
+    blank = example_inputs(plain_config(unet), latent=_small_latent(unet), tokens=_TOKENS)
     filled: dict[str, Any] = filled_with_noise(blank, seeded(seed))
     return filled
 
@@ -59,7 +67,8 @@ def _placed(value: Any, model: Any) -> Any:
 def _unet_answers(unet: Any) -> list[list[Tensor]]:
     one, latents = random_inputs(unet), family_of(unet).latents
     other = one | {latents: random_inputs(unet, seed=1)[latents]}
-    return [[unet(**_placed(inputs, unet), return_dict=False)[0]] for inputs in (one, other)]
+    answers = (unet(**_placed(inputs, unet), return_dict=False)[0] for inputs in (one, other))
+    return [answer if isinstance(answer, list) else [answer] for answer in answers]
 
 
 # Other parts -----------------------------------------------------------------------------------------------------
@@ -86,17 +95,29 @@ def _text_answers(encoder: Any, tokenizer: Any) -> list[list[Tensor]]:
     return found
 
 
+def _of_one_frame(vae: Any, channels: int, side: int) -> tuple[int, ...]:
+    """The shape of one square picture for ``vae``, which may be one of videos."""
+    of_videos = any(isinstance(part, nn.Conv3d) for part in vae.modules())
+    return (1, channels, 1, side, side) if of_videos else (1, channels, side, side)
+
+
+def _setting(config: Any, *names: str, default: int) -> int:
+    return next((config[name] for name in names if config.get(name) is not None), default)
+
+
 def _decoder_answers(vae: Any) -> list[list[Tensor]]:
     side = max(1, _SIDES // (picture_scale(vae.config) or 8))
-    shape = (1, vae.config.latent_channels, side, side)
+    channels = _setting(vae.config, "latent_channels", "z_dim", default=4)
+    shape = _of_one_frame(vae, channels, side)
     latents = (torch.randn(shape, generator=seeded(seed)) for seed in (0, 1))
     return [[vae.decode(_placed(one, vae), return_dict=False)[0]] for one in latents]
 
 
 def _encoder_answers(vae: Any) -> list[list[Tensor]]:
-    shape = (1, vae.config.in_channels, _SIDES, _SIDES)
+    shape = _of_one_frame(vae, _setting(vae.config, "in_channels", default=3), _SIDES)
     pictures = (torch.rand(shape, generator=seeded(seed)) * 2 - 1 for seed in (0, 1))
-    return [[vae.encode(_placed(one, vae)).latent_dist.mode()] for one in pictures]
+    found = [vae.encode(_placed(one, vae), return_dict=False)[0] for one in pictures]
+    return [[one.mode() if hasattr(one, "mode") else one] for one in found]
 
 
 def _picture_answers(encoder: Any) -> list[list[Tensor]]:
@@ -167,7 +188,7 @@ def _text_complaint(encoder: Any, tokenizer: Any) -> str:
 
 def _complaints(pipeline: Any) -> Iterator[tuple[str, str]]:
     for name, part in pipeline.components.items():
-        if not isinstance(part, nn.Module) or name == "unet":
+        if not isinstance(part, nn.Module):
             continue
         main = getattr(part, "main_input_name", "")
         if name.startswith("text_encoder"):
@@ -182,7 +203,7 @@ def _complaints(pipeline: Any) -> Iterator[tuple[str, str]]:
 
 
 def complaint_of_parts(pipeline: Any) -> str:
-    """The first part of ``pipeline`` beside its U-Net whose answers are wrong, and how; empty where all are right."""
+    """The first part of ``pipeline`` beside its model whose answers are wrong, and how; empty where all are right."""
     found = _complaints(pipeline)
     return next((f"its {name} {complaint}" for name, complaint in found if complaint), "")
 

@@ -31,6 +31,7 @@ BUILD_ERRORS = (
 )
 # What older files hold beside the weights and is computed today: counters, angles, and masks of attention.
 _COUNTER = "position_ids"
+_EMPTY_CAPTION = "caption_projection.y_embedding"  # what stood for no caption while a PixArt was trained
 _COMPUTED = (_COUNTER, "token_type_ids", ".attn.bias", ".attn.masked_bias", ".inv_freq")
 # A text or picture encoder may come in the file of the whole model that it is one half of.
 _OTHER_HALVES = (
@@ -45,6 +46,7 @@ _ADAPTER = (
 )
 _ELSEWHERE = "transformers_weights"  # an entry of a config by which transformers reads another file
 
+_SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 _MOST_SCALE = 1e4  # of latents; known VAEs have 0.04 to 9
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -81,10 +83,22 @@ def _complaints(
     return [*lacking, *misshapen, *(f"{name} is not part of {whole}" for name in extra)]
 
 
-def misfit(found: Shapes, wanted: Shapes, whole: str = "that U-Net") -> str:
-    """The first tensor in which ``found`` is not what is ``wanted`` of ``whole``, and how many more; empty: it fits."""
+def unread_tensors(model_class: Any) -> tuple[str, ...]:
+    """Parts of the names of tensors that files of ``model_class`` may hold and that nothing reads; see ``misfit``."""
+    return (
+        _COUNTER,
+        _EMPTY_CAPTION,
+        *(getattr(model_class, "_keys_to_ignore_on_load_unexpected", None) or ()),
+    )
+
+
+def misfit(found: Shapes, wanted: Shapes, whole: str, unread: tuple[str, ...] = (_COUNTER,)) -> str:
+    """The first tensor in which ``found`` is not what is ``wanted`` of ``whole``, and how many more; empty: it fits.
+
+    ``unread`` are parts of names that may be there beside.
+    """
     missing = [name for name in wanted if name not in found]
-    extra = [name for name in found if name not in wanted and not name.endswith(_COUNTER)]
+    extra = [name for name in found if name not in wanted and not any(part in name for part in unread)]
     misshapen = [
         f"{name} is {list(found[name])} instead of {list(shape)}"
         for name, shape in wanted.items()
@@ -144,7 +158,7 @@ def complaint_of_scaling(config: Mapping[str, Any]) -> str:
         return f"scaling_factor is {scale!r:.60}, where a finite number above zero belongs"
     if shift is not None and not _within(shift, -_MOST_SCALE):
         return f"shift_factor is {shift!r:.60}, where a finite number or null belongs"
-    channels = config.get("latent_channels", 4)
+    channels = config.get("latent_channels") or config.get("z_dim") or 4
     for name, least in (("latents_mean", -_MOST_SCALE), ("latents_std", 1 / _MOST_SCALE)):
         values = config.get(name)
         usable = isinstance(values, (list, tuple)) and all(_within(value, least) for value in values)
@@ -168,7 +182,7 @@ def _checked(model_class: Any, folder: Path, variant: str, _state: tuple[tuple[s
         )
     if reason := unusable(header, config):
         raise UnsupportedModelError(f"asked for the weights in {folder}: {reason}")
-    if "scaling_factor" in config and (flawed := complaint_of_scaling(config)):
+    if config.keys() & set(_SCALING) and (flawed := complaint_of_scaling(config)):
         raise ModelFormatError(
             f"found {folder / 'config.json'}, whose {flawed}; correct it, or fetch the model again"
         )
@@ -176,7 +190,8 @@ def _checked(model_class: Any, folder: Path, variant: str, _state: tuple[tuple[s
         if issubclass(model_class, diffusers.ModelMixin):
             found = {modern_name(name): shape for name, (_, shape) in header.items()}
             wanted = _wanted(model_class, json.dumps(plain_config(config), sort_keys=True))
-            complaint = misfit(found, wanted, f"a {model_class.__name__} of its config.json")
+            whole = f"a {model_class.__name__} of its config.json"
+            complaint = misfit(found, wanted, whole, unread_tensors(model_class))
         else:
             complaint = _transformers_misfit(model_class, folder, variant)
     except PruneLabError:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab.errors import ModelFormatError, UnsupportedModelError
-from prune_lab.families import CLASS_NAME, FAMILIES, looks_like_a_unet, supported_classes
+from prune_lab.families import CLASS_NAME, FAMILIES, REFUSED, base_name, looks_like_a_unet, supported_classes
 from prune_lab.models.files import PICKLED, is_lfs_pointer, json_object, variants_among
 from prune_lab.runtime import path_text, printable
 
@@ -140,15 +140,17 @@ def unusable(header: Mapping[str, tuple[str, tuple[int, ...]]], config: Mapping[
 
 
 def refuse_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise UnsupportedModelError, which says what ``config`` is of, unless it is that of a known U-Net."""
+    """Raise UnsupportedModelError, which says what ``config`` is of, unless it is that of a known model."""
     name = config.get(CLASS_NAME)
-    if isinstance(name, str) and name in FAMILIES:
+    if isinstance(name, str) and base_name(name) in FAMILIES:
         return
     remedy = f"supported is {supported_classes()}"
-    if "unet" in config and isinstance(name, str) and name.endswith("Pipeline"):
+    if isinstance(name, str) and name.endswith("Pipeline"):
         found, remedy = f"the index of a pipeline ({name})", f"give its folder, {path.parent}"
     elif name:
         found = f"a model of class {name}" if isinstance(name, str) else f"{CLASS_NAME} {name!r}"
+        if isinstance(name, str) and name in REFUSED:
+            found += f", which {REFUSED[name]},"
         if path.parent.name and (path.parent.parent / "model_index.json").is_file():
             remedy += f"; did you mean {path.parent.parent}?"
     elif "model_type" in config or "architectures" in config:
@@ -160,10 +162,10 @@ def refuse_config(path: Path, config: Mapping[str, Any]) -> None:
         why = (
             "if it is that of a U-Net, add"
             if looks_like_a_unet(config)
-            else "give the config.json of a U-Net, which has"
+            else "give the config.json of a model, which has"
         )
         remedy = f'{why} "{CLASS_NAME}": "{next(iter(FAMILIES))}", or what else its class is; {remedy}'
-    raise UnsupportedModelError(f"asked for a U-Net, found {found} in {path}; {remedy}")
+    raise UnsupportedModelError(f"asked for a model, found {found} in {path}; {remedy}")
 
 
 # Folders ---------------------------------------------------------------------------------------------------------
@@ -177,14 +179,16 @@ def _config_class(folder: Path) -> str:
 
 
 def _models_below(folder: Path, deep: int = _DEEP, wide: int = _WIDE) -> Iterator[Path]:
-    """Pipelines and U-Nets in the folders below ``folder``, those that lie higher first."""
+    """Pipelines and models in the folders below ``folder``, those that lie higher first."""
     try:
         visible = (path for path in folder.iterdir() if not path.name.startswith(".") and path.is_dir())
         inner = sorted(itertools.islice(visible, wide))
     except OSError:
         return
     here = [
-        path for path in inner if (path / "model_index.json").is_file() or _config_class(path) in FAMILIES
+        path
+        for path in inner
+        if (path / "model_index.json").is_file() or base_name(_config_class(path)) in FAMILIES
     ]
     yield from here
     if deep > 1:
@@ -214,11 +218,12 @@ def folder_without_a_model(folder: Path) -> str:
         )
     below = list(_models_below(folder))
     names = [path.relative_to(folder).as_posix() for path in below]
-    trained = "unet" in names and ("unet_ema" in names or any(name in entries for name in _TRAINING_FILES))
-    if trained or "unet_ema" in names:
-        first = next(name for name in ("unet_ema", "unet") if name in names)
-        others = "".join(f", or --subfolder {name}" for name in ("unet",) if name in names and name != first)
-        return f"found the checkpoint of a training: say which U-Net of it, --subfolder {first}{others}"
+    for component in sorted({family.component for family in FAMILIES.values()}):
+        averaged = f"{component}_ema"
+        trained = component in names and any(name in entries for name in _TRAINING_FILES)
+        if trained or averaged in names:
+            which = ", or ".join(f"--subfolder {name}" for name in (averaged, component) if name in names)
+            return f"found the checkpoint of a training: say which {component} of it, {which}"
     if names:
         return f"found models further below: did you mean {' or '.join(str(path) for path in below[:_MOST_SHOWN])}?"
     single = [name for name in entries if name.endswith(".safetensors") and not variants_among([name])]

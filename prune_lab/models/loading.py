@@ -1,4 +1,4 @@
-"""Loading a U-Net or a whole pipeline: safetensors only, no code but the libraries' own, one copy in memory."""
+"""Loading a model or a whole pipeline: safetensors only, no code but the libraries' own, one copy in memory."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def load_unet(
     seed: int = 0,
     trusted: bool = False,
 ) -> ModelMixin:
-    """The U-Net of ``source`` in eval mode; tensor by tensor, so that memory holds it once.
+    """The model of ``source`` in eval mode; tensor by tensor, so that memory holds it once.
 
     ``random_weights`` initialises it at ``seed`` instead of reading weights, the only way for structure-only sources; a
     source that was asked for with random weights brings its own seed. Raises UnsupportedModelError when there are no
@@ -77,25 +77,25 @@ def load_unet(
     if random_weights:
         with torch.random.fork_rng(devices=[]), quiet():
             torch.manual_seed(seed)
-            unet = model_class.from_config(plain_config(source.config)).to(device, dtype)
-        return unet.eval()
+            model = model_class.from_config(plain_config(source.config)).to(device, dtype)
+        return model.eval()
     if source.unet_folder is None:
         raise UnsupportedModelError(
             f"asked for the weights of {source.text!r}, which is structure only (kind: {source.kind}); "
-            "give a pipeline or U-Net folder, a hub id, or ask for random weights (--random-weights)"
+            "give the folder of a pipeline or of a model, a hub id, or ask for random weights (--random-weights)"
         )
     with quiet(), component_view(source.unet_folder, STEMS["diffusers"], source.variant) as view:
-        unet = model_class.from_pretrained(view, dtype=dtype, low_cpu_mem_usage=True, **_SAFE)
+        model = model_class.from_pretrained(view, dtype=dtype, low_cpu_mem_usage=True, **_SAFE)
     if view != source.unet_folder:  # a view is gone by now
-        unet.register_to_config(_name_or_path=str(source.unet_folder))
-    unet = unet.to(device).eval()
+        model.register_to_config(_name_or_path=str(source.unet_folder))
+    model = model.to(device).eval()
     state = (_state([source.unet_folder]), source.variant, dtype)
     if not trusted and state not in _SOUND:
-        named = f"the U-Net of {source.text}"
-        refuse_flawed(unet.state_dict().items(), named, dtype)
-        refuse_silent(unet_complaint(unet), named)
+        named = f"the {source.called} of {source.text}"
+        refuse_flawed(model.state_dict().items(), named, dtype)
+        refuse_silent(unet_complaint(model), named)
         _SOUND.add(state)
-    return unet
+    return model
 
 
 def _loaded_part(folder: Path, found: Any, dtype: torch.dtype, named: str) -> Any:
@@ -146,31 +146,32 @@ def load_pipeline(
 ) -> DiffusionPipeline:
     """The pipeline of ``source``, of the class that it was saved from, without its safety checker and progress bar.
 
-    ``unet`` takes the place of the U-Net on disk, which is then not read. Raises UnsupportedModelError when ``source``
-    is a U-Net alone, ModelFormatError, which names the part, when one cannot be loaded, holds what is no number, or
+    ``unet`` takes the place of the model on disk, which is then not read. Raises UnsupportedModelError when ``source``
+    is a model alone, ModelFormatError, which names the part, when one cannot be loaded, holds what is no number, or
     gives the same answer to every input.
     """
     if source.folder is None or not source.is_pipeline:
         raise UnsupportedModelError(
-            f"asked for a whole pipeline, but {source.text!r} is a U-Net alone (kind: {source.kind}) without text "
-            "encoder and VAE; give reference, a pipeline folder or a hub id"
+            f"asked for a whole pipeline, but {source.text!r} is a {source.called} alone (kind: {source.kind}) "
+            "without what draws with it, such as a scheduler; give reference, a pipeline folder or a hub id"
         )
     index = json_object(source.folder / "model_index.json")
     found = pipeline_class(index[CLASS_NAME])
     assert found is not None
-    parts = {part: value for part, value in pipeline_parts(index).items() if part != "unet"}
+    parts = {part: value for part, value in pipeline_parts(index).items() if part != source.component}
     stems = {part: stem_of(*value) for part, value in parts.items()}
     variants = {part: variant_of_part(source.folder / part, source.asked_variant) for part in stems}
     components, _ = found._get_signature_keys(found)
     classes = (index[CLASS_NAME], *(tuple(value) for value in parts.values()))
     state = (_state([source.folder / part for part in parts]), classes, source.asked_variant, dtype)
-    made: dict[str, Any] = {"unet": load_unet(source, device=device, dtype=dtype) if unet is None else unet}
+    model = load_unet(source, device=device, dtype=dtype) if unet is None else unet
+    made: dict[str, Any] = {source.component: model}
     with quiet(), pipeline_view(source.folder, stems, variants) as view:
         for part in (part for part in parts if part in components):
             named = f"the {part} of {source.text}"
             found_part = part_class(*parts[part])
             if kind_of(found_part) == "scheduler" and state not in _SOUND:
-                check_scheduler(view / part, found_part, named)
+                check_scheduler(view / part, found_part, named, found)
             loaded = _loaded_part(view / part, found_part, dtype, named)
             if isinstance(loaded, nn.Module) and state not in _SOUND:
                 refuse_flawed(loaded.state_dict().items(), named, dtype)

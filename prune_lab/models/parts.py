@@ -17,11 +17,13 @@ import diffusers
 import transformers
 from torch import nn
 
-from prune_lab.families import CLASS_NAME
+from prune_lab.errors import UnsupportedModelError
+from prune_lab.families import CLASS_NAME, FAMILIES, is_own, own_class
+from prune_lab.families.drawing import call_inputs, draws_videos, reads_text
 from prune_lab.models.silence import quiet
 from prune_lab.models.views import STEMS
 
-# Left out where the class of the pipeline can do without: they say nothing about the U-Net.
+# Left out where the class of the pipeline can do without: they say nothing about the model.
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 # How transformers called what prepares pictures before its version 5; sources that old are still about.
 _OLD_ENDING, _NEW_ENDING = "FeatureExtractor", "ImageProcessor"
@@ -81,6 +83,11 @@ def part_class(library: object, name: object) -> Any | None:
     """
     if not isinstance(library, str) or not isinstance(name, str) or not name.isidentifier():
         return None
+    if is_own(name):
+        try:
+            return own_class(library, name)
+        except UnsupportedModelError:
+            return None
     homes: dict[str, Any] = {"diffusers": diffusers, "transformers": transformers}
     home = homes.get(library)
     if (
@@ -106,9 +113,14 @@ def why_no_text_to_image(pipeline: Any, scheduler: Any = None) -> str:
     components, _ = pipeline._get_signature_keys(pipeline)
     inputs = inspect.signature(pipeline.__call__).parameters.values()
     asked = [one.name for one in inputs if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
-    more = [name for name in asked if name not in ("self", "prompt")]
+    more = [name for name in asked if name not in ("self", "prompt", "class_labels")]
     if more:
         return f"draws from {' and '.join(more)} besides"
+    if not reads_text(pipeline):
+        told = {"num_inference_steps", "generator"} - call_inputs(pipeline).keys()
+        return f"cannot be told {' and '.join(sorted(told))}" if told else ""
+    if draws_videos(pipeline) and {"vae", "transformer"} <= set(components):
+        return ""  # a picture is one frame
     if pipeline not in KNOWN.values() or "vae" not in components:
         return "is not among the pipelines that diffusers lists for text to image"
     with quiet():
@@ -128,6 +140,33 @@ def kinds_wanted(pipeline: Any) -> Mapping[str, frozenset[PartKind]]:
         name: frozenset(kind for one in found if (kind := kind_of(one)) is not None)
         for name, found in types_of.items()
     }
+
+
+@functools.lru_cache(maxsize=64)
+def classes_wanted(pipeline: Any) -> Mapping[str, tuple[str, ...]]:
+    """The names of the classes that the class ``pipeline`` takes under each name, as far as it says them."""
+    with quiet():
+        types_of = pipeline._get_signature_types()
+    return {
+        part: tuple(one.__name__ for one in found if isinstance(one, type))
+        for part, found in types_of.items()
+    }
+
+
+def models_wanted(pipeline: Any) -> Mapping[str, tuple[str, ...]]:
+    """Under which name the class ``pipeline`` takes a model whose blocks are known, and of which classes; empty for one
+    that takes none.
+    """
+    known = {
+        part: tuple(name for name in names if name in FAMILIES and FAMILIES[name].component == part)
+        for part, names in classes_wanted(pipeline).items()
+    }
+    return {part: names for part, names in known.items() if names}
+
+
+def component_of(index: Mapping[str, Any]) -> str:
+    """The name of the model among the parts of a pipeline with this ``model_index.json``, whose class takes one."""
+    return next(iter(models_wanted(pipeline_class(index[CLASS_NAME]))))
 
 
 def left_out(index: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Whether a scheduler can draw with a U-Net: the words and numbers of its config, its schedule, and a pass with it.
+"""Whether a scheduler can draw with a model: the words and numbers of its config, its schedule, and a pass with it.
 
 The libraries take nearly every number there without a word, and draw noise with it or fail in the middle.
 """
@@ -16,16 +16,25 @@ import torch
 from prune_lab.errors import ModelFormatError, PruneLabError
 from prune_lab.models.components import reason_of
 from prune_lab.models.files import json_object
+from prune_lab.models.parts import classes_wanted
 from prune_lab.models.silence import quiet
 from prune_lab.runtime import seeded
 
 FILE = "scheduler_config.json"
 _WORDS: Mapping[str, tuple[str, ...]] = {
-    "prediction_type": ("epsilon", "sample", "v_prediction"),
+    "prediction_type": ("epsilon", "sample", "v_prediction", "flow_prediction"),
     "timestep_spacing": ("leading", "linspace", "trailing"),
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "exp"),
 }
 _TIMESTEPS = 1000  # of every scheduler by betas that does not say
+_SHIFTS = (
+    "shift",
+    "flow_shift",
+    "base_shift",
+    "max_shift",
+)  # of flow matching: how much longer noise stays noise
+_MOST_SHIFT = 100.0
+_WHOLE = 1 + 1e-5  # the share of noise where nothing else is left, as float32 rounds it
 _STEPS = 25  # of the pass that is tried, the usual number; fewer are beyond some good schedulers
 _SHAPE = (1, 4, 8, 8)  # of latents
 
@@ -36,6 +45,16 @@ def _is_share(value: object) -> bool:
 
 def _is_count(value: object, least: int) -> bool:
     return type(value) is int and value >= least  # `type`: true is an int to Python
+
+
+def goes_by_flow(scheduler: Any) -> bool:
+    """Whether a ``scheduler`` mixes picture and noise by straight lines, as flow matching does."""
+    config = scheduler.config
+    return bool(
+        "FlowMatch" in type(scheduler).__name__
+        or config.get("use_flow_sigmas")
+        or config.get("prediction_type") == "flow_prediction"
+    )
 
 
 def _complaint_of_settings(config: Mapping[str, Any]) -> str:
@@ -56,18 +75,37 @@ def _complaint_of_settings(config: Mapping[str, Any]) -> str:
     offset = config.get("steps_offset", 0)
     if not _is_count(offset, 0) or offset >= count:
         return f"whose steps_offset is {offset!r:.60}, where a whole number from 0 to {count - 1:,} belongs"
-    if config.get("use_flow_sigmas"):
-        return "whose use_flow_sigmas is on: such models learn by flow matching, which is not supported"
+    for name in _SHIFTS:
+        if name in config and not (type(config[name]) in (int, float) and 0 < config[name] <= _MOST_SHIFT):
+            return f"whose {name} is {config[name]!r:.60}, where a number above 0 belongs"
     return ""
 
 
-def _complaint_of_schedule(scheduler: Any) -> str:
+def _complaint_of_sigmas(scheduler: Any) -> str:
+    """What is wrong with the shares of noise at each timestep of flow matching (``sigmas``)."""
+    sigmas = scheduler.sigmas
+    if not sigmas.isfinite().all() or sigmas.min() < 0 or sigmas.max() > _WHOLE or sigmas.diff().gt(0).any():
+        return (
+            "whose shares of noise (shift, shift_terminal, invert_sigmas) make no schedule of flow matching: they must "
+            "fall from at most 1 to 0 or more"
+        )
+    return ""
+
+
+def _complaint_of_schedule(scheduler: Any, *, by_flow: bool) -> str:
     """What is wrong with the shares of a picture that are left at each timestep (``alphas_cumprod``)."""
+    if by_flow:
+        return (
+            ""
+            if goes_by_flow(scheduler)
+            else f"whose class, {type(scheduler).__name__}, works by betas, where the model of such a pipeline goes by "
+            "flow matching; take a scheduler such as FlowMatchEulerDiscreteScheduler"
+        )
     left = getattr(scheduler, "alphas_cumprod", None)
     if not isinstance(left, torch.Tensor):
         return (
-            f"whose class, {type(scheduler).__name__}, does not work by betas as these U-Nets do; take a scheduler "
-            "such as PNDMScheduler, DDIMScheduler or EulerDiscreteScheduler"
+            f"whose class, {type(scheduler).__name__}, does not work by betas as the models of such pipelines "
+            "do; take a scheduler such as PNDMScheduler, DDIMScheduler or EulerDiscreteScheduler"
         )
     # the last may be nought, where all of a picture is noise (rescale_betas_zero_snr)
     sound = left.isfinite().all() and left[:-1].gt(0).all() and left[-1] >= 0 and left[0] <= 1
@@ -79,24 +117,33 @@ def _complaint_of_schedule(scheduler: Any) -> str:
     return ""
 
 
+def set_steps(scheduler: Any, steps: int) -> None:
+    """Set so many ``steps``: of a ``scheduler`` that shifts them by the size of the picture, for a middling one."""
+    config = scheduler.config
+    shift = {"mu": (config.get("base_shift", 0.5) + config.get("max_shift", 1.15)) / 2}
+    scheduler.set_timesteps(steps, **(shift if config.get("use_dynamic_shifting") else {}))
+
+
 def _complaint_of_pass(scheduler: Any, steps: int) -> str:
     """What is wrong with a pass of ``steps``: its timesteps, and what it makes of random numbers for a U-Net."""
     count = scheduler.config.get("num_train_timesteps")
-    scheduler.set_timesteps(steps)
-    outside = [
-        step for step in scheduler.timesteps.tolist() if isinstance(count, int) and not 0 <= step < count
-    ]
+    set_steps(scheduler, steps)
+    if goes_by_flow(scheduler) and (found := _complaint_of_sigmas(scheduler)):
+        return found
+    most = count if goes_by_flow(scheduler) else count - 1 if isinstance(count, int) else None
+    outside = [step for step in scheduler.timesteps.tolist() if most is not None and not 0 <= step <= most]
     if outside:
         return (
-            f"with which a pass of {steps:,} steps has the timestep {outside[0]:g}, outside of 0 to {count - 1:,}: "
+            f"with which a pass of {steps:,} steps has the timestep {outside[0]:g}, outside of 0 to {most:,}: "
             "look at steps_offset and timestep_spacing"
         )
     if scheduler.timesteps[0] < scheduler.timesteps[-1]:
         return f"whose class, {type(scheduler).__name__}, goes from pictures to noise; take one that draws"
     generator = seeded(0)
-    sample = torch.randn(_SHAPE, generator=generator) * float(scheduler.init_noise_sigma)
+    sample = torch.randn(_SHAPE, generator=generator) * float(getattr(scheduler, "init_noise_sigma", 1.0))
     for step in scheduler.timesteps:
-        scheduler.scale_model_input(sample, step)
+        if hasattr(scheduler, "scale_model_input"):  # flow matching has none
+            scheduler.scale_model_input(sample, step)
         noise = torch.randn(_SHAPE, generator=generator)
         sample = scheduler.step(noise, step, sample, return_dict=False)[0]
     return "" if sample.isfinite().all() else f"with which {steps:,} steps give numbers that are not finite"
@@ -119,8 +166,11 @@ def steps_complaint(scheduler: Any, steps: int) -> str:
         return f"which cannot take so many: {reason_of(error)}"
 
 
-def scheduler_complaint(scheduler_class: Any, config: Mapping[str, Any]) -> str:
-    """What is wrong with a scheduler of that class and ``config``, as the end of a line; empty where nothing is."""
+def scheduler_complaint(scheduler_class: Any, config: Mapping[str, Any], *, by_flow: bool = False) -> str:
+    """What is wrong with a scheduler of that class and ``config``, as the end of a line; empty where nothing is.
+
+    ``by_flow``: whether it must be one of flow matching, else one that works by betas.
+    """
     if found := _complaint_of_settings(config):
         return found
     plain = {name: value for name, value in config.items() if not name.startswith("_")}
@@ -129,17 +179,21 @@ def scheduler_complaint(scheduler_class: Any, config: Mapping[str, Any]) -> str:
             scheduler = scheduler_class.from_config(plain)
             steps = scheduler.config.get("original_inference_steps") or _STEPS
             steps = min(_STEPS, steps, scheduler.config.num_train_timesteps)
-            return _complaint_of_schedule(scheduler) or _complaint_of_pass(scheduler, steps)
+            return _complaint_of_schedule(scheduler, by_flow=by_flow) or _complaint_of_pass(scheduler, steps)
     except (PruneLabError, MemoryError):
         raise
     except Exception as error:  # whatever the libraries raise about settings that make no sense
         return f"with which no {scheduler_class.__name__} works: {reason_of(error)}"
 
 
-def check_scheduler(folder: Path, scheduler_class: Any, named: str) -> None:
-    """Raise ModelFormatError unless the scheduler in ``folder`` can draw; ``named`` says whose it is."""
+def check_scheduler(folder: Path, scheduler_class: Any, named: str, pipeline: Any) -> None:
+    """Raise ModelFormatError unless the scheduler in ``folder`` can draw in the class ``pipeline``.
+
+    ``named`` says whose it is.
+    """
     config = json_object(folder / FILE)
-    if found := scheduler_complaint(scheduler_class, config):
+    by_flow = any("FlowMatch" in name for name in classes_wanted(pipeline).get("scheduler", ()))
+    if found := scheduler_complaint(scheduler_class, config, by_flow=by_flow):
         raise ModelFormatError(
             f"asked for {named}, which cannot be loaded as a {scheduler_class.__name__} from "
             f"{folder.name}/{FILE}, {found}; correct it, or fetch the model again"

@@ -24,18 +24,20 @@ SourceKind = Literal["reference", "preset", "pipeline", "unet", "config"]
 
 PRESETS = ("sd-v1.4", "sd-v1.5", "sd-v2.1-base", "sd-v2.1", "sdxl-base")
 
+_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelSource:
-    """A model that was found: what the user called it, what it is, where it lies, and the config of its U-Net."""
+    """A model that was found: what the user called it, what it is, where it lies, and its config."""
 
     text: str
     kind: SourceKind
-    folder: Path | None  # of the pipeline or U-Net; None where there is structure only
+    folder: Path | None  # of the pipeline or of the model alone; None where there is structure only
     config: dict[str, Any]
     revision: str = ""  # the commit of the hub where it is known, else what was asked for
     subfolder: str = ""  # of ``text``, in which ``folder`` lies
-    variant: str = ""  # of the U-Net's weights, such as fp16; empty for the plain ones
+    variant: str = ""  # of the model's weights, such as fp16; empty for the plain ones
     asked_variant: str = ""  # what was asked for; parts that have no such variant are read as they are
     random_seed: int | None = None  # weights are drawn with it; None: they are read
     notes: tuple[str, ...] = ()  # what the user should be told of how it was found
@@ -47,19 +49,34 @@ class ModelSource:
 
     @property
     def is_pipeline(self) -> bool:
-        """Whether text encoder, VAE and scheduler come with the U-Net."""
+        """Whether what draws with the model, such as a scheduler, comes with it."""
         return self.kind in ("reference", "pipeline")
 
     @property
+    def component(self) -> str:
+        """The name of the model among the parts of a pipeline: unet or transformer."""
+        return family_of(self.config).component
+
+    @property
+    def called(self) -> str:
+        """What messages call the model: a U-Net or a transformer."""
+        return family_of(self.config).called
+
+    @property
     def tokens(self) -> int:
-        """Length of the text that the U-Net reads: the most a pipeline's text encoder takes, else what it is for."""
-        if self.folder is not None and self.is_pipeline:
-            for part in ("text_encoder", "text_encoder_2"):
-                encoder = self.folder / part / "config.json"
-                if encoder.is_file():
-                    found = json_object(encoder).get("max_position_embeddings")
-                    return found if isinstance(found, int) else CLIP_TOKENS
-        return family_of(self.config).tokens(self.config)
+        """Length of the text that the model reads: what it is for, and no more than the one text encoder of a pipeline
+        takes. Of several encoders not every one's text is as long.
+        """
+        meant = family_of(self.config).tokens(self.config)
+        if self.folder is None or not self.is_pipeline or not meant:
+            return meant
+        parts = [self.folder / part / "config.json" for part in _ENCODERS]
+        encoders = [json_object(path) for path in parts if path.is_file()]
+        longest = [config.get("max_position_embeddings") for config in encoders]
+        if self.component == "unet":  # whose encoders all write as many words
+            found = longest[0] if longest else meant
+            return found if isinstance(found, int) else CLIP_TOKENS
+        return min([meant, *(one for one in longest[:1] if isinstance(one, int) and len(longest) == 1)])
 
     @property
     def timesteps(self) -> int | None:
@@ -72,23 +89,23 @@ class ModelSource:
 
     @property
     def architecture(self) -> Architecture:
-        """The inventory of the U-Net, its MACs counted for texts of ``tokens``; needs no weights."""
+        """The inventory of the model, its MACs counted for texts of ``tokens``; needs no weights."""
         return architecture_of(self.config, tokens=self.tokens)
 
     @property
     def unet_folder(self) -> Path | None:
-        """The folder with the config and weights of the U-Net."""
-        return self.folder / "unet" if self.folder is not None and self.is_pipeline else self.folder
+        """The folder with the config and weights of the model."""
+        return self.folder / self.component if self.folder is not None and self.is_pipeline else self.folder
 
     @property
     def places(self) -> tuple[Path, ...]:
-        """Where the model lies: what the user named, its folder and that of its U-Net; see ``refuse_to_replace``."""
+        """Where the model lies: what the user named, its folder and that of the model; see ``refuse_to_replace``."""
         named = Path(self.text).expanduser() if self.text else None
         return tuple(path for path in (self.folder, self.unet_folder, named) if path is not None)
 
     @property
     def unet_files(self) -> tuple[Path, ...]:
-        """The safetensors files that together hold the weights of the U-Net; none where there is structure only."""
+        """The safetensors files that together hold the weights of the model; none where there is structure only."""
         return () if self.unet_folder is None else weight_files(self.unet_folder, self.variant)
 
     @property
@@ -122,7 +139,7 @@ def _file_digest(path: Path, size: int, modified: int) -> bytes:
 
 
 def model_digest(source: ModelSource) -> str:
-    """16 hexadecimal digits over the config and every byte of the weights of the U-Net, or the seed of random ones."""
+    """16 hexadecimal digits over the config and every byte of the weights of the model, or the seed of random ones."""
     settings = {name: value for name, value in source.config.items() if not name.startswith("_")}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     if source.random_seed is not None:
@@ -134,7 +151,7 @@ def model_digest(source: ModelSource) -> str:
 
 
 def preset_config(name: str) -> dict[str, Any]:
-    """The settings of the U-Net of a preset, as its authors published them."""
+    """The settings of the model of a preset, as its authors published them."""
     return json_object(Path(__file__).resolve().parent.parent / "presets" / f"{name}.json")
 
 
@@ -170,7 +187,9 @@ def _from_folder(text: str, folder: Path, *, variant: str = "", subfolder: str =
     notes = (
         ()
         if found == variant
-        else (f"the weights of the U-Net are the variant {found}, the only one in {inner}",)
+        else (
+            f"the weights of the {family_of(config).called} are the variant {found}, the only one in {inner}",
+        )
     )
     return ModelSource(
         text, kind, inner, config, subfolder=subfolder, variant=found, asked_variant=variant, notes=notes
@@ -258,9 +277,9 @@ def resolve_model(
 ) -> ModelSource:
     """The model that ``text`` names, its files checked as far as can be without loading them.
 
-    ``revision`` is a branch, tag or commit of a hub repository, ``subfolder`` the folder inside of a U-Net or a
+    ``revision`` is a branch, tag or commit of a hub repository, ``subfolder`` the folder inside of a model or a
     pipeline, ``variant`` that of the weights (fp16, non_ema, ...); without it the plain ones are read, or the only
-    ones. ``random_weights`` keeps the structure of the U-Net alone and draws its weights with ``seed``. Raises
+    ones. ``random_weights`` keeps the structure of the model alone and draws its weights with ``seed``. Raises
     ModelNotFoundError when nothing has that name, ModelFormatError when its files are damaged or pickled,
     UnsupportedModelError when it is a class whose blocks are not known here.
     """

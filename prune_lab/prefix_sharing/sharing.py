@@ -22,7 +22,7 @@ from torch import Tensor
 
 from prune_lab.blocks import UNKNOWN_LATENT, Architecture, architecture_of
 from prune_lab.errors import ReplayError
-from prune_lab.families import Unit, example_inputs, meta_unet, runs_on_meta
+from prune_lab.families import Unit, example_inputs, meta_unet, prediction_of, runs_on_meta
 from prune_lab.live_bytes import live_peak
 from prune_lab.models.streamed import is_streamed
 from prune_lab.prefix_sharing.growing import growth
@@ -146,8 +146,8 @@ class _Rows:
 
     def answer(self, copies: int) -> Tensor:
         """The prediction (copies x rows, ...)."""
-        prediction: Tensor = self.model(**self.inputs(copies), return_dict=False)[0]
-        return prediction
+        output = self.model(**self.inputs(copies), return_dict=False)[0]
+        return prediction_of(self.model, output, self.probe.noisy[list(self.numbers * copies)])
 
     def first(self) -> _Rows:
         """The first row alone."""

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prune_lab.errors import UnsupportedModelError
-from prune_lab.families import REFINER_TIME_IDS, SDXL_TIME_IDS, Condition, known_conditions
-from prune_lab.probes.encoding import encode_pixels
+from prune_lab.families import REFINER_TIME_IDS, SDXL_TIME_IDS, Condition, known_conditions, model_of
+from prune_lab.probes.latents import encode_pixels
 
 # Guidance scales less one that LCM was trained with: uniform between these (arXiv:2310.04378, section 5.1).
 GUIDANCE = (2.0, 14.0)
@@ -25,15 +25,15 @@ _BOXES = 4  # in one mask, at most
 
 
 def pipeline_conditions(pipeline: Any) -> tuple[Condition, ...]:
-    """What the U-Net of ``pipeline`` takes beside noisy latents, timestep and text.
+    """What the model of ``pipeline`` takes beside noisy latents, timestep and text.
 
     Raises UnsupportedModelError where no rows of it are made here, or where the pipeline cannot give it to the U-Net.
     """
-    found = known_conditions(pipeline.unet)
+    found = known_conditions(model_of(pipeline))
     for condition in found:
         if condition.giver and not hasattr(pipeline, condition.giver):
             raise UnsupportedModelError(
-                f"asked for the inputs of the U-Net of a {type(pipeline).__name__}, found that it takes "
+                f"asked for the inputs of the model of a {type(pipeline).__name__}, found that it takes "
                 f"{condition.name.replace('_', ' ')}, which a pipeline of this class does not give it; "
                 "name the class that the model was made for in model_index.json"
             )
@@ -57,13 +57,19 @@ def guidance_embedding(scales: Tensor, width: int) -> Tensor:
 
 
 def drawn_rows(conditions: Sequence[Condition], count: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """``count`` rows of each condition that needs no picture and is drawn anew for each row: the guidance.
+    """``count`` rows of each condition that needs no picture and is made anew for each row.
 
-    Uniform over the range that LCM was trained with. Nothing is drawn for a model without one.
+    Embedded guidance is uniform over the range that LCM was trained with, a class any of all; a number that a pipeline
+    gives by default is that. Nothing is drawn for a model without any.
     """
     rows = {}
     for condition in conditions:
-        if condition.name == "guidance":
+        if condition.value is not None:
+            form = torch.int64 if condition.whole else torch.float32
+            rows[condition.name] = torch.full((count, *condition.shape), condition.value, dtype=form)
+        elif condition.classes:
+            rows[condition.name] = torch.randint(condition.classes, (count,), generator=generator)
+        elif condition.place == "timestep_cond":
             low, high = GUIDANCE
             scales = low + (high - low) * torch.rand(count, generator=generator)
             rows[condition.name] = guidance_embedding(scales, condition.shape[0])
@@ -90,6 +96,37 @@ def size_rows(config: Mapping[str, Any], pooled: Tensor, size: Sequence[int]) ->
             f"{pooled.shape[-1]}; known are six numbers (SDXL) and five (its refiner)"
         )
     return torch.tensor([known[count]] * len(pooled), dtype=torch.float32)
+
+
+# What a condition says of a picture of so many pixels in height and width.
+_OF_SIZE: Mapping[str, Callable[[int, int], tuple[float, ...]]] = {
+    "resolution": lambda height, width: (height, width),
+    "aspect_ratio": lambda height, width: (height / width,),
+    "original_size": lambda height, width: (height, width),
+    "target_size": lambda height, width: (height, width),
+    "crop_coords": lambda height, width: (0, 0),
+}
+
+
+def rows_of_size(
+    source: Any, given: Mapping[str, Tensor], count: int, size: Sequence[int]
+) -> dict[str, Tensor]:
+    """``count`` rows of each condition of ``source``, a model or a config, that tells the size of the picture.
+
+    ``given`` holds the conditions that come with the text, ``size`` is (height, width) in pixels. Empty for a model
+    that is not told. Raises UnsupportedModelError for numbers that are not known.
+    """
+    rows = {}
+    for condition in known_conditions(source):
+        if not condition.of_size:
+            continue
+        if condition.name == "time_ids":
+            config = source if isinstance(source, Mapping) else source.config
+            rows[condition.name] = size_rows(config, given["text_embeds"], size)
+        else:
+            numbers = _OF_SIZE[condition.name](*size)
+            rows[condition.name] = torch.tensor([numbers] * count, dtype=torch.float32)
+    return rows
 
 
 # Of pictures -----------------------------------------------------------------------------------------------------
@@ -174,16 +211,19 @@ def picture_rows(
 
 
 def noise_rows(
-    conditions: Sequence[Condition], latent: Sequence[int], count: int, generator: torch.Generator
+    conditions: Sequence[Condition], latent: Sequence[int], words: int, count: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """``count`` rows for a U-Net without a pipeline, at a latent of height and width ``latent``.
+    """``count`` rows for a model without a pipeline, at a latent of this height and width and a text of ``words``.
 
-    Masks and guidance are drawn as ever; what hangs on a picture is normal noise, as the latents are.
+    Masks of pictures and guidance are drawn as ever, no word is masked; what hangs on a picture or a text is normal
+    noise, as the latents are.
     """
     rows = drawn_rows(conditions, count, generator)
     for condition in conditions:
         if condition.name == "mask":
             rows["mask"] = torch.stack([draw_mask(latent, generator) for _ in range(count)])
-        elif condition.of_picture:
+        elif condition.words:
+            rows[condition.name] = torch.ones(count, words, dtype=torch.int64)
+        elif condition.of_picture or condition.of_text:
             rows[condition.name] = torch.randn(count, *condition.row_shape(*latent), generator=generator)
     return rows

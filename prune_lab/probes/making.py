@@ -10,23 +10,19 @@ import torch
 from torch import Tensor
 
 from prune_lab.errors import DataError, UnsupportedModelError
-from prune_lab.families import example_inputs, known_conditions, latent_channels
+from prune_lab.families import known_conditions, latent_channels, latent_form, model_of, text_form
 from prune_lab.probes.conditions import (
     drawn_rows,
     noise_rows,
     picture_names,
     picture_rows,
     pipeline_conditions,
-    size_rows,
+    rows_of_size,
 )
-from prune_lab.probes.encoding import (
-    decode_latents,
-    encode_captions,
-    encode_pictures,
-    noise_schedule,
-    training_target,
-)
+from prune_lab.probes.encoding import encode_captions
+from prune_lab.probes.latents import decode_latents, encode_pictures
 from prune_lab.probes.probe import Probe
+from prune_lab.probes.schedules import schedule_of
 from prune_lab.runtime import generator_for, note_once, seeded
 
 # All of SD 1, 2, XL.
@@ -123,34 +119,34 @@ def probe_of_latents(
             f"asked for a probe of {len(latents)} pictures, found {len(captions)} captions and {len(groups)} groups; "
             "give every picture one of each"
         )
-    schedule = noise_schedule(pipeline.scheduler.config)
-    length = schedule.config.num_train_timesteps
+    schedule = schedule_of(pipeline.scheduler.config)
+    length = schedule.length
     if not 1 <= per_picture <= timesteps <= length:
         raise DataError(
             f"asked for {timesteps} timesteps and {per_picture} of them per picture; the schedule has {length} steps; "
             "give 1 <= per_picture <= timesteps <= that"
         )
-    config = pipeline.unet.config
-    if latents.shape[1] != latent_channels(config):
+    model = model_of(pipeline)
+    if latents.shape[1] != latent_channels(model):
         raise UnsupportedModelError(
-            f"the U-Net takes {latent_channels(config)} channels of latents, the VAE gives {latents.shape[1]}; "
-            "give the VAE of this U-Net"
+            f"the model takes {latent_channels(model)} channels of latents, the VAE gives {latents.shape[1]}; "
+            "give the VAE of this model"
         )
     _note_controlnet(pipeline)
     embeddings, known = encode_captions(pipeline, captions) if text is None else text
     wanted = {condition.name for condition in conditions}
     added = {name: tensor for name, tensor in known.items() if name in wanted}
-    if "time_ids" in wanted - added.keys():
-        size = size or (_VAE_FACTOR * latents.shape[-2], _VAE_FACTOR * latents.shape[-1])
-        added["time_ids"] = size_rows(config, added["text_embeds"], size)
+    size = size or (_VAE_FACTOR * latents.shape[-2], _VAE_FACTOR * latents.shape[-1])
+    added = rows_of_size(model, added, len(latents), size) | added
     if set(picture_names(conditions)) - added.keys():
         shown = decode_latents(pipeline, latents) if pictures is None else pictures
         draws = [generator_for(seed, "mask", number) for number in range(len(latents))]
         added |= picture_rows(pipeline, conditions, shown, draws)
     generator = seeded(seed)
-    steps = _assign_timesteps(
+    places = _assign_timesteps(
         groups, strata=timesteps, per_picture=per_picture, length=length, generator=generator
-    ).flatten()
+    )
+    steps = schedule.timesteps[places.flatten()]
     index = torch.arange(len(latents)).repeat_interleave(per_picture)
     latents = latents[index]
     noise = torch.randn(latents.shape, generator=generator)
@@ -161,49 +157,48 @@ def probe_of_latents(
         embeddings=embeddings[index],
         captions=tuple(captions[picture] for picture in index.tolist()),
         groups=tuple(groups[picture] for picture in index.tolist()),
-        target=training_target(schedule, latents, noise, steps),
-        added={name: tensor[index] for name, tensor in added.items()}
-        | drawn_rows(conditions, len(index), generator_for(seed, "guidance", 0)),
+        target=schedule.target(latents, noise, steps),
+        added=drawn_rows(conditions, len(index), generator_for(seed, "guidance", 0))
+        | {name: tensor[index] for name, tensor in added.items()},
         pictures=index,
     )
 
 
-def random_probe(config: Mapping[str, Any], *, samples: int, seed: int, timesteps: int = 10) -> Probe:
-    """A probe of normal noise for the U-Net of ``config``, where there is no VAE, text encoder or picture.
+def random_probe(
+    config: Mapping[str, Any], *, samples: int, seed: int, timesteps: int = 10, latent: int | None = None
+) -> Probe:
+    """A probe of normal noise for the model of ``config``, where there is no VAE, text encoder or picture.
 
-    Good for checks of machinery and speed; impacts measured on it say nothing about pictures. Raises
-    UnsupportedModelError for a U-Net that takes something of which no rows are made here.
+    Good for checks of machinery and speed; impacts measured on it say nothing about pictures. ``latent`` is the side of
+    the latents; None means the size that the model is meant for. Raises UnsupportedModelError for a model that takes
+    something of which no rows are made here, or whose size is not known.
     """
     conditions = known_conditions(config)
-    shapes = example_inputs(config, batch=samples)
-    rows, channels, *sides = shapes["sample"].shape
-    channels -= sum(condition.shape[0] for condition in conditions if condition.place == "sample")
     generator = seeded(seed)
-    latents = torch.randn(rows, channels, *sides, generator=generator)
+    latents = torch.randn(samples, *latent_form(config, latent), generator=generator)
     noise = torch.randn(latents.shape, generator=generator)
-    schedule = noise_schedule(_SD_SCHEDULE)
-    steps = _assign_timesteps(
-        [""] * samples,
-        strata=timesteps,
-        per_picture=1,
-        length=schedule.config.num_train_timesteps,
-        generator=generator,
-    ).flatten()
+    schedule = schedule_of(_SD_SCHEDULE)
+    places = _assign_timesteps(
+        [""] * samples, strata=timesteps, per_picture=1, length=schedule.length, generator=generator
+    )
+    steps = schedule.timesteps[places.flatten()]
     added: dict[str, Tensor] = {
-        name: torch.randn(tensor.shape, generator=generator)
-        for name, tensor in shapes.get("added_cond_kwargs", {}).items()
+        one.name: torch.randn(samples, *one.shape, generator=generator)
+        for one in conditions
+        if one.place == "added_cond_kwargs"
     }
-    if "time_ids" in added:
-        height, width = (_VAE_FACTOR * side for side in latents.shape[-2:])
-        added["time_ids"] = size_rows(config, added["text_embeds"], (height, width))
-    added |= noise_rows(conditions, latents.shape[-2:], samples, generator_for(seed, "conditions", 0))
+    height, width = (_VAE_FACTOR * side for side in latents.shape[-2:])
+    sized = rows_of_size(config, added, samples, (height, width))
+    words, across = text_form(config)
+    draws = generator_for(seed, "conditions", 0)
+    rows = noise_rows(conditions, latents.shape[-2:], words, samples, draws)
     return Probe(
         noisy=schedule.add_noise(latents, noise, steps),
         noise=noise,
         timesteps=steps,
-        embeddings=torch.randn(shapes["encoder_hidden_states"].shape, generator=generator),
+        embeddings=torch.randn(samples, words, across, generator=generator),
         captions=("",) * samples,
         groups=("random",) * samples,
         target=noise,
-        added=added,
+        added=rows | added | sized,
     )

@@ -1,6 +1,6 @@
 """A probe: the fixed noisy latents, timesteps and text that every model is compared on.
 
-One row is one question to a U-Net: what noise is in this latent, at this timestep, given this caption? Rows
+One row is one question to a model: what noise is in this latent, at this timestep, given this caption? Rows
 spread evenly over the noise schedule, because late and early steps fail differently, and each picture is used
 equally often. The digest of the tensors names the probe wherever a number rests on it.
 """
@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from prune_lab.errors import DataError
-from prune_lab.families import forward_inputs
+from prune_lab.families import forward_inputs, prediction_of
 from prune_lab.runs.records import typed
 from prune_lab.runtime import atomic_write, parse_json, tensors_digest
 
@@ -92,12 +92,12 @@ class Probe:
             added={**self.added, **{name: tensor.expand(rows, -1) for name, tensor in added.items()}},
         )
 
-    def batches(self, size: int, unet: Any) -> Iterator[tuple[slice, dict[str, Any]]]:
-        """Rows in order, at most ``size`` at a time: where they lie, and keyword arguments of ``unet`` on its device.
+    def batches(self, size: int, model: Any) -> Iterator[tuple[slice, dict[str, Any]]]:
+        """Rows in order, at most ``size`` at a time: where they lie, and keyword arguments of ``model`` on its device.
 
-        Raises DataError for a probe that was made for a U-Net that takes other inputs.
+        Raises DataError for a probe that was made for a model that takes other inputs.
         """
-        device, dtype = unet.device, unet.dtype
+        device, dtype = model.device, model.dtype
 
         def moved(tensor: Tensor) -> Tensor:
             return tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
@@ -107,7 +107,7 @@ class Probe:
             yield (
                 rows,
                 forward_inputs(
-                    unet,
+                    model,
                     moved(self.noisy[rows]),
                     self.timesteps[rows].to(device),
                     moved(self.embeddings[rows]),
@@ -115,9 +115,13 @@ class Probe:
                 ),
             )
 
+    def predicted(self, rows: slice, model: Any, inputs: Mapping[str, Any]) -> Tensor:
+        """What ``model`` predicts for ``rows``, (n, C, H, W) in its number format, given ``inputs`` of ``batches``."""
+        return prediction_of(model, model(**inputs, return_dict=False)[0], self.noisy[rows])
+
     def denoising_error(self, prediction: Tensor, rows: slice) -> Tensor:
         """(n,) mean squared error of ``prediction`` (n, C, H, W) for ``rows`` against their target, on its device."""
-        return (prediction - self.target[rows].to(prediction.device)).square().mean((1, 2, 3))
+        return (prediction - self.target[rows].to(prediction.device)).square().flatten(1).mean(1)
 
     def save(self, path: Path) -> None:
         """Write the probe as one safetensors file, whole or not at all.
@@ -170,7 +174,7 @@ def load_probe(path: Path) -> Probe:
     return probe
 
 
-# Asking a U-Net -------------------------------------------------------------------------------------------
+# Asking a model --------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -185,10 +189,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def predict(unet: Any, probe: Probe, *, batch: int = 32) -> Tensor:
-    """What ``unet`` predicts for every row, (N, C, H, W) float32 on the CPU, ``batch`` rows at a time."""
+def predict(model: Any, probe: Probe, *, batch: int = 32) -> Tensor:
+    """What ``model`` predicts for every row, (N, C, H, W) float32 on the CPU, ``batch`` rows at a time."""
     predictions = torch.empty_like(probe.target)
-    with evaluating(unet), torch.inference_mode():
-        for rows, inputs in probe.batches(batch, unet):
-            predictions[rows] = unet(**inputs, return_dict=False)[0].float().cpu()
+    with evaluating(model), torch.inference_mode():
+        for rows, inputs in probe.batches(batch, model):
+            predictions[rows] = probe.predicted(rows, model, inputs).float().cpu()
     return predictions

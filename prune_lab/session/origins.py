@@ -38,14 +38,14 @@ def _component_files(folder: Path, variant: str) -> dict[str, Path]:
 
 
 def _teacher_files(source: ModelSource) -> dict[str, Path]:
-    found = {f"unet/{path.name}": path for path in source.unet_files}
+    found = {f"{source.component}/{path.name}": path for path in source.unet_files}
     if source.folder is None or not source.is_pipeline:
         return found
     index = source.folder / "model_index.json"
     parts = read_json(index)
     assert isinstance(parts, dict), "it was checked when the model was found"
     named = [name for name, value in parts.items() if isinstance(value, list) and value[0] is not None]
-    for part in sorted({*named} - {"unet", *LEFT_OUT}):
+    for part in sorted({*named} - {source.component, *LEFT_OUT}):
         inside = _component_files(source.folder / part, source.asked_variant)
         found |= {f"{part}/{name}": path for name, path in inside.items()}
     return found | {index.name: index}

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from prune_lab.errors import DataError, ModelFormatError
+from prune_lab.families import modern_class
 from prune_lab.models import weight_files
 from prune_lab.models.conversion import converted, refuse_flawed, stored
 from prune_lab.models.files import json_object
@@ -129,7 +130,7 @@ def copy_parts(
     variant: str = "",
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write the pipeline folder into ``target`` without its U-Net, the component ``unet``.
+    """Write the pipeline folder into ``target`` without its model, the component ``unet``.
 
     Parts that are not there, or whose weights are not in safetensors, are taken out of the index where a pipeline draws
     without them. ``asked`` is the variant that is read of the parts that have it; ``variant`` names the files that are
@@ -138,7 +139,10 @@ def copy_parts(
     index = json_object(pipeline / INDEX)
     written: dict[str, Any] = {}
     for part, value in index.items():
-        if not isinstance(value, list) or part == unet or value[:1] == [None]:
+        if part == unet:
+            written[part] = [value[0], modern_class(value[1], json_object(pipeline / part / "config.json"))]
+            continue
+        if not isinstance(value, list) or value[:1] == [None]:
             written[part] = value
             continue
         named = f"the {part} in {pipeline}"
@@ -163,3 +167,10 @@ def copy_parts(
     for path in sorted(pipeline.iterdir()):
         if path.is_file() and any(word in path.name.lower() for word in _LICENCES):
             shutil.copyfile(path, target / path.name)
+
+
+def rename_part(folder: Path, part: str, entry: Sequence[str]) -> None:
+    """Say in the index of the pipeline ``folder`` of which library, or file beside its weights, and class a part is."""
+    index = json_object(folder / INDEX)
+    if index.get(part) != list(entry):
+        write_config(folder / INDEX, {**index, part: list(entry)})

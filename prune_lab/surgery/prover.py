@@ -21,9 +21,10 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from prune_lab.families import empty_model
+from prune_lab.families import check_code, empty_model, family_of, is_own
 from prune_lab.models.answers import complaint_of_parts, random_inputs, unet_complaint
-from prune_lab.models.parts import left_out
+from prune_lab.models.files import json_object
+from prune_lab.models.parts import component_of, left_out
 from prune_lab.models.silence import quiet
 from prune_lab.runtime import read_json
 from prune_lab.surgery.bypass import bypassed
@@ -70,16 +71,23 @@ def _format_of(module: nn.Module) -> set[torch.dtype]:
 
 
 def _loaded(folder: Path, variant: str) -> tuple[Any, Any]:
-    """The U-Net in ``folder``, and the pipeline that it may be of, loaded as a user would load it; else None.
+    """The model in ``folder``, and the pipeline that it may be of, loaded as a user would load it; else None.
 
     The parts that are never used here stay closed, as they do everywhere.
     """
     named: dict[str, Any] = {"variant": variant} if variant else {}
     if not (folder / "model_index.json").is_file():
         config: Any = read_json(folder / "config.json")
+        if is_own(config):
+            check_code(folder, config)  # nothing else is run
+            return diffusers.AutoModel.from_pretrained(str(folder), trust_remote_code=True, **named), None
         return getattr(diffusers, config["_class_name"]).from_pretrained(folder, **named), None
     index: Any = read_json(folder / "model_index.json")
     unused: dict[str, Any] = dict.fromkeys(left_out(index))
+    for part, value in index.items():
+        if isinstance(value, list) and is_own(value[-1]):
+            check_code(folder / part, json_object(folder / part / "config.json"))
+            named["trust_remote_code"] = True
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **named, **unused)
     formats = {
         name: _format_of(part) for name, part in pipeline.components.items() if isinstance(part, nn.Module)
@@ -87,7 +95,7 @@ def _loaded(folder: Path, variant: str) -> tuple[Any, Any]:
     if len(set().union(*formats.values())) > 1:
         found = ", ".join(f"{name} {sorted(map(str, dtypes))}" for name, dtypes in formats.items())
         raise ValueError(f"its parts have different number formats and cannot draw together: {found}")
-    return pipeline.unet, pipeline
+    return getattr(pipeline, component_of(index)), pipeline
 
 
 def _differing(found: Mapping[str, list[int]], wanted: Mapping[str, list[int]]) -> str:
@@ -115,7 +123,7 @@ def _compared(question: Question) -> dict[str, Any]:
     unet.eval()
     gc.collect()  # the other parts of the pipeline
     if question["answers"] and not complaint and (found_of_unet := unet_complaint(unet)):
-        complaint = f"its U-Net {found_of_unet}"
+        complaint = f"its {family_of(unet).called} {found_of_unet}"
     found: dict[str, Any] = {
         "error": "",
         "complaint": complaint,

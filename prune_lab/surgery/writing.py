@@ -14,7 +14,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from prune_lab.errors import StorageError, UnsupportedModelError
-from prune_lab.families import plain_config
+from prune_lab.families import entry_of, is_own, plain_config
+from prune_lab.forms import layout_of
 from prune_lab.models import ModelSource, model_digest, weight_files
 from prune_lab.models.conversion import refuse_flawed, stored
 from prune_lab.models.files import json_object
@@ -22,7 +23,8 @@ from prune_lab.models.protection import check_folder
 from prune_lab.plans import PruningPlan
 from prune_lab.runtime import Environment, atomic_folder, names_alone, output_folder, write_json
 from prune_lab.surgery.building import materialise_from_files, predicted_shapes
-from prune_lab.surgery.parts import copy_parts, copy_texts, copy_weights, write_config
+from prune_lab.surgery.code import write_code
+from prune_lab.surgery.parts import copy_parts, copy_texts, copy_weights, rename_part, write_config
 from prune_lab.surgery.proof import (
     Original,
     Proof,
@@ -32,7 +34,6 @@ from prune_lab.surgery.proof import (
     tensors_in_float32,
 )
 
-_UNET = "unet"  # the folder of the U-Net in a pipeline
 _PLAN, _PROVENANCE = "plan.json", "provenance.json"
 TEACHER = "teacher_config"  # in provenance.json: the structure of the model that was pruned
 
@@ -44,6 +45,7 @@ def _write_unet(unet: Any, folder: Path, plan: Plan, variant: str) -> None:
     unet.save_pretrained(folder, safe_serialization=True, variant=variant or None)
     config = folder / "config.json"
     write_config(config, json_object(config))  # a loaded model remembers its folder
+    write_code(folder, json_object(config))
     if plan is not None:
         write_json(folder / _PLAN, plan.to_json() if isinstance(plan, PruningPlan) else dict(plan))
 
@@ -71,7 +73,8 @@ def save_unet(
     shapes = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
     with atomic_folder(folder, force=True) as temporary:
         _write_unet(unet, temporary, plan, "")
-        if getattr(diffusers, type(unet).__name__, None) is type(unet):
+        name = type(unet).__name__
+        if is_own(name) or getattr(diffusers, name, None) is type(unet):
             digest = "" if original else digest_of(unet)
             proof = prove(temporary, shapes=shapes, original=original, digest=digest)
         _write_provenance(temporary, provenance, proof)
@@ -93,9 +96,9 @@ def prune_pipeline(
     variant: str = "",
     finish: Callable[[Path], object] | None = None,
 ) -> Path:
-    """The folder ``out``: ``source`` with its U-Net pruned by ``plan``, proved to load and draw in plain diffusers.
+    """The folder ``out``: ``source`` with its model pruned by ``plan``, proved to load and draw in plain diffusers.
 
-    A pipeline folder gives a whole pipeline folder, a U-Net folder a U-Net folder. Neither the original U-Net nor any
+    A pipeline folder gives a whole pipeline folder, a model folder a model folder. Neither the original model nor any
     other part is loaded whole. ``dtype`` converts all parts, None keeps the files' own; ``variant`` names all files
     with weights, as in ``diffusion_pytorch_model.fp16.safetensors``; ``finish`` adds to the proved folder before it
     gets its name. Raises UnsupportedModelError when ``source`` has no weights, StorageError where ``out`` may not be
@@ -105,13 +108,14 @@ def prune_pipeline(
     if source.folder is None or source.unet_folder is None or not source.has_weights:
         raise UnsupportedModelError(
             f"asked to prune {source.text!r}, which has no weights (kind: {source.kind}); "
-            "give a pipeline or U-Net folder"
+            "give the folder of a pipeline or of a model"
         )
     provenance = {
         **source.origin,
         "source_digest": model_digest(source),
         "plan": plan.text,
         "plan_id": plan.id,
+        "form": plan.form,
         TEACHER: plain_config(source.config),
         "environment": Environment.capture().as_dict(),
     }
@@ -121,14 +125,20 @@ def prune_pipeline(
         )
     out = check_folder(out, {"the model": source.places}, force=force)
     original = original_of(source, plan, dtype)
-    refuse_flawed(stored(original.files), f"the U-Net in {source.unet_folder}")
+    refuse_flawed(stored(original.files), f"the {source.called} in {source.unet_folder}")
     with output_folder(out, force=force) as temporary:
         get_ready_to_prove()
-        folder = temporary / _UNET if source.is_pipeline else temporary
+        folder = temporary / source.component if source.is_pipeline else temporary
         if source.is_pipeline:
             copy_parts(
-                source.folder, temporary, unet=_UNET, asked=source.asked_variant, variant=variant, dtype=dtype
+                source.folder,
+                temporary,
+                unet=source.component,
+                asked=source.asked_variant,
+                variant=variant,
+                dtype=dtype,
             )
+            rename_part(temporary, source.component, entry_of(layout_of(source.architecture, plan).config))
         student = materialise_from_files(source.config, original.files, plan, dtype=dtype)
         _write_unet(student, folder, plan, variant)
         del student  # one model at a time: the other process has its turn
@@ -180,10 +190,14 @@ def pipeline_with(
         get_ready_to_prove()
         inside = source.is_pipeline and source.folder is not None
         if source.is_pipeline and source.folder is not None:
-            copy_parts(source.folder, temporary, unet=_UNET, asked=source.asked_variant)
-        folder = temporary / _UNET if inside else temporary
+            copy_parts(source.folder, temporary, unet=source.component, asked=source.asked_variant)
+        folder = temporary / source.component if inside else temporary
         copy_texts(unet_folder, folder)
         copy_weights(files, folder, variant="", dtype=None)
+        config = json_object(folder / "config.json")
+        write_code(folder, config)
+        if inside:
+            rename_part(temporary, source.component, entry_of(config))
         proof = prove(temporary, shapes=shapes, digest=digest)
         written = folder / _PROVENANCE
         provenance = json_object(written) if written.is_file() else source.origin
