@@ -129,6 +129,13 @@ def _per_side(value: Any, sides: int) -> list[int]:
     return [value] * sides if isinstance(value, int) else list(value)
 
 
+_TRANSPOSED: Mapping[Any, int] = {
+    torch.conv_transpose1d: 1,
+    torch.conv_transpose2d: 2,
+    torch.conv_transpose3d: 3,
+}
+
+
 def _convolution(
     sides: int,
     x: Any,
@@ -145,6 +152,26 @@ def _convolution(
     return torch._convolution(x, weight, bias, *form, False, False, False, False)
 
 
+def _transposed(
+    sides: int,
+    x: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Any:
+    """``conv_transpose2d`` or its like, as the operator that a trace records (samplers of K-diffusion)."""
+    stride, padding, dilation, more = (
+        _per_side(option, sides) for option in (stride, padding, dilation, output_padding)
+    )
+    return torch._convolution(
+        x, weight, bias, stride, padding, dilation, True, more, groups, False, False, False, False
+    )
+
+
 class _AsTraced(TorchFunctionMode):
     """Calls every ``conv2d`` and its like as ``_convolution``, the operator that a trace records, and ``masked_fill``
     with a number: the tracer knows none that fills with true or false.
@@ -153,6 +180,8 @@ class _AsTraced(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func in _TRANSPOSED:
+            return _transposed(_TRANSPOSED[func], *args, **(kwargs or {}))
         sides = _CONVOLUTIONS.get(func)
         if func is Tensor.masked_fill and len(args) == 3 and isinstance(args[2], bool):
             return func(*args[:2], int(args[2]))

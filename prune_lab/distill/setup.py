@@ -74,11 +74,15 @@ class DistillSetup:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Student:
-    """A pruned U-Net to be trained: how it is loaded, its feature pairs, and the folder of its candidate."""
+    """A pruned U-Net to be trained: how it is loaded, its feature pairs, and the folder of its candidate.
+
+    ``frozen`` are paths of modules that do nothing as long as their weights stay: they are not trained.
+    """
 
     load: Callable[[], nn.Module]
     pairs: tuple[FeaturePair, ...]
     folder: Path
+    frozen: tuple[str, ...] = ()
 
 
 def check_data_fits(student: Any, data: TrainingData) -> None:
@@ -224,6 +228,8 @@ class StudentRun:
         settings = setup.settings
         # Steps this small are rounded away in shorter formats.
         nn.Module.to(unet.train(), setup.device, torch.float32)
+        for path in student.frozen:
+            unet.get_submodule(path).requires_grad_(False)
         if settings.gradient_checkpointing:
             cast("Any", unet).enable_gradient_checkpointing()
         optimizer = torch.optim.AdamW(

@@ -17,7 +17,8 @@ import diffusers
 import transformers
 from torch import nn
 
-from prune_lab.families import CLASS_NAME, FAMILIES
+from prune_lab.errors import UnsupportedModelError
+from prune_lab.families import CLASS_NAME, FAMILIES, is_own, own_class
 from prune_lab.families.drawing import call_inputs, draws_videos, reads_text
 from prune_lab.models.silence import quiet
 from prune_lab.models.views import STEMS
@@ -82,6 +83,11 @@ def part_class(library: object, name: object) -> Any | None:
     """
     if not isinstance(library, str) or not isinstance(name, str) or not name.isidentifier():
         return None
+    if is_own(name):
+        try:
+            return own_class(library, name)
+        except UnsupportedModelError:
+            return None
     homes: dict[str, Any] = {"diffusers": diffusers, "transformers": transformers}
     home = homes.get(library)
     if (
