@@ -109,7 +109,7 @@ def _chain_shape(frame: pd.DataFrame) -> tuple[Corners, list[Label]]:
             y -= _ROW + _BETWEEN_LISTS * (number != earlier if taking_turns else stage != above)
         cells |= {name: (place * _STEP, y) for place, name in enumerate(names)}
         if number == 0:
-            labels.append((stage, -0.18, y + HEIGHT / 2, "right"))
+            labels.append((str(stage), -0.18, y + HEIGHT / 2, "right"))
     return cells, labels
 
 
