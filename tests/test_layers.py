@@ -20,7 +20,7 @@ PACKAGE = Path(prune_lab.__file__).resolve().parent
 LAYERS = (
     ("errors", "schemas", "runtime", "processes", "families", "counting", "live_bytes", "assets"),
     ("config", "blocks", "runs", "text_tables", "prompts"),
-    ("models", "plans"),
+    ("plans", "forms", "models"),
     ("surgery", "probes", "prefix_sharing"),
     ("profiling", "evaluation", "importance"),
     ("search", "candidates", "repair"),

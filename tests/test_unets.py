@@ -411,9 +411,7 @@ def test_a_search_takes_layers_and_prices_them_once(seen: Seen) -> None:
         assert sum(impacts[name] for name in found.removed) == pytest.approx(best, abs=1e-9)
         assert parameters(meta_unet(native_layout(architecture, found).config)) == costs.of(found).params
     assert any(".T" in name for plan in plans for name in plan.removed)
-    loose = search_plans(
-        architecture, Effects(impacts), costs, [budget], constraints=Constraints(native_only=False)
-    )
+    loose = search_plans(architecture, Effects(impacts), costs, [budget], constraints=Constraints(form="own"))
     assert costs.of(loose[0]).params <= budget.limit
     seen(config, "search")
 

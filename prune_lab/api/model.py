@@ -30,9 +30,11 @@ from prune_lab.config import (
 )
 from prune_lab.errors import PlanError, RunError
 from prune_lab.export import write_card
+from prune_lab.families import knows_its_size
+from prune_lab.forms import form_named, in_form, layout_of, within_form
 from prune_lab.models import load_unet
 from prune_lab.models.protection import check_apart, check_folder
-from prune_lab.plans import PruningPlan, native_layout, read_plans
+from prune_lab.plans import PruningPlan, read_plans
 from prune_lab.processes import init_processes, is_main
 from prune_lab.report import block_map_frame, draw_block_map
 from prune_lab.runs import Run, read_records
@@ -86,7 +88,7 @@ class Model(Workplace):
     def blocks(self) -> Table:
         """The blocks of the model: kind, channels, parameters, multiply-adds, and whether each can be removed."""
         frame, title = blocks_frame(self.architecture), f"Blocks of {self.source.text}"
-        if self.architecture.config.get("sample_size") is None:
+        if not knows_its_size(self.architecture.config):
             side = UNKNOWN_LATENT
             title += f" (its config has no sample_size: multiply-adds are those of a {side} x {side} latent)"
         mapped = block_map_frame(frame, self._scores())
@@ -222,6 +224,7 @@ class Model(Workplace):
         plan: str | Plan,
         out: str | Path,
         *,
+        form: str | None = None,
         dtype: str | None = None,
         variant: str = "",
         force: bool = False,
@@ -229,16 +232,21 @@ class Model(Workplace):
     ) -> Table:
         """Write the model without the blocks of ``plan`` to the folder ``out``, which plain diffusers loads.
 
+        ``form`` is native, neutral or own (``prune_lab.forms``); None: native where a plain config describes what is
+        left, else with code of its own, which diffusers has to be told to trust.
+
         A process of its own loads it and compares it with the model without these blocks before the folder gets its
-        name. ``dtype`` converts the weights, ``variant`` names their files (``fp16``). Raises NonNativePlanError with
-        the reason for a plan that cannot be built, StorageError where ``out`` holds something and ``force`` is not
+        name. ``dtype`` converts the weights, ``variant`` names their files (``fp16``). Raises FormError with the reason
+        for a plan that cannot be built in the form, StorageError where ``out`` holds something and ``force`` is not
         given. With ``dry_run`` only the costs come back.
         """
         out = check_folder(out, {"the model": self.source.places, "the plan": (str(plan),)}, force=force)
         if not dry_run:
             get_ready_to_prove()  # it imports meanwhile
-        chosen = plan if isinstance(plan, Plan) else self.plan(plan)
-        native_layout(self.architecture, chosen.plan)  # says what is in the way, also with dry_run
+        named = plan if isinstance(plan, Plan) else self.plan(plan)
+        asked = None if form is None else form_named(form)
+        # says what is in the way, also with dry_run
+        chosen = dataclasses.replace(named, plan=in_form(self.architecture, named.plan, asked))
         if not dry_run:
             how: dict[str, Any] = {
                 "dtype": pick_dtype(dtype) if dtype else None,
@@ -274,8 +282,9 @@ class Model(Workplace):
         """
         if not self.source.is_pipeline:
             raise RunError(
-                f"asked to distil students of {self.source.text}, a model alone (kind: {self.source.kind}); pictures "
-                "and captions are encoded with a VAE and a text encoder: give a pipeline folder or a hub id"
+                f"asked to distil students of {self.source.text}, a {self.source.called} alone (kind: "
+                f"{self.source.kind}); pictures and captions are encoded with a VAE and a text encoder: give a "
+                "pipeline folder or a hub id"
             )
         wanted = with_settings(self.settings, settings_by_name("distill", settings))
         sources = self._read_by(wanted)
@@ -317,9 +326,10 @@ class Model(Workplace):
         text = plan.id if isinstance(plan, Plan) else plan
         if any(goes_by(one, text) for one in known) or not (isinstance(plan, Plan) or self._temporary):
             return plan_named(known, text, session)
-        (found,) = plans_of(self.architecture, (plan,))
+        (read,) = plans_of(self.architecture, (plan,))
+        found = within_form(self.architecture, read, form_named(self.settings.search.form))
         if found.id not in {one.id for one in known}:
-            native_layout(self.architecture, found)
+            layout_of(self.architecture, found)
             write_json(session.run.plan(found.id), found.to_json())
             forget(session.run, "ranking")  # it was made without this one
         return found

@@ -104,7 +104,7 @@ _ONCE: dict[tuple[str, str], str] = {
     ("score", "--contiguous"): "--set score.channels_last=false",
     ("search", "--budget"): "--set search.budgets=VALUE",
     ("search", "--count"): "--plans",
-    ("search", "--any"): "--set search.native_only=false",
+    ("search", "--any"): "--form own",
     ("search", "--quota"): "--set search.quotas=VALUE",
     ("search", "--control"): "--set search.controls=VALUE",
 }

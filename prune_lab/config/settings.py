@@ -91,8 +91,11 @@ class SearchConfig:
     solver: str = setting("exact", f"how plans are found: {in_words(CHOICES['search.solver'])}")
     count: int = setting(1, "plans per budget", least=1, most=MANY)
     diverse: int = setting(1, "blocks in which any two plans of a budget differ at least", least=1)
-    native_only: bool = setting(
-        True, "only plans that a plain diffusers config describes, which alone can be built"
+    form: str = setting(
+        "native",
+        "plans that may be found, by how they can be built: native, by a plain diffusers config; neutral, any plan, in "
+        "which removed blocks stay and do nothing; own, any plan, with code of its own in the folder. What is native "
+        "is built natively in any case",
     )
     keep: tuple[str, ...] = setting((), "blocks and stages that stay")
     remove: tuple[str, ...] = setting((), "blocks and stages that go")

@@ -7,7 +7,13 @@ import pandas as pd
 from prune_lab.errors import PruneLabError
 from prune_lab.export.ip_adapter import new_numbers
 from prune_lab.export.students import Student
-from prune_lab.families.adapter_names import attention_projections, attentions, is_cross_attention
+from prune_lab.families import CLASS_NAME
+from prune_lab.families.adapter_names import (
+    attention_projections,
+    attentions,
+    has_additions,
+    is_cross_attention,
+)
 from prune_lab.families.controlnet import controlnet_config, cut_controlnet, takes_adapter_features
 from prune_lab.families.ldm_keys import unet_places
 from prune_lab.schemas import COMPATIBILITY_COLUMNS
@@ -70,6 +76,8 @@ def _adapter(student: Student) -> _Row:
 
 
 def _single_file(student: Student) -> _Row:
+    if student.plan.form == "own":
+        return "single file", NOT_AT_ALL, None, None, None, "it has no place for code of its own"
     try:
         unet_places(student.layout.config)
     except PruneLabError as error:
@@ -81,20 +89,32 @@ def _outside(what: str, where: str) -> _Row:
     return what, AS_IT_IS, None, None, None, f"{where}, which pruning leaves alone"
 
 
+def _unknown(what: str, student: Student) -> _Row:
+    why = f"nothing is known here of those for a {student.architecture.config[CLASS_NAME]}; as it is, it may go to "
+    return what, NOT_AT_ALL, None, None, None, f"{why}another block without a word"
+
+
+def _made_for_blocks(student: Student) -> list[_Row]:
+    if not has_additions(student.architecture.config):
+        return [_unknown(what, student) for what in ("LoRA", "ControlNet", "IP-Adapter")]
+    if student.plan.form == "native":
+        return [_lora(student), _controlnet(student), _ip_adapter(student), _adapter(student)]
+    note = f"not known for a student in the {student.plan.form} form"
+    kinds = ("LoRA", "ControlNet", "IP-Adapter", "T2I-Adapter")
+    return [(kind, NOT_AT_ALL, None, None, None, note) for kind in kinds]
+
+
 def compatibility(student: Student) -> pd.DataFrame:
     """A row for each kind of file: whether it fits the student, and how many of its parts; COMPATIBILITY_COLUMNS.
 
     ``kept`` of ``of`` parts have a place, ``renamed`` of them another one than in the teacher.
     """
     rows = [
-        _lora(student),
-        _controlnet(student),
-        _ip_adapter(student),
-        _adapter(student),
+        *_made_for_blocks(student),
         _outside("textual inversion", "words of the text encoder"),
         _outside("VAE", "a part of the pipeline"),
         _outside("scheduler", "a part of the pipeline"),
-        _single_file(student),
+        *([_single_file(student)] if has_additions(student.architecture.config) else []),
     ]
     frame = pd.DataFrame(rows, columns=list(COMPATIBILITY_COLUMNS))
     counts = ["kept", "of", "renamed"]

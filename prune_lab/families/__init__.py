@@ -5,6 +5,7 @@ A family is a row of functions about one diffusers class. Everything else asks i
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import warnings
@@ -23,6 +24,7 @@ from prune_lab.families.family import (
     CLIP_TOKENS,
     Condition,
     Family,
+    Form,
     Layout,
     Outline,
     Stage,
@@ -33,8 +35,20 @@ from prune_lab.families.family import (
 )
 from prune_lab.families.image_transformers import IMAGE_TRANSFORMERS
 from prune_lab.families.joint_transformers import JOINT_TRANSFORMERS
-from prune_lab.families.legacy import modern_config, modern_name
+from prune_lab.families.legacy import modern_class, modern_config
 from prune_lab.families.meta_device import runs_on_meta
+from prune_lab.families.own_code import (
+    base_name,
+    check_code,
+    code_path,
+    entry_of,
+    file_of,
+    is_own,
+    known_files,
+    own_class,
+    own_family,
+    own_layout,
+)
 from prune_lab.families.refused import REFUSED
 from prune_lab.families.skipping_transformers import SKIPPING_TRANSFORMERS
 from prune_lab.families.unet2d import UNET2D
@@ -52,29 +66,40 @@ __all__ = [
     "SDXL_TIME_IDS",
     "Condition",
     "Family",
+    "Form",
     "Layout",
     "Outline",
     "Stage",
     "Unit",
     "UnitKind",
+    "base_name",
+    "check_code",
     "check_forward",
+    "code_path",
     "conditions_of",
     "embedding_width",
     "empty_model",
+    "entry_of",
     "example_inputs",
     "family_of",
+    "file_of",
     "filled_with_noise",
     "forward_inputs",
+    "is_own",
     "known_conditions",
+    "known_files",
+    "knows_its_size",
     "latent_channels",
     "latent_form",
     "latent_shape",
     "looks_like_a_unet",
     "meta_unet",
     "model_of",
+    "modern_class",
     "modern_config",
-    "modern_name",
     "outline_of",
+    "own_class",
+    "own_layout",
     "picture_scale",
     "plain_config",
     "predict_with",
@@ -103,12 +128,20 @@ def supported_classes() -> str:
     return f"{', '.join(nets)} and the transformers {', '.join(rest)}"
 
 
+@functools.cache
+def _own_family(class_name: str, file: str) -> Family:
+    return own_family(FAMILIES[base_name(class_name)], file)
+
+
 def family_of(source: nn.Module | Mapping[str, Any]) -> Family:
     """The family of a model, or of the model that a diffusers config describes.
 
     Raises UnsupportedModelError when its class has none, or a config does not name its class.
     """
     name = source.get(CLASS_NAME) if isinstance(source, Mapping) else type(source).__name__
+    if is_own(name) and base_name(str(name)) in FAMILIES:
+        file = file_of(source) if isinstance(source, Mapping) else type(source).__module__
+        return _own_family(str(name), file.rpartition(".")[2])
     if not isinstance(name, str) or name not in FAMILIES:
         found = f"a model of class {name}" if name else f"a config without {CLASS_NAME}"
         why = f", which {REFUSED[name]}" if isinstance(name, str) and name in REFUSED else ""
@@ -267,6 +300,15 @@ def latent_shape(config: Mapping[str, Any], latent: int | None = None) -> tuple[
     Raises UnsupportedModelError where its config does not say.
     """
     return family_of(config).size(config) if latent is None else (latent, latent)
+
+
+def knows_its_size(config: Mapping[str, Any]) -> bool:
+    """Whether the size of the latent is known that the model of ``config`` is meant for."""
+    try:
+        latent_shape(config)
+    except UnsupportedModelError:
+        return False
+    return True
 
 
 def latent_form(source: nn.Module | Mapping[str, Any], latent: int | None = None) -> tuple[int, ...]:

@@ -14,13 +14,18 @@ from prune_lab.families import (
     CLASS_NAME,
     FAMILIES,
     REFUSED,
+    base_name,
+    check_code,
     check_forward,
     family_of,
+    is_own,
     meta_unet,
+    modern_class,
     modern_config,
-    modern_name,
     outline_of,
+    own_class,
     plain_config,
+    supported_classes,
 )
 from prune_lab.models.components import check_part, check_vocabulary, misfit, unread_tensors
 from prune_lab.models.diagnosis import check_files, folder_without_a_model, refuse_config, unusable
@@ -85,6 +90,7 @@ def checked_config(path: Path) -> dict[str, Any]:
 
 def _check_weights(folder: Path, config: Mapping[str, Any], variant: str) -> str:
     """The variant of the weights in ``folder``; ModelFormatError unless they are just those ``config`` describes."""
+    check_code(folder, config)
     weights = weights_in(folder, variant)
     header = headers_of(weights)
     if reason := unusable(header, config):
@@ -117,7 +123,7 @@ def _shown(value: object) -> str:
 
 def _names_a_model(value: object) -> bool:
     """Whether an entry of an index is of a model whose blocks are known."""
-    return isinstance(value, list) and len(value) == 2 and value[1] in FAMILIES
+    return isinstance(value, list) and len(value) == 2 and base_name(str(value[1])) in FAMILIES
 
 
 def _why_no_model(pipeline: Any) -> str:
@@ -141,7 +147,7 @@ def _check_class(index: Path, parts: Mapping[str, Any]) -> tuple[Any, str]:
     if not models_wanted(found):
         raise UnsupportedModelError(
             f"{index} describes a {name}, which {_why_no_model(found)}; supported are pipelines with a "
-            f"{', '.join(FAMILIES)}, such as {_EXAMPLES}"
+            f"{supported_classes()}, such as {_EXAMPLES}"
         )
     component = next(iter(models_wanted(found)))
     models = [part for part in sorted(required) if _names_a_model(parts.get(part))]
@@ -185,6 +191,8 @@ def _check_class(index: Path, parts: Mapping[str, Any]) -> tuple[Any, str]:
 def _check_entry(index: Path, part: str, value: list[Any], pipeline: Any) -> None:
     """Raise unless the ``part`` of ``pipeline`` is of a class that it can use, and has a folder."""
     named = part if part.isidentifier() else repr(part)
+    if len(value) == 2 and is_own(value[1]):
+        own_class(*value)  # says which code is known
     found = part_class(*value) if len(value) == 2 else None
     if found is None:
         raise UnsupportedModelError(
@@ -214,13 +222,13 @@ def checked_pipeline(index: Path, variant: str = "") -> tuple[dict[str, Any], st
         _check_entry(index, part, value, pipeline)
     folder = index.parent / component
     config = unet_config(folder / "config.json")
-    listed, name = modern_name(components[component][1], config), config[CLASS_NAME]
+    listed, name = modern_class(components[component][1], config), config[CLASS_NAME]
     if listed != name:
         raise ModelFormatError(
             f"{index} lists as {component} a {listed}, {folder / 'config.json'} is of a {name}; "
             "fetch both from the same place again"
         )
-    if name not in models_wanted(pipeline)[component]:
+    if base_name(name) not in models_wanted(pipeline)[component]:
         raise UnsupportedModelError(
             f"{index} lists as {component} a {name}, where a {pipeline.__name__} takes a "
             f"{' or '.join(models_wanted(pipeline)[component])}; fetch it again"
