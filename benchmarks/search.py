@@ -171,7 +171,7 @@ def solver_lines(architecture: Architecture, costs: CostTable, draws: int = 5) -
         "native, 30 pairs": (Constraints(), 30),
         "any": (ANY_PLAN, 0),
         "any, 30 pairs": (ANY_PLAN, 30),
-        "any, all rules": (Constraints(least_resnets=1, quotas=quotas, longest_run=4, native_only=False), 0),
+        "any, all rules": (Constraints(least_resnets=1, quotas=quotas, longest_run=4, form="own"), 0),
     }
     for kind, (constraints, pairs) in kinds.items():
         for text in BUDGETS:
@@ -212,7 +212,7 @@ def agreement(instances: int = 100) -> tuple[int, int]:
     generator, agreed = np.random.default_rng(0), 0
     for seed in range(instances):
         effects = random_effects(architecture, seed, pairs=6)
-        rules = Constraints(longest_run=int(generator.integers(2, 7)), native_only=bool(seed % 2))
+        rules = Constraints(longest_run=int(generator.integers(2, 7)), form="native" if seed % 2 else "own")
         budget = parse_budget(f"macs<={generator.integers(40, 95)}%", architecture, costs)
         limits = rules.limits(architecture)
         least = min(
@@ -221,7 +221,7 @@ def agreement(instances: int = 100) -> tuple[int, int]:
                 for plan, price in zip(plans, prices, strict=True)
                 if budget.allows(price)
                 and all(limit.allows(plan.removed) for limit in limits)
-                and (not rules.native_only or frozenset(plan.removed) in native)
+                and (rules.form != "native" or frozenset(plan.removed) in native)
             ),
             default=None,
         )

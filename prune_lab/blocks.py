@@ -80,7 +80,9 @@ class Architecture:
     """
 
     outline: Outline
-    units: tuple[CountedUnit, ...]  # blocks and samplers, which do not overlap
+    units: tuple[
+        CountedUnit, ...
+    ]  # blocks and samplers, which do not overlap; those that are gone keep their place
     blocks: tuple[CountedUnit, ...]
     layers: tuple[
         CountedUnit, ...
@@ -237,7 +239,7 @@ def _architecture_of_config(canonical: str, tokens: int) -> Architecture:
 
     found = tuple(counted(unit) for unit in outline.units)
     units = tuple(unit for unit in found if not unit.inside)
-    blocks = tuple(unit for unit in units if unit.kind != "sampler")
+    blocks = tuple(unit for unit in units if unit.kind != "sampler" and not unit.gone)
     shape = [
         (b.name, b.path, b.in_channels, b.out_channels, b.skip_channels, b.transformer_layers, b.params)
         for b in blocks
@@ -246,9 +248,9 @@ def _architecture_of_config(canonical: str, tokens: int) -> Architecture:
         outline=outline,
         units=units,
         blocks=blocks,
-        layers=tuple(unit for unit in found if unit.inside),
-        named=tuple(unit for unit in found if unit.kind != "sampler"),
-        samplers=tuple(unit for unit in units if unit.kind == "sampler"),
+        layers=tuple(unit for unit in found if unit.inside and not unit.gone),
+        named=tuple(unit for unit in found if unit.kind != "sampler" and not unit.gone),
+        samplers=tuple(unit for unit in units if unit.kind == "sampler" and not unit.gone),
         signature=hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:12],
         total_params=params[""],
         tokens=tokens,

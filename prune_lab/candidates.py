@@ -97,12 +97,11 @@ def build_candidate(
     """The candidate of ``plan``, built and profiled in ``folder``; a step whose file is there is not done again.
 
     From a source with weights only the surviving tensors are read, and kept in the files' own format; a U-Net in memory
-    is copied and left as it is. What is written is proved before it gets its name. The profile is
-    that of the student in ``dtype`` on ``device``, one forward pass of ``batch`` samples, ``runs`` timed after
-    ``warmup``; without ``profiled`` it is left to ``profile_candidate``. Raises NonNativePlanError when no plain
-    diffusers config describes the student, UnsupportedModelError when ``teacher`` has no weights, RunError when
-    ``folder`` holds another plan's candidate, StorageError when writing fails, ProofError when what was written is
-    another model.
+    is copied and left as it is. The student has the form of the plan; what is written is proved before it gets its
+    name. The profile is that of the student in ``dtype`` on ``device``, one forward pass of ``batch`` samples, ``runs``
+    timed after ``warmup``; without ``profiled`` it is left to ``profile_candidate``. Raises FormError when the student
+    cannot be built in that form, UnsupportedModelError when ``teacher`` has no weights, RunError when ``folder`` holds
+    another plan's candidate, StorageError when writing fails, ProofError when what was written is another model.
     """
     candidate = Candidate(plan, Path(folder))
     paths = candidate.paths
@@ -132,7 +131,8 @@ def build_candidate(
             student,
             paths.unet,
             plan,
-            provenance | {"plan": plan.text, "plan_id": plan.id, "environment": environment},
+            provenance
+            | {"plan": plan.text, "plan_id": plan.id, "form": plan.form, "environment": environment},
             original=original,
         )
     write_json(paths.plan, plan.to_json())

@@ -67,7 +67,11 @@ class PlanError(PruneLabError):
     """A pruning plan cannot be read, or belongs to another architecture."""
 
 
-class NonNativePlanError(PlanError):
+class FormError(PlanError):
+    """The smaller model that a plan leaves cannot be built in the form that was asked for."""
+
+
+class NonNativePlanError(FormError):
     """No plain diffusers config describes the network that the plan leaves."""
 
 

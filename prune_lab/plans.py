@@ -1,5 +1,7 @@
 """Which blocks to remove: a plan as data, read, checked and named by content, and the plain model that it leaves.
 
+What a plan leaves in another form is in ``prune_lab.forms``.
+
 A plan is *native* when a plain diffusers config describes the network it leaves; the model's family decides that
 without any weights.
 """
@@ -11,11 +13,11 @@ import functools
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from prune_lab.blocks import Architecture, block_groups
 from prune_lab.errors import NonNativePlanError, PlanError, PruneLabError, UnremovableBlockError
-from prune_lab.families import Layout
+from prune_lab.families import Form, Layout
 from prune_lab.runs import plan_id_of, read_plan_file
 from prune_lab.runtime import path_text, printable, read_json, read_text
 
@@ -33,6 +35,8 @@ class PruningPlan:
     """What the plan is called, the first name first: several where it was found in several ways."""
     origin: str = dataclasses.field(default="", compare=False)
     """Where a run has the plan from: ``control``, ``search``, or empty where a person wrote it."""
+    form: Form = dataclasses.field(default="native", compare=False)
+    """How the smaller model is built; the same network in each."""
 
     @property
     def id(self) -> str:
@@ -62,6 +66,7 @@ class PruningPlan:
             "origin": self.origin,
             "architecture": self.architecture,
             "removed": list(self.removed),
+            "form": self.form,
         }
 
     def named(self, *names: str, origin: str | None = None) -> PruningPlan:
@@ -69,6 +74,10 @@ class PruningPlan:
         return dataclasses.replace(
             self, names=tuple(filter(None, names)), origin=self.origin if origin is None else origin
         )
+
+    def built(self, form: Form) -> PruningPlan:
+        """The same plan, to be built in this form."""
+        return dataclasses.replace(self, form=form)
 
 
 def plan_of(architecture: Architecture, removed: Iterable[str], name: str = "") -> PruningPlan:
@@ -189,7 +198,13 @@ def plan_from_json(value: object, architecture: Architecture) -> PruningPlan:
         raise PlanError(
             "asked to read a plan, found other things than text in its lists; write the plan again"
         )
-    plan = plan_of(architecture, value["removed"]).named(*names, origin=origin)
+    form = value.get("form", "native")
+    if form not in get_args(Form):
+        raise PlanError(
+            f"asked to read a plan, found the form {printable(str(form), 50)!r} in it; the forms are "
+            f"{', '.join(get_args(Form))}"
+        )
+    plan = plan_of(architecture, value["removed"]).named(*names, origin=origin).built(form)
     _check_said(plan, value.get("id"), architecture)
     return plan
 
@@ -255,19 +270,23 @@ def gone_with(
     return named | frozenset(removed_samplers(architecture, plan))
 
 
+def units_gone(architecture: Architecture, plan: PruningPlan) -> frozenset[str]:
+    """The names of what leaves with ``plan``, samplers too. Raises PlanError for a plan of another architecture."""
+    if plan.architecture != architecture.signature:
+        raise PlanError(
+            f"the plan was made for architecture {plan.architecture}, this model is {architecture.signature}; "
+            "read it again as text for this model"
+        )
+    return frozenset((*plan.removed, *removed_samplers(architecture, plan)))
+
+
 def native_layout(architecture: Architecture, plan: PruningPlan) -> Layout:
     """The plain config of the network that ``plan`` leaves, and where the original's modules are in it.
 
     Raises NonNativePlanError with the first reason why no plain diffusers config describes it, PlanError when the plan
     belongs to another architecture.
     """
-    if plan.architecture != architecture.signature:
-        raise PlanError(
-            f"the plan was made for architecture {plan.architecture}, this model is {architecture.signature}; "
-            "read it again as text for this model"
-        )
-    removed = frozenset((*plan.removed, *removed_samplers(architecture, plan)))
-    return architecture.family.layout(architecture.outline, removed)
+    return architecture.family.layout(architecture.outline, units_gone(architecture, plan))
 
 
 def is_native(architecture: Architecture, plan: PruningPlan) -> bool:

@@ -73,7 +73,7 @@ SEARCHES_COLUMNS = (
 PLANS_COLUMNS = (
     *("plan", "plan_id", "origin", "budgets", "removed", "blocks_removed", "params", "params_change"),
     *("macs", "macs_change", "paper_macs", "paper_macs_change", "latency_ms", "latency_change"),
-    *("predicted_impact", "native"),
+    *("predicted_impact", "native", "form"),
 )
 COMPARISON_COLUMNS = (
     *("name", "kind", "blocks_removed", "params", "params_change", "macs", "macs_change"),

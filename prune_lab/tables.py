@@ -54,7 +54,7 @@ DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
         *("name", "params_change", "macs_change", "impact", "predicted_impact", "loss_after"),
         "blocks_removed",
     ),
-    "pruned": ("plan", "folder", "written", "blocks_removed", "params_change", "macs_change"),
+    "pruned": ("plan", "form", "folder", "written", "blocks_removed", "params_change", "macs_change"),
     "exported": ("model", "format", "file", "tensors", "bytes"),
     "converted": ("kind", "file", "parts", "kept", "renamed", "dropped"),
     "compatibility": ("what", "fits", "kept", "of", "renamed", "note"),

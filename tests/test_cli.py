@@ -464,7 +464,7 @@ def test_a_run_is_not_evaluated_with_other_settings(run_folder: Path) -> None:
         (("score", "reference", "--no-compile"), "--set score.compile=false"),
         (("search", "reference", "--budget", "macs<=60%"), "--set search.budgets=VALUE"),
         (("search", "reference", "--count", "2"), "--plans"),
-        (("search", "reference", "--any"), "--set search.native_only=false"),
+        (("search", "reference", "--any"), "--form own"),
         (("search", "reference", "--longest-run", "2"), "--set search.longest_run=VALUE"),
         (("data", "reference", "--out", "x", "--variants", "2"), "--set data.variants=VALUE"),
         (("distill", "reference", "--loss-variant", "raw"), "--set distill.loss_variant=VALUE"),

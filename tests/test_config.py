@@ -78,7 +78,7 @@ configs = st.builds(
         budgets=lists,
         controls=lists.filter(bool),
         solver=st.sampled_from(["exact", "interactions", "greedy", "evolution"]),
-        native_only=st.booleans(),
+        form=st.sampled_from(("native", "neutral", "own")),
         keep=lists,
         quotas=lists,
     ),

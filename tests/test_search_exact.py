@@ -105,7 +105,7 @@ def satisfies_rules(constraints: Constraints) -> np.ndarray:
     """(plans,) which keep to the constraints; written anew, without the search's rows."""
     stage = np.array([name.split(".")[0] for name in NAMES])
     residual = np.array(["R" in name for name in NAMES])
-    fine = NATIVE.copy() if constraints.native_only else np.ones(len(PLANS), bool)
+    fine = NATIVE.copy() if constraints.form == "native" else np.ones(len(PLANS), bool)
     for names, value in ((constraints.keep, 0), (constraints.remove, 1)):
         for name in names:
             inside = (stage == name) | (np.array(NAMES) == name)
@@ -149,7 +149,7 @@ def rules(draw: st.DrawFn) -> Constraints:
         least_resnets=draw(st.sampled_from([0, 0, 1])),
         quotas=tuple(quotas) if draw(st.booleans()) else (),
         longest_run=draw(st.sampled_from([None, None, 1, 2, 4])),
-        native_only=draw(st.booleans()),
+        form=draw(st.sampled_from(("native", "own"))),
     )
 
 
@@ -289,23 +289,23 @@ def test_the_rule_that_binds_is_named() -> None:
     budget = parse_budget("macs<=60%", ARCHITECTURE, COSTS)
     heavy = max(ARCHITECTURE.blocks, key=lambda block: block.macs)
     light = min(ARCHITECTURE.blocks, key=lambda block: block.macs)
-    smallest = COUNTS["macs"][satisfies_rules(Constraints(native_only=False))].min()
+    smallest = COUNTS["macs"][satisfies_rules(Constraints(form="own"))].min()
     tight = Budget("macs", int(smallest), f"macs<={smallest}")
-    rules = Constraints(keep=(light.name, heavy.stage), native_only=False)
+    rules = Constraints(keep=(light.name, heavy.stage), form="own")
     with pytest.raises(BudgetError) as caught:
         check_reachable(ARCHITECTURE, COSTS, [tight], constraints=rules)
-    without = COUNTS["macs"][satisfies_rules(Constraints(keep=(light.name,), native_only=False))].min()
+    without = COUNTS["macs"][satisfies_rules(Constraints(keep=(light.name,), form="own"))].min()
     reached = COUNTS["macs"][satisfies_rules(rules)].min()
     assert f"the smallest plan has macs {reached:,} of" in str(caught.value)
     assert f"keep {heavy.stage} binds: without it macs {without:,} could be reached" in str(caught.value)
-    check_reachable(ARCHITECTURE, COSTS, [budget], constraints=Constraints(native_only=False))
-    runs = Constraints(longest_run=1, native_only=False)
+    check_reachable(ARCHITECTURE, COSTS, [budget], constraints=Constraints(form="own"))
+    runs = Constraints(longest_run=1, form="own")
     with pytest.raises(BudgetError, match="longest_run 1 binds"):
         check_reachable(ARCHITECTURE, COSTS, [tight], constraints=runs)
 
 
 def test_rules_that_contradict_each_other_are_named() -> None:
-    rules = Constraints(remove=("Md.R1",), quotas=(Quota("Md", 0),), native_only=False)
+    rules = Constraints(remove=("Md.R1",), quotas=(Quota("Md", 0),), form="own")
     with pytest.raises(
         BudgetError, match=r"remove Md\.R1 and quota Md=0.*leave out remove Md\.R1 or quota Md=0"
     ):
@@ -374,11 +374,11 @@ def test_quotas_read_as_written() -> None:
 @pytest.mark.parametrize(
     "rules",
     [
-        *(Constraints(longest_run=longest, native_only=False) for longest in range(1, 12)),
-        Constraints(keep=("Up2", "Md.R1"), native_only=False),
-        Constraints(remove=("Dn1", "Up2.A2"), native_only=False),
-        Constraints(least_resnets=1, native_only=False),
-        Constraints(quotas=(Quota("Up2", 3, 1), Quota("Md", 2, 2)), native_only=False),
+        *(Constraints(longest_run=longest, form="own") for longest in range(1, 12)),
+        Constraints(keep=("Up2", "Md.R1"), form="own"),
+        Constraints(remove=("Dn1", "Up2.A2"), form="own"),
+        Constraints(least_resnets=1, form="own"),
+        Constraints(quotas=(Quota("Up2", 3, 1), Quota("Md", 2, 2)), form="own"),
     ],
 )
 def test_rules_as_rows_are_the_rules(rules: Constraints) -> None:

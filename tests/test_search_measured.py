@@ -161,7 +161,7 @@ def test_greedy_by_hand_rescoring() -> None:
     free = ["Dn1.A1", "Dn1.A2", "Up4.A1"]
     saved = {name: COSTS.part(name).macs for name in free}
     assert len(set(saved.values())) == 1  # equal savings, so impacts decide
-    rules = Constraints(keep=tuple(name for name in REMOVABLE if name not in free), native_only=False)
+    rules = Constraints(keep=tuple(name for name in REMOVABLE if name not in free), form="own")
     known = Effects({"Dn1.A1": 1.0, "Dn1.A2": 2.0, "Up4.A1": 3.0}, {frozenset({"Dn1.A1", "Dn1.A2"}): 5.0})
     limit = COSTS.total.macs - 2 * saved["Dn1.A1"]
     meter = Meter(known)
@@ -190,7 +190,7 @@ def test_greedy_never_enters_a_dead_end() -> None:
     known = Effects({name: 1e6 if name in dear else 1.0 for name in REMOVABLE})
     limit = COSTS.total.macs - COSTS.part(big).macs
     others = tuple(name for name in ARCHITECTURE.stages if name != stage)
-    rules = Constraints(quotas=(Quota(stage, 1),), keep=others, native_only=False)
+    rules = Constraints(quotas=(Quota(stage, 1),), keep=others, form="own")
     found = greedy_plan(ARCHITECTURE, COSTS, [Budget("macs", limit, "one")], Meter(known), rules)
     (removed,) = found.plan.removed
     assert removed in dear
@@ -225,7 +225,7 @@ def test_local_search_ends_where_no_neighbour_is_better(constraints: Constraints
     flips += [gone ^ {a, b} for a, b in itertools.product(gone, set(REMOVABLE) - gone)]
     for removed in flips:
         plan = plan_of(ARCHITECTURE, removed)
-        if within(plan, [BUDGET], COSTS) and (not constraints.native_only or is_native(ARCHITECTURE, plan)):
+        if within(plan, [BUDGET], COSTS) and (constraints.form != "native" or is_native(ARCHITECTURE, plan)):
             assert known.of(removed) >= found.impact - 1e-12
 
 
@@ -364,7 +364,7 @@ def test_additive_impacts_need_no_pairs() -> None:
 
 def test_a_prior_keeps_blocks_that_no_plan_removes() -> None:
     known = effects(8)
-    rules = Constraints(keep=("Md",), native_only=False)
+    rules = Constraints(keep=("Md",), form="own")
     plans = sample_near(ARCHITECTURE, COSTS, [BUDGET], 30, seed=1, constraints=rules)
     impacts = [3 * predicted_impact(plan, known) for plan in plans]  # together three times as bad as alone
     fit = fit_interactions(plans, impacts, prior=known.impacts)

@@ -119,7 +119,7 @@ def test_rules_of_the_settings_reach_the_solver(searching: Searching, tmp_path: 
         controls=(),
         keep=("Up1",),
         quotas=("Dn1<=1",),
-        native_only=False,
+        form="own",
         count=3,
         diverse=4,
         longest_run=6,

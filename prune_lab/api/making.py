@@ -97,6 +97,7 @@ def pruned_table(source: ModelSource, plan: Plan, out: Path, *, written: bool) -
         "plan_id": plan.id,
         "folder": str(out),
         "written": written,
+        "form": plan.plan.form,
         "blocks_removed": len(plan.removed),
         "params": after.params,
         "params_change": after.params / before.params - 1,

@@ -31,9 +31,10 @@ from prune_lab.config import (
 from prune_lab.errors import PlanError, RunError
 from prune_lab.export import write_card
 from prune_lab.families import knows_its_size
+from prune_lab.forms import form_named, in_form, layout_of, within_form
 from prune_lab.models import load_unet
 from prune_lab.models.protection import check_apart, check_folder
-from prune_lab.plans import PruningPlan, native_layout, read_plans
+from prune_lab.plans import PruningPlan, read_plans
 from prune_lab.processes import init_processes, is_main
 from prune_lab.report import block_map_frame, draw_block_map
 from prune_lab.runs import Run, read_records
@@ -223,6 +224,7 @@ class Model(Workplace):
         plan: str | Plan,
         out: str | Path,
         *,
+        form: str | None = None,
         dtype: str | None = None,
         variant: str = "",
         force: bool = False,
@@ -230,16 +232,21 @@ class Model(Workplace):
     ) -> Table:
         """Write the model without the blocks of ``plan`` to the folder ``out``, which plain diffusers loads.
 
+        ``form`` is native, neutral or own (``prune_lab.forms``); None: native where a plain config describes what is
+        left, else with code of its own, which diffusers has to be told to trust.
+
         A process of its own loads it and compares it with the model without these blocks before the folder gets its
-        name. ``dtype`` converts the weights, ``variant`` names their files (``fp16``). Raises NonNativePlanError with
-        the reason for a plan that cannot be built, StorageError where ``out`` holds something and ``force`` is not
+        name. ``dtype`` converts the weights, ``variant`` names their files (``fp16``). Raises FormError with the reason
+        for a plan that cannot be built in the form, StorageError where ``out`` holds something and ``force`` is not
         given. With ``dry_run`` only the costs come back.
         """
         out = check_folder(out, {"the model": self.source.places, "the plan": (str(plan),)}, force=force)
         if not dry_run:
             get_ready_to_prove()  # it imports meanwhile
-        chosen = plan if isinstance(plan, Plan) else self.plan(plan)
-        native_layout(self.architecture, chosen.plan)  # says what is in the way, also with dry_run
+        named = plan if isinstance(plan, Plan) else self.plan(plan)
+        asked = None if form is None else form_named(form)
+        # says what is in the way, also with dry_run
+        chosen = dataclasses.replace(named, plan=in_form(self.architecture, named.plan, asked))
         if not dry_run:
             how: dict[str, Any] = {
                 "dtype": pick_dtype(dtype) if dtype else None,
@@ -319,9 +326,10 @@ class Model(Workplace):
         text = plan.id if isinstance(plan, Plan) else plan
         if any(goes_by(one, text) for one in known) or not (isinstance(plan, Plan) or self._temporary):
             return plan_named(known, text, session)
-        (found,) = plans_of(self.architecture, (plan,))
+        (read,) = plans_of(self.architecture, (plan,))
+        found = within_form(self.architecture, read, form_named(self.settings.search.form))
         if found.id not in {one.id for one in known}:
-            native_layout(self.architecture, found)
+            layout_of(self.architecture, found)
             write_json(session.run.plan(found.id), found.to_json())
             forget(session.run, "ranking")  # it was made without this one
         return found
@@ -348,7 +356,7 @@ class Model(Workplace):
     ) -> Pictures:
         """``count`` pictures of each of ``prompts``, as a grid: a row per prompt, a column per seed from ``seed`` on.
 
-        ``guidance`` is the scale of classifier-free guidance, 1 for none. Raises UnsupportedModelError for a U-Net
+        ``guidance`` is the scale of classifier-free guidance, 1 for none. Raises UnsupportedModelError for a model
         alone, DataError without a prompt, ConfigError for a number out of range.
         """
         check_numbers(seed=seed, count=count, steps=steps, guidance=guidance)
@@ -365,14 +373,14 @@ class Model(Workplace):
     def evaluate(self, *prompts: str, base: str = "reference", **settings: object) -> Table:
         """Held-out loss of the model, and the CLIP score of what it draws for ``prompts`` (none: held-out captions).
 
-        A U-Net alone draws in the pipeline ``base``. Settings are those of ``evaluate``.
+        A model alone draws in the pipeline ``base``. Settings are those of ``evaluate``.
         """
         asked = settings_by_name("evaluate", ({"prompts": list(prompts)} if prompts else {}) | settings)
         how = self.settings if self.source.is_pipeline else dataclasses.replace(self.settings, model=base)
         return self.judged_in(with_settings(how, asked))
 
     def judged_in(self, settings: RunConfig) -> Table:
-        """What ``evaluate`` finds with these ``settings``, whose model is the pipeline in which a U-Net alone draws."""
+        """What ``evaluate`` finds with these ``settings``, whose model is the pipeline in which a model alone draws."""
         with Model(settings)._opened("evaluate", {}) as session:
             # the device first: loading is what can fail
             unet = session.unet if self.source.is_pipeline else load_unet(self.source, device=session.device)

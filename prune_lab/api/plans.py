@@ -14,8 +14,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from prune_lab.blocks import Architecture, blocks_frame
-from prune_lab.errors import NonNativePlanError
-from prune_lab.plans import PruningPlan, native_layout
+from prune_lab.forms import why_not
+from prune_lab.plans import PruningPlan
 from prune_lab.profiling import reduction_table
 from prune_lab.report import (
     PlanRow,
@@ -70,12 +70,8 @@ class Plan:
 
     @property
     def reason(self) -> str:
-        """Why the plan cannot be built; empty when it can."""
-        try:
-            native_layout(self.architecture, self.plan)
-        except NonNativePlanError as error:
-            return str(error)
-        return ""
+        """Why the plan cannot be built in its form; empty when it can."""
+        return why_not(self.architecture, self.plan)
 
     @property
     def costs(self) -> Table:

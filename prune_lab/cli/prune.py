@@ -23,6 +23,14 @@ def prune(
     revision: options.RevisionOption = "",
     subfolder: options.SubfolderOption = "",
     read_variant: options.ReadVariantOption = "",
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--form",
+            help="native, neutral or own; default: native (a plain config) where there is one, else own (code of its "
+            "own in the folder).",
+        ),
+    ] = None,
     dtype: options.DtypeOption = None,
     variant: Annotated[
         str,
@@ -35,7 +43,7 @@ def prune(
     as_json: options.JsonOption = False,
     wide: options.WideOption = False,
 ) -> None:
-    """Write MODEL without the blocks of a plan: a pipeline (or U-Net) folder that plain diffusers loads.
+    """Write MODEL without the blocks of a plan: a pipeline (or model) folder that plain diffusers loads.
 
     Before the folder gets its name a process of its own loads it and compares it with MODEL without these blocks.
     """
@@ -44,5 +52,5 @@ def prune(
 
         get_ready_to_prove()  # it imports meanwhile
     chosen = model_of(model, options.found_by(revision, subfolder, read_variant))
-    table = chosen.prune(plan, out, dtype=dtype, variant=variant, force=force, dry_run=dry_run)
+    table = chosen.prune(plan, out, form=form, dtype=dtype, variant=variant, force=force, dry_run=dry_run)
     show(table, as_json=as_json, wide=wide)

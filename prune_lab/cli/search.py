@@ -22,6 +22,7 @@ def search(
     memory: options.MemoryLimit = "",
     plans: Annotated[int | None, options.for_setting("search.count", "--plans")] = None,
     solver: Annotated[str | None, options.for_setting("search.solver")] = None,
+    form: Annotated[str | None, options.for_setting("search.form", "--form")] = None,
     data: options.DataOption = None,
     importance: Annotated[
         Path | None, typer.Option(help="importance.csv to search with, instead of scoring.")
@@ -49,6 +50,7 @@ def search(
     asked = {
         "search.budgets": budgets_asked(macs, params, latency, memory),
         "search.count": plans,
+        "search.form": form,
         "data.source": data,
         "search.solver": solver,
     }

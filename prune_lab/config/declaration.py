@@ -19,6 +19,7 @@ Value = TypeVar("Value")
 # solver, repair or loss variant that is added to its table is named here too.
 CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("float32", "bfloat16", "float16"),
+    "search.form": ("native", "neutral", "own"),
     "search.solver": ("exact", "interactions", "greedy", "evolution"),
     "repair.kind": ("none", "shift", "scale-shift", "linear", "refit", "best"),
     "data.crop": ("center", "random"),

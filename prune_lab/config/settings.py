@@ -67,7 +67,7 @@ class ScoreConfig:
         "get no more samples; 0: every group gets all samples",
     )
     channels_last: bool = setting(
-        False, "channels-last memory format of the U-Net while it is scored; pays on a GPU with tensor cores"
+        False, "channels-last memory format of the model while it is scored; pays on a GPU with tensor cores"
     )
     compile: bool = setting(False, "put the blocks through torch.compile; pays when there are many samples")
 
@@ -91,8 +91,11 @@ class SearchConfig:
     solver: str = setting("exact", f"how plans are found: {in_words(CHOICES['search.solver'])}")
     count: int = setting(1, "plans per budget", least=1, most=MANY)
     diverse: int = setting(1, "blocks in which any two plans of a budget differ at least", least=1)
-    native_only: bool = setting(
-        True, "only plans that a plain diffusers config describes, which alone can be built"
+    form: str = setting(
+        "native",
+        "plans that may be found, by how they can be built: native, by a plain diffusers config; neutral, any plan, in "
+        "which removed blocks stay and do nothing; own, any plan, with code of its own in the folder. What is native "
+        "is built natively in any case",
     )
     keep: tuple[str, ...] = setting((), "blocks and stages that stay")
     remove: tuple[str, ...] = setting((), "blocks and stages that go")
@@ -375,20 +378,20 @@ class RunConfig:
 
     model: str = setting(
         "reference",
-        "reference, a preset, a pipeline or U-Net folder, a config.json, or a hub id",
+        "reference, a preset, a pipeline or model folder, a config.json, or a hub id",
         read_by="blocks",
     )
     revision: str = setting(
         "", "branch, tag or commit of a model on a hub; empty: the newest", read_by="blocks"
     )
     subfolder: str = setting(
-        "", "folder of the U-Net or pipeline inside of the model, such as unet_ema", read_by="blocks"
+        "", "folder of the model or pipeline inside of it, such as unet_ema", read_by="blocks"
     )
     variant: str = setting(
         "", "variant of the weights, such as fp16 or non_ema; empty: the plain ones", read_by="blocks"
     )
     random_weights: bool = setting(
-        False, "draw the weights of the U-Net with seed instead of reading them", read_by="blocks"
+        False, "draw the weights of the model with seed instead of reading them", read_by="blocks"
     )
     device: str = setting(
         "auto",

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from prune_lab.blocks import Architecture
 from prune_lab.errors import DataError
 from prune_lab.families import outline_of
-from prune_lab.plans import PruningPlan, gone_with, native_layout
+from prune_lab.forms import layout_of
+from prune_lab.plans import PruningPlan, gone_with
 
 Points = Literal["stages", "blocks", "self-attention"]
 
@@ -49,16 +50,17 @@ def feature_pairs(
     ``sensitivities`` (removal impact by block name, for points inside blocks) weighs each pair by one over the impact
     of its block, impacts below a hundredth of their median counted as that, and the mean weight is 1.
 
-    Raises NonNativePlanError when no plain diffusers config describes the student, DataError when a surviving block has
+    Raises FormError when no plain diffusers config describes the student, DataError when a surviving block has
     no sensitivity.
     """
-    layout = native_layout(architecture, plan)
+    layout = layout_of(architecture, plan)
     if points == "stages":
         gone = gone_with(architecture, plan.removed)
         ends = architecture.family.stage_features(architecture.outline, gone)
         found = [(path, origin, 1.0) for path, origin in ends]
     else:
-        kept = [block for block in architecture.blocks if layout.renamed(block.path) is not None]
+        gone = gone_with(architecture, plan.removed)
+        kept = [block for block in architecture.blocks if block.name not in gone]
         weights = _inverse([block.name for block in kept], sensitivities) if sensitivities else {}
         found = [
             (path, path, weights.get(block.name, 1.0))

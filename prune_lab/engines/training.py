@@ -23,6 +23,7 @@ from prune_lab.distill import (
 )
 from prune_lab.engines.pictures import draw_prompts
 from prune_lab.evaluation import save_grid
+from prune_lab.forms import layout_of
 from prune_lab.ranking import HeldoutLosses, first_rung, rungs
 from prune_lab.session import Session, ensure_captions, read_scores, training_and_validation
 
@@ -88,6 +89,7 @@ def student_of(session: Session, candidate: Candidate) -> Student:
         partial(load_student, candidate, state),
         feature_pairs(session.architecture, candidate.plan, points, sensitivities=impacts),
         candidate.folder,
+        layout_of(session.architecture, candidate.plan).frozen,
     )
 
 

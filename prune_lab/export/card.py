@@ -16,7 +16,7 @@ from prune_lab.errors import UnsupportedModelError
 from prune_lab.export.compatibility import compatibility
 from prune_lab.export.snippets import snippet_for
 from prune_lab.export.students import Student, provenance_in, unet_folder_in
-from prune_lab.families import family_of, meta_unet, plain_config
+from prune_lab.families import base_name, family_of, is_own, meta_unet, plain_config
 from prune_lab.families.adapter_names import has_additions
 from prune_lab.models import ModelSource, weight_files
 from prune_lab.models.files import json_object
@@ -27,7 +27,7 @@ from prune_lab.report import LIGHT, PlanRow, block_map_frame, draw_plan_maps, pl
 from prune_lab.report.figures import freeze_layout, save_png
 from prune_lab.report.format import amount, count, percent_change
 from prune_lab.runtime import names_alone, write_json, write_text
-from prune_lab.surgery import TEACHER
+from prune_lab.surgery import TEACHER, notes_on_form
 
 CARD, MAP = "README.md", "block_map.png"
 _LICENCE = ("license", "license_name", "license_link")  # what a card says of it
@@ -106,6 +106,17 @@ def _costs(student: Student) -> str:
     )
 
 
+def _form(student: Student) -> str:
+    """What one has to know of a student that is not a plain config alone."""
+    if student.plan.form == "neutral":
+        return (
+            "A plain model in which removed blocks are still there and do nothing: weights that are zero keep them "
+            "silent. A training that changes these weights brings the blocks back to life; `prune-lab distill` leaves "
+            "them alone.\n"
+        )
+    return notes_on_form(student.layout.config)
+
+
 def _training(training: Mapping[str, object]) -> str:
     if not training:
         return "Nothing was trained after the blocks were removed: every weight is the parent's.\n"
@@ -179,11 +190,13 @@ def card_text(
     training, inherited = training or {}, parents_card(source)
     index = folder / "model_index.json"
     named = json_object(index) if index.is_file() else student.layout.config
+    config = student.layout.config
     tag, code = snippet_for(
-        str(named["_class_name"]),
+        base_name(str(named["_class_name"])),
         _variant_of(unet_folder_in(folder)),
         size=student.architecture.config.get("sample_size"),
         tokens=source.tokens,
+        trusted=is_own(config),
     )
     plan, blocks = student.plan, len(student.architecture.blocks)
     parent = parent_name(source)
@@ -195,6 +208,7 @@ def card_text(
             f"![Blocks of the parent in order of execution; outlines are those that were removed]({MAP})\n"
         ),
         "Use": f"```python\n{code}```\n",
+        **({"Form": form} if (form := _form(student)) else {}),
         "Costs": _costs(student),
         "Training": _training(training),
         **({"Check": _check(student, proof)} if isinstance(proof, dict) else {}),

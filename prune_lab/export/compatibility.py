@@ -76,6 +76,8 @@ def _adapter(student: Student) -> _Row:
 
 
 def _single_file(student: Student) -> _Row:
+    if student.plan.form == "own":
+        return "single file", NOT_AT_ALL, None, None, None, "it has no place for code of its own"
     try:
         unet_places(student.layout.config)
     except PruneLabError as error:
@@ -92,10 +94,14 @@ def _unknown(what: str, student: Student) -> _Row:
     return what, NOT_AT_ALL, None, None, None, f"{why}another block without a word"
 
 
-def _of_the_model(student: Student) -> list[_Row]:
+def _made_for_blocks(student: Student) -> list[_Row]:
     if not has_additions(student.architecture.config):
         return [_unknown(what, student) for what in ("LoRA", "ControlNet", "IP-Adapter")]
-    return [_lora(student), _controlnet(student), _ip_adapter(student), _adapter(student)]
+    if student.plan.form == "native":
+        return [_lora(student), _controlnet(student), _ip_adapter(student), _adapter(student)]
+    note = f"not known for a student in the {student.plan.form} form"
+    kinds = ("LoRA", "ControlNet", "IP-Adapter", "T2I-Adapter")
+    return [(kind, NOT_AT_ALL, None, None, None, note) for kind in kinds]
 
 
 def compatibility(student: Student) -> pd.DataFrame:
@@ -104,7 +110,7 @@ def compatibility(student: Student) -> pd.DataFrame:
     ``kept`` of ``of`` parts have a place, ``renamed`` of them another one than in the teacher.
     """
     rows = [
-        *_of_the_model(student),
+        *_made_for_blocks(student),
         _outside("textual inversion", "words of the text encoder"),
         _outside("VAE", "a part of the pipeline"),
         _outside("scheduler", "a part of the pipeline"),

@@ -128,15 +128,16 @@ def _needed(class_name: str, size: object, tokens: int) -> str:
 
 
 def snippet_for(
-    class_name: str, variant: str = "", *, size: object = None, tokens: int = 0
+    class_name: str, variant: str = "", *, size: object = None, tokens: int = 0, trusted: bool = False
 ) -> tuple[str, str]:
     """(the task as the hub calls it, lines of Python) for a pipeline of that class, or for a model alone.
 
     ``variant`` is the one that is in the names of its files, ``size`` the side of the latent and ``tokens`` the length
-    of the text that its model is meant for.
+    of the text that its model is meant for; ``trusted`` runs the code that the folder brings along.
     """
     task, lines = _lines(class_name)
     lines = lines.replace(
         "num_inference_steps=25", f"num_inference_steps=25{_needed(class_name, size, tokens)}"
     )
-    return task, lines.replace('(".")', f'(".", variant="{variant}")') if variant else lines
+    more = [f'variant="{variant}"'] * bool(variant) + ["trust_remote_code=True"] * trusted
+    return task, lines.replace('(".")', "({})".format(", ".join(['"."', *more])))

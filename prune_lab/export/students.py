@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab.blocks import Architecture, architecture_of
-from prune_lab.errors import NonNativePlanError, PlanError, PruneLabError
+from prune_lab.errors import FormError, PlanError, PruneLabError
 from prune_lab.families import FAMILIES, Layout, meta_unet
+from prune_lab.forms import layout_of
 from prune_lab.models import preset_config, resolve_model, weight_files
 from prune_lab.models.files import json_object, read_headers, variants_among
 from prune_lab.models.sources import PRESETS
-from prune_lab.plans import PruningPlan, native_layout, plan_from_json, read_plans
+from prune_lab.plans import PruningPlan, plan_from_json, read_plans
 from prune_lab.runs import is_plan_id
 from prune_lab.runtime import path_text
 from prune_lab.surgery import TEACHER
@@ -30,7 +31,7 @@ class Student:
     @property
     def layout(self) -> Layout:
         """The config of the student, and the teacher's modules in it."""
-        return native_layout(self.architecture, self.plan)
+        return layout_of(self.architecture, self.plan)
 
 
 def unet_folder_in(folder: Path) -> Path:
@@ -70,7 +71,7 @@ def _check_plan(student: Student, unet: Path) -> None:
         found = {key: shape for key, (_, shape) in read_headers(weight_files(unet, variant)).items()}
         try:
             tensors = meta_unet(student.layout.config).state_dict()
-        except NonNativePlanError:  # then no plain folder holds it
+        except FormError:  # then no plain folder holds it
             other = True
         else:
             other = found != {key: tuple(tensor.shape) for key, tensor in tensors.items()}
@@ -109,7 +110,7 @@ def student_in(folder: Path, model: str = "") -> Student:
 def student_of(text: str, model: str = "") -> Student:
     """The student that ``text`` names: its folder, or a plan of the teacher ``model`` as text or file.
 
-    Raises PlanError when it cannot be read, NonNativePlanError when the plan cannot be built.
+    Raises PlanError when it cannot be read, FormError when the plan cannot be built.
     """
     if os.path.isdir(text):  # noqa: PTH112 - a plan may be too long for the name of a file
         student = student_in(Path(text), model)
@@ -126,5 +127,10 @@ def student_of(text: str, model: str = "") -> Student:
                 f"asked to convert by {path_text(text)}, found {len(plans)} plans in it; give one"
             )
         student = Student(architecture, plans[0])
-    native_layout(student.architecture, student.plan)  # says what is in the way
+    if student.plan.form != "native":
+        raise PlanError(
+            f"asked to convert for {path_text(text)}, a student in the {student.plan.form} form; known are students in "
+            "the native form: give its plan as text, of one that is native"
+        )
+    layout_of(student.architecture, student.plan)  # says what is in the way
     return student

@@ -5,6 +5,7 @@ A family is a row of functions about one diffusers class. Everything else asks i
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import warnings
@@ -23,6 +24,7 @@ from prune_lab.families.family import (
     CLIP_TOKENS,
     Condition,
     Family,
+    Form,
     Layout,
     Outline,
     Stage,
@@ -35,6 +37,18 @@ from prune_lab.families.image_transformers import IMAGE_TRANSFORMERS
 from prune_lab.families.joint_transformers import JOINT_TRANSFORMERS
 from prune_lab.families.legacy import modern_class, modern_config
 from prune_lab.families.meta_device import runs_on_meta
+from prune_lab.families.own_code import (
+    base_name,
+    check_code,
+    code_path,
+    entry_of,
+    file_of,
+    is_own,
+    known_files,
+    own_class,
+    own_family,
+    own_layout,
+)
 from prune_lab.families.refused import REFUSED
 from prune_lab.families.skipping_transformers import SKIPPING_TRANSFORMERS
 from prune_lab.families.unet2d import UNET2D
@@ -52,20 +66,28 @@ __all__ = [
     "SDXL_TIME_IDS",
     "Condition",
     "Family",
+    "Form",
     "Layout",
     "Outline",
     "Stage",
     "Unit",
     "UnitKind",
+    "base_name",
+    "check_code",
     "check_forward",
+    "code_path",
     "conditions_of",
     "embedding_width",
     "empty_model",
+    "entry_of",
     "example_inputs",
     "family_of",
+    "file_of",
     "filled_with_noise",
     "forward_inputs",
+    "is_own",
     "known_conditions",
+    "known_files",
     "knows_its_size",
     "latent_channels",
     "latent_form",
@@ -76,6 +98,8 @@ __all__ = [
     "modern_class",
     "modern_config",
     "outline_of",
+    "own_class",
+    "own_layout",
     "picture_scale",
     "plain_config",
     "predict_with",
@@ -104,12 +128,20 @@ def supported_classes() -> str:
     return f"{', '.join(nets)} and the transformers {', '.join(rest)}"
 
 
+@functools.cache
+def _own_family(class_name: str, file: str) -> Family:
+    return own_family(FAMILIES[base_name(class_name)], file)
+
+
 def family_of(source: nn.Module | Mapping[str, Any]) -> Family:
     """The family of a model, or of the model that a diffusers config describes.
 
     Raises UnsupportedModelError when its class has none, or a config does not name its class.
     """
     name = source.get(CLASS_NAME) if isinstance(source, Mapping) else type(source).__name__
+    if is_own(name) and base_name(str(name)) in FAMILIES:
+        file = file_of(source) if isinstance(source, Mapping) else type(source).__module__
+        return _own_family(str(name), file.rpartition(".")[2])
     if not isinstance(name, str) or name not in FAMILIES:
         found = f"a model of class {name}" if name else f"a config without {CLASS_NAME}"
         why = f", which {REFUSED[name]}" if isinstance(name, str) and name in REFUSED else ""

@@ -20,6 +20,8 @@ CLASS_NAME = "_class_name"  # diffusers' own key for the class that a config bel
 
 UnitKind = Literal["resnet", "attention", "transformer", "sampler"]
 Lane = Literal["left", "middle", "right"]
+Form = Literal["native", "neutral", "own"]
+"""How a smaller model is built: a plain config; a plain config with blocks that do nothing; with code of its own."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +58,8 @@ class Unit:
     """Modules inside that others read, by their paths in it: they stay when the unit is gone."""
     inside: str = ""
     """The unit that this one lies inside; its cost is part of that unit's."""
+    gone: bool = False
+    """Whether it was taken out already, of a student with code of its own: what it hands on still has its place."""
 
     @property
     def removable(self) -> bool:
@@ -162,6 +166,8 @@ class Layout:
     names: Mapping[str, str | None]
     convert: Mapping[str, Callable[[Tensor], Tensor]] = dataclasses.field(default_factory=dict)
     """By name of a tensor in the smaller model: what makes it of the original's, where it is not the same."""
+    frozen: tuple[str, ...] = ()
+    """Modules of the smaller model that compute nothing as long as their weights stay: not to be trained."""
 
     def renamed(self, path: str) -> str | None:
         """Path in the smaller model of a module or tensor of the original; None when it is gone."""
@@ -176,7 +182,7 @@ class Layout:
 # What a model takes beside noisy latents, a timestep and a text ------------------------------------------------------
 
 
-Place = Literal["sample", "timestep_cond", "class_labels", "added_cond_kwargs", "argument"]
+Place = Literal["sample", "timestep_cond", "class_labels", "added_cond_kwargs", "argument", "text"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,8 +191,8 @@ class Condition:
 
     name: str
     place: Place
-    """The argument of ``forward`` that it goes into; ``sample`` means further channels, behind the latents, and
-    ``argument`` one of its own name."""
+    """The argument of ``forward`` that it goes into; ``sample`` means further channels, behind the latents,
+    ``argument`` one of its own name, and ``text`` that it cuts the text."""
     shape: tuple[int, ...]
     """Of one row; ``of_picture`` height and width follow."""
     of_picture: bool = (
@@ -240,6 +246,8 @@ def arranged(
     channels = [sample]
     for condition in conditions:
         row = given[condition.name]
+        if condition.words and row.is_floating_point():
+            row = row > 0
         if condition.place == "sample":
             channels.append(row)
         elif condition.place == "added_cond_kwargs":
@@ -304,6 +312,11 @@ class Family:
     """The parts of a model, which may be on ``meta``. Raises UnsupportedModelError for parts that are not known."""
     layout: Callable[[Outline, Removed], Layout]
     """The smaller model without these units. Raises NonNativePlanError when no plain config describes it."""
+    neutral: Callable[[Outline, Removed], Layout] | None = None
+    """A plain model that computes the same, in which these units are there and do nothing. Raises FormError where a
+    unit cannot; None for a class that has no such form."""
+    tied: Callable[[Outline], Sequence[tuple[str, ...]]] = lambda outline: ()
+    """Blocks that in the neutral form save something only when all of them are gone."""
     levels: Callable[[Outline], Sequence[Sequence[str]]]
     """Removable units in sets: whether a plan is native is decided in each set alone."""
     more_options: Callable[[Outline, Sequence[str], Removed], Sequence[Removed]] = lambda *_: ()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prune_lab.errors import NonNativePlanError
-from prune_lab.families import unet2d_settings, unet_blocks, unet_levels, unet_wiring
+from prune_lab.families import unet2d_settings, unet_blocks, unet_levels, unet_neutral, unet_wiring
 from prune_lab.families.family import Condition, Family, Outline, Removed, arranged, sample_size
 from prune_lab.families.unet_blocks import MIDDLE, rows
 from prune_lab.families.unet_config import check_middle, stage_types
@@ -178,6 +178,7 @@ UNET2D = Family(
     arrange=arrange,
     outline=unet_blocks.outline,
     layout=functools.partial(unet_wiring.layout, describe=describe),
+    neutral=functools.partial(unet_neutral.layout, describe=describe),
     levels=levels,
     more_options=more_options,
     groups={

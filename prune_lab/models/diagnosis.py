@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab.errors import ModelFormatError, UnsupportedModelError
-from prune_lab.families import CLASS_NAME, FAMILIES, REFUSED, looks_like_a_unet, supported_classes
+from prune_lab.families import CLASS_NAME, FAMILIES, REFUSED, base_name, looks_like_a_unet, supported_classes
 from prune_lab.models.files import PICKLED, is_lfs_pointer, json_object, variants_among
 from prune_lab.runtime import path_text, printable
 
@@ -142,7 +142,7 @@ def unusable(header: Mapping[str, tuple[str, tuple[int, ...]]], config: Mapping[
 def refuse_config(path: Path, config: Mapping[str, Any]) -> None:
     """Raise UnsupportedModelError, which says what ``config`` is of, unless it is that of a known model."""
     name = config.get(CLASS_NAME)
-    if isinstance(name, str) and name in FAMILIES:
+    if isinstance(name, str) and base_name(name) in FAMILIES:
         return
     remedy = f"supported is {supported_classes()}"
     if isinstance(name, str) and name.endswith("Pipeline"):
@@ -186,7 +186,9 @@ def _models_below(folder: Path, deep: int = _DEEP, wide: int = _WIDE) -> Iterato
     except OSError:
         return
     here = [
-        path for path in inner if (path / "model_index.json").is_file() or _config_class(path) in FAMILIES
+        path
+        for path in inner
+        if (path / "model_index.json").is_file() or base_name(_config_class(path)) in FAMILIES
     ]
     yield from here
     if deep > 1:

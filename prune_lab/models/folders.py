@@ -14,12 +14,16 @@ from prune_lab.families import (
     CLASS_NAME,
     FAMILIES,
     REFUSED,
+    base_name,
+    check_code,
     check_forward,
     family_of,
+    is_own,
     meta_unet,
     modern_class,
     modern_config,
     outline_of,
+    own_class,
     plain_config,
     supported_classes,
 )
@@ -86,6 +90,7 @@ def checked_config(path: Path) -> dict[str, Any]:
 
 def _check_weights(folder: Path, config: Mapping[str, Any], variant: str) -> str:
     """The variant of the weights in ``folder``; ModelFormatError unless they are just those ``config`` describes."""
+    check_code(folder, config)
     weights = weights_in(folder, variant)
     header = headers_of(weights)
     if reason := unusable(header, config):
@@ -118,7 +123,7 @@ def _shown(value: object) -> str:
 
 def _names_a_model(value: object) -> bool:
     """Whether an entry of an index is of a model whose blocks are known."""
-    return isinstance(value, list) and len(value) == 2 and value[1] in FAMILIES
+    return isinstance(value, list) and len(value) == 2 and base_name(str(value[1])) in FAMILIES
 
 
 def _why_no_model(pipeline: Any) -> str:
@@ -186,6 +191,8 @@ def _check_class(index: Path, parts: Mapping[str, Any]) -> tuple[Any, str]:
 def _check_entry(index: Path, part: str, value: list[Any], pipeline: Any) -> None:
     """Raise unless the ``part`` of ``pipeline`` is of a class that it can use, and has a folder."""
     named = part if part.isidentifier() else repr(part)
+    if len(value) == 2 and is_own(value[1]):
+        own_class(*value)  # says which code is known
     found = part_class(*value) if len(value) == 2 else None
     if found is None:
         raise UnsupportedModelError(
@@ -221,7 +228,7 @@ def checked_pipeline(index: Path, variant: str = "") -> tuple[dict[str, Any], st
             f"{index} lists as {component} a {listed}, {folder / 'config.json'} is of a {name}; "
             "fetch both from the same place again"
         )
-    if name not in models_wanted(pipeline)[component]:
+    if base_name(name) not in models_wanted(pipeline)[component]:
         raise UnsupportedModelError(
             f"{index} lists as {component} a {name}, where a {pipeline.__name__} takes a "
             f"{' or '.join(models_wanted(pipeline)[component])}; fetch it again"

@@ -9,8 +9,9 @@ plan's own peak.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, get_args
@@ -21,11 +22,13 @@ import torch
 from numpy.typing import NDArray
 
 from prune_lab.blocks import Architecture, CountedUnit
-from prune_lab.counting import count_macs
-from prune_lab.errors import BudgetError, ConfigError, PlanError, UnknownBlockError
-from prune_lab.families import latent_shape
-from prune_lab.plans import PruningPlan, removed_samplers
+from prune_lab.counting import Macs, count_macs
+from prune_lab.errors import BudgetError, ConfigError, FormError, PlanError, UnknownBlockError
+from prune_lab.families import Form, latent_shape
+from prune_lab.forms import layout_of
+from prune_lab.plans import PruningPlan, plan_of, removed_samplers
 from prune_lab.profiling.activations import ActivationTable
+from prune_lab.profiling.form_costs import Gone, gone_by
 from prune_lab.profiling.latency import LatencyTable
 from prune_lab.profiling.plan_matrix import (
     REST,
@@ -158,7 +161,9 @@ class CostTable:
     """The costs of a U-Net, part by part; the parts add up to the whole.
 
     MACs and latency are of one forward pass over ``batch`` samples of ``latent`` (height and width) with ``tokens``
-    words of text. ``activations`` adds each plan's own peak of memory.
+    words of text. ``activations`` adds each plan's own peak of memory. In another ``form`` than native a part costs
+    what leaves with it in that form, and the rest is all that stays whatever a plan removes; ``together`` adds what
+    leaves only when several blocks are all gone.
     """
 
     architecture: Architecture = field(repr=False)
@@ -168,6 +173,10 @@ class CostTable:
     tokens: int
     activations: ActivationTable | None = field(default=None, repr=False)
     layers: tuple[PartCost, ...] = ()  # inside blocks, whose costs they are a part of
+    form: Form = "native"
+    together: tuple[tuple[frozenset[str], PartCost], ...] = ()  # parts of the rest
+    native: CostTable | None = field(default=None, repr=False, compare=False)  # what it was made of
+    count: Macs | None = field(default=None, repr=False, compare=False)  # of the whole model
 
     @property
     def timed(self) -> bool:
@@ -188,24 +197,26 @@ class CostTable:
         raise UnknownBlockError(f"no cost is called {name!r}; ask for a block, a sampler or {REST!r}")
 
     def of(self, plan: PruningPlan) -> PlanCost:
-        """What is left when ``plan`` is carried out, samplers that leave with it gone.
+        """What is left when ``plan`` is carried out in its form, samplers that leave with it gone.
 
-        Raises PlanError when the plan belongs to another architecture.
+        Raises PlanError when the plan belongs to another architecture, FormError when it cannot be built in its form.
         """
-        kept, without = self._kept(plan)
+        table = self.in_form(plan.form)
+        kept, without = table._kept(plan)
 
         def left(column: str) -> int:
             whole, inside = (sum(int(getattr(part, column)) for part in parts) for parts in (kept, without))
             return whole - inside
 
-        return PlanCost(
+        found = PlanCost(
             params=left("params"),
             macs=left("macs"),
             attention_macs=left("attention_macs"),
             weight_bytes=left("weight_bytes"),
-            latency_ms=left("picoseconds") / _PICOSECONDS if self.timed else None,
-            activation_bytes=None if self.activations is None else self.activations.peak(plan.removed),
+            latency_ms=left("picoseconds") / _PICOSECONDS if table.timed else None,
+            activation_bytes=None if table.activations is None else table.activations.peak(plan.removed),
         )
+        return found if table.form == "native" else _counted(table, plan, found)
 
     def of_many(self, matrix: PlanMatrix) -> PlanCosts:
         """What each plan of ``matrix`` (plans, blocks) leaves, True where a block is removed; equal to ``of``.
@@ -225,14 +236,22 @@ class CostTable:
             *((block.name,) for block in self.architecture.named),
             *(group.samplers for group in groups),
         ]
-        saved = np.array([np.sum([by_name[name] for name in names], axis=0) for names in leaving], np.int64)
+        amounts = [np.sum([by_name[name] for name in names], axis=0) for names in leaving]
+        amounts += [
+            np.array([one.params, one.macs, one.attention_macs, one.weight_bytes, one.picoseconds])
+            for _, one in self.together
+        ]
+        places = {block.name: place for place, block in enumerate(self.architecture.named)}
+        joint = [[places[name] for name in blocks] for blocks, _ in self.together]
+        saved = np.array(amounts, np.int64)
         # Sums of integers below 2^53 are exact in floats too, and a product of floats is faster.
         number = np.float64 if whole.max() < 2**53 else np.int64
         saved = saved[:, :counted].astype(number)
         left = np.empty((len(matrix), counted), dtype=np.int64)
         for rows in chunks(matrix):
             removed = outermost(matrix[rows], self.architecture)
-            gone = np.hstack([removed, groups_gone(removed, groups)])
+            both = [removed[:, columns].all(axis=1, keepdims=True) for columns in joint]
+            gone = np.hstack([removed, groups_gone(removed, groups), *both])
             left[rows] = whole - gone.astype(number) @ saved
         params, macs, attention_macs, weight_bytes, *picoseconds = np.ascontiguousarray(left.T)
         return PlanCosts(
@@ -243,6 +262,17 @@ class CostTable:
             picoseconds[0] / _PICOSECONDS if picoseconds else None,
             None if self.activations is None else self.activations.of_many(matrix),
         )
+
+    def in_form(self, form: Form) -> CostTable:
+        """The costs of the same model's plans in ``form``; this table where they cost the same in it.
+
+        In the neutral form the peak of memory is not known.
+        """
+        native = self.native or self
+        same = not any(unit.keeps or unit.changes_others for unit in self.architecture.units)
+        if form == self.form or (same and "neutral" not in (form, self.form)):
+            return self
+        return native if form == "native" or (same and form == "own") else _table_in(native, form)
 
     def uncounted(self, plan: PruningPlan) -> Mapping[str, int]:
         """The operators without a formula that are left by ``plan``, and how often they run."""
@@ -336,7 +366,100 @@ def cost_table(
     assert min(params, macs, attention) >= 0, "parts of a U-Net overlap"
     calls = {operator: number for operator, number in left.items() if number}
     parts.append(part(REST, "rest", params, (macs, attention), MappingProxyType(calls)))
-    return CostTable(architecture, tuple(parts), batch, shape, tokens, activations, tuple(layers))
+    return CostTable(
+        architecture, tuple(parts), batch, shape, tokens, activations, tuple(layers), count=count
+    )
+
+
+# In another form -------------------------------------------------------------------------------------------
+
+
+def _gone(costs: CostTable, removed: Iterable[str], form: Form) -> Gone:
+    """What leaves with the blocks ``removed``, counted from what is built; nothing where that cannot be."""
+    assert costs.count is not None, "a cost table is made by cost_table"
+    plan = plan_of(costs.architecture, removed).built(form)
+    try:
+        return gone_by(costs.architecture, layout_of(costs.architecture, plan), costs.count)
+    except FormError:
+        return Gone(0, 0, 0)
+
+
+def _counted(costs: CostTable, plan: PruningPlan, predicted: PlanCost) -> PlanCost:
+    """``predicted`` with what is counted from the student that ``plan`` builds; without blocks that is the whole."""
+    if not plan.removed:
+        return predicted
+    whole = costs.total
+    assert costs.count is not None
+    gone = gone_by(costs.architecture, layout_of(costs.architecture, plan), costs.count)
+    assert whole.weight_bytes is not None
+    return dataclasses.replace(
+        predicted,
+        params=whole.params - gone.params,
+        macs=whole.macs - gone.macs,
+        attention_macs=whole.attention_macs - gone.attention_macs,
+        weight_bytes=(whole.params - gone.params) * (whole.weight_bytes // whole.params),
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _table_in(costs: CostTable, form: Form) -> CostTable:
+    """``costs``, which are of native students, of those in ``form``."""
+    size = (costs.total.weight_bytes or 0) // costs.total.params
+
+    def part(name: str, kind: PartKind, gone: Gone, usual: PartCost | None = None) -> PartCost:
+        share = gone.macs / usual.macs if usual and usual.macs else 0.0
+        took = usual.latency_ms * share if usual and usual.latency_ms is not None else None
+        timed = took if took is not None else 0.0 if costs.timed else None
+        return PartCost(name, kind, *gone, gone.params * size, timed)
+
+    def alone(one: PartCost) -> PartCost:
+        block = costs.architecture.block(one.name)
+        return part(
+            one.name, "block", _gone(costs, [one.name], form) if block.removable else Gone(0, 0, 0), one
+        )
+
+    blocks = [alone(one) for one in costs.parts if one.kind == "block"]
+    layers = [alone(one) for one in costs.layers]
+    samplers = [one for one in costs.parts if one.kind == "sampler"]
+    saved = {one.name: one for one in (*blocks, *layers, *samplers)}
+    sets = [(frozenset(group.blocks), group.samplers) for group in sampler_groups(costs.architecture)]
+    sets += [(frozenset(names), ()) for names in costs.architecture.family.tied(costs.architecture.outline)]
+    together: list[tuple[frozenset[str], PartCost]] = []
+    for names, left in sorted(sets, key=lambda one: len(one[0])):
+        inside = [more for blocks_inside, more in together if blocks_inside < names]
+        others = [saved[name] for name in (*names, *left)]
+        others += [
+            saved[name] for smaller, more in sets if smaller < names for name in more if name not in left
+        ]
+        whole = _gone(costs, names, form)
+        rest = Gone(
+            *(
+                getattr(whole, column) - sum(getattr(one, column) for one in (*others, *inside))
+                for column in Gone._fields
+            )
+        )
+        if any(rest):
+            together.append((names, part("+".join(sorted(names)), "block", rest)))
+    taken = [*blocks, *samplers]
+    stays = Gone(
+        *(
+            getattr(costs.total, column) - sum(getattr(one, column) for one in taken)
+            for column in Gone._fields
+        )
+    )
+    spent = sum(one.picoseconds for one in costs.parts) - sum(one.picoseconds for one in taken)
+    last = dataclasses.replace(
+        part(REST, "rest", stays), latency_ms=spent / _PICOSECONDS if costs.timed else None
+    )
+    return dataclasses.replace(
+        costs,
+        parts=(*blocks, *samplers, last),
+        layers=tuple(layers),
+        activations=costs.activations if form == "own" else None,
+        form=form,
+        together=tuple(together),
+        native=costs,
+    )
 
 
 def _check_conditions(

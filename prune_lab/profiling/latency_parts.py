@@ -22,7 +22,8 @@ from torch import nn
 from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.errors import ConfigError
 from prune_lab.families import latent_shape
-from prune_lab.plans import PruningPlan, native_layout
+from prune_lab.forms import layout_of
+from prune_lab.plans import PruningPlan
 from prune_lab.prefix_sharing import compiling
 from prune_lab.probes import evaluating
 from prune_lab.profiling.latency import (
@@ -152,7 +153,7 @@ def _check_plans(
     architecture: Architecture, calibrate: Sequence[PruningPlan], held_out: Sequence[PruningPlan]
 ) -> None:
     for plan in (*calibrate, *held_out):
-        native_layout(architecture, plan)  # says why a plan cannot be built
+        layout_of(architecture, plan)  # says why a plan cannot be built
         if not plan.removed:
             raise ConfigError("asked to time a plan that removes nothing; give plans that remove blocks")
     both = {plan.id: plan for plan in calibrate}.keys() & {plan.id: plan for plan in held_out}.keys()
@@ -215,7 +216,7 @@ def measure_latency_table(
     ``parts_timer`` a pass by parts, in milliseconds.
 
     Raises ConfigError for fewer than two rounds, for a plan in both sets or one that removes nothing,
-    NonNativePlanError for a plan that cannot be built, PlanError for one of another architecture; all before anything
+    FormError for a plan that cannot be built, PlanError for one of another architecture; all before anything
     is timed.
     """
     check_runs(rounds, warmup)

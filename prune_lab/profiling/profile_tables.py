@@ -28,8 +28,10 @@ from prune_lab.families import (
     takes_guidance,
     text_form,
 )
+from prune_lab.forms import why_not
 from prune_lab.models.schedulers import set_steps
 from prune_lab.plans import PruningPlan, is_native, plan_of
+from prune_lab.probes import picture_side, pixels_per_latent
 from prune_lab.profiling.cost_table import cost_table
 from prune_lab.profiling.latency import check_runs, measure_latency, random_inputs
 from prune_lab.profiling.plan_matrix import REST
@@ -79,7 +81,8 @@ def reduction_table(
     negative for savings. MACs are of one forward pass over ``batch`` samples with ``tokens`` words (None: the
     architecture's), ``paper_macs`` without attention products. Latency is that of the same networks with random
     weights on ``device`` in ``dtype``, timed in turns in ``runs`` rounds as ``time_plans`` does, or ``times`` by plan
-    id where they are known already; ``where`` is the service in words. Empty for a plan that is not native. Its change
+    id where they are known already; ``where`` is the service in words. Empty for a plan that cannot be built in its
+    form. Its change
     is the median of the ratios within a round, with its interval. Raises PlanError for a plan of another architecture.
     """
     sizes = {"batch": batch, "latent": latent, "tokens": architecture.tokens if tokens is None else tokens}
@@ -110,7 +113,7 @@ def reduction_table(
         return frame
     if times is None:
         service = Service(str(device), str(dtype).removeprefix("torch."), **sizes)  # type: ignore[arg-type]
-        native = {plan.id: plan for plan in plans if plan.removed and is_native(architecture, plan)}
+        native = {plan.id: plan for plan in plans if plan.removed and not why_not(architecture, plan)}
         timing = {"rounds": runs, "warmup": warmup, "own_processes": own_processes}
         times = time_plans(architecture, native, service, **timing).compared()  # type: ignore[arg-type]
         where = where or service.text(architecture.config)
@@ -296,6 +299,8 @@ def _parts(
     pipeline: Any, steps: int, batch: int, guided: bool, latent: int | None, asked: int | None
 ) -> Iterator[_Part]:
     model = model_of(pipeline)
+    if latent is None and "sample_size" not in model.config:
+        latent = picture_side(pipeline) // pixels_per_latent(pipeline)
     words, tokens = _words(pipeline, asked)
     for name, encoder in _encoders(pipeline).items():
         shape = (batch, words[name])
@@ -365,7 +370,7 @@ def profile_pipeline(
     """One row per part of a pipeline that works while it draws, and ``total`` last: columns PIPELINE_COLUMNS.
 
     ``calls`` is how often the part runs to make ``batch`` pictures in ``steps`` steps. ``macs`` (attention products
-    included) and ``median_ms`` are of one call; a guided one of the model (``guidance`` above 1) takes twice the batch.
+    included) and ``median_ms`` are of one call; a guided call (``guidance`` above 1) takes twice the batch.
     ``latent`` is the side of the square latent (None: the model's own size), ``tokens`` the length of the text (None:
     the longest that the text encoders take, or that the pipeline asks of them). ``share`` is calls x median_ms in the
     sum over the parts. The total is one call of everything: all the MACs and milliseconds behind these pictures.

@@ -10,7 +10,8 @@ from diffusers import ModelMixin
 
 from prune_lab.blocks import Architecture
 from prune_lab.errors import UnsupportedModelError
-from prune_lab.plans import PruningPlan, native_layout
+from prune_lab.forms import layout_of
+from prune_lab.plans import PruningPlan
 from prune_lab.prefix_sharing import compiling
 from prune_lab.probes import evaluating
 from prune_lab.profiling.activations import activation_table
@@ -78,7 +79,7 @@ def _in_own_processes(
     architecture: Architecture, plans: Mapping[str, PruningPlan], service: Service, warmup: int, seed: int
 ) -> Iterator[dict[str, TimedCall]]:
     configs = {TEACHER: architecture.config}
-    configs |= {name: native_layout(architecture, plan).config for name, plan in plans.items()}
+    configs |= {name: layout_of(architecture, plan).config for name, plan in plans.items()}
     with contextlib.ExitStack() as stack:
         yield {
             name: stack.enter_context(TimingProcess(config, service, warmup=warmup, seed=seed)).turn
@@ -104,10 +105,10 @@ def time_plans(
     which is on the service's device in its number format, or random ones. Else each has a process of its own: it waits
     for its turn without weights, then makes random ones, warms up, is timed, and lets them go. Weights decide nothing
     about the time of a pass. ``rounds``, ``warmup`` and ``mark`` are those of ``time_in_turns``. Raises
-    NonNativePlanError for a plan that cannot be built, before anything is timed.
+    FormError for a plan that cannot be built, before anything is timed.
     """
     for plan in plans.values():
-        native_layout(architecture, plan)
+        layout_of(architecture, plan)
     if own_processes is None:
         own_processes = not fits_into_one_process(architecture, service, loaded=unet is not None)
     if own_processes:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from prune_lab.blocks import Architecture
-from prune_lab.plans import PruningPlan, gone_with, native_layout
+from prune_lab.forms import layout_of
+from prune_lab.plans import PruningPlan, gone_with
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +99,8 @@ def teacher_paths(architecture: Architecture) -> dict[str, str]:
 def student_paths(architecture: Architecture, plan: PruningPlan) -> dict[str, str]:
     """Module path in the native student of every remaining unit, by its name in the teacher.
 
-    Raises NonNativePlanError when no plain diffusers config describes the student.
+    Raises FormError when no plain diffusers config describes the student.
     """
-    layout = native_layout(architecture, plan)
+    layout = layout_of(architecture, plan)
     paths = {name: layout.renamed(path) for name, path in teacher_paths(architecture).items()}
     return {name: path for name, path in paths.items() if path is not None}

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from prune_lab.blocks import architecture_of
 from prune_lab.errors import ConfigError, DataError, PlanError
+from prune_lab.forms import layout_of
 from prune_lab.importance.outputs import mean_square
-from prune_lab.plans import PruningPlan, native_layout
+from prune_lab.plans import PruningPlan
 from prune_lab.probes import Probe, predict
 from prune_lab.repair.activations import FitPoint, corrected, moments_at, restored
 from prune_lab.repair.cuts import Cut, find_cuts, student_paths, teacher_paths
@@ -216,7 +217,7 @@ def repair(
     probe are fitted on, and ``heldout`` holds the held-out rows. The impacts in the report are measured on held-out
     rows, which have also decided what is kept; use other rows to compare plans.
 
-    Raises NonNativePlanError or PlanError when the plan or the student does not fit, ConfigError for an unknown kind,
+    Raises FormError or PlanError when the plan or the student does not fit, ConfigError for an unknown kind,
     DataError for too few pictures, or a teacher whose predictions are 0 or not finite.
     Source: bias correction, arXiv:1906.04721; reconstruction of a layer's output by least squares, arXiv:1707.06168.
     """
@@ -225,7 +226,7 @@ def repair(
             f"asked for a repair of kind {kind!r}; known kinds are {', '.join(get_args(RepairKind))}"
         )
     architecture = architecture_of(teacher)
-    expected = architecture_of(native_layout(architecture, plan).config)
+    expected = architecture_of(layout_of(architecture, plan).config)
     if architecture_of(student).signature != expected.signature:
         raise PlanError(
             f"asked to repair the student of plan {plan.label}, found a student of another architecture; "

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from prune_lab.blocks import Architecture
 from prune_lab.errors import ConfigError, UnknownBlockError, UnremovableBlockError
-from prune_lab.plans import PruningPlan, is_native
+from prune_lab.families import Form
+from prune_lab.forms import exists_in
+from prune_lab.plans import PruningPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +62,8 @@ class Constraints:
 
     ``keep`` and ``remove`` name blocks or whole stages; a stage in ``remove`` stands for all that can be removed from
     it. ``least_resnets`` residual blocks stay in every stage (0: no rule; BK-SDM-Tiny empties its inner stages).
-    ``longest_run`` caps how many blocks in a row, in order of execution, leave together. With ``native_only`` a
-    plain diffusers config has to describe what is left.
+    ``longest_run`` caps how many blocks in a row, in order of execution, leave together. ``form`` is the one in which
+    plans have to exist (``prune_lab.forms``): with ``native`` a plain diffusers config describes what is left.
     """
 
     keep: tuple[str, ...] = ()
@@ -69,7 +71,7 @@ class Constraints:
     least_resnets: int = 0
     quotas: tuple[Quota, ...] = ()
     longest_run: int | None = None
-    native_only: bool = True
+    form: Form = "native"
 
     def __post_init__(self) -> None:
         if self.least_resnets < 0:
@@ -85,7 +87,7 @@ class Constraints:
                 )
 
     def limits(self, architecture: Architecture) -> tuple[Limit, ...]:
-        """The rules as linear rows over the removable blocks of ``architecture``, native or not aside.
+        """The rules as linear rows over the removable blocks of ``architecture``, their form aside.
 
         Raises UnknownBlockError, UnremovableBlockError or ConfigError naming the block or stage and the reason.
         """
@@ -100,12 +102,10 @@ class Constraints:
     def allow(self, architecture: Architecture, plan: PruningPlan) -> bool:
         """Whether ``plan`` keeps to all of the rules."""
         rules = self.limits(architecture)
-        return all(rule.allows(plan.removed) for rule in rules) and (
-            not self.native_only or is_native(architecture, plan)
-        )
+        return all(rule.allows(plan.removed) for rule in rules) and exists_in(architecture, plan, self.form)
 
 
-ANY_PLAN = Constraints(native_only=False)
+ANY_PLAN = Constraints(form="own")
 
 
 def _members(name: str, architecture: Architecture) -> tuple[str, ...]:

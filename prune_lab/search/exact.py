@@ -179,8 +179,8 @@ def _relaxed(constraints: Constraints) -> Iterator[tuple[str, Constraints]]:
         yield f"least_resnets {constraints.least_resnets}", dataclasses.replace(constraints, least_resnets=0)
     if constraints.longest_run is not None:
         yield f"longest_run {constraints.longest_run}", dataclasses.replace(constraints, longest_run=None)
-    if constraints.native_only:
-        yield "native_only", dataclasses.replace(constraints, native_only=False)
+    if constraints.form != "own":
+        yield f"form {constraints.form}", dataclasses.replace(constraints, form="own")
 
 
 def _smallest(
@@ -220,7 +220,7 @@ def _explain_impossible(
     architecture: Architecture, costs: CostTable, budgets: Sequence[Budget], constraints: Constraints
 ) -> BudgetError:
     """What was asked, the smallest that can be reached, which rule binds, and what would work."""
-    kind = "native plan" if constraints.native_only else "plan"
+    kind = "native plan" if constraints.form == "native" else "plan"
     program = _scoreless(architecture, costs, constraints)
     if program.least(program.objective, ()) is None:
         return _contradiction(architecture, costs, constraints, kind)

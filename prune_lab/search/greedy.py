@@ -34,7 +34,7 @@ def greedy_plan(
 ) -> SearchResult:
     """The plan that removes, step by step, what adds the least impact per saved cost until all ``budgets`` are met.
 
-    A step is one block, or with ``native_only`` one option of a level that extends the level's present one. Saved
+    A step is one block, or of native plans one option of a level that extends the level's present one. Saved
     cost is the share of what the budgets still ask for. A step after which no plan could meet budgets and
     constraints any more is never taken. All first steps are measured in one batch; later only the step that looks
     cheapest, until it stays the cheapest (lazy evaluation, Minoux 1978).

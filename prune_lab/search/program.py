@@ -107,6 +107,7 @@ class Program:
         self._options = [option for _, option in options]
         members = sorted(frozenset().union(*self._options)) if options else []
         products = [frozenset(group.blocks) for group in sampler_groups(space.architecture)]
+        products += [blocks for blocks, _ in space.costs.together if blocks not in products]
         products += [pair for pair in effects.interactions if pair not in products]
         self._level_of = {block: level for level, option in options for block in option}
         self._products = [blocks for blocks in products if blocks.issubset(members) and self._crosses(blocks)]
@@ -154,6 +155,8 @@ class Program:
             saved += amounts[block] * gone
         for group in sampler_groups(self.space.architecture):
             saved += sum(amounts[name] for name in group.samplers) * self.together(frozenset(group.blocks))
+        for blocks, part in costs.together:
+            saved += getattr(part, column) * self.together(blocks)
         return saved * self._scale(metric)
 
     def values(self, removed: Removed) -> Vector:

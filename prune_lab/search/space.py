@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from prune_lab.blocks import Architecture
 from prune_lab.errors import PlanError
+from prune_lab.families import Form
+from prune_lab.forms import exists_in
 from prune_lab.plans import PruningPlan, native_choices, plan_of
 from prune_lab.profiling import CostTable
 from prune_lab.search.budgets import Budget, within
@@ -39,8 +41,8 @@ class Space:
         return self.costs.architecture
 
     def plan(self, removed: Iterable[str], name: str = "") -> PruningPlan:
-        """The plan that removes these blocks."""
-        return plan_of(self.architecture, removed, name)
+        """The plan that removes these blocks, in the form that the constraints ask for."""
+        return plan_of(self.architecture, removed, name).built(self.constraints.form)
 
     def satisfies_rules(self, removed: Removed) -> bool:
         """Whether the constraints allow to remove these blocks, which are one option of each level."""
@@ -60,7 +62,7 @@ class Space:
             or not listed
             or frozenset().union(*options) != removed
         ):
-            kind = "native plan" if self.constraints.native_only else "plan"
+            kind = "native plan" if self.constraints.form == "native" else "plan"
             raise PlanError(
                 f"asked to start from {plan.label}, which is no {kind} of this U-Net within the constraints; "
                 "start from one that search_plans finds"
@@ -78,13 +80,22 @@ def space_of(
     for budget in budgets:
         costs.total.amount(budget.metric)
     limits = constraints.limits(architecture)
-    levels = native_choices(architecture) if constraints.native_only else _every_block(architecture)
+    levels = (
+        native_choices(architecture)
+        if constraints.form == "native"
+        else _every_block(architecture, constraints.form)
+    )
     kept = tuple(tuple(_satisfying_alone(level, limits)) for level in levels)
-    return Space(costs, tuple(budgets), constraints, limits, kept)
+    return Space(costs.in_form(constraints.form), tuple(budgets), constraints, limits, kept)
 
 
-def _every_block(architecture: Architecture) -> tuple[tuple[Removed, ...], ...]:
-    return tuple((frozenset(), frozenset([block.name])) for block in architecture.named if block.removable)
+def _every_block(architecture: Architecture, form: Form) -> tuple[tuple[Removed, ...], ...]:
+    names = (block.name for block in architecture.named if block.removable)
+    return tuple(
+        (frozenset[str](), frozenset([name]))
+        for name in names
+        if exists_in(architecture, plan_of(architecture, [name]), form)
+    )
 
 
 def _satisfying_alone(level: tuple[Removed, ...], limits: tuple[Limit, ...]) -> Iterator[Removed]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prune_lab.surgery.building import materialise, materialise_from_folder
 from prune_lab.surgery.bypass import Bypass, bypassed, stand_in_for
+from prune_lab.surgery.code import notes_on_form
 from prune_lab.surgery.proof import Original, Proof, digest_of, get_ready_to_prove, prove
 from prune_lab.surgery.writing import TEACHER, original_of, pipeline_with, prune_pipeline, save_unet
 
@@ -17,6 +18,7 @@ __all__ = [
     "get_ready_to_prove",
     "materialise",
     "materialise_from_folder",
+    "notes_on_form",
     "original_of",
     "pipeline_with",
     "prove",

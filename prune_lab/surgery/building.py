@@ -15,20 +15,21 @@ from torch import Tensor
 from prune_lab.blocks import architecture_of
 from prune_lab.errors import ModelFormatError
 from prune_lab.families import Layout, empty_model, meta_unet
+from prune_lab.forms import layout_of
 from prune_lab.models import weight_files
 from prune_lab.models.conversion import converted
-from prune_lab.plans import PruningPlan, native_layout
+from prune_lab.plans import PruningPlan
 from prune_lab.runtime import read_json
 
 
 def materialise(unet: ModelMixin, plan: PruningPlan, *, hand_over: bool = False) -> ModelMixin:
-    """The smaller plain diffusers model that ``plan`` leaves, with the surviving weights of ``unet``.
+    """The smaller model that ``plan`` leaves, in the form of the plan, with the surviving weights of ``unet``.
 
     It is built without memory (on ``meta``) and given the surviving tensors: copies of them, or with ``hand_over`` the
-    tensors themselves, after which ``unet`` must not be used any more. Raises NonNativePlanError when no plain config
-    describes it.
+    tensors themselves, after which ``unet`` must not be used any more. Raises FormError when it cannot be built in
+    the form of the plan.
     """
-    layout = native_layout(architecture_of(unet), plan)
+    layout = layout_of(architecture_of(unet), plan)
     tensors: dict[str, Tensor] = unet.state_dict()
 
     def take(key: str) -> Tensor:
@@ -43,10 +44,10 @@ def materialise_from_files(
     """The smaller U-Net that ``plan`` leaves of the one with ``config`` and weights in the safetensors ``files``.
 
     Only surviving tensors are read. ``dtype`` converts each as it is read; ``None`` keeps the files' own. Raises
-    NonNativePlanError, or ModelFormatError when the weights do not fit the config, are no finite numbers, or too large
+    FormError, or ModelFormatError when the weights do not fit the config, are no finite numbers, or too large
     for ``dtype``.
     """
-    layout = native_layout(architecture_of(config), plan)
+    layout = layout_of(architecture_of(config), plan)
     with contextlib.ExitStack() as stack:
         homes: dict[str, Any] = {}  # key -> open file; tensors are read one by one through its memory map
         for path in files:
@@ -81,7 +82,7 @@ def materialise_from_folder(
 
 def predicted_shapes(config: Mapping[str, Any], plan: PruningPlan) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of the smaller U-Net by its name there, from the original's inventory: nothing is built."""
-    layout = native_layout(architecture_of(config), plan)
+    layout = layout_of(architecture_of(config), plan)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, tensor in meta_unet(config).state_dict().items():
         new = layout.renamed(name)

@@ -167,3 +167,10 @@ def copy_parts(
     for path in sorted(pipeline.iterdir()):
         if path.is_file() and any(word in path.name.lower() for word in _LICENCES):
             shutil.copyfile(path, target / path.name)
+
+
+def rename_part(folder: Path, part: str, entry: Sequence[str]) -> None:
+    """Say in the index of the pipeline ``folder`` of which library, or file beside its weights, and class a part is."""
+    index = json_object(folder / INDEX)
+    if index.get(part) != list(entry):
+        write_config(folder / INDEX, {**index, part: list(entry)})

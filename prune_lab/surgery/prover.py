@@ -21,8 +21,9 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from prune_lab.families import empty_model, family_of
+from prune_lab.families import check_code, empty_model, family_of, is_own
 from prune_lab.models.answers import complaint_of_parts, random_inputs, unet_complaint
+from prune_lab.models.files import json_object
 from prune_lab.models.parts import component_of, left_out
 from prune_lab.models.silence import quiet
 from prune_lab.runtime import read_json
@@ -77,9 +78,16 @@ def _loaded(folder: Path, variant: str) -> tuple[Any, Any]:
     named: dict[str, Any] = {"variant": variant} if variant else {}
     if not (folder / "model_index.json").is_file():
         config: Any = read_json(folder / "config.json")
+        if is_own(config):
+            check_code(folder, config)  # nothing else is run
+            return diffusers.AutoModel.from_pretrained(str(folder), trust_remote_code=True, **named), None
         return getattr(diffusers, config["_class_name"]).from_pretrained(folder, **named), None
     index: Any = read_json(folder / "model_index.json")
     unused: dict[str, Any] = dict.fromkeys(left_out(index))
+    for part, value in index.items():
+        if isinstance(value, list) and is_own(value[-1]):
+            check_code(folder / part, json_object(folder / part / "config.json"))
+            named["trust_remote_code"] = True
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **named, **unused)
     formats = {
         name: _format_of(part) for name, part in pipeline.components.items() if isinstance(part, nn.Module)

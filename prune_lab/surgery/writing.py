@@ -14,7 +14,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from prune_lab.errors import StorageError, UnsupportedModelError
-from prune_lab.families import plain_config
+from prune_lab.families import entry_of, is_own, plain_config
+from prune_lab.forms import layout_of
 from prune_lab.models import ModelSource, model_digest, weight_files
 from prune_lab.models.conversion import refuse_flawed, stored
 from prune_lab.models.files import json_object
@@ -22,7 +23,8 @@ from prune_lab.models.protection import check_folder
 from prune_lab.plans import PruningPlan
 from prune_lab.runtime import Environment, atomic_folder, names_alone, output_folder, write_json
 from prune_lab.surgery.building import materialise_from_files, predicted_shapes
-from prune_lab.surgery.parts import copy_parts, copy_texts, copy_weights, write_config
+from prune_lab.surgery.code import write_code
+from prune_lab.surgery.parts import copy_parts, copy_texts, copy_weights, rename_part, write_config
 from prune_lab.surgery.proof import (
     Original,
     Proof,
@@ -43,6 +45,7 @@ def _write_unet(unet: Any, folder: Path, plan: Plan, variant: str) -> None:
     unet.save_pretrained(folder, safe_serialization=True, variant=variant or None)
     config = folder / "config.json"
     write_config(config, json_object(config))  # a loaded model remembers its folder
+    write_code(folder, json_object(config))
     if plan is not None:
         write_json(folder / _PLAN, plan.to_json() if isinstance(plan, PruningPlan) else dict(plan))
 
@@ -70,7 +73,8 @@ def save_unet(
     shapes = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
     with atomic_folder(folder, force=True) as temporary:
         _write_unet(unet, temporary, plan, "")
-        if getattr(diffusers, type(unet).__name__, None) is type(unet):
+        name = type(unet).__name__
+        if is_own(name) or getattr(diffusers, name, None) is type(unet):
             digest = "" if original else digest_of(unet)
             proof = prove(temporary, shapes=shapes, original=original, digest=digest)
         _write_provenance(temporary, provenance, proof)
@@ -111,6 +115,7 @@ def prune_pipeline(
         "source_digest": model_digest(source),
         "plan": plan.text,
         "plan_id": plan.id,
+        "form": plan.form,
         TEACHER: plain_config(source.config),
         "environment": Environment.capture().as_dict(),
     }
@@ -133,6 +138,7 @@ def prune_pipeline(
                 variant=variant,
                 dtype=dtype,
             )
+            rename_part(temporary, source.component, entry_of(layout_of(source.architecture, plan).config))
         student = materialise_from_files(source.config, original.files, plan, dtype=dtype)
         _write_unet(student, folder, plan, variant)
         del student  # one model at a time: the other process has its turn
@@ -188,6 +194,10 @@ def pipeline_with(
         folder = temporary / source.component if inside else temporary
         copy_texts(unet_folder, folder)
         copy_weights(files, folder, variant="", dtype=None)
+        config = json_object(folder / "config.json")
+        write_code(folder, config)
+        if inside:
+            rename_part(temporary, source.component, entry_of(config))
         proof = prove(temporary, shapes=shapes, digest=digest)
         written = folder / _PROVENANCE
         provenance = json_object(written) if written.is_file() else source.origin

@@ -11,6 +11,7 @@ import pandas as pd
 from prune_lab.blocks import Architecture, BlockGroup, GroupKind, block_groups, blocks_frame
 from prune_lab.config import PLAN_FILES
 from prune_lab.errors import ConfigError, StorageError
+from prune_lab.forms import why_not
 from prune_lab.importance import (
     ONE_STEP,
     ImportanceTable,
@@ -21,7 +22,7 @@ from prune_lab.importance import (
     with_psnr,
 )
 from prune_lab.models import resolve_model
-from prune_lab.plans import PruningPlan, choices_to_json, is_native, read_plans
+from prune_lab.plans import PruningPlan, choices_to_json, read_plans
 from prune_lab.profiling import (
     TEACHER,
     ComparedLatency,
@@ -224,7 +225,7 @@ def _measured_latency(session: Session, service: Service) -> LatencyTable:
 
 
 def ensure_turns(session: Session, plans: Iterable[PruningPlan]) -> dict[str, ComparedLatency]:
-    """The latency of the whole U-Net (TEACHER) and of what each native plan leaves, by plan id, timed in turns.
+    """The latency of the whole U-Net (TEACHER) and of what each plan leaves that can be built, by id, timed in turns.
 
     Writes latency_rounds.csv. Plans that were not timed yet are timed together, with the whole U-Net among them once
     more; those that were stay as they are. So a change is always one within the same rounds.
@@ -240,7 +241,7 @@ def ensure_turns(session: Session, plans: Iterable[PruningPlan]) -> dict[str, Co
     missing = {
         plan.id: plan
         for plan in plans
-        if plan.removed and plan.id not in found and is_native(session.architecture, plan)
+        if plan.removed and plan.id not in found and not why_not(session.architecture, plan)
     }
     if missing or TEACHER not in found:
         service = service_of(session)

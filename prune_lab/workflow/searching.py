@@ -15,13 +15,10 @@ from numpy.typing import NDArray
 
 from prune_lab.blocks import BlockGroup
 from prune_lab.config import BUDGET_CONTROLS
-from prune_lab.errors import (
-    NonNativePlanError,
-    PlanError,
-    PruneLabError,
-)
+from prune_lab.errors import PlanError, PruneLabError
+from prune_lab.forms import form_named, why_not, within_form
 from prune_lab.importance import ScoringContext, score
-from prune_lab.plans import PruningPlan, native_layout, read_plan, read_plans
+from prune_lab.plans import PruningPlan, read_plan, read_plans
 from prune_lab.profiling import CostTable, PlanCost, activation_table, cost_table
 from prune_lab.runs import Run, read_records
 from prune_lab.runtime import track, write_frame, write_json
@@ -106,6 +103,8 @@ def _write_plans(session: Session) -> tuple[Path, ...]:
             found += [("search", asked, plan) for plan in _named(plans, settings.solver, asked)]
             if at_budget:
                 found += [("control", asked, plan) for plan in controls_for(question, at_budget)]
+    form = form_named(settings.form)
+    found = [(origin, budget, within_form(architecture, plan, form)) for origin, budget, plan in found]
     for plan_id in dict.fromkeys(plan.id for _, _, plan in found):
         same = [(origin, plan) for origin, _, plan in found if plan.id == plan_id]
         names = dict.fromkeys(plan.name for _, plan in same)
@@ -198,6 +197,7 @@ def plans_frame(session: Session) -> pd.DataFrame:
                 else None,
                 "predicted_impact": None if importance is None else predicted_impact(plan, importance),
                 "native": not left_out(session, plan),
+                "form": plan.form,
             }
         )
     return pd.DataFrame(rows, columns=list(PLANS_COLUMNS))
@@ -205,11 +205,7 @@ def plans_frame(session: Session) -> pd.DataFrame:
 
 def left_out(session: Session, plan: PruningPlan) -> str:
     """Why ``plan`` cannot become a candidate; empty when it can."""
-    try:
-        native_layout(session.architecture, plan)
-    except NonNativePlanError as error:
-        return str(error)
-    return ""
+    return why_not(session.architecture, plan)
 
 
 def goes_by(plan: PruningPlan, text: str) -> bool:

@@ -23,10 +23,10 @@ from prune_lab.workflow.searching import ensure_plans, left_out
 
 
 def ensure_candidates(session: Session) -> tuple[Candidate, ...]:
-    """Every native plan of the run as a smaller model; writes candidates/<id>/{plan.json, unet/, profile.json}.
+    """Every plan of the run that can be built, as a model; writes candidates/<id>/{plan.json, unet/, profile.json}.
 
-    All are built first and then timed in turns with the teacher. Plans that are not native are left out here and named
-    with the reason in the ranking.
+    Each is built in the form of its plan. All are built first and then timed in turns with the teacher. Plans that
+    cannot be built are left out here and named with the reason in the ranking.
     """
     plans = [plan for plan in ensure_plans(session) if not left_out(session, plan)]
     place: dict[str, Any] = {"device": session.device, "dtype": session.dtype}

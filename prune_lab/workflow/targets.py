@@ -10,6 +10,7 @@ from prune_lab.blocks import Architecture
 from prune_lab.config import AUTO, BUDGET_CONTROLS, RunConfig, SearchConfig
 from prune_lab.errors import BudgetError
 from prune_lab.evaluation import check_step_count
+from prune_lab.forms import form_named
 from prune_lab.models import ModelSource, configured_model
 from prune_lab.plans import PruningPlan, read_plans
 from prune_lab.profiling import Service, cost_table, read_service
@@ -38,7 +39,7 @@ def constraints_of(config: RunConfig) -> Constraints:
         least_resnets=settings.least_resnets,
         quotas=tuple(parse_quota(text) for text in settings.quotas),
         longest_run=settings.longest_run or None,
-        native_only=settings.native_only,
+        form=form_named(settings.form),
     )
 
 

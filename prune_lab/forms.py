@@ -1,0 +1,85 @@
+"""The forms in which the smaller model of a plan can be built, and what it is in each.
+
+``native``: a plain config of the plain class. ``neutral``: the plain class, whose removed blocks are there and do
+nothing. ``own``: with one small model file in the folder, any plan at full savings. All three compute the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import get_args
+
+from prune_lab.blocks import Architecture
+from prune_lab.errors import ConfigError, FormError
+from prune_lab.families import CLASS_NAME, FAMILIES, Form, Layout, base_name, own_layout
+from prune_lab.plans import PruningPlan, is_native, native_layout, units_gone
+
+FORM_NAMES: tuple[Form, ...] = get_args(Form)
+
+
+def _neutral(architecture: Architecture, plan: PruningPlan) -> Layout:
+    neutral = architecture.family.neutral
+    if neutral is None:
+        name = architecture.config[CLASS_NAME]
+        raise FormError(
+            f"asked for the neutral form of a {name}, whose blocks cannot stay and do nothing; ask for --form native "
+            "or own"
+        )
+    return neutral(architecture.outline, units_gone(architecture, plan))
+
+
+def _own(architecture: Architecture, plan: PruningPlan) -> Layout:
+    gone = units_gone(architecture, plan)
+    return own_layout(FAMILIES[base_name(architecture.config[CLASS_NAME])], architecture.outline, gone)
+
+
+FORMS: Mapping[Form, Callable[[Architecture, PruningPlan], Layout]] = {
+    "native": native_layout,
+    "neutral": _neutral,
+    "own": _own,
+}
+"""By name: the config of the smaller model, where the original's modules are in it, and which of their numbers are
+others. Each raises FormError, which says why, where it has none for a plan, and PlanError for another model's plan."""
+
+
+def form_named(name: str) -> Form:
+    """The form called ``name``. Raises ConfigError where there is none."""
+    for form in FORM_NAMES:
+        if form == name:
+            return form
+    raise ConfigError(f"asked for the form {name!r}; there are {', '.join(FORM_NAMES)}")
+
+
+def layout_of(architecture: Architecture, plan: PruningPlan) -> Layout:
+    """The smaller model of ``plan`` in the plan's own form. Raises FormError where it cannot be built in that."""
+    return FORMS[plan.form](architecture, plan)
+
+
+def why_not(architecture: Architecture, plan: PruningPlan) -> str:
+    """Why ``plan`` cannot be built in its form; empty when it can."""
+    try:
+        layout_of(architecture, plan)
+    except FormError as error:
+        return str(error)
+    return ""
+
+
+def exists_in(architecture: Architecture, plan: PruningPlan, form: Form) -> bool:
+    """Whether ``plan`` can be built in ``form``; the plan that removes nothing exists in all."""
+    return not plan.removed or not why_not(architecture, plan.built(form))
+
+
+def in_form(architecture: Architecture, plan: PruningPlan, form: Form | None = None) -> PruningPlan:
+    """``plan`` in the form that is asked for; None: native where that exists, else with code of its own.
+
+    Raises FormError where it cannot be built in that.
+    """
+    chosen = form or ("native" if is_native(architecture, plan) else "own")
+    made = plan.built(chosen)
+    layout_of(architecture, made)
+    return made
+
+
+def within_form(architecture: Architecture, plan: PruningPlan, form: Form) -> PruningPlan:
+    """``plan`` as a run builds it that asks for ``form``: natively where that exists, which costs least."""
+    return plan.built("native" if is_native(architecture, plan) else form)

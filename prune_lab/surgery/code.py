@@ -1,0 +1,71 @@
+"""What lies beside the weights of a student with code of its own: its model file, and how it is loaded."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prune_lab.families import CLASS_NAME, base_name, code_path, family_of, file_of, is_own
+from prune_lab.runtime import write_text
+
+_NOTES = """\
+A {base} with {count} of its modules taken out, written by prune-lab. No plain config describes what is left, so the
+model brings `{file}.py` along, a small file that needs torch and diffusers alone. Its name holds the first digits of
+the SHA-256 of its content.
+
+Load the pipeline around this folder:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("PIPELINE", trust_remote_code=True)
+```
+
+Load the model alone:
+
+```python
+from diffusers import AutoModel
+
+model = AutoModel.from_pretrained("PIPELINE/{component}", trust_remote_code=True)
+```
+
+prune-lab loads it without being told to trust it: it knows the file by its hash, and runs a copy of its own.
+
+Good to know:
+
+- Give folders as text. `AutoModel` raises a TypeError for a `pathlib.Path`.
+- `{base}.from_pretrained` refuses this folder ("expected shape", "size mismatch"), as it must: each module that is
+  gone has left a tensor without numbers under the name of one of its own. Do not pass `ignore_mismatched_sizes=True`:
+  diffusers would then fill the gaps with random numbers.
+- The entry of the model in `model_index.json` names the file and the class, `["{file}", "{name}"]`. With an entry for
+  diffusers there a plain {base} would be asked for.
+- `save_pretrained`, of the pipeline too, copies the file along.
+- diffusers keeps a copy of the file in its cache of modules. Files of other versions have other names, so several can
+  be loaded in one process. On a hub the file belongs where it is here: in the folder of the component.
+- No single file (.safetensors) holds such a model.
+"""
+
+
+def notes_on_form(config: Mapping[str, Any]) -> str:
+    """What one has to know to load a student of this ``config``, as Markdown; empty for one of a plain class."""
+    if not is_own(config):
+        return ""
+    name = str(config[CLASS_NAME])
+    return _NOTES.format(
+        name=name,
+        base=base_name(name),
+        count=len(config["removed"]),
+        file=file_of(config),
+        component=family_of(config).component,
+    )
+
+
+def write_code(folder: Path, config: Mapping[str, Any]) -> None:
+    """Put the model file and a README beside the weights in ``folder``; nothing for a plain ``config``."""
+    if not is_own(config):
+        return
+    file = file_of(config)
+    shutil.copyfile(code_path(file), folder / f"{file}.py")
+    write_text(folder / "README.md", f"# {config[CLASS_NAME]}\n\n{notes_on_form(config)}")
