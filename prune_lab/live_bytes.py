@@ -133,7 +133,9 @@ def spans(
 def _renewed(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _renewed(item) for name, item in value.items()}
-    return torch.empty_like(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_renewed(item) for item in value)
+    return torch.empty_like(value) if isinstance(value, torch.Tensor) and value.is_meta else value
 
 
 def _size(tensor: torch.Tensor) -> int:
