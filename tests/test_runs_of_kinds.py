@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -221,6 +222,39 @@ def test_a_step_of_a_flow_is_that_of_a_loop_in_plain_diffusers(
     written = type(teacher).from_pretrained(tmp_path / "student" / "distilled" / "unet").state_dict()
     for name, tensor in by_hand.state_dict().items():
         torch.testing.assert_close(written[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_what_a_student_leaves_out_at_random_follows_from_the_step(
+    pipeline_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A model of pixels with dropout, trained in one go, with another beside it, and with a stop in between."""
+    pipeline = DiffusionPipeline.from_pretrained(pipeline_folder("ddpm"))
+    for module in pipeline.unet.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+    pictures = torch.randint(0, 256, (4, 3, 16, 16), generator=seeded(0), dtype=torch.uint8)
+    data = encode_data(pipeline, pictures, ("",) * 4)
+    validation = make_probe(pipeline, pictures, ("",) * 4, ("",) * 4, timesteps=4, seed=1)
+    settings = dataclasses.replace(STEP, steps=2, caption_dropout=0.0, checkpoint_every=1)
+    setup = DistillSetup(pipeline.unet.eval(), data, pipeline.scheduler, settings, validation)
+    architecture = architecture_of(pipeline.unet)
+
+    def student(plan: str, name: str) -> Student:
+        parsed = parse_plan(plan, architecture)
+        cut = materialise(pipeline.unet, parsed)
+        for module in cut.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.3
+        return Student(partial(copy.deepcopy, cut), feature_pairs(architecture, parsed), tmp_path / name)
+
+    (alone,) = distill_together(setup, [student("-Md.A1", "alone")])
+    _, beside = distill_together(setup, [student("-Md", "other"), student("-Md.A1", "beside")])
+    torch.manual_seed(5)  # nothing hangs on it
+    distill_together(setup, [student("-Md.A1", "stopped")], until=1, keep_checkpoint=True)
+    (stopped,) = distill_together(setup, [student("-Md.A1", "stopped")])
+    losses = [one.frame()["total"].tolist()[1:] for one in (alone, beside, stopped)]
+    assert losses[0] == losses[1] == losses[2]
+    assert len(set(losses[0])) == 2
 
 
 def test_what_is_not_defined_for_a_kind_is_refused(
