@@ -227,7 +227,7 @@ def test_a_step_of_a_flow_is_that_of_a_loop_in_plain_diffusers(
 def test_what_a_student_leaves_out_at_random_follows_from_the_step(
     pipeline_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """A model of pixels with dropout, trained in one go, with another beside it, and with a stop in between."""
+    """A model of pixels with dropout, trained with another beside it, and alone with a stop in between."""
     pipeline = DiffusionPipeline.from_pretrained(pipeline_folder("ddpm"))
     for module in pipeline.unet.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -247,13 +247,12 @@ def test_what_a_student_leaves_out_at_random_follows_from_the_step(
                 module.p = 0.3
         return Student(partial(copy.deepcopy, cut), feature_pairs(architecture, parsed), tmp_path / name)
 
-    (alone,) = distill_together(setup, [student("-Md.A1", "alone")])
     _, beside = distill_together(setup, [student("-Md", "other"), student("-Md.A1", "beside")])
     torch.manual_seed(5)  # nothing hangs on it
     distill_together(setup, [student("-Md.A1", "stopped")], until=1, keep_checkpoint=True)
     (stopped,) = distill_together(setup, [student("-Md.A1", "stopped")])
-    losses = [one.frame()["total"].tolist()[1:] for one in (alone, beside, stopped)]
-    assert losses[0] == losses[1] == losses[2]
+    losses = [one.frame()["total"].tolist()[1:] for one in (beside, stopped)]
+    assert losses[0] == losses[1]
     assert len(set(losses[0])) == 2
 
 
