@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from families_seen import Seen
 from PIL import Image
 from tiny_pipelines import CAPTION_LENGTH, DRAWN_WITH
 from training_images import png_image
@@ -65,7 +66,7 @@ def job(
     return config
 
 
-def check_run(run: Run, kind: str) -> None:
+def check_run(run: Run, kind: str, seen: Seen) -> None:
     """Both students were trained and ranked, pictures are there in size and number, and plain diffusers draws."""
     ranking = pd.read_csv(run.ranking)
     assert set(ranking["status"]) == {"done"}
@@ -95,12 +96,15 @@ def check_run(run: Run, kind: str) -> None:
     student.set_progress_bar_config(disable=True)
     drawn = student(**DRAWN_WITH[kind], num_inference_steps=2, generator=seeded(0))
     assert np.isfinite(np.asarray(drawn.frames if kind == "wan" else drawn.images)).all()
+    for verb in ("blocks", "profile", "score", "prune", "distill", "draw"):
+        seen(Session(run).architecture.config, verb)
 
 
 def test_a_model_of_pixels_without_text_goes_through_all_steps(
     job: Callable[..., RunConfig],
     tmp_path: Path,
     quick_report: None,
+    seen: Seen,
 ) -> None:
     for row in range(8):
         (tmp_path / "mine").mkdir(exist_ok=True)
@@ -111,7 +115,7 @@ def test_a_model_of_pixels_without_text_goes_through_all_steps(
     assert roles["train"].count == 4
     assert roles["train"].size == 16
     assert "none" in roles["scorer"].source
-    check_run(run, "ddpm")
+    check_run(run, "ddpm", seen)
 
 
 @pytest.mark.long
@@ -122,6 +126,7 @@ def test_a_pipeline_of_every_kind_goes_through_all_steps(
     drawn: bool,
     job: Callable[..., RunConfig],
     tmp_path: Path,
+    seen: Seen,
 ) -> None:
     folder = tmp_path / "mine"
     for row in range(0 if drawn else 12):
@@ -129,7 +134,7 @@ def test_a_pipeline_of_every_kind_goes_through_all_steps(
         (folder / f"{row}.png").write_bytes(png_image(row))
         (folder / f"{row}.txt").write_text(f"a picture of number {row}")
     run_all(job(kind, "" if drawn else str(folder)), tmp_path / "run")
-    check_run(Run(tmp_path / "run"), kind)
+    check_run(Run(tmp_path / "run"), kind, seen)
 
 
 # One step of a flow, by hand ------------------------------------------------------------------------------------------
