@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from families_seen import Seen
 from PIL import Image
 from tiny_pipelines import CAPTION_LENGTH, DRAWN_WITH
 from training_images import png_image
@@ -95,13 +96,15 @@ def check_run(run: Run, kind: str, asked: tuple[str, ...]) -> None:
     assert run.report.is_file()
 
 
-def check_student(run: Run, kind: str) -> None:
+def check_student(run: Run, kind: str, seen: Seen) -> None:
     """Plain diffusers loads a student's folder and draws with it."""
     (saved,) = save_students(Session(run), run.folder.with_name("student"), only=(PLANS[kind][0],))
     student = DiffusionPipeline.from_pretrained(saved)
     student.set_progress_bar_config(disable=True)
     drawn = student(**DRAWN_WITH[kind], num_inference_steps=2, generator=seeded(0))
     assert np.isfinite(np.asarray(drawn.frames if kind == "wan" else drawn.images)).all()
+    for verb in ("blocks", "profile", "score", "prune", "distill", "draw"):
+        seen(Session(run).architecture.config, verb)
 
 
 def test_a_model_of_pixels_without_text_goes_through_all_steps(
@@ -129,6 +132,7 @@ def test_a_pipeline_of_every_kind_goes_through_all_steps(
     drawn: bool,
     job: Callable[..., RunConfig],
     tmp_path: Path,
+    seen: Seen,
 ) -> None:
     folder = tmp_path / "mine"
     for row in range(0 if drawn else 12):
@@ -137,7 +141,7 @@ def test_a_pipeline_of_every_kind_goes_through_all_steps(
         (folder / f"{row}.txt").write_text(f"a picture of number {row}")
     run_all(job(kind, "" if drawn else str(folder)), tmp_path / "run")
     check_run(Run(tmp_path / "run"), kind, PLANS[kind])
-    check_student(Run(tmp_path / "run"), kind)
+    check_student(Run(tmp_path / "run"), kind, seen)
 
 
 # One step of a flow, by hand ------------------------------------------------------------------------------------------
