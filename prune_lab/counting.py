@@ -129,6 +129,13 @@ def _per_side(value: Any, sides: int) -> list[int]:
     return [value] * sides if isinstance(value, int) else list(value)
 
 
+_TRANSPOSED: Mapping[Any, int] = {
+    torch.conv_transpose1d: 1,
+    torch.conv_transpose2d: 2,
+    torch.conv_transpose3d: 3,
+}
+
+
 def _convolution(
     sides: int,
     x: Any,
@@ -145,6 +152,26 @@ def _convolution(
     return torch._convolution(x, weight, bias, *form, False, False, False, False)
 
 
+def _transposed(
+    sides: int,
+    x: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Any:
+    """``conv_transpose2d`` or its like, as the operator that a trace records (samplers of K-diffusion)."""
+    stride, padding, dilation, more = (
+        _per_side(option, sides) for option in (stride, padding, dilation, output_padding)
+    )
+    return torch._convolution(
+        x, weight, bias, stride, padding, dilation, True, more, groups, False, False, False, False
+    )
+
+
 class _AsTraced(TorchFunctionMode):
     """Calls every ``conv2d`` and its like as ``_convolution``, the operator that a trace records, and ``masked_fill``
     with a number: the tracer knows none that fills with true or false.
@@ -153,12 +180,42 @@ class _AsTraced(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func in _TRANSPOSED:
+            return _transposed(_TRANSPOSED[func], *args, **(kwargs or {}))
         sides = _CONVOLUTIONS.get(func)
         if func is Tensor.masked_fill and len(args) == 3 and isinstance(args[2], bool):
             return func(*args[:2], int(args[2]))
         if sides is None:
             return func(*args, **(kwargs or {}))
         return _convolution(sides, *args, **(kwargs or {}))
+
+
+def _normed(x: Tensor, *statistics: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What a norm of ``x`` answers on ``meta``: a tensor like it, and a mean and a spread of this shape."""
+    return torch.empty_like(x), x.new_empty(statistics), x.new_empty(statistics)
+
+
+def _group_normed(
+    x: Tensor, _weight: Any, _bias: Any, rows: int, _channels: int, _size: int, groups: int, _eps: float
+) -> Any:
+    return _normed(x, rows, groups)
+
+
+def _layer_normed(x: Tensor, sides: Any, *_rest: Any) -> Any:
+    return _normed(x, *x.shape[: x.ndim - len(sides)], *[1] * len(sides))
+
+
+def _projected(bias: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    return left.new_empty((left.shape[0], right.shape[1]))
+
+
+# Operators whose shapes torch works out in Python by all the steps of the computation, which takes most of a trace.
+_SHAPES: Mapping[Any, Callable[..., Any]] = {
+    torch.ops.aten.native_group_norm.default: _group_normed,
+    torch.ops.aten.native_layer_norm.default: _layer_normed,
+    torch.ops.aten.addmm.default: _projected,
+    torch.ops.aten._safe_softmax.default: lambda x, *_rest: torch.empty_like(x),
+}
 
 
 class _ConvolutionShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -169,6 +226,8 @@ class _ConvolutionShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         if func is torch.ops.aten._convolution.default:
             return torch.ops.aten.convolution.default(*args[:9])
+        if func in _SHAPES and args[0].is_meta and not kwargs:
+            return _SHAPES[func](*args)
         return func(*args, **(kwargs or {}))
 
 

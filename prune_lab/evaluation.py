@@ -1,11 +1,12 @@
-"""Evaluation of a U-Net: its held-out loss, images generated with it, and their CLIP scores."""
+"""Evaluation of a model: its held-out loss, images generated with it, and their CLIP scores."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,36 @@ from torch import Tensor
 from prune_lab import __version__
 from prune_lab.config import EvaluateConfig
 from prune_lab.errors import ConfigError, DataError, UnsupportedModelError
-from prune_lab.families import REFINER_TIME_IDS
+from prune_lab.families import REFINER_TIME_IDS, family_of, model_of, plain_config
+from prune_lab.families.drawing import (
+    asked,
+    class_numbers,
+    draws_videos,
+    gives_latents,
+    latents_in,
+    pictures_in,
+    reads_text,
+    takes_classes,
+    takes_guidance_scale,
+)
 from prune_lab.models import ScorerInputs
 from prune_lab.models.parts import why_no_text_to_image
 from prune_lab.models.schedulers import steps_complaint
 from prune_lab.models.silence import quiet
-from prune_lab.probes import Probe, cut_texts, note_cut, pipeline_conditions, predict, to_uint8
+from prune_lab.probes import (
+    Probe,
+    class_count,
+    cut_texts,
+    encode_pixels,
+    note_cut,
+    picture_side,
+    pipeline_conditions,
+    predict,
+    takes_frames,
+    to_uint8,
+)
 from prune_lab.runs import read_picture
-from prune_lab.runtime import atomic_folder, atomic_write, note_once, seeded, track
+from prune_lab.runtime import atomic_folder, atomic_write, generator_for, note_once, seeded, track
 
 
 def heldout_loss(unet: Any, probe: Probe, *, batch: int = 32) -> Tensor:
@@ -51,7 +74,7 @@ class _Drawing:
 
 def _everything_masked(pipeline: Any, count: int) -> dict[str, Any]:
     """Of an inpainting model: grey pictures that are masked whole, so that all of each is drawn."""
-    side = int(pipeline.unet.config.sample_size) * int(pipeline.vae_scale_factor)
+    side = picture_side(pipeline)
     return {
         "image": torch.full((count, 3, side, side), 0.5),
         "mask_image": torch.ones(count, 1, side, side),
@@ -104,16 +127,19 @@ def drawing_of(pipeline: Any) -> _Drawing:
 
 
 @contextlib.contextmanager
-def _pipeline_with(pipeline: Any, unet: Any) -> Iterator[Any]:
-    """``pipeline`` with ``unet`` (None: its own), a fresh scheduler and no progress bar; all are restored on exit."""
-    original = pipeline.unet, pipeline.scheduler, getattr(pipeline, "_progress_bar_config", {})
+def _pipeline_with(pipeline: Any, model: Any) -> Iterator[Any]:
+    """``pipeline`` with ``model`` (None: its own), a fresh scheduler and no progress bar; all are restored on exit."""
+    own = model_of(pipeline)
+    part = family_of(own).component
+    scheduler, bar = pipeline.scheduler, getattr(pipeline, "_progress_bar_config", {})
     try:
-        pipeline.unet = pipeline.unet if unet is None else unet
-        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+        setattr(pipeline, part, own if model is None else model)
+        pipeline.scheduler = type(scheduler).from_config(scheduler.config)
         pipeline.set_progress_bar_config(disable=True)
         yield pipeline
     finally:
-        pipeline.unet, pipeline.scheduler, bar = original
+        setattr(pipeline, part, own)
+        pipeline.scheduler = scheduler
         pipeline.set_progress_bar_config(**bar)
 
 
@@ -153,6 +179,84 @@ def check_steps(pipeline: Any, steps: int, setting: str = "steps") -> None:
         )
 
 
+def _noise_of(pipeline: Any, text: str, seed: int) -> torch.Generator:
+    """Where the noise of the picture of ``text`` comes from: its seed, and of a model that is asked for nothing the
+    name of the picture, too, since all of its pictures would be the same.
+    """
+    if reads_text(pipeline) or class_count(pipeline):
+        return seeded(seed)
+    return generator_for(seed, text, 0)
+
+
+def _asked_side(pipeline: Any) -> int | None:
+    """Pixels per side that ``pipeline`` is to be told; None where it draws pictures of its model's own form."""
+    if draws_videos(pipeline) or isinstance(getattr(pipeline, "default_sample_size", None), int):
+        return picture_side(pipeline)
+    model = model_of(pipeline)
+    height, width = family_of(model).size(plain_config(model))
+    return picture_side(pipeline) if height == width else None
+
+
+@contextlib.contextmanager
+def _showing_classes(pipeline: Any, texts: Sequence[str]) -> Iterator[None]:
+    """A context in which the model of ``pipeline`` is told the classes that ``texts`` name, where it takes classes and
+    the pipeline knows none (a ``DDPMPipeline``).
+    """
+    count, model = class_count(pipeline), model_of(pipeline)
+    if not count or takes_classes(pipeline):
+        yield
+        return
+    patched, labels = "forward" in vars(model), torch.tensor(class_numbers(texts, count), device=model.device)
+    forward = model.forward
+    try:
+        model.forward = functools.partial(forward, class_labels=labels)
+        yield
+    finally:
+        if patched:
+            model.forward = forward
+        else:
+            del model.forward
+
+
+def draw_once(
+    pipeline: Any,
+    texts: Sequence[str],
+    noise: Sequence[torch.Generator],
+    *,
+    steps: int,
+    guidance: float,
+    latents: bool = False,
+    side: int | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """Pictures (N, 3, H, W) from 0 to 1 that ``pipeline`` draws for ``texts`` out of ``noise``, N of both, in one pass.
+
+    With ``latents`` their final latents (N, C, h, w), scaled and not packed, of a model of videos (N, C, 1, h, w).
+    ``side`` in pixels (None: that of the model); ``more`` are further arguments of the call. Raises DataError for
+    values that are not finite, and for a text that names no class of a model of classes.
+    """
+    given = {
+        **asked(pipeline, texts, side=side, classes=class_count(pipeline)),
+        "num_inference_steps": steps,
+        "generator": list(noise),
+        "output_type": "latent" if latents and gives_latents(pipeline) else "pt",
+        **({"guidance_scale": guidance} if takes_guidance_scale(pipeline) else {}),
+        **(more or {}),
+    }
+    with _showing_classes(pipeline, texts):
+        answer = pipeline(**given)
+    if not latents:
+        found = pictures_in(answer)
+    elif gives_latents(pipeline):
+        own = model_of(pipeline)
+        found = latents_in(pipeline, answer, side or picture_side(pipeline), frames=takes_frames(own))
+    else:
+        found = encode_pixels(pipeline, pictures_in(answer) * 2 - 1)
+    if not found.isfinite().all():
+        raise DataError("asked for images, found values that are not finite; use float32 or another model")
+    return found
+
+
 def generate(
     pipeline: Any,
     prompts: Sequence[str],
@@ -168,9 +272,11 @@ def generate(
 
     With ``latents`` the final latents of these images, float32 (prompts x seeds, C, h, w), for ``decode_latents``.
     Each image starts from the noise of its seed, drawn on the CPU, so it is the same for teacher and students and does
-    not depend on batch or device. ``unet`` is used instead of the pipeline's own, which is put back. ``guidance`` is
-    the scale of classifier-free guidance; 1 turns it off. Raises DataError when there is nothing to generate, or when
-    the images are not finite, ConfigError for more steps than the scheduler has, or a number out of range.
+    not depend on batch or device. A model of classes is asked for them by number ("class 7"); one that is asked for
+    nothing draws another picture for each text. ``unet`` is used instead of the pipeline's own model, which is put
+    back. ``guidance`` is the scale of classifier-free guidance; 1 turns it off. Raises DataError when there is nothing
+    to generate, or when the images are not finite, ConfigError for more steps than the scheduler has, or a number out
+    of range.
     """
     if not prompts or not seeds:
         raise DataError(
@@ -181,23 +287,21 @@ def generate(
     note_cut(pipeline, prompts, "prompts")
     pairs = [(prompt, seed) for prompt in cut_texts(prompts) for seed in seeds]
     batches = []
-    drawing = drawing_of(pipeline)
+    drawing, side = drawing_of(pipeline), _asked_side(pipeline)
     with quiet(), _pipeline_with(pipeline, unet) as given:
         own = _text_to_image(given) if drawing.as_text_to_image else given
         for start in track(range(0, len(pairs), batch), "generating", math.ceil(len(pairs) / batch)):
             texts, numbers = zip(*pairs[start : start + batch], strict=True)
-            images = own(
-                prompt=list(texts),
-                generator=[seeded(seed) for seed in numbers],
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                output_type="latent" if latents else "pt",
-                **(drawing.picture(own, len(texts)) if drawing.picture else {}),
-            ).images.float()
-            if not images.isfinite().all():
-                raise DataError(
-                    "asked for images, found values that are not finite; use float32 or another U-Net"
-                )
+            images = draw_once(
+                own,
+                texts,
+                [_noise_of(own, text, seed) for text, seed in zip(texts, numbers, strict=True)],
+                steps=steps,
+                guidance=guidance,
+                latents=latents,
+                side=side,
+                more=drawing.picture(own, len(texts)) if drawing.picture else {},
+            )
             batches.append(images.cpu() if latents else to_uint8(images))
     return torch.cat(batches)
 

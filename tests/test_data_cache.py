@@ -18,11 +18,11 @@ from training_images import CACHED, CAPTIONS, MANY, captions_of, open_source, pn
 from prune_lab.config import DataConfig
 from prune_lab.distill import LatentCache, LiveData, build_cache
 from prune_lab.distill.decoding import decode_image
-from prune_lab.distill.encoding import crop_variants, encode_distributions, provenance_of
+from prune_lab.distill.encoding import crop_variants, provenance_of
 from prune_lab.distill.shard_locks import begin
 from prune_lab.errors import DataError
 from prune_lab.models import load_pipeline, resolve_model
-from prune_lab.probes import encode_captions
+from prune_lab.probes import encode_captions, encode_distributions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -26,7 +26,7 @@ from prune_lab.distill.joint import learning_rate_at
 from prune_lab.distill.losses import masked_error, normalised_error, squared_error
 from prune_lab.errors import ConfigError, DataError
 from prune_lab.plans import parse_plan
-from prune_lab.probes import noise_schedule
+from prune_lab.probes import schedule_of
 from prune_lab.surgery import materialise
 
 GOLDEN = Path(__file__).parent / "golden" / "distillation.csv"
@@ -190,7 +190,7 @@ def test_every_variant_teaches(tiny_unet: Any, variant: str) -> None:
 
 
 def test_min_snr_weights_by_hand() -> None:
-    schedule = noise_schedule(SCHEDULER.config)
+    schedule = schedule_of(SCHEDULER.config)
     timesteps = torch.tensor([0, 300, 999])
     kept = SCHEDULER.alphas_cumprod[timesteps].double()
     ratio = kept / (1 - kept)
@@ -199,9 +199,7 @@ def test_min_snr_weights_by_hand() -> None:
     torch.testing.assert_close(
         min_snr_weights(schedule, timesteps, 5.0).double(), expected, rtol=1e-5, atol=0
     )
-    velocity = noise_schedule(
-        DDPMScheduler.from_config(SCHEDULER.config, prediction_type="v_prediction").config
-    )
+    velocity = schedule_of(DDPMScheduler.from_config(SCHEDULER.config, prediction_type="v_prediction").config)
     expected = torch.minimum(ratio, torch.tensor(5.0)) / (ratio + 1)
     torch.testing.assert_close(
         min_snr_weights(velocity, timesteps, 5.0).double(), expected, rtol=1e-5, atol=0

@@ -21,7 +21,7 @@ from prune_lab.prefix_sharing import needed_bytes, predict_without
 from prune_lab.probes import predict, random_probe
 from prune_lab.surgery import bypassed
 
-SMALL = {**SHAPES["sdxl"], "sample_size": 8}
+SMALL = {**SHAPES["sdxl"], "sample_size": 8, "layers_per_block": 1}
 
 
 @pytest.fixture

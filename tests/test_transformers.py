@@ -142,10 +142,10 @@ def test_a_family_says_what_its_class_does(name: str) -> None:
         model.get_submodule(path)
     assert {type(model.get_submodule(unit.path)).__name__ for unit in units} == set(family.compiled)
     taken = {*inputs, *(inputs.get("added_cond_kwargs") or {})}
-    assert {condition.name for condition in conditions_of(model)} <= taken
+    assert {condition.name for condition in conditions_of(model) if condition.place != "text"} <= taken
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", others_long(CLASSES))
 def test_the_inventory_of_a_transformer(name: str, seen: Seen) -> None:
     architecture = architecture_of(tiny_config(name))
     frame = blocks_frame(architecture)
@@ -166,14 +166,14 @@ def test_the_inventory_of_a_transformer(name: str, seen: Seen) -> None:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_student_is_the_teacher_without_its_blocks(name: str) -> None:
-    native = [check(name, seed) for seed in range(3)]
+    native = [check(name, seed) for seed in range(2)]
     assert any(native) or name in NEVER_NATIVE
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_hundred_students_are_the_teacher_without_their_blocks(name: str) -> None:
-    native = [check(name, seed) for seed in range(3, 103)]
+    native = [check(name, seed) for seed in range(2, 102)]
     assert sum(native) >= 40 or name in NEVER_NATIVE
 
 

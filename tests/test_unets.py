@@ -20,10 +20,12 @@ import pytest
 import torch
 from families_seen import Seen
 from torch import Tensor
+from torch_counter import count_module
 from unet_kinds import KINDS, Config, built, path_of, without
 
 import prune_lab
 from prune_lab.blocks import Architecture, architecture_of, blocks_frame
+from prune_lab.counting import ANALYTIC_EXTRAS, count_macs
 from prune_lab.errors import NonNativePlanError, PlanError, UnsupportedModelError
 from prune_lab.families import FAMILIES, check_forward, example_inputs, family_of, meta_unet, plain_config
 from prune_lab.families.controlnet import cut_controlnet
@@ -36,7 +38,7 @@ from prune_lab.plans import (
     plan_of,
     removed_samplers,
 )
-from prune_lab.profiling import cost_table
+from prune_lab.profiling import cost_table, profile
 from prune_lab.search import Constraints, parse_budget, search_plans
 from prune_lab.search.effects import Effects
 from prune_lab.surgery import bypassed, materialise
@@ -136,7 +138,7 @@ def test_any_blocks_are_bypassed_as_by_hand(kind: str) -> None:
     chance = random.Random(1 + zlib.crc32(kind.encode()))
     config = KINDS[kind](chance)
     teacher, inputs = built(config), inputs_of(config)
-    for plan in drawn_sets(architecture_of(teacher), chance, 4):
+    for plan in drawn_sets(architecture_of(teacher), chance, 3):
         with without(teacher, plan.removed):
             wanted = answer(teacher, inputs)
         with bypassed(teacher, plan):
@@ -166,6 +168,23 @@ def test_every_kind_is_read_and_named(kind: str, seed: int, seen: Seen) -> None:
     assert inside <= {block.name for block in architecture.blocks}
     assert sum(b.params for b in architecture.units) < architecture.total_params == parameters(model)
     seen(model, "blocks")
+
+
+QUICKLY_COUNTED = ("simple", "upscaler", "unet2d")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=() if k in QUICKLY_COUNTED else pytest.mark.long) for k in KINDS]
+)
+def test_every_kind_is_counted_as_torch_counts(kind: str, seen: Seen) -> None:
+    config = KINDS[kind](random.Random(zlib.crc32(kind.encode())))
+    model = built(config)
+    ours = profile(model, runs=2, warmup=0)
+    theirs = count_module(meta_unet(config).requires_grad_(False), example_inputs(config, device="meta"))
+    by_operator = count_macs(config).by_operator
+    assert ours.macs - sum(by_operator.get(name, 0) for name in ANALYTIC_EXTRAS) == theirs.total
+    assert (ours.params, ours.latency is not None) == (parameters(model), True)
+    seen(config, "profile")
 
 
 # The class of a config decides ---------------------------------------------------------------------------------------

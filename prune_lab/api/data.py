@@ -23,9 +23,11 @@ from prune_lab.distill import (
     source_of,
 )
 from prune_lab.errors import DataError, RunError
+from prune_lab.families import embedding_width, known_conditions
 from prune_lab.models import configured_model, load_pipeline
 from prune_lab.models.protection import check_apart, check_folder, sources_of
 from prune_lab.models.silence import quiet
+from prune_lab.probes import draw_at
 from prune_lab.processes import init_processes, is_main
 from prune_lab.prompts import read_prompts
 from prune_lab.runtime import pick_device, pick_dtype, progress_shown, read_json
@@ -54,7 +56,9 @@ def _build(settings: RunConfig, out: Path, *, force: bool, pictures: int) -> Cac
         check_folder(out / PREVIEW, {}, force=True)
     source = prompts = None
     if settings.data.source:
-        source = source_of(settings.data)
+        told = known_conditions(model.config)
+        captioned = embedding_width(model.config) > 0 or any(one.classes for one in told)
+        source = source_of(settings.data, captioned=captioned)
     else:
         parts = model.folder / "model_index.json" if model.folder is not None else None
         if parts is not None and parts.is_file():  # else it is seen once the model is loaded
@@ -65,6 +69,7 @@ def _build(settings: RunConfig, out: Path, *, force: bool, pictures: int) -> Cac
             check_draws_from_text(pipeline_class)
         prompts = read_prompts(settings.data.prompts)
     pipeline = load_pipeline(model, device=pick_device(settings.device), dtype=pick_dtype(settings.dtype))
+    draw_at(pipeline, settings.data.resolution)
     with progress_shown() if is_main() else contextlib.nullcontext():
         if source is not None:
             built = build_cache(pipeline, source, settings.data, out, force=force)

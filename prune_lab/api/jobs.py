@@ -90,7 +90,7 @@ def compare(*targets: str | Path, model: str | Path = "reference") -> Table:
 
 
 def load_student(folder: str | Path, *, device: str = "auto", dtype: str = "float32") -> Any:
-    """The pipeline, or the U-Net, in ``folder``: plain diffusers, in eval mode, ready to draw.
+    """The pipeline, or the model alone, in ``folder``: plain diffusers, in eval mode, ready to draw.
 
     Raises ModelNotFoundError where there is no model, UnsupportedModelError where there are no weights.
     """

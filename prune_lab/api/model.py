@@ -30,6 +30,7 @@ from prune_lab.config import (
 )
 from prune_lab.errors import PlanError, RunError
 from prune_lab.export import write_card
+from prune_lab.families import knows_its_size
 from prune_lab.forms import form_named, in_form, layout_of, within_form
 from prune_lab.models import load_unet
 from prune_lab.models.protection import check_apart, check_folder
@@ -87,7 +88,7 @@ class Model(Workplace):
     def blocks(self) -> Table:
         """The blocks of the model: kind, channels, parameters, multiply-adds, and whether each can be removed."""
         frame, title = blocks_frame(self.architecture), f"Blocks of {self.source.text}"
-        if self.architecture.config.get("sample_size") is None:
+        if not knows_its_size(self.architecture.config):
             side = UNKNOWN_LATENT
             title += f" (its config has no sample_size: multiply-adds are those of a {side} x {side} latent)"
         mapped = block_map_frame(frame, self._scores())
@@ -281,8 +282,9 @@ class Model(Workplace):
         """
         if not self.source.is_pipeline:
             raise RunError(
-                f"asked to distil students of {self.source.text}, a U-Net alone (kind: {self.source.kind}); pictures "
-                "and captions are encoded with a VAE and a text encoder: give a pipeline folder or a hub id"
+                f"asked to distil students of {self.source.text}, a {self.source.called} alone (kind: "
+                f"{self.source.kind}); pictures and captions are encoded with a VAE and a text encoder: give a "
+                "pipeline folder or a hub id"
             )
         wanted = with_settings(self.settings, settings_by_name("distill", settings))
         sources = self._read_by(wanted)
@@ -354,7 +356,7 @@ class Model(Workplace):
     ) -> Pictures:
         """``count`` pictures of each of ``prompts``, as a grid: a row per prompt, a column per seed from ``seed`` on.
 
-        ``guidance`` is the scale of classifier-free guidance, 1 for none. Raises UnsupportedModelError for a U-Net
+        ``guidance`` is the scale of classifier-free guidance, 1 for none. Raises UnsupportedModelError for a model
         alone, DataError without a prompt, ConfigError for a number out of range.
         """
         check_numbers(seed=seed, count=count, steps=steps, guidance=guidance)
@@ -371,14 +373,14 @@ class Model(Workplace):
     def evaluate(self, *prompts: str, base: str = "reference", **settings: object) -> Table:
         """Held-out loss of the model, and the CLIP score of what it draws for ``prompts`` (none: held-out captions).
 
-        A U-Net alone draws in the pipeline ``base``. Settings are those of ``evaluate``.
+        A model alone draws in the pipeline ``base``. Settings are those of ``evaluate``.
         """
         asked = settings_by_name("evaluate", ({"prompts": list(prompts)} if prompts else {}) | settings)
         how = self.settings if self.source.is_pipeline else dataclasses.replace(self.settings, model=base)
         return self.judged_in(with_settings(how, asked))
 
     def judged_in(self, settings: RunConfig) -> Table:
-        """What ``evaluate`` finds with these ``settings``, whose model is the pipeline in which a U-Net alone draws."""
+        """What ``evaluate`` finds with these ``settings``, whose model is the pipeline in which a model alone draws."""
         with Model(settings)._opened("evaluate", {}) as session:
             # the device first: loading is what can fail
             unet = session.unet if self.source.is_pipeline else load_unet(self.source, device=session.device)

@@ -310,7 +310,7 @@ class RunResults:
         )
 
     def student(self, plan: str, weights: State = "distilled") -> Any:
-        """The U-Net of a candidate in eval mode, a plain diffusers model: pruned, repaired or distilled.
+        """The model of a candidate in eval mode, a plain diffusers model: pruned, repaired or distilled.
 
         Raises PlanError for a plan that is none of the run's, RunError when there is no such student yet.
         """

@@ -174,7 +174,7 @@ def _check_recipe(name: str, model: str, asked: Mapping[str, Any]) -> None:
     if name not in fitting:
         remedy = f"these fit: {', '.join(fitting)}" if fitting else "none fits it: leave --recipe out"
         raise ConfigError(
-            f"recipe {name} is for U-Nets built as {made_for[name]}, {model} is another; {remedy}"
+            f"recipe {name} is for models built as {made_for[name]}, {model} is another; {remedy}"
         )
 
 

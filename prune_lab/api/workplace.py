@@ -52,7 +52,7 @@ class Workplace:
 
     @property
     def architecture(self) -> Architecture:
-        """The inventory of the U-Net; needs no weights."""
+        """The inventory of the model; needs no weights."""
         return self.source.architecture
 
     def _read_by(self, settings: RunConfig) -> Sources:

@@ -115,7 +115,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help is faster, and a usage error stays readable in a log
-    help="Score, prune, profile, retrain and rank the blocks of a diffusion U-Net, after BK-SDM (arXiv:2305.15798).",
+    help="Score, prune, profile, retrain and rank the blocks of a diffusion model, after BK-SDM (arXiv:2305.15798).",
 )
 
 

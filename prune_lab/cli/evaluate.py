@@ -18,7 +18,9 @@ from prune_lab.runs import open_run, writing
 @app.command()
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL", help=options.MODEL_HELP)] = [],  # noqa: B006
-    base: Annotated[str, typer.Option("--base", help="Pipeline in which U-Net folders draw.")] = "reference",
+    base: Annotated[
+        str, typer.Option("--base", help="Pipeline in which folders of a model alone draw.")
+    ] = "reference",
     prompt: Annotated[
         list[str], typer.Option("--prompt", help="What to draw; may be repeated; default: held-out captions.")
     ] = [],  # noqa: B006

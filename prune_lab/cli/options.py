@@ -11,7 +11,7 @@ from prune_lab.api.settings import VERB_TABLES
 from prune_lab.config import SETTINGS
 
 MODEL_HELP = (
-    "reference, a preset (sd-v1.4), a pipeline or U-Net folder, a single-file .safetensors, a U-Net config.json, "
+    "reference, a preset (sd-v1.4), a pipeline or model folder, a single-file .safetensors, a config.json of a model, "
     "or a hub id."
 )
 

@@ -42,7 +42,7 @@ def profile(
         bool, typer.Option("--blocks", help="One row per block instead of one per plan.")
     ] = False,
     pipeline: Annotated[
-        bool, typer.Option("--pipeline", help="Shares of text encoder, U-Net, decoder.")
+        bool, typer.Option("--pipeline", help="Shares of text encoder, model, decoder.")
     ] = False,
     as_json: options.JsonOption = False,
     wide: options.WideOption = False,

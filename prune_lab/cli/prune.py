@@ -43,7 +43,7 @@ def prune(
     as_json: options.JsonOption = False,
     wide: options.WideOption = False,
 ) -> None:
-    """Write MODEL without the blocks of a plan: a pipeline (or U-Net) folder that plain diffusers loads.
+    """Write MODEL without the blocks of a plan: a pipeline (or model) folder that plain diffusers loads.
 
     Before the folder gets its name a process of its own loads it and compares it with MODEL without these blocks.
     """

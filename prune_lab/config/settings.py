@@ -67,7 +67,7 @@ class ScoreConfig:
         "get no more samples; 0: every group gets all samples",
     )
     channels_last: bool = setting(
-        False, "channels-last memory format of the U-Net while it is scored; pays on a GPU with tensor cores"
+        False, "channels-last memory format of the model while it is scored; pays on a GPU with tensor cores"
     )
     compile: bool = setting(False, "put the blocks through torch.compile; pays when there are many samples")
 
@@ -378,20 +378,20 @@ class RunConfig:
 
     model: str = setting(
         "reference",
-        "reference, a preset, a pipeline or U-Net folder, a config.json, or a hub id",
+        "reference, a preset, a pipeline or model folder, a config.json, or a hub id",
         read_by="blocks",
     )
     revision: str = setting(
         "", "branch, tag or commit of a model on a hub; empty: the newest", read_by="blocks"
     )
     subfolder: str = setting(
-        "", "folder of the U-Net or pipeline inside of the model, such as unet_ema", read_by="blocks"
+        "", "folder of the model or pipeline inside of it, such as unet_ema", read_by="blocks"
     )
     variant: str = setting(
         "", "variant of the weights, such as fp16 or non_ema; empty: the plain ones", read_by="blocks"
     )
     random_weights: bool = setting(
-        False, "draw the weights of the U-Net with seed instead of reading them", read_by="blocks"
+        False, "draw the weights of the model with seed instead of reading them", read_by="blocks"
     )
     device: str = setting(
         "auto",

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from prune_lab.config import DistillConfig
 from prune_lab.distill.data import TrainingData
+from prune_lab.errors import ConfigError
 from prune_lab.families import Condition
-from prune_lab.probes import drawn_rows, noise_schedule, training_target
+from prune_lab.probes import Schedule, drawn_rows, schedule_of
 from prune_lab.runtime import generator_for
 
 
@@ -25,8 +26,8 @@ from prune_lab.runtime import generator_for
 class Batch:
     """Input and target of one training step: B noisy latents with their timesteps and text embeddings."""
 
-    noisy: Tensor  # (B, C, H, W)
-    target: Tensor  # (B, C, H, W) the noise, or the velocity
+    noisy: Tensor  # (B, C, H, W), of a model of videos (B, C, 1, H, W)
+    target: Tensor  # (B, C, H, W) the noise, the velocity, or the way from the latents to the noise
     weights: Tensor  # (B,) float32 of each sample's task loss; ones unless distill.min_snr is set
     timesteps: Tensor  # (B,) int64
     embeddings: Tensor  # (B, L, D)
@@ -49,17 +50,23 @@ def batch_rows(count: int, batch: int, seed: int, step: int) -> list[int]:
     return [orders[place // count][place % count] for place in places]
 
 
-def min_snr_weights(schedule: Any, timesteps: Tensor, gamma: float) -> Tensor:
+def min_snr_weights(schedule: Schedule, timesteps: Tensor, gamma: float) -> Tensor:
     """Weights (B,) of the task loss that limit the share of nearly clean samples; ones where ``gamma`` is 0.
 
     With the signal-to-noise ratio SNR they are min(SNR, gamma) / SNR for a model that predicts the noise, and
-    min(SNR, gamma) / (SNR + 1) for one that predicts the velocity (arXiv:2303.09556, section 3.4).
+    min(SNR, gamma) / (SNR + 1) for one that predicts the velocity (arXiv:2303.09556, section 3.4). Raises ConfigError
+    for any other model.
     """
     if not gamma:
         return torch.ones(len(timesteps))
-    kept = schedule.alphas_cumprod[timesteps].float()
+    if schedule.kind not in ("epsilon", "v_prediction"):
+        raise ConfigError(
+            f"asked for distill.min_snr = {gamma:g}, found a model whose predictions are of the kind {schedule.kind}; "
+            "the weights are known for the noise and the velocity: set distill.min_snr = 0"
+        )
+    kept = schedule.kept[timesteps].float()
     ratio = kept / (1 - kept)
-    scale = ratio + 1 if schedule.config.prediction_type == "v_prediction" else ratio
+    scale = ratio + 1 if schedule.kind == "v_prediction" else ratio
     weights: Tensor = ratio.clamp(max=gamma) / scale.clamp(min=torch.finfo(torch.float32).tiny)
     return weights
 
@@ -76,15 +83,15 @@ def draw_batch(
 ) -> Batch:
     """The batch of step ``step`` (from 1) on ``device``, drawn on the CPU from the seed and the step alone.
 
-    ``scheduler`` is any diffusers scheduler of the teacher: its noise schedule and prediction type count. Timesteps
-    are uniform over the training range. A share of ``settings.caption_dropout`` of the captions becomes the empty
+    ``scheduler`` is any diffusers scheduler of the teacher: its noise schedule and prediction type count. Timesteps are
+    uniform over the places of the schedule. A share of ``settings.caption_dropout`` of the captions becomes the empty
     one. With ``settings.noise_offset`` each channel of the noise is shifted by that times one normal number, so that
     students learn overall brightness, too. Where the data have the VAE's variance, latents are drawn from its
-    distribution. ``conditions`` are what the teacher takes beside: those that need no picture are drawn here, the
-    others come with the data. With ``part`` only these places of the batch are read and returned; they equal the same
+    distribution. ``conditions`` are what the teacher takes beside: those that need no picture are drawn here unless
+    they come with the data. With ``part`` only these places of the batch are read and returned; they equal the same
     places of the whole batch.
     """
-    schedule = noise_schedule(scheduler.config)
+    schedule = schedule_of(scheduler.config)
     size, seed = settings.batch, settings.seed
     indices = torch.tensor(batch_rows(len(data), size, seed, step))
     variants = torch.randint(0, data.variants, (size,), generator=generator_for(seed, "variant", step))
@@ -98,20 +105,22 @@ def draw_batch(
         latents = latents + (encoded.log_variance / 2).exp() * draws
     generator = generator_for(seed, "step", step)
     noise = torch.randn(shape, generator=generator)
-    timesteps = torch.randint(0, schedule.config.num_train_timesteps, (size,), generator=generator)[part]
+    places = torch.randint(0, schedule.length, (size,), generator=generator)
+    timesteps = schedule.timesteps[places][part]
     dropped = (torch.rand(size, generator=generator) < settings.caption_dropout)[part]
     if settings.noise_offset:
-        noise = noise + settings.noise_offset * torch.randn((*shape[:2], 1, 1), generator=generator)
+        offset = torch.randn((*shape[:2], *[1] * (len(shape) - 2)), generator=generator)
+        noise = noise + settings.noise_offset * offset
     noise = noise[part]
     embeddings = torch.where(dropped[:, None, None], data.empty_embedding, encoded.embeddings)
     added = dict(encoded.added)
     for name, empty in data.empty_added.items():
-        added[name][dropped] = empty
+        added[name][dropped] = empty.to(added[name].dtype)
     drawn = drawn_rows(conditions, size, generator_for(seed, "guidance", step))
-    added |= {name: tensor[part] for name, tensor in drawn.items()}
+    added = {name: tensor[part] for name, tensor in drawn.items()} | added
     return Batch(
         noisy=schedule.add_noise(latents, noise, timesteps).to(device),
-        target=training_target(schedule, latents, noise, timesteps).to(device),
+        target=schedule.target(latents, noise, timesteps).to(device),
         weights=min_snr_weights(schedule, timesteps, settings.min_snr).to(device),
         timesteps=timesteps.to(device),
         embeddings=embeddings.to(device),

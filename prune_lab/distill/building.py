@@ -22,16 +22,15 @@ from prune_lab.distill.encoding import (
     LiveData,
     crop_variants,
     encode_conditions,
-    encode_distributions,
     encode_texts,
-    image_side,
     provenance_of,
 )
 from prune_lab.distill.image_source import ImageSource, note_left_out
 from prune_lab.distill.sharding import CacheBuild, ShardContent, ShardPlan, build_shards
 from prune_lab.distill.sources import source_of
 from prune_lab.errors import DataError
-from prune_lab.probes import note_cut
+from prune_lab.families.drawing import reads_text
+from prune_lab.probes import class_count, encode_distributions, note_cut, picture_side
 from prune_lab.prompts import read_prompts
 from prune_lab.text_tables import one_line
 
@@ -65,7 +64,7 @@ def _encode_shard(
 ) -> ShardContent:
     """The ``rows`` of ``source`` encoded; images that cannot be read are left out and named. It may be empty then."""
     encoded, conditions, captions, digests, left_out = [], [], [], [], []
-    side = image_side(pipeline)
+    side = picture_side(pipeline)
     for chunk, images in _decoded_chunks(source, rows, side, settings, pool):
         good, places = [], []
         for row, image in zip(chunk, images, strict=True):
@@ -85,9 +84,12 @@ def _encode_shard(
     if not encoded:
         return ShardContent({}, {"captions": (), "pictures": ()}, left_out)
     embeddings, added = encode_texts(pipeline, captions, (side, side), batch=settings.batch)
-    mean, log_variance = (torch.cat(parts) for parts in zip(*encoded, strict=True))
+    mean = torch.cat([part for part, _ in encoded])
     shape = (len(captions), settings.num_variants, *mean.shape[1:])
-    named = {"mean": mean.reshape(shape), "log_variance": log_variance.reshape(shape)}
+    named = {"mean": mean.reshape(shape)}
+    spread = [part for _, part in encoded if part is not None]
+    if spread:  # what has none, such as pixels, is as it is
+        named["log_variance"] = torch.cat(spread).reshape(shape)
     named["embeddings"] = embeddings
     named |= {f"added.{name}": tensor for name, tensor in added.items()}
     for name in conditions[0]:
@@ -140,7 +142,7 @@ def training_data(pipeline: Any, settings: DataConfig, folder: Path) -> Training
         return draw_cache(pipeline, read_prompts(settings.prompts), settings, folder).cache
     ready = Path(settings.source).expanduser()
     if not is_cache(ready):
-        source = source_of(settings)
+        source = source_of(settings, captioned=reads_text(pipeline) or class_count(pipeline) > 0)
         if settings.cached:
             return encoded_now(pipeline, source, settings, folder)
         return LiveData.of(pipeline, source, settings)

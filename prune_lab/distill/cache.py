@@ -4,8 +4,8 @@
 
     DIR/
         shard-00000.safetensors ...   mean, log_variance (n, V, C, h, w); embeddings (n, L, D); added.*; captions
-                                      (drawn by the model: no log_variance); of_variant.* (n, V, C, h, w) where the
-                                      U-Net is shown something of the picture
+                                      (drawn by the model, or pixels: no log_variance); of_variant.* (n, V, C, h, w)
+                                      where the U-Net is shown something of the picture
         empty.safetensors             embedding of the empty caption
         cache.json                    the provenance of the numbers and the list of shards; written last
 
@@ -26,8 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prune_lab.distill.data import EncodedBatch, with_prefix
-from prune_lab.distill.encoding import conditions_text, encoders_digest, image_side
+from prune_lab.distill.encoding import conditions_text, encoders_digest
 from prune_lab.errors import DataError
+from prune_lab.probes import picture_side
 from prune_lab.runs import read_typed
 from prune_lab.runs.records import typed
 from prune_lab.runtime import atomic_write, parse_json
@@ -187,7 +188,7 @@ class LatentCache:
         asked_for = self.provenance.get(
             "resolution", 0
         )  # of drawn images; training at another size is meant then
-        encoders, side = encoders_digest(pipeline), asked_for or image_side(pipeline)
+        encoders, side = encoders_digest(pipeline), asked_for or picture_side(pipeline)
         shown, wanted = self.provenance.get("conditions", ""), conditions_text(pipeline)
         if shown != wanted:
             raise DataError(
@@ -224,7 +225,8 @@ class LatentCache:
             row, variant = rows[here], variants[here]
             for name, tensor in self._tensors(shard).items():
                 varies = name in ("mean", "log_variance") or name.startswith(OF_VARIANT)
-                part = (tensor[row, variant] if varies else tensor[row]).float()
+                part = tensor[row, variant] if varies else tensor[row]
+                part = part.float() if part.is_floating_point() else part
                 found.setdefault(name, part.new_empty(len(indices), *part.shape[1:]))[here] = part
         added = with_prefix("added.", found) | with_prefix(OF_VARIANT, found)
         return EncodedBatch(found["mean"], found.get("log_variance"), found["embeddings"], added)

@@ -25,9 +25,10 @@ from prune_lab.config import DistillConfig
 from prune_lab.distill.batches import Batch
 from prune_lab.distill.data import TrainingData, read_tensors, with_prefix
 from prune_lab.distill.encoding import encoders_digest
-from prune_lab.errors import DataError
+from prune_lab.errors import ConfigError, DataError
+from prune_lab.families.drawing import reads_text
 from prune_lab.models.silence import quiet
-from prune_lab.probes import encode_captions, noise_schedule
+from prune_lab.probes import encode_captions, schedule_of
 from prune_lab.runtime import atomic_write, generator_for, tensors_digest, track
 
 _FORMAT = "prune_lab captions 1"
@@ -36,7 +37,7 @@ _CHUNK = 64  # captions encoded at a time
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OtherCaptions:
-    """M captions as the U-Net gets them, memory-mapped where they come from a file."""
+    """M captions as the model gets them, memory-mapped where they come from a file."""
 
     embeddings: Tensor  # (M, L, D)
     added: Mapping[str, Tensor]  # SDXL: text_embeds (M, P)
@@ -52,6 +53,11 @@ def other_captions(pipeline: Any, captions: Sequence[str], path: Path) -> OtherC
     Kept in the number format of the text encoder, which loses nothing. Raises DataError without captions, StorageError
     when the file cannot be written.
     """
+    if not reads_text(pipeline):
+        raise ConfigError(
+            f"asked for distill.random_conditioning with a {type(pipeline).__name__}, whose model reads no captions; "
+            "set distill.random_conditioning = 0"
+        )
     if not captions:
         raise DataError(
             "asked for random conditioning without captions; give a list of them in distill.captions"
@@ -68,10 +74,15 @@ def other_captions(pipeline: Any, captions: Sequence[str], path: Path) -> OtherC
     with quiet():  # captions that are too long are cut off
         for start in track(starts, "encoding captions", unit="captions", per=_CHUNK):
             parts.append(encode_captions(pipeline, captions[start : start + _CHUNK]))
-    dtype = pipeline.text_encoder.dtype
-    tensors = {"embeddings": torch.cat([embeddings for embeddings, _ in parts]).to(dtype).contiguous()}
+    encoders = (getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2"))
+    dtype = next(encoder.dtype for encoder in encoders if encoder is not None)
+
+    def kept(tensor: Tensor) -> Tensor:
+        return (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+
+    tensors = {"embeddings": kept(torch.cat([embeddings for embeddings, _ in parts]))}
     for name in parts[0][1]:
-        tensors[f"added.{name}"] = torch.cat([added[name] for _, added in parts]).to(dtype).contiguous()
+        tensors[f"added.{name}"] = kept(torch.cat([added[name] for _, added in parts]))
     digest = tensors_digest(tensors)
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, {"format": _FORMAT, "key": key, "digest": digest})
@@ -80,7 +91,7 @@ def other_captions(pipeline: Any, captions: Sequence[str], path: Path) -> OtherC
 
 def probability(scheduler: Any, timesteps: Tensor, most: float) -> Tensor:
     """Probability (B,) that a latent at ``timesteps`` (B,) is shown with another caption, ``most`` in pure noise."""
-    kept: Tensor = noise_schedule(scheduler.config).alphas_cumprod[timesteps.cpu()]
+    kept = schedule_of(scheduler.config).kept[timesteps.cpu()]
     return most * (1 - kept)
 
 
@@ -109,7 +120,7 @@ def recondition(
     shown = chosen.to(device)
     added = dict(batch.added)
     for name, tensor in others.added.items():
-        texts = torch.where(empty[:, None], data.empty_added[name], tensor[places].float())
+        texts = torch.where(empty[:, None], data.empty_added[name], tensor[places].to(added[name].dtype))
         added[name] = torch.where(shown[:, None], texts.to(device), added[name])
     return replace(
         batch,

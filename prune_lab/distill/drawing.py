@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,14 +18,23 @@ from torch import Tensor
 
 from prune_lab.config import DataConfig
 from prune_lab.distill.cache import LatentCache
-from prune_lab.distill.encoding import encode_texts, encoders_digest, image_side
+from prune_lab.distill.encoding import encode_texts, encoders_digest
 from prune_lab.distill.shard_locks import PREVIEW
 from prune_lab.distill.sharding import CacheBuild, ShardContent, ShardPlan, build_shards
 from prune_lab.errors import DataError, UnsupportedModelError
-from prune_lab.evaluation import check_steps, save_pictures
+from prune_lab.evaluation import check_steps, draw_once, save_pictures
+from prune_lab.families import model_of
+from prune_lab.families.drawing import call_inputs, class_texts, has_own_size, latents_per_patch, reads_text
 from prune_lab.models.parts import why_no_text_to_image
 from prune_lab.models.silence import quiet
-from prune_lab.probes import cut_texts, decode_latents, note_cut
+from prune_lab.probes import (
+    class_count,
+    cut_texts,
+    decode_latents,
+    note_cut,
+    picture_side,
+    pixels_per_latent,
+)
 from prune_lab.prompts import Prompts
 from prune_lab.runtime import generator_for, output_folder, tensors_digest, track
 
@@ -41,13 +49,13 @@ _NEEDED = (
 
 
 def check_draws_from_text(pipeline_class: Any) -> None:
-    """Raise UnsupportedModelError when pipelines of this class draw from more than a prompt."""
-    inputs = inspect.signature(pipeline_class.__call__).parameters
+    """Raise UnsupportedModelError when pipelines of this class draw from more than a prompt, or a class, or nothing."""
+    inputs = call_inputs(pipeline_class)
     needed = [name for name in _NEEDED if name in inputs]
-    if needed or "prompt" not in inputs:
+    if needed:
         raise UnsupportedModelError(
             f"asked {pipeline_class.__name__} to draw its own training pictures, but it draws from "
-            f"{' and '.join(needed) or 'no prompt'}; give pictures of your own with --data"
+            f"{' and '.join(needed)}; give pictures of your own with --data"
         )
     if why := why_no_text_to_image(pipeline_class):
         raise UnsupportedModelError(
@@ -77,42 +85,42 @@ def _draw(pipeline: Any, texts: tuple[str, ...], rows: range, side: int, setting
     """Final latents (n, C, h, w), float32 on the CPU, of the pictures ``rows`` of ``texts``."""
     generators = [generator_for(settings.seed, "drawn picture", row) for row in rows]
     with _fresh_scheduler(pipeline), quiet():  # of a prompt that is too long we speak once, in draw_cache
-        latents = pipeline(
-            prompt=cut_texts([texts[row] for row in rows]),
-            height=side,
-            width=side,
-            num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance,
-            generator=generators,
-            output_type="latent",
-        ).images
-    if not latents.isfinite().all():
-        raise DataError(
-            f"asked for pictures of {len(rows)} prompts, found values that are not finite; give --dtype float32"
-        )
-    found: Tensor = latents.float().cpu()
-    return found
+        return draw_once(
+            pipeline,
+            cut_texts([texts[row] for row in rows]),
+            generators,
+            steps=settings.steps,
+            guidance=settings.guidance,
+            latents=True,
+            side=side,
+        ).cpu()
 
 
 def _side_of(pipeline: Any, settings: DataConfig) -> int:
-    factor = int(pipeline.vae_scale_factor)
-    if settings.resolution % factor:
+    """Pixels per side of what is drawn. Raises DataError for a size that the model does not draw."""
+    own, asked = picture_side(pipeline), settings.resolution
+    if asked not in (0, own) and has_own_size(pipeline):
         raise DataError(
-            f"asked for pictures of {settings.resolution} pixels per side, the model draws multiples of {factor}; "
-            f"give {max(1, round(settings.resolution / factor)) * factor}"
+            f"asked for pictures of {asked} pixels per side, the model draws {own} alone; set data.resolution = 0"
         )
-    return settings.resolution or image_side(pipeline)
+    factor = pixels_per_latent(pipeline) * latents_per_patch(pipeline)
+    if asked % factor:
+        raise DataError(
+            f"asked for pictures of {asked} pixels per side, the model draws multiples of {factor}; "
+            f"give {max(1, round(asked / factor)) * factor}"
+        )
+    return asked or own
 
 
 def _provenance(pipeline: Any, prompts: Prompts, settings: DataConfig, shard: int) -> dict[str, str | int]:
-    scheduler, unet = pipeline.scheduler, pipeline.unet
+    scheduler, model = pipeline.scheduler, model_of(pipeline)
     own = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     sampler = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode())
-    rounded = {name: tensor.bfloat16() for name, tensor in unet.state_dict().items()}
+    rounded = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
     return {
         "encoders": encoders_digest(pipeline),
         "model": tensors_digest(rounded),
-        "precision": str(unet.dtype).removeprefix("torch."),
+        "precision": str(model.dtype).removeprefix("torch."),
         "side": _side_of(pipeline, settings),
         "resolution": settings.resolution,
         "prompts": prompts.digest,
@@ -127,10 +135,25 @@ def _provenance(pipeline: Any, prompts: Prompts, settings: DataConfig, shard: in
     }
 
 
+def untexted_prompts(pipeline: Any, count: int) -> Prompts:
+    """What a model that reads no text draws ``count`` training pictures of: its classes in turn, or nothing."""
+    classes = class_count(pipeline)
+    texts = class_texts(classes, count) if classes else ("",)
+    return Prompts(texts, ("",) * len(texts))
+
+
+def _title(pipeline: Any, prompts: Prompts) -> str:
+    if reads_text(pipeline):
+        return f"pictures that the model draws for {len(prompts.texts):,} prompts"
+    classes = class_count(pipeline)
+    return f"pictures that the model draws{f' of {classes:,} classes' if classes else ''}"
+
+
 def draw_cache(
     pipeline: Any, prompts: Prompts, settings: DataConfig, folder: Path, *, force: bool = False
 ) -> CacheBuild:
-    """The cache in ``folder`` of ``settings.count`` pictures of ``prompts``, drawn by ``pipeline`` as latents.
+    """The cache in ``folder`` of ``settings.count`` pictures of ``prompts``, drawn by ``pipeline`` as latents; of a
+    model that reads no text, of classes or of nothing (see ``evaluation.generate``).
 
     By the pipeline's own sampler, with ``settings.steps`` and ``settings.guidance``; the text embeddings are those of
     the prompts. As ``sharding.build_shards`` says: by all processes of an ``accelerate launch``, resumable, and a cache
@@ -139,12 +162,14 @@ def draw_cache(
     """
     check_draws_from_text(type(pipeline))
     check_steps(pipeline, settings.steps, "data.steps")
+    if not reads_text(pipeline):
+        prompts = untexted_prompts(pipeline, settings.count)
     side, count = _side_of(pipeline, settings), settings.count
     shard = min(settings.shard, max(_LEAST_SHARD, count // 256))
     shown = drawn_prompts(prompts, count, settings.seed)
     most = settings.batch
     if pipeline.device.type == "cpu":
-        most = min(most, max(1, _LATENT_PIXELS * int(pipeline.vae_scale_factor) ** 2 // side**2))
+        most = min(most, max(1, _LATENT_PIXELS * pixels_per_latent(pipeline) ** 2 // side**2))
 
     def fill(rows: range) -> ShardContent:
         starts = range(rows.start, rows.stop, most)
@@ -159,7 +184,7 @@ def draw_cache(
 
     note_cut(pipeline, shown.texts, "prompts")
     plan = ShardPlan(
-        f"pictures that the model draws for {len(prompts.texts):,} prompts",
+        _title(pipeline, prompts),
         _provenance(pipeline, prompts, settings, shard),
         count,
         shard,

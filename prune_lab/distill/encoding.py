@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,23 +19,27 @@ from prune_lab.distill.data import EncodedBatch, LatentData
 from prune_lab.distill.decoding import UNREADABLE, decode_image
 from prune_lab.distill.image_source import ImageSource
 from prune_lab.errors import DataError
+from prune_lab.families import model_of
+from prune_lab.families.drawing import class_numbers, text_length
 from prune_lab.probes import (
+    channels_of,
+    class_count,
     encode_captions,
+    encode_distributions,
     encode_pictures,
     note_cut,
     picture_names,
     picture_rows,
+    picture_side,
     pipeline_conditions,
-    size_rows,
+    rows_of_size,
+    vae_of,
 )
 from prune_lab.runtime import generator_for, tensors_digest
 
+CLASSES = "class_labels"  # the condition that a class is told as
+
 # Images ----------------------------------------------------------------------------------------------------------
-
-
-def image_side(pipeline: Any) -> int:
-    """Pixels per side of the images that the pipeline is made for."""
-    return int(pipeline.unet.config.sample_size) * int(pipeline.vae_scale_factor)
 
 
 def crop_variants(
@@ -69,43 +72,29 @@ def crop_variants(
 # Encoders --------------------------------------------------------------------------------------------------------
 
 
-def encode_distributions(pipeline: Any, images: Tensor, *, batch: int = 16) -> tuple[Tensor, Tensor]:
-    """Mean and log-variance of the scaled latents of ``images`` (N, 3, H, W) in uint8; (N, C, h, w) float32 each.
-
-    Latents are drawn as mean + exp(log_variance / 2) * noise. Raises DataError for values that are not finite.
-    """
-    vae = pipeline.vae
-    scale, shift = float(vae.config.scaling_factor), float(getattr(vae.config, "shift_factor", None) or 0.0)
-    means, log_variances = [], []
-    with torch.no_grad():
-        for chunk in torch.split(images, batch):
-            pixels = chunk.to(vae.device).to(vae.dtype) / 127.5 - 1
-            latents = vae.encode(pixels).latent_dist
-            means.append((latents.mean.float().cpu() - shift) * scale)
-            log_variances.append(latents.logvar.float().cpu() + 2 * math.log(scale))
-    mean, log_variance = torch.cat(means), torch.cat(log_variances)
-    if not (mean.isfinite().all() and log_variance.isfinite().all()):
-        raise DataError(
-            "asked for latents of images, found values that are not finite; load the pipeline in float32"
-        )
-    return mean, log_variance
-
-
 def encode_texts(
     pipeline: Any, captions: Sequence[str], size: Sequence[int], *, batch: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Text embeddings (N, L, D) and, for SDXL, text_embeds (N, P) and time_ids (N, 6) of images of one ``size``.
+    """Text embeddings (N, L, D) of images of one ``size``, and by name what else of them the model is told: SDXL's
+    text_embeds (N, P) and time_ids (N, 6), masks, classes.
 
-    The size is (height, width) in pixels; ``probes.size_rows`` says what the time_ids are.
+    The size is (height, width) in pixels; ``probes.rows_of_size`` says what the model is told of it. The caption of a
+    model of classes names one, "class 7". Raises DataError for one that does not.
     """
     embeddings, added = encode_captions(pipeline, captions, batch=batch)
-    if added:
-        added = added | {"time_ids": size_rows(pipeline.unet.config, added["text_embeds"], size)}
-    return embeddings, added
+    model, classes = model_of(pipeline), class_count(pipeline)
+    sizes = rows_of_size(model, added, len(captions), size)
+    if classes:
+        labels = class_numbers(captions, classes, getattr(pipeline, "labels", None))
+        added = {**added, CLASSES: torch.tensor(labels)}
+    return embeddings, added | sizes
 
 
 def encode_empty_caption(pipeline: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Embedding (L, D) and, for SDXL, text_embeds (P,) of the empty caption."""
+    """Embedding (L, D) of the empty caption, and what else of it the model is told, such as SDXL's text_embeds (P,).
+
+    Of a model of classes nothing: there is no picture of none of them.
+    """
     embeddings, added = encode_captions(pipeline, [""])
     return embeddings[0], {name: tensor[0] for name, tensor in added.items()}
 
@@ -122,11 +111,14 @@ def encode_conditions(
     return picture_rows(pipeline, pipeline_conditions(pipeline), images, draws, batch=batch)
 
 
+_ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+
+
 def encoder_weights(pipeline: Any) -> dict[str, Tensor]:
-    """The weights of the VAE and the text encoders of ``pipeline`` by name."""
+    """The weights of the VAE and the text encoders of ``pipeline`` by name; none of a model of pixels without text."""
     return {
         f"{part}.{name}": tensor
-        for part in ("vae", "text_encoder", "text_encoder_2")
+        for part in _ENCODERS
         if getattr(pipeline, part, None) is not None
         for name, tensor in getattr(pipeline, part).state_dict().items()
     }
@@ -139,9 +131,13 @@ def encoders_digest(pipeline: Any) -> str:
     with any training, however short: some of a hundred million weights cross a rounding step.
     """
     rounded = {name: tensor.bfloat16() for name, tensor in encoder_weights(pipeline).items()}
-    config = pipeline.vae.config
-    tokenizer = pipeline.tokenizer or pipeline.tokenizer_2  # the refiner has the second alone
-    more = (config.scaling_factor, getattr(config, "shift_factor", None), tokenizer.model_max_length)
+    config: Any = getattr(vae_of(pipeline), "config", None)
+    names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+    scale, shift, *statistics = (getattr(config, name, None) for name in names)
+    tokenizers = (getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2"))
+    tokenizer = next(filter(None, tokenizers), None)  # the refiner has the second alone
+    told = [*statistics, text_length(pipeline)]
+    more = (scale, shift, getattr(tokenizer, "model_max_length", None), *filter(None, told))
     return hashlib.sha256(f"{tensors_digest(rounded)} {more}".encode()).hexdigest()[:16]
 
 
@@ -156,9 +152,9 @@ def provenance_of(pipeline: Any, source: ImageSource, settings: DataConfig) -> d
     return {
         "encoders": encoders_digest(pipeline),
         **({"conditions": shown} if shown else {}),
-        "precision": str(pipeline.vae.dtype).removeprefix("torch."),
+        "precision": str((vae_of(pipeline) or model_of(pipeline)).dtype).removeprefix("torch."),
         "data": source.digest,
-        "side": image_side(pipeline),
+        "side": picture_side(pipeline),
         "crop": settings.crop,
         "flip": settings.flip,
         "variants": settings.num_variants,
@@ -239,7 +235,7 @@ class LiveData:
         """The images of ``source``, to be encoded by ``pipeline``."""
         key = key_of(provenance_of(pipeline, source, settings) | {"format": "none", "shard": 0})
         note_cut(pipeline, source.captions, "captions")
-        channels = int(pipeline.vae.config.latent_channels)
+        channels = channels_of(pipeline)
         empty = encode_empty_caption(pipeline)
         return cls(pipeline, source, settings, settings.num_variants, channels, key, *empty)
 
@@ -264,7 +260,7 @@ class LiveData:
                 f"asked to encode {self.source.name(row)}, found no readable image ({error}); remove it, or set "
                 "data.cached = true, which leaves out unreadable images and counts them"
             ) from None
-        return crop_variants(image, image_side(self.pipeline), self.settings, row, (variant,))
+        return crop_variants(image, picture_side(self.pipeline), self.settings, row, (variant,))
 
     def rows(self, indices: Tensor, variants: Tensor) -> EncodedBatch:
         """The rows ``indices`` (B,) in ``variants`` (B,). Raises DataError that names an image that cannot be read."""

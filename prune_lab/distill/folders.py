@@ -250,6 +250,18 @@ def _other_columns(paths: Sequence[Path], settings: DataConfig, used: Sequence[P
     ]
 
 
+def bare_images(settings: DataConfig, images: Sequence[Path], skipped: Sequence[str] = ()) -> ImageSource:
+    """``images`` without captions, for a model that reads no text; ``skipped`` was left out before."""
+    return ImageSource(
+        settings.source,
+        ("",) * len(images),
+        source_digest("bare", file_stamps(images)),
+        lambda row: str(images[row]),
+        lambda row: read_bytes(images[row], most=MOST_BYTES),
+        tuple(skipped),
+    )
+
+
 def folder_source(settings: DataConfig, paths: Sequence[Path], skipped: Sequence[str] = ()) -> ImageSource:
     """The images in ``paths`` whose captions a table says, or a file beside each.
 

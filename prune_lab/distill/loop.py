@@ -132,12 +132,14 @@ def _group_sizes(setup: DistillSetup, unet: nn.Module, students: int, share: int
     """
     settings, device = setup.settings, torch.device(setup.device)
     wanted = (settings.together or students, settings.micro_batch or share)
+    height, width = setup.validation.noisy.shape[-2:]
     memory = training_memory(
         setup.teacher,
         unet,
         tokens=setup.validation.embeddings.shape[1],
         device=device,
         checkpointing=settings.gradient_checkpointing,
+        latent=height if height == width else None,
     )
     if device.type == "cpu":  # which the processes of one machine share
         memory = dataclasses.replace(memory, free=memory.free // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -18,7 +18,7 @@ from torch.nn.functional import mse_loss
 from prune_lab.config import DistillConfig
 from prune_lab.distill.batches import Batch
 from prune_lab.distill.features import FeaturePair, Points, tapped
-from prune_lab.families import forward_inputs
+from prune_lab.families import forward_inputs, prediction_of
 
 # Features of teacher and student, of equal shapes, in float32 -> a scalar.
 Term = Callable[[Tensor, Tensor], Tensor]
@@ -96,8 +96,8 @@ FEATURE_VARIANTS: Mapping[str, FeatureVariant] = {
 class Losses:
     """The unweighted losses of one batch, scalars in float32 that carry gradients to the student.
 
-    task: mean squared error of the student's prediction against the training target (noise or velocity), each sample
-    by its weight in the batch.
+    task: mean squared error of the student's prediction against the training target (noise, velocity or the way of a
+    flow), each sample by its weight in the batch.
     output: mean squared difference between the predictions of student and teacher.
     feature: sum over the feature pairs of the variant's term.
     """
@@ -171,14 +171,13 @@ def _autocast(batch: Batch, precision: torch.dtype) -> contextlib.AbstractContex
     return torch.autocast(batch.noisy.device.type, dtype=precision)
 
 
-def _predict(unet: nn.Module, forward: Callable[..., Any], batch: Batch, dtype: torch.dtype) -> Tensor:
-    """The prediction of ``unet``, called as ``forward``, for the noisy latents of ``batch``, shape (B, C, H, W)."""
+def _predict(model: nn.Module, forward: Callable[..., Any], batch: Batch, dtype: torch.dtype) -> Tensor:
+    """The prediction of ``model``, called as ``forward``, for the noisy latents of ``batch``, in their form."""
 
     def cast(tensor: Tensor) -> Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
     added = {name: cast(tensor) for name, tensor in batch.added.items()}
-    inputs = forward_inputs(unet, cast(batch.noisy), batch.timesteps, cast(batch.embeddings), added)
-    (prediction,) = forward(**inputs, return_dict=False)
-    assert isinstance(prediction, Tensor)
-    return prediction
+    noisy = cast(batch.noisy)
+    inputs = forward_inputs(model, noisy, batch.timesteps, cast(batch.embeddings), added)
+    return prediction_of(model, forward(**inputs, return_dict=False)[0], noisy)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prune_lab.families import example_inputs, meta_unet, plain_config
+from prune_lab.families import example_inputs, meta_unet, plain_config, runs_on_meta
 from prune_lab.profiling import LiveBytes
 from prune_lab.runtime import bytes_text, free_bytes
 
@@ -45,18 +45,28 @@ def _forget_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def pass_bytes(config: Mapping[str, Any], *, tokens: int, training: bool, checkpointing: bool = False) -> int:
-    """Bytes of activations of one float32 sample that are alive at the peak of a pass of ``config``'s U-Net.
+def pass_bytes(
+    config: Mapping[str, Any],
+    *,
+    tokens: int,
+    training: bool,
+    checkpointing: bool = False,
+    latent: int | None = None,
+) -> int:
+    """Bytes of activations of one float32 sample that are alive at the peak of a pass of ``config``'s model.
 
-    With ``training`` of forward and backward, without the gradients of the weights; counted on ``meta``, so without
-    weights and without computing. Misleads when: the pass runs under autocast, which needs as little as half of it.
+    ``latent`` is the side of the latents, None: the one that the model is meant for. With ``training`` of forward and
+    backward, without the gradients of the weights; counted on ``meta``, so without weights and without computing.
+    Misleads when: the pass runs under autocast, which needs as little as half of it.
     """
     settings = json.dumps(plain_config(config), sort_keys=True)
-    return _peak_bytes(settings, tokens, training, checkpointing)
+    return _peak_bytes(settings, tokens, training, checkpointing, latent)
 
 
 @functools.lru_cache(maxsize=64)
-def _peak_bytes(settings: str, tokens: int, training: bool, checkpointing: bool) -> int:
+def _peak_bytes(
+    settings: str, tokens: int, training: bool, checkpointing: bool, latent: int | None = None
+) -> int:
     unet: Any = meta_unet(json.loads(settings))
     if checkpointing:
         unet.enable_gradient_checkpointing()
@@ -65,9 +75,12 @@ def _peak_bytes(settings: str, tokens: int, training: bool, checkpointing: bool)
         # Gradients of the weights are counted elsewhere; kept, they would hide the end of the forward pass.
         for parameter in unet.parameters():
             parameter.register_post_accumulate_grad_hook(_forget_gradient)
-    inputs = example_inputs(unet.config, tokens=tokens, device="meta", dtype=torch.float32)
+    inputs = example_inputs(
+        plain_config(unet), tokens=tokens, latent=latent, device="meta", dtype=torch.float32
+    )
     # Patched, not by a mode of torch: a backward pass that computes forward again does not see modes.
     with (
+        runs_on_meta(),
         mock.patch.object(F, "scaled_dot_product_attention", _fused),
         LiveBytes(unet) as watch,
         torch.set_grad_enabled(training),
@@ -117,18 +130,27 @@ class TrainingMemory:
 
 
 def training_memory(
-    teacher: Any, student: Any, *, tokens: int, device: torch.device, checkpointing: bool = False
+    teacher: Any,
+    student: Any,
+    *,
+    tokens: int,
+    device: torch.device,
+    checkpointing: bool = False,
+    latent: int | None = None,
 ) -> TrainingMemory:
     """The bytes that distilling students as large as ``student`` from ``teacher`` needs on ``device``.
 
-    Activations are those of passes in float32. Free memory is counted as if neither model were loaded.
+    ``latent`` is the side of the latents, None: the one that the model is meant for. Activations are those of passes in
+    float32. Free memory is counted as if neither model were loaded.
     """
     weights = sum(parameter.numel() * parameter.element_size() for parameter in teacher.parameters())
     there = next(teacher.parameters()).device
     return TrainingMemory(
         teacher=weights,
         student=sum(parameter.numel() for parameter in student.parameters()) * STATE_BYTES,
-        teacher_sample=pass_bytes(teacher.config, tokens=tokens, training=False),
-        student_sample=pass_bytes(student.config, tokens=tokens, training=True, checkpointing=checkpointing),
+        teacher_sample=pass_bytes(plain_config(teacher), tokens=tokens, training=False, latent=latent),
+        student_sample=pass_bytes(
+            plain_config(student), tokens=tokens, training=True, checkpointing=checkpointing, latent=latent
+        ),
         free=free_bytes(device) + (weights if there == device else 0),
     )

@@ -26,7 +26,7 @@ from prune_lab.distill.recovery import Recovery, load_recovery, verdict_path, wr
 from prune_lab.errors import DataError, DeviceError, RunError
 from prune_lab.evaluation import heldout_loss
 from prune_lab.families import embedding_width, known_conditions, latent_channels
-from prune_lab.probes import Probe, drawn_rows
+from prune_lab.probes import Probe, drawn_rows, schedule_of
 from prune_lab.runs import CandidatePaths, read_typed
 from prune_lab.runtime import pick_dtype, seeded, tensors_digest, write_frame
 from prune_lab.schemas import RECOVERY_COLUMNS
@@ -87,20 +87,21 @@ class Student:
 
 def check_data_fits(student: Any, data: TrainingData) -> None:
     """Raise DataError when ``student`` takes other latents, text or further inputs than ``data`` hold."""
-    channels, width = latent_channels(student.config), embedding_width(student.config)
+    channels, width = latent_channels(student), embedding_width(student)
     found = data.empty_embedding.shape[-1]
     if data.channels != channels or width != found:
         raise DataError(
-            f"the U-Net takes latents of {channels} channels and text of width {width}, the cached data have "
-            f"{data.channels} and {found}; encode the pictures with the pipeline of this U-Net"
+            f"the model takes latents of {channels} channels and text of width {width}, the cached data have "
+            f"{data.channels} and {found}; encode the pictures with the pipeline of this model"
         )
     conditions = known_conditions(student)
-    wanted = {condition.name for condition in conditions} - drawn_rows(conditions, 1, seeded(0)).keys()
+    told = [condition for condition in conditions if not condition.classes]  # a class is that of the picture
+    wanted = {condition.name for condition in conditions} - drawn_rows(told, 1, seeded(0)).keys()
     first = torch.zeros(1, dtype=torch.int64)
     if missing := sorted(wanted - data.rows(first, first).added.keys()):
         raise DataError(
-            f"the U-Net takes {', '.join(missing)} of each picture, the cached data have none; "
-            "encode the pictures with the pipeline of this U-Net"
+            f"the model takes {', '.join(missing)} of each picture, the cached data have none; "
+            "encode the pictures with the pipeline of this model"
         )
 
 
@@ -132,7 +133,7 @@ def fingerprint_of(setup: DistillSetup, student: Student, unet: nn.Module) -> di
         "pairs": " ".join(map(written, student.pairs)),
         "data": setup.data.digest,
         "validation": setup.validation.digest,
-        "prediction": setup.scheduler.config.prediction_type,
+        "prediction": schedule_of(setup.scheduler.config).kind,
     }
 
 

@@ -35,6 +35,7 @@ from prune_lab.distill.cache import (
 from prune_lab.distill.encoding import encode_empty_caption, key_of
 from prune_lab.distill.shard_locks import begin, being_built, check_cache_folder, claimed, clear, make_all
 from prune_lab.errors import DataError
+from prune_lab.probes import channels_of
 from prune_lab.runs import read_typed
 from prune_lab.runtime import pick_dtype, tensors_digest, track, write_json
 from prune_lab.runtime.holders import Holder
@@ -116,8 +117,10 @@ def _is_complete(path: Path, key: str) -> bool:
 
 
 def _write_shard(path: Path, plan: ShardPlan, content: ShardContent) -> None:
-    tensors = {
-        name: tensor.to(pick_dtype(plan.format)).contiguous() for name, tensor in content.tensors.items()
+    form = pick_dtype(plan.format)
+    tensors = {  # whole numbers, such as classes and masks, stay what they are
+        name: (tensor.to(form) if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in content.tensors.items()
     }
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise DataError(
@@ -160,7 +163,7 @@ def _write_index(folder: Path, pipeline: Any, plan: ShardPlan, paths: Sequence[P
         PROVENANCE: dict(plan.provenance),
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
         "digest": hashlib.sha256(json.dumps([tensors_digest(tensors), digests]).encode()).hexdigest()[:16],
-        "channels": int(pipeline.vae.config.latent_channels),
+        "channels": channels_of(pipeline),
         "left_out": left_out,
         "shards": [dataclasses.asdict(shard) for shard in shards],
     }

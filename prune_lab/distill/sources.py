@@ -24,7 +24,7 @@ from prune_lab.assets import load_pictures
 from prune_lab.config import SHIPPED, DataConfig
 from prune_lab.distill.archives import LazyTable, Member, parquet_table, tar_samples, zip_samples
 from prune_lab.distill.decoding import MOST_BYTES
-from prune_lab.distill.folders import METADATA, folder_source
+from prune_lab.distill.folders import METADATA, bare_images, folder_source
 from prune_lab.distill.image_source import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
@@ -181,10 +181,13 @@ def _from_parquet(settings: DataConfig, paths: Sequence[Path], skipped: Sequence
         return _from_table(settings, parquet_table(whole), file_stamps(whole), (folder,), left_out)
 
 
-def _from_files(settings: DataConfig, files: Sequence[Path], skipped: Sequence[str] = ()) -> ImageSource:
+def _from_files(
+    settings: DataConfig, files: Sequence[Path], skipped: Sequence[str] = (), *, captioned: bool = True
+) -> ImageSource:
     """The images in ``files``: tars, a folder of images with their captions, Parquet files, or zips.
 
-    ``skipped`` are files that were left out before, with the reason.
+    Images in a folder need no captions unless they must be ``captioned``. ``skipped`` are files that were left out
+    before, with the reason.
     """
     found = {
         suffix: [path for path in files if path.suffix.lower() == suffix]
@@ -192,7 +195,10 @@ def _from_files(settings: DataConfig, files: Sequence[Path], skipped: Sequence[s
     }
     if found[".tar"]:  # first: tools that write tars lay a .parquet with their log beside each
         return _from_archives(settings, found[".tar"], skipped)
-    if any(path.suffix.lower() in IMAGE_SUFFIXES for path in files):
+    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    if images and not captioned:
+        return bare_images(settings, images, skipped)
+    if images:
         return folder_source(settings, files, skipped)
     tables = [path for path in found[".parquet"] if path.name.lower() not in METADATA]
     if tables:
@@ -268,14 +274,14 @@ def _from_package() -> ImageSource:
 # All -------------------------------------------------------------------------------------------------------------
 
 
-def _find(settings: DataConfig) -> ImageSource:
+def _find(settings: DataConfig, captioned: bool) -> ImageSource:
     text, path = settings.source, Path(settings.source).expanduser()
     if text in ("reference", SHIPPED):
         return _from_package()
     if path.is_dir():
-        return _from_files(settings, *files_below(path))
+        return _from_files(settings, *files_below(path), captioned=captioned)
     if path.is_file():
-        return _from_files(settings, [path])
+        return _from_files(settings, [path], captioned=captioned)
     found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))  # noqa: PTH207, an absolute glob
     if not found and HUB_ID.fullmatch(text) and not Path(text).parent.is_dir():
         return _from_hub(settings)
@@ -284,17 +290,19 @@ def _find(settings: DataConfig) -> ImageSource:
     below = os.path.commonpath([one.parent for one in found])
     shown = [one for one in found if not is_hidden(os.path.relpath(one, below))]
     odd = [f"{one}: no regular file" for one in shown if not one.is_file() and not one.is_dir()]
-    return _from_files(settings, [one for one in shown if one.is_file()], odd)
+    files = [one for one in shown if one.is_file()]
+    return _from_files(settings, files, odd, captioned=captioned)
 
 
-def source_of(settings: DataConfig) -> ImageSource:
+def source_of(settings: DataConfig, *, captioned: bool = True) -> ImageSource:
     """The images that ``settings.source`` names: ``reference``, a folder, .parquet, .tar or .zip, a glob, or a hub id.
 
+    Where they need not be ``captioned``, for a model that reads no text, every image counts once, without a caption.
     With ``settings.limit`` that many of them, in an order drawn with ``settings.seed``. Notes count what is left out
     and captions that are empty. Raises DataError when nothing is left, when a tar or a zip is damaged, or when no
     column has a usual name and none is given.
     """
-    found, limit = _find(settings), settings.limit
+    found, limit = _find(settings, captioned), settings.limit
     source = dataclasses.replace(
         found,
         captions=tuple(map(whole_characters, found.captions)),
@@ -312,5 +320,6 @@ def source_of(settings: DataConfig) -> ImageSource:
             name=lambda row: source.name(order[row]),
             content=lambda row: source.content(order[row]),
         )
-    note_empty(kept)
+    if captioned:
+        note_empty(kept)
     return kept

@@ -16,7 +16,8 @@ from prune_lab.errors import UnsupportedModelError
 from prune_lab.export.compatibility import compatibility
 from prune_lab.export.snippets import snippet_for
 from prune_lab.export.students import Student, provenance_in, unet_folder_in
-from prune_lab.families import base_name, is_own, meta_unet, plain_config
+from prune_lab.families import base_name, family_of, is_own, meta_unet, plain_config
+from prune_lab.families.adapter_names import has_additions
 from prune_lab.models import ModelSource, weight_files
 from prune_lab.models.files import json_object
 from prune_lab.models.hub import HUB_ID
@@ -76,8 +77,12 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "".join("| " + " | ".join(str(cell).replace("|", "/") for cell in line) + " |\n" for line in lines)
 
 
+def _called(student: Student) -> str:
+    return family_of(student.architecture.config).called
+
+
 def _costs(student: Student) -> str:
-    head = ["U-Net", "parent", "this model", "change"]
+    head = [_called(student), "parent", "this model", "change"]
     try:
         costs = cost_table(student.architecture)
     except UnsupportedModelError as error:  # without a size there is nothing to count
@@ -118,7 +123,7 @@ def _training(training: Mapping[str, object]) -> str:
     return "Distilled from the parent.\n\n" + _table(["setting", "value"], list(training.items()))
 
 
-def _check(proof: Mapping[str, Any]) -> str:
+def _check(student: Student, proof: Mapping[str, Any]) -> str:
     """What was seen when the folder was loaded before it got its name; see ``surgery.Proof``."""
     seen = {
         "bypassed teacher": f"its answer differs from that of the parent with these blocks bypassed by at most "
@@ -126,8 +131,8 @@ def _check(proof: Mapping[str, Any]) -> str:
         "same tensors": "every tensor equals that of the model that was saved",
     }.get(str(proof.get("kind")), "it loads")
     return (
-        f"Loaded by plain diffusers in a process of its own, with {proof['parameters']:,} parameters in the U-Net: "
-        f"{seen}.\n"
+        f"Loaded by plain diffusers in a process of its own, with {proof['parameters']:,} parameters in the "
+        f"{_called(student)}: {seen}.\n"
     )
 
 
@@ -136,8 +141,11 @@ def _fits(student: Student) -> str:
     for row in compatibility(student).to_dict("records"):
         known = f"{row['kept']} of {row['of']}" if isinstance(row["of"], int) else ""
         rows.append((row["what"], row["fits"], known, row["note"]))
+    table = _table(["made for the parent", "fits", "parts", ""], rows)
+    if not has_additions(student.architecture.config):
+        return table
     return (
-        _table(["made for the parent", "fits", "parts", ""], rows)
+        table
         + "\n`prune-lab convert lora|controlnet|ip-adapter FILE --plan FOLDER --out FILE` converts, with this model in "
         "FOLDER.\n"
     )
@@ -183,22 +191,27 @@ def card_text(
     index = folder / "model_index.json"
     named = json_object(index) if index.is_file() else student.layout.config
     config = student.layout.config
-    variant = _variant_of(unet_folder_in(folder))
-    tag, code = snippet_for(base_name(str(named["_class_name"])), variant, trusted=is_own(config))
+    tag, code = snippet_for(
+        base_name(str(named["_class_name"])),
+        _variant_of(unet_folder_in(folder)),
+        size=student.architecture.config.get("sample_size"),
+        tokens=source.tokens,
+        trusted=is_own(config),
+    )
     plan, blocks = student.plan, len(student.architecture.blocks)
     parent = parent_name(source)
     proof = provenance_in(unet_folder_in(folder)).get("proof")
     parts = {
         f"{parent} without {len(plan.removed)} of {blocks} blocks": (
             f"Parent: {f'[{parent}](https://huggingface.co/{parent})' if is_on_hub(source) else parent}. Plan "
-            f"{plan.label} removes these blocks of its U-Net:\n\n    {plan.text or 'none'}\n\n"
+            f"{plan.label} removes these blocks of its {_called(student)}:\n\n    {plan.text or 'none'}\n\n"
             f"![Blocks of the parent in order of execution; outlines are those that were removed]({MAP})\n"
         ),
         "Use": f"```python\n{code}```\n",
         **({"Form": form} if (form := _form(student)) else {}),
         "Costs": _costs(student),
         "Training": _training(training),
-        **({"Check": _check(proof)} if isinstance(proof, dict) else {}),
+        **({"Check": _check(student, proof)} if isinstance(proof, dict) else {}),
         "What fits": _fits(student),
         "Licence": _licence(source, inherited),
         "Limits": _limits(training)

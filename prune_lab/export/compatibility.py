@@ -7,7 +7,13 @@ import pandas as pd
 from prune_lab.errors import PruneLabError
 from prune_lab.export.ip_adapter import new_numbers
 from prune_lab.export.students import Student
-from prune_lab.families.adapter_names import attention_projections, attentions, is_cross_attention
+from prune_lab.families import CLASS_NAME
+from prune_lab.families.adapter_names import (
+    attention_projections,
+    attentions,
+    has_additions,
+    is_cross_attention,
+)
 from prune_lab.families.controlnet import controlnet_config, cut_controlnet, takes_adapter_features
 from prune_lab.families.ldm_keys import unet_places
 from prune_lab.schemas import COMPATIBILITY_COLUMNS
@@ -83,7 +89,14 @@ def _outside(what: str, where: str) -> _Row:
     return what, AS_IT_IS, None, None, None, f"{where}, which pruning leaves alone"
 
 
+def _unknown(what: str, student: Student) -> _Row:
+    why = f"nothing is known here of those for a {student.architecture.config[CLASS_NAME]}; as it is, it may go to "
+    return what, NOT_AT_ALL, None, None, None, f"{why}another block without a word"
+
+
 def _made_for_blocks(student: Student) -> list[_Row]:
+    if not has_additions(student.architecture.config):
+        return [_unknown(what, student) for what in ("LoRA", "ControlNet", "IP-Adapter")]
     if student.plan.form == "native":
         return [_lora(student), _controlnet(student), _ip_adapter(student), _adapter(student)]
     note = f"not known for a student in the {student.plan.form} form"
@@ -101,7 +114,7 @@ def compatibility(student: Student) -> pd.DataFrame:
         _outside("textual inversion", "words of the text encoder"),
         _outside("VAE", "a part of the pipeline"),
         _outside("scheduler", "a part of the pipeline"),
-        _single_file(student),
+        *([_single_file(student)] if has_additions(student.architecture.config) else []),
     ]
     frame = pd.DataFrame(rows, columns=list(COMPATIBILITY_COLUMNS))
     counts = ["kept", "of", "renamed"]

@@ -13,6 +13,7 @@ from torch import Tensor
 from prune_lab.errors import ModelFormatError, StorageError
 from prune_lab.export.additions import Converted, blocks_of
 from prune_lab.export.students import Student
+from prune_lab.families.adapter_names import check_has_additions
 from prune_lab.families.controlnet import cut_controlnet, meta_controlnet
 from prune_lab.models import weight_files
 from prune_lab.models.conversion import converted
@@ -66,6 +67,7 @@ def convert_controlnet(student: Student, given: Path, out: Path, *, force: bool 
     Raises ModelFormatError when its files are not a ControlNet's, UnsupportedModelError when it was made for another
     U-Net, NonNativePlanError when no plain ControlNet fits the student, StorageError when ``out`` is taken.
     """
+    check_has_additions(student.architecture.config, "to convert a ControlNet")
     given, out = Path(given), Path(out)
     folder = _folder_of(given)
     if out.suffix == ".safetensors":

@@ -9,7 +9,7 @@ from prune_lab.errors import ModelFormatError
 from prune_lab.export.additions import Converted, blocks_of, check_out, read_addition, write_addition
 from prune_lab.export.students import Student
 from prune_lab.families import meta_unet
-from prune_lab.families.adapter_names import attentions, is_cross_attention, values_of
+from prune_lab.families.adapter_names import attentions, check_has_additions, is_cross_attention, values_of
 from prune_lab.runtime import path_text
 
 _LAYER = re.compile(r"ip_adapter\.(0|[1-9][0-9]{0,5})\.(.+)")
@@ -29,6 +29,7 @@ def convert_ip_adapter(student: Student, given: Path, out: Path, *, force: bool 
 
     Raises ModelFormatError when it was made for a U-Net with other attentions, StorageError when ``out`` is taken.
     """
+    check_has_additions(student.architecture.config, "to convert an IP-Adapter")
     given = Path(given)
     out = check_out(student, out, given, force=force)
     tensors, metadata = read_addition(given, "IP-Adapter")

@@ -18,7 +18,14 @@ from prune_lab.errors import ModelFormatError
 from prune_lab.export.additions import Converted, blocks_of, check_out, read_addition, write_addition
 from prune_lab.export.students import Student
 from prune_lab.families import Layout
-from prune_lab.families.adapter_names import TEXT_PREFIXES, AdapterNames, ModuleKey, adapter_names, fits
+from prune_lab.families.adapter_names import (
+    TEXT_PREFIXES,
+    AdapterNames,
+    ModuleKey,
+    adapter_names,
+    check_has_additions,
+    fits,
+)
 from prune_lab.families.ldm_structure import has_even_depths
 from prune_lab.runs.records import typed
 from prune_lab.runtime import parse_json, path_text, printable
@@ -176,6 +183,7 @@ def convert_lora(student: Student, given: Path, out: Path, *, force: bool = Fals
     names; the format stays. Raises ModelFormatError for a key that the teacher has no module for or that does not fit
     it, and when nothing is left; StorageError when ``out`` is taken.
     """
+    check_has_additions(student.architecture.config, "to convert a LoRA")
     given = Path(given)
     out = check_out(student, out, given, force=force)
     tensors, metadata = read_addition(given, "LoRA")

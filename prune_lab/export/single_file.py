@@ -20,6 +20,7 @@ from torch import Tensor
 from prune_lab import __version__
 from prune_lab.errors import ModelFormatError, UnsupportedModelError
 from prune_lab.families import is_own
+from prune_lab.families.adapter_names import check_has_additions
 from prune_lab.families.ldm_keys import (
     TEXT_CLASSES,
     Place,
@@ -332,6 +333,7 @@ def export_single_file(
             f"asked to export {source.text}, a student with code of its own, for which a single file has no place; "
             "export one of a plan that is native, or build the plan with --form neutral"
         )
+    check_has_additions(source.config, f"to export {source.text} as a single file")
     if dtype is not None and dtype not in _NAMES:
         raise UnsupportedModelError(f"asked to export in {dtype}; give float32, float16 or bfloat16")
     if form not in FORMS:

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from prune_lab.families import CLASS_NAME
+from prune_lab.models.parts import component_of, pipeline_class
+
 _LOAD = """\
 from diffusers import DiffusionPipeline
 
@@ -13,19 +20,25 @@ _PICTURE = """
 side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
 own = Image.new("RGB", (side, side), "white")
 """
-_TEXT = f"""{_LOAD}picture = pipeline("a red bird on a branch", num_inference_steps=25).images[0]
+_SAVE = """.images[0]
 picture.save("picture.png")
+"""
+_TEXT = f"""{_LOAD}picture = pipeline("a red bird on a branch", num_inference_steps=25){_SAVE}"""
+_CLASS = f"""{_LOAD}picture = pipeline([207], num_inference_steps=25)  # a class by its number
+picture.images[0].save("picture.png")
+"""
+_NOTHING = f"""{_LOAD}picture = pipeline(num_inference_steps=50){_SAVE}"""
+_VIDEO = f"""{_LOAD}frames = pipeline("a red bird on a branch", num_inference_steps=25, output_type="pil").frames[0]
+frames[0].save("video.gif", save_all=True, append_images=frames[1:])
 """
 _EDIT = f"""from PIL import Image
-{_LOAD}{_PICTURE}picture = pipeline("a red bird on a branch", image=own, num_inference_steps=25).images[0]
-picture.save("picture.png")
-"""
+{_LOAD}{_PICTURE}picture = pipeline("a red bird on a branch", image=own, num_inference_steps=25){_SAVE}"""
 _INPAINT = f"""from PIL import Image
 {_LOAD}{_PICTURE}mask = Image.new("L", (side, side), 255)  # white is drawn anew
 drawn = pipeline("a red bird on a branch", image=own, mask_image=mask, num_inference_steps=25)
 drawn.images[0].save("picture.png")
 """
-_PARTS = f"""{_LOAD}print(f"{{pipeline.unet.num_parameters():,}} parameters")
+_PARTS = f"""{_LOAD}print(f"{{pipeline.COMPONENT.num_parameters():,}} parameters")
 """
 _MODEL = """from diffusers import AutoModel
 
@@ -34,29 +47,97 @@ model = AutoModel.from_pretrained(".")
 print(f"{model.num_parameters():,} parameters")
 """
 
-# A part of the class's name: what the hub calls its task, and the lines. The first that is found counts.
+_TEXT_TO_IMAGE, _TEXT_TO_VIDEO = "text-to-image", "text-to-video"
+_UNCONDITIONAL = "unconditional-image-generation"
+# The classes whose lines are known, what the hub calls their task, and the lines.
+_BY_CLASS: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(
+        (
+            *("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline"),
+            *(
+                "StableDiffusion3Pipeline",
+                "FluxPipeline",
+                "Flux2Pipeline",
+                "ChromaPipeline",
+                "QwenImagePipeline",
+            ),
+            *(
+                "PixArtAlphaPipeline",
+                "PixArtSigmaPipeline",
+                "SanaPipeline",
+                "AuraFlowPipeline",
+                "PRXPipeline",
+            ),
+            *(
+                "Lumina2Pipeline",
+                "ZImagePipeline",
+                "CogView3PlusPipeline",
+                "CogView4Pipeline",
+                "HunyuanDiTPipeline",
+            ),
+        ),
+        (_TEXT_TO_IMAGE, _TEXT),
+    ),
+    **dict.fromkeys(
+        (
+            *("WanPipeline", "CogVideoXPipeline", "LTXPipeline", "MochiPipeline", "AllegroPipeline"),
+            *("HunyuanVideoPipeline", "SkyReelsV2Pipeline"),
+        ),
+        (_TEXT_TO_VIDEO, _VIDEO),
+    ),
+    **dict.fromkeys(
+        ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "LDMPipeline", "ConsistencyModelPipeline"),
+        (_UNCONDITIONAL, _NOTHING),
+    ),
+    "DiTPipeline": (_UNCONDITIONAL, _CLASS),
+}
+# Others with a U-Net by a part of the class's name; the first that is found counts.
 _BY_NAME: dict[str, tuple[str, str]] = {
     "InpaintPipeline": ("image-to-image", _INPAINT),
     "Img2ImgPipeline": ("image-to-image", _EDIT),
     "Pix2PixPipeline": ("image-to-image", _EDIT),
 }
-_FROM_TEXT = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline")
+_BINS = (32, 64, 128)  # sizes of latents for which a pipeline that draws in bins has some
 
 
 def _lines(class_name: str) -> tuple[str, str]:
-    for part, found in _BY_NAME.items():
-        if part in class_name:
-            return found
-    if class_name in _FROM_TEXT:
-        return "text-to-image", _TEXT
-    return "text-to-image", _PARTS if class_name.endswith("Pipeline") else _MODEL
+    if class_name in _BY_CLASS:
+        return _BY_CLASS[class_name]
+    if pipeline_class(class_name) is None:
+        return _TEXT_TO_IMAGE, _MODEL
+    component = component_of({CLASS_NAME: class_name})
+    if component == "unet":
+        for part, found in _BY_NAME.items():
+            if part in class_name:
+                return found
+    return _TEXT_TO_IMAGE, _PARTS.replace("COMPONENT", component)
 
 
-def snippet_for(class_name: str, variant: str = "", *, trusted: bool = False) -> tuple[str, str]:
+def _needed(class_name: str, size: object, tokens: int) -> str:
+    """What the call of a pipeline must be told, as further arguments, where its model is meant for latents of ``size``
+    and texts of ``tokens`` and the pipeline expects others.
+    """
+    pipeline = pipeline_class(class_name)
+    inputs: Mapping[str, Any] = inspect.signature(pipeline.__call__).parameters if pipeline else {}
+    length = getattr(inputs.get("max_sequence_length"), "default", None)
+    found = {
+        "max_sequence_length": tokens if isinstance(length, int) and 0 < tokens < length else None,
+        "use_resolution_binning": False if "use_resolution_binning" in inputs and size not in _BINS else None,
+    }
+    return "".join(f", {name}={value}" for name, value in found.items() if value is not None)
+
+
+def snippet_for(
+    class_name: str, variant: str = "", *, size: object = None, tokens: int = 0, trusted: bool = False
+) -> tuple[str, str]:
     """(the task as the hub calls it, lines of Python) for a pipeline of that class, or for a model alone.
 
-    ``variant`` is the one that is in the names of its files; ``trusted`` runs the code that the folder brings along.
+    ``variant`` is the one that is in the names of its files, ``size`` the side of the latent and ``tokens`` the length
+    of the text that its model is meant for; ``trusted`` runs the code that the folder brings along.
     """
     task, lines = _lines(class_name)
+    lines = lines.replace(
+        "num_inference_steps=25", f"num_inference_steps=25{_needed(class_name, size, tokens)}"
+    )
     more = [f'variant="{variant}"'] * bool(variant) + ["trust_remote_code=True"] * trusted
     return task, lines.replace('(".")', "({})".format(", ".join(['"."', *more])))

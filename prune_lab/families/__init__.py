@@ -35,7 +35,7 @@ from prune_lab.families.family import (
 )
 from prune_lab.families.image_transformers import IMAGE_TRANSFORMERS
 from prune_lab.families.joint_transformers import JOINT_TRANSFORMERS
-from prune_lab.families.legacy import modern_config, modern_name
+from prune_lab.families.legacy import modern_class, modern_config
 from prune_lab.families.meta_device import runs_on_meta
 from prune_lab.families.own_code import (
     base_name,
@@ -88,14 +88,15 @@ __all__ = [
     "is_own",
     "known_conditions",
     "known_files",
+    "knows_its_size",
     "latent_channels",
     "latent_form",
     "latent_shape",
     "looks_like_a_unet",
     "meta_unet",
     "model_of",
+    "modern_class",
     "modern_config",
-    "modern_name",
     "outline_of",
     "own_class",
     "own_layout",
@@ -299,6 +300,15 @@ def latent_shape(config: Mapping[str, Any], latent: int | None = None) -> tuple[
     Raises UnsupportedModelError where its config does not say.
     """
     return family_of(config).size(config) if latent is None else (latent, latent)
+
+
+def knows_its_size(config: Mapping[str, Any]) -> bool:
+    """Whether the size of the latent is known that the model of ``config`` is meant for."""
+    try:
+        latent_shape(config)
+    except UnsupportedModelError:
+        return False
+    return True
 
 
 def latent_form(source: nn.Module | Mapping[str, Any], latent: int | None = None) -> tuple[int, ...]:

@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from prune_lab.errors import UnsupportedModelError
-from prune_lab.families import Layout, meta_unet
+from prune_lab.families import CLASS_NAME, Layout, family_of, meta_unet
 from prune_lab.families.ldm_keys import unet_places
+from prune_lab.families.unet2d_condition import UNET2D_CONDITION
 
 # Beginnings of keys that are about a text encoder or its vocabulary: pruning does not touch them.
 TEXT_PREFIXES = ("text_encoder.", "text_encoder_2.", "lora_te_", "lora_te1_", "lora_te2_", "bundle_emb.")
@@ -160,6 +161,20 @@ def fits(part: ModuleKey, tensor: Tensor, names: AdapterNames) -> bool:
             shape[2:] == kernel or (shape[2:] == ones and (bare or len(ones) == len(kernel)))
         )
     return shape[0] == outputs and shape[2:] == ones
+
+
+def has_additions(config: Mapping[str, Any]) -> bool:
+    """Whether LoRAs, ControlNets and IP-Adapters for the model of ``config``, and its single files, are known here."""
+    return family_of(config) is UNET2D_CONDITION
+
+
+def check_has_additions(config: Mapping[str, Any], asked: str) -> None:
+    """Raise UnsupportedModelError, which says what was ``asked`` of the model of ``config``, unless that is known."""
+    if not has_additions(config):
+        raise UnsupportedModelError(
+            f"asked {asked}, found a {config[CLASS_NAME]}; this is known of a "
+            f"{UNET2D_CONDITION.model_class().__name__} alone: work with its diffusers folder"
+        )
 
 
 def attentions(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+_SCALES = ("scale_factor_spatial", "spatial_compression_ratio")
+_LEVELS = ("block_out_channels", "encoder_block_out_channels", "dim_mult")
+
 
 def picture_scale(vae: Mapping[str, Any]) -> int | None:
     """Pixels of a picture's side behind one of the latent's, by the config of a VAE; None where it does not say."""
-    levels = vae.get("block_out_channels")
-    return int(2 ** (len(levels) - 1)) if isinstance(levels, (list, tuple)) and levels else None
+    said = next((vae[name] for name in _SCALES if isinstance(vae.get(name), int)), None)
+    levels = next((vae[name] for name in _LEVELS if isinstance(vae.get(name), (list, tuple))), ())
+    return said or (int(2 ** (len(levels) - 1)) if levels else None)
 
 
 def looks_like_a_unet(config: Mapping[str, Any]) -> bool:

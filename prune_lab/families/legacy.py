@@ -17,7 +17,7 @@ _NEW_NAMES: Mapping[tuple[str, str], str] = {
 }
 
 
-def modern_name(name: object, config: Mapping[str, Any]) -> Any:
+def modern_class(name: object, config: Mapping[str, Any]) -> Any:
     """The class that diffusers makes of a model of ``config`` that says it is a ``name``: itself unless it is an old
     one.
     """
@@ -31,7 +31,7 @@ def _settings(class_name: str) -> set[str]:
 def modern_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The same ``config`` with the name of today's class, and without the settings that only the old one had."""
     name = config.get(CLASS_NAME)
-    new = modern_name(name, config)
+    new = modern_class(name, config)
     if new == name:
         return dict(config)
     dropped = _settings(str(name)) - _settings(new)

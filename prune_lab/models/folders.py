@@ -20,11 +20,12 @@ from prune_lab.families import (
     family_of,
     is_own,
     meta_unet,
+    modern_class,
     modern_config,
-    modern_name,
     outline_of,
     own_class,
     plain_config,
+    supported_classes,
 )
 from prune_lab.models.components import check_part, check_vocabulary, misfit, unread_tensors
 from prune_lab.models.diagnosis import check_files, folder_without_a_model, refuse_config, unusable
@@ -146,7 +147,7 @@ def _check_class(index: Path, parts: Mapping[str, Any]) -> tuple[Any, str]:
     if not models_wanted(found):
         raise UnsupportedModelError(
             f"{index} describes a {name}, which {_why_no_model(found)}; supported are pipelines with a "
-            f"{', '.join(FAMILIES)}, such as {_EXAMPLES}"
+            f"{supported_classes()}, such as {_EXAMPLES}"
         )
     component = next(iter(models_wanted(found)))
     models = [part for part in sorted(required) if _names_a_model(parts.get(part))]
@@ -221,7 +222,7 @@ def checked_pipeline(index: Path, variant: str = "") -> tuple[dict[str, Any], st
         _check_entry(index, part, value, pipeline)
     folder = index.parent / component
     config = unet_config(folder / "config.json")
-    listed, name = modern_name(components[component][1], config), config[CLASS_NAME]
+    listed, name = modern_class(components[component][1], config), config[CLASS_NAME]
     if listed != name:
         raise ModelFormatError(
             f"{index} lists as {component} a {listed}, {folder / 'config.json'} is of a {name}; "

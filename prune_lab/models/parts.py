@@ -19,6 +19,7 @@ from torch import nn
 
 from prune_lab.errors import UnsupportedModelError
 from prune_lab.families import CLASS_NAME, FAMILIES, is_own, own_class
+from prune_lab.families.drawing import call_inputs, draws_videos, reads_text
 from prune_lab.models.silence import quiet
 from prune_lab.models.views import STEMS
 
@@ -112,9 +113,14 @@ def why_no_text_to_image(pipeline: Any, scheduler: Any = None) -> str:
     components, _ = pipeline._get_signature_keys(pipeline)
     inputs = inspect.signature(pipeline.__call__).parameters.values()
     asked = [one.name for one in inputs if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
-    more = [name for name in asked if name not in ("self", "prompt")]
+    more = [name for name in asked if name not in ("self", "prompt", "class_labels")]
     if more:
         return f"draws from {' and '.join(more)} besides"
+    if not reads_text(pipeline):
+        told = {"num_inference_steps", "generator"} - call_inputs(pipeline).keys()
+        return f"cannot be told {' and '.join(sorted(told))}" if told else ""
+    if draws_videos(pipeline) and {"vae", "transformer"} <= set(components):
+        return ""  # a picture is one frame
     if pipeline not in KNOWN.values() or "vae" not in components:
         return "is not among the pipelines that diffusers lists for text to image"
     with quiet():

@@ -117,18 +117,17 @@ def _complaint_of_schedule(scheduler: Any, *, by_flow: bool) -> str:
     return ""
 
 
-def _shift_of(scheduler: Any) -> dict[str, float]:
-    """What a scheduler that shifts its steps by the size of the picture is given for one of middling size."""
+def set_steps(scheduler: Any, steps: int) -> None:
+    """Set so many ``steps``: of a ``scheduler`` that shifts them by the size of the picture, for a middling one."""
     config = scheduler.config
-    if not config.get("use_dynamic_shifting"):
-        return {}
-    return {"mu": (config.get("base_shift", 0.5) + config.get("max_shift", 1.15)) / 2}
+    shift = {"mu": (config.get("base_shift", 0.5) + config.get("max_shift", 1.15)) / 2}
+    scheduler.set_timesteps(steps, **(shift if config.get("use_dynamic_shifting") else {}))
 
 
 def _complaint_of_pass(scheduler: Any, steps: int) -> str:
     """What is wrong with a pass of ``steps``: its timesteps, and what it makes of random numbers for a U-Net."""
     count = scheduler.config.get("num_train_timesteps")
-    scheduler.set_timesteps(steps, **_shift_of(scheduler))
+    set_steps(scheduler, steps)
     if goes_by_flow(scheduler) and (found := _complaint_of_sigmas(scheduler)):
         return found
     most = count if goes_by_flow(scheduler) else count - 1 if isinstance(count, int) else None

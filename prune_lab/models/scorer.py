@@ -25,6 +25,7 @@ from prune_lab.errors import (
     PruneLabError,
     UnsupportedModelError,
 )
+from prune_lab.families import embedding_width
 from prune_lab.models.answers import refuse_silent, scorer_complaint
 from prune_lab.models.components import check_part, check_vocabulary, reason_of
 from prune_lab.models.conversion import refuse_flawed
@@ -219,6 +220,8 @@ def choose_scorer(asked: str, source: ModelSource) -> ScorerChoice:
     ours = of_shipped_family(source)
     if asked == NO_SCORER:
         return ScorerChoice("", "none", "evaluate.scorer is none")
+    if source.is_pipeline and not embedding_width(source.config):
+        return ScorerChoice("", "none", "not measured: the model reads no text")
     if asked == "reference" and not ours:
         raise ConfigError(
             f"asked to judge pictures of {source.text} with the scorer reference, which knows 64-pixel emoji and "

@@ -13,13 +13,24 @@ from prune_lab.probes.conditions import (
 )
 from prune_lab.probes.encoding import (
     cut_texts,
-    decode_latents,
     encode_captions,
-    encode_pictures,
     noise_schedule,
     note_cut,
-    to_uint8,
     training_target,
+)
+from prune_lab.probes.latents import (
+    channels_of,
+    class_count,
+    decode_latents,
+    draw_at,
+    encode_distributions,
+    encode_pictures,
+    encode_pixels,
+    picture_side,
+    pixels_per_latent,
+    takes_frames,
+    to_uint8,
+    vae_of,
 )
 from prune_lab.probes.making import make_probe, probe_of_latents, random_probe
 from prune_lab.probes.probe import Probe, evaluating, load_probe, predict
@@ -28,11 +39,16 @@ from prune_lab.probes.schedules import Schedule, schedule_of
 __all__ = [
     "Probe",
     "Schedule",
+    "channels_of",
+    "class_count",
     "cut_texts",
     "decode_latents",
+    "draw_at",
     "drawn_rows",
     "encode_captions",
+    "encode_distributions",
     "encode_pictures",
+    "encode_pixels",
     "evaluating",
     "guidance_embedding",
     "load_probe",
@@ -41,13 +57,17 @@ __all__ = [
     "note_cut",
     "picture_names",
     "picture_rows",
+    "picture_side",
     "pipeline_conditions",
+    "pixels_per_latent",
     "predict",
     "probe_of_latents",
     "random_probe",
     "rows_of_size",
     "schedule_of",
     "size_rows",
+    "takes_frames",
     "to_uint8",
     "training_target",
+    "vae_of",
 ]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prune_lab.errors import UnsupportedModelError
 from prune_lab.families import REFINER_TIME_IDS, SDXL_TIME_IDS, Condition, known_conditions, model_of
-from prune_lab.probes.encoding import encode_pixels
+from prune_lab.probes.latents import encode_pixels
 
 # Guidance scales less one that LCM was trained with: uniform between these (arXiv:2310.04378, section 5.1).
 GUIDANCE = (2.0, 14.0)
@@ -105,6 +105,7 @@ _OF_SIZE: Mapping[str, Callable[[int, int], tuple[float, ...]]] = {
     "original_size": lambda height, width: (height, width),
     "target_size": lambda height, width: (height, width),
     "crop_coords": lambda height, width: (0, 0),
+    "image_meta_size": lambda height, width: (height, width, height, width, 0, 0),
 }
 
 

@@ -1,4 +1,4 @@
-"""From pictures and captions to what a U-Net reads: latents, text embeddings, noise and its target."""
+"""From captions to what a model reads: text embeddings; noise and its target."""
 
 from __future__ import annotations
 
@@ -9,66 +9,12 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from prune_lab.errors import DataError, UnsupportedModelError
+from prune_lab.errors import UnsupportedModelError
+from prune_lab.families.drawing import reads_text
 from prune_lab.models.silence import quiet
+from prune_lab.probes.latents import finite
 from prune_lab.runtime import note_once
 from prune_lab.text_tables import one_line, whole_characters
-
-
-def _finite(tensor: Tensor, what: str) -> Tensor:
-    if not tensor.isfinite().all():
-        raise DataError(f"asked for {what}, found values that are not finite; load the pipeline in float32")
-    return tensor
-
-
-def encode_pixels(pipeline: Any, pixels: Tensor, *, batch: int = 16, scaled: bool = True) -> Tensor:
-    """Latents (N, C, h, w), float32 on the CPU, of ``pixels`` (N, 3, H, W): uint8, or floats from -1 to 1.
-
-    The mode of the VAE's distribution, ``scaled`` by the VAE's factor or as it is. Raises DataError for latents that
-    are not finite (an SDXL VAE in float16).
-    """
-    vae = pipeline.vae
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    latents = []
-    with torch.no_grad():  # not inference_mode: a training loop may take gradients through these later
-        for chunk in torch.split(pixels, batch):
-            values = chunk.to(vae.device).to(vae.dtype)
-            values = values / 127.5 - 1 if chunk.dtype == torch.uint8 else values
-            mode = vae.encode(values).latent_dist.mode().float().cpu()
-            latents.append((mode - shift) * vae.config.scaling_factor if scaled else mode)
-    return _finite(torch.cat(latents), "latents of pictures")
-
-
-def decode_latents(pipeline: Any, latents: Tensor, *, batch: int = 8) -> Tensor:
-    """Pictures uint8 (N, 3, H, W) on the CPU of scaled latents (N, C, h, w), decoded as the pipeline does it."""
-    vae = pipeline.vae
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    pictures = []
-    with torch.inference_mode():
-        for chunk in torch.split(latents, batch):
-            values = chunk.to(vae.device, vae.dtype) / vae.config.scaling_factor + shift
-            pictures.append(to_uint8((vae.decode(values).sample.float() / 2 + 0.5).clamp(0, 1)))
-    return torch.cat(pictures)
-
-
-def to_uint8(pictures: Tensor) -> Tensor:
-    """Pictures of floats from 0 to 1 as uint8 on the CPU."""
-    return (pictures * 255).round().clamp(0, 255).to("cpu", torch.uint8)
-
-
-def encode_pictures(pipeline: Any, pictures: Tensor, *, batch: int = 16) -> Tensor:
-    """Scaled latents (N, C, h, w), float32 on the CPU, of ``pictures`` (N, 3, H, W) in uint8.
-
-    The mode of the VAE's distribution, not a draw from it, so the same picture always gives the same latent.
-    Raises DataError for pictures of another form, or latents that are not finite (an SDXL VAE in float16).
-    """
-    if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
-        raise DataError(
-            f"asked to encode pictures, found {pictures.dtype} of shape {tuple(pictures.shape)}; "
-            "give uint8 of shape (N, 3, height, width)"
-        )
-    return encode_pixels(pipeline, pictures, batch=batch)
-
 
 # Captions --------------------------------------------------------------------------------------------------------
 
@@ -129,7 +75,12 @@ def note_cut(pipeline: Any, texts: Sequence[str], what: str) -> None:
 def encode_captions(
     pipeline: Any, captions: Sequence[str], *, batch: int = 32
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Text embeddings (N, L, D) and, for SDXL, ``{"text_embeds": (N, P)}``, float32 on the CPU."""
+    """Text embeddings (N, L, D) and, for SDXL, ``{"text_embeds": (N, P)}``, float32 on the CPU.
+
+    (N, 0, 0) of a model that reads no text.
+    """
+    if not reads_text(pipeline):
+        return torch.zeros(len(captions), 0, 0), {}
     pooled: list[Tensor] = []
     embeddings: list[Tensor] = []
     with torch.no_grad(), quiet():  # of captions that are too long ``note_cut`` speaks, once
@@ -138,8 +89,8 @@ def encode_captions(
             embeddings.append(answer[0].float().cpu())
             if len(answer) == 4:  # SDXL: prompt, negative, pooled prompt, pooled negative
                 pooled.append(answer[2].float().cpu())
-    added = {"text_embeds": _finite(torch.cat(pooled), "pooled text embeddings")} if pooled else {}
-    return _finite(torch.cat(embeddings), "text embeddings"), added
+    added = {"text_embeds": finite(torch.cat(pooled), "pooled text embeddings")} if pooled else {}
+    return finite(torch.cat(embeddings), "text embeddings"), added
 
 
 def noise_schedule(scheduler_config: Mapping[str, Any]) -> DDPMScheduler:

@@ -19,11 +19,8 @@ from prune_lab.probes.conditions import (
     pipeline_conditions,
     rows_of_size,
 )
-from prune_lab.probes.encoding import (
-    decode_latents,
-    encode_captions,
-    encode_pictures,
-)
+from prune_lab.probes.encoding import encode_captions
+from prune_lab.probes.latents import decode_latents, encode_pictures
 from prune_lab.probes.probe import Probe
 from prune_lab.probes.schedules import schedule_of
 from prune_lab.runtime import generator_for, note_once, seeded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,16 +19,26 @@ from torch import Tensor, nn
 from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.counting import count_call, meta_copy
 from prune_lab.errors import ConfigError
-from prune_lab.families import latent_channels, takes_guidance
+from prune_lab.families import (
+    conditions_of,
+    family_of,
+    latent_form,
+    model_of,
+    plain_config,
+    takes_guidance,
+    text_form,
+)
 from prune_lab.forms import why_not
+from prune_lab.models.schedulers import set_steps
 from prune_lab.plans import PruningPlan, is_native, plan_of
+from prune_lab.probes import picture_side, pixels_per_latent
 from prune_lab.profiling.cost_table import cost_table
 from prune_lab.profiling.latency import check_runs, measure_latency, random_inputs
 from prune_lab.profiling.plan_matrix import REST
 from prune_lab.profiling.service import Service
 from prune_lab.profiling.timed_plans import TEACHER, time_plans
 from prune_lab.profiling.turns import ComparedLatency
-from prune_lab.runtime import pick_dtype, synchronize, track
+from prune_lab.runtime import pick_dtype, seeded, synchronize, track
 from prune_lab.schemas import (
     BLOCK_PROFILE_COLUMNS,
     PIPELINE_COLUMNS,
@@ -35,6 +46,7 @@ from prune_lab.schemas import (
     REDUCTION_LATENCY_COLUMNS,
 )
 
+_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOTAL = "total"  # the last row of a pipeline's table
 
 # Plans -----------------------------------------------------------------------------------------------------------
@@ -209,6 +221,31 @@ class _Decoder(nn.Module):
         return decoded
 
 
+class _OtherDecoder(nn.Module):
+    """A VAE of videos, or of another class, that decodes by its own ways."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        decoded: Tensor = self.vae.decode(latents, return_dict=False)[0]
+        return decoded
+
+
+def _decoder(vae: Any) -> nn.Module:
+    of_videos = any(isinstance(part, nn.Conv3d) for part in vae.modules())
+    return _OtherDecoder(vae) if of_videos or not hasattr(vae, "post_quant_conv") else _Decoder(vae)
+
+
+def _size_of(module: nn.Module) -> int:
+    """Its parameters, without those of the half of a VAE that encodes."""
+    halves = ("vae.encoder.", "vae.quant_conv.")
+    return sum(
+        parameter.numel() for name, parameter in module.named_parameters() if not name.startswith(halves)
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Part:
     name: str
@@ -219,44 +256,70 @@ class _Part:
 
 
 def unet_calls(scheduler: Any, steps: int) -> int:
-    """How often the U-Net runs for ``steps`` denoising steps; PNDM runs it once more than it is asked."""
+    """How often the model runs for ``steps`` denoising steps; PNDM runs it once more than it is asked."""
     mine = type(scheduler).from_config(scheduler.config)
-    mine.set_timesteps(steps)
+    set_steps(mine, steps)
     return len(mine.timesteps)
+
+
+def _encoders(pipeline: Any) -> dict[str, nn.Module]:
+    found = {name: getattr(pipeline, name, None) for name in _ENCODERS}
+    return {name: part for name, part in found.items() if part is not None}
+
+
+def _words(pipeline: Any, asked: int | None) -> tuple[dict[str, int], int | None]:
+    """Words of text that each encoder of ``pipeline`` reads, and that its model does; None where that reads none.
+
+    Raises ConfigError where more are ``asked`` for than its one encoder takes.
+    """
+    family, config = family_of(model_of(pipeline)), model_of(pipeline).config
+    told = inspect.signature(type(pipeline).__call__).parameters.get("max_sequence_length")
+    usual = told.default if told is not None and isinstance(told.default, int) else family.tokens(config)
+    read: dict[str, int] = {}
+    for name, encoder in _encoders(pipeline).items():
+        limit: Any = getattr(encoder.config, "max_position_embeddings", None)
+        most = limit if isinstance(limit, int) and (limit < usual or family.component == "unet") else usual
+        alone = family.component == "unet" or len(_encoders(pipeline)) == 1
+        if asked is not None and isinstance(limit, int) and asked > limit and alone:
+            raise ConfigError(
+                f"asked for {asked} tokens of text, found a text encoder that takes {limit}; give at most {limit}"
+            )
+        longest = limit if isinstance(limit, int) else asked or usual
+        read[name] = most if asked is None else min(asked, longest)
+    if not read:
+        return read, None
+    *_, last = read.values()
+    of_one = (
+        family.component == "unet" or len(read) == 1
+    )  # else the texts of several lie one behind the other
+    return read, last if of_one else asked or family.tokens(config)
 
 
 def _parts(
     pipeline: Any, steps: int, batch: int, guided: bool, latent: int | None, asked: int | None
 ) -> Iterator[_Part]:
-    unet = pipeline.unet
-    tokens = None
-    for name in ("text_encoder", "text_encoder_2"):
-        encoder = getattr(pipeline, name, None)
-        if encoder is None:
-            continue
-        most = encoder.config.max_position_embeddings
-        tokens = most if asked is None else asked
-        if tokens > most:
-            raise ConfigError(
-                f"asked for {tokens} tokens of text, found a text encoder that takes {most}; give at most {most}"
-            )
-        shape = (batch, tokens)
+    model = model_of(pipeline)
+    if latent is None and "sample_size" not in model.config:
+        latent = picture_side(pipeline) // pixels_per_latent(pipeline)
+    words, tokens = _words(pipeline, asked)
+    for name, encoder in _encoders(pipeline).items():
+        shape = (batch, words[name])
         yield _Part(
             name,
             2 if guided else 1,  # the prompt, and the empty prompt that guidance starts from
-            tokens,
+            words[name],
             encoder,
             lambda device, dtype, shape=shape: {
                 "input_ids": torch.zeros(shape, dtype=torch.long, device=device)
             },  # type: ignore[misc]
         )
     yield _Part(
-        "unet",
+        family_of(model).component,
         unet_calls(pipeline.scheduler, steps),
         tokens,
-        unet,
+        model,
         lambda device, dtype: random_inputs(
-            unet.config,
+            plain_config(model),
             batch=(1 + guided) * batch,
             latent=latent,
             tokens=tokens,
@@ -264,15 +327,16 @@ def _parts(
             dtype=dtype,
         ),
     )
-    decoder = _Decoder(pipeline.vae)
-    sample = random_inputs(unet.config, batch=batch, latent=latent)["sample"]
-    sample = sample[:, : latent_channels(unet.config)]  # what the U-Net is shown of a picture is not decoded
+    vae = getattr(pipeline, "vae", None)
+    if vae is None:  # it draws pixels
+        return
+    latents = torch.randn(batch, *latent_form(model, latent), generator=seeded(0))
     yield _Part(
         "vae_decoder",
         1,
         None,
-        decoder,
-        lambda device, dtype: {"latents": sample.to(device=device, dtype=dtype)},
+        _decoder(vae),
+        lambda device, dtype: {"latents": latents.to(device=device, dtype=dtype)},
     )
 
 
@@ -303,20 +367,22 @@ def profile_pipeline(
     runs: int = 5,
     warmup: int = 1,
 ) -> pd.DataFrame:
-    """One row per part of a Stable Diffusion pipeline, and ``total`` last: columns PIPELINE_COLUMNS.
+    """One row per part of a pipeline that works while it draws, and ``total`` last: columns PIPELINE_COLUMNS.
 
     ``calls`` is how often the part runs to make ``batch`` pictures in ``steps`` steps. ``macs`` (attention products
-    included) and ``median_ms`` are of one call; a guided U-Net call (``guidance`` above 1) takes twice the batch.
-    ``latent`` is the side of the square latent (None: the U-Net's own size), ``tokens`` the length of the text (None:
-    the longest that the text encoder takes). ``share`` is calls x median_ms in the
+    included) and ``median_ms`` are of one call; a guided call (``guidance`` above 1) takes twice the batch.
+    ``latent`` is the side of the square latent (None: the model's own size), ``tokens`` the length of the text (None:
+    the longest that the text encoders take, or that the pipeline asks of them). ``share`` is calls x median_ms in the
     sum over the parts. The total is one call of everything: all the MACs and milliseconds behind these pictures.
-    None for ``dtype`` and ``device`` means the U-Net's own. The pipeline is left as it is found. Raises ConfigError
+    None for ``dtype`` and ``device`` means the model's own. The pipeline is left as it is found. Raises ConfigError
     for fewer than two runs, and for a text that is longer than the text encoder takes.
     """
     # An empty tensor knows which card "cuda" is.
-    kind = torch.empty(0, device=pipeline.unet.device if device is None else device).device
-    form = pick_dtype(dtype) if isinstance(dtype, str) else pipeline.unet.dtype if dtype is None else dtype
-    guided = guidance > 1 and not takes_guidance(pipeline.unet)
+    model = model_of(pipeline)
+    kind = torch.empty(0, device=model.device if device is None else device).device
+    form = pick_dtype(dtype) if isinstance(dtype, str) else model.dtype if dtype is None else dtype
+    asked = bool(text_form(model)[1] or conditions_of(model))  # for a text, or a class
+    guided = guidance > 1 and asked and not takes_guidance(model)
     rows = []
     for part in track(list(_parts(pipeline, steps, batch, guided, latent, tokens)), "timing the pipeline"):
         counted = count_call(
@@ -330,7 +396,7 @@ def profile_pipeline(
                 runs=runs,
                 device=kind,
             )
-        params = sum(parameter.numel() for parameter in part.module.parameters())
+        params = _size_of(part.module)
         rows.append((part.name, part.calls, part.tokens, params, counted.total, latency.median_ms))
     macs = sum(calls * macs for _, calls, _, _, macs, _ in rows)
     spent = sum(calls * milliseconds for _, calls, *_, milliseconds in rows)

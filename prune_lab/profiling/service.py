@@ -10,21 +10,25 @@ from typing import Any, Literal
 
 from prune_lab.config import check_numbers
 from prune_lab.errors import BudgetError, ConfigError, DeviceError
-from prune_lab.families import latent_shape, picture_scale
+from prune_lab.families import family_of, knows_its_size, latent_shape, picture_scale
 from prune_lab.models import ModelSource
 from prune_lab.runtime import pick_device, pick_dtype, printable, read_json
 
 Backend = Literal["eager", "compiled"]
 PIXELS = 8  # a side, behind one of a latent, in every Stable Diffusion so far
+_VAES = ("vae", "vqvae", "movq")  # as pipelines call theirs
 
 
 def pixels_per_latent(source: ModelSource) -> int:
-    """Pixels of a picture's side behind one of the latent's: by the VAE of a pipeline, 8 where there is none."""
-    vae = source.folder / "vae" / "config.json" if source.folder is not None else None
-    if vae is None or not source.is_pipeline or not vae.is_file():
+    """Pixels of a picture's side behind one of the latent's: by the VAE of a pipeline, 1 where that has none, and 8
+    where there is no pipeline.
+    """
+    if source.folder is None or not source.is_pipeline:
         return PIXELS
-    config = read_json(vae)
-    return (picture_scale(config) if isinstance(config, dict) else None) or PIXELS
+    configs = (source.folder / name / "config.json" for name in _VAES)
+    vae = next((path for path in configs if path.is_file()), None)
+    config = read_json(vae) if vae is not None else None
+    return (picture_scale(config) or PIXELS) if isinstance(config, dict) else 1
 
 
 def latent_of_pixels(pixels: int, source: ModelSource) -> int:
@@ -46,10 +50,11 @@ def picture_size(source: ModelSource, pixels: int | None = None) -> tuple[int | 
     """
     if pixels is not None:
         return latent_of_pixels(pixels, source), f"{pixels} x {pixels}"
-    if source.config.get("sample_size") is None:
+    if not knows_its_size(source.config):
+        called = family_of(source.config).called
         raise ConfigError(
-            f"asked for the costs of {source.text}, found no sample_size in the config of its U-Net; give the size of "
-            "the pictures, such as --resolution 512"
+            f"asked for the costs of {source.text}, found no sample_size in the config of its {called}; give the size "
+            "of the pictures, such as --resolution 512"
         )
     height, width = (pixels_per_latent(source) * side for side in latent_shape(source.config))
     return None, f"{width} x {height}"

@@ -63,6 +63,20 @@ class LiveCell:
 
 
 @dataclass(frozen=True, slots=True)
+class LiveLayer:
+    """A layer inside a block: a small button below the live map; colours are (cell, letters)."""
+
+    name: str
+    stage: str
+    short: str
+    scored: bool
+    spoken: str  # what a screen reader says of it
+    removable: bool
+    light: tuple[str, str]
+    dark: tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class LiveLabel:
     """The name of a stage on the live map, in percent of the map: a button for all its blocks."""
 
@@ -76,8 +90,12 @@ class LiveLabel:
 class LiveMap:
     """A map whose blocks a reader removes by clicking; ``data`` is what the page looks numbers up in."""
 
+    shape: str  # how the blocks stand, in words
+    width: float  # of the map, in cells
+    aspect: float  # its width by its height
     cells: tuple[LiveCell, ...]
     labels: tuple[LiveLabel, ...]
+    layers: tuple[tuple[str, tuple[LiveLayer, ...]], ...]  # by block, those inside it
     metrics: tuple[tuple[str, str, str], ...]  # name in ``data``, in words, what the teacher takes
     budgets: tuple[tuple[str, str], ...]  # name in ``data`` and in words
     data: Mapping[str, Any]

@@ -12,8 +12,14 @@
     options: options.map((option) => new Set(option)),
   }));
 
+  // Of layers inside blocks: the block around each. A layer of a block that is removed is gone with it, and not removed.
+  const inside = data.inside;
+  const layersOf = (block) => Object.keys(inside).filter((name) => inside[name] === block);
+  const isGone = (name) => removed.has(name) || removed.has(inside[name]);
+
   const gone = () => new Set([
     ...removed,
+    ...Object.keys(inside).filter(isGone),
     ...samplers.filter(([, blocks]) => blocks.every((name) => removed.has(name))).map(([name]) => name),
   ]);
   const costOf = (metric, without) =>
@@ -54,7 +60,7 @@
   const quoted = (text) => (/^[\w./-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
 
   const show = () => {
-    for (const [name, cell] of cells) cell.setAttribute("aria-pressed", String(removed.has(name)));
+    for (const [name, cell] of cells) cell.setAttribute("aria-pressed", String(isGone(name)));
     const without = gone();
     const nothing = new Set();
     for (const row of document.querySelectorAll("[data-metric]")) {
@@ -91,13 +97,20 @@
   };
 
   const toggle = (names) => {
-    const add = !names.every((name) => removed.has(name));
-    for (const name of names) add ? removed.add(name) : removed.delete(name);
+    const add = !names.every(isGone);
+    for (const name of names) {
+      if (!add && removed.delete(inside[name])) for (const other of layersOf(inside[name])) removed.add(other);
+      add ? removed.add(name) : removed.delete(name);
+    }
+    withoutInner();
     show();
+  };
+  const withoutInner = () => {
+    for (const name of removed) if (removed.has(inside[name])) removed.delete(name);
   };
   for (const name of removable) cells.get(name).addEventListener("click", () => toggle([name]));
   for (const label of document.querySelectorAll("[data-stage-button]")) {
-    const names = removable.filter((name) => stageOf(name) === label.dataset.stageButton);
+    const names = removable.filter((name) => !inside[name] && stageOf(name) === label.dataset.stageButton);
     label.addEventListener("click", () => toggle(names));
   }
   find("plan").addEventListener("change", (event) => {
@@ -119,6 +132,7 @@
       for (const name of level.members) removed.delete(name);
       for (const name of ordered[0]) removed.add(name);
     }
+    withoutInner();
     show();
   });
   find("metric").addEventListener("change", show);

@@ -140,18 +140,25 @@ def _facts(tables: RunTables) -> list[tuple[str, str]]:
 # What the page may do ----------------------------------------------------------------------------------------------
 
 
+def _color_rule(cell: Mapping[str, Any]) -> str:
+    """The colours of a cell or layer of the live map, and of its letters, for light and dark pages."""
+    looks = ((theme[0], cell[theme]) for theme in ("light", "dark"))
+    return ";".join(f"--{first}c:{face};--{first}i:{ink}" for first, (face, ink) in looks)
+
+
 def _place_rules(live: Mapping[str, Any]) -> str:
-    """Where each cell and name of the live map stands, and its colours; a page without style attributes needs this."""
-    rules = []
+    """How large the live map is, where each cell and name of it stands, and the colours; a page without style
+    attributes needs this.
+    """
+    least, most = min(42.0, 2.9 * live["width"]), 4.7 * live["width"]
+    rules = [
+        f".live-map{{aspect-ratio:{live['aspect']:.3f};min-width:{least:.1f}rem;max-width:{most:.1f}rem}}"
+    ]
     for number, cell in enumerate(live["cells"], 1):
-        sides = ("left", "top", "width", "height")
-        words = [f"{side}:{cell[side]:.3f}%" for side in sides]
-        words += [
-            f"--{theme[0]}{letter}:{cell[theme][place]}"
-            for theme in ("light", "dark")
-            for place, letter in enumerate("ci")
-        ]
-        rules.append(f"#live-cell-{number}{{{';'.join(words)}}}")
+        sides = (f"{side}:{cell[side]:.3f}%" for side in ("left", "top", "width", "height"))
+        rules.append(f"#live-cell-{number}{{{';'.join(sides)};{_color_rule(cell)}}}")
+    layers = [layer for _, inside in live["layers"] for layer in inside]
+    rules += [f"#live-layer-{number}{{{_color_rule(layer)}}}" for number, layer in enumerate(layers, 1)]
     for number, label in enumerate(live["labels"], 1):
         rules.append(f"#live-stage-{number}{{left:{label['x']:.3f}%;top:{label['y']:.3f}%}}")
     return "\n".join(rules)

@@ -12,11 +12,18 @@ from prune_lab.report.criteria import draw_parts
 from prune_lab.report.document import Chart, Section, SectionItem, Table, Text, not_run, table_of
 from prune_lab.report.figures import plan_styles
 from prune_lab.report.live_map import live_map
-from prune_lab.report.maps import draw_block_map, draw_plan_maps
+from prune_lab.report.maps import draw_block_map, draw_plan_maps, is_chain, shape_words
 from prune_lab.report.picture_grids import picture_parts
 from prune_lab.report.shown import shown_in_figures, shown_note
 from prune_lab.report.summary import summary
-from prune_lab.report.tables import RunTables, block_map_frame, curve_frame, measured
+from prune_lab.report.tables import (
+    RunTables,
+    block_map_frame,
+    curve_frame,
+    layer_map_frame,
+    measured,
+    named_layers,
+)
 from prune_lab.report.tournament import ranking_tables, tournament_parts
 
 _IMPORTANCE = (
@@ -65,14 +72,13 @@ def _blocks(tables: RunTables) -> tuple[SectionItem, ...]:
     if tables.blocks is None:
         return (not_run("the blocks have not been listed", "run --config FILE.toml"),)
     frame = block_map_frame(tables.blocks, tables.importance)
+    layers = named_layers(layer_map_frame(tables.blocks, tables.importance), ())
     parts: list[SectionItem] = [
         Chart(
             "block_map",
-            f"The {len(frame)} blocks of the U-Net in the shape of a U, each coloured by the impact of its removal.",
-            "Down stages on the left, the mid stage at the bottom, up stages on the right; dotted arrows are skip "
-            "connections. Square cells are residual blocks (R), round ones attention blocks (A). A star marks a block "
-            "that changes the number of channels: it cannot be removed, and is scored with channel interpolation.",
-            lambda theme: draw_block_map(frame, theme),
+            f"The {len(frame)} blocks of the model {shape_words(frame)}, each coloured by the impact of its removal.",
+            _how_drawn(frame, layers),
+            lambda theme: draw_block_map(frame, theme, layers),
         )
     ]
     importance = tables.importance
@@ -103,6 +109,28 @@ def _blocks(tables: RunTables) -> tuple[SectionItem, ...]:
     return tuple(parts)
 
 
+def _how_drawn(frame: pd.DataFrame, layers: pd.DataFrame) -> str:
+    """How the map of the blocks ``frame`` and the ``layers`` inside them is read."""
+    if is_chain(frame):
+        lists = frame["stage"].nunique()
+        words = (
+            "The blocks of a transformer run one after the other: read them from left to right, row by row."
+        )
+        words += f" It has {lists} kinds of blocks, named by their letters." if lists > 1 else ""
+        stars = " A star marks a block that cannot be removed."
+    else:
+        words = (
+            "Down stages on the left, the mid stage at the bottom, up stages on the right; dotted arrows are skip "
+            "connections. Square cells are residual blocks (R), round ones attention blocks (A)."
+        )
+        stars = (
+            " A star marks a block that changes the number of channels: it cannot be removed, and is scored with "
+            "channel interpolation."
+        )
+    words += stars if not frame["removable"].all() else ""
+    return words + (" Slices in a block are the layers inside it (T1, T2, ...)." if len(layers) else "")
+
+
 def _how_scored(importance: pd.DataFrame) -> str:
     criterion = importance["criterion"].iloc[0]
     least, most = fmt.count(importance["samples"].min()), fmt.count(importance["samples"].max())
@@ -125,7 +153,7 @@ def _costs(tables: RunTables) -> tuple[SectionItem, ...]:
         Chart(
             "costs",
             "Parameters and multiply-adds of every block, sampler and the rest, beside the impact of removal.",
-            "Blocks in the order of execution, then the samplers and the rest; together they are the whole U-Net. "
+            "Blocks in the order of execution, then the samplers and the rest; together they are the whole model. "
             "The cost of a plan is that of the whole minus the blocks it removes. A multiply-add counts as one; the "
             f"text is {fmt.count(costs['tokens'].iloc[0])} tokens long.",
             lambda theme: charts.draw_costs(costs, importance, theme),
@@ -224,15 +252,17 @@ def _candidates(tables: RunTables, drawn: RunTables) -> tuple[SectionItem, ...]:
     if tables.blocks is None:
         return (listing,)
     frame = block_map_frame(tables.blocks, tables.importance)
+    layers = named_layers(layer_map_frame(tables.blocks, tables.importance), drawn.plans)
     note = shown_note(tables)
     return (
         *((Text((note,)),) if note else ()),
         Chart(
             "plans",
-            "One small map of the U-Net per candidate with the removed blocks as dashed outlines.",
+            "One small map of the model per candidate with the removed blocks as dashed outlines.",
             "Dashed outlines are removed blocks; the others have the colour of their impact. Controls are the plans of "
-            "the paper; searched plans are the best that the solver found under the budget.",
-            lambda theme: draw_plan_maps(frame, drawn.plans, styles, theme),
+            "the paper; searched plans are the best that the solver found under the budget."
+            + (" Hollow slices in a block are layers that leave from inside it." if len(layers) else ""),
+            lambda theme: draw_plan_maps(frame, drawn.plans, styles, theme, layers),
         ),
         listing,
     )

@@ -14,7 +14,13 @@ from prune_lab.report.format import (
 )
 from prune_lab.report.tables import RunTables, dropped, not_dropped, teacher_row, unranked, whole_blocks
 
+_KINDS = {"resnet": "residual", "attention": "attention", "transformer": "transformer"}
 _NAMED = 12  # as many candidates are called by name in a sentence
+
+
+def _num_layers(tables: RunTables) -> int:
+    """How many layers inside blocks can be named."""
+    return 0 if tables.blocks is None else len(tables.blocks) - len(whole_blocks(tables.blocks))
 
 
 def _model_sentences(tables: RunTables) -> list[str]:
@@ -22,9 +28,13 @@ def _model_sentences(tables: RunTables) -> list[str]:
         return []
     blocks = whole_blocks(tables.blocks)
     kinds = blocks["kind"].value_counts()
+    counted = ", ".join(f"{kinds[kind]} {word}" for kind, word in _KINDS.items() if kind in kinds)
+    blocks_of_kinds = f"{counted} blocks" if len(kinds) == 1 else f"{len(blocks)} blocks ({counted})"
+    num_layers = _num_layers(tables)
+    layers = f" Inside them are {num_layers} layers that leave one by one." if num_layers else ""
     sentence = (
-        f"The U-Net of `{tables.model}` has {len(blocks)} blocks ({kinds.get('resnet', 0)} residual, "
-        f"{kinds.get('attention', 0)} attention); {int(blocks['removable'].sum())} of them can be removed."
+        f"The model `{tables.model}` has {blocks_of_kinds}; {int(blocks['removable'].sum())} of them "
+        f"can be removed.{layers}"
     )
     if tables.reductions is None:
         return [sentence]
@@ -49,9 +59,10 @@ def _impact_sentences(tables: RunTables) -> list[str]:
         for rows in (ordered, ordered[::-1])
     )
     positive = int((blocks["low"] > 0).sum())
+    what = "blocks" if _num_layers(tables) == 0 else "blocks and layers"
     return [
-        f"Removed one at a time, the blocks with the least impact are {least}; those with the most are {most}. "
-        f"The interval excludes zero for {positive} of {len(blocks)} removable blocks."
+        f"Removed one at a time, the {what} with the least impact are {least}; those with the most are {most}. "
+        f"The interval excludes zero for {positive} of {len(blocks)} removable {what}."
     ]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
@@ -22,6 +22,7 @@ from prune_lab.runs import Manifests, Run, damaged, read_plan_file, read_records
 from prune_lab.runtime import read_bytes
 
 MAP_COLUMNS = ("name", "stage", "kind", "lane", "row", "position", "removable", "impact", "low", "high")
+LAYER_COLUMNS = ("name", "inside", "removable", "impact")
 CURVE_COLUMNS = ("plan", "plan_id", "step", "part", "value")
 
 
@@ -205,7 +206,7 @@ def read_run(run: Run) -> RunTables:
     named = [
         str(table["model"].iloc[0]) for table in (importance, reductions) if table is not None and len(table)
     ]
-    model = str(settings.get("model", "")) or (named[0] if named else "a U-Net")
+    model = str(settings.get("model", "")) or (named[0] if named else "a model")
     return RunTables(
         title=str(settings.get("report", {}).get("title") or f"Pruning {model}"),
         model=model,
@@ -246,11 +247,30 @@ def block_map_frame(blocks: pd.DataFrame, importance: pd.DataFrame | None) -> pd
     """One row per block in order of execution, with its position in its stage and its impact (NaN: not scored)."""
     frame = whole_blocks(blocks)[["name", "stage", "kind", "lane", "row", "removable"]].copy()
     frame["position"] = frame.groupby("stage", sort=False).cumcount()
+    return _with_impacts(frame, importance)[list(MAP_COLUMNS)]
+
+
+def _with_impacts(frame: pd.DataFrame, importance: pd.DataFrame | None) -> pd.DataFrame:
+    """``frame`` with the impact of each of its names, and the ends of its interval; NaN where it was not scored."""
     scores = (
         pd.DataFrame(columns=["kind", "group", "impact", "low", "high"]) if importance is None else importance
     )
     scores = scores[scores["kind"] == "block"].drop(columns="kind").rename(columns={"group": "name"})
-    return frame.merge(scores, on="name", how="left", validate="one_to_one")[list(MAP_COLUMNS)]
+    return frame.merge(scores, on="name", how="left", validate="one_to_one")
+
+
+def layer_map_frame(blocks: pd.DataFrame, importance: pd.DataFrame | None) -> pd.DataFrame:
+    """One row per layer inside a block in order of execution: its block, and its impact (NaN: not scored)."""
+    layers = blocks[~blocks["name"].isin(whole_blocks(blocks)["name"])][["name", "removable"]].copy()
+    layers["inside"] = [str(name).rpartition(".")[0] for name in layers["name"]]
+    return _with_impacts(layers, importance)[list(LAYER_COLUMNS)]
+
+
+def named_layers(layers: pd.DataFrame, plans: Sequence[PlanRow]) -> pd.DataFrame:
+    """The rows of ``layers`` (see ``layer_map_frame``) of all blocks of which a score or a plan names a layer."""
+    planned = {name for plan in plans for name in plan.removed}
+    named = layers.loc[layers["impact"].notna() | layers["name"].isin(planned), "inside"]
+    return layers[layers["inside"].isin(named)]
 
 
 def importance_frame(importance: pd.DataFrame, kind: str) -> pd.DataFrame:

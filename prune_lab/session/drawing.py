@@ -10,10 +10,11 @@ import torch
 from prune_lab.config import EvaluateConfig, ProbeConfig
 from prune_lab.errors import DataError
 from prune_lab.evaluation import generate
+from prune_lab.families.drawing import class_texts
 from prune_lab.probes import Probe
 from prune_lab.prompts import Prompts
 from prune_lab.runtime import seeded
-from prune_lab.session.own import probe_of_few
+from prune_lab.session.own import probe_of_few, told_classes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,6 +49,18 @@ def prompt_parts(prompts: Prompts, *, probe: int, shown: int, seed: int) -> Prom
     )
 
 
+def untexted_parts(classes: int, *, probe: int, shown: int) -> PromptParts:
+    """What a model that reads no text is asked for, for each use: its ``classes`` in turn, or pictures by name.
+
+    Training pictures start from noise of their own, so they differ from all of these.
+    """
+    most = classes or probe + shown
+    counts = min(shown, most), min(probe, most)
+    parts = [class_texts(classes, count, first) for count, first in zip(counts, (0, counts[0]), strict=True)]
+    shown_texts, probe_texts = (Prompts(texts, ("",) * len(texts)) for texts in parts)
+    return PromptParts(probe_texts, shown_texts, Prompts(("",), ("",)))
+
+
 def drawn_probe(
     pipeline: Any, prompts: Prompts, settings: ProbeConfig, how: EvaluateConfig, *, steps: int, seed: int
 ) -> Probe:
@@ -60,4 +73,5 @@ def drawn_probe(
         pipeline, prompts.texts, (settings.seed,), steps=steps, guidance=how.guidance, latents=True
     )
     kinds = prompts.kinds or ("",) * len(prompts.texts)
-    return probe_of_few(pipeline, latents, prompts.texts, kinds, settings, seed=seed)
+    text = told_classes(pipeline, prompts.texts)
+    return probe_of_few(pipeline, latents, prompts.texts, kinds, settings, seed=seed, text=text)

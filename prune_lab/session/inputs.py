@@ -20,6 +20,7 @@ from prune_lab.distill import (
     is_cache,
     other_captions,
 )
+from prune_lab.errors import ConfigError
 from prune_lab.importance import (
     NEEDS_PIPELINE,
     GenerationSettings,
@@ -84,6 +85,11 @@ def scoring_context_of(
     """The run's model with ``probe``, the settings of the run and its cache of scores."""
     config = session.config
     guidance, unconditional, inputs = config.score.guidance, None, probe.digest
+    if guidance != 1 and not session.reads_text:
+        raise ConfigError(
+            f"asked for score.guidance = {guidance:g}, found a model that reads no text, so there is none to leave "
+            "out; set score.guidance = 1"
+        )
     if guidance != 1 and session.source.is_pipeline:
         unconditional = probe.with_prompt(*encode_captions(session.pipeline, [""]))
         inputs = f"{inputs}-guided{guidance:g}"

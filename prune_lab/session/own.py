@@ -27,10 +27,10 @@ from prune_lab.distill import (
     split_rows,
 )
 from prune_lab.distill.decoding import UNREADABLE, decode_image
-from prune_lab.distill.encoding import crop_variants, image_side
+from prune_lab.distill.encoding import crop_variants, encode_texts
 from prune_lab.distill.image_source import note_left_out
 from prune_lab.errors import DataError
-from prune_lab.probes import Probe, encode_pictures, probe_of_latents
+from prune_lab.probes import Probe, class_count, encode_pictures, picture_side, probe_of_latents
 
 
 def probe_of_few(
@@ -65,6 +65,14 @@ def probe_of_few(
     return probe.rows(sorted(turns[:samples]))
 
 
+def told_classes(pipeline: Any, captions: Sequence[str]) -> tuple[Tensor, Mapping[str, Tensor]] | None:
+    """What the captions of a model of classes say, as ``probe_of_latents`` takes it; None for any other model."""
+    if not class_count(pipeline):
+        return None
+    side = picture_side(pipeline)
+    return encode_texts(pipeline, captions, (side, side), batch=len(captions))
+
+
 def _checked(rows: TrainingData, pipeline: Any) -> TrainingData:
     """``rows``. Raises DataError for a cache that other encoders than those of ``pipeline`` made."""
     return rows.check(pipeline) if isinstance(rows, LatentCache) else rows
@@ -94,27 +102,40 @@ class OwnData:
     split: Split
 
     @classmethod
-    def of(cls, rows: ImageSource | TrainingData, *, probe: int, validate: int, seed: int) -> OwnData:
+    def of(
+        cls,
+        rows: ImageSource | TrainingData,
+        *,
+        probe: int,
+        validate: int,
+        seed: int,
+        by_caption: bool = True,
+    ) -> OwnData:
         """``rows`` in parts, drawn with ``seed``: ``probe`` and ``validate`` rows, or a quarter of all if that is less.
 
-        Raises DataError for fewer than three different images.
+        ``by_caption``: no caption is in two parts; a model of classes meets all of them in each. Raises DataError for
+        fewer than three different images.
         """
         named = map(rows.name, range(len(rows))) if isinstance(rows, ImageSource) else rows.pictures
         pictures = tuple(named)
         known = pictures if all(pictures) else None  # unknown in a cache of version 0.1
-        split = split_rows(rows.captions, known, probe=probe, validate=validate, seed=seed)
+        captions = rows.captions if by_caption else ("",) * len(rows)
+        split = split_rows(captions, known, probe=probe, validate=validate, seed=seed)
         return cls(rows, split)
 
     @classmethod
-    def open(cls, settings: DataConfig, samples: int) -> OwnData:
+    def open(
+        cls, settings: DataConfig, samples: int, *, reads_text: bool = True, classes: int = 0
+    ) -> OwnData:
         """What ``data.source`` names, images or a finished cache, with at most ``samples`` rows held out twice.
 
-        Raises DataError.
+        ``reads_text`` and ``classes`` say what the model is told of a picture: images need no captions where that is
+        nothing. Raises DataError.
         """
         ready = Path(settings.source).expanduser()
         rows: ImageSource | TrainingData
         if not is_cache(ready):
-            rows = source_of(settings)
+            rows = source_of(settings, captioned=reads_text or classes > 0)
         elif settings.limit:
             raise DataError(
                 f"asked for data.limit = {settings.limit} images of the finished cache {ready}; it is used whole: "
@@ -122,7 +143,8 @@ class OwnData:
             )
         else:
             rows = LatentCache.load(ready)
-        return cls.of(rows, probe=samples, validate=samples, seed=settings.seed)
+        told = {"probe": samples, "validate": samples, "seed": settings.seed}
+        return cls.of(rows, **told, by_caption=reads_text)
 
     def captions(self, part: Tensor) -> tuple[str, ...]:
         """The captions of the rows of a part."""
@@ -139,16 +161,17 @@ class OwnData:
             kinds = rows.kinds if isinstance(rows, LatentCache) else ("",) * len(rows)
             batch = rows.rows(part, torch.zeros(len(part), dtype=torch.int64))
             known = [kinds[row] for row in part.tolist()]
-            text = batch.embeddings, batch.added
+            told = batch.embeddings, batch.added
             return probe_of_few(
-                pipeline, batch.mean, self.captions(part), known, settings, seed=seed, text=text
+                pipeline, batch.mean, self.captions(part), known, settings, seed=seed, text=told
             )
         pixels, captions = self._images(pipeline, self.rows, part.tolist())
         latents, none = encode_pictures(pipeline, pixels), [""] * len(captions)
-        return probe_of_few(pipeline, latents, captions, none, settings, seed=seed)
+        text = told_classes(pipeline, captions)
+        return probe_of_few(pipeline, latents, captions, none, settings, seed=seed, text=text)
 
     def _images(self, pipeline: Any, source: ImageSource, rows: Sequence[int]) -> tuple[Tensor, list[str]]:
-        side, cropped = image_side(pipeline), DataConfig()
+        side, cropped = picture_side(pipeline), DataConfig()
         found: list[Tensor] = []
         captions, damaged = [], list[str]()
         for row in rows:

@@ -7,6 +7,7 @@ from typing import Any
 
 from prune_lab.distill import LatentCache
 from prune_lab.models import of_shipped_family
+from prune_lab.probes import picture_side
 from prune_lab.processes import is_main
 from prune_lab.runs import read_typed
 from prune_lab.runtime import note, write_json
@@ -43,13 +44,12 @@ class DataRoles:
         return [asdict(role) for role in self.roles]
 
 
-def _side(session: Session) -> int | None:
-    """Pixels of the side of the model's own pictures, where its config says it."""
-    size, vae = session.source.config.get("sample_size"), session.pipeline.vae_scale_factor
-    return int(size) * int(vae) if isinstance(size, int) else None
+def _side(session: Session) -> int:
+    """Pixels of the side of the model's own pictures."""
+    return picture_side(session.pipeline)
 
 
-def _own_side(session: Session) -> int | None:
+def _own_side(session: Session) -> int:
     """Pixels of the side of the user's own pictures: as the model takes them, or as their cache holds them."""
     rows = session.own.rows
     return int(rows.provenance["side"]) if isinstance(rows, LatentCache) else _side(session)
@@ -84,9 +84,9 @@ def _data(session: Session) -> tuple[Role, Role]:
         learnt, kept = _shipped(session, "training"), _shipped(session, "held-out")
         return Role("train", learnt, count, side), Role("validate", kept, most, side)
     if session.data_origin == "own":
-        split, source, side = session.own.split, settings.source, _own_side(session)
-        return Role("train", source, len(split.train), side), Role(
-            "validate", source, len(split.validate), side
+        split, source, own = session.own.split, settings.source, _own_side(session)
+        return Role("train", source, len(split.train), own), Role(
+            "validate", source, len(split.validate), own
         )
     held = min(most, max(1, settings.count // 4))
     words = f"drawn by the model in {settings.steps} steps at guidance {settings.guidance:g}"

@@ -13,8 +13,8 @@ from prune_lab.assets import decode_pictures
 from prune_lab.blocks import Architecture
 from prune_lab.config import SHIPPED, RunConfig
 from prune_lab.distill import LatentCache, draw_cache
-from prune_lab.errors import RunError
-from prune_lab.families import known_conditions
+from prune_lab.errors import DataError, RunError
+from prune_lab.families import conditions_of, embedding_width, known_conditions, model_of
 from prune_lab.models import (
     ModelSource,
     ScorerChoice,
@@ -25,11 +25,11 @@ from prune_lab.models import (
     load_unet,
     of_shipped_family,
 )
-from prune_lab.probes import Probe, load_probe, make_probe
+from prune_lab.probes import Probe, draw_at, load_probe, make_probe, picture_side
 from prune_lab.prompts import Prompts, read_prompts
 from prune_lab.runs import Manifests, Run, load_run_config
 from prune_lab.runtime import note, pick_device, pick_dtype
-from prune_lab.session.drawing import PromptParts, prompt_parts
+from prune_lab.session.drawing import PromptParts, prompt_parts, untexted_parts
 from prune_lab.session.origins import check_teacher
 from prune_lab.session.own import OwnData
 from prune_lab.session.parts import binding_settings, data_part, lacking, record, validation_part
@@ -126,7 +126,7 @@ class Session:
 
     @cached_property
     def pipeline(self) -> Any:
-        """The whole pipeline on the device. Raises RunError when the model is a U-Net alone.
+        """The whole pipeline on the device. Raises RunError when the model is alone.
 
         Raises UnsupportedModelError, before anything is read, for a U-Net that takes what no rows are made of here.
         """
@@ -136,14 +136,16 @@ class Session:
                 f"this step encodes captions and pictures, but {self.source.text!r} is a {self.source.kind} "
                 "without text encoder and VAE; give 'reference', a pipeline folder or a hub id"
             )
-        return load_pipeline(self.source, device=self.device, dtype=self.dtype)
+        found = load_pipeline(self.source, device=self.device, dtype=self.dtype)
+        draw_at(found, self.config.data.resolution)
+        return found
 
     @cached_property
     def unet(self) -> Any:
-        """The U-Net with its weights, on the device and in eval mode."""
+        """The model with its weights, on the device and in eval mode."""
         known_conditions(self.source.config)
         if self.source.is_pipeline:
-            return self.pipeline.unet
+            return model_of(self.pipeline)
         return load_unet(self.source, device=self.device, dtype=self.dtype)
 
     @cached_property
@@ -164,11 +166,26 @@ class Session:
         """Whose pictures the run uses (see ``origin_of``)."""
         return origin_of(self.config, self.source)
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether the model draws what a text says; others are asked for classes, or for nothing."""
+        return embedding_width(self.source.config) > 0
+
+    @cached_property
+    def classes(self) -> int:
+        """Classes that the model is told by number; 0 where it takes none."""
+        return next((one.classes for one in conditions_of(self.source.config) if one.classes), 0)
+
     @cached_property
     def prompt_parts(self) -> PromptParts:
-        """The prompts of ``data.prompts`` in parts, for a model that has no other pictures than those it draws."""
+        """The prompts of ``data.prompts`` in parts, for a model that has no other pictures than those it draws.
+
+        Of a model that reads no text its classes, or names of pictures.
+        """
         probe, settings = self.config.probe, self.config.data
         count = min(probe.drawn, probe.samples)
+        if not self.reads_text:
+            return untexted_parts(self.classes, probe=count, shown=SHOWN_PROMPTS)
         return prompt_parts(
             read_prompts(settings.prompts), probe=count, shown=SHOWN_PROMPTS, seed=settings.seed
         )
@@ -178,14 +195,15 @@ class Session:
         """The user's data in parts, or what the model draws, which it does now where that is not there in data/."""
         settings, samples = self.config.data, self.config.probe.samples
         if self.data_origin == "own":
-            return OwnData.open(settings, samples)
+            return OwnData.open(settings, samples, reads_text=self.reads_text, classes=self.classes)
         folder, part = self.run.data_dir, data_part(self)
         if not lacking(self, part):
             rows = LatentCache.load(folder)
         else:
             rows = draw_cache(self.pipeline, self.prompt_parts.data, settings, folder).cache
             record(self, part)
-        return OwnData.of(rows, probe=0, validate=samples, seed=settings.seed)
+        told = self.reads_text
+        return OwnData.of(rows, probe=0, validate=samples, seed=settings.seed, by_caption=told)
 
     @cached_property
     def prompts(self) -> tuple[str, ...]:
@@ -197,6 +215,8 @@ class Session:
         """``prompts`` with their kinds."""
         if named := self.config.evaluate.prompts:
             return Prompts(named, ())
+        if not self.reads_text and not self.classes:
+            return self.prompt_parts.shown
         if self.data_origin == "shipped":
             rows = shipped_rows("heldout", SHOWN_PROMPTS, self.config.seed)
             return Prompts(tuple(rows["caption"]), tuple(rows["group"]))
@@ -258,9 +278,14 @@ class Session:
 
         They are resized to the size at which the pipeline works. Raises DataError when there are not that many.
         """
+        if self.classes:
+            raise DataError(
+                f"asked to show the pictures of the package to {self.source.text}, a model of {self.classes:,} "
+                "classes, which they do not have; name pictures with classes as captions in data.source, or let it draw"
+            )
         rows = shipped_rows(split, skip + count, seed).iloc[skip:]
         pixels = decode_pictures(rows)
-        side = int(self.pipeline.unet.config.sample_size) * int(self.pipeline.vae_scale_factor)
+        side = picture_side(self.pipeline)
         if pixels.shape[-1] != side:
             resized = F.interpolate(pixels.float(), (side, side), mode="bicubic", antialias=True)
             pixels = resized.round().clamp(0, 255).to(torch.uint8)

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from prune_lab.errors import DataError, ModelFormatError
-from prune_lab.families import modern_name
+from prune_lab.families import modern_class
 from prune_lab.models import weight_files
 from prune_lab.models.conversion import converted, refuse_flawed, stored
 from prune_lab.models.files import json_object
@@ -140,7 +140,7 @@ def copy_parts(
     written: dict[str, Any] = {}
     for part, value in index.items():
         if part == unet:
-            written[part] = [value[0], modern_name(value[1], json_object(pipeline / part / "config.json"))]
+            written[part] = [value[0], modern_class(value[1], json_object(pipeline / part / "config.json"))]
             continue
         if not isinstance(value, list) or value[:1] == [None]:
             written[part] = value

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from prune_lab.blocks import Architecture
+from prune_lab.blocks import Architecture, CountedUnit
 from prune_lab.candidates import load_candidate
 from prune_lab.distill import load_recovery
 from prune_lab.errors import PlanError
@@ -69,16 +69,20 @@ def _title(plan: PruningPlan) -> str:
 
 
 def block_maps(architecture: Architecture, plans: Sequence[PruningPlan]) -> tuple[str, ...]:
-    """The U-Net as lines of text, a column for each plan: R and A for blocks that stay, a dot for one that is gone."""
+    """The model as lines of text, a column for each plan: R, A and T for residual, attention and transformer blocks
+    that stay, a small letter for one that loses layers inside it, a dot for one that is gone.
+    """
+    around = {layer.name: layer.inside for layer in architecture.layers}
     names = [_title(plan) for plan in plans]
+
+    def letter(block: CountedUnit, plan: PruningPlan) -> str:
+        if block.name in plan.removed:
+            return "."
+        loses = block.name in {around.get(name) for name in plan.removed}
+        return block.kind[0] if loses else block.kind[0].upper()
+
     cells = [
-        [
-            "".join(
-                "." if block.name in plan.removed else block.kind[0].upper()
-                for block in architecture.stage_blocks(stage)
-            )
-            for plan in plans
-        ]
+        ["".join(letter(block, plan) for block in architecture.stage_blocks(stage)) for plan in plans]
         for stage in architecture.stages
     ]
     widths = [max(len(name), *(len(row[place]) for row in cells)) for place, name in enumerate(names)]
