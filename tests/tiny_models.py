@@ -65,7 +65,7 @@ TINY_TRANSFORMERS: Mapping[str, Mapping[str, Any]] = {
         "num_kv_heads": 1,
         "multiple_of": 2,
         "axes_dim_rope": (4, 2, 2),
-        "axes_lens": (128, 128, 128),
+        "axes_lens": (512, 128, 128),
         "cap_feat_dim": 12,
     },
     "ZImageTransformer2DModel": {
@@ -77,7 +77,7 @@ TINY_TRANSFORMERS: Mapping[str, Mapping[str, Any]] = {
         "n_kv_heads": 2,
         "cap_feat_dim": 12,
         "axes_dims": [4, 2, 2],
-        "axes_lens": [256, 32, 32],
+        "axes_lens": [1024, 32, 32],
     },
     "CogView3PlusTransformer2DModel": {
         **_HEADS,
@@ -199,11 +199,12 @@ TINY_TRANSFORMERS: Mapping[str, Mapping[str, Any]] = {
         "caption_channels": 12,
     },
     "AllegroTransformer3DModel": {
-        **_HEADS,
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,  # a third of it for each axis
         "num_layers": 4,
         "in_channels": 4,
         "out_channels": 4,
-        "cross_attention_dim": 16,
+        "cross_attention_dim": 24,
         "caption_channels": 12,
         "sample_width": 8,
         "sample_height": 8,

@@ -24,9 +24,12 @@ from prune_lab.families.family import (
     Family,
     Layout,
     Outline,
+    Place,
     Removed,
     Stage,
     Unit,
+    arranged,
+    noise_alone,
     plain_config,
     sample_size,
 )
@@ -42,40 +45,28 @@ Kept = Mapping[
 # What goes in ---------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Sizes:
-    """How much goes into a model, and where it lies: rows, height and width of the latent, words of text."""
+as_arguments = functools.partial(arranged, latents="hidden_states")
+STEPS = 1000  # of the schedule: a model that wants the share of noise is given the timestep divided by it
 
-    batch: int
-    height: int
-    width: int
-    tokens: int
-    device: torch.device | str
-    dtype: torch.dtype
 
-    def zeros(self, *shape: int) -> Tensor:
-        """Zeros (batch, *shape)."""
-        return torch.zeros(self.batch, *shape, device=self.device, dtype=self.dtype)
+def grid(*sides: int, like: Tensor) -> Tensor:
+    """The places of a grid of these sides in order, one a row (N, number of sides), as numbers on the device of
+    ``like``.
+    """
+    axes = (torch.arange(side, dtype=like.dtype) for side in sides)
+    return torch.cartesian_prod(*axes).reshape(-1, len(sides)).to(like.device)
 
-    def ones(self, *shape: int) -> Tensor:
-        """Ones (batch, *shape)."""
-        return torch.ones(self.batch, *shape, device=self.device, dtype=self.dtype)
 
-    def whole(self, *shape: int) -> Tensor:
-        """Zeros (batch, *shape) of whole numbers."""
-        return torch.zeros(self.batch, *shape, device=self.device, dtype=torch.long)
+def counted(mask: Tensor) -> Tensor:
+    """A mask (B, L) for a model that counts the words of each row while it runs: on ``meta`` there is nothing to count,
+    so it leaves no word out there and is on the CPU.
+    """
+    return torch.ones(mask.shape, dtype=torch.bool) if mask.is_meta else mask.bool()
 
-    def all_words(self) -> Tensor:
-        """A mask that leaves no word out (batch, tokens), for a model that counts the words of each row while it runs:
-        on ``meta`` there would be nothing to count, so it stays on the CPU there.
-        """
-        device = "cpu" if torch.device(self.device).type == "meta" else self.device
-        return torch.ones(self.batch, self.tokens, dtype=torch.bool, device=device)
 
-    def grid(self, *sides: int) -> Tensor:
-        """The places of a grid of these sides in order, one a row (N, number of sides), as numbers."""
-        axes = (torch.arange(side, dtype=self.dtype) for side in sides)
-        return torch.cartesian_prod(*axes).reshape(-1, len(sides)).to(self.device)
+def word_mask(name: str, shape: tuple[int, ...] = (), place: Place = "argument") -> Condition:
+    """The mask of the words of a text, by the name of its argument; ``shape`` is that of a text of fixed length."""
+    return Condition(name=name, place=place, shape=shape, of_text=True, words=not shape, whole=True)
 
 
 def heads(config: Config) -> int:
@@ -184,18 +175,24 @@ def _features(
 
 # A row ----------------------------------------------------------------------------------------------------------------
 
-Inputs = Callable[[Config, Sizes], dict[str, Any]]
+Arrange = Callable[..., dict[str, Any]]
 Finish = Callable[[Outline, Layout, Kept], Layout]
 
 
 def chain(
     class_name: str,
     *lists: Blocks,
-    inputs: Inputs,
+    text: Callable[[Config], int],
     stem: str,
     head: str = "proj_out",
+    arrange: Arrange = as_arguments,
+    prediction: Callable[[Config, Any, Tensor], Tensor] = noise_alone,
+    answers: tuple[str | None, ...] = ("text",),
+    channels: Callable[[Config], int] = lambda config: int(config["in_channels"]),
+    frames: Callable[[Config], int] | None = None,
     size: Callable[[Config], Size] = sample_size,
     tokens: Callable[[Config], int] = lambda config: 77,
+    padded: bool = False,
     width: Callable[[Config], int] = heads,
     conditions: Callable[[Config], tuple[Condition, ...]] = lambda config: (),
     finish: Finish = lambda outline, layout, kept: layout,
@@ -208,7 +205,9 @@ def chain(
 ) -> Family:
     """The family of a diffusers class whose blocks stand in ``lists``, in order of execution.
 
-    ``finish`` completes the layout of a smaller model, or raises NonNativePlanError; ``adapt`` completes the outline.
+    ``frames`` says how many frames the latents of a model of films have in its example inputs; with ``padded`` its text
+    always has as many words as ``tokens`` says. ``finish`` completes the layout of a smaller model, or raises
+    NonNativePlanError; ``adapt`` completes the outline.
     """
 
     def outline(model: Any) -> Outline:
@@ -233,15 +232,33 @@ def chain(
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> dict[str, Any]:
-        height, across = latent_size(config) if latent is None else (latent, latent)
-        words = text_length(config) if tokens is None else tokens
-        return inputs(whole(config), Sizes(batch, height, across, words, device, dtype))
+        config = whole(config)
+        sides = size(config) if latent is None else (latent, latent)
+        words = (text_length(config) if tokens is None or padded else tokens) if text(config) else 0
+
+        def zeros(*shape: int, form: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(batch, *shape, device=device, dtype=form)
+
+        def row(condition: Condition) -> Tensor:
+            form = torch.long if condition.whole else dtype
+            found = zeros(*((words,) if condition.words else condition.row_shape(*sides)), form=form)
+            return found + 1 if condition.words else found
+
+        wanted = conditions(config)
+        return arrange(
+            config,
+            wanted,
+            zeros(channels(config), *(() if frames is None else (frames(config),)), *sides),
+            zeros(form=torch.long),
+            zeros(words, text(config)),
+            {one.name: row(one) for one in wanted},
+        )
+
+    def arranging(config: Config, *given: Any) -> dict[str, Any]:
+        return arrange(whole(config), *given)
 
     def whole(config: Config) -> Config:
         return {**_defaults(class_name), **config}
-
-    def latent_size(config: Config) -> Size:
-        return size(whole(config))
 
     def text_length(config: Config) -> int:
         return tokens(whole(config))
@@ -250,13 +267,17 @@ def chain(
         model_class=lambda: getattr(diffusers, class_name),
         component=component,
         latents=latents,
-        channels=lambda config: int(whole(config)["in_channels"]),
-        text=lambda config: 0,
+        channels=lambda config: channels(whole(config)),
+        text=lambda config: text(whole(config)),
+        answers=answers,
+        frames=frames is not None,
         check=functools.partial(check_settings, [blocks.setting for blocks in lists]),
-        size=latent_size,
+        size=lambda config: size(whole(config)),
         tokens=text_length,
         example_inputs=example_inputs,
         conditions=lambda config: conditions(whole(config)),
+        arrange=arranging,
+        prediction=lambda config, output, sample: prediction(whole(config), output, sample),
         outline=outline,
         layout=layout,
         levels=levels or (lambda outline: [[unit.name] for unit in outline.units if unit.removable]),

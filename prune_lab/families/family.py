@@ -182,7 +182,7 @@ class Layout:
 # What a model takes beside noisy latents, a timestep and a text ------------------------------------------------------
 
 
-Place = Literal["sample", "timestep_cond", "class_labels", "added_cond_kwargs", "argument"]
+Place = Literal["sample", "timestep_cond", "class_labels", "added_cond_kwargs", "argument", "text"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,8 +191,8 @@ class Condition:
 
     name: str
     place: Place
-    """The argument of ``forward`` that it goes into; ``sample`` means further channels, behind the latents, and
-    ``argument`` one of its own name."""
+    """The argument of ``forward`` that it goes into; ``sample`` means further channels, behind the latents,
+    ``argument`` one of its own name, and ``text`` that it cuts the text."""
     shape: tuple[int, ...]
     """Of one row; ``of_picture`` height and width follow."""
     of_picture: bool = (
@@ -246,6 +246,8 @@ def arranged(
     channels = [sample]
     for condition in conditions:
         row = given[condition.name]
+        if condition.words and row.is_floating_point():
+            row = row > 0
         if condition.place == "sample":
             channels.append(row)
         elif condition.place == "added_cond_kwargs":

@@ -5,11 +5,25 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from prune_lab.errors import NonNativePlanError
-from prune_lab.families.chain import JOINT, Blocks, Config, Kept, Sizes, chain
+from prune_lab.families.chain import (
+    JOINT,
+    STEPS,
+    Blocks,
+    Config,
+    Kept,
+    as_arguments,
+    chain,
+    counted,
+    word_mask,
+)
 from prune_lab.families.family import Condition, Family, Layout, Outline
+
+MASKED_TEXT = ("text", "encoder_attention_mask", None, None)  # and those of the empty caption
+_MASK = word_mask("encoder_attention_mask")
 
 # PixArt ---------------------------------------------------------------------------------------------------------------
 
@@ -22,31 +36,24 @@ def _wants_picture_size(config: Config) -> bool:
 
 def _pixart_conditions(config: Config) -> tuple[Condition, ...]:
     if not _wants_picture_size(config):
-        return ()
+        return (_MASK,)
     return (
-        Condition(name="resolution", place="added_cond_kwargs", shape=(2,)),
-        Condition(name="aspect_ratio", place="added_cond_kwargs", shape=(1,)),
+        _MASK,
+        Condition(name="resolution", place="added_cond_kwargs", shape=(2,), of_size=True),
+        Condition(name="aspect_ratio", place="added_cond_kwargs", shape=(1,), of_size=True),
     )
 
 
-def _pixart_inputs(config: Config, sizes: Sizes) -> dict[str, Any]:
-    picture: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
-    if _wants_picture_size(config):
-        picture = {"resolution": sizes.zeros(2), "aspect_ratio": sizes.zeros(1)}
-    return {
-        "hidden_states": sizes.zeros(config["in_channels"], sizes.height, sizes.width),
-        "timestep": sizes.whole(),
-        "encoder_hidden_states": sizes.zeros(
-            sizes.tokens, config.get("caption_channels") or config["cross_attention_dim"]
-        ),
-        "added_cond_kwargs": picture,
-    }
+def _pixart_arrange(config: Config, *given: Any) -> dict[str, Any]:
+    return {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}} | as_arguments(config, *given)
 
 
 PIXART = chain(
     "PixArtTransformer2DModel",
     Blocks(letter="B", self_attention=("attn1",)),
-    inputs=_pixart_inputs,
+    text=lambda config: int(config["caption_channels"] or config["cross_attention_dim"]),
+    arrange=_pixart_arrange,
+    answers=MASKED_TEXT,
     tokens=lambda config: (
         300 if _wants_picture_size(config) else 120
     ),  # PixArt-Sigma's and -Alpha's pipelines
@@ -57,24 +64,30 @@ PIXART = chain(
 
 # Sana -----------------------------------------------------------------------------------------------------------------
 
-_GUIDANCE = Condition(name="guidance", place="argument", shape=())
+# 4.5 of guidance, times a tenth: that of SANA-Sprint
+GUIDANCE = Condition(name="guidance", place="argument", shape=(), value=0.45)
 
 
-def _sana_inputs(config: Config, sizes: Sizes) -> dict[str, Any]:
-    return {
-        "hidden_states": sizes.zeros(config["in_channels"], sizes.height, sizes.width),
-        "timestep": sizes.zeros(),
-        "encoder_hidden_states": sizes.zeros(sizes.tokens, config["caption_channels"]),
-        **({"guidance": sizes.zeros()} if config.get("guidance_embeds") else {}),
-    }
+def sana_conditions(config: Config) -> tuple[Condition, ...]:
+    """The words that count and, where the model was distilled with it, the guidance."""
+    return (_MASK, GUIDANCE) if config["guidance_embeds"] else (_MASK,)
+
+
+def sana_arrange(config: Config, *given: Any) -> dict[str, Any]:
+    """The timestep is scaled as the config says."""
+    inputs = as_arguments(config, *given)
+    scale = config.get("timestep_scale", 1)
+    return inputs if scale == 1 else {**inputs, "timestep": inputs["timestep"] * scale}
 
 
 SANA = chain(
     "SanaTransformer2DModel",
     Blocks(letter="B", self_attention=("attn1",)),
-    inputs=_sana_inputs,
+    text=lambda config: int(config["caption_channels"]),
+    arrange=sana_arrange,
+    answers=MASKED_TEXT,
     tokens=lambda config: 300,
-    conditions=lambda config: (_GUIDANCE,) if config.get("guidance_embeds") else (),
+    conditions=sana_conditions,
     stem="patch_embed",
     compiled=("SanaTransformerBlock",),
 )
@@ -82,12 +95,10 @@ SANA = chain(
 # DiT ------------------------------------------------------------------------------------------------------------------
 
 
-def _dit_inputs(config: Config, sizes: Sizes) -> dict[str, Any]:
-    return {
-        "hidden_states": sizes.zeros(config["in_channels"], sizes.height, sizes.width),
-        "timestep": sizes.whole(),
-        "class_labels": sizes.whole(),
-    }
+def _dit_arrange(config: Config, *given: Any) -> dict[str, Any]:
+    inputs = as_arguments(config, *given)
+    del inputs["encoder_hidden_states"]  # it reads no text
+    return inputs
 
 
 def _with_the_embedding(outline: Outline) -> Outline:
@@ -107,7 +118,8 @@ def _keeps_the_first(outline: Outline, layout: Layout, kept: Kept) -> Layout:
 DIT = chain(
     "DiTTransformer2DModel",
     Blocks(letter="B", self_attention=("attn1",)),
-    inputs=_dit_inputs,
+    text=lambda config: 0,
+    arrange=_dit_arrange,
     adapt=_with_the_embedding,
     tokens=lambda config: 0,
     conditions=lambda config: (
@@ -128,12 +140,13 @@ DIT = chain(
 # AuraFlow -------------------------------------------------------------------------------------------------------------
 
 
-def _auraflow_inputs(config: Config, sizes: Sizes) -> dict[str, Any]:
-    return {
-        "hidden_states": sizes.zeros(config["in_channels"], sizes.height, sizes.width),
-        "timestep": sizes.zeros(),
-        "encoder_hidden_states": sizes.zeros(sizes.tokens, config["joint_attention_dim"]),
-    }
+def share_of_noise(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs with the timestep as the share of noise, from 0 to 1."""
+    return {**inputs, "timestep": inputs["timestep"].to(inputs["hidden_states"].dtype) / STEPS}
+
+
+def _share_arrange(config: Config, *given: Any) -> dict[str, Any]:
+    return share_of_noise(as_arguments(config, *given))
 
 
 AURAFLOW = chain(
@@ -152,7 +165,9 @@ AURAFLOW = chain(
         setting="num_single_dit_layers",
         self_attention=("attn",),
     ),
-    inputs=_auraflow_inputs,
+    text=lambda config: int(config["joint_attention_dim"]),
+    arrange=_share_arrange,
+    answers=("text", None, None, None),
     tokens=lambda config: 256,
     stem="pos_embed",
     compiled=("AuraFlowJointTransformerBlock", "AuraFlowSingleTransformerBlock"),
@@ -161,19 +176,32 @@ AURAFLOW = chain(
 # Lumina 2 and Z-Image -------------------------------------------------------------------------------------------------
 
 
-def _lumina2_inputs(config: Config, sizes: Sizes) -> dict[str, Any]:
+def _share_of_picture(timestep: Tensor) -> Tensor:
+    """0 for noise and 1 for the picture: these models count the other way, and predict the way to the picture."""
+    return 1 - timestep / STEPS
+
+
+def _to_noise(config: Config, output: Tensor, sample: Tensor) -> Tensor:
+    return -output
+
+
+def _lumina2_arrange(config: Config, *given: Any) -> dict[str, Any]:
+    inputs = as_arguments(config, *given)
     return {
-        "hidden_states": sizes.zeros(config["in_channels"], sizes.height, sizes.width),
-        "timestep": sizes.zeros(),
-        "encoder_hidden_states": sizes.zeros(sizes.tokens, config["cap_feat_dim"]),
-        "encoder_attention_mask": sizes.all_words(),
+        **inputs,
+        "timestep": _share_of_picture(inputs["timestep"]),
+        "encoder_attention_mask": counted(inputs["encoder_attention_mask"]),
     }
 
 
 LUMINA2 = chain(
     "Lumina2Transformer2DModel",
     Blocks(letter="B", path="layers", self_attention=("attn",)),
-    inputs=_lumina2_inputs,
+    text=lambda config: int(config["cap_feat_dim"]),
+    arrange=_lumina2_arrange,
+    prediction=_to_noise,
+    answers=MASKED_TEXT,
+    conditions=lambda config: (_MASK,),
     tokens=lambda config: 256,
     width=lambda config: int(config["hidden_size"]),
     stem="x_embedder",
@@ -182,14 +210,24 @@ LUMINA2 = chain(
 )
 
 
-def _z_image_inputs(config: Config, sizes: Sizes) -> dict[str, Any]:
+_WORDS = "words"  # the mask that tells the texts of a batch apart, which the model takes one by one
+
+
+def _z_image_arrange(
+    config: Config, conditions: Any, sample: Tensor, timestep: Tensor, text: Tensor, given: Any
+) -> dict[str, Any]:
+    lengths = counted(given[_WORDS]).sum(1).tolist()
     return {
-        "x": list(sizes.zeros(config["in_channels"], 1, sizes.height, sizes.width)),
-        "t": sizes.zeros(),
-        "cap_feats": list(sizes.zeros(sizes.tokens, config["cap_feat_dim"])),
+        "x": list(sample.unsqueeze(2)),
+        "t": _share_of_picture(timestep),
+        "cap_feats": [words[:length] for words, length in zip(text, lengths, strict=True)],
         "patch_size": config["all_patch_size"][0],
         "f_patch_size": config["all_f_patch_size"][0],
     }
+
+
+def _z_image_prediction(config: Config, output: list[Tensor], sample: Tensor) -> Tensor:
+    return -torch.stack(list(output)).squeeze(2)
 
 
 Z_IMAGE = chain(
@@ -202,7 +240,11 @@ Z_IMAGE = chain(
         main="x",
         self_attention=("attention",),
     ),
-    inputs=_z_image_inputs,
+    text=lambda config: int(config["cap_feat_dim"]),
+    arrange=_z_image_arrange,
+    prediction=_z_image_prediction,
+    answers=("text", None),
+    conditions=lambda config: (word_mask(_WORDS, place="text"),),
     size=lambda config: (128, 128),
     tokens=lambda config: 512,
     width=lambda config: int(config["dim"]),
@@ -215,15 +257,6 @@ Z_IMAGE = chain(
 # CogView --------------------------------------------------------------------------------------------------------------
 
 
-def _cogview_inputs(config: Config, sizes: Sizes) -> dict[str, Any]:
-    return {
-        "hidden_states": sizes.zeros(config["in_channels"], sizes.height, sizes.width),
-        "timestep": sizes.zeros(),
-        "encoder_hidden_states": sizes.zeros(sizes.tokens, config["text_embed_dim"]),
-        **{name: sizes.zeros(2) for name in ("original_size", "target_size", "crop_coords")},
-    }
-
-
 def _cogview(class_name: str, block: str, tokens: int) -> Family:
     return chain(
         class_name,
@@ -233,10 +266,11 @@ def _cogview(class_name: str, block: str, tokens: int) -> Family:
             in_tuple=True,
             self_attention=("attn1",),
         ),
-        inputs=_cogview_inputs,
+        text=lambda config: int(config["text_embed_dim"]),
+        answers=("text", None),
         tokens=lambda config: tokens,
         conditions=lambda config: tuple(
-            Condition(name=name, place="argument", shape=(2,))
+            Condition(name=name, place="argument", shape=(2,), of_size=True)
             for name in ("original_size", "target_size", "crop_coords")
         ),
         stem="patch_embed",
@@ -250,18 +284,13 @@ COGVIEW4 = _cogview("CogView4Transformer2DModel", "CogView4TransformerBlock", 10
 # PRX ------------------------------------------------------------------------------------------------------------------
 
 
-def _prx_inputs(config: Config, sizes: Sizes) -> dict[str, Any]:
-    return {
-        "hidden_states": sizes.zeros(config["in_channels"], sizes.height, sizes.width),
-        "timestep": sizes.zeros(),
-        "encoder_hidden_states": sizes.zeros(sizes.tokens, config["context_in_dim"]),
-    }
-
-
 PRX = chain(
     "PRXTransformer2DModel",
     Blocks(letter="B", path="blocks", setting="depth", self_attention=("attention",)),
-    inputs=_prx_inputs,
+    text=lambda config: int(config["context_in_dim"]),
+    arrange=_share_arrange,
+    answers=("text", "attention_mask", None, None),
+    conditions=lambda config: (word_mask("attention_mask"),),
     size=lambda config: (32, 32),  # 1024 pixels through a VAE of 32 to one
     tokens=lambda config: 256,
     width=lambda config: int(config["hidden_size"]),

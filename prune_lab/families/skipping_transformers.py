@@ -6,47 +6,49 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
+from diffusers.models.embeddings import get_2d_rotary_pos_embed
+
 from prune_lab.errors import NonNativePlanError
-from prune_lab.families.chain import Blocks, Config, Kept, Sizes, chain
+from prune_lab.families.chain import Blocks, Config, Kept, as_arguments, chain, word_mask
 from prune_lab.families.family import Condition, Layout, Outline
 
 # HunyuanDiT -----------------------------------------------------------------------------------------------------------
 
 
 def _hunyuan_conditions(config: Config) -> tuple[Condition, ...]:
-    other_text = "a second text of another encoder, which this program does not make"
-    second = Condition(
-        name="encoder_hidden_states_t5",
-        place="argument",
-        shape=(int(config["text_len_t5"]), int(config["cross_attention_dim_t5"])),
-        reason=f"{other_text}; its blocks can be counted, profiled and pruned without",
+    # both texts have the lengths that their padding was learned for
+    shape = (int(config["text_len_t5"]), int(config["cross_attention_dim_t5"]))
+    texts = (
+        word_mask("text_embedding_mask"),
+        Condition(name="encoder_hidden_states_t5", place="argument", shape=shape, of_text=True),
+        word_mask("text_embedding_mask_t5", shape[:1]),
     )
     if not config["use_style_cond_and_image_meta_size"]:
-        return (second,)
+        return texts
     return (
-        second,
-        Condition(name="image_meta_size", place="argument", shape=(6,)),
-        Condition(name="style", place="argument", shape=(), whole=True),
+        *texts,
+        Condition(name="image_meta_size", place="argument", shape=(6,), of_size=True),
+        Condition(name="style", place="argument", shape=(), whole=True, value=0),
     )
 
 
-def _hunyuan_inputs(config: Config, sizes: Sizes) -> dict[str, Any]:
-    patch = config["patch_size"]
-    places = (sizes.height // patch) * (sizes.width // patch)
-    angles = sizes.ones(places, config["attention_head_dim"])[0].float()
-    picture = {}
-    if config["use_style_cond_and_image_meta_size"]:
-        picture = {"image_meta_size": sizes.zeros(6), "style": sizes.whole()}
+def _hunyuan_arrange(config: Config, *given: Any) -> dict[str, Any]:
+    """The angles of the places are those of HunyuanDiT's pipeline."""
+    # its module loads text encoders as well
+    from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
+
+    inputs = as_arguments(config, *given)
+    sample = inputs["hidden_states"]
+    rows, columns = (side // config["patch_size"] for side in sample.shape[-2:])
+    region = get_resize_crop_region_for_grid((rows, columns), 512 // 8 // config["patch_size"])
+    angles = get_2d_rotary_pos_embed(
+        config["attention_head_dim"], region, (rows, columns), device=torch.device("cpu"), output_type="pt"
+    )
     return {
-        "hidden_states": sizes.zeros(config["in_channels"], sizes.height, sizes.width),
-        "timestep": sizes.zeros(),
-        # both texts have the lengths that their padding was learned for
-        "encoder_hidden_states": sizes.zeros(config["text_len"], config["cross_attention_dim"]),
-        "text_embedding_mask": sizes.ones(config["text_len"]),
-        "encoder_hidden_states_t5": sizes.zeros(config["text_len_t5"], config["cross_attention_dim_t5"]),
-        "text_embedding_mask_t5": sizes.ones(config["text_len_t5"]),
-        "image_rotary_emb": (angles, angles),
-        **picture,
+        **inputs,
+        "timestep": inputs["timestep"].to(sample.dtype),
+        "image_rotary_emb": tuple(one.to(sample.device) for one in angles),
     }
 
 
@@ -92,8 +94,11 @@ def _hunyuan_levels(outline: Outline) -> list[list[str]]:
 HUNYUAN_DIT = chain(
     "HunyuanDiT2DModel",
     Blocks(letter="B", path="blocks", self_attention=("attn1",)),
-    inputs=_hunyuan_inputs,
+    text=lambda config: int(config["cross_attention_dim"]),
+    arrange=_hunyuan_arrange,
+    answers=(),
     tokens=lambda config: int(config["text_len"]),
+    padded=True,
     conditions=_hunyuan_conditions,
     finish=_hunyuan_finish,
     levels=_hunyuan_levels,
@@ -102,16 +107,6 @@ HUNYUAN_DIT = chain(
 )
 
 # Latte ----------------------------------------------------------------------------------------------------------------
-
-
-def _latte_inputs(config: Config, sizes: Sizes) -> dict[str, Any]:
-    return {
-        "hidden_states": sizes.zeros(
-            config["in_channels"], config["video_length"], sizes.height, sizes.width
-        ),
-        "timestep": sizes.whole(),
-        "encoder_hidden_states": sizes.zeros(sizes.tokens, config["caption_channels"]),
-    }
 
 
 def _in_turns(outline: Outline) -> Outline:
@@ -153,7 +148,9 @@ LATTE = chain(
     "LatteTransformer3DModel",
     Blocks(letter="S", self_attention=("attn1",)),
     Blocks(letter="T", path="temporal_transformer_blocks", self_attention=("attn1",)),
-    inputs=_latte_inputs,
+    text=lambda config: int(config["caption_channels"]),
+    answers=("text", None),
+    frames=lambda config: int(config["video_length"]),
     tokens=lambda config: 120,
     adapt=_in_turns,
     finish=_latte_finish,

@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
+from diffusers.models.embeddings import get_3d_rotary_pos_embed, get_3d_rotary_pos_embed_allegro
 from torch import Tensor
 
-from prune_lab.families.chain import Blocks, Config, Kept, Sizes, chain, refuse_an_empty_chain
-from prune_lab.families.family import Condition, Family, Layout, Outline
+from prune_lab.families.chain import (
+    STEPS,
+    Blocks,
+    Config,
+    Kept,
+    as_arguments,
+    chain,
+    counted,
+    refuse_an_empty_chain,
+    word_mask,
+)
+from prune_lab.families.family import Condition, Family, Layout, Outline, noise_alone
+from prune_lab.families.image_transformers import MASKED_TEXT, sana_arrange, sana_conditions
 
 FRAMES = 21  # of the latent: 81 frames through a VAE of four to one
+
+
+def _frames(config: Config) -> int:
+    return FRAMES
+
+
+_MASK = word_mask("encoder_attention_mask")
 _PICTURE_FIRST = Blocks(
     letter="B",
     hands_on=("hidden_states", "encoder_hidden_states"),
@@ -22,38 +42,41 @@ _PICTURE_FIRST = Blocks(
 # Wan and its kin ------------------------------------------------------------------------------------------------------
 
 
-def _image_tokens(config: Config) -> tuple[Condition, ...]:
-    if not config.get("image_dim"):
-        return ()
-    reason = "the tokens of a first picture, which another network makes and this program does not run"
-    return (
-        Condition(
-            name="encoder_hidden_states_image",
-            place="argument",
-            shape=(257, int(config["image_dim"])),
-            reason=f"{reason}; its blocks can be counted, profiled and pruned without",
-        ),
-    )
+_NOT_MADE = "which this program does not make; its blocks can be counted, profiled and pruned without"
 
 
-def _wan_inputs(config: Config, sizes: Sizes) -> dict[str, Any]:
-    pictures = {one.name: sizes.zeros(*one.shape) for one in _image_tokens(config)}
-    return {
-        "hidden_states": sizes.zeros(config["in_channels"], FRAMES, sizes.height, sizes.width),
-        "timestep": sizes.whole(),
-        "encoder_hidden_states": sizes.zeros(sizes.tokens, config["text_dim"]),
-        **pictures,
-    }
+def _wan_channels(config: Config) -> int:
+    return int(min(config["in_channels"], config["out_channels"]))
+
+
+def _first_picture(config: Config) -> tuple[Condition, ...]:
+    """Of a model that goes on from a picture: its tokens, and its latents with a mask behind the noisy ones."""
+    found = []
+    if more := int(config["in_channels"]) - _wan_channels(config):
+        reason = f"{more} channels of a first picture behind the latents, {_NOT_MADE}"
+        found.append(
+            Condition(name="first_picture", place="sample", shape=(more,), of_picture=True, reason=reason)
+        )
+    if config.get("image_dim"):
+        reason = f"the tokens of a first picture, {_NOT_MADE}"
+        shape = (257, int(config["image_dim"]))
+        found.append(
+            Condition(name="encoder_hidden_states_image", place="argument", shape=shape, reason=reason)
+        )
+    return tuple(found)
 
 
 def _wan(class_name: str, block: str) -> Family:
     return chain(
         class_name,
         Blocks(letter="B", path="blocks", self_attention=("attn1",)),
-        inputs=_wan_inputs,
+        channels=_wan_channels,
+        text=lambda config: int(config["text_dim"]),
+        answers=("text", None),
+        frames=_frames,
         size=lambda config: (60, 104),  # 480 by 832 pixels
         tokens=lambda config: 512,
-        conditions=_image_tokens,
+        conditions=_first_picture,
         stem="patch_embedding",
         compiled=(block,),
     )
@@ -66,34 +89,73 @@ SKYREELS = _wan("SkyReelsV2Transformer3DModel", "SkyReelsV2TransformerBlock")
 # CogVideoX ------------------------------------------------------------------------------------------------------------
 
 
-def _cogvideo_inputs(config: Config, sizes: Sizes) -> dict[str, Any]:
-    patch, across_time = config["patch_size"], config.get("patch_size_t")
+def _cogvideo_frames(config: Config) -> int:
     frames = (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1
+    return int(frames + -frames % (config["patch_size_t"] or 1))
+
+
+def _rotary(config: Config, frames: int, height: int, width: int, device: torch.device) -> Any:
+    """Cosines and sines of the places of all patches, as CogVideoX's pipelines make them."""
+    # its module loads text encoders as well
+    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
+    patch, across_time = config["patch_size"], config["patch_size_t"]
+    grid, full = (
+        (rows // patch, columns // patch)
+        for rows, columns in ((height, width), (config["sample_height"], config["sample_width"]))
+    )
+    made = functools.partial(
+        get_3d_rotary_pos_embed, embed_dim=config["attention_head_dim"], grid_size=grid, device=device
+    )
     if across_time:
-        frames += -frames % across_time
-    inputs: dict[str, Any] = {
-        "hidden_states": sizes.zeros(frames, config["in_channels"], sizes.height, sizes.width),
-        "timestep": sizes.whole(),
-        "encoder_hidden_states": sizes.zeros(sizes.tokens, config["text_embed_dim"]),
-    }
-    if config.get("ofs_embed_dim"):
-        inputs["ofs"] = sizes.zeros()
-    if config.get("use_rotary_positional_embeddings"):
-        places = frames // (across_time or 1) * (sizes.height // patch) * (sizes.width // patch)
-        angles = torch.ones(places, config["attention_head_dim"], device=sizes.device, dtype=torch.float32)
-        inputs["image_rotary_emb"] = (angles, angles)
+        return made(
+            crops_coords=None, temporal_size=-(-frames // across_time), grid_type="slice", max_size=full
+        )
+    return made(crops_coords=get_resize_crop_region_for_grid(grid, full[1], full[0]), temporal_size=frames)
+
+
+def _cogvideo_arrange(
+    config: Config, conditions: Any, sample: Tensor, timestep: Tensor, text: Tensor, given: Any
+) -> dict[str, Any]:
+    """Frames come before channels. Where several frames are one patch, the first is repeated to fill it."""
+    latents = sample.transpose(1, 2)
+    if missing := -latents.shape[1] % (config["patch_size_t"] or 1):
+        latents = torch.cat([latents[:, :1]] * missing + [latents], dim=1)
+    inputs = as_arguments(config, conditions, latents, timestep, text, given)
+    if config["use_rotary_positional_embeddings"]:
+        frames, height, width = latents.shape[1], *latents.shape[3:]
+        device = torch.device("cpu") if sample.is_meta else sample.device
+        angles = _rotary(config, frames, height, width, device)
+        inputs["image_rotary_emb"] = tuple(one.to(sample.device) for one in angles)
     return inputs
+
+
+def _cogvideo_prediction(config: Config, output: Tensor, sample: Tensor) -> Tensor:
+    return output[:, -sample.shape[2] :].transpose(1, 2)
+
+
+def _cogvideo_conditions(config: Config) -> tuple[Condition, ...]:
+    found: list[Condition] = []
+    if more := int(config["in_channels"]) - _wan_channels(config):
+        reason = f"{more} channels of a first picture behind the latents, {_NOT_MADE}"
+        found.append(Condition(name="first_picture", place="sample", shape=(more,), reason=reason))
+    if config["ofs_embed_dim"]:
+        found.append(Condition(name="ofs", place="argument", shape=(), value=2.0))
+    return tuple(found)
 
 
 COGVIDEO = chain(
     "CogVideoXTransformer3DModel",
     _PICTURE_FIRST,
-    inputs=_cogvideo_inputs,
+    text=lambda config: int(config["text_embed_dim"]),
+    arrange=_cogvideo_arrange,
+    prediction=_cogvideo_prediction,
+    answers=("text", None),
+    channels=_wan_channels,
+    frames=_cogvideo_frames,
     size=lambda config: (int(config["sample_height"]), int(config["sample_width"])),
     tokens=lambda config: int(config["max_text_seq_length"]),
-    conditions=lambda config: (
-        (Condition(name="ofs", place="argument", shape=()),) if config.get("ofs_embed_dim") else ()
-    ),
+    conditions=_cogvideo_conditions,
     stem="patch_embed",
     compiled=("CogVideoXBlock",),
 )
@@ -101,22 +163,56 @@ COGVIDEO = chain(
 # LTX, Allegro ---------------------------------------------------------------------------------------------------------
 
 
-def _ltx_inputs(config: Config, sizes: Sizes) -> dict[str, Any]:
+# Frames a second of the latent, and pixels of the picture for one of its own, by which LTX's pipeline counts places.
+_LTX_SCALE = (8 / 25, 32, 32)
+
+
+def _ltx_packed(latents: Tensor, patch: int, across_time: int) -> Tensor:
+    rows, channels, frames, height, width = latents.shape
+    parts = latents.reshape(
+        *(rows, channels, frames // across_time, across_time),
+        *(height // patch, patch, width // patch, patch),
+    )
+    return parts.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4, 7).flatten(1, 3)
+
+
+def _ltx_unpacked(config: Config, rows: Tensor, sample: Tensor) -> Tensor:
+    count, channels, frames, height, width = sample.shape
+    patch, across_time = config["patch_size"], config["patch_size_t"]
+    parts = rows.reshape(
+        *(count, frames // across_time, height // patch, width // patch),
+        *(channels, across_time, patch, patch),
+    )
+    return parts.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(sample.shape)
+
+
+def _ltx_arrange(
+    config: Config, conditions: Any, sample: Tensor, timestep: Tensor, text: Tensor, given: Any
+) -> dict[str, Any]:
+    patch, across_time = config["patch_size"], config["patch_size_t"]
+    frames, height, width = sample.shape[2:]
+    latents = _ltx_packed(sample, patch, across_time)
     return {
-        "hidden_states": sizes.zeros(FRAMES * sizes.height * sizes.width, config["in_channels"]),
-        "timestep": sizes.whole(),
-        "encoder_hidden_states": sizes.zeros(sizes.tokens, config["caption_channels"]),
-        "encoder_attention_mask": sizes.ones(sizes.tokens),
-        "num_frames": FRAMES,
-        "height": sizes.height,
-        "width": sizes.width,
+        **as_arguments(config, conditions, latents, timestep, text, given),
+        "num_frames": frames // across_time,
+        "height": height // patch,
+        "width": width // patch,
+        "rope_interpolation_scale": _LTX_SCALE,
     }
 
 
 LTX = chain(
     "LTXVideoTransformer3DModel",
     Blocks(letter="B", self_attention=("attn1",)),
-    inputs=_ltx_inputs,
+    text=lambda config: int(config["caption_channels"]),
+    arrange=_ltx_arrange,
+    prediction=_ltx_unpacked,
+    answers=MASKED_TEXT,
+    channels=lambda config: (
+        int(config["in_channels"]) // (config["patch_size"] ** 2 * config["patch_size_t"])
+    ),
+    frames=_frames,
+    conditions=lambda config: (_MASK,),
     size=lambda config: (16, 22),  # 512 by 704 pixels through a VAE of 32 to one
     tokens=lambda config: 128,
     stem="proj_in",
@@ -124,20 +220,37 @@ LTX = chain(
 )
 
 
-def _allegro_inputs(config: Config, sizes: Sizes) -> dict[str, Any]:
-    return {
-        "hidden_states": sizes.zeros(
-            config["in_channels"], config["sample_frames"], sizes.height, sizes.width
-        ),
-        "timestep": sizes.whole(),
-        "encoder_hidden_states": sizes.zeros(sizes.tokens, config["caption_channels"]),
-    }
+def _allegro_arrange(config: Config, *given: Any) -> dict[str, Any]:
+    inputs = as_arguments(config, *given)
+    sample = inputs["hidden_states"]
+    device = torch.device("cpu") if sample.is_meta else sample.device
+    rows, columns = (side // config["patch_size"] for side in sample.shape[-2:])
+    *angles, across, down, along = get_3d_rotary_pos_embed_allegro(
+        embed_dim=config["attention_head_dim"],
+        crops_coords=((0, 0), (rows, columns)),
+        grid_size=(rows, columns),
+        temporal_size=sample.shape[2],
+        interpolation_scale=tuple(config[f"interpolation_scale_{axis}"] for axis in "thw"),
+        device=device,
+    )
+    places = torch.cartesian_prod(across.long(), down.long(), along.long()).T.reshape(3, 1, -1).contiguous()
+
+    def moved(tensors: Any) -> Any:
+        if isinstance(tensors, Tensor):
+            return tensors.to(sample.device)
+        return tuple(moved(one) for one in tensors)
+
+    return {**inputs, "image_rotary_emb": (moved(tuple(angles)), moved(tuple(places)))}
 
 
 ALLEGRO = chain(
     "AllegroTransformer3DModel",
     Blocks(letter="B", self_attention=("attn1",)),
-    inputs=_allegro_inputs,
+    text=lambda config: int(config["caption_channels"]),
+    arrange=_allegro_arrange,
+    answers=MASKED_TEXT,
+    frames=lambda config: int(config["sample_frames"]),
+    conditions=lambda config: (_MASK,),
     size=lambda config: (int(config["sample_height"]), int(config["sample_width"])),
     tokens=lambda config: 512,
     stem="pos_embed",
@@ -149,13 +262,16 @@ ALLEGRO = chain(
 MOCHI_FRAMES = 14  # 84 frames through a VAE of six to one
 
 
-def _mochi_inputs(config: Config, sizes: Sizes) -> dict[str, Any]:
-    return {
-        "hidden_states": sizes.zeros(config["in_channels"], MOCHI_FRAMES, sizes.height, sizes.width),
-        "timestep": sizes.whole(),
-        "encoder_hidden_states": sizes.zeros(sizes.tokens, config["text_embed_dim"]),
-        "encoder_attention_mask": sizes.all_words(),
-    }
+def _mochi_arrange(config: Config, *given: Any) -> dict[str, Any]:
+    """Timesteps are counted from noise to the film."""
+    inputs = as_arguments(config, *given)
+    timestep = (STEPS - inputs["timestep"]).to(inputs["hidden_states"].dtype)
+    mask = counted(inputs["encoder_attention_mask"])
+    return {**inputs, "timestep": timestep, "encoder_attention_mask": mask}
+
+
+def _mochi_prediction(config: Config, output: Tensor, sample: Tensor) -> Tensor:
+    return -noise_alone(config, output, sample)
 
 
 def _mochi_finish(outline: Outline, layout: Layout, kept: Kept) -> Layout:
@@ -185,7 +301,12 @@ def _mochi_finish(outline: Outline, layout: Layout, kept: Kept) -> Layout:
 MOCHI = chain(
     "MochiTransformer3DModel",
     dataclasses.replace(_PICTURE_FIRST, last_is_less=True),
-    inputs=_mochi_inputs,
+    text=lambda config: int(config["text_embed_dim"]),
+    arrange=_mochi_arrange,
+    prediction=_mochi_prediction,
+    answers=MASKED_TEXT,
+    frames=lambda config: MOCHI_FRAMES,
+    conditions=lambda config: (_MASK,),
     size=lambda config: (60, 106),  # 480 by 848 pixels
     tokens=lambda config: int(config["max_sequence_length"]),
     finish=_mochi_finish,
@@ -197,22 +318,10 @@ MOCHI = chain(
 
 
 def _hunyuan_conditions(config: Config) -> tuple[Condition, ...]:
-    pooled = Condition(
-        name="pooled_projections", place="argument", shape=(int(config["pooled_projection_dim"]),)
-    )
-    guidance = Condition(name="guidance", place="argument", shape=())
-    return (pooled, guidance) if config.get("guidance_embeds") else (pooled,)
-
-
-def _hunyuan_inputs(config: Config, sizes: Sizes) -> dict[str, Any]:
-    return {
-        "hidden_states": sizes.zeros(config["in_channels"], FRAMES, sizes.height, sizes.width),
-        "timestep": sizes.whole(),
-        "encoder_hidden_states": sizes.zeros(sizes.tokens, config["text_embed_dim"]),
-        "encoder_attention_mask": sizes.ones(sizes.tokens).bool(),
-        "pooled_projections": sizes.zeros(config["pooled_projection_dim"]),
-        **({"guidance": sizes.ones()} if config.get("guidance_embeds") else {}),
-    }
+    width = int(config["pooled_projection_dim"])
+    pooled = Condition(name="pooled_projections", place="argument", shape=(width,), of_text=True)
+    guidance = Condition(name="guidance", place="argument", shape=(), value=6000.0)
+    return (pooled, _MASK, guidance) if config["guidance_embeds"] else (pooled, _MASK)
 
 
 HUNYUAN_VIDEO = chain(
@@ -225,7 +334,10 @@ HUNYUAN_VIDEO = chain(
         setting="num_single_layers",
         self_attention=("attn",),
     ),
-    inputs=_hunyuan_inputs,
+    text=lambda config: int(config["text_embed_dim"]),
+    answers=("text", "pooled_projections", "encoder_attention_mask"),
+    channels=_wan_channels,
+    frames=_frames,
     size=lambda config: (90, 160),  # 720 by 1280 pixels
     tokens=lambda config: 256,
     conditions=_hunyuan_conditions,
@@ -236,24 +348,16 @@ HUNYUAN_VIDEO = chain(
 # Sana ----------------------------------------------------------------------------------------------------------------
 
 
-def _sana_inputs(config: Config, sizes: Sizes) -> dict[str, Any]:
-    return {
-        "hidden_states": sizes.zeros(config["in_channels"], FRAMES, sizes.height, sizes.width),
-        "timestep": sizes.zeros(),
-        "encoder_hidden_states": sizes.zeros(sizes.tokens, config["caption_channels"]),
-        **({"guidance": sizes.zeros()} if config["guidance_embeds"] else {}),
-    }
-
-
 SANA_VIDEO = chain(
     "SanaVideoTransformer3DModel",
     Blocks(letter="B", self_attention=("attn1",)),
-    inputs=_sana_inputs,
+    text=lambda config: int(config["caption_channels"]),
+    arrange=sana_arrange,
+    answers=MASKED_TEXT,
+    frames=_frames,
     size=lambda config: (60, 104),  # 480 by 832 pixels
     tokens=lambda config: 300,
-    conditions=lambda config: (
-        (Condition(name="guidance", place="argument", shape=()),) if config["guidance_embeds"] else ()
-    ),
+    conditions=sana_conditions,
     stem="patch_embedding",
     compiled=("SanaVideoTransformerBlock",),
 )

@@ -105,6 +105,7 @@ _OF_SIZE: Mapping[str, Callable[[int, int], tuple[float, ...]]] = {
     "original_size": lambda height, width: (height, width),
     "target_size": lambda height, width: (height, width),
     "crop_coords": lambda height, width: (0, 0),
+    "image_meta_size": lambda height, width: (height, width, height, width, 0, 0),
 }
 
 
