@@ -33,14 +33,15 @@ from prune_lab.counting import count_macs
 from prune_lab.distill.features import feature_pairs
 from prune_lab.distill.setup import Student, StudentRun
 from prune_lab.errors import BudgetError, ConfigError, PlanError, UnsupportedModelError
-from prune_lab.families import empty_model, family_of, meta_unet
-from prune_lab.forms import exists_in, in_form, layout_of, why_not, within_form
+from prune_lab.families import Form, empty_model, family_of, meta_unet
+from prune_lab.forms import exists_in, form_named, in_form, layout_of, why_not, within_form
 from prune_lab.models import load_pipeline, load_unet, resolve_model
 from prune_lab.plans import PruningPlan, is_native, parse_plan, plan_from_json, plan_of
 from prune_lab.profiling import as_matrix, cost_table
 from prune_lab.runs import Run
 from prune_lab.search import Constraints, Effects, parse_budget, search_plans
 from prune_lab.surgery import bypassed, materialise
+from prune_lab.workflow import run_all
 
 LAYER = "transformer_blocks."
 
