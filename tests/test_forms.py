@@ -19,8 +19,16 @@ import diffusers
 import pytest
 import torch
 from conftest import SHAPES, TINY_UNET, build_unet
+from families_seen import Seen
 from safetensors import safe_open
-from tiny_models import TINY_TRANSFORMERS, drawn_config, random_inputs, tiny_model, with_random_weights
+from tiny_models import (
+    TINY_TRANSFORMERS,
+    drawn_config,
+    others_long,
+    random_inputs,
+    tiny_model,
+    with_random_weights,
+)
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -33,17 +41,15 @@ from prune_lab.counting import count_macs
 from prune_lab.distill.features import feature_pairs
 from prune_lab.distill.setup import Student, StudentRun
 from prune_lab.errors import BudgetError, ConfigError, PlanError, UnsupportedModelError
-from prune_lab.families import Form, empty_model, family_of, meta_unet
+from prune_lab.families import FAMILIES, Form, empty_model, family_of, meta_unet
 from prune_lab.forms import exists_in, form_named, in_form, layout_of, why_not, within_form
 from prune_lab.models import load_pipeline, load_unet, resolve_model
 from prune_lab.plans import PruningPlan, is_native, parse_plan, plan_from_json, plan_of
 from prune_lab.profiling import as_matrix, cost_table
 from prune_lab.runs import Run
 from prune_lab.search import Constraints, Effects, parse_budget, search_plans
-from prune_lab.surgery import bypassed, materialise
+from prune_lab.surgery import bypassed, materialise, prune_pipeline
 from prune_lab.workflow import run_all
-
-LAYER = "transformer_blocks."
 
 
 def answer(model: Any, inputs: Any) -> Tensor:
@@ -323,6 +329,42 @@ def test_prune_writes_code_where_no_plain_config_will_do(
     )
 
 
+PIXELS: dict[str, Any] = {
+    "_class_name": "UNet2DModel",
+    "sample_size": 16,
+    "block_out_channels": [8, 16, 16],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 4,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+}
+
+
+def tiny(name: str) -> Any:
+    if name in TINY_TRANSFORMERS:
+        return tiny_model(name)
+    config = {"UNet2DConditionModel": TINY_UNET, "UNet2DModel": PIXELS}[name]
+    return with_random_weights(family_of(config).model_class().from_config(config))
+
+
+@pytest.mark.parametrize("name", others_long(sorted(FAMILIES)))
+def test_a_student_of_every_family_is_proved(name: str, tmp_path: Path, seen: Seen) -> None:
+    tiny(name).save_pretrained(tmp_path / "teacher")
+    source = resolve_model(str(tmp_path / "teacher"))
+    architecture = source.architecture
+    forms: list[Form] = ["own", "neutral"] if family_of(source.config).neutral else ["own"]
+    removable = [block.name for block in architecture.blocks if block.removable]
+    for form in forms:
+        plan = plan_of(architecture, removable[-2:-1] or removable).built(form)
+        out = prune_pipeline(source, plan, tmp_path / form)
+        proof = json.loads((out / "provenance.json").read_text())["proof"]
+        assert (proof["kind"], proof["largest_difference"]) == ("bypassed teacher", 0.0)
+        student = load_unet(resolve_model(str(out)))
+        assert size(student) == proof["parameters"] == cost_table(architecture).of(plan).params
+        seen(name, "prune", form=form)
+
+
 def test_code_that_is_not_known_is_never_run(own_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "changed"
     shutil.copytree(own_folder, folder)
@@ -563,7 +605,13 @@ def test_a_whole_run_in_another_form(
     form: str, small_run_config: Any, tmp_path: Path, quick_report: None
 ) -> None:
     config = small_run_config(
-        search={"budgets": ("params<=85%",), "controls": ("bk-base",), "form": form, "keep": ("Dn4", "Md")},
+        search={
+            "budgets": ("params<=85%",),
+            "controls": ("bk-base",),
+            "form": form,
+            "keep": ("Dn4", "Md", "Dn1.A2"),
+            "remove": ("Dn1.A1",),  # without its neighbour: no plan of these is native
+        },
         repair={"kind": "shift"},
     )
     root = tmp_path / "run"

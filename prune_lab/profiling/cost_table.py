@@ -363,7 +363,10 @@ def cost_table(
     params = architecture.total_params - sum(one.params for one in parts)
     macs = count.total - sum(one.macs for one in parts)
     attention = count.attention - sum(one.attention_macs for one in parts)
-    assert min(params, macs, attention) >= 0, "parts of a U-Net overlap"
+    shared = any(
+        unit.changes_others for unit in architecture.units
+    )  # with it others lose what is counted as its own
+    assert shared or min(params, macs, attention) >= 0, "parts of a model overlap"
     calls = {operator: number for operator, number in left.items() if number}
     parts.append(part(REST, "rest", params, (macs, attention), MappingProxyType(calls)))
     return CostTable(
