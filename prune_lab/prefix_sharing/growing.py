@@ -112,7 +112,7 @@ def _growth(model: Any, units: Sequence[Unit], kinds: tuple[Kinds, Kinds]) -> Ma
 def _without_weights(architecture: Architecture, kinds: tuple[Kinds, Kinds]) -> Mapping[str, Growth] | None:
     """What ``growth`` gives; None where the model does not run on ``meta``, since it reads values."""
     try:
-        return _growth(meta_unet(architecture.config), architecture.outline.units, kinds)
+        return _growth(meta_unet(architecture.config), architecture.outline.present, kinds)
     except ReplayError:
         raise
     except (RuntimeError, NotImplementedError, TypeError, ValueError):
@@ -129,4 +129,4 @@ def growth(
     """
     kinds = Kinds.of(inputs(FEW)), Kinds.of(inputs(MORE))
     found = _without_weights(architecture, kinds)
-    return _growth(model, architecture.outline.units, kinds) if found is None else found
+    return _growth(model, architecture.outline.present, kinds) if found is None else found
