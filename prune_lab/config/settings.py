@@ -181,7 +181,11 @@ class DataConfig:
     steps: int = setting(25, "denoising steps of a picture that the model draws", least=1, most=MANY)
     guidance: float = setting(7.5, "guidance scale of a picture that the model draws")
     resolution: int = setting(
-        0, "pixels per side of a picture that the model draws; 0: those of the model", most=65_536
+        0,
+        "pixels per side of a picture that the model draws, and of all pictures of a model without a size of its own "
+        "(FLUX, Wan); 0: those of the model",
+        most=65_536,
+        read_by="probe",
     )
 
     def __post_init__(self) -> None:

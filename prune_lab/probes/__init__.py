@@ -14,9 +14,7 @@ from prune_lab.probes.conditions import (
 from prune_lab.probes.encoding import (
     cut_texts,
     encode_captions,
-    noise_schedule,
     note_cut,
-    training_target,
 )
 from prune_lab.probes.latents import (
     channels_of,
@@ -53,7 +51,6 @@ __all__ = [
     "guidance_embedding",
     "load_probe",
     "make_probe",
-    "noise_schedule",
     "note_cut",
     "picture_names",
     "picture_rows",
@@ -68,6 +65,5 @@ __all__ = [
     "size_rows",
     "takes_frames",
     "to_uint8",
-    "training_target",
     "vae_of",
 ]

@@ -1,16 +1,18 @@
-"""From captions to what a model reads: text embeddings; noise and its target."""
+"""From captions to what a model reads: text embeddings, and what comes with them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
+import torch.nn.functional as F
 from torch import Tensor
 
-from prune_lab.errors import UnsupportedModelError
-from prune_lab.families.drawing import reads_text
+from prune_lab.errors import DataError, UnsupportedModelError
+from prune_lab.families import conditions_of, family_of, model_of
+from prune_lab.families.drawing import reads_text, text_length
 from prune_lab.models.silence import quiet
 from prune_lab.probes.latents import finite
 from prune_lab.runtime import note_once
@@ -35,9 +37,15 @@ def cut_texts(texts: Sequence[str]) -> list[str]:
     ]
 
 
+_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+
 def _encoded(pipeline: Any, captions: list[str]) -> tuple[Any, ...]:
-    """What the pipeline makes of captions: embeddings (N, L, D) first, without those of an empty caption."""
-    encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
+    """What the pipeline's ``encode_prompt`` makes of captions, without those of an empty caption.
+
+    It is called as the pipeline itself does while it draws: what both of them take has the default of drawing.
+    """
+    encoders = [getattr(pipeline, name, None) for name in _ENCODERS]
     device = next((encoder.device for encoder in encoders if encoder is not None), None)
     # instruct-pix2pix has only the older method, which gives a tensor
     encode = getattr(pipeline, "encode_prompt", None) or getattr(pipeline, "_encode_prompt", None)
@@ -46,7 +54,21 @@ def _encoded(pipeline: Any, captions: list[str]) -> tuple[Any, ...]:
             f"asked for the text embeddings of a {type(pipeline).__name__}, found no text encoder that it reads "
             "captions with; give a pipeline that draws from captions"
         )
-    answer = encode(captions, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+    takes = inspect.signature(encode).parameters
+    drawing = inspect.signature(type(pipeline).__call__).parameters
+    arguments = {name: drawing[name].default for name in takes if name in drawing}
+    arguments |= {name: None for name, one in takes.items() if one.default is one.empty}
+    ours = {
+        "max_sequence_length": text_length(pipeline),
+        "clean_caption": False,
+        "prompt": captions,
+        "batch_size": len(captions),
+        "device": device,
+        "num_images_per_prompt": 1,
+        "num_videos_per_prompt": 1,
+        "do_classifier_free_guidance": False,
+    }
+    answer = encode(**arguments | {name: value for name, value in ours.items() if name in takes})
     return (answer,) if isinstance(answer, Tensor) else answer
 
 
@@ -72,43 +94,56 @@ def note_cut(pipeline: Any, texts: Sequence[str], what: str) -> None:
         )
 
 
+def _read(value: Any, count: int) -> list[Tensor]:
+    """The rows of what a pipeline made of ``count`` captions, on the CPU: numbers are float32, masks as they are."""
+    rows = list(value)
+    if len(rows) != count:
+        raise DataError(
+            f"asked to encode {count} captions, found {len(rows)} texts; the pipeline must give one for each"
+        )
+    return [row.float().cpu() if row.is_floating_point() else row.cpu() for row in rows]
+
+
+def _as_long(rows: Sequence[Tensor], length: int) -> Tensor:
+    """The rows (L, ...), filled up with zeros to ``length``."""
+    return torch.stack([F.pad(row, (0, 0) * (row.ndim - 1) + (0, length - len(row))) for row in rows])
+
+
 def encode_captions(
     pipeline: Any, captions: Sequence[str], *, batch: int = 32
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Text embeddings (N, L, D) and, for SDXL, ``{"text_embeds": (N, P)}``, float32 on the CPU.
+    """Text embeddings (N, L, D), float32 on the CPU, and by name the other conditions (N, ...) that come with a text,
+    such as a pooled text or the mask of its words. (N, 0, 0) and nothing of a model that reads no text.
 
-    (N, 0, 0) of a model that reads no text.
+    Raises UnsupportedModelError for a pipeline that does not read captions.
     """
     if not reads_text(pipeline):
         return torch.zeros(len(captions), 0, 0), {}
-    pooled: list[Tensor] = []
-    embeddings: list[Tensor] = []
+    model = model_of(pipeline)
+    names = family_of(model).answers
+    if not names:
+        raise UnsupportedModelError(
+            f"asked for the text embeddings of a {type(pipeline).__name__}, found that it makes them in several "
+            "calls, which this program does not know; its folder of the model alone can be scored with noise"
+        )
+    masks = {condition.name for condition in conditions_of(model) if condition.words}
+    found: dict[str, list[Tensor]] = {}
     with torch.no_grad(), quiet():  # of captions that are too long ``note_cut`` speaks, once
         for start in range(0, len(captions), batch):
-            answer = _encoded(pipeline, cut_texts(captions[start : start + batch]))
-            embeddings.append(answer[0].float().cpu())
-            if len(answer) == 4:  # SDXL: prompt, negative, pooled prompt, pooled negative
-                pooled.append(answer[2].float().cpu())
-    added = {"text_embeds": finite(torch.cat(pooled), "pooled text embeddings")} if pooled else {}
-    return finite(torch.cat(embeddings), "text embeddings"), added
-
-
-def noise_schedule(scheduler_config: Mapping[str, Any]) -> DDPMScheduler:
-    """The training-time noise schedule (DDPM) behind any scheduler's config."""
-    return DDPMScheduler.from_config(dict(scheduler_config))
-
-
-def training_target(schedule: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What the U-Net was trained to predict, (N, C, H, W): the noise, or the velocity of arXiv:2202.00512.
-
-    Raises UnsupportedModelError for any other prediction type.
-    """
-    kind = schedule.config.prediction_type
-    if kind == "epsilon":
-        return noise
-    if kind == "v_prediction":
-        velocity: Tensor = schedule.get_velocity(latents, noise, timesteps)
-        return velocity
-    raise UnsupportedModelError(
-        f"the scheduler says the U-Net predicts {kind!r}; known are 'epsilon' and 'v_prediction'"
-    )
+            part = cut_texts(captions[start : start + batch])
+            answer = _encoded(pipeline, part)
+            given = dict(zip(names, answer, strict=False))
+            texts = _read(given["text"], len(part))
+            whole = [torch.ones(len(text), dtype=torch.int64) for text in texts]  # no word is left out
+            given |= {name: whole for name in masks if given.get(name) is None}
+            for name, rows in given.items():
+                if name:
+                    found.setdefault(name, []).extend(_read(rows, len(part)))
+    longest = max(len(one) for one in found["text"])
+    embeddings = _as_long(found.pop("text"), longest)
+    added = {
+        name: _as_long(found[name], longest) if name in masks else torch.stack(found[name])
+        for name in sorted(found)
+    }
+    checked = {name: finite(rows, f"{name} of texts") for name, rows in added.items()}
+    return finite(embeddings, "text embeddings"), checked

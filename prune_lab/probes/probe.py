@@ -89,7 +89,10 @@ class Probe:
             self,
             embeddings=embeddings.expand(rows, -1, -1),
             captions=("",) * rows,
-            added={**self.added, **{name: tensor.expand(rows, -1) for name, tensor in added.items()}},
+            added={
+                **self.added,
+                **{name: tensor.expand(rows, *tensor.shape[1:]) for name, tensor in added.items()},
+            },
         )
 
     def batches(self, size: int, model: Any) -> Iterator[tuple[slice, dict[str, Any]]]:

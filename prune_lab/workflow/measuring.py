@@ -11,6 +11,7 @@ import pandas as pd
 from prune_lab.blocks import Architecture, BlockGroup, GroupKind, block_groups, blocks_frame
 from prune_lab.config import PLAN_FILES
 from prune_lab.errors import ConfigError, StorageError
+from prune_lab.families import family_of
 from prune_lab.forms import why_not
 from prune_lab.importance import (
     ONE_STEP,
@@ -35,6 +36,7 @@ from prune_lab.profiling import (
     latency_file,
     latency_key,
     latency_words,
+    latent_of_pixels,
     measure_latency_table,
     pixels_per_latent,
     profile_pipeline,
@@ -159,10 +161,13 @@ def service_of(session: Session) -> Service:
 
     Raises BudgetError, ConfigError or DeviceError when it cannot be read, or is not to be had here.
     """
+    side, config = session.config.data.resolution, session.source.config
+    asked_size = side and family_of(config).component != "unet" and "sample_size" not in config
     own = Service(
         device=str(session.device),
         dtype=str(session.dtype).removeprefix("torch."),
         batch=session.config.profile.batch,
+        latent=latent_of_pixels(side, session.source) if asked_size else None,  # as FLUX and Wan draw it
         tokens=session.architecture.tokens,
     )
     asked = service_named(session.config.search.budgets)
