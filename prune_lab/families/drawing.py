@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prune_lab.errors import DataError
 
-_TOKENIZERS = ("tokenizer_3", "tokenizer_2", "tokenizer")  # the last is the one of the long texts
+_TOKENIZERS = ("tokenizer_3", "tokenizer_2", "tokenizer")  # the first that there is reads the long texts
 _NUMBER = re.compile(r"(?:class\s+)?(\d+)")
 
 
@@ -95,8 +95,8 @@ def class_numbers(texts: Sequence[str], classes: int, names: Mapping[str, int] |
 
 
 def class_texts(classes: int, count: int, first: int = 0) -> tuple[str, ...]:
-    """``count`` texts that ask for a class each, "class 0" the ``first``, and over again; of no ``classes`` names of
-    pictures, "picture 1", ...
+    """``count`` texts that ask for a class each, from the one numbered ``first`` on and over again, such as "class 0";
+    without ``classes`` names of pictures, "picture 1", ...
     """
     numbers = range(first, first + count)
     if not classes:
