@@ -190,6 +190,34 @@ class _AsTraced(TorchFunctionMode):
         return _convolution(sides, *args, **(kwargs or {}))
 
 
+def _normed(x: Tensor, *statistics: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What a norm of ``x`` answers on ``meta``: a tensor like it, and a mean and a spread of this shape."""
+    return torch.empty_like(x), x.new_empty(statistics), x.new_empty(statistics)
+
+
+def _group_normed(
+    x: Tensor, _weight: Any, _bias: Any, rows: int, _channels: int, _size: int, groups: int, _eps: float
+) -> Any:
+    return _normed(x, rows, groups)
+
+
+def _layer_normed(x: Tensor, sides: Any, *_rest: Any) -> Any:
+    return _normed(x, *x.shape[: x.ndim - len(sides)], *[1] * len(sides))
+
+
+def _projected(bias: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    return left.new_empty((left.shape[0], right.shape[1]))
+
+
+# Operators whose shapes torch works out in Python by all the steps of the computation, which takes most of a trace.
+_SHAPES: Mapping[Any, Callable[..., Any]] = {
+    torch.ops.aten.native_group_norm.default: _group_normed,
+    torch.ops.aten.native_layer_norm.default: _layer_normed,
+    torch.ops.aten.addmm.default: _projected,
+    torch.ops.aten._safe_softmax.default: lambda x, *_rest: torch.empty_like(x),
+}
+
+
 class _ConvolutionShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Gives a recorded ``_convolution`` on ``meta`` its output's shape."""
 
@@ -198,6 +226,8 @@ class _ConvolutionShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         if func is torch.ops.aten._convolution.default:
             return torch.ops.aten.convolution.default(*args[:9])
+        if func in _SHAPES and args[0].is_meta and not kwargs:
+            return _SHAPES[func](*args)
         return func(*args, **(kwargs or {}))
 
 

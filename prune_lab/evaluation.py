@@ -19,7 +19,7 @@ from torch import Tensor
 from prune_lab import __version__
 from prune_lab.config import EvaluateConfig
 from prune_lab.errors import ConfigError, DataError, UnsupportedModelError
-from prune_lab.families import REFINER_TIME_IDS, family_of, model_of
+from prune_lab.families import REFINER_TIME_IDS, family_of, model_of, plain_config
 from prune_lab.families.drawing import (
     asked,
     class_numbers,
@@ -190,8 +190,11 @@ def _noise_of(pipeline: Any, text: str, seed: int) -> torch.Generator:
 
 def _asked_side(pipeline: Any) -> int | None:
     """Pixels per side that ``pipeline`` is to be told; None where it draws pictures of its model's own form."""
-    height, width = family_of(own := model_of(pipeline)).size(own.config)
-    return picture_side(pipeline) if height == width or draws_videos(pipeline) else None
+    if draws_videos(pipeline) or isinstance(getattr(pipeline, "default_sample_size", None), int):
+        return picture_side(pipeline)
+    model = model_of(pipeline)
+    height, width = family_of(model).size(plain_config(model))
+    return picture_side(pipeline) if height == width else None
 
 
 @contextlib.contextmanager

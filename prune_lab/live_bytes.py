@@ -98,11 +98,10 @@ def spans(
         return hook
 
     def ended(name: str) -> Any:
-        def hook(_module: Any, given: tuple[Any, ...], made: Any) -> None:
+        def hook(_module: Any, given: tuple[Any, ...], named: dict[str, Any], made: Any) -> None:
             nonlocal overall
             overall = max(overall, live.peak)
-            result = made[0] if isinstance(made, tuple) else made
-            found[name] = LiveSpan(before[name], live.peak, _size(given[0]), _size(result))
+            found[name] = LiveSpan(before[name], live.peak, _first((given, named)), _first(made))
             live.restart()
 
         return hook
@@ -119,7 +118,7 @@ def spans(
             for name, path in paths.items():
                 module = unet.get_submodule(path)
                 handles.append(module.register_forward_pre_hook(started(name)))
-                handles.append(module.register_forward_hook(ended(name)))
+                handles.append(module.register_forward_hook(ended(name), with_kwargs=True))
             handles += [child.register_forward_pre_hook(head_started) for child in unet.children()]
             unet(**own)
         finally:
@@ -134,12 +133,14 @@ def _renewed(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _renewed(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_renewed(item) for item in value)
-    return torch.empty_like(value) if isinstance(value, torch.Tensor) and value.is_meta else value
+        return type(value)(map(_renewed, value))
+    return torch.empty_like(value) if isinstance(value, torch.Tensor) else value
 
 
-def _size(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _first(values: Any) -> int:
+    """Bytes of the first tensor in ``values``; 0 where there is none."""
+    tensors = (value for value in tree_leaves(values) if isinstance(value, torch.Tensor))
+    return next((tensor.numel() * tensor.element_size() for tensor in tensors), 0)
 
 
 def live_peak(unet: nn.Module, inputs: Mapping[str, Any]) -> int:

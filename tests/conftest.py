@@ -35,6 +35,13 @@ os.environ.setdefault("MPLCONFIGDIR", str(Path("~/.cache/matplotlib").expanduser
 _kept = tempfile.TemporaryDirectory(prefix="prune-lab-tests-")
 os.environ["XDG_CACHE_HOME"] = _kept.name
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with tests of the finished run come last: until one worker has built it, the other has enough to do."""
+    late = {item.path for item in items if "finished" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: item.path in late)
+
+
 # A property test has no business failing because the machine was busy; in CI it tries the same examples every time.
 settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.register_profile("ci", settings.get_profile("local"), derandomize=True)

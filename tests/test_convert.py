@@ -423,7 +423,7 @@ def test_halves_of_a_lora_that_do_not_belong_together_are_refused(
     assert not out.exists()
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2, 3))])
 @pytest.mark.parametrize("kind", [peft_file, kohya_file])
 def test_a_lora_with_a_wrong_value_or_shape_is_refused(kind: Any, seed: int, tmp_path: Path) -> None:
     draw = random.Random(seed)

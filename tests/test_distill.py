@@ -105,7 +105,7 @@ def test_a_plan_without_a_native_form_has_no_pairs(tiny_unet: Any) -> None:
         feature_pairs(architecture, parse_plan("-Dn1.A1", architecture))
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(chosen=st.data())
 def test_paired_features_have_equal_shapes_for_any_native_plan(
     tiny_unet_shared: Any, chosen: st.DataObject
@@ -445,7 +445,7 @@ class InterruptionError(Exception):
     pass
 
 
-@pytest.mark.parametrize("stop", [2, 3, 6])
+@pytest.mark.parametrize("stop", [pytest.param(2, marks=pytest.mark.long), 3, 6])
 def test_resuming_equals_never_stopping(
     tiny_unet: Any,
     whole: Path,

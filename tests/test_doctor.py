@@ -165,7 +165,7 @@ def written_files(run: Run) -> list[Path]:
     return sorted(path for path in Manifests(run.folder).listed if run.report_dir not in path.parents)
 
 
-@pytest.mark.parametrize("damage", [_flip, Path.unlink, _pipe])
+@pytest.mark.parametrize("damage", [_flip, Path.unlink, pytest.param(_pipe, marks=pytest.mark.long)])
 def test_what_the_doctor_would_have_made_again_is_not_shown(
     copied: Run, damage: Callable[[Path], None]
 ) -> None:

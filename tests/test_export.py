@@ -155,14 +155,21 @@ def assert_same_pipeline(found: Any, wanted: Any) -> None:
     assert torch.equal(drawn(found), drawn(wanted))
 
 
-@pytest.mark.parametrize("kind", ["sd-v1", "sd-v2", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd-v1", pytest.param("sd-v2", marks=pytest.mark.long), "sdxl"])
 def test_diffusers_reads_the_file_back_to_the_bit(kind: str, pipeline_of: Any, tmp_path: Path) -> None:
     folder = pipeline_of(kind)
     file = exported(folder, tmp_path / "model.safetensors")
     assert_same_pipeline(from_single_file(file, folder), from_folder(folder))
 
 
-@pytest.mark.parametrize("plan", ["bk-base", "bk-small", "bk-tiny", "-Md.A1 -Md.R2", "-Dn1.A1 -Dn1.A2"])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "bk-tiny",
+        "-Dn1.A1 -Dn1.A2",
+        *(pytest.param(plan, marks=pytest.mark.long) for plan in ("bk-base", "bk-small", "-Md.A1 -Md.R2")),
+    ],
+)
 def test_diffusers_reads_students_that_it_can_express(plan: str, pipeline_of: Any, tmp_path: Path) -> None:
     student = student_of(pipeline_of("sd-v1"), plan, tmp_path / "student")
     file = exported(student, tmp_path / "model.safetensors")
@@ -485,7 +492,13 @@ def with_whole_middle(folder: Path, out: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("kind", "plan"),
-    [("sd-v1", "bk-small"), ("sd-v1", "-Md.A1 -Md.R2"), ("sd-v1", "bk-tiny"), ("sdxl", "-Md")],
+    [
+        ("sd-v1", "-Md.A1 -Md.R2"),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (("sd-v1", "bk-small"), ("sd-v1", "bk-tiny"), ("sdxl", "-Md"))
+        ),
+    ],
 )
 def test_a_neutral_mid_stage_changes_no_bit(kind: str, plan: str, pipeline_of: Any, tmp_path: Path) -> None:
     student = student_of(pipeline_of(kind), plan, tmp_path / "student")

@@ -358,7 +358,7 @@ def test_a_unet_of_any_setting_runs_or_is_refused(
         runs_in_plain_diffusers(config)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     changes=st.dictionaries(st.sampled_from(KEYS), HOSTILE, min_size=2, max_size=4),
     left_out=st.sets(st.sampled_from(sorted(TINY_UNET)), max_size=2),

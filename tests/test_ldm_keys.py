@@ -145,7 +145,7 @@ def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
         assert torch.equal(found[key], tensor), key
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(random_configs())
 def test_there_and_back_on_random_architectures(config: dict[str, Any]) -> None:
     tensors = build_unet(config).state_dict()

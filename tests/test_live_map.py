@@ -18,8 +18,10 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select
 from synthetic_run import PLANS, write_run
+from test_maps import tables_of
+from unet_kinds import KINDS
 
-from prune_lab.blocks import Architecture, blocks_frame
+from prune_lab.blocks import Architecture, architecture_of, blocks_frame
 from prune_lab.models import resolve_model
 from prune_lab.plans import (
     PruningPlan,
@@ -135,7 +137,7 @@ def test_every_number_is_that_of_the_cost_table(
         time = 40 - 1.25 * sum(max(0.0, float(saved.get(name, 0.0))) for name in gone)  # type: ignore[arg-type]
         assert costs(page, "ms") == (plain(milliseconds(time)), plain(percent_change(time / 40 - 1)))
         assert float(part(page, "impact").text) == pytest.approx(impacts[list(wanted)].sum(), rel=0.06)
-        assert ("Can be built" in part(page, "verdict").text) == (
+        assert ("Native:" in part(page, "verdict").text) == (
             is_native(architecture, plan) and bool(wanted)
         )
         assert f'--plan "{plan.text}"' in part(page, "text").text
@@ -182,11 +184,11 @@ def test_a_plan_that_cannot_be_built_is_brought_to_one_that_can(
 ) -> None:
     for name in ("Dn1.R2", "Dn1.A2", "Md.R1"):
         cell(page, name).click()
-    assert "Dn1 and Up4; " in part(page, "verdict").text + "; "
+    assert "Dn1 and Up4. " in part(page, "verdict").text.replace("; ", ". ")
     part(page, "snap").click()
     plan = plan_of(architecture, removed(page))
     assert is_native(architecture, plan)
-    assert "Can be built" in part(page, "verdict").text
+    assert "Native:" in part(page, "verdict").text
     assert not part(page, "snap").is_displayed()
     nearest = min(len(frozenset(["Dn1.R2", "Dn1.A2"]) ^ option) for option in native_choices(architecture)[0])
     assert (
@@ -255,3 +257,37 @@ def test_words_of_a_run_cannot_become_code(tmp_path: Path, run: Run) -> None:
         assert page.title != "taken"
         assert name in [option.text for option in Select(part(page, "plan")).options]
         assert "not known: the run is from an older version" in part(page, "verdict").text
+
+
+@pytest.mark.long
+def test_layers_inside_blocks_leave_and_come_back(tmp_path: Path) -> None:
+    xl = architecture_of({**KINDS["xl"](random.Random(0)), "layers_per_block": 1})
+    tables_of(xl, tmp_path / "run")
+    table, total = cost_table(xl), cost_table(xl).total
+    with browser_on(write_report(Run(tmp_path / "run"))) as page:
+        page.find_element(By.CSS_SELECTOR, ".live-layers summary").click()
+
+        def params() -> str:
+            return costs(page, "params")[0]
+
+        Select(part(page, "plan")).select_by_visible_text("mine")
+        assert removed(page) == {"Up1.A2.T1"}
+        assert params() == count(table.of(parse_plan("-Up1.A2.T1", xl)).params)
+        cell(page, "Up1.A2").click()  # a block takes its layers with it
+        inside = {layer.name for layer in xl.layers_in("Up1.A2")}
+        assert removed(page) == {"Up1.A2", *inside}
+        assert '--plan "-Up1.A2"' in part(page, "text").text
+        assert params() == count(table.of(parse_plan("-Up1.A2", xl)).params)
+        cell(page, "Up1.A2.T3").click()  # a layer comes back with its block, without the others
+        assert removed(page) == inside - {"Up1.A2.T3"}
+        plan = parse_plan("-Up1.A2 +Up1.A2.T3", xl)
+        assert params() == count(table.of(plan).params)
+        assert f'--plan "{plan.text}"' in part(page, "text").text
+        cell(page, "Md.A1.T2").click()  # the mid stage has as many layers as the last down stage
+        assert not is_native(xl, plan_of(xl, removed(page)))
+        assert "Md" in part(page, "verdict").text
+        part(page, "snap").click()
+        assert is_native(xl, plan_of(xl, removed(page)))
+        Select(part(page, "plan")).select_by_visible_text("teacher")
+        assert (removed(page), params()) == (set(), count(total.params))
+        assert page.get_log("browser") == []

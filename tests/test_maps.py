@@ -231,7 +231,7 @@ def test_the_words_of_a_report_fit_the_model(name: str, xl: Architecture, tmp_pa
         assert "skip connections" in text
         assert "Hollow slices" in text
     else:
-        assert "6 blocks (6 transformer)" in text
+        assert "6 transformer blocks; 6 of them can be removed" in text
         assert "2 kinds of blocks" in text
         assert "skip" not in text
         assert "shape of a U" not in text

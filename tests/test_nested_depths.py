@@ -152,7 +152,7 @@ def nested(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(config=nested(), data=st.data())
 def test_a_native_plan_builds_exactly_what_it_promises(config: dict[str, Any], data: st.DataObject) -> None:
     architecture = architecture_of(config)

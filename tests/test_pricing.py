@@ -212,7 +212,7 @@ def test_the_papers_parameters_from_a_matrix() -> None:
     assert (found.paper_macs / 1e9).round(1).tolist() == [339.0, 223.9, 217.9, 205.2]
 
 
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(seed=st.integers(0, 10_000))
 def test_prices_equal_the_materialised_models(seed: int, tiny_unet_shared: Any, tiny: Architecture) -> None:
     plans = random_native_plans(tiny, 2, seed=seed)
@@ -283,7 +283,7 @@ def test_what_an_attention_block_holds_by_hand(tiny: Architecture) -> None:
     assert unit.workspace_bytes == (8 + 4 + 4 + 4) * tensor
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(seed=st.integers(0, 10_000))
 def test_peaks_equal_those_of_materialised_models(seed: int, tiny: Architecture) -> None:
     half = bool(seed % 2)

@@ -76,7 +76,7 @@ def test_subtraction_equals_the_materialised_model(
     check_subtraction(tiny_unet, tiny_architecture, set(plan.removed))
 
 
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(data=st.data())
 def test_subtraction_equals_the_materialised_model_for_any_native_plan(
     data: st.DataObject, tiny_unet_shared: Any, tiny_architecture: Architecture

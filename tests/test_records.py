@@ -276,7 +276,16 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+OFTEN = ("cut in the middle", "zeros", "no UTF-8", "a folder")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(damage, id=name, marks=[] if name in OFTEN else pytest.mark.long)
+        for name, damage in DAMAGES.items()
+    ],
+)
 def test_a_damaged_file_of_a_run_is_refused_by_name(
     damaged_run: Run, architecture: Architecture, damage: Callable[[Path], object]
 ) -> None:

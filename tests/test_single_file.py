@@ -180,8 +180,10 @@ def test_the_folder_of_a_single_file_is_the_one_it_was_made_from(
     "plan",
     [
         "bk-small",
-        "-Md.A1 -Md.R2",
-        *(pytest.param(plan, marks=pytest.mark.long) for plan in ("bk-base", "bk-tiny", "-Dn1.A1 -Dn1.A2")),
+        *(
+            pytest.param(plan, marks=pytest.mark.long)
+            for plan in ("bk-base", "bk-tiny", "-Md.A1 -Md.R2", "-Dn1.A1 -Dn1.A2")
+        ),
     ],
 )
 def test_a_student_of_somebody_else_is_read_by_its_shapes(plan: str, folder_of: Any, tmp_path: Path) -> None:
@@ -428,7 +430,7 @@ def edit_index(folder: Path, class_name: str) -> None:
     index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": class_name}))
 
 
-@pytest.mark.parametrize("channels", [5, 7])
+@pytest.mark.parametrize("channels", [5, pytest.param(7, marks=pytest.mark.long)])
 def test_a_model_for_depth_or_another_purpose_says_what_to_give(channels: int, tmp_path: Path) -> None:
     folder = tmp_path / "depth"
     save_pipeline(folder, "sd-v2", in_channels=channels)
@@ -508,7 +510,12 @@ def test_every_tensor_of_a_file_is_used_or_named(kind: str, folder_of: Any, tmp_
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("num_hidden_layers", 1), ("num_hidden_layers", 3), ("vocab_size", "x"), ("hidden_size", None)],
+    [
+        pytest.param("num_hidden_layers", 1, marks=pytest.mark.long),
+        ("num_hidden_layers", 3),
+        ("vocab_size", "x"),
+        ("hidden_size", None),
+    ],
 )
 def test_settings_in_a_file_that_are_not_those_of_its_tensors_are_refused(
     setting: str, value: object, folder_of: Any, tmp_path: Path

@@ -145,7 +145,7 @@ def test_a_family_says_what_its_class_does(name: str) -> None:
     assert {condition.name for condition in conditions_of(model) if condition.place != "text"} <= taken
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", others_long(CLASSES))
 def test_the_inventory_of_a_transformer(name: str, seen: Seen) -> None:
     architecture = architecture_of(tiny_config(name))
     frame = blocks_frame(architecture)
@@ -166,14 +166,14 @@ def test_the_inventory_of_a_transformer(name: str, seen: Seen) -> None:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_student_is_the_teacher_without_its_blocks(name: str) -> None:
-    native = [check(name, seed) for seed in range(3)]
+    native = [check(name, seed) for seed in range(2)]
     assert any(native) or name in NEVER_NATIVE
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_hundred_students_are_the_teacher_without_their_blocks(name: str) -> None:
-    native = [check(name, seed) for seed in range(3, 103)]
+    native = [check(name, seed) for seed in range(2, 102)]
     assert sum(native) >= 40 or name in NEVER_NATIVE
 
 
@@ -391,6 +391,8 @@ def test_saved_students_are_loaded_by_plain_diffusers(tmp_path: Path) -> None:
         inputs = random_inputs(model, 7)
         student = materialise_from_folder(tmp_path / "teachers" / name, plan)
         wanted = naively(model, inputs, plan)
+        for parameter in student.parameters():  # matrix products round by how memory is aligned
+            parameter.data = parameter.data.clone()
         assert torch.equal(answer(student, inputs), wanted)
         student.save_pretrained(tmp_path / "students" / name)
         save_file({"answer": wanted.contiguous()}, tmp_path / "students" / name / "answer.safetensors")

@@ -138,7 +138,7 @@ def test_any_blocks_are_bypassed_as_by_hand(kind: str) -> None:
     chance = random.Random(1 + zlib.crc32(kind.encode()))
     config = KINDS[kind](chance)
     teacher, inputs = built(config), inputs_of(config)
-    for plan in drawn_sets(architecture_of(teacher), chance, 4):
+    for plan in drawn_sets(architecture_of(teacher), chance, 3):
         with without(teacher, plan.removed):
             wanted = answer(teacher, inputs)
         with bypassed(teacher, plan):

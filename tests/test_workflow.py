@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from families_seen import VERBS, Seen
 from typer.testing import CliRunner
 
 import prune_lab
@@ -87,7 +88,7 @@ def removed_by(run: Run) -> dict[str, set[str]]:
 # The whole job ---------------------------------------------------------------------------------------------------
 
 
-def test_the_whole_job_leaves_every_file(finished: Run) -> None:
+def test_the_whole_job_leaves_every_file(finished: Run, seen: Seen) -> None:
     missing = {path for step in STEPS for path in step.products(finished) if not finished.done(path)}
     candidates = [finished.candidate(plan_id) for plan_id in finished.plan_ids()]
     of_each = {path for one in candidates for path in (one.repair, one.repaired, one.grids)}
@@ -95,6 +96,8 @@ def test_the_whole_job_leaves_every_file(finished: Run) -> None:
     own = {finished.data_dir, finished.validation, finished.captions}
     assert missing == of_each | own | {finished.latency, finished.tournament}
     assert finished.done(finished.environment)
+    for verb in VERBS:
+        seen("UNet2DConditionModel", verb)
 
 
 def test_doing_it_again_computes_nothing(copied: Run, finished: Run, config: RunConfig) -> None:

@@ -113,7 +113,10 @@ KINDS: dict[str, Change] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.long) if kind in ("plain", "both") else kind for kind in KINDS],
+)
 def test_a_student_of_every_kind_of_source_draws(
     kind: str, tiny_pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,11 @@ class ScoreConfig:
     channels_last: bool = setting(
         False, "channels-last memory format of the model while it is scored; pays on a GPU with tensor cores"
     )
+    stream: bool = setting(
+        False,
+        "blocks are read from disk when they run, one in memory at a time: slower, for a model that does not fit; one "
+        "that cannot fit is read so anyway",
+    )
     compile: bool = setting(False, "put the blocks through torch.compile; pays when there are many samples")
 
     def __post_init__(self) -> None:
@@ -181,7 +186,11 @@ class DataConfig:
     steps: int = setting(25, "denoising steps of a picture that the model draws", least=1, most=MANY)
     guidance: float = setting(7.5, "guidance scale of a picture that the model draws")
     resolution: int = setting(
-        0, "pixels per side of a picture that the model draws; 0: those of the model", most=65_536
+        0,
+        "pixels per side of a picture that the model draws, and of all pictures of a model without a size of its own "
+        "(FLUX, Wan); 0: those of the model",
+        most=65_536,
+        read_by="probe",
     )
 
     def __post_init__(self) -> None:

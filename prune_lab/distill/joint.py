@@ -19,7 +19,7 @@ from prune_lab.distill.losses import student_losses, teacher_output
 from prune_lab.distill.setup import DistillSetup, StudentRun, not_finite_reason
 from prune_lab.errors import DeviceError
 from prune_lab.families import family_of
-from prune_lab.runtime import note
+from prune_lab.runtime import generator_for, note
 
 _GRAPHS = 128  # that torch may compile of one class of block: each width is one
 
@@ -68,6 +68,27 @@ def _without_sync(forward: Callable[..., Any]) -> contextlib.AbstractContextMana
     return contextlib.nullcontext()
 
 
+def _drops(module: nn.Module) -> bool:
+    """Whether ``module`` leaves something out at random while it is trained: parts of its input, or classes."""
+    return (isinstance(module, nn.Dropout) and module.p > 0) or getattr(module, "dropout_prob", 0) > 0
+
+
+@contextlib.contextmanager
+def _drawn_by_step(run: StudentRun, settings: DistillConfig, first: int) -> Iterator[None]:
+    """A context in which what the student leaves out at random follows from the seed, the step and the place in the
+    batch alone: it goes on exactly after a stop, and is the same whoever trains beside it.
+    """
+    if not any(map(_drops, run.state.student.modules())):
+        yield
+        return
+    device = next(run.state.student.parameters()).device
+    place = PartialState().process_index * settings.batch + first
+    drawn = generator_for(settings.seed, f"dropout {run.state.step + 1}", place)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(drawn.initial_seed())
+        yield
+
+
 def _forward_backward(setup: DistillSetup, runs: Sequence[StudentRun], batch: Batch, micro: int) -> Tensor:
     """Losses of every student, (students, 3) float32: task, output, feature; leaves gradients in the students."""
     settings, precision, count = setup.settings, setup.precision(), len(batch.timesteps)
@@ -81,7 +102,10 @@ def _forward_backward(setup: DistillSetup, runs: Sequence[StudentRun], batch: Ba
         output = teacher_output(setup.teacher, wanted, chunk, precision)
         for place, run in enumerate(runs):
             last = first + micro >= count
-            with contextlib.nullcontext() if last else _without_sync(run.forward):
+            with (
+                contextlib.nullcontext() if last else _without_sync(run.forward),
+                _drawn_by_step(run, settings, first),
+            ):
                 losses = student_losses(
                     run.state.student,
                     output,

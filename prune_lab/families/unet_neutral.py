@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,8 @@ _ENDS = ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2")  # what the parts of a 
 @functools.lru_cache(maxsize=16)
 def _built(canonical: str) -> Any:
     config = json.loads(canonical)
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # what diffusers says of its own parts
         return getattr(diffusers, config[CLASS_NAME]).from_config(config).eval()
 
 

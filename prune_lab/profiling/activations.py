@@ -201,6 +201,11 @@ def activation_table(
     architecture's), all in ``dtype``. Raises UnsupportedModelError when diffusers keeps other tensors alive than the
     walk says.
     """
+    if not any(unit.gives_skip for unit in architecture.units):
+        raise UnsupportedModelError(
+            "asked for the activation memory of plans, found a model without skip connections: a pass of it needs as "
+            "much without some of its blocks; leave memory out"
+        )
     tokens = architecture.tokens if tokens is None else tokens
     form = pick_dtype(dtype) if isinstance(dtype, str) else dtype
     paths = tuple((unit.name, unit.path) for unit in architecture.units)

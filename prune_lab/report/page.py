@@ -150,7 +150,7 @@ def _place_rules(live: Mapping[str, Any]) -> str:
     """How large the live map is, where each cell and name of it stands, and the colours; a page without style
     attributes needs this.
     """
-    least, most = min(42.0, 2.5 * live["width"]), 4.7 * live["width"]
+    least, most = min(42.0, 2.9 * live["width"]), 4.7 * live["width"]
     rules = [
         f".live-map{{aspect-ratio:{live['aspect']:.3f};min-width:{least:.1f}rem;max-width:{most:.1f}rem}}"
     ]

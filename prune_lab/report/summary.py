@@ -29,10 +29,11 @@ def _model_sentences(tables: RunTables) -> list[str]:
     blocks = whole_blocks(tables.blocks)
     kinds = blocks["kind"].value_counts()
     counted = ", ".join(f"{kinds[kind]} {word}" for kind, word in _KINDS.items() if kind in kinds)
+    blocks_of_kinds = f"{counted} blocks" if len(kinds) == 1 else f"{len(blocks)} blocks ({counted})"
     num_layers = _num_layers(tables)
     layers = f" Inside them are {num_layers} layers that leave one by one." if num_layers else ""
     sentence = (
-        f"The model `{tables.model}` has {len(blocks)} blocks ({counted}); {int(blocks['removable'].sum())} of them "
+        f"The model `{tables.model}` has {blocks_of_kinds}; {int(blocks['removable'].sum())} of them "
         f"can be removed.{layers}"
     )
     if tables.reductions is None:

@@ -99,6 +99,9 @@ class _Prover:
         self._process: subprocess.Popen[str] | None = None
         self._words: IO[bytes] | None = None  # what it says on its standard error
         self._owner = 0
+        self._modules: tempfile.TemporaryDirectory[str] | None = (
+            None  # where diffusers copies code that it runs
+        )
 
     def start(self) -> subprocess.Popen[str]:
         """The process; a new one where there is none, or only that of the process from which this one was forked."""
@@ -111,9 +114,16 @@ class _Prover:
             }
             paths = [str(Path(prune_lab.__file__).resolve().parent.parent), kept.get("PYTHONPATH", "")]
             self._owner, self._words = os.getpid(), tempfile.TemporaryFile()  # noqa: SIM115
+            self._modules = tempfile.TemporaryDirectory(
+                prefix="prune-lab-modules-", ignore_cleanup_errors=True
+            )
+            own = {
+                "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+                "HF_MODULES_CACHE": self._modules.name,  # its own: others read theirs while a copy is written
+            }
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "prune_lab.surgery.prover"],
-                env=kept | _ALONE | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+                env=kept | _ALONE | own,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._words,
@@ -126,10 +136,13 @@ class _Prover:
         """End the process where it belongs to this one, and let go of it in any case."""
         process, self._process = self._process, None
         words, self._words = self._words, None
+        modules, self._modules = self._modules, None
         if process is not None:
             if self._owner == os.getpid():
                 process.kill()
                 process.wait()
+            if modules is not None and self._owner == os.getpid():
+                modules.cleanup()
             for stream in (process.stdin, process.stdout, words):
                 if stream is not None:
                     with contextlib.suppress(OSError):  # what was to be flushed has no reader any more

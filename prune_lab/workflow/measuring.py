@@ -11,6 +11,7 @@ import pandas as pd
 from prune_lab.blocks import Architecture, BlockGroup, GroupKind, block_groups, blocks_frame
 from prune_lab.config import PLAN_FILES
 from prune_lab.errors import ConfigError, StorageError
+from prune_lab.families import family_of
 from prune_lab.forms import why_not
 from prune_lab.importance import (
     ONE_STEP,
@@ -35,6 +36,7 @@ from prune_lab.profiling import (
     latency_file,
     latency_key,
     latency_words,
+    latent_of_pixels,
     measure_latency_table,
     pixels_per_latent,
     profile_pipeline,
@@ -111,6 +113,12 @@ def criteria_of(session: Session) -> tuple[str, ...]:
         )
     if settings.race:
         check_race(settings.criterion)
+    whole = [name for name in names if name not in ONE_STEP]
+    if settings.stream and whole:
+        raise ConfigError(
+            f"asked to score by {', '.join(whole)} with blocks that are read from disk (score.stream), which only "
+            f"{', '.join(sorted(ONE_STEP))} can; leave it out"
+        )
     return names
 
 
@@ -119,6 +127,12 @@ def ensure_scores(session: Session) -> ImportanceTable:
 
     Writes importance_parts.csv (per timestep and kind of prompt) and criteria.csv (with ``score.also``) before it.
     """
+    asked = {session.config.score.criterion, *session.config.score.also}
+    with session.streaming() if asked <= ONE_STEP else contextlib.nullcontext():
+        return _measured_scores(session)
+
+
+def _measured_scores(session: Session) -> ImportanceTable:
     run = session.run
     part = scores_part(session)
     if not session.manifests.given(part) and not session.manifests.settled(part):
@@ -159,10 +173,13 @@ def service_of(session: Session) -> Service:
 
     Raises BudgetError, ConfigError or DeviceError when it cannot be read, or is not to be had here.
     """
+    side, config = session.config.data.resolution, session.source.config
+    asked_size = side and family_of(config).component != "unet" and "sample_size" not in config
     own = Service(
         device=str(session.device),
         dtype=str(session.dtype).removeprefix("torch."),
         batch=session.config.profile.batch,
+        latent=latent_of_pixels(side, session.source) if asked_size else None,  # as FLUX and Wan draw it
         tokens=session.architecture.tokens,
     )
     asked = service_named(session.config.search.budgets)

@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import json
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -155,7 +156,8 @@ def _canonical(config: Mapping[str, Any]) -> str:
 def _whole(canonical: str) -> Any:
     """The model that nothing is gone from, on ``meta``."""
     config = json.loads(canonical)
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # what diffusers says of its own parts
         return getattr(diffusers, config[CLASS_NAME]).from_config(config).eval()
 
 
@@ -225,10 +227,11 @@ def _without_gone(family: Family, model: Any) -> Outline:
     paths = set(config.get(REMOVED) or {})
     gone = {unit.name for unit in outline.units if unit.path in paths}
     units = tuple(
-        dataclasses.replace(unit, gone=True, reason="is gone already", stand_in=None)
+        dataclasses.replace(unit, gone=True, reason="is gone already", stand_in=None, changes_others=False)
         if unit.name in gone
         else dataclasses.replace(
             unit,
+            changes_others=False,  # those that stay are what they were, whatever else leaves
             leaves_with=tuple(name for name in unit.leaves_with if name not in gone),
             self_attention=tuple(
                 path for path in unit.self_attention if not any(path.startswith(f"{one}.") for one in paths)

@@ -1,0 +1,578 @@
+"""The three forms of a student: each the same network, at its own cost, in a folder that plain diffusers loads."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from conftest import SHAPES, TINY_UNET, build_unet
+from safetensors import safe_open
+from tiny_models import TINY_TRANSFORMERS, drawn_config, random_inputs, tiny_model, with_random_weights
+from torch import Tensor
+from typer.testing import CliRunner
+
+import prune_lab.families.own_code as own_code
+from prune_lab.blocks import Architecture, architecture_of
+from prune_lab.candidates import build_candidate, load_candidate, load_student
+from prune_lab.cli import app
+from prune_lab.config import DistillConfig
+from prune_lab.counting import count_macs
+from prune_lab.distill.features import feature_pairs
+from prune_lab.distill.setup import Student, StudentRun
+from prune_lab.errors import BudgetError, ConfigError, PlanError, UnsupportedModelError
+from prune_lab.families import Form, empty_model, family_of, meta_unet
+from prune_lab.forms import exists_in, form_named, in_form, layout_of, why_not, within_form
+from prune_lab.models import load_pipeline, load_unet, resolve_model
+from prune_lab.plans import PruningPlan, is_native, parse_plan, plan_from_json, plan_of
+from prune_lab.profiling import as_matrix, cost_table
+from prune_lab.runs import Run
+from prune_lab.search import Constraints, Effects, parse_budget, search_plans
+from prune_lab.surgery import bypassed, materialise
+from prune_lab.workflow import run_all
+
+LAYER = "transformer_blocks."
+
+
+def answer(model: Any, inputs: Any) -> Tensor:
+    with torch.no_grad():
+        found = model(**inputs, return_dict=False)[0]
+    return found if isinstance(found, Tensor) else torch.stack(list(found))
+
+
+def size(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def drawn(architecture: Architecture, chance: random.Random) -> PruningPlan:
+    names = [block.name for block in architecture.named if block.removable]
+    return plan_of(architecture, chance.sample(names, chance.randint(1, len(names))))
+
+
+def unet_of(shape: str) -> Any:
+    return with_random_weights(build_unet(SHAPES[shape]), 1)
+
+
+def run(*arguments: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return str(result.output)
+
+
+# The same network -----------------------------------------------------------------------------------------------------
+
+
+def left_by_hand(model: Any, architecture: Architecture, plan: PruningPlan) -> int:
+    """Parameters of the model without the modules of the plan's blocks, and of samplers that nothing is left for."""
+    gone = set(plan.removed)
+    left = [sampler for sampler in architecture.samplers if sampler.leaves_with]
+    left = [sampler for sampler in left if gone >= set(sampler.leaves_with)]
+    units = [*(architecture.block(name) for name in plan.removed), *left]
+    return size(model) - sum(size(model.get_submodule(unit.path)) for unit in units)
+
+
+def neutral_by_hand(model: Any, architecture: Architecture, plan: PruningPlan) -> int:
+    """Parameters where whole inner levels that are removed are gone, and of other blocks only transformer layers."""
+    gone = set(plan.removed)
+    samplers = [one for one in architecture.samplers if one.leaves_with and gone >= set(one.leaves_with)]
+    vanished = set().union(*(one.leaves_with for one in samplers)) if samplers else set()
+    paths = {sampler.path for sampler in samplers} | {architecture.block(name).path for name in vanished}
+    left: dict[str, int] = {}  # layers that compute something, by block
+    for block in architecture.blocks:
+        if block.transformer_layers and block.name not in vanished:
+            names = {layer.name for layer in architecture.layers_in(block.name)}
+            left[block.name] = 0 if block.name in gone else block.transformer_layers - len(names & gone)
+    tied = [name for name in ("Dn3.A1", "Md.A1") if name in left]
+    if len(tied) == 2 and len(architecture.stages) == 7:  # of the XL shape: its last down stage has attention
+        left |= dict.fromkeys(tied, max(left[name] for name in tied))
+    total = size(model) - sum(size(model.get_submodule(path)) for path in paths)
+    for name, layers in left.items():
+        block = architecture.block(name)
+        inside = model.get_submodule(block.path).transformer_blocks
+        total -= (block.transformer_layers - layers) * size(inside[0])
+    return total
+
+
+def check_forms(shape: str, plans: int, seed: int) -> None:
+    model, chance = unet_of(shape), random.Random(f"{shape} {seed}")
+    architecture = architecture_of(model)
+    inputs = random_inputs(model, seed)
+    for number in range(plans):
+        plan = drawn(architecture, chance)
+        with bypassed(model, plan):
+            wanted = answer(model, inputs)
+        for form, counted in (("own", left_by_hand), ("neutral", neutral_by_hand)):
+            made = plan.built(form)  # type: ignore[arg-type]
+            student = materialise(model, made)
+            assert torch.equal(answer(student, inputs), wanted), (number, form, plan.text)
+            assert size(student) == counted(model, architecture, plan), (form, plan.text)
+            assert cost_table(architecture).of(made).params == size(student)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_student_is_the_bypassed_teacher_in_every_form(shape: str) -> None:
+    check_forms(shape, 2, 0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_hundred_plans_in_every_form(shape: str) -> None:
+    check_forms(shape, 100, 1)
+
+
+def check_own(name: str, seed: int) -> None:
+    chance = random.Random(f"{name} {seed}")
+    config = drawn_config(name, chance)
+    model = empty_model(config)
+    model = with_random_weights(
+        model._apply(lambda one: torch.empty_like(one, device="cpu") if one.is_meta else one), seed
+    )
+    architecture, inputs = architecture_of(model), random_inputs(model, seed)
+    plan = drawn(architecture, chance).built("own")
+    with bypassed(model, plan):
+        wanted = answer(model, inputs)
+    student = materialise(model, plan)
+    assert torch.equal(answer(student, inputs), wanted), plan.text
+    kept = [
+        f"{architecture.block(block).path}.{path}"
+        for block in plan.removed
+        for path in architecture.block(block).keeps
+    ]
+    assert size(student) == left_by_hand(model, architecture, plan) + sum(
+        size(model.get_submodule(path)) for path in kept
+    )
+    assert architecture_of(student).total_params == size(student)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ChromaTransformer2DModel", "DiTTransformer2DModel", "HunyuanDiT2DModel", "SD3Transformer2DModel"],
+)
+def test_transformers_that_are_not_native_bring_code(name: str) -> None:
+    for seed in range(2):
+        check_own(name, seed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", sorted(TINY_TRANSFORMERS))
+def test_every_transformer_brings_code(name: str) -> None:
+    for seed in range(10):
+        check_own(name, seed)
+
+
+def test_the_first_block_of_dit_leaves_with_code_and_not_natively() -> None:
+    model = tiny_model("DiTTransformer2DModel")
+    architecture = architecture_of(model)
+    plan = parse_plan("-B1", architecture)
+    assert not is_native(architecture, plan)
+    assert in_form(architecture, plan).form == "own"
+    assert in_form(architecture, parse_plan("-B2", architecture)).form == "native"
+    assert within_form(architecture, parse_plan("-B2", architecture), "own").form == "native"
+
+
+def test_what_has_no_neutral_form() -> None:
+    transformer = architecture_of(tiny_model("PixArtTransformer2DModel"))
+    plan = parse_plan("-B2", transformer)
+    assert "cannot stay and do nothing" in why_not(transformer, plan.built("neutral"))
+    scaled = architecture_of({**TINY_UNET, "mid_block_scale_factor": 2.0})
+    assert "divided by 2" in why_not(scaled, parse_plan("-Md.R1", scaled).built("neutral"))
+    assert not why_not(scaled, parse_plan("-Dn1.R1", scaled).built("neutral"))
+    assert exists_in(scaled, parse_plan("-Md.R1", scaled), "own")
+    with pytest.raises(ConfigError, match="native, neutral, own"):
+        form_named("padded")
+
+
+def test_a_plan_says_its_form() -> None:
+    architecture = architecture_of(TINY_UNET)
+    plan = parse_plan("-Dn1.A1", architecture).built("own")
+    assert plan == plan.built("native"), "the form is no part of what a plan removes"
+    written = plan.to_json()
+    assert plan_from_json(written, architecture).form == "own"
+    del written["form"]  # as plans were written before there were forms
+    assert plan_from_json(written, architecture).form == "native"
+    with pytest.raises(PlanError, match="native, neutral, own"):
+        plan_from_json({**written, "form": "padded"}, architecture)
+
+
+# Costs ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "forms", "drawings"),
+    [
+        ("sdxl", ["neutral"], 1),
+        *(pytest.param(shape, ["neutral", "own"], 10, marks=pytest.mark.long) for shape in SHAPES),
+    ],
+)
+def test_costs_are_those_of_the_model_that_is_built(shape: str, forms: list[Form], drawings: int) -> None:
+    architecture, chance = architecture_of(SHAPES[shape]), random.Random(shape)
+    costs = cost_table(architecture)
+    everything = [block.name for block in architecture.blocks if block.removable]
+    for form in forms:
+        table = costs.in_form(form)
+        assert sum(part.params for part in table.parts) == architecture.total_params
+        plans = [drawn(architecture, chance).built(form) for _ in range(drawings)]
+        plans.append(plan_of(architecture, everything).built(form))
+        many = table.of_many(as_matrix(plans, architecture))
+        for number, plan in enumerate(plans):
+            config, found = layout_of(architecture, plan).config, costs.of(plan)
+            counted = count_macs(config, tokens=architecture.tokens)
+            assert found.params == size(meta_unet(config))
+            assert (found.macs, found.attention_macs) == (counted.total, counted.attention)
+            # what is searched with is never less than what is built
+            assert many.params[number] >= found.params
+            if not any(architecture.block(name).inside for name in plan.removed):
+                assert (many.params[number], many.macs[number]) == (found.params, found.macs)
+
+
+def test_a_neutral_residual_block_saves_nothing_and_is_not_chosen_for_it() -> None:
+    architecture = architecture_of(TINY_UNET)
+    costs = cost_table(architecture)
+    residual = parse_plan("-Dn1.R2", architecture)
+    assert costs.of(residual.built("neutral")).params == architecture.total_params
+    assert costs.of(residual.built("own")).params < architecture.total_params
+    # residual blocks would be the best choice where they saved anything
+    effects = Effects({block.name: 0.0 if block.kind == "resnet" else 1.0 for block in architecture.blocks})
+    budget = [parse_budget("params<=90%", architecture, costs)]
+    for form, kind in (("own", "resnet"), ("neutral", "attention")):
+        rules = Constraints(form=form, keep=("Dn4",))  # type: ignore[arg-type]
+        (plan,) = search_plans(architecture, effects, costs, budget, constraints=rules)
+        assert {architecture.block(name).kind for name in plan.removed} == {kind}
+        assert plan.form == form
+        assert size(meta_unet(layout_of(architecture, plan).config)) <= budget[0].limit
+    few = [parse_budget("params<=12%", architecture, costs)]
+    with pytest.raises(BudgetError, match="form neutral binds"):
+        search_plans(
+            architecture, effects, costs, few, constraints=Constraints(form="neutral", keep=("Dn4",))
+        )
+
+
+# Folders --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Where diffusers copies the code that it is told to trust."""
+    folder = tmp_path / "modules"
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(folder))
+    monkeypatch.syspath_prepend(str(folder))
+    known = set(sys.modules)
+    yield
+    for name in set(sys.modules) - known:
+        if name.startswith("diffusers_modules"):
+            del sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def own_folder(built_once: Any, tiny_pipeline_folder: Path) -> Path:
+    """A pipeline whose U-Net has code of its own; copy it to change it."""
+
+    def build(folder: Path) -> None:
+        run("prune", tiny_pipeline_folder, "--plan", "-Dn1.A1 -Up2.R2", "--out", folder, "--force")
+
+    return built_once("own", build)  # type: ignore[no-any-return]
+
+
+def code_in(folder: Path) -> Path:
+    (found,) = folder.glob("modeling_*.py")
+    return found
+
+
+def test_prune_writes_code_where_no_plain_config_will_do(
+    own_folder: Path, tiny_pipeline_folder: Path
+) -> None:
+    unet = own_folder / "unet"
+    config = json.loads((unet / "config.json").read_text())
+    file = code_in(unet)
+    assert file.stem.endswith(hashlib.sha256(file.read_bytes()).hexdigest()[:12])
+    index = json.loads((own_folder / "model_index.json").read_text())
+    assert index["unet"] == [file.stem, "PrunedUNet2DConditionModel"]
+    assert config["auto_map"] == {"AutoModel": f"{file.stem}.PrunedUNet2DConditionModel"}
+    provenance = json.loads((unet / "provenance.json").read_text())
+    assert (provenance["form"], provenance["proof"]["largest_difference"]) == ("own", 0.0)
+    assert json.loads((unet / "plan.json").read_text())["form"] == "own"
+    assert "trust_remote_code=True" in (unet / "README.md").read_text()
+    assert "trust_remote_code=True" in (own_folder / "README.md").read_text()
+    # here it loads without being told to trust it, and the copy in the folder is not what runs
+    model = load_unet(resolve_model(str(own_folder)))
+    assert sys.modules[type(model).__module__].__file__ == str(own_code.FOLDER / file.name)
+    teacher = load_unet(resolve_model(str(tiny_pipeline_folder)))
+    inputs = random_inputs(teacher, 0)
+    for parameter in (*model.parameters(), *teacher.parameters()):  # numbers in a file lie as they do there
+        parameter.data = parameter.data.clone()
+    with bypassed(teacher, plan_of(architecture_of(teacher), ("Dn1.A1", "Up2.R2"))):
+        assert torch.equal(answer(model, inputs), answer(teacher, inputs))
+    pipeline = load_pipeline(resolve_model(str(own_folder)))
+    pipeline("a cat", num_inference_steps=1, output_type="latent")
+    assert "native" in run(
+        "prune", tiny_pipeline_folder, "--plan", "bk-base", "--out", "x", "--dry-run", "--json"
+    )
+
+
+def test_code_that_is_not_known_is_never_run(own_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "changed"
+    shutil.copytree(own_folder, folder)
+    file = code_in(folder / "unet")
+    file.write_text("raise SystemExit('this must not run')\n" + file.read_text())
+    for place in (folder, folder / "unet"):
+        with pytest.raises(UnsupportedModelError, match="never runs"):
+            resolve_model(str(place))
+    file.unlink()
+    with pytest.raises(UnsupportedModelError, match=f"lacks {file.name}"):
+        resolve_model(str(folder))
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    name = config["_class_name"]
+    config["auto_map"] = {"AutoModel": f"modeling_pruned_0123456789ab.{name}"}
+    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    (folder / "unet" / "modeling_pruned_0123456789ab.py").write_text("raise SystemExit")
+    with pytest.raises(UnsupportedModelError, match="never runs"):
+        resolve_model(str(folder / "unet"))
+    for wrong in ({}, {"AutoModel": "../x.y"}, {"AutoModel": f"os.{name}"}, {"AutoModel": 3}, "text"):
+        with pytest.raises(UnsupportedModelError):
+            family_of({**config, "auto_map": wrong}).model_class()
+
+
+def test_the_plain_class_refuses_the_folder(own_folder: Path) -> None:
+    unet = str(own_folder / "unet")
+    for low in (True, False):
+        with pytest.raises((ValueError, RuntimeError), match=r"expected shape|size mismatch"):
+            diffusers.UNet2DConditionModel.from_pretrained(unet, low_cpu_mem_usage=low)
+    with safe_open(own_folder / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
+        empty = [name for name in file.keys() if not file.get_tensor(name).numel()]  # noqa: SIM118
+    assert sorted(empty) == ["down_blocks.0.attentions.0.norm.weight", "up_blocks.1.resnets.1.norm1.weight"]
+
+
+@pytest.mark.usefixtures("modules")
+def test_how_diffusers_loads_it(own_folder: Path, tmp_path: Path) -> None:
+    unet = str(own_folder / "unet")
+    model = diffusers.AutoModel.from_pretrained(unet, trust_remote_code=True)
+    assert type(model).__name__ == "PrunedUNet2DConditionModel"
+    with pytest.raises(TypeError):
+        diffusers.AutoModel.from_pretrained(Path(unet), trust_remote_code=True)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        diffusers.DiffusionPipeline.from_pretrained(str(own_folder))
+    # without the entry of the index a plain U-Net would come back without a word: its weights do not fit
+    wrong = tmp_path / "wrong"
+    shutil.copytree(own_folder, wrong)
+    index = json.loads((wrong / "model_index.json").read_text())
+    index["unet"] = ["diffusers", "UNet2DConditionModel"]
+    (wrong / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises((ValueError, RuntimeError), match=r"expected shape|size mismatch"):
+        diffusers.DiffusionPipeline.from_pretrained(str(wrong), trust_remote_code=True)
+    # what is saved again has its code, also twice, and from what prune-lab loaded
+    loaded = diffusers.DiffusionPipeline.from_pretrained(str(own_folder), trust_remote_code=True)
+    loaded.save_pretrained(tmp_path / "again")
+    ours = load_pipeline(resolve_model(str(tmp_path / "again")))
+    ours.save_pretrained(tmp_path / "third")
+    assert code_in(tmp_path / "third" / "unet").read_bytes() == code_in(own_folder / "unet").read_bytes()
+    third = diffusers.DiffusionPipeline.from_pretrained(str(tmp_path / "third"), trust_remote_code=True)
+    inputs = random_inputs(model, 0)
+    assert torch.equal(answer(third.unet, inputs), answer(model, inputs))
+
+
+@pytest.mark.usefixtures("modules")
+def test_two_versions_of_the_file_in_one_process(
+    own_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new, old = tmp_path / "new", own_folder / "unet"
+    shutil.copytree(old, new)
+    text = code_in(old).read_text() + "\nVERSION = 2\n"
+    name = f"modeling_pruned_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    code_in(new).unlink()
+    (new / f"{name}.py").write_text(text)
+    config = (new / "config.json").read_text().replace(code_in(old).stem, name)
+    (new / "config.json").write_text(config)
+    models = [
+        diffusers.AutoModel.from_pretrained(str(one), trust_remote_code=True) for one in (old, new, old)
+    ]
+    files = [type(model).__module__ for model in models]
+    assert files == [code_in(old).stem, name, code_in(old).stem]
+    inputs = random_inputs(load_unet(resolve_model(str(old))), 0)
+    assert torch.equal(answer(models[0], inputs), answer(models[1], inputs))
+    # here: a version that the package knows beside the newest one
+    with pytest.raises(UnsupportedModelError, match="never runs"):
+        resolve_model(str(new))
+    package = tmp_path / "package"
+    package.mkdir()
+    for path in (code_in(old), new / f"{name}.py"):
+        shutil.copy(path, package)
+    monkeypatch.setattr(own_code, "FOLDER", package)
+    own_code.known_files.cache_clear()
+    try:
+        assert type(load_unet(resolve_model(str(new)))).__module__ == name
+        assert type(load_unet(resolve_model(str(old)))).__module__ == code_in(old).stem
+    finally:
+        monkeypatch.undo()
+        own_code.known_files.cache_clear()
+        own_code._module.cache_clear()
+
+
+def test_the_names_of_the_package_s_files_are_their_hashes() -> None:
+    assert own_code.NEWEST in {path.stem for path in own_code.known_files().values()}
+    for digest, path in own_code.known_files().items():
+        assert path.stem == f"modeling_pruned_{digest[:12]}", (
+            "a file that was shipped must not be changed: add another"
+        )
+        assert "prune_lab" not in path.read_text(), "it needs torch and diffusers alone"
+
+
+def test_a_single_file_has_no_place_for_code(own_folder: Path, tmp_path: Path) -> None:
+    said = run("export", own_folder, "--to", "single-file", "--out", tmp_path / "x.safetensors", code=2)
+    assert "code of its own" in said
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_neutral_students_are_plain_ones(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "neutral"
+    run("prune", tiny_pipeline_folder, "--plan", "-Dn1.A1 -Dn1.R2", "--form", "neutral", "--out", out)
+    unet = diffusers.UNet2DConditionModel.from_pretrained(out / "unet")
+    assert len(unet.down_blocks[0].attentions[0].transformer_blocks) == 0
+    assert (
+        "comes back to life" in (out / "README.md").read_text()
+        or "back to life" in (out / "README.md").read_text()
+    )
+    said = run(
+        "prune",
+        tiny_pipeline_folder,
+        "--plan",
+        "-Dn1.A1",
+        "--form",
+        "native",
+        "--out",
+        tmp_path / "x",
+        code=2,
+    )
+    assert "an attention block for each residual block" in said
+    said = run(
+        "prune", tiny_pipeline_folder, "--plan", "-Dn1.A1", "--form", "plain", "--out", tmp_path / "x", code=2
+    )
+    assert "native, neutral, own" in said
+
+
+FRESH = """
+import sys
+
+
+class NoPruneLab:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "prune_lab":
+            raise ImportError("prune_lab is not there")
+
+
+sys.meta_path.insert(0, NoPruneLab())
+import torch
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+pipeline.set_progress_bar_config(disable=True)
+picture = pipeline("a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+assert "prune_lab" not in sys.modules
+print(sum(one.numel() for one in pipeline.unet.parameters()), picture.shape, float(picture.mean()))
+"""
+
+
+@pytest.mark.long
+def test_plain_diffusers_draws_with_it_where_prune_lab_is_not(own_folder: Path, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
+    code = [sys.executable, "-P", "-c", FRESH, str(own_folder)]
+    done = subprocess.run(code, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    pipeline = load_pipeline(resolve_model(str(own_folder)))
+    generator = torch.Generator().manual_seed(0)
+    picture = pipeline("a cat", num_inference_steps=2, generator=generator, output_type="np").images
+    assert done.stdout.split() == f"{size(pipeline.unet)} {picture.shape} {float(picture.mean())}".split()
+
+
+# In a run -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_candidate_keeps_its_form(tiny_unet: Any, tmp_path: Path) -> None:
+    architecture = architecture_of(tiny_unet)
+    plan = parse_plan("-Dn1.A1 -Up3.R2", architecture).built("own")
+    candidate = build_candidate(tiny_unet, plan, tmp_path / plan.id, runs=2)
+    assert load_candidate(candidate.folder, architecture).plan.form == "own"
+    student = load_student(candidate)
+    assert candidate.profile.params == size(student) == cost_table(architecture).of(plan).params
+    paths = {name for name, _ in student.named_modules()}
+    for points in ("stages", "blocks", "self-attention"):
+        for form in ("own", "neutral"):
+            pairs = feature_pairs(architecture, plan.built(form), points)  # type: ignore[arg-type]
+            assert pairs
+            if form == "own":
+                assert {pair.student_path for pair in pairs} <= paths
+            assert not {pair.teacher_path for pair in pairs} & {
+                architecture.block(name).path for name in plan.removed if points == "blocks"
+            }
+
+
+def test_training_leaves_neutral_blocks_alone(tiny_unet: Any, tmp_path: Path) -> None:
+    architecture = architecture_of(tiny_unet)
+    plan = parse_plan("-Dn2.A1 -Dn1.R2 -Up2.R2", architecture)
+    neutral, own = (materialise(tiny_unet, plan.built(form)) for form in ("neutral", "own"))  # type: ignore[arg-type]
+    frozen = layout_of(architecture, plan.built("neutral")).frozen
+    setup: Any = SimpleNamespace(settings=DistillConfig(learning_rate=1e-2), device="cpu")
+    inputs = random_inputs(tiny_unet, 0)
+    for unet, paths in ((neutral, frozen), (own, ())):
+        student = Student(lambda: unet, (), tmp_path, paths)  # noqa: B023
+        made = StudentRun.of(setup, student, unet, {})
+        before = copy.deepcopy(unet.state_dict())
+        for _ in range(2):
+            unet(**inputs)[0].square().mean().backward()
+            made.state.optimizer.step()
+            made.state.optimizer.zero_grad()
+            made.state.ema.step(list(unet.parameters()))
+        same = {name for name, tensor in unet.state_dict().items() if torch.equal(tensor, before[name])}
+        kept = (
+            {name for name in before if name.startswith(tuple(f"{path}." for path in paths))}
+            if paths
+            else set()
+        )
+        assert kept <= same
+        assert len(same) < len(before) / 2
+        unet.eval()
+    # trained alike, as both are the same network: what is silent has stayed silent
+    torch.testing.assert_close(answer(neutral, inputs), answer(own, inputs), rtol=1e-4, atol=1e-4)
+
+
+def form_of_all(run_folder: Path) -> dict[str, str]:
+    found = {}
+    for path in run_folder.glob("candidates/*/plan.json"):
+        plan = json.loads(path.read_text())
+        found[plan["id"]] = plan["form"]
+    return found
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("form", ["own", "neutral"])
+def test_a_whole_run_in_another_form(
+    form: str, small_run_config: Any, tmp_path: Path, quick_report: None
+) -> None:
+    config = small_run_config(
+        search={"budgets": ("params<=85%",), "controls": ("bk-base",), "form": form, "keep": ("Dn4", "Md")},
+        repair={"kind": "shift"},
+    )
+    root = tmp_path / "run"
+    run_all(config, root)
+    forms = form_of_all(root)
+    assert sorted(forms.values()) == sorted(["native", form])
+    for plan_id, found in forms.items():
+        distilled = root / "candidates" / plan_id / "distilled"
+        folders = [path.parent for path in distilled.rglob("config.json")] or [distilled]
+        config_of = json.loads((folders[0] / "config.json").read_text())
+        assert config_of["_class_name"].startswith("Pruned") == (found == "own")
+    assert Run(root).done(Run(root).ranking)
