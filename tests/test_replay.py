@@ -247,6 +247,13 @@ def chain_inputs(
     }
 
 
+def chain_arrange(
+    config: Any, conditions: Any, sample: Tensor, timestep: Tensor, text: Tensor, given: Any
+) -> dict[str, Any]:
+    """Each latent pixel is a row."""
+    return {"sample": sample.flatten(2).mT, "timestep": timestep, "encoder_hidden_states": text}
+
+
 def chain_outline(model: Any, hands_on: tuple[str | None, ...] = ("text", "hidden_states")) -> Outline:
     width = model.config.width
     same = {"stage": "B", "kind": "transformer", "in_channels": width, "out_channels": width}
@@ -263,6 +270,12 @@ def chain_outline(model: Any, hands_on: tuple[str | None, ...] = ("text", "hidde
 CHAIN = {
     "model_class": lambda: Chain,
     "example_inputs": chain_inputs,
+    "channels": lambda config: int(config["channels"]),
+    "text": lambda config: int(config["width"]),
+    "size": lambda config: (1, 2),
+    "tokens": lambda config: 2,
+    "arrange": chain_arrange,
+    "prediction": lambda config, output, sample: output,  # as a plain pass gives it
     "outline": chain_outline,
     "layout": lambda outline, removed: Layout({}, {}),
     "levels": lambda outline: [[unit.name] for unit in outline.units],
