@@ -195,7 +195,6 @@ _STATUS = Cells("text", words=("teacher", "ranked", "dropped", "left out", "fail
 _FATE = Cells("text", words=("kept", "dropped", "failed"))
 _PROCESSES = Cells("text", words=("one process", "own processes"))
 _INTEGER = Cells("integer")
-_WHOLE = Cells("integer")
 _COUNT, _COUNT_OR_NONE = Cells("integer", least=0), Cells("integer", least=0, missing=True)
 _NUMBER, _NUMBER_OR_NONE = Cells("number"), Cells("number", missing=True)
 _ANY_NUMBER = Cells("number", missing=True, infinite=True)
@@ -216,7 +215,7 @@ BLOCKS = Records(
 COSTS = Records(
     COST_COLUMNS,
     # the rest of a model may be less than nothing: what leaves with the last block of SD3 is counted there as well
-    {_TEXT: "name kind", _WHOLE: "params macs attention_macs paper_macs weight_bytes", _COUNT: "tokens"},
+    {_TEXT: "name kind", _INTEGER: "params macs attention_macs paper_macs weight_bytes", _COUNT: "tokens"},
     key=("name",),
 )
 REDUCTIONS = Records(
