@@ -70,12 +70,12 @@ def exists_in(architecture: Architecture, plan: PruningPlan, form: Form) -> bool
 
 
 def in_form(architecture: Architecture, plan: PruningPlan, form: Form | None = None) -> PruningPlan:
-    """``plan`` in the form that is asked for; None: native where that exists, else with code of its own.
+    """``plan`` in the form that is asked for; None: the one it has, or where it has none yet native, else own.
 
     Raises FormError where it cannot be built in that.
     """
-    chosen = form or ("native" if is_native(architecture, plan) else "own")
-    made = plan.built(chosen)
+    undecided: Form = "native" if is_native(architecture, plan) else "own"
+    made = plan.built(form or (undecided if plan.form == "native" else plan.form))
     layout_of(architecture, made)
     return made
 

@@ -293,7 +293,6 @@ RANKING = Records(
     RANKING_COLUMNS,
     {
         _COUNT_OR_NONE: "rank tie_group rung",
-        _TEXT: "plan plan_id",
         _ORIGIN: "origin",
         _STATUS: "status",
         _COUNT: "blocks_removed params macs paper_macs steps",
@@ -302,8 +301,10 @@ RANKING = Records(
         "clip_before clip_after",
         _TRUTH_OR_NONE: "pareto",
         _TEXT_OR_NONE: "reason",
+        _TEXT: "plan plan_id form",
     },
     key=("plan_id",),
+    optional=("form",),
 )
 TOURNAMENT = Records(
     TOURNAMENT_COLUMNS,

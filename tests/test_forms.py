@@ -21,7 +21,14 @@ import torch
 from conftest import SHAPES, TINY_UNET, build_unet
 from families_seen import Seen
 from safetensors import safe_open
-from tiny_models import TINY_TRANSFORMERS, drawn_config, random_inputs, tiny_model, with_random_weights
+from tiny_models import (
+    TINY_TRANSFORMERS,
+    drawn_config,
+    others_long,
+    random_inputs,
+    tiny_model,
+    with_random_weights,
+)
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -34,17 +41,21 @@ from prune_lab.counting import count_macs
 from prune_lab.distill.features import feature_pairs
 from prune_lab.distill.setup import Student, StudentRun
 from prune_lab.errors import BudgetError, ConfigError, PlanError, UnsupportedModelError
-from prune_lab.families import Form, empty_model, family_of, meta_unet
+from prune_lab.export.hub import uploads_of
+from prune_lab.families import FAMILIES, Form, empty_model, family_of, meta_unet, plain_config
 from prune_lab.forms import exists_in, form_named, in_form, layout_of, why_not, within_form
 from prune_lab.models import load_pipeline, load_unet, resolve_model
+from prune_lab.models.hub import files_to_fetch
 from prune_lab.plans import PruningPlan, is_native, parse_plan, plan_from_json, plan_of
+from prune_lab.prefix_sharing import predict_without
+from prune_lab.probes import predict, random_probe
 from prune_lab.profiling import as_matrix, cost_table
-from prune_lab.runs import Run
+from prune_lab.ranking import ranking_from_frame
+from prune_lab.runs import Run, read_records
+from prune_lab.schemas import RANKING
 from prune_lab.search import Constraints, Effects, parse_budget, search_plans
-from prune_lab.surgery import bypassed, materialise
+from prune_lab.surgery import bypassed, materialise, prune_pipeline
 from prune_lab.workflow import run_all
-
-LAYER = "transformer_blocks."
 
 
 def answer(model: Any, inputs: Any) -> Tensor:
@@ -328,6 +339,42 @@ def test_prune_writes_code_where_no_plain_config_will_do(
     )
 
 
+PIXELS: dict[str, Any] = {
+    "_class_name": "UNet2DModel",
+    "sample_size": 16,
+    "block_out_channels": [8, 16, 16],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 4,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+}
+
+
+def tiny(name: str) -> Any:
+    if name in TINY_TRANSFORMERS:
+        return tiny_model(name)
+    config = {"UNet2DConditionModel": TINY_UNET, "UNet2DModel": PIXELS}[name]
+    return with_random_weights(family_of(config).model_class().from_config(config))
+
+
+@pytest.mark.parametrize("name", others_long(sorted(FAMILIES)))
+def test_a_student_of_every_family_is_proved(name: str, tmp_path: Path, seen: Seen) -> None:
+    tiny(name).save_pretrained(tmp_path / "teacher")
+    source = resolve_model(str(tmp_path / "teacher"))
+    architecture = source.architecture
+    forms: list[Form] = ["own", "neutral"] if family_of(source.config).neutral else ["own"]
+    removable = [block.name for block in architecture.blocks if block.removable]
+    for form in forms:
+        plan = plan_of(architecture, removable[-2:-1] or removable).built(form)
+        out = prune_pipeline(source, plan, tmp_path / form)
+        proof = json.loads((out / "provenance.json").read_text())["proof"]
+        assert (proof["kind"], proof["largest_difference"]) == ("bypassed teacher", 0.0)
+        student = load_unet(resolve_model(str(out)))
+        assert size(student) == proof["parameters"] == cost_table(architecture).of(plan).params
+        seen(name, "prune", form=form)
+
+
 def test_code_that_is_not_known_is_never_run(own_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "changed"
     shutil.copytree(own_folder, folder)
@@ -336,9 +383,8 @@ def test_code_that_is_not_known_is_never_run(own_folder: Path, tmp_path: Path) -
     for place in (folder, folder / "unet"):
         with pytest.raises(UnsupportedModelError, match="never runs"):
             resolve_model(str(place))
-    file.unlink()
-    with pytest.raises(UnsupportedModelError, match=f"lacks {file.name}"):
-        resolve_model(str(folder))
+    file.unlink()  # as fetched from a hub, of which no code is read: the name says which code it is
+    load_unet(resolve_model(str(folder)))
     config = json.loads((folder / "unet" / "config.json").read_text())
     name = config["_class_name"]
     config["auto_map"] = {"AutoModel": f"modeling_pruned_0123456789ab.{name}"}
@@ -433,6 +479,15 @@ def test_the_names_of_the_package_s_files_are_their_hashes() -> None:
             "a file that was shipped must not be changed: add another"
         )
         assert "prune_lab" not in path.read_text(), "it needs torch and diffusers alone"
+
+
+def test_its_code_goes_to_a_hub_and_is_not_fetched_from_one(own_folder: Path) -> None:
+    names = [one.name for one in uploads_of(own_folder)]
+    code = f"unet/{code_in(own_folder / 'unet').name}"
+    assert code in names
+    fetched = files_to_fetch(names, json.loads((own_folder / "model_index.json").read_text()))
+    assert code not in fetched
+    assert "unet/config.json" in fetched
 
 
 def test_a_single_file_has_no_place_for_code(own_folder: Path, tmp_path: Path) -> None:
@@ -554,6 +609,30 @@ def test_training_leaves_neutral_blocks_alone(tiny_unet: Any, tmp_path: Path) ->
     torch.testing.assert_close(answer(neutral, inputs), answer(own, inputs), rtol=1e-4, atol=1e-4)
 
 
+def test_a_student_with_code_is_scored_and_pruned_again(tiny_unet: Any) -> None:
+    architecture = architecture_of(tiny_unet)
+    student = materialise(tiny_unet, parse_plan("-Dn1.A2 -Up2.R2", architecture).built("own"))
+    found = architecture_of(student)
+    names = ({block.name for block in one.blocks} for one in (architecture, found))
+    assert next(names) - next(names) == {"Dn1.A2", "Up2.R2"}
+    inputs = random_inputs(tiny_unet, 0)
+    sets = [frozenset({"Dn2.A1"}), frozenset({"Up2.A2", "Md.R2"}), frozenset[str]()]
+    probe = random_probe(plain_config(tiny_unet), samples=2, seed=0, timesteps=2)
+    ((_, answers),) = predict_without(student, probe, sets, batch=2, width=1)
+    for removed, answered in zip(sets, answers, strict=True):
+        both = plan_of(architecture, {"Dn1.A2", "Up2.R2"} | removed)
+        with bypassed(tiny_unet, both):
+            wanted = predict(tiny_unet, probe)
+            torch.testing.assert_close(answered, wanted, rtol=0, atol=5e-5)
+            exact = answer(tiny_unet, inputs)
+        if removed:
+            again = in_form(found, plan_of(found, removed))
+            assert again.form == "own"
+            smaller = materialise(student, again)
+            assert torch.equal(answer(smaller, inputs), exact)
+            assert size(smaller) == left_by_hand(tiny_unet, architecture, both)
+
+
 def form_of_all(run_folder: Path) -> dict[str, str]:
     found = {}
     for path in run_folder.glob("candidates/*/plan.json"):
@@ -568,7 +647,13 @@ def test_a_whole_run_in_another_form(
     form: str, small_run_config: Any, tmp_path: Path, quick_report: None
 ) -> None:
     config = small_run_config(
-        search={"budgets": ("params<=85%",), "controls": ("bk-base",), "form": form, "keep": ("Dn4", "Md")},
+        search={
+            "budgets": ("params<=85%",),
+            "controls": ("bk-base",),
+            "form": form,
+            "keep": ("Dn4", "Md", "Dn1.A2"),
+            "remove": ("Dn1.A1",),  # without its neighbour: no plan of these is native
+        },
         repair={"kind": "shift"},
     )
     root = tmp_path / "run"
@@ -580,4 +665,6 @@ def test_a_whole_run_in_another_form(
         folders = [path.parent for path in distilled.rglob("config.json")] or [distilled]
         config_of = json.loads((folders[0] / "config.json").read_text())
         assert config_of["_class_name"].startswith("Pruned") == (found == "own")
-    assert Run(root).done(Run(root).ranking)
+    ranking = ranking_from_frame(read_records(Run(root).ranking, RANKING))
+    made = {entry.result.plan_id: entry.result.form for entry in ranking.entries}
+    assert {plan_id: made[plan_id] for plan_id in forms} == forms

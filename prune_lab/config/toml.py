@@ -24,6 +24,7 @@ from prune_lab.runtime import path_text, printable, read_text
 
 # Settings that an earlier version called otherwise: the old name, and what it is called now.
 RENAMED: dict[str, str] = {
+    "search.native_only": "search.form",
     "rank.engine": "engine.kind",
     "rank.address": "engine.address",
     "rank.storage": "engine.storage",

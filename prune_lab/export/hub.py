@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import safe_open
 
 from prune_lab.errors import HubError, StorageError
+from prune_lab.families import known_files
 from prune_lab.models import resolve_model
 from prune_lab.models.conversion import refuse_flawed, stored
 from prune_lab.models.files import json_object, read_header
@@ -50,6 +51,7 @@ class Upload:
 
 def _belongs(path: Path) -> bool:
     named = path.name.lower().startswith(_LICENCES) or path.suffix.lower() in _KEPT
+    named = named or path.name in {known.name for known in known_files().values()}  # code of a student's own
     return named and not path.name.startswith((".", *_LEFT_OUT))
 
 

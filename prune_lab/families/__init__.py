@@ -383,7 +383,7 @@ def model_of(pipeline: Any) -> Any:
     """
     parts = {name: getattr(pipeline, name, None) for name in _MODELS}
     found = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
-    known = [name for name, part in found.items() if type(part).__name__ in FAMILIES]
+    known = [name for name, part in found.items() if base_name(type(part).__name__) in FAMILIES]
     if len(known) > 1:
         raise UnsupportedModelError(
             f"asked for the model of a {type(pipeline).__name__}, found {len(known)} ({', '.join(known)}) that share "

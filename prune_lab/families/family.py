@@ -115,6 +115,11 @@ class Outline:
         return tuple(unit for unit in self.units if unit.stage == stage and kind in (None, unit.kind))
 
     @property
+    def present(self) -> tuple[Unit, ...]:
+        """The units that were not taken out already."""
+        return tuple(unit for unit in self.units if not unit.gone)
+
+    @property
     def blocks(self) -> tuple[Unit, ...]:
         """The units that together make up the stages: no samplers, and nothing that lies inside another unit."""
         return tuple(unit for unit in self.units if unit.kind != "sampler" and not unit.inside)

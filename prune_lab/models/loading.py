@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -84,7 +85,11 @@ def load_unet(
             f"asked for the weights of {source.text!r}, which is structure only (kind: {source.kind}); "
             "give the folder of a pipeline or of a model, a hub id, or ask for random weights (--random-weights)"
         )
-    with quiet(), component_view(source.unet_folder, STEMS["diffusers"], source.variant) as view:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", FutureWarning)  # what diffusers says of its own parts
+        view = stack.enter_context(component_view(source.unet_folder, STEMS["diffusers"], source.variant))
         model = model_class.from_pretrained(view, dtype=dtype, low_cpu_mem_usage=True, **_SAFE)
     if view != source.unet_folder:  # a view is gone by now
         model.register_to_config(_name_or_path=str(source.unet_folder))

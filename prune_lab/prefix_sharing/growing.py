@@ -118,7 +118,7 @@ def _without_weights(architecture: Architecture, kinds: tuple[Kinds, Kinds]) -> 
     """What ``growth`` gives; None where the model does not run on ``meta``, since it reads values."""
     try:
         with runs_on_meta():
-            return _growth(meta_unet(architecture.config), architecture.outline.units, kinds)
+            return _growth(meta_unet(architecture.config), architecture.outline.present, kinds)
     except ReplayError:
         raise
     except (RuntimeError, NotImplementedError, TypeError, ValueError):
@@ -135,4 +135,4 @@ def growth(
     """
     kinds = Kinds.of(inputs(FEW)), Kinds.of(inputs(MORE))
     found = _without_weights(architecture, kinds)
-    return _growth(model, architecture.outline.units, kinds) if found is None else found
+    return _growth(model, architecture.outline.present, kinds) if found is None else found

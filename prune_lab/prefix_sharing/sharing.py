@@ -95,7 +95,7 @@ def fitting_batch(
 
 def own_macs(architecture: Architecture) -> tuple[dict[str, int], int]:
     """Multiply-adds of one row by unit, without those of the units inside it; and of what lies around all units."""
-    units = architecture.outline.units
+    units = architecture.outline.present
     whole = {unit.name: architecture.count().by_module[unit.path][0] for unit in units}
     own = dict(whole)
     for unit in units:
@@ -109,7 +109,7 @@ def macs_without(architecture: Architecture, gone: frozenset[str]) -> int:
     first of them, and what lies around it in the same block. Sets that share their first removals need less.
     """
     own, needed = own_macs(architecture)
-    units = in_order(architecture.outline.units)
+    units = in_order(architecture.outline.present)
     around: dict[str, frozenset[str]] = {
         "": frozenset()
     }  # of each unit: itself, and those that it lies inside of

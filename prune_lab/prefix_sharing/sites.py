@@ -73,7 +73,7 @@ def _handing_on(unit: Unit, module: nn.Module) -> Callable[..., Any]:
 
 def sites_of(model: nn.Module, architecture: Architecture, compiled: bool) -> tuple[Site, ...]:
     """The sites of all units in order of execution. Raises ReplayError for a unit that hands on what is not there."""
-    units = in_order(architecture.outline.units)
+    units = in_order(architecture.outline.present)
     places = {unit.name: place for place, unit in enumerate(units)}
     ends = [place + 1 for place in range(len(units))]
     for place in range(len(units) - 1, -1, -1):  # from the last, so that inner ends reach their outer units

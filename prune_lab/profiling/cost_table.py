@@ -369,7 +369,7 @@ def cost_table(
     macs = count.total - sum(one.macs for one in parts)
     attention = count.attention - sum(one.attention_macs for one in parts)
     # where a block takes something of others with it, the rest of a tiny model may be less than that
-    shared = any(block.changes_others for block in architecture.blocks)
+    shared = any(unit.changes_others for unit in architecture.units)
     assert shared or min(params, macs, attention) >= 0, "parts of a model overlap"
     calls = {operator: number for operator, number in left.items() if number}
     parts.append(part(REST, "rest", params, (macs, attention), MappingProxyType(calls)))

@@ -62,6 +62,7 @@ class CandidateResult:
     failure: str = ""
     left_out: str = ""
     dropped: str = ""
+    form: str = "native"  # how the student is built (``prune_lab.forms``)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -91,12 +92,17 @@ class Ranking:
     entries: tuple[RankingEntry, ...]
 
     def frame(self) -> pd.DataFrame:
-        """One row per entry in order, columns RANKING_COLUMNS; unknown values are missing, never zero."""
+        """One row per entry in order, columns RANKING_COLUMNS; unknown values are missing, never zero.
+
+        Where a student is not of the native form, ``form`` is one more column.
+        """
+        forms = [entry.result.form for entry in self.entries]
+        columns = [*RANKING_COLUMNS, *(["form"] if set(forms) - {"native"} else [])]
         rows = [
-            [getattr(entry if name in _ENTRY_COLUMNS else entry.result, name) for name in RANKING_COLUMNS]
+            [getattr(entry if name in _ENTRY_COLUMNS else entry.result, name) for name in columns]
             for entry in self.entries
         ]
-        return pd.DataFrame(rows, columns=list(RANKING_COLUMNS)).astype(_KINDS)
+        return pd.DataFrame(rows, columns=columns).astype(_KINDS)
 
 
 def pareto_front(results: Iterable[CandidateResult]) -> frozenset[str]:
@@ -195,7 +201,8 @@ def ranking_from_frame(frame: pd.DataFrame) -> Ranking:
     if missing := [name for name in RANKING_COLUMNS if name not in frame]:
         raise DataError(f"asked to read a ranking, found no column {missing[0]!r}; run prune-lab rank again")
     entries = []
-    for row in frame[list(RANKING_COLUMNS)].astype(_KINDS).to_dict("records"):
+    columns = [name for name in (*RANKING_COLUMNS, "form") if name in frame]
+    for row in frame[columns].astype(_KINDS).to_dict("records"):
         known: dict[str, Any] = {str(name): value for name, value in row.items() if not pd.isna(value)}
         position = {name: known.pop(name, None) for name in _ENTRY_COLUMNS}
         reason = position["reason"] = position["reason"] or ""

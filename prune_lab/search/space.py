@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from prune_lab.blocks import Architecture
-from prune_lab.errors import PlanError
+from prune_lab.errors import BudgetError, PlanError
 from prune_lab.families import Form
 from prune_lab.forms import exists_in
 from prune_lab.plans import PruningPlan, native_choices, plan_of
@@ -79,6 +79,11 @@ def space_of(
     """
     for budget in budgets:
         costs.total.amount(budget.metric)
+        if budget.metric == "memory" and constraints.form == "neutral":
+            raise BudgetError(
+                "asked for a budget on memory in the neutral form, in which the memory of a pass is not known; give "
+                "params, macs or latency, or another form"
+            )
     limits = constraints.limits(architecture)
     levels = (
         native_choices(architecture)

@@ -39,8 +39,8 @@ Question = Mapping[str, Any]
 
 
 def _answer(model: Any, inputs: Mapping[str, Any]) -> Tensor:
-    found: Tensor = model(**inputs, return_dict=False)[0]
-    return found.clone()
+    found: Any = model(**inputs, return_dict=False)[0]
+    return found.clone() if isinstance(found, Tensor) else torch.stack(list(found))  # of one tensor a row
 
 
 def _original_answer(original: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:

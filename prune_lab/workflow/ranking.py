@@ -134,6 +134,7 @@ def _candidate_result(
         plan_id=plan.id,
         origin="search" if plan.origin == "search" else "control",
         blocks_removed=len(plan.removed),
+        form=plan.form,
         params=costs.params,
         macs=costs.macs,
         paper_macs=costs.paper_macs,

@@ -196,7 +196,7 @@ def plans_frame(session: Session) -> pd.DataFrame:
                 if cost.latency_ms is not None and whole.latency_ms is not None
                 else None,
                 "predicted_impact": None if importance is None else predicted_impact(plan, importance),
-                "native": not left_out(session, plan),
+                "native": plan.form == "native" and not left_out(session, plan),
                 "form": plan.form,
             }
         )

@@ -78,16 +78,16 @@ def file_of(config: Mapping[str, Any]) -> str:
 
 
 def check_code(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise UnsupportedModelError unless the model file that ``config`` names lies in ``folder`` and equals one of this
-    package byte for byte. It is read, and never run.
+    """Raise UnsupportedModelError unless the model file that ``config`` names is one of this package, and its copy in
+    ``folder`` the same byte for byte. The copy is read, and never run; without it the name alone counts, since no
+    code is fetched from a hub.
     """
     if not is_own(config):
         return
     path = Path(folder) / f"{file_of(config)}.py"
     if not path.is_file():
-        raise UnsupportedModelError(
-            f"{folder} lacks {path.name}, the code of its model; fetch the folder again"
-        )
+        code_path(path.stem)
+        return
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     known = known_files().get(found)
     if known is None or known.name != path.name:
@@ -134,8 +134,8 @@ def code_path(file: str) -> Path:
         if path.stem == file:
             return path
     raise UnsupportedModelError(
-        f"asked for the code {printable(file, 60)}, which this version of prune-lab does not know; install the "
-        "prune-lab that wrote the model"
+        f"asked for the code {printable(file, 60)}, which this version of prune-lab does not know and so never runs; "
+        "install the prune-lab that wrote the model"
     )
 
 
