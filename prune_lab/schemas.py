@@ -214,7 +214,8 @@ BLOCKS = Records(
 )
 COSTS = Records(
     COST_COLUMNS,
-    {_TEXT: "name kind", _COUNT: "params macs attention_macs paper_macs weight_bytes tokens"},
+    # the rest of a model may be less than nothing: what leaves with the last block of SD3 is counted there as well
+    {_TEXT: "name kind", _INTEGER: "params macs attention_macs paper_macs weight_bytes", _COUNT: "tokens"},
     key=("name",),
 )
 REDUCTIONS = Records(

@@ -136,8 +136,10 @@ def check_forms(shape: str, plans: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_student_is_the_bypassed_teacher_in_every_form(shape: str) -> None:
+def test_a_student_is_the_bypassed_teacher_in_every_form(shape: str, seen: Seen) -> None:
     check_forms(shape, 2, 0)
+    for form in ("own", "neutral"):
+        seen(unet_of(shape), "prune", form=form)
 
 
 @pytest.mark.long
@@ -174,16 +176,18 @@ def check_own(name: str, seed: int) -> None:
     "name",
     ["ChromaTransformer2DModel", "DiTTransformer2DModel", "HunyuanDiT2DModel", "SD3Transformer2DModel"],
 )
-def test_transformers_that_are_not_native_bring_code(name: str) -> None:
+def test_transformers_that_are_not_native_bring_code(name: str, seen: Seen) -> None:
     for seed in range(2):
         check_own(name, seed)
+    seen(name, "prune", form="own")
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", sorted(TINY_TRANSFORMERS))
-def test_every_transformer_brings_code(name: str) -> None:
+def test_every_transformer_brings_code(name: str, seen: Seen) -> None:
     for seed in range(10):
         check_own(name, seed)
+    seen(name, "prune", form="own")
 
 
 def test_the_first_block_of_dit_leaves_with_code_and_not_natively() -> None:

@@ -19,6 +19,7 @@ from unet_kinds import KINDS, built
 from prune_lab.blocks import architecture_of, block_groups
 from prune_lab.counting import count_macs
 from prune_lab.importance import ScoringContext, score
+from prune_lab.plans import plan_of
 from prune_lab.probes import predict, random_probe
 from prune_lab.profiling import cost_table
 from prune_lab.search import Constraints, parse_budget, search_plans
@@ -62,9 +63,13 @@ def test_a_model_of_every_family_is_scored_searched_and_cut(name: str, seen: See
     whole = predict(model, probe).double()
     block = next(block for block in reversed(architecture.blocks) if block.removable)
     with by_hand(model, name, block.name, [unit.path for unit in architecture.outline.units]):
-        change = predict(model, probe).double() - whole
+        without_it = predict(model, probe)
+    change = without_it.double() - whole
     assert impacts[block.name] == pytest.approx(float(change.square().sum() / whole.square().sum()), rel=1e-3)
     seen(model, "score")
+    student = materialise(model, plan_of(architecture, [block.name]).built("own"))
+    assert torch.equal(predict(student, probe), without_it)
+    seen(model, "prune", form="own")
 
     costs = cost_table(architecture)
     budget = parse_budget("params<=98.5%", architecture, costs)

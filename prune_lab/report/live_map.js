@@ -30,7 +30,10 @@
   const stageOf = (name) => cells.get(name).dataset.stage;
   const stages = (level) => [...new Set([...level.members].map(stageOf))].join(" and ");
   const chosen = (level) => new Set([...removed].filter((name) => level.members.has(name)));
-  const unbuildable = () => levels.filter((level) => !level.options.some((option) => equal(option, chosen(level))));
+  const listed = new Set(levels.flatMap((level) => [...level.members]));
+  // What no level lists leaves in no native plan that is known: its one option is to stay.
+  const others = () => ({ members: new Set([...removed].filter((name) => !listed.has(name))), options: [new Set()] });
+  const unbuildable = () => [...levels, others()].filter((level) => !level.options.some((option) => equal(option, chosen(level))));
 
   // Where blocks have no score, the sum is not known; it is never a sum of some of them.
   const impact = () => {
