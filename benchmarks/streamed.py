@@ -43,10 +43,15 @@ def write_random(folder: Path) -> int:
         shards.setdefault(next((path for path in paths if name.startswith(path)), "rest."), {})[name] = tensor
     total = 0
     generator = torch.Generator().manual_seed(0)
-    for path, tensors in shards.items():
+    homes: dict[str, str] = {}
+    for number, tensors in enumerate(shards.values(), start=1):
+        file = f"diffusion_pytorch_model-{number:05}-of-{len(shards):05}.safetensors"
+        homes |= dict.fromkeys(tensors, file)
         made = {name: torch.randn(one.shape, generator=generator).mul_(0.02) for name, one in tensors.items()}
         total += sum(4 * one.numel() for one in made.values())
-        save_file(made, folder / f"{path}safetensors")
+        save_file(made, folder / file)
+    index = {"metadata": {"total_size": total}, "weight_map": homes}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(CONFIG))
     return total
 

@@ -71,5 +71,6 @@ def stated_peak(
     model: Any, inputs: Inputs, removed: Sequence[frozenset[str]], *, width: int, at_once: int | None = None
 ) -> int:
     """Bytes of this process at the highest moment of the replay: those that it has now, and ``needed_bytes``."""
-    now: int = psutil.Process().memory_info().rss
-    return now + needed_bytes(model, inputs, removed, width=width, at_once=at_once)
+    needed = needed_bytes(model, inputs, removed, width=width, at_once=at_once)
+    now: int = psutil.Process().memory_info().rss  # after it: what it loads of torch stays
+    return now + needed
