@@ -78,8 +78,8 @@ def file_of(config: Mapping[str, Any]) -> str:
 
 
 def check_code(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise UnsupportedModelError unless the model file that ``config`` names is one of this package, and the copy of it
-    in ``folder`` the same byte for byte. The copy is read, and never run; without it the name alone counts, since no
+    """Raise UnsupportedModelError unless the model file that ``config`` names is one of this package, and its copy in
+    ``folder`` the same byte for byte. The copy is read, and never run; without it the name alone counts, since no
     code is fetched from a hub.
     """
     if not is_own(config):
