@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import hashlib
+import inspect
 import json
 import platform
 import shutil
@@ -25,7 +26,7 @@ from prune_lab import models
 from prune_lab.assets import reference_folder
 from prune_lab.blocks import architecture_of
 from prune_lab.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
-from prune_lab.families import meta_unet
+from prune_lab.families import family_of, meta_unet
 from prune_lab.models import (
     load_pipeline,
     load_scorer,
@@ -38,13 +39,19 @@ from prune_lab.models import (
 from prune_lab.models.files import read_header
 from prune_lab.models.sources import PRESETS
 
-# BK-SDM, table 1 and its model cards; SDXL's own model card
+# BK-SDM, table 1 and its model cards; SDXL's own model card. PixArt-Sigma's own code counts 610,856,096, and Alpha has
+# an embedding of the picture's size and ratio besides (493,056); diffusers' FLUX.1-dev has 11,901,408,320.
 PARAMETERS = {
     "sd-v1.4": 859_520_964,
     "sd-v1.5": 859_520_964,
     "sd-v2.1-base": 865_910_724,
     "sd-v2.1": 865_910_724,
     "sdxl-base": 2_567_463_684,
+    "pixart-alpha": 611_349_152,
+    "pixart-sigma": 610_856_096,
+    "sd3-medium": 2_028_328_000,
+    "flux-dev": 11_901_408_320,
+    "dit-xl-2-256": 749_826_464,
 }
 
 
@@ -79,6 +86,18 @@ def test_presets_have_the_published_number_of_parameters(name: str) -> None:
     assert sum(parameter.numel() for parameter in meta_unet(source.config).parameters()) == PARAMETERS[name]
 
 
+def test_what_diffusers_counts_otherwise_than_the_authors() -> None:
+    """DiT-XL/2 has 675,129,632 parameters: one embedding of timestep and class, which diffusers has in every block, and
+    the places of its 256 patches. Of SD3 2,084,951,104 numbers are saved, those of its places (192 x 192) among them.
+    """
+    dit = meta_unet(preset_config("dit-xl-2-256"))
+    blocks = len(dit.transformer_blocks)
+    embedding = sum(parameter.numel() for parameter in dit.transformer_blocks[0].norm1.emb.parameters())
+    assert dit.num_parameters() - (blocks - 1) * embedding + 256 * 1152 == 675_129_632
+    saved = meta_unet(preset_config("sd3-medium")).state_dict().values()
+    assert sum(tensor.numel() for tensor in saved) == 2_084_951_104
+
+
 def test_there_is_a_file_for_every_preset_and_no_other() -> None:
     folder = Path(models.__file__).parent.parent / "presets"
     assert sorted(path.stem for path in folder.glob("*.json")) == sorted(PRESETS)
@@ -87,8 +106,9 @@ def test_there_is_a_file_for_every_preset_and_no_other() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_diffusers_knows_every_setting_of_a_preset(name: str) -> None:
     # from_config drops what it does not know without a word, so a misspelt key would go unseen
-    known = UNet2DConditionModel.__init__.__wrapped__.__code__.co_varnames
-    assert {key for key in preset_config(name) if not key.startswith("_")} <= set(known)
+    config = preset_config(name)
+    known = inspect.signature(family_of(config).model_class().__init__).parameters
+    assert {key for key in config if not key.startswith("_")} <= set(known)
 
 
 def test_the_two_sizes_of_v2_differ_as_published() -> None:

@@ -454,6 +454,9 @@ def goes_on_as(
                     yield unit, following, place, name
 
 
+LAID_OUT_ANEW = ("LatteTransformer3DModel",)  # between blocks that look at places and at frames
+
+
 @pytest.mark.parametrize("name", tiny_models.others_long(families.FAMILIES))
 def test_a_family_hands_on_what_neighbours_show(name: str) -> None:
     """Found by object identity in a tiny model, where there is one, or the class's default model on ``meta``."""
@@ -469,7 +472,7 @@ def test_a_family_hands_on_what_neighbours_show(name: str) -> None:
     calls = calls_of(model, inputs, units)
     assert [unit.name for unit, _, _ in calls] == [unit.name for unit in units]
     found = list(goes_on_as(calls))
-    assert found
+    assert bool(found) == (name not in LAID_OUT_ANEW)
     for unit, following, place, input_name in found:
         # the last block of SD3 reads text and gives none
         named = (*following.hands_on, input_name) if following.hands_on[place] is None else following.hands_on

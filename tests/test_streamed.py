@@ -4,22 +4,31 @@ what memory that takes.
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
+from click.testing import Result
 from conftest import SHAPES, build_unet
+from safetensors.torch import load_file, save_file
+from tiny_pipelines import tiny_pipeline
+from typer.testing import CliRunner
 
 from prune_lab.blocks import architecture_of
-from prune_lab.errors import ModelFormatError
+from prune_lab.cli import app
+from prune_lab.errors import ModelFormatError, UnsupportedModelError
 from prune_lab.models import streamed
 from prune_lab.models.streamed import is_streamed, load_streamed
+from prune_lab.plans import plan_of
 from prune_lab.prefix_sharing import needed_bytes, predict_without
 from prune_lab.probes import predict, random_probe
-from prune_lab.surgery import bypassed
+from prune_lab.surgery import bypassed, materialise
 
 SMALL = {**SHAPES["sdxl"], "sample_size": 8, "layers_per_block": 1}
 
@@ -100,10 +109,130 @@ def test_the_memory_is_known_before(folder: Path) -> None:
 
 
 def test_missing_weights_are_named(folder: Path) -> None:
-    for path in sorted(folder.glob("*.safetensors"))[1:]:
-        path.unlink()
-    with pytest.raises(ModelFormatError, match="found none called"):
-        predict(load_streamed(folder), random_probe(SMALL, samples=1, seed=0))
-    next(folder.glob("*.safetensors")).write_bytes(b"no weights at all")
-    with pytest.raises(ModelFormatError, match="damaged file"):
+    first, second, *_ = sorted(folder.glob("*.safetensors"))
+    kept = second.read_bytes()
+    second.write_bytes(b"no weights at all")
+    with pytest.raises(ModelFormatError, match=re.escape(second.name)):
         load_streamed(folder)
+    second.write_bytes(kept)
+    model: Any = load_streamed(folder)
+    for path in (path for path in folder.glob("*.safetensors") if path != first):
+        path.unlink()
+    with pytest.raises(ModelFormatError, match="found a damaged file"):
+        predict(model, random_probe(SMALL, samples=1, seed=0))
+    with pytest.raises(ModelFormatError, match="shards of its weights"):
+        load_streamed(folder)
+
+
+def test_a_tensor_that_no_file_holds_is_named(tmp_path: Path) -> None:
+    build_unet(SMALL).save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    tensors = load_file(file)
+    lost = next(name for name in tensors if name.startswith("mid_block.attentions.0"))
+    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, file)
+    with pytest.raises(ModelFormatError, match=f"found none called '{lost}'"):
+        predict(load_streamed(tmp_path), random_probe(SMALL, samples=1, seed=0))
+
+
+# Of a run and from the command line --------------------------------------------------------------------------------
+
+FEW = (
+    "--set",
+    "probe.samples=2",
+    "--set",
+    "score.bootstrap=1",
+    "--set",
+    "score.groups=block",
+    "--device",
+    "cpu",
+)
+
+
+def scored(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["score", *map(str, arguments), *FEW, "--json"])
+
+
+def impacts_in(found: Result) -> list[float]:
+    assert found.exit_code == 0, found.output
+    return [row["impact"] for row in json.loads(found.stdout)]
+
+
+@pytest.fixture
+def never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody may load the model with all of its weights."""
+
+    def refuse(*_given: Any, **_options: Any) -> None:
+        raise AssertionError("the whole model was loaded")
+
+    monkeypatch.setattr("prune_lab.session.session.load_unet", refuse)
+    monkeypatch.setattr("prune_lab.models.loading.load_unet", refuse)
+
+
+@pytest.fixture(scope="module")
+def pixart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_pipeline("pixart", tmp_path_factory.mktemp("pixart") / "pixart")
+
+
+@pytest.fixture
+def model_named(folder: Path, tiny_pipeline_folder: Path, pixart: Path) -> Callable[[str], Path]:
+    return {"model": folder, "sd": tiny_pipeline_folder, "pixart": pixart}.__getitem__
+
+
+@pytest.mark.parametrize("name", ["model", "sd", pytest.param("pixart", marks=pytest.mark.long)])
+def test_scores_of_blocks_that_are_read_are_those_of_the_whole_model(
+    name: str, model_named: Callable[[str], Path], request: pytest.FixtureRequest
+) -> None:
+    own = () if name == "model" else ("--data", "shipped")
+    wanted = impacts_in(scored(model_named(name), *own))
+    request.getfixturevalue("never_whole")
+    found = scored(model_named(name), *own, "--stream")
+    assert impacts_in(found) == pytest.approx(wanted, rel=1e-3)
+    assert re.search(r"blocks are read from disk, 1 times each.* beside the .* in use", found.stderr)
+
+
+@pytest.mark.usefixtures("never_whole")
+def test_a_model_that_does_not_fit_is_read_block_by_block(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prune_lab.session.session.free_bytes", lambda _device: 1000)
+    found = scored(folder)
+    assert impacts_in(found)
+    assert "its blocks are read from disk" in found.stderr
+
+
+def test_what_cannot_be_done_with_blocks_that_are_read(folder: Path, tmp_path: Path) -> None:
+    found = scored(folder, "--stream", "--criterion", "magnitude")
+    assert found.exit_code == 2
+    assert "error: asked to score by magnitude" in found.stderr
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(SMALL))
+    found = scored(config, "--random-weights", "--stream")
+    assert found.exit_code == 2
+    assert "found no weights there" in found.stderr
+    model: Any = load_streamed(folder)
+    assert model.to("meta", torch.float16) is model
+    with pytest.raises(UnsupportedModelError, match="read from disk"):
+        materialise(model, plan_of(architecture_of(model), ["Md.A1"]))
+
+
+def test_the_files_of_a_variant_are_those_that_are_read(tmp_path: Path) -> None:
+    plain, half = build_unet(SMALL), build_unet(SMALL, seed=1).half()
+    plain.save_pretrained(tmp_path)
+    half.save_pretrained(tmp_path, variant="fp16")
+    key = "conv_in.weight"
+    assert torch.equal(load_streamed(tmp_path).state_dict()[key], plain.state_dict()[key])
+    found = load_streamed(tmp_path, variant="fp16").state_dict()[key]
+    assert torch.equal(found, half.state_dict()[key].float())
+
+
+def test_the_memory_of_a_model_that_needs_more_than_shapes() -> None:
+    """Mochi counts the words of its mask and asks for ``autocast``, which plain ``meta`` does not know."""
+    model = tiny_models.tiny_model("MochiTransformer3DModel")
+    blocks = architecture_of(model).blocks
+    sets = [frozenset[str](), *(frozenset({block.name}) for block in blocks)]
+
+    def inputs(copies: int) -> dict[str, Any]:
+        return tiny_models.random_inputs(model, batch=copies)
+
+    needed = [needed_bytes(model, inputs, sets, width=width) for width in (1, 4)]
+    assert 0 < needed[0] < needed[1]

@@ -391,6 +391,8 @@ def test_saved_students_are_loaded_by_plain_diffusers(tmp_path: Path) -> None:
         inputs = random_inputs(model, 7)
         student = materialise_from_folder(tmp_path / "teachers" / name, plan)
         wanted = naively(model, inputs, plan)
+        for parameter in student.parameters():  # matrix products round by how memory is aligned
+            parameter.data = parameter.data.clone()
         assert torch.equal(answer(student, inputs), wanted)
         student.save_pretrained(tmp_path / "students" / name)
         save_file({"answer": wanted.contiguous()}, tmp_path / "students" / name / "answer.safetensors")

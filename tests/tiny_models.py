@@ -327,9 +327,10 @@ def _of_sana(generator: random.Random, settings: dict[str, Any]) -> dict[str, An
 
 
 def _of_cogvideo(generator: random.Random, settings: dict[str, Any]) -> dict[str, Any]:
+    turned, across_time = generator.random() < 0.5, generator.choice([None, 2])
     return {
-        "use_rotary_positional_embeddings": generator.random() < 0.5,
-        "patch_size_t": generator.choice([None, 2]),
+        "use_rotary_positional_embeddings": turned,
+        "patch_size_t": across_time if turned else None,  # the places that are added know single frames only
         "ofs_embed_dim": generator.choice([None, 8]),
     }
 

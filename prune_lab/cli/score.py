@@ -26,6 +26,10 @@ def score(
     ] = [],  # noqa: B006
     samples: Annotated[int | None, options.for_setting("probe.samples")] = None,
     data: options.DataOption = None,
+    stream: Annotated[
+        bool | None,
+        options.for_setting("score.stream"),
+    ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="All criteria, how they agree, and with what was measured.")
     ] = False,
@@ -58,6 +62,7 @@ def score(
         "score.groups": tuple(name if "." in name else name.removesuffix("s") for name in groups),
         "probe.samples": samples,
         "data.source": data,
+        "score.stream": stream,
     }
     found_by = options.found_by(revision, subfolder, variant, random_weights)
     settings = settings_of(model, run, config, assign, {**asked, **found_by}, device=device, seed=seed)

@@ -69,6 +69,11 @@ class ScoreConfig:
     channels_last: bool = setting(
         False, "channels-last memory format of the model while it is scored; pays on a GPU with tensor cores"
     )
+    stream: bool = setting(
+        False,
+        "blocks are read from disk when they run, one in memory at a time: slower, for a model that does not fit; one "
+        "that cannot fit is read so anyway",
+    )
     compile: bool = setting(False, "put the blocks through torch.compile; pays when there are many samples")
 
     def __post_init__(self) -> None:

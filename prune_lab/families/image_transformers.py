@@ -54,9 +54,8 @@ PIXART = chain(
     text=lambda config: int(config["caption_channels"] or config["cross_attention_dim"]),
     arrange=_pixart_arrange,
     answers=MASKED_TEXT,
-    tokens=lambda config: (
-        300 if _wants_picture_size(config) else 120
-    ),  # PixArt-Sigma's and -Alpha's pipelines
+    # Sigma's configs say that it takes no size of the picture, and its pipeline asks for 300 words, Alpha's for 120
+    tokens=lambda config: 300 if config.get("use_additional_conditions") is False else 120,
     conditions=_pixart_conditions,
     stem="pos_embed",
     compiled=("BasicTransformerBlock",),

@@ -22,7 +22,10 @@ from prune_lab.runtime import open_regular, path_text, without_folders
 
 SourceKind = Literal["reference", "preset", "pipeline", "unet", "config"]
 
-PRESETS = ("sd-v1.4", "sd-v1.5", "sd-v2.1-base", "sd-v2.1", "sdxl-base")
+PRESETS = (
+    *("sd-v1.4", "sd-v1.5", "sd-v2.1-base", "sd-v2.1", "sdxl-base"),
+    *("pixart-alpha", "pixart-sigma", "sd3-medium", "flux-dev", "dit-xl-2-256"),
+)
 
 _ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 

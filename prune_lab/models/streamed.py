@@ -8,7 +8,7 @@ which calls each block once for all sets of a pass, and so reads its weights onc
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from prune_lab.errors import ModelFormatError
 from prune_lab.families import family_of, outline_of, plain_config
-from prune_lab.models.files import json_object
+from prune_lab.models.files import json_object, weight_files
 from prune_lab.models.silence import quiet
 
 _STREAMED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -34,10 +34,10 @@ def is_streamed(model: nn.Module) -> bool:
 class _Weights:
     """The safetensors files of a model's folder, opened for each tensor anew: a map that is closed takes no memory."""
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, files: Iterable[Path], device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
         self._files: dict[str, Path] = {}
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in files:
             with self._open(path) as file:
                 self._files |= dict.fromkeys(file.keys(), path)
 
@@ -99,10 +99,11 @@ def outer_paths(model: nn.Module) -> Iterator[str]:
 
 
 def load_streamed(
-    folder: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    folder: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, variant: str = ""
 ) -> ModelMixin:
     """The model in ``folder``, in eval mode, that reads each of its blocks from there when it is called.
 
+    It stays where it is and as it is laid out: ``to`` changes nothing. ``variant`` is that of the files, such as fp16.
     Raises ModelFormatError for weights that are missing or damaged, UnsupportedModelError for a class that is not
     known.
     """
@@ -112,7 +113,7 @@ def load_streamed(
     # Buffers are made for real: those that are not saved are made of the config.
     with quiet(), accelerate.init_empty_weights(include_buffers=False):
         model: Any = model_class.from_config(plain_config(config)).eval()
-    weights = _Weights(folder, torch.device(device), dtype)
+    weights = _Weights(weight_files(folder, variant), torch.device(device), dtype)
     paths = tuple(outer_paths(model))
     beginnings = tuple(f"{path}." for path in paths)
     resident = {name: weights.read(name) for name in model.state_dict() if not name.startswith(beginnings)}
@@ -126,6 +127,7 @@ def load_streamed(
         module = model.get_submodule(path)
         module.forward = _bringing(place, path, module)
     model.requires_grad_(False)
+    model.to = lambda *_where, **_how: model
     _STREAMED.add(model)
     streamed: ModelMixin = model
     return streamed

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, tr
 
 from prune_lab.blocks import Architecture
 from prune_lab.errors import ReplayError
-from prune_lab.families import Unit, meta_unet
+from prune_lab.families import Unit, meta_unet, runs_on_meta
 from prune_lab.surgery.patching import patched
 
 Marks = tuple[bool, ...]  # one for each leaf: whether its first dimension grows with the rows
@@ -62,13 +62,18 @@ class Kinds:
         return Kinds(treespec_dumps(spec), tuple(kinds))
 
     def inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-        """Inputs of these kinds, of zeros; floating point numbers are of ``dtype``."""
+        """Inputs of these kinds, of zeros, masks of ones; floating point numbers are of ``dtype``."""
         leaves = []
         for kind in self.leaves:
             if not isinstance(kind, tuple):
                 leaves.append(kind)
                 continue
             shape, own = kind
+            if (
+                own is torch.bool
+            ):  # a mask that leaves nothing out: a model may count in it, which meta cannot
+                leaves.append(torch.ones(shape, dtype=own, device="cpu" if device.type == "meta" else device))
+                continue
             leaves.append(torch.zeros(shape, dtype=dtype if own.is_floating_point else own, device=device))
         found: dict[str, Any] = tree_unflatten(leaves, treespec_loads(self.tree))
         return found
@@ -112,7 +117,8 @@ def _growth(model: Any, units: Sequence[Unit], kinds: tuple[Kinds, Kinds]) -> Ma
 def _without_weights(architecture: Architecture, kinds: tuple[Kinds, Kinds]) -> Mapping[str, Growth] | None:
     """What ``growth`` gives; None where the model does not run on ``meta``, since it reads values."""
     try:
-        return _growth(meta_unet(architecture.config), architecture.outline.present, kinds)
+        with runs_on_meta():
+            return _growth(meta_unet(architecture.config), architecture.outline.present, kinds)
     except ReplayError:
         raise
     except (RuntimeError, NotImplementedError, TypeError, ValueError):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_lab.blocks import architecture_of
-from prune_lab.families import meta_unet
+from prune_lab.families import meta_unet, runs_on_meta
 from prune_lab.live_bytes import FusedAttention, LiveBytes
 from prune_lab.models.streamed import is_streamed, outer_paths
 from prune_lab.prefix_sharing.growing import Kinds, growth
@@ -58,7 +58,7 @@ def needed_bytes(
         answer: Tensor = shell(**given, return_dict=False)[0]
         return answer
 
-    with torch.no_grad(), LiveBytes(shell) as live, FusedAttention():
+    with runs_on_meta(), LiveBytes(shell) as live, FusedAttention():
         for _ in replayed(
             shell, architecture, call, removed, width=width, growth=lambda: known, at_once=at_once
         ):

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from diffusers import ModelMixin
 from torch import Tensor
@@ -214,9 +215,10 @@ def _width_from_disk(rows: _Rows, removed: Sequence[frozenset[str]], at_once: in
     while needed > _MEMORY_SHARE * free and width > 1:
         width = -(-width // 2)
         needed = needed_bytes(rows.model, rows.inputs, removed, width=width, at_once=at_once)
+    in_use: int = psutil.Process().memory_info().rss
     note(
         f"blocks are read from disk, {-(-len(set(removed)) // width)} times each for {len(rows.numbers)} rows; this "
-        f"takes up to {bytes_text(needed)} of memory beside what is in use"
+        f"takes up to {bytes_text(needed)} of memory beside the {bytes_text(in_use)} in use"
     )
     return width
 
@@ -245,9 +247,9 @@ def predict_without(
     if width is None:
         rows = min(batch, len(probe))
         batch, width = fitting_batch(architecture_of(unet), rows, unet.device, unet.dtype.itemsize)
-        if is_streamed(unet):
-            at_once = width
-            width = _width_from_disk(_Rows(unet, probe, tuple(range(batch))), removed, at_once)
+    if is_streamed(unet) and width > 1:
+        at_once = width
+        width = _width_from_disk(_Rows(unet, probe, tuple(range(min(batch, len(probe))))), removed, at_once)
     for start in range(0, len(probe), batch):
         part = slice(start, min(start + batch, len(probe)))
         given = _Rows(unet, probe, tuple(range(part.start, part.stop)))

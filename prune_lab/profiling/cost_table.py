@@ -341,6 +341,11 @@ def cost_table(
 
     def counted(unit: CountedUnit, kind: PartKind) -> PartCost:
         macs, uncounted = count.by_module[unit.path], count.uncounted_by_module[unit.path]
+        if unit.changes_others:  # what a model without it lacks, at the size of this table
+            family, outline = architecture.family, architecture.outline
+            without = family.layout(outline, frozenset({unit.name})).config
+            left = count_macs(without, batch=batch, latent=latent, tokens=tokens)
+            macs = count.total - left.total, count.attention - left.attention
         return part(unit.name, kind, unit.params, macs, uncounted)
 
     parts = [
@@ -363,9 +368,8 @@ def cost_table(
     params = architecture.total_params - sum(one.params for one in parts)
     macs = count.total - sum(one.macs for one in parts)
     attention = count.attention - sum(one.attention_macs for one in parts)
-    shared = any(
-        unit.changes_others for unit in architecture.units
-    )  # with it others lose what is counted as its own
+    # where a block takes something of others with it, the rest of a tiny model may be less than that
+    shared = any(block.changes_others for block in architecture.blocks)
     assert shared or min(params, macs, attention) >= 0, "parts of a model overlap"
     calls = {operator: number for operator, number in left.items() if number}
     parts.append(part(REST, "rest", params, (macs, attention), MappingProxyType(calls)))

@@ -75,13 +75,14 @@
     const bad = unbuildable();
     const verdict = find("verdict");
     find("snap").hidden = !bad.length;
-    if (!data.choices) verdict.textContent = "Whether it can be built is not known: the run is from an older version.";
+    if (!data.choices) verdict.textContent = "Whether it is native is not known: the run is from an older version.";
     else if (!removed.size) verdict.textContent = "Nothing is removed: this is the teacher.";
-    else if (!bad.length) verdict.textContent = "Can be built: a plain diffusers config describes what is left.";
+    else if (!bad.length) verdict.textContent = "Native: a plain diffusers config describes what is left.";
     else if (!data.choices.complete) verdict.textContent =
-      `May not be buildable: ${bad.map(stages).join("; ")}. prune-lab prune --dry-run tells.`;
+      `May not be native: ${bad.map(stages).join("; ")}. prune-lab prune --dry-run tells.`;
     else verdict.textContent =
-      `Cannot be built as it is: no plain diffusers config describes what is left of ${bad.map(stages).join("; ")}.`;
+      `Not native: no plain diffusers config describes what is left of ${bad.map(stages).join("; ")}. ` +
+      "It is built with code of its own in its folder.";
 
     const metric = find("metric").value;
     const most = Number(find("most").value);

@@ -193,7 +193,7 @@ def _reductions(tables: RunTables) -> tuple[SectionItem, ...]:
     for model, frame in tables.reductions.groupby("model", sort=False):
         has_times = "median_ms" in frame and bool(frame["median_ms"].notna().any())
         header = ["Plan", "Blocks removed", "Parameters", "change", "MACs (whole)", "change"]
-        header += ["MACs (paper)", "change", "Loads in plain diffusers"]
+        header += ["MACs (paper)", "change", "Native"]
         rows = []
         for index, row in enumerate(frame.to_dict("records")):
             cells = [str(row["plan"]), fmt.count(row["blocks_removed"])]

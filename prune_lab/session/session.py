@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +15,7 @@ from prune_lab.assets import decode_pictures
 from prune_lab.blocks import Architecture
 from prune_lab.config import SHIPPED, RunConfig
 from prune_lab.distill import LatentCache, draw_cache
-from prune_lab.errors import DataError, RunError
+from prune_lab.errors import ConfigError, DataError, RunError
 from prune_lab.families import conditions_of, embedding_width, known_conditions, model_of
 from prune_lab.models import (
     ModelSource,
@@ -25,16 +27,18 @@ from prune_lab.models import (
     load_unet,
     of_shipped_family,
 )
+from prune_lab.models.streamed import load_streamed
 from prune_lab.probes import Probe, draw_at, load_probe, make_probe, picture_side
 from prune_lab.prompts import Prompts, read_prompts
 from prune_lab.runs import Manifests, Run, load_run_config
-from prune_lab.runtime import note, pick_device, pick_dtype
+from prune_lab.runtime import bytes_text, free_bytes, note, pick_device, pick_dtype
 from prune_lab.session.drawing import PromptParts, prompt_parts, untexted_parts
 from prune_lab.session.origins import check_teacher
 from prune_lab.session.own import OwnData
 from prune_lab.session.parts import binding_settings, data_part, lacking, record, validation_part
 from prune_lab.session.prompts import Pictures, shipped_rows
 
+_MEMORY_SHARE = 0.9  # of what is free: a model that takes more is read from disk while it is scored
 SHOWN_PROMPTS = 8  # prompts to draw when evaluate.prompts names none
 Origin = Literal["shipped", "own", "drawn", "none"]
 """Pictures of the package, of the user, drawn by the model itself; none for a U-Net alone, which gets noise."""
@@ -66,6 +70,7 @@ class Session:
     ) -> None:
         self.run = run
         self.trusting = trusting  # a worker takes what is in the folder as it is: the driver has looked
+        self._streaming = False  # whether the model that is loaded next is read from disk block by block
         self.told = False  # whether its sources of data were shown
         given = {"config": config, "validation": validation}
         # a cached property that is in the instance already is not computed
@@ -136,7 +141,8 @@ class Session:
                 f"this step encodes captions and pictures, but {self.source.text!r} is a {self.source.kind} "
                 "without text encoder and VAE; give 'reference', a pipeline folder or a hub id"
             )
-        found = load_pipeline(self.source, device=self.device, dtype=self.dtype)
+        model = self._from_disk() if self._streaming else None
+        found = load_pipeline(self.source, device=self.device, dtype=self.dtype, unet=model)
         draw_at(found, self.config.data.resolution)
         return found
 
@@ -146,7 +152,51 @@ class Session:
         known_conditions(self.source.config)
         if self.source.is_pipeline:
             return model_of(self.pipeline)
+        if self._streaming:
+            return self._from_disk()
         return load_unet(self.source, device=self.device, dtype=self.dtype)
+
+    def _from_disk(self) -> Any:
+        folder, variant = self.source.unet_folder, self.source.variant
+        if folder is None or self.source.random_seed is not None:
+            raise ConfigError(
+                f"asked to read the blocks of {self.source.text} from disk (score.stream), found no weights there; "
+                "score.stream = false"
+            )
+        return load_streamed(folder, device=self.device, dtype=self.dtype, variant=variant)
+
+    @cached_property
+    def streams(self) -> bool:
+        """Whether scores are measured on a model that is read from disk block by block.
+
+        So says the configuration, or the model does not fit into memory by far.
+        """
+        if self.config.score.stream:
+            return True
+        if self.source.unet_folder is None or self.source.random_seed is not None:
+            return False
+        needed, free = self.architecture.total_params * self.dtype.itemsize, free_bytes(self.device)
+        if needed <= _MEMORY_SHARE * free:
+            return False
+        note(
+            f"{self.source.text} holds {bytes_text(needed)} of weights, free are {bytes_text(free)}: its blocks are "
+            "read from disk when they run"
+        )
+        return True
+
+    @contextlib.contextmanager
+    def streaming(self) -> Iterator[None]:
+        """Inside, the model is read from disk where it ``streams``; what is loaded inside is let go at the end."""
+        if self._streaming or not self.streams or not {"unet", "pipeline"}.isdisjoint(vars(self)):
+            yield
+            return
+        self._streaming = True
+        try:
+            yield
+        finally:
+            self._streaming = False
+            for name in ("unet", "pipeline"):
+                vars(self).pop(name, None)
 
     @cached_property
     def scorer_choice(self) -> ScorerChoice:

@@ -13,11 +13,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prune_lab.blocks import architecture_of
-from prune_lab.errors import ModelFormatError
+from prune_lab.errors import ModelFormatError, UnsupportedModelError
 from prune_lab.families import Layout, empty_model, meta_unet
 from prune_lab.forms import layout_of
 from prune_lab.models import weight_files
 from prune_lab.models.conversion import converted
+from prune_lab.models.streamed import is_streamed
 from prune_lab.plans import PruningPlan
 from prune_lab.runtime import read_json
 
@@ -29,6 +30,11 @@ def materialise(unet: ModelMixin, plan: PruningPlan, *, hand_over: bool = False)
     tensors themselves, after which ``unet`` must not be used any more. Raises FormError when it cannot be built in
     the form of the plan.
     """
+    if is_streamed(unet):
+        raise UnsupportedModelError(
+            "asked to build a student of a model that is read from disk block by block; materialise_from_folder reads "
+            "what the plan leaves"
+        )
     layout = layout_of(architecture_of(unet), plan)
     tensors: dict[str, Tensor] = unet.state_dict()
 

@@ -113,6 +113,12 @@ def criteria_of(session: Session) -> tuple[str, ...]:
         )
     if settings.race:
         check_race(settings.criterion)
+    whole = [name for name in names if name not in ONE_STEP]
+    if settings.stream and whole:
+        raise ConfigError(
+            f"asked to score by {', '.join(whole)} with blocks that are read from disk (score.stream), which only "
+            f"{', '.join(sorted(ONE_STEP))} can; leave it out"
+        )
     return names
 
 
@@ -121,6 +127,12 @@ def ensure_scores(session: Session) -> ImportanceTable:
 
     Writes importance_parts.csv (per timestep and kind of prompt) and criteria.csv (with ``score.also``) before it.
     """
+    asked = {session.config.score.criterion, *session.config.score.also}
+    with session.streaming() if asked <= ONE_STEP else contextlib.nullcontext():
+        return _measured_scores(session)
+
+
+def _measured_scores(session: Session) -> ImportanceTable:
     run = session.run
     part = scores_part(session)
     if not session.manifests.given(part) and not session.manifests.settled(part):
