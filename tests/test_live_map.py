@@ -137,9 +137,7 @@ def test_every_number_is_that_of_the_cost_table(
         time = 40 - 1.25 * sum(max(0.0, float(saved.get(name, 0.0))) for name in gone)  # type: ignore[arg-type]
         assert costs(page, "ms") == (plain(milliseconds(time)), plain(percent_change(time / 40 - 1)))
         assert float(part(page, "impact").text) == pytest.approx(impacts[list(wanted)].sum(), rel=0.06)
-        assert ("Native:" in part(page, "verdict").text) == (
-            is_native(architecture, plan) and bool(wanted)
-        )
+        assert ("Native:" in part(page, "verdict").text) == (is_native(architecture, plan) and bool(wanted))
         assert f'--plan "{plan.text}"' in part(page, "text").text
 
 
