@@ -70,17 +70,19 @@ def main() -> None:
     parser.add_argument("--latent", type=int, default=32, help="side of the latent")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--at-once", type=int, default=4, help="sets in one call of a block")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--write", action="store_true", help="write the model and stop")
     arguments = parser.parse_args()
     if arguments.write:
         print(f"wrote {write_random(arguments.folder) / 1e9:.2f} GB to {arguments.folder}")
         return
-    model: Any = load_streamed(arguments.folder)
+    model: Any = load_streamed(arguments.folder, dtype=getattr(torch, arguments.dtype))
     architecture = architecture_of(model)
     sets = [frozenset[str](), *(frozenset({block.name}) for block in architecture.blocks)]
 
     def inputs(copies: int) -> dict[str, Any]:
-        made = example_inputs(CONFIG, batch=copies, latent=arguments.latent, tokens=arguments.tokens)
+        size: dict[str, Any] = {"latent": arguments.latent, "tokens": arguments.tokens}
+        made = example_inputs(CONFIG, batch=copies, dtype=model.dtype, **size)
         return {name: one if name.endswith("ids") else torch.ones_like(one) for name, one in made.items()}
 
     options: dict[str, Any] = {"width": len(sets), "at_once": arguments.at_once}
