@@ -33,7 +33,7 @@ from prune_lab.families.family import (
     Unit,
     plain_config,
 )
-from prune_lab.runtime import printable
+from prune_lab.runtime import printable, read_bytes
 
 FOLDER = Path(__file__).resolve().parent
 NEWEST = "modeling_pruned_b36d3a80ad81"
@@ -60,7 +60,7 @@ def base_name(class_name: str) -> str:
 def known_files() -> Mapping[str, Path]:
     """The model files of this package, old ones too, by the SHA-256 of their content."""
     return {
-        hashlib.sha256(path.read_bytes()).hexdigest(): path for path in sorted(FOLDER.glob("modeling_*.py"))
+        hashlib.sha256(read_bytes(path)).hexdigest(): path for path in sorted(FOLDER.glob("modeling_*.py"))
     }
 
 
@@ -88,7 +88,7 @@ def check_code(folder: Path, config: Mapping[str, Any]) -> None:
     if not path.is_file():
         code_path(path.stem)
         return
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    found = hashlib.sha256(read_bytes(path)).hexdigest()
     known = known_files().get(found)
     if known is None or known.name != path.name:
         raise UnsupportedModelError(
