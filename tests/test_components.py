@@ -147,7 +147,7 @@ def test_any_tensor_that_is_not_as_its_class_wants_it_is_named_by_header(
 def test_what_fits_and_what_does_not(
     wanted: dict[str, tuple[int, int]], found: dict[str, tuple[int, int]]
 ) -> None:
-    assert (misfit(found, wanted) == "") == (found == wanted)
+    assert (misfit(found, wanted, "a model") == "") == (found == wanted)
 
 
 def test_a_layer_that_the_config_does_not_count_is_no_silent_loss(pipeline: Path) -> None:
