@@ -94,6 +94,15 @@ def test_a_scheduler_of_another_kind_is_refused(name: str) -> None:
     assert scheduler_complaint(getattr(diffusers, name), USUAL)
 
 
+@pytest.mark.parametrize("inverted", [False, True])
+def test_flows_pass_in_either_direction(inverted: bool) -> None:
+    """Mochi's sampler tells the model what is left of the picture, and rises."""
+    found = scheduler_complaint(
+        diffusers.FlowMatchEulerDiscreteScheduler, {"invert_sigmas": inverted, "shift": 3.0}, by_flow=True
+    )
+    assert found == ""
+
+
 SCALES = st.one_of(
     st.sampled_from(["0.18215", None, True, 0, -0.5, float("nan"), float("inf"), 10**400, [1.0], 1e-30]),
     st.floats(max_value=0),

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from prune_lab.blocks import architecture_of
 from prune_lab.cli import app
 from prune_lab.errors import ModelFormatError, UnsupportedModelError
-from prune_lab.models import streamed
+from prune_lab.models import load_unet, resolve_model, streamed
 from prune_lab.models.streamed import is_streamed, load_streamed
 from prune_lab.plans import plan_of
 from prune_lab.prefix_sharing import needed_bytes, predict_without
@@ -75,6 +75,25 @@ def test_it_answers_as_the_whole_model_and_holds_one_block(folder: Path) -> None
     assert len(held(model)) == 1
     with bypassed(model, ["Md.A1"]), bypassed(whole, ["Md.A1"]):
         assert torch.equal(predict(model, probe), predict(whole, probe))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("DiTTransformer2DModel", torch.float32),  # its head reads a part of the first block
+        ("WanTransformer3DModel", torch.bfloat16),  # diffusers leaves some modules in float32
+    ],
+)
+def test_transformers_answer_as_diffusers_loads_them(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    tiny_models.tiny_model(name).save_pretrained(tmp_path)
+    whole = load_unet(resolve_model(str(tmp_path)), dtype=dtype)
+    model = load_streamed(tmp_path, dtype=dtype)
+    inputs = tiny_models.random_inputs(whole)
+    inputs = {key: one.to(dtype) if torch.is_floating_point(one) else one for key, one in inputs.items()}
+    with torch.no_grad():
+        for _ in range(2):  # what leaves the memory comes back
+            found, wanted = (one(**inputs, return_dict=False)[0] for one in (model, whole))
+            assert torch.equal(found, wanted)
 
 
 def test_a_pass_for_all_sets_reads_each_block_once(folder: Path, read: Counter[str]) -> None:

@@ -83,7 +83,8 @@ def _complaint_of_settings(config: Mapping[str, Any]) -> str:
 
 def _complaint_of_sigmas(scheduler: Any) -> str:
     """What is wrong with the shares of noise at each timestep of flow matching (``sigmas``)."""
-    sigmas = scheduler.sigmas
+    # Mochi's go the other way round: its sampler tells what is left of the picture
+    sigmas = 1 - scheduler.sigmas if scheduler.config.get("invert_sigmas") else scheduler.sigmas
     if not sigmas.isfinite().all() or sigmas.min() < 0 or sigmas.max() > _WHOLE or sigmas.diff().gt(0).any():
         return (
             "whose shares of noise (shift, shift_terminal, invert_sigmas) make no schedule of flow matching: they must "
@@ -137,7 +138,8 @@ def _complaint_of_pass(scheduler: Any, steps: int) -> str:
             f"with which a pass of {steps:,} steps has the timestep {outside[0]:g}, outside of 0 to {most:,}: "
             "look at steps_offset and timestep_spacing"
         )
-    if scheduler.timesteps[0] < scheduler.timesteps[-1]:
+    inverted = bool(scheduler.config.get("invert_sigmas"))
+    if (scheduler.timesteps[0] < scheduler.timesteps[-1]) != inverted:
         return f"whose class, {type(scheduler).__name__}, goes from pictures to noise; take one that draws"
     generator = seeded(0)
     sample = torch.randn(_SHAPE, generator=generator) * float(getattr(scheduler, "init_noise_sigma", 1.0))

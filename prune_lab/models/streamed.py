@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from prune_lab.errors import ModelFormatError
-from prune_lab.families import family_of, outline_of, plain_config
+from prune_lab.families import Unit, family_of, outline_of, plain_config
 from prune_lab.models.files import json_object, weight_files
 from prune_lab.models.silence import quiet
 
@@ -34,8 +34,13 @@ def is_streamed(model: nn.Module) -> bool:
 class _Weights:
     """The safetensors files of a model's folder, opened for each tensor anew: a map that is closed takes no memory."""
 
-    def __init__(self, files: Iterable[Path], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, files: Iterable[Path], device: torch.device, dtype: torch.dtype, in_float32: Iterable[str]
+    ) -> None:
         self._device, self._dtype = device, dtype
+        self._in_float32 = frozenset(
+            in_float32
+        )  # modules that diffusers leaves in float32, whatever is asked
         self._files: dict[str, Path] = {}
         for path in files:
             with self._open(path) as file:
@@ -58,7 +63,10 @@ class _Weights:
             )
         with self._open(self._files[name]) as file:
             tensor: Tensor = file.get_tensor(name)
-        return tensor.to(self._device, self._dtype) if tensor.is_floating_point() else tensor.to(self._device)
+        if not tensor.is_floating_point():
+            return tensor.to(self._device)
+        kept = not self._in_float32.isdisjoint(name.split("."))
+        return tensor.to(self._device, torch.float32 if kept else self._dtype)
 
 
 class _OneAtATime:
@@ -69,13 +77,18 @@ class _OneAtATime:
         self._module: nn.Module | None = None
         self._empty: Mapping[str, Tensor] = {}  # what it holds without them
 
-    def bring(self, path: str, module: nn.Module) -> None:
-        """Put the weights of ``module`` into it, and take them out of the one before."""
+    def bring(self, path: str, module: nn.Module, keeps: tuple[str, ...]) -> None:
+        """Put the weights of ``module`` into it, and take them out of the one before; those that begin as one of
+        ``keeps`` are there all along.
+        """
         if module is self._module:
             return
         if self._module is not None:
-            nn.Module.load_state_dict(self._module, self._empty, assign=True)
-        self._module, self._empty = module, dict(module.state_dict())
+            nn.Module.load_state_dict(self._module, self._empty, strict=False, assign=True)
+        self._module = module
+        self._empty = {
+            name: tensor for name, tensor in module.state_dict().items() if not name.startswith(keeps)
+        }
         for name in self._empty:
             # One by one: of a tensor that is stored in another form both are there for a moment.
             nn.Module.load_state_dict(
@@ -83,19 +96,23 @@ class _OneAtATime:
             )
 
 
-def _bringing(place: _OneAtATime, path: str, module: nn.Module) -> Callable[..., Any]:
+def _bringing(place: _OneAtATime, path: str, module: nn.Module, keeps: tuple[str, ...]) -> Callable[..., Any]:
     forward = module.forward
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        place.bring(path, module)
+        place.bring(path, module, keeps)
         return forward(*args, **kwargs)
 
     return call
 
 
-def outer_paths(model: nn.Module) -> Iterator[str]:
-    """Module paths of the units that lie in no other."""
-    return (unit.path for unit in outline_of(model).units if not unit.inside)
+def outer_units(model: nn.Module) -> Iterator[Unit]:
+    """The units that lie in no other, which are read in turns."""
+    return (unit for unit in outline_of(model).units if not unit.inside)
+
+
+def _beginnings(paths: Iterable[str]) -> tuple[str, ...]:
+    return tuple(f"{path}." for path in paths)
 
 
 def load_streamed(
@@ -113,19 +130,25 @@ def load_streamed(
     # Buffers are made for real: those that are not saved are made of the config.
     with quiet(), accelerate.init_empty_weights(include_buffers=False):
         model: Any = model_class.from_config(plain_config(config)).eval()
-    weights = _Weights(weight_files(folder, variant), torch.device(device), dtype)
-    paths = tuple(outer_paths(model))
-    beginnings = tuple(f"{path}." for path in paths)
-    resident = {name: weights.read(name) for name in model.state_dict() if not name.startswith(beginnings)}
+    in_float32 = getattr(model_class, "_keep_in_fp32_modules", None) or ()
+    weights = _Weights(weight_files(folder, variant), torch.device(device), dtype, in_float32)
+    units = tuple(outer_units(model))
+    in_turns = _beginnings(unit.path for unit in units)
+    kept = _beginnings(f"{unit.path}.{path}" for unit in units for path in unit.keeps)  # others read them
+    resident = {
+        name: weights.read(name)
+        for name in model.state_dict()
+        if name.startswith(kept) or not name.startswith(in_turns)
+    }
     nn.Module.load_state_dict(model, {n: t.clone() for n, t in resident.items()}, strict=False, assign=True)
     for name, buffer in model.named_buffers():
         if buffer.device != torch.device(device) and buffer.device.type != "meta":
             owner, _, own = name.rpartition(".")
             model.get_submodule(owner)._buffers[own] = buffer.to(device)
     place = _OneAtATime(weights)
-    for path in paths:
-        module = model.get_submodule(path)
-        module.forward = _bringing(place, path, module)
+    for unit in units:
+        module = model.get_submodule(unit.path)
+        module.forward = _bringing(place, unit.path, module, _beginnings(unit.keeps))
     model.requires_grad_(False)
     model.to = lambda *_where, **_how: model
     _STREAMED.add(model)

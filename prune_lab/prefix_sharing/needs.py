@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prune_lab.blocks import architecture_of
 from prune_lab.families import meta_unet, runs_on_meta
 from prune_lab.live_bytes import FusedAttention, LiveBytes
-from prune_lab.models.streamed import is_streamed, outer_paths
+from prune_lab.models.streamed import is_streamed, outer_units
 from prune_lab.prefix_sharing.growing import Kinds, growth
 from prune_lab.prefix_sharing.replay import replayed
 
@@ -23,8 +23,9 @@ def _holding(shell: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
     """What the units of ``shell`` answer through so that memory holds the weights of one at a time, as if read."""
     held: dict[str, list[Tensor]] = {}
 
-    def holding(path: str, module: nn.Module) -> Callable[..., Any]:
-        forward, shapes = module.forward, [(one.shape, one.dtype) for one in module.state_dict().values()]
+    def holding(path: str, module: nn.Module, keeps: tuple[str, ...]) -> Callable[..., Any]:
+        forward, state = module.forward, module.state_dict()
+        shapes = [(one.shape, one.dtype) for name, one in state.items() if not name.startswith(keeps)]
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if path not in held:
@@ -34,8 +35,9 @@ def _holding(shell: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
 
         return call
 
-    for path in outer_paths(shell):
-        yield path, holding(path, shell.get_submodule(path))
+    for unit in outer_units(shell):
+        keeps = tuple(f"{path}." for path in unit.keeps)
+        yield unit.path, holding(unit.path, shell.get_submodule(unit.path), keeps)
 
 
 def needed_bytes(
