@@ -593,7 +593,7 @@ def test_a_process_that_is_terminated_leaves_nothing_half_written(
             assert child.stdout is not None
             assert child.stdout.readline() == "begun\n"
             child.send_signal(number)
-            _, said = child.communicate(timeout=60)
+            _, said = child.communicate(timeout=300)
             assert child.returncode == code_of, said
             assert "Traceback" not in said
         left = [path.name for path in tmp_path.iterdir()]

@@ -13,6 +13,8 @@ import dataclasses
 import hashlib
 import json
 import os
+import secrets
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,6 +31,9 @@ from prune_lab.errors import ProofError
 from prune_lab.models.answers import refuse_silent
 
 ProofKind = Literal["bypassed teacher", "same tensors", "loads"]
+MODULES = (
+    "prune-lab-modules-"  # the folder for code that the other process runs, by the beginning of its name
+)
 
 # What a launcher of many processes leaves in the environment: the prover is a process of its own.
 _LAUNCHER = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "MASTER_", "GROUP_", "ROLE_", "OMPI_", "PMI_", "SLURM_")
@@ -99,9 +104,7 @@ class _Prover:
         self._process: subprocess.Popen[str] | None = None
         self._words: IO[bytes] | None = None  # what it says on its standard error
         self._owner = 0
-        self._modules: tempfile.TemporaryDirectory[str] | None = (
-            None  # where diffusers copies code that it runs
-        )
+        self._modules: Path | None = None  # where diffusers copies code that it runs, if there is any
 
     def start(self) -> subprocess.Popen[str]:
         """The process; a new one where there is none, or only that of the process from which this one was forked."""
@@ -114,12 +117,11 @@ class _Prover:
             }
             paths = [str(Path(prune_lab.__file__).resolve().parent.parent), kept.get("PYTHONPATH", "")]
             self._owner, self._words = os.getpid(), tempfile.TemporaryFile()  # noqa: SIM115
-            self._modules = tempfile.TemporaryDirectory(
-                prefix="prune-lab-modules-", ignore_cleanup_errors=True
-            )
+            # Made by diffusers when it is needed; the process removes it at its end, also when this one was killed.
+            self._modules = Path(tempfile.gettempdir(), f"{MODULES}{secrets.token_hex(16)}")
             own = {
                 "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-                "HF_MODULES_CACHE": self._modules.name,  # its own: others read theirs while a copy is written
+                "HF_MODULES_CACHE": str(self._modules),  # its own: others read theirs while a copy is written
             }
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "prune_lab.surgery.prover"],
@@ -142,7 +144,7 @@ class _Prover:
                 process.kill()
                 process.wait()
             if modules is not None and self._owner == os.getpid():
-                modules.cleanup()
+                shutil.rmtree(modules, ignore_errors=True)
             for stream in (process.stdin, process.stdout, words):
                 if stream is not None:
                     with contextlib.suppress(OSError):  # what was to be flushed has no reader any more

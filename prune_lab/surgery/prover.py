@@ -6,10 +6,12 @@ the original is computed first, and of the original only what survives is read.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
 import select
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,7 +30,7 @@ from prune_lab.models.parts import component_of, left_out
 from prune_lab.models.silence import quiet
 from prune_lab.runtime import read_json
 from prune_lab.surgery.bypass import bypassed
-from prune_lab.surgery.proof import digest_of
+from prune_lab.surgery.proof import MODULES, digest_of
 
 _IDLE = 300.0  # seconds without a question after which this process ends; the next proof starts another
 
@@ -164,12 +166,23 @@ def _questions(lines: TextIO) -> Iterator[Question]:
         yield json.loads(line)
 
 
+@contextlib.contextmanager
+def _without_modules() -> Iterator[None]:
+    """The folder of code that this process has run is gone on exit, also when nobody waits for this process."""
+    folder = Path(os.environ.get("HF_MODULES_CACHE", ""))
+    try:
+        yield
+    finally:
+        if folder.name.startswith(MODULES):  # never a user's own
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def main() -> None:
     """Answer the questions on standard input until it ends, or until none came for five minutes."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints is no answer
     torch.set_num_threads(1)
-    with quiet(), torch.no_grad():
+    with _without_modules(), quiet(), torch.no_grad():
         for question in _questions(sys.stdin):
             try:
                 found = _compared(question)
