@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import json
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from prune_lab.families.family import CLASS_NAME
 
 _AUTOCAST = torch.autocast
 
@@ -47,3 +53,16 @@ def runs_on_meta() -> Iterator[None]:
             yield
     finally:
         torch.autocast = _AUTOCAST  # type: ignore[misc]
+
+
+@functools.lru_cache(maxsize=32)
+def _built(canonical: str) -> Any:
+    config = json.loads(canonical)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # what diffusers says of its own parts
+        return getattr(diffusers, config[CLASS_NAME]).from_config(config).eval()
+
+
+def shapes_of(config: Mapping[str, Any]) -> Any:
+    """The diffusers model of a ``config`` that was checked, on ``meta``: to be read, since equal configs share it."""
+    return _built(json.dumps(dict(config), sort_keys=True))

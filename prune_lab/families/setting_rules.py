@@ -33,6 +33,7 @@ class Rule:
 
 
 def whole(least: int = 1, most: int = WIDEST) -> Rule:
+    """A whole number from ``least`` to ``most``, both included."""
     # `type`, not `isinstance`: true is an int to Python, and no count to a reader
     return Rule(
         lambda value: type(value) is int and least <= value <= most,
@@ -41,6 +42,7 @@ def whole(least: int = 1, most: int = WIDEST) -> Rule:
 
 
 def number(least: float, most: float, *, above: bool = False) -> Rule:
+    """A number from ``least`` to ``most``, both included; ``above``: without ``least`` itself."""
     return Rule(
         lambda value: (
             type(value) in (int, float) and least <= value <= most and not (above and value == least)
@@ -50,6 +52,7 @@ def number(least: float, most: float, *, above: bool = False) -> Rule:
 
 
 def one_of(*names: str) -> Rule:
+    """One of these names."""
     return Rule(lambda value: isinstance(value, str) and value in names, f"one of {', '.join(names)}")
 
 
@@ -70,6 +73,7 @@ WIDTH = whole()
 
 
 def refuse(key: str, value: object, meaning: str) -> NoReturn:
+    """Raise UnsupportedModelError: the setting ``key`` has this ``value``, and must be what ``meaning`` says."""
     shown = repr(value[:20] if isinstance(value, (str, list)) else value)
     shown = shown if len(shown) <= _MOST_SHOWN else f"{shown[:_MOST_SHOWN]}..."
     raise UnsupportedModelError(f"asked for a U-Net by its config, found {key} {shown}; it must be {meaning}")

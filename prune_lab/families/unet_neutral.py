@@ -8,18 +8,15 @@ block how many it has. So a removed attention block costs next to nothing, and a
 
 from __future__ import annotations
 
-import functools
-import json
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor, nn
 
 from prune_lab.errors import FormError
-from prune_lab.families.family import CLASS_NAME, Layout, Outline, Removed, Unit
+from prune_lab.families.family import Layout, Outline, Removed, Unit
+from prune_lab.families.meta_device import shapes_of
 from prune_lab.families.unet_wiring import Describe
 from prune_lab.families.unet_wiring import layout as native_layout
 
@@ -27,16 +24,8 @@ Convert = dict[str, Callable[[Tensor], Tensor]]
 _ENDS = ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2")  # what the parts of a transformer layer end with
 
 
-@functools.lru_cache(maxsize=16)
-def _built(canonical: str) -> Any:
-    config = json.loads(canonical)
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # what diffusers says of its own parts
-        return getattr(diffusers, config[CLASS_NAME]).from_config(config).eval()
-
-
 def _module(outline: Outline, path: str) -> nn.Module:
-    found: nn.Module = _built(json.dumps(dict(outline.config), sort_keys=True)).get_submodule(path)
+    found: nn.Module = shapes_of(outline.config).get_submodule(path)
     return found
 
 

@@ -12,16 +12,11 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
-import json
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
-
-import diffusers
-import torch
 
 from prune_lab.errors import NonNativePlanError, UnsupportedModelError
 from prune_lab.families.family import (
@@ -33,6 +28,7 @@ from prune_lab.families.family import (
     Unit,
     plain_config,
 )
+from prune_lab.families.meta_device import shapes_of
 from prune_lab.runtime import printable, read_bytes
 
 FOLDER = Path(__file__).resolve().parent
@@ -147,18 +143,10 @@ def entry_of(config: Mapping[str, Any]) -> list[str]:
 # What is left of a model ---------------------------------------------------------------------------------------------
 
 
-def _canonical(config: Mapping[str, Any]) -> str:
-    settings = {name: value for name, value in config.items() if name not in _OWN}
-    return json.dumps({**settings, CLASS_NAME: base_name(str(config[CLASS_NAME]))}, sort_keys=True)
-
-
-@functools.lru_cache(maxsize=32)
-def _whole(canonical: str) -> Any:
+def _whole(config: Mapping[str, Any]) -> Any:
     """The model that nothing is gone from, on ``meta``."""
-    config = json.loads(canonical)
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # what diffusers says of its own parts
-        return getattr(diffusers, config[CLASS_NAME]).from_config(config).eval()
+    settings = {name: value for name, value in config.items() if name not in _OWN}
+    return shapes_of({**settings, CLASS_NAME: base_name(str(config[CLASS_NAME]))})
 
 
 def _mark(unit: Unit, names: Sequence[str]) -> str:
@@ -179,7 +167,7 @@ def own_layout(family: Family, outline: Outline, removed: Removed) -> Layout:
     nothing of it would tell it from the plain class.
     """
     units = [unit for unit in outline.units if unit.name in removed]
-    names = list(_whole(_canonical(outline.config)).state_dict())
+    names = list(_whole(outline.config).state_dict())
     gone: dict[str, Any] = dict(outline.config.get(REMOVED) or {})
     paths: dict[str, str | None] = {}
     marks: list[str] = []
@@ -223,7 +211,7 @@ def own_layout(family: Family, outline: Outline, removed: Removed) -> Layout:
 
 def _without_gone(family: Family, model: Any) -> Outline:
     config = plain_config(model)
-    outline = family.outline(_whole(_canonical(config)))
+    outline = family.outline(_whole(config))
     paths = set(config.get(REMOVED) or {})
     gone = {unit.name for unit in outline.units if unit.path in paths}
     units = tuple(
