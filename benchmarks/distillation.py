@@ -49,7 +49,7 @@ from prune_lab.distill import (
 from prune_lab.distill.joint import joint_step
 from prune_lab.distill.setup import StudentRun
 from prune_lab.families import CLIP_TOKENS, latent_shape
-from prune_lab.models import load_pipeline, load_unet, resolve_model
+from prune_lab.models import load_model, load_pipeline, resolve_model
 from prune_lab.models.silence import quiet
 from prune_lab.plans import PruningPlan, native_layout, parse_plan
 from prune_lab.probes import random_probe
@@ -127,7 +127,7 @@ def pipeline_of(text: str, device: torch.device, dtype: torch.dtype) -> Any:
         vae=autoencoder().to(device, dtype),
         text_encoder=text_encoder(source.config["cross_attention_dim"]).to(device, dtype),
         tokenizer=tokenizer,
-        unet=load_unet(source, device=device, dtype=dtype, random_weights=True),
+        model=load_model(source, device=device, dtype=dtype, random_weights=True),
         scheduler=PNDMScheduler(
             beta_start=0.00085,
             beta_end=0.012,

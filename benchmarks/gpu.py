@@ -45,8 +45,8 @@ from prune_lab.processes import init_processes
 from prune_lab.profiling import (
     Service,
     measure_latency_table,
+    random_model,
     random_native_plans,
-    random_unet,
     time_plans,
 )
 from prune_lab.profiling.own_process import TimingProcess
@@ -94,7 +94,7 @@ class Bench:
 
     def unet(self) -> Any:
         """The model with random weights."""
-        return random_unet(self.config, device=self.device, dtype=self.dtype, seed=self.seed)
+        return random_model(self.config, device=self.device, dtype=self.dtype, seed=self.seed)
 
     def milliseconds(self, call: Callable[[], object]) -> float:
         """Of one call, the device idle before and after."""
@@ -132,7 +132,7 @@ def scoring(bench: Bench) -> list[Row]:
     """Every block's removal on the same rows: all anew, by shared prefixes, channels-last, and compiled."""
     samples = 2 if bench.tiny else 8
     probe = random_probe(bench.config, samples=samples, seed=bench.seed, timesteps=samples)
-    unet = bench.unet()
+    unet = bench.model()
     architecture = architecture_of(unet)
     names = [block.name for block in architecture.blocks]
     names = names[::8] if bench.tiny else names
@@ -181,7 +181,7 @@ def scoring(bench: Bench) -> list[Row]:
 
 def latency(bench: Bench) -> list[Row]:
     """The latency table, eager and compiled, with its error on plans that it was not calibrated with."""
-    unet, rows = bench.unet(), []
+    unet, rows = bench.model(), []
     plans = random_native_plans(architecture_of(unet), 4 if bench.tiny else 8, seed=bench.seed)
     half = len(plans) // 2
     for backend in ("eager", "compiled"):
@@ -234,7 +234,7 @@ def _training(bench: Bench, folder: Path, batch: int, count: int) -> tuple[Disti
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
     )
     settings = DistillConfig(steps=100, warmup=1, batch=batch, trackers=())
-    teacher = bench.unet()
+    teacher = bench.model()
     validation = random_probe(bench.config, samples=2, seed=bench.seed)
     setup = DistillSetup(teacher, data, scheduler, settings, validation, bench.device)
     init_processes()

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from prune_lab.blocks import Architecture, architecture_of
-from prune_lab.models import load_unet, resolve_model
+from prune_lab.models import load_model, resolve_model
 from prune_lab.plans import parse_plan
 from prune_lab.profiling import (
     CostTable,
@@ -36,8 +36,8 @@ from prune_lab.profiling import (
     cost_table,
     latency_disagreement,
     measure_latency_table,
+    random_model,
     random_native_plans,
-    random_unet,
 )
 from prune_lab.profiling.latency import saving_names
 from prune_lab.runtime import Environment, pick_device, pick_dtype, progress_shown, write_frame, write_json
@@ -107,9 +107,9 @@ def measure(arguments: argparse.Namespace) -> None:
     source = resolve_model(arguments.model)
     device, dtype = pick_device(arguments.device), pick_dtype(arguments.dtype)
     unet = (
-        load_unet(source, device=device, dtype=dtype)
+        load_model(source, device=device, dtype=dtype)
         if source.has_weights
-        else random_unet(source.config, device=device, dtype=dtype)
+        else random_model(source.config, device=device, dtype=dtype)
     )
     architecture = architecture_of(unet)
     plans = random_native_plans(architecture, arguments.calibrate + arguments.held_out, seed=arguments.seed)

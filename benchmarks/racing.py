@@ -54,7 +54,7 @@ def main() -> None:
         probe = ensure_probe(session)
         groups, cache = block_groups(session.architecture, "block"), ScoreCache()
         start = time.perf_counter()
-        whole = score(ScoringContext(session.unet, probe, cache=cache), groups, bootstrap=0)
+        whole = score(ScoringContext(session.model, probe, cache=cache), groups, bootstrap=0)
         whole_seconds = time.perf_counter() - start
         assert whole.compute is not None
         print(
@@ -70,12 +70,12 @@ def main() -> None:
         )
         for budget in arguments.budget or [0.15]:
             start = time.perf_counter()
-            first = score(ScoringContext(session.unet, probe), groups, bootstrap=0, race=Race(budget))
+            first = score(ScoringContext(session.model, probe), groups, bootstrap=0, race=Race(budget))
             seconds = time.perf_counter() - start
             assert first.compute is not None
             races = [first] + [
                 score(
-                    ScoringContext(session.unet, probe, cache=cache, seed=seed),
+                    ScoringContext(session.model, probe, cache=cache, seed=seed),
                     groups,
                     bootstrap=0,
                     race=Race(budget),

@@ -62,7 +62,7 @@ def main() -> None:
                 spent = max(80, int(row["sets_measured"]))
             groups = [BlockGroup(name, "plan", plan.removed) for name, plan in plans.items()]
             tables: list[ImportanceTable] = [
-                score(ScoringContext(session.unet, probe), groups, bootstrap=0)
+                score(ScoringContext(session.model, probe), groups, bootstrap=0)
                 for probe in (ensure_probe(session), probe_of(session, config.probe.seed + 1))
             ]
             for group, here, there in zip(groups, *(table.impacts for table in tables), strict=True):

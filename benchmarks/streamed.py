@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from prune_lab.blocks import architecture_of
-from prune_lab.families import CLASS_NAME, example_inputs, meta_unet
+from prune_lab.families import CLASS_NAME, example_inputs, meta_model
 from prune_lab.models.streamed import load_streamed, outer_paths
 from prune_lab.prefix_sharing import growth, replayed, stated_peak
 
@@ -36,7 +36,7 @@ CONFIG = {
 def write_random(folder: Path) -> int:
     """Bytes of the weights of ``CONFIG``, written to ``folder``: no more than one block is ever in memory."""
     folder.mkdir(parents=True, exist_ok=True)
-    model = meta_unet(CONFIG)
+    model = meta_model(CONFIG)
     paths = tuple(f"{path}." for path in outer_paths(model))
     shards: dict[str, dict[str, Any]] = {}
     for name, tensor in model.state_dict().items():

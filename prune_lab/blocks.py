@@ -24,7 +24,7 @@ from prune_lab.families import (
     Outline,
     Unit,
     family_of,
-    meta_unet,
+    meta_model,
     outline_of,
     plain_config,
 )
@@ -219,7 +219,7 @@ def _canonical(config: Mapping[str, Any]) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _architecture_of_config(canonical: str, tokens: int) -> Architecture:
-    model = meta_unet(json.loads(canonical))
+    model = meta_model(json.loads(canonical))
     outline = outline_of(model)
     latent = UNKNOWN_LATENT if outline.config.get("sample_size", "its own") is None else None
     count = functools.cache(functools.partial(count_macs, outline.config, latent=latent, tokens=tokens))
@@ -233,7 +233,7 @@ def _architecture_of_config(canonical: str, tokens: int) -> Architecture:
         if not unit.changes_others:
             return CountedUnit(**fields, params=params[unit.path], count=count)
         without = family_of(outline.config).layout(outline, frozenset({unit.name})).config
-        left = sum(parameter.numel() for parameter in meta_unet(without).parameters())
+        left = sum(parameter.numel() for parameter in meta_model(without).parameters())
         macs = functools.cache(functools.partial(count_macs, without, latent=latent, tokens=tokens))
         return CountedUnit(**fields, params=params[""] - left, count=count, count_without=macs)
 

@@ -1,4 +1,4 @@
-"""A candidate: one plan carried out, saved as a plain diffusers U-Net, and measured."""
+"""A candidate: one plan carried out, saved as a plain diffusers model, and measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffusers import ModelMixin
 from prune_lab.blocks import Architecture
 from prune_lab.errors import RunError
 from prune_lab.families import plain_config
-from prune_lab.models import ModelSource, load_unet, model_digest, resolve_model
+from prune_lab.models import ModelSource, load_model, model_digest, resolve_model
 from prune_lab.plans import PruningPlan, read_plan
 from prune_lab.profiling import ComparedLatency, Profile, Service, profile
 from prune_lab.runs import CandidatePaths, read_plan_file, read_typed
@@ -24,7 +24,7 @@ from prune_lab.surgery import (
     materialise,
     materialise_from_folder,
     original_of,
-    save_unet,
+    save_model,
 )
 
 State = Literal["pruned", "repaired", "distilled"]
@@ -32,7 +32,7 @@ State = Literal["pruned", "repaired", "distilled"]
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A plan, and the folder that holds what it made of the teacher: plan.json, unet/, profile.json."""
+    """A plan, and the folder that holds what it made of the teacher: plan.json, pruned/, profile.json."""
 
     plan: PruningPlan
     folder: Path
@@ -44,7 +44,7 @@ class Candidate:
 
     @property
     def profile(self) -> Profile:
-        """What the pruned U-Net costs, as it was measured when the candidate was built."""
+        """What the pruned model costs, as it was measured when the candidate was built."""
         return read_typed(self.paths.profile, Profile)
 
 
@@ -55,17 +55,17 @@ def load_student(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> ModelMixin:
-    """The U-Net of ``candidate`` in eval mode: as it was pruned, after the repair of its cuts, or after distillation.
+    """The model of ``candidate`` in eval mode: as it was pruned, after the repair of its cuts, or after distillation.
 
     Raises RunError when there is none yet, ModelFormatError when its files are damaged.
     """
     paths = candidate.paths
-    folder = {"pruned": paths.unet, "repaired": paths.repaired, "distilled": paths.distilled_unet}[state]
+    folder = {"pruned": paths.pruned, "repaired": paths.repaired, "distilled": paths.distilled_model}[state]
     if not folder.is_dir():
         raise RunError(
-            f"asked for the {state} U-Net in {folder}, found none yet; prune-lab run makes it, with these settings"
+            f"asked for the {state} model in {folder}, found none yet; prune-lab run makes it, with these settings"
         )
-    return load_unet(resolve_model(str(folder)), device=device, dtype=dtype, trusted=True)
+    return load_model(resolve_model(str(folder)), device=device, dtype=dtype, trusted=True)
 
 
 def load_candidate(folder: Path, architecture: Architecture) -> Candidate:
@@ -74,7 +74,7 @@ def load_candidate(folder: Path, architecture: Architecture) -> Candidate:
     Raises RunError when it is not finished, PlanError when it was made for another architecture.
     """
     paths = CandidatePaths(Path(folder))
-    missing = [path.name for path in (paths.plan, paths.unet, paths.profile) if not path.exists()]
+    missing = [path.name for path in (paths.plan, paths.pruned, paths.profile) if not path.exists()]
     if missing:
         raise RunError(
             f"asked for the candidate in {folder}, which lacks {' and '.join(missing)}; build it with prune-lab run"
@@ -96,7 +96,7 @@ def build_candidate(
 ) -> Candidate:
     """The candidate of ``plan``, built and profiled in ``folder``; a step whose file is there is not done again.
 
-    From a source with weights only the surviving tensors are read, and kept in the files' own format; a U-Net in memory
+    From a source with weights only the surviving tensors are read, and kept in the files' own format; a model in memory
     is copied and left as it is. The student has the form of the plan; what is written is proved before it gets its
     name. The profile is that of the student in ``dtype`` on ``device``, one forward pass of ``batch`` samples, ``runs``
     timed after ``warmup``; without ``profiled`` it is left to ``profile_candidate``. Raises FormError when the student
@@ -106,30 +106,30 @@ def build_candidate(
     candidate = Candidate(plan, Path(folder))
     paths = candidate.paths
     _check_owner(candidate)
-    if not paths.unet.is_dir():
+    if not paths.pruned.is_dir():
         original: Original | None = None
         if isinstance(teacher, ModelSource):
-            unet_folder = teacher.unet_folder
+            model_folder = teacher.model_folder
             student = (
                 materialise(
-                    load_unet(teacher), plan, hand_over=True
+                    load_model(teacher), plan, hand_over=True
                 )  # says why a source without weights will not do
-                if unet_folder is None
-                else materialise_from_folder(unet_folder, plan, variant=teacher.variant)
+                if model_folder is None
+                else materialise_from_folder(model_folder, plan, variant=teacher.variant)
             )
             provenance = {
                 **teacher.origin,
                 "source_digest": model_digest(teacher),
                 TEACHER: plain_config(teacher.config),
             }
-            original = original_of(teacher, plan) if unet_folder else None
+            original = original_of(teacher, plan) if model_folder else None
         else:
             student = materialise(teacher, plan)
-            provenance = {"source": "a U-Net in memory"}
+            provenance = {"source": "a model in memory"}
         environment = Environment.capture(str(device)).as_dict()
-        save_unet(
+        save_model(
             student,
-            paths.unet,
+            paths.pruned,
             plan,
             provenance
             | {"plan": plan.text, "plan_id": plan.id, "form": plan.form, "environment": environment},
@@ -139,7 +139,7 @@ def build_candidate(
     if profiled and not paths.profile.is_file():
         student = load_student(candidate, device=device, dtype=dtype)
         tokens = teacher.tokens if isinstance(teacher, ModelSource) else None
-        measured = profile(student, batch=batch, tokens=tokens, runs=runs, warmup=warmup, folder=paths.unet)
+        measured = profile(student, batch=batch, tokens=tokens, runs=runs, warmup=warmup, folder=paths.pruned)
         write_json(paths.profile, measured.as_dict())
     return candidate
 
@@ -150,7 +150,7 @@ def profile_candidate(candidate: Candidate, compared: ComparedLatency, service: 
     Writes profile.json.
     """
     student = load_student(candidate, device=service.device, dtype=pick_dtype(service.dtype))
-    found = profile(student, **service.sizes, timed=False, folder=candidate.paths.unet)
+    found = profile(student, **service.sizes, timed=False, folder=candidate.paths.pruned)
     found = dataclasses.replace(found, latency=compared.latency, change=compared.change, timed=compared.timed)
     write_json(candidate.paths.profile, found.as_dict())
     return found

@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from prune_lab.families import example_inputs, meta_unet, plain_config, runs_on_meta
+from prune_lab.families import example_inputs, meta_model, plain_config, runs_on_meta
 
 with warnings.catch_warnings():
     # Importing fvcore scripts a loss that is not used here, which torch 2.13 warns of.
@@ -303,9 +303,9 @@ def count_call(module: nn.Module, inputs: Mapping[str, Any]) -> Macs:
 
 @functools.lru_cache(maxsize=64)
 def _count_config(config: str, batch: int, latent: int | None, tokens: int | None) -> Macs:
-    unet = meta_unet(json.loads(config))
-    inputs = example_inputs(unet.config, batch=batch, latent=latent, tokens=tokens, device="meta")
-    return count_call(unet, inputs)
+    model = meta_model(json.loads(config))
+    inputs = example_inputs(model.config, batch=batch, latent=latent, tokens=tokens, device="meta")
+    return count_call(model, inputs)
 
 
 def count_macs(
@@ -317,7 +317,7 @@ def count_macs(
 ) -> Macs:
     """Multiply-adds of one forward pass over ``batch`` samples, both conventions, per operator and per module.
 
-    ``source`` is a U-Net, counted as it is now (blocks may be bypassed), or a config. ``latent`` is the side of the
+    ``source`` is a model, counted as it is now (blocks may be bypassed), or a config. ``latent`` is the side of the
     square latent (None: the config's sample_size), ``tokens`` the length of the text (None: 77). The trace runs on
     ``meta`` tensors: it needs no weights and leaves ``source`` untouched. Raises UnsupportedModelError for a
     conditioning this project has no inputs for.

@@ -56,7 +56,7 @@ class ReplayError(UnsupportedModelError):
 
 
 class UnknownBlockError(PruneLabError):
-    """The U-Net has no block of that name."""
+    """The model has no block of that name."""
 
 
 class UnremovableBlockError(PruneLabError):

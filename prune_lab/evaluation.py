@@ -51,13 +51,13 @@ from prune_lab.runs import read_picture
 from prune_lab.runtime import atomic_folder, atomic_write, generator_for, note_once, seeded, track
 
 
-def heldout_loss(unet: Any, probe: Probe, *, batch: int = 32) -> Tensor:
+def heldout_loss(model: Any, probe: Probe, *, batch: int = 32) -> Tensor:
     """Mean squared error of the prediction against the probe's target, one value per row, (N,) float32 on the CPU.
 
     Reads as: the training loss on images that were not trained on. Misleads when: compared between probes, because the
     loss depends on the timestep.
     """
-    predictions = predict(unet, probe, batch=batch)
+    predictions = predict(model, probe, batch=batch)
     return (predictions - probe.target).square().flatten(1).mean(dim=1)
 
 
@@ -264,7 +264,7 @@ def generate(
     *,
     steps: int,
     guidance: float,
-    unet: Any = None,
+    model: Any = None,
     batch: int = 8,
     latents: bool = False,
 ) -> Tensor:
@@ -273,7 +273,7 @@ def generate(
     With ``latents`` the final latents of these images, float32 (prompts x seeds, C, h, w), for ``decode_latents``.
     Each image starts from the noise of its seed, drawn on the CPU, so it is the same for teacher and students and does
     not depend on batch or device. A model of classes is asked for them by number ("class 7"); one that is asked for
-    nothing draws another picture for each text. ``unet`` is used instead of the pipeline's own model, which is put
+    nothing draws another picture for each text. ``model`` is used instead of the pipeline's own model, which is put
     back. ``guidance`` is the scale of classifier-free guidance; 1 turns it off. Raises DataError when there is nothing
     to generate, or when the images are not finite, ConfigError for more steps than the scheduler has, or a number out
     of range.
@@ -288,7 +288,7 @@ def generate(
     pairs = [(prompt, seed) for prompt in cut_texts(prompts) for seed in seeds]
     batches = []
     drawing, side = drawing_of(pipeline), _asked_side(pipeline)
-    with quiet(), _pipeline_with(pipeline, unet) as given:
+    with quiet(), _pipeline_with(pipeline, model) as given:
         own = _text_to_image(given) if drawing.as_text_to_image else given
         for start in track(range(0, len(pairs), batch), "generating", math.ceil(len(pairs) / batch)):
             texts, numbers = zip(*pairs[start : start + batch], strict=True)

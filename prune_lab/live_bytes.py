@@ -78,7 +78,7 @@ class LiveSpan:
 
 
 def spans(
-    unet: nn.Module, paths: Mapping[str, str], inputs: Mapping[str, Any]
+    model: nn.Module, paths: Mapping[str, str], inputs: Mapping[str, Any]
 ) -> tuple[dict[str, LiveSpan], int]:
     """The span of every part by name, and of the whole pass the most.
 
@@ -111,16 +111,16 @@ def spans(
             started(HEAD)()
 
     handles, last = [], list(paths)[-1] if paths else ""
-    with torch.no_grad(), LiveBytes(unet) as live, FusedAttention():
+    with torch.no_grad(), LiveBytes(model) as live, FusedAttention():
         # Made anew inside: what the caller holds is alive all along, and counts.
         own = {name: _renewed(value) for name, value in inputs.items()}
         try:
             for name, path in paths.items():
-                module = unet.get_submodule(path)
+                module = model.get_submodule(path)
                 handles.append(module.register_forward_pre_hook(started(name)))
                 handles.append(module.register_forward_hook(ended(name), with_kwargs=True))
-            handles += [child.register_forward_pre_hook(head_started) for child in unet.children()]
-            unet(**own)
+            handles += [child.register_forward_pre_hook(head_started) for child in model.children()]
+            model(**own)
         finally:
             for handle in handles:
                 handle.remove()
@@ -143,6 +143,6 @@ def _first(values: Any) -> int:
     return next((tensor.numel() * tensor.element_size() for tensor in tensors), 0)
 
 
-def live_peak(unet: nn.Module, inputs: Mapping[str, Any]) -> int:
-    """The most bytes that ``unet(**inputs)`` keeps alive at one moment, counted as in here; ``meta`` will do."""
-    return spans(unet, {}, inputs)[1]
+def live_peak(model: nn.Module, inputs: Mapping[str, Any]) -> int:
+    """The most bytes that ``model(**inputs)`` keeps alive at one moment, counted as in here; ``meta`` will do."""
+    return spans(model, {}, inputs)[1]

@@ -102,7 +102,7 @@ def test_a_folder_belongs_to_one_plan_and_one_architecture(tiny_unet: Any, tmp_p
         build_candidate(tiny_unet, small, folder)
     with pytest.raises(PlanError):
         load_candidate(folder, architecture_of({**tiny_unet.config, "block_out_channels": [8, 16, 16, 16]}))
-    with pytest.raises(RunError, match=r"asked for the distilled U-Net.*prune-lab run"):
+    with pytest.raises(RunError, match=r"asked for the distilled model.*prune-lab run"):
         load_student(candidate, "distilled")
-    shutil.copytree(folder / "unet", folder / "distilled" / "unet")
+    shutil.copytree(folder / "unet", folder / "distilled" / "model")
     assert torch.equal(predicted(load_student(candidate, "distilled")), predicted(load_student(candidate)))

@@ -383,7 +383,7 @@ def test_search_alone_with_scores_from_a_file(
 def test_evaluate_judges_folders(
     run_folder: Path, tiny_pipeline_folder: Path, tmp_path: Path, config_file: Path
 ) -> None:
-    unet = next((run_folder / "candidates").iterdir()) / "unet"
+    unet = next((run_folder / "candidates").iterdir()) / "pruned"
     options = ("--config", config_file, "--base", tiny_pipeline_folder, "--prompt", "a dog")
     rows = table("evaluate", tiny_pipeline_folder, unet, *options)
     assert [row["model"] for row in rows] == [str(tiny_pipeline_folder), str(unet)]

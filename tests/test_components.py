@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from prune_lab.cli import app
 from prune_lab.errors import ModelFormatError, PruneLabError, UnsupportedModelError
-from prune_lab.models import load_pipeline, load_scorer, load_unet, resolve_model
+from prune_lab.models import load_model, load_pipeline, load_scorer, resolve_model
 from prune_lab.models.components import misfit
 from prune_lab.models.conversion import flaw
 from prune_lab.models.parts import installed_name, kind_of, part_class
@@ -653,7 +653,7 @@ def test_a_class_that_is_never_loaded_does_not_stand_in_the_way(
         new.mkdir()
         source = resolve_model(str(pipeline))
         with progress_shown():
-            copy_parts(source.folder or pipeline, new, unet=UNET)
+            copy_parts(source.folder or pipeline, new, model=UNET)
         assert "left safety_checker out" in capfd.readouterr().err
         assert json.loads((new / "model_index.json").read_text())["safety_checker"] == [None, None]
         assert not (new / "safety_checker").exists()
@@ -703,4 +703,4 @@ def test_classes_and_their_sorts() -> None:
 def test_a_unet_alone_is_checked_too(pipeline: Path) -> None:
     changed(pipeline / UNET / FILES[UNET], filled("conv_out.weight", 0.0))
     with pytest.raises(ModelFormatError, match="gives the same answer to every latent"):
-        load_unet(resolve_model(str(pipeline / UNET)))
+        load_model(resolve_model(str(pipeline / UNET)))

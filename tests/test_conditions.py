@@ -329,7 +329,7 @@ def test_it_is_refused_before_anything_is_read(tmp_path: Path, monkeypatch: pyte
     def read(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("prune_lab.session.session.load_unet", read)
+    monkeypatch.setattr("prune_lab.session.session.load_model", read)
     asked = ["score", str(tmp_path / "unet"), "--run", str(tmp_path / "run"), "--device", "cpu"]
     result = CliRunner().invoke(app, asked)
     assert result.exit_code == 2, (result.output, result.exception)
@@ -512,7 +512,7 @@ def test_every_kind_draws_from_prompts_alone(tiny_pipeline: Any, kind: str) -> N
     latents = generate(own, ["a cat", "a dog"], [3], latents=True, **DRAW)
     assert latents.shape == (2, 4, 16, 16)
     other = build_unet(dict(unet.config) | {"_class_name": "UNet2DConditionModel"}, seed=1)
-    assert not torch.equal(generate(own, ["a cat", "a dog"], [3], unet=other, **DRAW), pictures)
+    assert not torch.equal(generate(own, ["a cat", "a dog"], [3], model=other, **DRAW), pictures)
     assert own.unet is unet
 
 

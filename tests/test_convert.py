@@ -38,9 +38,9 @@ from prune_lab.export import (
     student_in,
     student_of,
 )
-from prune_lab.families import meta_unet
+from prune_lab.families import meta_model
 from prune_lab.families.adapter_names import adapter_names
-from prune_lab.families.ldm_keys import unet_places
+from prune_lab.families.ldm_keys import model_places
 from prune_lab.models import preset_config, resolve_model
 from prune_lab.plans import gone_with, parse_plan
 from prune_lab.runs import open_run
@@ -140,7 +140,7 @@ def processor_file(unet: Any, path: Path) -> Path:
 
 def kohya_file(unet: Any, path: Path, *, ldm: bool = False) -> Path:
     """As kohya's tools write it: underscores, with the names of diffusers or of the LDM layout, and an alpha."""
-    places = {place.sources[0]: place.key for place in unet_places(unet.config)}
+    places = {place.sources[0]: place.key for place in model_places(unet.config)}
     tensors = {}
     for name, (down, up) in matrices(unet, targets(unet)).items():
         spelled = places[f"{name}.weight"].removesuffix(".weight") if ldm else name
@@ -155,7 +155,7 @@ def with_lora(unet: Any, file: Path, *, xl: bool = False) -> Any:
     """``unet`` with the LoRA that plain diffusers reads from ``file``."""
     loader = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
     state, alphas, settings = loader.lora_state_dict(
-        str(file), unet_config=unet.config, return_lora_metadata=True
+        str(file), model_config=unet.config, return_lora_metadata=True
     )
     loader.load_lora_into_unet(state, alphas, unet, metadata=settings)
     return unet
@@ -195,7 +195,7 @@ def test_kohyas_names_of_the_ldm_layout_for_xl(plan: str, tmp_path: Path) -> Non
     # diffusers counts with the same number of layers everywhere, so what it reads is compared by its names
     wanted = kohya_file(teacher, tmp_path / "names.safetensors")
     names = convert_lora(student, wanted, tmp_path / "names-converted.safetensors")
-    places = {place.key: place.sources[0] for place in unet_places(smaller.config)}
+    places = {place.key: place.sources[0] for place in model_places(smaller.config)}
     spelled = {
         key.removesuffix(".weight").replace(".", "_"): source.removesuffix(".weight").replace(".", "_")
         for key, source in places.items()
@@ -244,7 +244,7 @@ def lora_of_sd(built_once: BuiltOnce) -> Path:
     def build(folder: Path) -> None:
         folder.mkdir()
         tensors = {}
-        for name, module in meta_unet(preset_config("sd-v1.4")).named_modules():
+        for name, module in meta_model(preset_config("sd-v1.4")).named_modules():
             if isinstance(module, nn.Linear) and ".attn" in name:
                 outputs, inputs = module.weight.shape
                 tensors[f"unet.{name}.lora_A.weight"] = torch.zeros(1, inputs)

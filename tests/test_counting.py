@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from prune_lab.counting import ANALYTIC_EXTRAS, ATTENTION, count_call, count_macs, meta_copy
 from prune_lab.errors import UnsupportedModelError
-from prune_lab.families import example_inputs, meta_unet
+from prune_lab.families import example_inputs, meta_model
 from prune_lab.models import preset_config
 
 TOKENS = 77
@@ -62,7 +62,7 @@ def test_linear_projections_are_not_taken_for_attention() -> None:
     [("sd-v1.4", 859_520_964), ("sd-v2.1-base", 865_910_724), ("sdxl-base", 2_567_463_684)],
 )
 def test_meta_unet_has_the_published_number_of_parameters(preset: str, params: int) -> None:
-    unet = meta_unet(preset_config(preset))
+    unet = meta_model(preset_config(preset))
     assert sum(parameter.numel() for parameter in unet.parameters()) == params
     assert {parameter.device.type for parameter in unet.parameters()} == {"meta"}
     assert not unet.training

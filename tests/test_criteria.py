@@ -95,7 +95,7 @@ def shuffled(probe: Probe, order: list[int]) -> Probe:
 
 @pytest.mark.parametrize("criterion", [name for name in CRITERIA if name != "random"])
 def test_a_block_that_hands_on_its_input_is_worth_nothing(context: ScoringContext, criterion: str) -> None:
-    silence(context.unet, "Dn1.A2", "Md.R1")
+    silence(context.model, "Dn1.A2", "Md.R1")
     groups = (*single("Dn1.A2", "Md.R1", "Dn1.A1"), BlockGroup("idle", "plan", ("Dn1.A2", "Md.R1")))
     table = score(context, groups, criterion, bootstrap=50)
     idle, also_idle, busy, both = (entry.impact for entry in table.entries)
@@ -115,7 +115,7 @@ def test_the_order_of_samples_does_not_matter(context: ScoringContext, criterion
         guidance=generation.guidance,
         scorer=generation.scorer,
     )
-    other = ScoringContext(context.unet, shuffled(context.probe, [2, 0, 3, 1]), generation=turned)
+    other = ScoringContext(context.model, shuffled(context.probe, [2, 0, 3, 1]), generation=turned)
     plain, again = (score(one, groups, criterion, bootstrap=0) for one in (context, other))
     tolerance = 1.0 if criterion == "gate-fisher" else 1e-3  # its random projection goes by place
     for one, two in zip(plain.entries, again.entries, strict=True):
@@ -125,7 +125,7 @@ def test_the_order_of_samples_does_not_matter(context: ScoringContext, criterion
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_one_seed_gives_one_table_in_the_order_asked(context: ScoringContext, criterion: str) -> None:
     groups = single("Up4.A3", "Dn1.A1", "Md.R1")
-    other = ScoringContext(context.unet, context.probe, generation=context.generation)
+    other = ScoringContext(context.model, context.probe, generation=context.generation)
     first, again = (score(one, groups, criterion, bootstrap=20).frame() for one in (context, other))
     assert first["group"].tolist() == ["Up4.A3", "Dn1.A1", "Md.R1"]
     assert first.equals(again)
@@ -134,14 +134,14 @@ def test_one_seed_gives_one_table_in_the_order_asked(context: ScoringContext, cr
 @pytest.mark.parametrize("criterion", [name for name in CRITERIA if name != "random"])
 def test_not_a_number_is_an_error_and_not_a_score(context: ScoringContext, criterion: str) -> None:
     with torch.no_grad():
-        context.unet.get_submodule("down_blocks.0.attentions.1.proj_out").weight.fill_(float("nan"))
+        context.model.get_submodule("down_blocks.0.attentions.1.proj_out").weight.fill_(float("nan"))
     with pytest.raises(DataError, match="not finite"):
         score(context, single("Dn1.A1", "Dn1.A2"), criterion)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_the_model_stays_as_it_was_and_says_what_it_cost(context: ScoringContext, criterion: str) -> None:
-    unet = context.unet.train()
+    unet = context.model.train()
     before, state = predict(unet, context.probe), copy.deepcopy(unet.state_dict())
     grad = [parameter.requires_grad for parameter in unet.parameters()]
     table = score(context, single("Dn1.A1", "Dn2.R1"), criterion, bootstrap=0)
@@ -343,8 +343,8 @@ def test_trajectories_are_the_pictures_that_the_pipeline_draws(context: ScoringC
     latents = generate(generation.pipeline, generation.prompts, (0,), latents=True, **how)
     pictures = generate(generation.pipeline, generation.prompts, (0,), **how)
     assert torch.equal(decode_latents(generation.pipeline, latents), pictures)
-    with bypassed(context.unet, ["Up4.R3"]) as unet:
-        without = generate(generation.pipeline, generation.prompts, (0,), unet=unet, **how)
+    with bypassed(context.model, ["Up4.R3"]) as unet:
+        without = generate(generation.pipeline, generation.prompts, (0,), model=unet, **how)
     drop = clip_scores(scorer, pictures, generation.prompts) - clip_scores(
         scorer, without, generation.prompts
     )

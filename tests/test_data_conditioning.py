@@ -126,7 +126,7 @@ def trained(
     (student,) = students_of(unet, folder, ("bk-small",))
     (recovery,) = distill_together(setup, [student], **more)
     assert recovery.status == "done"
-    return load_file(student.folder / "distilled/unet/diffusion_pytorch_model.safetensors")
+    return load_file(student.folder / "distilled/model/diffusion_pytorch_model.safetensors")
 
 
 @pytest.mark.long

@@ -63,7 +63,7 @@ def whole(distilled_alone: Path) -> Path:
 
 
 def trained_weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "distilled" / "unet" / "diffusion_pytorch_model.safetensors")
+    return load_file(folder / "distilled" / "model" / "diffusion_pytorch_model.safetensors")
 
 
 # Pairs -----------------------------------------------------------------------------------------------------------
@@ -393,7 +393,7 @@ def test_the_result_on_disk_is_the_averaged_student(
     folder = tmp_path / "candidate"
     assert recovery.status == "done"
     assert (recovery.plan_id, recovery.steps, recovery.reason) == ("candidate", 6, "")
-    loaded = UNet2DConditionModel.from_pretrained(folder / "distilled" / "unet")
+    loaded = UNet2DConditionModel.from_pretrained(folder / "distilled" / "model")
     assert same(weights(loaded), weights(student))
     assert same(weights(tiny_unet), before)
     assert all(module.training for module in tiny_unet.modules())
@@ -545,7 +545,7 @@ def test_a_loss_that_is_not_finite_ends_it_with_a_verdict(
     assert "learning_rate" in failed.reason
     assert math.isnan(failed.after)
     assert failed.before == good.before
-    assert not (tmp_path / "bad" / "distilled" / "unet").exists()
+    assert not (tmp_path / "bad" / "distilled" / "model").exists()
     record = json.loads((tmp_path / "bad" / "distilled" / "recovery.json").read_text())
     assert (record["status"], record["after"]) == ("failed", None)
     kept = [(tmp_path / name / "distilled" / "checkpoint.safetensors") for name in ("good", "bad")]

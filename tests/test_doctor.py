@@ -52,17 +52,17 @@ def test_what_is_wrong_is_named_with_its_step(copied: Run) -> None:
     plan_id = copied.plan_ids()[0]
     paths = copied.candidate(plan_id)
     copied.costs.write_text(copied.costs.read_text() + "\n")
-    (paths.unet / "config.json").unlink()
+    (paths.pruned / "config.json").unlink()
     paths.heldout.write_bytes(b"\0")
     temporary_beside(copied.costs).write_text("half")
     (copied.candidates_dir / ("0" * 12)).mkdir()
     rows = examined(copied)
     assert {(row["step"], row["state"], row["why"]) for row in rows} == {
         ("costs", "redo", "costs.csv was changed"),
-        ("candidates", "redo", f"candidates/{plan_id}/unet/config.json is missing"),
+        ("candidates", "redo", f"candidates/{plan_id}/pruned/config.json is missing"),
         ("distilled", "redo", f"candidates/{plan_id}/heldout.csv was changed"),
-        ("candidates", "may follow", FOLLOWS.format(f"candidates/{plan_id}/unet")),
-        ("pictures", "may follow", FOLLOWS.format(f"candidates/{plan_id}/unet")),
+        ("candidates", "may follow", FOLLOWS.format(f"candidates/{plan_id}/pruned")),
+        ("pictures", "may follow", FOLLOWS.format(f"candidates/{plan_id}/pruned")),
         ("ranking", "may follow", FOLLOWS.format("costs.csv")),
         ("report", "may follow", FOLLOWS.format(f"candidates/{plan_id}/distilled/recovery.json")),
         ("files", "left over", "of a writer that was stopped"),
@@ -170,7 +170,7 @@ def test_what_the_doctor_would_have_made_again_is_not_shown(
     copied: Run, damage: Callable[[Path], None]
 ) -> None:
     plan_id = copied.plan_ids()[0]
-    weights = copied.candidate(plan_id).distilled_unet / "diffusion_pytorch_model.safetensors"
+    weights = copied.candidate(plan_id).distilled_model / "diffusion_pytorch_model.safetensors"
     files = {
         copied.ranking,
         weights,

@@ -66,14 +66,14 @@ def test_another_unet_draws_and_the_pipeline_gets_its_own_back(pipeline: Any) ->
     with torch.no_grad():
         other.conv_out.weight.mul_(-1)
     first = generate(pipeline, ["a cat"], [0], **DRAW)
-    changed = generate(pipeline, ["a cat"], [0], unet=other, **DRAW)
+    changed = generate(pipeline, ["a cat"], [0], model=other, **DRAW)
     again = generate(pipeline, ["a cat"], [0], **DRAW)
     assert torch.equal(first, again)
     assert not torch.equal(first, changed)
     with torch.no_grad():
         other.conv_out.bias.fill_(torch.nan)
     with pytest.raises(DataError, match="not finite"):
-        generate(pipeline, ["a cat"], [0], unet=other, **DRAW)
+        generate(pipeline, ["a cat"], [0], model=other, **DRAW)
     assert pipeline.unet is own
     assert pipeline.scheduler is scheduler
     assert pipeline._progress_bar_config == bar

@@ -23,14 +23,14 @@ from prune_lab.blocks import architecture_of, block_groups, blocks_frame
 from prune_lab.distill.features import feature_pairs
 from prune_lab.errors import NonNativePlanError, UnsupportedModelError
 from prune_lab.families import Family, Layout, Outline, Stage, Unit, family_of, plain_config
-from prune_lab.models import load_unet, resolve_model
+from prune_lab.models import load_model, resolve_model
 from prune_lab.plans import gone_with, is_native, native_choices, native_layout, parse_plan
 from prune_lab.prefix_sharing import ComputeCost, predict_without
 from prune_lab.probes import predict, random_probe
 from prune_lab.repair.cuts import find_cuts
 from prune_lab.report.maps import map_cells
 from prune_lab.report.tables import block_map_frame
-from prune_lab.surgery import bypassed, materialise, materialise_from_folder, save_unet
+from prune_lab.surgery import bypassed, materialise, materialise_from_folder, save_model
 
 PACKAGE = Path(prune_lab.__file__).resolve().parent
 
@@ -179,8 +179,8 @@ def test_a_toy_without_blocks_three_times(toy: Any, text: str, tmp_path: Path) -
     assert torch.equal(predict(student, probe), wanted)
     toy.save_pretrained(tmp_path / "teacher")
     again = materialise_from_folder(tmp_path / "teacher", plan)
-    save_unet(again, tmp_path / "student", plan, {})
-    loaded = load_unet(resolve_model(str(tmp_path / "student")))
+    save_model(again, tmp_path / "student", plan, {})
+    loaded = load_model(resolve_model(str(tmp_path / "student")))
     assert len(loaded.chain) == 4 - len(plan.removed)
     assert torch.equal(predict(loaded, probe), wanted)
 
@@ -251,8 +251,8 @@ def test_names_are_followed_by_their_longest_beginning() -> None:
 def test_the_layout_of_a_unet_names_each_tensor_once(text: str) -> None:
     architecture = architecture_of(TINY_UNET)
     layout = native_layout(architecture, parse_plan(text, architecture))
-    ours = set(families.meta_unet(layout.config).state_dict())
-    renamed = [layout.renamed(key) for key in families.meta_unet(architecture.config).state_dict()]
+    ours = set(families.meta_model(layout.config).state_dict())
+    renamed = [layout.renamed(key) for key in families.meta_model(architecture.config).state_dict()]
     assert sorted(name for name in renamed if name is not None) == sorted(ours)
     assert {layout.renamed(theirs) for theirs in layout.sources(ours).values()} == ours
 

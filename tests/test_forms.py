@@ -42,9 +42,9 @@ from prune_lab.distill.features import feature_pairs
 from prune_lab.distill.setup import Student, StudentRun
 from prune_lab.errors import BudgetError, ConfigError, PlanError, UnsupportedModelError
 from prune_lab.export.hub import uploads_of
-from prune_lab.families import FAMILIES, Form, empty_model, family_of, meta_unet, plain_config
+from prune_lab.families import FAMILIES, Form, empty_model, family_of, meta_model, plain_config
 from prune_lab.forms import exists_in, form_named, in_form, layout_of, why_not, within_form
-from prune_lab.models import load_pipeline, load_unet, resolve_model
+from prune_lab.models import load_model, load_pipeline, resolve_model
 from prune_lab.models.hub import files_to_fetch
 from prune_lab.plans import PruningPlan, is_native, parse_plan, plan_from_json, plan_of
 from prune_lab.prefix_sharing import predict_without
@@ -247,7 +247,7 @@ def test_costs_are_those_of_the_model_that_is_built(shape: str, forms: list[Form
         for number, plan in enumerate(plans):
             config, found = layout_of(architecture, plan).config, costs.of(plan)
             counted = count_macs(config, tokens=architecture.tokens)
-            assert found.params == size(meta_unet(config))
+            assert found.params == size(meta_model(config))
             assert (found.macs, found.attention_macs) == (counted.total, counted.attention)
             # what is searched with is never less than what is built
             assert many.params[number] >= found.params
@@ -269,7 +269,7 @@ def test_a_neutral_residual_block_saves_nothing_and_is_not_chosen_for_it() -> No
         (plan,) = search_plans(architecture, effects, costs, budget, constraints=rules)
         assert {architecture.block(name).kind for name in plan.removed} == {kind}
         assert plan.form == form
-        assert size(meta_unet(layout_of(architecture, plan).config)) <= budget[0].limit
+        assert size(meta_model(layout_of(architecture, plan).config)) <= budget[0].limit
     few = [parse_budget("params<=12%", architecture, costs)]
     with pytest.raises(BudgetError, match="form neutral binds"):
         search_plans(
@@ -324,9 +324,9 @@ def test_prune_writes_code_where_no_plain_config_will_do(
     assert "trust_remote_code=True" in (unet / "README.md").read_text()
     assert "trust_remote_code=True" in (own_folder / "README.md").read_text()
     # here it loads without being told to trust it, and the copy in the folder is not what runs
-    model = load_unet(resolve_model(str(own_folder)))
+    model = load_model(resolve_model(str(own_folder)))
     assert sys.modules[type(model).__module__].__file__ == str(own_code.FOLDER / file.name)
-    teacher = load_unet(resolve_model(str(tiny_pipeline_folder)))
+    teacher = load_model(resolve_model(str(tiny_pipeline_folder)))
     inputs = random_inputs(teacher, 0)
     for parameter in (*model.parameters(), *teacher.parameters()):  # numbers in a file lie as they do there
         parameter.data = parameter.data.clone()
@@ -370,7 +370,7 @@ def test_a_student_of_every_family_is_proved(name: str, tmp_path: Path, seen: Se
         out = prune_pipeline(source, plan, tmp_path / form)
         proof = json.loads((out / "provenance.json").read_text())["proof"]
         assert (proof["kind"], proof["largest_difference"]) == ("bypassed teacher", 0.0)
-        student = load_unet(resolve_model(str(out)))
+        student = load_model(resolve_model(str(out)))
         assert size(student) == proof["parameters"] == cost_table(architecture).of(plan).params
         seen(name, "prune", form=form)
 
@@ -384,7 +384,7 @@ def test_code_that_is_not_known_is_never_run(own_folder: Path, tmp_path: Path) -
         with pytest.raises(UnsupportedModelError, match="never runs"):
             resolve_model(str(place))
     file.unlink()  # as fetched from a hub, of which no code is read: the name says which code it is
-    load_unet(resolve_model(str(folder)))
+    load_model(resolve_model(str(folder)))
     config = json.loads((folder / "unet" / "config.json").read_text())
     name = config["_class_name"]
     config["auto_map"] = {"AutoModel": f"modeling_pruned_0123456789ab.{name}"}
@@ -452,7 +452,7 @@ def test_two_versions_of_the_file_in_one_process(
     ]
     files = [type(model).__module__ for model in models]
     assert files == [code_in(old).stem, name, code_in(old).stem]
-    inputs = random_inputs(load_unet(resolve_model(str(old))), 0)
+    inputs = random_inputs(load_model(resolve_model(str(old))), 0)
     assert torch.equal(answer(models[0], inputs), answer(models[1], inputs))
     # here: a version that the package knows beside the newest one
     with pytest.raises(UnsupportedModelError, match="never runs"):
@@ -464,8 +464,8 @@ def test_two_versions_of_the_file_in_one_process(
     monkeypatch.setattr(own_code, "FOLDER", package)
     own_code.known_files.cache_clear()
     try:
-        assert type(load_unet(resolve_model(str(new)))).__module__ == name
-        assert type(load_unet(resolve_model(str(old)))).__module__ == code_in(old).stem
+        assert type(load_model(resolve_model(str(new)))).__module__ == name
+        assert type(load_model(resolve_model(str(old)))).__module__ == code_in(old).stem
     finally:
         monkeypatch.undo()
         own_code.known_files.cache_clear()

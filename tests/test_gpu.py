@@ -13,7 +13,7 @@ import torch
 from benchmarks import gpu
 from prune_lab.blocks import architecture_of
 from prune_lab.families import example_inputs
-from prune_lab.profiling import measure_latency_table, random_native_plans, random_unet
+from prune_lab.profiling import measure_latency_table, random_model, random_native_plans
 from prune_lab.profiling.latency_parts import pass_by_parts
 
 NO_CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA card here")
@@ -92,7 +92,7 @@ def test_every_section_runs_on_the_cpu(tmp_path: Path) -> None:
 
 @pytest.fixture
 def on_card() -> Any:
-    return random_unet(
+    return random_model(
         {**gpu.resolve_model("sd-v1.4").config, **gpu.TINY}, device="cuda", dtype=torch.bfloat16
     )
 

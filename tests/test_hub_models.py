@@ -22,7 +22,7 @@ HALF = "diffusion_pytorch_model.fp16.safetensors"
 READ = """
 import json, sys
 from prune_lab.errors import PruneLabError
-from prune_lab.models import load_pipeline, load_unet, model_digest, resolve_model
+from prune_lab.models import load_pipeline, load_model, model_digest, resolve_model
 found = []
 for text, how in json.loads(sys.argv[1]):
     try:
@@ -30,7 +30,7 @@ for text, how in json.loads(sys.argv[1]):
     except PruneLabError as error:
         found.append({"error": str(error)})
         continue
-    (load_pipeline if source.is_pipeline else load_unet)(source)
+    (load_pipeline if source.is_pipeline else load_model)(source)
     root = source.folder.parent if source.subfolder else source.folder
     files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
     known = {name: getattr(source, name) for name in ("revision", "variant", "kind", "origin")}

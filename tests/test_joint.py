@@ -51,7 +51,7 @@ def validation() -> Probe:
 
 
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "distilled" / "unet" / "diffusion_pytorch_model.safetensors")
+    return load_file(folder / "distilled" / "model" / "diffusion_pytorch_model.safetensors")
 
 
 def assert_equal(one: Path, other: Path) -> None:
@@ -103,7 +103,7 @@ def test_held_out_losses_are_those_of_the_averaged_weights(distilled_alone: Path
 
     losses = load_heldout(distilled_alone / "bk-tiny")
     assert losses.index.tolist() == [0, 3, 6]
-    student = UNet2DConditionModel.from_pretrained(distilled_alone / "bk-tiny" / "distilled" / "unet").eval()
+    student = UNet2DConditionModel.from_pretrained(distilled_alone / "bk-tiny" / "distilled" / "model").eval()
     with torch.no_grad():
         found = student(validation.noisy, validation.timesteps, validation.embeddings).sample
     rows = (found - validation.target).square().flatten(1).mean(dim=1)
@@ -141,7 +141,7 @@ def test_divergence_is_a_verdict(tiny_unet: Any, tmp_path: Path, validation: Pro
     assert found.status == "failed"
     assert "the held-out loss rose from" in found.reason or "finite" in found.reason
     assert found.steps < wild.steps
-    assert not (tmp_path / "bk-small" / "distilled" / "unet").exists()
+    assert not (tmp_path / "bk-small" / "distilled" / "model").exists()
     assert (tmp_path / "bk-small" / "distilled" / "checkpoint.safetensors").exists()
     patient = dataclasses.replace(wild, learning_rate=1e-3)
     (other,) = distill_together(

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from prune_lab.cli import app
 from prune_lab.errors import ModelFormatError, UnsupportedModelError
 from prune_lab.export import student_in
-from prune_lab.models import load_pipeline, load_unet, resolve_model
+from prune_lab.models import load_model, load_pipeline, resolve_model
 from prune_lab.models.parts import component_of
 from prune_lab.runtime import read_json
 
@@ -85,8 +85,8 @@ def test_the_model_of_a_pipeline_is_found_and_draws_as_in_plain_diffusers(
 
     assert source.kind == "pipeline"
     assert source.component == ("unet" if kind in ("sd", "ddpm") else "transformer")
-    assert source.unet_folder == folder / source.component
-    assert source.unet_files
+    assert source.model_folder == folder / source.component
+    assert source.weight_paths
     plain = DiffusionPipeline.from_pretrained(folder)
     assert source.architecture.total_params == getattr(plain, source.component).num_parameters()
     assert torch.equal(drawn(load_pipeline(source), kind), drawn(plain, kind))
@@ -190,14 +190,14 @@ def test_weights_that_are_no_numbers_or_say_nothing_are_refused_by_the_name_of_t
 ) -> None:
     whole = copied(kind)
     source = resolve_model(str(whole))
-    model = load_unet(source)
+    model = load_model(source)
     for part in weighty(whole):
         path = next((whole / part).glob("*.safetensors"))
         content = path.read_bytes()
         for change, why in ((are_no_numbers, "not a number|NaN"), (say_nothing, "gives the same answer")):
             edit_tensors(path, change)
             with pytest.raises(ModelFormatError, match=why) as caught:
-                load_pipeline(source, unet=None if part == source.component else model)
+                load_pipeline(source, model=None if part == source.component else model)
             assert (source.called if part == source.component else part) in str(caught.value)
             path.write_bytes(content)
 
@@ -395,14 +395,14 @@ def test_what_is_known_of_stable_diffusion_alone_is_refused_by_name(
 @pytest.mark.parametrize("kind", others_long(NEW, "sd3", "ddpm"))
 def test_a_model_alone_is_found_and_pruned(kind: str, pipeline_folder: Folders, tmp_path: Path) -> None:
     whole = resolve_model(str(pipeline_folder(kind)))
-    assert whole.unet_folder is not None
-    alone = Path(shutil.copytree(whole.unet_folder, tmp_path / "alone"))
+    assert whole.model_folder is not None
+    alone = Path(shutil.copytree(whole.model_folder, tmp_path / "alone"))
     source = resolve_model(str(alone))
 
     assert not source.is_pipeline
     assert source.architecture.signature == whole.architecture.signature
     invoke("prune", alone, "--plan", PLANS[kind], "--out", tmp_path / "small")
-    plain = type(load_unet(source)).from_pretrained(tmp_path / "small")
+    plain = type(load_model(source)).from_pretrained(tmp_path / "small")
     assert plain.num_parameters() == resolve_model(str(tmp_path / "small")).architecture.total_params
 
 
@@ -421,5 +421,5 @@ def test_the_structure_alone_has_blocks_and_costs(name: str, tmp_path: Path) -> 
     found = CliRunner().invoke(app, ["profile", str(path), "--plan", "-B2", "--no-latency", "--json"])
     teacher, student = json.loads(found.stdout)
     assert student["params"] < teacher["params"]
-    drawn_weights = load_unet(resolve_model(str(path), random_weights=True, seed=3))
+    drawn_weights = load_model(resolve_model(str(path), random_weights=True, seed=3))
     assert type(drawn_weights).__name__ == name

@@ -269,7 +269,13 @@ FOREIGN = (".git/HEAD", "notes.md", "mine/photo.jpg", ".hidden", "\u6587.txt", "
 def test_what_others_put_into_a_run_is_never_removed(copied: Run, seed: int) -> None:
     draw = random.Random(seed)
     paths = copied.candidate(copied.plan_ids()[0])
-    folders = [copied.report_dir, paths.unet, paths.distilled, paths.pictures_pruned, copied.teacher_pictures]
+    folders = [
+        copied.report_dir,
+        paths.pruned,
+        paths.distilled,
+        paths.pictures_pruned,
+        copied.teacher_pictures,
+    ]
     foreign = draw.choice(folders) / draw.choice(FOREIGN)
     foreign.parent.mkdir(parents=True, exist_ok=True)
     foreign.write_text("precious")
@@ -304,7 +310,7 @@ def test_files_of_others_stop_a_run_before_its_first_step(
 ) -> None:
     draw = random.Random()
     paths = copied.candidate(draw.choice(copied.plan_ids()))
-    late = draw.choice([paths.distilled, paths.distilled_unet, paths.pictures_distilled, copied.report_dir])
+    late = draw.choice([paths.distilled, paths.distilled_model, paths.pictures_distilled, copied.report_dir])
     foreign = late / draw.choice([".git/HEAD", ".hidden", "\u6587.txt"])
     foreign.parent.mkdir(exist_ok=True)
     foreign.write_text("precious")

@@ -26,11 +26,11 @@ from prune_lab import models
 from prune_lab.assets import reference_folder
 from prune_lab.blocks import architecture_of
 from prune_lab.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
-from prune_lab.families import family_of, meta_unet
+from prune_lab.families import family_of, meta_model
 from prune_lab.models import (
+    load_model,
     load_pipeline,
     load_scorer,
-    load_unet,
     model_digest,
     preset_config,
     resolve_model,
@@ -56,7 +56,7 @@ PARAMETERS = {
 
 
 @pytest.fixture
-def unet_folder(tiny_pipeline_folder: Path, tmp_path: Path) -> Path:
+def model_folder(tiny_pipeline_folder: Path, tmp_path: Path) -> Path:
     """A U-Net folder of its own, free to be damaged."""
     return Path(shutil.copytree(tiny_pipeline_folder / "unet", tmp_path / "unet"))
 
@@ -83,18 +83,18 @@ def same_weights(first: Any, second: Any) -> bool:
 def test_presets_have_the_published_number_of_parameters(name: str) -> None:
     source = resolve_model(name)
     assert (source.kind, source.has_weights, source.is_pipeline) == ("preset", False, False)
-    assert sum(parameter.numel() for parameter in meta_unet(source.config).parameters()) == PARAMETERS[name]
+    assert sum(parameter.numel() for parameter in meta_model(source.config).parameters()) == PARAMETERS[name]
 
 
 def test_what_diffusers_counts_otherwise_than_the_authors() -> None:
     """DiT-XL/2 has 675,129,632 parameters: one embedding of timestep and class, which diffusers has in every block, and
     the places of its 256 patches. Of SD3 2,084,951,104 numbers are saved, those of its places (192 x 192) among them.
     """
-    dit = meta_unet(preset_config("dit-xl-2-256"))
+    dit = meta_model(preset_config("dit-xl-2-256"))
     blocks = len(dit.transformer_blocks)
     embedding = sum(parameter.numel() for parameter in dit.transformer_blocks[0].norm1.emb.parameters())
     assert dit.num_parameters() - (blocks - 1) * embedding + 256 * 1152 == 675_129_632
-    saved = meta_unet(preset_config("sd3-medium")).state_dict().values()
+    saved = meta_model(preset_config("sd3-medium")).state_dict().values()
     assert sum(tensor.numel() for tensor in saved) == 2_084_951_104
 
 
@@ -127,7 +127,7 @@ def test_the_two_sizes_of_v2_differ_as_published() -> None:
 def test_a_pipeline_folder_is_found(tiny_pipeline_folder: Path) -> None:
     source = resolve_model(str(tiny_pipeline_folder))
     assert (source.kind, source.folder, source.has_weights) == ("pipeline", tiny_pipeline_folder, True)
-    assert source.unet_folder == tiny_pipeline_folder / "unet"
+    assert source.model_folder == tiny_pipeline_folder / "unet"
     assert source.config["block_out_channels"] == [8, 16, 32, 32]
 
 
@@ -139,16 +139,16 @@ def test_the_shipped_model_is_a_whole_pipeline() -> None:
     assert shape == (4, 2)  # Stable Diffusion's
 
 
-def test_a_unet_folder_is_found(unet_folder: Path) -> None:
-    source = resolve_model(str(unet_folder))
-    assert (source.kind, source.unet_folder, source.is_pipeline) == ("unet", unet_folder, False)
+def test_a_unet_folder_is_found(model_folder: Path) -> None:
+    source = resolve_model(str(model_folder))
+    assert (source.kind, source.model_folder, source.is_pipeline) == ("model", model_folder, False)
 
 
-def test_a_config_is_structure_only(unet_folder: Path) -> None:
-    source = resolve_model(str(unet_folder / "config.json"))
+def test_a_config_is_structure_only(model_folder: Path) -> None:
+    source = resolve_model(str(model_folder / "config.json"))
     assert (source.kind, source.folder, source.has_weights) == ("config", None, False)
     with pytest.raises(UnsupportedModelError, match="structure only"):
-        load_unet(source)
+        load_model(source)
     with pytest.raises(UnsupportedModelError, match="a U-Net alone"):
         load_pipeline(source)
 
@@ -206,28 +206,30 @@ def test_any_bytes_are_refused_politely(tmp_path_factory: pytest.TempPathFactory
         read_header(path)
 
 
-def test_whole_files_are_preferred_to_variants_and_shards_are_all_found(unet_folder: Path) -> None:
-    whole = unet_folder / "diffusion_pytorch_model.safetensors"
-    half = unet_folder / "diffusion_pytorch_model.fp16.safetensors"
+def test_whole_files_are_preferred_to_variants_and_shards_are_all_found(model_folder: Path) -> None:
+    whole = model_folder / "diffusion_pytorch_model.safetensors"
+    half = model_folder / "diffusion_pytorch_model.fp16.safetensors"
     shutil.copy(whole, half)
-    assert weight_files(unet_folder) == (whole,)
+    assert weight_files(model_folder) == (whole,)
     whole.unlink()
-    assert weight_files(unet_folder) == (half,)
+    assert weight_files(model_folder) == (half,)
 
 
-def test_only_pickled_weights_are_refused(unet_folder: Path) -> None:
-    (unet_folder / "diffusion_pytorch_model.safetensors").rename(unet_folder / "diffusion_pytorch_model.bin")
+def test_only_pickled_weights_are_refused(model_folder: Path) -> None:
+    (model_folder / "diffusion_pytorch_model.safetensors").rename(
+        model_folder / "diffusion_pytorch_model.bin"
+    )
     with pytest.raises(ModelFormatError, match=r"only pickled files \(diffusion_pytorch_model.bin\)"):
-        resolve_model(str(unet_folder))
+        resolve_model(str(model_folder))
 
 
-def test_a_shard_cannot_point_out_of_its_folder(unet_folder: Path) -> None:
-    whole = unet_folder / "diffusion_pytorch_model.safetensors"
-    whole.rename(unet_folder.parent / whole.name)
-    index = unet_folder / "diffusion_pytorch_model.safetensors.index.json"
+def test_a_shard_cannot_point_out_of_its_folder(model_folder: Path) -> None:
+    whole = model_folder / "diffusion_pytorch_model.safetensors"
+    whole.rename(model_folder.parent / whole.name)
+    index = model_folder / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"conv_in.weight": f"../{whole.name}"}}))
     with pytest.raises(ModelFormatError, match="does not list the shards"):
-        resolve_model(str(unet_folder))
+        resolve_model(str(model_folder))
 
 
 @pytest.mark.parametrize(
@@ -241,20 +243,20 @@ def test_a_shard_cannot_point_out_of_its_folder(unet_folder: Path) -> None:
         ),
     ],
 )
-def test_weights_that_do_not_fit_the_config_are_named(unet_folder: Path, change: Any, named: str) -> None:
-    path = unet_folder / "diffusion_pytorch_model.safetensors"
+def test_weights_that_do_not_fit_the_config_are_named(model_folder: Path, change: Any, named: str) -> None:
+    path = model_folder / "diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
     with pytest.raises(ModelFormatError, match=named):
-        resolve_model(str(unet_folder))
+        resolve_model(str(model_folder))
 
 
-def test_the_digest_follows_every_byte(unet_folder: Path) -> None:
-    before = model_digest(resolve_model(str(unet_folder)))
-    path = unet_folder / "diffusion_pytorch_model.safetensors"
+def test_the_digest_follows_every_byte(model_folder: Path) -> None:
+    before = model_digest(resolve_model(str(model_folder)))
+    path = model_folder / "diffusion_pytorch_model.safetensors"
     # by hand: the plain settings, then the hash of each file
-    config = {k: v for k, v in json.loads((unet_folder / "config.json").read_text()).items() if k[0] != "_"}
+    config = {k: v for k, v in json.loads((model_folder / "config.json").read_text()).items() if k[0] != "_"}
     by_hand = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     by_hand.update(hashlib.sha256(path.read_bytes()).digest())
     assert before == by_hand.hexdigest()[:16]
@@ -262,7 +264,7 @@ def test_the_digest_follows_every_byte(unet_folder: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    assert model_digest(resolve_model(str(unet_folder))) != before
+    assert model_digest(resolve_model(str(model_folder))) != before
 
 
 def test_the_digest_of_a_preset_is_that_of_its_structure() -> None:
@@ -274,15 +276,15 @@ def test_the_digest_of_a_preset_is_that_of_its_structure() -> None:
 # Loading ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_loaded_unet_is_the_saved_one(unet_folder: Path, tiny_unet: UNet2DConditionModel) -> None:
-    unet = load_unet(resolve_model(str(unet_folder)))
+def test_a_loaded_unet_is_the_saved_one(model_folder: Path, tiny_unet: UNet2DConditionModel) -> None:
+    unet = load_model(resolve_model(str(model_folder)))
     assert same_weights(unet, tiny_unet)
     assert not unet.training
     assert unet.dtype == torch.float32
 
 
-def test_half_precision_is_asked_for_by_dtype(unet_folder: Path, tiny_unet: UNet2DConditionModel) -> None:
-    unet = load_unet(resolve_model(str(unet_folder)), dtype=torch.bfloat16)
+def test_half_precision_is_asked_for_by_dtype(model_folder: Path, tiny_unet: UNet2DConditionModel) -> None:
+    unet = load_model(resolve_model(str(model_folder)), dtype=torch.bfloat16)
     assert {tensor.dtype for tensor in unet.state_dict().values()} == {torch.bfloat16}
     assert same_weights(unet, tiny_unet.to(torch.bfloat16))
 
@@ -292,7 +294,7 @@ def test_shards_and_variants_load_alike(tmp_path: Path, tiny_unet: UNet2DConditi
     tiny_unet.save_pretrained(tmp_path, safe_serialization=True, **form)
     assert not (tmp_path / "diffusion_pytorch_model.safetensors").exists()
     assert len(weight_files(tmp_path)) == (1 if "variant" in form else 6)
-    assert same_weights(load_unet(resolve_model(str(tmp_path))), tiny_unet)
+    assert same_weights(load_model(resolve_model(str(tmp_path))), tiny_unet)
 
 
 def test_a_missing_shard_is_named(tmp_path: Path, tiny_unet: UNet2DConditionModel) -> None:
@@ -303,10 +305,10 @@ def test_a_missing_shard_is_named(tmp_path: Path, tiny_unet: UNet2DConditionMode
         resolve_model(str(tmp_path))
 
 
-def test_random_weights_follow_the_seed_and_leave_the_global_state(unet_folder: Path) -> None:
-    source = resolve_model(str(unet_folder / "config.json"))
+def test_random_weights_follow_the_seed_and_leave_the_global_state(model_folder: Path) -> None:
+    source = resolve_model(str(model_folder / "config.json"))
     state = torch.get_rng_state()
-    first, again, other = (load_unet(source, random_weights=True, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (load_model(source, random_weights=True, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state)
     assert same_weights(first, again)
     assert not same_weights(first, other)
@@ -329,7 +331,7 @@ def test_a_given_unet_takes_the_place_of_the_saved_one(
 ) -> None:
     source = resolve_model(str(pipeline_folder))
     shutil.rmtree(pipeline_folder / "unet")  # so it is not read at all
-    pipeline = load_pipeline(source, unet=tiny_unet)
+    pipeline = load_pipeline(source, model=tiny_unet)
     assert pipeline.unet is tiny_unet
 
 
@@ -387,7 +389,7 @@ def test_loading_never_holds_two_copies(tmp_path: Path, tiny_config: dict[str, A
         tensors = list(load_file(file).values())
         return tensors + [tensor.clone() for tensor in tensors]
 
-    assert peak_of(lambda: load_unet(source).parameters()) < 1.5 * size
+    assert peak_of(lambda: load_model(source).parameters()) < 1.5 * size
     assert peak_of(twice) > 1.8 * size  # the measurement does see a second copy
 
 

@@ -20,7 +20,7 @@ from prune_lab.blocks import block_groups
 from prune_lab.cli import app
 from prune_lab.config import AUTO, RunConfig, load_config, recipe_names, recipe_path
 from prune_lab.families import example_inputs
-from prune_lab.models import load_unet, resolve_model
+from prune_lab.models import load_model, resolve_model
 from prune_lab.runs import Run
 from prune_lab.runtime import pick_dtype
 from prune_lab.workflow import estimate, macs_per_second, settings_for, steps_frame
@@ -307,7 +307,7 @@ def test_the_speed_of_a_small_model_is_measured_on_itself() -> None:
     """Its operators take longer to start than to compute, so a convolution of SD's size says too little."""
     cpu, small = torch.device("cpu"), resolve_model("reference").architecture
     inputs = example_inputs(small.config, batch=2, tokens=small.tokens)
-    unet = load_unet(resolve_model("reference"))
+    unet = load_model(resolve_model("reference"))
     times = []
     with torch.inference_mode():
         for _ in range(3):

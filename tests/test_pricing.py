@@ -27,7 +27,7 @@ from prune_lab.errors import (
     PlanError,
     UnremovableBlockError,
 )
-from prune_lab.families import example_inputs, meta_unet
+from prune_lab.families import example_inputs, meta_model
 from prune_lab.models import preset_config
 from prune_lab.plans import native_layout, parse_plan, plan_of, removed_samplers
 from prune_lab.profiling import (
@@ -257,7 +257,7 @@ def test_prices_as_a_frame(tiny: Architecture) -> None:
 
 
 def peak_of_student(config: Mapping[str, Any], dtype: torch.dtype, **sizes: int) -> int:
-    unet = torch.nn.Module.to(meta_unet(config), dtype)
+    unet = torch.nn.Module.to(meta_model(config), dtype)
     return live_peak(unet, example_inputs(unet.config, device="meta", dtype=dtype, **sizes))
 
 
@@ -388,7 +388,7 @@ def test_the_activation_table_as_a_frame(tiny: Architecture) -> None:
 
 
 def test_batches_hold_as_many_times_the_bytes(tiny: Architecture) -> None:
-    unet = meta_unet(tiny.config)
+    unet = meta_model(tiny.config)
     assert (
         live_peak(unet, example_inputs(tiny.config, batch=3, device="meta"))
         == 3 * activation_table(tiny).total
@@ -405,7 +405,7 @@ class Timer:
     """A clock wound by hand: a pass takes so long per parameter that is there, ``slowness`` times as long at a call."""
 
     def __init__(self, unet: Any) -> None:
-        self.unet = unet
+        self.model = unet
         self.calls = 0
         self.batches: set[int] = set()
         self.gradients: set[bool] = set()
@@ -424,7 +424,7 @@ class Timer:
         self.calls += 1
         self.batches.add(len(inputs["sample"]))
         self.gradients.add(torch.is_grad_enabled() or unet.training)
-        if unet is not self.unet:
+        if unet is not self.model:
             self.students.add(id(unet))
         return self.plain(unet) * self.slowness()
 
@@ -522,7 +522,7 @@ class OtherStudents(Timer):
 
     def plain(self, unet: Any) -> float:
         took = super().plain(unet)
-        return took if unet is self.unet else took - 0.25 * (super().plain(self.unet) - took)
+        return took if unet is self.model else took - 0.25 * (super().plain(self.model) - took)
 
 
 def test_calibration_makes_up_for_what_bypasses_do_not_save(tiny_unet: Any, tiny: Architecture) -> None:

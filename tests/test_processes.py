@@ -68,7 +68,7 @@ def assert_close(one: Path, other: Path) -> None:
         assert mine[: len(TIMELESS)] == pytest.approx(yours[: len(TIMELESS)], rel=1e-4, nan_ok=True)
     assert load_heldout(one).to_numpy() == pytest.approx(load_heldout(other).to_numpy(), rel=1e-4)
     weights, others = (
-        load_file(folder / "distilled" / "unet" / "diffusion_pytorch_model.safetensors")
+        load_file(folder / "distilled" / "model" / "diffusion_pytorch_model.safetensors")
         for folder in (one, other)
     )
     assert weights.keys() == others.keys()

@@ -33,7 +33,7 @@ from prune_lab.profiling import (
     profile_blocks,
     profile_from_dict,
     profile_pipeline,
-    random_unet,
+    random_model,
     reduction_table,
 )
 from prune_lab.session import Session
@@ -466,7 +466,7 @@ def test_latency_joins_the_table_and_stays_empty_where_nothing_can_run(
 
 
 def test_a_random_unet_runs_and_gives_finite_numbers(tiny_config: dict[str, Any]) -> None:
-    unet = random_unet(tiny_config, dtype=torch.float32)
+    unet = random_model(tiny_config, dtype=torch.float32)
     with torch.inference_mode():
         output = unet(**example_inputs(tiny_config), return_dict=False)[0]
     assert torch.isfinite(output).all()

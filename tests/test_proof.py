@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from prune_lab.blocks import architecture_of
 from prune_lab.errors import ProofError
-from prune_lab.models import load_unet, resolve_model
+from prune_lab.models import load_model, resolve_model
 from prune_lab.plans import parse_plan
-from prune_lab.surgery import Original, digest_of, materialise, prove, prune_pipeline, save_unet, writing
+from prune_lab.surgery import Original, digest_of, materialise, prove, prune_pipeline, save_model, writing
 from prune_lab.surgery import proof as proof_module
 
 
@@ -48,14 +48,14 @@ def lose_layers(folder: Path) -> None:
 @pytest.fixture
 def after_writing(monkeypatch: pytest.MonkeyPatch) -> Any:
     """``after_writing(change)``: a mistake in what is written of the U-Net, as a fault of ours would make it."""
-    written = writing._write_unet
+    written = writing._write_model
 
     def with_mistake(change: Any) -> None:
         def write(unet: Any, folder: Path, *more: Any) -> None:
             written(unet, folder, *more)
             change(folder)
 
-        monkeypatch.setattr(writing, "_write_unet", write)
+        monkeypatch.setattr(writing, "_write_model", write)
 
     return with_mistake
 
@@ -96,24 +96,24 @@ def test_a_model_in_memory_is_compared_tensor_by_tensor(
 ) -> None:
     plan = parse_plan("bk-tiny", architecture_of(tiny_unet))
     student = materialise(tiny_unet, plan)
-    save_unet(student, tmp_path / "good", plan, {})
+    save_model(student, tmp_path / "good", plan, {})
     found = json.loads((tmp_path / "good" / "provenance.json").read_text())["proof"]
     assert (found["kind"], found["largest_difference"]) == ("same tensors", None)
     after_writing(change_a_weight)
     with pytest.raises(ProofError, match="its tensors are not those of the model that was saved"):
-        save_unet(student, tmp_path / "bad", plan, {})
+        save_model(student, tmp_path / "bad", plan, {})
     assert [path.name for path in tmp_path.iterdir()] == ["good"]
 
 
 def test_a_model_that_was_loaded_does_not_name_its_folder(tiny_unet: Any, tmp_path: Path) -> None:
     plan = parse_plan("bk-tiny", architecture_of(tiny_unet))
-    save_unet(materialise(tiny_unet, plan), tmp_path / "once", plan, {})
-    save_unet(load_unet(resolve_model(str(tmp_path / "once"))), tmp_path / "twice", plan, {})
+    save_model(materialise(tiny_unet, plan), tmp_path / "once", plan, {})
+    save_model(load_model(resolve_model(str(tmp_path / "once"))), tmp_path / "twice", plan, {})
     assert "_name_or_path" not in (tmp_path / "twice" / "config.json").read_text()
 
 
 def test_a_distilled_student_is_proved_to_be_the_one_that_was_trained(distilled_alone: Path) -> None:
-    folder = distilled_alone / "bk-tiny" / "distilled" / "unet"
+    folder = distilled_alone / "bk-tiny" / "distilled" / "model"
     provenance = json.loads((folder / "provenance.json").read_text())
     assert provenance["proof"]["kind"] == "same tensors"
     assert provenance["steps"] == 6
@@ -129,10 +129,10 @@ def test_another_set_of_blocks_is_another_function(
     with torch.no_grad():  # as if Up3.R3 had gone and R2 stayed
         student.up_blocks[2].attentions[1].load_state_dict(tiny_unet.up_blocks[2].attentions[1].state_dict())
     source = resolve_model(str(tiny_pipeline_folder))
-    assert source.unet_folder is not None
-    files = tuple(source.unet_folder.glob("*.safetensors"))
+    assert source.model_folder is not None
+    files = tuple(source.model_folder.glob("*.safetensors"))
     with pytest.raises(ProofError, match="its answer differs"):
-        save_unet(student, tmp_path / "out", plan, {}, original=Original(source.config, files, plan.removed))
+        save_model(student, tmp_path / "out", plan, {}, original=Original(source.config, files, plan.removed))
 
 
 def test_parts_of_different_formats_are_refused(tiny_pipeline_folder: Path, tmp_path: Path) -> None:

@@ -258,7 +258,7 @@ def test_a_student_of_a_run_is_a_plain_model(results: pl.RunResults, finished: R
 
     student, plan = results.student("bk-tiny"), results.plan("bk-tiny")
     assert sum(one.numel() for one in student.parameters()) == plan.costs.frame()["params"].iloc[-1]
-    folder = finished.candidate(plan.id).distilled_unet
+    folder = finished.candidate(plan.id).distilled_model
     plain = UNet2DConditionModel.from_pretrained(folder, local_files_only=True)
     assert all(
         torch.equal(one, other) for one, other in zip(student.parameters(), plain.parameters(), strict=True)

@@ -108,7 +108,7 @@ def copied(built: Run, tmp_path: Path) -> Run:
 
 
 def weights_of(run: Run, plan_id: str) -> dict[str, torch.Tensor]:
-    (path,) = run.candidate(plan_id).distilled_unet.glob("*.safetensors")
+    (path,) = run.candidate(plan_id).distilled_model.glob("*.safetensors")
     return load_file(path)
 
 
@@ -271,7 +271,7 @@ def test_what_goes_wrong_on_a_worker_is_said_in_one_line(cluster: Any, copied: R
     candidates = ensure_candidates(session)[:1]
     with pytest.raises(ClusterError, match=r"lower engine\.cpus"):
         ray_driver.train(session, candidates, (STEPS,), cluster=Cluster(cpus=64))
-    shutil.rmtree(candidates[0].paths.unet)
+    shutil.rmtree(candidates[0].paths.pruned)
     with pytest.raises(ClusterError, match="found none that came to an end: asked for the candidate in"):
         ray_driver.train(session, candidates, (STEPS,), cluster=Cluster(retries=0))
     with pytest.raises(StorageError, match=r"^asked to read .*missing\.json: No such file"):

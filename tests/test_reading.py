@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from prune_lab.blocks import architecture_of
 from prune_lab.cli import app
 from prune_lab.errors import ModelFormatError, ModelNotFoundError, PruneLabError
-from prune_lab.models import load_pipeline, load_unet, model_digest, resolve_model
+from prune_lab.models import load_model, load_pipeline, model_digest, resolve_model
 from prune_lab.models.files import chosen_variant, shards_among, variants_among
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -42,7 +42,7 @@ def pipeline(tiny_pipeline_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def unet_folder(tiny_pipeline_folder: Path, tmp_path: Path) -> Path:
+def model_folder(tiny_pipeline_folder: Path, tmp_path: Path) -> Path:
     """A U-Net folder of its own, free to be damaged."""
     return Path(shutil.copytree(tiny_pipeline_folder / "unet", tmp_path / "unet"))
 
@@ -354,14 +354,14 @@ def in_shards(folder: Path, index: str, shard: str) -> None:
         ("{}.bf16.safetensors.index.json", "{}-0000{{}}-of-00002.bf16.safetensors"),
     ],
 )
-def test_shards_are_read_by_every_name(index: str, shard: str, unet_folder: Path) -> None:
-    wanted = load_unet(resolve_model(str(unet_folder)))
+def test_shards_are_read_by_every_name(index: str, shard: str, model_folder: Path) -> None:
+    wanted = load_model(resolve_model(str(model_folder)))
     stem = "diffusion_pytorch_model"
-    in_shards(unet_folder, index.format(stem), shard.format(stem))
-    source = resolve_model(str(unet_folder))
+    in_shards(model_folder, index.format(stem), shard.format(stem))
+    source = resolve_model(str(model_folder))
     assert source.variant == next((name for name in ("fp16", "bf16") if name in index), "")
-    assert len(source.unet_files) == 2
-    assert same_weights(load_unet(source), wanted)
+    assert len(source.weight_paths) == 2
+    assert same_weights(load_model(source), wanted)
 
 
 @pytest.mark.parametrize(
@@ -426,11 +426,11 @@ def test_a_variant_that_is_not_there_names_those_that_are(pipeline: Path) -> Non
 
 
 @pytest.fixture
-def checkpoint(unet_folder: Path, tmp_path: Path) -> Path:
+def checkpoint(model_folder: Path, tmp_path: Path) -> Path:
     """What a training script leaves: the U-Net, its moving average with settings of its own, and its optimizer."""
     folder = tmp_path / "checkpoint-500"
-    shutil.copytree(unet_folder, folder / "unet")
-    shutil.copytree(unet_folder, folder / "unet_ema")
+    shutil.copytree(model_folder, folder / "unet")
+    shutil.copytree(model_folder, folder / "unet_ema")
     average = {"decay": 0.9999, "optimization_step": 500, "use_ema_warmup": False, "inv_gamma": 1.0}
     edit_json(folder / "unet_ema" / "config.json", **average, power=0.66, update_after_step=0, min_decay=0.0)
     for name in ("optimizer.bin", "scheduler.bin", "random_states_0.pkl"):
@@ -448,7 +448,7 @@ def test_the_average_of_a_training_is_read_without_a_word(
 ) -> None:
     source = resolve_model(str(checkpoint), subfolder="unet_ema")
     assert (source.kind, source.folder, source.subfolder) == ("unet", checkpoint / "unet_ema", "unet_ema")
-    load_unet(source)
+    load_model(source)
     assert (
         source.architecture.total_params == resolve_model(str(checkpoint / "unet")).architecture.total_params
     )
@@ -482,15 +482,15 @@ def test_random_weights_follow_seed_and_structure_alone(tmp_path: Path) -> None:
     source = resolve_model(str(config), random_weights=True, seed=3)
     assert (source.kind, source.random_seed, source.has_weights) == ("config", 3, False)
     assert "random (seed 3)" in source.notes[0]
-    assert same_weights(load_unet(source), build_unet(TINY_UNET, seed=3))
+    assert same_weights(load_model(source), build_unet(TINY_UNET, seed=3))
     digests = {model_digest(resolve_model(str(config), random_weights=True, seed=seed)) for seed in (3, 4)}
     assert len(digests | {model_digest(resolve_model(str(config)))}) == 3
 
 
-def test_weights_that_are_there_are_left_alone_when_random_ones_are_asked_for(unet_folder: Path) -> None:
-    source = resolve_model(str(unet_folder), random_weights=True)
-    assert (source.kind, source.folder, source.unet_files) == ("config", None, ())
-    assert same_weights(load_unet(source), build_unet(source.config))
+def test_weights_that_are_there_are_left_alone_when_random_ones_are_asked_for(model_folder: Path) -> None:
+    source = resolve_model(str(model_folder), random_weights=True)
+    assert (source.kind, source.folder, source.weight_paths) == ("config", None, ())
+    assert same_weights(load_model(source), build_unet(source.config))
 
 
 def test_structure_alone_is_scored_with_random_weights_when_asked(tmp_path: Path) -> None:
@@ -510,8 +510,8 @@ def test_structure_alone_is_scored_with_random_weights_when_asked(tmp_path: Path
     assert again.exit_code == 0, again.output
 
 
-def test_students_of_a_unet_alone_are_refused_before_any_work(unet_folder: Path, tmp_path: Path) -> None:
-    found = invoke("distill", unet_folder, "--plan", "bk-small", "--out", tmp_path / "out")
+def test_students_of_a_unet_alone_are_refused_before_any_work(model_folder: Path, tmp_path: Path) -> None:
+    found = invoke("distill", model_folder, "--plan", "bk-small", "--out", tmp_path / "out")
     assert found.exit_code == 2
     assert "give a pipeline folder" in found.stderr
     assert not list(tmp_path.glob("out*"))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from prune_lab import families
 from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.errors import ReplayError, UnknownBlockError
-from prune_lab.families import Family, Layout, Outline, Stage, Unit, example_inputs, meta_unet, plain_config
+from prune_lab.families import Family, Layout, Outline, Stage, Unit, example_inputs, meta_model, plain_config
 from prune_lab.models import preset_config
 from prune_lab.plans import gone_with
 from prune_lab.prefix_sharing import ComputeCost, macs_without, predict_without, replayed
@@ -135,7 +135,7 @@ def test_each_block_and_random_plans_of_a_unet_bit_for_bit(name: str) -> None:
 def test_the_saving_for_stable_diffusion_is_the_closed_form() -> None:
     """Counted by the engine itself, on ``meta``: 1.71 for the 38 blocks of SD-v1.4."""
     config = preset_config("sd-v1.4")
-    architecture, model = architecture_of(config), meta_unet(config)
+    architecture, model = architecture_of(config), meta_model(config)
     inputs = example_inputs(config, batch=1, device="meta")
     macs = {unit.name: unit.macs for unit in architecture.units}
     around = architecture.total_macs - sum(macs.values())
@@ -477,7 +477,7 @@ def test_a_family_hands_on_what_neighbours_show(name: str) -> None:
         model = tiny_models.tiny_model(name)
         inputs = tiny_models.random_inputs(model)
     else:
-        model = meta_unet({"_class_name": name})
+        model = meta_model({"_class_name": name})
         latent = 16 if model.config.get("sample_size") is None else None
         inputs = example_inputs(plain_config(model), latent=latent, device="meta")
     outline = families.outline_of(model)

@@ -62,7 +62,7 @@ def test_the_layout_is_the_documented_one(tmp_path: Path) -> None:
     assert candidate.folder == home
     assert {name: path.relative_to(home).as_posix() for name, path in paths_of(candidate).items()} == {
         "plan": "plan.json",
-        "unet": "unet",
+        "pruned": "pruned",
         "profile": "profile.json",
         "repair": "repair.csv",
         "repaired": "repaired",
@@ -71,7 +71,7 @@ def test_the_layout_is_the_documented_one(tmp_path: Path) -> None:
         "grids": "grids",
         "checkpoint": "distilled/checkpoint.safetensors",
         "distilled": "distilled",
-        "distilled_unet": "distilled/unet",
+        "distilled_model": "distilled/model",
         "pictures_pruned": "pictures/pruned",
         "pictures_distilled": "pictures/distilled",
     }

@@ -231,7 +231,7 @@ def test_a_step_of_a_flow_is_that_of_a_loop_in_plain_diffusers(
     step = found.frame().iloc[1]
     for name, value in (("task", task), ("output", output), ("feature", feature), ("total", loss)):
         assert step[name] == pytest.approx(float(value.detach()), rel=1e-5), name
-    written = type(teacher).from_pretrained(tmp_path / "student" / "distilled" / "unet").state_dict()
+    written = type(teacher).from_pretrained(tmp_path / "student" / "distilled" / "model").state_dict()
     for name, tensor in by_hand.state_dict().items():
         torch.testing.assert_close(written[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 

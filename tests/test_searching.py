@@ -189,7 +189,7 @@ def test_a_latency_table_is_kept_for_every_run_of_the_same_structure_and_service
     assert len(list((tmp_path / "cache").rglob("*.json"))) == 1
     passes: list[str] = []
     monkeypatch.setattr(
-        type(session.unet), "forward", lambda *_, **__: passes.append("a pass") or pytest.fail("a pass")
+        type(session.model), "forward", lambda *_, **__: passes.append("a pass") or pytest.fail("a pass")
     )
     again = ensure_latency(searching(tmp_path / "again", budgets=(f"{budget}, macs<=90%",), controls=()))
     assert again == table
@@ -349,7 +349,7 @@ def test_a_repair_comes_before_the_distillation(config: RunConfig, tmp_path: Pat
     assert not (candidate.paths.distilled).exists()
     probe = load_probe(run.probe)
     pruned, repaired = (predict(load_student(candidate, state), probe) for state in ("pruned", "repaired"))
-    teacher_says = predict(session.unet, probe)
+    teacher_says = predict(session.model, probe)
     assert float((repaired - teacher_says).square().sum()) < float((pruned - teacher_says).square().sum())
     assert json.loads((candidate.paths.repaired / "provenance.json").read_text())["repair"] == "refit"
     stamp = candidate.paths.repair.stat().st_mtime_ns

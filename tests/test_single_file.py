@@ -192,10 +192,10 @@ def test_a_student_of_somebody_else_is_read_by_its_shapes(plan: str, folder_of: 
     source = resolve_model(str(single_file(student, tmp_path / "model.safetensors")))
     wanted = json.loads((student / "unet" / "config.json").read_text())
     assert architecture_of(source.config).signature == architecture_of(wanted).signature
-    assert source.unet_folder is not None
+    assert source.model_folder is not None
     tensors, theirs = (
         load_file(folder / "diffusion_pytorch_model.safetensors")
-        for folder in (source.unet_folder, student / "unet")
+        for folder in (source.model_folder, student / "unet")
     )
     assert tensors.keys() == theirs.keys()
     assert all(torch.equal(tensors[key], tensor) for key, tensor in theirs.items())
@@ -320,10 +320,10 @@ REFINER = "conditioner.embedders.0.model.token_embedding.weight"
 def test_the_originals_have_the_configs_of_the_presets(tmp_path: Path) -> None:
     from ldm_layout import golden_shapes
 
-    from prune_lab.families.ldm_structure import unet_config
+    from prune_lab.families.ldm_structure import model_config
 
     shapes = {f"model.diffusion_model.{key}": shape for key, shape in golden_shapes(2).items()}
-    config = unet_config("sd-v1", preset_config("sd-v1.5"), shapes)
+    config = model_config("sd-v1", preset_config("sd-v1.5"), shapes)
     ours = architecture_of(config).signature
     assert ours == architecture_of(preset_config("sd-v1.5")).signature
 

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from prune_lab.blocks import architecture_of
 from prune_lab.cli import app
 from prune_lab.errors import ModelFormatError, UnsupportedModelError
-from prune_lab.models import load_unet, resolve_model, streamed
+from prune_lab.models import load_model, resolve_model, streamed
 from prune_lab.models.streamed import is_streamed, load_streamed
 from prune_lab.plans import plan_of
 from prune_lab.prefix_sharing import needed_bytes, predict_without
@@ -86,7 +86,7 @@ def test_it_answers_as_the_whole_model_and_holds_one_block(folder: Path) -> None
 )
 def test_transformers_answer_as_diffusers_loads_them(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     tiny_models.tiny_model(name).save_pretrained(tmp_path)
-    whole = load_unet(resolve_model(str(tmp_path)), dtype=dtype)
+    whole = load_model(resolve_model(str(tmp_path)), dtype=dtype)
     model = load_streamed(tmp_path, dtype=dtype)
     inputs = tiny_models.random_inputs(whole)
     inputs = {key: one.to(dtype) if torch.is_floating_point(one) else one for key, one in inputs.items()}
@@ -183,8 +183,8 @@ def never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_given: Any, **_options: Any) -> None:
         raise AssertionError("the whole model was loaded")
 
-    monkeypatch.setattr("prune_lab.session.session.load_unet", refuse)
-    monkeypatch.setattr("prune_lab.models.loading.load_unet", refuse)
+    monkeypatch.setattr("prune_lab.session.session.load_model", refuse)
+    monkeypatch.setattr("prune_lab.models.loading.load_model", refuse)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from prune_lab.blocks import architecture_of
 from prune_lab.errors import ModelFormatError, NonNativePlanError, StorageError, UnremovableBlockError
 from prune_lab.models import resolve_model
 from prune_lab.plans import native_choices, parse_plan, plan_of
-from prune_lab.surgery import bypassed, materialise, materialise_from_folder, prune_pipeline, save_unet
+from prune_lab.surgery import bypassed, materialise, materialise_from_folder, prune_pipeline, save_model
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def test_bypassed_teacher_equals_the_reloaded_student(tiny_unet, tiny_inputs, tm
     plan = parse_plan(name, architecture_of(tiny_unet))
     with bypassed(tiny_unet, plan):
         expected = run(tiny_unet, tiny_inputs)
-    save_unet(materialise(tiny_unet, plan), tmp_path / "student", plan, {"source": "test"})
+    save_model(materialise(tiny_unet, plan), tmp_path / "student", plan, {"source": "test"})
     student = UNet2DConditionModel.from_pretrained(tmp_path / "student").eval()
     assert torch.equal(run(student, tiny_inputs), expected)
     assert not torch.equal(run(tiny_unet, tiny_inputs), expected)

@@ -49,7 +49,7 @@ def config(small_run_config: Callable[..., RunConfig]) -> RunConfig:
 
 
 def student_weights(paths: CandidatePaths) -> dict[str, torch.Tensor]:
-    return load_file(paths.distilled_unet / "diffusion_pytorch_model.safetensors")
+    return load_file(paths.distilled_model / "diffusion_pytorch_model.safetensors")
 
 
 def equal(one: CandidatePaths, other: CandidatePaths) -> bool:

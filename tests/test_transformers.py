@@ -39,7 +39,7 @@ from prune_lab.families import (
     empty_model,
     example_inputs,
     family_of,
-    meta_unet,
+    meta_model,
     outline_of,
     runs_on_meta,
 )
@@ -54,7 +54,7 @@ from prune_lab.plans import (
     plan_of,
 )
 from prune_lab.profiling import profile
-from prune_lab.profiling.random_weights import random_unet
+from prune_lab.profiling.random_weights import random_model
 from prune_lab.surgery import bypassed, materialise, materialise_from_folder
 from prune_lab.surgery.building import predicted_shapes
 
@@ -287,7 +287,7 @@ def test_the_last_block_of_sd3_becomes_another_one() -> None:
 @pytest.mark.parametrize("name", others_long(CLASSES))
 def test_multiply_adds_are_those_of_torch_and_add_up(name: str) -> None:
     config = tiny_config(name)
-    ours, model = count_macs(config, latent=8, tokens=6), meta_unet(config).requires_grad_(False)
+    ours, model = count_macs(config, latent=8, tokens=6), meta_model(config).requires_grad_(False)
     with runs_on_meta():
         theirs = count_module(model, example_inputs(config, latent=8, tokens=6, device="meta"))
     assert ours.total - ours.by_operator.get("layer_norm", 0) == theirs.total
@@ -306,7 +306,7 @@ def test_multiply_adds_are_those_of_torch_and_add_up(name: str) -> None:
 
 @pytest.mark.parametrize("name", others_long(CLASSES))
 def test_the_profile_of_a_transformer(name: str, seen: Seen) -> None:
-    model = random_unet(tiny_config(name))
+    model = random_model(tiny_config(name))
     measured = profile(model, latent=8, tokens=6, runs=2, warmup=0)
     assert measured.params == sum(parameter.numel() for parameter in model.parameters())
     assert measured.latency is not None
@@ -456,7 +456,7 @@ def test_a_setting_that_makes_no_sense(setting: str, value: Any) -> None:
 def test_the_name_of_the_class_decides(name: str) -> None:
     """The settings of a class under the name of another are never read as the first."""
     config = json.loads(json.dumps(tiny_config(name)))
-    assert type(meta_unet(config)).__name__ == name
+    assert type(meta_model(config)).__name__ == name
     config.pop("_class_name")
     with pytest.raises(UnsupportedModelError, match="without _class_name"):
         architecture_of(config)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.errors import ConfigError, DataError, DeviceError, NonNativePlanError
 from prune_lab.plans import parse_plan
-from prune_lab.profiling import Service, fits_into_one_process, own_process, random_unet, time_plans
+from prune_lab.profiling import Service, fits_into_one_process, own_process, random_model, time_plans
 from prune_lab.profiling.own_process import TimingProcess
 from prune_lab.profiling.turns import Change, change_of, median_interval, time_in_turns, turns_of_frame
 
@@ -153,7 +153,7 @@ def test_plans_in_one_process_share_their_weights_and_leave_the_unet_alone(tiny_
     plans = {name: parse_plan(name, architecture) for name in ("bk-base", "bk-tiny")}
     before = {path: id(module) for path, module in tiny_unet.train().named_modules()}
     tensors = {name: tensor.data_ptr() for name, tensor in tiny_unet.state_dict().items()}
-    turns = time_plans(architecture, plans, service, rounds=6, warmup=1, unet=tiny_unet)
+    turns = time_plans(architecture, plans, service, rounds=6, warmup=1, model=tiny_unet)
     assert turns.names == ("teacher", "bk-base", "bk-tiny")
     assert turns.processes == "one process"
     assert {path: id(module) for path, module in tiny_unet.named_modules()} == before
@@ -182,11 +182,11 @@ def test_a_process_answers_turn_by_turn_and_lets_the_weights_go(
 
     def watched(*arguments: Any, **settings: Any) -> Any:
         seen.append(sum(one() is not None for one in alive))
-        unet = random_unet(*arguments, **settings)
+        unet = random_model(*arguments, **settings)
         alive.append(weakref.ref(unet))
         return unet
 
-    monkeypatch.setattr("prune_lab.profiling.random_weights.random_unet", watched)
+    monkeypatch.setattr("prune_lab.profiling.random_weights.random_model", watched)
     process = TimingProcess(tiny.config, Service(latent=8, tokens=5), warmup=1, seed=0, calls=2)
     orders, answers = io.StringIO(json.dumps(process._job) + "\nturn\nturn\n\nturn\n"), io.StringIO()
     own_process._serve(orders, answers)

@@ -27,7 +27,7 @@ import prune_lab
 from prune_lab.blocks import Architecture, architecture_of, blocks_frame
 from prune_lab.counting import ANALYTIC_EXTRAS, count_macs
 from prune_lab.errors import NonNativePlanError, PlanError, UnsupportedModelError
-from prune_lab.families import FAMILIES, check_forward, example_inputs, family_of, meta_unet, plain_config
+from prune_lab.families import FAMILIES, check_forward, example_inputs, family_of, meta_model, plain_config
 from prune_lab.families.controlnet import cut_controlnet
 from prune_lab.plans import (
     PruningPlan,
@@ -155,7 +155,7 @@ def test_every_kind_is_read_and_named(kind: str, seed: int, seen: Seen) -> None:
     """Names lead to the modules by the same rule for all, in the order in which they run."""
     config = KINDS[kind](random.Random(seed + zlib.crc32(kind.encode())))
     model = built(config)
-    check_forward(meta_unet(config))
+    check_forward(meta_model(config))
     architecture = architecture_of(model)
     assert [block.path for block in architecture.named] == [path_of(b.name) for b in architecture.named]
     ran: list[str] = []
@@ -180,7 +180,7 @@ def test_every_kind_is_counted_as_torch_counts(kind: str, seen: Seen) -> None:
     config = KINDS[kind](random.Random(zlib.crc32(kind.encode())))
     model = built(config)
     ours = profile(model, runs=2, warmup=0)
-    theirs = count_module(meta_unet(config).requires_grad_(False), example_inputs(config, device="meta"))
+    theirs = count_module(meta_model(config).requires_grad_(False), example_inputs(config, device="meta"))
     by_operator = count_macs(config).by_operator
     assert ours.macs - sum(by_operator.get(name, 0) for name in ANALYTIC_EXTRAS) == theirs.total
     assert (ours.params, ours.latency is not None) == (parameters(model), True)
@@ -324,7 +324,7 @@ PUBLISHED = {"koala-1b": 1_161_184_324, "koala-700m": 782_822_724, "ssd-1b": 1_3
 def test_published_students_of_sdxl_are_named_plans(name: str) -> None:
     architecture = architecture_of(XL)
     plan = parse_plan(name, architecture)
-    student = meta_unet(native_layout(architecture, plan).config)
+    student = meta_model(native_layout(architecture, plan).config)
     assert parameters(student) == promised(architecture, plan) == PUBLISHED[name]
     for other in ("sd-v1.4", "sd-v2.1-base"):
         with pytest.raises(PlanError, match=f"{name} is defined for Stable Diffusion XL"):
@@ -409,7 +409,7 @@ def test_a_search_takes_layers_and_prices_them_once(seen: Seen) -> None:
         fitting = [plan for plan in plans if costs.of(plan).params <= budget.limit]
         best = min(sum(impacts[name] for name in plan.removed) for plan in fitting)
         assert sum(impacts[name] for name in found.removed) == pytest.approx(best, abs=1e-9)
-        assert parameters(meta_unet(native_layout(architecture, found).config)) == costs.of(found).params
+        assert parameters(meta_model(native_layout(architecture, found).config)) == costs.of(found).params
     assert any(".T" in name for plan in plans for name in plan.removed)
     loose = search_plans(architecture, Effects(impacts), costs, [budget], constraints=Constraints(form="own"))
     assert costs.of(loose[0]).params <= budget.limit

@@ -192,7 +192,7 @@ def test_force_redoes_only_what_the_settings_touch(copied: Run, config: RunConfi
     candidate = run.candidate(run.plan_ids()[0])
     gone = [candidate.recovery, candidate.distilled, run.teacher_pictures, run.ranking, run.report]
     assert [path for path in gone if path.exists()] == []
-    kept = (run.importance, candidate.unet, candidate.profile, run.plans_dir, run.data)
+    kept = (run.importance, candidate.pruned, candidate.profile, run.plans_dir, run.data)
     assert all(run.done(path) for path in kept)
 
 
@@ -298,7 +298,7 @@ def test_forgetting_one_candidate_spares_the_others(copied: Run) -> None:
     forget(copied, "distilled", plan_ids=[first])
     assert not copied.candidate(first).distilled.exists()
     assert copied.done(copied.candidate(first).unet)
-    assert copied.done(copied.candidate(second).distilled_unet)
+    assert copied.done(copied.candidate(second).distilled_model)
     assert not copied.ranking.exists()
 
 
@@ -337,21 +337,21 @@ def test_the_ranking_measures_what_the_folders_hold(finished: Run, config: RunCo
     plan = parse_plan("bk-base", session.architecture)
     row = table.loc[table["plan_id"] == plan.id].iloc[0]
     paths = finished.candidate(plan.id)
-    student = UNet2DConditionModel.from_pretrained(paths.distilled_unet).eval()
+    student = UNet2DConditionModel.from_pretrained(paths.distilled_model).eval()
     assert row["params"] == sum(parameter.numel() for parameter in student.parameters())
     assert row["loss_after"] == pytest.approx(
         float(heldout_loss(student, session.validation).mean()), rel=1e-4
     )
-    pruned = UNet2DConditionModel.from_pretrained(paths.unet).eval()
+    pruned = UNet2DConditionModel.from_pretrained(paths.pruned).eval()
     assert row["loss_before"] == pytest.approx(
         float(heldout_loss(pruned, session.validation).mean()), rel=1e-4
     )
-    drawn = generate(session.pipeline, config.evaluate.prompts, (0,), steps=2, guidance=2.0, unet=student)
+    drawn = generate(session.pipeline, config.evaluate.prompts, (0,), steps=2, guidance=2.0, model=student)
     scores = clip_scores(session.scorer, drawn, config.evaluate.prompts)
     assert row["clip_after"] == pytest.approx(float(scores.mean()), abs=1e-4)
     assert table.loc["teacher", "rank"] == 0
     assert table.loc["teacher", "loss_after"] == pytest.approx(
-        float(heldout_loss(session.unet, session.validation).mean()), rel=1e-4
+        float(heldout_loss(session.model, session.validation).mean()), rel=1e-4
     )
 
 
@@ -359,7 +359,7 @@ def test_the_one_shot_impact_is_of_the_whole_plan(finished: Run) -> None:
     session = Session(finished)
     probe = load_probe(finished.probe)
     plan = parse_plan("bk-tiny", session.architecture)
-    whole = predict(session.unet, probe)
+    whole = predict(session.model, probe)
     student = UNet2DConditionModel.from_pretrained(finished.candidate(plan.id).unet).eval()
     expected = float((predict(student, probe) - whole).square().mean() / whole.square().mean())
     table = pd.read_csv(finished.ranking).set_index("plan_id")
@@ -523,7 +523,7 @@ def test_comparison_of_plans_folders_and_runs(finished: Run, config: RunConfig) 
     base = parse_plan("bk-base", architecture)
     folder = finished.candidate(base.id)
     frame = comparison(
-        config.model, ["bk-base", str(folder.folder), str(folder.distilled_unet), str(finished.folder)]
+        config.model, ["bk-base", str(folder.folder), str(folder.distilled_model), str(finished.folder)]
     )
     kept = sum(p.numel() for p in UNet2DConditionModel.from_pretrained(folder.unet).parameters())
     assert list(frame["params"].iloc[:4]) == [architecture.total_params, kept, kept, kept]

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from prune_lab.families import example_inputs, meta_unet, plain_config
+from prune_lab.families import example_inputs, meta_model, plain_config
 
 # On `meta`, scaled_dot_product_attention decomposes into two `bmm`; where a kernel is fused it stays whole.
 _PRODUCT_OPERATORS = frozenset(
@@ -102,7 +102,7 @@ def check_attention_is_counted() -> None:
 @functools.lru_cache(maxsize=64)
 def _count_config(config: str, batch: int, latent: int | None, tokens: int | None) -> MetaCount:
     settings = json.loads(config)
-    unet = meta_unet(settings)
+    unet = meta_model(settings)
     # Missing settings take the class's defaults, which only the built model knows.
     return count_module(
         unet, example_inputs(unet.config, batch=batch, latent=latent, tokens=tokens, device="meta")

@@ -10,7 +10,7 @@ from prune_lab.api.model import Model
 from prune_lab.api.results import RunResults, open_run
 from prune_lab.api.settings import budgets_asked, job_settings, settings_by_name, settings_of
 from prune_lab.config import with_settings
-from prune_lab.models import load_pipeline, load_unet, resolve_model
+from prune_lab.models import load_model, load_pipeline, resolve_model
 from prune_lab.runs import open_run as run_in
 from prune_lab.runtime import pick_device, pick_dtype, progress_shown
 from prune_lab.tables import Table
@@ -96,4 +96,4 @@ def load_student(folder: str | Path, *, device: str = "auto", dtype: str = "floa
     """
     source = resolve_model(str(folder))
     place: dict[str, Any] = {"device": pick_device(device), "dtype": pick_dtype(dtype)}
-    return load_pipeline(source, **place) if source.is_pipeline else load_unet(source, **place)
+    return load_pipeline(source, **place) if source.is_pipeline else load_model(source, **place)

@@ -16,7 +16,7 @@ from prune_lab.config import PLAN_FILES, RunConfig
 from prune_lab.errors import UnsupportedModelError
 from prune_lab.evaluation import generate
 from prune_lab.export import EXPORT_TARGETS
-from prune_lab.models import ModelSource, load_pipeline, load_unet, plain_source
+from prune_lab.models import ModelSource, load_model, load_pipeline, plain_source
 from prune_lab.models.protection import check_apart
 from prune_lab.plans import PruningPlan, read_plans
 from prune_lab.profiling import (
@@ -73,8 +73,8 @@ def profile_table(
         frame = profile_pipeline(pipeline, steps=steps, runs=rounds, **{**sizes, "tokens": tokens})
     elif kind == "block costs":
         if timed:
-            unet = load_unet(source, random_weights=not source.has_weights, **place)
-            frame = profile_blocks(unet, runs=rounds, **sizes)
+            model = load_model(source, random_weights=not source.has_weights, **place)
+            frame = profile_blocks(model, runs=rounds, **sizes)
         else:
             frame = cost_table(architecture, **sizes).frame()
         draw = partial(draw_costs, frame, scores)

@@ -32,7 +32,7 @@ from prune_lab.errors import PlanError, RunError
 from prune_lab.export import write_card
 from prune_lab.families import knows_its_size
 from prune_lab.forms import form_named, in_form, layout_of, within_form
-from prune_lab.models import load_unet
+from prune_lab.models import load_model
 from prune_lab.models.protection import check_apart, check_folder
 from prune_lab.plans import PruningPlan, read_plans
 from prune_lab.processes import init_processes, is_main
@@ -383,8 +383,10 @@ class Model(Workplace):
         """What ``evaluate`` finds with these ``settings``, whose model is the pipeline in which a model alone draws."""
         with Model(settings)._opened("evaluate", {}) as session:
             # the device first: loading is what can fail
-            unet = session.unet if self.source.is_pipeline else load_unet(self.source, device=session.device)
-            row = {"model": self.source.text, "pictures": len(session.prompts), **quality(session, unet)}
+            model = (
+                session.model if self.source.is_pipeline else load_model(self.source, device=session.device)
+            )
+            row = {"model": self.source.text, "pictures": len(session.prompts), **quality(session, model)}
         return Table("quality", pd.DataFrame([row]), "Quality")
 
     # Other programs

@@ -34,7 +34,7 @@ _LOADED = {
     "device",
     "dtype",
     "pipeline",
-    "unet",
+    "model",
 }  # by the settings of the model
 
 

@@ -31,7 +31,7 @@ class Batch:
     weights: Tensor  # (B,) float32 of each sample's task loss; ones unless distill.min_snr is set
     timesteps: Tensor  # (B,) int64
     embeddings: Tensor  # (B, L, D)
-    added: Mapping[str, Tensor]  # what the U-Net takes beside (`families.conditions_of`), each (B, ...)
+    added: Mapping[str, Tensor]  # what the model takes beside (`families.conditions_of`), each (B, ...)
 
     def rows(self, rows: slice) -> Batch:
         """The samples ``rows`` of the batch."""

@@ -5,7 +5,7 @@
     DIR/
         shard-00000.safetensors ...   mean, log_variance (n, V, C, h, w); embeddings (n, L, D); added.*; captions
                                       (drawn by the model, or pixels: no log_variance); of_variant.* (n, V, C, h, w)
-                                      where the U-Net is shown something of the picture
+                                      where the model is shown something of the picture
         empty.safetensors             embedding of the empty caption
         cache.json                    the provenance of the numbers and the list of shards; written last
 
@@ -193,7 +193,7 @@ class LatentCache:
         if shown != wanted:
             raise DataError(
                 f"asked to train on the cache {self.folder}, which holds {shown or 'nothing'} of each picture beside "
-                f"its latents, and the U-Net takes {wanted or 'nothing'}; "
+                f"its latents, and the model takes {wanted or 'nothing'}; "
                 "build one with: prune-lab data MODEL ... --out DIR"
             )
         if (made_by, made_for) != (encoders, side):

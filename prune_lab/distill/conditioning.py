@@ -1,6 +1,6 @@
 """Random conditioning (arXiv:2504.02011): noisy latents paired with captions that are not theirs.
 
-What a U-Net learns from a few pictures it learns for their captions alone. So now and then a noisy latent is shown with
+What a model learns from a few pictures it learns for their captions alone. So now and then a noisy latent is shown with
 a caption from a long list, and the student learns the teacher's answer to that pair: many captions need few pictures.
 There is no right noise for such a pair, so the loss against the noise leaves it out; only the losses against the
 teacher count. The more noise, the less of the picture is left to contradict the caption, and the likelier another

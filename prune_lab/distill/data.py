@@ -28,14 +28,14 @@ _TENSORS = ("latents", "embeddings", "empty_embedding")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodedBatch:
-    """B images and their captions as the U-Net gets them, before any noise; float32 on the CPU."""
+    """B images and their captions as the model gets them, before any noise; float32 on the CPU."""
 
     mean: Tensor  # (B, C, H, W) of the VAE's distribution, times its scaling factor
     log_variance: Tensor | None  # (B, C, H, W) of the scaled latents; None: train on the means
     embeddings: Tensor  # (B, L, D) of the captions
     added: Mapping[
         str, Tensor
-    ]  # what the U-Net takes beside, such as SDXL: text_embeds (B, P), time_ids (B, 6)
+    ]  # what the model takes beside, such as SDXL: text_embeds (B, P), time_ids (B, 6)
 
 
 class TrainingData(Protocol):

@@ -102,7 +102,7 @@ def encode_empty_caption(pipeline: Any) -> tuple[Tensor, dict[str, Tensor]]:
 def encode_conditions(
     pipeline: Any, images: Tensor, pairs: Sequence[tuple[int, int]], seed: int, *, batch: int
 ) -> dict[str, Tensor]:
-    """What the U-Net is shown of each of ``images`` (N, 3, H, W) in uint8, such as a mask; empty for most models.
+    """What the model is shown of each of ``images`` (N, 3, H, W) in uint8, such as a mask; empty for most models.
 
     ``pairs`` are the row and the variant of each image. With ``seed`` they decide what is drawn for it, so each has a
     mask of its own, the same whenever it is encoded.
@@ -142,7 +142,7 @@ def encoders_digest(pipeline: Any) -> str:
 
 
 def conditions_text(pipeline: Any) -> str:
-    """What the U-Net is shown of each picture, by name; empty for most models."""
+    """What the model is shown of each picture, by name; empty for most models."""
     return ", ".join(picture_names(pipeline_conditions(pipeline)))
 
 

@@ -39,16 +39,16 @@ def learning_rate_at(settings: DistillConfig, step: int) -> float:
 
 
 @contextlib.contextmanager
-def compiled_blocks(unet: nn.Module, paths: Sequence[str], *, backend: str = "inductor") -> Iterator[None]:
-    """A context in which the modules that repeat in ``unet`` run through torch.compile.
+def compiled_blocks(model: nn.Module, paths: Sequence[str], *, backend: str = "inductor") -> Iterator[None]:
+    """A context in which the modules that repeat in ``model`` run through torch.compile.
 
     Hooks read the modules at ``paths``: a block with one of them inside is not compiled, since a hook in a compiled
     graph is not called.
     """
-    kinds = family_of(unet).compiled
+    kinds = family_of(model).compiled
     chosen = [
         module
-        for name, module in unet.named_modules()
+        for name, module in model.named_modules()
         if type(module).__name__ in kinds and not any(path.startswith(f"{name}.") for path in paths)
     ]
     with torch._dynamo.config.patch(recompile_limit=_GRAPHS):

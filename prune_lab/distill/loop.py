@@ -48,8 +48,8 @@ def _record(setup: DistillSetup, run: StudentRun, log: Log, step: int, until: in
     if validated:
         log({f"{run.name}/heldout": run.validate(setup.validation, settings.diverged)}, step)
     if settings.grid_every and setup.draw and main and (last or step % settings.grid_every == 0):
-        with averaged_weights(run.state) as unet:
-            setup.draw(unet, run.paths.grids / f"step-{step:06d}.png")
+        with averaged_weights(run.state) as model:
+            setup.draw(model, run.paths.grids / f"step-{step:06d}.png")
     run.state.seconds += time.perf_counter() - start
     if validated and not run.failure:
         run.write_tables()
@@ -125,7 +125,7 @@ def _distil_group(
     return [run.end(keep_checkpoint=keep_checkpoint) for run in runs]
 
 
-def _group_sizes(setup: DistillSetup, unet: nn.Module, students: int, share: int) -> tuple[int, int]:
+def _group_sizes(setup: DistillSetup, model: nn.Module, students: int, share: int) -> tuple[int, int]:
     """(students at once, samples at a time): those of the settings, or as many as fit into memory; shows the estimate.
 
     The same in all processes: the one with the least memory decides.
@@ -135,7 +135,7 @@ def _group_sizes(setup: DistillSetup, unet: nn.Module, students: int, share: int
     height, width = setup.validation.noisy.shape[-2:]
     memory = training_memory(
         setup.teacher,
-        unet,
+        model,
         tokens=setup.validation.embeddings.shape[1],
         device=device,
         checkpointing=settings.gradient_checkpointing,
@@ -163,13 +163,13 @@ def distill_together(
     clipping, a linear warm-up and averaged weights. All students train on one pass of the teacher per batch, so that
     data, noise and timesteps are the same for all; where memory does not hold all of them, they are trained group by
     group. On a CPU every student comes out bit for bit as if it were trained alone. The folder of each gets
-    recovery.csv, heldout.csv, distilled/recovery.json, distilled/unet (averaged weights, plain diffusers) and, while
+    recovery.csv, heldout.csv, distilled/recovery.json, distilled/model (averaged weights, plain diffusers) and, while
     training, distilled/checkpoint.safetensors; run again, it goes on from there, on a CPU bit for bit as if never
     stopped. The checkpoint is removed at the end unless ``keep_checkpoint``; with it, more steps go on from the last.
 
     A loss or gradient that is not finite, or a held-out loss ``settings.diverged`` times that before training, ends a
     student with status "failed" and the step in ``reason``; the last good state stays in its checkpoint, no
-    distilled/unet is written, and the others go on. Students that have ended already are read back and not trained
+    distilled/model is written, and the others go on. Students that have ended already are read back and not trained
     again. Students are trained in float32 on ``setup.device`` and left in eval mode with the averaged weights; the
     teacher is left as it was found. Under ``accelerate launch`` every process takes its share of each batch and of the
     held-out rows, and the main one writes; ``end_processes`` ends that when nothing more is to be distilled.
@@ -201,9 +201,9 @@ def distill_together(
     try:
         teacher.eval().to(setup.device)
         for place, student in enumerate(students):
-            paths, unet = CandidatePaths(student.folder), student.load()
-            check_data_fits(unet, setup.data)
-            fingerprint = fingerprint_of(setup, student, unet)
+            paths, model = CandidatePaths(student.folder), student.load()
+            check_data_fits(model, setup.data)
+            fingerprint = fingerprint_of(setup, student, model)
             if force and accelerator.is_main_process:
                 verdict_path(paths).unlink(missing_ok=True)
                 paths.checkpoint.unlink(missing_ok=True)
@@ -213,8 +213,8 @@ def distill_together(
             if known is not None:
                 recoveries[place] = known
             else:
-                sizes = sizes or _group_sizes(setup, unet, len(students) - place, settings.batch // world)
-                waiting[place] = StudentRun.of(setup, student, unet, fingerprint)
+                sizes = sizes or _group_sizes(setup, model, len(students) - place, settings.batch // world)
+                waiting[place] = StudentRun.of(setup, student, model, fingerprint)
             if waiting and sizes and (len(waiting) == sizes[0] or place == len(students) - 1):
                 runs = list(waiting.values())
                 found = _distil_group(setup, runs, until, sizes[1], keep_checkpoint=keep_checkpoint)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prune_lab.families import example_inputs, meta_unet, plain_config, runs_on_meta
+from prune_lab.families import example_inputs, meta_model, plain_config, runs_on_meta
 from prune_lab.profiling import LiveBytes
 from prune_lab.runtime import bytes_text, free_bytes
 
@@ -67,25 +67,25 @@ def pass_bytes(
 def _peak_bytes(
     settings: str, tokens: int, training: bool, checkpointing: bool, latent: int | None = None
 ) -> int:
-    unet: Any = meta_unet(json.loads(settings))
+    model: Any = meta_model(json.loads(settings))
     if checkpointing:
-        unet.enable_gradient_checkpointing()
-    unet.train(training).requires_grad_(training)
+        model.enable_gradient_checkpointing()
+    model.train(training).requires_grad_(training)
     if training:
         # Gradients of the weights are counted elsewhere; kept, they would hide the end of the forward pass.
-        for parameter in unet.parameters():
+        for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(_forget_gradient)
     inputs = example_inputs(
-        plain_config(unet), tokens=tokens, latent=latent, device="meta", dtype=torch.float32
+        plain_config(model), tokens=tokens, latent=latent, device="meta", dtype=torch.float32
     )
     # Patched, not by a mode of torch: a backward pass that computes forward again does not see modes.
     with (
         runs_on_meta(),
         mock.patch.object(F, "scaled_dot_product_attention", _fused),
-        LiveBytes(unet) as watch,
+        LiveBytes(model) as watch,
         torch.set_grad_enabled(training),
     ):
-        prediction = unet(**inputs, return_dict=False)[0]
+        prediction = model(**inputs, return_dict=False)[0]
         if training:
             prediction.square().mean().backward()
     return int(watch.peak)

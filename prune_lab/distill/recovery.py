@@ -21,7 +21,7 @@ _INFINITE = [math.inf, -math.inf]
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Recovery:
-    """How far a distillation brought a pruned U-Net back towards its teacher.
+    """How far a distillation brought a pruned model back towards its teacher.
 
     ``before`` and ``after`` are held-out denoising losses (mean squared error on the validation probe), of the student
     as it was pruned and of its averaged weights at the end; ``after`` is nan for a failed one. ``steps`` counts the

@@ -30,10 +30,10 @@ from prune_lab.probes import Probe, drawn_rows, schedule_of
 from prune_lab.runs import CandidatePaths, read_typed
 from prune_lab.runtime import pick_dtype, seeded, tensors_digest, write_frame
 from prune_lab.schemas import RECOVERY_COLUMNS
-from prune_lab.surgery import save_unet
+from prune_lab.surgery import save_model
 
 VALIDATION = RECOVERY_COLUMNS.index("validation")
-Draw = Callable[[nn.Module, Path], None]  # writes a grid of pictures, drawn with a U-Net, to a file
+Draw = Callable[[nn.Module, Path], None]  # writes a grid of pictures, drawn with a model, to a file
 
 
 # The set-up --------------------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ class DistillSetup:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Student:
-    """A pruned U-Net to be trained: how it is loaded, its feature pairs, and the folder of its candidate.
+    """A pruned model to be trained: how it is loaded, its feature pairs, and the folder of its candidate.
 
     ``frozen`` are paths of modules that do nothing as long as their weights stay: they are not trained.
     """
@@ -105,10 +105,10 @@ def check_data_fits(student: Any, data: TrainingData) -> None:
         )
 
 
-def fingerprint_of(setup: DistillSetup, student: Student, unet: nn.Module) -> dict[str, Any]:
+def fingerprint_of(setup: DistillSetup, student: Student, model: nn.Module) -> dict[str, Any]:
     """Settings, data and weights that a distillation must have in common with the one that it resumes, by name.
 
-    ``unet`` is what ``student`` loads.
+    ``model`` is what ``student`` loads.
     """
     settings = setup.settings
     kept = {
@@ -129,7 +129,7 @@ def fingerprint_of(setup: DistillSetup, student: Student, unet: nn.Module) -> di
     else:
         kept["captions"] = setup.others.digest  # of their embeddings, wherever the file lies
     return kept | {
-        "student": tensors_digest(dict(unet.named_parameters())),
+        "student": tensors_digest(dict(model.named_parameters())),
         "pairs": " ".join(map(written, student.pairs)),
         "data": setup.data.digest,
         "validation": setup.validation.digest,
@@ -154,7 +154,7 @@ def finished_recovery(paths: CandidatePaths, fingerprint: Mapping[str, Any], ste
     if recovery is None:
         return None
     check_fingerprint(recovery.fingerprint, fingerprint, verdict_path(paths))
-    complete = recovery.status == "done" and recovery.steps == steps and paths.distilled_unet.is_dir()
+    complete = recovery.status == "done" and recovery.steps == steps and paths.distilled_model.is_dir()
     if complete or (recovery.status == "failed" and recovery.steps <= steps):
         return recovery
     _check_reach(recovery.steps, steps, paths)
@@ -189,7 +189,7 @@ def averaged_weights(state: TrainingState) -> Iterator[nn.Module]:
         state.ema.restore(parameters)
 
 
-def shared_heldout_losses(unet: nn.Module, validation: Probe) -> torch.Tensor:
+def shared_heldout_losses(model: nn.Module, validation: Probe) -> torch.Tensor:
     """Held-out losses (rows,) float32 on the CPU; each process computes some, and all get all of them.
 
     So every process decides alike whether a student has diverged.
@@ -197,10 +197,10 @@ def shared_heldout_losses(unet: nn.Module, validation: Probe) -> torch.Tensor:
     processes = PartialState()
     world, rank = processes.num_processes, processes.process_index
     if world == 1:
-        return heldout_loss(unet, validation)
+        return heldout_loss(model, validation)
     losses = torch.zeros(len(validation), device=processes.device)
     if own := range(rank, len(validation), world):
-        losses[rank::world] = heldout_loss(unet, validation.rows(own)).to(processes.device)
+        losses[rank::world] = heldout_loss(model, validation.rows(own)).to(processes.device)
     return cast("torch.Tensor", reduce(losses, reduction="sum")).cpu()
 
 
@@ -222,27 +222,27 @@ class StudentRun:
 
     @classmethod
     def of(
-        cls, setup: DistillSetup, student: Student, unet: nn.Module, fingerprint: Mapping[str, Any]
+        cls, setup: DistillSetup, student: Student, model: nn.Module, fingerprint: Mapping[str, Any]
     ) -> StudentRun:
-        """The student ``unet`` on the device, before its first step."""
+        """The student ``model`` on the device, before its first step."""
         settings = setup.settings
         # Steps this small are rounded away in shorter formats.
-        nn.Module.to(unet.train(), setup.device, torch.float32)
+        nn.Module.to(model.train(), setup.device, torch.float32)
         for path in student.frozen:
-            unet.get_submodule(path).requires_grad_(False)
+            model.get_submodule(path).requires_grad_(False)
         if settings.gradient_checkpointing:
-            cast("Any", unet).enable_gradient_checkpointing()
+            cast("Any", model).enable_gradient_checkpointing()
         optimizer = torch.optim.AdamW(
-            unet.parameters(),
+            model.parameters(),
             lr=settings.learning_rate,
             betas=(0.9, 0.999),
             eps=1e-8,
             weight_decay=settings.weight_decay,
             fused=True,  # one pass over the weights instead of ten
         )
-        ema = EMAModel(unet.parameters(), decay=settings.ema_decay, foreach=True)
-        state = TrainingState(unet, optimizer, ema, step=0, seconds=0.0, history=[])
-        return cls(state, student.pairs, CandidatePaths(student.folder), fingerprint, unet)
+        ema = EMAModel(model.parameters(), decay=settings.ema_decay, foreach=True)
+        state = TrainingState(model, optimizer, ema, step=0, seconds=0.0, history=[])
+        return cls(state, student.pairs, CandidatePaths(student.folder), fingerprint, model)
 
     @property
     def name(self) -> str:
@@ -265,8 +265,8 @@ class StudentRun:
         A loss that is not finite, or more than ``diverged`` times the one before training, fails the student.
         """
         state = self.state
-        with averaged_weights(state) as unet:
-            losses = state.heldout[state.step] = shared_heldout_losses(unet, validation)
+        with averaged_weights(state) as model:
+            losses = state.heldout[state.step] = shared_heldout_losses(model, validation)
         found, before = float(losses.double().mean()), state.history[0][VALIDATION]
         row = list(state.history[-1])
         row[VALIDATION] = found
@@ -320,7 +320,7 @@ class StudentRun:
         if not failure:
             plan = read_typed(self.paths.plan, dict[str, Any]) if self.paths.plan.is_file() else None
             notes = {"plan_id": self.name, "steps": state.step}
-            save_unet(cast("ModelMixin", state.student), self.paths.distilled_unet, plan, notes)
+            save_model(cast("ModelMixin", state.student), self.paths.distilled_model, plan, notes)
         self.write_tables()
         write_verdict(self.paths, recovery)
         if not failure and not keep_checkpoint:

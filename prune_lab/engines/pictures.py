@@ -29,17 +29,17 @@ class PictureJob:
     state: State = "pruned"
 
 
-def draw_prompts(session: Session, unet: Any) -> Tensor:
-    """The pictures that ``unet`` draws for the run's prompts and seeds, uint8 (prompts x seeds, 3, H, W)."""
+def draw_prompts(session: Session, model: Any) -> Tensor:
+    """The pictures that ``model`` draws for the run's prompts and seeds, uint8 (prompts x seeds, 3, H, W)."""
     how = session.config.evaluate
     drawn = session.pipeline, session.prompts, how.seeds
-    return generate(*drawn, steps=how.steps, guidance=how.guidance, unet=unet)
+    return generate(*drawn, steps=how.steps, guidance=how.guidance, model=model)
 
 
 def draw_set(session: Session, candidate: Candidate | None, state: State) -> Tensor:
     """The pictures of a candidate in ``state`` (None: of the teacher), uint8 (prompts x seeds, 3, H, W)."""
     if candidate is None:
-        return draw_prompts(session, session.unet)
+        return draw_prompts(session, session.model)
     return draw_prompts(session, load_student(candidate, state, device=session.device, dtype=session.dtype))
 
 

@@ -295,7 +295,7 @@ def draw(session: Session, jobs: Sequence[PictureJob], *, cluster: Cluster | Non
     """The pictures of each of ``jobs``, uint8 (prompts x seeds, 3, H, W), each set drawn by one worker."""
     asked = [(job.candidate.plan.id if job.candidate else "", job.state) for job in jobs]
     ids = dict.fromkeys(plan_id for plan_id, _ in asked if plan_id)
-    names = [name for plan_id in ids for name in of_candidate(plan_id, *BUILT, "distilled/unet")]
+    names = [name for plan_id in ids for name in of_candidate(plan_id, *BUILT, "distilled/model")]
     with _reached(session, cluster) as (ray, cluster):
         ref = _ref(session.run, cluster, ["config.toml", *names])
         sets = _in_tasks(ray, cluster, ref, partial(draw_pictures, ref), asked)

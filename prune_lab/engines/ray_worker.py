@@ -32,7 +32,7 @@ from prune_lab.session import Session, run_scoring_context
 
 RAY = "ray"  # folder in a run for what only the cluster needs; removed after training
 VALIDATION = f"{RAY}/validation.safetensors"
-BUILT = ("plan.json", "profile.json", "unet", "repaired")  # of a candidate, before any training
+BUILT = ("plan.json", "profile.json", "pruned", "repaired")  # of a candidate, before any training
 DECISIONS = "distilled/decisions.json"  # in a candidate's folder, and gone with its distillation
 _VERDICT = "distilled/recovery.json"
 

@@ -55,11 +55,11 @@ def distill_setup_of(session: Session) -> DistillSetup:
     with order:
         data, validation = training_and_validation(session)
 
-    def draw_grid(unet: nn.Module, path: Path) -> None:
-        save_grid(path, draw_prompts(session, unet))
+    def draw_grid(model: nn.Module, path: Path) -> None:
+        save_grid(path, draw_prompts(session, model))
 
     return DistillSetup(
-        session.unet,
+        session.model,
         data,
         session.pipeline.scheduler,
         session.config.distill,
@@ -98,7 +98,7 @@ def _ended(session: Session, candidate: Candidate, steps: int) -> bool:
     found = load_recovery(candidate.folder)
     if found is None or found.steps > steps:
         return found is not None
-    trained = session.run.done(candidate.paths.distilled_unet)
+    trained = session.run.done(candidate.paths.distilled_model)
     return found.status == "failed" or (found.steps == steps and trained)
 
 

@@ -15,8 +15,8 @@ from prune_lab.blocks import blocks_frame
 from prune_lab.errors import UnsupportedModelError
 from prune_lab.export.compatibility import compatibility
 from prune_lab.export.snippets import snippet_for
-from prune_lab.export.students import Student, provenance_in, unet_folder_in
-from prune_lab.families import base_name, family_of, is_own, meta_unet, plain_config
+from prune_lab.export.students import Student, model_folder_in, provenance_in
+from prune_lab.families import base_name, family_of, is_own, meta_model, plain_config
 from prune_lab.families.adapter_names import has_additions
 from prune_lab.models import ModelSource, weight_files
 from prune_lab.models.files import json_object
@@ -87,7 +87,7 @@ def _costs(student: Student) -> str:
         costs = cost_table(student.architecture)
     except UnsupportedModelError as error:  # without a size there is nothing to count
         was = student.architecture.total_params
-        now = sum(parameter.numel() for parameter in meta_unet(student.layout.config).parameters())
+        now = sum(parameter.numel() for parameter in meta_model(student.layout.config).parameters())
         row = ("parameters", count(was), count(now), percent_change(now / was - 1))
         return _table(head, [row]) + f"\nMultiply-adds were not counted: {error}.\n"
     before, after = costs.total, costs.of(student.plan)
@@ -173,9 +173,9 @@ def _limits(training: Mapping[str, object]) -> str:
     return "".join(f"- {line}\n" for line in lines)
 
 
-def _variant_of(unet_folder: Path) -> str:
+def _variant_of(model_folder: Path) -> str:
     """The variant in the names of its weights, as ``fp16``; empty where there is none."""
-    first = weight_files(unet_folder)[0].name
+    first = weight_files(model_folder)[0].name
     found = re.match(r"[^.]+\.(.+?)(-\d+-of-\d+)?\.safetensors", first)
     return found[1] if found else ""
 
@@ -193,14 +193,14 @@ def card_text(
     config = student.layout.config
     tag, code = snippet_for(
         base_name(str(named["_class_name"])),
-        _variant_of(unet_folder_in(folder)),
+        _variant_of(model_folder_in(folder)),
         size=student.architecture.config.get("sample_size"),
         tokens=source.tokens,
         trusted=is_own(config),
     )
     plan, blocks = student.plan, len(student.architecture.blocks)
     parent = parent_name(source)
-    proof = provenance_in(unet_folder_in(folder)).get("proof")
+    proof = provenance_in(model_folder_in(folder)).get("proof")
     parts = {
         f"{parent} without {len(plan.removed)} of {blocks} blocks": (
             f"Parent: {f'[{parent}](https://huggingface.co/{parent})' if is_on_hub(source) else parent}. Plan "
@@ -243,10 +243,10 @@ def write_card(
     conversions need nothing but the folder.
     """
     folder, student = Path(folder), Student(source.architecture, plan, Path(folder))
-    unet = unet_folder_in(folder)
+    model = model_folder_in(folder)
     write_json(
-        unet / "provenance.json",
-        provenance_in(unet) | {TEACHER: names_alone(plain_config(student.architecture.config))},
+        model / "provenance.json",
+        provenance_in(model) | {TEACHER: names_alone(plain_config(student.architecture.config))},
     )
     write_map(folder / MAP, student)
     write_text(folder / CARD, card_text(folder, student, source, training))

@@ -8,7 +8,7 @@ from pathlib import Path
 from prune_lab.errors import ModelFormatError
 from prune_lab.export.additions import Converted, blocks_of, check_out, read_addition, write_addition
 from prune_lab.export.students import Student
-from prune_lab.families import meta_unet
+from prune_lab.families import meta_model
 from prune_lab.families.adapter_names import attentions, check_has_additions, is_cross_attention, values_of
 from prune_lab.runtime import path_text
 
@@ -34,7 +34,9 @@ def convert_ip_adapter(student: Student, given: Path, out: Path, *, force: bool 
     out = check_out(student, out, given, force=force)
     tensors, metadata = read_addition(given, "IP-Adapter")
     paths = attentions(student.architecture.config)
-    shapes = {name: tuple(t.shape) for name, t in meta_unet(student.architecture.config).state_dict().items()}
+    shapes = {
+        name: tuple(t.shape) for name, t in meta_model(student.architecture.config).state_dict().items()
+    }
     numbers = new_numbers(student)
     converted, given_layers = {}, set()
     for key, tensor in tensors.items():

@@ -204,7 +204,7 @@ def _entries(
 def _unet_entries(
     folder: Path, config: Mapping[str, Any], unet: Mapping[str, Any], dtype: torch.dtype | None
 ) -> Iterator[_Entry]:
-    """What the U-Net in ``folder`` of this ``config`` puts into a file that describes the U-Net ``unet``."""
+    """What the U-Net in ``folder`` of this ``config`` puts into a file that describes the U-Net ``model``."""
     left_out, own = empty_attentions(config), unet_shapes(config)
     _check_identity(folder, left_out)
     zeros = {key: shape for key, shape in unet_shapes(unet).items() if key not in own}
@@ -214,8 +214,8 @@ def _unet_entries(
 def _file_entries(
     source: ModelSource, configs: Mapping[str, Mapping[str, Any]], dtype: torch.dtype | None
 ) -> list[_Entry]:
-    assert source.unet_folder is not None
-    entries = [*_unet_entries(source.unet_folder, source.config, configs["unet"], dtype)]
+    assert source.model_folder is not None
+    entries = [*_unet_entries(source.model_folder, source.config, configs["unet"], dtype)]
     if source.is_pipeline and source.folder is not None:
         index = configs["model_index"]
         vae = source.folder / "vae"
@@ -285,7 +285,7 @@ def _metadata(source: ModelSource, configs: Mapping[str, Any]) -> dict[str, str]
     if tokenizers := _tokenizers(source, configs):
         metadata["prune_lab.tokenizers"] = json.dumps(tokenizers)
     for name in ("plan", "provenance"):
-        path = (source.unet_folder or Path()) / f"{name}.json"
+        path = (source.model_folder or Path()) / f"{name}.json"
         if path.is_file():
             metadata[f"prune_lab.{name}"] = json.dumps(names_alone(read_json(path)))
     return metadata

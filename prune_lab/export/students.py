@@ -9,7 +9,7 @@ from typing import Any
 
 from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.errors import FormError, PlanError, PruneLabError
-from prune_lab.families import FAMILIES, Layout, meta_unet
+from prune_lab.families import FAMILIES, Layout, meta_model
 from prune_lab.forms import layout_of
 from prune_lab.models import preset_config, resolve_model, weight_files
 from prune_lab.models.files import json_object, read_headers, variants_among
@@ -34,15 +34,15 @@ class Student:
         return layout_of(self.architecture, self.plan)
 
 
-def unet_folder_in(folder: Path) -> Path:
+def model_folder_in(folder: Path) -> Path:
     """The folder of the model of a student: ``folder`` itself, or the model of the pipeline or candidate in it."""
     components = sorted({family.component for family in FAMILIES.values()})
-    return next((folder / name for name in components if (folder / name).is_dir()), folder)
+    return next((folder / name for name in (*components, "pruned") if (folder / name).is_dir()), folder)
 
 
-def provenance_in(unet_folder: Path) -> dict[str, Any]:
-    """What is known of where the model in ``unet_folder`` comes from; empty where nothing is written down."""
-    path = unet_folder / "provenance.json"
+def provenance_in(model_folder: Path) -> dict[str, Any]:
+    """What is known of where the model in ``model_folder`` comes from; empty where nothing is written down."""
+    path = model_folder / "provenance.json"
     return json_object(path) if path.is_file() else {}
 
 
@@ -62,22 +62,22 @@ def _architecture_with(signature: str, provenance: dict[str, Any]) -> Architectu
     return found if found.signature == signature else None
 
 
-def _check_plan(student: Student, unet: Path) -> None:
-    """Raise PlanError where the plan beside the weights in ``unet`` is not the one that they were cut by."""
-    told = provenance_in(unet).get("plan_id")
+def _check_plan(student: Student, folder: Path) -> None:
+    """Raise PlanError where the plan beside the weights in ``folder`` is not the one that they were cut by."""
+    told = provenance_in(folder).get("plan_id")
     other = isinstance(told, str) and is_plan_id(told) and told != student.plan.id
-    variant = next(iter(variants_among([path.name for path in unet.iterdir() if path.is_file()])), None)
+    variant = next(iter(variants_among([path.name for path in folder.iterdir() if path.is_file()])), None)
     if variant is not None and not other:
-        found = {key: shape for key, (_, shape) in read_headers(weight_files(unet, variant)).items()}
+        found = {key: shape for key, (_, shape) in read_headers(weight_files(folder, variant)).items()}
         try:
-            tensors = meta_unet(student.layout.config).state_dict()
+            tensors = meta_model(student.layout.config).state_dict()
         except FormError:  # then no plain folder holds it
             other = True
         else:
             other = found != {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     if other:
         raise PlanError(
-            f"asked for the student in {path_text(unet)}, found a plan.json of another student than its weights "
+            f"asked for the student in {path_text(folder)}, found a plan.json of another student than its weights "
             f"(plan {student.plan.label}); restore its plan.json, or give the plan as text and the teacher with --model"
         )
 
@@ -86,24 +86,24 @@ def student_in(folder: Path, model: str = "") -> Student:
     """The student in ``folder``, a pipeline or model that ``prune-lab`` wrote; ``model`` is its teacher where that is
     not written down. Raises PlanError when it has no plan, one of another student, or its teacher is not known.
     """
-    unet = unet_folder_in(Path(folder))
-    if not (unet / "plan.json").is_file():
+    inner = model_folder_in(Path(folder))
+    if not (inner / "plan.json").is_file():
         raise PlanError(
             f"asked for the plan of the student in {path_text(folder)}, found no plan.json there; give a folder that "
             "prune-lab wrote, or the plan as text and its teacher with --model"
         )
-    written = json_object(unet / "plan.json")
+    written = json_object(inner / "plan.json")
     if model:
         architecture: Architecture | None = resolve_model(model).architecture
     else:
-        architecture = _architecture_with(str(written.get("architecture")), provenance_in(unet))
+        architecture = _architecture_with(str(written.get("architecture")), provenance_in(inner))
     if architecture is None:
         raise PlanError(
             f"asked for the teacher of the student in {path_text(folder)}, which was cut from another model than the "
             "presets and does not say which; give it with --model"
         )
     student = Student(architecture, plan_from_json(written, architecture), Path(folder))
-    _check_plan(student, unet)
+    _check_plan(student, inner)
     return student
 
 

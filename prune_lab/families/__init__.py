@@ -93,7 +93,7 @@ __all__ = [
     "latent_form",
     "latent_shape",
     "looks_like_a_unet",
-    "meta_unet",
+    "meta_model",
     "model_of",
     "modern_class",
     "modern_config",
@@ -206,7 +206,7 @@ def _built(config: Mapping[str, Any], place: AbstractContextManager[Any]) -> Any
         ) from None
 
 
-def meta_unet(config: Mapping[str, Any]) -> Any:
+def meta_model(config: Mapping[str, Any]) -> Any:
     """The model of ``config`` on the ``meta`` device: every shape, no memory, in evaluation mode.
 
     Raises UnsupportedModelError when a setting is out of bounds, or diffusers cannot build it.
@@ -217,7 +217,7 @@ def meta_unet(config: Mapping[str, Any]) -> Any:
 def empty_model(config: Mapping[str, Any]) -> Any:
     """The model of ``config`` before its weights are there: they are on ``meta``, and what is computed of the config
     alone (kernels of samplers, places of patches, which no file holds) is not. In evaluation mode. Raises as
-    ``meta_unet``.
+    ``meta_model``.
     """
     return _built(config, init_empty_weights(include_buffers=False))
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from prune_lab.errors import UnsupportedModelError
-from prune_lab.families import CLASS_NAME, Layout, family_of, meta_unet
+from prune_lab.families import CLASS_NAME, Layout, family_of, meta_model
 from prune_lab.families.ldm_keys import unet_places
 from prune_lab.families.unet2d_condition import UNET2D_CONDITION
 
@@ -117,7 +117,7 @@ class AdapterNames:
 
 def adapter_names(teacher: Mapping[str, Any], layout: Layout) -> AdapterNames:
     """The names of the modules of the U-Net of config ``teacher`` in files of additions, and those in its student."""
-    model = meta_unet(teacher)
+    model = meta_model(teacher)
     shapes = {
         name.removesuffix(".weight"): tuple(tensor.shape)
         for name, tensor in model.state_dict().items()
@@ -179,7 +179,7 @@ def check_has_additions(config: Mapping[str, Any], asked: str) -> None:
 
 def attentions(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Paths of all attentions of the U-Net of ``config``, in the order in which diffusers counts their processors."""
-    return tuple(name.removesuffix(".processor") for name in meta_unet(config).attn_processors)
+    return tuple(name.removesuffix(".processor") for name in meta_model(config).attn_processors)
 
 
 def is_cross_attention(path: str) -> bool:

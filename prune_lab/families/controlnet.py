@@ -18,7 +18,7 @@ import diffusers
 import torch
 
 from prune_lab.errors import NonNativePlanError, UnsupportedModelError
-from prune_lab.families import Layout, Outline, meta_unet, outline_of, plain_config
+from prune_lab.families import Layout, Outline, meta_model, outline_of, plain_config
 
 CONTROLNET = "ControlNetModel"
 # Settings of what a ControlNet reads beside latents and text; where it has one, its teacher has the same.
@@ -57,7 +57,7 @@ def _readers(outline: Outline) -> tuple[dict[str, int], int]:
 def surviving_skips(teacher: Outline, layout: Layout) -> tuple[dict[int, int], int]:
     """(by number of each skip of the student, the teacher's that its reader reads; how many the teacher has)."""
     old, num_skips = _readers(teacher)
-    new, _ = _readers(outline_of(meta_unet(layout.config)))
+    new, _ = _readers(outline_of(meta_model(layout.config)))
     renamed = {path: layout.renamed(path) for path in old}
     return {new[path]: old[was] for was, path in renamed.items() if path is not None}, num_skips
 
@@ -201,10 +201,10 @@ def controlnet_config(teacher: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises UnsupportedModelError when no plain ControlNet is one: for stages of unequal depth, or without a mid stage.
     """
-    unet = meta_unet(teacher)
+    model = meta_model(teacher)
     try:
         with torch.device("meta"):
-            return plain_config(diffusers.ControlNetModel.from_unet(unet, load_weights_from_unet=False))
+            return plain_config(diffusers.ControlNetModel.from_unet(model, load_weights_from_unet=False))
     except _BUILD_ERRORS as error:
         raise UnsupportedModelError(
             f"no plain ControlNet is built like the way down of the teacher ({error})"

@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from prune_lab.errors import UnsupportedModelError
-from prune_lab.families import meta_unet, plain_config
+from prune_lab.families import meta_model, plain_config
 
 # How the tensor in the file comes from those of diffusers: as it is or stacked along the first axis where there are
 # several, a linear weight as a convolution of 1 x 1, or transposed.
@@ -183,7 +183,7 @@ def empty_attentions(config: Mapping[str, Any]) -> tuple[str, ...]:
 
     That is right where they are the identity, which is for their weights to show: ``proj_out`` is zero.
     """
-    return _unet_modules(_paths(meta_unet(config).state_dict()))[1]
+    return _unet_modules(_paths(meta_model(config).state_dict()))[1]
 
 
 def with_middle(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def with_middle(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def unet_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shape of each tensor of the U-Net of ``config`` by its key in diffusers."""
-    return {key: tuple(tensor.shape) for key, tensor in meta_unet(config).state_dict().items()}
+    return {key: tuple(tensor.shape) for key, tensor in meta_model(config).state_dict().items()}
 
 
 def unet_places(config: Mapping[str, Any]) -> tuple[Place, ...]:
@@ -204,7 +204,7 @@ def unet_places(config: Mapping[str, Any]) -> tuple[Place, ...]:
 
     Raises UnsupportedModelError naming a tensor that has no place in the layout.
     """
-    keys = list(meta_unet(config).state_dict())
+    keys = list(meta_model(config).state_dict())
     modules, empty = _unet_modules(_paths(keys))
     left_out = tuple(f"{attention}." for attention in empty)
     return tuple(

@@ -76,7 +76,7 @@ def refuse(key: str, value: object, meaning: str) -> NoReturn:
     """Raise UnsupportedModelError: the setting ``key`` has this ``value``, and must be what ``meaning`` says."""
     shown = repr(value[:20] if isinstance(value, (str, list)) else value)
     shown = shown if len(shown) <= _MOST_SHOWN else f"{shown[:_MOST_SHOWN]}..."
-    raise UnsupportedModelError(f"asked for a U-Net by its config, found {key} {shown}; it must be {meaning}")
+    raise UnsupportedModelError(f"asked for a model by its config, found {key} {shown}; it must be {meaning}")
 
 
 def settings_of(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

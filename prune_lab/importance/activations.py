@@ -35,7 +35,7 @@ def similarity(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleS
     Cost: one forward pass for all groups together.
     Reference: block influence of ShortGPT, arXiv:2403.03853, on feature maps.
     """
-    unet, probe, architecture = context.unet, context.probe, context.architecture
+    model, probe, architecture = context.model, context.probe, context.architecture
     blocks = list(dict.fromkeys(name for group in groups for name in group.blocks))
     influences = np.empty((len(blocks), len(probe)))
     rows = slice(0)
@@ -47,9 +47,9 @@ def similarity(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleS
         influences[blocks.index(name), rows] = found.cpu().numpy()
 
     compute = ComputeCost(forward_macs=architecture.total_macs)
-    with block_hooks(unet, architecture, blocks, record), evaluating(unet), torch.inference_mode():
-        for rows, inputs in probe.batches(context.batch or _ROWS, unet):
-            unet(**inputs, return_dict=False)
+    with block_hooks(model, architecture, blocks, record), evaluating(model), torch.inference_mode():
+        for rows, inputs in probe.batches(context.batch or _ROWS, model):
+            model(**inputs, return_dict=False)
             compute.macs += compute.forward_macs * (rows.stop - rows.start)
     member = np.array([[name in group.blocks for name in blocks] for group in groups])
     # Not `member @ influences`: 0 times NaN is NaN, and a block that is not finite would reach groups without it.

@@ -92,7 +92,7 @@ class GenerationSettings:
 
     @property
     def forwards(self) -> int:
-        """U-Net forward passes (of one sample each) that one set of all images takes."""
+        """Forward passes of the model (of one sample each) that one set of all images takes."""
         twice = self.guidance > 1 and not takes_guidance(model_of(self.pipeline))
         return len(self.prompts) * len(self.seeds) * self.steps * (2 if twice else 1)
 
@@ -106,12 +106,12 @@ class GenerationSettings:
 
 @dataclass(frozen=True, eq=False)  # no slots: the architecture is kept in the instance
 class ScoringContext:
-    """A U-Net with the inputs and settings to score it on: everything that a criterion needs.
+    """A model with the inputs and settings to score it on: everything that a criterion needs.
 
-    Criteria run the U-Net on its own device and in its own number format, and leave it as it was.
+    Criteria run the model on its own device and in its own number format, and leave it as it was.
     """
 
-    unet: ModelMixin
+    model: ModelMixin
     probe: Probe
     batch: int | None = None  # rows at a time; None: as many as fit into memory
     seed: int = 0
@@ -129,16 +129,16 @@ class ScoringContext:
                 "needs one (a whole pipeline encodes it), and without guidance (1) there must be none"
             )
 
-        if self.guidance != 1 and takes_guidance(self.unet):
+        if self.guidance != 1 and takes_guidance(self.model):
             raise DataError(
-                f"asked to score with guidance {self.guidance:g}, found a U-Net that takes the guidance as an input "
+                f"asked to score with guidance {self.guidance:g}, found a model that takes the guidance as an input "
                 "and was distilled to need no other; set score.guidance = 1"
             )
 
     @cached_property
     def architecture(self) -> Architecture:
-        """The inventory of the U-Net."""
-        return architecture_of(self.unet)
+        """The inventory of the model."""
+        return architecture_of(self.model)
 
     def generation_for(self, criterion: str) -> GenerationSettings:
         """The settings to generate images with. Raises DataError, which names ``criterion``, when there are none."""

@@ -39,13 +39,13 @@ def _per_row(gate: Tensor, block: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def gated(unet: Any, architecture: Architecture, gates: Mapping[str, Tensor]) -> Iterator[None]:
+def gated(model: Any, architecture: Architecture, gates: Mapping[str, Tensor]) -> Iterator[None]:
     """Context in which each block named in ``gates`` is scaled by its gate (N,), one per row; undone on exit."""
 
     def scale(name: str, main: Tensor, block: Tensor) -> Tensor:
         return main + _per_row(gates[name], block) * (block - main)
 
-    with block_hooks(unet, architecture, gates, scale, every=True):
+    with block_hooks(model, architecture, gates, scale, every=True):
         yield
 
 
@@ -56,18 +56,18 @@ def gate_derivatives(
 
     ``at`` is the value of all gates where the derivative is taken.
     """
-    unet, probe = context.unet, context.probe
+    model, probe = context.model, context.probe
     blocks = list(dict.fromkeys(name for group in groups for name in group.blocks))
     derivatives = np.empty((len(blocks), len(probe)))
     compute = ComputeCost(forward_macs=context.architecture.total_macs)
-    with only_requires_grad(unet, ()), evaluating(unet):
-        for rows, inputs in probe.batches(context.batch or _ROWS, unet):
+    with only_requires_grad(model, ()), evaluating(model):
+        for rows, inputs in probe.batches(context.batch or _ROWS, model):
             count = rows.stop - rows.start
             gates = {
-                name: torch.full((count,), at, device=unet.device, requires_grad=True) for name in blocks
+                name: torch.full((count,), at, device=model.device, requires_grad=True) for name in blocks
             }
-            with torch.enable_grad(), gated(unet, context.architecture, gates):
-                prediction = probe.predicted(rows, unet, inputs)
+            with torch.enable_grad(), gated(model, context.architecture, gates):
+                prediction = probe.predicted(rows, model, inputs)
                 value = objective(prediction.float(), rows).sum()
                 gradients = torch.autograd.grad(value, list(gates.values()))
             derivatives[:, rows] = torch.stack(gradients).double().cpu().numpy()

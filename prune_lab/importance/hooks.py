@@ -1,4 +1,4 @@
-"""Hooks on the blocks of a U-Net while it runs, and a switch for which of its parameters keep gradients."""
+"""Hooks on the blocks of a model while it runs, and a switch for which of its parameters keep gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BlockHook = Callable[[str, Tensor, Tensor], Tensor | None]
 
 @contextlib.contextmanager
 def block_hooks(
-    unet: ModelMixin,
+    model: ModelMixin,
     architecture: Architecture,
     names: Iterable[str],
     hook: BlockHook,
@@ -48,16 +48,16 @@ def block_hooks(
     with contextlib.ExitStack() as stack:
         for name in names:
             block = architecture.block(name)
-            module = unet.get_submodule(block.path)
+            module = model.get_submodule(block.path)
             forward = forward_hook(name, stand_in_for(module, block), block.main)
             stack.enter_context(module.register_forward_hook(forward, with_kwargs=True))
         yield
 
 
 @contextlib.contextmanager
-def only_requires_grad(unet: ModelMixin, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Context in which only ``parameters`` of ``unet`` require gradients; all flags are restored on exit."""
-    flags = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
+def only_requires_grad(model: ModelMixin, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Context in which only ``parameters`` of ``model`` require gradients; all flags are restored on exit."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for parameter, _ in flags:
             parameter.requires_grad_(False)

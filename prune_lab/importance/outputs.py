@@ -86,11 +86,11 @@ def _predictions(
     probes = [context.probe] if context.unconditional is None else [context.unconditional, context.probe]
     parts = [probe if len(rows) == len(probe) else probe.rows(rows) for probe in probes]
     # Decided once for both, because they run side by side: free memory may be different a moment later.
-    unet, most = context.unet, min(context.batch or _ROWS, len(rows))
-    batch, width = fitting_batch(context.architecture, most, unet.device, unet.dtype.itemsize)
+    model, most = context.model, min(context.batch or _ROWS, len(rows))
+    batch, width = fitting_batch(context.architecture, most, model.device, model.dtype.itemsize)
     compiled = context.compiled
     streams = [
-        predict_without(unet, part, sets, batch=batch, width=width, compute=compute, compiled=compiled)
+        predict_without(model, part, sets, batch=batch, width=width, compute=compute, compiled=compiled)
         for part in parts
     ]
     for results in zip(*streams, strict=True):

@@ -87,7 +87,7 @@ def score_by_race(
 ) -> SampleScores:
     """The values of a criterion of one step (``ONE_STEP``) within the race's budget; NaN where a group had no sample.
 
-    A sample is never measured twice, and one pass of the whole U-Net serves all groups that are still in the race. The
+    A sample is never measured twice, and one pass of the whole model serves all groups that are still in the race. The
     same seed gives the same race, whether or not the cache already holds values.
     Raises ConfigError when the budget is too small for two samples of every group.
     """

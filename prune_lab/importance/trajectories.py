@@ -63,14 +63,14 @@ def with_psnr(scores: pd.DataFrame) -> pd.DataFrame:
 def _latents_without(
     context: ScoringContext, generation: GenerationSettings, removed: Sequence[str], compute: ComputeCost
 ) -> Tensor:
-    with bypassed(context.unet, removed, stand_in=True) as unet:
+    with bypassed(context.model, removed, stand_in=True) as model:
         latents = generate(
             generation.pipeline,
             generation.prompts,
             generation.seeds,
             steps=generation.steps,
             guidance=generation.guidance,
-            unet=unet,
+            model=model,
             batch=context.batch or _ROWS,
             latents=True,
         )

@@ -22,7 +22,7 @@ _PASSES = 3  # forward, and backward with the gradients of activations and of we
 def weight_matrices(context: ScoringContext, group: BlockGroup) -> Iterator[nn.Parameter]:
     """The weights of the convolutions and linear layers of a group, in order; no biases, no norms."""
     for name in group.blocks:
-        for parameter in context.unet.get_submodule(context.architecture.block(name).path).parameters():
+        for parameter in context.model.get_submodule(context.architecture.block(name).path).parameters():
             if parameter.ndim >= 2:
                 yield parameter
 
@@ -66,17 +66,17 @@ def taylor(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleScore
     Cost: three forward-equivalents for all groups together.
     Reference: BK-SDM, arXiv:2305.15798 (ECCV 2024), footnote 1; arXiv:1906.10771.
     """
-    unet, probe = context.unet, context.probe
+    model, probe = context.model, context.probe
     matrices = {group.name: list(weight_matrices(context, group)) for group in groups}
     weights = list(dict.fromkeys(one for group in matrices.values() for one in group))
     timesteps = np.unique(probe.timesteps.numpy())
     values = np.empty((len(groups), len(timesteps)))
-    with only_requires_grad(unet, weights), evaluating(unet), torch.enable_grad():
+    with only_requires_grad(model, weights), evaluating(model), torch.enable_grad():
         for column, timestep in enumerate(timesteps):
             part = probe.rows(np.flatnonzero(probe.timesteps.numpy() == timestep).tolist())
             gradients = [torch.zeros_like(one) for one in weights]
-            for rows, inputs in part.batches(context.batch or _ROWS, unet):
-                prediction = part.predicted(rows, unet, inputs).float()
+            for rows, inputs in part.batches(context.batch or _ROWS, model):
+                prediction = part.predicted(rows, model, inputs).float()
                 loss = part.denoising_error(prediction, rows).sum() / len(part)
                 torch._foreach_add_(gradients, torch.autograd.grad(loss, weights))
             product = {

@@ -1,6 +1,6 @@
 """Where a model comes from, whether its files are sound, and loading it.
 
-A model is named by ``reference``, a preset, a pipeline or U-Net folder, a ``config.json`` (structure only) or a hub id.
+A model is named by ``reference``, a preset, a pipeline or model folder, a ``config.json`` (structure only) or a hub id.
 Only safetensors are read: pickled weights and repositories that bring their own code are refused. Whatever is wrong
 with the files is found from a few kilobytes of headers, before anything is loaded or written.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from prune_lab.models.files import weight_files
 from prune_lab.models.kinship import of_shipped_family
-from prune_lab.models.loading import load_pipeline, load_unet, plain_source
+from prune_lab.models.loading import load_model, load_pipeline, plain_source
 from prune_lab.models.scorer import ScorerChoice, ScorerInputs, choose_scorer, load_scorer
 from prune_lab.models.sources import (
     ModelSource,
@@ -25,9 +25,9 @@ __all__ = [
     "ScorerInputs",
     "choose_scorer",
     "configured_model",
+    "load_model",
     "load_pipeline",
     "load_scorer",
-    "load_unet",
     "model_digest",
     "of_shipped_family",
     "plain_source",

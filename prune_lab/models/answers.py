@@ -47,9 +47,9 @@ def _small_latent(model: Any) -> int:
     return int(2 * 2 ** len(samplers))
 
 
-def random_inputs(unet: Any, seed: int = 0) -> dict[str, Any]:
-    """Random inputs of ``unet``, a model of any family, float32 on the CPU and of a small size."""
-    blank = example_inputs(plain_config(unet), latent=_small_latent(unet), tokens=_TOKENS)
+def random_inputs(model: Any, seed: int = 0) -> dict[str, Any]:
+    """Random inputs of ``model``, a model of any family, float32 on the CPU and of a small size."""
+    blank = example_inputs(plain_config(model), latent=_small_latent(model), tokens=_TOKENS)
     filled: dict[str, Any] = filled_with_noise(blank, seeded(seed))
     return filled
 
@@ -64,10 +64,10 @@ def _placed(value: Any, model: Any) -> Any:
     return value
 
 
-def _unet_answers(unet: Any) -> list[list[Tensor]]:
-    one, latents = random_inputs(unet), family_of(unet).latents
-    other = one | {latents: random_inputs(unet, seed=1)[latents]}
-    answers = (unet(**_placed(inputs, unet), return_dict=False)[0] for inputs in (one, other))
+def _model_answers(model: Any) -> list[list[Tensor]]:
+    one, latents = random_inputs(model), family_of(model).latents
+    other = one | {latents: random_inputs(model, seed=1)[latents]}
+    answers = (model(**_placed(inputs, model), return_dict=False)[0] for inputs in (one, other))
     return [answer if isinstance(answer, list) else [answer] for answer in answers]
 
 
@@ -150,9 +150,9 @@ def _complaint(ask: Callable[[], Sequence[Sequence[Tensor]]], what: str, *, must
         return f"cannot answer {what}: {reason_of(error)}" if must else ""
 
 
-def unet_complaint(unet: Any) -> str:
-    """What is wrong with the answers of ``unet`` to random latents; empty where nothing is."""
-    return _complaint(partial(_unet_answers, unet), "every latent")
+def model_complaint(model: Any) -> str:
+    """What is wrong with the answers of ``model`` to random latents; empty where nothing is."""
+    return _complaint(partial(_model_answers, model), "every latent")
 
 
 def _vocabulary_complaint(config: Any, tokenizer: Any) -> str:

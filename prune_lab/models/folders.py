@@ -19,7 +19,7 @@ from prune_lab.families import (
     check_forward,
     family_of,
     is_own,
-    meta_unet,
+    meta_model,
     modern_class,
     modern_config,
     outline_of,
@@ -55,13 +55,13 @@ _EXAMPLES = "StableDiffusionPipeline, StableDiffusion3Pipeline, FluxPipeline or 
 
 @functools.lru_cache(maxsize=16)
 def _tensor_shapes(config: str) -> Mapping[str, tuple[int, ...]]:
-    model = meta_unet(json.loads(config))
+    model = meta_model(json.loads(config))
     outline_of(model)
     check_forward(model)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def unet_shapes(config: Mapping[str, Any], path: Path) -> Mapping[str, tuple[int, ...]]:
+def tensor_shapes(config: Mapping[str, Any], path: Path) -> Mapping[str, tuple[int, ...]]:
     """Shapes of the tensors of the model that ``config``, read from ``path``, describes; it was built and run, without
     memory. Raises UnsupportedModelError when it cannot be.
     """
@@ -72,7 +72,7 @@ def unet_shapes(config: Mapping[str, Any], path: Path) -> Mapping[str, tuple[int
         raise UnsupportedModelError(f"no {called} can be built from {path_text(path)}: {error}") from None
 
 
-def unet_config(path: Path) -> dict[str, Any]:
+def model_config(path: Path) -> dict[str, Any]:
     """The config of a model in ``path``, its class called as it is today; UnsupportedModelError when it is of something
     else, or of nothing.
     """
@@ -83,8 +83,8 @@ def unet_config(path: Path) -> dict[str, Any]:
 
 def checked_config(path: Path) -> dict[str, Any]:
     """The same, after building the model without memory: a config that makes no sense is refused here."""
-    config = unet_config(path)
-    unet_shapes(config, path)
+    config = model_config(path)
+    tensor_shapes(config, path)
     return config
 
 
@@ -97,7 +97,7 @@ def _check_weights(folder: Path, config: Mapping[str, Any], variant: str) -> str
         raise UnsupportedModelError(f"asked for the weights in {folder}: {reason}")
     found = {name: shape for name, (_, shape) in header.items()}
     family = family_of(config)
-    wanted, unread = unet_shapes(config, folder / "config.json"), unread_tensors(family.model_class())
+    wanted, unread = tensor_shapes(config, folder / "config.json"), unread_tensors(family.model_class())
     if complaint := misfit(found, wanted, f"that {family.called}", unread):
         raise ModelFormatError(
             f"the weights in {folder} do not fit its config.json: tensor {complaint}; "
@@ -221,7 +221,7 @@ def checked_pipeline(index: Path, variant: str = "") -> tuple[dict[str, Any], st
     for part, value in components.items():
         _check_entry(index, part, value, pipeline)
     folder = index.parent / component
-    config = unet_config(folder / "config.json")
+    config = model_config(folder / "config.json")
     listed, name = modern_class(components[component][1], config), config[CLASS_NAME]
     if listed != name:
         raise ModelFormatError(
@@ -243,12 +243,12 @@ def checked_pipeline(index: Path, variant: str = "") -> tuple[dict[str, Any], st
     return config, found
 
 
-def checked_unet(folder: Path, variant: str = "") -> tuple[dict[str, Any], str]:
+def checked_model(folder: Path, variant: str = "") -> tuple[dict[str, Any], str]:
     """(config, variant of the weights) of the model in ``folder``, which has no model_index.json, checked."""
     if not folder.is_dir():
         raise ModelFormatError(f"asked for the model in {folder}, which is no folder; check the name")
     check_files(folder)
     if not (folder / "config.json").is_file():
         raise ModelFormatError(f"asked for the model in {folder}, {folder_without_a_model(folder)}")
-    config = unet_config(folder / "config.json")
+    config = model_config(folder / "config.json")
     return config, _check_weights(folder, config, variant)

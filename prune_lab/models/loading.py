@@ -15,7 +15,7 @@ from torch import nn
 
 from prune_lab.errors import ModelFormatError, UnsupportedModelError
 from prune_lab.families import CLASS_NAME, family_of, plain_config
-from prune_lab.models.answers import complaint_of_parts, refuse_silent, unet_complaint
+from prune_lab.models.answers import complaint_of_parts, model_complaint, refuse_silent
 from prune_lab.models.components import reason_of
 from prune_lab.models.conversion import refuse_flawed
 from prune_lab.models.files import json_object
@@ -56,7 +56,7 @@ def plain_source(source: ModelSource) -> Iterator[ModelSource]:
         yield dataclasses.replace(source, folder=view, variant="", asked_variant="")
 
 
-def load_unet(
+def load_model(
     source: ModelSource,
     *,
     device: str | torch.device = "cpu",
@@ -80,7 +80,7 @@ def load_unet(
             torch.manual_seed(seed)
             model = model_class.from_config(plain_config(source.config)).to(device, dtype)
         return model.eval()
-    if source.unet_folder is None:
+    if source.model_folder is None:
         raise UnsupportedModelError(
             f"asked for the weights of {source.text!r}, which is structure only (kind: {source.kind}); "
             "give the folder of a pipeline or of a model, a hub id, or ask for random weights (--random-weights)"
@@ -89,16 +89,16 @@ def load_unet(
         stack.enter_context(quiet())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", FutureWarning)  # what diffusers says of its own parts
-        view = stack.enter_context(component_view(source.unet_folder, STEMS["diffusers"], source.variant))
+        view = stack.enter_context(component_view(source.model_folder, STEMS["diffusers"], source.variant))
         model = model_class.from_pretrained(view, dtype=dtype, low_cpu_mem_usage=True, **_SAFE)
-    if view != source.unet_folder:  # a view is gone by now
-        model.register_to_config(_name_or_path=str(source.unet_folder))
+    if view != source.model_folder:  # a view is gone by now
+        model.register_to_config(_name_or_path=str(source.model_folder))
     model = model.to(device).eval()
-    state = (_state([source.unet_folder]), source.variant, dtype)
+    state = (_state([source.model_folder]), source.variant, dtype)
     if not trusted and state not in _SOUND:
         named = f"the {source.called} of {source.text}"
         refuse_flawed(model.state_dict().items(), named, dtype)
-        refuse_silent(unet_complaint(model), named)
+        refuse_silent(model_complaint(model), named)
         _SOUND.add(state)
     return model
 
@@ -147,11 +147,11 @@ def load_pipeline(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    unet: ModelMixin | None = None,
+    model: ModelMixin | None = None,
 ) -> DiffusionPipeline:
     """The pipeline of ``source``, of the class that it was saved from, without its safety checker and progress bar.
 
-    ``unet`` takes the place of the model on disk, which is then not read. Raises UnsupportedModelError when ``source``
+    ``model`` takes the place of the model on disk, which is then not read. Raises UnsupportedModelError when ``source``
     is a model alone, ModelFormatError, which names the part, when one cannot be loaded, holds what is no number, or
     gives the same answer to every input.
     """
@@ -169,7 +169,7 @@ def load_pipeline(
     components, _ = found._get_signature_keys(found)
     classes = (index[CLASS_NAME], *(tuple(value) for value in parts.values()))
     state = (_state([source.folder / part for part in parts]), classes, source.asked_variant, dtype)
-    model = load_unet(source, device=device, dtype=dtype) if unet is None else unet
+    model = load_model(source, device=device, dtype=dtype) if model is None else model
     made: dict[str, Any] = {source.component: model}
     with quiet(), pipeline_view(source.folder, stems, variants) as view:
         for part in (part for part in parts if part in components):

@@ -126,7 +126,7 @@ def set_steps(scheduler: Any, steps: int) -> None:
 
 
 def _complaint_of_pass(scheduler: Any, steps: int) -> str:
-    """What is wrong with a pass of ``steps``: its timesteps, and what it makes of random numbers for a U-Net."""
+    """What is wrong with a pass of ``steps``: its timesteps, and what it makes of random numbers for a model."""
     count = scheduler.config.get("num_train_timesteps")
     set_steps(scheduler, steps)
     if goes_by_flow(scheduler) and (found := _complaint_of_sigmas(scheduler)):

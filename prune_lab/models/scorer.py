@@ -232,7 +232,7 @@ def choose_scorer(asked: str, source: ModelSource) -> ScorerChoice:
     if ours:
         return ScorerChoice("reference", "reference", "it ships with the model")
     if not source.is_pipeline:
-        return ScorerChoice("", "none", "a U-Net alone draws no pictures")
+        return ScorerChoice("", "none", "a model alone draws no pictures")
     known = _clip_of_text_encoder(source)
     folder = _in_hub_cache(known) if known else None
     if folder is not None:

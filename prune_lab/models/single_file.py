@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from prune_lab.errors import ModelFormatError, ProofError, PruneLabError, UnsupportedModelError
-from prune_lab.families import CLASS_NAME, family_of, meta_unet
+from prune_lab.families import CLASS_NAME, family_of, meta_model
 from prune_lab.families.ldm_keys import empty_attentions, ldm_to_diffusers, unet_places
 from prune_lab.families.ldm_structure import (
     UNET,
@@ -36,7 +36,7 @@ from prune_lab.families.ldm_structure import (
 from prune_lab.models.clip_vocabulary import NUM_TOKENS, clip_tokenizer
 from prune_lab.models.diagnosis import beyond_bounds, quantised
 from prune_lab.models.files import read_header
-from prune_lab.models.folders import unet_shapes
+from prune_lab.models.folders import tensor_shapes
 from prune_lab.models.ldm_contents import left_out
 from prune_lab.models.parts import part_class, pipeline_class
 from prune_lab.models.silence import quiet
@@ -169,7 +169,7 @@ def configs_of(path: Path, preset_config: PresetConfig) -> dict[str, dict[str, A
     shapes = {key: shape for key, (_, shape) in header.items()}
     try:
         configs = _configs_inside(path) or _configs_by_shape(path, shapes, preset_config)
-        unet_shapes(configs["unet"], path)
+        tensor_shapes(configs["unet"], path)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"asked to read the single file {path_text(path)}: {error}") from None
     except (
@@ -218,7 +218,7 @@ def _dtype(header: Mapping[str, tuple[str, tuple[int, ...]]], *prefixes: str) ->
 
 def _unet_by_name(path: Path, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     """The U-Net of ``config`` with the tensors of the file, by our own map of names."""
-    unet, places = meta_unet(config), unet_places(config)
+    unet, places = meta_model(config), unet_places(config)
     try:
         with safe_open(path, framework="pt") as file:
             found = {place.key: file.get_tensor(f"{UNET}{place.key}").to(dtype) for place in places}

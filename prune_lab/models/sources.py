@@ -16,11 +16,11 @@ from prune_lab.config import RunConfig
 from prune_lab.errors import ModelFormatError, ModelNotFoundError, StorageError
 from prune_lab.families import CLIP_TOKENS, family_of
 from prune_lab.models.files import PICKLED, json_object, weight_files
-from prune_lab.models.folders import checked_config, checked_pipeline, checked_unet
+from prune_lab.models.folders import checked_config, checked_model, checked_pipeline
 from prune_lab.models.hub import HUB_ID, commit_of, hub_folder
 from prune_lab.runtime import open_regular, path_text, without_folders
 
-SourceKind = Literal["reference", "preset", "pipeline", "unet", "config"]
+SourceKind = Literal["reference", "preset", "pipeline", "model", "config"]
 
 PRESETS = (
     *("sd-v1.4", "sd-v1.5", "sd-v2.1-base", "sd-v2.1", "sdxl-base"),
@@ -96,7 +96,7 @@ class ModelSource:
         return architecture_of(self.config, tokens=self.tokens)
 
     @property
-    def unet_folder(self) -> Path | None:
+    def model_folder(self) -> Path | None:
         """The folder with the config and weights of the model."""
         return self.folder / self.component if self.folder is not None and self.is_pipeline else self.folder
 
@@ -104,12 +104,12 @@ class ModelSource:
     def places(self) -> tuple[Path, ...]:
         """Where the model lies: what the user named, its folder and that of the model; see ``refuse_to_replace``."""
         named = Path(self.text).expanduser() if self.text else None
-        return tuple(path for path in (self.folder, self.unet_folder, named) if path is not None)
+        return tuple(path for path in (self.folder, self.model_folder, named) if path is not None)
 
     @property
-    def unet_files(self) -> tuple[Path, ...]:
+    def weight_paths(self) -> tuple[Path, ...]:
         """The safetensors files that together hold the weights of the model; none where there is structure only."""
-        return () if self.unet_folder is None else weight_files(self.unet_folder, self.variant)
+        return () if self.model_folder is None else weight_files(self.model_folder, self.variant)
 
     @property
     def name(self) -> str:
@@ -147,7 +147,7 @@ def model_digest(source: ModelSource) -> str:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     if source.random_seed is not None:
         digest.update(f"random weights {source.random_seed}".encode())
-    for path in source.unet_files:
+    for path in source.weight_paths:
         status = path.stat()
         digest.update(_file_digest(path, status.st_size, status.st_mtime_ns))
     return digest.hexdigest()[:16]
@@ -173,7 +173,7 @@ def shipped(folder: Path) -> Path:
 
 def _from_folder(text: str, folder: Path, *, variant: str = "", subfolder: str = "") -> ModelSource:
     inner = folder / subfolder if subfolder else folder
-    kind: SourceKind = "unet"
+    kind: SourceKind = "model"
     if (inner / "model_index.json").is_file():
         kind = "pipeline"
         config, found = checked_pipeline(inner / "model_index.json", variant)
@@ -186,7 +186,7 @@ def _from_folder(text: str, folder: Path, *, variant: str = "", subfolder: str =
             "give one of these with --subfolder"
         )
     else:
-        config, found = checked_unet(inner, variant)
+        config, found = checked_model(inner, variant)
     notes = (
         ()
         if found == variant

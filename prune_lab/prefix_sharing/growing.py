@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, tr
 
 from prune_lab.blocks import Architecture
 from prune_lab.errors import ReplayError
-from prune_lab.families import Unit, meta_unet, runs_on_meta
+from prune_lab.families import Unit, meta_model, runs_on_meta
 from prune_lab.surgery.patching import patched
 
 Marks = tuple[bool, ...]  # one for each leaf: whether its first dimension grows with the rows
@@ -118,7 +118,7 @@ def _without_weights(architecture: Architecture, kinds: tuple[Kinds, Kinds]) -> 
     """What ``growth`` gives; None where the model does not run on ``meta``, since it reads values."""
     try:
         with runs_on_meta():
-            return _growth(meta_unet(architecture.config), architecture.outline.present, kinds)
+            return _growth(meta_model(architecture.config), architecture.outline.present, kinds)
     except ReplayError:
         raise
     except (RuntimeError, NotImplementedError, TypeError, ValueError):

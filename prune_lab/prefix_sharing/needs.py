@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_lab.blocks import architecture_of
-from prune_lab.families import meta_unet, runs_on_meta
+from prune_lab.families import meta_model, runs_on_meta
 from prune_lab.live_bytes import FusedAttention, LiveBytes
 from prune_lab.models.streamed import is_streamed, outer_units
 from prune_lab.prefix_sharing.growing import Kinds, growth
@@ -50,7 +50,7 @@ def needed_bytes(
     """
     architecture = architecture_of(model)
     known = growth(model, architecture, inputs)
-    shell = meta_unet(architecture.config).to(model.dtype)
+    shell = meta_model(architecture.config).to(model.dtype)
     if is_streamed(model):
         for path, forward in _holding(shell):
             shell.get_submodule(path).forward = forward

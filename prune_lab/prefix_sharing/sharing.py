@@ -23,7 +23,7 @@ from torch import Tensor
 
 from prune_lab.blocks import UNKNOWN_LATENT, Architecture, architecture_of
 from prune_lab.errors import ReplayError
-from prune_lab.families import Unit, example_inputs, meta_unet, prediction_of, runs_on_meta
+from prune_lab.families import Unit, example_inputs, meta_model, prediction_of, runs_on_meta
 from prune_lab.live_bytes import live_peak
 from prune_lab.models.streamed import is_streamed
 from prune_lab.prefix_sharing.growing import growth
@@ -69,7 +69,7 @@ def _peak_bytes(architecture: Architecture) -> int:
     latent = UNKNOWN_LATENT if config.get("sample_size", "its own") is None else None
     inputs = example_inputs(config, latent=latent, tokens=architecture.tokens, device="meta")
     with runs_on_meta():
-        return live_peak(meta_unet(config), inputs)
+        return live_peak(meta_model(config), inputs)
 
 
 def state_bytes(architecture: Architecture, itemsize: int = 4) -> int:
@@ -224,7 +224,7 @@ def _width_from_disk(rows: _Rows, removed: Sequence[frozenset[str]], at_once: in
 
 
 def predict_without(
-    unet: ModelMixin,
+    model: ModelMixin,
     probe: Probe,
     removed: Sequence[frozenset[str]],
     *,
@@ -246,17 +246,17 @@ def predict_without(
     at_once = None
     if width is None:
         rows = min(batch, len(probe))
-        batch, width = fitting_batch(architecture_of(unet), rows, unet.device, unet.dtype.itemsize)
-    if is_streamed(unet) and width > 1:
+        batch, width = fitting_batch(architecture_of(model), rows, model.device, model.dtype.itemsize)
+    if is_streamed(model) and width > 1:
         at_once = width
-        width = _width_from_disk(_Rows(unet, probe, tuple(range(min(batch, len(probe))))), removed, at_once)
+        width = _width_from_disk(_Rows(model, probe, tuple(range(min(batch, len(probe))))), removed, at_once)
     for start in range(0, len(probe), batch):
         part = slice(start, min(start + batch, len(probe)))
-        given = _Rows(unet, probe, tuple(range(part.start, part.stop)))
+        given = _Rows(model, probe, tuple(range(part.start, part.stop)))
         predictions: dict[int, Tensor] = {}
         # Closed before anything is handed out: neither the mode may leak into what the caller does with it. In
         # inference mode torch does not count what is changed in place.
-        with evaluating(unet), torch.inference_mode(False), torch.no_grad(), compiling(compiled):
+        with evaluating(model), torch.inference_mode(False), torch.no_grad(), compiling(compiled):
             answers = _answers(given, removed, width, at_once, compute, compiled)
             about = f"scoring rows {part.start + 1} to {part.stop} of {len(probe)}"
             for sets, prediction in track(answers, about, len(set(removed))):

@@ -1,4 +1,4 @@
-"""Rows of what a U-Net takes beside noisy latents, timestep and text: guidance, masks, pictures and sizes.
+"""Rows of what a model takes beside noisy latents, timestep and text: guidance, masks, pictures and sizes.
 
 They are those that the pipeline gives it while it draws. Rows that hang on a picture are made once for each picture;
 the guidance is drawn anew for each row.
@@ -27,7 +27,7 @@ _BOXES = 4  # in one mask, at most
 def pipeline_conditions(pipeline: Any) -> tuple[Condition, ...]:
     """What the model of ``pipeline`` takes beside noisy latents, timestep and text.
 
-    Raises UnsupportedModelError where no rows of it are made here, or where the pipeline cannot give it to the U-Net.
+    Raises UnsupportedModelError where no rows of it are made here, or where the pipeline cannot give it to the model.
     """
     found = known_conditions(model_of(pipeline))
     for condition in found:
@@ -92,7 +92,7 @@ def size_rows(config: Mapping[str, Any], pooled: Tensor, size: Sequence[int]) ->
     }
     if rest or count not in known:
         raise UnsupportedModelError(
-            f"asked for the size conditioning of a U-Net, found {left} channels for it beside pooled texts of width "
+            f"asked for the size conditioning of a model, found {left} channels for it beside pooled texts of width "
             f"{pooled.shape[-1]}; known are six numbers (SDXL) and five (its refiner)"
         )
     return torch.tensor([known[count]] * len(pooled), dtype=torch.float32)

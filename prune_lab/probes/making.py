@@ -58,7 +58,7 @@ def _assign_timesteps(
 def _note_controlnet(pipeline: Any) -> None:
     if getattr(pipeline, "controlnet", None) is not None:
         note_once(
-            "the ControlNet of this pipeline is left out: the U-Net is scored and trained on captions alone"
+            "the ControlNet of this pipeline is left out: the model is scored and trained on captions alone"
         )
 
 
@@ -77,7 +77,7 @@ def make_probe(
     ``pictures`` (N, 3, H, W) uint8 with a caption and a group each. The schedule is cut into ``timesteps``
     equal strata and every row sits in the middle of one. By default a picture is used at one timestep, which
     makes all rows independent; ``per_picture`` uses it at that many different ones. Raises DataError for
-    lengths that do not agree, UnsupportedModelError for a U-Net that takes something of which no rows are made here.
+    lengths that do not agree, UnsupportedModelError for a model that takes something of which no rows are made here.
     """
     pipeline_conditions(pipeline)  # before any work
     latents = encode_pictures(pipeline, pictures) if len(pictures) else torch.empty(0)
@@ -110,7 +110,7 @@ def probe_of_latents(
     """``make_probe`` of scaled latents (N, C, h, w), such as the model's own; ``size`` in pixels is told to SDXL.
 
     ``text`` holds embeddings (N, L, D) and added conditioning where they are known, and are not made of the captions.
-    ``pictures`` (N, 3, H, W) uint8 are those of the latents, which are decoded without them where the U-Net is shown
+    ``pictures`` (N, 3, H, W) uint8 are those of the latents, which are decoded without them where the model is shown
     something of the picture.
     """
     conditions = pipeline_conditions(pipeline)

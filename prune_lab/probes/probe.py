@@ -30,16 +30,16 @@ _TENSORS = ("noisy", "noise", "timesteps", "embeddings", "target", "pictures")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Probe:
-    """N rows of U-Net input with the answer each should give, float32 on the CPU."""
+    """N rows of the input of a model with the answer each should give, float32 on the CPU."""
 
-    noisy: Tensor  # (N, C, H, W) what the U-Net sees
+    noisy: Tensor  # (N, C, H, W) what the model sees
     noise: Tensor  # (N, C, H, W)
     timesteps: Tensor  # (N,) int64
     embeddings: Tensor  # (N, L, D) of the captions
     captions: tuple[str, ...]
     groups: tuple[str, ...]  # the kind of prompt each row belongs to, for a look at damage per kind
-    target: Tensor  # (N, C, H, W) what the U-Net was trained to predict: the noise, or the velocity
-    # By name, what the U-Net takes beside (`families.conditions_of`); of SDXL: text_embeds (N, P), time_ids (N, 6).
+    target: Tensor  # (N, C, H, W) what the model was trained to predict: the noise, or the velocity
+    # By name, what the model takes beside (`families.conditions_of`); of SDXL: text_embeds (N, P), time_ids (N, 6).
     added: Mapping[str, Tensor] = field(default_factory=dict)
     # (N,) which picture a row is made from: rows of one picture are not independent. Default: one each.
     pictures: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))

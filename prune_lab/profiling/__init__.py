@@ -1,4 +1,4 @@
-"""Parameters, multiply-adds, latency, memory and size of a U-Net, of each of its blocks, and of what plans leave."""
+"""Parameters, multiply-adds, latency, memory and size of a model, of each of its blocks, and of what plans leave."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from prune_lab.profiling.plan_matrix import (
 )
 from prune_lab.profiling.profile import Profile, profile, profile_from_dict
 from prune_lab.profiling.profile_tables import profile_blocks, profile_pipeline, reduction_table
-from prune_lab.profiling.random_weights import random_unet
+from prune_lab.profiling.random_weights import random_model
 from prune_lab.profiling.service import (
     Service,
     latent_of_pixels,
@@ -117,8 +117,8 @@ __all__ = [
     "profile_blocks",
     "profile_from_dict",
     "profile_pipeline",
+    "random_model",
     "random_native_plans",
-    "random_unet",
     "read_service",
     "reduction_table",
     "sampler_groups",

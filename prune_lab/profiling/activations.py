@@ -1,4 +1,4 @@
-"""Bytes of activations that a U-Net holds at once while it runs, for every plan, without weights or a real run.
+"""Bytes of activations that a model holds at once while it runs, for every plan, without weights or a real run.
 
 One forward pass on ``meta`` tensors is watched: which storages exist when each block starts, and how many more while
 it runs. What a plan leaves is then walked with those numbers, all plans at once.
@@ -31,7 +31,7 @@ from torch import nn
 
 from prune_lab.blocks import Architecture
 from prune_lab.errors import UnsupportedModelError
-from prune_lab.families import example_inputs, latent_shape, meta_unet, plain_config, runs_on_meta
+from prune_lab.families import example_inputs, latent_shape, meta_model, plain_config, runs_on_meta
 from prune_lab.live_bytes import HEAD, LiveSpan, spans
 from prune_lab.profiling.plan_matrix import (
     PlanMatrix,
@@ -63,12 +63,12 @@ class UnitMemory:
     workspace_bytes: int  # the most that the unit adds at one moment, its result included
     takes_skip: bool
     gives_skip: bool  # what it hands on also waits for an up stage
-    live_bytes: int  # the most alive while it runs in the whole U-Net
+    live_bytes: int  # the most alive while it runs in the whole model
 
 
 @dataclass(frozen=True, slots=True)
 class ActivationTable:
-    """What the units of a U-Net hold, and from it the peak of every plan; see the module for what counts as alive.
+    """What the units of a model hold, and from it the peak of every plan; see the module for what counts as alive.
 
     Reads as: many plans have nearly the teacher's peak. One moment decides it: in SD-v1.4 the attention blocks of the
     outermost up stage, in SDXL those of the stage within. Only what runs or waits then can lower it; removing blocks of
@@ -87,7 +87,7 @@ class ActivationTable:
 
     @property
     def total(self) -> int:
-        """The peak of the whole U-Net."""
+        """The peak of the whole model."""
         return self.peak(())
 
     def peak(self, removed: Collection[str]) -> int:
@@ -218,7 +218,7 @@ def activation_table(
     (total,) = _peaks(table, [nowhere] * len(table.units), seen)
     if total != most or seen != [unit.live_bytes for unit in table.units]:
         raise UnsupportedModelError(
-            "asked for the activation memory of plans, found that this U-Net keeps other tensors alive than the walk "
+            "asked for the activation memory of plans, found that this model keeps other tensors alive than the walk "
             f"over its blocks says (at most {most:,} bytes, the walk says {total:,}); leave memory out"
         )
     return table
@@ -229,10 +229,10 @@ def _watched(
     config: str, paths: tuple[tuple[str, str], ...], latent: int | None, tokens: int, dtype: torch.dtype
 ) -> tuple[dict[str, LiveSpan], int]:
     """The span of every unit by name, and the most of the whole pass; ``paths`` holds (name, module path)."""
-    unet = nn.Module.to(meta_unet(json.loads(config)), dtype)
-    inputs = example_inputs(unet.config, latent=latent, tokens=tokens, device="meta", dtype=dtype)
+    model = nn.Module.to(meta_model(json.loads(config)), dtype)
+    inputs = example_inputs(model.config, latent=latent, tokens=tokens, device="meta", dtype=dtype)
     with runs_on_meta():
-        return spans(unet, dict(paths), inputs)
+        return spans(model, dict(paths), inputs)
 
 
 def _table(

@@ -1,4 +1,4 @@
-"""The cost table: what every part of a U-Net costs, and from it what every plan leaves.
+"""The cost table: what every part of a model costs, and from it what every plan leaves.
 
 A bypassed block takes its parameters, its multiply-adds and its time along and changes no other block's, so one table
 of the parts prices each of the 2^n plans. Parameters and multiply-adds are exact. Time is measured, and additive by
@@ -59,7 +59,7 @@ _NOT_MEASURED = {
 
 @dataclass(frozen=True, slots=True)
 class PlanCost:
-    """What a U-Net costs; None is "not known", never zero."""
+    """What a model costs; None is "not known", never zero."""
 
     params: int
     macs: int  # of one forward pass, attention products included
@@ -158,7 +158,7 @@ class PartCost:
 
 @dataclass(frozen=True, slots=True)
 class CostTable:
-    """The costs of a U-Net, part by part; the parts add up to the whole.
+    """The costs of a model, part by part; the parts add up to the whole.
 
     MACs and latency are of one forward pass over ``batch`` samples of ``latent`` (height and width) with ``tokens``
     words of text. ``activations`` adds each plan's own peak of memory. In another ``form`` than native a part costs
@@ -185,7 +185,7 @@ class CostTable:
 
     @property
     def total(self) -> PlanCost:
-        """The whole U-Net."""
+        """The whole model."""
         return self.of(PruningPlan((), self.architecture.signature))
 
     def part(self, name: str) -> PartCost:
@@ -295,7 +295,7 @@ class CostTable:
         if plan.architecture != self.architecture.signature:
             raise PlanError(
                 f"asked for the cost of a plan for architecture {plan.architecture}, these costs are of "
-                f"{self.architecture.signature}; read the plan again as text for this U-Net"
+                f"{self.architecture.signature}; read the plan again as text for this model"
             )
         gone = {*plan.removed, *removed_samplers(self.architecture, plan)}
         return (
@@ -477,7 +477,7 @@ def _check_conditions(
     if table.architecture.signature != architecture.signature:
         raise PlanError(
             f"asked for costs of architecture {architecture.signature}, found {kind} of "
-            f"{table.architecture.signature}; measure this U-Net's own"
+            f"{table.architecture.signature}; measure this model's own"
         )
     if (table.latent, table.tokens) != (latent, tokens):
         raise ConfigError(
@@ -492,7 +492,7 @@ def latency_disagreement(costs: CostTable, latency: LatencyTable) -> pd.DataFram
     Columns name, kind, macs, macs_share, saved_ms (as predictions take it off), latency_share, ratio (latency_share in
     macs_share) and gap (their difference), the largest gap in either direction first. A ratio above 1 is a block that
     takes longer than its MACs say; it can be large where both shares are next to nothing, so the gap decides the order.
-    Shares are in the whole U-Net and add up to 1. Raises PlanError and ConfigError as ``cost_table`` does.
+    Shares are in the whole model and add up to 1. Raises PlanError and ConfigError as ``cost_table`` does.
     """
     _check_conditions(costs.architecture, costs.latent, costs.tokens, latency)
     frame = latency.frame()[["name", "kind", "saved_ms", "share"]].rename(columns={"share": "latency_share"})

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from prune_lab.blocks import Architecture
 from prune_lab.counting import Macs
-from prune_lab.families import Layout, meta_unet
+from prune_lab.families import Layout, meta_model
 
 
 class Gone(NamedTuple):
@@ -26,7 +26,7 @@ class Gone(NamedTuple):
 @functools.lru_cache(maxsize=8)
 def _sizes(canonical: str) -> Mapping[str, int]:
     """Parameters right in each module, by its path; modules inside of it do not count."""
-    model = meta_unet(json.loads(canonical))
+    model = meta_model(json.loads(canonical))
     return {
         path: sum(parameter.numel() for parameter in module.parameters(recurse=False))
         for path, module in model.named_modules()

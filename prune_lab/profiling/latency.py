@@ -81,7 +81,7 @@ def fitting() -> Iterator[None]:
         if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
             raise
         raise ConfigError(
-            "asked for passes of the U-Net that do not fit the memory of this machine; give a smaller batch, smaller "
+            "asked for passes of the model that do not fit the memory of this machine; give a smaller batch, smaller "
             "pictures or fewer tokens, as in 0.7x@512,batch=1"
         ) from None
 
@@ -148,7 +148,7 @@ class MeasuredPlan:
 
 @dataclass(frozen=True, slots=True)
 class LatencyTable:
-    """The latency of a U-Net, what each block saves of it, and what that predicts for a plan.
+    """The latency of a model, what each block saves of it, and what that predicts for a plan.
 
     predicted = whole - scale * sum of max(0, measured saving) over what the plan removes, so no plan is predicted to be
     slower than one that removes less. ``scale`` makes up for what parts in place do not show: a student does not make
@@ -176,7 +176,7 @@ class LatencyTable:
         if plan.architecture != self.architecture.signature:
             raise PlanError(
                 f"asked for the latency of a plan for architecture {plan.architecture}, this table is of "
-                f"{self.architecture.signature}; read the plan again as text for this U-Net"
+                f"{self.architecture.signature}; read the plan again as text for this model"
             )
         parts = self.part_ms()
         gone = (*plan.removed, *removed_samplers(self.architecture, plan))
@@ -313,7 +313,7 @@ def latency_table_from_dict(values: Mapping[str, Any], architecture: Architectur
     if found is not None and found != architecture.signature:
         raise PlanError(
             f"asked to read a latency table for architecture {architecture.signature}, found one of {found}; "
-            "measure this U-Net's own"
+            "measure this model's own"
         )
     try:
         fields = cast("_LatencyFile", typed(_LatencyFile, values))

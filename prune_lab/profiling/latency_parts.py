@@ -1,4 +1,4 @@
-"""The latency table of a U-Net: what its parts take within one pass, and how well that foretells real students.
+"""The latency table of a model: what its parts take within one pass, and how well that foretells real students.
 
 One pass times all parts at once, each from the end of the part before it to its own end, so that what is done for it in
 between (the concatenation with a skip) is its own. Every pass is set to one speed: how much slower most of its parts
@@ -61,9 +61,9 @@ _STUDENT_MARK = 0.01  # half the width of the interval of their ratios, at which
 # One pass ------------------------------------------------------------------------------------------------
 
 
-def forward_ms(unet: ModelMixin, inputs: Mapping[str, Any]) -> float:
+def forward_ms(model: ModelMixin, inputs: Mapping[str, Any]) -> float:
     """Milliseconds of one forward pass, the device idle before and after."""
-    return call_ms(lambda: unet(**inputs), unet.device)
+    return call_ms(lambda: model(**inputs), model.device)
 
 
 class _Stopwatch:
@@ -109,7 +109,7 @@ class _Watched(nn.Module):
 
 
 @contextlib.contextmanager
-def _watched(unet: ModelMixin, paths: Mapping[str, str], watch: _Stopwatch) -> Iterator[None]:
+def _watched(model: ModelMixin, paths: Mapping[str, str], watch: _Stopwatch) -> Iterator[None]:
     """Inside, ``watch`` is stopped at the start of the first part that is called, and at the end of each."""
     started: list[bool] = []
 
@@ -118,29 +118,29 @@ def _watched(unet: ModelMixin, paths: Mapping[str, str], watch: _Stopwatch) -> I
             started.append(True)
             watch.stop("")  # what comes before the first part is nobody's
 
-    originals = {path: unet.get_submodule(path) for path in paths.values()}
+    originals = {path: model.get_submodule(path) for path in paths.values()}
     try:
         for name, path in paths.items():
             ended = lambda name=name: watch.stop(name)  # noqa: E731
-            unet.set_submodule(path, _Watched(originals[path], start, ended))
+            model.set_submodule(path, _Watched(originals[path], start, ended))
         yield
     finally:
         for path, module in originals.items():
-            unet.set_submodule(path, module)
+            model.set_submodule(path, module)
 
 
 def pass_by_parts(
-    unet: ModelMixin, paths: Mapping[str, str], inputs: Mapping[str, Any]
+    model: ModelMixin, paths: Mapping[str, str], inputs: Mapping[str, Any]
 ) -> tuple[float, dict[str, float]]:
     """(milliseconds of one forward pass, of each of its parts); ``paths`` has the module path of every part.
 
     A part's time starts where the part before it ends. What comes before the first and after the last is no part's.
     """
-    watch = _Stopwatch(unet.device)
-    synchronize(unet.device)
-    with _watched(unet, paths, watch):
+    watch = _Stopwatch(model.device)
+    synchronize(model.device)
+    with _watched(model, paths, watch):
         watch.stop("")
-        unet(**inputs)
+        model(**inputs)
         watch.stop("")
     laps = watch.laps()
     return sum(took for _, took in laps), {name: took for name, took in laps if name}
@@ -189,7 +189,7 @@ def _narrow(shares: Shares, mark: float) -> bool:
 
 
 def measure_latency_table(
-    unet: ModelMixin,
+    model: ModelMixin,
     *,
     calibrate: Sequence[PruningPlan] = (),
     held_out: Sequence[PruningPlan] = (),
@@ -204,14 +204,14 @@ def measure_latency_table(
     timer: ForwardTimer = forward_ms,
     parts_timer: PartsTimer = pass_by_parts,
 ) -> LatencyTable:
-    """What each block's removal saves of a forward pass of ``unet``, on its device and in its number format.
+    """What each block's removal saves of a forward pass of ``model``, on its device and in its number format.
 
     Each round is one pass that times all parts in place, each pass set to one speed. A saving is the median over rounds
     of the part's share of a pass, times the median of the passes. It ends when every share's 95 % interval is within
     ``mark`` of the whole to either side, at the latest after ``rounds``. Samplers that leave together are added up.
 
-    The plans of ``calibrate`` and ``held_out`` are then built, with the weights of ``unet`` and no others, and timed in
-    turns with it: the first set the scale of the predictions, the second measure their error. ``batch`` samples at
+    The plans of ``calibrate`` and ``held_out`` are then built, with the weights of ``model`` and no others, and timed
+    in turns with it: the first set the scale of the predictions, the second measure their error. ``batch`` samples at
     ``latent`` squared (None: the config's size) and ``tokens`` words (None: 77). ``timer`` times a pass and
     ``parts_timer`` a pass by parts, in milliseconds.
 
@@ -220,28 +220,28 @@ def measure_latency_table(
     is timed.
     """
     check_runs(rounds, warmup)
-    architecture = architecture_of(unet, tokens=tokens)
+    architecture = architecture_of(model, tokens=tokens)
     _check_plans(architecture, calibrate, held_out)
     sizes: dict[str, Any] = {"batch": batch, "latent": latent, "tokens": tokens}
-    inputs = random_inputs(unet.config, **sizes, device=unet.device, dtype=unet.dtype, seed=seed)
+    inputs = random_inputs(model.config, **sizes, device=model.device, dtype=model.dtype, seed=seed)
     paths = {unit.name: unit.path for unit in architecture.units}
     leaving = {name: tuple(name.split("+")) for name in saving_names(architecture)}
     assert {part for parts in leaving.values() for part in parts} <= set(paths)
     passes: list[tuple[float, dict[str, float]]] = []
     compiled = backend == "compiled"
-    with fitting(), evaluating(unet), torch.inference_mode(), compiling(compiled):
-        model = shell_of(unet) if compiled else unet  # compiled in place: not what the caller has
-        students = {plan.id: materialise(unet, plan, hand_over=True) for plan in (*calibrate, *held_out)}
-        for one in (model, *students.values()) if compiled else ():
+    with fitting(), evaluating(model), torch.inference_mode(), compiling(compiled):
+        whole = shell_of(model) if compiled else model  # compiled in place: not what the caller has
+        students = {plan.id: materialise(whole, plan, hand_over=True) for plan in (*calibrate, *held_out)}
+        for one in (whole, *students.values()) if compiled else ():
             compile_blocks(one)
         for number in track(range(warmup + rounds), "timing the parts of a pass"):
-            found = parts_timer(model, paths, inputs)
+            found = parts_timer(whole, paths, inputs)
             if number >= warmup:
                 passes.append(found)
             if len(passes) >= LEAST_ROUNDS and _narrow(_shares(passes, leaving), mark):
                 break
         latency = latency_of([took for took, _ in passes], warmup)
-        checks = _checked(model, students, calibrate, held_out, inputs, timer, warmup, seed)
+        checks = _checked(whole, students, calibrate, held_out, inputs, timer, warmup, seed)
     groups = {group.name for group in sampler_groups(architecture)}
     savings = []
     for name, shares in _shares(passes, leaving).items():
@@ -255,10 +255,10 @@ def measure_latency_table(
         scale=1.0,
         checks=(),
         batch=batch,
-        latent=latent_shape(unet.config, latent),
+        latent=latent_shape(model.config, latent),
         tokens=architecture.tokens,
         seed=seed,
-        environment=Environment.capture(str(unet.device), str(unet.dtype).removeprefix("torch.")),
+        environment=Environment.capture(str(model.device), str(model.dtype).removeprefix("torch.")),
         backend=backend,
         measured=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
@@ -267,7 +267,7 @@ def measure_latency_table(
 
 
 def _checked(
-    unet: ModelMixin,
+    model: ModelMixin,
     students: Mapping[str, ModelMixin],
     calibrate: Sequence[PruningPlan],
     held_out: Sequence[PruningPlan],
@@ -276,14 +276,14 @@ def _checked(
     warmup: int,
     seed: int,
 ) -> list[tuple[PruningPlan, Use, float]]:
-    """(plan, its use, change of the time of a pass) for every student, timed in turns with ``unet``."""
+    """(plan, its use, change of the time of a pass) for every student, timed in turns with ``model``."""
     if not students:
         return []
 
     def timed(model: ModelMixin) -> TimedCall:
         return lambda: timer(model, inputs)
 
-    calls = {name: timed(model) for name, model in {_WHOLE: unet, **students}.items()}
+    calls = {name: timed(model) for name, model in {_WHOLE: model, **students}.items()}
     turns = time_in_turns(calls, rounds=_STUDENT_ROUNDS, warmup=warmup, seed=seed, mark=_STUDENT_MARK)
     uses: list[tuple[PruningPlan, Use]] = [(plan, "calibrate") for plan in calibrate]
     uses += [(plan, "held-out") for plan in held_out]

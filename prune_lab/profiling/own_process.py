@@ -1,4 +1,4 @@
-"""A process that times one U-Net when it is its turn, and holds no weights while it waits.
+"""A process that times one model when it is its turn, and holds no weights while it waits.
 
 The protocol is lines of text. The first one in says what to time, in JSON. Each ``turn`` after it is answered with
 ``{"milliseconds": 12.3}``, or with ``{"error": "..."}``; an empty line or the end of the input ends the process.
@@ -27,7 +27,7 @@ _START = "from prune_lab.profiling.own_process import serve; serve()"
 
 
 class TimingProcess:
-    """A child process with one U-Net of random weights; inside ``with`` it waits for its turns."""
+    """A child process with one model of random weights; inside ``with`` it waits for its turns."""
 
     def __init__(
         self, config: Mapping[str, Any], service: Service, *, warmup: int, seed: int, calls: int = _CALLS
@@ -75,7 +75,7 @@ class TimingProcess:
         found: dict[str, Any] = json.loads(answer) if answer else {"error": "the process ended"}
         if "error" in found:
             raise DeviceError(
-                f"asked to time a U-Net in a process of its own, where it failed: {found['error']}; "
+                f"asked to time a model in a process of its own, where it failed: {found['error']}; "
                 "give a smaller batch or size"
             )
         return float(found["milliseconds"])
@@ -89,24 +89,24 @@ class TimingProcess:
 
 
 def _timed(job: Mapping[str, Any]) -> float:
-    """Milliseconds of one pass of the U-Net of ``job``."""
+    """Milliseconds of one pass of the model of ``job``."""
     import torch
 
     from prune_lab.profiling.latency import call_ms, random_inputs
-    from prune_lab.profiling.random_weights import compile_blocks, random_unet
+    from prune_lab.profiling.random_weights import compile_blocks, random_model
     from prune_lab.runtime import pick_dtype
 
     service, seed = Service(**job["service"]), job["seed"]
     place: dict[str, Any] = {"device": torch.device(service.device), "dtype": pick_dtype(service.dtype)}
     with torch.inference_mode():
-        unet: Any = random_unet(job["config"], **place, seed=seed)
+        model: Any = random_model(job["config"], **place, seed=seed)
         if service.backend == "compiled":
-            compile_blocks(unet)
+            compile_blocks(model)
         inputs = random_inputs(job["config"], **service.sizes, **place, seed=seed)
         for _ in range(job["warmup"]):
-            unet(**inputs)
+            model(**inputs)
         return statistics.median(
-            call_ms(lambda: unet(**inputs), place["device"]) for _ in range(job["calls"])
+            call_ms(lambda: model(**inputs), place["device"]) for _ in range(job["calls"])
         )
 
 

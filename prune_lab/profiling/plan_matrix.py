@@ -103,7 +103,7 @@ def as_matrix(plans: Iterable[PruningPlan], architecture: Architecture) -> PlanM
         if plan.architecture != architecture.signature:
             raise PlanError(
                 f"asked for the row of a plan for architecture {plan.architecture}, the columns are blocks of "
-                f"{architecture.signature}; read the plan again as text for this U-Net"
+                f"{architecture.signature}; read the plan again as text for this model"
             )
         row[[places[name] for name in plan.removed]] = True
     return matrix
@@ -133,6 +133,6 @@ def random_native_plans(architecture: Architecture, count: int, *, seed: int = 0
             found.setdefault(plan.id, plan)
     if len(found) < count:
         raise PlanError(
-            f"asked for {count} different native plans, found {len(found)}; this U-Net has few: ask for fewer"
+            f"asked for {count} different native plans, found {len(found)}; this model has few: ask for fewer"
         )
     return tuple(found.values())

@@ -1,4 +1,4 @@
-"""The profile of one U-Net: what it holds, what it computes, how long it takes, and what it needs."""
+"""The profile of one model: what it holds, what it computes, how long it takes, and what it needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffusers import ModelMixin
 
 from prune_lab.counting import count_macs
 from prune_lab.errors import DataError, ModelNotFoundError
-from prune_lab.families import family_of, latent_shape, meta_unet
+from prune_lab.families import family_of, latent_shape, meta_model
 from prune_lab.profiling.latency import Latency, measure_latency, random_inputs
 from prune_lab.profiling.live_memory import measure_memory_growth
 from prune_lab.profiling.turns import Change
@@ -23,7 +23,7 @@ from prune_lab.runtime import Environment
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """The costs of a U-Net and the conditions they hold under; None is "not measured", never zero."""
+    """The costs of a model and the conditions they hold under; None is "not measured", never zero."""
 
     params: int
     macs: int  # whole convention, one forward pass over the batch
@@ -56,9 +56,9 @@ def profile_from_dict(values: Mapping[str, Any]) -> Profile:
         raise DataError(f"asked to read a profile, found {error}; profile the model again") from None
 
 
-def tensor_bytes(unet: ModelMixin) -> int:
-    """Bytes of everything that is saved with ``unet``; a safetensors file adds a header of some kilobytes."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in unet.state_dict().values())
+def tensor_bytes(model: ModelMixin) -> int:
+    """Bytes of everything that is saved with ``model``; a safetensors file adds a header of some kilobytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 
 
 def weights_on_disk(folder: Path) -> int:
@@ -83,7 +83,7 @@ def profile(
     timed: bool = True,
     folder: Path | None = None,
 ) -> Profile:
-    """The profile of a U-Net on the device and in the number format it has, or of a config (counted only).
+    """The profile of a model on the device and in the number format it has, or of a config (counted only).
 
     MACs are fvcore's for one forward pass over ``batch`` samples at ``latent`` squared and ``tokens`` words (None: what
     the model is meant for). Without ``measured`` latency and memory stay None, without ``timed`` latency does.
@@ -91,22 +91,22 @@ def profile(
     than two runs.
     """
     config = source if isinstance(source, Mapping) else source.config
-    unet = meta_unet(source) if isinstance(source, Mapping) else source
-    disk_bytes = tensor_bytes(unet) if folder is None else weights_on_disk(folder)
+    model = meta_model(source) if isinstance(source, Mapping) else source
+    disk_bytes = tensor_bytes(model) if folder is None else weights_on_disk(folder)
     macs = count_macs(source, batch=batch, latent=latent, tokens=tokens)
-    params = sum(parameter.numel() for parameter in unet.parameters())
-    measured = measured and unet.device.type != "meta"
+    params = sum(parameter.numel() for parameter in model.parameters())
+    measured = measured and model.device.type != "meta"
     latency, memory = None, None
     if measured:
         inputs = random_inputs(
-            config, batch=batch, latent=latent, tokens=tokens, device=unet.device, dtype=unet.dtype
+            config, batch=batch, latent=latent, tokens=tokens, device=model.device, dtype=model.dtype
         )
         if timed:
-            latency = measure_latency(lambda: unet(**inputs), warmup=warmup, runs=runs, device=unet.device)
-        growth = measure_memory_growth(lambda: unet(**inputs), device=unet.device)
-        memory = None if growth is None else growth + tensor_bytes(unet)
-    dtype = str(unet.dtype).removeprefix("torch.")
-    device = unet.device if measured else torch.device("cpu")
+            latency = measure_latency(lambda: model(**inputs), warmup=warmup, runs=runs, device=model.device)
+        growth = measure_memory_growth(lambda: model(**inputs), device=model.device)
+        memory = None if growth is None else growth + tensor_bytes(model)
+    dtype = str(model.dtype).removeprefix("torch.")
+    device = model.device if measured else torch.device("cpu")
     return Profile(
         params=params,
         macs=macs.total,
@@ -117,7 +117,7 @@ def profile(
         peak_memory_bytes=memory,
         disk_bytes=disk_bytes,
         batch=batch,
-        latent=latent_shape(unet.config, latent),
+        latent=latent_shape(model.config, latent),
         tokens=family_of(config).tokens(config) if tokens is None else tokens,
         dtype=dtype,
         device=str(device),

@@ -1,4 +1,4 @@
-"""The tables of ``profile``: what plans leave of a U-Net, what its blocks cost, what a picture costs a pipeline."""
+"""The tables of ``profile``: what plans leave of a model, what its blocks cost, what a picture costs a pipeline."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def _timed(modules: Mapping[str, nn.Module], device: torch.device) -> Iterator[d
 
 
 def profile_blocks(
-    unet: ModelMixin,
+    model: ModelMixin,
     *,
     batch: int = 1,
     latent: int | None = None,
@@ -172,25 +172,25 @@ def profile_blocks(
 ) -> pd.DataFrame:
     """One row per block, sampler and the rest: columns BLOCK_PROFILE_COLUMNS.
 
-    Costs are those of the cost table for one forward pass over ``batch`` samples. Time is measured where the U-Net is,
+    Costs are those of the cost table for one forward pass over ``batch`` samples. Time is measured where the model is,
     around each block with the device idle, so the parts together take a little longer than an undisturbed pass;
     ``share`` is the part's median in the sum of all medians. Raises ConfigError for fewer than two runs.
     """
     check_runs(runs, warmup)
-    architecture = architecture_of(unet, tokens=tokens)
-    costs = cost_table(architecture, batch=batch, latent=latent, tokens=tokens, dtype=unet.dtype)
+    architecture = architecture_of(model, tokens=tokens)
+    costs = cost_table(architecture, batch=batch, latent=latent, tokens=tokens, dtype=model.dtype)
     paths = {block.name: block.path for block in architecture.blocks}
     paths |= {sampler.name: sampler.path for sampler in architecture.samplers}
-    parts = {name: unet.get_submodule(path) for name, path in paths.items()}
+    parts = {name: model.get_submodule(path) for name, path in paths.items()}
     inputs = random_inputs(
-        unet.config, batch=batch, latent=latent, tokens=tokens, device=unet.device, dtype=unet.dtype
+        model.config, batch=batch, latent=latent, tokens=tokens, device=model.device, dtype=model.dtype
     )
     samples: dict[str, list[float]] = {part.name: [] for part in costs.parts}
     whole = "whole"
     with torch.inference_mode():
         for run in track(range(warmup + runs), "timing blocks"):
-            with _timed({whole: unet, **parts}, unet.device) as spent:
-                unet(**inputs)
+            with _timed({whole: model, **parts}, model.device) as spent:
+                model(**inputs)
             if run >= warmup:
                 total = spent.pop(whole)
                 for name, milliseconds in spent.items():

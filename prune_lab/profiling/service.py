@@ -1,4 +1,4 @@
-"""The service: where and how a U-Net will work, which decides what a pass of it takes."""
+"""The service: where and how a model will work, which decides what a pass of it takes."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def picture_size(source: ModelSource, pixels: int | None = None) -> tuple[int | 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """Device, number format, batch and size with which a U-Net works; one call of it is one step of a sampler."""
+    """Device, number format, batch and size with which a model works; one call of it is one step of a sampler."""
 
     device: str = "cpu"
     dtype: str = "float32"

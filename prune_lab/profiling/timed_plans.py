@@ -1,4 +1,4 @@
-"""A U-Net and what plans leave of it, timed in turns: in this process, or each in a process of its own."""
+"""A model and what plans leave of it, timed in turns: in this process, or each in a process of its own."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from prune_lab.probes import evaluating
 from prune_lab.profiling.activations import activation_table
 from prune_lab.profiling.latency import call_ms, fitting, random_inputs
 from prune_lab.profiling.own_process import TimingProcess
-from prune_lab.profiling.random_weights import compile_blocks, random_unet, shell_of
+from prune_lab.profiling.random_weights import compile_blocks, random_model, shell_of
 from prune_lab.profiling.service import Service
 from prune_lab.profiling.turns import TimedCall, Turns, time_in_turns
 from prune_lab.runtime import free_bytes, pick_dtype
 from prune_lab.surgery import materialise
 
-TEACHER = "teacher"  # the name of the whole U-Net, which the others are compared with
+TEACHER = "teacher"  # the name of the whole model, which the others are compared with
 _SHARE = (
     0.85  # of the free memory; the rest is for workspaces and an allocator's rounding, which are not counted
 )
@@ -32,7 +32,7 @@ _SHARE = (
 def fits_into_one_process(
     architecture: Architecture, service: Service, *, loaded: bool = False, free: int | None = None
 ) -> bool:
-    """Whether the whole U-Net and all that plans leave of it are expected to fit into this process together.
+    """Whether the whole model and all that plans leave of it are expected to fit into this process together.
 
     They share one set of weights, so what is needed is that set, unless it is ``loaded`` already, and the activations
     of the largest pass. ``free`` is the memory there is (None: what the device has now).
@@ -50,11 +50,13 @@ def _in_this_process(
     architecture: Architecture,
     plans: Mapping[str, PruningPlan],
     service: Service,
-    unet: ModelMixin | None,
+    model: ModelMixin | None,
     seed: int,
 ) -> Iterator[dict[str, TimedCall]]:
     device, dtype = torch.device(service.device), pick_dtype(service.dtype)
-    whole = random_unet(architecture.config, device=device, dtype=dtype, seed=seed) if unet is None else unet
+    whole = (
+        random_model(architecture.config, device=device, dtype=dtype, seed=seed) if model is None else model
+    )
     inputs = random_inputs(architecture.config, **service.sizes, device=device, dtype=dtype, seed=seed)
     compiled = service.backend == "compiled"
     with evaluating(whole), torch.inference_mode(), compiling(compiled):
@@ -95,13 +97,13 @@ def time_plans(
     rounds: int = 20,
     warmup: int = 3,
     mark: float | None = None,
-    unet: ModelMixin | None = None,
+    model: ModelMixin | None = None,
     own_processes: bool | None = None,
     seed: int = 0,
 ) -> Turns:
-    """One forward pass of the whole U-Net, called TEACHER, and of what each of ``plans`` leaves, timed in turns.
+    """One forward pass of the whole model, called TEACHER, and of what each of ``plans`` leaves, timed in turns.
 
-    All in this process where they fit (None for ``own_processes``), with weights that they share: those of ``unet``,
+    All in this process where they fit (None for ``own_processes``), with weights that they share: those of ``model``,
     which is on the service's device in its number format, or random ones. Else each has a process of its own: it waits
     for its turn without weights, then makes random ones, warms up, is timed, and lets them go. Weights decide nothing
     about the time of a pass. ``rounds``, ``warmup`` and ``mark`` are those of ``time_in_turns``. Raises
@@ -110,11 +112,11 @@ def time_plans(
     for plan in plans.values():
         layout_of(architecture, plan)
     if own_processes is None:
-        own_processes = not fits_into_one_process(architecture, service, loaded=unet is not None)
+        own_processes = not fits_into_one_process(architecture, service, loaded=model is not None)
     if own_processes:
         with _in_own_processes(architecture, plans, service, warmup, seed) as calls:
             return time_in_turns(
                 calls, rounds=rounds, warmup=0, seed=seed, mark=mark, processes="own processes"
             )
-    with fitting(), _in_this_process(architecture, plans, service, unet, seed) as calls:
+    with fitting(), _in_this_process(architecture, plans, service, model, seed) as calls:
         return time_in_turns(calls, rounds=rounds, warmup=warmup, seed=seed, mark=mark)

@@ -1,4 +1,4 @@
-"""Closed-form repair of a pruned U-Net before any training; the result is a plain diffusers model."""
+"""Closed-form repair of a pruned model before any training; the result is a plain diffusers model."""
 
 from prune_lab.repair.repairing import repair
 from prune_lab.repair.reports import RepairKind

@@ -37,7 +37,7 @@ def _as_tensor(output: Any) -> Tensor:
     return tensor
 
 
-def _outputs(unet: Any, paths: Sequence[str], inputs: dict[str, Any]) -> list[Tensor]:
+def _outputs(model: Any, paths: Sequence[str], inputs: dict[str, Any]) -> list[Tensor]:
     """The output of each module, from one forward pass that stops after the last of them."""
     outputs: dict[str, Tensor] = {}
     distinct = set(paths)
@@ -52,20 +52,20 @@ def _outputs(unet: Any, paths: Sequence[str], inputs: dict[str, Any]) -> list[Te
 
     with contextlib.ExitStack() as stack:
         for path in distinct:
-            stack.enter_context(unet.get_submodule(path).register_forward_hook(hook(path)))
+            stack.enter_context(model.get_submodule(path).register_forward_hook(hook(path)))
         with contextlib.suppress(_StopForward):
-            unet(**inputs, return_dict=False)
+            model(**inputs, return_dict=False)
     return [outputs[path] for path in paths]
 
 
-def _tensor_and_features(unet: Any, point: FitPoint, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _tensor_and_features(model: Any, point: FitPoint, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The student's tensor (B, C, H, W) at ``point``, and the features (B, P, F) of the fit."""
-    unit = unet.get_submodule(point.student_path)
+    unit = model.get_submodule(point.student_path)
     layer = ending_of(unit).last
     layer_inputs: list[Tensor] = []
     module = unit if point.side == "after" else layer
     with module.register_forward_pre_hook(lambda _module, args: layer_inputs.append(args[0])):
-        (output,) = _outputs(unet, [point.student_path], inputs)
+        (output,) = _outputs(model, [point.student_path], inputs)
     tensor = layer_inputs[0] if point.side == "after" else output
     if point.refit:
         return tensor, layer_features(layer, layer_inputs[0])

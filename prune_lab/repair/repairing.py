@@ -1,4 +1,4 @@
-"""Repair of a pruned U-Net before any training: closed-form corrections at its cuts, folded into its weights.
+"""Repair of a pruned model before any training: closed-form corrections at its cuts, folded into its weights.
 
 Cuts are repaired in order of execution; each is fitted on the student with all earlier repairs. The fit uses sums over
 the pixels of the fitted rows of a probe; whether a correction is kept is decided by the student's prediction on
@@ -206,7 +206,7 @@ def repair(
 ) -> RepairReport:
     """Change the weights of ``student`` in place so that its predictions come nearer to those of ``teacher``.
 
-    ``student`` is the native U-Net of ``plan``. At each cut a correction of the student's tensor is fitted by least
+    ``student`` is the native model of ``plan``. At each cut a correction of the student's tensor is fitted by least
     squares: a ``shift`` (one number per channel), a ``scale-shift``, a ``linear`` map of the channels, or a ``refit``
     of the last layer before the cut on that layer's own input. If the wanted kind has no exact fold, it is reported
     with the reason, and a weaker kind that folds takes its place. ``best`` tries all kinds and keeps the one that
@@ -230,7 +230,7 @@ def repair(
     if architecture_of(student).signature != expected.signature:
         raise PlanError(
             f"asked to repair the student of plan {plan.label}, found a student of another architecture; "
-            "give the U-Net that materialise(teacher, plan) returns"
+            "give the model that materialise(teacher, plan) returns"
         )
     fitted, folds, heldout = _split(probe, heldout)
     prediction = predict(teacher, heldout, batch=batch).double()

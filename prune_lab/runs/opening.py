@@ -12,7 +12,7 @@ from prune_lab.runs.records import read_typed
 from prune_lab.runtime.reading import what_is
 
 _OF_MODELS = ("model_index.json", "config.json")
-FORMAT = 2  # of run folders, in environment.json; those of version 0.1 name none
+FORMAT = 3  # of run folders, in environment.json; those of version 0.1 name none
 
 
 def open_run(folder: Path | str, *, must_exist: bool) -> Run:
@@ -45,8 +45,8 @@ def open_run(folder: Path | str, *, must_exist: bool) -> Run:
     written = read_typed(run.environment, dict[str, str | int]) if there else {"format": FORMAT}
     if written.get("format") != FORMAT:
         raise RunError(
-            f"asked for the run folder {folder}, found one of version 0.1, which this version does not read; "
-            "start a new run folder, or use prune-lab 0.1"
+            f"asked for the run folder {folder}, found one of an older version (format {written.get('format', 1)}, not {FORMAT}), "
+            "which this version does not read; start a new run folder, or use the version that wrote it"
         )
     return run
 

@@ -59,16 +59,16 @@ class CandidatePaths:
     folder: Path
 
     plan = PathIn("plan.json", "The plan.")
-    unet = PathIn("unet", "The U-Net as it was cut, before any training.")
+    pruned = PathIn("pruned", "The model as it was cut, before any training.")
     repair = PathIn("repair.csv", "What the repair of the cut tried and what it came to, a row per change.")
-    repaired = PathIn("repaired", "The U-Net after the repair of the cut, before any training.")
+    repaired = PathIn("repaired", "The model after the repair of the cut, before any training.")
     profile = PathIn("profile.json", "Parameters, MACs, latency, memory and size on disk.")
     recovery = PathIn("recovery.csv", "The losses of the distillation, a row per recorded step.")
     heldout = PathIn("heldout.csv", "The held-out loss of every row at every validation: step, row, loss.")
     grids = PathIn("grids", "Grids of pictures drawn in the course of the training, a file per step.")
-    distilled = PathIn("distilled", "The folder of the distillation: its checkpoint, and unet at the end.")
+    distilled = PathIn("distilled", "The folder of the distillation: its checkpoint, and the model at the end.")
     checkpoint = PathIn("distilled/checkpoint.safetensors", "The state from which a distillation goes on.")
-    distilled_unet = PathIn("distilled/unet", "The U-Net after the distillation (averaged weights).")
+    distilled_model = PathIn("distilled/model", "The model after the distillation (averaged weights).")
     pictures_pruned = PathIn("pictures/pruned", "Pictures drawn before training, a file per prompt and seed.")
     pictures_distilled = PathIn("pictures/distilled", "The same pictures drawn after the distillation.")
 
@@ -94,7 +94,7 @@ class Run:
     latency = PathIn("latency.json", "What each block's removal saves in time.")
     latency_rounds = PathIn("latency_rounds.csv", "Times of teacher and students, round by round, in turns.")
     reductions = PathIn("reductions.csv", "What the controls leave of parameters, MACs and latency.")
-    pipeline_profile = PathIn("pipeline.csv", "Shares of text encoder, U-Net and decoder in one generation.")
+    pipeline_profile = PathIn("pipeline.csv", "Shares of text encoder, model and decoder in one generation.")
     sources = PathIn("sources.json", "Where probe, training and held-out rows and the scorer come from.")
     validation = PathIn(
         "validation.safetensors", "The held-out rows of the user's data, or of drawn pictures."

@@ -25,7 +25,7 @@ _KNOWN = re.compile(
 # What a part writes into a folder; taken as ours only where no manifest lists the files of that folder.
 _UNLISTED = re.compile(
     r"plans/[0-9a-f]{12}\.json"
-    rf"|{_CANDIDATE}(unet|repaired|distilled/unet)/((config|plan|provenance)\.json|diffusion_pytorch_model\.[^/]+)"
+    rf"|{_CANDIDATE}(pruned|repaired|distilled/model)/((config|plan|provenance)\.json|diffusion_pytorch_model\.[^/]+)"
     rf"|({_CANDIDATE})?pictures/(teacher|pruned|distilled)/\d+-[^/]*seed-\d+\.png"
     r"|data/(cache\.json|shard-\d+\.safetensors|pictures/\d+\.png)"
     r"|report/(index\.html|report\.md|sources\.json|[a-z_]+(-\w+)?\.(csv|png))"

@@ -37,7 +37,7 @@ class Space:
 
     @property
     def architecture(self) -> Architecture:
-        """The U-Net whose blocks are chosen from."""
+        """The model whose blocks are chosen from."""
         return self.costs.architecture
 
     def plan(self, removed: Iterable[str], name: str = "") -> PruningPlan:
@@ -64,7 +64,7 @@ class Space:
         ):
             kind = "native plan" if self.constraints.form == "native" else "plan"
             raise PlanError(
-                f"asked to start from {plan.label}, which is no {kind} of this U-Net within the constraints; "
+                f"asked to start from {plan.label}, which is no {kind} of this model within the constraints; "
                 "start from one that search_plans finds"
             )
         return options

@@ -65,7 +65,7 @@ def ensure_probe(session: Session) -> Probe:
     """The fixed inputs that scores are measured on; writes probe.safetensors.
 
     A pipeline gets held-out pictures with their captions, of the user's data or the shipped ones, or pictures that it
-    draws itself; a bare U-Net, which has nothing to encode them with, noise.
+    draws itself; a bare model, which has nothing to encode them with, noise.
     """
     run, part = session.run, probe_part(session)
     if not lacking(session, part):
@@ -98,7 +98,7 @@ def scoring_context_of(
     )
     layout = torch.channels_last if config.score.channels_last else torch.contiguous_format
     return ScoringContext(
-        session.unet.to(memory_format=layout),
+        session.model.to(memory_format=layout),
         probe,
         batch=config.score.batch or None,
         seed=config.seed,

@@ -38,7 +38,7 @@ def _component_files(folder: Path, variant: str) -> dict[str, Path]:
 
 
 def _teacher_files(source: ModelSource) -> dict[str, Path]:
-    found = {f"{source.component}/{path.name}": path for path in source.unet_files}
+    found = {f"{source.component}/{path.name}": path for path in source.weight_paths}
     if source.folder is None or not source.is_pipeline:
         return found
     index = source.folder / "model_index.json"
@@ -52,7 +52,7 @@ def _teacher_files(source: ModelSource) -> dict[str, Path]:
 
 
 def teacher_digest(manifests: Manifests, source: ModelSource) -> str:
-    """The digest of the model of a run: of the config and weights of its U-Net, and of the parts that it works with."""
+    """The digest of the model of a run: of the config and weights of its model, and of the parts that it works with."""
     config = {name: value for name, value in source.config.items() if not name.startswith("_")}
     files = manifests.origin(TEACHER, _teacher_files(source))
     content = json.dumps([config, source.random_seed, files], sort_keys=True, default=str)
@@ -64,7 +64,7 @@ def check_teacher(run: Run, manifests: Manifests, source: ModelSource) -> str:
     found, recorded = teacher_digest(manifests, source), manifests.recorded(TEACHER)
     other = recorded != found
     if not recorded:
-        with contextlib.suppress(PruneLabError):  # started by an earlier version, which knew the U-Net alone
+        with contextlib.suppress(PruneLabError):  # started by an earlier version, which knew the model alone
             written = read_json(run.environment)
             recorded = str(written.get("model_digest", "")) if isinstance(written, dict) else ""
         other = bool(recorded) and recorded != model_digest(source)

@@ -277,30 +277,30 @@ def _of(bench: Bench, plan: PruningPlan, step: str, name: str, *outputs: Path, *
     return _part(bench, step, name, *outputs, folder=paths.folder, label=plan.label, **more)
 
 
-def unet_part(bench: Bench, plan: PruningPlan) -> Part:
-    """The U-Net as it was cut."""
+def pruned_part(bench: Bench, plan: PruningPlan) -> Part:
+    """The model as it was cut."""
     paths = bench.run.candidate(plan.id)
-    return _of(bench, plan, "candidates", "unet", paths.plan, paths.unet)
+    return _of(bench, plan, "candidates", "pruned", paths.plan, paths.pruned)
 
 
 def profile_part(bench: Bench, plan: PruningPlan) -> Part:
-    """The profile of the U-Net as it was cut."""
+    """The profile of the model as it was cut."""
     paths = bench.run.candidate(plan.id)
-    return _of(bench, plan, "candidates", "profile", paths.profile, reads=(paths.unet,))
+    return _of(bench, plan, "candidates", "profile", paths.profile, reads=(paths.pruned,))
 
 
 def repaired_part(bench: Bench, plan: PruningPlan) -> Part:
-    """The U-Net after the repair."""
+    """The model after the repair."""
     paths = bench.run.candidate(plan.id)
-    reads = (paths.unet, bench.run.probe)
+    reads = (paths.pruned, bench.run.probe)
     return _of(bench, plan, "repaired", "repaired", paths.repair, paths.repaired, reads=reads)
 
 
 def distilled_part(bench: Bench, plan: PruningPlan, *, scored: bool) -> Part:
-    """The U-Net after the distillation, its losses and its verdict; ``scored``: the loss weights blocks by scores."""
+    """The model after the distillation, its losses and its verdict; ``scored``: the loss weights blocks by scores."""
     run, paths = bench.run, bench.run.candidate(plan.id)
     repaired = bench.config.repair.kind != "none"
-    reads = [paths.repaired if repaired else paths.unet, run.validation]
+    reads = [paths.repaired if repaired else paths.pruned, run.validation]
     reads += [run.data] if bench.data_origin == "shipped" else [run.data_dir]
     reads += [run.captions] if bench.config.distill.random_conditioning else []
     reads += [run.importance] if scored else []
@@ -312,7 +312,7 @@ def distilled_part(bench: Bench, plan: PruningPlan, *, scored: bool) -> Part:
         paths.recovery,
         paths.heldout,
         paths.distilled / "recovery.json",
-        paths.distilled_unet,
+        paths.distilled_model,
         reads=tuple(reads),
         inputs=_pictures_given(bench),
         resumes=True,
@@ -322,11 +322,11 @@ def distilled_part(bench: Bench, plan: PruningPlan, *, scored: bool) -> Part:
 def pictures_part(bench: Bench, plan: PruningPlan, state: str) -> Part:
     """The pictures of the candidate in ``state``, pruned or distilled."""
     paths = bench.run.candidate(plan.id)
-    folder, unet = {
-        "pruned": (paths.pictures_pruned, paths.unet),
-        "distilled": (paths.pictures_distilled, paths.distilled_unet),
+    folder, model = {
+        "pruned": (paths.pictures_pruned, paths.pruned),
+        "distilled": (paths.pictures_distilled, paths.distilled_model),
     }[state]
-    reads = (unet, bench.run.picture_prompts)
+    reads = (model, bench.run.picture_prompts)
     return _of(bench, plan, "pictures", f"pictures_{state}", folder, reads=reads)
 
 

@@ -107,8 +107,8 @@ def data_roles(session: Session) -> DataRoles:
     run, choice = session.run, session.scorer_choice
     scorer = Role("scorer", f"{choice.name} ({choice.reason})")
     if session.data_origin == "none":
-        noise = Role("probe", "random noise: a U-Net alone has no pictures", session.config.probe.samples)
-        absent = "nothing: a U-Net alone cannot be trained"
+        noise = Role("probe", "random noise: a model alone has no pictures", session.config.probe.samples)
+        absent = "nothing: a model alone cannot be trained"
         found: tuple[Role, ...] = (noise, Role("train", absent), Role("validate", absent))
     elif not lacking(session, sources_part(session)) and run.done(run.probe) and run.done(run.validation):
         found = _recorded(session)  # the pictures may be gone

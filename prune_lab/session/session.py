@@ -22,9 +22,9 @@ from prune_lab.models import (
     ScorerChoice,
     choose_scorer,
     configured_model,
+    load_model,
     load_pipeline,
     load_scorer,
-    load_unet,
     of_shipped_family,
 )
 from prune_lab.models.streamed import load_streamed
@@ -41,7 +41,7 @@ from prune_lab.session.prompts import Pictures, shipped_rows
 _MEMORY_SHARE = 0.9  # of what is free: a model that takes more is read from disk while it is scored
 SHOWN_PROMPTS = 8  # prompts to draw when evaluate.prompts names none
 Origin = Literal["shipped", "own", "drawn", "none"]
-"""Pictures of the package, of the user, drawn by the model itself; none for a U-Net alone, which gets noise."""
+"""Pictures of the package, of the user, drawn by the model itself; none for a model alone, which gets noise."""
 
 
 def origin_of(config: RunConfig, source: ModelSource) -> Origin:
@@ -116,7 +116,7 @@ class Session:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """The inventory of the U-Net; needs no weights."""
+        """The inventory of the model; needs no weights."""
         return self.source.architecture
 
     @cached_property
@@ -133,7 +133,7 @@ class Session:
     def pipeline(self) -> Any:
         """The whole pipeline on the device. Raises RunError when the model is alone.
 
-        Raises UnsupportedModelError, before anything is read, for a U-Net that takes what no rows are made of here.
+        Raises UnsupportedModelError, before anything is read, for a model that takes what no rows are made of here.
         """
         known_conditions(self.source.config)
         if not self.source.is_pipeline:
@@ -142,22 +142,22 @@ class Session:
                 "without text encoder and VAE; give 'reference', a pipeline folder or a hub id"
             )
         model = self._from_disk() if self._streaming else None
-        found = load_pipeline(self.source, device=self.device, dtype=self.dtype, unet=model)
+        found = load_pipeline(self.source, device=self.device, dtype=self.dtype, model=model)
         draw_at(found, self.config.data.resolution)
         return found
 
     @cached_property
-    def unet(self) -> Any:
+    def model(self) -> Any:
         """The model with its weights, on the device and in eval mode."""
         known_conditions(self.source.config)
         if self.source.is_pipeline:
             return model_of(self.pipeline)
         if self._streaming:
             return self._from_disk()
-        return load_unet(self.source, device=self.device, dtype=self.dtype)
+        return load_model(self.source, device=self.device, dtype=self.dtype)
 
     def _from_disk(self) -> Any:
-        folder, variant = self.source.unet_folder, self.source.variant
+        folder, variant = self.source.model_folder, self.source.variant
         if folder is None or self.source.random_seed is not None:
             raise ConfigError(
                 f"asked to read the blocks of {self.source.text} from disk (score.stream), found no weights there; "
@@ -173,7 +173,7 @@ class Session:
         """
         if self.config.score.stream:
             return True
-        if self.source.unet_folder is None or self.source.random_seed is not None:
+        if self.source.model_folder is None or self.source.random_seed is not None:
             return False
         needed, free = self.architecture.total_params * self.dtype.itemsize, free_bytes(self.device)
         if needed <= _MEMORY_SHARE * free:
@@ -187,7 +187,7 @@ class Session:
     @contextlib.contextmanager
     def streaming(self) -> Iterator[None]:
         """Inside, the model is read from disk where it ``streams``; what is loaded inside is let go at the end."""
-        if self._streaming or not self.streams or not {"unet", "pipeline"}.isdisjoint(vars(self)):
+        if self._streaming or not self.streams or not {"model", "pipeline"}.isdisjoint(vars(self)):
             yield
             return
         self._streaming = True
@@ -195,7 +195,7 @@ class Session:
             yield
         finally:
             self._streaming = False
-            for name in ("unet", "pipeline"):
+            for name in ("model", "pipeline"):
                 vars(self).pop(name, None)
 
     @cached_property

@@ -6,7 +6,7 @@ from prune_lab.surgery.building import materialise, materialise_from_folder
 from prune_lab.surgery.bypass import Bypass, bypassed, stand_in_for
 from prune_lab.surgery.code import notes_on_form
 from prune_lab.surgery.proof import Original, Proof, digest_of, get_ready_to_prove, prove
-from prune_lab.surgery.writing import TEACHER, original_of, pipeline_with, prune_pipeline, save_unet
+from prune_lab.surgery.writing import TEACHER, original_of, pipeline_with, prune_pipeline, save_model
 
 __all__ = [
     "TEACHER",
@@ -23,6 +23,6 @@ __all__ = [
     "pipeline_with",
     "prove",
     "prune_pipeline",
-    "save_unet",
+    "save_model",
     "stand_in_for",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prune_lab.blocks import architecture_of
 from prune_lab.errors import ModelFormatError, UnsupportedModelError
-from prune_lab.families import Layout, empty_model, meta_unet
+from prune_lab.families import Layout, empty_model, meta_model
 from prune_lab.forms import layout_of
 from prune_lab.models import weight_files
 from prune_lab.models.conversion import converted
@@ -23,20 +23,20 @@ from prune_lab.plans import PruningPlan
 from prune_lab.runtime import read_json
 
 
-def materialise(unet: ModelMixin, plan: PruningPlan, *, hand_over: bool = False) -> ModelMixin:
-    """The smaller model that ``plan`` leaves, in the form of the plan, with the surviving weights of ``unet``.
+def materialise(model: ModelMixin, plan: PruningPlan, *, hand_over: bool = False) -> ModelMixin:
+    """The smaller model that ``plan`` leaves, in the form of the plan, with the surviving weights of ``model``.
 
     It is built without memory (on ``meta``) and given the surviving tensors: copies of them, or with ``hand_over`` the
-    tensors themselves, after which ``unet`` must not be used any more. Raises FormError when it cannot be built in
+    tensors themselves, after which ``model`` must not be used any more. Raises FormError when it cannot be built in
     the form of the plan.
     """
-    if is_streamed(unet):
+    if is_streamed(model):
         raise UnsupportedModelError(
             "asked to build a student of a model that is read from disk block by block; materialise_from_folder reads "
             "what the plan leaves"
         )
-    layout = layout_of(architecture_of(unet), plan)
-    tensors: dict[str, Tensor] = unet.state_dict()
+    layout = layout_of(architecture_of(model), plan)
+    tensors: dict[str, Tensor] = model.state_dict()
 
     def take(key: str) -> Tensor:
         return tensors[key] if hand_over else tensors[key].clone()
@@ -47,7 +47,7 @@ def materialise(unet: ModelMixin, plan: PruningPlan, *, hand_over: bool = False)
 def materialise_from_files(
     config: Mapping[str, Any], files: Sequence[Path], plan: PruningPlan, *, dtype: torch.dtype | None = None
 ) -> ModelMixin:
-    """The smaller U-Net that ``plan`` leaves of the one with ``config`` and weights in the safetensors ``files``.
+    """The smaller model that ``plan`` leaves of the one with ``config`` and weights in the safetensors ``files``.
 
     Only surviving tensors are read. ``dtype`` converts each as it is read; ``None`` keeps the files' own. Raises
     FormError, or ModelFormatError when the weights do not fit the config, are no finite numbers, or too large
@@ -78,7 +78,7 @@ def materialise_from_files(
 def materialise_from_folder(
     folder: Path, plan: PruningPlan, *, dtype: torch.dtype | None = None, variant: str = ""
 ) -> ModelMixin:
-    """The smaller U-Net that ``plan`` leaves of the U-Net in ``folder``; see ``materialise_from_files``."""
+    """The smaller model that ``plan`` leaves of the model in ``folder``; see ``materialise_from_files``."""
     folder = Path(folder)
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
@@ -87,10 +87,10 @@ def materialise_from_folder(
 
 
 def predicted_shapes(config: Mapping[str, Any], plan: PruningPlan) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of the smaller U-Net by its name there, from the original's inventory: nothing is built."""
+    """Shape of every tensor of the smaller model by its name there, from the original's inventory: nothing is built."""
     layout = layout_of(architecture_of(config), plan)
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, tensor in meta_unet(config).state_dict().items():
+    for name, tensor in meta_model(config).state_dict().items():
         new = layout.renamed(name)
         if new is not None:
             made = layout.convert[new](tensor) if new in layout.convert else tensor

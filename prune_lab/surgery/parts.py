@@ -1,4 +1,4 @@
-"""The parts of a pipeline beside its U-Net, copied in one layout: only what is needed, and all under the same names.
+"""The parts of a pipeline beside its model, copied in one layout: only what is needed, and all under the same names.
 
 Weights are called as plain diffusers calls them, with or without a variant, whatever the source calls them. Nothing
 written names a folder of this machine, and the index lists what is there.
@@ -125,12 +125,12 @@ def copy_parts(
     pipeline: Path,
     target: Path,
     *,
-    unet: str,
+    model: str,
     asked: str = "",
     variant: str = "",
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write the pipeline folder into ``target`` without its model, the component ``unet``.
+    """Write the pipeline folder into ``target`` without its model, the component ``model``.
 
     Parts that are not there, or whose weights are not in safetensors, are taken out of the index where a pipeline draws
     without them. ``asked`` is the variant that is read of the parts that have it; ``variant`` names the files that are
@@ -139,7 +139,7 @@ def copy_parts(
     index = json_object(pipeline / INDEX)
     written: dict[str, Any] = {}
     for part, value in index.items():
-        if part == unet:
+        if part == model:
             written[part] = [value[0], modern_class(value[1], json_object(pipeline / part / "config.json"))]
             continue
         if not isinstance(value, list) or value[:1] == [None]:

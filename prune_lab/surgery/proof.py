@@ -66,7 +66,7 @@ class Proof:
     """
 
     kind: ProofKind
-    parameters: int  # of the U-Net
+    parameters: int  # of the model
     largest_difference: float | None  # of any number of the answer; None where no answers were compared
     versions: Mapping[str, str]  # of what loaded it
 
@@ -212,9 +212,9 @@ def prove(
     variant: str = "",
     answers: bool = False,
 ) -> Proof:
-    """That plain diffusers loads the pipeline or U-Net ``folder`` in a fresh process, all of it in one number format.
+    """That plain diffusers loads the pipeline or model ``folder`` in a fresh process, all of it in one number format.
 
-    ``shapes`` are those of every tensor of its U-Net by name. ``original`` is what the U-Net must equal without its
+    ``shapes`` are those of every tensor of its model by name. ``original`` is what the model must equal without its
     removed blocks, ``digest`` that of its tensors (``digest_of``). ``variant`` is that of the names of its files. With
     ``answers`` each part is asked whether its answers differ. Raises ProofError when anything differs, or when it does
     not load, ModelFormatError when a part answers the same to every input.

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from prune_lab.families import check_code, empty_model, family_of, is_own
-from prune_lab.models.answers import complaint_of_parts, random_inputs, unet_complaint
+from prune_lab.models.answers import complaint_of_parts, model_complaint, random_inputs
 from prune_lab.models.files import json_object
 from prune_lab.models.parts import component_of, left_out
 from prune_lab.models.silence import quiet
@@ -119,17 +119,17 @@ def _compared(question: Question) -> dict[str, Any]:
     if original is not None:
         inputs, expected = _original_answer(original)
         gc.collect()
-    unet, pipeline = _loaded(Path(question["folder"]), question["variant"])
+    model, pipeline = _loaded(Path(question["folder"]), question["variant"])
     complaint = complaint_of_parts(pipeline) if question["answers"] and pipeline is not None else ""
     del pipeline
-    unet.eval()
+    model.eval()
     gc.collect()  # the other parts of the pipeline
-    if question["answers"] and not complaint and (found_of_unet := unet_complaint(unet)):
-        complaint = f"its {family_of(unet).called} {found_of_unet}"
+    if question["answers"] and not complaint and (found_there := model_complaint(model)):
+        complaint = f"its {family_of(model).called} {found_there}"
     found: dict[str, Any] = {
         "error": "",
         "complaint": complaint,
-        "parameters": sum(parameter.numel() for parameter in unet.parameters()),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "difference": None,
         "versions": {
             "diffusers": diffusers.__version__,
@@ -138,19 +138,19 @@ def _compared(question: Question) -> dict[str, Any]:
         },
     }
     if question["shapes"] is not None:
-        shapes = {name: list(tensor.shape) for name, tensor in unet.state_dict().items()}
+        shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
         found["error"] = _differing(shapes, question["shapes"])
     if expected is not None and not found["error"]:
         # Tensors in a memory map lie where the file has them, and matrix products round by how memory is aligned.
-        for parameter in unet.parameters():
+        for parameter in model.parameters():
             parameter.data = parameter.data.clone()
-        difference = float((_answer(unet, inputs) - expected).abs().max())
+        difference = float((_answer(model, inputs) - expected).abs().max())
         found["difference"] = difference
         if difference != 0:  # also when it is not a number
             found["error"] = (
                 f"its answer differs from that of the original without these blocks by {difference}"
             )
-    if question["digest"] and not found["error"] and digest_of(unet) != question["digest"]:
+    if question["digest"] and not found["error"] and digest_of(model) != question["digest"]:
         found["error"] = "its tensors are not those of the model that was saved"
     return found
 

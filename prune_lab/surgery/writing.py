@@ -40,9 +40,9 @@ TEACHER = "teacher_config"  # in provenance.json: the structure of the model tha
 Plan: TypeAlias = PruningPlan | Mapping[str, object] | None  # as it is, as JSON holds it, or not known
 
 
-def _write_unet(unet: Any, folder: Path, plan: Plan, variant: str) -> None:
+def _write_model(model: Any, folder: Path, plan: Plan, variant: str) -> None:
     """Weights, config and plan in ``folder``, which nobody reads yet."""
-    unet.save_pretrained(folder, safe_serialization=True, variant=variant or None)
+    model.save_pretrained(folder, safe_serialization=True, variant=variant or None)
     config = folder / "config.json"
     write_config(config, json_object(config))  # a loaded model remembers its folder
     write_code(folder, json_object(config))
@@ -54,36 +54,37 @@ def _write_provenance(folder: Path, provenance: Mapping[str, object], proof: Pro
     write_json(folder / _PROVENANCE, names_alone({**provenance, "proof": proof and proof.as_dict()}))
 
 
-def save_unet(
-    unet: ModelMixin,
+def save_model(
+    model: ModelMixin,
     folder: Path,
     plan: Plan,
     provenance: Mapping[str, object],
     *,
     original: Original | None = None,
 ) -> None:
-    """Write ``unet`` as a folder that plain diffusers (``from_pretrained``) loads, and prove that it does.
+    """Write ``model`` as a folder that plain diffusers (``from_pretrained``) loads, and prove that it does.
 
-    ``plan.json``, where ``plan`` is known, and ``provenance.json`` lie beside the weights. With ``original`` the U-Net
-    is proved to equal that without its removed blocks, else every tensor to equal that of ``unet``; one of a class that
-    is not of diffusers has no proof. An earlier folder of the same name is replaced only when the new one is complete.
-    Raises StorageError when it cannot be written, ProofError when what was written is not ``unet``.
+    ``plan.json``, where ``plan`` is known, and ``provenance.json`` lie beside the weights. With ``original`` the model
+    is proved to equal that without its removed blocks, else every tensor to equal that of ``model``; one of a class
+    that is not of diffusers has no proof. An earlier folder of the same name is replaced only when the new one is
+    complete.
+    Raises StorageError when it cannot be written, ProofError when what was written is not ``model``.
     """
     proof: Proof | None = None
-    shapes = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     with atomic_folder(folder, force=True) as temporary:
-        _write_unet(unet, temporary, plan, "")
-        name = type(unet).__name__
-        if is_own(name) or getattr(diffusers, name, None) is type(unet):
-            digest = "" if original else digest_of(unet)
+        _write_model(model, temporary, plan, "")
+        name = type(model).__name__
+        if is_own(name) or getattr(diffusers, name, None) is type(model):
+            digest = "" if original else digest_of(model)
             proof = prove(temporary, shapes=shapes, original=original, digest=digest)
         _write_provenance(temporary, provenance, proof)
 
 
 def original_of(source: ModelSource, plan: PruningPlan, dtype: torch.dtype | None = None) -> Original:
-    """The U-Net of ``source`` as a proof reads it; ``dtype`` is the one that its tensors are converted to."""
-    assert source.unet_folder is not None
-    return Original(source.config, source.unet_files, plan.removed, dtype)
+    """The model of ``source`` as a proof reads it; ``dtype`` is the one that its tensors are converted to."""
+    assert source.model_folder is not None
+    return Original(source.config, source.weight_paths, plan.removed, dtype)
 
 
 def prune_pipeline(
@@ -105,7 +106,7 @@ def prune_pipeline(
     written (``models.protection.check_folder``), ProofError when what was written is not the original without these
     blocks, ModelFormatError when a part of it holds what is no number, or answers the same to every input.
     """
-    if source.folder is None or source.unet_folder is None or not source.has_weights:
+    if source.folder is None or source.model_folder is None or not source.has_weights:
         raise UnsupportedModelError(
             f"asked to prune {source.text!r}, which has no weights (kind: {source.kind}); "
             "give the folder of a pipeline or of a model"
@@ -125,7 +126,7 @@ def prune_pipeline(
         )
     out = check_folder(out, {"the model": source.places}, force=force)
     original = original_of(source, plan, dtype)
-    refuse_flawed(stored(original.files), f"the {source.called} in {source.unet_folder}")
+    refuse_flawed(stored(original.files), f"the {source.called} in {source.model_folder}")
     with output_folder(out, force=force) as temporary:
         get_ready_to_prove()
         folder = temporary / source.component if source.is_pipeline else temporary
@@ -133,14 +134,14 @@ def prune_pipeline(
             copy_parts(
                 source.folder,
                 temporary,
-                unet=source.component,
+                model=source.component,
                 asked=source.asked_variant,
                 variant=variant,
                 dtype=dtype,
             )
             rename_part(temporary, source.component, entry_of(layout_of(source.architecture, plan).config))
         student = materialise_from_files(source.config, original.files, plan, dtype=dtype)
-        _write_unet(student, folder, plan, variant)
+        _write_model(student, folder, plan, variant)
         del student  # one model at a time: the other process has its turn
         shapes = predicted_shapes(source.config, plan)
         proof = prove(temporary, shapes=shapes, original=original, variant=variant, answers=True)
@@ -169,30 +170,30 @@ def _tensors_in(files: tuple[Path, ...]) -> tuple[dict[str, tuple[int, ...]], st
 
 def pipeline_with(
     source: ModelSource,
-    unet_folder: Path,
+    model_folder: Path,
     out: Path,
     *,
     force: bool = False,
     finish: Callable[[Path], object] | None = None,
 ) -> Path:
-    """The folder ``out``: the pipeline ``source`` with the U-Net of ``unet_folder``, proved to load in plain diffusers.
+    """The folder ``out``: the pipeline ``source`` with the model of ``model_folder``, proved to load in diffusers.
 
-    From a U-Net without a pipeline the U-Net folder alone. Files are copied, and every tensor of the U-Net that is
+    From a model without a pipeline the model folder alone. Files are copied, and every tensor of the model that is
     loaded from ``out`` is compared with its own; ``finish`` adds to the folder before it gets its name. Raises
     StorageError where ``out`` may not be written (``models.protection.check_folder``), ProofError when what was written
     differs.
     """
-    sources = {"the student": (unet_folder,), "the model": source.places}
+    sources = {"the student": (model_folder,), "the model": source.places}
     out = check_folder(out, sources, force=force)
-    files = weight_files(unet_folder)
+    files = weight_files(model_folder)
     shapes, digest = _tensors_in(files)
     with output_folder(out, force=force) as temporary:
         get_ready_to_prove()
         inside = source.is_pipeline and source.folder is not None
         if source.is_pipeline and source.folder is not None:
-            copy_parts(source.folder, temporary, unet=source.component, asked=source.asked_variant)
+            copy_parts(source.folder, temporary, model=source.component, asked=source.asked_variant)
         folder = temporary / source.component if inside else temporary
-        copy_texts(unet_folder, folder)
+        copy_texts(model_folder, folder)
         copy_weights(files, folder, variant="", dtype=None)
         config = json_object(folder / "config.json")
         write_code(folder, config)

@@ -104,7 +104,7 @@ def _costs(context: ScoringContext, tables: list[ImportanceTable]) -> dict[str, 
     costs = {table.criterion: table.compute.forwards if table.compute else 0.0 for table in tables}
     blocks = [entry.group for entry in tables[0].entries]
     # Every sample costs the same, so one is enough; the three criteria of one step come from the same passes.
-    one = ScoringContext(context.unet, context.probe.rows([0]))
+    one = ScoringContext(context.model, context.probe.rows([0]))
     walk = score(one, blocks, "output-mse", bootstrap=0).compute
     samples = len(context.probe) * (1 if context.guidance == 1 else 2)
     costs |= dict.fromkeys(ONE_STEP, walk.forwards * samples if walk else 0.0)

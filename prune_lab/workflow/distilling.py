@@ -129,7 +129,7 @@ def _data_of(session: Session) -> str:
 def _save_student(session: Session, plan: PruningPlan, folder: Path, force: bool) -> Path:
     paths = session.run.candidate(plan.id)
     recovery = load_recovery(paths.folder)
-    assert recovery is not None  # its U-Net is there
+    assert recovery is not None  # its model is there
     settings = session.config.distill
     training = {
         "steps": recovery.steps,
@@ -145,7 +145,7 @@ def _save_student(session: Session, plan: PruningPlan, folder: Path, force: bool
     source = session.source
     return pipeline_with(
         source,
-        paths.distilled_unet,
+        paths.distilled_model,
         folder,
         force=force,
         finish=lambda written: write_card(written, plan, source, training),
@@ -171,7 +171,7 @@ def save_students(
     """
     run, folders = session.run, student_folders(session, out, only=only)
     plans = {plan.id: plan for plan in ensure_plans(session)}
-    there = [plans[one] for one in folders if run.done(run.candidate(one).distilled_unet)]
+    there = [plans[one] for one in folders if run.done(run.candidate(one).distilled_model)]
     check_distilled(session, there)
     if not there:
         raise RunError(

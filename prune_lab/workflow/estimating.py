@@ -175,7 +175,7 @@ def estimate(
         min(how.together or candidates, max(1, candidates)), how.micro_batch or how.batch
     )
     params = architecture.total_params * share
-    # Of each candidate the cut and the distilled U-Net, and while it trains its state: weights, moments and average.
+    # Of each candidate the cut and the distilled model, and while it trains its state: weights, moments and average.
     disk = candidates * params * (dtype.itemsize + 4) + together * params * 16
     if origin == "drawn":
         disk += config.data.count * _row_bytes(architecture)

@@ -40,8 +40,8 @@ from prune_lab.profiling import (
     measure_latency_table,
     pixels_per_latent,
     profile_pipeline,
+    random_model,
     random_native_plans,
-    random_unet,
     read_service,
     reduction_table,
     time_plans,
@@ -72,7 +72,7 @@ _LATENCY_ROUNDS = 5  # times profile.runs: the most passes that the table takes
 
 
 def ensure_blocks(session: Session) -> Architecture:
-    """The inventory of the run's U-Net; writes choices.json and blocks.csv."""
+    """The inventory of the run's model; writes choices.json and blocks.csv."""
     run, part = session.run, blocks_part(session)
     if lacking(session, part):
         write_json(run.choices, choices_to_json(session.architecture))
@@ -191,11 +191,11 @@ def _where(session: Session) -> str:
     return service_of(session).text(session.architecture.config, pixels_per_latent(session.source))
 
 
-def _own_unet(session: Session, service: Service) -> Any:
-    """The run's U-Net where it is loaded already, and as the service wants it; None: one of random weights will do."""
-    loaded = not {"unet", "pipeline"}.isdisjoint(vars(session)) and not session.config.score.channels_last
+def _own_model(session: Session, service: Service) -> Any:
+    """The run's model where it is loaded already, and as the service wants it; None: one of random weights will do."""
+    loaded = not {"model", "pipeline"}.isdisjoint(vars(session)) and not session.config.score.channels_last
     place = str(session.device), str(session.dtype).removeprefix("torch.")
-    return session.unet if loaded and place == (service.device, service.dtype) else None
+    return session.model if loaded and place == (service.device, service.dtype) else None
 
 
 def ensure_latency(session: Session) -> LatencyTable:
@@ -227,10 +227,10 @@ def ensure_latency(session: Session) -> LatencyTable:
 def _measured_latency(session: Session, service: Service) -> LatencyTable:
     architecture, seed, how = session.architecture, session.config.seed, session.config.profile
     place: dict[str, Any] = {"device": service.device, "dtype": pick_dtype(service.dtype)}
-    unet = _own_unet(session, service)
+    model = _own_model(session, service)
     drawn = random_native_plans(architecture, 2 * _LATENCY_PLANS, seed=seed)
     return measure_latency_table(
-        random_unet(architecture.config, **place) if unet is None else unet,
+        random_model(architecture.config, **place) if model is None else model,
         calibrate=drawn[:_LATENCY_PLANS],
         held_out=drawn[_LATENCY_PLANS:],
         rounds=_LATENCY_ROUNDS * how.runs,
@@ -242,9 +242,9 @@ def _measured_latency(session: Session, service: Service) -> LatencyTable:
 
 
 def ensure_turns(session: Session, plans: Iterable[PruningPlan]) -> dict[str, ComparedLatency]:
-    """The latency of the whole U-Net (TEACHER) and of what each plan leaves that can be built, by id, timed in turns.
+    """The latency of the whole model (TEACHER) and of what each plan leaves that can be built, by id, timed in turns.
 
-    Writes latency_rounds.csv. Plans that were not timed yet are timed together, with the whole U-Net among them once
+    Writes latency_rounds.csv. Plans that were not timed yet are timed together, with the whole model among them once
     more; those that were stay as they are. So a change is always one within the same rounds.
     """
     run, how, part = session.run, session.config.profile, rounds_part(session)
@@ -254,7 +254,7 @@ def ensure_turns(session: Session, plans: Iterable[PruningPlan]) -> dict[str, Co
         frame = read_records(run.latency_rounds, ROUNDS)
     found: dict[str, ComparedLatency] = {}
     for _, rows in frame.groupby("timing", sort=True):
-        found = turns_of_frame(rows).compared() | found  # of the whole U-Net the first timing counts
+        found = turns_of_frame(rows).compared() | found  # of the whole model the first timing counts
     missing = {
         plan.id: plan
         for plan in plans
@@ -268,7 +268,7 @@ def ensure_turns(session: Session, plans: Iterable[PruningPlan]) -> dict[str, Co
             service,
             rounds=how.runs,
             warmup=how.warmup,
-            unet=_own_unet(session, service),
+            model=_own_model(session, service),
             seed=session.config.seed,
         )
         number = 1 + int(frame["timing"].max()) if len(frame) else 1
@@ -322,7 +322,7 @@ def ensure_reductions(session: Session) -> pd.DataFrame:
 def ensure_shares(session: Session) -> pd.DataFrame:
     """Cost of each part of the pipeline and its share of the time of one picture; writes pipeline.csv.
 
-    Raises RunError when the model is a U-Net alone.
+    Raises RunError when the model is a model alone.
     """
     run, how, part = session.run, session.config.evaluate, shares_part(session)
     if lacking(session, part):

@@ -64,7 +64,7 @@ def ensure_pictures(session: Session) -> tuple[Path, ...]:
         paths = one.paths
         wanted[pictures_part(session, one.plan, "pruned")] = PictureJob(paths.pictures_pruned, one)
         distilled = pictures_part(session, one.plan, "distilled")
-        if run.done(paths.distilled_unet):
+        if run.done(paths.distilled_model):
             wanted[distilled] = PictureJob(paths.pictures_distilled, one, "distilled")
         else:
             lacking(session, distilled)  # of an earlier distillation
@@ -96,7 +96,7 @@ def one_shot_impacts(session: Session, plans: Iterable[PruningPlan]) -> dict[str
 def _teacher_result(session: Session) -> CandidateResult:
     costs, reductions = ensure_costs(session).total, ensure_reductions(session)
     own = reductions[reductions["plan"] == "teacher"]  # that of the run comes first
-    losses = heldout_loss(session.unet, training_and_validation(session)[1]).double()
+    losses = heldout_loss(session.model, training_and_validation(session)[1]).double()
     loss, score = float(losses.mean()), _mean_score(session, session.run.teacher_pictures)
     return CandidateResult(
         plan="teacher",
@@ -205,16 +205,16 @@ def ensure_report(session: Session) -> Path:
 # Models outside of a run -------------------------------------------------------------------------------------
 
 
-def quality(session: Session, unet: Any) -> dict[str, float]:
-    """``loss`` (held-out denoising), ``clip`` (mean score) and ``clip_low`` of ``unet`` in the teacher's pipeline.
+def quality(session: Session, model: Any) -> dict[str, float]:
+    """``loss`` (held-out denoising), ``clip`` (mean score) and ``clip_low`` of ``model`` in the teacher's pipeline.
 
     NaN is what cannot be had: the loss without pictures, shipped or of ``data.source``, the scores without a scorer.
     """
     tell_roles(session)
     # What a model draws itself is no measure by which models can be compared.
     judged = session.data_origin in ("shipped", "own")
-    loss = float(heldout_loss(unet, session.validation).double().mean()) if judged else math.nan
-    scores = clip_of(session, draw_prompts(session, unet))
+    loss = float(heldout_loss(model, session.validation).double().mean()) if judged else math.nan
+    scores = clip_of(session, draw_prompts(session, model))
     return {"loss": loss, "clip": float(scores.double().mean()), "clip_low": float(scores.min())}
 
 

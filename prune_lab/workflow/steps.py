@@ -25,6 +25,7 @@ from prune_lab.session.parts import (
     probe_part,
     profile_part,
     prompts_part,
+    pruned_part,
     ranking_part,
     reductions_part,
     repaired_part,
@@ -36,7 +37,6 @@ from prune_lab.session.parts import (
     steps_part,
     teacher_pictures_part,
     tournament_part,
-    unet_part,
     validation_part,
 )
 from prune_lab.workflow.distilling import ensure_distilled
@@ -99,7 +99,7 @@ def _plan_parts(session: Session, _plans: Sequence[PruningPlan]) -> Iterable[Par
 
 
 def _repaired_parts(session: Session, plans: Sequence[PruningPlan]) -> Iterable[Part]:
-    """The repaired U-Nets; none where ``repair.kind`` is none."""
+    """The repaired models; none where ``repair.kind`` is none."""
     return () if session.config.repair.kind == "none" else [repaired_part(session, plan) for plan in plans]
 
 
@@ -132,7 +132,7 @@ def _picture_parts(session: Session, plans: Sequence[PruningPlan]) -> Iterable[P
 STEPS: tuple[Step, ...] = (
     Step(
         "blocks",
-        "lists the blocks of the U-Net",
+        "lists the blocks of the model",
         ensure_blocks,
         _files("choices", "blocks"),
         _one(blocks_part),
@@ -170,7 +170,7 @@ STEPS: tuple[Step, ...] = (
         "cuts and profiles a smaller model for every plan",
         ensure_candidates,
         lambda run: (run.latency_rounds, *_of_candidates("folder")(run)),
-        lambda session, plans: (*_of_each(unet_part, profile_part)(session, plans), rounds_part(session)),
+        lambda session, plans: (*_of_each(pruned_part, profile_part)(session, plans), rounds_part(session)),
     ),
     Step(
         "repaired",

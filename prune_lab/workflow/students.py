@@ -14,8 +14,8 @@ from prune_lab.runs import read_records
 from prune_lab.runtime import track, write_frame
 from prune_lab.schemas import REPAIRED_COLUMNS, REPAIRS
 from prune_lab.session import Session, ensure_probe
-from prune_lab.session.parts import lacking, profile_part, record, repaired_part, unet_part
-from prune_lab.surgery import save_unet
+from prune_lab.session.parts import lacking, profile_part, pruned_part, record, repaired_part
+from prune_lab.surgery import save_model
 from prune_lab.workflow.measuring import ensure_turns, service_of
 from prune_lab.workflow.searching import ensure_plans, left_out
 
@@ -23,14 +23,14 @@ from prune_lab.workflow.searching import ensure_plans, left_out
 
 
 def ensure_candidates(session: Session) -> tuple[Candidate, ...]:
-    """Every plan of the run that can be built, as a model; writes candidates/<id>/{plan.json, unet/, profile.json}.
+    """Every plan of the run that can be built, as a model; writes candidates/<id>/{plan.json, pruned/, profile.json}.
 
     Each is built in the form of its plan. All are built first and then timed in turns with the teacher. Plans that
     cannot be built are left out here and named with the reason in the ranking.
     """
     plans = [plan for plan in ensure_plans(session) if not left_out(session, plan)]
     place: dict[str, Any] = {"device": session.device, "dtype": session.dtype}
-    cuts = {unet_part(session, plan): plan for plan in plans}
+    cuts = {pruned_part(session, plan): plan for plan in plans}
     for part in track(lacking(session, *cuts), "building candidates"):
         build_candidate(session.source, cuts[part], part.folder, profiled=False, **place)
         record(session, part)
@@ -78,7 +78,7 @@ def ensure_repaired(session: Session) -> pd.DataFrame:
 def _repair(session: Session, candidate: Candidate) -> None:
     student, plan = load_student(candidate, device=session.device), candidate.plan
     kind = cast("RepairKind", session.config.repair.kind)
-    report = repair(student, session.unet, plan, ensure_probe(session), kind=kind)
+    report = repair(student, session.model, plan, ensure_probe(session), kind=kind)
     write_frame(candidate.paths.repair, report.frame())
     notes = {"plan": plan.text, "plan_id": plan.id, "repair": report.kind}
-    save_unet(student, candidate.paths.repaired, plan, notes)
+    save_model(student, candidate.paths.repaired, plan, notes)

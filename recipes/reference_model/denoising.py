@@ -131,7 +131,7 @@ class SupervisedDenoiser(nn.Module):
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
-        self.unet = unet
+        self.model = unet
         inner, middle, outer = unet.config.block_out_channels[:0:-1]
         channels = unet.config.out_channels
         # Up1 and Up2 end with an upsampler, Up3 too: their outputs are 2, 4 and 8 times the mid stage's resolution.
@@ -143,14 +143,14 @@ class SupervisedDenoiser(nn.Module):
 
     def forward(self, batch: TrainingBatch) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The prediction (N, C, h, w), and the readers' (N, C, h/2, w/2) twice and (N, C, h, w) twice."""
-        stages = [self.unet.mid_block, *self.unet.up_blocks[:3]]
+        stages = [self.model.mid_block, *self.model.up_blocks[:3]]
         outputs: dict[int, torch.Tensor] = {}
         with (
             hooked(stages, outputs.__setitem__),
-            severed(self.unet, batch.cut),
-            deafened(self.unet, batch.deaf, batch.silence),
+            severed(self.model, batch.cut),
+            deafened(self.model, batch.deaf, batch.silence),
         ):
-            found = self.unet(batch.noisy, batch.times, batch.text).sample
+            found = self.model(batch.noisy, batch.times, batch.text).sample
         read = [
             F.pixel_shuffle(reader(outputs[place]), reach)
             for place, (reader, reach) in enumerate(zip(self.readers, self.reach, strict=True))

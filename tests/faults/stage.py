@@ -57,7 +57,7 @@ class Stage:
             "JOB": self.job,
             "CANDIDATE": run / "candidates" / candidate,
         }
-        places["STUDENT"] = places["CANDIDATE"] / "unet"
+        places["STUDENT"] = places["CANDIDATE"] / "pruned"
         return [str(places.get(word, word)) for word in READERS[name][0]]
 
     def known(self) -> dict[str, object]:
