@@ -216,7 +216,8 @@ def test_a_layer_that_stays_silent_is_silent_about_boxes_too() -> None:
     """As in GLIGEN: a fuser in each transformer layer adds what it reads of boxes, where some are given."""
     model = with_random_weights(build_unet({**SHAPES["sdxl"], "attention_type": "gated"}), 1)
     architecture, inputs = architecture_of(model), random_inputs(model, 0)
-    plan = parse_plan("-Md.A1.T2", architecture).built("neutral")  # diffusers gives Dn3.A1 and Md.A1 one number
+    # it stays, since diffusers gives Dn3.A1 and Md.A1 one number of layers
+    plan = parse_plan("-Md.A1.T2", architecture).built("neutral")
     student = materialise(model, plan)
     assert len(student.mid_block.attentions[0].transformer_blocks) == 3
     generator = torch.Generator().manual_seed(0)

@@ -400,7 +400,7 @@ def test_nor_several_sets_at_a_time(chain: Callable[..., Any], trap: str) -> Non
 
 @pytest.mark.parametrize("before", [True, False])
 def test_a_hook_on_a_block_is_refused(chain: Callable[..., Any], before: bool) -> None:
-    """torch calls it around the block, also where the block is bypassed: its scale would act without the block."""
+    """Torch calls it around the block, also where the block is bypassed: its scale would act without the block."""
     model = chain()
     block = model.blocks[1]
     scaled = {

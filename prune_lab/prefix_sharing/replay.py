@@ -78,8 +78,8 @@ def _check_shared(unit: Unit, lanes: Sequence[Sequence[Any]], marks: Marks) -> N
         if not all(one is first or torch.equal(one, first) for one in column[1:]):
             raise ReplayError(
                 f"asked to run several sets in one pass, found that {unit.name} gives a tensor of shape "
-                f"{list(first.shape)}, which has no rows and is another one without some blocks; such a model is scored "
-                "set by set (width 1)"
+                f"{list(first.shape)}, which has no rows and is another one without some blocks; such a model is "
+                "scored set by set (width 1)"
             )
 
 
