@@ -206,17 +206,28 @@ class Writer:
     """Gathers the rows of tests that passed and writes them, and the tables, when the session ends."""
 
     def __init__(self, keeps: bool) -> None:
-        self.rows: set[Row] = (
-            read_rows(ROWS.read_text(encoding="utf-8")) if keeps and ROWS.exists() else set()
-        )
+        self.before = read_rows(ROWS.read_text(encoding="utf-8")) if ROWS.exists() else set()
+        self.rows: set[Row] = set(self.before) if keeps else set()
+        self.said = ""  # at the end
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" and report.passed:
             self.rows |= {Row(*value) for name, value in report.user_properties if name == "seen"}
 
-    def pytest_sessionfinish(self) -> None:
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        if exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            self.said = f"{ROWS.name} stays as it was: the tests did not run to their end"
+            return
         ROWS.write_text(written_rows(self.rows), encoding="utf-8")
         write_tables()
+        gone = {row.said for row in self.before} - {row.said for row in self.rows}
+        self.said = f"{ROWS.name}: {len({row.said for row in self.rows})} rows"
+        self.said += "".join(
+            f"\n  no test saw any more: {' '.join(filter(None, said))}" for said in sorted(gone)
+        )
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        terminalreporter.write_line(self.said)
 
 
 if __name__ == "__main__":

@@ -107,6 +107,8 @@ def test_a_row_that_is_not_in_the_file_fails(apart: pytest.Pytester) -> None:
 def test_what_passed_is_written(apart: pytest.Pytester, how: str, found: list[str]) -> None:
     result = apart.runpytest_inprocess("-p", "no:cacheprovider", f"--seen={how}")
     result.assert_outcomes(passed=2 + (how == "add"), failed=1, deselected=int(how == "new"))
+    lines = {"add": "rows.csv: 4 rows", "new": "*no test saw any more: Z draw"}
+    result.stdout.fnmatch_lines([lines[how]])
     assert names(families_seen.ROWS.read_text()) == found
     readme, page = (
         path.read_text().replace("\u2013", "-") for path in (families_seen.README, families_seen.PAGE)
@@ -116,3 +118,11 @@ def test_what_passed_is_written(apart: pytest.Pytester, how: str, found: list[st
     assert "`B` | - | own |" in readme
     assert "`B` | - | - | - | - | - | own |" in page
     assert "`D`" not in readme + page
+
+
+def test_tests_that_are_broken_off_write_nothing(apart: pytest.Pytester) -> None:
+    apart.makepyfile(test_late="def test_stops(seen): raise KeyboardInterrupt")
+    before = families_seen.ROWS.read_text()
+    result = apart.runpytest_inprocess("-p", "no:cacheprovider", "--seen=new", no_reraise_ctrlc=True)
+    result.stdout.fnmatch_lines(["rows.csv stays as it was: the tests did not run to their end"])
+    assert families_seen.ROWS.read_text() == before
