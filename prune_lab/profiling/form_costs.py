@@ -43,24 +43,10 @@ def _sizes(canonical: str) -> Mapping[str, int]:
     }
 
 
-def _own_share(by_module: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    """Multiply-adds of each module without those of the modules inside of it."""
-    shares = dict(by_module)
-    for path, (macs, attention) in by_module.items():
-        if path:
-            parent = path.rpartition(".")[0]
-            while parent and parent not in shares:
-                parent = parent.rpartition(".")[0]
-            if parent in shares:
-                of_parent = shares[parent]
-                shares[parent] = (of_parent[0] - macs, of_parent[1] - attention)
-    return shares
-
-
 def gone_by(architecture: Architecture, layout: Layout, count: Macs) -> Gone:
     """What is not there any more in the smaller model of ``layout``; ``count`` is that of the whole model."""
     sizes = _sizes(_canonical(architecture.config))
-    shares = _own_share(count.by_module)
+    shares = count.own_by_module
     gone = [path for path in sizes if path and layout.renamed(path) is None]
     macs = [shares.get(path, (0, 0)) for path in gone]
     return Gone(
