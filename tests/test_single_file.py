@@ -330,10 +330,10 @@ REFINER = "conditioner.embedders.0.model.token_embedding.weight"
 def test_the_originals_have_the_configs_of_the_presets(tmp_path: Path) -> None:
     from ldm_layout import golden_shapes
 
-    from prune_lab.families.ldm_structure import model_config
+    from prune_lab.families.ldm_structure import unet_config
 
     shapes = {f"model.diffusion_model.{key}": shape for key, shape in golden_shapes(2).items()}
-    config = model_config("sd-v1", preset_config("sd-v1.5"), shapes)
+    config = unet_config("sd-v1", preset_config("sd-v1.5"), shapes)
     ours = architecture_of(config).signature
     assert ours == architecture_of(preset_config("sd-v1.5")).signature
 
