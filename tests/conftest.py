@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import fcntl
+import gc
 import json
 import os
 import tempfile
@@ -41,6 +42,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with tests of the finished run come last: until one worker has built it, the other has enough to do."""
     late = {item.path for item in items if "finished" in getattr(item, "fixturenames", ())}
     items.sort(key=lambda item: item.path in late)
+
+
+def pytest_collection_finish() -> None:
+    """What all imports left is looked through once and then left alone by the garbage collector, for all tests."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
 
 
 # A property test has no business failing because the machine was busy; in CI it tries the same examples every time.
