@@ -191,7 +191,7 @@ def load_streamed(
 
 
 def bytes_beside(source: ModelSource, dtype: torch.dtype) -> int:
-    """Bytes in ``dtype`` of what a pipeline holds beside its model, such as text encoders and VAE; read from headers."""
+    """Bytes in ``dtype`` of what a pipeline has beside its model, such as text encoders and VAE, read from headers."""
     if source.folder is None or not source.is_pipeline:
         return 0
     parts = pipeline_parts(json_object(source.folder / "model_index.json"))
