@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from diffusers import ModelMixin
 from torch import Tensor
@@ -31,7 +30,7 @@ from prune_lab.prefix_sharing.needs import needed_bytes
 from prune_lab.prefix_sharing.replay import replayed
 from prune_lab.prefix_sharing.sites import in_order
 from prune_lab.probes import Probe, evaluating
-from prune_lab.runtime import bytes_text, free_bytes, note, track
+from prune_lab.runtime import bytes_text, free_bytes, note, track, used_bytes
 
 _MEMORY_SHARE = 0.4  # of what is free at the start
 _MOST_BYTES = 6 << 30
@@ -210,15 +209,16 @@ def _width_from_disk(rows: _Rows, removed: Sequence[frozenset[str]], at_once: in
 
     Says what memory that will take, before it starts.
     """
-    width, free = len(set(removed)), free_bytes(rows.model.device)
+    device = rows.model.device
+    width, free = len(set(removed)), free_bytes(device)
     needed = needed_bytes(rows.model, rows.inputs, removed, width=width, at_once=at_once)
     while needed > _MEMORY_SHARE * free and width > 1:
         width = -(-width // 2)
         needed = needed_bytes(rows.model, rows.inputs, removed, width=width, at_once=at_once)
-    in_use: int = psutil.Process().memory_info().rss
+    where = "memory" if device.type == "cpu" else f"the memory of {device}"
     note(
         f"blocks are read from disk, {-(-len(set(removed)) // width)} times each for {len(rows.numbers)} rows; this "
-        f"takes up to {bytes_text(needed)} of memory beside the {bytes_text(in_use)} in use"
+        f"takes up to {bytes_text(needed)} of {where} beside the {bytes_text(used_bytes(device))} in use"
     )
     return width
 

@@ -145,6 +145,7 @@ def _measured_scores(session: Session) -> ImportanceTable:
     groups = score_groups_of(session)
     tell_roles(session)
     context = run_scoring_context(session)
+    session.let_go_of_encoders()
     tables = []
     for name in names:
         race = Race(settings.race) if settings.race and name in ONE_STEP else None
