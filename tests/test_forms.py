@@ -215,6 +215,27 @@ def test_what_has_no_neutral_form() -> None:
         form_named("padded")
 
 
+def test_a_layer_that_stays_silent_is_silent_about_boxes_too() -> None:
+    """As in GLIGEN: a fuser in each transformer layer adds what it reads of boxes, where some are given."""
+    model = with_random_weights(build_unet({**SHAPES["sdxl"], "attention_type": "gated"}), 1)
+    architecture, inputs = architecture_of(model), random_inputs(model, 0)
+    plan = parse_plan("-Md.A1.T2", architecture).built("neutral")  # diffusers gives Dn3.A1 and Md.A1 one number
+    student = materialise(model, plan)
+    assert len(student.mid_block.attentions[0].transformer_blocks) == 3
+    generator = torch.Generator().manual_seed(0)
+    boxes = {
+        "boxes": torch.rand(1, 2, 4, generator=generator),
+        "masks": torch.ones(1, 2),
+        "positive_embeddings": torch.randn(1, 2, model.config.cross_attention_dim, generator=generator),
+    }
+    found = []
+    for given in ({}, {"cross_attention_kwargs": {"gligen": boxes}}):
+        with bypassed(model, plan):
+            found.append(answer(model, inputs | given))
+        assert torch.equal(answer(student, inputs | given), found[-1])
+    assert not torch.equal(*found)
+
+
 def test_a_plan_says_its_form() -> None:
     architecture = architecture_of(TINY_UNET)
     plan = parse_plan("-Dn1.A1", architecture).built("own")

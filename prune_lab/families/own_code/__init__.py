@@ -124,6 +124,12 @@ def own_class(file: str, class_name: str) -> type[Any]:
     return found
 
 
+def only_watches(hook: Any) -> bool:
+    """Whether ``hook`` of a module is one that a model file has put there: it looks at results and changes nothing."""
+    owner = type(getattr(hook, "__self__", None))
+    return owner.__module__.rpartition(".")[2] in {path.stem for path in known_files().values()}
+
+
 def code_path(file: str) -> Path:
     """Where the package's copy of a model file lies. Raises UnsupportedModelError for another file."""
     for path in known_files().values():
