@@ -32,7 +32,7 @@ from prune_lab.errors import PlanError, RunError
 from prune_lab.export import write_card
 from prune_lab.families import knows_its_size
 from prune_lab.forms import form_named, in_form, layout_of, within_form
-from prune_lab.models import load_model
+from prune_lab.models import check_same_class, load_model, shipped_like
 from prune_lab.models.protection import check_apart, check_folder
 from prune_lab.plans import PruningPlan, read_plans
 from prune_lab.processes import init_processes, is_main
@@ -370,18 +370,22 @@ class Model(Workplace):
                 guidance=guidance,
             )
 
-    def evaluate(self, *prompts: str, base: str = "reference", **settings: object) -> Table:
+    def evaluate(self, *prompts: str, base: str = "", **settings: object) -> Table:
         """Held-out loss of the model, and the CLIP score of what it draws for ``prompts`` (none: held-out captions).
 
-        A model alone draws in the pipeline ``base``. Settings are those of ``evaluate``.
+        A model alone draws in the pipeline ``base``, by default the shipped one with a model of its class. Settings are
+        those of ``evaluate``. Raises ConfigError for a base of another class.
         """
         asked = settings_by_name("evaluate", ({"prompts": list(prompts)} if prompts else {}) | settings)
-        how = self.settings if self.source.is_pipeline else dataclasses.replace(self.settings, model=base)
+        how = self.settings
+        if not self.source.is_pipeline:
+            how = dataclasses.replace(how, model=base or shipped_like(self.source))
         return self.judged_in(with_settings(how, asked))
 
     def judged_in(self, settings: RunConfig) -> Table:
         """What ``evaluate`` finds with these ``settings``, whose model is the pipeline in which a model alone draws."""
         with Model(settings)._opened("evaluate", {}) as session:
+            check_same_class(self.source, session.source)
             # the device first: loading is what can fail
             model = (
                 session.model if self.source.is_pipeline else load_model(self.source, device=session.device)

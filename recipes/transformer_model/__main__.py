@@ -1,4 +1,4 @@
-"""Rebuild or measure the shipped transformer: ``python -m recipes.transformer_model train|evaluate``."""
+"""Rebuild or measure the shipped transformer: ``python -m recipes.transformer_model train|evaluate|study``."""
 
 from __future__ import annotations
 
@@ -41,6 +41,26 @@ def evaluate(out: ReportOption, assets: AssetsOption = None) -> None:
 
     with progress_shown():
         evaluate_transformer(out, assets=assets)
+    typer.echo(out / "README.md")
+
+
+@app.command()
+def study(
+    work: Annotated[Path, typer.Option("--work", help="Folder of the run; resumable.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the report.")],
+    config: Annotated[
+        Path | None, typer.Option("--config", help="TOML with the settings; default: the committed ones.")
+    ] = None,
+) -> None:
+    """Score, prune, distil and rank what ships, with controls, and write the report: tables, figures, README.md."""
+    from prune_lab.models.silence import quiet
+    from prune_lab.runtime import progress_shown
+
+    with quiet():
+        from recipes.transformer_model.study import study_transformer
+
+    with progress_shown():
+        study_transformer(out, work, config=config)
     typer.echo(out / "README.md")
 
 
