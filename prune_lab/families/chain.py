@@ -189,7 +189,7 @@ def chain(
     prediction: Callable[[Config, Any, Tensor], Tensor] = noise_alone,
     answers: tuple[str | None, ...] = ("text",),
     channels: Callable[[Config], int] = lambda config: int(config["in_channels"]),
-    frames: Callable[[Config], int] | None = None,
+    film: Callable[[Config], int] | None = None,
     size: Callable[[Config], Size] = sample_size,
     tokens: Callable[[Config], int] = lambda config: 77,
     padded: bool = False,
@@ -205,7 +205,7 @@ def chain(
 ) -> Family:
     """The family of a diffusers class whose blocks stand in ``lists``, in order of execution.
 
-    ``frames`` says how many frames the latents of a model of films have in its example inputs; with ``padded`` its text
+    ``film`` says how many frames the latent of a film has that the model is meant for; with ``padded`` its text
     always has as many words as ``tokens`` says. ``finish`` completes the layout of a smaller model, or raises
     NonNativePlanError; ``adapt`` completes the outline.
     """
@@ -229,6 +229,7 @@ def chain(
         batch: int = 1,
         latent: int | None = None,
         tokens: int | None = None,
+        frames: int | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> dict[str, Any]:
@@ -248,7 +249,7 @@ def chain(
         return arrange(
             config,
             wanted,
-            zeros(channels(config), *(() if frames is None else (frames(config),)), *sides),
+            zeros(channels(config), *(() if film is None else (frames or film(config),)), *sides),
             zeros(form=torch.long),
             zeros(words, text(config)),
             {one.name: row(one) for one in wanted},
@@ -256,6 +257,9 @@ def chain(
 
     def arranging(config: Config, *given: Any) -> dict[str, Any]:
         return arrange(whole(config), *given)
+
+    def film_frames(config: Config) -> int:
+        return 1 if film is None else film(whole(config))
 
     def whole(config: Config) -> Config:
         return {**_defaults(class_name), **config}
@@ -270,7 +274,8 @@ def chain(
         channels=lambda config: channels(whole(config)),
         text=lambda config: text(whole(config)),
         answers=answers,
-        frames=frames is not None,
+        frames=film is not None,
+        film=film_frames,
         check=functools.partial(check_settings, [blocks.setting for blocks in lists]),
         size=lambda config: size(whole(config)),
         tokens=text_length,

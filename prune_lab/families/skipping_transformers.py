@@ -150,7 +150,7 @@ LATTE = chain(
     Blocks(letter="T", path="temporal_transformer_blocks", self_attention=("attn1",)),
     text=lambda config: int(config["caption_channels"]),
     answers=("text", None),
-    frames=lambda config: int(config["video_length"]),
+    film=lambda config: int(config["video_length"]),
     tokens=lambda config: 120,
     adapt=_in_turns,
     finish=_latte_finish,
