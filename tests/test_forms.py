@@ -57,6 +57,8 @@ from prune_lab.search import Constraints, Effects, parse_budget, search_plans
 from prune_lab.surgery import bypassed, materialise, prune_pipeline
 from prune_lab.workflow import run_all
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 
 def answer(model: Any, inputs: Any) -> Tensor:
     with torch.no_grad():

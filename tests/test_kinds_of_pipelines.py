@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import figures_left_blank
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_config
@@ -33,6 +34,8 @@ from prune_lab.models.parts import component_of
 from prune_lab.probes import picture_side, pixels_per_latent
 from prune_lab.profiling import profile_pipeline
 from prune_lab.runtime import read_json
+
+pytestmark = pytest.mark.usefixtures("blank_figures")
 
 Folders = Callable[[str], Path]
 
@@ -306,6 +309,7 @@ def test_a_pipeline_whose_model_is_not_known_is_refused_with_the_reason(
 _DRAWS = """
 import json, sys
 import numpy, torch
+from conftest import figures_left_blank
 from diffusers import DiffusionPipeline
 for folder, asked in json.loads(sys.argv[1]).items():
     pipeline = DiffusionPipeline.from_pretrained(folder)
@@ -321,8 +325,9 @@ def pruned(built_once: Callable[..., Path], pipeline_folder: Folders) -> Path:
     """The folder with a student of each kind, by its name, as the command line wrote it; do not change it."""
 
     def build(folder: Path) -> None:
-        for kind, plan in PLANS.items():
-            invoke("prune", pipeline_folder(kind), "--plan", plan, "--out", folder / kind)
+        with figures_left_blank():
+            for kind, plan in PLANS.items():
+                invoke("prune", pipeline_folder(kind), "--plan", plan, "--out", folder / kind)
 
     return built_once("pruned-kinds", build)
 
