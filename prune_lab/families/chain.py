@@ -196,8 +196,8 @@ class Chain:
     prediction: Callable[[Config, Any, Tensor], Tensor] = noise_alone
     answers: tuple[str | None, ...] = ("text",)
     channels: Callable[[Config], int] = lambda config: int(config["in_channels"])
-    frames: Callable[[Config], int] | None = None
-    """How many frames the latents of a model of films have in its example inputs."""
+    film: Callable[[Config], int] | None = None
+    """How many frames the latent of a film has that the model is meant for; None of a model of pictures."""
     size: Callable[[Config], Size] = sample_size
     tokens: Callable[[Config], int] = lambda config: 77
     padded: bool = False
@@ -244,6 +244,7 @@ class Chain:
         batch: int = 1,
         latent: int | None = None,
         tokens: int | None = None,
+        frames: int | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> dict[str, Any]:
@@ -263,11 +264,11 @@ class Chain:
             return found + 1 if condition.words else found
 
         wanted = self.conditions(config)
-        frames = () if self.frames is None else (self.frames(config),)
+        film = () if self.film is None else (frames or self.film(config),)
         return self.arrange(
             config,
             wanted,
-            zeros(self.channels(config), *frames, *sides),
+            zeros(self.channels(config), *film, *sides),
             zeros(form=torch.long),
             zeros(words, width),
             {one.name: row(one) for one in wanted},
@@ -283,7 +284,8 @@ class Chain:
             channels=lambda config: self.channels(whole(config)),
             text=lambda config: self.text(whole(config)),
             answers=self.answers,
-            frames=self.frames is not None,
+            frames=self.film is not None,
+            film=lambda config: 1 if self.film is None else self.film(whole(config)),
             check=functools.partial(check_settings, [blocks.setting for blocks in lists]),
             size=lambda config: self.size(whole(config)),
             tokens=lambda config: self.tokens(whole(config)),

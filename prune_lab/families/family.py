@@ -292,6 +292,8 @@ class Family:
     """Channels of the noisy latents, unpacked; they are those of the prediction."""
     frames: bool = False
     """Whether latents have frames (B, C, F, h, w); a picture is one frame."""
+    film: Callable[[Mapping[str, Any]], int] = lambda config: 1
+    """Frames of the latent of the film that a model is meant for; 1 of a model of pictures."""
     text: Callable[[Mapping[str, Any]], int] = lambda config: 0
     """Width of the text that a model reads; 0 where it reads none."""
     answers: tuple[str | None, ...] = ("text",)
