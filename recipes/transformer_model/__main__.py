@@ -10,6 +10,7 @@ from recipes.command_line import (
     ConfigOption,
     ModelOption,
     ReportOption,
+    RunOption,
     WorkOption,
     command_line,
     importing,
@@ -45,18 +46,11 @@ def evaluate(out: ReportOption, assets: AssetsOption = None) -> None:
 
 
 @app.command()
-def study(
-    work: Annotated[Path, typer.Option("--work", help="Folder of the run; resumable.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the report.")],
-    config: Annotated[
-        Path | None, typer.Option("--config", help="TOML with the settings; default: the committed ones.")
-    ] = None,
-) -> None:
+def study(work: RunOption, out: ReportOption, config: ConfigOption = None) -> None:
     """Score, prune, distil and rank what ships, with controls, and write the report: tables, figures, README.md."""
-    from prune_lab.models.silence import quiet
     from prune_lab.runtime import progress_shown
 
-    with quiet():
+    with importing():
         from recipes.transformer_model.study import study_transformer
 
     with progress_shown():
