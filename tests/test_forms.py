@@ -46,6 +46,7 @@ from prune_lab.families import FAMILIES, Form, empty_model, family_of, meta_mode
 from prune_lab.forms import exists_in, form_named, in_form, layout_of, why_not, within_form
 from prune_lab.models import load_model, load_pipeline, resolve_model
 from prune_lab.models.hub import files_to_fetch
+from prune_lab.models.streamed import load_streamed
 from prune_lab.plans import PruningPlan, is_native, parse_plan, plan_from_json, plan_of
 from prune_lab.prefix_sharing import predict_without
 from prune_lab.probes import predict, random_probe
@@ -56,6 +57,8 @@ from prune_lab.schemas import RANKING
 from prune_lab.search import Constraints, Effects, parse_budget, search_plans
 from prune_lab.surgery import bypassed, materialise, prune_pipeline
 from prune_lab.workflow import run_all
+
+pytestmark = pytest.mark.usefixtures("blank_figures")
 
 
 def answer(model: Any, inputs: Any) -> Tensor:
@@ -350,6 +353,7 @@ def test_prune_writes_code_where_no_plain_config_will_do(
     assert sys.modules[type(model).__module__].__file__ == str(own_code.FOLDER / file.name)
     teacher = load_model(resolve_model(str(tiny_pipeline_folder)))
     inputs = random_inputs(teacher, 0)
+    assert torch.equal(answer(load_streamed(unet), inputs), answer(model, inputs))
     for parameter in (*model.parameters(), *teacher.parameters()):  # numbers in a file lie as they do there
         parameter.data = parameter.data.clone()
     with bypassed(teacher, plan_of(architecture_of(teacher), ("Dn1.A1", "Up2.R2"))):

@@ -131,29 +131,49 @@ def test_each_block_and_random_plans_of_a_unet_bit_for_bit(name: str) -> None:
     check_unet(name, every=1)
 
 
-@pytest.mark.long
-def test_the_saving_for_stable_diffusion_is_the_closed_form() -> None:
-    """Counted by the engine itself, on ``meta``: 1.71 for the 38 blocks of SD-v1.4."""
-    config = preset_config("sd-v1.4")
+PUBLISHED = {"dit-xl-2-256": 1.866, "sd3-medium": 1.848, "flux-dev": 1.932}  # SD3's last block is smaller
+
+
+def macs_of_removals(config: Mapping[str, Any], *, whole: bool) -> tuple[dict[str, int], int, int]:
+    """Multiply-adds of a row: of each unit, around them, and of what is run of units without each block in turn, beside
+    the ``whole`` model or alone; counted by the engine itself, on ``meta``.
+    """
     architecture, model = architecture_of(config), meta_model(config)
     inputs = example_inputs(config, batch=1, device="meta")
-    macs = {unit.name: unit.macs for unit in architecture.units}
-    around = architecture.total_macs - sum(macs.values())
+    macs = {unit.name: architecture.count().by_module[unit.path][0] for unit in architecture.units}
     ran = 0
 
     def computed(unit: Unit, lanes: int) -> None:
         nonlocal ran
         ran += macs[unit.name] * lanes
 
-    sets = [frozenset[str](), *(frozenset({block.name}) for block in architecture.blocks)]
+    sets = [frozenset({block.name}) for block in architecture.blocks] + [frozenset[str]()] * whole
     with torch.no_grad():
         answers = replayed(model, architecture, lambda _: model(**inputs)[0], sets, computed=computed)
-        passes = sum(1 for _ in answers)
-    order = [unit.name for unit in architecture.units]
-    after = sum(sum(macs[name] for name in order[order.index(b.name) + 1 :]) for b in architecture.blocks)
+        assert sum(1 for _ in answers) == len(sets)
+    return macs, architecture.total_macs - sum(macs.values()), ran
+
+
+@pytest.mark.long
+def test_the_saving_for_stable_diffusion_is_the_closed_form() -> None:
+    """1.71 for the 38 blocks of SD-v1.4."""
+    config = preset_config("sd-v1.4")
+    macs, around, ran = macs_of_removals(config, whole=True)
+    blocks, order = [block.name for block in architecture_of(config).blocks], list(macs)
+    after = sum(sum(macs[name] for name in order[order.index(block) + 1 :]) for block in blocks)
     assert ran == sum(macs.values()) + after
-    assert 38 * architecture.total_macs / (ran + around) == pytest.approx(1.71, abs=0.01)
-    assert passes == 39
+    assert 38 * (sum(macs.values()) + around) / (ran + around) == pytest.approx(1.71, abs=0.01)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_saving_for_published_transformers_is_the_closed_form(name: str) -> None:
+    """2n/(n+2) for n equal blocks, each removed in turn: n - 1 of them for each, where nothing is shared."""
+    macs, _, ran = macs_of_removals(preset_config(name), whole=False)
+    count, total = len(macs), sum(macs.values())
+    assert (count - 1) * total / ran == pytest.approx(PUBLISHED[name], abs=1e-3)
+    if len(set(macs.values())) == 1:
+        assert (count - 1) * total / ran == pytest.approx(2 * count / (count + 2))
 
 
 # Chains: one that does what it should, and those that do not ---------------------------------------------------------
