@@ -28,6 +28,7 @@ from prune_lab.models.folders import variant_of_part
 from prune_lab.models.parts import pipeline_parts, stem_of
 from prune_lab.models.silence import quiet
 from prune_lab.models.sources import ModelSource
+from prune_lab.runtime import return_freed
 
 
 class _Weights:
@@ -109,6 +110,7 @@ class _OneAtATime:
             return
         if self._module is not None:
             nn.Module.load_state_dict(self._module, self._empty, strict=False, assign=True)
+            return_freed()  # else what one block leaves in pieces adds up, block after block
         self._module = module
         self._empty = {
             name: tensor for name, tensor in module.state_dict().items() if not name.startswith(keeps)
