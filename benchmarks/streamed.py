@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from prune_lab.blocks import architecture_of
 from prune_lab.families import CLASS_NAME, example_inputs, meta_model
-from prune_lab.models.streamed import load_streamed, outer_paths
+from prune_lab.models.streamed import load_streamed, outer_units
 from prune_lab.prefix_sharing import growth, replayed, stated_peak
 
 CONFIG = {
@@ -37,7 +37,7 @@ def write_random(folder: Path) -> int:
     """Bytes of the weights of ``CONFIG``, written to ``folder``: no more than one block is ever in memory."""
     folder.mkdir(parents=True, exist_ok=True)
     model = meta_model(CONFIG)
-    paths = tuple(f"{path}." for path in outer_paths(model))
+    paths = tuple(f"{unit.path}." for unit in outer_units(model))
     shards: dict[str, dict[str, Any]] = {}
     for name, tensor in model.state_dict().items():
         shards.setdefault(next((path for path in paths if name.startswith(path)), "rest."), {})[name] = tensor

@@ -7,6 +7,8 @@ which calls each block once for all sets of a pass, and so reads its weights onc
 
 from __future__ import annotations
 
+import math
+import mmap
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -20,15 +22,12 @@ from torch import Tensor, nn
 
 from prune_lab.errors import ModelFormatError
 from prune_lab.families import Unit, family_of, outline_of, plain_config
-from prune_lab.models.files import json_object, weight_files
+from prune_lab.models.conversion import refuse_flawed
+from prune_lab.models.files import json_object, read_headers, weight_files
+from prune_lab.models.folders import variant_of_part
+from prune_lab.models.parts import pipeline_parts, stem_of
 from prune_lab.models.silence import quiet
-
-_STREAMED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
-def is_streamed(model: nn.Module) -> bool:
-    """Whether the model is one of ``load_streamed``."""
-    return model in _STREAMED
+from prune_lab.models.sources import ModelSource
 
 
 class _Weights:
@@ -42,9 +41,12 @@ class _Weights:
             in_float32
         )  # modules that diffusers leaves in float32, whatever is asked
         self._files: dict[str, Path] = {}
+        self._sound: set[str] = set()  # tensors that were read once, and hold no other than finite numbers
+        self.stored: dict[str, torch.dtype] = {}  # by name of each tensor
         for path in files:
             with self._open(path) as file:
                 self._files |= dict.fromkeys(file.keys(), path)
+                self.stored |= {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
 
     @staticmethod
     def _open(path: Path) -> Any:
@@ -56,17 +58,39 @@ class _Weights:
             ) from None
 
     def read(self, name: str) -> Tensor:
-        """The tensor of that name, on the device and in the number format of the model."""
+        """The tensor of that name, on the device and in the number format of the model.
+
+        Raises ModelFormatError when it is not there, or holds what is no finite number.
+        """
         if name not in self._files:
             raise ModelFormatError(
                 f"asked for the weights of a model, found none called {name!r} in its files; fetch the model again"
             )
         with self._open(self._files[name]) as file:
             tensor: Tensor = file.get_tensor(name)
-        if not tensor.is_floating_point():
-            return tensor.to(self._device)
-        kept = not self._in_float32.isdisjoint(name.split("."))
-        return tensor.to(self._device, torch.float32 if kept else self._dtype)
+        if tensor.is_floating_point():
+            kept = not self._in_float32.isdisjoint(name.split("."))
+            tensor = tensor.to(torch.float32 if kept else self._dtype)
+            if name not in self._sound:
+                # As a row of numbers: that one matrix holds the same throughout is no flaw, that all do would be.
+                refuse_flawed(
+                    [(name, tensor.reshape(-1))], f"the weights in {self._files[name]}", tensor.dtype
+                )
+                self._sound.add(name)
+        return tensor.to(self._device)
+
+
+_STREAMED: weakref.WeakKeyDictionary[nn.Module, _Weights] = weakref.WeakKeyDictionary()
+
+
+def is_streamed(model: nn.Module) -> bool:
+    """Whether the model is one of ``load_streamed``."""
+    return model in _STREAMED
+
+
+def stored_dtypes(model: nn.Module) -> Mapping[str, torch.dtype]:
+    """By name of each tensor of a streamed ``model`` the number format that it has on disk."""
+    return _STREAMED[model].stored
 
 
 class _OneAtATime:
@@ -111,6 +135,16 @@ def outer_units(model: nn.Module) -> Iterator[Unit]:
     return (unit for unit in outline_of(model).units if not unit.inside)
 
 
+def _in_memory(tensor: Tensor) -> Tensor:
+    """``tensor``, of which every page is read: so what it takes is part of what is in use from now on.
+
+    Not a copy: where a tensor begins decides how kernels round, and a model that is loaded whole lies as the file does.
+    """
+    if tensor.device.type == "cpu":
+        tensor.reshape(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()
+    return tensor
+
+
 def _beginnings(paths: Iterable[str]) -> tuple[str, ...]:
     return tuple(f"{path}." for path in paths)
 
@@ -136,11 +170,11 @@ def load_streamed(
     in_turns = _beginnings(unit.path for unit in units)
     kept = _beginnings(f"{unit.path}.{path}" for unit in units for path in unit.keeps)  # others read them
     resident = {
-        name: weights.read(name)
+        name: _in_memory(weights.read(name))
         for name in model.state_dict()
         if name.startswith(kept) or not name.startswith(in_turns)
     }
-    nn.Module.load_state_dict(model, {n: t.clone() for n, t in resident.items()}, strict=False, assign=True)
+    nn.Module.load_state_dict(model, resident, strict=False, assign=True)
     for name, buffer in model.named_buffers():
         if buffer.device != torch.device(device) and buffer.device.type != "meta":
             owner, _, own = name.rpartition(".")
@@ -151,6 +185,21 @@ def load_streamed(
         module.forward = _bringing(place, unit.path, module, _beginnings(unit.keeps))
     model.requires_grad_(False)
     model.to = lambda *_where, **_how: model
-    _STREAMED.add(model)
+    _STREAMED[model] = weights
     streamed: ModelMixin = model
     return streamed
+
+
+def bytes_beside(source: ModelSource, dtype: torch.dtype) -> int:
+    """Bytes in ``dtype`` of what a pipeline has beside its model, such as text encoders and VAE, read from headers."""
+    if source.folder is None or not source.is_pipeline:
+        return 0
+    parts = pipeline_parts(json_object(source.folder / "model_index.json"))
+    total = 0
+    for part, value in parts.items():
+        if part == source.component or stem_of(*value) is None:
+            continue
+        folder = source.folder / part
+        headers = read_headers(weight_files(folder, variant_of_part(folder, source.asked_variant)))
+        total += sum(math.prod(shape) for _, shape in headers.values())
+    return total * dtype.itemsize

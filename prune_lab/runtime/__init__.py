@@ -11,6 +11,7 @@ from prune_lab.runtime.devices import (
     seeded,
     synchronize,
     tensors_digest,
+    used_bytes,
 )
 from prune_lab.runtime.files import (
     FILE_LIST,
@@ -65,6 +66,7 @@ __all__ = [
     "tensors_digest",
     "text_of",
     "track",
+    "used_bytes",
     "without_folders",
     "write_frame",
     "write_json",

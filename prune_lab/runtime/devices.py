@@ -74,6 +74,16 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def used_bytes(device: torch.device) -> int:
+    """Bytes that this process has in use on ``device`` now: of a GPU those of its tensors, else all of its memory."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    return int(psutil.Process().memory_info().rss)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until ``device`` has done all work given to it; a GPU call returns before its work is done."""
     import torch
