@@ -46,7 +46,9 @@ Kept = Mapping[
 
 
 as_arguments = functools.partial(arranged, latents="hidden_states")
-STEPS = 1000  # of the schedule: a model that wants the share of noise is given the timestep divided by it
+STEPS = 1000  # by which most pipelines divide the timestep for a model that wants the share of noise
+# Others divide it by the length of the schedule, which the scheduler says.
+LENGTH = Condition(name="schedule_length", place="schedule", shape=(), whole=True, value=STEPS)
 
 
 def grid(*sides: int, like: Tensor) -> Tensor:
@@ -183,8 +185,8 @@ def chain(
     class_name: str,
     *lists: Blocks,
     text: Callable[[Config], int],
-    stem: str,
-    head: str = "proj_out",
+    stem: str | Callable[[Config], str],
+    head: str | Callable[[Config], str] = "proj_out",
     arrange: Arrange = as_arguments,
     prediction: Callable[[Config, Any, Tensor], Tensor] = noise_alone,
     answers: tuple[str | None, ...] = ("text",),
@@ -242,6 +244,8 @@ def chain(
         def row(condition: Condition) -> Tensor:
             form = torch.long if condition.whole else dtype
             found = zeros(*((words,) if condition.words else condition.row_shape(*sides)), form=form)
+            if condition.place == LENGTH.place:
+                return found + STEPS
             return found + 1 if condition.words else found
 
         wanted = conditions(config)
@@ -256,6 +260,9 @@ def chain(
 
     def arranging(config: Config, *given: Any) -> dict[str, Any]:
         return arrange(whole(config), *given)
+
+    def named(path: str | Callable[[Config], str]) -> Callable[[Config], str]:
+        return (lambda config: path) if isinstance(path, str) else (lambda config: path(whole(config)))
 
     def whole(config: Config) -> Config:
         return {**_defaults(class_name), **config}
@@ -283,8 +290,8 @@ def chain(
         levels=levels or (lambda outline: [[unit.name] for unit in outline.units if unit.removable]),
         complete=complete,
         stage_features=lambda outline, removed: _features(lists, outline, removed),
-        stem=stem,
-        head=head,
+        stem=named(stem),
+        head=named(head),
         compiled=compiled,
     )
 

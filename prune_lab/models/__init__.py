@@ -12,6 +12,7 @@ from prune_lab.models.kinship import of_shipped_family
 from prune_lab.models.loading import load_model, load_pipeline, plain_source
 from prune_lab.models.scorer import ScorerChoice, ScorerInputs, choose_scorer, load_scorer
 from prune_lab.models.sources import (
+    PRESETS,
     ModelSource,
     configured_model,
     model_digest,
@@ -20,6 +21,7 @@ from prune_lab.models.sources import (
 )
 
 __all__ = [
+    "PRESETS",
     "ModelSource",
     "ScorerChoice",
     "ScorerInputs",
