@@ -34,6 +34,8 @@ from prune_lab.config.toml import config_from_toml
 from prune_lab.runs import Run
 from prune_lab.tables import DECISIVE_COLUMNS, records, shown_columns
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 # arXiv:2305.15798: parameters of the published U-Nets, exact; MACs of the paper in G
 PAPER = {
     "teacher": (859_520_964, 339.0),

@@ -47,6 +47,7 @@ from prune_lab.families import FAMILIES, Form, empty_model, family_of, meta_mode
 from prune_lab.forms import exists_in, form_named, in_form, layout_of, why_not, within_form
 from prune_lab.models import load_model, load_pipeline, resolve_model
 from prune_lab.models.hub import files_to_fetch
+from prune_lab.models.streamed import load_streamed
 from prune_lab.plans import PruningPlan, is_native, parse_plan, plan_from_json, plan_of
 from prune_lab.prefix_sharing import predict_without
 from prune_lab.probes import predict, random_probe
@@ -57,6 +58,8 @@ from prune_lab.schemas import RANKING
 from prune_lab.search import Constraints, Effects, parse_budget, search_plans
 from prune_lab.surgery import bypassed, materialise, prune_pipeline
 from prune_lab.workflow import run_all
+
+pytestmark = pytest.mark.usefixtures("blank_figures")
 
 
 def answer(model: Any, inputs: Any) -> Tensor:
@@ -213,6 +216,28 @@ def test_what_has_no_neutral_form() -> None:
         form_named("padded")
 
 
+def test_a_layer_that_stays_silent_is_silent_about_boxes_too() -> None:
+    """As in GLIGEN: a fuser in each transformer layer adds what it reads of boxes, where some are given."""
+    model = with_random_weights(build_unet({**SHAPES["sdxl"], "attention_type": "gated"}), 1)
+    architecture, inputs = architecture_of(model), random_inputs(model, 0)
+    # it stays, since diffusers gives Dn3.A1 and Md.A1 one number of layers
+    plan = parse_plan("-Md.A1.T2", architecture).built("neutral")
+    student = materialise(model, plan)
+    assert len(student.mid_block.attentions[0].transformer_blocks) == 3
+    generator = torch.Generator().manual_seed(0)
+    boxes = {
+        "boxes": torch.rand(1, 2, 4, generator=generator),
+        "masks": torch.ones(1, 2),
+        "positive_embeddings": torch.randn(1, 2, model.config.cross_attention_dim, generator=generator),
+    }
+    found = []
+    for given in ({}, {"cross_attention_kwargs": {"gligen": boxes}}):
+        with bypassed(model, plan):
+            found.append(answer(model, inputs | given))
+        assert torch.equal(answer(student, inputs | given), found[-1])
+    assert not torch.equal(*found)
+
+
 def test_a_plan_says_its_form() -> None:
     architecture = architecture_of(TINY_UNET)
     plan = parse_plan("-Dn1.A1", architecture).built("own")
@@ -329,6 +354,7 @@ def test_prune_writes_code_where_no_plain_config_will_do(
     assert sys.modules[type(model).__module__].__file__ == str(own_code.FOLDER / file.name)
     teacher = load_model(resolve_model(str(tiny_pipeline_folder)))
     inputs = random_inputs(teacher, 0)
+    assert torch.equal(answer(load_streamed(unet), inputs), answer(model, inputs))
     for parameter in (*model.parameters(), *teacher.parameters()):  # numbers in a file lie as they do there
         parameter.data = parameter.data.clone()
     with bypassed(teacher, plan_of(architecture_of(teacher), ("Dn1.A1", "Up2.R2"))):

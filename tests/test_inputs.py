@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -42,6 +43,7 @@ from prune_lab.probes import (
     encode_captions,
     pipeline_conditions,
     predict,
+    probe_of_latents,
     random_probe,
     rows_of_size,
 )
@@ -149,6 +151,24 @@ def test_a_model_is_given_what_its_pipeline_gives_it(
         if kind in PACKED:
             theirs_read = unpacked_by_hand(theirs_read, side)
         torch.testing.assert_close(prediction, theirs_read, rtol=1e-5, atol=1e-6)
+
+
+def test_a_pixart_of_1024_is_told_the_size_as_its_pipeline_tells_it(
+    made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only that one is told the size, in pixels of whatever VAE it has."""
+    pipeline = copy.copy(made("pixart"))
+    model = tiny_model("PixArtTransformer2DModel", sample_size=128, caption_channels=32)
+    pipeline.transformer = model
+    watched = Watched(pipeline, monkeypatch)
+    asked = DRAWN_WITH["pixart"] | {"height": 48, "width": 64, "guidance_scale": 1.0}
+    pipeline(**asked, num_inference_steps=1, generator=torch.Generator().manual_seed(0))
+    theirs = watched.given[0]["added_cond_kwargs"]
+    latents = torch.zeros(1, 4, 24, 32)
+    probe = probe_of_latents(pipeline, latents, [asked["prompt"]], ["cats"], timesteps=1, seed=0)
+    assert probe.added.keys() == {"encoder_attention_mask", "resolution", "aspect_ratio"}
+    for name in theirs:
+        torch.testing.assert_close(probe.added[name], theirs[name].reshape(1, -1), msg=name)
 
 
 def test_a_model_of_classes_is_given_what_its_pipeline_gives_it(

@@ -34,6 +34,7 @@ from prune_lab.blocks import architecture_of, block_groups, blocks_frame
 from prune_lab.candidates import build_candidate, load_student
 from prune_lab.counting import count_macs
 from prune_lab.distill.features import feature_pairs, tapped
+from prune_lab.distill.memory import pass_bytes
 from prune_lab.errors import NonNativePlanError, UnsupportedModelError
 from prune_lab.families import (
     FAMILIES,
@@ -41,6 +42,7 @@ from prune_lab.families import (
     empty_model,
     example_inputs,
     family_of,
+    film_frames,
     meta_model,
     outline_of,
     runs_on_meta,
@@ -55,7 +57,8 @@ from prune_lab.plans import (
     parse_plan,
     plan_of,
 )
-from prune_lab.profiling import profile
+from prune_lab.prefix_sharing import state_bytes
+from prune_lab.profiling import cost_table, live_peak, profile
 from prune_lab.profiling.random_weights import random_model
 from prune_lab.surgery import bypassed, materialise, materialise_from_folder
 from prune_lab.surgery.building import predicted_shapes
@@ -352,6 +355,45 @@ def test_multiply_adds_are_those_of_torch_and_add_up(name: str) -> None:
         gone = [architecture.block(block) for block in plan.removed]
         assert architecture.total_macs - sum(block.macs for block in gone) == left.total_macs
         assert architecture.total_params - sum(block.params for block in gone) == left.total_params
+
+
+@pytest.mark.parametrize("name", ["SD3Transformer2DModel", "MochiTransformer3DModel"])
+def test_what_is_left_without_the_last_block_is_counted_as_it_is_built(name: str) -> None:
+    """Of every set of blocks; the block that becomes the last one writes no text any more."""
+    config, sizes = tiny_config(name), {"latent": 8, "tokens": 6}
+    architecture = architecture_of(config)
+    costs, names = cost_table(architecture, **sizes), [block.name for block in architecture.blocks]
+    for number in range(2 ** len(names) - 1):
+        plan = plan_of(architecture, [one for place, one in enumerate(names) if number >> place & 1])
+        built = dict(native_layout(architecture, plan).config)
+        found = costs.of(plan)
+        assert (found.macs, found.attention_macs) == (
+            count_macs(built, **sizes).total,
+            count_macs(built, **sizes).attention,
+        )
+        assert found.params == architecture_of(built).total_params
+
+
+def test_of_a_film_as_many_frames_are_counted_as_are_asked_for() -> None:
+    config = tiny_config("WanTransformer3DModel")
+    model, sizes = meta_model(config).requires_grad_(False), {"latent": 8, "tokens": 6}
+    for frames in (1, 3, None):
+        inputs = example_inputs(config, **sizes, frames=frames, device="meta")
+        assert inputs["hidden_states"].shape[2] == (frames or film_frames(config))
+        with runs_on_meta():
+            theirs = count_module(model, inputs)
+        ours = count_macs(config, **sizes, frames=frames)
+        assert ours.total - ours.by_operator.get("layer_norm", 0) == theirs.total
+        assert cost_table(architecture_of(config), **sizes, frames=frames).total.macs == ours.total
+
+
+def test_a_row_of_a_film_is_one_frame_where_memory_is_foreseen() -> None:
+    config = tiny_config("WanTransformer3DModel")
+    architecture, whole = architecture_of(config), example_inputs(config, latent=8, frames=1, device="meta")
+    with runs_on_meta():
+        one = live_peak(meta_model(config), whole)
+    assert one <= state_bytes(architecture, latent=8) <= 2 * one
+    assert pass_bytes(config, tokens=6, training=False, latent=8) < 3 * one
 
 
 @pytest.mark.parametrize("name", others_long(CLASSES))

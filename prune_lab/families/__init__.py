@@ -47,6 +47,7 @@ from prune_lab.families.own_code import (
     file_of,
     is_own,
     known_files,
+    only_watches,
     own_class,
     own_family,
     own_layout,
@@ -88,6 +89,7 @@ __all__ = [
     "family_of",
     "file_of",
     "filled_with_noise",
+    "film_frames",
     "format_of",
     "forward_inputs",
     "in_loaded_format",
@@ -104,6 +106,7 @@ __all__ = [
     "model_of",
     "modern_class",
     "modern_config",
+    "only_watches",
     "outline_of",
     "own_class",
     "own_layout",
@@ -285,16 +288,20 @@ def example_inputs(
     batch: int = 1,
     latent: int | None = None,
     tokens: int | None = None,
+    frames: int | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Keyword arguments for the ``forward`` of the model of ``config``: zeros of the right shapes.
 
     Of a U-Net: sample (B, C, H, W), timestep (B,), encoder_hidden_states (B, L, D) and its ``conditions_of``, each in
-    its place. None for ``latent`` and ``tokens`` means the sizes that the model is meant for.
+    its place. None for ``latent``, ``tokens`` and ``frames`` means the sizes that the model is meant for; a model of
+    pictures has no frames.
     """
-    return family_of(config).example_inputs(
-        config, batch=batch, latent=latent, tokens=tokens, device=device, dtype=dtype
+    family = family_of(config)
+    film = {} if frames is None or not family.frames else {"frames": frames}
+    return family.example_inputs(
+        config, batch=batch, latent=latent, tokens=tokens, **film, device=device, dtype=dtype
     )
 
 
@@ -326,6 +333,12 @@ def latent_shape(config: Mapping[str, Any], latent: int | None = None) -> tuple[
     Raises UnsupportedModelError where its config does not say.
     """
     return family_of(config).size(config) if latent is None else (latent, latent)
+
+
+def film_frames(source: nn.Module | Mapping[str, Any], frames: int | None = None) -> int | None:
+    """Frames of the latents of a model of films: ``frames``, or those of the film that it is meant for; else None."""
+    family = family_of(source)
+    return (frames or family.film(plain_config(source))) if family.frames else None
 
 
 def knows_its_size(config: Mapping[str, Any]) -> bool:

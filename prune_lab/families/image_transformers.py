@@ -15,10 +15,10 @@ from prune_lab.families.chain import (
     LENGTH,
     STEPS,
     Blocks,
+    Chain,
     Config,
     Kept,
     as_arguments,
-    chain,
     counted,
     word_mask,
 )
@@ -50,9 +50,9 @@ def _pixart_arrange(config: Config, *given: Any) -> dict[str, Any]:
     return {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}} | as_arguments(config, *given)
 
 
-PIXART = chain(
+PIXART = Chain(
     "PixArtTransformer2DModel",
-    Blocks(letter="B", self_attention=("attn1",)),
+    (Blocks(letter="B", self_attention=("attn1",)),),
     text=lambda config: int(config["caption_channels"] or config["cross_attention_dim"]),
     arrange=_pixart_arrange,
     answers=MASKED_TEXT,
@@ -61,7 +61,7 @@ PIXART = chain(
     conditions=_pixart_conditions,
     stem="pos_embed",
     compiled=("BasicTransformerBlock",),
-)
+).family()
 
 # Sana -----------------------------------------------------------------------------------------------------------------
 
@@ -81,9 +81,9 @@ def sana_arrange(config: Config, *given: Any) -> dict[str, Any]:
     return inputs if scale == 1 else {**inputs, "timestep": inputs["timestep"] * scale}
 
 
-SANA = chain(
+SANA = Chain(
     "SanaTransformer2DModel",
-    Blocks(letter="B", self_attention=("attn1",)),
+    (Blocks(letter="B", self_attention=("attn1",)),),
     text=lambda config: int(config["caption_channels"]),
     arrange=sana_arrange,
     answers=MASKED_TEXT,
@@ -91,7 +91,7 @@ SANA = chain(
     conditions=sana_conditions,
     stem="patch_embed",
     compiled=("SanaTransformerBlock",),
-)
+).family()
 
 # DiT ------------------------------------------------------------------------------------------------------------------
 
@@ -116,9 +116,9 @@ def _keeps_the_first(outline: Outline, layout: Layout, kept: Kept) -> Layout:
     return layout
 
 
-DIT = chain(
+DIT = Chain(
     "DiTTransformer2DModel",
-    Blocks(letter="B", self_attention=("attn1",)),
+    (Blocks(letter="B", self_attention=("attn1",)),),
     text=lambda config: 0,
     arrange=_dit_arrange,
     adapt=_with_the_embedding,
@@ -136,7 +136,7 @@ DIT = chain(
     stem="pos_embed",
     head="proj_out_2",
     compiled=("BasicTransformerBlock",),
-)
+).family()
 
 # AuraFlow -------------------------------------------------------------------------------------------------------------
 
@@ -150,21 +150,23 @@ def _share_arrange(config: Config, *given: Any) -> dict[str, Any]:
     return share_of_noise(as_arguments(config, *given))
 
 
-AURAFLOW = chain(
+AURAFLOW = Chain(
     "AuraFlowTransformer2DModel",
-    Blocks(
-        letter="D",
-        path="joint_transformer_blocks",
-        setting="num_mmdit_layers",
-        hands_on=JOINT,
-        in_tuple=True,
-        self_attention=("attn",),
-    ),
-    Blocks(
-        letter="S",
-        path="single_transformer_blocks",
-        setting="num_single_dit_layers",
-        self_attention=("attn",),
+    (
+        Blocks(
+            letter="D",
+            path="joint_transformer_blocks",
+            setting="num_mmdit_layers",
+            hands_on=JOINT,
+            in_tuple=True,
+            self_attention=("attn",),
+        ),
+        Blocks(
+            letter="S",
+            path="single_transformer_blocks",
+            setting="num_single_dit_layers",
+            self_attention=("attn",),
+        ),
     ),
     text=lambda config: int(config["joint_attention_dim"]),
     arrange=_share_arrange,
@@ -172,7 +174,7 @@ AURAFLOW = chain(
     tokens=lambda config: 256,
     stem="pos_embed",
     compiled=("AuraFlowJointTransformerBlock", "AuraFlowSingleTransformerBlock"),
-)
+).family()
 
 # Lumina 2 and Z-Image -------------------------------------------------------------------------------------------------
 
@@ -196,9 +198,9 @@ def _lumina2_arrange(config: Config, *given: Any) -> dict[str, Any]:
     }
 
 
-LUMINA2 = chain(
+LUMINA2 = Chain(
     "Lumina2Transformer2DModel",
-    Blocks(letter="B", path="layers", self_attention=("attn",)),
+    (Blocks(letter="B", path="layers", self_attention=("attn",)),),
     text=lambda config: int(config["cap_feat_dim"]),
     arrange=_lumina2_arrange,
     prediction=_to_noise,
@@ -209,7 +211,7 @@ LUMINA2 = chain(
     stem="x_embedder",
     head="norm_out",
     compiled=("Lumina2TransformerBlock",),
-)
+).family()
 
 
 _WORDS = "words"  # the mask that tells the texts of a batch apart, which the model takes one by one
@@ -244,15 +246,17 @@ def _z_image_prediction(config: Config, output: list[Tensor], sample: Tensor) ->
     return -torch.stack(list(output)).squeeze(2)
 
 
-Z_IMAGE = chain(
+Z_IMAGE = Chain(
     "ZImageTransformer2DModel",
-    Blocks(
-        letter="B",
-        path="layers",
-        setting="n_layers",
-        hands_on=("x",),
-        main="x",
-        self_attention=("attention",),
+    (
+        Blocks(
+            letter="B",
+            path="layers",
+            setting="n_layers",
+            hands_on=("x",),
+            main="x",
+            self_attention=("attention",),
+        ),
     ),
     text=lambda config: int(config["cap_feat_dim"]),
     arrange=_z_image_arrange,
@@ -266,19 +270,21 @@ Z_IMAGE = chain(
     stem=_z_image_module("all_x_embedder"),
     head=_z_image_module("all_final_layer"),
     compiled=("ZImageTransformerBlock",),
-)
+).family()
 
 # CogView --------------------------------------------------------------------------------------------------------------
 
 
 def _cogview(class_name: str, block: str, tokens: int) -> Family:
-    return chain(
+    return Chain(
         class_name,
-        Blocks(
-            letter="B",
-            hands_on=("hidden_states", "encoder_hidden_states"),
-            in_tuple=True,
-            self_attention=("attn1",),
+        (
+            Blocks(
+                letter="B",
+                hands_on=("hidden_states", "encoder_hidden_states"),
+                in_tuple=True,
+                self_attention=("attn1",),
+            ),
         ),
         text=lambda config: int(config["text_embed_dim"]),
         answers=("text", None),
@@ -289,7 +295,7 @@ def _cogview(class_name: str, block: str, tokens: int) -> Family:
         ),
         stem="patch_embed",
         compiled=(block,),
-    )
+    ).family()
 
 
 COGVIEW3 = _cogview("CogView3PlusTransformer2DModel", "CogView3PlusTransformerBlock", 224)
@@ -303,9 +309,9 @@ def _prx_arrange(config: Config, *given: Any) -> dict[str, Any]:
     return {**inputs, "timestep": inputs["timestep"] / inputs.pop(LENGTH.place)}
 
 
-PRX = chain(
+PRX = Chain(
     "PRXTransformer2DModel",
-    Blocks(letter="B", path="blocks", setting="depth", self_attention=("attention",)),
+    (Blocks(letter="B", path="blocks", setting="depth", self_attention=("attention",)),),
     text=lambda config: int(config["context_in_dim"]),
     arrange=_prx_arrange,
     answers=("text", "attention_mask", None, None),
@@ -316,7 +322,7 @@ PRX = chain(
     stem="img_in",
     head="final_layer",
     compiled=("PRXBlock",),
-)
+).family()
 
 IMAGE_TRANSFORMERS = {
     "PixArtTransformer2DModel": PIXART,

@@ -7,6 +7,8 @@ which calls each block once for all sets of a pass, and so reads its weights onc
 
 from __future__ import annotations
 
+import math
+import mmap
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -20,15 +22,12 @@ from torch import Tensor, nn
 from prune_lab.errors import ModelFormatError
 from prune_lab.families import Unit, empty_model, family_of, in_loaded_format, outline_of
 from prune_lab.models.conversion import Look, refuse_broken
-from prune_lab.models.files import json_object, weight_files
+from prune_lab.models.files import json_object, read_headers, weight_files
+from prune_lab.models.folders import variant_of_part
+from prune_lab.models.parts import pipeline_parts, stem_of
 from prune_lab.models.silence import quiet
-
-_STREAMED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
-def is_streamed(model: nn.Module) -> bool:
-    """Whether the model is one of ``load_streamed``."""
-    return model in _STREAMED
+from prune_lab.models.sources import ModelSource
+from prune_lab.runtime import return_freed
 
 
 class _Weights:
@@ -41,9 +40,11 @@ class _Weights:
         self._class, self._device, self._dtype = type(model), device, dtype
         self._look, self._unread = Look(), set(model.state_dict())  # names that were not looked at yet
         self._files: dict[str, Path] = {}
+        self.stored: dict[str, torch.dtype] = {}  # by name of each tensor
         for path in weight_files(folder, variant):
             with self._open(path) as file:
                 self._files |= dict.fromkeys(file.keys(), path)
+                self.stored |= {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
 
     @staticmethod
     def _open(path: Path) -> Any:
@@ -55,7 +56,10 @@ class _Weights:
             ) from None
 
     def read(self, name: str) -> Tensor:
-        """The tensor of that name, on the device and in the number format of the model."""
+        """The tensor of that name, on the device and in the number format of the model.
+
+        Raises ModelFormatError when it is not there, or holds what is no finite number.
+        """
         if name not in self._files:
             raise ModelFormatError(
                 f"asked for the weights of a model, found none called {name!r} in its files; fetch the model again"
@@ -76,6 +80,19 @@ class _Weights:
         self._unread.discard(name)
 
 
+_STREAMED: weakref.WeakKeyDictionary[nn.Module, _Weights] = weakref.WeakKeyDictionary()
+
+
+def is_streamed(model: nn.Module) -> bool:
+    """Whether the model is one of ``load_streamed``."""
+    return model in _STREAMED
+
+
+def stored_dtypes(model: nn.Module) -> Mapping[str, torch.dtype]:
+    """By name of each tensor of a streamed ``model`` the number format that it has on disk."""
+    return _STREAMED[model].stored
+
+
 class _OneAtATime:
     """The unit whose weights are in memory: the one that was called last."""
 
@@ -92,6 +109,7 @@ class _OneAtATime:
             return
         if self._module is not None:
             nn.Module.load_state_dict(self._module, self._empty, strict=False, assign=True)
+            return_freed()  # else what one block leaves in pieces adds up, block after block
         self._module = None
         self._empty = {
             name: tensor for name, tensor in module.state_dict().items() if not name.startswith(keeps)
@@ -123,6 +141,16 @@ def outer_units(model: nn.Module) -> Iterator[Unit]:
     return (unit for unit in outline_of(model).units if not unit.inside)
 
 
+def _in_memory(tensor: Tensor) -> Tensor:
+    """``tensor``, of which every page is read: so what it takes is part of what is in use from now on.
+
+    Not a copy: where a tensor begins decides how kernels round, and a model that is loaded whole lies as the file does.
+    """
+    if tensor.device.type == "cpu":
+        tensor.reshape(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()
+    return tensor
+
+
 def _beginnings(paths: Iterable[str]) -> tuple[str, ...]:
     return tuple(f"{path}." for path in paths)
 
@@ -145,11 +173,11 @@ def load_streamed(
     in_turns = _beginnings(unit.path for unit in units)
     kept = _beginnings(f"{unit.path}.{path}" for unit in units for path in unit.keeps)  # others read them
     resident = {
-        name: weights.read(name)
+        name: _in_memory(weights.read(name))
         for name in model.state_dict()
         if name.startswith(kept) or not name.startswith(in_turns)
     }
-    nn.Module.load_state_dict(model, {n: t.clone() for n, t in resident.items()}, strict=False, assign=True)
+    nn.Module.load_state_dict(model, resident, strict=False, assign=True)
     for name, buffer in model.named_buffers():
         if buffer.device != torch.device(device) and buffer.device.type != "meta":
             owner, _, own = name.rpartition(".")
@@ -160,6 +188,21 @@ def load_streamed(
         module.forward = _bringing(place, unit.path, module, _beginnings(unit.keeps))
     model.requires_grad_(False)
     model.to = lambda *_where, **_how: model
-    _STREAMED.add(model)
+    _STREAMED[model] = weights
     streamed: ModelMixin = model
     return streamed
+
+
+def bytes_beside(source: ModelSource, dtype: torch.dtype) -> int:
+    """Bytes in ``dtype`` of what a pipeline has beside its model, such as text encoders and VAE, read from headers."""
+    if source.folder is None or not source.is_pipeline:
+        return 0
+    parts = pipeline_parts(json_object(source.folder / "model_index.json"))
+    total = 0
+    for part, value in parts.items():
+        if part == source.component or stem_of(*value) is None:
+            continue
+        folder = source.folder / part
+        headers = read_headers(weight_files(folder, variant_of_part(folder, source.asked_variant)))
+        total += sum(math.prod(shape) for _, shape in headers.values())
+    return total * dtype.itemsize
