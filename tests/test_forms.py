@@ -10,7 +10,8 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,7 +41,14 @@ from prune_lab.config import DistillConfig
 from prune_lab.counting import count_macs
 from prune_lab.distill.features import feature_pairs
 from prune_lab.distill.setup import Student, StudentRun
-from prune_lab.errors import BudgetError, ConfigError, PlanError, ProofError, UnsupportedModelError
+from prune_lab.errors import (
+    BudgetError,
+    ConfigError,
+    PlanError,
+    ProofError,
+    PruneLabError,
+    UnsupportedModelError,
+)
 from prune_lab.export.hub import uploads_of
 from prune_lab.families import FAMILIES, Form, empty_model, family_of, meta_model, plain_config
 from prune_lab.forms import exists_in, form_named, in_form, layout_of, why_not, within_form
@@ -449,6 +457,47 @@ def test_the_plain_class_refuses_the_folder(own_folder: Path) -> None:
     with safe_open(own_folder / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
         empty = [name for name in file.keys() if not file.get_tensor(name).numel()]  # noqa: SIM118
     assert sorted(empty) == ["down_blocks.0.attentions.0.norm.weight", "up_blocks.1.resnets.1.norm1.weight"]
+
+
+def refuses(load: Callable[[], Any], *errors: type[Exception]) -> bool:
+    try:
+        load()
+    except errors:
+        return True
+    return False
+
+
+def _changed_lists(removed: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Other lists of what is gone, each with what was done to it."""
+    first, second = removed
+    whole = {**removed[first], "mark": ""}
+    yield "one more", {**removed, "down_blocks.1.attentions.0": whole}
+    yield "one more of those that others have", {**removed, "down_blocks.1.resnets.1": removed[second]}
+    yield "one less", {first: removed[first]}
+    yield "none", {}
+    yield "another input", {**removed, first: {**removed[first], "hands_on": ["encoder_hidden_states"]}}
+    yield "another width", {**removed, second: {**removed[second], "channels": None}}
+    yield "one mark less", {**removed, first: whole}
+    yield "no mark", {path: {**how, "mark": ""} for path, how in removed.items()}
+
+
+@pytest.mark.usefixtures("modules")
+def test_a_list_of_what_is_gone_that_was_changed_is_refused(own_folder: Path, tmp_path: Path) -> None:
+    """By plain diffusers, which would leave out weights of a block that is said to be gone, and by prune-lab."""
+    folder = tmp_path / "changed"
+    shutil.copytree(own_folder / "unet", folder)
+    config = json.loads((folder / "config.json").read_text())
+    kinds = dict(_changed_lists(config["removed"])) | {"another main path": config["removed"]}
+    for said, removed in kinds.items():
+        changed = {**config, "removed": removed}
+        if said == "another main path":
+            changed["main_path"] = config["main_path"][:-1]
+        (folder / "config.json").write_text(json.dumps(changed))
+        for low in (True, False):
+            how = {"trust_remote_code": True, "low_cpu_mem_usage": low}
+            load = partial(diffusers.AutoModel.from_pretrained, str(folder), **how)
+            assert refuses(load, ValueError, RuntimeError), (said, low)
+        assert refuses(lambda: load_model(resolve_model(str(folder))), PruneLabError), said
 
 
 @pytest.mark.usefixtures("modules")
