@@ -58,7 +58,7 @@ def needed_bytes(
     """
     architecture = architecture_of(model)
     known = growth(model, architecture, inputs)
-    shell = nn.Module.to(meta_model(architecture.config), model.dtype)  # diffusers' own warns of parts in float32
+    shell = meta_model(architecture.config, model.dtype)
     if is_streamed(model):
         for path, forward in _holding(shell, stored_dtypes(model) if model.device.type == "cpu" else {}):
             shell.get_submodule(path).forward = forward

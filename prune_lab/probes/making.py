@@ -162,7 +162,7 @@ def probe_of_latents(
         captions=tuple(captions[picture] for picture in index.tolist()),
         groups=tuple(groups[picture] for picture in index.tolist()),
         target=schedule.target(latents, noise, steps),
-        added=drawn_rows(conditions, len(index), generator_for(seed, "guidance", 0))
+        added=drawn_rows(conditions, len(index), generator_for(seed, "guidance", 0), length=length)
         | {name: tensor[index] for name, tensor in added.items()},
         pictures=index,
     )
