@@ -436,12 +436,14 @@ def calls_of_plain_diffusers(pipeline: Any, **more: Any) -> dict[str, list[dict[
 
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module) and part is not vae:
-            hook = watching(family_of(model).component if part is model else name, inspect.signature(part.forward))
+            hook = watching(
+                family_of(model).component if part is model else name, inspect.signature(part.forward)
+            )
             handles.append(part.register_forward_pre_hook(hook, with_kwargs=True))
     if vae is not None:
         decode = vae.decode
-        vae.decode = lambda z, **rest: found.setdefault("vae_decoder", []).append({"z": z.to("meta")}) or decode(
-            z, **rest
+        vae.decode = lambda z, **rest: (
+            found.setdefault("vae_decoder", []).append({"z": z.to("meta")}) or decode(z, **rest)
         )
     pipeline.set_progress_bar_config(disable=True)
     pipeline(**more, generator=torch.Generator().manual_seed(0))

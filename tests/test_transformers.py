@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import random
@@ -28,6 +29,7 @@ from tiny_models import (
 from torch import Tensor
 from torch_counter import count_module
 
+import prune_lab as pl
 from prune_lab.blocks import architecture_of, block_groups, blocks_frame
 from prune_lab.candidates import build_candidate, load_student
 from prune_lab.counting import count_macs
@@ -141,11 +143,39 @@ def test_a_family_says_what_its_class_does(name: str) -> None:
     assert [Site(unit.path, unit.hands_on, unit.in_tuple) for unit in units] == sites_of(model, inputs)
     family = family_of(model)
     assert family.latents in inputs
-    for path in (family.stem, family.head, *(path for unit in units for path in unit.self_attention)):
+    config = model.config
+    for path in (
+        family.stem(config),
+        family.head(config),
+        *(path for unit in units for path in unit.self_attention),
+    ):
         model.get_submodule(path)
     assert {type(model.get_submodule(unit.path)).__name__ for unit in units} == set(family.compiled)
     taken = {*inputs, *(inputs.get("added_cond_kwargs") or {})}
-    assert {condition.name for condition in conditions_of(model) if condition.place != "text"} <= taken
+    assert {
+        condition.name for condition in conditions_of(model) if condition.place not in ("text", "schedule")
+    } <= taken
+
+
+@pytest.mark.parametrize(
+    ("sides", "frames"), [([2], [1]), ([4], [1]), ([1, 2], [1, 1]), ([2, 4], [2, 1]), ([1, 2, 2], [1, 2, 1])]
+)
+def test_stem_and_head_of_z_image_are_those_of_its_patches(sides: list[int], frames: list[int]) -> None:
+    """The modules that run are those that the architecture names; of several patches it is the pipeline's own."""
+    model = tiny_model("ZImageTransformer2DModel", all_patch_size=sides, all_f_patch_size=frames)
+    architecture, ran = architecture_of(model), list[str]()
+    for kind in ("all_x_embedder", "all_final_layer"):
+        for key, module in model.get_submodule(kind).items():
+            module.register_forward_hook(lambda *_, path=f"{kind}.{key}": ran.append(path))
+    inputs = random_inputs(model)
+    if (frame := inputs["f_patch_size"]) > 1:
+        inputs["x"] = [one.repeat(1, frame, 1, 1) for one in inputs["x"]]
+    with torch.no_grad():
+        model(**inputs)
+    assert ran == [architecture.stem, architecture.head]
+    asked = inspect.signature(model.forward).parameters
+    own = (asked["patch_size"].default, asked["f_patch_size"].default)
+    assert ((inputs["patch_size"], frame) == own) == (own in zip(sides, frames, strict=True))
 
 
 @pytest.mark.parametrize("name", others_long(CLASSES))
@@ -265,6 +295,26 @@ def test_a_plan_that_is_native(name: str, plan: str) -> None:
     architecture, inputs = architecture_of(model), random_inputs(model)
     read = parse_plan(plan, architecture)
     assert torch.equal(answer(materialise(model, read), inputs), naively(model, inputs, read))
+
+
+@pytest.mark.parametrize(
+    "name", ["SD3Transformer2DModel", "MochiTransformer3DModel", "FluxTransformer2DModel"]
+)
+def test_what_a_block_costs_is_what_the_model_lacks_without_it_and_said(name: str, tmp_path: Path) -> None:
+    """The listing shows it, with what the last block holds itself, as plain diffusers counts both."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(tiny_config(name)))
+    listed, model = pl.load(path).blocks(), tiny_model(name)
+    units = {unit.name: unit for unit in outline_of(model).units}
+    whole = sum(one.numel() for one in model.parameters())
+    said = " ".join(listed.notes)
+    for row in listed.frame().itertuples():
+        layout = native_layout(architecture_of(model), plan_of(architecture_of(model), (row.name,)))
+        left = sum(one.numel() for one in meta_model(layout.config).parameters())
+        assert row.params == whole - left
+        own = sum(one.numel() for one in model.get_submodule(units[row.name].path).parameters())
+        assert (row.name in said) == (own != row.params)
+        assert own == row.params or f"{row.params:,} parameters, of which {own:,} are its own" in said
 
 
 def test_the_last_block_of_sd3_becomes_another_one() -> None:

@@ -21,7 +21,7 @@ from prune_lab.api.making import (
 from prune_lab.api.plans import Plan, Plans, plan_maps
 from prune_lab.api.settings import budgets_asked, model_title, settings_by_name
 from prune_lab.api.workplace import Workplace
-from prune_lab.blocks import UNKNOWN_LATENT, blocks_frame
+from prune_lab.blocks import UNKNOWN_LATENT, blocks_frame, cost_notes
 from prune_lab.config import (
     RunConfig,
     SearchConfig,
@@ -113,7 +113,8 @@ class Model(Workplace):
             size = size_text(source, latent, tokens, frames)
         title = f"Blocks of {source.text} (multiply-adds at {size})"
         mapped = block_map_frame(frame, self._scores())
-        return Table("blocks", frame, title, lambda theme: draw_block_map(mapped, theme))
+        notes = cost_notes(self.architecture)
+        return Table("blocks", frame, title, lambda theme: draw_block_map(mapped, theme), notes=notes)
 
     def plan(self, text: str | Path) -> Plan:
         """The plan that ``text`` describes: ``bk-small``, ``bk-base -Md``, ``-Dn1.R2 -Dn1.A2``, or a file of one.

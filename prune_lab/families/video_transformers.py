@@ -11,7 +11,7 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed, get_3d_rotary_p
 from torch import Tensor
 
 from prune_lab.families.chain import (
-    STEPS,
+    LENGTH,
     Blocks,
     Chain,
     Config,
@@ -265,7 +265,7 @@ MOCHI_FRAMES = 14  # 84 frames through a VAE of six to one
 def _mochi_arrange(config: Config, *given: Any) -> dict[str, Any]:
     """Timesteps are counted from noise to the film."""
     inputs = as_arguments(config, *given)
-    timestep = (STEPS - inputs["timestep"]).to(inputs["hidden_states"].dtype)
+    timestep = (inputs.pop(LENGTH.place) - inputs["timestep"]).to(inputs["hidden_states"].dtype)
     mask = counted(inputs["encoder_attention_mask"])
     return {**inputs, "timestep": timestep, "encoder_attention_mask": mask}
 
@@ -306,7 +306,7 @@ MOCHI = Chain(
     prediction=_mochi_prediction,
     answers=MASKED_TEXT,
     film=lambda config: MOCHI_FRAMES,
-    conditions=lambda config: (_MASK,),
+    conditions=lambda config: (_MASK, LENGTH),
     size=lambda config: (60, 106),  # 480 by 848 pixels
     tokens=lambda config: int(config["max_sequence_length"]),
     finish=_mochi_finish,

@@ -13,6 +13,7 @@ from prune_lab.models.kinship import check_same_class, of_shipped_family, shippe
 from prune_lab.models.loading import load_model, load_pipeline, plain_source
 from prune_lab.models.scorer import ScorerChoice, ScorerInputs, choose_scorer, load_scorer
 from prune_lab.models.sources import (
+    PRESETS,
     ModelSource,
     configured_model,
     model_digest,
@@ -21,6 +22,7 @@ from prune_lab.models.sources import (
 )
 
 __all__ = [
+    "PRESETS",
     "ModelSource",
     "ScorerChoice",
     "ScorerInputs",

@@ -78,8 +78,8 @@ def _check_shared(unit: Unit, lanes: Sequence[Sequence[Any]], marks: Marks) -> N
         if not all(one is first or torch.equal(one, first) for one in column[1:]):
             raise ReplayError(
                 f"asked to run several sets in one pass, found that {unit.name} gives a tensor of shape "
-                f"{list(first.shape)}, which has no rows and is another one without some blocks; such a model is scored "
-                "set by set (width 1)"
+                f"{list(first.shape)}, which has no rows and is another one without some blocks; such a model is "
+                "scored set by set (width 1)"
             )
 
 
@@ -257,6 +257,11 @@ class _Passes:
             raise ReplayError(
                 f"asked to run {self._sites[place].unit.name} for several sets at a time, found {len(leaves)} values "
                 f"among its inputs, and {len(marks)} in a model without weights; such a model is scored set by set"
+            )
+        if any(isinstance(leaf, Tensor) and mark is None for leaf, mark in zip(leaves, marks, strict=True)):
+            raise ReplayError(
+                f"asked to run {self._sites[place].unit.name} for several sets at a time, found a tensor among its "
+                "inputs where a model without weights gives it none; such a model is scored set by set (width 1)"
             )
         picked: tuple[Any, Any] = tree_unflatten(_picked(leaves, marks, which, len(self._lanes)), spec)
         return picked

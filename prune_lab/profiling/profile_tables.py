@@ -20,9 +20,13 @@ from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.counting import count_call, meta_copy
 from prune_lab.errors import ConfigError
 from prune_lab.families import (
+    FAMILIES,
+    as_loaded,
+    base_name,
     conditions_of,
     family_of,
     film_frames,
+    format_of,
     latent_form,
     model_of,
     plain_config,
@@ -357,15 +361,19 @@ def _parts(
 @contextmanager
 def _placed(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
     """``module`` on ``device`` in ``dtype``: itself when it is so already, else a copy that is dropped on exit."""
-    there = next(module.parameters())
-    if there.device == device and there.dtype == dtype:
+    if next(module.parameters()).device == device and format_of(module) == dtype:
         training = module.training
         try:
             yield module.eval()
         finally:
             module.train(training)
+        return
+    copied = copy.deepcopy(module)
+    if base_name(type(module).__name__) in FAMILIES:  # of which some modules may stay in float32
+        copied = as_loaded(nn.Module.to(copied, torch.float32), dtype)
+        yield nn.Module.to(copied, device=device).eval()
     else:
-        yield nn.Module.to(copy.deepcopy(module), device=device, dtype=dtype).eval()
+        yield nn.Module.to(copied, device=device, dtype=dtype).eval()
 
 
 def profile_pipeline(
@@ -404,7 +412,7 @@ def profile_pipeline(
         list(_parts(pipeline, steps, batch, guided, latent, tokens, frames)), "timing the pipeline"
     ):
         counted = count_call(
-            meta_copy(part.module), part.inputs(torch.device("meta"), next(part.module.parameters()).dtype)
+            meta_copy(part.module), part.inputs(torch.device("meta"), format_of(part.module))
         )
         with _placed(part.module, kind, form) as module:
             inputs = part.inputs(kind, form)

@@ -147,6 +147,8 @@ def check_drawing(config: RunConfig, source: ModelSource, origin: str) -> None:
 
     Loads nothing, so that a plan of a run can be checked.
     """
+    if not source.is_pipeline:
+        return
     drawing = {"evaluate.steps": config.evaluate.steps}
     if origin == "drawn":
         drawing |= {"data.steps": config.data.steps, "probe.steps": config.probe.steps}

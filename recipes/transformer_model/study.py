@@ -105,8 +105,9 @@ def _of_run(folder: Path) -> dict[str, str]:
     least = [f"{row.group} {row.impact:.2g}" for row in single.iloc[:3].itertuples()]
     most = [f"{row.group} {row.impact:.2g}" for row in single.iloc[:-4:-1].itertuples()]
     macs = teacher["macs"]
-    near = students[(students["origin"] == "search") & students["macs"].between(0.6 * macs, 0.72 * macs)]
-    best = near.nsmallest(1, "loss_after").iloc[0]
+    near = students[students["macs"].between(0.6 * macs, 0.72 * macs)]
+    searched = near[near["origin"] == "search"]  # none where a control is the same plan
+    best = (searched if len(searched) else near).nsmallest(1, "loss_after").iloc[0]
     loss = teacher["loss_after"]
     return {
         "parameters": f"{teacher['params'] / 1e6:.2f} M",
