@@ -59,6 +59,9 @@ class Macs:
         default_factory=dict, repr=False
     )  # path -> (whole, attention)
     uncounted_by_module: Mapping[str, Mapping[str, int]] = field(default_factory=dict, repr=False)
+    own_by_module: Mapping[str, tuple[int, int]] = field(
+        default_factory=dict, repr=False
+    )  # the same without the modules inside
 
     @property
     def without_attention(self) -> int:
@@ -243,6 +246,20 @@ def _traceable_on_meta() -> Iterator[None]:
         yield
 
 
+def _own_shares(by_module: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Multiply-adds of each module without those of the modules inside of it."""
+    shares = dict(by_module)
+    for path, (macs, attention) in by_module.items():
+        if path:
+            parent = path.rpartition(".")[0]
+            while parent and parent not in shares:
+                parent = parent.rpartition(".")[0]
+            if parent in shares:
+                of_parent = shares[parent]
+                shares[parent] = (of_parent[0] - macs, of_parent[1] - attention)
+    return shares
+
+
 class _ByPosition(nn.Module):
     """A module called with tensors by position and answering with tensors alone, which is all a trace takes."""
 
@@ -298,13 +315,17 @@ def count_call(module: nn.Module, inputs: Mapping[str, Any]) -> Macs:
         MappingProxyType({operator: int(count) for operator, count in counts[root].items()}),
         MappingProxyType(by_module),
         MappingProxyType(uncounted),
+        MappingProxyType(_own_shares(by_module)),
     )
 
 
 @functools.lru_cache(maxsize=64)
-def _count_config(config: str, batch: int, latent: int | None, tokens: int | None) -> Macs:
+def _count_config(
+    config: str, batch: int, latent: int | None, tokens: int | None, frames: int | None
+) -> Macs:
     model = meta_model(json.loads(config))
-    inputs = example_inputs(model.config, batch=batch, latent=latent, tokens=tokens, device="meta")
+    sizes = {"batch": batch, "latent": latent, "tokens": tokens, "frames": frames}
+    inputs = example_inputs(model.config, **sizes, device="meta")  # type: ignore[arg-type]
     return count_call(model, inputs)
 
 
@@ -314,18 +335,19 @@ def count_macs(
     batch: int = 1,
     latent: int | None = None,
     tokens: int | None = None,
+    frames: int | None = None,
 ) -> Macs:
     """Multiply-adds of one forward pass over ``batch`` samples, both conventions, per operator and per module.
 
     ``source`` is a model, counted as it is now (blocks may be bypassed), or a config. ``latent`` is the side of the
-    square latent (None: the config's sample_size), ``tokens`` the length of the text (None: 77). The trace runs on
+    square latent (None: the config's sample_size), ``tokens`` the length of the text (None: 77),
+    ``frames`` those of the latent of a film (None: what the model is meant for). The trace runs on
     ``meta`` tensors: it needs no weights and leaves ``source`` untouched. Raises UnsupportedModelError for a
     conditioning this project has no inputs for.
     """
     if isinstance(source, Mapping):
         text = json.dumps(plain_config(source), sort_keys=True, separators=(",", ":"))
-        return _count_config(text, batch, latent, tokens)
-    inputs = example_inputs(
-        source.config, batch=batch, latent=latent, tokens=tokens, device="meta", dtype=source.dtype
-    )
+        return _count_config(text, batch, latent, tokens, frames)
+    sizes = {"batch": batch, "latent": latent, "tokens": tokens, "frames": frames}
+    inputs = example_inputs(source.config, **sizes, device="meta", dtype=source.dtype)  # type: ignore[arg-type]
     return count_call(meta_copy(source), inputs)

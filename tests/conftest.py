@@ -9,10 +9,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import fcntl
+import gc
 import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +44,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path in late)
 
 
+def pytest_collection_finish() -> None:
+    """What all imports left is looked through once and then left alone by the garbage collector, for all tests."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
+
+
 # A property test has no business failing because the machine was busy; in CI it tries the same examples every time.
 settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.register_profile("ci", settings.get_profile("local"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 torch.set_num_threads(1)
+
+# Nothing here has to outlive a power cut, and Optuna's journal waits for the disk at every number that it keeps.
+os.fsync = lambda _: None
 
 BuiltOnce = Callable[[str, Callable[[Path], object]], Path]
 
@@ -239,12 +251,43 @@ def finished_config(small_run_config: Callable[..., RunConfig]) -> RunConfig:
     )
 
 
+@contextmanager
+def figures_left_blank() -> Iterator[None]:
+    """Inside, reports and cards have white pictures for figures: drawing takes as long as all the rest of a report."""
+    from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
+    from PIL import Image
+
+    def save(_figure: Figure, path: Path, _area: Bbox) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 255).save(path, format="PNG")
+
+    blank = "data:image/svg+xml;base64,PHN2ZyB4bWxucz0iaHR0cDovL3d3dy53My5vcmcvMjAwMC9zdmciLz4="
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("prune_lab.report.page", "prune_lab.export.card"):
+            patch.setattr(f"{module}.freeze_layout", lambda _figure: Bbox.unit())
+            patch.setattr(f"{module}.save_png", save)
+        patch.setattr("prune_lab.report.page.svg_uri", lambda _figure, _area: blank)
+        yield
+
+
+@pytest.fixture
+def blank_figures() -> Iterator[None]:
+    """Reports and cards with ``figures_left_blank``, for tests that look at other things."""
+    with figures_left_blank():
+        yield
+
+
 @pytest.fixture(scope="session")
 def finished(built_once: BuiltOnce, finished_config: RunConfig) -> Run:
-    """A run that was done from first to last; read it, copy it to change it."""
+    """A run that was done from first to last, its figures left blank; read it, copy it to change it."""
     from prune_lab.workflow import run_all
 
-    return Run(built_once("finished", lambda folder: run_all(finished_config, folder)))
+    def build(folder: Path) -> None:
+        with figures_left_blank():
+            run_all(finished_config, folder)
+
+    return Run(built_once("finished", build))
 
 
 @pytest.fixture(scope="session")

@@ -203,16 +203,42 @@ def test_a_tensor_that_no_file_holds_is_named(tmp_path: Path) -> None:
         predict(load_streamed(tmp_path), random_probe(SMALL, samples=1, seed=0))
 
 
-@pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_are_named(number: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf"), 1e6])
+@pytest.mark.parametrize("place", ["conv_out", "mid_block.attentions.0", "up_blocks.1.resnets.0"])
+def test_numbers_that_are_none_are_named_where_their_block_is_read(
+    number: float, place: str, tmp_path: Path
+) -> None:
+    """As in a model that is loaded whole, each time that it is asked; 1e6 is none to float16."""
     build_unet(SMALL).save_pretrained(tmp_path)
     (file,) = tmp_path.glob("*.safetensors")
     tensors = load_file(file)
-    broken = next(name for name in tensors if name.startswith("mid_block.attentions.0"))
-    tensors[broken].view(-1)[0] = number
-    save_file(tensors, file)
-    with pytest.raises(ModelFormatError, match=f"its tensor {broken} holds"):
-        predict(load_streamed(tmp_path), random_probe(SMALL, samples=1, seed=0))
+    name = next(name for name in tensors if name.startswith(place))
+    tensors[name].view(-1)[-1] = number
+    save_file(tensors, file, {"format": "pt"})
+    dtype = torch.float16 if number == 1e6 else torch.float32
+    with pytest.raises(ModelFormatError, match=re.escape(name)) as whole:
+        load_model(resolve_model(str(tmp_path)), dtype=dtype)
+    probe = random_probe(SMALL, samples=1, seed=0)
+    for _ in range(2):
+        with pytest.raises(ModelFormatError, match=re.escape(name)) as read:
+            predict(load_streamed(tmp_path, dtype=dtype), probe)
+        assert str(read.value).split(": ", 1)[1] == str(whole.value).split(": ", 1)[1]
+    if place != "conv_out":
+        model = load_streamed(tmp_path, dtype=dtype)
+        for _ in range(2):  # what failed is not taken for read
+            with pytest.raises(ModelFormatError, match=re.escape(name)):
+                predict(model, probe)
+
+
+def test_weights_that_are_all_one_number_are_found_out(tmp_path: Path) -> None:
+    build_unet(SMALL).save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    save_file(
+        {name: torch.zeros_like(tensor) for name, tensor in load_file(file).items()}, file, {"format": "pt"}
+    )
+    model: Any = load_streamed(tmp_path)
+    with pytest.raises(ModelFormatError, match="matrices holds 0 throughout"):
+        predict(model, random_probe(SMALL, samples=1, seed=0))
 
 
 # Of a run and from the command line --------------------------------------------------------------------------------

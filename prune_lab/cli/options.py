@@ -11,8 +11,8 @@ from prune_lab.api.settings import VERB_TABLES
 from prune_lab.config import SETTINGS
 
 MODEL_HELP = (
-    "reference, a preset (sd-v1.4), a pipeline or model folder, a single-file .safetensors, a config.json of a model, "
-    "or a hub id."
+    "reference or transformer (they ship), a preset (sd-v1.4), a pipeline or model folder, a single-file .safetensors, "
+    "a config.json of a model, or a hub id."
 )
 
 ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")]
@@ -40,6 +40,20 @@ PlanOption = Annotated[
     list[str],
     typer.Option(
         "--plan", help='Plan: bk-base, "bk-small +Md", "-Dn1.R2 -Dn1.A2" or a plan.json; may be repeated.'
+    ),
+]
+ResolutionOption = Annotated[
+    int | None, typer.Option("--resolution", help="Pixels of the picture's sides; default: the model's own.")
+]
+TokensOption = Annotated[
+    int | None,
+    typer.Option("--tokens", help="Words of text; default: what the text encoder takes, or the model's own."),
+]
+FramesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--frames",
+        help="Of a model of films: frames of the latent (Wan: 21 are 81 of the film, 1 is a picture).",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print a JSON list of objects instead of a table.")]

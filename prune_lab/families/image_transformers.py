@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,12 +12,13 @@ from torch import Tensor
 from prune_lab.errors import NonNativePlanError
 from prune_lab.families.chain import (
     JOINT,
+    LENGTH,
     STEPS,
     Blocks,
+    Chain,
     Config,
     Kept,
     as_arguments,
-    chain,
     counted,
     word_mask,
 )
@@ -48,9 +50,9 @@ def _pixart_arrange(config: Config, *given: Any) -> dict[str, Any]:
     return {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}} | as_arguments(config, *given)
 
 
-PIXART = chain(
+PIXART = Chain(
     "PixArtTransformer2DModel",
-    Blocks(letter="B", self_attention=("attn1",)),
+    (Blocks(letter="B", self_attention=("attn1",)),),
     text=lambda config: int(config["caption_channels"] or config["cross_attention_dim"]),
     arrange=_pixart_arrange,
     answers=MASKED_TEXT,
@@ -59,7 +61,7 @@ PIXART = chain(
     conditions=_pixart_conditions,
     stem="pos_embed",
     compiled=("BasicTransformerBlock",),
-)
+).family()
 
 # Sana -----------------------------------------------------------------------------------------------------------------
 
@@ -79,9 +81,9 @@ def sana_arrange(config: Config, *given: Any) -> dict[str, Any]:
     return inputs if scale == 1 else {**inputs, "timestep": inputs["timestep"] * scale}
 
 
-SANA = chain(
+SANA = Chain(
     "SanaTransformer2DModel",
-    Blocks(letter="B", self_attention=("attn1",)),
+    (Blocks(letter="B", self_attention=("attn1",)),),
     text=lambda config: int(config["caption_channels"]),
     arrange=sana_arrange,
     answers=MASKED_TEXT,
@@ -89,7 +91,7 @@ SANA = chain(
     conditions=sana_conditions,
     stem="patch_embed",
     compiled=("SanaTransformerBlock",),
-)
+).family()
 
 # DiT ------------------------------------------------------------------------------------------------------------------
 
@@ -114,9 +116,9 @@ def _keeps_the_first(outline: Outline, layout: Layout, kept: Kept) -> Layout:
     return layout
 
 
-DIT = chain(
+DIT = Chain(
     "DiTTransformer2DModel",
-    Blocks(letter="B", self_attention=("attn1",)),
+    (Blocks(letter="B", self_attention=("attn1",)),),
     text=lambda config: 0,
     arrange=_dit_arrange,
     adapt=_with_the_embedding,
@@ -134,7 +136,7 @@ DIT = chain(
     stem="pos_embed",
     head="proj_out_2",
     compiled=("BasicTransformerBlock",),
-)
+).family()
 
 # AuraFlow -------------------------------------------------------------------------------------------------------------
 
@@ -148,21 +150,23 @@ def _share_arrange(config: Config, *given: Any) -> dict[str, Any]:
     return share_of_noise(as_arguments(config, *given))
 
 
-AURAFLOW = chain(
+AURAFLOW = Chain(
     "AuraFlowTransformer2DModel",
-    Blocks(
-        letter="D",
-        path="joint_transformer_blocks",
-        setting="num_mmdit_layers",
-        hands_on=JOINT,
-        in_tuple=True,
-        self_attention=("attn",),
-    ),
-    Blocks(
-        letter="S",
-        path="single_transformer_blocks",
-        setting="num_single_dit_layers",
-        self_attention=("attn",),
+    (
+        Blocks(
+            letter="D",
+            path="joint_transformer_blocks",
+            setting="num_mmdit_layers",
+            hands_on=JOINT,
+            in_tuple=True,
+            self_attention=("attn",),
+        ),
+        Blocks(
+            letter="S",
+            path="single_transformer_blocks",
+            setting="num_single_dit_layers",
+            self_attention=("attn",),
+        ),
     ),
     text=lambda config: int(config["joint_attention_dim"]),
     arrange=_share_arrange,
@@ -170,14 +174,14 @@ AURAFLOW = chain(
     tokens=lambda config: 256,
     stem="pos_embed",
     compiled=("AuraFlowJointTransformerBlock", "AuraFlowSingleTransformerBlock"),
-)
+).family()
 
 # Lumina 2 and Z-Image -------------------------------------------------------------------------------------------------
 
 
-def _share_of_picture(timestep: Tensor) -> Tensor:
+def _share_of_picture(timestep: Tensor, length: Tensor | int = STEPS) -> Tensor:
     """0 for noise and 1 for the picture: these models count the other way, and predict the way to the picture."""
-    return 1 - timestep / STEPS
+    return 1 - timestep / length
 
 
 def _to_noise(config: Config, output: Tensor, sample: Tensor) -> Tensor:
@@ -186,42 +190,55 @@ def _to_noise(config: Config, output: Tensor, sample: Tensor) -> Tensor:
 
 def _lumina2_arrange(config: Config, *given: Any) -> dict[str, Any]:
     inputs = as_arguments(config, *given)
+    length = inputs.pop(LENGTH.place)
     return {
         **inputs,
-        "timestep": _share_of_picture(inputs["timestep"]),
+        "timestep": _share_of_picture(inputs["timestep"], length),
         "encoder_attention_mask": counted(inputs["encoder_attention_mask"]),
     }
 
 
-LUMINA2 = chain(
+LUMINA2 = Chain(
     "Lumina2Transformer2DModel",
-    Blocks(letter="B", path="layers", self_attention=("attn",)),
+    (Blocks(letter="B", path="layers", self_attention=("attn",)),),
     text=lambda config: int(config["cap_feat_dim"]),
     arrange=_lumina2_arrange,
     prediction=_to_noise,
     answers=MASKED_TEXT,
-    conditions=lambda config: (_MASK,),
+    conditions=lambda config: (_MASK, LENGTH),
     tokens=lambda config: 256,
     width=lambda config: int(config["hidden_size"]),
     stem="x_embedder",
     head="norm_out",
     compiled=("Lumina2TransformerBlock",),
-)
+).family()
 
 
 _WORDS = "words"  # the mask that tells the texts of a batch apart, which the model takes one by one
+
+
+def _z_image_patch(config: Config) -> tuple[int, int]:
+    """Latent pixels of a side, and frames, of a patch: those that the pipeline asks for, else the first of the model."""
+    known = list(zip(config["all_patch_size"], config["all_f_patch_size"], strict=True))
+    return (2, 1) if (2, 1) in known else known[0]
+
+
+def _z_image_module(name: str) -> Callable[[Config], str]:
+    """The path of the one of its modules called ``name`` that is for its patches."""
+    return lambda config: f"{name}.{'-'.join(map(str, _z_image_patch(config)))}"
 
 
 def _z_image_arrange(
     config: Config, conditions: Any, sample: Tensor, timestep: Tensor, text: Tensor, given: Any
 ) -> dict[str, Any]:
     lengths = counted(given[_WORDS]).sum(1).tolist()
+    side, frames = _z_image_patch(config)
     return {
         "x": list(sample.unsqueeze(2)),
         "t": _share_of_picture(timestep),
         "cap_feats": [words[:length] for words, length in zip(text, lengths, strict=True)],
-        "patch_size": config["all_patch_size"][0],
-        "f_patch_size": config["all_f_patch_size"][0],
+        "patch_size": side,
+        "f_patch_size": frames,
     }
 
 
@@ -229,15 +246,17 @@ def _z_image_prediction(config: Config, output: list[Tensor], sample: Tensor) ->
     return -torch.stack(list(output)).squeeze(2)
 
 
-Z_IMAGE = chain(
+Z_IMAGE = Chain(
     "ZImageTransformer2DModel",
-    Blocks(
-        letter="B",
-        path="layers",
-        setting="n_layers",
-        hands_on=("x",),
-        main="x",
-        self_attention=("attention",),
+    (
+        Blocks(
+            letter="B",
+            path="layers",
+            setting="n_layers",
+            hands_on=("x",),
+            main="x",
+            self_attention=("attention",),
+        ),
     ),
     text=lambda config: int(config["cap_feat_dim"]),
     arrange=_z_image_arrange,
@@ -248,22 +267,24 @@ Z_IMAGE = chain(
     tokens=lambda config: 512,
     width=lambda config: int(config["dim"]),
     latents="x",
-    stem="all_x_embedder.2-1",
-    head="all_final_layer.2-1",
+    stem=_z_image_module("all_x_embedder"),
+    head=_z_image_module("all_final_layer"),
     compiled=("ZImageTransformerBlock",),
-)
+).family()
 
 # CogView --------------------------------------------------------------------------------------------------------------
 
 
 def _cogview(class_name: str, block: str, tokens: int) -> Family:
-    return chain(
+    return Chain(
         class_name,
-        Blocks(
-            letter="B",
-            hands_on=("hidden_states", "encoder_hidden_states"),
-            in_tuple=True,
-            self_attention=("attn1",),
+        (
+            Blocks(
+                letter="B",
+                hands_on=("hidden_states", "encoder_hidden_states"),
+                in_tuple=True,
+                self_attention=("attn1",),
+            ),
         ),
         text=lambda config: int(config["text_embed_dim"]),
         answers=("text", None),
@@ -274,7 +295,7 @@ def _cogview(class_name: str, block: str, tokens: int) -> Family:
         ),
         stem="patch_embed",
         compiled=(block,),
-    )
+    ).family()
 
 
 COGVIEW3 = _cogview("CogView3PlusTransformer2DModel", "CogView3PlusTransformerBlock", 224)
@@ -283,20 +304,25 @@ COGVIEW4 = _cogview("CogView4Transformer2DModel", "CogView4TransformerBlock", 10
 # PRX ------------------------------------------------------------------------------------------------------------------
 
 
-PRX = chain(
+def _prx_arrange(config: Config, *given: Any) -> dict[str, Any]:
+    inputs = as_arguments(config, *given)
+    return {**inputs, "timestep": inputs["timestep"] / inputs.pop(LENGTH.place)}
+
+
+PRX = Chain(
     "PRXTransformer2DModel",
-    Blocks(letter="B", path="blocks", setting="depth", self_attention=("attention",)),
+    (Blocks(letter="B", path="blocks", setting="depth", self_attention=("attention",)),),
     text=lambda config: int(config["context_in_dim"]),
-    arrange=_share_arrange,
+    arrange=_prx_arrange,
     answers=("text", "attention_mask", None, None),
-    conditions=lambda config: (word_mask("attention_mask"),),
+    conditions=lambda config: (word_mask("attention_mask"), LENGTH),
     size=lambda config: (32, 32),  # 1024 pixels through a VAE of 32 to one
     tokens=lambda config: 256,
     width=lambda config: int(config["hidden_size"]),
     stem="img_in",
     head="final_layer",
     compiled=("PRXBlock",),
-)
+).family()
 
 IMAGE_TRANSFORMERS = {
     "PixArtTransformer2DModel": PIXART,

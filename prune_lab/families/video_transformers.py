@@ -11,12 +11,12 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed, get_3d_rotary_p
 from torch import Tensor
 
 from prune_lab.families.chain import (
-    STEPS,
+    LENGTH,
     Blocks,
+    Chain,
     Config,
     Kept,
     as_arguments,
-    chain,
     counted,
     refuse_an_empty_chain,
     word_mask,
@@ -67,19 +67,19 @@ def _first_picture(config: Config) -> tuple[Condition, ...]:
 
 
 def _wan(class_name: str, block: str) -> Family:
-    return chain(
+    return Chain(
         class_name,
-        Blocks(letter="B", path="blocks", self_attention=("attn1",)),
+        (Blocks(letter="B", path="blocks", self_attention=("attn1",)),),
         channels=_wan_channels,
         text=lambda config: int(config["text_dim"]),
         answers=("text", None),
-        frames=_frames,
+        film=_frames,
         size=lambda config: (60, 104),  # 480 by 832 pixels
         tokens=lambda config: 512,
         conditions=_first_picture,
         stem="patch_embedding",
         compiled=(block,),
-    )
+    ).family()
 
 
 WAN = _wan("WanTransformer3DModel", "WanTransformerBlock")
@@ -144,21 +144,21 @@ def _cogvideo_conditions(config: Config) -> tuple[Condition, ...]:
     return tuple(found)
 
 
-COGVIDEO = chain(
+COGVIDEO = Chain(
     "CogVideoXTransformer3DModel",
-    _PICTURE_FIRST,
+    (_PICTURE_FIRST,),
     text=lambda config: int(config["text_embed_dim"]),
     arrange=_cogvideo_arrange,
     prediction=_cogvideo_prediction,
     answers=("text", None),
     channels=_wan_channels,
-    frames=_cogvideo_frames,
+    film=_cogvideo_frames,
     size=lambda config: (int(config["sample_height"]), int(config["sample_width"])),
     tokens=lambda config: int(config["max_text_seq_length"]),
     conditions=_cogvideo_conditions,
     stem="patch_embed",
     compiled=("CogVideoXBlock",),
-)
+).family()
 
 # LTX, Allegro ---------------------------------------------------------------------------------------------------------
 
@@ -201,9 +201,9 @@ def _ltx_arrange(
     }
 
 
-LTX = chain(
+LTX = Chain(
     "LTXVideoTransformer3DModel",
-    Blocks(letter="B", self_attention=("attn1",)),
+    (Blocks(letter="B", self_attention=("attn1",)),),
     text=lambda config: int(config["caption_channels"]),
     arrange=_ltx_arrange,
     prediction=_ltx_unpacked,
@@ -211,13 +211,13 @@ LTX = chain(
     channels=lambda config: (
         int(config["in_channels"]) // (config["patch_size"] ** 2 * config["patch_size_t"])
     ),
-    frames=_frames,
+    film=_frames,
     conditions=lambda config: (_MASK,),
     size=lambda config: (16, 22),  # 512 by 704 pixels through a VAE of 32 to one
     tokens=lambda config: 128,
     stem="proj_in",
     compiled=("LTXVideoTransformerBlock",),
-)
+).family()
 
 
 def _allegro_arrange(config: Config, *given: Any) -> dict[str, Any]:
@@ -243,19 +243,19 @@ def _allegro_arrange(config: Config, *given: Any) -> dict[str, Any]:
     return {**inputs, "image_rotary_emb": (moved(tuple(angles)), moved(tuple(places)))}
 
 
-ALLEGRO = chain(
+ALLEGRO = Chain(
     "AllegroTransformer3DModel",
-    Blocks(letter="B", self_attention=("attn1",)),
+    (Blocks(letter="B", self_attention=("attn1",)),),
     text=lambda config: int(config["caption_channels"]),
     arrange=_allegro_arrange,
     answers=MASKED_TEXT,
-    frames=lambda config: int(config["sample_frames"]),
+    film=lambda config: int(config["sample_frames"]),
     conditions=lambda config: (_MASK,),
     size=lambda config: (int(config["sample_height"]), int(config["sample_width"])),
     tokens=lambda config: 512,
     stem="pos_embed",
     compiled=("AllegroTransformerBlock",),
-)
+).family()
 
 # Mochi ----------------------------------------------------------------------------------------------------------------
 
@@ -265,7 +265,7 @@ MOCHI_FRAMES = 14  # 84 frames through a VAE of six to one
 def _mochi_arrange(config: Config, *given: Any) -> dict[str, Any]:
     """Timesteps are counted from noise to the film."""
     inputs = as_arguments(config, *given)
-    timestep = (STEPS - inputs["timestep"]).to(inputs["hidden_states"].dtype)
+    timestep = (inputs.pop(LENGTH.place) - inputs["timestep"]).to(inputs["hidden_states"].dtype)
     mask = counted(inputs["encoder_attention_mask"])
     return {**inputs, "timestep": timestep, "encoder_attention_mask": mask}
 
@@ -298,21 +298,21 @@ def _mochi_finish(outline: Outline, layout: Layout, kept: Kept) -> Layout:
     )
 
 
-MOCHI = chain(
+MOCHI = Chain(
     "MochiTransformer3DModel",
-    dataclasses.replace(_PICTURE_FIRST, last_is_less=True),
+    (dataclasses.replace(_PICTURE_FIRST, last_is_less=True),),
     text=lambda config: int(config["text_embed_dim"]),
     arrange=_mochi_arrange,
     prediction=_mochi_prediction,
     answers=MASKED_TEXT,
-    frames=lambda config: MOCHI_FRAMES,
-    conditions=lambda config: (_MASK,),
+    film=lambda config: MOCHI_FRAMES,
+    conditions=lambda config: (_MASK, LENGTH),
     size=lambda config: (60, 106),  # 480 by 848 pixels
     tokens=lambda config: int(config["max_sequence_length"]),
     finish=_mochi_finish,
     stem="patch_embed",
     compiled=("MochiTransformerBlock",),
-)
+).family()
 
 # HunyuanVideo ---------------------------------------------------------------------------------------------------------
 
@@ -324,43 +324,45 @@ def _hunyuan_conditions(config: Config) -> tuple[Condition, ...]:
     return (pooled, _MASK, guidance) if config["guidance_embeds"] else (pooled, _MASK)
 
 
-HUNYUAN_VIDEO = chain(
+HUNYUAN_VIDEO = Chain(
     "HunyuanVideoTransformer3DModel",
-    dataclasses.replace(_PICTURE_FIRST, letter="D", self_attention=("attn",)),
-    dataclasses.replace(
-        _PICTURE_FIRST,
-        letter="S",
-        path="single_transformer_blocks",
-        setting="num_single_layers",
-        self_attention=("attn",),
+    (
+        dataclasses.replace(_PICTURE_FIRST, letter="D", self_attention=("attn",)),
+        dataclasses.replace(
+            _PICTURE_FIRST,
+            letter="S",
+            path="single_transformer_blocks",
+            setting="num_single_layers",
+            self_attention=("attn",),
+        ),
     ),
     text=lambda config: int(config["text_embed_dim"]),
     answers=("text", "pooled_projections", "encoder_attention_mask"),
     channels=_wan_channels,
-    frames=_frames,
+    film=_frames,
     size=lambda config: (90, 160),  # 720 by 1280 pixels
     tokens=lambda config: 256,
     conditions=_hunyuan_conditions,
     stem="x_embedder",
     compiled=("HunyuanVideoTransformerBlock", "HunyuanVideoSingleTransformerBlock"),
-)
+).family()
 
 # Sana ----------------------------------------------------------------------------------------------------------------
 
 
-SANA_VIDEO = chain(
+SANA_VIDEO = Chain(
     "SanaVideoTransformer3DModel",
-    Blocks(letter="B", self_attention=("attn1",)),
+    (Blocks(letter="B", self_attention=("attn1",)),),
     text=lambda config: int(config["caption_channels"]),
     arrange=sana_arrange,
     answers=MASKED_TEXT,
-    frames=_frames,
+    film=_frames,
     size=lambda config: (60, 104),  # 480 by 832 pixels
     tokens=lambda config: 300,
     conditions=sana_conditions,
     stem="patch_embedding",
     compiled=("SanaVideoTransformerBlock",),
-)
+).family()
 
 VIDEO_TRANSFORMERS = {
     "WanTransformer3DModel": WAN,

@@ -14,15 +14,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import torch
 from diffusers import ModelMixin
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from prune_lab.errors import ModelFormatError
-from prune_lab.families import Unit, family_of, outline_of, plain_config
-from prune_lab.models.conversion import refuse_flawed
+from prune_lab.families import Unit, empty_model, family_of, in_loaded_format, outline_of
+from prune_lab.models.conversion import Look, refuse_broken
 from prune_lab.models.files import json_object, read_headers, weight_files
 from prune_lab.models.folders import variant_of_part
 from prune_lab.models.parts import pipeline_parts, stem_of
@@ -35,16 +34,14 @@ class _Weights:
     """The safetensors files of a model's folder, opened for each tensor anew: a map that is closed takes no memory."""
 
     def __init__(
-        self, files: Iterable[Path], device: torch.device, dtype: torch.dtype, in_float32: Iterable[str]
+        self, folder: Path, variant: str, model: Any, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self._device, self._dtype = device, dtype
-        self._in_float32 = frozenset(
-            in_float32
-        )  # modules that diffusers leaves in float32, whatever is asked
+        self._named = f"the {family_of(model).called} in {folder}"
+        self._class, self._device, self._dtype = type(model), device, dtype
+        self._look, self._unread = Look(), set(model.state_dict())  # names that were not looked at yet
         self._files: dict[str, Path] = {}
-        self._sound: set[str] = set()  # tensors that were read once, and hold no other than finite numbers
         self.stored: dict[str, torch.dtype] = {}  # by name of each tensor
-        for path in files:
+        for path in weight_files(folder, variant):
             with self._open(path) as file:
                 self._files |= dict.fromkeys(file.keys(), path)
                 self.stored |= {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
@@ -69,16 +66,18 @@ class _Weights:
             )
         with self._open(self._files[name]) as file:
             tensor: Tensor = file.get_tensor(name)
-        if tensor.is_floating_point():
-            kept = not self._in_float32.isdisjoint(name.split("."))
-            tensor = tensor.to(torch.float32 if kept else self._dtype)
-            if name not in self._sound:
-                # As a row of numbers: that one matrix holds the same throughout is no flaw, that all do would be.
-                refuse_flawed(
-                    [(name, tensor.reshape(-1))], f"the weights in {self._files[name]}", tensor.dtype
-                )
-                self._sound.add(name)
-        return tensor.to(self._device)
+        found = in_loaded_format(self._class, name, tensor, self._dtype)
+        if name in self._unread:
+            self._look_at(name, found)
+        return found.to(self._device)
+
+    def _look_at(self, name: str, tensor: Tensor) -> None:
+        """Raise ModelFormatError for what is broken, as where a whole model is loaded: at the first block that is, or
+        at the last of all.
+        """
+        broken = self._look.at(name, tensor) or (self._look.over if self._unread == {name} else "")
+        refuse_broken(broken, self._named, self._dtype)
+        self._unread.discard(name)
 
 
 _STREAMED: weakref.WeakKeyDictionary[nn.Module, _Weights] = weakref.WeakKeyDictionary()
@@ -111,15 +110,20 @@ class _OneAtATime:
         if self._module is not None:
             nn.Module.load_state_dict(self._module, self._empty, strict=False, assign=True)
             return_freed()  # else what one block leaves in pieces adds up, block after block
-        self._module = module
+        self._module = None
         self._empty = {
             name: tensor for name, tensor in module.state_dict().items() if not name.startswith(keeps)
         }
-        for name in self._empty:
-            # One by one: of a tensor that is stored in another form both are there for a moment.
-            nn.Module.load_state_dict(
-                module, {name: self._weights.read(f"{path}.{name}")}, strict=False, assign=True
-            )
+        try:
+            for name in self._empty:
+                # One by one: of a tensor that is stored in another form both are there for a moment.
+                nn.Module.load_state_dict(
+                    module, {name: self._weights.read(f"{path}.{name}")}, strict=False, assign=True
+                )
+        except BaseException:  # half of it is no block
+            nn.Module.load_state_dict(module, self._empty, strict=False, assign=True)
+            raise
+        self._module = module
 
 
 def _bringing(place: _OneAtATime, path: str, module: nn.Module, keeps: tuple[str, ...]) -> Callable[..., Any]:
@@ -162,12 +166,9 @@ def load_streamed(
     """
     folder = Path(folder)
     config = json_object(folder / "config.json")
-    model_class: Any = family_of(config).model_class()
-    # Buffers are made for real: those that are not saved are made of the config.
-    with quiet(), accelerate.init_empty_weights(include_buffers=False):
-        model: Any = model_class.from_config(plain_config(config)).eval()
-    in_float32 = getattr(model_class, "_keep_in_fp32_modules", None) or ()
-    weights = _Weights(weight_files(folder, variant), torch.device(device), dtype, in_float32)
+    with quiet():
+        model = empty_model(config, dtype)
+    weights = _Weights(folder, variant, model, torch.device(device), dtype)
     units = tuple(outer_units(model))
     in_turns = _beginnings(unit.path for unit in units)
     kept = _beginnings(f"{unit.path}.{path}" for unit in units for path in unit.keeps)  # others read them

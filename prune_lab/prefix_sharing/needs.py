@@ -58,7 +58,7 @@ def needed_bytes(
     """
     architecture = architecture_of(model)
     known = growth(model, architecture, inputs)
-    shell = meta_model(architecture.config).to(model.dtype)
+    shell = meta_model(architecture.config, model.dtype)
     if is_streamed(model):
         for path, forward in _holding(shell, stored_dtypes(model) if model.device.type == "cpu" else {}):
             shell.get_submodule(path).forward = forward

@@ -52,7 +52,7 @@ class ComputeCost:
 
     @property
     def forwards(self) -> float:
-        """The work in forward passes of one sample through the whole U-Net."""
+        """The work in forward passes of one sample through the whole model."""
         return self.macs / self.forward_macs if self.forward_macs else 0.0
 
     @property
@@ -62,28 +62,37 @@ class ComputeCost:
 
 
 @functools.lru_cache(maxsize=64)
-def _peak_bytes(architecture: Architecture) -> int:
-    """The most bytes that one row of a forward pass keeps alive at one moment, in float32."""
+def _peak_bytes(architecture: Architecture, latent: int | None) -> int:
+    """The most bytes that one row of a forward pass keeps alive at one moment, in float32; of a film one frame."""
     config = architecture.config
-    latent = UNKNOWN_LATENT if config.get("sample_size", "its own") is None else None
-    inputs = example_inputs(config, latent=latent, tokens=architecture.tokens, device="meta")
+    if latent is None and config.get("sample_size", "its own") is None:
+        latent = UNKNOWN_LATENT
+    inputs = example_inputs(config, latent=latent, tokens=architecture.tokens, frames=1, device="meta")
     with runs_on_meta():
         return live_peak(meta_model(config), inputs)
 
 
-def state_bytes(architecture: Architecture, itemsize: int = 4) -> int:
-    """Bytes that one row of one set takes at most while it is computed, beside others in one pass."""
-    return int((1 + _BESIDE) * _peak_bytes(architecture)) * itemsize // 4
+def state_bytes(architecture: Architecture, itemsize: int = 4, latent: int | None = None) -> int:
+    """Bytes that one row of one set takes at most while it is computed, beside others in one pass.
+
+    ``latent`` is the side of its latents (None: what the model is meant for); of a film a row is one frame.
+    """
+    return int((1 + _BESIDE) * _peak_bytes(architecture, latent)) * itemsize // 4
 
 
 def fitting_batch(
-    architecture: Architecture, rows: int, device: torch.device, itemsize: int = 4
+    architecture: Architecture,
+    rows: int,
+    device: torch.device,
+    itemsize: int = 4,
+    latent: int | None = None,
 ) -> tuple[int, int]:
-    """At most ``rows`` rows, and for how many sets they fit beside each other into the device's free memory.
+    """At most ``rows`` rows of this side of the ``latent``, and for how many sets they fit beside each other into the
+    device's free memory.
 
     Rows are given up before there are fewer than `_LEAST_WIDTH` sets: what they begin with is what is shared.
     """
-    one = state_bytes(architecture, itemsize)
+    one = state_bytes(architecture, itemsize, latent)
     budget = min(_MOST_BYTES, int(_MEMORY_SHARE * free_bytes(device)))
     fitting = budget // one
     rows = max(1, min(rows, fitting // _LEAST_WIDTH))
@@ -176,7 +185,7 @@ def _answers(
         rows.answer,
         removed,
         width=width,
-        growth=lambda: growth(rows.model, architecture, rows.first().inputs),
+        growth=lambda: growth(rows.model, architecture, rows.inputs),
         computed=computed,
         at_once=at_once,
         compiled=compiled,
@@ -246,7 +255,8 @@ def predict_without(
     at_once = None
     if width is None:
         rows = min(batch, len(probe))
-        batch, width = fitting_batch(architecture_of(model), rows, model.device, model.dtype.itemsize)
+        side = max(probe.noisy.shape[-2:])
+        batch, width = fitting_batch(architecture_of(model), rows, model.device, model.dtype.itemsize, side)
     if is_streamed(model) and width > 1:
         at_once = width
         width = _width_from_disk(_Rows(model, probe, tuple(range(min(batch, len(probe))))), removed, at_once)

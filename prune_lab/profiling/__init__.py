@@ -4,18 +4,8 @@ from __future__ import annotations
 
 from prune_lab.live_bytes import LiveBytes, live_peak
 from prune_lab.profiling.activations import ActivationTable, UnitMemory, activation_table
-from prune_lab.profiling.cost_table import (
-    COUNTED,
-    METRICS,
-    CostTable,
-    Counted,
-    Metric,
-    PartCost,
-    PlanCost,
-    PlanCosts,
-    cost_table,
-    latency_disagreement,
-)
+from prune_lab.profiling.cost_table import CostTable, cost_table
+from prune_lab.profiling.disagreement import latency_disagreement
 from prune_lab.profiling.latency import (
     Latency,
     LatencyTable,
@@ -33,6 +23,15 @@ from prune_lab.profiling.latency_cache import (
 )
 from prune_lab.profiling.latency_parts import forward_ms, measure_latency_table
 from prune_lab.profiling.live_memory import measure_memory_growth
+from prune_lab.profiling.plan_costs import (
+    COUNTED,
+    METRICS,
+    Counted,
+    Metric,
+    PartCost,
+    PlanCost,
+    PlanCosts,
+)
 from prune_lab.profiling.plan_matrix import (
     REST,
     PlanMatrix,
@@ -48,10 +47,14 @@ from prune_lab.profiling.profile_tables import profile_blocks, profile_pipeline,
 from prune_lab.profiling.random_weights import random_model
 from prune_lab.profiling.service import (
     Service,
+    check_asked_size,
+    check_frames,
+    drawn_latent,
     latent_of_pixels,
     picture_size,
     pixels_per_latent,
     read_service,
+    size_text,
     split_service,
 )
 from prune_lab.profiling.timed_plans import TEACHER, fits_into_one_process, time_plans
@@ -94,7 +97,10 @@ __all__ = [
     "as_matrix",
     "as_plans",
     "change_of",
+    "check_asked_size",
+    "check_frames",
     "cost_table",
+    "drawn_latent",
     "fits_into_one_process",
     "forward_ms",
     "groups_gone",
@@ -122,6 +128,7 @@ __all__ = [
     "read_service",
     "reduction_table",
     "sampler_groups",
+    "size_text",
     "split_service",
     "time_in_turns",
     "time_plans",

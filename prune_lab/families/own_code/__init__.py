@@ -13,7 +13,7 @@ import functools
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
@@ -28,11 +28,11 @@ from prune_lab.families.family import (
     Unit,
     plain_config,
 )
-from prune_lab.families.meta_device import shapes_of
+from prune_lab.families.meta_device import shapes_of, tensors_of
 from prune_lab.runtime import printable, read_bytes
 
 FOLDER = Path(__file__).resolve().parent
-NEWEST = "modeling_pruned_b36d3a80ad81"
+NEWEST = "modeling_pruned_813815f10162"
 PREFIX = "Pruned"  # of class names; what follows is the diffusers class
 REMOVED, MAIN_PATH, AUTO_MAP = "removed", "main_path", "auto_map"
 _OWN = (REMOVED, MAIN_PATH, AUTO_MAP)  # settings that the diffusers class does not have
@@ -124,6 +124,12 @@ def own_class(file: str, class_name: str) -> type[Any]:
     return found
 
 
+def only_watches(hook: Any) -> bool:
+    """Whether ``hook`` of a module is one that a model file has put there: it looks at results and changes nothing."""
+    owner = type(getattr(hook, "__self__", None))
+    return owner.__module__.rpartition(".")[2] in {path.stem for path in known_files().values()}
+
+
 def code_path(file: str) -> Path:
     """Where the package's copy of a model file lies. Raises UnsupportedModelError for another file."""
     for path in known_files().values():
@@ -143,13 +149,14 @@ def entry_of(config: Mapping[str, Any]) -> list[str]:
 # What is left of a model ---------------------------------------------------------------------------------------------
 
 
-def _whole(config: Mapping[str, Any]) -> Any:
-    """The model that nothing is gone from, on ``meta``."""
+def _whole(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the model that nothing is gone from."""
     settings = {name: value for name, value in config.items() if name not in _OWN}
-    return shapes_of({**settings, CLASS_NAME: base_name(str(config[CLASS_NAME]))})
+    return {**settings, CLASS_NAME: base_name(str(config[CLASS_NAME]))}
 
 
-def _mark(unit: Unit, names: Sequence[str]) -> str:
+@functools.lru_cache(maxsize=1024)
+def _mark(unit: Unit, names: tuple[str, ...]) -> str:
     """The first tensor of ``unit`` that is gone with it, by its path in it; empty where it has none.
 
     Under its name the student has a tensor without numbers: the plain class then refuses the weights, where it would
@@ -167,16 +174,16 @@ def own_layout(family: Family, outline: Outline, removed: Removed) -> Layout:
     nothing of it would tell it from the plain class.
     """
     units = [unit for unit in outline.units if unit.name in removed]
-    names = list(_whole(outline.config).state_dict())
+    names = tensors_of(_whole(outline.config))
     gone: dict[str, Any] = dict(outline.config.get(REMOVED) or {})
     paths: dict[str, str | None] = {}
-    marks: list[str] = []
+    new: list[str] = []
     for unit in units:
         mark = _mark(unit, names)
         kept = [f"{unit.path}.{path}" for path in unit.keeps]
         paths |= {unit.path: None} | dict(zip(kept, kept, strict=True))
         if mark:
-            marks.append(f"{unit.path}.{mark}")
+            new.append(f"{unit.path}.{mark}")
         gone = {path: how for path, how in gone.items() if not path.startswith(f"{unit.path}.")}
         gone[unit.path] = {
             "hands_on": list(unit.hands_on),
@@ -192,17 +199,21 @@ def own_layout(family: Family, outline: Outline, removed: Removed) -> Layout:
         )
     name = PREFIX + base_name(str(outline.config[CLASS_NAME]))
     narrowed = any(how["channels"] is not None for how in gone.values())
-    writers = [family.stem, *(unit.path for unit in outline.units if not unit.inside)]
+    writers = [family.stem(outline.config), *(unit.path for unit in outline.units if not unit.inside)]
+    # those of blocks that were gone before as well: their shape says what is gone of all
+    marks = [f"{path}.{how['mark']}" for path, how in gone.items() if how["mark"]]
+    main_path = writers if narrowed else None
     own = {
         CLASS_NAME: name,
         REMOVED: gone,
-        MAIN_PATH: writers if narrowed else None,
+        MAIN_PATH: main_path,
         AUTO_MAP: {"AutoModel": f"{NEWEST}.{name}"},
     }
+    shape = _module(NEWEST).mark_shape(gone, main_path)
     return Layout(
         MappingProxyType({**outline.config, **own}),
-        MappingProxyType(paths | dict(zip(marks, marks, strict=True))),
-        dict.fromkeys(marks, lambda tensor: tensor.new_empty(0)),
+        MappingProxyType(paths | dict(zip(new, new, strict=True))),
+        dict.fromkeys(marks, lambda tensor: tensor.new_empty(shape)),
     )
 
 
@@ -211,7 +222,7 @@ def own_layout(family: Family, outline: Outline, removed: Removed) -> Layout:
 
 def _without_gone(family: Family, model: Any) -> Outline:
     config = plain_config(model)
-    outline = family.outline(_whole(config))
+    outline = family.outline(shapes_of(_whole(config)))
     paths = set(config.get(REMOVED) or {})
     gone = {unit.name for unit in outline.units if unit.path in paths}
     units = tuple(
