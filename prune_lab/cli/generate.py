@@ -59,6 +59,6 @@ def generate(
         pictures = draw(pipeline, prompts, seeds, steps=steps, guidance=guidance, resolution=resolution)
     save_grid(out, pictures, columns=count)
     typer.echo(
-        f"wrote {out}: {len(pictures)} pictures of {pictures.shape[-1]} x {pictures.shape[-2]} pixels",
+        f"wrote {out}: {len(pictures)} {'picture' if len(pictures) == 1 else 'pictures'} of {pictures.shape[-1]} x {pictures.shape[-2]} pixels",
         err=True,
     )
