@@ -196,9 +196,7 @@ def test_a_lora_on_the_student_is_the_teacher_with_it_and_without_the_blocks(
     ],
 )
 @pytest.mark.parametrize("spelling", ["dots", "underscores", "ldm"])
-def test_a_lora_on_a_student_that_is_not_native(
-    built: Any, plan: str, spelling: str, tmp_path: Path
-) -> None:
+def test_a_lora_on_a_student_that_is_not_native(built: Any, plan: str, spelling: str, tmp_path: Path) -> None:
     teacher, named = build_unet(TINY_UNET), student_for(TINY_UNET, plan)
     student = dataclasses.replace(named, plan=named.plan.built(built))
     smaller = materialise(teacher, student.plan)
@@ -622,7 +620,9 @@ def test_an_ip_adapter_on_the_student(kind: str, plan: str, tmp_path: Path) -> N
     assert torch.equal(predicted(smaller, **more), predicted(teacher, **more))
 
 
-@pytest.mark.parametrize(("built", "plan"), [("own", "-Dn1.R2 -Up2.A1 -Md.A1"), ("neutral", "-Dn1.A2 -Up2.A1")])
+@pytest.mark.parametrize(
+    ("built", "plan"), [("own", "-Dn1.R2 -Up2.A1 -Md.A1"), ("neutral", "-Dn1.A2 -Up2.A1")]
+)
 def test_an_ip_adapter_on_a_student_that_is_not_native(built: Any, plan: str, tmp_path: Path) -> None:
     teacher, named = build_unet(TINY_UNET), student_for(TINY_UNET, plan)
     student = dataclasses.replace(named, plan=named.plan.built(built))

@@ -131,7 +131,7 @@ TOY = Family(
     levels=lambda outline: [[unit.name] for unit in outline.units if unit.removable],
     plans={"odd": lambda outline: frozenset(unit.name for unit in outline.units[:-1:2])},
     stage_features=toy_features,
-    stem="embed",
+    stem=lambda config: "embed",
     head="final",
     compiled=("ToyBlock",),
 )

@@ -41,7 +41,14 @@ from prune_lab.config import DistillConfig
 from prune_lab.counting import count_macs
 from prune_lab.distill.features import feature_pairs
 from prune_lab.distill.setup import Student, StudentRun
-from prune_lab.errors import BudgetError, ConfigError, PlanError, PruneLabError, UnsupportedModelError
+from prune_lab.errors import (
+    BudgetError,
+    ConfigError,
+    PlanError,
+    ProofError,
+    PruneLabError,
+    UnsupportedModelError,
+)
 from prune_lab.export.hub import uploads_of
 from prune_lab.families import FAMILIES, Form, empty_model, family_of, meta_model, plain_config
 from prune_lab.forms import exists_in, form_named, in_form, layout_of, why_not, within_form
@@ -56,7 +63,7 @@ from prune_lab.ranking import ranking_from_frame
 from prune_lab.runs import Run, read_records
 from prune_lab.schemas import RANKING
 from prune_lab.search import Constraints, Effects, parse_budget, search_plans
-from prune_lab.surgery import bypassed, materialise, prune_pipeline
+from prune_lab.surgery import bypassed, materialise, original_of, prune_pipeline, save_model
 from prune_lab.workflow import run_all
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
@@ -402,6 +409,24 @@ def test_a_student_of_every_family_is_proved(name: str, tmp_path: Path, seen: Se
         seen(name, "prune", form=form)
 
 
+def test_a_silent_block_is_proved_where_it_lays_states_out_otherwise(tmp_path: Path) -> None:
+    """Plain attention hands on its state with the channels last, also where it adds nothing: what follows rounds so."""
+    attending = {"down_block_types": ["AttnDownBlock2D"] * 3, "up_block_types": ["AttnUpBlock2D"] * 3}
+    model = diffusers.UNet2DModel.from_config({**PIXELS, **attending})
+    with_random_weights(model).save_pretrained(tmp_path / "teacher")
+    source = resolve_model(str(tmp_path / "teacher"))
+    plan = plan_of(source.architecture, ["Md.A1"]).built("neutral")
+    out = prune_pipeline(source, plan, tmp_path / "out")
+    proof = json.loads((out / "provenance.json").read_text())["proof"]
+    assert 0 < proof["largest_difference"] < 1e-5
+    # and nothing else passes for it: a student without another block, of the same shapes
+    student, other = load_model(resolve_model(str(out))), plan_of(source.architecture, ["Dn3.A1"])
+    with pytest.raises(ProofError, match="its answer differs"):
+        save_model(
+            student, tmp_path / "other", plan, {}, original=original_of(source, other.built("neutral"))
+        )
+
+
 def test_code_that_is_not_known_is_never_run(own_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "changed"
     shutil.copytree(own_folder, folder)
@@ -482,6 +507,8 @@ def test_how_diffusers_loads_it(own_folder: Path, tmp_path: Path) -> None:
     assert type(model).__name__ == "PrunedUNet2DConditionModel"
     with pytest.raises(TypeError):
         diffusers.AutoModel.from_pretrained(Path(unet), trust_remote_code=True)
+    with pytest.raises(ValueError, match="custom code"):  # it looks beside the index
+        diffusers.AutoModel.from_pretrained(str(own_folder), subfolder="unet", trust_remote_code=True)
     with pytest.raises(ValueError, match="trust_remote_code"):
         diffusers.DiffusionPipeline.from_pretrained(str(own_folder))
     # without the entry of the index a plain U-Net would come back without a word: its weights do not fit

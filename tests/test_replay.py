@@ -198,9 +198,14 @@ class Block(nn.Module):
         self.layers = nn.ModuleList(Layer(width) for _ in range(2))
 
     def forward(
-        self, hidden_states: Tensor, text: Tensor, positions: Tensor, shift: float = 0.0, **more: Any
+        self,
+        hidden_states: Tensor,
+        text: Tensor,
+        positions: Tensor,
+        shift: float | Tensor | None = 0.0,
+        **more: Any,
     ) -> tuple[Tensor, Tensor]:
-        hidden = torch.tanh(self.first(hidden_states)) + positions + shift
+        hidden = torch.tanh(self.first(hidden_states)) + positions + (0.0 if shift is None else shift)
         for layer in self.layers:
             hidden = layer(hidden)
         if more.get("count") is not None:
@@ -245,6 +250,9 @@ class Chain(ModelMixin, ConfigMixin):  # type: ignore[misc]
             named: dict[str, Any] = {"count": count} if self.trap == "an input" else {}
             if self.trap == "no rows":
                 named, text = {"shared": True}, text if place else positions.repeat(1, block.width)
+            if self.trap == "by value":
+                there = not sample.is_meta and bool(sample.any())
+                named = {"shift": hidden.mean(dim=-1, keepdim=True) if there else None}
             if self.trap == "counts":
                 self.count.add_(1)
             if self.trap == "unused" and place == 2:
@@ -433,6 +441,19 @@ def test_a_hook_on_a_block_is_refused(chain: Callable[..., Any], before: bool) -
             with pytest.raises(ReplayError, match=r"found a hook on it \(blocks\.1\)"):
                 shared(model, SETS, width=width)
     shared(model, SETS)
+
+
+def test_an_input_that_is_there_for_some_values_is_scored_set_by_set(chain: Callable[..., Any]) -> None:
+    """Whether it has rows was not seen in a run without values."""
+    model = chain("by value")
+    units = architecture_of(model).outline.units
+    found, _, inputs = shared(model, SETS, width=1)
+    for gone, answer in zip(SETS, found, strict=True):
+        assert torch.equal(answer, naive(model, inputs, gone, units)), sorted(gone)
+    with pytest.raises(
+        ReplayError, match=r"a tensor among its inputs where a model without weights gives it none"
+    ):
+        shared(model, SETS, width=4)
 
 
 def test_a_stream_without_rows_is_scored_set_by_set(chain: Callable[..., Any]) -> None:

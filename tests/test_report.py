@@ -770,7 +770,7 @@ def test_the_page_says_how_each_student_is_built(fresh: Run) -> None:
         if isinstance(item, Table)
     }
     ranked = {row["Plan"]: row["Form"] for row in tables["Ranking"]}
-    wanted = {name: "native" for name in PLANS} | {"bk-base": "own", "bk-small": "neutral"}
+    wanted = dict.fromkeys(PLANS, "native") | {"bk-base": "own", "bk-small": "neutral"}
     assert ranked == {"teacher": "", **wanted}
     assert {row["Plan"]: row["Form"] for row in tables["Removed blocks of each candidate"]} == wanted
     saved = {row["Plan"]: row["Form"] for row in tables["reference"]}

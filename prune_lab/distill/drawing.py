@@ -28,9 +28,9 @@ from prune_lab.families.drawing import call_inputs, class_texts, reads_text
 from prune_lab.models.parts import why_no_text_to_image
 from prune_lab.models.silence import quiet
 from prune_lab.probes import (
+    check_side,
     class_count,
     cut_texts,
-    check_side,
     decode_latents,
     note_cut,
     picture_side,

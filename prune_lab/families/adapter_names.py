@@ -123,9 +123,7 @@ def kept_path(layout: Layout, removed: Iterable[str], path: str) -> str | None:
     return None if inside else layout.renamed(path)
 
 
-def adapter_names(
-    teacher: Mapping[str, Any], layout: Layout, removed: Collection[str] = ()
-) -> AdapterNames:
+def adapter_names(teacher: Mapping[str, Any], layout: Layout, removed: Collection[str] = ()) -> AdapterNames:
     """The names of the modules of the U-Net of config ``teacher`` in files of additions, and those in its student.
 
     ``removed`` are the paths of the blocks that the plan takes out, in whatever form.

@@ -258,6 +258,11 @@ class _Passes:
                 f"asked to run {self._sites[place].unit.name} for several sets at a time, found {len(leaves)} values "
                 f"among its inputs, and {len(marks)} in a model without weights; such a model is scored set by set"
             )
+        if any(isinstance(leaf, Tensor) and mark is None for leaf, mark in zip(leaves, marks, strict=True)):
+            raise ReplayError(
+                f"asked to run {self._sites[place].unit.name} for several sets at a time, found a tensor among its "
+                "inputs where a model without weights gives it none; such a model is scored set by set (width 1)"
+            )
         picked: tuple[Any, Any] = tree_unflatten(_picked(leaves, marks, which, len(self._lanes)), spec)
         return picked
 

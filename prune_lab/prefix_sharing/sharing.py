@@ -185,7 +185,7 @@ def _answers(
         rows.answer,
         removed,
         width=width,
-        growth=lambda: growth(rows.model, architecture, rows.first().inputs),
+        growth=lambda: growth(rows.model, architecture, rows.inputs),
         computed=computed,
         at_once=at_once,
         compiled=compiled,

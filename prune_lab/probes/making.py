@@ -27,7 +27,9 @@ from prune_lab.runtime import generator_for, note_once, seeded
 
 # All of SD 1, 2, XL.
 _SD_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-_VAE_FACTOR = 8  # pixels per latent pixel, where there is no VAE to tell; what a model is told of its size reads it
+_VAE_FACTOR = (
+    8  # pixels per latent pixel, where there is no VAE to tell; what a model is told of its size reads it
+)
 
 
 def _spread_order(count: int) -> list[int]:

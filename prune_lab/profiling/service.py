@@ -109,7 +109,7 @@ def size_text(
     """
     config = plain_config(source.config)
     height, width = latent_shape(config, latent)
-    words = [f"a {width} x {height} latent"]
+    words = [f"latents of {width} x {height}"]
     if source.is_pipeline:
         side = pixels_per_latent(source)
         words = [f"{side * width} x {side * height} pixels"]
@@ -159,7 +159,8 @@ _PIXELS = re.compile(r"[1-9]\d{0,4}", re.ASCII)
 
 
 def read_service(text: str, own: Service, source: ModelSource) -> Service:
-    """``own`` with what ``text`` says otherwise: device, number format, pixels, batch=N, tokens=N, frames=N in any order.
+    """``own`` with what ``text`` says otherwise: device, number format, pixels, batch=N, tokens=N, frames=N in any
+    order.
 
     ``float16,512,batch=1`` or ``cuda:1,compiled``. Pixels are of a square picture. Raises BudgetError for a part that
     is none of them or is said twice, ConfigError for a number out of range or a size that the VAE cannot make,
