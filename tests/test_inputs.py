@@ -269,6 +269,7 @@ def test_those_that_count_from_noise_predict_the_other_way() -> None:
         torch.testing.assert_close(again, by_hand, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*LoraLoaderMixin:FutureWarning")  # PRX's own
 @pytest.mark.parametrize("length", [1000, 400])
 @pytest.mark.parametrize(
     ("pipeline", "name", "more"),
