@@ -780,5 +780,8 @@ def test_a_whole_run_in_another_form(
         assert {name for name in states[0] if name.startswith(silent)} <= same if silent else True
         assert len(same) < len(states[0]) / 2
         student = load_student(candidate, "distilled")
-        stated, counted = cost_table(architecture).of(candidate.plan), count_macs(student, tokens=architecture.tokens)
+        stated, counted = (
+            cost_table(architecture).of(candidate.plan),
+            count_macs(student, tokens=architecture.tokens),
+        )
         assert (size(student), counted.total) == (stated.params, stated.macs)
