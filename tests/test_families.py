@@ -132,7 +132,7 @@ TOY = Family(
     plans={"odd": lambda outline: frozenset(unit.name for unit in outline.units[:-1:2])},
     stage_features=toy_features,
     stem=lambda config: "embed",
-    head="final",
+    head=lambda config: "final",
     compiled=("ToyBlock",),
 )
 
