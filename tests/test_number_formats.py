@@ -30,6 +30,8 @@ from prune_lab.profiling import profile_pipeline
 from prune_lab.profiling.random_weights import random_model
 from prune_lab.surgery import building, materialise, parts, prune_pipeline
 
+# What diffusers says of its own parts; as an error inside of it, it would leave the default number format changed.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 HALF = torch.bfloat16
 # Some modules in float32; places of patches, angles or tables beside the weights; a tensor of numbers beside them.
 ODD = (
