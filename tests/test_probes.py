@@ -409,7 +409,7 @@ def test_sdxl_pipeline_carries_its_conditioning(
         text_encoder_2=second,
         tokenizer=pipeline.tokenizer,
         tokenizer_2=pipeline.tokenizer,
-        model=unet,
+        unet=unet,
         scheduler=pipeline.scheduler,
         add_watermarker=False,
     )
