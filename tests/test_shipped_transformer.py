@@ -257,22 +257,3 @@ def test_it_and_its_student_draw_as_in_plain_diffusers_in_a_process_of_its_own(t
         ours = pl.load(name).generate("fluent emoji, fox", steps=3, guidance=4, seed=7)
         with Image.open(picture) as theirs:
             assert ours.columns[0].pictures[0].tobytes() == theirs.convert("RGB").tobytes()
-
-
-@pytest.mark.long
-def test_all_of_a_job_goes_through(tmp_path: Path) -> None:
-    few = {"probe.samples": 4, "probe.timesteps": 2, "score.bootstrap": 10, "distill.steps": 2}
-    few |= {"distill.batch": 2, "distill.pictures": 8, "distill.warmup": 1, "distill.trackers": []}
-    few |= {
-        "evaluate.steps": 2,
-        "distill.checkpoint_every": 2,
-        "distill.validate_every": 2,
-        "evaluate.prompts": ["fluent emoji, fox"],
-        "profile.runs": 2,
-    }
-    found = pl.run("transformer", run=tmp_path / "run", macs="70%", settings=few)
-    frame = found.ranking.frame()
-    assert set(frame["status"]) == {"teacher", "ranked"}
-    assert frame["clip_after"].notna().all()
-    sources = json.loads((tmp_path / "run" / "report" / "sources.json").read_text())
-    assert "reference" in json.dumps(sources)
