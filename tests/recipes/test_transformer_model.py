@@ -343,6 +343,7 @@ def test_the_shipped_transformer_is_small_and_listens_to_captions() -> None:
     captioned = evaluate.captioned_rows(pipeline, frame)
     rows = held_out_rows(captioned, rounds=2)
     model = by_transformer(pipeline.transformer)
-    assert float(errors(model, captioned, rows).mean()) < 0.45
+    assert float(errors(model, captioned, rows).mean()) < 0.335  # 0.3234 when it was shipped
     losses = caption_losses(model, captioned, rows)
-    assert losses["right"] < losses["none"] < losses["another"]
+    assert losses["right"] < 0.5  # 0.472, 0.881 and 1.556
+    assert 0.8 < losses["none"] < losses["another"]
