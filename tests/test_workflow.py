@@ -525,7 +525,7 @@ def test_comparison_of_plans_folders_and_runs(finished: Run, config: RunConfig) 
     frame = comparison(
         config.model, ["bk-base", str(folder.folder), str(folder.distilled_model), str(finished.folder)]
     )
-    kept = sum(p.numel() for p in UNet2DConditionModel.from_pretrained(folder.unet).parameters())
+    kept = sum(p.numel() for p in UNet2DConditionModel.from_pretrained(folder.pruned).parameters())
     assert list(frame["params"].iloc[:4]) == [architecture.total_params, kept, kept, kept]
     assert frame["params_change"].iloc[1] == pytest.approx(kept / architecture.total_params - 1)
     assert list(frame["kind"].iloc[:5]) == ["model", "plan", "candidate", "model", "teacher"]
