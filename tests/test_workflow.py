@@ -466,13 +466,19 @@ def test_a_bare_unet_can_be_scored_but_not_distilled(
     finished: Run, config: RunConfig, tmp_path: Path
 ) -> None:
     folder = finished.candidate(finished.plan_ids()[0]).pruned
-    bare = dataclasses.replace(config, model=str(folder), score=ScoreConfig(groups=("stage",), bootstrap=10))
+    scored = ScoreConfig(groups=("stage",), bootstrap=10)
+    given = dataclasses.replace(config, model=str(folder), score=scored)
+    with pytest.raises(
+        ConfigError, match="alone, without the parts"
+    ):  # of a pipeline, which its pictures need
+        start_run(given, tmp_path / "run")
+    bare = dataclasses.replace(given, data=dataclasses.replace(config.data, source=""))
     run = start_run(bare, tmp_path / "run")
     assert ensure_probe(Session(run)).captions == ("",) * config.probe.samples
     assert len(ensure_scores(Session(run)).entries) > 0
     assert ensure_blocks(Session(run)).total_params == ensure_costs(Session(run)).total.params
     with pytest.raises(RunError, match="text encoder"):
-        run_all(bare, run.folder)
+        ensure_distilled(Session(run))
 
 
 def test_quality_has_a_row_per_set_of_pictures(finished: Run) -> None:
