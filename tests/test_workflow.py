@@ -478,7 +478,7 @@ def test_a_bare_unet_can_be_scored_but_not_distilled(
     assert len(ensure_scores(Session(run)).entries) > 0
     assert ensure_blocks(Session(run)).total_params == ensure_costs(Session(run)).total.params
     with pytest.raises(RunError, match="text encoder"):
-        ensure_distilled(Session(run))
+        _ = Session(run).pipeline  # which distilling and drawing need
 
 
 def test_quality_has_a_row_per_set_of_pictures(finished: Run) -> None:
