@@ -44,6 +44,7 @@ from prune_lab.plans import is_native, plan_of
 from prune_lab.prefix_sharing import predict_without
 from prune_lab.probes import random_probe
 from prune_lab.session.session import origin_of
+from prune_lab.workflow import kind_of_target
 
 # Stored in pieces --------------------------------------------------------------------------------------------------
 
@@ -257,3 +258,10 @@ def test_it_and_its_student_draw_as_in_plain_diffusers_in_a_process_of_its_own(t
         ours = pl.load(name).generate("fluent emoji, fox", steps=3, guidance=4, seed=7)
         with Image.open(picture) as theirs:
             assert ours.columns[0].pictures[0].tobytes() == theirs.convert("RGB").tobytes()
+
+
+def test_it_is_a_model_where_things_are_compared() -> None:
+    assert kind_of_target("transformer") == kind_of_target("reference") == "model"
+    found = pl.compare("transformer", "-B9").frame()
+    assert list(found["kind"]) == ["model", "plan"]
+    assert found["params"].is_monotonic_decreasing
