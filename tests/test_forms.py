@@ -449,11 +449,21 @@ def test_code_that_is_not_known_is_never_run(own_folder: Path, tmp_path: Path) -
             family_of({**config, "auto_map": wrong}).model_class()
 
 
-def test_the_plain_class_refuses_the_folder(own_folder: Path) -> None:
-    unet = str(own_folder / "unet")
+def test_the_plain_class_refuses_the_folder(own_folder: Path, tmp_path: Path) -> None:
+    plain = diffusers.UNet2DConditionModel
+    without = tmp_path / "without"  # as it was before its config said so itself: the weights do not fit
+    shutil.copytree(own_folder / "unet", without)
+    config = json.loads((without / "config.json").read_text())
+    del config["quantization_config"]
+    (without / "config.json").write_text(json.dumps(config))
     for low in (True, False):
+        for ignored in (True, False):
+            with pytest.raises(ValueError, match="trust_remote_code=True"):
+                plain.from_pretrained(
+                    own_folder / "unet", low_cpu_mem_usage=low, ignore_mismatched_sizes=ignored
+                )
         with pytest.raises((ValueError, RuntimeError), match=r"expected shape|size mismatch"):
-            diffusers.UNet2DConditionModel.from_pretrained(unet, low_cpu_mem_usage=low)
+            plain.from_pretrained(without, low_cpu_mem_usage=low)
     with safe_open(own_folder / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
         empty = [name for name in file.keys() if not file.get_tensor(name).numel()]  # noqa: SIM118
     assert sorted(empty) == ["down_blocks.0.attentions.0.norm.weight", "up_blocks.1.resnets.1.norm1.weight"]
@@ -517,7 +527,7 @@ def test_how_diffusers_loads_it(own_folder: Path, tmp_path: Path) -> None:
     index = json.loads((wrong / "model_index.json").read_text())
     index["unet"] = ["diffusers", "UNet2DConditionModel"]
     (wrong / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises((ValueError, RuntimeError), match=r"expected shape|size mismatch"):
+    with pytest.raises(ValueError, match="load it with trust_remote_code=True"):
         diffusers.DiffusionPipeline.from_pretrained(str(wrong), trust_remote_code=True)
     # what is saved again has its code, also twice, and from what prune-lab loaded
     loaded = diffusers.DiffusionPipeline.from_pretrained(str(own_folder), trust_remote_code=True)
@@ -528,6 +538,74 @@ def test_how_diffusers_loads_it(own_folder: Path, tmp_path: Path) -> None:
     third = diffusers.DiffusionPipeline.from_pretrained(str(tmp_path / "third"), trust_remote_code=True)
     inputs = random_inputs(model, 0)
     assert torch.equal(answer(third.unet, inputs), answer(model, inputs))
+    # it is a model like others: its numbers change their format, and nothing of it counts as quantised
+    assert third.to(torch.float16).unet.dtype == torch.float16
+    assert "quantization_config" not in model.config
+    half = diffusers.AutoModel.from_pretrained(unet, trust_remote_code=True, dtype=torch.float16)
+    assert {parameter.dtype for parameter in half.to("cpu").parameters()} == {torch.float16}
+    rebuilt = type(model).from_config(model.config)
+    rebuilt.load_state_dict(model.state_dict())
+    assert torch.equal(answer(rebuilt.eval(), inputs), answer(model, inputs))
+
+
+@pytest.mark.usefixtures("modules")
+def test_what_is_pushed_to_a_hub_has_its_code(
+    own_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ways to a hub that diffusers has; what lies in the folder when it goes up is what arrives."""
+    model = load_model(resolve_model(str(own_folder)))
+    sent: list[set[str]] = []
+
+    def upload(folder_path: Any, **_: Any) -> None:
+        sent.append({path.relative_to(folder_path).as_posix() for path in Path(folder_path).rglob("*")})
+
+    created = SimpleNamespace(repo_id="us/it")
+    card = SimpleNamespace(save=lambda path: None)
+    for module in ("modeling_utils", "pipeline_utils"):
+        place = "diffusers.models." if module == "modeling_utils" else "diffusers.pipelines."
+        monkeypatch.setattr(f"{place}{module}.create_repo", lambda *_, **__: created)
+        monkeypatch.setattr(f"{place}{module}.load_or_create_model_card", lambda *_, **__: card)
+        monkeypatch.setattr(f"{place}{module}.populate_model_card", lambda *_, **__: card)
+    monkeypatch.setattr("diffusers.utils.hub_utils.create_repo", lambda *_, **__: created)
+    monkeypatch.setattr("diffusers.utils.hub_utils.load_or_create_model_card", lambda *_, **__: card)
+    monkeypatch.setattr("diffusers.utils.hub_utils.populate_model_card", lambda *_, **__: card)
+    monkeypatch.setattr("diffusers.utils.hub_utils.upload_folder", upload)
+    model.save_pretrained(str(tmp_path / "saved"), push_to_hub=True, repo_id="us/it")
+    model.push_to_hub("us/it")
+    load_pipeline(resolve_model(str(own_folder)), model=model).save_pretrained(
+        str(tmp_path / "pipeline"), push_to_hub=True, repo_id="us/it"
+    )
+    code = code_in(own_folder / "unet").name
+    assert [code in names or f"unet/{code}" in names for names in sent] == [True] * 3
+
+
+def _files_of_releases() -> list[str]:
+    return sorted(path.stem for path in own_code.known_files().values())
+
+
+@pytest.mark.usefixtures("modules")
+@pytest.mark.parametrize("file", _files_of_releases())
+def test_students_of_every_file_that_was_shipped_load(
+    file: str, tiny_unet: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    architecture = architecture_of(tiny_unet)
+    plan = parse_plan("-Dn1.A1 -Up2.R2", architecture).built("own")
+    monkeypatch.setattr(own_code, "NEWEST", file)
+    save_model(materialise(tiny_unet, plan), tmp_path / "student", plan, {})
+    monkeypatch.undo()
+    source = resolve_model(str(tmp_path / "student"))
+    student = load_model(source)
+    assert type(student).__module__ == file
+    inputs = random_inputs(tiny_unet, 0)
+    with bypassed(tiny_unet, plan):
+        wanted = answer(tiny_unet, inputs)
+    assert torch.equal(answer(student, inputs), wanted)
+    plain = diffusers.AutoModel.from_pretrained(str(tmp_path / "student"), trust_remote_code=True)
+    assert torch.equal(answer(plain.eval(), inputs), wanted)
+    # what is pruned further is of the newest file
+    again = materialise(student, in_form(source.architecture, parse_plan("-Dn1.R1", source.architecture)))
+    assert type(again).__module__ == own_code.NEWEST
+    assert plain_config(again)["removed"].keys() > plain_config(student)["removed"].keys()
 
 
 @pytest.mark.usefixtures("modules")

@@ -51,6 +51,7 @@ from prune_lab.families.own_code import (
     own_class,
     own_family,
     own_layout,
+    without_guard,
 )
 from prune_lab.families.refused import REFUSED
 from prune_lab.families.skipping_transformers import SKIPPING_TRANSFORMERS
@@ -118,6 +119,7 @@ __all__ = [
     "supported_classes",
     "takes_guidance",
     "text_form",
+    "without_guard",
 ]
 
 FAMILIES: Mapping[str, Family] = {

@@ -201,6 +201,7 @@ class Chain:
     film: Callable[[Config], int] | None = None
     """How many frames the latent of a film has that the model is meant for; None of a model of pictures."""
     size: Callable[[Config], Size] = sample_size
+    pixels: Callable[[Config], int | None] = lambda config: None
     tokens: Callable[[Config], int] = lambda config: 77
     padded: bool = False
     """Whether a text always has as many words as ``tokens`` says."""
@@ -296,6 +297,7 @@ class Chain:
             film=lambda config: 1 if self.film is None else self.film(whole(config)),
             check=functools.partial(check_settings, [blocks.setting for blocks in lists]),
             size=lambda config: self.size(whole(config)),
+            pixels=lambda config: self.pixels(whole(config)),
             tokens=lambda config: self.tokens(whole(config)),
             example_inputs=self.example_inputs,
             conditions=lambda config: self.conditions(whole(config)),
