@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,7 +24,8 @@ from prune_lab.blocks import Architecture, CountedUnit
 from prune_lab.counting import Macs, count_macs
 from prune_lab.errors import ConfigError, PlanError, UnknownBlockError
 from prune_lab.families import Form, latent_shape
-from prune_lab.plans import PruningPlan, removed_samplers
+from prune_lab.forms import why_not
+from prune_lab.plans import PruningPlan, plan_of, removed_samplers
 from prune_lab.profiling.activations import ActivationTable
 from prune_lab.profiling.form_costs import counted_cost, parts_in_form
 from prune_lab.profiling.latency import LatencyTable
@@ -205,6 +207,27 @@ def _table_in(costs: CostTable, form: Form) -> CostTable:
         together=together,
         native=costs,
     )
+
+
+def savings_in(costs: CostTable, form: Form) -> dict[str, Any]:
+    """What leaves in ``form`` with each block, layer and sampler, and what only when several blocks are all gone, as
+    JSON values: parameters, multiply-adds, and those of them in attention products. Blocks that cannot be removed in it
+    are left out.
+    """
+    architecture, table = costs.architecture, costs.in_form(form)
+
+    def amounts(one: PartCost) -> list[int]:
+        return [one.params, one.macs, one.attention_macs]
+
+    def leaves(part: PartCost) -> bool:
+        if part.kind == "sampler":
+            return True
+        block = part.kind == "block" and architecture.block(part.name).removable
+        return block and not why_not(architecture, plan_of(architecture, [part.name]).built(form))
+
+    parts = {part.name: amounts(part) for part in (*table.parts, *table.layers) if leaves(part)}
+    together = [{"blocks": sorted(names), "saves": amounts(part)} for names, part in table.together]
+    return {"parts": parts, "together": together}
 
 
 # Made of a model ---------------------------------------------------------------------------------------------
