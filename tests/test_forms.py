@@ -30,6 +30,7 @@ from tiny_models import (
     tiny_model,
     with_random_weights,
 )
+from tiny_pipelines import drawn as picture_of
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -577,6 +578,29 @@ def test_what_is_pushed_to_a_hub_has_its_code(
     )
     code = code_in(own_folder / "unet").name
     assert [code in names or f"unet/{code}" in names for names in sent] == [True] * 3
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("modules")
+@pytest.mark.parametrize("kind", ["flux", "sd3"])
+def test_a_transformer_with_code_draws_in_plain_diffusers(
+    kind: str, pipeline_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder, out = pipeline_folder(kind), tmp_path / "out"
+    teacher = load_pipeline(resolve_model(str(folder)))
+    architecture = architecture_of(teacher.transformer)
+    plan = plan_of(architecture, [architecture.blocks[0].name, architecture.blocks[-1].name])
+    run("prune", folder, "--plan", plan.text, "--form", "own", "--out", out)
+    with pytest.raises(ValueError, match="load it with trust_remote_code=True"):
+        type(teacher.transformer).from_pretrained(out / "transformer")
+    plain = diffusers.DiffusionPipeline.from_pretrained(str(out), trust_remote_code=True)
+    plain.save_pretrained(tmp_path / "again")
+    again = diffusers.DiffusionPipeline.from_pretrained(str(tmp_path / "again"), trust_remote_code=True)
+    assert type(again.transformer).__name__ == f"Pruned{type(teacher.transformer).__name__}"
+    with bypassed(teacher.transformer, plan):
+        wanted = picture_of(teacher, kind)
+    for pipeline in (plain, again, load_pipeline(resolve_model(str(out)))):
+        assert torch.equal(picture_of(pipeline, kind), wanted)
 
 
 def _files_of_releases() -> list[str]:
