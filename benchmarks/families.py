@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from benchmarks.scoring import naive, shared
+from benchmarks.scoring import naive, naive_macs, shared
 from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.forms import in_form
 from prune_lab.models import resolve_model
@@ -209,7 +209,7 @@ def times(name: str, rounds: int, rows: int, runs: int) -> list[dict[str, Any]]:
                 "time_low": change.low,
                 "time_high": change.high,
                 "scored_blocks": len(blocks),
-                "scoring_macs_ratio": compute.saving,
+                "scoring_macs_ratio": naive_macs(architecture, blocks) * rows * runs / compute.macs,
                 "scoring_time_ratio": statistics.median(pairs),
                 "largest_difference": apart,
             }
