@@ -46,7 +46,15 @@ from prune_lab.profiling.plan_matrix import (
 from prune_lab.profiling.profile import Profile, profile, profile_from_dict
 from prune_lab.profiling.profile_tables import profile_blocks, profile_pipeline, reduction_table
 from prune_lab.profiling.random_weights import random_model
+from prune_lab.profiling.runtime_tables import (
+    latency_warnings,
+    part_disagreements,
+    plan_disagreements,
+    runtime_table,
+    services_of,
+)
 from prune_lab.profiling.service import (
+    BACKENDS,
     Service,
     latent_of_pixels,
     picture_size,
@@ -66,6 +74,7 @@ from prune_lab.profiling.turns import (
 )
 
 __all__ = [
+    "BACKENDS",
     "COUNTED",
     "METRICS",
     "REST",
@@ -104,6 +113,7 @@ __all__ = [
     "latency_file",
     "latency_key",
     "latency_table_from_dict",
+    "latency_warnings",
     "latency_words",
     "latent_of_pixels",
     "live_peak",
@@ -111,8 +121,10 @@ __all__ = [
     "measure_latency_table",
     "measure_memory_growth",
     "median_interval",
+    "part_disagreements",
     "picture_size",
     "pixels_per_latent",
+    "plan_disagreements",
     "profile",
     "profile_blocks",
     "profile_from_dict",
@@ -121,7 +133,9 @@ __all__ = [
     "random_native_plans",
     "read_service",
     "reduction_table",
+    "runtime_table",
     "sampler_groups",
+    "services_of",
     "split_service",
     "time_in_turns",
     "time_plans",
