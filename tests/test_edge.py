@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from prune_lab.cli import app
 from prune_lab.errors import BackendError, ProofError, UnsupportedModelError
 from prune_lab.export import EXPORT_TARGETS
-from prune_lab.export.edge import proof, sampler
+from prune_lab.export.edge import export_for, proof, sampler
 from prune_lab.export.edge.parts import drawing_of
 from prune_lab.models import load_pipeline, resolve_model
 from prune_lab.runtimes import RUNTIMES, Writing
@@ -70,8 +70,9 @@ def test_samplers_go_where_those_of_diffusers_go(name: str, settings: dict[str, 
     found = sampler.sampler_of(config)(config, steps, noise.numpy(), predict)
     assert asked == pytest.approx([float(time) for time in scheduler.timesteps], abs=1e-3)
     assert found.dtype == np.float32
-    scale = float(latents.abs().max())
-    assert np.abs(found - latents.numpy()).max() / scale < 2e-5
+    # Euler's latents begin as large as their noise, thousands without a signal: single precision rounds them so
+    rounding = 1e-4 * float(latents.abs().max()) + 2e-7 * float(scheduler.init_noise_sigma)
+    assert np.abs(found - latents.numpy()).max() < rounding
 
 
 @pytest.mark.parametrize(
@@ -99,17 +100,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_runtime_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import importlib.util
-
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    lacking = dataclasses.replace(RUNTIMES["onnx"], packages=("no_such_package",))
+    monkeypatch.setitem(RUNTIMES, "onnx", lacking)
+    monkeypatch.setitem(EXPORT_TARGETS, "onnx", export_for("onnx"))
     done = CliRunner().invoke(app, ["export", "reference", "--to", "onnx", "--out", str(tmp_path / "out")])
     assert done.exit_code == 2
-    assert "onnx, onnxscript, onnxruntime is not installed" in " ".join(done.output.split())
-    assert "pip install 'prune-lab[edge]'" in " ".join(done.output.split())
+    said = " ".join(done.output.split())
+    assert (
+        "found that no_such_package is not installed; install it with: pip install 'prune-lab[edge]'" in said
+    )
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", ["flux", "sd3", "wan", "ddpm", "dit"])
+@pytest.mark.parametrize("kind", ["flux", "sd3", "ddpm"])
 def test_pipelines_that_draw_otherwise_are_refused_by_name(kind: str, tmp_path: Path) -> None:
     pipeline = load_pipeline(resolve_model(str(tiny_pipeline(kind, tmp_path / kind))))
     with pytest.raises(BackendError, match=f"a {type(pipeline).__name__} .*known are pipelines that draw"):
@@ -133,6 +136,7 @@ def test_formats_that_are_not_written_are_refused(
 
 
 # What is written ---------------------------------------------------------------------------------------------------
+
 
 def needs(name: str) -> None:
     """Skip the test where the runtime called ``name`` is not installed."""
@@ -172,7 +176,9 @@ def test_a_folder_draws_without_torch_what_diffusers_draws(name: str, kind: str,
     assert picture.shape[:2] == tuple(told["pixels"] * side for side in told["latent"][1:])
     here = str(Path(__file__).resolve().parent.parent)
     for path in moved.rglob("*"):
-        assert path.is_dir() or here.encode() not in path.read_bytes(), f"{path} names a folder of this machine"
+        assert path.is_dir() or here.encode() not in path.read_bytes(), (
+            f"{path} names a folder of this machine"
+        )
 
 
 @pytest.mark.long
@@ -210,8 +216,6 @@ def test_a_part_that_answers_otherwise_is_not_written(
         return written
 
     monkeypatch.setitem(RUNTIMES, "onnx", dataclasses.replace(RUNTIMES["onnx"], write=damaged))
-    from prune_lab.export.edge import export_for
-
     with pytest.raises(ProofError, match="its model answers otherwise than torch"):
         export_for("onnx")(resolve_model(str(tiny)), tmp_path / "out")
     assert not (tmp_path / "out").exists()

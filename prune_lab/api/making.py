@@ -82,16 +82,15 @@ def profile_table(
         if timed:
             model = load_model(source, random_weights=not source.has_weights, **place)
             frame = profile_blocks(model, runs=rounds, **sizes)
-            notes = part_disagreements(_shares_by_kind(frame))
+            shares = zip(frame["macs"] / frame["macs"].sum(), frame["share"], strict=True)
+            notes = part_disagreements(architecture, dict(zip(frame["name"], shares, strict=True)))
         else:
             frame = cost_table(architecture, **sizes).frame()
         draw = partial(draw_costs, frame, scores)
     elif kind == "runtimes":
         service = Service(str(place["device"]), str(place["dtype"]).removeprefix("torch."), **sizes)
         services, side = services_of(service, backends), pixels_per_latent(source)
-        frame = runtime_table(
-            architecture, plans, services, model=source.text, rounds=rounds, pixels=side
-        )
+        frame = runtime_table(architecture, plans, services, model=source.text, rounds=rounds, pixels=side)
         notes = plan_disagreements(frame)
     else:
         service = Service(str(place["device"]), str(place["dtype"]).removeprefix("torch."), **sizes)
@@ -105,18 +104,13 @@ def profile_table(
 
 def read_backends(text: str) -> tuple[str, ...]:
     """The backends in ``text``, such as ``eager,openvino``; compile is compiled. Raises BackendError for another."""
-    found = tuple("compiled" if one == "compile" else one for one in filter(None, map(str.strip, text.split(","))))
+    found = tuple(
+        "compiled" if one == "compile" else one for one in filter(None, map(str.strip, text.split(",")))
+    )
     for one in found:
         if one not in BACKENDS:
             raise BackendError(f"asked for the backend {one:.60}; give one of {', '.join(BACKENDS)}")
     return tuple(dict.fromkeys(found))
-
-
-def _shares_by_kind(frame: pd.DataFrame) -> dict[str, tuple[float, float]]:
-    """(share of the MACs, share of the time) of all blocks of one kind together."""
-    sums = frame.groupby("kind", sort=False)[["macs", "share"]].sum()
-    macs = sums["macs"] / sums["macs"].sum()
-    return {f"{kind} blocks together": (macs[kind], sums["share"][kind]) for kind in sums.index}
 
 
 def pruned_table(source: ModelSource, plan: Plan, out: Path, *, written: bool) -> Table:

@@ -13,11 +13,11 @@ from prune_lab.api.data import data_table
 from prune_lab.api.making import (
     drawn_table,
     exported_table,
-    read_backends,
     place_of,
     plans_of,
     profile_table,
     pruned_table,
+    read_backends,
 )
 from prune_lab.api.plans import Plan, Plans, plan_maps
 from prune_lab.api.settings import budgets_asked, model_title, settings_by_name
@@ -125,9 +125,9 @@ class Model(Workplace):
         With ``blocks`` a row per block, with ``pipeline`` one per part of the pipeline in a picture of ``steps`` steps.
         ``latency`` times a forward pass of ``batch`` samples in milliseconds, the plans in turns with the model in each
         of ``rounds`` (None: where there are weights). ``resolution`` is in pixels of the picture's sides, ``tokens`` in
-        words of text (None: the model's own). ``backend``, such as ``eager,openvino``, gives a table of times alone, each
-        model in a process of its own: eager, compile, onnx, openvino. Raises PlanError for a plan that cannot be read, or when two of the three
-        tables are asked for, ConfigError for a number out of range.
+        words of text (None: the model's own). ``backend``, such as ``eager,openvino``, gives a table of times alone,
+        each model in a process of its own: eager, compile, onnx, openvino. Raises PlanError for a plan that cannot be
+        read, or when two of the tables are asked for, ConfigError for a number out of range.
         """
         if (blocks or pipeline) and (plans or backend or blocks == pipeline):
             raise PlanError("blocks, pipeline and plans each give a table of their own; ask for one of them")
@@ -139,7 +139,13 @@ class Model(Workplace):
                 plans_of(self.architecture, plans),
                 place_of(self.settings),
                 self._scores(),
-                kind="pipeline" if pipeline else "block costs" if blocks else "runtimes" if backends else "reductions",
+                kind="pipeline"
+                if pipeline
+                else "block costs"
+                if blocks
+                else "runtimes"
+                if backends
+                else "reductions",
                 backends=backends,
                 latency=True if latency is None and self.settings.random_weights else latency,
                 steps=steps,

@@ -16,10 +16,11 @@ from prune_lab.cli.output import show
 @app.command()
 def export(
     model: options.ModelArgument,
-    to: Annotated[str, 
+    to: Annotated[
+        str,
         typer.Option(
             "--to",
-            help="Format: single-file (one .safetensors for ComfyUI); onnx or openvino (a folder that draws without torch).",
+            help="single-file (one .safetensors for ComfyUI); onnx, openvino (a folder that draws without torch).",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="File, or for a runtime folder, to write.")],

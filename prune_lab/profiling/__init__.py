@@ -5,7 +5,12 @@ from __future__ import annotations
 from prune_lab.live_bytes import LiveBytes, live_peak
 from prune_lab.profiling.activations import ActivationTable, UnitMemory, activation_table
 from prune_lab.profiling.cost_table import CostTable, cost_table
-from prune_lab.profiling.disagreement import latency_disagreement
+from prune_lab.profiling.disagreement import (
+    latency_disagreement,
+    latency_warnings,
+    part_disagreements,
+    plan_disagreements,
+)
 from prune_lab.profiling.latency import (
     Latency,
     LatencyTable,
@@ -45,13 +50,7 @@ from prune_lab.profiling.plan_matrix import (
 from prune_lab.profiling.profile import Profile, profile, profile_from_dict
 from prune_lab.profiling.profile_tables import profile_blocks, profile_pipeline, reduction_table
 from prune_lab.profiling.random_weights import random_model
-from prune_lab.profiling.runtime_tables import (
-    latency_warnings,
-    part_disagreements,
-    plan_disagreements,
-    runtime_table,
-    services_of,
-)
+from prune_lab.profiling.runtime_tables import runtime_table, services_of
 from prune_lab.profiling.service import (
     BACKENDS,
     Service,

@@ -249,7 +249,9 @@ def measure_latency_table(
         latency = latency_of([took for took, _ in passes], warmup)
         checks = _checked(whole, students, calibrate, held_out, inputs, timer, warmup, seed)
     if backend in RUNTIMES:
-        service = Service(str(model.device), str(model.dtype).removeprefix("torch."), **sizes, backend=backend)
+        service = Service(
+            str(model.device), str(model.dtype).removeprefix("torch."), **sizes, backend=backend
+        )
         latency, checks = _checked_in_runtime(architecture, service, calibrate, held_out, warmup, seed)
     groups = {group.name for group in sampler_groups(architecture)}
     savings = []

@@ -17,7 +17,7 @@ from prune_lab.profiling.service import Service
 from prune_lab.runtimes import RUNTIMES, Runtime, Weights
 
 _START = "from prune_lab.profiling.runtime_process import write; write()"
-_INPUTS = "inputs.npz"
+_INPUTS = "inputs.safetensors"
 # What a number format means to a runtime: how weights are written, and what it computes in.
 _FORMATS: dict[str, dict[str, tuple[Weights, str]]] = {
     "onnx": {"float32": ("float32", "f32")},
@@ -69,8 +69,8 @@ def write_for_runtime(config: Mapping[str, Any], service: Service, folder: Path,
 
 def write() -> None:
     """Do what ``write_for_runtime`` asks on the standard input."""
-    import numpy as np
     import torch
+    from safetensors.torch import save_file
 
     from prune_lab.profiling.random_weights import random_model
     from prune_lab.runtimes import Writing, model_part
@@ -85,7 +85,7 @@ def write() -> None:
     part = model_part(model, tokens=service.tokens)
     runtime.write(part, folder, Writing(weights=weights, side=service.latent))
     inputs = part.examples(service.batch, service.latent)
-    np.savez(folder / _INPUTS, **{name: tensor.numpy() for name, tensor in inputs.items()})  # type: ignore[arg-type]
+    save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, folder / _INPUTS)
 
 
 class RuntimeProcess(TimingProcess):

@@ -1,11 +1,11 @@
-"""One model and what plans leave of it, timed in several runtimes: one table, and where MACs foretell its times badly."""
+"""One model and what plans leave of it, timed in several runtimes: one table."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import pandas as pd
 import torch
@@ -13,16 +13,13 @@ import torch
 from prune_lab.blocks import Architecture
 from prune_lab.forms import why_not
 from prune_lab.plans import PruningPlan
-from prune_lab.profiling.cost_table import CostTable, cost_table, latency_disagreement
-from prune_lab.profiling.latency import LatencyTable
+from prune_lab.profiling.cost_table import cost_table
 from prune_lab.profiling.own_process import Usage
 from prune_lab.profiling.runtime_process import check_runtime
 from prune_lab.profiling.service import PIXELS, Service
 from prune_lab.profiling.timed_plans import TEACHER, time_plans
 from prune_lab.runtimes import RUNTIMES
 from prune_lab.schemas import RUNTIME_COLUMNS
-
-TENTH = 0.1  # of the whole: how far MACs and latency may lie apart before somebody is told
 
 
 def runtime_table(
@@ -51,7 +48,7 @@ def runtime_table(
     rows: list[dict[str, object]] = []
     for service in services:
         sizes = {"batch": service.batch, "latent": service.latent}
-        costs = cost_table(architecture, tokens=service.tokens or architecture.tokens, **sizes)  # type: ignore[arg-type]
+        costs = cost_table(architecture, tokens=service.tokens or architecture.tokens, **sizes)
         usage: dict[str, Usage] = {}
         timing = {"rounds": rounds, "warmup": warmup, "seed": seed}
         turns = time_plans(architecture, native, service, own_processes=True, usage=usage, **timing)  # type: ignore[arg-type]
@@ -81,46 +78,3 @@ def runtime_table(
 def services_of(service: Service, backends: Sequence[str]) -> list[Service]:
     """``service`` in each of ``backends``."""
     return [dataclasses.replace(service, backend=backend) for backend in backends]  # type: ignore[arg-type]
-
-
-# Where MACs foretell badly -----------------------------------------------------------------------------------------
-
-
-def plan_disagreements(frame: pd.DataFrame) -> tuple[str, ...]:
-    """A line for each plan of a table whose latency changed otherwise than its MACs, by more than a tenth of the whole.
-
-    Columns plan, macs_change and latency_change, and backend where there are several.
-    """
-    lines = []
-    for row in frame.to_dict(orient="records"):
-        macs, latency = row.get("macs_change"), row.get("latency_change")
-        if latency is None or math.isnan(latency) or abs(latency - macs) <= TENTH:  # type: ignore[operator]
-            continue
-        where = f" in {row['backend']}" if "backend" in row else ""
-        lines.append(
-            f"MACs foretell {row['plan']} badly{where}: {macs:+.0%} MACs, {latency:+.0%} time; plan by --latency"
-        )
-    return tuple(lines)
-
-
-def part_disagreements(shares: Mapping[str, tuple[float, float]]) -> tuple[str, ...]:
-    """A line for each part whose share of the time is more than a tenth of the whole from its share of the MACs.
-
-    ``shares`` holds (share of MACs, share of time) by the name of the part.
-    """
-    return tuple(
-        f"MACs foretell the time of {name} badly: {macs:.0%} of the MACs, {took:.0%} of the time"
-        for name, (macs, took) in shares.items()
-        if abs(took - macs) > TENTH
-    )
-
-
-def latency_warnings(costs: CostTable, latency: LatencyTable) -> tuple[str, ...]:
-    """``part_disagreements`` of every block, of all blocks of a kind together, and of what no plan removes."""
-    frame = latency_disagreement(costs, latency)
-    kinds = {unit.name: unit.kind for unit in costs.architecture.units}
-    frame["together"] = [f"{kinds[name]} blocks together" if name in kinds else name for name in frame["name"]]
-    columns = ["macs_share", "latency_share"]
-    single = {row["name"]: (row["macs_share"], row["latency_share"]) for _, row in frame.iterrows()}
-    sums = frame.groupby("together", sort=False)[columns].sum()
-    return part_disagreements(single | {name: (row.iloc[0], row.iloc[1]) for name, row in sums.iterrows()})

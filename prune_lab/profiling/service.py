@@ -96,10 +96,10 @@ _PIXELS = re.compile(r"[1-9]\d{0,4}", re.ASCII)
 
 
 def read_service(text: str, own: Service, source: ModelSource) -> Service:
-    """``own`` with what ``text`` says otherwise: device, number format, pixels, batch=N, tokens=N, backend in any order.
+    """``own`` with what ``text`` says otherwise: device, number format, pixels, batch=N, tokens=N, a backend.
 
-    ``float16,512,batch=1``, ``cuda:1,compiled`` or ``openvino``. Pixels are of a square picture. Raises BudgetError for a part that
-    is none of them or is said twice, ConfigError for a number out of range or a size that the VAE cannot make,
+    In any order: ``float16,512,batch=1``, ``cuda:1,compiled`` or ``openvino``. Pixels are of a square picture. Raises
+    BudgetError for a part that is none of them or is said twice, ConfigError for a number out of range or a size that the VAE cannot make,
     DeviceError for a device that is not here.
     """
     said: dict[str, Any] = {}

@@ -136,8 +136,8 @@ def time_plans(
     All in this process where they fit (None for ``own_processes``), with weights that they share: those of ``model``,
     which is on the service's device in its number format, or random ones. Else each has a process of its own: it waits
     for its turn without weights, then makes random ones, warms up, is timed, and lets them go. Weights decide nothing
-    about the time of a pass. In another runtime than torch each always has a process of its own, without torch; it keeps
-    its weights between turns where all fit. Into ``usage`` goes what processes of their own took beside time, by name.
+    about the time of a pass. In another runtime than torch each always has a process of its own, without torch, and
+    keeps its weights between turns where all fit. Into ``usage`` goes what processes of their own took beside time, by name.
     ``rounds``, ``warmup`` and ``mark`` are those of ``time_in_turns``. Raises
     FormError for a plan that cannot be built, before anything is timed.
     """

@@ -19,7 +19,9 @@ from prune_lab.runtimes.part import Part
 
 Runner = Callable[[Mapping[str, Any]], list[Any]]  # named arrays in, arrays out
 Weights = Literal["float32", "float16", "int8"]  # how the numbers of the weights lie in the file
-MOST_INSIDE = 2_000_000_000  # bytes of weights that lie in the file of an ONNX graph itself: protobuf ends at 2 GiB
+MOST_INSIDE = (
+    2_000_000_000  # bytes of weights that lie in the file of an ONNX graph itself: protobuf ends at 2 GiB
+)
 _OPSET = 20
 
 
@@ -99,7 +101,7 @@ class Runtime:
 
 
 def _without_places(model: Any) -> None:
-    """Take out of an ONNX graph where in which source each node comes from: paths of this machine, megabytes of them."""
+    """Take out of an ONNX graph where in a source each node comes from: paths of this machine, megabytes of them."""
     graphs = [model.graph, *(function.graph for function in model.functions.values())]
     for graph in graphs:
         for node in graph.all_nodes():

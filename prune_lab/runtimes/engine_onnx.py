@@ -11,9 +11,7 @@ import onnxruntime
 ENDING = ".onnx"
 
 
-def load(
-    path: Path, threads: int = 0, precision: str = "f32"
-) -> Callable[[Mapping[str, Any]], list[Any]]:
+def load(path: Path, threads: int = 0, precision: str = "f32") -> Callable[[Mapping[str, Any]], list[Any]]:
     """What answers named arrays with the list of its outputs; 0 threads: as many as the runtime finds right.
 
     Inputs that the part does not take are left aside. The numbers are those in the file: ``precision`` decides nothing.

@@ -1,4 +1,4 @@
-"""A part of a pipeline as other runtimes take it: named tensors in, named tensors out, and which of their sizes vary."""
+"""A part of a pipeline as other runtimes take it: named tensors in, named tensors out, and which sizes vary."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PIXELS = 8.0  # a side, behind one of a latent, in the sizes of examples
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """A module of tensors alone, called with ``inputs`` in their order."""
+    """A module whose ``forward(*given)`` takes tensors alone: ``inputs`` in their order."""
 
     name: str
     module: nn.Module
@@ -82,9 +82,7 @@ class _Predicting(nn.Module):
     def forward(self, *given: Tensor) -> Tensor:
         sample, timestep, *others = given
         text = others.pop(0) if self.reads else sample.new_zeros((sample.shape[0], 0, 0))
-        return predict_with(
-            self.model, sample, timestep, text, dict(zip(self.names, others, strict=True))
-        )
+        return predict_with(self.model, sample, timestep, text, dict(zip(self.names, others, strict=True)))
 
 
 def _row(

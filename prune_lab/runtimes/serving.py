@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from safetensors.numpy import load_file
 
 
 def peak_bytes() -> int | None:
@@ -47,8 +47,7 @@ def _loaded(job: Mapping[str, Any]) -> Callable[[], object]:
     engine = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(engine)
     runner = engine.load(Path(job["file"]), job["threads"], job["precision"])
-    with np.load(job["inputs"]) as found:
-        inputs = {name: found[name] for name in found.files}
+    inputs = load_file(job["inputs"])
     return lambda: runner(inputs)
 
 

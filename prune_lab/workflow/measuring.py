@@ -229,7 +229,9 @@ def ensure_latency(session: Session) -> LatencyTable:
 
 def _costs_at(session: Session, service: Service) -> CostTable:
     sizes: dict[str, Any] = dict(service.sizes)
-    return cost_table(session.architecture, **{**sizes, "tokens": sizes["tokens"] or session.architecture.tokens})
+    return cost_table(
+        session.architecture, **{**sizes, "tokens": sizes["tokens"] or session.architecture.tokens}
+    )
 
 
 def _measured_latency(session: Session, service: Service) -> LatencyTable:

@@ -1,4 +1,4 @@
-"""The parts of a pipeline that draw a picture of a text: text encoder, model and decoder, and what goes between them."""
+"""The parts of a pipeline that draw a picture of a text: encoder, model and decoder, and what goes between them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ class _OneEncoder(nn.Module):
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, ids: Tensor, *mask: Tensor) -> Tensor:
+    def forward(self, *given: Tensor) -> Tensor:
+        ids, *mask = given
         found: Tensor = self.encoder(ids, attention_mask=mask[0] if mask else None)[0]
         return found
 
@@ -62,7 +63,9 @@ class _TwoEncoders(nn.Module):
         self.encoders = nn.ModuleList(encoders)
 
     def forward(self, *ids: Tensor) -> tuple[Tensor, Tensor]:
-        found = [encoder(one, output_hidden_states=True) for encoder, one in zip(self.encoders, ids, strict=True)]
+        found = [
+            encoder(one, output_hidden_states=True) for encoder, one in zip(self.encoders, ids, strict=True)
+        ]
         pooled = next(one[0] for one in found if one[0].ndim == 2)
         return torch.cat([one.hidden_states[-2] for one in found], dim=-1), pooled
 
@@ -79,7 +82,9 @@ def _text_part(pipeline: Any) -> tuple[Part, dict[str, Any], list[dict[str, Any]
     masks = [name for name, one in conditions.items() if one.words]
     pooled = [name for name, one in conditions.items() if one.of_text]
     if len(encoders) != (2 if pooled else 1) or len(masks) > 1 or (masks and pooled):
-        raise _refused(pipeline, f"{len(encoders)} text encoders that it reads in a way that is not known here")
+        raise _refused(
+            pipeline, f"{len(encoders)} text encoders that it reads in a way that is not known here"
+        )
     if any(getattr(one.config, "use_attention_mask", False) for one in encoders.values()):
         raise _refused(pipeline, "a text encoder that is told which words count")
     tokenizers, told, inputs, lengths = {}, [], [], {}
@@ -87,7 +92,9 @@ def _text_part(pipeline: Any) -> tuple[Part, dict[str, Any], list[dict[str, Any]
         tokenizer = getattr(pipeline, ENCODERS[name])
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
-            raise _refused(pipeline, f"a {type(tokenizer).__name__}, which the tokenizers library does not run")
+            raise _refused(
+                pipeline, f"a {type(tokenizer).__name__}, which the tokenizers library does not run"
+            )
         file, ids = f"{ENCODERS[name]}.json", "input_ids" if number == 0 else f"input_ids_{number + 1}"
         tokenizers[file], lengths[ids] = backend, _length(pipeline, tokenizer)
         inputs += [ids, *masks]
@@ -110,7 +117,9 @@ def _text_part(pipeline: Any) -> tuple[Part, dict[str, Any], list[dict[str, Any]
         for ids, length in lengths.items():
             found[ids] = torch.randint(0, words, (batch, length), generator=seeded(0))
             if masks:
-                found[masks[0]] = (torch.arange(length) < (length + 1) // 2).long().expand(batch, -1).contiguous()
+                found[masks[0]] = (
+                    (torch.arange(length) < (length + 1) // 2).long().expand(batch, -1).contiguous()
+                )
         return found
 
     module: nn.Module = _TwoEncoders(list(encoders.values())) if pooled else _OneEncoder(first)
@@ -128,11 +137,14 @@ class _Decoding(nn.Module):
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
+        self.scale: Tensor
+        self.shift: Tensor
         scale, shift = scaling_of(vae)
         self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.float32))
         self.register_buffer("shift", torch.as_tensor(shift, dtype=torch.float32))
 
-    def forward(self, latents: Tensor) -> Tensor:
+    def forward(self, *given: Tensor) -> Tensor:
+        [latents] = given
         found: Tensor = self.vae.decode(latents / self.scale + self.shift, return_dict=False)[0]
         return (found / 2 + 0.5).clamp(0, 1)
 

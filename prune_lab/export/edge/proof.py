@@ -112,7 +112,10 @@ def psnr(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
 
 def _as_diffusers_draws(pipeline: Any, noise: Tensor) -> NDArray[np.uint8]:
     side = noise.shape[-1] * pixels_per_latent(pipeline)
-    given = asked(pipeline, [_PROMPT], side=None) | {"height": noise.shape[-2] * side // noise.shape[-1], "width": side}
+    given = asked(pipeline, [_PROMPT], side=None) | {
+        "height": noise.shape[-2] * side // noise.shape[-1],
+        "width": side,
+    }
     with torch.inference_mode(), quiet():
         answer = pipeline(**given, latents=noise, num_inference_steps=_STEPS, output_type="np")
     found: NDArray[np.uint8] = (answer.images[0] * 255).round().astype(np.uint8)
@@ -124,9 +127,22 @@ def _as_it_draws(folder: Path, noise: Tensor) -> NDArray[np.uint8]:
     with tempfile.TemporaryDirectory() as inner:
         given, out = Path(inner) / "noise.npy", Path(inner) / "picture.png"
         np.save(given, noise.numpy())
-        script = [str(folder / "generate.py"), _PROMPT, "--steps", str(_STEPS), "--noise", str(given), "--out", str(out)]
+        script = [
+            str(folder / "generate.py"),
+            _PROMPT,
+            "--steps",
+            str(_STEPS),
+            "--noise",
+            str(given),
+            "--out",
+            str(out),
+        ]
         done = subprocess.run(
-            [sys.executable, "-B", "-c", _RUN, *script], capture_output=True, text=True, timeout=_SECONDS, check=False
+            [sys.executable, "-B", "-c", _RUN, *script],
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            check=False,
         )
         if done.returncode or not out.is_file():
             said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+Array = NDArray[Any]  # in single precision between steps
 Config = Mapping[str, Any]
 Predict = Callable[[Array, float], Array]
 Sampler = Callable[[Config, int, Array, Predict], Array]
@@ -20,8 +20,11 @@ Sampler = Callable[[Config, int, Array, Predict], Array]
 _ALMOST_NONE = 2.0**-24  # what diffusers keeps of the picture at the last timestep where it must not be zero
 
 
-def _alphas(config: Config, *, least: float = 0.0) -> NDArray[np.float64]:
-    """(timesteps,) shares of the picture's variance in noisy latents: the cumulative products of 1 - beta."""
+def _alphas(config: Config, *, least: float = 0.0) -> Array:
+    """(timesteps,) shares of the picture's variance in noisy latents: the cumulative products of 1 - beta.
+
+    In single precision, as diffusers computes them: a thousand roundings are seen in the last digits of a picture.
+    """
     first, last, count = config["beta_start"], config["beta_end"], config["num_train_timesteps"]
     if config.get("trained_betas") is not None:
         betas = np.asarray(config["trained_betas"], dtype=np.float64)
@@ -31,15 +34,16 @@ def _alphas(config: Config, *, least: float = 0.0) -> NDArray[np.float64]:
         betas = np.linspace(first**0.5, last**0.5, count) ** 2
     else:
         raise ValueError(f"the beta_schedule {config['beta_schedule']}; known are linear and scaled_linear")
-    alphas = np.cumprod(1 - betas)
+    alphas = np.cumprod(1 - betas.astype(np.float32))
     if config.get("rescale_betas_zero_snr"):  # arXiv:2305.08891, algorithm 1
         roots = np.sqrt(alphas)
-        alphas = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
+        shares = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2
+        alphas = np.cumprod(np.append(shares[:1], shares[1:] / shares[:-1]))
         alphas[-1] = least
     return np.asarray(alphas, dtype=np.float64)
 
 
-def _timesteps(config: Config, steps: int, *, more: int = 0) -> NDArray[np.float64]:
+def _timesteps(config: Config, steps: int, *, more: int = 0) -> Array:
     """(steps,) timesteps from noise to picture; ``more`` are spaced along and left out at the end."""
     total, spacing = config["num_train_timesteps"], config["timestep_spacing"]
     if not 0 < steps <= total:
@@ -54,7 +58,9 @@ def _timesteps(config: Config, steps: int, *, more: int = 0) -> NDArray[np.float
     raise ValueError(f"the timestep_spacing {spacing}; known are linspace, leading and trailing")
 
 
-def _parts(config: Config, prediction: Array, noisy: Array, alpha: float, sigma: float) -> tuple[Array, Array]:
+def _parts(
+    config: Config, prediction: Array, noisy: Array, alpha: float, sigma: float
+) -> tuple[Array, Array]:
     """(picture, noise) that ``prediction`` says are in ``noisy`` = alpha * picture + sigma * noise."""
     kind = config["prediction_type"]
     if kind == "epsilon":
@@ -84,7 +90,7 @@ def _ddim(config: Config, steps: int, noise: Array, predict: Predict) -> Array:
     return latents
 
 
-def _sigmas(config: Config, timesteps: NDArray[np.float64]) -> NDArray[np.float64]:
+def _sigmas(config: Config, timesteps: Array) -> Array:
     """(steps + 1,) deviations of the noise beside a picture of full size, 0 at the end."""
     alphas = _alphas(config, least=_ALMOST_NONE)
     sigmas = np.sqrt((1 - alphas) / alphas)
@@ -120,7 +126,7 @@ def _plms(config: Config, steps: int, noise: Array, predict: Predict) -> Array:
         else:
             past = [*past[-3:], told]
             weights = _MULTISTEP[len(past)]
-            told = sum(weight * one for weight, one in zip(weights, reversed(past), strict=True))  # type: ignore[assignment]
+            told = np.tensordot(weights, past[::-1], axes=1)
         here = float(alphas[start])
         there = float(alphas[end]) if end >= 0 else last
         _, added = _parts(config, _single(told), latents, here**0.5, (1 - here) ** 0.5)
@@ -166,9 +172,15 @@ _SAMPLERS: dict[str, tuple[Sampler, Config]] = {
         _dpm,
         {
             **_SIGMAS,
-            **{"algorithm_type": "dpmsolver++", "solver_type": "midpoint", "final_sigmas_type": "zero"},
-            **{"thresholding": False, "use_lu_lambdas": False, "use_flow_sigmas": False},
-            **{"variance_type": None, "lambda_min_clipped": -float("inf"), "use_dynamic_shifting": False},
+            "algorithm_type": "dpmsolver++",
+            "solver_type": "midpoint",
+            "final_sigmas_type": "zero",
+            "thresholding": False,
+            "use_lu_lambdas": False,
+            "use_flow_sigmas": False,
+            "variance_type": None,
+            "lambda_min_clipped": -float("inf"),
+            "use_dynamic_shifting": False,
         },
     ),
 }

@@ -58,7 +58,12 @@ def _schedule(pipeline: Any) -> dict[str, Any]:
 
 
 def _write_texts(
-    folder: Path, runtime: Runtime, source: ModelSource, drawing: Drawing, parts: Mapping[str, Part], schedule: Any
+    folder: Path,
+    runtime: Runtime,
+    source: ModelSource,
+    drawing: Drawing,
+    parts: Mapping[str, Part],
+    schedule: Any,
 ) -> dict[str, Any]:
     """What generate.py reads, after all that is no graph was written into ``folder``."""
     for name, tokenizer in drawing.tokenizers.items():
@@ -66,7 +71,7 @@ def _write_texts(
     write_json(folder / "scheduler_config.json", schedule)
     write_text(folder / "sampler.py", read_text(_HERE / "sampler.py"))
     write_text(folder / "engine.py", read_text(runtime.engine_file))
-    template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(  # noqa: S701 - no HTML
+    template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(
         read_text(_HERE / "generate.py.jinja")
     )
     text = template.render(needs=runtime.runs_with, version=__version__, source=json.dumps(source.name)[1:-1])
@@ -121,7 +126,8 @@ def export_for(name: str) -> Callable[..., Exported]:
         runtime.check_installed()
         if form != NATIVE:
             raise UnsupportedModelError(
-                f"asked to export for {runtime.called} in the form {form!r}, which is for single files; leave --form out"
+                f"asked to export for {runtime.called} in the form {form!r}, which is for single files; leave --form "
+                "out"
             )
         writing = Writing(weights=_weights(runtime, dtype, weights))
         out = check_folder(out, {"the model": source.places}, force=force)
