@@ -45,7 +45,7 @@ DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
     ),
     "plans": (
         *("plan", "params_change", "macs_change", "latency_change", "predicted_impact"),
-        *("blocks_removed", "native"),
+        *("form", "blocks_removed"),
     ),
     "comparison": (
         *("name", "params_change", "macs_change", "loss_after", "clip_after", "median_ms"),
@@ -76,7 +76,7 @@ DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
     "pictures": ("plan", "weights", "pictures", "clip", "clip_low"),
     "grid": ("plan", "weights", "prompt", "seed"),
     "quality": ("model", "pictures", "loss", "clip", "clip_low"),
-    "ranking": ("rank", "plan", "params", "macs", "loss_after", "reason", "clip_after"),
+    "ranking": ("rank", "plan", "form", "macs", "loss_after", "reason", "params", "clip_after"),
     "steps": ("step", "state", "does", "estimate_seconds"),
     "doctor": ("step", "of", "state", "why"),
     "recipes": ("recipe", "about"),

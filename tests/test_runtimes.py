@@ -54,18 +54,19 @@ def test_a_budget_names_its_backend() -> None:
 
 
 @pytest.mark.parametrize(
-    ("service", "said"),
+    ("service", "config", "said"),
     [
-        (Service(backend="onnx", dtype="bfloat16"), "onnxruntime in bfloat16; give one of float32"),
-        (Service(backend="openvino", device="cuda"), "OpenVINO on cuda; it runs on the cpu here"),
+        (Service(backend="onnx", dtype="bfloat16"), TINY_UNET, "onnxruntime in bfloat16; give one of float32"),
+        (Service(backend="openvino", device="cuda"), TINY_UNET, "OpenVINO on cuda; it runs on the cpu here"),
+        (Service(backend="onnx"), {"_class_name": "WanTransformer3DModel"}, "a model of films in onnxruntime"),
     ],
 )
 def test_a_service_that_a_runtime_does_not_do_is_refused(
-    service: Service, said: str, monkeypatch: pytest.MonkeyPatch
+    service: Service, config: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(type(RUNTIMES["onnx"]), "check_installed", lambda self: None)
     with pytest.raises(BackendError, match=said):
-        check_runtime(service)
+        check_runtime(service, config)
 
 
 # Where MACs mislead ------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from prune_lab.api.plans import Plan, plan_maps
 from prune_lab.blocks import Architecture
 from prune_lab.config import PLAN_FILES, RunConfig
 from prune_lab.errors import BackendError, UnsupportedModelError
-from prune_lab.evaluation import generate
+from prune_lab.evaluation import generate, prompts_for
 from prune_lab.export import EXPORT_TARGETS
 from prune_lab.models import ModelSource, load_model, load_pipeline, plain_source
 from prune_lab.models.protection import check_apart
@@ -22,6 +22,7 @@ from prune_lab.plans import PruningPlan, read_plans
 from prune_lab.profiling import (
     BACKENDS,
     Service,
+    check_frames,
     cost_table,
     part_disagreements,
     picture_size,
@@ -32,6 +33,7 @@ from prune_lab.profiling import (
     reduction_table,
     runtime_table,
     services_of,
+    size_text,
 )
 from prune_lab.report import Column, Theme, draw_comparison, draw_costs
 from prune_lab.runtime import pick_device, pick_dtype
@@ -66,13 +68,17 @@ def profile_table(
     batch: int,
     resolution: int | None,
     tokens: int | None,
+    frames: int | None,
     rounds: int,
 ) -> Table:
     """What ``plans`` leave, or what each block or each part of the pipeline costs (``Model.profile``)."""
-    title, architecture = f"Profile of {source.text}", source.architecture
+    architecture = source.architecture
     timed = source.has_weights if latency is None else latency
     latent, pixels = picture_size(source, resolution)
+    check_frames(source, frames)
     sizes: dict[str, Any] = {"batch": batch, "latent": latent, "tokens": tokens or source.tokens}
+    sizes["frames"] = frames
+    title = f"Profile of {source.text} at {size_text(source, latent, tokens, frames)}"
     draw: Callable[[Theme], Figure] | None = None
     notes: tuple[str, ...] = ()
     if kind == "pipeline":
@@ -141,9 +147,12 @@ def drawn_table(
     *,
     steps: int,
     guidance: float,
+    resolution: int | None = None,
 ) -> Pictures:
     """What the model draws: a row for each of ``prompts``, a column for each of ``seeds``."""
-    pixels = generate(load_pipeline(source, **place), prompts, seeds, steps=steps, guidance=guidance)
+    prompts = prompts_for(source.config, prompts)
+    pipeline, how = load_pipeline(source, **place), {"steps": steps, "guidance": guidance}
+    pixels = generate(pipeline, prompts, seeds, **how, resolution=resolution)  # type: ignore[arg-type]
     pictures = pixels.permute(0, 2, 3, 1).numpy()
     columns = tuple(
         Column("", f"seed {seed}" if len(seeds) > 1 else "picture", "", tuple(pictures[first :: len(seeds)]))

@@ -32,12 +32,9 @@ def profile(
         int,
         typer.Option("--rounds", "--runs", help="Rounds, each of which times everything once, in turns."),
     ] = 20,
-    resolution: Annotated[
-        int | None, typer.Option(help="Pixels of the picture's sides; default: the model's own.")
-    ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(help="Words of text; default: what the text encoder takes, or 77.")
-    ] = None,
+    resolution: options.ResolutionOption = None,
+    tokens: options.TokensOption = None,
+    frames: options.FramesOption = None,
     by_block: Annotated[
         bool, typer.Option("--blocks", help="One row per block instead of one per plan.")
     ] = False,
@@ -68,6 +65,7 @@ def profile(
         batch=batch,
         resolution=resolution,
         tokens=tokens,
+        frames=frames,
         rounds=rounds,
         backend=backend,
     )

@@ -54,10 +54,14 @@ from prune_lab.profiling.runtime_tables import runtime_table, services_of
 from prune_lab.profiling.service import (
     BACKENDS,
     Service,
+    check_asked_size,
+    check_frames,
+    drawn_latent,
     latent_of_pixels,
     picture_size,
     pixels_per_latent,
     read_service,
+    size_text,
     split_service,
 )
 from prune_lab.profiling.timed_plans import TEACHER, fits_into_one_process, time_plans
@@ -101,7 +105,10 @@ __all__ = [
     "as_matrix",
     "as_plans",
     "change_of",
+    "check_asked_size",
+    "check_frames",
     "cost_table",
+    "drawn_latent",
     "fits_into_one_process",
     "forward_ms",
     "groups_gone",
@@ -134,6 +141,7 @@ __all__ = [
     "runtime_table",
     "sampler_groups",
     "services_of",
+    "size_text",
     "split_service",
     "time_in_turns",
     "time_plans",

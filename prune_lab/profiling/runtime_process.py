@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab.errors import BackendError
-from prune_lab.families import plain_config
+from prune_lab.families import family_of, plain_config
 from prune_lab.profiling.own_process import TimingProcess, Usage
 from prune_lab.profiling.service import Service
 from prune_lab.runtimes import RUNTIMES, Runtime, Weights
@@ -29,10 +29,16 @@ _FORMATS: dict[str, dict[str, tuple[Weights, str]]] = {
 }
 
 
-def check_runtime(service: Service) -> Runtime:
-    """The runtime of ``service``. Raises BackendError where it is not installed, or does not do what is asked."""
+def check_runtime(service: Service, config: Mapping[str, Any]) -> Runtime:
+    """The runtime of ``service``. Raises BackendError where it is not installed, or does not do what is asked of a
+    model of ``config``.
+    """
     runtime = RUNTIMES[service.backend]
     runtime.check_installed()
+    if family_of(config).frames:
+        raise BackendError(
+            f"asked for a model of films in {runtime.called}; models of pictures are timed there: give the backend eager"
+        )
     if service.device != "cpu":
         raise BackendError(
             f"asked for {runtime.called} on {service.device}; it runs on the cpu here: give --device cpu, or the "

@@ -43,11 +43,11 @@ def runtime_table(
     """
     for service in services:
         if service.backend in RUNTIMES:
-            check_runtime(service)
+            check_runtime(service, architecture.config)
     native = {plan.id: plan for plan in plans if plan.removed and not why_not(architecture, plan)}
     rows: list[dict[str, object]] = []
     for service in services:
-        sizes = {"batch": service.batch, "latent": service.latent}
+        sizes = {"batch": service.batch, "latent": service.latent, "frames": service.frames}
         costs = cost_table(architecture, tokens=service.tokens or architecture.tokens, **sizes)
         usage: dict[str, Usage] = {}
         timing = {"rounds": rounds, "warmup": warmup, "seed": seed}

@@ -103,7 +103,7 @@ def _in_own_processes(
         copies = len(configs) if usage is not None or service.backend in RUNTIMES else 0
         keep = copies > 0 and fits_into_one_process(architecture, service, copies=copies)
         if service.backend in RUNTIMES:
-            check_runtime(service)
+            check_runtime(service, architecture.config)
             for name, config in track(list(configs.items()), f"writing models for {service.backend}"):
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                 write_for_runtime(config, service, folder, seed=seed)

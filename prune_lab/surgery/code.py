@@ -35,9 +35,11 @@ prune-lab loads it without being told to trust it: it knows the file by its hash
 
 Good to know:
 
-- Give folders as text. `AutoModel` raises a TypeError for a `pathlib.Path`.
+- Give `AutoModel` the folder of the model itself, as text: it raises a TypeError for a `pathlib.Path`, and with
+  `subfolder=` it looks for the code where the pipeline is and raises a ValueError.
 - `{base}.from_pretrained` refuses this folder ("expected shape", "size mismatch"), as it must: each module that is
-  gone has left a tensor without numbers under the name of one of its own. Do not pass `ignore_mismatched_sizes=True`:
+  gone has left a tensor without numbers under the name of one of its own. Its shape is a digest of `removed` in
+  config.json, so that a list that was changed is refused as well. Do not pass `ignore_mismatched_sizes=True`:
   diffusers would then fill the gaps with random numbers.
 - The entry of the model in `model_index.json` names the file and the class, `["{file}", "{name}"]`. With an entry for
   diffusers there a plain {base} would be asked for.

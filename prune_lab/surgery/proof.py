@@ -53,7 +53,11 @@ class Original:
     config: Mapping[str, Any]
     files: Sequence[Path]  # safetensors
     removed: Sequence[str]  # names of blocks
-    dtype: torch.dtype | None = None  # that its tensors were converted to; None: as they are in the files
+    dtype: torch.dtype | None = None  # that plain diffusers is asked for, of both; None: float32 of both
+    variant: str = ""  # of the names of its files
+    exact: bool = True
+    """Whether the answers must be equal to the bit; else but for rounding. A block that stays and does nothing may hand
+    on its state with the channels last, and kernels round by how a state lies in memory."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,7 +65,8 @@ class Proof:
     """What a fresh process found when it loaded a written folder with plain diffusers, and no argument but the folder.
 
     ``bypassed teacher``: the answer to the same random latents differs from that of the original without its removed
-    blocks by at most ``largest_difference``. ``same tensors``: each tensor equals that of the model that was saved.
+    blocks by at most ``largest_difference``; where another format than float32 was asked for, plain diffusers loads
+    both in that. ``same tensors``: each tensor equals that of the model that was saved.
     ``loads``: nothing was compared.
     """
 
@@ -232,6 +237,8 @@ def prove(
             "files": [str(Path(path).resolve()) for path in original.files],
             "removed": list(original.removed),
             "dtype": original.dtype and str(original.dtype).removeprefix("torch."),
+            "exact": original.exact,
+            "variant": original.variant,
         },
     }
     try:

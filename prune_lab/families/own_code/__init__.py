@@ -32,7 +32,7 @@ from prune_lab.families.meta_device import shapes_of, tensors_of
 from prune_lab.runtime import printable, read_bytes
 
 FOLDER = Path(__file__).resolve().parent
-NEWEST = "modeling_pruned_b36d3a80ad81"
+NEWEST = "modeling_pruned_813815f10162"
 PREFIX = "Pruned"  # of class names; what follows is the diffusers class
 REMOVED, MAIN_PATH, AUTO_MAP = "removed", "main_path", "auto_map"
 _OWN = (REMOVED, MAIN_PATH, AUTO_MAP)  # settings that the diffusers class does not have
@@ -124,6 +124,12 @@ def own_class(file: str, class_name: str) -> type[Any]:
     return found
 
 
+def only_watches(hook: Any) -> bool:
+    """Whether ``hook`` of a module is one that a model file has put there: it looks at results and changes nothing."""
+    owner = type(getattr(hook, "__self__", None))
+    return owner.__module__.rpartition(".")[2] in {path.stem for path in known_files().values()}
+
+
 def code_path(file: str) -> Path:
     """Where the package's copy of a model file lies. Raises UnsupportedModelError for another file."""
     for path in known_files().values():
@@ -171,13 +177,13 @@ def own_layout(family: Family, outline: Outline, removed: Removed) -> Layout:
     names = tensors_of(_whole(outline.config))
     gone: dict[str, Any] = dict(outline.config.get(REMOVED) or {})
     paths: dict[str, str | None] = {}
-    marks: list[str] = []
+    new: list[str] = []
     for unit in units:
         mark = _mark(unit, names)
         kept = [f"{unit.path}.{path}" for path in unit.keeps]
         paths |= {unit.path: None} | dict(zip(kept, kept, strict=True))
         if mark:
-            marks.append(f"{unit.path}.{mark}")
+            new.append(f"{unit.path}.{mark}")
         gone = {path: how for path, how in gone.items() if not path.startswith(f"{unit.path}.")}
         gone[unit.path] = {
             "hands_on": list(unit.hands_on),
@@ -193,17 +199,21 @@ def own_layout(family: Family, outline: Outline, removed: Removed) -> Layout:
         )
     name = PREFIX + base_name(str(outline.config[CLASS_NAME]))
     narrowed = any(how["channels"] is not None for how in gone.values())
-    writers = [family.stem, *(unit.path for unit in outline.units if not unit.inside)]
+    writers = [family.stem(outline.config), *(unit.path for unit in outline.units if not unit.inside)]
+    # those of blocks that were gone before as well: their shape says what is gone of all
+    marks = [f"{path}.{how['mark']}" for path, how in gone.items() if how["mark"]]
+    main_path = writers if narrowed else None
     own = {
         CLASS_NAME: name,
         REMOVED: gone,
-        MAIN_PATH: writers if narrowed else None,
+        MAIN_PATH: main_path,
         AUTO_MAP: {"AutoModel": f"{NEWEST}.{name}"},
     }
+    shape = _module(NEWEST).mark_shape(gone, main_path)
     return Layout(
         MappingProxyType({**outline.config, **own}),
-        MappingProxyType(paths | dict(zip(marks, marks, strict=True))),
-        dict.fromkeys(marks, lambda tensor: tensor.new_empty(0)),
+        MappingProxyType(paths | dict(zip(new, new, strict=True))),
+        dict.fromkeys(marks, lambda tensor: tensor.new_empty(shape)),
     )
 
 
