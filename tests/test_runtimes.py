@@ -56,9 +56,17 @@ def test_a_budget_names_its_backend() -> None:
 @pytest.mark.parametrize(
     ("service", "config", "said"),
     [
-        (Service(backend="onnx", dtype="bfloat16"), TINY_UNET, "onnxruntime in bfloat16; give one of float32"),
+        (
+            Service(backend="onnx", dtype="bfloat16"),
+            TINY_UNET,
+            "onnxruntime in bfloat16; give one of float32",
+        ),
         (Service(backend="openvino", device="cuda"), TINY_UNET, "OpenVINO on cuda; it runs on the cpu here"),
-        (Service(backend="onnx"), {"_class_name": "WanTransformer3DModel"}, "a model of films in onnxruntime"),
+        (
+            Service(backend="onnx"),
+            {"_class_name": "WanTransformer3DModel"},
+            "a model of films in onnxruntime",
+        ),
     ],
 )
 def test_a_service_that_a_runtime_does_not_do_is_refused(

@@ -37,7 +37,8 @@ def check_runtime(service: Service, config: Mapping[str, Any]) -> Runtime:
     runtime.check_installed()
     if family_of(config).frames:
         raise BackendError(
-            f"asked for a model of films in {runtime.called}; models of pictures are timed there: give the backend eager"
+            f"asked for a model of films in {runtime.called}, where models of pictures are timed; give the backend "
+            "eager"
         )
     if service.device != "cpu":
         raise BackendError(

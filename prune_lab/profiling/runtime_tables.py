@@ -47,11 +47,19 @@ def runtime_table(
     native = {plan.id: plan for plan in plans if plan.removed and not why_not(architecture, plan)}
     rows: list[dict[str, object]] = []
     for service in services:
-        sizes = {"batch": service.batch, "latent": service.latent, "frames": service.frames}
-        costs = cost_table(architecture, tokens=service.tokens or architecture.tokens, **sizes)
+        sizes = {**service.sizes, "tokens": service.tokens or architecture.tokens}
+        costs = cost_table(architecture, **sizes)
         usage: dict[str, Usage] = {}
-        timing = {"rounds": rounds, "warmup": warmup, "seed": seed}
-        turns = time_plans(architecture, native, service, own_processes=True, usage=usage, **timing)  # type: ignore[arg-type]
+        turns = time_plans(
+            architecture,
+            native,
+            service,
+            own_processes=True,
+            usage=usage,
+            rounds=rounds,
+            warmup=warmup,
+            seed=seed,
+        )
         for name, compared in turns.compared().items():
             plan = native.get(name)
             spent = usage[name].cpu_ms

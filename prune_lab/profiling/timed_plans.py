@@ -137,9 +137,9 @@ def time_plans(
     which is on the service's device in its number format, or random ones. Else each has a process of its own: it waits
     for its turn without weights, then makes random ones, warms up, is timed, and lets them go. Weights decide nothing
     about the time of a pass. In another runtime than torch each always has a process of its own, without torch, and
-    keeps its weights between turns where all fit. Into ``usage`` goes what processes of their own took beside time, by name.
-    ``rounds``, ``warmup`` and ``mark`` are those of ``time_in_turns``. Raises
-    FormError for a plan that cannot be built, before anything is timed.
+    keeps its weights between turns where all fit. Into ``usage`` goes, by name, what processes of their own took
+    beside time. ``rounds``, ``warmup`` and ``mark`` are those of ``time_in_turns``. Raises FormError for a plan that
+    cannot be built, before anything is timed.
     """
     for plan in plans.values():
         layout_of(architecture, plan)

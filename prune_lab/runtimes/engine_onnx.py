@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
-
 ENDING = ".onnx"
 
 
@@ -16,6 +14,8 @@ def load(path: Path, threads: int = 0, precision: str = "f32") -> Callable[[Mapp
 
     Inputs that the part does not take are left aside. The numbers are those in the file: ``precision`` decides nothing.
     """
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors

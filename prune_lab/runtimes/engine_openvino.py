@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import openvino
-
 ENDING = ".xml"
 
 
@@ -17,6 +15,8 @@ def load(path: Path, threads: int = 0, precision: str = "f32") -> Callable[[Mapp
     Inputs that the part does not take are left aside. It computes in ``precision``, f32, bf16 or f16: left to itself
     OpenVINO takes what is fastest on this processor.
     """
+    import openvino
+
     settings = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads  # type: ignore[assignment]

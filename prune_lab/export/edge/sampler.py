@@ -52,7 +52,7 @@ def _timesteps(config: Config, steps: int, *, more: int = 0) -> Array:
         return np.linspace(0, total - 1, steps + more)[::-1][:steps]
     if spacing == "leading":
         found = np.arange(steps + more)[::-1][:steps] * (total // (steps + more))
-        return found.astype(np.float64) + config.get("steps_offset", 0)
+        return np.asarray(found + config.get("steps_offset", 0), dtype=np.float64)
     if spacing == "trailing":
         return np.arange(total, 0, -total / steps).round() - 1.0
     raise ValueError(f"the timestep_spacing {spacing}; known are linspace, leading and trailing")
