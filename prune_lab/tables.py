@@ -31,7 +31,7 @@ _MOST = 6
 DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
     "blocks": ("name", "kind", "params", "macs", "removable", "reason"),
     "reductions": (
-        *("plan", "params", "params_change", "macs_change", "latency_change", "latency_verdict"),
+        *("plan", "form", "params", "params_change", "macs_change", "latency_change", "latency_verdict"),
         *("macs", "median_ms", "paper_macs"),
     ),
     "runtimes": ("backend", "plan", "median_ms", "cpu_ms", "latency_change", "macs_change", "peak_bytes"),

@@ -158,7 +158,8 @@ def test_a_pixart_of_1024_is_told_the_size_as_its_pipeline_tells_it(
 ) -> None:
     """Only that one is told the size, in pixels of whatever VAE it has."""
     pipeline = copy.copy(made("pixart"))
-    model = tiny_model("PixArtTransformer2DModel", sample_size=128, caption_channels=32)
+    wide = {"attention_head_dim": 12, "cross_attention_dim": 24}  # a third of the width tells each number
+    model = tiny_model("PixArtTransformer2DModel", sample_size=128, caption_channels=32, **wide)
     pipeline.transformer = model
     watched = Watched(pipeline, monkeypatch)
     asked = DRAWN_WITH["pixart"] | {"height": 48, "width": 64, "guidance_scale": 1.0}

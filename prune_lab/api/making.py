@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 from prune_lab.api.plans import Plan, plan_maps
 from prune_lab.blocks import Architecture
 from prune_lab.config import PLAN_FILES, RunConfig
-from prune_lab.errors import BackendError, UnsupportedModelError
+from prune_lab.errors import BackendError, FormError, UnsupportedModelError
 from prune_lab.evaluation import generate, prompts_for
 from prune_lab.export import EXPORT_TARGETS
+from prune_lab.forms import in_form
 from prune_lab.models import ModelSource, load_model, load_pipeline, plain_source
 from prune_lab.models.protection import check_apart
 from prune_lab.plans import PruningPlan, read_plans
@@ -55,6 +56,14 @@ def plans_of(architecture: Architecture, plans: Sequence[str | Plan]) -> list[Pr
     return found
 
 
+def _as_pruned(architecture: Architecture, plan: PruningPlan) -> PruningPlan:
+    """``plan`` in the form that ``prune`` builds; as it is where there is none, which has costs and no time."""
+    try:
+        return in_form(architecture, plan)
+    except FormError:
+        return plan
+
+
 def profile_table(
     source: ModelSource,
     plans: Sequence[PruningPlan],
@@ -75,6 +84,7 @@ def profile_table(
     architecture = source.architecture
     timed = source.has_weights if latency is None else latency
     latent, pixels = picture_size(source, resolution)
+    plans = [_as_pruned(architecture, plan) for plan in plans]
     check_frames(source, frames)
     sizes: dict[str, Any] = {"batch": batch, "latent": latent, "tokens": tokens or source.tokens}
     sizes["frames"] = frames
@@ -105,6 +115,8 @@ def profile_table(
         frame = reduction_table(architecture, plans, model=source.text, **table)
         notes = plan_disagreements(frame) if timed else ()
         draw = plan_maps(architecture, plans, scores) if plans else None
+    if kind == "reductions" and any(plan.form != "native" for plan in plans):
+        frame.insert(2, "form", ["", *(plan.form for plan in plans)])
     return Table(kind, frame.assign(batch=batch, resolution=pixels), title, draw, notes=notes)
 
 

@@ -58,7 +58,5 @@ def generate(
     with progress_shown():
         pictures = draw(pipeline, prompts, seeds, steps=steps, guidance=guidance, resolution=resolution)
     save_grid(out, pictures, columns=count)
-    typer.echo(
-        f"wrote {out}: {len(pictures)} pictures of {pictures.shape[-1]} x {pictures.shape[-2]} pixels",
-        err=True,
-    )
+    drawn = f"{len(pictures)} {'picture' if len(pictures) == 1 else 'pictures'}"
+    typer.echo(f"wrote {out}: {drawn} of {pictures.shape[-1]} x {pictures.shape[-2]} pixels", err=True)

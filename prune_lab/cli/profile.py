@@ -52,6 +52,8 @@ def profile(
 ) -> None:
     """Count parameters and MACs of MODEL and of what each plan leaves, the teacher first, with the changes.
 
+    Each plan is taken in the form that `prune` gives it: native where there is one, else with code of its own.
+
     MACs come in two conventions: "macs" is everything, "paper macs" leaves attention products out, as BK-SDM does. The
     latency of plans is measured in turns with the teacher's: the change is the median of the ratios within a round.
     """

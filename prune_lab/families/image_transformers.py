@@ -218,7 +218,7 @@ _WORDS = "words"  # the mask that tells the texts of a batch apart, which the mo
 
 
 def _z_image_patch(config: Config) -> tuple[int, int]:
-    """Latent pixels of a side, and frames, of a patch: those that the pipeline asks for, else the first of the model."""
+    """Latent pixels of a side, and frames, of a patch: what the pipeline asks for, else the first of the model."""
     known = list(zip(config["all_patch_size"], config["all_f_patch_size"], strict=True))
     return (2, 1) if (2, 1) in known else known[0]
 

@@ -14,8 +14,8 @@ from prune_lab.errors import UnsupportedModelError
 
 Kind = Literal["epsilon", "v_prediction", "sample", "flow"]
 _PLAIN: tuple[Kind, ...] = ("epsilon", "v_prediction", "sample")
-# What a model may predict on the straight way of a flow, by the word for it. The velocity of arXiv:2202.00512 is defined
-# on the way of betas alone.
+# What a model may predict on the straight way of a flow, by the word for it. The velocity of arXiv:2202.00512 is
+# defined on the way of betas alone.
 _OF_FLOW: Mapping[str, Kind] = {"flow_prediction": "flow", "epsilon": "epsilon", "sample": "sample"}
 
 

@@ -242,9 +242,10 @@ def cost_table(
     """The costs of ``architecture`` from one count of it; no weights are needed.
 
     ``latent`` is the side of the square latent (None: the config's size), ``tokens`` the length of the text (None: the
-    architecture's), ``frames`` those of the latent of a film (None: what the model is meant for), ``dtype`` the number format of the weights. Raises PlanError when ``latency`` or ``activations``
-    are of another architecture, ConfigError when they are of another size; with ``latency_elsewhere`` the latency may
-    be of another size than what is counted: that of a service.
+    architecture's), ``frames`` those of the latent of a film (None: what the model is meant for), ``dtype`` the number
+    format of the weights. Raises PlanError when ``latency`` or ``activations`` are of another architecture, ConfigError
+    when they are of another size; with ``latency_elsewhere`` the latency may be of another size than what is counted:
+    that of a service.
     """
     tokens, shape = (
         architecture.tokens if tokens is None else tokens,

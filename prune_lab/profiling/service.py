@@ -110,7 +110,7 @@ def size_text(
     """
     config = plain_config(source.config)
     height, width = latent_shape(config, latent)
-    words = [f"a {width} x {height} latent"]
+    words = [f"latents of {width} x {height}"]
     if source.is_pipeline:
         side = pixels_per_latent(source)
         words = [f"{side * width} x {side * height} pixels"]

@@ -291,9 +291,9 @@ def _candidates(tables: RunTables, drawn: RunTables) -> tuple[SectionItem, ...]:
         Chart(
             "plans",
             "One small map of the model per candidate with the removed blocks as dashed outlines.",
-            "Dashed outlines are removed blocks; the others have the colour of their impact. Controls are what a search "
-            "has to beat: BK-SDM's plans where they are defined, and plans that cost nothing to find; searched plans are "
-            "the best that the solver found under the budget."
+            "Dashed outlines are removed blocks; the others have the colour of their impact. Controls are what a "
+            "search has to beat: BK-SDM's plans where they are defined, and plans that cost nothing to find; searched "
+            "plans are the best that the solver found under the budget."
             + (" Hollow slices in a block are layers that leave from inside it." if len(layers) else ""),
             lambda theme: draw_plan_maps(frame, drawn.plans, styles, theme, layers),
         ),

@@ -86,8 +86,8 @@ def form_words(plans: Sequence[PlanRow]) -> list[SectionItem]:
 
 
 def ranking_tables(ranking: pd.DataFrame, plans: Sequence[PlanRow]) -> tuple[SectionItem, ...]:
-    """The ranking with the forms of the ``plans``, a note on its tie groups, and the dropped and unranked candidates with
-    the reasons.
+    """The ranking with the forms of the ``plans``, a note on its tie groups, and the dropped and unranked candidates
+    with the reasons.
     """
     columns = ["latency_change", "latency_low", "latency_high"]
     changes = [fmt.change_with_interval(*row) for row in ranking[columns].itertuples(index=False, name=None)]

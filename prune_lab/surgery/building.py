@@ -50,8 +50,8 @@ def materialise_from_files(
     """The smaller model that ``plan`` leaves of the one with ``config`` and weights in the safetensors ``files``.
 
     Only surviving tensors are read. ``dtype`` converts each as it is read, to what plain diffusers gives that is asked
-    for it: some modules stay in float32. ``None`` keeps the files' own. Raises FormError, or ModelFormatError when the weights do not fit the config, are no finite numbers, or too large
-    for ``dtype``.
+    for it: some modules stay in float32. ``None`` keeps the files' own. Raises FormError, or ModelFormatError when the
+    weights do not fit the config, are no finite numbers, or too large for ``dtype``.
     """
     layout = layout_of(architecture_of(config), plan)
     model_class = family_of(config).model_class()

@@ -250,8 +250,8 @@ def why_left_out(source: ModelSource) -> str:
         return ""
     names = ", ".join(step.name for step in STEPS if not step.alone)
     return (
-        f"{source.text} is a {source.called} alone, so these steps are left out: {names}; there is nothing to train on, "
-        "to draw with and to judge by, and blocks are scored on random noise: give the folder of the whole pipeline"
+        f"{source.text} is a {source.called} alone, so these steps are left out: {names}; there is nothing to train "
+        "on, to draw with and to judge by, and blocks are scored on random noise: give the folder of the whole pipeline"
     )
 
 

@@ -52,7 +52,7 @@ def control_plans(name: str) -> tuple[PruningPlan, ...]:
     groups = [BlockGroup(block, "block", (block,)) for block in blocks]
     weights = score(ScoringContext(load_model(source), probe), groups, "magnitude", bootstrap=0)
     lightest = [blocks[place] for place in np.argsort(weights.impacts, kind="stable")]
-    plans = {}
+    plans: dict[str, list[str]] = {}
     for size in SIZES:
         plans |= by_hand(blocks, size) | {f"magnitude-{size}": lightest[:size]}
     return tuple(plan_of(architecture, removed, called) for called, removed in plans.items())
@@ -74,8 +74,10 @@ def draw_pairs(path: Path, pairs: pd.DataFrame) -> None:
     """How many times the sum of the single impacts the impact of a pair is; 1 is additive."""
     names = list(dict.fromkeys([*pairs["first"], *pairs["second"]]))
     ratios = np.full((len(names), len(names)), np.nan)
-    for row in pairs.itertuples():
-        ratios[names.index(str(row.second)), names.index(str(row.first))] = row.impact / row.sum
+    for first, second, ratio in zip(
+        pairs["first"], pairs["second"], pairs["impact"] / pairs["sum"], strict=True
+    ):
+        ratios[names.index(second), names.index(first)] = ratio
     figure = Figure(figsize=(6.4, 5), layout="constrained")
     axis = figure.subplots()
     image = axis.imshow(np.log2(ratios), cmap="RdBu_r", vmin=-2, vmax=2)
@@ -141,7 +143,7 @@ def study_page(ours: Path, pairs: pd.DataFrame, seconds: float, demo: Path = DEM
                 f"{row.impact_one_shot:.2g}",
                 f"{row.loss_before:.4f}",
                 f"{row.loss_after:.4f}",
-                "" if pd.isna(row.tie_group) else int(row.tie_group),
+                f"{row.tie_group:.0f}".replace("nan", ""),
             ]
         )
         for row in ranking.itertuples()
@@ -191,7 +193,7 @@ def study_transformer(out: Path, work: Path, *, config: Path | None = None) -> N
     run_all(dataclasses.replace(settings, search=search), run.folder)
     session = Session(run)
     impacts = pd.read_csv(run.report_dir / "importance.csv").set_index("group")["impact"]
-    pairs = pair_impacts(session, impacts.to_dict())
+    pairs = pair_impacts(session, {str(name): float(impact) for name, impact in impacts.items()})
     out.mkdir(parents=True, exist_ok=True)
     for path in out.glob("recovery-*.csv"):  # of plans that another run found
         path.unlink()
