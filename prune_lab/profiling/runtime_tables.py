@@ -38,8 +38,8 @@ def runtime_table(
     One row for each, columns RUNTIME_COLUMNS. The models of one service are timed in turns, each in a process of its
     own, with random weights: milliseconds on the clock (median, middle four fifths), those of all processors together,
     the change against the whole model within a round with its 95 % interval, and the most memory that the process had
-    in use. ``pixels`` is behind one side of a latent. Raises BackendError for a runtime that is not installed or a
-    format that it does not do, before anything is timed; FormError for a plan that cannot be built.
+    in use. Times are empty for a plan that cannot be built in its form. ``pixels`` is behind one side of a latent.
+    Raises BackendError for a runtime that is not installed or a format that it does not do, before anything is timed.
     """
     for service in services:
         if service.backend in RUNTIMES:
@@ -60,21 +60,21 @@ def runtime_table(
             warmup=warmup,
             seed=seed,
         )
-        for name, compared in turns.compared().items():
-            plan = native.get(name)
-            spent = usage[name].cpu_ms
+        compared = turns.compared()
+        for name, plan in {TEACHER: None, **{plan.id: plan for plan in plans if plan.removed}}.items():
+            used = usage.get(name, Usage())
             rows.append(
                 {
-                    **compared.columns(),
+                    **(compared[name].columns() if name in compared else {}),
                     "model": model,
                     "backend": service.backend,
                     "plan": TEACHER if plan is None else plan.label,
-                    "cpu_ms": statistics.median(spent) if spent else math.nan,
+                    "cpu_ms": statistics.median(used.cpu_ms) if used.cpu_ms else math.nan,
                     "macs_change": 0.0 if plan is None else costs.of(plan).macs / costs.total.macs - 1,
                     "threads": torch.get_num_threads(),
                     "dtype": service.dtype,
                     "tokens": costs.tokens,
-                    "peak_bytes": usage[name].peak_bytes,
+                    "peak_bytes": used.peak_bytes,
                     "service": service.text(architecture.config, pixels),
                 }
             )
