@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from narrow_pipelines import narrow
 from PIL import Image
 from tiny_pipelines import tiny_pipeline
 from typer.testing import CliRunner
@@ -120,6 +121,22 @@ def test_pipelines_that_draw_otherwise_are_refused_by_name(kind: str, tmp_path: 
 
 
 @pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("image-to-image", "begins with a picture"),
+        ("inpainting", "begins with a picture"),
+        ("controlnet", "begins with a picture"),
+        ("refiner", "begins with a picture"),
+        ("lcm", "takes guidance beside the text"),
+    ],
+)
+def test_pipelines_that_need_more_than_a_text_are_refused_by_name(kind: str, said: str, tiny: Path) -> None:
+    pipeline = narrow(kind, load_pipeline(resolve_model(str(tiny))))
+    with pytest.raises(BackendError, match=f"a {type(pipeline).__name__} .*{said}"):
+        drawing_of(pipeline)
+
+
+@pytest.mark.parametrize(
     ("more", "said"),
     [
         ({"dtype": torch.bfloat16}, "weights in bfloat16; give one of float32, int8"),
@@ -160,11 +177,19 @@ def draw(folder: Path, out: Path, *options: str) -> np.ndarray[Any, Any]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["sd", "pixart"])
-@pytest.mark.parametrize("name", ["onnx", "openvino"])
-def test_a_folder_draws_without_torch_what_diffusers_draws(name: str, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"), [("onnx", "sd"), ("onnx", "sdxl"), ("openvino", "sd"), ("openvino", "pixart")]
+)
+def test_a_folder_draws_without_torch_what_diffusers_draws(
+    name: str, kind: str, tiny: Path, tmp_path: Path
+) -> None:
     needs(name)
-    source = resolve_model(str(tiny_pipeline(kind, tmp_path / kind)))
+    folder = tmp_path / kind
+    if kind == "sdxl":
+        narrow(kind, load_pipeline(resolve_model(str(tiny)))).save_pretrained(folder)
+    else:
+        tiny_pipeline(kind, folder)
+    source = resolve_model(str(folder))
     written = EXPORT_TARGETS[name](source, tmp_path / "out")
     told = json.loads((tmp_path / "out/export.json").read_text())
     assert told["proof"]["psnr"] >= 40

@@ -181,8 +181,11 @@ def drawing_of(pipeline: Any) -> Drawing:
 
     Raises BackendError for a pipeline that draws in another way than ``generate.py`` does.
     """
-    if "prompt" not in call_inputs(pipeline) or draws_videos(pipeline):
+    taken = call_inputs(pipeline)
+    if "prompt" not in taken or draws_videos(pipeline):
         raise _refused(pipeline, "that it draws videos, or no texts")
+    if "image" in taken or "latents" not in taken:
+        raise _refused(pipeline, "that it begins with a picture, not with noise")
     model = model_of(pipeline)
     others = [one.name for one in conditions_of(model) if not (one.words or one.of_text or one.of_size)]
     if others:
