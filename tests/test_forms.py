@@ -289,6 +289,23 @@ def test_costs_are_those_of_the_model_that_is_built(shape: str, forms: list[Form
                 assert (many.params[number], many.macs[number]) == (found.params, found.macs)
 
 
+@pytest.mark.parametrize(
+    "name", [*others_long(TINY_TRANSFORMERS), "DiTTransformer2DModel", "MochiTransformer3DModel"]
+)
+def test_costs_of_transformers_with_code_are_those_that_are_built(name: str) -> None:
+    """Also where a block keeps what others read (DiT's first), and where nothing is left to read something (Mochi)."""
+    architecture, chance = architecture_of(drawn_config(name, random.Random(name))), random.Random(name)
+    costs = cost_table(architecture)
+    everything = [block.name for block in architecture.blocks if block.removable]
+    plans = [drawn(architecture, chance) for _ in range(3)]
+    plans += [plan_of(architecture, names) for names in (everything[:1], everything[-1:], everything)]
+    for plan in (plan.built("own") for plan in plans):
+        config, found = layout_of(architecture, plan).config, costs.of(plan)
+        counted = count_macs(config, tokens=architecture.tokens)
+        assert found.params == size(meta_model(config))
+        assert (found.macs, found.attention_macs) == (counted.total, counted.attention), plan.text
+
+
 def test_a_neutral_residual_block_saves_nothing_and_is_not_chosen_for_it() -> None:
     architecture = architecture_of(TINY_UNET)
     costs = cost_table(architecture)

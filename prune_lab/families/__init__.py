@@ -258,6 +258,13 @@ def known_conditions(source: nn.Module | Mapping[str, Any]) -> tuple[Condition, 
                 f"asked to run a model on inputs made here, found that it takes {condition.reason}"
             )
     family, config = family_of(source), plain_config(source)
+    answered, taken = family.predicted(config), family.channels(config)
+    if answered not in (None, taken):
+        raise UnsupportedModelError(
+            f"asked to run a {family.called} on inputs made here, found that it predicts {answered} channels for "
+            f"{taken} channels of latents, as models do that go on from a picture (FLUX Canny, Depth and Fill), which "
+            "this program does not make; its blocks can be counted, profiled and pruned without"
+        )
     predicted, latents = config.get("out_channels"), family.channels(config)
     if family.component == "unet" and predicted not in (None, latents, 2 * latents):
         raise UnsupportedModelError(

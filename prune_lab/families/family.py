@@ -293,6 +293,8 @@ class Family:
     """The argument of ``forward`` that holds the noisy latents."""
     channels: Callable[[Mapping[str, Any]], int] = lambda config: int(config["in_channels"])
     """Channels of the noisy latents, unpacked; they are those of the prediction."""
+    predicted: Callable[[Mapping[str, Any]], int | None] = lambda config: None
+    """Channels of the prediction, unpacked, of a class whose models may predict others than they take; else None."""
     frames: bool = False
     """Whether latents have frames (B, C, F, h, w); a picture is one frame."""
     film: Callable[[Mapping[str, Any]], int] = lambda config: 1

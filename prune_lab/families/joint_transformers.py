@@ -122,6 +122,12 @@ def latent_channels(config: Config) -> int:
     return int(config["in_channels"]) // 4
 
 
+def _predicted_channels(config: Config) -> int:
+    """Channels of the prediction before it is packed."""
+    each = int(config.get("patch_size") or 1) ** 2
+    return each * int(config.get("out_channels") or config["in_channels"]) // 4
+
+
 def text_width(config: Config) -> int:
     """Width of the text."""
     return int(config["joint_attention_dim"])
@@ -183,6 +189,7 @@ FLUX = Chain(
     "FluxTransformer2DModel",
     (_DOUBLE, _SINGLE),
     channels=latent_channels,
+    predicted=_predicted_channels,
     text=text_width,
     arrange=_flux_arrange,
     prediction=unpacked,
@@ -210,6 +217,7 @@ FLUX2 = Chain(
     "Flux2Transformer2DModel",
     (_DOUBLE, _SINGLE_OF_ONE_STREAM),
     channels=latent_channels,
+    predicted=_predicted_channels,
     text=text_width,
     arrange=_flux2_arrange,
     prediction=unpacked,
@@ -242,6 +250,7 @@ def _like_flux(name: str, tokens: int, arrange: Any, answers: tuple[str | None, 
         f"{name}Transformer2DModel",
         (_DOUBLE, _SINGLE),
         channels=latent_channels,
+        predicted=_predicted_channels,
         text=text_width,
         arrange=arrange,
         prediction=unpacked,
@@ -270,6 +279,7 @@ CHROMA = Chain(
     "ChromaTransformer2DModel",
     (_DOUBLE, _SINGLE_OF_ONE_STREAM),
     channels=latent_channels,
+    predicted=_predicted_channels,
     text=text_width,
     arrange=_chroma_arrange,
     prediction=unpacked,
@@ -308,6 +318,7 @@ QWEN = Chain(
     "QwenImageTransformer2DModel",
     (Blocks(letter="B", hands_on=JOINT, in_tuple=True, self_attention=("attn",)),),
     channels=latent_channels,
+    predicted=_predicted_channels,
     text=text_width,
     arrange=_qwen_arrange,
     prediction=unpacked,

@@ -119,7 +119,9 @@ def _cogvideo_arrange(
     config: Config, conditions: Any, sample: Tensor, timestep: Tensor, text: Tensor, given: Any
 ) -> dict[str, Any]:
     """Frames come before channels. Where several frames are one patch, the first is repeated to fill it."""
-    latents = sample.transpose(1, 2)
+    behind = [given[one.name] for one in conditions if one.place == "sample"]
+    conditions = [one for one in conditions if one.place != "sample"]
+    latents = torch.cat([sample, *behind], dim=1).transpose(1, 2)
     if missing := -latents.shape[1] % (config["patch_size_t"] or 1):
         latents = torch.cat([latents[:, :1]] * missing + [latents], dim=1)
     inputs = as_arguments(config, conditions, latents, timestep, text, given)

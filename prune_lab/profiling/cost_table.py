@@ -63,6 +63,9 @@ class CostTable:
     together: tuple[tuple[frozenset[str], PartCost], ...] = ()  # parts of the rest
     native: CostTable | None = field(default=None, repr=False, compare=False)  # what it was made of
     count: Macs | None = field(default=None, repr=False, compare=False)  # of the whole model
+    sizes: Mapping[str, Any] = field(
+        default_factory=dict, repr=False, compare=False
+    )  # that it was counted at
 
     @property
     def timed(self) -> bool:
@@ -105,7 +108,7 @@ class CostTable:
         if table.form == "native":
             return found
         assert table.count is not None, "a cost table is made by cost_table"
-        return counted_cost(self.architecture, table.count, table.total, plan, found)
+        return counted_cost(self.architecture, table.count, table.sizes, table.total, plan, found)
 
     def of_many(self, matrix: PlanMatrix) -> PlanCosts:
         """What each plan of ``matrix`` (plans, blocks) leaves, True where a block is removed; equal to ``of``.
@@ -197,7 +200,9 @@ class CostTable:
 def _table_in(costs: CostTable, form: Form) -> CostTable:
     """``costs``, which are of native students, of those in ``form``."""
     assert costs.count is not None, "a cost table is made by cost_table"
-    parts, layers, together = parts_in_form(costs.architecture, costs.parts, costs.layers, costs.count, form)
+    parts, layers, together = parts_in_form(
+        costs.architecture, costs.parts, costs.layers, costs.count, costs.sizes, form
+    )
     return dataclasses.replace(
         costs,
         parts=parts,
@@ -279,7 +284,8 @@ def cost_table(
             elsewhere = latency_elsewhere and table is latency
             size = (table.latent, table.tokens) if elsewhere else (shape, tokens)
             check_conditions(architecture, *size, table)
-    count = count_macs(architecture.config, batch=batch, latent=latent, tokens=tokens, frames=frames)
+    sizes: dict[str, Any] = {"batch": batch, "latent": latent, "tokens": tokens, "frames": frames}
+    count = count_macs(architecture.config, **sizes)
     times = {} if latency is None else latency.part_ms()
 
     def part(
@@ -292,7 +298,7 @@ def cost_table(
         if unit.changes_others:  # what a model without it lacks, at the size of this table
             family, outline = architecture.family, architecture.outline
             without = family.layout(outline, frozenset({unit.name})).config
-            left = count_macs(without, batch=batch, latent=latent, tokens=tokens, frames=frames)
+            left = count_macs(without, **sizes)
             macs = count.total - left.total, count.attention - left.attention
         return part(unit.name, kind, unit.params, macs, uncounted)
 
@@ -322,5 +328,13 @@ def cost_table(
     calls = {operator: number for operator, number in left.items() if number}
     parts.append(part(REST, "rest", params, (macs, attention), MappingProxyType(calls)))
     return CostTable(
-        architecture, tuple(parts), batch, shape, tokens, activations, tuple(layers), count=count
+        architecture,
+        tuple(parts),
+        batch,
+        shape,
+        tokens,
+        activations,
+        tuple(layers),
+        count=count,
+        sizes=MappingProxyType(sizes),
     )

@@ -32,7 +32,7 @@ from prune_lab.families import (
     takes_guidance,
     text_form,
 )
-from prune_lab.families.drawing import text_length
+from prune_lab.families.drawing import text_length, usual_length
 from prune_lab.forms import why_not
 from prune_lab.models.schedulers import set_steps
 from prune_lab.plans import PruningPlan, is_native, plan_of
@@ -300,7 +300,7 @@ def _words(pipeline: Any, asked: int | None) -> tuple[dict[str, int], int | None
     if family.component == "unet" or len(read) == 1:
         return read, last
     # The texts of several may lie one behind the other, those of the first in front.
-    front = min(max(0, family.tokens(config) - usual), first)
+    front = min(max(0, family.tokens(config) - (usual_length(pipeline) or usual)), first)
     return read, asked or usual + front
 
 
