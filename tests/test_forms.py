@@ -35,16 +35,18 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import prune_lab.families.own_code as own_code
+from prune_lab.api.model import Model
 from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.candidates import build_candidate, load_candidate, load_student
 from prune_lab.cli import app
-from prune_lab.config import DistillConfig
+from prune_lab.config import DistillConfig, RunConfig, SearchConfig
 from prune_lab.counting import count_macs
 from prune_lab.distill.features import feature_pairs
 from prune_lab.distill.setup import Student, StudentRun
 from prune_lab.errors import (
     BudgetError,
     ConfigError,
+    FormError,
     PlanError,
     ProofError,
     PruneLabError,
@@ -65,7 +67,7 @@ from prune_lab.runs import Run, read_records
 from prune_lab.schemas import RANKING
 from prune_lab.search import Constraints, Effects, parse_budget, search_plans
 from prune_lab.surgery import bypassed, materialise, original_of, prune_pipeline, save_model
-from prune_lab.workflow import run_all
+from prune_lab.workflow import ensure_plans, run_all
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
@@ -611,6 +613,10 @@ def test_a_transformer_with_code_draws_in_plain_diffusers(
     with pytest.raises(ValueError, match="load it with trust_remote_code=True"):
         type(teacher.transformer).from_pretrained(out / "transformer")
     plain = diffusers.DiffusionPipeline.from_pretrained(str(out), trust_remote_code=True)
+    with pytest.raises(TypeError):  # one of the traps in the folder's README
+        diffusers.DiffusionPipeline.from_pretrained(
+            str(out), trust_remote_code=True, transformer=plain.transformer
+        )
     plain.save_pretrained(tmp_path / "again")
     again = diffusers.DiffusionPipeline.from_pretrained(str(tmp_path / "again"), trust_remote_code=True)
     assert type(again.transformer).__name__ == f"Pruned{type(teacher.transformer).__name__}"
@@ -845,6 +851,37 @@ def test_a_student_with_code_is_scored_and_pruned_again(tiny_unet: Any) -> None:
             smaller = materialise(student, again)
             assert torch.equal(answer(smaller, inputs), exact)
             assert size(smaller) == left_by_hand(tiny_unet, architecture, both)
+
+
+def test_distill_builds_a_plan_as_prune_does(
+    pipeline_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where settings say the form: the plan that was asked for is the one that is distilled."""
+    found: list[list[tuple[tuple[str, ...], str]]] = []
+
+    def stop(session: Any, only: Any) -> None:
+        found.append([(plan.removed, plan.form) for plan in ensure_plans(session) if plan.id in only])
+        raise PlanError("that is all")
+
+    monkeypatch.setattr("prune_lab.api.model.ensure_distilled", stop)
+    folder = pipeline_folder("dit")
+    for number, (plan, more) in enumerate(
+        [
+            ("-B1 -B3", {}),
+            ("-B2", {}),
+            ("-B1", {"search": {"form": "own"}}),
+            ("-B2", {"search": {"form": "own"}}),
+        ]
+    ):
+        settings = RunConfig(model=str(folder), search=SearchConfig(**more.get("search", {})))
+        with pytest.raises(PlanError, match="that is all"):
+            Model(settings, tmp_path / str(number)).distill(plan)
+    forms = [[(("B1", "B3"), "own")], [(("B2",), "native")], [(("B1",), "own")], [(("B2",), "native")]]
+    assert found == forms
+    settings = RunConfig(model=str(folder), search=SearchConfig(form="neutral"))
+    with pytest.raises(FormError, match="neutral form"):
+        Model(settings, tmp_path / "neutral").distill("-B1")
+    assert len(found) == len(forms)
 
 
 def form_of_all(run_folder: Path) -> dict[str, str]:

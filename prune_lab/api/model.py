@@ -31,7 +31,7 @@ from prune_lab.export import write_card
 from prune_lab.forms import form_named, in_form, layout_of, within_form
 from prune_lab.models import check_same_class, load_model, shipped_like
 from prune_lab.models.protection import check_apart, check_folder
-from prune_lab.plans import PruningPlan
+from prune_lab.plans import PruningPlan, is_native
 from prune_lab.processes import init_processes, is_main
 from prune_lab.profiling import check_asked_size
 from prune_lab.runs import Run, read_records
@@ -223,15 +223,23 @@ class Model(Inspected):
         elif out:  # each student has its own folder in it
             out = check_apart(out, sources)
         run = Run(self.folder)
-        if plans and not run.config.is_file() and self.settings.search == SearchConfig():
-            # Nothing was searched, nor is to be: these alone.
+        usual = SearchConfig()
+        searches = dataclasses.replace(self.settings.search, form=usual.form) != usual
+        if plans and not run.config.is_file() and not searches:
+            # Nothing was searched, nor is to be: these alone, in the form that ``prune`` gives them.
             settings |= {"search.budgets": [], "search.controls": [str(plan) for plan in plans]}
+            native = all(is_native(self.architecture, one) for one in plans_of(self.architecture, plans))
+            if not native and self.settings.search.form == usual.form:
+                settings = {"search.form": "own"} | settings
         elif not plans and self._temporary and not run.done(run.searched):
             raise RunError("asked to distil without a plan; give plans, such as 'bk-small', or search first")
         init_processes()
         with self._opened("distill", settings, force=force) as session:
             with PartialState().main_process_first():
-                ids = tuple(self._in_run(session, plan).id for plan in plans)
+                named = [self._in_run(session, plan) for plan in plans]
+                for one in named:
+                    layout_of(self.architecture, one)  # what cannot be built says so before anything is drawn
+                ids = tuple(one.id for one in named)
                 if force and is_main():
                     forget(session.run, "distilled", plan_ids=ids or None)
             if out:

@@ -44,6 +44,8 @@ Good to know:
   pass `ignore_mismatched_sizes=True`: diffusers would then fill the gaps with random numbers.
 - The entry of the model in `model_index.json` names the file and the class, `["{file}", "{name}"]`. With an entry for
   diffusers there a plain {base} would be asked for.
+- `DiffusionPipeline.from_pretrained(..., {component}=model)` raises a TypeError for a model with code of its own: load
+  the pipeline without, and set `pipeline.{component} = model`.
 - `save_pretrained`, of the pipeline too, copies the file along.
 - diffusers keeps a copy of the file in its cache of modules. Files of other versions have other names, so several can
   be loaded in one process. On a hub the file belongs where it is here: in the folder of the component.
