@@ -105,7 +105,7 @@ class CostTable:
             latency_ms=left("picoseconds") / PICOSECONDS if table.timed else None,
             activation_bytes=None if table.activations is None else table.activations.peak(plan.removed),
         )
-        if table.form == "native":
+        if plan.form == "native":
             return found
         assert table.count is not None, "a cost table is made by cost_table"
         return counted_cost(self.architecture, table.count, table.sizes, table.total, plan, found)
