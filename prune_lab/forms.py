@@ -82,4 +82,4 @@ def in_form(architecture: Architecture, plan: PruningPlan, form: Form | None = N
 
 def within_form(architecture: Architecture, plan: PruningPlan, form: Form) -> PruningPlan:
     """``plan`` as a run builds it that asks for ``form``: natively where that exists, which costs least."""
-    return plan.built("native" if is_native(architecture, plan) else form)
+    return plan.built("native" if form == "native" or is_native(architecture, plan) else form)

@@ -264,8 +264,8 @@ def test_what_is_refused_would_be_another_model(name: str) -> None:
         (
             "HunyuanDiT2DModel",
             "-B3 -B4",
-            "keep the two blocks in the middle",
-            "native: the two in the middle stay",
+            "every block that stays keeps its skip connection",
+            "native: skip connections stay whole",
         ),
         ("LatteTransformer3DModel", "-S1 -T1", "keep S1", "native: S1 stays"),
         ("LatteTransformer3DModel", "-S2", "take turns", "native: blocks leave in pairs"),

@@ -26,6 +26,7 @@ from prune_lab.families.family import (
     Outline,
     Place,
     Removed,
+    Rule,
     Stage,
     Unit,
     arranged,
@@ -89,6 +90,12 @@ def refuse_an_empty_chain(kept: Kept) -> None:
         raise NonNativePlanError(
             "no block would be left, and the last one has parts that no other has: keep one block"
         )
+
+
+def one_stays(outline: Outline) -> list[Rule]:
+    """The rule of such a chain."""
+    names = tuple(unit.name for unit in outline.units)
+    return [Rule(names, most=len(names) - 1, least=0)]
 
 
 # The blocks -----------------------------------------------------------------------------------------------------------
@@ -214,6 +221,7 @@ class Chain:
     adapt: Callable[[Outline], Outline] = lambda outline: outline
     """Completes the outline."""
     levels: Callable[[Outline], Sequence[Sequence[str]]] | None = None
+    rules: Callable[[Outline], Sequence[Rule]] | None = None
     compiled: tuple[str, ...] = ()
     complete: bool = True
     component: str = "transformer"
@@ -311,6 +319,7 @@ class Chain:
             outline=self.outline,
             layout=self.layout,
             levels=self.levels or (lambda outline: [[unit.name] for unit in outline.units if unit.removable]),
+            rules=self.rules,
             complete=self.complete,
             stage_features=lambda outline, removed: _features(lists, outline, removed),
             stem=lambda config: self.named(self.stem, config),

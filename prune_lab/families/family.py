@@ -278,6 +278,24 @@ Removed = frozenset[str]  # names of units that are gone, samplers that leave wi
 Groups = Mapping[str, tuple[str, ...]]  # name of a group: names of its units
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rule:
+    """One linear rule over removed units: as many of ``blocks`` leave as of ``against`` and from ``least`` to ``most``
+    more; a unit that is listed twice counts twice.
+    """
+
+    blocks: tuple[str, ...]
+    most: int
+    least: int
+    against: tuple[str, ...] = ()
+
+
+def rule_of_kept(more: Sequence[str], fewer: Sequence[str], least: int, most: int) -> Rule:
+    """The rule that of ``more`` from ``least`` to ``most`` more units stay than of ``fewer``."""
+    difference = len(more) - len(fewer)
+    return Rule(tuple(more), difference - least, difference - most, tuple(fewer))
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """What is known about one diffusers class of models."""
@@ -337,6 +355,9 @@ class Family:
     more_options: Callable[[Outline, Sequence[str], Removed], Sequence[Removed]] = lambda *_: ()
     """For one of the levels and a native set of its units further options of that level, of other units: where plans
     are native that no choice unit by unit makes up. They are tried, too."""
+    rules: Callable[[Outline], Sequence[Rule]] | None = None
+    """Where no choice in each set alone tells which plans are native: a plan is native where it keeps to all of these
+    rules. None where the levels tell."""
     complete: bool | None = None
     """Whether every native plan is made up of native sets of the levels; None where the levels themselves tell."""
     plans: Mapping[str, Callable[[Outline], Removed]] = dataclasses.field(default_factory=dict)

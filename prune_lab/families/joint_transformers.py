@@ -19,6 +19,7 @@ from prune_lab.families.chain import (
     as_arguments,
     grid,
     heads,
+    one_stays,
     refuse_an_empty_chain,
     refused,
     word_mask,
@@ -87,6 +88,7 @@ SD3 = Chain(
     tokens=lambda config: 77 + 256,  # of CLIP and T5
     conditions=lambda config: (_pooled(config),),
     finish=_sd3_finish,
+    rules=one_stays,
     stem="pos_embed",
     compiled=("JointTransformerBlock",),
 ).family()

@@ -11,7 +11,7 @@ from diffusers.models.embeddings import get_2d_rotary_pos_embed
 
 from prune_lab.errors import NonNativePlanError
 from prune_lab.families.chain import Blocks, Chain, Config, Kept, as_arguments, word_mask
-from prune_lab.families.family import Condition, Layout, Outline
+from prune_lab.families.family import Condition, Layout, Outline, Rule, rule_of_kept
 
 # HunyuanDiT -----------------------------------------------------------------------------------------------------------
 
@@ -80,7 +80,8 @@ def _hunyuan_finish(outline: Outline, layout: Layout, kept: Kept) -> Layout:
     if _wires(range(outline.config["num_layers"]), left) != _wires(left, left):
         raise NonNativePlanError(
             "a block of the first half and its partner of the second half share a skip connection: the first with the "
-            "last, the second with the last but one; remove both or none, and keep the two blocks in the middle"
+            "last, the second with the last but one, and two blocks in the middle share none; so must be what is left: "
+            "remove a block of each half at a time, so that every block that stays keeps its skip connection"
         )
     return layout
 
@@ -89,6 +90,27 @@ def _hunyuan_levels(outline: Outline) -> list[list[str]]:
     names = [unit.name for unit in outline.units]
     half = len(names) // 2
     return [[names[i], names[-1 - i]] for i in range(half)]
+
+
+def _hunyuan_rules(outline: Outline) -> list[Rule]:
+    """What is left is writer, reader, writer, reader, ..., writer, writer, where each reader, a block of the second
+    half that takes a skip connection, is put behind the block whose state it takes in the whole model.
+
+    So up to no place there are more readers than writers; up to a reader there are as many; and behind each reader are
+    two writers more than readers. Without a reader at most two writers are left.
+    """
+    names = [unit.name for unit in outline.units]
+    half = len(names) // 2
+    writers, readers = names[: half + 1], names[half + 1 :][::-1]
+    found = [rule_of_kept(writers, readers, 0, 2)]
+    for place, reader in enumerate(readers):
+        ahead, taken = writers[: place + 1], readers[:place]
+        found += [
+            rule_of_kept(ahead, readers[: place + 1], 0, 2),
+            rule_of_kept([*ahead, reader], taken, 0, 2),
+            rule_of_kept(writers[place + 1 :], [*readers[place + 1 :], reader, reader], 0, len(names)),
+        ]
+    return found
 
 
 HUNYUAN_DIT = Chain(
@@ -103,6 +125,8 @@ HUNYUAN_DIT = Chain(
     conditions=_hunyuan_conditions,
     finish=_hunyuan_finish,
     levels=_hunyuan_levels,
+    rules=_hunyuan_rules,
+    complete=False,
     stem="pos_embed",
     compiled=("HunyuanDiTBlock",),
 ).family()
@@ -145,6 +169,16 @@ def _latte_levels(outline: Outline) -> list[list[str]]:
     return [list(pair) for pair in zip(names[1::2], names[2::2], strict=False)]
 
 
+def _latte_rules(outline: Outline) -> list[Rule]:
+    """S1 stays, and what is left takes turns: of the blocks up to each as many spatial ones stay as temporal ones, or
+    one more.
+    """
+    names = [unit.name for unit in outline.units]
+    found = [rule_of_kept(names[:1], [], 1, 1), rule_of_kept(names[::2], names[1::2], 0, 0)]
+    found += [rule_of_kept(names[:end:2], names[1:end:2], 0, 1) for end in range(2, len(names))]
+    return found
+
+
 LATTE = Chain(
     "LatteTransformer3DModel",
     (
@@ -159,6 +193,7 @@ LATTE = Chain(
     adapt=_in_turns,
     finish=_latte_finish,
     levels=_latte_levels,
+    rules=_latte_rules,
     complete=False,
     stem="pos_embed",
     compiled=("BasicTransformerBlock",),

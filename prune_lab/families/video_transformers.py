@@ -18,6 +18,7 @@ from prune_lab.families.chain import (
     Kept,
     as_arguments,
     counted,
+    one_stays,
     refuse_an_empty_chain,
     word_mask,
 )
@@ -317,6 +318,7 @@ MOCHI = Chain(
     pixels=lambda config: 8,
     tokens=lambda config: int(config["max_sequence_length"]),
     finish=_mochi_finish,
+    rules=one_stays,
     stem="patch_embed",
     compiled=("MochiTransformerBlock",),
 ).family()

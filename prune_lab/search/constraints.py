@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from prune_lab.blocks import Architecture
 from prune_lab.errors import ConfigError, UnknownBlockError, UnremovableBlockError
 from prune_lab.families import Form
-from prune_lab.forms import exists_in
+from prune_lab.forms import exists_in, within_form
 from prune_lab.plans import PruningPlan
 
 
@@ -44,16 +44,25 @@ def parse_quota(text: str) -> Quota:
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """One linear rule over the removed blocks: from ``least`` to ``most`` of ``blocks`` leave. ``reason`` names it."""
+    """One linear rule over the removed blocks: as many of ``blocks`` leave as of ``against`` and from ``least`` to
+    ``most`` more. ``reason`` names it.
+    """
 
     reason: str
     blocks: tuple[str, ...]
     most: int
     least: int = 0
+    against: tuple[str, ...] = ()
+
+    def gone(self, removed: Collection[str]) -> int:
+        """How many more of ``blocks`` than of ``against`` are removed."""
+        return sum(block in removed for block in self.blocks) - sum(
+            block in removed for block in self.against
+        )
 
     def allows(self, removed: Collection[str]) -> bool:
         """Whether a plan that removes these blocks keeps to the rule."""
-        return self.least <= sum(block in removed for block in self.blocks) <= self.most
+        return self.least <= self.gone(removed) <= self.most
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +111,8 @@ class Constraints:
     def allow(self, architecture: Architecture, plan: PruningPlan) -> bool:
         """Whether ``plan`` keeps to all of the rules."""
         rules = self.limits(architecture)
-        return all(rule.allows(plan.removed) for rule in rules) and exists_in(architecture, plan, self.form)
+        built = within_form(architecture, plan, self.form)
+        return all(rule.allows(plan.removed) for rule in rules) and exists_in(architecture, built, built.form)
 
 
 ANY_PLAN = Constraints(form="own")

@@ -19,7 +19,7 @@ from prune_lab.search.constraints import Constraints
 from prune_lab.search.exact import NATIVE, check_reachable
 from prune_lab.search.results import CachedObjective, FrontPoint, ImpactOf, undominated
 from prune_lab.search.sampling import sample_near
-from prune_lab.search.space import Removed, Space, space_of
+from prune_lab.search.space import Removed, Space, spaces_of
 
 _NOT_MEASURED = 1e30  # the impact of a plan that breaks a rule: it is not measured, and never wins
 
@@ -54,9 +54,12 @@ def evolve_plans(
             f"asked for {trials} trials in populations of {population}; give populations of 2 or more, and a whole one"
         )
     check_reachable(architecture, costs, budgets, constraints=constraints)
-    space = space_of(architecture, costs, budgets, constraints)
+    spaces = spaces_of(architecture, costs, budgets, constraints)
     metrics: list[Metric] = ["macs", "latency_ms"] if costs.timed else ["macs"]
-    first = sample_near(architecture, costs, budgets, population, seed, constraints)
+    drawn = sample_near(architecture, costs, budgets, population, seed, constraints)
+    # Natively there may be plans where there are none in the form that is asked for.
+    space = next(one for one in spaces if any(map(one.made_of_options, drawn)))
+    first = [plan for plan in drawn if space.made_of_options(plan)]
     folder.mkdir(parents=True, exist_ok=True)
     with _quiet_optuna():
         study = _study(folder / "evolution.log", space, metrics, population, seed)
@@ -96,7 +99,10 @@ def _study(file: Path, space: Space, metrics: Sequence[Metric], population: int,
     settings = [
         space.architecture.signature,
         [sorted(map(sorted, level)) for level in space.levels],
-        [(limit.blocks, limit.least, limit.most) for limit in space.limits],
+        [
+            (limit.blocks, limit.least, limit.most, *([limit.against] if limit.against else []))
+            for limit in space.limits
+        ],
         [(budget.metric, budget.limit) for budget in space.budgets],
         [[metric, space.costs.total.amount(metric)] for metric in metrics],
         [population, seed],
@@ -165,7 +171,7 @@ def _tell(
         broken = sum(
             max(0, limit.least - gone, gone - limit.most)
             for limit in space.limits
-            for gone in [len(removed.intersection(limit.blocks))]
+            for gone in [limit.gone(removed)]
         )
         over = [max(0.0, cost.amount(b.metric) - b.limit) / whole.amount(b.metric) for b in space.budgets]
         trial.set_constraint("rules", broken)

@@ -26,7 +26,7 @@ from prune_lab.search.constraints import Constraints
 from prune_lab.search.effects import Effects, Scores, effects_from
 from prune_lab.search.program import LinearBound, Program
 from prune_lab.search.results import FrontPoint, undominated
-from prune_lab.search.space import Removed, space_of
+from prune_lab.search.space import Removed, spaces_of
 
 NATIVE = Constraints()
 
@@ -55,21 +55,19 @@ def search_plans(
         )
     effects = effects_from(importance)
     _check_known(architecture, effects)
-    space = space_of(architecture, costs, budgets, constraints)
-    program = Program(space, effects)
+    programs = [Program(space, effects) for space in spaces_of(architecture, costs, budgets, constraints)]
     metric = budgets[0].metric if budgets else "macs"
-    found: list[Removed] = []
-    while len(found) < count:
-        cuts = [LinearBound(removed, diverse) for removed in found]
-        best = _best(program, effects, budgets, metric, cuts)
+    plans: list[PruningPlan] = []
+    while len(plans) < count:
+        cuts = [LinearBound(frozenset(plan.removed), diverse) for plan in plans]
+        best = _best(programs, effects, budgets, metric, cuts)
         if best is None:
             break
-        found.append(best)
-    if not found:
+        plans.append(best.named(_plan_name(budgets, len(plans) + 1)))
+    if not plans:
         raise _explain_impossible(architecture, costs, budgets, constraints)
-    plans = tuple(space.plan(removed, _plan_name(budgets, i + 1)) for i, removed in enumerate(found))
     assert all(constraints.allow(architecture, plan) for plan in plans), "a level has options that are none"
-    return plans
+    return tuple(plans)
 
 
 def sweep_plans(
@@ -94,14 +92,14 @@ def sweep_plans(
         )
     effects = effects_from(importance)
     _check_known(architecture, effects)
-    space = space_of(architecture, costs, budgets, constraints)
-    program, total = Program(space, effects), costs.total.amount(metric)
+    programs = [Program(space, effects) for space in spaces_of(architecture, costs, budgets, constraints)]
+    total = costs.total.amount(metric)
     points = []
     swept = [_share_of(total, share, metric) for share in sorted(set(shares))]
     for budget in swept:
-        best = _best(program, effects, [budget, *budgets], metric, ())
+        best = _best(programs, effects, [budget, *budgets], metric, ())
         if best is not None:
-            plan = space.plan(best, _plan_name([budget, *budgets]))
+            plan = best.named(_plan_name([budget, *budgets]))
             points.append(FrontPoint(plan, effects.of(plan.removed), costs.of(plan).amounts()))
     if not points:
         raise _explain_impossible(architecture, costs, [swept[-1], *budgets], constraints)
@@ -119,15 +117,40 @@ def check_reachable(
 
     Needs no scores: which plans exist and what they cost does not depend on them.
     """
-    program = _scoreless(architecture, costs, constraints)
-    if program.least(program.objective, budgets) is None:
+    if not _reaches(_scoreless(architecture, costs, constraints), budgets):
         raise _explain_impossible(architecture, costs, budgets, constraints)
 
 
 def _best(
+    programs: Sequence[Program],
+    effects: Effects,
+    budgets: Sequence[Budget],
+    metric: Metric,
+    cuts: Sequence[LinearBound],
+) -> PruningPlan | None:
+    """The plan of least impact in any of the programs, and of its equals the cheapest; None when there is none."""
+    best: tuple[Program, Removed] | None = None
+    for program in programs:
+        found = _best_in(program, effects, budgets, metric, cuts)
+        if found is not None and (best is None or _beats(program, found, *best, effects, metric)):
+            best = program, found
+    return None if best is None else best[0].space.plan(best[1])
+
+
+def _beats(
+    program: Program, found: Removed, other: Program, best: Removed, effects: Effects, metric: Metric
+) -> bool:
+    """Whether ``found`` has less impact than ``best``, or as much at a lower cost."""
+    less = effects.of(best) - effects.of(found)
+    if abs(less) <= min(program.resolution, other.resolution):
+        return program.amount(found, metric) < other.amount(best, metric)
+    return less > 0
+
+
+def _best_in(
     program: Program, effects: Effects, budgets: Sequence[Budget], metric: Metric, cuts: Sequence[LinearBound]
 ) -> Removed | None:
-    """The plan of least impact, and of its equals the cheapest."""
+    """The plan of least impact of one program, and of its equals the cheapest."""
     best = program.least(program.objective, budgets, cuts)
     if best is None:
         return None
@@ -157,9 +180,14 @@ def _plan_name(budgets: Sequence[Budget], number: int | None = None) -> str:
 # Why there is none --------------------------------------------------------------------------------------------
 
 
-def _scoreless(architecture: Architecture, costs: CostTable, constraints: Constraints) -> Program:
+def _scoreless(architecture: Architecture, costs: CostTable, constraints: Constraints) -> list[Program]:
     zero = Effects({block.name: 0.0 for block in architecture.named})
-    return Program(space_of(architecture, costs, (), constraints), zero)
+    return [Program(space, zero) for space in spaces_of(architecture, costs, (), constraints)]
+
+
+def _reaches(programs: Sequence[Program], budgets: Sequence[Budget]) -> bool:
+    """Whether there is a plan within the budgets."""
+    return any(program.least(program.objective, budgets) is not None for program in programs)
 
 
 def _without(name: str, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -191,9 +219,12 @@ def _smallest(
     others: Sequence[Budget],
 ) -> int | float | None:
     """The least of ``metric`` that a plan within ``others`` reaches, None when there is no such plan."""
-    program = _scoreless(architecture, costs, constraints)
-    removed = program.cheapest(metric, others)
-    return None if removed is None else program.amount(removed, metric)
+    found = [
+        program.amount(removed, metric)
+        for program in _scoreless(architecture, costs, constraints)
+        if (removed := program.cheapest(metric, others)) is not None
+    ]
+    return min(found, default=None)
 
 
 def _binding(
@@ -221,10 +252,10 @@ def _explain_impossible(
 ) -> BudgetError:
     """What was asked, the smallest that can be reached, which rule binds, and what would work."""
     kind = "native plan" if constraints.form == "native" else "plan"
-    program = _scoreless(architecture, costs, constraints)
-    if program.least(program.objective, ()) is None:
+    programs = _scoreless(architecture, costs, constraints)
+    if not _reaches(programs, ()):
         return _contradiction(architecture, costs, constraints, kind)
-    index = next(i for i in range(len(budgets)) if program.least(program.objective, budgets[: i + 1]) is None)
+    index = next(i for i in range(len(budgets)) if not _reaches(programs, budgets[: i + 1]))
     budget, others = budgets[index], budgets[:index]
     reached = _smallest(architecture, costs, constraints, budget.metric, others)
     assert reached is not None  # the budgets before this one can be met together
@@ -246,8 +277,7 @@ def _contradiction(
     """No plan keeps to the rules, whatever it costs."""
     alone = []
     for text, fewer in _relaxed(constraints):
-        program = _scoreless(architecture, costs, fewer)
-        if program.least(program.objective, ()) is not None:
+        if _reaches(_scoreless(architecture, costs, fewer), ()):
             alone.append(text)
     rules = " and ".join(text for text, _ in _relaxed(constraints))
     remedy = f"leave out {' or '.join(alone)}" if alone else "give fewer rules"

@@ -13,7 +13,7 @@ from prune_lab.search.effects import Effects
 from prune_lab.search.exact import NATIVE, check_reachable
 from prune_lab.search.program import Program
 from prune_lab.search.results import CachedObjective, ImpactOf, SearchResult
-from prune_lab.search.space import Removed, Space, space_of
+from prune_lab.search.space import Removed, Space, spaces_of
 
 
 @dataclass(slots=True)
@@ -44,8 +44,12 @@ def greedy_plan(
     Raises BudgetError when no plan meets the budgets, DataError for a bad measurement.
     """
     check_reachable(architecture, costs, budgets, constraints=constraints)
-    space = space_of(architecture, costs, budgets, constraints)
-    program = Program(space, Effects({block.name: 0.0 for block in architecture.named}))
+    spaces = spaces_of(architecture, costs, budgets, constraints)
+    nothing = Effects({block.name: 0.0 for block in architecture.named})
+    # Natively there may be a way where there is none in the form that is asked for.
+    programs = (Program(space, nothing) for space in spaces)
+    program = next(one for one in programs if one.least(one.objective, budgets) is not None)
+    space = program.space
     objective = CachedObjective(impact_of)
     gone: Removed = frozenset()
     known: dict[Removed, _Step] = {}
@@ -96,7 +100,7 @@ def _missing(space: Space, gone: Removed) -> list[float]:
     """How far each budget and each rule is from being met: costs over the limit, blocks yet to remove."""
     cost = space.costs.of(space.plan(gone))
     over = [max(0.0, cost.amount(budget.metric) - budget.limit) for budget in space.budgets]
-    return [*over, *(max(0.0, limit.least - len(gone.intersection(limit.blocks))) for limit in space.limits)]
+    return [*over, *(float(max(0, limit.least - limit.gone(gone))) for limit in space.limits)]
 
 
 def _progress(before: list[float], after: list[float]) -> float:

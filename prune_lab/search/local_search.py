@@ -12,7 +12,7 @@ from prune_lab.search.budgets import Budget
 from prune_lab.search.constraints import Constraints
 from prune_lab.search.exact import NATIVE
 from prune_lab.search.results import CachedObjective, ImpactOf, SearchResult
-from prune_lab.search.space import Removed, Space, space_of
+from prune_lab.search.space import Removed, Space, spaces_of
 
 
 def local_search(
@@ -37,7 +37,8 @@ def local_search(
     """
     if rounds < 1:
         raise ConfigError(f"asked for {rounds} rounds of local search; give at least 1")
-    space = space_of(architecture, costs, budgets, constraints)
+    spaces = spaces_of(architecture, costs, budgets, constraints)
+    space = next((space for space in spaces if space.made_of_options(start)), spaces[0])
     levels = space.chosen(start)
     removed = frozenset(start.removed)
     if not space.allows(removed):

@@ -182,6 +182,10 @@ class Program:
     def _over_options(self, values: Sequence[bool]) -> Vector:
         return np.concatenate([np.array(values, dtype=np.float64), np.zeros(self.size - len(self._options))])
 
+    def _sum(self, blocks: Iterable[str]) -> Vector:
+        """How many of ``blocks`` are gone."""
+        return sum(map(self.gone, blocks), np.zeros(self.size))
+
     def _crosses(self, blocks: Iterable[str]) -> bool:
         return len({self._level_of[block] for block in blocks}) > 1
 
@@ -203,7 +207,7 @@ class Program:
 
     def _limited(self) -> list[Row]:
         return [
-            Row(sum(map(self.gone, limit.blocks), np.zeros(self.size)), limit.least, limit.most)
+            Row(self._sum(limit.blocks) - self._sum(limit.against), limit.least, limit.most)
             for limit in self.space.limits
         ]
 
@@ -252,8 +256,8 @@ class Program:
     ) -> Removed | None:
         """What to remove for the least ``objective`` within the budgets, or None when nothing meets them.
 
-        A plan that is over a budget, by its own peak of memory or by less than the solver's tolerance, is cut off and
-        the program solved again, so what comes back is within every budget exactly.
+        A plan that cannot be built, or is over a budget, by its own peak of memory or by less than the solver's
+        tolerance, is cut off and the program solved again, so what comes back is within every budget exactly.
         """
         rows = [*self._rows, *map(self._bounded, budgets), *map(self._distant, cuts), *extra]
         rows += map(self._near, floors)
@@ -288,7 +292,9 @@ class Program:
         return self.space.costs.of(self.space.plan(removed)).amount(metric)
 
     def _violations(self, removed: Removed, budgets: Sequence[Budget], floors: Sequence[Floor]) -> list[Row]:
-        """Rows that cut these blocks off where leaving them out breaks a budget or a floor of memory."""
+        """Rows that cut these blocks off where nothing is built without them, or that breaks a budget or a floor."""
+        if not self.space.can_be_built(removed):
+            return [self._distant(LinearBound(removed))]
         cost = self.space.costs.of(self.space.plan(removed))
         over = [budget for budget in budgets if not budget.allows(cost)]
         under = [

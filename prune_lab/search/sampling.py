@@ -6,7 +6,7 @@ a corner of the convex hull of the set it belongs to, so every allowed plan can 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -18,8 +18,8 @@ from prune_lab.search.budgets import Budget
 from prune_lab.search.constraints import Constraints
 from prune_lab.search.effects import Effects
 from prune_lab.search.exact import NATIVE, check_reachable
-from prune_lab.search.program import Floor, LinearBound, Program
-from prune_lab.search.space import Removed, space_of
+from prune_lab.search.program import Floor, LinearBound, Program, Vector
+from prune_lab.search.space import Removed, spaces_of
 
 _PATIENCE = 5  # draws in a row that find nothing new, after which known plans are cut off
 
@@ -46,15 +46,15 @@ def sample_near(
             f"asked for {count} plans in a band of {band}; give at least 1, and a share from 0 to 1"
         )
     check_reachable(architecture, costs, budgets, constraints=constraints)
-    space = space_of(architecture, costs, budgets, constraints)
+    spaces = spaces_of(architecture, costs, budgets, constraints)
     generator = np.random.default_rng(seed)
     names = [block.name for block in architecture.blocks]
-    program = Program(space, Effects(dict.fromkeys(names, 0.0)))
+    programs = [Program(space, Effects(dict.fromkeys(names, 0.0))) for space in spaces]
     found: dict[Removed, None] = {}
     repeats, width = 0, band
     while len(found) < count:
         cuts = [LinearBound(removed) for removed in found] if repeats >= _PATIENCE else []
-        removed = _drawn(program, budgets, width, cuts, generator)
+        removed = _drawn(programs, budgets, width, cuts, generator)
         if removed is not None and removed not in found:
             found[removed] = None
             repeats = 0
@@ -64,24 +64,35 @@ def sample_near(
             width *= 2
         else:
             break  # everything that there is
-    return tuple(space.plan(removed, f"random-{number}") for number, removed in enumerate(found, start=1))
+    return tuple(spaces[0].plan(removed, f"random-{number}") for number, removed in enumerate(found, start=1))
 
 
 def _drawn(
-    program: Program,
+    programs: Sequence[Program],
     budgets: Sequence[Budget],
     width: float,
     cuts: Sequence[LinearBound],
     generator: np.random.Generator,
 ) -> Removed | None:
     """A random plan at most ``width`` below one of the budgets, taken in random order; None when there is none."""
-    impacts = np.zeros(program.size)
-    for name in program.blocks:
-        impacts += generator.normal() * program.gone(name)
+    names = list(dict.fromkeys(name for program in programs for name in program.blocks))
+    impacts = {name: generator.normal() for name in names}
     order = [budgets[place] for place in generator.permutation(len(budgets))]
     bands = [[Floor(budget.metric, budget.limit * (1 - width))] for budget in order]
     for floors in bands or [[]]:
-        removed = program.least(impacts, budgets, cuts, floors=floors)
-        if removed is not None:
-            return removed
+        found = [
+            (sum(impacts[name] for name in removed), removed)
+            for program in programs
+            if (removed := program.least(_over(program, impacts), budgets, cuts, floors=floors)) is not None
+        ]
+        if found:
+            return min(found, key=lambda one: one[0])[1]
     return None
+
+
+def _over(program: Program, impacts: Mapping[str, float]) -> Vector:
+    """The sum of the impacts of the blocks that leave, over the variables of a program."""
+    objective = np.zeros(program.size)
+    for name in program.blocks:
+        objective += impacts[name] * program.gone(name)
+    return objective
