@@ -136,6 +136,10 @@ def parts_in_form(
     saved = {one.name: one for one in (*blocks, *inside_blocks, *samplers)}
     sets = [(frozenset(group.blocks), group.samplers) for group in sampler_groups(architecture)]
     sets += [(frozenset(names), ()) for names in architecture.family.tied(architecture.outline)]
+    if form == "own" and all(block.removable for block in architecture.blocks):
+        # without any block what they alone read is not computed either
+        everything = frozenset(block.name for block in architecture.blocks)
+        sets += [(everything, ())] if everything not in dict(sets) else []
     together: list[tuple[frozenset[str], PartCost]] = []
     for names, left in sorted(sets, key=lambda one: len(one[0])):
         smaller = [name for inner, more in sets if inner < names for name in more if name not in left]
