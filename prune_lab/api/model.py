@@ -34,14 +34,14 @@ from prune_lab.families import knows_its_size
 from prune_lab.forms import form_named, in_form, layout_of, within_form
 from prune_lab.models import load_model
 from prune_lab.models.protection import check_apart, check_folder
-from prune_lab.plans import PruningPlan, read_plans
+from prune_lab.plans import PruningPlan, read_plans, refuse_widths
 from prune_lab.processes import init_processes, is_main
 from prune_lab.report import block_map_frame, draw_block_map
 from prune_lab.runs import Run, read_records
 from prune_lab.runs import open_run as run_in
 from prune_lab.runtime import output_folder, pick_dtype, progress_shown, write_json
 from prune_lab.schemas import IMPORTANCE, RECOVERY_SUMMARY_COLUMNS
-from prune_lab.surgery import get_ready_to_prove, prune_pipeline
+from prune_lab.surgery import chosen_from_files, get_ready_to_prove, prune_pipeline
 from prune_lab.tables import Pictures, Table
 from prune_lab.workflow import (
     Session,
@@ -232,8 +232,9 @@ class Model(Workplace):
     ) -> Table:
         """Write the model without the blocks of ``plan`` to the folder ``out``, which plain diffusers loads.
 
-        ``form`` is native, neutral or own (``prune_lab.forms``); None: native where a plain config describes what is
-        left, else with code of its own, which diffusers has to be told to trust.
+        ``form`` is native, neutral, own or padded (``prune_lab.forms``); None: native where a plain config describes
+        what is left, else with code of its own, which diffusers has to be told to trust. Where a width of the plan says
+        how many units stay and not which, those with the largest weights do.
 
         A process of its own loads it and compares it with the model without these blocks before the folder gets its
         name. ``dtype`` converts the weights, ``variant`` names their files (``fp16``). Raises FormError with the reason
@@ -244,6 +245,9 @@ class Model(Workplace):
         if not dry_run:
             get_ready_to_prove()  # it imports meanwhile
         named = plan if isinstance(plan, Plan) else self.plan(plan)
+        if self.source.has_weights and named.plan.widths:
+            plan_chosen = chosen_from_files(named.plan, self.source.config, self.source.weight_paths)
+            named = dataclasses.replace(named, plan=plan_chosen)
         asked = None if form is None else form_named(form)
         # says what is in the way, also with dry_run
         chosen = dataclasses.replace(named, plan=in_form(self.architecture, named.plan, asked))
@@ -327,6 +331,7 @@ class Model(Workplace):
         if any(goes_by(one, text) for one in known) or not (isinstance(plan, Plan) or self._temporary):
             return plan_named(known, text, session)
         (read,) = plans_of(self.architecture, (plan,))
+        refuse_widths([read], "run")
         found = within_form(self.architecture, read, form_named(self.settings.search.form))
         if found.id not in {one.id for one in known}:
             layout_of(self.architecture, found)

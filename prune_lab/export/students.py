@@ -14,7 +14,7 @@ from prune_lab.forms import layout_of
 from prune_lab.models import preset_config, resolve_model, weight_files
 from prune_lab.models.files import json_object, read_headers, variants_among
 from prune_lab.models.sources import PRESETS
-from prune_lab.plans import PruningPlan, plan_from_json, read_plans
+from prune_lab.plans import PruningPlan, plan_from_json, read_plans, refuse_widths
 from prune_lab.runs import is_plan_id
 from prune_lab.runtime import path_text
 from prune_lab.surgery import TEACHER
@@ -122,6 +122,7 @@ def student_of(text: str, model: str = "") -> Student:
     else:
         architecture = resolve_model(model).architecture
         plans = read_plans(text, architecture)
+        refuse_widths(plans, "convert by")
         if len(plans) != 1:
             raise PlanError(
                 f"asked to convert by {path_text(text)}, found {len(plans)} plans in it; give one"

@@ -55,6 +55,8 @@ from prune_lab.families.unet2d import UNET2D
 from prune_lab.families.unet2d_condition import UNET2D_CONDITION
 from prune_lab.families.unet_conditions import REFINER_TIME_IDS, SDXL_TIME_IDS
 from prune_lab.families.video_transformers import VIDEO_TRANSFORMERS
+from prune_lab.families.widths import Kept, Member, Site, cut_tensors, emptied, narrowed_sizes
+from prune_lab.families.widths import sites_of as _sites_of
 from prune_lab.runtime import printable
 
 __all__ = [
@@ -67,8 +69,11 @@ __all__ = [
     "Condition",
     "Family",
     "Form",
+    "Kept",
     "Layout",
+    "Member",
     "Outline",
+    "Site",
     "Stage",
     "Unit",
     "UnitKind",
@@ -77,7 +82,9 @@ __all__ = [
     "check_forward",
     "code_path",
     "conditions_of",
+    "cut_tensors",
     "embedding_width",
+    "emptied",
     "empty_model",
     "entry_of",
     "example_inputs",
@@ -97,6 +104,7 @@ __all__ = [
     "model_of",
     "modern_class",
     "modern_config",
+    "narrowed_sizes",
     "outline_of",
     "own_class",
     "own_layout",
@@ -105,6 +113,7 @@ __all__ = [
     "predict_with",
     "prediction_of",
     "runs_on_meta",
+    "sites_of",
     "supported_classes",
     "takes_guidance",
     "text_form",
@@ -251,6 +260,11 @@ def check_forward(model: Any) -> None:
 def outline_of(model: nn.Module) -> Outline:
     """The parts of ``model`` in order of execution; it may be on ``meta``."""
     return family_of(model).outline(model)
+
+
+def sites_of(model: nn.Module) -> tuple[Site, ...]:
+    """Where the blocks of ``model``, which may be on ``meta``, can be made narrower, in order of execution."""
+    return _sites_of(model, outline_of(model))
 
 
 def example_inputs(

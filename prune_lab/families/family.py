@@ -20,8 +20,9 @@ CLASS_NAME = "_class_name"  # diffusers' own key for the class that a config bel
 
 UnitKind = Literal["resnet", "attention", "transformer", "sampler"]
 Lane = Literal["left", "middle", "right"]
-Form = Literal["native", "neutral", "own"]
-"""How a smaller model is built: a plain config; a plain config with blocks that do nothing; with code of its own."""
+Form = Literal["native", "neutral", "own", "padded"]
+"""How a smaller model is built: a plain config; a plain config with blocks that do nothing; with code of its own; a
+plain config with zeros where it is narrower."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab.errors import ModelFormatError, UnsupportedModelError
-from prune_lab.families import CLASS_NAME, FAMILIES, REFUSED, base_name, looks_like_a_unet, supported_classes
+from prune_lab.families import (
+    CLASS_NAME,
+    FAMILIES,
+    REFUSED,
+    base_name,
+    is_own,
+    looks_like_a_unet,
+    supported_classes,
+)
 from prune_lab.models.files import PICKLED, is_lfs_pointer, json_object, variants_among
 from prune_lab.runtime import path_text, printable
 
@@ -114,7 +122,7 @@ def quantised(header: Mapping[str, tuple[str, tuple[int, ...]]], config: Mapping
     """Says so where weights or config are those of a model whose numbers have 8 bits or fewer."""
     remedy = "pruning needs the weights in float32, float16 or bfloat16: give the model that it was made from"
     settings = config.get("quantization_config")
-    if settings:
+    if settings and not (is_own(config) and config.get("widths")):  # there it keeps other classes away
         how = (
             settings.get("quant_method") or settings.get("quant_type")
             if isinstance(settings, Mapping)

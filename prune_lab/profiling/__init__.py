@@ -55,6 +55,7 @@ from prune_lab.profiling.service import (
     split_service,
 )
 from prune_lab.profiling.timed_plans import TEACHER, fits_into_one_process, time_plans
+from prune_lab.profiling.width_costs import unit_costs
 from prune_lab.profiling.turns import (
     Change,
     ComparedLatency,
@@ -126,4 +127,5 @@ __all__ = [
     "time_in_turns",
     "time_plans",
     "turns_of_frame",
+    "unit_costs",
 ]

@@ -28,6 +28,7 @@ from prune_lab.search.interactions import InteractionFit, fit_interactions
 from prune_lab.search.local_search import local_search
 from prune_lab.search.results import FrontPoint, ImpactOf, SearchResult
 from prune_lab.search.sampling import sample_near
+from prune_lab.search.widths import narrowed_to, predicted_loss, unit_impacts
 
 __all__ = [
     "ANY_PLAN",
@@ -62,4 +63,7 @@ __all__ = [
     "sweep_plans",
     "uniform_control",
     "within",
+    "narrowed_to",
+    "predicted_loss",
+    "unit_impacts",
 ]

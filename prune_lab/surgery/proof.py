@@ -54,6 +54,9 @@ class Original:
     files: Sequence[Path]  # safetensors
     removed: Sequence[str]  # names of blocks
     dtype: torch.dtype | None = None  # that its tensors were converted to; None: as they are in the files
+    widths: Mapping[str, Sequence[int]] = dataclasses.field(
+        default_factory=dict
+    )  # by site: the units that stay
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,7 +64,7 @@ class Proof:
     """What a fresh process found when it loaded a written folder with plain diffusers, and no argument but the folder.
 
     ``bypassed teacher``: the answer to the same random latents differs from that of the original without its removed
-    blocks by at most ``largest_difference``. ``same tensors``: each tensor equals that of the model that was saved.
+    blocks, and with what leaves of widths set to 0, by at most ``largest_difference``. ``same tensors``: each tensor equals that of the model that was saved.
     ``loads``: nothing was compared.
     """
 
@@ -231,6 +234,7 @@ def prove(
             "config": dict(original.config),
             "files": [str(Path(path).resolve()) for path in original.files],
             "removed": list(original.removed),
+            "widths": {site: list(kept) for site, kept in original.widths.items()},
             "dtype": original.dtype and str(original.dtype).removeprefix("torch."),
         },
     }

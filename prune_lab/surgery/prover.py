@@ -23,16 +23,22 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from prune_lab.blocks import architecture_of
 from prune_lab.families import check_code, empty_model, family_of, is_own
 from prune_lab.models.answers import complaint_of_parts, model_complaint, random_inputs
 from prune_lab.models.files import json_object
 from prune_lab.models.parts import component_of, left_out
 from prune_lab.models.silence import quiet
+from prune_lab.plans import plan_of
 from prune_lab.runtime import read_json
 from prune_lab.surgery.bypass import bypassed
 from prune_lab.surgery.proof import MODULES, digest_of
+from prune_lab.width import site_named, width_of
 
 _IDLE = 300.0  # seconds without a question after which this process ends; the next proof starts another
+ROUNDING = (
+    1e-5  # most that shorter sums may change an answer, in its largest number; only of what is narrower
+)
 
 Question = Mapping[str, Any]
 
@@ -46,11 +52,15 @@ def _answer(model: Any, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def _original_answer(original: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
-    """Inputs, and what the original without its removed blocks answers to them in float32."""
+    """Inputs, and what the original without its removed blocks and units answers to them in float32."""
     kept = None if original["dtype"] is None else getattr(torch, original["dtype"])
     model = empty_model(original["config"])
     inputs = random_inputs(model)
-    with bypassed(model, original["removed"]):
+    architecture = architecture_of(original["config"])
+    widths = [
+        width_of(site_named(name, architecture.sites), units) for name, units in original["widths"].items()
+    ]
+    with bypassed(model, plan_of(architecture, original["removed"], widths=widths)):
         wanted = set(model.state_dict())
         tensors: dict[str, Tensor] = {}
         for path in original["files"]:
@@ -146,7 +156,8 @@ def _compared(question: Question) -> dict[str, Any]:
             parameter.data = parameter.data.clone()
         difference = float((_answer(model, inputs) - expected).abs().max())
         found["difference"] = difference
-        if difference != 0:  # also when it is not a number
+        allowed = ROUNDING * max(1.0, float(expected.abs().max())) if original["widths"] else 0.0
+        if not difference <= allowed:  # also when it is not a number
             found["error"] = (
                 f"its answer differs from that of the original without these blocks by {difference}"
             )

@@ -84,7 +84,8 @@ def save_model(
 def original_of(source: ModelSource, plan: PruningPlan, dtype: torch.dtype | None = None) -> Original:
     """The model of ``source`` as a proof reads it; ``dtype`` is the one that its tensors are converted to."""
     assert source.model_folder is not None
-    return Original(source.config, source.weight_paths, plan.removed, dtype)
+    widths = {width.site: width.kept for width in plan.widths}
+    return Original(source.config, source.weight_paths, plan.removed, dtype, widths)
 
 
 def prune_pipeline(

@@ -14,7 +14,7 @@ from prune_lab.candidates import load_candidate
 from prune_lab.distill import load_recovery
 from prune_lab.errors import PlanError
 from prune_lab.models import resolve_model
-from prune_lab.plans import PruningPlan, is_native, plan_of, read_plans
+from prune_lab.plans import PruningPlan, is_native, plan_of, read_plans, refuse_widths
 from prune_lab.profiling import CostTable, PlanCost, cost_table
 from prune_lab.runs import (
     CandidatePaths,
@@ -121,7 +121,9 @@ def comparison(model: str, targets: Sequence[str]) -> pd.DataFrame:
 
 def _plans(text: str, architecture: Architecture, model: str) -> tuple[PruningPlan, ...]:
     try:
-        return read_plans(text, architecture)
+        plans = read_plans(text, architecture)
+        refuse_widths(plans, "compare")
+        return plans
     except PlanError as error:
         raise PlanError(
             f"asked to compare {text!r}, which is no run, candidate or model folder, and as a plan for {model}: {error}"

@@ -23,7 +23,7 @@ from prune_lab.importance import (
     with_psnr,
 )
 from prune_lab.models import resolve_model
-from prune_lab.plans import PruningPlan, choices_to_json, read_plans
+from prune_lab.plans import PruningPlan, choices_to_json, read_plans, refuse_widths
 from prune_lab.profiling import (
     TEACHER,
     ComparedLatency,
@@ -89,7 +89,9 @@ def score_groups_of(session: Session) -> tuple[BlockGroup, ...]:
     groups: list[BlockGroup] = []
     for name in session.config.score.groups:
         if name.endswith(PLAN_FILES):
-            plans = (plan for plan in read_plans(name, session.architecture) if plan.removed)
+            read = read_plans(name, session.architecture)
+            refuse_widths(read, "score")
+            plans = (plan for plan in read if plan.removed)
             groups += [BlockGroup(plan.name or plan.text, "plan", plan.removed) for plan in plans]
         else:
             kind = cast("GroupKind", name)  # the settings have checked it

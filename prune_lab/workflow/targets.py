@@ -12,7 +12,7 @@ from prune_lab.errors import BudgetError
 from prune_lab.evaluation import check_step_count
 from prune_lab.forms import form_named
 from prune_lab.models import ModelSource, configured_model
-from prune_lab.plans import PruningPlan, read_plans
+from prune_lab.plans import PruningPlan, read_plans, refuse_widths
 from prune_lab.profiling import Service, cost_table, read_service
 from prune_lab.runtime import note
 from prune_lab.search import (
@@ -59,6 +59,7 @@ def controls_among(settings: SearchConfig, architecture: Architecture) -> tuple[
             found += named_plans(architecture)[0]
         elif text not in BUDGET_CONTROLS:
             found += read_plans(text, architecture)
+            refuse_widths(found, "follow")
     unique = {(plan.id, plan.name): plan for plan in found}
     return tuple(plan if plan.name else plan.named(plan.text) for plan in unique.values())
 

@@ -29,13 +29,15 @@ from prune_lab.families.family import (
     plain_config,
 )
 from prune_lab.families.meta_device import shapes_of
+from prune_lab.families.widths import Kept, narrowed
 from prune_lab.runtime import printable, read_bytes
 
 FOLDER = Path(__file__).resolve().parent
-NEWEST = "modeling_pruned_b36d3a80ad81"
+NEWEST = "modeling_pruned_100ebf35f7a1"
 PREFIX = "Pruned"  # of class names; what follows is the diffusers class
-REMOVED, MAIN_PATH, AUTO_MAP = "removed", "main_path", "auto_map"
-_OWN = (REMOVED, MAIN_PATH, AUTO_MAP)  # settings that the diffusers class does not have
+REMOVED, MAIN_PATH, WIDTHS, AUTO_MAP = "removed", "main_path", "widths", "auto_map"
+GUARD = "quantization_config"  # in a file with widths: makes every class but its own refuse it
+_OWN = (REMOVED, MAIN_PATH, WIDTHS, AUTO_MAP, GUARD)  # settings that the diffusers class does not have
 
 
 def is_own(source: Any) -> bool:
@@ -160,10 +162,10 @@ def _mark(unit: Unit, names: Sequence[str]) -> str:
     return next((name for name in inside if not name.startswith(kept)), "")
 
 
-def own_layout(family: Family, outline: Outline, removed: Removed) -> Layout:
+def own_layout(family: Family, outline: Outline, removed: Removed, kept: Kept | None = None) -> Layout:
     """The student of ``outline`` without the units ``removed``, whatever they are, by the newest model file.
 
-    ``family`` is that of the diffusers class. Raises NonNativePlanError where the student would be the model itself, or
+    Of the sites in ``kept`` it has only these of their units. ``family`` is that of the diffusers class. Raises NonNativePlanError where the student would be the model itself, or
     nothing of it would tell it from the plain class.
     """
     units = [unit for unit in outline.units if unit.name in removed]
@@ -171,6 +173,7 @@ def own_layout(family: Family, outline: Outline, removed: Removed) -> Layout:
     gone: dict[str, Any] = dict(outline.config.get(REMOVED) or {})
     paths: dict[str, str | None] = {}
     marks: list[str] = []
+    sizes, cut = narrowed(_whole(outline.config), kept or {})
     for unit in units:
         mark = _mark(unit, names)
         kept = [f"{unit.path}.{path}" for path in unit.keeps]
@@ -185,24 +188,30 @@ def own_layout(family: Family, outline: Outline, removed: Removed) -> Layout:
             "keeps": list(unit.keeps),
             "mark": mark,
         }
-    if not any(how["mark"] for how in gone.values()):
+    widths = {
+        path: numbers
+        for path, numbers in ((outline.config.get(WIDTHS) or {}) | sizes).items()
+        if not any(path == one or path.startswith(f"{one}.") for one in gone)
+    }
+    if not widths and not any(how["mark"] for how in gone.values()):
         raise NonNativePlanError(
             "asked for a student with code of its own that has all tensors of the model: nothing would tell the two "
             "apart; remove a block that has weights"
         )
     name = PREFIX + base_name(str(outline.config[CLASS_NAME]))
-    narrowed = any(how["channels"] is not None for how in gone.values())
+    takes_part = any(how["channels"] is not None for how in gone.values())
     writers = [family.stem, *(unit.path for unit in outline.units if not unit.inside)]
     own = {
         CLASS_NAME: name,
         REMOVED: gone,
-        MAIN_PATH: writers if narrowed else None,
+        MAIN_PATH: writers if takes_part else None,
+        **({WIDTHS: widths} if widths else {}),
         AUTO_MAP: {"AutoModel": f"{NEWEST}.{name}"},
     }
     return Layout(
         MappingProxyType({**outline.config, **own}),
         MappingProxyType(paths | dict(zip(marks, marks, strict=True))),
-        dict.fromkeys(marks, lambda tensor: tensor.new_empty(0)),
+        cut | dict.fromkeys(marks, lambda tensor: tensor.new_empty(0)),
     )
 
 
