@@ -37,6 +37,7 @@ from prune_lab.evaluation import heldout_loss
 from prune_lab.models import load_pipeline, resolve_model
 from prune_lab.plans import parse_plan
 from prune_lab.probes import Probe, make_probe, predict
+from prune_lab.runs import CandidatePaths
 from prune_lab.runtime import pick_device, seeded
 from prune_lab.surgery import materialise
 
@@ -114,7 +115,8 @@ def main() -> None:
                 setup = dataclasses.replace(setup, others=extra)
                 student = Student(partial(materialise, teacher, plan), pairs, folder / f"{seed}-{number}")
                 distill_together(setup, [student])
-                unet = UNet2DConditionModel.from_pretrained(student.folder / "distilled/unet").to(device)
+                distilled = CandidatePaths(student.folder).distilled_model
+                unet = UNet2DConditionModel.from_pretrained(distilled).to(device)
                 found.setdefault(way, []).append(losses_of(unet, probe, wanted))
                 print(f"  seed {seed}, {way}: {found[way][-1][1]:.4f} from the teacher", flush=True)
         before = losses_of(materialise(teacher, plan), probe, wanted)

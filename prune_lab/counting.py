@@ -59,6 +59,9 @@ class Macs:
         default_factory=dict, repr=False
     )  # path -> (whole, attention)
     uncounted_by_module: Mapping[str, Mapping[str, int]] = field(default_factory=dict, repr=False)
+    own_by_module: Mapping[str, tuple[int, int]] = field(
+        default_factory=dict, repr=False
+    )  # the same without the modules inside
 
     @property
     def without_attention(self) -> int:
@@ -243,6 +246,20 @@ def _traceable_on_meta() -> Iterator[None]:
         yield
 
 
+def _own_shares(by_module: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Multiply-adds of each module without those of the modules inside of it."""
+    shares = dict(by_module)
+    for path, (macs, attention) in by_module.items():
+        if path:
+            parent = path.rpartition(".")[0]
+            while parent and parent not in shares:
+                parent = parent.rpartition(".")[0]
+            if parent in shares:
+                of_parent = shares[parent]
+                shares[parent] = (of_parent[0] - macs, of_parent[1] - attention)
+    return shares
+
+
 class _ByPosition(nn.Module):
     """A module called with tensors by position and answering with tensors alone, which is all a trace takes."""
 
@@ -298,6 +315,7 @@ def count_call(module: nn.Module, inputs: Mapping[str, Any]) -> Macs:
         MappingProxyType({operator: int(count) for operator, count in counts[root].items()}),
         MappingProxyType(by_module),
         MappingProxyType(uncounted),
+        MappingProxyType(_own_shares(by_module)),
     )
 
 

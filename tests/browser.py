@@ -14,14 +14,21 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.chrome.webdriver import WebDriver
 
+Scheme = Literal["light", "dark"]
+
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
+def show_as(browser: WebDriver, scheme: Scheme = "light", *, printed: bool = False) -> None:
+    """The page as it is in the colour ``scheme``, on a screen or ``printed``."""
+    wanted = [{"name": "prefers-color-scheme", "value": scheme}]
+    media = {"media": "print" if printed else "", "features": wanted}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+
+
 @contextmanager
-def browser_on(
-    page: Path, *, print_media: bool = False, scheme: Literal["light", "dark"] = "light"
-) -> Iterator[WebDriver]:
-    """A browser that shows ``page`` in the colour ``scheme``, without a network; ends with the test."""
+def browser_on(page: Path) -> Iterator[WebDriver]:
+    """A browser that shows ``page`` in light colours, without a network; ends with the test."""
     found = next(filter(None, map(shutil.which, _BROWSERS)), None)
     driver = shutil.which("chromedriver")
     if found is None or driver is None:
@@ -34,9 +41,7 @@ def browser_on(
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     browser = webdriver.Chrome(options=options, service=Service(driver))
     try:
-        media = {"media": "print"} if print_media else {}
-        wanted = [{"name": "prefers-color-scheme", "value": scheme}]
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {**media, "features": wanted})
+        show_as(browser)
         browser.execute_cdp_cmd("Network.enable", {})
         offline = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
         browser.execute_cdp_cmd("Network.emulateNetworkConditions", offline)

@@ -13,6 +13,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,9 @@ settings.register_profile("ci", settings.get_profile("local"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 torch.set_num_threads(1)
+
+# Nothing here has to outlive a power cut, and Optuna's journal waits for the disk at every number that it keeps.
+os.fsync = lambda _: None
 
 BuiltOnce = Callable[[str, Callable[[Path], object]], Path]
 
@@ -239,12 +243,42 @@ def finished_config(small_run_config: Callable[..., RunConfig]) -> RunConfig:
     )
 
 
+@contextmanager
+def figures_left_blank() -> Iterator[None]:
+    """Inside, reports have small white pictures for figures: drawing them takes as long as all the rest of a report."""
+    from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
+    from PIL import Image
+
+    def save(_figure: Figure, path: Path, _area: Bbox) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 255).save(path, format="PNG")
+
+    blank = "data:image/svg+xml;base64,PHN2ZyB4bWxucz0iaHR0cDovL3d3dy53My5vcmcvMjAwMC9zdmciLz4="
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prune_lab.report.page.freeze_layout", lambda _figure: Bbox.unit())
+        patch.setattr("prune_lab.report.page.save_png", save)
+        patch.setattr("prune_lab.report.page.svg_uri", lambda _figure, _area: blank)
+        yield
+
+
+@pytest.fixture
+def blank_figures() -> Iterator[None]:
+    """Reports with ``figures_left_blank``, for tests that look at other things."""
+    with figures_left_blank():
+        yield
+
+
 @pytest.fixture(scope="session")
 def finished(built_once: BuiltOnce, finished_config: RunConfig) -> Run:
-    """A run that was done from first to last; read it, copy it to change it."""
+    """A run that was done from first to last, its figures left blank; read it, copy it to change it."""
     from prune_lab.workflow import run_all
 
-    return Run(built_once("finished", lambda folder: run_all(finished_config, folder)))
+    def build(folder: Path) -> None:
+        with figures_left_blank():
+            run_all(finished_config, folder)
+
+    return Run(built_once("finished", build))
 
 
 @pytest.fixture(scope="session")

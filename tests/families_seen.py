@@ -1,13 +1,13 @@
 """What the tests saw of each family, and the table that the README shows of it.
 
 A test that used a verb on a model of a family says so by the fixture ``seen`` when it is at its end; what a test that
-passed has said is a row of ``reports/families.csv``, from which the table in the README is made. Nothing is read from
-the families themselves: what no test has seen is not in the table.
+passed has said is a row of ``reports/families.csv``, from which the tables in the README and in ``reports/families.md``
+are made. Nothing is read from the families themselves: what no test has seen is not in the tables.
 
     pytest --seen=check   a row that the file lacks fails the test (what every run of the tests does)
-    pytest --seen=add     rows of tests that passed are added to the file, and the table is written anew
+    pytest --seen=add     rows of tests that passed are added to the file, and the tables are written anew
     pytest --seen=new     the same, and what the file had before is left out (`make families`)
-    python -m tests.families_seen   writes the table of the rows that are there
+    python -m tests.families_seen   writes the tables of the rows that are there
 """
 
 from __future__ import annotations
@@ -23,11 +23,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS, README = ROOT / "reports" / "families.csv", ROOT / "README.md"
+PAGE = ROOT / "reports" / "families.md"
 BEGIN, END = "<!-- families: made by `make families` -->", "<!-- families: end -->"
 
 VERBS = ("blocks", "profile", "score", "search", "prune", "distill", "draw")
 FORMS = ("native", "neutral", "own")
 WITHOUT_PIPELINE = VERBS[:5]  # what a model alone is enough for
+MOST_NAMED = 4  # classes in a line of the README
+ABOUT = """Made by `make families` of what the tests saw of tiny models; [families.csv](families.csv) names the tests.
+What stands under `prune` are the forms of a student that were built. In tier A a tiny pipeline of the class went
+through all verbs; in tier B a tiny model went through all that need no pipeline. A dash means that no test saw it."""
 
 Seen = Callable[..., None]
 
@@ -90,20 +95,45 @@ def _cells(rows: Iterable[Row]) -> tuple[str, ...]:
     return tier, *verbs, "; ".join(dict.fromkeys(row.exception for row in rows if row.exception))
 
 
-def family_table(rows: Iterable[Row]) -> str:
-    """The table of classes and verbs in Markdown; classes of which the same is known share a line."""
+def _cells_of(rows: Iterable[Row]) -> dict[str, tuple[str, ...]]:
+    """Of each class the cells beside it."""
     families: dict[str, list[Row]] = {}
     for row in sorted(rows):
         families.setdefault(row.family, []).append(row)
-    lines: dict[tuple[str, ...], list[str]] = {}
-    for name, seen in families.items():
-        lines.setdefault(_cells(seen), []).append(f"`{name}`")
-    table = [("class", "tier", *VERBS, "exceptions"), ("---",) * (len(VERBS) + 3)]
-    table += [
-        (", ".join(names), *cells)
-        for cells, names in sorted(lines.items(), key=lambda line: (line[0][0], line[1]))
-    ]
+    return {name: _cells(seen) for name, seen in families.items()}
+
+
+def _markdown(heads: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> str:
+    table = [heads, ("---",) * len(heads), *lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in table)
+
+
+def _together(names: list[str]) -> str:
+    """Several classes in one cell, by name where they are few."""
+    if len(names) <= MOST_NAMED:
+        return ", ".join(f"`{name}`" for name in names)
+    short = [name.removesuffix("Model").partition("Transformer")[0] for name in names]
+    return f"{len(names)} transformers, [{short[0]} to {short[-1]}](reports/families.md)"
+
+
+def family_table(rows: Iterable[Row]) -> str:
+    """The README's table in Markdown: tier, forms and exceptions; classes of which the same is known share a line."""
+    lines: dict[tuple[str, ...], list[str]] = {}
+    for name, (tier, *verbs, exceptions) in _cells_of(rows).items():
+        lines.setdefault((tier, verbs[VERBS.index("prune")], exceptions), []).append(name)
+    return _markdown(
+        ("class", "tier", "forms", "exceptions"),
+        (
+            (_together(names), *cells)
+            for cells, names in sorted(lines.items(), key=lambda line: (line[0][0], line[1]))
+        ),
+    )
+
+
+def family_page(rows: Iterable[Row]) -> str:
+    """The page with a line for each class and a column for each verb."""
+    lines = ((f"`{name}`", *cells) for name, cells in _cells_of(rows).items())
+    return f"# What works with which class\n\n{ABOUT}\n\n{_markdown(('class', 'tier', *VERBS, 'exceptions'), lines)}\n"
 
 
 def with_table(readme: str, table: str) -> str:
@@ -113,10 +143,11 @@ def with_table(readme: str, table: str) -> str:
     return f"{before}{BEGIN}\n{table}\n{END}{after}"
 
 
-def write_table() -> None:
-    """Write the table of the rows that are there into the README."""
-    table = family_table(read_rows(ROWS.read_text(encoding="utf-8")))
-    README.write_text(with_table(README.read_text(encoding="utf-8"), table), encoding="utf-8")
+def write_tables() -> None:
+    """Write what the rows that are there say into the README, and the page with a line for each class."""
+    rows = read_rows(ROWS.read_text(encoding="utf-8"))
+    README.write_text(with_table(README.read_text(encoding="utf-8"), family_table(rows)), encoding="utf-8")
+    PAGE.write_text(family_page(rows), encoding="utf-8")
 
 
 # The plugin ----------------------------------------------------------------------------------------------------------
@@ -172,21 +203,32 @@ def seen(request: pytest.FixtureRequest, rows_seen: frozenset[tuple[str, ...]]) 
 
 
 class Writer:
-    """Gathers the rows of tests that passed and writes them, and the table, when the session ends."""
+    """Gathers the rows of tests that passed and writes them, and the tables, when the session ends."""
 
     def __init__(self, keeps: bool) -> None:
-        self.rows: set[Row] = (
-            read_rows(ROWS.read_text(encoding="utf-8")) if keeps and ROWS.exists() else set()
-        )
+        self.before = read_rows(ROWS.read_text(encoding="utf-8")) if ROWS.exists() else set()
+        self.rows: set[Row] = set(self.before) if keeps else set()
+        self.said = ""  # at the end
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" and report.passed:
             self.rows |= {Row(*value) for name, value in report.user_properties if name == "seen"}
 
-    def pytest_sessionfinish(self) -> None:
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        if exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            self.said = f"{ROWS.name} stays as it was: the tests did not run to their end"
+            return
         ROWS.write_text(written_rows(self.rows), encoding="utf-8")
-        write_table()
+        write_tables()
+        gone = {row.said for row in self.before} - {row.said for row in self.rows}
+        self.said = f"{ROWS.name}: {len({row.said for row in self.rows})} rows"
+        self.said += "".join(
+            f"\n  no test saw any more: {' '.join(filter(None, said))}" for said in sorted(gone)
+        )
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        terminalreporter.write_line(self.said)
 
 
 if __name__ == "__main__":
-    write_table()
+    write_tables()

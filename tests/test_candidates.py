@@ -36,16 +36,16 @@ def test_a_candidate_is_the_bypassed_teacher_on_disk(
     plan = parse_plan("bk-small", architecture)
     folder = tmp_path / plan.id
     candidate = build_candidate(source, plan, folder, runs=2, warmup=0)
-    loaded = UNet2DConditionModel.from_pretrained(folder / "unet").eval()
+    loaded = UNet2DConditionModel.from_pretrained(folder / "pruned").eval()
     with bypassed(tiny_unet, plan):
         assert torch.equal(predicted(loaded), predicted(tiny_unet))
     assert torch.equal(predicted(load_student(candidate)), predicted(loaded))
     profile = candidate.profile
     assert profile.params == sum(parameter.numel() for parameter in loaded.parameters())
-    assert profile.disk_bytes == (folder / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
+    assert profile.disk_bytes == (folder / "pruned" / "diffusion_pytorch_model.safetensors").stat().st_size
     assert profile.latency is not None
     assert profile.latency.runs == 2
-    provenance = json.loads((folder / "unet" / "provenance.json").read_text())
+    provenance = json.loads((folder / "pruned" / "provenance.json").read_text())
     assert (provenance["plan"], provenance["source"]) == (plan.text, tiny_pipeline_folder.name)
     proof = provenance["proof"]
     assert (proof["kind"], proof["parameters"]) == ("bypassed teacher", profile.params)
@@ -67,7 +67,7 @@ def test_only_what_is_missing_is_done_again(tiny_unet: Any, tmp_path: Path) -> N
     plan = parse_plan("bk-base", architecture_of(tiny_unet))
     folder = tmp_path / "base"
     build_candidate(tiny_unet, plan, folder, runs=2, warmup=0)
-    stamps = {path: path.stat().st_mtime_ns for path in (folder / "unet").iterdir()}
+    stamps = {path: path.stat().st_mtime_ns for path in (folder / "pruned").iterdir()}
     measured = (folder / "profile.json").read_text()
     build_candidate(tiny_unet, plan, folder, runs=3, warmup=0)
     assert (folder / "profile.json").read_text() == measured
@@ -77,7 +77,7 @@ def test_only_what_is_missing_is_done_again(tiny_unet: Any, tmp_path: Path) -> N
     again = build_candidate(tiny_unet, plan, folder, runs=3, warmup=0)
     assert again.profile.latency is not None
     assert again.profile.latency.runs == 3
-    assert stamps == {path: path.stat().st_mtime_ns for path in (folder / "unet").iterdir()}
+    assert stamps == {path: path.stat().st_mtime_ns for path in (folder / "pruned").iterdir()}
 
 
 def test_what_cannot_be_built_leaves_nothing(
@@ -104,5 +104,5 @@ def test_a_folder_belongs_to_one_plan_and_one_architecture(tiny_unet: Any, tmp_p
         load_candidate(folder, architecture_of({**tiny_unet.config, "block_out_channels": [8, 16, 16, 16]}))
     with pytest.raises(RunError, match=r"asked for the distilled model.*prune-lab run"):
         load_student(candidate, "distilled")
-    shutil.copytree(folder / "unet", folder / "distilled" / "model")
+    shutil.copytree(folder / "pruned", folder / "distilled" / "model")
     assert torch.equal(predicted(load_student(candidate, "distilled")), predicted(load_student(candidate)))

@@ -450,7 +450,9 @@ def test_guidance_is_drawn_by_seed_and_step(tiny_pipeline: Any, pictures: torch.
     assert torch.equal(without.noisy, with_guidance.noisy)
 
 
-@pytest.mark.parametrize("kind", ["lcm", "inpainting", "editing", "refiner"])
+@pytest.mark.parametrize(
+    "kind", ["lcm", "inpainting", pytest.param("editing", marks=pytest.mark.long), "refiner"]
+)
 def test_teacher_and_student_are_given_the_same(
     tiny_pipeline: Any, pictures: torch.Tensor, tmp_path: Path, kind: str
 ) -> None:

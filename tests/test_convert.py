@@ -40,7 +40,7 @@ from prune_lab.export import (
 )
 from prune_lab.families import meta_model
 from prune_lab.families.adapter_names import adapter_names
-from prune_lab.families.ldm_keys import model_places
+from prune_lab.families.ldm_keys import unet_places
 from prune_lab.models import preset_config, resolve_model
 from prune_lab.plans import gone_with, parse_plan
 from prune_lab.runs import open_run
@@ -140,7 +140,7 @@ def processor_file(unet: Any, path: Path) -> Path:
 
 def kohya_file(unet: Any, path: Path, *, ldm: bool = False) -> Path:
     """As kohya's tools write it: underscores, with the names of diffusers or of the LDM layout, and an alpha."""
-    places = {place.sources[0]: place.key for place in model_places(unet.config)}
+    places = {place.sources[0]: place.key for place in unet_places(unet.config)}
     tensors = {}
     for name, (down, up) in matrices(unet, targets(unet)).items():
         spelled = places[f"{name}.weight"].removesuffix(".weight") if ldm else name
@@ -195,7 +195,7 @@ def test_kohyas_names_of_the_ldm_layout_for_xl(plan: str, tmp_path: Path) -> Non
     # diffusers counts with the same number of layers everywhere, so what it reads is compared by its names
     wanted = kohya_file(teacher, tmp_path / "names.safetensors")
     names = convert_lora(student, wanted, tmp_path / "names-converted.safetensors")
-    places = {place.key: place.sources[0] for place in model_places(smaller.config)}
+    places = {place.key: place.sources[0] for place in unet_places(smaller.config)}
     spelled = {
         key.removesuffix(".weight").replace(".", "_"): source.removesuffix(".weight").replace(".", "_")
         for key, source in places.items()

@@ -164,7 +164,7 @@ def test_the_shipped_scorer_judges_the_shipped_model_alone(
     none = choose_scorer("", stranger)
     assert (none.text, none.name) == ("", "none")
     assert "evaluate.scorer" in none.reason
-    with pytest.raises(ConfigError, match="judges the shipped model alone"):
+    with pytest.raises(ConfigError, match="judges the shipped models alone"):
         choose_scorer("reference", stranger)
 
 

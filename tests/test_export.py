@@ -535,13 +535,13 @@ def test_neutral_keys_of_small_are_those_of_base(tmp_path: Path) -> None:
     from ldm_layout import GOLDEN, read_golden
 
     from prune_lab.blocks import architecture_of
-    from prune_lab.families.ldm_keys import model_places, tensor_shapes, with_middle
+    from prune_lab.families.ldm_keys import unet_places, unet_shapes, with_middle
     from prune_lab.plans import native_layout
 
     architecture = architecture_of(preset_config("sd-v1.4"))
     config = with_middle(native_layout(architecture, parse_plan("bk-small", architecture)).config)
-    shapes = tensor_shapes(config)
-    found = {place.key: place.shape([shapes[key] for key in place.sources]) for place in model_places(config)}
+    shapes = unet_shapes(config)
+    found = {place.key: place.shape([shapes[key] for key in place.sources]) for place in unet_places(config)}
     assert found == read_golden(GOLDEN / "ldm_bk_base.txt")
 
 

@@ -7,7 +7,19 @@ from pathlib import Path
 
 import families_seen
 import pytest
-from families_seen import BEGIN, END, README, ROWS, Row, family_table, read_rows, with_table, written_rows
+from families_seen import (
+    BEGIN,
+    END,
+    PAGE,
+    README,
+    ROWS,
+    Row,
+    family_page,
+    family_table,
+    read_rows,
+    with_table,
+    written_rows,
+)
 
 from prune_lab.families import FAMILIES
 
@@ -27,6 +39,7 @@ def test_the_table_is_that_of_the_rows() -> None:
     rows, readme = read_rows(ROWS.read_text(encoding="utf-8")), README.read_text(encoding="utf-8")
     assert readme.count(BEGIN) == readme.count(END) == 1
     assert with_table(readme, family_table(rows)) == readme, "run `python -m tests.families_seen`"
+    assert family_page(rows) == PAGE.read_text(encoding="utf-8"), "run `python -m tests.families_seen`"
 
 
 def test_every_family_has_rows_and_every_row_a_test() -> None:
@@ -43,13 +56,22 @@ def test_a_line_of_the_table() -> None:
     rows += [Row("A", "prune", form, "", "t") for form in ("own", "native")]
     rows += [Row("A", "prune", "native", "native: B1 stays", "t")]
     rows += [Row("T", verb, "", "", "t") for verb in families_seen.VERBS]
-    _, _, *lines = family_table(rows).splitlines()
-    assert [line.replace("\u2013", "-") for line in lines] == [
-        "| `T` | A | yes | yes | yes | yes | yes | yes | yes |  |",
+    _, _, *lines = family_page(rows)[family_page(rows).index("| class") :].replace("\u2013", "-").splitlines()
+    assert lines == [
         "| `A` | - | yes | - | yes | - | native, own | - | - | native: B1 stays |",
-        "| `B`, `C` | - | yes | - | yes | - | - | - | - |  |",
+        "| `B` | - | yes | - | yes | - | - | - | - |  |",
+        "| `C` | - | yes | - | yes | - | - | - | - |  |",
+        "| `T` | A | yes | yes | yes | yes | yes | yes | yes |  |",
+    ]
+    _, _, *lines = family_table(rows).replace("\u2013", "-").splitlines()
+    assert lines == [
+        "| `T` | A | yes |  |",
+        "| `A` | - | native, own | native: B1 stays |",
+        "| `B`, `C` | - | - |  |",
     ]
     assert read_rows(written_rows([*rows, rows[0]._replace(test="u")])) == set(rows)
+    many = [Row(f"{name}Transformer2DModel", "blocks", "", "", "t") for name in "VWXYZ"]
+    assert family_table(many).splitlines()[2].startswith("| 5 transformers, [V to Z](reports/families.md) |")
 
 
 @pytest.fixture
@@ -59,6 +81,7 @@ def apart(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.
     monkeypatch.setattr(families_seen, "ROOT", pytester.path)
     monkeypatch.setattr(families_seen, "ROWS", pytester.path / "rows.csv")
     monkeypatch.setattr(families_seen, "README", pytester.path / "README.md")
+    monkeypatch.setattr(families_seen, "PAGE", pytester.path / "page.md")
     families_seen.README.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     families_seen.ROWS.write_text(
         written_rows([Row("A", "blocks", "", "", "t"), Row("Z", "draw", "", "", "t")])
@@ -84,9 +107,22 @@ def test_a_row_that_is_not_in_the_file_fails(apart: pytest.Pytester) -> None:
 def test_what_passed_is_written(apart: pytest.Pytester, how: str, found: list[str]) -> None:
     result = apart.runpytest_inprocess("-p", "no:cacheprovider", f"--seen={how}")
     result.assert_outcomes(passed=2 + (how == "add"), failed=1, deselected=int(how == "new"))
+    lines = {"add": "rows.csv: 4 rows", "new": "*no test saw any more: Z draw"}
+    result.stdout.fnmatch_lines([lines[how]])
     assert names(families_seen.ROWS.read_text()) == found
-    readme = families_seen.README.read_text().replace("\u2013", "-")
+    readme, page = (
+        path.read_text().replace("\u2013", "-") for path in (families_seen.README, families_seen.PAGE)
+    )
     assert readme.startswith("before\n")
     assert readme.endswith("\nafter\n")
-    assert "`B` | - | - | - | - | - | own |" in readme
-    assert "`D`" not in readme
+    assert "`B` | - | own |" in readme
+    assert "`B` | - | - | - | - | - | own |" in page
+    assert "`D`" not in readme + page
+
+
+def test_tests_that_are_broken_off_write_nothing(apart: pytest.Pytester) -> None:
+    apart.makepyfile(test_late="def test_stops(seen): raise KeyboardInterrupt")
+    before = families_seen.ROWS.read_text()
+    result = apart.runpytest_inprocess("-p", "no:cacheprovider", "--seen=new", no_reraise_ctrlc=True)
+    result.stdout.fnmatch_lines(["rows.csv stays as it was: the tests did not run to their end"])
+    assert families_seen.ROWS.read_text() == before

@@ -24,8 +24,8 @@ from prune_lab.families.ldm_keys import (
     diffusers_to_ldm,
     empty_attentions,
     ldm_to_diffusers,
-    model_places,
     open_clip_places,
+    unet_places,
     vae_places,
 )
 from prune_lab.models import preset_config
@@ -37,7 +37,7 @@ from prune_lab.plans import native_layout, parse_plan
 def ldm_shapes(config: dict[str, Any]) -> Shapes:
     """Name and shape of each tensor of the U-Net of ``config`` in the LDM layout, by our map."""
     shapes = {key: tuple(tensor.shape) for key, tensor in meta_model(config).state_dict().items()}
-    return {place.key: place.shape([shapes[key] for key in place.sources]) for place in model_places(config)}
+    return {place.key: place.shape([shapes[key] for key in place.sources]) for place in unet_places(config)}
 
 
 def student_config(model: str, plan: str) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
 @given(random_configs())
 def test_there_and_back_on_random_architectures(config: dict[str, Any]) -> None:
     tensors = build_unet(config).state_dict()
-    places = model_places(config)
+    places = unet_places(config)
     there = diffusers_to_ldm(places, tensors)
     assert len(there) == len(places) == len(tensors)
     assert_equal(ldm_to_diffusers(places, there), tensors)
@@ -160,7 +160,7 @@ def test_there_and_back_on_random_architectures(config: dict[str, Any]) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_diffusers_reads_what_our_map_writes(shape: str) -> None:
     tensors = build_unet(SHAPES[shape]).state_dict()
-    there = diffusers_to_ldm(model_places(SHAPES[shape]), tensors)
+    there = diffusers_to_ldm(unet_places(SHAPES[shape]), tensors)
     assert_equal(
         convert_ldm_unet_checkpoint(prefixed("model.diffusion_model.", there), SHAPES[shape]), tensors
     )
@@ -178,7 +178,7 @@ def test_attention_of_no_layers_has_no_place_and_the_upsampler_moves_up() -> Non
         "transformer_layers_per_block": depths,
         "reverse_transformer_layers_per_block": up_depths,
     }
-    keys = {place.key for place in model_places(config)}
+    keys = {place.key for place in unet_places(config)}
     assert empty_attentions(config) == (
         "down_blocks.0.attentions.1",
         "up_blocks.2.attentions.2",
@@ -203,7 +203,7 @@ def test_attention_of_no_layers_has_no_place_and_the_upsampler_moves_up() -> Non
 )
 def test_what_has_no_place_is_named(changes: dict[str, Any], tensor: str) -> None:
     with pytest.raises(UnsupportedModelError, match=tensor):
-        model_places({**TINY_UNET, **changes})
+        unet_places({**TINY_UNET, **changes})
 
 
 # VAE and text encoders ---------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from browser import browser_on
+from browser import browser_on, show_as
 from conftest import BuiltOnce
 from selenium.webdriver.chrome.webdriver import WebDriver
 from selenium.webdriver.common.by import By
@@ -235,15 +235,19 @@ def test_nothing_is_complained_about_and_nothing_fetched(page: WebDriver) -> Non
     assert all(name.startswith("data:") for name in fetched)
 
 
-def test_it_prints_as_a_plain_figure(run: Run) -> None:
-    with browser_on(run.report, print_media=True) as page:
+def test_it_prints_as_a_plain_figure(page: WebDriver) -> None:
+    show_as(page, printed=True)
+    try:
         assert not part(page, "plan").is_displayed()
         assert not part(page, "copy").is_displayed()
         shown = cell(page, "Dn1.R1")
         assert shown.is_displayed()
         assert shown.value_of_css_property("print-color-adjust") == "exact"
+    finally:
+        show_as(page)
 
 
+@pytest.mark.long
 def test_words_of_a_run_cannot_become_code(tmp_path: Path, run: Run) -> None:
     evil = Run(write_run(tmp_path / "run", upto="costs"))
     name = "</script><script>document.title='taken'</script>"

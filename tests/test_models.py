@@ -133,7 +133,7 @@ def test_a_pipeline_folder_is_found(tiny_pipeline_folder: Path) -> None:
 
 def test_the_shipped_model_is_a_whole_pipeline() -> None:
     source = resolve_model("reference")
-    assert (source.kind, source.has_weights, source.is_pipeline) == ("reference", True, True)
+    assert (source.kind, source.has_weights, source.is_pipeline) == ("shipped", True, True)
     assert source.folder == reference_folder()
     shape = (len(source.config["down_block_types"]), source.config["layers_per_block"])
     assert shape == (4, 2)  # Stable Diffusion's

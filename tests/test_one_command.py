@@ -220,7 +220,13 @@ def test_an_estimate_counts_the_passes_of_each_step(small_run_config: Callable[.
 CARDS = {"24gb": 24 * 10**9, "80gb": 80 * 10**9}
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.long if name.startswith("sdxl") else ())
+        for name in recipe_names()
+    ],
+)
 def test_a_recipe_fits_into_its_card(name: str) -> None:
     config = load_config(recipe_path(name))
     architecture = resolve_model(config.model).architecture

@@ -34,6 +34,7 @@ MODELS = {
     "odd latent": {**SMALL, "sample_size": 10},
     "no mid": {**SMALL, "mid_block_type": None},
     "one layer": {**SMALL, "layers_per_block": 1},
+    "no mid, one layer": {**SMALL, "mid_block_type": None, "layers_per_block": 1},
 }
 
 
@@ -64,7 +65,7 @@ def assert_equal(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
         torch.testing.assert_close(one, other, rtol=2e-7, atol=2e-7 * float(other.abs().max()))
 
 
-RARE = ("sd-v2", "odd latent", "one layer")
+RARE = ("sd-v2", "odd latent", "no mid", "one layer")
 
 
 @pytest.mark.parametrize(

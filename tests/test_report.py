@@ -687,6 +687,7 @@ def test_a_ranking_of_plans_that_are_gone_is_refused(fresh: Run) -> None:
         write_report(fresh)
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
     run = Run(write_run(tmp_path / "run", upto="blocks"))
     first = write_report(run).read_text()

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,17 @@ def folder_of(built_once: BuiltOnce) -> Callable[[str], Path]:
     return lambda kind: built_once(f"single-{kind}", lambda folder: save_pipeline(folder, kind))
 
 
+@pytest.fixture(scope="module")
+def file_of(built_once: BuiltOnce, folder_of: Callable[[str], Path]) -> Callable[[str], Path]:
+    """The pipeline of a kind as we export it; do not change it."""
+
+    def build(kind: str, folder: Path) -> None:
+        folder.mkdir()
+        export_single_file(resolve_model(str(folder_of(kind))), folder / "model.safetensors")
+
+    return lambda kind: built_once(f"single-file-{kind}", partial(build, kind)) / "model.safetensors"
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -132,11 +144,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def single_file(
-    folder: Path, out: Path, change: Callable[[dict[str, torch.Tensor]], None] = lambda _: None
+    source: Path, out: Path, change: Callable[[dict[str, torch.Tensor]], None] = lambda _: None
 ) -> Path:
-    """A file as other programs write it: the tensors alone, some more of a training, and no configs of ours."""
-    export_single_file(resolve_model(str(folder)), out)
-    tensors = load_file(out)
+    """A pipeline, or the file that we export of it, as other programs write it: the tensors alone, some more of a
+    training, and no configs of ours.
+    """
+    if source.is_dir():
+        source = export_single_file(resolve_model(str(source)), out).path
+    tensors = load_file(source)
     tensors["model_ema.decay"] = torch.ones(())
     tensors["alphas_cumprod"] = torch.ones(1000)
     change(tensors)
@@ -167,9 +182,9 @@ def assert_same_pipeline(found: Path, wanted: Path) -> None:
 
 @pytest.mark.parametrize("kind", ONE_OF_THEM)
 def test_the_folder_of_a_single_file_is_the_one_it_was_made_from(
-    kind: str, folder_of: Any, tmp_path: Path
+    kind: str, file_of: Any, folder_of: Any, tmp_path: Path
 ) -> None:
-    source = resolve_model(str(single_file(folder_of(kind), tmp_path / "model.safetensors")))
+    source = resolve_model(str(single_file(file_of(kind), tmp_path / "model.safetensors")))
     assert source.kind == "pipeline"
     assert architecture_of(source.config).signature == architecture_of(UNETS[kind]).signature
     assert source.folder is not None
@@ -202,8 +217,7 @@ def test_a_student_of_somebody_else_is_read_by_its_shapes(plan: str, folder_of: 
 
 
 def test_our_own_export_keeps_its_settings(folder_of: Any, tmp_path: Path) -> None:
-    folder = tmp_path / "own"
-    save_pipeline(folder, "sd-v1")
+    folder = Path(shutil.copytree(folder_of("sd-v1"), tmp_path / "own"))
     config = folder / "unet" / "config.json"
     config.write_text(
         json.dumps(json.loads(config.read_text()) | {"attention_head_dim": 4, "sample_size": 8})
@@ -220,9 +234,9 @@ def test_our_own_export_keeps_its_settings(folder_of: Any, tmp_path: Path) -> No
 
 
 def test_it_is_written_once_and_again_when_the_file_changes(
-    folder_of: Any, tmp_path: Path, cache: Path
+    file_of: Any, tmp_path: Path, cache: Path
 ) -> None:
-    file = single_file(folder_of("sd-v1"), tmp_path / "model.safetensors")
+    file = single_file(file_of("sd-v1"), tmp_path / "model.safetensors")
     first = resolve_model(str(file)).folder
     assert resolve_model(str(file)).folder == first
     folders = cache / "prune_lab" / "single_files"
@@ -240,8 +254,8 @@ print(pipeline("a cat", num_inference_steps=1, height=64, width=64, output_type=
 
 
 @pytest.mark.long
-def test_a_fresh_process_without_network_or_cache_draws(folder_of: Any, tmp_path: Path) -> None:
-    file = single_file(folder_of("sd-v1"), tmp_path / "model.safetensors")
+def test_a_fresh_process_without_network_or_cache_draws(file_of: Any, tmp_path: Path) -> None:
+    file = single_file(file_of("sd-v1"), tmp_path / "model.safetensors")
     empty = tmp_path / "empty"
     places = {"HF_HOME": str(empty), "HOME": str(empty), "XDG_CACHE_HOME": str(empty), "HF_HUB_OFFLINE": "1"}
     found = subprocess.run(
@@ -256,13 +270,13 @@ def test_a_fresh_process_without_network_or_cache_draws(folder_of: Any, tmp_path
     assert "(1, 64, 64, 3)" in found.stdout or "[1, 3, 64, 64]" in found.stdout
 
 
-def test_each_part_keeps_its_number_format(folder_of: Any, tmp_path: Path) -> None:
+def test_each_part_keeps_its_number_format(file_of: Any, tmp_path: Path) -> None:
     def halve(tensors: dict[str, torch.Tensor]) -> None:
         for key, tensor in tensors.items():
             if not key.startswith("first_stage_model."):  # as many files have it: a VAE overflows easily
                 tensors[key] = tensor.half()
 
-    file = single_file(folder_of("sd-v1"), tmp_path / "model.safetensors", halve)
+    file = single_file(file_of("sd-v1"), tmp_path / "model.safetensors", halve)
     folder = resolve_model(str(file)).folder
     assert folder is not None
     for part, dtype in (("unet", torch.float16), ("vae", torch.float32), ("text_encoder", torch.float16)):
@@ -287,28 +301,24 @@ def test_a_model_for_inpainting(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("spread", "predicts"), [(0.2, "v_prediction"), (0.02, "epsilon")])
 def test_what_stable_diffusion_2_predicts_shows_in_its_weights(
-    spread: float, predicts: str, folder_of: Any, tmp_path: Path
+    spread: float, predicts: str, file_of: Any, tmp_path: Path
 ) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         key = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
         tensors[key] = spread * torch.tensor([1.0, -1.0]).repeat(len(tensors[key]) // 2)
 
-    configs = configs_of(
-        single_file(folder_of("sd-v2"), tmp_path / "model.safetensors", change), preset_config
-    )
+    configs = configs_of(single_file(file_of("sd-v2"), tmp_path / "model.safetensors", change), preset_config)
     assert configs["scheduler"].get("prediction_type", "epsilon") == predicts
     assert configs["unet"]["sample_size"] == (96 if predicts == "v_prediction" else 64)
 
 
-def test_the_last_layer_of_open_clip_is_not_read(folder_of: Any, tmp_path: Path) -> None:
+def test_the_last_layer_of_open_clip_is_not_read(file_of: Any, tmp_path: Path) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         layers = {key: tensor for key, tensor in tensors.items() if ".resblocks.1." in key}
         for number in range(2, 24):
             tensors.update({key.replace(".1.", f".{number}.", 1): t.clone() for key, t in layers.items()})
 
-    configs = configs_of(
-        single_file(folder_of("sd-v2"), tmp_path / "model.safetensors", change), preset_config
-    )
+    configs = configs_of(single_file(file_of("sd-v2"), tmp_path / "model.safetensors", change), preset_config)
     assert configs["text_encoder"]["num_hidden_layers"] == 23
 
 
@@ -320,10 +330,10 @@ REFINER = "conditioner.embedders.0.model.token_embedding.weight"
 def test_the_originals_have_the_configs_of_the_presets(tmp_path: Path) -> None:
     from ldm_layout import golden_shapes
 
-    from prune_lab.families.ldm_structure import model_config
+    from prune_lab.families.ldm_structure import unet_config
 
     shapes = {f"model.diffusion_model.{key}": shape for key, shape in golden_shapes(2).items()}
-    config = model_config("sd-v1", preset_config("sd-v1.5"), shapes)
+    config = unet_config("sd-v1", preset_config("sd-v1.5"), shapes)
     ours = architecture_of(config).signature
     assert ours == architecture_of(preset_config("sd-v1.5")).signature
 
@@ -400,7 +410,32 @@ def test_a_model_with_a_tokenizer_of_its_own_is_refused(tmp_path: Path) -> None:
         resolve_model(str(file))
 
 
-@pytest.mark.parametrize("kind", ONE_OF_THEM)
+def with_channels(number: int) -> Callable[[dict[str, torch.Tensor]], None]:
+    """The change to a model that takes so many channels."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        key = "model.diffusion_model.input_blocks.0.0.weight"
+        width, _, *sides = tensors[key].shape
+        tensors[key] = torch.randn(width, number, *sides)
+
+    return change
+
+
+def test_a_file_with_more_channels_is_a_model_for_inpainting(
+    file_of: Any, folder_of: Any, tmp_path: Path
+) -> None:
+    file = single_file(file_of("sd-v1"), tmp_path / "model.safetensors", with_channels(9))
+    source = resolve_model(str(file))
+    assert source.config["in_channels"] == 9
+    pipeline: Any = load_pipeline(source)
+    assert type(pipeline).__name__ == "StableDiffusionInpaintPipeline"
+    wanted = load_file(folder_of("sd-v1") / "unet" / "diffusion_pytorch_model.safetensors")
+    wanted["conv_in.weight"] = load_file(file)["model.diffusion_model.input_blocks.0.0.weight"]
+    assert all(torch.equal(tensor, wanted[key]) for key, tensor in pipeline.unet.state_dict().items())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", list(UNETS))
 def test_models_for_inpainting_are_read_as_any_other(kind: str, tmp_path: Path) -> None:
     folder = tmp_path / "inpaint"
     save_pipeline(folder, kind, in_channels=9)
@@ -431,11 +466,12 @@ def edit_index(folder: Path, class_name: str) -> None:
 
 
 @pytest.mark.parametrize("channels", [5, pytest.param(7, marks=pytest.mark.long)])
-def test_a_model_for_depth_or_another_purpose_says_what_to_give(channels: int, tmp_path: Path) -> None:
-    folder = tmp_path / "depth"
-    save_pipeline(folder, "sd-v2", in_channels=channels)
+def test_a_model_for_depth_or_another_purpose_says_what_to_give(
+    channels: int, file_of: Any, tmp_path: Path
+) -> None:
+    file = single_file(file_of("sd-v2"), tmp_path / "model.safetensors", with_channels(channels))
     with pytest.raises(UnsupportedModelError, match=f"takes {channels} channels; .*diffusers folder"):
-        resolve_model(str(single_file(folder, tmp_path / "model.safetensors")))
+        resolve_model(str(file))
 
 
 @pytest.mark.parametrize(
@@ -448,28 +484,28 @@ def test_a_file_that_is_not_the_file_is_told(content: bytes, tmp_path: Path) -> 
         resolve_model(str(path))
 
 
-def test_weights_of_eight_bits_are_told(folder_of: Any, tmp_path: Path) -> None:
+def test_weights_of_eight_bits_are_told(file_of: Any, tmp_path: Path) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         key = "model.diffusion_model.out.2.weight"
         tensors[key] = tensors[key].to(torch.float8_e4m3fn)
 
-    file = single_file(folder_of("sd-v1"), tmp_path / "model.safetensors", change)
+    file = single_file(file_of("sd-v1"), tmp_path / "model.safetensors", change)
     with pytest.raises(UnsupportedModelError, match=r"quantised .*out\.2\.weight is in F8_E4M3"):
         resolve_model(str(file))
 
 
-def test_a_unet_with_parts_that_are_not_known_is_refused(folder_of: Any, tmp_path: Path) -> None:
+def test_a_unet_with_parts_that_are_not_known_is_refused(file_of: Any, tmp_path: Path) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.diffusion_model.time_embed.cond_proj.weight"] = torch.zeros(8, 8)
 
-    file = single_file(folder_of("sd-v1"), tmp_path / "model.safetensors", change)
+    file = single_file(file_of("sd-v1"), tmp_path / "model.safetensors", change)
     with pytest.raises(UnsupportedModelError, match=r"time_embed\.cond_proj\.weight is not part"):
         resolve_model(str(file))
 
 
 @pytest.mark.long
-def test_the_pipeline_of_a_single_file_is_loaded_as_any_other(folder_of: Any, tmp_path: Path) -> None:
-    file = single_file(folder_of("sdxl"), tmp_path / "model.safetensors")
+def test_the_pipeline_of_a_single_file_is_loaded_as_any_other(file_of: Any, tmp_path: Path) -> None:
+    file = single_file(file_of("sdxl"), tmp_path / "model.safetensors")
     assert type(load_pipeline(resolve_model(str(file)))).__name__ == "StableDiffusionXLPipeline"
 
 
@@ -484,12 +520,11 @@ HARMLESS = (
 
 
 @pytest.mark.parametrize("kind", ONE_OF_THEM)
-def test_every_tensor_of_a_file_is_used_or_named(kind: str, folder_of: Any, tmp_path: Path) -> None:
+def test_every_tensor_of_a_file_is_used_or_named(kind: str, file_of: Any, tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
-    export_single_file(resolve_model(str(folder_of(kind))), file)
-    with safe_open(file, "pt") as opened:
+    with safe_open(file_of(kind), "pt") as opened:
         metadata = opened.metadata()
-    whole, draw = load_file(file), random.Random(kind)
+    whole, draw = load_file(file_of(kind)), random.Random(kind)
 
     def read(tensors: dict[str, torch.Tensor], notes: dict[str, str]) -> None:
         save_file(tensors, file, notes)
@@ -518,23 +553,22 @@ def test_every_tensor_of_a_file_is_used_or_named(kind: str, folder_of: Any, tmp_
     ],
 )
 def test_settings_in_a_file_that_are_not_those_of_its_tensors_are_refused(
-    setting: str, value: object, folder_of: Any, tmp_path: Path
+    setting: str, value: object, file_of: Any, tmp_path: Path
 ) -> None:
     file = tmp_path / "model.safetensors"
-    export_single_file(resolve_model(str(folder_of("sd-v1"))), file)
-    with safe_open(file, "pt") as opened:
+    with safe_open(file_of("sd-v1"), "pt") as opened:
         metadata = opened.metadata()
     configs = json.loads(metadata["prune_lab.configs"])
     configs["text_encoder"][setting] = value
-    save_file(load_file(file), file, metadata | {"prune_lab.configs": json.dumps(configs)})
+    save_file(load_file(file_of("sd-v1")), file, metadata | {"prune_lab.configs": json.dumps(configs)})
     with pytest.raises(UnsupportedModelError) as caught:
         resolve_model(str(file))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.long
-def test_a_folder_in_the_cache_that_lost_a_file_is_made_again(folder_of: Any, tmp_path: Path) -> None:
-    file = single_file(folder_of("sd-v1"), tmp_path / "model.safetensors")
+def test_a_folder_in_the_cache_that_lost_a_file_is_made_again(file_of: Any, tmp_path: Path) -> None:
+    file = single_file(file_of("sd-v1"), tmp_path / "model.safetensors")
     folder = resolve_model(str(file)).folder
     assert folder is not None
     files = sorted(path for path in folder.rglob("*") if path.is_file())

@@ -30,7 +30,8 @@ def load(
     seed: int | None = None,
     settings: Mapping[str, object] | None = None,
 ) -> Model:
-    """The model that ``model`` names: ``reference``, a preset, a folder, a single file, a ``config.json`` or a hub id.
+    """The model that ``model`` names: ``reference`` or ``transformer``, which ship, a preset, a folder, a single file, a
+    ``config.json`` or a hub id.
 
     Its files are checked and its weights stay unread until a verb needs them. ``run`` is the folder for results,
     ``config`` a TOML of settings and ``settings`` single ones by their dotted names, ``{"probe.samples": 16}``. Raises

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,20 @@ def transformer_folder() -> Path:
     """
     from prune_lab.assets.assembling import assembled
 
-    return assembled(assets_folder() / "transformer", reference_folder())
+    return assembled(*shipped_places("transformer"))
+
+
+SHIPPED_MODELS: Mapping[str, Callable[[], Path]] = {
+    "reference": reference_folder,
+    "transformer": transformer_folder,
+}
+"""The models that ship, by the names that stand for them, and the folder of each."""
+
+
+def shipped_places(name: str) -> tuple[Path, ...]:
+    """Where the pieces of a shipped model lie in the package: its own first, then those that it shares."""
+    own = assets_folder() / name
+    return (own,) if name == "reference" else (own, reference_folder())
 
 
 def scorer_folder() -> Path:

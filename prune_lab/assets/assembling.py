@@ -35,12 +35,27 @@ def _digest(pieces: Mapping[str, Path]) -> str:
     return found.hexdigest()[:16]
 
 
+def _read_as(name: str) -> str:
+    """What the piece is called in the folder that diffusers reads."""
+    return name.removesuffix(PACKED) + WEIGHTS if name.endswith(PACKED) else name
+
+
+def _is_whole(folder: Path, pieces: Mapping[str, Path]) -> bool:
+    return all((folder / _read_as(name)).is_file() for name in pieces)
+
+
 def _unpack(source: Path, target: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     from prune_lab.assets.packing import unpacked
 
     save_file(unpacked(load_file(source)), target, metadata={"format": "pt"})
+
+
+def kept_in() -> Path:
+    """The folder in the user's cache that holds what was put together."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return root / "prune_lab" / "shipped"
 
 
 def assembled(own: Path, shared: Path) -> Path:
@@ -50,20 +65,19 @@ def assembled(own: Path, shared: Path) -> Path:
     StorageError when the cache cannot be written.
     """
     pieces = _pieces(own, shared)
-    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folder = root / "prune_lab" / "shipped" / f"{own.name}-{_digest(pieces)}"
-    if folder.is_dir():
+    folder = kept_in() / f"{own.name}-{_digest(pieces)}"
+    if _is_whole(folder, pieces):
         return folder
     try:
-        with atomic_folder(folder) as temporary:
+        with atomic_folder(folder, force=True) as temporary:  # a cache may have been cleared in part
             for name, source in pieces.items():
-                target = temporary / name
+                target = temporary / _read_as(name)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                if target.name == PACKED:
-                    _unpack(source, target.with_name(WEIGHTS))
+                if source.name == PACKED:
+                    _unpack(source, target)
                 else:
                     shutil.copyfile(source, target)
-    except StorageError:
-        if not folder.is_dir():  # else another process has just made the same
-            raise
+    except StorageError as error:
+        if not _is_whole(folder, pieces):  # else another process has just made the same
+            raise StorageError(f"{error}; another place for the cache is named by XDG_CACHE_HOME") from None
     return folder

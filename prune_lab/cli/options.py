@@ -11,8 +11,8 @@ from prune_lab.api.settings import VERB_TABLES
 from prune_lab.config import SETTINGS
 
 MODEL_HELP = (
-    "reference, a preset (sd-v1.4), a pipeline or model folder, a single-file .safetensors, a config.json of a model, "
-    "or a hub id."
+    "reference or transformer (they ship), a preset (sd-v1.4), a pipeline or model folder, a single-file .safetensors, "
+    "a config.json of a model, or a hub id."
 )
 
 ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")]

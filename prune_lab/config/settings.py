@@ -138,7 +138,7 @@ class DataConfig:
     source: str = setting(
         "",
         "folder, .parquet, .tar, .zip or glob, hub id, finished cache, or shipped (distill.pictures of the package); "
-        "empty: shipped for the shipped model and its students, else what the model draws",
+        "empty: shipped for the shipped models and their students, else what the model draws",
         read_by="probe",
     )
     image_column: str = setting(
@@ -344,7 +344,7 @@ class EvaluateConfig:
     guidance: float = setting(7.5, "guidance scale of a picture", read_by="shares")
     scorer: str = setting(
         "",
-        "CLIP model that judges: a folder or a hub id, or none; empty: reference for the shipped model and its "
+        "CLIP model that judges: a folder or a hub id, or none; empty: reference for the shipped models and their "
         "students, else the CLIP model that the text encoder is part of, where it is on this machine",
     )
 
@@ -387,7 +387,7 @@ class RunConfig:
 
     model: str = setting(
         "reference",
-        "reference, a preset, a pipeline or model folder, a config.json, or a hub id",
+        "reference or transformer, which ship, a preset, a pipeline or model folder, a config.json, or a hub id",
         read_by="blocks",
     )
     revision: str = setting(

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prune_lab.distill.data import read_entry, read_tensors, with_prefix
+from prune_lab.distill.data import with_prefix
 from prune_lab.errors import RunError
+from prune_lab.runs.tensor_files import read_entry, read_tensors
 from prune_lab.runtime import atomic_write
 
 _FORMAT = "prune_lab checkpoint 2"

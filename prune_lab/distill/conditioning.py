@@ -23,12 +23,13 @@ from torch import Tensor
 
 from prune_lab.config import DistillConfig
 from prune_lab.distill.batches import Batch
-from prune_lab.distill.data import TrainingData, read_tensors, with_prefix
+from prune_lab.distill.data import TrainingData, with_prefix
 from prune_lab.distill.encoding import encoders_digest
 from prune_lab.errors import ConfigError, DataError
 from prune_lab.families.drawing import reads_text
 from prune_lab.models.silence import quiet
 from prune_lab.probes import encode_captions, schedule_of
+from prune_lab.runs.tensor_files import read_tensors
 from prune_lab.runtime import atomic_write, generator_for, tensors_digest, track
 
 _FORMAT = "prune_lab captions 1"

@@ -11,16 +11,15 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from prune_lab.errors import DataError
-from prune_lab.runs.records import typed
-from prune_lab.runtime import atomic_write, parse_json, seeded, tensors_digest
+from prune_lab.runs.tensor_files import read_entry, read_tensors
+from prune_lab.runtime import atomic_write, seeded, tensors_digest
 
 _FORMAT = "prune_lab latents 1"
 _TENSORS = ("latents", "embeddings", "empty_embedding")
@@ -78,35 +77,6 @@ class TrainingData(Protocol):
 def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whose names begin with ``prefix``, by the rest of their names."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def read_tensors(path: Path, form: str, asked: str, remedy: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of the safetensors file ``path``, whose metadata give ``form`` as its format.
-
-    Raises DataError, which says what was ``asked`` and its ``remedy``, for a missing, damaged or other file.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"asked to {asked} {path}, found a damaged file ({error}); {remedy}") from None
-    if metadata.get("format") != form:
-        raise DataError(f"asked to {asked} {path}, found another kind of file; {remedy}")
-    return metadata, tensors
-
-
-def read_entry(path: Path, metadata: Mapping[str, str], name: str, hint: Any, asked: str, remedy: str) -> Any:
-    """The JSON in the entry ``name`` of the ``metadata`` of ``path``, as the type ``hint`` says.
-
-    Raises DataError, as ``read_tensors`` does, when it is missing or another value.
-    """
-    try:
-        return typed(hint, parse_json(metadata.get(name, "")))
-    except ValueError as error:
-        raise DataError(
-            f"asked to {asked} {path}, found {name} that cannot be read ({error}); {remedy}"
-        ) from None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -179,51 +179,66 @@ Arrange = Callable[..., dict[str, Any]]
 Finish = Callable[[Outline, Layout, Kept], Layout]
 
 
-def chain(
-    class_name: str,
-    *lists: Blocks,
-    text: Callable[[Config], int],
-    stem: str,
-    head: str = "proj_out",
-    arrange: Arrange = as_arguments,
-    prediction: Callable[[Config, Any, Tensor], Tensor] = noise_alone,
-    answers: tuple[str | None, ...] = ("text",),
-    channels: Callable[[Config], int] = lambda config: int(config["in_channels"]),
-    frames: Callable[[Config], int] | None = None,
-    size: Callable[[Config], Size] = sample_size,
-    tokens: Callable[[Config], int] = lambda config: 77,
-    padded: bool = False,
-    width: Callable[[Config], int] = heads,
-    conditions: Callable[[Config], tuple[Condition, ...]] = lambda config: (),
-    finish: Finish = lambda outline, layout, kept: layout,
-    adapt: Callable[[Outline], Outline] = lambda outline: outline,
-    levels: Callable[[Outline], Sequence[Sequence[str]]] | None = None,
-    compiled: tuple[str, ...] = (),
-    complete: bool = True,
-    component: str = "transformer",
-    latents: str = "hidden_states",
-) -> Family:
-    """The family of a diffusers class whose blocks stand in ``lists``, in order of execution.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chain:
+    """A diffusers class whose blocks stand in ``lists``, in order of execution: what of ``Family`` it says itself.
 
-    ``frames`` says how many frames the latents of a model of films have in its example inputs; with ``padded`` its text
-    always has as many words as ``tokens`` says. ``finish`` completes the layout of a smaller model, or raises
-    NonNativePlanError; ``adapt`` completes the outline.
+    Every function of a config is given one in which nothing is left out.
     """
 
-    def outline(model: Any) -> Outline:
-        config = plain_config(model)
-        across = width(config)
-        units = [
-            unit for blocks in lists for unit in blocks.units(len(model.get_submodule(blocks.path)), across)
-        ]
-        stages = tuple(Stage(blocks.letter, blocks.path, row=row) for row, blocks in enumerate(lists))
-        return adapt(Outline(MappingProxyType(config), stages, tuple(units)))
+    class_name: str
+    lists: tuple[Blocks, ...]
+    _: dataclasses.KW_ONLY
+    text: Callable[[Config], int]
+    stem: str
+    head: str = "proj_out"
+    arrange: Arrange = as_arguments
+    prediction: Callable[[Config, Any, Tensor], Tensor] = noise_alone
+    answers: tuple[str | None, ...] = ("text",)
+    channels: Callable[[Config], int] = lambda config: int(config["in_channels"])
+    frames: Callable[[Config], int] | None = None
+    """How many frames the latents of a model of films have in its example inputs."""
+    size: Callable[[Config], Size] = sample_size
+    tokens: Callable[[Config], int] = lambda config: 77
+    padded: bool = False
+    """Whether a text always has as many words as ``tokens`` says."""
+    width: Callable[[Config], int] = heads
+    """Of what the blocks read and write."""
+    conditions: Callable[[Config], tuple[Condition, ...]] = lambda config: ()
+    finish: Finish = lambda outline, layout, kept: layout
+    """Completes the layout of a smaller model, or raises NonNativePlanError."""
+    adapt: Callable[[Outline], Outline] = lambda outline: outline
+    """Completes the outline."""
+    levels: Callable[[Outline], Sequence[Sequence[str]]] | None = None
+    compiled: tuple[str, ...] = ()
+    complete: bool = True
+    component: str = "transformer"
+    latents: str = "hidden_states"
 
-    def layout(outline: Outline, removed: Removed) -> Layout:
-        kept = kept_blocks(lists, outline, removed)
-        return finish(outline, renumbered(lists, outline, kept), kept)
+    def whole(self, config: Config) -> Config:
+        """``config`` with the defaults of the class for what it leaves out."""
+        return {**_defaults(self.class_name), **config}
+
+    def outline(self, model: Any) -> Outline:
+        """The parts of a model of the class."""
+        config = plain_config(model)
+        width = self.width(config)
+        counts = [len(model.get_submodule(blocks.path)) for blocks in self.lists]
+        units = [
+            unit
+            for blocks, count in zip(self.lists, counts, strict=True)
+            for unit in blocks.units(count, width)
+        ]
+        stages = tuple(Stage(blocks.letter, blocks.path, row=row) for row, blocks in enumerate(self.lists))
+        return self.adapt(Outline(MappingProxyType(config), stages, tuple(units)))
+
+    def layout(self, outline: Outline, removed: Removed) -> Layout:
+        """The smaller model without ``removed``. Raises NonNativePlanError where ``finish`` does."""
+        kept = kept_blocks(self.lists, outline, removed)
+        return self.finish(outline, renumbered(self.lists, outline, kept), kept)
 
     def example_inputs(
+        self,
         config: Config,
         *,
         batch: int = 1,
@@ -232,9 +247,12 @@ def chain(
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> dict[str, Any]:
-        config = whole(config)
-        sides = size(config) if latent is None else (latent, latent)
-        words = (text_length(config) if tokens is None or padded else tokens) if text(config) else 0
+        """Keyword arguments of ``forward``; see ``families.example_inputs``."""
+        config = self.whole(config)
+        sides = self.size(config) if latent is None else (latent, latent)
+        width = self.text(config)
+        length = self.tokens(config) if tokens is None or self.padded else tokens
+        words = length if width else 0
 
         def zeros(*shape: int, form: torch.dtype = dtype) -> Tensor:
             return torch.zeros(batch, *shape, device=device, dtype=form)
@@ -244,49 +262,44 @@ def chain(
             found = zeros(*((words,) if condition.words else condition.row_shape(*sides)), form=form)
             return found + 1 if condition.words else found
 
-        wanted = conditions(config)
-        return arrange(
+        wanted = self.conditions(config)
+        frames = () if self.frames is None else (self.frames(config),)
+        return self.arrange(
             config,
             wanted,
-            zeros(channels(config), *(() if frames is None else (frames(config),)), *sides),
+            zeros(self.channels(config), *frames, *sides),
             zeros(form=torch.long),
-            zeros(words, text(config)),
+            zeros(words, width),
             {one.name: row(one) for one in wanted},
         )
 
-    def arranging(config: Config, *given: Any) -> dict[str, Any]:
-        return arrange(whole(config), *given)
-
-    def whole(config: Config) -> Config:
-        return {**_defaults(class_name), **config}
-
-    def text_length(config: Config) -> int:
-        return tokens(whole(config))
-
-    return Family(
-        model_class=lambda: getattr(diffusers, class_name),
-        component=component,
-        latents=latents,
-        channels=lambda config: channels(whole(config)),
-        text=lambda config: text(whole(config)),
-        answers=answers,
-        frames=frames is not None,
-        check=functools.partial(check_settings, [blocks.setting for blocks in lists]),
-        size=lambda config: size(whole(config)),
-        tokens=text_length,
-        example_inputs=example_inputs,
-        conditions=lambda config: conditions(whole(config)),
-        arrange=arranging,
-        prediction=lambda config, output, sample: prediction(whole(config), output, sample),
-        outline=outline,
-        layout=layout,
-        levels=levels or (lambda outline: [[unit.name] for unit in outline.units if unit.removable]),
-        complete=complete,
-        stage_features=lambda outline, removed: _features(lists, outline, removed),
-        stem=stem,
-        head=head,
-        compiled=compiled,
-    )
+    def family(self) -> Family:
+        """What is known about the class."""
+        lists, whole = self.lists, self.whole
+        return Family(
+            model_class=lambda: getattr(diffusers, self.class_name),
+            component=self.component,
+            latents=self.latents,
+            channels=lambda config: self.channels(whole(config)),
+            text=lambda config: self.text(whole(config)),
+            answers=self.answers,
+            frames=self.frames is not None,
+            check=functools.partial(check_settings, [blocks.setting for blocks in lists]),
+            size=lambda config: self.size(whole(config)),
+            tokens=lambda config: self.tokens(whole(config)),
+            example_inputs=self.example_inputs,
+            conditions=lambda config: self.conditions(whole(config)),
+            arrange=lambda config, *given: self.arrange(whole(config), *given),
+            prediction=lambda config, output, sample: self.prediction(whole(config), output, sample),
+            outline=self.outline,
+            layout=self.layout,
+            levels=self.levels or (lambda outline: [[unit.name] for unit in outline.units if unit.removable]),
+            complete=self.complete,
+            stage_features=lambda outline, removed: _features(lists, outline, removed),
+            stem=self.stem,
+            head=self.head,
+            compiled=self.compiled,
+        )
 
 
 def refused(reason: str) -> Finish:

@@ -151,12 +151,12 @@ def sample_size(config: Mapping[str, Any]) -> tuple[int, int]:
 
 def _followed(path: str, names: Mapping[str, str | None]) -> str | None:
     """The new name of ``path``: its longest beginning in ``names`` is exchanged; as it is where there is none."""
-    parts = path.split(".")
-    for length in range(len(parts), 0, -1):
-        start = ".".join(parts[:length])
+    start, dot = path, "."
+    while dot:
         if start in names:
             new = names[start]
-            return None if new is None else ".".join((new, *parts[length:]))
+            return None if new is None else f"{new}{path[len(start) :]}"
+        start, dot, _ = start.rpartition(".")
     return path
 
 

@@ -13,10 +13,10 @@ from prune_lab.families.chain import (
     JOINT,
     STEPS,
     Blocks,
+    Chain,
     Config,
     Kept,
     as_arguments,
-    chain,
     counted,
     word_mask,
 )
@@ -48,9 +48,9 @@ def _pixart_arrange(config: Config, *given: Any) -> dict[str, Any]:
     return {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}} | as_arguments(config, *given)
 
 
-PIXART = chain(
+PIXART = Chain(
     "PixArtTransformer2DModel",
-    Blocks(letter="B", self_attention=("attn1",)),
+    (Blocks(letter="B", self_attention=("attn1",)),),
     text=lambda config: int(config["caption_channels"] or config["cross_attention_dim"]),
     arrange=_pixart_arrange,
     answers=MASKED_TEXT,
@@ -59,7 +59,7 @@ PIXART = chain(
     conditions=_pixart_conditions,
     stem="pos_embed",
     compiled=("BasicTransformerBlock",),
-)
+).family()
 
 # Sana -----------------------------------------------------------------------------------------------------------------
 
@@ -79,9 +79,9 @@ def sana_arrange(config: Config, *given: Any) -> dict[str, Any]:
     return inputs if scale == 1 else {**inputs, "timestep": inputs["timestep"] * scale}
 
 
-SANA = chain(
+SANA = Chain(
     "SanaTransformer2DModel",
-    Blocks(letter="B", self_attention=("attn1",)),
+    (Blocks(letter="B", self_attention=("attn1",)),),
     text=lambda config: int(config["caption_channels"]),
     arrange=sana_arrange,
     answers=MASKED_TEXT,
@@ -89,7 +89,7 @@ SANA = chain(
     conditions=sana_conditions,
     stem="patch_embed",
     compiled=("SanaTransformerBlock",),
-)
+).family()
 
 # DiT ------------------------------------------------------------------------------------------------------------------
 
@@ -114,9 +114,9 @@ def _keeps_the_first(outline: Outline, layout: Layout, kept: Kept) -> Layout:
     return layout
 
 
-DIT = chain(
+DIT = Chain(
     "DiTTransformer2DModel",
-    Blocks(letter="B", self_attention=("attn1",)),
+    (Blocks(letter="B", self_attention=("attn1",)),),
     text=lambda config: 0,
     arrange=_dit_arrange,
     adapt=_with_the_embedding,
@@ -134,7 +134,7 @@ DIT = chain(
     stem="pos_embed",
     head="proj_out_2",
     compiled=("BasicTransformerBlock",),
-)
+).family()
 
 # AuraFlow -------------------------------------------------------------------------------------------------------------
 
@@ -148,21 +148,23 @@ def _share_arrange(config: Config, *given: Any) -> dict[str, Any]:
     return share_of_noise(as_arguments(config, *given))
 
 
-AURAFLOW = chain(
+AURAFLOW = Chain(
     "AuraFlowTransformer2DModel",
-    Blocks(
-        letter="D",
-        path="joint_transformer_blocks",
-        setting="num_mmdit_layers",
-        hands_on=JOINT,
-        in_tuple=True,
-        self_attention=("attn",),
-    ),
-    Blocks(
-        letter="S",
-        path="single_transformer_blocks",
-        setting="num_single_dit_layers",
-        self_attention=("attn",),
+    (
+        Blocks(
+            letter="D",
+            path="joint_transformer_blocks",
+            setting="num_mmdit_layers",
+            hands_on=JOINT,
+            in_tuple=True,
+            self_attention=("attn",),
+        ),
+        Blocks(
+            letter="S",
+            path="single_transformer_blocks",
+            setting="num_single_dit_layers",
+            self_attention=("attn",),
+        ),
     ),
     text=lambda config: int(config["joint_attention_dim"]),
     arrange=_share_arrange,
@@ -170,7 +172,7 @@ AURAFLOW = chain(
     tokens=lambda config: 256,
     stem="pos_embed",
     compiled=("AuraFlowJointTransformerBlock", "AuraFlowSingleTransformerBlock"),
-)
+).family()
 
 # Lumina 2 and Z-Image -------------------------------------------------------------------------------------------------
 
@@ -193,9 +195,9 @@ def _lumina2_arrange(config: Config, *given: Any) -> dict[str, Any]:
     }
 
 
-LUMINA2 = chain(
+LUMINA2 = Chain(
     "Lumina2Transformer2DModel",
-    Blocks(letter="B", path="layers", self_attention=("attn",)),
+    (Blocks(letter="B", path="layers", self_attention=("attn",)),),
     text=lambda config: int(config["cap_feat_dim"]),
     arrange=_lumina2_arrange,
     prediction=_to_noise,
@@ -206,7 +208,7 @@ LUMINA2 = chain(
     stem="x_embedder",
     head="norm_out",
     compiled=("Lumina2TransformerBlock",),
-)
+).family()
 
 
 _WORDS = "words"  # the mask that tells the texts of a batch apart, which the model takes one by one
@@ -229,15 +231,17 @@ def _z_image_prediction(config: Config, output: list[Tensor], sample: Tensor) ->
     return -torch.stack(list(output)).squeeze(2)
 
 
-Z_IMAGE = chain(
+Z_IMAGE = Chain(
     "ZImageTransformer2DModel",
-    Blocks(
-        letter="B",
-        path="layers",
-        setting="n_layers",
-        hands_on=("x",),
-        main="x",
-        self_attention=("attention",),
+    (
+        Blocks(
+            letter="B",
+            path="layers",
+            setting="n_layers",
+            hands_on=("x",),
+            main="x",
+            self_attention=("attention",),
+        ),
     ),
     text=lambda config: int(config["cap_feat_dim"]),
     arrange=_z_image_arrange,
@@ -251,19 +255,21 @@ Z_IMAGE = chain(
     stem="all_x_embedder.2-1",
     head="all_final_layer.2-1",
     compiled=("ZImageTransformerBlock",),
-)
+).family()
 
 # CogView --------------------------------------------------------------------------------------------------------------
 
 
 def _cogview(class_name: str, block: str, tokens: int) -> Family:
-    return chain(
+    return Chain(
         class_name,
-        Blocks(
-            letter="B",
-            hands_on=("hidden_states", "encoder_hidden_states"),
-            in_tuple=True,
-            self_attention=("attn1",),
+        (
+            Blocks(
+                letter="B",
+                hands_on=("hidden_states", "encoder_hidden_states"),
+                in_tuple=True,
+                self_attention=("attn1",),
+            ),
         ),
         text=lambda config: int(config["text_embed_dim"]),
         answers=("text", None),
@@ -274,7 +280,7 @@ def _cogview(class_name: str, block: str, tokens: int) -> Family:
         ),
         stem="patch_embed",
         compiled=(block,),
-    )
+    ).family()
 
 
 COGVIEW3 = _cogview("CogView3PlusTransformer2DModel", "CogView3PlusTransformerBlock", 224)
@@ -283,9 +289,9 @@ COGVIEW4 = _cogview("CogView4Transformer2DModel", "CogView4TransformerBlock", 10
 # PRX ------------------------------------------------------------------------------------------------------------------
 
 
-PRX = chain(
+PRX = Chain(
     "PRXTransformer2DModel",
-    Blocks(letter="B", path="blocks", setting="depth", self_attention=("attention",)),
+    (Blocks(letter="B", path="blocks", setting="depth", self_attention=("attention",)),),
     text=lambda config: int(config["context_in_dim"]),
     arrange=_share_arrange,
     answers=("text", "attention_mask", None, None),
@@ -296,7 +302,7 @@ PRX = chain(
     stem="img_in",
     head="final_layer",
     compiled=("PRXBlock",),
-)
+).family()
 
 IMAGE_TRANSFORMERS = {
     "PixArtTransformer2DModel": PIXART,

@@ -12,11 +12,11 @@ from prune_lab.errors import DataError
 from prune_lab.families.chain import (
     JOINT,
     Blocks,
+    Chain,
     Config,
     Kept,
     Size,
     as_arguments,
-    chain,
     grid,
     heads,
     refuse_an_empty_chain,
@@ -68,15 +68,17 @@ def _sd3_finish(outline: Outline, layout: Layout, kept: Kept) -> Layout:
     )
 
 
-SD3 = chain(
+SD3 = Chain(
     "SD3Transformer2DModel",
-    Blocks(
-        letter="B",
-        hands_on=JOINT,
-        last_hands_on=(None, "hidden_states"),
-        last_is_less=True,
-        in_tuple=True,
-        self_attention=("attn",),
+    (
+        Blocks(
+            letter="B",
+            hands_on=JOINT,
+            last_hands_on=(None, "hidden_states"),
+            last_is_less=True,
+            in_tuple=True,
+            self_attention=("attn",),
+        ),
     ),
     text=lambda config: int(config["joint_attention_dim"]),
     arrange=_sd3_arrange,
@@ -86,7 +88,7 @@ SD3 = chain(
     finish=_sd3_finish,
     stem="pos_embed",
     compiled=("JointTransformerBlock",),
-)
+).family()
 
 # FLUX and those like it: latents packed into rows, double blocks and single blocks ------------------------------------
 
@@ -176,10 +178,9 @@ def _classes(name: str) -> tuple[str, str]:
     return f"{name}TransformerBlock", f"{name}SingleTransformerBlock"
 
 
-FLUX = chain(
+FLUX = Chain(
     "FluxTransformer2DModel",
-    _DOUBLE,
-    _SINGLE,
+    (_DOUBLE, _SINGLE),
     channels=latent_channels,
     text=text_width,
     arrange=_flux_arrange,
@@ -190,7 +191,7 @@ FLUX = chain(
     conditions=lambda config: (_pooled(config), *_guidance(config)),
     stem="x_embedder",
     compiled=_classes("Flux"),
-)
+).family()
 
 
 def _flux2_arrange(
@@ -203,10 +204,9 @@ def _flux2_arrange(
     return share_of_noise({**inputs, "img_ids": _picture_places(sample, axes=axes), "txt_ids": words})
 
 
-FLUX2 = chain(
+FLUX2 = Chain(
     "Flux2Transformer2DModel",
-    _DOUBLE,
-    _SINGLE_OF_ONE_STREAM,
+    (_DOUBLE, _SINGLE_OF_ONE_STREAM),
     channels=latent_channels,
     text=text_width,
     arrange=_flux2_arrange,
@@ -217,7 +217,7 @@ FLUX2 = chain(
     conditions=lambda config: _guidance(config, 4.0),
     stem="x_embedder",
     compiled=_classes("Flux2"),
-)
+).family()
 
 
 def _ovis_arrange(config: Config, *given: Any) -> dict[str, Any]:
@@ -235,10 +235,9 @@ def _longcat_arrange(config: Config, *given: Any) -> dict[str, Any]:
 
 
 def _like_flux(name: str, tokens: int, arrange: Any, answers: tuple[str | None, ...]) -> Family:
-    return chain(
+    return Chain(
         f"{name}Transformer2DModel",
-        _DOUBLE,
-        _SINGLE,
+        (_DOUBLE, _SINGLE),
         channels=latent_channels,
         text=text_width,
         arrange=arrange,
@@ -248,7 +247,7 @@ def _like_flux(name: str, tokens: int, arrange: Any, answers: tuple[str | None, 
         tokens=lambda config: tokens,
         stem="x_embedder",
         compiled=_classes(name),
-    )
+    ).family()
 
 
 BRIA = _like_flux("Bria", 128, _packed_arrange, ("text", None, None))  # its timestep is not a share
@@ -263,10 +262,9 @@ def _chroma_arrange(config: Config, *given: Any) -> dict[str, Any]:
     return {**inputs, "attention_mask": torch.cat([mask, picture], dim=1)}
 
 
-CHROMA = chain(
+CHROMA = Chain(
     "ChromaTransformer2DModel",
-    _DOUBLE,
-    _SINGLE_OF_ONE_STREAM,
+    (_DOUBLE, _SINGLE_OF_ONE_STREAM),
     channels=latent_channels,
     text=text_width,
     arrange=_chroma_arrange,
@@ -281,7 +279,7 @@ CHROMA = chain(
     ),
     stem="x_embedder",
     compiled=_classes("Chroma"),
-)
+).family()
 
 # Qwen-Image -----------------------------------------------------------------------------------------------------------
 
@@ -301,9 +299,9 @@ def _qwen_conditions(config: Config) -> tuple[Condition, ...]:
     return mask, Condition(name="additional_t_cond", place="argument", shape=(), whole=True, value=0)
 
 
-QWEN = chain(
+QWEN = Chain(
     "QwenImageTransformer2DModel",
-    Blocks(letter="B", hands_on=JOINT, in_tuple=True, self_attention=("attn",)),
+    (Blocks(letter="B", hands_on=JOINT, in_tuple=True, self_attention=("attn",)),),
     channels=latent_channels,
     text=text_width,
     arrange=_qwen_arrange,
@@ -314,7 +312,7 @@ QWEN = chain(
     conditions=_qwen_conditions,
     stem="img_in",
     compiled=("QwenImageTransformerBlock",),
-)
+).family()
 
 # HunyuanImage ---------------------------------------------------------------------------------------------------------
 
@@ -339,10 +337,12 @@ def _hunyuan_image_arrange(config: Config, *given: Any) -> dict[str, Any]:
 
 
 _PICTURE_FIRST = ("hidden_states", "encoder_hidden_states")
-HUNYUAN_IMAGE = chain(
+HUNYUAN_IMAGE = Chain(
     "HunyuanImageTransformer2DModel",
-    dataclasses.replace(_DOUBLE, hands_on=_PICTURE_FIRST),
-    dataclasses.replace(_SINGLE, hands_on=_PICTURE_FIRST),
+    (
+        dataclasses.replace(_DOUBLE, hands_on=_PICTURE_FIRST),
+        dataclasses.replace(_SINGLE, hands_on=_PICTURE_FIRST),
+    ),
     text=lambda config: int(config["text_embed_dim"]),
     arrange=_hunyuan_image_arrange,
     answers=("text", "encoder_attention_mask", "encoder_hidden_states_2", "encoder_attention_mask_2"),
@@ -351,7 +351,7 @@ HUNYUAN_IMAGE = chain(
     conditions=_hunyuan_image_conditions,
     stem="x_embedder",
     compiled=_classes("HunyuanImage"),
-)
+).family()
 
 JOINT_TRANSFORMERS = {
     "SD3Transformer2DModel": SD3,

@@ -63,6 +63,20 @@ def _built(canonical: str) -> Any:
         return getattr(diffusers, config[CLASS_NAME]).from_config(config).eval()
 
 
+@functools.lru_cache(maxsize=32)
+def _names(canonical: str) -> tuple[str, ...]:
+    return tuple(_built(canonical).state_dict())
+
+
+def _canonical(config: Mapping[str, Any]) -> str:
+    return json.dumps(dict(config), sort_keys=True)
+
+
 def shapes_of(config: Mapping[str, Any]) -> Any:
     """The diffusers model of a ``config`` that was checked, on ``meta``: to be read, since equal configs share it."""
-    return _built(json.dumps(dict(config), sort_keys=True))
+    return _built(_canonical(config))
+
+
+def tensors_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of all tensors of that model."""
+    return _names(_canonical(config))

@@ -71,6 +71,33 @@ SIZE = Rule(
 FLAG = TRUTH.or_null()
 WIDTH = whole()
 
+# What every class of U-Nets has
+OF_UNETS: Mapping[str, Rule] = {
+    "sample_size": SIZE.or_null(),
+    "in_channels": WIDTH,
+    "out_channels": WIDTH,
+    "center_input_sample": FLAG,
+    "flip_sin_to_cos": FLAG,
+    "freq_shift": number(0, 1),
+    "mid_block_type": TEXT.or_null(),
+    "downsample_padding": whole(0, 1),
+    "mid_block_scale_factor": number(0, 1e6, above=True),
+    "dropout": number(0, 1),
+    "act_fn": TEXT,
+    "norm_num_groups": WIDTH.or_null(),
+    "norm_eps": number(0, 1),
+    "num_class_embeds": whole(1, 10**6).or_null(),
+    "resnet_time_scale_shift": TEXT,
+    "time_embedding_dim": WIDTH.or_null(),
+}
+
+# One value for each stage. Where true, one value may stand for all.
+OF_STAGES: Mapping[str, tuple[Rule, bool]] = {
+    "down_block_types": (TEXT, False),
+    "up_block_types": (TEXT, False),
+    "block_out_channels": (WIDTH, False),
+}
+
 
 def refuse(key: str, value: object, meaning: str) -> NoReturn:
     """Raise UnsupportedModelError: the setting ``key`` has this ``value``, and must be what ``meaning`` says."""
@@ -121,3 +148,10 @@ def check_groups(key: str, groups: int | None, widths: list[int]) -> None:
         if groups is not None and width % groups:
             divisor = math.gcd(*widths)
             refuse(key, groups, f"a divisor of all block_out_channels, such as {divisor}")
+
+
+def check_layers(total: int, layers_per_block: object) -> None:
+    """Raise UnsupportedModelError where ``layers_per_block`` makes more layers in all than are built."""
+    if total > MOST_LAYERS:
+        rule = f"less: all layers together are {total:,}, at most {MOST_LAYERS} are built"
+        refuse("layers_per_block", layers_per_block, rule)

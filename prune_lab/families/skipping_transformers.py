@@ -10,7 +10,7 @@ import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 
 from prune_lab.errors import NonNativePlanError
-from prune_lab.families.chain import Blocks, Config, Kept, as_arguments, chain, word_mask
+from prune_lab.families.chain import Blocks, Chain, Config, Kept, as_arguments, word_mask
 from prune_lab.families.family import Condition, Layout, Outline
 
 # HunyuanDiT -----------------------------------------------------------------------------------------------------------
@@ -91,9 +91,9 @@ def _hunyuan_levels(outline: Outline) -> list[list[str]]:
     return [[names[i], names[-1 - i]] for i in range(half)]
 
 
-HUNYUAN_DIT = chain(
+HUNYUAN_DIT = Chain(
     "HunyuanDiT2DModel",
-    Blocks(letter="B", path="blocks", self_attention=("attn1",)),
+    (Blocks(letter="B", path="blocks", self_attention=("attn1",)),),
     text=lambda config: int(config["cross_attention_dim"]),
     arrange=_hunyuan_arrange,
     answers=(),
@@ -104,7 +104,7 @@ HUNYUAN_DIT = chain(
     levels=_hunyuan_levels,
     stem="pos_embed",
     compiled=("HunyuanDiTBlock",),
-)
+).family()
 
 # Latte ----------------------------------------------------------------------------------------------------------------
 
@@ -144,10 +144,12 @@ def _latte_levels(outline: Outline) -> list[list[str]]:
     return [list(pair) for pair in zip(names[1::2], names[2::2], strict=False)]
 
 
-LATTE = chain(
+LATTE = Chain(
     "LatteTransformer3DModel",
-    Blocks(letter="S", self_attention=("attn1",)),
-    Blocks(letter="T", path="temporal_transformer_blocks", self_attention=("attn1",)),
+    (
+        Blocks(letter="S", self_attention=("attn1",)),
+        Blocks(letter="T", path="temporal_transformer_blocks", self_attention=("attn1",)),
+    ),
     text=lambda config: int(config["caption_channels"]),
     answers=("text", None),
     frames=lambda config: int(config["video_length"]),
@@ -158,6 +160,6 @@ LATTE = chain(
     complete=False,
     stem="pos_embed",
     compiled=("BasicTransformerBlock",),
-)
+).family()
 
 SKIPPING_TRANSFORMERS = {"HunyuanDiT2DModel": HUNYUAN_DIT, "LatteTransformer3DModel": LATTE}

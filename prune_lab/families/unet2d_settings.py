@@ -8,14 +8,14 @@ from typing import Any
 from prune_lab.families.setting_rules import (
     FLAG,
     MOST_LAYERS,
-    SIZE,
-    TEXT,
+    OF_STAGES,
+    OF_UNETS,
     WIDTH,
     Rule,
     check_each,
     check_groups,
+    check_layers,
     check_per_stage,
-    number,
     one_of,
     refuse,
     settings_of,
@@ -24,36 +24,16 @@ from prune_lab.families.setting_rules import (
 )
 
 _RULES: Mapping[str, Rule] = {
-    "sample_size": SIZE.or_null(),
-    "in_channels": WIDTH,
-    "out_channels": WIDTH,
-    "center_input_sample": FLAG,
+    **OF_UNETS,
     "time_embedding_type": one_of("positional", "fourier", "learned"),
-    "time_embedding_dim": WIDTH.or_null(),
-    "freq_shift": number(0, 1),
-    "flip_sin_to_cos": FLAG,
-    "mid_block_type": TEXT.or_null(),
     "layers_per_block": whole(0, MOST_LAYERS),
-    "mid_block_scale_factor": number(0, 1e6, above=True),
-    "downsample_padding": whole(0, 1),
     "downsample_type": one_of("conv", "resnet"),
     "upsample_type": one_of("conv", "resnet"),
-    "dropout": number(0, 1),
-    "act_fn": TEXT,
     "attention_head_dim": WIDTH.or_null(),
-    "norm_num_groups": WIDTH.or_null(),
     "attn_norm_num_groups": WIDTH.or_null(),
-    "norm_eps": number(0, 1),
-    "resnet_time_scale_shift": TEXT,
     "add_attention": FLAG,
     "class_embed_type": one_of("timestep", "identity").or_null(),
-    "num_class_embeds": whole(1, 10**6).or_null(),
     "num_train_timesteps": whole(1, 10**6).or_null(),
-}
-_PER_STAGE: Mapping[str, tuple[Rule, bool]] = {
-    "down_block_types": (TEXT, False),
-    "up_block_types": (TEXT, False),
-    "block_out_channels": (WIDTH, False),
 }
 
 
@@ -65,11 +45,9 @@ def check_settings(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
     settings = settings_of(config, defaults)
     check_each(settings, _RULES)
     stages = stages_of(settings)
-    check_per_stage(settings, _PER_STAGE, stages)
+    check_per_stage(settings, OF_STAGES, stages)
     layers = settings["layers_per_block"]
-    if stages * (2 * layers + 1) > MOST_LAYERS:
-        rule = f"less: all layers together are {stages * (2 * layers + 1):,}, at most {MOST_LAYERS} are built"
-        refuse("layers_per_block", layers, rule)
+    check_layers(stages * (2 * layers + 1), layers)
     if settings["time_embedding_type"] == "learned" and settings["num_train_timesteps"] is None:
         refuse("num_train_timesteps", None, "a number, since the embedding of timesteps is learned")
     check_groups("norm_num_groups", settings["norm_num_groups"], settings["block_out_channels"])

@@ -13,13 +13,15 @@ from prune_lab.families.setting_rules import (
     FLAG,
     MOST_LAYERS,
     ODD,
-    SIZE,
+    OF_STAGES,
+    OF_UNETS,
     TEXT,
     TRUTH,
     WIDTH,
     Rule,
     check_each,
     check_groups,
+    check_layers,
     check_per_stage,
     number,
     one_of,
@@ -31,19 +33,7 @@ from prune_lab.families.setting_rules import (
 from prune_lab.families.unet_stages import TRANSFORMERS, stage_class
 
 _RULES: Mapping[str, Rule] = {
-    "sample_size": SIZE.or_null(),
-    "in_channels": WIDTH,
-    "out_channels": WIDTH,
-    "center_input_sample": FLAG,
-    "flip_sin_to_cos": FLAG,
-    "freq_shift": number(0, 1),
-    "mid_block_type": TEXT.or_null(),
-    "downsample_padding": whole(0, 1),
-    "mid_block_scale_factor": number(0, 1e6, above=True),
-    "dropout": number(0, 1),
-    "act_fn": TEXT,
-    "norm_num_groups": WIDTH.or_null(),
-    "norm_eps": number(0, 1),
+    **OF_UNETS,
     "encoder_hid_dim": WIDTH.or_null(),
     "encoder_hid_dim_type": TEXT.or_null(),
     "dual_cross_attention": FLAG,
@@ -51,13 +41,10 @@ _RULES: Mapping[str, Rule] = {
     "class_embed_type": one_of("timestep", "identity", "projection", "simple_projection").or_null(),
     "addition_embed_type": TEXT.or_null(),
     "addition_time_embed_dim": WIDTH.or_null(),
-    "num_class_embeds": whole(1, 10**6).or_null(),
     "upcast_attention": FLAG,
-    "resnet_time_scale_shift": TEXT,
     "resnet_skip_time_act": FLAG,
     "resnet_out_scale_factor": number(0, 1e6, above=True),
     "time_embedding_type": TEXT,
-    "time_embedding_dim": WIDTH.or_null(),
     "time_embedding_act_fn": TEXT.or_null(),
     "timestep_post_act": TEXT.or_null(),
     "time_cond_proj_dim": WIDTH.or_null(),
@@ -71,11 +58,8 @@ _RULES: Mapping[str, Rule] = {
     "addition_embed_type_num_heads": WIDTH,
 }
 
-# One value for each stage. Where true, one value may stand for all.
 _PER_STAGE: Mapping[str, tuple[Rule, bool]] = {
-    "down_block_types": (TEXT, False),
-    "up_block_types": (TEXT, False),
-    "block_out_channels": (WIDTH, False),
+    **OF_STAGES,
     "layers_per_block": (whole(0, MOST_LAYERS), True),
     "attention_head_dim": (WIDTH, True),
     "cross_attention_dim": (WIDTH, True),
@@ -147,9 +131,7 @@ def check_settings(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
     if settings[reverse] is not None:
         more = [count + 1 for count in reversed(layers)]
         total += _check_depths(reverse, settings[reverse], settings["up_block_types"], more)
-    if total > MOST_LAYERS:
-        rule = f"less: all layers together are {total:,}, at most {MOST_LAYERS} are built"
-        refuse("layers_per_block", settings["layers_per_block"], rule)
+    check_layers(total, settings["layers_per_block"])
     for width, heads in _attention_widths(settings):
         if width % heads:
             refuse(

@@ -13,10 +13,10 @@ from torch import Tensor
 from prune_lab.families.chain import (
     STEPS,
     Blocks,
+    Chain,
     Config,
     Kept,
     as_arguments,
-    chain,
     counted,
     refuse_an_empty_chain,
     word_mask,
@@ -67,9 +67,9 @@ def _first_picture(config: Config) -> tuple[Condition, ...]:
 
 
 def _wan(class_name: str, block: str) -> Family:
-    return chain(
+    return Chain(
         class_name,
-        Blocks(letter="B", path="blocks", self_attention=("attn1",)),
+        (Blocks(letter="B", path="blocks", self_attention=("attn1",)),),
         channels=_wan_channels,
         text=lambda config: int(config["text_dim"]),
         answers=("text", None),
@@ -79,7 +79,7 @@ def _wan(class_name: str, block: str) -> Family:
         conditions=_first_picture,
         stem="patch_embedding",
         compiled=(block,),
-    )
+    ).family()
 
 
 WAN = _wan("WanTransformer3DModel", "WanTransformerBlock")
@@ -144,9 +144,9 @@ def _cogvideo_conditions(config: Config) -> tuple[Condition, ...]:
     return tuple(found)
 
 
-COGVIDEO = chain(
+COGVIDEO = Chain(
     "CogVideoXTransformer3DModel",
-    _PICTURE_FIRST,
+    (_PICTURE_FIRST,),
     text=lambda config: int(config["text_embed_dim"]),
     arrange=_cogvideo_arrange,
     prediction=_cogvideo_prediction,
@@ -158,7 +158,7 @@ COGVIDEO = chain(
     conditions=_cogvideo_conditions,
     stem="patch_embed",
     compiled=("CogVideoXBlock",),
-)
+).family()
 
 # LTX, Allegro ---------------------------------------------------------------------------------------------------------
 
@@ -201,9 +201,9 @@ def _ltx_arrange(
     }
 
 
-LTX = chain(
+LTX = Chain(
     "LTXVideoTransformer3DModel",
-    Blocks(letter="B", self_attention=("attn1",)),
+    (Blocks(letter="B", self_attention=("attn1",)),),
     text=lambda config: int(config["caption_channels"]),
     arrange=_ltx_arrange,
     prediction=_ltx_unpacked,
@@ -217,7 +217,7 @@ LTX = chain(
     tokens=lambda config: 128,
     stem="proj_in",
     compiled=("LTXVideoTransformerBlock",),
-)
+).family()
 
 
 def _allegro_arrange(config: Config, *given: Any) -> dict[str, Any]:
@@ -243,9 +243,9 @@ def _allegro_arrange(config: Config, *given: Any) -> dict[str, Any]:
     return {**inputs, "image_rotary_emb": (moved(tuple(angles)), moved(tuple(places)))}
 
 
-ALLEGRO = chain(
+ALLEGRO = Chain(
     "AllegroTransformer3DModel",
-    Blocks(letter="B", self_attention=("attn1",)),
+    (Blocks(letter="B", self_attention=("attn1",)),),
     text=lambda config: int(config["caption_channels"]),
     arrange=_allegro_arrange,
     answers=MASKED_TEXT,
@@ -255,7 +255,7 @@ ALLEGRO = chain(
     tokens=lambda config: 512,
     stem="pos_embed",
     compiled=("AllegroTransformerBlock",),
-)
+).family()
 
 # Mochi ----------------------------------------------------------------------------------------------------------------
 
@@ -298,9 +298,9 @@ def _mochi_finish(outline: Outline, layout: Layout, kept: Kept) -> Layout:
     )
 
 
-MOCHI = chain(
+MOCHI = Chain(
     "MochiTransformer3DModel",
-    dataclasses.replace(_PICTURE_FIRST, last_is_less=True),
+    (dataclasses.replace(_PICTURE_FIRST, last_is_less=True),),
     text=lambda config: int(config["text_embed_dim"]),
     arrange=_mochi_arrange,
     prediction=_mochi_prediction,
@@ -312,7 +312,7 @@ MOCHI = chain(
     finish=_mochi_finish,
     stem="patch_embed",
     compiled=("MochiTransformerBlock",),
-)
+).family()
 
 # HunyuanVideo ---------------------------------------------------------------------------------------------------------
 
@@ -324,15 +324,17 @@ def _hunyuan_conditions(config: Config) -> tuple[Condition, ...]:
     return (pooled, _MASK, guidance) if config["guidance_embeds"] else (pooled, _MASK)
 
 
-HUNYUAN_VIDEO = chain(
+HUNYUAN_VIDEO = Chain(
     "HunyuanVideoTransformer3DModel",
-    dataclasses.replace(_PICTURE_FIRST, letter="D", self_attention=("attn",)),
-    dataclasses.replace(
-        _PICTURE_FIRST,
-        letter="S",
-        path="single_transformer_blocks",
-        setting="num_single_layers",
-        self_attention=("attn",),
+    (
+        dataclasses.replace(_PICTURE_FIRST, letter="D", self_attention=("attn",)),
+        dataclasses.replace(
+            _PICTURE_FIRST,
+            letter="S",
+            path="single_transformer_blocks",
+            setting="num_single_layers",
+            self_attention=("attn",),
+        ),
     ),
     text=lambda config: int(config["text_embed_dim"]),
     answers=("text", "pooled_projections", "encoder_attention_mask"),
@@ -343,14 +345,14 @@ HUNYUAN_VIDEO = chain(
     conditions=_hunyuan_conditions,
     stem="x_embedder",
     compiled=("HunyuanVideoTransformerBlock", "HunyuanVideoSingleTransformerBlock"),
-)
+).family()
 
 # Sana ----------------------------------------------------------------------------------------------------------------
 
 
-SANA_VIDEO = chain(
+SANA_VIDEO = Chain(
     "SanaVideoTransformer3DModel",
-    Blocks(letter="B", self_attention=("attn1",)),
+    (Blocks(letter="B", self_attention=("attn1",)),),
     text=lambda config: int(config["caption_channels"]),
     arrange=sana_arrange,
     answers=MASKED_TEXT,
@@ -360,7 +362,7 @@ SANA_VIDEO = chain(
     conditions=sana_conditions,
     stem="patch_embedding",
     compiled=("SanaVideoTransformerBlock",),
-)
+).family()
 
 VIDEO_TRANSFORMERS = {
     "WanTransformer3DModel": WAN,

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from prune_lab.errors import DataError
 from prune_lab.importance.intervals import Floats, Integers
+from prune_lab.runs.tensor_files import read_tensors
 from prune_lab.runtime import atomic_write, tensors_digest
 
 _FORMAT = "prune_lab scores 1"
@@ -49,22 +49,10 @@ class ScoreCache:
 
     def _read(self, path: Path) -> None:
         remedy = "delete it, and the scores will be measured again"
-        try:
-            with safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("format") != _FORMAT:
-                    raise DataError(
-                        f"asked to read the scores in {path}, found another kind of file; {remedy}"
-                    )
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                if (file.metadata() or {}).get("digest", "") not in ("", tensors_digest(tensors)):
-                    raise DataError(
-                        f"asked to read the scores in {path}, found other numbers in it; {remedy}"
-                    )
-                self._values = {name: tensor.numpy() for name, tensor in tensors.items()}
-        except (SafetensorError, OSError) as error:
-            raise DataError(
-                f"asked to read the scores in {path}, found a damaged file ({error}); {remedy}"
-            ) from None
+        metadata, tensors = read_tensors(path, _FORMAT, "read the scores in", remedy)
+        if metadata.get("digest", "") not in ("", tensors_digest(tensors)):
+            raise DataError(f"asked to read the scores in {path}, found other numbers in it; {remedy}")
+        self._values = {name: tensor.numpy() for name, tensor in tensors.items()}
 
     def values(self, criterion: str, key: str, rows: int) -> Floats:
         """A copy (rows,) of the cached values; NaN where there is none."""

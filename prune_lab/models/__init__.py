@@ -1,6 +1,6 @@
 """Where a model comes from, whether its files are sound, and loading it.
 
-A model is named by ``reference``, a preset, a pipeline or model folder, a ``config.json`` (structure only) or a hub id.
+A model is named by ``reference`` or ``transformer``, which ship, a preset, a pipeline or model folder, a ``config.json`` (structure only) or a hub id.
 Only safetensors are read: pickled weights and repositories that bring their own code are refused. Whatever is wrong
 with the files is found from a few kilobytes of headers, before anything is loaded or written.
 """

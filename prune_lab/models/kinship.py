@@ -1,4 +1,4 @@
-"""Whether a model is the shipped one or a student of it: only these know the pictures and the scorer that ship."""
+"""Whether a model is a shipped one or a student of one: only these know the pictures and the scorer that ship."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def _has_shipped_parts(folder: Path, variant: str) -> bool:
 
 
 def of_shipped_family(source: ModelSource) -> bool:
-    """Whether ``source`` is the shipped pipeline or one with its text encoder and VAE, such as a student of it."""
-    if source.kind == "reference":
+    """Whether ``source`` is a shipped pipeline or one with their text encoder and VAE, such as a student of one."""
+    if source.kind == "shipped":
         return True
     if not source.is_pipeline or source.folder is None:
         return False

@@ -15,7 +15,8 @@ from typing import TypeAlias
 
 from safetensors import SafetensorError, safe_open
 
-from prune_lab.assets import reference_folder
+from prune_lab.assets import SHIPPED_MODELS, shipped_places
+from prune_lab.assets.assembling import kept_in
 from prune_lab.config import PLAN_FILES, RunConfig
 from prune_lab.errors import RunError, StorageError
 from prune_lab.runs import Run
@@ -57,8 +58,8 @@ def _found(text: Path | str) -> Iterator[Path]:
         return
     with_home = expanded(text)
     try:
-        if str(text) == "reference":
-            yield reference_folder()
+        if str(text) in SHIPPED_MODELS:
+            yield from (*shipped_places(str(text)), kept_in())
         elif with_home.exists():
             yield with_home
         elif glob.has_magic(str(text)):

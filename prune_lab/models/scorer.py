@@ -132,7 +132,7 @@ def load_scorer(
     """
     path = Path(text).expanduser()
     if text == "reference":
-        folder = shipped(scorer_folder())
+        folder = shipped(scorer_folder(), "the scorer 'reference'")
     elif path.is_dir():
         folder = path
     elif HUB_ID.fullmatch(text):
@@ -213,7 +213,7 @@ def _clip_of_text_encoder(source: ModelSource) -> str:
 def choose_scorer(asked: str, source: ModelSource) -> ScorerChoice:
     """The scorer that judges the pictures of ``source``: the one ``asked`` for, or the model's own; or none, and why.
 
-    The shipped scorer knows emoji of 64 pixels and judges the shipped model and its students alone. Without a name
+    The shipped scorer knows emoji of 64 pixels and judges the shipped models and their students alone. Without a name
     other models get the CLIP model of their text encoder where it lies in the hub's cache; nothing is downloaded for
     that. Raises ConfigError when the shipped one is asked to judge another model.
     """
@@ -225,7 +225,7 @@ def choose_scorer(asked: str, source: ModelSource) -> ScorerChoice:
     if asked == "reference" and not ours:
         raise ConfigError(
             f"asked to judge pictures of {source.text} with the scorer reference, which knows 64-pixel emoji and "
-            "judges the shipped model alone; give a CLIP folder or hub id with evaluate.scorer, or none"
+            "judges the shipped models alone; give a CLIP folder or hub id with evaluate.scorer, or none"
         )
     if asked:
         return ScorerChoice(asked, asked, "named by evaluate.scorer")

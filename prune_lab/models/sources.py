@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from prune_lab.assets import reference_folder
+from prune_lab.assets import SHIPPED_MODELS, shipped_places
 from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.config import RunConfig
 from prune_lab.errors import ModelFormatError, ModelNotFoundError, StorageError
@@ -20,7 +20,7 @@ from prune_lab.models.folders import checked_config, checked_model, checked_pipe
 from prune_lab.models.hub import HUB_ID, commit_of, hub_folder
 from prune_lab.runtime import open_regular, path_text, without_folders
 
-SourceKind = Literal["reference", "preset", "pipeline", "model", "config"]
+SourceKind = Literal["shipped", "preset", "pipeline", "model", "config"]
 
 PRESETS = (
     *("sd-v1.4", "sd-v1.5", "sd-v2.1-base", "sd-v2.1", "sdxl-base"),
@@ -53,7 +53,7 @@ class ModelSource:
     @property
     def is_pipeline(self) -> bool:
         """Whether what draws with the model, such as a scheduler, comes with it."""
-        return self.kind in ("reference", "pipeline")
+        return self.kind in ("shipped", "pipeline")
 
     @property
     def component(self) -> str:
@@ -103,7 +103,7 @@ class ModelSource:
     @property
     def places(self) -> tuple[Path, ...]:
         """Where the model lies: what the user named, its folder and that of the model; see ``refuse_to_replace``."""
-        named = Path(self.text).expanduser() if self.text else None
+        named = Path(self.text).expanduser() if self.text and self.kind != "shipped" else None
         return tuple(path for path in (self.folder, self.model_folder, named) if path is not None)
 
     @property
@@ -158,12 +158,11 @@ def preset_config(name: str) -> dict[str, Any]:
     return json_object(Path(__file__).resolve().parent.parent / "presets" / f"{name}.json")
 
 
-def shipped(folder: Path) -> Path:
-    """``folder`` of the package; ModelNotFoundError when this installation lacks it."""
+def shipped(folder: Path, called: str) -> Path:
+    """``folder`` of the package; ModelNotFoundError, which says what it is ``called``, when this installation lacks it."""
     if not folder.is_dir():
         raise ModelNotFoundError(
-            f"the model 'reference' is not part of this installation ({folder} is not there); "
-            "install prune-lab again"
+            f"{called} is not part of this installation ({folder} is not there); install prune-lab again"
         )
     return folder
 
@@ -199,6 +198,16 @@ def _from_folder(text: str, folder: Path, *, variant: str = "", subfolder: str =
     )
 
 
+def _shipped_model(name: str) -> ModelSource:
+    for place in shipped_places(name):
+        shipped(place, f"the model {name!r}")
+    beside = Path(name)
+    notes = (f"{name} is the model that ships; the one in the folder here is ./{name}",)
+    return dataclasses.replace(
+        _from_folder(name, SHIPPED_MODELS[name]()), kind="shipped", notes=notes if beside.exists() else ()
+    )
+
+
 def _refuse_what_means_nothing(text: str, what: str, **asked: str) -> None:
     for name, value in asked.items():
         if value:
@@ -217,9 +226,9 @@ def _path(text: str) -> Path:
 
 def _found(text: str, revision: str, subfolder: str, variant: str) -> ModelSource:
     asked = {"subfolder": subfolder, "variant": variant}
-    if text == "reference":
-        _refuse_what_means_nothing(text, "the shipped model", revision=revision, **asked)
-        return dataclasses.replace(_from_folder(text, shipped(reference_folder())), kind="reference")
+    if text in SHIPPED_MODELS:
+        _refuse_what_means_nothing(text, "a shipped model", revision=revision, **asked)
+        return _shipped_model(text)
     if text in PRESETS:
         _refuse_what_means_nothing(text, "a preset", revision=revision, **asked)
         return ModelSource(text, "preset", None, preset_config(text))
@@ -256,13 +265,14 @@ def _found(text: str, revision: str, subfolder: str, variant: str) -> ModelSourc
         )
     raise ModelNotFoundError(
         f"asked for the model {path_text(text)!r}, found no file or folder of that name; {_near(text, path)}"
-        f"Give reference, a preset ({', '.join(PRESETS)}), a folder, a config.json or a hub id (owner/name)"
+        f"Give {' or '.join(SHIPPED_MODELS)}, a preset ({', '.join(PRESETS)}), a folder, a config.json or a hub id "
+        "(owner/name)"
     )
 
 
 def _near(text: str, path: Path) -> str:
     """A name like ``text`` that would be found; empty where there is none."""
-    near = difflib.get_close_matches(text, ("reference", *PRESETS), n=1)
+    near = difflib.get_close_matches(text, (*SHIPPED_MODELS, *PRESETS), n=1)
     if not near and path.parent.is_dir() and path.name:
         beside = {one.name: str(one) for one in path.parent.iterdir()}
         near = [beside[name] for name in difflib.get_close_matches(path.name, beside, n=1, cutoff=0.85)]

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from prune_lab.errors import DataError
 from prune_lab.families import forward_inputs, prediction_of
-from prune_lab.runs.records import typed
-from prune_lab.runtime import atomic_write, parse_json, tensors_digest
+from prune_lab.runs.tensor_files import read_entry, read_tensors
+from prune_lab.runtime import atomic_write, tensors_digest
 
 _FORMAT = "prune_lab probe 1"
 _TENSORS = ("noisy", "noise", "timesteps", "embeddings", "target", "pictures")
@@ -150,20 +149,13 @@ def load_probe(path: Path) -> Probe:
     remedy = "make it again with `prune-lab score`, or give the path of a probe.safetensors"
     if not path.is_file():
         raise DataError(f"asked to read the probe {path}, found no such file; {remedy}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"asked to read the probe {path}, found a damaged file ({error}); {remedy}") from None
-    if metadata.get("format") != _FORMAT or not set(_TENSORS) <= set(tensors):
-        raise DataError(f"asked to read the probe {path}, found another kind of safetensors file; {remedy}")
-    try:
-        captions, groups = (
-            typed(tuple[str, ...], parse_json(metadata.get(name, ""))) for name in ("captions", "groups")
-        )
-    except ValueError as error:
-        raise DataError(f"asked to read the probe {path}, found a damaged file ({error}); {remedy}") from None
+    metadata, tensors = read_tensors(path, _FORMAT, "read the probe", remedy)
+    if not set(_TENSORS) <= set(tensors):
+        raise DataError(f"asked to read the probe {path}, found another kind of file; {remedy}")
+    captions, groups = (
+        read_entry(path, metadata, name, tuple[str, ...], "read the probe", remedy)
+        for name in ("captions", "groups")
+    )
     probe = Probe(
         **{name: tensors[name] for name in _TENSORS},
         captions=captions,

@@ -4,18 +4,8 @@ from __future__ import annotations
 
 from prune_lab.live_bytes import LiveBytes, live_peak
 from prune_lab.profiling.activations import ActivationTable, UnitMemory, activation_table
-from prune_lab.profiling.cost_table import (
-    COUNTED,
-    METRICS,
-    CostTable,
-    Counted,
-    Metric,
-    PartCost,
-    PlanCost,
-    PlanCosts,
-    cost_table,
-    latency_disagreement,
-)
+from prune_lab.profiling.cost_table import CostTable, cost_table
+from prune_lab.profiling.disagreement import latency_disagreement
 from prune_lab.profiling.latency import (
     Latency,
     LatencyTable,
@@ -33,6 +23,15 @@ from prune_lab.profiling.latency_cache import (
 )
 from prune_lab.profiling.latency_parts import forward_ms, measure_latency_table
 from prune_lab.profiling.live_memory import measure_memory_growth
+from prune_lab.profiling.plan_costs import (
+    COUNTED,
+    METRICS,
+    Counted,
+    Metric,
+    PartCost,
+    PlanCost,
+    PlanCosts,
+)
 from prune_lab.profiling.plan_matrix import (
     REST,
     PlanMatrix,

@@ -11,25 +11,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
 
 from prune_lab.blocks import Architecture, CountedUnit
 from prune_lab.counting import Macs, count_macs
-from prune_lab.errors import BudgetError, ConfigError, FormError, PlanError, UnknownBlockError
+from prune_lab.errors import ConfigError, PlanError, UnknownBlockError
 from prune_lab.families import Form, latent_shape
-from prune_lab.forms import layout_of
-from prune_lab.plans import PruningPlan, plan_of, removed_samplers
+from prune_lab.plans import PruningPlan, removed_samplers
 from prune_lab.profiling.activations import ActivationTable
-from prune_lab.profiling.form_costs import Gone, gone_by
+from prune_lab.profiling.form_costs import counted_cost, parts_in_form
 from prune_lab.profiling.latency import LatencyTable
+from prune_lab.profiling.plan_costs import PICOSECONDS, PartCost, PartKind, PlanCost, PlanCosts
 from prune_lab.profiling.plan_matrix import (
     REST,
     PlanMatrix,
@@ -39,121 +37,8 @@ from prune_lab.profiling.plan_matrix import (
     outermost,
     sampler_groups,
 )
-from prune_lab.schemas import COST_COLUMNS, DISAGREEMENT_COLUMNS, PRICE_COLUMNS
-
-PartKind = Literal["block", "sampler", "rest"]
-Counted = Literal["params", "macs", "paper_macs"]
-Metric = Literal["params", "macs", "paper_macs", "latency_ms", "memory"]
-COUNTED: tuple[Counted, ...] = get_args(Counted)
-METRICS: tuple[Metric, ...] = get_args(Metric)
-
-_PICOSECONDS = 10**9  # in a millisecond: times are added up as integers, so their order cannot matter
-_NOT_MEASURED = {
-    "latency_ms": "latency of the blocks; measure a latency table of this model first",
-    "memory": "activation memory of the plans; make the cost table with an activation table",
-}
-
-
-# What a plan leaves ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class PlanCost:
-    """What a model costs; None is "not known", never zero."""
-
-    params: int
-    macs: int  # of one forward pass, attention products included
-    attention_macs: int
-    weight_bytes: int | None = None
-    latency_ms: float | None = None  # predicted, of one forward pass
-    activation_bytes: int | None = None  # at the peak of one sample's forward pass
-
-    @property
-    def paper_macs(self) -> int:
-        """The paper's convention: attention products left out."""
-        return self.macs - self.attention_macs
-
-    @property
-    def memory(self) -> int | None:
-        """Bytes of the weights and of the activations at their peak."""
-        if self.weight_bytes is None or self.activation_bytes is None:
-            return None
-        return self.weight_bytes + self.activation_bytes
-
-    def amount(self, metric: Metric) -> int | float:
-        """The cost in ``metric``: a number, milliseconds or bytes. Raises BudgetError when it is not known."""
-        found: int | float | None = getattr(self, metric)
-        if found is None:
-            name = metric.removesuffix("_ms")
-            raise BudgetError(
-                f"asked for a budget on {name}, found no {_NOT_MEASURED[metric]}, or give params or macs"
-            )
-        return found
-
-    def amounts(self) -> Mapping[Metric, int | float]:
-        """The cost in every metric that is known."""
-        known = {metric: getattr(self, metric) for metric in METRICS}
-        return MappingProxyType({metric: value for metric, value in known.items() if value is not None})
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PlanCosts:
-    """The costs of many plans, in the order of the matrix's rows; None is "not known"."""
-
-    params: NDArray[np.int64]
-    macs: NDArray[np.int64]
-    attention_macs: NDArray[np.int64]
-    weight_bytes: NDArray[np.int64]
-    latency_ms: NDArray[np.float64] | None
-    activation_bytes: NDArray[np.int64] | None
-
-    @property
-    def paper_macs(self) -> NDArray[np.int64]:
-        """The paper's convention: attention products left out."""
-        return self.macs - self.attention_macs
-
-    @property
-    def memory(self) -> NDArray[np.int64] | None:
-        """Bytes of the weights and of the activations at their peak."""
-        return None if self.activation_bytes is None else self.weight_bytes + self.activation_bytes
-
-    def __len__(self) -> int:
-        return len(self.params)
-
-    def frame(self) -> pd.DataFrame:
-        """One row per plan, columns PRICE_COLUMNS; those that are not known are empty."""
-        columns = {column: getattr(self, column) for column in PRICE_COLUMNS}
-        unknown = {column: object for column, values in columns.items() if values is None}
-        return pd.DataFrame(columns).astype(unknown)
-
-
-# The table -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class PartCost:
-    """The share of one block, one sampler, or of all the rest."""
-
-    name: str
-    kind: PartKind
-    params: int
-    macs: int
-    attention_macs: int
-    weight_bytes: int
-    latency_ms: float | None = None  # what a prediction takes off when the part leaves
-    uncounted: Mapping[str, int] = field(
-        default_factory=dict, compare=False
-    )  # operator -> calls without a formula
-
-    @property
-    def paper_macs(self) -> int:
-        """The paper's convention: attention products left out."""
-        return self.macs - self.attention_macs
-
-    @property
-    def picoseconds(self) -> int:
-        """The latency as an integer; 0 where none was measured."""
-        return 0 if self.latency_ms is None else round(self.latency_ms * _PICOSECONDS)
+from prune_lab.profiling.width_costs import narrowed_cost
+from prune_lab.schemas import COST_COLUMNS
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,10 +98,16 @@ class CostTable:
             macs=left("macs"),
             attention_macs=left("attention_macs"),
             weight_bytes=left("weight_bytes"),
-            latency_ms=left("picoseconds") / _PICOSECONDS if table.timed else None,
+            latency_ms=left("picoseconds") / PICOSECONDS if table.timed else None,
             activation_bytes=None if table.activations is None else table.activations.peak(plan.removed),
         )
-        return found if table.form == "native" else _counted(table, plan, found)
+        assert table.count is not None, "a cost table is made by cost_table"
+        if table.form != "native":
+            depth = plan.without_widths()
+            found = counted_cost(self.architecture, table.count, table.total, depth, found)
+        if not plan.widths or plan.form == "padded":
+            return found
+        return narrowed_cost(self.architecture, table.count, plan.widths, found)
 
     def of_many(self, matrix: PlanMatrix) -> PlanCosts:
         """What each plan of ``matrix`` (plans, blocks) leaves, True where a block is removed; equal to ``of``.
@@ -259,7 +150,7 @@ class CostTable:
             macs,
             attention_macs,
             weight_bytes,
-            picoseconds[0] / _PICOSECONDS if picoseconds else None,
+            picoseconds[0] / PICOSECONDS if picoseconds else None,
             None if self.activations is None else self.activations.of_many(matrix),
         )
 
@@ -269,6 +160,8 @@ class CostTable:
         In the neutral form the peak of memory is not known.
         """
         native = self.native or self
+        if form == "padded":  # as wide as the original
+            return native
         same = not any(unit.keeps or unit.changes_others for unit in self.architecture.units)
         if form == self.form or (same and "neutral" not in (form, self.form)):
             return self
@@ -304,6 +197,42 @@ class CostTable:
         )
 
 
+@functools.lru_cache(maxsize=16)
+def _table_in(costs: CostTable, form: Form) -> CostTable:
+    """``costs``, which are of native students, of those in ``form``."""
+    assert costs.count is not None, "a cost table is made by cost_table"
+    parts, layers, together = parts_in_form(costs.architecture, costs.parts, costs.layers, costs.count, form)
+    return dataclasses.replace(
+        costs,
+        parts=parts,
+        layers=layers,
+        activations=costs.activations if form == "own" else None,
+        form=form,
+        together=together,
+        native=costs,
+    )
+
+
+# Made of a model ---------------------------------------------------------------------------------------------
+
+
+def check_conditions(
+    architecture: Architecture, latent: tuple[int, int], tokens: int, table: LatencyTable | ActivationTable
+) -> None:
+    """Both must be of one architecture at one size; the batch may differ, as what is counted only grows with it."""
+    kind = "a latency table" if isinstance(table, LatencyTable) else "an activation table"
+    if table.architecture.signature != architecture.signature:
+        raise PlanError(
+            f"asked for costs of architecture {architecture.signature}, found {kind} of "
+            f"{table.architecture.signature}; measure this model's own"
+        )
+    if (table.latent, table.tokens) != (latent, tokens):
+        raise ConfigError(
+            f"asked for costs at a {latent[0]} x {latent[1]} latent with {tokens} tokens, found {kind} at "
+            f"{table.latent[0]} x {table.latent[1]} with {table.tokens}; make both at one size"
+        )
+
+
 def cost_table(
     architecture: Architecture,
     *,
@@ -330,7 +259,7 @@ def cost_table(
         if table is not None:
             elsewhere = latency_elsewhere and table is latency
             size = (table.latent, table.tokens) if elsewhere else (shape, tokens)
-            _check_conditions(architecture, *size, table)
+            check_conditions(architecture, *size, table)
     count = count_macs(architecture.config, batch=batch, latent=latent, tokens=tokens)
     times = {} if latency is None else latency.part_ms()
 
@@ -376,133 +305,3 @@ def cost_table(
     return CostTable(
         architecture, tuple(parts), batch, shape, tokens, activations, tuple(layers), count=count
     )
-
-
-# In another form -------------------------------------------------------------------------------------------
-
-
-def _gone(costs: CostTable, removed: Iterable[str], form: Form) -> Gone:
-    """What leaves with the blocks ``removed``, counted from what is built; nothing where that cannot be."""
-    assert costs.count is not None, "a cost table is made by cost_table"
-    plan = plan_of(costs.architecture, removed).built(form)
-    try:
-        return gone_by(costs.architecture, layout_of(costs.architecture, plan), costs.count)
-    except FormError:
-        return Gone(0, 0, 0)
-
-
-def _counted(costs: CostTable, plan: PruningPlan, predicted: PlanCost) -> PlanCost:
-    """``predicted`` with what is counted from the student that ``plan`` builds; without blocks that is the whole."""
-    if not plan.removed:
-        return predicted
-    whole = costs.total
-    assert costs.count is not None
-    gone = gone_by(costs.architecture, layout_of(costs.architecture, plan), costs.count)
-    assert whole.weight_bytes is not None
-    return dataclasses.replace(
-        predicted,
-        params=whole.params - gone.params,
-        macs=whole.macs - gone.macs,
-        attention_macs=whole.attention_macs - gone.attention_macs,
-        weight_bytes=(whole.params - gone.params) * (whole.weight_bytes // whole.params),
-    )
-
-
-@functools.lru_cache(maxsize=16)
-def _table_in(costs: CostTable, form: Form) -> CostTable:
-    """``costs``, which are of native students, of those in ``form``."""
-    size = (costs.total.weight_bytes or 0) // costs.total.params
-
-    def part(name: str, kind: PartKind, gone: Gone, usual: PartCost | None = None) -> PartCost:
-        share = gone.macs / usual.macs if usual and usual.macs else 0.0
-        took = usual.latency_ms * share if usual and usual.latency_ms is not None else None
-        timed = took if took is not None else 0.0 if costs.timed else None
-        return PartCost(name, kind, *gone, gone.params * size, timed)
-
-    def alone(one: PartCost) -> PartCost:
-        block = costs.architecture.block(one.name)
-        return part(
-            one.name, "block", _gone(costs, [one.name], form) if block.removable else Gone(0, 0, 0), one
-        )
-
-    blocks = [alone(one) for one in costs.parts if one.kind == "block"]
-    layers = [alone(one) for one in costs.layers]
-    samplers = [one for one in costs.parts if one.kind == "sampler"]
-    saved = {one.name: one for one in (*blocks, *layers, *samplers)}
-    sets = [(frozenset(group.blocks), group.samplers) for group in sampler_groups(costs.architecture)]
-    sets += [(frozenset(names), ()) for names in costs.architecture.family.tied(costs.architecture.outline)]
-    together: list[tuple[frozenset[str], PartCost]] = []
-    for names, left in sorted(sets, key=lambda one: len(one[0])):
-        inside = [more for blocks_inside, more in together if blocks_inside < names]
-        others = [saved[name] for name in (*names, *left)]
-        others += [
-            saved[name] for smaller, more in sets if smaller < names for name in more if name not in left
-        ]
-        whole = _gone(costs, names, form)
-        rest = Gone(
-            *(
-                getattr(whole, column) - sum(getattr(one, column) for one in (*others, *inside))
-                for column in Gone._fields
-            )
-        )
-        if any(rest):
-            together.append((names, part("+".join(sorted(names)), "block", rest)))
-    taken = [*blocks, *samplers]
-    stays = Gone(
-        *(
-            getattr(costs.total, column) - sum(getattr(one, column) for one in taken)
-            for column in Gone._fields
-        )
-    )
-    spent = sum(one.picoseconds for one in costs.parts) - sum(one.picoseconds for one in taken)
-    last = dataclasses.replace(
-        part(REST, "rest", stays), latency_ms=spent / _PICOSECONDS if costs.timed else None
-    )
-    return dataclasses.replace(
-        costs,
-        parts=(*blocks, *samplers, last),
-        layers=tuple(layers),
-        activations=costs.activations if form == "own" else None,
-        form=form,
-        together=tuple(together),
-        native=costs,
-    )
-
-
-def _check_conditions(
-    architecture: Architecture, latent: tuple[int, int], tokens: int, table: LatencyTable | ActivationTable
-) -> None:
-    """Both must be of one architecture at one size; the batch may differ, as what is counted only grows with it."""
-    kind = "a latency table" if isinstance(table, LatencyTable) else "an activation table"
-    if table.architecture.signature != architecture.signature:
-        raise PlanError(
-            f"asked for costs of architecture {architecture.signature}, found {kind} of "
-            f"{table.architecture.signature}; measure this model's own"
-        )
-    if (table.latent, table.tokens) != (latent, tokens):
-        raise ConfigError(
-            f"asked for costs at a {latent[0]} x {latent[1]} latent with {tokens} tokens, found {kind} at "
-            f"{table.latent[0]} x {table.latent[1]} with {table.tokens}; make both at one size"
-        )
-
-
-def latency_disagreement(costs: CostTable, latency: LatencyTable) -> pd.DataFrame:
-    """Where MACs and latency disagree: one row per block that can be removed, samplers that can leave, and the rest.
-
-    Columns name, kind, macs, macs_share, saved_ms (as predictions take it off), latency_share, ratio (latency_share in
-    macs_share) and gap (their difference), the largest gap in either direction first. A ratio above 1 is a block that
-    takes longer than its MACs say; it can be large where both shares are next to nothing, so the gap decides the order.
-    Shares are in the whole model and add up to 1. Raises PlanError and ConfigError as ``cost_table`` does.
-    """
-    _check_conditions(costs.architecture, costs.latent, costs.tokens, latency)
-    frame = latency.frame()[["name", "kind", "saved_ms", "share"]].rename(columns={"share": "latency_share"})
-    by_name = {cost.name: cost.macs for cost in costs.parts}
-    # The first row of each name is what leaves; all else, starred blocks among it, is the rest.
-    macs = [sum(by_name[part] for part in name.split("+")) for name in frame["name"][:-1]]
-    total = costs.total.macs
-    frame["macs"] = [*macs, total - sum(macs)]
-    frame["macs_share"] = frame["macs"] / total
-    frame["ratio"] = frame["latency_share"] / frame["macs_share"]
-    frame["gap"] = frame["latency_share"] - frame["macs_share"]
-    order = frame["gap"].abs().sort_values(ascending=False, kind="stable").index
-    return frame.loc[order, list(DISAGREEMENT_COLUMNS)].reset_index(drop=True)

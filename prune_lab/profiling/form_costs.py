@@ -5,14 +5,20 @@ A removed block that stays and does nothing takes nothing along but the layers t
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from prune_lab.blocks import Architecture
 from prune_lab.counting import Macs
-from prune_lab.families import Layout, meta_model
+from prune_lab.errors import FormError
+from prune_lab.families import Form, Layout, meta_model
+from prune_lab.forms import layout_of
+from prune_lab.plans import PruningPlan, plan_of
+from prune_lab.profiling.plan_costs import PICOSECONDS, PartCost, PartKind, PlanCost
+from prune_lab.profiling.plan_matrix import REST, sampler_groups
 
 
 class Gone(NamedTuple):
@@ -21,6 +27,10 @@ class Gone(NamedTuple):
     params: int
     macs: int
     attention_macs: int
+
+
+def _canonical(config: Mapping[str, Any]) -> str:
+    return json.dumps(dict(config), sort_keys=True)
 
 
 @functools.lru_cache(maxsize=8)
@@ -33,24 +43,10 @@ def _sizes(canonical: str) -> Mapping[str, int]:
     }
 
 
-def _own_share(by_module: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    """Multiply-adds of each module without those of the modules inside of it."""
-    shares = dict(by_module)
-    for path, (macs, attention) in by_module.items():
-        if path:
-            parent = path.rpartition(".")[0]
-            while parent and parent not in shares:
-                parent = parent.rpartition(".")[0]
-            if parent in shares:
-                of_parent = shares[parent]
-                shares[parent] = (of_parent[0] - macs, of_parent[1] - attention)
-    return shares
-
-
 def gone_by(architecture: Architecture, layout: Layout, count: Macs) -> Gone:
     """What is not there any more in the smaller model of ``layout``; ``count`` is that of the whole model."""
     sizes = _sizes(_canonical(architecture.config))
-    shares = _own_share(count.by_module)
+    shares = count.own_by_module
     gone = [path for path in sizes if path and layout.renamed(path) is None]
     macs = [shares.get(path, (0, 0)) for path in gone]
     return Gone(
@@ -60,5 +56,90 @@ def gone_by(architecture: Architecture, layout: Layout, count: Macs) -> Gone:
     )
 
 
-def _canonical(config: Mapping[str, Any]) -> str:
-    return json.dumps(dict(config), sort_keys=True)
+# The parts of a model in a form ------------------------------------------------------------------------------
+
+
+class FormCosts(NamedTuple):
+    """What leaves with each part of a model in one form, and what leaves only when several blocks are all gone."""
+
+    parts: tuple[PartCost, ...]
+    layers: tuple[PartCost, ...]
+    together: tuple[tuple[frozenset[str], PartCost], ...]
+
+
+def _gone_with(architecture: Architecture, count: Macs, removed: Iterable[str], form: Form) -> Gone:
+    """What leaves with the blocks ``removed``, counted from what is built; nothing where that cannot be."""
+    plan = plan_of(architecture, removed).built(form)
+    try:
+        return gone_by(architecture, layout_of(architecture, plan), count)
+    except FormError:
+        return Gone(0, 0, 0)
+
+
+def _sum(costs: Iterable[PartCost | Gone]) -> Gone:
+    listed = list(costs)
+    return Gone(*(sum(getattr(one, column) for one in listed) for column in Gone._fields))
+
+
+def _less(whole: Gone, part: Gone) -> Gone:
+    return Gone(*(one - other for one, other in zip(whole, part, strict=True)))
+
+
+def parts_in_form(
+    architecture: Architecture,
+    native: Sequence[PartCost],
+    layers: Sequence[PartCost],
+    count: Macs,
+    form: Form,
+) -> FormCosts:
+    """The parts of a model in ``form``, from its ``native`` ones, whose layers are ``layers``, and its ``count``."""
+    size = sum(one.weight_bytes for one in native) // sum(one.params for one in native)
+    timed = all(one.latency_ms is not None for one in native)
+
+    def part(name: str, kind: PartKind, gone: Gone, usual: PartCost | None = None) -> PartCost:
+        share = gone.macs / usual.macs if usual and usual.macs else 0.0
+        took = usual.latency_ms * share if usual and usual.latency_ms is not None else None
+        took = took if took is not None else 0.0 if timed else None
+        return PartCost(name, kind, *gone, gone.params * size, took)
+
+    def alone(one: PartCost) -> PartCost:
+        removable = architecture.block(one.name).removable
+        gone = _gone_with(architecture, count, [one.name], form) if removable else Gone(0, 0, 0)
+        return part(one.name, "block", gone, one)
+
+    blocks = [alone(one) for one in native if one.kind == "block"]
+    inside_blocks = [alone(one) for one in layers]
+    samplers = [one for one in native if one.kind == "sampler"]
+    saved = {one.name: one for one in (*blocks, *inside_blocks, *samplers)}
+    sets = [(frozenset(group.blocks), group.samplers) for group in sampler_groups(architecture)]
+    sets += [(frozenset(names), ()) for names in architecture.family.tied(architecture.outline)]
+    together: list[tuple[frozenset[str], PartCost]] = []
+    for names, left in sorted(sets, key=lambda one: len(one[0])):
+        smaller = [name for inner, more in sets if inner < names for name in more if name not in left]
+        others = [saved[name] for name in (*names, *left, *smaller)]
+        others += [cost for inner, cost in together if inner < names]
+        rest = _less(_gone_with(architecture, count, names, form), _sum(others))
+        if any(rest):
+            together.append((names, part("+".join(sorted(names)), "block", rest)))
+    taken = [*blocks, *samplers]
+    stays = part(REST, "rest", _less(_sum(native), _sum(taken)))
+    spent = sum(one.picoseconds for one in native) - sum(one.picoseconds for one in taken)
+    rest_of_all = dataclasses.replace(stays, latency_ms=spent / PICOSECONDS if timed else None)
+    return FormCosts((*blocks, *samplers, rest_of_all), tuple(inside_blocks), tuple(together))
+
+
+def counted_cost(
+    architecture: Architecture, count: Macs, whole: PlanCost, plan: PruningPlan, predicted: PlanCost
+) -> PlanCost:
+    """``predicted`` with what is counted from the student that ``plan`` builds; without blocks that is ``whole``."""
+    if not plan.removed:
+        return predicted
+    gone = gone_by(architecture, layout_of(architecture, plan), count)
+    assert whole.weight_bytes is not None
+    return dataclasses.replace(
+        predicted,
+        params=whole.params - gone.params,
+        macs=whole.macs - gone.macs,
+        attention_macs=whole.attention_macs - gone.attention_macs,
+        weight_bytes=(whole.params - gone.params) * (whole.weight_bytes // whole.params),
+    )

@@ -6,6 +6,7 @@ exact: parameters by shape, multiply-adds by the count of the whole model.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,6 +14,7 @@ from prune_lab.blocks import Architecture
 from prune_lab.counting import Macs
 from prune_lab.families import Site, cut_tensors, meta_model
 from prune_lab.profiling.form_costs import Gone
+from prune_lab.profiling.plan_costs import PlanCost
 from prune_lab.width import Width, site_named
 
 
@@ -42,3 +44,23 @@ def saved_by(architecture: Architecture, count: Macs, widths: Iterable[Width]) -
     costs = unit_costs(architecture, count)
     saved = [(width.of - width.count, costs[site_named(width.site, architecture.sites)]) for width in widths]
     return Gone(*(sum(units * cost[column] for units, cost in saved) for column in range(len(Gone._fields))))
+
+
+def narrowed_cost(
+    architecture: Architecture, count: Macs, widths: Iterable[Width], whole: PlanCost
+) -> PlanCost:
+    """``whole``, without what the units take along that leave by ``widths``.
+
+    How long a narrower layer takes, and what memory a model needs at its peak, is not known.
+    """
+    saved = saved_by(architecture, count, widths)
+    params = whole.params - saved.params
+    return dataclasses.replace(
+        whole,
+        params=params,
+        macs=whole.macs - saved.macs,
+        attention_macs=whole.attention_macs - saved.attention_macs,
+        weight_bytes=None if whole.weight_bytes is None else params * (whole.weight_bytes // whole.params),
+        latency_ms=None,
+        activation_bytes=None,
+    )

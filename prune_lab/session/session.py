@@ -45,7 +45,7 @@ Origin = Literal["shipped", "own", "drawn", "none"]
 
 
 def origin_of(config: RunConfig, source: ModelSource) -> Origin:
-    """Whose pictures a run of ``source`` uses; the shipped ones serve the shipped model, others must ask for them."""
+    """Whose pictures a run of ``source`` uses; the shipped ones serve the shipped models, others must ask for them."""
     if not source.is_pipeline:
         return "none"
     named = config.data.source

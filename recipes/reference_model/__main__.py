@@ -2,82 +2,51 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from prune_lab.cli.application import Verbs
 from prune_lab.cli.options import DeviceOption
-from prune_lab.errors import RunError
-from prune_lab.processes import num_processes
-
-app = typer.Typer(
-    cls=Verbs,  # a user's mistake ends in one line on stderr and exit code 2, as in prune-lab itself
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    help="Rebuild or measure the reference model that ships inside prune_lab.",
+from recipes.command_line import (
+    AssetsOption,
+    ConfigOption,
+    ModelOption,
+    ReportOption,
+    WorkOption,
+    command_line,
+    importing,
+    training,
 )
 
-
-@app.callback()
-def _before_any_verb() -> None:
-    if num_processes() > 1:  # each of them would do all of it, into the same files
-        raise RunError(
-            f"asked to work on the reference model in {num_processes()} processes, which cannot share it; "
-            "run this without accelerate launch"
-        )
+app = command_line("the reference model")
 
 
 @app.command()
 def train(
-    work: Annotated[
-        Path, typer.Option("--work", help="Folder for downloads, checkpoints and curves; resumable.")
-    ],
-    config: Annotated[
-        Path | None, typer.Option("--config", help="TOML with the settings; default: the committed ones.")
-    ] = None,
+    work: WorkOption,
+    config: ConfigOption = None,
     sources: Annotated[
         Path | None,
         typer.Option("--sources", help="Folder of the public packages; default: WORK/sources."),
     ] = None,
     device: DeviceOption = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Where to write the finished model; default: WORK/assets.")
-    ] = None,
+    out: ModelOption = None,
 ) -> None:
     """Rebuild data, VAE, CLIP pair, text encoder and U-Net from the public packages; the same command again resumes."""
-    from prune_lab.models.silence import quiet
-    from prune_lab.runtime import pick_device, progress_shown
-
-    with quiet():  # importing them logs advice about torchvision, which is not used here
+    with importing():
         from recipes.reference_model.build import train_reference
 
-    chosen = str(pick_device(device or "auto"))
-
-    def say(line: str) -> None:
-        if not sys.stderr.isatty():  # a terminal has the progress bar
-            typer.echo(line, err=True)
-
-    with progress_shown():
+    with training(device) as (chosen, say):
         train_reference(work, config=config, sources=sources, device=chosen, out=out, say=say)
 
 
 @app.command()
-def evaluate(
-    out: Annotated[Path, typer.Option("--out", help="Folder of the report.")],
-    assets: Annotated[
-        Path | None, typer.Option("--assets", help="What `train` wrote; default: what ships.")
-    ] = None,
-) -> None:
+def evaluate(out: ReportOption, assets: AssetsOption = None) -> None:
     """Measure the reference model on its held-out pictures and write the report: tables, figures, README.md."""
-    from prune_lab.models.silence import quiet
     from prune_lab.runtime import progress_shown
 
-    with quiet():
+    with importing():
         from recipes.reference_model.evaluate import evaluate_reference
 
     with progress_shown():

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
@@ -28,7 +28,7 @@ from prune_lab.families.family import (
     Unit,
     plain_config,
 )
-from prune_lab.families.meta_device import shapes_of
+from prune_lab.families.meta_device import shapes_of, tensors_of
 from prune_lab.families.widths import Kept, narrowed
 from prune_lab.runtime import printable, read_bytes
 
@@ -145,13 +145,14 @@ def entry_of(config: Mapping[str, Any]) -> list[str]:
 # What is left of a model ---------------------------------------------------------------------------------------------
 
 
-def _whole(config: Mapping[str, Any]) -> Any:
-    """The model that nothing is gone from, on ``meta``."""
+def _whole(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the model that nothing is gone from."""
     settings = {name: value for name, value in config.items() if name not in _OWN}
-    return shapes_of({**settings, CLASS_NAME: base_name(str(config[CLASS_NAME]))})
+    return {**settings, CLASS_NAME: base_name(str(config[CLASS_NAME]))}
 
 
-def _mark(unit: Unit, names: Sequence[str]) -> str:
+@functools.lru_cache(maxsize=1024)
+def _mark(unit: Unit, names: tuple[str, ...]) -> str:
     """The first tensor of ``unit`` that is gone with it, by its path in it; empty where it has none.
 
     Under its name the student has a tensor without numbers: the plain class then refuses the weights, where it would
@@ -169,7 +170,7 @@ def own_layout(family: Family, outline: Outline, removed: Removed, kept: Kept | 
     nothing of it would tell it from the plain class.
     """
     units = [unit for unit in outline.units if unit.name in removed]
-    names = list(_whole(outline.config).state_dict())
+    names = tensors_of(_whole(outline.config))
     gone: dict[str, Any] = dict(outline.config.get(REMOVED) or {})
     paths: dict[str, str | None] = {}
     marks: list[str] = []
@@ -220,7 +221,7 @@ def own_layout(family: Family, outline: Outline, removed: Removed, kept: Kept | 
 
 def _without_gone(family: Family, model: Any) -> Outline:
     config = plain_config(model)
-    outline = family.outline(_whole(config))
+    outline = family.outline(shapes_of(_whole(config)))
     paths = set(config.get(REMOVED) or {})
     gone = {unit.name for unit in outline.units if unit.path in paths}
     units = tuple(
