@@ -145,7 +145,7 @@ class Architecture:
     @property
     def sites(self) -> tuple[Site, ...]:
         """Where the blocks can be made narrower inside, in order of execution."""
-        return _sites_of_config(_canonical(self.config))
+        return _sites_of_config(_canonical(dict(self.config)))
 
     def outermost(self, names: Iterable[str]) -> frozenset[str]:
         """``names`` without layers of blocks that are named too: these leave with their block."""

@@ -101,7 +101,7 @@ class PruningPlan:
 def _checked_widths(
     architecture: Architecture, widths: Iterable[Width], gone: frozenset[str]
 ) -> tuple[Width, ...]:
-    """``widths`` in order of execution, without those that keep all. Raises PlanError for one of a block that leaves."""
+    """``widths`` in order of execution, without those that keep all. PlanError for one of a block that leaves."""
     wanted = {width.site: width for width in widths if not all_kept(width)}
     if not wanted:
         return ()
@@ -181,7 +181,8 @@ def _parsed(text: str, architecture: Architecture, members: dict[str, set[str]])
         else:
             named = f"a preset ({', '.join(known)}) or " if known else ""
             raise PlanError(
-                f"cannot read {printable(item)!r} in the plan {printable(text)!r}; use {named}-BLOCK, +BLOCK and ~WIDTH=COUNT"
+                f"cannot read {printable(item)!r} in the plan {printable(text)!r}; use {named}-BLOCK, +BLOCK and "
+                "~WIDTH=COUNT"
             )
     name = items[0] if len(items) == 1 and items[0] in known else ""
     return plan_of(architecture, removed, name, widths=widths.values())
@@ -193,7 +194,8 @@ def parse_plan(text: str, architecture: Architecture) -> PruningPlan:
     Items are names of plans that the model's family knows, ``-`` and ``+`` with a block, a pair (``Dn1.R2+A2``) or a
     stage (all of it that can be removed), or a layer (``Up1.A2.T7``); they apply from left to right, and a block goes
     and comes back with its layers: ``-Up1.A2 +Up1.A2.T7`` leaves that layer alone in it. ``~Dn3.A1.heads=2/4`` keeps
-    two of four heads (``prune_lab.width``). ``teacher`` or nothing at all is the empty plan. Raises PlanError, UnknownBlockError or UnremovableBlockError.
+    two of four heads (``prune_lab.width``). ``teacher`` or nothing at all is the empty plan. Raises PlanError,
+    UnknownBlockError or UnremovableBlockError.
     """
     return _parsed(text, architecture, {})
 

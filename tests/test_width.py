@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import random
 from pathlib import Path
@@ -36,7 +37,7 @@ from prune_lab.plans import PruningPlan, parse_plan, plan_from_json, plan_of, re
 from prune_lab.probes import predict, random_probe
 from prune_lab.profiling import cost_table
 from prune_lab.runs import plan_id_of, read_plan_file
-from prune_lab.search import narrowed_to, predicted_loss, unit_impacts
+from prune_lab.search import depth_and_width, narrowed_to, predicted_loss, unit_impacts
 from prune_lab.surgery import bypassed, materialise, prune_pipeline, unit_magnitudes, with_units_chosen
 from prune_lab.width import Width, keeping_largest, parse_width, width_of
 from prune_lab.width.graph import (
@@ -60,7 +61,7 @@ def answer(model: Any, inputs: Any) -> torch.Tensor:
 def drawn(architecture: Architecture, chance: random.Random, *, removing: bool = True) -> PruningPlan:
     """A plan that narrows a third of the sites, and may remove a block or two."""
     names = [block.name for block in architecture.blocks if block.removable]
-    removed = plan_of(architecture, chance.sample(names, min(2, len(names) - 1)) if removing else ())
+    removed = plan_of(architecture, chance.sample(names, max(0, min(2, len(names) - 1))) if removing else ())
     gone = {*removed.removed}
     widths = []
     for site in architecture.sites:
@@ -250,12 +251,7 @@ def test_a_compact_unet_of_any_kind_is_its_teacher_masked(kind: str) -> None:
 
 
 def load_plain(config: dict[str, Any]) -> Any:
-    name = config["_class_name"]
-    return (
-        getattr(diffusers, name)
-        .from_config({key: value for key, value in config.items() if key[0] != "_"})
-        .eval()
-    )
+    return getattr(diffusers, config["_class_name"]).from_config(config).eval()
 
 
 @pytest.mark.parametrize("name", [name for name in TINY_TRANSFORMERS if name in FAMILIES])
@@ -521,6 +517,7 @@ def test_derivatives_by_gates_are_differences(context: ScoringContext) -> None:
     sites = some(context)[:2]
     model = context.model.double()
     probe = context.probe
+
     def objective(prediction: torch.Tensor, rows: slice) -> torch.Tensor:
         return prediction.double().square().flatten(1).sum(1)
 
@@ -566,6 +563,37 @@ def test_under_a_budget_units_leave_by_what_they_lose_for_what_they_save(tiny_co
     even = narrowed_to(costs, base, impacts, "params", 0.6 * costs.total.params, channels=16)
     sizes = {site.name: site.size for site in architecture.sites}
     assert all(width.count * sizes[width.site] % 16 == 0 for width in even.widths)
+
+
+def test_blocks_and_widths_are_searched_together(tiny_config: dict[str, Any]) -> None:
+    """Against every combination, where few sites have scores."""
+    architecture = architecture_of(tiny_config)
+    costs = cost_table(architecture)
+    chance = np.random.default_rng(1)
+    names = ("Dn3.R2.hidden", "Up2.R2.hidden")
+    impacts = {site: 0.1 * chance.random(site.count) for site in architecture.sites if site.name in names}
+    blocks = {"Dn3.R2": 0.25, "Up2.R2": 0.3, "Dn3.A2": 0.2, "Dn1.A1": 0.4}
+    plans = []
+    for size in range(len(blocks) + 1):
+        for removed in itertools.combinations(blocks, size):
+            left = {site: values for site, values in impacts.items() if site.block not in removed}
+            for kept in itertools.product(*(range(1, site.count + 1) for site in left)):
+                widths = []
+                for (site, values), count in zip(left.items(), kept, strict=True):
+                    units = sorted(int(unit) for unit in np.argsort(-values)[:count])
+                    widths.append(width_of(site, units))
+                plan = plan_of(architecture, removed, widths=widths)
+                loss = sum(blocks[name] for name in removed) + predicted_loss(plan, unit_impacts(impacts))  # type: ignore[arg-type]
+                plans.append((loss, costs.of(plan.built("own")).macs))
+    for share in (0.97, 0.93, 0.9):
+        most = share * costs.total.macs
+        best = min(loss for loss, macs in plans if macs <= most)
+        plan = depth_and_width(costs, blocks, impacts, "macs", most)
+        found = sum(blocks[name] for name in plan.removed) + predicted_loss(plan, unit_impacts(impacts))  # type: ignore[arg-type]
+        assert costs.of(plan).macs <= most
+        assert found == pytest.approx(best, rel=1e-5)
+    with pytest.raises(BudgetError, match="no plan of blocks and widths"):
+        depth_and_width(costs, blocks, impacts, "macs", 0.1 * costs.total.macs)
 
 
 # Folders -----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The importance of units of widths: norm groups, heads, channels of feed-forwards; all sites of a model at once.
 
-A unit's gate multiplies it at the narrow point, where the next layer reads it: at 1 the model works as usual, at 0 it is
-the model without the unit. One backward pass gives the derivative by all gates of all sites, in each row of a batch.
+A unit's gate multiplies it at the narrow point, where the next layer reads it: at 1 the model works as usual, at 0 it
+is the model without the unit. One backward pass gives the derivative by all gates of all sites, in each row of a batch.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _gating(gate: Tensor, size: int, channels_first: bool) -> Any:
 
 @contextlib.contextmanager
 def units_gated(model: Any, gates: Mapping[Site, Tensor]) -> Iterator[None]:
-    """Context in which the units of each site are multiplied by their gates (N, units), one row for each of the batch."""
+    """Context in which the units of each site are multiplied by their gates (N, units), a row for each of the batch."""
     with contextlib.ExitStack() as hooks:
         for site, gate in gates.items():
             for path in site.narrow:
@@ -181,7 +181,7 @@ def magnitude(context: ScoringContext, sites: Sequence[Site]) -> UnitScores:
 def taylor(context: ScoringContext, sites: Sequence[Site]) -> UnitScores:
     """Sum over all weights that leave with the unit of the size of weight times gradient of the denoising loss.
 
-    Measures: how much the loss changes when single weights are set to 0 (first order), by the mean gradient of all rows.
+    Measures: how much the loss changes when single weights are set to 0 (first order), by the mean gradient.
     Reads as: larger, more effect; the number says nothing about the size of the change of the prediction.
     Misleads when: effects of weights cancel, which a sum of sizes ignores.
     Cost: three forward-equivalents, and a forward pass by which torch-pruning finds what leaves together.

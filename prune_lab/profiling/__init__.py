@@ -54,7 +54,6 @@ from prune_lab.profiling.service import (
     split_service,
 )
 from prune_lab.profiling.timed_plans import TEACHER, fits_into_one_process, time_plans
-from prune_lab.profiling.width_costs import unit_costs
 from prune_lab.profiling.turns import (
     Change,
     ComparedLatency,
@@ -64,6 +63,7 @@ from prune_lab.profiling.turns import (
     time_in_turns,
     turns_of_frame,
 )
+from prune_lab.profiling.width_costs import unit_costs
 
 __all__ = [
     "COUNTED",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -12,8 +13,8 @@ from prune_lab.errors import BudgetError
 from prune_lab.families import Site
 from prune_lab.importance.intervals import Floats
 from prune_lab.plans import PruningPlan, plan_of
-from prune_lab.profiling import Counted, CostTable, unit_costs
-from prune_lab.width import width_of
+from prune_lab.profiling import CostTable, Counted, unit_costs
+from prune_lab.width import Width, width_of
 
 
 def sites_left(architecture: Architecture, plan: PruningPlan) -> tuple[Site, ...]:
@@ -24,6 +25,71 @@ def sites_left(architecture: Architecture, plan: PruningPlan) -> tuple[Site, ...
         for site in architecture.sites
         if site.block not in gone and architecture.block(site.block).inside not in gone
     )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+    """Units of one site that leave together: what is lost by it, and saved of a cost."""
+
+    site: Site
+    units: tuple[int, ...]
+    loss: float
+    saves: int
+
+
+def _unit_savings(costs: CostTable, metric: Counted) -> dict[Site, int]:
+    assert costs.count is not None, "a cost table is made by cost_table"
+    prices = unit_costs(costs.architecture, costs.count)
+    saved = {
+        "params": lambda price: price.params,
+        "macs": lambda price: price.macs,
+        "paper_macs": lambda price: price.macs - price.attention_macs,
+    }
+    return {site: saved[metric](price) for site, price in prices.items()}
+
+
+def steps_of(
+    costs: CostTable,
+    sites: Sequence[Site],
+    impacts: Mapping[Site, Floats],
+    metric: Counted,
+    *,
+    least_share: float = 0.0,
+    channels: int = 1,
+) -> dict[Site, list[Step]]:
+    """What can leave of each site in turn, the units that lose least first.
+
+    Each site keeps one unit, ``least_share`` of all, and, where a device likes multiples of so many ``channels``, a
+    multiple of them: the first step then is what is over, and in each other one so many units leave together.
+    """
+    saves = _unit_savings(costs, metric)
+    found: dict[Site, list[Step]] = {}
+    for site in sites:
+        if site not in impacts:
+            continue
+        together = channels // math.gcd(channels, site.size)
+        least = max(1, math.ceil(least_share * site.count))
+        least = -(-least // together) * together
+        order = [int(unit) for unit in np.argsort(impacts[site], kind="stable")][: max(0, site.count - least)]
+        first = len(order) % together
+        parts = [order[:first]] if first else []
+        parts += [order[at : at + together] for at in range(first, len(order), together)]
+        found[site] = [
+            Step(site, tuple(part), float(sum(impacts[site][unit] for unit in part)), len(part) * saves[site])
+            for part in parts
+        ]
+    return found
+
+
+def widths_without(steps: Iterable[Step]) -> list[Width]:
+    """The widths of which the units of ``steps`` are gone."""
+    gone: dict[Site, set[int]] = {}
+    for step in steps:
+        gone.setdefault(step.site, set()).update(step.units)
+    return [
+        width_of(site, [unit for unit in range(site.count) if unit not in units])
+        for site, units in gone.items()
+    ]
 
 
 def narrowed_to(
@@ -37,52 +103,31 @@ def narrowed_to(
     channels: int = 1,
 ) -> PruningPlan:
     """``plan`` with the widths that bring it down to ``most`` of ``metric``: units leave in the order of what they lose
-    for each parameter or multiply-add that they save.
+    for each parameter or multiply-add that they save (``steps_of``).
 
-    Each site keeps one unit, ``least_share`` of all, and, where a device likes multiples of so many ``channels``, a
-    multiple of them: so many units count together. Raises BudgetError where that is not enough.
+    Raises BudgetError where that is not enough.
     """
     architecture = costs.architecture
-    count = costs.count or architecture.count()
-    prices = unit_costs(architecture, count)
     now = costs.of(plan.built("own").without_widths()).amount(metric)
-    found: list[tuple[float, float, Site, tuple[int, ...]]] = []
-    for site in sites_left(architecture, plan):
-        if site not in impacts:
-            continue
-        price = prices[site]
-        saves = price.params if metric == "params" else price.macs
-        saves -= price.attention_macs if metric == "paper_macs" else 0
-        together = max(1, channels // np.gcd(channels, site.size))
-        order = [int(unit) for unit in np.argsort(impacts[site], kind="stable")]
-        least = max(1, int(np.ceil(least_share * site.count)))
-        least = -(-least // together) * together
-        # What is left is a multiple of ``together``: the first to leave are those beyond the last multiple.
-        first = (site.count - least) % together
-        steps = [order[:first]] if first else []
-        steps += [order[at : at + together] for at in range(first, site.count - least, together)]
-        last = 0.0
-        for units in steps:
-            loss = float(sum(impacts[site][unit] for unit in units))
-            rate = max(last, loss / (len(units) * saves))  # never before those of its site that lose less
-            last = rate
-            found.append((rate, len(units) * saves, site, tuple(units)))
-    gone: dict[Site, list[int]] = {}
-    for _, saves, site, units in sorted(found, key=lambda one: one[0]):  # stable: in order of execution
+    sites = sites_left(architecture, plan)
+    by_rate: list[tuple[float, Step]] = []
+    for steps in steps_of(costs, sites, impacts, metric, least_share=least_share, channels=channels).values():
+        rate = -math.inf
+        for step in steps:
+            rate = max(rate, step.loss / step.saves)  # never before those of its site that lose less
+            by_rate.append((rate, step))
+    taken: list[Step] = []
+    for _, step in sorted(by_rate, key=lambda one: one[0]):  # stable: in order of execution
         if now <= most:
             break
-        gone.setdefault(site, []).extend(units)
-        now -= saves
+        taken.append(step)
+        now -= step.saves
     if now > most:
         raise BudgetError(
             f"asked for at most {most:,.0f} {metric} by narrower blocks, found {now:,.0f} with all of them as narrow "
             "as they may be; ask for more, or remove blocks as well"
         )
-    widths = [
-        width_of(site, [unit for unit in range(site.count) if unit not in units])
-        for site, units in gone.items()
-    ]
-    return dataclasses.replace(plan_of(architecture, plan.removed, widths=widths), form="own")
+    return plan_of(architecture, plan.removed, widths=widths_without(taken)).built("own")
 
 
 def unit_impacts(impacts: Mapping[Site, Floats]) -> Mapping[str, Floats]:

@@ -11,7 +11,7 @@ from prune_lab.families import CLASS_NAME, base_name, code_path, family_of, file
 from prune_lab.runtime import write_text
 
 _NOTES = """\
-A {base} with {count} of its modules taken out, written by prune-lab. No plain config describes what is left, so the
+A {base} with {changes}, written by prune-lab. No plain config describes what is left, so the
 model brings `{file}.py` along, a small file that needs torch and diffusers alone. Its name holds the first digits of
 the SHA-256 of its content.
 
@@ -38,7 +38,8 @@ Good to know:
 - Give folders as text. `AutoModel` raises a TypeError for a `pathlib.Path`.
 - `{base}.from_pretrained` refuses this folder ("expected shape", "size mismatch"), as it must: each module that is
   gone has left a tensor without numbers under the name of one of its own. Do not pass `ignore_mismatched_sizes=True`:
-  diffusers would then fill the gaps with random numbers.
+  diffusers would then fill the gaps with random numbers. Where layers are narrower it refuses that as well:
+  `quantization_config` in `config.json` names a way that it does not know. Nothing is quantised.
 - The entry of the model in `model_index.json` names the file and the class, `["{file}", "{name}"]`. With an entry for
   diffusers there a plain {base} would be asked for.
 - `save_pretrained`, of the pipeline too, copies the file along.
@@ -46,6 +47,13 @@ Good to know:
   be loaded in one process. On a hub the file belongs where it is here: in the folder of the component.
 - No single file (.safetensors) holds such a model.
 """
+
+
+def _changes(config: Mapping[str, Any]) -> str:
+    removed, widths = len(config["removed"]), len(config.get("widths") or {})
+    narrower = f"{widths} of its layers and norms narrower"
+    taken = f"{removed} of its modules taken out"
+    return taken if not widths else f"{taken} and {narrower}" if removed else narrower
 
 
 def notes_on_form(config: Mapping[str, Any]) -> str:
@@ -56,7 +64,7 @@ def notes_on_form(config: Mapping[str, Any]) -> str:
     return _NOTES.format(
         name=name,
         base=base_name(name),
-        count=len(config["removed"]),
+        changes=_changes(config),
         file=file_of(config),
         component=family_of(config).component,
     )

@@ -64,8 +64,8 @@ class Proof:
     """What a fresh process found when it loaded a written folder with plain diffusers, and no argument but the folder.
 
     ``bypassed teacher``: the answer to the same random latents differs from that of the original without its removed
-    blocks, and with what leaves of widths set to 0, by at most ``largest_difference``. ``same tensors``: each tensor equals that of the model that was saved.
-    ``loads``: nothing was compared.
+    blocks, and with what leaves of widths set to 0, by at most ``largest_difference``. ``same tensors``: each tensor
+    equals that of the model that was saved. ``loads``: nothing was compared.
     """
 
     kind: ProofKind

@@ -26,7 +26,8 @@ _UNITS: dict[str, str] = {
     "ff": "channels",
 }
 _WRITTEN = re.compile(
-    r"~(?P<site>[^=@/~]+)=(?P<count>\d{1,6})(/(?P<of>\d{1,6}))?(@(?P<kept>[\d,-]{1,9999}))?"
+    r"~(?P<site>[^=@/~]+)=(?P<count>\d{1,6})(/(?P<of>\d{1,6}))?(@(?P<kept>[\d,-]{1,9999}))?",
+    re.ASCII,
 )
 
 

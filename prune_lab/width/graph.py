@@ -1,8 +1,8 @@
-"""What torch-pruning knows of a model: which tensors hang together, cut in memory, and how important their channels are.
+"""What torch-pruning knows of a model: which tensors hang together, how they are cut, how important channels are.
 
 torch-pruning finds the tensors that must be cut together by following a forward pass. Here every such group is compared
-with the site that it was asked for, and lies wholly inside the site's block. Its loop over a whole model is not used: it
-cuts the same place out of every norm group, which changes the statistics of all of them.
+with the site that it was asked for, and lies wholly inside the site's block. Its loop over a whole model is not used:
+it cuts the same place out of every norm group, which changes the statistics of all of them.
 """
 
 from __future__ import annotations
@@ -70,15 +70,15 @@ def group_of(graph: Any, model: nn.Module, site: Site, units: Sequence[int]) -> 
     )
     group = graph.get_pruning_group(layer, kind, idxs=site.places(units))
     paths = {module: path for path, module in model.named_modules()}
-    found = {}
+    found: dict[tuple[str, str], set[int]] = {}
     for dependency, places in group:
         path = paths.get(dependency.layer)
         if path is None:
             continue  # an operation between layers
         norm = isinstance(dependency.layer, nn.GroupNorm)
         side = "out" if norm or graph.is_out_channel_pruning_fn(dependency.handler) else "in"
-        found[path, side] = sorted(places)
-    wanted = {(member.path, member.side): sorted(site.places(units, member.parts)) for member in site.members}
+        found.setdefault((path, side), set()).update(places)
+    wanted = {(member.path, member.side): set(site.places(units, member.parts)) for member in site.members}
     assert found == wanted, f"{site.name}: torch-pruning finds {sorted(found)}, the site has {sorted(wanted)}"
     assert all(path.startswith(f"{site.path}.") for path, _ in found), f"{site.name} reaches beyond its block"
     return group

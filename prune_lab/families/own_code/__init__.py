@@ -33,7 +33,7 @@ from prune_lab.families.widths import Kept, narrowed
 from prune_lab.runtime import printable, read_bytes
 
 FOLDER = Path(__file__).resolve().parent
-NEWEST = "modeling_pruned_100ebf35f7a1"
+NEWEST = "modeling_pruned_ddfd7f752564"
 PREFIX = "Pruned"  # of class names; what follows is the diffusers class
 REMOVED, MAIN_PATH, WIDTHS, AUTO_MAP = "removed", "main_path", "widths", "auto_map"
 GUARD = "quantization_config"  # in a file with widths: makes every class but its own refuse it
@@ -166,19 +166,19 @@ def _mark(unit: Unit, names: tuple[str, ...]) -> str:
 def own_layout(family: Family, outline: Outline, removed: Removed, kept: Kept | None = None) -> Layout:
     """The student of ``outline`` without the units ``removed``, whatever they are, by the newest model file.
 
-    Of the sites in ``kept`` it has only these of their units. ``family`` is that of the diffusers class. Raises NonNativePlanError where the student would be the model itself, or
-    nothing of it would tell it from the plain class.
+    Of the sites in ``kept`` it has only these of their units. ``family`` is that of the diffusers class. Raises
+    NonNativePlanError where the student would be the model itself, or nothing of it would tell it from the plain class.
     """
     units = [unit for unit in outline.units if unit.name in removed]
     names = tensors_of(_whole(outline.config))
     gone: dict[str, Any] = dict(outline.config.get(REMOVED) or {})
     paths: dict[str, str | None] = {}
     marks: list[str] = []
-    sizes, cut = narrowed(_whole(outline.config), kept or {})
+    sizes, cut = narrowed(shapes_of(_whole(outline.config)), kept) if kept else ({}, {})
     for unit in units:
         mark = _mark(unit, names)
-        kept = [f"{unit.path}.{path}" for path in unit.keeps]
-        paths |= {unit.path: None} | dict(zip(kept, kept, strict=True))
+        stays = [f"{unit.path}.{path}" for path in unit.keeps]
+        paths |= {unit.path: None} | dict(zip(stays, stays, strict=True))
         if mark:
             marks.append(f"{unit.path}.{mark}")
         gone = {path: how for path, how in gone.items() if not path.startswith(f"{unit.path}.")}

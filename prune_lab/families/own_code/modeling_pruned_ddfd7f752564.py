@@ -1,7 +1,8 @@
 """A diffusers model with blocks taken out of it, or made narrower. Complete in itself: it needs torch and diffusers.
 
 ``config.json`` beside this file holds the settings of the whole model, what is gone of it (``removed``, by the path of
-each module), and the numbers of what is narrower (``widths``, by the path of each module). Load it with the class that is named there, or ``diffusers.AutoModel``, and ``trust_remote_code=True``.
+each module), and the numbers of what is narrower (``widths``, by the path of each module). Load it with the class that
+is named there, or ``diffusers.AutoModel``, and ``trust_remote_code=True``.
 """
 
 import functools

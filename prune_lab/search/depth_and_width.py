@@ -1,0 +1,125 @@
+"""Blocks and widths in one 0-1 program: what to remove and what to narrow for the least loss under one budget.
+
+One variable x_b per block, 1 when it is gone, one w_k per step of a site (``steps_of``), 1 when these units are gone,
+and one y_s per group of samplers that leave together:
+
+    minimise  sum impact_b x_b + sum loss_k w_k
+    with      sum saving_b x_b + sum saving_k w_k + sum saving_s y_s >= total - limit,
+              w_k + x_b <= 1 for the steps of block b,   w_k+1 <= w_k within a site,   y_s <= x_b for its blocks.
+
+Losses of blocks and of units must be on one scale, as output-mse of blocks and gate-fisher of units are. They add up
+here, so what comes back is a plan to measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_array
+
+from prune_lab.errors import BudgetError, DataError
+from prune_lab.families import Site
+from prune_lab.importance.intervals import Floats
+from prune_lab.plans import PruningPlan, plan_of
+from prune_lab.profiling import CostTable, Counted, sampler_groups
+from prune_lab.search.widths import steps_of, widths_without
+
+_GAP = 1e-6  # of the loss: units of one site are many, and nearly alike
+_INFEASIBLE = 2  # scipy.optimize.milp's status
+
+
+class _Rows:
+    """Rules over the variables: sums that lie between two numbers."""
+
+    def __init__(self) -> None:
+        self.places: list[tuple[int, int, float]] = []  # row, column, coefficient
+        self.low: list[float] = []
+        self.high: list[float] = []
+
+    def add(self, terms: Mapping[int, float], low: float, high: float) -> None:
+        """One more rule: the sum of ``terms``, coefficients by column, lies from ``low`` to ``high``."""
+        self.places += [(len(self.low), column, value) for column, value in terms.items()]
+        self.low.append(low)
+        self.high.append(high)
+
+    def constraint(self, columns: int) -> LinearConstraint:
+        """All of them, for so many variables."""
+        rows, places, values = zip(*self.places, strict=True)
+        matrix = coo_array((values, (rows, places)), shape=(len(self.low), columns))
+        return LinearConstraint(matrix.tocsc(), np.array(self.low), np.array(self.high))
+
+
+def depth_and_width(
+    costs: CostTable,
+    block_impacts: Mapping[str, float],
+    impacts: Mapping[Site, Floats],
+    metric: Counted,
+    most: float,
+    *,
+    least_share: float = 0.0,
+    channels: int = 1,
+) -> PruningPlan:
+    """The plan of whole blocks and widths that loses least, by scores that add up, with at most ``most`` of ``metric``.
+
+    Blocks without an impact stay. Raises DataError for a negative or infinite impact of a unit, BudgetError where no
+    plan meets the budget.
+    """
+    architecture, own = costs.architecture, costs.in_form("own")
+    if any(not np.isfinite(values).all() or (values < 0).any() for values in impacts.values()):
+        raise DataError(
+            "asked to search widths, found scores of units below 0 or not finite; score them again"
+        )
+    blocks = [block.name for block in architecture.blocks if block.removable and block.name in block_impacts]
+    steps = steps_of(costs, architecture.sites, impacts, metric, least_share=least_share, channels=channels)
+    groups = [group for group in sampler_groups(architecture) if set(group.blocks) <= set(blocks)]
+    every = [step for of_site in steps.values() for step in of_site]
+    first_step, first_group = len(blocks), len(blocks) + len(every)
+    size = first_group + len(groups)
+    column = {name: place for place, name in enumerate(blocks)}
+    total = costs.total.amount(metric)
+
+    def saving(name: str) -> int:
+        return int(getattr(own.part(name), metric))
+
+    rows = _Rows()
+    saved = {column[name]: saving(name) / total for name in blocks}
+    saved |= {first_step + place: step.saves / total for place, step in enumerate(every)}
+    saved |= {
+        first_group + place: sum(saving(name) for name in group.samplers) / total
+        for place, group in enumerate(groups)
+    }
+    rows.add(saved, 1 - most / total, np.inf)
+    place = first_step
+    for site, of_site in steps.items():
+        outer = architecture.block(site.block).inside or site.block
+        for number in range(len(of_site)):
+            if outer in column:
+                rows.add({place: 1, column[outer]: 1}, -np.inf, 1)
+            if number:
+                rows.add({place: 1, place - 1: -1}, -np.inf, 0)
+            place += 1
+    for number, group in enumerate(groups):
+        for name in group.blocks:
+            rows.add({first_group + number: 1, column[name]: -1}, -np.inf, 0)
+    losses = np.array(
+        [*(block_impacts[name] for name in blocks), *(step.loss for step in every), *[0.0] * len(groups)]
+    )
+    answer = milp(
+        losses / (np.abs(losses).max(initial=0.0) or 1.0),
+        integrality=np.ones(size),
+        bounds=Bounds(0, 1),
+        constraints=rows.constraint(size),
+        options={"mip_rel_gap": _GAP},
+    )
+    if answer.status == _INFEASIBLE or answer.x is None:
+        raise BudgetError(
+            f"asked for at most {most:,.0f} {metric}, found no plan of blocks and widths that leaves so little; ask for "
+            "more"
+        )
+    chosen = answer.x > 0.5
+    removed = [name for name in blocks if chosen[column[name]]]
+    taken = [step for place, step in enumerate(every) if chosen[first_step + place]]
+    plan = plan_of(architecture, removed, widths=widths_without(taken))
+    return plan.built("own") if plan.widths else plan
