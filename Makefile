@@ -20,11 +20,12 @@ for path in sys.argv[1:]:
 endef
 export WITHOUT_STDERR
 
-.PHONY: help install demo test test-long lint format bench families notebooks constraints audit faults
+.PHONY: help install demo transformer test test-long lint format bench families notebooks constraints audit faults
 
 help:
 	@echo "make install    .venv with prune-lab and everything to develop it"
 	@echo "make demo       the whole job on the shipped reference model; ends with a report (about ten minutes on 2 cores)"
+	@echo "make transformer  the same for the shipped transformer, with controls (ten minutes on 2 cores)"
 	@echo "make test       the tests (under twelve minutes on 2 cores)"
 	@echo "make test-long  the slow and rare tests that make test leaves out: kills, several processes, Ray, notebooks"
 	@echo "make lint       ruff and mypy"
@@ -49,6 +50,10 @@ install: $(INSTALLED)
 demo: $(INSTALLED)
 	$(BIN)/prune-lab run --config prune_lab/demo.toml --run runs/demo
 	@echo "report: $(CURDIR)/runs/demo/report/index.html"
+
+transformer: $(INSTALLED)
+	$(BIN)/python -m recipes.transformer_model study --work runs/transformer --out runs/transformer/report
+	@echo "report: $(CURDIR)/runs/transformer/run/report/index.html"
 
 # Options of pytest: make test PYTEST_OPTIONS="-k losses"
 PYTEST_OPTIONS ?=

@@ -1,8 +1,8 @@
 """Memory of scoring every block of a large model that is read from disk block by block: as stated, and as seen.
 
 Writes a Flux-shaped model of random weights (about 4 GB in float32) to a folder, shard by shard (``--write``); then
-answers a row without each of its blocks in one pass, and prints the peak that was stated before the start and the peak
-of the process.
+answers a row without each of its blocks in one pass, and prints the peak that was stated before the start, and the one
+that the system saw (VmHWM): of the process, and above what it had before (torch, what is always there).
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 
 from prune_lab.blocks import architecture_of
 from prune_lab.families import CLASS_NAME, example_inputs, meta_model
-from prune_lab.models.streamed import load_streamed, outer_paths
+from prune_lab.models.streamed import load_streamed, outer_units
 from prune_lab.prefix_sharing import growth, replayed, stated_peak
+from prune_lab.runtime import used_bytes
 
 CONFIG = {
     CLASS_NAME: "FluxTransformer2DModel",
@@ -37,7 +38,7 @@ def write_random(folder: Path) -> int:
     """Bytes of the weights of ``CONFIG``, written to ``folder``: no more than one block is ever in memory."""
     folder.mkdir(parents=True, exist_ok=True)
     model = meta_model(CONFIG)
-    paths = tuple(f"{path}." for path in outer_paths(model))
+    paths = tuple(f"{unit.path}." for unit in outer_units(model))
     shards: dict[str, dict[str, Any]] = {}
     for name, tensor in model.state_dict().items():
         shards.setdefault(next((path for path in paths if name.startswith(path)), "rest."), {})[name] = tensor
@@ -87,8 +88,11 @@ def main() -> None:
 
     options: dict[str, Any] = {"width": len(sets), "at_once": arguments.at_once}
     stated = stated_peak(model, inputs, sets, **options)
+    before = used_bytes(model.device)
     print(
-        f"{architecture.total_params:,} parameters, {len(sets)} sets, stated peak {stated / 1e9:.3f} GB",
+        f"{arguments.dtype}, {architecture.total_params:,} parameters, {len(sets)} sets, latent {arguments.latent}, "
+        f"{arguments.tokens} tokens, {arguments.at_once} sets in a call, {torch.get_num_threads()} threads\n"
+        f"stated peak {stated / 1e9:.3f} GB, {(stated - before) / 1e9:.3f} GB of it beside what is in use",
         flush=True,
     )
     start = time.perf_counter()
@@ -105,7 +109,7 @@ def main() -> None:
     seen = peak_bytes()
     print(
         f"{time.perf_counter() - start:.0f} s, all finite: {finite}, peak of the process {seen / 1e9:.3f} GB, "
-        f"{seen / stated:.3f} of what was stated"
+        f"{seen / stated:.3f} of what was stated; {(seen - before) / 1e9:.3f} GB of it beside what was in use"
     )
 
 

@@ -116,6 +116,16 @@ class Architecture:
         return family_of(self.config)
 
     @property
+    def stem(self) -> str:
+        """Path of the module that writes what the first unit reads."""
+        return self.family.stem(self.config)
+
+    @property
+    def head(self) -> str:
+        """Path of the module that writes the prediction."""
+        return self.family.head(self.config)
+
+    @property
     def stages(self) -> tuple[str, ...]:
         """Stage names in order of execution."""
         return tuple(stage.name for stage in self.outline.stages)
@@ -212,6 +222,20 @@ def blocks_frame(architecture: Architecture) -> pd.DataFrame:
         known = {"tokens": architecture.tokens, "lane": place.lane, "row": place.row}
         rows.append([known[name] if name in known else getattr(block, name) for name in BLOCK_COLUMNS])
     return pd.DataFrame(rows, columns=list(BLOCK_COLUMNS))
+
+
+def cost_notes(architecture: Architecture) -> tuple[str, ...]:
+    """A line for each block without which others hold less: its costs are what the whole model lacks then."""
+    odd = [block for block in architecture.blocks if block.changes_others]
+    model: Any = meta_model(architecture.config) if odd else None
+    notes = []
+    for block in odd:
+        own = sum(parameter.numel() for parameter in model.get_submodule(block.path).parameters())
+        notes.append(
+            f"parameters and multiply-adds of {block.name} are what the model lacks without it: {block.params:,} "
+            f"parameters, of which {own:,} are its own; the block that becomes the last loses the others"
+        )
+    return tuple(notes)
 
 
 UNKNOWN_LATENT = 64  # side for which MACs are counted where the config has no sample_size

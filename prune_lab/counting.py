@@ -320,9 +320,12 @@ def count_call(module: nn.Module, inputs: Mapping[str, Any]) -> Macs:
 
 
 @functools.lru_cache(maxsize=64)
-def _count_config(config: str, batch: int, latent: int | None, tokens: int | None) -> Macs:
+def _count_config(
+    config: str, batch: int, latent: int | None, tokens: int | None, frames: int | None
+) -> Macs:
     model = meta_model(json.loads(config))
-    inputs = example_inputs(model.config, batch=batch, latent=latent, tokens=tokens, device="meta")
+    sizes = {"batch": batch, "latent": latent, "tokens": tokens, "frames": frames}
+    inputs = example_inputs(model.config, **sizes, device="meta")  # type: ignore[arg-type]
     return count_call(model, inputs)
 
 
@@ -332,18 +335,19 @@ def count_macs(
     batch: int = 1,
     latent: int | None = None,
     tokens: int | None = None,
+    frames: int | None = None,
 ) -> Macs:
     """Multiply-adds of one forward pass over ``batch`` samples, both conventions, per operator and per module.
 
     ``source`` is a model, counted as it is now (blocks may be bypassed), or a config. ``latent`` is the side of the
-    square latent (None: the config's sample_size), ``tokens`` the length of the text (None: 77). The trace runs on
+    square latent (None: the config's sample_size), ``tokens`` the length of the text (None: 77),
+    ``frames`` those of the latent of a film (None: what the model is meant for). The trace runs on
     ``meta`` tensors: it needs no weights and leaves ``source`` untouched. Raises UnsupportedModelError for a
     conditioning this project has no inputs for.
     """
     if isinstance(source, Mapping):
         text = json.dumps(plain_config(source), sort_keys=True, separators=(",", ":"))
-        return _count_config(text, batch, latent, tokens)
-    inputs = example_inputs(
-        source.config, batch=batch, latent=latent, tokens=tokens, device="meta", dtype=source.dtype
-    )
+        return _count_config(text, batch, latent, tokens, frames)
+    sizes = {"batch": batch, "latent": latent, "tokens": tokens, "frames": frames}
+    inputs = example_inputs(source.config, **sizes, device="meta", dtype=source.dtype)  # type: ignore[arg-type]
     return count_call(meta_copy(source), inputs)

@@ -19,10 +19,18 @@ from torch import Tensor
 from prune_lab import __version__
 from prune_lab.config import EvaluateConfig
 from prune_lab.errors import ConfigError, DataError, UnsupportedModelError
-from prune_lab.families import REFINER_TIME_IDS, family_of, model_of, plain_config
+from prune_lab.families import (
+    REFINER_TIME_IDS,
+    conditions_of,
+    embedding_width,
+    family_of,
+    model_of,
+    plain_config,
+)
 from prune_lab.families.drawing import (
     asked,
     class_numbers,
+    class_texts,
     draws_videos,
     gives_latents,
     latents_in,
@@ -37,6 +45,7 @@ from prune_lab.models.schedulers import steps_complaint
 from prune_lab.models.silence import quiet
 from prune_lab.probes import (
     Probe,
+    check_side,
     class_count,
     cut_texts,
     encode_pixels,
@@ -218,6 +227,19 @@ def _showing_classes(pipeline: Any, texts: Sequence[str]) -> Iterator[None]:
             del model.forward
 
 
+def prompts_for(config: Mapping[str, Any], prompts: Sequence[str]) -> tuple[str, ...]:
+    """``prompts``; where there are none and the model of ``config`` reads no text, its class 0, or a name of a picture.
+
+    Raises DataError where there are none and it does.
+    """
+    if prompts:
+        return tuple(prompts)
+    if embedding_width(config):
+        raise DataError("asked to draw without saying what; give at least one prompt")
+    classes = next((one.classes for one in conditions_of(config) if one.classes), 0)
+    return class_texts(classes, 1)
+
+
 def draw_once(
     pipeline: Any,
     texts: Sequence[str],
@@ -267,6 +289,7 @@ def generate(
     model: Any = None,
     batch: int = 8,
     latents: bool = False,
+    resolution: int | None = None,
 ) -> Tensor:
     """Images uint8 (prompts x seeds, 3, H, W) on the CPU: every prompt with every seed, prompt by prompt.
 
@@ -274,7 +297,8 @@ def generate(
     Each image starts from the noise of its seed, drawn on the CPU, so it is the same for teacher and students and does
     not depend on batch or device. A model of classes is asked for them by number ("class 7"); one that is asked for
     nothing draws another picture for each text. ``model`` is used instead of the pipeline's own model, which is put
-    back. ``guidance`` is the scale of classifier-free guidance; 1 turns it off. Raises DataError when there is nothing
+    back. ``guidance`` is the scale of classifier-free guidance; 1 turns it off. ``resolution`` is in pixels of a side
+    (None: the model's own). Raises DataError when there is nothing
     to generate, or when the images are not finite, ConfigError for more steps than the scheduler has, or a number out
     of range.
     """
@@ -287,7 +311,9 @@ def generate(
     note_cut(pipeline, prompts, "prompts")
     pairs = [(prompt, seed) for prompt in cut_texts(prompts) for seed in seeds]
     batches = []
-    drawing, side = drawing_of(pipeline), _asked_side(pipeline)
+    drawing, side = drawing_of(pipeline), resolution or _asked_side(pipeline)
+    if resolution:
+        check_side(pipeline, resolution)
     with quiet(), _pipeline_with(pipeline, model) as given:
         own = _text_to_image(given) if drawing.as_text_to_image else given
         for start in track(range(0, len(pairs), batch), "generating", math.ceil(len(pairs) / batch)):

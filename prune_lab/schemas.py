@@ -215,8 +215,13 @@ BLOCKS = Records(
 COSTS = Records(
     COST_COLUMNS,
     # the rest of a model may be less than nothing: what leaves with the last block of SD3 is counted there as well
-    {_TEXT: "name kind", _INTEGER: "params macs attention_macs paper_macs weight_bytes", _COUNT: "tokens"},
+    {
+        _TEXT: "name kind size",
+        _INTEGER: "params macs attention_macs paper_macs weight_bytes",
+        _COUNT: "tokens",
+    },
     key=("name",),
+    optional=("size",),  # what the multiply-adds are counted at, in words
 )
 REDUCTIONS = Records(
     REDUCTION_COLUMNS,

@@ -31,7 +31,7 @@ _MOST = 6
 DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
     "blocks": ("name", "kind", "params", "macs", "removable", "reason"),
     "reductions": (
-        *("plan", "params", "params_change", "macs_change", "latency_change", "latency_verdict"),
+        *("plan", "form", "params", "params_change", "macs_change", "latency_change", "latency_verdict"),
         *("macs", "median_ms", "paper_macs"),
     ),
     "block costs": ("name", "kind", "params", "macs", "median_ms", "share", "paper_macs", "attention_macs"),
@@ -44,7 +44,7 @@ DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
     ),
     "plans": (
         *("plan", "params_change", "macs_change", "latency_change", "predicted_impact"),
-        *("blocks_removed", "native"),
+        *("form", "blocks_removed"),
     ),
     "comparison": (
         *("name", "params_change", "macs_change", "loss_after", "clip_after", "median_ms"),
@@ -75,7 +75,7 @@ DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
     "pictures": ("plan", "weights", "pictures", "clip", "clip_low"),
     "grid": ("plan", "weights", "prompt", "seed"),
     "quality": ("model", "pictures", "loss", "clip", "clip_low"),
-    "ranking": ("rank", "plan", "params", "macs", "loss_after", "reason", "clip_after"),
+    "ranking": ("rank", "plan", "form", "macs", "loss_after", "reason", "params", "clip_after"),
     "steps": ("step", "state", "does", "estimate_seconds"),
     "doctor": ("step", "of", "state", "why"),
     "recipes": ("recipe", "about"),

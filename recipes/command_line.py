@@ -24,6 +24,7 @@ ModelOption = Annotated[
     Path | None, typer.Option("--out", help="Where to write the finished model; default: WORK/assets.")
 ]
 ReportOption = Annotated[Path, typer.Option("--out", help="Folder of the report.")]
+RunOption = Annotated[Path, typer.Option("--work", help="Folder of the run; resumable.")]
 AssetsOption = Annotated[
     Path | None, typer.Option("--assets", help="What `train` wrote; default: what ships.")
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import fcntl
+import gc
 import json
 import os
 import tempfile
@@ -41,6 +42,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with tests of the finished run come last: until one worker has built it, the other has enough to do."""
     late = {item.path for item in items if "finished" in getattr(item, "fixturenames", ())}
     items.sort(key=lambda item: item.path in late)
+
+
+def pytest_collection_finish() -> None:
+    """What all imports left is looked through once and then left alone by the garbage collector, for all tests."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
 
 
 # A property test has no business failing because the machine was busy; in CI it tries the same examples every time.
@@ -245,7 +253,7 @@ def finished_config(small_run_config: Callable[..., RunConfig]) -> RunConfig:
 
 @contextmanager
 def figures_left_blank() -> Iterator[None]:
-    """Inside, reports have small white pictures for figures: drawing them takes as long as all the rest of a report."""
+    """Inside, reports and cards have white pictures for figures: drawing takes as long as all the rest of a report."""
     from matplotlib.figure import Figure
     from matplotlib.transforms import Bbox
     from PIL import Image
@@ -256,15 +264,16 @@ def figures_left_blank() -> Iterator[None]:
 
     blank = "data:image/svg+xml;base64,PHN2ZyB4bWxucz0iaHR0cDovL3d3dy53My5vcmcvMjAwMC9zdmciLz4="
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prune_lab.report.page.freeze_layout", lambda _figure: Bbox.unit())
-        patch.setattr("prune_lab.report.page.save_png", save)
+        for module in ("prune_lab.report.page", "prune_lab.export.card"):
+            patch.setattr(f"{module}.freeze_layout", lambda _figure: Bbox.unit())
+            patch.setattr(f"{module}.save_png", save)
         patch.setattr("prune_lab.report.page.svg_uri", lambda _figure, _area: blank)
         yield
 
 
 @pytest.fixture
 def blank_figures() -> Iterator[None]:
-    """Reports with ``figures_left_blank``, for tests that look at other things."""
+    """Reports and cards with ``figures_left_blank``, for tests that look at other things."""
     with figures_left_blank():
         yield
 

@@ -17,6 +17,8 @@ from prune_lab.errors import StorageError
 from prune_lab.models.protection import check_apart
 from prune_lab.runtime import atomic_folder, write_text
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 resource = pytest.importorskip("resource", reason="full disks are played with a limit on file sizes")
 
 

@@ -116,6 +116,7 @@ def test_the_folder_alone_knows_its_teacher(small: Path, tmp_path: Path) -> None
     assert student_in(folder).plan.name == "bk-small"
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_lines_name_the_variant(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ["prune", str(small.parent / "parent"), "--plan", "bk-base", "--out", str(tmp_path / "half")]
     found = CliRunner().invoke(app, [*asked, "--variant", "fp16", "--dtype", "float16"])
@@ -124,6 +125,7 @@ def test_the_lines_name_the_variant(small: Path, tmp_path: Path, monkeypatch: py
     run_card(tmp_path / "half", monkeypatch)
 
 
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize("kind", ["StableDiffusionInpaintPipeline", "StableDiffusionImg2ImgPipeline"])
 def test_the_lines_for_other_pipelines_draw(
     kind: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -138,6 +140,7 @@ def test_the_lines_for_other_pipelines_draw(
     assert (folder / "picture.png").is_file()
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_unet_alone(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parent, out = small.parent / "parent" / "unet", tmp_path / "unet"
     found = CliRunner().invoke(app, ["prune", str(parent), "--plan", "bk-base", "--out", str(out)])
@@ -149,6 +152,7 @@ def test_a_unet_alone(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "Not known: no card of unet" in (out / "README.md").read_text()
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_parent_on_the_hub_is_linked(small: Path, tmp_path: Path) -> None:
     folder = tmp_path / "moved"
     shutil.copytree(small, folder)
@@ -163,6 +167,7 @@ def test_a_parent_on_the_hub_is_linked(small: Path, tmp_path: Path) -> None:
     assert "Nothing was trained" not in text
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_model_that_does_not_say_its_size(small: Path, tmp_path: Path) -> None:
     folder = tmp_path / "moved"
     shutil.copytree(small, folder)
@@ -190,6 +195,7 @@ def test_a_distilled_student_tells_its_training(finished: Run, tmp_path: Path) -
     assert student_in(folder).plan.id == plan.id
 
 
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize("card", ["---\nlicense: [\n---\n", "no front matter", ""])
 def test_a_parents_card_that_says_nothing(card: str, small: Path, tmp_path: Path) -> None:
     parent, folder = tmp_path / "parent", tmp_path / "moved"

@@ -34,6 +34,8 @@ from prune_lab.config.toml import config_from_toml
 from prune_lab.runs import Run
 from prune_lab.tables import DECISIVE_COLUMNS, records, shown_columns
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 # arXiv:2305.15798: parameters of the published U-Nets, exact; MACs of the paper in G
 PAPER = {
     "teacher": (859_520_964, 339.0),
@@ -452,6 +454,31 @@ def test_a_setting_given_by_an_option_too_is_refused(tiny_pipeline_folder: Path)
 
 def test_a_run_is_not_evaluated_with_other_settings(run_folder: Path) -> None:
     assert "give models instead" in mistake("evaluate", "--run", run_folder, "--set", "evaluate.steps=2")
+
+
+def test_a_plan_that_begins_with_a_dash_is_no_option(tiny_pipeline_folder: Path) -> None:
+    """Compared for the model before it, or for --model, with what comes before and behind."""
+    plans = ["-Dn1.A2", "bk-base -Md", "-Dn1.R2 -Dn1.A2"]
+    rows = table("compare", tiny_pipeline_folder, *plans)
+    assert [row["name"] for row in rows] == [str(tiny_pipeline_folder), *plans]
+    assert [row["kind"] for row in rows] == ["model", *["plan"] * 3]
+    assert table("compare", plans[0], plans[2], "--model", tiny_pipeline_folder) == [
+        rows[0],
+        rows[1],
+        rows[3],
+    ]
+    assert table("compare", "--model", tiny_pipeline_folder, "--", plans[0]) == rows[:2]
+    assert "no option" in mistake("compare", tiny_pipeline_folder, "--jsn").lower().replace(
+        "such option", "option"
+    )
+
+
+@pytest.mark.parametrize("verb", ["profile", "prune", "distill", "score", "blocks"])
+def test_a_plan_without_its_option_is_met_with_what_to_write(verb: str, tiny_pipeline_folder: Path) -> None:
+    line = mistake(verb, tiny_pipeline_folder, "-Dn1.R2 -Dn1.A2")
+    assert "-Dn1.R2 -Dn1.A2" in line
+    takes = "--plan" in answer(verb, "--help").stdout
+    assert ('write --plan "-Dn1.R2 -Dn1.A2"' in line) == takes
 
 
 @pytest.mark.parametrize(

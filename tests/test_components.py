@@ -31,6 +31,8 @@ from prune_lab.runtime import progress_shown
 from prune_lab.surgery import prune_pipeline
 from prune_lab.surgery.parts import copy_parts
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 VAE, TEXT, UNET = "vae", "text_encoder", "unet"
 FILES = {
     VAE: "diffusion_pytorch_model.safetensors",

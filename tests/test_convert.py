@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -22,6 +23,7 @@ from typer.testing import CliRunner
 from prune_lab.blocks import architecture_of
 from prune_lab.cli import app
 from prune_lab.errors import (
+    FormError,
     ModelFormatError,
     NonNativePlanError,
     PlanError,
@@ -183,6 +185,31 @@ def test_a_lora_on_the_student_is_the_teacher_with_it_and_without_the_blocks(
     found = predicted(with_lora(smaller, converted.path))
     assert torch.equal(found, predicted(teacher))
     assert not torch.allclose(found, plain)
+
+
+@pytest.mark.parametrize(
+    ("built", "plan"),
+    [
+        ("own", "-Dn1.R2 -Up2.A1 -Md.A1"),
+        ("own", "-Dn1.R2 -Dn2.A1 -Up3.R3"),
+        ("neutral", "-Dn1.R2 -Dn1.A2 -Up2.A1"),
+    ],
+)
+@pytest.mark.parametrize("spelling", ["dots", "underscores", "ldm"])
+def test_a_lora_on_a_student_that_is_not_native(built: Any, plan: str, spelling: str, tmp_path: Path) -> None:
+    teacher, named = build_unet(TINY_UNET), student_for(TINY_UNET, plan)
+    student = dataclasses.replace(named, plan=named.plan.built(built))
+    smaller = materialise(teacher, student.plan)
+    file = tmp_path / "lora.safetensors"
+    peft_file(teacher, file) if spelling == "dots" else kohya_file(teacher, file, ldm=spelling == "ldm")
+    converted = convert_lora(student, file, tmp_path / "converted.safetensors")
+    assert {name for name in student.plan.removed if "A" in name} <= set(converted.dropped_from)
+    if spelling == "ldm":  # which no program reads for such a student: what stays keeps its name
+        left, whole = load_file(converted.path), load_file(file)
+        assert left.keys() < whole.keys()
+        return
+    without_blocks(with_lora(teacher, file), student)
+    assert torch.equal(predicted(with_lora(smaller, converted.path)), predicted(teacher))
 
 
 @pytest.mark.parametrize("plan", ["-Up1.A2 -Up1.R2 -Dn3.R2 -Dn3.A2", "-Dn2.R2 -Dn2.A2 -Up2.R2 -Up2.A2 -Md"])
@@ -591,6 +618,34 @@ def test_an_ip_adapter_on_the_student(kind: str, plan: str, tmp_path: Path) -> N
     picture = {"image_embeds": [torch.randn(2, 1, 12, generator=torch.Generator().manual_seed(5))]}
     more = {"added_cond_kwargs": given_to(teacher.config).get("added_cond_kwargs", {}) | picture}
     assert torch.equal(predicted(smaller, **more), predicted(teacher, **more))
+
+
+@pytest.mark.parametrize(
+    ("built", "plan"), [("own", "-Dn1.R2 -Up2.A1 -Md.A1"), ("neutral", "-Dn1.A2 -Up2.A1")]
+)
+def test_an_ip_adapter_on_a_student_that_is_not_native(built: Any, plan: str, tmp_path: Path) -> None:
+    teacher, named = build_unet(TINY_UNET), student_for(TINY_UNET, plan)
+    student = dataclasses.replace(named, plan=named.plan.built(built))
+    smaller = materialise(teacher, student.plan)
+    file = ip_adapter_file(teacher, tmp_path / "ip.safetensors")
+    found = convert_ip_adapter(student, file, tmp_path / "converted.safetensors")
+    assert found.kept == sum("attn2" in name for name in smaller.attn_processors) < found.parts
+    without_blocks(with_ip_adapter(teacher, file), student)
+    with_ip_adapter(smaller, found.path)
+    picture = {"image_embeds": [torch.randn(2, 1, 12, generator=torch.Generator().manual_seed(5))]}
+    more = {"added_cond_kwargs": picture}
+    assert torch.equal(predicted(smaller, **more), predicted(teacher, **more))
+
+
+@pytest.mark.parametrize("built", ["own", "neutral"])
+def test_a_controlnet_for_a_student_that_is_not_native_is_refused(built: Any, tmp_path: Path) -> None:
+    named = student_for(TINY_UNET, "-Dn1.A2")
+    student = dataclasses.replace(named, plan=named.plan.built(built))
+    with pytest.raises(FormError, match=f"in the {built} form; it counts skip connections"):
+        convert_controlnet(student, tmp_path, tmp_path / "new")
+    fits = {row["what"]: row["fits"] for row in compatibility(student).to_dict("records")}
+    assert (fits["LoRA"], fits["IP-Adapter"]) == ("after conversion", "after conversion")
+    assert (fits["ControlNet"], fits["T2I-Adapter"]) == ("not at all", "not at all")
 
 
 def test_numbers_at_the_shape_of_stable_diffusion() -> None:

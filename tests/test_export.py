@@ -166,8 +166,10 @@ def test_diffusers_reads_the_file_back_to_the_bit(kind: str, pipeline_of: Any, t
     "plan",
     [
         "bk-tiny",
-        "-Dn1.A1 -Dn1.A2",
-        *(pytest.param(plan, marks=pytest.mark.long) for plan in ("bk-base", "bk-small", "-Md.A1 -Md.R2")),
+        *(
+            pytest.param(plan, marks=pytest.mark.long)
+            for plan in ("bk-base", "bk-small", "-Md.A1 -Md.R2", "-Dn1.A1 -Dn1.A2")
+        ),
     ],
 )
 def test_diffusers_reads_students_that_it_can_express(plan: str, pipeline_of: Any, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,12 +41,20 @@ from prune_lab.config import DistillConfig
 from prune_lab.counting import count_macs
 from prune_lab.distill.features import feature_pairs
 from prune_lab.distill.setup import Student, StudentRun
-from prune_lab.errors import BudgetError, ConfigError, PlanError, UnsupportedModelError
+from prune_lab.errors import (
+    BudgetError,
+    ConfigError,
+    PlanError,
+    ProofError,
+    PruneLabError,
+    UnsupportedModelError,
+)
 from prune_lab.export.hub import uploads_of
 from prune_lab.families import FAMILIES, Form, empty_model, family_of, meta_model, plain_config
 from prune_lab.forms import exists_in, form_named, in_form, layout_of, why_not, within_form
 from prune_lab.models import load_model, load_pipeline, resolve_model
 from prune_lab.models.hub import files_to_fetch
+from prune_lab.models.streamed import load_streamed
 from prune_lab.plans import PruningPlan, is_native, parse_plan, plan_from_json, plan_of
 from prune_lab.prefix_sharing import predict_without
 from prune_lab.probes import predict, random_probe
@@ -54,8 +63,10 @@ from prune_lab.ranking import ranking_from_frame
 from prune_lab.runs import Run, read_records
 from prune_lab.schemas import RANKING
 from prune_lab.search import Constraints, Effects, parse_budget, search_plans
-from prune_lab.surgery import bypassed, materialise, prune_pipeline
+from prune_lab.surgery import bypassed, materialise, original_of, prune_pipeline, save_model
 from prune_lab.workflow import run_all
+
+pytestmark = pytest.mark.usefixtures("blank_figures")
 
 
 def answer(model: Any, inputs: Any) -> Tensor:
@@ -212,6 +223,28 @@ def test_what_has_no_neutral_form() -> None:
         form_named("plaster")
 
 
+def test_a_layer_that_stays_silent_is_silent_about_boxes_too() -> None:
+    """As in GLIGEN: a fuser in each transformer layer adds what it reads of boxes, where some are given."""
+    model = with_random_weights(build_unet({**SHAPES["sdxl"], "attention_type": "gated"}), 1)
+    architecture, inputs = architecture_of(model), random_inputs(model, 0)
+    # it stays, since diffusers gives Dn3.A1 and Md.A1 one number of layers
+    plan = parse_plan("-Md.A1.T2", architecture).built("neutral")
+    student = materialise(model, plan)
+    assert len(student.mid_block.attentions[0].transformer_blocks) == 3
+    generator = torch.Generator().manual_seed(0)
+    boxes = {
+        "boxes": torch.rand(1, 2, 4, generator=generator),
+        "masks": torch.ones(1, 2),
+        "positive_embeddings": torch.randn(1, 2, model.config.cross_attention_dim, generator=generator),
+    }
+    found = []
+    for given in ({}, {"cross_attention_kwargs": {"gligen": boxes}}):
+        with bypassed(model, plan):
+            found.append(answer(model, inputs | given))
+        assert torch.equal(answer(student, inputs | given), found[-1])
+    assert not torch.equal(*found)
+
+
 def test_a_plan_says_its_form() -> None:
     architecture = architecture_of(TINY_UNET)
     plan = parse_plan("-Dn1.A1", architecture).built("own")
@@ -328,6 +361,7 @@ def test_prune_writes_code_where_no_plain_config_will_do(
     assert sys.modules[type(model).__module__].__file__ == str(own_code.FOLDER / file.name)
     teacher = load_model(resolve_model(str(tiny_pipeline_folder)))
     inputs = random_inputs(teacher, 0)
+    assert torch.equal(answer(load_streamed(unet), inputs), answer(model, inputs))
     for parameter in (*model.parameters(), *teacher.parameters()):  # numbers in a file lie as they do there
         parameter.data = parameter.data.clone()
     with bypassed(teacher, plan_of(architecture_of(teacher), ("Dn1.A1", "Up2.R2"))):
@@ -375,6 +409,24 @@ def test_a_student_of_every_family_is_proved(name: str, tmp_path: Path, seen: Se
         seen(name, "prune", form=form)
 
 
+def test_a_silent_block_is_proved_where_it_lays_states_out_otherwise(tmp_path: Path) -> None:
+    """Plain attention hands on its state with the channels last, also where it adds nothing: what follows rounds so."""
+    attending = {"down_block_types": ["AttnDownBlock2D"] * 3, "up_block_types": ["AttnUpBlock2D"] * 3}
+    model = diffusers.UNet2DModel.from_config({**PIXELS, **attending})
+    with_random_weights(model).save_pretrained(tmp_path / "teacher")
+    source = resolve_model(str(tmp_path / "teacher"))
+    plan = plan_of(source.architecture, ["Md.A1"]).built("neutral")
+    out = prune_pipeline(source, plan, tmp_path / "out")
+    proof = json.loads((out / "provenance.json").read_text())["proof"]
+    assert 0 < proof["largest_difference"] < 1e-5
+    # and nothing else passes for it: a student without another block, of the same shapes
+    student, other = load_model(resolve_model(str(out))), plan_of(source.architecture, ["Dn3.A1"])
+    with pytest.raises(ProofError, match="its answer differs"):
+        save_model(
+            student, tmp_path / "other", plan, {}, original=original_of(source, other.built("neutral"))
+        )
+
+
 def test_code_that_is_not_known_is_never_run(own_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "changed"
     shutil.copytree(own_folder, folder)
@@ -407,6 +459,47 @@ def test_the_plain_class_refuses_the_folder(own_folder: Path) -> None:
     assert sorted(empty) == ["down_blocks.0.attentions.0.norm.weight", "up_blocks.1.resnets.1.norm1.weight"]
 
 
+def refuses(load: Callable[[], Any], *errors: type[Exception]) -> bool:
+    try:
+        load()
+    except errors:
+        return True
+    return False
+
+
+def _changed_lists(removed: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Other lists of what is gone, each with what was done to it."""
+    first, second = removed
+    whole = {**removed[first], "mark": ""}
+    yield "one more", {**removed, "down_blocks.1.attentions.0": whole}
+    yield "one more of those that others have", {**removed, "down_blocks.1.resnets.1": removed[second]}
+    yield "one less", {first: removed[first]}
+    yield "none", {}
+    yield "another input", {**removed, first: {**removed[first], "hands_on": ["encoder_hidden_states"]}}
+    yield "another width", {**removed, second: {**removed[second], "channels": None}}
+    yield "one mark less", {**removed, first: whole}
+    yield "no mark", {path: {**how, "mark": ""} for path, how in removed.items()}
+
+
+@pytest.mark.usefixtures("modules")
+def test_a_list_of_what_is_gone_that_was_changed_is_refused(own_folder: Path, tmp_path: Path) -> None:
+    """By plain diffusers, which would leave out weights of a block that is said to be gone, and by prune-lab."""
+    folder = tmp_path / "changed"
+    shutil.copytree(own_folder / "unet", folder)
+    config = json.loads((folder / "config.json").read_text())
+    kinds = dict(_changed_lists(config["removed"])) | {"another main path": config["removed"]}
+    for said, removed in kinds.items():
+        changed = {**config, "removed": removed}
+        if said == "another main path":
+            changed["main_path"] = config["main_path"][:-1]
+        (folder / "config.json").write_text(json.dumps(changed))
+        for low in (True, False):
+            how = {"trust_remote_code": True, "low_cpu_mem_usage": low}
+            load = partial(diffusers.AutoModel.from_pretrained, str(folder), **how)
+            assert refuses(load, ValueError, RuntimeError), (said, low)
+        assert refuses(lambda: load_model(resolve_model(str(folder))), PruneLabError), said
+
+
 @pytest.mark.usefixtures("modules")
 def test_how_diffusers_loads_it(own_folder: Path, tmp_path: Path) -> None:
     unet = str(own_folder / "unet")
@@ -414,6 +507,8 @@ def test_how_diffusers_loads_it(own_folder: Path, tmp_path: Path) -> None:
     assert type(model).__name__ == "PrunedUNet2DConditionModel"
     with pytest.raises(TypeError):
         diffusers.AutoModel.from_pretrained(Path(unet), trust_remote_code=True)
+    with pytest.raises(ValueError, match="custom code"):  # it looks beside the index
+        diffusers.AutoModel.from_pretrained(str(own_folder), subfolder="unet", trust_remote_code=True)
     with pytest.raises(ValueError, match="trust_remote_code"):
         diffusers.DiffusionPipeline.from_pretrained(str(own_folder))
     # without the entry of the index a plain U-Net would come back without a word: its weights do not fit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -12,9 +13,13 @@ from diffusers import (
     AuraFlowPipeline,
     CogVideoXPipeline,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
     Flux2Pipeline,
     FluxPipeline,
     LTXPipeline,
+    Lumina2Pipeline,
+    MochiPipeline,
+    PRXPipeline,
     QwenImagePipeline,
 )
 from tiny_models import TINY_TRANSFORMERS, others_long, tiny_model
@@ -38,6 +43,7 @@ from prune_lab.probes import (
     encode_captions,
     pipeline_conditions,
     predict,
+    probe_of_latents,
     random_probe,
     rows_of_size,
 )
@@ -147,6 +153,25 @@ def test_a_model_is_given_what_its_pipeline_gives_it(
         torch.testing.assert_close(prediction, theirs_read, rtol=1e-5, atol=1e-6)
 
 
+def test_a_pixart_of_1024_is_told_the_size_as_its_pipeline_tells_it(
+    made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only that one is told the size, in pixels of whatever VAE it has."""
+    pipeline = copy.copy(made("pixart"))
+    wide = {"attention_head_dim": 12, "cross_attention_dim": 24}  # a third of the width tells each number
+    model = tiny_model("PixArtTransformer2DModel", sample_size=128, caption_channels=32, **wide)
+    pipeline.transformer = model
+    watched = Watched(pipeline, monkeypatch)
+    asked = DRAWN_WITH["pixart"] | {"height": 48, "width": 64, "guidance_scale": 1.0}
+    pipeline(**asked, num_inference_steps=1, generator=torch.Generator().manual_seed(0))
+    theirs = watched.given[0]["added_cond_kwargs"]
+    latents = torch.zeros(1, 4, 24, 32)
+    probe = probe_of_latents(pipeline, latents, [asked["prompt"]], ["cats"], timesteps=1, seed=0)
+    assert probe.added.keys() == {"encoder_attention_mask", "resolution", "aspect_ratio"}
+    for name in theirs:
+        torch.testing.assert_close(probe.added[name], theirs[name].reshape(1, -1), msg=name)
+
+
 def test_a_model_of_classes_is_given_what_its_pipeline_gives_it(
     made: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,7 +252,7 @@ def test_those_that_count_from_noise_predict_the_other_way() -> None:
         model = tiny_model(name)
         probe = random_probe(model.config, samples=2, seed=0, latent=8)
         mask = {key: rows.clone() for key, rows in probe.added.items()}
-        (key,) = mask
+        (key,) = mask.keys() - {"schedule_length"}
         mask[key][0, 5:] = 0  # one of the texts is short
         timestep = torch.tensor([250, 750])
         inputs = forward_inputs(model, probe.noisy, timestep, probe.embeddings, mask)
@@ -242,6 +267,49 @@ def test_those_that_count_from_noise_predict_the_other_way() -> None:
         with torch.no_grad():
             again = predict_with(model, probe.noisy, timestep, text, mask)
         torch.testing.assert_close(again, by_hand, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [1000, 400])
+@pytest.mark.parametrize(
+    ("pipeline", "name", "more"),
+    [
+        (Lumina2Pipeline, "Lumina2Transformer2DModel", {}),
+        (PRXPipeline, "PRXTransformer2DModel", {"use_resolution_binning": False}),
+        (MochiPipeline, "MochiTransformer3DModel", {"num_frames": 7}),
+        (AuraFlowPipeline, "AuraFlowTransformer2DModel", {}),
+    ],
+)
+def test_a_timestep_is_told_as_by_the_pipeline_whatever_the_length_of_its_schedule(
+    pipeline: Any, name: str, more: dict[str, Any], length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inverted = {"invert_sigmas": True} if pipeline is MochiPipeline else {}
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=length, **inverted)
+    model = tiny_model(name)
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
+    drawing = pipeline(**parts, transformer=model, scheduler=scheduler)
+    drawing.set_progress_bar_config(disable=True)
+    watched = Watched(drawing, monkeypatch)
+    words, width = 6, random_probe(model.config, samples=1, seed=0, latent=8).embeddings.shape[-1]
+    told = {
+        "prompt_embeds": torch.zeros(1, words, width),
+        "prompt_attention_mask": torch.ones(1, words, dtype=torch.bool),
+    }
+    size = {"height": 64, "width": 64, "guidance_scale": 1.0, "num_inference_steps": 4}
+    drawing(**told, **size, **more, output_type="latent")
+    steps = scheduler.timesteps.round()
+    assert len(steps) == len(watched.given) == 4
+    for step, given in zip(steps, watched.given, strict=True):
+        place = length - step if inverted else step  # of the schedule, which counts from the picture
+        rows = drawn_rows(pipeline_conditions(drawing), 1, torch.Generator(), length=length)
+        rows |= {
+            key: torch.ones(1, words) for key in ("encoder_attention_mask", "attention_mask") if key in given
+        }
+        form = (1, *latent_form(model, 8))
+        inputs = forward_inputs(
+            model, torch.zeros(form), place.reshape(1).long(), told["prompt_embeds"], rows
+        )
+        theirs = torch.as_tensor(given["timestep"]).float()
+        torch.testing.assert_close(inputs["timestep"].float(), theirs, rtol=0, atol=1 if inverted else 2e-3)
 
 
 # The model of a pipeline ----------------------------------------------------------------------------------------------

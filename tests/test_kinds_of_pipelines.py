@@ -5,6 +5,7 @@ A model without a pipeline, and the structure of one, as well.
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import subprocess
@@ -15,18 +16,26 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import figures_left_blank
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_config
 from tiny_pipelines import DRAWN_WITH, KINDS, drawn
+from torch import nn
 from typer.testing import CliRunner
 
 from prune_lab.cli import app
+from prune_lab.counting import count_call, meta_copy
 from prune_lab.errors import ModelFormatError, UnsupportedModelError
 from prune_lab.export import student_in
+from prune_lab.families import family_of, model_of
 from prune_lab.models import load_model, load_pipeline, resolve_model
 from prune_lab.models.parts import component_of
+from prune_lab.probes import picture_side, pixels_per_latent
+from prune_lab.profiling import profile_pipeline
 from prune_lab.runtime import read_json
+
+pytestmark = pytest.mark.usefixtures("blank_figures")
 
 Folders = Callable[[str], Path]
 
@@ -300,6 +309,7 @@ def test_a_pipeline_whose_model_is_not_known_is_refused_with_the_reason(
 _DRAWS = """
 import json, sys
 import numpy, torch
+from conftest import figures_left_blank
 from diffusers import DiffusionPipeline
 for folder, asked in json.loads(sys.argv[1]).items():
     pipeline = DiffusionPipeline.from_pretrained(folder)
@@ -315,8 +325,9 @@ def pruned(built_once: Callable[..., Path], pipeline_folder: Folders) -> Path:
     """The folder with a student of each kind, by its name, as the command line wrote it; do not change it."""
 
     def build(folder: Path) -> None:
-        for kind, plan in PLANS.items():
-            invoke("prune", pipeline_folder(kind), "--plan", plan, "--out", folder / kind)
+        with figures_left_blank():
+            for kind, plan in PLANS.items():
+                invoke("prune", pipeline_folder(kind), "--plan", plan, "--out", folder / kind)
 
     return built_once("pruned-kinds", build)
 
@@ -387,6 +398,86 @@ def test_what_is_known_of_stable_diffusion_alone_is_refused_by_name(
         assert f"found a {name}; this is known of a UNet2DConditionModel alone" in " ".join(
             invoke(*asked, fails=True).split()
         )
+
+
+# What a picture costs -------------------------------------------------------------------------------------------------
+
+
+class _Decoding(nn.Module):
+    """The VAE, called as pipelines call it."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.vae.decode(z, return_dict=False)[0]
+        return found
+
+
+def calls_of_plain_diffusers(pipeline: Any, **more: Any) -> dict[str, list[dict[str, Any]]]:
+    """By part of a pipeline the tensors of each call of it, on ``meta``, while plain diffusers draws one picture."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    model, vae, handles = model_of(pipeline), getattr(pipeline, "vae", None), []
+
+    def on_meta(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: on_meta(one) for name, one in value.items()}
+        return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+    def watching(name: str, takes: inspect.Signature) -> Any:
+        def hook(module: Any, args: Any, kwargs: Any) -> None:
+            given = dict(takes.bind(*args, **kwargs).arguments)
+            found.setdefault(name, []).append(
+                {key: on_meta(one) for key, one in given.items() if isinstance(one, (torch.Tensor, dict))}
+            )
+
+        return hook
+
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module) and part is not vae:
+            hook = watching(
+                family_of(model).component if part is model else name, inspect.signature(part.forward)
+            )
+            handles.append(part.register_forward_pre_hook(hook, with_kwargs=True))
+    if vae is not None:
+        decode = vae.decode
+        vae.decode = lambda z, **rest: (
+            found.setdefault("vae_decoder", []).append({"z": z.to("meta")}) or decode(z, **rest)
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline(**more, generator=torch.Generator().manual_seed(0))
+    for handle in handles:
+        handle.remove()
+    if vae is not None:
+        del vae.decode
+    return found
+
+
+@pytest.mark.parametrize("kind", others_long([kind for kind in KINDS if kind != "ddpm"], "wan"))
+def test_the_shares_of_a_pipeline_are_those_of_plain_diffusers(kind: str, pipeline_folder: Folders) -> None:
+    """What each part does for a picture of 32 pixels: as many multiply-adds as its calls by the plain pipeline."""
+    pipeline, steps = DiffusionPipeline.from_pretrained(pipeline_folder(kind)), 3
+    asked: dict[str, Any] = dict(DRAWN_WITH[kind]) | {"num_inference_steps": steps}
+    asked.pop("max_sequence_length", None)  # that of the pipeline, as its share is told
+    frames = 1
+    if "height" in inspect.signature(type(pipeline).__call__).parameters:
+        asked |= {"height": 32, "width": 32}
+    if kind == "wan":
+        asked["num_frames"], frames = 5, 2
+    side = 32 if "height" in asked else picture_side(pipeline)
+    calls = calls_of_plain_diffusers(pipeline, **asked)
+    latent = side // pixels_per_latent(pipeline)
+    table = profile_pipeline(
+        pipeline, steps=steps, latent=latent, tokens=None, frames=frames, runs=2, warmup=0
+    ).set_index("part")
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    parts["vae_decoder"] = _Decoding(parts.pop("vae"))
+    assert set(table.index) == {*calls, "total"}
+    for name, given in calls.items():
+        theirs = sum(count_call(meta_copy(parts[name]), one).total for one in given)
+        ours = int(table["calls"][name]) * int(table["macs"][name])
+        assert ours == pytest.approx(theirs, rel=0.02), (name, ours / theirs)
 
 
 # Without a pipeline ---------------------------------------------------------------------------------------------------

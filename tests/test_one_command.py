@@ -133,6 +133,65 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
+LEFT_OUT = {"repaired", "data", "distilled", "shares", "pictures", "ranking"}
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ("score",),
+        ("run", "--macs", "90%"),
+        ("run", "--macs", "90%", "--dry-run"),
+        ("distill", "--plan", "bk-base"),
+    ],
+)
+def test_pictures_for_a_model_alone_are_refused_and_not_left_out_without_a_word(
+    verb: tuple[str, ...], tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    name, *more = verb
+    place = ("--data", tmp_path, "--run", tmp_path / "run")
+    found = answer(name, tiny_pipeline_folder / "unet", *more, *place, code=2)
+    line = found.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: asked to use the pictures")
+    assert "U-Net alone" in line
+    assert "give the folder of the whole pipeline" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_of_a_model_alone_promises_neither_training_nor_pictures(
+    tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    alone = tiny_pipeline_folder / "unet"
+    found = answer("run", alone, "--params", "90%", "--run", tmp_path / "run", "--dry-run", "--json")
+    rows = {row["step"]: row for row in json.loads(found.stdout)}
+    assert {name for name, row in rows.items() if row["state"] == "left out"} == LEFT_OUT
+    assert {row["estimate_seconds"] for name, row in rows.items() if name in LEFT_OUT} == {None}
+    assert "training" not in found.stderr
+    (why,) = [line for line in found.stderr.splitlines() if "left out" in line]
+    assert all(name in why for name in LEFT_OUT)
+    assert "give the folder of the whole pipeline" in why
+
+
+@pytest.mark.long
+def test_a_run_of_a_model_alone_does_what_its_dry_run_says(
+    tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    command = job(tiny_pipeline_folder / "unet", folder, "--json")
+    planned = json.loads(answer(*command, "--dry-run").stdout)
+    done = json.loads(answer(*command).stdout)
+    states = {"to do": "done", "left out": "left out"}
+    assert {row["step"]: row["state"] for row in done} == {
+        row["step"]: states[row["state"]] for row in planned
+    }
+    assert (folder / "report" / "index.html").is_file()
+    assert any((folder / "candidates").iterdir())
+    assert {row["state"] for row in json.loads(answer("doctor", folder, "--json").stdout)} <= {
+        "done",
+        "left out",
+    }
+
+
 def test_nothing_of_the_libraries_is_said_at_the_head_of_a_run(
     tiny_pipeline_folder: Path, tmp_path: Path
 ) -> None:

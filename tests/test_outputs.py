@@ -24,6 +24,8 @@ from prune_lab.errors import RunError, StorageError
 from prune_lab.models.protection import check_apart, check_file, check_folder, check_run_folder, sources_of
 from prune_lab.runtime.files import FILE_LIST, check_replaceable, listed_files, output_folder
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 # The verbs that write where a person says: what follows the place, which comes last.
 MODEL, DATA, LORA, PART = "<model>", "<data>", "<lora>", "<part>"
 BY_PLAN = ("--plan", "bk-tiny", "--model", MODEL)

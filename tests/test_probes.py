@@ -13,7 +13,11 @@ from diffusers import (
     CogVideoXDDIMScheduler,
     CogVideoXDPMScheduler,
     DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    SASolverScheduler,
     StableDiffusionPipeline,
     UniPCMultistepScheduler,
 )
@@ -153,6 +157,38 @@ def test_a_flow_goes_straight_from_latents_to_noise(maker: Any, shift: float) ->
     torch.testing.assert_close(
         noisy - share * schedule.target(clean, noise, steps), clean, rtol=1e-6, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("kind", ["flow_prediction", "epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize(
+    "maker",
+    [
+        DPMSolverMultistepScheduler,
+        DPMSolverSinglestepScheduler,
+        DEISMultistepScheduler,
+        SASolverScheduler,
+        UniPCMultistepScheduler,
+    ],
+)
+def test_a_sampler_that_goes_by_flow_sigmas_is_trained_on_its_own_way(maker: Any, kind: str) -> None:
+    """The mixture is that of the sampler itself, and what the model is asked for leads it to the clean latents."""
+    plain = maker(use_flow_sigmas=True, flow_shift=3.0, prediction_type=kind)
+    plain.set_timesteps(10)
+    if kind == "v_prediction":
+        with pytest.raises(UnsupportedModelError, match="use_flow_sigmas"):
+            schedule_of(plain.config)
+        return
+    schedule = schedule_of(plain.config)
+    clean, noise = torch.randn(2, 1, 2, 4, 4, generator=torch.Generator().manual_seed(4))
+    at = 4
+    steps = plain.timesteps[at : at + 1].round().long()
+    plain.sigmas[at] = steps / 1000  # of a whole number, where the sampler's own is between two
+    plain._step_index = at
+    signal, scale = plain._sigma_to_alpha_sigma_t(plain.sigmas[at])
+    noisy = schedule.add_noise(clean, noise, steps)
+    torch.testing.assert_close(noisy, signal * clean + scale * noise, rtol=1e-6, atol=1e-6)
+    told = plain.convert_model_output(schedule.target(clean, noise, steps), sample=noisy)
+    torch.testing.assert_close(told, clean, rtol=1e-4, atol=1e-5)
 
 
 def test_a_schedule_with_a_moving_shift_is_even() -> None:

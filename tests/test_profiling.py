@@ -17,12 +17,14 @@ from hypothesis import strategies as st
 from torch_counter import count_on_meta
 from typer.testing import CliRunner
 
+import prune_lab as pl
 from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.cli import app
 from prune_lab.config import RunConfig
 from prune_lab.counting import ANALYTIC_EXTRAS, count_macs
 from prune_lab.errors import ConfigError, DataError, ModelNotFoundError, PlanError, UnknownBlockError
-from prune_lab.families import example_inputs
+from prune_lab.families import example_inputs, meta_model
+from prune_lab.forms import layout_of
 from prune_lab.models import load_pipeline, preset_config, resolve_model
 from prune_lab.plans import native_choices, parse_plan, plan_of
 from prune_lab.profiling import (
@@ -473,3 +475,14 @@ def test_a_random_unet_runs_and_gives_finite_numbers(tiny_config: dict[str, Any]
     weights = torch.cat([parameter.detach().flatten() for parameter in unet.parameters()])
     assert weights.mean().item() == pytest.approx(0, abs=0.002)
     assert weights.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_plans_are_profiled_in_the_form_that_prune_gives_them(tiny_pipeline_folder: Path) -> None:
+    model = pl.load(str(tiny_pipeline_folder))
+    frame = model.profile("-Dn1.R2 -Md.A1", "bk-small", latency=True, rounds=2).frame()
+    assert list(frame["form"]) == ["", "own", "native"]
+    plan = parse_plan("-Dn1.R2 -Md.A1", model.architecture).built("own")
+    student = meta_model(layout_of(model.architecture, plan).config)
+    assert frame["params"][1] == sum(parameter.numel() for parameter in student.parameters())
+    assert frame["latency_change"].notna().all()
+    assert "form" not in model.profile("bk-small", latency=False).frame()

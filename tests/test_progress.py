@@ -84,6 +84,16 @@ def test_throughput_in_units(log: Log) -> None:
     assert "distil 29 of 35, 61.9 samples/s, 6.2 s left" in log.new()
 
 
+@pytest.mark.parametrize(
+    ("per", "shown"),
+    [(0.5, "2.0 s each"), (1, "1.0/s"), (12.34, "12.3/s"), (99.9, "99.9/s"), (7829.6, "7,830/s")],
+)
+def test_a_rate_has_no_more_digits_than_it_tells(per: float, shown: str, log: Log) -> None:
+    for _ in track(range(2), "counting", per=per):
+        log.after(1)
+    assert log.new()[-1].endswith(f", {shown}")
+
+
 def test_of_many_tasks_inside_one_another_one_line_tells(log: Log) -> None:
     for _ in track(range(2), "building candidates"):
         for _ in track(range(4), "timing blocks"):

@@ -23,6 +23,8 @@ from prune_lab.errors import ModelFormatError, ModelNotFoundError, PruneLabError
 from prune_lab.models import load_model, load_pipeline, model_digest, resolve_model
 from prune_lab.models.files import chosen_variant, shards_among, variants_among
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 

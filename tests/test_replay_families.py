@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Any
 
@@ -12,7 +13,10 @@ import torch
 from torch import Tensor
 
 from prune_lab.blocks import architecture_of
-from prune_lab.prefix_sharing import growth, replayed
+from prune_lab.families import conditions_of, plain_config
+from prune_lab.prefix_sharing import growth, predict_without, replayed
+from prune_lab.probes import predict, random_probe
+from prune_lab.surgery import bypassed
 
 
 def stacked(answer: Any) -> Tensor:
@@ -76,3 +80,38 @@ def test_each_block_and_random_plans_of_a_transformer(name: str) -> None:
             wanted = answer(1)
         assert torch.equal(alone[number], wanted), sorted(gone)
         assert float((wide[number] - wanted).abs().max() / wanted.abs().max()) < 5e-5, sorted(gone)
+
+
+ONE_LENGTH = (
+    "Lumina2Transformer2DModel",
+    "ZImageTransformer2DModel",
+)  # whose blocks get no mask for texts of one
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ONE_LENGTH else pytest.param(name, marks=pytest.mark.long)
+        for name in sorted(tiny_models.TINY_TRANSFORMERS)
+        if any(condition.words for condition in conditions_of(tiny_models.tiny_config(name)))
+    ],
+)
+def test_texts_of_other_lengths_go_in_one_pass(name: str) -> None:
+    model = tiny_models.tiny_model(name)
+    probe = random_probe(plain_config(model), samples=3, seed=0, timesteps=3, latent=8)
+    added = {key: rows.clone() for key, rows in probe.added.items()}
+    masks = [condition.name for condition in conditions_of(model) if condition.words]
+    for mask in masks:
+        words = added[mask].shape[1]
+        for row, length in enumerate((words // 3, words, words // 2)):
+            added[mask][row, length:] = 0
+    probe = dataclasses.replace(probe, added=added)
+    names = [block.name for block in architecture_of(model).blocks if block.removable]
+    sets = [frozenset[str](), frozenset(names[:1]), frozenset(names[1:2]), frozenset(names[::2])]
+    for width in (1, 4):
+        ((_, answers),) = predict_without(model, probe, sets, batch=3, width=width)
+        for gone, found in zip(sets, answers, strict=True):
+            with bypassed(model, gone):
+                wanted = predict(model, probe, batch=3)
+            off = float((found - wanted).abs().max() / wanted.abs().max())
+            assert off == 0 if width == 1 else off < 5e-5, (width, sorted(gone))

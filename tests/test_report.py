@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import math
 import re
 import shutil
@@ -752,3 +753,37 @@ def test_a_text_of_any_alphabet_is_drawn_silently(
     assert Plot(draw)._repr_html_().startswith("<picture>")
     assert [str(one.message) for one in recwarn] == []
     assert capfd.readouterr().err == ""
+
+
+# Forms of students ------------------------------------------------------------------------------------------------
+
+
+def test_the_page_says_how_each_student_is_built(fresh: Run) -> None:
+    for name, form in (("bk-base", "own"), ("bk-small", "neutral")):
+        path = fresh.plan(plan_id(name))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"form": form}))
+    sections = {section.key: section.parts for section in report_sections(read_run(fresh))}
+    tables = {
+        item.caption: [dict(zip(item.header, row, strict=True)) for row in item.rows]
+        for items in sections.values()
+        for item in items
+        if isinstance(item, Table)
+    }
+    ranked = {row["Plan"]: row["Form"] for row in tables["Ranking"]}
+    wanted = dict.fromkeys(PLANS, "native") | {"bk-base": "own", "bk-small": "neutral"}
+    assert ranked == {"teacher": "", **wanted}
+    assert {row["Plan"]: row["Form"] for row in tables["Removed blocks of each candidate"]} == wanted
+    saved = {row["Plan"]: row["Form"] for row in tables["reference"]}
+    assert (saved["bk-base"], saved["bk-small"], saved["bk-tiny"]) == ("own", "neutral", "native")
+    assert {row["Form"] for row in tables["sd-v1.4"][1:]} == {"native"}  # another model, not of this run
+    words = " ".join(" ".join(item.sentences) for item in sections["ranking"] if isinstance(item, Text))
+    assert "trust_remote_code=True" in words
+    assert "stay and do nothing" in words
+
+
+def test_the_page_says_the_size_that_multiply_adds_are_of(fresh: Run) -> None:
+    costs = pd.read_csv(fresh.costs)
+    costs.assign(size="512 x 512 pixels, 77 tokens").to_csv(fresh.costs, index=False)
+    sections = {section.key: section.parts for section in report_sections(read_run(fresh))}
+    chart = next(item for item in sections["costs"] if isinstance(item, Chart))
+    assert "one forward pass at 512 x 512 pixels, 77 tokens" in chart.caption

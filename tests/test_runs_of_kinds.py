@@ -33,7 +33,7 @@ from prune_lab.session import Session, data_roles
 from prune_lab.surgery import materialise
 from prune_lab.workflow import run_all, save_students
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "blank_figures")
 
 SIDES = {"pixart": 16, "sd3": 16, "flux": 16, "wan": 32, "ddpm": 16}
 PLANS = {

@@ -32,6 +32,8 @@ from prune_lab.runs.lock import writing
 from prune_lab.runtime import atomic_folder, atomic_write
 from prune_lab.workflow.starting import start_run
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 
 @contextlib.contextmanager
 def _limited(kind: int, most: int) -> Iterator[None]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,17 +18,20 @@ import torch
 from click.testing import Result
 from conftest import SHAPES, build_unet
 from safetensors.torch import load_file, save_file
-from tiny_pipelines import tiny_pipeline
+from tiny_pipelines import KINDS, tiny_pipeline
 from typer.testing import CliRunner
 
 from prune_lab.blocks import architecture_of
 from prune_lab.cli import app
 from prune_lab.errors import ModelFormatError, UnsupportedModelError
+from prune_lab.families import example_inputs
+from prune_lab.importance import outputs
 from prune_lab.models import load_model, resolve_model, streamed
 from prune_lab.models.streamed import is_streamed, load_streamed
 from prune_lab.plans import plan_of
 from prune_lab.prefix_sharing import needed_bytes, predict_without
 from prune_lab.probes import predict, random_probe
+from prune_lab.session import session
 from prune_lab.surgery import bypassed, materialise
 
 SMALL = {**SHAPES["sdxl"], "sample_size": 8, "layers_per_block": 1}
@@ -127,6 +131,52 @@ def test_the_memory_is_known_before(folder: Path) -> None:
     assert needed_bytes(model, inputs, sets, width=1) < needed[1]
 
 
+def test_where_weights_are_converted_both_forms_count(tmp_path: Path) -> None:
+    """A block lies on disk in float32 and is computed in bfloat16: of its largest tensor both are there at once."""
+    needed = []
+    for dtype in (torch.float32, torch.bfloat16):
+        build_unet(SMALL).to(dtype).save_pretrained(tmp_path / str(dtype))
+        model: Any = load_streamed(tmp_path / str(dtype), dtype=torch.bfloat16)
+        inputs = example_inputs(SMALL, batch=1, dtype=torch.bfloat16)
+        needed.append(needed_bytes(model, lambda _, given=inputs: given, [frozenset()], width=1))
+    largest = max(one.numel() for one in build_unet(SMALL).parameters())
+    assert needed[1] < needed[0] <= needed[1] + 4 * largest
+
+
+def test_everything_is_computed_on_the_device(folder: Path, read: Counter[str]) -> None:
+    """On ``meta`` in place of a GPU: one tensor that stays on the CPU would be an error."""
+    model: Any = load_streamed(folder, device="meta")
+    assert model.device.type == "meta"
+    with torch.no_grad():
+        answer = model(**example_inputs(SMALL, device="meta"), return_dict=False)[0]
+    assert answer.device.type == "meta"
+    assert set(read) == set(model.state_dict())
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "sd3",
+        *(pytest.param(kind, marks=pytest.mark.long) for kind in KINDS if kind != "sd3"),
+    ],
+)
+@pytest.mark.usefixtures("one_thread")
+def test_every_kind_of_pipeline_gives_the_same_bit_for_bit(
+    kind: str, pipeline_folder: Callable[[str], Path]
+) -> None:
+    """Also several sets at a time; the weights that are loaded and those that are read lie alike in memory."""
+    source = resolve_model(str(pipeline_folder(kind)))
+    assert source.model_folder is not None
+    for dtype in (torch.float32, torch.bfloat16):
+        whole = load_model(source, dtype=dtype)
+        model = load_streamed(source.model_folder, dtype=dtype)
+        probe = random_probe(whole.config, samples=2, seed=0, timesteps=2)
+        sets = [frozenset[str](), *(frozenset({block.name}) for block in architecture_of(whole).blocks)]
+        ((_, wanted),) = predict_without(whole, probe, sets)
+        ((_, found),) = predict_without(model, probe, sets)
+        assert all(map(torch.equal, found, wanted))
+
+
 def test_missing_weights_are_named(folder: Path) -> None:
     first, second, *_ = sorted(folder.glob("*.safetensors"))
     kept = second.read_bytes()
@@ -151,6 +201,44 @@ def test_a_tensor_that_no_file_holds_is_named(tmp_path: Path) -> None:
     save_file({name: tensor for name, tensor in tensors.items() if name != lost}, file)
     with pytest.raises(ModelFormatError, match=f"found none called '{lost}'"):
         predict(load_streamed(tmp_path), random_probe(SMALL, samples=1, seed=0))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf"), 1e6])
+@pytest.mark.parametrize("place", ["conv_out", "mid_block.attentions.0", "up_blocks.1.resnets.0"])
+def test_numbers_that_are_none_are_named_where_their_block_is_read(
+    number: float, place: str, tmp_path: Path
+) -> None:
+    """As in a model that is loaded whole, each time that it is asked; 1e6 is none to float16."""
+    build_unet(SMALL).save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.startswith(place))
+    tensors[name].view(-1)[-1] = number
+    save_file(tensors, file, {"format": "pt"})
+    dtype = torch.float16 if number == 1e6 else torch.float32
+    with pytest.raises(ModelFormatError, match=re.escape(name)) as whole:
+        load_model(resolve_model(str(tmp_path)), dtype=dtype)
+    probe = random_probe(SMALL, samples=1, seed=0)
+    for _ in range(2):
+        with pytest.raises(ModelFormatError, match=re.escape(name)) as read:
+            predict(load_streamed(tmp_path, dtype=dtype), probe)
+        assert str(read.value).split(": ", 1)[1] == str(whole.value).split(": ", 1)[1]
+    if place != "conv_out":
+        model = load_streamed(tmp_path, dtype=dtype)
+        for _ in range(2):  # what failed is not taken for read
+            with pytest.raises(ModelFormatError, match=re.escape(name)):
+                predict(model, probe)
+
+
+def test_weights_that_are_all_one_number_are_found_out(tmp_path: Path) -> None:
+    build_unet(SMALL).save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    save_file(
+        {name: torch.zeros_like(tensor) for name, tensor in load_file(file).items()}, file, {"format": "pt"}
+    )
+    model: Any = load_streamed(tmp_path)
+    with pytest.raises(ModelFormatError, match="matrices holds 0 throughout"):
+        predict(model, random_probe(SMALL, samples=1, seed=0))
 
 
 # Of a run and from the command line --------------------------------------------------------------------------------
@@ -193,20 +281,46 @@ def pixart(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def model_named(folder: Path, tiny_pipeline_folder: Path, pixart: Path) -> Callable[[str], Path]:
-    return {"model": folder, "sd": tiny_pipeline_folder, "pixart": pixart}.__getitem__
+def encoders(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What encodes texts, as weak references; it must be gone when the first answer is asked for."""
+    found: list[Any] = []
+    load, answers = session.load_pipeline, outputs.predict_without
+
+    def loading(*given: Any, **options: Any) -> Any:
+        pipeline: Any = load(*given, **options)
+        found.append(weakref.ref(pipeline.text_encoder))
+        return pipeline
+
+    def answering(*given: Any, **options: Any) -> Any:
+        assert all(one() is None for one in found)
+        return answers(*given, **options)
+
+    monkeypatch.setattr(session, "load_pipeline", loading)
+    monkeypatch.setattr(outputs, "predict_without", answering)
+    return found
 
 
-@pytest.mark.parametrize("name", ["model", "sd", pytest.param("pixart", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("name", "fixture"),
+    [
+        ("model", "folder"),
+        ("sd", "tiny_pipeline_folder"),
+        pytest.param("pixart", "pixart", marks=pytest.mark.long),
+    ],
+)
 def test_scores_of_blocks_that_are_read_are_those_of_the_whole_model(
-    name: str, model_named: Callable[[str], Path], request: pytest.FixtureRequest
+    name: str, fixture: str, request: pytest.FixtureRequest
 ) -> None:
     own = () if name == "model" else ("--data", "shipped")
-    wanted = impacts_in(scored(model_named(name), *own))
+    asked = request.getfixturevalue(fixture)
+    wanted = impacts_in(scored(asked, *own))
     request.getfixturevalue("never_whole")
-    found = scored(model_named(name), *own, "--stream")
-    assert impacts_in(found) == pytest.approx(wanted, rel=1e-3)
+    encoders = request.getfixturevalue("encoders")
+    found = scored(asked, *own, "--stream")
+    assert impacts_in(found) == wanted
     assert re.search(r"blocks are read from disk, 1 times each.* beside the .* in use", found.stderr)
+    assert len(encoders) == (name != "model")
+    assert len(re.findall(r"holds beside its .* takes .* until texts", found.stderr)) == len(encoders)
 
 
 @pytest.mark.usefixtures("never_whole")

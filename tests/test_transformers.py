@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import random
@@ -28,10 +29,12 @@ from tiny_models import (
 from torch import Tensor
 from torch_counter import count_module
 
+import prune_lab as pl
 from prune_lab.blocks import architecture_of, block_groups, blocks_frame
 from prune_lab.candidates import build_candidate, load_student
 from prune_lab.counting import count_macs
 from prune_lab.distill.features import feature_pairs, tapped
+from prune_lab.distill.memory import pass_bytes
 from prune_lab.errors import NonNativePlanError, UnsupportedModelError
 from prune_lab.families import (
     FAMILIES,
@@ -39,6 +42,7 @@ from prune_lab.families import (
     empty_model,
     example_inputs,
     family_of,
+    film_frames,
     meta_model,
     outline_of,
     runs_on_meta,
@@ -53,7 +57,8 @@ from prune_lab.plans import (
     parse_plan,
     plan_of,
 )
-from prune_lab.profiling import profile
+from prune_lab.prefix_sharing import state_bytes
+from prune_lab.profiling import cost_table, live_peak, profile
 from prune_lab.profiling.random_weights import random_model
 from prune_lab.surgery import bypassed, materialise, materialise_from_folder
 from prune_lab.surgery.building import predicted_shapes
@@ -138,11 +143,39 @@ def test_a_family_says_what_its_class_does(name: str) -> None:
     assert [Site(unit.path, unit.hands_on, unit.in_tuple) for unit in units] == sites_of(model, inputs)
     family = family_of(model)
     assert family.latents in inputs
-    for path in (family.stem, family.head, *(path for unit in units for path in unit.self_attention)):
+    config = model.config
+    for path in (
+        family.stem(config),
+        family.head(config),
+        *(path for unit in units for path in unit.self_attention),
+    ):
         model.get_submodule(path)
     assert {type(model.get_submodule(unit.path)).__name__ for unit in units} == set(family.compiled)
     taken = {*inputs, *(inputs.get("added_cond_kwargs") or {})}
-    assert {condition.name for condition in conditions_of(model) if condition.place != "text"} <= taken
+    assert {
+        condition.name for condition in conditions_of(model) if condition.place not in ("text", "schedule")
+    } <= taken
+
+
+@pytest.mark.parametrize(
+    ("sides", "frames"), [([2], [1]), ([4], [1]), ([1, 2], [1, 1]), ([2, 4], [2, 1]), ([1, 2, 2], [1, 2, 1])]
+)
+def test_stem_and_head_of_z_image_are_those_of_its_patches(sides: list[int], frames: list[int]) -> None:
+    """The modules that run are those that the architecture names; of several patches it is the pipeline's own."""
+    model = tiny_model("ZImageTransformer2DModel", all_patch_size=sides, all_f_patch_size=frames)
+    architecture, ran = architecture_of(model), list[str]()
+    for kind in ("all_x_embedder", "all_final_layer"):
+        for key, module in model.get_submodule(kind).items():
+            module.register_forward_hook(lambda *_, path=f"{kind}.{key}": ran.append(path))
+    inputs = random_inputs(model)
+    if (frame := inputs["f_patch_size"]) > 1:
+        inputs["x"] = [one.repeat(1, frame, 1, 1) for one in inputs["x"]]
+    with torch.no_grad():
+        model(**inputs)
+    assert ran == [architecture.stem, architecture.head]
+    asked = inspect.signature(model.forward).parameters
+    own = (asked["patch_size"].default, asked["f_patch_size"].default)
+    assert ((inputs["patch_size"], frame) == own) == (own in zip(sides, frames, strict=True))
 
 
 @pytest.mark.parametrize("name", others_long(CLASSES))
@@ -264,6 +297,26 @@ def test_a_plan_that_is_native(name: str, plan: str) -> None:
     assert torch.equal(answer(materialise(model, read), inputs), naively(model, inputs, read))
 
 
+@pytest.mark.parametrize(
+    "name", ["SD3Transformer2DModel", "MochiTransformer3DModel", "FluxTransformer2DModel"]
+)
+def test_what_a_block_costs_is_what_the_model_lacks_without_it_and_said(name: str, tmp_path: Path) -> None:
+    """The listing shows it, with what the last block holds itself, as plain diffusers counts both."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(tiny_config(name)))
+    listed, model = pl.load(path).blocks(), tiny_model(name)
+    units = {unit.name: unit for unit in outline_of(model).units}
+    whole = sum(one.numel() for one in model.parameters())
+    said = " ".join(listed.notes)
+    for row in listed.frame().itertuples():
+        layout = native_layout(architecture_of(model), plan_of(architecture_of(model), (row.name,)))
+        left = sum(one.numel() for one in meta_model(layout.config).parameters())
+        assert row.params == whole - left
+        own = sum(one.numel() for one in model.get_submodule(units[row.name].path).parameters())
+        assert (row.name in said) == (own != row.params)
+        assert own == row.params or f"{row.params:,} parameters, of which {own:,} are its own" in said
+
+
 def test_the_last_block_of_sd3_becomes_another_one() -> None:
     """Dual attention goes with its blocks; what writes the text is gone from the new last block."""
     model = tiny_model("SD3Transformer2DModel")  # dual attention in blocks 0 and 2 of four
@@ -302,6 +355,45 @@ def test_multiply_adds_are_those_of_torch_and_add_up(name: str) -> None:
         gone = [architecture.block(block) for block in plan.removed]
         assert architecture.total_macs - sum(block.macs for block in gone) == left.total_macs
         assert architecture.total_params - sum(block.params for block in gone) == left.total_params
+
+
+@pytest.mark.parametrize("name", ["SD3Transformer2DModel", "MochiTransformer3DModel"])
+def test_what_is_left_without_the_last_block_is_counted_as_it_is_built(name: str) -> None:
+    """Of every set of blocks; the block that becomes the last one writes no text any more."""
+    config, sizes = tiny_config(name), {"latent": 8, "tokens": 6}
+    architecture = architecture_of(config)
+    costs, names = cost_table(architecture, **sizes), [block.name for block in architecture.blocks]
+    for number in range(2 ** len(names) - 1):
+        plan = plan_of(architecture, [one for place, one in enumerate(names) if number >> place & 1])
+        built = dict(native_layout(architecture, plan).config)
+        found = costs.of(plan)
+        assert (found.macs, found.attention_macs) == (
+            count_macs(built, **sizes).total,
+            count_macs(built, **sizes).attention,
+        )
+        assert found.params == architecture_of(built).total_params
+
+
+def test_of_a_film_as_many_frames_are_counted_as_are_asked_for() -> None:
+    config = tiny_config("WanTransformer3DModel")
+    model, sizes = meta_model(config).requires_grad_(False), {"latent": 8, "tokens": 6}
+    for frames in (1, 3, None):
+        inputs = example_inputs(config, **sizes, frames=frames, device="meta")
+        assert inputs["hidden_states"].shape[2] == (frames or film_frames(config))
+        with runs_on_meta():
+            theirs = count_module(model, inputs)
+        ours = count_macs(config, **sizes, frames=frames)
+        assert ours.total - ours.by_operator.get("layer_norm", 0) == theirs.total
+        assert cost_table(architecture_of(config), **sizes, frames=frames).total.macs == ours.total
+
+
+def test_a_row_of_a_film_is_one_frame_where_memory_is_foreseen() -> None:
+    config = tiny_config("WanTransformer3DModel")
+    architecture, whole = architecture_of(config), example_inputs(config, latent=8, frames=1, device="meta")
+    with runs_on_meta():
+        one = live_peak(meta_model(config), whole)
+    assert one <= state_bytes(architecture, latent=8) <= 2 * one
+    assert pass_bytes(config, tokens=6, training=False, latent=8) < 3 * one
 
 
 @pytest.mark.parametrize("name", others_long(CLASSES))

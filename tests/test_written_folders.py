@@ -19,6 +19,8 @@ from prune_lab.models import resolve_model
 from prune_lab.plans import parse_plan
 from prune_lab.surgery import pipeline_with, prune_pipeline
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 Change = Callable[[Path], None]
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 

@@ -16,6 +16,7 @@ from prune_lab.runtime import pick_device, pick_dtype, progress_shown
 from prune_lab.tables import Table
 from prune_lab.workflow import (
     comparison,
+    kind_of_target,
     run_all,
 )
 
@@ -30,8 +31,8 @@ def load(
     seed: int | None = None,
     settings: Mapping[str, object] | None = None,
 ) -> Model:
-    """The model that ``model`` names: ``reference`` or ``transformer``, which ship, a preset, a folder, a single file, a
-    ``config.json`` or a hub id.
+    """The model that ``model`` names: ``reference`` or ``transformer`` (they ship), a preset, a folder, a single file,
+    a ``config.json`` or a hub id.
 
     Its files are checked and its weights stay unread until a verb needs them. ``run`` is the folder for results,
     ``config`` a TOML of settings and ``settings`` single ones by their dotted names, ``{"probe.samples": 16}``. Raises
@@ -76,17 +77,22 @@ def run(
     return open_run(folder)
 
 
-def compare(*targets: str | Path, model: str | Path = "reference") -> Table:
+def compare(*targets: str | Path, model: str | Path | None = None) -> Table:
     """Plans, candidate folders, models and run folders side by side: costs, changes, and quality where it was measured.
 
     A run folder and then plans: the plans for the run's model, with their impact on its probe and a map of each. Else
-    plans are for ``model``, and changes relative to it. Raises PlanError for a target that is nothing of these.
+    plans are for ``model``, and changes relative to it: by default the target before them where that is a model, else
+    the shipped one. Raises PlanError for a target that is nothing of these.
     """
     first, *plans = map(str, targets)
     folder = run_in(Path(first), must_exist=False)
     if plans and folder.config.is_file() and not any(Path(text).is_dir() for text in plans):
         return open_run(first).compare(*plans)
-    frame = comparison(str(model), [first, *plans])
+    rows = [first, *plans]
+    if model is None:
+        kinds = list(map(kind_of_target, rows))
+        model, rows = (first, plans) if kinds[0] == "model" and "plan" in kinds else ("reference", rows)
+    frame = comparison(str(model), rows)
     return Table("comparison", frame, f"Compared with {model}")
 
 

@@ -13,20 +13,23 @@ from matplotlib.figure import Figure
 from prune_lab.api.plans import Plan, plan_maps
 from prune_lab.blocks import Architecture
 from prune_lab.config import PLAN_FILES, RunConfig
-from prune_lab.errors import UnsupportedModelError
-from prune_lab.evaluation import generate
+from prune_lab.errors import FormError, UnsupportedModelError
+from prune_lab.evaluation import generate, prompts_for
 from prune_lab.export import EXPORT_TARGETS
+from prune_lab.forms import in_form
 from prune_lab.models import ModelSource, load_model, load_pipeline, plain_source
 from prune_lab.models.protection import check_apart
 from prune_lab.plans import PruningPlan, read_plans
 from prune_lab.profiling import (
     Service,
+    check_frames,
     cost_table,
     picture_size,
     pixels_per_latent,
     profile_blocks,
     profile_pipeline,
     reduction_table,
+    size_text,
 )
 from prune_lab.report import Column, Theme, draw_comparison, draw_costs
 from prune_lab.runtime import pick_device, pick_dtype
@@ -48,6 +51,14 @@ def plans_of(architecture: Architecture, plans: Sequence[str | Plan]) -> list[Pr
     return found
 
 
+def _as_pruned(architecture: Architecture, plan: PruningPlan) -> PruningPlan:
+    """``plan`` in the form that ``prune`` builds; as it is where there is none, which has costs and no time."""
+    try:
+        return in_form(architecture, plan)
+    except FormError:
+        return plan
+
+
 def profile_table(
     source: ModelSource,
     plans: Sequence[PruningPlan],
@@ -60,13 +71,18 @@ def profile_table(
     batch: int,
     resolution: int | None,
     tokens: int | None,
+    frames: int | None,
     rounds: int,
 ) -> Table:
     """What ``plans`` leave, or what each block or each part of the pipeline costs (``Model.profile``)."""
-    title, architecture = f"Profile of {source.text}", source.architecture
+    architecture = source.architecture
     timed = source.has_weights if latency is None else latency
     latent, pixels = picture_size(source, resolution)
+    plans = [_as_pruned(architecture, plan) for plan in plans]
+    check_frames(source, frames)
     sizes: dict[str, Any] = {"batch": batch, "latent": latent, "tokens": tokens or source.tokens}
+    sizes["frames"] = frames
+    title = f"Profile of {source.text} at {size_text(source, latent, tokens, frames)}"
     draw: Callable[[Theme], Figure] | None = None
     if kind == "pipeline":
         pipeline = load_pipeline(source, **place)
@@ -84,6 +100,8 @@ def profile_table(
         table = {"latency": timed, "runs": rounds, "where": where, **sizes, **place}
         frame = reduction_table(architecture, plans, model=source.text, **table)
         draw = plan_maps(architecture, plans, scores) if plans else None
+    if kind == "reductions" and any(plan.form != "native" for plan in plans):
+        frame.insert(2, "form", ["", *(plan.form for plan in plans)])
     return Table(kind, frame.assign(batch=batch, resolution=pixels), title, draw)
 
 
@@ -115,9 +133,12 @@ def drawn_table(
     *,
     steps: int,
     guidance: float,
+    resolution: int | None = None,
 ) -> Pictures:
     """What the model draws: a row for each of ``prompts``, a column for each of ``seeds``."""
-    pixels = generate(load_pipeline(source, **place), prompts, seeds, steps=steps, guidance=guidance)
+    prompts = prompts_for(source.config, prompts)
+    pipeline, how = load_pipeline(source, **place), {"steps": steps, "guidance": guidance}
+    pixels = generate(pipeline, prompts, seeds, **how, resolution=resolution)  # type: ignore[arg-type]
     pictures = pixels.permute(0, 2, 3, 1).numpy()
     columns = tuple(
         Column("", f"seed {seed}" if len(seeds) > 1 else "picture", "", tuple(pictures[first :: len(seeds)]))

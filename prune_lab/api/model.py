@@ -21,7 +21,7 @@ from prune_lab.api.making import (
 from prune_lab.api.plans import Plan, Plans, plan_maps
 from prune_lab.api.settings import budgets_asked, model_title, settings_by_name
 from prune_lab.api.workplace import Workplace
-from prune_lab.blocks import UNKNOWN_LATENT, blocks_frame
+from prune_lab.blocks import UNKNOWN_LATENT, blocks_frame, cost_notes
 from prune_lab.config import (
     RunConfig,
     SearchConfig,
@@ -32,10 +32,11 @@ from prune_lab.errors import PlanError, RunError
 from prune_lab.export import write_card
 from prune_lab.families import knows_its_size
 from prune_lab.forms import form_named, in_form, layout_of, within_form
-from prune_lab.models import load_model
+from prune_lab.models import check_same_class, load_model, shipped_like
 from prune_lab.models.protection import check_apart, check_folder
 from prune_lab.plans import PruningPlan, read_plans, refuse_widths
 from prune_lab.processes import init_processes, is_main
+from prune_lab.profiling import check_asked_size, check_frames, cost_table, latent_of_pixels, size_text
 from prune_lab.report import block_map_frame, draw_block_map
 from prune_lab.runs import Run, read_records
 from prune_lab.runs import open_run as run_in
@@ -85,14 +86,35 @@ class Model(Workplace):
 
     # What needs no weights
 
-    def blocks(self) -> Table:
-        """The blocks of the model: kind, channels, parameters, multiply-adds, and whether each can be removed."""
-        frame, title = blocks_frame(self.architecture), f"Blocks of {self.source.text}"
-        if not knows_its_size(self.architecture.config):
+    def blocks(
+        self, *, resolution: int | None = None, tokens: int | None = None, frames: int | None = None
+    ) -> Table:
+        """The blocks of the model: kind, channels, parameters, multiply-adds, and whether each can be removed.
+
+        The multiply-adds are those of one picture of ``resolution`` pixels, ``tokens`` words of text, ``frames`` of the
+        latent of a film (None: the model's own).
+        """
+        source = self.source
+        check_numbers(resolution=resolution, tokens=tokens, frames=frames)
+        check_frames(source, frames)
+        frame = blocks_frame(self.architecture)
+        latent = None if resolution is None else latent_of_pixels(resolution, source)
+        if resolution or tokens or frames:
+            asked = latent or (None if knows_its_size(source.config) else UNKNOWN_LATENT)
+            costs = cost_table(self.architecture, latent=asked, tokens=tokens or source.tokens, frames=frames)
+            parts = [costs.part(name) for name in frame["name"]]
+            frame["macs"] = [part.macs for part in parts]
+            frame["attention_macs"] = [part.attention_macs for part in parts]
+            frame["tokens"] = costs.tokens
+        if latent is None and not knows_its_size(source.config):
             side = UNKNOWN_LATENT
-            title += f" (its config has no sample_size: multiply-adds are those of a {side} x {side} latent)"
+            size = f"a {side} x {side} latent, as its config has no sample_size"
+        else:
+            size = size_text(source, latent, tokens, frames)
+        title = f"Blocks of {source.text} (multiply-adds at {size})"
         mapped = block_map_frame(frame, self._scores())
-        return Table("blocks", frame, title, lambda theme: draw_block_map(mapped, theme))
+        notes = cost_notes(self.architecture)
+        return Table("blocks", frame, title, lambda theme: draw_block_map(mapped, theme), notes=notes)
 
     def plan(self, text: str | Path) -> Plan:
         """The plan that ``text`` describes: ``bk-small``, ``bk-base -Md``, ``-Dn1.R2 -Dn1.A2``, or a file of one.
@@ -116,6 +138,7 @@ class Model(Workplace):
         batch: int = 1,
         resolution: int | None = None,
         tokens: int | None = None,
+        frames: int | None = None,
         rounds: int = 20,
     ) -> Table:
         """Parameters and multiply-adds of the model and of what each of ``plans`` leaves, the model first.
@@ -123,12 +146,14 @@ class Model(Workplace):
         With ``blocks`` a row per block, with ``pipeline`` one per part of the pipeline in a picture of ``steps`` steps.
         ``latency`` times a forward pass of ``batch`` samples in milliseconds, the plans in turns with the model in each
         of ``rounds`` (None: where there are weights). ``resolution`` is in pixels of the picture's sides, ``tokens`` in
-        words of text (None: the model's own). Raises PlanError for a plan that cannot be read, or when two of the three
-        tables are asked for, ConfigError for a number out of range.
+        words of text, ``frames`` are those of the latent of a film (None: the model's own). Raises PlanError for a plan
+        that cannot be read, or when two of the three tables are asked for, ConfigError for a number out of range.
         """
         if (blocks or pipeline) and (plans or blocks == pipeline):
             raise PlanError("blocks, pipeline and plans each give a table of their own; ask for one of them")
-        check_numbers(steps=steps, batch=batch, resolution=resolution, tokens=tokens, rounds=rounds)
+        check_numbers(
+            steps=steps, batch=batch, resolution=resolution, tokens=tokens, frames=frames, rounds=rounds
+        )
         with progress_shown():
             return profile_table(
                 self.source,
@@ -141,6 +166,7 @@ class Model(Workplace):
                 batch=batch,
                 resolution=resolution,
                 tokens=tokens,
+                frames=frames,
                 rounds=rounds,
             )
 
@@ -150,9 +176,11 @@ class Model(Workplace):
         """The impact of removing each block, pair and stage, with bootstrap intervals; 0.01 moves the prediction by a
         hundredth of its mean square.
 
-        Settings are those of ``score`` and ``probe``. Raises ConfigError for a bad one, RunError in a named folder
-        that was made with others and without ``force``.
+        Settings are those of ``score``, ``probe`` and ``data``. Raises ConfigError for a bad one, RunError in a named
+        folder that was made with others and without ``force``.
         """
+        asked = settings_by_name("score", settings)
+        check_asked_size(self.source, asked.get("data.resolution"))  # type: ignore[arg-type]
         with self._opened("score", settings, redo="scores" if force else "") as session:
             ensure_scores(session)
             frame, title = scores_frame(session), f"Importance, {model_title(self.settings)}"
@@ -357,14 +385,21 @@ class Model(Workplace):
     # Pictures
 
     def generate(
-        self, *prompts: str, seed: int = 0, count: int = 1, steps: int = 25, guidance: float = 7.5
+        self,
+        *prompts: str,
+        seed: int = 0,
+        count: int = 1,
+        steps: int = 25,
+        guidance: float = 7.5,
+        resolution: int | None = None,
     ) -> Pictures:
         """``count`` pictures of each of ``prompts``, as a grid: a row per prompt, a column per seed from ``seed`` on.
 
-        ``guidance`` is the scale of classifier-free guidance, 1 for none. Raises UnsupportedModelError for a model
+        ``guidance`` is the scale of classifier-free guidance, 1 for none, ``resolution`` in pixels of a side (None: the
+        model's own). Raises UnsupportedModelError for a model
         alone, DataError without a prompt, ConfigError for a number out of range.
         """
-        check_numbers(seed=seed, count=count, steps=steps, guidance=guidance)
+        check_numbers(seed=seed, count=count, steps=steps, guidance=guidance, resolution=resolution)
         with progress_shown():
             return drawn_table(
                 self.source,
@@ -373,20 +408,25 @@ class Model(Workplace):
                 place_of(self.settings),
                 steps=steps,
                 guidance=guidance,
+                resolution=resolution,
             )
 
-    def evaluate(self, *prompts: str, base: str = "reference", **settings: object) -> Table:
+    def evaluate(self, *prompts: str, base: str = "", **settings: object) -> Table:
         """Held-out loss of the model, and the CLIP score of what it draws for ``prompts`` (none: held-out captions).
 
-        A model alone draws in the pipeline ``base``. Settings are those of ``evaluate``.
+        A model alone draws in the pipeline ``base``, by default the shipped one with a model of its class. Settings are
+        those of ``evaluate``. Raises ConfigError for a base of another class.
         """
         asked = settings_by_name("evaluate", ({"prompts": list(prompts)} if prompts else {}) | settings)
-        how = self.settings if self.source.is_pipeline else dataclasses.replace(self.settings, model=base)
+        how = self.settings
+        if not self.source.is_pipeline:
+            how = dataclasses.replace(how, model=base or shipped_like(self.source))
         return self.judged_in(with_settings(how, asked))
 
     def judged_in(self, settings: RunConfig) -> Table:
         """What ``evaluate`` finds with these ``settings``, whose model is the pipeline in which a model alone draws."""
         with Model(settings)._opened("evaluate", {}) as session:
+            check_same_class(self.source, session.source)
             # the device first: loading is what can fail
             model = (
                 session.model if self.source.is_pipeline else load_model(self.source, device=session.device)

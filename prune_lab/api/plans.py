@@ -29,7 +29,9 @@ from prune_lab.tables import Plot, Table, cell_text
 
 def plan_rows(plans: Sequence[PruningPlan]) -> tuple[PlanRow, ...]:
     """The ``plans`` as the figures of the report take them."""
-    return tuple(PlanRow(one.id, one.name or one.text, one.origin or "control", one.removed) for one in plans)
+    return tuple(
+        PlanRow(one.id, one.name or one.text, one.origin or "control", one.removed, one.form) for one in plans
+    )
 
 
 def plan_maps(

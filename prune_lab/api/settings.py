@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from prune_lab.runs import Run
 
 VERB_TABLES: dict[str, tuple[str, ...]] = {
-    "score": ("score", "probe"),
+    "score": ("score", "probe", "data"),
     "search": ("search",),
     "data": ("data",),
     "distill": ("distill", "data"),

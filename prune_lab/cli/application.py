@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,9 +23,12 @@ from prune_lab.runtime import printable
 
 MISTAKE = 2  # exit code of a user's mistake, the same as typer's for a wrong option
 LAUNCHED = ("data", "distill")  # verbs that many processes share; any other would be done as often
+WITH_PLAN = ("distill", "profile", "prune")  # verbs whose plan is an option
 # What the system says of a path that a person gave; of a disk that is full or broken it says other things.
 _OF_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
 INTERRUPTED = 128 + signal.SIGINT  # as shells report it
+_GIVEN = "prune_lab.given"  # where all words of the command line are kept
+_PLAN = re.compile(r"-[A-Z][A-Za-z]*\d*(\.|\s|$)")  # how a plan begins that takes a block out
 _PATIENCE = 3.0  # seconds in which a signal that comes again does not disturb the way out
 
 
@@ -52,12 +56,25 @@ def _ended_by_sigterm() -> Iterator[list[float]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _mistake_of(error: Exception, verb: str) -> str:
+def _plan_among(words: Sequence[str], verb: str, option: str) -> str:
+    """What to write where a plan among ``words`` was read as the ``option`` that it begins as; empty for no plan."""
+    plan = next((word for word in words if word.startswith(option) and _PLAN.match(word)), "")
+    if not plan:
+        return ""
+    shown = printable(plan, 60)
+    if verb in WITH_PLAN:
+        return f'asked prune-lab {verb} for the plan "{shown}" without its option; write --plan "{shown}"'
+    return f'asked prune-lab {verb} for the plan "{shown}", which it takes none of; prune-lab {verb} --help says what'
+
+
+def _mistake_of(error: Exception, verb: str, words: Sequence[str] = ()) -> str:
     """What is said of an ``error`` that a user's mistake in calling ``verb`` led to; empty for a bug of ours.
 
     The classes of errors in a command line have no public names.
     """
     option = getattr(error, "option_name", "")
+    if option and (plan := _plan_among(words, verb, option)):
+        return plan
     if option and (instead := instead_of(verb, option)):
         return f"prune-lab {verb} has no option {option}; write {instead}"
     if isinstance(error, OSError) and error.errno in _OF_NAMES:
@@ -74,6 +91,7 @@ class Verbs(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """The same as of any group, with mistakes before the verb in one line."""
+        ctx.meta[_GIVEN] = tuple(args)
         if not args:
             return super().parse_args(ctx, args)  # shows the help
         try:
@@ -102,7 +120,7 @@ class Verbs(TyperGroup):
                 )
             raise typer.Exit(128 + signal.SIGTERM if ended else INTERRUPTED) from None
         except Exception as error:
-            mistake = _mistake_of(error, ctx.invoked_subcommand or "")
+            mistake = _mistake_of(error, ctx.invoked_subcommand or "", ctx.meta[_GIVEN])
             if not mistake:
                 raise
         typer.echo(f"error: {' '.join(mistake.split())}", err=True)

@@ -14,9 +14,15 @@ def blocks(
     revision: options.RevisionOption = "",
     subfolder: options.SubfolderOption = "",
     variant: options.VariantOption = "",
+    resolution: options.ResolutionOption = None,
+    tokens: options.TokensOption = None,
+    frames: options.FramesOption = None,
     as_json: options.JsonOption = False,
     wide: options.WideOption = False,
 ) -> None:
-    """List the blocks of MODEL: kind, channels, parameters, MACs, and whether each can be removed."""
+    """List the blocks of MODEL: kind, channels, parameters, MACs, and whether each can be removed.
+
+    MACs are those of one picture, or one film, of the size that the title says; the options choose another.
+    """
     chosen = model_of(model, options.found_by(revision, subfolder, variant))
-    show(chosen.blocks(), as_json=as_json, wide=wide)
+    show(chosen.blocks(resolution=resolution, tokens=tokens, frames=frames), as_json=as_json, wide=wide)

@@ -19,8 +19,12 @@ from prune_lab.runs import open_run, writing
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL", help=options.MODEL_HELP)] = [],  # noqa: B006
     base: Annotated[
-        str, typer.Option("--base", help="Pipeline in which folders of a model alone draw.")
-    ] = "reference",
+        str,
+        typer.Option(
+            "--base",
+            help="Pipeline in which folders of a model alone draw; default: the shipped one of its class.",
+        ),
+    ] = "",
     prompt: Annotated[
         list[str], typer.Option("--prompt", help="What to draw; may be repeated; default: held-out captions.")
     ] = [],  # noqa: B006
@@ -55,6 +59,8 @@ def evaluate(
             frame = quality_frame(Session(opened))
         emit("pictures", records(frame), as_json=as_json, wide=wide, title=f"Pictures of {run}")
         return
+    from prune_lab.models import shipped_like
+
     rows: list[dict[str, Any]] = []
     asked = {
         "evaluate.prompts": tuple(prompt),
@@ -66,7 +72,7 @@ def evaluate(
         model = model_of(text, found_by)
         whole = model.source.is_pipeline
         settings = settings_of(
-            text if whole else base,
+            text if whole else base or shipped_like(model.source),
             None,
             config,
             assign,

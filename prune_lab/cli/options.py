@@ -42,6 +42,20 @@ PlanOption = Annotated[
         "--plan", help='Plan: bk-base, "bk-small +Md", "-Dn1.R2 -Dn1.A2" or a plan.json; may be repeated.'
     ),
 ]
+ResolutionOption = Annotated[
+    int | None, typer.Option("--resolution", help="Pixels of the picture's sides; default: the model's own.")
+]
+TokensOption = Annotated[
+    int | None,
+    typer.Option("--tokens", help="Words of text; default: what the text encoder takes, or the model's own."),
+]
+FramesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--frames",
+        help="Of a model of films: frames of the latent (Wan: 21 are 81 of the film, 1 is a picture).",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print a JSON list of objects instead of a table.")]
 WideOption = Annotated[bool, typer.Option("--wide", help="All columns, not only those that decide.")]
 RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder; made when it is not there.")]

@@ -32,12 +32,9 @@ def profile(
         int,
         typer.Option("--rounds", "--runs", help="Rounds, each of which times everything once, in turns."),
     ] = 20,
-    resolution: Annotated[
-        int | None, typer.Option(help="Pixels of the picture's sides; default: the model's own.")
-    ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(help="Words of text; default: what the text encoder takes, or 77.")
-    ] = None,
+    resolution: options.ResolutionOption = None,
+    tokens: options.TokensOption = None,
+    frames: options.FramesOption = None,
     by_block: Annotated[
         bool, typer.Option("--blocks", help="One row per block instead of one per plan.")
     ] = False,
@@ -48,6 +45,8 @@ def profile(
     wide: options.WideOption = False,
 ) -> None:
     """Count parameters and MACs of MODEL and of what each plan leaves, the teacher first, with the changes.
+
+    Each plan is taken in the form that `prune` gives it: native where there is one, else with code of its own.
 
     MACs come in two conventions: "macs" is everything, "paper macs" leaves attention products out, as BK-SDM does. The
     latency of plans is measured in turns with the teacher's: the change is the median of the ratios within a round.
@@ -62,6 +61,7 @@ def profile(
         batch=batch,
         resolution=resolution,
         tokens=tokens,
+        frames=frames,
         rounds=rounds,
     )
     show(table, as_json=as_json, wide=wide)

@@ -91,16 +91,23 @@ def run(
         for line in lines:
             typer.echo(line, err=True)
     if dry_run:
-        from prune_lab.workflow import steps_frame
+        from prune_lab.models import configured_model
+        from prune_lab.workflow import steps_frame, why_left_out
 
         kind, rows = "steps", records(steps_frame(settings, shown))
         rows = [{**row, "estimate_seconds": _seconds(row, expected)} for row in rows]
+        if why := why_left_out(configured_model(settings)):
+            typer.echo(why, err=True)
     else:
         from prune_lab.runtime import progress_shown
-        from prune_lab.workflow import run_all
+        from prune_lab.workflow import run_all, steps_frame
 
         with progress_shown():
-            kind, rows = "ranking", records(run_all(settings, shown, force=force).frame())
+            ranking = run_all(settings, shown, force=force)
+        if ranking is not None:
+            kind, rows = "ranking", records(ranking.frame())
+        else:  # of a model alone
+            kind, rows = "steps", records(steps_frame(settings, shown))
     emit(kind, rows, as_json=as_json, wide=wide, title=f"{kind.capitalize()} of {shown}")
     if not dry_run:
         typer.echo(f"report: {open_run(shown, must_exist=True).report}", err=True)
@@ -133,4 +140,6 @@ def _estimated(settings: RunConfig, *, only_shown: bool) -> tuple[list[str], Run
 def _seconds(row: dict[str, Any], found: RunEstimate) -> float | None:
     """The seconds that the step of ``row`` is expected to take; None where it is done, not asked for or very short."""
     seconds = found.seconds.get(row["step"])
-    return round(seconds, 1) if seconds and row["state"] not in ("done", "not asked for") else None
+    return (
+        round(seconds, 1) if seconds and row["state"] not in ("done", "not asked for", "left out") else None
+    )

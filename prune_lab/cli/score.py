@@ -26,6 +26,14 @@ def score(
     ] = [],  # noqa: B006
     samples: Annotated[int | None, options.for_setting("probe.samples")] = None,
     data: options.DataOption = None,
+    resolution: Annotated[
+        int | None,
+        typer.Option(
+            "--resolution",
+            help="Pixels of the pictures' sides, of a model without a size of its own (FLUX, Wan) and of a model alone "
+            "(data.resolution).",
+        ),
+    ] = None,
     stream: Annotated[
         bool | None,
         options.for_setting("score.stream"),
@@ -62,18 +70,21 @@ def score(
         "score.groups": tuple(name if "." in name else name.removesuffix("s") for name in groups),
         "probe.samples": samples,
         "data.source": data,
+        "data.resolution": resolution,
         "score.stream": stream,
     }
     found_by = options.found_by(revision, subfolder, variant, random_weights)
     settings = settings_of(model, run, config, assign, {**asked, **found_by}, device=device, seed=seed)
     from prune_lab.api.model import Model
     from prune_lab.models.protection import check_file, sources_of
+    from prune_lab.profiling import check_asked_size
     from prune_lab.runtime import write_frame
 
     if out and not compare:
         out = check_file(out, sources_of(settings), "scores", force=force)
 
     chosen = Model(settings, run)
+    check_asked_size(chosen.source, resolution)
     table = chosen.agreement(out, force=force) if compare else chosen.score(force=force)
     if out and not compare:
         write_frame(out, table.frame())

@@ -12,6 +12,7 @@ NUMBERS: Mapping[str, tuple[int, int]] = {
     "batch": (1, 65_536),
     "count": (1, 10_000),
     "resolution": (1, 65_536),
+    "frames": (1, 4096),
     "rounds": (2, 10**6),
     "seed": (0, MOST),
     "steps": (1, 10**6),

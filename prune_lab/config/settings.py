@@ -71,8 +71,8 @@ class ScoreConfig:
     )
     stream: bool = setting(
         False,
-        "blocks are read from disk when they run, one in memory at a time: slower, for a model that does not fit; one "
-        "that cannot fit is read so anyway",
+        "blocks are read from disk when they run, one at a time in the memory of the device, GPU or not: slower, for a "
+        "model that does not fit; one that cannot fit is read so anyway",
     )
     compile: bool = setting(False, "put the blocks through torch.compile; pays when there are many samples")
 

@@ -116,7 +116,7 @@ def draw_batch(
     added = dict(encoded.added)
     for name, empty in data.empty_added.items():
         added[name][dropped] = empty.to(added[name].dtype)
-    drawn = drawn_rows(conditions, size, generator_for(seed, "guidance", step))
+    drawn = drawn_rows(conditions, size, generator_for(seed, "guidance", step), length=schedule.length)
     added = {name: tensor[part] for name, tensor in drawn.items()} | added
     return Batch(
         noisy=schedule.add_noise(latents, noise, timesteps).to(device),

@@ -21,13 +21,14 @@ from prune_lab.distill.cache import LatentCache
 from prune_lab.distill.encoding import encode_texts, encoders_digest
 from prune_lab.distill.shard_locks import PREVIEW
 from prune_lab.distill.sharding import CacheBuild, ShardContent, ShardPlan, build_shards
-from prune_lab.errors import DataError, UnsupportedModelError
+from prune_lab.errors import UnsupportedModelError
 from prune_lab.evaluation import check_steps, draw_once, save_pictures
 from prune_lab.families import model_of
-from prune_lab.families.drawing import call_inputs, class_texts, has_own_size, latents_per_patch, reads_text
+from prune_lab.families.drawing import call_inputs, class_texts, reads_text
 from prune_lab.models.parts import why_no_text_to_image
 from prune_lab.models.silence import quiet
 from prune_lab.probes import (
+    check_side,
     class_count,
     cut_texts,
     decode_latents,
@@ -98,18 +99,9 @@ def _draw(pipeline: Any, texts: tuple[str, ...], rows: range, side: int, setting
 
 def _side_of(pipeline: Any, settings: DataConfig) -> int:
     """Pixels per side of what is drawn. Raises DataError for a size that the model does not draw."""
-    own, asked = picture_side(pipeline), settings.resolution
-    if asked not in (0, own) and has_own_size(pipeline):
-        raise DataError(
-            f"asked for pictures of {asked} pixels per side, the model draws {own} alone; set data.resolution = 0"
-        )
-    factor = pixels_per_latent(pipeline) * latents_per_patch(pipeline)
-    if asked % factor:
-        raise DataError(
-            f"asked for pictures of {asked} pixels per side, the model draws multiples of {factor}; "
-            f"give {max(1, round(asked / factor)) * factor}"
-        )
-    return asked or own
+    if settings.resolution:
+        check_side(pipeline, settings.resolution)
+    return settings.resolution or picture_side(pipeline)
 
 
 def _provenance(pipeline: Any, prompts: Prompts, settings: DataConfig, shard: int) -> dict[str, str | int]:

@@ -18,7 +18,7 @@ from torch.nn.functional import mse_loss
 from prune_lab.config import DistillConfig
 from prune_lab.distill.batches import Batch
 from prune_lab.distill.features import FeaturePair, Points, tapped
-from prune_lab.families import forward_inputs, prediction_of
+from prune_lab.families import format_of, forward_inputs, prediction_of
 
 # Features of teacher and student, of equal shapes, in float32 -> a scalar.
 Term = Callable[[Tensor, Tensor], Tensor]
@@ -132,7 +132,7 @@ def teacher_output(
     """
     with tapped(teacher, tuple(dict.fromkeys(paths))) as features, torch.no_grad():
         with _autocast(batch, precision):
-            prediction = _predict(teacher, teacher, batch, next(teacher.parameters()).dtype)
+            prediction = _predict(teacher, teacher, batch, format_of(teacher))
         return TeacherOutput(prediction.float(), dict(features))
 
 

@@ -76,7 +76,7 @@ def _peak_bytes(
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(_forget_gradient)
     inputs = example_inputs(
-        plain_config(model), tokens=tokens, latent=latent, device="meta", dtype=torch.float32
+        plain_config(model), tokens=tokens, latent=latent, frames=1, device="meta", dtype=torch.float32
     )
     # Patched, not by a mode of torch: a backward pass that computes forward again does not see modes.
     with (

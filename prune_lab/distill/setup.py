@@ -25,7 +25,7 @@ from prune_lab.distill.features import FeaturePair
 from prune_lab.distill.recovery import Recovery, load_recovery, verdict_path, write_heldout, write_verdict
 from prune_lab.errors import DataError, DeviceError, RunError
 from prune_lab.evaluation import heldout_loss
-from prune_lab.families import embedding_width, known_conditions, latent_channels
+from prune_lab.families import embedding_width, format_of, known_conditions, latent_channels
 from prune_lab.probes import Probe, drawn_rows, schedule_of
 from prune_lab.runs import CandidatePaths, read_typed
 from prune_lab.runtime import pick_dtype, seeded, tensors_digest, write_frame
@@ -61,7 +61,7 @@ class DistillSetup:
 
         Raises DeviceError for float16, in which students lose their gradients.
         """
-        weights = next(self.teacher.parameters()).dtype
+        weights = format_of(self.teacher)
         launched = {"bf16": "bfloat16", "fp16": "float16"}.get(AcceleratorState().mixed_precision, "")
         asked = self.settings.precision or launched
         found = pick_dtype(asked) if asked else weights

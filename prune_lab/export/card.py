@@ -16,7 +16,15 @@ from prune_lab.errors import UnsupportedModelError
 from prune_lab.export.compatibility import compatibility
 from prune_lab.export.snippets import snippet_for
 from prune_lab.export.students import Student, model_folder_in, provenance_in
-from prune_lab.families import base_name, family_of, is_own, meta_model, plain_config
+from prune_lab.families import (
+    base_name,
+    family_of,
+    film_frames,
+    is_own,
+    meta_model,
+    plain_config,
+    text_form,
+)
 from prune_lab.families.adapter_names import has_additions
 from prune_lab.models import ModelSource, weight_files
 from prune_lab.models.files import json_object
@@ -99,10 +107,13 @@ def _costs(student: Student) -> str:
         )
     ]
     height, width = costs.latent
+    film = film_frames(student.architecture.config)
+    frames = f" of {film} frames" if film else ""
+    words = f" with {costs.tokens} words of text" if text_form(student.architecture.config)[1] else ""
     return (
         _table(head, rows)
-        + f"\nMultiply-adds are those of one forward pass over one sample of {height} x {width} latents with "
-        f"{costs.tokens} words of text, attention products included. Latency was not measured.\n"
+        + f"\nMultiply-adds are those of one forward pass over one sample of {height} x {width} latents{frames}"
+        f"{words}, attention products included. Latency was not measured.\n"
     )
 
 

@@ -13,6 +13,7 @@ from prune_lab.families.adapter_names import (
     attentions,
     has_additions,
     is_cross_attention,
+    kept_path,
 )
 from prune_lab.families.controlnet import controlnet_config, cut_controlnet, takes_adapter_features
 from prune_lab.families.ldm_keys import unet_places
@@ -29,7 +30,8 @@ def _fit(kept: int, of: int, renamed: int) -> str:
 
 def _lora(student: Student) -> _Row:
     modules = attention_projections(attentions(student.architecture.config))
-    names = {module: student.layout.renamed(module) for module in modules}
+    layout, removed = student.layout, student.removed_paths
+    names = {module: kept_path(layout, removed, module) for module in modules}
     kept = [module for module, new in names.items() if new is not None]
     renamed = sum(names[module] != module for module in kept)
     fit = _fit(len(kept), len(modules), renamed)
@@ -99,9 +101,10 @@ def _made_for_blocks(student: Student) -> list[_Row]:
         return [_unknown(what, student) for what in ("LoRA", "ControlNet", "IP-Adapter")]
     if student.plan.form == "native":
         return [_lora(student), _controlnet(student), _ip_adapter(student), _adapter(student)]
+    # These count skip connections and stages, which only plain configs without the blocks tell.
     note = f"not known for a student in the {student.plan.form} form"
-    kinds = ("LoRA", "ControlNet", "IP-Adapter", "T2I-Adapter")
-    return [(kind, NOT_AT_ALL, None, None, None, note) for kind in kinds]
+    counted = [(kind, NOT_AT_ALL, None, None, None, note) for kind in ("ControlNet", "T2I-Adapter")]
+    return [_lora(student), counted[0], _ip_adapter(student), counted[1]]
 
 
 def compatibility(student: Student) -> pd.DataFrame:

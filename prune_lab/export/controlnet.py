@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from prune_lab.errors import ModelFormatError, StorageError
+from prune_lab.errors import FormError, ModelFormatError, StorageError
 from prune_lab.export.additions import Converted, blocks_of
 from prune_lab.export.students import Student
 from prune_lab.families.adapter_names import check_has_additions
@@ -65,9 +65,15 @@ def convert_controlnet(student: Student, given: Path, out: Path, *, force: bool 
     """The ControlNet in the folder ``given``, of the teacher, as the folder ``out`` that plain diffusers loads.
 
     Raises ModelFormatError when its files are not a ControlNet's, UnsupportedModelError when it was made for another
-    U-Net, NonNativePlanError when no plain ControlNet fits the student, StorageError when ``out`` is taken.
+    U-Net, FormError when no plain ControlNet fits the student, StorageError when ``out`` is taken.
     """
     check_has_additions(student.architecture.config, "to convert a ControlNet")
+    if student.plan.form != "native":
+        raise FormError(
+            f"asked to convert a ControlNet for a student in the {student.plan.form} form; it counts skip connections, "
+            "and these are known of students in the native form alone: use it with the teacher, or prune natively "
+            "(prune --form native says whether the plan can be)"
+        )
     given, out = Path(given), Path(out)
     folder = _folder_of(given)
     if out.suffix == ".safetensors":

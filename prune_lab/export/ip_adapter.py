@@ -9,7 +9,13 @@ from prune_lab.errors import ModelFormatError
 from prune_lab.export.additions import Converted, blocks_of, check_out, read_addition, write_addition
 from prune_lab.export.students import Student
 from prune_lab.families import meta_model
-from prune_lab.families.adapter_names import attentions, check_has_additions, is_cross_attention, values_of
+from prune_lab.families.adapter_names import (
+    attentions,
+    check_has_additions,
+    is_cross_attention,
+    kept_path,
+    values_of,
+)
 from prune_lab.runtime import path_text
 
 _LAYER = re.compile(r"ip_adapter\.(0|[1-9][0-9]{0,5})\.(.+)")
@@ -18,9 +24,9 @@ _IMAGE = "image_proj."
 
 def new_numbers(student: Student) -> dict[int, int | None]:
     """The number in the student of each attention of the teacher; None where it is gone. Both count from 0."""
-    layout = student.layout
+    layout, removed = student.layout, student.removed_paths
     places = {path: number for number, path in enumerate(attentions(layout.config))}
-    paths = [layout.renamed(path) for path in attentions(student.architecture.config)]
+    paths = [kept_path(layout, removed, path) for path in attentions(student.architecture.config)]
     return {number: None if path is None else places[path] for number, path in enumerate(paths)}
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from prune_lab.errors import ModelFormatError
 from prune_lab.export.additions import Converted, blocks_of, check_out, read_addition, write_addition
 from prune_lab.export.students import Student
-from prune_lab.families import Layout
 from prune_lab.families.adapter_names import (
     TEXT_PREFIXES,
     AdapterNames,
@@ -25,6 +24,7 @@ from prune_lab.families.adapter_names import (
     adapter_names,
     check_has_additions,
     fits,
+    kept_path,
 )
 from prune_lab.families.ldm_structure import has_even_depths
 from prune_lab.runs.records import typed
@@ -169,10 +169,11 @@ def _settings(text: str, modules: Mapping[str, str]) -> str:
     return json.dumps(settings, indent=2, sort_keys=True)
 
 
-def _metadata(metadata: dict[str, str], modules: Iterable[str], layout: Layout) -> dict[str, str]:
+def _metadata(metadata: dict[str, str], modules: Iterable[str], student: Student) -> dict[str, str]:
     if _CONFIG not in metadata:
         return metadata
-    renamed = {module: new for module in modules if (new := layout.renamed(module)) is not None}
+    places = student.layout, student.removed_paths
+    renamed = {module: new for module in modules if (new := kept_path(*places, module)) is not None}
     return metadata | {_CONFIG: _settings(metadata[_CONFIG], renamed)}
 
 
@@ -187,7 +188,7 @@ def convert_lora(student: Student, given: Path, out: Path, *, force: bool = Fals
     given = Path(given)
     out = check_out(student, out, given, force=force)
     tensors, metadata = read_addition(given, "LoRA")
-    names = adapter_names(student.architecture.config, student.layout)
+    names = adapter_names(student.architecture.config, student.layout, student.removed_paths)
     parts = _parts(given, tensors, names)
     modules = {part.module: part for part in parts.values()}
     left = [module for module, part in modules.items() if part.new_key is not None]
@@ -203,7 +204,7 @@ def convert_lora(student: Student, given: Path, out: Path, *, force: bool = Fals
         if (new := parts[key].new_key if key in parts else key) is not None
     }
     uneven = not has_even_depths(student.layout.config) and any(part.in_ldm_layout for part in parts.values())
-    write_addition(out, converted, _metadata(metadata, modules, student.layout), student, given)
+    write_addition(out, converted, _metadata(metadata, modules, student), student, given)
     return Converted(
         out,
         "lora",

@@ -14,7 +14,7 @@ from prune_lab.forms import layout_of
 from prune_lab.models import preset_config, resolve_model, weight_files
 from prune_lab.models.files import json_object, read_headers, variants_among
 from prune_lab.models.sources import PRESETS
-from prune_lab.plans import PruningPlan, plan_from_json, read_plans, refuse_widths
+from prune_lab.plans import PruningPlan, gone_with, plan_from_json, read_plans, refuse_widths
 from prune_lab.runs import is_plan_id
 from prune_lab.runtime import path_text
 from prune_lab.surgery import TEACHER
@@ -32,6 +32,12 @@ class Student:
     def layout(self) -> Layout:
         """The config of the student, and the teacher's modules in it."""
         return layout_of(self.architecture, self.plan)
+
+    @property
+    def removed_paths(self) -> tuple[str, ...]:
+        """Paths in the teacher of the blocks and samplers that the plan takes out; in the neutral form they stay."""
+        gone = gone_with(self.architecture, self.plan.removed)
+        return tuple(unit.path for unit in self.architecture.outline.units if unit.name in gone)
 
 
 def model_folder_in(folder: Path) -> Path:
@@ -128,10 +134,5 @@ def student_of(text: str, model: str = "") -> Student:
                 f"asked to convert by {path_text(text)}, found {len(plans)} plans in it; give one"
             )
         student = Student(architecture, plans[0])
-    if student.plan.form != "native":
-        raise PlanError(
-            f"asked to convert for {path_text(text)}, a student in the {student.plan.form} form; known are students in "
-            "the native form: give its plan as text, of one that is native"
-        )
     layout_of(student.architecture, student.plan)  # says what is in the way
     return student

@@ -18,6 +18,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from prune_lab.errors import UnsupportedModelError
+from prune_lab.families.chain import STEPS
 from prune_lab.families.configs import looks_like_a_unet, picture_scale
 from prune_lab.families.family import (
     CLASS_NAME,
@@ -37,6 +38,7 @@ from prune_lab.families.image_transformers import IMAGE_TRANSFORMERS
 from prune_lab.families.joint_transformers import JOINT_TRANSFORMERS
 from prune_lab.families.legacy import modern_class, modern_config
 from prune_lab.families.meta_device import runs_on_meta
+from prune_lab.families.number_formats import building_in, format_of, in_loaded_format, loaded_format
 from prune_lab.families.own_code import (
     base_name,
     check_code,
@@ -45,6 +47,7 @@ from prune_lab.families.own_code import (
     file_of,
     is_own,
     known_files,
+    only_watches,
     own_class,
     own_family,
     own_layout,
@@ -66,6 +69,7 @@ __all__ = [
     "REFINER_TIME_IDS",
     "REFUSED",
     "SDXL_TIME_IDS",
+    "STEPS",
     "Condition",
     "Family",
     "Form",
@@ -77,6 +81,7 @@ __all__ = [
     "Stage",
     "Unit",
     "UnitKind",
+    "as_loaded",
     "base_name",
     "check_code",
     "check_forward",
@@ -91,7 +96,10 @@ __all__ = [
     "family_of",
     "file_of",
     "filled_with_noise",
+    "film_frames",
+    "format_of",
     "forward_inputs",
+    "in_loaded_format",
     "is_own",
     "known_conditions",
     "known_files",
@@ -99,12 +107,14 @@ __all__ = [
     "latent_channels",
     "latent_form",
     "latent_shape",
+    "loaded_format",
     "looks_like_a_unet",
     "meta_model",
     "model_of",
     "modern_class",
     "modern_config",
     "narrowed_sizes",
+    "only_watches",
     "outline_of",
     "own_class",
     "own_layout",
@@ -189,8 +199,16 @@ def _check_of_one_class(config: Mapping[str, Any], known: set[str]) -> None:
             )
 
 
-def _built(config: Mapping[str, Any], place: AbstractContextManager[Any]) -> Any:
-    """The model of ``config``, built inside ``place``, in evaluation mode.
+def _with_formats(model: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
+    """``model`` with ``tensors`` in the formats of one that is loaded in ``dtype``."""
+    found = {name: in_loaded_format(type(model), name, one, dtype) for name, one in tensors.items()}
+    nn.Module.load_state_dict(model, found, strict=True, assign=True)
+    return model
+
+
+def _built(config: Mapping[str, Any], place: AbstractContextManager[Any], dtype: torch.dtype) -> Any:
+    """The model of ``config``, built inside ``place``, in evaluation mode; its formats are those of one that is loaded
+    in ``dtype``.
 
     Raises UnsupportedModelError when a setting is out of bounds, or diffusers cannot build it.
     """
@@ -204,31 +222,42 @@ def _built(config: Mapping[str, Any], place: AbstractContextManager[Any]) -> Any
     defaults = {name: one.default for name, one in parameters.items() if one.default is not one.empty}
     family.check(settings, defaults)
     try:
-        with place, warnings.catch_warnings():
+        with place, building_in(dtype), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # what diffusers says of its own parts
-            return model_class.from_config(settings).eval()
+            model = model_class.from_config(settings).eval()
     except _BUILD_ERRORS as error:
         # diffusers checks a config by building it; what it says is about the config's own keys
         raise UnsupportedModelError(
             f"asked to build a {model_class.__name__} from its config, diffusers refuses it "
             f"({_said(error)}); compare the config with that of a model that loads"
         ) from None
+    return model if dtype == torch.float32 else _with_formats(model, model.state_dict(), dtype)
 
 
-def meta_model(config: Mapping[str, Any]) -> Any:
+def meta_model(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Any:
     """The model of ``config`` on the ``meta`` device: every shape, no memory, in evaluation mode.
 
-    Raises UnsupportedModelError when a setting is out of bounds, or diffusers cannot build it.
+    ``dtype`` is what diffusers would be asked for. Raises UnsupportedModelError when a setting is out of bounds, or
+    diffusers cannot build it.
     """
-    return _built(config, torch.device("meta"))
+    return _built(config, torch.device("meta"), dtype)
 
 
-def empty_model(config: Mapping[str, Any]) -> Any:
+def empty_model(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Any:
     """The model of ``config`` before its weights are there: they are on ``meta``, and what is computed of the config
-    alone (kernels of samplers, places of patches, which no file holds) is not. In evaluation mode. Raises as
-    ``meta_model``.
+    alone (kernels of samplers, places of patches, which no file holds) is not. In evaluation mode. Arguments and errors
+    are those of ``meta_model``.
     """
-    return _built(config, init_empty_weights(include_buffers=False))
+    return _built(config, init_empty_weights(include_buffers=False), dtype)
+
+
+def as_loaded(model: Any, dtype: torch.dtype) -> Any:
+    """``model``, which is in float32 on the CPU, as plain diffusers would load it in ``dtype`` had it been saved: its
+    tensors are taken over, and ``model`` must not be used any more. In evaluation mode.
+    """
+    if dtype == torch.float32:
+        return model.eval()
+    return _with_formats(empty_model(plain_config(model), dtype), model.state_dict(), dtype)
 
 
 @torch.no_grad()
@@ -273,16 +302,20 @@ def example_inputs(
     batch: int = 1,
     latent: int | None = None,
     tokens: int | None = None,
+    frames: int | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Keyword arguments for the ``forward`` of the model of ``config``: zeros of the right shapes.
 
     Of a U-Net: sample (B, C, H, W), timestep (B,), encoder_hidden_states (B, L, D) and its ``conditions_of``, each in
-    its place. None for ``latent`` and ``tokens`` means the sizes that the model is meant for.
+    its place. None for ``latent``, ``tokens`` and ``frames`` means the sizes that the model is meant for; a model of
+    pictures has no frames.
     """
-    return family_of(config).example_inputs(
-        config, batch=batch, latent=latent, tokens=tokens, device=device, dtype=dtype
+    family = family_of(config)
+    film = {} if frames is None or not family.frames else {"frames": frames}
+    return family.example_inputs(
+        config, batch=batch, latent=latent, tokens=tokens, **film, device=device, dtype=dtype
     )
 
 
@@ -314,6 +347,12 @@ def latent_shape(config: Mapping[str, Any], latent: int | None = None) -> tuple[
     Raises UnsupportedModelError where its config does not say.
     """
     return family_of(config).size(config) if latent is None else (latent, latent)
+
+
+def film_frames(source: nn.Module | Mapping[str, Any], frames: int | None = None) -> int | None:
+    """Frames of the latents of a model of films: ``frames``, or those of the film that it is meant for; else None."""
+    family = family_of(source)
+    return (frames or family.film(plain_config(source))) if family.frames else None
 
 
 def knows_its_size(config: Mapping[str, Any]) -> bool:

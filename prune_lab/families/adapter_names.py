@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from prune_lab.errors import UnsupportedModelError
-from prune_lab.families import CLASS_NAME, Layout, family_of, meta_model
+from prune_lab.families import CLASS_NAME, Layout, family_of, is_own, meta_model
 from prune_lab.families.ldm_keys import unet_places
 from prune_lab.families.unet2d_condition import UNET2D_CONDITION
 
@@ -115,8 +115,19 @@ class AdapterNames:
         return None
 
 
-def adapter_names(teacher: Mapping[str, Any], layout: Layout) -> AdapterNames:
-    """The names of the modules of the U-Net of config ``teacher`` in files of additions, and those in its student."""
+def kept_path(layout: Layout, removed: Iterable[str], path: str) -> str | None:
+    """Path in the student of a module of the teacher; None where it lies in one of the blocks at the paths ``removed``,
+    though it be there: in the neutral form it does nothing, and an addition would bring it back to life.
+    """
+    inside = any(path == block or path.startswith(f"{block}.") for block in removed)
+    return None if inside else layout.renamed(path)
+
+
+def adapter_names(teacher: Mapping[str, Any], layout: Layout, removed: Collection[str] = ()) -> AdapterNames:
+    """The names of the modules of the U-Net of config ``teacher`` in files of additions, and those in its student.
+
+    ``removed`` are the paths of the blocks that the plan takes out, in whatever form.
+    """
     model = meta_model(teacher)
     shapes = {
         name.removesuffix(".weight"): tuple(tensor.shape)
@@ -125,10 +136,12 @@ def adapter_names(teacher: Mapping[str, Any], layout: Layout) -> AdapterNames:
     }
     modules = [name for name, _ in model.named_modules() if name]
     spelled = {name: name for name in modules}
-    written = {name: layout.renamed(name) for name in modules}
-    ours, students = _ldm_modules(teacher), _ldm_modules(layout.config)
+    written = {name: kept_path(layout, removed, name) for name in modules}
+    ours = _ldm_modules(teacher)
+    # with code of its own every block keeps its place, and no reader of the LDM layout knows it
+    students = ours if is_own(layout.config) else _ldm_modules(layout.config)
     for module, ldm in ours.items():
-        new = layout.renamed(module)
+        new = written[module]
         if ldm not in spelled:
             spelled[ldm] = module
             written[ldm] = None if new is None else students.get(new)

@@ -46,7 +46,9 @@ Kept = Mapping[
 
 
 as_arguments = functools.partial(arranged, latents="hidden_states")
-STEPS = 1000  # of the schedule: a model that wants the share of noise is given the timestep divided by it
+STEPS = 1000  # by which most pipelines divide the timestep for a model that wants the share of noise
+# Others divide it by the length of the schedule, which the scheduler says.
+LENGTH = Condition(name="schedule_length", place="schedule", shape=(), whole=True, value=STEPS)
 
 
 def grid(*sides: int, like: Tensor) -> Tensor:
@@ -190,14 +192,14 @@ class Chain:
     lists: tuple[Blocks, ...]
     _: dataclasses.KW_ONLY
     text: Callable[[Config], int]
-    stem: str
-    head: str = "proj_out"
+    stem: str | Callable[[Config], str]
+    head: str | Callable[[Config], str] = "proj_out"
     arrange: Arrange = as_arguments
     prediction: Callable[[Config, Any, Tensor], Tensor] = noise_alone
     answers: tuple[str | None, ...] = ("text",)
     channels: Callable[[Config], int] = lambda config: int(config["in_channels"])
-    frames: Callable[[Config], int] | None = None
-    """How many frames the latents of a model of films have in its example inputs."""
+    film: Callable[[Config], int] | None = None
+    """How many frames the latent of a film has that the model is meant for; None of a model of pictures."""
     size: Callable[[Config], Size] = sample_size
     tokens: Callable[[Config], int] = lambda config: 77
     padded: bool = False
@@ -218,6 +220,10 @@ class Chain:
     def whole(self, config: Config) -> Config:
         """``config`` with the defaults of the class for what it leaves out."""
         return {**_defaults(self.class_name), **config}
+
+    def named(self, path: str | Callable[[Config], str], config: Config) -> str:
+        """The ``path`` of a module, which may hang on the config."""
+        return path if isinstance(path, str) else path(self.whole(config))
 
     def outline(self, model: Any) -> Outline:
         """The parts of a model of the class."""
@@ -244,6 +250,7 @@ class Chain:
         batch: int = 1,
         latent: int | None = None,
         tokens: int | None = None,
+        frames: int | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> dict[str, Any]:
@@ -260,14 +267,16 @@ class Chain:
         def row(condition: Condition) -> Tensor:
             form = torch.long if condition.whole else dtype
             found = zeros(*((words,) if condition.words else condition.row_shape(*sides)), form=form)
+            if condition.place == LENGTH.place:
+                return found + STEPS
             return found + 1 if condition.words else found
 
         wanted = self.conditions(config)
-        frames = () if self.frames is None else (self.frames(config),)
+        film = () if self.film is None else (frames or self.film(config),)
         return self.arrange(
             config,
             wanted,
-            zeros(self.channels(config), *frames, *sides),
+            zeros(self.channels(config), *film, *sides),
             zeros(form=torch.long),
             zeros(words, width),
             {one.name: row(one) for one in wanted},
@@ -283,7 +292,8 @@ class Chain:
             channels=lambda config: self.channels(whole(config)),
             text=lambda config: self.text(whole(config)),
             answers=self.answers,
-            frames=self.frames is not None,
+            frames=self.film is not None,
+            film=lambda config: 1 if self.film is None else self.film(whole(config)),
             check=functools.partial(check_settings, [blocks.setting for blocks in lists]),
             size=lambda config: self.size(whole(config)),
             tokens=lambda config: self.tokens(whole(config)),
@@ -296,8 +306,8 @@ class Chain:
             levels=self.levels or (lambda outline: [[unit.name] for unit in outline.units if unit.removable]),
             complete=self.complete,
             stage_features=lambda outline, removed: _features(lists, outline, removed),
-            stem=self.stem,
-            head=self.head,
+            stem=lambda config: self.named(self.stem, config),
+            head=lambda config: self.named(self.head, config),
             compiled=self.compiled,
         )
 

@@ -188,7 +188,9 @@ class Layout:
 # What a model takes beside noisy latents, a timestep and a text ------------------------------------------------------
 
 
-Place = Literal["sample", "timestep_cond", "class_labels", "added_cond_kwargs", "argument", "text"]
+Place = Literal[
+    "sample", "timestep_cond", "class_labels", "added_cond_kwargs", "argument", "text", "schedule"
+]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,7 +200,8 @@ class Condition:
     name: str
     place: Place
     """The argument of ``forward`` that it goes into; ``sample`` means further channels, behind the latents,
-    ``argument`` one of its own name, and ``text`` that it cuts the text."""
+    ``argument`` one of its own name, ``text`` that it cuts the text, and ``schedule`` that it is the number of its
+    timesteps, by which the timestep is divided."""
     shape: tuple[int, ...]
     """Of one row; ``of_picture`` height and width follow."""
     of_picture: bool = (
@@ -293,6 +296,8 @@ class Family:
     """Channels of the noisy latents, unpacked; they are those of the prediction."""
     frames: bool = False
     """Whether latents have frames (B, C, F, h, w); a picture is one frame."""
+    film: Callable[[Mapping[str, Any]], int] = lambda config: 1
+    """Frames of the latent of the film that a model is meant for; 1 of a model of pictures."""
     text: Callable[[Mapping[str, Any]], int] = lambda config: 0
     """Width of the text that a model reads; 0 where it reads none."""
     answers: tuple[str | None, ...] = ("text",)
@@ -337,8 +342,10 @@ class Family:
     stage_features: Callable[[Outline, Removed], Sequence[tuple[str, str]]]
     """Feature points at the ends of the surviving stages: the module that writes there in the original, and the module
     of the original that writes there once ``removed`` is gone."""
-    stem: str  # path of the module that writes what the first unit reads
-    head: str  # path of the module that writes the prediction
+    stem: Callable[[Mapping[str, Any]], str]
+    """Path of the module, in a model of that config, that writes what the first unit reads."""
+    head: Callable[[Mapping[str, Any]], str]
+    """Path of the module that writes the prediction."""
     compiled: tuple[str, ...] = ()
     """Class names of the modules that repeat, each worth compiling alone."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from prune_lab.errors import NonNativePlanError
 from prune_lab.families.chain import (
     JOINT,
+    LENGTH,
     STEPS,
     Blocks,
     Chain,
@@ -177,9 +179,9 @@ AURAFLOW = Chain(
 # Lumina 2 and Z-Image -------------------------------------------------------------------------------------------------
 
 
-def _share_of_picture(timestep: Tensor) -> Tensor:
+def _share_of_picture(timestep: Tensor, length: Tensor | int = STEPS) -> Tensor:
     """0 for noise and 1 for the picture: these models count the other way, and predict the way to the picture."""
-    return 1 - timestep / STEPS
+    return 1 - timestep / length
 
 
 def _to_noise(config: Config, output: Tensor, sample: Tensor) -> Tensor:
@@ -188,9 +190,10 @@ def _to_noise(config: Config, output: Tensor, sample: Tensor) -> Tensor:
 
 def _lumina2_arrange(config: Config, *given: Any) -> dict[str, Any]:
     inputs = as_arguments(config, *given)
+    length = inputs.pop(LENGTH.place)
     return {
         **inputs,
-        "timestep": _share_of_picture(inputs["timestep"]),
+        "timestep": _share_of_picture(inputs["timestep"], length),
         "encoder_attention_mask": counted(inputs["encoder_attention_mask"]),
     }
 
@@ -202,7 +205,7 @@ LUMINA2 = Chain(
     arrange=_lumina2_arrange,
     prediction=_to_noise,
     answers=MASKED_TEXT,
-    conditions=lambda config: (_MASK,),
+    conditions=lambda config: (_MASK, LENGTH),
     tokens=lambda config: 256,
     width=lambda config: int(config["hidden_size"]),
     stem="x_embedder",
@@ -214,16 +217,28 @@ LUMINA2 = Chain(
 _WORDS = "words"  # the mask that tells the texts of a batch apart, which the model takes one by one
 
 
+def _z_image_patch(config: Config) -> tuple[int, int]:
+    """Latent pixels of a side, and frames, of a patch: what the pipeline asks for, else the first of the model."""
+    known = list(zip(config["all_patch_size"], config["all_f_patch_size"], strict=True))
+    return (2, 1) if (2, 1) in known else known[0]
+
+
+def _z_image_module(name: str) -> Callable[[Config], str]:
+    """The path of the one of its modules called ``name`` that is for its patches."""
+    return lambda config: f"{name}.{'-'.join(map(str, _z_image_patch(config)))}"
+
+
 def _z_image_arrange(
     config: Config, conditions: Any, sample: Tensor, timestep: Tensor, text: Tensor, given: Any
 ) -> dict[str, Any]:
     lengths = counted(given[_WORDS]).sum(1).tolist()
+    side, frames = _z_image_patch(config)
     return {
         "x": list(sample.unsqueeze(2)),
         "t": _share_of_picture(timestep),
         "cap_feats": [words[:length] for words, length in zip(text, lengths, strict=True)],
-        "patch_size": config["all_patch_size"][0],
-        "f_patch_size": config["all_f_patch_size"][0],
+        "patch_size": side,
+        "f_patch_size": frames,
     }
 
 
@@ -252,8 +267,8 @@ Z_IMAGE = Chain(
     tokens=lambda config: 512,
     width=lambda config: int(config["dim"]),
     latents="x",
-    stem="all_x_embedder.2-1",
-    head="all_final_layer.2-1",
+    stem=_z_image_module("all_x_embedder"),
+    head=_z_image_module("all_final_layer"),
     compiled=("ZImageTransformerBlock",),
 ).family()
 
@@ -289,13 +304,18 @@ COGVIEW4 = _cogview("CogView4Transformer2DModel", "CogView4TransformerBlock", 10
 # PRX ------------------------------------------------------------------------------------------------------------------
 
 
+def _prx_arrange(config: Config, *given: Any) -> dict[str, Any]:
+    inputs = as_arguments(config, *given)
+    return {**inputs, "timestep": inputs["timestep"] / inputs.pop(LENGTH.place)}
+
+
 PRX = Chain(
     "PRXTransformer2DModel",
     (Blocks(letter="B", path="blocks", setting="depth", self_attention=("attention",)),),
     text=lambda config: int(config["context_in_dim"]),
-    arrange=_share_arrange,
+    arrange=_prx_arrange,
     answers=("text", "attention_mask", None, None),
-    conditions=lambda config: (word_mask("attention_mask"),),
+    conditions=lambda config: (word_mask("attention_mask"), LENGTH),
     size=lambda config: (32, 32),  # 1024 pixels through a VAE of 32 to one
     tokens=lambda config: 256,
     width=lambda config: int(config["hidden_size"]),

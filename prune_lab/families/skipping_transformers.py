@@ -152,7 +152,7 @@ LATTE = Chain(
     ),
     text=lambda config: int(config["caption_channels"]),
     answers=("text", None),
-    frames=lambda config: int(config["video_length"]),
+    film=lambda config: int(config["video_length"]),
     tokens=lambda config: 120,
     adapt=_in_turns,
     finish=_latte_finish,

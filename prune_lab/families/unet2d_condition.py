@@ -109,7 +109,7 @@ UNET2D_CONDITION = Family(
         "inner": unet_blocks.inner_stages,
     },
     stage_features=unet_levels.stage_features,
-    stem="conv_in",
-    head="conv_out",
+    stem=lambda config: "conv_in",
+    head=lambda config: "conv_out",
     compiled=("ResnetBlock2D", "BasicTransformerBlock"),
 )

@@ -21,7 +21,8 @@ from prune_lab.families.unet_wiring import Describe
 from prune_lab.families.unet_wiring import layout as native_layout
 
 Convert = dict[str, Callable[[Tensor], Tensor]]
-_ENDS = ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2")  # what the parts of a transformer layer end with
+# What the parts of a transformer layer end with; a fuser (of boxes, as in GLIGEN) by two numbers of its own.
+_ENDS = ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2", "fuser")
 
 
 def _module(outline: Outline, path: str) -> nn.Module:

@@ -11,7 +11,7 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed, get_3d_rotary_p
 from torch import Tensor
 
 from prune_lab.families.chain import (
-    STEPS,
+    LENGTH,
     Blocks,
     Chain,
     Config,
@@ -73,7 +73,7 @@ def _wan(class_name: str, block: str) -> Family:
         channels=_wan_channels,
         text=lambda config: int(config["text_dim"]),
         answers=("text", None),
-        frames=_frames,
+        film=_frames,
         size=lambda config: (60, 104),  # 480 by 832 pixels
         tokens=lambda config: 512,
         conditions=_first_picture,
@@ -152,7 +152,7 @@ COGVIDEO = Chain(
     prediction=_cogvideo_prediction,
     answers=("text", None),
     channels=_wan_channels,
-    frames=_cogvideo_frames,
+    film=_cogvideo_frames,
     size=lambda config: (int(config["sample_height"]), int(config["sample_width"])),
     tokens=lambda config: int(config["max_text_seq_length"]),
     conditions=_cogvideo_conditions,
@@ -211,7 +211,7 @@ LTX = Chain(
     channels=lambda config: (
         int(config["in_channels"]) // (config["patch_size"] ** 2 * config["patch_size_t"])
     ),
-    frames=_frames,
+    film=_frames,
     conditions=lambda config: (_MASK,),
     size=lambda config: (16, 22),  # 512 by 704 pixels through a VAE of 32 to one
     tokens=lambda config: 128,
@@ -249,7 +249,7 @@ ALLEGRO = Chain(
     text=lambda config: int(config["caption_channels"]),
     arrange=_allegro_arrange,
     answers=MASKED_TEXT,
-    frames=lambda config: int(config["sample_frames"]),
+    film=lambda config: int(config["sample_frames"]),
     conditions=lambda config: (_MASK,),
     size=lambda config: (int(config["sample_height"]), int(config["sample_width"])),
     tokens=lambda config: 512,
@@ -265,7 +265,7 @@ MOCHI_FRAMES = 14  # 84 frames through a VAE of six to one
 def _mochi_arrange(config: Config, *given: Any) -> dict[str, Any]:
     """Timesteps are counted from noise to the film."""
     inputs = as_arguments(config, *given)
-    timestep = (STEPS - inputs["timestep"]).to(inputs["hidden_states"].dtype)
+    timestep = (inputs.pop(LENGTH.place) - inputs["timestep"]).to(inputs["hidden_states"].dtype)
     mask = counted(inputs["encoder_attention_mask"])
     return {**inputs, "timestep": timestep, "encoder_attention_mask": mask}
 
@@ -305,8 +305,8 @@ MOCHI = Chain(
     arrange=_mochi_arrange,
     prediction=_mochi_prediction,
     answers=MASKED_TEXT,
-    frames=lambda config: MOCHI_FRAMES,
-    conditions=lambda config: (_MASK,),
+    film=lambda config: MOCHI_FRAMES,
+    conditions=lambda config: (_MASK, LENGTH),
     size=lambda config: (60, 106),  # 480 by 848 pixels
     tokens=lambda config: int(config["max_sequence_length"]),
     finish=_mochi_finish,
@@ -339,7 +339,7 @@ HUNYUAN_VIDEO = Chain(
     text=lambda config: int(config["text_embed_dim"]),
     answers=("text", "pooled_projections", "encoder_attention_mask"),
     channels=_wan_channels,
-    frames=_frames,
+    film=_frames,
     size=lambda config: (90, 160),  # 720 by 1280 pixels
     tokens=lambda config: 256,
     conditions=_hunyuan_conditions,
@@ -356,7 +356,7 @@ SANA_VIDEO = Chain(
     text=lambda config: int(config["caption_channels"]),
     arrange=sana_arrange,
     answers=MASKED_TEXT,
-    frames=_frames,
+    film=_frames,
     size=lambda config: (60, 104),  # 480 by 832 pixels
     tokens=lambda config: 300,
     conditions=sana_conditions,

@@ -24,11 +24,9 @@ from prune_lab.families.family import Outline, Unit
 SiteKind = Literal["hidden", "heads", "cross", "ff"]
 CHANNELS_IN_A_UNIT = 8  # of a feed-forward
 
-# Ways of attention that treat each head alone, by the names of their classes.
-_BY_HEAD = (
-    *("AttnProcessor", "AttnProcessor2_0", "JointAttnProcessor2_0"),
-    *("AttnAddedKVProcessor", "AttnAddedKVProcessor2_0"),
-)
+# Ways of attention that treat each head alone, by the names of their classes. Those with added keys and values
+# (``AttnAddedKVProcessor2_0``) are none: they lay out what the heads answer by the width of the block.
+_BY_HEAD = ("AttnProcessor", "AttnProcessor2_0", "JointAttnProcessor2_0")
 # Activations of a feed-forward that take each channel alone, and how many parts of the projection make one channel.
 _PARTS = {"GELU": 1, "ApproximateGELU": 1, "LinearActivation": 1, "GEGLU": 2, "SwiGLU": 2}
 

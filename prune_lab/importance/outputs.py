@@ -87,7 +87,8 @@ def _predictions(
     parts = [probe if len(rows) == len(probe) else probe.rows(rows) for probe in probes]
     # Decided once for both, because they run side by side: free memory may be different a moment later.
     model, most = context.model, min(context.batch or _ROWS, len(rows))
-    batch, width = fitting_batch(context.architecture, most, model.device, model.dtype.itemsize)
+    side = max(context.probe.noisy.shape[-2:])
+    batch, width = fitting_batch(context.architecture, most, model.device, model.dtype.itemsize, side)
     compiled = context.compiled
     streams = [
         predict_without(model, part, sets, batch=batch, width=width, compute=compute, compiled=compiled)

@@ -1,17 +1,19 @@
 """Where a model comes from, whether its files are sound, and loading it.
 
-A model is named by ``reference`` or ``transformer``, which ship, a preset, a pipeline or model folder, a ``config.json`` (structure only) or a hub id.
-Only safetensors are read: pickled weights and repositories that bring their own code are refused. Whatever is wrong
-with the files is found from a few kilobytes of headers, before anything is loaded or written.
+A model is named by ``reference`` or ``transformer``, which ship, by a preset, a pipeline or model folder, a
+``config.json`` (structure only) or a hub id. Only safetensors are read: pickled weights and repositories that bring
+their own code are refused. Whatever is wrong with the files is found from a few kilobytes of headers, before anything
+is loaded or written.
 """
 
 from __future__ import annotations
 
 from prune_lab.models.files import weight_files
-from prune_lab.models.kinship import of_shipped_family
+from prune_lab.models.kinship import check_same_class, of_shipped_family, shipped_like
 from prune_lab.models.loading import load_model, load_pipeline, plain_source
 from prune_lab.models.scorer import ScorerChoice, ScorerInputs, choose_scorer, load_scorer
 from prune_lab.models.sources import (
+    PRESETS,
     ModelSource,
     configured_model,
     model_digest,
@@ -20,9 +22,11 @@ from prune_lab.models.sources import (
 )
 
 __all__ = [
+    "PRESETS",
     "ModelSource",
     "ScorerChoice",
     "ScorerInputs",
+    "check_same_class",
     "choose_scorer",
     "configured_model",
     "load_model",
@@ -33,5 +37,6 @@ __all__ = [
     "plain_source",
     "preset_config",
     "resolve_model",
+    "shipped_like",
     "weight_files",
 ]

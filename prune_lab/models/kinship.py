@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from pathlib import Path
@@ -11,11 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from prune_lab.assets import reference_folder
-from prune_lab.errors import PruneLabError
+from prune_lab.assets import SHIPPED_MODELS, reference_folder
+from prune_lab.errors import ConfigError, ModelNotFoundError, PruneLabError
+from prune_lab.families import CLASS_NAME, base_name
 from prune_lab.models.files import json_object, weight_files
 from prune_lab.models.folders import variant_of_part
-from prune_lab.models.sources import ModelSource
+from prune_lab.models.sources import ModelSource, resolve_model
 
 _PARTS = ("text_encoder", "vae")
 # Entries of a config.json that say how it was written, not what it describes.
@@ -66,3 +68,29 @@ def of_shipped_family(source: ModelSource) -> bool:
     if not source.is_pipeline or source.folder is None:
         return False
     return _has_shipped_parts(source.folder.resolve(), source.asked_variant)
+
+
+# A model alone -------------------------------------------------------------------------------------------------------
+
+
+def _class_of(source: ModelSource) -> str:
+    return base_name(str(source.config[CLASS_NAME]))
+
+
+def shipped_like(source: ModelSource) -> str:
+    """The shipped model of the class of ``source``, in whose pipeline it can draw; ``reference`` where none is."""
+    for name in SHIPPED_MODELS:
+        with contextlib.suppress(ModelNotFoundError):
+            if _class_of(resolve_model(name)) == _class_of(source):
+                return name
+    return "reference"
+
+
+def check_same_class(source: ModelSource, base: ModelSource) -> None:
+    """Raise ConfigError where the model ``source`` is of another class than the one that the pipeline ``base`` has."""
+    own, other = _class_of(source), _class_of(base)
+    if own != other:
+        raise ConfigError(
+            f"asked to judge {source.text}, a {own}, in the pipeline {base.text}, whose model is a {other}; name a "
+            "pipeline of its own class as base"
+        )

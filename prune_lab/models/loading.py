@@ -14,7 +14,7 @@ from diffusers import ModelMixin
 from torch import nn
 
 from prune_lab.errors import ModelFormatError, UnsupportedModelError
-from prune_lab.families import CLASS_NAME, family_of, plain_config
+from prune_lab.families import CLASS_NAME, as_loaded, family_of, plain_config
 from prune_lab.models.answers import complaint_of_parts, model_complaint, refuse_silent
 from prune_lab.models.components import reason_of
 from prune_lab.models.conversion import refuse_flawed
@@ -78,8 +78,8 @@ def load_model(
     if random_weights:
         with torch.random.fork_rng(devices=[]), quiet():
             torch.manual_seed(seed)
-            model = model_class.from_config(plain_config(source.config)).to(device, dtype)
-        return model.eval()
+            model = as_loaded(model_class.from_config(plain_config(source.config)), dtype)
+        return model.to(device)
     if source.model_folder is None:
         raise UnsupportedModelError(
             f"asked for the weights of {source.text!r}, which is structure only (kind: {source.kind}); "

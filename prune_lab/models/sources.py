@@ -159,7 +159,7 @@ def preset_config(name: str) -> dict[str, Any]:
 
 
 def shipped(folder: Path, called: str) -> Path:
-    """``folder`` of the package; ModelNotFoundError, which says what it is ``called``, when this installation lacks it."""
+    """``folder`` of the package; ModelNotFoundError when this installation lacks what is ``called`` so."""
     if not folder.is_dir():
         raise ModelNotFoundError(
             f"{called} is not part of this installation ({folder} is not there); install prune-lab again"

@@ -2,7 +2,8 @@
 
 Several sets of blocks are computed in one pass by repeating the rows. A block's inputs are then taken apart by sets,
 and only some of them have the rows as their first dimension: positions, and what is computed once for a batch, do not.
-Shapes alone cannot tell (four rows, or four words?), so a model on ``meta`` is run with two numbers of rows.
+Shapes alone cannot tell (four rows, or four words?), so a model on ``meta`` is run with two numbers of rows. Masks keep
+their values there: where texts are of one length some models give their blocks no mask at all.
 """
 
 from __future__ import annotations
@@ -21,20 +22,29 @@ from prune_lab.errors import ReplayError
 from prune_lab.families import Unit, meta_model, runs_on_meta
 from prune_lab.surgery.patching import patched
 
-Marks = tuple[bool, ...]  # one for each leaf: whether its first dimension grows with the rows
+Marks = tuple[bool | None, ...]
+"""One for each leaf: whether its first dimension grows with the rows; None for what is no tensor."""
 
 FEW, MORE = 2, 3  # rows of the two runs
 
 
-def _shapes(leaves: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(leaf.shape) if isinstance(leaf, Tensor) else () for leaf in leaves)
+def _shapes(leaves: Sequence[Any]) -> tuple[tuple[int, ...] | None, ...]:
+    return tuple(tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in leaves)
+
+
+def _kind(leaf: Any) -> Any:
+    """Shape and dtype of a tensor, and the values of a mask."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    values = leaf.cpu().numpy().tobytes() if leaf.dtype == torch.bool and not leaf.is_meta else b""
+    return (tuple(leaf.shape), leaf.dtype, values)
 
 
 def marks_of(few: Any, more: Any) -> Marks:
     """The marks of a tree of tensors that was made for ``FEW`` and for ``MORE`` rows."""
     shapes = (_shapes(tree_flatten(tree)[0]) for tree in (few, more))
     return tuple(
-        bool(one) and bool(other) and one[0] * MORE == other[0] * FEW
+        None if one is None or other is None else bool(one and other) and one[0] * MORE == other[0] * FEW
         for one, other in zip(*shapes, strict=True)
     )
 
@@ -49,7 +59,7 @@ class Growth:
 
 @dataclass(frozen=True, slots=True)
 class Kinds:
-    """The inputs of a model without their values: a tree, and the shape and dtype of each tensor in it."""
+    """The inputs of a model without their values: a tree, and the kind of each tensor in it; of masks the values."""
 
     tree: str
     leaves: tuple[Any, ...]
@@ -58,21 +68,21 @@ class Kinds:
     def of(inputs: Mapping[str, Any]) -> Kinds:
         """The kinds of keyword arguments of a model's ``forward``."""
         leaves, spec = tree_flatten(dict(inputs))
-        kinds = ((tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        return Kinds(treespec_dumps(spec), tuple(kinds))
+        return Kinds(treespec_dumps(spec), tuple(map(_kind, leaves)))
 
     def inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-        """Inputs of these kinds, of zeros, masks of ones; floating point numbers are of ``dtype``."""
+        """Inputs of these kinds, of zeros, with the masks as they were; floating point numbers are of ``dtype``."""
         leaves = []
         for kind in self.leaves:
             if not isinstance(kind, tuple):
                 leaves.append(kind)
                 continue
-            shape, own = kind
-            if (
-                own is torch.bool
-            ):  # a mask that leaves nothing out: a model may count in it, which meta cannot
-                leaves.append(torch.ones(shape, dtype=own, device="cpu" if device.type == "meta" else device))
+            shape, own, values = kind
+            if own is torch.bool:  # on the CPU: a model may count in it, which meta cannot
+                mask = (
+                    torch.frombuffer(bytearray(values), dtype=own) if values else torch.ones(shape, dtype=own)
+                )
+                leaves.append(mask.reshape(shape).to("cpu" if device.type == "meta" else device))
                 continue
             leaves.append(torch.zeros(shape, dtype=dtype if own.is_floating_point else own, device=device))
         found: dict[str, Any] = tree_unflatten(leaves, treespec_loads(self.tree))
@@ -128,7 +138,8 @@ def _without_weights(architecture: Architecture, kinds: tuple[Kinds, Kinds]) -> 
 def growth(
     model: Any, architecture: Architecture, inputs: Callable[[int], Mapping[str, Any]]
 ) -> Mapping[str, Growth]:
-    """By path of each unit's module: which of its arguments and results grow with the rows of ``inputs(rows)``.
+    """By path of each unit's module: which of its arguments and results grow with the rows of ``inputs(copies)``, those
+    that are computed, repeated so many times.
 
     The model itself is run only where one without weights cannot be. Raises ReplayError for a unit whose module is not
     called.

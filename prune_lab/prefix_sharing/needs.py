@@ -5,32 +5,40 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from prune_lab.blocks import architecture_of
 from prune_lab.families import meta_model, runs_on_meta
 from prune_lab.live_bytes import FusedAttention, LiveBytes
-from prune_lab.models.streamed import is_streamed, outer_units
+from prune_lab.models.streamed import is_streamed, outer_units, stored_dtypes
 from prune_lab.prefix_sharing.growing import Kinds, growth
 from prune_lab.prefix_sharing.replay import replayed
+from prune_lab.runtime import used_bytes
 
 Inputs = Callable[[int], Mapping[str, Any]]
 
 
-def _holding(shell: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """What the units of ``shell`` answer through so that memory holds the weights of one at a time, as if read."""
+def _holding(shell: nn.Module, stored: Mapping[str, torch.dtype]) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """What the units of ``shell`` answer through so that memory holds the weights of one at a time, as if read.
+
+    ``stored`` are the number formats on disk of those that are read into the same memory: where one is computed in
+    another, both are there for a moment.
+    """
     held: dict[str, list[Tensor]] = {}
 
     def holding(path: str, module: nn.Module, keeps: tuple[str, ...]) -> Callable[..., Any]:
-        forward, state = module.forward, module.state_dict()
-        shapes = [(one.shape, one.dtype) for name, one in state.items() if not name.startswith(keeps)]
+        forward = module.forward
+        state = {name: one for name, one in module.state_dict().items() if not name.startswith(keeps)}
+
+        def read(name: str, one: Tensor) -> Tensor:
+            form = stored.get(f"{path}.{name}", one.dtype)
+            return torch.empty(one.shape, dtype=form, device="meta").to(one.dtype)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if path not in held:
                 held.clear()
-                held[path] = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes]
+                held[path] = [read(name, one) for name, one in state.items()]
             return forward(*args, **kwargs)
 
         return call
@@ -50,9 +58,9 @@ def needed_bytes(
     """
     architecture = architecture_of(model)
     known = growth(model, architecture, inputs)
-    shell = meta_model(architecture.config).to(model.dtype)
+    shell = meta_model(architecture.config, model.dtype)
     if is_streamed(model):
-        for path, forward in _holding(shell):
+        for path, forward in _holding(shell, stored_dtypes(model) if model.device.type == "cpu" else {}):
             shell.get_submodule(path).forward = forward
 
     def call(copies: int) -> Tensor:
@@ -72,7 +80,6 @@ def needed_bytes(
 def stated_peak(
     model: Any, inputs: Inputs, removed: Sequence[frozenset[str]], *, width: int, at_once: int | None = None
 ) -> int:
-    """Bytes of this process at the highest moment of the replay: those that it has now, and ``needed_bytes``."""
+    """Bytes in use at the highest moment of the replay: those that are now, and ``needed_bytes``."""
     needed = needed_bytes(model, inputs, removed, width=width, at_once=at_once)
-    now: int = psutil.Process().memory_info().rss  # after it: what it loads of torch stays
-    return now + needed
+    return needed + used_bytes(model.device)  # in this order: what the first loads of torch stays

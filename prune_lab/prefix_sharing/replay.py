@@ -69,6 +69,20 @@ def _joined(lanes: Sequence[Sequence[Any]], marks: Marks) -> list[Any]:
     ]
 
 
+def _check_shared(unit: Unit, lanes: Sequence[Sequence[Any]], marks: Marks) -> None:
+    """Raise ReplayError where the unit gives other values for some lanes in a tensor that has no rows to tell them."""
+    for column, grows in zip(zip(*lanes, strict=True), marks, strict=True):
+        first = column[0]
+        if grows or not isinstance(first, Tensor) or first.is_meta:
+            continue
+        if not all(one is first or torch.equal(one, first) for one in column[1:]):
+            raise ReplayError(
+                f"asked to run several sets in one pass, found that {unit.name} gives a tensor of shape "
+                f"{list(first.shape)}, which has no rows and is another one without some blocks; such a model is "
+                "scored set by set (width 1)"
+            )
+
+
 def _picked(leaves: Sequence[Any], marks: Marks, which: Sequence[int], lanes: int) -> list[Any]:
     """The leaves for the lanes ``which`` alone; a view where they are neighbours."""
     if len(which) == lanes:
@@ -215,7 +229,9 @@ class _Passes:
         assert spec is not None
         self._hold(place, found, output, spec)
         if not covered:
-            joined = _joined([found[code[: site.end]] for code in lanes], self._marks(place).made)
+            parts, marks = [found[code[: site.end]] for code in lanes], self._marks(place).made
+            _check_shared(site.unit, parts, marks)
+            joined = _joined(parts, marks)
             output = tree_unflatten(joined, spec)
         if not site.unit.inside:
             self._main_path = _layout(output)
@@ -242,6 +258,11 @@ class _Passes:
                 f"asked to run {self._sites[place].unit.name} for several sets at a time, found {len(leaves)} values "
                 f"among its inputs, and {len(marks)} in a model without weights; such a model is scored set by set"
             )
+        if any(isinstance(leaf, Tensor) and mark is None for leaf, mark in zip(leaves, marks, strict=True)):
+            raise ReplayError(
+                f"asked to run {self._sites[place].unit.name} for several sets at a time, found a tensor among its "
+                "inputs where a model without weights gives it none; such a model is scored set by set (width 1)"
+            )
         picked: tuple[Any, Any] = tree_unflatten(_picked(leaves, marks, which, len(self._lanes)), spec)
         return picked
 
@@ -254,11 +275,18 @@ class _Passes:
                 # It was cut from a concatenation, which hides how the main path lies; kernels may round otherwise then.
                 return handed_on.contiguous(memory_format=self._main_path)
             return handed_on
+        leaves = tree_flatten(given)[0]
+        before = _versions(leaves)
         outer, self._lanes, self._place = self._lanes, lanes, place + 1
         try:
             output = site.forward(*args, **kwargs)
         finally:
             self._lanes = outer
+        if _versions(leaves) != before:
+            raise ReplayError(
+                f"asked to share what comes before a difference, found that {site.unit.name} changes one of its inputs "
+                "in place, so that it gives more than its output; such a model cannot be scored by replay"
+            )
         self._finished(site.end)
         self._place = place
         self._computed(site.unit, len(lanes))

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from diffusers import ModelMixin
 from torch import Tensor
@@ -31,7 +30,7 @@ from prune_lab.prefix_sharing.needs import needed_bytes
 from prune_lab.prefix_sharing.replay import replayed
 from prune_lab.prefix_sharing.sites import in_order
 from prune_lab.probes import Probe, evaluating
-from prune_lab.runtime import bytes_text, free_bytes, note, track
+from prune_lab.runtime import bytes_text, free_bytes, note, track, used_bytes
 
 _MEMORY_SHARE = 0.4  # of what is free at the start
 _MOST_BYTES = 6 << 30
@@ -53,7 +52,7 @@ class ComputeCost:
 
     @property
     def forwards(self) -> float:
-        """The work in forward passes of one sample through the whole U-Net."""
+        """The work in forward passes of one sample through the whole model."""
         return self.macs / self.forward_macs if self.forward_macs else 0.0
 
     @property
@@ -63,28 +62,37 @@ class ComputeCost:
 
 
 @functools.lru_cache(maxsize=64)
-def _peak_bytes(architecture: Architecture) -> int:
-    """The most bytes that one row of a forward pass keeps alive at one moment, in float32."""
+def _peak_bytes(architecture: Architecture, latent: int | None) -> int:
+    """The most bytes that one row of a forward pass keeps alive at one moment, in float32; of a film one frame."""
     config = architecture.config
-    latent = UNKNOWN_LATENT if config.get("sample_size", "its own") is None else None
-    inputs = example_inputs(config, latent=latent, tokens=architecture.tokens, device="meta")
+    if latent is None and config.get("sample_size", "its own") is None:
+        latent = UNKNOWN_LATENT
+    inputs = example_inputs(config, latent=latent, tokens=architecture.tokens, frames=1, device="meta")
     with runs_on_meta():
         return live_peak(meta_model(config), inputs)
 
 
-def state_bytes(architecture: Architecture, itemsize: int = 4) -> int:
-    """Bytes that one row of one set takes at most while it is computed, beside others in one pass."""
-    return int((1 + _BESIDE) * _peak_bytes(architecture)) * itemsize // 4
+def state_bytes(architecture: Architecture, itemsize: int = 4, latent: int | None = None) -> int:
+    """Bytes that one row of one set takes at most while it is computed, beside others in one pass.
+
+    ``latent`` is the side of its latents (None: what the model is meant for); of a film a row is one frame.
+    """
+    return int((1 + _BESIDE) * _peak_bytes(architecture, latent)) * itemsize // 4
 
 
 def fitting_batch(
-    architecture: Architecture, rows: int, device: torch.device, itemsize: int = 4
+    architecture: Architecture,
+    rows: int,
+    device: torch.device,
+    itemsize: int = 4,
+    latent: int | None = None,
 ) -> tuple[int, int]:
-    """At most ``rows`` rows, and for how many sets they fit beside each other into the device's free memory.
+    """At most ``rows`` rows of this side of the ``latent``, and for how many sets they fit beside each other into the
+    device's free memory.
 
     Rows are given up before there are fewer than `_LEAST_WIDTH` sets: what they begin with is what is shared.
     """
-    one = state_bytes(architecture, itemsize)
+    one = state_bytes(architecture, itemsize, latent)
     budget = min(_MOST_BYTES, int(_MEMORY_SHARE * free_bytes(device)))
     fitting = budget // one
     rows = max(1, min(rows, fitting // _LEAST_WIDTH))
@@ -177,7 +185,7 @@ def _answers(
         rows.answer,
         removed,
         width=width,
-        growth=lambda: growth(rows.model, architecture, rows.first().inputs),
+        growth=lambda: growth(rows.model, architecture, rows.inputs),
         computed=computed,
         at_once=at_once,
         compiled=compiled,
@@ -210,15 +218,16 @@ def _width_from_disk(rows: _Rows, removed: Sequence[frozenset[str]], at_once: in
 
     Says what memory that will take, before it starts.
     """
-    width, free = len(set(removed)), free_bytes(rows.model.device)
+    device = rows.model.device
+    width, free = len(set(removed)), free_bytes(device)
     needed = needed_bytes(rows.model, rows.inputs, removed, width=width, at_once=at_once)
     while needed > _MEMORY_SHARE * free and width > 1:
         width = -(-width // 2)
         needed = needed_bytes(rows.model, rows.inputs, removed, width=width, at_once=at_once)
-    in_use: int = psutil.Process().memory_info().rss
+    where = "memory" if device.type == "cpu" else f"the memory of {device}"
     note(
         f"blocks are read from disk, {-(-len(set(removed)) // width)} times each for {len(rows.numbers)} rows; this "
-        f"takes up to {bytes_text(needed)} of memory beside the {bytes_text(in_use)} in use"
+        f"takes up to {bytes_text(needed)} of {where} beside the {bytes_text(used_bytes(device))} in use"
     )
     return width
 
@@ -246,7 +255,8 @@ def predict_without(
     at_once = None
     if width is None:
         rows = min(batch, len(probe))
-        batch, width = fitting_batch(architecture_of(model), rows, model.device, model.dtype.itemsize)
+        side = max(probe.noisy.shape[-2:])
+        batch, width = fitting_batch(architecture_of(model), rows, model.device, model.dtype.itemsize, side)
     if is_streamed(model) and width > 1:
         at_once = width
         width = _width_from_disk(_Rows(model, probe, tuple(range(min(batch, len(probe))))), removed, at_once)

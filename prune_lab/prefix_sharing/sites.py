@@ -13,7 +13,7 @@ from torch import nn
 
 from prune_lab.blocks import Architecture
 from prune_lab.errors import ReplayError, UnknownBlockError
-from prune_lab.families import Unit
+from prune_lab.families import Unit, only_watches
 from prune_lab.surgery import stand_in_for
 
 Code = tuple[bool, ...]  # of one set: for each site whether it is removed
@@ -56,6 +56,18 @@ def _check_hands_on(unit: Unit, module: nn.Module) -> None:
         )
 
 
+def _check_hooks(unit: Unit, module: nn.Module) -> None:
+    """Raise ReplayError where something else changes what the unit is given or gives: it would go on doing so where the
+    unit is removed.
+    """
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    if not all(only_watches(hook) for hook in hooks):
+        raise ReplayError(
+            f"asked to run a model with and without {unit.name}, found a hook on it ({unit.path}), which torch calls "
+            "whether it is there or not; take the hook off first (remove() of what registered it)"
+        )
+
+
 def _handing_on(unit: Unit, module: nn.Module) -> Callable[..., Any]:
     instead = stand_in_for(module, unit)
 
@@ -84,6 +96,7 @@ def sites_of(model: nn.Module, architecture: Architecture, compiled: bool) -> tu
     for place, unit in enumerate(units):
         module = model.get_submodule(unit.path)
         _check_hands_on(unit, module)
+        _check_hooks(unit, module)
         forward = module.forward
         if compiled and ends[place] == place + 1:  # what others lie inside is patched there
             # for any number of rows; blocks of equal shapes share a graph

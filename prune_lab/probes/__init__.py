@@ -18,6 +18,7 @@ from prune_lab.probes.encoding import (
 )
 from prune_lab.probes.latents import (
     channels_of,
+    check_side,
     class_count,
     decode_latents,
     draw_at,
@@ -38,6 +39,7 @@ __all__ = [
     "Probe",
     "Schedule",
     "channels_of",
+    "check_side",
     "class_count",
     "cut_texts",
     "decode_latents",

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prune_lab.errors import UnsupportedModelError
-from prune_lab.families import REFINER_TIME_IDS, SDXL_TIME_IDS, Condition, known_conditions, model_of
+from prune_lab.families import REFINER_TIME_IDS, SDXL_TIME_IDS, STEPS, Condition, known_conditions, model_of
 from prune_lab.probes.latents import encode_pixels
 
 # Guidance scales less one that LCM was trained with: uniform between these (arXiv:2310.04378, section 5.1).
@@ -56,15 +56,19 @@ def guidance_embedding(scales: Tensor, width: int) -> Tensor:
     return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
 
 
-def drawn_rows(conditions: Sequence[Condition], count: int, generator: torch.Generator) -> dict[str, Tensor]:
+def drawn_rows(
+    conditions: Sequence[Condition], count: int, generator: torch.Generator, *, length: int = STEPS
+) -> dict[str, Tensor]:
     """``count`` rows of each condition that needs no picture and is made anew for each row.
 
     Embedded guidance is uniform over the range that LCM was trained with, a class any of all; a number that a pipeline
-    gives by default is that. Nothing is drawn for a model without any.
+    gives by default is that, and the number of timesteps ``length``. Nothing is drawn for a model without any.
     """
     rows = {}
     for condition in conditions:
-        if condition.value is not None:
+        if condition.place == "schedule":
+            rows[condition.name] = torch.full((count, *condition.shape), length)
+        elif condition.value is not None:
             form = torch.int64 if condition.whole else torch.float32
             rows[condition.name] = torch.full((count, *condition.shape), condition.value, dtype=form)
         elif condition.classes:

@@ -22,7 +22,7 @@ from prune_lab.families import (
     picture_scale,
     plain_config,
 )
-from prune_lab.families.drawing import latents_per_patch
+from prune_lab.families.drawing import has_own_size, latents_per_patch
 
 # Brightness of red, green and blue, as ITU-R 601-2 and Pillow weigh them.
 _GREY = (0.299, 0.587, 0.114)
@@ -114,6 +114,21 @@ def picture_side(pipeline: Any) -> int:
     return size * pixels_per_latent(pipeline)
 
 
+def check_side(pipeline: Any, side: int) -> None:
+    """Raise DataError where ``pipeline`` cannot draw pictures of ``side`` pixels."""
+    own, step = picture_side(pipeline), pixels_per_latent(pipeline) * latents_per_patch(pipeline)
+    if side != own and has_own_size(pipeline):
+        raise DataError(
+            f"asked for pictures of {side} pixels per side, the model draws {own} alone; leave the size out "
+            "(data.resolution = 0)"
+        )
+    if side % step:
+        raise DataError(
+            f"asked for pictures of {side} pixels per side, the model draws multiples of {step}; "
+            f"give {max(1, round(side / step)) * step}"
+        )
+
+
 def draw_at(pipeline: Any, side: int) -> None:
     """Let ``pipeline`` draw pictures ``side`` pixels high and wide where its model has no size of its own (FLUX, Wan);
     0 changes nothing.
@@ -122,14 +137,8 @@ def draw_at(pipeline: Any, side: int) -> None:
     """
     if not side or "sample_size" in model_of(pipeline).config:
         return
-    factor = pixels_per_latent(pipeline)
-    step = factor * latents_per_patch(pipeline)
-    if side % step:
-        raise DataError(
-            f"asked for pictures of {side} pixels per side, the model draws multiples of {step}; "
-            f"give {max(1, round(side / step)) * step}"
-        )
-    pipeline.default_sample_size = side // factor
+    check_side(pipeline, side)
+    pipeline.default_sample_size = side // pixels_per_latent(pipeline)
 
 
 def channels_of(pipeline: Any) -> int:

@@ -20,14 +20,16 @@ from prune_lab.probes.conditions import (
     rows_of_size,
 )
 from prune_lab.probes.encoding import encode_captions
-from prune_lab.probes.latents import decode_latents, encode_pictures
+from prune_lab.probes.latents import decode_latents, encode_pictures, pixels_per_latent
 from prune_lab.probes.probe import Probe
 from prune_lab.probes.schedules import schedule_of
 from prune_lab.runtime import generator_for, note_once, seeded
 
 # All of SD 1, 2, XL.
 _SD_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-_VAE_FACTOR = 8  # pixels per latent pixel in all of SD; only SDXL's size conditioning reads it
+_VAE_FACTOR = (
+    8  # pixels per latent pixel, where there is no VAE to tell; what a model is told of its size reads it
+)
 
 
 def _spread_order(count: int) -> list[int]:
@@ -107,7 +109,8 @@ def probe_of_latents(
     text: tuple[Tensor, Mapping[str, Tensor]] | None = None,
     pictures: Tensor | None = None,
 ) -> Probe:
-    """``make_probe`` of scaled latents (N, C, h, w), such as the model's own; ``size`` in pixels is told to SDXL.
+    """``make_probe`` of scaled latents (N, C, h, w), such as the model's own; ``size`` in pixels is told to
+    models that ask for it (SDXL, PixArt); None: that of what the VAE makes of the latents.
 
     ``text`` holds embeddings (N, L, D) and added conditioning where they are known, and are not made of the captions.
     ``pictures`` (N, 3, H, W) uint8 are those of the latents, which are decoded without them where the model is shown
@@ -136,7 +139,8 @@ def probe_of_latents(
     embeddings, known = encode_captions(pipeline, captions) if text is None else text
     wanted = {condition.name for condition in conditions}
     added = {name: tensor for name, tensor in known.items() if name in wanted}
-    size = size or (_VAE_FACTOR * latents.shape[-2], _VAE_FACTOR * latents.shape[-1])
+    height, width = (pixels_per_latent(pipeline) * side for side in latents.shape[-2:])
+    size = size or (height, width)
     added = rows_of_size(model, added, len(latents), size) | added
     if set(picture_names(conditions)) - added.keys():
         shown = decode_latents(pipeline, latents) if pictures is None else pictures
@@ -158,7 +162,7 @@ def probe_of_latents(
         captions=tuple(captions[picture] for picture in index.tolist()),
         groups=tuple(groups[picture] for picture in index.tolist()),
         target=schedule.target(latents, noise, steps),
-        added=drawn_rows(conditions, len(index), generator_for(seed, "guidance", 0))
+        added=drawn_rows(conditions, len(index), generator_for(seed, "guidance", 0), length=length)
         | {name: tensor[index] for name, tensor in added.items()},
         pictures=index,
     )

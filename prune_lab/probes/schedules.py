@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from diffusers import CogVideoXDDIMScheduler, DDPMScheduler
@@ -14,6 +14,9 @@ from prune_lab.errors import UnsupportedModelError
 
 Kind = Literal["epsilon", "v_prediction", "sample", "flow"]
 _PLAIN: tuple[Kind, ...] = ("epsilon", "v_prediction", "sample")
+# What a model may predict on the straight way of a flow, by the word for it. The velocity of arXiv:2202.00512 is
+# defined on the way of betas alone.
+_OF_FLOW: Mapping[str, Kind] = {"flow_prediction": "flow", "epsilon": "epsilon", "sample": "sample"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,10 +60,23 @@ class Schedule:
         return noise if self.kind == "epsilon" else latents
 
 
-def _says_flow(config: Mapping[str, Any]) -> bool:
-    """Whether a scheduler's config is one of a flow: its class has no other kind, or it says so."""
-    known = "shift" in config or str(config.get("_class_name", "")).startswith("FlowMatch")
-    return known or config.get("prediction_type") == "flow_prediction"
+# Classes of schedulers that know the way of a flow alone, by the beginnings of their names.
+_OF_FLOWS = ("FlowMatch", "FlowMap", "LTXEulerAncestralRF")
+
+
+def _goes_by_flow(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler of this config goes the straight way of a flow: its class knows no other, or it says so."""
+    of_class = "shift" in config or str(config.get("_class_name", "")).startswith(_OF_FLOWS)
+    return (
+        of_class or bool(config.get("use_flow_sigmas")) or config.get("prediction_type") == "flow_prediction"
+    )
+
+
+def _refuse_prediction(kind: object, known: Sequence[str]) -> NoReturn:
+    raise UnsupportedModelError(
+        f"asked for the schedule that a model was trained on, found a scheduler that says it predicts {kind!r}; "
+        f"known are {', '.join(known)}"
+    )
 
 
 def _flow(config: Mapping[str, Any]) -> Schedule:
@@ -69,6 +85,13 @@ def _flow(config: Mapping[str, Any]) -> Schedule:
     Places are shifted towards noise as the sampler's are. A shift that hangs on the size of the picture
     (``use_dynamic_shifting``) is that of sampling alone: places are even then.
     """
+    kind: Kind = "flow"
+    # one that can go other ways says what its model predicts; those of flows have no such setting
+    if config.get("use_flow_sigmas"):
+        said = config.get("prediction_type", "epsilon")
+        if said not in _OF_FLOW:
+            _refuse_prediction(said, [f"{', '.join(_OF_FLOW)} where noise is mixed by use_flow_sigmas"])
+        kind = _OF_FLOW[said]
     length = int(config.get("num_train_timesteps", 1000))
     shift = (
         1.0
@@ -79,7 +102,7 @@ def _flow(config: Mapping[str, Any]) -> Schedule:
     timesteps = (length * shift * share / (1 + (shift - 1) * share)).round().long().clamp(min=1)
     noise = torch.arange(length + 1, dtype=torch.float32) / length
     signal = 1 - noise
-    return Schedule("flow", signal, noise, signal**2 / (signal**2 + noise**2), timesteps)
+    return Schedule(kind, signal, noise, signal**2 / (signal**2 + noise**2), timesteps)
 
 
 def schedule_of(scheduler_config: Mapping[str, Any]) -> Schedule:
@@ -87,14 +110,11 @@ def schedule_of(scheduler_config: Mapping[str, Any]) -> Schedule:
 
     Raises UnsupportedModelError for a prediction type that is not known.
     """
-    if _says_flow(scheduler_config):
+    if _goes_by_flow(scheduler_config):
         return _flow(scheduler_config)
     kind = scheduler_config.get("prediction_type", "epsilon")
     if kind not in _PLAIN:
-        raise UnsupportedModelError(
-            f"asked for the schedule that a model was trained on, found a scheduler that says it predicts {kind!r}; "
-            f"known are {', '.join(_PLAIN)} and flow_prediction"
-        )
+        _refuse_prediction(kind, [*_PLAIN, "flow_prediction"])
     # CogVideoX shifts its schedule in a way of its own
     maker = CogVideoXDDIMScheduler if "snr_shift_scale" in scheduler_config else DDPMScheduler
     kept: Tensor = maker.from_config(dict(scheduler_config)).alphas_cumprod.float()

@@ -47,10 +47,14 @@ from prune_lab.profiling.profile_tables import profile_blocks, profile_pipeline,
 from prune_lab.profiling.random_weights import random_model
 from prune_lab.profiling.service import (
     Service,
+    check_asked_size,
+    check_frames,
+    drawn_latent,
     latent_of_pixels,
     picture_size,
     pixels_per_latent,
     read_service,
+    size_text,
     split_service,
 )
 from prune_lab.profiling.timed_plans import TEACHER, fits_into_one_process, time_plans
@@ -94,7 +98,10 @@ __all__ = [
     "as_matrix",
     "as_plans",
     "change_of",
+    "check_asked_size",
+    "check_frames",
     "cost_table",
+    "drawn_latent",
     "fits_into_one_process",
     "forward_ms",
     "groups_gone",
@@ -122,6 +129,7 @@ __all__ = [
     "read_service",
     "reduction_table",
     "sampler_groups",
+    "size_text",
     "split_service",
     "time_in_turns",
     "time_plans",

@@ -27,7 +27,6 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from prune_lab.blocks import Architecture
 from prune_lab.errors import UnsupportedModelError
@@ -229,7 +228,7 @@ def _watched(
     config: str, paths: tuple[tuple[str, str], ...], latent: int | None, tokens: int, dtype: torch.dtype
 ) -> tuple[dict[str, LiveSpan], int]:
     """The span of every unit by name, and the most of the whole pass; ``paths`` holds (name, module path)."""
-    model = nn.Module.to(meta_model(json.loads(config)), dtype)
+    model = meta_model(json.loads(config), dtype)
     inputs = example_inputs(model.config, latent=latent, tokens=tokens, device="meta", dtype=dtype)
     with runs_on_meta():
         return spans(model, dict(paths), inputs)

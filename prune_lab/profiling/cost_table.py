@@ -239,6 +239,7 @@ def cost_table(
     batch: int = 1,
     latent: int | None = None,
     tokens: int | None = None,
+    frames: int | None = None,
     dtype: torch.dtype = torch.float32,
     latency: LatencyTable | None = None,
     latency_elsewhere: bool = False,
@@ -247,9 +248,10 @@ def cost_table(
     """The costs of ``architecture`` from one count of it; no weights are needed.
 
     ``latent`` is the side of the square latent (None: the config's size), ``tokens`` the length of the text (None: the
-    architecture's), ``dtype`` the number format of the weights. Raises PlanError when ``latency`` or ``activations``
-    are of another architecture, ConfigError when they are of another size; with ``latency_elsewhere`` the latency may
-    be of another size than what is counted: that of a service.
+    architecture's), ``frames`` those of the latent of a film (None: what the model is meant for), ``dtype`` the number
+    format of the weights. Raises PlanError when ``latency`` or ``activations`` are of another architecture, ConfigError
+    when they are of another size; with ``latency_elsewhere`` the latency may be of another size than what is counted:
+    that of a service.
     """
     tokens, shape = (
         architecture.tokens if tokens is None else tokens,
@@ -260,7 +262,7 @@ def cost_table(
             elsewhere = latency_elsewhere and table is latency
             size = (table.latent, table.tokens) if elsewhere else (shape, tokens)
             check_conditions(architecture, *size, table)
-    count = count_macs(architecture.config, batch=batch, latent=latent, tokens=tokens)
+    count = count_macs(architecture.config, batch=batch, latent=latent, tokens=tokens, frames=frames)
     times = {} if latency is None else latency.part_ms()
 
     def part(
@@ -273,7 +275,7 @@ def cost_table(
         if unit.changes_others:  # what a model without it lacks, at the size of this table
             family, outline = architecture.family, architecture.outline
             without = family.layout(outline, frozenset({unit.name})).config
-            left = count_macs(without, batch=batch, latent=latent, tokens=tokens)
+            left = count_macs(without, batch=batch, latent=latent, tokens=tokens, frames=frames)
             macs = count.total - left.total, count.attention - left.attention
         return part(unit.name, kind, unit.params, macs, uncounted)
 

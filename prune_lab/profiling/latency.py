@@ -108,6 +108,7 @@ def random_inputs(
     batch: int = 1,
     latent: int | None = None,
     tokens: int | None = None,
+    frames: int | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
@@ -118,7 +119,8 @@ def random_inputs(
     """
     generator = seeded(seed)
     with fitting():
-        inputs = example_inputs(config, batch=batch, latent=latent, tokens=tokens, device=device, dtype=dtype)
+        sizes = {"batch": batch, "latent": latent, "tokens": tokens, "frames": frames}
+        inputs = example_inputs(config, **sizes, device=device, dtype=dtype)  # type: ignore[arg-type]
         filled: dict[str, Any] = filled_with_noise(inputs, generator)
     return filled
 

@@ -17,7 +17,7 @@ import torch
 
 from prune_lab.blocks import Architecture
 from prune_lab.errors import DataError, PlanError, StorageError
-from prune_lab.families import latent_shape, plain_config
+from prune_lab.families import film_frames, latent_shape, plain_config
 from prune_lab.profiling.latency import LatencyTable, latency_table_from_dict
 from prune_lab.profiling.service import Service
 from prune_lab.runs import read_typed
@@ -32,6 +32,7 @@ def latency_key(architecture: Architecture, service: Service) -> dict[str, Any]:
         name: value for name, value in plain_config(architecture.config).items() if name != "sample_size"
     }
     there = Environment.capture(service.device, service.dtype)
+    film = film_frames(config, service.frames)
     return {
         "format": _FORMAT,
         "structure": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
@@ -42,6 +43,7 @@ def latency_key(architecture: Architecture, service: Service) -> dict[str, Any]:
         "batch": service.batch,
         "latent": list(latent_shape(architecture.config, service.latent)),
         "tokens": architecture.tokens if service.tokens is None else service.tokens,
+        **({} if film is None else {"frames": film}),
         "backend": service.backend,
         "torch": there.torch,
         "diffusers": there.diffusers,

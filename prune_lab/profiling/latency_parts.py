@@ -199,6 +199,7 @@ def measure_latency_table(
     batch: int = 1,
     latent: int | None = None,
     tokens: int | None = None,
+    frames: int | None = None,
     seed: int = 0,
     backend: Backend = "eager",
     timer: ForwardTimer = forward_ms,
@@ -222,7 +223,7 @@ def measure_latency_table(
     check_runs(rounds, warmup)
     architecture = architecture_of(model, tokens=tokens)
     _check_plans(architecture, calibrate, held_out)
-    sizes: dict[str, Any] = {"batch": batch, "latent": latent, "tokens": tokens}
+    sizes: dict[str, Any] = {"batch": batch, "latent": latent, "tokens": tokens, "frames": frames}
     inputs = random_inputs(model.config, **sizes, device=model.device, dtype=model.dtype, seed=seed)
     paths = {unit.name: unit.path for unit in architecture.units}
     leaving = {name: tuple(name.split("+")) for name in saving_names(architecture)}

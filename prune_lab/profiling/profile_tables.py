@@ -20,8 +20,13 @@ from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.counting import count_call, meta_copy
 from prune_lab.errors import ConfigError
 from prune_lab.families import (
+    FAMILIES,
+    as_loaded,
+    base_name,
     conditions_of,
     family_of,
+    film_frames,
+    format_of,
     latent_form,
     model_of,
     plain_config,
@@ -66,6 +71,7 @@ def reduction_table(
     batch: int = 1,
     latent: int | None = None,
     tokens: int | None = None,
+    frames: int | None = None,
     latency: bool = False,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str = torch.float32,
@@ -79,13 +85,15 @@ def reduction_table(
 
     Columns REDUCTION_COLUMNS, with ``latency`` also REDUCTION_LATENCY_COLUMNS. Changes are fractions of the teacher,
     negative for savings. MACs are of one forward pass over ``batch`` samples with ``tokens`` words (None: the
-    architecture's), ``paper_macs`` without attention products. Latency is that of the same networks with random
+    architecture's), at ``frames`` of the latent of a film (None: what the model is meant for), ``paper_macs`` without
+    attention products. Latency is that of the same networks with random
     weights on ``device`` in ``dtype``, timed in turns in ``runs`` rounds as ``time_plans`` does, or ``times`` by plan
     id where they are known already; ``where`` is the service in words. Empty for a plan that cannot be built in its
     form. Its change
     is the median of the ratios within a round, with its interval. Raises PlanError for a plan of another architecture.
     """
-    sizes = {"batch": batch, "latent": latent, "tokens": architecture.tokens if tokens is None else tokens}
+    words = architecture.tokens if tokens is None else tokens
+    sizes = {"batch": batch, "latent": latent, "tokens": words, "frames": frames}
     costs = cost_table(architecture, **sizes)  # type: ignore[arg-type]
     whole = costs.total
     rows: list[dict[str, Any]] = []
@@ -167,6 +175,7 @@ def profile_blocks(
     batch: int = 1,
     latent: int | None = None,
     tokens: int | None = None,
+    frames: int | None = None,
     runs: int = 10,
     warmup: int = 2,
 ) -> pd.DataFrame:
@@ -178,13 +187,12 @@ def profile_blocks(
     """
     check_runs(runs, warmup)
     architecture = architecture_of(model, tokens=tokens)
-    costs = cost_table(architecture, batch=batch, latent=latent, tokens=tokens, dtype=model.dtype)
+    sizes: dict[str, Any] = {"batch": batch, "latent": latent, "tokens": tokens, "frames": frames}
+    costs = cost_table(architecture, **sizes, dtype=model.dtype)
     paths = {block.name: block.path for block in architecture.blocks}
     paths |= {sampler.name: sampler.path for sampler in architecture.samplers}
     parts = {name: model.get_submodule(path) for name, path in paths.items()}
-    inputs = random_inputs(
-        model.config, batch=batch, latent=latent, tokens=tokens, device=model.device, dtype=model.dtype
-    )
+    inputs = random_inputs(model.config, **sizes, device=model.device, dtype=model.dtype)
     samples: dict[str, list[float]] = {part.name: [] for part in costs.parts}
     whole = "whole"
     with torch.inference_mode():
@@ -255,7 +263,7 @@ class _Part:
     inputs: Callable[[torch.device, torch.dtype], dict[str, Any]]  # of one call
 
 
-def unet_calls(scheduler: Any, steps: int) -> int:
+def model_calls(scheduler: Any, steps: int) -> int:
     """How often the model runs for ``steps`` denoising steps; PNDM runs it once more than it is asked."""
     mine = type(scheduler).from_config(scheduler.config)
     set_steps(mine, steps)
@@ -296,9 +304,16 @@ def _words(pipeline: Any, asked: int | None) -> tuple[dict[str, int], int | None
 
 
 def _parts(
-    pipeline: Any, steps: int, batch: int, guided: bool, latent: int | None, asked: int | None
+    pipeline: Any,
+    steps: int,
+    batch: int,
+    guided: bool,
+    latent: int | None,
+    asked: int | None,
+    frames: int | None,
 ) -> Iterator[_Part]:
     model = model_of(pipeline)
+    film = film_frames(model, frames)
     if latent is None and "sample_size" not in model.config:
         latent = picture_side(pipeline) // pixels_per_latent(pipeline)
     words, tokens = _words(pipeline, asked)
@@ -315,7 +330,7 @@ def _parts(
         )
     yield _Part(
         family_of(model).component,
-        unet_calls(pipeline.scheduler, steps),
+        model_calls(pipeline.scheduler, steps),
         tokens,
         model,
         lambda device, dtype: random_inputs(
@@ -323,6 +338,7 @@ def _parts(
             batch=(1 + guided) * batch,
             latent=latent,
             tokens=tokens,
+            frames=film,
             device=device,
             dtype=dtype,
         ),
@@ -330,7 +346,9 @@ def _parts(
     vae = getattr(pipeline, "vae", None)
     if vae is None:  # it draws pixels
         return
-    latents = torch.randn(batch, *latent_form(model, latent), generator=seeded(0))
+    channels, *_, height, width = latent_form(model, latent)
+    sides = (height, width) if film is None else (film, height, width)
+    latents = torch.randn(batch, channels, *sides, generator=seeded(0))
     yield _Part(
         "vae_decoder",
         1,
@@ -343,15 +361,19 @@ def _parts(
 @contextmanager
 def _placed(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
     """``module`` on ``device`` in ``dtype``: itself when it is so already, else a copy that is dropped on exit."""
-    there = next(module.parameters())
-    if there.device == device and there.dtype == dtype:
+    if next(module.parameters()).device == device and format_of(module) == dtype:
         training = module.training
         try:
             yield module.eval()
         finally:
             module.train(training)
+        return
+    copied = copy.deepcopy(module)
+    if base_name(type(module).__name__) in FAMILIES:  # of which some modules may stay in float32
+        copied = as_loaded(nn.Module.to(copied, torch.float32), dtype)
+        yield nn.Module.to(copied, device=device).eval()
     else:
-        yield nn.Module.to(copy.deepcopy(module), device=device, dtype=dtype).eval()
+        yield nn.Module.to(copied, device=device, dtype=dtype).eval()
 
 
 def profile_pipeline(
@@ -361,6 +383,7 @@ def profile_pipeline(
     batch: int = 1,
     latent: int | None = None,
     tokens: int | None = None,
+    frames: int | None = None,
     guidance: float = 7.5,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
@@ -372,7 +395,8 @@ def profile_pipeline(
     ``calls`` is how often the part runs to make ``batch`` pictures in ``steps`` steps. ``macs`` (attention products
     included) and ``median_ms`` are of one call; a guided call (``guidance`` above 1) takes twice the batch.
     ``latent`` is the side of the square latent (None: the model's own size), ``tokens`` the length of the text (None:
-    the longest that the text encoders take, or that the pipeline asks of them). ``share`` is calls x median_ms in the
+    the longest that the text encoders take, or that the pipeline asks of them), ``frames`` those of the latent of a
+    film (None: what the model is meant for). ``share`` is calls x median_ms in the
     sum over the parts. The total is one call of everything: all the MACs and milliseconds behind these pictures.
     None for ``dtype`` and ``device`` means the model's own. The pipeline is left as it is found. Raises ConfigError
     for fewer than two runs, and for a text that is longer than the text encoder takes.
@@ -384,9 +408,11 @@ def profile_pipeline(
     asked = bool(text_form(model)[1] or conditions_of(model))  # for a text, or a class
     guided = guidance > 1 and asked and not takes_guidance(model)
     rows = []
-    for part in track(list(_parts(pipeline, steps, batch, guided, latent, tokens)), "timing the pipeline"):
+    for part in track(
+        list(_parts(pipeline, steps, batch, guided, latent, tokens, frames)), "timing the pipeline"
+    ):
         counted = count_call(
-            meta_copy(part.module), part.inputs(torch.device("meta"), next(part.module.parameters()).dtype)
+            meta_copy(part.module), part.inputs(torch.device("meta"), format_of(part.module))
         )
         with _placed(part.module, kind, form) as module:
             inputs = part.inputs(kind, form)

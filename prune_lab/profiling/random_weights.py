@@ -24,7 +24,7 @@ def random_model(
 
     The same 4,096 normal numbers are repeated through all weights; no kernel's time depends on which they are.
     """
-    model: ModelMixin = nn.Module.to(empty_model(config), dtype)
+    model: ModelMixin = empty_model(config, dtype)
     model._apply(
         lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
     )
@@ -46,6 +46,6 @@ def compile_blocks(model: ModelMixin) -> None:
 
 def shell_of(model: ModelMixin) -> ModelMixin:
     """A model of the same class and config that holds the tensors of ``model``: it can be compiled, ``model`` stays."""
-    found: ModelMixin = empty_model(model.config)
+    found: ModelMixin = empty_model(model.config, model.dtype)
     nn.Module.load_state_dict(found, model.state_dict(), strict=True, assign=True)
     return nn.Module.to(found, model.device).eval()

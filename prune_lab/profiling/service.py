@@ -10,7 +10,15 @@ from typing import Any, Literal
 
 from prune_lab.config import check_numbers
 from prune_lab.errors import BudgetError, ConfigError, DeviceError
-from prune_lab.families import family_of, knows_its_size, latent_shape, picture_scale
+from prune_lab.families import (
+    family_of,
+    film_frames,
+    knows_its_size,
+    latent_shape,
+    picture_scale,
+    plain_config,
+    text_form,
+)
 from prune_lab.models import ModelSource
 from prune_lab.runtime import pick_device, pick_dtype, printable, read_json
 
@@ -43,6 +51,30 @@ def latent_of_pixels(pixels: int, source: ModelSource) -> int:
     return pixels // side
 
 
+def drawn_latent(source: ModelSource, pixels: int) -> int | None:
+    """Side of the latent of pictures of ``pixels`` per side, where the model has no size of its own (FLUX, Wan) and one
+    is asked for; else None.
+    """
+    if not pixels or family_of(source.config).component == "unet" or "sample_size" in source.config:
+        return None
+    return latent_of_pixels(pixels, source)
+
+
+def check_asked_size(source: ModelSource, pixels: int | None) -> None:
+    """Raise ConfigError where a model is to be shown pictures of ``pixels`` per side and has a size of its own.
+
+    A model alone is shown noise, of any size.
+    """
+    if not pixels or not source.is_pipeline or "sample_size" not in source.config:
+        return
+    height, width = (pixels_per_latent(source) * side for side in latent_shape(source.config))
+    if {height, width} != {pixels}:
+        raise ConfigError(
+            f"asked for pictures of {pixels} pixels of {source.text}, whose config says {width} x {height}: it is "
+            "scored at that size; leave --resolution out"
+        )
+
+
 def picture_size(source: ModelSource, pixels: int | None = None) -> tuple[int | None, str]:
     """(side of the latent, ``512 x 512``) for pictures of ``pixels`` squared; None and the model's own without.
 
@@ -60,6 +92,34 @@ def picture_size(source: ModelSource, pixels: int | None = None) -> tuple[int | 
     return None, f"{width} x {height}"
 
 
+def check_frames(source: ModelSource, frames: int | None) -> None:
+    """Raise ConfigError where ``frames`` are asked of a model of pictures."""
+    if frames is not None and not family_of(source.config).frames:
+        raise ConfigError(
+            f"asked for {frames} frames of {source.text}, a model of pictures; frames are of models of films: leave "
+            "--frames out"
+        )
+
+
+def size_text(
+    source: ModelSource, latent: int | None = None, tokens: int | None = None, frames: int | None = None
+) -> str:
+    """The size that multiply-adds are counted at, in words: ``512 x 512 pixels, 77 tokens``, None being the model's
+    own; of a model alone, whose pixels nobody knows, that of the latent.
+    """
+    config = plain_config(source.config)
+    height, width = latent_shape(config, latent)
+    words = [f"latents of {width} x {height}"]
+    if source.is_pipeline:
+        side = pixels_per_latent(source)
+        words = [f"{side * width} x {side * height} pixels"]
+    if film := film_frames(config, frames):
+        words.append(f"{film} latent {'frame' if film == 1 else 'frames'}")
+    if text_form(config)[1]:
+        words.append(f"{tokens or source.tokens} tokens")
+    return ", ".join(words)
+
+
 @dataclass(frozen=True, slots=True)
 class Service:
     """Device, number format, batch and size with which a model works; one call of it is one step of a sampler."""
@@ -70,16 +130,20 @@ class Service:
     latent: int | None = None  # side of the square latent; None: the size in the model's config
     tokens: int | None = None  # words of text; None: 77
     backend: Backend = "eager"
+    frames: int | None = None  # of the latent of a film; None: what the model is meant for
 
     @property
     def sizes(self) -> Mapping[str, Any]:
-        """Batch, latent and tokens, as ``example_inputs`` takes them."""
-        return {"batch": self.batch, "latent": self.latent, "tokens": self.tokens}
+        """Batch, latent, tokens and frames, as ``example_inputs`` takes them."""
+        names = ("batch", "latent", "tokens", "frames")
+        return {name: getattr(self, name) for name in names}
 
     def text(self, config: Mapping[str, Any], pixels: int = PIXELS) -> str:
         """The service in words: ``cpu float32, 512 x 512, batch 1, 77 tokens``; the backend where it is not eager."""
         height, width = (pixels * side for side in latent_shape(config, self.latent))
         words = f"{self.device} {self.dtype}, {width} x {height}, batch {self.batch}"
+        if film := film_frames(config, self.frames):
+            words += f", {film} latent {'frame' if film == 1 else 'frames'}"
         words += f", {self.tokens} tokens" if self.tokens else ""
         return words if self.backend == "eager" else f"{words}, {self.backend}"
 
@@ -90,12 +154,13 @@ def split_service(text: str) -> tuple[str, str]:
     return budget.strip(), service.strip()
 
 
-_BATCH_OR_TOKENS = re.compile(r"(batch|tokens)\s*=\s*([1-9]\d{0,18})", re.ASCII)
+_NUMBERS = re.compile(r"(batch|tokens|frames)\s*=\s*([1-9]\d{0,18})", re.ASCII)
 _PIXELS = re.compile(r"[1-9]\d{0,4}", re.ASCII)
 
 
 def read_service(text: str, own: Service, source: ModelSource) -> Service:
-    """``own`` with what ``text`` says otherwise: device, number format, pixels, batch=N, tokens=N in any order.
+    """``own`` with what ``text`` says otherwise: device, number format, pixels, batch=N, tokens=N, frames=N in any
+    order.
 
     ``float16,512,batch=1`` or ``cuda:1,compiled``. Pixels are of a square picture. Raises BudgetError for a part that
     is none of them or is said twice, ConfigError for a number out of range or a size that the VAE cannot make,
@@ -114,13 +179,14 @@ def read_service(text: str, own: Service, source: ModelSource) -> Service:
     return dataclasses.replace(own, **said)
 
 
-_REMEDY = "after @ write device, number format, pixels, batch=N or tokens=N, as in 0.7x@float16,512,batch=1"
+_REMEDY = "after @ write device, number format, pixels, batch=N, tokens=N or frames=N, as in 0.7x@float16,512,batch=1"
 
 
 def _part(part: str, source: ModelSource) -> dict[str, Any]:
-    if match := _BATCH_OR_TOKENS.fullmatch(part):
+    if match := _NUMBERS.fullmatch(part):
         found = {match[1]: int(match[2])}
         check_numbers(**found)
+        check_frames(source, found.get("frames"))
         return found
     if _PIXELS.fullmatch(part):
         check_numbers(resolution=int(part))

@@ -72,7 +72,7 @@ def find_cuts(architecture: Architecture, plan: PruningPlan) -> tuple[Cut, ...]:
     removed = gone_with(architecture, plan.removed)
     consumers: dict[str, list[Consumer]] = defaultdict(list)
     runs: dict[str, list[str]] = defaultdict(list)
-    writer = source = architecture.family.stem
+    writer = source = architecture.stem
     skips = [(writer, source)]
     for unit in architecture.units:
         skip = skips.pop() if unit.takes_skip else None
@@ -86,13 +86,13 @@ def find_cuts(architecture: Architecture, plan: PruningPlan) -> tuple[Cut, ...]:
             writer = source = unit.name
         if unit.gives_skip:
             skips.append((writer, source))
-    consumers[writer].append(Consumer(architecture.family.head, "main", source))
+    consumers[writer].append(Consumer(architecture.head, "main", source))
     return tuple(Cut(before, tuple(run), tuple(consumers[before])) for before, run in runs.items())
 
 
 def teacher_paths(architecture: Architecture) -> dict[str, str]:
     """Module path of every unit by name, including the stem."""
-    stem = architecture.family.stem
+    stem = architecture.stem
     return {stem: stem} | {unit.name: unit.path for unit in architecture.units}
 
 

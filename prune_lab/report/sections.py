@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -87,7 +88,7 @@ def _blocks(tables: RunTables) -> tuple[SectionItem, ...]:
     parts.append(
         Chart(
             "importance",
-            "Impact of removal with bootstrap intervals for single blocks, pairs and stages on a log axis.",
+            f"Impact of removal with bootstrap intervals for {_kinds_of(importance)} on a log axis.",
             _how_scored(importance),
             lambda theme: charts.draw_importance(importance, theme),
         )
@@ -131,6 +132,21 @@ def _how_drawn(frame: pd.DataFrame, layers: pd.DataFrame) -> str:
     return words + (" Slices in a block are the layers inside it (T1, T2, ...)." if len(layers) else "")
 
 
+_GROUPS = {
+    "block": "single blocks",
+    "pair": "pairs",
+    "triplet": "triplets",
+    "stage": "stages",
+    "inner": "the innermost stages",
+    "plan": "plans",
+}
+
+
+def _kinds_of(importance: pd.DataFrame) -> str:
+    """The kinds of groups that were scored, in words: a transformer has no pairs."""
+    return fmt.enumeration(words for kind, words in _GROUPS.items() if kind in set(importance["kind"]))
+
+
 def _how_scored(importance: pd.DataFrame) -> str:
     criterion = importance["criterion"].iloc[0]
     least, most = fmt.count(importance["samples"].min()), fmt.count(importance["samples"].max())
@@ -149,13 +165,15 @@ def _costs(tables: RunTables) -> tuple[SectionItem, ...]:
     if tables.costs is None:
         return (not_run("costs have not been counted", "run --config FILE.toml"),)
     costs, importance = tables.costs, tables.importance
+    samplers = bool((costs["kind"] == "sampler").any())  # of a U-Net
     parts: list[SectionItem] = [
         Chart(
             "costs",
-            "Parameters and multiply-adds of every block, sampler and the rest, beside the impact of removal.",
-            "Blocks in the order of execution, then the samplers and the rest; together they are the whole model. "
-            "The cost of a plan is that of the whole minus the blocks it removes. A multiply-add counts as one; the "
-            f"text is {fmt.count(costs['tokens'].iloc[0])} tokens long.",
+            f"Parameters and multiply-adds of every block{', sampler' if samplers else ''} and the rest, beside the "
+            "impact of removal.",
+            f"Blocks in the order of execution, then {'the samplers and ' if samplers else ''}the rest; together they "
+            "are the whole model. "
+            f"The cost of a plan is that of the whole minus the blocks it removes. {_counted_at(costs)}",
             lambda theme: charts.draw_costs(costs, importance, theme),
         ),
         table_of(costs, _COSTS, "All costs", "costs.csv", left=2, folded=True),
@@ -164,6 +182,14 @@ def _costs(tables: RunTables) -> tuple[SectionItem, ...]:
         caption = "Where the time of one picture goes"
         parts.append(table_of(tables.pipeline, _PIPELINE, caption, "pipeline.csv"))
     return tuple(parts)
+
+
+def _counted_at(costs: pd.DataFrame) -> str:
+    """What the multiply-adds are of, in a sentence."""
+    words = "A multiply-add counts as one; "
+    if "size" in costs:
+        return f"{words}they are of one forward pass at {costs['size'].iloc[0]}."
+    return f"{words}the text is {fmt.count(costs['tokens'].iloc[0])} tokens long."
 
 
 def _try(tables: RunTables) -> tuple[SectionItem, ...]:
@@ -193,7 +219,7 @@ def _reductions(tables: RunTables) -> tuple[SectionItem, ...]:
     for model, frame in tables.reductions.groupby("model", sort=False):
         has_times = "median_ms" in frame and bool(frame["median_ms"].notna().any())
         header = ["Plan", "Blocks removed", "Parameters", "change", "MACs (whole)", "change"]
-        header += ["MACs (paper)", "change", "Native"]
+        header += ["MACs (paper)", "change", "Form"]
         rows = []
         for index, row in enumerate(frame.to_dict("records")):
             cells = [str(row["plan"]), fmt.count(row["blocks_removed"])]
@@ -206,7 +232,7 @@ def _reductions(tables: RunTables) -> tuple[SectionItem, ...]:
                     formatted(row[column]),
                     fmt.percent_change(row[f"{column}_change"]) if index else "",
                 ]
-            cells.append(fmt.yes_or_no(row["native"]))
+            cells.append(_form(row, tables, own=model == tables.reductions["model"].iloc[0]) if index else "")
             if has_times:
                 cells.append(fmt.milliseconds(row["median_ms"]))
                 ends = row.get("latency_low"), row.get("latency_high")
@@ -217,6 +243,12 @@ def _reductions(tables: RunTables) -> tuple[SectionItem, ...]:
         parts.append(Table(str(model), tuple(header), tuple(rows), "reductions.csv"))
         parts += _footnotes(frame, has_times)
     return tuple(parts)
+
+
+def _form(row: Mapping[Any, Any], tables: RunTables, *, own: bool) -> str:
+    """How the student of a row is built: as the run builds it; of another model natively where it can be."""
+    known = {plan.label: plan.form for plan in tables.plans} if own else {}
+    return known.get(str(row["plan"]), "native" if row["native"] else "no plain config")
 
 
 def _footnotes(frame: pd.DataFrame, has_times: bool) -> list[SectionItem]:
@@ -244,11 +276,11 @@ def _candidates(tables: RunTables, drawn: RunTables) -> tuple[SectionItem, ...]:
         return (not_run("no candidates have been chosen", "search"),)
     styles = plan_styles(drawn.plans)
     rows = tuple(
-        (plan.label, plan.origin, str(len(plan.removed)), " ".join(plan.removed), plan.id)
+        (plan.label, plan.origin, plan.form, str(len(plan.removed)), " ".join(plan.removed), plan.id)
         for plan in tables.plans
     )
-    header = ("Plan", "Origin", "Blocks removed", "Names of blocks", "Id")
-    listing = Table("Removed blocks of each candidate", header, rows, left=5, folded=True)
+    header = ("Plan", "Origin", "Form", "Blocks removed", "Names of blocks", "Id")
+    listing = Table("Removed blocks of each candidate", header, rows, left=6, folded=True)
     if tables.blocks is None:
         return (listing,)
     frame = block_map_frame(tables.blocks, tables.importance)
@@ -259,8 +291,9 @@ def _candidates(tables: RunTables, drawn: RunTables) -> tuple[SectionItem, ...]:
         Chart(
             "plans",
             "One small map of the model per candidate with the removed blocks as dashed outlines.",
-            "Dashed outlines are removed blocks; the others have the colour of their impact. Controls are the plans of "
-            "the paper; searched plans are the best that the solver found under the budget."
+            "Dashed outlines are removed blocks; the others have the colour of their impact. Controls are what a "
+            "search has to beat: BK-SDM's plans where they are defined, and plans that cost nothing to find; searched "
+            "plans are the best that the solver found under the budget."
             + (" Hollow slices in a block are layers that leave from inside it." if len(layers) else ""),
             lambda theme: draw_plan_maps(frame, drawn.plans, styles, theme, layers),
         ),
@@ -288,7 +321,7 @@ def _ranking(tables: RunTables, drawn: RunTables) -> tuple[SectionItem, ...]:
         )
     if ranking[["clip_before", "clip_after"]].isna().all(axis=None) and (why := _no_scorer(tables)):
         parts.append(Text((f"There are no CLIP scores: {why}.",), note=True))
-    parts += ranking_tables(ranking)
+    parts += ranking_tables(ranking, tables.plans)
     parts += tournament_parts(tables, drawn)
     if (measured(ranking)["impact_one_shot"] > 0).sum() > 1:
         parts.append(

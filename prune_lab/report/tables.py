@@ -28,12 +28,13 @@ CURVE_COLUMNS = ("plan", "plan_id", "step", "part", "value")
 
 @dataclass(frozen=True, slots=True)
 class PlanRow:
-    """A plan for the report: its names, its origin and the blocks that it removes."""
+    """A plan for the report: its names, its origin, the blocks that it removes, and how its student is built."""
 
     id: str
     label: str
     origin: str
     removed: tuple[str, ...]
+    form: str = "native"
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +165,8 @@ def _read_plans(run: Run, ranking: pd.DataFrame | None, files: _Files) -> tuple[
         name = next(iter(value.get("names", [])), plan_id)
         origin = value.get("origin") or "control"  # written by a person: a control
         label, origin = named.pop(plan_id, (name, origin))
-        plans.append(PlanRow(plan_id, label, origin, tuple(value["removed"])))
+        form = str(value.get("form", "native"))
+        plans.append(PlanRow(plan_id, label, origin, tuple(value["removed"]), form))
     if named:
         raise DataError(
             f"{run.ranking} ranks the plan {next(iter(named))}, found no such file in {run.plans_dir}; "

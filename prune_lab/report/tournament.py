@@ -32,6 +32,7 @@ _RANKING = (
     ("Tie group", "tie_group", fmt.count),
     ("Plan", "plan", fmt.text),
     ("Origin", "origin", fmt.text),
+    ("Form", "form", fmt.text),
     ("Blocks removed", "blocks_removed", fmt.count),
     ("Parameters", "params", fmt.amount),
     ("MACs (whole)", "macs", fmt.amount),
@@ -68,13 +69,34 @@ _VERDICTS = (
 )
 
 
-def ranking_tables(ranking: pd.DataFrame) -> tuple[SectionItem, ...]:
-    """The ranking, a note on its tie groups, and the dropped and unranked candidates with the reasons."""
+_FORMS = {
+    "native": "*native* is a smaller config of the plain class",
+    "own": "*own* is one small model file in the student's folder, which plain diffusers runs with "
+    "`trust_remote_code=True`",
+    "neutral": "*neutral* is the plain class, in which removed blocks stay and do nothing",
+}
+
+
+def form_words(plans: Sequence[PlanRow]) -> list[SectionItem]:
+    """What the forms of the students are; nothing where all are native, as they are where nobody asks otherwise."""
+    found = [form for form in _FORMS if form in {plan.form for plan in plans}]
+    return (
+        [Text((f"Forms: {'; '.join(_FORMS[form] for form in found)}.",))] if set(found) - {"native"} else []
+    )
+
+
+def ranking_tables(ranking: pd.DataFrame, plans: Sequence[PlanRow]) -> tuple[SectionItem, ...]:
+    """The ranking with the forms of the ``plans``, a note on its tie groups, and the dropped and unranked candidates
+    with the reasons.
+    """
     columns = ["latency_change", "latency_low", "latency_high"]
     changes = [fmt.change_with_interval(*row) for row in ranking[columns].itertuples(index=False, name=None)]
     teacher = ranking["origin"] == "teacher"
     ranking = ranking.assign(latency=pd.Series(changes, index=ranking.index, dtype=object).mask(teacher, ""))
-    parts: list[SectionItem] = [table_of(ranking, _RANKING, "Ranking", "ranking.csv", left=4)]
+    forms = {plan.id: plan.form for plan in plans}
+    ranking = ranking.assign(form=[forms.get(plan_id, "") for plan_id in ranking["plan_id"]])
+    parts: list[SectionItem] = [table_of(ranking, _RANKING, "Ranking", "ranking.csv", left=5)]
+    parts += form_words(plans)
     if ranking["latency_change"][~teacher].notna().any():
         times = (
             "Times of candidates are the teacher's median with the change that was measured in turns with it, in "

@@ -236,14 +236,20 @@ def _step(task: Task) -> str:
     return f"{task.description} {task.done + 1}{of}, {task.item}"
 
 
+def _rate(rate: float, unit: str = "") -> str:
+    """So many a second: as a whole number where the first digit behind the point would be the fourth or more."""
+    number = f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
+    return f"{number}{unit and f' {unit}'}/s"
+
+
 def _speed(task: Task, took: float) -> str:
     """Items, or units, per second; how long each takes where that is more than a second. Empty for named steps."""
     if task.named or not task.done or took <= 0:
         return ""
     rate = task.done * task.per / took
     if task.unit:
-        return f"{rate:,.1f} {task.unit}/s"
-    return f"{rate:,.1f}/s" if rate >= 1 else f"{duration_text(1 / rate)} each"
+        return _rate(rate, task.unit)
+    return _rate(rate) if rate >= 1 else f"{duration_text(1 / rate)} each"
 
 
 def _left(task: Task, took: float) -> float | None:
@@ -308,7 +314,7 @@ def _bars() -> Iterator[Bars]:
 
         def render(self, task: rich_progress.Task) -> Text:
             unit, per = task.fields.get("unit", ""), task.fields.get("per", 1)
-            return Text(f"{task.speed * per:,.1f} {unit}/s" if unit and task.speed else "")
+            return Text(_rate(task.speed * per, unit) if unit and task.speed else "")
 
     columns = (
         rich_progress.TextColumn("{task.description}"),

@@ -31,6 +31,7 @@ from prune_lab.importance import (
 )
 from prune_lab.models import model_digest
 from prune_lab.probes import Probe, encode_captions, load_probe, random_probe
+from prune_lab.profiling import latent_of_pixels
 from prune_lab.prompts import read_prompts
 from prune_lab.runs import Run, read_records
 from prune_lab.schemas import IMPORTANCE
@@ -57,8 +58,10 @@ def probe_of(session: Session, seed: int) -> Probe:
             drawn = session.pipeline, session.prompt_parts.probe, settings, how
             return drawn_probe(*drawn, steps=settings.steps, seed=seed)
         case "none":
-            config, samples = session.source.config, settings.samples
-            return random_probe(config, samples=samples, timesteps=settings.timesteps, seed=seed)
+            config, samples, side = session.source.config, settings.samples, session.config.data.resolution
+            latent = latent_of_pixels(side, session.source) if side else None
+            how_many = {"samples": samples, "timesteps": settings.timesteps}
+            return random_probe(config, **how_many, seed=seed, latent=latent)
 
 
 def ensure_probe(session: Session) -> Probe:

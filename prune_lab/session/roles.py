@@ -107,7 +107,8 @@ def data_roles(session: Session) -> DataRoles:
     run, choice = session.run, session.scorer_choice
     scorer = Role("scorer", f"{choice.name} ({choice.reason})")
     if session.data_origin == "none":
-        noise = Role("probe", "random noise: a model alone has no pictures", session.config.probe.samples)
+        rows = session.config.probe.samples
+        noise = Role("probe", f"{rows:,} rows of random noise: a model alone has no pictures")
         absent = "nothing: a model alone cannot be trained"
         found: tuple[Role, ...] = (noise, Role("train", absent), Role("validate", absent))
     elif not lacking(session, sources_part(session)) and run.done(run.probe) and run.done(run.validation):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,7 @@ from prune_lab.models import (
     load_scorer,
     of_shipped_family,
 )
-from prune_lab.models.streamed import load_streamed
+from prune_lab.models.streamed import bytes_beside, load_streamed
 from prune_lab.probes import Probe, draw_at, load_probe, make_probe, picture_side
 from prune_lab.prompts import Prompts, read_prompts
 from prune_lab.runs import Manifests, Run, load_run_config
@@ -141,7 +142,14 @@ class Session:
                 f"this step encodes captions and pictures, but {self.source.text!r} is a {self.source.kind} "
                 "without text encoder and VAE; give 'reference', a pipeline folder or a hub id"
             )
-        model = self._from_disk() if self._streaming else None
+        model = None
+        if self._streaming:
+            model = self._from_disk()
+            if beside := bytes_beside(self.source, self.dtype):
+                note(
+                    f"what {self.source.text} holds beside its {self.source.called} takes {bytes_text(beside)} until "
+                    "texts and pictures are encoded"
+                )
         found = load_pipeline(self.source, device=self.device, dtype=self.dtype, model=model)
         draw_at(found, self.config.data.resolution)
         return found
@@ -197,6 +205,13 @@ class Session:
             self._streaming = False
             for name in ("model", "pipeline"):
                 vars(self).pop(name, None)
+
+    def let_go_of_encoders(self) -> None:
+        """Keep the model alone, if it is read from disk: what is scored has its texts and pictures encoded already."""
+        if self._streaming and "pipeline" in vars(self):
+            _ = self.model  # stays
+            del self.pipeline
+            gc.collect()
 
     @cached_property
     def scorer_choice(self) -> ScorerChoice:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prune_lab.blocks import architecture_of
 from prune_lab.errors import ModelFormatError, UnsupportedModelError
-from prune_lab.families import Layout, empty_model, meta_model
+from prune_lab.families import Layout, empty_model, family_of, meta_model
 from prune_lab.forms import layout_of
 from prune_lab.models import weight_files
 from prune_lab.models.conversion import converted
@@ -41,7 +41,7 @@ def materialise(model: ModelMixin, plan: PruningPlan, *, hand_over: bool = False
     def take(key: str) -> Tensor:
         return tensors[key] if hand_over else tensors[key].clone()
 
-    return _assembled(layout, take)
+    return _assembled(layout, take, model.dtype)
 
 
 def materialise_from_files(
@@ -49,11 +49,12 @@ def materialise_from_files(
 ) -> ModelMixin:
     """The smaller model that ``plan`` leaves of the one with ``config`` and weights in the safetensors ``files``.
 
-    Only surviving tensors are read. ``dtype`` converts each as it is read; ``None`` keeps the files' own. Raises
-    FormError, or ModelFormatError when the weights do not fit the config, are no finite numbers, or too large
-    for ``dtype``.
+    Only surviving tensors are read. ``dtype`` converts each as it is read, to what plain diffusers gives that is asked
+    for it: some modules stay in float32. ``None`` keeps the files' own. Raises FormError, or ModelFormatError when the
+    weights do not fit the config, are no finite numbers, or too large for ``dtype``.
     """
     layout = layout_of(architecture_of(config), plan)
+    model_class = family_of(config).model_class()
     with contextlib.ExitStack() as stack:
         homes: dict[str, Any] = {}  # key -> open file; tensors are read one by one through its memory map
         for path in files:
@@ -70,9 +71,9 @@ def materialise_from_files(
                     "fetch the model again"
                 )
             tensor: Tensor = homes[key].get_tensor(key)
-            return converted(key, tensor, dtype)
+            return converted(key, tensor, dtype, model_class)
 
-        return _assembled(layout, take)
+        return _assembled(layout, take, dtype or torch.float32)
 
 
 def materialise_from_folder(
@@ -98,9 +99,11 @@ def predicted_shapes(config: Mapping[str, Any], plan: PruningPlan) -> dict[str, 
     return shapes
 
 
-def _assembled(layout: Layout, take: Callable[[str], Tensor]) -> ModelMixin:
-    """The student of ``layout`` with every tensor from ``take(key in the original)``."""
-    student = empty_model(layout.config)
+def _assembled(layout: Layout, take: Callable[[str], Tensor], dtype: torch.dtype) -> ModelMixin:
+    """The student of ``layout`` with every tensor from ``take(key in the original)``, and what no file holds as it is
+    of a model in ``dtype``.
+    """
+    student = empty_model(layout.config, dtype)
     wanted = student.state_dict()
     sources = layout.sources(wanted)
     tensors = {}

@@ -103,7 +103,7 @@ def bypassed(
                 instead.main_path = main_path
             model.set_submodule(unit.path, instead)
         if any(unit.takes_skip for unit in units):
-            writers = [architecture.family.stem, *(unit.path for unit in architecture.units)]
+            writers = [architecture.stem, *(unit.path for unit in architecture.units)]
             hooks = [model.get_submodule(path).register_forward_hook(main_path.seen) for path in writers]
         with masked(model, kept):
             yield model

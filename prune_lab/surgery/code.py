@@ -35,11 +35,14 @@ prune-lab loads it without being told to trust it: it knows the file by its hash
 
 Good to know:
 
-- Give folders as text. `AutoModel` raises a TypeError for a `pathlib.Path`.
+- Give `AutoModel` the folder of the model itself, as text: it raises a TypeError for a `pathlib.Path`, and with
+  `subfolder=` it looks for the code where the pipeline is and raises a ValueError.
 - `{base}.from_pretrained` refuses this folder ("expected shape", "size mismatch"), as it must: each module that is
-  gone has left a tensor without numbers under the name of one of its own. Do not pass `ignore_mismatched_sizes=True`:
-  diffusers would then fill the gaps with random numbers. Where layers are narrower it refuses that as well:
-  `quantization_config` in `config.json` names a way that it does not know. Nothing is quantised.
+  gone has left a tensor without numbers under the name of one of its own. Its shape is a digest of `removed` in
+  config.json, so that a list that was changed is refused as well. Do not pass `ignore_mismatched_sizes=True`:
+  diffusers would then fill the gaps with random numbers. Where layers are
+  narrower it refuses that as well: `quantization_config` in `config.json` names a way that it does not know. Nothing
+  is quantised.
 - The entry of the model in `model_index.json` names the file and the class, `["{file}", "{name}"]`. With an entry for
   diffusers there a plain {base} would be asked for.
 - `save_pretrained`, of the pipeline too, copies the file along.

@@ -71,10 +71,18 @@ def _names(stem: str, variant: str, number: int) -> list[str]:
     return [f"{start}-{i + 1:05d}-of-{number:05d}.safetensors" for i in range(number)]
 
 
-def copy_weights(files: Sequence[Path], target: Path, *, variant: str, dtype: torch.dtype | None) -> None:
+def copy_weights(
+    files: Sequence[Path],
+    target: Path,
+    *,
+    variant: str,
+    dtype: torch.dtype | None,
+    part: Any = None,
+) -> None:
     """Write the safetensors ``files`` of one component into ``target``, with their index where there are several.
 
-    ``dtype`` converts every tensor that is not of whole numbers; one file is in memory at a time.
+    ``dtype`` converts every tensor that is not of whole numbers, but what the class ``part`` leaves in float32 when it
+    is loaded in ``dtype``; one file is in memory at a time.
     """
     stem = next(stem for stem in _STEMS if files[0].name.startswith(stem))
     names = _names(stem, variant, len(files))
@@ -84,7 +92,7 @@ def copy_weights(files: Sequence[Path], target: Path, *, variant: str, dtype: to
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
             if dtype is not None:
-                tensors = {key: converted(key, file.get_tensor(key), dtype) for key in keys}
+                tensors = {key: converted(key, file.get_tensor(key), dtype, part) for key in keys}
                 save_file(tensors, target / name, {"format": "pt"})
         if dtype is None:
             copied_without_folders(path, target / name)
@@ -159,7 +167,8 @@ def copy_parts(
             continue
         if files:
             refuse_flawed(stored(files), named)
-            copy_weights(files, target / part, variant=variant, dtype=dtype)
+            found = part_class(*entry)
+            copy_weights(files, target / part, variant=variant, dtype=dtype, part=found)
         written[part] = entry
     if written.get("safety_checker", [None])[0] is None and "safety_checker" in written:
         written["requires_safety_checker"] = False

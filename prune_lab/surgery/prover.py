@@ -29,16 +29,17 @@ from prune_lab.models.answers import complaint_of_parts, model_complaint, random
 from prune_lab.models.files import json_object
 from prune_lab.models.parts import component_of, left_out
 from prune_lab.models.silence import quiet
-from prune_lab.plans import plan_of
+from prune_lab.models.views import STEMS, component_view
+from prune_lab.plans import PruningPlan, plan_of
 from prune_lab.runtime import read_json
 from prune_lab.surgery.bypass import bypassed
 from prune_lab.surgery.proof import MODULES, digest_of
 from prune_lab.width import site_named, width_of
 
 _IDLE = 300.0  # seconds without a question after which this process ends; the next proof starts another
-ROUNDING = (
-    1e-5  # most that shorter sums may change an answer, in its largest number; only of what is narrower
-)
+ROUNDING = 1e-5  # most that shorter sums may change an answer: of its largest number, at least 1
+
+_ROUNDED = 1e-4  # of the largest number of an answer: what differs by less is rounded otherwise
 
 Question = Mapping[str, Any]
 
@@ -51,28 +52,60 @@ def _answer(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     return found.clone() if isinstance(found, Tensor) else torch.stack(list(found))  # of one tensor a row
 
 
-def _original_answer(original: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
-    """Inputs, and what the original without its removed blocks and units answers to them in float32."""
-    kept = None if original["dtype"] is None else getattr(torch, original["dtype"])
-    model = empty_model(original["config"])
-    inputs = random_inputs(model)
+def _plan_of(original: Mapping[str, Any]) -> PruningPlan:
+    """What was taken out of the original, widths included."""
     architecture = architecture_of(original["config"])
     widths = [
         width_of(site_named(name, architecture.sites), units) for name, units in original["widths"].items()
     ]
-    with bypassed(model, plan_of(architecture, original["removed"], widths=widths)):
+    return plan_of(architecture, original["removed"], widths=widths)
+
+
+def _read(original: Mapping[str, Any]) -> Any:
+    """The original without the weights of its removed blocks, in float32: what survives is read tensor by tensor."""
+    model = empty_model(original["config"])
+    with bypassed(model, _plan_of(original)):
         wanted = set(model.state_dict())
         tensors: dict[str, Tensor] = {}
         for path in original["files"]:
             with safe_open(path, framework="pt") as file:
                 for name in wanted & set(file.keys()):
-                    # rounded as the student's were; copied, so that it lies in memory as torch would lay it
-                    tensor = file.get_tensor(name)
-                    tensor = tensor if kept is None else tensor.to(kept)
-                    tensors[name] = tensor.to(torch.float32, copy=True)
+                    # copied, so that it lies in memory as torch would lay it
+                    tensors[name] = file.get_tensor(name).to(torch.float32, copy=True)
         model.load_state_dict(tensors, strict=True, assign=True)
-        del tensors
+    return model
+
+
+def _original_answer(original: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    """Inputs, and what the original without its removed blocks answers to them in float32.
+
+    Where another number format is asked for, plain diffusers loads it in that: nothing of ours rounds it.
+    """
+    if original["dtype"] is None:
+        model = _read(original)
+    else:
+        folder = Path(original["files"][0]).parent
+        with component_view(folder, STEMS["diffusers"], original["variant"]) as view:
+            found = family_of(original["config"]).model_class()
+            model = _widened(found.from_pretrained(view, torch_dtype=getattr(torch, original["dtype"])))
+    inputs = random_inputs(model)
+    with bypassed(model, _plan_of(original)):
         return inputs, _answer(model, inputs)
+
+
+def _widened(model: Any) -> Any:
+    """The same numbers in float32, each tensor laid where torch would lay it: one in a memory map lies where its file
+    has it, and matrix products round by how memory is aligned.
+    """
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is None:
+                    continue
+                wide = torch.float32 if tensor.is_floating_point() else tensor.dtype
+                copied = tensor.detach().to(wide, copy=True)
+                held[name] = nn.Parameter(copied) if held is module._parameters else copied
+    return model
 
 
 # Loading -----------------------------------------------------------------------------------------------------------
@@ -82,6 +115,19 @@ def _format_of(module: nn.Module) -> set[torch.dtype]:
     return {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
 
 
+def _model_alone(folder: Path, *, variant: str, dtype: torch.dtype | None = None) -> Any:
+    """The model in ``folder``, or of the pipeline there, as a user would load it by itself, in ``dtype``."""
+    if (folder / "model_index.json").is_file():
+        index: Any = read_json(folder / "model_index.json")
+        folder = folder / component_of(index)
+    named = ({"variant": variant} if variant else {}) | ({} if dtype is None else {"torch_dtype": dtype})
+    config: Any = read_json(folder / "config.json")
+    if is_own(config):
+        check_code(folder, config)  # nothing else is run
+        return diffusers.AutoModel.from_pretrained(str(folder), trust_remote_code=True, **named)
+    return getattr(diffusers, config["_class_name"]).from_pretrained(folder, **named)
+
+
 def _loaded(folder: Path, variant: str) -> tuple[Any, Any]:
     """The model in ``folder``, and the pipeline that it may be of, loaded as a user would load it; else None.
 
@@ -89,11 +135,7 @@ def _loaded(folder: Path, variant: str) -> tuple[Any, Any]:
     """
     named: dict[str, Any] = {"variant": variant} if variant else {}
     if not (folder / "model_index.json").is_file():
-        config: Any = read_json(folder / "config.json")
-        if is_own(config):
-            check_code(folder, config)  # nothing else is run
-            return diffusers.AutoModel.from_pretrained(str(folder), trust_remote_code=True, **named), None
-        return getattr(diffusers, config["_class_name"]).from_pretrained(folder, **named), None
+        return _model_alone(folder, variant=variant), None
     index: Any = read_json(folder / "model_index.json")
     unused: dict[str, Any] = dict.fromkeys(left_out(index))
     for part, value in index.items():
@@ -151,12 +193,17 @@ def _compared(question: Question) -> dict[str, Any]:
         shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
         found["error"] = _differing(shapes, question["shapes"])
     if expected is not None and not found["error"]:
-        # Tensors in a memory map lie where the file has them, and matrix products round by how memory is aligned.
-        for parameter in model.parameters():
-            parameter.data = parameter.data.clone()
-        difference = float((_answer(model, inputs) - expected).abs().max())
+        if original["dtype"] is not None:
+            del model
+            gc.collect()
+            place = {"variant": question["variant"], "dtype": getattr(torch, original["dtype"])}
+            model = _model_alone(Path(question["folder"]), **place)
+        difference = float((_answer(_widened(model), inputs) - expected).abs().max())
         found["difference"] = difference
-        allowed = ROUNDING * max(1.0, float(expected.abs().max())) if original["widths"] else 0.0
+        largest = float(expected.abs().max())
+        allowed = 0.0 if original["exact"] else _ROUNDED * largest
+        if original["widths"]:
+            allowed = max(allowed, ROUNDING * max(1.0, largest))
         if not difference <= allowed:  # also when it is not a number
             found["error"] = (
                 f"its answer differs from that of the original without these blocks by {difference}"

@@ -82,10 +82,11 @@ def save_model(
 
 
 def original_of(source: ModelSource, plan: PruningPlan, dtype: torch.dtype | None = None) -> Original:
-    """The model of ``source`` as a proof reads it; ``dtype`` is the one that its tensors are converted to."""
+    """The model of ``source`` as a proof reads it; ``dtype`` is the one that was asked for."""
     assert source.model_folder is not None
     widths = {width.site: width.kept for width in plan.widths}
-    return Original(source.config, source.weight_paths, plan.removed, dtype, widths)
+    exact = plan.form != "neutral"
+    return Original(source.config, source.weight_paths, plan.removed, dtype, source.variant, exact, widths)
 
 
 def prune_pipeline(

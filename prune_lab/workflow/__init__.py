@@ -10,7 +10,7 @@ loaded once.
 from __future__ import annotations
 
 from prune_lab.session import Session
-from prune_lab.workflow.comparing import block_maps, compared_plans, comparison
+from prune_lab.workflow.comparing import block_maps, compared_plans, comparison, kind_of_target
 from prune_lab.workflow.criteria import compared_criteria
 from prune_lab.workflow.distilling import ensure_distilled, recovery_frame, save_students, student_folders
 from prune_lab.workflow.doctoring import diagnosis, is_well
@@ -28,6 +28,7 @@ from prune_lab.workflow.ranking import ensure_ranking, quality, quality_frame, w
 from prune_lab.workflow.searching import ensure_plans, goes_by, plan_named, plans_frame
 from prune_lab.workflow.sizing import settings_for
 from prune_lab.workflow.starting import borrow_scores, check_effect, forget, start_run, use_scores
+from prune_lab.workflow.steps import why_left_out
 from prune_lab.workflow.students import ensure_candidates, ensure_repaired
 from prune_lab.workflow.targets import check_budgets, check_controls, check_drawing
 
@@ -55,6 +56,7 @@ __all__ = [
     "forget",
     "goes_by",
     "is_well",
+    "kind_of_target",
     "macs_per_second",
     "picture_changes",
     "plan_named",
@@ -72,6 +74,7 @@ __all__ = [
     "student_folders",
     "surprises_frame",
     "use_scores",
+    "why_left_out",
     "wider_frame",
     "written_report",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -13,7 +13,7 @@ from prune_lab.blocks import Architecture, CountedUnit
 from prune_lab.candidates import load_candidate
 from prune_lab.distill import load_recovery
 from prune_lab.errors import PlanError
-from prune_lab.models import resolve_model
+from prune_lab.models import PRESETS, resolve_model
 from prune_lab.plans import PruningPlan, is_native, plan_of, read_plans, refuse_widths
 from prune_lab.profiling import CostTable, PlanCost, cost_table
 from prune_lab.runs import (
@@ -94,6 +94,22 @@ def block_maps(architecture: Architecture, plans: Sequence[PruningPlan]) -> tupl
     )
 
 
+TargetKind = Literal["run", "candidate", "model", "plan"]
+
+
+def kind_of_target(text: str) -> TargetKind:
+    """What there is to compare under this text: a run or candidate by its folder, a model by its name or place, else a
+    plan.
+    """
+    folder = Path(text)
+    if (folder / "config.toml").is_file():
+        return "run"
+    if CandidatePaths(folder).profile.exists() or (folder / FOLDER).is_dir():
+        return "candidate"
+    listed = folder.suffix in (".json", ".txt") and folder.name != "config.json"
+    return "model" if text in ("reference", *PRESETS) or (folder.exists() and not listed) else "plan"
+
+
 def comparison(model: str, targets: Sequence[str]) -> pd.DataFrame:
     """One row per target, ``model`` itself first; columns COMPARISON_COLUMNS, changes relative to ``model``.
 
@@ -105,12 +121,12 @@ def comparison(model: str, targets: Sequence[str]) -> pd.DataFrame:
     costs = cost_table(architecture)
     rows = [_plan_row(model, "model", plan_of(architecture, ()), costs)]
     for target in targets:
-        folder = Path(target)
-        if (folder / "config.toml").is_file():
+        folder, kind = Path(target), kind_of_target(target)
+        if kind == "run":
             rows += _of_run(open_run(folder, must_exist=True), costs)
-        elif CandidatePaths(folder).profile.exists() or (folder / FOLDER).is_dir():
+        elif kind == "candidate":
             rows.append(_of_candidate(folder, costs))
-        elif folder.suffix not in (".json", ".txt") and folder.exists():
+        elif kind == "model":
             total = cost_table(resolve_model(target).architecture).total
             rows.append(_row(target, "model", total, costs))
         else:

@@ -17,7 +17,7 @@ from prune_lab.workflow.searching import plan_in
 from prune_lab.workflow.states import states
 
 Row = tuple[str, str, str, str]  # DOCTOR_COLUMNS
-WELL = ("done", "not asked for")  # states in which nothing is wrong and nothing is left to do
+WELL = ("done", "not asked for", "left out")  # states in which nothing is wrong and nothing is left to do
 
 
 def _settings(run: Run, manifests: Manifests) -> Iterator[Row]:
@@ -47,6 +47,14 @@ def _steps(session: Session) -> Iterator[Row]:
     run = session.run
     for state in states(session):
         waiting = [(part, verdict) for part, verdict in state.parts if verdict.state != "done"]
+        if not state.possible:
+            yield (
+                state.step.name,
+                "",
+                state.text,
+                "of a model alone there is nothing to train on or to draw with",
+            )
+            continue
         if not state.asked_for or not (waiting or state.follows):
             yield state.step.name, "", state.text, ""
             continue
@@ -87,7 +95,7 @@ def diagnosis(run: Run) -> pd.DataFrame:
     """A row per finding in the run, columns DOCTOR_COLUMNS; a step without one has a row that says ``done``.
 
     ``state``: done, to do, redo, may follow (where a redo changes what was read), refused (``why`` names the cure),
-    left over, or not asked for. Nothing is written.
+    left over, not asked for, or left out (of a model alone). Nothing is written.
     """
     manifests = Manifests(run.folder)
     rows = list(_settings(run, manifests))

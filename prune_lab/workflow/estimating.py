@@ -14,9 +14,9 @@ import torch
 from prune_lab.blocks import Architecture, GroupKind, block_groups
 from prune_lab.config import BUDGET_CONTROLS, PLAN_FILES, RunConfig
 from prune_lab.errors import PruneLabError
-from prune_lab.families import example_inputs, plain_config
-from prune_lab.models.silence import quiet
+from prune_lab.families import example_inputs
 from prune_lab.profiling import cost_table
+from prune_lab.profiling.random_weights import random_model
 from prune_lab.ranking import first_rung, rungs
 from prune_lab.runtime import bytes_text, duration_text, synchronize
 from prune_lab.search import parse_budget, split_budgets
@@ -40,12 +40,9 @@ def _convolution(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[],
 def _whole_model(
     architecture: Architecture, device: torch.device, dtype: torch.dtype
 ) -> tuple[Callable[[], object], int]:
-    with torch.random.fork_rng(devices=[]):
-        model: Any = architecture.family.model_class().from_config(plain_config(architecture.config))
+    model: Any = random_model(architecture.config, device=device, dtype=dtype)
     sizes: dict[str, Any] = {"batch": _BATCH, "tokens": architecture.tokens}
     inputs = example_inputs(architecture.config, device=device, dtype=dtype, **sizes)
-    with quiet():
-        model = model.to(device, dtype).eval()
     return lambda: model(**inputs, return_dict=False), _BATCH * architecture.total_macs
 
 
@@ -69,7 +66,9 @@ def macs_per_second(architecture: Architecture, device: torch.device, dtype: tor
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RunEstimate:
-    """What a run is expected to take: seconds by step, bytes of memory while training, bytes on disk."""
+    """What a run is expected to take: seconds by step, bytes of memory while training (0: it trains nothing), bytes
+    on disk.
+    """
 
     seconds: dict[str, float]  # empty where the device is not here, so that its speed is unknown
     memory: int
@@ -78,7 +77,9 @@ class RunEstimate:
     @property
     def line(self) -> str:
         """The estimate in one line for a person; steps that are not named in it take little."""
-        room = f"{bytes_text(self.memory)} of memory while training, {bytes_text(self.disk)} on disk"
+        room = f"{bytes_text(self.disk)} on disk"
+        if self.memory:
+            room = f"{bytes_text(self.memory)} of memory while training, {room}"
         if not self.seconds:
             return f"estimate: {room}; time unknown, the device is not here"
         total = sum(self.seconds.values())
@@ -135,7 +136,7 @@ def _passes(config: RunConfig, architecture: Architecture, origin: Origin) -> di
     judged = probe.samples * candidates * (2 + distill.steps // distill.validate_every)
     pictures = len(shown.prompts or range(SHOWN_PROMPTS)) * len(shown.seeds)
     timed = config.profile.batch * (config.profile.runs + config.profile.warmup)
-    return {
+    passes = {
         "probe": min(probe.drawn, probe.samples) * probe.steps * twice if origin == "drawn" else 0,
         "scores": probe.samples * groups * criteria / _PREFIX_SAVING,
         "plans": _LATENCY_PASSES * config.profile.batch if "latency" in " ".join(budgets) else 0,
@@ -144,6 +145,7 @@ def _passes(config: RunConfig, architecture: Architecture, origin: Origin) -> di
         "distilled": steps * distill.batch * trained + judged * share,
         "pictures": pictures * shown.steps * twice * (1 + 2 * candidates * share),
     }
+    return passes if origin != "none" else {name: passes[name] for name in ("scores", "plans", "candidates")}
 
 
 def estimate(
@@ -167,6 +169,9 @@ def estimate(
     }
     budgets = budgets_of(config, architecture)
     share = _largest_share(config, architecture, budgets)
+    if origin == "none":  # students are cut, and none is trained
+        cut = _num_candidates(config, architecture, budgets) * architecture.total_params * share
+        return RunEstimate(seconds, 0, int(cut * dtype.itemsize))
     how, candidates = config.distill, _num_candidates(config, architecture, budgets)
     memory = memory_of(
         architecture, dtype=dtype, checkpointing=how.gradient_checkpointing, free=free, share=share

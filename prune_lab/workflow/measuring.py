@@ -11,7 +11,6 @@ import pandas as pd
 from prune_lab.blocks import Architecture, BlockGroup, GroupKind, block_groups, blocks_frame
 from prune_lab.config import PLAN_FILES
 from prune_lab.errors import ConfigError, StorageError
-from prune_lab.families import family_of
 from prune_lab.forms import why_not
 from prune_lab.importance import (
     ONE_STEP,
@@ -31,12 +30,12 @@ from prune_lab.profiling import (
     LatencyTable,
     Service,
     cost_table,
+    drawn_latent,
     keep_latency,
     kept_latency,
     latency_file,
     latency_key,
     latency_words,
-    latent_of_pixels,
     measure_latency_table,
     pixels_per_latent,
     profile_pipeline,
@@ -44,6 +43,7 @@ from prune_lab.profiling import (
     random_native_plans,
     read_service,
     reduction_table,
+    size_text,
     time_plans,
     turns_of_frame,
 )
@@ -147,6 +147,7 @@ def _measured_scores(session: Session) -> ImportanceTable:
     groups = score_groups_of(session)
     tell_roles(session)
     context = run_scoring_context(session)
+    session.let_go_of_encoders()
     tables = []
     for name in names:
         race = Race(settings.race) if settings.race and name in ONE_STEP else None
@@ -170,18 +171,21 @@ def controls(session: Session, architecture: Architecture) -> tuple[PruningPlan,
     return controls_among(session.config.search, architecture)
 
 
+def drawn_size(session: Session) -> int | None:
+    """Side of the latent that the run's model is counted at, as it draws; None for the size in its config."""
+    return drawn_latent(session.source, session.config.data.resolution)
+
+
 def service_of(session: Session) -> Service:
     """Where and how the run's models are to work: as its budgets on latency say, else as the run itself does.
 
     Raises BudgetError, ConfigError or DeviceError when it cannot be read, or is not to be had here.
     """
-    side, config = session.config.data.resolution, session.source.config
-    asked_size = side and family_of(config).component != "unet" and "sample_size" not in config
     own = Service(
         device=str(session.device),
         dtype=str(session.dtype).removeprefix("torch."),
         batch=session.config.profile.batch,
-        latent=latent_of_pixels(side, session.source) if asked_size else None,  # as FLUX and Wan draw it
+        latent=drawn_size(session),
         tokens=session.architecture.tokens,
     )
     asked = service_named(session.config.search.budgets)
@@ -282,11 +286,13 @@ def ensure_turns(session: Session, plans: Iterable[PruningPlan]) -> dict[str, Co
 
 
 def ensure_costs(session: Session) -> CostTable:
-    """Parameters and MACs of every block of the teacher, for one sample; writes costs.csv."""
-    run, part = session.run, costs_part(session)
-    costs = cost_table(session.architecture, dtype=session.dtype)
+    """Parameters and MACs of every block of the teacher, for one sample of the size that the run draws; writes
+    costs.csv, which says the size.
+    """
+    run, part, latent = session.run, costs_part(session), drawn_size(session)
+    costs = cost_table(session.architecture, latent=latent, dtype=session.dtype)
     if lacking(session, part):
-        write_frame(run.costs, costs.frame())
+        write_frame(run.costs, costs.frame().assign(size=size_text(session.source, latent)))
         record(session, part)
     return costs
 
@@ -308,6 +314,7 @@ def ensure_reductions(session: Session) -> pd.DataFrame:
             plans,
             model=own_name,
             batch=settings.batch,
+            latent=drawn_size(session),
             times=times,
             where=_where(session),
         )

@@ -16,7 +16,7 @@ from prune_lab.models.protection import check_run_folder
 from prune_lab.ranking import Ranking
 from prune_lab.runs import Manifests, open_run, read_records, writing
 from prune_lab.runs.removing import remains
-from prune_lab.runtime import track, write_frame
+from prune_lab.runtime import note, track, write_frame
 from prune_lab.schemas import STEP_SECONDS, STEP_SECONDS_COLUMNS, STEPS_COLUMNS
 from prune_lab.session import Session, tell_roles
 from prune_lab.session.parts import lacking, record, remains_of, steps_part
@@ -24,19 +24,21 @@ from prune_lab.workflow.measuring import controls, criteria_of, score_groups_of,
 from prune_lab.workflow.ranking import ensure_ranking
 from prune_lab.workflow.starting import changed_in, forget, start_run
 from prune_lab.workflow.states import state_of, states
-from prune_lab.workflow.steps import STEPS
+from prune_lab.workflow.steps import STEPS, can_be_done, why_left_out
 from prune_lab.workflow.targets import check_budgets, check_controls
 
 
 def check_settings(session: Session) -> None:
     """Raise the errors of settings that later steps would raise, before hours are spent on earlier ones."""
     config = session.config
-    _ = session.device, session.dtype, service_of(session), session.pipeline, session.scorer
-    drawing = {"evaluate.steps": config.evaluate.steps}
-    if session.data_origin == "drawn":
-        drawing |= {"data.steps": config.data.steps, "probe.steps": config.probe.steps}
-    for name, steps in drawing.items():
-        check_steps(session.pipeline, steps, name)
+    _ = session.device, session.dtype, service_of(session)
+    if session.source.is_pipeline:
+        _ = session.pipeline, session.scorer
+        drawing = {"evaluate.steps": config.evaluate.steps}
+        if session.data_origin == "drawn":
+            drawing |= {"data.steps": config.data.steps, "probe.steps": config.probe.steps}
+        for name, steps in drawing.items():
+            check_steps(session.pipeline, steps, name)
     criteria_of(session)
     score_groups_of(session)
     check_controls(config)
@@ -61,8 +63,9 @@ def check_files_of_others(session: Session) -> None:
     remains(session.run.folder, again, session.manifests.listed)
 
 
-def run_all(config: RunConfig, folder: Path, *, force: bool = False) -> Ranking:
-    """The ranking after all steps in order, the report last; finished steps are only read.
+def run_all(config: RunConfig, folder: Path, *, force: bool = False) -> Ranking | None:
+    """The ranking after all steps in order, the report last; finished steps are only read. None for a model alone, of
+    which the steps are left out that train and draw.
 
     With ``force`` the steps that read changed settings are redone, with the later ones; all steps when no setting
     changed. Writes steps.csv: the seconds of each step when it was last done.
@@ -75,7 +78,7 @@ def run_all(config: RunConfig, folder: Path, *, force: bool = False) -> Ranking:
         return _run_all(config, folder, force=force)
 
 
-def _run_all(config: RunConfig, folder: Path, *, force: bool) -> Ranking:
+def _run_all(config: RunConfig, folder: Path, *, force: bool) -> Ranking | None:
     run = open_run(folder, must_exist=False)
     redo_all = force and run.done(run.config) and not changed_in(run, config, Manifests(run.folder))
     run = start_run(config, folder, force=force)
@@ -91,7 +94,10 @@ def _run_all(config: RunConfig, folder: Path, *, force: bool) -> Ranking:
         frame = read_records(run.steps, STEP_SECONDS) if run.steps.is_file() else pd.DataFrame()
         known = dict(zip(frame["step"], frame["seconds"], strict=True)) if len(frame) else {}
     seconds = dict(known)
-    for step in track(STEPS, "step", name=lambda step: step.name):
+    if why := why_left_out(session.source):
+        note(why)
+    steps = [step for step in STEPS if can_be_done(session, step)]
+    for step in track(steps, "step", name=lambda step: step.name):
         finished = state_of(session, step).done
         start = time.perf_counter()
         step.ensure(session)
@@ -103,11 +109,11 @@ def _run_all(config: RunConfig, folder: Path, *, force: bool) -> Ranking:
         record(session, steps_part(run))
     with contextlib.suppress(StorageError):  # without it files of another time are only read once more
         session.manifests.renew()
-    return ensure_ranking(session)
+    return ensure_ranking(session) if session.source.is_pipeline else None
 
 
 def steps_frame(config: RunConfig, folder: Path) -> pd.DataFrame:
-    """One row per step as ``run_all`` would find it: step, state (done, to do, redo, or n of m), does."""
+    """One row per step as ``run_all`` would find it: step, state (done, to do, redo, n of m, left out), does."""
     run = open_run(folder, must_exist=False)
     session = Session(run, config=config)
     rows = [(state.step.name, state.text, state.step.does) for state in states(session)]

@@ -26,7 +26,7 @@ from prune_lab.schemas import PLANS_COLUMNS, SEARCHED, SEARCHED_COLUMNS, SEARCHE
 from prune_lab.search import ImpactOf, parse_budget, predicted_impact, split_budgets
 from prune_lab.session import Session, run_scoring_context
 from prune_lab.session.parts import lacking, plans_part, record
-from prune_lab.workflow.measuring import controls, ensure_costs, ensure_latency, ensure_scores
+from prune_lab.workflow.measuring import controls, drawn_size, ensure_costs, ensure_latency, ensure_scores
 from prune_lab.workflow.solving import SOLVERS, Question, controls_for
 from prune_lab.workflow.targets import budgets_of, constraints_of
 
@@ -44,6 +44,7 @@ def costs_of(session: Session) -> CostTable:
     timed = "latency" in asked or session.run.done(session.run.latency)
     return cost_table(
         architecture,
+        latent=drawn_size(session),
         dtype=dtype,
         latency=ensure_latency(session) if timed else None,
         latency_elsewhere=True,  # at the run's service, which may be of another size

@@ -106,6 +106,13 @@ def check_effect(config: RunConfig, run: Run) -> None:
     """Raise ConfigError for a setting that ``run`` was not started with and that nothing reads, as its pictures come
     from elsewhere.
     """
+    if config.data.source and not (source := configured_model(config)).is_pipeline:
+        raise ConfigError(
+            f"asked to use the pictures of {config.data.source} (--data), found that {source.text} is a "
+            f"{source.called} alone, without the parts of a pipeline that encode pictures and captions and say how "
+            "noise is added; give the folder of the whole pipeline, or leave the pictures out: blocks are then scored "
+            "on random noise"
+        )
     known = load_run_config(run) if run.done(run.config) else RunConfig()
     given = set(changed_settings(known, config)) & set(changed_settings(RunConfig(), config))
     if not (asked := [name for name in _OF_OWN_DATA if name in given]):

@@ -10,7 +10,7 @@ from pathlib import Path
 from prune_lab.runs import Part, Verdict
 from prune_lab.session import Session
 from prune_lab.workflow.searching import left_out, plans_there
-from prune_lab.workflow.steps import STEPS, Step
+from prune_lab.workflow.steps import STEPS, Step, can_be_done
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,7 @@ class StepState:
     step: Step
     parts: tuple[tuple[Part, Verdict], ...]
     asked_for: bool = True
+    possible: bool = True  # with what there is of the model
     follows: str = ""  # what would be made again, and could then be other than what finished parts of it read
 
     @property
@@ -29,7 +30,9 @@ class StepState:
 
     @property
     def text(self) -> str:
-        """``done``, ``may follow``, ``to do``, ``redo``, ``2 of 3`` candidates, or ``not asked for``."""
+        """``done``, ``may follow``, ``to do``, ``redo``, ``2 of 3`` candidates, ``not asked for`` or ``left out``."""
+        if not self.possible:
+            return "left out"
         if not self.asked_for:
             return "not asked for"
         if self.parts and self.done:
@@ -47,6 +50,8 @@ class StepState:
 
 def state_of(session: Session, step: Step, *, ahead: bool = False) -> StepState:
     """What there is of ``step``; ``ahead``: as it will be when the steps that were asked before have been done."""
+    if not can_be_done(session, step):
+        return StepState(step, (), possible=False)
     found = []
     native = [plan for plan in plans_there(session) if not left_out(session, plan)]
     for part in step.parts(session, native):

@@ -10,6 +10,7 @@ from pathlib import Path
 from prune_lab.distill import load_recovery
 from prune_lab.engines import needs_scores
 from prune_lab.errors import DataError
+from prune_lab.models import ModelSource
 from prune_lab.plans import PruningPlan
 from prune_lab.runs import Part, Run
 from prune_lab.session import Session, ensure_data, ensure_probe
@@ -64,6 +65,7 @@ class Step:
     ensure: Callable[[Session], object]
     products: Paths  # files and folders that it writes
     parts: Parts  # what of it is done, and redone, by itself; of the plans that can be built
+    alone: bool = True  # whether a model without its pipeline is enough for it
 
 
 def _of_candidates(*parts: str) -> Paths:
@@ -178,6 +180,7 @@ STEPS: tuple[Step, ...] = (
         ensure_repaired,
         _of_candidates("repair", "repaired"),
         _repaired_parts,
+        alone=False,
     ),
     Step(
         "data",
@@ -185,6 +188,7 @@ STEPS: tuple[Step, ...] = (
         ensure_data,
         _files("data", "data_dir", "validation", "captions"),
         _data_parts,
+        alone=False,
     ),
     Step(
         "distilled",
@@ -192,10 +196,11 @@ STEPS: tuple[Step, ...] = (
         ensure_distilled,
         _distilled,
         _distilled_parts,
+        alone=False,
     ),
     Step(
         "reductions",
-        "counts and times what the controls leave, here and of other models",
+        "counts and times the model and what its named plans leave of it",
         ensure_reductions,
         _files("reductions"),
         _one(reductions_part),
@@ -206,6 +211,7 @@ STEPS: tuple[Step, ...] = (
         ensure_shares,
         _files("pipeline_profile"),
         _one(shares_part),
+        alone=False,
     ),
     Step(
         "pictures",
@@ -213,6 +219,7 @@ STEPS: tuple[Step, ...] = (
         ensure_pictures,
         _pictures,
         _picture_parts,
+        alone=False,
     ),
     Step(
         "ranking",
@@ -220,6 +227,7 @@ STEPS: tuple[Step, ...] = (
         ensure_ranking,
         _files("ranking"),
         lambda session, _plans: (ranking_part(session, plans_there(session)),),  # and who cannot be built
+        alone=False,
     ),
     Step(
         "report",
@@ -229,6 +237,22 @@ STEPS: tuple[Step, ...] = (
         lambda session, _plans: (report_part(session.run), steps_part(session.run)),
     ),
 )
+
+
+def can_be_done(session: Session, step: Step) -> bool:
+    """Whether there is what ``step`` works with: of a model alone there is nothing to train on and to draw with."""
+    return step.alone or session.source.is_pipeline
+
+
+def why_left_out(source: ModelSource) -> str:
+    """Why a run of ``source`` leaves steps out, and what would do them all; empty for a whole pipeline."""
+    if source.is_pipeline:
+        return ""
+    names = ", ".join(step.name for step in STEPS if not step.alone)
+    return (
+        f"{source.text} is a {source.called} alone, so these steps are left out: {names}; there is nothing to train "
+        "on, to draw with and to judge by, and blocks are scored on random noise: give the folder of the whole pipeline"
+    )
 
 
 def steps_from(name: str) -> tuple[Step, ...]:

@@ -13,7 +13,7 @@ from prune_lab.evaluation import check_step_count
 from prune_lab.forms import form_named
 from prune_lab.models import ModelSource, configured_model
 from prune_lab.plans import PruningPlan, read_plans, refuse_widths
-from prune_lab.profiling import Service, cost_table, read_service
+from prune_lab.profiling import Service, cost_table, drawn_latent, read_service
 from prune_lab.runtime import note
 from prune_lab.search import (
     Constraints,
@@ -132,7 +132,8 @@ def check_budgets(config: RunConfig) -> None:
     if service := service_named(config.search.budgets):
         read_service(service, Service(), source)
     architecture = source.architecture
-    costs, constraints = cost_table(architecture), constraints_of(config)
+    latent = drawn_latent(source, config.data.resolution)
+    costs, constraints = cost_table(architecture, latent=latent), constraints_of(config)
     for text in budgets_of(config, architecture):
         for one in split_budgets(text):
             check_budget_text(one, architecture)
@@ -147,6 +148,8 @@ def check_drawing(config: RunConfig, source: ModelSource, origin: str) -> None:
 
     Loads nothing, so that a plan of a run can be checked.
     """
+    if not source.is_pipeline:
+        return
     drawing = {"evaluate.steps": config.evaluate.steps}
     if origin == "drawn":
         drawing |= {"data.steps": config.data.steps, "probe.steps": config.probe.steps}

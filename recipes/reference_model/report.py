@@ -132,7 +132,8 @@ def report_page(metrics: dict[str, Any], losses: pd.DataFrame, impacts: pd.DataF
     return "\n".join(lines)
 
 
-def _write(figure: Figure, path: Path, dpi: int) -> None:
+def write_figure(figure: Figure, path: Path, dpi: int) -> None:
+    """Write the figure as PNG, equal figures as equal bytes."""
     FigureCanvasAgg(figure)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
@@ -154,7 +155,7 @@ def draw_prompt_grid(
     figure.suptitle(
         "Held-out prompts: generated (left) and the real picture, never trained on (right)", fontsize=9
     )
-    _write(figure, path, dpi=72)
+    write_figure(figure, path, dpi=72)
 
 
 def draw_impacts(path: Path, blocks: pd.DataFrame) -> None:
@@ -171,7 +172,7 @@ def draw_impacts(path: Path, blocks: pd.DataFrame) -> None:
     axis.set_xticks(place, blocks["group"], rotation=90, fontsize=7)
     axis.set_ylabel("relative change of the prediction")
     axis.set_title("Removal impact (blue: attention, grey: residual), 95 % intervals", fontsize=9)
-    _write(figure, path, dpi=100)
+    write_figure(figure, path, dpi=100)
 
 
 def draw_curves(path: Path, curves: Mapping[str, pd.DataFrame]) -> None:
@@ -184,4 +185,4 @@ def draw_curves(path: Path, curves: Mapping[str, pd.DataFrame]) -> None:
         axis.set_yscale("log")
         axis.set_xlabel("step")
         axis.set_title(f"{name}: training loss", fontsize=9)
-    _write(figure, path, dpi=100)
+    write_figure(figure, path, dpi=100)

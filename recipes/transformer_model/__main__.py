@@ -1,4 +1,4 @@
-"""Rebuild or measure the shipped transformer: ``python -m recipes.transformer_model train|evaluate``."""
+"""Rebuild or measure the shipped transformer: ``python -m recipes.transformer_model train|evaluate|study``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from recipes.command_line import (
     ConfigOption,
     ModelOption,
     ReportOption,
+    RunOption,
     WorkOption,
     command_line,
     importing,
@@ -41,6 +42,19 @@ def evaluate(out: ReportOption, assets: AssetsOption = None) -> None:
 
     with progress_shown():
         evaluate_transformer(out, assets=assets)
+    typer.echo(out / "README.md")
+
+
+@app.command()
+def study(work: RunOption, out: ReportOption, config: ConfigOption = None) -> None:
+    """Score, prune, distil and rank what ships, with controls, and write the report: tables, figures, README.md."""
+    from prune_lab.runtime import progress_shown
+
+    with importing():
+        from recipes.transformer_model.study import study_transformer
+
+    with progress_shown():
+        study_transformer(out, work, config=config)
     typer.echo(out / "README.md")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from diffusers import PixArtAlphaPipeline, UNet2DConditionModel
+from diffusers import PixArtAlphaPipeline, StableDiffusionPipeline
 from transformers import CLIPModel, CLIPTokenizer
 
 from prune_lab.assets import assets_folder, decode_pictures, load_pictures, reference_folder, scorer_folder
@@ -25,6 +25,7 @@ from recipes.reference_model.evaluate import (
     GRID_PROMPTS,
     RETRIEVAL_PROMPTS,
     Sampling,
+    as_float32,
     by_timestep,
     generated_matches,
     held_out_prompts,
@@ -35,14 +36,19 @@ from recipes.reference_model.report import draw_curves, draw_prompt_grid
 from recipes.reference_model.steps import slices
 from recipes.transformer_model.captioned import Captioned
 from recipes.transformer_model.losses import by_transformer, by_unet, caption_losses, errors, held_out_rows
-from recipes.transformer_model.report import report_page
+from recipes.transformer_model.report import MODELS, report_page
 
 _BATCH = 16
 
 
-def draw(pipeline: PixArtAlphaPipeline, prompts: Sequence[str], sampling: Sampling) -> torch.Tensor:
+def draw(
+    pipeline: PixArtAlphaPipeline | StableDiffusionPipeline, prompts: Sequence[str], sampling: Sampling
+) -> torch.Tensor:
     """Pictures (N, 3, H, W), uint8, one for each prompt, each from the noise of the same seed."""
-    found = []
+    found, own = [], {}
+    if isinstance(pipeline, PixArtAlphaPipeline):
+        own = {"max_sequence_length": pipeline.tokenizer.model_max_length}
+        own |= {"use_resolution_binning": False, "clean_caption": False}
     for part in slices(len(prompts), _BATCH):
         some = list(prompts[part])
         pictures = pipeline(
@@ -50,10 +56,8 @@ def draw(pipeline: PixArtAlphaPipeline, prompts: Sequence[str], sampling: Sampli
             num_inference_steps=sampling.steps,
             guidance_scale=sampling.guidance,
             generator=[torch.Generator().manual_seed(sampling.seed) for _ in some],
-            max_sequence_length=pipeline.tokenizer.model_max_length,
-            use_resolution_binning=False,
-            clean_caption=False,
             output_type="np",
+            **own,
         ).images
         found.append(torch.from_numpy(np.rint(pictures * 255).astype(np.uint8)).permute(0, 3, 1, 2))
     return torch.cat(found)
@@ -85,26 +89,26 @@ class _Shipped:
         return cls(pipeline, heldout, decode_pictures(heldout), captioned_rows(pipeline, heldout))
 
 
-def _drawn_figures(shipped: _Shipped, sampling: Sampling, sheet: Path) -> dict[str, Any]:
-    """How pictures of held-out prompts are matched; draws some of them beside the real ones into `sheet`."""
+def _drawn_figures(
+    shipped: _Shipped, reference: StableDiffusionPipeline, sampling: Sampling, sheet: Path
+) -> dict[str, Any]:
+    """How both models' pictures of held-out prompts are matched; some of the transformer's go into `sheet`."""
     captions = shipped.heldout["caption"].tolist()
     prompts = held_out_prompts(shipped.heldout, RETRIEVAL_PROMPTS)
-    drawn = draw(shipped.pipeline, prompts, sampling)
     real = shipped.real[[captions.index(prompt) for prompt in prompts]]
-    draw_prompt_grid(sheet, prompts[:GRID_PROMPTS], drawn[:GRID_PROMPTS], real[:GRID_PROMPTS])
     scorer = CLIPModel.from_pretrained(scorer_folder(), dtype=torch.float32, local_files_only=True).eval()
     tokenizer = CLIPTokenizer.from_pretrained(scorer_folder(), local_files_only=True)
-    cosine = {}
-    for name, pictures in (("generated", drawn), ("real", real)):
+    figures: dict[str, Any] = {"prompts": len(prompts), **dataclasses.asdict(sampling)}
+    pipelines = (shipped.pipeline, reference)
+    drawn = dict(zip(MODELS, (draw(pipeline, prompts, sampling) for pipeline in pipelines), strict=True))
+    for name, pictures in (*drawn.items(), ("real", real)):
         seen, said = embed_pairs(scorer, tokenizer, pictures, prompts)
-        cosine[name] = float((seen * said).sum(1).mean())
-    matches = generated_matches(scorer, tokenizer, drawn, real, prompts)
-    return {
-        "prompts": len(prompts),
-        "clip_score": cosine,
-        "matches": matches,
-        **dataclasses.asdict(sampling),
-    }
+        figures[name] = {"clip_score": float((seen * said).sum(1).mean())}
+    for name, pictures in drawn.items():
+        figures[name]["matches"] = generated_matches(scorer, tokenizer, pictures, real, prompts)
+    ours = drawn[MODELS[0]]
+    draw_prompt_grid(sheet, prompts[:GRID_PROMPTS], ours[:GRID_PROMPTS], real[:GRID_PROMPTS])
+    return figures
 
 
 def evaluate_transformer(
@@ -126,10 +130,9 @@ def evaluate_transformer(
     own = assets / "transformer"
     shipped = _Shipped.load(own)
     rows = held_out_rows(shipped.captioned, rounds)
-    unet = UNet2DConditionModel.from_pretrained(
-        reference_folder() / "unet", dtype=torch.float32, local_files_only=True
-    ).eval()
-    models = {"transformer": by_transformer(shipped.pipeline.transformer), "reference U-Net": by_unet(unet)}
+    reference = as_float32(reference_folder())
+    predictions = (by_transformer(shipped.pipeline.transformer), by_unet(reference.unet))
+    models = dict(zip(MODELS, predictions, strict=True))
     tables, figures = [], {}
     for name, predict in models.items():
         error = errors(predict, shipped.captioned, rows)
@@ -151,7 +154,7 @@ def evaluate_transformer(
         "megabytes": weights_megabytes(own),
         "rows": len(rows.times),
         "models": figures,
-        "drawn": _drawn_figures(shipped, sampling or Sampling(), out / "sheet.png"),
+        "drawn": _drawn_figures(shipped, reference, sampling or Sampling(), out / "sheet.png"),
         "stored": pd.read_csv(stored).set_index("form")["loss"].to_dict() if stored.is_file() else {},
         "training": None
         if curve is None

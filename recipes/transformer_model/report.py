@@ -9,6 +9,8 @@ import pandas as pd
 
 from recipes.reference_model.report import MATCHES, percent
 
+MODELS = ("transformer", "reference U-Net")  # in the order of the columns
+
 
 def _row(first: str, cells: Iterable[object]) -> str:
     return f"| {first} | {' | '.join(map(str, cells))} |"
@@ -50,18 +52,23 @@ def _loss_lines(metrics: dict[str, Any], losses: pd.DataFrame) -> list[str]:
 
 
 def _picture_lines(drawn: dict[str, Any]) -> list[str]:
-    cosine, shares = drawn["clip_score"], drawn["matches"]
+    both = [drawn[name] for name in MODELS]
+    pleased = " and ".join(f"{drawn[name]['clip_score']:.3f} ({name})" for name in MODELS)
     return [
         "## Pictures",
         "",
         f"{drawn['prompts']} held-out prompts, {drawn['steps']} steps, guidance {drawn['guidance']:g}, seed "
-        f"{drawn['seed']}. CLIP score by the shipped scorer (mean cosine of picture and prompt): "
-        f"{cosine['generated']:.3f}; of the real pictures {cosine['real']:.3f}.",
+        f"{drawn['seed']}, the same for both models. CLIP score by the shipped scorer (mean cosine of picture and "
+        f"prompt): {pleased}; of the real pictures "
+        f"{drawn['real']['clip_score']:.3f}.",
         "",
-        _row(f"the right one among {drawn['prompts']}", ["first", "in the first five"]),
-        "| --- | ---: | ---: |",
+        _row(
+            f"the right one among {drawn['prompts']}",
+            [f"{name}: {place}" for name in MODELS for place in ("first", "in the first five")],
+        ),
+        "| --- |" + " ---: |" * 2 * len(MODELS),
         *(
-            _row(words, [percent(shares[name]["r1"]), percent(shares[name]["r5"])])
+            _row(words, [percent(one["matches"][name][place]) for one in both for place in ("r1", "r5")])
             for name, words in MATCHES.items()
         ),
         "",

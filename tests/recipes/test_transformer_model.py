@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from diffusers import PixArtAlphaPipeline
@@ -30,6 +31,7 @@ from recipes.transformer_model.captioned import Captioned, real_tokens
 from recipes.transformer_model.losses import by_transformer, caption_losses, errors, held_out_rows
 from recipes.transformer_model.settings import NoiseLevels, TransformerShape, read_recipe
 from recipes.transformer_model.storage import CARD, as_float8, as_shipped, packed_names
+from recipes.transformer_model.study import DEMO, by_hand, control_plans, draw_pairs, study_page
 from recipes.transformer_model.training import train_transformer, velocity_loss
 from recipes.transformer_model.transformer import build_transformer, predicted, start_as_pixart
 
@@ -288,9 +290,46 @@ def test_the_whole_recipe_builds_a_pipeline_that_the_cards_call_draws_with(
     assert set(metrics["stored"]) == {"float32", "int8", "float8"}
     assert metrics["models"]["transformer"]["loss"] == pytest.approx(metrics["stored"]["int8"], rel=1e-4)
     assert metrics["training"]["steps"] == 2
+    assert {"transformer", "reference U-Net", "real"} <= metrics["drawn"].keys()
     page = (tmp_path / "report" / "README.md").read_text()
     assert all((tmp_path / "report" / name).is_file() for name in re.findall(r"\((\w+\.png)\)", page))
     assert "| 900-999 |" in page
+
+
+def test_controls_of_a_chain_by_hand() -> None:
+    blocks = [f"B{number}" for number in range(1, 13)]
+    assert by_hand(blocks, 4) == {
+        "contiguous-4": ["B5", "B6", "B7", "B8"],
+        "every-3-of-12": ["B3", "B6", "B9", "B12"],
+    }
+    assert by_hand(blocks, 6) == {
+        "contiguous-6": ["B4", "B5", "B6", "B7", "B8", "B9"],
+        "every-2-of-12": ["B2", "B4", "B6", "B8", "B10", "B12"],
+    }
+
+
+def test_the_page_of_a_study_is_made_of_the_tables_of_a_report(tmp_path: Path) -> None:
+    pairs = pd.DataFrame({"first": ["a", "a", "b"], "second": ["b", "c", "c"], "impact": [2.0, 6.0, 8.0]})
+    pairs["sum"] = [2.0, 3.0, 4.0]
+    draw_pairs(tmp_path / "pairs.png", pairs)
+    assert (tmp_path / "pairs.png").stat().st_size > 1000
+    page = study_page(DEMO, pairs, 600)
+    assert "| parameters | 8.77 M | 8.77 M |" in page
+    assert "All 3 pairs were removed too. The impact of a pair is 2.00 times" in page
+    assert "from 1.00 to 2.00" in page
+    assert "| bk-base | 14 | 65% | 0.29 | 0.5075 | 0.3851 | 3 |" in page
+
+
+@shipped
+def test_the_lightest_blocks_are_a_control() -> None:
+    plans = {plan.name: plan for plan in control_plans("transformer")}
+    weights = {}
+    model = PixArtAlphaPipeline.from_pretrained(transformer_folder(), local_files_only=True).transformer
+    for number, block in enumerate(model.transformer_blocks, 1):
+        matrices = [one.detach() for one in block.parameters() if one.ndim == 2]
+        weights[f"B{number}"] = sum(float(one.abs().sum(1).mean()) for one in matrices) / len(matrices)
+    for size in (4, 6):
+        assert set(plans[f"magnitude-{size}"].removed) == set(sorted(weights, key=weights.__getitem__)[:size])
 
 
 @shipped

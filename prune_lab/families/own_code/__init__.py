@@ -33,7 +33,7 @@ from prune_lab.families.widths import Kept, narrowed
 from prune_lab.runtime import printable, read_bytes
 
 FOLDER = Path(__file__).resolve().parent
-NEWEST = "modeling_pruned_ddfd7f752564"
+NEWEST = "modeling_pruned_028a9f2fcb83"
 PREFIX = "Pruned"  # of class names; what follows is the diffusers class
 REMOVED, MAIN_PATH, WIDTHS, AUTO_MAP = "removed", "main_path", "widths", "auto_map"
 GUARD = "quantization_config"  # in a file with widths: makes every class but its own refuse it
@@ -126,6 +126,12 @@ def own_class(file: str, class_name: str) -> type[Any]:
     return found
 
 
+def only_watches(hook: Any) -> bool:
+    """Whether ``hook`` of a module is one that a model file has put there: it looks at results and changes nothing."""
+    owner = type(getattr(hook, "__self__", None))
+    return owner.__module__.rpartition(".")[2] in {path.stem for path in known_files().values()}
+
+
 def code_path(file: str) -> Path:
     """Where the package's copy of a model file lies. Raises UnsupportedModelError for another file."""
     for path in known_files().values():
@@ -173,14 +179,14 @@ def own_layout(family: Family, outline: Outline, removed: Removed, kept: Kept | 
     names = tensors_of(_whole(outline.config))
     gone: dict[str, Any] = dict(outline.config.get(REMOVED) or {})
     paths: dict[str, str | None] = {}
-    marks: list[str] = []
+    new: list[str] = []
     sizes, cut = narrowed(shapes_of(_whole(outline.config)), kept) if kept else ({}, {})
     for unit in units:
         mark = _mark(unit, names)
         stays = [f"{unit.path}.{path}" for path in unit.keeps]
         paths |= {unit.path: None} | dict(zip(stays, stays, strict=True))
         if mark:
-            marks.append(f"{unit.path}.{mark}")
+            new.append(f"{unit.path}.{mark}")
         gone = {path: how for path, how in gone.items() if not path.startswith(f"{unit.path}.")}
         gone[unit.path] = {
             "hands_on": list(unit.hands_on),
@@ -194,25 +200,29 @@ def own_layout(family: Family, outline: Outline, removed: Removed, kept: Kept | 
         for path, numbers in ((outline.config.get(WIDTHS) or {}) | sizes).items()
         if not any(path == one or path.startswith(f"{one}.") for one in gone)
     }
-    if not widths and not any(how["mark"] for how in gone.values()):
+    if (gone or not widths) and not any(how["mark"] for how in gone.values()):
         raise NonNativePlanError(
             "asked for a student with code of its own that has all tensors of the model: nothing would tell the two "
             "apart; remove a block that has weights"
         )
     name = PREFIX + base_name(str(outline.config[CLASS_NAME]))
     takes_part = any(how["channels"] is not None for how in gone.values())
-    writers = [family.stem, *(unit.path for unit in outline.units if not unit.inside)]
+    writers = [family.stem(outline.config), *(unit.path for unit in outline.units if not unit.inside)]
+    # those of blocks that were gone before as well: their shape says what is gone of all
+    marks = [f"{path}.{how['mark']}" for path, how in gone.items() if how["mark"]]
+    main_path = writers if takes_part else None
     own = {
         CLASS_NAME: name,
         REMOVED: gone,
-        MAIN_PATH: writers if takes_part else None,
+        MAIN_PATH: main_path,
         **({WIDTHS: widths} if widths else {}),
         AUTO_MAP: {"AutoModel": f"{NEWEST}.{name}"},
     }
+    shape = _module(NEWEST).mark_shape(gone, main_path)
     return Layout(
         MappingProxyType({**outline.config, **own}),
-        MappingProxyType(paths | dict(zip(marks, marks, strict=True))),
-        cut | dict.fromkeys(marks, lambda tensor: tensor.new_empty(0)),
+        MappingProxyType(paths | dict(zip(new, new, strict=True))),
+        cut | dict.fromkeys(marks, lambda tensor: tensor.new_empty(shape)),
     )
 
 

@@ -5,7 +5,9 @@ of each module). Load it with the class that is named there, or ``diffusers.Auto
 """
 
 import functools
+import hashlib
 import inspect
+import json
 import pathlib
 import shutil
 from typing import Any
@@ -15,6 +17,15 @@ import torch
 from diffusers.configuration_utils import register_to_config
 
 _PREFIX = "Pruned"  # of the names of classes here; what follows is the diffusers class
+
+
+def mark_shape(removed: Any, main_path: Any) -> tuple[int, int, int]:
+    """Shape of the tensors without numbers that stand in a student: a digest of what is gone of it.
+
+    So weights that were saved without some blocks do not fit a list of others, or one that somebody changed.
+    """
+    digest = hashlib.sha256(json.dumps([removed, main_path], sort_keys=True).encode()).digest()
+    return 0, int.from_bytes(digest[:3], "big"), int.from_bytes(digest[3:6], "big")
 
 
 def _container(module: Any, path: str) -> Any:
@@ -44,7 +55,8 @@ class Removed(torch.nn.Module):
     """In place of a block that is gone: hands on its inputs ``hands_on``, of each the first ``channels`` only.
 
     ``keeps`` are modules inside of it that others read. ``mark`` is the name of a tensor of the block: one without
-    numbers stands there, so that a class that knows nothing of this refuses the weights instead of filling the gap.
+    numbers, of the shape ``shape``, stands there, so that a class that knows nothing of this refuses the weights
+    instead of filling the gap.
     """
 
     def __init__(
@@ -55,6 +67,7 @@ class Removed(torch.nn.Module):
         in_tuple: bool = False,
         keeps: Any = (),
         mark: str = "",
+        shape: tuple[int, ...] = (0,),
     ) -> None:
         super().__init__()
         self._names = list(inspect.signature(type(block).forward).parameters)[1:]
@@ -64,7 +77,7 @@ class Removed(torch.nn.Module):
             _container(self, path).add_module(path.rsplit(".", 1)[-1], block.get_submodule(path))
         if mark:
             place = _container(self, mark)
-            place.register_buffer(mark.rsplit(".", 1)[-1], torch.empty(0))
+            place.register_buffer(mark.rsplit(".", 1)[-1], torch.empty(shape))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What goes on without the block."""
@@ -93,9 +106,13 @@ def pruned(base: Any) -> Any:
         base.__init__.__wrapped__(
             self, *args, **config
         )  # the config is registered once, by our own decorator
-        layout = Layout()
+        layout, shape = Layout(), mark_shape(removed, main_path)
+        if removed and not any(how.get("mark") for how in removed.values()):
+            raise ValueError(
+                "none of the modules in ``removed`` has a mark: no weights would tell what is gone"
+            )
         for path, how in (removed or {}).items():
-            gone = Removed(self.get_submodule(path), **how)
+            gone = Removed(self.get_submodule(path), **how, shape=shape)
             gone.layout = layout
             self.set_submodule(path, gone)
         for path in main_path or ():  # the modules that write what a block with ``channels`` reads
