@@ -256,7 +256,7 @@ def load_plain(config: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize("name", [name for name in TINY_TRANSFORMERS if name in FAMILIES])
 def test_a_compact_transformer_is_its_teacher_masked(name: str) -> None:
-    model = tiny_model(name, num_layers=3) if "num_layers" in TINY_TRANSFORMERS[name] else tiny_model(name)
+    model = tiny_model(name)
     architecture = architecture_of(model)
     if not architecture.sites:
         pytest.skip("no width is known there")

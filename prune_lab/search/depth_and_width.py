@@ -115,8 +115,8 @@ def depth_and_width(
     )
     if answer.status == _INFEASIBLE or answer.x is None:
         raise BudgetError(
-            f"asked for at most {most:,.0f} {metric}, found no plan of blocks and widths that leaves so little; ask for "
-            "more"
+            f"asked for at most {most:,.0f} {metric}, found no plan of blocks and widths that leaves so little; ask "
+            "for more"
         )
     chosen = answer.x > 0.5
     removed = [name for name in blocks if chosen[column[name]]]
