@@ -127,7 +127,7 @@ def pipeline_of(text: str, device: torch.device, dtype: torch.dtype) -> Any:
         vae=autoencoder().to(device, dtype),
         text_encoder=text_encoder(source.config["cross_attention_dim"]).to(device, dtype),
         tokenizer=tokenizer,
-        model=load_model(source, device=device, dtype=dtype, random_weights=True),
+        unet=load_model(source, device=device, dtype=dtype, random_weights=True),
         scheduler=PNDMScheduler(
             beta_start=0.00085,
             beta_end=0.012,

@@ -92,7 +92,7 @@ class Bench:
         """Seconds until it has to be over."""
         return self.until - time.monotonic()
 
-    def unet(self) -> Any:
+    def model(self) -> Any:
         """The model with random weights."""
         return random_model(self.config, device=self.device, dtype=self.dtype, seed=self.seed)
 

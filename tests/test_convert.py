@@ -157,7 +157,7 @@ def with_lora(unet: Any, file: Path, *, xl: bool = False) -> Any:
     """``unet`` with the LoRA that plain diffusers reads from ``file``."""
     loader = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
     state, alphas, settings = loader.lora_state_dict(
-        str(file), model_config=unet.config, return_lora_metadata=True
+        str(file), unet_config=unet.config, return_lora_metadata=True
     )
     loader.load_lora_into_unet(state, alphas, unet, metadata=settings)
     return unet

@@ -64,7 +64,7 @@ def test_what_is_wrong_is_named_with_its_step(copied: Run) -> None:
         ("candidates", "may follow", FOLLOWS.format(f"candidates/{plan_id}/pruned")),
         ("pictures", "may follow", FOLLOWS.format(f"candidates/{plan_id}/pruned")),
         ("ranking", "may follow", FOLLOWS.format("costs.csv")),
-        ("report", "may follow", FOLLOWS.format(f"candidates/{plan_id}/distilled/recovery.json")),
+        ("report", "may follow", FOLLOWS.format(f"candidates/{plan_id}/distilled/model/config.json")),
         ("files", "left over", "of a writer that was stopped"),
         ("files", "left over", "no plan of this run has that id; remove the folder if nobody needs it"),
     }

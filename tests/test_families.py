@@ -131,8 +131,8 @@ TOY = Family(
     levels=lambda outline: [[unit.name] for unit in outline.units if unit.removable],
     plans={"odd": lambda outline: frozenset(unit.name for unit in outline.units[:-1:2])},
     stage_features=toy_features,
-    stem="embed",
-    head="final",
+    stem=lambda config: "embed",
+    head=lambda config: "final",
     compiled=("ToyBlock",),
 )
 

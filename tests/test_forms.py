@@ -763,3 +763,25 @@ def test_a_whole_run_in_another_form(
     ranking = ranking_from_frame(read_records(Run(root).ranking, RANKING))
     made = {entry.result.plan_id: entry.result.form for entry in ranking.entries}
     assert {plan_id: made[plan_id] for plan_id in forms} == forms
+    # it is still what it was cut to be: of the cost that is said, and what is silent has stayed silent
+    architecture = resolve_model(config.model).architecture
+    for plan_id, found in forms.items():
+        candidate = load_candidate(root / "candidates" / plan_id, architecture)
+        silent = tuple(f"{path}." for path in layout_of(architecture, candidate.plan).frozen)
+        assert bool(silent) == (found == "neutral")
+        states = [
+            load_student(candidate, state).state_dict() for state in ("pruned", "repaired", "distilled")
+        ]
+        same = {
+            name
+            for name, tensor in states[0].items()
+            if all(torch.equal(tensor, state[name]) for state in states)
+        }
+        assert {name for name in states[0] if name.startswith(silent)} <= same if silent else True
+        assert len(same) < len(states[0]) / 2
+        student = load_student(candidate, "distilled")
+        stated, counted = (
+            cost_table(architecture).of(candidate.plan),
+            count_macs(student, tokens=architecture.tokens),
+        )
+        assert (size(student), counted.total) == (stated.params, stated.macs)

@@ -111,7 +111,7 @@ def test_a_hub_is_read_by_revision_variant_and_subfolder(hub: Path, tmp_path: Pa
     assert "no such branch, tag or commit" in missing["error"]
     assert half["variant"] == "fp16"
     assert "--subfolder unet_ema" in training["error"]
-    assert (average["kind"], average["revision"]) == ("unet", REVISION)
+    assert (average["kind"], average["revision"]) == ("model", REVISION)
     assert not [name for name in average["files"] if name.startswith("unet/") and name.endswith("tensors")]
     assert "it answered 404" in nothing["error"]
     assert set(reduced["files"]) == wanted - {f"unet/{WEIGHTS}"} | {f"unet/{HALF}"}

@@ -309,7 +309,6 @@ def test_a_pipeline_whose_model_is_not_known_is_refused_with_the_reason(
 _DRAWS = """
 import json, sys
 import numpy, torch
-from conftest import figures_left_blank
 from diffusers import DiffusionPipeline
 for folder, asked in json.loads(sys.argv[1]).items():
     pipeline = DiffusionPipeline.from_pretrained(folder)
@@ -507,8 +506,8 @@ def test_a_model_alone_is_found_and_pruned(kind: str, pipeline_folder: Folders, 
 def test_the_structure_alone_has_blocks_and_costs(name: str, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(tiny_config(name)))
-    rows = json.loads(invoke("blocks", path, "--json"))
-    assert [row["name"] for row in rows] == ["B1", "B2", "B3", "B4"]
+    listed = CliRunner().invoke(app, ["blocks", str(path), "--json"])
+    assert [row["name"] for row in json.loads(listed.stdout)] == ["B1", "B2", "B3", "B4"]
     found = CliRunner().invoke(app, ["profile", str(path), "--plan", "-B2", "--no-latency", "--json"])
     teacher, student = json.loads(found.stdout)
     assert student["params"] < teacher["params"]

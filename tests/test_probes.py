@@ -188,7 +188,8 @@ def test_a_sampler_that_goes_by_flow_sigmas_is_trained_on_its_own_way(maker: Any
     noisy = schedule.add_noise(clean, noise, steps)
     torch.testing.assert_close(noisy, signal * clean + scale * noise, rtol=1e-6, atol=1e-6)
     told = plain.convert_model_output(schedule.target(clean, noise, steps), sample=noisy)
-    torch.testing.assert_close(told, clean, rtol=1e-4, atol=1e-5)
+    wanted = noise if maker is DEISMultistepScheduler else clean  # which it goes by
+    torch.testing.assert_close(told, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_schedule_with_a_moving_shift_is_even() -> None:
@@ -408,7 +409,7 @@ def test_sdxl_pipeline_carries_its_conditioning(
         text_encoder_2=second,
         tokenizer=pipeline.tokenizer,
         tokenizer_2=pipeline.tokenizer,
-        model=unet,
+        unet=unet,
         scheduler=pipeline.scheduler,
         add_watermarker=False,
     )

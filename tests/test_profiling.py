@@ -192,7 +192,8 @@ def test_memory_growth_is_what_a_call_holds_at_once() -> None:
     assert 120 * MIB < growth < 160 * MIB
     again = measure_memory_growth(hold(64))
     assert again is not None
-    assert 56 * MIB < again < 96 * MIB  # the mark was reset
+    # The mark was reset: it is below the first. The allocator may keep what was freed, which is then added.
+    assert 56 * MIB < again < 112 * MIB
 
 
 def test_blocks_are_timed_and_their_hooks_removed(tiny_unet: Any) -> None:

@@ -449,7 +449,7 @@ def test_the_average_of_a_training_is_read_without_a_word(
     checkpoint: Path, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:
     source = resolve_model(str(checkpoint), subfolder="unet_ema")
-    assert (source.kind, source.folder, source.subfolder) == ("unet", checkpoint / "unet_ema", "unet_ema")
+    assert (source.kind, source.folder, source.subfolder) == ("model", checkpoint / "unet_ema", "unet_ema")
     load_model(source)
     assert (
         source.architecture.total_params == resolve_model(str(checkpoint / "unet")).architecture.total_params

@@ -315,8 +315,8 @@ CHAIN = {
     "layout": lambda outline, removed: Layout({}, {}),
     "levels": lambda outline: [[unit.name] for unit in outline.units],
     "stage_features": lambda outline, removed: [],
-    "stem": "embed",
-    "head": "final",
+    "stem": lambda config: "embed",
+    "head": lambda config: "final",
 }
 
 

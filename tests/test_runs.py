@@ -100,7 +100,7 @@ def test_done_means_there_and_not_empty(tmp_path: Path) -> None:
     run.blocks.write_text("name\n")
     assert run.done(run.blocks)
 
-    folder = run.candidate(PLAN_ID).unet
+    folder = run.candidate(PLAN_ID).pruned
     folder.mkdir(parents=True)
     assert not run.done(folder)
     (folder / "config.json").write_text("{}")
@@ -141,7 +141,7 @@ def test_runs_of_version_0_1_are_refused_in_one_line(tmp_path: Path) -> None:
     run.environment.write_text(json.dumps({"python": "3.11.7", "model_digest": "0123"}))
     for must_exist in (True, False):
         with pytest.raises(
-            RunError, match=r"version 0\.1.*start a new run folder, or use prune-lab 0\.1"
+            RunError, match=rf"format 1, not {FORMAT}.*start a new run folder, or use the version that wrote"
         ) as caught:
             open_run(tmp_path, must_exist=must_exist)
         assert "\n" not in str(caught.value)

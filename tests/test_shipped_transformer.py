@@ -44,10 +44,7 @@ from prune_lab.plans import is_native, plan_of
 from prune_lab.prefix_sharing import predict_without
 from prune_lab.probes import random_probe
 from prune_lab.session.session import origin_of
-
-shipped = pytest.mark.skipif(
-    not (assets_folder() / "transformer").is_dir(), reason="the transformer has not been trained yet"
-)
+from prune_lab.workflow import kind_of_target
 
 # Stored in pieces --------------------------------------------------------------------------------------------------
 
@@ -124,7 +121,6 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
 # Used as the reference is ------------------------------------------------------------------------------------------
 
 
-@shipped
 def test_it_is_a_model_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = resolve_model("transformer")
     assert (source.kind, source.component, source.name, source.tokens) == (
@@ -164,7 +160,7 @@ def test_an_installation_without_it_says_so(
 def test_nothing_is_written_over_a_model_that_ships(name: str, tmp_path: Path) -> None:
     model = {"the model": (name,)}
     places = [reference_folder(), assets_folder()]
-    if name == "transformer" and (assets_folder() / name).is_dir():
+    if name == "transformer":
         places += [assets_folder() / name / "new", transformer_folder(), kept_in() / "new"]
     for place in places:
         with pytest.raises(StorageError, match="the model that it is made from"):
@@ -174,7 +170,6 @@ def test_nothing_is_written_over_a_model_that_ships(name: str, tmp_path: Path) -
     check_run_folder(tmp_path / name, RunConfig(model=name))
 
 
-@shipped
 def test_every_subset_of_its_blocks_is_a_plain_config() -> None:
     architecture = resolve_model("transformer").architecture
     names = [block.name for block in architecture.blocks]
@@ -183,7 +178,6 @@ def test_every_subset_of_its_blocks_is_a_plain_config() -> None:
     assert all(is_native(architecture, plan_of(architecture, some)) for some in sets)
 
 
-@shipped
 def test_its_replay_is_a_plain_loop_bit_for_bit() -> None:
     source = resolve_model("transformer")
     model, units = load_model(source), source.architecture.outline.units
@@ -204,7 +198,6 @@ def test_its_replay_is_a_plain_loop_bit_for_bit() -> None:
         assert float((other - one).abs().max() / one.abs().max()) < 5e-5
 
 
-@shipped
 def test_a_model_alone_is_judged_in_the_shipped_pipeline_of_its_class() -> None:
     folders = {name: resolve_model(name).model_folder for name in SHIPPED_MODELS}
     for name, folder in folders.items():
@@ -244,7 +237,6 @@ assert "prune_lab" not in sys.modules
 """
 
 
-@shipped
 @pytest.mark.long
 def test_it_and_its_student_draw_as_in_plain_diffusers_in_a_process_of_its_own(tmp_path: Path) -> None:
     from PIL import Image
@@ -268,21 +260,8 @@ def test_it_and_its_student_draw_as_in_plain_diffusers_in_a_process_of_its_own(t
             assert ours.columns[0].pictures[0].tobytes() == theirs.convert("RGB").tobytes()
 
 
-@shipped
-@pytest.mark.long
-def test_all_of_a_job_goes_through(tmp_path: Path) -> None:
-    few = {"probe.samples": 4, "probe.timesteps": 2, "score.bootstrap": 10, "distill.steps": 2}
-    few |= {"distill.batch": 2, "distill.pictures": 8, "distill.warmup": 1, "distill.trackers": []}
-    few |= {
-        "evaluate.steps": 2,
-        "distill.checkpoint_every": 2,
-        "distill.validate_every": 2,
-        "evaluate.prompts": ["fluent emoji, fox"],
-        "profile.runs": 2,
-    }
-    found = pl.run("transformer", run=tmp_path / "run", macs="70%", settings=few)
-    frame = found.ranking.frame()
-    assert set(frame["status"]) == {"teacher", "ranked"}
-    assert frame["clip_after"].notna().all()
-    sources = json.loads((tmp_path / "run" / "report" / "sources.json").read_text())
-    assert "reference" in json.dumps(sources)
+def test_it_is_a_model_where_things_are_compared() -> None:
+    assert kind_of_target("transformer") == kind_of_target("reference") == "model"
+    found = pl.compare("transformer", "-B9").frame()
+    assert list(found["kind"]) == ["model", "plan"]
+    assert found["params"].is_monotonic_decreasing

@@ -253,7 +253,7 @@ def test_distill_a_model_with_own_pictures(
     trained = student_weights(run.candidate(plan_id))
     assert all(torch.equal(tensor, pipeline.unet.state_dict()[name]) for name, tensor in trained.items())
     assert (run.curves_dir / "distillation").is_dir()
-    cut = load_file(run.candidate(plan_id).unet / "diffusion_pytorch_model.safetensors")
+    cut = load_file(run.candidate(plan_id).pruned / "diffusion_pytorch_model.safetensors")
     assert any(not torch.equal(cut[name], trained[name]) for name in cut)
     assert "asked to write the folder" in answer(*words, "--config", toml, code=2).stderr
 

@@ -297,7 +297,7 @@ def test_forgetting_one_candidate_spares_the_others(copied: Run) -> None:
     first, second, *_ = copied.plan_ids()
     forget(copied, "distilled", plan_ids=[first])
     assert not copied.candidate(first).distilled.exists()
-    assert copied.done(copied.candidate(first).unet)
+    assert copied.done(copied.candidate(first).pruned)
     assert copied.done(copied.candidate(second).distilled_model)
     assert not copied.ranking.exists()
 
@@ -320,7 +320,7 @@ def test_the_steps_say_how_far_they_are(copied: Run, config: RunConfig, tmp_path
 
 
 def test_the_scores_are_those_of_a_bypass(finished: Run) -> None:
-    unet = Session(finished).unet
+    unet = Session(finished).model
     probe = load_probe(finished.probe)
     whole = predict(unet, probe)
     with bypassed(unet, ["Dn1.A1"]):
@@ -360,7 +360,7 @@ def test_the_one_shot_impact_is_of_the_whole_plan(finished: Run) -> None:
     probe = load_probe(finished.probe)
     plan = parse_plan("bk-tiny", session.architecture)
     whole = predict(session.model, probe)
-    student = UNet2DConditionModel.from_pretrained(finished.candidate(plan.id).unet).eval()
+    student = UNet2DConditionModel.from_pretrained(finished.candidate(plan.id).pruned).eval()
     expected = float((predict(student, probe) - whole).square().mean() / whole.square().mean())
     table = pd.read_csv(finished.ranking).set_index("plan_id")
     assert table.loc[plan.id, "impact_one_shot"] == pytest.approx(expected, rel=1e-3)
@@ -465,14 +465,20 @@ def test_a_distillation_that_diverges_is_ranked_as_failed(copied: Run, config: R
 def test_a_bare_unet_can_be_scored_but_not_distilled(
     finished: Run, config: RunConfig, tmp_path: Path
 ) -> None:
-    folder = finished.candidate(finished.plan_ids()[0]).unet
-    bare = dataclasses.replace(config, model=str(folder), score=ScoreConfig(groups=("stage",), bootstrap=10))
+    folder = finished.candidate(finished.plan_ids()[0]).pruned
+    scored = ScoreConfig(groups=("stage",), bootstrap=10)
+    given = dataclasses.replace(config, model=str(folder), score=scored)
+    with pytest.raises(
+        ConfigError, match="alone, without the parts"
+    ):  # of a pipeline, which its pictures need
+        start_run(given, tmp_path / "run")
+    bare = dataclasses.replace(given, data=dataclasses.replace(config.data, source=""))
     run = start_run(bare, tmp_path / "run")
     assert ensure_probe(Session(run)).captions == ("",) * config.probe.samples
     assert len(ensure_scores(Session(run)).entries) > 0
     assert ensure_blocks(Session(run)).total_params == ensure_costs(Session(run)).total.params
     with pytest.raises(RunError, match="text encoder"):
-        run_all(bare, run.folder)
+        _ = Session(run).pipeline  # which distilling and drawing need
 
 
 def test_quality_has_a_row_per_set_of_pictures(finished: Run) -> None:
@@ -525,7 +531,7 @@ def test_comparison_of_plans_folders_and_runs(finished: Run, config: RunConfig) 
     frame = comparison(
         config.model, ["bk-base", str(folder.folder), str(folder.distilled_model), str(finished.folder)]
     )
-    kept = sum(p.numel() for p in UNet2DConditionModel.from_pretrained(folder.unet).parameters())
+    kept = sum(p.numel() for p in UNet2DConditionModel.from_pretrained(folder.pruned).parameters())
     assert list(frame["params"].iloc[:4]) == [architecture.total_params, kept, kept, kept]
     assert frame["params_change"].iloc[1] == pytest.approx(kept / architecture.total_params - 1)
     assert list(frame["kind"].iloc[:5]) == ["model", "plan", "candidate", "model", "teacher"]

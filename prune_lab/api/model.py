@@ -146,8 +146,9 @@ class Model(Workplace):
         With ``blocks`` a row per block, with ``pipeline`` one per part of the pipeline in a picture of ``steps`` steps.
         ``latency`` times a forward pass of ``batch`` samples in milliseconds, the plans in turns with the model in each
         of ``rounds`` (None: where there are weights). ``resolution`` is in pixels of the picture's sides, ``tokens`` in
-        words of text, ``frames`` are those of the latent of a film (None: the model's own). Raises PlanError for a plan
-        that cannot be read, or when two of the three tables are asked for, ConfigError for a number out of range.
+        words of text, ``frames`` are those of the latent of a film (None: the model's own). Plans are taken in the form
+        that ``prune`` gives them. Raises PlanError for a plan that cannot be read, or when two of the three tables are
+        asked for, ConfigError for a number out of range.
         """
         if (blocks or pipeline) and (plans or blocks == pipeline):
             raise PlanError("blocks, pipeline and plans each give a table of their own; ask for one of them")

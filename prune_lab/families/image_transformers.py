@@ -306,7 +306,8 @@ COGVIEW4 = _cogview("CogView4Transformer2DModel", "CogView4TransformerBlock", 10
 
 def _prx_arrange(config: Config, *given: Any) -> dict[str, Any]:
     inputs = as_arguments(config, *given)
-    return {**inputs, "timestep": inputs["timestep"] / inputs.pop(LENGTH.place)}
+    length = inputs.pop(LENGTH.place)
+    return {**inputs, "timestep": inputs["timestep"] / length}
 
 
 PRX = Chain(

@@ -77,6 +77,7 @@ def profile(
     batch: int = 1,
     latent: int | None = None,
     tokens: int | None = None,
+    frames: int | None = None,
     runs: int = 20,
     warmup: int = 3,
     measured: bool = True,
@@ -85,22 +86,21 @@ def profile(
 ) -> Profile:
     """The profile of a model on the device and in the number format it has, or of a config (counted only).
 
-    MACs are fvcore's for one forward pass over ``batch`` samples at ``latent`` squared and ``tokens`` words (None: what
-    the model is meant for). Without ``measured`` latency and memory stay None, without ``timed`` latency does.
-    ``folder`` says where the weights lie; without it their size is that of the tensors. Raises ConfigError for fewer
-    than two runs.
+    MACs are fvcore's for one forward pass over ``batch`` samples at ``latent`` squared, ``tokens`` words and ``frames``
+    of the latent of a film (None: what the model is meant for). Without ``measured`` latency and memory stay None,
+    without ``timed`` latency does. ``folder`` says where the weights lie; without it their size is that of the tensors.
+    Raises ConfigError for fewer than two runs.
     """
     config = source if isinstance(source, Mapping) else source.config
     model = meta_model(source) if isinstance(source, Mapping) else source
     disk_bytes = tensor_bytes(model) if folder is None else weights_on_disk(folder)
-    macs = count_macs(source, batch=batch, latent=latent, tokens=tokens)
+    macs = count_macs(source, batch=batch, latent=latent, tokens=tokens, frames=frames)
     params = sum(parameter.numel() for parameter in model.parameters())
     measured = measured and model.device.type != "meta"
     latency, memory = None, None
     if measured:
-        inputs = random_inputs(
-            config, batch=batch, latent=latent, tokens=tokens, device=model.device, dtype=model.dtype
-        )
+        sizes: dict[str, Any] = {"batch": batch, "latent": latent, "tokens": tokens, "frames": frames}
+        inputs = random_inputs(config, **sizes, device=model.device, dtype=model.dtype)
         if timed:
             latency = measure_latency(lambda: model(**inputs), warmup=warmup, runs=runs, device=model.device)
         growth = measure_memory_growth(lambda: model(**inputs), device=model.device)

@@ -296,11 +296,13 @@ def _words(pipeline: Any, asked: int | None) -> tuple[dict[str, int], int | None
         read[name] = most if asked is None else min(asked, longest)
     if not read:
         return read, None
-    *_, last = read.values()
-    of_one = (
-        family.component == "unet" or len(read) == 1
-    )  # else the texts of several lie one behind the other
-    return read, last if of_one else asked or family.tokens(config)
+    lengths = tuple(read.values())
+    first, last = lengths[0], lengths[-1]
+    if family.component == "unet" or len(read) == 1:
+        return read, last
+    # The texts of several may lie one behind the other, those of the first in front.
+    front = min(max(0, family.tokens(config) - usual), first)
+    return read, asked or usual + front
 
 
 def _parts(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from prune_lab.assets import SHIPPED_MODELS
 from prune_lab.blocks import Architecture, CountedUnit
 from prune_lab.candidates import load_candidate
 from prune_lab.distill import load_recovery
@@ -107,7 +108,7 @@ def kind_of_target(text: str) -> TargetKind:
     if CandidatePaths(folder).profile.exists() or (folder / FOLDER).is_dir():
         return "candidate"
     listed = folder.suffix in (".json", ".txt") and folder.name != "config.json"
-    return "model" if text in ("reference", *PRESETS) or (folder.exists() and not listed) else "plan"
+    return "model" if text in (*SHIPPED_MODELS, *PRESETS) or (folder.exists() and not listed) else "plan"
 
 
 def comparison(model: str, targets: Sequence[str]) -> pd.DataFrame:

@@ -39,10 +39,6 @@ TINY = TransformerShape(layers=2, heads=2, head_width=8, text_width=16, latent=8
 LENGTHS = torch.tensor([2, 5, 3, 4])  # tokens of the tiny captions, with both marks
 
 OWN = assets_folder() / "transformer"
-shipped = pytest.mark.skipif(
-    not (OWN / "model_index.json").is_file(), reason="the transformer has not been trained yet"
-)
-
 TINY_RECIPE = """
 [transformer]
 layers = 2
@@ -320,7 +316,6 @@ def test_the_page_of_a_study_is_made_of_the_tables_of_a_report(tmp_path: Path) -
     assert "| bk-base | 14 | 65% | 0.29 | 0.5075 | 0.3851 | 3 |" in page
 
 
-@shipped
 def test_the_lightest_blocks_are_a_control() -> None:
     plans = {plan.name: plan for plan in control_plans("transformer")}
     weights = {}
@@ -332,7 +327,6 @@ def test_the_lightest_blocks_are_a_control() -> None:
         assert set(plans[f"magnitude-{size}"].removed) == set(sorted(weights, key=weights.__getitem__)[:size])
 
 
-@shipped
 def test_the_shipped_card_draws_with_the_shipped_model() -> None:
     names = _run_card()
     assert names["picture"].size == (64, 64)
@@ -340,7 +334,6 @@ def test_the_shipped_card_draws_with_the_shipped_model() -> None:
     assert (OWN / "README.md").read_bytes() == CARD.read_bytes()
 
 
-@shipped
 def test_the_shipped_transformer_is_small_and_listens_to_captions() -> None:
     assert sum(path.stat().st_size for path in OWN.rglob("*") if path.is_file()) <= 8e6
     pipeline = PixArtAlphaPipeline.from_pretrained(transformer_folder(), local_files_only=True)
@@ -350,6 +343,7 @@ def test_the_shipped_transformer_is_small_and_listens_to_captions() -> None:
     captioned = evaluate.captioned_rows(pipeline, frame)
     rows = held_out_rows(captioned, rounds=2)
     model = by_transformer(pipeline.transformer)
-    assert float(errors(model, captioned, rows).mean()) < 0.45
+    assert float(errors(model, captioned, rows).mean()) < 0.335  # 0.3234 when it was shipped
     losses = caption_losses(model, captioned, rows)
-    assert losses["right"] < losses["none"] < losses["another"]
+    assert losses["right"] < 0.5  # 0.472, 0.881 and 1.556
+    assert 0.8 < losses["none"] < losses["another"]
