@@ -13,7 +13,17 @@ from typing import get_args
 
 from prune_lab.blocks import Architecture
 from prune_lab.errors import ConfigError, FormError
-from prune_lab.families import CLASS_NAME, FAMILIES, Form, Layout, base_name, emptied, meta_model, own_layout
+from prune_lab.families import (
+    CLASS_NAME,
+    FAMILIES,
+    Conversion,
+    Form,
+    Layout,
+    base_name,
+    emptied,
+    meta_model,
+    own_layout,
+)
 from prune_lab.plans import PruningPlan, chosen_units, is_native, native_layout, units_gone
 
 FORM_NAMES: tuple[Form, ...] = get_args(Form)
@@ -40,6 +50,10 @@ def _own(architecture: Architecture, plan: PruningPlan) -> Layout:
     return own_layout(FAMILIES[base_name(architecture.config[CLASS_NAME])], architecture.outline, gone, kept)
 
 
+def _in_turn(first: Conversion, second: Conversion) -> Conversion:
+    return lambda tensor: second(first(tensor))
+
+
 def _padded(architecture: Architecture, plan: PruningPlan) -> Layout:
     if not plan.widths:
         raise FormError(
@@ -52,10 +66,7 @@ def _padded(architecture: Architecture, plan: PruningPlan) -> Layout:
     for name, empty in zeros.items():
         new = layout.renamed(name)
         assert new is not None, f"{name} is of a block that leaves, and of a width"
-        first = convert.get(new)
-        convert[new] = (
-            empty if first is None else lambda tensor, first=first, empty=empty: empty(first(tensor))
-        )
+        convert[new] = _in_turn(convert[new], empty) if new in convert else empty
     return dataclasses.replace(layout, convert=convert)
 
 

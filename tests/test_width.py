@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,16 @@ from unet_kinds import KINDS
 from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.cli import app
 from prune_lab.counting import count_macs
-from prune_lab.errors import BudgetError, DataError, FormError, PlanError, ProofError, UnknownCriterionError
-from prune_lab.families import FAMILIES, Site, meta_model
+from prune_lab.errors import (
+    BudgetError,
+    DataError,
+    FormError,
+    ModelFormatError,
+    PlanError,
+    ProofError,
+    UnknownCriterionError,
+)
+from prune_lab.families import FAMILIES, Site, meta_model, own_code
 from prune_lab.families import widths as families_widths
 from prune_lab.forms import in_form, layout_of, why_not
 from prune_lab.importance import UNIT_CRITERIA, ScoringContext, score_units
@@ -38,7 +47,14 @@ from prune_lab.probes import predict, random_probe
 from prune_lab.profiling import cost_table
 from prune_lab.runs import plan_id_of, read_plan_file
 from prune_lab.search import depth_and_width, narrowed_to, predicted_loss, unit_impacts
-from prune_lab.surgery import bypassed, materialise, prune_pipeline, unit_magnitudes, with_units_chosen
+from prune_lab.surgery import (
+    bypassed,
+    materialise,
+    prune_pipeline,
+    unit_magnitudes,
+    with_first_units,
+    with_units_chosen,
+)
 from prune_lab.width import Width, keeping_largest, parse_width, width_of
 from prune_lab.width.graph import (
     cut_in_memory,
@@ -620,6 +636,84 @@ def test_a_pipeline_with_widths_is_written_proved_and_refused_by_others(
     mine.save_pretrained(tmp_path / "again")
     again: Any = diffusers.AutoModel.from_pretrained(str(tmp_path / "again"), trust_remote_code=True)
     assert torch.equal(answer(again.eval(), inputs), answer(mine, inputs))
+
+
+@pytest.mark.parametrize("text", ["~Dn1.A1.heads=1@0", "-Dn1.A2 ~Dn1.A1.heads=1@0 ~Dn3.R1.hidden=2@0,1"])
+def test_widths_that_somebody_changed_do_not_fit_the_weights(
+    tiny_unet: Any, tmp_path: Path, text: str
+) -> None:
+    """The number of heads is in no shape of a tensor with numbers."""
+    architecture = architecture_of(tiny_unet)
+    student: Any = materialise(tiny_unet, in_form(architecture, parse_plan(text, architecture)))
+    student.save_pretrained(tmp_path)
+    inputs, path = random_inputs(tiny_unet), tmp_path / "config.json"
+    assert torch.equal(answer(load_model(resolve_model(str(tmp_path))), inputs), answer(student, inputs))
+    config = json.loads(path.read_text())
+    attention = next(name for name, numbers in config["widths"].items() if "heads" in numbers)
+    config["widths"][attention]["heads"] = 2
+    path.write_text(json.dumps(config))
+    with pytest.raises(ModelFormatError, match="widths_mark"):
+        load_model(resolve_model(str(tmp_path)))
+    for low in (True, False):
+        with pytest.raises((ValueError, RuntimeError), match=r"shape|size mismatch"):
+            diffusers.AutoModel.from_pretrained(str(tmp_path), trust_remote_code=True, low_cpu_mem_usage=low)
+
+
+def test_students_of_the_model_file_before_go_on_loading(tiny_unet: Any, tmp_path: Path) -> None:
+    architecture = architecture_of(tiny_unet)
+    student: Any = materialise(tiny_unet, in_form(architecture, parse_plan("-Dn1.A1 -Up2.R2", architecture)))
+    student.save_pretrained(tmp_path)
+    before, path = "modeling_pruned_813815f10162", tmp_path / "config.json"
+    path.write_text(path.read_text().replace(own_code.NEWEST, before))
+    (tmp_path / f"{own_code.NEWEST}.py").unlink()
+    shutil.copy(own_code.FOLDER / f"{before}.py", tmp_path)
+    inputs = random_inputs(tiny_unet)
+    loaded: Any = load_model(resolve_model(str(tmp_path)))
+    assert type(loaded).__module__ == before
+    assert torch.equal(answer(loaded, inputs), answer(student, inputs))
+    plan = parse_plan("~Dn1.A2.heads=1@1", architecture_of(loaded))  # and can be cut on, by the newest one
+    again: Any = materialise(loaded, in_form(architecture_of(loaded), plan))
+    assert type(again).__module__ == own_code.NEWEST
+    with bypassed(loaded, plan):
+        assert (answer(again, inputs) - answer(loaded, inputs)).abs().max() <= EXACT
+
+
+def test_a_narrowed_student_is_cut_on(tiny_unet: Any) -> None:
+    first = parse_plan("-Dn1.A2 ~Dn1.A1.ff=64@0-7 ~Dn3.R1.hidden=3@0,2,3", architecture_of(tiny_unet))
+    student: Any = materialise(tiny_unet, first.built("own"))
+    architecture = architecture_of(student)
+    inputs = random_inputs(tiny_unet)
+    for text in (
+        "~Dn1.A1.ff=16@1,7 ~Dn1.A1.heads=1@1",
+        "~Dn3.R1.hidden=1@2",
+        "-Dn1.A1 ~Dn3.R1.hidden=2@0,1",
+        "-Up3",
+    ):
+        plan = parse_plan(text, architecture)
+        again: Any = materialise(student, in_form(architecture, plan))
+        with bypassed(student, plan):
+            assert (answer(again, inputs) - answer(student, inputs)).abs().max() <= EXACT
+
+
+def test_widths_are_profiled_and_compared(tiny_pipeline_folder: Path) -> None:
+    """By the command line, also where it is still open which units stay."""
+    plans = ["bk-base ~Dn3.A1.heads=1", "~Dn3.R1.hidden=2@0,3"]
+    shown = [["profile", str(tiny_pipeline_folder), "--rounds", "2", "--latency"], ["compare"]]
+    shown[0] += [word for plan in plans for word in ("--plan", plan)]
+    shown[1] += [str(tiny_pipeline_folder), *plans]
+    found = [CliRunner().invoke(app, [*words, "--json"]) for words in shown]
+    assert all(one.exit_code == 0 for one in found), [one.output for one in found]
+    profiled, compared = (json.loads(one.stdout) for one in found)
+    assert [row["form"] for row in profiled] == ["", "own", "own"]
+    assert all(row["median_ms"] > 0 for row in profiled)
+    architecture = resolve_model(str(tiny_pipeline_folder)).architecture
+    for row, other, text in zip(profiled[1:], compared[1:], plans, strict=True):
+        plan = with_first_units(parse_plan(text, architecture))
+        layout = layout_of(architecture, in_form(architecture, plan))
+        sizes = [one.numel() for one in meta_model(layout.config).parameters()]
+        assert row["params"] == other["params"] == sum(sizes)
+        assert row["macs"] == other["macs"] == count_macs(layout.config, tokens=architecture.tokens).total
+        assert not other["native"]
 
 
 def test_a_wrong_cut_is_not_written(

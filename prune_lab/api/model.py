@@ -17,6 +17,7 @@ from prune_lab.api.making import (
     plans_of,
     profile_table,
     pruned_table,
+    with_units,
 )
 from prune_lab.api.plans import Plan, Plans, plan_maps
 from prune_lab.api.settings import budgets_asked, model_title, settings_by_name
@@ -42,7 +43,7 @@ from prune_lab.runs import Run, read_records
 from prune_lab.runs import open_run as run_in
 from prune_lab.runtime import output_folder, pick_dtype, progress_shown, write_json
 from prune_lab.schemas import IMPORTANCE, RECOVERY_SUMMARY_COLUMNS
-from prune_lab.surgery import chosen_from_files, get_ready_to_prove, prune_pipeline
+from prune_lab.surgery import get_ready_to_prove, prune_pipeline
 from prune_lab.tables import Pictures, Table
 from prune_lab.workflow import (
     Session,
@@ -274,9 +275,7 @@ class Model(Workplace):
         if not dry_run:
             get_ready_to_prove()  # it imports meanwhile
         named = plan if isinstance(plan, Plan) else self.plan(plan)
-        if self.source.has_weights and named.plan.widths:
-            plan_chosen = chosen_from_files(named.plan, self.source.config, self.source.weight_paths)
-            named = dataclasses.replace(named, plan=plan_chosen)
+        named = dataclasses.replace(named, plan=with_units(self.source, named.plan))
         asked = None if form is None else form_named(form)
         # says what is in the way, also with dry_run
         chosen = dataclasses.replace(named, plan=in_form(self.architecture, named.plan, asked))

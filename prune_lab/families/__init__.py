@@ -58,7 +58,7 @@ from prune_lab.families.unet2d import UNET2D
 from prune_lab.families.unet2d_condition import UNET2D_CONDITION
 from prune_lab.families.unet_conditions import REFINER_TIME_IDS, SDXL_TIME_IDS
 from prune_lab.families.video_transformers import VIDEO_TRANSFORMERS
-from prune_lab.families.widths import Kept, Member, Site, cut_tensors, emptied, narrowed_sizes
+from prune_lab.families.widths import Conversion, Kept, Member, Site, cut_tensors, emptied, narrowed_sizes
 from prune_lab.families.widths import sites_of as _sites_of
 from prune_lab.runtime import printable
 
@@ -71,6 +71,7 @@ __all__ = [
     "SDXL_TIME_IDS",
     "STEPS",
     "Condition",
+    "Conversion",
     "Family",
     "Form",
     "Kept",

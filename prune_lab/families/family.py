@@ -174,6 +174,8 @@ class Layout:
     """By name of a tensor in the smaller model: what makes it of the original's, where it is not the same."""
     frozen: tuple[str, ...] = ()
     """Modules of the smaller model that compute nothing as long as their weights stay: not to be trained."""
+    empty: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    """By name: shapes of tensors without numbers that the original does not have, or of another shape."""
 
     def renamed(self, path: str) -> str | None:
         """Path in the smaller model of a module or tensor of the original; None when it is gone."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from diffusers.models.attention import FeedForward
@@ -196,6 +196,12 @@ Sizes = dict[str, dict[str, int]]  # by path of a module: attributes of it
 Conversion = Callable[[Tensor], Tensor]
 
 
+class _Cut(Protocol):
+    """Makes a tensor of the whole one, of which ``places`` stay along ``side``."""
+
+    def __call__(self, tensor: Tensor, side: int, places: tuple[int, ...]) -> Tensor: ...
+
+
 def narrowed_sizes(model: nn.Module, site: Site, count: int) -> Sizes:
     """By path of a module in ``model``: the attributes that are others where ``count`` units of ``site`` are left."""
     sizes: Sizes = {}
@@ -233,9 +239,7 @@ def _emptied(tensor: Tensor, side: int, places: tuple[int, ...]) -> Tensor:
     return torch.where(kept.reshape(form), tensor, tensor.new_zeros(()))
 
 
-def _made(
-    model: nn.Module, kept: Kept, how: Callable[[Tensor, int, tuple[int, ...]], Tensor]
-) -> dict[str, Conversion]:
+def _made(model: nn.Module, kept: Kept, how: _Cut) -> dict[str, Conversion]:
     """By name of a tensor: what makes it of the whole one. No tensor is of two sites."""
     found: dict[str, Conversion] = {}
     for site, units in kept.items():

@@ -48,6 +48,12 @@ def with_units_chosen(
     return dataclasses.replace(plan, widths=widths)
 
 
+def with_first_units(plan: PruningPlan) -> PruningPlan:
+    """``plan`` whose widths keep the first units where that was open: enough where only costs are asked for."""
+    widths = tuple(keeping_largest(width, [0] * width.of) for width in plan.widths)
+    return dataclasses.replace(plan, widths=widths)
+
+
 def chosen_from_files(plan: PruningPlan, config: Mapping[str, Any], files: Sequence[Path]) -> PruningPlan:
     """The same, by the weights in safetensors ``files`` of the model of ``config``; no other tensors are read."""
     if all(width.chosen for width in plan.widths):

@@ -41,7 +41,7 @@ def dependency_graph(model: Any) -> Any:
 
     Raises UnsupportedModelError where torch-pruning cannot follow the forward pass.
     """
-    graph: Any = torch_pruning.DependencyGraph()  # type: ignore[no-untyped-call]
+    graph: Any = torch_pruning.DependencyGraph()
     inputs = example_inputs(model.config, device=model.device, dtype=model.dtype)
     try:
         with _traceable(model):

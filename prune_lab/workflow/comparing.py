@@ -52,6 +52,7 @@ def compared_plans(session: Session, texts: Sequence[str]) -> tuple[pd.DataFrame
     for text in texts:
         named = [plan for plan in known if goes_by(plan, text)]
         plans += named or list(_plans(text, architecture, session.config.model))
+    refuse_widths(plans, "measure on the probe of a run")
     impacts = impact_of([frozenset(plan.removed) for plan in plans])
     ranking = (
         read_records(run.ranking, RANKING).set_index("plan_id") if run.done(run.ranking) else pd.DataFrame()
@@ -71,16 +72,17 @@ def _title(plan: PruningPlan) -> str:
 
 def block_maps(architecture: Architecture, plans: Sequence[PruningPlan]) -> tuple[str, ...]:
     """The model as lines of text, a column for each plan: R, A and T for residual, attention and transformer blocks
-    that stay, a small letter for one that loses layers inside it, a dot for one that is gone.
+    that stay, a small letter for one that loses layers inside it or is narrower, a dot for one that is gone.
     """
     around = {layer.name: layer.inside for layer in architecture.layers}
+    home = {site.name: around.get(site.block, site.block) for site in architecture.sites}
     names = [_title(plan) for plan in plans]
 
     def letter(block: CountedUnit, plan: PruningPlan) -> str:
         if block.name in plan.removed:
             return "."
-        loses = block.name in {around.get(name) for name in plan.removed}
-        return block.kind[0] if loses else block.kind[0].upper()
+        loses = {around.get(name) for name in plan.removed} | {home[width.site] for width in plan.widths}
+        return block.kind[0] if block.name in loses else block.kind[0].upper()
 
     cells = [
         ["".join(letter(block, plan) for block in architecture.stage_blocks(stage)) for plan in plans]
@@ -138,9 +140,7 @@ def comparison(model: str, targets: Sequence[str]) -> pd.DataFrame:
 
 def _plans(text: str, architecture: Architecture, model: str) -> tuple[PruningPlan, ...]:
     try:
-        plans = read_plans(text, architecture)
-        refuse_widths(plans, "compare")
-        return plans
+        return read_plans(text, architecture)
     except PlanError as error:
         raise PlanError(
             f"asked to compare {text!r}, which is no run, candidate or model folder, and as a plan for {model}: {error}"
@@ -153,7 +153,8 @@ def _row(name: str, kind: str, cost: PlanCost, whole: CostTable) -> dict[str, An
 
 
 def _plan_row(name: str, kind: str, plan: PruningPlan, costs: CostTable) -> dict[str, Any]:
-    row = _row(name, kind, costs.of(plan), costs)
+    built = plan.built("own") if plan.widths and plan.form == "native" else plan
+    row = _row(name, kind, costs.of(built), costs)
     return {**row, "blocks_removed": len(plan.removed), "native": is_native(costs.architecture, plan)}
 
 

@@ -33,7 +33,7 @@ from prune_lab.families.widths import Kept, narrowed
 from prune_lab.runtime import printable, read_bytes
 
 FOLDER = Path(__file__).resolve().parent
-NEWEST = "modeling_pruned_028a9f2fcb83"
+NEWEST = "modeling_pruned_b862277580f1"
 PREFIX = "Pruned"  # of class names; what follows is the diffusers class
 REMOVED, MAIN_PATH, WIDTHS, AUTO_MAP = "removed", "main_path", "widths", "auto_map"
 GUARD = "quantization_config"  # in a file with widths: makes every class but its own refuse it
@@ -218,11 +218,15 @@ def own_layout(family: Family, outline: Outline, removed: Removed, kept: Kept | 
         **({WIDTHS: widths} if widths else {}),
         AUTO_MAP: {"AutoModel": f"{NEWEST}.{name}"},
     }
-    shape = _module(NEWEST).mark_shape(gone, main_path)
+    code = _module(NEWEST)
+    shape = code.mark_shape(gone, main_path)
     return Layout(
         MappingProxyType({**outline.config, **own}),
-        MappingProxyType(paths | dict(zip(new, new, strict=True))),
+        MappingProxyType(
+            paths | dict(zip(new, new, strict=True)) | ({} if widths else {code.WIDTHS_MARK: None})
+        ),
         cut | dict.fromkeys(marks, lambda tensor: tensor.new_empty(shape)),
+        empty={code.WIDTHS_MARK: code.mark_shape(widths)} if widths else {},
     )
 
 

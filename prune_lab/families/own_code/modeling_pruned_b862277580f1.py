@@ -20,12 +20,13 @@ from diffusers.configuration_utils import register_to_config
 _PREFIX = "Pruned"  # of the names of classes here; what follows is the diffusers class
 
 
-def mark_shape(removed: Any, main_path: Any) -> tuple[int, int, int]:
-    """Shape of the tensors without numbers that stand in a student: a digest of what is gone of it.
+def mark_shape(*said: Any) -> tuple[int, int, int]:
+    """Shape of the tensors without numbers that stand in a student: a digest of what is gone of it, ``removed`` and
+    ``main_path``, or of its ``widths``.
 
     So weights that were saved without some blocks do not fit a list of others, or one that somebody changed.
     """
-    digest = hashlib.sha256(json.dumps([removed, main_path], sort_keys=True).encode()).digest()
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).digest()
     return 0, int.from_bytes(digest[:3], "big"), int.from_bytes(digest[3:6], "big")
 
 
@@ -117,6 +118,9 @@ def _narrow(module: Any, numbers: Any) -> None:
 # what is no number. It does not load a model that says it is quantised in a way it does not know.
 _WIDTHS_ALONE = "none, but its layers are narrower than its settings: load it with trust_remote_code=True"
 _GUARD = "quantization_config"
+WIDTHS_MARK = (
+    "widths_mark"  # name of the tensor without numbers in a model with ``widths``; see ``mark_shape``
+)
 
 
 def _signature(base: Any) -> inspect.Signature:
@@ -155,6 +159,8 @@ def pruned(base: Any) -> Any:
             self.get_submodule(path).register_forward_hook(layout.seen)
         for path, numbers in (widths or {}).items():
             _narrow(self.get_submodule(path), numbers)
+        if widths:
+            self.register_buffer(WIDTHS_MARK, torch.empty(mark_shape(widths)))
 
     built.__signature__ = _signature(base)  # type: ignore[attr-defined]
 
