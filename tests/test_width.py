@@ -622,13 +622,10 @@ def test_a_pipeline_with_widths_is_written_proved_and_refused_by_others(
     plan = with_units_chosen(parse_plan(text, architecture), architecture, teacher.state_dict().__getitem__)
     written = json.loads((out / "unet" / "plan.json").read_text())
     assert written["id"] == plan.id
-    with pytest.raises(ValueError, match="expected shape"):
-        diffusers.UNet2DConditionModel.from_pretrained(out / "unet")
-    for low in (True, False):
-        with pytest.raises(ValueError, match="trust_remote_code=True"):
-            diffusers.UNet2DConditionModel.from_pretrained(
-                out / "unet", ignore_mismatched_sizes=True, low_cpu_mem_usage=low
-            )
+    for how in ({}, {"ignore_mismatched_sizes": True}):
+        for low in (True, False):
+            with pytest.raises(ValueError, match="trust_remote_code=True"):
+                diffusers.UNet2DConditionModel.from_pretrained(out / "unet", low_cpu_mem_usage=low, **how)
     inputs = random_inputs(teacher)
     mine = load_model(resolve_model(str(out)))
     with bypassed(teacher, plan):
@@ -647,7 +644,8 @@ def test_widths_that_somebody_changed_do_not_fit_the_weights(
     student: Any = materialise(tiny_unet, in_form(architecture, parse_plan(text, architecture)))
     student.save_pretrained(tmp_path)
     inputs, path = random_inputs(tiny_unet), tmp_path / "config.json"
-    assert torch.equal(answer(load_model(resolve_model(str(tmp_path))), inputs), answer(student, inputs))
+    loaded = load_model(resolve_model(str(tmp_path)))
+    assert (answer(loaded, inputs) - answer(student, inputs)).abs().max() <= EXACT
     config = json.loads(path.read_text())
     attention = next(name for name, numbers in config["widths"].items() if "heads" in numbers)
     config["widths"][attention]["heads"] = 2
@@ -679,12 +677,12 @@ def test_students_of_the_model_file_before_go_on_loading(tiny_unet: Any, tmp_pat
 
 
 def test_a_narrowed_student_is_cut_on(tiny_unet: Any) -> None:
-    first = parse_plan("-Dn1.A2 ~Dn1.A1.ff=64@0-7 ~Dn3.R1.hidden=3@0,2,3", architecture_of(tiny_unet))
+    first = parse_plan("-Dn1.A2 ~Dn1.A1.ff=24@0,1,3 ~Dn3.R1.hidden=3@0,2,3", architecture_of(tiny_unet))
     student: Any = materialise(tiny_unet, first.built("own"))
     architecture = architecture_of(student)
     inputs = random_inputs(tiny_unet)
     for text in (
-        "~Dn1.A1.ff=16@1,7 ~Dn1.A1.heads=1@1",
+        "~Dn1.A1.ff=16@1,2 ~Dn1.A1.heads=1@1",
         "~Dn3.R1.hidden=1@2",
         "-Dn1.A1 ~Dn3.R1.hidden=2@0,1",
         "-Up3",
