@@ -119,5 +119,9 @@ def in_form(architecture: Architecture, plan: PruningPlan, form: Form | None = N
 
 
 def within_form(architecture: Architecture, plan: PruningPlan, form: Form) -> PruningPlan:
-    """``plan`` as a run builds it that asks for ``form``: natively where that exists, which costs least."""
+    """``plan`` as a run builds it that asks for ``form``: natively where that exists, which costs least, and with code
+    of its own where it makes blocks narrower.
+    """
+    if plan.widths:  # no native plan has any
+        return plan.built("padded" if form == "padded" else "own")
     return plan.built("native" if is_native(architecture, plan) else form)

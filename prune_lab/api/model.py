@@ -35,7 +35,7 @@ from prune_lab.families import knows_its_size
 from prune_lab.forms import form_named, in_form, layout_of, within_form
 from prune_lab.models import check_same_class, load_model, shipped_like
 from prune_lab.models.protection import check_apart, check_folder
-from prune_lab.plans import PruningPlan, read_plans, refuse_widths
+from prune_lab.plans import PruningPlan, read_plans
 from prune_lab.processes import init_processes, is_main
 from prune_lab.profiling import check_asked_size, check_frames, cost_table, latent_of_pixels, size_text
 from prune_lab.report import block_map_frame, draw_block_map
@@ -55,6 +55,7 @@ from prune_lab.workflow import (
     ensure_plans,
     ensure_ranking,
     ensure_scores,
+    ensure_width_scores,
     forget,
     goes_by,
     plan_named,
@@ -65,6 +66,7 @@ from prune_lab.workflow import (
     scores_frame,
     student_folders,
     use_scores,
+    width_frame,
 )
 
 
@@ -187,6 +189,20 @@ class Model(Workplace):
             ensure_scores(session)
             frame, title = scores_frame(session), f"Importance, {model_title(self.settings)}"
         return Table("scores", frame, title, self.results.scores.draw)
+
+    def score_widths(self, criterion: str = "", *, force: bool = False, **settings: object) -> Table:
+        """The impact of each part of the blocks that can leave alone: a group of a norm, a head, channels in eights.
+
+        ``criterion`` is gate-fisher, gate-gradient, taylor, magnitude or random (empty: that of the settings). By
+        gate-fisher an impact is that of ``score``, if the prediction were linear in the part. Settings are as for
+        ``score``. Raises PlanError for a model of which no width is known, and as ``score`` does.
+        """
+        named = {"search.widths": criterion} if criterion else {}
+        asked = settings_by_name("score", settings) | named
+        with self._opened("score", asked, redo="scores" if force else "") as session:
+            ensure_width_scores(session)
+            frame, title = width_frame(session), f"Importance inside blocks, {model_title(self.settings)}"
+        return Table("width scores", frame, title)
 
     def agreement(self, out: str | Path | None = None, *, force: bool = False, **settings: object) -> Table:
         """How all criteria agree on this model, and with what was measured, a row per criterion; conclusions as notes.
@@ -359,7 +375,7 @@ class Model(Workplace):
         if any(goes_by(one, text) for one in known) or not (isinstance(plan, Plan) or self._temporary):
             return plan_named(known, text, session)
         (read,) = plans_of(self.architecture, (plan,))
-        refuse_widths([read], "run")
+        read = with_units(self.source, read)
         found = within_form(self.architecture, read, form_named(self.settings.search.form))
         if found.id not in {one.id for one in known}:
             layout_of(self.architecture, found)

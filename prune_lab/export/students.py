@@ -128,11 +128,11 @@ def student_of(text: str, model: str = "") -> Student:
     else:
         architecture = resolve_model(model).architecture
         plans = read_plans(text, architecture)
-        refuse_widths(plans, "convert by")
         if len(plans) != 1:
             raise PlanError(
                 f"asked to convert by {path_text(text)}, found {len(plans)} plans in it; give one"
             )
         student = Student(architecture, plans[0])
+    refuse_widths([student.plan], "convert by")
     layout_of(student.architecture, student.plan)  # says what is in the way
     return student

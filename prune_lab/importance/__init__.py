@@ -24,7 +24,13 @@ from prune_lab.importance.racing import Race
 from prune_lab.importance.scoring import score
 from prune_lab.importance.tables import Importance, ImportanceTable, importance_from_frame
 from prune_lab.importance.trajectories import with_psnr
-from prune_lab.importance.unit_scores import UNIT_CRITERIA, UnitScores, score_units
+from prune_lab.importance.unit_scores import (
+    UNIT_CRITERIA,
+    UnitScores,
+    score_units,
+    unit_impacts_from,
+    width_scores_frame,
+)
 
 __all__ = [
     "CRITERIA",
@@ -52,5 +58,7 @@ __all__ = [
     "score",
     "score_units",
     "stability",
+    "unit_impacts_from",
+    "width_scores_frame",
     "with_psnr",
 ]

@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from prune_lab.blocks import Architecture
 from prune_lab.errors import DataError, UnknownCriterionError
 from prune_lab.families import Site, cut_tensors
 from prune_lab.importance.context import Samples, ScoringContext
@@ -24,6 +26,7 @@ from prune_lab.importance.intervals import Floats
 from prune_lab.prefix_sharing import ComputeCost
 from prune_lab.probes import evaluating
 from prune_lab.runtime import seeded
+from prune_lab.schemas import WIDTH_SCORE_COLUMNS
 from prune_lab.width.graph import (
     Estimator,
     dependency_graph,
@@ -265,3 +268,45 @@ def score_units(
             f"no criterion of units is called {criterion!r}; choose one of: {', '.join(UNIT_CRITERIA)}"
         )
     return UNIT_CRITERIA[criterion](context, context.architecture.sites if sites is None else sites)
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def width_scores_frame(scores: UnitScores, model: str = "") -> pd.DataFrame:
+    """One row per unit of each site, columns WIDTH_SCORE_COLUMNS; units count from 0."""
+    rows = [
+        (
+            site.name,
+            site.block,
+            site.kind,
+            unit,
+            site.size,
+            impact,
+            scores.criterion,
+            len(scores.samples),
+            model,
+        )
+        for site, impacts in scores.impacts.items()
+        for unit, impact in enumerate(impacts.tolist())
+    ]
+    return pd.DataFrame(rows, columns=list(WIDTH_SCORE_COLUMNS))
+
+
+def unit_impacts_from(frame: pd.DataFrame, architecture: Architecture) -> dict[Site, Floats]:
+    """(units,) impacts by site, of the rows of ``width_scores_frame`` or its CSV, for the model they were made for.
+
+    Raises DataError for a site that is not there, or whose units are others.
+    """
+    sites = {site.name: site for site in architecture.sites}
+    found: dict[Site, Floats] = {}
+    for name, rows in frame.groupby("site", sort=False):
+        site = sites.get(str(name))
+        if site is None or rows["unit"].tolist() != list(range(site.count)):
+            there = 0 if site is None else site.count
+            raise DataError(
+                f"asked to read the scores of {name}, found {len(rows)} units where this model has {there}; score it "
+                "again"
+            )
+        found[site] = rows["impact"].to_numpy(np.float64)
+    return {site: found[site] for site in architecture.sites if site in found}

@@ -29,7 +29,7 @@ from prune_lab.search.interactions import InteractionFit, fit_interactions
 from prune_lab.search.local_search import local_search
 from prune_lab.search.results import FrontPoint, ImpactOf, SearchResult
 from prune_lab.search.sampling import sample_near
-from prune_lab.search.widths import narrowed_to, predicted_loss, unit_impacts
+from prune_lab.search.widths import narrowed_to, predicted_loss
 
 __all__ = [
     "ANY_PLAN",
@@ -66,6 +66,5 @@ __all__ = [
     "split_budgets",
     "sweep_plans",
     "uniform_control",
-    "unit_impacts",
     "within",
 ]

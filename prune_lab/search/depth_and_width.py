@@ -1,10 +1,11 @@
-"""Blocks and widths in one 0-1 program: what to remove and what to narrow for the least loss under one budget.
+"""Blocks and widths in one 0-1 program: what to remove and what to narrow for the least loss within budgets.
 
 One variable x_b per block, 1 when it is gone, one w_k per step of a site (``steps_of``), 1 when these units are gone,
 and one y_s per group of samplers that leave together:
 
     minimise  sum impact_b x_b + sum loss_k w_k
-    with      sum saving_b x_b + sum saving_k w_k + sum saving_s y_s >= total - limit,
+    with      sum saving_b x_b + sum saving_k w_k + sum saving_s y_s >= total - limit  for each budget,
+              least <= sum of the x_b of a rule <= most,
               w_k + x_b <= 1 for the steps of block b,   w_k+1 <= w_k within a site,   y_s <= x_b for its blocks.
 
 Losses of blocks and of units must be on one scale, as output-mse of blocks and gate-fisher of units are. They add up
@@ -13,7 +14,8 @@ here, so what comes back is a plan to measure.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -23,10 +25,13 @@ from prune_lab.errors import BudgetError, DataError
 from prune_lab.families import Site
 from prune_lab.importance.intervals import Floats
 from prune_lab.plans import PruningPlan, plan_of
-from prune_lab.profiling import CostTable, Counted, sampler_groups
-from prune_lab.search.widths import steps_of, widths_without
+from prune_lab.profiling import COUNTED, CostTable, Counted, sampler_groups
+from prune_lab.search.budgets import Budget
+from prune_lab.search.constraints import ANY_PLAN, Constraints
+from prune_lab.search.widths import steps_of, unit_savings, widths_without
 
 _GAP = 1e-6  # of the loss: units of one site are many, and nearly alike
+_TOLERANCE = 2e-6  # of the whole model's cost: more than the rounding of the solver
 _INFEASIBLE = 2  # scipy.optimize.milp's status
 
 
@@ -44,53 +49,71 @@ class _Rows:
         self.low.append(low)
         self.high.append(high)
 
-    def constraint(self, columns: int) -> LinearConstraint:
-        """All of them, for so many variables."""
+    def constraint(self, columns: int, first: int, more: float) -> LinearConstraint:
+        """All of them, for so many variables; the ``first`` ones ask for ``more``."""
         rows, places, values = zip(*self.places, strict=True)
         matrix = coo_array((values, (rows, places)), shape=(len(self.low), columns))
-        return LinearConstraint(matrix.tocsc(), np.array(self.low), np.array(self.high))
+        low = np.array(self.low)
+        low[:first] += more
+        return LinearConstraint(matrix.tocsc(), low, np.array(self.high))
+
+
+def _check(impacts: Mapping[Site, Floats], budgets: Sequence[Budget]) -> None:
+    if any(not np.isfinite(values).all() or (values < 0).any() for values in impacts.values()):
+        raise DataError(
+            "asked to search widths, found scores of parts of blocks below 0 or not finite; score them again"
+        )
+    for budget in budgets:
+        if budget.metric not in COUNTED:
+            raise BudgetError(
+                f"asked for {budget.text} of plans that make blocks narrower: how long a narrower layer takes, and the "
+                "memory that it needs, is not known before it is measured; give a budget on macs or params, and time "
+                "what is found with profile --plan"
+            )
 
 
 def depth_and_width(
     costs: CostTable,
     block_impacts: Mapping[str, float],
     impacts: Mapping[Site, Floats],
-    metric: Counted,
-    most: float,
+    budgets: Sequence[Budget],
+    constraints: Constraints = ANY_PLAN,
     *,
     least_share: float = 0.0,
     channels: int = 1,
 ) -> PruningPlan:
-    """The plan of whole blocks and widths that loses least, by scores that add up, with at most ``most`` of ``metric``.
+    """The plan of whole blocks and widths that loses least within ``budgets``, by scores that add up.
 
-    Blocks without an impact stay. Raises DataError for a negative or infinite impact of a unit, BudgetError where no
-    plan meets the budget.
+    Blocks without an impact stay, and sites without. ``constraints`` are rules over blocks; of their form no account is
+    taken. Raises DataError for a negative or infinite impact of a unit, BudgetError for a budget on what is not
+    counted, or where no plan meets them.
     """
+    _check(impacts, budgets)
     architecture, own = costs.architecture, costs.in_form("own")
-    if any(not np.isfinite(values).all() or (values < 0).any() for values in impacts.values()):
-        raise DataError(
-            "asked to search widths, found scores of units below 0 or not finite; score them again"
-        )
     blocks = [block.name for block in architecture.blocks if block.removable and block.name in block_impacts]
-    steps = steps_of(costs, architecture.sites, impacts, metric, least_share=least_share, channels=channels)
+    steps = steps_of(architecture.sites, impacts, least_share=least_share, channels=channels)
     groups = [group for group in sampler_groups(architecture) if set(group.blocks) <= set(blocks)]
     every = [step for of_site in steps.values() for step in of_site]
     first_step, first_group = len(blocks), len(blocks) + len(every)
     size = first_group + len(groups)
     column = {name: place for place, name in enumerate(blocks)}
-    total = costs.total.amount(metric)
-
-    def saving(name: str) -> int:
-        return int(getattr(own.part(name), metric))
 
     rows = _Rows()
-    saved = {column[name]: saving(name) / total for name in blocks}
-    saved |= {first_step + place: step.saves / total for place, step in enumerate(every)}
-    saved |= {
-        first_group + place: sum(saving(name) for name in group.samplers) / total
-        for place, group in enumerate(groups)
-    }
-    rows.add(saved, 1 - most / total, np.inf)
+    for budget in budgets:
+        metric = cast("Counted", budget.metric)
+        total, saves = costs.total.amount(metric), unit_savings(costs, metric)
+
+        def saved(names: Iterable[str], metric: Counted = metric, total: float = total) -> float:
+            return sum(int(getattr(own.part(name), metric)) for name in names) / total
+
+        terms = {column[name]: saved([name]) for name in blocks}
+        terms |= {
+            first_step + place: len(step.units) * saves[step.site] / total for place, step in enumerate(every)
+        }
+        terms |= {first_group + place: saved(group.samplers) for place, group in enumerate(groups)}
+        rows.add(terms, 1 - budget.limit / total, np.inf)
+    for rule in constraints.limits(architecture):
+        rows.add({column[name]: 1 for name in rule.blocks if name in column}, rule.least, rule.most)
     place = first_step
     for site, of_site in steps.items():
         outer = architecture.block(site.block).inside or site.block
@@ -106,20 +129,27 @@ def depth_and_width(
     losses = np.array(
         [*(block_impacts[name] for name in blocks), *(step.loss for step in every), *[0.0] * len(groups)]
     )
-    answer = milp(
-        losses / (np.abs(losses).max(initial=0.0) or 1.0),
-        integrality=np.ones(size),
-        bounds=Bounds(0, 1),
-        constraints=rows.constraint(size),
-        options={"mip_rel_gap": _GAP},
+    asked = ", ".join(budget.text for budget in budgets)
+    nothing = BudgetError(
+        f"asked for {asked}, found no plan of blocks and widths that leaves so little and keeps to the rules; ask for "
+        "more"
     )
-    if answer.status == _INFEASIBLE or answer.x is None:
-        raise BudgetError(
-            f"asked for at most {most:,.0f} {metric}, found no plan of blocks and widths that leaves so little; ask "
-            "for more"
+    if not size:
+        raise nothing
+    for more in (0.0, _TOLERANCE):  # the solver keeps to its rules up to rounding
+        answer = milp(
+            losses / (np.abs(losses).max(initial=0.0) or 1.0),
+            integrality=np.ones(size),
+            bounds=Bounds(0, 1),
+            constraints=rows.constraint(size, len(budgets), more),
+            options={"mip_rel_gap": _GAP},
         )
-    chosen = answer.x > 0.5
-    removed = [name for name in blocks if chosen[column[name]]]
-    taken = [step for place, step in enumerate(every) if chosen[first_step + place]]
-    plan = plan_of(architecture, removed, widths=widths_without(taken))
-    return plan.built("own") if plan.widths else plan
+        if answer.status == _INFEASIBLE or answer.x is None:
+            break
+        chosen = answer.x > 0.5
+        removed = [name for name in blocks if chosen[column[name]]]
+        taken = [step for place, step in enumerate(every) if chosen[first_step + place]]
+        plan = plan_of(architecture, removed, widths=widths_without(taken)).built("own")
+        if all(budget.allows(costs.of(plan)) for budget in budgets):
+            return plan
+    raise nothing

@@ -29,15 +29,15 @@ def sites_left(architecture: Architecture, plan: PruningPlan) -> tuple[Site, ...
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Step:
-    """Units of one site that leave together: what is lost by it, and saved of a cost."""
+    """Units of one site that leave together, and what is lost by it."""
 
     site: Site
     units: tuple[int, ...]
     loss: float
-    saves: int
 
 
-def _unit_savings(costs: CostTable, metric: Counted) -> dict[Site, int]:
+def unit_savings(costs: CostTable, metric: Counted) -> dict[Site, int]:
+    """What one unit of each site costs in ``metric``."""
     assert costs.count is not None, "a cost table is made by cost_table"
     prices = unit_costs(costs.architecture, costs.count)
     saved = {
@@ -49,10 +49,8 @@ def _unit_savings(costs: CostTable, metric: Counted) -> dict[Site, int]:
 
 
 def steps_of(
-    costs: CostTable,
     sites: Sequence[Site],
     impacts: Mapping[Site, Floats],
-    metric: Counted,
     *,
     least_share: float = 0.0,
     channels: int = 1,
@@ -62,7 +60,6 @@ def steps_of(
     Each site keeps one unit, ``least_share`` of all, and, where a device likes multiples of so many ``channels``, a
     multiple of them: the first step then is what is over, and in each other one so many units leave together.
     """
-    saves = _unit_savings(costs, metric)
     found: dict[Site, list[Step]] = {}
     for site in sites:
         if site not in impacts:
@@ -75,8 +72,7 @@ def steps_of(
         parts = [order[:first]] if first else []
         parts += [order[at : at + together] for at in range(first, len(order), together)]
         found[site] = [
-            Step(site, tuple(part), float(sum(impacts[site][unit] for unit in part)), len(part) * saves[site])
-            for part in parts
+            Step(site, tuple(part), float(sum(impacts[site][unit] for unit in part))) for part in parts
         ]
     return found
 
@@ -109,19 +105,20 @@ def narrowed_to(
     """
     architecture = costs.architecture
     now = costs.of(plan.built("own").without_widths()).amount(metric)
-    sites = sites_left(architecture, plan)
+    sites, saves = sites_left(architecture, plan), unit_savings(costs, metric)
     by_rate: list[tuple[float, Step]] = []
-    for steps in steps_of(costs, sites, impacts, metric, least_share=least_share, channels=channels).values():
+    for site, steps in steps_of(sites, impacts, least_share=least_share, channels=channels).items():
         rate = -math.inf
         for step in steps:
-            rate = max(rate, step.loss / step.saves)  # never before those of its site that lose less
+            # never before those of its site that lose less
+            rate = max(rate, step.loss / (len(step.units) * saves[site]))
             by_rate.append((rate, step))
     taken: list[Step] = []
     for _, step in sorted(by_rate, key=lambda one: one[0]):  # stable: in order of execution
         if now <= most:
             break
         taken.append(step)
-        now -= step.saves
+        now -= len(step.units) * saves[step.site]
     if now > most:
         raise BudgetError(
             f"asked for at most {most:,.0f} {metric} by narrower blocks, found {now:,.0f} with all of them as narrow "
@@ -130,18 +127,12 @@ def narrowed_to(
     return plan_of(architecture, plan.removed, widths=widths_without(taken)).built("own")
 
 
-def unit_impacts(impacts: Mapping[Site, Floats]) -> Mapping[str, Floats]:
-    """The same by name of the site."""
-    return {site.name: values for site, values in impacts.items()}
-
-
-def predicted_loss(plan: PruningPlan, impacts: Mapping[str, Sequence[float]]) -> float:
+def predicted_loss(plan: PruningPlan, impacts: Mapping[Site, Floats]) -> float:
     """The sum of the impacts of all units that leave by the widths of ``plan``."""
-    return float(
-        sum(
-            value
-            for width in plan.widths
-            for unit, value in enumerate(impacts[width.site])
-            if unit not in width.kept
-        )
+    of_site = {site.name: values for site, values in impacts.items()}
+    return math.fsum(
+        float(value)
+        for width in plan.widths
+        for unit, value in enumerate(of_site[width.site])
+        if unit not in width.kept
     )

@@ -15,7 +15,7 @@ from prune_lab.candidates import load_candidate
 from prune_lab.distill import load_recovery
 from prune_lab.errors import PlanError
 from prune_lab.models import PRESETS, resolve_model
-from prune_lab.plans import PruningPlan, is_native, plan_of, read_plans, refuse_widths
+from prune_lab.plans import PruningPlan, is_native, plan_of, read_plans
 from prune_lab.profiling import CostTable, PlanCost, cost_table
 from prune_lab.runs import (
     CandidatePaths,
@@ -27,11 +27,11 @@ from prune_lab.runs import (
 )
 from prune_lab.runs.manifest_files import FOLDER
 from prune_lab.schemas import COMPARISON_COLUMNS, RANKING
-from prune_lab.search import predicted_impact
 from prune_lab.session import Session
 from prune_lab.workflow.intact import check_intact, check_parts
 from prune_lab.workflow.measuring import ensure_costs, ensure_scores
 from prune_lab.workflow.searching import ensure_plans, goes_by, impact_of_sets, relative_costs
+from prune_lab.workflow.widths import check_chosen, measured_impacts, predicted_of
 
 _LATENCY = ("median_ms", "latency_change", "latency_low", "latency_high")
 _MEASURED = (*_LATENCY, "loss_before", "loss_after", "clip_before", "clip_after")
@@ -52,14 +52,17 @@ def compared_plans(session: Session, texts: Sequence[str]) -> tuple[pd.DataFrame
     for text in texts:
         named = [plan for plan in known if goes_by(plan, text)]
         plans += named or list(_plans(text, architecture, session.config.model))
-    refuse_widths(plans, "measure on the probe of a run")
-    impacts = impact_of([frozenset(plan.removed) for plan in plans])
+    narrower = [plan for plan in plans if plan.widths]
+    check_chosen(architecture, narrower)
+    of_whole = iter(impact_of([frozenset(plan.removed) for plan in plans if not plan.widths]))
+    of_narrower = iter(measured_impacts(session, narrower))
+    impacts = [next(of_narrower if plan.widths else of_whole) for plan in plans]
     ranking = (
         read_records(run.ranking, RANKING).set_index("plan_id") if run.done(run.ranking) else pd.DataFrame()
     )
     rows = [_plan_row(session.config.model, "model", plan_of(architecture, ()), costs)]
     for plan, impact in zip(plans, impacts, strict=True):
-        measured = {"predicted_impact": predicted_impact(plan, importance), "impact": float(impact)}
+        measured = {"predicted_impact": predicted_of(session, plan, importance), "impact": float(impact)}
         if plan.id in ranking.index:
             measured |= {name: float(ranking[name][plan.id]) for name in _MEASURED}
         rows.append({**_plan_row(_title(plan), "plan", plan, costs), **measured})

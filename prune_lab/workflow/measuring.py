@@ -264,7 +264,7 @@ def ensure_turns(session: Session, plans: Iterable[PruningPlan]) -> dict[str, Co
     missing = {
         plan.id: plan
         for plan in plans
-        if plan.removed and plan.id not in found and not why_not(session.architecture, plan)
+        if plan.changes and plan.id not in found and not why_not(session.architecture, plan)
     }
     if missing or TEACHER not in found:
         service = service_of(session)
