@@ -181,8 +181,8 @@ def _parsed(text: str, architecture: Architecture, members: dict[str, set[str]])
         else:
             named = f"a preset ({', '.join(known)}) or " if known else ""
             raise PlanError(
-                f"cannot read {printable(item)!r} in the plan {printable(text)!r}; use {named}-BLOCK, +BLOCK and "
-                "~WIDTH=COUNT"
+                f"cannot read {printable(item)!r} in the plan {printable(text)!r}; use {named}-BLOCK and "
+                "+BLOCK, or ~WIDTH=COUNT"
             )
     name = items[0] if len(items) == 1 and items[0] in known else ""
     return plan_of(architecture, removed, name, widths=widths.values())

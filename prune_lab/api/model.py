@@ -45,6 +45,7 @@ from prune_lab.runtime import output_folder, pick_dtype, progress_shown, write_j
 from prune_lab.schemas import IMPORTANCE, RECOVERY_SUMMARY_COLUMNS
 from prune_lab.surgery import get_ready_to_prove, prune_pipeline
 from prune_lab.tables import Pictures, Table
+from prune_lab.width import widths_text
 from prune_lab.workflow import (
     Session,
     borrow_scores,
@@ -95,12 +96,14 @@ class Model(Workplace):
         """The blocks of the model: kind, channels, parameters, multiply-adds, and whether each can be removed.
 
         The multiply-adds are those of one picture of ``resolution`` pixels, ``tokens`` words of text, ``frames`` of the
-        latent of a film (None: the model's own).
+        latent of a film (None: the model's own). ``widths`` says which parts of its inside a plan can take, and how
+        many there are: ``hidden=16`` of Dn1.R1 is cut by ``~Dn1.R1.hidden=12/16``.
         """
         source = self.source
         check_numbers(resolution=resolution, tokens=tokens, frames=frames)
         check_frames(source, frames)
         frame = blocks_frame(self.architecture)
+        frame["widths"] = [widths_text(self.architecture.sites, name) for name in frame["name"]]
         latent = None if resolution is None else latent_of_pixels(resolution, source)
         if resolution or tokens or frames:
             asked = latent or (None if knows_its_size(source.config) else UNKNOWN_LATENT)

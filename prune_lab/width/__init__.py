@@ -10,6 +10,16 @@ from prune_lab.width.amounts import (
     site_named,
     width_from_json,
     width_of,
+    widths_text,
 )
 
-__all__ = ["Width", "all_kept", "keeping_largest", "parse_width", "site_named", "width_from_json", "width_of"]
+__all__ = [
+    "Width",
+    "all_kept",
+    "keeping_largest",
+    "parse_width",
+    "site_named",
+    "width_from_json",
+    "width_of",
+    "widths_text",
+]

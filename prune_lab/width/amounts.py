@@ -92,10 +92,19 @@ def site_named(name: str, sites: Sequence[Site]) -> Site:
         if site.name == name:
             return site
     near = difflib.get_close_matches(name[:60], [site.name for site in sites], n=3, cutoff=0.5)
-    hint = f"nearest: {', '.join(near)}" if near else "see prune-lab blocks for what it has"
+    hint = f"nearest: {', '.join(near)}" if near else "see prune-lab blocks --wide for what it has"
     nothing = "this model has none of whose width we know how to cut it" if not sites else hint
     raise PlanError(
         f"no width is called {printable(name, 60)!r} among the {len(sites)} of this model; {nothing}"
+    )
+
+
+def widths_text(sites: Sequence[Site], block: str) -> str:
+    """What can leave of the inside of ``block``, and how many of each there are: ``heads=4 ff=512``; empty for none."""
+    return " ".join(
+        f"{site.name.removeprefix(f'{block}.')}={site.count * site.step}"
+        for site in sites
+        if site.block == block
     )
 
 
