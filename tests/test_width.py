@@ -174,6 +174,9 @@ def test_old_plans_keep_their_ids_and_widths_change_them(tiny_config: dict[str, 
     path.write_text(json.dumps({**plans[0].to_json(), "widths": {"Dn3.R1.hidden": [1, 2]}}))
     with pytest.raises(DataError, match="the id"):
         read_plan_file(path)
+    by_hand = tmp_path / "mine.json"  # one that a person wrote lacks id, names, origin and widths
+    by_hand.write_text(json.dumps({"architecture": architecture.signature, "removed": ["Dn1.A1"]}))
+    assert read_plan_file(by_hand)["removed"] == ["Dn1.A1"]
     named = {**plans[0].to_json(), "names": ["bk-base"], "id": None}
     with pytest.raises(PlanError, match="name bk-base"):
         plan_from_json(named, architecture)

@@ -18,7 +18,10 @@ def prune(
     model: options.ModelArgument,
     plan: Annotated[
         str,
-        typer.Option("--plan", help='Plan: bk-small, "bk-base -Md", "-Dn1.R2 ~Dn3.A1.heads=2/4", plan.json.'),
+        typer.Option(
+            "--plan",
+            help='Plan: bk-small, "bk-base -Md", "-Dn1.R2 -Dn1.A2", plan.json; ~BLOCK.heads=2/4 keeps 2 of 4 heads.',
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
     revision: options.RevisionOption = "",

@@ -153,7 +153,8 @@ def parse_width(text: str, sites: Sequence[Site]) -> Width:
     found = _WRITTEN.fullmatch(text)
     if found is None:
         raise PlanError(
-            f"cannot read the width {printable(text, 80)!r}; write ~SITE=COUNT/OF, such as ~Dn1.R1.hidden=12/16"
+            f"cannot read the width {printable(text, 80)!r}; write ~SITE=COUNT/OF for a site that "
+            "prune-lab blocks --wide lists"
         )
     site = site_named(found["site"], sites)
     what = _UNITS[site.kind]
