@@ -85,3 +85,7 @@ class DataError(PruneLabError):
 
 class UnknownCriterionError(PruneLabError):
     """There is no importance criterion of that name."""
+
+
+class BackendError(PruneLabError):
+    """A runtime is not installed, or cannot do what was asked of it."""

@@ -32,6 +32,12 @@ REDUCTION_LATENCY_COLUMNS = (
     *("median_ms", "p10_ms", "p90_ms", "runs", "latency_change", "latency_low", "latency_high"),
     *("latency_verdict", "timed", "service"),
 )
+# Of models in several runtimes: wall-clock and processor time, the change within the rounds of one runtime, memory.
+RUNTIME_COLUMNS = (
+    *("model", "backend", "plan", "median_ms", "p10_ms", "p90_ms", "runs", "cpu_ms"),
+    *("latency_change", "latency_low", "latency_high", "latency_verdict", "macs_change"),
+    *("threads", "dtype", "tokens", "peak_bytes", "timed", "service"),
+)
 ROUNDS_COLUMNS = ("timing", "round", "name", "milliseconds", "warmup", "processes")  # of times taken in turns
 PIPELINE_COLUMNS = ("part", "calls", "tokens", "params", "macs", "median_ms", "share")
 ACTIVATION_COLUMNS = ("name", "kind", "input_bytes", "output_bytes", "workspace_bytes", "live_bytes")

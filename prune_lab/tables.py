@@ -34,6 +34,7 @@ DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
         *("plan", "form", "params", "params_change", "macs_change", "latency_change", "latency_verdict"),
         *("macs", "median_ms", "paper_macs"),
     ),
+    "runtimes": ("backend", "plan", "median_ms", "cpu_ms", "latency_change", "macs_change", "peak_bytes"),
     "block costs": ("name", "kind", "params", "macs", "median_ms", "share", "paper_macs", "attention_macs"),
     "pipeline": ("part", "calls", "params", "macs", "median_ms", "share"),
     "scores": ("group", "impact", "low", "high", "samples", "criterion"),

@@ -21,7 +21,7 @@ LAYERS = (
     ("errors", "schemas", "runtime", "processes", "families", "counting", "live_bytes", "assets"),
     ("config", "blocks", "runs", "text_tables", "prompts", "width"),
     ("plans", "forms", "models"),
-    ("surgery", "probes", "prefix_sharing"),
+    ("surgery", "probes", "prefix_sharing", "runtimes"),
     ("profiling", "evaluation", "importance"),
     ("search", "candidates", "repair"),
     ("distill",),

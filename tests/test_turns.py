@@ -191,7 +191,8 @@ def test_a_process_answers_turn_by_turn_and_lets_the_weights_go(
     orders, answers = io.StringIO(json.dumps(process._job) + "\nturn\nturn\n\nturn\n"), io.StringIO()
     own_process._serve(orders, answers)
     found = [json.loads(line) for line in answers.getvalue().splitlines()]
-    assert [list(answer) for answer in found] == [["milliseconds"]] * 2  # the empty line ended it
+    told = ["milliseconds", "cpu_milliseconds", "peak_bytes"]
+    assert [list(answer) for answer in found] == [told] * 2  # the empty line ended it
     assert all(answer["milliseconds"] > 0 for answer in found)
     assert seen == [0, 0]
     broken = json.dumps({**process._job, "config": {**process._job["config"], "in_channels": "many"}})

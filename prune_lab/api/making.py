@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from prune_lab.api.plans import Plan, plan_maps
 from prune_lab.blocks import Architecture
 from prune_lab.config import PLAN_FILES, RunConfig
-from prune_lab.errors import FormError, UnsupportedModelError
+from prune_lab.errors import BackendError, FormError, UnsupportedModelError
 from prune_lab.evaluation import generate, prompts_for
 from prune_lab.export import EXPORT_TARGETS
 from prune_lab.forms import in_form
@@ -21,14 +21,19 @@ from prune_lab.models import ModelSource, load_model, load_pipeline, plain_sourc
 from prune_lab.models.protection import check_apart
 from prune_lab.plans import PruningPlan, read_plans
 from prune_lab.profiling import (
+    BACKENDS,
     Service,
     check_frames,
     cost_table,
+    part_disagreements,
     picture_size,
     pixels_per_latent,
+    plan_disagreements,
     profile_blocks,
     profile_pipeline,
     reduction_table,
+    runtime_table,
+    services_of,
     size_text,
 )
 from prune_lab.report import Column, Theme, draw_comparison, draw_costs
@@ -75,7 +80,8 @@ def profile_table(
     place: dict[str, Any],
     scores: pd.DataFrame | None,
     *,
-    kind: Literal["reductions", "block costs", "pipeline"],
+    kind: Literal["reductions", "block costs", "pipeline", "runtimes"],
+    backends: Sequence[str] = (),
     latency: bool | None,
     steps: int,
     batch: int,
@@ -94,6 +100,7 @@ def profile_table(
     sizes["frames"] = frames
     title = f"Profile of {source.text} at {size_text(source, latent, tokens, frames)}"
     draw: Callable[[Theme], Figure] | None = None
+    notes: tuple[str, ...] = ()
     if kind == "pipeline":
         pipeline = load_pipeline(source, **place)
         frame = profile_pipeline(pipeline, steps=steps, runs=rounds, **{**sizes, "tokens": tokens})
@@ -101,18 +108,37 @@ def profile_table(
         if timed:
             model = load_model(source, random_weights=not source.has_weights, **place)
             frame = profile_blocks(model, runs=rounds, **sizes)
+            shares = zip(frame["macs"] / frame["macs"].sum(), frame["share"], strict=True)
+            notes = part_disagreements(architecture, dict(zip(frame["name"], shares, strict=True)))
         else:
             frame = cost_table(architecture, **sizes).frame()
         draw = partial(draw_costs, frame, scores)
+    elif kind == "runtimes":
+        service = Service(str(place["device"]), str(place["dtype"]).removeprefix("torch."), **sizes)
+        services, side = services_of(service, backends), pixels_per_latent(source)
+        frame = runtime_table(architecture, plans, services, model=source.text, rounds=rounds, pixels=side)
+        notes = plan_disagreements(frame)
     else:
         service = Service(str(place["device"]), str(place["dtype"]).removeprefix("torch."), **sizes)
         where = service.text(source.config, pixels_per_latent(source)) if timed else ""
         table = {"latency": timed, "runs": rounds, "where": where, **sizes, **place}
         frame = reduction_table(architecture, plans, model=source.text, **table)
+        notes = plan_disagreements(frame) if timed else ()
         draw = plan_maps(architecture, plans, scores) if plans else None
     if kind == "reductions" and any(plan.form != "native" for plan in plans):
         frame.insert(2, "form", ["", *(plan.form for plan in plans)])
-    return Table(kind, frame.assign(batch=batch, resolution=pixels), title, draw)
+    return Table(kind, frame.assign(batch=batch, resolution=pixels), title, draw, notes=notes)
+
+
+def read_backends(text: str) -> tuple[str, ...]:
+    """The backends in ``text``, such as ``eager,openvino``; compile is compiled. Raises BackendError for another."""
+    found = tuple(
+        "compiled" if one == "compile" else one for one in filter(None, map(str.strip, text.split(",")))
+    )
+    for one in found:
+        if one not in BACKENDS:
+            raise BackendError(f"asked for the backend {one:.60}; give one of {', '.join(BACKENDS)}")
+    return tuple(dict.fromkeys(found))
 
 
 def pruned_table(source: ModelSource, plan: Plan, out: Path, *, written: bool) -> Table:
@@ -166,7 +192,7 @@ def drawn_table(
 
 
 def exported_table(
-    source: ModelSource, out: Path, to: str, *, dtype: str | None, form: str, force: bool
+    source: ModelSource, out: Path, to: str, *, dtype: str | None, form: str, force: bool, weights: str
 ) -> Table:
     """What was written to ``out`` in the format ``to``, in one row, with notes (``Model.export``)."""
     if to not in EXPORT_TARGETS:
@@ -175,7 +201,7 @@ def exported_table(
     chosen = pick_dtype(dtype) if dtype else None
     out = check_apart(out, {"the model": source.places})  # the plain source may lie elsewhere
     with plain_source(source) as plain:
-        written = EXPORT_TARGETS[to](plain, out, dtype=chosen, form=form, force=force)
+        written = EXPORT_TARGETS[to](plain, out, dtype=chosen, form=form, force=force, weights=weights)
     row = {
         "model": source.text,
         "format": to,

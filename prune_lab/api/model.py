@@ -17,6 +17,7 @@ from prune_lab.api.making import (
     plans_of,
     profile_table,
     pruned_table,
+    read_backends,
     with_units,
 )
 from prune_lab.api.plans import Plan, Plans, plan_maps
@@ -146,6 +147,7 @@ class Model(Workplace):
         tokens: int | None = None,
         frames: int | None = None,
         rounds: int = 20,
+        backend: str = "",
     ) -> Table:
         """Parameters and multiply-adds of the model and of what each of ``plans`` leaves, the model first.
 
@@ -153,11 +155,13 @@ class Model(Workplace):
         ``latency`` times a forward pass of ``batch`` samples in milliseconds, the plans in turns with the model in each
         of ``rounds`` (None: where there are weights). ``resolution`` is in pixels of the picture's sides, ``tokens`` in
         words of text, ``frames`` are those of the latent of a film (None: the model's own). Plans are taken in the form
-        that ``prune`` gives them. Raises PlanError for a plan that cannot be read, or when two of the three tables are
-        asked for, ConfigError for a number out of range.
+        that ``prune`` gives them. ``backend``, such as ``eager,openvino``, gives a table of times alone, each model in
+        a process of its own: eager, compile, onnx, openvino. Raises PlanError for a plan that cannot be read, or when
+        two of the tables are asked for, ConfigError for a number out of range.
         """
-        if (blocks or pipeline) and (plans or blocks == pipeline):
+        if (blocks or pipeline) and (plans or backend or blocks == pipeline):
             raise PlanError("blocks, pipeline and plans each give a table of their own; ask for one of them")
+        backends = read_backends(backend)
         check_numbers(
             steps=steps, batch=batch, resolution=resolution, tokens=tokens, frames=frames, rounds=rounds
         )
@@ -167,7 +171,14 @@ class Model(Workplace):
                 plans_of(self.architecture, plans),
                 place_of(self.settings),
                 self._scores(),
-                kind="pipeline" if pipeline else "block costs" if blocks else "reductions",
+                kind="pipeline"
+                if pipeline
+                else "block costs"
+                if blocks
+                else "runtimes"
+                if backends
+                else "reductions",
+                backends=backends,
                 latency=True if latency is None and self.settings.random_weights else latency,
                 steps=steps,
                 batch=batch,
@@ -462,9 +473,11 @@ class Model(Workplace):
         *,
         form: str = "native",
         dtype: str | None = None,
+        weights: str = "",
         force: bool = False,
     ) -> Table:
-        """Write the model to ``out`` in a format that other programs read; ``single-file`` is ComfyUI's and A1111's.
+        """Write the model to ``out`` in a format that other programs read; ``single-file`` is ComfyUI's and A1111's,
+        ``onnx`` and ``openvino`` are folders that draw without torch, with ``weights="int8"`` smaller ones.
 
         With ``form="neutral"`` a mid stage that is gone is there as the identity, for programs that need one.
 
@@ -472,4 +485,6 @@ class Model(Workplace):
         ``out`` is there already and ``force`` is not given.
         """
         with progress_shown():
-            return exported_table(self.source, Path(out), to, form=form, dtype=dtype, force=force)
+            return exported_table(
+                self.source, Path(out), to, form=form, dtype=dtype, force=force, weights=weights
+            )

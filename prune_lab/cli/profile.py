@@ -41,6 +41,12 @@ def profile(
     pipeline: Annotated[
         bool, typer.Option("--pipeline", help="Shares of text encoder, model, decoder.")
     ] = False,
+    backend: Annotated[
+        str,
+        typer.Option(
+            "--backend", help="Times in runtimes, each model in its own process: eager,compile,onnx,openvino."
+        ),
+    ] = "",
     as_json: options.JsonOption = False,
     wide: options.WideOption = False,
 ) -> None:
@@ -63,5 +69,6 @@ def profile(
         tokens=tokens,
         frames=frames,
         rounds=rounds,
+        backend=backend,
     )
     show(table, as_json=as_json, wide=wide)

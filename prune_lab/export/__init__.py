@@ -11,12 +11,14 @@ from prune_lab.export.additions import Converted
 from prune_lab.export.card import write_card
 from prune_lab.export.compatibility import compatibility
 from prune_lab.export.controlnet import convert_controlnet
+from prune_lab.export.edge import export_for
 from prune_lab.export.hub import check_repository, push_folder, uploads_of
 from prune_lab.export.ip_adapter import convert_ip_adapter
 from prune_lab.export.lora import convert_lora
 from prune_lab.export.single_file import FORMS, NATIVE, Exported, export_single_file
 from prune_lab.export.students import Student, student_in, student_of
 from prune_lab.models import ModelSource
+from prune_lab.runtimes import RUNTIMES
 
 __all__ = [
     "CONVERSIONS",
@@ -52,10 +54,14 @@ class ExportTarget(Protocol):
         dtype: torch.dtype | None = None,
         form: str = NATIVE,
         force: bool = False,
+        weights: str = "",
     ) -> Exported: ...
 
 
-EXPORT_TARGETS: dict[str, ExportTarget] = {"single-file": export_single_file}
+EXPORT_TARGETS: dict[str, ExportTarget] = {
+    "single-file": export_single_file,
+    **{name: export_for(name) for name in RUNTIMES},
+}
 
 
 class Conversion(Protocol):

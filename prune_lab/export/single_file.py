@@ -313,6 +313,7 @@ def export_single_file(
     dtype: torch.dtype | None = None,
     form: str = NATIVE,
     force: bool = False,
+    weights: str = "",
 ) -> Exported:
     """``source`` as the one file ``out`` in the LDM layout, and what its readers must be told.
 
@@ -334,6 +335,10 @@ def export_single_file(
             "export one of a plan that is native, or build the plan with --form neutral"
         )
     check_has_additions(source.config, f"to export {source.text} as a single file")
+    if weights:
+        raise UnsupportedModelError(
+            f"asked to export a single file with weights in {weights}; give --dtype float16, or a runtime with --to"
+        )
     if dtype is not None and dtype not in _NAMES:
         raise UnsupportedModelError(f"asked to export in {dtype}; give float32, float16 or bfloat16")
     if form not in FORMS:

@@ -71,7 +71,7 @@ def _of_frames(vae: nn.Module) -> bool:
     return any(isinstance(module, nn.Conv3d) for module in vae.modules())
 
 
-def _scaling(vae: Any) -> tuple[Any, Any]:
+def scaling_of(vae: Any) -> tuple[Any, Any]:
     """(scale, shift) of ``vae``: what the model sees is (latents - shift) * scale. Numbers, or (C, 1, 1) tensors."""
     config = vae.config
     scale = getattr(config, "scaling_factor", None)
@@ -214,7 +214,7 @@ def _distributions(
     if vae is None:
         values = pixels.float() / 127.5 - 1 if pixels.dtype == torch.uint8 else pixels.float()
         return _as_pixels(values, channels_of(pipeline)).cpu(), None
-    frames, (scale, shift) = takes_frames(model), _scaling(vae)
+    frames, (scale, shift) = takes_frames(model), scaling_of(vae)
     means, log_variances = [], []
     with torch.no_grad():  # not inference_mode: a training loop may take gradients through these later
         for chunk in torch.split(pixels, batch):
@@ -256,7 +256,7 @@ def decode_latents(pipeline: Any, latents: Tensor, *, batch: int = 8) -> Tensor:
     vae = vae_of(pipeline)
     if vae is None:
         return to_uint8((latents.float() / 2 + 0.5).clamp(0, 1)).expand(-1, 3, -1, -1).contiguous()
-    video, (scale, shift) = _of_frames(vae), _scaling(vae)
+    video, (scale, shift) = _of_frames(vae), scaling_of(vae)
     pictures = []
     with torch.inference_mode():
         for chunk in torch.split(latents, batch):

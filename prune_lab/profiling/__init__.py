@@ -5,7 +5,12 @@ from __future__ import annotations
 from prune_lab.live_bytes import LiveBytes, live_peak
 from prune_lab.profiling.activations import ActivationTable, UnitMemory, activation_table
 from prune_lab.profiling.cost_table import CostTable, cost_table
-from prune_lab.profiling.disagreement import latency_disagreement
+from prune_lab.profiling.disagreement import (
+    latency_disagreement,
+    latency_warnings,
+    part_disagreements,
+    plan_disagreements,
+)
 from prune_lab.profiling.latency import (
     Latency,
     LatencyTable,
@@ -45,7 +50,9 @@ from prune_lab.profiling.plan_matrix import (
 from prune_lab.profiling.profile import Profile, profile, profile_from_dict
 from prune_lab.profiling.profile_tables import profile_blocks, profile_pipeline, reduction_table
 from prune_lab.profiling.random_weights import random_model
+from prune_lab.profiling.runtime_tables import runtime_table, services_of
 from prune_lab.profiling.service import (
+    BACKENDS,
     Service,
     check_asked_size,
     check_frames,
@@ -70,6 +77,7 @@ from prune_lab.profiling.turns import (
 from prune_lab.profiling.width_costs import unit_costs
 
 __all__ = [
+    "BACKENDS",
     "COUNTED",
     "METRICS",
     "REST",
@@ -111,6 +119,7 @@ __all__ = [
     "latency_file",
     "latency_key",
     "latency_table_from_dict",
+    "latency_warnings",
     "latency_words",
     "latent_of_pixels",
     "live_peak",
@@ -118,8 +127,10 @@ __all__ = [
     "measure_latency_table",
     "measure_memory_growth",
     "median_interval",
+    "part_disagreements",
     "picture_size",
     "pixels_per_latent",
+    "plan_disagreements",
     "profile",
     "profile_blocks",
     "profile_from_dict",
@@ -128,7 +139,9 @@ __all__ = [
     "random_native_plans",
     "read_service",
     "reduction_table",
+    "runtime_table",
     "sampler_groups",
+    "services_of",
     "size_text",
     "split_service",
     "time_in_turns",

@@ -22,6 +22,7 @@ from prune_lab.profiling.latency import LatencyTable, latency_table_from_dict
 from prune_lab.profiling.service import Service
 from prune_lab.runs import read_typed
 from prune_lab.runtime import Environment, note, write_json
+from prune_lab.runtimes import RUNTIMES
 
 _FORMAT = 1
 
@@ -47,6 +48,7 @@ def latency_key(architecture: Architecture, service: Service) -> dict[str, Any]:
         "backend": service.backend,
         "torch": there.torch,
         "diffusers": there.diffusers,
+        **({"runtime": RUNTIMES[service.backend].version} if service.backend in RUNTIMES else {}),
     }
 
 

@@ -27,6 +27,7 @@ from prune_lab.plans import PruningPlan
 from prune_lab.prefix_sharing import compiling
 from prune_lab.probes import evaluating
 from prune_lab.profiling.latency import (
+    Latency,
     LatencyTable,
     MeasuredPlan,
     Saving,
@@ -41,9 +42,11 @@ from prune_lab.profiling.latency import (
 )
 from prune_lab.profiling.plan_matrix import sampler_groups
 from prune_lab.profiling.random_weights import compile_blocks, shell_of
-from prune_lab.profiling.service import Backend
-from prune_lab.profiling.turns import LEAST_ROUNDS, TimedCall, median_interval, time_in_turns
+from prune_lab.profiling.service import Backend, Service
+from prune_lab.profiling.timed_plans import TEACHER, time_plans
+from prune_lab.profiling.turns import LEAST_ROUNDS, TimedCall, Turns, median_interval, time_in_turns
 from prune_lab.runtime import Environment, synchronize, track
+from prune_lab.runtimes import RUNTIMES
 from prune_lab.surgery import materialise
 
 ForwardTimer: TypeAlias = Callable[[ModelMixin, Mapping[str, Any]], float]
@@ -53,7 +56,6 @@ PartsTimer: TypeAlias = Callable[
 
 Shares: TypeAlias = Mapping[str, NDArray[np.float64]]  # (passes,) by name
 
-_WHOLE = "teacher"
 _STUDENT_ROUNDS = 20  # at most, of the students that calibrate and check the table
 _STUDENT_MARK = 0.01  # half the width of the interval of their ratios, at which it is enough
 
@@ -216,6 +218,9 @@ def measure_latency_table(
     ``latent`` squared (None: the config's size) and ``tokens`` words (None: 77). ``timer`` times a pass and
     ``parts_timer`` a pass by parts, in milliseconds.
 
+    Another runtime than torch shows no parts: the shares are then those of a pass in torch, the whole and the plans are
+    timed in the runtime with random weights, and so the scale and the errors are what they are there.
+
     Raises ConfigError for fewer than two rounds, for a plan in both sets or one that removes nothing,
     FormError for a plan that cannot be built, PlanError for one of another architecture; all before anything
     is timed.
@@ -232,7 +237,8 @@ def measure_latency_table(
     compiled = backend == "compiled"
     with fitting(), evaluating(model), torch.inference_mode(), compiling(compiled):
         whole = shell_of(model) if compiled else model  # compiled in place: not what the caller has
-        students = {plan.id: materialise(whole, plan, hand_over=True) for plan in (*calibrate, *held_out)}
+        plans = () if backend in RUNTIMES else (*calibrate, *held_out)
+        students = {plan.id: materialise(whole, plan, hand_over=True) for plan in plans}
         for one in (whole, *students.values()) if compiled else ():
             compile_blocks(one)
         for number in track(range(warmup + rounds), "timing the parts of a pass"):
@@ -243,6 +249,11 @@ def measure_latency_table(
                 break
         latency = latency_of([took for took, _ in passes], warmup)
         checks = _checked(whole, students, calibrate, held_out, inputs, timer, warmup, seed)
+    if backend in RUNTIMES:
+        service = Service(
+            str(model.device), str(model.dtype).removeprefix("torch."), **sizes, backend=backend
+        )
+        latency, checks = _checked_in_runtime(architecture, service, calibrate, held_out, warmup, seed)
     groups = {group.name for group in sampler_groups(architecture)}
     savings = []
     for name, shares in _shares(passes, leaving).items():
@@ -284,8 +295,29 @@ def _checked(
     def timed(model: ModelMixin) -> TimedCall:
         return lambda: timer(model, inputs)
 
-    calls = {name: timed(model) for name, model in {_WHOLE: model, **students}.items()}
+    calls = {name: timed(model) for name, model in {TEACHER: model, **students}.items()}
     turns = time_in_turns(calls, rounds=_STUDENT_ROUNDS, warmup=warmup, seed=seed, mark=_STUDENT_MARK)
+    return _changes(turns, calibrate, held_out)
+
+
+def _changes(
+    turns: Turns, calibrate: Sequence[PruningPlan], held_out: Sequence[PruningPlan]
+) -> list[tuple[PruningPlan, Use, float]]:
     uses: list[tuple[PruningPlan, Use]] = [(plan, "calibrate") for plan in calibrate]
     uses += [(plan, "held-out") for plan in held_out]
     return [(plan, use, turns.change(plan.id).change) for plan, use in uses]
+
+
+def _checked_in_runtime(
+    architecture: Architecture,
+    service: Service,
+    calibrate: Sequence[PruningPlan],
+    held_out: Sequence[PruningPlan],
+    warmup: int,
+    seed: int,
+) -> tuple[Latency, list[tuple[PruningPlan, Use, float]]]:
+    """(time of the whole model, (plan, its use, change of the time)) in the runtime of ``service``."""
+    plans = {plan.id: plan for plan in (*calibrate, *held_out)}
+    timing = {"rounds": _STUDENT_ROUNDS, "warmup": warmup, "mark": _STUDENT_MARK, "seed": seed}
+    turns = time_plans(architecture, plans, service, **timing)  # type: ignore[arg-type]
+    return turns.latency(TEACHER), _changes(turns, calibrate, held_out)

@@ -1,7 +1,8 @@
-"""A process that times one model when it is its turn, and holds no weights while it waits.
+"""A process that times one model when it is its turn, and holds no weights while it waits, unless it may keep them.
 
 The protocol is lines of text. The first one in says what to time, in JSON. Each ``turn`` after it is answered with
-``{"milliseconds": 12.3}``, or with ``{"error": "..."}``; an empty line or the end of the input ends the process.
+``{"milliseconds": 12.3}``, perhaps with ``cpu_milliseconds`` and ``peak_bytes``, or with ``{"error": "..."}``; an empty
+line or the end of the input ends the process.
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ import dataclasses
 import gc
 import json
 import os
-import statistics
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import IO, Any
 
@@ -26,11 +26,34 @@ _CALLS = 3  # of one turn; their median is its time
 _START = "from prune_lab.profiling.own_process import serve; serve()"
 
 
+@dataclasses.dataclass(slots=True)
+class Usage:
+    """What the turns of a process took beside the time on the clock."""
+
+    cpu_ms: list[float] = dataclasses.field(default_factory=list)  # of all processors together, turn by turn
+    peak_bytes: int | None = None  # the most memory that the process had in use; None where nobody says
+
+    def note(self, answer: Mapping[str, Any]) -> None:
+        """Add what a turn was answered with."""
+        if (spent := answer.get("cpu_milliseconds")) is not None:
+            self.cpu_ms.append(float(spent))
+        self.peak_bytes = answer.get("peak_bytes") or self.peak_bytes
+
+
 class TimingProcess:
     """A child process with one model of random weights; inside ``with`` it waits for its turns."""
 
+    command: Sequence[str] = ("-c", _START)  # what Python is started with
+
     def __init__(
-        self, config: Mapping[str, Any], service: Service, *, warmup: int, seed: int, calls: int = _CALLS
+        self,
+        config: Mapping[str, Any],
+        service: Service,
+        *,
+        warmup: int,
+        seed: int,
+        calls: int = _CALLS,
+        keep: bool = False,
     ) -> None:
         import torch
 
@@ -40,13 +63,15 @@ class TimingProcess:
             "warmup": warmup,
             "seed": seed,
             "calls": calls,
+            "keep": keep,
             "threads": torch.get_num_threads(),
         }
         self._child: subprocess.Popen[str] | None = None
+        self.usage = Usage()
 
     def __enter__(self) -> TimingProcess:
         self._child = subprocess.Popen(
-            [sys.executable, "-c", _START], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, *self.command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self._tell(json.dumps(self._job))  # no answer is waited for: all processes start at the same time
         return self
@@ -78,6 +103,7 @@ class TimingProcess:
                 f"asked to time a model in a process of its own, where it failed: {found['error']}; "
                 "give a smaller batch or size"
             )
+        self.usage.note(found)
         return float(found["milliseconds"])
 
     def _tell(self, line: str) -> None:
@@ -88,26 +114,31 @@ class TimingProcess:
             self._child.stdin.flush()
 
 
-def _timed(job: Mapping[str, Any]) -> float:
-    """Milliseconds of one pass of the model of ``job``."""
+def _ready(job: Mapping[str, Any]) -> Callable[[], None]:
+    """One pass of the model of ``job``, after its warm-up."""
     import torch
 
-    from prune_lab.profiling.latency import call_ms, random_inputs
+    from prune_lab.profiling.latency import random_inputs
     from prune_lab.profiling.random_weights import compile_blocks, random_model
-    from prune_lab.runtime import pick_dtype
+    from prune_lab.runtime import pick_dtype, synchronize
 
     service, seed = Service(**job["service"]), job["seed"]
     place: dict[str, Any] = {"device": torch.device(service.device), "dtype": pick_dtype(service.dtype)}
+
+    def one_pass() -> None:
+        synchronize(place["device"])
+        with torch.inference_mode():
+            model(**inputs)
+        synchronize(place["device"])
+
     with torch.inference_mode():
         model: Any = random_model(job["config"], **place, seed=seed)
         if service.backend == "compiled":
             compile_blocks(model)
         inputs = random_inputs(job["config"], **service.sizes, **place, seed=seed)
-        for _ in range(job["warmup"]):
-            model(**inputs)
-        return statistics.median(
-            call_ms(lambda: model(**inputs), place["device"]) for _ in range(job["calls"])
-        )
+    for _ in range(job["warmup"]):
+        one_pass()
+    return one_pass
 
 
 def _let_go() -> None:
@@ -129,14 +160,21 @@ def serve() -> None:
 def _serve(orders: IO[str], answers: IO[str]) -> None:
     import torch
 
+    from prune_lab.runtimes.serving import call_times, peak_bytes
+
     job = json.loads(orders.readline())
     torch.set_num_threads(job["threads"])
+    one_pass: Callable[[], None] | None = None
     while orders.readline().strip() == "turn":
         answer: dict[str, Any]
         try:
-            answer = {"milliseconds": _timed(job)}
+            one_pass = one_pass or _ready(job)
+            clock, processor = call_times(one_pass, job["calls"])
+            answer = {"milliseconds": clock, "cpu_milliseconds": processor, "peak_bytes": peak_bytes()}
         except (RuntimeError, MemoryError, ValueError, TypeError) as error:  # torch's own are RuntimeErrors
             answer = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
-        _let_go()
+        if not job["keep"]:
+            one_pass = None
+            _let_go()
         answers.write(json.dumps(answer) + "\n")
         answers.flush()

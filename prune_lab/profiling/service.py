@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from prune_lab.config import check_numbers
 from prune_lab.errors import BudgetError, ConfigError, DeviceError
@@ -22,7 +22,8 @@ from prune_lab.families import (
 from prune_lab.models import ModelSource
 from prune_lab.runtime import pick_device, pick_dtype, printable, read_json
 
-Backend = Literal["eager", "compiled"]
+Backend = Literal["eager", "compiled", "onnx", "openvino"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 PIXELS = 8  # a side, behind one of a latent, in every Stable Diffusion so far
 _VAES = ("vae", "vqvae", "movq")  # as pipelines call theirs
 
@@ -159,12 +160,11 @@ _PIXELS = re.compile(r"[1-9]\d{0,4}", re.ASCII)
 
 
 def read_service(text: str, own: Service, source: ModelSource) -> Service:
-    """``own`` with what ``text`` says otherwise: device, number format, pixels, batch=N, tokens=N, frames=N in any
-    order.
+    """``own`` with what ``text`` says otherwise: device, number format, pixels, batch=N, tokens=N, frames=N, backend.
 
-    ``float16,512,batch=1`` or ``cuda:1,compiled``. Pixels are of a square picture. Raises BudgetError for a part that
-    is none of them or is said twice, ConfigError for a number out of range or a size that the VAE cannot make,
-    DeviceError for a device that is not here.
+    In any order: ``float16,512,batch=1``, ``cuda:1,compiled`` or ``openvino``. Pixels are of a square picture. Raises
+    BudgetError for a part that is none of them or is said twice, ConfigError for a number out of range or a size that
+    the VAE cannot make, DeviceError for a device that is not here.
     """
     said: dict[str, Any] = {}
     for part in filter(None, (piece.strip() for piece in text.split(","))):
@@ -191,7 +191,7 @@ def _part(part: str, source: ModelSource) -> dict[str, Any]:
     if _PIXELS.fullmatch(part):
         check_numbers(resolution=int(part))
         return {"latent": latent_of_pixels(int(part), source)}
-    if part in ("eager", "compiled"):
+    if part in BACKENDS:
         return {"backend": part}
     if re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,4})?", part, re.ASCII):
         return {"device": str(pick_device(part))}

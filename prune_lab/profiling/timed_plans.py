@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
@@ -16,11 +18,13 @@ from prune_lab.prefix_sharing import compiling
 from prune_lab.probes import evaluating
 from prune_lab.profiling.activations import activation_table
 from prune_lab.profiling.latency import call_ms, fitting, random_inputs
-from prune_lab.profiling.own_process import TimingProcess
+from prune_lab.profiling.own_process import TimingProcess, Usage
 from prune_lab.profiling.random_weights import compile_blocks, random_model, shell_of
+from prune_lab.profiling.runtime_process import RuntimeProcess, check_runtime, write_for_runtime
 from prune_lab.profiling.service import Service
 from prune_lab.profiling.turns import TimedCall, Turns, time_in_turns
-from prune_lab.runtime import free_bytes, pick_dtype
+from prune_lab.runtime import free_bytes, pick_dtype, track
+from prune_lab.runtimes import RUNTIMES
 from prune_lab.surgery import materialise
 
 TEACHER = "teacher"  # the name of the whole model, which the others are compared with
@@ -30,15 +34,21 @@ _SHARE = (
 
 
 def fits_into_one_process(
-    architecture: Architecture, service: Service, *, loaded: bool = False, free: int | None = None
+    architecture: Architecture,
+    service: Service,
+    *,
+    loaded: bool = False,
+    free: int | None = None,
+    copies: int = 1,
 ) -> bool:
     """Whether the whole model and all that plans leave of it are expected to fit into this process together.
 
     They share one set of weights, so what is needed is that set, unless it is ``loaded`` already, and the activations
-    of the largest pass. ``free`` is the memory there is (None: what the device has now).
+    of the largest pass. ``copies`` is how many sets there are
+    where they share none, ``free`` the memory there is (None: what the device has now).
     """
     dtype = pick_dtype(service.dtype)
-    needed = 0 if loaded else architecture.total_params * dtype.itemsize
+    needed = 0 if loaded else copies * architecture.total_params * dtype.itemsize
     with contextlib.suppress(UnsupportedModelError):  # activations that cannot be foretold are left out
         table = activation_table(architecture, latent=service.latent, tokens=service.tokens, dtype=dtype)
         needed += table.total * service.batch
@@ -78,15 +88,34 @@ def _in_this_process(
 
 @contextlib.contextmanager
 def _in_own_processes(
-    architecture: Architecture, plans: Mapping[str, PruningPlan], service: Service, warmup: int, seed: int
+    architecture: Architecture,
+    plans: Mapping[str, PruningPlan],
+    service: Service,
+    warmup: int,
+    seed: int,
+    usage: dict[str, Usage] | None,
 ) -> Iterator[dict[str, TimedCall]]:
     configs = {TEACHER: architecture.config}
     configs |= {name: layout_of(architecture, plan).config for name, plan in plans.items()}
     with contextlib.ExitStack() as stack:
-        yield {
-            name: stack.enter_context(TimingProcess(config, service, warmup=warmup, seed=seed)).turn
-            for name, config in configs.items()
-        }
+        processes: dict[str, TimingProcess] = {}
+        # What is measured of a process is that of a model which stays loaded, as where it serves.
+        copies = len(configs) if usage is not None or service.backend in RUNTIMES else 0
+        keep = copies > 0 and fits_into_one_process(architecture, service, copies=copies)
+        if service.backend in RUNTIMES:
+            check_runtime(service, architecture.config)
+            for name, config in track(list(configs.items()), f"writing models for {service.backend}"):
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                write_for_runtime(config, service, folder, seed=seed)
+                processes[name] = RuntimeProcess(
+                    folder, service, warmup=warmup, keep=keep, threads=torch.get_num_threads()
+                )
+        else:
+            for name, config in configs.items():
+                processes[name] = TimingProcess(config, service, warmup=warmup, seed=seed, keep=keep)
+        if usage is not None:
+            usage |= {name: process.usage for name, process in processes.items()}
+        yield {name: stack.enter_context(process).turn for name, process in processes.items()}
 
 
 def time_plans(
@@ -99,6 +128,7 @@ def time_plans(
     mark: float | None = None,
     model: ModelMixin | None = None,
     own_processes: bool | None = None,
+    usage: dict[str, Usage] | None = None,
     seed: int = 0,
 ) -> Turns:
     """One forward pass of the whole model, called TEACHER, and of what each of ``plans`` leaves, timed in turns.
@@ -106,15 +136,19 @@ def time_plans(
     All in this process where they fit (None for ``own_processes``), with weights that they share: those of ``model``,
     which is on the service's device in its number format, or random ones. Else each has a process of its own: it waits
     for its turn without weights, then makes random ones, warms up, is timed, and lets them go. Weights decide nothing
-    about the time of a pass. ``rounds``, ``warmup`` and ``mark`` are those of ``time_in_turns``. Raises
-    FormError for a plan that cannot be built, before anything is timed.
+    about the time of a pass. In another runtime than torch each always has a process of its own, without torch, and
+    keeps its weights between turns where all fit. Into ``usage`` goes, by name, what processes of their own took
+    beside time. ``rounds``, ``warmup`` and ``mark`` are those of ``time_in_turns``. Raises FormError for a plan that
+    cannot be built, before anything is timed.
     """
     for plan in plans.values():
         layout_of(architecture, plan)
+    if service.backend in RUNTIMES:
+        own_processes = True
     if own_processes is None:
         own_processes = not fits_into_one_process(architecture, service, loaded=model is not None)
     if own_processes:
-        with _in_own_processes(architecture, plans, service, warmup, seed) as calls:
+        with _in_own_processes(architecture, plans, service, warmup, seed, usage) as calls:
             return time_in_turns(
                 calls, rounds=rounds, warmup=0, seed=seed, mark=mark, processes="own processes"
             )

@@ -35,6 +35,7 @@ from prune_lab.profiling import (
     kept_latency,
     latency_file,
     latency_key,
+    latency_warnings,
     latency_words,
     measure_latency_table,
     pixels_per_latent,
@@ -225,9 +226,18 @@ def ensure_latency(session: Session) -> LatencyTable:
             StorageError
         ):  # a cache folder that cannot be written costs time the next time
             keep_latency(kept, key, table)
+    for line in latency_warnings(_costs_at(session, service), table):
+        note(line)
     keep_latency(run.latency, key, table)
     record(session, part)
     return table
+
+
+def _costs_at(session: Session, service: Service) -> CostTable:
+    sizes: dict[str, Any] = dict(service.sizes)
+    return cost_table(
+        session.architecture, **{**sizes, "tokens": sizes["tokens"] or session.architecture.tokens}
+    )
 
 
 def _measured_latency(session: Session, service: Service) -> LatencyTable:

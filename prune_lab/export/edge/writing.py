@@ -1,0 +1,149 @@
+"""A pipeline as a folder that draws without torch: its parts for another runtime, tokenizers, sampler, generate.py.
+
+The folder gets its name only after the proof: every part answers as torch does, and a fresh process that never imports
+torch draws the picture that diffusers draws from the same noise.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, StrictUndefined
+
+from prune_lab import __version__
+from prune_lab.errors import BackendError, UnsupportedModelError
+from prune_lab.export.edge import sampler
+from prune_lab.export.edge.parts import Drawing, drawing_of
+from prune_lab.export.edge.proof import Proof, prove
+from prune_lab.export.single_file import NATIVE, Exported
+from prune_lab.models import ModelSource, load_pipeline
+from prune_lab.models.protection import check_folder
+from prune_lab.runtime import names_alone, output_folder, read_json, read_text, track, write_json, write_text
+from prune_lab.runtimes import RUNTIMES, Part, Runtime, Weights, Writing
+
+_HERE = Path(__file__).resolve().parent
+_WEIGHTS: dict[torch.dtype, Weights] = {torch.float32: "float32", torch.float16: "float16"}
+
+
+def _weights(runtime: Runtime, dtype: torch.dtype | None, asked: str) -> Weights:
+    """The format of the weights by what was ``asked``. Raises UnsupportedModelError for one that is not written."""
+    wanted = asked or _WEIGHTS.get(dtype or torch.float32, str(dtype).removeprefix("torch."))
+    found = next((one for one in runtime.weights if one == wanted), None)
+    if found is None or (asked and dtype is not None):
+        also = f" and --dtype {str(dtype).removeprefix('torch.')}" if asked and dtype is not None else ""
+        raise UnsupportedModelError(
+            f"asked to export for {runtime.called} with weights in {wanted}{also}; give one of "
+            f"{', '.join(runtime.weights)}"
+        )
+    return found
+
+
+def _schedule(pipeline: Any) -> dict[str, Any]:
+    """All settings of the scheduler of ``pipeline``. Raises BackendError for one that sampler.py does not do."""
+    config = dict(pipeline.scheduler.config) | {"_class_name": type(pipeline.scheduler).__name__}
+    try:
+        sampler.sampler_of(config)
+    except ValueError as error:
+        raise BackendError(
+            f"asked to export a pipeline that draws without torch, found {error}; give its pipeline another scheduler, "
+            "such as pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config), and save it again"
+        ) from None
+    plain = {name: value for name, value in config.items() if name == "_class_name" or name[0] != "_"}
+    plain.pop("lambda_min_clipped", None)  # minus infinity, which JSON has no word for
+    return dict(names_alone(plain))
+
+
+def _write_texts(
+    folder: Path,
+    runtime: Runtime,
+    source: ModelSource,
+    drawing: Drawing,
+    parts: Mapping[str, Part],
+    schedule: Any,
+) -> dict[str, Any]:
+    """What generate.py reads, after all that is no graph was written into ``folder``."""
+    for name, tokenizer in drawing.tokenizers.items():
+        tokenizer.save(str(folder / name))
+    write_json(folder / "scheduler_config.json", schedule)
+    write_text(folder / "sampler.py", read_text(_HERE / "sampler.py"))
+    write_text(folder / "engine.py", read_text(runtime.engine_file))
+    template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(
+        read_text(_HERE / "generate.py.jinja")
+    )
+    text = template.render(needs=runtime.runs_with, version=__version__, source=json.dumps(source.name)[1:-1])
+    write_text(folder / "generate.py", text)
+    for name in ("plan", "provenance"):
+        path = (source.model_folder or Path()) / f"{name}.json"
+        if path.is_file():
+            write_json(folder / path.name, names_alone(read_json(path)))
+    told = dict(drawing.told) | {
+        "parts": list(parts),
+        "one_size": not all(part.varies_in_size for part in list(parts.values())[1:]),
+        "runtime": runtime.name,
+        "source": source.name,
+        "prune_lab": __version__,
+    }
+    write_json(folder / "export.json", told)
+    return told
+
+
+def _notes(runtime: Runtime, weights: Weights, told: Mapping[str, Any], proof: Proof) -> tuple[str, ...]:
+    differences = ", ".join(f"{name} {value:.1e}" for name, value in proof.differences.items())
+    notes = [
+        f"seen: largest difference from torch, relative to the largest number ({weights} weights): {differences}",
+        f"seen: the same picture as diffusers' from the same noise, {proof.psnr:.0f} dB, {proof.steps} steps, in a "
+        "process without torch",
+        f'draw with: python generate.py "a red apple" (needs {runtime.runs_with}, numpy, tokenizers, Pillow)',
+    ]
+    if told["one_size"]:
+        height, width = (told["pixels"] * side for side in told["latent"][1:])
+        notes.append(f"it draws pictures of {width} x {height} alone: its code computes with the size")
+    return tuple(notes)
+
+
+def export_for(name: str) -> Callable[..., Exported]:
+    """The target of ``export`` that writes for the runtime called ``name``."""
+    runtime = RUNTIMES[name]
+
+    def export(
+        source: ModelSource,
+        out: Path,
+        *,
+        dtype: torch.dtype | None = None,
+        form: str = NATIVE,
+        force: bool = False,
+        weights: str = "",
+    ) -> Exported:
+        """``source`` as the folder ``out``, proved to draw what diffusers draws with it.
+
+        Raises BackendError where the runtime is not installed or cannot take the pipeline, UnsupportedModelError for
+        another format, StorageError where ``out`` may not be written, ProofError where it draws something else.
+        """
+        runtime.check_installed()
+        if form != NATIVE:
+            raise UnsupportedModelError(
+                f"asked to export for {runtime.called} in the form {form!r}, which is for single files; leave --form "
+                "out"
+            )
+        writing = Writing(weights=_weights(runtime, dtype, weights))
+        out = check_folder(out, {"the model": source.places}, force=force)
+        pipeline: Any = load_pipeline(source)
+        drawing, schedule = drawing_of(pipeline), _schedule(pipeline)
+        with output_folder(out, force=force) as folder:
+            parts = {}
+            for part in track(drawing.parts, f"export for {runtime.called}", unit="parts"):
+                # the decoder's last layers show every rounding
+                kept = Writing() if part is drawing.parts[2] and writing.weights == "int8" else writing
+                parts[part.name] = runtime.write(part, folder, kept)
+            told = _write_texts(folder, runtime, source, drawing, parts, schedule)
+            proof = prove(pipeline, runtime, parts, folder, writing.weights)
+            write_json(folder / "export.json", told | {"proof": proof.as_dict()})
+        tensors = sum(len(part.module.state_dict()) for part in parts.values())
+        size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+        return Exported(out, tensors, size, _notes(runtime, writing.weights, told, proof))
+
+    return export

@@ -1,0 +1,119 @@
+"""A model of random weights written for a runtime, and a process without torch that times it when it is its turn."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prune_lab.errors import BackendError
+from prune_lab.families import family_of, plain_config
+from prune_lab.profiling.own_process import TimingProcess, Usage
+from prune_lab.profiling.service import Service
+from prune_lab.runtimes import RUNTIMES, Runtime, Weights
+
+_START = "from prune_lab.profiling.runtime_process import write; write()"
+_INPUTS = "inputs.safetensors"
+# What a number format means to a runtime: how weights are written, and what it computes in.
+_FORMATS: dict[str, dict[str, tuple[Weights, str]]] = {
+    "onnx": {"float32": ("float32", "f32")},
+    "openvino": {
+        "float32": ("float32", "f32"),
+        "float16": ("float16", "f16"),
+        "bfloat16": ("float32", "bf16"),
+    },
+}
+
+
+def check_runtime(service: Service, config: Mapping[str, Any]) -> Runtime:
+    """The runtime of ``service``. Raises BackendError where it is not installed, or does not do what is asked of a
+    model of ``config``.
+    """
+    runtime = RUNTIMES[service.backend]
+    runtime.check_installed()
+    if family_of(config).frames:
+        raise BackendError(
+            f"asked for a model of films in {runtime.called}, where models of pictures are timed; give the backend "
+            "eager"
+        )
+    if service.device != "cpu":
+        raise BackendError(
+            f"asked for {runtime.called} on {service.device}; it runs on the cpu here: give --device cpu, or the "
+            "backend eager"
+        )
+    if service.dtype not in _FORMATS[runtime.name]:
+        raise BackendError(
+            f"asked for {runtime.called} in {service.dtype}; give one of {', '.join(_FORMATS[runtime.name])}"
+        )
+    return runtime
+
+
+def write_for_runtime(config: Mapping[str, Any], service: Service, folder: Path, *, seed: int) -> None:
+    """Write a model of ``config`` with random weights, and inputs of the ``service``, into ``folder``.
+
+    In a process of its own, which takes the memory that it needs for that along. Raises BackendError where it fails.
+    """
+    job = {
+        "config": plain_config(config),
+        "service": dataclasses.asdict(service),
+        "folder": str(folder),
+        "seed": seed,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", _START], input=json.dumps(job), capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+        raise BackendError(
+            f"asked for a model in {RUNTIMES[service.backend].called}, which could not be written: {said:.300}; "
+            "give a smaller size, or the backend eager"
+        )
+
+
+def write() -> None:
+    """Do what ``write_for_runtime`` asks on the standard input."""
+    import torch
+    from safetensors.torch import save_file
+
+    from prune_lab.profiling.random_weights import random_model
+    from prune_lab.runtimes import Writing, model_part
+
+    job = json.loads(sys.stdin.read())
+    service, folder = Service(**job["service"]), Path(job["folder"])
+    runtime = RUNTIMES[service.backend]
+    weights, _ = _FORMATS[runtime.name][service.dtype]
+    model = random_model(
+        job["config"], device=torch.device("cpu"), dtype=torch.float32, seed=job["seed"]
+    ).eval()
+    part = model_part(model, tokens=service.tokens)
+    runtime.write(part, folder, Writing(weights=weights, side=service.latent))
+    inputs = part.examples(service.batch, service.latent)
+    save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, folder / _INPUTS)
+
+
+class RuntimeProcess(TimingProcess):
+    """A child process that runs what was written into a folder; it imports neither torch nor prune_lab."""
+
+    def __init__(
+        self, folder: Path, service: Service, *, warmup: int, keep: bool, threads: int, calls: int = 3
+    ) -> None:
+        from prune_lab.runtimes import MODEL
+
+        runtime = RUNTIMES[service.backend]
+        self.command = ("-B", str(Path(runtime.engine_file).with_name("serving.py")))
+        self._job = {
+            "engine": str(runtime.engine_file),
+            "file": str(folder / f"{MODEL}{runtime.ending}"),
+            "inputs": str(folder / _INPUTS),
+            "threads": threads,
+            "precision": _FORMATS[runtime.name][service.dtype][1],
+            "warmup": warmup,
+            "calls": calls,
+            "keep": keep,
+        }
+        self._child: subprocess.Popen[str] | None = None
+        self.usage = Usage()

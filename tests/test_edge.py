@@ -1,0 +1,246 @@
+"""Pipelines written for runtimes without torch: samplers as diffusers', parts as torch's, pictures as diffusers'."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from narrow_pipelines import narrow
+from PIL import Image
+from tiny_pipelines import tiny_pipeline
+from typer.testing import CliRunner
+
+from prune_lab.cli import app
+from prune_lab.errors import BackendError, ProofError, UnsupportedModelError
+from prune_lab.export import EXPORT_TARGETS
+from prune_lab.export.edge import export_for, proof, sampler
+from prune_lab.export.edge.parts import drawing_of
+from prune_lab.models import load_pipeline, resolve_model
+from prune_lab.runtimes import RUNTIMES, Writing
+
+# Samplers ----------------------------------------------------------------------------------------------------------
+
+_STABLE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+_ZERO_SNR = {**_STABLE, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+SCHEDULES: list[tuple[str, dict[str, Any]]] = [
+    ("DDIMScheduler", {**_STABLE, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
+    ("DDIMScheduler", {"prediction_type": "sample", "timestep_spacing": "linspace"}),
+    ("DDIMScheduler", {**_ZERO_SNR, "clip_sample": False, "timestep_spacing": "trailing"}),
+    ("EulerDiscreteScheduler", {**_STABLE, "timestep_spacing": "leading", "steps_offset": 1}),
+    ("EulerDiscreteScheduler", {**_STABLE, "timestep_spacing": "linspace"}),
+    ("EulerDiscreteScheduler", {**_ZERO_SNR, "timestep_spacing": "trailing"}),
+    ("PNDMScheduler", {**_STABLE, "skip_prk_steps": True, "steps_offset": 1}),
+    ("PNDMScheduler", {**_STABLE, "skip_prk_steps": True, "prediction_type": "v_prediction"}),
+    ("DPMSolverMultistepScheduler", {"beta_start": 0.0001, "beta_end": 0.02}),
+    ("DPMSolverMultistepScheduler", {**_STABLE, "solver_order": 1, "timestep_spacing": "trailing"}),
+    ("DPMSolverMultistepScheduler", {**_ZERO_SNR, "timestep_spacing": "leading", "steps_offset": 1}),
+]
+
+
+def scheduler_of(name: str, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    import diffusers
+
+    scheduler = getattr(diffusers, name)(**settings)
+    return scheduler, {**scheduler.config, "_class_name": name}
+
+
+@pytest.mark.parametrize("steps", [2, 7, 20])
+@pytest.mark.parametrize(("name", "settings"), SCHEDULES)
+def test_samplers_go_where_those_of_diffusers_go(name: str, settings: dict[str, Any], steps: int) -> None:
+    scheduler, config = scheduler_of(name, settings)
+    scheduler.set_timesteps(steps)
+    noise = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(steps))
+    asked: list[float] = []
+
+    def predict(latents: Any, timestep: float) -> Any:
+        asked.append(float(timestep))
+        return np.float32(0.3) * np.roll(latents, 1, axis=-1) + np.float32(timestep / 2000)
+
+    latents = noise * scheduler.init_noise_sigma
+    for time in scheduler.timesteps:
+        shown = scheduler.scale_model_input(latents, time)
+        told = 0.3 * shown.roll(1, dims=-1) + float(time) / 2000
+        latents = scheduler.step(told, time, latents).prev_sample
+    found = sampler.sampler_of(config)(config, steps, noise.numpy(), predict)
+    assert asked == pytest.approx([float(time) for time in scheduler.timesteps], abs=1e-3)
+    assert found.dtype == np.float32
+    # Euler's latents begin as large as their noise, thousands without a signal: single precision rounds them so
+    rounding = 1e-4 * float(latents.abs().max()) + 2e-7 * float(scheduler.init_noise_sigma)
+    assert np.abs(found - latents.numpy()).max() < rounding
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("DDPMScheduler", {}, "the scheduler DDPMScheduler; known are DDIMScheduler"),
+        ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, "use_karras_sigmas True; known is False"),
+        ("DDIMScheduler", {"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule squaredcos_cap_v2"),
+        ("DPMSolverMultistepScheduler", {"solver_order": 3}, "of order 3; known are 1 and 2"),
+        ("PNDMScheduler", {}, "skip_prk_steps False; known is True"),
+    ],
+)
+def test_samplers_refuse_what_they_do_not_do(name: str, settings: dict[str, Any], said: str) -> None:
+    _, config = scheduler_of(name, settings)
+    with pytest.raises(ValueError, match=said):
+        sampler.sampler_of(config)
+
+
+# What is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_pipeline("sd", tmp_path_factory.mktemp("edge") / "sd")
+
+
+def test_a_runtime_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    lacking = dataclasses.replace(RUNTIMES["onnx"], packages=("no_such_package",))
+    monkeypatch.setitem(RUNTIMES, "onnx", lacking)
+    monkeypatch.setitem(EXPORT_TARGETS, "onnx", export_for("onnx"))
+    done = CliRunner().invoke(app, ["export", "reference", "--to", "onnx", "--out", str(tmp_path / "out")])
+    assert done.exit_code == 2
+    said = " ".join(done.output.split())
+    assert (
+        "found that no_such_package is not installed; install it with: pip install 'prune-lab[edge]'" in said
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3", "ddpm"])
+def test_pipelines_that_draw_otherwise_are_refused_by_name(kind: str, tmp_path: Path) -> None:
+    pipeline = load_pipeline(resolve_model(str(tiny_pipeline(kind, tmp_path / kind))))
+    with pytest.raises(BackendError, match=f"a {type(pipeline).__name__} .*known are pipelines that draw"):
+        drawing_of(pipeline)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("image-to-image", "begins with a picture"),
+        ("inpainting", "begins with a picture"),
+        ("controlnet", "begins with a picture"),
+        ("refiner", "begins with a picture"),
+        ("lcm", "takes guidance beside the text"),
+    ],
+)
+def test_pipelines_that_need_more_than_a_text_are_refused_by_name(kind: str, said: str, tiny: Path) -> None:
+    pipeline = narrow(kind, load_pipeline(resolve_model(str(tiny))))
+    with pytest.raises(BackendError, match=f"a {type(pipeline).__name__} .*{said}"):
+        drawing_of(pipeline)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"dtype": torch.bfloat16}, "weights in bfloat16; give one of float32, int8"),
+        ({"dtype": torch.float16, "weights": "int8"}, "int8 and --dtype float16"),
+        ({"form": "neutral"}, "which is for single files"),
+    ],
+)
+def test_formats_that_are_not_written_are_refused(
+    more: dict[str, Any], said: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(RUNTIMES["onnx"]), "check_installed", lambda self: None)
+    with pytest.raises(UnsupportedModelError, match=said):
+        EXPORT_TARGETS["onnx"](resolve_model(str(tiny)), tmp_path / "out", **more)
+
+
+# What is written ---------------------------------------------------------------------------------------------------
+
+
+def needs(name: str) -> None:
+    """Skip the test where the runtime called ``name`` is not installed."""
+    try:
+        RUNTIMES[name].check_installed()
+    except BackendError as error:
+        pytest.skip(str(error))
+
+
+def draw(folder: Path, out: Path, *options: str) -> np.ndarray[Any, Any]:
+    done = subprocess.run(
+        [sys.executable, "-B", str(folder / "generate.py"), "a red apple", "--out", str(out), *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    with Image.open(out) as picture:
+        return np.asarray(picture)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "kind"), [("onnx", "sd"), ("onnx", "sdxl"), ("openvino", "sd"), ("openvino", "pixart")]
+)
+def test_a_folder_draws_without_torch_what_diffusers_draws(
+    name: str, kind: str, tiny: Path, tmp_path: Path
+) -> None:
+    needs(name)
+    folder = tmp_path / kind
+    if kind == "sdxl":
+        narrow(kind, load_pipeline(resolve_model(str(tiny)))).save_pretrained(folder)
+    else:
+        tiny_pipeline(kind, folder)
+    source = resolve_model(str(folder))
+    written = EXPORT_TARGETS[name](source, tmp_path / "out")
+    told = json.loads((tmp_path / "out/export.json").read_text())
+    assert told["proof"]["psnr"] >= 40
+    assert max(told["proof"]["differences"].values()) <= 1e-5
+    assert any("without torch" in note for note in written.notes)
+    moved = (tmp_path / "out").rename(tmp_path / "elsewhere")
+    picture = draw(moved, tmp_path / "a.png", "--steps", "2")
+    assert (picture == draw(moved, tmp_path / "b.png", "--steps", "2")).all()
+    assert picture.shape[:2] == tuple(told["pixels"] * side for side in told["latent"][1:])
+    here = str(Path(__file__).resolve().parent.parent)
+    for path in moved.rglob("*"):
+        assert path.is_dir() or here.encode() not in path.read_bytes(), (
+            f"{path} names a folder of this machine"
+        )
+
+
+@pytest.mark.long
+def test_large_weights_lie_beside_the_graph_and_move_with_it(tiny: Path, tmp_path: Path) -> None:
+    needs("onnx")
+    part = drawing_of(load_pipeline(resolve_model(str(tiny)))).parts[1]
+    runtime, folder = RUNTIMES["onnx"], tmp_path / "first"
+    folder.mkdir()
+    runtime.write(part, folder, Writing(most_inside=1000))
+    assert sorted(path.name for path in folder.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert (folder / "model.onnx.data").stat().st_size >= part.num_bytes
+    moved = folder.rename(tmp_path / "second")
+    assert proof.difference(part, runtime.load(moved / "model.onnx"), part.examples(2, None)) < 1e-5
+
+
+@pytest.mark.long
+def test_a_part_that_answers_otherwise_is_not_written(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs("onnx")
+    plain = RUNTIMES["onnx"].write
+
+    def damaged(part: Any, folder: Path, writing: Writing) -> Any:
+        """Writes weights that are a thousandth larger than those that it says it wrote."""
+        if part.name != "model":
+            return plain(part, folder, writing)
+        tensors = [tensor.clone() for tensor in part.module.parameters()]
+        with torch.no_grad():
+            for tensor in part.module.parameters():
+                tensor.mul_(1.001)
+        written = plain(part, folder, writing)
+        with torch.no_grad():
+            for tensor, before in zip(part.module.parameters(), tensors, strict=True):
+                tensor.copy_(before)
+        return written
+
+    monkeypatch.setitem(RUNTIMES, "onnx", dataclasses.replace(RUNTIMES["onnx"], write=damaged))
+    with pytest.raises(ProofError, match="its model answers otherwise than torch"):
+        export_for("onnx")(resolve_model(str(tiny)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

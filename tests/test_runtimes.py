@@ -1,0 +1,196 @@
+"""Times in other runtimes: processes without torch, one table, budgets in any of them, and where MACs mislead."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import TINY_UNET
+from safetensors.numpy import save_file
+from test_edge import needs
+
+from prune_lab.api.making import read_backends
+from prune_lab.blocks import architecture_of
+from prune_lab.errors import BackendError
+from prune_lab.models import resolve_model
+from prune_lab.plans import parse_plan
+from prune_lab.profiling import (
+    Service,
+    measure_latency_table,
+    part_disagreements,
+    plan_disagreements,
+    random_model,
+    read_service,
+    runtime_table,
+    services_of,
+)
+from prune_lab.profiling.runtime_process import check_runtime
+from prune_lab.runtimes import RUNTIMES, serving
+from prune_lab.schemas import RUNTIME_COLUMNS
+
+# Asked for ---------------------------------------------------------------------------------------------------------
+
+
+def test_backends_are_read_once_each_and_others_are_named() -> None:
+    assert read_backends("eager, openvino,eager,compile") == ("eager", "openvino", "compiled")
+    assert read_backends("") == ()
+    with pytest.raises(
+        BackendError, match="the backend tensorrt; give one of eager, compiled, onnx, openvino"
+    ):
+        read_backends("eager,tensorrt")
+
+
+def test_a_budget_names_its_backend() -> None:
+    source = resolve_model("reference")
+    asked = read_service("openvino,128,batch=2", Service(), source)
+    assert (asked.backend, asked.latent, asked.batch) == ("openvino", 32, 2)
+    assert asked.text(source.config, 4).endswith("batch 2, openvino")
+
+
+@pytest.mark.parametrize(
+    ("service", "config", "said"),
+    [
+        (
+            Service(backend="onnx", dtype="bfloat16"),
+            TINY_UNET,
+            "onnxruntime in bfloat16; give one of float32",
+        ),
+        (Service(backend="openvino", device="cuda"), TINY_UNET, "OpenVINO on cuda; it runs on the cpu here"),
+        (
+            Service(backend="onnx"),
+            {"_class_name": "WanTransformer3DModel"},
+            "a model of films in onnxruntime",
+        ),
+    ],
+)
+def test_a_service_that_a_runtime_does_not_do_is_refused(
+    service: Service, config: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(RUNTIMES["onnx"]), "check_installed", lambda self: None)
+    with pytest.raises(BackendError, match=said):
+        check_runtime(service, config)
+
+
+# Where MACs mislead ------------------------------------------------------------------------------------------------
+
+
+def test_plans_are_named_whose_time_is_a_tenth_from_what_macs_say() -> None:
+    frame = pd.DataFrame(
+        {
+            "plan": ["teacher", "near", "far", "not timed"],
+            "macs_change": [0.0, -0.37, -0.37, -0.5],
+            "latency_change": [0.0, -0.29, -0.25, float("nan")],
+        }
+    )
+    (line,) = plan_disagreements(frame)
+    assert "far badly: -37% MACs, -25% time" in line
+    assert "in onnx" in plan_disagreements(frame.assign(backend="onnx"))[0]
+
+
+def test_parts_are_named_whose_share_is_a_tenth_from_that_of_macs() -> None:
+    architecture = architecture_of(TINY_UNET)
+    shares = {"Dn1.R1": (0.3, 0.36), "Dn1.A1": (0.2, 0.14), "Dn1.R2": (0.3, 0.36), "rest": (0.2, 0.14)}
+    (line,) = part_disagreements(architecture, shares)  # each alone is near enough
+    assert "all resnet blocks badly: 60% of the MACs, 72% of the time" in line
+    (line,) = part_disagreements(architecture, {"rest": (0.1, 0.25), "Dn1.A1": (0.9, 0.81)})
+    assert "the time of rest badly" in line
+
+
+# Processes ---------------------------------------------------------------------------------------------------------
+
+_ENGINE = """
+def load(path, threads, precision):
+    factor = float(path.read_text())
+    if factor < 0:
+        raise RuntimeError("no such\\nfactor")
+    return lambda given: [factor * given["sample"]]
+"""
+
+
+def answers(folder: Path, content: str, *, keep: bool, turns: int) -> list[dict[str, Any]]:
+    (folder / "engine.py").write_text(_ENGINE)
+    (folder / "part").write_text(content)
+    save_file({"sample": np.zeros(3, np.float32)}, folder / "inputs.safetensors")
+    job = {
+        **{name: str(folder / file) for name, file in (("engine", "engine.py"), ("file", "part"))},
+        "inputs": str(folder / "inputs.safetensors"),
+        "threads": 1,
+        "precision": "f32",
+        "warmup": 1,
+        "calls": 3,
+        "keep": keep,
+    }
+    done = subprocess.run(
+        [sys.executable, "-B", str(Path(serving.__file__))],
+        input="\n".join([json.dumps(job), *["turn"] * turns, ""]),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_process_answers_each_turn_with_time_and_memory(keep: bool, tmp_path: Path) -> None:
+    found = answers(tmp_path, "2", keep=keep, turns=2)
+    assert [sorted(one) for one in found] == [["cpu_milliseconds", "milliseconds", "peak_bytes"]] * 2
+    assert all(0 <= one["milliseconds"] < 1000 for one in found)
+    if Path("/proc/self/status").is_file():  # Python and numpy alone: less than anything that holds torch
+        assert 2**20 < found[0]["peak_bytes"] < 150 * 2**20
+
+
+def test_a_process_says_in_one_line_what_the_runtime_refuses(tmp_path: Path) -> None:
+    assert answers(tmp_path, "-1", keep=True, turns=1) == [{"error": "RuntimeError: no such"}]
+
+
+# Timed -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+def test_one_table_holds_teacher_and_students_in_every_runtime() -> None:
+    needs("onnx")
+    needs("openvino")
+    architecture = architecture_of(TINY_UNET, tokens=5)
+    plan = parse_plan("bk-small", architecture)
+    backends = ("eager", "compiled", "onnx", "openvino")
+    services = services_of(Service(latent=8, tokens=5), backends)
+    frame = runtime_table(architecture, [plan], services, model="tiny", rounds=6, warmup=1)
+    assert list(frame.columns) == list(RUNTIME_COLUMNS)
+    assert list(zip(frame["backend"], frame["plan"], strict=True)) == [
+        (backend, name) for backend in backends for name in ("teacher", plan.label)
+    ]
+    students = frame[frame["plan"] != "teacher"]
+    assert (frame["median_ms"] > 0).all()
+    assert (frame["cpu_ms"] > 0).all()
+    assert students["latency_low"].notna().all()
+    assert (students["macs_change"] < 0).all()
+    peaks = frame.groupby("backend")["peak_bytes"].max()
+    assert peaks["onnx"] < peaks["eager"]  # torch is not in its process
+
+
+@pytest.mark.long
+def test_a_latency_table_is_calibrated_in_the_runtime_that_is_asked_for() -> None:
+    needs("openvino")
+    architecture = architecture_of(TINY_UNET, tokens=5)
+    model = random_model(architecture.config)
+    first, second = (parse_plan(name, architecture) for name in ("bk-base", "bk-small"))
+    table = measure_latency_table(
+        model,
+        calibrate=[first],
+        held_out=[second],
+        rounds=8,
+        warmup=1,
+        latent=8,
+        tokens=5,
+        backend="openvino",
+    )
+    assert table.backend == "openvino"
+    assert table.predict(first) == pytest.approx(table.checks[0].measured_ms)
+    assert table.median_error_percent is not None
