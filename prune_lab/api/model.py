@@ -17,6 +17,7 @@ from prune_lab.api.making import (
     place_of,
     plans_of,
     pruned_table,
+    with_units,
 )
 from prune_lab.api.plans import Plan, Plans, plan_maps
 from prune_lab.api.settings import budgets_asked, model_title, settings_by_name
@@ -50,6 +51,7 @@ from prune_lab.workflow import (
     ensure_plans,
     ensure_ranking,
     ensure_scores,
+    ensure_width_scores,
     forget,
     goes_by,
     plan_named,
@@ -60,6 +62,7 @@ from prune_lab.workflow import (
     scores_frame,
     student_folders,
     use_scores,
+    width_frame,
 )
 
 
@@ -87,6 +90,20 @@ class Model(Inspected):
             ensure_scores(session)
             frame, title = scores_frame(session), f"Importance, {model_title(self.settings)}"
         return Table("scores", frame, title, self.results.scores.draw)
+
+    def score_widths(self, criterion: str = "", *, force: bool = False, **settings: object) -> Table:
+        """The impact of each part of the blocks that can leave alone: a group of a norm, a head, channels in eights.
+
+        ``criterion`` is gate-fisher, gate-gradient, taylor, magnitude or random (empty: that of the settings). By
+        gate-fisher an impact is that of ``score``, if the prediction were linear in the part. Settings are as for
+        ``score``. Raises PlanError for a model of which no width is known, and as ``score`` does.
+        """
+        named = {"search.widths": criterion} if criterion else {}
+        asked = settings_by_name("score", settings) | named
+        with self._opened("score", asked, redo="scores" if force else "") as session:
+            ensure_width_scores(session)
+            frame, title = width_frame(session), f"Importance inside blocks, {model_title(self.settings)}"
+        return Table("width scores", frame, title)
 
     def agreement(self, out: str | Path | None = None, *, force: bool = False, **settings: object) -> Table:
         """How all criteria agree on this model, and with what was measured, a row per criterion; conclusions as notes.
@@ -162,8 +179,9 @@ class Model(Inspected):
     ) -> Table:
         """Write the model without the blocks of ``plan`` to the folder ``out``, which plain diffusers loads.
 
-        ``form`` is native, neutral or own (``prune_lab.forms``); None: native where a plain config describes what is
-        left, else with code of its own, which diffusers has to be told to trust.
+        ``form`` is native, neutral, own or padded (``prune_lab.forms``); None: native where a plain config describes
+        what is left, else with code of its own, which diffusers has to be told to trust. Where a width of the plan says
+        how many units stay and not which, those with the largest weights do.
 
         A process of its own loads it and compares it with the model without these blocks before the folder gets its
         name. ``dtype`` converts the weights, ``variant`` names their files (``fp16``). Raises FormError with the reason
@@ -174,6 +192,7 @@ class Model(Inspected):
         if not dry_run:
             get_ready_to_prove()  # it imports meanwhile
         named = plan if isinstance(plan, Plan) else self.plan(plan)
+        named = dataclasses.replace(named, plan=with_units(self.source, named.plan))
         asked = None if form is None else form_named(form)
         # says what is in the way, also with dry_run
         chosen = dataclasses.replace(named, plan=in_form(self.architecture, named.plan, asked))
@@ -265,6 +284,7 @@ class Model(Inspected):
         if any(goes_by(one, text) for one in known) or not (isinstance(plan, Plan) or self._temporary):
             return plan_named(known, text, session)
         (read,) = plans_of(self.architecture, (plan,))
+        read = with_units(self.source, read)
         found = within_form(self.architecture, read, form_named(self.settings.search.form))
         if found.id not in {one.id for one in known}:
             layout_of(self.architecture, found)
