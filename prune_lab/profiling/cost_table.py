@@ -107,7 +107,7 @@ class CostTable:
             activation_bytes=None if table.activations is None else table.activations.peak(plan.removed),
         )
         assert table.count is not None, "a cost table is made by cost_table"
-        if table.form != "native":
+        if table.form != "native" or plan.form == "own":
             depth = plan.without_widths()
             found = counted_cost(self.architecture, table.count, table.sizes, table.total, depth, found)
         if not plan.widths or plan.form == "padded":
