@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_models import random_inputs, tiny_model
+from tiny_models import random_inputs
 from typer.testing import CliRunner
 
 from prune_lab.cli import app
@@ -67,6 +68,24 @@ def test_depth_and_width_are_searched_from_the_command_line(
     gone = [(one.site, unit) for one in plan.widths for unit in range(one.of) if unit not in one.kept]
     by_hand = sum(scores[name] for name in plan.removed) + sum(parts[one] for one in gone)
     assert row["predicted_impact"] == pytest.approx(by_hand)
+    # searched with the scores of that run, which stays as it is
+    lent = CliRunner().invoke(
+        app,
+        [
+            "search",
+            str(searched),
+            "--axes",
+            "depth,width",
+            "--params",
+            "80%",
+            "--set",
+            "search.controls=bk-base",
+            "--json",
+        ],
+    )
+    assert lent.exit_code == 0, lent.output
+    assert "scoring" not in lent.stderr
+    assert min(one["params_change"] for one in json.loads(lent.stdout)) <= -0.2
     # within its site no part stays that is worth less than one that leaves
     for one in plan.widths:
         stays = min(parts[one.site, unit] for unit in one.kept)
@@ -182,13 +201,20 @@ def test_axes_are_known_and_named_once() -> None:
 
 
 def test_a_model_without_widths_says_so(tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    tiny_model("FluxTransformer2DModel").save_pretrained(folder)
-    if resolve_model(str(folder)).architecture.sites:
-        pytest.skip("widths of FLUX are known by now")
+    """One group in each norm and one head in each attention: nothing of either can leave."""
+    model = diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=1,
+        attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    model.save_pretrained(tmp_path / "model")
+    search = SearchConfig(axes=("width",), budgets=("macs<=90%",))
     with pytest.raises(PlanError, match="none is known"):
-        check_axes(RunConfig(model=str(folder), search=SearchConfig(axes=("width",), budgets=("macs<=90%",))))
+        check_axes(RunConfig(model=str(tmp_path / "model"), search=search))
 
 
 AGAIN = """

@@ -54,7 +54,8 @@ def compared_plans(session: Session, texts: Sequence[str]) -> tuple[pd.DataFrame
         plans += named or list(_plans(text, architecture, session.config.model))
     narrower = [plan for plan in plans if plan.widths]
     check_chosen(architecture, narrower)
-    of_whole = iter(impact_of([frozenset(plan.removed) for plan in plans if not plan.widths]))
+    sets = [frozenset(plan.removed) for plan in plans if not plan.widths]
+    of_whole = iter(impact_of(sets) if sets else ())
     of_narrower = iter(measured_impacts(session, narrower))
     impacts = [next(of_narrower if plan.widths else of_whole) for plan in plans]
     ranking = (

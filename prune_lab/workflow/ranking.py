@@ -94,7 +94,8 @@ def one_shot_impacts(session: Session, plans: Iterable[PruningPlan]) -> dict[str
     """
     plans = list(plans)
     groups = [BlockGroup(plan.id, "plan", plan.removed) for plan in plans if not plan.widths and plan.removed]
-    found = {entry.group.name: entry.impact for entry in engine_of(session).score(session, groups).entries}
+    entries = engine_of(session).score(session, groups).entries if groups else ()
+    found = {entry.group.name: entry.impact for entry in entries}
     narrower = [plan for plan in plans if plan.widths]
     known = session.config.score.criterion == "output-mse"
     impacts = measured_impacts(session, narrower) if known else [math.nan] * len(narrower)
