@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+from benchmarks.rows import rows_of
 from prune_lab.blocks import Architecture
 from prune_lab.config import RunConfig, with_settings
 from prune_lab.errors import BudgetError
@@ -162,15 +164,13 @@ def plans_of(model: str, work: Path, steps: int, rounds: int) -> dict[str, Path]
 
         for percent in BUDGETS:
             for way in WAYS:
-                keep(f"{way}-macs-{percent}", lambda way=way, percent=percent: bench.plan(way, percent))
+                keep(f"{way}-macs-{percent}", functools.partial(bench.plan, way, percent))
             first = folder / f"depth-macs-{percent}.json"
             if first.is_file():
                 (depth,) = read_plans(str(first), bench.architecture)
                 wanted = bench.latency(depth, rounds)
                 for way in TIMED:
-                    keep(
-                        f"{way}-latency-{percent}", lambda way=way, at=wanted: bench.as_fast(way, at, rounds)
-                    )
+                    keep(f"{way}-latency-{percent}", functools.partial(bench.as_fast, way, wanted, rounds))
         write_json(done, left_out)
     return {path.stem: path for path in sorted(folder.glob("*.json")) if path != done}
 
@@ -264,7 +264,7 @@ def page(frame: pd.DataFrame, steps: int) -> str:
         f"| {row.model} | {row.equal} | {row.budget} % | {row.way} | {row.macs:.3f} | {row.params:.3f} | "
         f"{1 + row.latency_change:.3f} | {row.impact:.4f} | {row.loss_before:.4f} | {row.loss_after:.4f} | "
         f"{row.seeds} ({row.spread:.4f}) |"
-        for row in table.itertuples()
+        for row in rows_of(table)
     ]
     return "\n".join([*lines, "", "![Distilled loss against multiply-adds and against time](fronts.png)", ""])
 

@@ -90,7 +90,7 @@ class Run:
     width_scores = PathIn("widths.csv", "What the parts of each block are worth: norm groups, heads, channels.")
     scores_dir = PathIn("scores", "Every value measured for a score, so that it is not measured again.")
     comparison_dir = PathIn("comparison", "How the criteria agree: tables, figures and words.")
-    choices = PathIn("choices.json", "Which blocks can leave together natively, level by level.")
+    choices = PathIn("choices.json", "Which blocks can leave together natively, level by level, and what they take along in the neutral form.")
     costs = PathIn("costs.csv", "Parameters and MACs of every block, sampler and the rest.")
     latency = PathIn("latency.json", "What each block's removal saves in time.")
     latency_rounds = PathIn("latency_rounds.csv", "Times of teacher and students, round by round, in turns.")

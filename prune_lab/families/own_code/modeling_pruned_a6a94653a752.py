@@ -114,10 +114,12 @@ def _narrow(module: Any, numbers: Any) -> None:
     module.reset_parameters()
 
 
-# A class that knows nothing of ``widths`` can be told to leave out tensors that do not fit, and would answer with
-# what is no number. It does not load a model that says it is quantised in a way it does not know.
-_WIDTHS_ALONE = "none, but its layers are narrower than its settings: load it with trust_remote_code=True"
+# A class that knows nothing of what is gone or narrower can be told to leave out tensors that do not fit, and would
+# answer with what is no number. It does not load a model that says it is quantised in a way it does not know.
 _GUARD = "quantization_config"
+_ALONE = {
+    "quant_method": "none, but the model is not what its settings say: load it with trust_remote_code=True"
+}
 WIDTHS_MARK = (
     "widths_mark"  # name of the tensor without numbers in a model with ``widths``; see ``mark_shape``
 )
@@ -166,24 +168,25 @@ def pruned(base: Any) -> Any:
 
     @functools.wraps(base.save_pretrained)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        base.save_pretrained(self, save_directory, *args, **kwargs)
         source, target = pathlib.Path(__file__), pathlib.Path(save_directory) / pathlib.Path(__file__).name
-        if source.resolve() != target.resolve():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (
+            source.resolve() != target.resolve()
+        ):  # first: with push_to_hub the folder goes up before the base is done
             shutil.copyfile(source, target)
+        base.save_pretrained(self, save_directory, *args, **kwargs)
 
     @functools.wraps(base.load_config)
     def load_config(cls: Any, *args: Any, **kwargs: Any) -> Any:
         found = base.load_config.__func__(cls, *args, **kwargs)
         config = found[0] if isinstance(found, tuple) else found
-        if config.get("widths"):
-            config.pop(_GUARD, None)
+        if config.get(_GUARD) == _ALONE:
+            config.pop(_GUARD)
         return found
 
     @functools.wraps(base.to_json_string)
     def to_json_string(self: Any) -> str:
-        settings = json.loads(base.to_json_string(self))
-        if settings.get("widths"):
-            settings[_GUARD] = {"quant_method": _WIDTHS_ALONE}
+        settings = {_GUARD: _ALONE, **json.loads(base.to_json_string(self))}
         return json.dumps(settings, indent=2, sort_keys=True) + "\n"
 
     body = {
