@@ -751,6 +751,7 @@ def test_widths_that_somebody_changed_do_not_fit_the_weights(
     inputs, path = random_inputs(tiny_unet), tmp_path / "config.json"
     loaded = load_model(resolve_model(str(tmp_path)))
     assert (answer(loaded, inputs) - answer(student, inputs)).abs().max() <= EXACT
+    assert own_code.WIDTHS_MARK in student.state_dict()
     config = json.loads(path.read_text())
     attention = next(name for name, numbers in config["widths"].items() if "heads" in numbers)
     config["widths"][attention]["heads"] = 2

@@ -36,6 +36,7 @@ FOLDER = Path(__file__).resolve().parent
 NEWEST = "modeling_pruned_a6a94653a752"
 PREFIX = "Pruned"  # of class names; what follows is the diffusers class
 REMOVED, MAIN_PATH, WIDTHS, AUTO_MAP = "removed", "main_path", "widths", "auto_map"
+WIDTHS_MARK = "widths_mark"  # the tensor without numbers that tells by which widths the weights were saved
 GUARD = "quantization_config"  # in a file: makes every class but its own refuse it
 _OWN = (REMOVED, MAIN_PATH, WIDTHS, AUTO_MAP, GUARD)  # settings that the diffusers class does not have
 
@@ -230,11 +231,9 @@ def own_layout(family: Family, outline: Outline, removed: Removed, kept: Kept | 
     shape = code.mark_shape(gone, main_path)
     return Layout(
         MappingProxyType({**outline.config, **own}),
-        MappingProxyType(
-            paths | dict(zip(new, new, strict=True)) | ({} if widths else {code.WIDTHS_MARK: None})
-        ),
+        MappingProxyType(paths | dict(zip(new, new, strict=True)) | ({} if widths else {WIDTHS_MARK: None})),
         cut | dict.fromkeys(marks, lambda tensor: tensor.new_empty(shape)),
-        empty={code.WIDTHS_MARK: code.mark_shape(widths)} if widths else {},
+        empty={WIDTHS_MARK: code.mark_shape(widths)} if widths else {},
     )
 
 
