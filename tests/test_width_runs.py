@@ -223,6 +223,31 @@ with torch.no_grad():
 
 
 @pytest.mark.long
+def test_a_plan_with_widths_is_distilled_from_the_command_line(
+    tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    """Written as a person does: how many units stay, and not which."""
+    words = (
+        "--set",
+        "distill.steps=2",
+        "--set",
+        "distill.batch=2",
+        "--set",
+        "data.count=4",
+        "--set",
+        "data.steps=2",
+    )
+    plan = "bk-base ~Dn3.R1.hidden=2/4 ~Dn3.A1.heads=1"
+    for more in ((), ("--run", tmp_path / "run")):
+        out = tmp_path / f"trained{len(more)}"
+        asked = ("distill", tiny_pipeline_folder, "--plan", plan, *words, *more, "--out", out, "--json")
+        rows = json.loads(run(*asked))
+        assert [row["status"] for row in rows] == ["done"]
+        trained = resolve_model(str(out))
+        assert load_model(trained).state_dict()["widths_mark"].numel() == 0
+
+
+@pytest.mark.long
 def test_a_run_that_searches_widths_goes_to_its_end(
     small_run_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ from prune_lab.api.making import (
 from prune_lab.api.plans import Plan, Plans, plan_maps
 from prune_lab.api.settings import budgets_asked, model_title, settings_by_name
 from prune_lab.config import (
+    PLAN_FILES,
     RunConfig,
     SearchConfig,
     check_numbers,
@@ -235,6 +236,7 @@ class Model(Inspected):
                 f"{self.source.kind}); pictures and captions are encoded with a VAE and a text encoder: give a "
                 "pipeline folder or a hub id"
             )
+        plans = tuple(self._with_units(plan) for plan in plans)
         wanted = with_settings(self.settings, settings_by_name("distill", settings))
         sources = self._read_by(wanted)
         if out and len(plans) == 1:
@@ -277,6 +279,14 @@ class Model(Inspected):
             notes=tuple(f"student: {path}" for path in written),
         )
 
+    def _with_units(self, plan: str | Plan) -> str | Plan:
+        """``plan``, in writing where it was so, which says which units of its widths stay."""
+        if isinstance(plan, Plan):
+            return dataclasses.replace(plan, plan=with_units(self.source, plan.plan))
+        if "~" not in plan or plan.endswith(PLAN_FILES):
+            return plan
+        return with_units(self.source, self.plan(plan).plan).text
+
     def _in_run(self, session: Session, plan: str | Plan) -> PruningPlan:
         """``plan`` among those of the run, where it is written down if it is none of them yet and can be built."""
         known = ensure_plans(session)
@@ -284,7 +294,6 @@ class Model(Inspected):
         if any(goes_by(one, text) for one in known) or not (isinstance(plan, Plan) or self._temporary):
             return plan_named(known, text, session)
         (read,) = plans_of(self.architecture, (plan,))
-        read = with_units(self.source, read)
         found = within_form(self.architecture, read, form_named(self.settings.search.form))
         if found.id not in {one.id for one in known}:
             layout_of(self.architecture, found)
