@@ -768,7 +768,9 @@ def test_students_of_the_model_file_before_go_on_loading(tiny_unet: Any, tmp_pat
     student: Any = materialise(tiny_unet, in_form(architecture, parse_plan("-Dn1.A1 -Up2.R2", architecture)))
     student.save_pretrained(tmp_path)
     before, path = "modeling_pruned_813815f10162", tmp_path / "config.json"
-    path.write_text(path.read_text().replace(own_code.NEWEST, before))
+    config = json.loads(path.read_text().replace(own_code.NEWEST, before))
+    del config["quantization_config"]  # as folders were before a config said who may load it
+    path.write_text(json.dumps(config))
     (tmp_path / f"{own_code.NEWEST}.py").unlink()
     shutil.copy(own_code.FOLDER / f"{before}.py", tmp_path)
     inputs = random_inputs(tiny_unet)
