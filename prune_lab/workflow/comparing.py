@@ -14,10 +14,10 @@ from prune_lab.blocks import Architecture, CountedUnit
 from prune_lab.candidates import load_candidate
 from prune_lab.distill import load_recovery
 from prune_lab.errors import PlanError, PruneLabError
-from prune_lab.export import student_in
 from prune_lab.export.students import model_folder_in, provenance_in
 from prune_lab.models import PRESETS, resolve_model
-from prune_lab.plans import PruningPlan, is_native, plan_of, read_plans
+from prune_lab.models.files import json_object
+from prune_lab.plans import PruningPlan, is_native, plan_of, read_plan, read_plans
 from prune_lab.profiling import CostTable, PlanCost, cost_table
 from prune_lab.runs import (
     CandidatePaths,
@@ -116,11 +116,17 @@ def kind_of_target(text: str) -> TargetKind:
 
 def _teacher_of(folder: Path) -> str:
     """The model that the student in ``folder`` was cut from, where it says so and that is there; else empty."""
-    source = str(provenance_in(model_folder_in(folder)).get("source", "")) if folder.is_dir() else ""
-    try:
-        return source if source and resolve_model(source) else ""
+    inner = model_folder_in(folder)
+    source = str(provenance_in(inner).get("source", ""))
+    if not source or not (inner / "plan.json").is_file():
+        return ""
+    try:  # another model may be called so here
+        same = resolve_model(source).architecture.signature == json_object(inner / "plan.json").get(
+            "architecture"
+        )
     except PruneLabError:
         return ""
+    return source if same else ""
 
 
 def compared_with(targets: Sequence[str]) -> tuple[str, tuple[str, ...]]:
@@ -179,12 +185,11 @@ def _row(name: str, kind: str, cost: PlanCost, whole: CostTable) -> dict[str, An
 
 def _plan_in(folder: Path, architecture: Architecture) -> dict[str, Any]:
     """What the plan beside a model in ``folder`` says of it; empty where it is no student of ``architecture``."""
-    if not (model_folder_in(folder) / "plan.json").is_file():
+    path = model_folder_in(folder) / "plan.json"
+    if not path.is_file() or json_object(path).get("architecture") != architecture.signature:
         return {}
-    student = student_in(folder)
-    if student.architecture.signature != architecture.signature:
-        return {}
-    return {"blocks_removed": len(student.plan.removed), "native": student.plan.form == "native"}
+    plan = read_plan(path, architecture)
+    return {"blocks_removed": len(plan.removed), "native": plan.form == "native"}
 
 
 def _plan_row(name: str, kind: str, plan: PruningPlan, costs: CostTable) -> dict[str, Any]:
