@@ -188,10 +188,15 @@ def architecture() -> Architecture:
 
 
 @pytest.mark.parametrize(
-    ("cheap", "said"), [("-Dn1.R1 -Up1.R1 -Up2.R1 -Dn1.A1 -Up2.A1", True), ("bk-base", False)]
+    ("cheap", "budget", "said"),
+    [
+        ("-Dn1.R1 -Up1.R1 -Up2.R1 -Dn1.A1 -Up2.A1", "macs<=95%", True),
+        ("bk-base", "macs<=bk-base", False),
+        ("bk-base", "macs<=95%", False),  # a fourth of an impact that is next to nothing already
+    ],
 )
 def test_a_far_better_plan_of_another_form_is_worth_a_line(
-    architecture: Architecture, cheap: str, said: bool, monkeypatch: pytest.MonkeyPatch
+    architecture: Architecture, cheap: str, budget: str, said: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Single blocks leave few stages natively: where others of theirs are dear, own code is far better."""
     heard: list[str] = []
@@ -199,13 +204,13 @@ def test_a_far_better_plan_of_another_form_is_worth_a_line(
     impacts = {block.name: 1.0 for block in architecture.blocks if block.removable}
     impacts |= dict.fromkeys(parse_plan(cheap, architecture).removed, 0.001)
     costs = cost_table(architecture)
-    budgets = (parse_budget("macs<=95%", architecture, costs),)
+    budgets = (parse_budget(budget, architecture, costs),)
     table: Any = SimpleNamespace(block_impacts=lambda: impacts)
     question: Any = SimpleNamespace(
         problem=(architecture, costs, budgets),
         importance=table,
         constraints=Constraints(),
-        asked="macs<=95%",
+        asked=budget,
     )
     monkeypatch.setattr(
         searching, "predicted_impact", lambda plan, _: sum(impacts[name] for name in plan.removed)
@@ -213,7 +218,7 @@ def test_a_far_better_plan_of_another_form_is_worth_a_line(
     native = searching.search_plans(architecture, table, costs, budgets)
     searching._note_better_form(question, native)
     assert bool(heard) == said
-    assert all("--form own" in line and "macs<=95%" in line for line in heard)
+    assert all("--form own" in line and budget in line for line in heard)
 
 
 # What is judged ------------------------------------------------------------------------------------------------------

@@ -285,4 +285,4 @@ def test_a_loaded_student_draws_from_a_prompt_alone() -> None:
     with pytest.raises(ValueError, match="max_position_embeddings"):  # what a call says counts
         drawn("fluent emoji, fox", max_sequence_length=120)
     assert isinstance(pipeline, PixArtAlphaPipeline)
-    assert type(pipeline).__name__ == pipeline.config["_class_name"] == "PixArtAlphaPipeline"
+    assert type(pipeline).__name__ == "PixArtAlphaPipeline"

@@ -82,7 +82,9 @@ def _named(plans: Sequence[PruningPlan], solver: str, asked: str) -> list[Prunin
     return [plan.named(f"{prefix}-{slug}-{number}") for number, plan in enumerate(plans, 1)]
 
 
-_CLEARLY = 0.5  # of the impact of the best native plan: a plan of another form that is worth a line
+# The impact of a plan of another form that is worth a line: at most this share of the best native plan's, and less by
+# a hundredth of the prediction's mean square.
+_CLEARLY, _LESS_BY = 0.5, 0.01
 
 
 def _note_better_form(question: Question, plans: Sequence[PruningPlan]) -> None:
@@ -95,7 +97,7 @@ def _note_better_form(question: Question, plans: Sequence[PruningPlan]) -> None:
         return
     best = min(plans, key=lambda plan: predicted_impact(plan, question.importance))
     impacts = [predicted_impact(plan, question.importance) for plan in (best, own)]
-    if impacts[1] > _CLEARLY * impacts[0]:
+    if impacts[1] > min(_CLEARLY * impacts[0], impacts[0] - _LESS_BY):
         return
     macs = [costs.of(plan).macs / costs.total.macs - 1 for plan in (best, own)]
     note(
