@@ -156,6 +156,12 @@ class Architecture:
         return found - {layer.name for layer in self.layers if layer.inside in found}
 
 
+_ATTACHED = {
+    ".to_k_ip.": "an IP-Adapter is attached to it: take it off first (unload_ip_adapter of the pipeline)",
+    ".lora_A.": "a LoRA is attached to it: merge it first (fuse_lora, then unload_lora_weights of the pipeline)",
+}
+
+
 def architecture_of(source: nn.Module | Mapping[str, Any], *, tokens: int | None = None) -> Architecture:
     """The architecture of a model, or of the model that a diffusers config describes (no weights needed).
 
@@ -170,9 +176,12 @@ def architecture_of(source: nn.Module | Mapping[str, Any], *, tokens: int | None
     if not isinstance(source, Mapping):
         found = sum(parameter.numel() for parameter in source.parameters())
         if found != architecture.total_params:
+            names = [name for name, _ in source.named_parameters()]
+            reasons = (reason for mark, reason in _ATTACHED.items() if any(mark in name for name in names))
+            edited = "it was edited in place: load it from a folder whose config describes it"
             raise UnsupportedModelError(
                 f"the model holds {found:,} parameters, its config describes {architecture.total_params:,}; "
-                "it was edited in place: load it from a folder whose config describes it"
+                f"{next(reasons, edited)}"
             )
     return architecture
 

@@ -387,6 +387,33 @@ def test_of_a_film_as_many_frames_are_counted_as_are_asked_for() -> None:
         assert cost_table(architecture_of(config), **sizes, frames=frames).total.macs == ours.total
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("WanTransformer3DModel", {"in_channels": 8, "out_channels": 4}),
+        ("CogVideoXTransformer3DModel", {"in_channels": 8, "out_channels": 4}),
+        ("FluxTransformer2DModel", {"in_channels": 32, "out_channels": 16}),
+        ("FluxTransformer2DModel", {"patch_size": 2}),
+        ("QwenImageTransformer2DModel", {"out_channels": 2}),
+        ("ChromaTransformer2DModel", {"patch_size": 4}),
+    ],
+)
+def test_a_model_that_goes_on_from_a_picture_is_counted_and_pruned_and_refuses_to_be_scored(
+    name: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    model = tiny_model(name, **settings)
+    model.save_pretrained(tmp_path / "model")
+    found = pl.load(tmp_path / "model")
+    assert len(found.blocks().frame()) == len(architecture_of(model).blocks)
+    assert found.profile(latency=False).frame()["macs"].iloc[0] == architecture_of(model).total_macs
+    plan = f"-{architecture_of(model).blocks[0].name}"
+    pruned = found.prune(plan, tmp_path / "student").frame().iloc[0]
+    assert pruned["params"] < architecture_of(model).total_params
+    with pytest.raises(UnsupportedModelError, match="counted, profiled and pruned without") as caught:
+        found.score()
+    assert "\n" not in str(caught.value)
+
+
 def test_a_row_of_a_film_is_one_frame_where_memory_is_foreseen() -> None:
     config = tiny_config("WanTransformer3DModel")
     architecture, whole = architecture_of(config), example_inputs(config, latent=8, frames=1, device="meta")

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,7 +24,8 @@ from prune_lab.blocks import Architecture, CountedUnit
 from prune_lab.counting import Macs, count_macs
 from prune_lab.errors import ConfigError, PlanError, UnknownBlockError
 from prune_lab.families import Form, latent_shape
-from prune_lab.plans import PruningPlan, removed_samplers
+from prune_lab.forms import why_not
+from prune_lab.plans import PruningPlan, plan_of, removed_samplers
 from prune_lab.profiling.activations import ActivationTable
 from prune_lab.profiling.form_costs import counted_cost, parts_in_form
 from prune_lab.profiling.latency import LatencyTable
@@ -61,6 +63,9 @@ class CostTable:
     together: tuple[tuple[frozenset[str], PartCost], ...] = ()  # parts of the rest
     native: CostTable | None = field(default=None, repr=False, compare=False)  # what it was made of
     count: Macs | None = field(default=None, repr=False, compare=False)  # of the whole model
+    sizes: Mapping[str, Any] = field(
+        default_factory=dict, repr=False, compare=False
+    )  # that it was counted at
 
     @property
     def timed(self) -> bool:
@@ -100,10 +105,10 @@ class CostTable:
             latency_ms=left("picoseconds") / PICOSECONDS if table.timed else None,
             activation_bytes=None if table.activations is None else table.activations.peak(plan.removed),
         )
-        if table.form == "native":
+        if plan.form == "native":
             return found
         assert table.count is not None, "a cost table is made by cost_table"
-        return counted_cost(self.architecture, table.count, table.total, plan, found)
+        return counted_cost(self.architecture, table.count, table.sizes, table.total, plan, found)
 
     def of_many(self, matrix: PlanMatrix) -> PlanCosts:
         """What each plan of ``matrix`` (plans, blocks) leaves, True where a block is removed; equal to ``of``.
@@ -195,7 +200,9 @@ class CostTable:
 def _table_in(costs: CostTable, form: Form) -> CostTable:
     """``costs``, which are of native students, of those in ``form``."""
     assert costs.count is not None, "a cost table is made by cost_table"
-    parts, layers, together = parts_in_form(costs.architecture, costs.parts, costs.layers, costs.count, form)
+    parts, layers, together = parts_in_form(
+        costs.architecture, costs.parts, costs.layers, costs.count, costs.sizes, form
+    )
     return dataclasses.replace(
         costs,
         parts=parts,
@@ -205,6 +212,27 @@ def _table_in(costs: CostTable, form: Form) -> CostTable:
         together=together,
         native=costs,
     )
+
+
+def savings_in(costs: CostTable, form: Form) -> dict[str, Any]:
+    """What leaves in ``form`` with each block, layer and sampler, and what only when several blocks are all gone, as
+    JSON values: parameters, multiply-adds, and those of them in attention products. Blocks that cannot be removed in it
+    are left out.
+    """
+    architecture, table = costs.architecture, costs.in_form(form)
+
+    def amounts(one: PartCost) -> list[int]:
+        return [one.params, one.macs, one.attention_macs]
+
+    def leaves(part: PartCost) -> bool:
+        if part.kind == "sampler":
+            return True
+        block = part.kind == "block" and architecture.block(part.name).removable
+        return block and not why_not(architecture, plan_of(architecture, [part.name]).built(form))
+
+    parts = {part.name: amounts(part) for part in (*table.parts, *table.layers) if leaves(part)}
+    together = [{"blocks": sorted(names), "saves": amounts(part)} for names, part in table.together]
+    return {"parts": parts, "together": together}
 
 
 # Made of a model ---------------------------------------------------------------------------------------------
@@ -256,7 +284,8 @@ def cost_table(
             elsewhere = latency_elsewhere and table is latency
             size = (table.latent, table.tokens) if elsewhere else (shape, tokens)
             check_conditions(architecture, *size, table)
-    count = count_macs(architecture.config, batch=batch, latent=latent, tokens=tokens, frames=frames)
+    sizes: dict[str, Any] = {"batch": batch, "latent": latent, "tokens": tokens, "frames": frames}
+    count = count_macs(architecture.config, **sizes)
     times = {} if latency is None else latency.part_ms()
 
     def part(
@@ -269,7 +298,7 @@ def cost_table(
         if unit.changes_others:  # what a model without it lacks, at the size of this table
             family, outline = architecture.family, architecture.outline
             without = family.layout(outline, frozenset({unit.name})).config
-            left = count_macs(without, batch=batch, latent=latent, tokens=tokens, frames=frames)
+            left = count_macs(without, **sizes)
             macs = count.total - left.total, count.attention - left.attention
         return part(unit.name, kind, unit.params, macs, uncounted)
 
@@ -299,5 +328,13 @@ def cost_table(
     calls = {operator: number for operator, number in left.items() if number}
     parts.append(part(REST, "rest", params, (macs, attention), MappingProxyType(calls)))
     return CostTable(
-        architecture, tuple(parts), batch, shape, tokens, activations, tuple(layers), count=count
+        architecture,
+        tuple(parts),
+        batch,
+        shape,
+        tokens,
+        activations,
+        tuple(layers),
+        count=count,
+        sizes=MappingProxyType(sizes),
     )
