@@ -13,10 +13,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 # Runs in both checkouts, so it asks for nothing that only one of them has.
 SERVER = """
@@ -28,6 +30,7 @@ from prune_lab.plans import gone_with
 from prune_lab.prefix_sharing import predict_without
 from prune_lab.probes import predict, random_probe
 from prune_lab.surgery import bypassed
+from safetensors.torch import save_file
 
 torch.manual_seed(0)
 model = UNet2DConditionModel.from_config(dict(resolve_model("reference").config)).eval()
@@ -47,7 +50,7 @@ for line in sys.stdin:
         parts = predict_without(model, probe, sets, batch=rows)
         answers = [torch.cat(found) for found in zip(*(found for _, found in parts))]
     spent = time.process_time() - start
-    torch.save(answers, path)
+    save_file({str(number): answer.contiguous() for number, answer in enumerate(answers)}, path)
     print(spent, flush=True)
 """
 
@@ -86,9 +89,10 @@ class Server:
         self._process.communicate()
 
 
-def apart(found: Any, wanted: Any) -> float:
-    """The largest relative difference between two lists of answers."""
-    return max(float((one - other).norm() / other.norm()) for one, other in zip(found, wanted, strict=True))
+def apart(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
+    """The largest relative difference between the answers of two ways, by number of the set."""
+    assert found.keys() == wanted.keys()
+    return max(float((found[name] - other).norm() / other.norm()) for name, other in wanted.items())
 
 
 def main() -> None:
@@ -102,7 +106,7 @@ def main() -> None:
     ways = {"this": here, "other": other}
     print(f"reference, random weights, cpu float32, {torch.get_num_threads()} threads, processor time")
     with tempfile.TemporaryDirectory() as folder:
-        paths = {name: Path(folder) / f"{name}.pt" for name in ("naive", *ways)}
+        paths = {name: Path(folder) / f"{name}.safetensors" for name in ("naive", *ways)}
         for rows in arguments.rows or (1, 8):
             here.score(rows, "naive", paths["naive"])
             for name, server in ways.items():
@@ -112,7 +116,7 @@ def main() -> None:
                 for name, server in ways.items():
                     times[name].append(server.score(rows, "shared", paths[name]))
             ratios = sorted(one / own for one, own in zip(times["other"], times["this"], strict=True))
-            answers = {name: torch.load(path) for name, path in paths.items()}
+            answers = {name: load_file(path) for name, path in paths.items()}
             differences = [apart(answers[name], answers["naive"]) for name in ways]
             print(
                 f"  {rows:>3} rows   this commit {statistics.median(ratios):.3f} times as fast "

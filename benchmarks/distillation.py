@@ -31,6 +31,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from benchmarks.rows import rows_of
 from prune_lab.assets import reference_folder
 from prune_lab.blocks import architecture_of
 from prune_lab.config import DataConfig, DistillConfig
@@ -152,7 +153,7 @@ class _Encoder(nn.Module):
         self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
 
     def forward(self, pictures: Tensor) -> Tensor:
-        encoded = self.encoder(pictures)
+        encoded: Tensor = self.encoder(pictures)
         return encoded if self.quant_conv is None else self.quant_conv(encoded)
 
 
@@ -428,11 +429,14 @@ def main() -> None:
     if arguments.runs:
         frame, conditions = benchmark(arguments, counts)
         parts += [conditions, measured_words(frame)]
-    cached = frame[frame["way"] == "cached"].set_index("students")
+    cached = list(rows_of(frame[frame["way"] == "cached"]))
+    ratios, shares = (
+        {int(row.students): float(getattr(row, name)) for row in cached} for name in ("ratio", "share")
+    )
     parts += [
         "Bounds in SD-v1.4's proportions (512 pixels, 77 tokens), counted and not run:",
         bounds_words(counts),
-        recipe_words(cached["ratio"].to_dict(), cached["share"].to_dict()),
+        recipe_words(ratios, shares),
     ]
     text = "\n\n".join(parts)
     print(text)

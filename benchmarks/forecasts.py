@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from prune_lab.candidates import load_student
+from prune_lab.candidates import State, load_student
 from prune_lab.evaluation import heldout_loss
 from prune_lab.runs import open_run
 from prune_lab.runtime import write_frame
@@ -31,7 +31,7 @@ def main() -> None:
     run = open_run(arguments.run, must_exist=True)
     session = Session(run)
     importance = ensure_scores(session)
-    repaired = "pruned" if session.config.repair.kind == "none" else "repaired"
+    repaired: State = "pruned" if session.config.repair.kind == "none" else "repaired"
     ensure_repaired(session)
     candidates = ensure_candidates(session)
     impacts = one_shot_impacts(session, [one.plan for one in candidates])

@@ -195,9 +195,9 @@ def latency(bench: Bench) -> list[Row]:
             rounds=3 if bench.tiny else 100,
             tokens=bench.tokens,
             seed=bench.seed,
-            backend=backend,  # type: ignore[arg-type]
+            backend=backend,
         )
-        row = {
+        row: dict[str, float | int | str | None] = {
             "backend": backend,
             "batch": table.batch,
             "passes": table.whole.runs,
@@ -304,7 +304,7 @@ def memory(bench: Bench) -> list[Row]:
             _step(bench, setup, runs, 1, 1)  # the moments of the optimizer are made
             _let_go(bench.device)
             # All that is free is taken but the gradients and two or three samples: on every card the same.
-            student = runs[0].state.student
+            student: Any = runs[0].state.student
             sample = pass_bytes(student.config, tokens=bench.tokens, training=True)
             spared = int(4 * sum(weight.numel() for weight in student.parameters()) + 2.5 * sample)
             taken = max(0, free_bytes(bench.device) - spared)

@@ -62,7 +62,8 @@ def made_up_latency(architecture: Architecture, seed: int = 0) -> LatencyTable:
 def random_plans(architecture: Architecture, count: int, seed: int = 0) -> PlanMatrix:
     """(count, blocks): every removable block is gone with a chance of 0.4."""
     removable = np.array([block.removable for block in architecture.blocks])
-    return (np.random.default_rng(seed).random((count, len(removable))) < 0.4) & removable
+    chosen: PlanMatrix = (np.random.default_rng(seed).random((count, len(removable))) < 0.4) & removable
+    return chosen
 
 
 def seconds(call: Callable[[], object]) -> float:

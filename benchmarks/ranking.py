@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,8 +26,8 @@ from prune_lab.config import load_config
 from prune_lab.errors import DataError
 from prune_lab.ranking import paired_difference, run_tournament, rungs, tie_groups
 from prune_lab.report import PlanRow, plan_styles
-from prune_lab.runs import Run, open_run
-from prune_lab.runtime import read_json, write_frame, write_text
+from prune_lab.runs import Run, open_run, read_typed
+from prune_lab.runtime import write_frame, write_text
 
 Floats = NDArray[np.float64]
 FORECAST_COLUMNS = ("plan_id", "name", "origin", "one_shot", "added_up", "repaired")
@@ -69,7 +70,9 @@ def read_trajectories(run: Run, forecasts: pd.DataFrame) -> tuple[Trajectories, 
         )
     losses = np.stack([table.loc[steps].to_numpy() for table in tables.values()])
     own = forecasts.set_index("plan_id").loc[list(tables)]
-    plans = [PlanRow(plan_id, str(row["name"]), str(row["origin"]), ()) for plan_id, row in own.iterrows()]
+    plans = [
+        PlanRow(str(plan_id), str(row["name"]), str(row["origin"]), ()) for plan_id, row in own.iterrows()
+    ]
     return Trajectories(tuple(plans), np.array(steps), losses), notes
 
 
@@ -302,7 +305,7 @@ def main() -> None:
     draw_tau(over_steps, agreement, arguments.out)
     draw_flow(outcomes, list(values), styles, arguments.out)
     (arguments.out / "environment.json").write_bytes(run.environment.read_bytes())
-    environment = read_json(run.environment)
+    environment = read_typed(run.environment, dict[str, Any])
     text = page(told, outcomes, agreement, over_steps, played, pairs, reliability(told), config, environment)
     write_text(arguments.out / "README.md", text + "".join(f"\n{note}.\n" for note in [*notes, *unplayed]))
 

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 from numpy.typing import NDArray
 
+from benchmarks.rows import rows_of
 from prune_lab.config import RunConfig
 from prune_lab.ranking import Difference
 from prune_lab.report import LIGHT, PlanRow
@@ -126,7 +127,7 @@ def draw_tau(over_steps: pd.DataFrame, agreement: pd.DataFrame, folder: Path) ->
     )
     known = agreement[agreement["forecast"].isin(_SCORES)]
     for row, dash, color in zip(
-        known.itertuples(), _SCORE_DASHES, ("#D55E00", "#009E73", "#882255"), strict=False
+        rows_of(known), _SCORE_DASHES, ("#D55E00", "#009E73", "#882255"), strict=False
     ):
         axes.axhline(row.tau, color=color, ls=dash, lw=1.4, label=f"{row.forecast}, without training")
     axes.axhline(0, color=LIGHT.muted, lw=0.8)
@@ -144,7 +145,7 @@ def draw_flow(
     figure = new_figure(LIGHT, 11, 0.32 * len(outcomes) + 1.4)
     axes = figure.subplots()
     style_axes(axes, LIGHT, title="Rank by each forecast, and after the long distillation", grid="")
-    for place, row in enumerate(outcomes.itertuples()):
+    for place, row in enumerate(rows_of(outcomes)):
         style, line = styles[row.plan_id], ranks.iloc[place]
         axes.plot(
             range(len(columns)), line, color=style.color, ls=style.dash, lw=1.6, marker=style.marker, ms=6
@@ -186,7 +187,7 @@ def _conditions(told: Trajectories, config: RunConfig, environment: Mapping[str,
 
 def _foretold(agreement: pd.DataFrame, over_steps: pd.DataFrame, reliable: float) -> list[str]:
     untrained = agreement[agreement["forecast"].isin((*_SCORES, "loss at step 0"))]
-    best = untrained.loc[untrained["tau"].idxmax()]
+    best = untrained.iloc[int(untrained["tau"].argmax())]
     says = [
         f"Before any training `{best['forecast']}` foretells the order best: tau-b {best['tau']:.2f} (over rows "
         f"[{best['rows_low']:.2f}, {best['rows_high']:.2f}], over plans [{best['plans_low']:.2f}, "
@@ -224,7 +225,7 @@ def _tournament_words(played: pd.DataFrame) -> list[str]:
     good = ours[ours["tie"]]
     says.append(f"Of {len(ours)} tournaments {len(good)} end with the best plan or one that ties with it.")
     if len(good):
-        row = good.loc[good["share"].idxmin()]
+        row = good.iloc[int(good["share"].argmin())]
         says.append(
             f"The cheapest of these (eta {row['eta']}, rungs {row['rungs'].replace(' ', ', ')}) takes "
             f"{row['share']:.0%} of the steps of distilling everyone to the end, and ends with {row['winner']}."
@@ -269,7 +270,7 @@ def page(
             f"{one.right_order:.0%} of {one.decided_pairs}",
             str(Difference(one.regret, one.regret_low, one.regret_high)) if one.regret else "0",
         )
-        for one in agreement.itertuples()
+        for one in rows_of(agreement)
     ]
     lines = [
         "# What foretells the order after a long distillation",
@@ -325,7 +326,7 @@ def page(
                     str(one.survivors),
                     str(Difference(one.difference, one.low, one.high)) if one.difference else "0",
                 )
-                for one in played.itertuples()
+                for one in rows_of(played)
             ],
             left=3,
         )
@@ -340,7 +341,7 @@ def page(
         ("Step", "common rows", "rows of their own", "rows it would take"),
         [
             (str(one.step), f"{one.paired_se:.2g}", f"{one.unpaired_se:.2g}", f"x {one.rows_factor:.0f}")
-            for one in pairs.itertuples()
+            for one in rows_of(pairs)
         ],
     )
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))

@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -48,7 +49,7 @@ def grow(run: Run, count: int, *, seed: int = 0) -> None:
         shutil.copytree(run.candidate(model).folder, run.candidate(new).folder)
         factor = draw.uniform(0.8, 1.6)
         left = costs.loc[~costs.index.isin(removed)]
-        own = {
+        own: dict[str, Any] = {
             "plan": f"searched-{number}",
             "plan_id": new,
             "origin": "search",

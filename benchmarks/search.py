@@ -19,8 +19,10 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
+from unittest import mock
 
 import numpy as np
+from scipy.optimize import milp
 
 import prune_lab.search.program as engine
 from prune_lab.blocks import Architecture, BlockGroup, architecture_of
@@ -93,7 +95,8 @@ class BruteForce:
             list(zip(range(len(level)), level, saved, strict=True))
             for level, saved in zip(self.impacts, self._savings(budget), strict=True)
         ]
-        best, least = (), float("inf")
+        best: tuple[int, ...] = ()
+        least = float("inf")
         for combination in itertools.product(*options):
             if sum(saved for _, _, saved in combination) >= needed:
                 impact = sum(impact for _, impact, _ in combination)
@@ -107,27 +110,24 @@ class BruteForce:
         impacts = functools.reduce(np.add.outer, [np.array(level) for level in self.impacts])
         saved = functools.reduce(np.add.outer, [np.array(level) for level in self._savings(budget)])
         impacts[saved < needed] = np.inf
-        return self._plan(np.unravel_index(int(impacts.argmin()), impacts.shape))
+        best = np.unravel_index(int(impacts.argmin()), impacts.shape)
+        return self._plan(tuple(int(option) for option in best))
 
 
 @contextlib.contextmanager
 def solver_clock() -> Iterator[list[float]]:
     """The seconds of every call of HiGHS inside the context."""
     seconds: list[float] = []
-    solver = engine.milp
 
     def clocked(*given: object, **named: object) -> object:
         start = time.perf_counter()
         try:
-            return solver(*given, **named)
+            return milp(*given, **named)
         finally:
             seconds.append(time.perf_counter() - start)
 
-    engine.milp = clocked
-    try:
+    with mock.patch.object(engine, "milp", clocked):
         yield seconds
-    finally:
-        engine.milp = solver
 
 
 def compare(

@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from scipy.stats import kendalltau, spearmanr
 from scipy.stats import t as student_t
 
+from benchmarks.rows import rows_of
 from prune_lab.blocks import Architecture
 from prune_lab.config import load_config
 from prune_lab.importance import importance_from_frame
@@ -90,7 +91,7 @@ def paired(table: pd.DataFrame, every: pd.DataFrame) -> pd.DataFrame:
     by_seed = every.pivot_table(index="seed", columns="plan_id", values="loss_after")
     rows = []
     for budget, group in table.groupby("budget", sort=False):
-        names = {row.plan_id: row.plan.split(" = ") for row in group.itertuples()}
+        names = {row.plan_id: row.plan.split(" = ") for row in rows_of(group)}
         control = next((plan_id for plan_id, parts in names.items() if budget in parts), None)
         if control is None:
             continue
@@ -138,7 +139,7 @@ def draw_fronts(
                 panel.plot(
                     *zip(*points, strict=True), color=LIGHT.muted, lw=1, label="additive front, predicted"
                 )
-            for one in table.itertuples():
+            for one in rows_of(table):
                 style = styles[one.plan_id]
                 x, y = getattr(one, cost), getattr(one, quality)
                 if quality == "loss_after":
@@ -159,7 +160,7 @@ def draw_additivity(
     figure = new_figure(LIGHT, 6, 3.4)
     axes = figure.subplots()
     style_axes(axes, LIGHT, title="Measured over added-up impact", grid="y")
-    for place, (one, added) in enumerate(zip(table.itertuples(), predicted, strict=True)):
+    for place, (one, added) in enumerate(zip(rows_of(table), predicted, strict=True)):
         style = styles[one.plan_id]
         axes.scatter(place, one.impact / added, color=style.color, marker=style.marker, s=40)
     axes.axhline(1, color=LIGHT.muted, lw=1, ls="--")
@@ -183,7 +184,7 @@ def page(
         "| Plan | for the budget of | parameters | multiply-adds | impact | loss before | after |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for one in table.itertuples():
+    for one in rows_of(table):
         spread = "" if np.isnan(one.loss_low) else f" [{one.loss_low:.4f}, {one.loss_high:.4f}]"
         lines.append(
             f"| {one.plan} | {one.budget} | {one.params:,} | {one.macs:,} | {one.impact:.4f} | {one.loss_before:.4f} | "
@@ -197,10 +198,10 @@ def page(
     lines += [
         f"| {one.budget} | {one.plan} | {one.params_of_control:.3f} | {one.macs_of_control:.3f} | "
         f"{one.difference:+.4f} [{one.low:+.4f}, {one.high:+.4f}] | {one.verdict} |"
-        for one in pairs.itertuples()
+        for one in rows_of(pairs)
     ]
     known = searches.dropna(subset=["r2"])
-    for one in known.itertuples():
+    for one in rows_of(known):
         lines += [
             "",
             f"For {one.budget} the solver `{one.solver}` measured {one.sets_measured} plans in {one.seconds:.0f} s. "
@@ -265,7 +266,7 @@ def repair_page(mended: pd.DataFrame) -> str:
         *(
             f"| {one.plan} | {one.impact_before:.4f} | {one.impact_after:.4f} | {one.loss_pruned:.4f} | "
             f"{one.loss_repaired:.4f} | {one.after_plain:.4f} | {one.after_repaired:.4f} |"
-            for one in mended.itertuples()
+            for one in rows_of(mended)
         ),
         "",
         f"Kendall's tau between the orders after distillation, with and without repair: {after:.2f}. With the order "
@@ -294,7 +295,7 @@ def main() -> None:
     }
     rows = [
         PlanRow(one.plan_id, one.plan.split(" = ")[0], one.origin, plans[one.plan_id].removed)
-        for one in table.itertuples()
+        for one in rows_of(table)
     ]
     styles = plan_styles(rows)
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from benchmarks.rows import rows_of
 from prune_lab.blocks import BlockGroup
 from prune_lab.config import ProbeConfig, RunConfig, ScoreConfig, SearchConfig
 from prune_lab.importance import ImportanceTable, ScoringContext, score
@@ -29,7 +30,7 @@ def found_by(session: Session) -> dict[str, PruningPlan]:
     """The run's plans by the name they were found under."""
     plans = {plan.id: plan for plan in ensure_plans(session)}
     rows = searched(session.run)
-    return {row.name: plans[row.plan_id] for row in rows.itertuples(index=False)}
+    return {row.name: plans[row.plan_id] for row in rows_of(rows)}
 
 
 def main() -> None:

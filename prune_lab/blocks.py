@@ -156,6 +156,12 @@ class Architecture:
         return found - {layer.name for layer in self.layers if layer.inside in found}
 
 
+_ATTACHED = {
+    ".to_k_ip.": "an IP-Adapter is attached to it: take it off first (unload_ip_adapter of the pipeline)",
+    ".lora_A.": "a LoRA is attached to it: merge it first (fuse_lora, then unload_lora_weights of the pipeline)",
+}
+
+
 def architecture_of(source: nn.Module | Mapping[str, Any], *, tokens: int | None = None) -> Architecture:
     """The architecture of a model, or of the model that a diffusers config describes (no weights needed).
 
@@ -170,9 +176,12 @@ def architecture_of(source: nn.Module | Mapping[str, Any], *, tokens: int | None
     if not isinstance(source, Mapping):
         found = sum(parameter.numel() for parameter in source.parameters())
         if found != architecture.total_params:
+            names = [name for name, _ in source.named_parameters()]
+            reasons = (reason for mark, reason in _ATTACHED.items() if any(mark in name for name in names))
+            edited = "it was edited in place: load it from a folder whose config describes it"
             raise UnsupportedModelError(
                 f"the model holds {found:,} parameters, its config describes {architecture.total_params:,}; "
-                "it was edited in place: load it from a folder whose config describes it"
+                f"{next(reasons, edited)}"
             )
     return architecture
 
@@ -218,12 +227,24 @@ def blocks_frame(architecture: Architecture) -> pd.DataFrame:
 
 
 def cost_notes(architecture: Architecture) -> tuple[str, ...]:
-    """A line for each block without which others hold less: its costs are what the whole model lacks then."""
-    odd = [block for block in architecture.blocks if block.changes_others]
+    """A line for each block without which others hold less: its costs are what the whole model lacks then. And one for
+    each that keeps a part of it where it is removed.
+    """
+    odd = [block for block in architecture.blocks if block.changes_others or block.keeps]
     model: Any = meta_model(architecture.config) if odd else None
     notes = []
     for block in odd:
-        own = sum(parameter.numel() for parameter in model.get_submodule(block.path).parameters())
+        parts = ("", *(f".{path}" for path in block.keeps))
+        own, *kept = (
+            sum(parameter.numel() for parameter in model.get_submodule(f"{block.path}{part}").parameters())
+            for part in parts
+        )
+        if block.keeps:
+            notes.append(
+                f"of the {own:,} parameters of {block.name}, {sum(kept):,} ({', '.join(block.keeps)}) stay where it is "
+                "removed, since others read them"
+            )
+            continue
         notes.append(
             f"parameters and multiply-adds of {block.name} are what the model lacks without it: {block.params:,} "
             f"parameters, of which {own:,} are its own; the block that becomes the last loses the others"

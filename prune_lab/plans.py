@@ -8,6 +8,7 @@ without any weights.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -17,7 +18,7 @@ from typing import Any, get_args
 
 from prune_lab.blocks import Architecture, block_groups
 from prune_lab.errors import NonNativePlanError, PlanError, PruneLabError, UnremovableBlockError
-from prune_lab.families import Form, Layout
+from prune_lab.families import CLASS_NAME, FAMILIES, Form, Layout
 from prune_lab.runs import plan_id_of, read_plan_file
 from prune_lab.runtime import path_text, printable, read_json, read_text
 
@@ -117,6 +118,31 @@ def _given_back(removed: set[str], members: set[str], architecture: Architecture
     return removed - members - {name for layer in layers for name in (layer.name, layer.inside)}
 
 
+def _defined(architecture: Architecture) -> list[str]:
+    """The presets that have a meaning for the model."""
+    found = []
+    for name, preset in architecture.family.plans.items():
+        with contextlib.suppress(PlanError):
+            preset(architecture.outline)
+            found.append(name)
+    return found
+
+
+def _preset(name: str, architecture: Architecture) -> set[str]:
+    """The blocks that the preset removes. Raises PlanError, which says what is defined, where it is not this one."""
+    preset = architecture.family.plans.get(name)
+    if preset is not None:
+        try:
+            return set(preset(architecture.outline))
+        except PlanError as error:
+            reason = str(error)
+    else:
+        example = f"name the blocks instead, for example '-{architecture.blocks[-1].name}'"
+        reason = f"the plan {name} is not defined for a {architecture.config[CLASS_NAME]}; {example}"
+    defined = ", ".join(_defined(architecture)) or "none"
+    raise PlanError(f"{reason} (presets that are defined for this model: {defined})")
+
+
 def _parsed(text: str, architecture: Architecture, members: dict[str, set[str]]) -> PruningPlan:
     """``parse_plan`` that keeps in ``members`` what the names it met stand for: a file may hold many plans."""
     known = architecture.family.plans
@@ -125,9 +151,9 @@ def _parsed(text: str, architecture: Architecture, members: dict[str, set[str]])
     for item in items:
         if item == "teacher":
             continue
-        if item in known:
+        if item in known or any(item in family.plans for family in FAMILIES.values()):
             if item not in members:
-                members[item] = set(known[item](architecture.outline))
+                members[item] = _preset(item, architecture)
             removed = _taken(removed, members[item], architecture)
         elif item[0] in "-+" and len(item) > 1:
             name = item[1:]
@@ -136,7 +162,7 @@ def _parsed(text: str, architecture: Architecture, members: dict[str, set[str]])
             change = _taken if item[0] == "-" else _given_back
             removed = change(removed, members[name], architecture)
         else:
-            named = f"a preset ({', '.join(known)}) or " if known else ""
+            named = f"a preset ({', '.join(defined)}) or " if (defined := _defined(architecture)) else ""
             raise PlanError(
                 f"cannot read {printable(item)!r} in the plan {printable(text)!r}; use {named}-BLOCK and +BLOCK"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY_UNET
+from huggingface_hub import export_folder_as_dduf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -106,6 +108,10 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
     "adapter attached": (
         changed_tensors(lambda found: {**found, "conv_in.lora_A.default.weight": torch.zeros(1)}),
         ["a LoRA is attached", "merge"],
+    ),
+    "IP-Adapter attached": (
+        changed_tensors(lambda found: {**found, "mid.attn2.processor.to_k_ip.0.weight": torch.zeros(1)}),
+        ["an IP-Adapter is attached", "unload_ip_adapter"],
     ),
     "quantised by config": (
         changed_json(
@@ -209,6 +215,8 @@ FOLDERS: dict[str, tuple[Damage, list[str]]] = {
         lambda folder: (folder / "pytorch_model.bin").write_bytes(b"\x80\x02"),
         ["only pickled files"],
     ),
+    "DDUF": (written("model.dduf", b"PK\x03\x04"), ["found model.dduf", "packed as DDUF", "give the folder"]),
+    "GGUF": (written("model-Q4.gguf", b"GGUF"), ["found model-Q4.gguf", "quantised"]),
     "a part": (part_of_a_pipeline, ["a part of the pipeline", "did you mean"]),
     "something": (lambda folder: (folder / "notes.txt").write_text("x"), ["found notes.txt"]),
 }
@@ -224,6 +232,17 @@ def test_a_folder_without_a_model_is_described(
     line = refused(tmp_path, "blocks", folder)
     for part in named:
         assert part in line
+
+
+def test_a_packed_pipeline_is_refused_and_read_where_it_is_unpacked(pipeline: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "model.dduf"
+    export_folder_as_dduf(packed, pipeline)
+    line = refused(tmp_path, "blocks", packed)
+    assert "packed as DDUF" in line
+    assert "give the folder" in line
+    with zipfile.ZipFile(packed) as archive:
+        archive.extractall(tmp_path / "model")
+    assert resolve_model(str(tmp_path / "model")).is_pipeline
 
 
 @pytest.mark.parametrize(

@@ -30,20 +30,23 @@ from tiny_models import (
     tiny_model,
     with_random_weights,
 )
+from tiny_pipelines import drawn as picture_of
 from torch import Tensor
 from typer.testing import CliRunner
 
 import prune_lab.families.own_code as own_code
+from prune_lab.api.model import Model
 from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.candidates import build_candidate, load_candidate, load_student
 from prune_lab.cli import app
-from prune_lab.config import DistillConfig
+from prune_lab.config import DistillConfig, RunConfig, SearchConfig
 from prune_lab.counting import count_macs
 from prune_lab.distill.features import feature_pairs
 from prune_lab.distill.setup import Student, StudentRun
 from prune_lab.errors import (
     BudgetError,
     ConfigError,
+    FormError,
     PlanError,
     ProofError,
     PruneLabError,
@@ -64,7 +67,7 @@ from prune_lab.runs import Run, read_records
 from prune_lab.schemas import RANKING
 from prune_lab.search import Constraints, Effects, parse_budget, search_plans
 from prune_lab.surgery import bypassed, materialise, original_of, prune_pipeline, save_model
-from prune_lab.workflow import run_all
+from prune_lab.workflow import ensure_plans, run_all
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
@@ -288,6 +291,26 @@ def test_costs_are_those_of_the_model_that_is_built(shape: str, forms: list[Form
                 assert (many.params[number], many.macs[number]) == (found.params, found.macs)
 
 
+@pytest.mark.parametrize(
+    "name", [*others_long(TINY_TRANSFORMERS), "DiTTransformer2DModel", "MochiTransformer3DModel"]
+)
+def test_costs_of_transformers_with_code_are_those_that_are_built(name: str) -> None:
+    """Also where a block keeps what others read (DiT's first), and where nothing is left to read something (Mochi)."""
+    architecture, chance = architecture_of(drawn_config(name, random.Random(name))), random.Random(name)
+    costs = cost_table(architecture)
+    everything = [block.name for block in architecture.blocks if block.removable]
+    plans = [drawn(architecture, chance) for _ in range(3)]
+    plans += [plan_of(architecture, names) for names in (everything[:1], everything[-1:], everything)]
+    for asked in plans:
+        plan = asked.built("own")
+        config, found = layout_of(architecture, plan).config, costs.of(plan)
+        if not is_native(architecture, asked):  # without a form it is built so
+            assert costs.of(asked) == found
+        counted = count_macs(config, tokens=architecture.tokens)
+        assert found.params == size(meta_model(config))
+        assert (found.macs, found.attention_macs) == (counted.total, counted.attention), plan.text
+
+
 def test_a_neutral_residual_block_saves_nothing_and_is_not_chosen_for_it() -> None:
     architecture = architecture_of(TINY_UNET)
     costs = cost_table(architecture)
@@ -449,11 +472,21 @@ def test_code_that_is_not_known_is_never_run(own_folder: Path, tmp_path: Path) -
             family_of({**config, "auto_map": wrong}).model_class()
 
 
-def test_the_plain_class_refuses_the_folder(own_folder: Path) -> None:
-    unet = str(own_folder / "unet")
+def test_the_plain_class_refuses_the_folder(own_folder: Path, tmp_path: Path) -> None:
+    plain = diffusers.UNet2DConditionModel
+    without = tmp_path / "without"  # as it was before its config said so itself: the weights do not fit
+    shutil.copytree(own_folder / "unet", without)
+    config = json.loads((without / "config.json").read_text())
+    del config["quantization_config"]
+    (without / "config.json").write_text(json.dumps(config))
     for low in (True, False):
+        for ignored in (True, False):
+            with pytest.raises(ValueError, match="trust_remote_code=True"):
+                plain.from_pretrained(
+                    own_folder / "unet", low_cpu_mem_usage=low, ignore_mismatched_sizes=ignored
+                )
         with pytest.raises((ValueError, RuntimeError), match=r"expected shape|size mismatch"):
-            diffusers.UNet2DConditionModel.from_pretrained(unet, low_cpu_mem_usage=low)
+            plain.from_pretrained(without, low_cpu_mem_usage=low)
     with safe_open(own_folder / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
         empty = [name for name in file.keys() if not file.get_tensor(name).numel()]  # noqa: SIM118
     assert sorted(empty) == ["down_blocks.0.attentions.0.norm.weight", "up_blocks.1.resnets.1.norm1.weight"]
@@ -517,7 +550,7 @@ def test_how_diffusers_loads_it(own_folder: Path, tmp_path: Path) -> None:
     index = json.loads((wrong / "model_index.json").read_text())
     index["unet"] = ["diffusers", "UNet2DConditionModel"]
     (wrong / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises((ValueError, RuntimeError), match=r"expected shape|size mismatch"):
+    with pytest.raises(ValueError, match="load it with trust_remote_code=True"):
         diffusers.DiffusionPipeline.from_pretrained(str(wrong), trust_remote_code=True)
     # what is saved again has its code, also twice, and from what prune-lab loaded
     loaded = diffusers.DiffusionPipeline.from_pretrained(str(own_folder), trust_remote_code=True)
@@ -528,6 +561,106 @@ def test_how_diffusers_loads_it(own_folder: Path, tmp_path: Path) -> None:
     third = diffusers.DiffusionPipeline.from_pretrained(str(tmp_path / "third"), trust_remote_code=True)
     inputs = random_inputs(model, 0)
     assert torch.equal(answer(third.unet, inputs), answer(model, inputs))
+    # it is a model like others: its numbers change their format, and nothing of it counts as quantised
+    assert third.to(torch.float16).unet.dtype == torch.float16
+    assert "quantization_config" not in model.config
+    half = diffusers.AutoModel.from_pretrained(unet, trust_remote_code=True, dtype=torch.float16)
+    assert {parameter.dtype for parameter in half.to("cpu").parameters()} == {torch.float16}
+    rebuilt = type(model).from_config(model.config)
+    rebuilt.load_state_dict(model.state_dict())
+    assert torch.equal(answer(rebuilt.eval(), inputs), answer(model, inputs))
+
+
+@pytest.mark.usefixtures("modules")
+def test_what_is_pushed_to_a_hub_has_its_code(
+    own_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ways to a hub that diffusers has; what lies in the folder when it goes up is what arrives."""
+    model = load_model(resolve_model(str(own_folder)))
+    sent: list[set[str]] = []
+
+    def upload(folder_path: Any, **_: Any) -> None:
+        sent.append({path.relative_to(folder_path).as_posix() for path in Path(folder_path).rglob("*")})
+
+    created = SimpleNamespace(repo_id="us/it")
+    card = SimpleNamespace(save=lambda path: None)
+    for module in ("modeling_utils", "pipeline_utils"):
+        place = "diffusers.models." if module == "modeling_utils" else "diffusers.pipelines."
+        monkeypatch.setattr(f"{place}{module}.create_repo", lambda *_, **__: created)
+        monkeypatch.setattr(f"{place}{module}.load_or_create_model_card", lambda *_, **__: card)
+        monkeypatch.setattr(f"{place}{module}.populate_model_card", lambda *_, **__: card)
+    monkeypatch.setattr("diffusers.utils.hub_utils.create_repo", lambda *_, **__: created)
+    monkeypatch.setattr("diffusers.utils.hub_utils.load_or_create_model_card", lambda *_, **__: card)
+    monkeypatch.setattr("diffusers.utils.hub_utils.populate_model_card", lambda *_, **__: card)
+    monkeypatch.setattr("diffusers.utils.hub_utils.upload_folder", upload)
+    model.save_pretrained(str(tmp_path / "saved"), push_to_hub=True, repo_id="us/it")
+    model.push_to_hub("us/it")
+    load_pipeline(resolve_model(str(own_folder)), model=model).save_pretrained(
+        str(tmp_path / "pipeline"), push_to_hub=True, repo_id="us/it"
+    )
+    code = code_in(own_folder / "unet").name
+    assert [code in names or f"unet/{code}" in names for names in sent] == [True] * 3
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("modules")
+@pytest.mark.parametrize("kind", ["flux", "sd3"])
+def test_a_transformer_with_code_draws_in_plain_diffusers(
+    kind: str, pipeline_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder, out = pipeline_folder(kind), tmp_path / "out"
+    teacher = load_pipeline(resolve_model(str(folder)))
+    architecture = architecture_of(teacher.transformer)
+    plan = plan_of(architecture, [architecture.blocks[0].name, architecture.blocks[-1].name])
+    run("prune", folder, "--plan", plan.text, "--form", "own", "--out", out)
+    with pytest.raises(ValueError, match="load it with trust_remote_code=True"):
+        type(teacher.transformer).from_pretrained(out / "transformer")
+    plain = diffusers.DiffusionPipeline.from_pretrained(str(out), trust_remote_code=True)
+    with pytest.raises(TypeError):  # one of the traps in the folder's README
+        diffusers.DiffusionPipeline.from_pretrained(
+            str(out), trust_remote_code=True, transformer=plain.transformer
+        )
+    plain.save_pretrained(tmp_path / "again")
+    again = diffusers.DiffusionPipeline.from_pretrained(str(tmp_path / "again"), trust_remote_code=True)
+    assert type(again.transformer).__name__ == f"Pruned{type(teacher.transformer).__name__}"
+    with bypassed(teacher.transformer, plan):
+        wanted = picture_of(teacher, kind)
+    for pipeline in (plain, again, load_pipeline(resolve_model(str(out)))):
+        assert torch.equal(picture_of(pipeline, kind), wanted)
+
+
+def _files_of_releases() -> list[str]:
+    return sorted(path.stem for path in own_code.known_files().values())
+
+
+@pytest.mark.usefixtures("modules")
+@pytest.mark.parametrize("file", _files_of_releases())
+def test_students_of_every_file_that_was_shipped_load(file: str, tiny_unet: Any, tmp_path: Path) -> None:
+    architecture = architecture_of(tiny_unet)
+    plan = parse_plan("-Dn1.A1 -Up2.R2", architecture).built("own")
+    folder = tmp_path / "student"
+    save_model(materialise(tiny_unet, plan), folder, plan, {})
+    code = own_code.FOLDER / f"{file}.py"
+    code_in(folder).unlink()
+    shutil.copy(code, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModel": f"{file}.{config['_class_name']}"}
+    if "quantization_config" not in code.read_text():  # as folders were before a config said who may load it
+        del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    source = resolve_model(str(tmp_path / "student"))
+    student = load_model(source)
+    assert type(student).__module__ == file
+    inputs = random_inputs(tiny_unet, 0)
+    with bypassed(tiny_unet, plan):
+        wanted = answer(tiny_unet, inputs)
+    assert torch.equal(answer(student, inputs), wanted)
+    plain = diffusers.AutoModel.from_pretrained(str(tmp_path / "student"), trust_remote_code=True)
+    assert torch.equal(answer(plain.eval(), inputs), wanted)
+    # what is pruned further is of the newest file
+    again = materialise(student, in_form(source.architecture, parse_plan("-Dn1.R1", source.architecture)))
+    assert type(again).__module__ == own_code.NEWEST
+    assert plain_config(again)["removed"].keys() > plain_config(student)["removed"].keys()
 
 
 @pytest.mark.usefixtures("modules")
@@ -726,6 +859,37 @@ def test_a_student_with_code_is_scored_and_pruned_again(tiny_unet: Any) -> None:
             smaller = materialise(student, again)
             assert torch.equal(answer(smaller, inputs), exact)
             assert size(smaller) == left_by_hand(tiny_unet, architecture, both)
+
+
+def test_distill_builds_a_plan_as_prune_does(
+    pipeline_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where settings say the form: the plan that was asked for is the one that is distilled."""
+    found: list[list[tuple[tuple[str, ...], str]]] = []
+
+    def stop(session: Any, only: Any) -> None:
+        found.append([(plan.removed, plan.form) for plan in ensure_plans(session) if plan.id in only])
+        raise PlanError("that is all")
+
+    monkeypatch.setattr("prune_lab.api.model.ensure_distilled", stop)
+    folder = pipeline_folder("dit")
+    for number, (plan, more) in enumerate(
+        [
+            ("-B1 -B3", {}),
+            ("-B2", {}),
+            ("-B1", {"search": {"form": "own"}}),
+            ("-B2", {"search": {"form": "own"}}),
+        ]
+    ):
+        settings = RunConfig(model=str(folder), search=SearchConfig(**more.get("search", {})))
+        with pytest.raises(PlanError, match="that is all"):
+            Model(settings, tmp_path / str(number)).distill(plan)
+    forms = [[(("B1", "B3"), "own")], [(("B2",), "native")], [(("B1",), "own")], [(("B2",), "native")]]
+    assert found == forms
+    settings = RunConfig(model=str(folder), search=SearchConfig(form="neutral"))
+    with pytest.raises(FormError, match="neutral form"):
+        Model(settings, tmp_path / "neutral").distill("-B1")
+    assert len(found) == len(forms)
 
 
 def form_of_all(run_folder: Path) -> dict[str, str]:

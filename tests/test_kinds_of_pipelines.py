@@ -29,6 +29,7 @@ from prune_lab.counting import count_call, meta_copy
 from prune_lab.errors import ModelFormatError, UnsupportedModelError
 from prune_lab.export import student_in
 from prune_lab.families import family_of, model_of
+from prune_lab.families.drawing import text_length
 from prune_lab.models import load_model, load_pipeline, resolve_model
 from prune_lab.models.parts import component_of
 from prune_lab.probes import picture_side, pixels_per_latent
@@ -458,7 +459,8 @@ def test_the_shares_of_a_pipeline_are_those_of_plain_diffusers(kind: str, pipeli
     """What each part does for a picture of 32 pixels: as many multiply-adds as its calls by the plain pipeline."""
     pipeline, steps = DiffusionPipeline.from_pretrained(pipeline_folder(kind)), 3
     asked: dict[str, Any] = dict(DRAWN_WITH[kind]) | {"num_inference_steps": steps}
-    asked.pop("max_sequence_length", None)  # that of the pipeline, as its share is told
+    if (length := text_length(pipeline)) is not None:  # as it is drawn with here
+        asked["max_sequence_length"] = length
     frames = 1
     if "height" in inspect.signature(type(pipeline).__call__).parameters:
         asked |= {"height": 32, "width": 32}

@@ -32,7 +32,7 @@ from prune_lab.plans import (
     parse_plan,
     plan_of,
 )
-from prune_lab.profiling import cost_table
+from prune_lab.profiling import cost_table, savings_in
 from prune_lab.report import write_report
 from prune_lab.report.format import amount, count, milliseconds, percent_change
 from prune_lab.runs import Run
@@ -62,12 +62,15 @@ def run(built_once: BuiltOnce, architecture: Architecture) -> Run:
         run = Run(write_run(folder, upto="costs"))
         blocks_frame(architecture).to_csv(run.blocks, index=False)
         cost_table(architecture).frame().to_csv(run.costs, index=False)
-        run.choices.write_text(json.dumps(choices_to_json(architecture)))
+        choices = choices_to_json(architecture) | {"neutral": savings_in(cost_table(architecture), "neutral")}
+        run.choices.write_text(json.dumps(choices))
         run.latency.write_text(json.dumps(latency_json(architecture)))
         run.plans_dir.mkdir(exist_ok=True)
         for name in ("bk-base", "bk-small", "bk-tiny"):
             plan = parse_plan(name, architecture)
             run.plan(plan.id).write_text(json.dumps(plan.to_json() | {"origin": "control"}))
+        silent = parse_plan("-Dn1.R2 -Md.A1", architecture).named("silent").built("neutral")
+        run.plan(silent.id).write_text(json.dumps(silent.to_json() | {"origin": "search"}))
         with figures_left_blank():
             write_report(run)
 
@@ -176,6 +179,37 @@ def test_named_plans_and_the_budget(page: WebDriver, architecture: Architecture)
     assert part(page, "within").text == "Give a budget above zero."
     cell(page, "Md.A1").click()
     assert Select(part(page, "plan")).first_selected_option.text == "one of your own"
+
+
+def test_costs_are_those_of_the_form(page: WebDriver, architecture: Architecture) -> None:
+    """In the neutral form a residual block stays and saves nothing; inner levels that are gone are gone in all."""
+    table = cost_table(architecture)
+    Select(part(page, "plan")).select_by_visible_text("silent")
+    plan = parse_plan("-Dn1.R2 -Md.A1", architecture)
+    neutral, other = (table.of(plan.built(form)) for form in ("neutral", "own"))
+    assert neutral.params > other.params
+    assert Select(part(page, "form")).first_selected_option.text == "neutral"
+    assert costs(page, "params")[0] == count(neutral.params)
+    assert "Neutral:" in part(page, "verdict").text
+    assert '--plan "-Dn1.R2 -Md.A1" --form neutral --out' in part(page, "text").text
+    Select(part(page, "form")).select_by_visible_text("native, else own code")
+    assert costs(page, "params")[0] == count(other.params)
+    assert "--form" not in part(page, "text").text
+    Select(part(page, "form")).select_by_visible_text("neutral")
+    cell(page, "Md.A1").click()
+    assert costs(page, "params") == (count(architecture.total_params), "±0.0 %")
+    assert costs(page, "ms")[1] == "±0.0 %"
+    draw = random.Random(1)
+    removable = [block.name for block in architecture.blocks if block.removable]
+    drawn = [frozenset(draw.sample(removable, draw.randint(1, 20))) for _ in range(3)]
+    for wanted in (*drawn, frozenset(parse_plan("bk-tiny", architecture).removed)):
+        for name in wanted ^ removed(page):
+            cell(page, name).click()
+        left = table.of(plan_of(architecture, wanted).built("neutral"))
+        assert costs(page, "params")[0] == count(left.params)
+        for metric in ("macs", "paper_macs"):
+            assert costs(page, metric)[0] == plain(amount(getattr(left, metric)))
+    assert not part(page, "snap").is_displayed()
 
 
 def test_a_plan_that_cannot_be_built_is_brought_to_one_that_can(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import tiny_config
 
 import prune_lab
 from prune_lab.blocks import architecture_of
@@ -18,6 +20,7 @@ from prune_lab.errors import (
     UnknownBlockError,
     UnremovableBlockError,
 )
+from prune_lab.families import FAMILIES
 from prune_lab.plans import (
     PruningPlan,
     is_native,
@@ -38,6 +41,9 @@ def preset(name):
 
 
 SD = preset("sd-v1.4")
+PIXELS = {"sample_size": 16, "block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4} | {
+    f"{way}_block_types": [f"{way.title()}Block2D"] * 2 for way in ("down", "up")
+}
 REMOVABLE = [block.name for block in SD.blocks if block.removable]
 plans = st.sets(st.sampled_from(REMOVABLE)).map(lambda names: plan_of(SD, names))
 
@@ -191,9 +197,40 @@ def test_errors_name_the_block_and_the_reason(text, error, message):
         parse_plan(text, SD)
 
 
+def refusal(text, architecture):
+    try:
+        parse_plan(text, architecture)
+    except PlanError as error:
+        return str(error)
+    return ""
+
+
 def test_presets_are_refused_where_they_have_no_meaning():
-    with pytest.raises(PlanError, match="four stages"):
+    with pytest.raises(
+        PlanError, match=r"four stages.*defined for this model: koala-1b, koala-700m, ssd-1b\)"
+    ):
         parse_plan("bk-base", preset("sdxl-base"))
+    names = sorted({name for family in FAMILIES.values() for name in family.plans})
+    others = {name: family for name, family in FAMILIES.items() if not family.plans}
+    assert names
+    assert others
+    pixels = architecture_of({"_class_name": "UNet2DModel", **PIXELS})
+    for architecture in (SD, pixels, architecture_of(tiny_config("PixArtTransformer2DModel"))):
+        found = []
+        for name in names:
+            said = refusal(f"{name} -{architecture.blocks[-1].name}", architecture)
+            if not said:
+                found.append(name)
+                continue
+            assert name in said or "BK-SDM" in said
+            assert f"-{architecture.blocks[-1].name}'" in said or "-Dn1.R2 -Dn1.A2" in said
+            defined = re.search(r"defined for this model: (.*)\)$", said)
+            assert defined is not None
+            assert name not in defined[1].split(", ")
+        assert found == (names[:3] if architecture is SD else [])
+    # what has no preset of that name at all is told the ones that there are
+    with pytest.raises(PlanError, match=r"cannot read 'bk-huge' .* use -BLOCK and \+BLOCK"):
+        parse_plan("bk-huge", pixels)
 
 
 def test_a_plan_of_another_architecture_is_refused():

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import accelerate
 import psutil
 import pytest
 import torch
@@ -15,15 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prune_lab.blocks import architecture_of, block_groups
-from prune_lab.errors import UnknownBlockError, UnremovableBlockError
+from prune_lab.errors import ReplayError, UnknownBlockError, UnremovableBlockError, UnsupportedModelError
+from prune_lab.families import plain_config
 from prune_lab.models import preset_config
-from prune_lab.plans import gone_with, parse_plan
+from prune_lab.plans import gone_with, parse_plan, plan_of
 from prune_lab.prefix_sharing import (
     ComputeCost,
     fitting_batch,
     predict_without,
     state_bytes,
 )
+from prune_lab.prefix_sharing.replay import replayed
 from prune_lab.probes import Probe, predict, random_probe
 from prune_lab.surgery import bypassed
 
@@ -209,3 +213,47 @@ def test_unknown_and_unremovable_blocks_are_named(tiny_unet: Any) -> None:
     assert gone_with(architecture, ["Dn2.R1"], stand_in=True) == {"Dn2.R1"}
     tiny = gone_with(architecture, parse_plan("bk-tiny", architecture).removed)
     assert {"Dn3.down", "Up1.up"} <= tiny
+
+
+def test_additions_that_change_what_blocks_give_are_refused(tiny_unet: Any) -> None:
+    """A T2I-Adapter adds to what a stage gave, in place; an IP-Adapter brings weights that no config describes."""
+    unet, architecture = copy.deepcopy(tiny_unet), architecture_of(tiny_unet)
+    probe = random_probe(plain_config(unet), samples=1, seed=0, timesteps=1)
+    ((_, inputs),) = probe.batches(1, unet)
+    sizes = [(8, 16), (16, 8), (32, 4), (32, 2)]
+    features = [torch.randn(1, channels, size, size) for channels, size in sizes]
+
+    def with_features(copies: int) -> torch.Tensor:
+        given = [feature.repeat(copies, 1, 1, 1) for feature in features]
+        return unet(**inputs, down_intrablock_additional_residuals=given, return_dict=False)[0]
+
+    sets = [frozenset[str](), frozenset({"Md.R2"}), frozenset({"Up2.A2"})]
+    with torch.no_grad():
+        assert not torch.equal(with_features(1), unet(**inputs, return_dict=False)[0])
+        with pytest.raises(ReplayError, match=r"Dn4\.R2 gave before.*changed it in place"):
+            list(replayed(unet, architecture, with_features, sets))
+    unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k_ip = torch.nn.ModuleList(
+        [torch.nn.Linear(4, 4)]
+    )
+    with pytest.raises(UnsupportedModelError, match="an IP-Adapter is attached"):
+        list(predict_without(unet, probe, sets))
+
+
+@pytest.mark.parametrize("way", ["cpu_offload", "enable_model_cpu_offload"])
+def test_a_model_whose_weights_accelerate_keeps_elsewhere(way: str, tiny_unet: Any) -> None:
+    """Its tensors are on ``meta`` between two calls, or come when it is called: the answers are the same."""
+    model = copy.deepcopy(tiny_unet)
+    probe = random_probe(plain_config(model), samples=2, seed=0, timesteps=2)
+    sets = [frozenset({"Dn2.A1"}), frozenset({"Up2.A2", "Md.R2"}), frozenset[str]()]
+    ((_, wanted),) = predict_without(model, probe, sets, batch=2, width=1)
+    if way == "cpu_offload":
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        assert model.device.type == "meta"
+    else:  # what a pipeline does with each of its models
+        accelerate.cpu_offload_with_hook(model, execution_device=torch.device("cpu"))
+    for width in (1, 3):
+        ((_, found),) = predict_without(model, probe, sets, batch=2, width=width)
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0 if width == 1 else 5e-5)
+    with bypassed(model, plan_of(architecture_of(model), sets[0])):
+        torch.testing.assert_close(predict(model, probe), wanted[0], rtol=0, atol=0)

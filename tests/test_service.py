@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import json
+import re
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import tiny_config
 
 from prune_lab.errors import BudgetError, ConfigError, DeviceError, PruneLabError
-from prune_lab.models import resolve_model
-from prune_lab.profiling import Service, pixels_per_latent, read_service, split_service
+from prune_lab.models import ModelSource, resolve_model
+from prune_lab.profiling import Service, picture_size, pixels_per_latent, read_service, split_service
 from prune_lab.profiling.latency import random_inputs
 from prune_lab.search import service_named
 
@@ -25,6 +31,45 @@ def test_parts_stand_in_any_order(parts: tuple[str, ...]) -> None:
     found = read_service(service, OWN, resolve_model("sd-v1.4"))
     assert found == Service("cpu", "float16", 1, 64, 16)
     assert found.text(resolve_model("sd-v1.4").config) == "cpu float16, 512 x 512, batch 1, 16 tokens"
+
+
+def alone(config: dict[str, Any], folder: Path) -> ModelSource:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return resolve_model(str(folder / "config.json"))
+
+
+def test_pixels_of_a_model_alone_are_what_its_family_knows(tmp_path: Path) -> None:
+    """Those of pipelines of its class without a VAE, which diffusers writes down in each; words where nobody knows."""
+    pipelines = {
+        "PixArtTransformer2DModel": diffusers.PixArtSigmaPipeline,
+        "SanaTransformer2DModel": diffusers.SanaPipeline,
+        "SD3Transformer2DModel": diffusers.StableDiffusion3Pipeline,
+        "FluxTransformer2DModel": diffusers.FluxPipeline,
+        "WanTransformer3DModel": diffusers.WanPipeline,
+        "LTXVideoTransformer3DModel": diffusers.LTXPipeline,
+    }
+    for name, pipeline in pipelines.items():
+        config = tiny_config(name, **({"in_channels": 16, "out_channels": 16} if "Wan" in name else {}))
+        words = inspect.getsource(pipeline.__init__)
+        expected = 32 if re.search(r"else 32\b", words) else 8
+        assert expected == 32 or re.search(r"else 8\b", words)
+        source = alone(config, tmp_path / name)
+        assert pixels_per_latent(source) == expected, name
+        found = read_service(str(4 * expected), OWN, source)
+        assert found.latent == 4
+        assert f"{4 * expected} x {4 * expected}" in found.text(source.config)
+        with pytest.raises(ConfigError, match=f"multiple of {expected}"):
+            read_service(str(4 * expected + 1), OWN, source)
+    pixels = {"sample_size": 16, "block_out_channels": [8, 8], "norm_num_groups": 4, "layers_per_block": 1}
+    plain = {f"{way}_block_types": [f"{way.title()}Block2D"] * 2 for way in ("down", "up")}
+    source = alone({"_class_name": "UNet2DModel", **pixels, **plain}, tmp_path / "unknown")
+    assert pixels_per_latent(source) is None  # of a DDPM and of a latent diffusion model alike
+    assert "latents of 16 x 16" in OWN.text(source.config)
+    assert picture_size(source) == (None, "latents of 16 x 16")
+    for ask in (lambda: picture_size(source, 32), lambda: read_service("32", OWN, source)):
+        with pytest.raises(ConfigError, match="several: give the folder of its pipeline"):
+            ask()
 
 
 def test_what_is_not_said_is_the_runs_own(tiny_pipeline_folder: Path) -> None:

@@ -62,6 +62,7 @@ from prune_lab.profiling import cost_table, live_peak, profile
 from prune_lab.profiling.random_weights import random_model
 from prune_lab.surgery import bypassed, materialise, materialise_from_folder
 from prune_lab.surgery.building import predicted_shapes
+from prune_lab.workflow.comparing import comparison
 
 CLASSES = sorted(TINY_TRANSFORMERS)
 NEVER_NATIVE = ("ChromaTransformer2DModel",)
@@ -317,6 +318,20 @@ def test_what_a_block_costs_is_what_the_model_lacks_without_it_and_said(name: st
         assert own == row.params or f"{row.params:,} parameters, of which {own:,} are its own" in said
 
 
+def test_what_stays_of_a_block_that_others_read_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(tiny_config("DiTTransformer2DModel")))
+    model, found = tiny_model("DiTTransformer2DModel"), pl.load(path)
+    first = model.transformer_blocks[0]
+    own, kept = (sum(one.numel() for one in part.parameters()) for part in (first, first.norm1.emb))
+    assert f"of the {own:,} parameters of B1, {kept:,} (norm1.emb) stay" in " ".join(found.blocks().notes)
+    # and every table prices the plan as it is built
+    rows = comparison(str(path), ["-B1"])
+    built = found.prune("-B1", tmp_path / "never", dry_run=True).frame().iloc[0]
+    assert (rows["params"].iloc[1], rows["macs"].iloc[1]) == (built["params"], built["macs"])
+    assert rows["params"].iloc[0] - rows["params"].iloc[1] == own - kept
+
+
 def test_the_last_block_of_sd3_becomes_another_one() -> None:
     """Dual attention goes with its blocks; what writes the text is gone from the new last block."""
     model = tiny_model("SD3Transformer2DModel")  # dual attention in blocks 0 and 2 of four
@@ -385,6 +400,33 @@ def test_of_a_film_as_many_frames_are_counted_as_are_asked_for() -> None:
         ours = count_macs(config, **sizes, frames=frames)
         assert ours.total - ours.by_operator.get("layer_norm", 0) == theirs.total
         assert cost_table(architecture_of(config), **sizes, frames=frames).total.macs == ours.total
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("WanTransformer3DModel", {"in_channels": 8, "out_channels": 4}),
+        ("CogVideoXTransformer3DModel", {"in_channels": 8, "out_channels": 4}),
+        ("FluxTransformer2DModel", {"in_channels": 32, "out_channels": 16}),
+        ("FluxTransformer2DModel", {"patch_size": 2}),
+        ("QwenImageTransformer2DModel", {"out_channels": 2}),
+        ("ChromaTransformer2DModel", {"patch_size": 4}),
+    ],
+)
+def test_a_model_that_goes_on_from_a_picture_is_counted_and_pruned_and_refuses_to_be_scored(
+    name: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    model = tiny_model(name, **settings)
+    model.save_pretrained(tmp_path / "model")
+    found = pl.load(tmp_path / "model")
+    assert len(found.blocks().frame()) == len(architecture_of(model).blocks)
+    assert found.profile(latency=False).frame()["macs"].iloc[0] == architecture_of(model).total_macs
+    plan = f"-{architecture_of(model).blocks[0].name}"
+    pruned = found.prune(plan, tmp_path / "student").frame().iloc[0]
+    assert pruned["params"] < architecture_of(model).total_params
+    with pytest.raises(UnsupportedModelError, match="counted, profiled and pruned without") as caught:
+        found.score()
+    assert "\n" not in str(caught.value)
 
 
 def test_a_row_of_a_film_is_one_frame_where_memory_is_foreseen() -> None:

@@ -10,35 +10,30 @@ import pandas as pd
 from accelerate import PartialState
 
 from prune_lab.api.data import data_table
+from prune_lab.api.inspected import Inspected
 from prune_lab.api.making import (
     drawn_table,
     exported_table,
     place_of,
     plans_of,
-    profile_table,
     pruned_table,
-    read_backends,
 )
 from prune_lab.api.plans import Plan, Plans, plan_maps
 from prune_lab.api.settings import budgets_asked, model_title, settings_by_name
-from prune_lab.api.workplace import Workplace
-from prune_lab.blocks import UNKNOWN_LATENT, blocks_frame, cost_notes
 from prune_lab.config import (
     RunConfig,
     SearchConfig,
     check_numbers,
     with_settings,
 )
-from prune_lab.errors import PlanError, RunError
+from prune_lab.errors import RunError
 from prune_lab.export import write_card
-from prune_lab.families import knows_its_size
 from prune_lab.forms import form_named, in_form, layout_of, within_form
 from prune_lab.models import check_same_class, load_model, shipped_like
 from prune_lab.models.protection import check_apart, check_folder
-from prune_lab.plans import PruningPlan, read_plans
+from prune_lab.plans import PruningPlan, is_native
 from prune_lab.processes import init_processes, is_main
-from prune_lab.profiling import check_asked_size, check_frames, cost_table, latent_of_pixels, size_text
-from prune_lab.report import block_map_frame, draw_block_map
+from prune_lab.profiling import check_asked_size
 from prune_lab.runs import Run, read_records
 from prune_lab.runs import open_run as run_in
 from prune_lab.runtime import output_folder, pick_dtype, progress_shown, write_json
@@ -68,7 +63,7 @@ from prune_lab.workflow import (
 )
 
 
-class Model(Workplace):
+class Model(Inspected):
     """A model and what is found out about it: each verb returns a table that shows itself.
 
     Results lie in a run folder, which the next verb goes on from: ``score`` before ``search``, its plans before
@@ -76,111 +71,6 @@ class Model(Workplace):
     redo what they touch; a folder that was named keeps its results, and changed settings raise RunError without
     ``force``.
     """
-
-    def __repr__(self) -> str:
-        blocks = self.architecture.blocks
-        removable = sum(block.removable for block in blocks)
-        return (
-            f"{self.source.text}: {self.architecture.total_params:,} parameters, {len(blocks)} blocks, "
-            f"{removable} of them can be removed"
-        )
-
-    # What needs no weights
-
-    def blocks(
-        self, *, resolution: int | None = None, tokens: int | None = None, frames: int | None = None
-    ) -> Table:
-        """The blocks of the model: kind, channels, parameters, multiply-adds, and whether each can be removed.
-
-        The multiply-adds are those of one picture of ``resolution`` pixels, ``tokens`` words of text, ``frames`` of the
-        latent of a film (None: the model's own).
-        """
-        source = self.source
-        check_numbers(resolution=resolution, tokens=tokens, frames=frames)
-        check_frames(source, frames)
-        frame = blocks_frame(self.architecture)
-        latent = None if resolution is None else latent_of_pixels(resolution, source)
-        if resolution or tokens or frames:
-            asked = latent or (None if knows_its_size(source.config) else UNKNOWN_LATENT)
-            costs = cost_table(self.architecture, latent=asked, tokens=tokens or source.tokens, frames=frames)
-            parts = [costs.part(name) for name in frame["name"]]
-            frame["macs"] = [part.macs for part in parts]
-            frame["attention_macs"] = [part.attention_macs for part in parts]
-            frame["tokens"] = costs.tokens
-        if latent is None and not knows_its_size(source.config):
-            side = UNKNOWN_LATENT
-            size = f"a {side} x {side} latent, as its config has no sample_size"
-        else:
-            size = size_text(source, latent, tokens, frames)
-        title = f"Blocks of {source.text} (multiply-adds at {size})"
-        mapped = block_map_frame(frame, self._scores())
-        notes = cost_notes(self.architecture)
-        return Table("blocks", frame, title, lambda theme: draw_block_map(mapped, theme), notes=notes)
-
-    def plan(self, text: str | Path) -> Plan:
-        """The plan that ``text`` describes: ``bk-small``, ``bk-base -Md``, ``-Dn1.R2 -Dn1.A2``, or a file of one.
-
-        Raises PlanError, UnknownBlockError or UnremovableBlockError.
-        """
-        plans = read_plans(str(text), self.architecture)
-        if len(plans) != 1:
-            raise PlanError(
-                f"asked for the plan {text}, found {len(plans)} plans in it; give a file with one plan"
-            )
-        return Plan(plans[0], self.architecture, self._scores())
-
-    def profile(
-        self,
-        *plans: str | Plan,
-        blocks: bool = False,
-        pipeline: bool = False,
-        latency: bool | None = None,
-        steps: int = 25,
-        batch: int = 1,
-        resolution: int | None = None,
-        tokens: int | None = None,
-        frames: int | None = None,
-        rounds: int = 20,
-        backend: str = "",
-    ) -> Table:
-        """Parameters and multiply-adds of the model and of what each of ``plans`` leaves, the model first.
-
-        With ``blocks`` a row per block, with ``pipeline`` one per part of the pipeline in a picture of ``steps`` steps.
-        ``latency`` times a forward pass of ``batch`` samples in milliseconds, the plans in turns with the model in each
-        of ``rounds`` (None: where there are weights). ``resolution`` is in pixels of the picture's sides, ``tokens`` in
-        words of text, ``frames`` are those of the latent of a film (None: the model's own). Plans are taken in the form
-        that ``prune`` gives them. ``backend``, such as ``eager,openvino``, gives a table of times alone, each model in
-        a process of its own: eager, compile, onnx, openvino. Raises PlanError for a plan that cannot be read, or when
-        two of the tables are asked for, ConfigError for a number out of range.
-        """
-        if (blocks or pipeline) and (plans or backend or blocks == pipeline):
-            raise PlanError("blocks, pipeline and plans each give a table of their own; ask for one of them")
-        backends = read_backends(backend)
-        check_numbers(
-            steps=steps, batch=batch, resolution=resolution, tokens=tokens, frames=frames, rounds=rounds
-        )
-        with progress_shown():
-            return profile_table(
-                self.source,
-                plans_of(self.architecture, plans),
-                place_of(self.settings),
-                self._scores(),
-                kind="pipeline"
-                if pipeline
-                else "block costs"
-                if blocks
-                else "runtimes"
-                if backends
-                else "reductions",
-                backends=backends,
-                latency=True if latency is None and self.settings.random_weights else latency,
-                steps=steps,
-                batch=batch,
-                resolution=resolution,
-                tokens=tokens,
-                frames=frames,
-                rounds=rounds,
-            )
 
     # Scores and plans
 
@@ -333,15 +223,23 @@ class Model(Workplace):
         elif out:  # each student has its own folder in it
             out = check_apart(out, sources)
         run = Run(self.folder)
-        if plans and not run.config.is_file() and self.settings.search == SearchConfig():
-            # Nothing was searched, nor is to be: these alone.
+        usual = SearchConfig()
+        searches = dataclasses.replace(self.settings.search, form=usual.form) != usual
+        if plans and not run.config.is_file() and not searches:
+            # Nothing was searched, nor is to be: these alone, in the form that ``prune`` gives them.
             settings |= {"search.budgets": [], "search.controls": [str(plan) for plan in plans]}
+            native = all(is_native(self.architecture, one) for one in plans_of(self.architecture, plans))
+            if not native and self.settings.search.form == usual.form:
+                settings = {"search.form": "own"} | settings
         elif not plans and self._temporary and not run.done(run.searched):
             raise RunError("asked to distil without a plan; give plans, such as 'bk-small', or search first")
         init_processes()
         with self._opened("distill", settings, force=force) as session:
             with PartialState().main_process_first():
-                ids = tuple(self._in_run(session, plan).id for plan in plans)
+                named = [self._in_run(session, plan) for plan in plans]
+                for one in named:
+                    layout_of(self.architecture, one)  # what cannot be built says so before anything is drawn
+                ids = tuple(one.id for one in named)
                 if force and is_main():
                     forget(session.run, "distilled", plan_ids=ids or None)
             if out:

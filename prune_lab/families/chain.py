@@ -198,9 +198,11 @@ class Chain:
     prediction: Callable[[Config, Any, Tensor], Tensor] = noise_alone
     answers: tuple[str | None, ...] = ("text",)
     channels: Callable[[Config], int] = lambda config: int(config["in_channels"])
+    predicted: Callable[[Config], int | None] = lambda config: None
     film: Callable[[Config], int] | None = None
     """How many frames the latent of a film has that the model is meant for; None of a model of pictures."""
     size: Callable[[Config], Size] = sample_size
+    pixels: Callable[[Config], int | None] = lambda config: None
     tokens: Callable[[Config], int] = lambda config: 77
     padded: bool = False
     """Whether a text always has as many words as ``tokens`` says."""
@@ -260,19 +262,22 @@ class Chain:
         width = self.text(config)
         length = self.tokens(config) if tokens is None or self.padded else tokens
         words = length if width else 0
+        film = () if self.film is None else (frames or self.film(config),)
 
         def zeros(*shape: int, form: torch.dtype = dtype) -> Tensor:
             return torch.zeros(batch, *shape, device=device, dtype=form)
 
         def row(condition: Condition) -> Tensor:
             form = torch.long if condition.whole else dtype
-            found = zeros(*((words,) if condition.words else condition.row_shape(*sides)), form=form)
+            shape = condition.row_shape(*sides)
+            if condition.place == "sample":  # behind the latents, in each of their frames
+                shape = (*condition.shape, *film, *sides)
+            found = zeros(*((words,) if condition.words else shape), form=form)
             if condition.place == LENGTH.place:
                 return found + STEPS
             return found + 1 if condition.words else found
 
         wanted = self.conditions(config)
-        film = () if self.film is None else (frames or self.film(config),)
         return self.arrange(
             config,
             wanted,
@@ -290,12 +295,14 @@ class Chain:
             component=self.component,
             latents=self.latents,
             channels=lambda config: self.channels(whole(config)),
+            predicted=lambda config: self.predicted(whole(config)),
             text=lambda config: self.text(whole(config)),
             answers=self.answers,
             frames=self.film is not None,
             film=lambda config: 1 if self.film is None else self.film(whole(config)),
             check=functools.partial(check_settings, [blocks.setting for blocks in lists]),
             size=lambda config: self.size(whole(config)),
+            pixels=lambda config: self.pixels(whole(config)),
             tokens=lambda config: self.tokens(whole(config)),
             example_inputs=self.example_inputs,
             conditions=lambda config: self.conditions(whole(config)),

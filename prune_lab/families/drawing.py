@@ -59,17 +59,22 @@ def takes_classes(pipeline: Any) -> bool:
     return "class_labels" in call_inputs(pipeline)
 
 
+def usual_length(pipeline: Any) -> int | None:
+    """Tokens of a text that ``pipeline`` reads by default, where its call can be told; None where it is not."""
+    told = call_inputs(pipeline).get("max_sequence_length")
+    return told.default if told is not None and isinstance(told.default, int) else None
+
+
 def text_length(pipeline: Any) -> int | None:
     """Tokens of a text that ``pipeline`` is to read, where its call can be told: its default, or less where its
     tokenizer makes no text so long. None for a pipeline that is not told.
     """
-    told = call_inputs(pipeline).get("max_sequence_length")
-    if told is None or not isinstance(told.default, int):
+    usual = usual_length(pipeline)
+    if usual is None:
         return None
     tokenizers = (getattr(pipeline, name, None) for name in _TOKENIZERS)
     tokenizer = next((one for one in tokenizers if one is not None), None)
-    most = getattr(tokenizer, "model_max_length", told.default)
-    return min(told.default, int(most))
+    return min(usual, int(getattr(tokenizer, "model_max_length", usual)))
 
 
 # In ------------------------------------------------------------------------------------------------------------------

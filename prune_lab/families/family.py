@@ -293,6 +293,8 @@ class Family:
     """The argument of ``forward`` that holds the noisy latents."""
     channels: Callable[[Mapping[str, Any]], int] = lambda config: int(config["in_channels"])
     """Channels of the noisy latents, unpacked; they are those of the prediction."""
+    predicted: Callable[[Mapping[str, Any]], int | None] = lambda config: None
+    """Channels of the prediction, unpacked, of a class whose models may predict others than they take; else None."""
     frames: bool = False
     """Whether latents have frames (B, C, F, h, w); a picture is one frame."""
     film: Callable[[Mapping[str, Any]], int] = lambda config: 1
@@ -304,6 +306,9 @@ class Family:
     model is not given."""
     size: Callable[[Mapping[str, Any]], tuple[int, int]] = sample_size
     """Height and width of the latent that a model is meant for. Raises UnsupportedModelError where it is not known."""
+    pixels: Callable[[Mapping[str, Any]], int | None] = lambda config: None
+    """Pixels of a picture's side behind one of the latent's, by the VAEs that models of the class are trained with;
+    None where that is not known of a model without its pipeline."""
     tokens: Callable[[Mapping[str, Any]], int] = lambda config: CLIP_TOKENS
     """Words of text that a model is run with, where nothing else is said."""
     example_inputs: Callable[..., dict[str, Any]]

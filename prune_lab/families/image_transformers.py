@@ -57,6 +57,7 @@ PIXART = Chain(
     arrange=_pixart_arrange,
     answers=MASKED_TEXT,
     # Sigma's configs say that it takes no size of the picture, and its pipeline asks for 300 words, Alpha's for 120
+    pixels=lambda config: 8,
     tokens=lambda config: 300 if config.get("use_additional_conditions") is False else 120,
     conditions=_pixart_conditions,
     stem="pos_embed",
@@ -87,6 +88,7 @@ SANA = Chain(
     text=lambda config: int(config["caption_channels"]),
     arrange=sana_arrange,
     answers=MASKED_TEXT,
+    pixels=lambda config: 32,
     tokens=lambda config: 300,
     conditions=sana_conditions,
     stem="patch_embed",
@@ -122,6 +124,7 @@ DIT = Chain(
     text=lambda config: 0,
     arrange=_dit_arrange,
     adapt=_with_the_embedding,
+    pixels=lambda config: 8,
     tokens=lambda config: 0,
     conditions=lambda config: (
         Condition(
@@ -171,6 +174,7 @@ AURAFLOW = Chain(
     text=lambda config: int(config["joint_attention_dim"]),
     arrange=_share_arrange,
     answers=("text", None, None, None),
+    pixels=lambda config: 8,
     tokens=lambda config: 256,
     stem="pos_embed",
     compiled=("AuraFlowJointTransformerBlock", "AuraFlowSingleTransformerBlock"),
@@ -206,6 +210,7 @@ LUMINA2 = Chain(
     prediction=_to_noise,
     answers=MASKED_TEXT,
     conditions=lambda config: (_MASK, LENGTH),
+    pixels=lambda config: 8,
     tokens=lambda config: 256,
     width=lambda config: int(config["hidden_size"]),
     stem="x_embedder",
@@ -264,6 +269,7 @@ Z_IMAGE = Chain(
     answers=("text", None),
     conditions=lambda config: (word_mask(_WORDS, place="text"),),
     size=lambda config: (128, 128),
+    pixels=lambda config: 8,
     tokens=lambda config: 512,
     width=lambda config: int(config["dim"]),
     latents="x",
@@ -288,6 +294,7 @@ def _cogview(class_name: str, block: str, tokens: int) -> Family:
         ),
         text=lambda config: int(config["text_embed_dim"]),
         answers=("text", None),
+        pixels=lambda config: 8,
         tokens=lambda config: tokens,
         conditions=lambda config: tuple(
             Condition(name=name, place="argument", shape=(2,), of_size=True)
@@ -318,6 +325,7 @@ PRX = Chain(
     answers=("text", "attention_mask", None, None),
     conditions=lambda config: (word_mask("attention_mask"), LENGTH),
     size=lambda config: (32, 32),  # 1024 pixels through a VAE of 32 to one
+    pixels=lambda config: {16: 8, 32: 32}.get(config["in_channels"]),
     tokens=lambda config: 256,
     width=lambda config: int(config["hidden_size"]),
     stem="img_in",

@@ -83,6 +83,7 @@ SD3 = Chain(
     text=lambda config: int(config["joint_attention_dim"]),
     arrange=_sd3_arrange,
     answers=("text", None, "pooled_projections", None),
+    pixels=lambda config: 8,
     tokens=lambda config: 77 + 256,  # of CLIP and T5
     conditions=lambda config: (_pooled(config),),
     finish=_sd3_finish,
@@ -119,6 +120,12 @@ def unpacked(config: Config, rows: Tensor, sample: Tensor) -> Tensor:
 def latent_channels(config: Config) -> int:
     """Channels of the latents before they are packed."""
     return int(config["in_channels"]) // 4
+
+
+def _predicted_channels(config: Config) -> int:
+    """Channels of the prediction before it is packed."""
+    each = int(config.get("patch_size") or 1) ** 2
+    return each * int(config.get("out_channels") or config["in_channels"]) // 4
 
 
 def text_width(config: Config) -> int:
@@ -182,11 +189,13 @@ FLUX = Chain(
     "FluxTransformer2DModel",
     (_DOUBLE, _SINGLE),
     channels=latent_channels,
+    predicted=_predicted_channels,
     text=text_width,
     arrange=_flux_arrange,
     prediction=unpacked,
     answers=("text", "pooled_projections", None),
     size=packed_size,
+    pixels=lambda config: 8,
     tokens=lambda config: 512,
     conditions=lambda config: (_pooled(config), *_guidance(config)),
     stem="x_embedder",
@@ -208,11 +217,13 @@ FLUX2 = Chain(
     "Flux2Transformer2DModel",
     (_DOUBLE, _SINGLE_OF_ONE_STREAM),
     channels=latent_channels,
+    predicted=_predicted_channels,
     text=text_width,
     arrange=_flux2_arrange,
     prediction=unpacked,
     answers=("text", None),
     size=packed_size,
+    pixels=lambda config: 8,
     tokens=lambda config: 512,
     conditions=lambda config: _guidance(config, 4.0),
     stem="x_embedder",
@@ -239,11 +250,13 @@ def _like_flux(name: str, tokens: int, arrange: Any, answers: tuple[str | None, 
         f"{name}Transformer2DModel",
         (_DOUBLE, _SINGLE),
         channels=latent_channels,
+        predicted=_predicted_channels,
         text=text_width,
         arrange=arrange,
         prediction=unpacked,
         answers=answers,
         size=packed_size,
+        pixels=lambda config: 8,
         tokens=lambda config: tokens,
         stem="x_embedder",
         compiled=_classes(name),
@@ -266,11 +279,13 @@ CHROMA = Chain(
     "ChromaTransformer2DModel",
     (_DOUBLE, _SINGLE_OF_ONE_STREAM),
     channels=latent_channels,
+    predicted=_predicted_channels,
     text=text_width,
     arrange=_chroma_arrange,
     prediction=unpacked,
     answers=("text", None, "attention_mask", None, None, None),
     size=packed_size,
+    pixels=lambda config: 8,
     tokens=lambda config: 512,
     conditions=lambda config: (word_mask("attention_mask"),),
     finish=refused(
@@ -303,11 +318,13 @@ QWEN = Chain(
     "QwenImageTransformer2DModel",
     (Blocks(letter="B", hands_on=JOINT, in_tuple=True, self_attention=("attn",)),),
     channels=latent_channels,
+    predicted=_predicted_channels,
     text=text_width,
     arrange=_qwen_arrange,
     prediction=unpacked,
     answers=("text", "encoder_hidden_states_mask"),
     size=packed_size,
+    pixels=lambda config: 8,
     tokens=lambda config: 512,
     conditions=_qwen_conditions,
     stem="img_in",
@@ -347,6 +364,7 @@ HUNYUAN_IMAGE = Chain(
     arrange=_hunyuan_image_arrange,
     answers=("text", "encoder_attention_mask", "encoder_hidden_states_2", "encoder_attention_mask_2"),
     size=lambda config: (64, 64),  # 2048 pixels through a VAE of 32 to one
+    pixels=lambda config: 32,
     tokens=lambda config: 1000,
     conditions=_hunyuan_image_conditions,
     stem="x_embedder",

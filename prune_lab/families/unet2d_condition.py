@@ -91,6 +91,7 @@ UNET2D_CONDITION = Family(
     model_class=lambda: diffusers.UNet2DConditionModel,
     check=unet_settings.check_settings,
     channels=unet_conditions.latent_channels,
+    pixels=lambda config: 8 if unet_conditions.latent_channels(config) == 4 else None,  # others draw pixels
     text=embedding_width,
     answers=("text", None, "text_embeds", None),
     example_inputs=example_inputs,

@@ -75,6 +75,7 @@ def _wan(class_name: str, block: str) -> Family:
         answers=("text", None),
         film=_frames,
         size=lambda config: (60, 104),  # 480 by 832 pixels
+        pixels=lambda config: {16: 8, 48: 16}.get(config["out_channels"]),
         tokens=lambda config: 512,
         conditions=_first_picture,
         stem="patch_embedding",
@@ -118,7 +119,9 @@ def _cogvideo_arrange(
     config: Config, conditions: Any, sample: Tensor, timestep: Tensor, text: Tensor, given: Any
 ) -> dict[str, Any]:
     """Frames come before channels. Where several frames are one patch, the first is repeated to fill it."""
-    latents = sample.transpose(1, 2)
+    behind = [given[one.name] for one in conditions if one.place == "sample"]
+    conditions = [one for one in conditions if one.place != "sample"]
+    latents = torch.cat([sample, *behind], dim=1).transpose(1, 2)
     if missing := -latents.shape[1] % (config["patch_size_t"] or 1):
         latents = torch.cat([latents[:, :1]] * missing + [latents], dim=1)
     inputs = as_arguments(config, conditions, latents, timestep, text, given)
@@ -154,6 +157,7 @@ COGVIDEO = Chain(
     channels=_wan_channels,
     film=_cogvideo_frames,
     size=lambda config: (int(config["sample_height"]), int(config["sample_width"])),
+    pixels=lambda config: 8,
     tokens=lambda config: int(config["max_text_seq_length"]),
     conditions=_cogvideo_conditions,
     stem="patch_embed",
@@ -214,6 +218,7 @@ LTX = Chain(
     film=_frames,
     conditions=lambda config: (_MASK,),
     size=lambda config: (16, 22),  # 512 by 704 pixels through a VAE of 32 to one
+    pixels=lambda config: 32,
     tokens=lambda config: 128,
     stem="proj_in",
     compiled=("LTXVideoTransformerBlock",),
@@ -252,6 +257,7 @@ ALLEGRO = Chain(
     film=lambda config: int(config["sample_frames"]),
     conditions=lambda config: (_MASK,),
     size=lambda config: (int(config["sample_height"]), int(config["sample_width"])),
+    pixels=lambda config: 8,
     tokens=lambda config: 512,
     stem="pos_embed",
     compiled=("AllegroTransformerBlock",),
@@ -308,6 +314,7 @@ MOCHI = Chain(
     film=lambda config: MOCHI_FRAMES,
     conditions=lambda config: (_MASK, LENGTH),
     size=lambda config: (60, 106),  # 480 by 848 pixels
+    pixels=lambda config: 8,
     tokens=lambda config: int(config["max_sequence_length"]),
     finish=_mochi_finish,
     stem="patch_embed",
@@ -341,6 +348,7 @@ HUNYUAN_VIDEO = Chain(
     channels=_wan_channels,
     film=_frames,
     size=lambda config: (90, 160),  # 720 by 1280 pixels
+    pixels=lambda config: 8,
     tokens=lambda config: 256,
     conditions=_hunyuan_conditions,
     stem="x_embedder",
@@ -358,6 +366,7 @@ SANA_VIDEO = Chain(
     answers=MASKED_TEXT,
     film=_frames,
     size=lambda config: (60, 104),  # 480 by 832 pixels
+    pixels=lambda config: {16: 8, 128: 32}.get(config["in_channels"]),
     tokens=lambda config: 300,
     conditions=sana_conditions,
     stem="patch_embedding",

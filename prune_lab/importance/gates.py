@@ -22,7 +22,7 @@ from prune_lab.importance.hooks import block_hooks, only_requires_grad
 from prune_lab.importance.intervals import Floats
 from prune_lab.prefix_sharing import ComputeCost
 from prune_lab.probes import evaluating
-from prune_lab.runtime import seeded
+from prune_lab.runtime import device_of, seeded
 
 _ROWS = 8  # per batch if the context does not say; few, because a backward pass keeps all activations
 _PASSES = 2  # a forward pass, and a backward pass without gradients of weights
@@ -64,7 +64,7 @@ def gate_derivatives(
         for rows, inputs in probe.batches(context.batch or _ROWS, model):
             count = rows.stop - rows.start
             gates = {
-                name: torch.full((count,), at, device=model.device, requires_grad=True) for name in blocks
+                name: torch.full((count,), at, device=device_of(model), requires_grad=True) for name in blocks
             }
             with torch.enable_grad(), gated(model, context.architecture, gates):
                 prediction = probe.predicted(rows, model, inputs)

@@ -19,6 +19,7 @@ from prune_lab.importance.context import Samples, SampleScores, ScoringContext
 from prune_lab.importance.intervals import Floats, Integers
 from prune_lab.plans import gone_with
 from prune_lab.prefix_sharing import ComputeCost, fitting_batch, predict_without
+from prune_lab.runtime import device_of
 
 OutputMetric = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(teacher, pruned, target), all (N, C, H, W) -> (N,)."""
@@ -88,7 +89,7 @@ def _predictions(
     # Decided once for both, because they run side by side: free memory may be different a moment later.
     model, most = context.model, min(context.batch or _ROWS, len(rows))
     side = max(context.probe.noisy.shape[-2:])
-    batch, width = fitting_batch(context.architecture, most, model.device, model.dtype.itemsize, side)
+    batch, width = fitting_batch(context.architecture, most, device_of(model), model.dtype.itemsize, side)
     compiled = context.compiled
     streams = [
         predict_without(model, part, sets, batch=batch, width=width, compute=compute, compiled=compiled)

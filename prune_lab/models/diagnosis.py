@@ -16,6 +16,14 @@ from prune_lab.models.files import PICKLED, is_lfs_pointer, json_object, variant
 from prune_lab.runtime import path_text, printable
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+OTHER_PACKINGS = {
+    ".dduf": "a pipeline packed as DDUF: unpack it (it is a zip: unzip FILE -d FOLDER) and give the folder",
+    ".gguf": "weights quantised as GGUF: give the folder of the model that they were made from",
+    ".onnx": "a model exported to ONNX, which is only run: give the folder of the model that it was made from",
+    ".zip": "an archive: unpack it and give the folder",
+    ".tar": "an archive: unpack it and give the folder",
+}
+"""By the ending of its name: what a file is that is not read as it is, and what to give instead."""
 _TRAINING_FILES = ("optimizer.bin", "optimizer.pt", "random_states_0.pkl", "training_args.bin", "scaler.pt")
 _DEEP = 3  # levels below the folder that was given on which a model is looked for
 _WIDE = 64  # folders of each of them that are looked at: somebody may give the root of a disk
@@ -103,6 +111,12 @@ def adapted(keys: Collection[str]) -> str:
         ".alpha",
         ".hada_w",
     )
+    if any(".to_k_ip." in key for key in keys):
+        if all(key.startswith(("ip_adapter.", "image_proj.")) for key in keys):
+            return "it is an IP-Adapter, an addition to a model: give the model itself"
+        return (
+            "an IP-Adapter is attached to it: take it off first (diffusers: unload_ip_adapter), then save it"
+        )
     if not any(mark in key for key in keys for mark in marks[:-2]):
         return ""
     if all(any(mark in key for mark in marks) for key in keys):
@@ -231,6 +245,8 @@ def folder_without_a_model(folder: Path) -> str:
         return f"found single files: did you mean {folder / sorted(single)[0]}?"
     if variants_among(entries):
         return f"found weights ({_shown(variants_among(entries).values())}) without their config.json: fetch that too"
+    if packed := [name for name in sorted(entries) if Path(name).suffix in OTHER_PACKINGS]:
+        return f"found {packed[0]}, {OTHER_PACKINGS[Path(packed[0]).suffix]}"
     if pickled := [name for name in entries if Path(name).suffix in PICKLED]:
         return f"found only pickled files ({_shown(pickled)}), which are never opened here: convert them to safetensors"
     if (folder.parent / "model_index.json").is_file():

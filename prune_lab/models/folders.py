@@ -26,6 +26,7 @@ from prune_lab.families import (
     own_class,
     plain_config,
     supported_classes,
+    without_guard,
 )
 from prune_lab.models.components import check_part, check_vocabulary, misfit, unread_tensors
 from prune_lab.models.diagnosis import check_files, folder_without_a_model, refuse_config, unusable
@@ -76,7 +77,7 @@ def model_config(path: Path) -> dict[str, Any]:
     """The config of a model in ``path``, its class called as it is today; UnsupportedModelError when it is of something
     else, or of nothing.
     """
-    config = modern_config(json_object(path))
+    config = without_guard(modern_config(json_object(path)))
     refuse_config(path, config)
     return config
 

@@ -15,6 +15,7 @@ from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.config import RunConfig
 from prune_lab.errors import ModelFormatError, ModelNotFoundError, StorageError
 from prune_lab.families import CLIP_TOKENS, family_of
+from prune_lab.models.diagnosis import OTHER_PACKINGS
 from prune_lab.models.files import PICKLED, json_object, weight_files
 from prune_lab.models.folders import checked_config, checked_model, checked_pipeline
 from prune_lab.models.hub import HUB_ID, commit_of, hub_folder
@@ -245,6 +246,8 @@ def _found(text: str, revision: str, subfolder: str, variant: str) -> ModelSourc
             f"asked for the model {text}, a pickled file, which is never opened here; convert it to safetensors "
             "(its owner may offer that already), or give a diffusers folder"
         )
+    if path.suffix in OTHER_PACKINGS and path.is_file():
+        raise ModelFormatError(f"asked for the model {text}, {OTHER_PACKINGS[path.suffix]}")
     if path.is_file():
         _refuse_what_means_nothing(text, "a file", **asked)
         if path.name == "model_index.json":

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, tr
 from prune_lab.blocks import Architecture
 from prune_lab.errors import ReplayError
 from prune_lab.families import Unit, meta_model, runs_on_meta
+from prune_lab.runtime import device_of
 from prune_lab.surgery.patching import patched
 
 Marks = tuple[bool | None, ...]
@@ -110,7 +111,7 @@ def _watched(model: Any, paths: Sequence[str], inputs: Mapping[str, Any]) -> dic
 def _growth(model: Any, units: Sequence[Unit], kinds: tuple[Kinds, Kinds]) -> Mapping[str, Growth]:
     paths = [unit.path for unit in units]
     with torch.inference_mode(False), torch.no_grad():
-        few, more = (_watched(model, paths, one.inputs(model.device, model.dtype)) for one in kinds)
+        few, more = (_watched(model, paths, one.inputs(device_of(model), model.dtype)) for one in kinds)
     for unit in units:
         if unit.path not in few:
             raise ReplayError(

@@ -30,7 +30,7 @@ from prune_lab.prefix_sharing.needs import needed_bytes
 from prune_lab.prefix_sharing.replay import replayed
 from prune_lab.prefix_sharing.sites import in_order
 from prune_lab.probes import Probe, evaluating
-from prune_lab.runtime import bytes_text, free_bytes, note, track, used_bytes
+from prune_lab.runtime import bytes_text, device_of, free_bytes, note, track, used_bytes
 
 _MEMORY_SHARE = 0.4  # of what is free at the start
 _MOST_BYTES = 6 << 30
@@ -256,7 +256,9 @@ def predict_without(
     if width is None:
         rows = min(batch, len(probe))
         side = max(probe.noisy.shape[-2:])
-        batch, width = fitting_batch(architecture_of(model), rows, model.device, model.dtype.itemsize, side)
+        batch, width = fitting_batch(
+            architecture_of(model), rows, device_of(model), model.dtype.itemsize, side
+        )
     if is_streamed(model) and width > 1:
         at_once = width
         width = _width_from_disk(_Rows(model, probe, tuple(range(min(batch, len(probe))))), removed, at_once)

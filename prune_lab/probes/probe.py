@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from prune_lab.errors import DataError
 from prune_lab.families import forward_inputs, prediction_of
 from prune_lab.runs.tensor_files import read_entry, read_tensors
-from prune_lab.runtime import atomic_write, tensors_digest
+from prune_lab.runtime import atomic_write, device_of, tensors_digest
 
 _FORMAT = "prune_lab probe 1"
 _TENSORS = ("noisy", "noise", "timesteps", "embeddings", "target", "pictures")
@@ -99,7 +99,7 @@ class Probe:
 
         Raises DataError for a probe that was made for a model that takes other inputs.
         """
-        device, dtype = model.device, model.dtype
+        device, dtype = device_of(model), model.dtype
 
         def moved(tensor: Tensor) -> Tensor:
             return tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prune_lab.live_bytes import LiveBytes, live_peak
 from prune_lab.profiling.activations import ActivationTable, UnitMemory, activation_table
-from prune_lab.profiling.cost_table import CostTable, cost_table
+from prune_lab.profiling.cost_table import CostTable, cost_table, savings_in
 from prune_lab.profiling.disagreement import (
     latency_disagreement,
     latency_warnings,
@@ -140,6 +140,7 @@ __all__ = [
     "reduction_table",
     "runtime_table",
     "sampler_groups",
+    "savings_in",
     "services_of",
     "size_text",
     "split_service",

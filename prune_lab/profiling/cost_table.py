@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,7 +24,8 @@ from prune_lab.blocks import Architecture, CountedUnit
 from prune_lab.counting import Macs, count_macs
 from prune_lab.errors import ConfigError, PlanError, UnknownBlockError
 from prune_lab.families import Form, latent_shape
-from prune_lab.plans import PruningPlan, removed_samplers
+from prune_lab.forms import why_not
+from prune_lab.plans import PruningPlan, is_native, plan_of, removed_samplers
 from prune_lab.profiling.activations import ActivationTable
 from prune_lab.profiling.form_costs import counted_cost, parts_in_form
 from prune_lab.profiling.latency import LatencyTable
@@ -61,6 +63,9 @@ class CostTable:
     together: tuple[tuple[frozenset[str], PartCost], ...] = ()  # parts of the rest
     native: CostTable | None = field(default=None, repr=False, compare=False)  # what it was made of
     count: Macs | None = field(default=None, repr=False, compare=False)  # of the whole model
+    sizes: Mapping[str, Any] = field(
+        default_factory=dict, repr=False, compare=False
+    )  # that it was counted at
 
     @property
     def timed(self) -> bool:
@@ -81,10 +86,12 @@ class CostTable:
         raise UnknownBlockError(f"no cost is called {name!r}; ask for a block, a sampler or {REST!r}")
 
     def of(self, plan: PruningPlan) -> PlanCost:
-        """What is left when ``plan`` is carried out in its form, samplers that leave with it gone.
+        """What is left when ``plan`` is carried out in its form, samplers that leave with it gone; with code of its own
+        where it has no form yet and is not native.
 
         Raises PlanError when the plan belongs to another architecture, FormError when it cannot be built in its form.
         """
+        plan = self._as_built(plan)
         table = self.in_form(plan.form)
         kept, without = table._kept(plan)
 
@@ -100,10 +107,10 @@ class CostTable:
             latency_ms=left("picoseconds") / PICOSECONDS if table.timed else None,
             activation_bytes=None if table.activations is None else table.activations.peak(plan.removed),
         )
-        if table.form == "native":
+        if plan.form == "native":
             return found
         assert table.count is not None, "a cost table is made by cost_table"
-        return counted_cost(self.architecture, table.count, table.total, plan, found)
+        return counted_cost(self.architecture, table.count, table.sizes, table.total, plan, found)
 
     def of_many(self, matrix: PlanMatrix) -> PlanCosts:
         """What each plan of ``matrix`` (plans, blocks) leaves, True where a block is removed; equal to ``of``.
@@ -150,13 +157,24 @@ class CostTable:
             None if self.activations is None else self.activations.of_many(matrix),
         )
 
+    @property
+    def _same(self) -> bool:
+        """Whether plans with code of their own cost what native ones do."""
+        return not any(unit.keeps or unit.changes_others for unit in self.architecture.units)
+
+    def _as_built(self, plan: PruningPlan) -> PruningPlan:
+        """``plan`` with code of its own where it has no form yet, is not native, and costs otherwise then."""
+        otherwise = not self._same or len(plan.removed) >= len(self.architecture.blocks)
+        undecided = plan.form == "native" and otherwise
+        return plan.built("own") if undecided and not is_native(self.architecture, plan) else plan
+
     def in_form(self, form: Form) -> CostTable:
         """The costs of the same model's plans in ``form``; this table where they cost the same in it.
 
         In the neutral form the peak of memory is not known.
         """
         native = self.native or self
-        same = not any(unit.keeps or unit.changes_others for unit in self.architecture.units)
+        same = self._same
         if form == self.form or (same and "neutral" not in (form, self.form)):
             return self
         return native if form == "native" or (same and form == "own") else _table_in(native, form)
@@ -195,7 +213,9 @@ class CostTable:
 def _table_in(costs: CostTable, form: Form) -> CostTable:
     """``costs``, which are of native students, of those in ``form``."""
     assert costs.count is not None, "a cost table is made by cost_table"
-    parts, layers, together = parts_in_form(costs.architecture, costs.parts, costs.layers, costs.count, form)
+    parts, layers, together = parts_in_form(
+        costs.architecture, costs.parts, costs.layers, costs.count, costs.sizes, form
+    )
     return dataclasses.replace(
         costs,
         parts=parts,
@@ -205,6 +225,27 @@ def _table_in(costs: CostTable, form: Form) -> CostTable:
         together=together,
         native=costs,
     )
+
+
+def savings_in(costs: CostTable, form: Form) -> dict[str, Any]:
+    """What leaves in ``form`` with each block, layer and sampler, and what only when several blocks are all gone, as
+    JSON values: parameters, multiply-adds, and those of them in attention products. Blocks that cannot be removed in it
+    are left out.
+    """
+    architecture, table = costs.architecture, costs.in_form(form)
+
+    def amounts(one: PartCost) -> list[int]:
+        return [one.params, one.macs, one.attention_macs]
+
+    def leaves(part: PartCost) -> bool:
+        if part.kind == "sampler":
+            return True
+        block = part.kind == "block" and architecture.block(part.name).removable
+        return block and not why_not(architecture, plan_of(architecture, [part.name]).built(form))
+
+    parts = {part.name: amounts(part) for part in (*table.parts, *table.layers) if leaves(part)}
+    together = [{"blocks": sorted(names), "saves": amounts(part)} for names, part in table.together]
+    return {"parts": parts, "together": together}
 
 
 # Made of a model ---------------------------------------------------------------------------------------------
@@ -256,7 +297,8 @@ def cost_table(
             elsewhere = latency_elsewhere and table is latency
             size = (table.latent, table.tokens) if elsewhere else (shape, tokens)
             check_conditions(architecture, *size, table)
-    count = count_macs(architecture.config, batch=batch, latent=latent, tokens=tokens, frames=frames)
+    sizes: dict[str, Any] = {"batch": batch, "latent": latent, "tokens": tokens, "frames": frames}
+    count = count_macs(architecture.config, **sizes)
     times = {} if latency is None else latency.part_ms()
 
     def part(
@@ -269,7 +311,7 @@ def cost_table(
         if unit.changes_others:  # what a model without it lacks, at the size of this table
             family, outline = architecture.family, architecture.outline
             without = family.layout(outline, frozenset({unit.name})).config
-            left = count_macs(without, batch=batch, latent=latent, tokens=tokens, frames=frames)
+            left = count_macs(without, **sizes)
             macs = count.total - left.total, count.attention - left.attention
         return part(unit.name, kind, unit.params, macs, uncounted)
 
@@ -299,5 +341,13 @@ def cost_table(
     calls = {operator: number for operator, number in left.items() if number}
     parts.append(part(REST, "rest", params, (macs, attention), MappingProxyType(calls)))
     return CostTable(
-        architecture, tuple(parts), batch, shape, tokens, activations, tuple(layers), count=count
+        architecture,
+        tuple(parts),
+        batch,
+        shape,
+        tokens,
+        activations,
+        tuple(layers),
+        count=count,
+        sizes=MappingProxyType(sizes),
     )

@@ -9,10 +9,11 @@ import dataclasses
 import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from prune_lab.blocks import Architecture
-from prune_lab.counting import Macs
+from prune_lab.counting import Macs, count_macs
 from prune_lab.errors import FormError
 from prune_lab.families import Form, Layout, meta_model
 from prune_lab.forms import layout_of
@@ -43,14 +44,31 @@ def _sizes(canonical: str) -> Mapping[str, int]:
     }
 
 
-def gone_by(architecture: Architecture, layout: Layout, count: Macs) -> Gone:
-    """What is not there any more in the smaller model of ``layout``; ``count`` is that of the whole model."""
-    sizes = _sizes(_canonical(architecture.config))
+def _counts_anew(architecture: Architecture, layout: Layout) -> bool:
+    """Whether what is left does other work than it did in the whole model: what a removed block keeps for others runs
+    fewer times, and without any block what they alone read is not computed.
+    """
+    gone = [unit for unit in architecture.outline.present if layout.renamed(unit.path) is None]
+    left = {unit.name for unit in architecture.outline.blocks} - {unit.name for unit in gone}
+    return not left or any(unit.keeps for unit in gone)
+
+
+def gone_by(
+    architecture: Architecture, layout: Layout, count: Macs, sizes: Mapping[str, Any] = MappingProxyType({})
+) -> Gone:
+    """What is not there any more in the smaller model of ``layout``; ``count`` is that of the whole model at ``sizes``,
+    the arguments of ``count_macs``.
+    """
+    own = _sizes(_canonical(architecture.config))
     shares = count.own_by_module
-    gone = [path for path in sizes if path and layout.renamed(path) is None]
+    gone = [path for path in own if path and layout.renamed(path) is None]
+    params = sum(own[path] for path in gone)
+    if _counts_anew(architecture, layout):
+        built = count_macs(layout.config, **sizes)
+        return Gone(params, count.total - built.total, count.attention - built.attention)
     macs = [shares.get(path, (0, 0)) for path in gone]
     return Gone(
-        sum(sizes[path] for path in gone),
+        params,
         sum(one for one, _ in macs),
         sum(attention for _, attention in macs),
     )
@@ -67,11 +85,13 @@ class FormCosts(NamedTuple):
     together: tuple[tuple[frozenset[str], PartCost], ...]
 
 
-def _gone_with(architecture: Architecture, count: Macs, removed: Iterable[str], form: Form) -> Gone:
+def _gone_with(
+    architecture: Architecture, count: Macs, sizes: Mapping[str, Any], removed: Iterable[str], form: Form
+) -> Gone:
     """What leaves with the blocks ``removed``, counted from what is built; nothing where that cannot be."""
     plan = plan_of(architecture, removed).built(form)
     try:
-        return gone_by(architecture, layout_of(architecture, plan), count)
+        return gone_by(architecture, layout_of(architecture, plan), count, sizes)
     except FormError:
         return Gone(0, 0, 0)
 
@@ -90,9 +110,12 @@ def parts_in_form(
     native: Sequence[PartCost],
     layers: Sequence[PartCost],
     count: Macs,
+    sizes: Mapping[str, Any],
     form: Form,
 ) -> FormCosts:
-    """The parts of a model in ``form``, from its ``native`` ones, whose layers are ``layers``, and its ``count``."""
+    """The parts of a model in ``form``, from its ``native`` ones, whose layers are ``layers``, and its ``count`` at
+    ``sizes``.
+    """
     size = sum(one.weight_bytes for one in native) // sum(one.params for one in native)
     timed = all(one.latency_ms is not None for one in native)
 
@@ -104,7 +127,7 @@ def parts_in_form(
 
     def alone(one: PartCost) -> PartCost:
         removable = architecture.block(one.name).removable
-        gone = _gone_with(architecture, count, [one.name], form) if removable else Gone(0, 0, 0)
+        gone = _gone_with(architecture, count, sizes, [one.name], form) if removable else Gone(0, 0, 0)
         return part(one.name, "block", gone, one)
 
     blocks = [alone(one) for one in native if one.kind == "block"]
@@ -118,7 +141,7 @@ def parts_in_form(
         smaller = [name for inner, more in sets if inner < names for name in more if name not in left]
         others = [saved[name] for name in (*names, *left, *smaller)]
         others += [cost for inner, cost in together if inner < names]
-        rest = _less(_gone_with(architecture, count, names, form), _sum(others))
+        rest = _less(_gone_with(architecture, count, sizes, names, form), _sum(others))
         if any(rest):
             together.append((names, part("+".join(sorted(names)), "block", rest)))
     taken = [*blocks, *samplers]
@@ -129,12 +152,17 @@ def parts_in_form(
 
 
 def counted_cost(
-    architecture: Architecture, count: Macs, whole: PlanCost, plan: PruningPlan, predicted: PlanCost
+    architecture: Architecture,
+    count: Macs,
+    sizes: Mapping[str, Any],
+    whole: PlanCost,
+    plan: PruningPlan,
+    predicted: PlanCost,
 ) -> PlanCost:
     """``predicted`` with what is counted from the student that ``plan`` builds; without blocks that is ``whole``."""
     if not plan.removed:
         return predicted
-    gone = gone_by(architecture, layout_of(architecture, plan), count)
+    gone = gone_by(architecture, layout_of(architecture, plan), count, sizes)
     assert whole.weight_bytes is not None
     return dataclasses.replace(
         predicted,

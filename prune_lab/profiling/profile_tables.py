@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from prune_lab.families import (
     takes_guidance,
     text_form,
 )
+from prune_lab.families.drawing import text_length, usual_length
 from prune_lab.forms import why_not
 from prune_lab.models.schedulers import set_steps
 from prune_lab.plans import PruningPlan, is_native, plan_of
@@ -281,8 +281,7 @@ def _words(pipeline: Any, asked: int | None) -> tuple[dict[str, int], int | None
     Raises ConfigError where more are ``asked`` for than its one encoder takes.
     """
     family, config = family_of(model_of(pipeline)), model_of(pipeline).config
-    told = inspect.signature(type(pipeline).__call__).parameters.get("max_sequence_length")
-    usual = told.default if told is not None and isinstance(told.default, int) else family.tokens(config)
+    usual = text_length(pipeline) or family.tokens(config)
     read: dict[str, int] = {}
     for name, encoder in _encoders(pipeline).items():
         limit: Any = getattr(encoder.config, "max_position_embeddings", None)
@@ -301,7 +300,7 @@ def _words(pipeline: Any, asked: int | None) -> tuple[dict[str, int], int | None
     if family.component == "unet" or len(read) == 1:
         return read, last
     # The texts of several may lie one behind the other, those of the first in front.
-    front = min(max(0, family.tokens(config) - usual), first)
+    front = min(max(0, family.tokens(config) - (usual_length(pipeline) or usual)), first)
     return read, asked or usual + front
 
 

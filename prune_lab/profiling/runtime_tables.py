@@ -16,7 +16,7 @@ from prune_lab.plans import PruningPlan
 from prune_lab.profiling.cost_table import cost_table
 from prune_lab.profiling.own_process import Usage
 from prune_lab.profiling.runtime_process import check_runtime
-from prune_lab.profiling.service import PIXELS, Service
+from prune_lab.profiling.service import Service
 from prune_lab.profiling.timed_plans import TEACHER, time_plans
 from prune_lab.runtimes import RUNTIMES
 from prune_lab.schemas import RUNTIME_COLUMNS
@@ -30,7 +30,7 @@ def runtime_table(
     model: str = "",
     rounds: int = 20,
     warmup: int = 3,
-    pixels: int = PIXELS,
+    pixels: int | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
     """What a forward pass takes in each of ``services``: of the whole model, and of what each of ``plans`` leaves.

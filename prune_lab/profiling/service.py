@@ -24,25 +24,38 @@ from prune_lab.runtime import pick_device, pick_dtype, printable, read_json
 
 Backend = Literal["eager", "compiled", "onnx", "openvino"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
-PIXELS = 8  # a side, behind one of a latent, in every Stable Diffusion so far
 _VAES = ("vae", "vqvae", "movq")  # as pipelines call theirs
 
 
-def pixels_per_latent(source: ModelSource) -> int:
-    """Pixels of a picture's side behind one of the latent's: by the VAE of a pipeline, 1 where that has none, and 8
-    where there is no pipeline.
+def pixels_per_latent(source: ModelSource) -> int | None:
+    """Pixels of a picture's side behind one of the latent's: by the VAE of a pipeline, 1 where that has none; of a
+    model alone what its family says, None where that does not know it.
     """
+    usual = family_of(source.config).pixels(source.config)
     if source.folder is None or not source.is_pipeline:
-        return PIXELS
+        return usual
     configs = (source.folder / name / "config.json" for name in _VAES)
     vae = next((path for path in configs if path.is_file()), None)
     config = read_json(vae) if vae is not None else None
-    return (picture_scale(config) or PIXELS) if isinstance(config, dict) else 1
+    return (picture_scale(config) or usual) if isinstance(config, dict) else 1
+
+
+def _size_words(config: Mapping[str, Any], latent: int | None, pixels: int | None) -> str:
+    height, width = latent_shape(config, latent)
+    return f"latents of {width} x {height}" if pixels is None else f"{pixels * width} x {pixels * height}"
 
 
 def latent_of_pixels(pixels: int, source: ModelSource) -> int:
-    """The side of the latent of a picture of ``pixels`` squared. Raises ConfigError when it is no whole number."""
+    """The side of the latent of a picture of ``pixels`` squared. Raises ConfigError when it is no whole number, or when
+    nothing says how many pixels one of a latent is.
+    """
     side = pixels_per_latent(source)
+    if side is None:
+        raise ConfigError(
+            f"asked for pictures of {pixels} pixels of {source.text}, a {source.called} without the VAE that makes "
+            "pixels of its latents, and VAEs of its class are several: give the folder of its pipeline, or leave the "
+            "size out"
+        )
     if pixels < side or pixels % side:
         near = max(side, round(pixels / side) * side)
         raise ConfigError(
@@ -68,7 +81,10 @@ def check_asked_size(source: ModelSource, pixels: int | None) -> None:
     """
     if not pixels or not source.is_pipeline or "sample_size" not in source.config:
         return
-    height, width = (pixels_per_latent(source) * side for side in latent_shape(source.config))
+    scale = pixels_per_latent(source)
+    if scale is None:
+        return
+    height, width = (scale * side for side in latent_shape(source.config))
     if {height, width} != {pixels}:
         raise ConfigError(
             f"asked for pictures of {pixels} pixels of {source.text}, whose config says {width} x {height}: it is "
@@ -77,7 +93,8 @@ def check_asked_size(source: ModelSource, pixels: int | None) -> None:
 
 
 def picture_size(source: ModelSource, pixels: int | None = None) -> tuple[int | None, str]:
-    """(side of the latent, ``512 x 512``) for pictures of ``pixels`` squared; None and the model's own without.
+    """(side of the latent, ``512 x 512``) for pictures of ``pixels`` squared; None and the model's own without, which
+    is that of its latents where nobody knows the pixels.
 
     Raises ConfigError when the VAE cannot make that size, or when neither the model nor the caller names one.
     """
@@ -89,8 +106,7 @@ def picture_size(source: ModelSource, pixels: int | None = None) -> tuple[int | 
             f"asked for the costs of {source.text}, found no sample_size in the config of its {called}; give the size "
             "of the pictures, such as --resolution 512"
         )
-    height, width = (pixels_per_latent(source) * side for side in latent_shape(source.config))
-    return None, f"{width} x {height}"
+    return None, _size_words(source.config, None, pixels_per_latent(source))
 
 
 def check_frames(source: ModelSource, frames: int | None) -> None:
@@ -109,11 +125,8 @@ def size_text(
     own; of a model alone, whose pixels nobody knows, that of the latent.
     """
     config = plain_config(source.config)
-    height, width = latent_shape(config, latent)
-    words = [f"latents of {width} x {height}"]
-    if source.is_pipeline:
-        side = pixels_per_latent(source)
-        words = [f"{side * width} x {side * height} pixels"]
+    pixels = pixels_per_latent(source) if source.is_pipeline else None
+    words = [_size_words(config, latent, pixels) + (" pixels" if pixels is not None else "")]
     if film := film_frames(config, frames):
         words.append(f"{film} latent {'frame' if film == 1 else 'frames'}")
     if text_form(config)[1]:
@@ -139,10 +152,14 @@ class Service:
         names = ("batch", "latent", "tokens", "frames")
         return {name: getattr(self, name) for name in names}
 
-    def text(self, config: Mapping[str, Any], pixels: int = PIXELS) -> str:
-        """The service in words: ``cpu float32, 512 x 512, batch 1, 77 tokens``; the backend where it is not eager."""
-        height, width = (pixels * side for side in latent_shape(config, self.latent))
-        words = f"{self.device} {self.dtype}, {width} x {height}, batch {self.batch}"
+    def text(self, config: Mapping[str, Any], pixels: int | None = None) -> str:
+        """The service in words: ``cpu float32, 512 x 512, batch 1, 77 tokens``; the backend where it is not eager.
+
+        ``pixels`` is what ``pixels_per_latent`` gives, without it the family's; where that does not know it either, the
+        size is that of the latents, and says so.
+        """
+        size = _size_words(config, self.latent, pixels or family_of(config).pixels(config))
+        words = f"{self.device} {self.dtype}, {size}, batch {self.batch}"
         if film := film_frames(config, self.frames):
             words += f", {film} latent {'frame' if film == 1 else 'frames'}"
         words += f", {self.tokens} tokens" if self.tokens else ""

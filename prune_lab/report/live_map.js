@@ -22,8 +22,18 @@
     ...Object.keys(inside).filter(isGone),
     ...samplers.filter(([, blocks]) => blocks.every((name) => removed.has(name))).map(([name]) => name),
   ]);
-  const costOf = (metric, without) =>
-    Object.entries(data.costs).reduce((sum, [name, cost]) => sum + (without.has(name) ? 0 : cost[metric]), 0);
+  const form = find("form"); // only where the model has the neutral form
+  const neutral = () => (form?.value === "neutral" ? data.neutral : null);
+  const costOf = (metric, without) => {
+    const of = (names) => names.reduce((sum, [, cost]) => sum + cost[metric], 0);
+    const saves = neutral();
+    const all = Object.entries(data.costs);
+    if (!saves) return of(all.filter(([name]) => !without.has(name)));
+    // A removed block is there and does nothing: it takes along what a config can leave out of it, some only together.
+    const parts = Object.entries(saves.parts).filter(([name]) => without.has(name) && !without.has(inside[name]));
+    const together = saves.together.filter(([blocks]) => blocks.every((name) => without.has(name)));
+    return of(all) - of(parts) - of(together);
+  };
   const equal = (one, other) => one.size === other.size && [...one].every((name) => other.has(name));
   const difference = (one, other) =>
     [...one].filter((name) => !other.has(name)).length + [...other].filter((name) => !one.has(name)).length;
@@ -59,7 +69,8 @@
     value === 0 ? "0" : Math.abs(value) >= 0.01 ? String(Number(value.toPrecision(2))) : value.toExponential(1);
 
   const planText = () => [...cells.keys()].filter((name) => removed.has(name)).map((name) => `-${name}`).join(" ");
-  const command = () => `prune-lab prune ${quoted(data.model)} --plan "${planText() || "teacher"}" --out student`;
+  const command = () =>
+    `prune-lab prune ${quoted(data.model)} --plan "${planText() || "teacher"}" ${neutral() ? "--form neutral " : ""}--out student`;
   const quoted = (text) => (/^[\w./-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
 
   const show = () => {
@@ -77,9 +88,13 @@
 
     const bad = unbuildable();
     const verdict = find("verdict");
-    find("snap").hidden = !bad.length;
+    const stuck = neutral() ? [...removed].filter((name) => !(name in data.neutral.parts)) : [];
+    find("snap").hidden = !bad.length || neutral() !== null;
     if (!data.choices) verdict.textContent = "Whether it is native is not known: the run is from an older version.";
     else if (!removed.size) verdict.textContent = "Nothing is removed: this is the teacher.";
+    else if (stuck.length) verdict.textContent = `Not neutral: ${stuck.join(", ")} cannot stay and do nothing.`;
+    else if (neutral()) verdict.textContent =
+      "Neutral: a plain diffusers config describes it, with removed blocks that stay and do nothing; residual blocks save nothing.";
     else if (!bad.length) verdict.textContent = "Native: a plain diffusers config describes what is left.";
     else if (!data.choices.complete) verdict.textContent =
       `May not be native: ${bad.map(stages).join("; ")}. prune-lab prune --dry-run tells.`;
@@ -121,6 +136,7 @@
     if (!event.target.value) return;
     removed.clear();
     for (const name of data.plans[event.target.value]) removed.add(name);
+    if (form) form.value = data.forms[event.target.value] === "neutral" ? "neutral" : "";
     show();
   });
   // Each level that cannot be built takes the option nearest to what the reader chose: of equals the one that removes
@@ -140,6 +156,7 @@
     show();
   });
   find("metric").addEventListener("change", show);
+  form?.addEventListener("change", show);
   for (const kind of ["input", "change"]) find("most").addEventListener(kind, show);
   // Arrow keys walk over the blocks in order of execution, so that Tab need not.
   const names = [...cells.keys()];

@@ -6,7 +6,7 @@ the search adds them, costs and times are taken off the teacher's as the cost ta
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -39,6 +39,7 @@ def live_map(tables: RunTables) -> LiveMap | None:
     norm = map_scale(frame, layers)
     times = _times(tables.latency)
     costs = _costs(tables.costs, times, tables.blocks, layers)
+    inside = {str(name): str(block) for name, block in zip(layers["name"], layers["inside"], strict=True)}
     left, bottom, right, top = map_bounds(frame)
     return LiveMap(
         shape=shape_words(frame),
@@ -64,8 +65,10 @@ def live_map(tables: RunTables) -> LiveMap | None:
                 for shown in (frame, layers)
                 for name, impact in zip(shown["name"], shown["impact"], strict=True)
             },
-            "inside": dict(zip(layers["name"], layers["inside"], strict=True)),
+            "inside": inside,
             "choices": tables.choices,
+            "neutral": _neutral(tables.choices, costs, inside),
+            "forms": {plan.label: plan.form for plan in tables.plans},
             "plans": {"teacher": [], **{plan.label: list(plan.removed) for plan in tables.plans}},
         },
     )
@@ -105,6 +108,33 @@ def _costs(
         for metric, cost in found[name].items():
             found[around][metric] -= cost
     return found
+
+
+def _neutral(
+    choices: Mapping[str, Any] | None, costs: Mapping[str, Mapping[str, float]], inside: Mapping[str, str]
+) -> dict[str, Any] | None:
+    """What leaves with each part in the neutral form, in which removed blocks stay and do nothing, and what only when
+    several are gone; None where the model has no such form, or an older version has not counted it.
+
+    A part's time leaves by the share of its MACs that does.
+    """
+    savings = (choices or {}).get("neutral")
+    if savings is None:
+        return None
+    whole = {name: dict(cost) for name, cost in costs.items()}
+    for layer, around in inside.items():
+        for metric, cost in costs[layer].items():
+            whole[around][metric] += cost
+
+    def saved(amounts: Sequence[int], usual: Mapping[str, float] | None = None) -> dict[str, float]:
+        params, macs, products = amounts
+        time = usual["ms"] * macs / usual["macs"] if usual and usual["macs"] else 0.0
+        return {"params": params, "macs": macs, "paper_macs": macs - products, "ms": time}
+
+    return {
+        "parts": {name: saved(amounts, whole.get(name)) for name, amounts in savings["parts"].items()},
+        "together": [[one["blocks"], saved(one["saves"])] for one in savings["together"]],
+    }
 
 
 def _look(impact: float, theme: Theme, norm: LogNorm) -> tuple[str, str]:

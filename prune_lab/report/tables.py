@@ -100,6 +100,20 @@ class _Choices(TypedDict):
     complete: bool
 
 
+class _Together(TypedDict):
+    blocks: list[str]
+    saves: tuple[int, int, int]  # parameters, multiply-adds, those of them in attention products
+
+
+class _Savings(TypedDict):
+    parts: dict[str, tuple[int, int, int]]
+    together: list[_Together]
+
+
+class _ChoicesAndSavings(_Choices, total=False):
+    neutral: _Savings  # of a class that has the neutral form
+
+
 class _Role(TypedDict):
     name: str
     source: str
@@ -220,7 +234,7 @@ def read_run(run: Run) -> RunTables:
         parts=_leading_parts(files.table(run.importance_parts, schemas.PARTS), importance),
         criteria=files.table(run.criteria, schemas.IMPORTANCE),
         costs=files.table(run.costs, schemas.COSTS),
-        choices=files.json(run.choices, _Choices),
+        choices=files.json(run.choices, _ChoicesAndSavings),
         latency=files.json(run.latency, _Latency),
         reductions=reductions,
         pipeline=files.table(run.pipeline_profile, schemas.PIPELINE),

@@ -89,7 +89,7 @@ class Run:
     criteria = PathIn("criteria.csv", "The scores by all criteria that were measured, the run's own first.")
     scores_dir = PathIn("scores", "Every value measured for a score, so that it is not measured again.")
     comparison_dir = PathIn("comparison", "How the criteria agree: tables, figures and words.")
-    choices = PathIn("choices.json", "Which blocks can leave together natively, level by level.")
+    choices = PathIn("choices.json", "Which blocks can leave together natively, level by level, and what they take along in the neutral form.")
     costs = PathIn("costs.csv", "Parameters and MACs of every block, sampler and the rest.")
     latency = PathIn("latency.json", "What each block's removal saves in time.")
     latency_rounds = PathIn("latency_rounds.csv", "Times of teacher and students, round by round, in turns.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prune_lab.runtime.devices import (
     Environment,
+    device_of,
     free_bytes,
     generator_for,
     pick_device,
@@ -45,6 +46,7 @@ __all__ = [
     "bytes_text",
     "copied_without_folders",
     "decode_text",
+    "device_of",
     "duration_text",
     "free_bytes",
     "generator_for",

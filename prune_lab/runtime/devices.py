@@ -6,12 +6,13 @@ import ctypes
 import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import os
 import platform
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prune_lab.errors import DeviceError
 
@@ -64,6 +65,22 @@ def pick_dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, _DTYPE_NAMES[name])
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+def device_of(model: Any) -> torch.device:
+    """Where ``model`` computes: its device, or where accelerate's hooks bring tensors that have no numbers between two
+    calls (``cpu_offload``).
+    """
+    import torch
+
+    found: torch.device = model.device
+    if found.type != "meta":
+        return found
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    flat = itertools.chain.from_iterable(getattr(hook, "hooks", (hook,)) for hook in hooks)
+    where = (getattr(hook, "execution_device", None) for hook in flat)
+    brought = next((one for one in where if one is not None), None)
+    return found if brought is None else torch.device(brought)
 
 
 def free_bytes(device: torch.device) -> int:

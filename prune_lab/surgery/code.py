@@ -37,12 +37,15 @@ Good to know:
 
 - Give `AutoModel` the folder of the model itself, as text: it raises a TypeError for a `pathlib.Path`, and with
   `subfolder=` it looks for the code where the pipeline is and raises a ValueError.
-- `{base}.from_pretrained` refuses this folder ("expected shape", "size mismatch"), as it must: each module that is
-  gone has left a tensor without numbers under the name of one of its own. Its shape is a digest of `removed` in
-  config.json, so that a list that was changed is refused as well. Do not pass `ignore_mismatched_sizes=True`:
-  diffusers would then fill the gaps with random numbers.
+- `{base}.from_pretrained` refuses this folder, as it must: `quantization_config` in `config.json` names a way that it
+  does not know. Nothing is quantised. Where that entry is lost, the weights do not fit ("expected shape", "size
+  mismatch"): each module that is gone has left a tensor without numbers under the name of one of its own. Its shape is
+  a digest of `removed` in config.json, so that a list that was changed is refused as well. Without the entry, do not
+  pass `ignore_mismatched_sizes=True`: diffusers would then fill the gaps with random numbers.
 - The entry of the model in `model_index.json` names the file and the class, `["{file}", "{name}"]`. With an entry for
   diffusers there a plain {base} would be asked for.
+- `DiffusionPipeline.from_pretrained(..., {component}=model)` raises a TypeError for a model with code of its own: load
+  the pipeline without, and set `pipeline.{component} = model`.
 - `save_pretrained`, of the pipeline too, copies the file along.
 - diffusers keeps a copy of the file in its cache of modules. Files of other versions have other names, so several can
   be loaded in one process. On a hub the file belongs where it is here: in the folder of the component.

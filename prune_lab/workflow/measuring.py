@@ -44,6 +44,7 @@ from prune_lab.profiling import (
     random_native_plans,
     read_service,
     reduction_table,
+    savings_in,
     size_text,
     time_plans,
     turns_of_frame,
@@ -72,11 +73,18 @@ _LATENCY_PLANS = (
 _LATENCY_ROUNDS = 5  # times profile.runs: the most passes that the table takes
 
 
+def _costs(session: Session) -> CostTable:
+    return cost_table(session.architecture, latent=drawn_size(session), dtype=session.dtype)
+
+
 def ensure_blocks(session: Session) -> Architecture:
     """The inventory of the run's model; writes choices.json and blocks.csv."""
     run, part = session.run, blocks_part(session)
     if lacking(session, part):
-        write_json(run.choices, choices_to_json(session.architecture))
+        choices = choices_to_json(session.architecture)
+        if session.architecture.family.neutral is not None:
+            choices["neutral"] = savings_in(_costs(session), "neutral")
+        write_json(run.choices, choices)
         write_frame(run.blocks, blocks_frame(session.architecture))
         record(session, part)
     return session.architecture
@@ -297,7 +305,7 @@ def ensure_costs(session: Session) -> CostTable:
     costs.csv, which says the size.
     """
     run, part, latent = session.run, costs_part(session), drawn_size(session)
-    costs = cost_table(session.architecture, latent=latent, dtype=session.dtype)
+    costs = _costs(session)
     if lacking(session, part):
         write_frame(run.costs, costs.frame().assign(size=size_text(session.source, latent)))
         record(session, part)

@@ -32,10 +32,11 @@ from prune_lab.families.meta_device import shapes_of, tensors_of
 from prune_lab.runtime import printable, read_bytes
 
 FOLDER = Path(__file__).resolve().parent
-NEWEST = "modeling_pruned_813815f10162"
+NEWEST = "modeling_pruned_308f0b2707dd"
 PREFIX = "Pruned"  # of class names; what follows is the diffusers class
 REMOVED, MAIN_PATH, AUTO_MAP = "removed", "main_path", "auto_map"
-_OWN = (REMOVED, MAIN_PATH, AUTO_MAP)  # settings that the diffusers class does not have
+GUARD = "quantization_config"  # in a file: makes every class but its own refuse it
+_OWN = (REMOVED, MAIN_PATH, AUTO_MAP, GUARD)  # settings that the diffusers class does not have
 
 
 def is_own(source: Any) -> bool:
@@ -47,6 +48,14 @@ def is_own(source: Any) -> bool:
 def base_name(class_name: str) -> str:
     """The diffusers class that the class ``class_name`` of a model file is made of."""
     return class_name.removeprefix(PREFIX)
+
+
+def without_guard(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``config`` of a file as its own class reads it; itself where nothing in it keeps other classes away."""
+    settings = config.get(GUARD)
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+    guarded = is_own(config) and isinstance(method, str) and method.startswith("none, ")
+    return {name: value for name, value in config.items() if not (guarded and name == GUARD)}
 
 
 # Model files ---------------------------------------------------------------------------------------------------------
