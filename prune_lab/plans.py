@@ -24,6 +24,8 @@ from prune_lab.runs import plan_id_of, read_plan_file
 from prune_lab.runtime import path_text, printable, read_json, read_text
 from prune_lab.width import Width, all_kept, parse_width, site_named, width_from_json
 
+_LONGEST_TITLE = 60  # characters
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PruningPlan:
@@ -71,6 +73,11 @@ class PruningPlan:
     def label(self) -> str:
         """The first name, or the id when the plan has none."""
         return self.name or self.id
+
+    @property
+    def title(self) -> str:
+        """What people read: the first name, else the plan in writing where that is short, else the id."""
+        return self.name or (self.text if len(self.text) <= _LONGEST_TITLE else self.id)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values; ``plan_from_json`` reads them back."""

@@ -76,7 +76,7 @@ DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
     "picture changes": ("prompt", "plan", "weights", "difference", "seed"),
     "pictures": ("plan", "weights", "pictures", "clip", "clip_low"),
     "grid": ("plan", "weights", "prompt", "seed"),
-    "quality": ("model", "pictures", "loss", "clip", "clip_low"),
+    "quality": ("model", "pictures", "loss", "clip", "clip_low", "not_measured"),
     "ranking": ("rank", "plan", "form", "macs", "loss_after", "reason", "params", "clip_after"),
     "steps": ("step", "state", "does", "estimate_seconds"),
     "doctor": ("step", "of", "state", "why"),

@@ -292,7 +292,16 @@ def test_costs_are_those_of_the_model_that_is_built(shape: str, forms: list[Form
 
 
 @pytest.mark.parametrize(
-    "name", [*others_long(TINY_TRANSFORMERS), "DiTTransformer2DModel", "MochiTransformer3DModel"]
+    "name",
+    [
+        "DiTTransformer2DModel",
+        "MochiTransformer3DModel",
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in TINY_TRANSFORMERS
+            if name[:5] not in ("DiTTr", "Mochi")
+        ),
+    ],
 )
 def test_costs_of_transformers_with_code_are_those_that_are_built(name: str) -> None:
     """Also where a block keeps what others read (DiT's first), and where nothing is left to read something (Mochi)."""

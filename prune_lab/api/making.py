@@ -37,9 +37,11 @@ from prune_lab.profiling import (
     size_text,
 )
 from prune_lab.report import Column, Theme, draw_comparison, draw_costs
-from prune_lab.runtime import pick_device, pick_dtype
+from prune_lab.runtime import duration_text, note, pick_device, pick_dtype
 from prune_lab.surgery import chosen_from_files, with_first_units
 from prune_lab.tables import Pictures, Table
+from prune_lab.workflow import macs_per_second
+from prune_lab.workflow.sizing import SMALL_MACS
 
 
 def place_of(settings: RunConfig) -> dict[str, Any]:
@@ -74,6 +76,26 @@ def _as_pruned(source: ModelSource, plan: PruningPlan) -> PruningPlan:
         return plan
 
 
+_WARMUP = 3  # passes of each model before the rounds
+_LONG = 60.0  # seconds of timing that are worth a line before
+
+
+def _note_long_timing(
+    source: ModelSource, place: dict[str, Any], sizes: dict[str, Any], calls: int, size: str
+) -> None:
+    """A line before ``calls`` passes that take long, and how they take less."""
+    macs = cost_table(source.architecture, **sizes).total.macs
+    if macs < SMALL_MACS:
+        return
+    seconds = calls * macs / macs_per_second(source.architecture, **place)
+    if seconds > _LONG:
+        fewer = ["--rounds", "--resolution", *(["--frames"] if "latent frame" in size else [])]
+        note(
+            f"timing takes about {duration_text(seconds)}: {calls} passes of {macs / 1e9:.4g} G multiply-adds or less "
+            f"at {size}; less with smaller {', '.join(fewer)}, nothing with --no-latency"
+        )
+
+
 def profile_table(
     source: ModelSource,
     plans: Sequence[PruningPlan],
@@ -101,6 +123,9 @@ def profile_table(
     title = f"Profile of {source.text} at {size_text(source, latent, tokens, frames)}"
     draw: Callable[[Theme], Figure] | None = None
     notes: tuple[str, ...] = ()
+    if timed and kind in ("reductions", "block costs"):
+        calls = (rounds + _WARMUP) * (1 + len(plans))
+        _note_long_timing(source, place, sizes, calls, size_text(source, latent, tokens, frames))
     if kind == "pipeline":
         pipeline = load_pipeline(source, **place)
         frame = profile_pipeline(pipeline, steps=steps, runs=rounds, **{**sizes, "tokens": tokens})

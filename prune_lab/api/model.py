@@ -357,15 +357,19 @@ class Model(Inspected):
             how = dataclasses.replace(how, model=base or shipped_like(self.source))
         return self.judged_in(with_settings(how, asked))
 
-    def judged_in(self, settings: RunConfig) -> Table:
-        """What ``evaluate`` finds with these ``settings``, whose model is the pipeline in which a model alone draws."""
+    def judged_in(self, settings: RunConfig, told: set[str] | None = None) -> Table:
+        """What ``evaluate`` finds with these ``settings``, whose model is the pipeline in which a model alone draws.
+
+        ``told`` are lines on the data that need not be shown again; those that are shown are added.
+        """
         with Model(settings)._opened("evaluate", {}) as session:
             check_same_class(self.source, session.source)
             # the device first: loading is what can fail
             model = (
                 session.model if self.source.is_pipeline else load_model(self.source, device=session.device)
             )
-            row = {"model": self.source.text, "pictures": len(session.prompts), **quality(session, model)}
+            found = quality(session, model, told)
+            row = {"model": self.source.text, "pictures": len(session.prompts), **found}
         return Table("quality", pd.DataFrame([row]), "Quality")
 
     # Other programs

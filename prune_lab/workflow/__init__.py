@@ -10,7 +10,7 @@ loaded once.
 from __future__ import annotations
 
 from prune_lab.session import Session
-from prune_lab.workflow.comparing import block_maps, compared_plans, comparison, kind_of_target
+from prune_lab.workflow.comparing import block_maps, compared_plans, compared_with, comparison, kind_of_target
 from prune_lab.workflow.criteria import compared_criteria
 from prune_lab.workflow.distilling import ensure_distilled, recovery_frame, save_students, student_folders
 from prune_lab.workflow.doctoring import diagnosis, is_well
@@ -45,6 +45,7 @@ __all__ = [
     "choices_frame",
     "compared_criteria",
     "compared_plans",
+    "compared_with",
     "comparison",
     "diagnosis",
     "ensure_candidates",

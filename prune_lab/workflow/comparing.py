@@ -13,14 +13,17 @@ from prune_lab.assets import SHIPPED_MODELS
 from prune_lab.blocks import Architecture, CountedUnit
 from prune_lab.candidates import load_candidate
 from prune_lab.distill import load_recovery
-from prune_lab.errors import PlanError
+from prune_lab.errors import PlanError, PruneLabError
+from prune_lab.export.students import model_folder_in, provenance_in
 from prune_lab.models import PRESETS, resolve_model
-from prune_lab.plans import PruningPlan, is_native, plan_of, read_plans
+from prune_lab.models.files import json_object
+from prune_lab.plans import PruningPlan, is_native, plan_of, read_plan, read_plans
 from prune_lab.profiling import CostTable, PlanCost, cost_table
 from prune_lab.runs import (
     CandidatePaths,
     Manifests,
     Run,
+    load_run_config,
     open_run,
     read_records,
     run_around,
@@ -117,6 +120,36 @@ def kind_of_target(text: str) -> TargetKind:
     return "model" if text in (*SHIPPED_MODELS, *PRESETS) or (folder.exists() and not listed) else "plan"
 
 
+def _teacher_of(folder: Path) -> str:
+    """The model that the student in ``folder`` was cut from, where it says so and that is there; else empty."""
+    inner = model_folder_in(folder)
+    source = str(provenance_in(inner).get("source", ""))
+    if not source or not (inner / "plan.json").is_file():
+        return ""
+    try:  # another model may be called so here
+        same = resolve_model(source).architecture.signature == json_object(inner / "plan.json").get(
+            "architecture"
+        )
+    except PruneLabError:
+        return ""
+    return source if same else ""
+
+
+def compared_with(targets: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """The model that ``targets`` are compared with where nobody names one, and those that are left to compare.
+
+    It is that of the first target: a model itself, or the teacher that a student names; the model of a run or of a
+    candidate in one. Where plans come first it is the shipped U-Net.
+    """
+    first, folder, kind = targets[0], Path(targets[0]), kind_of_target(targets[0])
+    if kind == "model":
+        teacher = _teacher_of(folder)
+        return (teacher, tuple(targets)) if teacher else (first, tuple(targets[1:]))
+    around = folder if kind == "run" else run_around(folder) if kind == "candidate" else None
+    named = load_run_config(open_run(around, must_exist=True)).model if around else "reference"
+    return named, tuple(targets)
+
+
 def comparison(model: str, targets: Sequence[str]) -> pd.DataFrame:
     """One row per target, ``model`` itself first; columns COMPARISON_COLUMNS, changes relative to ``model``.
 
@@ -135,7 +168,7 @@ def comparison(model: str, targets: Sequence[str]) -> pd.DataFrame:
             rows.append(_of_candidate(folder, costs))
         elif kind == "model":
             total = cost_table(resolve_model(target).architecture).total
-            rows.append(_row(target, "model", total, costs))
+            rows.append(_row(target, "model", total, costs) | _plan_in(folder, architecture))
         else:
             plans = _plans(target, architecture, model)
             rows += [_plan_row(_title(plan), "plan", plan, costs) for plan in plans]
@@ -154,6 +187,15 @@ def _plans(text: str, architecture: Architecture, model: str) -> tuple[PruningPl
 def _row(name: str, kind: str, cost: PlanCost, whole: CostTable) -> dict[str, Any]:
     figures = relative_costs(cost, whole.total)
     return {"name": name, "kind": kind, "blocks_removed": None, **figures, "native": None}
+
+
+def _plan_in(folder: Path, architecture: Architecture) -> dict[str, Any]:
+    """What the plan beside a model in ``folder`` says of it; empty where it is no student of ``architecture``."""
+    path = model_folder_in(folder) / "plan.json"
+    if not path.is_file() or json_object(path).get("architecture") != architecture.signature:
+        return {}
+    plan = read_plan(path, architecture)
+    return {"blocks_removed": len(plan.removed), "native": plan.form == "native"}
 
 
 def _plan_row(name: str, kind: str, plan: PruningPlan, costs: CostTable) -> dict[str, Any]:

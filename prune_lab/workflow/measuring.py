@@ -213,6 +213,14 @@ def _own_model(session: Session, service: Service) -> Any:
     return session.model if loaded and place == (service.device, service.dtype) else None
 
 
+def _told(session: Session, table: LatencyTable) -> str:
+    """When and how ``table`` was measured, how far it can be relied on, and where multiply-adds would mislead."""
+    sizes: dict[str, Any] = dict(service_of(session).sizes)
+    sizes["tokens"] = sizes["tokens"] or session.architecture.tokens
+    warnings = latency_warnings(cost_table(session.architecture, **sizes), table)
+    return "; ".join((latency_words(table), *warnings))
+
+
 def ensure_latency(session: Session) -> LatencyTable:
     """Milliseconds that the removal of each block saves at the run's service, and the error of such predictions.
 
@@ -226,26 +234,17 @@ def ensure_latency(session: Session) -> LatencyTable:
     kept, words = latency_file(key), f"latency at {_where(session)}"
     table = None if session.config.profile.anew else kept_latency(kept, key, architecture)
     if table is not None:
-        note(f"{words}: kept table, {latency_words(table)}")
+        note(f"{words}: kept table, {_told(session, table)}")
     else:
         table = _measured_latency(session, service)
-        note(f"{words}: {latency_words(table)}")
+        note(f"{words}: {_told(session, table)}")
         with contextlib.suppress(
             StorageError
         ):  # a cache folder that cannot be written costs time the next time
             keep_latency(kept, key, table)
-    for line in latency_warnings(_costs_at(session, service), table):
-        note(line)
     keep_latency(run.latency, key, table)
     record(session, part)
     return table
-
-
-def _costs_at(session: Session, service: Service) -> CostTable:
-    sizes: dict[str, Any] = dict(service.sizes)
-    return cost_table(
-        session.architecture, **{**sizes, "tokens": sizes["tokens"] or session.architecture.tokens}
-    )
 
 
 def _measured_latency(session: Session, service: Service) -> LatencyTable:

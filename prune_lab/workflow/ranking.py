@@ -214,17 +214,22 @@ def ensure_report(session: Session) -> Path:
 # Models outside of a run -------------------------------------------------------------------------------------
 
 
-def quality(session: Session, model: Any) -> dict[str, float]:
+def quality(session: Session, model: Any, told: set[str] | None = None) -> dict[str, float | str]:
     """``loss`` (held-out denoising), ``clip`` (mean score) and ``clip_low`` of ``model`` in the teacher's pipeline.
 
-    NaN is what cannot be had: the loss without pictures, shipped or of ``data.source``, the scores without a scorer.
+    NaN is what cannot be had, with the reasons in ``not_measured``: the loss without pictures, shipped or of
+    ``data.source``, the scores without a scorer. ``told`` are lines on the data that need not be shown again.
     """
-    tell_roles(session)
+    tell_roles(session, told)
     # What a model draws itself is no measure by which models can be compared.
     judged = session.data_origin in ("shipped", "own")
     loss = float(heldout_loss(model, session.validation).double().mean()) if judged else math.nan
     scores = clip_of(session, draw_prompts(session, model))
-    return {"loss": loss, "clip": float(scores.double().mean()), "clip_low": float(scores.min())}
+    why = {"loss": "" if judged else "no held-out pictures; give --data DIR"}
+    why["clip"] = "" if session.scorer else session.scorer_choice.reason
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in why.items() if reason)
+    scored = {"clip": float(scores.double().mean()), "clip_low": float(scores.min())}
+    return {"loss": loss, **scored, "not_measured": reasons}
 
 
 def quality_frame(session: Session) -> pd.DataFrame:

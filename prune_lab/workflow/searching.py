@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import re
 import time
@@ -21,9 +22,9 @@ from prune_lab.importance import ScoringContext, score
 from prune_lab.plans import PruningPlan, read_plan, read_plans
 from prune_lab.profiling import CostTable, PlanCost, activation_table, cost_table
 from prune_lab.runs import Run, read_records
-from prune_lab.runtime import track, write_frame, write_json
+from prune_lab.runtime import note, track, write_frame, write_json
 from prune_lab.schemas import PLANS_COLUMNS, SEARCHED, SEARCHED_COLUMNS, SEARCHES_COLUMNS
-from prune_lab.search import ImpactOf, parse_budget, split_budgets
+from prune_lab.search import ImpactOf, parse_budget, predicted_impact, search_plans, split_budgets
 from prune_lab.session import Session, run_scoring_context
 from prune_lab.session.parts import lacking, plans_part, record
 from prune_lab.workflow.measuring import controls, drawn_size, ensure_costs, ensure_latency, ensure_scores
@@ -82,6 +83,30 @@ def _named(plans: Sequence[PruningPlan], solver: str, asked: str) -> list[Prunin
     return [plan.named(f"{prefix}-{slug}-{number}") for number, plan in enumerate(plans, 1)]
 
 
+# The impact of a plan of another form that is worth a line: at most this share of the best native plan's, and less by
+# a hundredth of the prediction's mean square.
+_CLEARLY, _LESS_BY = 0.5, 0.01
+
+
+def _note_better_form(question: Question, plans: Sequence[PruningPlan]) -> None:
+    """A line where the best plan with code of its own has a far smaller predicted impact than ``plans``, all native."""
+    architecture, costs, budgets = question.problem
+    rules = dataclasses.replace(question.constraints, form="own")
+    try:
+        own = search_plans(architecture, question.importance, costs, budgets, constraints=rules)[0]
+    except PruneLabError:
+        return
+    best = min(plans, key=lambda plan: predicted_impact(plan, question.importance))
+    impacts = [predicted_impact(plan, question.importance) for plan in (best, own)]
+    if impacts[1] > min(_CLEARLY * impacts[0], impacts[0] - _LESS_BY):
+        return
+    macs = [costs.of(plan).macs / costs.total.macs - 1 for plan in (best, own)]
+    note(
+        f"{question.asked}: the best native plan has a predicted impact of {impacts[0]:.4g} (macs {macs[0]:+.1%}); one "
+        f"with code of its own has {impacts[1]:.4g} (macs {macs[1]:+.1%}): --form own (search.form) finds it"
+    )
+
+
 def _write_plans(session: Session) -> tuple[Path, ...]:
     """The files of the plans that were found."""
     run = session.run
@@ -101,6 +126,8 @@ def _write_plans(session: Session) -> tuple[Path, ...]:
             result = SOLVERS[settings.solver](question)
             seconds = time.perf_counter() - start
             asked, plans = question.asked, result.plans
+            if settings.form == "native" and plans:
+                _note_better_form(question, plans)
             row = {"budget": asked, "solver": settings.solver, "plans": len(plans), "seconds": seconds}
             searches.append({**row, "sets_measured": result.measured, **result.statistics})
             found += [("search", asked, plan) for plan in _named(plans, settings.solver, asked)]
