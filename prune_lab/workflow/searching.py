@@ -126,7 +126,7 @@ def _write_plans(session: Session) -> tuple[Path, ...]:
             result = SOLVERS[settings.solver](question)
             seconds = time.perf_counter() - start
             asked, plans = question.asked, result.plans
-            if settings.form == "native" and plans:
+            if form_of(settings) == "native" and plans:
                 _note_better_form(question, plans)
             row = {"budget": asked, "solver": settings.solver, "plans": len(plans), "seconds": seconds}
             searches.append({**row, "sets_measured": result.measured, **result.statistics})
