@@ -38,6 +38,7 @@ DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
     "block costs": ("name", "kind", "params", "macs", "median_ms", "share", "paper_macs", "attention_macs"),
     "pipeline": ("part", "calls", "params", "macs", "median_ms", "share"),
     "scores": ("group", "impact", "low", "high", "samples", "criterion"),
+    "width scores": ("site", "unit", "impact", "channels", "criterion", "samples"),
     "parts": ("group", "part", "of", "impact", "samples"),
     "agreement": (
         *("criterion", "leader_spearman", "impact_spearman", "outcome_spearman", "forwards"),

@@ -38,6 +38,7 @@ from prune_lab.profiling import (
 )
 from prune_lab.report import Column, Theme, draw_comparison, draw_costs
 from prune_lab.runtime import duration_text, note, pick_device, pick_dtype
+from prune_lab.surgery import chosen_from_files, with_first_units
 from prune_lab.tables import Pictures, Table
 from prune_lab.workflow import macs_per_second
 from prune_lab.workflow.sizing import SMALL_MACS
@@ -58,10 +59,19 @@ def plans_of(architecture: Architecture, plans: Sequence[str | Plan]) -> list[Pr
     return found
 
 
-def _as_pruned(architecture: Architecture, plan: PruningPlan) -> PruningPlan:
+def with_units(source: ModelSource, plan: PruningPlan) -> PruningPlan:
+    """``plan`` whose widths all say which units stay; where that was open those with the largest weights, or the first
+    ones of a model that has no weights, where none is better.
+    """
+    if source.has_weights:
+        return chosen_from_files(plan, source.config, source.weight_paths)
+    return with_first_units(plan)
+
+
+def _as_pruned(source: ModelSource, plan: PruningPlan) -> PruningPlan:
     """``plan`` in the form that ``prune`` builds; as it is where there is none, which has costs and no time."""
     try:
-        return in_form(architecture, plan)
+        return in_form(source.architecture, with_units(source, plan))
     except FormError:
         return plan
 
@@ -106,7 +116,7 @@ def profile_table(
     architecture = source.architecture
     timed = source.has_weights if latency is None else latency
     latent, pixels = picture_size(source, resolution)
-    plans = [_as_pruned(architecture, plan) for plan in plans]
+    plans = [_as_pruned(source, plan) for plan in plans]
     check_frames(source, frames)
     sizes: dict[str, Any] = {"batch": batch, "latent": latent, "tokens": tokens or source.tokens}
     sizes["frames"] = frames

@@ -288,12 +288,17 @@ def _candidates(tables: RunTables, drawn: RunTables) -> tuple[SectionItem, ...]:
     if not tables.plans:
         return (not_run("no candidates have been chosen", "search"),)
     styles = plan_styles(drawn.plans)
-    rows = tuple(
+    rows: tuple[tuple[str, ...], ...] = tuple(
         (plan.label, plan.origin, plan.form, str(len(plan.removed)), " ".join(plan.removed), plan.id)
         for plan in tables.plans
     )
-    header = ("Plan", "Origin", "Form", "Blocks removed", "Names of blocks", "Id")
-    listing = Table("Removed blocks of each candidate", header, rows, left=6, folded=True)
+    header: tuple[str, ...] = ("Plan", "Origin", "Form", "Blocks removed", "Names of blocks", "Id")
+    title, numbers = "Removed blocks of each candidate", 6
+    if any(plan.widths for plan in tables.plans):
+        title, numbers = "Removed and narrower blocks of each candidate", 7
+        rows = tuple((*row, ", ".join(plan.widths)) for row, plan in zip(rows, tables.plans, strict=True))
+        header = (*header, "What stays of widths")
+    listing = Table(title, header, rows, left=numbers, folded=True)
     if tables.blocks is None:
         return (listing,)
     frame = block_map_frame(tables.blocks, tables.importance)

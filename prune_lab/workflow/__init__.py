@@ -31,6 +31,7 @@ from prune_lab.workflow.starting import borrow_scores, check_effect, forget, sta
 from prune_lab.workflow.steps import why_left_out
 from prune_lab.workflow.students import ensure_candidates, ensure_repaired
 from prune_lab.workflow.targets import check_budgets, check_controls, check_drawing
+from prune_lab.workflow.widths import ensure_width_scores, width_frame
 
 __all__ = [
     "RunEstimate",
@@ -53,6 +54,7 @@ __all__ = [
     "ensure_ranking",
     "ensure_repaired",
     "ensure_scores",
+    "ensure_width_scores",
     "estimate",
     "forget",
     "goes_by",
@@ -77,5 +79,6 @@ __all__ = [
     "use_scores",
     "why_left_out",
     "wider_frame",
+    "width_frame",
     "written_report",
 ]

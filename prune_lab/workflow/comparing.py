@@ -30,11 +30,11 @@ from prune_lab.runs import (
 )
 from prune_lab.runs.manifest_files import FOLDER
 from prune_lab.schemas import COMPARISON_COLUMNS, RANKING
-from prune_lab.search import predicted_impact
 from prune_lab.session import Session
 from prune_lab.workflow.intact import check_intact, check_parts
 from prune_lab.workflow.measuring import ensure_costs, ensure_scores
 from prune_lab.workflow.searching import ensure_plans, goes_by, impact_of_sets, relative_costs
+from prune_lab.workflow.widths import check_chosen, measured_impacts, predicted_of
 
 _LATENCY = ("median_ms", "latency_change", "latency_low", "latency_high")
 _MEASURED = (*_LATENCY, "loss_before", "loss_after", "clip_before", "clip_after")
@@ -55,13 +55,18 @@ def compared_plans(session: Session, texts: Sequence[str]) -> tuple[pd.DataFrame
     for text in texts:
         named = [plan for plan in known if goes_by(plan, text)]
         plans += named or list(_plans(text, architecture, session.config.model))
-    impacts = impact_of([frozenset(plan.removed) for plan in plans])
+    narrower = [plan for plan in plans if plan.widths]
+    check_chosen(architecture, narrower)
+    sets = [frozenset(plan.removed) for plan in plans if not plan.widths]
+    of_whole = iter(impact_of(sets) if sets else ())
+    of_narrower = iter(measured_impacts(session, narrower))
+    impacts = [next(of_narrower if plan.widths else of_whole) for plan in plans]
     ranking = (
         read_records(run.ranking, RANKING).set_index("plan_id") if run.done(run.ranking) else pd.DataFrame()
     )
     rows = [_plan_row(session.config.model, "model", plan_of(architecture, ()), costs)]
     for plan, impact in zip(plans, impacts, strict=True):
-        measured = {"predicted_impact": predicted_impact(plan, importance), "impact": float(impact)}
+        measured = {"predicted_impact": predicted_of(session, plan, importance), "impact": float(impact)}
         if plan.id in ranking.index:
             measured |= {name: float(ranking[name][plan.id]) for name in _MEASURED}
         rows.append({**_plan_row(_title(plan), "plan", plan, costs), **measured})
@@ -74,16 +79,17 @@ def _title(plan: PruningPlan) -> str:
 
 def block_maps(architecture: Architecture, plans: Sequence[PruningPlan]) -> tuple[str, ...]:
     """The model as lines of text, a column for each plan: R, A and T for residual, attention and transformer blocks
-    that stay, a small letter for one that loses layers inside it, a dot for one that is gone.
+    that stay, a small letter for one that loses layers inside it or is narrower, a dot for one that is gone.
     """
     around = {layer.name: layer.inside for layer in architecture.layers}
+    home = {site.name: around.get(site.block, site.block) for site in architecture.sites}
     names = [_title(plan) for plan in plans]
 
     def letter(block: CountedUnit, plan: PruningPlan) -> str:
         if block.name in plan.removed:
             return "."
-        loses = block.name in {around.get(name) for name in plan.removed}
-        return block.kind[0] if loses else block.kind[0].upper()
+        loses = {around.get(name) for name in plan.removed} | {home[width.site] for width in plan.widths}
+        return block.kind[0] if block.name in loses else block.kind[0].upper()
 
     cells = [
         ["".join(letter(block, plan) for block in architecture.stage_blocks(stage)) for plan in plans]
@@ -193,7 +199,8 @@ def _plan_in(folder: Path, architecture: Architecture) -> dict[str, Any]:
 
 
 def _plan_row(name: str, kind: str, plan: PruningPlan, costs: CostTable) -> dict[str, Any]:
-    row = _row(name, kind, costs.of(plan), costs)
+    built = plan.built("own") if plan.widths and plan.form == "native" else plan
+    row = _row(name, kind, costs.of(built), costs)
     return {**row, "blocks_removed": len(plan.removed), "native": is_native(costs.architecture, plan)}
 
 

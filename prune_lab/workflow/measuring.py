@@ -22,7 +22,7 @@ from prune_lab.importance import (
     with_psnr,
 )
 from prune_lab.models import resolve_model
-from prune_lab.plans import PruningPlan, choices_to_json, read_plans
+from prune_lab.plans import PruningPlan, choices_to_json, read_plans, refuse_widths
 from prune_lab.profiling import (
     TEACHER,
     ComparedLatency,
@@ -98,7 +98,9 @@ def score_groups_of(session: Session) -> tuple[BlockGroup, ...]:
     groups: list[BlockGroup] = []
     for name in session.config.score.groups:
         if name.endswith(PLAN_FILES):
-            plans = (plan for plan in read_plans(name, session.architecture) if plan.removed)
+            read = read_plans(name, session.architecture)
+            refuse_widths(read, "score")
+            plans = (plan for plan in read if plan.removed)
             groups += [BlockGroup(plan.name or plan.text, "plan", plan.removed) for plan in plans]
         else:
             kind = cast("GroupKind", name)  # the settings have checked it
@@ -279,7 +281,7 @@ def ensure_turns(session: Session, plans: Iterable[PruningPlan]) -> dict[str, Co
     missing = {
         plan.id: plan
         for plan in plans
-        if plan.removed and plan.id not in found and not why_not(session.architecture, plan)
+        if plan.changes and plan.id not in found and not why_not(session.architecture, plan)
     }
     if missing or TEACHER not in found:
         service = service_of(session)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from prune_lab.blocks import BlockGroup
 from prune_lab.config import BUDGET_CONTROLS
 from prune_lab.errors import PlanError, PruneLabError
-from prune_lab.forms import form_named, why_not, within_form
+from prune_lab.forms import why_not, within_form
 from prune_lab.importance import ScoringContext, score
 from prune_lab.plans import PruningPlan, read_plan, read_plans
 from prune_lab.profiling import CostTable, PlanCost, activation_table, cost_table
@@ -30,6 +30,7 @@ from prune_lab.session.parts import lacking, plans_part, record
 from prune_lab.workflow.measuring import controls, drawn_size, ensure_costs, ensure_latency, ensure_scores
 from prune_lab.workflow.solving import SOLVERS, Question, controls_for
 from prune_lab.workflow.targets import budgets_of, constraints_of
+from prune_lab.workflow.widths import ensure_width_scores, form_of, needs_width_scores, predicted_of
 
 # The problem ---------------------------------------------------------------------------------------------------
 
@@ -117,9 +118,10 @@ def _write_plans(session: Session) -> tuple[Path, ...]:
     if asked_for:
         importance, costs = ensure_scores(session), costs_of(session)
         constraints, impact_of = constraints_of(session.config), impact_of_sets(session)
+        units = ensure_width_scores(session) if needs_width_scores(session.config) else None
         for text in track(asked_for, "searching"):
             budgets = tuple(parse_budget(one, architecture, costs) for one in split_budgets(text))
-            question = Question(session, costs, budgets, constraints, importance, impact_of)
+            question = Question(session, costs, budgets, constraints, importance, impact_of, units)
             start = time.perf_counter()
             result = SOLVERS[settings.solver](question)
             seconds = time.perf_counter() - start
@@ -131,7 +133,7 @@ def _write_plans(session: Session) -> tuple[Path, ...]:
             found += [("search", asked, plan) for plan in _named(plans, settings.solver, asked)]
             if at_budget:
                 found += [("control", asked, plan) for plan in controls_for(question, at_budget)]
-    form = form_named(settings.form)
+    form = form_of(settings)
     found = [(origin, budget, within_form(architecture, plan, form)) for origin, budget, plan in found]
     for plan_id in dict.fromkeys(plan.id for _, _, plan in found):
         same = [(origin, plan) for origin, _, plan in found if plan.id == plan_id]
@@ -150,6 +152,8 @@ def _reads_first(session: Session) -> None:
     if not session.config.search.budgets:
         return
     ensure_scores(session)
+    if needs_width_scores(session.config):
+        ensure_width_scores(session)
     costs_of(session)
 
 
@@ -217,13 +221,14 @@ def plans_frame(session: Session) -> pd.DataFrame:
                 "origin": plan.origin,
                 "budgets": " ".join(budget for budget in budgets if budget),
                 "removed": " ".join(plan.removed),
+                "widths": " ".join(width.short for width in plan.widths),
                 "blocks_removed": len(plan.removed),
                 **relative_costs(cost, whole),
                 "latency_ms": cost.latency_ms,
                 "latency_change": cost.latency_ms / whole.latency_ms - 1
                 if cost.latency_ms is not None and whole.latency_ms is not None
                 else None,
-                "predicted_impact": None if importance is None else predicted_impact(plan, importance),
+                "predicted_impact": None if importance is None else predicted_of(session, plan, importance),
                 "native": plan.form == "native" and not left_out(session, plan),
                 "form": plan.form,
             }
