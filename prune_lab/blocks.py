@@ -227,12 +227,24 @@ def blocks_frame(architecture: Architecture) -> pd.DataFrame:
 
 
 def cost_notes(architecture: Architecture) -> tuple[str, ...]:
-    """A line for each block without which others hold less: its costs are what the whole model lacks then."""
-    odd = [block for block in architecture.blocks if block.changes_others]
+    """A line for each block without which others hold less: its costs are what the whole model lacks then. And one for
+    each that keeps a part of it where it is removed.
+    """
+    odd = [block for block in architecture.blocks if block.changes_others or block.keeps]
     model: Any = meta_model(architecture.config) if odd else None
     notes = []
     for block in odd:
-        own = sum(parameter.numel() for parameter in model.get_submodule(block.path).parameters())
+        parts = ("", *(f".{path}" for path in block.keeps))
+        own, *kept = (
+            sum(parameter.numel() for parameter in model.get_submodule(f"{block.path}{part}").parameters())
+            for part in parts
+        )
+        if block.keeps:
+            notes.append(
+                f"of the {own:,} parameters of {block.name}, {sum(kept):,} ({', '.join(block.keeps)}) stay where it is "
+                "removed, since others read them"
+            )
+            continue
         notes.append(
             f"parameters and multiply-adds of {block.name} are what the model lacks without it: {block.params:,} "
             f"parameters, of which {own:,} are its own; the block that becomes the last loses the others"

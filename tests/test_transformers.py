@@ -62,6 +62,7 @@ from prune_lab.profiling import cost_table, live_peak, profile
 from prune_lab.profiling.random_weights import random_model
 from prune_lab.surgery import bypassed, materialise, materialise_from_folder
 from prune_lab.surgery.building import predicted_shapes
+from prune_lab.workflow.comparing import comparison
 
 CLASSES = sorted(TINY_TRANSFORMERS)
 NEVER_NATIVE = ("ChromaTransformer2DModel",)
@@ -315,6 +316,20 @@ def test_what_a_block_costs_is_what_the_model_lacks_without_it_and_said(name: st
         own = sum(one.numel() for one in model.get_submodule(units[row.name].path).parameters())
         assert (row.name in said) == (own != row.params)
         assert own == row.params or f"{row.params:,} parameters, of which {own:,} are its own" in said
+
+
+def test_what_stays_of_a_block_that_others_read_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(tiny_config("DiTTransformer2DModel")))
+    model, found = tiny_model("DiTTransformer2DModel"), pl.load(path)
+    first = model.transformer_blocks[0]
+    own, kept = (sum(one.numel() for one in part.parameters()) for part in (first, first.norm1.emb))
+    assert f"of the {own:,} parameters of B1, {kept:,} (norm1.emb) stay" in " ".join(found.blocks().notes)
+    # and every table prices the plan as it is built
+    rows = comparison(str(path), ["-B1"])
+    built = found.prune("-B1", tmp_path / "never", dry_run=True).frame().iloc[0]
+    assert (rows["params"].iloc[1], rows["macs"].iloc[1]) == (built["params"], built["macs"])
+    assert rows["params"].iloc[0] - rows["params"].iloc[1] == own - kept
 
 
 def test_the_last_block_of_sd3_becomes_another_one() -> None:

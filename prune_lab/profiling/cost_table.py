@@ -25,7 +25,7 @@ from prune_lab.counting import Macs, count_macs
 from prune_lab.errors import ConfigError, PlanError, UnknownBlockError
 from prune_lab.families import Form, latent_shape
 from prune_lab.forms import why_not
-from prune_lab.plans import PruningPlan, plan_of, removed_samplers
+from prune_lab.plans import PruningPlan, is_native, plan_of, removed_samplers
 from prune_lab.profiling.activations import ActivationTable
 from prune_lab.profiling.form_costs import counted_cost, parts_in_form
 from prune_lab.profiling.latency import LatencyTable
@@ -86,10 +86,12 @@ class CostTable:
         raise UnknownBlockError(f"no cost is called {name!r}; ask for a block, a sampler or {REST!r}")
 
     def of(self, plan: PruningPlan) -> PlanCost:
-        """What is left when ``plan`` is carried out in its form, samplers that leave with it gone.
+        """What is left when ``plan`` is carried out in its form, samplers that leave with it gone; with code of its own
+        where it has no form yet and is not native.
 
         Raises PlanError when the plan belongs to another architecture, FormError when it cannot be built in its form.
         """
+        plan = self._as_built(plan)
         table = self.in_form(plan.form)
         kept, without = table._kept(plan)
 
@@ -155,13 +157,24 @@ class CostTable:
             None if self.activations is None else self.activations.of_many(matrix),
         )
 
+    @property
+    def _same(self) -> bool:
+        """Whether plans with code of their own cost what native ones do."""
+        return not any(unit.keeps or unit.changes_others for unit in self.architecture.units)
+
+    def _as_built(self, plan: PruningPlan) -> PruningPlan:
+        """``plan`` with code of its own where it has no form yet, is not native, and costs otherwise then."""
+        otherwise = not self._same or len(plan.removed) >= len(self.architecture.blocks)
+        undecided = plan.form == "native" and otherwise
+        return plan.built("own") if undecided and not is_native(self.architecture, plan) else plan
+
     def in_form(self, form: Form) -> CostTable:
         """The costs of the same model's plans in ``form``; this table where they cost the same in it.
 
         In the neutral form the peak of memory is not known.
         """
         native = self.native or self
-        same = not any(unit.keeps or unit.changes_others for unit in self.architecture.units)
+        same = self._same
         if form == self.form or (same and "neutral" not in (form, self.form)):
             return self
         return native if form == "native" or (same and form == "own") else _table_in(native, form)
