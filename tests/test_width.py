@@ -360,8 +360,8 @@ def test_torch_pruning_cuts_the_same_tensors(tiny_unet: Any) -> None:
         "down_blocks.0.resnets.0.conv1.weight",
     ]
     found = theirs.state_dict()
-    assert found.keys() == ours.keys()
-    assert all(torch.equal(found[name], ours[name]) for name in ours)
+    assert ours.keys() - found.keys() == {"widths_mark"}  # an empty tensor, which says by which widths it was cut
+    assert all(torch.equal(found[name], ours[name]) for name in found)
     inputs = random_inputs(tiny_unet)
     assert torch.equal(
         answer(theirs.eval(), inputs), answer(materialise(tiny_unet, in_form(architecture, plan)), inputs)
@@ -822,8 +822,8 @@ def test_a_wrong_cut_is_not_written(
 
 def test_text_of_a_width(tiny_config: dict[str, Any]) -> None:
     sites = architecture_of(tiny_config).sites
-    width = parse_width("~Dn1.A1.ff=32@0-1,3,5", sites)
-    assert width.kept == (0, 1, 3, 5)
-    assert width.text.endswith("@0-1,3,5")
+    width = parse_width("~Dn1.A1.ff=24@0-1,3", sites)
+    assert width.kept == (0, 1, 3)
+    assert width.text.endswith("@0-1,3")
     assert width.chosen
     assert Width("a", 1, 2).short == "~a=1/2"

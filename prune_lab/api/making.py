@@ -89,10 +89,10 @@ def _note_long_timing(
         return
     seconds = calls * macs / macs_per_second(source.architecture, **place)
     if seconds > _LONG:
-        fewer = ["--rounds", "--resolution", *(["--frames"] if "latent frame" in size else [])]
+        smaller = f"--rounds, --resolution{' or --frames' if 'latent frame' in size else ''}"
         note(
             f"timing takes about {duration_text(seconds)}: {calls} passes of {macs / 1e9:.4g} G multiply-adds or less "
-            f"at {size}; less with smaller {', '.join(fewer)}, nothing with --no-latency"
+            f"at {size}; smaller {smaller} take less, --no-latency times nothing"
         )
 
 

@@ -28,6 +28,8 @@ _CHANNELS, _SIDE, _BATCH = 320, 64, 2  # of the convolution that is timed: one o
 _PREFIX_SAVING = 1.7  # forward passes that a naive loop over blocks takes for one of ours
 _LATENCY_PASSES = 100  # the most that a table of latency takes
 _BACKWARD = 2  # passes forward that a pass back costs
+_PROOF = 8.0  # seconds that the process takes to start which proves a candidate
+_REPORT = 10.0  # seconds that figures and pages take
 _UNKNOWN_SHARE = 0.85  # of the teacher, of a student whose budget does not say
 
 
@@ -178,6 +180,9 @@ def estimate(
         if speed
     }
     budgets = budgets_of(config, architecture)
+    if speed:
+        seconds["candidates"] += _PROOF * _num_candidates(config, architecture, budgets)
+        seconds["report"] = _REPORT
     share = _largest_share(config, architecture, budgets)
     if origin == "none":  # students are cut, and none is trained
         cut = _num_candidates(config, architecture, budgets) * architecture.total_params * share
