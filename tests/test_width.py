@@ -360,7 +360,9 @@ def test_torch_pruning_cuts_the_same_tensors(tiny_unet: Any) -> None:
         "down_blocks.0.resnets.0.conv1.weight",
     ]
     found = theirs.state_dict()
-    assert ours.keys() - found.keys() == {"widths_mark"}  # an empty tensor, which says by which widths it was cut
+    assert ours.keys() - found.keys() == {
+        "widths_mark"
+    }  # an empty tensor, which says by which widths it was cut
     assert all(torch.equal(found[name], ours[name]) for name in found)
     inputs = random_inputs(tiny_unet)
     assert torch.equal(
