@@ -1,7 +1,9 @@
 """The forms in which the smaller model of a plan can be built, and what it is in each.
 
 ``native``: a plain config of the plain class. ``neutral``: the plain class, whose removed blocks are there and do
-nothing. ``own``: with one small model file in the folder, any plan at full savings. All three compute the same.
+nothing. ``own``: with one small model file in the folder, any plan at full savings. All three compute the same;
+the neutral form up to rounding, where a block that does nothing hands on its state in another order in memory (plain
+attention).
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from families_seen import PAGE
 from tiny_models import TINY_TRANSFORMERS, tiny_config
 from typer.testing import CliRunner
 
@@ -17,6 +18,8 @@ from prune_lab.config import DataConfig, RunConfig, to_toml
 from prune_lab.errors import BackendError, DataError, ModelNotFoundError, UnsupportedModelError
 from prune_lab.export import CONVERSIONS, Student, export_single_file
 from prune_lab.export.edge.parts import drawing_of
+from prune_lab.families import FAMILIES
+from prune_lab.families.adapter_names import has_additions
 from prune_lab.models import load_pipeline, resolve_model
 from prune_lab.plans import parse_plan
 from prune_lab.probes.latents import check_side, picture_side
@@ -120,7 +123,7 @@ def test_what_is_known_of_unets_alone_sends_nobody_round(name: str, tmp_path: Pa
         with pytest.raises(UnsupportedModelError) as refused:
             convert(student, tmp_path / "given.safetensors", tmp_path / "out")
         said.append(str(refused.value))
-    source: Any = SimpleNamespace(config=config, text="mine", is_pipeline=True)
+    source: Any = SimpleNamespace(config=config, text="mine", has_weights=True)
     with pytest.raises(UnsupportedModelError) as refused:
         export_single_file(source, tmp_path / "out.safetensors")
     for line in (*said, str(refused.value)):
@@ -135,3 +138,9 @@ def test_a_runtime_does_not_send_to_a_format_that_is_refused(pipeline_folder: Ca
         drawing_of(pipeline)
     assert "single-file" not in str(refused.value)
     assert "use it in diffusers" in str(refused.value)
+
+
+def test_the_page_of_families_says_what_is_known_of_one_class_alone() -> None:
+    [name] = [name for name in FAMILIES if has_additions({"_class_name": name})]
+    said = " ".join(PAGE.read_text(encoding="utf-8").split())
+    assert f"`convert` and `export --to single-file` are known of a `{name}` alone" in said

@@ -329,14 +329,14 @@ def export_single_file(
             f"asked to export {source.text!r}, which has no weights (kind: {source.kind}); "
             "give a pipeline or U-Net folder"
         )
+    check_has_additions(
+        source.config, f"to export {source.text} as a single file", instead="use its folder in diffusers"
+    )
     if is_own(source.config):
         raise UnsupportedModelError(
             f"asked to export {source.text}, a student with code of its own, for which a single file has no place; "
             "export one of a plan that is native, or build the plan with --form neutral"
         )
-    check_has_additions(
-        source.config, f"to export {source.text} as a single file", instead="use its folder in diffusers"
-    )
     if weights:
         raise UnsupportedModelError(
             f"asked to export a single file with weights in {weights}; give --dtype float16, or a runtime with --to"
