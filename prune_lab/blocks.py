@@ -22,11 +22,13 @@ from prune_lab.errors import UnknownBlockError, UnsupportedModelError
 from prune_lab.families import (
     Family,
     Outline,
+    Site,
     Unit,
     family_of,
     meta_model,
     outline_of,
     plain_config,
+    sites_of,
 )
 from prune_lab.runtime import printable
 from prune_lab.schemas import BLOCK_COLUMNS
@@ -150,6 +152,11 @@ class Architecture:
         shown = repr(printable(name, 50))
         raise UnknownBlockError(f"no block is called {shown} among the {len(names)} of this model; {hint}")
 
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Where the blocks can be made narrower inside, in order of execution."""
+        return _sites_of_config(_canonical(dict(self.config)))
+
     def outermost(self, names: Iterable[str]) -> frozenset[str]:
         """``names`` without layers of blocks that are named too: these leave with their block."""
         found = frozenset(names)
@@ -260,6 +267,11 @@ UNKNOWN_LATENT = 64  # side for which MACs are counted where the config has no s
 
 def _canonical(config: Mapping[str, Any]) -> str:
     return json.dumps(config, sort_keys=True)
+
+
+@functools.lru_cache(maxsize=64)
+def _sites_of_config(canonical: str) -> tuple[Site, ...]:
+    return sites_of(meta_model(json.loads(canonical)))
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,4 +1,5 @@
-"""Which blocks to remove: a plan as data, read, checked and named by content, and the plain model that it leaves.
+"""Which blocks to remove, and how wide the others stay: a plan as data, read, checked and named by content, and the
+plain model that it leaves.
 
 What a plan leaves in another form is in ``prune_lab.forms``.
 
@@ -18,14 +19,18 @@ from typing import Any, get_args
 
 from prune_lab.blocks import Architecture, block_groups
 from prune_lab.errors import NonNativePlanError, PlanError, PruneLabError, UnremovableBlockError
-from prune_lab.families import CLASS_NAME, FAMILIES, Form, Layout
+from prune_lab.families import CLASS_NAME, FAMILIES, Form, Kept, Layout
 from prune_lab.runs import plan_id_of, read_plan_file
 from prune_lab.runtime import path_text, printable, read_json, read_text
+from prune_lab.width import Width, all_kept, parse_width, site_named, width_from_json
+
+_LONGEST_TITLE = 60  # characters
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PruningPlan:
-    """A set of removed blocks of one architecture; equal content gives equal ``id``, whatever its ``names``.
+    """A set of removed blocks of one architecture, and what stays of the widths of others; equal content gives equal
+    ``id``, whatever its ``names``.
 
     ``removed`` holds block names in order of execution; ``plan_of`` and ``parse_plan`` make plans and check them.
     """
@@ -38,16 +43,26 @@ class PruningPlan:
     """Where a run has the plan from: ``control``, ``search``, or empty where a person wrote it."""
     form: Form = dataclasses.field(default="native", compare=False)
     """How the smaller model is built; the same network in each."""
+    widths: tuple[Width, ...] = ()
+    """What stays of sites of which something leaves, in order of execution."""
 
     @property
     def id(self) -> str:
         """12 hexadecimal digits of the content."""
-        return plan_id_of(self.architecture, self.removed)
+        return plan_id_of(self.architecture, self.removed, self._kept())
 
     @property
     def text(self) -> str:
-        """The plan as a person writes it: ``-Dn1.R2 -Dn1.A2``; empty when nothing is removed."""
-        return " ".join(f"-{name}" for name in self.removed)
+        """The plan as a person writes it: ``-Dn1.R2 -Dn1.A2 ~Dn3.A1.heads=2/4@0,3``; empty when nothing leaves."""
+        return " ".join([*(f"-{name}" for name in self.removed), *(width.text for width in self.widths)])
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything leaves."""
+        return bool(self.removed or self.widths)
+
+    def _kept(self) -> dict[str, int | list[int]]:
+        return {width.site: width.to_json() for width in self.widths}
 
     @property
     def name(self) -> str:
@@ -59,6 +74,11 @@ class PruningPlan:
         """The first name, or the id when the plan has none."""
         return self.name or self.id
 
+    @property
+    def title(self) -> str:
+        """What people read: the first name, else the plan in writing where that is short, else the id."""
+        return self.name or (self.text if len(self.text) <= _LONGEST_TITLE else self.id)
+
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values; ``plan_from_json`` reads them back."""
         return {
@@ -67,6 +87,7 @@ class PruningPlan:
             "origin": self.origin,
             "architecture": self.architecture,
             "removed": list(self.removed),
+            **({"widths": self._kept()} if self.widths else {}),
             "form": self.form,
         }
 
@@ -80,11 +101,35 @@ class PruningPlan:
         """The same plan, to be built in this form."""
         return dataclasses.replace(self, form=form)
 
+    def without_widths(self) -> PruningPlan:
+        """The plan that removes the same blocks and leaves the others as wide as they are."""
+        return dataclasses.replace(self, widths=())
 
-def plan_of(architecture: Architecture, removed: Iterable[str], name: str = "") -> PruningPlan:
-    """The checked plan that removes the blocks and layers named ``removed``; a layer of a removed block leaves with it.
 
-    Raises UnknownBlockError or UnremovableBlockError naming the block and the reason.
+def _checked_widths(
+    architecture: Architecture, widths: Iterable[Width], gone: frozenset[str]
+) -> tuple[Width, ...]:
+    """``widths`` in order of execution, without those that keep all. PlanError for one of a block that leaves."""
+    wanted = {width.site: width for width in widths if not all_kept(width)}
+    if not wanted:
+        return ()
+    for name in wanted:
+        block = site_named(name, architecture.sites).block
+        if block in gone or architecture.block(block).inside in gone:
+            raise PlanError(
+                f"asked for a width of {name}, but {block} is removed by the same plan; leave out one of the two"
+            )
+    return tuple(wanted[site.name] for site in architecture.sites if site.name in wanted)
+
+
+def plan_of(
+    architecture: Architecture, removed: Iterable[str], name: str = "", *, widths: Iterable[Width] = ()
+) -> PruningPlan:
+    """The checked plan that removes the blocks and layers named ``removed`` and keeps ``widths`` of others; a layer of
+    a removed block leaves with it.
+
+    Raises UnknownBlockError or UnremovableBlockError naming the block and the reason, PlanError for a width of a block
+    that is removed.
     """
     wanted = {block: architecture.block(block) for block in removed}
     for block in wanted.values():
@@ -94,7 +139,8 @@ def plan_of(architecture: Architecture, removed: Iterable[str], name: str = "") 
             )
     gone = architecture.outermost(wanted)
     names = tuple(block.name for block in architecture.named if block.name in gone)
-    return PruningPlan(names, architecture.signature).named(name)
+    kept = _checked_widths(architecture, widths, gone)
+    return PruningPlan(names, architecture.signature, widths=kept).named(name)
 
 
 def _members(name: str, architecture: Architecture) -> set[str]:
@@ -147,6 +193,7 @@ def _parsed(text: str, architecture: Architecture, members: dict[str, set[str]])
     """``parse_plan`` that keeps in ``members`` what the names it met stand for: a file may hold many plans."""
     known = architecture.family.plans
     removed: set[str] = set()
+    widths: dict[str, Width] = {}
     items = text.split()
     for item in items:
         if item == "teacher":
@@ -161,12 +208,17 @@ def _parsed(text: str, architecture: Architecture, members: dict[str, set[str]])
                 members[name] = _members(name, architecture)
             change = _taken if item[0] == "-" else _given_back
             removed = change(removed, members[name], architecture)
+        elif item[0] == "~":
+            width = parse_width(item, architecture.sites)
+            widths[width.site] = width
         else:
             named = f"a preset ({', '.join(defined)}) or " if (defined := _defined(architecture)) else ""
             raise PlanError(
-                f"cannot read {printable(item)!r} in the plan {printable(text)!r}; use {named}-BLOCK and +BLOCK"
+                f"cannot read {printable(item)!r} in the plan {printable(text)!r}; use {named}-BLOCK and "
+                "+BLOCK, or ~WIDTH=COUNT"
             )
-    return plan_of(architecture, removed, items[0] if len(items) == 1 and items[0] in known else "")
+    name = items[0] if len(items) == 1 and items[0] in known else ""
+    return plan_of(architecture, removed, name, widths=widths.values())
 
 
 def parse_plan(text: str, architecture: Architecture) -> PruningPlan:
@@ -174,8 +226,9 @@ def parse_plan(text: str, architecture: Architecture) -> PruningPlan:
 
     Items are names of plans that the model's family knows, ``-`` and ``+`` with a block, a pair (``Dn1.R2+A2``) or a
     stage (all of it that can be removed), or a layer (``Up1.A2.T7``); they apply from left to right, and a block goes
-    and comes back with its layers: ``-Up1.A2 +Up1.A2.T7`` leaves that layer alone in it. ``teacher`` or nothing at
-    all is the empty plan. Raises PlanError, UnknownBlockError or UnremovableBlockError.
+    and comes back with its layers: ``-Up1.A2 +Up1.A2.T7`` leaves that layer alone in it. ``~Dn3.A1.heads=2/4`` keeps
+    two of four heads (``prune_lab.width``). ``teacher`` or nothing at all is the empty plan. Raises PlanError,
+    UnknownBlockError or UnremovableBlockError.
     """
     return _parsed(text, architecture, {})
 
@@ -184,7 +237,7 @@ def _is_called(name: str, plan: PruningPlan, architecture: Architecture) -> bool
     """Whether ``plan`` may have the name: that of a preset belongs to the preset alone."""
     preset = architecture.family.plans.get(name)
     try:
-        return preset is None or set(preset(architecture.outline)) == set(plan.removed)
+        return preset is None or (set(preset(architecture.outline)) == set(plan.removed) and not plan.widths)
     except PlanError:  # it has no meaning for this architecture
         return False
 
@@ -230,7 +283,13 @@ def plan_from_json(value: object, architecture: Architecture) -> PruningPlan:
             f"asked to read a plan, found the form {printable(str(form), 50)!r} in it; the forms are "
             f"{', '.join(get_args(Form))}"
         )
-    plan = plan_of(architecture, value["removed"]).named(*names, origin=origin).built(form)
+    said = value.get("widths", {})
+    if not isinstance(said, dict):
+        raise PlanError(
+            'asked to read a plan, found no names with its widths; write "widths": {"SITE": [0, 1, ...]}'
+        )
+    widths = [width_from_json(name, kept, architecture.sites) for name, kept in said.items()]
+    plan = plan_of(architecture, value["removed"], widths=widths).named(*names, origin=origin).built(form)
     _check_said(plan, value.get("id"), architecture)
     return plan
 
@@ -246,6 +305,16 @@ def read_plan(path: Path, architecture: Architecture) -> PruningPlan:
         return plan_from_json(value, architecture)
     except PruneLabError as error:
         raise PlanError(f"asked to read {path}: {error}") from None
+
+
+def refuse_widths(plans: Iterable[PruningPlan], what: str) -> None:
+    """Raise PlanError for a plan with widths: ``what`` is done with removed blocks alone."""
+    for plan in plans:
+        if plan.widths:
+            raise PlanError(
+                f"asked to {what} the plan {plan.label}, which makes blocks narrower ({plan.widths[0].short}); that "
+                "works with removed blocks alone so far: leave out the widths, or see prune, profile and export"
+            )
 
 
 def read_plans(text: str, architecture: Architecture) -> tuple[PruningPlan, ...]:
@@ -306,12 +375,35 @@ def units_gone(architecture: Architecture, plan: PruningPlan) -> frozenset[str]:
     return frozenset((*plan.removed, *removed_samplers(architecture, plan)))
 
 
+def chosen_units(architecture: Architecture, plan: PruningPlan) -> Kept:
+    """The units that stay of each site of which ``plan`` takes some. Raises PlanError where they are not chosen yet."""
+    kept = {}
+    for width in plan.widths:
+        site = site_named(width.site, architecture.sites)
+        if width.of != site.count:
+            raise PlanError(
+                f"asked for {width.short}, and this model has {site.count} units of it; read the plan again as text"
+            )
+        if not width.chosen:
+            raise PlanError(
+                f"asked for {width.short}, which says how many units stay and not which; choose them by weights or "
+                f"scores (prune does), or name them: {width.short}@0-{width.count - 1}"
+            )
+        kept[site] = width.kept
+    return kept
+
+
 def native_layout(architecture: Architecture, plan: PruningPlan) -> Layout:
     """The plain config of the network that ``plan`` leaves, and where the original's modules are in it.
 
     Raises NonNativePlanError with the first reason why no plain diffusers config describes it, PlanError when the plan
     belongs to another architecture.
     """
+    if plan.widths:
+        raise NonNativePlanError(
+            f"{plan.widths[0].short} makes a layer inside of a block narrower, which no plain diffusers config "
+            "describes; ask for --form own, or padded to try it"
+        )
     return architecture.family.layout(architecture.outline, units_gone(architecture, plan))
 
 

@@ -71,13 +71,24 @@ STABILITY_COLUMNS = ("part", "of", "samples", "top", "overlap", "overlap_low", "
 
 # Search and plans ---------------------------------------------------------------------------------------------------
 
+WIDTH_SCORE_COLUMNS = ("site", "block", "kind", "unit", "channels", "impact", "criterion", "samples", "model")
 SEARCHED_COLUMNS = ("plan_id", "origin", "name", "budget")
 SEARCHES_COLUMNS = (
     *("budget", "solver", "plans", "sets_measured", "seconds"),
     *("pairs", "r2", "rank_correlation", "additive_r2", "additive_rank_correlation"),
 )
 PLANS_COLUMNS = (
-    *("plan", "plan_id", "origin", "budgets", "removed", "blocks_removed", "params", "params_change"),
+    *(
+        "plan",
+        "plan_id",
+        "origin",
+        "budgets",
+        "removed",
+        "widths",
+        "blocks_removed",
+        "params",
+        "params_change",
+    ),
     *("macs", "macs_change", "paper_macs", "paper_macs_change", "latency_ms", "latency_change"),
     *("predicted_impact", "native", "form"),
 )
@@ -269,6 +280,16 @@ IMPORTANCE = Records(
         _ANY_NUMBER: "psnr",
     },
     optional=("psnr",),
+)
+WIDTH_SCORES = Records(
+    WIDTH_SCORE_COLUMNS,
+    {
+        _TEXT: "site block kind criterion",
+        _TEXT_OR_NONE: "model",
+        _COUNT: "unit channels samples",
+        _NUMBER: "impact",
+    },
+    key=("site", "unit"),
 )
 PARTS = Records(
     PARTS_COLUMNS,

@@ -38,6 +38,7 @@ DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
     "block costs": ("name", "kind", "params", "macs", "median_ms", "share", "paper_macs", "attention_macs"),
     "pipeline": ("part", "calls", "params", "macs", "median_ms", "share"),
     "scores": ("group", "impact", "low", "high", "samples", "criterion"),
+    "width scores": ("site", "unit", "impact", "channels", "criterion", "samples"),
     "parts": ("group", "part", "of", "impact", "samples"),
     "agreement": (
         *("criterion", "leader_spearman", "impact_spearman", "outcome_spearman", "forwards"),
@@ -75,7 +76,7 @@ DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
     "picture changes": ("prompt", "plan", "weights", "difference", "seed"),
     "pictures": ("plan", "weights", "pictures", "clip", "clip_low"),
     "grid": ("plan", "weights", "prompt", "seed"),
-    "quality": ("model", "pictures", "loss", "clip", "clip_low"),
+    "quality": ("model", "pictures", "loss", "clip", "clip_low", "not_measured"),
     "ranking": ("rank", "plan", "form", "macs", "loss_after", "reason", "params", "clip_after"),
     "steps": ("step", "state", "does", "estimate_seconds"),
     "doctor": ("step", "of", "state", "why"),

@@ -14,12 +14,13 @@ from typer.testing import CliRunner
 
 from prune_lab.blocks import architecture_of
 from prune_lab.cli import app
-from prune_lab.config import DataConfig, RunConfig, to_toml
+from prune_lab.config import DataConfig, RunConfig, SearchConfig, to_toml
 from prune_lab.errors import BackendError, DataError, ModelNotFoundError, UnsupportedModelError
 from prune_lab.export import CONVERSIONS, Student, export_single_file
 from prune_lab.export.edge.parts import drawing_of
 from prune_lab.families import FAMILIES
 from prune_lab.families.adapter_names import has_additions
+from prune_lab.forms import layout_of
 from prune_lab.models import load_pipeline, resolve_model
 from prune_lab.plans import parse_plan
 from prune_lab.probes.latents import check_side, picture_side
@@ -64,9 +65,10 @@ def test_a_size_that_is_not_drawn_is_refused_from_the_files_alone(
 
 
 def test_a_run_that_cannot_draw_its_size_is_not_estimated(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
-    line = mistake(
-        "run", tiny_pipeline_folder, "--dry-run", "--set", "search.budgets=[]", "--set", "data.resolution=7"
-    )
+    model, data = str(tiny_pipeline_folder), DataConfig(resolution=7)
+    settings = RunConfig(model=model, data=data, search=SearchConfig(budgets=()))
+    (tmp_path / "job.toml").write_text(to_toml(settings))
+    line = mistake("run", "--config", tmp_path / "job.toml", "--dry-run")
     assert "7 pixels per side" in line
     assert "multiples of" in line
 
@@ -117,16 +119,20 @@ def test_what_is_known_of_unets_alone_sends_nobody_round(name: str, tmp_path: Pa
     config = tiny_config(name)
     architecture = architecture_of(config)
     block = next(block for block in architecture.blocks if block.removable)
-    student = Student(architecture, parse_plan(f"-{block.name}", architecture).built("own"))
+    plan = parse_plan(f"-{block.name}", architecture).built("own")
+    student = Student(architecture, plan)
     said = []
     for convert in CONVERSIONS.values():
         with pytest.raises(UnsupportedModelError) as refused:
             convert(student, tmp_path / "given.safetensors", tmp_path / "out")
         said.append(str(refused.value))
-    source: Any = SimpleNamespace(config=config, text="mine", has_weights=True)
-    with pytest.raises(UnsupportedModelError) as refused:
-        export_single_file(source, tmp_path / "out.safetensors")
-    for line in (*said, str(refused.value)):
+    exported = []
+    for one in (config, layout_of(architecture, plan).config):
+        source: Any = SimpleNamespace(config=one, text="mine", has_weights=True)
+        with pytest.raises(UnsupportedModelError) as refused:
+            export_single_file(source, tmp_path / "out.safetensors")
+        exported.append(str(refused.value))
+    for line in (*said, *exported):
         assert "this is known of a UNet2DConditionModel alone" in line
         assert "work with its diffusers folder" not in line
     assert all("train another one on the student" in line for line in said)

@@ -22,6 +22,7 @@ import prune_lab
 from prune_lab.distill.cache import read_cache_file
 from prune_lab.distill.data import LatentData
 from prune_lab.errors import DataError, PruneLabError, StorageError
+from prune_lab.families.own_code import NEWEST
 from prune_lab.probes.probe import load_probe
 from prune_lab.runtime import open_regular, parse_json, path_text, read_bytes, read_json, read_text
 from prune_lab.runtime.reading import DEEPEST
@@ -253,6 +254,7 @@ EXCEPTIONS = {
     "runtime/devices.py": _PACKAGED,
     "runtime/holders.py": "its own temporary file, and what the kernel says of a process",
     "runtime/reading.py": "the bounded reader itself",
+    f"families/own_code/{NEWEST}.py": "travels alone; parses the text that it has just made",
 }
 
 

@@ -512,11 +512,12 @@ def test_an_option_that_a_verb_had_once_is_met_with_what_to_write(
 # Tables ------------------------------------------------------------------------------------------------------------
 
 COLUMNS_OF = {
-    "blocks": schemas.BLOCK_COLUMNS,
+    "blocks": (*schemas.BLOCK_COLUMNS, "widths"),
     "reductions": (*schemas.REDUCTION_COLUMNS, "form", *schemas.REDUCTION_LATENCY_COLUMNS),
     "block costs": schemas.BLOCK_PROFILE_COLUMNS,
     "pipeline": schemas.PIPELINE_COLUMNS,
     "scores": schemas.IMPORTANCE_COLUMNS,
+    "width scores": schemas.WIDTH_SCORE_COLUMNS,
     "plans": schemas.PLANS_COLUMNS,
     "comparison": schemas.COMPARISON_COLUMNS,
     "plans compared": schemas.COMPARISON_COLUMNS,

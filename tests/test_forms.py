@@ -223,7 +223,7 @@ def test_what_has_no_neutral_form() -> None:
     assert not why_not(scaled, parse_plan("-Dn1.R1", scaled).built("neutral"))
     assert exists_in(scaled, parse_plan("-Md.R1", scaled), "own")
     with pytest.raises(ConfigError, match="native, neutral, own"):
-        form_named("padded")
+        form_named("plaster")
 
 
 def test_a_layer_that_stays_silent_is_silent_about_boxes_too() -> None:
@@ -257,7 +257,7 @@ def test_a_plan_says_its_form() -> None:
     del written["form"]  # as plans were written before there were forms
     assert plan_from_json(written, architecture).form == "native"
     with pytest.raises(PlanError, match="native, neutral, own"):
-        plan_from_json({**written, "form": "padded"}, architecture)
+        plan_from_json({**written, "form": "plaster"}, architecture)
 
 
 # Costs ----------------------------------------------------------------------------------------------------------------
@@ -292,7 +292,16 @@ def test_costs_are_those_of_the_model_that_is_built(shape: str, forms: list[Form
 
 
 @pytest.mark.parametrize(
-    "name", [*others_long(TINY_TRANSFORMERS), "DiTTransformer2DModel", "MochiTransformer3DModel"]
+    "name",
+    [
+        "DiTTransformer2DModel",
+        "MochiTransformer3DModel",
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in TINY_TRANSFORMERS
+            if name[:5] not in ("DiTTr", "Mochi")
+        ),
+    ],
 )
 def test_costs_of_transformers_with_code_are_those_that_are_built(name: str) -> None:
     """Also where a block keeps what others read (DiT's first), and where nothing is left to read something (Mochi)."""

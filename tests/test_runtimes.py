@@ -11,17 +11,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import TINY_UNET
 from safetensors.numpy import save_file
 from test_edge import needs
+from tiny_models import tiny_config
+from torch import Tensor, nn
 
 from prune_lab.api.making import read_backends
 from prune_lab.blocks import architecture_of
 from prune_lab.errors import BackendError
+from prune_lab.forms import why_not
 from prune_lab.models import resolve_model
 from prune_lab.plans import parse_plan
 from prune_lab.profiling import (
+    TEACHER,
     Service,
+    Turns,
     measure_latency_table,
     part_disagreements,
     plan_disagreements,
@@ -30,8 +36,10 @@ from prune_lab.profiling import (
     runtime_table,
     services_of,
 )
+from prune_lab.profiling.own_process import Usage
 from prune_lab.profiling.runtime_process import check_runtime
-from prune_lab.runtimes import RUNTIMES, serving
+from prune_lab.runtimes import RUNTIMES, Part, serving
+from prune_lab.runtimes.exported import exported
 from prune_lab.schemas import RUNTIME_COLUMNS
 
 # Asked for ---------------------------------------------------------------------------------------------------------
@@ -150,23 +158,81 @@ def test_a_process_says_in_one_line_what_the_runtime_refuses(tmp_path: Path) -> 
     assert answers(tmp_path, "-1", keep=True, turns=1) == [{"error": "RuntimeError: no such"}]
 
 
+# Graphs ------------------------------------------------------------------------------------------------------------
+
+
+class _Squeezing(nn.Module):
+    """Takes out the dimension of the tokens where there is one alone, as PixArt does: with more, nothing."""
+
+    def forward(self, *given: Tensor) -> Tensor:
+        tokens = given[0].flatten(2).transpose(1, 2)
+        return tokens.squeeze(1) * 2
+
+
+class _Computing(nn.Module):
+    """Computes with its size in Python, as tables of positions do where a picture is not of the usual one."""
+
+    def forward(self, *given: Tensor) -> Tensor:
+        [sample] = given
+        if sample.shape[-2] // 2 != 4:
+            sample = sample * sample.shape[-2]
+        return sample * 2
+
+
+@pytest.mark.parametrize(("module", "varies"), [(_Squeezing(), True), (_Computing(), False)])
+def test_a_graph_answers_at_the_sizes_that_it_is_said_to_take(module: nn.Module, varies: bool) -> None:
+    def examples(batch: int, side: int | None) -> dict[str, Tensor]:
+        shape = (batch, 2, side or 8, side or 8)
+        return {"sample": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
+
+    sizes = {0: "batch", 2: "height", 3: "width"}
+    part = Part("model", module, ("sample",), ("prediction",), examples, {"sample": sizes})
+    program, written = exported(part)
+    assert written.varies_in_size == varies
+    assert not program.graph.find_nodes(op="call_function", target=torch.ops.aten.squeeze.dim)
+    inputs = written.elsewhere()
+    assert inputs["sample"].shape == (3, 2, *((16, 8) if varies else (8, 8)))
+    assert torch.equal(program.module()(inputs["sample"]), written.answers(inputs)[0])
+
+
 # Timed -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_that_cannot_be_built_has_a_row_without_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    architecture = architecture_of(TINY_UNET, tokens=5)
+    built, other = parse_plan("bk-small", architecture), parse_plan("-Dn1.R1", architecture)
+    assert why_not(architecture, other)
+    turns = Turns((TEACHER, built.id), ((10.0, 5.0),) * 6, 0, "own processes")
+    usage = Usage([8.0, 9.0], 2**20)
+
+    def times(*given: Any, **more: Any) -> Turns:
+        more["usage"].update({TEACHER: usage, built.id: usage})
+        return turns
+
+    monkeypatch.setattr("prune_lab.profiling.runtime_tables.time_plans", times)
+    frame = runtime_table(architecture, [built, other], [Service(latent=8, tokens=5)])
+    assert list(frame["plan"]) == [TEACHER, built.label, other.label]
+    assert list(frame["median_ms"].isna()) == [False, False, True]
+    assert list(frame["cpu_ms"].fillna(-1)) == [8.5, 8.5, -1]
+    assert frame["latency_change"].iloc[1] == pytest.approx(-0.5)
+    assert (frame["macs_change"].iloc[1:] < 0).all()
+    assert not any(other.label in line for line in plan_disagreements(frame))
 
 
 @pytest.mark.long
 def test_one_table_holds_teacher_and_students_in_every_runtime() -> None:
     needs("onnx")
     needs("openvino")
-    architecture = architecture_of(TINY_UNET, tokens=5)
-    plan = parse_plan("bk-small", architecture)
+    architecture = architecture_of(tiny_config("PixArtTransformer2DModel"), tokens=5)
+    plan = parse_plan("-B2", architecture)
     backends = ("eager", "compiled", "onnx", "openvino")
     services = services_of(Service(latent=8, tokens=5), backends)
     frame = runtime_table(architecture, [plan], services, model="tiny", rounds=6, warmup=1)
     assert list(frame.columns) == list(RUNTIME_COLUMNS)
     assert list(zip(frame["backend"], frame["plan"], strict=True)) == [
-        (backend, name) for backend in backends for name in ("teacher", plan.label)
+        (backend, name) for backend in backends for name in (TEACHER, plan.label)
     ]
-    students = frame[frame["plan"] != "teacher"]
+    students = frame[frame["plan"] != TEACHER]
     assert (frame["median_ms"] > 0).all()
     assert (frame["cpu_ms"] > 0).all()
     assert students["latency_low"].notna().all()
@@ -175,22 +241,35 @@ def test_one_table_holds_teacher_and_students_in_every_runtime() -> None:
     assert peaks["onnx"] < peaks["eager"]  # torch is not in its process
 
 
-@pytest.mark.long
-def test_a_latency_table_is_calibrated_in_the_runtime_that_is_asked_for() -> None:
-    needs("openvino")
+def test_a_latency_table_is_calibrated_in_the_runtime_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Shares of the parts come from torch, the time of the whole and the scale from the runtime."""
     architecture = architecture_of(TINY_UNET, tokens=5)
-    model = random_model(architecture.config)
     first, second = (parse_plan(name, architecture) for name in ("bk-base", "bk-small"))
+    asked: list[Service] = []
+
+    def times(_: Any, plans: Any, service: Service, **more: Any) -> Turns:
+        asked.append(service)
+        assert plans == {first.id: first, second.id: second}
+        return Turns((TEACHER, first.id, second.id), ((40.0, 30.0, 20.0),) * 6, 0, "own processes")
+
+    monkeypatch.setattr("prune_lab.profiling.latency_parts.time_plans", times)
     table = measure_latency_table(
-        model,
+        random_model(architecture.config),
         calibrate=[first],
         held_out=[second],
-        rounds=8,
+        rounds=6,
         warmup=1,
         latent=8,
         tokens=5,
         backend="openvino",
     )
+    assert [(one.backend, one.latent, one.tokens, one.dtype) for one in asked] == [
+        ("openvino", 8, 5, "float32")
+    ]
     assert table.backend == "openvino"
-    assert table.predict(first) == pytest.approx(table.checks[0].measured_ms)
+    assert table.whole.median_ms == 40
+    assert table.predict(first) == pytest.approx(30)
+    assert [check.measured_ms for check in table.checks] == pytest.approx([30, 20])
     assert table.median_error_percent is not None

@@ -265,3 +265,24 @@ def test_it_is_a_model_where_things_are_compared() -> None:
     found = pl.compare("transformer", "-B9").frame()
     assert list(found["kind"]) == ["model", "plan"]
     assert found["params"].is_monotonic_decreasing
+
+
+def test_a_loaded_student_draws_from_a_prompt_alone() -> None:
+    """Its pipeline expects longer texts and larger pictures: plain diffusers raises where it is not told."""
+    pipeline = pl.load_student("transformer")
+    pipeline.set_progress_bar_config(disable=True)
+    asked = {"num_inference_steps": 1, "output_type": "pt", "guidance_scale": 1.0}
+
+    def drawn(*said: object, **more: object) -> torch.Tensor:
+        noise = torch.Generator().manual_seed(3)
+        found: torch.Tensor = pipeline(*said, **asked, **more, generator=noise).images
+        return found
+
+    by_itself = drawn("fluent emoji, fox")
+    whole = drawn("fluent emoji, fox", max_sequence_length=24, use_resolution_binning=False)
+    assert by_itself.shape == (1, 3, 64, 64)
+    assert torch.equal(by_itself, whole)
+    with pytest.raises(ValueError, match="max_position_embeddings"):  # what a call says counts
+        drawn("fluent emoji, fox", max_sequence_length=120)
+    assert isinstance(pipeline, PixArtAlphaPipeline)
+    assert type(pipeline).__name__ == "PixArtAlphaPipeline"

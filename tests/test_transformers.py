@@ -405,12 +405,17 @@ def test_of_a_film_as_many_frames_are_counted_as_are_asked_for() -> None:
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("WanTransformer3DModel", {"in_channels": 8, "out_channels": 4}),
         ("CogVideoXTransformer3DModel", {"in_channels": 8, "out_channels": 4}),
         ("FluxTransformer2DModel", {"in_channels": 32, "out_channels": 16}),
-        ("FluxTransformer2DModel", {"patch_size": 2}),
-        ("QwenImageTransformer2DModel", {"out_channels": 2}),
-        ("ChromaTransformer2DModel", {"patch_size": 4}),
+        *(
+            pytest.param(name, settings, marks=pytest.mark.long)
+            for name, settings in (
+                ("WanTransformer3DModel", {"in_channels": 8, "out_channels": 4}),
+                ("FluxTransformer2DModel", {"patch_size": 2}),
+                ("QwenImageTransformer2DModel", {"out_channels": 2}),
+                ("ChromaTransformer2DModel", {"patch_size": 4}),
+            )
+        ),
     ],
 )
 def test_a_model_that_goes_on_from_a_picture_is_counted_and_pruned_and_refuses_to_be_scored(

@@ -27,9 +27,17 @@ import prune_lab
 from prune_lab.blocks import Architecture, architecture_of, blocks_frame
 from prune_lab.counting import ANALYTIC_EXTRAS, count_macs
 from prune_lab.errors import NonNativePlanError, PlanError, UnsupportedModelError
-from prune_lab.families import FAMILIES, check_forward, example_inputs, family_of, meta_model, plain_config
+from prune_lab.families import (
+    FAMILIES,
+    Form,
+    check_forward,
+    example_inputs,
+    family_of,
+    meta_model,
+    plain_config,
+)
 from prune_lab.families.controlnet import cut_controlnet
-from prune_lab.forms import FORM_NAMES, layout_of, why_not
+from prune_lab.forms import layout_of, why_not
 from prune_lab.plans import (
     PruningPlan,
     is_native,
@@ -290,6 +298,9 @@ def test_heads_that_diffusers_does_not_turn_round() -> None:
     assert is_native(architecture, parse_plan("-Dn3 -Up1", architecture))
 
 
+PLAIN_FORMS: tuple[Form, ...] = ("native", "neutral")
+
+
 @pytest.mark.parametrize("kind", ["simple", "attention_only", "unet2d"])
 def test_stages_further_in_leave_in_both_plain_forms(kind: str) -> None:
     """Whole stages from the middle on, alone and with other blocks: built, or refused with the reason."""
@@ -304,7 +315,7 @@ def test_stages_further_in_leave_in_both_plain_forms(kind: str) -> None:
             removable = [block for block in architecture.blocks if block.removable]
             gone = frozenset(block.name for block in removable if block.stage in inner)
             others = [block.name for block in removable if block.name not in gone]
-            for more, form in itertools.product(([], chance.sample(others, 1)), FORM_NAMES[:2]):
+            for more, form in itertools.product(([], chance.sample(others, 1)), PLAIN_FORMS):
                 plan = plan_of(architecture, gone.union(more)).built(form)
                 if why_not(architecture, plan):
                     continue

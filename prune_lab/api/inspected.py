@@ -16,6 +16,7 @@ from prune_lab.profiling import check_frames, cost_table, latent_of_pixels, size
 from prune_lab.report import block_map_frame, draw_block_map
 from prune_lab.runtime import progress_shown
 from prune_lab.tables import Table
+from prune_lab.width import widths_text
 
 
 class Inspected(Workplace):
@@ -35,12 +36,14 @@ class Inspected(Workplace):
         """The blocks of the model: kind, channels, parameters, multiply-adds, and whether each can be removed.
 
         The multiply-adds are those of one picture of ``resolution`` pixels, ``tokens`` words of text, ``frames`` of the
-        latent of a film (None: the model's own).
+        latent of a film (None: the model's own). ``widths`` says which parts of its inside a plan can take, and how
+        many there are: ``hidden=16`` of Dn1.R1 is cut by ``~Dn1.R1.hidden=12/16``.
         """
         source = self.source
         check_numbers(resolution=resolution, tokens=tokens, frames=frames)
         check_frames(source, frames)
         frame = blocks_frame(self.architecture)
+        frame["widths"] = [widths_text(self.architecture.sites, name) for name in frame["name"]]
         latent = None if resolution is None else latent_of_pixels(resolution, source)
         if resolution or tokens or frames:
             asked = latent or (None if knows_its_size(source.config) else UNKNOWN_LATENT)

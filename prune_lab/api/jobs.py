@@ -10,13 +10,14 @@ from prune_lab.api.model import Model
 from prune_lab.api.results import RunResults, open_run
 from prune_lab.api.settings import budgets_asked, job_settings, settings_by_name, settings_of
 from prune_lab.config import with_settings
+from prune_lab.families.drawing import needed_by, told
 from prune_lab.models import load_model, load_pipeline, resolve_model
 from prune_lab.runs import open_run as run_in
 from prune_lab.runtime import pick_device, pick_dtype, progress_shown
 from prune_lab.tables import Table
 from prune_lab.workflow import (
+    compared_with,
     comparison,
-    kind_of_target,
     run_all,
 )
 
@@ -81,8 +82,9 @@ def compare(*targets: str | Path, model: str | Path | None = None) -> Table:
     """Plans, candidate folders, models and run folders side by side: costs, changes, and quality where it was measured.
 
     A run folder and then plans: the plans for the run's model, with their impact on its probe and a map of each. Else
-    plans are for ``model``, and changes relative to it: by default the target before them where that is a model, else
-    the shipped one. Raises PlanError for a target that is nothing of these.
+    plans are for ``model``, and changes relative to it: by default the first target where that is a model, the teacher
+    of the student or run that stands first, else the shipped U-Net. Raises PlanError for a target that is nothing of
+    these.
     """
     first, *plans = map(str, targets)
     folder = run_in(Path(first), must_exist=False)
@@ -90,17 +92,22 @@ def compare(*targets: str | Path, model: str | Path | None = None) -> Table:
         return open_run(first).compare(*plans)
     rows = [first, *plans]
     if model is None:
-        kinds = list(map(kind_of_target, rows))
-        model, rows = (first, plans) if kinds[0] == "model" and "plan" in kinds else ("reference", rows)
+        model, left = compared_with(rows)
+        rows = list(left)
     frame = comparison(str(model), rows)
     return Table("comparison", frame, f"Compared with {model}")
 
 
 def load_student(folder: str | Path, *, device: str = "auto", dtype: str = "float32") -> Any:
-    """The pipeline, or the model alone, in ``folder``: plain diffusers, in eval mode, ready to draw.
+    """The pipeline, or the model alone, in ``folder``: of plain diffusers, in eval mode, ready to draw.
 
-    Raises ModelNotFoundError where there is no model, UnsupportedModelError where there are no weights.
+    Its call is told the length of texts and the size of pictures that its model is meant for, where the class of the
+    pipeline expects others. Raises ModelNotFoundError where there is no model, UnsupportedModelError where there are no
+    weights.
     """
     source = resolve_model(str(folder))
     place: dict[str, Any] = {"device": pick_device(device), "dtype": pick_dtype(dtype)}
-    return load_pipeline(source, **place) if source.is_pipeline else load_model(source, **place)
+    if not source.is_pipeline:
+        return load_model(source, **place)
+    pipeline = load_pipeline(source, **place)
+    return told(pipeline, needed_by(type(pipeline), source.config.get("sample_size"), source.tokens))

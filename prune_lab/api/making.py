@@ -37,8 +37,11 @@ from prune_lab.profiling import (
     size_text,
 )
 from prune_lab.report import Column, Theme, draw_comparison, draw_costs
-from prune_lab.runtime import pick_device, pick_dtype
+from prune_lab.runtime import duration_text, note, pick_device, pick_dtype
+from prune_lab.surgery import chosen_from_files, with_first_units
 from prune_lab.tables import Pictures, Table
+from prune_lab.workflow import macs_per_second
+from prune_lab.workflow.sizing import SMALL_MACS
 
 
 def place_of(settings: RunConfig) -> dict[str, Any]:
@@ -56,12 +59,41 @@ def plans_of(architecture: Architecture, plans: Sequence[str | Plan]) -> list[Pr
     return found
 
 
-def _as_pruned(architecture: Architecture, plan: PruningPlan) -> PruningPlan:
+def with_units(source: ModelSource, plan: PruningPlan) -> PruningPlan:
+    """``plan`` whose widths all say which units stay; where that was open those with the largest weights, or the first
+    ones of a model that has no weights, where none is better.
+    """
+    if source.has_weights:
+        return chosen_from_files(plan, source.config, source.weight_paths)
+    return with_first_units(plan)
+
+
+def _as_pruned(source: ModelSource, plan: PruningPlan) -> PruningPlan:
     """``plan`` in the form that ``prune`` builds; as it is where there is none, which has costs and no time."""
     try:
-        return in_form(architecture, plan)
+        return in_form(source.architecture, with_units(source, plan))
     except FormError:
         return plan
+
+
+_WARMUP = 3  # passes of each model before the rounds
+_LONG = 60.0  # seconds of timing that are worth a line before
+
+
+def _note_long_timing(
+    source: ModelSource, place: dict[str, Any], sizes: dict[str, Any], calls: int, size: str
+) -> None:
+    """A line before ``calls`` passes that take long, and how they take less."""
+    macs = cost_table(source.architecture, **sizes).total.macs
+    if macs < SMALL_MACS:
+        return
+    seconds = calls * macs / macs_per_second(source.architecture, **place)
+    if seconds > _LONG:
+        smaller = f"--rounds, --resolution{' or --frames' if 'latent frame' in size else ''}"
+        note(
+            f"timing takes about {duration_text(seconds)}: {calls} passes of {macs / 1e9:.4g} G multiply-adds or less "
+            f"at {size}; smaller {smaller} take less, --no-latency times nothing"
+        )
 
 
 def profile_table(
@@ -84,13 +116,16 @@ def profile_table(
     architecture = source.architecture
     timed = source.has_weights if latency is None else latency
     latent, pixels = picture_size(source, resolution)
-    plans = [_as_pruned(architecture, plan) for plan in plans]
+    plans = [_as_pruned(source, plan) for plan in plans]
     check_frames(source, frames)
     sizes: dict[str, Any] = {"batch": batch, "latent": latent, "tokens": tokens or source.tokens}
     sizes["frames"] = frames
     title = f"Profile of {source.text} at {size_text(source, latent, tokens, frames)}"
     draw: Callable[[Theme], Figure] | None = None
     notes: tuple[str, ...] = ()
+    if timed and kind in ("reductions", "block costs"):
+        calls = (rounds + _WARMUP) * (1 + len(plans))
+        _note_long_timing(source, place, sizes, calls, size_text(source, latent, tokens, frames))
     if kind == "pipeline":
         pipeline = load_pipeline(source, **place)
         frame = profile_pipeline(pipeline, steps=steps, runs=rounds, **{**sizes, "tokens": tokens})

@@ -17,10 +17,12 @@ from prune_lab.api.making import (
     place_of,
     plans_of,
     pruned_table,
+    with_units,
 )
 from prune_lab.api.plans import Plan, Plans, plan_maps
 from prune_lab.api.settings import budgets_asked, model_title, settings_by_name
 from prune_lab.config import (
+    PLAN_FILES,
     RunConfig,
     SearchConfig,
     check_numbers,
@@ -50,6 +52,7 @@ from prune_lab.workflow import (
     ensure_plans,
     ensure_ranking,
     ensure_scores,
+    ensure_width_scores,
     forget,
     goes_by,
     plan_named,
@@ -60,6 +63,7 @@ from prune_lab.workflow import (
     scores_frame,
     student_folders,
     use_scores,
+    width_frame,
 )
 
 
@@ -87,6 +91,20 @@ class Model(Inspected):
             ensure_scores(session)
             frame, title = scores_frame(session), f"Importance, {model_title(self.settings)}"
         return Table("scores", frame, title, self.results.scores.draw)
+
+    def score_widths(self, criterion: str = "", *, force: bool = False, **settings: object) -> Table:
+        """The impact of each part of the blocks that can leave alone: a group of a norm, a head, channels in eights.
+
+        ``criterion`` is gate-fisher, gate-gradient, taylor, magnitude or random (empty: that of the settings). By
+        gate-fisher an impact is that of ``score``, if the prediction were linear in the part. Settings are as for
+        ``score``. Raises PlanError for a model of which no width is known, and as ``score`` does.
+        """
+        named = {"search.widths": criterion} if criterion else {}
+        asked = settings_by_name("score", settings) | named
+        with self._opened("score", asked, redo="scores" if force else "") as session:
+            ensure_width_scores(session)
+            frame, title = width_frame(session), f"Importance inside blocks, {model_title(self.settings)}"
+        return Table("width scores", frame, title)
 
     def agreement(self, out: str | Path | None = None, *, force: bool = False, **settings: object) -> Table:
         """How all criteria agree on this model, and with what was measured, a row per criterion; conclusions as notes.
@@ -162,8 +180,9 @@ class Model(Inspected):
     ) -> Table:
         """Write the model without the blocks of ``plan`` to the folder ``out``, which plain diffusers loads.
 
-        ``form`` is native, neutral or own (``prune_lab.forms``); None: native where a plain config describes what is
-        left, else with code of its own, which diffusers has to be told to trust.
+        ``form`` is native, neutral, own or padded (``prune_lab.forms``); None: native where a plain config describes
+        what is left, else with code of its own, which diffusers has to be told to trust. Where a width of the plan says
+        how many units stay and not which, those with the largest weights do.
 
         A process of its own loads it and compares it with the model without these blocks before the folder gets its
         name. ``dtype`` converts the weights, ``variant`` names their files (``fp16``). Raises FormError with the reason
@@ -174,6 +193,7 @@ class Model(Inspected):
         if not dry_run:
             get_ready_to_prove()  # it imports meanwhile
         named = plan if isinstance(plan, Plan) else self.plan(plan)
+        named = dataclasses.replace(named, plan=with_units(self.source, named.plan))
         asked = None if form is None else form_named(form)
         # says what is in the way, also with dry_run
         chosen = dataclasses.replace(named, plan=in_form(self.architecture, named.plan, asked))
@@ -216,6 +236,7 @@ class Model(Inspected):
                 f"{self.source.kind}); pictures and captions are encoded with a VAE and a text encoder: give a "
                 "pipeline folder or a hub id"
             )
+        plans = tuple(self._with_units(plan) for plan in plans)
         wanted = with_settings(self.settings, settings_by_name("distill", settings))
         sources = self._read_by(wanted)
         if out and len(plans) == 1:
@@ -257,6 +278,14 @@ class Model(Inspected):
             self.results.losses.draw if len(frame) else None,
             notes=tuple(f"student: {path}" for path in written),
         )
+
+    def _with_units(self, plan: str | Plan) -> str | Plan:
+        """``plan``, in writing where it was so, which says which units of its widths stay."""
+        if isinstance(plan, Plan):
+            return dataclasses.replace(plan, plan=with_units(self.source, plan.plan))
+        if "~" not in plan or plan.endswith(PLAN_FILES):
+            return plan
+        return with_units(self.source, self.plan(plan).plan).text
 
     def _in_run(self, session: Session, plan: str | Plan) -> PruningPlan:
         """``plan`` among those of the run, where it is written down if it is none of them yet and can be built."""
@@ -328,15 +357,19 @@ class Model(Inspected):
             how = dataclasses.replace(how, model=base or shipped_like(self.source))
         return self.judged_in(with_settings(how, asked))
 
-    def judged_in(self, settings: RunConfig) -> Table:
-        """What ``evaluate`` finds with these ``settings``, whose model is the pipeline in which a model alone draws."""
+    def judged_in(self, settings: RunConfig, told: set[str] | None = None) -> Table:
+        """What ``evaluate`` finds with these ``settings``, whose model is the pipeline in which a model alone draws.
+
+        ``told`` are lines on the data that need not be shown again; those that are shown are added.
+        """
         with Model(settings)._opened("evaluate", {}) as session:
             check_same_class(self.source, session.source)
             # the device first: loading is what can fail
             model = (
                 session.model if self.source.is_pipeline else load_model(self.source, device=session.device)
             )
-            row = {"model": self.source.text, "pictures": len(session.prompts), **quality(session, model)}
+            found = quality(session, model, told)
+            row = {"model": self.source.text, "pictures": len(session.prompts), **found}
         return Table("quality", pd.DataFrame([row]), "Quality")
 
     # Other programs

@@ -79,7 +79,7 @@ class Plan:
     def costs(self) -> Table:
         """Parameters and multiply-adds of the model and of what the plan leaves; needs no weights."""
         named = self.plan.named(self.label)
-        frame = reduction_table(self.architecture, [named] if self.removed else [], model="")
+        frame = reduction_table(self.architecture, [named] if self.plan.changes else [], model="")
         return Table("reductions", frame, f"Costs of {self.label}", self.plot().draw)
 
     def plot(self) -> Plot:

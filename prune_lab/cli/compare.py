@@ -22,7 +22,8 @@ def compare(
         str,
         typer.Option(
             "--model",
-            help="What plans apply to and changes refer to; default: a model before the plans, else reference.",
+            help="What plans apply to and changes refer to; default: the first target where that is a model, or the "
+            "teacher of the student or run that stands first; else reference.",
         ),
     ] = "",
     as_json: options.JsonOption = False,

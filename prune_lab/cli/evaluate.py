@@ -68,6 +68,7 @@ def evaluate(
     from prune_lab.models import shipped_like
 
     rows: list[dict[str, Any]] = []
+    told: set[str] = set()  # the lines on data that were shown of the models before
     asked = {
         "evaluate.prompts": tuple(prompt),
         "data.source": data,
@@ -86,5 +87,5 @@ def evaluate(
             device=device,
             seed=seed,
         )
-        rows += model.judged_in(settings).records()
+        rows += model.judged_in(settings, told).records()
     emit("quality", rows, as_json=as_json, wide=wide, title="Quality")

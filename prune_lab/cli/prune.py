@@ -17,7 +17,11 @@ from prune_lab.cli.output import show
 def prune(
     model: options.ModelArgument,
     plan: Annotated[
-        str, typer.Option("--plan", help='Plan: bk-small, "bk-base -Md", "-Dn1.R2 -Dn1.A2", plan.json.')
+        str,
+        typer.Option(
+            "--plan",
+            help='Plan: bk-small, "bk-base -Md", "-Dn1.R2 -Dn1.A2", plan.json; ~BLOCK.heads=2/4 keeps 2 of 4 heads.',
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
     revision: options.RevisionOption = "",
@@ -27,8 +31,8 @@ def prune(
         str | None,
         typer.Option(
             "--form",
-            help="native, neutral or own; default: native (a plain config) where there is one, else own (code of its "
-            "own in the folder).",
+            help="native, neutral, own or padded; default: native (a plain config) where there is one, else own (code "
+            "of its own in the folder). padded: narrower blocks as zeros at full width, to try them.",
         ),
     ] = None,
     dtype: options.DtypeOption = None,

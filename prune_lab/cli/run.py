@@ -86,10 +86,9 @@ def run(
     check_effect(settings, open_run(shown, must_exist=False))
     if not dry_run:
         check_free(open_run(shown, must_exist=False))
-    if config is None or dry_run:
-        lines, expected = _estimated(settings, only_shown=dry_run)
-        for line in lines:
-            typer.echo(line, err=True)
+    lines, expected = _estimated(settings, only_shown=dry_run)
+    for line in lines if config is None or dry_run else lines[-1:]:  # a TOML has its settings in it
+        typer.echo(line, err=True)
     if dry_run:
         from prune_lab.models import configured_model
         from prune_lab.workflow import steps_frame, why_left_out
@@ -116,22 +115,25 @@ def run(
 def _estimated(settings: RunConfig, *, only_shown: bool) -> tuple[list[str], RunEstimate]:
     """What differs from the defaults, a line each, and what the run is expected to take."""
     from prune_lab.models import configured_model
+    from prune_lab.profiling import drawn_latent
     from prune_lab.runtime import free_bytes, pick_device, pick_dtype
     from prune_lab.session import origin_of
     from prune_lab.workflow import check_budgets, check_drawing, estimate, macs_per_second
 
     check_budgets(settings)
     source, dtype = configured_model(settings), pick_dtype(settings.dtype)
+    latent = drawn_latent(source, settings.data.resolution)
     try:
         device = pick_device(settings.device)
-        speed, free = macs_per_second(source.architecture, device, dtype), free_bytes(device)
+        speed, free = macs_per_second(source.architecture, device, dtype, latent), free_bytes(device)
     except DeviceError:
         if not only_shown:
             raise
         speed, free = None, sys.maxsize  # a recipe may be looked at where its card is not
     origin = origin_of(settings, source)
     check_drawing(settings, source, origin)
-    found = estimate(settings, source.architecture, origin, dtype=dtype, speed=speed, free=free)
+    how = {"dtype": dtype, "speed": speed, "free": free, "latent": latent}
+    found = estimate(settings, source.architecture, origin, **how)  # type: ignore[arg-type]
     values = setting_values(settings)
     lines = [f"{name} = {toml_literal(values[name])}" for name in changed_settings(RunConfig(), settings)]
     return [*lines, found.line], found

@@ -24,6 +24,15 @@ def score(
         list[str],
         typer.Option(help="blocks, pairs, triplets, stages, inner, or a file of plans; may be repeated."),
     ] = [],  # noqa: B006
+    widths: Annotated[
+        str,
+        typer.Option(
+            "--widths",
+            help="Score parts of blocks instead (norm groups, heads, channels), by gate-fisher, gate-gradient, taylor, "
+            "magnitude or random.",
+            metavar="CRITERION",
+        ),
+    ] = "",
     samples: Annotated[int | None, options.for_setting("probe.samples")] = None,
     data: options.DataOption = None,
     resolution: Annotated[
@@ -72,8 +81,13 @@ def score(
         "data.source": data,
         "data.resolution": resolution,
         "score.stream": stream,
+        "search.widths": widths or None,
     }
     found_by = options.found_by(revision, subfolder, variant, random_weights)
+    if widths and (criterion or groups or compare):
+        raise typer.BadParameter(
+            "--widths scores parts of blocks: leave out --criterion, --groups and --compare"
+        )
     settings = settings_of(model, run, config, assign, {**asked, **found_by}, device=device, seed=seed)
     from prune_lab.api.model import Model
     from prune_lab.models.protection import check_file, sources_of
@@ -85,7 +99,10 @@ def score(
 
     chosen = Model(settings, run)
     check_asked_size(chosen.source, resolution)
-    table = chosen.agreement(out, force=force) if compare else chosen.score(force=force)
+    if widths:
+        table = chosen.score_widths(force=force)
+    else:
+        table = chosen.agreement(out, force=force) if compare else chosen.score(force=force)
     if out and not compare:
         write_frame(out, table.frame())
     show(table, as_json=as_json, wide=wide)

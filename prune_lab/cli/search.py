@@ -22,6 +22,9 @@ def search(
     memory: options.MemoryLimit = "",
     plans: Annotated[int | None, options.for_setting("search.count", "--plans")] = None,
     solver: Annotated[str | None, options.for_setting("search.solver")] = None,
+    axes: Annotated[str | None, options.for_setting("search.axes", "--axes")] = None,
+    widths: Annotated[str | None, options.for_setting("search.widths", "--widths")] = None,
+    round_to: Annotated[int | None, options.for_setting("search.round_to", "--round-to")] = None,
     form: Annotated[str | None, options.for_setting("search.form", "--form")] = None,
     data: options.DataOption = None,
     importance: Annotated[
@@ -43,14 +46,18 @@ def search(
 ) -> None:
     """Find the plans that lose least under each budget; the BK-SDM plans come along as controls.
 
-    --macs, --params, --latency and --memory hold at once. For MODEL the folder of a run may stand: its scores are
-    searched with, and it stays as it is. Rules are settings: --set search.keep=Md --set "search.quotas=Dn1<=2".
+    --macs, --params, --latency and --memory hold at once. --axes depth,width makes blocks narrower, too. For MODEL the
+    folder of a run may stand: its scores are searched with, and it stays as it is. Rules are settings: --set
+    search.keep=Md --set "search.quotas=Dn1<=2".
     """
     model, lender = model_or_run(model, None)
     asked = {
         "search.budgets": budgets_asked(macs, params, latency, memory),
         "search.count": plans,
         "search.form": form,
+        "search.axes": tuple(axis.strip() for axis in axes.split(",")) if axes else None,
+        "search.widths": widths,
+        "search.round_to": round_to,
         "data.source": data,
         "search.solver": solver,
     }

@@ -20,6 +20,7 @@ Value = TypeVar("Value")
 CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("float32", "bfloat16", "float16"),
     "search.form": ("native", "neutral", "own"),
+    "search.widths": ("gate-fisher", "gate-gradient", "taylor", "magnitude", "random"),
     "search.solver": ("exact", "interactions", "greedy", "evolution"),
     "repair.kind": ("none", "shift", "scale-shift", "linear", "refit", "best"),
     "data.crop": ("center", "random"),

@@ -23,6 +23,7 @@ BUDGET_CONTROLS = ("uniform", "random-median", "lowest-one-shot", "similarity") 
 SHIPPED = "shipped"  # data.source of the pictures that come with the package
 NO_SCORER = "none"
 MANY = 10**6  # of what is drawn, tried or measured one by one: more is a slip of the hand
+AXES = ("depth", "width")
 AUTO = "auto"  # what a setting is called whose value follows from the model
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
@@ -102,6 +103,19 @@ class SearchConfig:
         "which removed blocks stay and do nothing; own, any plan, with code of its own in the folder. What is native "
         "is built natively in any case",
     )
+    axes: tuple[str, ...] = setting(
+        ("depth",),
+        "what may leave: depth, whole blocks and layers; width, parts of blocks (groups of a residual block's norm, "
+        "heads of attention, channels of a feed-forward), in a student with code of its own; or both",
+    )
+    widths: str = setting(
+        "gate-fisher", f"how parts of blocks are scored: {in_words(CHOICES['search.widths'])}"
+    )
+    round_to: int = setting(
+        0,
+        "channels of which what stays of a width is a multiple, as devices like 8, 16 or 32; 0: any number",
+        most=1024,
+    )
     keep: tuple[str, ...] = setting((), "blocks and stages that stay")
     remove: tuple[str, ...] = setting((), "blocks and stages that go")
     quotas: tuple[str, ...] = setting((), '"Dn1<=2": at most two blocks of Dn1 go; "Dn1=2": exactly two')
@@ -117,6 +131,8 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         require_ranges(self, "search.")
+        known = bool(self.axes) and set(self.axes) <= set(AXES) and len(set(self.axes)) == len(self.axes)
+        require(known, "search.axes", list(self.axes), f"some of {', '.join(AXES)}, each once")
         some = bool(self.budgets or self.controls)
         require(some, "search.budgets", list(self.budgets), "not empty when search.controls is empty too")
 

@@ -63,7 +63,7 @@ def _train(setup: DistillSetup, runs: Sequence[StudentRun], until: int, micro: i
     share = settings.batch // processes.num_processes
     own = slice(processes.process_index * share, (processes.process_index + 1) * share)
     first = min(run.state.step for run in runs) + 1
-    title = runs[0].name if len(runs) == 1 else f"{len(runs)} students"
+    title = runs[0].label if len(runs) == 1 else f"{len(runs)} students"
     samples = settings.batch * len(runs)
     conditions = known_conditions(setup.teacher)
     for step in track(range(first, until + 1), f"distil {title}", unit="samples", per=samples):

@@ -83,6 +83,7 @@ class Student:
     pairs: tuple[FeaturePair, ...]
     folder: Path
     frozen: tuple[str, ...] = ()
+    label: str = ""  # what the plan is called where people read it; empty: by its id
 
 
 def check_data_fits(student: Any, data: TrainingData) -> None:
@@ -219,6 +220,7 @@ class StudentRun:
     fingerprint: Mapping[str, Any]
     forward: Callable[..., Any]  # the student, or its wrapper for data parallel training
     failure: str = ""
+    label: str = ""  # what the plan is called where people read it
 
     @classmethod
     def of(
@@ -242,7 +244,8 @@ class StudentRun:
         )
         ema = EMAModel(model.parameters(), decay=settings.ema_decay, foreach=True)
         state = TrainingState(model, optimizer, ema, step=0, seconds=0.0, history=[])
-        return cls(state, student.pairs, CandidatePaths(student.folder), fingerprint, model)
+        paths = CandidatePaths(student.folder)
+        return cls(state, student.pairs, paths, fingerprint, model, label=student.label or paths.folder.name)
 
     @property
     def name(self) -> str:

@@ -90,6 +90,7 @@ def student_of(session: Session, candidate: Candidate) -> Student:
         feature_pairs(session.architecture, candidate.plan, points, sensitivities=impacts),
         candidate.folder,
         layout_of(session.architecture, candidate.plan).frozen,
+        candidate.plan.title,
     )
 
 

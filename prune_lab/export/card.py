@@ -125,6 +125,11 @@ def _form(student: Student) -> str:
             "silent. A training that changes these weights brings the blocks back to life; `prune-lab distill` leaves "
             "them alone.\n"
         )
+    if student.plan.form == "padded":
+        return (
+            "A plain model as wide as before: what leaves is there as zeros, so it saves nothing and is for trying. "
+            "Both sides of each narrow point are zero, and stay so when it is trained.\n"
+        )
     return notes_on_form(student.layout.config)
 
 
@@ -210,12 +215,15 @@ def card_text(
         trusted=is_own(config),
     )
     plan, blocks = student.plan, len(student.architecture.blocks)
+    narrower = f", {len(plan.widths)} widths narrower" if plan.widths else ""
+    what = "removes (-) or narrows (~) these blocks" if plan.widths else "removes these blocks"
     parent = parent_name(source)
-    proof = provenance_in(model_folder_in(folder)).get("proof")
+    inner = model_folder_in(folder)
+    beside, proof = ("" if inner == folder else f"{inner.name}/"), provenance_in(inner).get("proof")
     parts = {
-        f"{parent} without {len(plan.removed)} of {blocks} blocks": (
+        f"{parent} without {len(plan.removed)} of {blocks} blocks{narrower}": (
             f"Parent: {f'[{parent}](https://huggingface.co/{parent})' if is_on_hub(source) else parent}. Plan "
-            f"{plan.label} removes these blocks of its {_called(student)}:\n\n    {plan.text or 'none'}\n\n"
+            f"{plan.label} {what} of its {_called(student)}:\n\n    {plan.text or 'none'}\n\n"
             f"![Blocks of the parent in order of execution; outlines are those that were removed]({MAP})\n"
         ),
         "Use": f"```python\n{code}```\n",
@@ -226,8 +234,8 @@ def card_text(
         "What fits": _fits(student),
         "Licence": _licence(source, inherited),
         "Limits": _limits(training)
-        + f"\nMade by prune-lab {__version__} after BK-SDM (arXiv:2305.15798). The plan is in `plan.json`, where the "
-        "model comes from in `provenance.json`.\n",
+        + f"\nMade by prune-lab {__version__} after BK-SDM (arXiv:2305.15798). The plan is in `{beside}plan.json`, "
+        f"where the model comes from in `{beside}provenance.json`.\n",
     }
     level = ["#", *["##"] * (len(parts) - 1)]
     text = [f"{mark} {title}\n\n{body}" for mark, (title, body) in zip(level, parts.items(), strict=True)]
@@ -239,9 +247,9 @@ def card_text(
 def write_map(path: Path, student: Student) -> None:
     """Draw the blocks of the teacher as a map on which those that the plan removes are outlines; a PNG."""
     plan = student.plan
-    row = PlanRow(plan.id, plan.label, "control", plan.removed)
+    row = PlanRow(plan.id, plan.title, "control", plan.removed)
     frame = block_map_frame(blocks_frame(student.architecture), None)
-    figure = draw_plan_maps(frame, [row], plan_styles([row]), LIGHT)
+    figure = draw_plan_maps(frame, [row], plan_styles([row]), LIGHT, named=True)
     save_png(figure, path, freeze_layout(figure))
 
 

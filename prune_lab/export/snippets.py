@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
-from typing import Any
-
 from prune_lab.families import CLASS_NAME
+from prune_lab.families.drawing import needed_by
 from prune_lab.models.parts import component_of, pipeline_class
 
 _LOAD = """\
@@ -97,7 +94,6 @@ _BY_NAME: dict[str, tuple[str, str]] = {
     "Img2ImgPipeline": ("image-to-image", _EDIT),
     "Pix2PixPipeline": ("image-to-image", _EDIT),
 }
-_BINS = (32, 64, 128)  # sizes of latents for which a pipeline that draws in bins has some
 
 
 def _lines(class_name: str) -> tuple[str, str]:
@@ -113,20 +109,6 @@ def _lines(class_name: str) -> tuple[str, str]:
     return _TEXT_TO_IMAGE, _PARTS.replace("COMPONENT", component)
 
 
-def _needed(class_name: str, size: object, tokens: int) -> str:
-    """What the call of a pipeline must be told, as further arguments, where its model is meant for latents of ``size``
-    and texts of ``tokens`` and the pipeline expects others.
-    """
-    pipeline = pipeline_class(class_name)
-    inputs: Mapping[str, Any] = inspect.signature(pipeline.__call__).parameters if pipeline else {}
-    length = getattr(inputs.get("max_sequence_length"), "default", None)
-    found = {
-        "max_sequence_length": tokens if isinstance(length, int) and 0 < tokens < length else None,
-        "use_resolution_binning": False if "use_resolution_binning" in inputs and size not in _BINS else None,
-    }
-    return "".join(f", {name}={value}" for name, value in found.items() if value is not None)
-
-
 def snippet_for(
     class_name: str, variant: str = "", *, size: object = None, tokens: int = 0, trusted: bool = False
 ) -> tuple[str, str]:
@@ -136,8 +118,8 @@ def snippet_for(
     of the text that its model is meant for; ``trusted`` runs the code that the folder brings along.
     """
     task, lines = _lines(class_name)
-    lines = lines.replace(
-        "num_inference_steps=25", f"num_inference_steps=25{_needed(class_name, size, tokens)}"
-    )
+    needed = needed_by(pipeline_class(class_name), size, tokens)
+    told = "".join(f", {name}={value}" for name, value in needed.items())
+    lines = lines.replace("num_inference_steps=25", f"num_inference_steps=25{told}")
     more = [f'variant="{variant}"'] * bool(variant) + ["trust_remote_code=True"] * trusted
     return task, lines.replace('(".")', "({})".format(", ".join(['"."', *more])))

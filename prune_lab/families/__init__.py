@@ -48,6 +48,8 @@ from prune_lab.families.own_code import (
 )
 from prune_lab.families.refused import REFUSED
 from prune_lab.families.unet_conditions import REFINER_TIME_IDS, SDXL_TIME_IDS
+from prune_lab.families.widths import Conversion, Kept, Member, Site, cut_tensors, emptied, narrowed_sizes
+from prune_lab.families.widths import sites_of as _sites_of
 
 __all__ = [
     "CLASS_NAME",
@@ -58,10 +60,14 @@ __all__ = [
     "SDXL_TIME_IDS",
     "STEPS",
     "Condition",
+    "Conversion",
     "Family",
     "Form",
+    "Kept",
     "Layout",
+    "Member",
     "Outline",
+    "Site",
     "Stage",
     "Unit",
     "UnitKind",
@@ -71,7 +77,9 @@ __all__ = [
     "check_forward",
     "code_path",
     "conditions_of",
+    "cut_tensors",
     "embedding_width",
+    "emptied",
     "empty_model",
     "entry_of",
     "example_inputs",
@@ -95,6 +103,7 @@ __all__ = [
     "model_of",
     "modern_class",
     "modern_config",
+    "narrowed_sizes",
     "only_watches",
     "outline_of",
     "own_class",
@@ -104,6 +113,7 @@ __all__ = [
     "predict_with",
     "prediction_of",
     "runs_on_meta",
+    "sites_of",
     "supported_classes",
     "takes_guidance",
     "text_form",
@@ -142,6 +152,11 @@ def check_forward(model: Any) -> None:
 def outline_of(model: nn.Module) -> Outline:
     """The parts of ``model`` in order of execution; it may be on ``meta``."""
     return family_of(model).outline(model)
+
+
+def sites_of(model: nn.Module) -> tuple[Site, ...]:
+    """Where the blocks of ``model``, which may be on ``meta``, can be made narrower, in order of execution."""
+    return _sites_of(model, outline_of(model))
 
 
 def example_inputs(

@@ -6,6 +6,7 @@ read texts, those that are asked for classes by number, and those that are asked
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from torch import Tensor
 from prune_lab.errors import DataError
 
 _TOKENIZERS = ("tokenizer_3", "tokenizer_2", "tokenizer")  # the first that there is reads the long texts
+_BINS = (32, 64, 128)  # sizes of latents for which a pipeline that draws in bins has some
 _NUMBER = re.compile(r"(?:class\s+)?(\d+)")
 
 
@@ -79,6 +81,40 @@ def text_length(pipeline: Any) -> int | None:
     tokenizers = (getattr(pipeline, name, None) for name in _TOKENIZERS)
     tokenizer = next((one for one in tokenizers if one is not None), None)
     return min(usual, int(getattr(tokenizer, "model_max_length", usual)))
+
+
+def needed_by(kind: Any, size: object, tokens: int) -> dict[str, Any]:
+    """What the call of pipelines of the class ``kind`` (or None) must be told where their model is meant for latents of
+    ``size`` and texts of ``tokens`` (0: unknown), and the class expects others.
+    """
+    inputs: Mapping[str, Any] = call_inputs(kind) if kind else {}
+    length = getattr(inputs.get("max_sequence_length"), "default", None)
+    found: dict[str, Any] = {}
+    if isinstance(length, int) and 0 < tokens < length:
+        found["max_sequence_length"] = tokens
+    if "use_resolution_binning" in inputs and size not in _BINS:
+        found["use_resolution_binning"] = False
+    return found
+
+
+def told(pipeline: Any, needed: Mapping[str, Any]) -> Any:
+    """``pipeline``, which from now on draws with the arguments ``needed`` wherever a call does not say otherwise.
+
+    It stays of its class, under a class of the same name: Python looks calls up in classes alone.
+    """
+    kind = type(pipeline)
+    taken = inspect.signature(kind.__call__)
+
+    @functools.wraps(kind.__call__)
+    def call(self: Any, *args: Any, **given: Any) -> Any:
+        said = taken.bind_partial(self, *args, **given).arguments
+        return kind.__call__(self, *args, **given, **{k: v for k, v in needed.items() if k not in said})
+
+    if needed:
+        pipeline.__class__ = type(
+            kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__, "__doc__": kind.__doc__}
+        )
+    return pipeline
 
 
 # In ------------------------------------------------------------------------------------------------------------------

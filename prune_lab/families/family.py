@@ -20,8 +20,9 @@ CLASS_NAME = "_class_name"  # diffusers' own key for the class that a config bel
 
 UnitKind = Literal["resnet", "attention", "transformer", "sampler"]
 Lane = Literal["left", "middle", "right"]
-Form = Literal["native", "neutral", "own"]
-"""How a smaller model is built: a plain config; a plain config with blocks that do nothing; with code of its own."""
+Form = Literal["native", "neutral", "own", "padded"]
+"""How a smaller model is built: a plain config; a plain config with blocks that do nothing; with code of its own; a
+plain config with zeros where it is narrower."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +174,8 @@ class Layout:
     """By name of a tensor in the smaller model: what makes it of the original's, where it is not the same."""
     frozen: tuple[str, ...] = ()
     """Modules of the smaller model that compute nothing as long as their weights stay: not to be trained."""
+    empty: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    """By name: shapes of tensors without numbers that the original does not have, or of another shape."""
 
     def renamed(self, path: str) -> str | None:
         """Path in the smaller model of a module or tensor of the original; None when it is gone."""

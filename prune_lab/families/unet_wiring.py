@@ -169,9 +169,11 @@ def _check_depths(downs: Sequence[Wiring], ups: Sequence[Wiring]) -> None:
         names, more = (down.name, up.name), 0 if up.one_skip else 1
         if len(up.resnets) != len(down.resnets) + more:
             exactly = "exactly one more" if more else "as many"
+            less, other = names if len(down.resnets) + more > len(up.resnets) else names[::-1]
+            number = abs(len(down.resnets) + more - len(up.resnets))
             raise NonNativePlanError(
                 f"{names[0]} would keep {len(down.resnets)} residual blocks and {names[1]} {len(up.resnets)}; plain "
-                f"diffusers needs {exactly} in {names[1]}: remove one elsewhere in {names[0]} or {names[1]}"
+                f"diffusers needs {exactly} in {names[1]}: remove {number} more in {less}, or {number} fewer in {other}"
             )
         if up.one_skip and not up.resnets:
             raise NonNativePlanError(

@@ -24,11 +24,19 @@ from prune_lab.importance.racing import Race
 from prune_lab.importance.scoring import score
 from prune_lab.importance.tables import Importance, ImportanceTable, importance_from_frame
 from prune_lab.importance.trajectories import with_psnr
+from prune_lab.importance.unit_scores import (
+    UNIT_CRITERIA,
+    UnitScores,
+    score_units,
+    unit_impacts_from,
+    width_scores_frame,
+)
 
 __all__ = [
     "CRITERIA",
     "NEEDS_PIPELINE",
     "ONE_STEP",
+    "UNIT_CRITERIA",
     "GenerationSettings",
     "Importance",
     "ImportanceTable",
@@ -37,6 +45,7 @@ __all__ = [
     "Samples",
     "ScoreCache",
     "ScoringContext",
+    "UnitScores",
     "additivity",
     "agreement",
     "check_race",
@@ -47,6 +56,9 @@ __all__ = [
     "predictive_correlation",
     "random_plans",
     "score",
+    "score_units",
     "stability",
+    "unit_impacts_from",
+    "width_scores_frame",
     "with_psnr",
 ]

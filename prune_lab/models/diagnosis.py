@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab.errors import ModelFormatError, UnsupportedModelError
-from prune_lab.families import CLASS_NAME, FAMILIES, REFUSED, base_name, looks_like_a_unet, supported_classes
+from prune_lab.families import (
+    CLASS_NAME,
+    FAMILIES,
+    REFUSED,
+    base_name,
+    looks_like_a_unet,
+    supported_classes,
+)
 from prune_lab.models.files import PICKLED, is_lfs_pointer, json_object, variants_among
 from prune_lab.runtime import path_text, printable
 

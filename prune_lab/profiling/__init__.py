@@ -74,6 +74,7 @@ from prune_lab.profiling.turns import (
     time_in_turns,
     turns_of_frame,
 )
+from prune_lab.profiling.width_costs import unit_costs
 
 __all__ = [
     "BACKENDS",
@@ -147,4 +148,5 @@ __all__ = [
     "time_in_turns",
     "time_plans",
     "turns_of_frame",
+    "unit_costs",
 ]

@@ -39,6 +39,7 @@ from prune_lab.profiling.plan_matrix import (
     outermost,
     sampler_groups,
 )
+from prune_lab.profiling.width_costs import narrowed_cost
 from prune_lab.schemas import COST_COLUMNS
 
 
@@ -107,10 +108,13 @@ class CostTable:
             latency_ms=left("picoseconds") / PICOSECONDS if table.timed else None,
             activation_bytes=None if table.activations is None else table.activations.peak(plan.removed),
         )
-        if plan.form == "native":
-            return found
         assert table.count is not None, "a cost table is made by cost_table"
-        return counted_cost(self.architecture, table.count, table.sizes, table.total, plan, found)
+        if table.form != "native" or plan.form == "own":
+            depth = plan.without_widths()
+            found = counted_cost(self.architecture, table.count, table.sizes, table.total, depth, found)
+        if not plan.widths or plan.form == "padded":
+            return found
+        return narrowed_cost(self.architecture, table.count, plan.widths, found)
 
     def of_many(self, matrix: PlanMatrix) -> PlanCosts:
         """What each plan of ``matrix`` (plans, blocks) leaves, True where a block is removed; equal to ``of``.
@@ -174,6 +178,8 @@ class CostTable:
         In the neutral form the peak of memory is not known.
         """
         native = self.native or self
+        if form == "padded":  # as wide as the original
+            return native
         same = self._same
         if form == self.form or (same and "neutral" not in (form, self.form)):
             return self

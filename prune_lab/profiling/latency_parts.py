@@ -156,7 +156,7 @@ def _check_plans(
 ) -> None:
     for plan in (*calibrate, *held_out):
         layout_of(architecture, plan)  # says why a plan cannot be built
-        if not plan.removed:
+        if not plan.changes:
             raise ConfigError("asked to time a plan that removes nothing; give plans that remove blocks")
     both = {plan.id: plan for plan in calibrate}.keys() & {plan.id: plan for plan in held_out}.keys()
     if both:

@@ -103,7 +103,7 @@ def reduction_table(
         rows.append(
             {
                 "model": model,
-                "plan": plan.label if plan.removed else TEACHER,
+                "plan": plan.label if plan.changes else TEACHER,
                 "params": cost.params,
                 "params_change": cost.params / whole.params - 1,
                 "macs": cost.macs,
@@ -121,11 +121,11 @@ def reduction_table(
         return frame
     if times is None:
         service = Service(str(device), str(dtype).removeprefix("torch."), **sizes)  # type: ignore[arg-type]
-        native = {plan.id: plan for plan in plans if plan.removed and not why_not(architecture, plan)}
+        native = {plan.id: plan for plan in plans if plan.changes and not why_not(architecture, plan)}
         timing = {"rounds": runs, "warmup": warmup, "own_processes": own_processes}
         times = time_plans(architecture, native, service, **timing).compared()  # type: ignore[arg-type]
         where = where or service.text(architecture.config)
-    found = [times.get(plan.id if plan.removed else TEACHER) for plan in (everything, *plans)]
+    found = [times.get(plan.id if plan.changes else TEACHER) for plan in (everything, *plans)]
     cells = pd.DataFrame(
         [{} if one is None else one.columns() for one in found], columns=list(REDUCTION_LATENCY_COLUMNS)
     )

@@ -109,6 +109,47 @@ def moments_at(
     return [sums[fold] for fold in sorted(sums)]
 
 
+def layer_moments_at(
+    student: ModelMixin,
+    teacher: ModelMixin,
+    paths: tuple[str, str],
+    probe: Probe,
+    folds: Sequence[int],
+    *,
+    batch: int,
+) -> list[Moments]:
+    """The moments of each fold of the inputs of a layer of the student, and of what its output lacks of the teacher's.
+
+    ``paths`` are those of the layer in student and teacher. Raises DataError when an activation is not finite.
+    """
+    sums: dict[int, Moments] = {}
+    layer: Any = student.get_submodule(paths[0])
+    with evaluating(student), evaluating(teacher), torch.no_grad():
+        pairs = zip(probe.batches(batch, student), probe.batches(batch, teacher), strict=True)
+        for (rows, student_inputs), (_, teacher_inputs) in pairs:
+            read: list[Tensor] = []
+            with layer.register_forward_pre_hook(lambda _module, args, read=read: read.append(args[0])):
+                (output,) = _outputs(student, paths[:1], student_inputs)
+            (target,) = _outputs(teacher, paths[1:], teacher_inputs)
+            if isinstance(layer, nn.Conv2d):
+                output, target = (one.flatten(2).transpose(1, 2) for one in (output, target))
+            count = rows.stop - rows.start  # where a row is several in turn, as of films, they stay together
+            features, output, target = (
+                one.reshape(count, -1, one.shape[-1])
+                for one in (layer_features(layer, read[0]), output, target.to(output.device))
+            )
+            errors = target.double() - output.double()
+            if not (errors.isfinite().all() and features.isfinite().all()):
+                raise DataError(
+                    f"asked to repair at {paths[0]}, found activations that are not finite; repair in float32, or "
+                    "check the weights"
+                )
+            for row, fold in enumerate(folds[rows]):
+                moments = moments_of(features[row], errors[row], target[row])
+                sums[fold] = sums[fold] + moments if fold in sums else moments
+    return [sums[fold] for fold in sorted(sums)]
+
+
 @contextlib.contextmanager
 def corrected(unit: nn.Module, side: Side, correction: Correction) -> Iterator[None]:
     """Context in which ``correction`` is applied by a hook: to the output of ``unit``, or to its input.

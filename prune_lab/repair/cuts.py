@@ -14,6 +14,7 @@ from typing import Literal
 from prune_lab.blocks import Architecture
 from prune_lab.forms import layout_of
 from prune_lab.plans import PruningPlan, gone_with
+from prune_lab.width import site_named
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,42 @@ class Cut:
     def label(self) -> str:
         """The cut in words: ``Dn1.A1 [Dn1.R2 Dn1.A2] Dn1.down``."""
         return f"{self.before} [{' '.join(self.removed)}] {self.after}"
+
+
+@dataclass(frozen=True, slots=True)
+class Narrowing:
+    """A block that lost parts of its inside, and the layer of it that reads what is left of them."""
+
+    label: str
+    """Its site, and the layer where several read it: ``Dn3.A1.heads``."""
+    block: str
+    teacher_path: str  # of the layer
+    student_path: str
+    mismatched: tuple[Consumer, ...] = ()
+
+    @property
+    def before(self) -> str:
+        """The block that a correction is folded into."""
+        return self.block
+
+    @property
+    def after(self) -> str:
+        """The same."""
+        return self.block
+
+
+def find_narrowings(architecture: Architecture, plan: PruningPlan) -> tuple[Narrowing, ...]:
+    """The layers of the student of ``plan`` that read less than in the teacher by its widths, in order of execution."""
+    layout, found = layout_of(architecture, plan), []
+    for width in plan.widths:
+        site = site_named(width.site, architecture.sites)
+        for path in site.narrow:
+            new = layout.renamed(path)
+            assert new is not None, f"{path} is of a block that leaves"
+            layer = path.removeprefix(f"{site.path}.")
+            label = site.name if len(site.narrow) == 1 else f"{site.name} {layer}"
+            found.append(Narrowing(label, site.block, path, new))
+    return tuple(found)
 
 
 def find_cuts(architecture: Architecture, plan: PruningPlan) -> tuple[Cut, ...]:

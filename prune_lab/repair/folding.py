@@ -93,6 +93,14 @@ def fold(unit: nn.Module, kind: CorrectionKind, side: Side, correction: Correcti
             _map_output(ending.shortcut, correction.map, torch.zeros_like(correction.bias))
 
 
+@torch.no_grad()
+def refit_layer(layer: Layer, correction: Correction) -> None:
+    """Add ``correction``, of the layer's own inputs, to its weights in place, computed in float64."""
+    layer.weight.copy_(layer.weight.double() + correction.weight.view_as(layer.weight))
+    if layer.bias is not None:
+        layer.bias.add_(correction.bias)
+
+
 def folded_parameters(unit: nn.Module) -> list[nn.Parameter]:
     """The parameters that ``fold`` may change."""
     ending = ending_of(unit)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -24,10 +24,18 @@ from prune_lab.forms import layout_of
 from prune_lab.importance.outputs import mean_square
 from prune_lab.plans import PruningPlan
 from prune_lab.probes import Probe, predict
-from prune_lab.repair.activations import FitPoint, corrected, moments_at, restored
-from prune_lab.repair.cuts import Cut, find_cuts, student_paths, teacher_paths
+from prune_lab.repair.activations import FitPoint, corrected, layer_moments_at, moments_at, restored
+from prune_lab.repair.cuts import Cut, Narrowing, find_cuts, find_narrowings, student_paths, teacher_paths
 from prune_lab.repair.fitting import Correction, Form, Moments, fit
-from prune_lab.repair.folding import CorrectionKind, Side, fold, folded_parameters, why_not
+from prune_lab.repair.folding import (
+    MOST_UNKNOWNS,
+    CorrectionKind,
+    Side,
+    fold,
+    folded_parameters,
+    refit_layer,
+    why_not,
+)
 from prune_lab.repair.reports import Repair, RepairKind, RepairReport
 from prune_lab.runtime import track
 
@@ -163,6 +171,7 @@ def _repair_side(setup: _Setup, options: Iterable[Repair], impact: float) -> lis
             repairs.append(option)
             continue
         if refit not in moments:
+            assert isinstance(option.cut, Cut)
             moments[refit] = setup.moments(option.cut, option.side, refit)
         folds, heldout = moments[refit]
         correction = fit(folds, _FORMS[option.side, option.kind])
@@ -194,6 +203,44 @@ def _repair_side(setup: _Setup, options: Iterable[Repair], impact: float) -> lis
     ]
 
 
+def _repair_width(setup: _Setup, narrowing: Narrowing, kind: RepairKind, impact: float) -> Repair:
+    """The refit of the layer that reads what is left of a width; it stays in the student if it lowers the ``impact``.
+
+    The block's later layers are fed by it alone, so it folds exactly: only its own weights change.
+    """
+    layer: Any = setup.student.get_submodule(narrowing.student_path)
+    unknowns = layer.weight[0].numel()
+    obstacle = ""
+    if kind not in ("refit", "best"):
+        obstacle = f"no {kind} goes into a block that is narrower; a refit does"
+    elif unknowns > MOST_UNKNOWNS:
+        obstacle = f"the layer has {unknowns:,} inputs; at most {MOST_UNKNOWNS:,} can be fitted"
+    tried = Repair(narrowing, "refit", "before", folds=not obstacle, applied=False, reason=obstacle)
+    if obstacle:
+        return tried
+    paths = (narrowing.student_path, narrowing.teacher_path)
+    models = (setup.student, setup.teacher)
+    folds = layer_moments_at(*models, paths, setup.fitted, setup.folds, batch=setup.batch)
+    none = [0] * len(setup.heldout)
+    (heldout,) = layer_moments_at(*models, paths, setup.heldout, none, batch=setup.batch)
+    correction = fit(folds, "linear" if layer.bias is None else "linear-shift")
+    with restored(layer.parameters()):
+        refit_layer(layer, correction)
+        after = setup.impact()
+    if after < impact:
+        refit_layer(layer, correction)
+    return replace(
+        tried,
+        applied=after < impact,
+        reason="" if after < impact else _NOT_NEARER,
+        strength=correction.strength,
+        cut_error_before=heldout.error,
+        cut_error_after=heldout.error_with(correction),
+        impact_before=impact,
+        impact_after=after,
+    )
+
+
 def repair(
     student: ModelMixin,
     teacher: ModelMixin,
@@ -210,8 +257,9 @@ def repair(
     squares: a ``shift`` (one number per channel), a ``scale-shift``, a ``linear`` map of the channels, or a ``refit``
     of the last layer before the cut on that layer's own input. If the wanted kind has no exact fold, it is reported
     with the reason, and a weaker kind that folds takes its place. ``best`` tries all kinds and keeps the one that
-    lowers the impact most. A correction that does not lower the impact is not kept. ``teacher`` is not changed; equal
-    arguments give equal weights.
+    lowers the impact most. Where a block is narrower, a refit of the layer that reads what is left is tried, after the
+    cuts and in order of execution. A correction that does not lower the impact is not kept. ``teacher`` is not changed;
+    equal arguments give equal weights.
 
     Two thirds of the probe's pictures are fitted on and the others held out; with ``heldout``, all pictures of the
     probe are fitted on, and ``heldout`` holds the held-out rows. The impacts in the report are measured on held-out
@@ -258,6 +306,10 @@ def repair(
             tried = _repair_side(setup, options, impact)
             repairs += tried
             impact = next((one.impact_after for one in tried if one.applied), impact)
+    narrowings = find_narrowings(architecture, plan)
+    for narrowing in track(narrowings, "repairing widths", len(narrowings)):
+        repairs.append(_repair_width(setup, narrowing, kind, impact))
+        impact = repairs[-1].impact_after if repairs[-1].applied else impact
     return RepairReport(
         plan=plan,
         kind=kind,

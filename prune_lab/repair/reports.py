@@ -9,7 +9,7 @@ from typing import Literal
 import pandas as pd
 
 from prune_lab.plans import PruningPlan
-from prune_lab.repair.cuts import Cut
+from prune_lab.repair.cuts import Cut, Narrowing
 from prune_lab.repair.folding import CorrectionKind, Side
 from prune_lab.schemas import REPAIR_COLUMNS
 
@@ -18,7 +18,8 @@ RepairKind = Literal["shift", "scale-shift", "linear", "refit", "best"]
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """One correction that was tried at a cut. All errors and impacts are measured on held-out rows.
+    """One correction that was tried at a cut, or where a block is narrower. All errors and impacts are measured on
+    held-out rows.
 
     ``cut_error`` is the mean squared difference to the teacher's tensors at the cut, relative to their mean square;
     ``impact`` is the same of the prediction, with all earlier repairs applied. ``side`` is the unit that gets the
@@ -26,7 +27,7 @@ class Repair:
     does. If the correction does not fold, the figures are those of a separate module, which is not kept.
     """
 
-    cut: Cut
+    cut: Cut | Narrowing
     kind: CorrectionKind
     side: Side
     folds: bool  # whether it can be folded exactly into the unit on that side

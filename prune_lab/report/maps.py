@@ -164,8 +164,11 @@ def draw_plan_maps(
     styles: Mapping[str, PlanStyle],
     theme: Theme,
     layers: pd.DataFrame = _NOTHING,
+    *,
+    named: bool = False,
 ) -> Figure:
-    """One small map per plan: blocks that stay have the colour of their impact, removed blocks are outlines.
+    """One small map per plan: blocks that stay have the colour of their impact, removed blocks are outlines; with
+    ``named`` each says its name.
 
     Of ``layers`` those are shown whose block loses one by the plan.
     """
@@ -185,9 +188,11 @@ def draw_plan_maps(
     size = min(10.0, 350 / max(map(len, titles.values())))
     for axes, plan in zip(grid.flat, plans, strict=False):
         color = styles[plan.id].color
-        named = layers[layers["name"].isin(plan.removed)]["inside"]
-        opened = layers[layers["inside"].isin(named)]
+        parted = layers[layers["name"].isin(plan.removed)]["inside"]
+        opened = layers[layers["inside"].isin(parted)]
         _draw_cells(axes, frame, opened, theme, norm, plan.removed, outline=color, numbers=False)
+        if named:
+            _write_names(axes, frame, theme)
         axes.set_title(titles[plan.id], loc="left", fontsize=size, fontweight="bold", color=color)
     return figure
 
@@ -270,6 +275,15 @@ def _draw_cells(
     left, bottom, right, top = map_bounds(frame)
     axes.set_xlim(left, right)
     axes.set_ylim(bottom, top)
+
+
+def _write_names(axes: Axes, frame: pd.DataFrame, theme: Theme) -> None:
+    """The name of each block without its stage, in the middle of its cell."""
+    for cell, stage in zip(map_cells(frame)[0], frame["stage"], strict=True):
+        short = cell.name.removeprefix(f"{stage}.")
+        paper = {"boxstyle": "round,pad=0.15", "facecolor": theme.surface, "edgecolor": "none"}
+        place = (cell.x + WIDTH / 2, cell.y + HEIGHT / 2)
+        axes.text(*place, short, ha="center", va="center", fontsize=8, color=theme.text, bbox=paper)
 
 
 def _draw_layers(

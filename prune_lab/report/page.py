@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -84,6 +85,18 @@ def _paths_in(settings: object) -> Iterator[str]:
         yield from [settings] if named else []
 
 
+def _to_paste(model: str) -> str:
+    """``model`` in a command that runs where the run was started: a path from there, a name as it was given.
+
+    A path that leads elsewhere is of this machine: its last part stands behind PATH/TO, which a reader replaces.
+    """
+    named = Path(model).expanduser()
+    if not named.exists() and not model.startswith(("/", ".", "~")) and "\\" not in model:
+        return model  # that ships, of a preset or on a hub
+    whole, here = Path(os.path.abspath(named)), Path.cwd()  # noqa: PTH100 - links stay as they were named
+    return whole.relative_to(here).as_posix() if whole.is_relative_to(here) else f"PATH/TO/{whole.name}"
+
+
 def _told(value: Any, places: tuple[str, ...]) -> Any:
     """``value`` with ``without_folders`` of every text in it, also of the names of entries."""
     match value:
@@ -107,7 +120,9 @@ def _render(part: SectionItem, run: Run, places: tuple[str, ...]) -> dict[str, A
         case Table():
             return {"kind": "table", **_told(asdict(part), places)}
         case LiveMap():
-            return {"kind": "live", **_told(asdict(part), places)}
+            told = _told(asdict(part), places)
+            told["data"]["model"] = _to_paste(str(part.data["model"]))
+            return {"kind": "live", **told}
         case Chart():
             light, dark = part.draw(LIGHT), part.draw(DARK)
             area = freeze_layout(light)

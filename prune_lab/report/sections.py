@@ -203,7 +203,8 @@ def _try(tables: RunTables) -> tuple[SectionItem, ...]:
     )
     how = (
         "The predicted impact is the sum of the impacts of single blocks, as the search adds them up. Predicted times "
-        "are those of the latency table, where one was measured. Stars mark blocks that cannot be removed."
+        "are those of the latency table, where one was measured. Stars mark blocks that cannot be removed. The "
+        "command runs in the folder where the run was started."
     )
     return Text(words), alive, Text((how,))
 
@@ -216,7 +217,9 @@ def _reductions(tables: RunTables) -> tuple[SectionItem, ...]:
         "attention, as in the figures published with BK-SDM."
     )
     parts: list[SectionItem] = [Text((conventions,))]
-    for model, frame in tables.reductions.groupby("model", sort=False):
+    for model, counted in tables.reductions.groupby("model", sort=False):
+        alone = len(counted) == 1 and model == tables.reductions["model"].iloc[0]
+        frame = _of_ranked(counted, tables.ranking) if alone and tables.ranking is not None else counted
         has_times = "median_ms" in frame and bool(frame["median_ms"].notna().any())
         header = ["Plan", "Blocks removed", "Parameters", "change", "MACs (whole)", "change"]
         header += ["MACs (paper)", "change", "Form"]
@@ -243,6 +246,16 @@ def _reductions(tables: RunTables) -> tuple[SectionItem, ...]:
         parts.append(Table(str(model), tuple(header), tuple(rows), "reductions.csv"))
         parts += _footnotes(frame, has_times)
     return tuple(parts)
+
+
+def _of_ranked(teacher: pd.DataFrame, ranking: pd.DataFrame) -> pd.DataFrame:
+    """The row of the ``teacher`` with one for each plan that is ranked: of a model that has no named plans."""
+    plans = ranking[ranking["origin"] != "teacher"].assign(native=True)
+    for cost in ("params", "macs", "paper_macs"):
+        plans[f"{cost}_change"] = plans[cost] / teacher[cost].iloc[0] - 1
+    shown = [name for name in teacher if name in plans]
+    times = ["median_ms", "p10_ms", "p90_ms"]  # of the ranking they are in its own table
+    return pd.concat([teacher.drop(columns=times, errors="ignore"), plans[shown].drop(columns="median_ms")])
 
 
 def _form(row: Mapping[Any, Any], tables: RunTables, *, own: bool) -> str:
@@ -275,12 +288,17 @@ def _candidates(tables: RunTables, drawn: RunTables) -> tuple[SectionItem, ...]:
     if not tables.plans:
         return (not_run("no candidates have been chosen", "search"),)
     styles = plan_styles(drawn.plans)
-    rows = tuple(
+    rows: tuple[tuple[str, ...], ...] = tuple(
         (plan.label, plan.origin, plan.form, str(len(plan.removed)), " ".join(plan.removed), plan.id)
         for plan in tables.plans
     )
-    header = ("Plan", "Origin", "Form", "Blocks removed", "Names of blocks", "Id")
-    listing = Table("Removed blocks of each candidate", header, rows, left=6, folded=True)
+    header: tuple[str, ...] = ("Plan", "Origin", "Form", "Blocks removed", "Names of blocks", "Id")
+    title, numbers = "Removed blocks of each candidate", 6
+    if any(plan.widths for plan in tables.plans):
+        title, numbers = "Removed and narrower blocks of each candidate", 7
+        rows = tuple((*row, ", ".join(plan.widths)) for row, plan in zip(rows, tables.plans, strict=True))
+        header = (*header, "What stays of widths")
+    listing = Table(title, header, rows, left=numbers, folded=True)
     if tables.blocks is None:
         return (listing,)
     frame = block_map_frame(tables.blocks, tables.importance)

@@ -35,6 +35,8 @@ class PlanRow:
     origin: str
     removed: tuple[str, ...]
     form: str = "native"
+    widths: tuple[str, ...] = ()
+    """What stays of blocks that it makes narrower, in words: ``Dn3.A1.heads 2``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +168,7 @@ def _leading_parts(parts: pd.DataFrame | None, importance: pd.DataFrame | None) 
 
 
 def _read_plans(run: Run, ranking: pd.DataFrame | None, files: _Files) -> tuple[PlanRow, ...]:
-    """The plans of ``run`` that remove something, controls before searched ones, each group by size."""
+    """The plans of ``run`` by which something leaves, controls before searched ones, each group by size."""
     named: dict[str, tuple[str, str]] = {}
     if ranking is not None:
         rows = ranking[ranking["origin"] != "teacher"]
@@ -180,13 +182,17 @@ def _read_plans(run: Run, ranking: pd.DataFrame | None, files: _Files) -> tuple[
         origin = value.get("origin") or "control"  # written by a person: a control
         label, origin = named.pop(plan_id, (name, origin))
         form = str(value.get("form", "native"))
-        plans.append(PlanRow(plan_id, label, origin, tuple(value["removed"]), form))
+        widths = tuple(
+            f"{site} {kept if isinstance(kept, int) else len(kept)}"
+            for site, kept in value.get("widths", {}).items()
+        )
+        plans.append(PlanRow(plan_id, label, origin, tuple(value["removed"]), form, widths))
     if named:
         raise DataError(
             f"{run.ranking} ranks the plan {next(iter(named))}, found no such file in {run.plans_dir}; "
             "delete ranking.csv and rank again"
         )
-    kept = [plan for plan in plans if plan.removed]
+    kept = [plan for plan in plans if plan.removed or plan.widths]
     return tuple(sorted(kept, key=lambda plan: (plan.origin != "control", len(plan.removed), plan.label)))
 
 

@@ -95,7 +95,9 @@ def ranking_tables(ranking: pd.DataFrame, plans: Sequence[PlanRow]) -> tuple[Sec
     ranking = ranking.assign(latency=pd.Series(changes, index=ranking.index, dtype=object).mask(teacher, ""))
     forms = {plan.id: plan.form for plan in plans}
     ranking = ranking.assign(form=[forms.get(plan_id, "") for plan_id in ranking["plan_id"]])
-    parts: list[SectionItem] = [table_of(ranking, _RANKING, "Ranking", "ranking.csv", left=5)]
+    # CLIP scores that nobody has take no room.
+    shown = [one for one in _RANKING if not one[1].startswith("clip_") or ranking[one[1]].notna().any()]
+    parts: list[SectionItem] = [table_of(ranking, shown, "Ranking", "ranking.csv", left=5)]
     parts += form_words(plans)
     if ranking["latency_change"][~teacher].notna().any():
         times = (

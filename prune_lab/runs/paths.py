@@ -87,6 +87,7 @@ class Run:
     importance = PathIn("importance.csv", "The removal impact of every block, pair and stage.")
     importance_parts = PathIn("importance_parts.csv", "Impacts per tenth of the schedule and kind of prompt.")
     criteria = PathIn("criteria.csv", "The scores by all criteria that were measured, the run's own first.")
+    width_scores = PathIn("widths.csv", "What the parts of each block are worth: norm groups, heads, channels.")
     scores_dir = PathIn("scores", "Every value measured for a score, so that it is not measured again.")
     comparison_dir = PathIn("comparison", "How the criteria agree: tables, figures and words.")
     choices = PathIn("choices.json", "Which blocks can leave together natively, level by level, and what they take along in the neutral form.")

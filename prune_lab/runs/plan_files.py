@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -20,12 +20,21 @@ class PlanFile(TypedDict):
     origin: NotRequired[str]
     architecture: str
     removed: list[str]
+    widths: NotRequired[dict[str, int | list[int]]]
 
 
-def plan_id_of(architecture: str, removed: Sequence[str]) -> str:
-    """12 hexadecimal digits of the content of a plan: the signature of its architecture and what it removes."""
-    content = json.dumps([architecture, list(removed)])
-    return hashlib.sha256(content.encode()).hexdigest()[:12]
+Widths = Mapping[str, int | Sequence[int]]  # by name of a site how many of its units stay, or which
+
+
+def plan_id_of(architecture: str, removed: Sequence[str], widths: Widths | None = None) -> str:
+    """12 hexadecimal digits of the content of a plan: the signature of its architecture, what it removes and, of a plan
+    that has some, what stays of the widths.
+    """
+    content: list[object] = [architecture, list(removed)]
+    if widths:
+        said = {site: kept if isinstance(kept, int) else list(kept) for site, kept in widths.items()}
+        content.append(dict(sorted(said.items())))
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
 def read_plan_file(path: Path) -> PlanFile:
@@ -34,7 +43,7 @@ def read_plan_file(path: Path) -> PlanFile:
     Raises DataError when the file is damaged, or holds another plan than it says, or than its name or folder says.
     """
     value: PlanFile = read_typed(path, PlanFile)
-    found = plan_id_of(value["architecture"], value["removed"])
+    found = plan_id_of(value["architecture"], value["removed"], value.get("widths"))
     named = path.parent.name if path.stem == "plan" else path.stem
     for said in (value.get("id", found), named if is_plan_id(named) else found):
         if said != found:

@@ -236,7 +236,9 @@ def _fields(hint: Any, value: object, place: str) -> dict[str, Any]:
         if unknown := [name for name in value if name not in hints]:
             raise ValueError(f"the unknown entry {_shown(unknown[0])}{_at(place)}")
     else:
-        needed = set(hint.__required_keys__)
+        whole = typing.get_type_hints(hint, include_extras=True)  # where annotations are text, only these tell
+        optional = {name for name, one in whole.items() if typing.get_origin(one) is typing.NotRequired}
+        needed = set(hint.__required_keys__) - optional
     if lacking := sorted(needed - value.keys()):
         raise ValueError(f"no {lacking[0]!r}{_at(place)}")
     return {

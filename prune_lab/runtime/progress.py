@@ -368,11 +368,11 @@ def track(
     items are steps worth a line of their own.
     """
     reporter = _reporter.get()
-    if reporter is None:
-        yield from items
-        return
     if total is None and isinstance(items, Sized):
         total = len(items)
+    if reporter is None or total == 0:
+        yield from items
+        return
     task = Task(description, total, unit, per, named=name is not None)
     reporter.begin(task)
     try:

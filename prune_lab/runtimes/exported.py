@@ -43,25 +43,53 @@ def _program(part: Part, side: int | None, dim: object) -> ExportedProgram:
         return torch.export.export(part.module, given, dynamic_shapes=(sizes,), strict=False)
 
 
-def exported(part: Part, side: int | None = None) -> tuple[ExportedProgram, Part]:
-    """(graph, part) of ``part``: as it is, or for pictures of ``side`` alone where its code computes with the size.
-
-    Raises BackendError where torch cannot make a graph of it.
-    """
-    try:
-        return _program(part, side, Dim.DYNAMIC), part
-    except Exception as error:  # whatever the exporter raises
-        if not part.varies_in_size:
-            raise _refused(part, error) from None
-    fixed = part.of_one_size()
-    try:
-        return _program(fixed, side, Dim.DYNAMIC), fixed
-    except Exception as error:  # whatever the exporter raises
-        raise _refused(part, error) from None
-
-
 def _refused(part: Part, error: Exception) -> BackendError:
     return BackendError(
         f"asked for the graph of the {part.name} for another runtime, torch cannot make one ({reason_of(error)}); "
         "use it in torch, such as with --backend compile"
     )
+
+
+def _without_idle_squeezes(program: ExportedProgram) -> None:
+    """Take out what squeezes nothing: exporters make it take out a dimension that only varies, such as the tokens."""
+    graph = program.graph_module.graph
+    for node in list(graph.find_nodes(op="call_function", target=torch.ops.aten.squeeze.dim)):
+        source = node.args[0]
+        answered = any(user.op == "output" for user in node.users)  # whose name is in the signature
+        if node.meta["val"].ndim == source.meta["val"].ndim and not answered:
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+    program.graph_module.recompile()
+
+
+def _holds_elsewhere(program: ExportedProgram, part: Part, side: int | None) -> bool:
+    """Whether ``program`` answers as ``part`` does at another size: a graph may hold what the code computed of one."""
+    inputs = part.elsewhere(side)
+    try:
+        with torch.no_grad(), without_chatter():
+            found = program.module()(*(inputs[name] for name in part.inputs))
+    except Exception:  # whatever its guards raise
+        return False
+    answers = found if isinstance(found, tuple) else (found,)
+    return all(
+        one.shape == wanted.shape and torch.allclose(one, wanted, rtol=1e-3, atol=1e-3)
+        for one, wanted in zip(answers, part.answers(inputs), strict=True)
+    )
+
+
+def exported(part: Part, side: int | None = None) -> tuple[ExportedProgram, Part]:
+    """(graph, part) of ``part``: as it is, or for pictures of ``side`` alone where its code computes with the size.
+
+    Raises BackendError where torch cannot make a graph of it.
+    """
+    for one in (part, part.of_one_size()) if part.varies_in_size else (part,):
+        try:
+            program = _program(one, side, Dim.DYNAMIC)
+        except Exception as error:  # whatever the exporter raises
+            refused = _refused(part, error)
+            continue
+        if one.varies_in_size and not _holds_elsewhere(program, one, side):
+            continue
+        _without_idle_squeezes(program)
+        return program, one
+    raise refused

@@ -52,6 +52,18 @@ class Part:
             found = self.module(*(inputs[name] for name in self.inputs))
         return found if isinstance(found, tuple) else (found,)
 
+    def elsewhere(self, side: int | None = None) -> dict[str, Tensor]:
+        """Inputs of another batch, and where it varies of another height, than those of examples of ``side``."""
+        pictures = {name for name, sizes in self.varying.items() if "width" in sizes.values()}
+        if not pictures:
+            return self.examples(3, side)
+        width = self.examples(1, side)[min(pictures)].shape[-1]
+        found = self.examples(3, width + 8)
+        return {
+            name: tensor[..., :width].contiguous() if name in pictures else tensor
+            for name, tensor in found.items()
+        }
+
     def of_one_size(self) -> Part:
         """The same part for pictures of one size: only the batch varies."""
         kept = {

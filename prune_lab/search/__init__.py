@@ -20,6 +20,7 @@ from prune_lab.search.controls import (
     similarity_control,
     uniform_control,
 )
+from prune_lab.search.depth_and_width import depth_and_width
 from prune_lab.search.effects import Effects, predicted_impact
 from prune_lab.search.evolution import evolve_plans
 from prune_lab.search.exact import check_reachable, search_plans, sweep_plans
@@ -28,6 +29,7 @@ from prune_lab.search.interactions import InteractionFit, fit_interactions
 from prune_lab.search.local_search import local_search
 from prune_lab.search.results import FrontPoint, ImpactOf, SearchResult
 from prune_lab.search.sampling import sample_near
+from prune_lab.search.widths import narrowed_to, predicted_loss
 
 __all__ = [
     "ANY_PLAN",
@@ -44,15 +46,18 @@ __all__ = [
     "check_budget_text",
     "check_reachable",
     "controls_at",
+    "depth_and_width",
     "evolve_plans",
     "fit_interactions",
     "greedy_plan",
     "local_search",
     "lowest_one_shot",
     "named_plans",
+    "narrowed_to",
     "parse_budget",
     "parse_quota",
     "predicted_impact",
+    "predicted_loss",
     "random_median",
     "sample_near",
     "search_plans",

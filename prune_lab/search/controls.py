@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from prune_lab.blocks import Architecture, block_groups
 from prune_lab.errors import PruneLabError
-from prune_lab.plans import PruningPlan, parse_plan, plan_of
+from prune_lab.plans import PruningPlan, parse_plan, plan_of, refuse_widths
 from prune_lab.profiling import CostTable
 from prune_lab.search.budgets import Budget, within
 from prune_lab.search.constraints import Constraints
@@ -30,6 +30,7 @@ def named_plans(architecture: Architecture) -> tuple[tuple[PruningPlan, ...], di
     for name in architecture.family.plans:
         try:
             plan = parse_plan(name, architecture)
+            refuse_widths([plan], "run")
         except PruneLabError as error:
             missing[name] = str(error)
             continue

@@ -152,6 +152,14 @@ def scores_part(bench: Bench) -> Part:
     )
 
 
+def width_scores_part(bench: Bench) -> Part:
+    """The scores of the parts of blocks."""
+    run, criterion = bench.run, bench.config.search.widths
+    return _part(
+        bench, "scores", "widths", run.width_scores, reads=(run.probe,), inputs={"criterion": criterion}
+    )
+
+
 def costs_part(bench: Bench) -> Part:
     """The cost table."""
     return _part(bench, "costs", "costs", bench.run.costs)
@@ -167,6 +175,7 @@ def plans_part(bench: Bench) -> Part:
     run, budgets = bench.run, bench.config.search.budgets
     reads = [run.importance, run.probe] if budgets else []
     reads += [run.latency] if "latency" in " ".join(budgets) else []
+    reads += [run.width_scores] if budgets and "width" in bench.config.search.axes else []
     given = _files(bench, "search.controls", "search.budgets")
     return _part(bench, "plans", "plans", run.searches, run.searched, reads=tuple(reads), inputs=given)
 

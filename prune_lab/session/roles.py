@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from prune_lab.distill import LatentCache
+from prune_lab.families.drawing import takes_guidance_scale
 from prune_lab.models import of_shipped_family
 from prune_lab.probes import picture_side
 from prune_lab.processes import is_main
@@ -89,7 +90,9 @@ def _data(session: Session) -> tuple[Role, Role]:
             "validate", source, len(split.validate), own
         )
     held = min(most, max(1, settings.count // 4))
-    words = f"drawn by the model in {settings.steps} steps at guidance {settings.guidance:g}"
+    words = f"drawn by the model in {settings.steps} steps"
+    if takes_guidance_scale(session.pipeline):
+        words += f" at guidance {settings.guidance:g}"
     side = settings.resolution or side
     return Role("train", words, settings.count - held, side), Role("validate", words, held, side)
 
@@ -122,10 +125,15 @@ def data_roles(session: Session) -> DataRoles:
     return roles
 
 
-def tell_roles(session: Session) -> None:
-    """Show the four lines before the work starts, once in a session. Raises DataError, as ``data_roles`` does."""
+def tell_roles(session: Session, told: set[str] | None = None) -> None:
+    """Show the four lines before the work starts, once in a session; not those that are in ``told`` already, to which
+    they are added. Raises DataError, as ``data_roles`` does.
+    """
     if session.told or not is_main():
         return
     session.told = True
-    for role in data_roles(session).roles:
-        note(role.line)
+    told = set() if told is None else told
+    for line in dict.fromkeys(role.line for role in data_roles(session).roles):
+        if line not in told:
+            note(line)
+            told.add(line)

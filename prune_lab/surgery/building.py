@@ -96,7 +96,7 @@ def predicted_shapes(config: Mapping[str, Any], plan: PruningPlan) -> dict[str, 
         if new is not None:
             made = layout.convert[new](tensor) if new in layout.convert else tensor
             shapes[new] = tuple(made.shape)
-    return shapes
+    return {**shapes, **layout.empty}
 
 
 def _assembled(layout: Layout, take: Callable[[str], Tensor], dtype: torch.dtype) -> ModelMixin:
@@ -108,6 +108,8 @@ def _assembled(layout: Layout, take: Callable[[str], Tensor], dtype: torch.dtype
     sources = layout.sources(wanted)
     tensors = {}
     for key, empty in wanted.items():
+        if key in layout.empty:
+            continue
         tensor = take(sources[key])
         if key in layout.convert:
             tensor = layout.convert[key](tensor)
@@ -117,5 +119,7 @@ def _assembled(layout: Layout, take: Callable[[str], Tensor], dtype: torch.dtype
                 "the weights and config.json do not belong together"
             )
         tensors[key] = tensor
+    stored = next(iter(tensors.values())).dtype
+    tensors |= {key: torch.empty(shape, dtype=stored) for key, shape in layout.empty.items()}
     student.load_state_dict(tensors, strict=True, assign=True)
     return student.eval()

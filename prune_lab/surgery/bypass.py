@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from prune_lab.blocks import architecture_of
 from prune_lab.families import Unit
-from prune_lab.plans import PruningPlan, gone_with
+from prune_lab.plans import PruningPlan, chosen_units, gone_with
+from prune_lab.surgery.masking import masked
 
 
 class MainPath:
@@ -83,12 +84,14 @@ def bypassed(
 ) -> Iterator[ModelMixin]:
     """The same ``model`` without the blocks of ``removed``; the originals return on exit, whatever happens inside.
 
+    Of a plan with widths the units that leave are set to 0 where they are read (``masking``).
     Samplers that leave with these blocks are bypassed too, as ``native_layout`` drops them. With ``stand_in`` blocks
     that cannot be removed are replaced by their stand-in; without it they raise UnremovableBlockError. Unknown names
-    raise UnknownBlockError, a plan for another model PlanError.
+    raise UnknownBlockError, a plan for another model, or one whose units are not chosen, PlanError.
     """
     architecture = architecture_of(model)
     names = removed.removed if isinstance(removed, PruningPlan) else tuple(removed)
+    kept = chosen_units(architecture, removed) if isinstance(removed, PruningPlan) else {}
     gone = gone_with(architecture, names, stand_in=stand_in)
     units = [unit for unit in (*architecture.units, *architecture.layers) if unit.name in gone]
     originals: dict[str, nn.Module] = {unit.path: model.get_submodule(unit.path) for unit in units}
@@ -102,7 +105,8 @@ def bypassed(
         if any(unit.takes_skip for unit in units):
             writers = [architecture.stem, *(unit.path for unit in architecture.units)]
             hooks = [model.get_submodule(path).register_forward_hook(main_path.seen) for path in writers]
-        yield model
+        with masked(model, kept):
+            yield model
     finally:
         for hook in hooks:
             hook.remove()

@@ -11,7 +11,7 @@ from prune_lab.families import CLASS_NAME, base_name, code_path, family_of, file
 from prune_lab.runtime import write_text
 
 _NOTES = """\
-A {base} with {count} of its modules taken out, written by prune-lab. No plain config describes what is left, so the
+A {base} with {changes}, written by prune-lab. No plain config describes what is left, so the
 model brings `{file}.py` along, a small file that needs torch and diffusers alone. Its name holds the first digits of
 the SHA-256 of its content.
 
@@ -53,6 +53,13 @@ Good to know:
 """
 
 
+def _changes(config: Mapping[str, Any]) -> str:
+    removed, widths = len(config["removed"]), len(config.get("widths") or {})
+    narrower = f"{widths} of its layers and norms narrower"
+    taken = f"{removed} of its modules taken out"
+    return taken if not widths else f"{taken} and {narrower}" if removed else narrower
+
+
 def notes_on_form(config: Mapping[str, Any]) -> str:
     """What one has to know to load a student of this ``config``, as Markdown; empty for one of a plain class."""
     if not is_own(config):
@@ -61,7 +68,7 @@ def notes_on_form(config: Mapping[str, Any]) -> str:
     return _NOTES.format(
         name=name,
         base=base_name(name),
-        count=len(config["removed"]),
+        changes=_changes(config),
         file=file_of(config),
         component=family_of(config).component,
     )

@@ -58,6 +58,8 @@ class Original:
     exact: bool = True
     """Whether the answers must be equal to the bit; else but for rounding. A block that stays and does nothing may hand
     on its state with the channels last, and kernels round by how a state lies in memory."""
+    widths: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
+    """By name of a site: the units that stay."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,9 +67,9 @@ class Proof:
     """What a fresh process found when it loaded a written folder with plain diffusers, and no argument but the folder.
 
     ``bypassed teacher``: the answer to the same random latents differs from that of the original without its removed
-    blocks by at most ``largest_difference``; where another format than float32 was asked for, plain diffusers loads
-    both in that. ``same tensors``: each tensor equals that of the model that was saved.
-    ``loads``: nothing was compared.
+    blocks, and with what leaves of widths set to 0, by at most ``largest_difference``; where another format than
+    float32 was asked for, plain diffusers loads both in that. ``same tensors``: each tensor equals that of the model
+    that was saved. ``loads``: nothing was compared.
     """
 
     kind: ProofKind
@@ -236,6 +238,7 @@ def prove(
             "config": dict(original.config),
             "files": [str(Path(path).resolve()) for path in original.files],
             "removed": list(original.removed),
+            "widths": {site: list(kept) for site, kept in original.widths.items()},
             "dtype": original.dtype and str(original.dtype).removeprefix("torch."),
             "exact": original.exact,
             "variant": original.variant,

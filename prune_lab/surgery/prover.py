@@ -23,17 +23,21 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from prune_lab.blocks import architecture_of
 from prune_lab.families import check_code, empty_model, family_of, is_own
 from prune_lab.models.answers import complaint_of_parts, model_complaint, random_inputs
 from prune_lab.models.files import json_object
 from prune_lab.models.parts import component_of, left_out
 from prune_lab.models.silence import quiet
 from prune_lab.models.views import STEMS, component_view
+from prune_lab.plans import PruningPlan, plan_of
 from prune_lab.runtime import read_json
 from prune_lab.surgery.bypass import bypassed
 from prune_lab.surgery.proof import MODULES, digest_of
+from prune_lab.width import site_named, width_of
 
 _IDLE = 300.0  # seconds without a question after which this process ends; the next proof starts another
+ROUNDING = 1e-5  # most that shorter sums may change an answer: of its largest number, at least 1
 
 _ROUNDED = 1e-4  # of the largest number of an answer: what differs by less is rounded otherwise
 
@@ -48,10 +52,19 @@ def _answer(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     return found.clone() if isinstance(found, Tensor) else torch.stack(list(found))  # of one tensor a row
 
 
+def _plan_of(original: Mapping[str, Any]) -> PruningPlan:
+    """What was taken out of the original, widths included."""
+    architecture = architecture_of(original["config"])
+    widths = [
+        width_of(site_named(name, architecture.sites), units) for name, units in original["widths"].items()
+    ]
+    return plan_of(architecture, original["removed"], widths=widths)
+
+
 def _read(original: Mapping[str, Any]) -> Any:
     """The original without the weights of its removed blocks, in float32: what survives is read tensor by tensor."""
     model = empty_model(original["config"])
-    with bypassed(model, original["removed"]):
+    with bypassed(model, _plan_of(original)):
         wanted = set(model.state_dict())
         tensors: dict[str, Tensor] = {}
         for path in original["files"]:
@@ -76,7 +89,7 @@ def _original_answer(original: Mapping[str, Any]) -> tuple[dict[str, Any], Tenso
             found = family_of(original["config"]).model_class()
             model = _widened(found.from_pretrained(view, torch_dtype=getattr(torch, original["dtype"])))
     inputs = random_inputs(model)
-    with bypassed(model, original["removed"]):
+    with bypassed(model, _plan_of(original)):
         return inputs, _answer(model, inputs)
 
 
@@ -187,7 +200,10 @@ def _compared(question: Question) -> dict[str, Any]:
             model = _model_alone(Path(question["folder"]), **place)
         difference = float((_answer(_widened(model), inputs) - expected).abs().max())
         found["difference"] = difference
-        allowed = 0.0 if original["exact"] else _ROUNDED * float(expected.abs().max())
+        largest = float(expected.abs().max())
+        allowed = 0.0 if original["exact"] else _ROUNDED * largest
+        if original["widths"]:
+            allowed = max(allowed, ROUNDING * max(1.0, largest))
         if not difference <= allowed:  # also when it is not a number
             found["error"] = (
                 f"its answer differs from that of the original without these blocks by {difference}"

@@ -84,8 +84,9 @@ def save_model(
 def original_of(source: ModelSource, plan: PruningPlan, dtype: torch.dtype | None = None) -> Original:
     """The model of ``source`` as a proof reads it; ``dtype`` is the one that was asked for."""
     assert source.model_folder is not None
+    widths = {width.site: width.kept for width in plan.widths}
     exact = plan.form != "neutral"
-    return Original(source.config, source.weight_paths, plan.removed, dtype, source.variant, exact)
+    return Original(source.config, source.weight_paths, plan.removed, dtype, source.variant, exact, widths)
 
 
 def prune_pipeline(

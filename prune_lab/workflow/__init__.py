@@ -10,7 +10,7 @@ loaded once.
 from __future__ import annotations
 
 from prune_lab.session import Session
-from prune_lab.workflow.comparing import block_maps, compared_plans, comparison, kind_of_target
+from prune_lab.workflow.comparing import block_maps, compared_plans, compared_with, comparison, kind_of_target
 from prune_lab.workflow.criteria import compared_criteria
 from prune_lab.workflow.distilling import ensure_distilled, recovery_frame, save_students, student_folders
 from prune_lab.workflow.doctoring import diagnosis, is_well
@@ -31,6 +31,7 @@ from prune_lab.workflow.starting import borrow_scores, check_effect, forget, sta
 from prune_lab.workflow.steps import why_left_out
 from prune_lab.workflow.students import ensure_candidates, ensure_repaired
 from prune_lab.workflow.targets import check_budgets, check_controls, check_drawing
+from prune_lab.workflow.widths import ensure_width_scores, width_frame
 
 __all__ = [
     "RunEstimate",
@@ -44,6 +45,7 @@ __all__ = [
     "choices_frame",
     "compared_criteria",
     "compared_plans",
+    "compared_with",
     "comparison",
     "diagnosis",
     "ensure_candidates",
@@ -52,6 +54,7 @@ __all__ = [
     "ensure_ranking",
     "ensure_repaired",
     "ensure_scores",
+    "ensure_width_scores",
     "estimate",
     "forget",
     "goes_by",
@@ -76,5 +79,6 @@ __all__ = [
     "use_scores",
     "why_left_out",
     "wider_frame",
+    "width_frame",
     "written_report",
 ]

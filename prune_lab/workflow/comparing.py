@@ -13,25 +13,28 @@ from prune_lab.assets import SHIPPED_MODELS
 from prune_lab.blocks import Architecture, CountedUnit
 from prune_lab.candidates import load_candidate
 from prune_lab.distill import load_recovery
-from prune_lab.errors import PlanError
+from prune_lab.errors import PlanError, PruneLabError
+from prune_lab.export.students import model_folder_in, provenance_in
 from prune_lab.models import PRESETS, resolve_model
-from prune_lab.plans import PruningPlan, is_native, plan_of, read_plans
+from prune_lab.models.files import json_object
+from prune_lab.plans import PruningPlan, is_native, plan_of, read_plan, read_plans
 from prune_lab.profiling import CostTable, PlanCost, cost_table
 from prune_lab.runs import (
     CandidatePaths,
     Manifests,
     Run,
+    load_run_config,
     open_run,
     read_records,
     run_around,
 )
 from prune_lab.runs.manifest_files import FOLDER
 from prune_lab.schemas import COMPARISON_COLUMNS, RANKING
-from prune_lab.search import predicted_impact
 from prune_lab.session import Session
 from prune_lab.workflow.intact import check_intact, check_parts
 from prune_lab.workflow.measuring import ensure_costs, ensure_scores
 from prune_lab.workflow.searching import ensure_plans, goes_by, impact_of_sets, relative_costs
+from prune_lab.workflow.widths import check_chosen, measured_impacts, predicted_of
 
 _LATENCY = ("median_ms", "latency_change", "latency_low", "latency_high")
 _MEASURED = (*_LATENCY, "loss_before", "loss_after", "clip_before", "clip_after")
@@ -52,13 +55,18 @@ def compared_plans(session: Session, texts: Sequence[str]) -> tuple[pd.DataFrame
     for text in texts:
         named = [plan for plan in known if goes_by(plan, text)]
         plans += named or list(_plans(text, architecture, session.config.model))
-    impacts = impact_of([frozenset(plan.removed) for plan in plans])
+    narrower = [plan for plan in plans if plan.widths]
+    check_chosen(architecture, narrower)
+    sets = [frozenset(plan.removed) for plan in plans if not plan.widths]
+    of_whole = iter(impact_of(sets) if sets else ())
+    of_narrower = iter(measured_impacts(session, narrower))
+    impacts = [next(of_narrower if plan.widths else of_whole) for plan in plans]
     ranking = (
         read_records(run.ranking, RANKING).set_index("plan_id") if run.done(run.ranking) else pd.DataFrame()
     )
     rows = [_plan_row(session.config.model, "model", plan_of(architecture, ()), costs)]
     for plan, impact in zip(plans, impacts, strict=True):
-        measured = {"predicted_impact": predicted_impact(plan, importance), "impact": float(impact)}
+        measured = {"predicted_impact": predicted_of(session, plan, importance), "impact": float(impact)}
         if plan.id in ranking.index:
             measured |= {name: float(ranking[name][plan.id]) for name in _MEASURED}
         rows.append({**_plan_row(_title(plan), "plan", plan, costs), **measured})
@@ -71,16 +79,17 @@ def _title(plan: PruningPlan) -> str:
 
 def block_maps(architecture: Architecture, plans: Sequence[PruningPlan]) -> tuple[str, ...]:
     """The model as lines of text, a column for each plan: R, A and T for residual, attention and transformer blocks
-    that stay, a small letter for one that loses layers inside it, a dot for one that is gone.
+    that stay, a small letter for one that loses layers inside it or is narrower, a dot for one that is gone.
     """
     around = {layer.name: layer.inside for layer in architecture.layers}
+    home = {site.name: around.get(site.block, site.block) for site in architecture.sites}
     names = [_title(plan) for plan in plans]
 
     def letter(block: CountedUnit, plan: PruningPlan) -> str:
         if block.name in plan.removed:
             return "."
-        loses = block.name in {around.get(name) for name in plan.removed}
-        return block.kind[0] if loses else block.kind[0].upper()
+        loses = {around.get(name) for name in plan.removed} | {home[width.site] for width in plan.widths}
+        return block.kind[0] if block.name in loses else block.kind[0].upper()
 
     cells = [
         ["".join(letter(block, plan) for block in architecture.stage_blocks(stage)) for plan in plans]
@@ -111,6 +120,36 @@ def kind_of_target(text: str) -> TargetKind:
     return "model" if text in (*SHIPPED_MODELS, *PRESETS) or (folder.exists() and not listed) else "plan"
 
 
+def _teacher_of(folder: Path) -> str:
+    """The model that the student in ``folder`` was cut from, where it says so and that is there; else empty."""
+    inner = model_folder_in(folder)
+    source = str(provenance_in(inner).get("source", ""))
+    if not source or not (inner / "plan.json").is_file():
+        return ""
+    try:  # another model may be called so here
+        same = resolve_model(source).architecture.signature == json_object(inner / "plan.json").get(
+            "architecture"
+        )
+    except PruneLabError:
+        return ""
+    return source if same else ""
+
+
+def compared_with(targets: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """The model that ``targets`` are compared with where nobody names one, and those that are left to compare.
+
+    It is that of the first target: a model itself, or the teacher that a student names; the model of a run or of a
+    candidate in one. Where plans come first it is the shipped U-Net.
+    """
+    first, folder, kind = targets[0], Path(targets[0]), kind_of_target(targets[0])
+    if kind == "model":
+        teacher = _teacher_of(folder)
+        return (teacher, tuple(targets)) if teacher else (first, tuple(targets[1:]))
+    around = folder if kind == "run" else run_around(folder) if kind == "candidate" else None
+    named = load_run_config(open_run(around, must_exist=True)).model if around else "reference"
+    return named, tuple(targets)
+
+
 def comparison(model: str, targets: Sequence[str]) -> pd.DataFrame:
     """One row per target, ``model`` itself first; columns COMPARISON_COLUMNS, changes relative to ``model``.
 
@@ -129,7 +168,7 @@ def comparison(model: str, targets: Sequence[str]) -> pd.DataFrame:
             rows.append(_of_candidate(folder, costs))
         elif kind == "model":
             total = cost_table(resolve_model(target).architecture).total
-            rows.append(_row(target, "model", total, costs))
+            rows.append(_row(target, "model", total, costs) | _plan_in(folder, architecture))
         else:
             plans = _plans(target, architecture, model)
             rows += [_plan_row(_title(plan), "plan", plan, costs) for plan in plans]
@@ -150,8 +189,18 @@ def _row(name: str, kind: str, cost: PlanCost, whole: CostTable) -> dict[str, An
     return {"name": name, "kind": kind, "blocks_removed": None, **figures, "native": None}
 
 
+def _plan_in(folder: Path, architecture: Architecture) -> dict[str, Any]:
+    """What the plan beside a model in ``folder`` says of it; empty where it is no student of ``architecture``."""
+    path = model_folder_in(folder) / "plan.json"
+    if not path.is_file() or json_object(path).get("architecture") != architecture.signature:
+        return {}
+    plan = read_plan(path, architecture)
+    return {"blocks_removed": len(plan.removed), "native": plan.form == "native"}
+
+
 def _plan_row(name: str, kind: str, plan: PruningPlan, costs: CostTable) -> dict[str, Any]:
-    row = _row(name, kind, costs.of(plan), costs)
+    built = plan.built("own") if plan.widths and plan.form == "native" else plan
+    row = _row(name, kind, costs.of(built), costs)
     return {**row, "blocks_removed": len(plan.removed), "native": is_native(costs.architecture, plan)}
 
 

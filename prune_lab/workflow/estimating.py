@@ -28,7 +28,14 @@ _CHANNELS, _SIDE, _BATCH = 320, 64, 2  # of the convolution that is timed: one o
 _PREFIX_SAVING = 1.7  # forward passes that a naive loop over blocks takes for one of ours
 _LATENCY_PASSES = 100  # the most that a table of latency takes
 _BACKWARD = 2  # passes forward that a pass back costs
+_PROOF = 8.0  # seconds that the process takes to start which proves a candidate
+_REPORT = 10.0  # seconds that figures and pages take
 _UNKNOWN_SHARE = 0.85  # of the teacher, of a student whose budget does not say
+
+
+def _pass_macs(architecture: Architecture, latent: int | None) -> int:
+    """Multiply-adds of a pass of one sample whose latent has sides of ``latent``; None: the size of the config."""
+    return architecture.total_macs if latent is None else cost_table(architecture, latent=latent).total.macs
 
 
 def _convolution(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], object], int]:
@@ -38,22 +45,25 @@ def _convolution(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[],
 
 
 def _whole_model(
-    architecture: Architecture, device: torch.device, dtype: torch.dtype
+    architecture: Architecture, device: torch.device, dtype: torch.dtype, latent: int | None
 ) -> tuple[Callable[[], object], int]:
     model: Any = random_model(architecture.config, device=device, dtype=dtype)
-    sizes: dict[str, Any] = {"batch": _BATCH, "tokens": architecture.tokens}
+    sizes: dict[str, Any] = {"batch": _BATCH, "tokens": architecture.tokens, "latent": latent}
     inputs = example_inputs(architecture.config, device=device, dtype=dtype, **sizes)
-    return lambda: model(**inputs, return_dict=False), _BATCH * architecture.total_macs
+    return lambda: model(**inputs, return_dict=False), _BATCH * _pass_macs(architecture, latent)
 
 
-def macs_per_second(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> float:
-    """Multiply-adds a second of ``architecture`` on ``device``: the best of three calls.
+def macs_per_second(
+    architecture: Architecture, device: torch.device, dtype: torch.dtype, latent: int | None = None
+) -> float:
+    """Multiply-adds a second of ``architecture`` on ``device``, at the side ``latent`` of the latent (None: that of the
+    config): the best of three calls.
 
     Of a large model by one convolution of Stable Diffusion's own size; of a small one, whose operators take longer to
     start than to compute, by itself with random weights. Misleads when: the device is busy now.
     """
-    small = architecture.total_macs < SMALL_MACS
-    call, macs = _whole_model(architecture, device, dtype) if small else _convolution(device, dtype)
+    small = _pass_macs(architecture, latent) < SMALL_MACS
+    call, macs = _whole_model(architecture, device, dtype, latent) if small else _convolution(device, dtype)
     times = []
     with torch.inference_mode():
         for _ in range(4):  # the first one is not counted
@@ -156,25 +166,35 @@ def estimate(
     dtype: torch.dtype,
     speed: float | None,
     free: int,
+    latent: int | None = None,
 ) -> RunEstimate:
     """What a run with these settings is expected to take on a device of ``speed`` multiply-adds a second, if known.
 
-    From the number of passes of each step and the MACs of one; what text encoder and VAE take is left out, and ``free``
+    From the number of passes of each step and the MACs of one at the side ``latent`` of the latent (None: that of the
+    config); what text encoder and VAE take is left out, and ``free``
     is the memory by which samples are divided. Misleads when: the device is shared, or a model is very small.
     """
     seconds = {
-        name: passes * architecture.total_macs / speed
+        name: passes * _pass_macs(architecture, latent) / speed
         for name, passes in _passes(config, architecture, origin).items()
         if speed
     }
     budgets = budgets_of(config, architecture)
+    if speed:
+        seconds["candidates"] += _PROOF * _num_candidates(config, architecture, budgets)
+        seconds["report"] = _REPORT
     share = _largest_share(config, architecture, budgets)
     if origin == "none":  # students are cut, and none is trained
         cut = _num_candidates(config, architecture, budgets) * architecture.total_params * share
         return RunEstimate(seconds, 0, int(cut * dtype.itemsize))
     how, candidates = config.distill, _num_candidates(config, architecture, budgets)
     memory = memory_of(
-        architecture, dtype=dtype, checkpointing=how.gradient_checkpointing, free=free, share=share
+        architecture,
+        dtype=dtype,
+        checkpointing=how.gradient_checkpointing,
+        free=free,
+        share=share,
+        latent=latent,
     )
     together, samples = memory.fit(
         min(how.together or candidates, max(1, candidates)), how.micro_batch or how.batch

@@ -13,7 +13,7 @@ import pandas as pd
 
 from prune_lab.errors import BudgetError, ConfigError
 from prune_lab.evaluation import read_pictures
-from prune_lab.plans import PruningPlan
+from prune_lab.plans import PruningPlan, refuse_widths
 from prune_lab.profiling import COUNTED, CostTable
 from prune_lab.schemas import (
     CHOICE_COLUMNS,
@@ -52,6 +52,7 @@ def choices_frame(session: Session, plan: PruningPlan, budget: str = "") -> pd.D
     why. It is above zero wherever the search was right to decide so. ``budget`` defaults to that of the plan, or to
     its own parameters. Raises RunError before blocks are scored, BudgetError for a budget that no plan meets.
     """
+    refuse_widths([plan], "explain")
     architecture, costs, scores = session.architecture, costs_of(session), read_scores(session.run)
     budgets = _budgets(budget, session, costs) if budget else budgets_of(session, plan, costs)
     rules, impacts = constraints_of(session.config), scores.block_impacts()

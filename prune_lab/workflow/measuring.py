@@ -22,7 +22,7 @@ from prune_lab.importance import (
     with_psnr,
 )
 from prune_lab.models import resolve_model
-from prune_lab.plans import PruningPlan, choices_to_json, read_plans
+from prune_lab.plans import PruningPlan, choices_to_json, read_plans, refuse_widths
 from prune_lab.profiling import (
     TEACHER,
     ComparedLatency,
@@ -98,7 +98,9 @@ def score_groups_of(session: Session) -> tuple[BlockGroup, ...]:
     groups: list[BlockGroup] = []
     for name in session.config.score.groups:
         if name.endswith(PLAN_FILES):
-            plans = (plan for plan in read_plans(name, session.architecture) if plan.removed)
+            read = read_plans(name, session.architecture)
+            refuse_widths(read, "score")
+            plans = (plan for plan in read if plan.removed)
             groups += [BlockGroup(plan.name or plan.text, "plan", plan.removed) for plan in plans]
         else:
             kind = cast("GroupKind", name)  # the settings have checked it
@@ -211,6 +213,14 @@ def _own_model(session: Session, service: Service) -> Any:
     return session.model if loaded and place == (service.device, service.dtype) else None
 
 
+def _told(session: Session, table: LatencyTable) -> str:
+    """When and how ``table`` was measured, how far it can be relied on, and where multiply-adds would mislead."""
+    sizes: dict[str, Any] = dict(service_of(session).sizes)
+    sizes["tokens"] = sizes["tokens"] or session.architecture.tokens
+    warnings = latency_warnings(cost_table(session.architecture, **sizes), table)
+    return "; ".join((latency_words(table), *warnings))
+
+
 def ensure_latency(session: Session) -> LatencyTable:
     """Milliseconds that the removal of each block saves at the run's service, and the error of such predictions.
 
@@ -224,26 +234,17 @@ def ensure_latency(session: Session) -> LatencyTable:
     kept, words = latency_file(key), f"latency at {_where(session)}"
     table = None if session.config.profile.anew else kept_latency(kept, key, architecture)
     if table is not None:
-        note(f"{words}: kept table, {latency_words(table)}")
+        note(f"{words}: kept table, {_told(session, table)}")
     else:
         table = _measured_latency(session, service)
-        note(f"{words}: {latency_words(table)}")
+        note(f"{words}: {_told(session, table)}")
         with contextlib.suppress(
             StorageError
         ):  # a cache folder that cannot be written costs time the next time
             keep_latency(kept, key, table)
-    for line in latency_warnings(_costs_at(session, service), table):
-        note(line)
     keep_latency(run.latency, key, table)
     record(session, part)
     return table
-
-
-def _costs_at(session: Session, service: Service) -> CostTable:
-    sizes: dict[str, Any] = dict(service.sizes)
-    return cost_table(
-        session.architecture, **{**sizes, "tokens": sizes["tokens"] or session.architecture.tokens}
-    )
 
 
 def _measured_latency(session: Session, service: Service) -> LatencyTable:
@@ -280,7 +281,7 @@ def ensure_turns(session: Session, plans: Iterable[PruningPlan]) -> dict[str, Co
     missing = {
         plan.id: plan
         for plan in plans
-        if plan.removed and plan.id not in found and not why_not(session.architecture, plan)
+        if plan.changes and plan.id not in found and not why_not(session.architecture, plan)
     }
     if missing or TEACHER not in found:
         service = service_of(session)

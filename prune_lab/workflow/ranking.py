@@ -43,6 +43,7 @@ from prune_lab.workflow.intact import check_intact
 from prune_lab.workflow.measuring import ensure_costs, ensure_reductions, ensure_turns
 from prune_lab.workflow.searching import ensure_plans, left_out
 from prune_lab.workflow.students import ensure_candidates
+from prune_lab.workflow.widths import measured_impacts
 
 # Pictures ----------------------------------------------------------------------------------------------------
 
@@ -88,9 +89,17 @@ def _mean_score(session: Session, folder: Path) -> float:
 
 
 def one_shot_impacts(session: Session, plans: Iterable[PruningPlan]) -> dict[str, float]:
-    """Impact of each whole plan by the run's criterion on its probe, by plan id, measured and not added up."""
-    groups = [BlockGroup(plan.id, "plan", plan.removed) for plan in plans if plan.removed]
-    return {entry.group.name: entry.impact for entry in engine_of(session).score(session, groups).entries}
+    """Impact of each whole plan by the run's criterion on its probe, by plan id, measured and not added up; of plans
+    that make blocks narrower by output-mse alone, NaN by another.
+    """
+    plans = list(plans)
+    groups = [BlockGroup(plan.id, "plan", plan.removed) for plan in plans if not plan.widths and plan.removed]
+    entries = engine_of(session).score(session, groups).entries if groups else ()
+    found = {entry.group.name: entry.impact for entry in entries}
+    narrower = [plan for plan in plans if plan.widths]
+    known = session.config.score.criterion == "output-mse"
+    impacts = measured_impacts(session, narrower) if known else [math.nan] * len(narrower)
+    return found | dict(zip((plan.id for plan in narrower), impacts, strict=True))
 
 
 def _teacher_result(session: Session) -> CandidateResult:
@@ -205,17 +214,22 @@ def ensure_report(session: Session) -> Path:
 # Models outside of a run -------------------------------------------------------------------------------------
 
 
-def quality(session: Session, model: Any) -> dict[str, float]:
+def quality(session: Session, model: Any, told: set[str] | None = None) -> dict[str, float | str]:
     """``loss`` (held-out denoising), ``clip`` (mean score) and ``clip_low`` of ``model`` in the teacher's pipeline.
 
-    NaN is what cannot be had: the loss without pictures, shipped or of ``data.source``, the scores without a scorer.
+    NaN is what cannot be had, with the reasons in ``not_measured``: the loss without pictures, shipped or of
+    ``data.source``, the scores without a scorer. ``told`` are lines on the data that need not be shown again.
     """
-    tell_roles(session)
+    tell_roles(session, told)
     # What a model draws itself is no measure by which models can be compared.
     judged = session.data_origin in ("shipped", "own")
     loss = float(heldout_loss(model, session.validation).double().mean()) if judged else math.nan
     scores = clip_of(session, draw_prompts(session, model))
-    return {"loss": loss, "clip": float(scores.double().mean()), "clip_low": float(scores.min())}
+    why = {"loss": "" if judged else "no held-out pictures; give --data DIR"}
+    why["clip"] = "" if session.scorer else session.scorer_choice.reason
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in why.items() if reason)
+    scored = {"clip": float(scores.double().mean()), "clip_low": float(scores.min())}
+    return {"loss": loss, **scored, "not_measured": reasons}
 
 
 def quality_frame(session: Session) -> pd.DataFrame:

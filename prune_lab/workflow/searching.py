@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import re
 import time
@@ -16,19 +17,20 @@ from numpy.typing import NDArray
 from prune_lab.blocks import BlockGroup
 from prune_lab.config import BUDGET_CONTROLS
 from prune_lab.errors import PlanError, PruneLabError
-from prune_lab.forms import form_named, why_not, within_form
+from prune_lab.forms import why_not, within_form
 from prune_lab.importance import ScoringContext, score
 from prune_lab.plans import PruningPlan, read_plan, read_plans
 from prune_lab.profiling import CostTable, PlanCost, activation_table, cost_table
 from prune_lab.runs import Run, read_records
-from prune_lab.runtime import track, write_frame, write_json
+from prune_lab.runtime import note, track, write_frame, write_json
 from prune_lab.schemas import PLANS_COLUMNS, SEARCHED, SEARCHED_COLUMNS, SEARCHES_COLUMNS
-from prune_lab.search import ImpactOf, parse_budget, predicted_impact, split_budgets
+from prune_lab.search import ImpactOf, parse_budget, predicted_impact, search_plans, split_budgets
 from prune_lab.session import Session, run_scoring_context
 from prune_lab.session.parts import lacking, plans_part, record
 from prune_lab.workflow.measuring import controls, drawn_size, ensure_costs, ensure_latency, ensure_scores
 from prune_lab.workflow.solving import SOLVERS, Question, controls_for
 from prune_lab.workflow.targets import budgets_of, constraints_of
+from prune_lab.workflow.widths import ensure_width_scores, form_of, needs_width_scores, predicted_of
 
 # The problem ---------------------------------------------------------------------------------------------------
 
@@ -81,6 +83,30 @@ def _named(plans: Sequence[PruningPlan], solver: str, asked: str) -> list[Prunin
     return [plan.named(f"{prefix}-{slug}-{number}") for number, plan in enumerate(plans, 1)]
 
 
+# The impact of a plan of another form that is worth a line: at most this share of the best native plan's, and less by
+# a hundredth of the prediction's mean square.
+_CLEARLY, _LESS_BY = 0.5, 0.01
+
+
+def _note_better_form(question: Question, plans: Sequence[PruningPlan]) -> None:
+    """A line where the best plan with code of its own has a far smaller predicted impact than ``plans``, all native."""
+    architecture, costs, budgets = question.problem
+    rules = dataclasses.replace(question.constraints, form="own")
+    try:
+        own = search_plans(architecture, question.importance, costs, budgets, constraints=rules)[0]
+    except PruneLabError:
+        return
+    best = min(plans, key=lambda plan: predicted_impact(plan, question.importance))
+    impacts = [predicted_impact(plan, question.importance) for plan in (best, own)]
+    if impacts[1] > min(_CLEARLY * impacts[0], impacts[0] - _LESS_BY):
+        return
+    macs = [costs.of(plan).macs / costs.total.macs - 1 for plan in (best, own)]
+    note(
+        f"{question.asked}: the best native plan has a predicted impact of {impacts[0]:.4g} (macs {macs[0]:+.1%}); one "
+        f"with code of its own has {impacts[1]:.4g} (macs {macs[1]:+.1%}): --form own (search.form) finds it"
+    )
+
+
 def _write_plans(session: Session) -> tuple[Path, ...]:
     """The files of the plans that were found."""
     run = session.run
@@ -92,19 +118,22 @@ def _write_plans(session: Session) -> tuple[Path, ...]:
     if asked_for:
         importance, costs = ensure_scores(session), costs_of(session)
         constraints, impact_of = constraints_of(session.config), impact_of_sets(session)
+        units = ensure_width_scores(session) if needs_width_scores(session.config) else None
         for text in track(asked_for, "searching"):
             budgets = tuple(parse_budget(one, architecture, costs) for one in split_budgets(text))
-            question = Question(session, costs, budgets, constraints, importance, impact_of)
+            question = Question(session, costs, budgets, constraints, importance, impact_of, units)
             start = time.perf_counter()
             result = SOLVERS[settings.solver](question)
             seconds = time.perf_counter() - start
             asked, plans = question.asked, result.plans
+            if form_of(settings) == "native" and plans:
+                _note_better_form(question, plans)
             row = {"budget": asked, "solver": settings.solver, "plans": len(plans), "seconds": seconds}
             searches.append({**row, "sets_measured": result.measured, **result.statistics})
             found += [("search", asked, plan) for plan in _named(plans, settings.solver, asked)]
             if at_budget:
                 found += [("control", asked, plan) for plan in controls_for(question, at_budget)]
-    form = form_named(settings.form)
+    form = form_of(settings)
     found = [(origin, budget, within_form(architecture, plan, form)) for origin, budget, plan in found]
     for plan_id in dict.fromkeys(plan.id for _, _, plan in found):
         same = [(origin, plan) for origin, _, plan in found if plan.id == plan_id]
@@ -123,6 +152,8 @@ def _reads_first(session: Session) -> None:
     if not session.config.search.budgets:
         return
     ensure_scores(session)
+    if needs_width_scores(session.config):
+        ensure_width_scores(session)
     costs_of(session)
 
 
@@ -190,13 +221,14 @@ def plans_frame(session: Session) -> pd.DataFrame:
                 "origin": plan.origin,
                 "budgets": " ".join(budget for budget in budgets if budget),
                 "removed": " ".join(plan.removed),
+                "widths": " ".join(width.short for width in plan.widths),
                 "blocks_removed": len(plan.removed),
                 **relative_costs(cost, whole),
                 "latency_ms": cost.latency_ms,
                 "latency_change": cost.latency_ms / whole.latency_ms - 1
                 if cost.latency_ms is not None and whole.latency_ms is not None
                 else None,
-                "predicted_impact": None if importance is None else predicted_impact(plan, importance),
+                "predicted_impact": None if importance is None else predicted_of(session, plan, importance),
                 "native": plan.form == "native" and not left_out(session, plan),
                 "form": plan.form,
             }

@@ -30,14 +30,17 @@ def memory_of(
     checkpointing: bool,
     free: int,
     share: float = _SHARE,
+    latent: int | None = None,
 ) -> TrainingMemory:
     """The bytes that a distillation of students of ``share`` of the parameters needs; no weights are needed for it."""
     config, tokens = architecture.config, architecture.tokens
     return TrainingMemory(
         teacher=architecture.total_params * dtype.itemsize,
         student=int(architecture.total_params * share) * STATE_BYTES,
-        teacher_sample=pass_bytes(config, tokens=tokens, training=False),
-        student_sample=pass_bytes(config, tokens=tokens, training=True, checkpointing=checkpointing),
+        teacher_sample=pass_bytes(config, tokens=tokens, training=False, latent=latent),
+        student_sample=pass_bytes(
+            config, tokens=tokens, training=True, checkpointing=checkpointing, latent=latent
+        ),
         free=free,
     )
 

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from prune_lab.blocks import Architecture, block_groups
+from prune_lab.families import Site
 from prune_lab.importance import ImportanceTable, score
+from prune_lab.importance.intervals import Floats
 from prune_lab.plans import PruningPlan
 from prune_lab.profiling import CostTable
 from prune_lab.search import (
@@ -15,6 +17,7 @@ from prune_lab.search import (
     Effects,
     ImpactOf,
     controls_at,
+    depth_and_width,
     evolve_plans,
     fit_interactions,
     greedy_plan,
@@ -35,6 +38,8 @@ class Question:
     constraints: Constraints
     importance: ImportanceTable
     impact_of: ImpactOf
+    units: Mapping[Site, Floats] | None = None
+    """What parts of blocks are worth, where blocks may become narrower."""
 
     @property
     def asked(self) -> str:
@@ -64,6 +69,17 @@ def _best(question: Question, scores: ImportanceTable | Effects) -> tuple[Prunin
 
 
 def _exact(question: Question) -> SolverResult:
+    if question.units is not None:
+        settings = question.session.config.search
+        found = depth_and_width(
+            question.costs,
+            question.importance.block_impacts() if "depth" in settings.axes else {},
+            question.units,
+            question.budgets,
+            question.constraints,
+            channels=settings.round_to or 1,
+        )
+        return SolverResult((found,))
     return SolverResult(_best(question, question.importance))
 
 

@@ -28,6 +28,7 @@ from prune_lab.session.parts import (
     reads_evaluation,
     record,
     scores_part,
+    width_scores_part,
 )
 from prune_lab.workflow.measuring import service_of
 from prune_lab.workflow.steps import STEPS, steps_from
@@ -233,6 +234,8 @@ def borrow_scores(lender: Run, session: Session) -> None:
         session.architecture, service_of(session)
     ):
         parts.append(latency_part)
+    if theirs.config.search.widths == session.config.search.widths:
+        parts.append(width_scores_part)
     for part in parts:
         lent, own = part(theirs), part(session)
         if not _intact(lender, theirs.manifests, lent):

@@ -39,6 +39,7 @@ from prune_lab.session.parts import (
     teacher_pictures_part,
     tournament_part,
     validation_part,
+    width_scores_part,
 )
 from prune_lab.workflow.distilling import ensure_distilled
 from prune_lab.workflow.measuring import (
@@ -51,6 +52,7 @@ from prune_lab.workflow.measuring import (
 from prune_lab.workflow.ranking import ensure_pictures, ensure_ranking, ensure_report
 from prune_lab.workflow.searching import ensure_plans, plans_there
 from prune_lab.workflow.students import ensure_candidates, ensure_repaired
+from prune_lab.workflow.widths import ensure_width_scores, needs_width_scores
 
 Paths = Callable[[Run], tuple[Path, ...]]
 Parts = Callable[[Session, Sequence[PruningPlan]], Iterable[Part]]
@@ -93,6 +95,18 @@ def _one(part: Callable[[Session], Part]) -> Parts:
 
 def _of_each(*parts: Callable[[Session, PruningPlan], Part]) -> Parts:
     return lambda session, plans: [part(session, plan) for part in parts for plan in plans]
+
+
+def _ensure_all_scores(session: Session) -> None:
+    ensure_scores(session)
+    if needs_width_scores(session.config):
+        ensure_width_scores(session)
+
+
+def _score_parts(session: Session, _plans: Sequence[PruningPlan]) -> Iterable[Part]:
+    """Those of the parts of blocks too, where widths are searched."""
+    whole = scores_part(session)
+    return (whole, width_scores_part(session)) if needs_width_scores(session.config) else (whole,)
 
 
 def _plan_parts(session: Session, _plans: Sequence[PruningPlan]) -> Iterable[Part]:
@@ -149,9 +163,9 @@ STEPS: tuple[Step, ...] = (
     Step(
         "scores",
         "removes each block, pair and stage in turn and measures the damage",
-        ensure_scores,
-        _files("importance_parts", "criteria", "importance"),
-        _one(scores_part),
+        _ensure_all_scores,
+        _files("importance_parts", "criteria", "importance", "width_scores"),
+        _score_parts,
     ),
     Step(
         "costs",

@@ -12,11 +12,10 @@ from prune_lab.errors import BudgetError
 from prune_lab.evaluation import check_step_count
 from prune_lab.families import CLASS_NAME, knows_its_size, latent_shape
 from prune_lab.families.drawing import has_own_size, latents_per_patch
-from prune_lab.forms import form_named
 from prune_lab.models import ModelSource, configured_model
 from prune_lab.models.files import json_object
 from prune_lab.models.parts import pipeline_class
-from prune_lab.plans import PruningPlan, read_plans
+from prune_lab.plans import PruningPlan, chosen_units, read_plans
 from prune_lab.probes.latents import check_side_of
 from prune_lab.profiling import Service, cost_table, drawn_latent, read_service
 from prune_lab.profiling.service import pixels_per_latent
@@ -31,6 +30,7 @@ from prune_lab.search import (
     service_named,
     split_budgets,
 )
+from prune_lab.workflow.widths import check_axes, form_of, searches_widths
 
 # Of the parameters of a model without named plans; the second row where no plan that can be built reaches the first.
 _SHARES = (("80%", "65%", "50%"), ("95%", "90%"))
@@ -45,7 +45,7 @@ def constraints_of(config: RunConfig) -> Constraints:
         least_resnets=settings.least_resnets,
         quotas=tuple(parse_quota(text) for text in settings.quotas),
         longest_run=settings.longest_run or None,
-        form=form_named(settings.form),
+        form=form_of(settings),
     )
 
 
@@ -65,6 +65,8 @@ def controls_among(settings: SearchConfig, architecture: Architecture) -> tuple[
             found += named_plans(architecture)[0]
         elif text not in BUDGET_CONTROLS:
             found += read_plans(text, architecture)
+            for plan in found:
+                chosen_units(architecture, plan)  # says where it is open which units stay
     unique = {(plan.id, plan.name): plan for plan in found}
     return tuple(plan if plan.name else plan.named(plan.text) for plan in unique.values())
 
@@ -133,6 +135,7 @@ def check_budgets(config: RunConfig) -> None:
     """
     if not config.search.budgets:
         return
+    check_axes(config)
     source = configured_model(config)
     if service := service_named(config.search.budgets):
         read_service(service, Service(), source)
@@ -145,6 +148,8 @@ def check_budgets(config: RunConfig) -> None:
         # latency and memory have to be measured first: whether a plan meets them is seen then
         counted = [one for one in split_budgets(text) if not re.match(r"\s*(latency|memory)", one)]
         budgets = [parse_budget(one, architecture, costs) for one in counted]
+        if searches_widths(config.search):  # by whole blocks alone much is out of reach
+            continue
         check_reachable(architecture, costs, budgets, constraints=constraints)
 
 

@@ -79,7 +79,7 @@ def _text_part(pipeline: Any) -> tuple[Part, dict[str, Any], list[dict[str, Any]
     encoders = {name: part for name in ENCODERS if (part := getattr(pipeline, name, None)) is not None}
     conditions = {one.name: one for one in conditions_of(model_of(pipeline))}
     masks = [name for name, one in conditions.items() if one.words]
-    pooled = [name for name, one in conditions.items() if one.of_text]
+    pooled = [name for name, one in conditions.items() if one.of_text and not one.words]  # masks are, too
     if len(encoders) != (2 if pooled else 1) or len(masks) > 1 or (masks and pooled):
         raise _refused(
             pipeline, f"{len(encoders)} text encoders that it reads in a way that is not known here"

@@ -22,6 +22,7 @@ from torch import Tensor
 from prune_lab.errors import ProofError
 from prune_lab.families import latent_form, model_of
 from prune_lab.families.drawing import asked
+from prune_lab.models.components import reason_of
 from prune_lab.models.silence import quiet
 from prune_lab.probes.latents import pixels_per_latent
 from prune_lab.runtime import seeded
@@ -61,15 +62,6 @@ class Proof:
 # Parts -------------------------------------------------------------------------------------------------------------
 
 
-def _other_size(part: Part, side: int) -> dict[str, Tensor]:
-    """Inputs of another batch, height and width than those of the example."""
-    found = part.examples(3, side + 8)
-    for name, sizes in part.varying.items():
-        if "width" in sizes.values():
-            found[name] = found[name][..., :side].contiguous()
-    return found
-
-
 def difference(part: Part, runner: Runner, inputs: Mapping[str, Tensor]) -> float:
     """The largest difference of what ``runner`` and torch answer, relative to the largest number of torch's answer."""
     wanted = part.answers(inputs)
@@ -84,14 +76,19 @@ def difference(part: Part, runner: Runner, inputs: Mapping[str, Tensor]) -> floa
 
 
 def _differences(
-    runtime: Runtime, parts: Mapping[str, Part], folder: Path, side: int, weights: Weights
+    runtime: Runtime, parts: Mapping[str, Part], folder: Path, weights: Weights
 ) -> dict[str, float]:
     found = {}
     for name, part in parts.items():
         runner = runtime.load(runtime.file(folder, part))
-        cases = [part.examples(1, None)]
-        cases.append(_other_size(part, side) if part.varies_in_size else part.examples(3, None))
-        found[name] = max(difference(part, runner, inputs) for inputs in cases)
+        cases = part.examples(1, None), part.elsewhere()
+        try:
+            found[name] = max(difference(part, runner, inputs) for inputs in cases)
+        except Exception as error:  # whatever the runtime raises
+            raise ProofError(
+                f"asked to export for {runtime.called}, found that its {name} fails there ({reason_of(error)}); "
+                "nothing was written: use another runtime"
+            ) from None
         if not found[name] <= LIMITS[weights]:
             raise ProofError(
                 f"asked to export for {runtime.called}, found that its {name} answers otherwise than torch: "
@@ -165,7 +162,7 @@ def prove(
 ) -> Proof:
     """What was seen of ``parts`` in ``folder``. Raises ProofError where a part or the picture is another."""
     form = latent_form(model_of(pipeline))
-    differences = _differences(runtime, parts, folder, form[-1], weights)
+    differences = _differences(runtime, parts, folder, weights)
     noise = torch.randn(1, *form, generator=seeded(0))
     near = psnr(_as_diffusers_draws(pipeline, noise), _as_it_draws(folder, noise))
     if not near >= LEAST_PSNR[weights]:

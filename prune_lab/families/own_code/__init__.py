@@ -29,14 +29,16 @@ from prune_lab.families.family import (
     plain_config,
 )
 from prune_lab.families.meta_device import shapes_of, tensors_of
+from prune_lab.families.widths import Kept, narrowed
 from prune_lab.runtime import printable, read_bytes
 
 FOLDER = Path(__file__).resolve().parent
-NEWEST = "modeling_pruned_308f0b2707dd"
+NEWEST = "modeling_pruned_a6a94653a752"
 PREFIX = "Pruned"  # of class names; what follows is the diffusers class
-REMOVED, MAIN_PATH, AUTO_MAP = "removed", "main_path", "auto_map"
+REMOVED, MAIN_PATH, WIDTHS, AUTO_MAP = "removed", "main_path", "widths", "auto_map"
+WIDTHS_MARK = "widths_mark"  # the tensor without numbers that tells by which widths the weights were saved
 GUARD = "quantization_config"  # in a file: makes every class but its own refuse it
-_OWN = (REMOVED, MAIN_PATH, AUTO_MAP, GUARD)  # settings that the diffusers class does not have
+_OWN = (REMOVED, MAIN_PATH, WIDTHS, AUTO_MAP, GUARD)  # settings that the diffusers class does not have
 
 
 def is_own(source: Any) -> bool:
@@ -176,21 +178,22 @@ def _mark(unit: Unit, names: tuple[str, ...]) -> str:
     return next((name for name in inside if not name.startswith(kept)), "")
 
 
-def own_layout(family: Family, outline: Outline, removed: Removed) -> Layout:
+def own_layout(family: Family, outline: Outline, removed: Removed, kept: Kept | None = None) -> Layout:
     """The student of ``outline`` without the units ``removed``, whatever they are, by the newest model file.
 
-    ``family`` is that of the diffusers class. Raises NonNativePlanError where the student would be the model itself, or
-    nothing of it would tell it from the plain class.
+    Of the sites in ``kept`` it has only these of their units. ``family`` is that of the diffusers class. Raises
+    NonNativePlanError where the student would be the model itself, or nothing of it would tell it from the plain class.
     """
     units = [unit for unit in outline.units if unit.name in removed]
     names = tensors_of(_whole(outline.config))
     gone: dict[str, Any] = dict(outline.config.get(REMOVED) or {})
     paths: dict[str, str | None] = {}
     new: list[str] = []
+    sizes, cut = narrowed(shapes_of(_whole(outline.config)), kept) if kept else ({}, {})
     for unit in units:
         mark = _mark(unit, names)
-        kept = [f"{unit.path}.{path}" for path in unit.keeps]
-        paths |= {unit.path: None} | dict(zip(kept, kept, strict=True))
+        stays = [f"{unit.path}.{path}" for path in unit.keeps]
+        paths |= {unit.path: None} | dict(zip(stays, stays, strict=True))
         if mark:
             new.append(f"{unit.path}.{mark}")
         gone = {path: how for path, how in gone.items() if not path.startswith(f"{unit.path}.")}
@@ -201,28 +204,36 @@ def own_layout(family: Family, outline: Outline, removed: Removed) -> Layout:
             "keeps": list(unit.keeps),
             "mark": mark,
         }
-    if not any(how["mark"] for how in gone.values()):
+    widths = {
+        path: numbers
+        for path, numbers in ((outline.config.get(WIDTHS) or {}) | sizes).items()
+        if not any(path == one or path.startswith(f"{one}.") for one in gone)
+    }
+    if (gone or not widths) and not any(how["mark"] for how in gone.values()):
         raise NonNativePlanError(
             "asked for a student with code of its own that has all tensors of the model: nothing would tell the two "
             "apart; remove a block that has weights"
         )
     name = PREFIX + base_name(str(outline.config[CLASS_NAME]))
-    narrowed = any(how["channels"] is not None for how in gone.values())
+    takes_part = any(how["channels"] is not None for how in gone.values())
     writers = [family.stem(outline.config), *(unit.path for unit in outline.units if not unit.inside)]
     # those of blocks that were gone before as well: their shape says what is gone of all
     marks = [f"{path}.{how['mark']}" for path, how in gone.items() if how["mark"]]
-    main_path = writers if narrowed else None
+    main_path = writers if takes_part else None
     own = {
         CLASS_NAME: name,
         REMOVED: gone,
         MAIN_PATH: main_path,
+        **({WIDTHS: widths} if widths else {}),
         AUTO_MAP: {"AutoModel": f"{NEWEST}.{name}"},
     }
-    shape = _module(NEWEST).mark_shape(gone, main_path)
+    code = _module(NEWEST)
+    shape = code.mark_shape(gone, main_path)
     return Layout(
         MappingProxyType({**outline.config, **own}),
-        MappingProxyType(paths | dict(zip(new, new, strict=True))),
-        dict.fromkeys(marks, lambda tensor: tensor.new_empty(shape)),
+        MappingProxyType(paths | dict(zip(new, new, strict=True)) | ({} if widths else {WIDTHS_MARK: None})),
+        cut | dict.fromkeys(marks, lambda tensor: tensor.new_empty(shape)),
+        empty={WIDTHS_MARK: code.mark_shape(widths)} if widths else {},
     )
 
 

@@ -1,7 +1,8 @@
-"""A diffusers model with blocks taken out of it. Complete in itself: it needs torch and diffusers, nothing else.
+"""A diffusers model with blocks taken out of it, or made narrower. Complete in itself: it needs torch and diffusers.
 
-``config.json`` beside this file holds the settings of the whole model, and what is gone of it (``removed``, by the path
-of each module). Load it with the class that is named there, or ``diffusers.AutoModel``, and ``trust_remote_code=True``.
+``config.json`` beside this file holds the settings of the whole model, what is gone of it (``removed``, by the path of
+each module), and the numbers of what is narrower (``widths``, by the path of each module). Load it with the class that
+is named there, or ``diffusers.AutoModel``, and ``trust_remote_code=True``.
 """
 
 import functools
@@ -19,12 +20,13 @@ from diffusers.configuration_utils import register_to_config
 _PREFIX = "Pruned"  # of the names of classes here; what follows is the diffusers class
 
 
-def mark_shape(removed: Any, main_path: Any) -> tuple[int, int, int]:
-    """Shape of the tensors without numbers that stand in a student: a digest of what is gone of it.
+def mark_shape(*said: Any) -> tuple[int, int, int]:
+    """Shape of the tensors without numbers that stand in a student: a digest of what is gone of it, ``removed`` and
+    ``main_path``, or of its ``widths``.
 
     So weights that were saved without some blocks do not fit a list of others, or one that somebody changed.
     """
-    digest = hashlib.sha256(json.dumps([removed, main_path], sort_keys=True).encode()).digest()
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).digest()
     return 0, int.from_bytes(digest[:3], "big"), int.from_bytes(digest[3:6], "big")
 
 
@@ -89,17 +91,43 @@ class Removed(torch.nn.Module):
         return out if self._in_tuple or len(out) > 1 else out[0]
 
 
-# A class that knows nothing of what is gone can be told to leave out tensors that do not fit, and would answer with
-# what is no number. It does not load a model that says it is quantised in a way it does not know.
+def _narrow(module: Any, numbers: Any) -> None:
+    """Set these attributes of ``module``, and give it parameters that fit them; what they hold comes from a file."""
+    for name, number in numbers.items():
+        if not isinstance(getattr(module, name), int):
+            raise TypeError(f"found the width {name} = {number} of a {type(module).__name__}, which has none")
+        setattr(module, name, number)
+    if isinstance(module, torch.nn.Linear):
+        shapes = {"weight": (module.out_features, module.in_features), "bias": (module.out_features,)}
+    elif isinstance(module, torch.nn.Conv2d):
+        kernel = (module.in_channels // module.groups, *module.kernel_size)
+        shapes = {"weight": (module.out_channels, *kernel), "bias": (module.out_channels,)}
+    elif isinstance(module, torch.nn.GroupNorm):
+        shapes = {"weight": (module.num_channels,), "bias": (module.num_channels,)}
+    else:
+        return
+    for name, shape in shapes.items():
+        was = getattr(module, name)
+        if was is not None:
+            made = torch.empty(shape, dtype=was.dtype, device=was.device)
+            setattr(module, name, torch.nn.Parameter(made, requires_grad=was.requires_grad))
+    module.reset_parameters()
+
+
+# A class that knows nothing of what is gone or narrower can be told to leave out tensors that do not fit, and would
+# answer with what is no number. It does not load a model that says it is quantised in a way it does not know.
 _GUARD = "quantization_config"
 _ALONE = {
     "quant_method": "none, but the model is not what its settings say: load it with trust_remote_code=True"
 }
+WIDTHS_MARK = (
+    "widths_mark"  # name of the tensor without numbers in a model with ``widths``; see ``mark_shape``
+)
 
 
 def _signature(base: Any) -> inspect.Signature:
     own = list(inspect.signature(base.__init__).parameters.values())
-    more = ("removed", "main_path", "auto_map")
+    more = ("removed", "main_path", "widths", "auto_map")
     added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in more]
     return inspect.Signature([*own, *added])
 
@@ -109,7 +137,13 @@ def pruned(base: Any) -> Any:
     """The class of the diffusers model ``base`` that takes blocks out of itself once it is built."""
 
     def built(
-        self: Any, *args: Any, removed: Any = None, main_path: Any = None, auto_map: Any = None, **config: Any
+        self: Any,
+        *args: Any,
+        removed: Any = None,
+        main_path: Any = None,
+        widths: Any = None,
+        auto_map: Any = None,
+        **config: Any,
     ) -> None:
         base.__init__.__wrapped__(
             self, *args, **config
@@ -125,6 +159,10 @@ def pruned(base: Any) -> Any:
             self.set_submodule(path, gone)
         for path in main_path or ():  # the modules that write what a block with ``channels`` reads
             self.get_submodule(path).register_forward_hook(layout.seen)
+        for path, numbers in (widths or {}).items():
+            _narrow(self.get_submodule(path), numbers)
+        if widths:
+            self.register_buffer(WIDTHS_MARK, torch.empty(mark_shape(widths)))
 
     built.__signature__ = _signature(base)  # type: ignore[attr-defined]
 
@@ -159,7 +197,7 @@ def pruned(base: Any) -> Any:
         # diffusers writes the class into ``auto_map`` of config.json, and the module into model_index.json
         "_auto_class": "AutoModel",
         "__module__": __name__.rsplit(".", 1)[-1],
-        "__doc__": f"A {base.__name__} with blocks taken out of it; see ``removed`` in its config.",
+        "__doc__": f"A {base.__name__} with blocks taken out; see ``removed`` and ``widths`` in its config.",
     }
     return type(_PREFIX + base.__name__, (base,), body)
 

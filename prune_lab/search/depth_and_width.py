@@ -1,0 +1,155 @@
+"""Blocks and widths in one 0-1 program: what to remove and what to narrow for the least loss within budgets.
+
+One variable x_b per block, 1 when it is gone, one w_k per step of a site (``steps_of``), 1 when these units are gone,
+and one y_s per group of samplers that leave together:
+
+    minimise  sum impact_b x_b + sum loss_k w_k
+    with      sum saving_b x_b + sum saving_k w_k + sum saving_s y_s >= total - limit  for each budget,
+              least <= sum of the x_b of a rule <= most,
+              w_k + x_b <= 1 for the steps of block b,   w_k+1 <= w_k within a site,   y_s <= x_b for its blocks.
+
+Losses of blocks and of units must be on one scale, as output-mse of blocks and gate-fisher of units are. They add up
+here, so what comes back is a plan to measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_array
+
+from prune_lab.errors import BudgetError, DataError
+from prune_lab.families import Site
+from prune_lab.importance.intervals import Floats
+from prune_lab.plans import PruningPlan, plan_of
+from prune_lab.profiling import COUNTED, CostTable, Counted, sampler_groups
+from prune_lab.search.budgets import Budget
+from prune_lab.search.constraints import ANY_PLAN, Constraints
+from prune_lab.search.widths import steps_of, unit_savings, widths_without
+
+_GAP = 1e-6  # of the loss: units of one site are many, and nearly alike
+_TOLERANCE = 2e-6  # of the whole model's cost: more than the rounding of the solver
+_INFEASIBLE = 2  # scipy.optimize.milp's status
+
+
+class _Rows:
+    """Rules over the variables: sums that lie between two numbers."""
+
+    def __init__(self) -> None:
+        self.places: list[tuple[int, int, float]] = []  # row, column, coefficient
+        self.low: list[float] = []
+        self.high: list[float] = []
+
+    def add(self, terms: Mapping[int, float], low: float, high: float) -> None:
+        """One more rule: the sum of ``terms``, coefficients by column, lies from ``low`` to ``high``."""
+        self.places += [(len(self.low), column, value) for column, value in terms.items()]
+        self.low.append(low)
+        self.high.append(high)
+
+    def constraint(self, columns: int, first: int, more: float) -> LinearConstraint:
+        """All of them, for so many variables; the ``first`` ones ask for ``more``."""
+        rows, places, values = zip(*self.places, strict=True)
+        matrix = coo_array((values, (rows, places)), shape=(len(self.low), columns))
+        low = np.array(self.low)
+        low[:first] += more
+        return LinearConstraint(matrix.tocsc(), low, np.array(self.high))
+
+
+def _check(impacts: Mapping[Site, Floats], budgets: Sequence[Budget]) -> None:
+    if any(not np.isfinite(values).all() or (values < 0).any() for values in impacts.values()):
+        raise DataError(
+            "asked to search widths, found scores of parts of blocks below 0 or not finite; score them again"
+        )
+    for budget in budgets:
+        if budget.metric not in COUNTED:
+            raise BudgetError(
+                f"asked for {budget.text} of plans that make blocks narrower: how long a narrower layer takes, and the "
+                "memory that it needs, is not known before it is measured; give a budget on macs or params, and time "
+                "what is found with profile --plan"
+            )
+
+
+def depth_and_width(
+    costs: CostTable,
+    block_impacts: Mapping[str, float],
+    impacts: Mapping[Site, Floats],
+    budgets: Sequence[Budget],
+    constraints: Constraints = ANY_PLAN,
+    *,
+    least_share: float = 0.0,
+    channels: int = 1,
+) -> PruningPlan:
+    """The plan of whole blocks and widths that loses least within ``budgets``, by scores that add up.
+
+    Blocks without an impact stay, and sites without. ``constraints`` are rules over blocks; of their form no account is
+    taken. Raises DataError for a negative or infinite impact of a unit, BudgetError for a budget on what is not
+    counted, or where no plan meets them.
+    """
+    _check(impacts, budgets)
+    architecture, own = costs.architecture, costs.in_form("own")
+    blocks = [block.name for block in architecture.blocks if block.removable and block.name in block_impacts]
+    steps = steps_of(architecture.sites, impacts, least_share=least_share, channels=channels)
+    groups = [group for group in sampler_groups(architecture) if set(group.blocks) <= set(blocks)]
+    every = [step for of_site in steps.values() for step in of_site]
+    first_step, first_group = len(blocks), len(blocks) + len(every)
+    size = first_group + len(groups)
+    column = {name: place for place, name in enumerate(blocks)}
+
+    rows = _Rows()
+    for budget in budgets:
+        metric = cast("Counted", budget.metric)
+        total, saves = costs.total.amount(metric), unit_savings(costs, metric)
+
+        def saved(names: Iterable[str], metric: Counted = metric, total: float = total) -> float:
+            return sum(int(getattr(own.part(name), metric)) for name in names) / total
+
+        terms = {column[name]: saved([name]) for name in blocks}
+        terms |= {
+            first_step + place: len(step.units) * saves[step.site] / total for place, step in enumerate(every)
+        }
+        terms |= {first_group + place: saved(group.samplers) for place, group in enumerate(groups)}
+        rows.add(terms, 1 - budget.limit / total, np.inf)
+    for rule in constraints.limits(architecture):
+        rows.add({column[name]: 1 for name in rule.blocks if name in column}, rule.least, rule.most)
+    place = first_step
+    for site, of_site in steps.items():
+        outer = architecture.block(site.block).inside or site.block
+        for number in range(len(of_site)):
+            if outer in column:
+                rows.add({place: 1, column[outer]: 1}, -np.inf, 1)
+            if number:
+                rows.add({place: 1, place - 1: -1}, -np.inf, 0)
+            place += 1
+    for number, group in enumerate(groups):
+        for name in group.blocks:
+            rows.add({first_group + number: 1, column[name]: -1}, -np.inf, 0)
+    losses = np.array(
+        [*(block_impacts[name] for name in blocks), *(step.loss for step in every), *[0.0] * len(groups)]
+    )
+    asked = ", ".join(budget.text for budget in budgets)
+    nothing = BudgetError(
+        f"asked for {asked}, found no plan of blocks and widths that leaves so little and keeps to the rules; ask for "
+        "more"
+    )
+    if not size:
+        raise nothing
+    for more in (0.0, _TOLERANCE):  # the solver keeps to its rules up to rounding
+        answer = milp(
+            losses / (np.abs(losses).max(initial=0.0) or 1.0),
+            integrality=np.ones(size),
+            bounds=Bounds(0, 1),
+            constraints=rows.constraint(size, len(budgets), more),
+            options={"mip_rel_gap": _GAP},
+        )
+        if answer.status == _INFEASIBLE or answer.x is None:
+            break
+        chosen = answer.x > 0.5
+        removed = [name for name in blocks if chosen[column[name]]]
+        taken = [step for place, step in enumerate(every) if chosen[first_step + place]]
+        plan = plan_of(architecture, removed, widths=widths_without(taken)).built("own")
+        if all(budget.allows(costs.of(plan)) for budget in budgets):
+            return plan
+    raise nothing

@@ -1,0 +1,158 @@
+"""Widths in a run: what the parts of blocks are worth, which plans have them, and what such a plan costs the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from prune_lab.blocks import Architecture
+from prune_lab.config import RunConfig, SearchConfig
+from prune_lab.errors import ConfigError, PlanError
+from prune_lab.families import Form, Site
+from prune_lab.forms import form_named
+from prune_lab.importance import ImportanceTable, score_units, unit_impacts_from, width_scores_frame
+from prune_lab.importance.intervals import Floats
+from prune_lab.importance.outputs import mean_square
+from prune_lab.models import configured_model
+from prune_lab.plans import PruningPlan, chosen_units
+from prune_lab.probes import predict
+from prune_lab.runs import read_records
+from prune_lab.runtime import write_frame
+from prune_lab.schemas import WIDTH_SCORES
+from prune_lab.search import predicted_impact, predicted_loss, split_budgets
+from prune_lab.session import Session, ensure_probe, run_scoring_context
+from prune_lab.session.parts import lacking, record, width_scores_part
+from prune_lab.surgery import bypassed
+
+_SAME_SCALE = (
+    "output-mse",
+    "gate-fisher",
+)  # criteria of blocks and of their parts whose impacts can be added up
+
+
+def searches_widths(settings: SearchConfig) -> bool:
+    """Whether plans may make blocks narrower."""
+    return "width" in settings.axes
+
+
+def needs_width_scores(config: RunConfig) -> bool:
+    """Whether the search of a run reads what parts of blocks are worth."""
+    return bool(config.search.budgets) and searches_widths(config.search)
+
+
+def form_of(settings: SearchConfig) -> Form:
+    """The form of plans that are not native: with widths none is, so that ``native`` stands for code of its own."""
+    form = form_named(settings.form)
+    return "own" if searches_widths(settings) and form == "native" else form
+
+
+def check_axes(config: RunConfig) -> None:
+    """Raise ConfigError for settings of a search of widths that do not fit each other, PlanError for a model without
+    any; needs no weights.
+    """
+    settings = config.search
+    if not searches_widths(settings):
+        return
+    asked = f"asked to search {' and '.join(settings.axes)}"
+    if settings.solver != "exact":
+        raise ConfigError(
+            f"{asked} with the solver {settings.solver}, which removes blocks alone; leave out --solver"
+        )
+    if settings.count != 1 or settings.diverse != 1:
+        raise ConfigError(
+            f"{asked} for {settings.count} plans per budget, and one is found; leave out --plans"
+        )
+    if form_of(settings) != "own":
+        raise ConfigError(
+            f"{asked} in the form {settings.form}, in which no block is narrower; ask for --form own"
+        )
+    found = (config.score.criterion, settings.widths)
+    if "depth" in settings.axes and found != _SAME_SCALE:
+        raise ConfigError(
+            f"{asked} by {found[0]} of blocks and {found[1]} of their parts, which are not on one scale; "
+            f"{' and '.join(_SAME_SCALE)} are. For others search --axes width"
+        )
+    for text in settings.budgets:
+        for one in split_budgets(text):
+            if one.strip().startswith(("latency", "memory")):
+                raise ConfigError(
+                    f"{asked} within {one.strip()}: how long a narrower layer takes, and the memory that it needs, is "
+                    "not known before it is measured; give --macs or --params, and time what is found (profile --plan)"
+                )
+    check_has_sites(configured_model(config).architecture)
+
+
+def check_has_sites(architecture: Architecture) -> None:
+    """Raise PlanError for a model of which no width is known."""
+    if not architecture.sites:
+        raise PlanError(
+            f"asked for the widths of a {architecture.config['_class_name']}, of which none is known; remove whole "
+            "blocks of it"
+        )
+
+
+# Scores ----------------------------------------------------------------------------------------------------------
+
+
+def ensure_width_scores(session: Session) -> Mapping[Site, Floats]:
+    """(units,) impacts of the parts of each site by ``search.widths`` on the run's probe; writes widths.csv."""
+    run, part = session.run, width_scores_part(session)
+    if not session.manifests.settled(part):
+        ensure_probe(session)
+    if lacking(session, part):
+        check_has_sites(session.architecture)
+        scores = score_units(run_scoring_context(session), criterion=session.config.search.widths)
+        write_frame(run.width_scores, width_scores_frame(scores, session.source.name))
+        record(session, part)
+    return read_width_scores(session)
+
+
+def read_width_scores(session: Session) -> Mapping[Site, Floats]:
+    """The impacts in widths.csv; RunError before they are measured."""
+    frame = width_frame(session)
+    return unit_impacts_from(frame, session.architecture)
+
+
+def width_frame(session: Session) -> pd.DataFrame:
+    """The scores of the parts of blocks, a row for each; RunError before they are measured."""
+    run = session.run
+    return read_records(run.needs(run.width_scores, "score --widths"), WIDTH_SCORES)
+
+
+# Plans -----------------------------------------------------------------------------------------------------------
+
+
+def check_chosen(architecture: Architecture, plans: Sequence[PruningPlan]) -> None:
+    """Raise PlanError for a plan that says how many units of a site stay, and not which."""
+    for plan in plans:
+        chosen_units(architecture, plan)
+
+
+def predicted_of(session: Session, plan: PruningPlan, importance: ImportanceTable) -> float:
+    """What the scores of blocks and of their parts add up to; NaN where the parts were not scored on the same scale."""
+    found = predicted_impact(plan, importance)
+    if not plan.widths:
+        return found
+    run, scale = session.run, (importance.criterion, session.config.search.widths)
+    if scale != _SAME_SCALE or not run.done(run.width_scores):
+        return math.nan
+    return found + predicted_loss(plan, read_width_scores(session))
+
+
+def measured_impacts(session: Session, plans: Sequence[PruningPlan]) -> list[float]:
+    """Mean squared change of the prediction by each whole plan, relative to its mean square: output-mse with widths."""
+    if not plans:
+        return []
+    context = run_scoring_context(session)
+    model, probe = context.model, context.probe
+    batch: dict[str, int] = {"batch": context.batch} if context.batch else {}
+    whole = predict(model, probe, **batch)
+    scale, found = float(mean_square(whole).sum()), []
+    for plan in plans:
+        with bypassed(model, plan):
+            change = mean_square(predict(model, probe, **batch).double() - whole.double())
+        found.append(float(np.divide(float(change.sum()), scale)))
+    return found
