@@ -25,12 +25,12 @@ from prune_lab.config import (
     SETTINGS,
     ProbeConfig,
     RunConfig,
-    SearchConfig,
     changed_settings,
     load_config,
     to_toml,
 )
 from prune_lab.config.toml import config_from_toml
+from prune_lab.errors import RunError
 from prune_lab.runs import Run
 from prune_lab.tables import DECISIVE_COLUMNS, records, shown_columns
 
@@ -583,11 +583,14 @@ def test_mistakes_are_one_line_and_exit_2(
     assert not (tmp_path / "r").exists()
 
 
-def test_a_seed_given_is_the_seed_of_everything(config_file: Path, tmp_path: Path) -> None:
-    config = load_config(config_file)
-    other = to_toml(dataclasses.replace(config, search=SearchConfig(controls=("-Dn9.R1",))))
-    (tmp_path / "job.toml").write_text(other)  # stops right after the settings were written
-    mistake("run", "--config", tmp_path / "job.toml", "--run", tmp_path / "run", "--seed", 7)
+def test_a_seed_given_is_the_seed_of_everything(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(session: object) -> None:
+        raise RunError("asked to stop right after the settings were written")
+
+    monkeypatch.setattr("prune_lab.workflow.pipeline.check_settings", stop)
+    assert "right after" in mistake("run", "--config", config_file, "--run", tmp_path / "run", "--seed", 7)
     written = load_config(tmp_path / "run" / "config.toml")
     assert (written.seed, written.probe.seed, written.distill.seed) == (7, 7, 7)
 
