@@ -64,6 +64,7 @@ def test_a_size_that_is_not_drawn_is_refused_from_the_files_alone(
     assert answers == {True, False}
 
 
+@pytest.mark.long
 def test_a_run_that_cannot_draw_its_size_is_not_estimated(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     model, data = str(tiny_pipeline_folder), DataConfig(resolution=7)
     settings = RunConfig(model=model, data=data, search=SearchConfig(budgets=()))
