@@ -2,7 +2,8 @@
 
 ``native``: a plain config of the plain class. ``neutral``: the plain class, whose removed blocks are there and do
 nothing. ``own``: with one small model file in the folder, any plan at full savings. ``padded``: a plain config at full
-width, zeros where a plan makes it narrower. All compute the same, narrower ones up to rounding.
+width, zeros where a plan makes it narrower. All compute the same, narrower ones up to rounding; so does the neutral
+form where a block that does nothing hands on its state in another order in memory (plain attention).
 """
 
 from __future__ import annotations

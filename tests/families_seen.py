@@ -32,7 +32,8 @@ WITHOUT_PIPELINE = VERBS[:5]  # what a model alone is enough for
 MOST_NAMED = 4  # classes in a line of the README
 ABOUT = """Made by `make families` of what the tests saw of tiny models; [families.csv](families.csv) names the tests.
 What stands under `prune` are the forms of a student that were built. In tier A a tiny pipeline of the class went
-through all verbs; in tier B a tiny model went through all that need no pipeline. A dash means that no test saw it."""
+through all verbs of the table; in tier B a tiny model went through all that need no pipeline. A dash means that no test
+saw it. `convert` and `export --to single-file` are known of a `UNet2DConditionModel` alone and refuse the others."""
 
 Seen = Callable[..., None]
 

@@ -491,6 +491,7 @@ def test_a_plan_without_its_option_is_met_with_what_to_write(verb: str, tiny_pip
         (("score", "reference", "--channels-last"), "--set score.channels_last=true"),
         (("score", "reference", "--no-compile"), "--set score.compile=false"),
         (("search", "reference", "--budget", "macs<=60%"), "--set search.budgets=VALUE"),
+        (("search", "reference", "--samples", "2"), "--set probe.samples=VALUE"),
         (("search", "reference", "--count", "2"), "--plans"),
         (("search", "reference", "--any"), "--form own"),
         (("search", "reference", "--longest-run", "2"), "--set search.longest_run=VALUE"),

@@ -27,8 +27,17 @@ import prune_lab
 from prune_lab.blocks import Architecture, architecture_of, blocks_frame
 from prune_lab.counting import ANALYTIC_EXTRAS, count_macs
 from prune_lab.errors import NonNativePlanError, PlanError, UnsupportedModelError
-from prune_lab.families import FAMILIES, check_forward, example_inputs, family_of, meta_model, plain_config
+from prune_lab.families import (
+    FAMILIES,
+    Form,
+    check_forward,
+    example_inputs,
+    family_of,
+    meta_model,
+    plain_config,
+)
 from prune_lab.families.controlnet import cut_controlnet
+from prune_lab.forms import layout_of, why_not
 from prune_lab.plans import (
     PruningPlan,
     is_native,
@@ -287,6 +296,32 @@ def test_heads_that_diffusers_does_not_turn_round() -> None:
     assert "heads of 2 channels" in refusal(config, "-Dn3 -Up1")
     architecture = architecture_of({**config, "attention_head_dim": 2})
     assert is_native(architecture, parse_plan("-Dn3 -Up1", architecture))
+
+
+PLAIN_FORMS: tuple[Form, ...] = ("native", "neutral")
+
+
+@pytest.mark.parametrize("kind", ["simple", "attention_only", "unet2d"])
+def test_stages_further_in_leave_in_both_plain_forms(kind: str) -> None:
+    """Whole stages from the middle on, alone and with other blocks: built, or refused with the reason."""
+    chance, built_ones = random.Random(11), 0
+    for _ in range(4):
+        config = KINDS[kind](chance)
+        depth = len(config["block_out_channels"])
+        architecture = architecture_of(config | {"block_out_channels": [16] * depth, "attention_head_dim": 4})
+        for left in range(1, depth):
+            inner = {"Md", *(f"Dn{i}" for i in range(left + 1, depth + 1))}
+            inner |= {f"Up{i}" for i in range(1, depth - left + 1)}
+            removable = [block for block in architecture.blocks if block.removable]
+            gone = frozenset(block.name for block in removable if block.stage in inner)
+            others = [block.name for block in removable if block.name not in gone]
+            for more, form in itertools.product(([], chance.sample(others, 1)), PLAIN_FORMS):
+                plan = plan_of(architecture, gone.union(more)).built(form)
+                if why_not(architecture, plan):
+                    continue
+                built_ones += 1
+                meta_model(layout_of(architecture, plan).config)
+    assert built_ones
 
 
 def test_a_mid_stage_that_activates_the_embedding_later() -> None:

@@ -16,7 +16,7 @@ from prune_lab.api.results import RunResults, open_run
 from prune_lab.api.settings import settings_by_name
 from prune_lab.blocks import Architecture
 from prune_lab.config import SETTINGS, RunConfig, changed_settings, with_settings
-from prune_lab.models import ModelSource, configured_model
+from prune_lab.models import ModelSource, configured_model, recorded_model
 from prune_lab.models.protection import Sources, check_run_folder, sources_of
 from prune_lab.processes import is_main
 from prune_lab.runs import Run, read_records, writing
@@ -43,7 +43,9 @@ class Workplace:
 
     def __init__(self, settings: RunConfig, run: Path | None = None) -> None:
         self.settings = settings
-        self.source: ModelSource = configured_model(settings)
+        self.source: ModelSource = (
+            configured_model(settings) if run is None else recorded_model(settings, run)
+        )
         self._temporary = run is None
         self.folder = Path(tempfile.mkdtemp(prefix="prune-lab-")) if run is None else run
         if self._temporary:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from prune_lab.api.settings import settings_of
+from prune_lab.api.settings import model_or_run, settings_of
 from prune_lab.cli import options
 from prune_lab.cli.application import app
 from prune_lab.cli.models import model_of
@@ -59,6 +59,12 @@ def evaluate(
             frame = quality_frame(Session(opened))
         emit("pictures", records(frame), as_json=as_json, wide=wide, title=f"Pictures of {run}")
         return
+    for text in models:
+        if model_or_run(text, None)[1] is not None:
+            raise RunError(
+                f"asked to evaluate the model {text}, found a run folder there; give --run {text} for its candidates, "
+                "or the folder of one of its models"
+            )
     from prune_lab.models import shipped_like
 
     rows: list[dict[str, Any]] = []

@@ -117,6 +117,7 @@ _ONCE: dict[tuple[str, str], str] = {
     ("score", "--precision"): "--set dtype=VALUE",
     ("score", "--contiguous"): "--set score.channels_last=false",
     ("search", "--budget"): "--set search.budgets=VALUE",
+    ("search", "--samples"): "--set probe.samples=VALUE",  # as of score; search.samples are plans
     ("search", "--count"): "--plans",
     ("search", "--any"): "--form own",
     ("search", "--quota"): "--set search.quotas=VALUE",

@@ -66,9 +66,12 @@ def search(
         model, lender or run, config, assign, {**asked, **found_by}, device=device, seed=seed
     )
     from prune_lab.api.model import Model
+    from prune_lab.models import recorded_model
     from prune_lab.models.protection import check_file, sources_of
     from prune_lab.runtime import write_json
 
+    if lender:
+        recorded_model(settings, lender)  # where it is not found, this says from where a run names it
     if out:
         given = {"the scores": [] if importance is None else [importance]}
         out = check_file(out, {**sources_of(settings), **given}, "plans", force=force)

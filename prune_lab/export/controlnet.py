@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from prune_lab.errors import FormError, ModelFormatError, StorageError
-from prune_lab.export.additions import Converted, blocks_of
+from prune_lab.export.additions import TRAIN_ANOTHER, Converted, blocks_of
 from prune_lab.export.students import Student
 from prune_lab.families.adapter_names import check_has_additions
 from prune_lab.families.controlnet import cut_controlnet, meta_controlnet
@@ -67,7 +67,7 @@ def convert_controlnet(student: Student, given: Path, out: Path, *, force: bool 
     Raises ModelFormatError when its files are not a ControlNet's, UnsupportedModelError when it was made for another
     U-Net, FormError when no plain ControlNet fits the student, StorageError when ``out`` is taken.
     """
-    check_has_additions(student.architecture.config, "to convert a ControlNet")
+    check_has_additions(student.architecture.config, "to convert a ControlNet", instead=TRAIN_ANOTHER)
     if student.plan.form != "native":
         raise FormError(
             f"asked to convert a ControlNet for a student in the {student.plan.form} form; it counts skip connections, "

@@ -6,7 +6,14 @@ import re
 from pathlib import Path
 
 from prune_lab.errors import ModelFormatError
-from prune_lab.export.additions import Converted, blocks_of, check_out, read_addition, write_addition
+from prune_lab.export.additions import (
+    TRAIN_ANOTHER,
+    Converted,
+    blocks_of,
+    check_out,
+    read_addition,
+    write_addition,
+)
 from prune_lab.export.students import Student
 from prune_lab.families import meta_model
 from prune_lab.families.adapter_names import (
@@ -35,7 +42,7 @@ def convert_ip_adapter(student: Student, given: Path, out: Path, *, force: bool 
 
     Raises ModelFormatError when it was made for a U-Net with other attentions, StorageError when ``out`` is taken.
     """
-    check_has_additions(student.architecture.config, "to convert an IP-Adapter")
+    check_has_additions(student.architecture.config, "to convert an IP-Adapter", instead=TRAIN_ANOTHER)
     given = Path(given)
     out = check_out(student, out, given, force=force)
     tensors, metadata = read_addition(given, "IP-Adapter")

@@ -15,7 +15,14 @@ from typing import Any
 from torch import Tensor
 
 from prune_lab.errors import ModelFormatError
-from prune_lab.export.additions import Converted, blocks_of, check_out, read_addition, write_addition
+from prune_lab.export.additions import (
+    TRAIN_ANOTHER,
+    Converted,
+    blocks_of,
+    check_out,
+    read_addition,
+    write_addition,
+)
 from prune_lab.export.students import Student
 from prune_lab.families.adapter_names import (
     TEXT_PREFIXES,
@@ -184,7 +191,7 @@ def convert_lora(student: Student, given: Path, out: Path, *, force: bool = Fals
     names; the format stays. Raises ModelFormatError for a key that the teacher has no module for or that does not fit
     it, and when nothing is left; StorageError when ``out`` is taken.
     """
-    check_has_additions(student.architecture.config, "to convert a LoRA")
+    check_has_additions(student.architecture.config, "to convert a LoRA", instead=TRAIN_ANOTHER)
     given = Path(given)
     out = check_out(student, out, given, force=force)
     tensors, metadata = read_addition(given, "LoRA")

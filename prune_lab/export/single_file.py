@@ -19,7 +19,7 @@ from torch import Tensor
 
 from prune_lab import __version__
 from prune_lab.errors import ModelFormatError, UnsupportedModelError
-from prune_lab.families import is_own
+from prune_lab.families import CLASS_NAME, base_name, is_own
 from prune_lab.families.adapter_names import check_has_additions
 from prune_lab.families.ldm_keys import (
     TEXT_CLASSES,
@@ -329,7 +329,10 @@ def export_single_file(
             f"asked to export {source.text!r}, which has no weights (kind: {source.kind}); "
             "give a pipeline or U-Net folder"
         )
-    check_has_additions(source.config, f"to export {source.text} as a single file")
+    plain = {**source.config, CLASS_NAME: base_name(str(source.config[CLASS_NAME]))}
+    check_has_additions(
+        plain, f"to export {source.text} as a single file", instead="use its folder in diffusers"
+    )
     if is_own(source.config):
         raise UnsupportedModelError(
             f"asked to export {source.text}, a student with code of its own, for which a single file has no place; "

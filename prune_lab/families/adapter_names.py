@@ -181,12 +181,14 @@ def has_additions(config: Mapping[str, Any]) -> bool:
     return family_of(config) is UNET2D_CONDITION
 
 
-def check_has_additions(config: Mapping[str, Any], asked: str) -> None:
-    """Raise UnsupportedModelError, which says what was ``asked`` of the model of ``config``, unless that is known."""
+def check_has_additions(config: Mapping[str, Any], asked: str, *, instead: str) -> None:
+    """Raise UnsupportedModelError, which says what was ``asked`` of the model of ``config`` and what works ``instead``,
+    unless that is known.
+    """
     if not has_additions(config):
         raise UnsupportedModelError(
             f"asked {asked}, found a {config[CLASS_NAME]}; this is known of a "
-            f"{UNET2D_CONDITION.model_class().__name__} alone: work with its diffusers folder"
+            f"{UNET2D_CONDITION.model_class().__name__} alone: {instead}"
         )
 
 

@@ -43,11 +43,15 @@ def has_own_size(pipeline: Any) -> bool:
     return "height" not in call_inputs(pipeline)
 
 
-def latents_per_patch(pipeline: Any) -> int:
-    """Latents that a side must be a multiple of: transformers see patches of them."""
+def latents_per_patch(pipeline: Any, config: Mapping[str, Any] | None = None) -> int:
+    """Latents that a side must be a multiple of: transformers see patches of them. ``config`` is that of the model,
+    where ``pipeline`` is the class of one.
+    """
     if hasattr(pipeline, "_pack_latents"):
         return 2
-    patch = getattr(getattr(pipeline, "transformer", None), "config", {}).get("patch_size", 1)
+    if config is None:
+        config = getattr(getattr(pipeline, "transformer", None), "config", {})
+    patch = config.get("patch_size") or 1
     return int(patch if isinstance(patch, int) else patch[-1])
 
 

@@ -79,8 +79,10 @@ def _same_without_attention(left: Left, stage: Wiring) -> bool:
 
 def _check_heads(left: Left) -> None:
     """Refuse up stages that would get other heads: diffusers does not turn ``attention_head_dim`` round for them."""
-    value = left.outline.config["attention_head_dim"]
-    heads = spread(value, len(left.downs) + len(left.ups))
+    config = left.outline.config
+    heads = spread(
+        config["attention_head_dim"], len(config["up_block_types"])
+    )  # places are those of the original
     for new, stage in enumerate(left.ups):
         if stage.attentions and stage.kind not in TRANSFORMERS and heads[new] != heads[stage.place]:
             raise NonNativePlanError(

@@ -18,6 +18,7 @@ from prune_lab.models.sources import (
     configured_model,
     model_digest,
     preset_config,
+    recorded_model,
     resolve_model,
 )
 
@@ -36,6 +37,7 @@ __all__ = [
     "of_shipped_family",
     "plain_source",
     "preset_config",
+    "recorded_model",
     "resolve_model",
     "shipped_like",
     "weight_files",

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from prune_lab.assets import SHIPPED_MODELS, shipped_places
 from prune_lab.blocks import Architecture, architecture_of
-from prune_lab.config import RunConfig
+from prune_lab.config import RunConfig, load_config
 from prune_lab.errors import ModelFormatError, ModelNotFoundError, StorageError
 from prune_lab.families import CLIP_TOKENS, family_of
 from prune_lab.models.diagnosis import OTHER_PACKINGS
@@ -334,3 +334,21 @@ def configured_model(config: RunConfig) -> ModelSource:
         random_weights=config.random_weights,
         seed=config.seed,
     )
+
+
+def recorded_model(config: RunConfig, run: Path) -> ModelSource:
+    """``configured_model`` of the run in ``run``.
+
+    Where the model that its config.toml names is not found, ModelNotFoundError says from where a run names it.
+    """
+    try:
+        return configured_model(config)
+    except ModelNotFoundError as error:
+        text, written = config.model, run / "config.toml"
+        if not written.is_file() or load_config(written).model != text or _path(text).is_absolute():
+            raise
+        raise ModelNotFoundError(
+            f"asked for the run {path_text(run)}, whose model is {path_text(text)!r} as seen from the folder in which "
+            f"the run was started; found none from {path_text(Path.cwd())}: call prune-lab in that other "
+            f"folder ({error})"
+        ) from None

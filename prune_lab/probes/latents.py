@@ -116,8 +116,15 @@ def picture_side(pipeline: Any) -> int:
 
 def check_side(pipeline: Any, side: int) -> None:
     """Raise DataError where ``pipeline`` cannot draw pictures of ``side`` pixels."""
-    own, step = picture_side(pipeline), pixels_per_latent(pipeline) * latents_per_patch(pipeline)
-    if side != own and has_own_size(pipeline):
+    step = pixels_per_latent(pipeline) * latents_per_patch(pipeline)
+    check_side_of(side, picture_side(pipeline), step, alone=has_own_size(pipeline))
+
+
+def check_side_of(side: int, own: int, step: int, *, alone: bool) -> None:
+    """Raise DataError where pictures of ``side`` pixels are no multiple of ``step``, or a model draws its ``own`` size
+    ``alone``.
+    """
+    if side != own and alone:
         raise DataError(
             f"asked for pictures of {side} pixels per side, the model draws {own} alone; leave the size out "
             "(data.resolution = 0)"

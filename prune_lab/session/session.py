@@ -22,11 +22,11 @@ from prune_lab.models import (
     ModelSource,
     ScorerChoice,
     choose_scorer,
-    configured_model,
     load_model,
     load_pipeline,
     load_scorer,
     of_shipped_family,
+    recorded_model,
 )
 from prune_lab.models.streamed import bytes_beside, load_streamed
 from prune_lab.probes import Probe, draw_at, load_probe, make_probe, picture_side
@@ -98,7 +98,7 @@ class Session:
 
         Raises RunError where the run was started with other weights of it.
         """
-        source = configured_model(self.config)
+        source = recorded_model(self.config, self.run.folder)
         for line in source.notes:
             note(line)
         if not self.trusting:

@@ -13,6 +13,7 @@ from prune_lab.errors import ConfigError, DataError, StorageError
 from prune_lab.evaluation import check_steps
 from prune_lab.models import resolve_model
 from prune_lab.models.protection import check_run_folder
+from prune_lab.probes.latents import check_side
 from prune_lab.ranking import Ranking
 from prune_lab.runs import Manifests, open_run, read_records, writing
 from prune_lab.runs.removing import remains
@@ -39,6 +40,8 @@ def check_settings(session: Session) -> None:
             drawing |= {"data.steps": config.data.steps, "probe.steps": config.probe.steps}
         for name, steps in drawing.items():
             check_steps(session.pipeline, steps, name)
+        if config.data.resolution and session.data_origin == "drawn":
+            check_side(session.pipeline, config.data.resolution)
     criteria_of(session)
     score_groups_of(session)
     check_controls(config)

@@ -10,9 +10,15 @@ from prune_lab.blocks import Architecture
 from prune_lab.config import AUTO, BUDGET_CONTROLS, RunConfig, SearchConfig
 from prune_lab.errors import BudgetError
 from prune_lab.evaluation import check_step_count
+from prune_lab.families import CLASS_NAME, knows_its_size, latent_shape
+from prune_lab.families.drawing import has_own_size, latents_per_patch
 from prune_lab.models import ModelSource, configured_model
+from prune_lab.models.files import json_object
+from prune_lab.models.parts import pipeline_class
 from prune_lab.plans import PruningPlan, chosen_units, read_plans
+from prune_lab.probes.latents import check_side_of
 from prune_lab.profiling import Service, cost_table, drawn_latent, read_service
+from prune_lab.profiling.service import pixels_per_latent
 from prune_lab.runtime import note
 from prune_lab.search import (
     Constraints,
@@ -147,8 +153,20 @@ def check_budgets(config: RunConfig) -> None:
         check_reachable(architecture, costs, budgets, constraints=constraints)
 
 
+def _check_side(source: ModelSource, side: int) -> None:
+    assert source.folder is not None
+    drawing = pipeline_class(json_object(source.folder / "model_index.json").get(CLASS_NAME))
+    pixels = pixels_per_latent(source)
+    if drawing is None or pixels is None:
+        return
+    own = min(latent_shape(source.config)) * pixels if knows_its_size(source.config) else 0
+    step = pixels * latents_per_patch(drawing, source.config)
+    check_side_of(side, own, step, alone=has_own_size(drawing))
+
+
 def check_drawing(config: RunConfig, source: ModelSource, origin: str) -> None:
-    """Raise ConfigError for more denoising steps than the scheduler of ``source`` has; ``origin`` is that of the data.
+    """Raise ConfigError for more denoising steps than the scheduler of ``source`` has, DataError for pictures of a size
+    that it cannot draw; ``origin`` is that of the data.
 
     Loads nothing, so that a plan of a run can be checked.
     """
@@ -159,3 +177,8 @@ def check_drawing(config: RunConfig, source: ModelSource, origin: str) -> None:
         drawing |= {"data.steps": config.data.steps, "probe.steps": config.probe.steps}
     for name, steps in drawing.items():
         check_step_count(source.timesteps, steps, name)
+    drawn = (
+        origin == "drawn" or "sample_size" not in source.config
+    )  # then the size is that of all that is drawn
+    if config.data.resolution and drawn:
+        _check_side(source, config.data.resolution)

@@ -34,8 +34,7 @@ class Drawing:
 def _refused(pipeline: Any, found: str) -> BackendError:
     return BackendError(
         f"asked to export a {type(pipeline).__name__} for another runtime, found {found}; known are pipelines that "
-        "draw pictures of a text with one text encoder, or with two as SDXL: export the model to single-file, or use "
-        "it in diffusers"
+        "draw pictures of a text with one text encoder, or with two as SDXL: use it in diffusers"
     )
 
 
