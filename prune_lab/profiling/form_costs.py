@@ -128,6 +128,8 @@ def parts_in_form(
     def alone(one: PartCost) -> PartCost:
         removable = architecture.block(one.name).removable
         gone = _gone_with(architecture, count, sizes, [one.name], form) if removable else Gone(0, 0, 0)
+        if gone == (one.params, one.macs, one.attention_macs):
+            return one  # with what was measured of it
         return part(one.name, "block", gone, one)
 
     blocks = [alone(one) for one in native if one.kind == "block"]
@@ -168,10 +170,14 @@ def counted_cost(
         return predicted
     gone = gone_by(architecture, layout_of(architecture, plan), count, sizes)
     assert whole.weight_bytes is not None
+    assert predicted.weight_bytes is not None
+    params = whole.params - gone.params
+    # What the parts weigh, which may be of several number formats, and what they do not know at the usual weight.
+    unforeseen = (params - predicted.params) * (whole.weight_bytes // whole.params)
     return dataclasses.replace(
         predicted,
-        params=whole.params - gone.params,
+        params=params,
         macs=whole.macs - gone.macs,
         attention_macs=whole.attention_macs - gone.attention_macs,
-        weight_bytes=(whole.params - gone.params) * (whole.weight_bytes // whole.params),
+        weight_bytes=predicted.weight_bytes + unforeseen,
     )
