@@ -562,7 +562,8 @@ def test_sigterm_ends_as_an_interrupt_does(
     monkeypatch.setattr("prune_lab.workflow.pipeline.check_settings", ended)
     found = CliRunner().invoke(app, ["run", "--config", str(tmp_path / "job.toml"), "--run", str(run.folder)])
     assert found.exit_code == 143
-    (line,) = found.stderr.strip().splitlines()
+    *said, line = found.stderr.strip().splitlines()
+    assert all(one.startswith("estimate:") for one in said), said
     assert line.startswith("terminated; finished files are kept")
     left = tree(run.folder)
     assert "config.toml" in left

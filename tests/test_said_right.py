@@ -104,8 +104,8 @@ NAMED = "models/flux"
     ("model", "wanted"),
     [
         (NAMED, NAMED),
-        ("./models/../models/flux", "models/flux"),
-        ("{here}/models/flux", "models/flux"),
+        ("../models/flux", "PATH/TO/flux"),
+        ("{here}/models/flux", "PATH/TO/flux"),
         ("{elsewhere}/sd", "PATH/TO/sd"),
         ("reference", "reference"),
         ("someone/their-model", "someone/their-model"),
@@ -250,7 +250,7 @@ def test_an_export_that_no_form_makes_possible_does_not_ask_for_another_form(tmp
     own = layout_of(architecture, parse_plan("-Md.A1", architecture).built("own")).config
     assert is_own(own)
     source: Any = SimpleNamespace(has_weights=True, config=own, text="small")
-    with pytest.raises(UnsupportedModelError, match="alone: work with its diffusers folder"):
+    with pytest.raises(UnsupportedModelError, match="alone: use its folder in diffusers"):
         export_single_file(source, tmp_path / "x.safetensors")
 
 

@@ -6,12 +6,11 @@ import base64
 import hashlib
 import html
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
@@ -88,13 +87,12 @@ def _paths_in(settings: object) -> Iterator[str]:
 def _to_paste(model: str) -> str:
     """``model`` in a command that runs where the run was started: a path from there, a name as it was given.
 
-    A path that leads elsewhere is of this machine: its last part stands behind PATH/TO, which a reader replaces.
+    A path that begins elsewhere is of this machine: its last part stands behind PATH/TO, which a reader replaces.
     """
-    named = Path(model).expanduser()
-    if not named.exists() and not model.startswith(("/", ".", "~")) and "\\" not in model:
-        return model  # that ships, of a preset or on a hub
-    whole, here = Path(os.path.abspath(named)), Path.cwd()  # noqa: PTH100 - links stay as they were named
-    return whole.relative_to(here).as_posix() if whole.is_relative_to(here) else f"PATH/TO/{whole.name}"
+    named = Path(model)
+    if named.is_absolute() or model.startswith("~") or ".." in named.parts or "\\" in model:
+        return f"PATH/TO/{PureWindowsPath(model).name}"  # which knows both kinds of slashes
+    return model
 
 
 def _told(value: Any, places: tuple[str, ...]) -> Any:

@@ -73,7 +73,7 @@ _LATENCY_PLANS = (
 _LATENCY_ROUNDS = 5  # times profile.runs: the most passes that the table takes
 
 
-def _costs(session: Session) -> CostTable:
+def _whole_costs(session: Session) -> CostTable:
     return cost_table(session.architecture, latent=drawn_size(session), dtype=session.dtype)
 
 
@@ -83,7 +83,7 @@ def ensure_blocks(session: Session) -> Architecture:
     if lacking(session, part):
         choices = choices_to_json(session.architecture)
         if session.architecture.family.neutral is not None:
-            choices["neutral"] = savings_in(_costs(session), "neutral")
+            choices["neutral"] = savings_in(_whole_costs(session), "neutral")
         write_json(run.choices, choices)
         write_frame(run.blocks, blocks_frame(session.architecture))
         record(session, part)
@@ -307,7 +307,7 @@ def ensure_costs(session: Session) -> CostTable:
     costs.csv, which says the size.
     """
     run, part, latent = session.run, costs_part(session), drawn_size(session)
-    costs = _costs(session)
+    costs = _whole_costs(session)
     if lacking(session, part):
         write_frame(run.costs, costs.frame().assign(size=size_text(session.source, latent)))
         record(session, part)
