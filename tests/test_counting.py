@@ -68,6 +68,7 @@ def test_meta_unet_has_the_published_number_of_parameters(preset: str, params: i
     assert not unet.training
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [count_macs, count_on_meta])
 def test_counts_scale_with_batch_and_size(count: Any, tiny_config: dict[str, Any]) -> None:
     one = count(tiny_config)

@@ -212,6 +212,7 @@ def test_the_papers_parameters_from_a_matrix() -> None:
     assert (found.paper_macs / 1e9).round(1).tolist() == [339.0, 223.9, 217.9, 205.2]
 
 
+@pytest.mark.long
 @settings(max_examples=2)
 @given(seed=st.integers(0, 10_000))
 def test_prices_equal_the_materialised_models(seed: int, tiny_unet_shared: Any, tiny: Architecture) -> None:

@@ -274,6 +274,7 @@ def test_a_damaged_profile_and_an_empty_folder_are_refused(
         profile(tiny_config, folder=tmp_path)
 
 
+@pytest.mark.long
 def test_a_pipelines_parts_with_guidance_and_steps(tiny_pipeline_folder: Path) -> None:
     pipeline = load_pipeline(resolve_model(str(tiny_pipeline_folder)), device="cpu", dtype=torch.float32)
     frame = profile_pipeline(pipeline, steps=5, batch=2, runs=2, warmup=0)
@@ -397,6 +398,7 @@ def test_profile_at_another_size(tiny_pipeline_folder: Path, tiny_config: dict[s
         assert words in " ".join(answer.output.split())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("missing", [True, False])
 def test_a_config_without_a_size_asks_for_one(
     missing: bool, tiny_config: dict[str, Any], tmp_path: Path

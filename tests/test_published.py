@@ -108,6 +108,7 @@ def test_what_is_made_of_a_model(model: Path, home: Path) -> None:
     assert told["source"] == "kolibri"
 
 
+@pytest.mark.long
 def test_what_is_measured_of_a_model(model: Path, home: Path) -> None:
     """score, search and data: tables, plans and pictures that are passed on."""
     out, few = home / "out", ("--set", "probe.samples=2", "--set", "score.bootstrap=2", "--device", "cpu")

@@ -314,6 +314,7 @@ def _numbers_in(path: Path) -> list[tuple[int, int]]:
     ]
 
 
+@pytest.mark.long
 def test_a_number_of_a_table_that_became_something_else_is_refused(
     damaged_run: Run, architecture: Architecture
 ) -> None:
@@ -341,6 +342,7 @@ def test_a_number_of_a_table_that_became_something_else_is_refused(
     assert tried > 60
 
 
+@pytest.mark.long
 def test_a_flipped_byte_is_never_a_traceback(damaged_run: Run, architecture: Architecture) -> None:
     """What a flip leaves readable only the digest of the manifest can tell; everything else is one line."""
     draw = random.Random(21)

@@ -107,6 +107,7 @@ def check_student(run: Run, kind: str, seen: Seen) -> None:
         seen(Session(run).architecture.config, verb)
 
 
+@pytest.mark.long
 def test_a_model_of_pixels_without_text_goes_through_all_steps(
     job: Callable[..., RunConfig],
     tmp_path: Path,

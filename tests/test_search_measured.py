@@ -78,6 +78,7 @@ def allowed(
 # Memory ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("constraints", BOTH)
 def test_everything_keeps_to_a_budget_on_memory(tmp_path: Path, constraints: Constraints) -> None:
     """With the plan's own peak, which is no sum: the exact search, samples, greedy, local search, evolution."""
@@ -207,6 +208,7 @@ def test_a_bad_measurement_is_an_error(answer: Any) -> None:
 # Descent ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("constraints", BOTH)
 def test_local_search_ends_where_no_neighbour_is_better(constraints: Constraints) -> None:
     known = effects(2, pairs=30)

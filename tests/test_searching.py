@@ -198,6 +198,7 @@ def test_a_latency_table_is_kept_for_every_run_of_the_same_structure_and_service
     monkeypatch.undo()
 
 
+@pytest.mark.long
 def test_a_kept_table_that_is_no_good_is_measured_anew_with_a_word(
     searching: Searching, tmp_path: Path, notes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -396,6 +397,7 @@ def without_named_plans(request: Any, built_once: BuiltOnce, tiny_unet_shared: A
 QUICK = ("--set", "probe.samples=2", "--set", "score.groups=block", "--set", "score.bootstrap=1")
 
 
+@pytest.mark.long
 def test_a_model_without_named_plans_is_searched_under_shares_of_it(without_named_plans: Path) -> None:
     found = CliRunner().invoke(app, ["search", str(without_named_plans), *QUICK, "--json"])
     assert found.exit_code == 0, found.output

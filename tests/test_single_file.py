@@ -180,6 +180,7 @@ def assert_same_pipeline(found: Path, wanted: Path) -> None:
     assert torch.equal(drawn(one), drawn(other))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ONE_OF_THEM)
 def test_the_folder_of_a_single_file_is_the_one_it_was_made_from(
     kind: str, file_of: Any, folder_of: Any, tmp_path: Path

@@ -100,6 +100,7 @@ def test_transformers_answer_as_diffusers_loads_them(name: str, dtype: torch.dty
             assert torch.equal(found, wanted)
 
 
+@pytest.mark.long
 def test_a_pass_for_all_sets_reads_each_block_once(folder: Path, read: Counter[str]) -> None:
     model, whole = load_streamed(folder), build_unet(SMALL)
     probe = random_probe(whole.config, samples=2, seed=0, timesteps=2)

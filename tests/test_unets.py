@@ -423,6 +423,7 @@ def test_choices_of_layers_grow_with_their_number_alone() -> None:
     assert frozenset({"Dn3.A1.T10", "Dn3.A2.T10", "Md.A1.T10"}) in innermost
 
 
+@pytest.mark.long
 def test_a_search_takes_layers_and_prices_them_once(seen: Seen) -> None:
     """Against a search by hand of all plans of a small model, where blocks cost their layers' impact and more."""
     config = {

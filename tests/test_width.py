@@ -619,6 +619,7 @@ def macs(most: float) -> Budget:
     return Budget("macs", int(most), f"macs<={most:,.0f}")
 
 
+@pytest.mark.long
 def test_blocks_and_widths_are_searched_together(tiny_config: dict[str, Any]) -> None:
     """Against every combination, where few sites have scores."""
     architecture = architecture_of(tiny_config)
