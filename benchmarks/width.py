@@ -1,36 +1,38 @@
 """Depth, width and both, at equal multiply-adds and at equal measured latency, on both shipped models; with controls.
 
-`python -m benchmarks.width --work DIR --out reports/width` takes hours on two cores and resumes. At each budget stand
-the best plan of whole blocks, of widths and of both by their scores, widths by magnitude and by chance, and blocks by
-chance; each is distilled with one seed, those of the middle budget with three. Then the plans of widths and of both
-that take as long as the plan of whole blocks, measured in turns. The page says what was found.
+    python -m benchmarks.width --work DIR --out reports/width
+
+At each budget stands the best plan of whole blocks by their scores. At equal multiply-adds, those that it leaves, stand
+beside it the best plan of widths, of both, widths by magnitude and by chance, and blocks by chance; at equal time, as
+it is measured in turns, plans of widths and of both. Each is distilled with one seed, those of the middle budget with
+three: a unit of work is one model, cost, budget and seed. Its rows are appended to ``outcomes.csv`` when it is done, so
+that the same command goes on with what is not there, on another machine too: the plans lie beside it. ``DIR`` holds
+what a unit that was stopped resumes from.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
+import importlib.metadata
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 
-from benchmarks.rows import rows_of
+from benchmarks.width_page import write_page
 from prune_lab.blocks import Architecture
 from prune_lab.config import RunConfig, with_settings
 from prune_lab.errors import BudgetError
+from prune_lab.evaluation import heldout_loss
 from prune_lab.families import Site
 from prune_lab.importance import score_units
 from prune_lab.importance.intervals import Floats
 from prune_lab.plans import PruningPlan, plan_of, read_plans
-from prune_lab.profiling import CostTable, Service, cost_table, time_plans
-from prune_lab.runs import open_run
-from prune_lab.runtime import write_frame, write_json, write_text
+from prune_lab.profiling import TEACHER, CostTable, Service, Turns, cost_table, time_plans
+from prune_lab.runtime import note, write_frame, write_json, write_text
 from prune_lab.search import (
     ANY_PLAN,
     Budget,
@@ -40,22 +42,49 @@ from prune_lab.search import (
     random_median,
     search_plans,
 )
-from prune_lab.session import Session, run_scoring_context
-from prune_lab.workflow import ensure_scores, run_all, start_run
+from prune_lab.session import Session, run_scoring_context, training_and_validation
+from prune_lab.workflow import ensure_distilled, ensure_scores, start_run
 
 MODELS = ("reference", "transformer")
-BUDGETS = (80, 65, 50)  # percent of the multiply-adds
+BUDGETS = (65, 80, 50)  # percent of the multiply-adds
 REPEATED, SEEDS = 65, (0, 1, 2)
-WAYS = ("depth", "width", "both", "width-magnitude", "width-random", "depth-random")
-TIMED = ("width", "both")  # that are also brought to the latency of depth
-COLUMNS = (
-    *("model", "seed", "way", "equal", "budget", "plan_id", "macs", "params", "latency_change"),
-    *("impact", "loss_before", "loss_after", "teacher_loss", "steps"),
+EQUAL = ("macs", "latency")
+WAYS = {  # beside depth
+    "macs": ("width", "both", "width-magnitude", "width-random", "depth-random"),
+    "latency": ("width", "both"),
+}
+HALVINGS = 7  # of the multiply-adds, to find a plan that takes as long as another
+_UNKNOWN = float("nan")
+PLAN_COLUMNS = (
+    *("model", "plan", "way", "equal", "budget", "plan_id", "blocks_removed", "macs", "params"),
+    *("time", "time_low", "time_high", "rounds"),
+)
+OUTCOME_COLUMNS = (
+    *("model", "equal", "budget", "seed", "plan", "plan_id", "loss_before", "loss_after", "teacher_loss"),
+    *("steps", "batch", "seconds", "torch"),
 )
 
 
-def settings(model: str, seed: int, steps: int, plans: Sequence[Path]) -> RunConfig:
-    """Those of one run, as in the demo of the reference model, but for the number of steps."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Unit:
+    """What is done in one go: the plans of one budget, equal in one cost, distilled with one seed."""
+
+    model: str
+    equal: str  # macs or latency
+    budget: int
+    seed: int
+
+
+def units(models: Sequence[str], equals: Sequence[str] = EQUAL) -> Iterator[Unit]:
+    """All of them, what matters most first."""
+    for budget in BUDGETS:
+        yield from (Unit(model, equal, budget, SEEDS[0]) for equal in equals for model in models)
+    for seed in SEEDS[1:]:
+        yield from (Unit(model, equal, REPEATED, seed) for equal in equals for model in models)
+
+
+def settings(model: str, seed: int, steps: int, batch: int, plans: Sequence[Path]) -> RunConfig:
+    """Those of one unit; as in the demo of the reference model, but for the steps and the batch."""
     return with_settings(
         RunConfig(model=model),
         {
@@ -63,15 +92,16 @@ def settings(model: str, seed: int, steps: int, plans: Sequence[Path]) -> RunCon
             "score.groups": ("block",),
             "search.budgets": (),
             "search.controls": tuple(map(str, plans)) or ("auto",),
+            "search.form": "own",  # any plan
             "distill.steps": steps,
+            "distill.batch": batch,
+            "distill.pictures": 2048,
             "distill.learning_rate": 2e-4,
             "distill.warmup": min(20, steps),
             "distill.ema_decay": 0.98,
             "distill.seed": seed,
             "distill.checkpoint_every": 50,
             "distill.validate_every": max(1, steps // 3),
-            "evaluate.prompts": ("fluent emoji, fox", "twemoji emoji, green salad"),
-            "evaluate.steps": 20,
         },
     )
 
@@ -106,202 +136,159 @@ class Bench:
             found = narrowed_to(costs, plan_of(self.architecture, ()), units, "macs", budget.limit)
         return found.built("own")
 
-    def latency(self, plan: PruningPlan, rounds: int) -> float:
-        """Time of a forward pass over the teacher's: the median of the ratios within a round."""
-        turns = time_plans(
-            self.architecture,
-            {plan.id: plan},
-            Service("cpu", "float32"),
-            rounds=rounds,
-            model=self.session.model,
-        )
-        change = turns.compared()[plan.id].change
-        assert change is not None
-        return 1 + change.change
+    def turns(self, plans: Mapping[str, PruningPlan], rounds: int) -> Turns:
+        """Forward passes of the teacher and of what ``plans`` leave, in turns: eager, float32, on the CPU."""
+        service = Service("cpu", "float32")
+        return time_plans(self.architecture, plans, service, rounds=rounds, model=self.session.model)
 
     def as_fast(self, way: str, wanted: float, rounds: int) -> PruningPlan:
-        """The plan of ``way`` that takes ``wanted`` of the teacher's time, found by halving the budget six times."""
-        low, high, best = 5.0, 100.0, (np.inf, self.plan(way, 50))
-        for _ in range(6):
+        """The plan of ``way`` that takes ``wanted`` of the teacher's time, found by halving the multiply-adds."""
+        low, high = 5.0, 100.0
+        found: list[tuple[float, PruningPlan]] = []
+        for _ in range(HALVINGS):
             percent = (low + high) / 2
             try:
                 plan = self.plan(way, percent)
             except BudgetError:
                 low = percent
                 continue
-            found = self.latency(plan, rounds)
-            best = min(best, (abs(found - wanted), plan), key=lambda one: one[0])
-            low, high = (low, percent) if found > wanted else (percent, high)
-        return best[1]
+            ratio = 1 + self.turns({"plan": plan}, rounds).change("plan").change
+            found.append((abs(ratio - wanted), plan))
+            low, high = (low, percent) if ratio > wanted else (percent, high)
+        return min(found, key=lambda one: one[0])[1]
 
 
-def bench_of(model: str, folder: Path, steps: int) -> Bench:
+def bench_of(model: str, folder: Path) -> Bench:
     """The scores of ``model``, kept in ``folder``."""
-    session = Session(start_run(settings(model, 0, steps, ()), folder))
+    session = Session(start_run(settings(model, SEEDS[0], 1, 1, ()), folder))
     ensure_scores(session)
     context = run_scoring_context(session)
-    units = {
+    found = {
         name: score_units(context, criterion=name).impacts for name in ("gate-fisher", "magnitude", "random")
     }
-    return Bench(session, cost_table(session.architecture, tokens=session.source.tokens), units)
+    return Bench(session, cost_table(session.architecture, tokens=session.source.tokens), found)
 
 
-def plans_of(model: str, work: Path, steps: int, rounds: int) -> dict[str, Path]:
-    """The files of all plans of ``model`` by name, such as ``both-macs-65``; those that are there already stay."""
-    folder = work / model / "plans"
-    done = folder / "done.json"
-    if not done.is_file():
-        bench = bench_of(model, work / model / "scores", steps)
-        left_out: dict[str, str] = {}
+def _made(bench: Bench, equal: str, rounds: int) -> dict[str, PruningPlan]:
+    """All plans by name, such as ``both-macs-65``; a way that has none within a budget is left out and said to be."""
+    plans: dict[str, PruningPlan] = {}
+    for percent in sorted(BUDGETS, reverse=True):
+        depth = bench.plan("depth", percent)
+        left = 100 * bench.costs.of(depth).macs / bench.costs.total.macs
+        wanted = 1.0
+        if equal == "macs":
+            plans[f"depth-macs-{percent}"] = depth
+        else:
+            wanted += bench.turns({"depth": depth}, rounds).change("depth").change
+        for way in WAYS[equal]:
+            try:
+                found = bench.plan(way, left) if equal == "macs" else bench.as_fast(way, wanted, rounds)
+                plans[f"{way}-{equal}-{percent}"] = found
+            except BudgetError as error:
+                note(f"{way} at {percent} % is left out: {error}")
+    return {name: plan.named(name) for name, plan in plans.items()}
 
-        def keep(name: str, make: Callable[[], PruningPlan]) -> None:
-            path = folder / f"{name}.json"
-            if not path.is_file():
-                try:
-                    write_json(path, make().named(name).to_json())
-                except BudgetError as error:
-                    left_out[name] = str(error)
 
-        for percent in BUDGETS:
-            for way in WAYS:
-                keep(f"{way}-macs-{percent}", functools.partial(bench.plan, way, percent))
-            first = folder / f"depth-macs-{percent}.json"
-            if first.is_file():
-                (depth,) = read_plans(str(first), bench.architecture)
-                wanted = bench.latency(depth, rounds)
-                for way in TIMED:
-                    keep(f"{way}-latency-{percent}", functools.partial(bench.as_fast, way, wanted, rounds))
-        write_json(done, left_out)
-    return {path.stem: path for path in sorted(folder.glob("*.json")) if path != done}
+def plan_rows(bench: Bench, model: str, plans: Mapping[str, PruningPlan], rounds: int) -> pd.DataFrame:
+    """One row per plan, columns PLAN_COLUMNS: its costs, counted and timed, as shares of the teacher's."""
+    turns, whole = bench.turns(plans, rounds), bench.costs.total
+    rows = []
+    for name, plan in plans.items():
+        way, equal, budget = name.rsplit("-", 2)
+        cost, change = bench.costs.of(plan), turns.change(name)
+        shares = cost.macs / whole.macs, cost.params / whole.params
+        times = [_UNKNOWN if one is None else 1 + one for one in (change.change, change.low, change.high)]
+        rows.append(
+            (model, name, way, equal, int(budget), plan.id, len(plan.removed), *shares, *times, rounds)
+        )
+    assert turns.names[0] == TEACHER
+    return pd.DataFrame(rows, columns=list(PLAN_COLUMNS))
+
+
+def ensure_plans(model: str, equal: str, work: Path, out: Path, rounds: int) -> Path:
+    """The file of the plans of ``model`` equal in one cost, in ``out``; its rows are appended to ``plans.csv``."""
+    path, table = out / f"plans-{model}-{equal}.json", out / "plans.csv"
+    if not path.is_file():
+        bench = bench_of(model, work / model / "scores")
+        plans = _made(bench, equal, rounds)
+        append(table, plan_rows(bench, model, plans, rounds), {"model": model, "equal": equal})
+        lines = [json.dumps(plan.to_json()) for plan in plans.values()]
+        write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
+    return path
 
 
 # Outcomes ------------------------------------------------------------------------------------------------------------
 
 
-def outcomes(model: str, seed: int, folder: Path, names: Sequence[str]) -> pd.DataFrame:
-    """One row per plan of a finished run, columns COLUMNS; plans that are the same have a row each."""
-    ranking = pd.read_csv(open_run(folder, must_exist=True).ranking)
-    teacher, students = ranking.iloc[0], ranking.iloc[1:].set_index("plan_id")
-    rows = []
-    for path in sorted((folder / "plans").glob("*.json")):
-        plan = json.loads(path.read_text())
-        for name in plan.get("names", []):
-            if name in names and plan["id"] in students.index:
-                way, equal, budget = name.rsplit("-", 2)
-                row = students.loc[plan["id"]]
-                costs = (
-                    row["macs"] / teacher["macs"],
-                    row["params"] / teacher["params"],
-                    row["latency_change"],
-                )
-                losses = (
-                    row["impact_one_shot"],
-                    row["loss_before"],
-                    row["loss_after"],
-                    teacher["loss_after"],
-                )
-                rows.append((model, seed, way, equal, int(budget), plan["id"], *costs, *losses, row["steps"]))
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+def append(path: Path, rows: pd.DataFrame, instead: Mapping[str, object]) -> None:
+    """Write ``rows`` at the end of the table in ``path``, instead of those with these values."""
+    if path.is_file():
+        before = pd.read_csv(path)
+        same = (before[list(instead)] == tuple(instead.values())).all(axis=1)
+        rows = pd.concat([part for part in (before[~same], rows) if len(part)], ignore_index=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_frame(path, rows)
 
 
-def study(work: Path, steps: int, rounds: int, models: Sequence[str]) -> pd.DataFrame:
-    """All outcomes; every run is gone on with where it was stopped."""
-    found = []
-    for model in models:
-        plans = plans_of(model, work, steps, rounds)
-        for seed in SEEDS:
-            names = [name for name in plans if seed == SEEDS[0] or name.endswith(f"-{REPEATED}")]
-            folder = work / model / f"seed-{seed}"
-            run_all(settings(model, seed, steps, [plans[name] for name in names]), folder)
-            found.append(outcomes(model, seed, folder, names))
-    return pd.concat(found, ignore_index=True)
-
-
-# The page ------------------------------------------------------------------------------------------------------------
-
-
-def summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """Means over seeds by model, equal cost, budget and way, with the spread of the distilled loss."""
-    by = frame.groupby(["model", "equal", "budget", "way"], sort=False)
-    columns = ["macs", "params", "latency_change", "impact", "loss_before", "loss_after", "teacher_loss"]
-    table = by[columns].mean()
-    table["spread"], table["seeds"] = by["loss_after"].agg(np.ptp), by["seed"].nunique()
-    return table.reset_index().sort_values(
-        ["model", "equal", "budget"], ascending=[True, False, False], kind="stable"
+def outcome_rows(unit: Unit, work: Path, plans: Path, steps: int, batch: int) -> pd.DataFrame:
+    """One row per plan of ``unit``, columns OUTCOME_COLUMNS, after its students were distilled; resumes in ``work``."""
+    folder = work / unit.model / f"{unit.equal}-{unit.budget}-seed-{unit.seed}"
+    session = Session(
+        start_run(settings(unit.model, unit.seed, steps, batch, ()), work / unit.model / "scores")
     )
-
-
-def verdicts(table: pd.DataFrame) -> list[str]:
-    """Which way has the least loss after distillation at each budget, in words."""
-    lines = []
-    for (model, equal, budget), rows in table.groupby(["model", "equal", "budget"], sort=False):
-        ranked = rows.sort_values("loss_after")
-        if len(ranked) > 1:
-            best, second = ranked.iloc[0], ranked.iloc[1]
-            lines.append(
-                f"- {model}, equal {equal}, {budget} %: {best['way']} ({best['loss_after']:.4f}), then {second['way']} "
-                f"({second['loss_after']:.4f}); the teacher has {best['teacher_loss']:.4f}."
-            )
-    return lines
-
-
-def page(frame: pd.DataFrame, steps: int) -> str:
-    """The report in Markdown."""
-    table = summary(frame)
-    lines = [
-        "# Depth, width or both",
-        "",
-        f"Made by `python -m benchmarks.width`: {steps} steps of distillation, float32 on the CPU "
-        f"({torch.get_num_threads()} threads), means over seeds where there are several. Equal macs: each plan leaves "
-        "at most that share of the multiply-adds. Equal latency: plans that take as long as the plan of whole blocks.",
-        "",
-        *verdicts(table),
-        "",
-        "| model | equal | budget | way | MACs | params | time | impact | loss, pruned | distilled | seeds (spread) |",
-        "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    named = [
+        one for one in read_plans(str(plans), session.architecture) if one.label.endswith(f"-{unit.budget}")
     ]
-    lines += [
-        f"| {row.model} | {row.equal} | {row.budget} % | {row.way} | {row.macs:.3f} | {row.params:.3f} | "
-        f"{1 + row.latency_change:.3f} | {row.impact:.4f} | {row.loss_before:.4f} | {row.loss_after:.4f} | "
-        f"{row.seeds} ({row.spread:.4f}) |"
-        for row in rows_of(table)
-    ]
-    return "\n".join([*lines, "", "![Distilled loss against multiply-adds and against time](fronts.png)", ""])
+    files = []
+    for plan in named:
+        files.append(work / unit.model / "plans" / f"{plan.label}.json")
+        write_json(files[-1], plan.to_json())
+    session = Session(start_run(settings(unit.model, unit.seed, steps, batch, files), folder))
+    recoveries = {one.plan_id: one for one in ensure_distilled(session)}
+    teacher = float(heldout_loss(session.model, training_and_validation(session)[1]).double().mean())
+    versions = importlib.metadata.version("torch")
+    rows = []
+    for plan in named:
+        found = recoveries[plan.id]
+        told = (*dataclasses.astuple(unit), plan.label, plan.id)
+        rows.append((*told, found.before, found.after, teacher, found.steps, batch, found.seconds, versions))
+    return pd.DataFrame(rows, columns=list(OUTCOME_COLUMNS))
 
 
-def draw(frame: pd.DataFrame, path: Path) -> None:
-    """Distilled loss over the teacher's against multiply-adds, and against measured time; a line for each way."""
-    models = list(dict.fromkeys(frame["model"]))
-    figure = Figure(figsize=(9, 3.6 * len(models)), layout="constrained")
-    axes = np.atleast_2d(figure.subplots(len(models), 2))
-    rows = frame.assign(time=1 + frame["latency_change"], more=frame["loss_after"] - frame["teacher_loss"])
-    for line, model in zip(axes, models, strict=True):
-        for axis, column in zip(line, ("macs", "time"), strict=True):
-            ordered = rows[rows["model"] == model].sort_values(column)
-            for way, points in ordered.groupby("way", sort=False):
-                axis.plot(points[column], points["more"], "o-", label=way, linewidth=1, markersize=4)
-            axis.set_xlabel(f"{column} left, of the teacher's")
-            axis.set_ylabel("distilled loss over the teacher's")
-            axis.set_title(model, fontsize=9)
-        line[0].legend(fontsize=7)
-    figure.savefig(path, dpi=100)
+def is_done(unit: Unit, path: Path) -> bool:
+    """Whether the rows of ``unit`` are in the table in ``path``."""
+    if not path.is_file():
+        return False
+    rows = pd.read_csv(path)
+    return bool((rows[list(dataclasses.asdict(unit))] == dataclasses.astuple(unit)).all(axis=1).any())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, required=True, help="folder of the runs; resumable")
-    parser.add_argument("--out", type=Path, help="folder of width.csv, README.md and fronts.png")
+    parser.add_argument("--out", type=Path, required=True, help="folder of plans, outcomes.csv and the page")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--rounds", type=int, default=20, help="of the measurements of latency")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=40, help="of the measurements of latency")
     parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--equal", default=",".join(EQUAL), help="costs that the plans are equal in")
+    parser.add_argument("--most", type=int, default=10**9, help="units that are done before it ends")
     arguments = parser.parse_args()
-    frame = study(arguments.work, arguments.steps, arguments.rounds, arguments.models.split(","))
-    print(page(frame, arguments.steps))
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        write_frame(arguments.out / "width.csv", frame)
-        write_text(arguments.out / "README.md", page(frame, arguments.steps))
-        draw(frame, arguments.out / "fronts.png")
+    table = arguments.out / "outcomes.csv"
+    wanted = list(units(arguments.models.split(","), arguments.equal.split(",")))
+    waiting = [unit for unit in wanted if not is_done(unit, table)]
+    for unit in waiting[: arguments.most]:
+        plans = ensure_plans(unit.model, unit.equal, arguments.work, arguments.out, arguments.rounds)
+        found = outcome_rows(unit, arguments.work, plans, arguments.steps, arguments.batch)
+        append(table, found, dataclasses.asdict(unit))
+        write_page(arguments.out)
+        print(f"{unit.model}, equal {unit.equal}, {unit.budget} %, seed {unit.seed}: done", flush=True)
+    write_page(arguments.out)
+    print(
+        f"threads: {torch.get_num_threads()}; {len(wanted) - len(waiting)} of {len(wanted)} units were there before"
+    )
 
 
 if __name__ == "__main__":
