@@ -164,7 +164,7 @@ def _given_back(removed: set[str], members: set[str], architecture: Architecture
     return removed - members - {name for layer in layers for name in (layer.name, layer.inside)}
 
 
-def _defined(architecture: Architecture) -> list[str]:
+def named_plans(architecture: Architecture) -> list[str]:
     """The presets that have a meaning for the model."""
     found = []
     for name, preset in architecture.family.plans.items():
@@ -185,7 +185,7 @@ def _preset(name: str, architecture: Architecture) -> set[str]:
     else:
         example = f"name the blocks instead, for example '-{architecture.blocks[-1].name}'"
         reason = f"the plan {name} is not defined for a {architecture.config[CLASS_NAME]}; {example}"
-    defined = ", ".join(_defined(architecture)) or "none"
+    defined = ", ".join(named_plans(architecture)) or "none"
     raise PlanError(f"{reason} (presets that are defined for this model: {defined})")
 
 
@@ -212,7 +212,7 @@ def _parsed(text: str, architecture: Architecture, members: dict[str, set[str]])
             width = parse_width(item, architecture.sites)
             widths[width.site] = width
         else:
-            named = f"a preset ({', '.join(defined)}) or " if (defined := _defined(architecture)) else ""
+            named = f"a preset ({', '.join(defined)}) or " if (defined := named_plans(architecture)) else ""
             raise PlanError(
                 f"cannot read {printable(item)!r} in the plan {printable(text)!r}; use {named}-BLOCK and "
                 "+BLOCK, or ~WIDTH=COUNT"

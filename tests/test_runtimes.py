@@ -23,7 +23,7 @@ from prune_lab.blocks import architecture_of
 from prune_lab.errors import BackendError
 from prune_lab.forms import why_not
 from prune_lab.models import resolve_model
-from prune_lab.plans import parse_plan
+from prune_lab.plans import parse_plan, plan_of
 from prune_lab.profiling import (
     TEACHER,
     Service,
@@ -41,6 +41,7 @@ from prune_lab.profiling.runtime_process import check_runtime
 from prune_lab.runtimes import RUNTIMES, Part, serving
 from prune_lab.runtimes.exported import exported
 from prune_lab.schemas import RUNTIME_COLUMNS
+from prune_lab.width import width_of
 
 # Asked for ---------------------------------------------------------------------------------------------------------
 
@@ -210,13 +211,31 @@ def test_a_plan_that_cannot_be_built_has_a_row_without_times(monkeypatch: pytest
         return turns
 
     monkeypatch.setattr("prune_lab.profiling.runtime_tables.time_plans", times)
-    frame = runtime_table(architecture, [built, other], [Service(latent=8, tokens=5)])
+    nothing = plan_of(architecture, ())
+    frame = runtime_table(architecture, [built, other, nothing], [Service(latent=8, tokens=5)])
     assert list(frame["plan"]) == [TEACHER, built.label, other.label]
     assert list(frame["median_ms"].isna()) == [False, False, True]
     assert list(frame["cpu_ms"].fillna(-1)) == [8.5, 8.5, -1]
     assert frame["latency_change"].iloc[1] == pytest.approx(-0.5)
     assert (frame["macs_change"].iloc[1:] < 0).all()
     assert not any(other.label in line for line in plan_disagreements(frame))
+
+
+def test_a_plan_that_only_narrows_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    architecture = architecture_of(TINY_UNET, tokens=5)
+    site = architecture.sites[0]
+    narrow = plan_of(architecture, (), widths=[width_of(site, [0])]).built("own")
+    asked: list[str] = []
+
+    def times(_architecture: Any, plans: dict[str, Any], *_given: Any, **_more: Any) -> Turns:
+        asked.extend(plans)
+        return Turns((TEACHER, *plans), ((10.0, 9.0),) * 6, 0, "own processes")
+
+    monkeypatch.setattr("prune_lab.profiling.runtime_tables.time_plans", times)
+    frame = runtime_table(architecture, [narrow], [Service(latent=8, tokens=5)])
+    assert asked == [narrow.id]
+    assert list(frame["latency_change"]) == pytest.approx([0, -0.1])
+    assert frame["macs_change"].iloc[1] < 0
 
 
 @pytest.mark.long

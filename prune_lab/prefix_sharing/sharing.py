@@ -39,7 +39,7 @@ _CPU_ROWS = 128  # in one call: beyond that a processor's caches lose more than 
 _BESIDE = 0.1  # of a row's peak: what is taken apart and put together again (0.02 to 0.06 for SD's shapes)
 _APART = 1e-4  # that a wide pass may differ by from a plain one, of the largest value; of half precision _ROUNDINGS
 _ROUNDINGS = 16
-_GRAPHS = 128  # that torch may compile of one class of block: each width is one
+_GRAPHS = 256  # that torch may compile of one class of block: each width is one
 
 
 @dataclass(slots=True)
@@ -132,10 +132,17 @@ def macs_without(architecture: Architecture, gone: frozenset[str]) -> int:
 
 
 def compiling(wanted: bool) -> contextlib.AbstractContextManager[object]:
-    """Inside, torch compiles as many graphs of one class of block as there are widths, and not the usual eight."""
+    """Inside, torch compiles as many graphs of one class of block as there are widths, and not the usual eight.
+
+    Where that is not enough it raises: it would run the blocks that are left as they are, without a word.
+    """
     if not wanted:
         return contextlib.nullcontext()
-    patched: contextlib.AbstractContextManager[object] = torch._dynamo.config.patch(recompile_limit=_GRAPHS)
+    patched: contextlib.AbstractContextManager[object] = torch._dynamo.config.patch(
+        recompile_limit=_GRAPHS,
+        accumulated_recompile_limit=_GRAPHS,
+        fail_on_recompile_limit_hit=True,
+    )
     return patched
 
 

@@ -160,10 +160,17 @@ def serve() -> None:
 def _serve(orders: IO[str], answers: IO[str]) -> None:
     import torch
 
-    from prune_lab.runtimes.serving import call_times, peak_bytes
+    from prune_lab.prefix_sharing import compiling
 
     job = json.loads(orders.readline())
     torch.set_num_threads(job["threads"])
+    with compiling(job["service"]["backend"] == "compiled"):
+        _answer_turns(job, orders, answers)
+
+
+def _answer_turns(job: Mapping[str, Any], orders: IO[str], answers: IO[str]) -> None:
+    from prune_lab.runtimes.serving import call_times, peak_bytes
+
     one_pass: Callable[[], None] | None = None
     while orders.readline().strip() == "turn":
         answer: dict[str, Any]

@@ -44,7 +44,7 @@ def runtime_table(
     for service in services:
         if service.backend in RUNTIMES:
             check_runtime(service, architecture.config)
-    native = {plan.id: plan for plan in plans if plan.removed and not why_not(architecture, plan)}
+    native = {plan.id: plan for plan in plans if plan.changes and not why_not(architecture, plan)}
     rows: list[dict[str, object]] = []
     for service in services:
         sizes = {**service.sizes, "tokens": service.tokens or architecture.tokens}
@@ -61,7 +61,7 @@ def runtime_table(
             seed=seed,
         )
         compared = turns.compared()
-        for name, plan in {TEACHER: None, **{plan.id: plan for plan in plans if plan.removed}}.items():
+        for name, plan in {TEACHER: None, **{plan.id: plan for plan in plans if plan.changes}}.items():
             used = usage.get(name, Usage())
             rows.append(
                 {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from prune_lab.plans import PruningPlan
 from prune_lab.prefix_sharing import compiling
 from prune_lab.probes import evaluating
 from prune_lab.profiling.activations import activation_table
+from prune_lab.profiling.cost_table import cost_table
 from prune_lab.profiling.latency import call_ms, fitting, random_inputs
 from prune_lab.profiling.own_process import TimingProcess, Usage
 from prune_lab.profiling.random_weights import compile_blocks, random_model, shell_of
@@ -39,16 +40,16 @@ def fits_into_one_process(
     *,
     loaded: bool = False,
     free: int | None = None,
-    copies: int = 1,
+    params: int | None = None,
 ) -> bool:
     """Whether the whole model and all that plans leave of it are expected to fit into this process together.
 
     They share one set of weights, so what is needed is that set, unless it is ``loaded`` already, and the activations
-    of the largest pass. ``copies`` is how many sets there are
-    where they share none, ``free`` the memory there is (None: what the device has now).
+    of the largest pass. ``params`` are those of all of them where they share none, ``free`` is the memory there is
+    (None: what the device has now).
     """
     dtype = pick_dtype(service.dtype)
-    needed = 0 if loaded else copies * architecture.total_params * dtype.itemsize
+    needed = 0 if loaded else (params or architecture.total_params) * dtype.itemsize
     with contextlib.suppress(UnsupportedModelError):  # activations that cannot be foretold are left out
         table = activation_table(architecture, latent=service.latent, tokens=service.tokens, dtype=dtype)
         needed += table.total * service.batch
@@ -86,6 +87,12 @@ def _in_this_process(
         yield {name: timed(model) for name, model in models.items()}
 
 
+def _params_of_all(architecture: Architecture, plans: Iterable[PruningPlan]) -> int:
+    """Parameters of the whole model and of all that ``plans`` leave, together."""
+    costs = cost_table(architecture)
+    return costs.total.params + sum(costs.of(plan).params for plan in plans)
+
+
 @contextlib.contextmanager
 def _in_own_processes(
     architecture: Architecture,
@@ -100,8 +107,10 @@ def _in_own_processes(
     with contextlib.ExitStack() as stack:
         processes: dict[str, TimingProcess] = {}
         # What is measured of a process is that of a model which stays loaded, as where it serves.
-        copies = len(configs) if usage is not None or service.backend in RUNTIMES else 0
-        keep = copies > 0 and fits_into_one_process(architecture, service, copies=copies)
+        stays = usage is not None or service.backend in RUNTIMES
+        keep = stays and fits_into_one_process(
+            architecture, service, params=_params_of_all(architecture, plans.values())
+        )
         if service.backend in RUNTIMES:
             check_runtime(service, architecture.config)
             for name, config in track(list(configs.items()), f"writing models for {service.backend}"):

@@ -40,7 +40,7 @@ OUTCOME = "the loss after distillation"
 def _plans_of(session: Session) -> tuple[PruningPlan, ...]:
     files = map(session.run.plan, session.run.plan_ids())
     found = (read_plan(path, session.architecture) for path in files)
-    return tuple(plan for plan in found if plan.removed)
+    return tuple(plan for plan in found if plan.removed and not plan.widths)  # scores are of whole blocks
 
 
 def _outcomes(run: Run) -> dict[str, float]:
