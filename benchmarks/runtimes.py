@@ -1,9 +1,9 @@
 """A forward pass of Base, Small, Tiny and any other plan against the teacher's, in every runtime, timed in turns.
 
-Writes one CSV, runtime by runtime: the same command again goes on with those that are not in it. Each model has a
-process of its own and random weights; a preset such as sd-v1.4 takes its shapes alone. Figures count where nothing
-else runs: the load of the machine before and after is in the last columns. Exports of full size take minutes and
-gigabytes.
+Writes one CSV, runtime by runtime, and a page beside it: the same command again goes on with those that are not in it.
+Each model has a process of its own and random weights; a preset such as sd-v1.4 takes its shapes alone. Figures count
+where nothing else runs: the load of the machine before and after is in the last columns. Exports of full size take
+minutes and gigabytes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from benchmarks.runtimes_page import write_page
 from prune_lab.api.making import read_backends
 from prune_lab.blocks import Architecture
 from prune_lab.models import resolve_model
@@ -86,6 +87,7 @@ def main() -> None:
             done = pd.concat([rows for rows in (done[~here], found) if len(rows)], ignore_index=True)
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             write_frame(arguments.out, done)
+            write_page(arguments.out)
         print(f"{arguments.model}, {words}, {found['threads'].iloc[0]} threads")
         print(found[_SHOWN].to_string(index=False, float_format="{:.3f}".format))
         for line in plan_disagreements(found):

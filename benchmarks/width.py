@@ -220,12 +220,18 @@ def ensure_plans(model: str, equal: str, work: Path, out: Path, rounds: int) -> 
 # Outcomes ------------------------------------------------------------------------------------------------------------
 
 
+def _same(rows: pd.DataFrame, values: Mapping[str, object]) -> pd.Series[bool]:
+    """Which of ``rows`` have these ``values``."""
+    return (rows[list(values)] == pd.Series(values)).all(axis=1)
+
+
 def append(path: Path, rows: pd.DataFrame, instead: Mapping[str, object]) -> None:
     """Write ``rows`` at the end of the table in ``path``, instead of those with these values."""
     if path.is_file():
         before = pd.read_csv(path)
-        same = (before[list(instead)] == tuple(instead.values())).all(axis=1)
-        rows = pd.concat([part for part in (before[~same], rows) if len(part)], ignore_index=True)
+        rows = pd.concat(
+            [part for part in (before[~_same(before, instead)], rows) if len(part)], ignore_index=True
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_frame(path, rows)
 
@@ -260,7 +266,7 @@ def is_done(unit: Unit, path: Path) -> bool:
     if not path.is_file():
         return False
     rows = pd.read_csv(path)
-    return bool((rows[list(dataclasses.asdict(unit))] == dataclasses.astuple(unit)).all(axis=1).any())
+    return bool(_same(rows, dataclasses.asdict(unit)).any())
 
 
 def main() -> None:

@@ -1,0 +1,128 @@
+"""Pages of committed tables: what stands in ``reports/`` is what the tables say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from benchmarks import runtimes_page, width_page
+from benchmarks.width import OUTCOME_COLUMNS, PLAN_COLUMNS, Unit, is_done, units
+
+ROOT = Path(__file__).parent.parent
+
+
+def _of_plan(way: str, equal: str, macs: float, time: float) -> tuple[object, ...]:
+    return (
+        "m",
+        f"{way}-{equal}-65",
+        way,
+        equal,
+        65,
+        f"id-{way}-{equal}",
+        3,
+        macs,
+        macs,
+        time,
+        time,
+        time,
+        40,
+    )
+
+
+PLANS = pd.DataFrame(
+    [
+        _of_plan("depth", "macs", 0.65, 0.6),
+        _of_plan("width", "macs", 0.64, 0.75),
+        _of_plan("width", "latency", 0.4, 0.6),
+    ],
+    columns=list(PLAN_COLUMNS),
+)
+
+
+def _outcome(way: str, equal: str, seed: int, after: float) -> tuple[object, ...]:
+    return (
+        "m",
+        equal,
+        65,
+        seed,
+        f"{way}-{equal}-65",
+        f"id-{way}-{equal}",
+        0.5,
+        after,
+        0.3,
+        300,
+        8,
+        1.0,
+        "2.13",
+    )
+
+
+OUTCOMES = pd.DataFrame(
+    [
+        _outcome("depth", "macs", 0, 0.40),
+        _outcome("depth", "macs", 1, 0.42),
+        _outcome("width", "macs", 0, 0.35),
+        _outcome("width", "macs", 1, 0.35),
+        _outcome("width", "latency", 0, 0.50),
+    ],
+    columns=list(OUTCOME_COLUMNS),
+)
+
+
+def test_a_page_of_widths_compares_at_equal_cost() -> None:
+    table = width_page.summary(PLANS, OUTCOMES).set_index("plan")
+    assert table.loc["depth-macs-65", "more"] == pytest.approx(0.11)
+    assert table.loc["depth-macs-65", "spread"] == pytest.approx(0.02)
+    assert list(table.index) == ["width-macs-65", "depth-macs-65", "width-latency-65"]
+    assert list(table["seeds"]) == [2, 2, 1]
+    lines = list(width_page.verdicts(table.reset_index()))
+    assert "equal measured time of depth: **depth 0.1100 (spread 0.0200)**, then width 0.2000." in lines[1]
+    assert "equal multiply-adds: **width 0.0500 (spread 0.0000)**, then depth 0.1100" in lines[0]
+
+
+def test_units_that_are_in_the_table_are_not_done_again(tmp_path: Path) -> None:
+    path = tmp_path / "outcomes.csv"
+    assert not is_done(Unit("m", "macs", 65, 0), path)
+    OUTCOMES.to_csv(path, index=False)
+    assert is_done(Unit("m", "macs", 65, 1), path)
+    assert not is_done(Unit("m", "latency", 65, 1), path)
+    every = list(units(("a", "b")))
+    assert (
+        len(every) == len(set(every)) == 2 * 2 * (3 + 2)
+    )  # models, costs; budgets, and two more seeds of one
+
+
+def test_a_table_of_runtimes_says_what_was_not_measured() -> None:
+    rows = [
+        ("m", "eager", "teacher", 40.0, 0.0, None, None, 0.0),
+        ("m", "eager", "bk-small", 24.0, -0.4, -0.45, -0.35, -0.37),
+        ("m", "onnx", "teacher", 20.0, 0.0, None, None, 0.0),
+    ]
+    columns = [
+        "model",
+        "backend",
+        "plan",
+        "median_ms",
+        "latency_change",
+        "latency_low",
+        "latency_high",
+        "macs_change",
+    ]
+    lines = runtimes_page.table(pd.DataFrame(rows, columns=columns))
+    assert lines[0] == "| plan | multiply-adds | eager | onnxruntime |"
+    assert lines[2:] == [
+        "| teacher |  | 40.0 ms | 20.0 ms |",
+        "| bk-small | -37 | -40 (-45 to -35) | not measured |",
+    ]
+
+
+@pytest.mark.parametrize("name", ["width", "runtimes"])
+def test_committed_pages_are_what_their_tables_say(name: str) -> None:
+    folder = ROOT / "reports" / name
+    if name == "width":
+        found = width_page.page(pd.read_csv(folder / "plans.csv"), pd.read_csv(folder / "outcomes.csv"))
+    else:
+        found = runtimes_page.page(pd.read_csv(folder / "runtimes.csv"))
+    assert (folder / "README.md").read_text(encoding="utf-8") == found
