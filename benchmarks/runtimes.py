@@ -19,7 +19,14 @@ from prune_lab.api.making import read_backends
 from prune_lab.blocks import Architecture
 from prune_lab.models import resolve_model
 from prune_lab.plans import PruningPlan, named_plans, plan_of, read_plans
-from prune_lab.profiling import Service, cost_table, plan_disagreements, runtime_table, services_of
+from prune_lab.profiling import (
+    Service,
+    cost_table,
+    pixels_per_latent,
+    plan_disagreements,
+    runtime_table,
+    services_of,
+)
 from prune_lab.runtime import write_frame
 from prune_lab.width import width_of
 
@@ -66,7 +73,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("runs/runtimes.csv"))
     arguments = parser.parse_args()
-    architecture = resolve_model(arguments.model).architecture
+    source = resolve_model(arguments.model)
+    architecture, pixels = source.architecture, pixels_per_latent(source)
     plans = [
         plan
         for text in (*named_plans(architecture), *arguments.plan)
@@ -76,13 +84,15 @@ def main() -> None:
     service = Service(latent=arguments.latent, tokens=architecture.tokens)
     done = pd.read_csv(arguments.out) if arguments.out.is_file() else pd.DataFrame(columns=_KEYS)
     for one in services_of(service, read_backends(arguments.backends)):
-        words = one.text(architecture.config)
+        words = one.text(architecture.config, pixels)
         here = (done["model"] == arguments.model) & (done["service"] == words)
         found = done[here]
         timed = set(found["plan"])
         if any(plan.label not in timed for plan in plans):  # then all are timed again, in turns
             before = os.getloadavg()[0]
-            found = runtime_table(architecture, plans, [one], model=arguments.model, rounds=arguments.rounds)
+            found = runtime_table(
+                architecture, plans, [one], model=arguments.model, rounds=arguments.rounds, pixels=pixels
+            )
             found = found.assign(load_before=before, load_after=os.getloadavg()[0], processors=os.cpu_count())
             done = pd.concat([rows for rows in (done[~here], found) if len(rows)], ignore_index=True)
             arguments.out.parent.mkdir(parents=True, exist_ok=True)

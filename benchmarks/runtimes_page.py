@@ -20,26 +20,26 @@ CALLED = {
 }
 
 
-def _changes(rows: pd.DataFrame) -> str:
-    """``-34 %`` of each plan's row, with the interval where there is one."""
+def _change(rows: pd.DataFrame, intervals: bool) -> str:
+    """The change of one plan in per cent, with its interval where there is one and it is wanted."""
     [row] = rows_of(rows)
     if pd.isna(row.latency_change):
         return "not measured"
     found = f"{100 * row.latency_change:.0f}"
-    if pd.notna(row.latency_low):
+    if intervals and pd.notna(row.latency_low):
         found += f" ({100 * row.latency_low:.0f} to {100 * row.latency_high:.0f})"
     return found
 
 
-def _parts(frame: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+def parts_of(frame: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
     """(model, size, its rows): what stands in one table. A service is `cpu float32, 128 x 128, ..., with onnx`."""
     sizes = frame["service"].str.split(",").str[1].str.strip()
     for (model, size), rows in frame.groupby(["model", sizes], sort=False):
         yield str(model), str(size), rows
 
 
-def table(rows: pd.DataFrame) -> list[str]:
-    """Lines of Markdown: plans by runtimes; what changes in per cent, the teacher's milliseconds."""
+def table(rows: pd.DataFrame, *, intervals: bool = True) -> list[str]:
+    """Lines of Markdown: plans by runtimes; changes in per cent, and milliseconds of the whole model."""
     backends = list(dict.fromkeys(rows["backend"]))
     lines = [
         "| plan | multiply-adds | " + " | ".join(CALLED[name] for name in backends) + " |",
@@ -54,10 +54,16 @@ def table(rows: pd.DataFrame) -> list[str]:
             elif plan == TEACHER:
                 cells.append(f"{one['median_ms'].iloc[0]:,.1f} ms")
             else:
-                cells.append(_changes(one))
+                cells.append(_change(one, intervals))
         macs = "" if plan == TEACHER else f"{100 * of_plan['macs_change'].iloc[0]:.0f}"
         lines.append(f"| {plan} | {macs} | " + " | ".join(cells) + " |")
     return lines
+
+
+def in_readme(frame: pd.DataFrame) -> list[str]:
+    """The table that stands in the project's README: of the largest model that was timed."""
+    *_, (_model, _size, rows) = parts_of(frame)
+    return table(rows, intervals=False)
 
 
 def page(frame: pd.DataFrame) -> str:
@@ -70,7 +76,7 @@ def page(frame: pd.DataFrame) -> str:
         "interval where there were six rounds or more. Other programs were using the machine, so intervals count and "
         "not digits; the CSV has processor time, memory and the load as well.",
     ]
-    for model, size, rows in _parts(frame):
+    for model, size, rows in parts_of(frame):
         first = next(rows_of(rows))
         threads = "thread" if first.threads == 1 else "threads"
         lines += [

@@ -125,4 +125,6 @@ def test_committed_pages_are_what_their_tables_say(name: str) -> None:
         found = width_page.page(pd.read_csv(folder / "plans.csv"), pd.read_csv(folder / "outcomes.csv"))
     else:
         found = runtimes_page.page(pd.read_csv(folder / "runtimes.csv"))
+        shown = "\n".join(runtimes_page.in_readme(pd.read_csv(folder / "runtimes.csv")))
+        assert shown in (ROOT / "README.md").read_text(encoding="utf-8")
     assert (folder / "README.md").read_text(encoding="utf-8") == found
