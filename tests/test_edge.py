@@ -7,12 +7,16 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as trials
+from hypothesis import strategies as st
 from narrow_pipelines import narrow
 from PIL import Image
 from tiny_pipelines import tiny_pipeline
@@ -77,9 +81,92 @@ def test_samplers_go_where_those_of_diffusers_go(name: str, settings: dict[str, 
     assert np.abs(found - latents.numpy()).max() < rounding
 
 
+def asked_of_scheduler(config: Mapping[str, Any], steps: int, noise: torch.Tensor) -> dict[str, Any]:
+    """What the pipelines of FLUX (``evenly_from_one``) and of SD3 tell their scheduler, by the code of diffusers."""
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    each = config["latents_per_patch"]
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    tokens = (noise.shape[-2] // each) * (noise.shape[-1] // each)
+    found: dict[str, Any] = {}
+    if config["use_dynamic_shifting"]:
+        found["mu"] = calculate_shift(tokens, *(config[name] for name in names))
+    if config["evenly_from_one"]:
+        return {**found, "sigmas": np.linspace(1.0, 1 / steps, steps)}
+    return {**found, "num_inference_steps": steps}
+
+
+@trials(max_examples=60)
+@given(
+    shift=st.floats(0.2, 12),
+    dynamic=st.booleans(),
+    kind=st.sampled_from(["exponential", "linear"]),
+    base=st.floats(0.1, 1),
+    most=st.floats(0.5, 2),
+    sizes=st.tuples(st.integers(1, 300), st.integers(400, 5000)),
+    total=st.sampled_from([1000, 500]),
+    steps=st.integers(1, 40),
+    shape=st.sampled_from([(4, 4), (4, 12), (16, 8)]),
+    each=st.sampled_from([1, 2]),
+    evenly=st.booleans(),
+)
+def test_steps_of_flow_matching_go_where_those_of_diffusers_go(
+    shift: float,
+    dynamic: bool,
+    kind: str,
+    base: float,
+    most: float,
+    sizes: tuple[int, int],
+    total: int,
+    steps: int,
+    shape: tuple[int, int],
+    each: int,
+    evenly: bool,
+) -> None:
+    """Static shift, dynamic shifting with the size of the picture, and the shares of noise that pipelines ask for."""
+    scheduler, config = scheduler_of(
+        "FlowMatchEulerDiscreteScheduler",
+        {
+            "shift": shift,
+            "num_train_timesteps": total,
+            "use_dynamic_shifting": dynamic,
+            "time_shift_type": kind,
+            "base_shift": base,
+            "max_shift": most,
+            "base_image_seq_len": sizes[0],
+            "max_image_seq_len": sizes[1],
+        },
+    )
+    config |= {"latents_per_patch": each, "evenly_from_one": evenly}
+    noise = torch.randn(1, 2, *shape, generator=torch.Generator().manual_seed(steps))
+    scheduler.set_timesteps(**asked_of_scheduler(config, steps, noise))
+    asked: list[float] = []
+
+    def predict(latents: Any, timestep: float) -> Any:
+        asked.append(float(timestep))
+        return np.float32(0.3) * np.roll(latents, 1, axis=-1) + np.float32(timestep / 2000)
+
+    latents = noise
+    for time in scheduler.timesteps:
+        told = 0.3 * latents.roll(1, dims=-1) + float(time) / 2000
+        latents = scheduler.step(told, time, latents).prev_sample
+    found = sampler.sampler_of(config)(config, steps, noise.numpy(), predict)
+    assert asked == pytest.approx([float(time) for time in scheduler.timesteps], rel=1e-6)
+    assert found.dtype == np.float32
+    assert np.abs(found - latents.numpy()).max() < 1e-6 * float(latents.abs().max())
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "said"),
     [
+        (
+            "FlowMatchEulerDiscreteScheduler",
+            {"use_karras_sigmas": True},
+            "use_karras_sigmas True; known is False",
+        ),
+        ("FlowMatchEulerDiscreteScheduler", {"shift_terminal": 0.1}, "shift_terminal 0.1; known is None"),
+        ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, "stochastic_sampling True"),
+        ("FlowMatchHeunDiscreteScheduler", {}, "the scheduler FlowMatchHeunDiscreteScheduler; known are"),
         ("DDPMScheduler", {}, "the scheduler DDPMScheduler; known are DDIMScheduler"),
         ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, "use_karras_sigmas True; known is False"),
         ("DDIMScheduler", {"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule squaredcos_cap_v2"),
