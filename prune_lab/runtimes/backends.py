@@ -164,6 +164,12 @@ def _write_openvino(part: Part, folder: Path, writing: Writing) -> Part:
         # OpenVINO simplifies the graph when it loads it: as fast as an optimised one, which takes twice as long to write
         written = _write_graph(part, graph, writing, optimised=False)
         model = openvino.convert_model(graph)
+        ports = (*model.inputs, *model.outputs)
+        for port, name in zip(ports, (*part.inputs, *part.outputs), strict=True):
+            assert name in port.get_names(), f"{name} is called {port.get_names()}"
+            port.get_tensor().set_names(
+                {name}
+            )  # alone: what an idle step behind an input was called stays with it
         if writing.weights == "int8":
             import nncf
 
