@@ -161,7 +161,7 @@ def _write_openvino(part: Part, folder: Path, writing: Writing) -> Part:
 
     with tempfile.TemporaryDirectory(dir=folder) as inner, without_chatter():
         graph = Path(inner) / f"{part.name}.onnx"
-        # OpenVINO simplifies the graph when it loads it: as fast as an optimised one, which takes twice as long to write
+        # OpenVINO simplifies a graph when it loads it: as fast as an optimised one, which takes twice as long
         written = _write_graph(part, graph, writing, optimised=False)
         model = openvino.convert_model(graph)
         ports = (*model.inputs, *model.outputs)

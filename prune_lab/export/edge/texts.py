@@ -129,6 +129,19 @@ def _encoders(pipeline: Any, model: str, masks: list[str], pooled: list[str]) ->
     return encoders
 
 
+def _joined(
+    model: nn.Module, encoders: list[nn.Module], lengths: list[int], long: int, pooled: list[str]
+) -> tuple[nn.Module, int]:
+    """(``encoders`` as one module, tokens of its text), by ``lengths`` of each one's; ``long``: those asked of T5."""
+    name = base_name(type(model).__name__)
+    if name == "SD3Transformer2DModel":
+        after = lengths[2] if len(encoders) > 2 else long
+        return _ThreeEncoders(encoders, after, text_form(model)[1]), lengths[0] + after
+    if name == "FluxTransformer2DModel":
+        return _PooledAndLong(encoders), lengths[1]
+    return (_TwoEncoders(encoders) if pooled else _OneEncoder(encoders[0])), lengths[0]
+
+
 def texts_of(pipeline: Any) -> Texts:
     """What encodes the texts of ``pipeline``. Raises BackendError where that is not known here."""
     model = model_of(pipeline)
@@ -149,9 +162,8 @@ def texts_of(pipeline: Any) -> Texts:
         file, ids = f"{ENCODERS[name]}.json", "input_ids" if number == 0 else f"input_ids_{number + 1}"
         tokenizers[file], words[ids] = backend, int(getattr(encoder.config, "vocab_size", 2))
         inputs += [ids, *masks]
-        asks = (
-            name_of_model not in _KNOWN or type(encoder).__name__ == _T5
-        )  # how long is the text, not CLIP's
+        # where T5 reads beside CLIP, its texts alone are as long as the pipeline is told
+        asks = name_of_model not in _KNOWN or type(encoder).__name__ == _T5
         length = int((asks and long) or tokenizer.model_max_length)
         told.append(
             {
@@ -176,16 +188,7 @@ def texts_of(pipeline: Any) -> Texts:
                 )
         return found
 
-    modules = list(encoders.values())
-    tokens = told[-1]["length"]
-    joined: nn.Module
-    if name_of_model == "SD3Transformer2DModel":
-        after = tokens if len(modules) > 2 else int(long or 0)
-        joined, tokens = _ThreeEncoders(modules, after, text_form(model)[1]), told[0]["length"] + after
-    elif name_of_model == "FluxTransformer2DModel":
-        joined = _PooledAndLong(modules)
-    else:
-        joined = _TwoEncoders(modules) if pooled else _OneEncoder(modules[0])
+    joined, tokens = _joined(model, list(encoders.values()), list(lengths.values()), int(long or 0), pooled)
     varying = {name: {0: "batch"} for name in inputs}
     part = Part(TEXT, joined.float().eval(), tuple(inputs), ("text", *pooled), examples, varying)
     return Texts(part, tokenizers, told, tokens)
