@@ -396,8 +396,9 @@ def test_pipelines_of_transformers_draw_without_torch_what_diffusers_draws(
 def test_a_student_with_code_of_its_own_and_widths_draws_what_it_draws_in_diffusers(tmp_path: Path) -> None:
     needs("openvino")
     source = resolve_model(str(tiny_pipeline("sd", tmp_path / "pipeline")))
-    plan = parse_plan("bk-small ~Dn1.R1.hidden=2 ~Dn1.A1.heads=1", architecture_of(source.config))
-    prune_pipeline(source, in_form(plan, "own"), tmp_path / "student")
+    architecture = architecture_of(source.config)
+    plan = parse_plan("bk-small ~Dn1.R1.hidden=2 ~Dn1.A1.heads=1", architecture)
+    prune_pipeline(source, in_form(architecture, plan, "own"), tmp_path / "student")
     folder = tmp_path / "out"
     EXPORT_TARGETS["openvino"](resolve_model(str(tmp_path / "student")), folder)
     check_folder_draws(folder, tmp_path / "elsewhere")

@@ -89,9 +89,7 @@ def drawing_of(pipeline: Any) -> Drawing:
     if "image" in taken or "latents" not in taken:
         raise refused(pipeline, "that it begins with a picture, not with noise")
     model = model_of(pipeline)
-    inside = (
-        "true_cfg_scale" in taken
-    )  # a guided model was its teacher: what guidance_scale says goes into the model
+    inside = "true_cfg_scale" in taken  # FLUX's: what guidance_scale says is a number that the model takes
     others = [
         one.name
         for one in conditions_of(model)
