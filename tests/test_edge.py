@@ -7,24 +7,34 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as trials
+from hypothesis import strategies as st
 from narrow_pipelines import narrow
 from PIL import Image
 from tiny_pipelines import tiny_pipeline
+from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
+from prune_lab.blocks import architecture_of
 from prune_lab.cli import app
 from prune_lab.errors import BackendError, ProofError, UnsupportedModelError
 from prune_lab.export import EXPORT_TARGETS
 from prune_lab.export.edge import export_for, proof, sampler
 from prune_lab.export.edge.parts import drawing_of
+from prune_lab.families import FAMILIES
+from prune_lab.forms import in_form
 from prune_lab.models import load_pipeline, resolve_model
+from prune_lab.plans import parse_plan
 from prune_lab.runtimes import RUNTIMES, Writing
+from prune_lab.surgery import prune_pipeline
 
 # Samplers ----------------------------------------------------------------------------------------------------------
 
@@ -77,9 +87,92 @@ def test_samplers_go_where_those_of_diffusers_go(name: str, settings: dict[str, 
     assert np.abs(found - latents.numpy()).max() < rounding
 
 
+def asked_of_scheduler(config: Mapping[str, Any], steps: int, noise: torch.Tensor) -> dict[str, Any]:
+    """What the pipelines of FLUX (``evenly_from_one``) and of SD3 tell their scheduler, by the code of diffusers."""
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    each = config["latents_per_patch"]
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    tokens = (noise.shape[-2] // each) * (noise.shape[-1] // each)
+    found: dict[str, Any] = {}
+    if config["use_dynamic_shifting"]:
+        found["mu"] = calculate_shift(tokens, *(config[name] for name in names))
+    if config["evenly_from_one"]:
+        return {**found, "sigmas": np.linspace(1.0, 1 / steps, steps)}
+    return {**found, "num_inference_steps": steps}
+
+
+@trials(max_examples=60)
+@given(
+    shift=st.floats(0.2, 12),
+    dynamic=st.booleans(),
+    kind=st.sampled_from(["exponential", "linear"]),
+    base=st.floats(0.1, 1),
+    most=st.floats(0.5, 2),
+    sizes=st.tuples(st.integers(1, 300), st.integers(400, 5000)),
+    total=st.sampled_from([1000, 500]),
+    steps=st.integers(1, 40),
+    shape=st.sampled_from([(4, 4), (4, 12), (16, 8)]),
+    each=st.sampled_from([1, 2]),
+    evenly=st.booleans(),
+)
+def test_steps_of_flow_matching_go_where_those_of_diffusers_go(
+    shift: float,
+    dynamic: bool,
+    kind: str,
+    base: float,
+    most: float,
+    sizes: tuple[int, int],
+    total: int,
+    steps: int,
+    shape: tuple[int, int],
+    each: int,
+    evenly: bool,
+) -> None:
+    """Static shift, dynamic shifting with the size of the picture, and the shares of noise that pipelines ask for."""
+    scheduler, config = scheduler_of(
+        "FlowMatchEulerDiscreteScheduler",
+        {
+            "shift": shift,
+            "num_train_timesteps": total,
+            "use_dynamic_shifting": dynamic,
+            "time_shift_type": kind,
+            "base_shift": base,
+            "max_shift": most,
+            "base_image_seq_len": sizes[0],
+            "max_image_seq_len": sizes[1],
+        },
+    )
+    config |= {"latents_per_patch": each, "evenly_from_one": evenly}
+    noise = torch.randn(1, 2, *shape, generator=torch.Generator().manual_seed(steps))
+    scheduler.set_timesteps(**asked_of_scheduler(config, steps, noise))
+    asked: list[float] = []
+
+    def predict(latents: Any, timestep: float) -> Any:
+        asked.append(float(timestep))
+        return np.float32(0.3) * np.roll(latents, 1, axis=-1) + np.float32(timestep / 2000)
+
+    latents = noise
+    for time in scheduler.timesteps:
+        told = 0.3 * latents.roll(1, dims=-1) + float(time) / 2000
+        latents = scheduler.step(told, time, latents).prev_sample
+    found = sampler.sampler_of(config)(config, steps, noise.numpy(), predict)
+    assert asked == pytest.approx([float(time) for time in scheduler.timesteps], rel=1e-6)
+    assert found.dtype == np.float32
+    assert np.abs(found - latents.numpy()).max() < 1e-6 * float(latents.abs().max())
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "said"),
     [
+        (
+            "FlowMatchEulerDiscreteScheduler",
+            {"use_karras_sigmas": True},
+            "use_karras_sigmas True; known is False",
+        ),
+        ("FlowMatchEulerDiscreteScheduler", {"shift_terminal": 0.1}, "shift_terminal 0.1; known is None"),
+        ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, "stochastic_sampling True"),
+        ("FlowMatchHeunDiscreteScheduler", {}, "the scheduler FlowMatchHeunDiscreteScheduler; known are"),
         ("DDPMScheduler", {}, "the scheduler DDPMScheduler; known are DDIMScheduler"),
         ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, "use_karras_sigmas True; known is False"),
         ("DDIMScheduler", {"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule squaredcos_cap_v2"),
@@ -114,7 +207,7 @@ def test_a_runtime_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", ["flux", "sd3", "ddpm"])
+@pytest.mark.parametrize("kind", ["dit", "wan", "ddpm"])
 def test_pipelines_that_draw_otherwise_are_refused_by_name(kind: str, tmp_path: Path) -> None:
     pipeline = load_pipeline(resolve_model(str(tiny_pipeline(kind, tmp_path / kind))))
     with pytest.raises(BackendError, match=f"a {type(pipeline).__name__} .*known are pipelines that draw"):
@@ -151,6 +244,64 @@ def test_formats_that_are_not_written_are_refused(
     monkeypatch.setattr(type(RUNTIMES["onnx"]), "check_installed", lambda self: None)
     with pytest.raises(UnsupportedModelError, match=said):
         EXPORT_TARGETS["onnx"](resolve_model(str(tiny)), tmp_path / "out", **more)
+
+
+def test_text_encoders_that_are_put_together_otherwise_are_refused_by_name(tmp_path: Path) -> None:
+    pipeline = load_pipeline(resolve_model(str(tiny_pipeline("flux", tmp_path / "flux"))))
+    pipeline.register_modules(text_encoder=None, tokenizer=None)
+    with pytest.raises(BackendError, match=r"a FluxPipeline .*found 1 text encoders"):
+        drawing_of(pipeline)
+
+
+# Texts -------------------------------------------------------------------------------------------------------------
+
+
+def without_t5(pipeline: Any) -> Any:
+    """``pipeline`` of SD3, as those are kept whose T5 was left out."""
+    pipeline.register_modules(text_encoder_3=None, tokenizer_3=None)
+    return pipeline
+
+
+@pytest.mark.parametrize("kind", ["sd3", "sd3 without T5", "flux"])
+def test_texts_are_put_together_as_pipelines_do_it(kind: str, tmp_path: Path) -> None:
+    """Numbers of words as the tokenizers library gives them -> the text and the pooled text of ``encode_prompt``."""
+    pipeline = load_pipeline(
+        resolve_model(str(tiny_pipeline(kind.removesuffix(" without T5"), tmp_path / "pipeline")))
+    )
+    if "without" in kind:
+        pipeline = without_t5(pipeline)
+    drawing = drawing_of(pipeline)
+    prompt, inputs = "a red apple on a table", {}
+    for words in drawing.told["tokenizers"]:
+        tokenizer = Tokenizer.from_str(drawing.tokenizers[words["file"]].to_str())
+        tokenizer.enable_truncation(words["length"])
+        tokenizer.enable_padding(length=words["length"], pad_id=words["pad_id"], pad_token=words["pad_token"])
+        inputs[words["ids"]] = torch.tensor([tokenizer.encode(prompt).ids])
+    text, pooled = drawing.parts[0].answers(inputs)
+    more = {"prompt_2": None} | ({"prompt_3": None} if kind.startswith("sd3") else {})
+    length = {"max_sequence_length": 16} if "without" not in kind else {}
+    with torch.no_grad():
+        wanted = pipeline.encode_prompt(prompt, **more, **length)
+    assert torch.equal(text, wanted[0])
+    assert torch.equal(pooled, wanted[1 if kind == "flux" else 2])
+    shown = drawing.parts[1].examples(1, 8)
+    assert shown["text"].shape == text.shape
+    assert shown["pooled_projections"].shape == pooled.shape
+    assert ("guidance" in shown) == (kind == "flux")
+
+
+def test_encoders_that_are_stored_in_half_precision_compute_in_single(tiny: Path) -> None:
+    pipeline = load_pipeline(resolve_model(str(tiny)), dtype=torch.float16)
+    for part in drawing_of(pipeline).parts:
+        assert {tensor.dtype for tensor in part.module.parameters()} == {torch.float32}
+        assert all(answer.dtype == torch.float32 for answer in part.answers(part.examples(1, None)))
+
+
+def test_the_texts_of_the_shipped_model_have_its_24_tokens() -> None:
+    drawing = drawing_of(load_pipeline(resolve_model("reference")))
+    assert [words["length"] for words in drawing.told["tokenizers"]] == [24]
+    assert drawing.parts[0].examples(2, None)["input_ids"].shape == (2, 24)
+    assert drawing.parts[1].examples(2, None)["text"].shape[:2] == (2, 24)
 
 
 # What is written ---------------------------------------------------------------------------------------------------
@@ -220,6 +371,38 @@ def test_a_folder_for_onnxruntime_draws_without_torch_what_diffusers_draws(
 @pytest.mark.long
 def test_a_folder_for_openvino_draws_without_torch_what_diffusers_draws(tmp_path: Path) -> None:
     check_folder_draws(exported("openvino", "sd", tmp_path) / "out", tmp_path / "elsewhere")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "kind"), [("onnx", "sd3"), ("openvino", "flux"), ("openvino", "pixart")])
+def test_pipelines_of_transformers_draw_without_torch_what_diffusers_draws(
+    name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flux = "FluxTransformer2DModel"  # whose config says no size: pictures of 1024 pixels, were it not for the test
+    monkeypatch.setitem(FAMILIES, flux, dataclasses.replace(FAMILIES[flux], size=lambda config: (8, 8)))
+    folder = exported(name, kind, tmp_path) / "out"
+    check_folder_draws(folder, tmp_path / "elsewhere")
+    negative = [str(folder / "generate.py"), "a red apple", "--negative", "a cat"]
+    done = subprocess.run(
+        [sys.executable, "-B", *negative, "--out", str(tmp_path / "n.png")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode == 2 and "no second text" in done.stderr) == (kind == "flux")
+
+
+@pytest.mark.long
+def test_a_student_with_code_of_its_own_and_widths_draws_what_it_draws_in_diffusers(tmp_path: Path) -> None:
+    needs("openvino")
+    source = resolve_model(str(tiny_pipeline("sd", tmp_path / "pipeline")))
+    architecture = architecture_of(source.config)
+    plan = parse_plan("bk-small ~Dn1.R1.hidden=2 ~Dn1.A1.heads=1", architecture)
+    prune_pipeline(source, in_form(architecture, plan, "own"), tmp_path / "student")
+    folder = tmp_path / "out"
+    EXPORT_TARGETS["openvino"](resolve_model(str(tmp_path / "student")), folder)
+    check_folder_draws(folder, tmp_path / "elsewhere")
+    assert json.loads((folder / "plan.json").read_text())["widths"]
 
 
 @pytest.mark.long

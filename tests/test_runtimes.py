@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import TINY_UNET
+from diffusers.models.embeddings import Timesteps
 from safetensors.numpy import save_file
 from test_edge import needs
 from tiny_models import tiny_config
@@ -194,6 +195,39 @@ def test_a_graph_answers_at_the_sizes_that_it_is_said_to_take(module: nn.Module,
     inputs = written.elsewhere()
     assert inputs["sample"].shape == (3, 2, *((16, 8) if varies else (8, 8)))
     assert torch.equal(program.module()(inputs["sample"]), written.answers(inputs)[0])
+
+
+class _Timed(nn.Module):
+    """Embeds a timestep, as models of all classes do."""
+
+    def __init__(self, embedding: Timesteps) -> None:
+        super().__init__()
+        self.embedding = embedding
+
+    def forward(self, *given: Tensor) -> Tensor:
+        found: Tensor = self.embedding(given[0])
+        return found * 2
+
+
+@pytest.mark.parametrize(
+    ("channels", "flips", "shift", "scale"), [(16, True, 0.0, 1), (9, False, 1.0, 1), (8, True, 1.0, 1000)]
+)
+def test_frequencies_of_timesteps_are_numbers_in_a_graph(
+    channels: int, flips: bool, shift: float, scale: int
+) -> None:
+    """Those of torch, to the last digit: runtimes have exponentials of their own, and sines of large angles show it."""
+    plain = Timesteps(channels, flips, shift, scale)
+    module = _Timed(plain)
+
+    def examples(batch: int, side: int | None) -> dict[str, Tensor]:
+        return {"timestep": torch.linspace(1, 999, batch)}
+
+    part = Part("model", module, ("timestep",), ("prediction",), examples, {"timestep": {0: "batch"}})
+    program, _ = exported(part)
+    assert module.embedding is plain
+    assert not program.graph.find_nodes(op="call_function", target=torch.ops.aten.exp.default)
+    given = torch.linspace(0, 1000, 101)
+    assert torch.equal(program.module()(given), module(given))
 
 
 # Timed -------------------------------------------------------------------------------------------------------------

@@ -78,8 +78,8 @@ def text_length(pipeline: Any) -> int | None:
     usual = usual_length(pipeline)
     if usual is None:
         return None
-    tokenizers = (getattr(pipeline, name, None) for name in _TOKENIZERS)
-    tokenizer = next((one for one in tokenizers if one is not None), None)
+    # the first that its class has: where that is left out, as SD3's for T5, nothing shortens the texts
+    tokenizer = next((getattr(pipeline, name) for name in _TOKENIZERS if hasattr(pipeline, name)), None)
     return min(usual, int(getattr(tokenizer, "model_max_length", usual)))
 
 

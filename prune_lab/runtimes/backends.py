@@ -113,7 +113,8 @@ def _without_places(model: Any) -> None:
     model.metadata_props.clear()
 
 
-def _write_graph(part: Part, path: Path, writing: Writing) -> Part:
+def _write_graph(part: Part, path: Path, writing: Writing, *, optimised: bool = True) -> Part:
+    """``part`` as a graph in ``path``; ``optimised`` for onnxruntime, whose own optimiser does not do all of it."""
     program, written = exported(part, writing.side)
     with torch.no_grad(), without_chatter():
         graph = torch.onnx.export(
@@ -123,6 +124,7 @@ def _write_graph(part: Part, path: Path, writing: Writing) -> Part:
             input_names=list(part.inputs),
             output_names=list(part.outputs),
             verbose=False,
+            optimize=optimised,
         )
         assert graph is not None
         _without_places(graph.model)
@@ -159,8 +161,15 @@ def _write_openvino(part: Part, folder: Path, writing: Writing) -> Part:
 
     with tempfile.TemporaryDirectory(dir=folder) as inner, without_chatter():
         graph = Path(inner) / f"{part.name}.onnx"
-        written = _write_graph(part, graph, writing)
+        # OpenVINO simplifies a graph when it loads it: as fast as an optimised one, which takes twice as long
+        written = _write_graph(part, graph, writing, optimised=False)
         model = openvino.convert_model(graph)
+        ports = (*model.inputs, *model.outputs)
+        for port, name in zip(ports, (*part.inputs, *part.outputs), strict=True):
+            assert name in port.get_names(), f"{name} is called {port.get_names()}"
+            port.get_tensor().set_names(
+                {name}
+            )  # alone: what an idle step behind an input was called stays with it
         if writing.weights == "int8":
             import nncf
 

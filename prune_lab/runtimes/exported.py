@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 
 import torch
+from diffusers.models.embeddings import Timesteps
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from prune_lab.errors import BackendError
@@ -15,6 +18,7 @@ from prune_lab.models.components import reason_of
 from prune_lab.models.silence import quiet
 from prune_lab.runtimes.part import Part
 
+_LONGEST = 10000  # of what diffusers embeds timesteps with: the longest wave
 _BATCH = 2  # of the example: a size of 1 would be taken for a constant
 _LOGGERS = ("torch", "torch.export", "torch.onnx", "onnxscript", "onnx_ir")
 
@@ -35,11 +39,52 @@ def without_chatter() -> Iterator[None]:
                 logger.setLevel(level)
 
 
+class _Tabled(nn.Module):
+    """``Timesteps`` of diffusers with its frequencies as numbers, those that torch computes.
+
+    A runtime whose exponential rounds otherwise moves a sine of the timestep 500 by a hundred times its rounding.
+    """
+
+    def __init__(self, plain: Timesteps) -> None:
+        super().__init__()
+        half = plain.num_channels // 2
+        exponent = -math.log(_LONGEST) * torch.arange(start=0, end=half, dtype=torch.float32)
+        self.plain = plain
+        self.frequencies: Tensor
+        self.register_buffer("frequencies", torch.exp(exponent / (half - plain.downscale_freq_shift)))
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        angles = timesteps[:, None].float() * self.frequencies[None, :]
+        if self.plain.scale != 1:
+            angles = self.plain.scale * angles
+        waves = [torch.sin(angles), torch.cos(angles)]
+        found = torch.cat(waves[::-1] if self.plain.flip_sin_to_cos else waves, dim=-1)
+        return nn.functional.pad(found, (0, 1, 0, 0)) if self.plain.num_channels % 2 else found
+
+
+@contextlib.contextmanager
+def _tabled(module: nn.Module) -> Iterator[None]:
+    """Inside, the parts of ``module`` that embed timesteps hold their frequencies as numbers."""
+    found = [
+        (parent, name, child)
+        for parent in module.modules()
+        for name, child in parent.named_children()
+        if type(child) is Timesteps
+    ]
+    for parent, name, child in found:
+        setattr(parent, name, _Tabled(child))
+    try:
+        yield
+    finally:
+        for parent, name, child in found:
+            setattr(parent, name, child)
+
+
 def _program(part: Part, side: int | None, dim: object) -> ExportedProgram:
     inputs = part.examples(_BATCH, side)
     sizes = tuple(dict.fromkeys(part.varying[name], dim) for name in part.inputs)
     given = tuple(inputs[name] for name in part.inputs)
-    with torch.no_grad(), without_chatter():
+    with torch.no_grad(), without_chatter(), _tabled(part.module):
         return torch.export.export(part.module, given, dynamic_shapes=(sizes,), strict=False)
 
 

@@ -113,6 +113,8 @@ def _as_diffusers_draws(pipeline: Any, noise: Tensor) -> NDArray[np.uint8]:
         "height": noise.shape[-2] * side // noise.shape[-1],
         "width": side,
     }
+    if hasattr(pipeline, "_pack_latents"):
+        noise = pipeline._pack_latents(noise, *noise.shape)
     with torch.inference_mode(), quiet():
         answer = pipeline(**given, latents=noise, num_inference_steps=_STEPS, output_type="np")
     found: NDArray[np.uint8] = (answer.images[0] * 255).round().astype(np.uint8)

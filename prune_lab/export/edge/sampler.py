@@ -1,11 +1,14 @@
 """Samplers in numpy, driven by the ``scheduler_config.json`` of a pipeline; needs nothing else, and is copied along.
 
 One function a scheduler, of one signature: (config, steps, noise (B, C, h, w), predict) -> latents (B, C, h, w), where
-``predict(latents, timestep)`` asks the model. Names of settings and what they mean are those of diffusers.
+``predict(latents, timestep)`` asks the model. Names of settings and what they mean are those of diffusers. Beside them
+stands what its pipelines decide: ``latents_per_patch``, the side of what a model of flow counts as one token of the
+picture, and ``evenly_from_one``, that the shares of noise begin as 1, ..., 2 / steps, 1 / steps.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -160,6 +163,44 @@ def _dpm(config: Config, steps: int, noise: Array, predict: Predict) -> Array:
     return latents
 
 
+def _flow_sigmas(config: Config, steps: int, tokens: int) -> Array:
+    """(steps + 1,) shares of noise from 1 to 0; ``tokens`` are those of the picture, by which they may be shifted."""
+    total, shift = config["num_train_timesteps"], config["shift"]
+    if steps < 1:
+        raise ValueError(f"{steps} steps; at least 1 is needed")
+    moves = bool(config.get("use_dynamic_shifting"))
+    if config.get("evenly_from_one"):
+        shares = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
+    else:
+        ends = np.array([total, 1], np.float32) / np.float32(total)
+        if not moves:  # as diffusers does it: these are shifted once more below
+            ends = shift * ends / (1 + (shift - 1) * ends)
+        shares = np.linspace(float(ends[0]) * total, float(ends[1]) * total, steps) / total
+    if moves:
+        low, high = config["base_image_seq_len"], config["max_image_seq_len"]
+        slope = (config["max_shift"] - config["base_shift"]) / (high - low)
+        moved = config["base_shift"] + slope * (tokens - low)
+        kind = config.get("time_shift_type", "exponential")
+        if kind not in ("exponential", "linear"):
+            raise ValueError(f"the time_shift_type {kind}; known are exponential and linear")
+        shift = float(np.exp(moved)) if kind == "exponential" else moved
+        shares = shift / (shift + (1 / shares - 1))
+    else:
+        shares = shift * shares / (1 + (shift - 1) * shares)
+    return np.append(shares.astype(np.float32), np.float32(0))
+
+
+def _flow(config: Config, steps: int, noise: Array, predict: Predict) -> Array:
+    """Euler's steps along straight lines from noise to picture (arXiv:2403.03206)."""
+    each = config.get("latents_per_patch", 1)
+    shares = _flow_sigmas(config, steps, (noise.shape[-2] // each) * (noise.shape[-1] // each))
+    latents = noise
+    for share, following in itertools.pairwise(shares):
+        told = predict(latents, float(share * np.float32(config["num_train_timesteps"])))
+        latents = _single(latents + (following - share) * _single(told))
+    return latents
+
+
 _SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 _SAMPLERS: dict[str, tuple[Sampler, Config]] = {
     "DDIMScheduler": (_ddim, {"thresholding": False}),
@@ -183,6 +224,10 @@ _SAMPLERS: dict[str, tuple[Sampler, Config]] = {
             "use_dynamic_shifting": False,
         },
     ),
+    "FlowMatchEulerDiscreteScheduler": (
+        _flow,
+        {**_SIGMAS, "shift_terminal": None, "invert_sigmas": False, "stochastic_sampling": False},
+    ),
 }
 """By the class of the scheduler: the sampler, and the values of settings that it is written for."""
 
@@ -198,6 +243,9 @@ def sampler_of(config: Config) -> Sampler:
             raise ValueError(f"the {name} with {key} {config[key]}; known is {value}")
     if config.get("solver_order", 2) > 2:
         raise ValueError(f"the {name} of order {config['solver_order']}; known are 1 and 2")
-    _alphas(config)
-    _timesteps(config, 1)
+    if sampler is _flow:
+        _flow_sigmas(config, 1, 1)
+    else:
+        _alphas(config)
+        _timesteps(config, 1)
     return sampler

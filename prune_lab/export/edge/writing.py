@@ -20,6 +20,7 @@ from prune_lab.export.edge import sampler
 from prune_lab.export.edge.parts import Drawing, drawing_of
 from prune_lab.export.edge.proof import Proof, prove
 from prune_lab.export.single_file import NATIVE, Exported
+from prune_lab.families.drawing import latents_per_patch
 from prune_lab.models import ModelSource, load_pipeline
 from prune_lab.models.protection import check_folder
 from prune_lab.runtime import names_alone, output_folder, read_json, read_text, track, write_json, write_text
@@ -54,6 +55,12 @@ def _schedule(pipeline: Any) -> dict[str, Any]:
         ) from None
     plain = {name: value for name, value in config.items() if name == "_class_name" or name[0] != "_"}
     plain.pop("lambda_min_clipped", None)  # minus infinity, which JSON has no word for
+    if "FlowMatch" in config["_class_name"]:  # what pipelines tell their schedulers of flow
+        packs = hasattr(pipeline, "_pack_latents")
+        plain |= {
+            "latents_per_patch": latents_per_patch(pipeline),
+            "evenly_from_one": packs and not config.get("use_flow_sigmas", False),
+        }
     return dict(names_alone(plain))
 
 
