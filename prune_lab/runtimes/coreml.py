@@ -20,6 +20,7 @@ from prune_lab.runtimes.engine_coreml import ENDING
 from prune_lab.runtimes.exported import exported, without_chatter
 from prune_lab.runtimes.part import Part
 
+_FOLDED = "common::fuse_conv_scale"  # makes other weights of a convolution before a factor: they could not be compared
 _NUMBERS: dict[Weights, Any] = {"float32": np.float32, "float16": np.float16}
 
 
@@ -86,12 +87,14 @@ def _write(part: Part, folder: Path, writing: Writing) -> Part:
 
         program = program.run_decompositions({})
         _without_aliases(program)
-        precision = coremltools.precision
+        precision, passes = coremltools.precision, coremltools.PassPipeline()
+        passes.remove_passes({_FOLDED})
         model = coremltools.convert(
             program,
             outputs=[coremltools.TensorType(name=name, dtype=np.float32) for name in part.outputs],
             minimum_deployment_target=coremltools.target.iOS17,
             compute_precision=precision.FLOAT16 if writing.weights == "float16" else precision.FLOAT32,
+            pass_pipeline=passes,
             skip_model_load=True,
         )
         spec = model.get_spec()

@@ -73,7 +73,7 @@ class Part:
         return dataclasses.replace(self, varying=kept)
 
     def of_one_shape(self, batch: int, side: int | None = None) -> Part:
-        """The same part for ``batch`` rows of latents of ``side`` alone: all its examples are such, of other numbers."""
+        """The same part for ``batch`` rows of latents of ``side`` alone: all its examples are of that shape."""
 
         def examples(asked: int, _: int | None) -> dict[str, Tensor]:
             found = self.examples(batch + asked, side)

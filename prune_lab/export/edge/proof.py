@@ -151,8 +151,8 @@ def _as_it_draws(runtime: Runtime, folder: Path, noise: Tensor) -> NDArray[np.ui
         imported = set(json.loads(done.stdout.strip().splitlines()[-1])) & forbidden
         if imported:
             raise ProofError(
-                f"asked for a generate.py without {', '.join(sorted(forbidden))}, found that it imports {', '.join(sorted(imported))}; "
-                "nothing was written: another version of the runtime does not"
+                f"asked for a generate.py without {', '.join(sorted(forbidden))}, found that it imports "
+                f"{', '.join(sorted(imported))}; nothing was written: another version of the runtime does not"
             )
         with Image.open(out) as picture:
             return np.asarray(picture.convert("RGB"))

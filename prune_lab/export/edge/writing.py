@@ -99,6 +99,7 @@ def _write_texts(
         "one_size": not all(part.varies_in_size for part in list(parts.values())[1:]),
         "rows": {name: _rows(part) for name, part in parts.items()},
         "runtime": runtime.name,
+        "with_torch": runtime.with_torch,
         "source": source.name,
         "prune_lab": __version__,
     }
