@@ -19,8 +19,9 @@ def load(path: Path, threads: int = 0, precision: str = "f32") -> Callable[[Mapp
     Inputs that the part does not take are left aside. The numbers are those in the file: ``precision`` decides nothing.
     Raises RuntimeError anywhere but on macOS.
     """
-    if sys.platform != "darwin":
-        raise RuntimeError(f"Core ML runs on macOS alone, this is {sys.platform}: copy the folder there")
+    here = str(sys.platform)  # as a word: types of what follows are to be checked on other platforms too
+    if here != "darwin":
+        raise RuntimeError(f"Core ML runs on macOS alone, this is {here}: copy the folder there")
     import coremltools
     import numpy as np
 
