@@ -95,8 +95,8 @@ class Inspected(Workplace):
         of ``rounds`` (None: where there are weights). ``resolution`` is in pixels of the picture's sides, ``tokens`` in
         words of text, ``frames`` are those of the latent of a film (None: the model's own). Plans are taken in the form
         that ``prune`` gives them. ``backend``, such as ``eager,openvino``, gives a table of times alone, each model in
-        a process of its own: eager, compile, onnx, openvino. Raises PlanError for a plan that cannot be read, or when
-        two of the tables are asked for, ConfigError for a number out of range.
+        a process of its own: eager, compile, onnx, openvino, executorch. Raises PlanError for a plan that cannot be
+        read, or when two of the tables are asked for, ConfigError for a number out of range.
         """
         if (blocks or pipeline) and (plans or backend or blocks == pipeline):
             raise PlanError("blocks, pipeline and plans each give a table of their own; ask for one of them")

@@ -161,6 +161,11 @@ def read_backends(text: str) -> tuple[str, ...]:
         "compiled" if one == "compile" else one for one in filter(None, map(str.strip, text.split(",")))
     )
     for one in found:
+        if one == "coreml":
+            raise BackendError(
+                "asked for times in Core ML, which runs on macOS alone, and was timed nowhere yet; give one of "
+                f"{', '.join(BACKENDS)}"
+            )
         if one not in BACKENDS:
             raise BackendError(f"asked for the backend {one:.60}; give one of {', '.join(BACKENDS)}")
     return tuple(dict.fromkeys(found))

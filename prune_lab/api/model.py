@@ -385,7 +385,8 @@ class Model(Inspected):
         force: bool = False,
     ) -> Table:
         """Write the model to ``out`` in a format that other programs read; ``single-file`` is ComfyUI's and A1111's,
-        ``onnx`` and ``openvino`` are folders that draw without torch, with ``weights="int8"`` smaller ones.
+        ``onnx`` and ``openvino`` are folders that draw without torch, with ``weights="int8"`` smaller ones;
+        ``executorch`` and ``coreml`` are folders for devices, of one picture of one size at a time.
 
         With ``form="neutral"`` a mid stage that is gone is there as the identity, for programs that need one.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 # In the order in which --help lists them.
 from prune_lab.cli import blocks, profile, score, search, compare, prune, generate  # noqa: F401 # isort: skip
 from prune_lab.cli import export, convert, push  # noqa: F401 # isort: skip
@@ -10,7 +12,12 @@ from prune_lab.cli.application import app
 
 __all__ = ["app", "main"]
 
+# diffusers imports torchao where ExecuTorch brought it, and these tell of what it lacks on this machine
+_TALKERS = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+
 
 def main() -> None:
     """Answer the command in ``sys.argv``: exit code 0, 2 for a mistake, 130 for an interrupt, 143 for SIGTERM."""
+    for name in _TALKERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     app(prog_name="prune-lab")

@@ -20,7 +20,8 @@ def export(
         str,
         typer.Option(
             "--to",
-            help="single-file (one .safetensors for ComfyUI); onnx, openvino (a folder that draws without torch).",
+            help="single-file (one .safetensors for ComfyUI); onnx, openvino (a folder that draws without torch); "
+            "executorch, coreml (a folder for devices).",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="File, or for a runtime folder, to write.")],
@@ -33,7 +34,10 @@ def export(
     ] = "native",
     dtype: options.DtypeOption = None,
     weights: Annotated[
-        str, typer.Option("--weights", help="For a runtime: float32, float16 (OpenVINO) or int8.")
+        str,
+        typer.Option(
+            "--weights", help="For a runtime: float32, float16 (openvino, coreml) or int8 (onnx, openvino)."
+        ),
     ] = "",
     force: options.ForceOption = False,
     as_json: options.JsonOption = False,

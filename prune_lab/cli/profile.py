@@ -44,7 +44,8 @@ def profile(
     backend: Annotated[
         str,
         typer.Option(
-            "--backend", help="Times in runtimes, each model in its own process: eager,compile,onnx,openvino."
+            "--backend",
+            help="Times in runtimes, each in its own process: eager,compile,onnx,openvino,executorch.",
         ),
     ] = "",
     as_json: options.JsonOption = False,

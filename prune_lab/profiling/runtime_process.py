@@ -1,4 +1,4 @@
-"""A model of random weights written for a runtime, and a process without torch that times it when it is its turn."""
+"""A model of random weights written for a runtime, and a process that times it there when it is its turn."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ _FORMATS: dict[str, dict[str, tuple[Weights, str]]] = {
         "float16": ("float16", "f16"),
         "bfloat16": ("float32", "bf16"),
     },
+    "executorch": {"float32": ("float32", "f32")},
 }
 
 
@@ -90,13 +91,13 @@ def write() -> None:
         job["config"], device=torch.device("cpu"), dtype=torch.float32, seed=job["seed"]
     ).eval()
     part = model_part(model, tokens=service.tokens)
-    runtime.write(part, folder, Writing(weights=weights, side=service.latent))
+    runtime.write(part, folder, Writing(weights=weights, side=service.latent, batch=service.batch))
     inputs = part.examples(service.batch, service.latent)
     save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, folder / _INPUTS)
 
 
 class RuntimeProcess(TimingProcess):
-    """A child process that runs what was written into a folder; it imports neither torch nor prune_lab."""
+    """A child process that runs what was written into a folder; it imports no prune_lab, and no torch itself."""
 
     def __init__(
         self, folder: Path, service: Service, *, warmup: int, keep: bool, threads: int, calls: int = 3

@@ -22,7 +22,7 @@ from prune_lab.families import (
 from prune_lab.models import ModelSource
 from prune_lab.runtime import pick_device, pick_dtype, printable, read_json
 
-Backend = Literal["eager", "compiled", "onnx", "openvino"]
+Backend = Literal["eager", "compiled", "onnx", "openvino", "executorch"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 _VAES = ("vae", "vqvae", "movq")  # as pipelines call theirs
 

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,10 +28,11 @@ _OPSET = 20
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Writing:
-    """How a part is written: the format of its weights, the side of the latents, and what lies inside one file."""
+    """How a part is written: the format of its weights, its shape, and what lies inside one file."""
 
     weights: Weights = "float32"
     side: int | None = None  # of the latent in the example; None: the model's own
+    batch: int = 2  # rows, for a runtime that takes one number of them alone; with guidance a picture has two
     most_inside: int = MOST_INSIDE
 
 
@@ -42,7 +44,7 @@ class Write(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime:
-    """A program that runs a part without torch."""
+    """A program that runs a part."""
 
     name: str
     called: str  # in messages
@@ -53,6 +55,13 @@ class Runtime:
     write: Write
     ending: str
     engine: str  # the module whose ``load`` runs it
+    with_torch: str = ""  # why torch is in the process that runs it; empty: it is not
+    platform: str = ""  # the one of ``sys.platform`` where it runs; empty: any
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether what is written can be run on this machine."""
+        return self.platform in ("", sys.platform)
 
     def check_installed(self) -> None:
         """Raise BackendError unless all of it is installed."""
@@ -180,7 +189,7 @@ def _write_openvino(part: Part, folder: Path, writing: Writing) -> Part:
     return written
 
 
-RUNTIMES: dict[str, Runtime] = {
+GRAPH_RUNTIMES: dict[str, Runtime] = {  # that need no torch
     "onnx": Runtime(
         name="onnx",
         called="onnxruntime",

@@ -72,6 +72,15 @@ class Part:
         }
         return dataclasses.replace(self, varying=kept)
 
+    def of_one_shape(self, batch: int, side: int | None = None) -> Part:
+        """The same part for ``batch`` rows of latents of ``side`` alone: all its examples are of that shape."""
+
+        def examples(asked: int, _: int | None) -> dict[str, Tensor]:
+            found = self.examples(batch + asked, side)
+            return {name: tensor[asked:].clone() for name, tensor in found.items()}
+
+        return dataclasses.replace(self, examples=examples, varying={name: {} for name in self.inputs})
+
 
 def sizes_of(tensor: Tensor) -> dict[int, str]:
     """The dimensions of latents or pictures (B, ..., h, w) that vary, and of what has no height the first."""

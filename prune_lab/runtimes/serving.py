@@ -1,4 +1,5 @@
 """A process that times one part in a runtime when it is its turn; run as a script, it imports neither torch nor us.
+ExecuTorch's Python runtime brings torch along; the others bring none.
 
 The protocol is that of ``profiling.own_process``: the first line in says what to time, in JSON; each ``turn`` after it
 is answered with ``{"milliseconds": ..., "cpu_milliseconds": ..., "peak_bytes": ...}`` or ``{"error": "..."}``.

@@ -35,7 +35,7 @@ _MOST_PSNR = 120.0  # what two equal pictures are given
 _PROMPT = "a red apple on a table"
 _STEPS = 4
 _SECONDS = 1800
-_FORBIDDEN = ("torch", "diffusers", "transformers", "prune_lab")
+_FORBIDDEN = frozenset(("torch", "diffusers", "transformers", "prune_lab"))
 # The script is run as it will be, with what it imported looked at behind it.
 _RUN = """
 import json, runpy, sys
@@ -121,8 +121,9 @@ def _as_diffusers_draws(pipeline: Any, noise: Tensor) -> NDArray[np.uint8]:
     return found
 
 
-def _as_it_draws(folder: Path, noise: Tensor) -> NDArray[np.uint8]:
+def _as_it_draws(runtime: Runtime, folder: Path, noise: Tensor) -> NDArray[np.uint8]:
     """The picture that generate.py in ``folder`` draws in a fresh process. Raises ProofError where that fails."""
+    forbidden = _FORBIDDEN - ({"torch"} if runtime.with_torch else set())
     with tempfile.TemporaryDirectory() as inner:
         given, out = Path(inner) / "noise.npy", Path(inner) / "picture.png"
         np.save(given, noise.numpy())
@@ -149,11 +150,11 @@ def _as_it_draws(folder: Path, noise: Tensor) -> NDArray[np.uint8]:
                 f"asked to draw with the exported generate.py, it failed ({said:.200}); nothing was written: "
                 "install the versions of the runtime that prune-lab was tested with"
             )
-        imported = set(json.loads(done.stdout.strip().splitlines()[-1])) & set(_FORBIDDEN)
+        imported = set(json.loads(done.stdout.strip().splitlines()[-1])) & forbidden
         if imported:
             raise ProofError(
-                f"asked for a generate.py without torch, found that it imports {', '.join(sorted(imported))}; "
-                "nothing was written: another version of the runtime does not"
+                f"asked for a generate.py without {', '.join(sorted(forbidden))}, found that it imports "
+                f"{', '.join(sorted(imported))}; nothing was written: another version of the runtime does not"
             )
         with Image.open(out) as picture:
             return np.asarray(picture.convert("RGB"))
@@ -166,7 +167,7 @@ def prove(
     form = latent_form(model_of(pipeline))
     differences = _differences(runtime, parts, folder, weights)
     noise = torch.randn(1, *form, generator=seeded(0))
-    near = psnr(_as_diffusers_draws(pipeline, noise), _as_it_draws(folder, noise))
+    near = psnr(_as_diffusers_draws(pipeline, noise), _as_it_draws(runtime, folder, noise))
     if not near >= LEAST_PSNR[weights]:
         raise ProofError(
             f"asked to export for {runtime.called}, found that generate.py draws another picture than diffusers from "

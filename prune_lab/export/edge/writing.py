@@ -1,11 +1,12 @@
-"""A pipeline as a folder that draws without torch: its parts for another runtime, tokenizers, sampler, generate.py.
+"""A pipeline as a folder that draws by itself: its parts for another runtime, tokenizers, sampler, generate.py.
 
-The folder gets its name only after the proof: every part answers as torch does, and a fresh process that never imports
-torch draws the picture that diffusers draws from the same noise.
+The folder gets its name only after the proof: every part answers as torch does, and a fresh process draws the picture
+that diffusers draws from the same noise, without torch where the runtime needs none. What cannot run here says so.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,16 +18,17 @@ from jinja2 import Environment, StrictUndefined
 from prune_lab import __version__
 from prune_lab.errors import BackendError, UnsupportedModelError
 from prune_lab.export.edge import sampler
-from prune_lab.export.edge.parts import Drawing, drawing_of
+from prune_lab.export.edge.parts import DECODER, Drawing, drawing_of
 from prune_lab.export.edge.proof import Proof, prove
 from prune_lab.export.single_file import NATIVE, Exported
 from prune_lab.families.drawing import latents_per_patch
 from prune_lab.models import ModelSource, load_pipeline
 from prune_lab.models.protection import check_folder
 from prune_lab.runtime import names_alone, output_folder, read_json, read_text, track, write_json, write_text
-from prune_lab.runtimes import RUNTIMES, Part, Runtime, Weights, Writing
+from prune_lab.runtimes import MODEL, RUNTIMES, Part, Runtime, Weights, Writing
 
 _HERE = Path(__file__).resolve().parent
+_PLATFORMS = {"darwin": "macOS"}  # by ``sys.platform``, in words
 _WEIGHTS: dict[torch.dtype, Weights] = {torch.float32: "float32", torch.float16: "float16"}
 
 
@@ -64,6 +66,12 @@ def _schedule(pipeline: Any) -> dict[str, Any]:
     return dict(names_alone(plain))
 
 
+def _rows(part: Part) -> int | None:
+    """The number of rows that ``part`` takes, None for any."""
+    varies = any("batch" in sizes.values() for sizes in part.varying.values())
+    return None if varies else len(part.examples(1, None)[part.inputs[0]])
+
+
 def _write_texts(
     folder: Path,
     runtime: Runtime,
@@ -81,7 +89,13 @@ def _write_texts(
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(
         read_text(_HERE / "generate.py.jinja")
     )
-    text = template.render(needs=runtime.runs_with, version=__version__, source=json.dumps(source.name)[1:-1])
+    text = template.render(
+        needs=runtime.runs_with,
+        with_torch=runtime.with_torch,
+        called=runtime.called,
+        version=__version__,
+        source=json.dumps(source.name)[1:-1],
+    )
     write_text(folder / "generate.py", text)
     for name in ("plan", "provenance"):
         path = (source.model_folder or Path()) / f"{name}.json"
@@ -90,7 +104,9 @@ def _write_texts(
     told = dict(drawing.told) | {
         "parts": list(parts),
         "one_size": not all(part.varies_in_size for part in list(parts.values())[1:]),
+        "rows": {name: _rows(part) for name, part in parts.items()},
         "runtime": runtime.name,
+        "with_torch": runtime.with_torch,
         "source": source.name,
         "prune_lab": __version__,
     }
@@ -98,17 +114,31 @@ def _write_texts(
     return told
 
 
-def _notes(runtime: Runtime, weights: Weights, told: Mapping[str, Any], proof: Proof) -> tuple[str, ...]:
-    differences = ", ".join(f"{name} {value:.1e}" for name, value in proof.differences.items())
-    notes = [
-        f"seen: largest difference from torch, relative to the largest number ({weights} weights): {differences}",
-        f"seen: the same picture as diffusers' from the same noise, {proof.psnr:.0f} dB, {proof.steps} steps, in a "
-        "process without torch",
-        f'draw with: python generate.py "a red apple" (needs {runtime.runs_with}, numpy, tokenizers, Pillow)',
-    ]
+def _notes(
+    runtime: Runtime, weights: Weights, told: Mapping[str, Any], proof: Proof | None
+) -> tuple[str, ...]:
+    notes = []
+    if proof is None:
+        notes.append(
+            f"not run here ({runtime.called} runs on {_PLATFORMS[runtime.platform]} alone): converted with {weights} "
+            "weights, and its matrices read back, which are torch's; neither answers nor pictures were compared"
+        )
+    else:
+        differences = ", ".join(f"{name} {value:.1e}" for name, value in proof.differences.items())
+        notes += [
+            f"seen: largest difference from torch, relative to the largest number ({weights} weights): {differences}",
+            f"seen: the same picture as diffusers' from the same noise, {proof.psnr:.0f} dB, {proof.steps} steps, in a "
+            f"process {'of its own' if runtime.with_torch else 'without torch'}",
+        ]
+    if runtime.with_torch:
+        notes.append(f"torch is in its Python process: {runtime.with_torch}")
+    notes.append(
+        f'draw with: python generate.py "a red apple" (needs {runtime.runs_with}, numpy, tokenizers, Pillow)'
+    )
     if told["one_size"]:
         height, width = (told["pixels"] * side for side in told["latent"][1:])
-        notes.append(f"it draws pictures of {width} x {height} alone: its code computes with the size")
+        reason = "it is written for one shape" if told["rows"][MODEL] else "its code computes with the size"
+        notes.append(f"it draws pictures of {width} x {height} alone, one at a time: {reason}")
     return tuple(notes)
 
 
@@ -145,10 +175,13 @@ def export_for(name: str) -> Callable[..., Exported]:
             for part in track(drawing.parts, f"export for {runtime.called}", unit="parts"):
                 # the decoder's last layers show every rounding
                 kept = Writing() if part is drawing.parts[2] and writing.weights == "int8" else writing
-                parts[part.name] = runtime.write(part, folder, kept)
+                # guidance asks for two texts and two predictions, and a picture is one
+                shaped = dataclasses.replace(kept, batch=1 if part.name == DECODER else 2)
+                parts[part.name] = runtime.write(part, folder, shaped)
             told = _write_texts(folder, runtime, source, drawing, parts, schedule)
-            proof = prove(pipeline, runtime, parts, folder, writing.weights)
-            write_json(folder / "export.json", told | {"proof": proof.as_dict()})
+            proof = prove(pipeline, runtime, parts, folder, writing.weights) if runtime.runs_here else None
+            seen = proof.as_dict() if proof else None
+            write_json(folder / "export.json", told | {"proof": seen})
         tensors = sum(len(part.module.state_dict()) for part in parts.values())
         size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
         return Exported(out, tensors, size, _notes(runtime, writing.weights, told, proof))
