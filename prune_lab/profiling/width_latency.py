@@ -10,7 +10,6 @@ In both a last model is narrower everywhere, by a quarter: what that saves sets 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -113,9 +112,12 @@ def _by_blocks(
     """What every unit saves, from what a narrow model of each kind saves in each block."""
     found = []
     for kind, plan in plans.items():
-        of_kind = [site for site in architecture.sites if site.kind == kind]
-        for around, sites in itertools.groupby(of_kind, lambda site: outer_block(architecture, site)):
-            found += shared_out(list(sites), saved[kind][around], _gone(plan), weights)
+        by_block: dict[str, list[Site]] = {}
+        for site in architecture.sites:
+            if site.kind == kind:
+                by_block.setdefault(outer_block(architecture, site), []).append(site)
+        for around, sites in by_block.items():
+            found += shared_out(sites, saved[kind][around], _gone(plan), weights)
     return found
 
 

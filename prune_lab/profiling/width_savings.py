@@ -88,8 +88,10 @@ def shared_out(
     """``saved`` by the units that are ``gone`` of ``sites`` together, for one unit of each: in proportion to
     ``weights``, such as their multiply-adds.
     """
-    whole = sum(gone[site.name] * weights[site] for site in sites)
-    units = sum(gone[site.name] for site in sites)
+    units = sum(gone.get(site.name, 0) for site in sites)
+    if not units:  # each has a single unit, which stays
+        return [UnitSaving(site.name, 0.0) for site in sites]
+    whole = sum(gone.get(site.name, 0) * weights[site] for site in sites)
     return [UnitSaving(site.name, saved * (weights[site] / whole if whole else 1 / units)) for site in sites]
 
 
