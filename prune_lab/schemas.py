@@ -90,7 +90,7 @@ PLANS_COLUMNS = (
         "params_change",
     ),
     *("macs", "macs_change", "paper_macs", "paper_macs_change", "latency_ms", "latency_change"),
-    *("predicted_impact", "native", "form"),
+    *("measured_change", "predicted_impact", "native", "form"),
 )
 COMPARISON_COLUMNS = (
     *("name", "kind", "blocks_removed", "params", "params_change", "macs", "macs_change"),

@@ -45,7 +45,7 @@ DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
         *("samples", "impact_kendall"),
     ),
     "plans": (
-        *("plan", "params_change", "macs_change", "latency_change", "predicted_impact"),
+        *("plan", "params_change", "macs_change", "latency_change", "measured_change", "predicted_impact"),
         *("form", "blocks_removed"),
     ),
     "comparison": (

@@ -649,7 +649,7 @@ def test_blocks_and_widths_are_searched_together(tiny_config: dict[str, Any]) ->
         assert found == pytest.approx(best, rel=1e-5)
     with pytest.raises(BudgetError, match="no plan of blocks and widths"):
         depth_and_width(costs, blocks, impacts, [macs(0.1 * costs.total.macs)])
-    with pytest.raises(BudgetError, match="not known before it is measured"):
+    with pytest.raises(BudgetError, match="measure the width savings"):
         depth_and_width(costs, blocks, impacts, [Budget("latency_ms", 1.0, "latency<=1ms")])
     rules = Constraints(keep=("Up2.R2",), remove=("Dn1.A1",), form="own")
     both = [macs(0.95 * costs.total.macs), Budget("params", int(0.97 * costs.total.params), "params<=97%")]

@@ -176,8 +176,8 @@ def test_the_settings_know_all_criteria_of_parts() -> None:
         ({"count": 3}, "leave out --plans"),
         ({"form": "neutral"}, "--form own"),
         ({"widths": "magnitude"}, "not on one scale"),
-        ({"budgets": ("macs<=70%, latency<=0.7x",)}, "not known before it is measured"),
-        ({"budgets": ("memory<=1GiB",)}, "not known before it is measured"),
+        ({"budgets": ("macs<=70%, memory<=0.7x",)}, "no sum of parts"),
+        ({"budgets": ("memory<=1GiB",)}, "give --params, --macs or --latency"),
     ],
 )
 def test_what_a_search_of_widths_cannot_do_is_said_before_any_work(

@@ -56,6 +56,7 @@ from prune_lab.workflow import (
     forget,
     goes_by,
     plan_named,
+    plan_notes,
     plans_frame,
     quality,
     recovery_frame,
@@ -163,7 +164,8 @@ class Model(Inspected):
         found, frame, scores = ensure_plans(session), plans_frame(session), self._scores()
         shown = tuple(Plan(plan, self.architecture, scores) for plan in found)
         title = f"Plans for {model_title(self.settings)}"
-        return Plans("plans", frame, title, plan_maps(self.architecture, found, scores), plans=shown)
+        maps, lines = plan_maps(self.architecture, found, scores), plan_notes(session, frame)
+        return Plans("plans", frame, title, maps, notes=lines, plans=shown)
 
     # Students
 

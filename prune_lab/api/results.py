@@ -46,6 +46,7 @@ from prune_lab.workflow import (
     is_well,
     picture_changes,
     plan_named,
+    plan_notes,
     plans_frame,
     rungs_frame,
     surprises_frame,
@@ -162,7 +163,8 @@ class RunResults:
         found = ensure_plans(self.session)
         shown = tuple(Plan(plan, architecture, scores) for plan in found)
         frame = plans_frame(self.session)
-        return Plans("plans", frame, "Plans", plan_maps(architecture, found, scores), plans=shown)
+        lines, maps = plan_notes(self.session, frame), plan_maps(architecture, found, scores)
+        return Plans("plans", frame, "Plans", maps, notes=lines, plans=shown)
 
     @property
     def losses(self) -> Table:

@@ -75,6 +75,8 @@ from prune_lab.profiling.turns import (
     turns_of_frame,
 )
 from prune_lab.profiling.width_costs import unit_costs
+from prune_lab.profiling.width_latency import measure_width_savings
+from prune_lab.profiling.width_savings import UnitSaving, WidthSavings
 
 __all__ = [
     "BACKENDS",
@@ -102,6 +104,8 @@ __all__ = [
     "Service",
     "Turns",
     "UnitMemory",
+    "UnitSaving",
+    "WidthSavings",
     "activation_table",
     "as_matrix",
     "as_plans",
@@ -126,6 +130,7 @@ __all__ = [
     "measure_latency",
     "measure_latency_table",
     "measure_memory_growth",
+    "measure_width_savings",
     "median_interval",
     "part_disagreements",
     "picture_size",

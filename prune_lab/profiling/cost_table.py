@@ -67,6 +67,8 @@ class CostTable:
     sizes: Mapping[str, Any] = field(
         default_factory=dict, repr=False, compare=False
     )  # that it was counted at
+    unit_ms: Mapping[str, float] | None = field(default=None, repr=False, compare=False)
+    """Milliseconds that one unit of each site saves; None where it was not measured."""
 
     @property
     def timed(self) -> bool:
@@ -114,7 +116,7 @@ class CostTable:
             found = counted_cost(self.architecture, table.count, table.sizes, table.total, depth, found)
         if not plan.widths or plan.form == "padded":
             return found
-        return narrowed_cost(self.architecture, table.count, plan.widths, found)
+        return narrowed_cost(self.architecture, table.count, plan.widths, found, self.unit_ms)
 
     def of_many(self, matrix: PlanMatrix) -> PlanCosts:
         """What each plan of ``matrix`` (plans, blocks) leaves, True where a block is removed; equal to ``of``.
@@ -356,4 +358,5 @@ def cost_table(
         tuple(layers),
         count=count,
         sizes=MappingProxyType(sizes),
+        unit_ms=None if latency is None else latency.unit_ms(),
     )

@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,7 @@ from prune_lab.errors import ConfigError, DataError, PlanError
 from prune_lab.families import example_inputs, filled_with_noise
 from prune_lab.plans import PruningPlan, removed_samplers
 from prune_lab.profiling.plan_matrix import REST, sampler_groups
+from prune_lab.profiling.width_savings import WidthSavings, unit_ms
 from prune_lab.runs import typed
 from prune_lab.runtime import Environment, seeded, synchronize
 from prune_lab.schemas import LATENCY_CHECK_COLUMNS, LATENCY_TABLE_COLUMNS
@@ -172,9 +173,12 @@ class LatencyTable:
     environment: Environment
     backend: str = "eager"
     measured: str = ""  # when, in UTC
+    widths: WidthSavings | None = None  # what units inside of blocks save; None where that was not measured
 
     def predict(self, plan: PruningPlan) -> float:
-        """Predicted median milliseconds of one plan. Raises PlanError for a plan of another architecture."""
+        """Predicted median milliseconds of one plan. Raises PlanError for a plan of another architecture, or with
+        widths where their savings were not measured.
+        """
         if plan.architecture != self.architecture.signature:
             raise PlanError(
                 f"asked for the latency of a plan for architecture {plan.architecture}, this table is of "
@@ -187,7 +191,25 @@ class LatencyTable:
             self.architecture.layers
         ):  # what its multiply-adds are of its block's: layers are not timed alone
             parts[layer.name] = parts[layer.inside] * layer.macs / max(1, units[layer.inside].macs)
-        return self.whole.median_ms - math.fsum(parts[name] for name in gone)
+        return self.whole.median_ms - math.fsum(parts[name] for name in gone) - self._narrower(plan)
+
+    def _narrower(self, plan: PruningPlan) -> float:
+        """Milliseconds that the widths of ``plan`` save."""
+        if not plan.widths or plan.form == "padded":  # as wide as the original
+            return 0.0
+        saves = self.unit_ms()
+        if saves is None:
+            raise PlanError(
+                "asked for the latency of a plan that makes blocks narrower, and this table was measured without what "
+                "that saves; time the plan with profile --plan"
+            )
+        return math.fsum((width.of - width.count) * saves[width.site] for width in plan.widths)
+
+    def unit_ms(self) -> dict[str, float] | None:
+        """Milliseconds that one unit of each site saves, by the name of the site; None where it was not measured."""
+        if self.widths is None:
+            return None
+        return unit_ms(self.architecture, self.widths, self.whole.median_ms, self.part_ms())
 
     def part_ms(self) -> dict[str, float]:
         """Milliseconds of every block, every sampler and the rest, which add up to the whole.
@@ -278,6 +300,7 @@ class LatencyTable:
             "environment": self.environment.as_dict(),
             "backend": self.backend,
             "measured": self.measured,
+            "widths": None if self.widths is None else dataclasses.asdict(self.widths),
         }
 
     def _predicted(self, saving: Saving) -> float:
@@ -304,6 +327,7 @@ class _LatencyFile(TypedDict):
     environment: Environment
     backend: str
     measured: str
+    widths: NotRequired[WidthSavings | None]
 
 
 def latency_table_from_dict(values: Mapping[str, Any], architecture: Architecture) -> LatencyTable:
@@ -336,6 +360,11 @@ def latency_table_from_dict(values: Mapping[str, Any], architecture: Architectur
     if [saving.name for saving in table.savings] != saving_names(architecture):
         raise DataError(
             "asked to read a latency table, found that savings are missing; measure the model again"
+        )
+    sites = [site.name for site in architecture.sites]
+    if table.widths is not None and [unit.site for unit in table.widths.units] != sites:
+        raise DataError(
+            "asked to read a latency table, found that savings of narrower blocks are missing; measure the model again"
         )
     return table
 

@@ -52,6 +52,11 @@ class PartCost:
         """The latency as an integer; 0 where none was measured."""
         return 0 if self.latency_ms is None else round(self.latency_ms * PICOSECONDS)
 
+    def amount(self, metric: Counted | Literal["latency_ms"]) -> int | float:
+        """The share in ``metric``; of a time that was not measured 0."""
+        found: int | float | None = getattr(self, metric)
+        return 0 if found is None else found
+
 
 @dataclass(frozen=True, slots=True)
 class PlanCost:

@@ -33,6 +33,8 @@ _SHARE = (
     0.85  # of the free memory; the rest is for workspaces and an allocator's rounding, which are not counted
 )
 
+_WRITTEN_TOGETHER = 10**9  # bytes of weights that one process writes for a runtime, one model after another
+
 
 def fits_into_one_process(
     architecture: Architecture,
@@ -113,9 +115,12 @@ def _in_own_processes(
         )
         if service.backend in RUNTIMES:
             check_runtime(service, architecture.config)
-            for name, config in track(list(configs.items()), f"writing models for {service.backend}"):
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                write_for_runtime(config, service, folder, seed=seed)
+            folders = {name: Path(stack.enter_context(tempfile.TemporaryDirectory())) for name in configs}
+            together = max(1, _WRITTEN_TOGETHER // (4 * architecture.total_params))
+            batches = [list(configs)[at : at + together] for at in range(0, len(configs), together)]
+            for batch in track(batches, f"writing models for {service.backend}"):
+                write_for_runtime({folders[name]: configs[name] for name in batch}, service, seed=seed)
+            for name, folder in folders.items():
                 processes[name] = RuntimeProcess(
                     folder, service, warmup=warmup, keep=keep, threads=torch.get_num_threads()
                 )

@@ -7,14 +7,14 @@ exact: parameters by shape, multiply-adds by the count of the whole model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from prune_lab.blocks import Architecture
 from prune_lab.counting import Macs
 from prune_lab.families import Site, cut_tensors, meta_model
 from prune_lab.profiling.form_costs import Gone
-from prune_lab.profiling.plan_costs import PlanCost
+from prune_lab.profiling.plan_costs import PICOSECONDS, PlanCost
 from prune_lab.width import Width, site_named
 
 
@@ -46,12 +46,26 @@ def saved_by(architecture: Architecture, count: Macs, widths: Iterable[Width]) -
     return Gone(*(sum(units * cost[column] for units, cost in saved) for column in range(len(Gone._fields))))
 
 
+def _left_ms(
+    widths: Sequence[Width], latency_ms: float | None, unit_ms: Mapping[str, float] | None
+) -> float | None:
+    if latency_ms is None or unit_ms is None:
+        return None
+    saved = sum((width.of - width.count) * round(unit_ms[width.site] * PICOSECONDS) for width in widths)
+    return (round(latency_ms * PICOSECONDS) - saved) / PICOSECONDS
+
+
 def narrowed_cost(
-    architecture: Architecture, count: Macs, widths: Iterable[Width], whole: PlanCost
+    architecture: Architecture,
+    count: Macs,
+    widths: Sequence[Width],
+    whole: PlanCost,
+    unit_ms: Mapping[str, float] | None = None,
 ) -> PlanCost:
     """``whole``, without what the units take along that leave by ``widths``.
 
-    How long a narrower layer takes, and what memory a model needs at its peak, is not known.
+    The time is known where ``unit_ms`` says what a unit of each site saves of it; what memory a model needs at its
+    peak is not.
     """
     saved = saved_by(architecture, count, widths)
     params = whole.params - saved.params
@@ -61,6 +75,6 @@ def narrowed_cost(
         macs=whole.macs - saved.macs,
         attention_macs=whole.attention_macs - saved.attention_macs,
         weight_bytes=None if whole.weight_bytes is None else params * (whole.weight_bytes // whole.params),
-        latency_ms=None,
+        latency_ms=_left_ms(widths, whole.latency_ms, unit_ms),
         activation_bytes=None,
     )

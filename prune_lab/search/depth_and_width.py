@@ -9,13 +9,13 @@ and one y_s per group of samplers that leave together:
               w_k + x_b <= 1 for the steps of block b,   w_k+1 <= w_k within a site,   y_s <= x_b for its blocks.
 
 Losses of blocks and of units must be on one scale, as output-mse of blocks and gate-fisher of units are. They add up
-here, so what comes back is a plan to measure.
+here, and so do the milliseconds of a latency table with what units save: what comes back is a plan to measure.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
+from typing import Literal, TypeAlias, cast
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -25,10 +25,12 @@ from prune_lab.errors import BudgetError, DataError
 from prune_lab.families import Site
 from prune_lab.importance.intervals import Floats
 from prune_lab.plans import PruningPlan, plan_of
-from prune_lab.profiling import COUNTED, CostTable, Counted, sampler_groups
+from prune_lab.profiling import CostTable, Counted, sampler_groups
 from prune_lab.search.budgets import Budget
 from prune_lab.search.constraints import ANY_PLAN, Constraints
 from prune_lab.search.widths import steps_of, unit_savings, widths_without
+
+Additive: TypeAlias = Counted | Literal["latency_ms"]  # what the parts of a model add up to
 
 _GAP = 1e-6  # of the loss: units of one site are many, and nearly alike
 _TOLERANCE = 2e-6  # of the whole model's cost: more than the rounding of the solver
@@ -58,18 +60,11 @@ class _Rows:
         return LinearConstraint(matrix.tocsc(), low, np.array(self.high))
 
 
-def _check(impacts: Mapping[Site, Floats], budgets: Sequence[Budget]) -> None:
+def _check(impacts: Mapping[Site, Floats]) -> None:
     if any(not np.isfinite(values).all() or (values < 0).any() for values in impacts.values()):
         raise DataError(
             "asked to search widths, found scores of parts of blocks below 0 or not finite; score them again"
         )
-    for budget in budgets:
-        if budget.metric not in COUNTED:
-            raise BudgetError(
-                f"asked for {budget.text} of plans that make blocks narrower: how long a narrower layer takes, and the "
-                "memory that it needs, is not known before it is measured; give a budget on macs or params, and time "
-                "what is found with profile --plan"
-            )
 
 
 def depth_and_width(
@@ -85,10 +80,10 @@ def depth_and_width(
     """The plan of whole blocks and widths that loses least within ``budgets``, by scores that add up.
 
     Blocks without an impact stay, and sites without. ``constraints`` are rules over blocks; of their form no account is
-    taken. Raises DataError for a negative or infinite impact of a unit, BudgetError for a budget on what is not
-    counted, or where no plan meets them.
+    taken. Raises DataError for a negative or infinite impact of a unit, BudgetError for a budget on memory, on
+    latency where what units save was not measured, or where no plan meets them.
     """
-    _check(impacts, budgets)
+    _check(impacts)
     architecture, own = costs.architecture, costs.in_form("own")
     blocks = [block.name for block in architecture.blocks if block.removable and block.name in block_impacts]
     steps = steps_of(architecture.sites, impacts, least_share=least_share, channels=channels)
@@ -100,11 +95,12 @@ def depth_and_width(
 
     rows = _Rows()
     for budget in budgets:
-        metric = cast("Counted", budget.metric)
-        total, saves = costs.total.amount(metric), unit_savings(costs, metric)
+        saves = unit_savings(costs, budget.metric)
+        metric = cast("Additive", budget.metric)
+        total = costs.total.amount(metric)
 
-        def saved(names: Iterable[str], metric: Counted = metric, total: float = total) -> float:
-            return sum(int(getattr(own.part(name), metric)) for name in names) / total
+        def saved(names: Iterable[str], metric: Additive = metric, total: float = total) -> float:
+            return sum(own.part(name).amount(metric) for name in names) / total
 
         terms = {column[name]: saved([name]) for name in blocks}
         terms |= {

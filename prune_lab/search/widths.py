@@ -13,7 +13,7 @@ from prune_lab.errors import BudgetError
 from prune_lab.families import Site
 from prune_lab.importance.intervals import Floats
 from prune_lab.plans import PruningPlan, plan_of
-from prune_lab.profiling import CostTable, Counted, unit_costs
+from prune_lab.profiling import CostTable, Counted, Metric, unit_costs
 from prune_lab.width import Width, width_of
 
 
@@ -36,8 +36,27 @@ class Step:
     loss: float
 
 
-def unit_savings(costs: CostTable, metric: Counted) -> dict[Site, int]:
-    """What one unit of each site costs in ``metric``."""
+def unit_savings(costs: CostTable, metric: Metric) -> Mapping[Site, float]:
+    """What one unit of each site costs in ``metric``: a number, or milliseconds by the latency table of ``costs``.
+
+    Raises BudgetError for memory, which is no sum of parts, and for latency where it was not measured what units save.
+    """
+    if metric == "memory":
+        raise BudgetError(
+            "asked for a budget on the memory of plans that make blocks narrower: their peak is no sum of parts, and "
+            "is not known before it is measured; give a budget on params, macs or latency"
+        )
+    if metric == "latency_ms":
+        if costs.unit_ms is None:
+            raise BudgetError(
+                "asked for a budget on the latency of plans that make blocks narrower, found no measured savings of "
+                "their parts; measure the width savings of this model first, or give macs or params"
+            )
+        return {site: costs.unit_ms[site.name] for site in costs.architecture.sites}
+    return _counted_savings(costs, metric)
+
+
+def _counted_savings(costs: CostTable, metric: Counted) -> dict[Site, int]:
     assert costs.count is not None, "a cost table is made by cost_table"
     prices = unit_costs(costs.architecture, costs.count)
     saved = {
@@ -92,14 +111,14 @@ def narrowed_to(
     costs: CostTable,
     plan: PruningPlan,
     impacts: Mapping[Site, Floats],
-    metric: Counted,
+    metric: Metric,
     most: float,
     *,
     least_share: float = 0.0,
     channels: int = 1,
 ) -> PruningPlan:
     """``plan`` with the widths that bring it down to ``most`` of ``metric``: units leave in the order of what they lose
-    for each parameter or multiply-add that they save (``steps_of``).
+    for each parameter, multiply-add or millisecond that they save (``steps_of``).
 
     Raises BudgetError where that is not enough.
     """
@@ -109,7 +128,7 @@ def narrowed_to(
     by_rate: list[tuple[float, Step]] = []
     for site, steps in steps_of(sites, impacts, least_share=least_share, channels=channels).items():
         rate = -math.inf
-        for step in steps:
+        for step in steps if saves[site] > 0 else ():  # else they would leave for nothing
             # never before those of its site that lose less
             rate = max(rate, step.loss / (len(step.units) * saves[site]))
             by_rate.append((rate, step))
@@ -121,7 +140,7 @@ def narrowed_to(
         now -= len(step.units) * saves[step.site]
     if now > most:
         raise BudgetError(
-            f"asked for at most {most:,.0f} {metric} by narrower blocks, found {now:,.0f} with all of them as narrow "
+            f"asked for at most {most:,.6g} {metric} by narrower blocks, found {now:,.6g} with all of them as narrow "
             "as they may be; ask for more, or remove blocks as well"
         )
     return plan_of(architecture, plan.removed, widths=widths_without(taken)).built("own")

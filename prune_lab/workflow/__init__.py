@@ -25,7 +25,7 @@ from prune_lab.workflow.exploring import (
 from prune_lab.workflow.measuring import ensure_scores, scores_frame
 from prune_lab.workflow.pipeline import run_all, steps_frame
 from prune_lab.workflow.ranking import ensure_ranking, quality, quality_frame, written_report
-from prune_lab.workflow.searching import ensure_plans, goes_by, plan_named, plans_frame
+from prune_lab.workflow.searching import ensure_plans, goes_by, plan_named, plan_notes, plans_frame
 from prune_lab.workflow.sizing import settings_for
 from prune_lab.workflow.starting import borrow_scores, check_effect, forget, start_run, use_scores
 from prune_lab.workflow.steps import why_left_out
@@ -63,6 +63,7 @@ __all__ = [
     "macs_per_second",
     "picture_changes",
     "plan_named",
+    "plan_notes",
     "plans_frame",
     "quality",
     "quality_frame",

@@ -30,6 +30,7 @@ from prune_lab.session.parts import lacking, plans_part, record
 from prune_lab.workflow.measuring import controls, drawn_size, ensure_costs, ensure_latency, ensure_scores
 from prune_lab.workflow.solving import SOLVERS, Question, controls_for
 from prune_lab.workflow.targets import budgets_of, constraints_of
+from prune_lab.workflow.timed_search import time_notes, timed_changes
 from prune_lab.workflow.widths import ensure_width_scores, form_of, needs_width_scores, predicted_of
 
 # The problem ---------------------------------------------------------------------------------------------------
@@ -203,14 +204,15 @@ def relative_costs(cost: PlanCost, whole: PlanCost) -> dict[str, float]:
 def plans_frame(session: Session) -> pd.DataFrame:
     """One row per plan of the run, in order of ``ensure_plans``, with its cost; columns PLANS_COLUMNS.
 
-    ``latency_ms`` is predicted by the run's latency table and missing where none was measured.
+    ``latency_ms`` is predicted by the run's latency table and missing where none was measured; ``measured_change`` is
+    how the time of what the plan leaves compares with the teacher's, in turns, where it was timed already.
     ``predicted_impact`` is the sum of the impacts of the blocks, missing when they have not been scored.
     """
     run = session.run
     plans, costs = ensure_plans(session), costs_of(session)
     importance = ensure_scores(session) if run.done(run.importance) else None
     table = searched(run)
-    rows = []
+    rows, changes = [], timed_changes(session)
     for plan in plans:
         cost, whole = costs.of(plan), costs.total
         budgets = table.loc[table["plan_id"] == plan.id, "budget"]
@@ -228,12 +230,18 @@ def plans_frame(session: Session) -> pd.DataFrame:
                 "latency_change": cost.latency_ms / whole.latency_ms - 1
                 if cost.latency_ms is not None and whole.latency_ms is not None
                 else None,
+                "measured_change": changes[plan.id].change if plan.id in changes else None,
                 "predicted_impact": None if importance is None else predicted_of(session, plan, importance),
                 "native": plan.form == "native" and not left_out(session, plan),
                 "form": plan.form,
             }
         )
     return pd.DataFrame(rows, columns=list(PLANS_COLUMNS))
+
+
+def plan_notes(session: Session, frame: pd.DataFrame) -> tuple[str, ...]:
+    """What there is to say of the plans of ``frame`` that were searched within a budget on latency and timed."""
+    return time_notes(session, costs_of(session), frame) if frame["measured_change"].notna().any() else ()
 
 
 def left_out(session: Session, plan: PruningPlan) -> str:

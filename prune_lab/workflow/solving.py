@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -22,10 +23,12 @@ from prune_lab.search import (
     fit_interactions,
     greedy_plan,
     local_search,
+    predicted_loss,
     sample_near,
     search_plans,
 )
 from prune_lab.session import Session, run_scoring_context
+from prune_lab.workflow.timed_search import within_time
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +74,26 @@ def _best(question: Question, scores: ImportanceTable | Effects) -> tuple[Prunin
 def _exact(question: Question) -> SolverResult:
     if question.units is not None:
         settings = question.session.config.search
-        found = depth_and_width(
-            question.costs,
-            question.importance.block_impacts() if "depth" in settings.axes else {},
-            question.units,
-            question.budgets,
-            question.constraints,
-            channels=settings.round_to or 1,
-        )
-        return SolverResult((found,))
+        units, blocks = question.units, question.importance.block_impacts()
+
+        def solve(budgets: Sequence[Budget]) -> PruningPlan:
+            return depth_and_width(
+                question.costs,
+                blocks if "depth" in settings.axes else {},
+                units,
+                budgets,
+                question.constraints,
+                channels=settings.round_to or 1,
+            )
+
+        def loss_of(plan: PruningPlan) -> float:
+            return math.fsum(blocks[name] for name in plan.removed) + predicted_loss(plan, units)
+
+        if any(budget.metric == "latency_ms" for budget in question.budgets):
+            return SolverResult(
+                (within_time(question.session, question.costs, question.budgets, solve, loss_of),)
+            )
+        return SolverResult((solve(question.budgets),))
     return SolverResult(_best(question, question.importance))
 
 

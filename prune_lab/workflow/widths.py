@@ -77,10 +77,10 @@ def check_axes(config: RunConfig) -> None:
         )
     for text in settings.budgets:
         for one in split_budgets(text):
-            if one.strip().startswith(("latency", "memory")):
+            if one.strip().startswith("memory"):
                 raise ConfigError(
-                    f"{asked} within {one.strip()}: how long a narrower layer takes, and the memory that it needs, is "
-                    "not known before it is measured; give --macs or --params, and time what is found (profile --plan)"
+                    f"{asked} within {one.strip()}: the peak of memory of a narrower model is no sum of parts, and is "
+                    "not known before it is measured; give --params, --macs or --latency"
                 )
     check_has_sites(configured_model(config).architecture)
 
