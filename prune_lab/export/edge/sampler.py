@@ -169,6 +169,7 @@ def _flow_sigmas(config: Config, steps: int, tokens: int) -> Array:
     if steps < 1:
         raise ValueError(f"{steps} steps; at least 1 is needed")
     moves = bool(config.get("use_dynamic_shifting"))
+    shares: Array
     if config.get("evenly_from_one"):
         shares = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
     else:
