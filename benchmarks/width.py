@@ -31,14 +31,23 @@ from prune_lab.families import Site
 from prune_lab.importance import score_units
 from prune_lab.importance.intervals import Floats
 from prune_lab.plans import PruningPlan, plan_of, read_plans
-from prune_lab.profiling import TEACHER, CostTable, Service, Turns, cost_table, time_plans
+from prune_lab.profiling import (
+    TEACHER,
+    CostTable,
+    Metric,
+    Service,
+    Turns,
+    cost_table,
+    measure_latency_table,
+    measure_width_savings,
+    time_plans,
+)
 from prune_lab.runtime import note, write_frame, write_json, write_text
 from prune_lab.search import (
     ANY_PLAN,
     Budget,
     depth_and_width,
     narrowed_to,
-    parse_budget,
     random_median,
     search_plans,
 )
@@ -53,7 +62,7 @@ WAYS = {  # beside depth
     "macs": ("width", "both", "width-magnitude", "width-random", "depth-random"),
     "latency": ("width", "both"),
 }
-HALVINGS = 7  # of the multiply-adds, to find a plan that takes as long as another
+HALVINGS = 7  # of the predicted time, to find a plan that takes as long as another
 _UNKNOWN = float("nan")
 PLAN_COLUMNS = (
     *("model", "plan", "way", "equal", "budget", "plan_id", "blocks_removed", "macs", "params"),
@@ -121,10 +130,12 @@ class Bench:
     def architecture(self) -> Architecture:
         return self.session.architecture
 
-    def plan(self, way: str, percent: float) -> PruningPlan:
-        """The plan of one way with at most ``percent`` of the multiply-adds. Raises BudgetError where there is none."""
+    def plan(self, way: str, percent: float, metric: Metric = "macs") -> PruningPlan:
+        """The plan of one way that keeps at most ``percent`` of a cost. Raises BudgetError where there is none."""
         costs, importance = self.costs, ensure_scores(self.session)
-        budget: Budget = parse_budget(f"macs<={percent:g}%", self.architecture, costs)
+        limit = percent / 100 * costs.total.amount(metric)
+        limit = int(limit) if metric == "macs" else limit
+        budget = Budget(metric, limit, f"{metric}<={percent:g}%")
         if way == "depth":
             found = search_plans(self.architecture, importance, costs, (budget,), constraints=ANY_PLAN)[0]
         elif way == "depth-random":
@@ -133,7 +144,7 @@ class Bench:
             found = depth_and_width(costs, importance.block_impacts(), self.units["gate-fisher"], [budget])
         else:
             units = self.units[way.removeprefix("width").removeprefix("-") or "gate-fisher"]
-            found = narrowed_to(costs, plan_of(self.architecture, ()), units, "macs", budget.limit)
+            found = narrowed_to(costs, plan_of(self.architecture, ()), units, metric, limit)
         return found.built("own")
 
     def turns(self, plans: Mapping[str, PruningPlan], rounds: int) -> Turns:
@@ -142,13 +153,15 @@ class Bench:
         return time_plans(self.architecture, plans, service, rounds=rounds, model=self.session.model)
 
     def as_fast(self, way: str, wanted: float, rounds: int) -> PruningPlan:
-        """The plan of ``way`` that takes ``wanted`` of the teacher's time, found by halving the multiply-adds."""
+        """The plan of ``way`` that takes ``wanted`` of the teacher's time as it is measured in turns, found by halving
+        the time that blocks and units are said to take by the latency table.
+        """
         low, high = 5.0, 100.0
         found: list[tuple[float, PruningPlan]] = []
         for _ in range(HALVINGS):
             percent = (low + high) / 2
             try:
-                plan = self.plan(way, percent)
+                plan = self.plan(way, percent, "latency_ms")
             except BudgetError:
                 low = percent
                 continue
@@ -158,15 +171,20 @@ class Bench:
         return min(found, key=lambda one: one[0])[1]
 
 
-def bench_of(model: str, folder: Path) -> Bench:
-    """The scores of ``model``, kept in ``folder``."""
+def bench_of(model: str, equal: str, folder: Path, rounds: int) -> Bench:
+    """The scores of ``model``, kept in ``folder``, and its costs, in time too where plans are to be equal in it."""
     session = Session(start_run(settings(model, SEEDS[0], 1, 1, ()), folder))
     ensure_scores(session)
-    context = run_scoring_context(session)
-    found = {
-        name: score_units(context, criterion=name).impacts for name in ("gate-fisher", "magnitude", "random")
-    }
-    return Bench(session, cost_table(session.architecture, tokens=session.source.tokens), found)
+    context, tokens = run_scoring_context(session), session.source.tokens
+    criteria = ("gate-fisher", "magnitude", "random")
+    found = {name: score_units(context, criterion=name).impacts for name in criteria}
+    latency = None
+    if equal == "latency":
+        latency = measure_latency_table(session.model, rounds=rounds, tokens=tokens)
+        latency = dataclasses.replace(
+            latency, widths=measure_width_savings(session.model, rounds=rounds, tokens=tokens)
+        )
+    return Bench(session, cost_table(session.architecture, latency=latency, tokens=tokens), found)
 
 
 def _made(bench: Bench, equal: str, rounds: int) -> dict[str, PruningPlan]:
@@ -209,7 +227,7 @@ def ensure_plans(model: str, equal: str, work: Path, out: Path, rounds: int) -> 
     """The file of the plans of ``model`` equal in one cost, in ``out``; its rows are appended to ``plans.csv``."""
     path, table = out / f"plans-{model}-{equal}.json", out / "plans.csv"
     if not path.is_file():
-        bench = bench_of(model, work / model / "scores")
+        bench = bench_of(model, equal, work / model / "scores", rounds)
         plans = _made(bench, equal, rounds)
         append(table, plan_rows(bench, model, plans, rounds), {"model": model, "equal": equal})
         lines = [json.dumps(plan.to_json()) for plan in plans.values()]
