@@ -171,7 +171,7 @@ def _flow_sigmas(config: Config, steps: int, tokens: int) -> Array:
     moves = bool(config.get("use_dynamic_shifting"))
     shares: Array
     if config.get("evenly_from_one"):
-        shares: Array = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
+        shares = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
     else:
         ends = np.array([total, 1], np.float32) / np.float32(total)
         if not moves:  # as diffusers does it: these are shifted once more below
