@@ -101,7 +101,7 @@ def test_a_part_in_executorch_answers_as_torch_and_refuses_other_shapes(small: P
 @pytest.mark.long
 def test_a_folder_for_executorch_draws_what_diffusers_draws(tmp_path: Path) -> None:
     needs("executorch")
-    source = resolve_model(str(tiny_pipeline("pixart", tmp_path / "pipeline")))
+    source = resolve_model(str(tiny_pipeline("sd", tmp_path / "pipeline")))
     written = EXPORT_TARGETS["executorch"](source, tmp_path / "out")
     assert any("torch is in its Python process" in note for note in written.notes)
     assert any("alone, one at a time: it is written for one shape" in note for note in written.notes)
