@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -96,6 +97,25 @@ def test_a_part_in_executorch_answers_as_torch_and_refuses_other_shapes(small: P
         ValueError, match=r"model.pte takes sample of the shape \(2, 2, 4, 4\) alone, got \(1,"
     ):
         runner({"sample": inputs["sample"][:1].numpy()})
+
+
+class _Bending(nn.Module):
+    def forward(self, *given: Tensor) -> Tensor:
+        return nn.functional.gelu(given[0], approximate="tanh")
+
+
+@pytest.mark.long
+def test_a_gelu_by_tanh_is_no_gelu_by_erf_in_executorch(small: Part, tmp_path: Path) -> None:
+    needs("executorch")
+    runtime, part = RUNTIMES["executorch"], dataclasses.replace(small, module=_Bending().eval())
+    written = runtime.write(part, tmp_path, Writing(batch=2, side=4))
+    inputs = written.elsewhere()
+    (found,) = runtime.load(runtime.file(tmp_path, written))(
+        {name: tensor.numpy() for name, tensor in inputs.items()}
+    )
+    wanted = written.answers(inputs)[0]
+    assert torch.allclose(torch.from_numpy(found), wanted, atol=1e-6)
+    assert not torch.allclose(nn.functional.gelu(inputs["sample"]), wanted, atol=1e-6)
 
 
 @pytest.mark.long

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch.export import ExportedProgram
 
 from prune_lab.runtimes.backends import Runtime, Writing
 from prune_lab.runtimes.engine_executorch import ENDING, INPUTS
@@ -13,9 +14,34 @@ from prune_lab.runtimes.exported import exported, without_chatter
 from prune_lab.runtimes.part import Part
 
 
+def _with_plain_gelu(program: ExportedProgram) -> None:
+    """Write out every GELU by tanh: XNNPACK's kernel computes the one by erf, whatever was asked for."""
+    aten, graph = torch.ops.aten, program.graph_module.graph
+    for node in list(graph.find_nodes(op="call_function", target=aten.gelu.default)):
+        if node.kwargs.get("approximate") != "tanh":
+            continue
+        given = node.args[0]
+        with graph.inserting_before(node):
+            # x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3)))
+            square = graph.call_function(aten.mul.Tensor, (given, given))
+            factor = graph.call_function(aten.mul.Tensor, (square, 0.044715 * (2 / torch.pi) ** 0.5))
+            shifted = graph.call_function(aten.add.Tensor, (factor, (2 / torch.pi) ** 0.5))
+            inner = graph.call_function(aten.mul.Tensor, (given, shifted))
+            bent = graph.call_function(aten.tanh.default, (inner,))
+            above = graph.call_function(aten.add.Tensor, (bent, 1.0))
+            half = graph.call_function(aten.mul.Tensor, (given, 0.5))
+            whole = graph.call_function(aten.mul.Tensor, (half, above))
+        for made in (square, factor, shifted, inner, bent, above, half, whole):
+            made.meta = dict(node.meta)
+        node.replace_all_uses_with(whole)
+        graph.erase_node(node)
+    program.graph_module.recompile()
+
+
 def _write(part: Part, folder: Path, writing: Writing) -> Part:
     # A program reserves its memory when it is written: of one shape it is as small as that shape needs.
     program, written = exported(part.of_one_shape(writing.batch, writing.side))
+    _with_plain_gelu(program)
     with torch.no_grad(), without_chatter(), without_chatter_of_torchao():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower

@@ -171,12 +171,13 @@ def export_for(name: str) -> Callable[..., Exported]:
         pipeline: Any = load_pipeline(source)
         drawing, schedule = drawing_of(pipeline), _schedule(pipeline)
         with output_folder(out, force=force) as folder:
+            # guidance asks for two texts and two predictions, unless the model takes it as a number; a picture is one
+            rows = 1 if drawing.told["guided_inside"] else 2
             parts = {}
             for part in track(drawing.parts, f"export for {runtime.called}", unit="parts"):
                 # the decoder's last layers show every rounding
                 kept = Writing() if part is drawing.parts[2] and writing.weights == "int8" else writing
-                # guidance asks for two texts and two predictions, and a picture is one
-                shaped = dataclasses.replace(kept, batch=1 if part.name == DECODER else 2)
+                shaped = dataclasses.replace(kept, batch=1 if part.name == DECODER else rows)
                 parts[part.name] = runtime.write(part, folder, shaped)
             told = _write_texts(folder, runtime, source, drawing, parts, schedule)
             proof = prove(pipeline, runtime, parts, folder, writing.weights) if runtime.runs_here else None
