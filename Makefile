@@ -4,6 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The stamp is renewed when the dependencies change.
 INSTALLED := $(VENV)/.installed
+# An environment over it for ExecuTorch and Core ML: they bring torchao, which every process that imports diffusers
+# would load as well.
+DEVICES := .venv-devices
+WITH_DEVICES := $(DEVICES)/.installed
 # The versions that the tests passed with; make CONSTRAINTS= takes the newest that pyproject.toml allows.
 CONSTRAINTS ?= constraints.txt
 
@@ -20,7 +24,7 @@ for path in sys.argv[1:]:
 endef
 export WITHOUT_STDERR
 
-.PHONY: help install demo transformer test test-long lint format bench families notebooks constraints audit faults
+.PHONY: help install demo transformer test test-long test-devices lint format bench families notebooks constraints audit faults
 
 help:
 	@echo "make install    .venv with prune-lab and everything to develop it"
@@ -28,6 +32,7 @@ help:
 	@echo "make transformer  the same for the shipped transformer, with controls (ten minutes on 2 cores)"
 	@echo "make test       the tests (under twelve minutes on 2 cores)"
 	@echo "make test-long  the slow and rare tests that make test leaves out: kills, several processes, Ray, notebooks"
+	@echo "make test-devices  the tests of ExecuTorch and Core ML, in an environment of their own"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff mend what it can"
 	@echo "make bench      the benchmarks"
@@ -43,6 +48,13 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(CONSTRAINTS)) \
 		-e '.[dev,notebooks]'
+	@touch $@
+
+$(WITH_DEVICES): $(INSTALLED) .ci/constraints_devices.txt
+	test -x $(DEVICES)/bin/python || $(BIN)/python -m venv $(DEVICES)
+	.ci/over.sh $(BIN)/python $(DEVICES)/bin/python
+	$(DEVICES)/bin/python -m pip install --quiet --disable-pip-version-check \
+		$(addprefix --constraint ,$(CONSTRAINTS)) --constraint .ci/constraints_devices.txt -e '.[executorch,coreml]'
 	@touch $@
 
 install: $(INSTALLED)
@@ -63,6 +75,9 @@ test: $(INSTALLED)
 
 test-long: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m long $(PYTEST_OPTIONS)
+
+test-devices: $(WITH_DEVICES)
+	$(DEVICES)/bin/python -m pytest -n 2 --dist worksteal tests/test_edge_devices.py $(PYTEST_OPTIONS)
 
 # A campaign of faults: its journal and tables lie in FAULTS_OUT, and the same command again goes on.
 N ?= 1000
