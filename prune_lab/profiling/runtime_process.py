@@ -138,7 +138,8 @@ class RuntimeProcess(TimingProcess):
         from prune_lab.runtimes import MODEL
 
         runtime = RUNTIMES[service.backend]
-        self.command = ("-B", str(Path(runtime.engine_file).with_name("serving.py")))
+        # -P: what lies beside the script has names of other packages, such as executorch
+        self.command = ("-B", "-P", str(Path(runtime.engine_file).with_name("serving.py")))
         self._job = {
             "engine": str(runtime.engine_file),
             "file": str(folder / f"{MODEL}{runtime.ending}"),
