@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
+from prune_lab.errors import BackendError
+from prune_lab.models.components import reason_of
 from prune_lab.runtimes.backends import Runtime, Writing
 from prune_lab.runtimes.engine_executorch import ENDING, INPUTS
 from prune_lab.runtimes.engine_executorch import without_chatter as without_chatter_of_torchao
@@ -46,11 +48,17 @@ def _write(part: Part, folder: Path, writing: Writing) -> Part:
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
 
-        lowered = to_edge_transform_and_lower(
-            program,
-            partitioner=[XnnpackPartitioner()],
-            constant_methods={INPUTS: " ".join(part.inputs)},
-        )
+        try:
+            lowered = to_edge_transform_and_lower(
+                program,
+                partitioner=[XnnpackPartitioner()],
+                constant_methods={INPUTS: " ".join(part.inputs)},
+            )
+        except Exception as error:  # whatever the partitioner raises
+            raise BackendError(
+                f"asked for the {part.name} in ExecuTorch, it cannot be lowered ({reason_of(error)}); export it --to "
+                "onnx or openvino"
+            ) from None
         (folder / f"{part.name}{ENDING}").write_bytes(lowered.to_executorch().buffer)
     return written
 
