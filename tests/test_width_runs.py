@@ -18,7 +18,7 @@ from tiny_models import random_inputs
 from typer.testing import CliRunner
 
 from prune_lab.cli import app
-from prune_lab.config import RunConfig, SearchConfig
+from prune_lab.config import RunConfig, SearchConfig, load_config
 from prune_lab.config.declaration import CHOICES
 from prune_lab.errors import ConfigError, DataError, PlanError
 from prune_lab.importance import UNIT_CRITERIA, unit_impacts_from
@@ -64,7 +64,7 @@ def test_depth_and_width_are_searched_from_the_command_line(
     assert cost_table(architecture).of(plan).macs == row["macs"] <= 0.65 * architecture.total_macs
     # the prediction by hand, from the two tables of scores
     scores = pd.read_csv(searched / "importance.csv").set_index("group")["impact"]
-    parts = pd.read_csv(searched / "widths.csv").set_index(["site", "unit"])["impact"]
+    parts = pd.read_csv(searched / "widths" / "gate-fisher.csv").set_index(["site", "unit"])["impact"]
     gone = [(one.site, unit) for one in plan.widths for unit in range(one.of) if unit not in one.kept]
     by_hand = sum(scores[name] for name in plan.removed) + sum(parts[one] for one in gone)
     assert row["predicted_impact"] == pytest.approx(by_hand)
@@ -145,6 +145,25 @@ def test_parts_of_blocks_are_scored_from_the_command_line(tiny_pipeline_folder: 
     assert "leave out --criterion" in run(
         "score", tiny_pipeline_folder, "--widths", "taylor", "--criterion", "output-mse", code=2
     )
+
+
+def test_scores_by_several_criteria_lie_beside_each_other(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    """What was scored last is not what a later search goes by; the search says what it went by."""
+    folder = tmp_path / "run"
+    for criterion in ("magnitude", "random"):
+        run("score", tiny_pipeline_folder, "--widths", criterion, "--run", folder, *QUICK)
+    for criterion in ("magnitude", "random"):
+        assert set(pd.read_csv(folder / "widths" / f"{criterion}.csv")["criterion"]) == {criterion}
+    assert load_config(folder / "config.toml").search.widths == "gate-fisher"
+    asked = ("--axes", "width", "--params", "85%", "--set", "search.controls=[]")
+    for more, words in (
+        ((), "by gate-fisher"),
+        (("--widths", "random"), "by random of the parts of blocks, which"),
+    ):
+        found = CliRunner().invoke(app, list(map(str, ("search", folder, *asked, *more))))
+        assert found.exit_code == 0, found.output
+        assert f"widths were searched {words}" in found.stderr
+    assert "choose one of" in run("score", "--run", folder, "--widths", "l2", code=2)
 
 
 def test_adapters_are_not_fitted_to_students_with_widths(tiny_pipeline_folder: Path, tmp_path: Path) -> None:

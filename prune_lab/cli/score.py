@@ -81,7 +81,6 @@ def score(
         "data.source": data,
         "data.resolution": resolution,
         "score.stream": stream,
-        "search.widths": widths or None,
     }
     found_by = options.found_by(revision, subfolder, variant, random_weights)
     if widths and (criterion or groups or compare):
@@ -100,7 +99,7 @@ def score(
     chosen = Model(settings, run)
     check_asked_size(chosen.source, resolution)
     if widths:
-        table = chosen.score_widths(force=force)
+        table = chosen.score_widths(widths, force=force)
     else:
         table = chosen.agreement(out, force=force) if compare else chosen.score(force=force)
     if out and not compare:

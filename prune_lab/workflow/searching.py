@@ -31,7 +31,13 @@ from prune_lab.workflow.measuring import controls, drawn_size, ensure_costs, ens
 from prune_lab.workflow.solving import SOLVERS, Question, controls_for
 from prune_lab.workflow.targets import budgets_of, constraints_of
 from prune_lab.workflow.timed_search import time_notes, timed_changes
-from prune_lab.workflow.widths import ensure_width_scores, form_of, needs_width_scores, predicted_of
+from prune_lab.workflow.widths import (
+    ensure_width_scores,
+    form_of,
+    needs_width_scores,
+    predicted_of,
+    width_notes,
+)
 
 # The problem ---------------------------------------------------------------------------------------------------
 
@@ -240,8 +246,11 @@ def plans_frame(session: Session) -> pd.DataFrame:
 
 
 def plan_notes(session: Session, frame: pd.DataFrame) -> tuple[str, ...]:
-    """What there is to say of the plans of ``frame`` that were searched within a budget on latency and timed."""
-    return time_notes(session, costs_of(session), frame) if frame["measured_change"].notna().any() else ()
+    """What there is to say of the plans of ``frame``: by which scores widths were searched, and of those that were
+    searched within a budget on latency, how they were timed.
+    """
+    timed = frame["measured_change"].notna().any()
+    return width_notes(session.config) + (time_notes(session, costs_of(session), frame) if timed else ())
 
 
 def left_out(session: Session, plan: PruningPlan) -> str:
