@@ -86,6 +86,7 @@ PLANS_COLUMNS = (
         "removed",
         "widths",
         "blocks_removed",
+        "narrower",
         "params",
         "params_change",
     ),

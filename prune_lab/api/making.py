@@ -183,6 +183,7 @@ def pruned_table(source: ModelSource, plan: Plan, out: Path, *, written: bool) -
         "written": written,
         "form": plan.plan.form,
         "blocks_removed": len(plan.removed),
+        "narrower": len(plan.plan.widths),
         "params": after.params,
         "params_change": after.params / before.params - 1,
         "macs": after.macs,

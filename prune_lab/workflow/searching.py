@@ -210,7 +210,7 @@ def relative_costs(cost: PlanCost, whole: PlanCost) -> dict[str, float]:
 def plans_frame(session: Session) -> pd.DataFrame:
     """One row per plan of the run, in order of ``ensure_plans``, with its cost; columns PLANS_COLUMNS.
 
-    ``latency_ms`` is predicted by the run's latency table and missing where none was measured; ``measured_change`` is
+    ``narrower`` counts the widths of the plan. ``latency_ms`` is predicted by the run's latency table and missing where none was measured; ``measured_change`` is
     how the time of what the plan leaves compares with the teacher's, in turns, where it was timed already.
     ``predicted_impact`` is the sum of the impacts of the blocks, missing when they have not been scored.
     """
@@ -231,6 +231,7 @@ def plans_frame(session: Session) -> pd.DataFrame:
                 "removed": " ".join(plan.removed),
                 "widths": " ".join(width.short for width in plan.widths),
                 "blocks_removed": len(plan.removed),
+                "narrower": len(plan.widths),
                 **relative_costs(cost, whole),
                 "latency_ms": cost.latency_ms,
                 "latency_change": cost.latency_ms / whole.latency_ms - 1
