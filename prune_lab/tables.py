@@ -40,7 +40,8 @@ DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
     "block costs": ("name", "kind", "params", "macs", "median_ms", "share", "paper_macs", "attention_macs"),
     "pipeline": ("part", "calls", "params", "macs", "median_ms", "share"),
     "scores": ("group", "impact", "low", "high", "samples", "criterion"),
-    "width scores": ("site", "unit", "impact", "channels", "criterion", "samples"),
+    "width scores": ("site", "unit", "score", "channels", "criterion", "samples"),
+    "site scores": ("site", "units", "least", "median", "largest", "samples"),
     "parts": ("group", "part", "of", "impact", "samples"),
     "agreement": (
         *("criterion", "leader_spearman", "impact_spearman", "outcome_spearman", "forwards"),
@@ -58,7 +59,16 @@ DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
         *("name", "params_change", "macs_change", "impact", "predicted_impact", "loss_after"),
         "blocks_removed",
     ),
-    "pruned": ("plan", "form", "folder", "written", "blocks_removed", "narrower", "params_change", "macs_change"),
+    "pruned": (
+        "plan",
+        "form",
+        "folder",
+        "written",
+        "blocks_removed",
+        "narrower",
+        "params_change",
+        "macs_change",
+    ),
     "exported": ("model", "format", "file", "tensors", "bytes"),
     "converted": ("kind", "file", "parts", "kept", "renamed", "dropped"),
     "compatibility": ("what", "fits", "kept", "of", "renamed", "note"),
@@ -85,6 +95,20 @@ DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
     "recipes": ("recipe", "about"),
     "seconds": ("step", "seconds"),
     "settings": ("setting", "value", "default", "read_by", "meaning"),
+}
+
+# What --wide shows of a table whose columns are too many for any screen; without an entry all of them.
+WIDE_COLUMNS: dict[str, tuple[str, ...]] = {
+    "blocks": (
+        "name",
+        "kind",
+        "widths",
+        "in_channels",
+        "out_channels",
+        "params",
+        "macs",
+        "removable",
+    ),
 }
 
 

@@ -519,6 +519,7 @@ COLUMNS_OF = {
     "scores": schemas.IMPORTANCE_COLUMNS,
     "width scores": schemas.WIDTH_SCORE_COLUMNS,
     "plans": schemas.PLANS_COLUMNS,
+    "site scores": schemas.SITE_SCORE_COLUMNS,
     "comparison": schemas.COMPARISON_COLUMNS,
     "plans compared": schemas.COMPARISON_COLUMNS,
     "recovery": schemas.RECOVERY_SUMMARY_COLUMNS,

@@ -168,7 +168,7 @@ def draw_plan_maps(
     named: bool = False,
 ) -> Figure:
     """One small map per plan: blocks that stay have the colour of their impact, removed blocks are outlines, and a bar
-    shows what stays of the inside of a narrower one; with ``named`` each says its name. A line says what the marks mean.
+    shows what stays of the inside of a narrower one; with ``named`` each says its name. A line says what marks mean.
 
     Of ``layers`` those are shown whose block loses one by the plan.
     """

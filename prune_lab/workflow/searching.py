@@ -210,7 +210,8 @@ def relative_costs(cost: PlanCost, whole: PlanCost) -> dict[str, float]:
 def plans_frame(session: Session) -> pd.DataFrame:
     """One row per plan of the run, in order of ``ensure_plans``, with its cost; columns PLANS_COLUMNS.
 
-    ``narrower`` counts the widths of the plan. ``latency_ms`` is predicted by the run's latency table and missing where none was measured; ``measured_change`` is
+    ``narrower`` is the number of widths in the plan.
+    ``latency_ms`` is predicted by the run's latency table and missing where none was measured; ``measured_change`` is
     how the time of what the plan leaves compares with the teacher's, in turns, where it was timed already.
     ``predicted_impact`` is the sum of the impacts of the blocks, missing when they have not been scored.
     """

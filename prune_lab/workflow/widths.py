@@ -139,6 +139,19 @@ def width_frame(session: Session, criterion: str = "") -> pd.DataFrame:
     return read_records(run.needs(run.width_scores(criterion), f"score --widths {criterion}"), WIDTH_SCORES)
 
 
+def score_notes(config: RunConfig, criterion: str) -> tuple[str, ...]:
+    """How scores of parts of blocks by ``criterion`` are read, and whether a search goes by them."""
+    read = (
+        "a score is an impact, as of whole blocks: 0.01 moves the prediction by a hundredth of its mean square"
+        if criterion == _SAME_SCALE[1]
+        else f"scores by {criterion} put parts in an order; they are no impacts, and do not add up with those of blocks"
+    )
+    used = config.search.widths
+    if criterion == used:
+        return (read,)
+    return (read, f"a search goes by {used} (search.widths) unless it is told --widths {criterion}")
+
+
 def width_notes(config: RunConfig) -> tuple[str, ...]:
     """By which scores of parts of blocks plans are searched; empty where they leave no block narrower."""
     if not needs_width_scores(config):
