@@ -71,7 +71,8 @@ STABILITY_COLUMNS = ("part", "of", "samples", "top", "overlap", "overlap_low", "
 
 # Search and plans ---------------------------------------------------------------------------------------------------
 
-WIDTH_SCORE_COLUMNS = ("site", "block", "kind", "unit", "channels", "impact", "criterion", "samples", "model")
+WIDTH_SCORE_COLUMNS = ("site", "block", "kind", "unit", "channels", "score", "criterion", "samples", "model")
+SITE_SCORE_COLUMNS = ("site", "units", "least", "median", "largest", "criterion", "samples", "model")
 SEARCHED_COLUMNS = ("plan_id", "origin", "name", "budget")
 SEARCHES_COLUMNS = (
     *("budget", "solver", "plans", "sets_measured", "seconds"),
@@ -86,6 +87,7 @@ PLANS_COLUMNS = (
         "removed",
         "widths",
         "blocks_removed",
+        "narrower",
         "params",
         "params_change",
     ),
@@ -287,7 +289,7 @@ WIDTH_SCORES = Records(
         _TEXT: "site block kind criterion",
         _TEXT_OR_NONE: "model",
         _COUNT: "unit channels samples",
-        _NUMBER: "impact",
+        _NUMBER: "score",
     },
     key=("site", "unit"),
 )

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # The columns that a decision needs, the most needed first: of each table the first six that have values are shown.
 _MOST = 6
+# Not counted among these, and shown only where it is not zero throughout: most plans leave all widths as they are.
+_WHERE_ANY = "narrower"
 DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
     "blocks": ("name", "kind", "params", "macs", "removable", "reason"),
     "reductions": (
@@ -38,15 +40,16 @@ DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
     "block costs": ("name", "kind", "params", "macs", "median_ms", "share", "paper_macs", "attention_macs"),
     "pipeline": ("part", "calls", "params", "macs", "median_ms", "share"),
     "scores": ("group", "impact", "low", "high", "samples", "criterion"),
-    "width scores": ("site", "unit", "impact", "channels", "criterion", "samples"),
+    "width scores": ("site", "unit", "score", "channels", "criterion", "samples"),
+    "site scores": ("site", "units", "least", "median", "largest", "samples"),
     "parts": ("group", "part", "of", "impact", "samples"),
     "agreement": (
         *("criterion", "leader_spearman", "impact_spearman", "outcome_spearman", "forwards"),
         *("samples", "impact_kendall"),
     ),
     "plans": (
-        *("plan", "params_change", "macs_change", "latency_change", "measured_change", "predicted_impact"),
-        *("form", "blocks_removed"),
+        *("plan", "narrower", "params_change", "macs_change", "latency_change", "measured_change"),
+        *("predicted_impact", "form", "blocks_removed"),
     ),
     "comparison": (
         *("name", "params_change", "macs_change", "loss_after", "clip_after", "median_ms"),
@@ -56,7 +59,16 @@ DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
         *("name", "params_change", "macs_change", "impact", "predicted_impact", "loss_after"),
         "blocks_removed",
     ),
-    "pruned": ("plan", "form", "folder", "written", "blocks_removed", "params_change", "macs_change"),
+    "pruned": (
+        "plan",
+        "form",
+        "folder",
+        "written",
+        "blocks_removed",
+        "narrower",
+        "params_change",
+        "macs_change",
+    ),
     "exported": ("model", "format", "file", "tensors", "bytes"),
     "converted": ("kind", "file", "parts", "kept", "renamed", "dropped"),
     "compatibility": ("what", "fits", "kept", "of", "renamed", "note"),
@@ -85,6 +97,20 @@ DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
     "settings": ("setting", "value", "default", "read_by", "meaning"),
 }
 
+# What --wide shows of a table whose columns are too many for any screen; without an entry all of them.
+WIDE_COLUMNS: dict[str, tuple[str, ...]] = {
+    "blocks": (
+        "name",
+        "kind",
+        "widths",
+        "in_channels",
+        "out_channels",
+        "params",
+        "macs",
+        "removable",
+    ),
+}
+
 
 # Cells ---------------------------------------------------------------------------------------------------------------
 
@@ -99,12 +125,13 @@ def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 def shown_columns(kind: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The columns of a table of this ``kind`` that a person is shown at first."""
-    filled = [
-        name
-        for name in DECISIVE_COLUMNS[kind]
-        if any(name in row and row[name] not in (None, "", [], ()) for row in rows)
-    ]
-    return filled[:_MOST]
+
+    def said(name: str, row: Mapping[str, Any]) -> bool:
+        value = row.get(name)
+        return bool(value) if name == _WHERE_ANY else value not in (None, "", [], ())
+
+    filled = [name for name in DECISIVE_COLUMNS[kind] if any(said(name, row) for row in rows)]
+    return filled[: _MOST + (_WHERE_ANY in filled)]
 
 
 def is_numeric(column: str, rows: Sequence[Mapping[str, Any]]) -> bool:

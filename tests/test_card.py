@@ -18,6 +18,8 @@ from prune_lab.assets import reference_folder
 from prune_lab.cli import app
 from prune_lab.distill import load_recovery
 from prune_lab.export import student_in, write_card
+from prune_lab.export.card import card_text
+from prune_lab.export.students import Student
 from prune_lab.models import resolve_model
 from prune_lab.plans import parse_plan
 from prune_lab.runs import Run
@@ -77,6 +79,54 @@ def test_the_card_is_the_students_own(small: Path) -> None:
     with Image.open(small / "block_map.png") as picture:
         assert picture.format == "PNG"
         assert picture.width > 600
+
+
+@pytest.mark.parametrize(
+    ("text", "there", "absent"),
+    [
+        (
+            "~Dn3.A1.heads=1@0 ~Up1.R1.hidden=2@0,1",
+            (
+                "# parent with 2 widths narrower",
+                "with the units that are gone set to 0 by at most",
+                "after the blocks were made narrower",
+                "execution; the bar in",
+            ),
+            ("without 0", "bypassed", "removed"),
+        ),
+        (
+            "-Dn1.R2 ~Dn3.A1.heads=1@0",
+            (
+                "# parent without 1 of 38 blocks, 1 width narrower",
+                "these blocks bypassed and the units that are gone set to 0 by at most",
+                "after the blocks were removed and made narrower",
+                "were removed; the bar in",
+            ),
+            (),
+        ),
+        (
+            "-Dn1.R2",
+            (
+                "# parent without 1 of 38",
+                "these blocks bypassed by at most",
+                "after the blocks were removed:",
+            ),
+            ("narrower", "set to 0", "the bar"),
+        ),
+    ],
+)
+def test_the_card_speaks_of_what_was_done(
+    small: Path, text: str, there: tuple[str, ...], absent: tuple[str, ...]
+) -> None:
+    """Of blocks that were removed where any were, of widths where any are narrower."""
+    source = resolve_model(str(small.parent / "parent"))
+    plan = dataclasses.replace(parse_plan(text, source.architecture), form="own")
+    card = card_text(small, Student(source.architecture, plan, small), source)
+    said = card.partition("## What fits")[0]
+    for words in there:
+        assert words in said
+    for words in absent:
+        assert words not in said.replace("`removed`", "")
 
 
 def test_its_figures_are_those_of_the_model(small: Path) -> None:

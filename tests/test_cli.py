@@ -519,6 +519,7 @@ COLUMNS_OF = {
     "scores": schemas.IMPORTANCE_COLUMNS,
     "width scores": schemas.WIDTH_SCORE_COLUMNS,
     "plans": schemas.PLANS_COLUMNS,
+    "site scores": schemas.SITE_SCORE_COLUMNS,
     "comparison": schemas.COMPARISON_COLUMNS,
     "plans compared": schemas.COMPARISON_COLUMNS,
     "recovery": schemas.RECOVERY_SUMMARY_COLUMNS,
@@ -538,13 +539,24 @@ COLUMNS_OF = {
 @pytest.mark.parametrize("kind", COLUMNS_OF)
 def test_a_person_is_shown_six_columns_that_are_there(kind: str) -> None:
     assert set(DECISIVE_COLUMNS[kind]) <= set(COLUMNS_OF[kind])
-    assert len(shown_columns(kind, [dict.fromkeys(COLUMNS_OF[kind], 1)])) <= 6
+    columns = shown_columns(kind, [dict.fromkeys(COLUMNS_OF[kind], 1)])
+    assert len(columns) - ("narrower" in columns) <= 6
 
 
 def test_columns_without_a_value_make_room() -> None:
     row = {"plan": "bk-small", "params_change": -0.4, "macs_change": -0.3, "latency_change": None}
     row |= {"predicted_impact": 0.5, "form": "own", "blocks_removed": 17}
     assert shown_columns("plans", [row]) == [name for name in row if name != "latency_change"]
+
+
+def test_how_many_widths_are_narrower_is_shown_where_any_are() -> None:
+    """Also beside times, which take most of the six places; a table of whole blocks does not speak of widths."""
+    row: dict[str, object] = {"plan": "a", "blocks_removed": 0, "narrower": 32, "params_change": -0.3}
+    row |= {"macs_change": -0.35, "latency_change": -0.2, "measured_change": -0.2, "predicted_impact": 0.5}
+    for kind in ("plans", "pruned"):
+        assert "narrower" in shown_columns(kind, [row, row | {"narrower": 0}])
+        assert "narrower" not in shown_columns(kind, [row | {"narrower": 0}])
+    assert "predicted_impact" in shown_columns("plans", [row])
 
 
 def test_names_are_whole_and_fit_into_the_terminal(

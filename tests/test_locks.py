@@ -542,6 +542,43 @@ def test_two_commands_build_one_cache(
 # SIGTERM -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["search", "MODEL", "--macs", "65%"],
+            "terminated; the same command again starts anew; with --run DIR it",
+        ),
+        (
+            ["search", "RUN", "--macs", "65%"],
+            "terminated; the same command again starts anew; with --run DIR it",
+        ),
+        (["search", "--run", "RUN", "--macs", "65%"], "terminated; finished files are kept"),
+        (["score", "RUN"], "terminated; finished files are kept"),
+        (
+            ["prune", "MODEL", "--plan", "bk-small", "--out", "RUN"],
+            "terminated; the same command again starts anew\n",
+        ),
+    ],
+)
+def test_files_are_said_to_be_kept_where_they_are(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    (tmp_path / "config.toml").touch()
+    for place in ("cli.search.settings_of", "cli.score.settings_of", "cli.prune.model_of"):
+        monkeypatch.setattr(f"prune_lab.{place}", ended)
+    monkeypatch.setattr("prune_lab.surgery.get_ready_to_prove", lambda: None)
+    plain = tmp_path / "out" if words[0] == "prune" else tmp_path
+    named = [{"RUN": str(plain), "MODEL": "reference"}.get(word, word) for word in words]
+    found = CliRunner().invoke(app, named)
+    assert found.exit_code == 143, found.output
+    assert said in found.stderr
+
+
 def test_sigterm_ends_as_an_interrupt_does(
     small_run_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

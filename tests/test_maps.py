@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from itertools import combinations, pairwise
@@ -163,6 +164,24 @@ def test_layers_are_slices_of_their_blocks_where_they_are_named(xl: Architecture
     assert [name for name, gone in zip(opened, hollow, strict=True) if gone] == list(plan.removed)
     assert all(box.get_facecolor()[3] for box in drawn(figure, FancyBboxPatch))
     assert [axes.get_title("left") for axes in figure.axes] == ["mine  \u22123 layers"]
+
+
+def test_a_map_shows_what_stays_of_narrower_blocks(xl: Architecture) -> None:
+    """The header counts widths, a bar stands in each block, and a line says what bars and hatching mean."""
+    frame = block_map_frame(blocks_of(xl), None)
+    stays = (("Dn2.R1.hidden", 0.5), ("Dn2.A1.T1.heads", 0.25), ("Dn2.A1.T2.heads", 0.75))
+    plan = PlanRow("0", "mine", "search", (), "own", stays=stays)
+    figure = draw_plan_maps(frame, [plan], plan_styles([plan]), LIGHT)
+    assert [axes.get_title("left") for axes in figure.axes] == ["mine  3 widths narrower"]
+    bars = drawn(figure, Rectangle)
+    whole, filled = [bar.get_width() for bar in bars[::2]], [bar.get_width() for bar in bars[1::2]]
+    assert [part / full for part, full in zip(filled, whole, strict=True)] == pytest.approx([0.5, 0.5])
+    legend = figure.get_supxlabel()
+    assert legend == "bar: what stays of the inside of a narrower block; hatched: not scored"
+    both = dataclasses.replace(plan, removed=("Dn2.R1",))
+    figure = draw_plan_maps(frame, [both], plan_styles([both]), LIGHT)
+    assert [axes.get_title("left") for axes in figure.axes] == ["mine  \u22121 block, 3 widths narrower"]
+    assert len(drawn(figure, Rectangle)) == 2  # what is gone has no inside
 
 
 def tables_of(architecture: Architecture, folder: Path) -> RunTables:

@@ -30,7 +30,7 @@ def test_the_layout_is_the_documented_one(tmp_path: Path) -> None:
         "importance": "importance.csv",
         "importance_parts": "importance_parts.csv",
         "criteria": "criteria.csv",
-        "width_scores": "widths.csv",
+        "width_scores_dir": "widths",
         "scores_dir": "scores",
         "comparison_dir": "comparison",
         "costs": "costs.csv",

@@ -207,6 +207,9 @@ def test_a_person_writes_what_is_counted_there(tiny_config: dict[str, Any]) -> N
         ("~Dn3.R1.hidden=2@1,1", "from 0 to 3"),
         ("~Dn3.R1.hidden=2@0", "which 2 units"),
         ("~Dn3.R1.hidden=2@0-999999999", "which 2 units"),
+        ("~Dn3.A1.heads=2@0,1,3", "such as @0-1"),
+        ("~Dn3.A1.ff=24@0", "(a unit is 8 channels), such as @0-2"),
+        ("~Dn3.A1.ff=24@0,1,99", "(a unit is 8 channels)"),
         ("~Dn3.R1.hidden=2@-", "which 2 units"),
         ("-Dn1.R2 ~Dn1.R2.hidden=2", "removed by the same plan"),
         ("bk-base ~Dn1.A2.heads=1", "removed by the same plan"),
@@ -498,6 +501,7 @@ def test_every_criterion_of_units_conforms(context: ScoringContext, criterion: s
     assert all(np.array_equal(first.impacts[one], again.impacts[one]) for one in sites)
     assert {one: len(values) for one, values in first.impacts.items()} == {one: one.count for one in sites}
     assert all((values >= 0).all() for values in first.impacts.values())
+    assert first.samples == (0 if criterion in ("magnitude", "random") else len(context.probe))
     if criterion != "random":
         assert first.impacts[site][1] == pytest.approx(0, abs=1e-12)
         assert first.impacts[site][0] > 1e-12

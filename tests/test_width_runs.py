@@ -18,7 +18,7 @@ from tiny_models import random_inputs
 from typer.testing import CliRunner
 
 from prune_lab.cli import app
-from prune_lab.config import RunConfig, SearchConfig
+from prune_lab.config import SETTINGS, RunConfig, SearchConfig, load_config
 from prune_lab.config.declaration import CHOICES
 from prune_lab.errors import ConfigError, DataError, PlanError
 from prune_lab.importance import UNIT_CRITERIA, unit_impacts_from
@@ -59,12 +59,12 @@ def test_depth_and_width_are_searched_from_the_command_line(
     architecture = resolve_model(str(tiny_pipeline_folder)).architecture
     written = json.loads(Run(searched).plan(row["plan_id"]).read_text())
     plan = plan_from_json(written, architecture)
-    assert plan.widths
+    assert row["narrower"] == len(plan.widths) > 0
     assert row["widths"] == " ".join(width.short for width in plan.widths)
     assert cost_table(architecture).of(plan).macs == row["macs"] <= 0.65 * architecture.total_macs
     # the prediction by hand, from the two tables of scores
     scores = pd.read_csv(searched / "importance.csv").set_index("group")["impact"]
-    parts = pd.read_csv(searched / "widths.csv").set_index(["site", "unit"])["impact"]
+    parts = pd.read_csv(searched / "widths" / "gate-fisher.csv").set_index(["site", "unit"])["score"]
     gone = [(one.site, unit) for one in plan.widths for unit in range(one.of) if unit not in one.kept]
     by_hand = sum(scores[name] for name in plan.removed) + sum(parts[one] for one in gone)
     assert row["predicted_impact"] == pytest.approx(by_hand)
@@ -133,18 +133,46 @@ def test_widths_alone_and_rounded(tiny_pipeline_folder: Path, criterion: str) ->
 
 def test_parts_of_blocks_are_scored_from_the_command_line(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "parts.csv"
-    run("score", tiny_pipeline_folder, "--widths", "magnitude", *QUICK, "--out", out)
+    shown = run("score", tiny_pipeline_folder, "--widths", "magnitude", *QUICK, "--out", out)
     frame = pd.read_csv(out)
     architecture = resolve_model(str(tiny_pipeline_folder)).architecture
     found = unit_impacts_from(frame, architecture)
     assert tuple(found) == architecture.sites
     assert all(len(values) == site.count and (values > 0).all() for site, values in found.items())
     assert set(frame["criterion"]) == {"magnitude"}
+    assert set(frame["samples"]) == {0}  # of the weights alone
+    # a person sees how far the units of each site are apart
+    lines = {
+        line.split()[1]: line.split() for line in shown.splitlines() if ".hidden" in line or ".heads" in line
+    }
+    site = architecture.sites[0]
+    assert lines[site.name][3] == str(site.count)
+    assert float(lines[site.name][5]) == pytest.approx(found[site].min(), rel=1e-3)
+    assert sum(site.name in line for line in shown.splitlines()) == 1
     with pytest.raises(DataError, match="score it again"):
         unit_impacts_from(frame.drop(index=1), architecture)
     assert "leave out --criterion" in run(
         "score", tiny_pipeline_folder, "--widths", "taylor", "--criterion", "output-mse", code=2
     )
+
+
+def test_scores_by_several_criteria_lie_beside_each_other(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    """What was scored last is not what a later search goes by; the search says what it went by."""
+    folder = tmp_path / "run"
+    for criterion in ("magnitude", "random"):
+        run("score", tiny_pipeline_folder, "--widths", criterion, "--run", folder, *QUICK)
+    for criterion in ("magnitude", "random"):
+        assert set(pd.read_csv(folder / "widths" / f"{criterion}.csv")["criterion"]) == {criterion}
+    assert load_config(folder / "config.toml").search.widths == "gate-fisher"
+    asked = ("--axes", "width", "--params", "85%", "--set", "search.controls=[]")
+    for more, words in (
+        ((), "by gate-fisher"),
+        (("--widths", "random"), "by random of the parts of blocks, which"),
+    ):
+        found = CliRunner().invoke(app, list(map(str, ("search", folder, *asked, *more))))
+        assert found.exit_code == 0, found.output
+        assert f"widths were searched {words}" in found.stderr
+    assert "choose one of" in run("score", "--run", folder, "--widths", "l2", code=2)
 
 
 def test_adapters_are_not_fitted_to_students_with_widths(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
@@ -159,10 +187,21 @@ def test_adapters_are_not_fitted_to_students_with_widths(tiny_pipeline_folder: P
 def test_the_inventory_says_what_can_be_cut(tiny_pipeline_folder: Path) -> None:
     rows = {row["name"]: row for row in json.loads(run("blocks", tiny_pipeline_folder, "--json"))}
     assert rows["Dn3.R1"]["widths"] == "hidden=4"
+    found = CliRunner().invoke(app, ["blocks", str(tiny_pipeline_folder), "--wide"])
+    assert max(map(len, found.stdout.splitlines())) <= 120
+    header = next(line for line in found.stdout.splitlines() if "widths" in line)
+    assert header.index("widths") < header.index("params")
+    assert "path" not in header
+    assert "path" in rows["Dn3.R1"]
+    assert "eights of channels of ff" in found.stderr
     written = " ".join(
         f"~Dn3.A1.{one.split('=')[0]}={one.split('=')[1]}" for one in rows["Dn3.A1"]["widths"].split()
     )
-    run("prune", tiny_pipeline_folder, "--plan", f"{written} ~Dn3.R1.hidden=2/4", "--out", "x", "--dry-run")
+    plan = f"{written} ~Dn3.R1.hidden=2/4"
+    (row,) = json.loads(
+        run("prune", tiny_pipeline_folder, "--plan", plan, "--out", "x", "--dry-run", "--json")
+    )
+    assert row["narrower"] == 1  # the others keep all they have
 
 
 def test_the_settings_know_all_criteria_of_parts() -> None:
@@ -187,6 +226,13 @@ def test_what_a_search_of_widths_cannot_do_is_said_before_any_work(
     with pytest.raises(ConfigError, match=said) as error:
         check_axes(RunConfig(model=str(tiny_pipeline_folder), search=search))
     assert "\n" not in str(error.value)
+
+
+def test_the_setting_of_the_form_says_what_becomes_of_widths() -> None:
+    assert (
+        "blocks narrower (search.axes) is always built with code of its own"
+        in SETTINGS["search.form"].meaning
+    )
 
 
 def test_axes_are_known_and_named_once() -> None:

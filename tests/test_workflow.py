@@ -94,7 +94,7 @@ def test_the_whole_job_leaves_every_file(finished: Run, seen: Seen) -> None:
     of_each = {path for one in candidates for path in (one.repair, one.repaired, one.grids)}
     # no budget on latency, no repair, no grids, no pictures or captions of the user's own, no tournament, no widths
     own = {finished.data_dir, finished.validation, finished.captions}
-    assert missing == of_each | own | {finished.latency, finished.tournament, finished.width_scores}
+    assert missing == of_each | own | {finished.latency, finished.tournament, finished.width_scores_dir}
     assert finished.done(finished.environment)
     for verb in VERBS:
         seen("UNet2DConditionModel", verb)

@@ -38,6 +38,7 @@ from prune_lab.profiling import (
 )
 from prune_lab.report import Column, Theme, draw_comparison, draw_costs
 from prune_lab.runtime import duration_text, note, pick_device, pick_dtype
+from prune_lab.schemas import SITE_SCORE_COLUMNS
 from prune_lab.surgery import chosen_from_files, with_first_units
 from prune_lab.tables import Pictures, Table
 from prune_lab.workflow import macs_per_second
@@ -183,12 +184,22 @@ def pruned_table(source: ModelSource, plan: Plan, out: Path, *, written: bool) -
         "written": written,
         "form": plan.plan.form,
         "blocks_removed": len(plan.removed),
+        "narrower": len(plan.plan.widths),
         "params": after.params,
         "params_change": after.params / before.params - 1,
         "macs": after.macs,
         "macs_change": after.macs / before.macs - 1,
     }
     return Table("pruned", pd.DataFrame([row]), "Written" if written else "Would write", plan.plot().draw)
+
+
+def site_scores(parts: Table) -> Table:
+    """The scores of parts of blocks with a row for each site: how many units it has, and how far apart these are."""
+    by_site = parts.data.groupby("site", sort=False)
+    scores = by_site["score"].agg(units="size", least="min", median="median", largest="max")
+    frame = scores.join(by_site[["criterion", "samples", "model"]].first()).reset_index()
+    notes = (*parts.notes, f"a row for each site; --all shows all {len(parts)} units")
+    return Table("site scores", frame[list(SITE_SCORE_COLUMNS)], parts.title, notes=notes)
 
 
 def drawn_table(

@@ -47,6 +47,7 @@ from prune_lab.workflow import (
     borrow_scores,
     check_budgets,
     check_controls,
+    check_unit_criterion,
     compared_criteria,
     ensure_distilled,
     ensure_plans,
@@ -61,6 +62,7 @@ from prune_lab.workflow import (
     quality,
     recovery_frame,
     save_students,
+    score_notes,
     scores_frame,
     student_folders,
     use_scores,
@@ -94,18 +96,20 @@ class Model(Inspected):
         return Table("scores", frame, title, self.results.scores.draw)
 
     def score_widths(self, criterion: str = "", *, force: bool = False, **settings: object) -> Table:
-        """The impact of each part of the blocks that can leave alone: a group of a norm, a head, channels in eights.
+        """The score of each part of the blocks that can leave alone: a group of a norm, a head, channels in eights.
 
-        ``criterion`` is gate-fisher, gate-gradient, taylor, magnitude or random (empty: that of the settings). By
-        gate-fisher an impact is that of ``score``, if the prediction were linear in the part. Settings are as for
+        ``criterion`` is gate-fisher, gate-gradient, taylor, magnitude or random (empty: that of the settings, with
+        which ``search`` searches whatever else was scored). By
+        gate-fisher it is an impact as ``score`` has it, if the prediction were linear in the part. Settings are as for
         ``score``. Raises PlanError for a model of which no width is known, and as ``score`` does.
         """
-        named = {"search.widths": criterion} if criterion else {}
-        asked = settings_by_name("score", settings) | named
-        with self._opened("score", asked, redo="scores" if force else "") as session:
-            ensure_width_scores(session)
-            frame, title = width_frame(session), f"Importance inside blocks, {model_title(self.settings)}"
-        return Table("width scores", frame, title)
+        criterion = criterion or self.settings.search.widths
+        check_unit_criterion(criterion)  # before anything is removed
+        with self._opened("score", settings, redo="scores" if force else "") as session:
+            ensure_width_scores(session, criterion)
+            frame = width_frame(session, criterion)
+            title = f"Importance inside blocks by {criterion}, {model_title(self.settings)}"
+        return Table("width scores", frame, title, notes=score_notes(self.settings, criterion))
 
     def agreement(self, out: str | Path | None = None, *, force: bool = False, **settings: object) -> Table:
         """How all criteria agree on this model, and with what was measured, a row per criterion; conclusions as notes.

@@ -30,7 +30,15 @@ from prune_lab.tables import Plot, Table, cell_text
 def plan_rows(plans: Sequence[PruningPlan]) -> tuple[PlanRow, ...]:
     """The ``plans`` as the figures of the report take them."""
     return tuple(
-        PlanRow(one.id, one.name or one.text, one.origin or "control", one.removed, one.form) for one in plans
+        PlanRow(
+            one.id,
+            one.name or one.text,
+            one.origin or "control",
+            one.removed,
+            one.form,
+            stays=tuple((width.site, width.share) for width in one.widths),
+        )
+        for one in plans
     )
 
 
@@ -83,7 +91,7 @@ class Plan:
         return Table("reductions", frame, f"Costs of {self.label}", self.plot().draw)
 
     def plot(self) -> Plot:
-        """The map of the model with the removed blocks as dashed outlines."""
+        """The map of the model: removed blocks are dashed outlines, a bar shows what stays of a narrower one."""
         draw = plan_maps(self.architecture, [self.plan], self.scores)
         return Plot(draw, f"The model without the blocks of {self.label}")
 

@@ -23,6 +23,7 @@ from prune_lab.runtime import printable
 
 MISTAKE = 2  # exit code of a user's mistake, the same as typer's for a wrong option
 LAUNCHED = ("data", "distill")  # verbs that many processes share; any other would be done as often
+GOES_ON = ("run", "data")  # verbs whose own folder holds what is finished
 WITH_PLAN = ("distill", "profile", "prune")  # verbs whose plan is an option
 # What the system says of a path that a person gave; of a disk that is full or broken it says other things.
 _OF_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
@@ -86,6 +87,21 @@ def _mistake_of(error: Exception, verb: str, words: Sequence[str] = ()) -> str:
     return f"{str(said()).rstrip('.')}; {command} --help lists what there is" if said else ""
 
 
+def _what_is_kept(command: Any, verb: str, words: Sequence[str]) -> str:
+    """What is said of a ``verb`` that was stopped: whether the same command, in ``words``, goes on where it was."""
+    folders = (Path(word) / "config.toml" for word in words)
+    in_a_run = any(word.partition("=")[0] == "--run" for word in words)
+    with contextlib.suppress(OSError, ValueError):  # a plan may be no path
+        # A search in a finished run leaves that as it is, and is done in a folder that is gone afterwards.
+        in_a_run = in_a_run or (verb != "search" and any(folder.is_file() for folder in folders))
+    if in_a_run or verb in GOES_ON:
+        return "finished files are kept: the same command again uses what there is"
+    options = {option for one in getattr(command, "params", ()) for option in one.opts}
+    return "the same command again starts anew" + (
+        "; with --run DIR it goes on" if "--run" in options else ""
+    )
+
+
 class Verbs(TyperGroup):
     """The group of verbs; turns a user's mistake into one line on stderr, and leaves bugs their traceback."""
 
@@ -113,11 +129,9 @@ class Verbs(TyperGroup):
             mistake = str(error)
         except KeyboardInterrupt:
             if is_main():
-                typer.echo(
-                    f"{'terminated' if ended else 'interrupted'}; finished files are kept: the same command again "
-                    "uses what there is",
-                    err=True,
-                )
+                verb = ctx.invoked_subcommand or ""
+                kept = _what_is_kept(self.get_command(ctx, verb), verb, ctx.meta[_GIVEN])
+                typer.echo(f"{'terminated' if ended else 'interrupted'}; {kept}", err=True)
             raise typer.Exit(128 + signal.SIGTERM if ended else INTERRUPTED) from None
         except Exception as error:
             mistake = _mistake_of(error, ctx.invoked_subcommand or "", ctx.meta[_GIVEN])

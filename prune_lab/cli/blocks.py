@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from prune_lab.cli import options
 from prune_lab.cli.application import app
 from prune_lab.cli.models import model_of
@@ -25,4 +27,9 @@ def blocks(
     MACs are those of one picture, or one film, of the size that the title says; the options choose another.
     """
     chosen = model_of(model, options.found_by(revision, subfolder, variant))
-    show(chosen.blocks(resolution=resolution, tokens=tokens, frames=frames), as_json=as_json, wide=wide)
+    table = chosen.blocks(resolution=resolution, tokens=tokens, frames=frames)
+    if wide and any(table.data["widths"]):
+        from prune_lab.width import UNITS_NOTE
+
+        table = dataclasses.replace(table, notes=(*table.notes, UNITS_NOTE))
+    show(table, as_json=as_json, wide=wide)

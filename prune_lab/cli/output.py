@@ -8,13 +8,14 @@ from typing import Any
 
 import typer
 
-from prune_lab.tables import Table, cell_text, is_numeric, records, shown_columns
+from prune_lab.tables import WIDE_COLUMNS, Table, cell_text, is_numeric, records, shown_columns
 
 __all__ = ["emit", "records", "show"]
 
 
 def emit(kind: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool, wide: bool, title: str) -> None:
-    """Print a table of this ``kind`` on stdout: its six columns that decide, or all of them if it is ``wide``.
+    """Print a table of this ``kind`` on stdout: its six columns that decide, or all of them if it is ``wide`` (of some
+    tables those that a screen holds).
 
     With ``as_json`` it is a list of objects with all columns, and nothing else is printed there.
     """
@@ -25,7 +26,8 @@ def emit(kind: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool, wide: b
     from rich.table import Table as RichTable
 
     everything = list(rows[0]) if rows else []
-    columns = everything if wide else shown_columns(kind, rows)
+    every = [name for name in WIDE_COLUMNS.get(kind, everything) if name in everything]
+    columns = every if wide else shown_columns(kind, rows)
     table = RichTable(title=title, title_justify="left", header_style="bold")
     for column in columns:
         numeric = is_numeric(column, rows)
@@ -39,7 +41,9 @@ def emit(kind: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool, wide: b
     for row in rows:
         table.add_row(*(cell_text(column, row[column]) for column in columns))
     if len(columns) < len(everything):
-        table.caption = f"{len(columns)} of {len(everything)} columns; --wide shows all"
+        more = "all" if every == everything else "more, --json all"
+        hint = "--json has all" if wide else f"--wide shows {more}"
+        table.caption = f"{len(columns)} of {len(everything)} columns; {hint}"
         table.caption_justify = "left"
     console = Console(highlight=False)
     if wide or not console.is_terminal:

@@ -64,6 +64,10 @@ def score(
     device: options.DeviceOption = None,
     seed: options.SeedOption = None,
     force: options.ForceOption = False,
+    every: Annotated[
+        bool,
+        typer.Option("--all", help="With --widths a row for each unit, not for each site; --json has them."),
+    ] = False,
     as_json: options.JsonOption = False,
     wide: options.WideOption = False,
 ) -> None:
@@ -81,7 +85,6 @@ def score(
         "data.source": data,
         "data.resolution": resolution,
         "score.stream": stream,
-        "search.widths": widths or None,
     }
     found_by = options.found_by(revision, subfolder, variant, random_weights)
     if widths and (criterion or groups or compare):
@@ -89,6 +92,7 @@ def score(
             "--widths scores parts of blocks: leave out --criterion, --groups and --compare"
         )
     settings = settings_of(model, run, config, assign, {**asked, **found_by}, device=device, seed=seed)
+    from prune_lab.api.making import site_scores
     from prune_lab.api.model import Model
     from prune_lab.models.protection import check_file, sources_of
     from prune_lab.profiling import check_asked_size
@@ -100,9 +104,11 @@ def score(
     chosen = Model(settings, run)
     check_asked_size(chosen.source, resolution)
     if widths:
-        table = chosen.score_widths(force=force)
+        table = chosen.score_widths(widths, force=force)
     else:
         table = chosen.agreement(out, force=force) if compare else chosen.score(force=force)
     if out and not compare:
         write_frame(out, table.frame())
+    if widths and not (every or as_json):
+        table = site_scores(table)
     show(table, as_json=as_json, wide=wide)

@@ -101,7 +101,7 @@ class SearchConfig:
         "native",
         "plans that may be found, by how they can be built: native, by a plain diffusers config; neutral, any plan, in "
         "which removed blocks stay and do nothing; own, any plan, with code of its own in the folder. What is native "
-        "is built natively in any case",
+        "is built natively in any case; what makes blocks narrower (search.axes) is always built with code of its own",
     )
     axes: tuple[str, ...] = setting(
         ("depth",),

@@ -133,16 +133,46 @@ def _form(student: Student) -> str:
     return notes_on_form(student.layout.config)
 
 
-def _training(training: Mapping[str, object]) -> str:
+def _cut(plan: PruningPlan) -> str:
+    """What was done to the blocks, as the end of "after the blocks were"."""
+    done = {"removed": plan.removed or not plan.widths, "made narrower": plan.widths}
+    return " and ".join(words for words, there in done.items() if there)
+
+
+def _cut_in_place(plan: PruningPlan) -> str:
+    """The parent that answers as the student does: the end of "that of the parent with"."""
+    done = {"these blocks bypassed": plan.removed, "the units that are gone set to 0": plan.widths}
+    return " and ".join(words for words, there in done.items() if there) or "no change"
+
+
+def _title(parent: str, plan: PruningPlan, blocks: int) -> str:
+    widths = f"{len(plan.widths)} {'width' if len(plan.widths) == 1 else 'widths'} narrower"
+    if plan.widths and not plan.removed:
+        return f"{parent} with {widths}"
+    return f"{parent} without {len(plan.removed)} of {blocks} blocks" + (f", {widths}" if plan.widths else "")
+
+
+def _caption(plan: PruningPlan) -> str:
+    """What the marks on the map mean."""
+    marks = {
+        "dashed outlines are those that were removed": plan.removed or not plan.widths,
+        "the bar in one that is narrower is what stays of its inside": plan.widths,
+    }
+    return "; ".join(
+        ("Blocks of the parent in order of execution", *(one for one, there in marks.items() if there))
+    )
+
+
+def _training(plan: PruningPlan, training: Mapping[str, object]) -> str:
     if not training:
-        return "Nothing was trained after the blocks were removed: every weight is the parent's.\n"
+        return f"Nothing was trained after the blocks were {_cut(plan)}: every weight is the parent's.\n"
     return "Distilled from the parent.\n\n" + _table(["setting", "value"], list(training.items()))
 
 
 def _check(student: Student, proof: Mapping[str, Any]) -> str:
     """What was seen when the folder was loaded before it got its name; see ``surgery.Proof``."""
     seen = {
-        "bypassed teacher": f"its answer differs from that of the parent with these blocks bypassed by at most "
+        "bypassed teacher": f"its answer differs from that of the parent with {_cut_in_place(student.plan)} by at most "
         f"{proof.get('largest_difference')}",
         "same tensors": "every tensor equals that of the model that was saved",
     }.get(str(proof.get("kind")), "it loads")
@@ -215,21 +245,23 @@ def card_text(
         trusted=is_own(config),
     )
     plan, blocks = student.plan, len(student.architecture.blocks)
-    narrower = f", {len(plan.widths)} widths narrower" if plan.widths else ""
-    what = "removes (-) or narrows (~) these blocks" if plan.widths else "removes these blocks"
+    what = {
+        (True, True): "removes (-) and narrows (~) these blocks",
+        (False, True): "makes these blocks narrower (what stays / what there was @ which units stay, from 0)",
+    }.get((bool(plan.removed), bool(plan.widths)), "removes these blocks")
     parent = parent_name(source)
     inner = model_folder_in(folder)
     beside, proof = ("" if inner == folder else f"{inner.name}/"), provenance_in(inner).get("proof")
     parts = {
-        f"{parent} without {len(plan.removed)} of {blocks} blocks{narrower}": (
+        _title(parent, plan, blocks): (
             f"Parent: {f'[{parent}](https://huggingface.co/{parent})' if is_on_hub(source) else parent}. Plan "
             f"{plan.label} {what} of its {_called(student)}:\n\n    {plan.text or 'none'}\n\n"
-            f"![Blocks of the parent in order of execution; outlines are those that were removed]({MAP})\n"
+            f"![{_caption(plan)}]({MAP})\n"
         ),
         "Use": f"```python\n{code}```\n",
         **({"Form": form} if (form := _form(student)) else {}),
         "Costs": _costs(student),
-        "Training": _training(training),
+        "Training": _training(plan, training),
         **({"Check": _check(student, proof)} if isinstance(proof, dict) else {}),
         "What fits": _fits(student),
         "Licence": _licence(source, inherited),
@@ -245,9 +277,12 @@ def card_text(
 
 
 def write_map(path: Path, student: Student) -> None:
-    """Draw the blocks of the teacher as a map on which those that the plan removes are outlines; a PNG."""
+    """Draw the blocks of the teacher as a map on which those that the plan removes are outlines, and those that it
+    makes narrower have a bar; a PNG.
+    """
     plan = student.plan
-    row = PlanRow(plan.id, plan.title, "control", plan.removed)
+    stays = tuple((width.site, width.share) for width in plan.widths)
+    row = PlanRow(plan.id, plan.title, "control", plan.removed, plan.form, stays=stays)
     frame = block_map_frame(blocks_frame(student.architecture), None)
     figure = draw_plan_maps(frame, [row], plan_styles([row]), LIGHT, named=True)
     save_png(figure, path, freeze_layout(figure))

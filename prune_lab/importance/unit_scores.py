@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from prune_lab.blocks import Architecture
 from prune_lab.errors import DataError, UnknownCriterionError
 from prune_lab.families import Site, cut_tensors
-from prune_lab.importance.context import Samples, ScoringContext
+from prune_lab.importance.context import ScoringContext
 from prune_lab.importance.hooks import only_requires_grad
 from prune_lab.importance.intervals import Floats
 from prune_lab.prefix_sharing import ComputeCost
@@ -40,7 +40,9 @@ _ROWS = 8  # per batch if the context does not say; few, because a backward pass
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class UnitScores:
-    """What a criterion says of the units of ``sites``: ``values`` (U, R) of all their units in turn, in R samples.
+    """What a criterion says of the units of ``sites``: ``values`` (U, R) of all their units in turn, in R columns.
+
+    ``samples`` is the number of rows of the probe that were looked at; 0 for a criterion that looks at none.
 
     The impact of a unit is the sum of its values divided by the sum of ``scales`` (R,); impacts of units add up to that
     of a cut as far as units do not interact.
@@ -50,7 +52,7 @@ class UnitScores:
     sites: tuple[Site, ...]
     values: Floats
     scales: Floats
-    samples: Samples
+    samples: int
     compute: ComputeCost
 
     @property
@@ -133,7 +135,7 @@ def gate_fisher(context: ScoringContext, sites: Sequence[Site]) -> UnitScores:
 
     derivatives, compute = _derivatives(context, sites, objective)
     values = derivatives**2 / probe.target[0].numel()
-    return _checked("gate-fisher", sites, values, squares, Samples.of(probe), compute)
+    return _checked("gate-fisher", sites, values, squares, len(probe), compute)
 
 
 def gate_gradient(context: ScoringContext, sites: Sequence[Site]) -> UnitScores:
@@ -146,21 +148,26 @@ def gate_gradient(context: ScoringContext, sites: Sequence[Site]) -> UnitScores:
     Reference: Molchanov et al., arXiv:1906.10771 (gates).
     """
     derivatives, compute = _derivatives(context, sites, context.probe.denoising_error)
-    samples = Samples.of(context.probe)
-    return _checked("gate-gradient", sites, np.abs(derivatives), np.ones(len(samples)), samples, compute)
+    samples = len(context.probe)
+    return _checked("gate-gradient", sites, np.abs(derivatives), np.ones(samples), samples, compute)
 
 
 # Weights -------------------------------------------------------------------------------------------------------------
 
 
 def _by_torch_pruning(
-    context: ScoringContext, sites: Sequence[Site], name: str, estimator: Estimator, compute: ComputeCost
+    context: ScoringContext,
+    sites: Sequence[Site],
+    name: str,
+    estimator: Estimator,
+    samples: int,
+    compute: ComputeCost,
 ) -> UnitScores:
     """One value for each unit, by torch-pruning's groups of the tensors that hang together."""
     graph = dependency_graph(context.model)
     values = [unit_importance(graph, context.model, site, estimator) for site in sites]
     together = torch.cat(values).cpu().numpy()[:, None]
-    return _checked(name, sites, together, np.ones(1), Samples(np.zeros(1, np.int64)), compute)
+    return _checked(name, sites, together, np.ones(1), samples, compute)
 
 
 def magnitude(context: ScoringContext, sites: Sequence[Site]) -> UnitScores:
@@ -177,6 +184,7 @@ def magnitude(context: ScoringContext, sites: Sequence[Site]) -> UnitScores:
         sites,
         "magnitude",
         magnitude_estimator(),
+        0,
         ComputeCost(forward_macs=context.architecture.total_macs),
     )
 
@@ -205,7 +213,7 @@ def taylor(context: ScoringContext, sites: Sequence[Site]) -> UnitScores:
                 torch._foreach_add_(gradients, torch.autograd.grad(loss, weights))
         for weight, gradient in zip(weights, gradients, strict=True):
             weight.grad = gradient
-        return _by_torch_pruning(context, sites, "taylor", taylor_estimator(), compute)
+        return _by_torch_pruning(context, sites, "taylor", taylor_estimator(), len(probe), compute)
     finally:
         for weight, was in zip(weights, before, strict=True):
             weight.grad = was
@@ -227,11 +235,11 @@ def random_units(context: ScoringContext, sites: Sequence[Site]) -> UnitScores:
 
     values = np.array([[number(site, unit)] for site in sites for unit in range(site.count)])
     compute = ComputeCost(forward_macs=context.architecture.total_macs)
-    return UnitScores("random", tuple(sites), values, np.ones(1), Samples(np.zeros(1, np.int64)), compute)
+    return UnitScores("random", tuple(sites), values, np.ones(1), 0, compute)
 
 
 def _checked(
-    name: str, sites: Sequence[Site], values: Floats, scales: Floats, samples: Samples, compute: ComputeCost
+    name: str, sites: Sequence[Site], values: Floats, scales: Floats, samples: int, compute: ComputeCost
 ) -> UnitScores:
     """The scores. Raises DataError naming the first site with a value that is not finite."""
     start = 0
@@ -284,7 +292,7 @@ def width_scores_frame(scores: UnitScores, model: str = "") -> pd.DataFrame:
             site.size,
             impact,
             scores.criterion,
-            len(scores.samples),
+            scores.samples,
             model,
         )
         for site, impacts in scores.impacts.items()
@@ -308,5 +316,5 @@ def unit_impacts_from(frame: pd.DataFrame, architecture: Architecture) -> dict[S
                 f"asked to read the scores of {name}, found {len(rows)} units where this model has {there}; score it "
                 "again"
             )
-        found[site] = rows["impact"].to_numpy(np.float64)
+        found[site] = rows["score"].to_numpy(np.float64)
     return {site: found[site] for site in architecture.sites if site in found}

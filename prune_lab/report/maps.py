@@ -167,21 +167,24 @@ def draw_plan_maps(
     *,
     named: bool = False,
 ) -> Figure:
-    """One small map per plan: blocks that stay have the colour of their impact, removed blocks are outlines; with
-    ``named`` each says its name.
+    """One small map per plan: blocks that stay have the colour of their impact, removed blocks are outlines, and a bar
+    shows what stays of the inside of a narrower one; with ``named`` each says its name. A line says what marks mean.
 
     Of ``layers`` those are shown whose block loses one by the plan.
     """
     columns = min(3, len(plans))
     rows = -(-len(plans) // columns)
     norm = map_scale(frame, layers)
-    figure = new_figure(theme, 11, (0.77 + _height(frame, 10.5 / columns)) * rows)
+    legend = _marks(frame, plans)
+    figure = new_figure(theme, 11, (0.77 + _height(frame, 10.5 / columns)) * rows + (0.3 if legend else 0))
+    if legend:
+        figure.supxlabel(legend, fontsize=8, color=theme.muted)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(plans) :]:
         axes.set_visible(False)
     blocks = set(frame["name"])
     titles = {
-        plan.id: f"{plan.label}  {MINUS}{_counted(len(blocks & {*plan.removed}), len({*plan.removed} - blocks))}"
+        plan.id: f"{plan.label}  {_counted(len(blocks & {*plan.removed}), len({*plan.removed} - blocks), plan)}"
         for plan in plans
     }
     # The longest title fits over a third of the figure.
@@ -191,16 +194,48 @@ def draw_plan_maps(
         parted = layers[layers["name"].isin(plan.removed)]["inside"]
         opened = layers[layers["inside"].isin(parted)]
         _draw_cells(axes, frame, opened, theme, norm, plan.removed, outline=color, numbers=False)
+        _draw_bars(axes, frame, plan, theme, color)
         if named:
             _write_names(axes, frame, theme)
         axes.set_title(titles[plan.id], loc="left", fontsize=size, fontweight="bold", color=color)
     return figure
 
 
-def _counted(blocks: int, layers: int) -> str:
-    """How much a plan removes: 3 blocks, 10 layers, 3 blocks and 10 layers."""
+def _counted(blocks: int, layers: int, plan: PlanRow) -> str:
+    """What a plan does: −3 blocks; −3 blocks and 10 layers; 32 widths narrower; −3 blocks, 32 widths narrower."""
     found = [plural(number, noun) for number, noun in ((blocks, "block"), (layers, "layer")) if number]
-    return " and ".join(found) or "0 blocks"
+    removed = [f"{MINUS}{' and '.join(found)}"] if found else []
+    count = len(plan.stays) or len(plan.widths)
+    narrower = [f"{plural(count, 'width')} narrower"] if count else []
+    return ", ".join([*removed, *narrower]) or f"{MINUS}0 blocks"
+
+
+def _marks(frame: pd.DataFrame, plans: Sequence[PlanRow]) -> str:
+    """What dashes, bars and hatching mean on the maps of ``plans``, as far as they are there; empty where each block
+    that stays has its colour.
+    """
+    if not any(plan.stays for plan in plans) and not frame["impact"].isna().all():
+        return ""
+    marks = {
+        "dashed: removed": any(plan.removed for plan in plans),
+        "bar: what stays of the inside of a narrower block": any(plan.stays for plan in plans),
+        "hatched: not scored": bool(frame["impact"].isna().any()),
+    }
+    return "; ".join(words for words, there in marks.items() if there)
+
+
+def _draw_bars(axes: Axes, frame: pd.DataFrame, plan: PlanRow, theme: Theme, color: str) -> None:
+    """In each block that is narrower a bar near its upper edge, filled as far as its sites keep units in the mean."""
+    for cell in map_cells(frame)[0]:
+        # A site of a layer inside a block is drawn with the block: its name goes on with a dot.
+        shares = [share for site, share in plan.stays if site.startswith(f"{cell.name}.")]
+        if shares and cell.name not in plan.removed:
+            left, width, height = cell.x + _INSET, WIDTH - 2 * _INSET, 0.08
+            for part, face in ((1.0, theme.surface), (sum(shares) / len(shares), color)):
+                place = (left, cell.y + HEIGHT - 0.14)
+                axes.add_patch(
+                    Rectangle(place, width * part, height, facecolor=face, edgecolor=color, linewidth=0.6)
+                )
 
 
 def _draw_cells(

@@ -37,6 +37,8 @@ class PlanRow:
     form: str = "native"
     widths: tuple[str, ...] = ()
     """What stays of blocks that it makes narrower, in words: ``Dn3.A1.heads 2``."""
+    stays: tuple[tuple[str, float], ...] = ()
+    """The same as shares, by site, where it is known how much there was; maps show it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,7 @@ class Run:
     importance = PathIn("importance.csv", "The removal impact of every block, pair and stage.")
     importance_parts = PathIn("importance_parts.csv", "Impacts per tenth of the schedule and kind of prompt.")
     criteria = PathIn("criteria.csv", "The scores by all criteria that were measured, the run's own first.")
-    width_scores = PathIn("widths.csv", "What the parts of each block are worth: norm groups, heads, channels.")
+    width_scores_dir = PathIn("widths", "What parts of blocks are worth, a file per criterion: <criterion>.csv.")
     scores_dir = PathIn("scores", "Every value measured for a score, so that it is not measured again.")
     comparison_dir = PathIn("comparison", "How the criteria agree: tables, figures and words.")
     choices = PathIn("choices.json", "Which blocks can leave together natively, level by level, and what they take along in the neutral form.")
@@ -116,6 +116,10 @@ class Run:
     steps = PathIn("steps.csv", "How long each step took when it was last done; not shown in the report.")
     report_dir = PathIn("report", "Everything that the report shows, as files.")
     report = PathIn("report/index.html", "The report as one HTML file that works offline.")
+
+    def width_scores(self, criterion: str) -> Path:
+        """What the parts of each block are worth by ``criterion``: norm groups, heads, channels."""
+        return self.width_scores_dir / f"{criterion}.csv"
 
     def plan(self, plan_id: str) -> Path:
         """The JSON of the plan with this id."""

@@ -152,12 +152,11 @@ def scores_part(bench: Bench) -> Part:
     )
 
 
-def width_scores_part(bench: Bench) -> Part:
-    """The scores of the parts of blocks."""
-    run, criterion = bench.run, bench.config.search.widths
-    return _part(
-        bench, "scores", "widths", run.width_scores, reads=(run.probe,), inputs={"criterion": criterion}
-    )
+def width_scores_part(bench: Bench, criterion: str = "") -> Part:
+    """The scores of the parts of blocks by one criterion; empty: by the one that the run searches with."""
+    run, criterion = bench.run, criterion or bench.config.search.widths
+    output, given = run.width_scores(criterion), {"criterion": criterion}
+    return _part(bench, "scores", f"widths-{criterion}", output, reads=(run.probe,), inputs=given)
 
 
 def costs_part(bench: Bench) -> Part:
@@ -175,7 +174,8 @@ def plans_part(bench: Bench) -> Part:
     run, budgets = bench.run, bench.config.search.budgets
     reads = [run.importance, run.probe] if budgets else []
     reads += [run.latency] if "latency" in " ".join(budgets) else []
-    reads += [run.width_scores] if budgets and "width" in bench.config.search.axes else []
+    by_units = budgets and "width" in bench.config.search.axes
+    reads += [run.width_scores(bench.config.search.widths)] if by_units else []
     given = _files(bench, "search.controls", "search.budgets")
     return _part(bench, "plans", "plans", run.searches, run.searched, reads=tuple(reads), inputs=given)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from prune_lab.width.amounts import (
+    UNITS_NOTE,
     Width,
     all_kept,
     keeping_largest,
@@ -14,6 +15,7 @@ from prune_lab.width.amounts import (
 )
 
 __all__ = [
+    "UNITS_NOTE",
     "Width",
     "all_kept",
     "keeping_largest",

@@ -25,6 +25,10 @@ _UNITS: dict[str, str] = {
     "cross": "heads",
     "ff": "channels",
 }
+UNITS_NOTE = (
+    "widths: what a plan counts before the @, as in ~BLOCK.ff=96/512; the units behind it, as in @0-11, are counted "
+    "from 0: groups of hidden, heads of heads and cross, eights of channels of ff"
+)
 _WRITTEN = re.compile(
     r"~(?P<site>[^=@/~]+)=(?P<count>\d{1,6})(/(?P<of>\d{1,6}))?(@(?P<kept>[\d,-]{1,9999}))?",
     re.ASCII,
@@ -108,6 +112,11 @@ def widths_text(sites: Sequence[Site], block: str) -> str:
     )
 
 
+def _of_channels(step: int) -> str:
+    """What a unit behind the @ is, where a person counts something else before it; empty where it is the same."""
+    return "" if step == 1 else f" (a unit is {step} channels)"
+
+
 def width_of(site: Site, kept: Iterable[int] | int) -> Width:
     """The checked width that keeps these units of ``site``; of a number of units, so many that are still to be chosen.
 
@@ -125,7 +134,7 @@ def width_of(site: Site, kept: Iterable[int] | int) -> Width:
     if not whole and (list(units) != sorted(set(units)) or units[0] < 0 or units[-1] >= site.count):
         raise PlanError(
             f"asked to keep certain units of {site.name}, found some twice, out of order or out of bounds; give "
-            f"rising numbers from 0 to {site.count - 1}"
+            f"rising numbers from 0 to {site.count - 1}{_of_channels(site.step)}"
         )
     return Width(site.name, count, site.count, units, site.step)
 
@@ -170,16 +179,17 @@ def parse_width(text: str, sites: Sequence[Site]) -> Width:
             f"{max(1, round(asked['count'] / site.step)) * site.step}"
         )
     count = asked["count"] // site.step
+    whole = width_of(site, count)
     if found["kept"] is None:
-        return width_of(site, count)
+        return whole
     try:
         units = _units(found["kept"])
     except ValueError:
         units = []
     if len(units) != count:
         raise PlanError(
-            f"asked for {printable(text, 80)}: behind @ must stand which {count} units stay, counted from 0, such as "
-            f"@0-{site.count - 1}"
+            f"asked for {printable(text, 80)}: behind @ must stand which {count} units stay, counted "
+            f"from 0{_of_channels(site.step)}, such as @{_ranges(range(count))}"
         )
     return width_of(site, units)
 

@@ -31,7 +31,7 @@ from prune_lab.workflow.starting import borrow_scores, check_effect, forget, sta
 from prune_lab.workflow.steps import why_left_out
 from prune_lab.workflow.students import ensure_candidates, ensure_repaired
 from prune_lab.workflow.targets import check_budgets, check_controls, check_drawing
-from prune_lab.workflow.widths import ensure_width_scores, width_frame
+from prune_lab.workflow.widths import check_unit_criterion, ensure_width_scores, score_notes, width_frame
 
 __all__ = [
     "RunEstimate",
@@ -42,6 +42,7 @@ __all__ = [
     "check_controls",
     "check_drawing",
     "check_effect",
+    "check_unit_criterion",
     "choices_frame",
     "compared_criteria",
     "compared_plans",
@@ -71,6 +72,7 @@ __all__ = [
     "run_all",
     "rungs_frame",
     "save_students",
+    "score_notes",
     "scores_frame",
     "settings_for",
     "start_run",

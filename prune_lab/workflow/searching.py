@@ -31,7 +31,13 @@ from prune_lab.workflow.measuring import controls, drawn_size, ensure_costs, ens
 from prune_lab.workflow.solving import SOLVERS, Question, controls_for
 from prune_lab.workflow.targets import budgets_of, constraints_of
 from prune_lab.workflow.timed_search import time_notes, timed_changes
-from prune_lab.workflow.widths import ensure_width_scores, form_of, needs_width_scores, predicted_of
+from prune_lab.workflow.widths import (
+    ensure_width_scores,
+    form_of,
+    needs_width_scores,
+    predicted_of,
+    width_notes,
+)
 
 # The problem ---------------------------------------------------------------------------------------------------
 
@@ -204,6 +210,7 @@ def relative_costs(cost: PlanCost, whole: PlanCost) -> dict[str, float]:
 def plans_frame(session: Session) -> pd.DataFrame:
     """One row per plan of the run, in order of ``ensure_plans``, with its cost; columns PLANS_COLUMNS.
 
+    ``narrower`` is the number of widths in the plan.
     ``latency_ms`` is predicted by the run's latency table and missing where none was measured; ``measured_change`` is
     how the time of what the plan leaves compares with the teacher's, in turns, where it was timed already.
     ``predicted_impact`` is the sum of the impacts of the blocks, missing when they have not been scored.
@@ -225,6 +232,7 @@ def plans_frame(session: Session) -> pd.DataFrame:
                 "removed": " ".join(plan.removed),
                 "widths": " ".join(width.short for width in plan.widths),
                 "blocks_removed": len(plan.removed),
+                "narrower": len(plan.widths),
                 **relative_costs(cost, whole),
                 "latency_ms": cost.latency_ms,
                 "latency_change": cost.latency_ms / whole.latency_ms - 1
@@ -240,8 +248,11 @@ def plans_frame(session: Session) -> pd.DataFrame:
 
 
 def plan_notes(session: Session, frame: pd.DataFrame) -> tuple[str, ...]:
-    """What there is to say of the plans of ``frame`` that were searched within a budget on latency and timed."""
-    return time_notes(session, costs_of(session), frame) if frame["measured_change"].notna().any() else ()
+    """What there is to say of the plans of ``frame``: by which scores widths were searched, and of those that were
+    searched within a budget on latency, how they were timed.
+    """
+    timed = frame["measured_change"].notna().any()
+    return width_notes(session.config) + (time_notes(session, costs_of(session), frame) if timed else ())
 
 
 def left_out(session: Session, plan: PruningPlan) -> str:

@@ -164,7 +164,7 @@ STEPS: tuple[Step, ...] = (
         "scores",
         "removes each block, pair and stage in turn and measures the damage",
         _ensure_all_scores,
-        _files("importance_parts", "criteria", "importance", "width_scores"),
+        _files("importance_parts", "criteria", "importance", "width_scores_dir"),
         _score_parts,
     ),
     Step(

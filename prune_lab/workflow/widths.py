@@ -10,10 +10,16 @@ import pandas as pd
 
 from prune_lab.blocks import Architecture
 from prune_lab.config import RunConfig, SearchConfig
-from prune_lab.errors import ConfigError, PlanError
+from prune_lab.errors import ConfigError, PlanError, UnknownCriterionError
 from prune_lab.families import Form, Site
 from prune_lab.forms import form_named
-from prune_lab.importance import ImportanceTable, score_units, unit_impacts_from, width_scores_frame
+from prune_lab.importance import (
+    UNIT_CRITERIA,
+    ImportanceTable,
+    score_units,
+    unit_impacts_from,
+    width_scores_frame,
+)
 from prune_lab.importance.intervals import Floats
 from prune_lab.importance.outputs import mean_square
 from prune_lab.models import configured_model
@@ -97,29 +103,61 @@ def check_has_sites(architecture: Architecture) -> None:
 # Scores ----------------------------------------------------------------------------------------------------------
 
 
-def ensure_width_scores(session: Session) -> Mapping[Site, Floats]:
-    """(units,) impacts of the parts of each site by ``search.widths`` on the run's probe; writes widths.csv."""
-    run, part = session.run, width_scores_part(session)
+def check_unit_criterion(name: str) -> None:
+    """Raise UnknownCriterionError unless parts of blocks can be scored by the criterion ``name``."""
+    if name not in UNIT_CRITERIA:
+        raise UnknownCriterionError(
+            f"no criterion of parts of blocks is called {name!r}; choose one of: {', '.join(UNIT_CRITERIA)}"
+        )
+
+
+def ensure_width_scores(session: Session, criterion: str = "") -> Mapping[Site, Floats]:
+    """(units,) scores of the parts of each site by ``criterion`` on the run's probe; writes widths/<criterion>.csv.
+
+    Empty: by ``search.widths``, with which plans are searched.
+    """
+    criterion = criterion or session.config.search.widths
+    run, part = session.run, width_scores_part(session, criterion)
     if not session.manifests.settled(part):
         ensure_probe(session)
     if lacking(session, part):
         check_has_sites(session.architecture)
-        scores = score_units(run_scoring_context(session), criterion=session.config.search.widths)
-        write_frame(run.width_scores, width_scores_frame(scores, session.source.name))
+        scores = score_units(run_scoring_context(session), criterion=criterion)
+        write_frame(run.width_scores(criterion), width_scores_frame(scores, session.source.name))
         record(session, part)
-    return read_width_scores(session)
+    return read_width_scores(session, criterion)
 
 
-def read_width_scores(session: Session) -> Mapping[Site, Floats]:
-    """The impacts in widths.csv; RunError before they are measured."""
-    frame = width_frame(session)
-    return unit_impacts_from(frame, session.architecture)
+def read_width_scores(session: Session, criterion: str = "") -> Mapping[Site, Floats]:
+    """The scores of ``ensure_width_scores``; RunError before they are measured."""
+    return unit_impacts_from(width_frame(session, criterion), session.architecture)
 
 
-def width_frame(session: Session) -> pd.DataFrame:
+def width_frame(session: Session, criterion: str = "") -> pd.DataFrame:
     """The scores of the parts of blocks, a row for each; RunError before they are measured."""
-    run = session.run
-    return read_records(run.needs(run.width_scores, "score --widths"), WIDTH_SCORES)
+    run, criterion = session.run, criterion or session.config.search.widths
+    return read_records(run.needs(run.width_scores(criterion), f"score --widths {criterion}"), WIDTH_SCORES)
+
+
+def score_notes(config: RunConfig, criterion: str) -> tuple[str, ...]:
+    """How scores of parts of blocks by ``criterion`` are read, and whether a search goes by them."""
+    read = (
+        "a score is an impact, as of whole blocks: 0.01 moves the prediction by a hundredth of its mean square"
+        if criterion == _SAME_SCALE[1]
+        else f"scores by {criterion} put parts in an order; they are no impacts, and do not add up with those of blocks"
+    )
+    used = config.search.widths
+    if criterion == used:
+        return (read,)
+    return (read, f"a search goes by {used} (search.widths) unless it is told --widths {criterion}")
+
+
+def width_notes(config: RunConfig) -> tuple[str, ...]:
+    """By which scores of parts of blocks plans are searched; empty where they leave no block narrower."""
+    if not needs_width_scores(config):
+        return ()
+    chance = ", which is chance" if config.search.widths == "random" else ""
+    return (f"widths were searched by {config.search.widths} of the parts of blocks{chance} (search.widths)",)
 
 
 # Plans -----------------------------------------------------------------------------------------------------------
@@ -137,7 +175,7 @@ def predicted_of(session: Session, plan: PruningPlan, importance: ImportanceTabl
     if not plan.widths:
         return found
     run, scale = session.run, (importance.criterion, session.config.search.widths)
-    if scale != _SAME_SCALE or not run.done(run.width_scores):
+    if scale != _SAME_SCALE or not run.done(run.width_scores(scale[1])):
         return math.nan
     return found + predicted_loss(plan, read_width_scores(session))
 
