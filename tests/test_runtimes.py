@@ -51,7 +51,7 @@ def test_backends_are_read_once_each_and_others_are_named() -> None:
     assert read_backends("eager, openvino,eager,compile") == ("eager", "openvino", "compiled")
     assert read_backends("") == ()
     with pytest.raises(
-        BackendError, match="the backend tensorrt; give one of eager, compiled, onnx, openvino"
+        BackendError, match="the backend tensorrt; give one of eager, compile, onnx, openvino"
     ):
         read_backends("eager,tensorrt")
 

@@ -161,14 +161,15 @@ def read_backends(text: str) -> tuple[str, ...]:
     found = tuple(
         "compiled" if one == "compile" else one for one in filter(None, map(str.strip, text.split(",")))
     )
+    known = ", ".join(BACKENDS).replace("compiled", "compile")
     for one in found:
         if one == "coreml":
             raise BackendError(
                 "asked for times in Core ML, which runs on macOS alone, and was timed nowhere yet; give one of "
-                f"{', '.join(BACKENDS)}"
+                f"{known}"
             )
         if one not in BACKENDS:
-            raise BackendError(f"asked for the backend {one:.60}; give one of {', '.join(BACKENDS)}")
+            raise BackendError(f"asked for the backend {one:.60}; give one of {known}")
     return tuple(dict.fromkeys(found))
 
 

@@ -79,7 +79,8 @@ ParamsLimit = Annotated[str, typer.Option("--params", help="Most parameters, as 
 LatencyLimit = Annotated[
     str,
     typer.Option(
-        "--latency", help="Most latency, measured: 0.7x, 35ms or 0.7x@float16,512,batch=1 elsewhere."
+        "--latency",
+        help="Most latency, measured: 0.7x, 35ms; elsewhere 0.7x@float16,512,batch=1 or 0.7x@openvino.",
     ),
 ]
 MemoryLimit = Annotated[

@@ -132,7 +132,12 @@ class SearchConfig:
     def __post_init__(self) -> None:
         require_ranges(self, "search.")
         known = bool(self.axes) and set(self.axes) <= set(AXES) and len(set(self.axes)) == len(self.axes)
-        require(known, "search.axes", list(self.axes), f"some of {', '.join(AXES)}, each once")
+        require(
+            known,
+            "search.axes",
+            list(self.axes),
+            f'some of {", ".join(AXES)}, each once, as in ["depth", "width"]',
+        )
         some = bool(self.budgets or self.controls)
         require(some, "search.budgets", list(self.budgets), "not empty when search.controls is empty too")
 

@@ -96,7 +96,7 @@ def _read(hint: Any, value: Any, name: str) -> Any:
         return typing.cast("type[Any]", hint)(**values)
     if typing.get_origin(hint) is tuple:
         item = typing.get_args(hint)[0]
-        require(isinstance(value, list), name, value, f"a list of {_KIND_NAMES[item]}s in [ ]")
+        require(isinstance(value, list), name, value, f"a list in [ ], each a {_KIND_NAMES[item]}")
         return tuple(_read(item, one, name) for one in value)
     if hint is float and type(value) is int:
         return float(value)

@@ -196,7 +196,10 @@ def read_service(text: str, own: Service, source: ModelSource) -> Service:
     return dataclasses.replace(own, **said)
 
 
-_REMEDY = "after @ write device, number format, pixels, batch=N, tokens=N or frames=N, as in 0.7x@float16,512,batch=1"
+_REMEDY = (
+    f"after @ write device, number format, pixels, runtime ({', '.join(BACKENDS[1:])}), batch=N, tokens=N or frames=N, "
+    "as in 0.7x@float16,512,batch=1 or 0.7x@openvino"
+)
 
 
 def _part(part: str, source: ModelSource) -> dict[str, Any]:

@@ -114,6 +114,13 @@ def timed_changes(session: Session) -> dict[str, Change]:
     return found
 
 
+def _doubt(change: Change, share: float) -> str:
+    """What is said where the interval of a measured time holds the budget."""
+    if change.low is None or change.high is None or not 1 + change.low < share < 1 + change.high:
+        return ""
+    return ", but not beyond doubt: the interval holds it; time more rounds (profile.runs) on a quiet machine"
+
+
 def time_notes(session: Session, costs: CostTable, frame: pd.DataFrame) -> tuple[str, ...]:
     """A line for each row of ``frame``, of plans, that was searched within a budget on latency and timed: what was
     predicted, what was measured, and whether that is within the budget.
@@ -137,6 +144,6 @@ def time_notes(session: Session, costs: CostTable, frame: pd.DataFrame) -> tuple
             word = "within" if 1 + change.change <= share else "SLOWER than"
             lines.append(
                 f"{row['plan']}: predicted {1 + row['latency_change']:.3f}x of the teacher's time, measured in turns "
-                f"{1 + change.change:.3f}x{ends}: {word} the {share:.3f}x asked for"
+                f"{1 + change.change:.3f}x{ends}: {word} the {share:.3f}x asked for{_doubt(change, share)}"
             )
     return tuple(lines)
