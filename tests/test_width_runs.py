@@ -156,9 +156,7 @@ def test_parts_of_blocks_are_scored_from_the_command_line(tiny_pipeline_folder: 
     )
 
 
-def test_scores_by_several_criteria_lie_beside_each_other(
-    tiny_pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_by_several_criteria_lie_beside_each_other(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     """What was scored last is not what a later search goes by; the search says what it went by."""
     folder = tmp_path / "run"
     for criterion in ("magnitude", "random"):
@@ -174,7 +172,6 @@ def test_scores_by_several_criteria_lie_beside_each_other(
         found = CliRunner().invoke(app, list(map(str, ("search", folder, *asked, *more))))
         assert found.exit_code == 0, found.output
         assert f"widths were searched {words}" in found.stderr
-        monkeypatch.setattr("prune_lab.workflow.widths.score_units", None)  # those by chance are lent
     assert "choose one of" in run("score", "--run", folder, "--widths", "l2", code=2)
 
 

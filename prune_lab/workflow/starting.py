@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import shutil
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from prune_lab.config import SETTINGS, RunConfig, changed_settings, to_toml
@@ -230,13 +229,13 @@ def borrow_scores(lender: Run, session: Session) -> None:
     if any(SETTINGS[name].read_by in ("blocks", "probe", "scores") for name in changed):
         return
     _intact(lender, theirs.manifests, blocks_part(theirs))  # which blocks can leave together is said there
-    # Of parts of blocks those by the criterion that is searched with, whichever theirs goes by.
-    units = functools.partial(width_scores_part, criterion=session.config.search.widths)
-    parts: list[Callable[[Session], Part]] = [probe_part, scores_part, costs_part, units]
+    parts = [probe_part, scores_part, costs_part]
     if latency_key(theirs.architecture, service_of(theirs)) == latency_key(
         session.architecture, service_of(session)
     ):
         parts.append(latency_part)
+    if theirs.config.search.widths == session.config.search.widths:
+        parts.append(width_scores_part)
     for part in parts:
         lent, own = part(theirs), part(session)
         if not _intact(lender, theirs.manifests, lent):
