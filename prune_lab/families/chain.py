@@ -22,6 +22,7 @@ from prune_lab.errors import NonNativePlanError
 from prune_lab.families.family import (
     Condition,
     Family,
+    Joins,
     Layout,
     Outline,
     Place,
@@ -204,6 +205,7 @@ class Chain:
     arrange: Arrange = as_arguments
     prediction: Callable[[Config, Any, Tensor], Tensor] = noise_alone
     answers: tuple[str | None, ...] = ("text",)
+    joins: Joins = "alike"
     channels: Callable[[Config], int] = lambda config: int(config["in_channels"])
     predicted: Callable[[Config], int | None] = lambda config: None
     film: Callable[[Config], int] | None = None
@@ -306,6 +308,7 @@ class Chain:
             predicted=lambda config: self.predicted(whole(config)),
             text=lambda config: self.text(whole(config)),
             answers=self.answers,
+            joins=self.joins,
             frames=self.film is not None,
             film=lambda config: 1 if self.film is None else self.film(whole(config)),
             check=functools.partial(check_settings, [blocks.setting for blocks in lists]),

@@ -190,6 +190,10 @@ class Layout:
 # What a model takes beside noisy latents, a timestep and a text ------------------------------------------------------
 
 
+Joins = Literal["alike", "in a row", "pooled beside"]
+"""Texts of two encoders side by side, with one pooled (``alike``: SDXL); those of CLIP before those of T5, with CLIP's
+pooled (``in a row``: SD3); those of T5 alone, with CLIP's pooled (``pooled beside``: FLUX)."""
+
 Place = Literal[
     "sample", "timestep_cond", "class_labels", "added_cond_kwargs", "argument", "text", "schedule"
 ]
@@ -325,6 +329,8 @@ class Family:
     answers: tuple[str | None, ...] = ("text",)
     """What the pipeline's ``encode_prompt`` gives, in this order: the text, conditions by name, and None for what the
     model is not given."""
+    joins: Joins = "alike"
+    """How its pipelines put the texts of several encoders together."""
     size: Callable[[Mapping[str, Any]], tuple[int, int]] = sample_size
     """Height and width of the latent that a model is meant for. Raises UnsupportedModelError where it is not known."""
     pixels: Callable[[Mapping[str, Any]], int | None] = lambda config: None

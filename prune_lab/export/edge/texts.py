@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from prune_lab.errors import BackendError
-from prune_lab.families import conditions_of, model_of, text_form
+from prune_lab.families import conditions_of, family_of, model_of, text_form
 from prune_lab.families.drawing import text_length
-from prune_lab.families.own_code import base_name
 from prune_lab.runtime import seeded
 from prune_lab.runtimes import Part
 
@@ -97,10 +96,10 @@ class _PooledAndLong(nn.Module):
 
 _CLIP, _PROJECTED, _T5 = "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"
 _KNOWN: Mapping[str, tuple[tuple[str, ...], ...]] = {
-    "SD3Transformer2DModel": ((_PROJECTED, _PROJECTED), (_PROJECTED, _PROJECTED, _T5)),
-    "FluxTransformer2DModel": ((_CLIP, _T5),),
+    "in a row": ((_PROJECTED, _PROJECTED), (_PROJECTED, _PROJECTED, _T5)),
+    "pooled beside": ((_CLIP, _T5),),
 }
-"""By the class of the model, where text is put together otherwise than SDXL's: the encoders that are known."""
+"""By how the family joins texts, where that is otherwise than SDXL's: the encoders that are known."""
 
 # The part ----------------------------------------------------------------------------------------------------------
 
@@ -115,11 +114,11 @@ class Texts:
     tokens: int  # of the text that the model is given
 
 
-def _encoders(pipeline: Any, model: str, masks: list[str], pooled: list[str]) -> dict[str, Any]:
+def _encoders(pipeline: Any, joins: str, masks: list[str], pooled: list[str]) -> dict[str, Any]:
     """The text encoders of ``pipeline`` by name. Raises BackendError where they are not known."""
     encoders = {name: part for name in ENCODERS if (part := getattr(pipeline, name, None)) is not None}
     kinds = tuple(type(one).__name__ for one in encoders.values())
-    known = kinds in _KNOWN[model] if model in _KNOWN else len(encoders) == (2 if pooled else 1)
+    known = kinds in _KNOWN[joins] if joins in _KNOWN else len(encoders) == (2 if pooled else 1)
     if not known or len(masks) > 1 or (masks and pooled):
         raise refused(
             pipeline, f"{len(encoders)} text encoders that it reads in a way that is not known here"
@@ -133,11 +132,11 @@ def _joined(
     model: nn.Module, encoders: list[nn.Module], lengths: list[int], long: int, pooled: list[str]
 ) -> tuple[nn.Module, int]:
     """(``encoders`` as one module, tokens of its text), by ``lengths`` of each one's; ``long``: those asked of T5."""
-    name = base_name(type(model).__name__)
-    if name == "SD3Transformer2DModel":
+    joins = family_of(model).joins
+    if joins == "in a row":
         after = lengths[2] if len(encoders) > 2 else long
         return _ThreeEncoders(encoders, after, text_form(model)[1]), lengths[0] + after
-    if name == "FluxTransformer2DModel":
+    if joins == "pooled beside":
         return _PooledAndLong(encoders), lengths[1]
     return (_TwoEncoders(encoders) if pooled else _OneEncoder(encoders[0])), lengths[0]
 
@@ -145,11 +144,11 @@ def _joined(
 def texts_of(pipeline: Any) -> Texts:
     """What encodes the texts of ``pipeline``. Raises BackendError where that is not known here."""
     model = model_of(pipeline)
-    name_of_model = base_name(type(model).__name__)
+    joins = family_of(model).joins
     conditions = conditions_of(model)
     masks = [one.name for one in conditions if one.words]
     pooled = [one.name for one in conditions if one.of_text and not one.words]  # masks are, too
-    encoders = _encoders(pipeline, name_of_model, masks, pooled)
+    encoders = _encoders(pipeline, joins, masks, pooled)
     long = text_length(pipeline)
     tokenizers, told, inputs, words = {}, [], [], {}
     for number, (name, encoder) in enumerate(encoders.items()):
@@ -163,7 +162,7 @@ def texts_of(pipeline: Any) -> Texts:
         tokenizers[file], words[ids] = backend, int(getattr(encoder.config, "vocab_size", 2))
         inputs += [ids, *masks]
         # where T5 reads beside CLIP, its texts alone are as long as the pipeline is told
-        asks = name_of_model not in _KNOWN or type(encoder).__name__ == _T5
+        asks = joins not in _KNOWN or type(encoder).__name__ == _T5
         length = int((asks and long) or tokenizer.model_max_length)
         told.append(
             {
