@@ -172,6 +172,7 @@ def test_a_trace_on_meta_counts_what_a_real_trace_counts(tiny_unet: Any) -> None
     assert real == count_macs(dict(tiny_unet.config), batch=2)
 
 
+@pytest.mark.long
 def test_counting_attention_written_out_changes_nothing(tiny_unet: Any) -> None:
     from diffusers.models.attention_processor import AttnProcessor
 

@@ -98,6 +98,7 @@ build_cache(pipeline, source_of(DataConfig(source=images)), DataConfig(shard=3, 
 """
 
 
+@pytest.mark.long
 def test_a_build_that_was_killed_goes_on_to_the_same_cache(
     tiny_pipeline: Any, tiny_pipeline_folder: Path, image_folder: Path, tmp_path: Path
 ) -> None:

@@ -69,7 +69,7 @@ def assert_equal(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
         torch.testing.assert_close(one, other, rtol=2e-7, atol=2e-7 * float(other.abs().max()))
 
 
-RARE = ("sd-v2", "odd latent", "no mid", "one layer")
+RARE = ("sd-v2", "sdxl", "odd latent", "no mid", "one layer")
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,7 @@ def test_a_race_that_may_cost_everything_and_settles_nothing_is_the_whole_score(
     assert race.impacts == pytest.approx(whole.impacts, rel=1e-4)  # batches differ
 
 
+@pytest.mark.long
 def test_settled_groups_get_no_more_samples_and_close_ones_do(tiny_unet: Any, probe: Probe) -> None:
     """Those that stop first are further from their neighbours than those that go on to the end."""
     groups = blocks_of(tiny_unet)
@@ -169,6 +170,7 @@ def test_settled_groups_get_no_more_samples_and_close_ones_do(tiny_unet: Any, pr
     assert kendalltau(race.impacts, whole.impacts).statistic > 0.8
 
 
+@pytest.mark.long
 def test_the_same_seed_gives_the_same_race_also_from_a_cache(
     tiny_unet: Any, probe: Probe, tmp_path: Path
 ) -> None:
