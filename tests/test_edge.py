@@ -34,7 +34,7 @@ from prune_lab.forms import in_form
 from prune_lab.models import load_pipeline, resolve_model
 from prune_lab.plans import parse_plan
 from prune_lab.runtimes import RUNTIMES, Writing
-from prune_lab.surgery import prune_pipeline
+from prune_lab.surgery import prune_pipeline, with_first_units
 
 # Samplers ----------------------------------------------------------------------------------------------------------
 
@@ -397,7 +397,7 @@ def test_a_student_with_code_of_its_own_and_widths_draws_what_it_draws_in_diffus
     needs("openvino")
     source = resolve_model(str(tiny_pipeline("sd", tmp_path / "pipeline")))
     architecture = architecture_of(source.config)
-    plan = parse_plan("bk-small ~Dn1.R1.hidden=2 ~Dn1.A1.heads=1", architecture)
+    plan = with_first_units(parse_plan("bk-small ~Dn1.R1.hidden=2 ~Dn1.A1.heads=1", architecture))
     prune_pipeline(source, in_form(architecture, plan, "own"), tmp_path / "student")
     folder = tmp_path / "out"
     EXPORT_TARGETS["openvino"](resolve_model(str(tmp_path / "student")), folder)
