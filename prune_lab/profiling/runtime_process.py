@@ -105,8 +105,8 @@ def _write(config: Mapping[str, Any], service: Service, folder: Path, seed: int)
 def _traced(part: Part, inputs: Mapping[str, Tensor], path: Path, *, half: bool) -> bool:
     """Write ``part`` for OpenVINO as torch.jit traces it on ``inputs``; False where that cannot be done.
 
-    What an export writes goes through an ONNX graph, which takes seven times as long to make and runs as fast: of the
-    shipped reference model it took 50 s of processor time against 7, a pass of the traced one 1.002 times as long
+    What an export writes goes through an ONNX graph, which takes five times as long to make and runs as fast: of the
+    shipped reference model it took 39 s of processor time against 7, a pass of the traced one 1.002 times as long
     (median of 40 pairs, batch 1, float32, one thread, OpenVINO 2026.4), with answers that differ by 6e-9.
     """
     import openvino
