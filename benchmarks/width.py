@@ -154,7 +154,7 @@ class Bench:
 
     def as_fast(self, way: str, wanted: float, rounds: int) -> PruningPlan:
         """The plan of ``way`` that takes ``wanted`` of the teacher's time as it is measured in turns, found by halving
-        the time that blocks and units are said to take by the latency table.
+        the time that blocks and units are said to take by the latency table. Raises BudgetError where there is none.
         """
         low, high = 5.0, 100.0
         found: list[tuple[float, PruningPlan]] = []
@@ -168,6 +168,8 @@ class Bench:
             ratio = 1 + self.turns({"plan": plan}, rounds).change("plan").change
             found.append((abs(ratio - wanted), plan))
             low, high = (low, percent) if ratio > wanted else (percent, high)
+        if not found:
+            raise BudgetError(f"No plan of {way} is as fast as {wanted:.3f} of the teacher's time.")
         return min(found, key=lambda one: one[0])[1]
 
 
