@@ -7,7 +7,11 @@ beside it the best plan of widths, of both, widths by magnitude and by chance, a
 it is measured in turns, plans of widths and of both. Each is distilled with one seed, those of the middle budget with
 three: a unit of work is one model, cost, budget and seed. Its rows are appended to ``outcomes.csv`` when it is done, so
 that the same command goes on with what is not there, on another machine too: the plans lie beside it. ``DIR`` holds
-what a unit that was stopped resumes from.
+what a unit that was stopped resumes from. On a GPU all units are distilled side by side:
+
+    python -m benchmarks.width --out reports/width --jobs jobs.json
+    python -m benchmarks.outcomes jobs.json --work DIR --out outcomes.jsonl --device cuda --workers 14
+    python -m benchmarks.width --out reports/width --lines outcomes.jsonl
 """
 
 from __future__ import annotations
@@ -18,10 +22,12 @@ import importlib.metadata
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 
+from benchmarks.outcomes import Job, read_lines
 from benchmarks.width_page import write_page
 from prune_lab.blocks import Architecture
 from prune_lab.config import RunConfig, with_settings
@@ -42,7 +48,7 @@ from prune_lab.profiling import (
     measure_width_savings,
     time_plans,
 )
-from prune_lab.runtime import note, write_frame, write_json, write_text
+from prune_lab.runtime import note, read_json, write_frame, write_json, write_text
 from prune_lab.search import (
     ANY_PLAN,
     Budget,
@@ -62,6 +68,7 @@ WAYS = {  # beside depth
     "macs": ("width", "both", "width-magnitude", "width-random", "depth-random"),
     "latency": ("width", "both"),
 }
+BATCH = 8
 HALVINGS = 7  # of the predicted time, to find a plan that takes as long as another
 _UNKNOWN = float("nan")
 PLAN_COLUMNS = (
@@ -70,7 +77,7 @@ PLAN_COLUMNS = (
 )
 OUTCOME_COLUMNS = (
     *("model", "equal", "budget", "seed", "plan", "plan_id", "loss_before", "loss_after", "teacher_loss"),
-    *("steps", "batch", "seconds", "torch"),
+    *("steps", "batch", "seconds", "torch", "device"),
 )
 
 
@@ -277,7 +284,45 @@ def outcome_rows(unit: Unit, work: Path, plans: Path, steps: int, batch: int) ->
     for plan in named:
         found = recoveries[plan.id]
         told = (*dataclasses.astuple(unit), plan.label, plan.id)
-        rows.append((*told, found.before, found.after, teacher, found.steps, batch, found.seconds, versions))
+        rows.append(
+            (*told, found.before, found.after, teacher, found.steps, batch, found.seconds, versions, "cpu")
+        )
+    return pd.DataFrame(rows, columns=list(OUTCOME_COLUMNS))
+
+
+def jobs_of(unit: Unit, plans: Path, steps: int) -> list[Job]:
+    """The students of ``unit``, two and two."""
+    named = [one for one in read_json(plans) if one["names"][0].endswith(f"-{unit.budget}")]
+    study = " ".join(("width", *map(str, dataclasses.astuple(unit))))
+    looks = max(1, steps // 3)
+    return [
+        Job(
+            study,
+            unit.model,
+            {one["names"][0]: one for one in named[first : first + 2]},
+            unit.seed,
+            steps,
+            looks,
+        )
+        for first in range(0, len(named), 2)
+    ]
+
+
+def rows_from(unit: Unit, lines: Sequence[Mapping[str, Any]], plans: Path) -> pd.DataFrame:
+    """The rows of ``unit`` from what ``benchmarks.outcomes`` wrote; none where a plan of it is not there."""
+    study = " ".join(("width", *map(str, dataclasses.astuple(unit))))
+    named = {
+        one["id"]: one["names"][0] for one in read_json(plans) if one["names"][0].endswith(f"-{unit.budget}")
+    }
+    done = {line["plan_id"]: line for line in lines if line["study"] == study and line["status"] == "done"}
+    rows = []
+    for plan_id, name in named.items():
+        if plan_id not in done:
+            return pd.DataFrame(columns=list(OUTCOME_COLUMNS))
+        line = done[plan_id]
+        losses = [sum(line["losses"][step]) / len(line["losses"][step]) for step in ("0", str(line["steps"]))]
+        told = (*dataclasses.astuple(unit), name, plan_id, *losses, line["teacher"], line["steps"], BATCH)
+        rows.append((*told, line["seconds"], line["torch"], line["device"]))
     return pd.DataFrame(rows, columns=list(OUTCOME_COLUMNS))
 
 
@@ -293,18 +338,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--work", type=Path, required=True, help="folder of the runs; resumable")
+    parser.add_argument("--work", type=Path, help="folder of the runs; resumable")
     parser.add_argument("--out", type=Path, required=True, help="folder of plans, outcomes.csv and the page")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--rounds", type=int, default=40, help="of the measurements of latency")
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--equal", default=",".join(EQUAL), help="costs that the plans are equal in")
+    parser.add_argument("--jobs", type=Path, help="only write what is missing as jobs of benchmarks.outcomes")
+    parser.add_argument("--lines", type=Path, help="only read what benchmarks.outcomes wrote")
     parser.add_argument("--most", type=int, default=10**9, help="units that are done before it ends")
     arguments = parser.parse_args()
     table = arguments.out / "outcomes.csv"
     wanted = list(units(arguments.models.split(","), arguments.equal.split(",")))
     waiting = [unit for unit in wanted if not is_done(unit, table)]
+    if arguments.jobs or arguments.lines:
+        files = {unit: arguments.out / f"plans-{unit.model}-{unit.equal}.json" for unit in waiting}
+        if arguments.jobs:
+            jobs = [job for unit in waiting for job in jobs_of(unit, files[unit], arguments.steps)]
+            write_json(arguments.jobs, [dataclasses.asdict(job) for job in jobs])
+            return
+        lines = read_lines(arguments.lines)
+        for unit in waiting:
+            rows = rows_from(unit, lines, files[unit])
+            if len(rows):
+                append(table, rows, dataclasses.asdict(unit))
+        write_page(arguments.out)
+        return
+    if arguments.work is None:
+        parser.error("give --work, the folder that the units are done in")
     for unit in waiting[: arguments.most]:
         plans = ensure_plans(unit.model, unit.equal, arguments.work, arguments.out, arguments.rounds)
         found = outcome_rows(unit, arguments.work, plans, arguments.steps, arguments.batch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import io
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +20,7 @@ from prune_lab.errors import DataError, UnknownBlockError
 from prune_lab.importance import (
     Importance,
     ImportanceTable,
+    ScoreCache,
     ScoringContext,
     importance_from_frame,
     outputs,
@@ -113,6 +116,15 @@ def test_equal_sets_are_measured_once(tiny_unet: Any, probe: Probe) -> None:
     assert once.compute is not None
     assert once.compute == twice.compute  # the teacher and one set
     assert len({entry.impact for entry in (*once.entries, *twice.entries)}) == 1
+
+
+def test_a_cache_serves_one_model(tiny_unet: Any, probe: Probe) -> None:
+    """Else the scores of the first would be given as those of the second, without a word."""
+    context = ScoringContext(tiny_unet, probe)
+    with pytest.raises(DataError, match="cache of another"):
+        dataclasses.replace(context, model=copy.deepcopy(tiny_unet))
+    alone = dataclasses.replace(context, model=copy.deepcopy(tiny_unet), cache=ScoreCache())
+    assert score(alone, single("Dn1.R2")).entries[0].impact > 0
 
 
 def test_every_row_of_every_group_is_its_own_whatever_the_batch(tiny_unet: Any, probe: Probe) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class ScoreCache:
         self.path = path
         self._values: dict[str, Floats] = {}
         self._other_inputs: dict[str, ScoreCache] = {}
+        self._owner: weakref.ref[object] | None = None
         self._saved = time.monotonic()
         self._changed = False
         if path is not None and path.exists():
@@ -46,6 +48,16 @@ class ScoreCache:
     def open(cls, folder: Path | None, *, model: str, inputs: str, precision: str) -> ScoreCache:
         """The cache in ``folder`` for these digests; in memory only when ``folder`` is None."""
         return cls(None if folder is None else folder / f"{model}-{inputs}-{precision}.safetensors")
+
+    def keep_for(self, model: object) -> None:
+        """Note that the values are those of ``model``. Raises DataError while it keeps those of another one."""
+        owner = self._owner() if self._owner else None
+        if owner is not None and owner is not model:
+            raise DataError(
+                "asked to score a model with the cache of another one, whose values would be taken for its own; give "
+                "each model a cache of its own (cache=ScoreCache())"
+            )
+        self._owner = weakref.ref(model)
 
     def _read(self, path: Path) -> None:
         remedy = "delete it, and the scores will be measured again"

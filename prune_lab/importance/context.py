@@ -122,6 +122,7 @@ class ScoringContext:
     compiled: bool = False  # whether criteria of one step run the blocks through torch.compile
 
     def __post_init__(self) -> None:
+        self.cache.keep_for(self.model)
         if (self.guidance == 1) != (self.unconditional is None):
             found = "no" if self.unconditional is None else "a"
             raise DataError(
