@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prune_lab.blocks import architecture_of
 from prune_lab.errors import ConfigError, DataError, NonNativePlanError, PlanError
-from prune_lab.families.endings import ending_of
+from prune_lab.families.endings import known_ending
 from prune_lab.plans import PruningPlan, native_choices, parse_plan, plan_of
 from prune_lab.probes import Probe, predict, random_probe
 from prune_lab.repair import RepairKind, repair
@@ -246,7 +246,7 @@ def small_change(channels: int, kind: str, bias: bool = True) -> Correction:
 
 
 def channels_of(unit: Any, side: str) -> int:
-    layer = ending_of(unit).last
+    layer = known_ending(unit).last
     return int(layer.weight.shape[0 if side == "before" else 1])
 
 
@@ -313,7 +313,7 @@ def test_a_refit_changes_the_unit_by_what_it_says(name: str) -> None:
     unet = build_unet(MODELS[name]).double()
     for call in calls_of(unet).values():
         module = call[0]
-        layer = ending_of(module).last
+        layer = known_ending(module).last
         change = Correction(
             0.1 * torch.randn(layer.weight.shape[0], layer.weight[0].numel(), dtype=torch.float64),
             torch.randn(layer.weight.shape[0], dtype=torch.float64),
@@ -500,7 +500,7 @@ def test_a_repair_that_hurts_is_not_kept(
         channels, features = folds[0].xe.T.shape
         return Correction(torch.zeros(channels, features).double(), 1e3 * torch.ones(channels).double(), 0.0)
 
-    monkeypatch.setattr("prune_lab.repair.repairing.fit", overshooting)
+    monkeypatch.setattr("prune_lab.repair.bench.fit", overshooting)
     report = repair(student, tiny_unet, plan, probe)
     assert not report.applied
     assert same(before, student)

@@ -2,5 +2,6 @@
 
 from prune_lab.repair.repairing import repair
 from prune_lab.repair.reports import RepairKind
+from prune_lab.repair.shared import SharedRepair
 
-__all__ = ["RepairKind", "repair"]
+__all__ = ["RepairKind", "SharedRepair", "repair"]

@@ -8,6 +8,8 @@ Let h (C channels) be the output of a unit, and ``A h + b`` the corrected tensor
 - A residual block without a shortcut convolution, and an attention block, compute ``h = (x + K u + k) / f``: a shift
   folds as ``k + f b``. ``A`` would have to change x too, but the block's own group norm reads x, and ``A`` cannot be
   moved through a group norm.
+- A block of a transformer computes ``h = x + g * (K u + k)`` with a gate g per channel and timestep, or without one: a
+  shift folds into k. It is fitted through the gate (``activations``), so that it is the k that the block wants.
 - A sampler behind the cut applies a convolution ``K`` to h, after padding with zeros or repeating pixels. ``A`` can be
   moved through both: the weights become ``K A``. A shift cannot be moved through the padding.
 
@@ -22,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prune_lab.families.endings import Layer, ending_of
+from prune_lab.families.endings import Layer, ending_of, known_ending
 from prune_lab.repair.fitting import Correction
 
 CorrectionKind = Literal["shift", "scale-shift", "linear", "refit"]
@@ -46,6 +48,8 @@ def why_not(kind: CorrectionKind, side: Side, unit: nn.Module | None, name: str)
     ``side`` is the side of the cut on which the unit is. ``unit`` is None for the model's last norm and layer.
     """
     ending = None if unit is None else ending_of(unit)
+    if unit is not None and ending is None:
+        return f"how {name}, a {type(unit).__name__}, writes its output is not known: nothing folds into it"
     if side == "after":
         if ending is not None and ending.linear:
             folds = kind in ("scale-shift", "linear")
@@ -76,7 +80,7 @@ def fold(unit: nn.Module, kind: CorrectionKind, side: Side, correction: Correcti
 
     Only for corrections for which ``why_not`` gives no reason.
     """
-    ending = ending_of(unit)
+    ending = known_ending(unit)
     layer, bias = ending.last, ending.divisor * correction.bias
     old = layer.weight.double()
     if side == "after":
@@ -103,6 +107,6 @@ def refit_layer(layer: Layer, correction: Correction) -> None:
 
 def folded_parameters(unit: nn.Module) -> list[nn.Parameter]:
     """The parameters that ``fold`` may change."""
-    ending = ending_of(unit)
+    ending = known_ending(unit)
     layers = (ending.last, ending.shortcut)
     return [parameter for layer in layers if layer is not None for parameter in layer.parameters()]

@@ -9,119 +9,36 @@ same bit for bit, but only the student's weights may change.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
-import numpy as np
-import pandas as pd
 from diffusers import ModelMixin
-from torch import Tensor, nn
 
 from prune_lab.blocks import architecture_of
 from prune_lab.errors import ConfigError, DataError, PlanError
+from prune_lab.families.endings import ending_of
 from prune_lab.forms import layout_of
-from prune_lab.importance.outputs import mean_square
 from prune_lab.plans import PruningPlan
 from prune_lab.probes import Probe, predict
-from prune_lab.repair.activations import FitPoint, corrected, layer_moments_at, moments_at, restored
+from prune_lab.repair.activations import layer_moments_at, restored
+from prune_lab.repair.bench import FORMS, Bench, split_rows
 from prune_lab.repair.cuts import Cut, Narrowing, find_cuts, find_narrowings, student_paths, teacher_paths
-from prune_lab.repair.fitting import Correction, Form, Moments, fit
+from prune_lab.repair.fitting import Correction, fit
 from prune_lab.repair.folding import (
     MOST_UNKNOWNS,
     CorrectionKind,
     Side,
-    fold,
-    folded_parameters,
     refit_layer,
     why_not,
 )
 from prune_lab.repair.reports import Repair, RepairKind, RepairReport
 from prune_lab.runtime import track
 
-_FOLDS = 4  # of the cross-validation that chooses the ridge
-_HELD_OUT = 3  # every third picture is held out
 _NOT_NEARER = "the prediction on held-out rows does not come nearer to the teacher's"
-_FORMS: dict[tuple[Side, CorrectionKind], Form] = {
-    ("before", "shift"): "shift",
-    ("before", "scale-shift"): "scale-shift",
-    ("before", "linear"): "linear-shift",
-    ("before", "refit"): "linear-shift",
-    ("after", "scale-shift"): "scale",
-    ("after", "linear"): "linear",
-}
 
 
-# Fitted rows and held-out rows --------------------------------------------------------------------------------------
-
-
-def _rows_of(probe: Probe, pictures: Sequence[int]) -> Probe:
-    return probe.rows(np.flatnonzero(np.isin(probe.pictures.numpy(), pictures)).tolist())
-
-
-def _split(probe: Probe, heldout: Probe | None) -> tuple[Probe, list[int], Probe]:
-    """(rows to fit on, the fold of each of them, held-out rows); no picture is in two folds or two of these parts."""
-    earliest = pd.Series(probe.timesteps.numpy()).groupby(probe.pictures.numpy()).min()
-    # In the order of their earliest timesteps, so that every third picture covers the whole schedule.
-    pictures = earliest.sort_values(kind="stable").index.tolist()
-    least = _HELD_OUT if heldout is None else 2
-    if len(pictures) < least:
-        raise DataError(
-            f"asked to repair with a probe of {len(pictures)} pictures, found too few to fit on some and hold out "
-            f"others; give at least {least}, better 64"
-        )
-    if heldout is None:
-        heldout = _rows_of(probe, pictures[1::_HELD_OUT])
-        del pictures[1::_HELD_OUT]
-    fold_of = {picture: number % min(_FOLDS, len(pictures)) for number, picture in enumerate(pictures)}
-    fitted = _rows_of(probe, pictures)
-    return fitted, [fold_of[picture] for picture in fitted.pictures.tolist()], heldout
-
-
-# One cut after the other --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Setup:
-    """Student and teacher, and the rows on which they are fitted and compared."""
-
-    student: ModelMixin
-    teacher: ModelMixin
-    student_paths: Mapping[str, str]  # module path of each unit
-    teacher_paths: Mapping[str, str]
-    fitted: Probe
-    folds: Sequence[int]  # of the fitted rows
-    heldout: Probe
-    prediction: Tensor  # (N, C, H, W) of the teacher on the held-out rows
-    batch: int
-
-    def unit(self, name: str) -> nn.Module | None:
-        path = self.student_paths.get(name)
-        return None if path is None else self.student.get_submodule(path)
-
-    def impact(self) -> float:
-        """The output-mse (see ``importance``) of the student in its current state, on the held-out rows."""
-        prediction = predict(self.student, self.heldout, batch=self.batch).double()
-        return float(mean_square(prediction - self.prediction).sum() / mean_square(self.prediction).sum())
-
-    def moments(self, cut: Cut, side: Side, refit: bool) -> tuple[list[Moments], Moments]:
-        """(the moments of each fold of the fitted rows, those of the held-out rows)."""
-        # Before the cut, one tensor serves all consumers. The least-squares fit to all of their targets is the fit to
-        # the mean of the targets.
-        consumers = cut.consumers if side == "before" else (cut.main,)
-        point = FitPoint(
-            student_path=self.student_paths[cut.before if side == "before" else cut.after],
-            side=side,
-            teacher_paths=tuple(self.teacher_paths[one.teacher_source] for one in consumers),
-            refit=refit,
-        )
-        models = (self.student, self.teacher)
-        folds = moments_at(*models, point, self.fitted, self.folds, batch=self.batch)
-        (heldout,) = moments_at(*models, point, self.heldout, [0] * len(self.heldout), batch=self.batch)
-        return folds, heldout
-
-
-def _options(setup: _Setup, cut: Cut, choice: RepairKind) -> list[Repair]:
+def _options(bench: Bench, cut: Cut, choice: RepairKind) -> list[Repair]:
     """The corrections to try at the cut: first before it, then after it, on the result of the first.
 
     The reason of a correction is why it has no exact fold there; empty when it has one.
@@ -134,54 +51,38 @@ def _options(setup: _Setup, cut: Cut, choice: RepairKind) -> list[Repair]:
     before: list[Repair] = []
     after: list[Repair] = []
     for kind in kinds:
-        obstacle = why_not(kind, "before", setup.unit(cut.before), cut.before)
-        if ("after", kind) in _FORMS and (obstacle or choice == "best"):
-            obstacle_after = why_not(kind, "after", setup.unit(cut.after), cut.after)
+        obstacle = why_not(kind, "before", bench.unit(cut.before), cut.before)
+        if ("after", kind) in FORMS and (obstacle or choice == "best"):
+            obstacle_after = why_not(kind, "after", bench.unit(cut.after), cut.after)
             if not obstacle_after:
                 after.append(option("after", kind, ""))
             elif obstacle:
                 obstacle = f"{obstacle}; {obstacle_after}"
         before.append(option("before", kind, obstacle))
     if not any(one.folds for one in before):
-        before.append(option("before", "shift", ""))
+        shift = why_not("shift", "before", bench.unit(cut.before), cut.before)
+        before = [*before, option("before", "shift", "")] if not shift else before
     return before + after
 
 
-def _impact_with(setup: _Setup, option: Repair, correction: Correction) -> float:
-    """The impact with ``correction`` in the option's unit: folded, or by a hook if it does not fold; undone after."""
-    unit = setup.unit(option.unit)
-    assert unit is not None
-    if not option.folds:
-        with corrected(unit, option.side, correction):
-            return setup.impact()
-    with restored(folded_parameters(unit)):
-        fold(unit, option.kind, option.side, correction)
-        return setup.impact()
-
-
-def _repair_side(setup: _Setup, options: Iterable[Repair], impact: float) -> list[Repair]:
+def _repair_side(bench: Bench, options: Iterable[Repair], impact: float) -> list[Repair]:
     """The results of the ``options`` of one side; the best is folded into the student if it lowers the ``impact``."""
     repairs: list[Repair] = []
     best: tuple[Repair, Correction] | None = None
     lowest = impact
-    moments: dict[bool, tuple[list[Moments], Moments]] = {}  # by whether they are those of a refit
     for option in options:
-        refit = option.kind == "refit"
-        if refit and not option.folds:
+        # What does not fold is measured all the same, but for what cannot be fitted at the tensor itself.
+        if not option.folds and (option.kind == "refit" or not _measurable(bench, option)):
             repairs.append(option)
             continue
-        if refit not in moments:
-            assert isinstance(option.cut, Cut)
-            moments[refit] = setup.moments(option.cut, option.side, refit)
-        folds, heldout = moments[refit]
-        correction = fit(folds, _FORMS[option.side, option.kind])
+        correction, error_before, error_after = bench.fitted_to(option)
         tried = replace(
             option,
             strength=correction.strength,
-            cut_error_before=heldout.error,
-            cut_error_after=heldout.error_with(correction),
+            cut_error_before=error_before,
+            cut_error_after=error_after,
             impact_before=impact,
-            impact_after=_impact_with(setup, option, correction),
+            impact_after=bench.impact_with(option, correction),
         )
         repairs.append(tried)
         if tried.folds and tried.impact_after < lowest:
@@ -189,9 +90,7 @@ def _repair_side(setup: _Setup, options: Iterable[Repair], impact: float) -> lis
     if best is None:
         return [replace(one, reason=one.reason or _NOT_NEARER) for one in repairs]
     kept, correction = best
-    unit = setup.unit(kept.unit)
-    assert unit is not None
-    fold(unit, kept.kind, kept.side, correction)
+    bench.keep(kept, correction)
     return [
         replace(one, applied=True)
         if one is kept
@@ -203,12 +102,35 @@ def _repair_side(setup: _Setup, options: Iterable[Repair], impact: float) -> lis
     ]
 
 
-def _repair_width(setup: _Setup, narrowing: Narrowing, kind: RepairKind, impact: float) -> Repair:
+def _measurable(bench: Bench, option: Repair) -> bool:
+    """Whether a correction that does not fold can be tried on the tensor of its unit."""
+    unit = bench.unit(option.unit)
+    return unit is not None and ending_of(unit) is not None and not bench.gated(option.unit)
+
+
+def repair_cuts(
+    bench: Bench, cuts: Sequence[Cut], kind: RepairKind, impact: float, *, folding: bool = False
+) -> tuple[list[Repair], float]:
+    """What was tried at each of ``cuts``, in order of execution, and the impact after what was kept.
+
+    ``impact`` is that before; with ``folding`` what cannot be folded is not tried.
+    """
+    repairs: list[Repair] = []
+    for cut in cuts:
+        options = [one for one in _options(bench, cut, kind) if one.folds or not folding]
+        for _, of_side in itertools.groupby(options, key=lambda option: option.side):
+            tried = _repair_side(bench, of_side, impact)
+            repairs += tried
+            impact = next((one.impact_after for one in tried if one.applied), impact)
+    return repairs, impact
+
+
+def _repair_width(bench: Bench, narrowing: Narrowing, kind: RepairKind, impact: float) -> Repair:
     """The refit of the layer that reads what is left of a width; it stays in the student if it lowers the ``impact``.
 
     The block's later layers are fed by it alone, so it folds exactly: only its own weights change.
     """
-    layer: Any = setup.student.get_submodule(narrowing.student_path)
+    layer: Any = bench.student.get_submodule(narrowing.student_path)
     unknowns = layer.weight[0].numel()
     obstacle = ""
     if kind not in ("refit", "best"):
@@ -219,14 +141,14 @@ def _repair_width(setup: _Setup, narrowing: Narrowing, kind: RepairKind, impact:
     if obstacle:
         return tried
     paths = (narrowing.student_path, narrowing.teacher_path)
-    models = (setup.student, setup.teacher)
-    folds = layer_moments_at(*models, paths, setup.fitted, setup.folds, batch=setup.batch)
-    none = [0] * len(setup.heldout)
-    (heldout,) = layer_moments_at(*models, paths, setup.heldout, none, batch=setup.batch)
+    models = (bench.student, bench.teacher)
+    folds = layer_moments_at(*models, paths, bench.fitted, bench.folds, batch=bench.batch)
+    none = [0] * len(bench.heldout)
+    (heldout,) = layer_moments_at(*models, paths, bench.heldout, none, batch=bench.batch)
     correction = fit(folds, "linear" if layer.bias is None else "linear-shift")
     with restored(layer.parameters()):
         refit_layer(layer, correction)
-        after = setup.impact()
+        after = bench.impact()
     if after < impact:
         refit_layer(layer, correction)
     return replace(
@@ -280,14 +202,14 @@ def repair(
             f"asked to repair the student of plan {plan.label}, found a student of another architecture; "
             "give the model that materialise(teacher, plan) returns"
         )
-    fitted, folds, heldout = _split(probe, heldout)
+    fitted, folds, heldout = split_rows(probe, heldout)
     prediction = predict(teacher, heldout, batch=batch).double()
     if not prediction.isfinite().all() or not prediction.any():
         raise DataError(
             "asked to repair with a teacher whose prediction is 0 or not finite; "
             "repair in float32, or check its weights"
         )
-    setup = _Setup(
+    bench = Bench(
         student=student,
         teacher=teacher,
         student_paths=student_paths(architecture, plan),
@@ -299,16 +221,14 @@ def repair(
         batch=batch,
     )
     cuts = find_cuts(architecture, plan)
-    before = impact = setup.impact()
+    before = impact = bench.impact()
     repairs: list[Repair] = []
     for cut in track(cuts, "repairing cuts", len(cuts)):
-        for _, options in itertools.groupby(_options(setup, cut, kind), key=lambda option: option.side):
-            tried = _repair_side(setup, options, impact)
-            repairs += tried
-            impact = next((one.impact_after for one in tried if one.applied), impact)
+        tried, impact = repair_cuts(bench, [cut], kind, impact)
+        repairs += tried
     narrowings = find_narrowings(architecture, plan)
     for narrowing in track(narrowings, "repairing widths", len(narrowings)):
-        repairs.append(_repair_width(setup, narrowing, kind, impact))
+        repairs.append(_repair_width(bench, narrowing, kind, impact))
         impact = repairs[-1].impact_after if repairs[-1].applied else impact
     return RepairReport(
         plan=plan,
