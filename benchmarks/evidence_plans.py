@@ -59,7 +59,7 @@ COLUMNS = (
     *("teacher_loss", "rows", "torch"),
 )
 UNTRAINED = (0, 1, 2)  # seeds of the models with random weights
-MASKS, RANDOM = 64, 4
+MASKS, RANDOM = 64, 6
 
 
 def untrained(model: torch.nn.Module, seed: int) -> torch.nn.Module:
@@ -131,7 +131,7 @@ def _runs(bench: Bench, budgets: Sequence[Budget]) -> Iterator[PruningPlan]:
     first = plans[0]
     yield first
     apart = [one for one in plans if len({*one.removed} & {*first.removed}) <= len(first.removed) // 2]
-    yield from apart[:1]
+    yield from apart[-1:]
 
 
 def _levels(bench: Bench, budgets: Sequence[Budget]) -> Iterator[tuple[str, PruningPlan]]:
@@ -173,12 +173,11 @@ def plans_at(bench: Bench, budgets: Sequence[Budget]) -> dict[str, tuple[str, Pr
         add(name.replace(" ", "-"), "counter", plan)
     lowest = lowest_one_shot(architecture, costs, budgets, bench.impacts, ANY_PLAN, draws=MASKS, seed=1)
     add(f"lowest-of-{MASKS}-masks", "counter", lowest)
-    spread = sorted(
-        sample_near(architecture, costs, budgets, 33, 2, ANY_PLAN),
-        key=lambda plan: predicted_impact(plan, bench.importance),
-    )
-    for number, plan in enumerate(spread[:: len(spread) // (RANDOM - 1)][:RANDOM], 1):
-        add(f"random-{number}", "random", plan)
+    drawn = sample_near(architecture, costs, budgets, 33, 2, ANY_PLAN)
+    ranked = sorted(drawn, key=lambda plan: predicted_impact(plan, bench.importance))
+    for number in range(RANDOM):  # from the best by added-up scores to the worst
+        place = number * (len(ranked) - 1) // (RANDOM - 1)
+        add(f"random-{number + 1}", "random", ranked[place])
     return found
 
 
