@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -26,6 +27,7 @@ from prune_lab.config import RunConfig, with_settings
 from prune_lab.errors import PruneLabError
 from prune_lab.evaluation import heldout_loss
 from prune_lab.importance import ImportanceTable, ScoreCache, score
+from prune_lab.importance.intervals import Floats
 from prune_lab.plans import PruningPlan, plan_of
 from prune_lab.profiling import CostTable, cost_table
 from prune_lab.repair import repair
@@ -107,11 +109,11 @@ class Bench:
         architecture = self.session.architecture
         return tuple(parse_budget(part, architecture, self.costs) for part in split_budgets(text))
 
-    def impacts(self, removed: Sequence[frozenset[str]]) -> list[float]:
+    def impacts(self, removed: Sequence[frozenset[str]]) -> Floats:
         """Measured impact of removing each of these sets of blocks."""
         plans = [plan_of(self.session.architecture, one) for one in removed]
         found = one_shot_impacts(self.session, plans)
-        return [found[plan.id] for plan in plans]
+        return np.array([found[plan.id] for plan in plans])
 
 
 def _until_within(bench: Bench, order: Sequence[str], budgets: Sequence[Budget]) -> PruningPlan | None:
@@ -150,7 +152,6 @@ def _levels(bench: Bench, budgets: Sequence[Budget]) -> Iterator[tuple[str, Prun
 def plans_at(bench: Bench, budgets: Sequence[Budget]) -> dict[str, tuple[str, PruningPlan]]:
     """(kind, plan) by name; no two alike."""
     architecture, costs = bench.session.architecture, bench.costs
-    place = (architecture, bench.importance, costs, budgets)
     found: dict[str, tuple[str, PruningPlan]] = {}
 
     def add(name: str, kind: str, plan: PruningPlan) -> None:
@@ -158,7 +159,9 @@ def plans_at(bench: Bench, budgets: Sequence[Budget]) -> dict[str, tuple[str, Pr
             found[name] = kind, plan
 
     diverse = 2 if len(architecture.named) < 20 else 4
-    searched = search_plans(*place, count=4, diverse=diverse, constraints=ANY_PLAN)
+    searched = search_plans(
+        architecture, bench.importance, costs, budgets, count=4, diverse=diverse, constraints=ANY_PLAN
+    )
     for number, plan in enumerate(searched, 1):
         add(f"search-{number}", "search", plan)
     for plan in named_plans(architecture)[0]:

@@ -36,7 +36,7 @@ from prune_lab.errors import PruneLabError
 from prune_lab.evaluation import heldout_loss
 from prune_lab.plans import read_plans
 from prune_lab.runs import Run, open_run
-from prune_lab.runtime import read_json, write_json
+from prune_lab.runtime import write_json
 from prune_lab.session import Session, training_and_validation
 from prune_lab.workflow import ensure_distilled, start_run
 
@@ -53,6 +53,8 @@ BASE = {
     "distill.ema_decay": 0.98,
     "distill.checkpoint_every": 10**9,
     "distill.trackers": (),
+    "profile.runs": 3,
+    "profile.warmup": 1,
 }
 
 
@@ -241,7 +243,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=864e3)
     arguments = parser.parse_args()
-    jobs = [Job(**given) for given in read_json(arguments.jobs)]
+    jobs = [Job(**given) for given in json.loads(arguments.jobs.read_text())]
     run_jobs(jobs, arguments.work, arguments.out, arguments.device, arguments.workers, arguments.seconds)
 
 

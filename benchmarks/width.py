@@ -48,7 +48,7 @@ from prune_lab.profiling import (
     measure_width_savings,
     time_plans,
 )
-from prune_lab.runtime import note, read_json, write_frame, write_json, write_text
+from prune_lab.runtime import note, write_frame, write_json, write_text
 from prune_lab.search import (
     ANY_PLAN,
     Budget,
@@ -292,7 +292,7 @@ def outcome_rows(unit: Unit, work: Path, plans: Path, steps: int, batch: int) ->
 
 def jobs_of(unit: Unit, plans: Path, steps: int) -> list[Job]:
     """The students of ``unit``, two and two."""
-    named = [one for one in read_json(plans) if one["names"][0].endswith(f"-{unit.budget}")]
+    named = [one for one in json.loads(plans.read_text()) if one["names"][0].endswith(f"-{unit.budget}")]
     study = " ".join(("width", *map(str, dataclasses.astuple(unit))))
     looks = max(1, steps // 3)
     return [
@@ -312,7 +312,9 @@ def rows_from(unit: Unit, lines: Sequence[Mapping[str, Any]], plans: Path) -> pd
     """The rows of ``unit`` from what ``benchmarks.outcomes`` wrote; none where a plan of it is not there."""
     study = " ".join(("width", *map(str, dataclasses.astuple(unit))))
     named = {
-        one["id"]: one["names"][0] for one in read_json(plans) if one["names"][0].endswith(f"-{unit.budget}")
+        one["id"]: one["names"][0]
+        for one in json.loads(plans.read_text())
+        if one["names"][0].endswith(f"-{unit.budget}")
     }
     done = {line["plan_id"]: line for line in lines if line["study"] == study and line["status"] == "done"}
     rows = []

@@ -30,7 +30,7 @@ from prune_lab.prefix_sharing.needs import needed_bytes
 from prune_lab.prefix_sharing.replay import replayed
 from prune_lab.prefix_sharing.sites import in_order
 from prune_lab.probes import Probe, evaluating
-from prune_lab.runtime import bytes_text, device_of, free_bytes, note, track, used_bytes
+from prune_lab.runtime import bytes_text, device_of, free_bytes, full_float32, note, track, used_bytes
 
 _MEMORY_SHARE = 0.4  # of what is free at the start
 _MOST_BYTES = 6 << 30
@@ -275,7 +275,13 @@ def predict_without(
         predictions: dict[int, Tensor] = {}
         # Closed before anything is handed out: neither the mode may leak into what the caller does with it. In
         # inference mode torch does not count what is changed in place.
-        with evaluating(model), torch.inference_mode(False), torch.no_grad(), compiling(compiled):
+        with (
+            evaluating(model),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            full_float32(),
+            compiling(compiled),
+        ):
             answers = _answers(given, removed, width, at_once, compute, compiled)
             about = f"scoring rows {part.start + 1} to {part.stop} of {len(probe)}"
             for sets, prediction in track(answers, about, len(set(removed))):

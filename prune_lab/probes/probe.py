@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from prune_lab.errors import DataError
 from prune_lab.families import forward_inputs, prediction_of
 from prune_lab.runs.tensor_files import read_entry, read_tensors
-from prune_lab.runtime import atomic_write, device_of, tensors_digest
+from prune_lab.runtime import atomic_write, device_of, full_float32, tensors_digest
 
 _FORMAT = "prune_lab probe 1"
 _TENSORS = ("noisy", "noise", "timesteps", "embeddings", "target", "pictures")
@@ -187,7 +187,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def predict(model: Any, probe: Probe, *, batch: int = 32) -> Tensor:
     """What ``model`` predicts for every row, (N, C, H, W) float32 on the CPU, ``batch`` rows at a time."""
     predictions = torch.empty_like(probe.target)
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode(), full_float32():
         for rows, inputs in probe.batches(batch, model):
             predictions[rows] = probe.predicted(rows, model, inputs).float().cpu()
     return predictions

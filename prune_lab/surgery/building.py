@@ -119,7 +119,15 @@ def _assembled(layout: Layout, take: Callable[[str], Tensor], dtype: torch.dtype
                 "the weights and config.json do not belong together"
             )
         tensors[key] = tensor
-    stored = next(iter(tensors.values())).dtype
-    tensors |= {key: torch.empty(shape, dtype=stored) for key, shape in layout.empty.items()}
+    first = next(iter(tensors.values()))
+    tensors |= {
+        key: torch.empty(shape, dtype=first.dtype, device=first.device) for key, shape in layout.empty.items()
+    }
     student.load_state_dict(tensors, strict=True, assign=True)
+    # What no file holds was computed on the CPU; the weights are where the original has its own.
+    for module in student.modules():
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers[name]
+            if buffer is not None:
+                module._buffers[name] = buffer.to(first.device)
     return student.eval()
