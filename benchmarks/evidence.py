@@ -34,9 +34,7 @@ def study(model: str, budget: str) -> str:
     return f"evidence {model} {budget}"
 
 
-def jobs_of(
-    plans: pd.DataFrame, done: pd.DataFrame, seeds: Sequence[int], steps: int, settings: Mapping[str, Any]
-) -> list[Job]:
+def jobs_of(plans: pd.DataFrame, done: pd.DataFrame, seeds: Sequence[int], steps: int) -> list[Job]:
     """What is not in ``done``, of the ``plans`` of one model and budget, four plans at a time."""
     (model,), (budget,) = plans["model"].unique(), plans["budget"].unique()
     found: list[Job] = []
@@ -47,7 +45,7 @@ def jobs_of(
         names = list(named)
         for first in range(0, len(names), TOGETHER):
             some = {name: named[name] for name in names[first : first + TOGETHER]}
-            found.append(Job(study(model, budget), model, some, seed, steps, settings=settings))
+            found.append(Job(study(model, budget), model, some, seed, steps))
     return found
 
 
@@ -99,7 +97,6 @@ def main() -> None:
     parser.add_argument("--budget", default="small")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--steps", type=int, default=0, help="default: 2,000 of small, 800 of the others")
-    parser.add_argument("--graphs", action="store_true", help="distill.cuda_graphs")
     arguments = parser.parse_args()
     outcomes, rows = read_outcomes(arguments.out)
     if arguments.jobs:
@@ -107,9 +104,8 @@ def main() -> None:
         chosen = (plans["model"] == arguments.model) & (plans["budget"] == arguments.budget)
         same = (outcomes["model"] == arguments.model) & (outcomes["budget"] == arguments.budget)
         seeds = [int(seed) for seed in arguments.seeds.split(",")]
-        settings = {"distill.cuda_graphs": True} if arguments.graphs else {}
         steps = arguments.steps or STEPS[arguments.budget]
-        jobs = jobs_of(plans[chosen], outcomes[same], seeds, steps, settings)
+        jobs = jobs_of(plans[chosen], outcomes[same], seeds, steps)
         write_json(arguments.jobs, [dataclasses.asdict(job) for job in jobs])
         return
     if arguments.lines:

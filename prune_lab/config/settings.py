@@ -278,11 +278,6 @@ class DistillConfig:
         False, "recompute activations of the students: less memory for a third more work", resumes=True
     )
     compile: bool = setting(False, "put blocks of teacher and students through torch.compile", resumes=True)
-    cuda_graphs: bool = setting(
-        False,
-        "replay the passes of a step as one CUDA graph: on a GPU, for small models and batches",
-        resumes=True,
-    )
     together: int = setting(0, "students per pass of the teacher; 0: as many as fit into memory", free=True)
     diverged: float = setting(
         3.0, "times the held-out loss before training: a student above that is stopped", resumes=True

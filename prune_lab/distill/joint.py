@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from prune_lab.config import DistillConfig
 from prune_lab.distill.batches import Batch
-from prune_lab.distill.graphs import Passes
 from prune_lab.distill.losses import student_losses, teacher_output
 from prune_lab.distill.setup import DistillSetup, StudentRun, not_finite_reason
 from prune_lab.errors import DeviceError
@@ -69,7 +68,7 @@ def _without_sync(forward: Callable[..., Any]) -> contextlib.AbstractContextMana
     return contextlib.nullcontext()
 
 
-def drops(module: nn.Module) -> bool:
+def _drops(module: nn.Module) -> bool:
     """Whether ``module`` leaves something out at random while it is trained: parts of its input, or classes."""
     return (isinstance(module, nn.Dropout) and module.p > 0) or getattr(module, "dropout_prob", 0) > 0
 
@@ -79,7 +78,7 @@ def _drawn_by_step(run: StudentRun, settings: DistillConfig, first: int) -> Iter
     """A context in which what the student leaves out at random follows from the seed, the step and the place in the
     batch alone: it goes on exactly after a stop, and is the same whoever trains beside it.
     """
-    if not any(map(drops, run.state.student.modules())):
+    if not any(map(_drops, run.state.student.modules())):
         yield
         return
     device = next(run.state.student.parameters()).device
@@ -90,7 +89,7 @@ def _drawn_by_step(run: StudentRun, settings: DistillConfig, first: int) -> Iter
         yield
 
 
-def forward_backward(setup: DistillSetup, runs: Sequence[StudentRun], batch: Batch, micro: int) -> Tensor:
+def _forward_backward(setup: DistillSetup, runs: Sequence[StudentRun], batch: Batch, micro: int) -> Tensor:
     """Losses of every student, (students, 3) float32: task, output, feature; leaves gradients in the students."""
     settings, precision, count = setup.settings, setup.precision(), len(batch.timesteps)
     wanted = [pair.teacher_path for run in runs for pair in run.pairs]
@@ -123,16 +122,11 @@ def forward_backward(setup: DistillSetup, runs: Sequence[StudentRun], batch: Bat
 
 
 def joint_step(
-    setup: DistillSetup,
-    runs: Sequence[StudentRun],
-    batch: Batch,
-    micro: int,
-    passes: Passes = forward_backward,
+    setup: DistillSetup, runs: Sequence[StudentRun], batch: Batch, micro: int
 ) -> tuple[list[tuple[float, ...]], int]:
     """(task, output, feature and total loss of every student before the step; samples at a time that fitted).
 
-    One forward pass of the teacher serves all. ``passes`` gives losses and gradients (``GraphedPasses`` replays them).
-    Where memory does not suffice for ``micro`` samples at a time, the step
+    One forward pass of the teacher serves all. Where memory does not suffice for ``micro`` samples at a time, the step
     is taken again with half as many; the sum over the batch stays what it was. A student whose loss or gradient is not
     finite gets a ``failure`` and is left as it was before the step.
 
@@ -141,7 +135,7 @@ def joint_step(
     settings = setup.settings
     while True:
         try:
-            sums = passes(setup, runs, batch, micro)
+            sums = _forward_backward(setup, runs, batch, micro)
             break
         except RuntimeError as error:
             if not should_reduce_batch_size(error):

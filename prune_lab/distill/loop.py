@@ -16,14 +16,7 @@ from torch import nn
 
 from prune_lab.distill.batches import draw_batch
 from prune_lab.distill.conditioning import check_captions_fit, recondition
-from prune_lab.distill.graphs import GraphedPasses, Passes, check_graphs
-from prune_lab.distill.joint import (
-    compiled_blocks,
-    drops,
-    forward_backward,
-    joint_step,
-    learning_rate_at,
-)
+from prune_lab.distill.joint import compiled_blocks, joint_step, learning_rate_at
 from prune_lab.distill.memory import training_memory
 from prune_lab.distill.recovery import Recovery, verdict_path
 from prune_lab.distill.setup import (
@@ -73,11 +66,6 @@ def _train(setup: DistillSetup, runs: Sequence[StudentRun], until: int, micro: i
     title = runs[0].label if len(runs) == 1 else f"{len(runs)} students"
     samples = settings.batch * len(runs)
     conditions = known_conditions(setup.teacher)
-    passes: Passes = forward_backward
-    if settings.cuda_graphs:
-        draws = any(drops(module) for run in runs for module in run.state.student.modules())
-        check_graphs(setup, processes=processes.num_processes, draws=draws)
-        passes = GraphedPasses(forward_backward)
     for step in track(range(first, until + 1), f"distil {title}", unit="samples", per=samples):
         active = [run for run in runs if not run.failure and run.state.step == step - 1]
         if not active:
@@ -88,7 +76,7 @@ def _train(setup: DistillSetup, runs: Sequence[StudentRun], until: int, micro: i
         )
         if setup.others is not None:
             batch = recondition(batch, setup.others, setup.data, setup.scheduler, settings, step, part=own)
-        values, micro = joint_step(setup, active, batch, micro, passes)
+        values, micro = joint_step(setup, active, batch, micro)
         took = (time.perf_counter() - start) / len(active)
         for run, losses in zip(active, values, strict=True):
             if run.failure:
