@@ -26,7 +26,7 @@ from prune_lab.blocks import block_groups
 from prune_lab.config import RunConfig, with_settings
 from prune_lab.errors import PruneLabError
 from prune_lab.evaluation import heldout_loss
-from prune_lab.importance import ImportanceTable, ScoreCache, score
+from prune_lab.importance import ImportanceTable, ScoreCache, score, untrained_like
 from prune_lab.importance.intervals import Floats
 from prune_lab.plans import PruningPlan, plan_of
 from prune_lab.profiling import CostTable, cost_table
@@ -64,12 +64,6 @@ UNTRAINED = (0, 1, 2)  # seeds of the models with random weights
 MASKS, RANDOM = 64, 6
 
 
-def untrained(model: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """The architecture of ``model`` with the weights that its class starts training from."""
-    torch.manual_seed(seed)
-    return type(model).from_config(model.config).eval().to(next(model.parameters()))  # type: ignore[attr-defined,no-any-return]
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Bench:
     """The scores and costs of one model."""
@@ -95,7 +89,7 @@ class Bench:
         groups = block_groups(session.architecture, "block")
         priors = [
             score(
-                dataclasses.replace(context, model=untrained(session.model, seed), cache=ScoreCache()),
+                dataclasses.replace(context, model=untrained_like(session.model, seed), cache=ScoreCache()),
                 groups,
                 bootstrap=0,
             )

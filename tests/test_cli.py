@@ -239,7 +239,7 @@ def test_all_criteria_compared_with_each_other_and_with_plans(
     out = tmp_path / "compared"
     rows = table("score", "--config", tmp_path / "job.toml", "--compare", "--out", out)
     assert [row["criterion"] for row in rows[:2]] == ["output-mse", "output-cosine"]
-    assert len(rows) == 13
+    assert len(rows) == 14
     assert rows[0]["leader_spearman"] == 1
     costs = {row["criterion"]: row["forwards"] for row in rows}
     assert costs["random"] == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from prune_lab.importance import (
     ScoreCache,
     ScoringContext,
     score,
+    untrained_like,
     with_psnr,
 )
 from prune_lab.importance.activations import block_influence
@@ -36,6 +38,7 @@ from prune_lab.models import load_scorer
 from prune_lab.probes import Probe, decode_latents, predict, random_probe
 from prune_lab.surgery import bypassed
 
+READS_WEIGHTS = [name for name in CRITERIA if name not in ("architecture-prior", "random")]
 SEEN = [name for name in CRITERIA if name not in ("magnitude", "random")]  # those that look at samples
 
 
@@ -93,7 +96,7 @@ def shuffled(probe: Probe, order: list[int]) -> Probe:
 # What holds for all of them ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("criterion", [name for name in CRITERIA if name != "random"])
+@pytest.mark.parametrize("criterion", READS_WEIGHTS)
 def test_a_block_that_hands_on_its_input_is_worth_nothing(context: ScoringContext, criterion: str) -> None:
     silence(context.model, "Dn1.A2", "Md.R1")
     groups = (*single("Dn1.A2", "Md.R1", "Dn1.A1"), BlockGroup("idle", "plan", ("Dn1.A2", "Md.R1")))
@@ -131,7 +134,7 @@ def test_one_seed_gives_one_table_in_the_order_asked(context: ScoringContext, cr
     assert first.equals(again)
 
 
-@pytest.mark.parametrize("criterion", [name for name in CRITERIA if name != "random"])
+@pytest.mark.parametrize("criterion", READS_WEIGHTS)
 def test_not_a_number_is_an_error_and_not_a_score(context: ScoringContext, criterion: str) -> None:
     with torch.no_grad():
         context.model.get_submodule("down_blocks.0.attentions.1.proj_out").weight.fill_(float("nan"))
@@ -158,6 +161,27 @@ def test_the_model_stays_as_it_was_and_says_what_it_cost(context: ScoringContext
         assert table.compute.forwards == bound[criterion]  # 4 rows
     if criterion in NEEDS_PIPELINE:
         assert table.compute.forwards == 3 * 3 * 2  # the teacher and two groups, three prompts, two steps
+
+
+def test_the_prior_is_that_of_untrained_models(context: ScoringContext) -> None:
+    """By hand: three models of the same config, the mean of their relative changes; the trained weights say nothing."""
+    groups = single("Dn1.A1", "Md.R1")
+    found = score(context, groups, "architecture-prior", bootstrap=0)
+    wanted = []
+    for seed in range(3):
+        model = untrained_like(context.model, seed)
+        assert not torch.equal(next(model.parameters()), next(context.model.parameters()))
+        whole = predict(model, context.probe).double()
+        with bypassed(model, ["Md.R1"]) as pruned:
+            change = predict(pruned, context.probe).double() - whole
+        wanted.append(float(change.square().sum() / whole.square().sum()))
+    assert found.entries[1].impact == pytest.approx(sum(wanted) / 3, rel=1e-4)
+    silence(context.model, "Md.R1")
+    other = dataclasses.replace(context, cache=ScoreCache())
+    assert score(other, groups, "architecture-prior", bootstrap=0).frame().equals(found.frame())
+    drawn = torch.rand(1)
+    untrained_like(context.model, 0)
+    assert not torch.equal(torch.rand(1), drawn)  # torch's own generator went on from where it was
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

@@ -11,6 +11,7 @@ from prune_lab.importance.context import SampleScores, ScoringContext
 from prune_lab.importance.gates import gate_fisher, gate_gradient, gate_path
 from prune_lab.importance.outputs import denoising_loss, output_cosine, output_mse
 from prune_lab.importance.trajectories import clip_score, image_change, latent_shift
+from prune_lab.importance.untrained import architecture_prior
 from prune_lab.importance.weights import magnitude, random_scores, taylor
 
 Criterion = Callable[[ScoringContext, Sequence[BlockGroup]], SampleScores]
@@ -28,6 +29,7 @@ CRITERIA: dict[str, Criterion] = {
     "gate-fisher": gate_fisher,
     "gate-path": gate_path,
     "similarity": similarity,
+    "architecture-prior": architecture_prior,
     "random": random_scores,
 }
 ONE_STEP = frozenset({"output-mse", "output-cosine", "denoising-loss"})
