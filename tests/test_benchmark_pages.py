@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from benchmarks import runtimes_page, width_page
+from benchmarks import evidence_page, runtimes_page, width_page
 from benchmarks.width import OUTCOME_COLUMNS, PLAN_COLUMNS, Unit, is_done, units
 
 ROOT = Path(__file__).parent.parent
@@ -56,6 +57,7 @@ def _outcome(way: str, equal: str, seed: int, after: float) -> tuple[object, ...
         8,
         1.0,
         "2.13",
+        "cpu",
     )
 
 
@@ -128,3 +130,30 @@ def test_committed_pages_are_what_their_tables_say(name: str) -> None:
         shown = "\n".join(runtimes_page.in_readme(pd.read_csv(folder / "runtimes.csv")))
         assert shown in (ROOT / "README.md").read_text(encoding="utf-8")
     assert (folder / "README.md").read_text(encoding="utf-8") == found
+
+
+def test_the_page_on_evidence_is_what_its_tables_say(tmp_path: Path) -> None:
+    folder = ROOT / "reports" / "evidence"
+    for name in ("plans.csv", "untrained.csv", "outcomes.csv", "rows.parquet"):
+        shutil.copyfile(folder / name, tmp_path / name)
+    evidence_page.write_page(tmp_path)
+    assert (tmp_path / "README.md").read_text() == (folder / "README.md").read_text()
+
+
+def test_agreement_and_flips_by_hand() -> None:
+    names = ["a", "b", "c", "d", "e"]
+    plans = pd.DataFrame({"plan_id": names, "plan": names, "removed": names, "kind": "random"})
+    plans["added_up"], plans["loss"] = [1.0, 2, 3, 4, 5], [1.0, 2, 3, 4, 5]
+    plans["prior"], plans["one_shot"], plans["repaired"] = [5.0, 4, 3, 2, 1], [1.0, 2, 3, 4, 5], [1.0] * 5
+    ends = {"a": 0.2, "b": 0.3, "c": 0.4, "d": 0.5, "e": 0.1}  # the last ends first
+    rows = pd.DataFrame(
+        {"plan_id": name, "row": row, "step": 10, "seed": seed, "loss": ends[name] + noise}
+        for name in names
+        for row in range(4)
+        for seed, noise in ((0, -0.01), (1, 0.01))
+    )
+    found = evidence_page.agreement(plans, rows, 10).set_index("forecast")
+    assert found.loc["added-up scores", "tau"] == pytest.approx((6 - 4) / 10)
+    assert found.loc["added-up scores of untrained models", "tau"] == pytest.approx((4 - 6) / 10)
+    assert found.loc["added-up scores", "regret"] == pytest.approx(0.1)
+    assert evidence_page.flips(plans, rows, 10)["plan_id"].tolist() == ["e"]
