@@ -144,7 +144,7 @@ def test_agreement_and_flips_by_hand() -> None:
     names = ["a", "b", "c", "d", "e"]
     plans = pd.DataFrame({"plan_id": names, "plan": names, "removed": names, "kind": "random"})
     plans["added_up"], plans["loss"] = [1.0, 2, 3, 4, 5], [1.0, 2, 3, 4, 5]
-    plans["prior"], plans["one_shot"], plans["repaired"] = [5.0, 4, 3, 2, 1], [1.0, 2, 3, 4, 5], [1.0] * 5
+    plans["prior"], plans["one_shot"], plans["repaired"] = [5.0, 4, 3, 2, 1], [1.0, 2, 3, 4, 5], [1.0, 2, 3, 4, 5]
     ends = {"a": 0.2, "b": 0.3, "c": 0.4, "d": 0.5, "e": 0.1}  # the last ends first
     rows = pd.DataFrame(
         {"plan_id": name, "row": row, "step": 10, "seed": seed, "loss": ends[name] + noise}
