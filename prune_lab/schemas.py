@@ -75,7 +75,7 @@ WIDTH_SCORE_COLUMNS = ("site", "block", "kind", "unit", "channels", "score", "cr
 SITE_SCORE_COLUMNS = ("site", "units", "least", "median", "largest", "criterion", "samples", "model")
 SEARCHED_COLUMNS = ("plan_id", "origin", "name", "budget")
 SEARCHES_COLUMNS = (
-    *("budget", "solver", "plans", "sets_measured", "seconds"),
+    *("budget", "solver", "objective", "plans", "sets_measured", "forwards", "seconds"),
     *("pairs", "r2", "rank_correlation", "additive_r2", "additive_rank_correlation"),
 )
 PLANS_COLUMNS = (

@@ -101,7 +101,7 @@ class _Batch:
 
     @property
     def count(self) -> int:
-        return self.rows.stop - self.rows.start
+        return int(self.rows.stop - self.rows.start)
 
 
 class _Enough(Exception):  # noqa: N818 - no error: the rest of the pass is not needed
