@@ -250,14 +250,19 @@ def _by_gates(problem: Problem, steps: int) -> tuple[PruningPlan, float]:
 
 
 def judged(session: Session, plan: PruningPlan) -> dict[str, float]:
-    """The impact of the plan as it is cut and after its repair, on a probe with other noise than the search's."""
+    """The impact of the plan as it is cut and after its repair, on a probe with other noise than the search's.
+
+    The repair is fitted on the probe of the search; the other one decides what is kept of it.
+    """
     probe = probe_of(session, session.config.probe.seed + 1)
     group = BlockGroup(plan.label, "plan", plan.removed)
     table = score(ScoringContext(session.model, probe), [group], bootstrap=0)
     kind = repair_in_search(session.architecture, session.config.search.repair)
     return {
         "one_shot": float(table.impacts[0]),
-        "repaired": SharedRepair(session.model, probe, kind=kind).impact(plan.removed),
+        "repaired": SharedRepair(session.model, ensure_probe(session), kind=kind, heldout=probe).impact(
+            plan.removed
+        ),
     }
 
 

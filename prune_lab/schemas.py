@@ -107,7 +107,10 @@ REPAIR_COLUMNS = (
     *("cut", "also_read_by", "kind", "side", "unit", "folds", "applied", "reason", "strength"),
     *("cut_error_before", "cut_error_after", "impact_before", "impact_after"),
 )
-REPAIRED_COLUMNS = ("plan", "plan_id", "kind", "applied", "impact_before", "impact_after")
+REPAIRED_COLUMNS = (
+    *("plan", "plan_id", "kind", "applied", "impact_before", "impact_after"),
+    *("kept", "loss_before", "loss_after", "rows"),  # losses on training pictures that the fit has not seen
+)
 RECOVERY_COLUMNS = ("step", "task", "output", "feature", "total", "validation", "learning_rate", "seconds")
 HELDOUT_COLUMNS = ("step", "row", "loss")
 RECOVERY_SUMMARY_COLUMNS = (

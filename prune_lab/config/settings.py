@@ -171,9 +171,11 @@ class SearchConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RepairConfig:
-    """The closed-form repair of the cut before any training, from the teacher's activations on the probe."""
+    """The closed-form repair of the cut before any training, from the teacher's activations on the probe; it is kept
+    for a plan only if the loss of that plan's model falls, on training pictures that the fit has not seen.
+    """
 
-    kind: str = setting("none", f"how the cuts are repaired: {in_words(CHOICES['repair.kind'])}")
+    kind: str = setting("best", f"how the cuts are repaired: {in_words(CHOICES['repair.kind'])}")
 
     def __post_init__(self) -> None:
         require_ranges(self, "repair.")

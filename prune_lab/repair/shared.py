@@ -104,6 +104,10 @@ class _Batch:
         return int(self.rows.stop - self.rows.start)
 
 
+class MemoryShortError(DataError):
+    """The memory does not hold what the units of the teacher give."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Mended:
     """What the repair of one plan tried, and the corrections that it kept."""
@@ -122,14 +126,20 @@ class _Enough(Exception):  # noqa: N818 - no error: the rest of the pass is not 
 class SharedRepair:
     """Repairs plans of one model on the rows of one probe, and says what is lost after it.
 
-    The model's weights are changed while a plan is looked at and put back bit for bit. ``kind`` is that of ``repair``;
+    The model's weights are changed while a plan is looked at and put back bit for bit. ``kind`` and ``heldout`` are those of ``repair``;
     ``compute`` adds up what was run in multiply-adds, the fits included. ``impact_of`` is an ``ImpactOf`` of searches.
     Raises ConfigError for an unknown kind or a model that is read from disk, DataError for too few pictures, or where
     the memory does not hold what the teacher's units give.
     """
 
     def __init__(
-        self, model: ModelMixin, probe: Probe, *, kind: RepairKind = "linear", batch: int = 32
+        self,
+        model: ModelMixin,
+        probe: Probe,
+        *,
+        kind: RepairKind = "linear",
+        heldout: Probe | None = None,
+        batch: int = 32,
     ) -> None:
         if kind not in get_args(RepairKind):
             raise ConfigError(
@@ -143,7 +153,7 @@ class SharedRepair:
         self.model: Any = model
         self.kind = kind
         self.architecture = architecture_of(model)
-        self.fitted, self.folds, self.heldout = split_rows(probe, None)
+        self.fitted, self.folds, self.heldout = split_rows(probe, heldout)
         self.rows = len(probe)
         self.compute = ComputeCost(forward_macs=self.architecture.total_macs)
         self.places = {unit.name: place for place, unit in enumerate(self.architecture.units, start=1)}
@@ -249,7 +259,8 @@ class SharedRepair:
                     predictions.append(answer)
                 held = sum(tensor.nbytes for tensor in self._teacher.values())
                 if held > self._room:
-                    raise DataError(
+                    self._teacher.clear()
+                    raise MemoryShortError(
                         f"asked to search by the loss after the repair, found that the teacher's activations on "
                         f"{self.rows} rows take more than {bytes_text(self._room)}; give fewer probe.samples, or the "
                         "objective impact"
