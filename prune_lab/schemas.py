@@ -343,6 +343,16 @@ RANKING = Records(
     key=("plan_id",),
     optional=("form",),
 )
+REPAIRED = Records(
+    REPAIRED_COLUMNS,
+    {
+        _TEXT: "plan plan_id kind",
+        _TRUTH: "kept",
+        _COUNT: "applied rows",
+        _NUMBER_OR_NONE: "impact_before impact_after loss_before loss_after",
+    },
+    key=("plan_id",),
+)
 TOURNAMENT = Records(
     TOURNAMENT_COLUMNS,
     {

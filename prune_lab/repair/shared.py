@@ -126,8 +126,9 @@ class _Enough(Exception):  # noqa: N818 - no error: the rest of the pass is not 
 class SharedRepair:
     """Repairs plans of one model on the rows of one probe, and says what is lost after it.
 
-    The model's weights are changed while a plan is looked at and put back bit for bit. ``kind`` and ``heldout`` are those of ``repair``;
-    ``compute`` adds up what was run in multiply-adds, the fits included. ``impact_of`` is an ``ImpactOf`` of searches.
+    The model's weights are changed while a plan is looked at and put back bit for bit. ``kind`` and ``heldout`` are
+    those of ``repair``; ``compute`` adds up what was run in multiply-adds, the fits included. ``impact_of`` is an
+    ``ImpactOf`` of searches.
     Raises ConfigError for an unknown kind or a model that is read from disk, DataError for too few pictures, or where
     the memory does not hold what the teacher's units give.
     """
