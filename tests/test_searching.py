@@ -79,11 +79,24 @@ def searching(built_once: BuiltOnce, config: RunConfig) -> Searching:
     return start
 
 
-@pytest.mark.parametrize("solver", ["exact", "interactions", "greedy", "evolution"])
+@pytest.mark.parametrize(
+    ("solver", "objective"),
+    [
+        ("exact", "impact"),
+        ("interactions", "impact"),
+        ("greedy", "impact"),
+        ("evolution", "impact"),
+        pytest.param("descent", "impact", marks=pytest.mark.long),
+        pytest.param("greedy", "repaired", marks=pytest.mark.long),
+        pytest.param("interactions", "repaired", marks=pytest.mark.long),
+        pytest.param("learned-gates", "impact", marks=pytest.mark.long),
+    ],
+)
 def test_every_solver_keeps_all_budgets_and_says_what_it_spent(
-    solver: str, searching: Searching, tmp_path: Path
+    solver: str, objective: str, searching: Searching, tmp_path: Path
 ) -> None:
-    session = searching(tmp_path / "run", solver=solver)
+    few = {"gate_steps": 4, "repair": "shift"}
+    session = searching(tmp_path / "run", solver=solver, objective=objective, **few)
     plans = ensure_plans(session)
     architecture = session.architecture
     costs = cost_table(architecture)
@@ -97,7 +110,9 @@ def test_every_solver_keeps_all_budgets_and_says_what_it_spent(
     (row,) = pd.read_csv(session.run.searches).to_dict("records")
     assert row["solver"] == solver
     assert row["budget"] == "macs<=bk-base, params<=80%"
-    assert (row["sets_measured"] == 0) == (solver == "exact")
+    assert (row["sets_measured"] == 0) == (solver in ("exact", "learned-gates"))
+    assert (row["forwards"] == 0) == (solver == "exact")
+    assert row["objective"] == objective
     assert np.isfinite(row["r2"]) == (solver == "interactions")
     prefix = "search" if solver == "exact" else solver
     assert pd.read_csv(session.run.searched)["name"].iloc[-1] == f"{prefix}-macs-bk-base-params-80pct-1"
@@ -423,6 +438,9 @@ def test_the_rows_that_decide_are_neither_fitted_nor_judged_by(finished: Run) ->
     ("settings", "wanted"),
     [
         (SearchConfig, {"solver": "best"}),
+        (SearchConfig, {"objective": "repaired"}),  # the exact solver measures nothing
+        (SearchConfig, {"objective": "repaired", "solver": "learned-gates"}),
+        (SearchConfig, {"gate_rate": 0.0}),
         (SearchConfig, {"diverse": 0}),
         (SearchConfig, {"samples": 5}),
         (RepairConfig, {"kind": "all"}),
