@@ -13,11 +13,11 @@ import torch
 from prune_lab.candidates import Candidate, build_candidate, load_candidate, load_student, profile_candidate
 from prune_lab.evaluation import heldout_loss
 from prune_lab.plans import PruningPlan
-from prune_lab.repair import MemoryShortError, RepairKind, RepairReport, SharedRepair, repair
+from prune_lab.repair import LEAST_PICTURES, MemoryShortError, RepairKind, RepairReport, SharedRepair, repair
 from prune_lab.runs import read_records
 from prune_lab.runs.records import read_typed
 from prune_lab.runtime import note, track, write_frame, write_json
-from prune_lab.schemas import REPAIRED_COLUMNS, REPAIRS
+from prune_lab.schemas import REPAIR_COLUMNS, REPAIRED_COLUMNS, REPAIRS
 from prune_lab.session import Session, deciding_probe, ensure_probe
 from prune_lab.session.parts import lacking, profile_part, pruned_part, record, repaired_part, repairs_part
 from prune_lab.surgery import save_model
@@ -114,6 +114,14 @@ class _Repairing:
         self._probe = ensure_probe(session)
         self._rows = deciding_probe(session)
         self._shared: SharedRepair | None = None
+        pictures = len(self._probe.pictures.unique())
+        self._possible = pictures >= LEAST_PICTURES
+        if not self._possible:
+            note(
+                f"repair left out: the probe has {pictures} pictures, and it takes {LEAST_PICTURES} to fit on some and "
+                "hold out others (probe.samples, or probe.drawn of what the model draws)"
+            )
+            return
         # In half precision a correction would be rounded where it is tried.
         if session.dtype == torch.float32:
             self._shared = SharedRepair(session.model, self._probe, kind=self._kind)
@@ -123,18 +131,20 @@ class _Repairing:
         device, paths, plan = self._session.device, candidate.paths, candidate.plan
         student = load_student(candidate, device=device)
         before = float(heldout_loss(student, self._rows).double().mean())
-        report = self._repaired(student, plan)
+        report = self._repaired(student, plan) if self._possible else None
         after = float(heldout_loss(student, self._rows).double().mean())
         kept = after < before
-        if report.applied and not kept:
+        if report is not None and report.applied and not kept:
             student = load_student(candidate, device=device)
             note(
                 f"{plan.title}: the repair is not kept, the loss on {len(self._rows)} rows that it was not fitted on "
                 f"goes from {before:.4g} to {after:.4g}"
             )
-        write_frame(paths.repair, report.frame())
+        write_frame(
+            paths.repair, pd.DataFrame(columns=list(REPAIR_COLUMNS)) if report is None else report.frame()
+        )
         write_json(paths.kept, dataclasses.asdict(RepairVerdict(kept, before, after, len(self._rows))))
-        notes = {"plan": plan.text, "plan_id": plan.id, "repair": report.kind if kept else "none"}
+        notes = {"plan": plan.text, "plan_id": plan.id, "repair": self._kind if kept else "none"}
         save_model(student, paths.repaired, plan, notes)
 
     def _repaired(self, student: Any, plan: PruningPlan) -> RepairReport:
