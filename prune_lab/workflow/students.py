@@ -12,6 +12,7 @@ import torch
 
 from prune_lab.candidates import Candidate, build_candidate, load_candidate, load_student, profile_candidate
 from prune_lab.evaluation import heldout_loss
+from prune_lab.models.streamed import is_streamed
 from prune_lab.plans import PruningPlan
 from prune_lab.repair import LEAST_PICTURES, MemoryShortError, RepairKind, RepairReport, SharedRepair, repair
 from prune_lab.runs import read_records
@@ -114,7 +115,7 @@ class _Repairing:
         self._probe = ensure_probe(session)
         self._rows = deciding_probe(session)
         self._shared: SharedRepair | None = None
-        pictures = len(self._probe.pictures.unique())
+        pictures = len(set(self._probe.pictures.tolist()))
         self._possible = pictures >= LEAST_PICTURES
         if not self._possible:
             note(
@@ -123,7 +124,7 @@ class _Repairing:
             )
             return
         # In half precision a correction would be rounded where it is tried.
-        if session.dtype == torch.float32:
+        if session.dtype == torch.float32 and not is_streamed(session.model):
             self._shared = SharedRepair(session.model, self._probe, kind=self._kind)
 
     def repair(self, candidate: Candidate) -> None:
