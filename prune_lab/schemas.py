@@ -75,7 +75,7 @@ WIDTH_SCORE_COLUMNS = ("site", "block", "kind", "unit", "channels", "score", "cr
 SITE_SCORE_COLUMNS = ("site", "units", "least", "median", "largest", "criterion", "samples", "model")
 SEARCHED_COLUMNS = ("plan_id", "origin", "name", "budget")
 SEARCHES_COLUMNS = (
-    *("budget", "solver", "plans", "sets_measured", "seconds"),
+    *("budget", "solver", "objective", "plans", "sets_measured", "forwards", "seconds"),
     *("pairs", "r2", "rank_correlation", "additive_r2", "additive_rank_correlation"),
 )
 PLANS_COLUMNS = (
@@ -107,7 +107,10 @@ REPAIR_COLUMNS = (
     *("cut", "also_read_by", "kind", "side", "unit", "folds", "applied", "reason", "strength"),
     *("cut_error_before", "cut_error_after", "impact_before", "impact_after"),
 )
-REPAIRED_COLUMNS = ("plan", "plan_id", "kind", "applied", "impact_before", "impact_after")
+REPAIRED_COLUMNS = (
+    *("plan", "plan_id", "kind", "applied", "impact_before", "impact_after"),
+    *("kept", "loss_before", "loss_after", "rows"),  # losses on training pictures that the fit has not seen
+)
 RECOVERY_COLUMNS = ("step", "task", "output", "feature", "total", "validation", "learning_rate", "seconds")
 HELDOUT_COLUMNS = ("step", "row", "loss")
 RECOVERY_SUMMARY_COLUMNS = (
@@ -339,6 +342,16 @@ RANKING = Records(
     },
     key=("plan_id",),
     optional=("form",),
+)
+REPAIRED = Records(
+    REPAIRED_COLUMNS,
+    {
+        _TEXT: "plan plan_id kind",
+        _TRUTH: "kept",
+        _COUNT: "applied rows",
+        _NUMBER_OR_NONE: "impact_before impact_after loss_before loss_after",
+    },
+    key=("plan_id",),
 )
 TOURNAMENT = Records(
     TOURNAMENT_COLUMNS,

@@ -200,6 +200,7 @@ SMALL: dict[str, Any] = {
     "score": {"bootstrap": 10},
     "data": {"source": "shipped"},
     "search": {"budgets": (), "controls": ("bk-tiny",)},
+    "repair": {"kind": "none"},
     "distill": {
         "steps": 2,
         "batch": 2,

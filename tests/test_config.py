@@ -77,7 +77,7 @@ configs = st.builds(
         SearchConfig,
         budgets=lists,
         controls=lists.filter(bool),
-        solver=st.sampled_from(["exact", "interactions", "greedy", "evolution"]),
+        solver=st.sampled_from(["exact", "interactions", "greedy", "descent", "evolution", "learned-gates"]),
         form=st.sampled_from(("native", "neutral", "own")),
         keep=lists,
         quotas=lists,

@@ -120,7 +120,7 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
         "run", tiny_pipeline_folder, "--latency", "0.7x", "--run", tmp_path / "run", "--dry-run", "--json"
     )
     rows = {row["step"]: row for row in json.loads(found.stdout)}
-    assert {row["state"] for row in rows.values()} == {"to do", "not asked for"}
+    assert {row["state"] for row in rows.values()} == {"to do"}
     assert rows["distilled"]["estimate_seconds"] is not None
     assert 'search.budgets = ["latency<=0.7x"]' in found.stderr
     assert not (tmp_path / "run").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY_UNET, build_unet
@@ -58,6 +59,36 @@ def test_the_shared_number_is_that_of_the_repair_from_scratch(family: str, kind:
     assert any(report.applied for report in reports)
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert not any(module._forward_hooks for module in teacher.modules())
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        pytest.param("unet", "linear", marks=pytest.mark.long),
+        pytest.param("unet", "best", marks=pytest.mark.long),
+        ("transformer", "best"),
+    ],
+)
+def test_a_student_is_repaired_as_from_scratch(family: str, kind: RepairKind) -> None:
+    teacher = teacher_of(family)
+    architecture, probe = (
+        architecture_of(teacher),
+        random_probe(teacher.config, samples=12, seed=0, timesteps=6),
+    )
+    shared = SharedRepair(teacher, probe, kind=kind, batch=5)
+    for text in PLANS[family][-2:]:
+        plan = plan_of(architecture, text.split())
+        ours, theirs = materialise(teacher, plan), materialise(teacher, plan)
+        found, wanted = shared.repair(ours, plan), repair(theirs, teacher, plan, probe, kind=kind)
+        columns = ["cut", "kind", "side", "unit", "folds", "applied", "reason"]
+        assert found.frame()[columns].equals(wanted.frame()[columns])
+        for column in ("cut_error_before", "cut_error_after", "impact_before", "impact_after"):
+            numbers = (one.frame()[column].to_numpy(dtype=float) for one in (found, wanted))
+            np.testing.assert_allclose(*numbers, rtol=1e-3)
+        assert found.applied
+        theirs_weights = theirs.state_dict()
+        for name, value in ours.state_dict().items():
+            torch.testing.assert_close(value, theirs_weights[name], rtol=1e-3, atol=1e-4)
 
 
 def test_what_plans_have_in_common_is_computed_once() -> None:

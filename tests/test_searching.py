@@ -25,11 +25,14 @@ from prune_lab.config import (
     SearchConfig,
 )
 from prune_lab.errors import BudgetError, ConfigError
+from prune_lab.evaluation import heldout_loss
 from prune_lab.importance import score
 from prune_lab.plans import is_native, parse_plan
-from prune_lab.probes import load_probe, predict
+from prune_lab.probes import Probe, load_probe, predict
 from prune_lab.profiling import cost_table
+from prune_lab.runs import Run
 from prune_lab.runtime import write_json
+from prune_lab.session import deciding_probe
 from prune_lab.surgery import materialise
 from prune_lab.workflow import (
     Session,
@@ -76,11 +79,24 @@ def searching(built_once: BuiltOnce, config: RunConfig) -> Searching:
     return start
 
 
-@pytest.mark.parametrize("solver", ["exact", "interactions", "greedy", "evolution"])
+@pytest.mark.parametrize(
+    ("solver", "objective"),
+    [
+        ("exact", "impact"),
+        ("interactions", "impact"),
+        ("greedy", "impact"),
+        ("evolution", "impact"),
+        pytest.param("descent", "impact", marks=pytest.mark.long),
+        pytest.param("greedy", "repaired", marks=pytest.mark.long),
+        pytest.param("interactions", "repaired", marks=pytest.mark.long),
+        pytest.param("learned-gates", "impact", marks=pytest.mark.long),
+    ],
+)
 def test_every_solver_keeps_all_budgets_and_says_what_it_spent(
-    solver: str, searching: Searching, tmp_path: Path
+    solver: str, objective: str, searching: Searching, tmp_path: Path
 ) -> None:
-    session = searching(tmp_path / "run", solver=solver)
+    few = {"gate_steps": 4, "repair": "shift"}
+    session = searching(tmp_path / "run", solver=solver, objective=objective, **few)
     plans = ensure_plans(session)
     architecture = session.architecture
     costs = cost_table(architecture)
@@ -94,7 +110,9 @@ def test_every_solver_keeps_all_budgets_and_says_what_it_spent(
     (row,) = pd.read_csv(session.run.searches).to_dict("records")
     assert row["solver"] == solver
     assert row["budget"] == "macs<=bk-base, params<=80%"
-    assert (row["sets_measured"] == 0) == (solver == "exact")
+    assert (row["sets_measured"] == 0) == (solver in ("exact", "learned-gates"))
+    assert (row["forwards"] == 0) == (solver == "exact")
+    assert row["objective"] == objective
     assert np.isfinite(row["r2"]) == (solver == "interactions")
     prefix = "search" if solver == "exact" else solver
     assert pd.read_csv(session.run.searched)["name"].iloc[-1] == f"{prefix}-macs-bk-base-params-80pct-1"
@@ -337,7 +355,13 @@ def test_a_map_shows_what_is_gone(tiny_config: dict[str, Any]) -> None:
 
 
 @pytest.mark.long
-def test_a_repair_comes_before_the_distillation(config: RunConfig, tmp_path: Path) -> None:
+def test_a_repair_comes_before_the_distillation(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prune_lab.workflow import students
+
+    falling = iter((1.0, 0.5))  # a teacher of random weights is no better than what is cut from it
+    monkeypatch.setattr(students, "heldout_loss", lambda _model, _rows: torch.tensor([next(falling)]))
     wanted = dataclasses.replace(
         config, repair=RepairConfig(kind="refit"), search=SearchConfig(budgets=(), controls=("bk-small",))
     )
@@ -356,17 +380,66 @@ def test_a_repair_comes_before_the_distillation(config: RunConfig, tmp_path: Pat
     stamp = candidate.paths.repair.stat().st_mtime_ns
     (recovery,) = ensure_distilled(session)
     assert candidate.paths.repair.stat().st_mtime_ns == stamp
-    plain = start_run(dataclasses.replace(wanted, repair=RepairConfig()), tmp_path / "plain")
+    plain = start_run(dataclasses.replace(wanted, repair=RepairConfig(kind="none")), tmp_path / "plain")
     assert ensure_repaired(Session(plain)).empty
     (other,) = ensure_distilled(Session(plain))
     assert recovery.before != other.before  # it began where the repair ended
     assert not torch.equal(pruned, repaired)
 
 
+@pytest.mark.long
+def test_a_repair_is_kept_only_where_the_loss_falls_on_rows_of_its_own(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two plans the one whose loss would rise starts from what was cut; a second call repairs nothing."""
+    from prune_lab.workflow import students
+
+    wanted = dataclasses.replace(
+        config,
+        repair=RepairConfig(kind="shift"),
+        search=SearchConfig(budgets=(), controls=("bk-small", "bk-tiny")),
+    )
+    session = Session(start_run(wanted, tmp_path / "run"))
+    told = [1.0, 0.5, 1.0, 1.5]  # before and after of the first plan, then of the second
+
+    def loss(model: Any, rows: Probe) -> torch.Tensor:
+        assert len(heldout_loss(model, rows)) == len(rows)
+        return torch.tensor([told.pop(0)])
+
+    monkeypatch.setattr(students, "heldout_loss", loss)
+    frame = ensure_repaired(session)
+    assert frame["kept"].tolist() == [True, False]
+    assert (frame["loss_after"] < frame["loss_before"]).tolist() == [True, False]
+    assert (frame["impact_after"] < frame["impact_before"]).all()
+    read = pd.read_csv(session.run.repairs)
+    assert read["kept"].tolist() == [True, False]
+    assert read["loss_after"].tolist() == pytest.approx(frame["loss_after"].tolist())
+    probe = load_probe(session.run.probe)
+    for candidate, kept in zip(ensure_candidates(session), (True, False), strict=True):
+        both = [predict(load_student(candidate, state), probe) for state in ("pruned", "repaired")]
+        assert torch.equal(*both) is not kept
+        provenance = json.loads((candidate.paths.repaired / "provenance.json").read_text())
+        assert provenance["repair"] == ("shift" if kept else "none")
+    pd.testing.assert_frame_equal(ensure_repaired(Session(session.run)), frame)
+    assert not told
+
+
+def test_the_rows_that_decide_are_neither_fitted_nor_judged_by(finished: Run) -> None:
+    session = Session(finished)
+    rows = deciding_probe(session)
+    others = [*load_probe(finished.probe).captions, *session.validation.captions]
+    assert len(rows)
+    assert set(rows.captions).isdisjoint(others)
+    assert deciding_probe(session).digest == rows.digest
+
+
 @pytest.mark.parametrize(
     ("settings", "wanted"),
     [
         (SearchConfig, {"solver": "best"}),
+        (SearchConfig, {"objective": "repaired"}),  # the exact solver measures nothing
+        (SearchConfig, {"objective": "repaired", "solver": "learned-gates"}),
+        (SearchConfig, {"gate_rate": 0.0}),
         (SearchConfig, {"diverse": 0}),
         (SearchConfig, {"samples": 5}),
         (RepairConfig, {"kind": "all"}),

@@ -91,9 +91,9 @@ def removed_by(run: Run) -> dict[str, set[str]]:
 def test_the_whole_job_leaves_every_file(finished: Run, seen: Seen) -> None:
     missing = {path for step in STEPS for path in step.products(finished) if not finished.done(path)}
     candidates = [finished.candidate(plan_id) for plan_id in finished.plan_ids()]
-    of_each = {path for one in candidates for path in (one.repair, one.repaired, one.grids)}
+    of_each = {path for one in candidates for path in (one.repair, one.repaired, one.kept, one.grids)}
     # no budget on latency, no repair, no grids, no pictures or captions of the user's own, no tournament, no widths
-    own = {finished.data_dir, finished.validation, finished.captions}
+    own = {finished.data_dir, finished.validation, finished.captions, finished.repairs}
     assert missing == of_each | own | {finished.latency, finished.tournament, finished.width_scores_dir}
     assert finished.done(finished.environment)
     for verb in VERBS:

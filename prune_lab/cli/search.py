@@ -22,6 +22,7 @@ def search(
     memory: options.MemoryLimit = "",
     plans: Annotated[int | None, options.for_setting("search.count", "--plans")] = None,
     solver: Annotated[str | None, options.for_setting("search.solver")] = None,
+    objective: Annotated[str | None, options.for_setting("search.objective", "--objective")] = None,
     axes: Annotated[str | None, options.for_setting("search.axes", "--axes")] = None,
     widths: Annotated[str | None, options.for_setting("search.widths", "--widths")] = None,
     round_to: Annotated[int | None, options.for_setting("search.round_to", "--round-to")] = None,
@@ -60,6 +61,7 @@ def search(
         "search.round_to": round_to,
         "data.source": data,
         "search.solver": solver,
+        "search.objective": objective,
     }
     found_by = options.found_by(revision, subfolder, variant, random_weights)
     settings = settings_of(

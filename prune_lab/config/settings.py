@@ -95,6 +95,16 @@ class SearchConfig:
         "parameters of the family's named plans (bk-base, bk-small, bk-tiny), or shares of a model without them",
     )
     solver: str = setting("exact", f"how plans are found: {in_words(CHOICES['search.solver'])}")
+    objective: str = setting(
+        "impact",
+        "what greedy, interactions, descent and evolution measure of a plan: impact, as it is cut; repaired, after the "
+        "closed-form repair of its cuts, on held-out rows of the probe",
+    )
+    repair: str = setting(
+        "auto",
+        f"the repair behind objective repaired: {in_words(CHOICES['search.repair'])}; auto: linear in a U-Net, refit "
+        "in a transformer",
+    )
     count: int = setting(1, "plans per budget", least=1, most=MANY)
     diverse: int = setting(1, "blocks in which any two plans of a budget differ at least", least=1)
     form: str = setting(
@@ -123,6 +133,12 @@ class SearchConfig:
     least_resnets: int = setting(0, "residual blocks that stay in every stage; 0: no rule")
     samples: int = setting(96, "plans that are measured to learn interactions", least=20, most=MANY)
     trials: int = setting(400, "plans that the evolution tries", least=40, most=MANY)
+    gate_steps: int = setting(300, "steps in which gates are learnt", least=2, most=MANY)
+    gate_rank: int = setting(4, "rank of the update that is trained beside the gates; 0: none", most=MANY)
+    gate_rate: float = setting(
+        0.1, "learning rate of the gates' logits, relative to the size of their gradient"
+    )
+    gate_update_rate: float = setting(1e-3, "learning rate of the update beside the gates")
     controls: tuple[str, ...] = setting(
         (AUTO,),
         "plans to compare with; auto: the family's named plans that are defined for the model; "
@@ -138,15 +154,28 @@ class SearchConfig:
             list(self.axes),
             f'some of {", ".join(AXES)}, each once, as in ["depth", "width"]',
         )
+        require(
+            self.objective == "impact" or self.solver not in ("exact", "learned-gates"),
+            "search.objective",
+            self.objective,
+            f"impact with the solver {self.solver}, which measures no plans; greedy, interactions, descent and "
+            "evolution can search by repaired",
+        )
+        require(self.gate_rate > 0, "search.gate_rate", self.gate_rate, "a number above zero")
+        require(
+            self.gate_update_rate > 0, "search.gate_update_rate", self.gate_update_rate, "a number above zero"
+        )
         some = bool(self.budgets or self.controls)
         require(some, "search.budgets", list(self.budgets), "not empty when search.controls is empty too")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RepairConfig:
-    """The closed-form repair of the cut before any training, from the teacher's activations on the probe."""
+    """The closed-form repair of the cut before any training, from the teacher's activations on the probe; it is kept
+    for a plan only if the loss of that plan's model falls, on training pictures that the fit has not seen.
+    """
 
-    kind: str = setting("none", f"how the cuts are repaired: {in_words(CHOICES['repair.kind'])}")
+    kind: str = setting("best", f"how the cuts are repaired: {in_words(CHOICES['repair.kind'])}")
 
     def __post_init__(self) -> None:
         require_ranges(self, "repair.")

@@ -23,6 +23,7 @@ from prune_lab.repair.reports import Repair
 
 _FOLDS = 4  # of the cross-validation that chooses the ridge
 _HELD_OUT = 3  # every third picture is held out
+LEAST_PICTURES = _HELD_OUT  # of a probe
 FORMS: dict[tuple[Side, CorrectionKind], Form] = {
     ("before", "shift"): "shift",
     ("before", "scale-shift"): "scale-shift",

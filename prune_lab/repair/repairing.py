@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 from diffusers import ModelMixin
 
-from prune_lab.blocks import architecture_of
+from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.errors import ConfigError, DataError, PlanError
 from prune_lab.families.endings import ending_of
 from prune_lab.forms import layout_of
@@ -163,6 +163,16 @@ def _repair_width(bench: Bench, narrowing: Narrowing, kind: RepairKind, impact: 
     )
 
 
+def check_student(student: ModelMixin, architecture: Architecture, plan: PruningPlan) -> None:
+    """Raise PlanError unless ``student`` is of the architecture that ``plan`` leaves."""
+    expected = architecture_of(layout_of(architecture, plan).config)
+    if architecture_of(student).signature != expected.signature:
+        raise PlanError(
+            f"asked to repair the student of plan {plan.label}, found a student of another architecture; "
+            "give the model that materialise(teacher, plan) returns"
+        )
+
+
 def repair(
     student: ModelMixin,
     teacher: ModelMixin,
@@ -196,12 +206,7 @@ def repair(
             f"asked for a repair of kind {kind!r}; known kinds are {', '.join(get_args(RepairKind))}"
         )
     architecture = architecture_of(teacher)
-    expected = architecture_of(layout_of(architecture, plan).config)
-    if architecture_of(student).signature != expected.signature:
-        raise PlanError(
-            f"asked to repair the student of plan {plan.label}, found a student of another architecture; "
-            "give the model that materialise(teacher, plan) returns"
-        )
+    check_student(student, architecture, plan)
     fitted, folds, heldout = split_rows(probe, heldout)
     prediction = predict(teacher, heldout, batch=batch).double()
     if not prediction.isfinite().all() or not prediction.any():

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from prune_lab.blocks import architecture_of
-from prune_lab.errors import ConfigError, DataError
+from prune_lab.errors import ConfigError, DataError, PlanError
 from prune_lab.families import prediction_of
 from prune_lab.importance.outputs import mean_square
 from prune_lab.models.streamed import is_streamed
-from prune_lab.plans import gone_with, plan_of
+from prune_lab.plans import PruningPlan, gone_with, plan_of
 from prune_lab.prefix_sharing import ComputeCost
 from prune_lab.prefix_sharing.sharing import own_macs
 from prune_lab.probes import Probe, evaluating
@@ -40,11 +40,11 @@ from prune_lab.repair.activations import (
     target_of,
 )
 from prune_lab.repair.bench import Bench, split_rows
-from prune_lab.repair.cuts import Cut, find_cuts, teacher_paths
+from prune_lab.repair.cuts import Cut, find_cuts, student_paths, teacher_paths
 from prune_lab.repair.fitting import Correction, Moments
-from prune_lab.repair.folding import Side, folded_parameters
-from prune_lab.repair.repairing import repair_cuts
-from prune_lab.repair.reports import Repair, RepairKind
+from prune_lab.repair.folding import Side, fold, folded_parameters
+from prune_lab.repair.repairing import check_student, repair_cuts
+from prune_lab.repair.reports import Repair, RepairKind, RepairReport
 from prune_lab.runtime import bytes_text, device_of, free_bytes, track
 from prune_lab.surgery import bypassed
 from prune_lab.surgery.patching import patched
@@ -101,7 +101,22 @@ class _Batch:
 
     @property
     def count(self) -> int:
-        return self.rows.stop - self.rows.start
+        return int(self.rows.stop - self.rows.start)
+
+
+class MemoryShortError(DataError):
+    """The memory does not hold what the units of the teacher give."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Mended:
+    """What the repair of one plan tried, and the corrections that it kept."""
+
+    cuts: tuple[Cut, ...]
+    repairs: tuple[Repair, ...]
+    kept: tuple[tuple[Repair, Correction], ...]
+    impact_before: float
+    impact_after: float
 
 
 class _Enough(Exception):  # noqa: N818 - no error: the rest of the pass is not needed
@@ -111,14 +126,21 @@ class _Enough(Exception):  # noqa: N818 - no error: the rest of the pass is not 
 class SharedRepair:
     """Repairs plans of one model on the rows of one probe, and says what is lost after it.
 
-    The model's weights are changed while a plan is looked at and put back bit for bit. ``kind`` is that of ``repair``;
-    ``compute`` adds up what was run in multiply-adds, the fits included. ``impact_of`` is an ``ImpactOf`` of searches.
+    The model's weights are changed while a plan is looked at and put back bit for bit. ``kind`` and ``heldout`` are
+    those of ``repair``; ``compute`` adds up what was run in multiply-adds, the fits included. ``impact_of`` is an
+    ``ImpactOf`` of searches.
     Raises ConfigError for an unknown kind or a model that is read from disk, DataError for too few pictures, or where
     the memory does not hold what the teacher's units give.
     """
 
     def __init__(
-        self, model: ModelMixin, probe: Probe, *, kind: RepairKind = "linear", batch: int = 32
+        self,
+        model: ModelMixin,
+        probe: Probe,
+        *,
+        kind: RepairKind = "linear",
+        heldout: Probe | None = None,
+        batch: int = 32,
     ) -> None:
         if kind not in get_args(RepairKind):
             raise ConfigError(
@@ -132,7 +154,7 @@ class SharedRepair:
         self.model: Any = model
         self.kind = kind
         self.architecture = architecture_of(model)
-        self.fitted, self.folds, self.heldout = split_rows(probe, None)
+        self.fitted, self.folds, self.heldout = split_rows(probe, heldout)
         self.rows = len(probe)
         self.compute = ComputeCost(forward_macs=self.architecture.total_macs)
         self.places = {unit.name: place for place, unit in enumerate(self.architecture.units, start=1)}
@@ -223,7 +245,8 @@ class SharedRepair:
 
                 def keep(name: str, which: str = which, batch: _Batch = batch) -> Callable[..., None]:
                     def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-                        self._teacher[which, batch.number, name] = as_tensor(output).cpu()
+                        if isinstance(output, Tensor) or isinstance(output[0], Tensor):
+                            self._teacher[which, batch.number, name] = as_tensor(output).cpu()
 
                     return hook
 
@@ -237,7 +260,8 @@ class SharedRepair:
                     predictions.append(answer)
                 held = sum(tensor.nbytes for tensor in self._teacher.values())
                 if held > self._room:
-                    raise DataError(
+                    self._teacher.clear()
+                    raise MemoryShortError(
                         f"asked to search by the loss after the repair, found that the teacher's activations on "
                         f"{self.rows} rows take more than {bytes_text(self._room)}; give fewer probe.samples, or the "
                         "objective impact"
@@ -258,7 +282,35 @@ class SharedRepair:
 
     def impact(self, removed: Iterable[str]) -> float:
         """The impact without these blocks after the repair of what they leave, on the held-out rows."""
-        plan = plan_of(self.architecture, removed)
+        return self._mended(plan_of(self.architecture, removed), folding=True).impact_after
+
+    def repair(self, student: ModelMixin, plan: PruningPlan) -> RepairReport:
+        """``repair`` of the ``student`` of ``plan``: the same report, and the same weights up to rounding.
+
+        The corrections are found on the model itself, and what is kept is folded into the student. Raises PlanError for
+        a plan with widths, or a student of another architecture.
+        """
+        if plan.widths:
+            raise PlanError(
+                f"asked to repair {plan.label} beside others, found a plan that makes blocks narrower; use repair()"
+            )
+        check_student(student, self.architecture, plan)
+        mended = self._mended(plan, folding=False)
+        paths = student_paths(self.architecture, plan)
+        for option, correction in mended.kept:
+            fold(student.get_submodule(paths[option.unit]), option.kind, option.side, correction)
+        return RepairReport(
+            plan=plan,
+            kind=self.kind,
+            cuts=mended.cuts,
+            repairs=mended.repairs,
+            fitted_rows=len(self.fitted),
+            heldout_rows=len(self.heldout),
+            impact_before=mended.impact_before,
+            impact_after=mended.impact_after,
+        )
+
+    def _mended(self, plan: PruningPlan, *, folding: bool) -> _Mended:
         with evaluating(self.model), torch.inference_mode(False), torch.no_grad():
             prediction = self._ask_teacher()
             gone = frozenset(gone_with(self.architecture, plan.removed))
@@ -277,8 +329,9 @@ class SharedRepair:
                     gone=gone,
                     stack=stack,
                 )
-                cuts = find_cuts(self.architecture, plan)
-                return repair_cuts(walk, cuts, self.kind, walk.impact(), folding=True)[1]
+                cuts, before = find_cuts(self.architecture, plan), walk.impact()
+                repairs, after = repair_cuts(walk, cuts, self.kind, before, folding=folding)
+                return _Mended(cuts, tuple(repairs), tuple(walk.kept), before, after)
 
     def impact_of(self, sets: Sequence[frozenset[str]]) -> NDArray[np.float64]:
         """(sets,) the impact of each; sets that begin alike follow each other."""
@@ -300,7 +353,8 @@ class _Walk(Bench):
     shared: SharedRepair
     gone: frozenset[str]
     stack: contextlib.ExitStack  # puts the weights back
-    folded: list[tuple[int, Key]] = field(default_factory=list)  # place and name of every correction
+    folded: list[tuple[float, Key]] = field(default_factory=list)  # place and name of every correction
+    kept: list[tuple[Repair, Correction]] = field(default_factory=list)
 
     def key_of(self, place: int) -> Key:
         """What the output of the unit there hangs on."""
@@ -365,7 +419,9 @@ class _Walk(Bench):
 
     @contextlib.contextmanager
     def trying(self, option: Repair, correction: Correction) -> Iterator[None]:
-        self.folded.append((self.shared.places[option.unit], self._name_of(option)))
+        # What does not fold is a hook behind the unit: the unit itself gives what it gave.
+        behind = 0.0 if option.folds else 0.5
+        self.folded.append((self.shared.places[option.unit] + behind, self._name_of(option)))
         try:
             with Bench.trying(self, option, correction):
                 yield
@@ -379,3 +435,4 @@ class _Walk(Bench):
         self.stack.enter_context(restored(folded_parameters(unit)))
         Bench.keep(self, option, correction)
         self.folded.append((self.shared.places[option.unit], name))
+        self.kept.append((option, correction))

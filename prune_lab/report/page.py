@@ -27,7 +27,7 @@ from prune_lab.runtime import atomic_write, read_text, without_folders, write_te
 # The tables that are copied beside the page, as the steps wrote them.
 _CSV_FILES = (
     *("blocks", "importance", "importance_parts", "criteria", "costs", "reductions", "pipeline_profile"),
-    *("ranking", "tournament", "sources"),
+    *("ranking", "repairs", "tournament", "sources"),
 )
 
 

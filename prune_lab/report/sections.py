@@ -358,15 +358,41 @@ def _no_scorer(tables: RunTables) -> str:
     return next((str(role["source"]) for role in tables.roles if role["name"] == "scorer"), "")
 
 
+_REPAIRS = (
+    ("Plan", "plan", fmt.text),
+    ("Repair kept", "kept", fmt.yes_or_no),
+    ("Loss as cut", "loss_before", fmt.loss_or_score),
+    ("Loss repaired", "loss_after", fmt.loss_or_score),
+    ("Rows", "rows", fmt.count),
+    ("Corrections", "applied", fmt.count),
+    ("Impact as cut", "impact_before", fmt.loss_or_score),
+    ("Impact repaired", "impact_after", fmt.loss_or_score),
+)
+
+
+def _repairs(tables: RunTables) -> tuple[SectionItem, ...]:
+    if tables.repairs is None:
+        return ()
+    words = (
+        "Before any training the cuts are mended in closed form. The repair is kept where the loss falls by it on "
+        "training pictures that it was not fitted on and that no student is judged by."
+    )
+    return (
+        Text((words,)),
+        table_of(tables.repairs, _REPAIRS, "Repair of the cuts", "repairs.csv"),
+    )
+
+
 def _distillation(tables: RunTables) -> tuple[SectionItem, ...]:
     if not tables.recoveries:
-        return (not_run("no candidate has been distilled", "distill"),)
+        return (*_repairs(tables), not_run("no candidate has been distilled", "distill"))
     styles = plan_styles(tables.plans)
     curves = curve_frame(tables)
     settings: dict[str, Any] = tables.settings.get("distill", {})
     shown = ("steps", "batch", "learning_rate", "task_weight", "output_weight", "feature_weight", "seed")
     listed = ", ".join(f"{key.replace('_', ' ')} {settings[key]:g}" for key in shown if key in settings)
     return (
+        *_repairs(tables),
         Chart(
             "curves",
             "Held-out loss and the task, output and feature losses of every candidate over the distillation steps.",

@@ -63,6 +63,7 @@ class RunTables:
     pipeline: pd.DataFrame | None = None
     ranking: pd.DataFrame | None = None
     tournament: pd.DataFrame | None = None  # names are plan ids
+    repairs: pd.DataFrame | None = None
     steps: pd.DataFrame | None = None
     recoveries: Mapping[str, pd.DataFrame] = field(default_factory=dict)  # by plan id
     plans: tuple[PlanRow, ...] = ()
@@ -248,6 +249,7 @@ def read_run(run: Run) -> RunTables:
         pipeline=files.table(run.pipeline_profile, schemas.PIPELINE),
         ranking=ranking,
         tournament=files.table(run.tournament, schemas.TOURNAMENT),
+        repairs=files.table(run.repairs, schemas.REPAIRED),
         steps=files.table(run.steps, schemas.STEP_SECONDS),
         recoveries=recoveries,
         plans=plans,

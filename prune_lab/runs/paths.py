@@ -62,6 +62,7 @@ class CandidatePaths:
     pruned = PathIn("pruned", "The model as it was cut, before any training.")
     repair = PathIn("repair.csv", "What the repair of the cut tried and what it came to, a row per change.")
     repaired = PathIn("repaired", "The model after the repair of the cut, before any training.")
+    kept = PathIn("kept.json", "Whether the repair was kept, and the losses that decided it.")
     profile = PathIn("profile.json", "Parameters, MACs, latency, memory and size on disk.")
     recovery = PathIn("recovery.csv", "The losses of the distillation, a row per recorded step.")
     heldout = PathIn("heldout.csv", "The held-out loss of every row at every validation: step, row, loss.")
@@ -71,6 +72,11 @@ class CandidatePaths:
     distilled_model = PathIn("distilled/model", "The model after the distillation (averaged weights).")
     pictures_pruned = PathIn("pictures/pruned", "Pictures drawn before training, a file per prompt and seed.")
     pictures_distilled = PathIn("pictures/distilled", "The same pictures drawn after the distillation.")
+
+    @property
+    def repaired_files(self) -> tuple[Path, Path]:
+        """What tells of a repair."""
+        return self.repair, self.kept
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -111,6 +117,7 @@ class Run:
     picture_prompts = PathIn("pictures/prompts.csv", "File, prompt and seed of every picture of a set.")
     teacher_pictures = PathIn("pictures/teacher", "The teacher's pictures, a file per prompt and seed.")
     curves_dir = PathIn("curves", "Where trackers such as TensorBoard write the curves of the distillation.")
+    repairs = PathIn("repairs.csv", "A row per candidate: whether its repair was kept, and what it came to.")
     tournament = PathIn("tournament.csv", "What each rung decided about each candidate, if there were rungs.")
     ranking = PathIn("ranking.csv", "The candidates in order, with those left out and why.")
     steps = PathIn("steps.csv", "How long each step took when it was last done; not shown in the report.")

@@ -17,7 +17,7 @@ from prune_lab.runtime.reading import path_text
 _CANDIDATE = "candidates/[0-9a-f]{12}/"
 # What no manifest need list: it is written before the manifest, or is of no part.
 _KNOWN = re.compile(
-    rf"{_CANDIDATE}(plan\.json|repair\.csv|profile\.json|recovery\.csv|heldout\.csv|manifests/[a-z_]+\.json)"
+    rf"{_CANDIDATE}(plan\.json|repair\.csv|kept\.json|profile\.json|recovery\.csv|heldout\.csv|manifests/[a-z_]+\.json)"
     rf"|{_CANDIDATE}(distilled/(recovery\.json|checkpoint\.safetensors)|grids/step-\d+\.png)"
     r"|plans/(searched|searches)\.csv|plans/evolution/.*|curves/(.*/)?(events\.out\.tfevents\..*|hparams\.yml)"
     rf"|(.*/)?({re.escape(FILE_LIST)}|\.shard-[^/]*\.lock)"

@@ -26,6 +26,7 @@ from prune_lab.search.evolution import evolve_plans
 from prune_lab.search.exact import check_reachable, search_plans, sweep_plans
 from prune_lab.search.greedy import greedy_plan
 from prune_lab.search.interactions import InteractionFit, fit_interactions
+from prune_lab.search.learned_gates import GateResult, learned_gates
 from prune_lab.search.local_search import local_search
 from prune_lab.search.results import FrontPoint, ImpactOf, SearchResult
 from prune_lab.search.sampling import sample_near
@@ -37,6 +38,7 @@ __all__ = [
     "Constraints",
     "Effects",
     "FrontPoint",
+    "GateResult",
     "ImpactOf",
     "InteractionFit",
     "Limit",
@@ -50,6 +52,7 @@ __all__ = [
     "evolve_plans",
     "fit_interactions",
     "greedy_plan",
+    "learned_gates",
     "local_search",
     "lowest_one_shot",
     "named_plans",

@@ -7,6 +7,7 @@ that are read from the run folder, or made and written there.
 from __future__ import annotations
 
 from prune_lab.session.inputs import (
+    deciding_probe,
     ensure_captions,
     ensure_data,
     ensure_probe,
@@ -26,6 +27,7 @@ __all__ = [
     "Role",
     "Session",
     "data_roles",
+    "deciding_probe",
     "ensure_captions",
     "ensure_data",
     "ensure_probe",

@@ -36,6 +36,7 @@ from prune_lab.prompts import read_prompts
 from prune_lab.runs import Run, read_records
 from prune_lab.schemas import IMPORTANCE
 from prune_lab.session.drawing import drawn_probe
+from prune_lab.session.own import probe_of_few
 from prune_lab.session.parts import captions_part, data_part, lacking, probe_part, record
 from prune_lab.session.session import Session
 
@@ -165,6 +166,27 @@ def ensure_data(session: Session) -> TrainingData:
 def training_and_validation(session: Session) -> tuple[TrainingData, Probe]:
     """(training data of the students, held-out rows for their validation loss), of different pictures."""
     return ensure_data(session), session.validation
+
+
+def deciding_probe(session: Session) -> Probe:
+    """Rows that decide whether a repair is kept: training pictures, with noise of their own.
+
+    Neither the repair is fitted on them, nor are students judged by them at the end.
+    """
+    settings, data = session.config.probe, ensure_data(session)
+    count = min(settings.samples, len(data))
+    rows = torch.arange(count) * len(data) // count
+    batch = data.rows(rows, torch.zeros(count, dtype=torch.int64))
+    captions = tuple(data.captions[row] for row in rows.tolist())
+    return probe_of_few(
+        session.pipeline,
+        batch.mean,
+        captions,
+        ("",) * count,
+        settings,
+        seed=settings.seed + 2,
+        text=(batch.embeddings, batch.added),
+    )
 
 
 def ensure_captions(session: Session) -> OtherCaptions:

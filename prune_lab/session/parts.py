@@ -26,8 +26,8 @@ STEP_NAMES = (
     "costs",
     "plans",
     "candidates",
-    "repaired",
     "data",
+    "repaired",
     "distilled",
     "reductions",
     "shares",
@@ -299,10 +299,19 @@ def profile_part(bench: Bench, plan: PruningPlan) -> Part:
 
 
 def repaired_part(bench: Bench, plan: PruningPlan) -> Part:
-    """The model after the repair."""
-    paths = bench.run.candidate(plan.id)
-    reads = (paths.pruned, bench.run.probe)
-    return _of(bench, plan, "repaired", "repaired", paths.repair, paths.repaired, reads=reads)
+    """The model after the repair, and whether it was kept."""
+    run, paths = bench.run, bench.run.candidate(plan.id)
+    reads = (paths.pruned, run.probe, run.data if bench.data_origin == "shipped" else run.data_dir)
+    outputs = (paths.repair, paths.repaired, paths.kept)
+    return _of(bench, plan, "repaired", "repaired", *outputs, reads=reads, inputs=_pictures_given(bench))
+
+
+def repairs_part(bench: Bench, plans: Iterable[PruningPlan]) -> Part:
+    """The table of what was repaired."""
+    run, plans = bench.run, tuple(plans)
+    reads = tuple(path for plan in plans for path in run.candidate(plan.id).repaired_files)
+    names = {f"plan {plan.id}": plan.label for plan in plans}
+    return _part(bench, "repaired", "repairs", run.repairs, reads=reads, inputs=names)
 
 
 def distilled_part(bench: Bench, plan: PruningPlan, *, scored: bool) -> Part:

@@ -33,7 +33,8 @@ from prune_lab.schemas import COMPARISON_COLUMNS, RANKING
 from prune_lab.session import Session
 from prune_lab.workflow.intact import check_intact, check_parts
 from prune_lab.workflow.measuring import ensure_costs, ensure_scores
-from prune_lab.workflow.searching import ensure_plans, goes_by, impact_of_sets, relative_costs
+from prune_lab.workflow.objectives import one_shot
+from prune_lab.workflow.searching import ensure_plans, goes_by, relative_costs
 from prune_lab.workflow.widths import check_chosen, measured_impacts, predicted_of
 
 _LATENCY = ("median_ms", "latency_change", "latency_low", "latency_high")
@@ -49,7 +50,7 @@ def compared_plans(session: Session, texts: Sequence[str]) -> tuple[pd.DataFrame
     check_intact(session)
     run = session.run
     architecture, costs = session.architecture, ensure_costs(session)
-    importance, impact_of = ensure_scores(session), impact_of_sets(session)
+    importance, impact_of = ensure_scores(session), one_shot(session)
     known = ensure_plans(session) if run.done(run.searched) else ()
     plans = []
     for text in texts:

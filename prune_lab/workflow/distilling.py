@@ -75,7 +75,6 @@ def ensure_distilled(session: Session, *, only: tuple[str, ...] = ()) -> tuple[R
     init_processes()
     with PartialState().main_process_first():
         tell_roles(session)
-        ensure_repaired(session)
         plans = ensure_plans(session)
         wanted = {plan_named(plans, text, session).id for text in only} or {plan.id for plan in plans}
         chosen = [one for one in ensure_candidates(session) if one.plan.id in wanted]
@@ -86,6 +85,8 @@ def ensure_distilled(session: Session, *, only: tuple[str, ...] = ()) -> tuple[R
         training_and_validation(session)
     if session.config.distill.random_conditioning:
         ensure_captions(session)
+    with PartialState().main_process_first():
+        ensure_repaired(session)
     scored = needs_scores(session)
     parts = [distilled_part(session, one.plan, scored=scored) for one in chosen]
     with PartialState().main_process_first():

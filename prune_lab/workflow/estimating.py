@@ -29,6 +29,7 @@ _PREFIX_SAVING = 1.7  # forward passes that a naive loop over blocks takes for o
 _LATENCY_PASSES = 100  # the most that a table of latency takes
 _BACKWARD = 2  # passes forward that a pass back costs
 _PROOF = 8.0  # seconds that the process takes to start which proves a candidate
+_REPAIR_PASSES = 20  # of the probe for each candidate, with the fits
 _REPORT = 10.0  # seconds that figures and pages take
 _UNKNOWN_SHARE = 0.85  # of the teacher, of a student whose budget does not say
 
@@ -152,6 +153,7 @@ def _passes(config: RunConfig, architecture: Architecture, origin: Origin) -> di
         "plans": _LATENCY_PASSES * config.profile.batch if "latency" in " ".join(budgets) else 0,
         "candidates": timed * candidates * (1 + share),
         "data": data.count * data.steps * (2 if data.guidance > 1 else 1) if origin == "drawn" else 0,
+        "repaired": 0 if config.repair.kind == "none" else _REPAIR_PASSES * probe.samples * candidates,
         "distilled": steps * distill.batch * trained + judged * share,
         "pictures": pictures * shown.steps * twice * (1 + 2 * candidates * share),
     }

@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
-from prune_lab.blocks import BlockGroup
 from prune_lab.config import BUDGET_CONTROLS
 from prune_lab.errors import PlanError, PruneLabError
 from prune_lab.forms import why_not, within_form
-from prune_lab.importance import ScoringContext, score
 from prune_lab.plans import PruningPlan, read_plan, read_plans
 from prune_lab.profiling import CostTable, PlanCost, activation_table, cost_table
 from prune_lab.runs import Run, read_records
 from prune_lab.runtime import note, track, write_frame, write_json
 from prune_lab.schemas import PLANS_COLUMNS, SEARCHED, SEARCHED_COLUMNS, SEARCHES_COLUMNS
-from prune_lab.search import ImpactOf, parse_budget, predicted_impact, search_plans, split_budgets
-from prune_lab.session import Session, run_scoring_context
+from prune_lab.search import parse_budget, predicted_impact, search_plans, split_budgets
+from prune_lab.session import Session
 from prune_lab.session.parts import lacking, plans_part, record
 from prune_lab.workflow.measuring import controls, drawn_size, ensure_costs, ensure_latency, ensure_scores
+from prune_lab.workflow.objectives import objective_of
 from prune_lab.workflow.solving import SOLVERS, Question, controls_for
 from prune_lab.workflow.targets import budgets_of, constraints_of
 from prune_lab.workflow.timed_search import time_notes, timed_changes
@@ -59,20 +55,6 @@ def costs_of(session: Session) -> CostTable:
         latency_elsewhere=True,  # at the run's service, which may be of another size
         activations=activation_table(architecture, dtype=dtype) if "memory" in asked else None,
     )
-
-
-def impact_of_sets(session: Session) -> ImpactOf:
-    """A function that measures the impact of sets of blocks by output-mse on the run's probe; repeats are cached."""
-
-    @functools.cache  # loaded when first called: the exact solver measures nothing
-    def context() -> ScoringContext:
-        return run_scoring_context(session)
-
-    def impact_of(sets: Sequence[frozenset[str]]) -> NDArray[np.float64]:
-        groups = [BlockGroup(" ".join(sorted(removed)), "plan", tuple(sorted(removed))) for removed in sets]
-        return score(context(), groups, "output-mse", bootstrap=0).impacts
-
-    return impact_of
 
 
 # Plans ---------------------------------------------------------------------------------------------------------
@@ -124,19 +106,24 @@ def _write_plans(session: Session) -> tuple[Path, ...]:
     asked_for = budgets_of(session.config, architecture)
     if asked_for:
         importance, costs = ensure_scores(session), costs_of(session)
-        constraints, impact_of = constraints_of(session.config), impact_of_sets(session)
+        constraints, impact_of = constraints_of(session.config), objective_of(session)
         units = ensure_width_scores(session) if needs_width_scores(session.config) else None
         for text in track(asked_for, "searching"):
             budgets = tuple(parse_budget(one, architecture, costs) for one in split_budgets(text))
             question = Question(session, costs, budgets, constraints, importance, impact_of, units)
-            start = time.perf_counter()
+            start, before = time.perf_counter(), impact_of.forwards
             result = SOLVERS[settings.solver](question)
             seconds = time.perf_counter() - start
             asked, plans = question.asked, result.plans
             if form_of(settings) == "native" and plans:
                 _note_better_form(question, plans)
             row = {"budget": asked, "solver": settings.solver, "plans": len(plans), "seconds": seconds}
-            searches.append({**row, "sets_measured": result.measured, **result.statistics})
+            # what the scores took, which the exact solver goes by alone, is no part of it
+            spent = {
+                "forwards": impact_of.forwards - before + result.forwards,
+                "objective": settings.objective,
+            }
+            searches.append({**row, **spent, "sets_measured": result.measured, **result.statistics})
             found += [("search", asked, plan) for plan in _named(plans, settings.solver, asked)]
             if at_budget:
                 found += [("control", asked, plan) for plan in controls_for(question, at_budget)]

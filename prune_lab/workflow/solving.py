@@ -16,18 +16,19 @@ from prune_lab.search import (
     Budget,
     Constraints,
     Effects,
-    ImpactOf,
     controls_at,
     depth_and_width,
     evolve_plans,
     fit_interactions,
     greedy_plan,
+    learned_gates,
     local_search,
     predicted_loss,
     sample_near,
     search_plans,
 )
-from prune_lab.session import Session, run_scoring_context
+from prune_lab.session import Session, ensure_probe, run_scoring_context
+from prune_lab.workflow.objectives import Objective, one_shot
 from prune_lab.workflow.timed_search import within_time
 
 
@@ -40,7 +41,7 @@ class Question:
     budgets: tuple[Budget, ...]
     constraints: Constraints
     importance: ImportanceTable
-    impact_of: ImpactOf
+    impact_of: Objective
     units: Mapping[Site, Floats] | None = None
     """What parts of blocks are worth, where blocks may become narrower."""
 
@@ -57,10 +58,14 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class SolverResult:
-    """Plans, best first, the number of sets of blocks measured for them, and the solver's own statistics."""
+    """Plans, best first, the number of sets of blocks measured for them, and the solver's own statistics.
+
+    ``forwards`` is what was run beside the measuring, in passes of the whole model over the whole probe.
+    """
 
     plans: tuple[PruningPlan, ...]
     measured: int = 0
+    forwards: float = 0.0
     statistics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -127,12 +132,43 @@ def _interactions(question: Question) -> SolverResult:
         "additive_rank_correlation": fit.additive_rank_correlation,
     }
     kept = tuple(unique.values())[: settings.count]
-    return SolverResult(kept, len(learned) + len(plans) + found.measured, statistics)
+    return SolverResult(kept, len(learned) + len(plans) + found.measured, statistics=statistics)
 
 
 def _greedy(question: Question) -> SolverResult:
     found = greedy_plan(*question.problem, question.impact_of, question.constraints)
     return SolverResult((found.plan,), found.measured)
+
+
+def _descent(question: Question) -> SolverResult:
+    """A local search from the best plan by added-up scores."""
+    (start,) = _best(question, question.importance)[:1]
+    found = local_search(*question.problem, question.impact_of, start, question.constraints)
+    return SolverResult((found.plan,), found.measured)
+
+
+def _learned_gates(question: Question) -> SolverResult:
+    """Gates that start from the scores of the run."""
+    config, probe = question.session.config, ensure_probe(question.session)
+    settings = config.search
+    more: dict[str, int] = {"batch": config.score.batch} if config.score.batch else {}
+    found = learned_gates(
+        question.session.model,
+        probe,
+        question.costs,
+        question.budgets,
+        question.constraints,
+        scores=question.importance.block_impacts(),
+        steps=settings.gate_steps,
+        rank=settings.gate_rank,
+        rate=settings.gate_rate,
+        update_rate=settings.gate_update_rate,
+        count=settings.count,
+        diverse=settings.diverse,
+        seed=config.seed,
+        **more,
+    )
+    return SolverResult(found.plans, forwards=found.compute.forwards / len(probe))
 
 
 def _evolution(question: Question) -> SolverResult:
@@ -153,7 +189,9 @@ SOLVERS: dict[str, Callable[[Question], SolverResult]] = {
     "exact": _exact,
     "interactions": _interactions,
     "greedy": _greedy,
+    "descent": _descent,
     "evolution": _evolution,
+    "learned-gates": _learned_gates,
 }
 
 
@@ -167,7 +205,7 @@ def controls_for(question: Question, wanted: Sequence[str]) -> list[PruningPlan]
         question.costs,
         question.budgets,
         question.constraints,
-        impact_of=question.impact_of if "lowest-one-shot" in wanted else None,
+        impact_of=one_shot(question.session) if "lowest-one-shot" in wanted else None,
         similarity=score(context, blocks, "similarity", bootstrap=0) if "similarity" in wanted else None,
         seed=question.session.config.seed,
     )

@@ -30,6 +30,7 @@ from prune_lab.session.parts import (
     ranking_part,
     reductions_part,
     repaired_part,
+    repairs_part,
     report_part,
     rounds_part,
     scores_part,
@@ -115,8 +116,10 @@ def _plan_parts(session: Session, _plans: Sequence[PruningPlan]) -> Iterable[Par
 
 
 def _repaired_parts(session: Session, plans: Sequence[PruningPlan]) -> Iterable[Part]:
-    """The repaired models; none where ``repair.kind`` is none."""
-    return () if session.config.repair.kind == "none" else [repaired_part(session, plan) for plan in plans]
+    """The repaired models and their table; none where ``repair.kind`` is none."""
+    if session.config.repair.kind == "none":
+        return ()
+    return [*(repaired_part(session, plan) for plan in plans), repairs_part(session, plans)]
 
 
 def _data_parts(session: Session, _plans: Sequence[PruningPlan]) -> Iterable[Part]:
@@ -189,19 +192,19 @@ STEPS: tuple[Step, ...] = (
         lambda session, plans: (*_of_each(pruned_part, profile_part)(session, plans), rounds_part(session)),
     ),
     Step(
-        "repaired",
-        "mends the cuts in closed form, where repair.kind asks for it",
-        ensure_repaired,
-        _of_candidates("repair", "repaired"),
-        _repaired_parts,
-        alone=False,
-    ),
-    Step(
         "data",
         "encodes or draws the training pictures",
         ensure_data,
         _files("data", "data_dir", "validation", "captions"),
         _data_parts,
+        alone=False,
+    ),
+    Step(
+        "repaired",
+        "mends the cuts in closed form, and keeps it where the held-out loss falls",
+        ensure_repaired,
+        lambda run: (run.repairs, *_of_candidates("repair", "repaired", "kept")(run)),
+        _repaired_parts,
         alone=False,
     ),
     Step(
