@@ -22,7 +22,7 @@ LAYERS = (
     ("config", "blocks", "runs", "text_tables", "prompts", "width"),
     ("plans", "forms", "models"),
     ("surgery", "probes", "prefix_sharing", "runtimes"),
-    ("profiling", "evaluation", "importance"),
+    ("metrics", "profiling", "evaluation", "importance"),
     ("search", "candidates", "repair"),
     ("distill",),
     ("ranking",),
