@@ -28,6 +28,7 @@ LAYERS = (
     ("ranking",),
     ("cluster", "session", "engines"),
     ("report", "export"),
+    ("zero_shot",),
     ("workflow",),
     ("tables", "api"),
     ("cli",),

@@ -24,7 +24,9 @@ from prune_lab.metrics import (
 
 
 def rows(count: int, width: int, seed: int, scale: float = 1.0) -> Tensor:
-    return scale * torch.randn(count, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return scale * torch.randn(
+        count, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 # Frechet distance ------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from prune_lab.errors import DataError
 
 
 def inception_score(logits: Tensor, splits: int = 10) -> float:
-    """exp of the mean Kullback-Leibler divergence of p(class | picture) from p(class), from ``logits`` (N, classes).
+    """Exp of the mean Kullback-Leibler divergence of p(class | picture) from p(class), from ``logits`` (N, classes).
 
     The mean over ``splits`` parts of consecutive rows, as published figures are; from 1 to the number of classes.
     Misleads when: the pictures are of nothing that the classifier knows, and between different N. Raises DataError for

@@ -28,12 +28,14 @@ def _distances(part: Tensor, every: Tensor) -> Tensor:
 
 def _radii(features: Tensor, neighbours: int) -> Tensor:
     """The distance from each row to its ``neighbours``-th neighbour, itself left out."""
-    found = [_distances(part, features).kthvalue(neighbours + 1).values for part in features.split(_ROWS)]
+    found = [
+        _distances(part, features).kthvalue(neighbours + 1).values for part in torch.split(features, _ROWS)
+    ]
     return torch.cat(found)
 
 
 def _share_inside(points: Tensor, centres: Tensor, radii: Tensor) -> float:
-    inside = [(_distances(part, centres) <= radii).any(dim=1) for part in points.split(_ROWS)]
+    inside = [(_distances(part, centres) <= radii).any(dim=1) for part in torch.split(points, _ROWS)]
     return float(torch.cat(inside).double().mean())
 
 

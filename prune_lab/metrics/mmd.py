@@ -16,7 +16,7 @@ def _kernel_sum(one: Tensor, other: Tensor) -> Tensor:
     """The sum of exp(-|x - y|^2 / (2 sigma^2)) over all pairs of rows."""
     total = torch.zeros((), dtype=torch.float64, device=one.device)
     norms = other.square().sum(dim=1)
-    for part in one.split(_ROWS):
+    for part in torch.split(one, _ROWS):
         squared = part.square().sum(dim=1, keepdim=True) + norms - 2 * part @ other.T
         total += (-squared / (2 * SIGMA**2)).exp().sum()
     return total
