@@ -57,11 +57,13 @@ class Evaluation:
 
 def _evaluation(outcome: Outcome, out: Path) -> Evaluation:
     notes = tuple(filter(None, (outcome.about["protocol"]["note"],)))
+    lacking = outcome.metrics.loc[outcome.metrics["verdict"] == "not measured", ["metric", "reason"]]
+    needs = tuple(f"{row.metric} {row.reason}" for row in lacking.drop_duplicates().itertuples())
     drawn = outcome.about["prompts"]
     title = f"{drawn['drawn']:,} prompts, {drawn['seeds']} pictures of each"
     grid = outcome.metrics.drop_duplicates("model")[["model"]]
     return Evaluation(
-        Table("metrics", outcome.metrics, f"Metrics over {title}", notes=notes),
+        Table("metrics", outcome.metrics, f"Metrics over {title}", notes=(*notes, *needs)),
         Table("kinds", outcome.kinds, "CLIP score by kind of prompt", notes=notes),
         Table("gates", outcome.gates, "Gates", notes=notes),
         Pictures(

@@ -288,7 +288,7 @@ def _judged(
         features = drawn_features(out / title, rows, extractors, title)
         teacher = features if teacher is None else teacher
         sets = Sets(len(rows) // task.seeds, task.seeds, real, teacher)
-        found[title] = measure(features, sets, extractors)
+        found[title] = measure(features, sets, extractors, title)
     metrics = _metric_frame(found, sets, said)
     verdicts = _verdicts(task.gates, found)
     kinds = [row.kind for row in rows if row.number == 0]

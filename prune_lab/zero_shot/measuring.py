@@ -44,8 +44,9 @@ SETS: Mapping[str, SetMetric] = {
     "fid-to-teacher": SetMetric("lower", ("inception",), "teacher", fid),
     "cmmd-to-teacher": SetMetric("lower", ("clip",), "teacher", cmmd),
 }
-# The means over prompts, of which every prompt has a value: CLIP score, and the distance between seeds of a prompt.
-MEANS: Mapping[str, Literal["higher", "lower"]] = {"clip": "higher", "diversity": "higher"}
+# The means over prompts, of which every prompt has a value: CLIP score, and the distance between seeds of a prompt. Of
+# that more is no better in itself: what is broken differs, and what has collapsed does not.
+MEANS: Mapping[str, Literal["higher", "neither"]] = {"clip": "higher", "diversity": "neither"}
 METRICS = (
     "clip",
     "fid",
@@ -139,9 +140,7 @@ def _set_metric(name: str, features: Features, sets: Sets, extractors: Extractor
     except DataError as error:
         return Measured(None, f"not measured: {error}")
     try:
-        without = [
-            float(np.mean(of(rows))) for rows in track(groups_of(sets.prompts), f"intervals of {name}")
-        ]
+        without = [float(np.mean(of(rows))) for rows in groups_of(sets.prompts)]
     except DataError:
         without = []  # too few without a group
     estimate = Estimate(float(np.mean(seeds)), np.array(without))
@@ -179,10 +178,12 @@ def _diversity(features: Features, sets: Sets) -> Measured:
     return Measured(mean_of(values), "", used, (), values)
 
 
-def measure(features: Features, sets: Sets, extractors: Extractors) -> dict[str, Measured]:
-    """Every metric of one model by its name, in the order of ``METRICS``."""
+def measure(features: Features, sets: Sets, extractors: Extractors, title: str = "") -> dict[str, Measured]:
+    """Every metric of one model, called ``title``, by its name and in the order of ``METRICS``."""
     found = {"clip": _clip(features, sets, extractors), "diversity": _diversity(features, sets)}
-    found |= {name: _set_metric(name, features, sets, extractors) for name in SETS}
+    found |= {
+        name: _set_metric(name, features, sets, extractors) for name in track(SETS, f"measuring {title}")
+    }
     return {name: found[name] for name in METRICS}
 
 
@@ -199,6 +200,8 @@ def _verdict(name: str, difference: Estimate, floor: float) -> str:
         return "no interval"
     if low <= 0 <= high or (math.isfinite(floor) and abs(difference.value) <= floor):
         return "within noise"
+    if _better(name) == "neither":
+        return "higher" if difference.value > 0 else "lower"
     return "better" if (difference.value > 0) == (_better(name) == "higher") else "worse"
 
 
@@ -222,7 +225,7 @@ def metric_rows(
             "difference": math.nan,
             "difference_low": math.nan,
             "difference_high": math.nan,
-            "verdict": "",
+            "verdict": "" if one.estimate is not None else "not measured",
             "features": one.features,
             "reason": one.reason,
         }
