@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,10 @@ def load_inception(file: str | Path, device: str | torch.device = "cpu") -> tupl
         content = io.BytesIO(opened.read())
         digest = hashlib.sha256(content.getbuffer()).hexdigest()[:16]
         try:
-            module = torch.jit.load(content, map_location=device).eval()  # type: ignore[no-untyped-call]
+            with warnings.catch_warnings():
+                # files of the kind that everybody has are TorchScript, whatever comes after it
+                warnings.simplefilter("ignore", DeprecationWarning)
+                module = torch.jit.load(content, map_location=device).eval()  # type: ignore[no-untyped-call]
             arguments = {one.name for one in module.forward.schema.arguments}
         except (RuntimeError, ValueError, AttributeError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
