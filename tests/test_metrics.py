@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +15,17 @@ from prune_lab.errors import DataError
 from prune_lab.metrics import (
     Gaussian,
     cmmd,
+    cmmd_without,
     fid,
+    fid_without,
     frechet_distance,
     gaussian_of,
     inception_score,
+    inception_score_without,
     mean_distances,
     precision_recall,
+    precision_without,
+    recall_without,
 )
 
 
@@ -169,6 +175,41 @@ def test_the_distance_between_seeds_by_loops() -> None:
     assert mean_distances(features, cosine=False).tolist() == pytest.approx(roots)
     alike = features[:, :1].repeat(1, 4, 1)
     assert mean_distances(alike, cosine=True).tolist() == pytest.approx([0, 0, 0], abs=1e-12)
+
+
+# Without groups of rows ------------------------------------------------------------------------------------------
+
+WITHOUT = {
+    "fid": (fid_without, fid),
+    "cmmd": (cmmd_without, cmmd),
+    "precision": (precision_without, lambda one, other: precision_recall(one, other).precision),
+    "recall": (recall_without, lambda one, other: precision_recall(one, other).recall),
+    "is": (lambda one, _, groups: inception_score_without(one, groups), lambda one, _: inception_score(one)),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_what_a_metric_is_without_a_group_is_what_it_is_of_the_others(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prune_lab.metrics.manifold._ROWS", 7)
+    monkeypatch.setattr("prune_lab.metrics.mmd._ROWS", 7)
+    function, plain = WITHOUT[name]
+    drawn, real = rows(24, 3, 1, 0.7), rows(31, 3, 2)
+    groups = torch.arange(24) % 5
+    value, without = function(drawn, real, groups)
+    assert value == pytest.approx(plain(drawn, real))
+    assert without == pytest.approx([plain(drawn[groups != group], real) for group in range(5)])
+    assert len(set(without)) > 1
+
+
+@pytest.mark.parametrize(("function", "plain"), [(fid_without, fid), (cmmd_without, cmmd)])
+def test_of_pairs_both_are_left_out(function: Any, plain: Any) -> None:
+    drawn, other, groups = rows(24, 3, 1, 0.7), rows(24, 3, 2), torch.arange(24) % 5
+    _, without = function(drawn, other, groups, paired=True)
+    assert without == pytest.approx(
+        [plain(drawn[groups != group], other[groups != group]) for group in range(5)]
+    )
 
 
 def test_too_little_is_refused_in_one_line() -> None:

@@ -64,3 +64,20 @@ def fid(features: Tensor, real: Tensor) -> float:
     pictures, where the covariance has directions without any.
     """
     return frechet_distance(gaussian_of(features), gaussian_of(real))
+
+
+def fid_without(
+    features: Tensor, real: Tensor, groups: Tensor, *, paired: bool = False
+) -> tuple[float, list[float]]:
+    """``fid``, and what it is without the rows of each of the ``groups`` (N,), numbered from 0.
+
+    ``paired``: the same rows are left out of ``real``, too.
+    """
+    other = gaussian_of(real)
+    value, without = frechet_distance(gaussian_of(features), other), []
+    for group in range(int(groups.max()) + 1):
+        kept = groups != group
+        if int(kept.sum()) > 1:
+            left = gaussian_of(real[kept]) if paired else other
+            without.append(frechet_distance(gaussian_of(features[kept]), left))
+    return value, without

@@ -27,3 +27,10 @@ def inception_score(logits: Tensor, splits: int = 10) -> float:
         divergence = (probabilities * (part - marginal.clamp_min(1e-300).log())).sum(dim=1)
         scores.append(divergence.mean().exp())
     return float(sum(scores) / splits)
+
+
+def inception_score_without(logits: Tensor, groups: Tensor, splits: int = 10) -> tuple[float, list[float]]:
+    """``inception_score``, and what it is without the rows of each of the ``groups`` (N,), numbered from 0."""
+    kept = [groups != group for group in range(int(groups.max()) + 1)]
+    without = [inception_score(logits[rows], splits) for rows in kept if int(rows.sum()) >= splits]
+    return inception_score(logits, splits), without

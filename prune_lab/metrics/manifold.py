@@ -22,21 +22,67 @@ class PrecisionRecall:
 
 
 def _distances(part: Tensor, every: Tensor) -> Tensor:
-    # not by the product of both: that loses the digits that neighbours differ in
-    return torch.cdist(part, every, compute_mode="donot_use_mm_for_euclid_dist")
+    # in float64 the product of both keeps the digits that neighbours differ in
+    return torch.cdist(part, every, compute_mode="use_mm_for_euclid_dist")
 
 
-def _radii(features: Tensor, neighbours: int) -> Tensor:
-    """The distance from each row to its ``neighbours``-th neighbour, itself left out."""
-    found = [
-        _distances(part, features).kthvalue(neighbours + 1).values for part in torch.split(features, _ROWS)
-    ]
-    return torch.cat(found)
+def _check(features: Tensor, real: Tensor, neighbours: int) -> None:
+    if min(len(features), len(real)) <= neighbours or features.shape[1:] != real.shape[1:]:
+        raise DataError(
+            f"asked for precision and recall of features of shapes {tuple(features.shape)} and {tuple(real.shape)} by "
+            f"{neighbours} neighbours; give (N, D) and (M, D), {neighbours + 1} rows at least"
+        )
 
 
-def _share_inside(points: Tensor, centres: Tensor, radii: Tensor) -> float:
-    inside = [(_distances(part, centres) <= radii).any(dim=1) for part in torch.split(points, _ROWS)]
-    return float(torch.cat(inside).double().mean())
+def _radii(features: Tensor, neighbours: int, stays: Tensor) -> Tensor:
+    """The distance from each row to its ``neighbours``-th neighbour, itself left out, by row of ``stays``, (G, N).
+
+    ``stays`` (G, N) says which rows there are; where a row is not, its radius is below any distance.
+    """
+    found = torch.empty(stays.shape, dtype=torch.float64, device=features.device)
+    for rows in torch.split(torch.arange(len(features), device=features.device), _ROWS):
+        distances = _distances(features[rows], features)
+        for group, kept in enumerate(stays):
+            found[group, rows] = distances[:, kept].kthvalue(neighbours + 1).values
+    return found.masked_fill(~stays, -1)
+
+
+def _inside(points: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
+    """Whether each point lies in a ball, for each row of ``radii`` (G, centres): (G, points)."""
+    found = []
+    for part in torch.split(points, _ROWS):
+        distances = _distances(part, centres)
+        found.append(torch.stack([(distances <= one).any(dim=1) for one in radii]))
+    return torch.cat(found, dim=1)
+
+
+def _stays(groups: Tensor) -> Tensor:
+    """Which rows there are: all, and then without each group of ``groups`` (N,), numbered from 0; (1 + G, N)."""
+    every = torch.arange(-1, int(groups.max()) + 1, device=groups.device)
+    return groups != every[:, None]
+
+
+def precision_without(
+    features: Tensor, real: Tensor, groups: Tensor, *, neighbours: int = NEIGHBOURS
+) -> tuple[float, list[float]]:
+    """Precision, and what it is without the rows of each of the ``groups`` (N,): the balls are those of real ones."""
+    _check(features, real, neighbours)
+    other = real.double()
+    every = torch.ones(1, len(real), dtype=torch.bool, device=real.device)
+    inside = _inside(features.double(), other, _radii(other, neighbours, every))[0].double()
+    shares = [float(inside[kept].mean()) for kept in _stays(groups)]
+    return shares[0], shares[1:]
+
+
+def recall_without(
+    features: Tensor, real: Tensor, groups: Tensor, *, neighbours: int = NEIGHBOURS
+) -> tuple[float, list[float]]:
+    """Recall, and what it is without the rows of each of the ``groups`` (N,), whose balls are then others."""
+    _check(features, real, neighbours)
+    one, stays = features.double(), _stays(groups)
+    enough = stays.sum(dim=1) > neighbours
+    shares = _inside(real.double(), one, _radii(one, neighbours, stays[enough])).double().mean(dim=1).tolist()
+    return shares[0], shares[1:]
 
 
 def precision_recall(features: Tensor, real: Tensor, *, neighbours: int = NEIGHBOURS) -> PrecisionRecall:
@@ -45,13 +91,13 @@ def precision_recall(features: Tensor, real: Tensor, *, neighbours: int = NEIGHB
     Misleads when: N and M differ between the sets that are compared. Raises DataError where a set has no more rows than
     ``neighbours``.
     """
-    if min(len(features), len(real)) <= neighbours or features.shape[1:] != real.shape[1:]:
-        raise DataError(
-            f"asked for precision and recall of features of shapes {tuple(features.shape)} and {tuple(real.shape)} by "
-            f"{neighbours} neighbours; give (N, D) and (M, D), {neighbours + 1} rows at least"
-        )
+    _check(features, real, neighbours)
     one, other = features.double(), real.double()
+    radii = [
+        _radii(rows, neighbours, torch.ones(1, len(rows), dtype=torch.bool, device=rows.device))
+        for rows in (one, other)
+    ]
     return PrecisionRecall(
-        precision=_share_inside(one, other, _radii(other, neighbours)),
-        recall=_share_inside(other, one, _radii(one, neighbours)),
+        precision=float(_inside(one, other, radii[1]).double().mean()),
+        recall=float(_inside(other, one, radii[0]).double().mean()),
     )

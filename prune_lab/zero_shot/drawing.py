@@ -13,7 +13,8 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from prune_lab import __version__
 from prune_lab.cluster import Cluster, connected, in_tasks, slots
-from prune_lab.errors import DataError, StorageError
+from prune_lab.errors import DataError, DeviceError, StorageError
 from prune_lab.evaluation import drawn_batches
 from prune_lab.models import ModelSource, load_model, load_pipeline, model_digest, weight_files
 from prune_lab.models.folders import variant_of_part
@@ -227,6 +228,11 @@ def _in_processes(job: Drawing, numbers: Sequence[int], processes: int) -> None:
             waiting = [pool.submit(_one, job, number) for number in numbers]
             for done in track(as_completed(waiting), f"drawing with {job.source.name}", len(waiting)):
                 done.result()
+        except BrokenProcessPool:
+            raise DeviceError(
+                f"asked {processes} processes to draw with {job.source.name}, found that one ended, perhaps for want "
+                "of memory; the same command goes on, with fewer --processes or a smaller --batch"
+            ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -242,7 +248,7 @@ def _on_cluster(job: Drawing, numbers: Sequence[int], cluster: Cluster) -> None:
         room = slots(ray, cluster)
         shares = [share for start in range(room) if (share := tuple(numbers[start::room]))]
         note(f"drawing with {job.source.name} on Ray, {len(shares)} shares")
-        in_tasks(ray, cluster, partial(draw_share, job), shares)
+        in_tasks(ray, cluster, partial(draw_share, replace(job, threads=cluster.cpus)), shares)
 
 
 def draw_missing(job: Drawing, *, processes: int = 1, cluster: Cluster | None = None) -> int:

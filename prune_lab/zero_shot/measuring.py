@@ -5,20 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from prune_lab.errors import DataError
-from prune_lab.metrics import cmmd, fid, inception_score, mean_distances, precision_recall
+from prune_lab.metrics import (
+    cmmd_without,
+    fid_without,
+    inception_score_without,
+    mean_distances,
+    precision_without,
+    recall_without,
+)
 from prune_lab.runtime import track
 from prune_lab.zero_shot.estimates import Estimate, groups_of, mean_of
 from prune_lab.zero_shot.features import Extractors, Features
 
 Against = Literal["", "real", "teacher"]
+
+
+Function = Callable[[Tensor, Tensor, Tensor], tuple[float, list[float]]]
+"""The metric of features (N, D) against others, and without each group of the rows (N,)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,21 +39,22 @@ class SetMetric:
     better: Literal["higher", "lower"]
     uses: tuple[str, ...]
     against: Against
-    function: Callable[[Tensor, Tensor], float]
+    function: Function
 
 
+def _of_logits(rows: Tensor, _: Tensor, groups: Tensor) -> tuple[float, list[float]]:
+    return inception_score_without(rows, groups)
+
+
+_TWO = ("inception", "clip")
 SETS: Mapping[str, SetMetric] = {
-    "fid": SetMetric("lower", ("inception",), "real", fid),
-    "is": SetMetric("higher", ("logits",), "", lambda rows, _: inception_score(rows)),
-    "cmmd": SetMetric("lower", ("clip",), "real", cmmd),
-    "precision": SetMetric(
-        "higher", ("inception", "clip"), "real", lambda rows, real: precision_recall(rows, real).precision
-    ),
-    "recall": SetMetric(
-        "higher", ("inception", "clip"), "real", lambda rows, real: precision_recall(rows, real).recall
-    ),
-    "fid-to-teacher": SetMetric("lower", ("inception",), "teacher", fid),
-    "cmmd-to-teacher": SetMetric("lower", ("clip",), "teacher", cmmd),
+    "fid": SetMetric("lower", ("inception",), "real", fid_without),
+    "is": SetMetric("higher", ("logits",), "", _of_logits),
+    "cmmd": SetMetric("lower", ("clip",), "real", cmmd_without),
+    "precision": SetMetric("higher", _TWO, "real", precision_without),
+    "recall": SetMetric("higher", _TWO, "real", recall_without),
+    "fid-to-teacher": SetMetric("lower", ("inception",), "teacher", partial(fid_without, paired=True)),
+    "cmmd-to-teacher": SetMetric("lower", ("clip",), "teacher", partial(cmmd_without, paired=True)),
 }
 # The means over prompts, of which every prompt has a value: CLIP score, and the distance between seeds of a prompt. Of
 # that more is no better in itself: what is broken differs, and what has collapsed does not.
@@ -118,7 +130,6 @@ def _set_metric(name: str, features: Features, sets: Sets, extractors: Extractor
     if metric.against == "real" and sets.real is None:
         return Measured(None, "not measured: needs --real DIR")
     own: Tensor = sets.by_seed(getattr(features, used))
-    every = torch.arange(sets.prompts)
     if metric.against == "teacher":
         others = sets.by_seed(getattr(sets.teacher, used))
         # Pictures of one seed start from the same noise: of another seed, the teacher's own distance is the floor.
@@ -129,21 +140,17 @@ def _set_metric(name: str, features: Features, sets: Sets, extractors: Extractor
     else:
         parts = [(one, one) for one in own]
 
-    def of(rows: Tensor) -> list[float]:
-        paired = metric.against == "teacher"
-        return [metric.function(one[rows], other[rows] if paired else other) for one, other in parts]
-
+    groups = groups_of(sets.prompts)
     try:
-        seeds = of(every)
-        if not all(map(math.isfinite, seeds)):
-            raise DataError(f"found {seeds}")
+        found = [metric.function(one, other, groups) for one, other in parts]
     except DataError as error:
         return Measured(None, f"not measured: {error}")
-    try:
-        without = [float(np.mean(of(rows))) for rows in groups_of(sets.prompts)]
-    except DataError:
-        without = []  # too few without a group
-    estimate = Estimate(float(np.mean(seeds)), np.array(without))
+    seeds = [value for value, _ in found]
+    without = np.array([values for _, values in found]).mean(axis=0)
+    whole = len(without) == int(groups.max()) + 1  # else too few are left without a group
+    if not all(map(math.isfinite, seeds)):
+        return Measured(None, f"not measured: found {seeds}")
+    estimate = Estimate(float(np.mean(seeds)), without if whole and len(without) > 1 else np.empty(0))
     shown = tuple(seeds) if metric.against != "teacher" or sets.seeds > 1 else ()
     return Measured(estimate, _warning(name, own, metric.against), _FEATURES[used], shown)
 

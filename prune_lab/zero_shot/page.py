@@ -109,6 +109,11 @@ def _conditions(about: Mapping[str, Any]) -> list[str]:
     height, width = about["side"]
     size = how["resolution"] or "the model's own"
     real = about["real"]
+    named_real = (
+        "none"
+        if real is None
+        else f"{real['pictures']:,} of {real['name']}, resized to {width} x {height} without regard to their shape"
+    )
     named = "; ".join(
         f"{one['name']} (model {one['model']}, pipeline {one['pipeline']})" for one in about["models"]
     )
@@ -121,7 +126,7 @@ def _conditions(about: Mapping[str, Any]) -> list[str]:
         f"- {how['steps']} steps, guidance {how['guidance']:g}, {how['dtype']}, the model's own scheduler, "
         f"size {size}, judged at {width} x {height} as {how['format'].upper()}, batch {how['batch']}"
         f"{', preset ' + how['preset'] if how['preset'] else ''}.",
-        f"- Real pictures: {'none' if real is None else str(real['pictures']) + ' of ' + real['name']}.",
+        f"- Real pictures: {named_real}.",
         f"- CLIP: {about['clip']}. Inception: {about['inception']}.",
         f"- prune_lab {about['prune_lab']}, {environment}.",
         "",
