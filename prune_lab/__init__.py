@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from prune_lab.api.evaluating import Evaluation, evaluate
     from prune_lab.api.jobs import compare, load, load_student, run
     from prune_lab.api.model import Model
     from prune_lab.api.plans import Plan, Plans
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Evaluation": "api.evaluating",
     "Model": "api.model",
     "Plan": "api.plans",
     "Plans": "api.plans",
@@ -26,6 +28,7 @@ _HOMES = {
     "RunResults": "api.results",
     "Table": "tables",
     "compare": "api.jobs",
+    "evaluate": "api.evaluating",
     "load": "api.jobs",
     "load_student": "api.jobs",
     "open_run": "api.results",
@@ -33,6 +36,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Evaluation",
     "Model",
     "Plan",
     "Plans",
@@ -41,6 +45,7 @@ __all__ = [
     "Table",
     "__version__",
     "compare",
+    "evaluate",
     "load",
     "load_student",
     "open_run",

@@ -279,6 +279,44 @@ def draw_once(
     return found
 
 
+def drawn_batches(
+    pipeline: Any,
+    pairs: Sequence[tuple[str, int]],
+    *,
+    steps: int,
+    guidance: float,
+    model: Any = None,
+    batch: int = 8,
+    latents: bool = False,
+    resolution: int | None = None,
+) -> Iterator[Tensor]:
+    """The images of ``pairs`` of a prompt and its seed, ``batch`` at a time, as ``generate`` draws them.
+
+    The pipeline is as it was when the last is drawn, or the iterator is closed.
+    """
+    check_steps(pipeline, steps)
+    note_cut(pipeline, [prompt for prompt, _ in pairs], "prompts")
+    drawing, side = drawing_of(pipeline), resolution or _asked_side(pipeline)
+    if resolution:
+        check_side(pipeline, resolution)
+    with quiet(), _pipeline_with(pipeline, model) as given:
+        own = _text_to_image(given) if drawing.as_text_to_image else given
+        for start in range(0, len(pairs), batch):
+            named, numbers = zip(*pairs[start : start + batch], strict=True)
+            texts = cut_texts(named)
+            images = draw_once(
+                own,
+                texts,
+                [_noise_of(own, text, seed) for text, seed in zip(texts, numbers, strict=True)],
+                steps=steps,
+                guidance=guidance,
+                latents=latents,
+                side=side,
+                more=drawing.picture(own, len(texts)) if drawing.picture else {},
+            )
+            yield images.cpu() if latents else to_uint8(images)
+
+
 def generate(
     pipeline: Any,
     prompts: Sequence[str],
@@ -307,29 +345,35 @@ def generate(
             f"asked to generate images of {len(prompts)} prompts with {len(seeds)} seeds; give at least one of each"
         )
     EvaluateConfig(steps=steps, guidance=guidance, seeds=tuple(seeds))  # raises for what is out of range
-    check_steps(pipeline, steps)
-    note_cut(pipeline, prompts, "prompts")
-    pairs = [(prompt, seed) for prompt in cut_texts(prompts) for seed in seeds]
-    batches = []
-    drawing, side = drawing_of(pipeline), resolution or _asked_side(pipeline)
-    if resolution:
-        check_side(pipeline, resolution)
-    with quiet(), _pipeline_with(pipeline, model) as given:
-        own = _text_to_image(given) if drawing.as_text_to_image else given
-        for start in track(range(0, len(pairs), batch), "generating", math.ceil(len(pairs) / batch)):
-            texts, numbers = zip(*pairs[start : start + batch], strict=True)
-            images = draw_once(
-                own,
-                texts,
-                [_noise_of(own, text, seed) for text, seed in zip(texts, numbers, strict=True)],
-                steps=steps,
-                guidance=guidance,
-                latents=latents,
-                side=side,
-                more=drawing.picture(own, len(texts)) if drawing.picture else {},
-            )
-            batches.append(images.cpu() if latents else to_uint8(images))
-    return torch.cat(batches)
+    pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    drawn = drawn_batches(
+        pipeline,
+        pairs,
+        steps=steps,
+        guidance=guidance,
+        model=model,
+        batch=batch,
+        latents=latents,
+        resolution=resolution,
+    )
+    return torch.cat(list(track(drawn, "generating", math.ceil(len(pairs) / batch))))
+
+
+def clip_embeddings(
+    scorer: tuple[Any, ScorerInputs], pictures: Tensor, prompts: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """The CLIP embeddings, of length one, of each image and its prompt, (N, D) float32 on the CPU, in one pass.
+
+    ``scorer`` is what ``models.load_scorer`` returns, ``pictures`` are images uint8 (N, 3, H, W).
+    """
+    model, inputs = scorer
+    with torch.inference_mode():
+        embedded = model(
+            pixel_values=inputs.pictures(pictures, model.device),
+            **inputs.captions(cut_texts(prompts), model.device),
+        )
+        # The model has normalised both embeddings.
+        return embedded.image_embeds.float().cpu(), embedded.text_embeds.float().cpu()
 
 
 def clip_scores(
@@ -345,17 +389,11 @@ def clip_scores(
         raise DataError(
             f"asked to score {len(pictures)} images against {len(prompts)} prompts; give one prompt for each image"
         )
-    model, inputs = scorer
     scores = [torch.empty(0)]
-    with torch.inference_mode():
-        for start in range(0, len(prompts), batch):
-            rows = slice(start, start + batch)
-            embedded = model(
-                pixel_values=inputs.pictures(pictures[rows], model.device),
-                **inputs.captions(cut_texts(prompts[rows]), model.device),
-            )
-            # The model has normalised both embeddings.
-            scores.append((embedded.image_embeds * embedded.text_embeds).sum(dim=-1).float().cpu())
+    for start in range(0, len(prompts), batch):
+        rows = slice(start, start + batch)
+        images, texts = clip_embeddings(scorer, pictures[rows], prompts[rows])
+        scores.append((images * texts).sum(dim=-1))
     return torch.cat(scores)
 
 

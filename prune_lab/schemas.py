@@ -118,6 +118,32 @@ RECOVERY_SUMMARY_COLUMNS = (
 )
 PROMPTS_COLUMNS = ("file", "prompt", "seed")  # of every picture of a set
 PICTURES_COLUMNS = ("plan", "plan_id", "weights", "pictures", "clip", "clip_low")
+DRAWN_COLUMNS = (
+    "file",
+    "prompt",
+    "kind",
+    "number",
+    "seed",
+)  # of every picture of prune-lab evaluate --prompts
+METRIC_COLUMNS = (
+    *("model", "metric", "value", "low", "high", "better", "floor"),
+    *(
+        "difference",
+        "difference_low",
+        "difference_high",
+        "verdict",
+        "features",
+        "prompts",
+        "seeds",
+        "reason",
+        "note",
+    ),
+)
+KIND_COLUMNS = (
+    *("kind", "prompts", "model", "clip", "low", "high"),
+    *("difference", "difference_low", "difference_high", "verdict", "note"),
+)
+GATE_COLUMNS = ("gate", "model", "value", "low", "high", "bound", "verdict", "reason", "note")
 RANKING_COLUMNS = (
     *("rank", "tie_group", "plan", "plan_id", "origin", "blocks_removed", "params", "macs", "paper_macs"),
     *(

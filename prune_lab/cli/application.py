@@ -94,7 +94,8 @@ def _what_is_kept(command: Any, verb: str, words: Sequence[str]) -> str:
     with contextlib.suppress(OSError, ValueError):  # a plan may be no path
         # A search in a finished run leaves that as it is, and is done in a folder that is gone afterwards.
         in_a_run = in_a_run or (verb != "search" and any(folder.is_file() for folder in folders))
-    if in_a_run or verb in GOES_ON:
+    keeps = verb == "evaluate" and any(word.partition("=")[0] == "--prompts" for word in words)
+    if in_a_run or keeps or verb in GOES_ON:
         return "finished files are kept: the same command again uses what there is"
     options = {option for one in getattr(command, "params", ()) for option in one.opts}
     return "the same command again starts anew" + (

@@ -1,8 +1,13 @@
-"""The verb that draws pictures and judges them: evaluate. Models are judged in a temporary run folder."""
+"""The verb that draws pictures and judges them: evaluate.
+
+Models are judged in a temporary run folder, or with ``--prompts`` compared by many pictures that are kept.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,8 +16,27 @@ from prune_lab.cli import options
 from prune_lab.cli.application import app
 from prune_lab.cli.models import model_of
 from prune_lab.cli.output import emit, records
+from prune_lab.config import parse_assignment
 from prune_lab.errors import RunError
 from prune_lab.runs import open_run, writing
+
+if TYPE_CHECKING:
+    from prune_lab.api.evaluating import Evaluation
+
+
+def _show(found: Evaluation, *, as_json: bool, wide: bool) -> None:
+    """Print all tables, the gates last, where they are seen; as JSON one object of lists."""
+    if as_json:
+        tables = {"metrics": found.metrics, "kinds": found.kinds, "gates": found.gates}
+        rows: dict[str, Any] = {name: table.records() for name, table in tables.items()}
+        typer.echo(json.dumps(rows | {"code": found.code}, indent=2, ensure_ascii=False, allow_nan=False))
+        return
+    for table in (found.kinds, found.metrics, found.gates):
+        if len(table):
+            emit(table.kind, table.records(), as_json=False, wide=wide, title=table.title)
+    for line in found.metrics.notes:
+        typer.echo(line)
+    typer.echo(f"wrote {found.out}: pictures, tables, README.md and sheet.png", err=True)
 
 
 @app.command()
@@ -28,6 +52,63 @@ def evaluate(
     prompt: Annotated[
         list[str], typer.Option("--prompt", help="What to draw; may be repeated; default: held-out captions.")
     ] = [],  # noqa: B006
+    prompts: Annotated[
+        str,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="Compare models, the teacher first, by what they draw for the prompts in a .txt, .csv, .jsonl or "
+            ".parquet (column prompt or caption, and kind); default or shipped. Needs --out.",
+        ),
+    ] = "",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder of pictures and tables; a stopped command goes on there."),
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option("--images", help="Prompts of the file that are drawn; default: all.")
+    ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            "--seeds",
+            help="Pictures of each prompt; default: 2, which show the noise floor; with --preset 1.",
+        ),
+    ] = None,
+    preset: Annotated[
+        str,
+        typer.Option(
+            "--preset", help="coco30k: BK-SDM's protocol (25 steps, 7.5, JPEG of 256), but for seeding."
+        ),
+    ] = "",
+    real: Annotated[
+        str, typer.Option("--real", help="Real pictures: a folder, .parquet, .tar, .zip, hub id, or shipped.")
+    ] = "",
+    inception: Annotated[
+        Path | None,
+        typer.Option("--inception", help="TorchScript file with an Inception; the program in it is run."),
+    ] = None,
+    clip: Annotated[
+        str,
+        typer.Option("--clip", help="CLIP model that judges: a folder or hub id, or none (evaluate.scorer)."),
+    ] = "",
+    gate: Annotated[
+        list[str],
+        typer.Option(
+            "--gate",
+            help='"clip>=0.97x teacher", "fid<=20"; may be repeated. Exit code 0: passed, 1: failed, 3: undecided.',
+        ),
+    ] = [],  # noqa: B006
+    teacher: Annotated[str, typer.Option("--teacher", help="The teacher; default: the first MODEL.")] = "",
+    resolution: options.ResolutionOption = None,
+    batch: Annotated[int, typer.Option("--batch", help="Pictures that are drawn at once.")] = 8,
+    processes: Annotated[
+        int,
+        typer.Option(
+            "--processes", help="Processes that draw, each on a GPU of its own where there are several."
+        ),
+    ] = 1,
+    force: options.ForceOption = False,
     data: options.DataOption = None,
     revision: options.RevisionOption = "",
     subfolder: options.SubfolderOption = "",
@@ -41,6 +122,61 @@ def evaluate(
     wide: options.WideOption = False,
 ) -> None:
     """Draw and judge: CLIP score and held-out loss of models, or the pictures of a run's teacher and candidates."""
+    many = {
+        "--out": out,
+        "--images": images,
+        "--seeds": seeds,
+        "--preset": preset,
+        "--real": real,
+        "--inception": inception,
+        "--clip": clip,
+        "--gate": gate,
+        "--teacher": teacher,
+        "--resolution": resolution,
+        "--processes": processes > 1,
+        "--force": force,
+    }
+    if prompts:
+        other = {"--prompt": prompt, "--run": run, "--data": data, "--config": config}
+        if given := [name for name, value in other.items() if value]:
+            raise RunError(f"asked to evaluate with --prompts and {' and '.join(given)}; leave one out")
+        if out is None:
+            raise RunError(
+                "asked to evaluate with --prompts, which keeps its pictures; give a folder with --out DIR"
+            )
+        if revision or subfolder or variant:
+            raise RunError(
+                "asked to evaluate with --prompts and a revision, subfolder or variant; give folders of models"
+            )
+        from prune_lab.api.evaluating import evaluate as compare_by_pictures
+
+        found = compare_by_pictures(
+            models,
+            prompts=prompts,
+            out=out,
+            images=images,
+            seeds=seeds,
+            preset=preset,
+            real=real,
+            inception=inception or "",
+            clip=clip,
+            gates=gate,
+            teacher=teacher,
+            base=base,
+            resolution=resolution,
+            batch=batch,
+            processes=processes,
+            device=device,
+            seed=seed,
+            force=force,
+            settings=dict(map(parse_assignment, assign)),
+        )
+        _show(found, as_json=as_json, wide=wide)
+        raise typer.Exit(found.code)
+    if given := [name for name, value in many.items() if value]:
+        raise RunError(
+            f"asked to evaluate with {given[0]}, which goes with many prompts; give --prompts FILE, too"
+        )
     if bool(models) == bool(run):
         raise RunError(
             "asked to evaluate; give models, or --run DIR for the candidates of a run, and not both"

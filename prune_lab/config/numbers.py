@@ -13,6 +13,8 @@ NUMBERS: Mapping[str, tuple[int, int]] = {
     "count": (1, 10_000),
     "resolution": (1, 65_536),
     "frames": (1, 4096),
+    "images": (1, 2_000_000),
+    "processes": (1, 1024),
     "rounds": (2, 10**6),
     "seed": (0, MOST),
     "steps": (1, 10**6),
