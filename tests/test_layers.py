@@ -25,7 +25,7 @@ LAYERS = (
     ("profiling", "evaluation", "importance"),
     ("search", "candidates", "repair"),
     ("distill",),
-    ("ranking",),
+    ("ranking", "applications"),
     ("cluster", "session", "engines"),
     ("report", "export"),
     ("workflow",),
