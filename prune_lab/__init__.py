@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from prune_lab.api.applying import img2img
     from prune_lab.api.jobs import compare, load, load_student, run
     from prune_lab.api.model import Model
     from prune_lab.api.plans import Plan, Plans
@@ -26,6 +27,7 @@ _HOMES = {
     "RunResults": "api.results",
     "Table": "tables",
     "compare": "api.jobs",
+    "img2img": "api.applying",
     "load": "api.jobs",
     "load_student": "api.jobs",
     "open_run": "api.results",
@@ -41,6 +43,7 @@ __all__ = [
     "Table",
     "__version__",
     "compare",
+    "img2img",
     "load",
     "load_student",
     "open_run",

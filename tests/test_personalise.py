@@ -66,6 +66,7 @@ def encoded(pipeline: Any, folder: Path, prompt: str) -> Any:
     return encode_data(pipeline, pictures, [prompt] * len(pictures))
 
 
+@pytest.mark.long
 def test_the_subject_is_learnt_and_the_class_weighs_in(tiny: Any, subject: Path) -> None:
     """The loss on the subject falls, and the weights depend on the pictures of the class."""
     model, own, other = model_of(tiny), encoded(tiny, subject, "a red cat"), encoded(tiny, subject, "a cat")
@@ -169,6 +170,7 @@ def own_code_student(folder: Path, out: Path) -> Path:
     return out
 
 
+@pytest.mark.long
 def test_a_student_with_code_of_its_own_learns_whole(
     tiny_pipeline_folder: Path, subject: Path, tmp_path: Path
 ) -> None:
@@ -180,7 +182,7 @@ def test_a_student_with_code_of_its_own_learns_whole(
     invoke("generate", out, "--prompt", "a red cat", "--steps", "2", "--out", tmp_path / "a.png")
 
 
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("own", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_lora_is_loaded_by_plain_diffusers(
     own: bool, tiny_pipeline_folder: Path, subject: Path, tmp_path: Path
 ) -> None:
@@ -198,6 +200,7 @@ def test_a_lora_is_loaded_by_plain_diffusers(
     assert 'load_lora_weights(".")' in (out / "README.md").read_text()
 
 
+@pytest.mark.long
 def test_a_lora_that_was_damaged_is_noticed(
     tiny_pipeline_folder: Path, subject: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,7 +257,7 @@ def test_transformers_learn_too(
     ],
 )
 def test_a_bad_setting_is_refused(wrong: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match="^asked for") as caught:
+    with pytest.raises(ConfigError, match=r"^asked for") as caught:
         PersonalSettings(**FEW | wrong)
     assert said in str(caught.value)
 

@@ -9,16 +9,17 @@ from typing import Any
 import pandas as pd
 import torch
 
-from prune_lab.applications import PersonalSettings, personalise
+from prune_lab.applications import PersonalSettings, Sweep, SweepSettings, personalise, sweep
 from prune_lab.errors import ConfigError, FormError, PlanError
 from prune_lab.export import student_in
 from prune_lab.export.snippets import snippet_for
 from prune_lab.families import CLASS_NAME, is_own
-from prune_lab.models import ModelSource
+from prune_lab.models import ModelSource, resolve_model
 from prune_lab.models.files import json_object
-from prune_lab.runtime import note, write_text
+from prune_lab.report import Column, draw_comparison
+from prune_lab.runtime import note, pick_device, pick_dtype, progress_shown, write_text
 from prune_lab.schemas import PERSONAL_COLUMNS
-from prune_lab.tables import Table
+from prune_lab.tables import Pictures, Table
 
 _LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -58,9 +59,8 @@ def _class_of(source: ModelSource) -> str:
 
 def _lines_of(source: ModelSource, settings: PersonalSettings) -> str:
     """Lines of Python that draw the subject, in the folder that was written."""
-    trusted = is_own(source.config)
-    how = {"size": source.config.get("sample_size"), "tokens": source.tokens, "trusted": trusted}
-    _, lines = snippet_for(_class_of(source), **how)
+    size, trusted = source.config.get("sample_size"), is_own(source.config)
+    _, lines = snippet_for(_class_of(source), size=size, tokens=source.tokens, trusted=trusted)
     lines = lines.replace('"a red bird on a branch"', repr(settings.prompt))
     if not settings.lora:
         return lines
@@ -134,3 +134,68 @@ def personal_table(
         notes.append(f"pictures of the class: {found.class_folder}")
     note(f"peak memory: {learnt.peak_of}")
     return Table("personal", frame, f"{source.text} has learnt {settings.prompt!r}", notes=tuple(notes))
+
+
+def _as_pictures(found: Sweep, out: Path) -> Pictures:
+    """The sweep as a grid: a row for each strength and seed, a column for the picture and each model."""
+    rows = found.frame[found.frame["model"] == found.names[0]]
+    several = rows["seed"].nunique() > 1
+    labels = tuple(
+        f"strength {row.strength:g}" + (f", seed {row.seed}" if several else "") for row in rows.itertuples()
+    )
+    given = found.picture.permute(1, 2, 0).numpy()
+    columns = [Column("", "given", "", (given,) * len(labels))]
+    for name, drawn in zip(found.names, found.pictures, strict=True):
+        pixels = drawn.flatten(0, 1).permute(0, 2, 3, 1).numpy()
+        columns.append(Column("", Path(name).name or name, "", tuple(pixels)))
+    prompt = str(rows["prompt"].iloc[0])
+    notes = (f"scorer: {found.scorer}", f"pictures, sweep.csv and sweep.png: {out}")
+    return Pictures(
+        "sweep",
+        found.frame,
+        f"Changed towards {prompt!r}",
+        lambda theme: draw_comparison(columns, labels, {}, theme),
+        notes=notes,
+        columns=tuple(columns),
+        labels=labels,
+    )
+
+
+def img2img(
+    *models: str | Path,
+    picture: str | Path,
+    prompt: str,
+    out: str | Path,
+    mask: str | Path | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    force: bool = False,
+    **settings: Any,
+) -> Pictures:
+    """What each of ``models`` makes of ``picture`` for ``prompt``, by how much of it may change: a grid, with scores as
+    its table; pictures, ``sweep.csv`` and ``sweep.png`` are written
+    to ``out``.
+
+    ``strengths`` are shares of ``steps`` that are taken; noise comes from ``seeds`` and is the same for all models. With
+    ``mask``, a picture, only what is white in it is drawn anew. More settings: ``guidance``, ``scorer``. Raises
+    UnsupportedModelError for a model that cannot, ConfigError for a number out of range, DataError for a picture that
+    cannot be read.
+    """
+    known = {field.name for field in dataclasses.fields(SweepSettings)}
+    for name in settings.keys() - known:
+        raise ConfigError(f"asked for the setting {name!r:.60}; there are {', '.join(sorted(known))}")
+    given = {name: value for name, value in settings.items() if value is not None}
+    asked = SweepSettings(prompt=prompt, **given)
+    with progress_shown():
+        found = sweep(
+            [resolve_model(str(one)) for one in models],
+            Path(picture),
+            asked,
+            Path(out),
+            mask=None if mask is None else Path(mask),
+            device=pick_device(device),
+            dtype=pick_dtype(dtype),
+            force=force,
+            finish=lambda folder, one: _as_pictures(one, Path(out)).plot().save(folder / "sweep.png"),
+        )
+    return _as_pictures(found, Path(out))

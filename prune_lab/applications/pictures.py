@@ -75,7 +75,8 @@ def read_own_pictures(folder: Path, side: int, what: str) -> tuple[Tensor, tuple
     return torch.stack(pictures), tuple(path.name for path in paths)
 
 
-def _save_png(path: Path, picture: Tensor) -> None:
+def save_picture(path: Path, picture: Tensor) -> None:
+    """Write ``picture`` (3, H, W) uint8 as the PNG ``path``, whole or not at all."""
     with atomic_write(path) as temporary:
         Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy())).save(temporary, format="PNG")
 
@@ -111,5 +112,5 @@ def class_pictures(
             pipeline, [prompt], [seed + n for n in group], steps=steps, guidance=guidance, batch=batch
         )
         for number, picture in zip(group, found, strict=True):
-            _save_png(paths[number], picture)
+            save_picture(paths[number], picture)
     return torch.stack([torch.from_numpy(read_picture(path)).permute(2, 0, 1) for path in paths]), place
