@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from benchmarks import runtimes_page, width_page
+from benchmarks import applications, applications_page, runtimes_page, width_page
 from benchmarks.width import OUTCOME_COLUMNS, PLAN_COLUMNS, Unit, is_done, units
 
 ROOT = Path(__file__).parent.parent
@@ -128,3 +128,45 @@ def test_committed_pages_are_what_their_tables_say(name: str) -> None:
         shown = "\n".join(runtimes_page.in_readme(pd.read_csv(folder / "runtimes.csv")))
         assert shown in (ROOT / "README.md").read_text(encoding="utf-8")
     assert (folder / "README.md").read_text(encoding="utf-8") == found
+
+
+# Applications ------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_of_applications_is_what_its_tables_say() -> None:
+    folder = ROOT / "reports" / "applications"
+    tables = (pd.read_csv(folder / f"{name}.csv") for name in ("personal", "speed", "changed"))
+    assert (folder / "README.md").read_text(encoding="utf-8") == applications_page.page(*tables)
+
+
+def test_tables_of_applications_have_their_columns_and_units_are_skipped_once_done() -> None:
+    folder = ROOT / "reports" / "applications"
+    for name, columns in (
+        ("personal", applications.PERSONAL),
+        ("speed", applications.SPEED),
+        ("changed", applications.CHANGED),
+    ):
+        table = pd.read_csv(folder / f"{name}.csv")
+        assert tuple(table.columns) == columns
+        first = table.iloc[0]
+        assert applications.is_done(table, model=first["model"])
+        assert not applications.is_done(table, model="none")
+    personal = pd.read_csv(folder / "personal.csv")
+    assert not personal.duplicated(["subject", "model", "way"]).any()
+
+
+def test_what_a_row_says_is_in_the_page() -> None:
+    rows = [
+        dict(zip(applications.PERSONAL, ["s", model, way, "", *[value] * 5, *[1.0] * 12, "t"], strict=True))
+        for model in applications_page.MODELS
+        for way, value in (("untouched", 0.1), ("whole", 0.4), ("lora", 0.3), ("carried", 0.2))
+    ]
+    personal = pd.DataFrame(rows)
+    personal.loc[(personal["model"] == "bk-tiny") & (personal["way"] == "whole"), "subject_likeness"] = 0.777
+    speed = pd.DataFrame(columns=list(applications.SPEED))
+    moved = pd.DataFrame(columns=list(applications.CHANGED))
+    text = applications_page.page(personal, speed, moved)
+    assert "| Tiny | 0.100 | 0.777 | 0.400 |" in text
+    assert "changed by +0.30 in the teacher" in text
+    assert "Tiny +0.10 (of its own: +0.20)" in text
+    assert "## Pictures changed" not in text

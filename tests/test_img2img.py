@@ -1,4 +1,4 @@
-"""Pictures that models change, and masks that they fill: on tiny pipelines of every kind that can, and others refused."""
+"""Pictures that models change, and masks that they fill: tiny pipelines of kinds that can; others are refused."""
 
 from __future__ import annotations
 
@@ -123,8 +123,8 @@ def test_steps_that_begin_late_are_those_of_the_pipeline_for_pictures(tiny: Any)
 
 
 def test_a_model_that_knows_the_noise_gives_the_picture_back(pipeline_folder: Callable[[str], Path]) -> None:
-    """Of PixArt, whose steps are begun late here: with the noise that was added as its prediction nothing is changed, at
-    any strength.
+    """Of PixArt, whose steps are begun late here: where it predicts the noise that was added, nothing changes, at any
+    strength.
     """
     pipeline: Any = load_pipeline(resolve_model(str(pipeline_folder("pixart"))))
     picture = a_picture(picture_side(pipeline))

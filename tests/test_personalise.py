@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from prune_lab.applications import PersonalSettings, learn_subject
+from prune_lab.applications.personal import _trained
 from prune_lab.applications.pictures import class_pictures, read_own_pictures
 from prune_lab.cli import app
 from prune_lab.distill import encode_data
 from prune_lab.errors import ConfigError, DataError
+from prune_lab.export import student_in
 from prune_lab.families import model_of
 from prune_lab.models import load_pipeline, resolve_model
 
@@ -180,6 +182,39 @@ def test_a_student_with_code_of_its_own_learns_whole(
     assert list((out / "unet").glob("modeling_pruned_*.py"))
     assert "trust_remote_code=True" in (out / "README.md").read_text()
     invoke("generate", out, "--prompt", "a red cat", "--steps", "2", "--out", tmp_path / "a.png")
+
+
+def test_blocks_that_do_nothing_stay_so(tiny_pipeline_folder: Path, subject: Path, tmp_path: Path) -> None:
+    """A student in the neutral form is trained but for these, whole or by a LoRA, and is still of its plan."""
+    student, out = tmp_path / "student", tmp_path / "mine"
+    invoke("prune", tiny_pipeline_folder, "--plan", "-Dn1.A1", "--form", "neutral", "--out", student)
+    frozen = student_in(student).layout.frozen
+    assert frozen
+    invoke("personalise", student, "--images", subject, *WORDS, "--learning-rate", "1e-3", "--out", out)
+    given, found = (
+        load_file(folder / "unet" / "diffusion_pytorch_model.safetensors") for folder in (student, out)
+    )
+    for name, tensor in given.items():
+        inside = any(name.startswith(f"{path}.") for path in frozen)
+        assert torch.equal(tensor, found[name]) or not inside, name
+    assert any(not torch.equal(tensor, found[name]) for name, tensor in given.items())
+    how = PersonalSettings(**FEW | {"lora": 2})
+    model = model_of(load_pipeline(resolve_model(str(student))))
+    layers = _trained(model, how, frozen)
+    assert layers
+    named = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert not [name for name in named if any(name.startswith(f"{path}.") for path in frozen)]
+
+
+def test_numbers_stay_in_the_format_of_the_files(
+    tiny_pipeline_folder: Path, subject: Path, tmp_path: Path
+) -> None:
+    """Of a pipeline in float16 the model is trained in float32 and written as the other parts are."""
+    half, out = tmp_path / "half", tmp_path / "mine"
+    DiffusionPipeline.from_pretrained(tiny_pipeline_folder).to(torch.float16).save_pretrained(half)
+    invoke("personalise", half, "--images", subject, *WORDS, "--learning-rate", "1e-3", "--out", out)
+    tensors = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
 
 
 @pytest.mark.parametrize("own", [False, pytest.param(True, marks=pytest.mark.long)])

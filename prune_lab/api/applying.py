@@ -176,7 +176,7 @@ def img2img(
     its table; pictures, ``sweep.csv`` and ``sweep.png`` are written
     to ``out``.
 
-    ``strengths`` are shares of ``steps`` that are taken; noise comes from ``seeds`` and is the same for all models. With
+    ``strengths`` are shares of ``steps`` that are taken; noise comes from ``seeds``, the same for all models. With
     ``mask``, a picture, only what is white in it is drawn anew. More settings: ``guidance``, ``scorer``. Raises
     UnsupportedModelError for a model that cannot, ConfigError for a number out of range, DataError for a picture that
     cannot be read.

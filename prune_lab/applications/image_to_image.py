@@ -1,8 +1,8 @@
 """Pictures that a model changes towards a prompt: noise is added up to a strength and taken away again (SDEdit).
 
 Models draw with the pipeline of diffusers that changes pictures, made of the same parts, or, with a mask, with the one
-that inpaints. A pipeline for which diffusers has none (PixArt) starts its own steps in the middle, from the same mixture
-of picture and noise that the others start from (arXiv:2108.01073, algorithm 1).
+that inpaints. A pipeline for which diffusers has none (PixArt) starts its own steps in the middle, from the mixture of
+picture and noise that the others start from, too (arXiv:2108.01073, algorithm 1).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def check_strength(strength: float, steps: int) -> int:
     """How many of ``steps`` are taken at ``strength``. Raises ConfigError where that is none, or it is out of range."""
     if not (math.isfinite(strength) and 0 < strength <= 1):
         raise ConfigError(
-            f"asked for the strength {strength!r:.60}; give a number above 0, which changes nothing, up to 1, which keeps "
-            "nothing"
+            f"asked for the strength {strength!r:.60}; give a number above 0, which changes nothing, up to 1, which "
+            "keeps nothing"
         )
     taken = min(int(steps * strength), steps)
     if not taken:
@@ -45,7 +45,7 @@ def check_strength(strength: float, steps: int) -> int:
 
 
 def _of_same_parts(pipeline: Any, mask: bool) -> Any | None:
-    """The pipeline of diffusers of the parts of ``pipeline`` that changes pictures; None where there is no such class."""
+    """What of diffusers changes pictures, made of the parts of ``pipeline``; None where there is no such class."""
     from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 
     kind: Any = AutoPipelineForInpainting if mask else AutoPipelineForImage2Image

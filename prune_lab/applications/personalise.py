@@ -75,13 +75,13 @@ def personalise(
     force: bool = False,
     finish: Callable[[Path, PersonalSettings], object] | None = None,
 ) -> Personalised:
-    """``source``, taught to draw the subject of the pictures in ``images`` for its token, written to the folder ``out``:
-    a pipeline, or with ``settings.lora`` a LoRA for it.
+    """``source``, taught to draw the subject of the pictures in ``images`` for its token, in the folder ``out``: a
+    pipeline, or with ``settings.lora`` a LoRA for it.
 
     Pictures of its class come from ``class_images``, or ``source`` draws them; those are kept in ``out``.class, so that
     a call that was stopped has not to draw them again. ``frozen`` are paths of modules that are not trained, ``finish``
-    adds to the folder. Raises DataError for pictures that cannot be read, ConfigError, UnsupportedModelError or RunError
-    for what cannot be done, StorageError where ``out`` may not be written, ProofError where what was written differs.
+    adds to the folder. Raises DataError for pictures that cannot be read, UnsupportedModelError or RunError for a model
+    that cannot learn, StorageError where ``out`` may not be written, ProofError where what was written differs.
     """
     check_personal(source)
     out = check_folder(out, {"the model": source.places, "the pictures": (images,)}, force=force)

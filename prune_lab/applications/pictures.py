@@ -93,8 +93,8 @@ def class_pictures(
     guidance: float,
     batch: int,
 ) -> tuple[Tensor, Path]:
-    """(pictures (``count``, 3, H, W) uint8, their folder) that ``pipeline`` draws for ``prompt``, of the seeds ``seed``,
-    ``seed`` + 1, ...
+    """(pictures (``count``, 3, H, W) uint8, their folder) that ``pipeline`` draws for ``prompt``, from ``seed``
+    on.
 
     ``model`` is a digest of what draws. Each is kept as a file in a folder in ``folder`` that is named by what decides
     the pictures, so a call that was stopped goes on, and other pictures are never taken for these.

@@ -1,4 +1,4 @@
-"""What a model learnt, written for plain diffusers: a pipeline folder, or a LoRA; each proved before it has its name."""
+"""What a model learnt, for plain diffusers: a pipeline folder, or a LoRA, each proved before it gets its name."""
 
 from __future__ import annotations
 

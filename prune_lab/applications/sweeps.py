@@ -154,7 +154,8 @@ def sweep(
 
     Scores are CLIP's with the prompt, the likeness to the picture that was given (both by the scorer of the first
     model, else not measured), mean squared differences of pixels from that picture, of those outside of the mask, and
-    from what the first model made of it. ``finish`` adds to the folder. Raises UnsupportedModelError for a model that cannot, before any draws.
+    from what the first model made of it. ``finish`` adds to the folder. Raises UnsupportedModelError for a model that
+    cannot; nothing is left then.
     """
     if not sources:
         raise RunError("asked to change a picture by no model; give one or more")
