@@ -62,7 +62,7 @@ PERSONAL = (
 )
 SPEED = ("model", "way", "round", "steps_per_second", "cpu_seconds", "peak_bytes", "batch", "torch")
 CHANGED = (
-    *("picture", "model", "strength", "seed", "prompt", "steps", "clip", "likeness", "pixel_error"),
+    *("picture", "model", "strength", "seed", "prompt", "passes", "clip", "likeness", "pixel_error"),
     *("from_first", "seconds", "torch"),
 )
 
@@ -312,7 +312,7 @@ def changed(bench: Bench, name: str, prompt: str) -> Iterator[tuple[object, ...]
         values: Any = row
         model = MODELS[[source.text for source in sources].index(values.model)]
         yield (
-            *(name, model, values.strength, values.seed, prompt, values.steps, values.clip, values.likeness),
+            *(name, model, values.strength, values.seed, prompt, values.passes, values.clip, values.likeness),
             *(values.pixel_error, values.from_first, values.seconds, _TORCH),
         )
 

@@ -209,7 +209,7 @@ def page(personal: pd.DataFrame, speed: pd.DataFrame, moved: pd.DataFrame) -> st
             "",
         ]
     if len(moved):
-        seeds, steps = moved["seed"].nunique(), moved["steps"].max() / moved["strength"].max()
+        seeds, steps = moved["seed"].nunique(), moved["passes"].max() / moved["strength"].max()
         lines += [
             "## Pictures changed",
             "",

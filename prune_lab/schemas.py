@@ -145,7 +145,7 @@ PERSONAL_COLUMNS = (
     *("steps_per_second", "seconds", "peak_bytes", "device", "precision", "seed"),
 )
 SWEEP_COLUMNS = (
-    *("model", "strength", "seed", "prompt", "steps", "file", "clip", "likeness", "pixel_error"),
+    *("model", "strength", "seed", "prompt", "passes", "file", "clip", "likeness", "pixel_error"),
     *("kept_error", "from_first", "seconds"),
 )
 

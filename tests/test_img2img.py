@@ -80,6 +80,15 @@ def test_seeds_decide_and_not_the_batch_and_nothing_of_the_pipeline_changes(tiny
     assert tiny.scheduler is scheduler
 
 
+@pytest.mark.parametrize("kind", ["sdxl", "image-to-image", "lcm"])
+def test_other_kinds_of_u_nets_change_pictures(kind: str, tiny: Any) -> None:
+    pipeline = narrow(kind, tiny)
+    assert changing_pipeline(pipeline, mask=False)[1]
+    picture = a_picture(picture_side(pipeline))
+    found = change_picture(pipeline, picture, "a cat", (1,), strength=0.5, **HOW)
+    assert found.shape == (1, *picture.shape)
+
+
 @pytest.mark.parametrize(
     ("kind", "takes_picture"),
     [
@@ -233,7 +242,7 @@ def test_models_side_by_side(
     invoke(*words)
     frame = pd.read_csv(out / "sweep.csv")
     assert tuple(frame.columns) == SWEEP_COLUMNS
-    assert list(frame["steps"]) == [1, 1, 3, 3] * 2
+    assert list(frame["passes"]) == [1, 1, 3, 3] * 2
     assert all((out / name).is_file() for name in frame["file"])
     assert (out / "sweep.png").is_file()
     teacher, own = frame[: len(frame) // 2], frame[len(frame) // 2 :]

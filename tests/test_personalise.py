@@ -308,6 +308,9 @@ def test_bad_pictures_are_refused_before_anything_is_drawn(
     (tmp_path / "empty").mkdir()
     assert "found none; give files of" in said("--images", tmp_path / "empty", *WORDS)
     assert "found no such folder" in said("--images", tmp_path / "nowhere", *WORDS)
+    assert "count nothing" in said(
+        "--images", subject, *WORDS, "--class-images", subject, "--prior-weight", 0
+    )
     assert "lora = 0" in said("--images", subject, *WORDS, "--lora", 0)
     (subject / "broken.png").write_bytes((subject / "0.png").read_bytes()[:40])
     assert "broken.png, found none that can be read" in said("--images", subject, *WORDS)

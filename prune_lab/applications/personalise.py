@@ -15,7 +15,7 @@ from prune_lab.applications.pictures import class_pictures, read_own_pictures
 from prune_lab.applications.saving import about, lora_name_of, save_lora, save_whole
 from prune_lab.distill.data import LatentData
 from prune_lab.distill.encoding import encode_data
-from prune_lab.errors import DataError, RunError, UnsupportedModelError
+from prune_lab.errors import ConfigError, DataError, RunError, UnsupportedModelError
 from prune_lab.evaluation import drawing_of
 from prune_lab.families import embedding_width, model_of
 from prune_lab.models import ModelSource, load_pipeline, model_digest
@@ -84,6 +84,11 @@ def personalise(
     that cannot learn, StorageError where ``out`` may not be written, ProofError where what was written differs.
     """
     check_personal(source)
+    if class_images is not None and not settings.prior_weight:
+        raise ConfigError(
+            f"asked for the pictures of the class in {class_images} with prior_weight = 0, by which they count "
+            "nothing; leave one of the two away"
+        )
     out = check_folder(out, {"the model": source.places, "the pictures": (images,)}, force=force)
     pipeline = load_pipeline(source, device=device)
     drawing_of(pipeline)  # says what is in the way

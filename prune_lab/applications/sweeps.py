@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from prune_lab.applications.pictures import read_own_mask, read_own_picture, sav
 from prune_lab.config import check_numbers
 from prune_lab.errors import ConfigError, RunError, UnsupportedModelError
 from prune_lab.evaluation import check_steps, clip_scores
-from prune_lab.families import embedding_width
+from prune_lab.families import embedding_width, model_of
 from prune_lab.models import ModelSource, choose_scorer, load_pipeline, load_scorer
 from prune_lab.models.protection import check_folder
 from prune_lab.probes import picture_side
@@ -78,6 +79,17 @@ def file_names(models: Sequence[str]) -> tuple[str, ...]:
     )
 
 
+@contextlib.contextmanager
+def _counted_passes(model: Any) -> Iterator[list[None]]:
+    """Inside, each forward pass of ``model`` adds to the list."""
+    calls: list[None] = []
+    hook = model.register_forward_pre_hook(lambda *_: calls.append(None))
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
 def _as_large(pictures: Tensor, side: int) -> Tensor:
     """``pictures`` (N, 3, H, W) uint8, ``side`` pixels high and wide, from 0 to 1."""
     found = pictures.float().div(255)
@@ -99,6 +111,7 @@ def _models_rows(
     name: str,
     file: str,
     drawn: Tensor,
+    passes: Sequence[int],
     seconds: Sequence[float],
     picture: Tensor,
     mask: Tensor | None,
@@ -119,14 +132,13 @@ def _models_rows(
         pixels = _errors(found, given)
         kept = [_NAN] * count if mask is None or mask.all() else _errors(found, given, ~mask)
         apart = _errors(found, first[place])
-        taken = check_strength(strength, settings.steps)
         rows += [
             (
                 name,
                 strength,
                 seed,
                 settings.prompt,
-                taken,
+                passes[place],
                 f"{file}/strength-{strength:g}-seed-{seed}.png",
                 *cells,
             )
@@ -192,25 +204,29 @@ def sweep(
             side = picture_side(pipeline)
             own = read_own_picture(picture, side)
             own_mask = None if mask is None else read_own_mask(mask, side)
-            found, seconds = [], []
+            found, passes, seconds = [], [], []
             for strength in track(settings.strengths, f"changing the picture with {name}"):
                 start = time.perf_counter()
-                found.append(
-                    change_picture(
-                        pipeline,
-                        own,
-                        settings.prompt,
-                        settings.seeds,
-                        strength=strength,
-                        steps=settings.steps,
-                        guidance=settings.guidance,
-                        mask=own_mask,
+                with _counted_passes(model_of(pipeline)) as calls:
+                    found.append(
+                        change_picture(
+                            pipeline,
+                            own,
+                            settings.prompt,
+                            settings.seeds,
+                            strength=strength,
+                            steps=settings.steps,
+                            guidance=settings.guidance,
+                            mask=own_mask,
+                        )
                     )
-                )
                 seconds.append((time.perf_counter() - start) / len(settings.seeds))
+                passes.append(len(calls))
             made.append(torch.stack(found))
             given, given_mask = (own, own_mask) if given is None else (given, given_mask)
-            rows += _models_rows(name, file, made[-1], seconds, own, own_mask, made[0], settings, scorer)
+            rows += _models_rows(
+                name, file, made[-1], passes, seconds, own, own_mask, made[0], settings, scorer
+            )
             for row, one in zip(
                 rows[-made[-1][:, :, 0, 0, 0].numel() :], made[-1].flatten(0, 1), strict=True
             ):
