@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from prune_lab.api.applying import img2img
     from prune_lab.api.evaluating import Evaluation, evaluate
     from prune_lab.api.jobs import compare, load, load_student, run
     from prune_lab.api.model import Model
@@ -29,6 +30,7 @@ _HOMES = {
     "Table": "tables",
     "compare": "api.jobs",
     "evaluate": "api.evaluating",
+    "img2img": "api.applying",
     "load": "api.jobs",
     "load_student": "api.jobs",
     "open_run": "api.results",
@@ -46,6 +48,7 @@ __all__ = [
     "__version__",
     "compare",
     "evaluate",
+    "img2img",
     "load",
     "load_student",
     "open_run",

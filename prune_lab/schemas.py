@@ -165,6 +165,19 @@ TOURNAMENT_COLUMNS = (
 CONVERTED_COLUMNS = ("kind", "file", "parts", "kept", "renamed", "dropped", "dropped_from", "plan", "plan_id")
 COMPATIBILITY_COLUMNS = ("what", "fits", "kept", "of", "renamed", "note")
 PUSHED_COLUMNS = ("file", "bytes")
+
+# What a model is used for -------------------------------------------------------------------------------------------
+
+PERSONAL_COLUMNS = (
+    *("model", "trained", "prompt", "folder", "pictures", "class_pictures", "parameters", "steps", "batch"),
+    *("learning_rate", "loss_before", "loss_after", "class_loss_before", "class_loss_after"),
+    *("steps_per_second", "seconds", "peak_bytes", "device", "precision", "seed"),
+)
+SWEEP_COLUMNS = (
+    *("model", "strength", "seed", "prompt", "passes", "file", "clip", "likeness", "pixel_error"),
+    *("kept_error", "from_first", "seconds"),
+)
+
 # What a reader asks of a finished run --------------------------------------------------------------------------------
 
 CHOICE_COLUMNS = ("block", "kind", "removed", "impact", "params", "macs", "extra_impact", "instead", "reason")

@@ -31,6 +31,8 @@ _MOST = 6
 # Not counted among these, and shown only where it is not zero throughout: most plans leave all widths as they are.
 _WHERE_ANY = "narrower"
 DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
+    "personal": ("trained", "prompt", "pictures", "loss_after", "steps_per_second", "peak_bytes"),
+    "sweep": ("model", "strength", "clip", "likeness", "pixel_error", "from_first"),
     "blocks": ("name", "kind", "params", "macs", "removable", "reason"),
     "reductions": (
         *("plan", "form", "params", "params_change", "macs_change", "latency_change", "latency_verdict"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from benchmarks import evidence_page, runtimes_page, width_page
+from benchmarks import applications, applications_page, evidence_page, runtimes_page, width_page
 from benchmarks.width import OUTCOME_COLUMNS, PLAN_COLUMNS, Unit, is_done, units
 
 ROOT = Path(__file__).parent.parent
@@ -144,7 +144,11 @@ def test_agreement_and_flips_by_hand() -> None:
     names = ["a", "b", "c", "d", "e"]
     plans = pd.DataFrame({"plan_id": names, "plan": names, "removed": names, "kind": "random"})
     plans["added_up"], plans["loss"] = [1.0, 2, 3, 4, 5], [1.0, 2, 3, 4, 5]
-    plans["prior"], plans["one_shot"], plans["repaired"] = [5.0, 4, 3, 2, 1], [1.0, 2, 3, 4, 5], [1.0, 2, 3, 4, 5]
+    plans["prior"], plans["one_shot"], plans["repaired"] = (
+        [5.0, 4, 3, 2, 1],
+        [1.0, 2, 3, 4, 5],
+        [1.0, 2, 3, 4, 5],
+    )
     ends = {"a": 0.2, "b": 0.3, "c": 0.4, "d": 0.5, "e": 0.1}  # the last ends first
     rows = pd.DataFrame(
         {"plan_id": name, "row": row, "step": 10, "seed": seed, "loss": ends[name] + noise}
@@ -157,3 +161,45 @@ def test_agreement_and_flips_by_hand() -> None:
     assert found.loc["added-up scores of untrained models", "tau"] == pytest.approx((4 - 6) / 10)
     assert found.loc["added-up scores", "regret"] == pytest.approx(0.1)
     assert evidence_page.flips(plans, rows, 10)["plan_id"].tolist() == ["e"]
+
+
+# Applications ------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_of_applications_is_what_its_tables_say() -> None:
+    folder = ROOT / "reports" / "applications"
+    tables = (pd.read_csv(folder / f"{name}.csv") for name in ("personal", "speed", "changed"))
+    assert (folder / "README.md").read_text(encoding="utf-8") == applications_page.page(*tables)
+
+
+def test_tables_of_applications_have_their_columns_and_units_are_skipped_once_done() -> None:
+    folder = ROOT / "reports" / "applications"
+    for name, columns in (
+        ("personal", applications.PERSONAL),
+        ("speed", applications.SPEED),
+        ("changed", applications.CHANGED),
+    ):
+        table = pd.read_csv(folder / f"{name}.csv")
+        assert tuple(table.columns) == columns
+        first = table.iloc[0]
+        assert applications.is_done(table, model=first["model"])
+        assert not applications.is_done(table, model="none")
+    personal = pd.read_csv(folder / "personal.csv")
+    assert not personal.duplicated(["subject", "model", "way"]).any()
+
+
+def test_what_a_row_says_is_in_the_page() -> None:
+    rows = [
+        dict(zip(applications.PERSONAL, ["s", model, way, "", *[value] * 5, *[1.0] * 12, "t"], strict=True))
+        for model in applications_page.MODELS
+        for way, value in (("untouched", 0.1), ("whole", 0.4), ("lora", 0.3), ("carried", 0.2))
+    ]
+    personal = pd.DataFrame(rows)
+    personal.loc[(personal["model"] == "bk-tiny") & (personal["way"] == "whole"), "subject_likeness"] = 0.777
+    speed = pd.DataFrame(columns=list(applications.SPEED))
+    moved = pd.DataFrame(columns=list(applications.CHANGED))
+    text = applications_page.page(personal, speed, moved)
+    assert "| Tiny | 0.100 | 0.777 | 0.400 |" in text
+    assert "changed by +0.30 in the teacher" in text
+    assert "Tiny +0.10 (of its own: +0.20)" in text
+    assert "## Pictures changed" not in text

@@ -533,6 +533,8 @@ COLUMNS_OF = {
     "wider budgets": schemas.WIDER_COLUMNS,
     "surprises": schemas.SURPRISE_COLUMNS,
     "picture changes": schemas.PICTURE_CHANGE_COLUMNS,
+    "personal": schemas.PERSONAL_COLUMNS,
+    "sweep": schemas.SWEEP_COLUMNS,
 }
 
 

@@ -25,7 +25,7 @@ LAYERS = (
     ("metrics", "profiling", "evaluation", "importance"),
     ("search", "candidates", "repair"),
     ("distill",),
-    ("ranking",),
+    ("ranking", "applications"),
     ("cluster", "session", "engines"),
     ("report", "export"),
     ("zero_shot",),

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 from accelerate import PartialState
 
+from prune_lab.api.applying import personal_settings, personal_table
 from prune_lab.api.data import data_table
 from prune_lab.api.inspected import Inspected
 from prune_lab.api.making import (
@@ -377,6 +378,34 @@ class Model(Inspected):
             found = quality(session, model, told)
             row = {"model": self.source.text, "pictures": len(session.prompts), **found}
         return Table("quality", pd.DataFrame([row]), "Quality")
+
+    # What it is used for
+
+    def personalise(
+        self,
+        images: str | Path,
+        out: str | Path,
+        *,
+        token: str,
+        subject_class: str,
+        class_images: str | Path | None = None,
+        force: bool = False,
+        **settings: Any,
+    ) -> Table:
+        """Teach the model to draw the subject of the pictures in ``images`` for ``token``, and write that to ``out``.
+
+        ``subject_class`` is what it is one of, such as ``dog``; pictures of others of its class come from
+        ``class_images``, or the model draws them. With ``lora=RANK`` a LoRA is trained and written, else the whole
+        model, as a pipeline folder. Settings are those of ``applications.PersonalSettings``: ``template``, ``steps``,
+        ``batch``, ``learning_rate``, ``prior_weight``, ``class_count``, ``seed``, ... Raises ConfigError for a bad one,
+        DataError for a picture that cannot be read, UnsupportedModelError for a model without text.
+        """
+        asked = personal_settings(token=token, subject_class=subject_class, **settings)
+        with progress_shown():
+            device = place_of(self.settings)["device"]
+            return personal_table(
+                self.source, Path(images), Path(out), asked, class_images, device, force=force
+            )
 
     # Other programs
 

@@ -39,6 +39,18 @@ class Batch:
         added = {name: tensor[rows] for name, tensor in tensors.pop("added").items()}
         return Batch(**{name: tensor[rows] for name, tensor in tensors.items()}, added=added)
 
+    def followed_by(self, other: Batch) -> Batch:
+        """The samples of this batch and then those of ``other``, of the same model."""
+        assert self.added.keys() == other.added.keys()
+        tensors = {
+            field.name: torch.cat([getattr(self, field.name), getattr(other, field.name)])
+            for field in dataclasses.fields(self)
+            if field.name != "added"
+        }
+        return Batch(
+            **tensors, added={name: torch.cat([one, other.added[name]]) for name, one in self.added.items()}
+        )
+
 
 def batch_rows(count: int, batch: int, seed: int, step: int) -> list[int]:
     """The ``batch`` rows, of ``count``, that step ``step`` (from 1) trains on; every epoch is a new order of all."""

@@ -165,6 +165,17 @@ def student_losses(
     )
 
 
+def task_errors(model: nn.Module, batch: Batch, *, precision: torch.dtype) -> Tensor:
+    """The task loss of each sample of ``batch``, (B,) float32 with gradients to ``model``; no teacher is needed.
+
+    ``precision`` bfloat16 puts the forward pass under autocast; weights stay as they are.
+    """
+    with _autocast(batch, precision):
+        found = _predict(model, model, batch, torch.float32).float()
+    errors: Tensor = (found - batch.target.float()).square().flatten(1).mean(dim=1)
+    return batch.weights * errors
+
+
 def _autocast(batch: Batch, precision: torch.dtype) -> contextlib.AbstractContextManager[object]:
     if precision == torch.float32:
         return contextlib.nullcontext()

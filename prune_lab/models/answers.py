@@ -54,11 +54,12 @@ def random_inputs(model: Any, seed: int = 0) -> dict[str, Any]:
     return filled
 
 
-def _placed(value: Any, model: Any) -> Any:
+def placed(value: Any, model: Any) -> Any:
+    """``value``, and every tensor in it, on the device and in the number format of ``model``."""
     if isinstance(value, Mapping):
-        return {name: _placed(inner, model) for name, inner in value.items()}
+        return {name: placed(inner, model) for name, inner in value.items()}
     if isinstance(value, list):
-        return [_placed(inner, model) for inner in value]
+        return [placed(inner, model) for inner in value]
     if isinstance(value, Tensor):
         return value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
     return value
@@ -67,7 +68,7 @@ def _placed(value: Any, model: Any) -> Any:
 def _model_answers(model: Any) -> list[list[Tensor]]:
     one, latents = random_inputs(model), family_of(model).latents
     other = one | {latents: random_inputs(model, seed=1)[latents]}
-    answers = (model(**_placed(inputs, model), return_dict=False)[0] for inputs in (one, other))
+    answers = (model(**placed(inputs, model), return_dict=False)[0] for inputs in (one, other))
     return [answer if isinstance(answer, list) else [answer] for answer in answers]
 
 
@@ -110,20 +111,20 @@ def _decoder_answers(vae: Any) -> list[list[Tensor]]:
     channels = _setting(vae.config, "latent_channels", "z_dim", default=4)
     shape = _of_one_frame(vae, channels, side)
     latents = (torch.randn(shape, generator=seeded(seed)) for seed in (0, 1))
-    return [[vae.decode(_placed(one, vae), return_dict=False)[0]] for one in latents]
+    return [[vae.decode(placed(one, vae), return_dict=False)[0]] for one in latents]
 
 
 def _encoder_answers(vae: Any) -> list[list[Tensor]]:
     shape = _of_one_frame(vae, _setting(vae.config, "in_channels", default=3), _SIDES)
     pictures = (torch.rand(shape, generator=seeded(seed)) * 2 - 1 for seed in (0, 1))
-    found = [vae.encode(_placed(one, vae), return_dict=False)[0] for one in pictures]
+    found = [vae.encode(placed(one, vae), return_dict=False)[0] for one in pictures]
     return [[one.mode() if hasattr(one, "mode") else one] for one in found]
 
 
 def _picture_answers(encoder: Any) -> list[list[Tensor]]:
     side = encoder.config.image_size
     pictures = (torch.randn((1, 3, side, side), generator=seeded(seed)) for seed in (0, 1))
-    return [[encoder(_placed(one, encoder))[0]] for one in pictures]
+    return [[encoder(placed(one, encoder))[0]] for one in pictures]
 
 
 # What is wrong ---------------------------------------------------------------------------------------------------

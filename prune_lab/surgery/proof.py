@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import prune_lab
 from prune_lab.errors import ProofError
-from prune_lab.models.answers import refuse_silent
+from prune_lab.models.answers import placed, random_inputs, refuse_silent
 
-ProofKind = Literal["bypassed teacher", "same tensors", "loads"]
+ProofKind = Literal["bypassed teacher", "same tensors", "loads", "same answer"]
 MODULES = (
     "prune-lab-modules-"  # the folder for code that the other process runs, by the beginning of its name
 )
@@ -69,7 +70,8 @@ class Proof:
     ``bypassed teacher``: the answer to the same random latents differs from that of the original without its removed
     blocks, and with what leaves of widths set to 0, by at most ``largest_difference``; where another format than
     float32 was asked for, plain diffusers loads both in that. ``same tensors``: each tensor equals that of the model
-    that was saved. ``loads``: nothing was compared.
+    that was saved. ``loads``: nothing was compared. ``same answer``: with a LoRA that was loaded onto it, the answer to
+    random latents differs from that of the model that was trained by at most ``largest_difference``, a rounding.
     """
 
     kind: ProofKind
@@ -210,6 +212,20 @@ def get_ready_to_prove() -> None:
 # Proofs ------------------------------------------------------------------------------------------------------------
 
 
+def _told(question: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What the other process found of ``folder``. Raises ProofError where that is not what it should be."""
+    try:
+        found = _PROVER.ask(question)
+        if found["error"]:
+            raise ProofError(found["error"].replace(str(Path(folder).resolve()), str(folder)))
+    except ProofError as error:
+        raise ProofError(
+            f"asked to write {folder}; loaded by plain diffusers in a process of its own it is not what it should be: "
+            f"{error}; nothing was left of it"
+        ) from None
+    return found
+
+
 def prove(
     folder: Path,
     *,
@@ -244,15 +260,32 @@ def prove(
             "variant": original.variant,
         },
     }
-    try:
-        found = _PROVER.ask(question)
-        if found["error"]:
-            raise ProofError(found["error"].replace(place, str(folder)))
-    except ProofError as error:
-        raise ProofError(
-            f"asked to write {folder}; loaded by plain diffusers in a process of its own it is not what it should be: "
-            f"{error}; nothing was left of it"
-        ) from None
+    found = _told(question, folder)
     refuse_silent(found["complaint"], str(folder))
     kind: ProofKind = "bypassed teacher" if original else "same tensors" if digest else "loads"
     return Proof(kind, found["parameters"], found["difference"], found["versions"])
+
+
+def prove_lora(
+    pipeline: Path, lora: Path, model: Any, layers: Mapping[str, Tensor], *, variant: str = ""
+) -> Proof:
+    """That plain diffusers loads the LoRA in the folder ``lora`` onto the ``pipeline`` folder in a fresh process.
+
+    There it must have the tensors ``layers``, and its model must give the answer to random latents that ``model``, on
+    the CPU in float32 and with the LoRA, gives here. Raises ProofError when it does not, or when it does not load.
+    """
+    own = placed(random_inputs(model), model)
+    with torch.no_grad(), tempfile.TemporaryDirectory() as place:
+        answer = model(**own, return_dict=False)[0].float().cpu().contiguous()
+        save_file({"answer": answer}, Path(place, "answer.safetensors"))
+        question = {
+            "folder": str(Path(pipeline).resolve()),
+            "variant": variant,
+            "shapes": None,
+            "digest": tensors_in_float32(layers, layers.__getitem__),
+            "answers": False,
+            "original": None,
+            "lora": {"folder": str(Path(lora).resolve()), "answer": str(Path(place, "answer.safetensors"))},
+        }
+        found = _told(question, lora)
+    return Proof("same answer", found["parameters"], found["difference"], found["versions"])

@@ -20,7 +20,9 @@ from typing import Any, TextIO
 import diffusers
 import torch
 import transformers
+from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from prune_lab.blocks import architecture_of
@@ -33,7 +35,7 @@ from prune_lab.models.views import STEMS, component_view
 from prune_lab.plans import PruningPlan, plan_of
 from prune_lab.runtime import read_json
 from prune_lab.surgery.bypass import bypassed
-from prune_lab.surgery.proof import MODULES, digest_of
+from prune_lab.surgery.proof import MODULES, digest_of, tensors_in_float32
 from prune_lab.width import site_named, width_of
 
 _IDLE = 300.0  # seconds without a question after which this process ends; the next proof starts another
@@ -164,23 +166,11 @@ def _differing(found: Mapping[str, list[int]], wanted: Mapping[str, list[int]]) 
     return f"tensor {wrong[0]}" + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "") if wrong else ""
 
 
-def _compared(question: Question) -> dict[str, Any]:
-    """What is found; ``error`` says what is wrong, and is empty where all is as it should be."""
-    original, expected = question["original"], None
-    inputs: dict[str, Any] = {}
-    if original is not None:
-        inputs, expected = _original_answer(original)
-        gc.collect()
-    model, pipeline = _loaded(Path(question["folder"]), question["variant"])
-    complaint = complaint_of_parts(pipeline) if question["answers"] and pipeline is not None else ""
-    del pipeline
-    model.eval()
-    gc.collect()  # the other parts of the pipeline
-    if question["answers"] and not complaint and (found_there := model_complaint(model)):
-        complaint = f"its {family_of(model).called} {found_there}"
-    found: dict[str, Any] = {
+def _blank(model: Any) -> dict[str, Any]:
+    """An answer that says nothing against ``model``."""
+    return {
         "error": "",
-        "complaint": complaint,
+        "complaint": "",
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "difference": None,
         "versions": {
@@ -189,6 +179,46 @@ def _compared(question: Question) -> dict[str, Any]:
             "torch": torch.__version__,
         },
     }
+
+
+def _with_lora(model: Any, pipeline: Any, question: Question) -> dict[str, Any]:
+    """What is found once the LoRA is loaded onto the pipeline: its tensors, and how far its answer is from the one that
+    is expected.
+    """
+    found, lora = _blank(model), question["lora"]
+    if pipeline is None:
+        return {**found, "error": "there is no pipeline to load it onto"}
+    pipeline.load_lora_weights(lora["folder"])
+    model.eval().float()
+    layers = get_peft_model_state_dict(model, adapter_name=next(iter(model.peft_config)))
+    if tensors_in_float32(layers, layers.__getitem__) != question["digest"]:
+        return {**found, "error": "its tensors are not those of the LoRA that was trained"}
+    expected = load_file(lora["answer"])["answer"]
+    found["difference"] = float((_answer(model, random_inputs(model)) - expected).abs().max())
+    if not found["difference"] <= _ROUNDED * float(expected.abs().max()):  # also when it is not a number
+        found["error"] = (
+            f"its answer differs from that of the model that was trained by {found['difference']}"
+        )
+    return found
+
+
+def _compared(question: Question) -> dict[str, Any]:
+    """What is found; ``error`` says what is wrong, and is empty where all is as it should be."""
+    original, expected = question["original"], None
+    inputs: dict[str, Any] = {}
+    if original is not None:
+        inputs, expected = _original_answer(original)
+        gc.collect()
+    model, pipeline = _loaded(Path(question["folder"]), question["variant"])
+    if question.get("lora"):
+        return _with_lora(model, pipeline, question)
+    complaint = complaint_of_parts(pipeline) if question["answers"] and pipeline is not None else ""
+    del pipeline
+    model.eval()
+    gc.collect()  # the other parts of the pipeline
+    if question["answers"] and not complaint and (found_there := model_complaint(model)):
+        complaint = f"its {family_of(model).called} {found_there}"
+    found = {**_blank(model), "complaint": complaint}
     if question["shapes"] is not None:
         shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
         found["error"] = _differing(shapes, question["shapes"])

@@ -208,3 +208,37 @@ def pipeline_with(
         if finish is not None:
             finish(temporary)
     return out
+
+
+def trained_pipeline(
+    source: ModelSource,
+    model: Any,
+    out: Path,
+    plan: Plan,
+    provenance: Mapping[str, object],
+    *,
+    force: bool = False,
+    finish: Callable[[Path], object] | None = None,
+) -> Path:
+    """The folder ``out``: the pipeline ``source`` with ``model``, trained on, in the place of its own.
+
+    Every tensor that plain diffusers loads from ``out`` in a process of its own is compared with that of ``model``;
+    ``plan.json``, where ``plan`` is known, and ``provenance.json`` lie beside the weights, ``finish`` adds to the
+    folder before it gets its name. Raises StorageError where ``out`` may not be written, ProofError when what was
+    written differs.
+    """
+    assert source.is_pipeline
+    assert source.folder is not None
+    out = check_folder(out, {"the model": source.places}, force=force)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    with output_folder(out, force=force) as temporary:
+        get_ready_to_prove()
+        copy_parts(source.folder, temporary, model=source.component, asked=source.asked_variant)
+        folder = temporary / source.component
+        _write_model(model, folder, plan, "")
+        rename_part(temporary, source.component, entry_of(json_object(folder / "config.json")))
+        proof = prove(temporary, shapes=shapes, digest=digest_of(model))
+        _write_provenance(folder, provenance, proof)
+        if finish is not None:
+            finish(temporary)
+    return out

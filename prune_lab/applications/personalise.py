@@ -1,0 +1,152 @@
+"""The whole of it: pictures read, the class drawn, the subject learnt, and what was learnt written and proved."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prune_lab.applications.personal import Learnt, PersonalSettings, check_takes_lora, learn_subject
+from prune_lab.applications.pictures import class_pictures, read_own_pictures
+from prune_lab.applications.saving import about, lora_name_of, save_lora, save_whole
+from prune_lab.distill.data import LatentData
+from prune_lab.distill.encoding import encode_data
+from prune_lab.errors import ConfigError, DataError, RunError, UnsupportedModelError
+from prune_lab.evaluation import drawing_of
+from prune_lab.families import embedding_width, model_of
+from prune_lab.models import ModelSource, load_pipeline, model_digest
+from prune_lab.models.protection import check_folder
+from prune_lab.probes import encode_captions, note_cut, picture_side
+from prune_lab.runtime import note, tensors_digest
+
+_BATCH = 8  # pictures of the class that are drawn at once
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Personalised:
+    """What was learnt and where it lies."""
+
+    out: Path
+    settings: PersonalSettings
+    learnt: Learnt
+    pictures: int  # of the subject
+    class_pictures: int
+    class_folder: Path | None  # where they lie; None without any
+
+
+def check_personal(source: ModelSource) -> None:
+    """Raise RunError or UnsupportedModelError for a model that cannot learn a subject by a prompt."""
+    if not source.is_pipeline or source.folder is None:
+        raise RunError(
+            f"asked to personalise {source.text}, a {source.called} alone (kind: {source.kind}); pictures and prompts "
+            "are encoded with a VAE and a text encoder: give a pipeline folder or a hub id"
+        )
+    if not embedding_width(source.config):
+        raise UnsupportedModelError(
+            f"asked to personalise {source.text}, whose {source.called} reads no text; a subject is asked for by a "
+            "prompt: give a text-to-image model"
+        )
+
+
+def _encoded(pipeline: Any, pictures: Tensor, prompt: str) -> LatentData:
+    return encode_data(pipeline, pictures, [prompt] * len(pictures))
+
+
+def _put_aside(pipeline: Any, model: Any) -> None:
+    """Encoders are done with: only the model stays on the device."""
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module) and part is not model:
+            part.to("cpu")
+
+
+def personalise(
+    source: ModelSource,
+    images: Path,
+    out: Path,
+    settings: PersonalSettings,
+    *,
+    class_images: Path | None = None,
+    device: torch.device | str = "cpu",
+    frozen: Sequence[str] = (),
+    force: bool = False,
+    finish: Callable[[Path, PersonalSettings], object] | None = None,
+) -> Personalised:
+    """``source``, taught to draw the subject of the pictures in ``images`` for its token, in the folder ``out``: a
+    pipeline, or with ``settings.lora`` a LoRA for it.
+
+    Pictures of its class come from ``class_images``, or ``source`` draws them; those are kept in ``out``.class, so that
+    a call that was stopped has not to draw them again. ``frozen`` are paths of modules that are not trained, ``finish``
+    adds to the folder. Raises DataError for pictures that cannot be read, UnsupportedModelError or RunError for a model
+    that cannot learn, StorageError where ``out`` may not be written, ProofError where what was written differs.
+    """
+    check_personal(source)
+    if class_images is not None and not settings.prior_weight:
+        raise ConfigError(
+            f"asked for the pictures of the class in {class_images} with prior_weight = 0, by which they count "
+            "nothing; leave one of the two away"
+        )
+    out = check_folder(out, {"the model": source.places, "the pictures": (images,)}, force=force)
+    pipeline = load_pipeline(source, device=device)
+    drawing_of(pipeline)  # says what is in the way
+    model, side = model_of(pipeline), picture_side(pipeline)
+    if settings.lora:
+        lora_name_of(pipeline, source.component)
+        check_takes_lora(model)
+    pictures, names = read_own_pictures(images, side, "the subject")
+    prompts = [settings.prompt, settings.class_prompt]
+    note_cut(pipeline, prompts, "prompts")
+    others, folder = None, class_images
+    if settings.prior_weight and class_images is not None:
+        others, _ = read_own_pictures(class_images, side, "the class")
+    elif settings.prior_weight:
+        others, folder = class_pictures(
+            pipeline,
+            model_digest(source),
+            settings.class_prompt,
+            settings.class_count,
+            out.with_name(f"{out.name}.class"),
+            seed=settings.seed,
+            steps=settings.class_steps,
+            guidance=settings.guidance,
+            batch=_BATCH,
+        )
+        note(f"{len(others)} pictures of the class, drawn by the model: {folder}")
+    subject = _encoded(pipeline, pictures, settings.prompt)
+    if torch.equal(*_texts(pipeline, prompts)):
+        raise DataError(
+            f"asked to tell {settings.prompt!r:.80} from {settings.class_prompt!r:.80}, found that the text encoder "
+            "reads both as the same; give another token, or a shorter prompt"
+        )
+    prior = None if others is None else _encoded(pipeline, others, settings.class_prompt)
+    _put_aside(pipeline, model)
+    learnt = learn_subject(model, pipeline.scheduler, subject, prior, settings, frozen=frozen)
+    made = about(
+        settings,
+        learnt,
+        {
+            "pictures": {"names": list(names), "digest": tensors_digest({"pictures": pictures})[:16]},
+            "class_pictures": None
+            if others is None
+            else {
+                "count": len(others),
+                "drawn by the model": class_images is None,
+                "digest": tensors_digest({"pictures": others})[:16],
+            },
+        },
+    )
+    end = None if finish is None else lambda written: finish(written, settings)
+    if settings.lora:
+        save_lora(source, pipeline, model, out, made, force=force, finish=end)
+    else:
+        save_whole(source, model, out, made, force=force, finish=end)
+    count = 0 if others is None else len(others)
+    return Personalised(out, settings, learnt, len(pictures), count, folder if count else None)
+
+
+def _texts(pipeline: Any, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    own, other = encode_captions(pipeline, prompts)[0]
+    return own, other

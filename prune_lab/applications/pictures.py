@@ -1,0 +1,116 @@
+"""Pictures that a user gives, at the size of a model, and pictures of a class that a model draws and that are kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from prune_lab.config import DataConfig
+from prune_lab.distill.decoding import MOST_BYTES, UNREADABLE, decode_image
+from prune_lab.distill.encoding import crop_variants
+from prune_lab.distill.image_source import IMAGE_SUFFIXES
+from prune_lab.distill.listing import files_below
+from prune_lab.errors import DataError
+from prune_lab.evaluation import generate
+from prune_lab.runs import read_picture
+from prune_lab.runtime import atomic_write, read_bytes, track, write_json
+
+
+def _decoded(path: Path) -> Image.Image:
+    """The picture in ``path``, in sRGB. Raises DataError that names it where it cannot be read."""
+    try:
+        return decode_image(read_bytes(path, most=MOST_BYTES))
+    except UNREADABLE as error:
+        raise DataError(
+            f"asked for the picture {path}, found none that can be read ({error}); save it again, or give another"
+        ) from None
+
+
+def read_own_picture(path: Path, side: int) -> Tensor:
+    """The picture in ``path``, (3, side, side) uint8: its short side scaled, and a square cut from the middle.
+
+    Raises DataError where there is none that can be read.
+    """
+    if not path.is_file():
+        raise DataError(f"asked for the picture {path}, found no such file; give one of a picture")
+    return crop_variants(_decoded(path), side, DataConfig(), 0, (0,))[0]
+
+
+def read_own_mask(path: Path, side: int) -> Tensor:
+    """The mask in ``path``, (side, side) bool, cut as a picture is: what is white is drawn anew.
+
+    Raises DataError where there is none, and for one that is all black.
+    """
+    grey = read_own_picture(path, side).float().mean(dim=0)
+    found: Tensor = grey > 127
+    if not found.any():
+        raise DataError(
+            f"asked to draw anew what is white in {path}, found nothing white in it; give a mask with a white part"
+        )
+    return found
+
+
+def read_own_pictures(folder: Path, side: int, what: str) -> tuple[Tensor, tuple[str, ...]]:
+    """(pictures (N, 3, side, side) uint8, names) of all image files below ``folder``, in the order of their names.
+
+    ``what`` they show is told in errors. Raises DataError where there are none, and for the first that is damaged.
+    """
+    if not folder.is_dir():
+        raise DataError(
+            f"asked for pictures of {what} in {folder}, found no such folder; give one of pictures"
+        )
+    paths = [path for path in files_below(folder)[0] if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not paths:
+        known = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise DataError(f"asked for pictures of {what} in {folder}, found none; give files of {known}")
+    pictures = [read_own_picture(path, side) for path in paths]
+    return torch.stack(pictures), tuple(path.name for path in paths)
+
+
+def save_picture(path: Path, picture: Tensor) -> None:
+    """Write ``picture`` (3, H, W) uint8 as the PNG ``path``, whole or not at all."""
+    with atomic_write(path) as temporary:
+        Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy())).save(temporary, format="PNG")
+
+
+def class_pictures(
+    pipeline: Any,
+    model: str,
+    prompt: str,
+    count: int,
+    folder: Path,
+    *,
+    seed: int,
+    steps: int,
+    guidance: float,
+    batch: int,
+) -> tuple[Tensor, Path]:
+    """(pictures (``count``, 3, H, W) uint8, their folder) that ``pipeline`` draws for ``prompt``, from ``seed``
+    on.
+
+    ``model`` is a digest of what draws. Each is kept as a file in a folder in ``folder`` that is named by what decides
+    the pictures, so a call that was stopped goes on, and other pictures are never taken for these.
+    """
+    made_from = {"model": model, "prompt": prompt, "steps": steps, "guidance": guidance}
+    key = sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
+    place = folder / key
+    paths = [place / f"seed-{number}.png" for number in range(seed, seed + count)]
+    missing = [number for number, path in enumerate(paths) if not path.is_file()]
+    if missing:
+        write_json(place / "made_from.json", made_from)
+    groups: list[Sequence[int]] = [missing[start : start + batch] for start in range(0, len(missing), batch)]
+    for group in track(groups, "drawing the class"):
+        found = generate(
+            pipeline, [prompt], [seed + n for n in group], steps=steps, guidance=guidance, batch=batch
+        )
+        for number, picture in zip(group, found, strict=True):
+            save_picture(paths[number], picture)
+    return torch.stack([torch.from_numpy(read_picture(path)).permute(2, 0, 1) for path in paths]), place

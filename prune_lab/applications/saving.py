@@ -1,0 +1,124 @@
+"""What a model learnt, for plain diffusers: a pipeline folder, or a LoRA, each proved before it gets its name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prune_lab.applications.personal import ADAPTER, Learnt, PersonalSettings
+from prune_lab.errors import UnsupportedModelError
+from prune_lab.families import family_of
+from prune_lab.models import ModelSource
+from prune_lab.models.files import json_object, read_headers
+from prune_lab.runtime import Environment, names_alone, output_folder, write_json
+from prune_lab.surgery import get_ready_to_prove
+from prune_lab.surgery.proof import prove_lora
+from prune_lab.surgery.writing import trained_pipeline
+
+ABOUT = "personal.json"  # beside a LoRA: what it was made from, and how
+_FORMATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def about(settings: PersonalSettings, learnt: Learnt, more: Mapping[str, Any]) -> dict[str, Any]:
+    """How a subject was learnt, ready for JSON."""
+    return {
+        "prompt": settings.prompt,
+        "class_prompt": settings.class_prompt,
+        "settings": dataclasses.asdict(settings) | {"learning_rate": settings.rate},
+        "training": dataclasses.asdict(learnt),
+        **more,
+    }
+
+
+def _format_in_files(source: ModelSource) -> torch.dtype:
+    """The number format of the weights of ``source``, in which the other parts of its pipeline are, too."""
+    found = {dtype for dtype, _ in read_headers(source.weight_paths).values() if dtype in _FORMATS}
+    return _FORMATS[found.pop()] if len(found) == 1 else torch.float32
+
+
+def save_whole(
+    source: ModelSource,
+    model: Any,
+    out: Path,
+    made: Mapping[str, Any],
+    *,
+    force: bool,
+    finish: Callable[[Path], object] | None = None,
+) -> Path:
+    """The pipeline ``source`` with the trained ``model`` in the folder ``out``, proved to load in plain diffusers.
+
+    In the number format of the files of ``source``. The plan of a student goes along, and so does where it came from.
+    """
+    assert source.model_folder is not None
+    beside = {
+        name: json_object(source.model_folder / name) if (source.model_folder / name).is_file() else None
+        for name in ("plan.json", "provenance.json")
+    }
+    origin = beside["provenance.json"] or source.origin
+    model.to(_format_in_files(source))
+    return trained_pipeline(
+        source,
+        model,
+        out,
+        beside["plan.json"],
+        {**origin, "personal": dict(made)},
+        force=force,
+        finish=finish,
+    )
+
+
+def lora_name_of(pipeline: Any, component: str) -> str:
+    """The argument by which ``pipeline`` takes the LoRA of its model to save. Raises UnsupportedModelError for none."""
+    if not hasattr(pipeline, "load_lora_weights") or not hasattr(pipeline, "save_lora_weights"):
+        raise UnsupportedModelError(
+            f"asked for a LoRA, found a {type(pipeline).__name__}, into which diffusers loads none; leave --lora away, "
+            "and the whole model is trained"
+        )
+    return f"{component}_lora_layers"
+
+
+def save_lora(
+    source: ModelSource,
+    pipeline: Any,
+    model: Any,
+    out: Path,
+    made: Mapping[str, Any],
+    *,
+    force: bool,
+    finish: Callable[[Path], object] | None = None,
+) -> Path:
+    """The LoRA on ``model`` in the folder ``out``, as ``pytorch_lora_weights.safetensors`` of diffusers.
+
+    A process of its own loads ``source`` with plain diffusers and the LoRA onto it, and must get the answer that
+    ``model`` gives. Raises ProofError when it does not.
+    """
+    from peft.utils import get_peft_model_state_dict
+
+    model.to("cpu")  # where the other process computes
+    component = family_of(model).component
+    argument = lora_name_of(pipeline, component)
+    layers = get_peft_model_state_dict(model, adapter_name=ADAPTER)
+    config = model.peft_config[ADAPTER].to_dict()
+    plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+    with output_folder(out, force=force) as temporary:
+        get_ready_to_prove()
+        type(pipeline).save_lora_weights(
+            temporary,
+            **{
+                argument: layers,
+                f"{component}_lora_adapter_metadata": json.loads(json.dumps(plain, default=str)),
+            },
+        )
+        assert source.folder is not None
+        proof = prove_lora(source.folder, temporary, model, layers, variant=source.asked_variant)
+        environment = Environment.capture().as_dict()
+        told = {**source.origin, **made, "environment": environment, "proof": proof.as_dict()}
+        write_json(temporary / ABOUT, names_alone(told))
+        if finish is not None:
+            finish(temporary)
+    return out

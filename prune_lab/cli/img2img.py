@@ -1,0 +1,78 @@
+"""The verb that changes a picture: img2img."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prune_lab.cli import options
+from prune_lab.cli.application import app
+from prune_lab.cli.output import show
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    """The numbers in ``text``, such as 0.3,0.5. Raises ConfigError for another text."""
+    from prune_lab.errors import ConfigError
+
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ConfigError(f"asked for the strengths {text!r:.60}; give numbers such as 0.3,0.5,0.7") from None
+
+
+@app.command()
+def img2img(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help=options.MODEL_HELP)],
+    picture: Annotated[Path, typer.Option("--picture", help="The picture to change.")],
+    prompt: Annotated[str, typer.Option("--prompt", help="What to change it towards.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write: pictures, sweep.csv and sweep.png.")],
+    mask: Annotated[
+        Path | None,
+        typer.Option("--mask", help="A picture: only what is white in it is drawn anew (inpainting)."),
+    ] = None,
+    strengths: Annotated[
+        str,
+        typer.Option(
+            "--strengths", help="Shares of the steps that are taken; 1 keeps nothing of the picture."
+        ),
+    ] = "0.2,0.35,0.5,0.65,0.8,0.9",
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the noise; the same for all models.")] = 0,
+    count: Annotated[int, typer.Option("--count", help="Pictures per strength, seeds seed, seed+1, ...")] = 1,
+    steps: Annotated[int, typer.Option("--steps", help="Denoising steps at strength 1.")] = 25,
+    guidance: Annotated[float, typer.Option("--guidance", help="Classifier-free guidance scale.")] = 7.5,
+    scorer: Annotated[
+        str, typer.Option("--scorer", help="CLIP folder or hub id that judges; default: that of MODEL.")
+    ] = "",
+    device: options.DeviceOption = None,
+    dtype: options.DtypeOption = None,
+    force: options.ForceOption = False,
+    as_json: options.JsonOption = False,
+    wide: options.WideOption = False,
+) -> None:
+    """Change a picture towards a prompt with each MODEL (SDEdit), at several strengths and with the same noise.
+
+    Beside the pictures stand the CLIP score with the prompt, the likeness to the picture, and how far pixels are from
+    it and from what the first MODEL made of it, so that students stand beside their teacher.
+    """
+    from prune_lab.api.applying import img2img as change
+    from prune_lab.config import check_numbers
+
+    check_numbers(seed=seed, count=count)
+    found = change(
+        *models,
+        picture=picture,
+        prompt=prompt,
+        out=out,
+        mask=mask,
+        strengths=_numbers(strengths),
+        seeds=tuple(range(seed, seed + count)),
+        steps=steps,
+        guidance=guidance,
+        scorer=scorer,
+        device=device or "auto",
+        dtype=dtype or "float32",
+        force=force,
+    )
+    show(found, as_json=as_json, wide=wide)

@@ -1,0 +1,300 @@
+"""Pictures that models change, and masks that they fill: tiny pipelines of kinds that can; others are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline
+from narrow_pipelines import narrow
+from PIL import Image
+from typer.testing import CliRunner
+
+from prune_lab.applications import (
+    change_picture,
+    changing_pipeline,
+    check_strength,
+    picture_embeddings,
+    read_own_mask,
+)
+from prune_lab.applications.sweeps import file_names
+from prune_lab.cli import app
+from prune_lab.errors import ConfigError, DataError, UnsupportedModelError
+from prune_lab.models import load_pipeline, load_scorer, resolve_model
+from prune_lab.probes import encode_pixels, picture_side
+from prune_lab.schemas import SWEEP_COLUMNS
+
+HOW: dict[str, Any] = {"steps": 4, "guidance": 2.0}
+
+
+def invoke(*args: object, fails: bool = False) -> str:
+    found = CliRunner().invoke(app, [str(arg) for arg in args])
+    assert found.exit_code == (2 if fails else 0), found.output
+    return found.output
+
+
+def a_picture(side: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randint(0, 255, (3, 4, 4), generator=generator, dtype=torch.uint8)
+    return rows.repeat_interleave(side // 4, 1).repeat_interleave(side // 4, 2)
+
+
+@pytest.fixture
+def tiny(tiny_pipeline_folder: Path) -> Any:
+    return load_pipeline(resolve_model(str(tiny_pipeline_folder)))
+
+
+# One picture ----------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_what_plain_diffusers_draws(tiny: Any) -> None:
+    picture = a_picture(picture_side(tiny))
+    found = change_picture(tiny, picture, "a red cat", (5,), strength=0.5, **HOW)
+    plain = StableDiffusionImg2ImgPipeline(
+        **{**tiny.components, "safety_checker": None}, requires_safety_checker=False
+    )
+    plain.set_progress_bar_config(disable=True)
+    wanted = plain(
+        "a red cat",
+        image=picture[None] / 255,
+        strength=0.5,
+        num_inference_steps=4,
+        guidance_scale=2.0,
+        generator=torch.Generator().manual_seed(5),
+        output_type="pt",
+    ).images
+    assert (found.float() / 255 - wanted).abs().max() < 1 / 255
+
+
+def test_seeds_decide_and_not_the_batch_and_nothing_of_the_pipeline_changes(tiny: Any) -> None:
+    picture, scheduler = a_picture(picture_side(tiny)), tiny.scheduler
+    both = change_picture(tiny, picture, "a cat", (1, 2), strength=0.75, **HOW)
+    alone = change_picture(tiny, picture, "a cat", (2,), strength=0.75, **HOW)
+    assert torch.equal(both[1], alone[0])
+    assert not torch.equal(both[0], both[1])
+    assert tiny.scheduler is scheduler
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "image-to-image", "lcm"])
+def test_other_kinds_of_u_nets_change_pictures(kind: str, tiny: Any) -> None:
+    pipeline = narrow(kind, tiny)
+    assert changing_pipeline(pipeline, mask=False)[1]
+    picture = a_picture(picture_side(pipeline))
+    found = change_picture(pipeline, picture, "a cat", (1,), strength=0.5, **HOW)
+    assert found.shape == (1, *picture.shape)
+
+
+@pytest.mark.parametrize(
+    ("kind", "takes_picture"),
+    [
+        ("pixart", False),
+        pytest.param("sd3", True, marks=pytest.mark.long),
+        pytest.param("flux", True, marks=pytest.mark.long),
+    ],
+)
+def test_transformers_change_pictures(
+    kind: str, takes_picture: bool, pipeline_folder: Callable[[str], Path]
+) -> None:
+    pipeline = load_pipeline(resolve_model(str(pipeline_folder(kind))))
+    assert changing_pipeline(pipeline, mask=False)[1] == takes_picture
+    picture = a_picture(picture_side(pipeline))
+    found = [change_picture(pipeline, picture, "a cat", (1,), strength=s, **HOW) for s in (0.25, 1.0)]
+    assert found[0].shape == (1, *picture.shape)
+    assert not torch.equal(*found)
+
+
+def test_steps_that_begin_late_are_those_of_the_pipeline_for_pictures(tiny: Any) -> None:
+    """The way for pipelines without a class for pictures gives, with the same latents and noise, the same picture."""
+    import prune_lab.applications.image_to_image as module
+
+    side = picture_side(tiny)
+    pixels = a_picture(side)[None].float() / 255
+    latents = encode_pixels(tiny, pixels * 2 - 1)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    late = module._noisy(tiny, pixels, [torch.Generator().manual_seed(0)], 4, 2)
+    plain = StableDiffusionImg2ImgPipeline(
+        **{**tiny.components, "safety_checker": None}, requires_safety_checker=False
+    )
+    plain.scheduler = type(tiny.scheduler).from_config(tiny.scheduler.config)
+    plain.scheduler.set_timesteps(4)
+    timesteps, left = plain.get_timesteps(4, 0.5, "cpu")
+    assert left == 2
+    assert torch.allclose(late, plain.scheduler.add_noise(latents, noise, timesteps[:1]), atol=1e-6)
+    with module._fresh_scheduler(tiny):
+        module._begin_late(tiny.scheduler, 2)
+        tiny.scheduler.set_timesteps(4)
+        assert torch.equal(tiny.scheduler.timesteps, timesteps)
+
+
+def test_a_model_that_knows_the_noise_gives_the_picture_back(pipeline_folder: Callable[[str], Path]) -> None:
+    """Of PixArt, whose steps are begun late here: where it predicts the noise that was added, nothing changes, at any
+    strength.
+    """
+    pipeline: Any = load_pipeline(resolve_model(str(pipeline_folder("pixart"))))
+    picture = a_picture(picture_side(pipeline))
+    latents = encode_pixels(pipeline, picture[None].float() / 127.5 - 1)
+    decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample.detach()
+    wanted = (decoded / 2 + 0.5).clamp(0, 1)
+    noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(1))[None]
+
+    def known(*_: Any, **__: Any) -> tuple[torch.Tensor]:
+        return (torch.cat([noise, torch.zeros_like(noise)], dim=1),)
+
+    pipeline.transformer.forward = known
+    for strength in (0.1, 0.5, 0.9):
+        found = change_picture(pipeline, picture, "a cat", (1,), strength=strength, steps=20, guidance=1.0)
+        assert (found.float() / 255 - wanted).abs().max() < 0.02, strength
+
+
+# Masks ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["plain", "nine channels"])
+def test_only_what_is_masked_is_drawn_anew(kind: str, tiny: Any) -> None:
+    """What is not masked comes out as in a picture in which nothing was to be drawn; of nine channels it is shown."""
+    pipeline = narrow("inpainting", tiny) if kind == "nine channels" else tiny
+    side = picture_side(pipeline)
+    picture, mask = a_picture(side), torch.zeros(side, side, dtype=torch.bool)
+    mask[:, side // 2 :] = True
+    found = change_picture(pipeline, picture, "a cat", (1, 2), strength=1.0, mask=mask, **HOW)
+    assert found.shape == (2, 3, side, side)
+    inside = (found[0].float() - found[1].float()).abs().mean(0)
+    if (
+        kind == "plain"
+    ):  # latents outside are put back after every step; a decoder looks a few pixels over the border
+        assert inside[:, : side // 4].mean() < 0.25 * inside[:, side // 2 :].mean()
+    else:
+        other = change_picture(pipeline, 255 - picture, "a cat", (1, 2), strength=1.0, mask=mask, **HOW)
+        assert not torch.equal(found, other)  # the picture is read
+
+
+@pytest.mark.parametrize(
+    ("kind", "mask", "said"),
+    [
+        ("inpainting", False, "give one with --mask"),
+        ("editing", False, "edits by instruction"),
+        ("controlnet", False, "for its ControlNet"),
+    ],
+)
+def test_kinds_that_cannot_are_refused_by_name(kind: str, mask: bool, said: str, tiny: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match=said):
+        changing_pipeline(narrow(kind, tiny), mask=mask)
+
+
+def test_others_are_refused_by_name(pipeline_folder: Callable[[str], Path], tiny: Any) -> None:
+    pixart = load_pipeline(resolve_model(str(pipeline_folder("pixart"))))
+    with pytest.raises(UnsupportedModelError, match=r"PixArtAlphaPipeline.*no pipeline that inpaints"):
+        changing_pipeline(pixart, mask=True)
+    with pytest.raises(UnsupportedModelError, match="starts from no latents"):
+        changing_pipeline(load_pipeline(resolve_model(str(pipeline_folder("ddpm")))), mask=False)
+    with pytest.raises(DataError, match=r"takes \(3, "):
+        change_picture(tiny, a_picture(4), "a cat", (1,), strength=0.5, **HOW)
+
+
+@pytest.mark.parametrize(
+    ("strength", "said"), [(0.0, "above 0"), (1.5, "above 0"), (float("nan"), "above 0")]
+)
+def test_a_strength_out_of_range_is_refused(strength: float, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_strength(strength, 10)
+
+
+def test_a_strength_that_takes_no_step_is_refused() -> None:
+    assert check_strength(0.5, 25) == 12
+    with pytest.raises(ConfigError, match=r"takes none of them; give 0\.1 or more"):
+        check_strength(0.05, 10)
+
+
+# The verb -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "picture.png"
+    Image.fromarray(a_picture(32).permute(1, 2, 0).numpy()).save(path)
+    return path
+
+
+@pytest.mark.long
+def test_models_side_by_side(
+    tiny_pipeline_folder: Path, tiny_scorer_folder: Path, picture: Path, tmp_path: Path
+) -> None:
+    """A student with code of its own beside its teacher: a row each, the teacher's as near to itself as can be."""
+    student, out = tmp_path / "student", tmp_path / "out"
+    invoke("prune", tiny_pipeline_folder, "--plan", "-Dn1.A1 -Up1.R1", "--form", "own", "--out", student)
+    words = (
+        "img2img",
+        tiny_pipeline_folder,
+        student,
+        "--picture",
+        picture,
+        "--prompt",
+        "a red cat",
+        "--steps",
+        4,
+    )
+    words = (*words, "--strengths", "0.25,0.75", "--count", 2, "--scorer", tiny_scorer_folder, "--out", out)
+    invoke(*words)
+    frame = pd.read_csv(out / "sweep.csv")
+    assert tuple(frame.columns) == SWEEP_COLUMNS
+    assert list(frame["passes"]) == [1, 1, 3, 3] * 2
+    assert all((out / name).is_file() for name in frame["file"])
+    assert (out / "sweep.png").is_file()
+    teacher, own = frame[: len(frame) // 2], frame[len(frame) // 2 :]
+    assert (teacher["from_first"] == 0).all()
+    assert (own["from_first"] > 0).all()
+    assert frame[["clip", "likeness", "pixel_error"]].notna().all().all()
+    assert frame["kept_error"].isna().all()
+    assert "--force" in invoke(*words, fails=True)
+    invoke(*words, "--force")
+
+
+def test_a_mask_by_the_verb(tiny_pipeline_folder: Path, picture: Path, tmp_path: Path) -> None:
+    mask, out = tmp_path / "mask.png", tmp_path / "out"
+    half = Image.new("L", (32, 32), 0)
+    half.paste(255, (16, 0, 32, 32))
+    half.save(mask)
+    words = ("img2img", tiny_pipeline_folder, "--picture", picture, "--prompt", "a cat", "--steps", 4)
+    answered = CliRunner().invoke(
+        app, [*map(str, words), "--strengths", "1", "--mask", str(mask), "--out", str(out), "--json"]
+    )
+    [row] = json.loads(answered.stdout)
+    assert row["kept_error"] is not None
+    assert row["clip"] is None  # nothing here knows what a tiny model draws
+    Image.new("L", (32, 32), 0).save(mask)
+    with pytest.raises(DataError, match="nothing white"):
+        read_own_mask(mask, 16)
+
+
+def test_bad_input_is_refused_in_one_line(tiny_pipeline_folder: Path, picture: Path, tmp_path: Path) -> None:
+    def said(*words: object) -> str:
+        found = invoke("img2img", tiny_pipeline_folder, *words, "--out", tmp_path / "out", fails=True)
+        assert not (tmp_path / "out").exists()
+        return " ".join(found.split())
+
+    assert "no such file" in said("--picture", tmp_path / "none.png", "--prompt", "a cat")
+    assert "towards what" in said("--picture", picture, "--prompt", " ")
+    assert "numbers such as" in said("--picture", picture, "--prompt", "a cat", "--strengths", "weak")
+    assert "takes none of them" in said(
+        "--picture", picture, "--prompt", "a cat", "--steps", 2, "--strengths", "0.2"
+    )
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    assert "found none that can be read" in said("--picture", broken, "--prompt", "a cat")
+
+
+def test_names_of_files_are_told_apart() -> None:
+    assert file_names(["a/small", "b/small", "me/my model"]) == ("small-1", "small-2", "my-model")
+
+
+def test_embeddings_are_those_of_the_whole_scorer(tiny_scorer_folder: Path) -> None:
+    model, inputs = load_scorer(str(tiny_scorer_folder))
+    pictures = torch.stack([a_picture(32), 255 - a_picture(32)])
+    with torch.no_grad():
+        wanted = model(pixel_values=inputs.pictures(pictures), **inputs.captions(["a", "b"])).image_embeds
+    assert torch.allclose(picture_embeddings((model, inputs), pictures, batch=1), wanted, atol=1e-6)

@@ -1,0 +1,328 @@
+"""A model that learns a subject: whole and as a LoRA, on tiny pipelines; and what is refused, in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from prune_lab.applications import PersonalSettings, learn_subject
+from prune_lab.applications.personal import _trained
+from prune_lab.applications.pictures import class_pictures, read_own_pictures
+from prune_lab.cli import app
+from prune_lab.distill import encode_data
+from prune_lab.errors import ConfigError, DataError
+from prune_lab.export import student_in
+from prune_lab.families import model_of
+from prune_lab.models import load_pipeline, resolve_model
+
+FEW: dict[str, Any] = {
+    "token": "red",
+    "subject_class": "cat",
+    "template": "a {}",
+    "steps": 3,
+    "class_count": 3,
+    "class_steps": 2,
+}
+WORDS = tuple(
+    str(word)
+    for name, value in FEW.items()
+    for word in (f"--{name.replace('subject_', '').replace('_', '-')}", value)
+)
+
+
+def invoke(*args: object, fails: bool = False) -> str:
+    found = CliRunner().invoke(app, [str(arg) for arg in args])
+    assert found.exit_code == (2 if fails else 0), found.output
+    return found.output
+
+
+@pytest.fixture
+def subject(tmp_path: Path) -> Path:
+    """Two pictures of one size, and a third of another."""
+    folder = tmp_path / "subject"
+    folder.mkdir()
+    for number, size in enumerate([(16, 16), (16, 16), (40, 20)]):
+        Image.new("RGB", size, (200, 40 * number, 30)).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def tiny(tiny_pipeline_folder: Path) -> Any:
+    return load_pipeline(resolve_model(str(tiny_pipeline_folder)))
+
+
+# Learning ------------------------------------------------------------------------------------------------------------
+
+
+def encoded(pipeline: Any, folder: Path, prompt: str) -> Any:
+    pictures, _ = read_own_pictures(folder, 16, "the subject")
+    return encode_data(pipeline, pictures, [prompt] * len(pictures))
+
+
+@pytest.mark.long
+def test_the_subject_is_learnt_and_the_class_weighs_in(tiny: Any, subject: Path) -> None:
+    """The loss on the subject falls, and the weights depend on the pictures of the class."""
+    model, own, other = model_of(tiny), encoded(tiny, subject, "a red cat"), encoded(tiny, subject, "a cat")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found: dict[float, torch.Tensor] = {}
+    for weight in (1.0, 0.0):
+        model.load_state_dict(before)
+        how = PersonalSettings(
+            **FEW | {"steps": 40, "batch": 2, "learning_rate": 3e-3, "prior_weight": weight}
+        )
+        learnt = learn_subject(model, tiny.scheduler, own, other, how)
+        assert learnt.subject_loss[1] < 0.9 * learnt.subject_loss[0]
+        assert (learnt.class_loss is None) == (weight == 0)
+        assert learnt.trained == sum(tensor.numel() for tensor in model.parameters())
+        assert learnt.peak_bytes > 4 * 4 * learnt.trained  # weights, gradients and two moments in float32
+        found[weight] = torch.cat([tensor.flatten() for tensor in model.parameters()])
+    assert not torch.equal(found[1.0], found[0.0])
+
+
+def test_the_same_seed_learns_the_same_and_frozen_modules_stay(tiny: Any, subject: Path) -> None:
+    model, own = model_of(tiny), encoded(tiny, subject, "a red cat")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = []
+    for _ in range(2):
+        model.load_state_dict(before)
+        how = PersonalSettings(**FEW | {"learning_rate": 1e-3})
+        learn_subject(model, tiny.scheduler, own, None, how, frozen=("mid_block",))
+        found.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    for name, tensor in before.items():
+        assert torch.equal(found[0][name], found[1][name])
+        assert torch.equal(found[0][name], tensor) == name.startswith("mid_block."), name
+
+
+def test_gradient_checkpointing_changes_nothing_that_is_learnt(tiny: Any, subject: Path) -> None:
+    model, own = model_of(tiny), encoded(tiny, subject, "a red cat")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = []
+    for spare in (False, True):
+        model.load_state_dict(before)
+        how = PersonalSettings(**FEW | {"steps": 2, "learning_rate": 1e-3, "gradient_checkpointing": spare})
+        learn_subject(model, tiny.scheduler, own, None, how)
+        found.append(torch.cat([tensor.flatten() for tensor in model.parameters()]))
+    assert torch.allclose(*found, atol=1e-6)
+
+
+def test_a_loss_that_is_no_number_ends_it(tiny: Any, subject: Path) -> None:
+    how = PersonalSettings(**FEW | {"steps": 30, "learning_rate": 1e18})
+    with pytest.raises(DataError, match="smaller --learning-rate"):
+        learn_subject(model_of(tiny), tiny.scheduler, encoded(tiny, subject, "a red cat"), None, how)
+
+
+# Pictures of the class ------------------------------------------------------------------------------------------------
+
+
+def test_pictures_of_the_class_are_kept_and_drawn_once(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how: dict[str, Any] = {"seed": 4, "steps": 2, "guidance": 1.0, "batch": 2}
+    found, place = class_pictures(tiny, "digest", "a cat", 3, tmp_path, **how)
+    assert sorted(path.name for path in place.glob("*.png")) == ["seed-4.png", "seed-5.png", "seed-6.png"]
+    (place / "seed-5.png").unlink()  # as where a call was stopped
+    again, _ = class_pictures(tiny, "digest", "a cat", 3, tmp_path, **how)
+    assert torch.equal(again, found)
+    monkeypatch.setattr(
+        "prune_lab.applications.pictures.generate", lambda *_, **__: pytest.fail("drawn again")
+    )
+    assert torch.equal(class_pictures(tiny, "digest", "a cat", 3, tmp_path, **how)[0], found)
+    with pytest.raises(pytest.fail.Exception):  # those of another model are others
+        class_pictures(tiny, "other", "a cat", 3, tmp_path, **how)
+
+
+# What is written ------------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_model_is_a_pipeline_of_plain_diffusers(
+    tiny_pipeline_folder: Path, subject: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "mine"
+    words = ("personalise", tiny_pipeline_folder, "--images", subject, *WORDS, "--out", out)
+    [row] = json.loads(
+        CliRunner().invoke(app, [*map(str, words), "--learning-rate", "1e-3", "--json"]).stdout
+    )
+    assert (row["pictures"], row["class_pictures"], row["prompt"]) == (3, 3, "a red cat")
+    plain, given = (DiffusionPipeline.from_pretrained(one) for one in (out, tiny_pipeline_folder))
+    changed = [
+        not torch.equal(one, other)
+        for one, other in zip(plain.unet.parameters(), given.unet.parameters(), strict=True)
+    ]
+    assert sum(changed) > len(changed) / 2
+    told = json.loads((out / "unet" / "provenance.json").read_text())
+    assert told["proof"]["kind"] == "same tensors"
+    assert told["personal"]["class_prompt"] == "a cat"
+    assert str(tmp_path) not in json.dumps(told)
+    assert "'a red cat'" in (out / "README.md").read_text()
+    assert len(list(tmp_path.glob("mine.class/*/seed-*.png"))) == 3
+    assert "--force" in invoke(*words, fails=True)
+
+
+def own_code_student(folder: Path, out: Path) -> Path:
+    invoke("prune", folder, "--plan", "-Dn1.A1 -Up1.R1", "--form", "own", "--out", out)
+    return out
+
+
+@pytest.mark.long
+def test_a_student_with_code_of_its_own_learns_whole(
+    tiny_pipeline_folder: Path, subject: Path, tmp_path: Path
+) -> None:
+    student, out = own_code_student(tiny_pipeline_folder, tmp_path / "student"), tmp_path / "mine"
+    invoke("personalise", student, "--images", subject, *WORDS, "--out", out)
+    assert (out / "unet" / "plan.json").read_bytes() == (student / "unet" / "plan.json").read_bytes()
+    assert list((out / "unet").glob("modeling_pruned_*.py"))
+    assert "trust_remote_code=True" in (out / "README.md").read_text()
+    invoke("generate", out, "--prompt", "a red cat", "--steps", "2", "--out", tmp_path / "a.png")
+
+
+def test_blocks_that_do_nothing_stay_so(tiny_pipeline_folder: Path, subject: Path, tmp_path: Path) -> None:
+    """A student in the neutral form is trained but for these, whole or by a LoRA, and is still of its plan."""
+    student, out = tmp_path / "student", tmp_path / "mine"
+    invoke("prune", tiny_pipeline_folder, "--plan", "-Dn1.A1", "--form", "neutral", "--out", student)
+    frozen = student_in(student).layout.frozen
+    assert frozen
+    invoke("personalise", student, "--images", subject, *WORDS, "--learning-rate", "1e-3", "--out", out)
+    given, found = (
+        load_file(folder / "unet" / "diffusion_pytorch_model.safetensors") for folder in (student, out)
+    )
+    for name, tensor in given.items():
+        inside = any(name.startswith(f"{path}.") for path in frozen)
+        assert torch.equal(tensor, found[name]) or not inside, name
+    assert any(not torch.equal(tensor, found[name]) for name, tensor in given.items())
+    how = PersonalSettings(**FEW | {"lora": 2})
+    model = model_of(load_pipeline(resolve_model(str(student))))
+    layers = _trained(model, how, frozen)
+    assert layers
+    named = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert not [name for name in named if any(name.startswith(f"{path}.") for path in frozen)]
+
+
+def test_numbers_stay_in_the_format_of_the_files(
+    tiny_pipeline_folder: Path, subject: Path, tmp_path: Path
+) -> None:
+    """Of a pipeline in float16 the model is trained in float32 and written as the other parts are."""
+    half, out = tmp_path / "half", tmp_path / "mine"
+    DiffusionPipeline.from_pretrained(tiny_pipeline_folder).to(torch.float16).save_pretrained(half)
+    invoke("personalise", half, "--images", subject, *WORDS, "--learning-rate", "1e-3", "--out", out)
+    tensors = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+
+
+@pytest.mark.parametrize("own", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_a_lora_is_loaded_by_plain_diffusers(
+    own: bool, tiny_pipeline_folder: Path, subject: Path, tmp_path: Path
+) -> None:
+    """Onto the model, or onto a student with code of its own, where it gives the answer that was trained."""
+    folder = own_code_student(tiny_pipeline_folder, tmp_path / "student") if own else tiny_pipeline_folder
+    out = tmp_path / "lora"
+    invoke("personalise", folder, "--images", subject, *WORDS, "--lora", "2", "--out", out)
+    tensors = load_file(out / "pytorch_lora_weights.safetensors")
+    assert all(key.startswith("unet.") and ".lora_" in key for key in tensors)
+    assert {tensor.shape[0] for key, tensor in tensors.items() if ".lora_A." in key} == {2}
+    assert any(tensor.abs().max() > 0 for key, tensor in tensors.items() if ".lora_B." in key)
+    told = json.loads((out / "personal.json").read_text())
+    assert told["proof"]["kind"] == "same answer"
+    assert told["training"]["trained"] == sum(tensor.numel() for tensor in tensors.values())
+    assert 'load_lora_weights(".")' in (out / "README.md").read_text()
+
+
+@pytest.mark.long
+def test_a_lora_that_was_damaged_is_noticed(
+    tiny_pipeline_folder: Path, subject: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another process reads must be what was trained."""
+    from diffusers import StableDiffusionPipeline
+
+    save = StableDiffusionPipeline.save_lora_weights
+
+    def damaged(folder: Path, **given: Any) -> None:
+        layers = {name: tensor * 1.001 for name, tensor in given.pop("unet_lora_layers").items()}
+        save(folder, unet_lora_layers=layers, **given)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "save_lora_weights", damaged)
+    out = tmp_path / "lora"
+    said = invoke(
+        *("personalise", tiny_pipeline_folder, "--images", subject, *WORDS, "--lora", "2", "--out", out),
+        fails=True,
+    )
+    assert "not those of the LoRA that was trained" in said
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["pixart", pytest.param("sd3", marks=pytest.mark.long), pytest.param("flux", marks=pytest.mark.long)],
+)
+def test_transformers_learn_too(
+    kind: str, pipeline_folder: Callable[[str], Path], subject: Path, tmp_path: Path
+) -> None:
+    folder = pipeline_folder(kind)
+    invoke("personalise", folder, "--images", subject, *WORDS, "--out", tmp_path / "mine")
+    DiffusionPipeline.from_pretrained(tmp_path / "mine")
+    lora = ("personalise", folder, "--images", subject, *WORDS, "--lora", "2", "--out", tmp_path / "lora")
+    if kind == "pixart":
+        assert "loads none; leave --lora away" in " ".join(invoke(*lora, fails=True).split())
+    else:
+        invoke(*lora)
+        assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").is_file()
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"token": " "}, "words that are to mean the subject"),
+        ({"subject_class": ""}, "what the subject is one of"),
+        ({"template": "a photo"}, "one {} in it"),
+        ({"lora": -1}, "a rank from 1"),
+        ({"steps": 0}, "a whole number from 1"),
+        ({"learning_rate": float("nan")}, "a finite number"),
+        ({"precision": "float16"}, "float32 or bfloat16"),
+    ],
+)
+def test_a_bad_setting_is_refused(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=r"^asked for") as caught:
+        PersonalSettings(**FEW | wrong)
+    assert said in str(caught.value)
+
+
+def test_bad_pictures_are_refused_before_anything_is_drawn(
+    tiny_pipeline_folder: Path, subject: Path, tmp_path: Path
+) -> None:
+    def said(*words: object) -> str:
+        found = invoke("personalise", tiny_pipeline_folder, *words, "--out", tmp_path / "out", fails=True)
+        assert not (tmp_path / "out").exists()
+        return " ".join(found.split())
+
+    (tmp_path / "empty").mkdir()
+    assert "found none; give files of" in said("--images", tmp_path / "empty", *WORDS)
+    assert "found no such folder" in said("--images", tmp_path / "nowhere", *WORDS)
+    assert "count nothing" in said(
+        "--images", subject, *WORDS, "--class-images", subject, "--prior-weight", 0
+    )
+    assert "lora = 0" in said("--images", subject, *WORDS, "--lora", 0)
+    (subject / "broken.png").write_bytes((subject / "0.png").read_bytes()[:40])
+    assert "broken.png, found none that can be read" in said("--images", subject, *WORDS)
+    assert not list(tmp_path.glob("out.class*"))
+
+
+def test_models_that_read_no_text_are_refused(
+    pipeline_folder: Callable[[str], Path], subject: Path, tmp_path: Path
+) -> None:
+    words = ("--images", subject, *WORDS, "--out", tmp_path / "out")
+    assert "reads no text" in invoke("personalise", pipeline_folder("ddpm"), *words, fails=True)
+    alone = pipeline_folder("pixart") / "transformer"
+    assert "a model alone" in invoke("personalise", alone, *words, fails=True).replace(
+        "transformer alone", "model alone"
+    )
