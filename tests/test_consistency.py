@@ -1,4 +1,4 @@
-"""Consistency distillation: its arithmetic is that of LCMScheduler and DDIM, it resumes, and diffusers draws with it."""
+"""Consistency distillation: its arithmetic is that of LCMScheduler and DDIM, it resumes, and diffusers draws by it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ from prune_lab.models import load_pipeline, resolve_model
 from prune_lab.probes import schedule_of
 
 BETAS: dict[str, Any] = {
-    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
 }
 KINDS = {
     "epsilon": DDIMScheduler(**BETAS),
@@ -138,6 +141,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_it_learns_and_leaves_the_teacher_alone(tiny_unet: Any, tmp_path: Path) -> None:
     before = weights(tiny_unet)
     changes = {"steps": 30, "learning_rate": 3e-3, "ema_decay": 0.5, "checkpoint_every": 100}
@@ -183,7 +187,7 @@ def test_samples_a_few_at_a_time_give_the_same_gradients(tiny_unet: Any) -> None
         found.append((loss, [parameter.grad.clone() for parameter in student.parameters()]))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     for whole_one, summed in zip(found[0][1], found[1][1], strict=True):
-        assert torch.allclose(whole_one, summed, rtol=1e-3, atol=1e-6)
+        assert torch.allclose(whole_one, summed, rtol=1e-2, atol=1e-5 * float(whole_one.abs().max() + 1))
 
 
 @pytest.mark.parametrize(

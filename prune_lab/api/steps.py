@@ -39,7 +39,7 @@ def steps_table(
     places = tuple(path for source in sources for path in source.places)
     out = check_apart(out, {"the models": places, "the prompts": (asked.prompts,) if asked.prompts else ()})
     found = compare_steps(sources, asked, out, **place)
-    write_steps_page(out, found.table, found.conditions)
+    write_steps_page(out, found.table, found.conditions, pictures=out / "pictures")
     notes = [f"page: {out / 'README.md'}"]
     if latency:
         limit = latency_limit(latency, found.table)

@@ -28,12 +28,14 @@ def _nothing(config: Mapping[str, Any]) -> dict[str, Any]:
 class _Known:
     """A scheduler by the names of diffusers' classes: for noise by betas, and for that of a flow; empty: there is none.
 
-    ``more`` are settings beside those of the pipeline's own scheduler.
+    ``more`` are settings beside those of the pipeline's own scheduler, ``usual`` those that hold where it says nothing:
+    latents are not clipped.
     """
 
     betas: str
     flow: str = ""
     more: Mapping[str, object] = field(default_factory=dict)
+    usual: Mapping[str, object] = field(default_factory=dict)
     of_flow: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
 
 
@@ -42,13 +44,13 @@ SCHEDULERS: Mapping[str, _Known] = {
         "DPMSolverMultistepScheduler",
         "DPMSolverMultistepScheduler",
         {"algorithm_type": "dpmsolver++"},
-        _flow_sigmas,
+        of_flow=_flow_sigmas,
     ),
-    "ddim": _Known("DDIMScheduler"),
+    "ddim": _Known("DDIMScheduler", usual={"clip_sample": False, "set_alpha_to_one": False}),
     "unipc": _Known("UniPCMultistepScheduler", "UniPCMultistepScheduler", of_flow=_flow_sigmas),
     "euler": _Known("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"),
     "pndm": _Known("PNDMScheduler"),
-    "lcm": _Known("LCMScheduler"),
+    "lcm": _Known("LCMScheduler", usual={"clip_sample": False}),
 }
 
 
@@ -78,7 +80,7 @@ def fitting_scheduler(name: str, own: Any) -> tuple[Any, str]:
     if by_flow and config.get("use_dynamic_shifting") and known.of_flow is _flow_sigmas:
         return None, "the shift of its own hangs on the size of the picture"
     kind = getattr(diffusers, class_name)
-    settings = {**config, **known.more, **(known.of_flow(config) if by_flow else {})}
+    settings = {**known.usual, **config, **known.more, **(known.of_flow(config) if by_flow else {})}
     settings = {key: value for key, value in settings.items() if not key.startswith("_")}
     if complaint := scheduler_complaint(kind, settings, by_flow=by_flow):
         return None, complaint

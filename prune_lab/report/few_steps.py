@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from prune_lab.few_steps.frontier import (
     baseline_of,
@@ -17,6 +19,7 @@ from prune_lab.few_steps.frontier import (
     quality_column,
 )
 from prune_lab.report.figures import LIGHT, Theme, freeze_layout, log_axis, new_figure, save_png, style_axes
+from prune_lab.runs import read_picture
 from prune_lab.runtime import write_text
 
 Row = Any  # a row of the table, by column
@@ -66,6 +69,18 @@ def draw_steps(table: pd.DataFrame, theme: Theme) -> Figure:
     axes.set_xlabel("milliseconds of one picture (log scale), median", color=theme.text)
     axes.set_ylabel(_CALLED[quality], color=theme.text)
     axes.legend(frameon=False, fontsize=8, labelcolor=theme.text, loc="lower right", ncols=2)
+    return figure
+
+
+def draw_strips(strips: Sequence[tuple[str, NDArray[np.uint8]]], theme: Theme) -> Figure:
+    """A row of pictures (H, W, 3) per configuration, with what it is on the left."""
+    height, width = strips[0][1].shape[:2]
+    scale = 7 / width
+    figure = new_figure(theme, 10, len(strips) * (height * scale + 0.06))
+    for axes, (label, strip) in zip(np.atleast_1d(figure.subplots(len(strips))), strips, strict=True):
+        axes.imshow(strip, interpolation="none")
+        axes.set_axis_off()
+        axes.text(-8, height / 2, label, fontsize=8, color=theme.text, ha="right", va="center")
     return figure
 
 
@@ -133,9 +148,18 @@ def _conditions(table: pd.DataFrame, conditions: Mapping[str, Any]) -> list[str]
     ]
 
 
-def steps_page(table: pd.DataFrame, conditions: Mapping[str, Any], findings: Sequence[str] = ()) -> str:
+def steps_page(
+    table: pd.DataFrame,
+    conditions: Mapping[str, Any],
+    findings: Sequence[str] = (),
+    *,
+    pictures: bool = False,
+) -> str:
     """The page in Markdown: conditions, findings, which lever meets a latency, the frontier and the whole table."""
     lines = ["# Fewer steps", "", *_conditions(table, conditions), "", "![quality against time](steps.png)"]
+    if pictures:
+        about = "The same prompts and noise: the baseline, and what is not beaten in both time and quality."
+        lines += ["", about, "", "![pictures](pictures.png)"]
     lines += ["", *findings] if findings else []
     lines += ["", "## Which lever meets a latency", ""]
     for share in _SHARES:
@@ -152,11 +176,33 @@ def steps_page(table: pd.DataFrame, conditions: Mapping[str, Any], findings: Seq
     return "\n".join([*lines, ""])
 
 
+def _strips(table: pd.DataFrame, pictures: Path) -> list[tuple[str, NDArray[np.uint8]]]:
+    """The pictures of the baseline and of what is not beaten, the slowest first, with what they are."""
+    shown = pd.concat([baseline_of(table).to_frame().T, frontier(table)[::-1]]).drop_duplicates(
+        ["model", "scheduler", "steps", "reuse"]
+    )
+    return [
+        (
+            f"{row['model']}, {row['steps']} steps\n{row['scheduler']}, reuse {_reuse(row)}\n{row['median_ms']:.0f} ms",
+            read_picture(pictures / f"{row['model']}-{row['scheduler']}-{row['steps']}-{row['reuse']}.png"),
+        )
+        for _, row in shown.iterrows()
+    ]
+
+
 def write_steps_page(
-    folder: Path, table: pd.DataFrame, conditions: Mapping[str, Any], findings: Sequence[str] = ()
+    folder: Path,
+    table: pd.DataFrame,
+    conditions: Mapping[str, Any],
+    findings: Sequence[str] = (),
+    pictures: Path | None = None,
 ) -> Path:
-    """README.md and steps.png in ``folder``."""
-    figure = draw_steps(table, LIGHT)
-    save_png(figure, folder / "steps.png", freeze_layout(figure))
-    write_text(folder / "README.md", steps_page(table, conditions, findings))
+    """README.md and steps.png in ``folder``, and pictures.png of what lies in ``pictures``, where that is given."""
+    figures = {"steps.png": draw_steps(table, LIGHT)}
+    if pictures is not None:
+        figures["pictures.png"] = draw_strips(_strips(table, pictures), LIGHT)
+    for name, figure in figures.items():
+        save_png(figure, folder / name, freeze_layout(figure))
+    page = steps_page(table, conditions, findings, pictures=(folder / "pictures.png").is_file())
+    write_text(folder / "README.md", page)
     return folder / "README.md"

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
 from prune_lab.errors import ConfigError, DataError, RunError
 from prune_lab.evaluation import clip_scores, drawing_of, save_grid
@@ -144,16 +143,19 @@ class _Comparison:
             for name, source in zip(names, sources, strict=True)
         }
         self.scorer = load_scorer(choice.text, device=device) if choice.text else None
-        self._many: dict[str, Tensor] = {}
+        self._many: dict[str, Drawn] = {}
 
     def _draw(self, one: Configuration) -> Drawn:
         seeds = (self.asked.seed,)
         return draw_in(self.pipelines[one.model], one, self.prompts, seeds, guidance=self.asked.guidance)
 
-    def many(self, model: str) -> Tensor:
-        """The pictures of ``model`` in many steps of its own scheduler."""
+    def _many_of(self, model: str) -> Configuration:
+        return Configuration(model, OWN, self.asked.many)
+
+    def many(self, model: str) -> Drawn:
+        """What ``model`` draws in many steps of its own scheduler."""
         if model not in self._many:
-            self._many[model] = self._draw(Configuration(model, OWN, self.asked.many)).pictures
+            self._many[model] = self._draw(self._many_of(model))
         return self._many[model]
 
     def _key(self, one: Configuration) -> str:
@@ -171,7 +173,7 @@ class _Comparison:
         path = self.out / "drawn" / f"{self._key(one)}.json"
         if path.is_file():
             return read_typed(path, dict[str, Any])
-        drawn = self._draw(one)
+        drawn = self.many(one.model) if one == self._many_of(one.model) else self._draw(one)
         scores = (
             clip_scores(self.scorer, drawn.pictures, self.prompts).tolist() if self.scorer is not None else []
         )
@@ -180,8 +182,8 @@ class _Comparison:
             "passes": drawn.passes,
             "whole": drawn.whole,
             "clip": scores,
-            "psnr_teacher": psnr(drawn.pictures, self.many(self.teacher)),
-            "psnr_own": psnr(drawn.pictures, self.many(one.model)),
+            "psnr_teacher": psnr(drawn.pictures, self.many(self.teacher).pictures),
+            "psnr_own": psnr(drawn.pictures, self.many(one.model).pictures),
         }
         place = self.out / "pictures" / one.name.replace("/", "-")
         save_grid(place.with_name(f"{place.name}.png"), drawn.pictures[:_SHOWN], columns=_SHOWN)
