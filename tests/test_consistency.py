@@ -33,7 +33,7 @@ from prune_lab.config import RunConfig
 from prune_lab.distill import Consistency, DistillSetup, distill_consistency, draw_batch, lcm_scheduler
 from prune_lab.distill.consistency import Trajectory, huber, teacher_step
 from prune_lab.distill.setup import fresh_state
-from prune_lab.errors import RunError, UnsupportedModelError
+from prune_lab.errors import ConfigError, RunError, UnsupportedModelError
 from prune_lab.families import known_conditions
 from prune_lab.models import load_pipeline, resolve_model
 from prune_lab.probes import schedule_of
@@ -230,6 +230,24 @@ def test_a_model_that_is_told_its_guidance_is_refused(tiny_unet: Any) -> None:
     setup: DistillSetup = setup_for(tiny_unet, validation_probe())
     with pytest.raises(UnsupportedModelError, match="is told its guidance"):
         consistency.check_consistency(setup, told, HOW)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"loss_variant": "normalised"}, {"precision": "bfloat16"}, {"gradient_checkpointing": True}]
+)
+def test_settings_that_mean_nothing_here_are_refused(tiny_unet: Any, changes: dict[str, Any]) -> None:
+    setup = setup_for(tiny_unet, validation_probe(), dataclasses.replace(SETTINGS, **changes))
+    with pytest.raises(ConfigError, match=f"distill.{next(iter(changes))} = .* does not have; leave it out"):
+        consistency.check_consistency(setup, tiny_unet, HOW)
+
+
+def test_a_teacher_in_half_precision_teaches_a_student_in_float32(tiny_unet: Any) -> None:
+    setup = setup_for(tiny_unet.to(torch.bfloat16), validation_probe())
+    student, _ = student_of(build_unet(TINY_UNET), "bk-small")
+    state, trajectory = fresh_state(student, setup.settings), Trajectory.of(SCHEDULER, 50)
+    batch = draw_batch(setup.data, SCHEDULER, setup.settings, 1, among=trajectory.timesteps)
+    assert consistency._losses(setup, state, batch, trajectory, 3.0) > 0
+    assert all(parameter.grad.dtype == torch.float32 for parameter in student.parameters())
 
 
 @pytest.mark.parametrize("values", [{"guidance": 0.5}, {"guidance": float("nan")}, {"grid": 1}])

@@ -36,8 +36,8 @@ from prune_lab.distill.setup import (
     fresh_state,
     not_finite_reason,
 )
-from prune_lab.errors import RunError, UnsupportedModelError
-from prune_lab.families import embedding_width, known_conditions, predict_with
+from prune_lab.errors import ConfigError, RunError, UnsupportedModelError
+from prune_lab.families import embedding_width, format_of, known_conditions, predict_with
 from prune_lab.models.schedulers import goes_by_flow
 from prune_lab.probes import Schedule, schedule_of
 from prune_lab.runtime import note, tensors_digest, track, write_frame
@@ -45,6 +45,10 @@ from prune_lab.schemas import CONSISTENCY_COLUMNS
 from prune_lab.surgery import save_model
 
 _HUBER = 1e-3  # of the pseudo-Huber loss, as in the LCM scripts of diffusers
+_WITHOUT = (  # settings of a distillation that mean nothing here
+    *("task_weight", "output_weight", "feature_weight", "loss_variant", "min_snr", "random_conditioning"),
+    *("precision", "gradient_checkpointing", "compile"),
+)
 _SIGMA_DATA = 0.5  # of LCMScheduler
 # Settings that LCMScheduler shares with others: how noise is added, and what is predicted.
 _OF_SCHEDULE = (
@@ -141,7 +145,13 @@ class Trajectory:
 
 
 def _predict(model: Any, noisy: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
-    return predict_with(model, noisy, timesteps, batch.embeddings, batch.added).float()
+    """The prediction (B, ...) float32 of ``model``, which may hold its weights in a shorter format."""
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(format_of(model)) if tensor.is_floating_point() else tensor
+
+    added = {name: cast(tensor) for name, tensor in batch.added.items()}
+    return predict_with(model, cast(noisy), timesteps, cast(batch.embeddings), added).float()
 
 
 def _without_text(batch: Batch, data: TrainingData) -> Batch:
@@ -194,8 +204,20 @@ def _losses(
 # The training ---------------------------------------------------------------------------------------------------------
 
 
+def _check_settings(settings: DistillConfig) -> None:
+    """Raise ConfigError for a setting that means nothing here: none is left out without a word."""
+    usual = DistillConfig()
+    for name in _WITHOUT:
+        if getattr(settings, name) != getattr(usual, name):
+            raise ConfigError(
+                f"asked for distill.{name} = {getattr(settings, name)!r}, which consistency distillation does not "
+                "have; leave it out"
+            )
+
+
 def check_consistency(setup: DistillSetup, student: Any, how: Consistency) -> Trajectory:
     """The trajectory that ``student`` learns along. Raises UnsupportedModelError where it cannot learn to draw so."""
+    _check_settings(setup.settings)
     trajectory = Trajectory.of(setup.scheduler, how.grid)
     check_data_fits(student, setup.data)
     if not embedding_width(student):
