@@ -14,6 +14,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -21,7 +22,7 @@ import prune_lab as pl
 from prune_lab.report.few_steps import write_steps_page
 from prune_lab.runtime import read_text
 
-ASKED = {
+ASKED: dict[str, Any] = {
     "steps": (4, 8, 25),
     "schedulers": ("own", "dpmsolver++"),
     "reuse": (2,),

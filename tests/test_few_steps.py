@@ -225,7 +225,7 @@ def test_the_levers_that_meet_a_limit_best_first() -> None:
 @pytest.fixture
 def asked(tiny_scorer_folder: Path, tmp_path: Path) -> list[str]:
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red cat\na dog\na blue bird\n")
+    prompts.write_text("a red cat\na dog\na red cat\n")  # one of them twice
     return [
         *("--steps", "2,3", "--schedulers", "own,ddim", "--reuse", "2", "--many", "4", "--images", "3"),
         *("--rounds", "2", "--prompts", str(prompts), "--scorer", str(tiny_scorer_folder), "--device", "cpu"),
@@ -245,6 +245,7 @@ def test_the_verb_writes_a_table_a_figure_and_a_page_and_goes_on(
     assert tuple(rows[0]) == FEW_STEPS_COLUMNS
     assert len(rows) == 2 * (2 * 2 * 2 + 1)
     by_name = {(row["model"], row["scheduler"], row["steps"], row["reuse"]): row for row in rows}
+    assert {row["pictures"] for row in rows} == {2}
     many = by_name[tiny_pipeline_folder.name, "own", 4, 1]
     assert (many["role"], many["psnr_own"], many["psnr_teacher"]) == ("many", *(many["psnr_own"],) * 2)
     assert many["psnr_own"] == pytest.approx(88.13, abs=0.01)  # the same pictures

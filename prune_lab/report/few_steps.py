@@ -134,10 +134,12 @@ def lever_lines(table: pd.DataFrame, limit: str) -> list[str]:
 
 def _conditions(table: pd.DataFrame, conditions: Mapping[str, Any]) -> list[str]:
     asked, where, baseline = conditions["asked"], conditions["environment"], baseline_of(table)
+    distinct = int(table["pictures"].iloc[0])
     guidance = f"guidance {asked['guidance']:g}, 1 of models that were distilled for few steps"
     return [
-        f"{len(table)} configurations, {asked['images']} pictures each of the same prompts from the same noise (seed "
-        f"{asked['seed']}), {guidance}. Time is that of one picture, text encoding and decoding included, "
+        f"{len(table)} configurations, {asked['images']} pictures each from the same prompts ({distinct} different "
+        f"ones, each of which counts once in the scores) and the same noise (seed {asked['seed']}), {guidance}. "
+        "Time is that of one picture, text encoding and decoding included, "
         f"{asked['rounds']} rounds in turns, after one picture of each that is not counted: {where['device_name']}, "
         f"{where['device']} {where['dtype']}, {where['num_threads']} threads, torch {where['torch']}, diffusers "
         f"{where['diffusers']}. Other programs were using the machine.",

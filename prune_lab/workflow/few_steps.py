@@ -213,9 +213,15 @@ class _Comparison:
 def _table(
     comparison: _Comparison, found: Sequence[Configuration], drawn: Sequence[dict[str, Any]], turns: Turns
 ) -> pd.DataFrame:
-    asked, rows = comparison.asked, []
+    asked, prompts, rows = comparison.asked, comparison.prompts, []
+    # Held-out pictures may share a caption, from which the same picture is drawn: each counts once.
+    distinct = [place for place, text in enumerate(prompts) if prompts.index(text) == place]
+
+    def scores_of(quality: dict[str, Any]) -> list[float]:
+        return [quality["clip"][place] for place in distinct] if quality["clip"] else []
+
     for one, quality in zip(found, drawn, strict=True):
-        latency, scores = turns.latency(one.name), quality["clip"]
+        latency, scores = turns.latency(one.name), scores_of(quality)
         extra = one.steps == asked.many and one.steps not in asked.steps
         rows.append(
             {
@@ -223,7 +229,7 @@ def _table(
                 "configuration": one.name,
                 "role": "many" if extra else "",
                 "guidance": guidance_of(comparison.pipelines[one.model], asked.guidance),
-                "pictures": len(comparison.prompts),
+                "pictures": len(distinct),
                 "rounds": latency.runs,
                 "clip": float(np.mean(scores)) if scores else math.nan,
                 **{name: getattr(latency, name) for name in ("median_ms", "p10_ms", "p90_ms")},
@@ -234,8 +240,8 @@ def _table(
     baseline = baseline_of(table)
     table["lever"] = [lever_of(row, baseline) for _, row in table.iterrows()]
     table["latency_change"] = table["median_ms"] / baseline["median_ms"] - 1
-    base = next(one["clip"] for one in drawn if one["configuration"] == baseline["configuration"])
-    changes = [paired_difference(one["clip"], base) if base else None for one in drawn]
+    base = next(scores_of(one) for one in drawn if one["configuration"] == baseline["configuration"])
+    changes = [paired_difference(scores_of(one), base) if base else None for one in drawn]
     for column, part in (("clip_change", "mean"), ("clip_low", "low"), ("clip_high", "high")):
         table[column] = [math.nan if one is None else getattr(one, part) for one in changes]
     table["best"] = table.index.isin(frontier(table).index)
@@ -273,6 +279,7 @@ def compare_steps(
         ),
         "asked": dataclasses.asdict(asked),
         "models": comparison.digests,
+        "prompts": list(comparison.prompts),
         "scorer": comparison.scorer_text and Path(comparison.scorer_text).name,
         "left_out": lines,
     }
