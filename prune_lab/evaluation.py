@@ -197,7 +197,7 @@ def _noise_of(pipeline: Any, text: str, seed: int) -> torch.Generator:
     return generator_for(seed, text, 0)
 
 
-def _asked_side(pipeline: Any) -> int | None:
+def asked_side(pipeline: Any) -> int | None:
     """Pixels per side that ``pipeline`` is to be told; None where it draws pictures of its model's own form."""
     if draws_videos(pipeline) or isinstance(getattr(pipeline, "default_sample_size", None), int):
         return picture_side(pipeline)
@@ -296,7 +296,7 @@ def drawn_batches(
     """
     check_steps(pipeline, steps)
     note_cut(pipeline, [prompt for prompt, _ in pairs], "prompts")
-    drawing, side = drawing_of(pipeline), resolution or _asked_side(pipeline)
+    drawing, side = drawing_of(pipeline), resolution or asked_side(pipeline)
     if resolution:
         check_side(pipeline, resolution)
     with quiet(), _pipeline_with(pipeline, model) as given:

@@ -113,6 +113,25 @@ REPAIRED_COLUMNS = (
 )
 RECOVERY_COLUMNS = ("step", "task", "output", "feature", "total", "validation", "learning_rate", "seconds")
 HELDOUT_COLUMNS = ("step", "row", "loss")
+CONSISTENCY_COLUMNS = ("step", "loss", "learning_rate", "seconds")
+FEW_STEPS_COLUMNS = (  # of every way to draw: model, scheduler, steps and reuse
+    *("model", "scheduler", "steps", "reuse", "role", "lever", "guidance", "passes", "whole", "pictures"),
+    *(
+        "median_ms",
+        "p10_ms",
+        "p90_ms",
+        "rounds",
+        "latency_change",
+        "clip",
+        "clip_change",
+        "clip_low",
+        "clip_high",
+    ),
+    *("psnr_teacher", "psnr_own", "best"),
+)
+CONSISTENT_COLUMNS = (
+    *("student", "teacher", "steps", "guidance", "grid", "loss_first", "loss_last", "seconds", "out"),
+)
 RECOVERY_SUMMARY_COLUMNS = (
     *("plan", "plan_id", "status", "steps", "loss_before", "loss_after", "seconds", "reason"),
 )

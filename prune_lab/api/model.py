@@ -22,6 +22,7 @@ from prune_lab.api.making import (
 )
 from prune_lab.api.plans import Plan, Plans, plan_maps
 from prune_lab.api.settings import budgets_asked, model_title, settings_by_name
+from prune_lab.api.steps import steps_table
 from prune_lab.config import (
     PLAN_FILES,
     RunConfig,
@@ -29,10 +30,11 @@ from prune_lab.config import (
     check_numbers,
     with_settings,
 )
+from prune_lab.distill import Consistency
 from prune_lab.errors import RunError
 from prune_lab.export import write_card
 from prune_lab.forms import form_named, in_form, layout_of, within_form
-from prune_lab.models import check_same_class, load_model, shipped_like
+from prune_lab.models import check_same_class, load_model, resolve_model, shipped_like
 from prune_lab.models.protection import check_apart, check_folder
 from prune_lab.plans import PruningPlan, is_native
 from prune_lab.processes import init_processes, is_main
@@ -50,6 +52,7 @@ from prune_lab.workflow import (
     check_controls,
     check_unit_criterion,
     compared_criteria,
+    distil_consistent,
     ensure_distilled,
     ensure_plans,
     ensure_ranking,
@@ -69,6 +72,9 @@ from prune_lab.workflow import (
     use_scores,
     width_frame,
 )
+
+# What is usual for consistency distillation, where nothing else is asked for.
+_CONSISTENCY: dict[str, object] = {"steps": 300, "learning_rate": 1e-4, "ema_decay": 0.95}
 
 
 class Model(Inspected):
@@ -286,6 +292,33 @@ class Model(Inspected):
             notes=tuple(f"student: {path}" for path in written),
         )
 
+    def distill_steps(
+        self,
+        student: str | Path | Model,
+        out: str | Path,
+        *,
+        guidance: float = 7.5,
+        grid: int = 50,
+        force: bool = False,
+        **settings: object,
+    ) -> Table:
+        """Teach ``student`` to draw in about four steps, from this model as its teacher (LCM, arXiv:2310.04378).
+
+        ``out`` becomes a pipeline folder that plain diffusers draws with in 4 steps and with a guidance of 1: the
+        ``guidance`` of the teacher, which draws in ``grid`` steps, is baked in. ``student`` may be this model itself.
+        Settings are those of ``distill`` and ``data``; here 300 steps at a learning rate of 1e-4 and an average with a
+        decay of 0.95 are usual. The same call again resumes. Raises UnsupportedModelError for a model of flow matching,
+        or that reads no text, RunError where its folder holds the work of other settings.
+        """
+        how = Consistency(guidance, grid)
+        source = student.source if isinstance(student, Model) else resolve_model(str(student))
+        asked = settings_by_name("distill", _CONSISTENCY) | settings_by_name("distill", settings)
+        out = check_folder(out, {**self._read_by(self.settings), "the student": source.places}, force=force)
+        with self._opened("distill", asked, force=force) as session:
+            frame = distil_consistent(session, source, Path(out), how, force=force)
+        notes = (f"student: {out}; draw with 4 steps and a guidance of 1",)
+        return Table("consistency", frame, f"Consistency distillation of {source.text}", notes=notes)
+
     def _with_units(self, plan: str | Plan) -> str | Plan:
         """``plan``, in writing where it was so, which says which units of its widths stay."""
         if isinstance(plan, Plan):
@@ -351,6 +384,24 @@ class Model(Inspected):
                 guidance=guidance,
                 resolution=resolution,
             )
+
+    def few_steps(
+        self,
+        *others: str | Path | Model,
+        out: str | Path,
+        latency: str = "",
+        **asked: Any,
+    ) -> Table:
+        """Time and quality of one picture of this model and of ``others`` in few steps; ``best`` rows are not beaten.
+
+        ``out`` gets steps.csv, a figure, a page and pictures; the same call again goes on. ``latency``, such as 200ms
+        or 0.5x, says in notes which lever meets it best. ``asked`` are steps=(4, 8), schedulers=("own", "unipc"),
+        reuse=(2, 3) (one whole pass in so many), many=50, prompts=FILE, images, guidance, rounds, scorer and seed.
+        Raises RunError for a model without its pipeline, ConfigError for a number or a name that cannot be used.
+        """
+        sources = [one.source if isinstance(one, Model) else resolve_model(str(one)) for one in others]
+        with progress_shown():
+            return steps_table([self.source, *sources], Path(out), latency, place_of(self.settings), asked)
 
     def evaluate(self, *prompts: str, base: str = "", **settings: object) -> Table:
         """Held-out loss of the model, and the CLIP score of what it draws for ``prompts`` (none: held-out captions).

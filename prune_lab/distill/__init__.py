@@ -7,6 +7,13 @@ from prune_lab.distill.building import build_cache, encoded_now, training_data
 from prune_lab.distill.cache import INDEX as CACHE_INDEX
 from prune_lab.distill.cache import LatentCache, is_cache
 from prune_lab.distill.conditioning import OtherCaptions, other_captions
+from prune_lab.distill.consistency import (
+    Consistency,
+    ConsistencyPaths,
+    check_consistency,
+    distill_consistency,
+    lcm_scheduler,
+)
 from prune_lab.distill.data import LatentData, Split, Subset, TrainingData, held_out, split_rows
 from prune_lab.distill.drawing import check_draws_from_text, draw_cache, preview
 from prune_lab.distill.encoding import LiveData, cached_data, encode_data
@@ -27,6 +34,8 @@ __all__ = [
     "PREVIEW",
     "STATE_BYTES",
     "CacheBuild",
+    "Consistency",
+    "ConsistencyPaths",
     "DistillSetup",
     "ImageSource",
     "LatentCache",
@@ -42,7 +51,9 @@ __all__ = [
     "build_cache",
     "cached_data",
     "check_cache_folder",
+    "check_consistency",
     "check_draws_from_text",
+    "distill_consistency",
     "distill_together",
     "draw_batch",
     "draw_cache",
@@ -51,6 +62,7 @@ __all__ = [
     "feature_pairs",
     "held_out",
     "is_cache",
+    "lcm_scheduler",
     "left_out_text",
     "load_heldout",
     "load_recovery",

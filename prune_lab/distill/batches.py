@@ -92,16 +92,17 @@ def draw_batch(
     *,
     part: slice = slice(None),
     conditions: Sequence[Condition] = (),
+    among: Tensor | None = None,
 ) -> Batch:
     """The batch of step ``step`` (from 1) on ``device``, drawn on the CPU from the seed and the step alone.
 
     ``scheduler`` is any diffusers scheduler of the teacher: its noise schedule and prediction type count. Timesteps are
-    uniform over the places of the schedule. A share of ``settings.caption_dropout`` of the captions becomes the empty
-    one. With ``settings.noise_offset`` each channel of the noise is shifted by that times one normal number, so that
-    students learn overall brightness, too. Where the data have the VAE's variance, latents are drawn from its
-    distribution. ``conditions`` are what the teacher takes beside: those that need no picture are drawn here unless
-    they come with the data. With ``part`` only these places of the batch are read and returned; they equal the same
-    places of the whole batch.
+    uniform over the places of the schedule, or over those in ``among``. A share of ``settings.caption_dropout`` of the
+    captions becomes the empty one. With ``settings.noise_offset`` each channel of the noise is shifted by that times
+    one normal number, so that students learn overall brightness, too. Where the data have the VAE's variance, latents
+    are drawn from its distribution. ``conditions`` are what the teacher takes beside: those that need no picture are
+    drawn here unless they come with the data. With ``part`` only these places of the batch are read and returned; they
+    equal the same places of the whole batch.
     """
     schedule = schedule_of(scheduler.config)
     size, seed = settings.batch, settings.seed
@@ -117,8 +118,9 @@ def draw_batch(
         latents = latents + (encoded.log_variance / 2).exp() * draws
     generator = generator_for(seed, "step", step)
     noise = torch.randn(shape, generator=generator)
-    places = torch.randint(0, schedule.length, (size,), generator=generator)
-    timesteps = schedule.timesteps[places][part]
+    drawn_from = schedule.timesteps if among is None else among
+    places = torch.randint(0, len(drawn_from), (size,), generator=generator)
+    timesteps = drawn_from[places][part]
     dropped = (torch.rand(size, generator=generator) < settings.caption_dropout)[part]
     if settings.noise_offset:
         offset = torch.randn((*shape[:2], *[1] * (len(shape) - 2)), generator=generator)

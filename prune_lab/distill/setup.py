@@ -178,6 +178,20 @@ def check_same_files(paths: CandidatePaths, found: Recovery | None) -> None:
 # One student -------------------------------------------------------------------------------------------------------
 
 
+def fresh_state(model: nn.Module, settings: DistillConfig) -> TrainingState:
+    """The state of a training of ``model`` before its first step."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=settings.learning_rate,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=settings.weight_decay,
+        fused=True,  # one pass over the weights instead of ten
+    )
+    ema = EMAModel(model.parameters(), decay=settings.ema_decay, foreach=True)
+    return TrainingState(model, optimizer, ema, step=0, seconds=0.0, history=[])
+
+
 @contextlib.contextmanager
 def averaged_weights(state: TrainingState) -> Iterator[nn.Module]:
     """The student of ``state`` with its averaged weights; its own return on exit."""
@@ -234,16 +248,7 @@ class StudentRun:
             model.get_submodule(path).requires_grad_(False)
         if settings.gradient_checkpointing:
             cast("Any", model).enable_gradient_checkpointing()
-        optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=settings.learning_rate,
-            betas=(0.9, 0.999),
-            eps=1e-8,
-            weight_decay=settings.weight_decay,
-            fused=True,  # one pass over the weights instead of ten
-        )
-        ema = EMAModel(model.parameters(), decay=settings.ema_decay, foreach=True)
-        state = TrainingState(model, optimizer, ema, step=0, seconds=0.0, history=[])
+        state = fresh_state(model, settings)
         paths = CandidatePaths(student.folder)
         return cls(state, student.pairs, paths, fingerprint, model, label=student.label or paths.folder.name)
 

@@ -59,6 +59,25 @@ class Schedule:
             return signal * noise - scale * latents
         return noise if self.kind == "epsilon" else latents
 
+    def parts(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """The latents and the noise (N, ...) that ``noisy`` is made of by a ``prediction``: the opposite of ``target``.
+
+        Raises UnsupportedModelError for noise that is predicted where nothing but noise is left.
+        """
+        signal, scale = (self._of(one, timesteps, noisy) for one in (self.signal, self.noise))
+        if self.kind == "flow":
+            return noisy - scale * prediction, noisy + signal * prediction
+        if self.kind == "v_prediction":
+            return signal * noisy - scale * prediction, scale * noisy + signal * prediction
+        if self.kind == "sample":
+            return prediction, (noisy - signal * prediction) / scale
+        if not bool((signal > 0).all()):
+            raise UnsupportedModelError(
+                "asked for the latents behind predicted noise, found a timestep with nothing but noise (a schedule of "
+                "rescale_betas_zero_snr); such a model has to predict the velocity or the latents"
+            )
+        return (noisy - scale * prediction) / signal, prediction
+
 
 # Classes of schedulers that know the way of a flow alone, by the beginnings of their names.
 _OF_FLOWS = ("FlowMatch", "FlowMap", "LTXEulerAncestralRF")

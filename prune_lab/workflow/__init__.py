@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from prune_lab.session import Session
 from prune_lab.workflow.comparing import block_maps, compared_plans, compared_with, comparison, kind_of_target
+from prune_lab.workflow.consistent import distil_consistent
 from prune_lab.workflow.criteria import compared_criteria
 from prune_lab.workflow.distilling import ensure_distilled, recovery_frame, save_students, student_folders
 from prune_lab.workflow.doctoring import diagnosis, is_well
@@ -22,6 +23,7 @@ from prune_lab.workflow.exploring import (
     surprises_frame,
     wider_frame,
 )
+from prune_lab.workflow.few_steps import StepsAsked, StepsFound, compare_steps
 from prune_lab.workflow.measuring import ensure_scores, scores_frame
 from prune_lab.workflow.pipeline import run_all, steps_frame
 from prune_lab.workflow.ranking import ensure_ranking, quality, quality_frame, written_report
@@ -36,6 +38,8 @@ from prune_lab.workflow.widths import check_unit_criterion, ensure_width_scores,
 __all__ = [
     "RunEstimate",
     "Session",
+    "StepsAsked",
+    "StepsFound",
     "block_maps",
     "borrow_scores",
     "check_budgets",
@@ -44,11 +48,13 @@ __all__ = [
     "check_effect",
     "check_unit_criterion",
     "choices_frame",
+    "compare_steps",
     "compared_criteria",
     "compared_plans",
     "compared_with",
     "comparison",
     "diagnosis",
+    "distil_consistent",
     "ensure_candidates",
     "ensure_distilled",
     "ensure_plans",

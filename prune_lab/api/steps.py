@@ -1,0 +1,49 @@
+"""The table of few steps, with its files and what it says of a latency."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prune_lab.errors import ConfigError
+from prune_lab.few_steps.frontier import latency_limit
+from prune_lab.models import ModelSource
+from prune_lab.models.protection import check_apart
+from prune_lab.report.few_steps import draw_steps, lever_lines, write_steps_page
+from prune_lab.tables import Table
+from prune_lab.workflow import StepsAsked, compare_steps
+
+
+def _asked(given: Mapping[str, Any]) -> StepsAsked:
+    known = [field.name for field in dataclasses.fields(StepsAsked)]
+    if unknown := sorted(given.keys() - set(known)):
+        raise ConfigError(f"asked for {unknown[0]!r} of few steps; known are {', '.join(known)}")
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+        for name, value in given.items()
+    }
+    return StepsAsked(**values)
+
+
+def steps_table(
+    sources: Sequence[ModelSource],
+    out: Path,
+    latency: str,
+    place: Mapping[str, Any],
+    given: Mapping[str, Any],
+) -> Table:
+    """What ``compare_steps`` finds, with its figure and page written to ``out``, and the levers of a ``latency``."""
+    asked = _asked(given)
+    places = tuple(path for source in sources for path in source.places)
+    out = check_apart(out, {"the models": places, "the prompts": (asked.prompts,) if asked.prompts else ()})
+    found = compare_steps(sources, asked, out, **place)
+    write_steps_page(out, found.table, found.conditions, pictures=out / "pictures")
+    notes = [f"page: {out / 'README.md'}"]
+    if latency:
+        limit = latency_limit(latency, found.table)
+        notes += [f"within {latency} ({limit:.0f} ms) {line}" for line in lever_lines(found.table, latency)]
+    return Table(
+        "few steps", found.table, "Few steps", lambda theme: draw_steps(found.table, theme), tuple(notes)
+    )

@@ -1,0 +1,67 @@
+"""Which configurations are not beaten in both time and quality, and which lever meets a latency best."""
+
+from __future__ import annotations
+
+import re
+
+import pandas as pd
+
+from prune_lab.errors import BudgetError
+from prune_lab.runtime import printable
+
+OWN = "own"  # the scheduler that a pipeline comes with
+_LIMIT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|x)\s*")
+
+
+def quality_column(table: pd.DataFrame) -> str:
+    """The column that quality is judged by: the CLIP score, or where there is no scorer the likeness to the teacher."""
+    return "clip" if table["clip"].notna().all() else "psnr_teacher"
+
+
+def baseline_of(table: pd.DataFrame) -> pd.Series:
+    """The row that all are compared with: the first model, whole, by its own scheduler in the most steps asked for."""
+    plain = table[
+        (table["model"] == table["model"].iloc[0]) & (table["reuse"] == 1) & (table["scheduler"] == OWN)
+    ]
+    asked = plain[plain["role"] != "many"]
+    found: pd.Series = (asked if len(asked) else plain).sort_values("steps").iloc[-1]
+    return found
+
+
+def lever_of(row: pd.Series, baseline: pd.Series) -> str:
+    """What ``row`` does otherwise than the ``baseline``, as ``smaller model + fewer steps``."""
+    levers = {
+        "other model": row["model"] != baseline["model"],
+        "fewer steps": row["steps"] < baseline["steps"],
+        "more steps": row["steps"] > baseline["steps"],
+        "scheduler": row["scheduler"] != baseline["scheduler"],
+        "reuse": row["reuse"] > 1,
+    }
+    return " + ".join(name for name, pulled in levers.items() if pulled) or "none"
+
+
+def frontier(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows that no other row beats: none is at least as fast and better, or faster and as good. By time."""
+    quality = quality_column(table)
+    rows = table.sort_values(["median_ms", quality], ascending=[True, False])
+    best = rows[quality].cummax().shift(fill_value=float("-inf"))
+    return rows[rows[quality] > best]
+
+
+def latency_limit(text: str, table: pd.DataFrame) -> float:
+    """Milliseconds of a limit such as ``200ms``, ``0.2s`` or ``0.5x``, a share of the baseline. Raises BudgetError."""
+    found = _LIMIT.fullmatch(text)
+    if found is None or not float(found[1]):
+        raise BudgetError(
+            f"cannot read the latency {printable(text, 40)!r} of a picture; write 200ms, 0.2s, or 0.5x as a share of "
+            "the first model's own"
+        )
+    unit = {"ms": 1.0, "s": 1e3, "x": float(baseline_of(table)["median_ms"])}[found[2]]
+    return float(found[1]) * unit
+
+
+def best_by_lever(table: pd.DataFrame, limit_ms: float) -> pd.DataFrame:
+    """Of each lever, or set of them, the row of the best quality within ``limit_ms``; the best first."""
+    quality = quality_column(table)
+    within = table[table["median_ms"] <= limit_ms].sort_values(quality, ascending=False)
+    return within.drop_duplicates("lever")

@@ -1,0 +1,288 @@
+"""The verb that tells which lever to pull for a latency: models, schedulers, steps and reuse, with quality and time."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from prune_lab.errors import ConfigError, DataError, RunError
+from prune_lab.evaluation import clip_scores, drawing_of, save_grid
+from prune_lab.families import embedding_width
+from prune_lab.few_steps.frontier import OWN, baseline_of, frontier, lever_of
+from prune_lab.few_steps.measuring import (
+    Configuration,
+    Drawn,
+    configurations,
+    draw_in,
+    guidance_of,
+    psnr,
+    time_pictures,
+)
+from prune_lab.few_steps.schedulers import fitting_scheduler
+from prune_lab.models import (
+    ModelSource,
+    choose_scorer,
+    load_pipeline,
+    load_scorer,
+    model_digest,
+    of_shipped_family,
+)
+from prune_lab.profiling import Turns, turns_of_frame
+from prune_lab.prompts import read_prompts
+from prune_lab.ranking.paired import paired_difference
+from prune_lab.runs import read_typed
+from prune_lab.runtime import Environment, note, track, write_frame, write_json
+from prune_lab.schemas import FEW_STEPS_COLUMNS
+from prune_lab.session.prompts import shipped_rows
+
+_SHOWN = 8  # pictures of each configuration that are written
+
+
+@dataclass(frozen=True, slots=True)
+class StepsAsked:
+    """What is compared, and how; the same numbers make the same pictures."""
+
+    steps: tuple[int, ...] = (4, 8, 12, 25)
+    schedulers: tuple[str, ...] = (OWN, "dpmsolver++", "unipc")
+    reuse: tuple[int, ...] = ()
+    many: int = 50
+    prompts: str = ""  # a file; empty: held-out captions of the shipped models, else the list that ships
+    images: int = 24
+    guidance: float = 7.5
+    rounds: int = 6
+    scorer: str = ""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"steps": 1, "reuse": 2, "images": 1, "rounds": 2, "many": 1}
+        for name, bound in least.items():
+            values = getattr(self, name)
+            for value in values if isinstance(values, tuple) else (values,):
+                if value < bound:
+                    raise ConfigError(f"asked for {name} = {value}; give at least {bound}")
+        if not self.steps or not self.schedulers:
+            raise ConfigError(
+                "asked to compare few steps without steps or schedulers; give one of each at least"
+            )
+        if not math.isfinite(self.guidance) or self.guidance < 1:
+            raise ConfigError(f"asked for guidance = {self.guidance}; give at least 1, which is none")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepsFound:
+    """The table, columns FEW_STEPS_COLUMNS; what was left out and why; where and how it was measured."""
+
+    table: pd.DataFrame
+    lines: tuple[str, ...]
+    conditions: dict[str, Any]
+
+
+def prompts_of(source: ModelSource, asked: StepsAsked) -> tuple[str, ...]:
+    """The prompts that all models draw: those of a file, held-out captions of a shipped model, or the list that ships.
+
+    Raises DataError where there are fewer than asked for.
+    """
+    if not embedding_width(source.config):
+        raise DataError(
+            f"asked to compare few steps of {source.text}, which reads no text; CLIP scores and prompts are needed"
+        )
+    if not asked.prompts and of_shipped_family(source):
+        return tuple(shipped_rows("heldout", asked.images, asked.seed)["caption"])
+    texts = read_prompts(asked.prompts or "default").texts
+    if len(texts) < asked.images:
+        raise DataError(
+            f"asked for {asked.images} pictures, found {len(texts)} prompts; ask for fewer images"
+        )
+    return texts[: asked.images]
+
+
+def _names(sources: Sequence[ModelSource]) -> tuple[str, ...]:
+    """What the models are called: by the last part of what names them, as long as that is clear."""
+    short = [Path(source.text).name or source.text for source in sources]
+    names = short if len(set(short)) == len(short) else [source.text for source in sources]
+    if len(set(names)) < len(names):
+        raise RunError("asked to compare few steps of a model with itself; name each model once")
+    return tuple(names)
+
+
+class _Comparison:
+    """The models with what they draw; finished rows and times lie in the folder and are not made again."""
+
+    def __init__(
+        self,
+        sources: Sequence[ModelSource],
+        asked: StepsAsked,
+        out: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        for source in sources:
+            if not source.is_pipeline:
+                raise RunError(
+                    f"asked to draw with {source.text}, a {source.called} alone; give a pipeline folder or a hub id"
+                )
+        self.asked, self.out, self.device, self.dtype = asked, out, device, dtype
+        names = _names(sources)
+        self.teacher = names[0]
+        self.digests = dict(zip(names, map(model_digest, sources), strict=True))
+        self.prompts = prompts_of(sources[0], asked)
+        choice = choose_scorer(asked.scorer, sources[0])
+        self.scorer_text, self.no_scorer = choice.text, choice.reason
+        self.pipelines = {
+            name: load_pipeline(source, device=device, dtype=dtype)
+            for name, source in zip(names, sources, strict=True)
+        }
+        self.scorer = load_scorer(choice.text, device=device) if choice.text else None
+        self._many: dict[str, Drawn] = {}
+
+    def _draw(self, one: Configuration) -> Drawn:
+        seeds = (self.asked.seed,)
+        return draw_in(self.pipelines[one.model], one, self.prompts, seeds, guidance=self.asked.guidance)
+
+    def _many_of(self, model: str) -> Configuration:
+        return Configuration(model, OWN, self.asked.many)
+
+    def many(self, model: str) -> Drawn:
+        """What ``model`` draws in many steps of its own scheduler."""
+        if model not in self._many:
+            self._many[model] = self._draw(self._many_of(model))
+        return self._many[model]
+
+    def _key(self, one: Configuration) -> str:
+        scheduler, _ = fitting_scheduler(one.scheduler, self.pipelines[one.model].scheduler)
+        asked = self.asked
+        said = [
+            *(self.digests[self.teacher], self.digests[one.model], scheduler.to_json_string()),
+            *(one.steps, one.reuse, asked.many, asked.guidance, asked.seed, self.prompts),
+            *(self.scorer_text, str(self.device), str(self.dtype)),
+        ]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+    def quality(self, one: Configuration) -> dict[str, Any]:
+        """Scores of each picture, likeness to many steps, and passes; read back where it was drawn already."""
+        path = self.out / "drawn" / f"{self._key(one)}.json"
+        if path.is_file():
+            return read_typed(path, dict[str, Any])
+        drawn = self.many(one.model) if one == self._many_of(one.model) else self._draw(one)
+        scores = (
+            clip_scores(self.scorer, drawn.pictures, self.prompts).tolist() if self.scorer is not None else []
+        )
+        found = {
+            "configuration": one.name,
+            "passes": drawn.passes,
+            "whole": drawn.whole,
+            "clip": scores,
+            "psnr_teacher": psnr(drawn.pictures, self.many(self.teacher).pictures),
+            "psnr_own": psnr(drawn.pictures, self.many(one.model).pictures),
+        }
+        place = self.out / "pictures" / one.name.replace("/", "-")
+        save_grid(place.with_name(f"{place.name}.png"), drawn.pictures[:_SHOWN], columns=_SHOWN)
+        write_json(path, found)
+        return found
+
+    def times(self, asked: Sequence[Configuration]) -> Turns:
+        """One picture of each in every round; read back where the same were timed already."""
+        path, about = self.out / "rounds.csv", self.out / "rounds.json"
+        said = [[one.name for one in asked], [self._key(one) for one in asked], self.asked.rounds]
+        if path.is_file() and about.is_file() and json.loads(about.read_text(encoding="utf-8")) == said:
+            return turns_of_frame(pd.read_csv(path))
+        turns = time_pictures(
+            self.pipelines,
+            asked,
+            self.prompts[0],
+            guidance=self.asked.guidance,
+            rounds=self.asked.rounds,
+            device=self.device,
+            seed=self.asked.seed,
+        )
+        write_frame(path, turns.frame())
+        write_json(about, said)
+        return turns
+
+
+def _table(
+    comparison: _Comparison, found: Sequence[Configuration], drawn: Sequence[dict[str, Any]], turns: Turns
+) -> pd.DataFrame:
+    asked, prompts, rows = comparison.asked, comparison.prompts, []
+    # Held-out pictures may share a caption, from which the same picture is drawn: each counts once.
+    distinct = [place for place, text in enumerate(prompts) if prompts.index(text) == place]
+
+    def scores_of(quality: dict[str, Any]) -> list[float]:
+        return [quality["clip"][place] for place in distinct] if quality["clip"] else []
+
+    for one, quality in zip(found, drawn, strict=True):
+        latency, scores = turns.latency(one.name), scores_of(quality)
+        extra = one.steps == asked.many and one.steps not in asked.steps
+        rows.append(
+            {
+                **{field.name: getattr(one, field.name) for field in dataclasses.fields(one)},
+                "configuration": one.name,
+                "role": "many" if extra else "",
+                "guidance": guidance_of(comparison.pipelines[one.model], asked.guidance),
+                "pictures": len(distinct),
+                "rounds": latency.runs,
+                "clip": float(np.mean(scores)) if scores else math.nan,
+                **{name: getattr(latency, name) for name in ("median_ms", "p10_ms", "p90_ms")},
+                **{name: quality[name] for name in ("passes", "whole", "psnr_teacher", "psnr_own")},
+            }
+        )
+    table = pd.DataFrame(rows)
+    baseline = baseline_of(table)
+    table["lever"] = [lever_of(row, baseline) for _, row in table.iterrows()]
+    table["latency_change"] = table["median_ms"] / baseline["median_ms"] - 1
+    base = next(scores_of(one) for one in drawn if one["configuration"] == baseline["configuration"])
+    changes = [paired_difference(scores_of(one), base) if base else None for one in drawn]
+    for column, part in (("clip_change", "mean"), ("clip_low", "low"), ("clip_high", "high")):
+        table[column] = [math.nan if one is None else getattr(one, part) for one in changes]
+    table["best"] = table.index.isin(frontier(table).index)
+    return table[list(FEW_STEPS_COLUMNS)]
+
+
+def compare_steps(
+    sources: Sequence[ModelSource], asked: StepsAsked, out: Path, device: torch.device, dtype: torch.dtype
+) -> StepsFound:
+    """Quality and time of one picture for every model, scheduler, number of steps and reuse; written to ``out``.
+
+    The first of ``sources`` is the teacher, whose pictures in many steps all are compared with. The same call again
+    goes on where it was stopped. Writes steps.csv, rounds.csv, environment.json and pictures/. Raises RunError for a
+    model without its pipeline, DataError for one that reads no text, ConfigError for a number out of range.
+    """
+    comparison = _Comparison(sources, asked, out, device, dtype)
+    for name, pipeline in comparison.pipelines.items():
+        if drawing_of(pipeline).as_text_to_image:
+            raise RunError(
+                f"asked to compare few steps of {name}, which draws from pictures; give one that draws from texts"
+            )
+    found, lines = configurations(
+        comparison.pipelines, asked.schedulers, asked.steps, asked.reuse, asked.many
+    )
+    if comparison.scorer is None:
+        lines.append(f"CLIP score: not measured: {comparison.no_scorer}")
+    for line in lines:
+        note(line)
+    drawn = [comparison.quality(one) for one in track(found, "drawing few steps")]
+    turns = comparison.times(found)
+    table = _table(comparison, found, drawn, turns)
+    conditions = {
+        "environment": dataclasses.asdict(
+            Environment.capture(str(device), str(dtype).removeprefix("torch."))
+        ),
+        "asked": dataclasses.asdict(asked),
+        "models": comparison.digests,
+        "prompts": list(comparison.prompts),
+        "scorer": comparison.scorer_text and Path(comparison.scorer_text).name,
+        "left_out": lines,
+    }
+    write_frame(out / "steps.csv", table)
+    write_json(out / "environment.json", conditions)
+    return StepsFound(table, tuple(lines), conditions)
