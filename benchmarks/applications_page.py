@@ -181,8 +181,8 @@ def _subjects(personal: pd.DataFrame, speed: pd.DataFrame) -> Iterator[str]:
     yield (
         "*Likeness* is the mean cosine of the scorer's picture embeddings with the six pictures, over four prompts "
         "(alone, two skin tones, and in another style of emoji, in which the subject was never seen) and three seeds; "
-        "*in its style* leaves the other style out. *CLIP* is the score with the prompt without its token, so a cook need not "
-        "score as a woman does. *Class* is what the model draws for the class: close to the subject means that it has "
+        "*in its style* leaves the other style out. *CLIP* is the score with the prompt without its token, so a cook need "
+        "not score as a woman does. *Class* is what the model draws for the class: close to the subject means that it has "
         f"forgotten what others look like. Steps per second and processor seconds are medians of {rounds} in which "
         "the models took turns while other programs used the processor, so of the two the processor seconds count; "
         "memory is that of weights, gradients, optimiser and the activations of one step."
