@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -174,18 +175,18 @@ def _subjects(personal: pd.DataFrame, speed: pd.DataFrame) -> Iterator[str]:
         f"prior preservation: {how.steps:.0f} steps of {how.batch:.0f} pictures of the subject and {how.batch:.0f} of "
         "its class, of 24 that each model drew itself; the text encoder is left as it is. The learning rate is "
         f"{how.learning_rate:g} for the whole U-Net and {low.learning_rate:g} for a LoRA of rank {low.rank:.0f} on all "
-        "attentions: BK-SDM's 1e-6 and 1e-4 for Stable Diffusion are far too low for these small models (looked at on "
-        "the teacher with the cook: 5e-5 and 2e-4, 1e-3 and 4e-3; the higher ones draw it plainly)."
+        "attentions, where BK-SDM takes 1e-6 and 1e-4 for Stable Diffusion: chosen by looking at what the teacher made of "
+        "the cook at 5e-5 and 2e-4, 1e-3 and 4e-3, of which the higher ones draw it plainly."
     )
     yield ""
     yield (
         "*Likeness* is the mean cosine of the scorer's picture embeddings with the six pictures, over four prompts "
-        "(alone, two skin tones, and in another style of emoji, in which the subject was never seen) and three seeds; "
-        "*in its style* leaves the other style out. *CLIP* is the score with the prompt without its token, so a cook need "
-        "not score as a woman does. *Class* is what the model draws for the class: close to the subject means that it has "
-        f"forgotten what others look like. Steps per second and processor seconds are medians of {rounds} in which "
-        "the models took turns while other programs used the processor, so of the two the processor seconds count; "
-        "memory is that of weights, gradients, optimiser and the activations of one step."
+        "(alone, two skin tones, and in another style of emoji, in which the subject was never seen) and three "
+        "seeds; *in its style* leaves the other style out. *CLIP* is the score with the prompt without its token, so "
+        "a cook need not score as a woman does. *Class* is what the model draws for the class: close to the subject "
+        "means that it has forgotten what others look like. Steps per second and processor seconds are medians of "
+        f"{rounds} in which the models took turns while other programs used the processor, so of the two the "
+        "processor seconds count; memory is that of weights, gradients, optimiser and the activations of one step."
     )
     titles = {
         "untouched": "Before (the control)",
@@ -221,7 +222,7 @@ def _changes(moved: pd.DataFrame) -> Iterator[str]:
     for column, title in titles.items():
         yield from ("", title, "", *changed_table(moved, column))
     yield from ("", *(f"- {line}" for line in said_of_changes(moved)), "")
-    yield from (f"![{sketches} changed by all models at several strengths](changed.png)", "")
+    yield from (f"![{sketches.capitalize()} changed by all models at several strengths](changed.png)", "")
 
 
 def page(personal: pd.DataFrame, speed: pd.DataFrame, moved: pd.DataFrame) -> str:
@@ -250,8 +251,11 @@ def _pixels(path: Path) -> np.ndarray:
 
 def _save(path: Path, columns: Sequence[Column], labels: Sequence[str]) -> None:
     figure = draw_comparison(columns, labels, {}, LIGHT)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=_DPI, bbox_inches="tight", metadata={"Software": None})
+    small = Image.open(drawn).convert("RGB").quantize(256)  # a third of the bytes
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=_DPI, bbox_inches="tight", metadata={"Software": None})
+        small.save(temporary, format="PNG", optimize=True)
 
 
 def draw_subject(path: Path, subject: str, work: Path, seeds: int) -> None:
@@ -259,7 +263,7 @@ def draw_subject(path: Path, subject: str, work: Path, seeds: int) -> None:
     blank = np.full((64, 64, 3), 255, dtype=np.uint8)
     own = [_pixels(work / "subjects" / subject / f"{number}.png") for number in range(len(MODELS))]
     columns = [Column("", "subject", "", tuple(own))]
-    words = ("alone", "dark", "light", "other style", "class")
+    words = ("alone", "dark", "light", "other", "class")
     for way, title in WAYS.items():
         for place, word in enumerate(words):
             files = [
