@@ -175,7 +175,7 @@ def _subjects(personal: pd.DataFrame, speed: pd.DataFrame) -> Iterator[str]:
         f"prior preservation: {how.steps:.0f} steps of {how.batch:.0f} pictures of the subject and {how.batch:.0f} of "
         "its class, of 24 that each model drew itself; the text encoder is left as it is. The learning rate is "
         f"{how.learning_rate:g} for the whole U-Net and {low.learning_rate:g} for a LoRA of rank {low.rank:.0f} on all "
-        "attentions, where BK-SDM takes 1e-6 and 1e-4 for Stable Diffusion: chosen by looking at what the teacher made of "
+        "attentions, where BK-SDM takes 1e-6 and 1e-4 for Stable Diffusion: chosen by what the teacher made of "
         "the cook at 5e-5 and 2e-4, 1e-3 and 4e-3, of which the higher ones draw it plainly."
     )
     yield ""
