@@ -235,7 +235,7 @@ def page(personal: pd.DataFrame, speed: pd.DataFrame, moved: pd.DataFrame) -> st
         "Made by `python -m benchmarks.applications` on the shipped U-Net (64 pixels) and its students, each distilled "
         "for 400 steps of batch 8 before. One training seed; float32, one thread of a CPU, torch "
         f"{versions}. All scores are the shipped scorer's, so they compare rows of these tables and nothing else; "
-        "the paper's figures are of other models and scorers.",
+        "the paper's figures are of other models and scorers. The pictures on this page are shown in 256 colours.",
         "",
         *_subjects(personal, speed),
     ]
