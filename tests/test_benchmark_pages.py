@@ -193,13 +193,16 @@ def test_what_a_row_says_is_in_the_page() -> None:
         dict(zip(applications.PERSONAL, ["s", model, way, "", *[value] * 5, *[1.0] * 12, "t"], strict=True))
         for model in applications_page.MODELS
         for way, value in (("untouched", 0.1), ("whole", 0.4), ("lora", 0.3), ("carried", 0.2))
+        if (model, way) != (applications_page.TEACHER, "carried")
     ]
+    rows.append(rows[0] | {"subject": "begun"})  # of which units are not done
     personal = pd.DataFrame(rows)
     personal.loc[(personal["model"] == "bk-tiny") & (personal["way"] == "whole"), "subject_likeness"] = 0.777
     speed = pd.DataFrame(columns=list(applications.SPEED))
     moved = pd.DataFrame(columns=list(applications.CHANGED))
     text = applications_page.page(personal, speed, moved)
-    assert "| Tiny | 0.100 | 0.777 | 0.400 |" in text
+    assert "| Tiny | 0.100 | 0.400 | 0.777 | 0.400 |" in text
+    assert "begun" not in text
     assert "changed by +0.30 in the teacher" in text
     assert "Tiny +0.10 (of its own: +0.20)" in text
     assert "## Pictures changed" not in text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -82,6 +81,13 @@ def lora_name_of(pipeline: Any, component: str) -> str:
     return f"{component}_lora_layers"
 
 
+def _plain(value: Any) -> Any:
+    """``value`` of a setting as JSON holds it."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return value if isinstance(value, (bool, int, float, str, list, dict, type(None))) else str(value)
+
+
 def save_lora(
     source: ModelSource,
     pipeline: Any,
@@ -103,16 +109,12 @@ def save_lora(
     component = family_of(model).component
     argument = lora_name_of(pipeline, component)
     layers = get_peft_model_state_dict(model, adapter_name=ADAPTER)
-    config = model.peft_config[ADAPTER].to_dict()
-    plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+    config = {name: _plain(value) for name, value in model.peft_config[ADAPTER].to_dict().items()}
     with output_folder(out, force=force) as temporary:
         get_ready_to_prove()
         type(pipeline).save_lora_weights(
             temporary,
-            **{
-                argument: layers,
-                f"{component}_lora_adapter_metadata": json.loads(json.dumps(plain, default=str)),
-            },
+            **{argument: layers, f"{component}_lora_adapter_metadata": config},
         )
         assert source.folder is not None
         proof = prove_lora(source.folder, temporary, model, layers, variant=source.asked_variant)
