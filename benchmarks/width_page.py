@@ -56,12 +56,13 @@ def verdicts(table: pd.DataFrame) -> Iterator[str]:
 def page(plans: pd.DataFrame, outcomes: pd.DataFrame) -> str:
     """The report in Markdown."""
     table = summary(plans, outcomes)
+    devices = " and ".join("the CPU" if one == "cpu" else f"one {one}" for one in sorted(set(outcomes["device"])))
     steps, batch = (sorted({int(value) for value in table[name]}) for name in ("steps", "batch"))
     lines = [
         "# Depth, width or both",
         "",
         f"Made by `python -m benchmarks.width`: {_some(steps)} steps of distillation with {_some(batch)} samples each, "
-        "float32 on the CPU. What is said of a plan is its held-out loss after distillation over its teacher's. Depth "
+        f"float32 on {devices}. What is said of a plan is its held-out loss after distillation over its teacher's. Depth "
         "is the best plan of whole blocks that leaves at most so many multiply-adds; equal multiply-adds: the others "
         "leave at most as many as it does; equal time: they take as long as it does, eager, measured in turns. "
         "Controls: widths by magnitude and by chance, blocks by chance.",
