@@ -56,7 +56,9 @@ def verdicts(table: pd.DataFrame) -> Iterator[str]:
 def page(plans: pd.DataFrame, outcomes: pd.DataFrame) -> str:
     """The report in Markdown."""
     table = summary(plans, outcomes)
-    devices = " and ".join("the CPU" if one == "cpu" else f"one {one}" for one in sorted(set(outcomes["device"])))
+    devices = " and ".join(
+        "the CPU" if one == "cpu" else f"one {one}" for one in sorted(set(outcomes["device"]))
+    )
     steps, batch = (sorted({int(value) for value in table[name]}) for name in ("steps", "batch"))
     lines = [
         "# Depth, width or both",

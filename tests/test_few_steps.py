@@ -14,15 +14,17 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMSchedul
 from typer.testing import CliRunner
 
 import prune_lab as pl
+from benchmarks.few_steps import draw_page
 from prune_lab.cli import app
 from prune_lab.errors import BudgetError, ConfigError, DataError, RunError
 from prune_lab.few_steps.frontier import baseline_of, best_by_lever, frontier, latency_limit, lever_of
 from prune_lab.few_steps.measuring import Configuration, configurations, draw_in, guidance_of, psnr
 from prune_lab.few_steps.schedulers import SCHEDULERS, fitting_scheduler
 from prune_lab.models import load_pipeline, resolve_model
-from prune_lab.report.few_steps import lever_lines
+from prune_lab.report.few_steps import lever_lines, steps_page
 from prune_lab.schemas import FEW_STEPS_COLUMNS
 
+ROOT = Path(__file__).resolve().parents[1]
 BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 ZERO = {
     **BETAS,
@@ -293,3 +295,20 @@ def test_models_that_cannot_be_compared_are_refused(
         pl.load(str(pipeline_folder("ddpm"))).few_steps(out=tmp_path / "out", images=1)
     with pytest.raises(ConfigError, match="'colour' of few steps; known are steps, schedulers"):
         model.few_steps(out=tmp_path / "out", colour=1)
+
+
+def test_the_committed_page_is_what_its_table_says(tmp_path: Path) -> None:
+    folder = ROOT / "reports" / "steps"
+    table, conditions = (
+        pd.read_csv(folder / "steps.csv"),
+        json.loads((folder / "environment.json").read_text()),
+    )
+    assert tuple(table.columns) == FEW_STEPS_COLUMNS
+    findings = (folder / "FINDINGS.md").read_text(encoding="utf-8").splitlines()
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    assert page == steps_page(table, conditions, findings, pictures=True)
+    for name in ("steps.csv", "rounds.csv", "environment.json", "FINDINGS.md"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    assert draw_page(tmp_path).read_text() == steps_page(table, conditions, findings)
+    assert (tmp_path / "steps.png").is_file()
+    assert all((folder / name).stat().st_size < 300_000 for name in ("steps.png", "pictures.png"))

@@ -23,13 +23,14 @@ def code_of(path: Path) -> list[nbformat.NotebookNode]:
     return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
 
 
-def test_there_are_five() -> None:
+def test_there_are_six() -> None:
     assert [path.stem for path in NOTEBOOKS] == [
         "01_blocks_and_scores",
         "02_candidates_and_costs",
         "03_distill_and_rank",
         "04_explore_a_run",
         "05_width_and_runtimes",
+        "06_evaluate_and_use",
     ]
 
 

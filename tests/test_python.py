@@ -35,7 +35,7 @@ from prune_lab.workflow import surprises_frame
 def test_what_is_offered_is_there_and_nothing_else() -> None:
     assert set(pl.__all__) <= set(dir(pl))
     assert all(getattr(pl, name) is not None for name in pl.__all__)
-    with pytest.raises(AttributeError, match="has no attribute 'prune'; it offers Model, "):
+    with pytest.raises(AttributeError, match="has no attribute 'prune'; it offers Evaluation, Model, "):
         _ = pl.prune  # type: ignore[attr-defined]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ from prune_lab.profiling import Turns, turns_of_frame
 from prune_lab.prompts import read_prompts
 from prune_lab.ranking.paired import paired_difference
 from prune_lab.runs import read_typed
-from prune_lab.runtime import Environment, note, track, write_frame, write_json
+from prune_lab.runtime import Environment, note, read_json, track, write_frame, write_json
 from prune_lab.schemas import FEW_STEPS_COLUMNS
 from prune_lab.session.prompts import shipped_rows
 
@@ -194,7 +193,7 @@ class _Comparison:
         """One picture of each in every round; read back where the same were timed already."""
         path, about = self.out / "rounds.csv", self.out / "rounds.json"
         said = [[one.name for one in asked], [self._key(one) for one in asked], self.asked.rounds]
-        if path.is_file() and about.is_file() and json.loads(about.read_text(encoding="utf-8")) == said:
+        if path.is_file() and about.is_file() and read_json(about) == said:
             return turns_of_frame(pd.read_csv(path))
         turns = time_pictures(
             self.pipelines,
