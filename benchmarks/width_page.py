@@ -65,8 +65,8 @@ def page(plans: pd.DataFrame, outcomes: pd.DataFrame) -> str:
         "",
         f"Made by `python -m benchmarks.width`: {_some(steps)} steps of distillation with {_some(batch)} samples each, "
         f"float32 on {devices}. What is said of a plan is its held-out loss after distillation over its teacher's. "
-        "Depth is the best plan of whole blocks that leaves at most so many multiply-adds; equal multiply-adds: the others "
-        "leave at most as many as it does; equal time: they take as long as it does, eager, measured in turns. "
+        "Depth is the best plan of whole blocks that leaves at most so many multiply-adds; equal multiply-adds: the "
+        "others leave at most as many as it does; equal time: they take as long as it does, eager, measured in turns. "
         "Controls: widths by magnitude and by chance, blocks by chance.",
         "",
         *verdicts(table),
