@@ -290,14 +290,18 @@ def outcome_rows(unit: Unit, work: Path, plans: Path, steps: int, batch: int) ->
     return pd.DataFrame(rows, columns=list(OUTCOME_COLUMNS))
 
 
+def study_of(unit: Unit) -> str:
+    """What the jobs of ``unit`` and their lines are known by."""
+    return " ".join(("width", *map(str, dataclasses.astuple(unit))))
+
+
 def jobs_of(unit: Unit, plans: Path, steps: int) -> list[Job]:
     """The students of ``unit``, two and two."""
     named = [one for one in json.loads(plans.read_text()) if one["names"][0].endswith(f"-{unit.budget}")]
-    study = " ".join(("width", *map(str, dataclasses.astuple(unit))))
     looks = max(1, steps // 3)
     return [
         Job(
-            study,
+            study_of(unit),
             unit.model,
             {one["names"][0]: one for one in named[first : first + 2]},
             unit.seed,
@@ -310,13 +314,16 @@ def jobs_of(unit: Unit, plans: Path, steps: int) -> list[Job]:
 
 def rows_from(unit: Unit, lines: Sequence[Mapping[str, Any]], plans: Path) -> pd.DataFrame:
     """The rows of ``unit`` from what ``benchmarks.outcomes`` wrote; none where a plan of it is not there."""
-    study = " ".join(("width", *map(str, dataclasses.astuple(unit))))
     named = {
         one["id"]: one["names"][0]
         for one in json.loads(plans.read_text())
         if one["names"][0].endswith(f"-{unit.budget}")
     }
-    done = {line["plan_id"]: line for line in lines if line["study"] == study and line["status"] == "done"}
+    done = {
+        line["plan_id"]: line
+        for line in lines
+        if line["study"] == study_of(unit) and line["status"] == "done"
+    }
     rows = []
     for plan_id, name in named.items():
         if plan_id not in done:
