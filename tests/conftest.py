@@ -20,6 +20,8 @@ from typing import Any
 
 # One thread, also of what a test starts: models this small only wait for a second one, which also rounds differently.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Ray puts its workers behind everything else: beside another worker of pytest they would hardly be served.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import pytest
 import torch
