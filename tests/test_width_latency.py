@@ -210,8 +210,12 @@ def test_within_a_budget_on_latency_the_program_finds_the_best_of_all_plans(tiny
         found = sum(blocks[name] for name in plan.removed) + predicted_loss(plan, impacts)
         assert costs.of(plan).amount("latency_ms") <= share * WHOLE_MS
         assert found == pytest.approx(best, rel=1e-5)
-    with pytest.raises(BudgetError, match="no plan of blocks and widths"):
+    with pytest.raises(BudgetError, match=r"smallest plan of blocks and widths has latency_ms") as error:
         depth_and_width(costs, blocks, impacts, [at_most(0.5)])
+    least = min(took for _, took in plans)
+    assert f"has latency_ms {least:,.3f} of 100.000" in str(error.value)
+    offered = float(str(error.value).rsplit("<=", 1)[1].rstrip("%")) / 100
+    assert costs.of(depth_and_width(costs, blocks, impacts, [at_most(offered)])).amount("latency_ms") == least
     plan = narrowed_to(costs, plan_of(tiny, ()), impacts, "latency_ms", 98.8)
     assert 98.8 - 0.41 <= costs.of(plan).amount("latency_ms") <= 98.8
 
