@@ -43,6 +43,7 @@ from prune_lab.workflow import (
     ensure_plans,
     ensure_repaired,
     ensure_scores,
+    plan_notes,
     plans_frame,
     start_run,
 )
@@ -169,14 +170,18 @@ def test_controls_are_found_for_the_budget(searching: Searching, tmp_path: Path)
 def test_a_budget_on_latency_measures_a_table_once(searching: Searching, tmp_path: Path) -> None:
     session = searching(tmp_path / "run", budgets=("latency<=0.8x, memory<=95%",))
     frame = plans_frame(session)
-    table = ensure_latency(session)
+    ensure_latency(session)
     assert session.run.latency.is_file()
-    searched = frame[frame["origin"] == "search"]
-    assert (searched["latency_ms"] <= 0.8 * table.whole.median_ms * (1 + 1e-9)).all()
-    assert (searched["latency_change"] <= -0.2 + 1e-9).all()
     before = session.run.latency.read_bytes()
     ensure_latency(Session(session.run))
     assert session.run.latency.read_bytes() == before
+    # what is promised is measured: of the plan, in turns with the teacher
+    searched = frame[frame["budgets"] != ""]
+    change = ensure_turns(Session(session.run), ())[searched["plan_id"].item()].change.change
+    assert searched["measured_change"].item() == pytest.approx(change)
+    (line,) = plan_notes(session, frame)
+    assert ("SLOWER than the 0.800x" in line) == (change > -0.2)
+    assert f"measured in turns {1 + change:.3f}x" in line
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from prune_lab.session import Session
 from prune_lab.session.parts import lacking, plans_part, record
 from prune_lab.workflow.measuring import controls, drawn_size, ensure_costs, ensure_latency, ensure_scores
 from prune_lab.workflow.objectives import objective_of
-from prune_lab.workflow.solving import SOLVERS, Question, controls_for
+from prune_lab.workflow.solving import Question, controls_for, solved
 from prune_lab.workflow.targets import budgets_of, constraints_of
 from prune_lab.workflow.timed_search import time_notes, timed_changes
 from prune_lab.workflow.widths import (
@@ -120,7 +120,7 @@ def _write_plans(session: Session) -> tuple[Path, ...]:
             budgets = tuple(parse_budget(one, architecture, costs) for one in split_budgets(text))
             question = Question(session, costs, budgets, constraints, importance, impact_of, units)
             start, before = time.perf_counter(), impact_of.forwards
-            result = SOLVERS[settings.solver](question)
+            result = solved(question)
             seconds = time.perf_counter() - start
             asked, plans = question.asked, result.plans
             if form_of(settings) == "native" and plans:
@@ -267,8 +267,11 @@ def plan_notes(session: Session, frame: pd.DataFrame) -> tuple[str, ...]:
     """What there is to say of the plans of ``frame``: by which scores widths were searched, and of those that were
     searched within a budget on latency, how they were timed.
     """
-    timed = frame["measured_change"].notna().any()
-    return width_notes(session.config) + (time_notes(session, costs_of(session), frame) if timed else ())
+    if frame["measured_change"].isna().all():
+        return width_notes(session.config)
+    table = searched(session.run)
+    found = frame[frame["plan_id"].isin(table.loc[table["origin"] == "search", "plan_id"])]
+    return width_notes(session.config) + time_notes(session, costs_of(session), found)
 
 
 def left_out(session: Session, plan: PruningPlan) -> str:
