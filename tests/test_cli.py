@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -153,7 +154,10 @@ def test_prune_writes_a_pipeline_that_plain_diffusers_loads(
     assert row["blocks_removed"] == 17
     assert pipeline.unet.mid_block is None
     assert "--force" in mistake("prune", tiny_pipeline_folder, "--plan", "bk-tiny", "--out", out)
-    answer("prune", tiny_pipeline_folder, "--plan", "bk-tiny", "--out", out, "--force")
+    told = answer("prune", tiny_pipeline_folder, "--plan", "bk-tiny", "--out", out, "--force").stderr
+    loaded: dict[str, Any] = {}
+    exec(told.split("in Python: ")[1].splitlines()[0], loaded)
+    assert len(loaded["pipeline"].unet.down_blocks) == 3
     assert len(StableDiffusionPipeline.from_pretrained(out).unet.down_blocks) == 3
 
     picture = tmp_path / "cat.png"
@@ -370,16 +374,19 @@ def test_search_alone_with_scores_from_a_file(
     out = tmp_path / "plans.json"
     scores = run_folder / "importance.csv"
     options = ("--importance", scores, "--params", "60%", "--plans", 2, "--out", out)
-    rows = table("search", tiny_pipeline_folder, *options)
+    answered = answer("search", tiny_pipeline_folder, *options, "--json")
+    rows = json.loads(answered.stdout)
     found = [row for row in rows if row["origin"] == "search"]
     assert len(found) == 2
     assert all(row["params_change"] <= -0.4 for row in found)
     assert found[0]["predicted_impact"] <= found[1]["predicted_impact"]
     assert [plan["id"] for plan in json.loads(out.read_text())] == [row["plan_id"] for row in rows]
     pruned = tmp_path / "pruned"
-    out.write_text(json.dumps(json.loads(out.read_text())[-1]))
-    (row,) = table("prune", tiny_pipeline_folder, "--plan", out, "--out", pruned)
-    assert row["params"] == found[-1]["params"]
+    told = shlex.split(answered.stderr.rsplit(": ", 1)[1])
+    assert told[:3] == ["prune-lab", "prune", str(tiny_pipeline_folder)]
+    (row,) = table(*told[1:-1], pruned)
+    assert row["params"] == found[0]["params"]
+    assert f"{out}#1" in mistake("prune", tiny_pipeline_folder, "--plan", out, "--out", pruned, "--force")
 
 
 def test_evaluate_judges_folders(
