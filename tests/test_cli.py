@@ -20,7 +20,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import prune_lab
-from prune_lab import schemas
+from prune_lab import exit_codes, schemas
 from prune_lab.cli import app
 from prune_lab.config import (
     SETTINGS,
@@ -32,8 +32,10 @@ from prune_lab.config import (
 )
 from prune_lab.config.toml import config_from_toml
 from prune_lab.errors import RunError
+from prune_lab.exit_codes import EXIT_CODES
 from prune_lab.runs import Run
 from prune_lab.tables import DECISIVE_COLUMNS, records, shown_columns
+from prune_lab.zero_shot.gates import FAILED, PASSED, UNDECIDED
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
@@ -134,6 +136,15 @@ def test_missing_values_and_whole_numbers_in_json() -> None:
     assert type(records(frame)[0]["rank"]) is int
     nullable = pd.DataFrame({"rank": pd.array([3, None], dtype="Int64")})
     assert records(nullable) == [{"rank": 3}, {"rank": None}]
+
+
+def test_exit_codes_have_one_home_and_help_names_all() -> None:
+    told = " ".join(answer("--help").stdout.split())
+    for code, meaning in EXIT_CODES.items():
+        assert f"{code}: {meaning}." in told
+    # the gates, which tell CI, and the answers to signals are among them
+    assert (PASSED, FAILED, UNDECIDED) == (exit_codes.DONE, exit_codes.NO, exit_codes.UNDECIDED)
+    assert {2, 130, 143} <= set(EXIT_CODES)
 
 
 # Making things ---------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from prune_lab.profiling.latency import saving_names
 from prune_lab.profiling.width_costs import unit_costs
 from prune_lab.runs import Run
 from prune_lab.runtime import Environment
+from prune_lab.runtimes import RUNTIMES
 from prune_lab.search import (
     Budget,
     Effects,
@@ -360,12 +361,13 @@ def searched(folder: Path, run: Path, latency: str) -> dict[str, Any]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("backend", ["", "@openvino"])
+@pytest.mark.parametrize("backend", ["", "@compiled", "@onnx", "@openvino"])
 def test_widths_are_searched_within_a_time_from_the_command_line(
     tiny_pipeline_folder: Path, tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if backend and importlib.util.find_spec("openvino") is None:
-        pytest.skip("openvino is not installed")
+    for package in RUNTIMES[backend[1:]].packages if backend[1:] in RUNTIMES else ():
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     row = searched(tiny_pipeline_folder, tmp_path / "run", f"0.8x{backend}")
     table = json.loads(Run(tmp_path / "run").latency.read_text())
