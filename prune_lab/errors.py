@@ -1,7 +1,7 @@
 """The mistakes a user can make, one class per situation.
 
 Every message is one line that says what was asked, what was found, and what would work. The command line prints it
-and exits with code 2; any other exception is a bug of ours and keeps its traceback.
+and exits with ``exit_codes.MISTAKE``; any other exception is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,6 +26,7 @@ from prune_lab.runtime import path_text, printable, read_json, read_text
 from prune_lab.width import Width, all_kept, parse_width, site_named, width_from_json
 
 _LONGEST_TITLE = 60  # characters
+_PLAN_FILES = (".json", ".txt")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -317,24 +319,68 @@ def refuse_widths(plans: Iterable[PruningPlan], what: str) -> None:
             )
 
 
+def plan_file(text: str) -> tuple[str, str]:
+    """(file, which of its plans) of ``plans.json#2`` or ``plans.json#bk-base``; all of ``text`` and nothing else."""
+    file, mark, wanted = text.rpartition("#")
+    return (file, wanted) if mark and Path(file).suffix in _PLAN_FILES else (text, "")
+
+
 def read_plans(text: str, architecture: Architecture) -> tuple[PruningPlan, ...]:
     """The plans that ``text`` names: a plan as ``parse_plan`` reads it, a ``.json`` file of one plan or a list, or a
-    text file with one plan a line (blank lines and ``#`` comments are skipped).
+    text file with one plan a line (blank lines and ``#`` comments are skipped). After the file ``#2`` is the second of
+    them, ``#NAME`` the one that goes by this name or id.
     """
-    path = Path(text)
+    file, wanted = plan_file(text)
+    path = Path(file)
     if path.suffix == ".json":
         value = read_json(path)
-        return tuple(
+        plans = tuple(
             plan_from_json(item, architecture) for item in (value if isinstance(value, list) else [value])
         )
+        return (_chosen(plans, file, wanted),) if wanted else plans
     if path.suffix == ".txt":
         try:
             lines = [line.split("#")[0].strip() for line in read_text(path).splitlines()]
         except PruneLabError as error:
             raise PlanError(f"asked for the plans in {path_text(path)}: {error}") from None
         members: dict[str, set[str]] = {}
-        return tuple(_parsed(line, architecture, members) for line in lines if line)
+        plans = tuple(_parsed(line, architecture, members) for line in lines if line)
+        return (_chosen(plans, file, wanted),) if wanted else plans
     return (parse_plan(text, architecture),)
+
+
+def _chosen(plans: Sequence[PruningPlan], file: str, wanted: str) -> PruningPlan:
+    found = [plan for plan in plans if wanted in (plan.id, *plan.names)]
+    if not found and re.fullmatch(r"[1-9]\d{0,5}", wanted, re.ASCII) and int(wanted) <= len(plans):
+        found = [plans[int(wanted) - 1]]
+    if not found:
+        raise PlanError(
+            f"asked for the plan {printable(wanted, 60)!r} of {path_text(file)}, which has none such; "
+            f"{_those_in(plans)}"
+        )
+    return found[0]
+
+
+_SHOWN = 8  # plans of a file that an error names
+
+
+def _those_in(plans: Sequence[PruningPlan]) -> str:
+    shown = [f"#{number} {plan.label}" for number, plan in enumerate(plans[:_SHOWN], 1)]
+    return f"it has {', '.join(shown)}{f' and {len(plans) - _SHOWN} more' * (len(plans) > _SHOWN)}"
+
+
+def read_one_plan(text: str, architecture: Architecture) -> PruningPlan:
+    """The one plan that ``text`` names, as ``read_plans`` reads it. Raises PlanError for a file of several."""
+    plans = read_plans(text, architecture)
+    if len(plans) == 1:
+        return plans[0]
+    file = path_text(text)
+    if not plans:
+        raise PlanError(f"asked for the plan in {file}, found none in it; give a file with a plan")
+    raise PlanError(
+        f"asked for one plan, found {len(plans)} in {file}; choose by number or name, as in '{file}#1': "
+        f"{_those_in(plans)}"
+    )
 
 
 # The model that a plan leaves ----------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import prune_lab
-from prune_lab import schemas
+from prune_lab import exit_codes, schemas
 from prune_lab.cli import app
 from prune_lab.config import (
     SETTINGS,
@@ -31,8 +32,10 @@ from prune_lab.config import (
 )
 from prune_lab.config.toml import config_from_toml
 from prune_lab.errors import RunError
+from prune_lab.exit_codes import EXIT_CODES
 from prune_lab.runs import Run
 from prune_lab.tables import DECISIVE_COLUMNS, records, shown_columns
+from prune_lab.zero_shot.gates import FAILED, PASSED, UNDECIDED
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
@@ -135,6 +138,15 @@ def test_missing_values_and_whole_numbers_in_json() -> None:
     assert records(nullable) == [{"rank": 3}, {"rank": None}]
 
 
+def test_exit_codes_have_one_home_and_help_names_all() -> None:
+    told = " ".join(answer("--help").stdout.split())
+    for code, meaning in EXIT_CODES.items():
+        assert f"{code}: {meaning}." in told
+    # the gates, which tell CI, and the answers to signals are among them
+    assert (PASSED, FAILED, UNDECIDED) == (exit_codes.DONE, exit_codes.NO, exit_codes.UNDECIDED)
+    assert {2, 130, 143} <= set(EXIT_CODES)
+
+
 # Making things ---------------------------------------------------------------------------------------------------
 
 
@@ -153,7 +165,10 @@ def test_prune_writes_a_pipeline_that_plain_diffusers_loads(
     assert row["blocks_removed"] == 17
     assert pipeline.unet.mid_block is None
     assert "--force" in mistake("prune", tiny_pipeline_folder, "--plan", "bk-tiny", "--out", out)
-    answer("prune", tiny_pipeline_folder, "--plan", "bk-tiny", "--out", out, "--force")
+    told = answer("prune", tiny_pipeline_folder, "--plan", "bk-tiny", "--out", out, "--force").stderr
+    loaded: dict[str, Any] = {}
+    exec(told.split("in Python: ")[1].splitlines()[0], loaded)
+    assert len(loaded["pipeline"].unet.down_blocks) == 3
     assert len(StableDiffusionPipeline.from_pretrained(out).unet.down_blocks) == 3
 
     picture = tmp_path / "cat.png"
@@ -370,16 +385,19 @@ def test_search_alone_with_scores_from_a_file(
     out = tmp_path / "plans.json"
     scores = run_folder / "importance.csv"
     options = ("--importance", scores, "--params", "60%", "--plans", 2, "--out", out)
-    rows = table("search", tiny_pipeline_folder, *options)
+    answered = answer("search", tiny_pipeline_folder, *options, "--json")
+    rows = json.loads(answered.stdout)
     found = [row for row in rows if row["origin"] == "search"]
     assert len(found) == 2
     assert all(row["params_change"] <= -0.4 for row in found)
     assert found[0]["predicted_impact"] <= found[1]["predicted_impact"]
     assert [plan["id"] for plan in json.loads(out.read_text())] == [row["plan_id"] for row in rows]
     pruned = tmp_path / "pruned"
-    out.write_text(json.dumps(json.loads(out.read_text())[-1]))
-    (row,) = table("prune", tiny_pipeline_folder, "--plan", out, "--out", pruned)
-    assert row["params"] == found[-1]["params"]
+    told = shlex.split(answered.stderr.rsplit(": ", 1)[1])
+    assert told[:3] == ["prune-lab", "prune", str(tiny_pipeline_folder)]
+    (row,) = table(*told[1:-1], pruned)
+    assert row["params"] == found[0]["params"]
+    assert f"{out}#1" in mistake("prune", tiny_pipeline_folder, "--plan", out, "--out", pruned, "--force")
 
 
 def test_evaluate_judges_folders(

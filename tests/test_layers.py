@@ -18,7 +18,17 @@ PACKAGE = Path(prune_lab.__file__).resolve().parent
 
 # A module imports from the lines above its own, and on its own line from what stands to its left.
 LAYERS = (
-    ("errors", "schemas", "runtime", "processes", "families", "counting", "live_bytes", "assets"),
+    (
+        "errors",
+        "exit_codes",
+        "schemas",
+        "runtime",
+        "processes",
+        "families",
+        "counting",
+        "live_bytes",
+        "assets",
+    ),
     ("config", "blocks", "runs", "text_tables", "prompts", "width"),
     ("plans", "forms", "models"),
     ("surgery", "probes", "prefix_sharing", "runtimes", "reuse"),

@@ -27,8 +27,10 @@ from prune_lab.plans import (
     native_choices,
     native_layout,
     parse_plan,
+    plan_file,
     plan_from_json,
     plan_of,
+    read_one_plan,
     read_plans,
     removed_samplers,
 )
@@ -307,6 +309,24 @@ def test_plans_are_read_from_files(tmp_path):
     file.write_text("[3]")
     with pytest.raises(PlanError, match="no list of removed blocks"):
         read_plans(str(file), SD)
+
+
+def test_one_of_the_plans_of_a_file_is_chosen_by_number_name_or_id(tmp_path):
+    plans = [parse_plan(text, SD) for text in ("bk-base", "-Md")]
+    file = tmp_path / "plans.json"
+    file.write_text(json.dumps([plan.named(f"search-{at}").to_json() for at, plan in enumerate(plans)]))
+    lines = tmp_path / "plans.txt"
+    lines.write_text("bk-base  # the paper's\n\n-Md\n")
+    for text in (f"{file}#2", f"{file}#search-1", f"{file}#{plans[1].id}", f"{lines}#2"):
+        assert read_one_plan(text, SD) == plans[1]
+        assert read_plans(text, SD) == (plans[1],)
+        assert plan_file(text)[0] in (str(file), str(lines))
+    assert plan_file("-Md") == ("-Md", "")
+    for text in (f"{file}#3", f"{file}#0", f"{file}#nothing"):
+        with pytest.raises(PlanError, match=r"has none such; it has #1 search-0, #2 search-1$"):
+            read_plans(text, SD)
+    with pytest.raises(PlanError, match=r"found 2 in .*choose by number or name, as in '.*plans\.json#1'"):
+        read_one_plan(str(file), SD)
 
 
 def test_the_name_is_not_part_of_a_plan():

@@ -651,7 +651,7 @@ def test_blocks_and_widths_are_searched_together(tiny_config: dict[str, Any]) ->
         found = sum(blocks[name] for name in plan.removed) + predicted_loss(plan, impacts)
         assert costs.of(plan).macs <= most
         assert found == pytest.approx(best, rel=1e-5)
-    with pytest.raises(BudgetError, match="no plan of blocks and widths"):
+    with pytest.raises(BudgetError, match="the smallest plan of blocks and widths has"):
         depth_and_width(costs, blocks, impacts, [macs(0.1 * costs.total.macs)])
     with pytest.raises(BudgetError, match="measure the width savings"):
         depth_and_width(costs, blocks, impacts, [Budget("latency_ms", 1.0, "latency<=1ms")])

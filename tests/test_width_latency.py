@@ -37,7 +37,16 @@ from prune_lab.profiling.latency import saving_names
 from prune_lab.profiling.width_costs import unit_costs
 from prune_lab.runs import Run
 from prune_lab.runtime import Environment
-from prune_lab.search import Budget, depth_and_width, narrowed_to, predicted_loss
+from prune_lab.runtimes import RUNTIMES
+from prune_lab.search import (
+    Budget,
+    Effects,
+    depth_and_width,
+    narrowed_to,
+    predicted_impact,
+    predicted_loss,
+    search_plans,
+)
 from prune_lab.width import width_of
 from prune_lab.workflow import timed_search
 from prune_lab.workflow.timed_search import within_time
@@ -210,8 +219,12 @@ def test_within_a_budget_on_latency_the_program_finds_the_best_of_all_plans(tiny
         found = sum(blocks[name] for name in plan.removed) + predicted_loss(plan, impacts)
         assert costs.of(plan).amount("latency_ms") <= share * WHOLE_MS
         assert found == pytest.approx(best, rel=1e-5)
-    with pytest.raises(BudgetError, match="no plan of blocks and widths"):
+    with pytest.raises(BudgetError, match=r"smallest plan of blocks and widths has latency_ms") as error:
         depth_and_width(costs, blocks, impacts, [at_most(0.5)])
+    least = min(took for _, took in plans)
+    assert f"has latency_ms {least:,.3f} of 100.000" in str(error.value)
+    offered = float(str(error.value).rsplit("<=", 1)[1].rstrip("%")) / 100
+    assert costs.of(depth_and_width(costs, blocks, impacts, [at_most(offered)])).amount("latency_ms") == least
     plan = narrowed_to(costs, plan_of(tiny, ()), impacts, "latency_ms", 98.8)
     assert 98.8 - 0.41 <= costs.of(plan).amount("latency_ms") <= 98.8
 
@@ -249,16 +262,17 @@ class Bench:
     def search(self, share: float) -> PruningPlan:
         impacts = {site: np.linspace(0.1, 0.2, site.count) for site in self.costs.architecture.sites}
 
-        def solve(budgets: Sequence[Budget]) -> PruningPlan:
-            return depth_and_width(self.costs, {}, impacts, budgets)
+        def solve(budgets: Sequence[Budget]) -> tuple[PruningPlan, ...]:
+            return (depth_and_width(self.costs, {}, impacts, budgets),)
 
-        return within_time(
+        (plan,) = within_time(
             None,  # type: ignore[arg-type]
             self.costs,
             [at_most(share)],
             solve,
             lambda plan: predicted_loss(plan, impacts),
         )
+        return plan
 
 
 def test_a_plan_that_is_slower_than_asked_is_searched_again(
@@ -291,6 +305,48 @@ def test_a_plan_that_stays_slower_than_asked_is_said_to_be_so(
         assert "SLOWER than asked" in bench.said[0]
 
 
+def test_several_plans_are_within_the_time_by_the_slowest_of_them(
+    tiny: Architecture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = cost_table(tiny, latency=table_of(tiny, {}))
+    bench = Bench(costs, 0.8, monkeypatch)
+    scores = {block.name: float(place) for place, block in enumerate(tiny.blocks, 1)}
+
+    def solve(budgets: Sequence[Budget]) -> tuple[PruningPlan, ...]:
+        return search_plans(tiny, Effects(scores), costs, budgets, count=3)
+
+    plans = within_time(
+        None,  # type: ignore[arg-type]
+        costs,
+        [at_most(0.9)],
+        solve,
+        lambda plan: predicted_impact(plan, Effects(scores)),
+    )
+    assert len(plans) == 3
+    saved = [1 - costs.of(plan).amount("latency_ms") / WHOLE_MS for plan in plans]
+    assert min(saved) * 0.8 >= 0.1
+    assert len(bench.timed) > 3  # 10 % saved as predicted are 8 % as timed
+
+
+def test_what_a_solver_that_measures_finds_is_timed_once(
+    tiny: Architecture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = cost_table(tiny, latency=table_of(tiny, {}))
+    bench = Bench(costs, 0.8, monkeypatch)
+    scores = Effects({block.name: 1.0 for block in tiny.blocks})
+    plans = within_time(
+        None,  # type: ignore[arg-type]
+        costs,
+        [at_most(0.9)],
+        lambda budgets: search_plans(tiny, scores, costs, budgets),
+        lambda plan: 0.0,
+        tries=1,
+    )
+    assert len(plans) == len(bench.timed) == 1
+    assert "SLOWER than asked" in bench.said[0]
+    assert "leave --solver out" in bench.said[0]
+
+
 # On the command line -------------------------------------------------------------------------------------------------
 
 
@@ -305,12 +361,13 @@ def searched(folder: Path, run: Path, latency: str) -> dict[str, Any]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("backend", ["", "@openvino"])
+@pytest.mark.parametrize("backend", ["", "@compiled", "@onnx", "@openvino"])
 def test_widths_are_searched_within_a_time_from_the_command_line(
     tiny_pipeline_folder: Path, tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if backend and importlib.util.find_spec("openvino") is None:
-        pytest.skip("openvino is not installed")
+    for package in RUNTIMES[backend[1:]].packages if backend[1:] in RUNTIMES else ():
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     row = searched(tiny_pipeline_folder, tmp_path / "run", f"0.8x{backend}")
     table = json.loads(Run(tmp_path / "run").latency.read_text())

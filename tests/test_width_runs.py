@@ -182,6 +182,11 @@ def test_adapters_are_not_fitted_to_students_with_widths(tiny_pipeline_folder: P
     for plan, more in ((student, ()), ("~Dn3.A1.heads=1@0", ("--model", tiny_pipeline_folder))):
         said = run("convert", "--show", plan, *more, code=2)
         assert "makes blocks narrower" in said
+        assert "train another one on the student" in said
+    said = run(
+        "convert", "lora", tmp_path / "none.safetensors", "--plan", student, "--out", tmp_path / "x", code=2
+    )
+    assert "train another one on the student" in said  # before the file is opened
 
 
 def test_the_inventory_says_what_can_be_cut(tiny_pipeline_folder: Path) -> None:

@@ -12,7 +12,8 @@ import torch
 from prune_lab.applications import PersonalSettings, Sweep, SweepSettings, personalise, sweep
 from prune_lab.errors import ConfigError, FormError, PlanError
 from prune_lab.export import student_in
-from prune_lab.export.snippets import snippet_for
+from prune_lab.export.card import is_on_hub
+from prune_lab.export.snippets import loaded_in_python, snippet_for
 from prune_lab.families import CLASS_NAME, is_own
 from prune_lab.models import ModelSource, resolve_model
 from prune_lab.models.files import json_object
@@ -130,6 +131,14 @@ def personal_table(
     )
     frame = pd.DataFrame([cells], columns=list(PERSONAL_COLUMNS))
     notes = [f"{found.out / 'README.md'} has the lines that draw {settings.prompt!r}"]
+    base = source.folder if settings.lora else found.out
+    assert base is not None, "a pipeline lies in a folder"
+    loaded = loaded_in_python(
+        base,
+        found.out if settings.lora else None,
+        source.text if settings.lora and is_on_hub(source) else "",
+    )
+    notes.append(f"in Python: {loaded}")
     if found.class_folder is not None and class_images is None:
         notes.append(f"pictures of the class: {found.class_folder}")
     note(f"peak memory: {learnt.peak_of}")

@@ -11,7 +11,7 @@ from prune_lab.blocks import UNKNOWN_LATENT, blocks_frame, cost_notes
 from prune_lab.config import check_numbers
 from prune_lab.errors import PlanError
 from prune_lab.families import knows_its_size
-from prune_lab.plans import read_plans
+from prune_lab.plans import read_one_plan
 from prune_lab.profiling import check_frames, cost_table, latent_of_pixels, size_text
 from prune_lab.report import block_map_frame, draw_block_map
 from prune_lab.runtime import progress_shown
@@ -63,16 +63,12 @@ class Inspected(Workplace):
         return Table("blocks", frame, title, lambda theme: draw_block_map(mapped, theme), notes=notes)
 
     def plan(self, text: str | Path) -> Plan:
-        """The plan that ``text`` describes: ``bk-small``, ``bk-base -Md``, ``-Dn1.R2 -Dn1.A2``, or a file of one.
+        """The plan that ``text`` describes: ``bk-small``, ``bk-base -Md``, ``-Dn1.R2 -Dn1.A2``, or a file of one;
+        ``plans.json#2`` and ``plans.json#NAME`` are one of several in a file.
 
         Raises PlanError, UnknownBlockError or UnremovableBlockError.
         """
-        plans = read_plans(str(text), self.architecture)
-        if len(plans) != 1:
-            raise PlanError(
-                f"asked for the plan {text}, found {len(plans)} plans in it; give a file with one plan"
-            )
-        return Plan(plans[0], self.architecture, self._scores())
+        return Plan(read_one_plan(str(text), self.architecture), self.architecture, self._scores())
 
     def profile(
         self,

@@ -15,11 +15,11 @@ from prune_lab.blocks import Architecture
 from prune_lab.config import PLAN_FILES, RunConfig
 from prune_lab.errors import BackendError, FormError, UnsupportedModelError
 from prune_lab.evaluation import generate, prompts_for
-from prune_lab.export import EXPORT_TARGETS
+from prune_lab.export import EXPORT_TARGETS, loaded_in_python
 from prune_lab.forms import in_form
 from prune_lab.models import ModelSource, load_model, load_pipeline, plain_source
 from prune_lab.models.protection import check_apart
-from prune_lab.plans import PruningPlan, read_plans
+from prune_lab.plans import PruningPlan, plan_file, read_plans
 from prune_lab.profiling import (
     BACKENDS,
     Service,
@@ -55,7 +55,7 @@ def plans_of(architecture: Architecture, plans: Sequence[str | Plan]) -> list[Pr
     found: list[PruningPlan] = []
     for one in plans:
         read = (one.plan,) if isinstance(one, Plan) else read_plans(one, architecture)
-        from_file = isinstance(one, str) and one.endswith(PLAN_FILES)
+        from_file = isinstance(one, str) and plan_file(one)[0].endswith(PLAN_FILES)
         found += [plan if plan.name else plan.named(plan.text if from_file else str(one)) for plan in read]
     return found
 
@@ -191,7 +191,9 @@ def pruned_table(source: ModelSource, plan: Plan, out: Path, *, written: bool) -
         "macs": after.macs,
         "macs_change": after.macs / before.macs - 1,
     }
-    return Table("pruned", pd.DataFrame([row]), "Written" if written else "Would write", plan.plot().draw)
+    notes = (f"in Python: {loaded_in_python(out)}",) if written else ()
+    title = "Written" if written else "Would write"
+    return Table("pruned", pd.DataFrame([row]), title, plan.plot().draw, notes=notes)
 
 
 def site_scores(parts: Table) -> Table:

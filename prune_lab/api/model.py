@@ -32,11 +32,11 @@ from prune_lab.config import (
 )
 from prune_lab.distill import Consistency
 from prune_lab.errors import RunError
-from prune_lab.export import write_card
+from prune_lab.export import loaded_in_python, write_card
 from prune_lab.forms import form_named, in_form, layout_of, within_form
 from prune_lab.models import check_same_class, load_model, resolve_model, shipped_like
 from prune_lab.models.protection import check_apart, check_folder
-from prune_lab.plans import PruningPlan, is_native
+from prune_lab.plans import PruningPlan, is_native, plan_file
 from prune_lab.processes import init_processes, is_main
 from prune_lab.profiling import check_asked_size
 from prune_lab.runs import Run, read_records
@@ -202,7 +202,9 @@ class Model(Inspected):
         for a plan that cannot be built in the form, StorageError where ``out`` holds something and ``force`` is not
         given. With ``dry_run`` only the costs come back.
         """
-        out = check_folder(out, {"the model": self.source.places, "the plan": (str(plan),)}, force=force)
+        out = check_folder(
+            out, {"the model": self.source.places, "the plan": (plan_file(str(plan))[0],)}, force=force
+        )
         if not dry_run:
             get_ready_to_prove()  # it imports meanwhile
         named = plan if isinstance(plan, Plan) else self.plan(plan)
@@ -289,7 +291,7 @@ class Model(Inspected):
             frame,
             f"Recovery after {self.settings.distill.steps} steps",
             self.results.losses.draw if len(frame) else None,
-            notes=tuple(f"student: {path}" for path in written),
+            notes=tuple(f"student: {path}; in Python: {loaded_in_python(path)}" for path in written),
         )
 
     def distill_steps(
@@ -316,14 +318,18 @@ class Model(Inspected):
         out = check_folder(out, {**self._read_by(self.settings), "the student": source.places}, force=force)
         with self._opened("distill", asked, force=force) as session:
             frame = distil_consistent(session, source, Path(out), how, force=force)
-        notes = (f"student: {out}; draw with 4 steps and a guidance of 1",)
+        notes = (
+            f"student: {out}; draw with 4 steps and a guidance of 1",
+            f"in Python: {loaded_in_python(Path(out))}; "
+            'pipeline("a cat", num_inference_steps=4, guidance_scale=1.0).images[0].save("cat.png")',
+        )
         return Table("consistency", frame, f"Consistency distillation of {source.text}", notes=notes)
 
     def _with_units(self, plan: str | Plan) -> str | Plan:
         """``plan``, in writing where it was so, which says which units of its widths stay."""
         if isinstance(plan, Plan):
             return dataclasses.replace(plan, plan=with_units(self.source, plan.plan))
-        if "~" not in plan or plan.endswith(PLAN_FILES):
+        if "~" not in plan or plan_file(plan)[0].endswith(PLAN_FILES):
             return plan
         return with_units(self.source, self.plan(plan).plan).text
 

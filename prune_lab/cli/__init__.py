@@ -18,7 +18,7 @@ _TALKERS = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torc
 
 
 def main() -> None:
-    """Answer the command in ``sys.argv``: exit code 0, 2 for a mistake, 130 for an interrupt, 143 for SIGTERM."""
+    """Answer the command in ``sys.argv``; ends with one of ``prune_lab.exit_codes``."""
     for name in _TALKERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     app(prog_name="prune-lab")

@@ -18,16 +18,15 @@ from typer.core import TyperGroup
 from prune_lab import __version__
 from prune_lab.cli.options import instead_of
 from prune_lab.errors import PruneLabError, RunError
+from prune_lab.exit_codes import INTERRUPTED, MISTAKE, TERMINATED, exit_codes_text
 from prune_lab.processes import end_processes, is_main, num_processes
 from prune_lab.runtime import printable
 
-MISTAKE = 2  # exit code of a user's mistake, the same as typer's for a wrong option
 LAUNCHED = ("data", "distill")  # verbs that many processes share; any other would be done as often
 GOES_ON = ("run", "data", "steps", "distill-steps")  # verbs whose own folder holds what is finished
 WITH_PLAN = ("distill", "profile", "prune")  # verbs whose plan is an option
 # What the system says of a path that a person gave; of a disk that is full or broken it says other things.
 _OF_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
-INTERRUPTED = 128 + signal.SIGINT  # as shells report it
 _GIVEN = "prune_lab.given"  # where all words of the command line are kept
 _PLAN = re.compile(r"-[A-Z][A-Za-z]*\d*(\.|\s|$)")  # how a plan begins that takes a block out
 _PATIENCE = 3.0  # seconds in which a signal that comes again does not disturb the way out
@@ -133,7 +132,7 @@ class Verbs(TyperGroup):
                 verb = ctx.invoked_subcommand or ""
                 kept = _what_is_kept(self.get_command(ctx, verb), verb, ctx.meta[_GIVEN])
                 typer.echo(f"{'terminated' if ended else 'interrupted'}; {kept}", err=True)
-            raise typer.Exit(128 + signal.SIGTERM if ended else INTERRUPTED) from None
+            raise typer.Exit(TERMINATED if ended else INTERRUPTED) from None
         except Exception as error:
             mistake = _mistake_of(error, ctx.invoked_subcommand or "", ctx.meta[_GIVEN])
             if not mistake:
@@ -149,6 +148,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help is faster, and a usage error stays readable in a log
     help="Score, prune, profile, retrain and rank the blocks of a diffusion model, after BK-SDM (arXiv:2305.15798).",
+    epilog=exit_codes_text(),
 )
 
 

@@ -10,6 +10,7 @@ import typer
 from prune_lab.cli import options
 from prune_lab.cli.application import app
 from prune_lab.cli.output import show
+from prune_lab.exit_codes import NO
 
 
 @app.command()
@@ -27,4 +28,4 @@ def doctor(
     table, well = looked_over(folder)
     show(table, as_json=as_json, wide=wide)
     if not well:
-        raise typer.Exit(1)
+        raise typer.Exit(NO)

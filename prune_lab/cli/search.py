@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -82,3 +83,9 @@ def search(
     if out:
         write_json(out, [one.plan.to_json() for one in table])
     show(table, as_json=as_json, wide=wide)
+    if out and len(table):
+        best = next((place for place, one in enumerate(table, 1) if one.plan.origin == "search"), 1)
+        told = shlex.join(["prune-lab", "prune", settings.model, "--plan", f"{out}#{best}", "--out", "DIR"])
+        typer.echo(
+            f"note: {out} has {len(table)} plans, in this order; to build plan {best}: {told}", err=True
+        )

@@ -16,6 +16,7 @@ from prune_lab.export.hub import check_repository, push_folder, uploads_of
 from prune_lab.export.ip_adapter import convert_ip_adapter
 from prune_lab.export.lora import convert_lora
 from prune_lab.export.single_file import FORMS, NATIVE, Exported, export_single_file
+from prune_lab.export.snippets import loaded_in_python
 from prune_lab.export.students import Student, student_in, student_of
 from prune_lab.models import ModelSource
 from prune_lab.runtimes import RUNTIMES
@@ -35,6 +36,7 @@ __all__ = [
     "convert_ip_adapter",
     "convert_lora",
     "export_single_file",
+    "loaded_in_python",
     "push_folder",
     "student_in",
     "student_of",

@@ -20,8 +20,6 @@ from prune_lab.models.files import PICKLED, read_header
 from prune_lab.models.protection import check_file
 from prune_lab.runtime import atomic_write, path_text, without_folders
 
-# What works where nothing can be converted.
-TRAIN_ANOTHER = "use it with the teacher, or train another one on the student"
 # Digests that kohya's tools write over the tensors of a file; those of the new file would be others.
 _DIGESTS = ("sshs_model_hash", "sshs_legacy_hash")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from prune_lab import __version__
 from prune_lab.blocks import blocks_frame
 from prune_lab.errors import UnsupportedModelError
 from prune_lab.export.compatibility import compatibility
-from prune_lab.export.snippets import snippet_for
+from prune_lab.export.snippets import snippet_for, variant_of
 from prune_lab.export.students import Student, model_folder_in, provenance_in
 from prune_lab.families import (
     base_name,
@@ -26,7 +25,7 @@ from prune_lab.families import (
     text_form,
 )
 from prune_lab.families.adapter_names import has_additions
-from prune_lab.models import ModelSource, weight_files
+from prune_lab.models import ModelSource
 from prune_lab.models.files import json_object
 from prune_lab.models.hub import HUB_ID
 from prune_lab.plans import PruningPlan
@@ -219,13 +218,6 @@ def _limits(training: Mapping[str, object]) -> str:
     return "".join(f"- {line}\n" for line in lines)
 
 
-def _variant_of(model_folder: Path) -> str:
-    """The variant in the names of its weights, as ``fp16``; empty where there is none."""
-    first = weight_files(model_folder)[0].name
-    found = re.match(r"[^.]+\.(.+?)(-\d+-of-\d+)?\.safetensors", first)
-    return found[1] if found else ""
-
-
 def card_text(
     folder: Path, student: Student, source: ModelSource, training: Mapping[str, object] | None = None
 ) -> str:
@@ -239,7 +231,7 @@ def card_text(
     config = student.layout.config
     tag, code = snippet_for(
         base_name(str(named["_class_name"])),
-        _variant_of(model_folder_in(folder)),
+        variant_of(model_folder_in(folder)),
         size=student.architecture.config.get("sample_size"),
         tokens=source.tokens,
         trusted=is_own(config),

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from prune_lab.errors import FormError, ModelFormatError, StorageError
-from prune_lab.export.additions import TRAIN_ANOTHER, Converted, blocks_of
-from prune_lab.export.students import Student
+from prune_lab.export.additions import Converted, blocks_of
+from prune_lab.export.students import TRAIN_ANOTHER, Student
 from prune_lab.families.adapter_names import check_has_additions
 from prune_lab.families.controlnet import cut_controlnet, meta_controlnet
 from prune_lab.models import weight_files

@@ -7,14 +7,13 @@ from pathlib import Path
 
 from prune_lab.errors import ModelFormatError
 from prune_lab.export.additions import (
-    TRAIN_ANOTHER,
     Converted,
     blocks_of,
     check_out,
     read_addition,
     write_addition,
 )
-from prune_lab.export.students import Student
+from prune_lab.export.students import TRAIN_ANOTHER, Student
 from prune_lab.families import meta_model
 from prune_lab.families.adapter_names import (
     attentions,

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from prune_lab.families import CLASS_NAME
+import json
+import re
+from pathlib import Path
+
+from prune_lab.export.students import model_folder_in
+from prune_lab.families import CLASS_NAME, is_own
 from prune_lab.families.drawing import needed_by
+from prune_lab.models import weight_files
+from prune_lab.models.files import json_object
 from prune_lab.models.parts import component_of, pipeline_class
 
 _LOAD = """\
@@ -123,3 +130,27 @@ def snippet_for(
     lines = lines.replace("num_inference_steps=25", f"num_inference_steps=25{told}")
     more = [f'variant="{variant}"'] * bool(variant) + ["trust_remote_code=True"] * trusted
     return task, lines.replace('(".")', "({})".format(", ".join(['"."', *more])))
+
+
+def variant_of(model_folder: Path) -> str:
+    """The variant in the names of its weights, as ``fp16``; empty where there is none."""
+    first = weight_files(model_folder)[0].name
+    found = re.match(r"[^.]+\.(.+?)(-\d+-of-\d+)?\.safetensors", first)
+    return found[1] if found else ""
+
+
+def loaded_in_python(folder: Path, lora: Path | None = None, name: str = "") -> str:
+    """The line of Python that loads what lies in ``folder``, a pipeline's or a model's, with plain diffusers; with the
+    ``lora`` in another folder on top. ``name`` is what the pipeline is called elsewhere, as on the hub.
+    """
+    index, inner = folder / "model_index.json", model_folder_in(folder)
+    config = json_object(inner / "config.json")
+    whole = index.is_file()
+    loader, kept = ("DiffusionPipeline", "pipeline") if whole else ("AutoModel", "model")
+    variant = variant_of(inner)
+    more = [f'variant="{variant}"'] * bool(variant) + ["trust_remote_code=True"] * is_own(config)
+    given = ", ".join([json.dumps(name or str(folder), ensure_ascii=False), *more])
+    line = f"from diffusers import {loader}; {kept} = {loader}.from_pretrained({given})"
+    if lora is not None:
+        line += f"; pipeline.load_lora_weights({json.dumps(str(lora), ensure_ascii=False)})"
+    return line

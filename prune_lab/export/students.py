@@ -14,10 +14,13 @@ from prune_lab.forms import layout_of
 from prune_lab.models import preset_config, resolve_model, weight_files
 from prune_lab.models.files import json_object, read_headers, variants_among
 from prune_lab.models.sources import PRESETS
-from prune_lab.plans import PruningPlan, gone_with, plan_from_json, read_plans, refuse_widths
+from prune_lab.plans import PruningPlan, gone_with, plan_from_json, read_one_plan
 from prune_lab.runs import is_plan_id
 from prune_lab.runtime import path_text
 from prune_lab.surgery import TEACHER
+
+# What works where no addition of the teacher can be converted.
+TRAIN_ANOTHER = "use it with the teacher, or train another one on the student"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -127,12 +130,12 @@ def student_of(text: str, model: str = "") -> Student:
         )
     else:
         architecture = resolve_model(model).architecture
-        plans = read_plans(text, architecture)
-        if len(plans) != 1:
-            raise PlanError(
-                f"asked to convert by {path_text(text)}, found {len(plans)} plans in it; give one"
-            )
-        student = Student(architecture, plans[0])
-    refuse_widths([student.plan], "convert by")
+        student = Student(architecture, read_one_plan(text, architecture))
+    if student.plan.widths:
+        raise PlanError(
+            f"asked to fit an addition of the teacher to {path_text(text)}, which makes blocks narrower "
+            f"({student.plan.widths[0].short}), so that its layers have other rows; {TRAIN_ANOTHER}, or give a student "
+            "whose plan removes blocks alone"
+        )
     layout_of(student.architecture, student.plan)  # says what is in the way
     return student

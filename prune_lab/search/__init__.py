@@ -20,7 +20,7 @@ from prune_lab.search.controls import (
     similarity_control,
     uniform_control,
 )
-from prune_lab.search.depth_and_width import depth_and_width
+from prune_lab.search.depth_and_width import check_reachable_narrower, depth_and_width
 from prune_lab.search.effects import Effects, predicted_impact
 from prune_lab.search.evolution import evolve_plans
 from prune_lab.search.exact import check_reachable, search_plans, sweep_plans
@@ -47,6 +47,7 @@ __all__ = [
     "bk_control",
     "check_budget_text",
     "check_reachable",
+    "check_reachable_narrower",
     "controls_at",
     "depth_and_width",
     "evolve_plans",

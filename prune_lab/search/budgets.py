@@ -113,10 +113,21 @@ def _read(text: str, architecture: Architecture) -> _Words:
             "a number or a plan, for example 'macs<=66%', 'params<=482346884', 'latency<=0.7x' or 'params<=bk-small'"
         )
     value = match[2]
+    if re.match(r"-\s*[\d.]", value):
+        raise BudgetError(
+            f"cannot use the budget {printable(text)!r}: {printable(value, 40)} is below 0; give an amount above 0, "
+            "such as 65% or 0.7x"
+        )
     words = f"{metric}<={value}{f'@{service}' if service else ''}"
     number = re.fullmatch(_NUMBER, value)
     amount = Decimal(re.sub("[_,]", "", number[1])) if number else Decimal(0)
     units = _UNITS[metric]
+    if number and not amount and number[2] in ("%", "x", *units) and metric not in COUNTED:
+        # of what is counted the least that a plan reaches is said instead; these have to be measured for that
+        raise BudgetError(
+            f"cannot use the budget {printable(text)!r}: no model takes so little; give an amount above 0, such as "
+            "70% or 0.7x"
+        )
     if number and not number[2] and 0 < amount < 1 and metric != "latency_ms":  # 0.5 ms is a time
         raise BudgetError(
             f"cannot use the budget {text!r}: {value} is a share without its unit; "
@@ -181,3 +192,23 @@ def within(plan: PruningPlan, budgets: Sequence[Budget], costs: CostTable) -> bo
     """Whether what ``plan`` leaves is within all ``budgets``."""
     cost = costs.of(plan)
     return all(budget.allows(cost) for budget in budgets)
+
+
+def number_text(value: int | float) -> str:
+    """An amount of a metric as errors say it: with commas, a time to a thousandth."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"
+
+
+def unreachable(
+    budget: Budget, kind: str, among: str, reached: int | float, total: int | float, binds: str = ""
+) -> BudgetError:
+    """What is said where no plan meets ``budget``: what was asked, the least that a plan of a ``kind`` has, ``among``
+    those within other budgets, and of what ``total``; which rule ``binds``; and what would work.
+    """
+    share = math.ceil(Decimal(reached) * 1000 / Decimal(total)) / 10
+    limit = reached if isinstance(reached, int) else math.ceil(reached * 1e3) / 1e3
+    return BudgetError(
+        f"asked for {budget.text} (at most {number_text(budget.limit)}){among}; the smallest {kind}{among} has "
+        f"{budget.metric} {number_text(reached)} of {number_text(total)}{binds}; give {budget.metric}<={limit} or "
+        f"{budget.metric}<={share}%"
+    )

@@ -21,7 +21,7 @@ from prune_lab.blocks import Architecture
 from prune_lab.errors import BudgetError, ConfigError
 from prune_lab.plans import PruningPlan
 from prune_lab.profiling import COUNTED, CostTable, Metric
-from prune_lab.search.budgets import Budget
+from prune_lab.search.budgets import Budget, number_text, unreachable
 from prune_lab.search.constraints import Constraints
 from prune_lab.search.effects import Effects, Scores, effects_from
 from prune_lab.search.program import LinearBound, Program
@@ -244,7 +244,7 @@ def _binding(
     if not helped:
         return ""
     _, less, text = min(helped)
-    return f"; {text} binds: without it {budget.metric} {_number(less)} could be reached"
+    return f"; {text} binds: without it {budget.metric} {number_text(less)} could be reached"
 
 
 def _explain_impossible(
@@ -260,15 +260,9 @@ def _explain_impossible(
     reached = _smallest(architecture, costs, constraints, budget.metric, others)
     assert reached is not None  # the budgets before this one can be met together
     total = costs.total.amount(budget.metric)
-    share = math.ceil(Decimal(reached) * 1000 / Decimal(total)) / 10
-    limit = reached if isinstance(reached, int) else math.ceil(reached * 1e3) / 1e3
     among = f" within {' and '.join(other.text for other in others)}" if others else ""
     binds = _binding(architecture, costs, constraints, budget, others, reached)
-    return BudgetError(
-        f"asked for {budget.text} (at most {_number(budget.limit)}){among}; the smallest {kind}{among} has "
-        f"{budget.metric} {_number(reached)} of {_number(total)}{binds}; give {budget.metric}<={limit} or "
-        f"{budget.metric}<={share}%"
-    )
+    return unreachable(budget, kind, among, reached, total, binds)
 
 
 def _contradiction(
@@ -282,7 +276,3 @@ def _contradiction(
     rules = " and ".join(text for text, _ in _relaxed(constraints))
     remedy = f"leave out {' or '.join(alone)}" if alone else "give fewer rules"
     return BudgetError(f"asked for a {kind} with {rules}, found none, whatever it costs; {remedy}")
-
-
-def _number(value: int | float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"

@@ -45,7 +45,6 @@ from prune_lab.profiling import (
     profile_pipeline,
     random_model,
     random_native_plans,
-    read_service,
     reduction_table,
     savings_in,
     size_text,
@@ -55,7 +54,6 @@ from prune_lab.profiling import (
 from prune_lab.runs import read_records
 from prune_lab.runtime import note, pick_dtype, write_frame, write_json
 from prune_lab.schemas import IMPORTANCE, PIPELINE, REDUCTIONS, ROUNDS, ROUNDS_COLUMNS
-from prune_lab.search import service_named
 from prune_lab.session import Session, ensure_probe, read_scores, run_scoring_context, tell_roles
 from prune_lab.session.parts import (
     blocks_part,
@@ -68,7 +66,7 @@ from prune_lab.session.parts import (
     scores_part,
     shares_part,
 )
-from prune_lab.workflow.targets import controls_among
+from prune_lab.workflow.targets import controls_among, service_asked
 from prune_lab.workflow.widths import needs_width_scores
 
 _LATENCY_PLANS = (
@@ -191,19 +189,8 @@ def drawn_size(session: Session) -> int | None:
 
 
 def service_of(session: Session) -> Service:
-    """Where and how the run's models are to work: as its budgets on latency say, else as the run itself does.
-
-    Raises BudgetError, ConfigError or DeviceError when it cannot be read, or is not to be had here.
-    """
-    own = Service(
-        device=str(session.device),
-        dtype=str(session.dtype).removeprefix("torch."),
-        batch=session.config.profile.batch,
-        latent=drawn_size(session),
-        tokens=session.architecture.tokens,
-    )
-    asked = service_named(session.config.search.budgets)
-    return read_service(asked, own, session.source) if asked else own
+    """Where and how the run's models are to work; raises as ``service_asked`` does."""
+    return service_asked(session.config, session.source)
 
 
 def _where(session: Session) -> str:

@@ -19,12 +19,19 @@ from prune_lab.profiling import CostTable, PlanCost, activation_table, cost_tabl
 from prune_lab.runs import Run, read_records
 from prune_lab.runtime import note, track, write_frame, write_json
 from prune_lab.schemas import PLANS_COLUMNS, SEARCHED, SEARCHED_COLUMNS, SEARCHES_COLUMNS
-from prune_lab.search import parse_budget, predicted_impact, search_plans, split_budgets
+from prune_lab.search import (
+    check_reachable,
+    check_reachable_narrower,
+    parse_budget,
+    predicted_impact,
+    search_plans,
+    split_budgets,
+)
 from prune_lab.session import Session
 from prune_lab.session.parts import lacking, plans_part, record
 from prune_lab.workflow.measuring import controls, drawn_size, ensure_costs, ensure_latency, ensure_scores
 from prune_lab.workflow.objectives import objective_of
-from prune_lab.workflow.solving import SOLVERS, Question, controls_for
+from prune_lab.workflow.solving import Question, controls_for, solved
 from prune_lab.workflow.targets import budgets_of, constraints_of
 from prune_lab.workflow.timed_search import time_notes, timed_changes
 from prune_lab.workflow.widths import (
@@ -32,6 +39,7 @@ from prune_lab.workflow.widths import (
     form_of,
     needs_width_scores,
     predicted_of,
+    searches_widths,
     width_notes,
 )
 
@@ -112,7 +120,7 @@ def _write_plans(session: Session) -> tuple[Path, ...]:
             budgets = tuple(parse_budget(one, architecture, costs) for one in split_budgets(text))
             question = Question(session, costs, budgets, constraints, importance, impact_of, units)
             start, before = time.perf_counter(), impact_of.forwards
-            result = SOLVERS[settings.solver](question)
+            result = solved(question)
             seconds = time.perf_counter() - start
             asked, plans = question.asked, result.plans
             if form_of(settings) == "native" and plans:
@@ -141,10 +149,31 @@ def _write_plans(session: Session) -> tuple[Path, ...]:
     return tuple(dict.fromkeys(run.plan(plan.id) for _, _, plan in found))
 
 
+def _check_measured(session: Session) -> None:
+    """Raise BudgetError where no plan meets budgets on latency or memory, by what is measured or counted for them.
+
+    ``check_budgets`` has seen to the others. Needs no scores, which take longer.
+    """
+    settings, architecture = session.config.search, session.architecture
+    asked = budgets_of(session.config, architecture)
+    if not any(name in text for text in asked for name in ("latency", "memory")):
+        return
+    costs, constraints = costs_of(session), constraints_of(session.config)
+    for text in asked:
+        budgets = [parse_budget(one, architecture, costs) for one in split_budgets(text)]
+        if searches_widths(settings):
+            deep = "depth" in settings.axes
+            blocks = [block.name for block in architecture.blocks if block.removable and deep]
+            check_reachable_narrower(costs, blocks, budgets, constraints, channels=settings.round_to or 1)
+        else:
+            check_reachable(architecture, costs, budgets, constraints=constraints)
+
+
 def _reads_first(session: Session) -> None:
     """Make what the search reads, so that its plans are known to be of the present scores."""
     if not session.config.search.budgets:
         return
+    _check_measured(session)
     ensure_scores(session)
     if needs_width_scores(session.config):
         ensure_width_scores(session)
@@ -238,8 +267,11 @@ def plan_notes(session: Session, frame: pd.DataFrame) -> tuple[str, ...]:
     """What there is to say of the plans of ``frame``: by which scores widths were searched, and of those that were
     searched within a budget on latency, how they were timed.
     """
-    timed = frame["measured_change"].notna().any()
-    return width_notes(session.config) + (time_notes(session, costs_of(session), frame) if timed else ())
+    if frame["measured_change"].isna().all():
+        return width_notes(session.config)
+    table = searched(session.run)
+    found = frame[frame["plan_id"].isin(table.loc[table["origin"] == "search", "plan_id"])]
+    return width_notes(session.config) + time_notes(session, costs_of(session), found)
 
 
 def left_out(session: Session, plan: PruningPlan) -> str:

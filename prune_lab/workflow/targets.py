@@ -18,8 +18,10 @@ from prune_lab.models.parts import pipeline_class
 from prune_lab.plans import PruningPlan, chosen_units, read_plans
 from prune_lab.probes.latents import check_side_of
 from prune_lab.profiling import Service, cost_table, drawn_latent, read_service
+from prune_lab.profiling.runtime_process import check_runtime
 from prune_lab.profiling.service import pixels_per_latent
-from prune_lab.runtime import note
+from prune_lab.runtime import note, pick_device, pick_dtype
+from prune_lab.runtimes import RUNTIMES
 from prune_lab.search import (
     Constraints,
     check_budget_text,
@@ -128,17 +130,35 @@ def budgets_of(config: RunConfig, architecture: Architecture) -> tuple[str, ...]
     return tuple(dict.fromkeys(found))
 
 
+def service_asked(config: RunConfig, source: ModelSource) -> Service:
+    """Where and how the models of a run of ``source`` are to work: as its budgets on latency say, else as the run does.
+
+    Raises BudgetError, ConfigError or DeviceError when it cannot be read, or is not to be had here.
+    """
+    own = Service(
+        device=str(pick_device(config.device)),
+        dtype=str(pick_dtype(config.dtype)).removeprefix("torch."),
+        batch=config.profile.batch,
+        latent=drawn_latent(source, config.data.resolution),
+        tokens=source.architecture.tokens,
+    )
+    asked = service_named(config.search.budgets)
+    return read_service(asked, own, source) if asked else own
+
+
 def check_budgets(config: RunConfig) -> None:
     """Raise BudgetError when one of ``search.budgets`` cannot be read, or no native plan meets it; needs no weights.
 
-    Raises DeviceError or ConfigError for a service that is not to be had here.
+    Raises DeviceError, ConfigError or BackendError for a service that is not to be had here.
     """
     if not config.search.budgets:
         return
     check_axes(config)
     source = configured_model(config)
-    if service := service_named(config.search.budgets):
-        read_service(service, Service(), source)
+    if service_named(config.search.budgets):
+        service = service_asked(config, source)
+        if service.backend in RUNTIMES:
+            check_runtime(service, source.config)
     architecture = source.architecture
     latent = drawn_latent(source, config.data.resolution)
     costs, constraints = cost_table(architecture, latent=latent), constraints_of(config)

@@ -1,9 +1,9 @@
-"""Plans with widths within a budget on latency: found by what parts save, timed in turns with the teacher, corrected.
+"""Plans within a budget on latency: found by what parts save, timed in turns with the teacher, and corrected.
 
-What narrower blocks save adds up only roughly, so each plan that is found is built and timed. Where it is slower than
-asked, or faster by more than ``NEAR`` of the whole, the limit is moved in proportion to what was saved and the search
-is done again, a few times. Of the plans that were timed within the budget the one that loses least is kept; where there
-is none, the fastest, and a line says so.
+What blocks save adds up only nearly, and what narrower ones save only roughly, so each plan that is found is built and
+timed. Where it is slower than asked, or faster by more than ``NEAR`` of the whole, the limit is moved in proportion to
+what was saved and the search is done again, a few times. Of the plans that were timed within the budget the one that
+loses least is kept; where there is none, the fastest, and a line says so.
 """
 
 from __future__ import annotations
@@ -33,12 +33,29 @@ _LEAST = 0.01  # of the whole: the tightest limit that is tried
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """A plan, what it loses by the scores, and what it takes of the teacher's time, as a share: predicted, measured."""
+    """Plans of one search, what the first loses by the scores, and what the slowest of them takes of the teacher's
+    time, as a share: predicted, measured.
+    """
 
-    plan: PruningPlan
+    plans: tuple[PruningPlan, ...]
     loss: float
     predicted: float
     measured: float
+
+
+def _timed(
+    session: Session,
+    costs: CostTable,
+    plans: tuple[PruningPlan, ...],
+    loss_of: Callable[[PruningPlan], float],
+) -> Timed:
+    """``plans``, timed in turns with the teacher."""
+    whole, changing = costs.total.amount("latency_ms"), [plan for plan in plans if plan.changes]
+    turns = ensure_turns(session, changing)
+    measured, slowest = max(
+        ((1 + turns[plan.id].change.change, plan) for plan in changing), key=lambda one: one[0]
+    )
+    return Timed(plans, loss_of(plans[0]), costs.of(slowest).amount("latency_ms") / whole, measured)
 
 
 def _next_limit(tried: Timed, share: float, limit: float) -> float:
@@ -53,11 +70,13 @@ def within_time(
     session: Session,
     costs: CostTable,
     budgets: Sequence[Budget],
-    solve: Callable[[Sequence[Budget]], PruningPlan],
+    solve: Callable[[Sequence[Budget]], tuple[PruningPlan, ...]],
     loss_of: Callable[[PruningPlan], float],
-) -> PruningPlan:
-    """The plan that ``solve`` finds within ``budgets``, one of them at least on latency, such that it keeps to that as
-    it is timed; where none of ``TRIES`` plans does, the fastest of them, with a word.
+    *,
+    tries: int = TRIES,
+) -> tuple[PruningPlan, ...]:
+    """The plans that ``solve`` finds within ``budgets``, one of them at least on latency, such that all keep to that as
+    they are timed; where those of none of ``tries`` searches do, the fastest of them, with a word.
 
     Writes latency_rounds.csv. Raises BudgetError where nothing is predicted to be within the budgets.
     """
@@ -65,35 +84,35 @@ def within_time(
     assert whole is not None, "a budget on latency was read by a latency table"
     others = [budget for budget in budgets if budget.metric != "latency_ms"]
     timed = [budget for budget in budgets if budget.metric == "latency_ms"]
-    strictest = min(timed, key=lambda budget: budget.limit)
-    share = limit = strictest.limit / whole
+    asked = min(timed, key=lambda budget: budget.limit)
+    share = limit = asked.limit / whole
     tried: list[Timed] = []
     reached = limit  # the tightest limit so far that a plan was found for
     for _ in range(_SEARCHES):
+        at_most = asked if limit == share else Budget("latency_ms", limit * whole, asked.text)
         try:
-            plan = solve([*others, Budget("latency_ms", limit * whole, strictest.text)])
+            plans = solve([*others, at_most])
         except BudgetError:
             if not tried:
                 raise
             limit = (limit + reached) / 2  # nothing is so fast: as far as it gets
             continue
         reached = min(reached, limit)
-        if not plan.changes:
-            return plan
-        if plan.id in [one.plan.id for one in tried]:
+        if not any(plan.changes for plan in plans):
+            return plans
+        if plans in [one.plans for one in tried]:
             break
-        predicted = costs.of(plan).amount("latency_ms") / whole
-        measured = 1 + ensure_turns(session, [plan])[plan.id].change.change
-        tried.append(Timed(plan, loss_of(plan), predicted, measured))
-        if share - NEAR <= measured <= share or len(tried) == TRIES:
+        tried.append(_timed(session, costs, plans, loss_of))
+        if share - NEAR <= tried[-1].measured <= share or len(tried) == tries:
             break
         limit = max(_LEAST, min(1.0, _next_limit(tried[-1], share, limit)))
     within = [one for one in tried if one.measured <= share]
     kept = min(within, key=lambda one: one.loss) if within else min(tried, key=lambda one: one.measured)
     times = f"predicted {kept.predicted:.3f}x, measured {kept.measured:.3f}x of the teacher's time"
     word = "within it" if within else "SLOWER than asked, and the fastest"
-    note(f"{strictest.text}: {times} in turns, {word} of {len(tried)} timed")
-    return kept.plan
+    less = "" if within or tries > 1 else "; ask for less, or leave --solver out, which searches again"
+    note(f"{asked.text}: {times} in turns, {word} of {len(tried)} timed{less}")
+    return kept.plans
 
 
 # What is known of the time of plans --------------------------------------------------------------------------------
@@ -122,13 +141,13 @@ def _doubt(change: Change, share: float) -> str:
 
 
 def time_notes(session: Session, costs: CostTable, frame: pd.DataFrame) -> tuple[str, ...]:
-    """A line for each row of ``frame``, of plans, that was searched within a budget on latency and timed: what was
-    predicted, what was measured, and whether that is within the budget.
+    """A line for each row of ``frame``, of plans that were searched, that has a budget on latency and was timed: what
+    was predicted, what was measured, and whether that is within the budget.
     """
     changes, lines = timed_changes(session), []
     for row in frame.to_dict(orient="records"):
         change = changes.get(row["plan_id"])
-        if change is None or row["origin"] != "search":
+        if change is None:
             continue
         for text in split_budgets(row["budgets"]):
             if not text.strip().startswith("latency"):
