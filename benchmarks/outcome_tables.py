@@ -57,3 +57,9 @@ def merged(before: pd.DataFrame, more: pd.DataFrame, key: Sequence[str]) -> pd.D
         return before
     every = pd.concat(parts, ignore_index=True).drop_duplicates(list(key), keep="last")
     return every.sort_values(list(key), ignore_index=True)
+
+
+def made_on(outcomes: pd.DataFrame) -> str:
+    """On what, and how, the outcomes were made."""
+    devices, versions = (", ".join(sorted(set(outcomes[name].astype(str)))) for name in ("device", "torch"))
+    return f"{devices}, float32, TF32 off, torch {versions}; batches of 8, rate 2e-4"
