@@ -1,4 +1,4 @@
-"""Which feature loss should be the default: variants of it, with repair of the cuts and random conditioning, two models.
+"""Which feature loss should be the default: its variants, repair of the cuts and random conditioning, on two models.
 
     python -m benchmarks.losses --out reports/losses --jobs jobs.json --models reference
     python -m benchmarks.outcomes jobs.json --work DIR --out outcomes.jsonl --workers 1

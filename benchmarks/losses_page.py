@@ -49,7 +49,7 @@ def table_lines(table: pd.DataFrame, against: str) -> Iterator[str]:
         + " | ".join(f"{plan}: loss | less `{against}`'s | rank" for plan in plans)
         + " | seeds |"
     )
-    yield "| --- | " + "---: | " * (3 * len(plans) + 1)
+    yield "| --- |" + " ---: |" * (3 * len(plans) + 1)
     order = table.groupby("name", sort=False)["rank"].mean().sort_values(kind="stable").index
     for name in order:
         own = {row.plan: row for row in rows_of(table[table["name"] == name])}
@@ -72,7 +72,7 @@ def page(outcomes: pd.DataFrame, rows: pd.DataFrame) -> str:
         "",
         f"Made by `python -m benchmarks.losses` ({made_on(outcomes)}; {steps}). {TOLD}",
         "",
-        f"Losses are held-out, {rows['row'].nunique()} rows, the same for all; the mean over training seeds. {INTERVAL} "
+        f"Losses are held-out, {rows['row'].nunique()} rows, the same for all; means over training seeds. {INTERVAL} "
         "Bold: below beyond its interval. Ranks are by the difference.",
         "",
     ]

@@ -82,7 +82,7 @@ def verdict(table: pd.DataFrame, against: str, what: str) -> str:
     models = list(dict.fromkeys(table["model"]))
     cases = int((table["name"] == against).sum())
     if len(models) < 2:
-        return f"No {what} is decided on: only {models[0]} was measured so far."
+        return f"No {what} is decided on: only {models[0]} was compared so far."
     known = counts(table, against)
     if known.empty:
         return f"No {what} is decided on: only `{against}` was measured so far."

@@ -163,7 +163,7 @@ def test_the_page_says_that_none_wins_where_one_ties_on_one_model() -> None:
 def test_no_verdict_on_one_model_nor_on_what_was_not_measured_everywhere() -> None:
     outcomes, rows = _table({("reference", "normalised"): -0.02, ("transformer", "normalised"): -0.02})
     one = rows["model"] == "reference"
-    assert "only reference was measured so far" in losses_page.page(outcomes, rows[one])
+    assert "only reference was compared so far" in losses_page.page(outcomes, rows[one])
     left = rows[
         ~((rows["model"] == "transformer") & (rows["variant"] == "normalised") & (rows["plan"] == "bad"))
     ]
