@@ -94,8 +94,8 @@ def page(plans: pd.DataFrame, outcomes: pd.DataFrame, rows: pd.DataFrame) -> str
         verdict(table, DEFAULT, "solver") if len(table) else "Nothing can be compared so far.",
         "",
     ]
-    for forwards, some in table.groupby("forwards"):
-        lines += [f"- With {forwards:g} forward-equivalents: {verdict(some, DEFAULT, 'solver')}"]
+    for compute, some in table.groupby("forwards"):
+        lines += [f"- With {compute:g} forward-equivalents: {verdict(some, DEFAULT, 'solver')}"]
     if table["name"].nunique() > 1:
         lines += ["", *count_lines(table)]
     for (model, budget, forwards), some in table.groupby(CASE):
