@@ -20,8 +20,9 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.evidence_page import write_page
+from benchmarks.outcome_tables import append_tables, read_tables, tables_of
 from benchmarks.outcomes import Job, read_lines
-from prune_lab.runtime import write_frame, write_json
+from prune_lab.runtime import write_json
 
 STEPS = {"small": 2000, "base": 800, "tiny": 800}
 TOGETHER = 4  # plans of one job
@@ -49,41 +50,19 @@ def jobs_of(plans: pd.DataFrame, done: pd.DataFrame, seeds: Sequence[int], steps
     return found
 
 
-def read_outcomes(out: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(outcomes.csv, rows.parquet) of ``out``; empty ones where they are not there."""
-    table, rows = out / "outcomes.csv", out / "rows.parquet"
-    empty = pd.DataFrame(columns=[*UNIT, "step"])
-    return (
-        pd.read_csv(table, dtype={"plan_id": str}) if table.is_file() else empty,
-        pd.read_parquet(rows) if rows.is_file() else empty,
-    )
-
-
 def frames_of(lines: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(a row per plan, seed and look; a row per plan, seed, look that is compared and held-out row) of ``lines``."""
-    looks, rows = [], []
+    looks: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for line in lines:
         kind, *rest = line["study"].split()
         if kind != "evidence" or line["status"] == "failed":
             continue
         model, budget = rest
         unit = {"model": model, "budget": budget, "plan_id": line["plan_id"], "seed": line["seed"]}
-        said = {name: line[name] for name in ("plan", "teacher", "device", "torch")}
-        for text, losses in line["losses"].items():
-            step = int(text)
-            looks.append(unit | {"step": step, "loss": sum(losses) / len(losses)} | said)
-            if step in COMPARED:
-                rows += [unit | {"step": step, "row": row, "loss": loss} for row, loss in enumerate(losses)]
+        found, own = tables_of(line, unit, ("plan", "teacher", "device", "torch"), COMPARED)
+        looks, rows = looks + found, rows + own
     return pd.DataFrame(looks), pd.DataFrame(rows)
-
-
-def merged(before: pd.DataFrame, more: pd.DataFrame, key: Sequence[str]) -> pd.DataFrame:
-    """Both, in a fixed order; of rows with the same key the later one."""
-    parts = [one for one in (before, more) if len(one)]
-    if not parts:
-        return before
-    every = pd.concat(parts, ignore_index=True).drop_duplicates(list(key), keep="last")
-    return every.sort_values(list(key), ignore_index=True)
 
 
 def main() -> None:
@@ -98,8 +77,8 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--steps", type=int, default=0, help="default: 2,000 of small, 800 of the others")
     arguments = parser.parse_args()
-    outcomes, rows = read_outcomes(arguments.out)
     if arguments.jobs:
+        outcomes, _ = read_tables(arguments.out, UNIT)
         plans = pd.read_csv(arguments.out / "plans.csv", dtype={"plan_id": str})
         chosen = (plans["model"] == arguments.model) & (plans["budget"] == arguments.budget)
         same = (outcomes["model"] == arguments.model) & (outcomes["budget"] == arguments.budget)
@@ -109,12 +88,7 @@ def main() -> None:
         write_json(arguments.jobs, [dataclasses.asdict(job) for job in jobs])
         return
     if arguments.lines:
-        looks, own = frames_of(read_lines(arguments.lines))
-        outcomes, rows = merged(outcomes, looks, [*UNIT, "step"]), merged(rows, own, [*UNIT, "step", "row"])
-        write_frame(arguments.out / "outcomes.csv", outcomes)
-        rows.astype({"loss": "float32", "row": "int16", "step": "int16", "seed": "int16"}).to_parquet(
-            arguments.out / "rows.parquet", index=False
-        )
+        append_tables(arguments.out, UNIT, *frames_of(read_lines(arguments.lines)))
     write_page(arguments.out)
 
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.stats import kendalltau, spearmanr
 
+from benchmarks.outcome_tables import made_on
 from benchmarks.rows import rows_of
 from prune_lab.runtime import write_text
 
@@ -158,13 +159,11 @@ def write_page(out: Path) -> None:
     plans = pd.read_csv(out / "plans.csv", dtype={"plan_id": str})
     untrained = pd.read_csv(out / "untrained.csv")
     rows, looks = pd.read_parquet(out / "rows.parquet"), pd.read_csv(out / "outcomes.csv")
-    devices = ", ".join(sorted(set(looks["device"])))
-    versions = ", ".join(sorted(set(looks["torch"].astype(str))))
     lines = [
         "# Can forecasts of the order be trusted?",
         "",
         "Made by `python -m benchmarks.evidence_plans` (plans and forecasts) and `python -m benchmarks.evidence` "
-        f"(outcomes; {devices}, float32, TF32 off, torch {versions}; batches of 8, rate 2e-4). A loss is held-out, the "
+        f"(outcomes; {made_on(looks)}). A loss is held-out, the "
         "same rows for all plans and looks; regret is the loss at the end of a forecast's first plan, less that of the "
         "best. The U-Net's twelve plans at the budget of Small are in [the ranking study](../ranking/README.md).",
         "",

@@ -46,6 +46,7 @@ BASE = {
     "score.groups": ("block",),
     "search.budgets": (),
     "search.form": "own",  # any plan
+    "repair.kind": "none",  # as in all rows that are there; a study that repairs says so in its jobs
     "distill.batch": 8,
     "distill.pictures": 2048,
     "distill.learning_rate": 2e-4,

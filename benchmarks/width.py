@@ -109,6 +109,7 @@ def settings(model: str, seed: int, steps: int, batch: int, plans: Sequence[Path
             "search.budgets": (),
             "search.controls": tuple(map(str, plans)) or ("auto",),
             "search.form": "own",  # any plan
+            "repair.kind": "none",  # as in the rows that are there
             "distill.steps": steps,
             "distill.batch": batch,
             "distill.pictures": 2048,

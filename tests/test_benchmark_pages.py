@@ -8,7 +8,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from benchmarks import applications, applications_page, evidence_page, runtimes_page, width_page
+from benchmarks import (
+    applications,
+    applications_page,
+    evidence_page,
+    losses_page,
+    runtimes_page,
+    solver_outcomes_page,
+    width_page,
+)
 from benchmarks.width import OUTCOME_COLUMNS, PLAN_COLUMNS, Unit, is_done, units
 
 ROOT = Path(__file__).parent.parent
@@ -137,6 +145,17 @@ def test_the_page_on_evidence_is_what_its_tables_say(tmp_path: Path) -> None:
     for name in ("plans.csv", "untrained.csv", "outcomes.csv", "rows.parquet"):
         shutil.copyfile(folder / name, tmp_path / name)
     evidence_page.write_page(tmp_path)
+    assert (tmp_path / "README.md").read_text() == (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["losses", "solvers"])
+def test_pages_on_losses_and_solvers_are_what_their_tables_say(name: str, tmp_path: Path) -> None:
+    folder = ROOT / "reports" / name
+    if not (folder / "outcomes.csv").is_file():
+        pytest.skip("none of its jobs is done yet")
+    for path in (*folder.glob("*.csv"), folder / "rows.parquet"):
+        shutil.copyfile(path, tmp_path / path.name)
+    {"losses": losses_page, "solvers": solver_outcomes_page}[name].write_page(tmp_path)
     assert (tmp_path / "README.md").read_text() == (folder / "README.md").read_text()
 
 
