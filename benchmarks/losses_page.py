@@ -115,7 +115,9 @@ def draw(rows: pd.DataFrame) -> Figure:
 
 
 def write_page(out: Path) -> None:
-    """README.md and losses.png, from the tables in ``out``."""
+    """README.md and losses.png, from the tables in ``out``; nothing while there is no outcome."""
+    if not (out / "rows.parquet").is_file():
+        return
     outcomes, rows = pd.read_csv(out / "outcomes.csv"), pd.read_parquet(out / "rows.parquet")
     write_text(out / "README.md", page(outcomes, rows))
     draw(rows).savefig(out / "losses.png", dpi=100)

@@ -25,6 +25,8 @@ def read_tables(out: Path, unit: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFr
 
 def append_tables(out: Path, unit: Sequence[str], looks: pd.DataFrame, rows: pd.DataFrame) -> None:
     """Put ``looks`` and ``rows`` into the tables of ``out``; what is there of the same unit and look is replaced."""
+    if looks.empty:
+        return
     outcomes, before = read_tables(out, unit)
     write_frame(out / "outcomes.csv", merged(outcomes, looks, [*unit, "step"]))
     every = merged(before, rows, [*unit, "step", "row"])

@@ -139,7 +139,9 @@ def draw(plans: pd.DataFrame, rows: pd.DataFrame) -> Figure:
 
 
 def write_page(out: Path) -> None:
-    """README.md and solvers.png, from the tables in ``out``."""
+    """README.md and solvers.png, from the tables in ``out``; nothing while there is no outcome."""
+    if not (out / "rows.parquet").is_file():
+        return
     plans, outcomes = (
         pd.read_csv(out / name, dtype={"plan_id": str}) for name in ("plans.csv", "outcomes.csv")
     )

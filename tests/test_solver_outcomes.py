@@ -122,8 +122,9 @@ def test_the_page_says_who_wins_on_both_models(tmp_path: Path) -> None:
     assert "| greedy | 190 | 1 (2) | 0.3000 | 0.2000 | 0.4600 | **-0.0400 [-0.0648, -0.0152]** | 1 |" in text
     assert "| greedy | 2 | 0 | 0 | -0.0400 |" in text
     assert "**No solver ends below `added-up`" in page(PLANS, outcomes, rows)
+    solver_outcomes_page.write_page(tmp_path)  # no outcome, no page
     append_tables(tmp_path, UNIT, outcomes, rows)
-    add_plans(tmp_path, [])
+    assert not (tmp_path / "README.md").is_file()
     PLANS.to_csv(tmp_path / "plans.csv", index=False)
     solver_outcomes_page.write_page(tmp_path)
     assert (tmp_path / "solvers.png").is_file()
