@@ -55,9 +55,10 @@ class PersonalSettings:
     """Of the loss on the pictures of the class; 0: there are none."""
     class_count: int = 200
     """Pictures of the class that the model draws where none are given."""
-    class_steps: int = 25
-    guidance: float = 7.5
-    """Of the pictures of the class that the model draws."""
+    class_steps: int | None = None
+    """Denoising steps of each of these; None: as the model is meant to draw, 25 of most."""
+    guidance: float | None = None
+    """Of these; None: as the model is meant to draw, 7.5 of most."""
     seed: int = 0
     precision: str = "float32"
     """Number format of the forward passes, float32 or bfloat16; weights are trained in float32."""
@@ -86,10 +87,16 @@ class PersonalSettings:
             ("seed", 0),
         ):
             value = getattr(self, name)
-            check(type(value) is int and least <= value < 2**31, name, f"a whole number from {least} on")
+            unsaid = name == "class_steps" and value is None
+            check(
+                unsaid or (type(value) is int and least <= value < 2**31),
+                name,
+                f"a whole number from {least} on",
+            )
         for name in ("learning_rate", "prior_weight", "guidance"):
             value = getattr(self, name)
-            check(math.isfinite(value) and value >= 0, name, "a finite number, zero or more")
+            unsaid = name == "guidance" and value is None
+            check(unsaid or (math.isfinite(value) and value >= 0), name, "a finite number, zero or more")
         check(self.precision in ("float32", "bfloat16"), "precision", "float32 or bfloat16")
 
     @property

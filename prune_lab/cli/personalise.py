@@ -38,10 +38,16 @@ def personalise(
         int | None, typer.Option("--class-count", help="Pictures of the class that MODEL draws (200).")
     ] = None,
     class_steps: Annotated[
-        int | None, typer.Option("--class-steps", help="Denoising steps of each of these (25).")
+        int | None,
+        typer.Option(
+            "--class-steps", help="Denoising steps of each of these (25, or 4 of a model of few steps)."
+        ),
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option("--guidance", help="Classifier-free guidance scale of these (7.5).")
+        float | None,
+        typer.Option(
+            "--guidance", help="Classifier-free guidance scale of these (7.5, or 1 of a model of few steps)."
+        ),
     ] = None,
     prior_weight: Annotated[
         float | None,
