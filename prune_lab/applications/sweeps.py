@@ -22,7 +22,7 @@ from prune_lab.applications.image_to_image import (
     check_strength,
 )
 from prune_lab.applications.likeness import likeness
-from prune_lab.applications.pictures import read_own_mask, read_own_picture, save_picture
+from prune_lab.applications.pictures import check_own_picture, read_own_mask, read_own_picture, save_picture
 from prune_lab.config import check_numbers
 from prune_lab.errors import ConfigError, RunError, UnsupportedModelError
 from prune_lab.evaluation import check_steps, clip_scores
@@ -202,6 +202,9 @@ def sweep(
     }
     read |= {"the picture": (picture,), "the mask": (mask,) if mask else ()}
     out = check_folder(out, read, force=force)
+    check_own_picture(picture)
+    if mask is not None:
+        check_own_picture(mask, mask=True)
     drawings = _drawings(sources, settings)
     choice = choose_scorer(settings.scorer, sources[0])
     scorer = load_scorer(choice.text, device=device) if choice.text else None
