@@ -79,9 +79,10 @@ def personalise(
     pipeline, or with ``settings.lora`` a LoRA for it.
 
     Pictures of its class come from ``class_images``, or ``source`` draws them; those are kept in ``out``.class, so that
-    a call that was stopped has not to draw them again. ``frozen`` are paths of modules that are not trained, ``finish``
-    adds to the folder. Raises DataError for pictures that cannot be read, UnsupportedModelError or RunError for a model
-    that cannot learn, StorageError where ``out`` may not be written, ProofError where what was written differs.
+    a call that was stopped has not to draw them again; nor has it to train again, from the state beside ``out``, which
+    is removed in the end. ``frozen`` are paths of modules that are not trained, ``finish`` adds to the folder. Raises
+    DataError for pictures that cannot be read, UnsupportedModelError or RunError for a model that cannot learn,
+    StorageError where ``out`` may not be written, ProofError where what was written differs.
     """
     check_personal(source)
     if class_images is not None and not settings.prior_weight:
@@ -124,7 +125,12 @@ def personalise(
         )
     prior = None if others is None else _encoded(pipeline, others, settings.class_prompt)
     _put_aside(pipeline, model)
-    learnt = learn_subject(model, pipeline.scheduler, subject, prior, settings, frozen=frozen)
+    state = out.with_name(f"{out.name}.state.safetensors")
+    if force:
+        state.unlink(missing_ok=True)
+    learnt = learn_subject(
+        model, pipeline.scheduler, subject, prior, settings, frozen=frozen, state_file=state
+    )
     made = about(
         settings,
         learnt,
@@ -144,6 +150,7 @@ def personalise(
         save_lora(source, pipeline, model, out, made, force=force, finish=end)
     else:
         save_whole(source, model, out, made, force=force, finish=end)
+    state.unlink(missing_ok=True)
     count = 0 if others is None else len(others)
     return Personalised(out, settings, learnt, len(pictures), count, folder if count else None)
 

@@ -87,6 +87,7 @@ def personalise(
 
     The token stands for the subject in prompts from then on. Pictures of its class, which MODEL draws itself and which
     are kept beside OUT, keep it from forgetting what others look like. What is written is plain diffusers, and proved.
+    The same command again goes on where it was stopped.
     """
     from prune_lab.errors import ConfigError
 
