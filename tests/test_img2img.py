@@ -242,7 +242,9 @@ def test_models_side_by_side(
     invoke(*words)
     frame = pd.read_csv(out / "sweep.csv")
     assert tuple(frame.columns) == SWEEP_COLUMNS
-    assert list(frame["passes"]) == [1, 1, 3, 3] * 2
+    assert (
+        list(frame["passes"]) == [2, 2, 4, 4] * 2
+    )  # of PNDM, which takes its second step twice, 5 of 4 at strength 1
     assert all((out / name).is_file() for name in frame["file"])
     assert (out / "sweep.png").is_file()
     teacher, own = frame[: len(frame) // 2], frame[len(frame) // 2 :]
@@ -269,6 +271,28 @@ def test_a_mask_by_the_verb(tiny_pipeline_folder: Path, picture: Path, tmp_path:
     Image.new("L", (32, 32), 0).save(mask)
     with pytest.raises(DataError, match="nothing white"):
         read_own_mask(mask, 16)
+
+
+def test_bad_pictures_are_refused_before_a_model_is_loaded(
+    tiny_pipeline_folder: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("load_pipeline", "load_scorer"):
+        monkeypatch.setattr(f"prune_lab.applications.sweeps.{name}", lambda *_, **__: pytest.fail("loaded"))
+    broken, black = tmp_path / "broken.png", tmp_path / "black.png"
+    broken.write_bytes(picture.read_bytes()[:50])
+    Image.new("L", (32, 32), 0).save(black)
+
+    def said(picture: Path, *words: object) -> str:
+        args = ("img2img", tiny_pipeline_folder, "--picture", picture, "--prompt", "a cat", *words)
+        return " ".join(invoke(*args, "--out", tmp_path / "out", fails=True).split())
+
+    assert "found none that can be read" in said(broken)
+    assert "found none that can be read" in said(picture, "--mask", broken)
+    assert "no such file" in said(picture, "--mask", tmp_path / "none.png")
+    assert "nothing white in it" in said(picture, "--mask", black)
+    assert "takes none of them" in said(picture, "--steps", 2, "--strengths", "0.2")
+    assert "a number above 0" in said(picture, "--strengths", "0.5,2")
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_input_is_refused_in_one_line(tiny_pipeline_folder: Path, picture: Path, tmp_path: Path) -> None:

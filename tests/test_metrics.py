@@ -224,3 +224,32 @@ def test_too_little_is_refused_in_one_line() -> None:
         with pytest.raises(DataError) as found:
             call()
         assert "give" in str(found.value)
+
+
+# What is no number ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("metric", ["fid", "cmmd", "precision", "recall", "inception", "diversity"])
+def test_features_that_are_no_numbers_are_refused(metric: str, value: float) -> None:
+    one, other, groups = rows(30, 6, 1), rows(30, 6, 2), torch.arange(30) % 3
+    bad = one.clone()
+    bad[7, 2] = value
+    functions: dict[str, Any] = {
+        "fid": lambda given: (fid(given, other), fid_without(other, given, groups)),
+        "cmmd": lambda given: (cmmd(given, other), cmmd(other, given)),
+        "precision": lambda given: precision_without(given, other, groups),
+        "recall": lambda given: recall_without(other, given, groups),
+        "inception": lambda given: inception_score(given, 3),
+        "diversity": lambda given: mean_distances(given.reshape(30, 2, 3), cosine=True),
+    }
+    functions[metric](one)
+    with pytest.raises(DataError, match="not finite in 1 of them, first in row 7"):
+        functions[metric](bad)
+
+
+def test_features_of_other_widths_are_refused() -> None:
+    one, other, groups = rows(30, 6, 1), rows(30, 5, 2), torch.arange(30) % 3
+    for function in (fid_without, cmmd_without, precision_without, recall_without):
+        with pytest.raises(DataError, match="asked for"):
+            function(one, other, groups)

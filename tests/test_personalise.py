@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from prune_lab.applications.personal import _trained
 from prune_lab.applications.pictures import class_pictures, read_own_pictures
 from prune_lab.cli import app
 from prune_lab.distill import encode_data
-from prune_lab.errors import ConfigError, DataError
+from prune_lab.errors import ConfigError, DataError, RunError
 from prune_lab.export import student_in
 from prune_lab.families import model_of
 from prune_lab.models import load_pipeline, resolve_model
@@ -120,6 +121,53 @@ def test_a_loss_that_is_no_number_ends_it(tiny: Any, subject: Path) -> None:
         learn_subject(model_of(tiny), tiny.scheduler, encoded(tiny, subject, "a red cat"), None, how)
 
 
+class _Killed(BaseException):
+    """As a signal that ends the process."""
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_stopped_and_gone_on_it_is_bit_for_bit_as_if_never_stopped(
+    lora: int, tiny_pipeline_folder: Path, subject: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import prune_lab.applications.personal as personal
+
+    how = PersonalSettings(**FEW | {"steps": 5, "learning_rate": 1e-3, "lora": lora})
+    calls, real, file = [], personal._drawn, tmp_path / "mine.state.safetensors"
+    monkeypatch.setattr(personal, "_KEPT_EVERY", 2)
+
+    def learnt(state: Path | None, kill: int = 0, settings: PersonalSettings = how) -> tuple[Any, Any]:
+        pipeline: Any = load_pipeline(resolve_model(str(tiny_pipeline_folder)))
+        own, other = (encoded(pipeline, subject, text) for text in ("a red cat", "a cat"))
+
+        def drawn(*given: Any) -> Any:
+            calls.append(given[3])
+            if given[3] == kill:
+                raise _Killed
+            return real(*given)
+
+        calls.clear()
+        monkeypatch.setattr(personal, "_drawn", drawn)
+        model = model_of(pipeline)
+        found = learn_subject(model, pipeline.scheduler, own, other, settings, state_file=state)
+        return found, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    whole, wanted = learnt(None)
+    with pytest.raises(_Killed):
+        learnt(file, kill=4)
+    size = file.stat().st_size
+    trained = sum(tensor.numel() for name, tensor in wanted.items() if not lora or "lora_" in name)
+    assert 12 * trained <= size < 12 * trained + 2**19  # weights and two moments, of what is trained alone
+    with pytest.raises(RunError, match=r"learning_rate=0.001 instead of 0.002"):
+        learnt(file, settings=dataclasses.replace(how, learning_rate=2e-3))
+    with pytest.raises(RunError, match="asked for 2 steps of training, found 2 taken"):
+        learnt(file, settings=dataclasses.replace(how, steps=2))
+    found, tensors = learnt(file)
+    assert calls == [3, 4, 5]
+    assert tensors.keys() == wanted.keys()
+    assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
+    assert (found.subject_loss, found.class_loss) == (whole.subject_loss, whole.class_loss)
+
+
 # Pictures of the class ------------------------------------------------------------------------------------------------
 
 
@@ -164,6 +212,7 @@ def test_a_whole_model_is_a_pipeline_of_plain_diffusers(
     assert str(tmp_path) not in json.dumps(told)
     assert "'a red cat'" in (out / "README.md").read_text()
     assert len(list(tmp_path.glob("mine.class/*/seed-*.png"))) == 3
+    assert not list(tmp_path.glob("mine.state*"))
     assert "--force" in invoke(*words, fails=True)
 
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import prune_lab as pl
 from prune_lab.cli import app
-from prune_lab.errors import ConfigError, ModelFormatError, PruneLabError, StorageError
+from prune_lab.errors import ConfigError, DataError, ModelFormatError, PruneLabError, StorageError
 from prune_lab.metrics import fid, fid_without
 from prune_lab.prompts import Prompts
 from prune_lab.ranking.paired import paired_difference
@@ -542,3 +542,19 @@ def test_the_shipped_scorer_judges_no_others(ask: Any, tmp_path: Path) -> None:
     by = found.metrics.frame().set_index(["model", "metric"])
     assert by.loc[("other", "clip"), "verdict"] == "not measured"
     assert by.loc[("other", "diversity"), "features"] == "pixels"
+
+
+def test_an_embedding_that_is_no_number_names_its_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    import prune_lab.zero_shot.features as features
+
+    def embedded(_: Any, pictures: torch.Tensor, prompts: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        found = torch.ones(len(prompts), 4)
+        return found.masked_fill(
+            torch.tensor([[one == "a dog"] for one in prompts]), float("nan")
+        ), torch.ones(2, 4)
+
+    monkeypatch.setattr(features, "clip_embeddings", embedded)
+    pictures = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    batches = [(pictures, ["a", "b"]), (pictures, ["c", "a dog"])]
+    with pytest.raises(DataError, match=r"the picture of 'a dog' \(number 4 of the pictures of one\)"):
+        features.features_of(batches, features.Extractors(clip=("a model", None)), "pictures of one", 2)  # type: ignore[arg-type]

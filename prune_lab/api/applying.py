@@ -15,7 +15,7 @@ from prune_lab.export import student_in
 from prune_lab.export.card import is_on_hub
 from prune_lab.export.snippets import loaded_in_python, snippet_for
 from prune_lab.families import CLASS_NAME, is_own
-from prune_lab.models import ModelSource, resolve_model
+from prune_lab.models import ModelSource, resolve_model, usual_drawing
 from prune_lab.models.files import json_object
 from prune_lab.report import Column, draw_comparison
 from prune_lab.runtime import note, pick_device, pick_dtype, progress_shown, write_text
@@ -61,7 +61,9 @@ def _class_of(source: ModelSource) -> str:
 def _lines_of(source: ModelSource, settings: PersonalSettings) -> str:
     """Lines of Python that draw the subject, in the folder that was written."""
     size, trusted = source.config.get("sample_size"), is_own(source.config)
-    _, lines = snippet_for(_class_of(source), size=size, tokens=source.tokens, trusted=trusted)
+    _, lines = snippet_for(
+        _class_of(source), size=size, tokens=source.tokens, trusted=trusted, usual=usual_drawing(source)
+    )
     lines = lines.replace('"a red bird on a branch"', repr(settings.prompt))
     if not settings.lora:
         return lines

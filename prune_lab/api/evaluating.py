@@ -10,7 +10,7 @@ from pathlib import Path
 from prune_lab.api.model import Model
 from prune_lab.api.settings import settings_by_name, settings_of
 from prune_lab.cluster import Cluster
-from prune_lab.config import RunConfig, check_numbers, with_settings
+from prune_lab.config import EvaluateConfig, RunConfig, check_numbers, with_settings
 from prune_lab.errors import ConfigError
 from prune_lab.models import ModelSource, resolve_model, shipped_like
 from prune_lab.report import draw_comparison
@@ -21,6 +21,7 @@ from prune_lab.zero_shot import (
     Outcome,
     Task,
     check_gates,
+    drawn_by,
     evaluate_models,
     parse_gate,
     prompts_in,
@@ -134,8 +135,8 @@ def evaluate(
     or table of pictures, or ``shipped``, ``inception`` a TorchScript file, which is run, ``clip`` a folder or hub id,
     and a gate is written ``clip>=0.97x teacher`` or ``fid<=20``. Everything is kept in ``out``: the same call goes on
     where it was stopped, and ``force`` draws again. Steps and guidance are ``evaluate.steps`` and
-    ``evaluate.guidance`` in ``settings``; the ``preset`` ``coco30k`` sets them itself. Raises ConfigError for a gate
-    that cannot be read, before anything is drawn.
+    ``evaluate.guidance`` in ``settings``; the ``preset`` ``coco30k`` sets them itself, and a model that was distilled
+    for few steps draws in these. Raises ConfigError for a gate that cannot be read, before anything is drawn.
     """
     read = tuple(parse_gate(text, METRICS) for text in gates)
     sources = [one.source if isinstance(one, Model) else resolve_model(str(one)) for one in models]
@@ -150,15 +151,22 @@ def evaluate(
     found = settings_of(sources[0].text, None, None, (), {}, device=device, seed=seed)
     found = with_settings(found, own)
     where = pick_device(found.device)
-    how = found.evaluate
+    how, without = (
+        found.evaluate,
+        EvaluateConfig(),
+    )  # what was not asked for is not that of the teacher for all
+    asked = (
+        how.steps if "evaluate.steps" in own else None,
+        how.guidance if "evaluate.guidance" in own else None,
+    )
     if preset and {"evaluate.steps", "evaluate.guidance"} & own.keys():
         raise ConfigError(
             f"asked for the preset {preset} with other steps or guidance, which it sets; leave one out"
         )
     protocol = protocol_of(
         preset,
-        steps=how.steps,
-        guidance=how.guidance,
+        steps=without.steps if asked[0] is None else asked[0],
+        guidance=without.guidance if asked[1] is None else asked[1],
         resolution=resolution,
         dtype=found.dtype,
         on_gpu=where.type == "cuda",
@@ -172,6 +180,7 @@ def evaluate(
             named=str(prompts),
             out=Path(out),
             protocol=protocol,
+            protocols=tuple(drawn_by(protocol, base, *asked) for base in bases),
             images=images,
             seeds=seeds or (1 if preset else 2),
             seed=found.seed,

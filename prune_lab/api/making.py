@@ -17,7 +17,7 @@ from prune_lab.errors import BackendError, FormError, UnsupportedModelError
 from prune_lab.evaluation import generate, prompts_for
 from prune_lab.export import EXPORT_TARGETS, loaded_in_python
 from prune_lab.forms import in_form
-from prune_lab.models import ModelSource, load_model, load_pipeline, plain_source
+from prune_lab.models import ModelSource, drawing_asked, load_model, load_pipeline, plain_source
 from prune_lab.models.protection import check_apart
 from prune_lab.plans import PruningPlan, plan_file, read_plans
 from prune_lab.profiling import (
@@ -211,14 +211,15 @@ def drawn_table(
     seeds: tuple[int, ...],
     place: dict[str, Any],
     *,
-    steps: int,
-    guidance: float,
+    steps: int | None,
+    guidance: float | None,
     resolution: int | None = None,
 ) -> Pictures:
     """What the model draws: a row for each of ``prompts``, a column for each of ``seeds``."""
     prompts = prompts_for(source.config, prompts)
-    pipeline, how = load_pipeline(source, **place), {"steps": steps, "guidance": guidance}
-    pixels = generate(pipeline, prompts, seeds, **how, resolution=resolution)  # type: ignore[arg-type]
+    taken, scale = drawing_asked(source, steps, guidance)
+    pipeline = load_pipeline(source, **place)
+    pixels = generate(pipeline, prompts, seeds, steps=taken, guidance=scale, resolution=resolution)
     pictures = pixels.permute(0, 2, 3, 1).numpy()
     columns = tuple(
         Column("", f"seed {seed}" if len(seeds) > 1 else "picture", "", tuple(pictures[first :: len(seeds)]))

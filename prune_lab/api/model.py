@@ -34,7 +34,7 @@ from prune_lab.distill import Consistency
 from prune_lab.errors import RunError
 from prune_lab.export import loaded_in_python, write_card
 from prune_lab.forms import form_named, in_form, layout_of, within_form
-from prune_lab.models import check_same_class, load_model, resolve_model, shipped_like
+from prune_lab.models import check_draws_in, check_same_class, load_model, resolve_model, shipped_like
 from prune_lab.models.protection import check_apart, check_folder
 from prune_lab.plans import PruningPlan, is_native, plan_file
 from prune_lab.processes import init_processes, is_main
@@ -369,15 +369,15 @@ class Model(Inspected):
         *prompts: str,
         seed: int = 0,
         count: int = 1,
-        steps: int = 25,
-        guidance: float = 7.5,
+        steps: int | None = None,
+        guidance: float | None = None,
         resolution: int | None = None,
     ) -> Pictures:
         """``count`` pictures of each of ``prompts``, as a grid: a row per prompt, a column per seed from ``seed`` on.
 
-        ``guidance`` is the scale of classifier-free guidance, 1 for none, ``resolution`` in pixels of a side (None: the
-        model's own). Raises UnsupportedModelError for a model
-        alone, DataError without a prompt, ConfigError for a number out of range.
+        ``guidance`` is the scale of classifier-free guidance, 1 for none (None: 25 steps and 7.5, or 4 and 1 of a model
+        that was distilled for few steps), ``resolution`` in pixels of a side (None: the model's own). Raises
+        UnsupportedModelError for a model alone, DataError without a prompt, ConfigError for a number out of range.
         """
         check_numbers(seed=seed, count=count, steps=steps, guidance=guidance, resolution=resolution)
         with progress_shown():
@@ -428,6 +428,7 @@ class Model(Inspected):
         """
         with Model(settings)._opened("evaluate", {}) as session:
             check_same_class(self.source, session.source)
+            check_draws_in(self.source, session.source)
             # the device first: loading is what can fail
             model = (
                 session.model if self.source.is_pipeline else load_model(self.source, device=session.device)

@@ -19,7 +19,7 @@ from prune_lab.config import (
     with_settings,
 )
 from prune_lab.config.declaration import MOST
-from prune_lab.errors import ConfigError, RunError
+from prune_lab.errors import ConfigError, PruneLabError, RunError
 from prune_lab.processes import is_main
 from prune_lab.runs import open_run
 
@@ -81,6 +81,25 @@ def _without_model(what: str, folder: Path | None) -> str:
     return f"asked for the run {folder} without saying of which model, found {found}"
 
 
+def _how(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """How MODEL is to be found."""
+    return {name: asked.get(name) or "" for name in ("revision", "subfolder", "variant")}
+
+
+def _as_meant(asked: Mapping[str, Any]) -> dict[str, object]:
+    """Settings of drawing that suit the model which was ``asked`` for; none where those that are usual do."""
+    from prune_lab.models import resolve_model, usual_drawing
+
+    try:
+        usual = usual_drawing(resolve_model(asked["model"], **_how(asked)))
+    except PruneLabError:
+        return {}  # whoever reads the model says what is wrong with it
+    steps = {f"{table}.steps": usual.steps for table in ("evaluate", "data")}
+    return (
+        steps | {f"{table}.guidance": usual.guidance for table in ("evaluate", "data")} if usual.few else {}
+    )
+
+
 def settings_of(
     model: str,
     run: Path | None,
@@ -94,6 +113,7 @@ def settings_of(
 ) -> RunConfig:
     """The settings of ``config``, or else of the run folder, or else ``base`` (the defaults), with what was asked for.
 
+    A model that was distilled for few steps draws in these, where neither file nor folder says otherwise.
     ``assignments`` are the texts of ``--set``, ``options`` values by the names of settings; None and () were not given.
     Raises ConfigError for a setting that is given twice, RunError when nothing says which model.
     """
@@ -106,6 +126,7 @@ def settings_of(
         settings = load_config(config)
     elif "model" in asked:
         settings = base or RunConfig()
+        asked = _as_meant(asked) | asked
     else:
         found = _without_model("step", run)
         raise RunError(f"{found}; give MODEL, --config FILE.toml or --run DIR")
@@ -157,11 +178,6 @@ def run_opened(
 
 
 # The whole job ----------------------------------------------------------------------------------------------------
-
-
-def _how(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """How MODEL is to be found."""
-    return {name: asked.get(name) or "" for name in ("revision", "subfolder", "variant")}
 
 
 def _check_recipe(name: str, model: str, asked: Mapping[str, Any]) -> None:

@@ -25,13 +25,18 @@ from prune_lab.probes import cut_texts, encode_pixels, note_cut, picture_side, p
 from prune_lab.runtime import seeded
 
 
-def check_strength(strength: float, steps: int) -> int:
-    """How many of ``steps`` are taken at ``strength``. Raises ConfigError where that is none, or it is out of range."""
+def check_share(strength: float) -> None:
+    """Raise ConfigError for a ``strength`` that is no share of the steps."""
     if not (math.isfinite(strength) and 0 < strength <= 1):
         raise ConfigError(
             f"asked for the strength {strength!r:.60}; give a number above 0, which changes nothing, up to 1, which "
             "keeps nothing"
         )
+
+
+def check_strength(strength: float, steps: int) -> int:
+    """How many of ``steps`` are taken at ``strength``. Raises ConfigError where that is none, or it is out of range."""
+    check_share(strength)
     taken = min(int(steps * strength), steps)
     if not taken:
         raise ConfigError(

@@ -13,6 +13,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,17 +21,20 @@ from torch import Tensor, nn
 
 from prune_lab.config import DistillConfig
 from prune_lab.distill.batches import Batch, draw_batch
+from prune_lab.distill.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from prune_lab.distill.data import LatentData
 from prune_lab.distill.losses import task_errors
-from prune_lab.errors import ConfigError, DataError, DeviceError, UnsupportedModelError
+from prune_lab.errors import ConfigError, DataError, DeviceError, RunError, UnsupportedModelError
 from prune_lab.families import known_conditions
 from prune_lab.live_bytes import LiveBytes
-from prune_lab.runtime import device_of, pick_dtype, synchronize, track
+from prune_lab.probes import schedule_of
+from prune_lab.runtime import device_of, note, pick_dtype, synchronize, tensors_digest, track
 
 ADAPTER = "subject"  # the name of a LoRA while it is trained
 WHOLE_RATE, LORA_RATE = 1e-6, 1e-4  # BK-SDM's learning rates for Stable Diffusion
 _TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention, as in the scripts of diffusers
 _MOST_RANK = 1024
+_KEPT_EVERY = 100  # steps after which the state is written, and at most lost
 _BETAS, _DECAY, _CLIP = (0.9, 0.999), 1e-2, 1.0
 
 
@@ -55,9 +59,10 @@ class PersonalSettings:
     """Of the loss on the pictures of the class; 0: there are none."""
     class_count: int = 200
     """Pictures of the class that the model draws where none are given."""
-    class_steps: int = 25
-    guidance: float = 7.5
-    """Of the pictures of the class that the model draws."""
+    class_steps: int | None = None
+    """Denoising steps of each of these; None: as the model is meant to draw, 25 of most."""
+    guidance: float | None = None
+    """Of these; None: as the model is meant to draw, 7.5 of most."""
     seed: int = 0
     precision: str = "float32"
     """Number format of the forward passes, float32 or bfloat16; weights are trained in float32."""
@@ -86,10 +91,16 @@ class PersonalSettings:
             ("seed", 0),
         ):
             value = getattr(self, name)
-            check(type(value) is int and least <= value < 2**31, name, f"a whole number from {least} on")
+            unsaid = name == "class_steps" and value is None
+            check(
+                unsaid or (type(value) is int and least <= value < 2**31),
+                name,
+                f"a whole number from {least} on",
+            )
         for name in ("learning_rate", "prior_weight", "guidance"):
             value = getattr(self, name)
-            check(math.isfinite(value) and value >= 0, name, "a finite number, zero or more")
+            unsaid = name == "guidance" and value is None
+            check(unsaid or (math.isfinite(value) and value >= 0), name, "a finite number, zero or more")
         check(self.precision in ("float32", "bfloat16"), "precision", "float32 or bfloat16")
 
     @property
@@ -212,6 +223,34 @@ def _ends(values: Sequence[float]) -> tuple[float, float]:
     return sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
 
 
+def _fingerprint(
+    model: Any, data: Sequence[LatentData], scheduler: Any, settings: PersonalSettings, frozen: Sequence[str]
+) -> dict[str, Any]:
+    """What a training must have in common with the one that it goes on from; taken before the first step."""
+    decide = ("lora", "batch", "prior_weight", "seed", "precision", "gradient_checkpointing")
+    return {
+        **{name: getattr(settings, name) for name in decide},
+        "learning_rate": settings.rate,
+        "frozen": list(frozen),
+        "model": tensors_digest(dict(model.named_parameters())),
+        "data": [tensors_digest(one.tensors()) for one in data],
+        "prediction": schedule_of(scheduler.config).kind,
+    }
+
+
+def _go_on(path: Path, state: TrainingState, fingerprint: dict[str, Any], steps: int) -> None:
+    """Set ``state`` to that in ``path``, where there is one. Raises RunError for that of another training."""
+    if not path.is_file():
+        return
+    load_checkpoint(path, state, fingerprint)
+    if state.step >= steps:
+        raise RunError(
+            f"asked for {steps} steps of training, found {state.step} taken in {path.name}; ask for more, or --force "
+            "to start again"
+        )
+    note(f"going on from step {state.step} in {path.name}")
+
+
 def learn_subject(
     model: Any,
     scheduler: Any,
@@ -220,12 +259,16 @@ def learn_subject(
     settings: PersonalSettings,
     *,
     frozen: Sequence[str] = (),
+    state_file: Path | None = None,
 ) -> Learnt:
     """Train ``model``, where it lies, on the ``subject`` and on ``others`` of its class; it is left in eval mode.
 
     With ``settings.lora`` the model then has an adapter called ``subject``, else other weights. ``frozen`` are paths of
-    modules that stay as they are. Batches depend on seed and step alone. Raises DataError when the loss is not finite,
-    DeviceError for a model in another format than float32, UnsupportedModelError where a LoRA has no place.
+    modules that stay as they are. Batches depend on seed and step alone, so a training that was stopped goes on from
+    ``state_file``, written every hundred steps, on a CPU bit for bit as if never stopped; it is there until the caller
+    has kept what was learnt, and removes it. Raises RunError for a state of another training, DataError when the
+    loss is not finite, DeviceError for a model in another format than float32, UnsupportedModelError where a LoRA has
+    no place.
     """
     if next(model.parameters()).dtype != torch.float32:
         raise DeviceError(
@@ -233,6 +276,7 @@ def learn_subject(
             "the model in float32, and ask for bfloat16 passes with --precision"
         )
     data = [subject] if others is None or not settings.prior_weight else [subject, others]
+    fingerprint = _fingerprint(model, data, scheduler, settings, frozen) if state_file is not None else {}
     parameters = _trained(model, settings, frozen)
     optimiser = torch.optim.AdamW(parameters, lr=settings.rate, betas=_BETAS, weight_decay=_DECAY)
     device, precision = device_of(model), pick_dtype(settings.precision)
@@ -242,15 +286,18 @@ def learn_subject(
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     peaks: list[int] = []
-    losses: list[tuple[float, float]] = []
-    aside, aside_seconds = min(2, settings.steps - 1), 0.0
+    state = TrainingState(model, optimiser, None, step=0, seconds=0.0, history=[])
+    if state_file is not None:
+        _go_on(state_file, state, fingerprint, settings.steps)
+    losses, begun, before = state.history, state.step, state.seconds
+    aside, aside_seconds = min(2, settings.steps - begun - 1), 0.0
     model.train()
     try:
         start = time.perf_counter()
-        for step in track(range(1, settings.steps + 1), "learning the subject", unit="steps"):
+        for step in track(range(begun + 1, settings.steps + 1), "learning the subject", unit="steps"):
             batch = _drawn(data, scheduler, settings, step, model)
             # the second step is the first in which the optimiser's state is there
-            watched = not cuda and step == min(2, settings.steps)
+            watched = not cuda and step == min(begun + 2, settings.steps)
             with _watched(model, optimiser, peaks) if watched else contextlib.nullcontext():
                 errors = task_errors(model, batch, precision=precision)
                 own, prior = errors[: settings.batch].mean(), errors[settings.batch :]
@@ -265,7 +312,10 @@ def learn_subject(
                 )
             optimiser.step()
             losses.append((own.item(), prior.mean().item() if len(prior) else math.nan))
-            if step == aside:
+            state.step, state.seconds = step, before + time.perf_counter() - start
+            if state_file is not None and step % _KEPT_EVERY == 0 and step < settings.steps:
+                save_checkpoint(state_file, state, fingerprint)
+            if step == begun + aside:
                 synchronize(device)
                 aside_seconds = time.perf_counter() - start
         synchronize(device)
@@ -277,8 +327,8 @@ def learn_subject(
     return Learnt(
         _ends([own for own, _ in losses]),
         _ends([prior for _, prior in losses]) if len(data) > 1 else None,
-        seconds,
-        (settings.steps - aside) / (seconds - aside_seconds),
+        before + seconds,
+        (settings.steps - begun - aside) / (seconds - aside_seconds),
         sum(parameter.numel() for parameter in parameters),
         int(torch.cuda.max_memory_allocated(device)) if cuda else max(peaks),
         "held by torch on CUDA" if cuda else "live tensors of model, optimiser and one step",

@@ -18,7 +18,7 @@ from prune_lab.distill.encoding import encode_data
 from prune_lab.errors import ConfigError, DataError, RunError, UnsupportedModelError
 from prune_lab.evaluation import drawing_of
 from prune_lab.families import embedding_width, model_of
-from prune_lab.models import ModelSource, load_pipeline, model_digest
+from prune_lab.models import ModelSource, drawing_asked, load_pipeline, model_digest
 from prune_lab.models.protection import check_folder
 from prune_lab.probes import encode_captions, note_cut, picture_side
 from prune_lab.runtime import note, tensors_digest
@@ -79,9 +79,10 @@ def personalise(
     pipeline, or with ``settings.lora`` a LoRA for it.
 
     Pictures of its class come from ``class_images``, or ``source`` draws them; those are kept in ``out``.class, so that
-    a call that was stopped has not to draw them again. ``frozen`` are paths of modules that are not trained, ``finish``
-    adds to the folder. Raises DataError for pictures that cannot be read, UnsupportedModelError or RunError for a model
-    that cannot learn, StorageError where ``out`` may not be written, ProofError where what was written differs.
+    a call that was stopped has not to draw them again; nor has it to train again, from the state beside ``out``, which
+    is removed in the end. ``frozen`` are paths of modules that are not trained, ``finish`` adds to the folder. Raises
+    DataError for pictures that cannot be read, UnsupportedModelError or RunError for a model that cannot learn,
+    StorageError where ``out`` may not be written, ProofError where what was written differs.
     """
     check_personal(source)
     if class_images is not None and not settings.prior_weight:
@@ -90,6 +91,7 @@ def personalise(
             "nothing; leave one of the two away"
         )
     out = check_folder(out, {"the model": source.places, "the pictures": (images,)}, force=force)
+    class_steps, guidance = drawing_asked(source, settings.class_steps, settings.guidance)
     pipeline = load_pipeline(source, device=device)
     drawing_of(pipeline)  # says what is in the way
     model, side = model_of(pipeline), picture_side(pipeline)
@@ -110,8 +112,8 @@ def personalise(
             settings.class_count,
             out.with_name(f"{out.name}.class"),
             seed=settings.seed,
-            steps=settings.class_steps,
-            guidance=settings.guidance,
+            steps=class_steps,
+            guidance=guidance,
             batch=_BATCH,
         )
         note(f"{len(others)} pictures of the class, drawn by the model: {folder}")
@@ -123,7 +125,12 @@ def personalise(
         )
     prior = None if others is None else _encoded(pipeline, others, settings.class_prompt)
     _put_aside(pipeline, model)
-    learnt = learn_subject(model, pipeline.scheduler, subject, prior, settings, frozen=frozen)
+    state = out.with_name(f"{out.name}.state.safetensors")
+    if force:
+        state.unlink(missing_ok=True)
+    learnt = learn_subject(
+        model, pipeline.scheduler, subject, prior, settings, frozen=frozen, state_file=state
+    )
     made = about(
         settings,
         learnt,
@@ -143,6 +150,7 @@ def personalise(
         save_lora(source, pipeline, model, out, made, force=force, finish=end)
     else:
         save_whole(source, model, out, made, force=force, finish=end)
+    state.unlink(missing_ok=True)
     count = 0 if others is None else len(others)
     return Personalised(out, settings, learnt, len(pictures), count, folder if count else None)
 

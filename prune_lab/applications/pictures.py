@@ -34,14 +34,33 @@ def _decoded(path: Path) -> Image.Image:
         ) from None
 
 
+def _file_of_picture(path: Path) -> Path:
+    if not path.is_file():
+        raise DataError(f"asked for the picture {path}, found no such file; give one of a picture")
+    return path
+
+
+def _refuse_black(path: Path) -> DataError:
+    return DataError(
+        f"asked to draw anew what is white in {path}, found nothing white in it; give a mask with a white part"
+    )
+
+
+def check_own_picture(path: Path, *, mask: bool = False) -> None:
+    """Raise DataError for a picture that cannot be read, and for a ``mask`` without anything white, before any model is
+    loaded that knows its size.
+    """
+    found = _decoded(_file_of_picture(path))
+    if mask and not (np.asarray(found, dtype=np.float32).mean(axis=-1) > 127).any():
+        raise _refuse_black(path)
+
+
 def read_own_picture(path: Path, side: int) -> Tensor:
     """The picture in ``path``, (3, side, side) uint8: its short side scaled, and a square cut from the middle.
 
     Raises DataError where there is none that can be read.
     """
-    if not path.is_file():
-        raise DataError(f"asked for the picture {path}, found no such file; give one of a picture")
-    return crop_variants(_decoded(path), side, DataConfig(), 0, (0,))[0]
+    return crop_variants(_decoded(_file_of_picture(path)), side, DataConfig(), 0, (0,))[0]
 
 
 def read_own_mask(path: Path, side: int) -> Tensor:
@@ -52,9 +71,7 @@ def read_own_mask(path: Path, side: int) -> Tensor:
     grey = read_own_picture(path, side).float().mean(dim=0)
     found: Tensor = grey > 127
     if not found.any():
-        raise DataError(
-            f"asked to draw anew what is white in {path}, found nothing white in it; give a mask with a white part"
-        )
+        raise _refuse_black(path)
     return found
 
 

@@ -15,14 +15,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from prune_lab.applications.image_to_image import change_picture, changing_pipeline, check_strength
+from prune_lab.applications.image_to_image import (
+    change_picture,
+    changing_pipeline,
+    check_share,
+    check_strength,
+)
 from prune_lab.applications.likeness import likeness
-from prune_lab.applications.pictures import read_own_mask, read_own_picture, save_picture
+from prune_lab.applications.pictures import check_own_picture, read_own_mask, read_own_picture, save_picture
 from prune_lab.config import check_numbers
 from prune_lab.errors import ConfigError, RunError, UnsupportedModelError
 from prune_lab.evaluation import check_steps, clip_scores
 from prune_lab.families import embedding_width, model_of
-from prune_lab.models import ModelSource, choose_scorer, load_pipeline, load_scorer
+from prune_lab.models import ModelSource, choose_scorer, drawing_asked, load_pipeline, load_scorer
 from prune_lab.models.protection import check_folder
 from prune_lab.probes import picture_side
 from prune_lab.runtime import note, output_folder, track, write_frame
@@ -38,8 +43,8 @@ class SweepSettings:
     prompt: str
     strengths: tuple[float, ...] = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9)
     seeds: tuple[int, ...] = (0,)
-    steps: int = 25
-    guidance: float = 7.5
+    steps: int | None = None  # None: as each model is meant to draw
+    guidance: float | None = None
     scorer: str = ""  # a CLIP folder or hub id; empty: that of the models, where there is one
 
     def __post_init__(self) -> None:
@@ -53,7 +58,7 @@ class SweepSettings:
                 "asked to change a picture with no strength; give one or more, such as 0.3,0.5,0.7"
             )
         for strength in self.strengths:
-            check_strength(strength, self.steps)
+            check_share(strength)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -149,6 +154,16 @@ def _models_rows(
     return rows
 
 
+def _drawings(sources: Sequence[ModelSource], settings: SweepSettings) -> dict[str, tuple[int, float]]:
+    """(steps, guidance) of each model by its name. Raises ConfigError where a strength takes none of the steps."""
+    found = {}
+    for source in sources:
+        found[source.text] = drawing_asked(source, settings.steps, settings.guidance, changing=True)
+        for strength in settings.strengths:
+            check_strength(strength, found[source.text][0])
+    return found
+
+
 def sweep(
     sources: Sequence[ModelSource],
     picture: Path,
@@ -187,6 +202,10 @@ def sweep(
     }
     read |= {"the picture": (picture,), "the mask": (mask,) if mask else ()}
     out = check_folder(out, read, force=force)
+    check_own_picture(picture)
+    if mask is not None:
+        check_own_picture(mask, mask=True)
+    drawings = _drawings(sources, settings)
     choice = choose_scorer(settings.scorer, sources[0])
     scorer = load_scorer(choice.text, device=device) if choice.text else None
     note(f"scorer: {choice.name} ({choice.reason})")
@@ -198,9 +217,10 @@ def sweep(
     given_mask: Tensor | None = None
     with output_folder(out, force=force) as temporary:
         for source, name, file in zip(sources, names, files, strict=True):
+            steps, guidance = drawings[name]
             pipeline = load_pipeline(source, device=device, dtype=dtype)
             changing_pipeline(pipeline, mask=mask is not None)
-            check_steps(pipeline, settings.steps)
+            check_steps(pipeline, steps)
             side = picture_side(pipeline)
             own = read_own_picture(picture, side)
             own_mask = None if mask is None else read_own_mask(mask, side)
@@ -215,8 +235,8 @@ def sweep(
                             settings.prompt,
                             settings.seeds,
                             strength=strength,
-                            steps=settings.steps,
-                            guidance=settings.guidance,
+                            steps=steps,
+                            guidance=guidance,
                             mask=own_mask,
                         )
                     )

@@ -26,8 +26,8 @@ def generate(
     ] = [],  # noqa: B006 - typer makes a new list for every call
     seed: Annotated[int, typer.Option("--seed", help="Seed of the first picture of each prompt.")] = 0,
     count: Annotated[int, typer.Option("--count", help="Pictures per prompt, seeds seed, seed+1, ...")] = 1,
-    steps: Annotated[int, typer.Option("--steps", help="Denoising steps.")] = 25,
-    guidance: Annotated[float, typer.Option("--guidance", help="Classifier-free guidance scale.")] = 7.5,
+    steps: options.DrawingStepsOption = None,
+    guidance: options.GuidanceOption = None,
     resolution: options.ResolutionOption = None,
     revision: options.RevisionOption = "",
     subfolder: options.SubfolderOption = "",
@@ -40,7 +40,7 @@ def generate(
     from prune_lab.config import check_numbers
     from prune_lab.evaluation import generate as draw
     from prune_lab.evaluation import prompts_for, save_grid
-    from prune_lab.models import load_pipeline
+    from prune_lab.models import drawing_asked, load_pipeline
     from prune_lab.models.protection import check_apart, check_file
     from prune_lab.runtime import pick_device, pick_dtype, progress_shown
 
@@ -56,7 +56,8 @@ def generate(
     )
     seeds = tuple(range(seed, seed + count))
     with progress_shown():
-        pictures = draw(pipeline, prompts, seeds, steps=steps, guidance=guidance, resolution=resolution)
+        taken, scale = drawing_asked(source, steps, guidance)
+        pictures = draw(pipeline, prompts, seeds, steps=taken, guidance=scale, resolution=resolution)
     save_grid(out, pictures, columns=count)
     drawn = f"{len(pictures)} {'picture' if len(pictures) == 1 else 'pictures'}"
     typer.echo(f"wrote {out}: {drawn} of {pictures.shape[-1]} x {pictures.shape[-2]} pixels", err=True)

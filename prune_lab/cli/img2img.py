@@ -40,8 +40,14 @@ def img2img(
     ] = "0.2,0.35,0.5,0.65,0.8,0.9",
     seed: Annotated[int, typer.Option("--seed", help="Seed of the noise; the same for all models.")] = 0,
     count: Annotated[int, typer.Option("--count", help="Pictures per strength, seeds seed, seed+1, ...")] = 1,
-    steps: Annotated[int, typer.Option("--steps", help="Denoising steps at strength 1.")] = 25,
-    guidance: Annotated[float, typer.Option("--guidance", help="Classifier-free guidance scale.")] = 7.5,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            "--steps",
+            help="Denoising steps at strength 1; default: 25, or 8 of a model that was distilled for few.",
+        ),
+    ] = None,
+    guidance: options.GuidanceOption = None,
     scorer: Annotated[
         str, typer.Option("--scorer", help="CLIP folder or hub id that judges; default: that of MODEL.")
     ] = "",

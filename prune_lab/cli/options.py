@@ -45,6 +45,17 @@ PlanOption = Annotated[
 ResolutionOption = Annotated[
     int | None, typer.Option("--resolution", help="Pixels of the picture's sides; default: the model's own.")
 ]
+DrawingStepsOption = Annotated[
+    int | None,
+    typer.Option("--steps", help="Denoising steps; default: 25, or 4 of a model that was distilled for few."),
+]
+GuidanceOption = Annotated[
+    float | None,
+    typer.Option(
+        "--guidance",
+        help="Classifier-free guidance scale; default: 7.5, or 1 of a model that was distilled for few steps.",
+    ),
+]
 TokensOption = Annotated[
     int | None,
     typer.Option("--tokens", help="Words of text; default: what the text encoder takes, or the model's own."),

@@ -38,10 +38,16 @@ def personalise(
         int | None, typer.Option("--class-count", help="Pictures of the class that MODEL draws (200).")
     ] = None,
     class_steps: Annotated[
-        int | None, typer.Option("--class-steps", help="Denoising steps of each of these (25).")
+        int | None,
+        typer.Option(
+            "--class-steps", help="Denoising steps of each of these (25, or 4 of a model of few steps)."
+        ),
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option("--guidance", help="Classifier-free guidance scale of these (7.5).")
+        float | None,
+        typer.Option(
+            "--guidance", help="Classifier-free guidance scale of these (7.5, or 1 of a model of few steps)."
+        ),
     ] = None,
     prior_weight: Annotated[
         float | None,
@@ -81,6 +87,7 @@ def personalise(
 
     The token stands for the subject in prompts from then on. Pictures of its class, which MODEL draws itself and which
     are kept beside OUT, keep it from forgetting what others look like. What is written is plain diffusers, and proved.
+    The same command again goes on where it was stopped.
     """
     from prune_lab.errors import ConfigError
 

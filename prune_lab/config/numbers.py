@@ -23,7 +23,7 @@ NUMBERS: Mapping[str, tuple[int, int]] = {
 """Least and most of each whole number."""
 
 
-def check_numbers(*, guidance: float = 1.0, **asked: int | None) -> None:
+def check_numbers(*, guidance: float | None = None, **asked: int | None) -> None:
     """Raise ConfigError for a number that is none, or out of the range of its name; None was not given.
 
     ``asked`` are whole numbers by their names in ``NUMBERS``, ``guidance`` is a scale.
@@ -35,6 +35,8 @@ def check_numbers(*, guidance: float = 1.0, **asked: int | None) -> None:
             raise ConfigError(
                 f"asked for {name} = {value!r:.60}; it must be a whole number from {least} to {most:,}"
             )
+    if guidance is None:
+        return
     usable = type(guidance) in (int, float) and math.isfinite(guidance) and 0 <= guidance <= MOST_NUMBER
     if not usable:
         raise ConfigError(

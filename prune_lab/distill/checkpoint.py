@@ -27,21 +27,27 @@ class TrainingState:
 
     student: nn.Module
     optimizer: torch.optim.AdamW
-    ema: Any  # diffusers.training_utils.EMAModel
+    ema: Any  # diffusers.training_utils.EMAModel; None: no average is kept
     step: int  # finished steps
     seconds: float  # wall-clock time spent so far, over all resumed parts
     history: list[tuple[float, ...]]  # one row per finished step; nan: not measured
     # (rows,) float32 by step, of the averaged weights
     heldout: dict[int, Tensor] = field(default_factory=dict)
 
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All of the student by name; of one without an average those alone that are trained, such as a LoRA's."""
+        named = self.student.named_parameters()
+        return {name: one for name, one in named if self.ema is not None or one.requires_grad}
+
     def tensors(self) -> dict[str, Tensor]:
         """Weights, averaged weights and AdamW moments by name; the live tensors, not copies."""
         named: dict[str, Tensor] = {}
-        for (name, parameter), average in zip(
-            self.student.named_parameters(), self.ema.shadow_params, strict=True
-        ):
+        parameters = self.parameters()
+        if self.ema is not None:
+            averages = zip(parameters, self.ema.shadow_params, strict=True)
+            named |= {f"ema.{name}": average for name, average in averages}
+        for name, parameter in parameters.items():
             named[f"student.{name}"] = parameter.detach()
-            named[f"ema.{name}"] = average
             for moment in _MOMENTS:
                 if moment in self.optimizer.state[parameter]:
                     named[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
@@ -62,7 +68,7 @@ def check_fingerprint(found: Mapping[str, Any], asked: Mapping[str, Any], path: 
             f"{name}={found.get(name)!r} instead of {asked.get(name)!r}" for name in changed
         )
         raise RunError(
-            f"asked to go on with the distillation in {path.parent}, found {path.name} made with {differences}; "
+            f"asked to go on with the training in {path.parent}, found {path.name} made with {differences}; "
             "use the same settings, or --force to start again"
         )
 
@@ -86,7 +92,7 @@ def load_checkpoint(path: Path, state: TrainingState, fingerprint: Mapping[str, 
 
     Raises RunError when the checkpoint belongs to other settings, data or weights, DataError when it is damaged.
     """
-    remedy = "remove it to start this distillation again"
+    remedy = "remove it to start this training again"
     asked = "go on from"
     metadata, saved = read_tensors(path, _FORMAT, asked, remedy)
     check_fingerprint(
@@ -96,11 +102,14 @@ def load_checkpoint(path: Path, state: TrainingState, fingerprint: Mapping[str, 
     state.step, state.seconds = progress.step, progress.seconds
     state.history[:] = [tuple(row) for row in saved["history"].tolist()]
     state.heldout = {int(step): losses for step, losses in with_prefix("heldout.", saved).items()}
-    state.ema.optimization_step = state.step
-    for name, parameter in state.student.named_parameters():
+    if state.ema is not None:
+        state.ema.optimization_step = state.step
+    (group,) = state.optimizer.param_groups
+    for name, parameter in state.parameters().items():
         if f"{_MOMENTS[0]}.{name}" in saved:
             moments = {moment: torch.zeros_like(parameter) for moment in _MOMENTS}
-            steps = torch.tensor(float(state.step), device=parameter.device)
+            place = parameter.device if group.get("fused") else "cpu"  # where AdamW itself keeps it
+            steps = torch.tensor(float(state.step), device=place)
             state.optimizer.state[parameter] = {"step": steps, **moments}
     with torch.no_grad():
         for name, tensor in state.tensors().items():

@@ -25,7 +25,11 @@ from prune_lab.families import (
     text_form,
 )
 from prune_lab.families.adapter_names import has_additions
+<<<<<<< HEAD
 from prune_lab.models import ModelSource
+=======
+from prune_lab.models import ModelSource, usual_drawing, weight_files
+>>>>>>> apps
 from prune_lab.models.files import json_object
 from prune_lab.models.hub import HUB_ID
 from prune_lab.plans import PruningPlan
@@ -235,6 +239,7 @@ def card_text(
         size=student.architecture.config.get("sample_size"),
         tokens=source.tokens,
         trusted=is_own(config),
+        usual=usual_drawing(source),
     )
     plan, blocks = student.plan, len(student.architecture.blocks)
     what = {

@@ -9,7 +9,7 @@ from pathlib import Path
 from prune_lab.export.students import model_folder_in
 from prune_lab.families import CLASS_NAME, is_own
 from prune_lab.families.drawing import needed_by
-from prune_lab.models import weight_files
+from prune_lab.models import UsualDrawing, weight_files
 from prune_lab.models.files import json_object
 from prune_lab.models.parts import component_of, pipeline_class
 
@@ -117,17 +117,27 @@ def _lines(class_name: str) -> tuple[str, str]:
 
 
 def snippet_for(
-    class_name: str, variant: str = "", *, size: object = None, tokens: int = 0, trusted: bool = False
+    class_name: str,
+    variant: str = "",
+    *,
+    size: object = None,
+    tokens: int = 0,
+    trusted: bool = False,
+    usual: UsualDrawing | None = None,
 ) -> tuple[str, str]:
     """(the task as the hub calls it, lines of Python) for a pipeline of that class, or for a model alone.
 
     ``variant`` is the one that is in the names of its files, ``size`` the side of the latent and ``tokens`` the length
-    of the text that its model is meant for; ``trusted`` runs the code that the folder brings along.
+    of the text that its model is meant for; ``trusted`` runs the code that the folder brings along,
+    ``usual`` is how its model is meant to draw.
     """
     task, lines = _lines(class_name)
     needed = needed_by(pipeline_class(class_name), size, tokens)
     told = "".join(f", {name}={value}" for name, value in needed.items())
     lines = lines.replace("num_inference_steps=25", f"num_inference_steps=25{told}")
+    if usual is not None and usual.few:
+        few = f"num_inference_steps={usual.steps}, guidance_scale={usual.guidance}"
+        lines = lines.replace("num_inference_steps=25", few)
     more = [f'variant="{variant}"'] * bool(variant) + ["trust_remote_code=True"] * trusted
     return task, lines.replace('(".")', "({})".format(", ".join(['"."', *more])))
 

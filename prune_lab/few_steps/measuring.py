@@ -16,6 +16,7 @@ from prune_lab.evaluation import asked_side, draw_once, drawing_of, generate
 from prune_lab.families import model_of
 from prune_lab.few_steps.frontier import OWN
 from prune_lab.few_steps.schedulers import fitting_scheduler
+from prune_lab.models import usual_drawing
 from prune_lab.models.schedulers import steps_complaint
 from prune_lab.models.silence import quiet
 from prune_lab.profiling import Turns, time_in_turns
@@ -50,7 +51,8 @@ class Drawn:
 
 def guidance_of(pipeline: Any, guidance: float) -> float:
     """The guidance to ask ``pipeline`` for: 1 of one that was distilled for few steps, whose guidance is baked in."""
-    return 1.0 if type(pipeline.scheduler).__name__ == "LCMScheduler" else guidance
+    usual = usual_drawing(pipeline)
+    return usual.guidance if usual.baked else guidance
 
 
 def _fitting(model: str, pipeline: Any, schedulers: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

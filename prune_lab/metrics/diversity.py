@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from prune_lab.errors import DataError
+from prune_lab.metrics.rows import check_finite
 
 
 def mean_distances(features: Tensor, *, cosine: bool) -> Tensor:
@@ -19,6 +20,7 @@ def mean_distances(features: Tensor, *, cosine: bool) -> Tensor:
             f"asked how features of shape {tuple(features.shape)} differ; give (prompts, pictures, D), two pictures "
             "at least"
         )
+    check_finite(features, "diversity")
     one, other = torch.triu_indices(features.shape[1], features.shape[1], offset=1).unbind()
     rows = features.double()
     left, right = rows[:, one], rows[:, other]

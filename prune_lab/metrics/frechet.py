@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prune_lab.errors import DataError
+from prune_lab.metrics.rows import check_finite
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,6 +37,7 @@ def gaussian_of(features: Tensor) -> Gaussian:
         raise DataError(
             f"asked to fit a Gaussian to features of shape {tuple(features.shape)}; give (N, D), N at least 2"
         )
+    check_finite(features, "a Gaussian")
     rows = features.double()
     mean = rows.mean(dim=0)
     centred = (rows - mean) / (len(rows) - 1) ** 0.5

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from prune_lab.errors import DataError
+from prune_lab.metrics.rows import check_finite
 
 
 def inception_score(logits: Tensor, splits: int = 10) -> float:
@@ -19,6 +20,7 @@ def inception_score(logits: Tensor, splits: int = 10) -> float:
             f"asked for the inception score of logits of shape {tuple(logits.shape)} in {splits} parts; give (N, "
             "classes), one row at least for each part"
         )
+    check_finite(logits, "the inception score")
     scores = []
     for part in logits.double().log_softmax(dim=1).tensor_split(splits):
         probabilities = part.exp()

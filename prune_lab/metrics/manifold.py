@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from prune_lab.errors import DataError
+from prune_lab.metrics.rows import check_finite
 
 NEIGHBOURS = 3
 _ROWS = 2048  # whose distances are in memory at a time
@@ -27,11 +28,17 @@ def _distances(part: Tensor, every: Tensor) -> Tensor:
 
 
 def _check(features: Tensor, real: Tensor, neighbours: int) -> None:
-    if min(len(features), len(real)) <= neighbours or features.shape[1:] != real.shape[1:]:
+    if (
+        min(len(features), len(real)) <= neighbours
+        or features.ndim != 2
+        or features.shape[1:] != real.shape[1:]
+    ):
         raise DataError(
             f"asked for precision and recall of features of shapes {tuple(features.shape)} and {tuple(real.shape)} by "
             f"{neighbours} neighbours; give (N, D) and (M, D), {neighbours + 1} rows at least"
         )
+    for rows in (features, real):
+        check_finite(rows, "precision and recall")
 
 
 def _radii(features: Tensor, neighbours: int, stays: Tensor) -> Tensor:

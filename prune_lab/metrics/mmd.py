@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from prune_lab.errors import DataError
+from prune_lab.metrics.rows import check_finite
 
 SIGMA = 10.0  # of the Gaussian kernel
 SCALE = 1000.0  # what the squared discrepancy is multiplied by, to be read more easily
@@ -56,11 +57,13 @@ def cmmd_without(
 
     ``paired``: the same rows are left out of ``real``, too.
     """
-    if min(len(features), len(real)) < 2 or features.shape[1:] != real.shape[1:]:
+    if min(len(features), len(real)) < 2 or features.ndim != 2 or features.shape[1:] != real.shape[1:]:
         raise DataError(
             f"asked for the discrepancy of features of shapes {tuple(features.shape)} and {tuple(real.shape)}; give "
             "(N, D) and (M, D), two rows at least"
         )
+    for rows in (features, real):
+        check_finite(rows, "the discrepancy")
     one, other, whole = features.double(), real.double(), torch.zeros(len(real), dtype=torch.long).to(groups)
     of_other = groups if paired else whole
     within = _kernel_sums(one, one, groups, groups)

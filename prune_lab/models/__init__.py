@@ -21,15 +21,19 @@ from prune_lab.models.sources import (
     recorded_model,
     resolve_model,
 )
+from prune_lab.models.usual_drawing import UsualDrawing, check_draws_in, drawing_asked, usual_drawing
 
 __all__ = [
     "PRESETS",
     "ModelSource",
     "ScorerChoice",
     "ScorerInputs",
+    "UsualDrawing",
+    "check_draws_in",
     "check_same_class",
     "choose_scorer",
     "configured_model",
+    "drawing_asked",
     "load_model",
     "load_pipeline",
     "load_scorer",
@@ -40,5 +44,6 @@ __all__ = [
     "recorded_model",
     "resolve_model",
     "shipped_like",
+    "usual_drawing",
     "weight_files",
 ]

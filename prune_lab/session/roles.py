@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from prune_lab.distill import LatentCache
 from prune_lab.families.drawing import takes_guidance_scale
-from prune_lab.models import of_shipped_family
+from prune_lab.models import of_shipped_family, usual_drawing
 from prune_lab.probes import picture_side
 from prune_lab.processes import is_main
 from prune_lab.runs import read_typed
@@ -125,6 +126,17 @@ def data_roles(session: Session) -> DataRoles:
     return roles
 
 
+def _contradictions(session: Session) -> Iterator[str]:
+    """Lines on settings with which a model that was distilled for few steps draws wrong pictures."""
+    usual, config = usual_drawing(session.source), session.config
+    drawn = [(config.evaluate.steps, config.evaluate.guidance)]
+    if session.data_origin == "drawn":
+        drawn.append((config.data.steps, config.data.guidance))
+    for steps, guidance in drawn if session.source.is_pipeline else []:
+        if line := usual.complaint(session.source.name, steps, guidance):
+            yield line
+
+
 def tell_roles(session: Session, told: set[str] | None = None) -> None:
     """Show the four lines before the work starts, once in a session; not those that are in ``told`` already, to which
     they are added. Raises DataError, as ``data_roles`` does.
@@ -133,7 +145,9 @@ def tell_roles(session: Session, told: set[str] | None = None) -> None:
         return
     session.told = True
     told = set() if told is None else told
-    for line in dict.fromkeys(role.line for role in data_roles(session).roles):
+    for line in dict.fromkeys(
+        (*(role.line for role in data_roles(session).roles), *_contradictions(session))
+    ):
         if line not in told:
             note(line)
             told.add(line)

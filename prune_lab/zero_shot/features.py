@@ -218,14 +218,28 @@ def drawn_batches_of(folder: Path, rows: Sequence[Row], batch: int) -> Iterator[
         yield torch.stack(pictures), [row.prompt for row in part]
 
 
+def _check_embeddings(images: Tensor, texts: Tensor, prompts: Sequence[str], what: str, count: int) -> None:
+    """Raise DataError, which names the first picture or prompt, for embeddings that are not finite."""
+    for row in range(len(images)):
+        of = f"the picture of {prompts[row]!r:.60}" if prompts[row] else "the picture"
+        for embedding, named in ((images, of), (texts, f"the prompt {prompts[row]!r:.60}")):
+            if not embedding[row].isfinite().all():
+                raise DataError(
+                    f"asked the CLIP model for {named} (number {count + row + 1} of the {what}), found an embedding "
+                    "that is not finite; give another with --clip, or draw that picture again"
+                )
+
+
 def features_of(
     batches: Iterable[tuple[Tensor, list[str]]], extractors: Extractors, what: str, total: int
 ) -> Features:
     """The features of all pictures in ``batches``, which come with their prompts."""
     found: dict[str, list[Tensor]] = {}
+    count = 0  # of pictures that are done
     for pictures, prompts in track(batches, f"judging {what}", total):
         if extractors.clip is not None:
             images, texts = clip_embeddings(extractors.clip, pictures, prompts)
+            _check_embeddings(images, texts, prompts, what, count)
             found.setdefault("clip", []).append(images)
             found.setdefault("texts", []).append(texts)
         else:
@@ -236,6 +250,7 @@ def features_of(
             found.setdefault("inception", []).append(features)
             if logits is not None:
                 found.setdefault("logits", []).append(logits)
+        count += len(pictures)
     return Features(**{name: torch.cat(parts) for name, parts in found.items()})
 
 

@@ -14,7 +14,7 @@ import torch
 
 from prune_lab.cluster import Cluster
 from prune_lab.errors import ConfigError, DataError, StorageError
-from prune_lab.models import ModelSource, check_same_class, choose_scorer, load_scorer
+from prune_lab.models import ModelSource, check_draws_in, check_same_class, choose_scorer, load_scorer
 from prune_lab.models.protection import check_apart
 from prune_lab.prompts import Prompts
 from prune_lab.report.picture_grids import Column
@@ -61,6 +61,7 @@ class Task:
     named: str  # what the prompts were called
     out: Path
     protocol: Protocol
+    protocols: tuple[Protocol, ...] = ()  # of each model, where some draw in fewer steps; empty: that of all
     images: int | None = None  # prompts that are drawn; None: all
     seeds: int = 1  # pictures of each prompt
     seed: int = 0
@@ -73,6 +74,11 @@ class Task:
     processes: int = 1
     cluster: Cluster | None = None
     force: bool = False
+
+    @property
+    def each(self) -> tuple[Protocol, ...]:
+        """The protocol of each model."""
+        return self.protocols or (self.protocol,) * len(self.models)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,12 +163,12 @@ def _draw_all(
             base,
             out / title,
             rows,
-            task.protocol,
+            protocol,
             device,
             task.batch,
             max(1, torch.get_num_threads() // task.processes),
         )
-        for source, base, title in zip(task.models, task.bases, titles, strict=True)
+        for source, base, title, protocol in zip(task.models, task.bases, titles, task.each, strict=True)
     ]
     identities = [prepare(job, force=task.force) for job in jobs]  # refused before anything is drawn
     for job in jobs:
@@ -241,6 +247,10 @@ def _pictures(
     return columns, tuple(row.prompt for row in chosen)
 
 
+def _drawn(protocol: Protocol) -> dict[str, Any]:
+    return {"steps": protocol.steps, "guidance": protocol.guidance}
+
+
 def evaluate_models(task: Task) -> Outcome:
     """Compare the models of ``task``; what is drawn already is not drawn again. Writes everything to its folder."""
     if len(task.models) != len({(one.text, one.variant, one.subfolder) for one in task.models}):
@@ -249,6 +259,7 @@ def evaluate_models(task: Task) -> Outcome:
         )
     for source, base in zip(task.models, task.bases, strict=True):
         check_same_class(source, base)
+        check_draws_in(source, base)
     out, titles = _check_out(task), _titles(task.models)
     rows = rows_of(task.prompts, task.images, seeds=task.seeds, seed=task.seed, suffix=task.protocol.suffix)
     device = pick_device(task.device)
@@ -265,8 +276,8 @@ def evaluate_models(task: Task) -> Outcome:
         write_json(out / ABOUT, about)
         identities = _draw_all(task, out, titles, rows, str(device))
         about["models"] = [
-            {"name": title, **{key: one[key] for key in ("model", "pipeline")}}
-            for title, one in zip(titles, identities, strict=True)
+            {"name": title, **{key: one[key] for key in ("model", "pipeline")}, **_drawn(protocol)}
+            for title, one, protocol in zip(titles, identities, task.each, strict=True)
         ]
         return _judged(task, out, titles, rows, extractors, about)
 

@@ -104,6 +104,14 @@ def _gates(frame: pd.DataFrame, note: str) -> list[str]:
     ]
 
 
+def _steps(models: Sequence[Mapping[str, Any]]) -> str:
+    """In how many steps and with what guidance the models drew; of each where they differ."""
+    texts = [f"{one['steps']} steps, guidance {one['guidance']:g}" for one in models]
+    if len(set(texts)) == 1:
+        return texts[0]
+    return "; ".join(f"{one['name']}: {text}" for one, text in zip(models, texts, strict=True))
+
+
 def _conditions(about: Mapping[str, Any]) -> list[str]:
     drawn, how = about["prompts"], about["protocol"]
     height, width = about["side"]
@@ -123,7 +131,7 @@ def _conditions(about: Mapping[str, Any]) -> list[str]:
         f"- Models, the teacher first: {named}.",
         f"- {drawn['drawn']:,} of {drawn['of']:,} prompts of {drawn['file']} ({drawn['digest']}), {drawn['seeds']} "
         f"pictures of each. A generator for each picture, seeded from {drawn['seed']}, the prompt and its number.",
-        f"- {how['steps']} steps, guidance {how['guidance']:g}, {how['dtype']}, the model's own scheduler, "
+        f"- {_steps(about['models'])}, {how['dtype']}, the model's own scheduler, "
         f"size {size}, judged at {width} x {height} as {how['format'].upper()}, batch {how['batch']}"
         f"{', preset ' + how['preset'] if how['preset'] else ''}.",
         f"- Real pictures: {named_real}.",

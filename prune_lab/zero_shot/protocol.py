@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ import torch
 from prune_lab.assets import load_pictures
 from prune_lab.config import SHIPPED
 from prune_lab.errors import ConfigError
+from prune_lab.models import ModelSource, drawing_asked, usual_drawing
 from prune_lab.prompts import Prompts, read_prompts
-from prune_lab.runtime import seeded
+from prune_lab.runtime import note, seeded
 
 NOT_COMPARABLE = "not comparable with published figures: seeding"
 
@@ -71,6 +72,23 @@ def protocol_of(
     return Protocol(
         resolution=resolution, dtype="float16" if on_gpu else dtype, preset=preset, **PRESETS[preset]
     )
+
+
+def drawn_by(
+    protocol: Protocol, source: ModelSource, steps: int | None = None, guidance: float | None = None
+) -> Protocol:
+    """How the pipeline ``source`` draws by ``protocol``: one that was distilled for few steps draws in these, where
+    nobody asked for ``steps`` or ``guidance``; a line says so.
+    """
+    if not usual_drawing(source).few:
+        return protocol
+    taken, scale = drawing_asked(source, steps, guidance)
+    if steps is None or guidance is None:
+        note(
+            f"{source.name} draws in {taken} steps with a guidance of {scale:g}, as it was distilled to; others in "
+            f"{protocol.steps} with {protocol.guidance:g}"
+        )
+    return replace(protocol, steps=taken, guidance=scale)
 
 
 # Rows ------------------------------------------------------------------------------------------------------------
