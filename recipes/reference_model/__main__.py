@@ -1,4 +1,4 @@
-"""Rebuild or measure the reference model: ``python -m recipes.reference_model train|evaluate``."""
+"""Rebuild or measure the reference model: ``python -m recipes.reference_model train|evaluate|demo-prompts``."""
 
 from __future__ import annotations
 
@@ -52,6 +52,25 @@ def evaluate(out: ReportOption, assets: AssetsOption = None) -> None:
     with progress_shown():
         evaluate_reference(out, assets=assets, curves=None if assets is None else assets / "curves")
     typer.echo(out / "README.md")
+
+
+@app.command()
+def demo_prompts(
+    out: Annotated[
+        Path, typer.Option("--out", help="Where the scores of all held-out captions are written, a CSV.")
+    ],
+    steps: Annotated[int, typer.Option("--steps", help="Denoising steps of a picture; the demo's.")] = 20,
+) -> None:
+    """Score what the model draws for every held-out caption, and say which the demo shows."""
+    from prune_lab.runtime import progress_shown
+
+    with importing():
+        from recipes.reference_model.demo_prompts import drawn_well, score_captions
+
+    with progress_shown():
+        scores = score_captions(out, steps=steps)
+    for caption in drawn_well(scores):
+        typer.echo(caption)
 
 
 if __name__ == "__main__":
