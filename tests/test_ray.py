@@ -265,7 +265,9 @@ def test_scores_and_pictures_equal_the_local_ones(cluster: Any, alone: Run, tmp_
             assert torch.equal(pixels, draw_set(session, job.candidate, job.state))
     stores = [store.name for store in (tmp_path / "storage").iterdir()]
     assert stores
-    assert not any(ArtifactStore("", name, ()).scratch.exists() for name in stores)  # others may be at work beside it
+    assert not any(
+        ArtifactStore("", name, ()).scratch.exists() for name in stores
+    )  # others may be at work beside it
 
 
 def test_what_goes_wrong_on_a_worker_is_said_in_one_line(cluster: Any, copied: Run, tmp_path: Path) -> None:

@@ -25,11 +25,7 @@ from prune_lab.families import (
     text_form,
 )
 from prune_lab.families.adapter_names import has_additions
-<<<<<<< HEAD
-from prune_lab.models import ModelSource
-=======
-from prune_lab.models import ModelSource, usual_drawing, weight_files
->>>>>>> apps
+from prune_lab.models import ModelSource, usual_drawing
 from prune_lab.models.files import json_object
 from prune_lab.models.hub import HUB_ID
 from prune_lab.plans import PruningPlan
