@@ -361,7 +361,7 @@ def searched(folder: Path, run: Path, latency: str) -> dict[str, Any]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("backend", ["", "@compiled", "@onnx", "@openvino"])
+@pytest.mark.parametrize("backend", ["", "@openvino"])
 def test_widths_are_searched_within_a_time_from_the_command_line(
     tiny_pipeline_folder: Path, tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
