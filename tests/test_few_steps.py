@@ -141,7 +141,7 @@ def test_reuse_does_not_go_from_one_picture_to_the_next(pipeline: Any) -> None:
 
 def test_guidance_is_that_of_the_pipeline(pipeline: Any) -> None:
     assert guidance_of(pipeline, 5.0) == 5.0
-    few = type("Few", (), {"scheduler": LCMScheduler()})()
+    few = type(pipeline).from_pipe(pipeline, scheduler=LCMScheduler(steps_offset=1))
     assert guidance_of(few, 5.0) == 1.0
 
 

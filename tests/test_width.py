@@ -724,7 +724,7 @@ def test_a_pipeline_with_widths_is_written_proved_and_refused_by_others(
         app, ["prune", str(tiny_pipeline_folder), "--plan", text, "--out", str(out), "--json"]
     )
     assert found.exit_code == 0, found.output
-    row = json.loads(found.output)[0]
+    row = json.loads(found.stdout)[0]  # a line of Python goes to stderr
     assert row["form"] == "own"
     source = resolve_model(str(tiny_pipeline_folder))
     teacher: Any = load_model(source)
