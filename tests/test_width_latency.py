@@ -361,6 +361,7 @@ def searched(folder: Path, run: Path, latency: str) -> dict[str, Any]:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)  # a runtime writes and times several models
 @pytest.mark.parametrize("backend", ["", "@openvino"])
 def test_widths_are_searched_within_a_time_from_the_command_line(
     tiny_pipeline_folder: Path, tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
