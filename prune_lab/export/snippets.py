@@ -116,6 +116,12 @@ def _lines(class_name: str) -> tuple[str, str]:
     return _TEXT_TO_IMAGE, _PARTS.replace("COMPONENT", component)
 
 
+def _loading(place: str, variant: str, trusted: bool) -> str:
+    """What stands between the brackets of ``from_pretrained`` for a folder or a name of the hub."""
+    more = [f'variant="{variant}"'] * bool(variant) + ["trust_remote_code=True"] * trusted
+    return ", ".join([json.dumps(place, ensure_ascii=False), *more])
+
+
 def snippet_for(
     class_name: str,
     variant: str = "",
@@ -138,8 +144,7 @@ def snippet_for(
     if usual is not None and usual.few:
         few = f"num_inference_steps={usual.steps}, guidance_scale={usual.guidance}"
         lines = lines.replace("num_inference_steps=25", few)
-    more = [f'variant="{variant}"'] * bool(variant) + ["trust_remote_code=True"] * trusted
-    return task, lines.replace('(".")', "({})".format(", ".join(['"."', *more])))
+    return task, lines.replace('(".")', f"({_loading('.', variant, trusted)})")
 
 
 def variant_of(model_folder: Path) -> str:
@@ -157,9 +162,7 @@ def loaded_in_python(folder: Path, lora: Path | None = None, name: str = "") -> 
     config = json_object(inner / "config.json")
     whole = index.is_file()
     loader, kept = ("DiffusionPipeline", "pipeline") if whole else ("AutoModel", "model")
-    variant = variant_of(inner)
-    more = [f'variant="{variant}"'] * bool(variant) + ["trust_remote_code=True"] * is_own(config)
-    given = ", ".join([json.dumps(name or str(folder), ensure_ascii=False), *more])
+    given = _loading(name or str(folder), variant_of(inner), is_own(config))
     line = f"from diffusers import {loader}; {kept} = {loader}.from_pretrained({given})"
     if lora is not None:
         line += f"; pipeline.load_lora_weights({json.dumps(str(lora), ensure_ascii=False)})"
