@@ -46,7 +46,7 @@ def test_texts_are_understood_or_refused(stage: Stage, drawn: int, tmp_path: Pat
     for number, (name, parser) in enumerate(sorted(parsers(stage).items())):
         place = tmp_path / str(number)
         place.mkdir()
-        faults = fuzzed(parser, stage, drawn + number, place, examples=8)
+        faults = fuzzed(parser, stage, drawn + number, place, examples=4)
         found += [(name, fault) for fault in faults]
     assert found == [], f"drawn from {drawn}"
 
@@ -66,15 +66,15 @@ def broken(rows: list[dict[str, object]]) -> list[object]:
 
 @pytest.mark.long
 def test_hostile_models_and_data(drawn: int, tmp_path: Path) -> None:
-    rows = campaign(tmp_path, drawn, "--kinds", "model", "data", "--n", "12")
-    assert len(rows) == 12
+    rows = campaign(tmp_path, drawn, "--kinds", "model", "data", "--n", "8")
+    assert len(rows) == 8
     assert broken(rows) == [], f"drawn from {drawn}"
 
 
 @pytest.mark.long
 def test_kills_damages_and_full_disks(drawn: int, tmp_path: Path) -> None:
-    rows = campaign(tmp_path, drawn, "--kinds", "kill", "corrupt", "disk", "--n", "24")
-    assert len(rows) == 24
+    rows = campaign(tmp_path, drawn, "--kinds", "kill", "corrupt", "disk", "--n", "9")
+    assert len(rows) == 9
     assert broken(rows) == [], f"drawn from {drawn}"
 
 

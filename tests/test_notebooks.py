@@ -16,7 +16,6 @@ from prune_lab.runs import Run
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-DEMO = 'RUN = "../runs/demo"'  # of the notebook that opens a run; the tests have a smaller one
 
 
 def code_of(path: Path) -> list[nbformat.NotebookNode]:
@@ -49,6 +48,19 @@ def test_outputs_say_nothing_of_the_machine(path: Path) -> None:
     assert not re.search(r"site-packages|/home/|/root/|[.]venv", path.read_text(encoding="utf-8"))
 
 
+def smaller(notebook: str, request: pytest.FixtureRequest) -> dict[str, object]:
+    """Parameters that make seconds of minutes. ``make notebooks`` runs all of them as they are committed."""
+    if notebook == "04_explore_a_run":
+        run: Run = request.getfixturevalue("finished")
+        return {"RUN": str(run.folder)}
+    if notebook == "05_width_and_runtimes":
+        folder: Path = request.getfixturevalue("tiny_pipeline_folder")
+        return {"MODEL": str(folder), "ROUNDS": 4}
+    if notebook == "06_evaluate_and_use":
+        return {"DISTILLED": 4, "PROMPTS": 4, "LEARNT": 40, "STEPS": 5}
+    return {}
+
+
 @pytest.mark.long
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -58,12 +70,13 @@ def test_runs_and_its_assertions_hold(
     monkeypatch.setenv("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     notebook = nbformat.read(path, as_version=4)
-    if path.stem == "04_explore_a_run":
-        parameters = code_of(path)[0].source
-        assert parameters.count(DEMO) == 1
-        run: Run = request.getfixturevalue("finished")
-        cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-        cells[0].source = parameters.replace(DEMO, f'RUN = "{run.folder}"')
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for name, value in smaller(path.stem, request).items():
+        found, changed = re.subn(
+            rf"^{name} = [^#\n]+", f"{name} = {value!r}  ", cells[0].source, flags=re.MULTILINE
+        )
+        assert changed == 1
+        cells[0].source = found
     with warnings.catch_warnings():
         # The kernel's own plumbing (sockets, event loops) is not what is tested here.
         warnings.simplefilter("ignore")

@@ -144,29 +144,10 @@ def check(run: Run, tournament: Tournament, alone: Run) -> None:
 # On the cluster --------------------------------------------------------------------------------------------------
 
 
-def test_a_tournament_has_the_weights_of_local_training_and_makes_a_ranking(
-    cluster: Any, copied: Run, alone: Run
-) -> None:
-    session = Session(copied)
-    tournament = ensure_tournament(session, ensure_candidates(session))
-    assert tournament.rungs == (2, 4, 8)
-    check(copied, tournament, alone)
-    assert not (copied.folder / "ray").exists()
-    frame = ensure_ranking(session).frame()  # pictures and impacts come from the cluster too
-    assert set(frame["plan_id"]) == {"teacher", *tournament.names}
-    # the last rung is what the local tournament makes of the same losses
-    last = {name: load_heldout(copied.candidate(name).folder).loc[STEPS] for name in tournament.survivors}
-    local = run_tournament(tournament.survivors, (STEPS,), 2, lambda _names, _steps: last)
-    wanted = [dataclasses.replace(one, rung=3) for one in local.verdicts]
-    assert [one for one in tournament.verdicts if one.rung == 3] == wanted
-
-
-@pytest.mark.parametrize("shared", [True, False], ids=["shared-folder", "storage-alone"])
 def test_without_a_tournament_everyone_is_trained_on_the_cluster_to_the_end(
-    cluster: Any, copied: Run, alone: Run, shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Any, copied: Run, alone: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    storage = "" if shared else f"file://{tmp_path / 'storage'}"
-    engine = EngineConfig(kind="ray", storage=storage)
+    engine = EngineConfig(kind="ray")
     config = dataclasses.replace(Session(copied).config, rank=RankConfig(), engine=engine)
     run = start_run(config, copied.folder)
     with monkeypatch.context() as patch:
@@ -195,7 +176,10 @@ def trial_workers() -> list[psutil.Process]:
     return found
 
 
-def test_a_killed_worker_costs_nothing(cluster: Any, copied: Run, alone: Run) -> None:
+def test_a_tournament_with_a_killed_worker_has_the_weights_of_local_training(
+    cluster: Any, copied: Run, alone: Run
+) -> None:
+    """Of one without a kill the others tell: this one loses nothing, and makes a ranking."""
     session = Session(copied)
     candidates = ensure_candidates(session)
     killed: list[int] = []
@@ -215,9 +199,18 @@ def test_a_killed_worker_costs_nothing(cluster: Any, copied: Run, alone: Run) ->
 
     killer = threading.Thread(target=kill_in_mid_run, daemon=True)
     killer.start()
-    tournament = ray_driver.train(session, candidates, rungs_of(session))
+    tournament = ensure_tournament(session, candidates)
     assert killed
+    assert tournament.rungs == (2, 4, 8)
     check(copied, tournament, alone)
+    assert not (copied.folder / "ray").exists()
+    frame = ensure_ranking(session).frame()  # pictures and impacts come from the cluster too
+    assert set(frame["plan_id"]) == {"teacher", *tournament.names}
+    # the last rung is what the local tournament makes of the same losses
+    last = {name: load_heldout(copied.candidate(name).folder).loc[STEPS] for name in tournament.survivors}
+    local = run_tournament(tournament.survivors, (STEPS,), 2, lambda _names, _steps: last)
+    wanted = [dataclasses.replace(one, rung=3) for one in local.verdicts]
+    assert [one for one in tournament.verdicts if one.rung == 3] == wanted
 
 
 def test_machines_may_share_nothing_but_storage(

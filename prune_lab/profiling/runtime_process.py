@@ -116,9 +116,10 @@ def _traced(part: Part, inputs: Mapping[str, Tensor], path: Path, *, half: bool)
 
     try:
         with torch.no_grad(), without_chatter():
-            model = openvino.convert_model(
-                part.module, example_input=tuple(inputs[name] for name in part.inputs)
-            )
+            given = tuple(inputs[name] for name in part.inputs)
+            # not checked by tracing it again, a third of the time: what is timed has random weights, and draws nothing
+            traced = torch.jit.trace(part.module, given, check_trace=False, strict=False)
+            model = openvino.convert_model(traced, example_input=given)
     except Exception:  # whatever the tracer or the converter raises
         return False
     if len(model.inputs) != len(part.inputs):  # then nobody knows which is which
