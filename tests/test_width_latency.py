@@ -334,7 +334,7 @@ def cliff(saved: float) -> float:
 def test_after_a_plan_that_is_far_below_the_time_plans_nearer_to_it_are_tried(
     tiny: Architecture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By what the last plan saved alone the search would leap to and fro over the budget, and keep 0.77x for 0.9x."""
+    """By what the last plan saved alone the search would leap to and fro over the budget, and keep 0.72x for 0.9x."""
     costs = cost_table(tiny, latency=table_of(tiny, {site.name: 0.0017 for site in tiny.sites}))
     bench = Bench(costs, 1.0, monkeypatch, saved=ramp)
     bench.search(0.9)
