@@ -174,7 +174,8 @@ def _reads_first(session: Session) -> None:
     if not session.config.search.budgets:
         return
     settings = session.config.search
-    if words := timing_note(settings.budgets, tries_of(settings.solver)):
+    words = timing_note(settings.budgets, tries_of(settings.solver))
+    if words and session.manifests.verdict(plans_part(session)).state != "done":
         note(words)
     _check_measured(session)
     ensure_scores(session)

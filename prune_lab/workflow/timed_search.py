@@ -9,6 +9,7 @@ kept; where there is none, the fastest, and a line says so.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,14 +17,14 @@ import pandas as pd
 
 from prune_lab.errors import BudgetError, PruneLabError
 from prune_lab.plans import PruningPlan
-from prune_lab.profiling import Change, CostTable, turns_of_frame
+from prune_lab.profiling import Change, CostTable, pixels_per_latent, turns_of_frame
 from prune_lab.runs import read_records
 from prune_lab.runtime import note
 from prune_lab.schemas import ROUNDS
 from prune_lab.search import Budget, parse_budget, split_budgets
 from prune_lab.session import Session
 from prune_lab.session.parts import rounds_part
-from prune_lab.workflow.measuring import ensure_turns
+from prune_lab.workflow.measuring import ensure_turns, service_of
 
 TRIES = 6  # plans that are timed for a budget, at most
 _SEARCHES = 16  # of which some may find nothing that is so fast, or what was timed already
@@ -201,6 +202,19 @@ def timed_changes(session: Session) -> dict[str, Change]:
         turns = turns_of_frame(rows)
         found = {name: turns.change(name) for name in turns.names[1:]} | found
     return found
+
+
+def with_time(session: Session, plan: PruningPlan) -> PruningPlan:
+    """``plan``, which says how it was timed in turns with the teacher, where it was."""
+    change = timed_changes(session).get(plan.id)
+    if change is None:
+        return plan
+    ends = ""
+    if change.low is not None and change.high is not None:
+        ends = f" ({1 + change.low:.3f}x to {1 + change.high:.3f}x)"
+    where = service_of(session).text(session.architecture.config, pixels_per_latent(session.source))
+    words = f"{1 + change.change:.3f}x of the teacher's{ends}, in turns, {change.rounds} rounds, {where}"
+    return dataclasses.replace(plan, timed=words)
 
 
 def _doubt(change: Change, share: float) -> str:
