@@ -175,7 +175,9 @@ def _reads_first(session: Session) -> None:
         return
     settings = session.config.search
     words = timing_note(settings.budgets, tries_of(settings.solver))
-    if words and not session.run.searched.is_file():  # whether those of before are still good is not known yet
+    if (
+        words and not session.run.searched.is_file()
+    ):  # whether those of before are still good is not known yet
         note(words)
     _check_measured(session)
     ensure_scores(session)
