@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 
 # The columns that a decision needs, the most needed first: of each table the first six that have values are shown.
 _MOST = 6
-# Not counted among these, and shown only where it is not zero throughout: most plans leave all widths as they are.
+# Shown only where it is not zero throughout: most plans leave all widths as they are. Nor is it counted among these, as
+# what a plan removes is not: both say what the plan is.
 _WHERE_ANY = "narrower"
+_UNCOUNTED = frozenset((_WHERE_ANY, "removed"))
 DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
     "personal": ("trained", "prompt", "pictures", "loss_after", "steps_per_second", "peak_bytes"),
     "sweep": ("model", "strength", "clip", "likeness", "pixel_error", "from_first"),
@@ -50,7 +52,7 @@ DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
         *("samples", "impact_kendall"),
     ),
     "plans": (
-        *("plan", "narrower", "params_change", "macs_change", "latency_change", "measured_change"),
+        *("plan", "removed", "narrower", "params_change", "macs_change", "latency_change", "measured_change"),
         *("predicted_impact", "form", "blocks_removed"),
     ),
     "comparison": (
@@ -139,7 +141,7 @@ def shown_columns(kind: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         return bool(value) if name == _WHERE_ANY else value not in (None, "", [], ())
 
     filled = [name for name in DECISIVE_COLUMNS[kind] if any(said(name, row) for row in rows)]
-    return filled[: _MOST + (_WHERE_ANY in filled)]
+    return filled[: _MOST + len(_UNCOUNTED.intersection(filled))]
 
 
 def is_numeric(column: str, rows: Sequence[Mapping[str, Any]]) -> bool:
@@ -166,6 +168,39 @@ def cell_text(column: str, value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return " ".join(map(str, value))
     return str(value)
+
+
+_LONG, _FIRST = 100, 3  # characters of a plan in writing that are shown whole; entries of a longer one
+
+
+def short_plan(text: str) -> str:
+    """A plan in writing whose line would be too long: its first entries, and how many there are more. Other texts as
+    they are.
+    """
+    items = text.split()
+    if len(text) <= _LONG or len(items) < 2 or not all(item[0] in "-+~" for item in items[1:]):
+        return text
+    return _first([item.partition("@")[0] for item in items])  # which units stay is longer than how many
+
+
+def _first(items: Sequence[str]) -> str:
+    more = len(items) - _FIRST
+    return " ".join([*items[:_FIRST], f"... {more} more"]) if more > 0 else " ".join(items)
+
+
+def shown_cell(column: str, row: Mapping[str, Any]) -> str:
+    """The cell of ``row`` in ``column`` for a person, as ``cell_text`` has it; a long plan is cut, and called by its id
+    where the row has that.
+    """
+    value = row[column]
+    if isinstance(value, str):
+        if column in ("plan", "name", "student") and (short := short_plan(value)) != value:
+            return f"{short} ({row['plan_id']})" if row.get("plan_id") else short
+        if column == "removed" and value and "blocks_removed" in row:
+            return f"{row['blocks_removed']}: {_first(value.split())}"
+        if column == "widths" and "narrower" in row:
+            return _first(value.split())
+    return cell_text(column, value)
 
 
 def _is_number(value: Any) -> bool:
@@ -304,7 +339,7 @@ class Table:
     def __repr__(self) -> str:
         rows = self.records()[:_ROWS]
         columns = shown_columns(self.kind, rows)
-        lines = [columns] + [[cell_text(name, row[name]) for name in columns] for row in rows]
+        lines = [columns] + [[shown_cell(name, row) for name in columns] for row in rows]
         widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
         numeric = [is_numeric(name, rows) for name in columns]
         drawn = [
@@ -329,8 +364,7 @@ class Table:
         body = "".join(
             "<tr>"
             + "".join(
-                f'<td style="{looks[name]}">{html.escape(cell_text(name, row[name]))}</td>'
-                for name in columns
+                f'<td style="{looks[name]}">{html.escape(shown_cell(name, row))}</td>' for name in columns
             )
             + "</tr>"
             for row in rows

@@ -17,11 +17,12 @@ from typer.testing import CliRunner
 from prune_lab.assets import reference_folder
 from prune_lab.cli import app
 from prune_lab.distill import load_recovery
-from prune_lab.export import student_in, write_card
+from prune_lab.errors import PlanError
+from prune_lab.export import card, student_in, write_card
 from prune_lab.export.card import card_text
 from prune_lab.export.students import Student
 from prune_lab.models import resolve_model
-from prune_lab.plans import parse_plan
+from prune_lab.plans import parse_plan, plan_from_json
 from prune_lab.runs import Run
 from prune_lab.session import Session
 from prune_lab.workflow import ensure_plans, plan_named, save_students
@@ -268,3 +269,28 @@ def test_a_student_of_the_shipped_model_draws(tmp_path: Path, monkeypatch: pytes
     assert found.exit_code == 0, found.output
     run_card(out, monkeypatch)
     assert (out / "picture.png").is_file()
+
+
+def test_a_card_says_what_the_search_measured(tiny_pipeline_folder: Path) -> None:
+    source = resolve_model(str(tiny_pipeline_folder))
+    plan = parse_plan("bk-small", source.architecture)
+    timed = dataclasses.replace(
+        plan, timed="0.665x of the teacher's, in turns, 20 rounds, cpu float32, openvino"
+    )
+    read = plan_from_json(json.loads(json.dumps(timed.to_json())), source.architecture)
+    assert read.timed == timed.timed
+    assert "timed" not in plan.to_json()
+    said = card._costs(Student(source.architecture, read))
+    assert f"One pass takes, as measured when the plan was searched, {timed.timed}." in said
+    assert "Latency was not measured" not in said
+    assert read.built("neutral").timed == ""  # another form takes another time
+    assert "Latency was not measured." in card._costs(Student(source.architecture, plan))
+
+
+def test_the_time_of_a_plan_in_a_file_is_one_line_of_text(tiny_pipeline_folder: Path) -> None:
+    architecture = resolve_model(str(tiny_pipeline_folder)).architecture
+    value = parse_plan("bk-small", architecture).to_json()
+    with pytest.raises(PlanError, match="other things than text"):
+        plan_from_json(value | {"timed": 3}, architecture)
+    assert "\n" not in plan_from_json(value | {"timed": "a\n# b" * 1000}, architecture).timed
+    assert len(plan_from_json(value | {"timed": "a\n# b" * 1000}, architecture).timed) < 400

@@ -34,7 +34,7 @@ from prune_lab.config.toml import config_from_toml
 from prune_lab.errors import RunError
 from prune_lab.exit_codes import EXIT_CODES
 from prune_lab.runs import Run
-from prune_lab.tables import DECISIVE_COLUMNS, records, shown_columns
+from prune_lab.tables import DECISIVE_COLUMNS, Table, records, short_plan, shown_cell, shown_columns
 from prune_lab.zero_shot.gates import FAILED, PASSED, UNDECIDED
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
@@ -560,7 +560,7 @@ COLUMNS_OF = {
 def test_a_person_is_shown_six_columns_that_are_there(kind: str) -> None:
     assert set(DECISIVE_COLUMNS[kind]) <= set(COLUMNS_OF[kind])
     columns = shown_columns(kind, [dict.fromkeys(COLUMNS_OF[kind], 1)])
-    assert len(columns) - ("narrower" in columns) <= 6
+    assert len(columns) - len({"narrower", "removed"}.intersection(columns)) <= 6
 
 
 def test_columns_without_a_value_make_room() -> None:
@@ -577,6 +577,41 @@ def test_how_many_widths_are_narrower_is_shown_where_any_are() -> None:
         assert "narrower" in shown_columns(kind, [row, row | {"narrower": 0}])
         assert "narrower" not in shown_columns(kind, [row | {"narrower": 0}])
     assert "predicted_impact" in shown_columns("plans", [row])
+
+
+def test_long_plans_are_cut_in_a_table_and_whole_in_json(tiny_pipeline_folder: Path) -> None:
+    plan = "-Dn1.R2 -Dn1.A2 -Dn2.R2 -Dn2.A2 -Dn3.R2 -Dn3.A2 -Up2.R2 -Up2.A2 -Up3.R2 -Up3.A2 -Up4.R2 -Up4.A2 -Md.A1"
+    words = ("profile", tiny_pipeline_folder, "--plan", plan, "--no-latency")
+    _, row = json.loads(answer(*words, "--json").stdout)
+    assert row["plan"] == plan
+    assert shown_cell("plan", row) == f"-Dn1.R2 -Dn1.A2 -Dn2.R2 ... 10 more ({row['plan_id']})"
+    assert (
+        repr(Table("reductions", pd.DataFrame([row])))
+        .splitlines()[1]
+        .startswith("-Dn1.R2 -Dn1.A2 -Dn2.R2 ... 10")
+    )
+    wide = " ".join(f"~Dn{level}.R1.hidden=12/16@0-{level},7-17" for level in range(1, 9))
+    assert short_plan(f"bk-base {wide}") == "bk-base ~Dn1.R1.hidden=12/16 ~Dn2.R1.hidden=12/16 ... 6 more"
+    for other in ("a/long/folder with spaces/" * 5, plan[:90]):
+        assert short_plan(other) == other
+
+
+def test_a_table_of_plans_says_which_blocks_leave() -> None:
+    row = {"plan": "search-1", "removed": "Dn1.R2 Dn1.A2 Dn2.R2 Dn2.A2 Md.R1", "blocks_removed": 5}
+    row |= {"narrower": 2, "widths": "~Dn3.R1.hidden=2/4 ~Dn3.A1.ff=8/64"}
+    assert shown_columns("plans", [row])[:3] == ["plan", "removed", "narrower"]
+    assert shown_cell("removed", row) == "5: Dn1.R2 Dn1.A2 Dn2.R2 ... 2 more"
+    assert shown_cell("widths", row) == row["widths"]
+    assert shown_cell("removed", row | {"removed": "Md.A1", "blocks_removed": 1}) == "1: Md.A1"
+    assert "removed" not in shown_columns("plans", [row | {"removed": "", "blocks_removed": 0}])
+
+
+def test_the_widest_table_and_its_help_agree(tiny_pipeline_folder: Path) -> None:
+    shown, told = (
+        answer("blocks", *words).stdout for words in ((tiny_pipeline_folder, "--wide"), ("--help",))
+    )
+    assert "what a screen holds; --json has all" in shown
+    assert "of blocks what a screen holds" in " ".join(re.sub(r"[│\s]+", " ", told).split())
 
 
 def test_names_are_whole_and_fit_into_the_terminal(

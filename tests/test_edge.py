@@ -27,8 +27,9 @@ from prune_lab.blocks import architecture_of
 from prune_lab.cli import app
 from prune_lab.errors import BackendError, ProofError, UnsupportedModelError
 from prune_lab.export import EXPORT_TARGETS
-from prune_lab.export.edge import export_for, proof, sampler
+from prune_lab.export.edge import export_for, proof, sampler, writing
 from prune_lab.export.edge.parts import drawing_of
+from prune_lab.export.edge.readme import readme_text
 from prune_lab.families import FAMILIES
 from prune_lab.forms import in_form
 from prune_lab.models import load_pipeline, resolve_model
@@ -437,3 +438,97 @@ def test_a_part_that_answers_otherwise_is_not_written(
     with pytest.raises(ProofError, match="its model answers otherwise than torch"):
         export_for("onnx")(resolve_model(str(in_onnx / "pipeline-xl")), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# generate.py on the command line, with parts that answer at once: what it is told is looked at before any is loaded.
+
+_QUICK_ENGINE = """
+import json
+from pathlib import Path
+
+import numpy as np
+
+ENDING = ".npy"
+told = json.loads((Path(__file__).parent / "export.json").read_text("utf-8"))
+
+
+def load(path, threads=0, precision="f32"):
+    name = Path(path).stem
+    if name == told["parts"][0]:
+        return lambda given: [np.zeros((2, 4, 4), np.float32) for _ in told["texts"]]
+    if name == told["parts"][1]:
+        return lambda given: [np.zeros_like(given["sample"])]
+    return lambda given: [np.zeros((1, 3, *(told["pixels"] * side for side in given["latents"].shape[2:])))]
+"""
+
+
+@pytest.fixture(scope="module")
+def generating(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("generating")
+    source = resolve_model(str(tiny))
+    pipeline = load_pipeline(source)
+    drawing, parts = drawing_of(pipeline), {part.name: part for part in drawing_of(pipeline).parts}
+    told = writing._write_texts(folder, RUNTIMES["onnx"], source, drawing, parts, writing._schedule(pipeline))
+    seen = proof.Proof(dict.fromkeys(parts, 1e-6), 97.0, 4)
+    text = readme_text(RUNTIMES["onnx"], source, told, "float32", seen)
+    (folder / "README.md").write_text(text, "utf-8")
+    (folder / "engine.py").write_text(_QUICK_ENGINE, "utf-8")
+    return folder
+
+
+def told_on_the_command_line(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-B", str(folder / "generate.py"), "a red apple", *options]
+    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=60, cwd=folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--steps", "0"], "--steps 0: give 1 to 1000"),
+        (["--steps", "x"], "invalid int value"),
+        (["--noise", "none.npy"], "none.npy: cannot be read"),
+        (["--noise", "export.json"], "export.json: cannot be read"),
+        (["--noise", "small.npy"], "small.npy: holds float64 of (1, 4, 2, 2); --size"),
+        (["--size", "0", "0"], "--size 0 0: give multiples of"),
+        (["--size", "33", "32"], "--size 33 32: give multiples of"),
+        (["--seed", "-1"], "--seed and --threads are 0 or more"),
+        (["--out", "none/a.png"], "in a folder that is there"),
+        (["--out", "a.txt"], "ends in .png"),
+    ],
+)
+def test_generate_says_in_one_line_what_it_cannot_do(generating: Path, options: list[str], said: str) -> None:
+    np.save(generating / "small.npy", np.zeros((1, 4, 2, 2)))
+    done = told_on_the_command_line(generating, *options)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_generate_says_what_it_wrote_and_its_defaults(generating: Path, tmp_path: Path) -> None:
+    told = json.loads((generating / "export.json").read_text())
+    high, wide = (told["pixels"] * side for side in told["latent"][1:])
+    done = told_on_the_command_line(generating, "--steps", "2", "--out", str(tmp_path / "a.png"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"wrote {tmp_path / 'a.png'} ({wide} x {high}, 2 steps, seed 0)\n"
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (wide, high)
+    shown = told_on_the_command_line(generating, "--help").stdout
+    assert all(f"(default: {told[name]})" in " ".join(shown.split()) for name in ("steps", "guidance"))
+    assert f"(default: [{high}, {wide}])" in " ".join(shown.split())
+
+
+def test_the_readme_of_an_exported_folder_says_what_is_needed(generating: Path) -> None:
+    text = (generating / "README.md").read_text("utf-8")
+    told = json.loads((generating / "export.json").read_text())
+    for words in (
+        "pip install onnxruntime numpy tokenizers Pillow",
+        'python generate.py "a red apple"',
+        f"multiples of {told['multiple']}",
+        "97 dB",
+        "Licence",
+        "Not known",
+    ):
+        assert words in text
+    assert all(f"| {part} | 1.0e-06 |" in text for part in told["parts"])
+    assert str(generating.parent) not in text

@@ -18,15 +18,19 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from prune_lab.assets import reference_folder
+from prune_lab.blocks import architecture_of
 from prune_lab.cli import app
 from prune_lab.errors import DataError, ModelFormatError, StorageError, UnsupportedModelError
 from prune_lab.export import EXPORT_TARGETS, export_single_file
 from prune_lab.export.single_file import _tokenizers
+from prune_lab.families import plain_config
 from prune_lab.families.ldm_readers import reader_notes
+from prune_lab.forms import exists_in
 from prune_lab.models import ModelSource, preset_config, resolve_model
 from prune_lab.models.single_file import TOKENIZER_FILES
 from prune_lab.plans import parse_plan
-from prune_lab.surgery import prune_pipeline
+from prune_lab.runtime import write_json
+from prune_lab.surgery import TEACHER, materialise, prune_pipeline, writing
 
 ExportOf = Callable[..., Path]
 
@@ -564,3 +568,27 @@ def test_no_path_of_this_machine_goes_along(pipeline_of: Any, tmp_path: Path) ->
         metadata = file.metadata()
     assert json.loads(metadata["prune_lab.provenance"])["more"] == {"files": ["a.safetensors"]}
     assert not [value for value in metadata.values() if str(tmp_path) in value]
+
+
+@pytest.mark.parametrize(
+    ("plan", "advice", "form"),
+    [
+        ("-Dn1.A1", "--form neutral", "neutral"),
+        ("~Dn3.A1.heads=1@0", "--form padded", "padded"),
+        ("-Dn1.R1 ~Dn3.A1.heads=1@0", "leave out the widths", ""),
+    ],
+)
+def test_what_is_advised_in_place_of_code_of_its_own_can_be_built(
+    tiny_unet: Any, tmp_path: Path, plan: str, advice: str, form: Any
+) -> None:
+    cut = parse_plan(plan, architecture_of(tiny_unet)).built("own")
+    writing._write_model(materialise(tiny_unet, cut), tmp_path, cut, "")
+    told = {
+        TEACHER: {"_class_name": "UNet2DConditionModel", **plain_config(architecture_of(tiny_unet).config)}
+    }
+    write_json(tmp_path / "provenance.json", told)
+    with pytest.raises(UnsupportedModelError, match=advice) as error:
+        exported(tmp_path, tmp_path / "own.safetensors")
+    assert "\n" not in str(error.value)
+    assert not form or exists_in(architecture_of(tiny_unet), cut, form)
+    assert exists_in(architecture_of(tiny_unet), cut, "padded") == (form == "padded")

@@ -311,6 +311,21 @@ def test_plans_are_read_from_files(tmp_path):
         read_plans(str(file), SD)
 
 
+def test_the_folder_of_a_student_stands_for_its_plan(tmp_path, monkeypatch):
+    plan = parse_plan("bk-tiny", SD).built("neutral")
+    for folder, inner in (("pipeline", "unet"), ("model", ""), ("candidate", "pruned")):
+        (tmp_path / folder / inner).mkdir(parents=True)
+        (tmp_path / folder / inner / "plan.json").write_text(json.dumps(plan.to_json()))
+        (read,) = read_plans(str(tmp_path / folder), SD)
+        assert (read, read.form) == (plan, "neutral")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PlanError, match=r"in the folder .*empty, found no plan\.json .*plans\.json#1$"):
+        read_plans(str(tmp_path / "empty"), SD)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bk-base").mkdir()  # as a person calls a student; the word is the preset's
+    assert read_plans("bk-base", SD) == (parse_plan("bk-base", SD),)
+
+
 def test_one_of_the_plans_of_a_file_is_chosen_by_number_name_or_id(tmp_path):
     plans = [parse_plan(text, SD) for text in ("bk-base", "-Md")]
     file = tmp_path / "plans.json"

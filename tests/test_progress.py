@@ -94,6 +94,15 @@ def test_a_rate_has_no_more_digits_than_it_tells(per: float, shown: str, log: Lo
     assert log.new()[-1].endswith(f", {shown}")
 
 
+def test_of_units_that_take_long_it_is_told_how_long_and_never_0_a_second(log: Log) -> None:
+    for _ in track(range(3), "export", unit="parts"):
+        log.after(40)
+    assert log.new()[-1] == "export: done, 3 of 3 in 2 min 0 s, 40 s each"
+    for _ in track(range(3), "drawing", unit="pictures"):
+        log.after(5)
+    assert log.new()[-1].endswith(", 0.2 pictures/s")
+
+
 def test_of_many_tasks_inside_one_another_one_line_tells(log: Log) -> None:
     for _ in track(range(2), "building candidates"):
         for _ in track(range(4), "timing blocks"):

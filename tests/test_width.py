@@ -198,7 +198,9 @@ def test_a_person_writes_what_is_counted_there(tiny_config: dict[str, Any]) -> N
     ("text", "said"),
     [
         ("~Dn3.R1.hidden", "write ~SITE=COUNT/OF"),
-        ("~Dn3.R1.hiden=2", "nearest: Dn3.R1.hidden"),
+        ("~Dn3.R1.hiden=2", "Dn3.R1 has hidden=4"),
+        ("~Dn3.A1.head=2/4", "Dn3.A1 has heads=2 cross=2 ff=128"),
+        ("~Dn3.R9.hidden=2", "nearest: Dn3.R"),
         ("~Dn3.R1.hidden=2/16", "has 4 groups of its norm, not 16"),
         ("~Dn3.R1.hidden=0", "keep 1 to 4"),
         ("~Dn3.R1.hidden=5", "keep 1 to 4"),

@@ -40,7 +40,7 @@ from prune_lab.report import Column, Theme, draw_comparison, draw_costs
 from prune_lab.runtime import duration_text, note, pick_device, pick_dtype
 from prune_lab.schemas import SITE_SCORE_COLUMNS
 from prune_lab.surgery import chosen_from_files, with_first_units
-from prune_lab.tables import Pictures, Table
+from prune_lab.tables import Pictures, Table, short_plan
 from prune_lab.workflow import macs_per_second
 from prune_lab.workflow.sizing import SMALL_MACS
 
@@ -153,6 +153,9 @@ def profile_table(
         draw = plan_maps(architecture, plans, scores) if plans else None
     if kind == "reductions" and any(plan.form != "native" for plan in plans):
         frame.insert(2, "form", ["", *(plan.form for plan in plans)])
+    if "plan" in frame and any(short_plan(plan.label) != plan.label for plan in plans):
+        ids = {plan.label: plan.id for plan in plans}
+        frame.insert(2, "plan_id", [ids.get(name, "") for name in frame["plan"]])
     return Table(kind, frame.assign(batch=batch, resolution=pixels), title, draw, notes=notes)
 
 

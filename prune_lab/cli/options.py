@@ -39,7 +39,9 @@ RandomWeightsOption = Annotated[
 PlanOption = Annotated[
     list[str],
     typer.Option(
-        "--plan", help='Plan: bk-base, "bk-small +Md", "-Dn1.R2 -Dn1.A2" or a plan.json; may be repeated.'
+        "--plan",
+        help='Plan: bk-base, "bk-small +Md", "-Dn1.R2 -Dn1.A2", a plan.json, plans.json (all of them), plans.json#2 or '
+        "the folder of a student; may be repeated.",
     ),
 ]
 ResolutionOption = Annotated[
@@ -68,7 +70,10 @@ FramesOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print a JSON list of objects instead of a table.")]
-WideOption = Annotated[bool, typer.Option("--wide", help="All columns, not only those that decide.")]
+WideOption = Annotated[
+    bool,
+    typer.Option("--wide", help="All columns, not only those that decide; of blocks what a screen holds."),
+]
 RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder; made when it is not there.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML with the settings of the job.")]
 SetOption = Annotated[

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from prune_lab.tables import WIDE_COLUMNS, Table, cell_text, is_numeric, records, shown_columns
+from prune_lab.tables import WIDE_COLUMNS, Table, is_numeric, records, shown_cell, shown_columns
 
 __all__ = ["emit", "records", "show"]
 
@@ -39,10 +39,10 @@ def emit(kind: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool, wide: b
             overflow="fold",
         )
     for row in rows:
-        table.add_row(*(cell_text(column, row[column]) for column in columns))
+        table.add_row(*(shown_cell(column, row) for column in columns))
     if len(columns) < len(everything):
         more = "all" if every == everything else "more, --json all"
-        hint = "--json has all" if wide else f"--wide shows {more}"
+        hint = "what a screen holds; --json has all" if wide else f"--wide shows {more}"
         table.caption = f"{len(columns)} of {len(everything)} columns; {hint}"
         table.caption_justify = "left"
     console = Console(highlight=False)

@@ -108,11 +108,17 @@ def _costs(student: Student) -> str:
     height, width = costs.latent
     film = film_frames(student.architecture.config)
     frames = f" of {film} frames" if film else ""
+    timed = student.plan.timed
+    latency = (
+        f"One pass takes, as measured when the plan was searched, {timed}."
+        if timed
+        else "Latency was not measured."
+    )
     words = f" with {costs.tokens} words of text" if text_form(student.architecture.config)[1] else ""
     return (
         _table(head, rows)
         + f"\nMultiply-adds are those of one forward pass over one sample of {height} x {width} latents{frames}"
-        f"{words}, attention products included. Latency was not measured.\n"
+        f"{words}, attention products included. {latency}\n"
     )
 
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from prune_lab import __version__
-from prune_lab.errors import ModelFormatError, UnsupportedModelError
+from prune_lab.errors import ModelFormatError, PruneLabError, UnsupportedModelError
+from prune_lab.export.students import student_in
 from prune_lab.families import CLASS_NAME, base_name, is_own
 from prune_lab.families.adapter_names import check_has_additions
 from prune_lab.families.ldm_keys import (
@@ -33,6 +34,7 @@ from prune_lab.families.ldm_keys import (
     with_middle,
 )
 from prune_lab.families.ldm_readers import reader_notes
+from prune_lab.forms import exists_in
 from prune_lab.models import ModelSource, preset_config, weight_files
 from prune_lab.models.clip_vocabulary import NUM_TOKENS
 from prune_lab.models.components import modern_name
@@ -306,6 +308,24 @@ def _header(entries: Sequence[_Entry], metadata: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def _plain_instead(source: ModelSource) -> str:
+    """What to build of the plan of ``source``, a student with code of its own, so that a single file can hold it."""
+    try:
+        student = student_in(source.folder) if source.folder else None
+    except PruneLabError:  # a folder without its plan: the config says as much as there is to know
+        student = None
+    if not source.config.get("widths"):
+        return "build the plan with --form neutral and export that"
+    if student is not None and not exists_in(student.architecture, student.plan, "padded"):
+        return (
+            "no plain class has its widths without the blocks that it removes: leave out the widths (~...) of the "
+            "plan, build that with --form neutral and export it"
+        )
+    return (
+        "build the plan with --form padded and export that: zeros at full width, which save nothing by widths"
+    )
+
+
 def export_single_file(
     source: ModelSource,
     out: Path,
@@ -336,7 +356,7 @@ def export_single_file(
     if is_own(source.config):
         raise UnsupportedModelError(
             f"asked to export {source.text}, a student with code of its own, for which a single file has no place; "
-            "export one of a plan that is native, or build the plan with --form neutral"
+            + _plain_instead(source)
         )
     if weights:
         raise UnsupportedModelError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +11,14 @@ from typing import get_args
 
 from prune_lab.blocks import Architecture
 from prune_lab.errors import PlanError, PruneLabError
-from prune_lab.families import Form
+from prune_lab.families import FAMILIES, Form
 from prune_lab.plans.plan import PruningPlan, parse_plan, parsed_plan, plan_of
 from prune_lab.runs import read_plan_file
 from prune_lab.runtime import path_text, printable, read_json, read_text
 from prune_lab.width import width_from_json
 
 _PLAN_FILES = (".json", ".txt")
+_LONGEST_TIMED = 300  # characters of what is said of the time of a plan
 
 
 def _is_called(name: str, plan: PruningPlan, architecture: Architecture) -> bool:
@@ -57,8 +60,8 @@ def plan_from_json(value: object, architecture: Architecture) -> PruningPlan:
         raise PlanError(
             'asked to read a plan, found its name where a list of names belongs; write "names": [...] instead'
         )
-    origin = value.get("origin", "")
-    if not all(isinstance(one, str) for one in (*value["removed"], *names, origin)):
+    origin, timed = value.get("origin", ""), value.get("timed", "")
+    if not all(isinstance(one, str) for one in (*value["removed"], *names, origin, timed)):
         raise PlanError(
             "asked to read a plan, found other things than text in its lists; write the plan again"
         )
@@ -76,7 +79,7 @@ def plan_from_json(value: object, architecture: Architecture) -> PruningPlan:
     widths = [width_from_json(name, kept, architecture.sites) for name, kept in said.items()]
     plan = plan_of(architecture, value["removed"], widths=widths).named(*names, origin=origin).built(form)
     _check_said(plan, value.get("id"), architecture)
-    return plan
+    return dataclasses.replace(plan, timed=printable(timed, _LONGEST_TIMED)) if timed else plan
 
 
 def read_plan(path: Path, architecture: Architecture) -> PruningPlan:
@@ -101,8 +104,11 @@ def plan_file(text: str) -> tuple[str, str]:
 def read_plans(text: str, architecture: Architecture) -> tuple[PruningPlan, ...]:
     """The plans that ``text`` names: a plan as ``parse_plan`` reads it, a ``.json`` file of one plan or a list, or a
     text file with one plan a line (blank lines and ``#`` comments are skipped). After the file ``#2`` is the second of
-    them, ``#NAME`` the one that goes by this name or id.
+    them, ``#NAME`` the one that goes by this name or id. The folder of a student, a pipeline or a model, stands for the
+    plan.json in it; a folder that is called as a preset does not.
     """
+    if (told := _plan_in_folder(text, architecture)) is not None:
+        return (read_plan(told, architecture),)
     file, wanted = plan_file(text)
     path = Path(file)
     if path.suffix == ".json":
@@ -120,6 +126,24 @@ def read_plans(text: str, architecture: Architecture) -> tuple[PruningPlan, ...]
         plans = tuple(parsed_plan(line, architecture, members) for line in lines if line)
         return (_chosen(plans, file, wanted),) if wanted else plans
     return (parse_plan(text, architecture),)
+
+
+def _plan_in_folder(text: str, architecture: Architecture) -> Path | None:
+    """The plan.json of the student whose folder is ``text``; None where that is no folder. Raises PlanError for one
+    without.
+    """
+    if text in (*architecture.family.plans, "teacher") or not os.path.isdir(text):  # noqa: PTH112 - may be too long
+        return None
+    folder = Path(text)
+    components = sorted({family.component for family in FAMILIES.values()})
+    inside = [folder / name / "plan.json" for name in ("", *components, "pruned")]
+    found = next((path for path in inside if path.is_file()), None)
+    if found is None:
+        raise PlanError(
+            f"asked for the plan in the folder {path_text(folder)}, found no plan.json in it or in its model's; "
+            "give the folder of a student, a plan.json, or plans.json#1"
+        )
+    return found
 
 
 def _chosen(plans: Sequence[PruningPlan], file: str, wanted: str) -> PruningPlan:

@@ -35,6 +35,8 @@ class PruningPlan:
     """How the smaller model is built; the same network in each."""
     widths: tuple[Width, ...] = ()
     """What stays of sites of which something leaves, in order of execution."""
+    timed: str = dataclasses.field(default="", compare=False)
+    """In words, how long what is left takes beside the teacher, and where; empty where a search has not timed it."""
 
     @property
     def id(self) -> str:
@@ -79,6 +81,7 @@ class PruningPlan:
             "removed": list(self.removed),
             **({"widths": self._kept()} if self.widths else {}),
             "form": self.form,
+            **({"timed": self.timed} if self.timed else {}),
         }
 
     def named(self, *names: str, origin: str | None = None) -> PruningPlan:
@@ -88,12 +91,12 @@ class PruningPlan:
         )
 
     def built(self, form: Form) -> PruningPlan:
-        """The same plan, to be built in this form."""
-        return dataclasses.replace(self, form=form)
+        """The same plan, to be built in this form; one in another form takes another time."""
+        return dataclasses.replace(self, form=form, timed=self.timed if form == self.form else "")
 
     def without_widths(self) -> PruningPlan:
         """The plan that removes the same blocks and leaves the others as wide as they are."""
-        return dataclasses.replace(self, widths=())
+        return dataclasses.replace(self, widths=(), timed="")
 
 
 def _checked_widths(

@@ -237,13 +237,19 @@ def _step(task: Task) -> str:
 
 
 def _rate(rate: float, unit: str = "") -> str:
-    """So many a second: as a whole number where the first digit behind the point would be the fourth or more."""
+    """So many a second: as a whole number where the first digit behind the point would be the fourth or more; how long
+    each takes where that is more than ten seconds, which would be 0.0 a second.
+    """
+    if 0 < rate < 0.1:
+        return f"{duration_text(1 / rate)} each"
     number = f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
     return f"{number}{unit and f' {unit}'}/s"
 
 
 def _speed(task: Task, took: float) -> str:
-    """Items, or units, per second; how long each takes where that is more than a second. Empty for named steps."""
+    """Items, or units, per second; how long each takes where that is more than a second, of units more than ten. Empty
+    for named steps.
+    """
     if task.named or not task.done or took <= 0:
         return ""
     rate = task.done * task.per / took

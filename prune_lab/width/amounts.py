@@ -91,12 +91,15 @@ def _units(text: str) -> list[int]:
 
 
 def site_named(name: str, sites: Sequence[Site]) -> Site:
-    """The site called ``name``. Raises PlanError with the nearest names."""
+    """The site called ``name``. Raises PlanError with those of its block, or the nearest names."""
     for site in sites:
         if site.name == name:
             return site
     near = difflib.get_close_matches(name[:60], [site.name for site in sites], n=3, cutoff=0.5)
     hint = f"nearest: {', '.join(near)}" if near else "see prune-lab blocks --wide for what it has"
+    block = name.rpartition(".")[0]
+    if inside := widths_text(sites, block):
+        hint = f"{block} has {inside}"
     nothing = "this model has none of whose width we know how to cut it" if not sites else hint
     raise PlanError(
         f"no width is called {printable(name, 60)!r} among the {len(sites)} of this model; {nothing}"

@@ -33,6 +33,7 @@ from prune_lab.workflow.starting import borrow_scores, check_effect, forget, sta
 from prune_lab.workflow.steps import why_left_out
 from prune_lab.workflow.students import ensure_candidates, ensure_repaired
 from prune_lab.workflow.targets import check_budgets, check_controls, check_drawing
+from prune_lab.workflow.timed_search import with_time
 from prune_lab.workflow.widths import check_unit_criterion, ensure_width_scores, score_notes, width_frame
 
 __all__ = [
@@ -89,5 +90,6 @@ __all__ = [
     "why_left_out",
     "wider_frame",
     "width_frame",
+    "with_time",
     "written_report",
 ]

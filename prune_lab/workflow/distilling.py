@@ -27,6 +27,7 @@ from prune_lab.surgery import pipeline_with
 from prune_lab.workflow.measuring import ensure_scores
 from prune_lab.workflow.searching import ensure_plans, plan_named
 from prune_lab.workflow.students import ensure_candidates, ensure_repaired
+from prune_lab.workflow.timed_search import with_time
 
 
 def _train_again(session: Session, candidates: Sequence[Candidate], tournament: Tournament) -> None:
@@ -149,7 +150,7 @@ def _save_student(session: Session, plan: PruningPlan, folder: Path, force: bool
         paths.distilled_model,
         folder,
         force=force,
-        finish=lambda written: write_card(written, plan, source, training),
+        finish=lambda written: write_card(written, with_time(session, plan), source, training),
     )
 
 

@@ -31,9 +31,9 @@ from prune_lab.session import Session
 from prune_lab.session.parts import lacking, plans_part, record
 from prune_lab.workflow.measuring import controls, drawn_size, ensure_costs, ensure_latency, ensure_scores
 from prune_lab.workflow.objectives import objective_of
-from prune_lab.workflow.solving import Question, controls_for, solved
+from prune_lab.workflow.solving import Question, controls_for, solved, tries_of
 from prune_lab.workflow.targets import budgets_of, constraints_of
-from prune_lab.workflow.timed_search import time_notes, timed_changes
+from prune_lab.workflow.timed_search import time_notes, timed_changes, timing_note
 from prune_lab.workflow.widths import (
     ensure_width_scores,
     form_of,
@@ -173,6 +173,12 @@ def _reads_first(session: Session) -> None:
     """Make what the search reads, so that its plans are known to be of the present scores."""
     if not session.config.search.budgets:
         return
+    settings = session.config.search
+    words = timing_note(settings.budgets, tries_of(settings.solver))
+    if (
+        words and not session.run.searched.is_file()
+    ):  # whether those of before are still good is not known yet
+        note(words)
     _check_measured(session)
     ensure_scores(session)
     if needs_width_scores(session.config):

@@ -188,6 +188,11 @@ SOLVERS: dict[str, Callable[[Question], SolverResult]] = {
 _MEASURES_NOTHING = "exact"  # it costs no more than the timing to ask this solver again
 
 
+def tries_of(solver: str) -> int:
+    """How many plans of ``solver`` are timed within a budget on latency, at most."""
+    return TRIES if solver == _MEASURES_NOTHING else 1
+
+
 def solved(question: Question) -> SolverResult:
     """What the solver of the settings finds; within a budget on latency its plans are timed, too (``within_time``)."""
     name = question.session.config.search.solver
@@ -203,7 +208,7 @@ def solved(question: Question) -> SolverResult:
         inside = 0.0 if question.units is None else predicted_loss(plan, question.units)
         return predicted_impact(plan, question.importance) + inside
 
-    tries = TRIES if name == _MEASURES_NOTHING else 1
+    tries = tries_of(name)
     return found[within_time(question.session, question.costs, question.budgets, solve, loss_of, tries=tries)]
 
 

@@ -1,13 +1,15 @@
 """Plans within a budget on latency: found by what parts save, timed in turns with the teacher, and corrected.
 
 What blocks save adds up only nearly, and what narrower ones save only roughly, so each plan that is found is built and
-timed. Where it is slower than asked, or faster by more than ``NEAR`` of the whole, the limit is moved in proportion to
-what was saved and the search is done again, a few times. Of the plans that were timed within the budget the one that
-loses least is kept; where there is none, the fastest, and a line says so.
+timed. Where it is slower than asked, the limit is moved down in proportion to what was saved and the search is done
+again; where it is faster by more than ``NEAR`` of the whole, it is moved up, to between that plan and the next that was
+timed and is slower. A few plans are timed, each with a line. Of those within the budget the one that loses least is
+kept; where there is none, the fastest, and a line says so.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,20 +17,21 @@ import pandas as pd
 
 from prune_lab.errors import BudgetError, PruneLabError
 from prune_lab.plans import PruningPlan
-from prune_lab.profiling import Change, CostTable, turns_of_frame
+from prune_lab.profiling import Change, CostTable, pixels_per_latent, turns_of_frame
 from prune_lab.runs import read_records
 from prune_lab.runtime import note
 from prune_lab.schemas import ROUNDS
 from prune_lab.search import Budget, parse_budget, split_budgets
 from prune_lab.session import Session
 from prune_lab.session.parts import rounds_part
-from prune_lab.workflow.measuring import ensure_turns
+from prune_lab.workflow.measuring import ensure_turns, service_of
 
-TRIES = 4  # plans that are timed for a budget, at most
-_SEARCHES = 12  # of which some may find nothing that is so fast
+TRIES = 6  # plans that are timed for a budget, at most
+_SEARCHES = 16  # of which some may find nothing that is so fast, or what was timed already
 NEAR = 0.02  # of the whole: how much faster than asked a plan may be before a slower one is looked for
 _MARGIN = 1.01  # times what is to be saved is aimed at: a limit met exactly is missed every other time
 _LEAST = 0.01  # of the whole: the tightest limit that is tried
+_APART = 0.002  # of the whole: limits that are nearer to one another are not told apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +61,64 @@ def _timed(
     return Timed(plans, loss_of(plans[0]), costs.of(slowest).amount("latency_ms") / whole, measured)
 
 
-def _next_limit(tried: Timed, share: float, limit: float) -> float:
-    """The share of the time to predict, so that ``share`` is measured, after ``tried`` was found for ``limit``."""
-    saved = 1 - tried.measured
+def _faster(tried: Sequence[Timed], share: float) -> float:
+    """The share of the time to predict, so that ``share`` is measured, where all of ``tried`` are slower."""
+    tightest = min(tried, key=lambda one: one.predicted)
+    saved = 1 - tightest.measured
     if saved <= 0:  # nothing to be in proportion to
-        return limit - (1 - limit) / 2
-    return 1 - max(1 - tried.predicted, 1e-6) * _MARGIN * (1 - share) / saved
+        return tightest.predicted - (1 - tightest.predicted) / 2
+    return 1 - max(1 - tightest.predicted, 1e-6) * _MARGIN * (1 - share) / saved
+
+
+def _nearer(tried: Sequence[Timed], share: float) -> tuple[float, float]:
+    """The share of the time to predict, so that ``share`` is measured, where some of ``tried`` are faster, and the
+    share that it stays below: that of the next plan that was timed and is slower, or of the teacher.
+    """
+    low = max((one for one in tried if one.measured <= share), key=lambda one: one.predicted)
+    over = [one for one in tried if one.measured > share and one.predicted > low.predicted]
+    high, slow = min(((one.predicted, one.measured) for one in over), default=(1.0, 1.0))
+    aim = 1 - _MARGIN * (1 - share)
+    # in proportion at first; where that was tried and is still too slow, time goes up in a step: halfway
+    halve = len(over) > 1 and tried[-1] in over
+    part = 0.5 if halve else min(max((aim - low.measured) / max(slow - low.measured, 1e-6), 0.1), 0.9)
+    return low.predicted + part * (high - low.predicted), high
+
+
+def _line(number: int, tried: Timed, share: float, most: int) -> str:
+    """What is said of a plan that was timed."""
+    word = "within it" if tried.measured <= share else "slower than asked"
+    times = f"predicted {tried.predicted:.3f}x, measured {tried.measured:.3f}x of the teacher's time"
+    return f"plan {number} of at most {most}: {times}, {word}; predicted impact {tried.loss:.4g}"
+
+
+def _summary(tried: Sequence[Timed], kept: Timed, share: float, most: int) -> str:
+    """What became of the search: how many plans were timed, and which of them is kept."""
+    within = [one for one in tried if one.measured <= share]
+    number = f"plan {tried.index(kept) + 1}"
+    times = f"predicted {kept.predicted:.3f}x, measured {kept.measured:.3f}x of the teacher's time in turns"
+    if not within:
+        less = "" if most > 1 else "; ask for less, or leave --solver out, which searches again"
+        count = "none of them" if len(tried) > 1 else "it"
+        return f"{len(tried)} timed, {count} within it; kept is {number}, the fastest: {times}, SLOWER than asked{less}"
+    plans = "plan is" if len(within) == 1 else "plans are"
+    far = ""
+    if most > 1 and kept.measured < share - NEAR:
+        far = "; no plan nearer to it was found that is within it"
+    words = ", of these the one with the least predicted impact" if len(within) > 1 else ""
+    return f"{len(within)} {plans} within it of {len(tried)} timed; kept is {number}{words}: {times}{far}"
+
+
+def timing_note(budgets: Sequence[str], tries: int) -> str:
+    """What a search within ``budgets`` is going to time, in a line; empty where none is on latency."""
+    timed = sum("latency" in text for text in budgets)
+    if not timed:
+        return ""
+    plans = f"up to {tries} plans are" if tries > 1 else "the plan that is found is"
+    each = f" for each of {timed} budgets" if timed > 1 else ""
+    return (
+        f"to keep a budget on latency, {plans} built and timed in turns with the teacher{each}, after blocks are "
+        "scored and timed: this takes minutes, of a large model hours"
+    )
 
 
 def within_time(
@@ -87,31 +142,47 @@ def within_time(
     asked = min(timed, key=lambda budget: budget.limit)
     share = limit = asked.limit / whole
     tried: list[Timed] = []
-    reached = limit  # the tightest limit so far that a plan was found for
+    low, high = (
+        _LEAST,
+        1.0,
+    )  # of the limit: below the one nothing is so fast, at the other a plan was too slow
     for _ in range(_SEARCHES):
         at_most = asked if limit == share else Budget("latency_ms", limit * whole, asked.text)
+        found = False
         try:
             plans = solve([*others, at_most])
         except BudgetError:
             if not tried:
                 raise
-            limit = (limit + reached) / 2  # nothing is so fast: as far as it gets
-            continue
-        reached = min(reached, limit)
-        if not any(plan.changes for plan in plans):
-            return plans
-        if plans in [one.plans for one in tried]:
-            break
-        tried.append(_timed(session, costs, plans, loss_of))
-        if share - NEAR <= tried[-1].measured <= share or len(tried) == tries:
-            break
-        limit = max(_LEAST, min(1.0, _next_limit(tried[-1], share, limit)))
+            low = max(low, limit)  # nothing is so fast
+        else:
+            if not any(plan.changes for plan in plans):
+                return plans
+            found = plans not in [one.plans for one in tried]
+        if found:
+            tried.append(_timed(session, costs, plans, loss_of))
+            if tries > 1:
+                note(f"{asked.text}: {_line(len(tried), tried[-1], share, tries)}")
+            if share - NEAR <= tried[-1].measured <= share or len(tried) == tries:
+                break
+        within = [one for one in tried if one.measured <= share]
+        if within:
+            aim, high = _nearer(tried, share)
+            limit = (
+                aim if found else (limit + high) / 2
+            )  # the same plan as before: the next one needs more time
+            if high - limit < _APART:
+                break
+        else:
+            high = min(one.predicted for one in tried)
+            limit = max(_faster(tried, share), _LEAST) if found else (low + min(limit, high)) / 2
+            if limit <= low:
+                limit = (low + high) / 2
+            if high - low < _APART:
+                break
     within = [one for one in tried if one.measured <= share]
     kept = min(within, key=lambda one: one.loss) if within else min(tried, key=lambda one: one.measured)
-    times = f"predicted {kept.predicted:.3f}x, measured {kept.measured:.3f}x of the teacher's time"
-    word = "within it" if within else "SLOWER than asked, and the fastest"
-    less = "" if within or tries > 1 else "; ask for less, or leave --solver out, which searches again"
-    note(f"{asked.text}: {times} in turns, {word} of {len(tried)} timed{less}")
+    note(f"{asked.text}: {_summary(tried, kept, share, tries)}")
     return kept.plans
 
 
@@ -131,6 +202,19 @@ def timed_changes(session: Session) -> dict[str, Change]:
         turns = turns_of_frame(rows)
         found = {name: turns.change(name) for name in turns.names[1:]} | found
     return found
+
+
+def with_time(session: Session, plan: PruningPlan) -> PruningPlan:
+    """``plan``, which says how it was timed in turns with the teacher, where it was."""
+    change = timed_changes(session).get(plan.id)
+    if change is None:
+        return plan
+    ends = ""
+    if change.low is not None and change.high is not None:
+        ends = f" ({1 + change.low:.3f}x to {1 + change.high:.3f}x)"
+    where = service_of(session).text(session.architecture.config, pixels_per_latent(session.source))
+    words = f"{1 + change.change:.3f}x of the teacher's{ends}, in turns, {change.rounds} rounds, {where}"
+    return dataclasses.replace(plan, timed=words)
 
 
 def _doubt(change: Change, share: float) -> str:

@@ -1,4 +1,4 @@
-"""A pipeline as a folder that draws by itself: its parts for another runtime, tokenizers, sampler, generate.py.
+"""A pipeline as a folder that draws by itself: its parts for another runtime, tokenizers, sampler, and what runs them.
 
 The folder gets its name only after the proof: every part answers as torch does, and a fresh process draws the picture
 that diffusers draws from the same noise, without torch where the runtime needs none. What cannot run here says so.
@@ -20,6 +20,7 @@ from prune_lab.errors import BackendError, UnsupportedModelError
 from prune_lab.export.edge import sampler
 from prune_lab.export.edge.parts import DECODER, Drawing, drawing_of
 from prune_lab.export.edge.proof import Proof, prove
+from prune_lab.export.edge.readme import PLATFORMS, readme_text
 from prune_lab.export.single_file import NATIVE, Exported
 from prune_lab.families.drawing import latents_per_patch
 from prune_lab.models import ModelSource, load_pipeline
@@ -28,7 +29,6 @@ from prune_lab.runtime import names_alone, output_folder, read_json, read_text, 
 from prune_lab.runtimes import MODEL, RUNTIMES, Part, Runtime, Weights, Writing
 
 _HERE = Path(__file__).resolve().parent
-_PLATFORMS = {"darwin": "macOS"}  # by ``sys.platform``, in words
 _WEIGHTS: dict[torch.dtype, Weights] = {torch.float32: "float32", torch.float16: "float16"}
 
 
@@ -120,7 +120,7 @@ def _notes(
     notes = []
     if proof is None:
         notes.append(
-            f"not run here ({runtime.called} runs on {_PLATFORMS[runtime.platform]} alone): converted with {weights} "
+            f"not run here ({runtime.called} runs on {PLATFORMS[runtime.platform]} alone): converted with {weights} "
             "weights, and its matrices read back, which are torch's; neither answers nor pictures were compared"
         )
     else:
@@ -183,6 +183,7 @@ def export_for(name: str) -> Callable[..., Exported]:
             proof = prove(pipeline, runtime, parts, folder, writing.weights) if runtime.runs_here else None
             seen = proof.as_dict() if proof else None
             write_json(folder / "export.json", told | {"proof": seen})
+            write_text(folder / "README.md", readme_text(runtime, source, told, writing.weights, proof))
         tensors = sum(len(part.module.state_dict()) for part in parts.values())
         size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
         return Exported(out, tensors, size, _notes(runtime, writing.weights, told, proof))
