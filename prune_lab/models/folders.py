@@ -42,6 +42,7 @@ from prune_lab.models.parts import (
     pipeline_parts,
     stem_of,
 )
+from prune_lab.models.written import check_record
 from prune_lab.runtime import path_text
 
 _OF_PROMPTS = ("text_encoder", "tokenizer")
@@ -90,8 +91,11 @@ def checked_config(path: Path) -> dict[str, Any]:
 
 
 def _check_weights(folder: Path, config: Mapping[str, Any], variant: str) -> str:
-    """The variant of the weights in ``folder``; ModelFormatError unless they are just those ``config`` describes."""
+    """The variant of the weights in ``folder``; ModelFormatError unless they are just those ``config`` describes,
+    or where ``config`` is not the one that prune-lab wrote.
+    """
     check_code(folder, config)
+    check_record(folder, config)
     weights = weights_in(folder, variant)
     header = headers_of(weights)
     if reason := unusable(header, config):
