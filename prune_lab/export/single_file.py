@@ -337,7 +337,8 @@ def export_single_file(
     if is_own(source.config):
         raise UnsupportedModelError(
             f"asked to export {source.text}, a student with code of its own, for which a single file has no place; "
-            "export one of a plan that is native, or build the plan with --form neutral"
+            "export one of a plan that is native, or build the plan with --form "
+            f"{'padded' if source.config.get('widths') else 'neutral'}"
         )
     if weights:
         raise UnsupportedModelError(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
 from prune_lab.families.setting_rules import TEXT, TRUTH, WIDTH, Rule, refuse
+
+Modules: TypeAlias = Mapping[str, nn.Module]  # by path
 
 # Numbers of a module that widths change: the sizes of layers, and what ``families.widths`` says of sites beside.
 _NUMBERS = (
@@ -34,9 +36,8 @@ _OF_GONE: Mapping[str, Rule] = {
 }
 
 
-def _module(model: nn.Module, path: object, key: str) -> Any:
-    """The module of ``model`` at ``path``. Raises UnsupportedModelError where there is none."""
-    modules = dict(model.named_modules())
+def _module(modules: Modules, path: object, key: str) -> Any:
+    """The one of ``modules`` at ``path``. Raises UnsupportedModelError where there is none."""
     if not isinstance(path, str) or not path or path not in modules:
         refuse(key, path, f"the path of a module of the model, such as {next(filter(None, modules))}")
     return modules[path]
@@ -48,10 +49,10 @@ def _object(value: object, key: str, meaning: str) -> Mapping[str, Any]:
     return value
 
 
-def _check_removed(model: nn.Module, removed: object) -> None:
+def _check_removed(modules: Modules, removed: object) -> None:
     gone = _object(removed, "removed", "an object: for each path what is there instead")
     for path, how in gone.items():
-        block = _module(model, path, "removed")
+        block = _module(modules, path, "removed")
         key = f"removed.{path}"
         inputs = list(inspect.signature(type(block).forward).parameters)[1:]
         for name, value in _object(how, key, f"an object with {', '.join(_OF_GONE)}").items():
@@ -64,14 +65,14 @@ def _check_removed(model: nn.Module, removed: object) -> None:
                 shown = name if isinstance(name, str) else None
                 refuse(f"{key}.hands_on", shown, f"a list of inputs of the block, of {', '.join(inputs)}")
         for inner in how.get("keeps", []):
-            _module(block, inner, f"{key}.keeps")
+            _module(dict(block.named_modules()), inner, f"{key}.keeps")
     if gone and not any(how.get("mark") for how in gone.values()):
         refuse("removed", [], "with a mark in one of its modules, by which weights tell what is gone")
 
 
-def _check_widths(model: nn.Module, widths: object, gone: Collection[str]) -> None:
+def _check_widths(modules: Modules, widths: object, gone: Collection[str]) -> None:
     for path, numbers in _object(widths, "widths", "an object: for each path its numbers").items():
-        module = _module(model, path, "widths")
+        module = _module(modules, path, "widths")
         key = f"widths.{path}"
         if any(path == one or path.startswith(f"{one}.") for one in gone):
             refuse("widths", path, "a path of what is there: by removed that module is gone")
@@ -90,13 +91,14 @@ def check_own(model: nn.Module, removed: object, main_path: object, widths: obje
     """Raise UnsupportedModelError where one of these settings makes no sense for ``model``, the whole one; None: it is
     not there.
     """
+    modules = dict(model.named_modules())  # once: a student without half its blocks names a hundred paths
     if removed is not None:
-        _check_removed(model, removed)
+        _check_removed(modules, removed)
     if main_path is not None:
         paths = (
             main_path if isinstance(main_path, list) else refuse("main_path", main_path, "a list of paths")
         )
         for path in paths:
-            _module(model, path, "main_path")
+            _module(modules, path, "main_path")
     if widths is not None:
-        _check_widths(model, widths, removed if isinstance(removed, dict) else ())
+        _check_widths(modules, widths, removed if isinstance(removed, dict) else ())
