@@ -120,7 +120,10 @@ def _recorded(folder: Path) -> Mapping[str, Any]:
 
 
 def _as_json(value: object) -> Any:
-    return json.loads(json.dumps(value, default=str))
+    """``value`` with lists and objects of JSON in place of tuples and mappings, at any depth."""
+    if isinstance(value, Mapping):
+        return {name: _as_json(one) for name, one in value.items()}
+    return [_as_json(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def _settings(config: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
