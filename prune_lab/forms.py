@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import get_args
 
 from prune_lab.blocks import Architecture
-from prune_lab.errors import ConfigError, FormError
+from prune_lab.errors import ConfigError, FormError, NonNativePlanError
 from prune_lab.families import (
     CLASS_NAME,
     FAMILIES,
@@ -61,7 +61,13 @@ def _padded(architecture: Architecture, plan: PruningPlan) -> Layout:
             "asked for the padded form of a plan that leaves all widths as they are; ask for --form native or own"
         )
     kept = chosen_units(architecture, plan)
-    layout = native_layout(architecture, plan.without_widths())
+    try:
+        layout = native_layout(architecture, plan.without_widths())
+    except NonNativePlanError as error:
+        raise FormError(
+            f"asked for the padded form, a plain model at full width, of a plan whose removed blocks leave none "
+            f"({error}); ask for --form own, or remove other blocks"
+        ) from None
     zeros = emptied(meta_model(architecture.config), kept)
     convert = dict(layout.convert)
     for name, empty in zeros.items():

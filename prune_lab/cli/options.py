@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,8 @@ import typer
 
 from prune_lab.api.settings import VERB_TABLES
 from prune_lab.config import SETTINGS
+from prune_lab.errors import BudgetError
+from prune_lab.runtime.reading import printable
 
 MODEL_HELP = (
     "reference or transformer (they ship), a preset (sd-v1.4), a pipeline or model folder, a single-file .safetensors, "
@@ -89,18 +92,18 @@ DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloa
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of everything that is drawn.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Redo: replace what is there already.")]
 MacsLimit = Annotated[
-    str, typer.Option("--macs", help="Most multiply-adds: 65%, 0.65x, 150G or as:bk-small.")
+    list[str], typer.Option("--macs", help="Most multiply-adds: 65%, 0.65x, 150G or as:bk-small.")
 ]
-ParamsLimit = Annotated[str, typer.Option("--params", help="Most parameters, as with --macs.")]
+ParamsLimit = Annotated[list[str], typer.Option("--params", help="Most parameters, as with --macs.")]
 LatencyLimit = Annotated[
-    str,
+    list[str],
     typer.Option(
         "--latency",
         help="Most latency, measured: 0.7x, 35ms; elsewhere 0.7x@float16,512,batch=1 or 0.7x@openvino.",
     ),
 ]
 MemoryLimit = Annotated[
-    str, typer.Option("--memory", help="Most memory of weights and activations: 70%, 2GiB.")
+    list[str], typer.Option("--memory", help="Most memory of weights and activations: 70%, 2GiB.")
 ]
 DataOption = Annotated[
     str | None,
@@ -110,6 +113,24 @@ DataOption = Annotated[
     ),
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, then stop.")]
+
+
+def limits(**given: Sequence[str]) -> dict[str, str]:
+    """The one amount of each budget, by name; empty for one that was not given. A list, so that a second amount, of
+    which a command line keeps the last alone, is refused. Raises BudgetError.
+    """
+    found = {}
+    for name, amounts in given.items():
+        if len(amounts) > 1:
+            several = ", ".join(f'"{name}<={printable(amount, 20)}"' for amount in amounts)
+            raise BudgetError(
+                f"asked for --{name} {len(amounts)} times, found no one amount to keep to; give it once, or search "
+                f"under each in turn: --set 'search.budgets=[{several}]'"
+            )
+        if "".join(amounts).strip() == "" and amounts:
+            raise BudgetError(f"asked for --{name} without an amount; give one, such as 65%, or leave it out")
+        found[name] = "".join(amounts)
+    return found
 
 
 def for_setting(name: str, *flags: str) -> Any:

@@ -39,10 +39,10 @@ def run(
     folder: Annotated[
         Path | None, typer.Option("--run", help="Run folder; the same command again resumes.")
     ] = None,
-    macs: options.MacsLimit = "",
-    params: options.ParamsLimit = "",
-    latency: options.LatencyLimit = "",
-    memory: options.MemoryLimit = "",
+    macs: options.MacsLimit = [],  # noqa: B006
+    params: options.ParamsLimit = [],  # noqa: B006
+    latency: options.LatencyLimit = [],  # noqa: B006
+    memory: options.MemoryLimit = [],  # noqa: B006
     plans: Annotated[int | None, options.for_setting("search.count", "--plans")] = None,
     data: options.DataOption = None,
     revision: options.RevisionOption = "",
@@ -70,7 +70,9 @@ def run(
     if folder is None and not dry_run:
         raise RunError("asked for a run without saying where to; give --run DIR, or --dry-run to see it only")
     asked = {
-        "search.budgets": budgets_asked(macs, params, latency, memory),
+        "search.budgets": budgets_asked(
+            **options.limits(macs=macs, params=params, latency=latency, memory=memory)
+        ),
         "search.count": plans,
         "data.source": data,
         **options.found_by(revision, subfolder, variant),

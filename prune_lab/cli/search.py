@@ -12,15 +12,16 @@ from prune_lab.api.settings import budgets_asked, model_or_run, settings_of
 from prune_lab.cli import options
 from prune_lab.cli.application import app
 from prune_lab.cli.output import show
+from prune_lab.errors import ConfigError
 
 
 @app.command()
 def search(
     model: options.OptionalModel = "",
-    macs: options.MacsLimit = "",
-    params: options.ParamsLimit = "",
-    latency: options.LatencyLimit = "",
-    memory: options.MemoryLimit = "",
+    macs: options.MacsLimit = [],  # noqa: B006
+    params: options.ParamsLimit = [],  # noqa: B006
+    latency: options.LatencyLimit = [],  # noqa: B006
+    memory: options.MemoryLimit = [],  # noqa: B006
     plans: Annotated[int | None, options.for_setting("search.count", "--plans")] = None,
     solver: Annotated[str | None, options.for_setting("search.solver")] = None,
     objective: Annotated[str | None, options.for_setting("search.objective", "--objective")] = None,
@@ -54,7 +55,9 @@ def search(
     """
     model, lender = model_or_run(model, None)
     asked = {
-        "search.budgets": budgets_asked(macs, params, latency, memory),
+        "search.budgets": budgets_asked(
+            **options.limits(macs=macs, params=params, latency=latency, memory=memory)
+        ),
         "search.count": plans,
         "search.form": form,
         "search.axes": tuple(axis.strip() for axis in axes.split(",")) if axes else None,
@@ -68,6 +71,12 @@ def search(
     settings = settings_of(
         model, lender or run, config, assign, {**asked, **found_by}, device=device, seed=seed
     )
+    unused = [flag for flag, value in (("--widths", widths), ("--round-to", round_to)) if value is not None]
+    if unused and "width" not in settings.search.axes:
+        raise ConfigError(
+            f"asked for {' and '.join(unused)}, found the axes {', '.join(settings.search.axes)}, where no block gets "
+            "narrower; add --axes depth,width, or leave it out"
+        )
     from prune_lab.api.model import Model
     from prune_lab.models import recorded_model
     from prune_lab.models.protection import check_file, sources_of

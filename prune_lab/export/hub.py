@@ -20,6 +20,7 @@ from prune_lab.models import resolve_model
 from prune_lab.models.conversion import refuse_flawed, stored
 from prune_lab.models.files import json_object, read_header
 from prune_lab.models.silence import quiet
+from prune_lab.models.written import tell_weights
 from prune_lab.runs import open_run
 from prune_lab.runtime import names_alone, path_text, printable, read_json, read_text, without_folders
 
@@ -117,7 +118,9 @@ def uploads_of(folder: Path) -> tuple[Upload, ...]:
             f"asked to push {folder}, found no model there (model_index.json or config.json, and safetensors); give "
             "the folder of a student"
         )
-    resolve_model(str(folder.resolve()))
+    source = resolve_model(str(folder.resolve()))
+    if source.model_folder is not None:
+        tell_weights(source.model_folder, source.variant)
     files = tuple(_files(folder))
     found = {path.relative_to(folder).as_posix(): path for path in files}
     uploads = tuple(Upload(name, path, _without_places(path)) for name, path in sorted(found.items()))

@@ -42,6 +42,7 @@ from prune_lab.models.conversion import converted
 from prune_lab.models.files import MOST_HEADER, read_header
 from prune_lab.models.protection import check_file
 from prune_lab.models.single_file import TOKENIZER_FILES, prove_readable
+from prune_lab.models.written import tell_weights
 from prune_lab.runtime import (
     atomic_write,
     bytes_text,
@@ -367,6 +368,8 @@ def export_single_file(
     if form not in FORMS:
         raise UnsupportedModelError(f"asked to export in the form {form!r}; give {' or '.join(FORMS)}")
     out = check_file(out, {"the model": source.places}, "tensors", force=force)
+    if source.model_folder is not None:
+        tell_weights(source.model_folder, source.variant)
     configs = _configs(source)
     configs["unet"] = with_middle(source.config) if form == NEUTRAL else dict(source.config)
     entries = _file_entries(source, configs, dtype)

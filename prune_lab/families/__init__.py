@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_lab.errors import UnsupportedModelError
-from prune_lab.families.building import BUILD_ERRORS, as_loaded, empty_model, meta_model, said
+from prune_lab.families.building import BUILD_ERRORS, as_loaded, check_settings, empty_model, meta_model, said
 from prune_lab.families.calling import forward_inputs, model_of, predict_with, prediction_of
 from prune_lab.families.chain import STEPS
 from prune_lab.families.configs import looks_like_a_unet, picture_scale
@@ -34,6 +34,7 @@ from prune_lab.families.legacy import modern_class, modern_config
 from prune_lab.families.meta_device import runs_on_meta
 from prune_lab.families.number_formats import format_of, in_loaded_format, loaded_format
 from prune_lab.families.own_code import (
+    WIDTHS_MARK,
     base_name,
     check_code,
     code_path,
@@ -41,6 +42,7 @@ from prune_lab.families.own_code import (
     file_of,
     is_own,
     known_files,
+    mark_shapes,
     only_watches,
     own_class,
     own_layout,
@@ -59,6 +61,7 @@ __all__ = [
     "REFUSED",
     "SDXL_TIME_IDS",
     "STEPS",
+    "WIDTHS_MARK",
     "Condition",
     "Conversion",
     "Family",
@@ -75,6 +78,7 @@ __all__ = [
     "base_name",
     "check_code",
     "check_forward",
+    "check_settings",
     "code_path",
     "conditions_of",
     "cut_tensors",
@@ -99,6 +103,7 @@ __all__ = [
     "latent_shape",
     "loaded_format",
     "looks_like_a_unet",
+    "mark_shapes",
     "meta_model",
     "model_of",
     "modern_class",

@@ -53,21 +53,27 @@ def _with_formats(model: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype)
     return model
 
 
-def _built(config: Mapping[str, Any], place: AbstractContextManager[Any], dtype: torch.dtype) -> Any:
-    """The model of ``config``, built inside ``place``, in evaluation mode; its formats are those of one that is loaded
-    in ``dtype``.
-
-    Raises UnsupportedModelError when a setting is out of bounds, or diffusers cannot build it.
-    """
+def check_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of ``config`` that its class knows. Raises UnsupportedModelError where one is out of bounds."""
     family = family_of(config)
-    model_class: Any = family.model_class()
-    parameters = inspect.signature(model_class.__init__).parameters
+    parameters = inspect.signature(family.model_class().__init__).parameters
     # What diffusers does not know, such as the state of a moving average, it would leave out with a warning.
     known = {CLASS_NAME, *parameters}
     _check_of_one_class(config, known)
     settings = {name: value for name, value in plain_config(config).items() if name in known}
     defaults = {name: one.default for name, one in parameters.items() if one.default is not one.empty}
     family.check(settings, defaults)
+    return settings
+
+
+def _built(config: Mapping[str, Any], place: AbstractContextManager[Any], dtype: torch.dtype) -> Any:
+    """The model of ``config``, built inside ``place``, in evaluation mode; its formats are those of one that is loaded
+    in ``dtype``.
+
+    Raises UnsupportedModelError when a setting is out of bounds, or diffusers cannot build it.
+    """
+    model_class: Any = family_of(config).model_class()
+    settings = check_settings(config)
     try:
         with place, building_in(dtype), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # what diffusers says of its own parts

@@ -119,6 +119,11 @@ _BITS = (
 _LARGEST = 2**60  # numbers in a tensor
 
 
+def bits_of(dtype: str) -> int:
+    """Bits that a number takes in this format of safetensors."""
+    return _BITS[dtype]
+
+
 def _damaged(path: Path, size: int, promised: str) -> str:
     return f"{path_text(path)} holds {size:,} bytes, its first bytes promise {promised}: it is damaged; fetch it again"
 
@@ -147,7 +152,7 @@ def _checked_entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, in
 
 
 def _tensors_of(content: bytes) -> tuple[dict[str, tuple[str, tuple[int, ...]]], int]:
-    """The tensors of a header, and how many bytes they take. Raises ValueError, which says why it is none."""
+    """The tensors of a header as they lie, and how many bytes they take. Raises ValueError, which says why not."""
     header = parse_json(content.decode(), once=True)
     if not isinstance(header, dict) or content[:1] != b"{":
         raise ValueError("its header is no object")
@@ -157,15 +162,17 @@ def _tensors_of(content: bytes) -> tuple[dict[str, tuple[str, tuple[int, ...]]],
     json.dumps(header, ensure_ascii=False).encode()  # half of a character may be written in an escape
     entries = {name: _checked_entry(name, entry) for name, entry in header.items() if name != "__metadata__"}
     end = 0
-    for name in sorted(entries, key=lambda name: entries[name][2:]):
+    ordered = sorted(entries, key=lambda name: entries[name][2:])
+    for name in ordered:
         if entries[name][2] != end:
             raise ValueError(f"{path_text(name)} does not begin where the tensor before it ends")
         end = entries[name][3]
-    return {name: entry[:2] for name, entry in entries.items()}, end
+    return {name: entries[name][:2] for name in ordered}, end
 
 
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Number format and shape of every tensor in the safetensors file ``path``, without reading the tensors.
+    """Number format and shape of every tensor in the safetensors file ``path``, without reading the tensors; in the
+    order in which they lie there, without gaps, at its end.
 
     Raises ModelFormatError when the file is cut short, too long, or not safetensors: tensors that overlap, leave a gap
     or do not take the bytes of their shape are none.

@@ -14,11 +14,14 @@ from prune_lab.families import (
     CLASS_NAME,
     FAMILIES,
     REFUSED,
+    WIDTHS_MARK,
     base_name,
     check_code,
     check_forward,
+    check_settings,
     family_of,
     is_own,
+    mark_shapes,
     meta_model,
     modern_class,
     modern_config,
@@ -28,7 +31,7 @@ from prune_lab.families import (
     supported_classes,
     without_guard,
 )
-from prune_lab.models.components import check_part, check_vocabulary, misfit, unread_tensors
+from prune_lab.models.components import Shapes, check_part, check_vocabulary, misfit, unread_tensors
 from prune_lab.models.diagnosis import check_files, folder_without_a_model, refuse_config, unusable
 from prune_lab.models.files import chosen_variant, headers_of, json_object, weights_in
 from prune_lab.models.parts import (
@@ -42,6 +45,7 @@ from prune_lab.models.parts import (
     pipeline_parts,
     stem_of,
 )
+from prune_lab.models.written import check_record
 from prune_lab.runtime import path_text
 
 _OF_PROMPTS = ("text_encoder", "tokenizer")
@@ -89,15 +93,42 @@ def checked_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def _changed_since(found: Shapes, config: Mapping[str, Any]) -> str:
+    """What of a student with code of its own was changed after it was written, as its tensors without numbers tell:
+    their shapes are digests of it. Empty where that is not what is wrong.
+    """
+    if not is_own(config):
+        return ""
+    try:
+        check_settings(config)
+    except UnsupportedModelError:  # told where the model is built
+        return ""
+    shapes = mark_shapes(config)
+    if shapes.get(WIDTHS_MARK) != found.get(WIDTHS_MARK):
+        return f"the widths in its config.json were changed after it was written (tensor {WIDTHS_MARK} tells)"
+    other = next((name for name, shape in shapes.items() if found.get(name) != shape), "")
+    if other:
+        return f"what is removed by its config.json was changed after it was written (tensor {other} tells)"
+    return ""
+
+
 def _check_weights(folder: Path, config: Mapping[str, Any], variant: str) -> str:
-    """The variant of the weights in ``folder``; ModelFormatError unless they are just those ``config`` describes."""
+    """The variant of the weights in ``folder``; ModelFormatError unless they are just those ``config`` describes,
+    or where ``config`` is not the one that prune-lab wrote.
+    """
     check_code(folder, config)
+    check_record(folder, config)
     weights = weights_in(folder, variant)
     header = headers_of(weights)
     if reason := unusable(header, config):
         raise UnsupportedModelError(f"asked for the weights in {folder}: {reason}")
     found = {name: shape for name, (_, shape) in header.items()}
     family = family_of(config)
+    if changed := _changed_since(found, config):
+        raise ModelFormatError(
+            f"asked for the weights in {folder}, found that {changed}; restore its config.json, or fetch both from the "
+            "same place again"
+        )
     wanted, unread = tensor_shapes(config, folder / "config.json"), unread_tensors(family.model_class())
     if complaint := misfit(found, wanted, f"that {family.called}", unread):
         raise ModelFormatError(

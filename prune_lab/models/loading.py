@@ -25,6 +25,7 @@ from prune_lab.models.schedulers import check_scheduler
 from prune_lab.models.silence import quiet
 from prune_lab.models.sources import ModelSource
 from prune_lab.models.views import STEMS, component_view, pipeline_view
+from prune_lab.models.written import tell_weights
 
 if TYPE_CHECKING:  # importing it logs advice about torchvision, which is not used here; see `quiet`
     from diffusers import DiffusionPipeline
@@ -69,8 +70,8 @@ def load_model(
 
     ``random_weights`` initialises it at ``seed`` instead of reading weights, the only way for structure-only sources; a
     source that was asked for with random weights brings its own seed. Raises UnsupportedModelError when there are no
-    weights to read, and, unless it is ``trusted``, ModelFormatError when they hold what is no number or give the same
-    answer to every input.
+    weights to read, and, unless it is ``trusted``, ModelFormatError when they hold what is no number, give the same
+    answer to every input, or are those that prune-lab wrote in other places.
     """
     model_class: Any = family_of(source.config).model_class()
     if source.random_seed is not None:
@@ -85,6 +86,10 @@ def load_model(
             f"asked for the weights of {source.text!r}, which is structure only (kind: {source.kind}); "
             "give the folder of a pipeline or of a model, a hub id, or ask for random weights (--random-weights)"
         )
+    state = (_state([source.model_folder]), source.variant, dtype)
+    unseen = not trusted and state not in _SOUND
+    if unseen:
+        tell_weights(source.model_folder, source.variant)
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet())
         stack.enter_context(warnings.catch_warnings())
@@ -94,8 +99,7 @@ def load_model(
     if view != source.model_folder:  # a view is gone by now
         model.register_to_config(_name_or_path=str(source.model_folder))
     model = model.to(device).eval()
-    state = (_state([source.model_folder]), source.variant, dtype)
-    if not trusted and state not in _SOUND:
+    if unseen:
         named = f"the {source.called} of {source.text}"
         refuse_flawed(model.state_dict().items(), named, dtype)
         refuse_silent(model_complaint(model), named)

@@ -27,6 +27,7 @@ from prune_lab.models.folders import variant_of_part
 from prune_lab.models.parts import pipeline_parts, stem_of
 from prune_lab.models.silence import quiet
 from prune_lab.models.sources import ModelSource
+from prune_lab.models.written import tell_weights
 from prune_lab.runtime import return_freed
 
 
@@ -166,6 +167,7 @@ def load_streamed(
     """
     folder = Path(folder)
     config = json_object(folder / "config.json")
+    tell_weights(folder, variant)
     with quiet():
         model = empty_model(config, dtype)
     weights = _Weights(folder, variant, model, torch.device(device), dtype)

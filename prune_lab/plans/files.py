@@ -112,7 +112,7 @@ def read_plans(text: str, architecture: Architecture) -> tuple[PruningPlan, ...]
     file, wanted = plan_file(text)
     path = Path(file)
     if path.suffix == ".json":
-        value = read_json(path)
+        value = read_json(path, once=True)  # of a width that is there twice none is the one that was meant
         plans = tuple(
             plan_from_json(item, architecture) for item in (value if isinstance(value, list) else [value])
         )

@@ -203,6 +203,10 @@ def parsed_plan(text: str, architecture: Architecture, members: dict[str, set[st
             removed = change(removed, members[name], architecture)
         elif item[0] == "~":
             width = parse_width(item, architecture.sites)
+            if widths.get(width.site, width) != width:
+                raise PlanError(
+                    f"asked for two widths of {width.site}, {widths[width.site].text} and {width.text}; leave out one"
+                )
             widths[width.site] = width
         else:
             named = f"a preset ({', '.join(defined)}) or " if (defined := named_plans(architecture)) else ""

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,8 @@ def _traced(part: Part, inputs: Mapping[str, Tensor], path: Path, *, half: bool)
         with torch.no_grad(), without_chatter():
             given = tuple(inputs[name] for name in part.inputs)
             # not checked by tracing it again, a third of the time: what is timed has random weights, and draws nothing
-            traced = torch.jit.trace(part.module, given, check_trace=False, strict=False)
+            trace: Callable[..., Any] = torch.jit.trace
+            traced = trace(part.module, given, check_trace=False, strict=False)
             model = openvino.convert_model(traced, example_input=given)
     except Exception:  # whatever the tracer or the converter raises
         return False

@@ -35,7 +35,7 @@ from prune_lab.runs.removing import remains
 from prune_lab.runtime import write_json
 
 GIVEN = "given"  # the input of scores that the user gave: made from nothing else
-_RECORDS = ("provenance.json", "plan.json")  # beside weights; they say how these were made, and are not read
+_RECORDS = ("provenance.json", "plan.json")  # beside weights; they say how these were made: no number is of them
 _CHANGED = "changed_ns"  # in the manifest of the origins
 _INDEX = "cache.json"  # which says that a cache is complete
 

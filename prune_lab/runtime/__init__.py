@@ -26,7 +26,15 @@ from prune_lab.runtime.files import (
     write_text,
 )
 from prune_lab.runtime.places import copied_without_folders, names_alone, without_folders
-from prune_lab.runtime.progress import bytes_text, duration_text, note, note_once, progress_shown, track
+from prune_lab.runtime.progress import (
+    bytes_text,
+    duration_text,
+    note,
+    note_once,
+    progress_shown,
+    track,
+    warn_once,
+)
 from prune_lab.runtime.reading import (
     decode_text,
     open_regular,
@@ -73,6 +81,7 @@ __all__ = [
     "text_of",
     "track",
     "used_bytes",
+    "warn_once",
     "without_folders",
     "write_frame",
     "write_json",

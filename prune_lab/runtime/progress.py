@@ -98,6 +98,13 @@ def note_once(text: str) -> None:
         note(text)
 
 
+def warn_once(text: str) -> None:
+    """Write one line that this process has not shown before on stderr, also where no progress is shown."""
+    if text not in _said:
+        _said.add(text)
+        (_to_stderr if _reporter.get() is None else note)(text)
+
+
 def _to_stderr(line: str) -> None:
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()

@@ -178,14 +178,14 @@ def parse_json(content: bytes | str, *, once: bool = False) -> object:
     return value
 
 
-def read_json(path: Path | str, *, most: int = MOST_BYTES) -> object:
-    """The value that the JSON file ``path`` holds.
+def read_json(path: Path | str, *, most: int = MOST_BYTES, once: bool = False) -> object:
+    """The value that the JSON file ``path`` holds; ``once`` as of ``parse_json``.
 
     Raises StorageError, as ``read_bytes`` does, and DataError when it is not JSON.
     """
     content = read_bytes(path, most=most)
     try:
-        return parse_json(content)
+        return parse_json(content, once=once)
     except ValueError as error:
         raise DataError(
             f"asked to read {path_text(path)} as JSON, found {error}; write the file again"

@@ -20,6 +20,7 @@ from prune_lab.models import ModelSource, model_digest, weight_files
 from prune_lab.models.conversion import refuse_flawed, stored
 from prune_lab.models.files import json_object
 from prune_lab.models.protection import check_folder
+from prune_lab.models.written import PLAN, PROVENANCE, RECORD, record_of, tell_weights
 from prune_lab.plans import PruningPlan
 from prune_lab.runtime import Environment, atomic_folder, names_alone, output_folder, write_json
 from prune_lab.surgery.building import materialise_from_files, predicted_shapes
@@ -34,7 +35,6 @@ from prune_lab.surgery.proof import (
     tensors_in_float32,
 )
 
-_PLAN, _PROVENANCE = "plan.json", "provenance.json"
 TEACHER = "teacher_config"  # in provenance.json: the structure of the model that was pruned
 
 Plan: TypeAlias = PruningPlan | Mapping[str, object] | None  # as it is, as JSON holds it, or not known
@@ -47,11 +47,13 @@ def _write_model(model: Any, folder: Path, plan: Plan, variant: str) -> None:
     write_config(config, json_object(config))  # a loaded model remembers its folder
     write_code(folder, json_object(config))
     if plan is not None:
-        write_json(folder / _PLAN, plan.to_json() if isinstance(plan, PruningPlan) else dict(plan))
+        write_json(folder / PLAN, plan.to_json() if isinstance(plan, PruningPlan) else dict(plan))
 
 
 def _write_provenance(folder: Path, provenance: Mapping[str, object], proof: Proof | None) -> None:
-    write_json(folder / _PROVENANCE, names_alone({**provenance, "proof": proof and proof.as_dict()}))
+    """How the model in ``folder`` was made, and what was written of it: every writer of models ends here."""
+    told = {**provenance, "proof": proof and proof.as_dict(), RECORD: record_of(folder)}
+    write_json(folder / PROVENANCE, names_alone(told))
 
 
 def save_model(
@@ -128,6 +130,7 @@ def prune_pipeline(
         )
     out = check_folder(out, {"the model": source.places}, force=force)
     original = original_of(source, plan, dtype)
+    tell_weights(source.model_folder, source.variant)
     refuse_flawed(stored(original.files), f"the {source.called} in {source.model_folder}")
     with output_folder(out, force=force) as temporary:
         get_ready_to_prove()
@@ -202,7 +205,7 @@ def pipeline_with(
         if inside:
             rename_part(temporary, source.component, entry_of(config))
         proof = prove(temporary, shapes=shapes, digest=digest)
-        written = folder / _PROVENANCE
+        written = folder / PROVENANCE
         provenance = json_object(written) if written.is_file() else source.origin
         _write_provenance(folder, provenance, proof)
         if finish is not None:

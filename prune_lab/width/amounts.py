@@ -206,4 +206,9 @@ def width_from_json(name: str, value: Any, sites: Sequence[Site]) -> Width:
             f"asked to read a plan, found {printable(str(value), 50)} as the width {name}; write how many units stay, "
             "or a list of them"
         )
+    if isinstance(value, int) and site.step > 1 and not 1 <= value <= site.count:
+        raise PlanError(
+            f"asked to read a plan, found {printable(str(value), 50)} as the width {name}, which a file counts in "
+            f"units of {site.step} channels; give 1 to {site.count}"
+        )
     return width_of(site, value)

@@ -303,4 +303,7 @@ def plan_named(plans: tuple[PruningPlan, ...], text: str, session: Session) -> P
         if plan.id in wanted:
             return plan
     known = ", ".join(plan.label for plan in plans)
-    raise PlanError(f"asked for the plan {text!r}, which is no plan of this run; its plans are {known}")
+    raise PlanError(
+        f"asked for the plan {text!r}, which is no plan of this run; its plans are {known}: give one of "
+        "these, or another folder for another plan"
+    )

@@ -17,15 +17,17 @@ from prune_lab.models.files import json_object
 from prune_lab.models.parts import pipeline_class
 from prune_lab.plans import PruningPlan, chosen_units, read_plans
 from prune_lab.probes.latents import check_side_of
-from prune_lab.profiling import Service, cost_table, drawn_latent, read_service
+from prune_lab.profiling import CostTable, Service, cost_table, drawn_latent, read_service
 from prune_lab.profiling.runtime_process import check_runtime
 from prune_lab.profiling.service import pixels_per_latent
 from prune_lab.runtime import note, pick_device, pick_dtype
 from prune_lab.runtimes import RUNTIMES
 from prune_lab.search import (
+    Budget,
     Constraints,
     check_budget_text,
     check_reachable,
+    check_reachable_narrower,
     named_plans,
     parse_budget,
     parse_quota,
@@ -146,6 +148,15 @@ def service_asked(config: RunConfig, source: ModelSource) -> Service:
     return read_service(asked, own, source) if asked else own
 
 
+def check_narrower(
+    settings: SearchConfig, costs: CostTable, budgets: Sequence[Budget], constraints: Constraints
+) -> None:
+    """Raise BudgetError where no plan of blocks and widths meets ``budgets``. Needs no scores."""
+    deep = "depth" in settings.axes
+    blocks = [block.name for block in costs.architecture.blocks if block.removable and deep]
+    check_reachable_narrower(costs, blocks, budgets, constraints, channels=settings.round_to or 1)
+
+
 def check_budgets(config: RunConfig) -> None:
     """Raise BudgetError when one of ``search.budgets`` cannot be read, or no native plan meets it; needs no weights.
 
@@ -168,7 +179,10 @@ def check_budgets(config: RunConfig) -> None:
         # latency and memory have to be measured first: whether a plan meets them is seen then
         counted = [one for one in split_budgets(text) if not re.match(r"\s*(latency|memory)", one)]
         budgets = [parse_budget(one, architecture, costs) for one in counted]
+        constraints.limits(architecture)  # raises for a rule about what the model does not have
         if searches_widths(config.search):  # by whole blocks alone much is out of reach
+            if len(counted) == len(split_budgets(text)):
+                check_narrower(config.search, costs, budgets, constraints)
             continue
         check_reachable(architecture, costs, budgets, constraints=constraints)
 

@@ -29,6 +29,7 @@ from prune_lab.families.family import (
     plain_config,
 )
 from prune_lab.families.meta_device import shapes_of, tensors_of
+from prune_lab.families.own_settings import check_own
 from prune_lab.families.widths import Kept, narrowed
 from prune_lab.runtime import printable, read_bytes
 
@@ -157,6 +158,15 @@ def entry_of(config: Mapping[str, Any]) -> list[str]:
     return [file_of(config) if is_own(config) else "diffusers", str(config[CLASS_NAME])]
 
 
+def mark_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """By name of each tensor without numbers in a student of this ``config``, which was checked: its shape."""
+    code = _module(file_of(config))
+    removed, widths = config.get(REMOVED) or {}, config.get(WIDTHS)
+    shape = code.mark_shape(config.get(REMOVED), config.get(MAIN_PATH))
+    marks = {f"{path}.{how['mark']}": shape for path, how in removed.items() if how.get("mark")}
+    return marks | ({WIDTHS_MARK: code.mark_shape(widths)} if widths else {})
+
+
 # What is left of a model ---------------------------------------------------------------------------------------------
 
 
@@ -277,13 +287,21 @@ def own_family(family: Family, file: str) -> Family:
     def settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
         return {key: value for key, value in config.items() if key not in _OWN}
 
+    def check(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+        family.check(settings(config), settings(defaults))
+        try:
+            whole = shapes_of(_whole(config))
+        except Exception:  # diffusers refuses the whole model: it is told so where the student is built
+            return
+        check_own(whole, *(config.get(name) for name in (REMOVED, MAIN_PATH, WIDTHS)))
+
     def gone(outline: Outline) -> Removed:
         return frozenset(unit.name for unit in outline.units if unit.gone)
 
     return dataclasses.replace(
         family,
         model_class=lambda: own_class(file, name),
-        check=lambda config, defaults: family.check(settings(config), settings(defaults)),
+        check=check,
         outline=lambda model: _without_gone(family, model),
         layout=_nothing_native,
         neutral=None,
