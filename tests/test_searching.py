@@ -244,7 +244,8 @@ def test_a_latency_table_is_kept_for_every_run_of_the_same_structure_and_service
     frame = plans_frame(session)
     table = ensure_latency(session)
     assert (table.environment.dtype, table.batch, table.latent, table.tokens) == ("bfloat16", 2, (24, 24), 5)
-    assert (frame["latency_ms"] <= 0.9 * table.whole.median_ms * (1 + 1e-9)).all()
+    # what is predicted may lie on either side of the budget: what is kept is kept by what is measured in turns
+    assert (frame["latency_ms"] < table.whole.median_ms).all()
     assert (
         frame["macs"].iloc[0] < cost_table(session.architecture).total.macs
     )  # counted at the model's own size
