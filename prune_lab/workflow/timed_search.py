@@ -142,10 +142,8 @@ def within_time(
     asked = min(timed, key=lambda budget: budget.limit)
     share = limit = asked.limit / whole
     tried: list[Timed] = []
-    low, high = (
-        _LEAST,
-        1.0,
-    )  # of the limit: below the one nothing is so fast, at the other a plan was too slow
+    # of the limit: below the one nothing is so fast, at the other a plan was too slow
+    low, high = _LEAST, 1.0
     for _ in range(_SEARCHES):
         at_most = asked if limit == share else Budget("latency_ms", limit * whole, asked.text)
         found = False
@@ -168,9 +166,8 @@ def within_time(
         within = [one for one in tried if one.measured <= share]
         if within:
             aim, high = _nearer(tried, share)
-            limit = (
-                aim if found else (limit + high) / 2
-            )  # the same plan as before: the next one needs more time
+            # the same plan as before: the next one needs more time
+            limit = aim if found else (limit + high) / 2
             if high - limit < _APART:
                 break
         else:
