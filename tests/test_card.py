@@ -281,7 +281,7 @@ def test_a_card_says_what_the_search_measured(tiny_pipeline_folder: Path) -> Non
     assert read.timed == timed.timed
     assert "timed" not in plan.to_json()
     said = card._costs(Student(source.architecture, read))
-    assert f"One pass takes, as measured when the plan was searched, {timed.timed}." in said
+    assert f"One pass takes, as measured, {timed.timed}." in said
     assert "Latency was not measured" not in said
     assert read.built("neutral").timed == ""  # another form takes another time
     assert "Latency was not measured." in card._costs(Student(source.architecture, plan))

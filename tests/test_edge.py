@@ -491,13 +491,23 @@ def told_on_the_command_line(folder: Path, *options: str) -> subprocess.Complete
         (["--noise", "small.npy"], "small.npy: holds float64 of (1, 4, 2, 2); --size"),
         (["--size", "0", "0"], "--size 0 0: give multiples of"),
         (["--size", "33", "32"], "--size 33 32: give multiples of"),
+        (
+            ["--noise", "large.npy"],
+            "large.npy: holds float64 of (1, 4, 16, 16); --size",
+        ),  # infinite in float32
+        (["--noise", "half.npy"], "half.npy: cannot be read"),
+        (["--size", "8000000", "8000000"], "--size 8000000 8000000: "),
+        (["--guidance", "1e300"], "--guidance is a number up to 1000"),
         (["--seed", "-1"], "--seed and --threads are 0 or more"),
         (["--out", "none/a.png"], "in a folder that is there"),
         (["--out", "a.txt"], "ends in .png"),
+        (["--out", "a.psd"], "ends in .png"),  # which Pillow only reads
     ],
 )
 def test_generate_says_in_one_line_what_it_cannot_do(generating: Path, options: list[str], said: str) -> None:
     np.save(generating / "small.npy", np.zeros((1, 4, 2, 2)))
+    np.save(generating / "large.npy", np.full((1, 4, 16, 16), 1e39))
+    (generating / "half.npy").write_bytes(b"PK\x03\x04half")
     done = told_on_the_command_line(generating, *options)
     assert done.returncode == 2, done.stderr
     assert said in done.stderr

@@ -198,6 +198,18 @@ def test_a_plan_that_somebody_changed_is_refused(student: Path, change: Callable
     assert "plan.json" in line
 
 
-def test_a_plan_of_somebody_else_s_is_no_matter(student: Path) -> None:
-    (student / "plan.json").write_text('{"steps": ["buy milk"]}')
+@pytest.mark.parametrize("text", ["[1]", "{}", '{"steps": ["buy milk"]}'])
+def test_another_file_in_the_place_of_the_plan_is_refused_where_a_record_names_one(
+    student: Path, text: str
+) -> None:
+    (student / "plan.json").write_text(text)
+    with pytest.raises(ModelFormatError, match=r"found no plan in its plan\.json.* restore"):
+        resolve_model(str(student))
+    (student / "provenance.json").unlink()  # then it may be of another program
     resolve_model(str(student))
+
+
+def test_tensors_are_read_by_whom_the_folder_is_read_by(student: Path) -> None:
+    """safetensors writes files that their owner alone may read."""
+    usual = student.stat().st_mode & 0o666
+    assert {path.stat().st_mode & 0o777 for path in student.glob("*.safetensors")} == {usual}

@@ -109,11 +109,7 @@ def _costs(student: Student) -> str:
     film = film_frames(student.architecture.config)
     frames = f" of {film} frames" if film else ""
     timed = student.plan.timed
-    latency = (
-        f"One pass takes, as measured when the plan was searched, {timed}."
-        if timed
-        else "Latency was not measured."
-    )
+    latency = f"One pass takes, as measured, {timed}." if timed else "Latency was not measured."
     words = f" with {costs.tokens} words of text" if text_form(student.architecture.config)[1] else ""
     return (
         _table(head, rows)

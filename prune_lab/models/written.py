@@ -170,13 +170,14 @@ def _id_in(plan: Mapping[str, Any]) -> str:
     """The id that belongs to the contents of ``plan``; empty where they are those of no plan."""
     try:
         return plan_id_of(plan["architecture"], plan["removed"], plan.get("widths"))
-    except (TypeError, ValueError, AttributeError):  # other things than lists and numbers in it
+    except (KeyError, TypeError, ValueError, AttributeError):  # other things than lists and numbers in it
         return ""
 
 
 def _check_plan(folder: Path, provenance: Mapping[str, Any]) -> None:
     plan = _read(folder / PLAN)
-    if not {"architecture", "removed"} <= plan.keys():
+    ours = isinstance(provenance.get("plan_id"), str) and (folder / PLAN).is_file()
+    if not ours and not {"architecture", "removed"} <= plan.keys():
         return  # of another program
     found = _id_in(plan)
     told = {name: provenance.get(name) for name in ("plan_id", "form")}

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -36,7 +37,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary = temporary_beside(path)
         try:
             temporary.touch(exist_ok=False)
+            usual = temporary.stat().st_mode
             yield temporary
+            temporary.chmod(usual)  # safetensors writes for the user alone
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -64,6 +67,7 @@ def atomic_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
+            _open_as_usual(temporary)
             if mounted:
                 _fill(path, temporary)
             elif path.exists():
@@ -78,6 +82,14 @@ def atomic_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
             raise type(error)(str(error).replace(str(temporary), str(path))) from error
         finally:
             remove_folder(temporary)
+
+
+def _open_as_usual(folder: Path) -> None:
+    """Let tensors below ``folder`` be read by whom the folder may be read by: safetensors writes for the user alone."""
+    usual = stat.S_IMODE(folder.stat().st_mode) & 0o666
+    for path in folder.rglob("*.safetensors"):
+        if not path.is_symlink() and stat.S_IMODE(path.stat().st_mode) == 0o600:
+            path.chmod(usual)
 
 
 def _fill(folder: Path, temporary: Path) -> None:
