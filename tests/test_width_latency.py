@@ -292,13 +292,13 @@ def test_a_plan_that_is_slower_than_asked_is_searched_again(
     assert costs.of(plan).amount("latency_ms") == pytest.approx(100 * (1 - (1 - slow.timed[-1]) / 0.8))
     assert len(slow.timed) == 2
     first, second, last = slow.said
-    assert f"plan 1 of at most {timed_search.TRIES}: predicted 0.899x" in first
+    assert f"timed 1 of at most {timed_search.TRIES}: predicted 0.899x" in first
     assert (
         f"measured {slow.timed[0]:.3f}x of the teacher's time, slower than asked; predicted impact" in first
     )
-    assert "plan 2 of at most" in second
+    assert "timed 2 of at most" in second
     assert f"measured {slow.timed[1]:.3f}x of the teacher's time, within it" in second
-    assert "1 plan is within it of 2 timed; kept is plan 2: predicted" in last
+    assert "1 plan is within it of 2 timed; kept is number 2: predicted" in last
     fast = Bench(costs, 1.5, monkeypatch)
     fast.search(0.9)
     assert fast.timed[0] < 0.9 - timed_search.NEAR  # it would have lost more than it needs to

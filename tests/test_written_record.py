@@ -210,6 +210,6 @@ def test_another_file_in_the_place_of_the_plan_is_refused_where_a_record_names_o
 
 
 def test_tensors_are_read_by_whom_the_folder_is_read_by(student: Path) -> None:
-    """safetensors writes files that their owner alone may read."""
+    """Safetensors writes files that their owner alone may read."""
     usual = student.stat().st_mode & 0o666
     assert {path.stat().st_mode & 0o777 for path in student.glob("*.safetensors")} == {usual}

@@ -88,13 +88,13 @@ def _line(number: int, tried: Timed, share: float, most: int) -> str:
     """What is said of a plan that was timed."""
     word = "within it" if tried.measured <= share else "slower than asked"
     times = f"predicted {tried.predicted:.3f}x, measured {tried.measured:.3f}x of the teacher's time"
-    return f"plan {number} of at most {most}: {times}, {word}; predicted impact {tried.loss:.4g}"
+    return f"timed {number} of at most {most}: {times}, {word}; predicted impact {tried.loss:.4g}"
 
 
 def _summary(tried: Sequence[Timed], kept: Timed, share: float, most: int) -> str:
     """What became of the search: how many plans were timed, and which of them is kept."""
     within = [one for one in tried if one.measured <= share]
-    number = f"plan {tried.index(kept) + 1}"
+    number = f"number {tried.index(kept) + 1}"
     times = f"predicted {kept.predicted:.3f}x, measured {kept.measured:.3f}x of the teacher's time in turns"
     if not within:
         less = "" if most > 1 else "; ask for less, or leave --solver out, which searches again"
