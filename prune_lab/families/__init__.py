@@ -28,6 +28,7 @@ from prune_lab.families.family import (
     Unit,
     UnitKind,
     plain_config,
+    usual_settings,
 )
 from prune_lab.families.known import FAMILIES, family_of, supported_classes
 from prune_lab.families.legacy import modern_class, modern_config
@@ -122,6 +123,7 @@ __all__ = [
     "supported_classes",
     "takes_guidance",
     "text_form",
+    "usual_settings",
     "without_guard",
 ]
 

@@ -13,7 +13,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from prune_lab.errors import UnsupportedModelError
-from prune_lab.families.family import CLASS_NAME, plain_config
+from prune_lab.families.family import CLASS_NAME, plain_config, usual_settings
 from prune_lab.families.known import FAMILIES, family_of
 from prune_lab.families.number_formats import building_in, in_loaded_format
 from prune_lab.runtime import printable
@@ -56,13 +56,12 @@ def _with_formats(model: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype)
 def check_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of ``config`` that its class knows. Raises UnsupportedModelError where one is out of bounds."""
     family = family_of(config)
-    parameters = inspect.signature(family.model_class().__init__).parameters
+    model_class = family.model_class()
     # What diffusers does not know, such as the state of a moving average, it would leave out with a warning.
-    known = {CLASS_NAME, *parameters}
+    known = {CLASS_NAME, *inspect.signature(model_class.__init__).parameters}
     _check_of_one_class(config, known)
     settings = {name: value for name, value in plain_config(config).items() if name in known}
-    defaults = {name: one.default for name, one in parameters.items() if one.default is not one.empty}
-    family.check(settings, defaults)
+    family.check(settings, usual_settings(model_class))
     return settings
 
 

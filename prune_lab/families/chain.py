@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -34,6 +33,7 @@ from prune_lab.families.family import (
     noise_alone,
     plain_config,
     sample_size,
+    usual_settings,
 )
 from prune_lab.families.transformer_settings import check_settings
 
@@ -80,9 +80,7 @@ def heads(config: Config) -> int:
 
 @functools.cache
 def _defaults(class_name: str) -> Config:
-    """What a config that leaves a setting out has there."""
-    parameters = inspect.signature(getattr(diffusers, class_name).__init__).parameters
-    return {name: one.default for name, one in parameters.items() if one.default is not one.empty}
+    return usual_settings(getattr(diffusers, class_name))
 
 
 def refuse_an_empty_chain(kept: Kept) -> None:

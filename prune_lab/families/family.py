@@ -7,6 +7,7 @@ class names nor module paths.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -136,6 +137,12 @@ def plain_config(source: nn.Module | Mapping[str, Any]) -> dict[str, Any]:
     named = {} if isinstance(source, Mapping) else {CLASS_NAME: type(source).__name__}
     kept = {name: value for name, value in config.items() if name == CLASS_NAME or not name.startswith("_")}
     return kept | named
+
+
+def usual_settings(model_class: Any) -> dict[str, Any]:
+    """What a config of ``model_class`` that leaves a setting out has there, of those that may be left out."""
+    parameters = inspect.signature(model_class.__init__).parameters
+    return {name: one.default for name, one in parameters.items() if one.default is not one.empty}
 
 
 def sample_size(config: Mapping[str, Any]) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab.errors import DataError, ModelFormatError
-from prune_lab.families import CLASS_NAME, family_of, plain_config, without_guard
+from prune_lab.families import CLASS_NAME, family_of, plain_config, usual_settings, without_guard
 from prune_lab.models.files import bits_of, json_object, read_header, weight_files
 from prune_lab.processes import is_main
 from prune_lab.runs import is_plan_id, plan_id_of
@@ -129,11 +129,11 @@ def _as_json(value: object) -> Any:
 def _settings(config: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
     """All settings that the class of ``like`` has, those that ``config`` leaves out as they are usual."""
     family = family_of(like)
-    parameters = inspect.signature(family.model_class().__init__).parameters
-    usual = {name: one.default for name, one in parameters.items() if one.default is not one.empty}
+    model_class = family.model_class()
     free = _FREE | (_FREE_IN_UNETS if family.component == "unet" else set())
-    known = {CLASS_NAME, *parameters} - free
-    return {name: value for name, value in _as_json({**usual, **config}).items() if name in known}
+    known = {CLASS_NAME, *inspect.signature(model_class.__init__).parameters} - free
+    everything = _as_json({**usual_settings(model_class), **config})
+    return {name: value for name, value in everything.items() if name in known}
 
 
 def _changes(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

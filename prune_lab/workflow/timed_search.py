@@ -201,16 +201,22 @@ def timed_changes(session: Session) -> dict[str, Change]:
     return found
 
 
+def _ends(change: Change) -> str:
+    """The interval of a measured time as shares of the teacher's, in brackets; empty where it has none."""
+    if change.low is None or change.high is None:
+        return ""
+    return f" ({1 + change.low:.3f}x to {1 + change.high:.3f}x)"
+
+
 def with_time(session: Session, plan: PruningPlan) -> PruningPlan:
     """``plan``, which says how it was timed in turns with the teacher, where it was."""
     change = timed_changes(session).get(plan.id)
     if change is None:
         return plan
-    ends = ""
-    if change.low is not None and change.high is not None:
-        ends = f" ({1 + change.low:.3f}x to {1 + change.high:.3f}x)"
     where = service_of(session).text(session.architecture.config, pixels_per_latent(session.source))
-    words = f"{1 + change.change:.3f}x of the teacher's{ends}, in turns, {change.rounds} rounds, {where}"
+    words = (
+        f"{1 + change.change:.3f}x of the teacher's{_ends(change)}, in turns, {change.rounds} rounds, {where}"
+    )
     return dataclasses.replace(plan, timed=words)
 
 
@@ -238,12 +244,10 @@ def time_notes(session: Session, costs: CostTable, frame: pd.DataFrame) -> tuple
             except PruneLabError:
                 continue
             assert costs.total.latency_ms is not None
-            share, ends = budget.limit / costs.total.latency_ms, ""
-            if change.low is not None and change.high is not None:
-                ends = f" ({1 + change.low:.3f}x to {1 + change.high:.3f}x)"
+            share = budget.limit / costs.total.latency_ms
             word = "within" if 1 + change.change <= share else "SLOWER than"
             lines.append(
                 f"{row['plan']}: predicted {1 + row['latency_change']:.3f}x of the teacher's time, measured in turns "
-                f"{1 + change.change:.3f}x{ends}: {word} the {share:.3f}x asked for{_doubt(change, share)}"
+                f"{1 + change.change:.3f}x{_ends(change)}: {word} the {share:.3f}x asked for{_doubt(change, share)}"
             )
     return tuple(lines)
