@@ -141,7 +141,7 @@ def test_a_folder_for_executorch_draws_what_diffusers_draws(tmp_path: Path) -> N
         check=False,
     )
     assert refused.returncode == 2
-    assert "give the default" in refused.stderr
+    assert f"give {height} {width}, the only size" in refused.stderr
 
 
 @pytest.mark.long
