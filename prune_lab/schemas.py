@@ -132,6 +132,21 @@ FEW_STEPS_COLUMNS = (  # of every way to draw: model, scheduler, steps and reuse
 CONSISTENT_COLUMNS = (
     *("student", "teacher", "steps", "guidance", "grid", "loss_first", "loss_last", "seconds", "out"),
 )
+LEVEL_COLUMNS = ("stages", "channels", "step", "fewer")
+NARROWED_COLUMNS = (
+    *(
+        "model",
+        "channels_before",
+        "channels",
+        "chosen_by",
+        "folder",
+        "params",
+        "params_change",
+        "macs",
+        "macs_change",
+    ),
+    *("impact", "teacher_loss", "loss_before", "loss_after", "steps"),
+)
 RECOVERY_SUMMARY_COLUMNS = (
     *("plan", "plan_id", "status", "steps", "loss_before", "loss_after", "seconds", "reason"),
 )

@@ -73,6 +73,11 @@ DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
         "params_change",
         "macs_change",
     ),
+    "levels": ("stages", "channels", "step", "fewer"),
+    "narrowed": (
+        *("channels", "folder", "params_change", "macs_change", "impact", "loss_before", "loss_after"),
+        "teacher_loss",
+    ),
     "exported": ("model", "format", "file", "tensors", "bytes"),
     "converted": ("kind", "file", "parts", "kept", "renamed", "dropped"),
     "compatibility": ("what", "fits", "kept", "of", "renamed", "note"),

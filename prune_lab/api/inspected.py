@@ -17,6 +17,7 @@ from prune_lab.report import block_map_frame, draw_block_map
 from prune_lab.runtime import progress_shown
 from prune_lab.tables import Table
 from prune_lab.width import widths_text
+from prune_lab.workflow import levels_frame
 
 
 class Inspected(Workplace):
@@ -61,6 +62,13 @@ class Inspected(Workplace):
         mapped = block_map_frame(frame, self._scores())
         notes = cost_notes(self.architecture)
         return Table("blocks", frame, title, lambda theme: draw_block_map(mapped, theme), notes=notes)
+
+    def levels(self) -> Table:
+        """What ``narrow`` can make of the stages of a U-Net: their channels now, and what these can become.
+
+        Raises UnsupportedModelError for a model that is no U-Net.
+        """
+        return Table("levels", levels_frame(self.source), f"Stages of {self.source.text}")
 
     def plan(self, text: str | Path) -> Plan:
         """The plan that ``text`` describes: ``bk-small``, ``bk-base -Md``, ``-Dn1.R2 -Dn1.A2``, or a file of one;

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from accelerate import PartialState
 
-from prune_lab.api.applying import personal_settings, personal_table
 from prune_lab.api.data import data_table
-from prune_lab.api.inspected import Inspected
 from prune_lab.api.making import (
-    drawn_table,
-    exported_table,
-    place_of,
     plans_of,
     pruned_table,
     with_units,
 )
+from prune_lab.api.narrowing import asked_narrowing
 from prune_lab.api.plans import Plan, Plans, plan_maps
 from prune_lab.api.settings import budgets_asked, model_title, settings_by_name
-from prune_lab.api.steps import steps_table
+from prune_lab.api.used import Used
 from prune_lab.config import (
     PLAN_FILES,
     RunConfig,
     SearchConfig,
-    check_numbers,
     with_settings,
 )
 from prune_lab.distill import Consistency
@@ -44,7 +40,7 @@ from prune_lab.runs import open_run as run_in
 from prune_lab.runtime import output_folder, pick_dtype, progress_shown, write_json
 from prune_lab.schemas import IMPORTANCE, RECOVERY_SUMMARY_COLUMNS
 from prune_lab.surgery import get_ready_to_prove, prune_pipeline
-from prune_lab.tables import Pictures, Table
+from prune_lab.tables import Table
 from prune_lab.workflow import (
     Session,
     borrow_scores,
@@ -60,6 +56,7 @@ from prune_lab.workflow import (
     ensure_width_scores,
     forget,
     goes_by,
+    narrow,
     plan_named,
     plan_notes,
     plans_frame,
@@ -78,7 +75,7 @@ from prune_lab.workflow import (
 _CONSISTENCY: dict[str, object] = {"steps": 300, "learning_rate": 1e-4, "ema_decay": 0.95}
 
 
-class Model(Inspected):
+class Model(Used):
     """A model and what is found out about it: each verb returns a table that shows itself.
 
     Results lie in a run folder, which the next verb goes on from: ``score`` before ``search``, its plans before
@@ -224,6 +221,37 @@ class Model(Inspected):
                 prune_pipeline(self.source, chosen.plan, Path(out), **how)
         return pruned_table(self.source, chosen, Path(out), written=not dry_run)
 
+    def narrow(
+        self,
+        channels: str | Sequence[int] = "",
+        out: str | Path | None = None,
+        *,
+        macs: str = "",
+        params: str = "",
+        by: str = "taylor",
+        steps: int = 0,
+        force: bool = False,
+        **settings: object,
+    ) -> Table:
+        """Write the model with fewer ``channels`` in whole stages, ``"256,512,1024,1024"``, to the folder ``out``.
+
+        ``macs`` and ``params`` are budgets within which the channels are found. What stays is chosen ``by`` taylor,
+        magnitude or random. With ``steps`` the narrower model is distilled from this one; settings are those of
+        ``distill`` and ``data``, and the same call again goes on. ``levels`` says what stages can become. Raises
+        PlanError for channels that no plain config has, BudgetError for a budget that cannot be met,
+        UnsupportedModelError for a model that is no U-Net.
+        """
+        how = asked_narrowing(channels, budgets_asked(macs, params, "", ""), by, steps)
+        if out is None:
+            raise RunError("asked for narrower stages without a folder to write; give --out DIR")
+        out = check_folder(out, self._read_by(self.settings), force=force)
+        get_ready_to_prove()  # it imports meanwhile
+        asked = settings_by_name("distill", settings) | ({"distill.steps": steps} if steps else {})
+        with self._opened("distill", asked, force=force) as session:
+            frame = narrow(session, Path(out), how, force=force)
+        notes = (f"in Python: {loaded_in_python(Path(out))}",)
+        return Table("narrowed", frame, f"{self.source.text} with narrower stages", notes=notes)
+
     def data(self, out: str | Path, *, pictures: int = 0, force: bool = False, **settings: object) -> Table:
         """Training data in the folder ``out``, to distil from with ``source=out``: the model draws ``count`` pictures.
 
@@ -363,52 +391,7 @@ class Model(Inspected):
             frame = ensure_ranking(session).frame()
         return Table("ranking", frame, f"Ranking of {self._named}", self.results.ranking.draw)
 
-    # Pictures
-
-    def generate(
-        self,
-        *prompts: str,
-        seed: int = 0,
-        count: int = 1,
-        steps: int | None = None,
-        guidance: float | None = None,
-        resolution: int | None = None,
-    ) -> Pictures:
-        """``count`` pictures of each of ``prompts``, as a grid: a row per prompt, a column per seed from ``seed`` on.
-
-        ``guidance`` is the scale of classifier-free guidance, 1 for none (None: 25 steps and 7.5, or 4 and 1 of a model
-        that was distilled for few steps), ``resolution`` in pixels of a side (None: the model's own). Raises
-        UnsupportedModelError for a model alone, DataError without a prompt, ConfigError for a number out of range.
-        """
-        check_numbers(seed=seed, count=count, steps=steps, guidance=guidance, resolution=resolution)
-        with progress_shown():
-            return drawn_table(
-                self.source,
-                prompts,
-                tuple(range(seed, seed + count)),
-                place_of(self.settings),
-                steps=steps,
-                guidance=guidance,
-                resolution=resolution,
-            )
-
-    def few_steps(
-        self,
-        *others: str | Path | Model,
-        out: str | Path,
-        latency: str = "",
-        **asked: Any,
-    ) -> Table:
-        """Time and quality of one picture of this model and of ``others`` in few steps; ``best`` rows are not beaten.
-
-        ``out`` gets steps.csv, a figure, a page and pictures; the same call again goes on. ``latency``, such as 200ms
-        or 0.5x, says in notes which lever meets it best. ``asked`` are steps=(4, 8), schedulers=("own", "unipc"),
-        reuse=(2, 3) (one whole pass in so many), many=50, prompts=FILE, images, guidance, rounds, scorer and seed.
-        Raises RunError for a model without its pipeline, ConfigError for a number or a name that cannot be used.
-        """
-        sources = [one.source if isinstance(one, Model) else resolve_model(str(one)) for one in others]
-        with progress_shown():
-            return steps_table([self.source, *sources], Path(out), latency, place_of(self.settings), asked)
+    # How good it is
 
     def evaluate(self, *prompts: str, base: str = "", **settings: object) -> Table:
         """Held-out loss of the model, and the CLIP score of what it draws for ``prompts`` (none: held-out captions).
@@ -437,57 +420,3 @@ class Model(Inspected):
             found = quality(session, model, told)
             row = {"model": self.source.text, "pictures": len(session.prompts), **found}
         return Table("quality", pd.DataFrame([row]), "Quality")
-
-    # What it is used for
-
-    def personalise(
-        self,
-        images: str | Path,
-        out: str | Path,
-        *,
-        token: str,
-        subject_class: str,
-        class_images: str | Path | None = None,
-        force: bool = False,
-        **settings: Any,
-    ) -> Table:
-        """Teach the model to draw the subject of the pictures in ``images`` for ``token``, and write that to ``out``.
-
-        ``subject_class`` is what it is one of, such as ``dog``; pictures of others of its class come from
-        ``class_images``, or the model draws them. With ``lora=RANK`` a LoRA is trained and written, else the whole
-        model, as a pipeline folder. Settings are those of ``applications.PersonalSettings``: ``template``, ``steps``,
-        ``batch``, ``learning_rate``, ``prior_weight``, ``class_count``, ``seed``, ... Raises ConfigError for a bad one,
-        DataError for a picture that cannot be read, UnsupportedModelError for a model without text.
-        """
-        asked = personal_settings(token=token, subject_class=subject_class, **settings)
-        with progress_shown():
-            device = place_of(self.settings)["device"]
-            return personal_table(
-                self.source, Path(images), Path(out), asked, class_images, device, force=force
-            )
-
-    # Other programs
-
-    def export(
-        self,
-        out: str | Path,
-        to: str = "single-file",
-        *,
-        form: str = "native",
-        dtype: str | None = None,
-        weights: str = "",
-        force: bool = False,
-    ) -> Table:
-        """Write the model to ``out`` in a format that other programs read; ``single-file`` is ComfyUI's and A1111's,
-        ``onnx`` and ``openvino`` are folders that draw without torch, with ``weights="int8"`` smaller ones;
-        ``executorch`` and ``coreml`` are folders for devices, of one picture of one size at a time.
-
-        With ``form="neutral"`` a mid stage that is gone is there as the identity, for programs that need one.
-
-        Raises UnsupportedModelError for another format and for a model that it cannot hold, StorageError where
-        ``out`` is there already and ``force`` is not given.
-        """
-        with progress_shown():
-            return exported_table(
-                self.source, Path(out), to, form=form, dtype=dtype, force=force, weights=weights
-            )

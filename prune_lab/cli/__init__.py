@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 # In the order in which --help lists them.
-from prune_lab.cli import blocks, profile, score, search, compare, prune, generate  # noqa: F401 # isort: skip
+from prune_lab.cli import blocks, profile, score, search, compare, prune, narrow, generate  # noqa: F401 # isort: skip
 from prune_lab.cli import export, convert, push  # noqa: F401 # isort: skip
 from prune_lab.cli import personalise, img2img, steps, distill_steps  # noqa: F401 # isort: skip
 from prune_lab.cli import data, distill, rank, evaluate, report, run, doctor, config  # noqa: F401 # isort: skip

@@ -15,6 +15,7 @@ from prune_lab.export.edge import export_for
 from prune_lab.export.hub import check_repository, push_folder, uploads_of
 from prune_lab.export.ip_adapter import convert_ip_adapter
 from prune_lab.export.lora import convert_lora
+from prune_lab.export.narrowed_card import write_narrowed_card
 from prune_lab.export.single_file import FORMS, NATIVE, Exported, export_single_file
 from prune_lab.export.snippets import loaded_in_python
 from prune_lab.export.students import Student, student_in, student_of
@@ -42,6 +43,7 @@ __all__ = [
     "student_of",
     "uploads_of",
     "write_card",
+    "write_narrowed_card",
 ]
 
 

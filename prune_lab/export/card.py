@@ -64,9 +64,8 @@ def parents_card(source: ModelSource) -> dict[str, Any]:
 # The parts of the text -----------------------------------------------------------------------------------------------
 
 
-def _front_matter(
-    source: ModelSource, inherited: Mapping[str, Any], tag: str | None, *, trained: bool
-) -> str:
+def front_matter(source: ModelSource, inherited: Mapping[str, Any], tag: str | None, *, trained: bool) -> str:
+    """What a card says at its beginning for the hub: licence (that of the parent's card), tags, the parent's name."""
     stated = inherited if inherited.get("license") else {}
     licence = {name: stated[name] for name in _LICENCE if stated.get(name)}
     data = ModelCardData(
@@ -79,7 +78,8 @@ def _front_matter(
     return f"---\n{data.to_yaml()}\n---\n"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def card_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join("| " + " | ".join(str(cell).replace("|", "/") for cell in line) + " |\n" for line in lines)
 
@@ -96,7 +96,7 @@ def _costs(student: Student) -> str:
         was = student.architecture.total_params
         now = sum(parameter.numel() for parameter in meta_model(student.layout.config).parameters())
         row = ("parameters", count(was), count(now), percent_change(now / was - 1))
-        return _table(head, [row]) + f"\nMultiply-adds were not counted: {error}.\n"
+        return card_table(head, [row]) + f"\nMultiply-adds were not counted: {error}.\n"
     before, after = costs.total, costs.of(student.plan)
     rows = [
         (name, text(was), text(now), percent_change(now / was - 1))
@@ -112,7 +112,7 @@ def _costs(student: Student) -> str:
     latency = f"One pass takes, as measured, {timed}." if timed else "Latency was not measured."
     words = f" with {costs.tokens} words of text" if text_form(student.architecture.config)[1] else ""
     return (
-        _table(head, rows)
+        card_table(head, rows)
         + f"\nMultiply-adds are those of one forward pass over one sample of {height} x {width} latents{frames}"
         f"{words}, attention products included. {latency}\n"
     )
@@ -167,7 +167,7 @@ def _caption(plan: PruningPlan) -> str:
 def _training(plan: PruningPlan, training: Mapping[str, object]) -> str:
     if not training:
         return f"Nothing was trained after the blocks were {_cut(plan)}: every weight is the parent's.\n"
-    return "Distilled from the parent.\n\n" + _table(["setting", "value"], list(training.items()))
+    return "Distilled from the parent.\n\n" + card_table(["setting", "value"], list(training.items()))
 
 
 def _check(student: Student, proof: Mapping[str, Any]) -> str:
@@ -188,7 +188,7 @@ def _fits(student: Student) -> str:
     for row in compatibility(student).to_dict("records"):
         known = f"{row['kept']} of {row['of']}" if isinstance(row["of"], int) else ""
         rows.append((row["what"], row["fits"], known, row["note"]))
-    table = _table(["made for the parent", "fits", "parts", ""], rows)
+    table = card_table(["made for the parent", "fits", "parts", ""], rows)
     if not has_additions(student.architecture.config):
         return table
     return (
@@ -198,7 +198,8 @@ def _fits(student: Student) -> str:
     )
 
 
-def _licence(source: ModelSource, inherited: Mapping[str, Any]) -> str:
+def licence_text(source: ModelSource, inherited: Mapping[str, Any]) -> str:
+    """Which licence applies, as the parent's card states it, or that it is not known."""
     name, parent = inherited.get("license"), parent_name(source)
     if name:
         return f"That of the parent, as its card states it: {inherited.get('license_name', name)}.\n"
@@ -259,7 +260,7 @@ def card_text(
         "Training": _training(plan, training),
         **({"Check": _check(student, proof)} if isinstance(proof, dict) else {}),
         "What fits": _fits(student),
-        "Licence": _licence(source, inherited),
+        "Licence": licence_text(source, inherited),
         "Limits": _limits(training)
         + f"\nMade by prune-lab {__version__} after BK-SDM (arXiv:2305.15798). The plan is in `{beside}plan.json`, "
         f"where the model comes from in `{beside}provenance.json`.\n",
@@ -267,7 +268,7 @@ def card_text(
     level = ["#", *["##"] * (len(parts) - 1)]
     text = [f"{mark} {title}\n\n{body}" for mark, (title, body) in zip(level, parts.items(), strict=True)]
     return "\n".join(
-        [_front_matter(source, inherited, tag if index.is_file() else None, trained=bool(training)), *text]
+        [front_matter(source, inherited, tag if index.is_file() else None, trained=bool(training)), *text]
     )
 
 

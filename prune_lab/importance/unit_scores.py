@@ -189,21 +189,13 @@ def magnitude(context: ScoringContext, sites: Sequence[Site]) -> UnitScores:
     )
 
 
-def taylor(context: ScoringContext, sites: Sequence[Site]) -> UnitScores:
-    """Sum over all weights that leave with the unit of the size of weight times gradient of the denoising loss.
-
-    Measures: how much the loss changes when single weights are set to 0 (first order), by the mean gradient.
-    Reads as: larger, more effect; the number says nothing about the size of the change of the prediction.
-    Misleads when: effects of weights cancel, which a sum of sizes ignores.
-    Cost: three forward-equivalents, and a forward pass by which torch-pruning finds what leaves together.
-    Reference: torch-pruning's GroupTaylorImportance; arXiv:1906.10771.
+@contextlib.contextmanager
+def loss_gradients(context: ScoringContext, weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, each of ``weights`` of the model carries the gradient of the mean denoising loss of the probe; what it
+    carried before is back on exit.
     """
     model, probe = context.model, context.probe
-    names = {name for site in sites for name in cut_tensors(model, site)}
-    weights = [parameter for name, parameter in model.named_parameters() if name in names]
     before = [weight.grad for weight in weights]
-    forward_macs = context.architecture.total_macs
-    compute = ComputeCost(macs=3 * len(probe) * forward_macs, forward_macs=forward_macs)
     try:
         gradients = [torch.zeros_like(weight) for weight in weights]
         with only_requires_grad(model, weights), evaluating(model), torch.enable_grad():
@@ -213,10 +205,27 @@ def taylor(context: ScoringContext, sites: Sequence[Site]) -> UnitScores:
                 torch._foreach_add_(gradients, torch.autograd.grad(loss, weights))
         for weight, gradient in zip(weights, gradients, strict=True):
             weight.grad = gradient
-        return _by_torch_pruning(context, sites, "taylor", taylor_estimator(), len(probe), compute)
+        yield
     finally:
         for weight, was in zip(weights, before, strict=True):
             weight.grad = was
+
+
+def taylor(context: ScoringContext, sites: Sequence[Site]) -> UnitScores:
+    """Sum over all weights that leave with the unit of the size of weight times gradient of the denoising loss.
+
+    Measures: how much the loss changes when single weights are set to 0 (first order), by the mean gradient.
+    Reads as: larger, more effect; the number says nothing about the size of the change of the prediction.
+    Misleads when: effects of weights cancel, which a sum of sizes ignores.
+    Cost: three forward-equivalents, and a forward pass by which torch-pruning finds what leaves together.
+    Reference: torch-pruning's GroupTaylorImportance; arXiv:1906.10771.
+    """
+    names = {name for site in sites for name in cut_tensors(context.model, site)}
+    weights = [parameter for name, parameter in context.model.named_parameters() if name in names]
+    forward_macs = context.architecture.total_macs
+    compute = ComputeCost(macs=3 * len(context.probe) * forward_macs, forward_macs=forward_macs)
+    with loss_gradients(context, weights):
+        return _by_torch_pruning(context, sites, "taylor", taylor_estimator(), len(context.probe), compute)
 
 
 def random_units(context: ScoringContext, sites: Sequence[Site]) -> UnitScores:

@@ -16,7 +16,7 @@ import torch_pruning
 from torch import Tensor, nn
 
 from prune_lab.errors import UnsupportedModelError
-from prune_lab.families import Kept, Site, example_inputs, narrowed_sizes
+from prune_lab.families import Kept, Site, example_inputs, narrowed_sizes, plain_config
 
 
 @contextlib.contextmanager
@@ -42,7 +42,7 @@ def dependency_graph(model: Any) -> Any:
     Raises UnsupportedModelError where torch-pruning cannot follow the forward pass.
     """
     graph: Any = torch_pruning.DependencyGraph()
-    inputs = example_inputs(model.config, device=model.device, dtype=model.dtype)
+    inputs = example_inputs(plain_config(model), device=model.device, dtype=model.dtype)
     try:
         with _traceable(model):
             graph.build_dependency(

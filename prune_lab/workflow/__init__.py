@@ -25,6 +25,7 @@ from prune_lab.workflow.exploring import (
 )
 from prune_lab.workflow.few_steps import StepsAsked, StepsFound, compare_steps
 from prune_lab.workflow.measuring import ensure_scores, scores_frame
+from prune_lab.workflow.narrowing import Narrowing, levels_frame, narrow
 from prune_lab.workflow.pipeline import run_all, steps_frame
 from prune_lab.workflow.ranking import ensure_ranking, quality, quality_frame, written_report
 from prune_lab.workflow.searching import ensure_plans, goes_by, plan_named, plan_notes, plans_frame
@@ -37,6 +38,7 @@ from prune_lab.workflow.timed_search import with_time
 from prune_lab.workflow.widths import check_unit_criterion, ensure_width_scores, score_notes, width_frame
 
 __all__ = [
+    "Narrowing",
     "RunEstimate",
     "Session",
     "StepsAsked",
@@ -68,7 +70,9 @@ __all__ = [
     "goes_by",
     "is_well",
     "kind_of_target",
+    "levels_frame",
     "macs_per_second",
+    "narrow",
     "picture_changes",
     "plan_named",
     "plan_notes",
