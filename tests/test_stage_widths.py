@@ -431,7 +431,7 @@ def test_a_student_whose_zeros_or_code_stand_for_what_left_is_refused(
     parent = pl.load(tiny_pipeline_folder / "unet")
     for form, plan, said in (
         ("neutral", "-Dn2.A1", "in the neutral form, whose zeros stand for"),
-        ("own", "-Dn2.R1", "a model with code of its own"),
+        ("own", "-Dn2.A1", "a model with code of its own"),
     ):
         parent.prune(plan, tmp_path / form, form=form)
         with pytest.raises((RunError, UnsupportedModelError), match=said):

@@ -182,8 +182,8 @@ def narrow(session: Session, out: Path, how: Narrowing, *, force: bool = False) 
     levels_of(source.config)  # says which models have any
     if (form := form_written(source)) in ("neutral", "padded"):
         raise RunError(
-            f"asked to make stages of {source.text} narrower, found a student in the {form} form, whose zeros stand for "
-            "what was removed; make stages of its parent narrower first, and prune the result"
+            f"asked to make stages of {source.text} narrower, found a student in the {form} form, whose zeros "
+            "stand for what was removed; make stages of its parent narrower first, and prune the result"
         )
     if how.channels:
         narrower_config(source.config, how.channels)
