@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from prune_lab.workflow import Narrowing, narrow, start_run
 
 MODEL = "reference"
 ASKED = ((65, "taylor"), (80, "taylor"), (65, "magnitude"), (65, "random"))  # percent of the multiply-adds
+WAYS = {"both": "blocks and widths inside", "depth": "whole blocks", "width": "widths inside of blocks"}
 COLUMNS = (
     *("model", "budget", "by", "channels", "macs", "params", "time", "time_low", "time_high", "rounds"),
     *(
@@ -73,19 +75,32 @@ def _measured(
     models = {"whole": session.model, "narrow": load_model(resolve_model(str(out)), device="cpu")}
     turns = time_in_turns({name: _pass_of(model) for name, model in models.items()}, rounds=rounds)
     change = turns.change("narrow")
+    assert change.low is not None
+    assert change.high is not None
     return {
-        "model": MODEL, "budget": budget, "by": by, "channels": row["channels"],
-        "macs": 1 + row["macs_change"], "params": 1 + row["params_change"],
-
-            "time": 1 + change.change,
-            "time_low": 1 + change.low,
-            "time_high": 1 + change.high,
-            "rounds": rounds
-        ,
+        "model": MODEL,
+        "budget": budget,
+        "by": by,
+        "channels": row["channels"],
+        "macs": 1 + row["macs_change"],
+        "params": 1 + row["params_change"],
+        "time": 1 + change.change,
+        "time_low": 1 + change.low,
+        "time_high": 1 + change.high,
+        "rounds": rounds,
         **{name: row[name] for name in ("impact", "teacher_loss", "loss_before", "loss_after")},
-        "steps": steps, "batch": 8, "seed": 0, "torch": torch.__version__,
-        "diffusers": importlib.metadata.version("diffusers"), "device": "cpu",
+        "steps": steps,
+        "batch": 8,
+        "seed": 0,
+        "torch": torch.__version__,
+        "diffusers": importlib.metadata.version("diffusers"),
+        "device": "cpu",
     }
+
+
+def _lost(row: Mapping[Any, Any]) -> tuple[float, float]:
+    """(after, before) distillation: the held-out loss over the teacher's."""
+    return row["loss_after"] - row["teacher_loss"], row["loss_before"] - row["teacher_loss"]
 
 
 def write_page(out: Path) -> None:
@@ -105,28 +120,20 @@ def write_page(out: Path) -> None:
         "| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     found = []
-    for one in rows.itertuples():
-        lost = one.loss_before - one.teacher_loss, one.loss_after - one.teacher_loss
-        took = f"{one.time:.3f} ({one.time_low:.3f} to {one.time_high:.3f})"
-        what = f"stages, by {one.by}: {one.channels.replace(',', ' ')}"
-        found.append((-one.budget, lost[1], what, "plain", one.macs, one.params, took, *lost))
+    for one in rows.to_dict("records"):
+        took = f"{one['time']:.3f} ({one['time_low']:.3f} to {one['time_high']:.3f})"
+        what = f"stages, by {one['by']}: {one['channels'].replace(',', ' ')}"
+        found.append((-one["budget"], *_lost(one), what, "plain", one["macs"], one["params"], took))
     same = study[(study["model"] == MODEL) & (study["equal"] == "macs") & (study["seed"] == 0)]
-    for one in (
-        same[same["budget"].isin(rows["budget"])]
-        .merge(plans, on=["model", "plan", "equal", "budget"])
-        .itertuples()
-    ):
-        lost = one.loss_before - one.teacher_loss, one.loss_after - one.teacher_loss
-        form = "plain" if one.way.startswith("depth") else "own code"
-        words = {
-            "both": "blocks and widths inside of blocks",
-            "depth": "whole blocks",
-            "width": "widths inside of blocks",
-        }
-        what, _, how = one.way.partition("-")
-        what = words[what] + (f", by {'chance' if how == 'random' else how}" if how else "")
-        found.append((-one.budget, lost[1], what, form, one.macs, one.params, f"{one.time:.3f}", *lost))
-    for budget, _, what, form, macs, params, took, before, after in sorted(found):
+    beside = same[same["budget"].isin(rows["budget"])].merge(plans, on=["model", "plan", "equal", "budget"])
+    for one in beside.to_dict("records"):
+        what, _, how = str(one["way"]).partition("-")
+        words = WAYS[what] + (f", by {'chance' if how == 'random' else how}" if how else "")
+        form = "plain" if what == "depth" else "own code"
+        found.append(
+            (-one["budget"], *_lost(one), words, form, one["macs"], one["params"], f"{one['time']:.3f}")
+        )
+    for budget, after, before, what, form, macs, params, took in sorted(found):
         lines.append(
             f"| {-budget} % | {what} | {form} | {macs:.3f} | {params:.3f} | {took} | {before:.4f} | {after:.4f} |"
         )
