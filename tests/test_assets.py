@@ -181,6 +181,7 @@ def test_the_unet_denoises_and_listens_to_the_caption(
     assert float(wrong) > 1.02 * float(right)
 
 
+@pytest.mark.long
 def test_the_mid_stage_is_worth_a_thousandth(pipeline: StableDiffusionPipeline, probe: Probe) -> None:
     groups = [
         one for one in block_groups(architecture_of(pipeline.unet), "stage") if one.name in ("Md", "Up1")

@@ -140,6 +140,7 @@ def test_committed_pages_are_what_their_tables_say(name: str) -> None:
     assert (folder / "README.md").read_text(encoding="utf-8") == found
 
 
+@pytest.mark.long
 def test_the_page_on_evidence_is_what_its_tables_say(tmp_path: Path) -> None:
     folder = ROOT / "reports" / "evidence"
     for name in ("plans.csv", "untrained.csv", "outcomes.csv", "rows.parquet"):

@@ -230,6 +230,7 @@ def test_a_model_that_does_not_say_its_size(small: Path, tmp_path: Path) -> None
     assert row in new
 
 
+@pytest.mark.long
 def test_a_distilled_student_tells_its_training(finished: Run, tmp_path: Path) -> None:
     session = Session(finished)
     (folder,) = save_students(session, tmp_path / "student", only=("bk-base",))

@@ -211,6 +211,7 @@ def test_score_alone_writes_its_table(tiny_pipeline_folder: Path, tmp_path: Path
     assert list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.long
 def test_a_race_says_what_every_block_was_measured_on(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     options = ["--groups", "blocks", "--samples", 16, "--set", "probe.timesteps=4", "--device", "cpu"]
     options += ["--criterion", "output-mse", "--criterion", "similarity"]

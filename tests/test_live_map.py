@@ -145,6 +145,7 @@ def test_every_number_is_that_of_the_cost_table(
         assert f'--plan "{plan.text}"' in part(page, "text").text
 
 
+@pytest.mark.long
 def test_blocks_and_stages_leave_and_come_back(page: WebDriver) -> None:
     cell(page, "Md.A1").click()
     assert removed(page) == {"Md.A1"}
@@ -181,6 +182,7 @@ def test_named_plans_and_the_budget(page: WebDriver, architecture: Architecture)
     assert Select(part(page, "plan")).first_selected_option.text == "one of your own"
 
 
+@pytest.mark.long
 def test_costs_are_those_of_the_form(page: WebDriver, architecture: Architecture) -> None:
     """In the neutral form a residual block stays and saves nothing; inner levels that are gone are gone in all."""
     table = cost_table(architecture)

@@ -278,6 +278,7 @@ def ten_steps(unet: Any, variant: str, plan: str) -> list[tuple[float, float, fl
     return rows
 
 
+@pytest.mark.long
 def test_golden_losses(tiny_unet_shared: Any) -> None:
     cases = [("raw", plan) for plan in OFFICIAL] + [(name, "bk-small") for name in list(FEATURE_VARIANTS)[1:]]
     found = {

@@ -112,6 +112,7 @@ def test_a_model_that_was_loaded_does_not_name_its_folder(tiny_unet: Any, tmp_pa
     assert "_name_or_path" not in (tmp_path / "twice" / "config.json").read_text()
 
 
+@pytest.mark.long
 def test_a_distilled_student_is_proved_to_be_the_one_that_was_trained(distilled_alone: Path) -> None:
     folder = distilled_alone / "bk-tiny" / "distilled" / "model"
     provenance = json.loads((folder / "provenance.json").read_text())

@@ -148,6 +148,7 @@ def test_what_a_run_leaves(finished: Run, tmp_path: Path) -> None:
 # The pages ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_what_a_report_says(home: Path) -> None:
     """Of a run that was made with folders in its settings and its tables, by whatever version of prune-lab."""
     run = Run(write_run(home / "run"))
