@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from prune_lab.errors import BudgetError, PlanError
 from prune_lab.profiling import PlanCost
-from prune_lab.search.budgets import Budget, unreachable
+from prune_lab.search.budgets import Budget
 from prune_lab.width.stages import Level
 
 Channels = tuple[int, ...]
@@ -59,7 +59,11 @@ def channels_within(
         ]
         tried = [one for one in tried if one[2] > 0]
         if not tried:
-            raise unreachable(broken[0], "model of narrower stages", "", before, total.amount(metric))
+            share = math.ceil(1000 * before / total.amount(metric)) / 10
+            raise BudgetError(
+                f"asked for {broken[0].text}; step by step the stages came to channels {','.join(map(str, channels))} with "
+                f"{share}% of the {metric}, and none can have fewer; give {metric}<={share}%, or the channels"
+            )
         # what is saved beyond the budget does not count
         channels, now, _ = min(tried, key=lambda one: ((one[1] - now) / min(one[2], before - limit), one[0]))
     if tuple(channels) == tuple(channels_of(levels)):

@@ -36,6 +36,9 @@ from prune_lab.surgery import pipeline_with, save_model
 from prune_lab.width.stages import CHANNELS, checked_channels, levels_of, narrowed_stages, narrower_config
 
 
+_LISTED = 8  # numbers that a cell shows one by one
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Narrowing:
     """What is asked for: ``channels`` of each stage, or as many as are within ``budgets``; what stays is chosen ``by``
@@ -53,10 +56,11 @@ def levels_frame(source: ModelSource) -> pd.DataFrame:
 
     Raises UnsupportedModelError for a model that is no U-Net.
     """
-    rows = [
-        (", ".join(level.stages), level.channels, level.step, " ".join(map(str, level.choices[1:])))
-        for level in levels_of(source.config)
-    ]
+    rows = []
+    for level in levels_of(source.config):
+        fewer = [str(one) for one in level.choices[1:]]
+        listed = fewer if len(fewer) <= _LISTED else [*fewer[:2], "...", fewer[-1]]
+        rows.append((", ".join(level.stages), level.channels, level.step, " ".join(listed)))
     return pd.DataFrame(rows, columns=list(LEVEL_COLUMNS))
 
 
