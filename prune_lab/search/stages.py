@@ -59,10 +59,10 @@ def channels_within(
         ]
         tried = [one for one in tried if one[2] > 0]
         if not tried:
-            share = math.ceil(1000 * before / total.amount(metric)) / 10
+            share, came = math.ceil(1000 * before / total.amount(metric)) / 10, ",".join(map(str, channels))
             raise BudgetError(
-                f"asked for {broken[0].text}; step by step the stages came to channels {','.join(map(str, channels))} with "
-                f"{share}% of the {metric}, and none can have fewer; give {metric}<={share}%, or the channels"
+                f"asked for {broken[0].text}; step by step the stages came to channels {came} with {share}% of the "
+                f"{metric}, and none can have fewer; give {metric}<={share}%, or the channels"
             )
         # what is saved beyond the budget does not count
         channels, now, _ = min(tried, key=lambda one: ((one[1] - now) / min(one[2], before - limit), one[0]))

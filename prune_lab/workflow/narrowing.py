@@ -35,7 +35,6 @@ from prune_lab.session import Session, ensure_probe, run_scoring_context, tell_r
 from prune_lab.surgery import pipeline_with, save_model
 from prune_lab.width.stages import CHANNELS, checked_channels, levels_of, narrowed_stages, narrower_config
 
-
 _LISTED = 8  # numbers that a cell shows one by one
 
 
