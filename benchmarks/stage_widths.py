@@ -122,7 +122,8 @@ def write_page(out: Path) -> None:
     found = []
     for one in rows.to_dict("records"):
         took = f"{one['time']:.3f} ({one['time_low']:.3f} to {one['time_high']:.3f})"
-        what = f"stages, by {one['by']}: {one['channels'].replace(',', ' ')}"
+        by = "chance" if one["by"] == "random" else one["by"]
+        what = f"stages, by {by}: {one['channels'].replace(',', ' ')}"
         found.append((-one["budget"], *_lost(one), what, "plain", one["macs"], one["params"], took))
     same = study[(study["model"] == MODEL) & (study["equal"] == "macs") & (study["seed"] == 0)]
     beside = same[same["budget"].isin(rows["budget"])].merge(plans, on=["model", "plan", "equal", "budget"])

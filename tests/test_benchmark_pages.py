@@ -15,6 +15,7 @@ from benchmarks import (
     losses_page,
     runtimes_page,
     solver_outcomes_page,
+    stage_widths,
     width_page,
 )
 from benchmarks.width import OUTCOME_COLUMNS, PLAN_COLUMNS, Unit, is_done, units
@@ -138,6 +139,16 @@ def test_committed_pages_are_what_their_tables_say(name: str) -> None:
         shown = "\n".join(runtimes_page.in_readme(pd.read_csv(folder / "runtimes.csv")))
         assert shown in (ROOT / "README.md").read_text(encoding="utf-8")
     assert (folder / "README.md").read_text(encoding="utf-8") == found
+
+
+def test_the_page_of_narrower_stages_is_what_its_tables_say(tmp_path: Path) -> None:
+    folder = ROOT / "reports" / "width"
+    for name in ("stages.csv", "outcomes.csv", "plans.csv"):
+        shutil.copyfile(folder / name, tmp_path / name)
+    stage_widths.write_page(tmp_path)
+    page = (folder / "STAGES.md").read_text(encoding="utf-8")
+    assert (tmp_path / "STAGES.md").read_text(encoding="utf-8") == page
+    assert "| 65 % | stages, by taylor: 32 48 64 64 | plain | 0.613 | 0.335 |" in page
 
 
 @pytest.mark.long
