@@ -718,6 +718,19 @@ def test_every_verb_has_help(verb: str) -> None:
 # As a program ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("verb", [("prune", "--out", "x"), ("distill", "--out", "x"), ("profile",)])
+def test_a_file_without_the_plan_is_refused_before_a_model_is_read(tmp_path, verb):
+    plans, config = tmp_path / "plans.json", tmp_path / "config.json"
+    plans.write_text(json.dumps([{"architecture": "x", "removed": ["Md.A1"], "names": ["search-0"]}]))
+    config.write_text('{"_class_name": "UNet2DConditionModel"}')
+    told = mistake(*verb, tmp_path / "no-model", "--plan", f"{plans}#99")
+    assert told.endswith(f"asked for the plan '99' of {plans}, which has none such; it has #1 search-0")
+    told = mistake(*verb, tmp_path / "no-model", "--plan", f"{config}#1")
+    assert f"asked to read {config}, found no list of removed blocks in it" in told
+    told = mistake(*verb, tmp_path / "no-model", "--plan", f"{plans}#1")
+    assert "no-model" in told  # this one is there
+
+
 def program(*arguments: object) -> subprocess.CompletedProcess[str]:
     """The installed program in a process of its own."""
     script = Path(sys.executable).with_name("prune-lab")

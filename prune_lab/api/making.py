@@ -19,7 +19,7 @@ from prune_lab.export import EXPORT_TARGETS, loaded_in_python
 from prune_lab.forms import in_form
 from prune_lab.models import ModelSource, drawing_asked, load_model, load_pipeline, plain_source
 from prune_lab.models.protection import check_apart
-from prune_lab.plans import PruningPlan, plan_file, read_plans
+from prune_lab.plans import PruningPlan, read_plans
 from prune_lab.profiling import (
     BACKENDS,
     Service,
@@ -37,6 +37,7 @@ from prune_lab.profiling import (
     size_text,
 )
 from prune_lab.report import Column, Theme, draw_comparison, draw_costs
+from prune_lab.runs import plan_file
 from prune_lab.runtime import duration_text, note, pick_device, pick_dtype
 from prune_lab.schemas import SITE_SCORE_COLUMNS
 from prune_lab.surgery import chosen_from_files, with_first_units

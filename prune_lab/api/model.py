@@ -36,10 +36,10 @@ from prune_lab.export import loaded_in_python, write_card
 from prune_lab.forms import form_named, in_form, layout_of, within_form
 from prune_lab.models import check_draws_in, check_same_class, load_model, resolve_model, shipped_like
 from prune_lab.models.protection import check_apart, check_folder
-from prune_lab.plans import PruningPlan, is_native, plan_file
+from prune_lab.plans import PruningPlan, is_native
 from prune_lab.processes import init_processes, is_main
 from prune_lab.profiling import check_asked_size
-from prune_lab.runs import Run, read_records
+from prune_lab.runs import Run, plan_file, read_records
 from prune_lab.runs import open_run as run_in
 from prune_lab.runtime import output_folder, pick_dtype, progress_shown, write_json
 from prune_lab.schemas import IMPORTANCE, RECOVERY_SUMMARY_COLUMNS

@@ -21,7 +21,11 @@ def distill(
     model: options.OptionalModel = "",
     plan: Annotated[
         list[str],
-        typer.Option("--plan", help="What is distilled; of a run: id, name or text; may be repeated."),
+        typer.Option(
+            "--plan",
+            callback=options.plans_checked,
+            help="What is distilled; of a run: id, name or text; may be repeated.",
+        ),
     ] = [],  # noqa: B006
     data: options.DataOption = None,
     steps: Annotated[int | None, options.for_setting("distill.steps")] = None,

@@ -22,7 +22,7 @@ from prune_lab.errors import DataError, ModelFormatError
 from prune_lab.families import CLASS_NAME, family_of, plain_config, usual_settings, without_guard
 from prune_lab.models.files import bits_of, json_object, read_header, weight_files
 from prune_lab.processes import is_main
-from prune_lab.runs import is_plan_id, plan_id_of
+from prune_lab.runs import is_plan_id, told_plan_id
 from prune_lab.runtime import open_regular, path_text, printable, read_json, warn_once
 
 PLAN, PROVENANCE = "plan.json", "provenance.json"
@@ -166,20 +166,12 @@ def _check_settings(folder: Path, record: Mapping[str, Any], config: Mapping[str
 # Plans -----------------------------------------------------------------------------------------------------------
 
 
-def _id_in(plan: Mapping[str, Any]) -> str:
-    """The id that belongs to the contents of ``plan``; empty where they are those of no plan."""
-    try:
-        return plan_id_of(plan["architecture"], plan["removed"], plan.get("widths"))
-    except (KeyError, TypeError, ValueError, AttributeError):  # other things than lists and numbers in it
-        return ""
-
-
 def _check_plan(folder: Path, provenance: Mapping[str, Any]) -> None:
     plan = _read(folder / PLAN)
     ours = isinstance(provenance.get("plan_id"), str) and (folder / PLAN).is_file()
     if not ours and not {"architecture", "removed"} <= plan.keys():
         return  # of another program
-    found = _id_in(plan)
+    found = told_plan_id(plan)
     told = {name: provenance.get(name) for name in ("plan_id", "form")}
     ids = [one for one in (plan.get("id"), told["plan_id"]) if isinstance(one, str) and is_plan_id(one)]
     wrong = "" if found else "no plan"
