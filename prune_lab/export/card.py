@@ -36,6 +36,7 @@ from prune_lab.report.format import amount, count, percent_change
 from prune_lab.runtime import names_alone, write_json, write_text
 from prune_lab.surgery import TEACHER, notes_on_form
 
+_OF_THE_PACKAGE = "apache-2.0"  # LICENSE, as the hub calls it
 CARD, MAP = "README.md", "block_map.png"
 _LICENCE = ("license", "license_name", "license_link")  # what a card says of it
 
@@ -51,7 +52,11 @@ def is_on_hub(source: ModelSource) -> bool:
 
 
 def parents_card(source: ModelSource) -> dict[str, Any]:
-    """What the card of the model that was pruned says at its beginning; empty where there is none that can be read."""
+    """What the card of the model that was pruned says at its beginning; empty where there is none that can be read. Of
+    a model that ships it is the licence of the package.
+    """
+    if source.kind == "shipped":
+        return {"license": _OF_THE_PACKAGE}
     path = (source.folder or Path()) / CARD
     if source.folder is None or not path.is_file():
         return {}
@@ -198,8 +203,15 @@ def _fits(student: Student) -> str:
     )
 
 
+def licence_of_shipped(name: str) -> str:
+    """What is said of the licence of a model that ships, which is called ``name``."""
+    return f"Apache-2.0, that of prune-lab, with which {name} ships."
+
+
 def _licence(source: ModelSource, inherited: Mapping[str, Any]) -> str:
     name, parent = inherited.get("license"), parent_name(source)
+    if source.kind == "shipped":
+        return f"{licence_of_shipped('the parent')}\n"
     if name:
         return f"That of the parent, as its card states it: {inherited.get('license_name', name)}.\n"
     return (
