@@ -731,6 +731,19 @@ def test_a_file_without_the_plan_is_refused_before_a_model_is_read(tmp_path, ver
     assert "no-model" in told  # this one is there
 
 
+def test_what_distilling_leaves_beside_a_student_is_told(tmp_path):
+    from prune_lab.cli.distill import left_beside
+
+    folder = tmp_path / "a student.run"
+    (folder / "candidates").mkdir(parents=True)
+    (folder / "candidates" / "weights").write_bytes(bytes(3 * 2**20))
+    told = left_beside(folder)
+    assert f"'{folder}' (3 MiB)" in told
+    assert f"rm -r '{folder}'" in told
+    assert f"prune-lab report '{folder}'" in told
+    assert "\n" not in told
+
+
 def program(*arguments: object) -> subprocess.CompletedProcess[str]:
     """The installed program in a process of its own."""
     script = Path(sys.executable).with_name("prune-lab")
