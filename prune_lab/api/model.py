@@ -53,6 +53,7 @@ from prune_lab.workflow import (
     check_unit_criterion,
     compared_criteria,
     distil_consistent,
+    distilled_notes,
     ensure_distilled,
     ensure_plans,
     ensure_ranking,
@@ -285,14 +286,17 @@ class Model(Inspected):
             ensure_distilled(session, only=ids)
             if not is_main():
                 return Table("recovery", pd.DataFrame(columns=list(RECOVERY_SUMMARY_COLUMNS)))
-            frame = recovery_frame(session)
+            frame, notes = recovery_frame(session), distilled_notes(session, only=ids)
             written = save_students(session, Path(out), only=ids, force=force) if out else ()
         return Table(
             "recovery",
             frame,
             f"Recovery after {self.settings.distill.steps} steps",
             self.results.losses.draw if len(frame) else None,
-            notes=tuple(f"student: {path}; in Python: {loaded_in_python(path)}" for path in written),
+            notes=(
+                *notes,
+                *(f"student: {path}; in Python: {loaded_in_python(path)}" for path in written),
+            ),
         )
 
     def distill_steps(

@@ -13,7 +13,13 @@ from prune_lab.session import Session
 from prune_lab.workflow.comparing import block_maps, compared_plans, compared_with, comparison, kind_of_target
 from prune_lab.workflow.consistent import distil_consistent
 from prune_lab.workflow.criteria import compared_criteria
-from prune_lab.workflow.distilling import ensure_distilled, recovery_frame, save_students, student_folders
+from prune_lab.workflow.distilling import (
+    distilled_notes,
+    ensure_distilled,
+    recovery_frame,
+    save_students,
+    student_folders,
+)
 from prune_lab.workflow.doctoring import diagnosis, is_well
 from prune_lab.workflow.estimating import RunEstimate, estimate, macs_per_second
 from prune_lab.workflow.exploring import (
@@ -56,6 +62,7 @@ __all__ = [
     "comparison",
     "diagnosis",
     "distil_consistent",
+    "distilled_notes",
     "ensure_candidates",
     "ensure_distilled",
     "ensure_plans",

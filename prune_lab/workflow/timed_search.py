@@ -208,8 +208,16 @@ def _ends(change: Change) -> str:
     return f" ({1 + change.low:.3f}x to {1 + change.high:.3f}x)"
 
 
+_OF_THE_SEARCH = "; the search that found the plan measured "
+
+
+def _measured_before(plan: PruningPlan) -> str:
+    """What the search that found ``plan`` measured, as it is written in it; empty where it says nothing of its time."""
+    return plan.timed.rpartition(_OF_THE_SEARCH)[2]
+
+
 def with_time(session: Session, plan: PruningPlan) -> PruningPlan:
-    """``plan``, which says how it was timed in turns with the teacher, where it was."""
+    """``plan``, which says how it was timed in turns with the teacher, where it was, beside what it said before."""
     change = timed_changes(session).get(plan.id)
     if change is None:
         return plan
@@ -217,7 +225,18 @@ def with_time(session: Session, plan: PruningPlan) -> PruningPlan:
     words = (
         f"{1 + change.change:.3f}x of the teacher's{_ends(change)}, in turns, {change.rounds} rounds, {where}"
     )
+    before = _measured_before(plan)
+    if before and before != words:
+        words += f"{_OF_THE_SEARCH}{before}"
     return dataclasses.replace(plan, timed=words)
+
+
+def timed_anew(session: Session, plan: PruningPlan) -> str:
+    """A line on a ``plan`` whose time was measured here and by the search that found it; empty for any other."""
+    now, before = with_time(session, plan).timed, _measured_before(plan)
+    if not before or _OF_THE_SEARCH not in now:
+        return ""
+    return f"time of {plan.label}: measured here {now}"
 
 
 def _doubt(change: Change, share: float) -> str:
