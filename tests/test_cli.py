@@ -22,6 +22,7 @@ from typer.testing import CliRunner, Result
 import prune_lab
 from prune_lab import exit_codes, schemas
 from prune_lab.cli import app
+from prune_lab.cli.output import emit
 from prune_lab.config import (
     SETTINGS,
     ProbeConfig,
@@ -577,6 +578,19 @@ def test_how_many_widths_are_narrower_is_shown_where_any_are() -> None:
         assert "narrower" in shown_columns(kind, [row, row | {"narrower": 0}])
         assert "narrower" not in shown_columns(kind, [row | {"narrower": 0}])
     assert "predicted_impact" in shown_columns("plans", [row])
+
+
+def test_a_table_of_timed_plans_is_no_wider_than_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    removed = " ".join(f"Dn{level}.R2" for level in range(1, 13))
+    row: dict[str, object] = {"plan": "search-latency-0.75x-1", "removed": removed, "blocks_removed": 12}
+    row |= {"narrower": 0, "params_change": -0.3, "macs_change": -0.35, "latency_change": -0.2}
+    row |= {"measured_change": -0.2, "predicted_impact": 0.5, "form": "native", "origin": "search"}
+    emit("plans", [row, row], as_json=False, wide=False, title="Plans")
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 120
+    assert "12: Dn1.R2 Dn2.R2 Dn3.R2 ... 9 more" in lines[5]
+    emit("plans", [{"plan": "bk-base", "params_change": -0.3}], as_json=False, wide=False, title="Plans")
+    assert "params change" in capsys.readouterr().out  # a narrow one has each name in a line
 
 
 def test_long_plans_are_cut_in_a_table_and_whole_in_json(tiny_pipeline_folder: Path) -> None:
