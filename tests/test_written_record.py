@@ -16,9 +16,12 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import prune_lab
 from prune_lab.blocks import architecture_of
 from prune_lab.cli import app
 from prune_lab.errors import ModelFormatError, PruneLabError
+from prune_lab.export.card import card_text
+from prune_lab.export.students import Student
 from prune_lab.models import load_model, resolve_model
 from prune_lab.models import written as written_record
 from prune_lab.models.streamed import load_streamed
@@ -209,6 +212,24 @@ def test_a_setting_in_another_form_that_means_the_same_is_no_change(
     if same and not was:
         edit(student / "config.json", **now)
         load_model(resolve_model(str(student)))
+
+
+def test_a_padded_student_that_is_pruned_again_tells_what_becomes_of_its_widths(
+    tiny_unet_shared: Any, student: Path, tmp_path: Path
+) -> None:
+    architecture = architecture_of(tiny_unet_shared)
+    plan = parse_plan("~Dn3.A1.heads=1@0 ~Up1.R1.hidden=2@0,1", architecture).built("padded")
+    folder = tmp_path / "narrow"
+    about = {"source": "whole", "plan": plan.text, "plan_id": plan.id, "form": plan.form}
+    save_model(materialise(tiny_unet_shared, plan), folder, plan, about)
+    again = prune_lab.load(folder)
+    (note,) = again.prune("bk-base", tmp_path / "out", dry_run=True).notes
+    assert "narrow is a padded student" in note
+    assert plan.text in note
+    assert "are not in the new plan" in note
+    source, small = again.source, parse_plan("bk-small", architecture)
+    assert f"Its parent is padded: {plan.text}" in card_text(folder, Student(architecture, small), source)
+    assert not prune_lab.load(student).prune("-Dn1.A1", tmp_path / "out", dry_run=True).notes
 
 
 # Plans -----------------------------------------------------------------------------------------------------------

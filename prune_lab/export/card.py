@@ -14,7 +14,7 @@ from prune_lab.blocks import blocks_frame
 from prune_lab.errors import UnsupportedModelError
 from prune_lab.export.compatibility import compatibility
 from prune_lab.export.snippets import snippet_for, variant_of
-from prune_lab.export.students import Student, model_folder_in, provenance_in
+from prune_lab.export.students import Student, model_folder_in, padded_widths, provenance_in
 from prune_lab.families import (
     base_name,
     family_of,
@@ -137,6 +137,16 @@ def _form(student: Student) -> str:
             "Both sides of each narrow point are zero, and stay so when it is trained.\n"
         )
     return notes_on_form(student.layout.config)
+
+
+def _of_padded(source: ModelSource) -> str:
+    """What the plan of the student of a padded model does not say."""
+    widths = padded_widths(source)
+    return (
+        widths
+        and f"Its parent is padded: {widths} of that one's own parent. These units are zeros here, too, where their "
+        "block stayed, and count among the parameters below; the plan above does not name them.\n"
+    )
 
 
 def _cut(plan: PruningPlan) -> str:
@@ -266,7 +276,7 @@ def card_text(
             f"![{_caption(plan)}]({MAP})\n"
         ),
         "Use": f"```python\n{code}```\n",
-        **({"Form": form} if (form := _form(student)) else {}),
+        **({"Form": form} if (form := _form(student) + _of_padded(source)) else {}),
         "Costs": _costs(student),
         "Training": _training(plan, training),
         **({"Check": _check(student, proof)} if isinstance(proof, dict) else {}),
