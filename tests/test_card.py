@@ -311,6 +311,10 @@ def test_a_time_measured_anew_stands_beside_that_of_the_search(
     note = timed_search.timed_anew(session, plan)
     assert "0.882x" in note
     assert "0.725x" in note
+    assert "SLOWER" not in note  # no budget is known
+    budget = dataclasses.replace(plan, timed=f"{searched}, for a budget of 0.750x")
+    assert timed_search.timed_anew(session, budget).endswith("; here it is SLOWER than the 0.750x asked for")
+    assert timed_search.with_time(session, plan, share=0.75).timed.count(", for a budget of 0.750x;") == 1
     again = dataclasses.replace(plan, timed=told)
     assert timed_search.with_time(session, again).timed.count("0.725x") == 1
     assert timed_search.timed_anew(session, found) == ""

@@ -70,9 +70,9 @@ from prune_lab.workflow import (
     score_notes,
     scores_frame,
     student_folders,
+    timed_plans,
     use_scores,
     width_frame,
-    with_time,
 )
 
 # What is usual for consistency distillation, where nothing else is asked for.
@@ -175,7 +175,7 @@ class Model(Inspected):
 
     def _shown_plans(self, session: Session) -> Plans:
         found, frame, scores = ensure_plans(session), plans_frame(session), self._scores()
-        shown = tuple(Plan(with_time(session, plan), self.architecture, scores) for plan in found)
+        shown = tuple(Plan(plan, self.architecture, scores) for plan in timed_plans(session, frame))
         title = f"Plans for {model_title(self.settings)}"
         maps, lines = plan_maps(self.architecture, found, scores), plan_notes(session, frame)
         return Plans("plans", frame, title, maps, notes=lines, plans=shown)
