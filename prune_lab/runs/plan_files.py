@@ -80,15 +80,16 @@ def listed_plans(path: Path) -> list[dict[str, object]]:
     A setting that is there twice is refused: of a width none is the one that was meant.
     """
     value = read_json(path, once=True)
-    plans = value if isinstance(value, list) else [value]
-    for number, plan in enumerate(plans, 1):
+    found: list[dict[str, object]] = []
+    for number, plan in enumerate(value if isinstance(value, list) else [value], 1):
         if not isinstance(plan, dict) or not isinstance(plan.get("removed"), list):
             place = f" as number {number}" if isinstance(value, list) else ""
             raise PlanError(
                 f"asked to read {path_text(path)}, found no list of removed blocks in it{place}: that is no plan; give "
                 "a plan.json, or the file that prune-lab search --out wrote"
             )
-    return plans
+        found.append(plan)
+    return found
 
 
 def place_of(wanted: str, plans: Sequence[tuple[Collection[str], str]], file: str) -> int:
