@@ -9,13 +9,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import BuiltOnce
 from huggingface_hub import metadata_load
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from prune_lab.assets import reference_folder
 from prune_lab.cli import app
+from prune_lab.config import RepairConfig
 from prune_lab.distill import load_recovery
 from prune_lab.errors import PlanError
 from prune_lab.export import card, student_in, write_card
@@ -23,9 +26,12 @@ from prune_lab.export.card import card_text
 from prune_lab.export.students import Student
 from prune_lab.models import resolve_model
 from prune_lab.plans import parse_plan, plan_from_json
+from prune_lab.profiling import Change
 from prune_lab.runs import Run
+from prune_lab.runtime import write_json
 from prune_lab.session import Session
-from prune_lab.workflow import ensure_plans, plan_named, save_students
+from prune_lab.workflow import distilling, ensure_plans, plan_named, save_students, timed_search
+from prune_lab.workflow.students import RepairVerdict
 
 PARENTS_CARD = """---
 license: creativeml-openrail-m
@@ -245,6 +251,86 @@ def test_a_distilled_student_tells_its_training(finished: Run, tmp_path: Path) -
     assert "Nothing was trained" not in text
     assert not [path for path in ("/tmp", str(finished.folder)) if path in text]
     assert student_in(folder).plan.id == plan.id
+
+
+@pytest.mark.parametrize(
+    ("repair", "kept", "there", "row"),
+    [
+        ("none", None, "held-out loss after the cut", None),
+        (
+            "best",
+            False,
+            "held-out loss after the cut",
+            "best: tried and not kept, as the held-out loss did not fall",
+        ),
+        ("shift", True, "held-out loss after the cut and its repair", "shift: kept, before any training"),
+    ],
+)
+def test_a_loss_is_named_by_what_it_was_measured_after(
+    finished: Run, tmp_path: Path, repair: str, kept: bool | None, there: str, row: str | None
+) -> None:
+    run = Run(shutil.copytree(finished.folder, tmp_path / "run"))
+    session = Session(run)
+    config = dataclasses.replace(session.config, repair=RepairConfig(kind=repair))
+    plan = plan_named(ensure_plans(session), "bk-base", session)
+    if kept is not None:
+        write_json(run.candidate(plan.id).kept, dataclasses.asdict(RepairVerdict(kept, 2.0, 1.0, 4)))
+    session.__dict__["config"] = config
+    told = distilling._training(session, plan)
+    assert told.get("repair of the cut") == row
+    assert [name for name in told if name.startswith("held-out loss after the cut")] == [there]
+    notes = distilling.distilled_notes(session, only=(plan.id,))
+    assert any("--set repair.kind=none" in note for note in notes) == bool(kept)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_another_number_format_than_the_parents_is_told(tmp_path: Path, dtype: str) -> None:
+    parent, student = tmp_path / "parent.safetensors", tmp_path / "student.safetensors"
+    save_file({"a": torch.zeros(8, 4, dtype=getattr(torch, dtype)), "step": torch.zeros(2)}, parent)
+    save_file({"a": torch.zeros(8, 2), "step": torch.zeros(2)}, student)
+    said = distilling.number_format_text([parent], [student])
+    if dtype == "float32":
+        assert said == ""
+    else:
+        assert said == (
+            "float32, in which students are trained; the parent's is float16: load it with torch_dtype=torch.float16"
+        )
+
+
+def test_a_time_measured_anew_stands_beside_that_of_the_search(
+    finished: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(finished)
+    found = plan_named(ensure_plans(session), "bk-base", session)
+    searched = "0.725x of the teacher's, in turns, 20 rounds, cpu float32"
+    plan = dataclasses.replace(found, timed=searched)
+    changes = {plan.id: Change(-0.118, None, None, 5)}
+    monkeypatch.setattr(timed_search, "timed_changes", lambda session: changes)
+    told = timed_search.with_time(session, plan).timed
+    assert told.startswith("0.882x of the teacher's, in turns, 5 rounds, ")
+    assert told.endswith(f"; the search that found the plan measured {searched}")
+    note = timed_search.timed_anew(session, plan)
+    assert "0.882x" in note
+    assert "0.725x" in note
+    assert "SLOWER" not in note  # no budget is known
+    budget = dataclasses.replace(plan, timed=f"{searched}, for a budget of 0.750x")
+    assert timed_search.timed_anew(session, budget).endswith("; here it is SLOWER than the 0.750x asked for")
+    assert timed_search.with_time(session, plan, share=0.75).timed.count(", for a budget of 0.750x;") == 1
+    again = dataclasses.replace(plan, timed=told)
+    assert timed_search.with_time(session, again).timed.count("0.725x") == 1
+    assert timed_search.timed_anew(session, found) == ""
+    changes.clear()
+    assert timed_search.timed_anew(session, plan) == ""
+    assert timed_search.with_time(session, plan).timed == searched
+
+
+def test_the_licence_of_a_model_that_ships_is_that_of_the_package(small: Path) -> None:
+    source = resolve_model("reference")
+    student = Student(source.architecture, parse_plan("bk-small", source.architecture), small)
+    text = card_text(small, student, source)
+    assert "\nlicense: apache-2.0\n" in text
+    assert "Apache-2.0, that of prune-lab, with which the parent ships." in text
+    assert "Not known" not in text
 
 
 @pytest.mark.usefixtures("blank_figures")

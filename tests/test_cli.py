@@ -22,6 +22,7 @@ from typer.testing import CliRunner, Result
 import prune_lab
 from prune_lab import exit_codes, schemas
 from prune_lab.cli import app
+from prune_lab.cli.output import emit
 from prune_lab.config import (
     SETTINGS,
     ProbeConfig,
@@ -580,6 +581,19 @@ def test_how_many_widths_are_narrower_is_shown_where_any_are() -> None:
     assert "predicted_impact" in shown_columns("plans", [row])
 
 
+def test_a_table_of_timed_plans_is_no_wider_than_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    removed = " ".join(f"Dn{level}.R2" for level in range(1, 13))
+    row: dict[str, object] = {"plan": "search-latency-0.75x-1", "removed": removed, "blocks_removed": 12}
+    row |= {"narrower": 0, "params_change": -0.3, "macs_change": -0.35, "latency_change": -0.2}
+    row |= {"measured_change": -0.2, "predicted_impact": 0.5, "form": "native", "origin": "search"}
+    emit("plans", [row, row], as_json=False, wide=False, title="Plans")
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 120
+    assert "12: Dn1.R2 Dn2.R2 Dn3.R2 ... 9 more" in lines[5]
+    emit("plans", [{"plan": "bk-base", "params_change": -0.3}], as_json=False, wide=False, title="Plans")
+    assert "params change" in capsys.readouterr().out  # a narrow one has each name in a line
+
+
 def test_long_plans_are_cut_in_a_table_and_whole_in_json(tiny_pipeline_folder: Path) -> None:
     plan = "-Dn1.R2 -Dn1.A2 -Dn2.R2 -Dn2.A2 -Dn3.R2 -Dn3.A2 -Up2.R2 -Up2.A2 -Up3.R2 -Up3.A2 -Up4.R2 -Up4.A2 -Md.A1"
     words = ("profile", tiny_pipeline_folder, "--plan", plan, "--no-latency")
@@ -717,6 +731,32 @@ def test_every_verb_has_help(verb: str) -> None:
 
 
 # As a program ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", [("prune", "--out", "x"), ("distill", "--out", "x"), ("profile",)])
+def test_a_file_without_the_plan_is_refused_before_a_model_is_read(tmp_path, verb):
+    plans, config = tmp_path / "plans.json", tmp_path / "config.json"
+    plans.write_text(json.dumps([{"architecture": "x", "removed": ["Md.A1"], "names": ["search-0"]}]))
+    config.write_text('{"_class_name": "UNet2DConditionModel"}')
+    told = mistake(*verb, tmp_path / "no-model", "--plan", f"{plans}#99")
+    assert told.endswith(f"asked for the plan '99' of {plans}, which has none such; it has #1 search-0")
+    told = mistake(*verb, tmp_path / "no-model", "--plan", f"{config}#1")
+    assert f"asked to read {config}, found no list of removed blocks in it" in told
+    told = mistake(*verb, tmp_path / "no-model", "--plan", f"{plans}#1")
+    assert "no-model" in told  # this one is there
+
+
+def test_what_distilling_leaves_beside_a_student_is_told(tmp_path):
+    from prune_lab.cli.distill import left_beside
+
+    folder = tmp_path / "a student.run"
+    (folder / "candidates").mkdir(parents=True)
+    (folder / "candidates" / "weights").write_bytes(bytes(3 * 2**20))
+    told = left_beside(folder)
+    assert f"'{folder}' (3 MiB)" in told
+    assert f"rm -r '{folder}'" in told
+    assert f"prune-lab report '{folder}'" in told
+    assert "\n" not in told
 
 
 def program(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -592,3 +592,21 @@ def test_what_is_advised_in_place_of_code_of_its_own_can_be_built(
     assert "\n" not in str(error.value)
     assert not form or exists_in(architecture_of(tiny_unet), cut, form)
     assert exists_in(architecture_of(tiny_unet), cut, "padded") == (form == "padded")
+
+
+@pytest.mark.parametrize(("widths", "form"), [({}, "neutral"), ({"up_blocks.0": {"heads": 1}}, "padded")])
+def test_a_student_with_code_of_its_own_is_refused_by_its_config_alone(
+    tmp_path: Path, widths: dict[str, Any], form: str
+) -> None:
+    write_json(tmp_path / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
+    (tmp_path / "unet").mkdir()
+    own = {"_class_name": "PrunedUNet2DConditionModel", "widths": widths, "removed": {}}
+    write_json(tmp_path / "unet" / "config.json", own)  # there is no other file
+    for model in (tmp_path, tmp_path / "unet"):
+        asked = ["export", str(model), "--to", "single-file", "--out", str(tmp_path / "out.safetensors")]
+        result = CliRunner().invoke(app, asked)
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"error: asked to export {model}, a student with code of its own ")
+        assert f"--plan {model} --form {form} --out DIR" in result.stderr
+        assert "openvino" in result.stderr
+        assert len(result.stderr.splitlines()) == 1

@@ -27,13 +27,13 @@ from prune_lab.plans import (
     native_choices,
     native_layout,
     parse_plan,
-    plan_file,
     plan_from_json,
     plan_of,
     read_one_plan,
     read_plans,
     removed_samplers,
 )
+from prune_lab.runs import plan_file
 
 PRESETS = Path(prune_lab.__file__).parent / "presets"
 
@@ -307,8 +307,19 @@ def test_plans_are_read_from_files(tmp_path):
     file.write_text(json.dumps(parse_plan("bk-tiny", SD).to_json()))
     assert read_plans(str(file), SD) == (parse_plan("bk-tiny", SD),)
     file.write_text("[3]")
-    with pytest.raises(PlanError, match="no list of removed blocks"):
+    with pytest.raises(PlanError, match=r"plan\.json, found no list of removed blocks in it as number 1: "):
         read_plans(str(file), SD)
+    file.write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))  # a config is no plan
+    with pytest.raises(
+        PlanError, match=r"asked to read .*plan\.json, found no list of removed blocks in it: "
+    ):
+        read_plans(f"{file}#1", SD)
+    file.write_text(json.dumps([parse_plan("bk-tiny", SD).to_json() | {"architecture": "other"}]))
+    with pytest.raises(PlanError, match=r"asked to read .*plan\.json: the plan was made for"):
+        read_plans(f"{file}#1", SD)
+    file.write_text("[]")
+    with pytest.raises(PlanError, match=r"the plan '1' of .*plan\.json, .*; there is no plan in it$"):
+        read_plans(f"{file}#1", SD)
 
 
 def test_the_folder_of_a_student_stands_for_its_plan(tmp_path, monkeypatch):

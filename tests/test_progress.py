@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 
@@ -252,3 +253,15 @@ def test_a_kernel_is_known_by_its_shell(monkeypatch: pytest.MonkeyPatch) -> None
         sys.modules, "IPython", type("IPython", (), {"get_ipython": staticmethod(lambda: shell)})
     )
     assert progress._in_notebook()
+
+
+def test_the_parts_of_an_export_are_named_and_no_time_is_foretold(log: Log) -> None:
+    """A decoder takes other times than a text encoder: how long one took says nothing of the rest."""
+    from prune_lab.export.edge import writing
+
+    parts = [SimpleNamespace(name=name) for name in ("text_encoder", "model", "vae_decoder")]
+    for number, part in enumerate(writing.tracked(parts, "OpenVINO"), 1):
+        log.after(40)
+        lines = log.new()
+        assert f"export for OpenVINO {number} of 3, {part.name}" in lines[-1]
+        assert not [line for line in lines if line.endswith("left")]

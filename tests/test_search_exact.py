@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prune_lab.blocks import architecture_of
+from prune_lab.config import RunConfig, SearchConfig
 from prune_lab.errors import BudgetError, ConfigError, DataError, UnknownBlockError, UnremovableBlockError
 from prune_lab.plans import is_native, native_choices, plan_of, removed_samplers
 from prune_lab.profiling import METRICS, CostTable, activation_table, cost_table
@@ -31,6 +32,7 @@ from prune_lab.search import (
 )
 from prune_lab.search.program import Program
 from prune_lab.search.space import space_of
+from prune_lab.workflow.targets import constraints_of
 
 # One width throughout, so every block can go, the inner stages with their samplers too: 12 blocks, 4096 plans.
 FLAT: dict[str, Any] = {
@@ -441,3 +443,22 @@ def test_effects_that_make_no_sense() -> None:
     strange = Effects(dict.fromkeys(NAMES, 0.0), {frozenset({"Md.R1", "Dn9.R1"}): 1.0})
     with pytest.raises(UnknownBlockError, match=r"Dn9\.R1"):
         search_plans(ARCHITECTURE, strange, COSTS, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "listed"),
+    [
+        ("keep", "Dn1,Dn2", '["Dn1", "Dn2"]'),
+        ("remove", "Dn1 Dn2", '["Dn1", "Dn2"]'),
+        ("quotas", "Dn1<=2, Dn2=1", '["Dn1<=2", "Dn2=1"]'),
+        ("quotas", "Dn1=<2", '["Dn1<=2", "Dn2=1"]'),
+    ],
+)
+def test_a_rule_that_is_several_says_how_several_are_written(name: str, value: str, listed: str) -> None:
+    config = RunConfig(model="reference", search=SearchConfig(**{name: (value,)}))
+    with pytest.raises(ConfigError) as error:
+        constraints_of(config)
+    told = str(error.value)
+    assert value in told
+    assert f"--set 'search.{name}={listed}'" in told
+    assert f"{name} = {listed} under [search] in TOML" in told

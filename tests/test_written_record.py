@@ -6,6 +6,7 @@ import inspect
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,14 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import prune_lab
 from prune_lab.blocks import architecture_of
 from prune_lab.cli import app
 from prune_lab.errors import ModelFormatError, PruneLabError
+from prune_lab.export.card import card_text
+from prune_lab.export.students import Student
 from prune_lab.models import load_model, resolve_model
+from prune_lab.models import written as written_record
 from prune_lab.models.streamed import load_streamed
 from prune_lab.plans import parse_plan
 from prune_lab.surgery import materialise, save_model
@@ -162,6 +167,69 @@ def test_a_student_can_be_saved_in_shards(student: Path, capsys: pytest.CaptureF
     assert len(list(student.glob("*-of-*.safetensors"))) > 1
     load_model(resolve_model(str(student)))
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [
+        ("diffusion_pytorch_model.fp16.safetensors", "--variant fp16 reads it"),
+        ("diffusion_pytorch_model.safetensors.index.fp16.json", "--variant fp16 reads it"),
+        ("diffusion_pytorch_model.bin", "pickled files are never opened here"),
+    ],
+)
+def test_other_weights_beside_those_that_are_read_are_told(
+    student: Path, name: str, cure: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_model(resolve_model(str(student)))
+    assert not capsys.readouterr().err
+    shutil.copyfile(student / WEIGHTS, student / name)
+    load_model(resolve_model(str(student)))
+    told = capsys.readouterr().err
+    assert f"{name}, which prune-lab did not write and does not read here" in told
+    assert cure in told
+    assert len(told.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "same"),
+    [
+        ({}, {"attention_head_dim": [2, 2, 2, 2]}, True),
+        ({}, {"attention_head_dim": [2, 2, 2, 4]}, False),
+        ({}, {"attention_head_dim": [2, 2, 2]}, False),
+        ({"attention_head_dim": [2, 2, 2, 2]}, {"attention_head_dim": 2}, True),
+        ({}, {"only_cross_attention": [False] * 4}, True),
+        ({}, {"block_out_channels": 8}, False),  # where a number means nothing
+    ],
+)
+def test_a_setting_in_another_form_that_means_the_same_is_no_change(
+    student: Path, was: dict[str, Any], now: dict[str, Any], same: bool
+) -> None:
+    config = json.loads((student / "config.json").read_text())
+    record = written_record._recorded(student)
+    recorded = {**record, "config": {**record["config"], **was}}
+    with nullcontext() if same else pytest.raises(ModelFormatError, match="set it back"):
+        written_record._check_settings(student, recorded, {**config, **now})
+    if same and not was:
+        edit(student / "config.json", **now)
+        load_model(resolve_model(str(student)))
+
+
+def test_a_padded_student_that_is_pruned_again_tells_what_becomes_of_its_widths(
+    tiny_unet_shared: Any, student: Path, tmp_path: Path
+) -> None:
+    architecture = architecture_of(tiny_unet_shared)
+    plan = parse_plan("~Dn3.A1.heads=1@0 ~Up1.R1.hidden=2@0,1", architecture).built("padded")
+    folder = tmp_path / "narrow"
+    about = {"source": "whole", "plan": plan.text, "plan_id": plan.id, "form": plan.form}
+    save_model(materialise(tiny_unet_shared, plan), folder, plan, about)
+    again = prune_lab.load(folder)
+    (note,) = again.prune("bk-base", tmp_path / "out", dry_run=True).notes
+    assert "narrow is a padded student" in note
+    assert plan.text in note
+    assert "are not in the new plan" in note
+    source, small = again.source, parse_plan("bk-small", architecture)
+    assert f"Its parent is padded: {plan.text}" in card_text(folder, Student(architecture, small), source)
+    assert not prune_lab.load(student).prune("-Dn1.A1", tmp_path / "out", dry_run=True).notes
 
 
 # Plans -----------------------------------------------------------------------------------------------------------

@@ -15,11 +15,11 @@ from prune_lab.blocks import Architecture
 from prune_lab.config import PLAN_FILES, RunConfig
 from prune_lab.errors import BackendError, FormError, UnsupportedModelError
 from prune_lab.evaluation import generate, prompts_for
-from prune_lab.export import EXPORT_TARGETS, loaded_in_python
+from prune_lab.export import EXPORT_TARGETS, loaded_in_python, padded_widths
 from prune_lab.forms import in_form
 from prune_lab.models import ModelSource, drawing_asked, load_model, load_pipeline, plain_source
 from prune_lab.models.protection import check_apart
-from prune_lab.plans import PruningPlan, plan_file, read_plans
+from prune_lab.plans import PruningPlan, read_plans
 from prune_lab.profiling import (
     BACKENDS,
     Service,
@@ -37,6 +37,7 @@ from prune_lab.profiling import (
     size_text,
 )
 from prune_lab.report import Column, Theme, draw_comparison, draw_costs
+from prune_lab.runs import plan_file
 from prune_lab.runtime import duration_text, note, pick_device, pick_dtype
 from prune_lab.schemas import SITE_SCORE_COLUMNS
 from prune_lab.surgery import chosen_from_files, with_first_units
@@ -194,9 +195,14 @@ def pruned_table(source: ModelSource, plan: Plan, out: Path, *, written: bool) -
         "macs": after.macs,
         "macs_change": after.macs / before.macs - 1,
     }
-    notes = (f"in Python: {loaded_in_python(out)}",) if written else ()
+    notes = [f"in Python: {loaded_in_python(out)}"] if written else []
+    if widths := padded_widths(source):
+        notes.append(
+            f"{source.name} is a padded student: its own widths ({widths}) stay as zeros at full width and are not in "
+            "the new plan; to have both, prune what it was cut from with one plan"
+        )
     title = "Written" if written else "Would write"
-    return Table("pruned", pd.DataFrame([row]), title, plan.plot().draw, notes=notes)
+    return Table("pruned", pd.DataFrame([row]), title, plan.plot().draw, notes=tuple(notes))
 
 
 def site_scores(parts: Table) -> Table:

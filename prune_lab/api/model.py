@@ -32,10 +32,10 @@ from prune_lab.export import loaded_in_python, write_card
 from prune_lab.forms import form_named, in_form, layout_of, within_form
 from prune_lab.models import check_draws_in, check_same_class, load_model, resolve_model, shipped_like
 from prune_lab.models.protection import check_apart, check_folder
-from prune_lab.plans import PruningPlan, is_native, plan_file
+from prune_lab.plans import PruningPlan, is_native
 from prune_lab.processes import init_processes, is_main
 from prune_lab.profiling import check_asked_size
-from prune_lab.runs import Run, read_records
+from prune_lab.runs import Run, plan_file, read_records
 from prune_lab.runs import open_run as run_in
 from prune_lab.runtime import output_folder, pick_dtype, progress_shown, write_json
 from prune_lab.schemas import IMPORTANCE, RECOVERY_SUMMARY_COLUMNS
@@ -49,6 +49,7 @@ from prune_lab.workflow import (
     check_unit_criterion,
     compared_criteria,
     distil_consistent,
+    distilled_notes,
     ensure_distilled,
     ensure_plans,
     ensure_ranking,
@@ -66,9 +67,9 @@ from prune_lab.workflow import (
     score_notes,
     scores_frame,
     student_folders,
+    timed_plans,
     use_scores,
     width_frame,
-    with_time,
 )
 
 # What is usual for consistency distillation, where nothing else is asked for.
@@ -171,7 +172,7 @@ class Model(Used):
 
     def _shown_plans(self, session: Session) -> Plans:
         found, frame, scores = ensure_plans(session), plans_frame(session), self._scores()
-        shown = tuple(Plan(with_time(session, plan), self.architecture, scores) for plan in found)
+        shown = tuple(Plan(plan, self.architecture, scores) for plan in timed_plans(session, frame))
         title = f"Plans for {model_title(self.settings)}"
         maps, lines = plan_maps(self.architecture, found, scores), plan_notes(session, frame)
         return Plans("plans", frame, title, maps, notes=lines, plans=shown)
@@ -313,14 +314,17 @@ class Model(Used):
             ensure_distilled(session, only=ids)
             if not is_main():
                 return Table("recovery", pd.DataFrame(columns=list(RECOVERY_SUMMARY_COLUMNS)))
-            frame = recovery_frame(session)
+            frame, notes = recovery_frame(session), distilled_notes(session, only=ids)
             written = save_students(session, Path(out), only=ids, force=force) if out else ()
         return Table(
             "recovery",
             frame,
             f"Recovery after {self.settings.distill.steps} steps",
             self.results.losses.draw if len(frame) else None,
-            notes=tuple(f"student: {path}; in Python: {loaded_in_python(path)}" for path in written),
+            notes=(
+                *notes,
+                *(f"student: {path}; in Python: {loaded_in_python(path)}" for path in written),
+            ),
         )
 
     def distill_steps(

@@ -24,7 +24,10 @@ def convert(
     plan: Annotated[
         str,
         typer.Option(
-            "--plan", metavar="STUDENT", help="Folder of the student, or its plan together with --model."
+            "--plan",
+            metavar="STUDENT",
+            callback=options.plan_checked,
+            help="Folder of the student, or its plan together with --model.",
         ),
     ] = "",
     out: Annotated[

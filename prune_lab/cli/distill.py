@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -16,12 +17,28 @@ from prune_lab.processes import is_main
 from prune_lab.runs import open_run
 
 
+def left_beside(folder: Path) -> str:
+    """A line on the run ``folder`` that a student was distilled in, which nobody asked for by name."""
+    from prune_lab.runtime import bytes_text
+
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    shown = shlex.quote(str(folder))
+    return (
+        f"note: state, curves and tables lie in {shown} ({bytes_text(size)}): the same command goes on from it, "
+        f"prune-lab report {shown} shows it; the student does not need it, rm -r {shown} removes it"
+    )
+
+
 @app.command()
 def distill(
     model: options.OptionalModel = "",
     plan: Annotated[
         list[str],
-        typer.Option("--plan", help="What is distilled; of a run: id, name or text; may be repeated."),
+        typer.Option(
+            "--plan",
+            callback=options.plans_checked,
+            help="What is distilled; of a run: id, name or text; may be repeated.",
+        ),
     ] = [],  # noqa: B006
     data: options.DataOption = None,
     steps: Annotated[int | None, options.for_setting("distill.steps")] = None,
@@ -78,3 +95,5 @@ def distill(
     table = Model(settings, folder).distill(*plan, out=out, force=force)
     if is_main():
         show(table, as_json=as_json, wide=wide)
+        if run is None:
+            typer.echo(left_beside(folder), err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,37 @@ from prune_lab.cli import options
 from prune_lab.cli.application import app
 from prune_lab.cli.models import model_of
 from prune_lab.cli.output import show
+from prune_lab.errors import DataError, StorageError, UnsupportedModelError
+from prune_lab.runtime import path_text, read_json
+
+_OWN_UNET = (
+    "PrunedUNet2DConditionModel"  # of the classes that a single file can hold, the one with code of its own
+)
+
+
+def _refuse_own_code(model: str) -> None:
+    """Raise UnsupportedModelError where ``model`` is the folder of a student with code of its own, for which a single
+    file has no place. Its config tells, so nothing else is read, and nothing imported.
+    """
+    folders = [Path(model), Path(model, "unet")] if os.path.isdir(model) else []  # noqa: PTH112 - may be too long
+    path = next((one / "config.json" for one in folders if (one / "config.json").is_file()), None)
+    try:
+        config = None if path is None else read_json(path)
+    except (DataError, StorageError):  # said by what reads it as a model
+        return
+    if not isinstance(config, dict) or config.get("_class_name") != _OWN_UNET:
+        return
+    narrower, removed = bool(config.get("widths")), bool(config.get("removed"))
+    form = "padded" if narrower and not removed else "neutral"
+    shown = path_text(Path(model))
+    both = narrower and removed  # no plain class may have the one without the other
+    without = ", PLAN its plan without the widths (~...)," if both else ""
+    raise UnsupportedModelError(
+        f"asked to export {shown}, a student with code of its own (form own), for which a single file has no place; "
+        f"what it can hold is written by prune-lab prune MODEL --plan {'PLAN' if both else shown} --form {form} --out "
+        f"DIR, with MODEL what it was cut from{without} and weights that are MODEL's, untrained; --to onnx or openvino "
+        "takes this student as it is"
+    )
 
 
 @app.command()
@@ -44,6 +76,8 @@ def export(
     wide: options.WideOption = False,
 ) -> None:
     """Write MODEL, a student or any other, in a format that other programs read."""
+    if to == "single-file" and not subfolder:
+        _refuse_own_code(model)
     chosen = model_of(model, options.found_by(revision, subfolder, variant))
     table = chosen.export(out, to, form=form, dtype=dtype, weights=weights, force=force)
     show(table, as_json=as_json, wide=wide)

@@ -11,12 +11,25 @@ import typer
 from prune_lab.api.settings import VERB_TABLES
 from prune_lab.config import SETTINGS
 from prune_lab.errors import BudgetError
+from prune_lab.runs import check_plan_file
 from prune_lab.runtime.reading import printable
 
 MODEL_HELP = (
     "reference or transformer (they ship), a preset (sd-v1.4), a pipeline or model folder, a single-file .safetensors, "
     "a config.json of a model, or a hub id."
 )
+
+
+def plan_checked(text: str) -> str:
+    """``text``, the plan of an option: a file without such a plan is refused here, before a model is read."""
+    check_plan_file(text)
+    return text
+
+
+def plans_checked(texts: list[str]) -> list[str]:
+    """``texts``, the plans of an option that may be repeated, as ``plan_checked``."""
+    return [plan_checked(text) for text in texts]
+
 
 ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")]
 OptionalModel = Annotated[str, typer.Argument(help=MODEL_HELP + " Or the folder of a run.", metavar="MODEL")]
@@ -43,6 +56,7 @@ PlanOption = Annotated[
     list[str],
     typer.Option(
         "--plan",
+        callback=plans_checked,
         help='Plan: bk-base, "bk-small +Md", "-Dn1.R2 -Dn1.A2", a plan.json, plans.json (all of them), plans.json#2 or '
         "the folder of a student; may be repeated.",
     ),

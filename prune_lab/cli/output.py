@@ -12,6 +12,8 @@ from prune_lab.tables import WIDE_COLUMNS, Table, is_numeric, records, shown_cel
 
 __all__ = ["emit", "records", "show"]
 
+_SCREEN = 120  # characters of a line that a screen holds
+
 
 def emit(kind: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool, wide: bool, title: str) -> None:
     """Print a table of this ``kind`` on stdout: its six columns that decide, or all of them if it is ``wide`` (of some
@@ -28,26 +30,34 @@ def emit(kind: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool, wide: b
     everything = list(rows[0]) if rows else []
     every = [name for name in WIDE_COLUMNS.get(kind, everything) if name in everything]
     columns = every if wide else shown_columns(kind, rows)
-    table = RichTable(title=title, title_justify="left", header_style="bold")
-    for column in columns:
-        numeric = is_numeric(column, rows)
-        # A name that is too long goes on in the next line; nothing is cut.
-        table.add_column(
-            column.replace("_", " "),
-            justify="right" if numeric else "left",
-            no_wrap=numeric,
-            overflow="fold",
-        )
-    for row in rows:
-        table.add_row(*(shown_cell(column, row) for column in columns))
+
+    def filled(between: str) -> RichTable:
+        """The table, with ``between`` the words of a column's name."""
+        table = RichTable(title=title, title_justify="left", header_style="bold")
+        for column in columns:
+            numeric = is_numeric(column, rows)
+            # A name that is too long goes on in the next line; nothing is cut.
+            table.add_column(
+                column.replace("_", between),
+                justify="right" if numeric else "left",
+                no_wrap=numeric,
+                overflow="fold",
+            )
+        for row in rows:
+            table.add_row(*(shown_cell(column, row) for column in columns))
+        return table
+
+    console = Console(highlight=False)
+    if wide or not console.is_terminal:
+        console.width = 1000  # a file has no width, and what was asked for whole is not folded to fit one
+    table = filled(" ")
+    if not wide and not console.is_terminal and console.measure(table).maximum > _SCREEN:
+        table = filled("\n")
     if len(columns) < len(everything):
         more = "all" if every == everything else "more, --json all"
         hint = "what a screen holds; --json has all" if wide else f"--wide shows {more}"
         table.caption = f"{len(columns)} of {len(everything)} columns; {hint}"
         table.caption_justify = "left"
-    console = Console(highlight=False)
-    if wide or not console.is_terminal:
-        console.width = 1000  # a file has no width, and what was asked for whole is not folded to fit one
     console.print(table)
 
 

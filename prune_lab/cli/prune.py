@@ -20,6 +20,7 @@ def prune(
         str,
         typer.Option(
             "--plan",
+            callback=options.plan_checked,
             help='Plan: bk-small, "bk-base -Md", "-Dn1.R2 -Dn1.A2", plan.json, or plans.json#2, the second that search '
             "wrote (or #NAME); ~BLOCK.heads=2/4 keeps 2 of 4 heads.",
         ),

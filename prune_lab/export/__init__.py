@@ -18,7 +18,7 @@ from prune_lab.export.lora import convert_lora
 from prune_lab.export.narrowed_card import write_narrowed_card
 from prune_lab.export.single_file import FORMS, NATIVE, Exported, export_single_file
 from prune_lab.export.snippets import loaded_in_python
-from prune_lab.export.students import Student, student_in, student_of
+from prune_lab.export.students import Student, padded_widths, student_in, student_of
 from prune_lab.models import ModelSource
 from prune_lab.runtimes import RUNTIMES
 
@@ -38,6 +38,7 @@ __all__ = [
     "convert_lora",
     "export_single_file",
     "loaded_in_python",
+    "padded_widths",
     "push_folder",
     "student_in",
     "student_of",

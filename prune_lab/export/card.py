@@ -14,7 +14,7 @@ from prune_lab.blocks import blocks_frame
 from prune_lab.errors import UnsupportedModelError
 from prune_lab.export.compatibility import compatibility
 from prune_lab.export.snippets import snippet_for, variant_of
-from prune_lab.export.students import Student, model_folder_in, provenance_in
+from prune_lab.export.students import Student, model_folder_in, padded_widths, provenance_in
 from prune_lab.families import (
     base_name,
     family_of,
@@ -36,6 +36,7 @@ from prune_lab.report.format import amount, count, percent_change
 from prune_lab.runtime import names_alone, write_json, write_text
 from prune_lab.surgery import TEACHER, notes_on_form
 
+_OF_THE_PACKAGE = "apache-2.0"  # LICENSE, as the hub calls it
 CARD, MAP = "README.md", "block_map.png"
 _LICENCE = ("license", "license_name", "license_link")  # what a card says of it
 
@@ -51,7 +52,11 @@ def is_on_hub(source: ModelSource) -> bool:
 
 
 def parents_card(source: ModelSource) -> dict[str, Any]:
-    """What the card of the model that was pruned says at its beginning; empty where there is none that can be read."""
+    """What the card of the model that was pruned says at its beginning; empty where there is none that can be read. Of
+    a model that ships it is the licence of the package.
+    """
+    if source.kind == "shipped":
+        return {"license": _OF_THE_PACKAGE}
     path = (source.folder or Path()) / CARD
     if source.folder is None or not path.is_file():
         return {}
@@ -134,6 +139,16 @@ def _form(student: Student) -> str:
     return notes_on_form(student.layout.config)
 
 
+def _of_padded(source: ModelSource) -> str:
+    """What the plan of the student of a padded model does not say."""
+    widths = padded_widths(source)
+    return (
+        widths
+        and f"Its parent is padded: {widths} of that one's own parent. These units are zeros here, too, where their "
+        "block stayed, and count among the parameters below; the plan above does not name them.\n"
+    )
+
+
 def _cut(plan: PruningPlan) -> str:
     """What was done to the blocks, as the end of "after the blocks were"."""
     done = {"removed": plan.removed or not plan.widths, "made narrower": plan.widths}
@@ -198,9 +213,16 @@ def _fits(student: Student) -> str:
     )
 
 
+def licence_of_shipped(name: str) -> str:
+    """What is said of the licence of a model that ships, which is called ``name``."""
+    return f"Apache-2.0, that of prune-lab, with which {name} ships."
+
+
 def licence_text(source: ModelSource, inherited: Mapping[str, Any]) -> str:
     """Which licence applies, as the parent's card states it, or that it is not known."""
     name, parent = inherited.get("license"), parent_name(source)
+    if source.kind == "shipped":
+        return f"{licence_of_shipped('the parent')}\n"
     if name:
         return f"That of the parent, as its card states it: {inherited.get('license_name', name)}.\n"
     return (
@@ -255,7 +277,7 @@ def card_text(
             f"![{_caption(plan)}]({MAP})\n"
         ),
         "Use": f"```python\n{code}```\n",
-        **({"Form": form} if (form := _form(student)) else {}),
+        **({"Form": form} if (form := _form(student) + _of_padded(source)) else {}),
         "Costs": _costs(student),
         "Training": _training(plan, training),
         **({"Check": _check(student, proof)} if isinstance(proof, dict) else {}),

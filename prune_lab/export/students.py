@@ -11,7 +11,7 @@ from prune_lab.blocks import Architecture, architecture_of
 from prune_lab.errors import FormError, PlanError, PruneLabError
 from prune_lab.families import FAMILIES, Layout, meta_model
 from prune_lab.forms import layout_of
-from prune_lab.models import preset_config, resolve_model, weight_files
+from prune_lab.models import ModelSource, preset_config, resolve_model, weight_files
 from prune_lab.models.files import json_object, read_headers, variants_among
 from prune_lab.models.sources import PRESETS
 from prune_lab.plans import PruningPlan, gone_with, plan_from_json, read_one_plan
@@ -53,6 +53,17 @@ def provenance_in(model_folder: Path) -> dict[str, Any]:
     """What is known of where the model in ``model_folder`` comes from; empty where nothing is written down."""
     path = model_folder / "provenance.json"
     return json_object(path) if path.is_file() else {}
+
+
+def padded_widths(source: ModelSource) -> str:
+    """The widths, in writing, that are zeros in ``source``, a padded student; empty for any other model.
+
+    They are in no config: to what prunes it again it is as wide as its own parent.
+    """
+    told = {} if source.model_folder is None else provenance_in(source.model_folder)
+    if told.get("form") != "padded":
+        return ""
+    return " ".join(item for item in str(told.get("plan", "")).split() if item.startswith("~"))
 
 
 def _architecture_with(signature: str, provenance: dict[str, Any]) -> Architecture | None:

@@ -20,19 +20,34 @@ from typing import Any
 
 from prune_lab.errors import DataError, ModelFormatError
 from prune_lab.families import CLASS_NAME, family_of, plain_config, usual_settings, without_guard
-from prune_lab.models.files import bits_of, json_object, read_header, weight_files
+from prune_lab.models.files import (
+    PICKLED,
+    bits_of,
+    chosen_variant,
+    json_object,
+    read_header,
+    rivals_among,
+    weight_files,
+)
 from prune_lab.processes import is_main
-from prune_lab.runs import is_plan_id, plan_id_of
+from prune_lab.runs import is_plan_id, told_plan_id
 from prune_lab.runtime import open_regular, path_text, printable, read_json, warn_once
 
 PLAN, PROVENANCE = "plan.json", "provenance.json"
 RECORD = "written"  # in provenance.json
+_PICKLED_WEIGHTS = ("diffusion_pytorch_model", "pytorch_model")  # not what a training keeps of its optimizer
 _CHUNK = 2**20  # bytes
 
 # Settings that may be others: a hub rewrites where code lies, and the checks of code look there; the size of pictures
 # is a default that people set, and shapes no U-Net.
 _FREE = {"auto_map"}
 _FREE_IN_UNETS = {"sample_size"}
+# Of this class a number stands for as many equal ones, one for each stage.
+_WITH_STAGES = "UNet2DConditionModel"
+_FOR_EACH_STAGE = (
+    *("attention_head_dim", "num_attention_heads", "cross_attention_dim", "layers_per_block"),
+    "transformer_layers_per_block",
+)
 _DAMAGED = "fetch the model again, or restore the file"
 
 
@@ -126,6 +141,22 @@ def _as_json(value: object) -> Any:
     return [_as_json(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
+def _short(everything: dict[str, Any]) -> dict[str, Any]:
+    """``everything`` with one value where a list repeats it for each stage, which means the same to the class."""
+    stages = everything.get("down_block_types")
+    count = len(stages) if isinstance(stages, list) else 0
+    found = dict(everything)
+    for name in _FOR_EACH_STAGE:
+        value = everything.get(name)
+        if isinstance(value, list) and len(value) == count > 0 and all(one == value[0] for one in value):
+            found[name] = value[0]
+    if (
+        everything.get("only_cross_attention") == [False] * count
+    ):  # of true the middle would hear, of a list it does not
+        found["only_cross_attention"] = False
+    return found
+
+
 def _settings(config: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
     """All settings that the class of ``like`` has, those that ``config`` leaves out as they are usual."""
     family = family_of(like)
@@ -133,6 +164,8 @@ def _settings(config: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, A
     free = _FREE | (_FREE_IN_UNETS if family.component == "unet" else set())
     known = {CLASS_NAME, *inspect.signature(model_class.__init__).parameters} - free
     everything = _as_json({**usual_settings(model_class), **config})
+    if model_class.__name__ == _WITH_STAGES:
+        everything = _short(everything)
     return {name: value for name, value in everything.items() if name in known}
 
 
@@ -166,20 +199,12 @@ def _check_settings(folder: Path, record: Mapping[str, Any], config: Mapping[str
 # Plans -----------------------------------------------------------------------------------------------------------
 
 
-def _id_in(plan: Mapping[str, Any]) -> str:
-    """The id that belongs to the contents of ``plan``; empty where they are those of no plan."""
-    try:
-        return plan_id_of(plan["architecture"], plan["removed"], plan.get("widths"))
-    except (KeyError, TypeError, ValueError, AttributeError):  # other things than lists and numbers in it
-        return ""
-
-
 def _check_plan(folder: Path, provenance: Mapping[str, Any]) -> None:
     plan = _read(folder / PLAN)
     ours = isinstance(provenance.get("plan_id"), str) and (folder / PLAN).is_file()
     if not ours and not {"architecture", "removed"} <= plan.keys():
         return  # of another program
-    found = _id_in(plan)
+    found = told_plan_id(plan)
     told = {name: provenance.get(name) for name in ("plan_id", "form")}
     ids = [one for one in (plan.get("id"), told["plan_id"]) if isinstance(one, str) and is_plan_id(one)]
     wrong = "" if found else "no plan"
@@ -205,6 +230,30 @@ def check_record(folder: Path, config: Mapping[str, Any]) -> None:
     _check_plan(folder, _read(folder / PROVENANCE))
 
 
+def _tell_others(folder: Path, variant: str) -> None:
+    """Write a line on stderr where weights lie in ``folder`` beside those that prune-lab wrote and that are read."""
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    read = chosen_variant(names, variant)
+    others = {
+        name: f"--variant {other} reads it" if other else "without --variant it is read"
+        for other, files in rivals_among(names).items()
+        for name in files
+        if other != read
+    }
+    others |= {
+        name: "pickled files are never opened here: if it is the newer one, save it as safetensors"
+        for name in names
+        if name.startswith(_PICKLED_WEIGHTS) and Path(name).suffix in PICKLED
+    }
+    if others and is_main():
+        name, cure = min(others.items())
+        more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+        warn_once(
+            f"warning: {path_text(folder)} holds {printable(name, 120)}{more}, which prune-lab did not write and does "
+            f"not read here; {cure}"
+        )
+
+
 def tell_weights(folder: Path, variant: str = "") -> None:
     """Write a line on stderr where the weights in ``folder`` are not those that prune-lab wrote; see the module.
 
@@ -215,6 +264,7 @@ def tell_weights(folder: Path, variant: str = "") -> None:
         return
     found = _digests(weight_files(folder, variant))
     if found["weights"] == record["weights"]:
+        _tell_others(folder, variant)
         return
     if found["tensors"] == record["tensors"]:
         raise ModelFormatError(

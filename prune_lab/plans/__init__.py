@@ -1,6 +1,6 @@
 """Plans: what is removed and narrowed, as data; in files; and the plain model that is left."""
 
-from prune_lab.plans.files import plan_file, plan_from_json, read_one_plan, read_plan, read_plans
+from prune_lab.plans.files import plan_from_json, read_one_plan, read_plan, read_plans
 from prune_lab.plans.left import (
     choices_to_json,
     chosen_units,
@@ -23,7 +23,6 @@ __all__ = [
     "native_choices",
     "native_layout",
     "parse_plan",
-    "plan_file",
     "plan_from_json",
     "plan_of",
     "read_one_plan",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
@@ -13,11 +12,10 @@ from prune_lab.blocks import Architecture
 from prune_lab.errors import PlanError, PruneLabError
 from prune_lab.families import FAMILIES, Form
 from prune_lab.plans.plan import PruningPlan, parse_plan, parsed_plan, plan_of
-from prune_lab.runs import read_plan_file
-from prune_lab.runtime import path_text, printable, read_json, read_text
+from prune_lab.runs import listed_plans, place_of, plan_file, read_plan_file, those_in
+from prune_lab.runtime import path_text, printable, read_text
 from prune_lab.width import width_from_json
 
-_PLAN_FILES = (".json", ".txt")
 _LONGEST_TIMED = 300  # characters of what is said of the time of a plan
 
 
@@ -82,23 +80,21 @@ def plan_from_json(value: object, architecture: Architecture) -> PruningPlan:
     return dataclasses.replace(plan, timed=printable(timed, _LONGEST_TIMED)) if timed else plan
 
 
+def _from_file(value: object, architecture: Architecture, path: Path) -> PruningPlan:
+    """The plan ``value`` in the file ``path``, which an error names."""
+    try:
+        return plan_from_json(value, architecture)
+    except PruneLabError as error:
+        raise PlanError(f"asked to read {path_text(path)}: {error}") from None
+
+
 def read_plan(path: Path, architecture: Architecture) -> PruningPlan:
     """The plan that ``to_json`` wrote to ``path``.
 
     Raises DataError when the file is damaged or holds another plan than its name or folder says, PlanError when it was
     made for another architecture.
     """
-    value = read_plan_file(path)
-    try:
-        return plan_from_json(value, architecture)
-    except PruneLabError as error:
-        raise PlanError(f"asked to read {path}: {error}") from None
-
-
-def plan_file(text: str) -> tuple[str, str]:
-    """(file, which of its plans) of ``plans.json#2`` or ``plans.json#bk-base``; all of ``text`` and nothing else."""
-    file, mark, wanted = text.rpartition("#")
-    return (file, wanted) if mark and Path(file).suffix in _PLAN_FILES else (text, "")
+    return _from_file(read_plan_file(path), architecture, path)
 
 
 def read_plans(text: str, architecture: Architecture) -> tuple[PruningPlan, ...]:
@@ -112,10 +108,7 @@ def read_plans(text: str, architecture: Architecture) -> tuple[PruningPlan, ...]
     file, wanted = plan_file(text)
     path = Path(file)
     if path.suffix == ".json":
-        value = read_json(path, once=True)  # of a width that is there twice none is the one that was meant
-        plans = tuple(
-            plan_from_json(item, architecture) for item in (value if isinstance(value, list) else [value])
-        )
+        plans = tuple(_from_file(item, architecture, path) for item in listed_plans(path))
         return (_chosen(plans, file, wanted),) if wanted else plans
     if path.suffix == ".txt":
         try:
@@ -147,23 +140,7 @@ def _plan_in_folder(text: str, architecture: Architecture) -> Path | None:
 
 
 def _chosen(plans: Sequence[PruningPlan], file: str, wanted: str) -> PruningPlan:
-    found = [plan for plan in plans if wanted in (plan.id, *plan.names)]
-    if not found and re.fullmatch(r"[1-9]\d{0,5}", wanted, re.ASCII) and int(wanted) <= len(plans):
-        found = [plans[int(wanted) - 1]]
-    if not found:
-        raise PlanError(
-            f"asked for the plan {printable(wanted, 60)!r} of {path_text(file)}, which has none such; "
-            f"{_those_in(plans)}"
-        )
-    return found[0]
-
-
-_SHOWN = 8  # plans of a file that an error names
-
-
-def _those_in(plans: Sequence[PruningPlan]) -> str:
-    shown = [f"#{number} {plan.label}" for number, plan in enumerate(plans[:_SHOWN], 1)]
-    return f"it has {', '.join(shown)}{f' and {len(plans) - _SHOWN} more' * (len(plans) > _SHOWN)}"
+    return plans[place_of(wanted, [((plan.id, *plan.names), plan.label) for plan in plans], file)]
 
 
 def read_one_plan(text: str, architecture: Architecture) -> PruningPlan:
@@ -176,5 +153,5 @@ def read_one_plan(text: str, architecture: Architecture) -> PruningPlan:
         raise PlanError(f"asked for the plan in {file}, found none in it; give a file with a plan")
     raise PlanError(
         f"asked for one plan, found {len(plans)} in {file}; choose by number or name, as in '{file}#1': "
-        f"{_those_in(plans)}"
+        f"{those_in([plan.label for plan in plans])}"
     )

@@ -10,7 +10,7 @@ from prune_lab.search.budgets import (
     split_budgets,
     within,
 )
-from prune_lab.search.constraints import ANY_PLAN, Constraints, Limit, Quota, parse_quota
+from prune_lab.search.constraints import ANY_PLAN, Constraints, Limit, Quota, check_single, parse_quota
 from prune_lab.search.controls import (
     bk_control,
     controls_at,
@@ -48,6 +48,7 @@ __all__ = [
     "check_budget_text",
     "check_reachable",
     "check_reachable_narrower",
+    "check_single",
     "controls_at",
     "depth_and_width",
     "evolve_plans",

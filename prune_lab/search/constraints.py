@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from prune_lab.blocks import Architecture
@@ -11,6 +12,7 @@ from prune_lab.errors import ConfigError, UnknownBlockError, UnremovableBlockErr
 from prune_lab.families import Form
 from prune_lab.forms import exists_in, within_form
 from prune_lab.plans import PruningPlan
+from prune_lab.runtime import printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,25 @@ class Quota:
         return f"{self.stage}<={self.most}" if not self.least else f"{self.least}<={self.stage}<={self.most}"
 
 
+def as_list(name: str, values: Sequence[str]) -> str:
+    """How several ``values`` of the setting ``name`` are written, on the command line and in TOML."""
+    listed, (table, _, key) = json.dumps(list(values)), name.partition(".")
+    return f"--set '{name}={listed}', or {key} = {listed} under [{table}] in TOML"
+
+
+def check_single(name: str, values: Sequence[str]) -> None:
+    """Raise ConfigError where one of ``values`` of the setting ``name`` is several in one text: no name has a comma or
+    a space in it.
+    """
+    for text in values:
+        parts = [part for part in re.split(r"[,;\s]+", text) if part]
+        if len(parts) > 1:
+            raise ConfigError(
+                f"asked for {name} {printable(text, 60)!r}, found {len(parts)} in one text; write them as a list: "
+                f"{as_list(name, parts)}"
+            )
+
+
 def parse_quota(text: str) -> Quota:
     """The quota that ``text`` describes: ``Dn1<=2`` (at most two blocks of Dn1 leave) or ``Dn1=2`` (exactly two).
 
@@ -37,7 +58,8 @@ def parse_quota(text: str) -> Quota:
     match = re.fullmatch(r"\s*(\w+)\s*(<?=)\s*(\d+)\s*", text)
     if not match:
         raise ConfigError(
-            f"cannot read the quota {text!r}; write 'STAGE<=2' for at most two, 'STAGE=2' for exactly two"
+            f"cannot read the quota {printable(text, 60)!r}; write STAGE<=2 for at most two, STAGE=2 for exactly two, "
+            f"and several as a list: {as_list('search.quotas', ['Dn1<=2', 'Dn2=1'])}"
         )
     return Quota(match[1], int(match[3]), int(match[3]) if match[2] == "=" else 0)
 

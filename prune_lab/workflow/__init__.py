@@ -13,7 +13,13 @@ from prune_lab.session import Session
 from prune_lab.workflow.comparing import block_maps, compared_plans, compared_with, comparison, kind_of_target
 from prune_lab.workflow.consistent import distil_consistent
 from prune_lab.workflow.criteria import compared_criteria
-from prune_lab.workflow.distilling import ensure_distilled, recovery_frame, save_students, student_folders
+from prune_lab.workflow.distilling import (
+    distilled_notes,
+    ensure_distilled,
+    recovery_frame,
+    save_students,
+    student_folders,
+)
 from prune_lab.workflow.doctoring import diagnosis, is_well
 from prune_lab.workflow.estimating import RunEstimate, estimate, macs_per_second
 from prune_lab.workflow.exploring import (
@@ -28,13 +34,19 @@ from prune_lab.workflow.measuring import ensure_scores, scores_frame
 from prune_lab.workflow.narrowing import Narrowing, levels_frame, narrow
 from prune_lab.workflow.pipeline import run_all, steps_frame
 from prune_lab.workflow.ranking import ensure_ranking, quality, quality_frame, written_report
-from prune_lab.workflow.searching import ensure_plans, goes_by, plan_named, plan_notes, plans_frame
+from prune_lab.workflow.searching import (
+    ensure_plans,
+    goes_by,
+    plan_named,
+    plan_notes,
+    plans_frame,
+    timed_plans,
+)
 from prune_lab.workflow.sizing import settings_for
 from prune_lab.workflow.starting import borrow_scores, check_effect, forget, start_run, use_scores
 from prune_lab.workflow.steps import why_left_out
 from prune_lab.workflow.students import ensure_candidates, ensure_repaired
 from prune_lab.workflow.targets import check_budgets, check_controls, check_drawing
-from prune_lab.workflow.timed_search import with_time
 from prune_lab.workflow.widths import check_unit_criterion, ensure_width_scores, score_notes, width_frame
 
 __all__ = [
@@ -58,6 +70,7 @@ __all__ = [
     "comparison",
     "diagnosis",
     "distil_consistent",
+    "distilled_notes",
     "ensure_candidates",
     "ensure_distilled",
     "ensure_plans",
@@ -90,10 +103,10 @@ __all__ = [
     "steps_frame",
     "student_folders",
     "surprises_frame",
+    "timed_plans",
     "use_scores",
     "why_left_out",
     "wider_frame",
     "width_frame",
-    "with_time",
     "written_report",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +17,8 @@ from prune_lab.distill import Recovery, load_recovery
 from prune_lab.engines import engine_of, needs_scores, rungs_of
 from prune_lab.errors import RunError
 from prune_lab.export import write_card
+from prune_lab.models import weight_files
+from prune_lab.models.files import read_headers
 from prune_lab.plans import PruningPlan
 from prune_lab.processes import init_processes, is_main
 from prune_lab.ranking import Tournament, tournament_from_frame
@@ -26,8 +30,8 @@ from prune_lab.session.parts import distilled_part, lacking, record, tournament_
 from prune_lab.surgery import pipeline_with
 from prune_lab.workflow.measuring import ensure_scores
 from prune_lab.workflow.searching import ensure_plans, plan_named
-from prune_lab.workflow.students import ensure_candidates, ensure_repaired
-from prune_lab.workflow.timed_search import with_time
+from prune_lab.workflow.students import ensure_candidates, ensure_repaired, read_verdict
+from prune_lab.workflow.timed_search import timed_anew, with_time
 
 
 def _train_again(session: Session, candidates: Sequence[Candidate], tournament: Tournament) -> None:
@@ -128,12 +132,54 @@ def _data_of(session: Session) -> str:
     }[origin_of(session.config, session.source)]
 
 
-def _save_student(session: Session, plan: PruningPlan, folder: Path, force: bool) -> Path:
-    paths = session.run.candidate(plan.id)
-    recovery = load_recovery(paths.folder)
+def _repair_of(session: Session, plan: PruningPlan) -> tuple[str, bool]:
+    """(how the cut of ``plan`` was repaired before it was distilled, empty for not at all; whether that was kept)."""
+    kind, verdict = session.config.repair.kind, session.run.candidate(plan.id).kept
+    if kind == "none" or not session.run.done(verdict):
+        return "", False
+    return kind, read_verdict(verdict).kept
+
+
+_FORMATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def _format_of(files: Sequence[Path]) -> str:
+    """The number format of most weights in safetensors ``files``."""
+    sizes: Counter[str] = Counter()
+    for dtype, shape in read_headers(files).values():
+        sizes[dtype] += math.prod(shape)
+    ((most, _),) = sizes.most_common(1)
+    return _FORMATS.get(most, most)
+
+
+def number_format_text(parent: Sequence[Path], student: Sequence[Path]) -> str:
+    """The number format of the weights in the files ``student``, and how one comes to that of the ``parent``; empty
+    where both have the same.
+    """
+    was, now = _format_of(parent), _format_of(student)
+    if was == now:
+        return ""
+    return (
+        f"{now}, in which students are trained; the parent's is {was}: load it with torch_dtype=torch.{was}"
+    )
+
+
+def _format_told(session: Session, plan: PruningPlan) -> str:
+    source, model = session.source, session.run.candidate(plan.id).distilled_model
+    if not source.has_weights or source.random_seed is not None or not session.run.done(model):
+        return ""
+    return number_format_text(source.weight_paths, weight_files(model))
+
+
+def _training(session: Session, plan: PruningPlan) -> dict[str, object]:
+    """The settings and figures of the distillation of ``plan`` by their names, for its card."""
+    recovery = load_recovery(session.run.candidate(plan.id).folder)
     assert recovery is not None  # its model is there
-    settings = session.config.distill
-    training = {
+    settings, (kind, kept) = session.config.distill, _repair_of(session, plan)
+    verdict = "kept, before any training" if kept else "tried and not kept, as the held-out loss did not fall"
+    number_format = _format_told(session, plan)
+    return {
+        **({"repair of the cut": f"{kind}: {verdict}"} if kind else {}),
         "steps": recovery.steps,
         "samples per step": settings.batch,
         "learning rate": f"{settings.learning_rate:g}",
@@ -141,17 +187,39 @@ def _save_student(session: Session, plan: PruningPlan, folder: Path, force: bool
             f"{settings.task_weight:g}, {settings.output_weight:g}, {settings.feature_weight:g}"
         ),
         "data": _data_of(session),
-        "held-out loss after the cut": f"{recovery.before:.4g}",
+        f"held-out loss after the cut{' and its repair' if kept else ''}": f"{recovery.before:.4g}",
         "held-out loss after distillation": f"{recovery.after:.4g}",
+        **({"number format": number_format} if number_format else {}),
     }
-    source = session.source
+
+
+def _save_student(session: Session, plan: PruningPlan, folder: Path, force: bool) -> Path:
+    source, training = session.source, _training(session, plan)
     return pipeline_with(
         source,
-        paths.distilled_model,
+        session.run.candidate(plan.id).distilled_model,
         folder,
         force=force,
         finish=lambda written: write_card(written, with_time(session, plan), source, training),
     )
+
+
+def distilled_notes(session: Session, *, only: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """What was done to the students beside what was asked for, a line each: repairs, number formats, times."""
+    plans = [one for one in ensure_plans(session) if not only or one.id in only]
+    plans = [one for one in plans if load_recovery(session.run.candidate(one.id).folder) is not None]
+    lines = []
+    if repaired := [one.label for one in plans if _repair_of(session, one)[1]]:
+        lines.append(
+            f"the cut of {', '.join(repaired)} was repaired before it was distilled ({session.config.repair.kind}); "
+            "loss_before is measured after that; --set repair.kind=none leaves it out"
+        )
+    formats: dict[str, list[str]] = {}
+    for one in plans:
+        if told := _format_told(session, one):
+            formats.setdefault(told, []).append(one.label)
+    lines += [f"number format of {', '.join(labels)}: {told}" for told, labels in formats.items()]
+    return (*lines, *filter(None, (timed_anew(session, one) for one in plans)))
 
 
 def student_folders(session: Session, out: Path, *, only: tuple[str, ...] = ()) -> dict[str, Path]:

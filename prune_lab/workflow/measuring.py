@@ -205,12 +205,15 @@ def _own_model(session: Session, service: Service) -> Any:
     return session.model if loaded and place == (service.device, service.dtype) else None
 
 
-def _told(session: Session, table: LatencyTable) -> str:
-    """When and how ``table`` was measured, how far it can be relied on, and where multiply-adds would mislead."""
+def _tell(session: Session, table: LatencyTable, words: str) -> None:
+    """Lines on ``table``, which begin with ``words``: when and how it was measured, how far it can be relied on, and
+    where multiply-adds would mislead.
+    """
     sizes: dict[str, Any] = dict(service_of(session).sizes)
     sizes["tokens"] = sizes["tokens"] or session.architecture.tokens
-    warnings = latency_warnings(cost_table(session.architecture, **sizes), table)
-    return "; ".join((latency_words(table), *warnings))
+    note(f"{words}{latency_words(table)}")
+    for line in latency_warnings(cost_table(session.architecture, **sizes), table):
+        note(line)
 
 
 def ensure_latency(session: Session) -> LatencyTable:
@@ -230,10 +233,10 @@ def ensure_latency(session: Session) -> LatencyTable:
     table = None if session.config.profile.anew else kept_latency(kept, key, architecture)
     before = table
     if table is not None:
-        note(f"{words}: kept table, {_told(session, table)}")
+        _tell(session, table, f"{words}: kept table, ")
     else:
         table = _measured_latency(session, service)
-        note(f"{words}: {_told(session, table)}")
+        _tell(session, table, f"{words}: ")
     if narrows and table.widths is None:
         table = dataclasses.replace(table, widths=_measured_widths(session, service))
         note(f"{words}: {_told_of_widths(table.widths)}")
@@ -242,6 +245,8 @@ def ensure_latency(session: Session) -> LatencyTable:
             StorageError
         ):  # a cache folder that cannot be written costs time the next time
             keep_latency(kept, key, table)
+    if kept.is_file():
+        note(f"latency table: it lies in {kept}; --set profile.anew=true measures it anew")
     keep_latency(run.latency, key, table)
     record(session, part)
     return table

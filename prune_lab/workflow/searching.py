@@ -33,7 +33,7 @@ from prune_lab.workflow.measuring import controls, drawn_size, ensure_costs, ens
 from prune_lab.workflow.objectives import objective_of
 from prune_lab.workflow.solving import Question, controls_for, solved, tries_of
 from prune_lab.workflow.targets import budgets_of, constraints_of
-from prune_lab.workflow.timed_search import time_notes, timed_changes, timing_note
+from prune_lab.workflow.timed_search import shares_asked, time_notes, timed_changes, timing_note, with_time
 from prune_lab.workflow.widths import (
     ensure_width_scores,
     form_of,
@@ -269,14 +269,28 @@ def plans_frame(session: Session) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(PLANS_COLUMNS))
 
 
+def _found(session: Session, frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of ``frame`` of plans that were searched."""
+    table = searched(session.run)
+    return frame[frame["plan_id"].isin(table.loc[table["origin"] == "search", "plan_id"])]
+
+
+def timed_plans(session: Session, frame: pd.DataFrame) -> tuple[PruningPlan, ...]:
+    """The plans of ``frame``; those that were timed say so, and those that were searched for a time say that, too."""
+    plans = ensure_plans(session)
+    if frame["measured_change"].isna().all():
+        return plans
+    shares = shares_asked(session, costs_of(session), _found(session, frame))
+    return tuple(with_time(session, plan, share=shares.get(plan.id)) for plan in plans)
+
+
 def plan_notes(session: Session, frame: pd.DataFrame) -> tuple[str, ...]:
     """What there is to say of the plans of ``frame``: by which scores widths were searched, and of those that were
     searched within a budget on latency, how they were timed.
     """
     if frame["measured_change"].isna().all():
         return width_notes(session.config)
-    table = searched(session.run)
-    found = frame[frame["plan_id"].isin(table.loc[table["origin"] == "search", "plan_id"])]
+    found = _found(session, frame)
     return width_notes(session.config) + time_notes(session, costs_of(session), found)
 
 

@@ -28,6 +28,7 @@ from prune_lab.search import (
     check_budget_text,
     check_reachable,
     check_reachable_narrower,
+    check_single,
     named_plans,
     parse_budget,
     parse_quota,
@@ -43,6 +44,9 @@ _SHARES = (("80%", "65%", "50%"), ("95%", "90%"))
 def constraints_of(config: RunConfig) -> Constraints:
     """The rules for plans in ``[search]``. Raises ConfigError."""
     settings = config.search
+    for name in ("keep", "remove", "quotas"):
+        values = getattr(settings, name)
+        check_single(f"search.{name}", [re.sub(r"\s*([<=]+)\s*", r"\1", text) for text in values])
     return Constraints(
         keep=settings.keep,
         remove=settings.remove,

@@ -10,7 +10,8 @@ kept; where there is none, the fastest, and a line says so.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -208,16 +209,43 @@ def _ends(change: Change) -> str:
     return f" ({1 + change.low:.3f}x to {1 + change.high:.3f}x)"
 
 
-def with_time(session: Session, plan: PruningPlan) -> PruningPlan:
-    """``plan``, which says how it was timed in turns with the teacher, where it was."""
+_ASKED_FOR = ", for a budget of "
+_OF_THE_SEARCH = "; the search that found the plan measured "
+
+
+def _measured_before(plan: PruningPlan) -> str:
+    """What the search that found ``plan`` measured, as it is written in it; empty where it says nothing of its time."""
+    return plan.timed.rpartition(_OF_THE_SEARCH)[2]
+
+
+def with_time(session: Session, plan: PruningPlan, *, share: float | None = None) -> PruningPlan:
+    """``plan``, which says how it was timed in turns with the teacher, where it was, beside what it said before;
+    ``share`` of the teacher's time is what was asked for.
+    """
     change = timed_changes(session).get(plan.id)
     if change is None:
         return plan
     where = service_of(session).text(session.architecture.config, pixels_per_latent(session.source))
-    words = (
-        f"{1 + change.change:.3f}x of the teacher's{_ends(change)}, in turns, {change.rounds} rounds, {where}"
-    )
+    asked = "" if share is None else f"{_ASKED_FOR}{share:.3f}x"
+    rounds = f"in turns, {change.rounds} rounds, {where}{asked}"
+    words = f"{1 + change.change:.3f}x of the teacher's{_ends(change)}, {rounds}"
+    before = _measured_before(plan)
+    if before and before != words:
+        words += f"{_OF_THE_SEARCH}{before}"
     return dataclasses.replace(plan, timed=words)
+
+
+def timed_anew(session: Session, plan: PruningPlan) -> str:
+    """A line on a ``plan`` whose time was measured here and by the search that found it, with a warning where it misses
+    here what was asked for there; empty for any other.
+    """
+    now, before = with_time(session, plan).timed, _measured_before(plan)
+    if not before or _OF_THE_SEARCH not in now:
+        return ""
+    asked = re.search(rf"{_ASKED_FOR}(\d+\.\d+)x", before)
+    missed = asked is not None and 1 + timed_changes(session)[plan.id].change > float(asked[1])
+    warning = f"; here it is SLOWER than the {asked[1]}x asked for" if asked is not None and missed else ""
+    return f"time of {plan.label}: measured here {now}{warning}"
 
 
 def _doubt(change: Change, share: float) -> str:
@@ -225,6 +253,28 @@ def _doubt(change: Change, share: float) -> str:
     if change.low is None or change.high is None or not 1 + change.low < share < 1 + change.high:
         return ""
     return ", but not beyond doubt: the interval holds it; time more rounds (profile.runs) on a quiet machine"
+
+
+def _shares(session: Session, costs: CostTable, budgets: str) -> Iterator[float]:
+    """The shares of the teacher's time that the budgets on latency among ``budgets`` ask for."""
+    for text in split_budgets(budgets):
+        if not text.strip().startswith("latency"):
+            continue
+        try:
+            budget = parse_budget(text, session.architecture, costs)
+        except PruneLabError:
+            continue
+        assert costs.total.latency_ms is not None
+        yield budget.limit / costs.total.latency_ms
+
+
+def shares_asked(session: Session, costs: CostTable, frame: pd.DataFrame) -> dict[str, float]:
+    """By plan id of ``frame``, of plans that were searched, the least share of the teacher's time that was asked."""
+    found = {
+        row["plan_id"]: min(_shares(session, costs, row["budgets"]), default=None)
+        for row in frame.to_dict(orient="records")
+    }
+    return {name: share for name, share in found.items() if share is not None}
 
 
 def time_notes(session: Session, costs: CostTable, frame: pd.DataFrame) -> tuple[str, ...]:
@@ -236,15 +286,7 @@ def time_notes(session: Session, costs: CostTable, frame: pd.DataFrame) -> tuple
         change = changes.get(row["plan_id"])
         if change is None:
             continue
-        for text in split_budgets(row["budgets"]):
-            if not text.strip().startswith("latency"):
-                continue
-            try:
-                budget = parse_budget(text, session.architecture, costs)
-            except PruneLabError:
-                continue
-            assert costs.total.latency_ms is not None
-            share = budget.limit / costs.total.latency_ms
+        for share in _shares(session, costs, row["budgets"]):
             word = "within" if 1 + change.change <= share else "SLOWER than"
             lines.append(
                 f"{row['plan']}: predicted {1 + row['latency_change']:.3f}x of the teacher's time, measured in turns "

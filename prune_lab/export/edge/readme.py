@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prune_lab import __version__
-from prune_lab.export.card import parents_card
+from prune_lab.export.card import licence_of_shipped, parents_card
 from prune_lab.export.edge.proof import Proof
 from prune_lab.models import ModelSource
 from prune_lab.runtimes import Runtime, Weights
@@ -16,6 +16,8 @@ PLATFORMS = {"darwin": "macOS"}  # by ``sys.platform``, in words
 
 
 def _licence(source: ModelSource) -> str:
+    if source.kind == "shipped":
+        return licence_of_shipped(source.name)
     stated = parents_card(source)
     name = stated.get("license_name") or stated.get("license")
     if not name or name == "not-stated":

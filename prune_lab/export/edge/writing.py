@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,13 @@ def _notes(
     return tuple(notes)
 
 
+def tracked(parts: Sequence[Part], called: str) -> Iterator[Part]:
+    """The ``parts`` while they are written for the runtime that is ``called`` so, each a step with its name: how long
+    one took does not tell of the next.
+    """
+    return track(parts, f"export for {called}", name=lambda part: part.name)
+
+
 def export_for(name: str) -> Callable[..., Exported]:
     """The target of ``export`` that writes for the runtime called ``name``."""
     runtime = RUNTIMES[name]
@@ -174,7 +181,7 @@ def export_for(name: str) -> Callable[..., Exported]:
             # guidance asks for two texts and two predictions, unless the model takes it as a number; a picture is one
             rows = 1 if drawing.told["guided_inside"] else 2
             parts = {}
-            for part in track(drawing.parts, f"export for {runtime.called}", unit="parts"):
+            for part in tracked(drawing.parts, runtime.called):
                 # the decoder's last layers show every rounding
                 kept = Writing() if part is drawing.parts[2] and writing.weights == "int8" else writing
                 shaped = dataclasses.replace(kept, batch=1 if part.name == DECODER else rows)
