@@ -747,12 +747,12 @@ def test_a_file_without_the_plan_is_refused_before_a_model_is_read(tmp_path, ver
 
 
 def test_what_distilling_leaves_beside_a_student_is_told(tmp_path):
-    from prune_lab.cli.distill import left_beside
+    from prune_lab.cli.output import left_beside
 
     folder = tmp_path / "a student.run"
     (folder / "candidates").mkdir(parents=True)
     (folder / "candidates" / "weights").write_bytes(bytes(3 * 2**20))
-    told = left_beside(folder)
+    told = left_beside(folder, shown=True)
     assert f"'{folder}' (3 MiB)" in told
     assert f"rm -r '{folder}'" in told
     assert f"prune-lab report '{folder}'" in told

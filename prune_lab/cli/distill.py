@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -11,22 +10,10 @@ import typer
 from prune_lab.api.settings import model_or_run, settings_of
 from prune_lab.cli import options
 from prune_lab.cli.application import app
-from prune_lab.cli.output import show
+from prune_lab.cli.output import left_beside, show
 from prune_lab.errors import RunError
 from prune_lab.processes import is_main
 from prune_lab.runs import open_run
-
-
-def left_beside(folder: Path) -> str:
-    """A line on the run ``folder`` that a student was distilled in, which nobody asked for by name."""
-    from prune_lab.runtime import bytes_text
-
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    shown = shlex.quote(str(folder))
-    return (
-        f"note: state, curves and tables lie in {shown} ({bytes_text(size)}): the same command goes on from it, "
-        f"prune-lab report {shown} shows it; the student does not need it, rm -r {shown} removes it"
-    )
 
 
 @app.command()
@@ -96,4 +83,4 @@ def distill(
     if is_main():
         show(table, as_json=as_json, wide=wide)
         if run is None:
-            typer.echo(left_beside(folder), err=True)
+            typer.echo(left_beside(folder, shown=True), err=True)

@@ -10,7 +10,7 @@ import typer
 from prune_lab.api.settings import settings_of
 from prune_lab.cli import options
 from prune_lab.cli.application import app
-from prune_lab.cli.output import show
+from prune_lab.cli.output import left_beside, show
 
 
 @app.command()
@@ -76,3 +76,5 @@ def narrow(
         else chosen.levels()
     )
     show(table, as_json=as_json, wide=wide)
+    if run is not None:
+        typer.echo(left_beside(run), err=True)

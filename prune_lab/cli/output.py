@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from prune_lab.tables import WIDE_COLUMNS, Table, is_numeric, records, shown_cell, shown_columns
 
-__all__ = ["emit", "records", "show"]
+__all__ = ["emit", "left_beside", "records", "show"]
 
 _SCREEN = 120  # characters of a line that a screen holds
 
@@ -66,3 +68,18 @@ def show(table: Table, *, as_json: bool, wide: bool) -> None:
     emit(table.kind, table.records(), as_json=as_json, wide=wide, title=table.title)
     for line in table.notes:
         typer.echo(f"note: {line}", err=True)
+
+
+def left_beside(folder: Path, *, shown: bool = False) -> str:
+    """A line on the run ``folder`` that a student was distilled in, which nobody asked for by name; ``shown``: whether
+    it is a run that ``report`` shows.
+    """
+    from prune_lab.runtime import bytes_text
+
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    called = shlex.quote(str(folder))
+    report = f"prune-lab report {called} shows it; " if shown else ""
+    return (
+        f"note: state, curves and tables lie in {called} ({bytes_text(size)}): the same command goes on from it, {report}"
+        f"the student does not need it, rm -r {called} removes it"
+    )
