@@ -80,6 +80,6 @@ def left_beside(folder: Path, *, shown: bool = False) -> str:
     called = shlex.quote(str(folder))
     report = f"prune-lab report {called} shows it; " if shown else ""
     return (
-        f"note: state, curves and tables lie in {called} ({bytes_text(size)}): the same command goes on from it, {report}"
-        f"the student does not need it, rm -r {called} removes it"
+        f"note: state, curves and tables lie in {called} ({bytes_text(size)}): the same command goes on from it, "
+        f"{report}the student does not need it, rm -r {called} removes it"
     )
