@@ -392,6 +392,49 @@ def test_an_inception_is_fed_as_its_kind_wants(tmp_path: Path) -> None:
     assert torch.allclose(logits.softmax(1), probabilities.exp(), atol=1e-5)
 
 
+class OneRow(nn.Module):
+    """The features of the first picture alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)[:1, :8]
+
+
+class OneNumber(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean()
+
+
+class OneLogit(nn.Module):
+    """Features, and one number where logits belong."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.flatten(1)[:, :8], x.mean()
+
+
+class Unsure(nn.Module):
+    """As ``ByItself``, but with logits in the place of probabilities."""
+
+    def forward(self, img: Tensor, return_features: bool = False) -> Tensor:
+        return img.float().flatten(1)[:, :8]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (OneRow, r"features of 3 pictures, found \(1, 8\)"),
+        (OneNumber, r"features of 3 pictures, found \(\)"),
+        (OneLogit, r"logits of 3 pictures, found \(\)"),
+        (Unsure, "probabilities of classes"),
+    ],
+)
+def test_answers_that_are_not_of_the_pictures_are_refused(
+    kind: type[nn.Module], said: str, tmp_path: Path
+) -> None:
+    extract, _ = load_inception(scripted(kind(), tmp_path / "inception.pt"))
+    with pytest.raises(ModelFormatError, match=said):
+        extract(torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8))
+
+
 def test_what_is_no_torchscript_is_refused_and_not_unpickled(tmp_path: Path) -> None:
     pickled, ran = tmp_path / "pickled.pt", tmp_path / "ran"
 
