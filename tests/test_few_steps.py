@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, PNDMScheduler
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import prune_lab as pl
@@ -21,8 +24,10 @@ from prune_lab.few_steps.frontier import baseline_of, best_by_lever, frontier, l
 from prune_lab.few_steps.measuring import Configuration, configurations, draw_in, guidance_of, psnr
 from prune_lab.few_steps.schedulers import SCHEDULERS, fitting_scheduler
 from prune_lab.models import load_pipeline, resolve_model
+from prune_lab.profiling import Turns
 from prune_lab.report.few_steps import lever_lines, steps_page
 from prune_lab.schemas import FEW_STEPS_COLUMNS
+from prune_lab.workflow.few_steps import StepsAsked, _Comparison
 
 ROOT = Path(__file__).resolve().parents[1]
 BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -219,6 +224,14 @@ def test_the_levers_that_meet_a_limit_best_first() -> None:
     assert lever_lines(made_up(), "50ms") == ["nothing that was measured is within 50ms"]
 
 
+def _turn_sign(folder: Path, name: str) -> None:
+    """Turn the sign of one tensor of the model in ``folder``."""
+    path = next(folder.glob("*.safetensors"))
+    tensors = load_file(path)
+    tensors[name] = -tensors[name]
+    save_file(tensors, path, {"format": "pt"})
+
+
 # The whole ------------------------------------------------------------------------------------------------------------
 
 
@@ -281,6 +294,34 @@ def test_mistakes_are_told_in_one_line(
     assert found.exit_code == 2, found.output
     assert said in found.output
     assert not (out / "steps.csv").exists()
+
+
+def test_what_was_drawn_or_timed_by_other_parts_or_elsewhere_is_made_again(
+    tiny_pipeline_folder: Path, tiny_scorer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two pipelines of one U-Net whose VAEs differ; one scorer after another in one folder; other threads."""
+    other, scorer = tmp_path / "other", tmp_path / "scorer"
+    shutil.copytree(tiny_pipeline_folder, other)
+    shutil.copytree(tiny_scorer_folder, scorer)
+    _turn_sign(other / "vae", "decoder.conv_out.weight")
+
+    def compared() -> _Comparison:
+        asked = StepsAsked(images=1, prompts="default", scorer=str(scorer))
+        sources = [resolve_model(str(one)) for one in (tiny_pipeline_folder, other)]
+        return _Comparison(sources, asked, tmp_path / "out", torch.device("cpu"), torch.float32)
+
+    first = compared()
+    configuration, another = (Configuration(name, "own", 2) for name in first.digests)
+    assert first._key(configuration) != first._key(another)
+    own = configuration.name
+    times = [Turns((own,), ((value,), (value,)), 1, "one process") for value in (1.0, 2.0)]
+    monkeypatch.setattr("prune_lab.workflow.few_steps.time_pictures", lambda *_, **__: times.pop(0))
+    assert first.times([configuration]).latency(own).median_ms == 1
+    assert first.times([configuration]).latency(own).median_ms == 1
+    first.environment = dataclasses.replace(first.environment, num_threads=77)
+    assert first.times([configuration]).latency(own).median_ms == 2
+    _turn_sign(scorer, "visual_projection.weight")
+    assert compared()._key(configuration) != first._key(configuration)
 
 
 def test_models_that_cannot_be_compared_are_refused(

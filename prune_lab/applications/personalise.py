@@ -18,7 +18,7 @@ from prune_lab.distill.encoding import encode_data
 from prune_lab.errors import ConfigError, DataError, RunError, UnsupportedModelError
 from prune_lab.evaluation import drawing_of
 from prune_lab.families import embedding_width, model_of
-from prune_lab.models import ModelSource, drawing_asked, load_pipeline, model_digest
+from prune_lab.models import ModelSource, drawing_asked, load_pipeline, pipeline_digest
 from prune_lab.models.protection import check_folder
 from prune_lab.probes import encode_captions, note_cut, picture_side
 from prune_lab.runtime import note, tensors_digest
@@ -107,7 +107,7 @@ def personalise(
     elif settings.prior_weight:
         others, folder = class_pictures(
             pipeline,
-            model_digest(source),
+            pipeline_digest(source),
             settings.class_prompt,
             settings.class_count,
             out.with_name(f"{out.name}.class"),

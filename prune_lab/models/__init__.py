@@ -8,6 +8,7 @@ is loaded or written.
 
 from __future__ import annotations
 
+from prune_lab.models.digests import folder_digest, pipeline_digest
 from prune_lab.models.files import weight_files
 from prune_lab.models.kinship import check_same_class, of_shipped_family, shipped_like
 from prune_lab.models.loading import load_model, load_pipeline, plain_source
@@ -34,11 +35,13 @@ __all__ = [
     "choose_scorer",
     "configured_model",
     "drawing_asked",
+    "folder_digest",
     "load_model",
     "load_pipeline",
     "load_scorer",
     "model_digest",
     "of_shipped_family",
+    "pipeline_digest",
     "plain_source",
     "preset_config",
     "recorded_model",

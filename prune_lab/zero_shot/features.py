@@ -77,7 +77,12 @@ def _as_pair(answer: Any, count: int, file: str) -> tuple[Tensor, Tensor | None]
     if len(tensors) != len(found) or not 1 <= len(found) <= 2:
         raise ModelFormatError(f"asked the Inception {file} for features, found {type(answer).__name__}")
     for one, what, needed in zip(tensors, ("features", "logits"), (2, 1), strict=False):
-        if one.ndim < 2 or len(one) != count or one[0].numel() < needed or (what == "logits" and one.ndim != 2):
+        if (
+            one.ndim < 2
+            or len(one) != count
+            or one[0].numel() < needed
+            or (what == "logits" and one.ndim != 2)
+        ):
             raise ModelFormatError(
                 f"asked the Inception {file} for {what} of {count} pictures, found {tuple(one.shape)}; give one that "
                 "answers a row of numbers for each picture"
