@@ -189,3 +189,21 @@ def test_a_model_of_few_steps_alone_does_not_draw_in_a_pipeline_of_many(
             [str(alone)], prompts="default", images=1, base=str(tiny_pipeline_folder), out=tmp_path / "out"
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_training_is_that_of_many_steps_and_such_a_model_teaches_no_few(
+    few: Path, tiny_pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own").mkdir()
+    words = ("--images", tmp_path / "own", "--token", "red", "--class", "cat", "--out", tmp_path / "out")
+    for model, told in ((few, True), (tiny_pipeline_folder, False)):
+        monkeypatch.setattr("prune_lab.runtime.progress._said", set())
+        found = CliRunner().invoke(app, ["personalise", *map(str, (model, *words))])
+        assert "found none; give files of" in found.output
+        assert ("this training is that of models of many" in found.output) == told
+    for student, more in ((few, ()), (tiny_pipeline_folder, ("--teacher", few))):
+        asked = ("distill-steps", student, *more, "--data", "shipped", "--out", tmp_path / "out")
+        found = CliRunner().invoke(app, [*map(str, asked)])
+        assert found.exit_code == 2
+        assert "distilled for few steps itself; give the model that it was distilled from" in found.output
+    assert not (tmp_path / "out").exists()

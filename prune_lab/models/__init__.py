@@ -22,7 +22,14 @@ from prune_lab.models.sources import (
     recorded_model,
     resolve_model,
 )
-from prune_lab.models.usual_drawing import UsualDrawing, check_draws_in, drawing_asked, usual_drawing
+from prune_lab.models.usual_drawing import (
+    UsualDrawing,
+    check_draws_in,
+    check_teaches_few,
+    drawing_asked,
+    note_trained_for_many,
+    usual_drawing,
+)
 
 __all__ = [
     "PRESETS",
@@ -32,6 +39,7 @@ __all__ = [
     "UsualDrawing",
     "check_draws_in",
     "check_same_class",
+    "check_teaches_few",
     "choose_scorer",
     "configured_model",
     "drawing_asked",
@@ -40,6 +48,7 @@ __all__ = [
     "load_pipeline",
     "load_scorer",
     "model_digest",
+    "note_trained_for_many",
     "of_shipped_family",
     "pipeline_digest",
     "plain_source",
