@@ -20,6 +20,7 @@ import prune_lab as pl
 from benchmarks.few_steps import draw_page
 from prune_lab.cli import app
 from prune_lab.errors import BudgetError, ConfigError, DataError, RunError
+from prune_lab.evaluation import generate
 from prune_lab.few_steps.frontier import baseline_of, best_by_lever, frontier, latency_limit, lever_of
 from prune_lab.few_steps.measuring import Configuration, configurations, draw_in, guidance_of, psnr
 from prune_lab.few_steps.schedulers import SCHEDULERS, fitting_scheduler
@@ -110,6 +111,19 @@ def test_more_steps_than_the_scheduler_has_are_left_out(pipeline: Any) -> None:
     assert [(one.scheduler, one.steps) for one in found] == [("lcm", 4), ("own", 8)]
     assert len(lines) == 1
     assert lines[0].startswith("tiny: 60 steps of lcm are left out")
+
+
+def test_one_step_is_left_out_where_the_pipeline_cannot_take_it(
+    pipeline_folder: Callable[[str], Path],
+) -> None:
+    """PixArt's takes it for that of a model which was distilled for one step; of others diffusers raises IndexError."""
+    pixart = load_pipeline(resolve_model(str(pipeline_folder("pixart"))))
+    found, lines = configurations({"pixart": pixart}, ("own", "ddim"), (1, 2), (), 2)
+    assert {(one.scheduler, one.steps) for one in found} == {("own", 2), ("ddim", 1), ("ddim", 2)}
+    assert "with which a PixArtAlphaPipeline draws in two steps or more" in "".join(lines)
+    with pytest.raises(ConfigError, match="draws in two steps or more; give more, 25 are usual"):
+        generate(pixart, ["a cat"], [0], steps=1, guidance=1.0)
+    draw_in(pixart, Configuration("pixart", "ddim", 1), ["a cat"], [0], guidance=1.0)
 
 
 def test_pictures_are_those_of_plain_diffusers_and_passes_are_counted(pipeline: Any) -> None:
