@@ -113,8 +113,8 @@ def class_pictures(
     """(pictures (``count``, 3, H, W) uint8, their folder) that ``pipeline`` draws for ``prompt``, from ``seed``
     on.
 
-    ``model`` is a digest of all parts that draw. Each is kept as a file in a folder in ``folder`` that is named by what decides
-    the pictures, so a call that was stopped goes on, and other pictures are never taken for these.
+    ``model`` is a digest of all parts that draw. Each is kept as a file in a folder in ``folder`` that is named by what
+    decides the pictures, so a call that was stopped goes on, and other pictures are never taken for these.
     """
     made_from = {"model": model, "prompt": prompt, "steps": steps, "guidance": guidance}
     key = sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]

@@ -102,8 +102,8 @@ def _as_logits(answer: Any, file: str) -> Tensor:
     found = answer.float()
     if not (found.ndim == 2 and (found >= 0).all() and (found.sum(dim=1) - 1).abs().le(_ROUNDED).all()):
         raise ModelFormatError(
-            f"asked the Inception {file} for probabilities of classes, found numbers of shape {tuple(found.shape)} that "
-            "are none; one that takes return_features is to answer softmax without it"
+            f"asked the Inception {file} for probabilities of classes, found other numbers of shape "
+            f"{tuple(found.shape)}; one that takes return_features is to answer softmax without it"
         )
     return found.clamp_min(1e-30).log()
 
