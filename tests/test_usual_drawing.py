@@ -19,7 +19,7 @@ import prune_lab as pl
 from prune_lab.api.settings import settings_of
 from prune_lab.cli import app
 from prune_lab.config import RunConfig
-from prune_lab.errors import ConfigError
+from prune_lab.errors import BackendError, ConfigError
 from prune_lab.few_steps.measuring import guidance_of
 from prune_lab.models import check_draws_in, load_pipeline, resolve_model, usual_drawing
 
@@ -207,3 +207,16 @@ def test_training_is_that_of_many_steps_and_such_a_model_teaches_no_few(
         assert found.exit_code == 2
         assert "distilled for few steps itself; give the model that it was distilled from" in found.output
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_cannot_draw_few_steps_advises_no_sampler_of_many(
+    few: Path, tiny_pipeline_folder: Path
+) -> None:
+    """DDIM, which others are advised, would draw badly with such a model, and without a word."""
+    from prune_lab.export.edge.writing import _schedule
+
+    with pytest.raises(
+        BackendError, match=r"LCMScheduler.*give the one that it was distilled from"
+    ) as caught:
+        _schedule(load_pipeline(resolve_model(str(few))))
+    assert "from_config" not in str(caught.value)
