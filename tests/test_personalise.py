@@ -377,8 +377,12 @@ def test_bad_pictures_are_refused_before_anything_is_drawn(
         "--images", subject, *WORDS, "--class-images", subject, "--prior-weight", 0
     )
     assert "lora = 0" in said("--images", subject, *WORDS, "--lora", 0)
+    (subject / "phone.HEIC").write_bytes(b"a picture that is not read")
     (subject / "broken.png").write_bytes((subject / "0.png").read_bytes()[:40])
-    assert "broken.png, found none that can be read" in said("--images", subject, *WORDS)
+    last = said("--images", subject, *WORDS)
+    assert "broken.png, found none that can be read" in last
+    assert "of the pictures of the subject are left out 1; the first:" in last
+    assert "phone.HEIC: no image" in last
     assert not list(tmp_path.glob("out.class*"))
 
 
