@@ -52,7 +52,7 @@ def _schedule(pipeline: Any) -> dict[str, Any]:
         sampler.sampler_of(config)
     except ValueError as error:
         instead = (
-            "a model that was distilled for few steps draws well by no other, so give the one that it was distilled from"
+            "a model that was distilled for few steps draws well by no other: give the one that it was distilled from"
             if usual_drawing(pipeline).few
             else "give its pipeline another scheduler, such as pipeline.scheduler = "
             "DDIMScheduler.from_config(pipeline.scheduler.config), and save it again"
