@@ -181,10 +181,10 @@ def check_step_count(timesteps: object, steps: int, setting: str = "steps") -> N
 def check_steps(pipeline: Any, steps: int, setting: str = "steps") -> None:
     """The same for the scheduler of ``pipeline``, and where so many steps lead out of its timesteps."""
     check_step_count(pipeline.scheduler.config.get("num_train_timesteps"), steps, setting)
-    if reason := steps_complaint(pipeline.scheduler, steps):
+    if reason := steps_complaint(pipeline.scheduler, steps, pipeline):
         raise ConfigError(
-            f"asked for {setting} = {steps:,}, found a {type(pipeline.scheduler).__name__} {reason}; give fewer, "
-            "25 are usual"
+            f"asked for {setting} = {steps:,}, found a {type(pipeline.scheduler).__name__} {reason}; give "
+            f"{'fewer' if steps > 1 else 'more'}, 25 are usual"
         )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,18 +13,22 @@ import pandas as pd
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, PNDMScheduler
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import prune_lab as pl
 from benchmarks.few_steps import draw_page
 from prune_lab.cli import app
 from prune_lab.errors import BudgetError, ConfigError, DataError, RunError
+from prune_lab.evaluation import generate
 from prune_lab.few_steps.frontier import baseline_of, best_by_lever, frontier, latency_limit, lever_of
 from prune_lab.few_steps.measuring import Configuration, configurations, draw_in, guidance_of, psnr
 from prune_lab.few_steps.schedulers import SCHEDULERS, fitting_scheduler
 from prune_lab.models import load_pipeline, resolve_model
+from prune_lab.profiling import Turns
 from prune_lab.report.few_steps import lever_lines, steps_page
 from prune_lab.schemas import FEW_STEPS_COLUMNS
+from prune_lab.workflow.few_steps import StepsAsked, _Comparison
 
 ROOT = Path(__file__).resolve().parents[1]
 BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -105,6 +111,19 @@ def test_more_steps_than_the_scheduler_has_are_left_out(pipeline: Any) -> None:
     assert [(one.scheduler, one.steps) for one in found] == [("lcm", 4), ("own", 8)]
     assert len(lines) == 1
     assert lines[0].startswith("tiny: 60 steps of lcm are left out")
+
+
+def test_one_step_is_left_out_where_the_pipeline_cannot_take_it(
+    pipeline_folder: Callable[[str], Path],
+) -> None:
+    """PixArt's takes it for that of a model which was distilled for one step; of others diffusers raises IndexError."""
+    pixart = load_pipeline(resolve_model(str(pipeline_folder("pixart"))))
+    found, lines = configurations({"pixart": pixart}, ("own", "ddim"), (1, 2), (), 2)
+    assert {(one.scheduler, one.steps) for one in found} == {("own", 2), ("ddim", 1), ("ddim", 2)}
+    assert "with which a PixArtAlphaPipeline draws in two steps or more" in "".join(lines)
+    with pytest.raises(ConfigError, match="draws in two steps or more; give more, 25 are usual"):
+        generate(pixart, ["a cat"], [0], steps=1, guidance=1.0)
+    draw_in(pixart, Configuration("pixart", "ddim", 1), ["a cat"], [0], guidance=1.0)
 
 
 def test_pictures_are_those_of_plain_diffusers_and_passes_are_counted(pipeline: Any) -> None:
@@ -219,6 +238,14 @@ def test_the_levers_that_meet_a_limit_best_first() -> None:
     assert lever_lines(made_up(), "50ms") == ["nothing that was measured is within 50ms"]
 
 
+def _turn_sign(folder: Path, name: str) -> None:
+    """Turn the sign of one tensor of the model in ``folder``."""
+    path = next(folder.glob("*.safetensors"))
+    tensors = load_file(path)
+    tensors[name] = -tensors[name]
+    save_file(tensors, path, {"format": "pt"})
+
+
 # The whole ------------------------------------------------------------------------------------------------------------
 
 
@@ -281,6 +308,34 @@ def test_mistakes_are_told_in_one_line(
     assert found.exit_code == 2, found.output
     assert said in found.output
     assert not (out / "steps.csv").exists()
+
+
+def test_what_was_drawn_or_timed_by_other_parts_or_elsewhere_is_made_again(
+    tiny_pipeline_folder: Path, tiny_scorer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two pipelines of one U-Net whose VAEs differ; one scorer after another in one folder; other threads."""
+    other, scorer = tmp_path / "other", tmp_path / "scorer"
+    shutil.copytree(tiny_pipeline_folder, other)
+    shutil.copytree(tiny_scorer_folder, scorer)
+    _turn_sign(other / "vae", "decoder.conv_out.weight")
+
+    def compared() -> _Comparison:
+        asked = StepsAsked(images=1, prompts="default", scorer=str(scorer))
+        sources = [resolve_model(str(one)) for one in (tiny_pipeline_folder, other)]
+        return _Comparison(sources, asked, tmp_path / "out", torch.device("cpu"), torch.float32)
+
+    first = compared()
+    configuration, another = (Configuration(name, "own", 2) for name in first.digests)
+    assert first._key(configuration) != first._key(another)
+    own = configuration.name
+    times = [Turns((own,), ((value,), (value,)), 1, "one process") for value in (1.0, 2.0)]
+    monkeypatch.setattr("prune_lab.workflow.few_steps.time_pictures", lambda *_, **__: times.pop(0))
+    assert first.times([configuration]).latency(own).median_ms == 1
+    assert first.times([configuration]).latency(own).median_ms == 1
+    first.environment = dataclasses.replace(first.environment, num_threads=77)
+    assert first.times([configuration]).latency(own).median_ms == 2
+    _turn_sign(scorer, "visual_projection.weight")
+    assert compared()._key(configuration) != first._key(configuration)
 
 
 def test_models_that_cannot_be_compared_are_refused(

@@ -16,6 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from prune_lab.applications import (
+    SweepSettings,
     change_picture,
     changing_pipeline,
     check_strength,
@@ -208,6 +209,21 @@ def test_a_strength_that_takes_no_step_is_refused() -> None:
     assert check_strength(0.5, 25) == 12
     with pytest.raises(ConfigError, match=r"takes none of them; give 0\.1 or more"):
         check_strength(0.05, 10)
+    for steps in (3, 7, 30, 1000):  # what is advised is taken
+        with pytest.raises(ConfigError) as caught:
+            check_strength(0.5 / steps, steps)
+        advised = str(caught.value).partition("; give ")[2].split()[0]
+        assert check_strength(float(advised), steps) == 1
+
+
+def test_what_would_be_drawn_into_one_file_is_refused() -> None:
+    for twice in (
+        {"strengths": (0.5, 0.3, 0.50)},
+        {"strengths": (0.12345671, 0.12345672)},
+        {"seeds": (1, 1)},
+    ):
+        with pytest.raises(ConfigError, match="twice, which would be drawn into one file"):
+            SweepSettings(prompt="a cat", **twice)  # type: ignore[arg-type]
 
 
 # The verb -------------------------------------------------------------------------------------------------------------
@@ -314,6 +330,8 @@ def test_bad_input_is_refused_in_one_line(tiny_pipeline_folder: Path, picture: P
 
 def test_names_of_files_are_told_apart() -> None:
     assert file_names(["a/small", "b/small", "me/my model"]) == ("small-1", "small-2", "my-model")
+    for names in (["a/small-1", "a/small", "b/small"], ["a/Small", "b/small"], ["a", "b/a", "a-2", "c/a"]):
+        assert len({name.lower() for name in file_names(names)}) == len(names)
 
 
 def test_embeddings_are_those_of_the_whole_scorer(tiny_scorer_folder: Path) -> None:

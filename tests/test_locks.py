@@ -556,6 +556,10 @@ def test_two_commands_build_one_cache(
         (["search", "--run", "RUN", "--macs", "65%"], "terminated; finished files are kept"),
         (["score", "RUN"], "terminated; finished files are kept"),
         (
+            ["personalise", "MODEL", "--images", "i", "--token", "t", "--class", "c", "--out", "RUN"],
+            "terminated; finished files are kept",
+        ),
+        (
             ["prune", "MODEL", "--plan", "bk-small", "--out", "RUN"],
             "terminated; the same command again starts anew\n",
         ),
@@ -569,10 +573,11 @@ def test_files_are_said_to_be_kept_where_they_are(
         time.sleep(5)
 
     (tmp_path / "config.toml").touch()
-    for place in ("cli.search.settings_of", "cli.score.settings_of", "cli.prune.model_of"):
+    places = ("search.settings_of", "score.settings_of", "prune.model_of", "personalise.model_of")
+    for place in (f"cli.{one}" for one in places):
         monkeypatch.setattr(f"prune_lab.{place}", ended)
     monkeypatch.setattr("prune_lab.surgery.get_ready_to_prove", lambda: None)
-    plain = tmp_path / "out" if words[0] == "prune" else tmp_path
+    plain = tmp_path / "out" if words[0] in ("prune", "personalise") else tmp_path
     named = [{"RUN": str(plain), "MODEL": "reference"}.get(word, word) for word in words]
     found = CliRunner().invoke(app, named)
     assert found.exit_code == 143, found.output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from prune_lab.api.applying import _frozen_in, personal_table
 from prune_lab.applications import PersonalSettings, learn_subject
 from prune_lab.applications.personal import _trained
 from prune_lab.applications.pictures import class_pictures, read_own_pictures
@@ -336,6 +338,7 @@ def test_transformers_learn_too(
         ({"template": "a photo"}, "one {} in it"),
         ({"lora": -1}, "a rank from 1"),
         ({"steps": 0}, "a whole number from 1"),
+        ({"seed": 2**40}, "a whole number from 0 to 2,147,483,647"),
         ({"learning_rate": float("nan")}, "a finite number"),
         ({"precision": "float16"}, "float32 or bfloat16"),
     ],
@@ -344,6 +347,19 @@ def test_a_bad_setting_is_refused(wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=r"^asked for") as caught:
         PersonalSettings(**FEW | wrong)
     assert said in str(caught.value)
+
+
+def test_a_student_whose_zeros_would_be_trained_away_learns_by_a_lora_alone(
+    tiny_pipeline_folder: Path, subject: Path, tmp_path: Path
+) -> None:
+    student, out = tmp_path / "student", tmp_path / "mine"
+    shutil.copytree(tiny_pipeline_folder, student)
+    (student / "unet" / "plan.json").write_text(json.dumps({"form": "padded"}))
+    source = resolve_model(str(student))
+    with pytest.raises(RunError, match="padded form, whose zeros would be trained away"):
+        personal_table(source, subject, out, PersonalSettings(**FEW), None, torch.device("cpu"), force=False)
+    assert _frozen_in(source, PersonalSettings(**FEW | {"lora": 2})) == ()
+    assert not out.exists()
 
 
 def test_bad_pictures_are_refused_before_anything_is_drawn(
@@ -361,8 +377,12 @@ def test_bad_pictures_are_refused_before_anything_is_drawn(
         "--images", subject, *WORDS, "--class-images", subject, "--prior-weight", 0
     )
     assert "lora = 0" in said("--images", subject, *WORDS, "--lora", 0)
+    (subject / "phone.HEIC").write_bytes(b"a picture that is not read")
     (subject / "broken.png").write_bytes((subject / "0.png").read_bytes()[:40])
-    assert "broken.png, found none that can be read" in said("--images", subject, *WORDS)
+    last = said("--images", subject, *WORDS)
+    assert "broken.png, found none that can be read" in last
+    assert "of the pictures of the subject are left out 1; the first:" in last
+    assert "phone.HEIC: no image" in last
     assert not list(tmp_path.glob("out.class*"))
 
 

@@ -19,7 +19,7 @@ import prune_lab as pl
 from prune_lab.api.settings import settings_of
 from prune_lab.cli import app
 from prune_lab.config import RunConfig
-from prune_lab.errors import ConfigError
+from prune_lab.errors import BackendError, ConfigError
 from prune_lab.few_steps.measuring import guidance_of
 from prune_lab.models import check_draws_in, load_pipeline, resolve_model, usual_drawing
 
@@ -189,3 +189,34 @@ def test_a_model_of_few_steps_alone_does_not_draw_in_a_pipeline_of_many(
             [str(alone)], prompts="default", images=1, base=str(tiny_pipeline_folder), out=tmp_path / "out"
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_training_is_that_of_many_steps_and_such_a_model_teaches_no_few(
+    few: Path, tiny_pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own").mkdir()
+    words = ("--images", tmp_path / "own", "--token", "red", "--class", "cat", "--out", tmp_path / "out")
+    for model, told in ((few, True), (tiny_pipeline_folder, False)):
+        monkeypatch.setattr("prune_lab.runtime.progress._said", set())
+        found = CliRunner().invoke(app, ["personalise", *map(str, (model, *words))])
+        assert "found none; give files of" in found.output
+        assert ("this training is that of models of many" in found.output) == told
+    for student, more in ((few, ()), (tiny_pipeline_folder, ("--teacher", few))):
+        asked = ("distill-steps", student, *more, "--data", "shipped", "--out", tmp_path / "out")
+        found = CliRunner().invoke(app, [*map(str, asked)])
+        assert found.exit_code == 2
+        assert "distilled for few steps itself; give the model that it was distilled from" in found.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_cannot_draw_few_steps_advises_no_sampler_of_many(
+    few: Path, tiny_pipeline_folder: Path
+) -> None:
+    """DDIM, which others are advised, would draw badly with such a model, and without a word."""
+    from prune_lab.export.edge.writing import _schedule
+
+    with pytest.raises(
+        BackendError, match=r"LCMScheduler.*give the one that it was distilled from"
+    ) as caught:
+        _schedule(load_pipeline(resolve_model(str(few))))
+    assert "from_config" not in str(caught.value)

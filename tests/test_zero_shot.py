@@ -27,8 +27,9 @@ from prune_lab.ranking.paired import paired_difference
 from prune_lab.schemas import GATE_COLUMNS, KIND_COLUMNS, METRIC_COLUMNS
 from prune_lab.zero_shot import METRICS, NOT_COMPARABLE, drawing, parse_gate
 from prune_lab.zero_shot.estimates import Estimate, groups_of, mean_of
-from prune_lab.zero_shot.features import load_inception
+from prune_lab.zero_shot.features import Extractors, Features, load_inception
 from prune_lab.zero_shot.gates import decide, exit_code
+from prune_lab.zero_shot.measuring import Sets, _set_metric
 from prune_lab.zero_shot.protocol import picture_seed, rows_of
 
 TEXTS = ("a red cat", "a dog", "a fish", "a red cat", "two birds")
@@ -311,9 +312,10 @@ def test_pictures_of_another_model_or_with_other_settings_are_no_ones_own(
 ) -> None:
     out = tmp_path / "out"
     ask(out, seeds=1)
-    before = files(out / "other")
+    before, about = files(out / "other"), (out / "evaluation.json").read_bytes()
     with pytest.raises(StorageError, match=r"steps 1 and not 2.*--force"):
         ask(out, seeds=1, settings={**FEW, "evaluate.steps": 2})
+    assert (out / "evaluation.json").read_bytes() == about  # the tables beside it are those of before
     renamed = tmp_path / "other"  # another model of the same name
     shutil.copytree(tiny_pipeline_folder, renamed)
     weights = next((other_folder / "vae").glob("*.safetensors"))
@@ -390,6 +392,60 @@ def test_an_inception_is_fed_as_its_kind_wants(tmp_path: Path) -> None:
     assert logits is not None
     assert probabilities is not None
     assert torch.allclose(logits.softmax(1), probabilities.exp(), atol=1e-5)
+
+
+def test_too_few_real_pictures_are_told_beside_the_figure() -> None:
+    def rows(count: int) -> Features:
+        return Features(inception=torch.randn(count, 4, generator=torch.Generator().manual_seed(count)))
+
+    for real, said in ((3, "3 real pictures are fewer than 4 features"), (4, "")):
+        sets = Sets(8, 1, rows(real), rows(8))
+        found = _set_metric("fid", rows(8), sets, Extractors())
+        assert found.estimate is not None
+        assert found.reason.partition(":")[0] == said
+
+
+class OneRow(nn.Module):
+    """The features of the first picture alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)[:1, :8]
+
+
+class OneNumber(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean()
+
+
+class OneLogit(nn.Module):
+    """Features, and one number where logits belong."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.flatten(1)[:, :8], x.mean()
+
+
+class Unsure(nn.Module):
+    """As ``ByItself``, but with logits in the place of probabilities."""
+
+    def forward(self, img: Tensor, return_features: bool = False) -> Tensor:
+        return img.float().flatten(1)[:, :8]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (OneRow, r"features of 3 pictures, found \(1, 8\)"),
+        (OneNumber, r"features of 3 pictures, found \(\)"),
+        (OneLogit, r"logits of 3 pictures, found \(\)"),
+        (Unsure, "probabilities of classes"),
+    ],
+)
+def test_answers_that_are_not_of_the_pictures_are_refused(
+    kind: type[nn.Module], said: str, tmp_path: Path
+) -> None:
+    extract, _ = load_inception(scripted(kind(), tmp_path / "inception.pt"))
+    with pytest.raises(ModelFormatError, match=said):
+        extract(torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8))
 
 
 def test_what_is_no_torchscript_is_refused_and_not_unpickled(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from prune_lab.applications import PersonalSettings, Sweep, SweepSettings, personalise, sweep
-from prune_lab.errors import ConfigError, FormError, PlanError
+from prune_lab.errors import ConfigError, FormError, PlanError, RunError
 from prune_lab.export import student_in
 from prune_lab.export.card import is_on_hub
 from prune_lab.export.snippets import loaded_in_python, snippet_for
@@ -33,15 +33,22 @@ def personal_settings(**given: Any) -> PersonalSettings:
     return PersonalSettings(**{name: value for name, value in given.items() if value is not None})
 
 
-def _frozen_in(source: ModelSource) -> tuple[str, ...]:
+def _frozen_in(source: ModelSource, settings: PersonalSettings) -> tuple[str, ...]:
     """Paths of modules of a student that do nothing as long as their weights stay; none of any other model.
 
-    Raises PlanError where it has such, and its teacher, by which they are known, is not to be found.
+    Raises PlanError where it has such, and its teacher, by which they are known, is not to be found; RunError for a
+    student whose zeros lie inside of modules that are trained.
     """
     folder = source.model_folder
     if folder is None or not (folder / "plan.json").is_file():
         return ()
-    if json_object(folder / "plan.json").get("form") != "neutral":
+    form = json_object(folder / "plan.json").get("form")
+    if form == "padded" and not settings.lora:
+        raise RunError(
+            f"asked to train all of {source.text}, found a student in the padded form, whose zeros would be trained "
+            "away; give the same plan in its own form (prune-lab prune --form own), or a LoRA with --lora RANK"
+        )
+    if form != "neutral":
         return ()
     try:
         return student_in(folder).layout.frozen
@@ -105,7 +112,7 @@ def personal_table(
         settings,
         class_images=None if class_images is None else Path(class_images),
         device=device,
-        frozen=_frozen_in(source),
+        frozen=_frozen_in(source, settings),
         force=force,
         finish=lambda folder, asked: _write_readme(folder, source, asked),
     )

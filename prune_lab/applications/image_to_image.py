@@ -40,8 +40,8 @@ def check_strength(strength: float, steps: int) -> int:
     taken = min(int(steps * strength), steps)
     if not taken:
         raise ConfigError(
-            f"asked for the strength {strength:g} in {steps} steps, which takes none of them; give {1 / steps:.2g} or "
-            "more, or more steps"
+            f"asked for the strength {strength:g} in {steps} steps, which takes none of them; give "
+            f"{math.ceil(1000 / steps) / 1000:g} or more, or more steps"
         )
     return taken
 

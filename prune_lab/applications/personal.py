@@ -95,7 +95,7 @@ class PersonalSettings:
             check(
                 unsaid or (type(value) is int and least <= value < 2**31),
                 name,
-                f"a whole number from {least} on",
+                f"a whole number from {least} to {2**31 - 1:,}",
             )
         for name in ("learning_rate", "prior_weight", "guidance"):
             value = getattr(self, name)

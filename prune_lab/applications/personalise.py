@@ -18,7 +18,13 @@ from prune_lab.distill.encoding import encode_data
 from prune_lab.errors import ConfigError, DataError, RunError, UnsupportedModelError
 from prune_lab.evaluation import drawing_of
 from prune_lab.families import embedding_width, model_of
-from prune_lab.models import ModelSource, drawing_asked, load_pipeline, model_digest
+from prune_lab.models import (
+    ModelSource,
+    drawing_asked,
+    load_pipeline,
+    note_trained_for_many,
+    pipeline_digest,
+)
 from prune_lab.models.protection import check_folder
 from prune_lab.probes import encode_captions, note_cut, picture_side
 from prune_lab.runtime import note, tensors_digest
@@ -91,6 +97,7 @@ def personalise(
             "nothing; leave one of the two away"
         )
     out = check_folder(out, {"the model": source.places, "the pictures": (images,)}, force=force)
+    note_trained_for_many(source)
     class_steps, guidance = drawing_asked(source, settings.class_steps, settings.guidance)
     pipeline = load_pipeline(source, device=device)
     drawing_of(pipeline)  # says what is in the way
@@ -107,7 +114,7 @@ def personalise(
     elif settings.prior_weight:
         others, folder = class_pictures(
             pipeline,
-            model_digest(source),
+            pipeline_digest(source),
             settings.class_prompt,
             settings.class_count,
             out.with_name(f"{out.name}.class"),

@@ -16,12 +16,15 @@ from torch import Tensor
 from prune_lab.config import DataConfig
 from prune_lab.distill.decoding import MOST_BYTES, UNREADABLE, decode_image
 from prune_lab.distill.encoding import crop_variants
-from prune_lab.distill.image_source import IMAGE_SUFFIXES
+from prune_lab.distill.image_source import IMAGE_SUFFIXES, note_left_out
 from prune_lab.distill.listing import files_below
 from prune_lab.errors import DataError
 from prune_lab.evaluation import generate
 from prune_lab.runs import read_picture
 from prune_lab.runtime import atomic_write, read_bytes, track, write_json
+
+# endings of pictures, of phones and cameras too, that are not read
+_UNREAD = (".heic", ".heif", ".jxl", ".jp2", ".tga", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw")
 
 
 def _decoded(path: Path) -> Image.Image:
@@ -84,10 +87,13 @@ def read_own_pictures(folder: Path, side: int, what: str) -> tuple[Tensor, tuple
         raise DataError(
             f"asked for pictures of {what} in {folder}, found no such folder; give one of pictures"
         )
-    paths = [path for path in files_below(folder)[0] if path.suffix.lower() in IMAGE_SUFFIXES]
+    every, left_out = files_below(folder)
+    paths = [path for path in every if path.suffix.lower() in IMAGE_SUFFIXES]
+    left_out += [f"{path}: no image by its name" for path in every if path.suffix.lower() in _UNREAD]
     if not paths:
         known = ", ".join(sorted(IMAGE_SUFFIXES))
         raise DataError(f"asked for pictures of {what} in {folder}, found none; give files of {known}")
+    note_left_out(f"the pictures of {what}", left_out)
     pictures = [read_own_picture(path, side) for path in paths]
     return torch.stack(pictures), tuple(path.name for path in paths)
 
@@ -113,8 +119,8 @@ def class_pictures(
     """(pictures (``count``, 3, H, W) uint8, their folder) that ``pipeline`` draws for ``prompt``, from ``seed``
     on.
 
-    ``model`` is a digest of what draws. Each is kept as a file in a folder in ``folder`` that is named by what decides
-    the pictures, so a call that was stopped goes on, and other pictures are never taken for these.
+    ``model`` is a digest of all parts that draw. Each is kept as a file in a folder in ``folder`` that is named by what
+    decides the pictures, so a call that was stopped goes on, and other pictures are never taken for these.
     """
     made_from = {"model": model, "prompt": prompt, "steps": steps, "guidance": guidance}
     key = sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]

@@ -59,6 +59,13 @@ class SweepSettings:
             )
         for strength in self.strengths:
             check_share(strength)
+        for what, values in (("strength", self.strengths), ("seed", self.seeds)):
+            written = [f"{value:g}" if what == "strength" else str(value) for value in values]
+            if twice := next((one for one in written if written.count(one) > 1), ""):
+                raise ConfigError(
+                    f"asked for the {what} {twice} twice, which would be drawn into one file; give each once, "
+                    "strengths apart by more than a millionth"
+                )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -76,12 +83,17 @@ class Sweep:
 
 
 def file_names(models: Sequence[str]) -> tuple[str, ...]:
-    """A name for files of each of ``models``, by its last part; numbered where two are the same."""
+    """A name for files of each of ``models``, by its last part; numbered where two are the same, in any case."""
     plain = [re.sub(r"[^\w.+-]+", "-", Path(name).name).strip("-.") or "model" for name in models]
-    return tuple(
-        name if plain.count(name) == 1 else f"{name}-{1 + plain[:place].count(name)}"
-        for place, name in enumerate(plain)
-    )
+    lower = [name.lower() for name in plain]
+    found: list[str] = []
+    for name in plain:
+        number, one = 1, name
+        if lower.count(name.lower()) > 1:
+            while one.lower() in (*lower, *map(str.lower, found)):
+                one, number = f"{name}-{number}", number + 1
+        found.append(one)
+    return tuple(found)
 
 
 @contextlib.contextmanager

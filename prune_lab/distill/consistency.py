@@ -44,6 +44,7 @@ from prune_lab.runtime import note, tensors_digest, track, write_frame
 from prune_lab.schemas import CONSISTENCY_COLUMNS
 from prune_lab.surgery import save_model
 
+_FEWEST = 4  # steps of the teacher: LCMScheduler draws in no more than it was distilled over, and 4 are usual
 _HUBER = 1e-3  # of the pseudo-Huber loss, as in the LCM scripts of diffusers
 _WITHOUT = (  # settings of a distillation that mean nothing here
     *("task_weight", "output_weight", "feature_weight", "loss_variant", "min_snr", "random_conditioning"),
@@ -70,10 +71,10 @@ class Consistency:
     grid: int = 50  # steps that the teacher would draw in: the student learns at their timesteps
 
     def __post_init__(self) -> None:
-        if not 1 <= self.guidance < math.inf or self.grid < 2:
+        if not 1 <= self.guidance < math.inf or self.grid < _FEWEST:
             raise RunError(
                 f"asked for consistency distillation with guidance {self.guidance:g} over {self.grid} steps of the "
-                "teacher; give a guidance of at least 1 (none) and at least 2 steps"
+                f"teacher; give a guidance of at least 1 (none) and at least {_FEWEST} steps, as the student draws in"
             )
 
 

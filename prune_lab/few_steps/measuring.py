@@ -105,7 +105,7 @@ def configurations(
         wanted[OWN, many, 1] = None
         for name, count, one in wanted:
             scheduler, _ = fitting_scheduler(name, pipeline.scheduler)
-            if complaint := steps_complaint(scheduler, count):
+            if complaint := steps_complaint(scheduler, count, pipeline):
                 lines.append(
                     f"{model}: {count} steps of {name} are left out, its scheduler is one {complaint}"
                 )

@@ -8,6 +8,7 @@ is loaded or written.
 
 from __future__ import annotations
 
+from prune_lab.models.digests import folder_digest, pipeline_digest
 from prune_lab.models.files import weight_files
 from prune_lab.models.kinship import check_same_class, of_shipped_family, shipped_like
 from prune_lab.models.loading import load_model, load_pipeline, plain_source
@@ -21,7 +22,14 @@ from prune_lab.models.sources import (
     recorded_model,
     resolve_model,
 )
-from prune_lab.models.usual_drawing import UsualDrawing, check_draws_in, drawing_asked, usual_drawing
+from prune_lab.models.usual_drawing import (
+    UsualDrawing,
+    check_draws_in,
+    check_teaches_few,
+    drawing_asked,
+    note_trained_for_many,
+    usual_drawing,
+)
 
 __all__ = [
     "PRESETS",
@@ -31,14 +39,18 @@ __all__ = [
     "UsualDrawing",
     "check_draws_in",
     "check_same_class",
+    "check_teaches_few",
     "choose_scorer",
     "configured_model",
     "drawing_asked",
+    "folder_digest",
     "load_model",
     "load_pipeline",
     "load_scorer",
     "model_digest",
+    "note_trained_for_many",
     "of_shipped_family",
+    "pipeline_digest",
     "plain_source",
     "preset_config",
     "recorded_model",

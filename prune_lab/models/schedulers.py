@@ -37,6 +37,7 @@ _MOST_SHIFT = 100.0
 _WHOLE = 1 + 1e-5  # the share of noise where nothing else is left, as float32 rounds it
 _STEPS = 25  # of the pass that is tried, the usual number; fewer are beyond some good schedulers
 _SHAPE = (1, 4, 8, 8)  # of latents
+_OF_ONE_STEP = ("PixArtAlphaPipeline",)  # take one step for that of a model that was distilled for it
 
 
 def _is_share(value: object) -> bool:
@@ -159,11 +160,25 @@ def _trial() -> Iterator[None]:
         yield
 
 
-def steps_complaint(scheduler: Any, steps: int) -> str:
-    """Why ``scheduler`` cannot draw in so many ``steps``, as the end of a line; empty where it can."""
+def _complaint_of_one_step(scheduler: Any, pipeline: str) -> str:
+    """What is wrong with one step of ``scheduler`` for the class ``pipeline``, which draws from what is told beside the
+    next latents.
+    """
+    set_steps(scheduler, 1)
+    sample = torch.zeros(_SHAPE)
+    answer = scheduler.step(sample, scheduler.timesteps[0], sample, return_dict=False)
+    return "" if len(answer) > 1 else f"with which a {pipeline} draws in two steps or more"
+
+
+def steps_complaint(scheduler: Any, steps: int, pipeline: Any = None) -> str:
+    """Why ``scheduler`` cannot draw in so many ``steps`` of ``pipeline``, as the end of a line; empty where it can."""
+    kind = type(pipeline).__name__
     try:
         with _trial():
-            return _complaint_of_pass(type(scheduler).from_config(scheduler.config), steps)
+            found = _complaint_of_pass(type(scheduler).from_config(scheduler.config), steps)
+            if found or steps > 1 or kind not in _OF_ONE_STEP:
+                return found
+            return _complaint_of_one_step(type(scheduler).from_config(scheduler.config), kind)
     except Exception as error:  # each class has its own bounds, and words for them
         return f"which cannot take so many: {reason_of(error)}"
 

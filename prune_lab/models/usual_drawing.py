@@ -11,7 +11,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-from prune_lab.errors import ConfigError
+from prune_lab.errors import ConfigError, UnsupportedModelError
 from prune_lab.families import CLASS_NAME, model_of, takes_guidance
 from prune_lab.families.drawing import call_inputs
 from prune_lab.models.files import json_object
@@ -78,6 +78,27 @@ def drawing_asked(
     if complaint := usual.complaint(source.name, *found):
         note_once(complaint)
     return found
+
+
+def note_trained_for_many(source: ModelSource) -> None:
+    """Say so where ``source`` was distilled for few steps and is to be trained as models of many steps are."""
+    if usual_drawing(source).few:
+        note_once(
+            f"{source.name} was distilled for few steps, and this training is that of models of many, so what comes of "
+            "it may draw worse in few; better train the model that it was distilled from, and then prune-lab "
+            "distill-steps"
+        )
+
+
+def check_teaches_few(source: ModelSource) -> None:
+    """Raise UnsupportedModelError for a teacher of few steps that was itself distilled for few: no path of many steps
+    leads from its noise to its pictures, and its guidance would count twice.
+    """
+    if usual_drawing(source).few:
+        raise UnsupportedModelError(
+            f"asked to teach few steps from {source.text}, which was distilled for few steps itself; give the model "
+            "that it was distilled from with --teacher"
+        )
 
 
 def check_draws_in(source: ModelSource, base: ModelSource) -> None:

@@ -11,7 +11,7 @@ import pandas as pd
 from prune_lab.distill import Consistency, check_consistency, distill_consistency, lcm_scheduler
 from prune_lab.engines.training import distill_setup_of
 from prune_lab.errors import RunError
-from prune_lab.models import ModelSource, check_same_class, load_model
+from prune_lab.models import ModelSource, check_same_class, check_teaches_few, load_model
 from prune_lab.runs import read_typed
 from prune_lab.runtime import read_text, write_text
 from prune_lab.schemas import CONSISTENT_COLUMNS
@@ -69,6 +69,7 @@ def distil_consistent(
     """
     plan, provenance = (_written_of(student, name) for name in ("plan.json", "provenance.json"))
     _check_form(student, plan)
+    check_teaches_few(session.source)
     check_same_class(student, session.source)
     folder = session.run.folder / "consistency"
     lcm_scheduler(

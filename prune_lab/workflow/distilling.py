@@ -17,8 +17,12 @@ from prune_lab.distill import Recovery, load_recovery
 from prune_lab.engines import engine_of, needs_scores, rungs_of
 from prune_lab.errors import RunError
 from prune_lab.export import write_card
+<<<<<<< HEAD
 from prune_lab.models import weight_files
 from prune_lab.models.files import read_headers
+=======
+from prune_lab.models import note_trained_for_many
+>>>>>>> break16
 from prune_lab.plans import PruningPlan
 from prune_lab.processes import init_processes, is_main
 from prune_lab.ranking import Tournament, tournament_from_frame
@@ -80,6 +84,7 @@ def ensure_distilled(session: Session, *, only: tuple[str, ...] = ()) -> tuple[R
     init_processes()
     with PartialState().main_process_first():
         tell_roles(session)
+        note_trained_for_many(session.source)
         plans = ensure_plans(session)
         wanted = {plan_named(plans, text, session).id for text in only} or {plan.id for plan in plans}
         chosen = [one for one in ensure_candidates(session) if one.plan.id in wanted]

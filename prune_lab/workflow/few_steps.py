@@ -32,10 +32,11 @@ from prune_lab.few_steps.schedulers import fitting_scheduler
 from prune_lab.models import (
     ModelSource,
     choose_scorer,
+    folder_digest,
     load_pipeline,
     load_scorer,
-    model_digest,
     of_shipped_family,
+    pipeline_digest,
 )
 from prune_lab.profiling import Turns, turns_of_frame
 from prune_lab.prompts import read_prompts
@@ -46,6 +47,7 @@ from prune_lab.schemas import FEW_STEPS_COLUMNS
 from prune_lab.session.prompts import shipped_rows
 
 _SHOWN = 8  # pictures of each configuration that are written
+_TIMED_IN = ("cpu", "device", "device_name", "num_threads", "torch")  # of the environment: what times hang on
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +134,10 @@ class _Comparison:
                     f"asked to draw with {source.text}, a {source.called} alone; give a pipeline folder or a hub id"
                 )
         self.asked, self.out, self.device, self.dtype = asked, out, device, dtype
+        self.environment = Environment.capture(str(device), str(dtype).removeprefix("torch."))
         names = _names(sources)
         self.teacher = names[0]
-        self.digests = dict(zip(names, map(model_digest, sources), strict=True))
+        self.digests = dict(zip(names, map(pipeline_digest, sources), strict=True))
         self.prompts = prompts_of(sources[0], asked)
         choice = choose_scorer(asked.scorer, sources[0])
         self.scorer_text, self.no_scorer = choice.text, choice.reason
@@ -143,6 +146,8 @@ class _Comparison:
             for name, source in zip(names, sources, strict=True)
         }
         self.scorer = load_scorer(choice.text, device=device) if choice.text else None
+        judge = Path(choice.text)  # another scorer may come to lie where one lay
+        self.judged_by = folder_digest(judge) if choice.text and judge.is_dir() else choice.text
         self._many: dict[str, Drawn] = {}
 
     def _draw(self, one: Configuration) -> Drawn:
@@ -164,7 +169,7 @@ class _Comparison:
         said = [
             *(self.digests[self.teacher], self.digests[one.model], scheduler.to_json_string()),
             *(one.steps, one.reuse, asked.many, asked.guidance, asked.seed, self.prompts),
-            *(self.scorer_text, str(self.device), str(self.dtype)),
+            *(self.judged_by, str(self.device), str(self.dtype)),
         ]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
@@ -193,7 +198,9 @@ class _Comparison:
     def times(self, asked: Sequence[Configuration]) -> Turns:
         """One picture of each in every round; read back where the same were timed already."""
         path, about = self.out / "rounds.csv", self.out / "rounds.json"
-        said = [[one.name for one in asked], [self._key(one) for one in asked], self.asked.rounds]
+        # What was timed elsewhere, or with other threads, is no time of here.
+        here = {name: self.environment.as_dict()[name] for name in _TIMED_IN}
+        said = [[one.name for one in asked], [self._key(one) for one in asked], self.asked.rounds, here]
         if path.is_file() and about.is_file() and read_json(about) == said:
             return turns_of_frame(pd.read_csv(path))
         turns = time_pictures(
@@ -274,9 +281,7 @@ def compare_steps(
     turns = comparison.times(found)
     table = _table(comparison, found, drawn, turns)
     conditions = {
-        "environment": dataclasses.asdict(
-            Environment.capture(str(device), str(dtype).removeprefix("torch."))
-        ),
+        "environment": dataclasses.asdict(comparison.environment),
         "asked": dataclasses.asdict(asked),
         "models": comparison.digests,
         "prompts": list(comparison.prompts),

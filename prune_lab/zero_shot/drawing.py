@@ -6,7 +6,6 @@ CPU bit for bit with as many threads, whatever was shared out and how often it w
 
 from __future__ import annotations
 
-import hashlib
 import io
 import multiprocessing
 import os
@@ -29,8 +28,7 @@ from prune_lab import __version__
 from prune_lab.cluster import Cluster, connected, in_tasks, slots
 from prune_lab.errors import DataError, DeviceError, StorageError
 from prune_lab.evaluation import drawn_batches
-from prune_lab.models import ModelSource, load_model, load_pipeline, model_digest, weight_files
-from prune_lab.models.folders import variant_of_part
+from prune_lab.models import ModelSource, load_model, load_pipeline, model_digest, pipeline_digest
 from prune_lab.runtime import atomic_write, note, pick_dtype, read_json, track, write_frame, write_json
 from prune_lab.schemas import DRAWN_COLUMNS
 from prune_lab.zero_shot.protocol import Protocol, Row
@@ -63,24 +61,6 @@ class Drawing:
         """The numbers of the batches of which a picture is not there."""
         there = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
         return [i for i, rows in enumerate(self.batches) if any(row.file not in there for row in rows)]
-
-
-def pipeline_digest(source: ModelSource) -> str:
-    """16 hexadecimal digits over all that decides the pictures of a pipeline: every config and weight in its parts."""
-    assert source.folder is not None
-    digest = hashlib.sha256(model_digest(source).encode())
-    for part in sorted(path for path in source.folder.iterdir() if path.is_dir()):
-        if part.name in (source.component, "safety_checker", "feature_extractor"):
-            continue
-        files = [path for path in part.iterdir() if path.suffix in (".json", ".txt", ".model")]
-        if any(path.suffix == ".safetensors" for path in part.iterdir()):
-            files += weight_files(part, variant_of_part(part, source.asked_variant))
-        for path in sorted(files):
-            with path.open("rb") as file:
-                digest.update(
-                    f"{part.name}/{path.name}".encode() + hashlib.file_digest(file, "sha256").digest()
-                )
-    return digest.hexdigest()[:16]
 
 
 # The folder ------------------------------------------------------------------------------------------------------

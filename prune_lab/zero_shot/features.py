@@ -36,6 +36,7 @@ from prune_lab.zero_shot.protocol import Protocol, Row
 _SIDE = 299  # pixels of what an Inception sees
 _PIXELS = 32  # of a side at which pictures are compared without any model
 _MOST_INCEPTION = 2**30  # bytes of the file
+_ROUNDED = 0.01  # by which probabilities in half precision may miss 1
 
 Scorer = tuple[Any, ScorerInputs]
 Inception = Callable[[Tensor], tuple[Tensor, Tensor | None]]
@@ -67,18 +68,44 @@ class Features:
 # Inception -------------------------------------------------------------------------------------------------------
 
 
-def _as_pair(answer: Any, file: str) -> tuple[Tensor, Tensor | None]:
-    """Features and logits of what an extractor answered. Raises ModelFormatError for anything else."""
+def _as_pair(answer: Any, count: int, file: str) -> tuple[Tensor, Tensor | None]:
+    """Features and logits of what an extractor answered for ``count`` pictures. Raises ModelFormatError for anything
+    else: rows that are no picture's would be taken for those of another prompt.
+    """
     found = answer if isinstance(answer, (tuple, list)) else (answer,)
     tensors = [one for one in found if isinstance(one, Tensor)]
     if len(tensors) != len(found) or not 1 <= len(found) <= 2:
         raise ModelFormatError(f"asked the Inception {file} for features, found {type(answer).__name__}")
+    for one, what, needed in zip(tensors, ("features", "logits"), (2, 1), strict=False):
+        if (
+            one.ndim < 2
+            or len(one) != count
+            or one[0].numel() < needed
+            or (what == "logits" and one.ndim != 2)
+        ):
+            raise ModelFormatError(
+                f"asked the Inception {file} for {what} of {count} pictures, found {tuple(one.shape)}; give one that "
+                "answers a row of numbers for each picture"
+            )
     features = tensors[0].flatten(1).float().cpu()
-    if features.shape[1] < 2 or not features.isfinite().all():
+    if not features.isfinite().all():
         raise ModelFormatError(
             f"asked the Inception {file} for features, found {tuple(features.shape)}, not finite"
         )
     return features, tensors[1].float().cpu() if len(tensors) == 2 else None
+
+
+def _as_logits(answer: Any, file: str) -> Tensor:
+    """Logarithms of the probabilities that an extractor answered. Raises ModelFormatError for what are none."""
+    if not isinstance(answer, Tensor):
+        raise ModelFormatError(f"asked the Inception {file} for classes, found {type(answer).__name__}")
+    found = answer.float()
+    if not (found.ndim == 2 and (found >= 0).all() and (found.sum(dim=1) - 1).abs().le(_ROUNDED).all()):
+        raise ModelFormatError(
+            f"asked the Inception {file} for probabilities of classes, found other numbers of shape "
+            f"{tuple(found.shape)}; one that takes return_features is to answer softmax without it"
+        )
+    return found.clamp_min(1e-30).log()
 
 
 def load_inception(file: str | Path, device: str | torch.device = "cpu") -> tuple[Inception, str]:
@@ -117,13 +144,13 @@ def load_inception(file: str | Path, device: str | torch.device = "cpu") -> tupl
     def by_itself(pictures: Tensor) -> tuple[Tensor, Tensor | None]:
         given = pictures.to(device)
         features, probabilities = module(given, return_features=True), module(given)
-        return _as_pair((features, probabilities.float().clamp_min(1e-30).log()), named)
+        return _as_pair((features, _as_logits(probabilities, named)), len(pictures), named)
 
     def plain(pictures: Tensor) -> tuple[Tensor, Tensor | None]:
         given = F.interpolate(
             pictures.to(device).float() / 255, (_SIDE, _SIDE), mode="bilinear", align_corners=False
         )
-        return _as_pair(module(given * 2 - 1), named)
+        return _as_pair(module(given * 2 - 1), len(pictures), named)
 
     chosen = by_itself if "return_features" in arguments else plain
 

@@ -273,7 +273,10 @@ def evaluate_models(task: Task) -> Outcome:
         )
     with held_lock(out / _LOCK):
         about = _about(task, titles, rows, extractors, device)
-        write_json(out / ABOUT, about)
+        if not (
+            out / ABOUT
+        ).is_file():  # else what is there tells of the tables beside it until these are others
+            write_json(out / ABOUT, about)
         identities = _draw_all(task, out, titles, rows, str(device))
         about["models"] = [
             {"name": title, **{key: one[key] for key in ("model", "pipeline")}, **_drawn(protocol)}

@@ -152,16 +152,21 @@ def _set_metric(name: str, features: Features, sets: Sets, extractors: Extractor
         return Measured(None, f"not measured: found {seeds}")
     estimate = Estimate(float(np.mean(seeds)), without if whole and len(without) > 1 else np.empty(0))
     shown = tuple(seeds) if metric.against != "teacher" or sets.seeds > 1 else ()
-    return Measured(estimate, _warning(name, own, metric.against), _FEATURES[used], shown)
+    real = len(getattr(sets.real, used)) if metric.against == "real" else None
+    return Measured(estimate, _warning(name, own, metric.against, real), _FEATURES[used], shown)
 
 
-def _warning(name: str, features: Tensor, against: Against) -> str:
-    """What a figure has to be read with; empty for nothing."""
+def _warning(name: str, features: Tensor, against: Against, real: int | None = None) -> str:
+    """What a figure of ``features`` against so many ``real`` ones has to be read with; empty for nothing."""
     seeds, count, width = features.shape
     said = []
     if name.startswith("fid") and count < width:
         said.append(
             f"{count:,} pictures are fewer than {width:,} features: the figure is large, and only for comparison"
+        )
+    elif name.startswith("fid") and real is not None and real < width:
+        said.append(
+            f"{real:,} real pictures are fewer than {width:,} features: the figure is large, and only for comparison"
         )
     if against == "teacher" and seeds == 1:
         said.append("both from the same noise: --seeds 2 shows how far the teacher is from itself")

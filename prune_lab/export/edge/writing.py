@@ -23,7 +23,7 @@ from prune_lab.export.edge.proof import Proof, prove
 from prune_lab.export.edge.readme import PLATFORMS, readme_text
 from prune_lab.export.single_file import NATIVE, Exported
 from prune_lab.families.drawing import latents_per_patch
-from prune_lab.models import ModelSource, load_pipeline
+from prune_lab.models import ModelSource, load_pipeline, usual_drawing
 from prune_lab.models.protection import check_folder
 from prune_lab.runtime import names_alone, output_folder, read_json, read_text, track, write_json, write_text
 from prune_lab.runtimes import MODEL, RUNTIMES, Part, Runtime, Weights, Writing
@@ -51,9 +51,14 @@ def _schedule(pipeline: Any) -> dict[str, Any]:
     try:
         sampler.sampler_of(config)
     except ValueError as error:
+        instead = (
+            "a model that was distilled for few steps draws well by no other: give the one that it was distilled from"
+            if usual_drawing(pipeline).few
+            else "give its pipeline another scheduler, such as pipeline.scheduler = "
+            "DDIMScheduler.from_config(pipeline.scheduler.config), and save it again"
+        )
         raise BackendError(
-            f"asked to export a pipeline that draws without torch, found {error}; give its pipeline another scheduler, "
-            "such as pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config), and save it again"
+            f"asked to export a pipeline that draws without torch, found {error}; {instead}"
         ) from None
     plain = {name: value for name, value in config.items() if name == "_class_name" or name[0] != "_"}
     plain.pop("lambda_min_clipped", None)  # minus infinity, which JSON has no word for
