@@ -23,13 +23,9 @@ from prune_lab.processes import end_processes, is_main, num_processes
 from prune_lab.runtime import printable
 
 LAUNCHED = ("data", "distill")  # verbs that many processes share; any other would be done as often
-<<<<<<< HEAD
-GOES_ON = ("run", "data", "steps", "distill-steps", "narrow")  # verbs whose own folder holds what is finished
-=======
 GOES_ON = (
-    *("run", "data", "steps", "distill-steps", "personalise"),
+    *("run", "data", "steps", "distill-steps", "personalise", "narrow"),
 )  # verbs that keep what is finished in a folder of theirs
->>>>>>> break16
 WITH_PLAN = ("distill", "profile", "prune")  # verbs whose plan is an option
 # What the system says of a path that a person gave; of a disk that is full or broken it says other things.
 _OF_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)

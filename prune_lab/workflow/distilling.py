@@ -17,12 +17,8 @@ from prune_lab.distill import Recovery, load_recovery
 from prune_lab.engines import engine_of, needs_scores, rungs_of
 from prune_lab.errors import RunError
 from prune_lab.export import write_card
-<<<<<<< HEAD
-from prune_lab.models import weight_files
+from prune_lab.models import note_trained_for_many, weight_files
 from prune_lab.models.files import read_headers
-=======
-from prune_lab.models import note_trained_for_many
->>>>>>> break16
 from prune_lab.plans import PruningPlan
 from prune_lab.processes import init_processes, is_main
 from prune_lab.ranking import Tournament, tournament_from_frame
