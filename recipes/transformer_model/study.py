@@ -121,7 +121,7 @@ def _of_run(folder: Path) -> dict[str, str]:
         "median impact": f"{single['impact'].median():.2g}",
         "best searched plan with 60 to 72 % of the multiply-adds": f"{best['blocks_removed']} blocks, "
         f"{best['macs'] / macs:.0%} left",
-        "its loss over the teacher's, pruned": f"{best['loss_before'] - loss:+.3f}",
+        "its loss over the teacher's, cut and repaired": f"{best['loss_before'] - loss:+.3f}",
         "the same, distilled": f"{best['loss_after'] - loss:+.3f}, {best['steps']} steps",
         "rank correlation of impact in one shot and distilled loss": f"{order:.2f} ({len(students)} plans)",
     }
@@ -133,7 +133,7 @@ def study_page(ours: Path, pairs: pd.DataFrame, seconds: float, demo: Path = DEM
     ratios = pairs["impact"] / pairs["sum"]
     ranking = pd.read_csv(ours / "ranking.csv")
     whole = ranking.iloc[0]["macs"]
-    columns = ["plan", "blocks removed", "multiply-adds", "impact", "loss, pruned", "distilled", "tie group"]
+    columns = ["plan", "blocks removed", "multiply-adds", "impact", "loss, cut and repaired", "distilled", "tie group"]
     rows = [
         _row(
             [
