@@ -151,8 +151,8 @@ def test_rules_of_the_settings_reach_the_solver(searching: Searching, tmp_path: 
     assert all(not any(name.startswith("Up1") for name in removed) for removed in sets)
     assert all(sum(name.startswith("Dn1") for name in removed) <= 1 for removed in sets)
     assert min(len(one ^ other) for one in sets for other in sets if one is not other) >= 4
-    with pytest.raises(ConfigError, match="write 'STAGE<=2'"):
-        ensure_plans(searching(tmp_path / "wrong", quotas=("Dn1 two",)))
+    with pytest.raises(ConfigError, match="write STAGE<=2 for at most two"):
+        ensure_plans(searching(tmp_path / "wrong", quotas=("Dn1-two",)))
     with pytest.raises(BudgetError, match="keep Up4 binds"):
         ensure_plans(searching(tmp_path / "none", keep=("Up4",), budgets=("macs<=30%",)))
 

@@ -23,11 +23,12 @@ import prune_lab as pl
 from prune_lab.cli import app
 from prune_lab.errors import BudgetError, PlanError, RunError, UnknownCriterionError, UnsupportedModelError
 from prune_lab.families import example_inputs, filled_with_noise, meta_model, plain_config
+from prune_lab.families.stage_widths import Level, checked_channels, levels_of, narrower_config
 from prune_lab.profiling import PlanCost
 from prune_lab.search import Budget
 from prune_lab.search.stages import channels_within
 from prune_lab.width.graph import magnitude_estimator
-from prune_lab.width.stages import Level, checked_channels, levels_of, narrowed_stages, narrower_config
+from prune_lab.width.stages import narrowed_stages
 
 _TEXT: dict[str, Any] = {
     "sample_size": 8,

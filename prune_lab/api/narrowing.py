@@ -15,8 +15,8 @@ def _numbers(text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")] if text else []
     if not all(part.isascii() and part.isdigit() and len(part) < 8 for part in parts):
         raise PlanError(
-            f"cannot read the channels {printable(text, 80)!r}; write a number for each stage, as block_out_channels "
-            "of the config has them: 256,512,1024,1024"
+            f"cannot read the channels {printable(text, 80)!r}; write a number for each stage, as its config lists "
+            "them: 256,512,1024,1024"
         )
     return tuple(int(part) for part in parts)
 

@@ -15,9 +15,7 @@ from prune_lab.cli.output import show
 from prune_lab.errors import DataError, StorageError, UnsupportedModelError
 from prune_lab.runtime import path_text, read_json
 
-_OWN_UNET = (
-    "PrunedUNet2DConditionModel"  # of the classes that a single file can hold, the one with code of its own
-)
+_OWN_UNET = "PrunedUNet"  # what the classes of U-Nets with code of their own are called by
 
 
 def _refuse_own_code(model: str) -> None:
@@ -30,7 +28,10 @@ def _refuse_own_code(model: str) -> None:
         config = None if path is None else read_json(path)
     except (DataError, StorageError):  # said by what reads it as a model
         return
-    if not isinstance(config, dict) or config.get("_class_name") != _OWN_UNET:
+    named = isinstance(config, dict) and str(config.get("_class_name")).startswith(_OWN_UNET)
+    if (
+        not isinstance(config, dict) or not named or "cross_attention_dim" not in config
+    ):  # a single file reads text
         return
     narrower, removed = bool(config.get("widths")), bool(config.get("removed"))
     form = "padded" if narrower and not removed else "neutral"

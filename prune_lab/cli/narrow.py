@@ -20,7 +20,7 @@ def narrow(
         str,
         typer.Option(
             "--channels",
-            help="Channels of each stage, as block_out_channels of the config has them: 256,512,1024,1024.",
+            help="Channels of each stage, as the config lists them: 256,512,1024,1024.",
         ),
     ] = "",
     macs: Annotated[

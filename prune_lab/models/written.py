@@ -20,6 +20,7 @@ from typing import Any
 
 from prune_lab.errors import DataError, ModelFormatError
 from prune_lab.families import CLASS_NAME, family_of, plain_config, usual_settings, without_guard
+from prune_lab.families.same_settings import shortened
 from prune_lab.models.files import (
     PICKLED,
     bits_of,
@@ -42,12 +43,6 @@ _CHUNK = 2**20  # bytes
 # is a default that people set, and shapes no U-Net.
 _FREE = {"auto_map"}
 _FREE_IN_UNETS = {"sample_size"}
-# Of this class a number stands for as many equal ones, one for each stage.
-_WITH_STAGES = "UNet2DConditionModel"
-_FOR_EACH_STAGE = (
-    *("attention_head_dim", "num_attention_heads", "cross_attention_dim", "layers_per_block"),
-    "transformer_layers_per_block",
-)
 _DAMAGED = "fetch the model again, or restore the file"
 
 
@@ -141,22 +136,6 @@ def _as_json(value: object) -> Any:
     return [_as_json(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
-def _short(everything: dict[str, Any]) -> dict[str, Any]:
-    """``everything`` with one value where a list repeats it for each stage, which means the same to the class."""
-    stages = everything.get("down_block_types")
-    count = len(stages) if isinstance(stages, list) else 0
-    found = dict(everything)
-    for name in _FOR_EACH_STAGE:
-        value = everything.get(name)
-        if isinstance(value, list) and len(value) == count > 0 and all(one == value[0] for one in value):
-            found[name] = value[0]
-    if (
-        everything.get("only_cross_attention") == [False] * count
-    ):  # of true the middle would hear, of a list it does not
-        found["only_cross_attention"] = False
-    return found
-
-
 def _settings(config: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
     """All settings that the class of ``like`` has, those that ``config`` leaves out as they are usual."""
     family = family_of(like)
@@ -164,8 +143,7 @@ def _settings(config: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, A
     free = _FREE | (_FREE_IN_UNETS if family.component == "unet" else set())
     known = {CLASS_NAME, *inspect.signature(model_class.__init__).parameters} - free
     everything = _as_json({**usual_settings(model_class), **config})
-    if model_class.__name__ == _WITH_STAGES:
-        everything = _short(everything)
+    everything = shortened(model_class.__name__, everything)
     return {name: value for name, value in everything.items() if name in known}
 
 

@@ -59,7 +59,7 @@ def parse_quota(text: str) -> Quota:
     if not match:
         raise ConfigError(
             f"cannot read the quota {printable(text, 60)!r}; write STAGE<=2 for at most two, STAGE=2 for exactly two, "
-            f"and several as a list: {as_list('search.quotas', ['Dn1<=2', 'Dn2=1'])}"
+            f"and several as a list: {as_list('search.quotas', ['STAGE<=2', 'OTHER=1'])}"
         )
     return Quota(match[1], int(match[3]), int(match[3]) if match[2] == "=" else 0)
 

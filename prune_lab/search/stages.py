@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 from prune_lab.errors import BudgetError, PlanError
+from prune_lab.families.stage_widths import Level
 from prune_lab.profiling import PlanCost
 from prune_lab.search.budgets import Budget
-from prune_lab.width.stages import Level
 
 Channels = tuple[int, ...]
 PARTS = 8  # of the channels that a level has: about as many leave in one step

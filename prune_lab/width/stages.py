@@ -10,8 +10,6 @@ arXiv:2305.10924`` prunes diffusion models so).
 from __future__ import annotations
 
 import copy
-import dataclasses
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,146 +19,12 @@ from diffusers import ModelMixin
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
-from prune_lab.errors import PlanError, UnsupportedModelError
-from prune_lab.families import CLASS_NAME, family_of, is_own, meta_model, outline_of, plain_config
+from prune_lab.errors import UnsupportedModelError
+from prune_lab.families import CLASS_NAME, family_of, meta_model, plain_config
+from prune_lab.families.stage_widths import attentions_of, heads_stay, narrower_config
 from prune_lab.width.graph import Estimator, dependency_graph
 
-CHANNELS = "block_out_channels"
 _TIMESTEPS = 1000  # over which the features of the time are fitted: the length of nearly all schedules
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Level:
-    """Stages of one width: ``channels`` now, which can become any smaller multiple of ``step``."""
-
-    places: tuple[int, ...]
-    """Which numbers of ``block_out_channels`` these are; several where one stage hands its state on to the next
-    without a layer between, so that they stay equal."""
-    stages: tuple[str, ...]
-    channels: int
-    step: int
-
-    @property
-    def choices(self) -> tuple[int, ...]:
-        """How many channels there can be, all that there are first."""
-        return tuple(range(self.channels, 0, -self.step))
-
-
-def _attentions(model: nn.Module) -> dict[str, Any]:
-    """By path: the attentions of ``model``."""
-    return {path: module for path, module in model.named_modules() if hasattr(module, "to_q")}
-
-
-def _steps_of(model: nn.Module, widths: Mapping[str, int]) -> dict[str, int]:
-    """By name of a stage: what its number of channels must be a multiple of, for its norms and its heads."""
-    steps = dict.fromkeys(widths, 1)
-    for path, module in model.named_modules():
-        stage = next((one for one in widths if path.startswith(f"{one}.")), None)
-        if stage is None:
-            continue
-        if isinstance(module, nn.GroupNorm):
-            steps[stage] = math.lcm(steps[stage], module.num_groups)
-        elif hasattr(module, "to_q"):
-            heads = _heads_stay(model)
-            steps[stage] = math.lcm(steps[stage], module.heads if heads else module.inner_dim // module.heads)
-    return steps
-
-
-def _heads_stay(model: Any) -> bool:
-    """Whether a config of fewer channels has as many heads, each narrower; else it has fewer heads."""
-    return type(model).__name__ != "UNet2DModel"
-
-
-def levels_of(config: Mapping[str, Any]) -> tuple[Level, ...]:
-    """The levels of the U-Net of ``config``, outermost first. Raises UnsupportedModelError for another model."""
-    name = config[CLASS_NAME]
-    if CHANNELS not in config or "UNet" not in name:
-        raise UnsupportedModelError(
-            f"asked for the stage widths of a {name}, which are known of U-Nets; of this model see "
-            "prune-lab search --axes depth,width"
-        )
-    if is_own(config):
-        raise UnsupportedModelError(
-            f"asked for the stage widths of a {name}, a model with code of its own; make stages of its parent narrower "
-            "first, and prune the result"
-        )
-    model: Any = meta_model(config)
-    channels = list(config[CHANNELS])
-    sides: list[list[str]] = [[f"down_blocks.{place}"] for place in range(len(channels))]
-    for place in range(len(channels)):
-        sides[len(channels) - 1 - place].append(f"up_blocks.{place}")
-    sides[-1].append("mid_block")
-    steps = _steps_of(model, {path: place for place, paths in enumerate(sides) for path in paths})
-    called = {stage.path: stage.name for stage in outline_of(model).stages}
-    rows: list[list[int]] = []
-    for place, width in enumerate(channels):
-        if rows and channels[rows[-1][-1]] == width:
-            rows[-1].append(place)
-        else:
-            rows.append([place])
-    found = []
-    for row in rows:
-        paths = [path for place in row for path in sides[place]]
-        step = math.lcm(*(steps[path] for path in paths))
-        if row[0] == 0 and config.get("time_embedding_type", "positional") != "positional":
-            step = channels[0]  # features of the time that were learnt are not made anew
-        names = tuple(called[path] for path in paths if path in called)
-        found.append(Level(tuple(row), names, channels[row[0]], step))
-    return tuple(found)
-
-
-def checked_channels(config: Mapping[str, Any], channels: Sequence[int]) -> tuple[int, ...]:
-    """``channels`` for the levels of ``config``: one number for each stage, as ``block_out_channels`` has them.
-
-    Raises PlanError, which says what would do, for numbers that no plain config of the same layers has.
-    """
-    was = tuple(config.get(CHANNELS, ()))
-    levels = levels_of(config)
-    written = ",".join(map(str, was))
-    if len(channels) != len(was):
-        raise PlanError(
-            f"asked for channels {','.join(map(str, channels))}; the model has {len(was)} stages of {written}: give "
-            f"{len(was)} numbers"
-        )
-    for level in levels:
-        asked = {channels[place] for place in level.places}
-        names = ", ".join(level.stages)
-        if len(asked) > 1:
-            raise PlanError(
-                f"asked for {' and '.join(str(channels[place]) for place in level.places)} channels in {names}, which "
-                "hand their state on unchanged and stay equal; give one number for them"
-            )
-        if not asked <= set(level.choices):
-            listed = (
-                level.choices if len(level.choices) < 9 else (*level.choices[:7], "...", level.choices[-1])
-            )
-            raise PlanError(
-                f"asked for {asked.pop()} channels in {names}, which have {level.channels}; their norms and heads "
-                f"allow {', '.join(map(str, listed))}"
-            )
-    if tuple(channels) == was:
-        raise PlanError(f"asked for channels {written}, which the model has; give fewer in some stage")
-    for before, after, one, two in zip(was, was[1:], channels, channels[1:], strict=False):
-        if before != after and one == two:
-            raise PlanError(
-                f"asked for {one} channels in two stages that have {before} and {after}: a plain model of equal ones "
-                "has no layer between them, and this one has; give different numbers"
-            )
-    return tuple(channels)
-
-
-def narrower_config(config: Mapping[str, Any], channels: Sequence[int]) -> dict[str, Any]:
-    """The plain config of the model with ``channels`` in its stages. Raises PlanError as ``checked_channels``, and
-    where such a model has other layers.
-    """
-    made = {**plain_config(config), CHANNELS: list(checked_channels(config, channels))}
-    if meta_model(made).state_dict().keys() != meta_model(config).state_dict().keys():
-        raise PlanError(
-            f"asked for channels {','.join(map(str, channels))}, with which a plain {config[CLASS_NAME]} has other "
-            "layers than this model; give other numbers"
-        )
-    return made
-
 
 # The cut -------------------------------------------------------------------------------------------------------------
 
@@ -214,12 +78,12 @@ def _cut(
 
 def _inner_cuts(model: Any, wanted: Mapping[str, nn.Module]) -> Iterator[tuple[str, int, bool]]:
     """(path of the layer that reads it, equal runs, whether whole runs leave) of what is inside of blocks."""
-    heads = {f"{path}.to_out.0": module.heads for path, module in _attentions(model).items()}
+    heads = {f"{path}.to_out.0": module.heads for path, module in attentions_of(model).items()}
     for path in wanted:
         if path.endswith(".conv2"):
             yield path, model.config["norm_num_groups"], False
         elif path in heads:
-            yield path, heads[path], not _heads_stay(model)
+            yield path, heads[path], not heads_stay(model)
         elif path.endswith(".ff.net.2"):
             yield path, 1, False
 
@@ -264,8 +128,8 @@ def _fitted_to_the_time(weight: Tensor, config: Mapping[str, Any], channels: int
 
 def _keep_the_scale_of_attention(state: dict[str, Tensor], model: nn.Module, target: nn.Module) -> None:
     """Queries of narrower heads, so that they are compared with keys on the scale that the heads had."""
-    now = _attentions(target)
-    for path, module in _attentions(model).items():
+    now = attentions_of(target)
+    for path, module in attentions_of(model).items():
         ratio = module.scale / now[path].scale
         for name in ("weight", "bias"):
             key = f"{path}.to_q.{name}"

@@ -20,6 +20,7 @@ from prune_lab.errors import BudgetError, RunError, UnsupportedModelError
 from prune_lab.evaluation import heldout_loss
 from prune_lab.export import write_narrowed_card
 from prune_lab.families import example_inputs, meta_model, plain_config, runs_on_meta
+from prune_lab.families.stage_widths import CHANNELS, checked_channels, levels_of, narrower_config
 from prune_lab.importance.stage_scores import stage_estimator
 from prune_lab.models import ModelSource, load_model, model_digest, resolve_model
 from prune_lab.models.files import json_object
@@ -33,7 +34,7 @@ from prune_lab.search import parse_budget
 from prune_lab.search.stages import Channels, channels_within
 from prune_lab.session import Session, ensure_probe, run_scoring_context, tell_roles
 from prune_lab.surgery import pipeline_with, save_model
-from prune_lab.width.stages import CHANNELS, checked_channels, levels_of, narrowed_stages, narrower_config
+from prune_lab.width.stages import narrowed_stages
 
 _LISTED = 8  # numbers that a cell shows one by one
 

@@ -133,7 +133,15 @@ def study_page(ours: Path, pairs: pd.DataFrame, seconds: float, demo: Path = DEM
     ratios = pairs["impact"] / pairs["sum"]
     ranking = pd.read_csv(ours / "ranking.csv")
     whole = ranking.iloc[0]["macs"]
-    columns = ["plan", "blocks removed", "multiply-adds", "impact", "loss, cut and repaired", "distilled", "tie group"]
+    columns = [
+        "plan",
+        "blocks removed",
+        "multiply-adds",
+        "impact",
+        "loss, cut and repaired",
+        "distilled",
+        "tie group",
+    ]
     rows = [
         _row(
             [
