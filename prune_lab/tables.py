@@ -75,8 +75,8 @@ DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
     ),
     "levels": ("stages", "channels", "step", "fewer"),
     "narrowed": (
-        *("channels", "folder", "params_change", "macs_change", "impact", "loss_before", "loss_after"),
-        "teacher_loss",
+        *("channels", "params_change", "macs_change", "impact", "loss_before", "loss_after"),
+        *("teacher_loss", "folder"),
     ),
     "exported": ("model", "format", "file", "tensors", "bytes"),
     "converted": ("kind", "file", "parts", "kept", "renamed", "dropped"),

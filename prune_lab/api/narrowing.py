@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from prune_lab.config import check_numbers
-from prune_lab.errors import BudgetError, PlanError
+from prune_lab.errors import BudgetError, ConfigError, PlanError
 from prune_lab.runtime import printable
 from prune_lab.workflow import Narrowing
 
@@ -13,7 +13,7 @@ from prune_lab.workflow import Narrowing
 def _numbers(text: str) -> tuple[int, ...]:
     """The numbers of ``256,512,1024,1024``. Raises PlanError for other text."""
     parts = [part.strip() for part in text.split(",")] if text else []
-    if not all(part.isascii() and part.isdigit() and len(part) < 8 for part in parts):
+    if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
         raise PlanError(
             f"cannot read the channels {printable(text, 80)!r}; write a number for each stage, as its config lists "
             "them: 256,512,1024,1024"
@@ -35,6 +35,8 @@ def asked_narrowing(
             f"asked for narrower stages with {given}; give --channels, such as 256,512,1024,1024, or --macs or "
             "--params, such as 0.7x"
         )
-    check_numbers(steps=steps or None)  # 0: not trained
+    if steps < 0:
+        raise ConfigError(f"asked for steps = {steps}; give 0, not to train, or more")
+    check_numbers(steps=steps or None)
     asked = _numbers(channels) if isinstance(channels, str) else tuple(channels)
     return Narrowing(asked, budgets, by, bool(steps))

@@ -40,24 +40,22 @@ def attentions_of(model: nn.Module) -> dict[str, Any]:
     return {path: module for path, module in model.named_modules() if hasattr(module, "to_q")}
 
 
-def _steps_of(model: nn.Module, widths: Mapping[str, int]) -> dict[str, int]:
-    """By name of a stage: what its number of channels must be a multiple of, for its norms and its heads."""
-    steps = dict.fromkeys(widths, 1)
+def _steps_of(model: Any, wider: nn.Module, widths: Mapping[str, int]) -> dict[int, int]:
+    """By place in ``widths``, of paths of stages: what its number of channels must be a multiple of, for its norms and
+    its heads. ``wider`` is the model of twice as many channels: what keeps its number of heads there has narrower ones
+    in a narrower model, and else there are fewer of them.
+    """
+    steps = dict.fromkeys(widths.values(), 1)
     for path, module in model.named_modules():
-        stage = next((one for one in widths if path.startswith(f"{one}.")), None)
-        if stage is None:
+        place = next((widths[one] for one in widths if path.startswith(f"{one}.")), None)
+        if place is None:
             continue
         if isinstance(module, nn.GroupNorm):
-            steps[stage] = math.lcm(steps[stage], module.num_groups)
+            steps[place] = math.lcm(steps[place], module.num_groups)
         elif hasattr(module, "to_q"):
-            heads = heads_stay(model)
-            steps[stage] = math.lcm(steps[stage], module.heads if heads else module.inner_dim // module.heads)
+            stay = wider.get_submodule(path).heads == module.heads
+            steps[place] = math.lcm(steps[place], module.heads if stay else module.inner_dim // module.heads)
     return steps
-
-
-def heads_stay(model: Any) -> bool:
-    """Whether a config of fewer channels has as many heads, each narrower; else it has fewer heads."""
-    return type(model).__name__ != "UNet2DModel"
 
 
 def levels_of(config: Mapping[str, Any]) -> tuple[Level, ...]:
@@ -79,7 +77,8 @@ def levels_of(config: Mapping[str, Any]) -> tuple[Level, ...]:
     for place in range(len(channels)):
         sides[len(channels) - 1 - place].append(f"up_blocks.{place}")
     sides[-1].append("mid_block")
-    steps = _steps_of(model, {path: place for place, paths in enumerate(sides) for path in paths})
+    wider = meta_model({**plain_config(config), CHANNELS: [2 * one for one in channels]})
+    steps = _steps_of(model, wider, {path: place for place, paths in enumerate(sides) for path in paths})
     called = {stage.path: stage.name for stage in family_of(config).outline(model).stages}
     rows: list[list[int]] = []
     for place, width in enumerate(channels):
@@ -90,7 +89,7 @@ def levels_of(config: Mapping[str, Any]) -> tuple[Level, ...]:
     found = []
     for row in rows:
         paths = [path for place in row for path in sides[place]]
-        step = math.lcm(*(steps[path] for path in paths))
+        step = math.lcm(*(steps[place] for place in row))
         if row[0] == 0 and config.get("time_embedding_type", "positional") != "positional":
             step = channels[0]  # features of the time that were learnt are not made anew
         names = tuple(called[path] for path in paths if path in called)

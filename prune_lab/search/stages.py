@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
 from prune_lab.errors import BudgetError, PlanError
 from prune_lab.families.stage_widths import Level
 from prune_lab.profiling import PlanCost
-from prune_lab.search.budgets import Budget
+from prune_lab.search.budgets import Budget, unreachable
 
 Channels = tuple[int, ...]
 PARTS = 8  # of the channels that a level has: about as many leave in one step
@@ -26,6 +29,22 @@ def fewer_channels(
             if allowed(found):
                 yield found
                 break
+
+
+def check_reachable(
+    levels: Sequence[Level], budgets: Sequence[Budget], costs: Callable[[Channels], PlanCost]
+) -> None:
+    """Raise BudgetError, with the least that there is, where no channels are within one of ``budgets``."""
+    found = []
+    for some in itertools.product(*(level.choices[-2:] for level in levels)):  # the least may not be together
+        narrow = [dataclasses.replace(level, channels=one) for level, one in zip(levels, some, strict=True)]
+        with contextlib.suppress(PlanError):
+            found.append(costs(channels_of(narrow)))
+    for budget in budgets if found else ():
+        least = min(cost.amount(budget.metric) for cost in found)
+        if least > budget.limit:
+            whole = costs(channels_of(levels)).amount(budget.metric)
+            raise unreachable(budget, "model of narrower stages", "", least, whole)
 
 
 def channels_within(

@@ -36,6 +36,26 @@ def _traceable(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+class _LayerNormsInOrder(torch_pruning.pruner.function.LayernormPruner):  # type: ignore[misc]
+    """torch-pruning 1.6.1 keeps what stays of a LayerNorm in the order of a set of numbers, which is none from a few
+    hundred on: its weights would then be those of other channels than the layers around it have.
+    """
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        """``layer`` without the channels ``idxs``, the others in their order."""
+        norm: Any = layer
+        assert len(norm.normalized_shape) == 1
+        gone = set(idxs)
+        kept = [place for place in range(norm.normalized_shape[0]) if place not in gone]
+        for name in ("weight", "bias"):
+            if getattr(norm, name, None) is not None:
+                setattr(norm, name, self._prune_parameter_and_grad(getattr(norm, name), kept, 0))
+        norm.normalized_shape = (len(kept),)
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+
 def dependency_graph(model: Any) -> Any:
     """torch-pruning's graph of ``model``, which is on the CPU, by a forward pass of one sample at its own size.
 
@@ -46,7 +66,11 @@ def dependency_graph(model: Any) -> Any:
     try:
         with _traceable(model):
             graph.build_dependency(
-                model, example_inputs=inputs, output_transform=lambda out: out[0], verbose=False
+                model,
+                example_inputs=inputs,
+                output_transform=lambda out: out[0],
+                customized_pruners={nn.LayerNorm: _LayerNormsInOrder()},
+                verbose=False,
             )
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -3,8 +3,9 @@
 All of a level gets narrower together: what its blocks hand on, in the down stage, the skips and the up stage, and what
 is inside of them, in the proportion that the plain config prescribes. torch-pruning finds the tensors that hang
 together and cuts them. What is left equals no masked original: the statistics of its norms are those of fewer channels.
-Each group of a norm and each head gives up the same places, as the config keeps their number (``Fang et al.,
-arXiv:2305.10924`` prunes diffusion models so).
+Each group of a norm gives up the same places, as the config keeps their number (Fang et al., arXiv:2305.10924, prune
+diffusion models so), but for the norms of up blocks that read two states one behind the other: their groups become
+others where these shrink unequally. Heads give up the same places where their number stays, else whole heads leave.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from prune_lab.errors import UnsupportedModelError
 from prune_lab.families import CLASS_NAME, family_of, meta_model, plain_config
-from prune_lab.families.stage_widths import attentions_of, heads_stay, narrower_config
+from prune_lab.families.stage_widths import attentions_of, narrower_config
 from prune_lab.width.graph import Estimator, dependency_graph
 
 _TIMESTEPS = 1000  # over which the features of the time are fitted: the length of nearly all schedules
@@ -76,14 +77,23 @@ def _cut(
     group.prune()
 
 
-def _inner_cuts(model: Any, wanted: Mapping[str, nn.Module]) -> Iterator[tuple[str, int, bool]]:
+def _inner_cuts(model: Any, wanted: Mapping[str, Any]) -> Iterator[tuple[str, int, bool]]:
     """(path of the layer that reads it, equal runs, whether whole runs leave) of what is inside of blocks."""
-    heads = {f"{path}.to_out.0": module.heads for path, module in attentions_of(model).items()}
+    heads = {}
+    for path, module in attentions_of(model).items():
+        like = wanted[path]
+        if like.heads != module.heads and like.inner_dim // like.heads != module.inner_dim // module.heads:
+            raise UnsupportedModelError(
+                f"asked to make stages narrower, found that {path} would have {like.heads} heads instead of "
+                f"{module.heads}, and of another width: which of them stay cannot be told"
+            )
+        heads[f"{path}.to_out.0"] = module.heads, like.heads != module.heads
     for path in wanted:
         if path.endswith(".conv2"):
             yield path, model.config["norm_num_groups"], False
         elif path in heads:
-            yield path, heads[path], not heads_stay(model)
+            runs, whole = heads[path]
+            yield path, runs, whole
         elif path.endswith(".ff.net.2"):
             yield path, 1, False
 

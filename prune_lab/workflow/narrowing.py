@@ -16,11 +16,11 @@ from prune_lab.blocks import architecture_of
 from prune_lab.distill import Student, distill_together, feature_pairs
 from prune_lab.distill.features import FeaturePair, tapped
 from prune_lab.engines.training import distill_setup_of
-from prune_lab.errors import BudgetError, RunError, UnsupportedModelError
+from prune_lab.errors import BudgetError, PlanError, RunError, UnsupportedModelError
 from prune_lab.evaluation import heldout_loss
 from prune_lab.export import write_narrowed_card
 from prune_lab.families import example_inputs, meta_model, plain_config, runs_on_meta
-from prune_lab.families.stage_widths import CHANNELS, checked_channels, levels_of, narrower_config
+from prune_lab.families.stage_widths import CHANNELS, Level, checked_channels, levels_of, narrower_config
 from prune_lab.importance.stage_scores import stage_estimator
 from prune_lab.models import ModelSource, load_model, model_digest, resolve_model
 from prune_lab.models.files import json_object
@@ -30,8 +30,8 @@ from prune_lab.probes import predict
 from prune_lab.profiling import COUNTED, CostTable, PlanCost, cost_table
 from prune_lab.runtime import Environment, note
 from prune_lab.schemas import LEVEL_COLUMNS, NARROWED_COLUMNS
-from prune_lab.search import parse_budget
-from prune_lab.search.stages import Channels, channels_within
+from prune_lab.search import parse_budget, split_budgets
+from prune_lab.search.stages import Channels, channels_within, check_reachable
 from prune_lab.session import Session, ensure_probe, run_scoring_context, tell_roles
 from prune_lab.surgery import pipeline_with, save_model
 from prune_lab.width.stages import narrowed_stages
@@ -58,10 +58,23 @@ def levels_frame(source: ModelSource) -> pd.DataFrame:
     """
     rows = []
     for level in levels_of(source.config):
-        fewer = [str(one) for one in level.choices[1:]]
+        possible = any(_exists(source, level, one) for one in level.choices[1:3])
+        fewer = [str(one) for one in level.choices[1:]] if possible else ["none in a plain config"]
         listed = fewer if len(fewer) <= _LISTED else [*fewer[:2], "...", fewer[-1]]
         rows.append((", ".join(level.stages), level.channels, level.step, " ".join(listed)))
     return pd.DataFrame(rows, columns=list(LEVEL_COLUMNS))
+
+
+def _exists(source: ModelSource, level: Level, channels: int) -> bool:
+    """Whether there is a plain config with so many channels in ``level`` alone."""
+    was = source.config[CHANNELS]
+    try:
+        narrower_config(
+            source.config, [channels if place in level.places else one for place, one in enumerate(was)]
+        )
+    except PlanError:
+        return False
+    return True
 
 
 def form_written(source: ModelSource) -> str:
@@ -118,14 +131,15 @@ def _cut(session: Session, how: Narrowing) -> _Cut:
             found = float(change.square().mean() / answers.square().mean())
             share = costs(channels).total.macs / costs(was).total.macs
             note(
-                f"channels {','.join(map(str, channels))}: {share:.1%} of the multiply-adds, impact {found:.4g}"
+                f"tried channels {','.join(map(str, channels))}: {share:.1%} of the multiply-adds, impact {found:.4g}"
             )
             return found
 
         if how.channels:
             channels = checked_channels(config, how.channels)
         else:
-            budgets = [parse_budget(text, session.architecture, costs(was)) for text in how.budgets]
+            texts = [one for text in how.budgets for one in split_budgets(text)]
+            budgets = [parse_budget(text, session.architecture, costs(was)) for text in texts]
             for budget in budgets:
                 if budget.metric not in COUNTED:
                     raise BudgetError(
@@ -135,6 +149,7 @@ def _cut(session: Session, how: Narrowing) -> _Cut:
             def total(one: Channels) -> PlanCost:
                 return costs(one).total
 
+            check_reachable(levels_of(config), budgets, total)
             channels, _ = channels_within(was, levels_of(config), budgets, total, impact)
         found = impact(channels)
         return _Cut(narrowed_stages(model, channels, estimator), channels, found)
@@ -184,6 +199,11 @@ def narrow(session: Session, out: Path, how: Narrowing, *, force: bool = False) 
     """
     source = session.source
     levels_of(source.config)  # says which models have any
+    if not source.has_weights:
+        raise UnsupportedModelError(
+            f"asked to make stages of {source.text} narrower, which has no weights (kind: {source.kind}); give the "
+            "folder of a pipeline or of a model; without --out its stages are listed"
+        )
     if (form := form_written(source)) in ("neutral", "padded"):
         raise RunError(
             f"asked to make stages of {source.text} narrower, found a student in the {form} form, whose zeros "

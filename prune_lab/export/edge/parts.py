@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +79,13 @@ def _guidance(pipeline: Any) -> float:
     return float(found.default) if found is not None and found.default is not inspect.Parameter.empty else 1.0
 
 
+def _halvings(model: Any) -> int:
+    """Latents that a side must be a multiple of, so that each stage of a U-Net halves it: of others the code of the
+    U-Net takes another way, which its graph does not have.
+    """
+    return int(2 ** getattr(model, "num_upsamplers", 0))
+
+
 def drawing_of(pipeline: Any) -> Drawing:
     """What ``pipeline``, in float32, draws pictures of texts with.
 
@@ -112,7 +120,7 @@ def drawing_of(pipeline: Any) -> Drawing:
             "zeros_for_no_text": bool(getattr(pipeline.config, "force_zeros_for_empty_prompt", False)),
             "latent": [channels, height, width],
             "pixels": pixels,
-            "multiple": pixels * latents_per_patch(pipeline),
+            "multiple": pixels * math.lcm(latents_per_patch(pipeline), _halvings(model)),
             "guidance": _guidance(pipeline),
             "guided_inside": inside,
             "steps": _STEPS,

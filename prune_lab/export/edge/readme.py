@@ -62,7 +62,8 @@ def _check(runtime: Runtime, weights: Weights, proof: Proof | None) -> str:
         f"Before the folder got its name, by {with_version} on the CPU ({sys.platform}), {weights} weights:\n\n"
         f"| part | largest difference from torch, relative to its largest number |\n| --- | ---: |\n{parts}\n"
         f"`generate.py` drew in a process {own}, in {proof.steps} steps, the picture that diffusers draws from the "
-        f"same noise: {proof.psnr:.0f} dB (120: equal to the bit). That says nothing about how good its pictures are."
+        f"same noise: {proof.psnr:.0f} dB (120: equal in all 8 bits). That says "
+        "nothing about how good its pictures are."
     )
 
 
