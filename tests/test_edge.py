@@ -491,6 +491,7 @@ def told_on_the_command_line(folder: Path, *options: str) -> subprocess.Complete
         (["--noise", "small.npy"], "small.npy: holds float64 of (1, 4, 2, 2); --size"),
         (["--size", "0", "0"], "--size 0 0: give multiples of"),
         (["--size", "33", "32"], "--size 33 32: give multiples of"),
+        (["--size", "36", "32"], "--size 36 32: give multiples of 16"),  # a stage could not be halved
         (
             ["--noise", "large.npy"],
             "large.npy: holds float64 of (1, 4, 16, 16); --size",
@@ -520,7 +521,7 @@ def test_generate_says_what_it_wrote_and_its_defaults(generating: Path, tmp_path
     high, wide = (told["pixels"] * side for side in told["latent"][1:])
     done = told_on_the_command_line(generating, "--steps", "2", "--out", str(tmp_path / "a.png"))
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"wrote {tmp_path / 'a.png'} ({wide} x {high}, 2 steps, seed 0)\n"
+    assert done.stdout == f"wrote {tmp_path / 'a.png'} ({high} high, {wide} wide, 2 steps, seed 0)\n"
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.size == (wide, high)
     shown = told_on_the_command_line(generating, "--help").stdout
