@@ -146,6 +146,8 @@ def shown_columns(kind: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         return bool(value) if name == _WHERE_ANY else value not in (None, "", [], ())
 
     filled = [name for name in DECISIVE_COLUMNS[kind] if any(said(name, row) for row in rows)]
+    if kind == "reductions" and len(rows) == 1:  # a change from itself says nothing
+        filled = [name for name in filled if not name.endswith(("_change", "_verdict"))]
     return filled[: _MOST + len(_UNCOUNTED.intersection(filled))]
 
 

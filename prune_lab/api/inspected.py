@@ -17,7 +17,7 @@ from prune_lab.report import block_map_frame, draw_block_map
 from prune_lab.runtime import progress_shown
 from prune_lab.tables import Table
 from prune_lab.width import widths_text
-from prune_lab.workflow import levels_frame
+from prune_lab.workflow import levels_frame, stage_channels
 
 
 class Inspected(Workplace):
@@ -68,7 +68,12 @@ class Inspected(Workplace):
 
         Raises UnsupportedModelError for a model that is no U-Net.
         """
-        return Table("levels", levels_frame(self.source), f"Stages of {self.source.text}")
+        frame, now = levels_frame(self.source), stage_channels(self.source)
+        note = (
+            f"--channels takes a number for each stage, now {now}; stages of one row stay equal, those of "
+            "neighbouring rows different"
+        )
+        return Table("levels", frame, f"Stages of {self.source.text}", notes=(note,))
 
     def plan(self, text: str | Path) -> Plan:
         """The plan that ``text`` describes: ``bk-small``, ``bk-base -Md``, ``-Dn1.R2 -Dn1.A2``, or a file of one;

@@ -24,7 +24,8 @@ def narrow(
         ),
     ] = "",
     macs: Annotated[
-        str, typer.Option("--macs", help="Find the channels within this budget: 70%, 0.7x, 150G.")
+        str,
+        typer.Option("--macs", help="Find the channels within this budget, step by step: 70%, 0.7x, 150G."),
     ] = "",
     params: Annotated[str, typer.Option("--params", help="The same for parameters.")] = "",
     out: Annotated[

@@ -31,7 +31,7 @@ from prune_lab.workflow.exploring import (
 )
 from prune_lab.workflow.few_steps import StepsAsked, StepsFound, compare_steps
 from prune_lab.workflow.measuring import ensure_scores, scores_frame
-from prune_lab.workflow.narrowing import Narrowing, levels_frame, narrow
+from prune_lab.workflow.narrowing import Narrowing, levels_frame, narrow, stage_channels
 from prune_lab.workflow.pipeline import run_all, steps_frame
 from prune_lab.workflow.ranking import ensure_ranking, quality, quality_frame, written_report
 from prune_lab.workflow.searching import (
@@ -99,6 +99,7 @@ __all__ = [
     "score_notes",
     "scores_frame",
     "settings_for",
+    "stage_channels",
     "start_run",
     "steps_frame",
     "student_folders",

@@ -83,6 +83,11 @@ def form_written(source: ModelSource) -> str:
     return str(json_object(path).get("form", "")) if path is not None and path.is_file() else ""
 
 
+def stage_channels(source: ModelSource) -> str:
+    """The channels of each stage of the model, as a person writes them: ``320,640,1280,1280``."""
+    return ",".join(map(str, source.config[CHANNELS]))
+
+
 # The cut -------------------------------------------------------------------------------------------------------------
 
 
