@@ -469,7 +469,7 @@ def test_what_is_no_torchscript_is_refused_and_not_unpickled(tmp_path: Path) -> 
 def test_all_metrics_are_measured_where_everything_is_there(ask: Any, tmp_path: Path) -> None:
     real = tmp_path / "real"
     real.mkdir()
-    for i in range(7):
+    for i in range(13):  # more than features
         noise = torch.randint(0, 256, (20, 40, 3), generator=torch.Generator().manual_seed(i))
         Image.fromarray(noise.to(torch.uint8).numpy()).save(real / f"{i}.png")
     many = tmp_path / "many.txt"
