@@ -109,6 +109,7 @@ def draw(rows: pd.DataFrame) -> Figure:
         panel.axvline(0, color="gray", lw=0.8)
         panel.set_yticks(range(len(names)), names, fontsize=8)
         panel.invert_yaxis()
+        panel.locator_params(axis="x", nbins=5)
         panel.set(title=model, xlabel="held-out loss less that of raw")
         panel.legend(fontsize=7)
     return figure
