@@ -451,7 +451,7 @@ def test_effects_that_make_no_sense() -> None:
         ("keep", "Dn1,Dn2", '["Dn1", "Dn2"]'),
         ("remove", "Dn1 Dn2", '["Dn1", "Dn2"]'),
         ("quotas", "Dn1<=2, Dn2=1", '["Dn1<=2", "Dn2=1"]'),
-        ("quotas", "Dn1=<2", '["Dn1<=2", "Dn2=1"]'),
+        ("quotas", "Dn1=<2", '["STAGE<=2", "OTHER=1"]'),
     ],
 )
 def test_a_rule_that_is_several_says_how_several_are_written(name: str, value: str, listed: str) -> None:

@@ -15,6 +15,7 @@ from prune_lab.cli.output import show
 from prune_lab.errors import DataError, StorageError, UnsupportedModelError
 from prune_lab.runtime import path_text, read_json
 
+_READS_TEXT = "ConditionModel"  # and of these the one that a single file can hold
 _OWN_UNET = "PrunedUNet"  # what the classes of U-Nets with code of their own are called by
 
 

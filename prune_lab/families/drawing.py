@@ -55,6 +55,13 @@ def latents_per_patch(pipeline: Any, config: Mapping[str, Any] | None = None) ->
     return int(patch if isinstance(patch, int) else patch[-1])
 
 
+def latents_per_halving(model: Any) -> int:
+    """Latents that a side must be a multiple of, so that each stage of a U-Net halves it: of others the code of the
+    U-Net takes another way, which its graph does not have.
+    """
+    return int(2 ** getattr(model, "num_upsamplers", 0))
+
+
 def takes_guidance_scale(pipeline: Any) -> bool:
     """Whether ``pipeline`` can be asked for more or less guidance."""
     return "guidance_scale" in call_inputs(pipeline)

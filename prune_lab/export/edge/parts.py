@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prune_lab.export.edge.texts import refused, texts_of
 from prune_lab.families import conditions_of, family_of, latent_form, model_of
-from prune_lab.families.drawing import call_inputs, draws_videos, latents_per_patch
+from prune_lab.families.drawing import call_inputs, draws_videos, latents_per_halving, latents_per_patch
 from prune_lab.probes.latents import pixels_per_latent, scaling_of, vae_of
 from prune_lab.runtime import seeded
 from prune_lab.runtimes import Part, model_part, sizes_of
@@ -79,13 +79,6 @@ def _guidance(pipeline: Any) -> float:
     return float(found.default) if found is not None and found.default is not inspect.Parameter.empty else 1.0
 
 
-def _halvings(model: Any) -> int:
-    """Latents that a side must be a multiple of, so that each stage of a U-Net halves it: of others the code of the
-    U-Net takes another way, which its graph does not have.
-    """
-    return int(2 ** getattr(model, "num_upsamplers", 0))
-
-
 def drawing_of(pipeline: Any) -> Drawing:
     """What ``pipeline``, in float32, draws pictures of texts with.
 
@@ -120,7 +113,7 @@ def drawing_of(pipeline: Any) -> Drawing:
             "zeros_for_no_text": bool(getattr(pipeline.config, "force_zeros_for_empty_prompt", False)),
             "latent": [channels, height, width],
             "pixels": pixels,
-            "multiple": pixels * math.lcm(latents_per_patch(pipeline), _halvings(model)),
+            "multiple": pixels * math.lcm(latents_per_patch(pipeline), latents_per_halving(model)),
             "guidance": _guidance(pipeline),
             "guided_inside": inside,
             "steps": _STEPS,
