@@ -29,10 +29,8 @@ def _refuse_own_code(model: str) -> None:
         config = None if path is None else read_json(path)
     except (DataError, StorageError):  # said by what reads it as a model
         return
-    named = isinstance(config, dict) and str(config.get("_class_name")).startswith(_OWN_UNET)
-    if (
-        not isinstance(config, dict) or not named or "cross_attention_dim" not in config
-    ):  # a single file reads text
+    name = str(config.get("_class_name")) if isinstance(config, dict) else ""
+    if not isinstance(config, dict) or not (name.startswith(_OWN_UNET) and name.endswith(_READS_TEXT)):
         return
     narrower, removed = bool(config.get("widths")), bool(config.get("removed"))
     form = "padded" if narrower and not removed else "neutral"
