@@ -98,6 +98,8 @@ class _Cut:
     model: Any
     channels: Channels
     impact: float
+    costs: tuple[PlanCost, PlanCost]
+    """Of the whole model and of this one."""
 
 
 def _costs_of(session: Session) -> Callable[[Channels], CostTable]:
@@ -129,8 +131,7 @@ def _cut(session: Session, how: Narrowing) -> _Cut:
     answers = predict(model, probe).double()
     with stage_estimator(run_scoring_context(session), how.by) as estimator:
 
-        @functools.cache
-        def impact(channels: Channels) -> float:
+        def tried(channels: Channels) -> tuple[Any, float]:
             made = narrowed_stages(model, channels, estimator)
             change = predict(made, probe).double() - answers
             found = float(change.square().mean() / answers.square().mean())
@@ -138,7 +139,7 @@ def _cut(session: Session, how: Narrowing) -> _Cut:
             note(
                 f"tried channels {','.join(map(str, channels))}: {share:.1%} of the multiply-adds, impact {found:.4g}"
             )
-            return found
+            return made, found
 
         if how.channels:
             channels = checked_channels(config, how.channels)
@@ -155,9 +156,11 @@ def _cut(session: Session, how: Narrowing) -> _Cut:
                 return costs(one).total
 
             check_reachable(levels_of(config), budgets, total)
-            channels, _ = channels_within(was, levels_of(config), budgets, total, impact)
-        found = impact(channels)
-        return _Cut(narrowed_stages(model, channels, estimator), channels, found)
+            channels, _ = channels_within(
+                was, levels_of(config), budgets, total, functools.cache(lambda one: tried(one)[1])
+            )
+        made, impact = tried(channels)  # by chance, another one than while channels were looked for
+        return _Cut(made, channels, impact, (costs(was).total, costs(channels).total))
 
 
 # The distillation ----------------------------------------------------------------------------------------------------
@@ -256,18 +259,17 @@ def narrow(session: Session, out: Path, how: Narrowing, *, force: bool = False) 
             "held-out loss after the cut": f"{before:.4g}",
             "held-out loss after distillation": f"{after:.4g}",
         }
-    costs = _costs_of(session)
-    was, now = (costs(one).total for one in (tuple(source.config[CHANNELS]), cut.channels))
+    was, now = cut.costs
     notes = _notes(session, how, told | ({"training": training} if training else {}))
     pipeline_with(
         source,
         made,
         out,
         force=force,
-        finish=lambda folder: write_narrowed_card(folder, source, notes, (was, now), training),
+        finish=lambda folder: write_narrowed_card(folder, source, notes, cut.costs, training),
     )
     row = (
-        *(source.text, ",".join(map(str, source.config[CHANNELS])), written, how.by, str(out)),
+        *(source.text, stage_channels(source), written, how.by, str(out)),
         *(now.params, now.params / was.params - 1, now.macs, now.macs / was.macs - 1),
         *(cut.impact, teacher, before, after, recovery.steps if how.trained else 0),
     )
