@@ -104,6 +104,7 @@ def test_the_reduction_table_of_the_paper() -> None:
         assert "median_ms" not in row  # a preset has no weights: structure only
 
 
+@pytest.mark.long
 def test_profile_of_a_pipeline_folder(tiny_pipeline_folder: Path) -> None:
     timed = table(
         "profile", tiny_pipeline_folder, "--plan", "-Dn1.R2 -Dn1.A2", "--runs", 2, "--device", "cpu"
@@ -201,6 +202,7 @@ def test_prune_writes_a_pipeline_that_plain_diffusers_loads(
     assert ".png" in mistake("generate", out, "--prompt", "a cat", "--out", tmp_path / "cat.jpeg")
 
 
+@pytest.mark.long
 def test_score_alone_writes_its_table(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "scores.csv"
     options = ("--groups", "stages", "--samples", 4, "--device", "cpu", "--out", out)
@@ -342,6 +344,7 @@ def run_folder(built_once: BuiltOnce, config_file: Path, tmp_path_factory: pytes
     return Path(shutil.copytree(finished, tmp_path_factory.mktemp("runs") / "one"))
 
 
+@pytest.mark.long
 def test_run_reports_and_resumes(run_folder: Path, config_file: Path) -> None:
     assert (run_folder / "report" / "index.html").stat().st_size > 0
     ranking = (run_folder / "ranking.csv").stat().st_mtime_ns

@@ -381,6 +381,7 @@ def code_in(folder: Path) -> Path:
     return found
 
 
+@pytest.mark.long
 def test_prune_writes_code_where_no_plain_config_will_do(
     own_folder: Path, tiny_pipeline_folder: Path
 ) -> None:

@@ -244,6 +244,7 @@ sys.exit(f"changed by importing prune_lab: {{changed}}" if changed else 0)
 """
 
 
+@pytest.mark.long
 def test_importing_everything_changes_nothing(tmp_path: Path) -> None:
     # What the libraries themselves do when they are first imported is not ours to answer for.
     others = sorted(

@@ -215,6 +215,7 @@ def test_no_arguments_show_the_help() -> None:
     assert "Commands" in CliRunner().invoke(app, []).output
 
 
+@pytest.mark.long
 def test_a_run_that_is_shown_only_asks_the_scheduler_too(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     line = refused(
         tmp_path, "run", tiny_pipeline_folder, "--macs", "70%", "--dry-run", "--set", "evaluate.steps=1001"

@@ -227,6 +227,7 @@ def test_a_setting_of_own_pictures_is_refused_for_others(
 # Settings by model and device --------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_settings_follow_from_the_size_of_model_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
     full = resolve_model("sd-v1.5").architecture

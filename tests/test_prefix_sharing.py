@@ -108,6 +108,7 @@ def test_any_plans_at_any_width(exact_unet: Any, data: st.DataObject) -> None:
     assert compute.macs <= compute.naive_macs
 
 
+@pytest.mark.long
 def test_float32_answers_are_the_naive_ones_to_a_millionth(tiny_unet: Any) -> None:
     removed = [(), *((block.name,) for block in architecture_of(tiny_unet).blocks)]
     probe = random_probe(tiny_unet.config, samples=4, seed=0, timesteps=4)

@@ -313,6 +313,7 @@ def test_a_pipeline_is_profiled_in_another_format_and_left_alone(tiny_pipeline_f
     assert pipeline.vae.dtype == pipeline.text_encoder.dtype == torch.float32
 
 
+@pytest.mark.long
 def test_one_number_everywhere(
     tiny_pipeline_folder: Path, small_run_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:

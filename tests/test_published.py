@@ -89,6 +89,7 @@ def test_what_is_made_of_a_model_in_other_ways(model: Path, home: Path) -> None:
     assert traces(out, SECRETS) == []
 
 
+@pytest.mark.long
 def test_what_is_made_of_a_model(model: Path, home: Path) -> None:
     """prune, export, convert and generate, each of the model that names folders."""
     out = home / "out"

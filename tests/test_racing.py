@@ -230,6 +230,7 @@ def test_shared_noise_cancels_in_the_ratio() -> None:
     assert ratio < plain / 2
 
 
+@pytest.mark.long
 def test_torch_compile_gives_the_same_scores(
     tiny_unet: Any, probe: Probe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -519,6 +519,7 @@ def test_students_of_a_unet_alone_are_refused_before_any_work(model_folder: Path
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.long
 def test_the_latent_size_that_a_config_lacks_is_stated(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps({**TINY_UNET, "sample_size": None}))

@@ -237,6 +237,7 @@ def test_a_step_of_a_flow_is_that_of_a_loop_in_plain_diffusers(
         torch.testing.assert_close(written[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.long
 def test_what_a_student_leaves_out_at_random_follows_from_the_step(
     pipeline_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -167,6 +167,7 @@ def test_controls_are_found_for_the_budget(searching: Searching, tmp_path: Path)
     assert controls["budget"].fillna("").tolist() == ["", *["macs<=bk-base, params<=80%"] * 4]
 
 
+@pytest.mark.long
 def test_a_budget_on_latency_measures_a_table_once(searching: Searching, tmp_path: Path) -> None:
     session = searching(tmp_path / "run", budgets=("latency<=0.8x, memory<=95%",))
     frame = plans_frame(session)

@@ -379,6 +379,7 @@ print(pipeline.unet.config.block_out_channels, float(np.std(picture.images)))
 """
 
 
+@pytest.mark.long
 def test_a_narrower_pipeline_draws_in_plain_diffusers(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "narrow"
     levels = json.loads(run("narrow", tiny_pipeline_folder, "--json"))

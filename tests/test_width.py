@@ -717,6 +717,7 @@ def test_a_width_is_repaired_by_least_squares(
 # Folders -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_pipeline_with_widths_is_written_proved_and_refused_by_others(
     tiny_pipeline_folder: Path, tmp_path: Path
 ) -> None:
@@ -793,6 +794,7 @@ def test_students_of_the_model_file_before_go_on_loading(tiny_unet: Any, tmp_pat
         assert (answer(again, inputs) - answer(loaded, inputs)).abs().max() <= EXACT
 
 
+@pytest.mark.long
 def test_widths_are_profiled_and_compared(tiny_pipeline_folder: Path) -> None:
     """By the command line, also where it is still open which units stay."""
     plans = ["bk-base ~Dn3.A1.heads=1", "~Dn3.R1.hidden=2@0,3"]

@@ -194,6 +194,7 @@ def at_most(share: float) -> Budget:
     return Budget("latency_ms", share * WHOLE_MS, f"latency<={share}x")
 
 
+@pytest.mark.long
 def test_within_a_budget_on_latency_the_program_finds_the_best_of_all_plans(tiny: Architecture) -> None:
     shares = {"Dn3.R2.hidden": 0.003, "Up2.R2.hidden": 0.0041}
     costs = cost_table(tiny, latency=table_of(tiny, shares))
@@ -305,6 +306,7 @@ def test_a_plan_that_is_slower_than_asked_is_searched_again(
     assert 0.9 - timed_search.NEAR <= fast.timed[-1] <= 0.9
 
 
+@pytest.mark.long
 def test_a_plan_that_stays_slower_than_asked_is_said_to_be_so(
     tiny: Architecture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

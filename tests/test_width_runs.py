@@ -49,6 +49,7 @@ def searched(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
+@pytest.mark.long
 def test_depth_and_width_are_searched_from_the_command_line(
     searched: Path, tiny_pipeline_folder: Path
 ) -> None:
@@ -156,6 +157,7 @@ def test_parts_of_blocks_are_scored_from_the_command_line(tiny_pipeline_folder: 
     )
 
 
+@pytest.mark.long
 def test_scores_by_several_criteria_lie_beside_each_other(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     """What was scored last is not what a later search goes by; the search says what it went by."""
     folder = tmp_path / "run"

@@ -124,6 +124,7 @@ def test_a_report_is_drawn_anew_when_a_table_is(copied: Run) -> None:
     assert ensure_report(session).read_text() == "drawn"
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("quick_report")
 def test_what_is_missing_is_made_again_and_equal(copied: Run, config: RunConfig) -> None:
     before = pd.read_csv(copied.ranking).set_index("plan_id")
@@ -427,6 +428,7 @@ def test_one_plan_found_twice_is_one_candidate(planned: Run, config: RunConfig) 
         plan_named(plans, "bk-tiny", Session(run))
 
 
+@pytest.mark.long
 def test_a_plan_put_there_by_hand_becomes_a_candidate(copied: Run) -> None:
     plan = parse_plan("-Md", Session(copied).architecture).named("mine")
     copied.plan(plan.id).write_text(json.dumps(plan.to_json()))
@@ -462,6 +464,7 @@ def test_a_distillation_that_diverges_is_ranked_as_failed(copied: Run, config: R
 # Steps alone -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_bare_unet_can_be_scored_but_not_distilled(
     finished: Run, config: RunConfig, tmp_path: Path
 ) -> None:

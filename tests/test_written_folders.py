@@ -186,6 +186,7 @@ def test_shards_of_a_variant_are_found_again(tiny_pipeline_folder: Path, tmp_pat
     picture(out, variant="bf16")
 
 
+@pytest.mark.long
 def test_the_shipped_model_and_its_students_draw(tmp_path: Path) -> None:
     from prune_lab.assets import reference_folder
 

@@ -164,6 +164,7 @@ def test_the_whole_recipe_builds_a_loadable_model_and_resumes(tmp_path: Path) ->
     assert all((tmp_path / "report" / name).is_file() for name in re.findall(r"\((\w+\.png)\)", page))
 
 
+@pytest.mark.long
 def test_loss_by_timestep_puts_every_row_in_its_bucket() -> None:
     pipeline, rows = as_float32(reference_folder()), load_pictures("heldout").iloc[:48]
     probe = make_probe(

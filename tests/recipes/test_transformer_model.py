@@ -334,6 +334,7 @@ def test_the_shipped_card_draws_with_the_shipped_model() -> None:
     assert (OWN / "README.md").read_bytes() == CARD.read_bytes()
 
 
+@pytest.mark.long
 def test_the_shipped_transformer_is_small_and_listens_to_captions() -> None:
     assert sum(path.stat().st_size for path in OWN.rglob("*") if path.is_file()) <= 8e6
     pipeline = PixArtAlphaPipeline.from_pretrained(transformer_folder(), local_files_only=True)
