@@ -35,6 +35,7 @@ from prune_lab.runtime import atomic_write, progress_shown
 from prune_lab.runtime.files import output_folder
 from prune_lab.runtime.holders import (
     Holder,
+    alone_in,
     is_temporary,
     lock_holder,
     release_lock,
@@ -175,6 +176,25 @@ def test_temporary_files_are_ordinary_results_when_done(tmp_path: Path) -> None:
         os.umask(mask)
     assert oct((tmp_path / "table").stat().st_mode)[-3:] == "640"
     assert oct((tmp_path / "model").stat().st_mode)[-3:] == "750"
+
+
+# The lock of a folder ------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_of_one_process_at_a_time_and_goes_where_nothing_came_of_it(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with alone_in(folder, "steps", "asked to compare"):
+        assert (lock_holder(folder / ".steps.lock") or FAR).same_process(this_process())
+    assert not folder.exists()
+    with alone_in(folder, "steps", "asked to compare"):
+        (folder / "table").touch()
+    write_lock(folder / ".steps.lock", FAR)
+    with (
+        pytest.raises(StorageError, match=r"^asked to compare, which process .* remove .steps.lock there"),
+        alone_in(folder, "steps", "asked to compare"),
+    ):
+        pytest.fail("two at once")
+    assert sorted(path.name for path in folder.iterdir()) == [".steps.lock", "table"]
 
 
 # The lock of a run ---------------------------------------------------------------------------------------------------

@@ -256,6 +256,16 @@ def test_what_is_written_and_that_nothing_is_drawn_twice(
     assert again.metrics.frame().equals(found.metrics.frame())
     assert {name: files(out / name) for name in models} == pictures
 
+    mine, others = (out / name / row.file for name in models)
+    was = mine.read_bytes()
+    with Image.open(mine) as picture:
+        picture.save(tmp_path / "painted.png")  # as a program for pictures keeps it
+    for put in (others.read_bytes(), (tmp_path / "painted.png").read_bytes()):
+        mine.write_bytes(put)
+        with pytest.raises(DataError, match=r"not drawn there for this prompt, seed and model; remove it"):
+            ask(out)
+    mine.write_bytes(was)
+
 
 def test_a_stopped_job_goes_on_and_gives_the_same_pictures(
     ask: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab.errors import ConfigError
-from prune_lab.few_steps.frontier import latency_limit
+from prune_lab.few_steps.frontier import latency_limit, read_limit
 from prune_lab.models import ModelSource
 from prune_lab.models.protection import check_apart
 from prune_lab.report.few_steps import draw_steps, lever_lines, write_steps_page
+from prune_lab.runtime.holders import alone_in
 from prune_lab.tables import Table
 from prune_lab.workflow import StepsAsked, compare_steps
 
@@ -36,10 +37,13 @@ def steps_table(
 ) -> Table:
     """What ``compare_steps`` finds, with its figure and page written to ``out``, and the levers of a ``latency``."""
     asked = _asked(given)
+    if latency:
+        read_limit(latency)  # before an hour of drawing
     places = tuple(path for source in sources for path in source.places)
     out = check_apart(out, {"the models": places, "the prompts": (asked.prompts,) if asked.prompts else ()})
-    found = compare_steps(sources, asked, out, **place)
-    write_steps_page(out, found.table, found.conditions, pictures=out / "pictures")
+    with alone_in(out, "steps", f"asked to compare few steps in {out}"):
+        found = compare_steps(sources, asked, out, **place)
+        write_steps_page(out, found.table, found.conditions, pictures=out / "pictures")
     notes = [f"page: {out / 'README.md'}"]
     if latency:
         limit = latency_limit(latency, found.table)

@@ -48,16 +48,21 @@ def frontier(table: pd.DataFrame) -> pd.DataFrame:
     return rows[rows[quality] > best]
 
 
-def latency_limit(text: str, table: pd.DataFrame) -> float:
-    """Milliseconds of a limit such as ``200ms``, ``0.2s`` or ``0.5x``, a share of the baseline. Raises BudgetError."""
+def read_limit(text: str) -> tuple[float, str]:
+    """The number and the unit, ms, s or x, of a limit such as ``200ms``, ``0.2s`` or ``0.5x``. Raises BudgetError."""
     found = _LIMIT.fullmatch(text)
     if found is None or not float(found[1]):
         raise BudgetError(
             f"cannot read the latency {printable(text, 40)!r} of a picture; write 200ms, 0.2s, or 0.5x as a share of "
             "the first model's own"
         )
-    unit = {"ms": 1.0, "s": 1e3, "x": float(baseline_of(table)["median_ms"])}[found[2]]
-    return float(found[1]) * unit
+    return float(found[1]), found[2]
+
+
+def latency_limit(text: str, table: pd.DataFrame) -> float:
+    """Milliseconds of a limit as ``read_limit`` takes it; x is a share of the baseline's. Raises BudgetError."""
+    number, unit = read_limit(text)
+    return number * {"ms": 1.0, "s": 1e3, "x": float(baseline_of(table)["median_ms"])}[unit]
 
 
 def best_by_lever(table: pd.DataFrame, limit_ms: float) -> pd.DataFrame:

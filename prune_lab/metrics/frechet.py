@@ -16,6 +16,10 @@ from torch import Tensor
 from prune_lab.errors import DataError
 from prune_lab.metrics.rows import check_finite
 
+_ROUNDING = (
+    1e-13  # of the traces: what is left of their difference, in float64, where the Gaussians are equal
+)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Gaussian:
@@ -56,7 +60,8 @@ def frechet_distance(one: Gaussian, other: Gaussian) -> float:
     apart = (one.mean - other.mean).square().sum()
     traces = one.factor.square().sum() + other.factor.square().sum()
     shared = torch.linalg.svdvals(one.factor @ other.factor.T).sum()
-    return float(apart + traces - 2 * shared)
+    distance = float(apart + traces - 2 * shared)
+    return distance if distance > _ROUNDING * float(traces) else 0.0
 
 
 def fid(features: Tensor, real: Tensor) -> float:

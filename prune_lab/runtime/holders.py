@@ -271,9 +271,24 @@ def _put_aside(path: Path, gone: Holder) -> None:
 
 
 @contextlib.contextmanager
-def held_lock(path: Path) -> Iterator[None]:
-    """Give the lock file ``path``, which this process has taken, back at the end."""
+def alone_in(folder: Path, verb: str, asked: str) -> Iterator[None]:
+    """Hold the lock file of ``verb`` in ``folder`` for the block; the folder is made, and goes if it stays empty.
+
+    Raises StorageError, which begins with ``asked``, where another process holds it.
+    """
+    there = folder.is_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f".{verb}.lock"
+    holder, _ = take_lock(path)
+    if holder is not None:
+        raise StorageError(
+            f"{asked}, which {holder.text} is doing now; wait for its end (once you are sure that it has ended, remove "
+            f"{path.name} there)"
+        )
     try:
         yield
     finally:
         release_lock(path)
+        if not there:
+            with contextlib.suppress(OSError):
+                folder.rmdir()

@@ -6,7 +6,10 @@ CPU bit for bit with as many threads, whatever was shared out and how often it w
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
+import json
 import multiprocessing
 import os
 import re
@@ -131,17 +134,41 @@ def as_kept(picture: Image.Image, protocol: Protocol) -> Image.Image:
     return (_as_jpeg(picture) if protocol.jpeg else picture).resize((side, side))
 
 
-def _save(folder: Path, row: Row, pixels: Tensor, protocol: Protocol) -> None:
+def mark_of(folder: Path) -> str:
+    """What all pictures in the ``folder`` of a model carry: the model, its pipeline and the settings, as one digest."""
+    text = json.dumps(read_json(folder / DRAWN), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _label(row: Row, mark: str) -> dict[str, str]:
+    return {"model": mark, "seed": str(row.seed), "prompt": row.prompt}
+
+
+def _save(folder: Path, row: Row, pixels: Tensor, protocol: Protocol, mark: str) -> None:
     picture = as_kept(Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()), protocol)
+    label = _label(row, mark)
     with atomic_write(folder / row.file) as temporary:
         if protocol.jpeg:
-            picture.save(temporary, format="JPEG")
+            picture.save(temporary, format="JPEG", comment=json.dumps(label).encode())
             return
         info = PngInfo()
         info.add_text("Software", f"prune_lab {__version__}")
-        info.add_text("seed", str(row.seed))
-        info.add_itxt("prompt", row.prompt)
+        for name, text in label.items():
+            info.add_itxt(name, text)
         picture.save(temporary, format="PNG", pnginfo=info)
+
+
+def check_drawn_for(row: Row, mark: str, content: bytes) -> None:
+    """Raise DataError where the file ``content`` does not say that it is the picture of ``row`` by the model ``mark``:
+    of another prompt, seed or model, or put there by somebody else.
+    """
+    with Image.open(io.BytesIO(content)) as picture:
+        found = {name: picture.info.get(name) for name in _label(row, mark)}
+        if picture.format == "JPEG":
+            with contextlib.suppress(ValueError):
+                found = json.loads(picture.info.get("comment", b""))
+    if found != _label(row, mark):
+        raise DataError("a picture that was not drawn there for this prompt, seed and model")
 
 
 def _opened(job: Drawing, device: str) -> tuple[Any, Any]:
@@ -157,7 +184,7 @@ def _opened(job: Drawing, device: str) -> tuple[Any, Any]:
 def _draw(job: Drawing, opened: tuple[Any, Any], numbers: Sequence[int]) -> Iterator[int]:
     """Draw the batches of these ``numbers``, and yield each when its pictures are kept."""
     pipeline, model = opened
-    how = job.protocol
+    how, mark = job.protocol, mark_of(job.folder)
     for number in numbers:
         rows = job.batches[number]
         drawn = drawn_batches(
@@ -171,7 +198,7 @@ def _draw(job: Drawing, opened: tuple[Any, Any], numbers: Sequence[int]) -> Iter
         )
         for pictures in drawn:
             for row, pixels in zip(rows, pictures, strict=True):
-                _save(job.folder, row, pixels, how)
+                _save(job.folder, row, pixels, how, mark)
         yield number
 
 

@@ -30,7 +30,7 @@ from prune_lab.errors import DataError, ModelFormatError
 from prune_lab.evaluation import clip_embeddings
 from prune_lab.models import ScorerInputs
 from prune_lab.runtime import note_once, open_regular, path_text, read_bytes, track
-from prune_lab.zero_shot.drawing import as_kept
+from prune_lab.zero_shot.drawing import as_kept, check_drawn_for, mark_of
 from prune_lab.zero_shot.protocol import Protocol, Row
 
 _SIDE = 299  # pixels of what an Inception sees
@@ -176,10 +176,17 @@ def _tensor(picture: Image.Image) -> Tensor:
 
 
 def drawn_picture(folder: Path, row: Row) -> Tensor:
-    """The picture of ``row``, uint8 (3, H, W). Raises DataError for a damaged one, StorageError for none."""
+    """The picture of ``row``, uint8 (3, H, W).
+
+    Raises DataError for a damaged one and for one that the model of ``folder`` did not draw for this prompt and seed,
+    StorageError for none.
+    """
     path = folder / row.file
+    content = read_bytes(path)
     try:
-        return _tensor(decode_image(read_bytes(path)))
+        picture = decode_image(content)
+        check_drawn_for(row, mark_of(folder), content)
+        return _tensor(picture)
     except DataError as error:
         raise DataError(
             f"asked for the picture {path.name} of {folder.name}, found {error}; remove it and give the same command "

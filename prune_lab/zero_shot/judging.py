@@ -28,7 +28,7 @@ from prune_lab.runtime import (
     write_frame,
     write_json,
 )
-from prune_lab.runtime.holders import held_lock, take_lock
+from prune_lab.runtime.holders import alone_in
 from prune_lab.schemas import GATE_COLUMNS, KIND_COLUMNS, METRIC_COLUMNS
 from prune_lab.zero_shot.drawing import Drawing, draw_missing, prepare
 from prune_lab.zero_shot.features import (
@@ -46,7 +46,6 @@ from prune_lab.zero_shot.page import page, write_sheet
 from prune_lab.zero_shot.protocol import Protocol, Row, rows_of
 
 ABOUT = "evaluation.json"  # says that a folder is one of ours, and how its figures came to be
-_LOCK = ".evaluate.lock"
 _SHOWN = 8  # prompts on the sheet
 _SAFE = re.compile(r"[^\w.-]+")
 
@@ -264,14 +263,7 @@ def evaluate_models(task: Task) -> Outcome:
     rows = rows_of(task.prompts, task.images, seeds=task.seeds, seed=task.seed, suffix=task.protocol.suffix)
     device = pick_device(task.device)
     extractors = _extractors(task, device)
-    out.mkdir(parents=True, exist_ok=True)
-    holder, _ = take_lock(out / _LOCK)
-    if holder is not None:
-        raise StorageError(
-            f"asked to evaluate into {task.out}, which {holder.text} is doing now; wait for its end (once you are sure "
-            f"that it has ended, remove {_LOCK} there)"
-        )
-    with held_lock(out / _LOCK):
+    with alone_in(out, "evaluate", f"asked to evaluate into {task.out}"):
         about = _about(task, titles, rows, extractors, device)
         if not (
             out / ABOUT
