@@ -13,6 +13,8 @@ from scipy.stats import kendalltau, spearmanr
 
 from benchmarks.outcome_tables import made_on
 from benchmarks.rows import rows_of
+from prune_lab.models import resolve_model
+from prune_lab.plans import parse_plan
 from prune_lab.runtime import write_text
 
 Floats = NDArray[np.float64]
@@ -25,6 +27,8 @@ FORECASTS = {  # column of plans.csv: what it is called
 }
 DRAWS, LEAST = 1000, 8
 FLIPPED = 4  # places between forecast and outcome from which a plan is a counter-example
+SHAPES = "shapes.csv"  # untrained models of full size
+PAPERS = "bk-small"
 UNTRAINED = ("untrained_0", "untrained_1", "untrained_2")
 
 
@@ -83,21 +87,44 @@ def flips(plans: pd.DataFrame, rows: pd.DataFrame, steps: int) -> pd.DataFrame:
     return table[far >= FLIPPED].sort_values("outcome")
 
 
+def _among(blocks: pd.DataFrame) -> str:
+    """The least and the largest agreement of two untrained seeds."""
+    found = [
+        spearmanr(blocks[one], blocks[other]).statistic
+        for place, one in enumerate(UNTRAINED)
+        for other in UNTRAINED[place + 1 :]
+    ]
+    return f"{min(found):.2f} to {max(found):.2f}"
+
+
 def prior_lines(untrained: pd.DataFrame) -> Iterator[str]:
     """What untrained models say of the blocks of each model, in words."""
     for model, blocks in untrained.groupby("model", sort=False):
         prior = blocks[list(UNTRAINED)].mean(axis=1)
-        among = [
-            spearmanr(blocks[one], blocks[other]).statistic
-            for place, one in enumerate(UNTRAINED)
-            for other in UNTRAINED[place + 1 :]
-        ]
-        least = ", ".join(blocks.assign(prior=prior).sort_values("prior")["block"].head(LEAST))
-        own = ", ".join(blocks.sort_values("trained")["block"].head(LEAST))
+        least, own = (", ".join(_least(blocks, by, LEAST)) for by in (prior, blocks["trained"]))
         yield (
             f"- **{model}** ({len(blocks)} blocks): untrained and trained order agree by "
             f"{spearmanr(prior, blocks['trained']).statistic:.2f} (Spearman), three untrained seeds with each other by "
-            f"{min(among):.2f} to {max(among):.2f}. Least without training: {least}. Least of the trained model: {own}."
+            f"{_among(blocks)}. Least without training: {least}. Least of the trained model: {own}."
+        )
+
+
+def _least(blocks: pd.DataFrame, by: pd.Series[float], count: int) -> list[str]:
+    return blocks["block"][by.sort_values().index[:count]].tolist()
+
+
+def shape_lines(shapes: pd.DataFrame) -> Iterator[str]:
+    """What untrained models of full size say of their blocks, in words."""
+    for model, blocks in shapes.groupby("model", sort=False):
+        removed = parse_plan(PAPERS, resolve_model(str(model)).architecture).removed
+        prior, first = blocks[list(UNTRAINED)].mean(axis=1), blocks.iloc[0]
+        least = _least(blocks, prior, len(removed))
+        yield (
+            f"- **{model}** ({len(blocks)} blocks; {first['latent']} x {first['latent']} latents, {first['rows']} "
+            f"random inputs, float32 on a CPU, torch {first['torch']}): three seeds agree with each other by "
+            f"{_among(blocks)} (Spearman). Least: {', '.join(least[:LEAST])}. Of the {len(removed)} blocks that "
+            f"{PAPERS} removes, {len(set(least) & set(removed))} are among the {len(removed)} least; of the mid stage "
+            f"{sum(block.startswith('Md') for block in least)} of {sum(blocks['block'].str.startswith('Md'))}."
         )
 
 
@@ -154,6 +181,13 @@ def study_lines(model: str, budget: str, plans: pd.DataFrame, rows: pd.DataFrame
     yield ""
 
 
+def of_shapes(out: Path) -> Iterator[str]:
+    """The paragraph on models of full size, from SHAPES in ``out``."""
+    yield from ("The same of Stable Diffusion's own shapes (`python -m benchmarks.untrained_shapes`):", "")
+    yield from shape_lines(pd.read_csv(out / SHAPES))
+    yield ""
+
+
 def write_page(out: Path) -> None:
     """README.md and evidence.png, from the tables in ``out``."""
     plans = pd.read_csv(out / "plans.csv", dtype={"plan_id": str})
@@ -178,6 +212,7 @@ def write_page(out: Path) -> None:
         "",
         *prior_lines(untrained),
         "",
+        *(of_shapes(out) if (out / SHAPES).is_file() else ()),
         "![Trained and untrained scores; outcomes against forecasts](evidence.png)",
         "",
     ]

@@ -31,7 +31,7 @@ from prune_lab.importance.unit_scores import (
     unit_impacts_from,
     width_scores_frame,
 )
-from prune_lab.importance.untrained import untrained_like
+from prune_lab.importance.untrained import untrained, untrained_like
 
 __all__ = [
     "CRITERIA",
@@ -60,6 +60,7 @@ __all__ = [
     "score_units",
     "stability",
     "unit_impacts_from",
+    "untrained",
     "untrained_like",
     "width_scores_frame",
     "with_psnr",

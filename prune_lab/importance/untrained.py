@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 
 from prune_lab.blocks import BlockGroup
 from prune_lab.errors import DataError
-from prune_lab.families import format_of
+from prune_lab.families import format_of, meta_model
 from prune_lab.importance.cache import ScoreCache
 from prune_lab.importance.context import SampleScores, ScoringContext
 from prune_lab.importance.outputs import output_mse
@@ -22,15 +22,25 @@ from prune_lab.runtime import device_of, generator_for
 PRIOR_SEEDS = 3  # untrained models that are averaged
 
 
-def untrained_like(model: Any, seed: int) -> Any:
-    """A model of the class and config of ``model`` with the weights that training starts from, drawn from ``seed``.
-
-    On the same device and in the same number format; torch's own generator stays as it was.
-    """
+def _made(kind: Any, config: Mapping[str, Any], seed: int) -> Any:
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(generator_for(seed, "untrained", 0).initial_seed())
-        made = type(model).from_config(model.config)
-    return made.eval().to(device=device_of(model), dtype=format_of(model))
+        return kind.from_config(config).eval()
+
+
+def untrained(config: Mapping[str, Any], seed: int) -> Any:
+    """A model of ``config`` with the weights that training starts from, drawn from ``seed``, float32 on the CPU.
+
+    torch's own generator stays as it was. Raises UnsupportedModelError for a config that diffusers cannot build.
+    """
+    return _made(type(meta_model(config)), config, seed)
+
+
+def untrained_like(model: Any, seed: int) -> Any:
+    """The same for the class and config of ``model``, on its device and in its number format."""
+    made = _made(type(model), model.config, seed)
+    with quiet():  # diffusers warns of any change of the format
+        return made.to(device=device_of(model), dtype=format_of(model))
 
 
 def architecture_prior(context: ScoringContext, groups: Sequence[BlockGroup]) -> SampleScores:
