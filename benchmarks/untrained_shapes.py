@@ -3,8 +3,8 @@
     python -m benchmarks.untrained_shapes --out reports/evidence --models sd-v1.4 sd-v2.1-base
 
 Nothing is loaded: models of the presets' configs get the weights that training starts from, three seeds each, and
-random inputs. Writes shapes.csv, a row per block of a model when its three seeds are done; the same command goes on with the
-models that are missing. Each needs the memory of one model in float32 (3.4 GB).
+random inputs. Writes shapes.csv, a row per block of a model when its three seeds are done; the same command goes on
+with the models that are missing. Each needs the memory of one model in float32 (3.4 GB).
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from prune_lab.export.snippets import loaded_in_python, snippet_for
 from prune_lab.families import CLASS_NAME, is_own
 from prune_lab.models import ModelSource, resolve_model, usual_drawing
 from prune_lab.models.files import json_object
+from prune_lab.models.written import form_of_zeros
 from prune_lab.report import Column, draw_comparison
 from prune_lab.runtime import note, pick_device, pick_dtype, progress_shown, write_text
 from prune_lab.schemas import PERSONAL_COLUMNS
@@ -40,15 +41,13 @@ def _frozen_in(source: ModelSource, settings: PersonalSettings) -> tuple[str, ..
     student whose zeros lie inside of modules that are trained.
     """
     folder = source.model_folder
-    if folder is None or not (folder / "plan.json").is_file():
-        return ()
-    form = json_object(folder / "plan.json").get("form")
+    form = form_of_zeros(folder)
     if form == "padded" and not settings.lora:
         raise RunError(
             f"asked to train all of {source.text}, found a student in the padded form, whose zeros would be trained "
             "away; give the same plan in its own form (prune-lab prune --form own), or a LoRA with --lora RANK"
         )
-    if form != "neutral":
+    if folder is None or form != "neutral":
         return ()
     try:
         return student_in(folder).layout.frozen

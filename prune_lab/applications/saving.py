@@ -13,7 +13,8 @@ from prune_lab.applications.personal import ADAPTER, Learnt, PersonalSettings
 from prune_lab.errors import UnsupportedModelError
 from prune_lab.families import family_of
 from prune_lab.models import ModelSource
-from prune_lab.models.files import json_object, read_headers
+from prune_lab.models.files import read_headers
+from prune_lab.models.written import PLAN, PROVENANCE, beside
 from prune_lab.runtime import Environment, names_alone, output_folder, write_json
 from prune_lab.surgery import get_ready_to_prove
 from prune_lab.surgery.proof import prove_lora
@@ -54,17 +55,14 @@ def save_whole(
     In the number format of the files of ``source``. The plan of a student goes along, and so does where it came from.
     """
     assert source.model_folder is not None
-    beside = {
-        name: json_object(source.model_folder / name) if (source.model_folder / name).is_file() else None
-        for name in ("plan.json", "provenance.json")
-    }
-    origin = beside["provenance.json"] or source.origin
+    plan, provenance = (beside(source.model_folder, name) for name in (PLAN, PROVENANCE))
+    origin = provenance or source.origin
     model.to(_format_in_files(source))
     return trained_pipeline(
         source,
         model,
         out,
-        beside["plan.json"],
+        plan or None,
         {**origin, "personal": dict(made)},
         force=force,
         finish=finish,

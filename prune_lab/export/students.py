@@ -12,8 +12,9 @@ from prune_lab.errors import FormError, PlanError, PruneLabError
 from prune_lab.families import FAMILIES, Layout, meta_model
 from prune_lab.forms import layout_of
 from prune_lab.models import ModelSource, preset_config, resolve_model, weight_files
-from prune_lab.models.files import json_object, read_headers, variants_among
+from prune_lab.models.files import read_headers, variants_among
 from prune_lab.models.sources import PRESETS
+from prune_lab.models.written import PLAN, PROVENANCE, beside
 from prune_lab.plans import PruningPlan, gone_with, plan_from_json, read_one_plan
 from prune_lab.runs import is_plan_id
 from prune_lab.runtime import path_text
@@ -51,8 +52,7 @@ def model_folder_in(folder: Path) -> Path:
 
 def provenance_in(model_folder: Path) -> dict[str, Any]:
     """What is known of where the model in ``model_folder`` comes from; empty where nothing is written down."""
-    path = model_folder / "provenance.json"
-    return json_object(path) if path.is_file() else {}
+    return beside(model_folder, PROVENANCE)
 
 
 def padded_widths(source: ModelSource) -> str:
@@ -112,7 +112,7 @@ def student_in(folder: Path, model: str = "") -> Student:
             f"asked for the plan of the student in {path_text(folder)}, found no plan.json there; give a folder that "
             "prune-lab wrote, or the plan as text and its teacher with --model"
         )
-    written = json_object(inner / "plan.json")
+    written = beside(inner, PLAN)
     if model:
         architecture: Architecture | None = resolve_model(model).architecture
     else:

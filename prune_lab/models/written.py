@@ -199,6 +199,24 @@ def _check_plan(folder: Path, provenance: Mapping[str, Any]) -> None:
 # Looking ---------------------------------------------------------------------------------------------------------
 
 
+def beside(model_folder: Path | None, name: str) -> dict[str, Any]:
+    """What the file ``name``, PLAN or PROVENANCE, beside the weights says; empty where there is none.
+
+    Raises ModelFormatError for what is no JSON object.
+    """
+    path = None if model_folder is None else model_folder / name
+    return json_object(path) if path is not None and path.is_file() else {}
+
+
+def form_of_zeros(model_folder: Path | None) -> str:
+    """The form of a student whose zeros stand for what was removed, ``neutral`` or ``padded``; empty for any other.
+
+    Whatever trains all of its weights trains the zeros away.
+    """
+    form = beside(model_folder, PLAN).get("form")
+    return str(form) if form in ("neutral", "padded") else ""
+
+
 def check_record(folder: Path, config: Mapping[str, Any]) -> None:
     """Raise ModelFormatError where ``config`` or ``plan.json`` in ``folder`` is not what prune-lab wrote; see the
     module. Reads a few kilobytes.

@@ -12,7 +12,7 @@ from prune_lab.distill import Consistency, check_consistency, distill_consistenc
 from prune_lab.engines.training import distill_setup_of
 from prune_lab.errors import RunError
 from prune_lab.models import ModelSource, check_same_class, check_teaches_few, load_model
-from prune_lab.runs import read_typed
+from prune_lab.models.written import PLAN, PROVENANCE, beside, form_of_zeros
 from prune_lab.runtime import read_text, write_text
 from prune_lab.schemas import CONSISTENT_COLUMNS
 from prune_lab.session import Session, tell_roles
@@ -24,16 +24,10 @@ _CARD = "README.md"
 _ASKED = "num_inference_steps=25"
 
 
-def _written_of(source: ModelSource, name: str) -> dict[str, Any]:
-    """What lies beside the weights of ``source`` in this file; nothing where there is none."""
-    path = None if source.model_folder is None else source.model_folder / name
-    return read_typed(path, dict[str, Any]) if path is not None and path.is_file() else {}
-
-
-def _check_form(student: ModelSource, plan: dict[str, Any]) -> None:
-    if plan.get("form") in ("neutral", "padded"):
+def _check_form(student: ModelSource) -> None:
+    if form := form_of_zeros(student.model_folder):
         raise RunError(
-            f"asked for consistency distillation of {student.text}, found a student in the {plan['form']} form, whose "
+            f"asked for consistency distillation of {student.text}, found a student in the {form} form, whose "
             "zeros would be trained away; give the same plan in its native or own form (prune-lab prune --form)"
         )
 
@@ -67,8 +61,8 @@ def distil_consistent(
     command goes on. Raises ConfigError for a student of another class, RunError and UnsupportedModelError as
     ``distill_consistency`` does.
     """
-    plan, provenance = (_written_of(student, name) for name in ("plan.json", "provenance.json"))
-    _check_form(student, plan)
+    _check_form(student)
+    plan, provenance = (beside(student.model_folder, name) for name in (PLAN, PROVENANCE))
     check_teaches_few(session.source)
     check_same_class(student, session.source)
     folder = session.run.folder / "consistency"

@@ -23,8 +23,8 @@ from prune_lab.families import example_inputs, meta_model, plain_config, runs_on
 from prune_lab.families.stage_widths import CHANNELS, Level, checked_channels, levels_of, narrower_config
 from prune_lab.importance.stage_scores import stage_estimator
 from prune_lab.models import ModelSource, load_model, model_digest, resolve_model
-from prune_lab.models.files import json_object
 from prune_lab.models.streamed import is_streamed
+from prune_lab.models.written import form_of_zeros
 from prune_lab.plans import parse_plan
 from prune_lab.probes import predict
 from prune_lab.profiling import COUNTED, CostTable, PlanCost, cost_table
@@ -75,12 +75,6 @@ def _exists(source: ModelSource, level: Level, channels: int) -> bool:
     except PlanError:
         return False
     return True
-
-
-def form_written(source: ModelSource) -> str:
-    """The form that the student of ``source`` was built in, by its ``plan.json``; empty where there is none."""
-    path = None if source.model_folder is None else source.model_folder / "plan.json"
-    return str(json_object(path).get("form", "")) if path is not None and path.is_file() else ""
 
 
 def stage_channels(source: ModelSource) -> str:
@@ -212,7 +206,7 @@ def narrow(session: Session, out: Path, how: Narrowing, *, force: bool = False) 
             f"asked to make stages of {source.text} narrower, which has no weights (kind: {source.kind}); give the "
             "folder of a pipeline or of a model; without --out its stages are listed"
         )
-    if (form := form_written(source)) in ("neutral", "padded"):
+    if form := form_of_zeros(source.model_folder):
         raise RunError(
             f"asked to make stages of {source.text} narrower, found a student in the {form} form, whose zeros "
             "stand for what was removed; make stages of its parent narrower first, and prune the result"
