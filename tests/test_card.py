@@ -30,7 +30,7 @@ from prune_lab.profiling import Change
 from prune_lab.runs import Run
 from prune_lab.runtime import write_json
 from prune_lab.session import Session
-from prune_lab.workflow import distilling, ensure_plans, plan_named, save_students, timed_search
+from prune_lab.workflow import distilling, ensure_plans, plan_named, plan_times, save_students
 from prune_lab.workflow.students import RepairVerdict
 
 PARENTS_CARD = """---
@@ -305,23 +305,23 @@ def test_a_time_measured_anew_stands_beside_that_of_the_search(
     searched = "0.725x of the teacher's, in turns, 20 rounds, cpu float32"
     plan = dataclasses.replace(found, timed=searched)
     changes = {plan.id: Change(-0.118, None, None, 5)}
-    monkeypatch.setattr(timed_search, "timed_changes", lambda session: changes)
-    told = timed_search.with_time(session, plan).timed
+    monkeypatch.setattr(plan_times, "timed_changes", lambda session: changes)
+    told = plan_times.with_time(session, plan).timed
     assert told.startswith("0.882x of the teacher's, in turns, 5 rounds, ")
     assert told.endswith(f"; the search that found the plan measured {searched}")
-    note = timed_search.timed_anew(session, plan)
+    note = plan_times.timed_anew(session, plan)
     assert "0.882x" in note
     assert "0.725x" in note
     assert "SLOWER" not in note  # no budget is known
     budget = dataclasses.replace(plan, timed=f"{searched}, for a budget of 0.750x")
-    assert timed_search.timed_anew(session, budget).endswith("; here it is SLOWER than the 0.750x asked for")
-    assert timed_search.with_time(session, plan, share=0.75).timed.count(", for a budget of 0.750x;") == 1
+    assert plan_times.timed_anew(session, budget).endswith("; here it is SLOWER than the 0.750x asked for")
+    assert plan_times.with_time(session, plan, share=0.75).timed.count(", for a budget of 0.750x;") == 1
     again = dataclasses.replace(plan, timed=told)
-    assert timed_search.with_time(session, again).timed.count("0.725x") == 1
-    assert timed_search.timed_anew(session, found) == ""
+    assert plan_times.with_time(session, again).timed.count("0.725x") == 1
+    assert plan_times.timed_anew(session, found) == ""
     changes.clear()
-    assert timed_search.timed_anew(session, plan) == ""
-    assert timed_search.with_time(session, plan).timed == searched
+    assert plan_times.timed_anew(session, plan) == ""
+    assert plan_times.with_time(session, plan).timed == searched
 
 
 def test_the_licence_of_a_model_that_ships_is_that_of_the_package(small: Path) -> None:

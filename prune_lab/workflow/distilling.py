@@ -29,9 +29,9 @@ from prune_lab.session import Session, ensure_captions, origin_of, tell_roles, t
 from prune_lab.session.parts import distilled_part, lacking, record, tournament_part
 from prune_lab.surgery import pipeline_with
 from prune_lab.workflow.measuring import ensure_scores
+from prune_lab.workflow.plan_times import timed_anew, with_time
 from prune_lab.workflow.searching import ensure_plans, plan_named
 from prune_lab.workflow.students import ensure_candidates, ensure_repaired, read_verdict
-from prune_lab.workflow.timed_search import timed_anew, with_time
 
 
 def _train_again(session: Session, candidates: Sequence[Candidate], tournament: Tournament) -> None:

@@ -31,9 +31,10 @@ from prune_lab.session import Session
 from prune_lab.session.parts import lacking, plans_part, record
 from prune_lab.workflow.measuring import controls, drawn_size, ensure_costs, ensure_latency, ensure_scores
 from prune_lab.workflow.objectives import objective_of
+from prune_lab.workflow.plan_times import shares_asked, time_notes, timed_changes, with_time
 from prune_lab.workflow.solving import Question, controls_for, solved, tries_of
 from prune_lab.workflow.targets import budgets_of, constraints_of
-from prune_lab.workflow.timed_search import shares_asked, time_notes, timed_changes, timing_note, with_time
+from prune_lab.workflow.timed_search import timing_note
 from prune_lab.workflow.widths import (
     ensure_width_scores,
     form_of,
