@@ -124,23 +124,61 @@ def _errors(pictures: Tensor, others: Tensor, where: Tensor | None = None) -> li
     return [float(value) for value in squares[:, where].mean(dim=1)]
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Drawn:
+    """What one model made of the picture at S strengths."""
+
+    pictures: Tensor  # (S, N, 3, H, W) uint8
+    passes: tuple[int, ...]  # of the model, by strength
+    seconds: tuple[float, ...]  # of one picture, by strength
+
+
+def _changed(
+    pipeline: Any,
+    name: str,
+    picture: Tensor,
+    mask: Tensor | None,
+    settings: SweepSettings,
+    drawing: tuple[int, float],
+) -> _Drawn:
+    """``picture`` (3, H, W), as the model ``name`` changes it at each strength; ``drawing`` is (steps, guidance)."""
+    steps, guidance = drawing
+    found, passes, seconds = [], [], []
+    for strength in track(settings.strengths, f"changing the picture with {name}"):
+        start = time.perf_counter()
+        with _counted_passes(model_of(pipeline)) as calls:
+            found.append(
+                change_picture(
+                    pipeline,
+                    picture,
+                    settings.prompt,
+                    settings.seeds,
+                    strength=strength,
+                    steps=steps,
+                    guidance=guidance,
+                    mask=mask,
+                )
+            )
+        seconds.append((time.perf_counter() - start) / len(settings.seeds))
+        passes.append(len(calls))
+    return _Drawn(torch.stack(found), tuple(passes), tuple(seconds))
+
+
 def _models_rows(
     name: str,
     file: str,
-    drawn: Tensor,
-    passes: Sequence[int],
-    seconds: Sequence[float],
+    drawn: _Drawn,
     picture: Tensor,
     mask: Tensor | None,
     first: Tensor,
     settings: SweepSettings,
     scorer: Any,
 ) -> list[tuple[object, ...]]:
-    """The rows of one model: ``drawn`` (S, N, 3, H, W), ``first`` those of the first model."""
+    """The rows of one model, in the order of its pictures; ``first`` are those of the first model."""
     rows: list[tuple[object, ...]] = []
     given = picture[None]
     for place, strength in enumerate(settings.strengths):
-        found = drawn[place]
+        found = drawn.pictures[place]
         count = len(found)
         clip, alike = [_NAN] * count, [_NAN] * count
         if scorer is not None:
@@ -155,12 +193,12 @@ def _models_rows(
                 strength,
                 seed,
                 settings.prompt,
-                passes[place],
+                drawn.passes[place],
                 f"{file}/strength-{strength:g}-seed-{seed}.png",
                 *cells,
             )
             for seed, *cells in zip(
-                settings.seeds, clip, alike, pixels, kept, apart, [seconds[place]] * count, strict=True
+                settings.seeds, clip, alike, pixels, kept, apart, [drawn.seconds[place]] * count, strict=True
             )
         ]
     return rows
@@ -229,46 +267,25 @@ def sweep(
     given_mask: Tensor | None = None
     with output_folder(out, force=force) as temporary:
         for source, name, file in zip(sources, names, files, strict=True):
-            steps, guidance = drawings[name]
             pipeline = load_pipeline(source, device=device, dtype=dtype)
             changing_pipeline(pipeline, mask=mask is not None)
-            check_steps(pipeline, steps)
+            check_steps(pipeline, drawings[name][0])
             side = picture_side(pipeline)
             own = read_own_picture(picture, side)
             own_mask = None if mask is None else read_own_mask(mask, side)
-            found, passes, seconds = [], [], []
-            for strength in track(settings.strengths, f"changing the picture with {name}"):
-                start = time.perf_counter()
-                with _counted_passes(model_of(pipeline)) as calls:
-                    found.append(
-                        change_picture(
-                            pipeline,
-                            own,
-                            settings.prompt,
-                            settings.seeds,
-                            strength=strength,
-                            steps=steps,
-                            guidance=guidance,
-                            mask=own_mask,
-                        )
-                    )
-                seconds.append((time.perf_counter() - start) / len(settings.seeds))
-                passes.append(len(calls))
-            made.append(torch.stack(found))
             given, given_mask = (own, own_mask) if given is None else (given, given_mask)
-            rows += _models_rows(
-                name, file, made[-1], passes, seconds, own, own_mask, made[0], settings, scorer
-            )
-            for row, one in zip(
-                rows[-made[-1][:, :, 0, 0, 0].numel() :], made[-1].flatten(0, 1), strict=True
-            ):
+            drawn = _changed(pipeline, name, own, own_mask, settings, drawings[name])
+            made.append(drawn.pictures)
+            more = _models_rows(name, file, drawn, own, own_mask, made[0], settings, scorer)
+            for row, one in zip(more, drawn.pictures.flatten(0, 1), strict=True):
                 save_picture(temporary / str(row[SWEEP_COLUMNS.index("file")]), one)
+            rows += more
             del pipeline
         assert given is not None
         save_picture(temporary / "given.png", given)
         frame = pd.DataFrame(rows, columns=list(SWEEP_COLUMNS))
         write_frame(temporary / "sweep.csv", frame)
-        found_all = Sweep(frame, tuple(made), given, given_mask, names, f"{choice.name} ({choice.reason})")
+        found = Sweep(frame, tuple(made), given, given_mask, names, f"{choice.name} ({choice.reason})")
         if finish is not None:
-            finish(temporary, found_all)
-    return found_all
+            finish(temporary, found)
+    return found

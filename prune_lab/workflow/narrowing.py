@@ -191,6 +191,56 @@ def _notes(session: Session, how: Narrowing, cut: Mapping[str, Any]) -> dict[str
     }
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Trained:
+    """A narrower model after its distillation: its folder, the held-out losses, and what is told of it."""
+
+    model: Path
+    teacher: float
+    before: float
+    after: float
+    steps: int
+    told: Mapping[str, object]
+
+    @property
+    def row(self) -> tuple[float, float, float, int]:
+        """Held-out loss of the whole model, after the cut and at the end, and steps."""
+        return self.teacher, self.before, self.after, self.steps
+
+
+def _distilled(session: Session, channels: Channels, pruned: Path) -> _Trained:
+    """The model in ``pruned``, with so many ``channels``, distilled from that of ``session``, in the folder beside it.
+
+    Raises RunError where its loss does not stay finite.
+    """
+    tell_roles(session)
+    setup = distill_setup_of(session)
+    written = ",".join(map(str, channels))
+    student = Student(
+        partial(load_model, resolve_model(str(pruned)), device="cpu", dtype=torch.float32),
+        _pairs(session, channels),
+        pruned.parent,
+        label=f"channels {written}",
+    )
+    if not student.pairs and setup.settings.feature_weight:
+        note("no stage is as wide as before: the student learns by the task and output losses alone")
+    (recovery,) = distill_together(setup, [student])
+    if recovery.status == "failed":
+        raise RunError(f"asked to distil channels {written}: {recovery.reason}")
+    teacher = float(heldout_loss(session.model, setup.validation).double().mean())
+    told = {
+        "steps": recovery.steps,
+        "samples per step": setup.settings.batch,
+        "learning rate": f"{setup.settings.learning_rate:g}",
+        "stages whose features were compared": len(student.pairs),
+        "held-out loss of the whole model": f"{teacher:.4g}",
+        "held-out loss after the cut": f"{recovery.before:.4g}",
+        "held-out loss after distillation": f"{recovery.after:.4g}",
+    }
+    model = pruned.parent / "distilled" / "model"
+    return _Trained(model, teacher, recovery.before, recovery.after, recovery.steps, told)
+
+
 def narrow(session: Session, out: Path, how: Narrowing, *, force: bool = False) -> pd.DataFrame:
     """One row, columns NARROWED_COLUMNS, on the model of ``session`` with narrower stages, which is written to ``out``.
 
@@ -224,40 +274,13 @@ def narrow(session: Session, out: Path, how: Narrowing, *, force: bool = False) 
     told = {"channels": list(cut.channels), "impact": cut.impact}
     pruned = place / "pruned"
     save_model(cut.model, pruned, None, _notes(session, how, told))
-    before = after = teacher = None
-    made = pruned
-    training: dict[str, object] = {}
-    if how.trained:
-        tell_roles(session)
-        setup = distill_setup_of(session)
-        student = Student(
-            partial(load_model, resolve_model(str(pruned)), device="cpu", dtype=torch.float32),
-            _pairs(session, cut.channels),
-            place,
-            label=f"channels {written}",
-        )
-        if not student.pairs and setup.settings.feature_weight:
-            note("no stage is as wide as before: the student learns by the task and output losses alone")
-        (recovery,) = distill_together(setup, [student])
-        if recovery.status == "failed":
-            raise RunError(f"asked to distil channels {written}: {recovery.reason}")
-        before, after = recovery.before, recovery.after
-        teacher = float(heldout_loss(session.model, setup.validation).double().mean())
-        made = place / "distilled" / "model"
-        training = {
-            "steps": recovery.steps,
-            "samples per step": setup.settings.batch,
-            "learning rate": f"{setup.settings.learning_rate:g}",
-            "stages whose features were compared": len(student.pairs),
-            "held-out loss of the whole model": f"{teacher:.4g}",
-            "held-out loss after the cut": f"{before:.4g}",
-            "held-out loss after distillation": f"{after:.4g}",
-        }
+    trained = _distilled(session, cut.channels, pruned) if how.trained else None
+    training: Mapping[str, object] = {} if trained is None else trained.told
     was, now = cut.costs
     notes = _notes(session, how, told | ({"training": training} if training else {}))
     pipeline_with(
         source,
-        made,
+        pruned if trained is None else trained.model,
         out,
         force=force,
         finish=lambda folder: write_narrowed_card(folder, source, notes, cut.costs, training),
@@ -265,6 +288,6 @@ def narrow(session: Session, out: Path, how: Narrowing, *, force: bool = False) 
     row = (
         *(source.text, stage_channels(source), written, how.by, str(out)),
         *(now.params, now.params / was.params - 1, now.macs, now.macs / was.macs - 1),
-        *(cut.impact, teacher, before, after, recovery.steps if how.trained else 0),
+        *(cut.impact, *((None, None, None, 0) if trained is None else trained.row)),
     )
     return pd.DataFrame([row], columns=list(NARROWED_COLUMNS))
