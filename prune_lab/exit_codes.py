@@ -18,7 +18,7 @@ EXIT_CODES: Mapping[int, str] = MappingProxyType(
         DONE: "done; every gate of evaluate passed; doctor found nothing left to do",
         NO: "a gate of evaluate failed; doctor found work or damage; or a bug, with a traceback",
         MISTAKE: "a mistake, in one line: nothing was done, or what was finished before is kept",
-        UNDECIDED: "a gate of evaluate is undecided: more prompts would tell",
+        UNDECIDED: "a gate of evaluate is undecided: more prompts would tell, or what it needs is not given",
         INTERRUPTED: "interrupted (Ctrl-C); a line says what is kept",
         TERMINATED: "terminated (SIGTERM); a line says what is kept",
     }

@@ -175,7 +175,7 @@ METRIC_COLUMNS = (
 )
 KIND_COLUMNS = (
     *("kind", "prompts", "model", "clip", "low", "high"),
-    *("difference", "difference_low", "difference_high", "verdict", "note"),
+    *("difference", "difference_low", "difference_high", "floor", "verdict", "note"),
 )
 GATE_COLUMNS = ("gate", "model", "value", "low", "high", "bound", "verdict", "reason", "note")
 RANKING_COLUMNS = (

@@ -29,8 +29,8 @@ from prune_lab.zero_shot import METRICS, NOT_COMPARABLE, drawing, parse_gate
 from prune_lab.zero_shot.estimates import Estimate, groups_of, mean_of
 from prune_lab.zero_shot.features import Extractors, Features, load_inception
 from prune_lab.zero_shot.gates import decide, exit_code
-from prune_lab.zero_shot.measuring import Sets, _set_metric
-from prune_lab.zero_shot.protocol import picture_seed, rows_of
+from prune_lab.zero_shot.measuring import Measured, Sets, _set_metric, kind_rows, metric_rows
+from prune_lab.zero_shot.protocol import picture_seed, prompts_in, rows_of
 
 TEXTS = ("a red cat", "a dog", "a fish", "a red cat", "two birds")
 FEW: dict[str, object] = {"evaluate.steps": 1, "evaluate.guidance": 1.0}
@@ -106,6 +106,17 @@ def test_fewer_prompts_are_drawn_from_all_over_the_file_and_are_among_more() -> 
     assert [int(row.prompt) for row in more] == sorted(int(row.prompt) for row in more)
     with pytest.raises(ConfigError, match="found 100 prompts"):
         rows_of(prompts, 101, seeds=1, seed=0, suffix="png")
+
+
+def test_captions_of_a_folder_of_pictures_are_prompts(tmp_path: Path) -> None:
+    for number, caption in enumerate(("a fox", "", "an owl")):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(caption)
+    assert prompts_in(str(tmp_path)) == Prompts(("a fox", "an owl"), ())
+    for path in tmp_path.glob("*.txt"):
+        path.write_text("")
+    with pytest.raises(DataError, match="found none; give a file of prompts"):
+        prompts_in(str(tmp_path))
 
 
 # Intervals -------------------------------------------------------------------------------------------------------
@@ -413,6 +424,48 @@ def test_too_few_real_pictures_are_told_beside_the_figure() -> None:
         found = _set_metric("fid", rows(8), sets, Extractors())
         assert found.estimate is not None
         assert found.reason.partition(":")[0] == said
+
+
+def test_a_distance_from_itself_is_no_spread_and_that_of_a_student_has_both_ways() -> None:
+    teacher, student = (
+        Features(inception=torch.randn(16, 2, generator=torch.Generator().manual_seed(seed)))
+        for seed in (1, 2)
+    )
+    one, other = (
+        _set_metric("fid-to-teacher", found, Sets(8, 2, None, teacher), Extractors())
+        for found in (teacher, student)
+    )
+    parts = [Sets(8, 2, None, None).by_seed(found.inception) for found in (teacher, student)]
+    assert math.isnan(one.floor)
+    assert one.estimate is not None
+    assert one.estimate.value == pytest.approx(fid(parts[0][0], parts[0][1]))
+    both = [fid(parts[1][i], parts[0][1 - i]) for i in (0, 1)]
+    assert other.floor == pytest.approx(abs(both[0] - both[1]))
+    single = [
+        _set_metric("fid-to-teacher", found, Sets(16, 1, None, teacher), Extractors())
+        for found in (teacher, student)
+    ]
+    rows = metric_rows("m", {"fid-to-teacher": single[1]}, {"fid-to-teacher": single[0]})
+    assert (rows[0]["verdict"], single[0].estimate and single[0].estimate.value) == ("no floor", 0)
+
+
+def test_the_floor_of_a_kind_is_the_larger_spread_between_its_seeds() -> None:
+    scores = np.array([[0.1, 0.3], [0.2, 0.4], [0.5, 0.5]])  # prompts, seeds
+    models = {
+        "teacher": {"clip": Measured(None, values=scores)},
+        "m": {"clip": Measured(None, values=scores - [0, 0.01])},
+    }
+    rows = pd.DataFrame(kind_rows(["a", "a", "b"], models, "teacher")).set_index(["kind", "model"])
+    assert rows.loc[("a", "m"), "difference"] == pytest.approx(-0.005)
+    assert rows.loc[("a", "m"), "floor"] == pytest.approx(0.2)
+    assert rows.loc[("b", "m"), "floor"] == pytest.approx(0.01)
+    assert rows.loc[("a", "m"), "verdict"] == "within noise"
+    alone = {
+        name: {"clip": Measured(None, values=found["clip"].values[:, :1] - (name == "m"))}
+        for name, found in models.items()
+    }
+    rows = pd.DataFrame(kind_rows(["a", "a", "a"], alone, "teacher")).set_index(["kind", "model"])
+    assert rows.loc[("a", "m"), "verdict"] == "worse"
 
 
 class OneRow(nn.Module):

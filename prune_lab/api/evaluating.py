@@ -130,13 +130,14 @@ def evaluate(
 ) -> Evaluation:
     """What ``models``, the first of which is the teacher, draw for many prompts: metrics with intervals, and gates.
 
-    ``prompts`` is a file (.txt, or a table with a column prompt or caption, and kind), ``default`` or ``shipped``, of
-    which ``images`` are drawn (None: all), ``seeds`` pictures each (None: 2, one with a preset). ``real`` is a folder
-    or table of pictures, or ``shipped``, ``inception`` a TorchScript file, which is run, ``clip`` a folder or hub id,
-    and a gate is written ``clip>=0.97x teacher`` or ``fid<=20``. Everything is kept in ``out``: the same call goes on
-    where it was stopped, and ``force`` draws again. Steps and guidance are ``evaluate.steps`` and
-    ``evaluate.guidance`` in ``settings``; the ``preset`` ``coco30k`` sets them itself, and a model that was distilled
-    for few steps draws in these. Raises ConfigError for a gate that cannot be read, before anything is drawn.
+    ``prompts`` is a file (.txt, or a table with a column prompt or caption, and kind), a folder of captioned pictures,
+    ``default`` or ``shipped``, of which ``images`` are drawn (None: all), ``seeds`` pictures each (None: 2, one with a
+    preset). ``real`` is a folder or table of pictures, or ``shipped``, ``inception`` a TorchScript file, which is run,
+    ``clip`` a folder or hub id, and a gate is written ``clip>=0.97x teacher`` or ``fid<=20``. Everything is kept in
+    ``out``: the same call goes on where it was stopped, and ``force`` draws again. Steps and guidance are
+    ``evaluate.steps`` and ``evaluate.guidance`` in ``settings``; the ``preset`` ``coco30k`` sets them itself, and a
+    model that was distilled for few steps draws in these. Raises ConfigError for a gate that cannot be read, before
+    anything is drawn.
     """
     read = tuple(parse_gate(text, METRICS) for text in gates)
     sources = [one.source if isinstance(one, Model) else resolve_model(str(one)) for one in models]

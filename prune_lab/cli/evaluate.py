@@ -58,7 +58,8 @@ def evaluate(
             "--prompts",
             metavar="FILE",
             help="Compare models, the teacher first, by what they draw for the prompts in a .txt, .csv, .jsonl or "
-            ".parquet (column prompt or caption, and kind); default or shipped. Needs --out.",
+            ".parquet (column prompt or caption, and kind), or for the captions of a folder of pictures; default or "
+            "shipped. Needs --out.",
         ),
     ] = "",
     out: Annotated[

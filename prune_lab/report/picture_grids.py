@@ -21,8 +21,10 @@ from prune_lab.report.format import enumeration
 from prune_lab.report.tables import PlanRow, RunTables
 from prune_lab.runs import read_picture
 
-_LABEL = 2.6  # width of the prompts in pictures
-_HEAD = 0.95  # height of the column titles in pictures
+_LABEL, _LABEL_INCHES = 2.6, 1.9  # width of the prompts in pictures, and at most
+_HEAD = 0.95  # height of the column titles in pictures, and in inches at most
+_WIDTH, _SIDE = 11.0, 1.6  # of the figure and of a picture, in inches, at most
+_LETTER = 0.075  # inches that a letter of a title takes, at most
 _CANDIDATES, _ROWS = 18, 16  # as many are shown: a page has an end
 _SPACE = 0.06  # between two columns of one candidate; 0.3 between two candidates
 
@@ -48,34 +50,52 @@ def draw_comparison(
     """All ``columns`` side by side, with the prompt of each row on the left and coloured plan names on top."""
     steps = [0.0] + [1 + (0.3 if a.plan_id != b.plan_id else _SPACE) for a, b in pairwise(columns)]
     lefts = np.cumsum(steps)
-    width = _LABEL + float(lefts[-1]) + 1
-    height = len(labels) * (1 + _SPACE) + _HEAD
-    scale = 11 / width
-    figure = new_figure(theme, 11, height * scale)
+    right = float(lefts[-1]) + 1
+    scale = min(_WIDTH / (_LABEL + right), _SIDE)  # inches of a picture; texts are as large whatever it is
+    states = any(column.state for column in columns)
+    label = min(_LABEL, _LABEL_INCHES / scale)
+    head = min(_HEAD, _HEAD / scale) * (1 if states else 0.6)
+    height = len(labels) * (1 + _SPACE) + head
+    figure = new_figure(theme, (label + right) * scale, height * scale)
     figure.set_layout_engine("none")
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
-    axes.set_xlim(-_LABEL, float(lefts[-1]) + 1)
-    axes.set_ylim(height - _HEAD, -_HEAD)
+    axes.set_xlim(-label, right)
+    axes.set_ylim(height - head, -head)
     size = min(8.0, 15.0 * scale)
     seen: set[str] = set()
     for left, column in zip(lefts, columns, strict=True):
         color = styles[column.plan_id].color if column.plan_id else theme.text
         if column.title not in seen:
-            title = "\n".join(wrap(column.title, 17))
+            room = scale * sum(other.title == column.title for other in columns)
+            title = "\n".join(wrap(column.title, max(8, int(room / _LETTER))))
             axes.text(
-                left, -0.38, title, fontsize=size, weight="bold", color=color, va="bottom", linespacing=1.15
+                left,
+                -(0.4 if states else 0.1) * head,
+                title,
+                fontsize=size,
+                weight="bold",
+                color=color,
+                va="bottom",
+                linespacing=1.15,
             )
             seen.add(column.title)
-        axes.text(left, -0.1, column.state, fontsize=size, color=theme.muted, va="bottom")
+        axes.text(left, -0.1 * head, column.state, fontsize=size, color=theme.muted, va="bottom")
         for row, picture in enumerate(column.pictures):
             top = row * (1 + _SPACE)
             axes.imshow(picture, extent=(left, left + 1, top + 1, top), interpolation="none", aspect="auto")
-    for row, label in enumerate(labels):
+    for row, prompt in enumerate(labels):
         middle = row * (1 + _SPACE) + 0.5
-        text = "\n".join(wrap(label, 25, max_lines=4, placeholder=" ..."))
+        text = "\n".join(wrap(prompt, 25, max_lines=4, placeholder=" ..."))
         axes.text(
-            -0.12, middle, text, fontsize=size, color=theme.text, ha="right", va="center", linespacing=1.25
+            -0.1 / scale,
+            middle,
+            text,
+            fontsize=size,
+            color=theme.text,
+            ha="right",
+            va="center",
+            linespacing=1.25,
         )
     return figure
 

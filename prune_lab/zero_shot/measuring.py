@@ -80,6 +80,11 @@ _FEATURES = {
 _SEVERAL = "not measured: needs --seeds 2 or more"
 
 
+def _spread(values: Sequence[float] | NDArray[np.float64]) -> float:
+    """The largest difference between two of ``values``; NaN of one."""
+    return float(max(values) - min(values)) if len(values) > 1 else math.nan
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Measured:
     """A metric of a model; no estimate: not measured, and the reason why.
@@ -91,12 +96,12 @@ class Measured:
     reason: str = ""
     features: str = ""
     seeds: tuple[float, ...] = ()
-    values: NDArray[np.float64] | None = None  # of each prompt, of a mean over prompts
+    values: NDArray[np.float64] | None = None  # (prompts, seeds), of a mean over both
 
     @property
     def floor(self) -> float:
         """The largest difference between two seeds of the same model; NaN of one."""
-        return max(self.seeds) - min(self.seeds) if len(self.seeds) > 1 else math.nan
+        return _spread(self.seeds)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -151,7 +156,13 @@ def _set_metric(name: str, features: Features, sets: Sets, extractors: Extractor
     if not all(map(math.isfinite, seeds)):
         return Measured(None, f"not measured: found {seeds}")
     estimate = Estimate(float(np.mean(seeds)), without if whole and len(without) > 1 else np.empty(0))
-    shown = tuple(seeds) if metric.against != "teacher" or sets.seeds > 1 else ()
+    shown = tuple(seeds)
+    if metric.against == "teacher":
+        # from itself it is as far one way as the other, and 0 of one seed: that is no spread
+        itself = features is sets.teacher
+        shown = tuple(
+            value for value, (i, j) in zip(seeds, pairs, strict=True) if i < j or (i > j and not itself)
+        )
     real = len(getattr(sets.real, used)) if metric.against == "real" else None
     return Measured(estimate, _warning(name, own, metric.against, real), _FEATURES[used], shown)
 
@@ -177,8 +188,8 @@ def _clip(features: Features, sets: Sets, extractors: Extractors) -> Measured:
     if features.clip is None or features.texts is None:
         return Measured(None, f"not measured: needs --clip FOLDER_OR_HUB_ID ({extractors.clip_lacks})")
     scores = (features.clip.double() * features.texts.double()).sum(dim=1).reshape(sets.prompts, sets.seeds)
-    values = scores.mean(dim=1).numpy()
-    return Measured(mean_of(values), "", "clip", tuple(scores.mean(dim=0).tolist()), values)
+    found = mean_of(scores.mean(dim=1).numpy())
+    return Measured(found, "", "clip", tuple(scores.mean(dim=0).tolist()), scores.numpy())
 
 
 def _diversity(features: Features, sets: Sets) -> Measured:
@@ -187,7 +198,7 @@ def _diversity(features: Features, sets: Sets) -> Measured:
     used = "clip" if features.clip is not None else "pixels"
     own: Tensor = getattr(features, used).reshape(sets.prompts, sets.seeds, -1)
     values = mean_distances(own, cosine=used == "clip").numpy()
-    return Measured(mean_of(values), "", used, (), values)
+    return Measured(mean_of(values), "", used)
 
 
 def measure(features: Features, sets: Sets, extractors: Extractors, title: str = "") -> dict[str, Measured]:
@@ -248,6 +259,8 @@ def metric_rows(
             row["difference"] = away.value
             row["difference_low"], row["difference_high"] = away.interval
             row["verdict"] = _verdict(name, away, max(floors, default=math.nan))
+            if name.endswith("-to-teacher") and not one.seeds:  # of the same noise: the teacher is at 0
+                row["verdict"] = "no floor"
         rows.append(row)
     return rows
 
@@ -255,7 +268,9 @@ def metric_rows(
 def kind_rows(
     kinds: Sequence[str], models: Mapping[str, Mapping[str, Measured]], teacher: str
 ) -> list[dict[str, object]]:
-    """The CLIP score by kind of prompt, and its paired difference to the teacher's; none where nothing is measured."""
+    """The CLIP score by kind of prompt, and its paired difference to the teacher's beside the larger floor of the two;
+    none where nothing is measured.
+    """
     rows: list[dict[str, object]] = []
     known = [kind for kind in dict.fromkeys(kinds) if kind]
     labels = np.array(kinds)
@@ -265,12 +280,15 @@ def kind_rows(
             values, others = found["clip"].values, models[teacher]["clip"].values
             if values is None or others is None:
                 continue
-            own, away = mean_of(values[chosen]), mean_of(values[chosen] - others[chosen])
+            parts = [part[chosen] for part in (values, others)]
+            own, away = mean_of(parts[0].mean(axis=1)), mean_of((parts[0] - parts[1]).mean(axis=1))
+            floor = max(_spread(part.mean(axis=0)) for part in parts)
             row: dict[str, object] = {"kind": kind, "prompts": int(chosen.sum()), "model": model}
             row |= dict(zip(("clip", "low", "high"), (own.value, *own.interval), strict=True))
             ends = (away.value, *away.interval) if model != teacher else (math.nan,) * 3
             row |= dict(zip(("difference", "difference_low", "difference_high"), ends, strict=True))
-            row["verdict"] = "" if model == teacher else _verdict("clip", away, math.nan)
+            row["floor"] = floor
+            row["verdict"] = "" if model == teacher else _verdict("clip", away, floor)
             rows.append(row)
     return rows
 

@@ -72,11 +72,12 @@ def _kinds(frame: pd.DataFrame, note: str) -> list[str]:
             row["model"],
             _with_interval(row, "clip", "low", "high"),
             _with_interval(row, "difference", "difference_low", "difference_high"),
+            row["floor"],
             row["verdict"],
         )
         for row in frame.to_dict("records")
     ]
-    head = ("kind", "prompts", "model", "CLIP score [95 %]", "minus the teacher [95 %]", "verdict")
+    head = ("kind", "prompts", "model", "CLIP score [95 %]", "minus the teacher [95 %]", "floor", "verdict")
     return [
         *("## By kind of prompt", "", "What is forgotten. Each interval is for one comparison alone.", ""),
         *_table(head, rows, note),
@@ -99,6 +100,9 @@ def _gates(frame: pd.DataFrame, note: str) -> list[str]:
     ]
     return [
         "## Gates",
+        "",
+        "Of a multiple of the teacher's value the interval is that of the paired difference, laid around the bound, so "
+        "another one than the value has by itself.",
         "",
         *_table(("gate", "model", "value [95 %]", "bound", "verdict", "remark"), rows, note),
     ]
@@ -141,7 +145,9 @@ def _conditions(about: Mapping[str, Any]) -> list[str]:
         "A value is the mean over seeds of the metric of one picture for each prompt. Intervals are over prompts (the "
         "delete-a-group jackknife in 20 groups, of a mean over prompts the t interval), differences are paired, and "
         "the real pictures are taken as they are. The floor is the largest difference between two seeds of the same "
-        "model: a difference that is smaller, or whose interval holds zero, is within noise.",
+        "model: a difference that is smaller, or whose interval holds zero, is within noise, which does not say that "
+        "the models are equal. Without a floor (one seed, and diversity, which is between seeds) the interval alone "
+        "decides.",
         "",
     ]
 

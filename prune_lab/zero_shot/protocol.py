@@ -6,16 +6,18 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from prune_lab.assets import load_pictures
-from prune_lab.config import SHIPPED
-from prune_lab.errors import ConfigError
+from prune_lab.config import SHIPPED, DataConfig
+from prune_lab.distill.sources import source_of
+from prune_lab.errors import ConfigError, DataError
 from prune_lab.models import ModelSource, drawing_asked, usual_drawing
 from prune_lab.prompts import Prompts, read_prompts
-from prune_lab.runtime import note, seeded
+from prune_lab.runtime import note, path_text, seeded
 
 NOT_COMPARABLE = "not comparable with published figures: seeding"
 
@@ -121,8 +123,22 @@ def shipped_prompts() -> Prompts:
 
 
 def prompts_in(file: str) -> Prompts:
-    """The prompts of ``file``; ``shipped`` are captions of the held-out pictures of the shipped models."""
-    return shipped_prompts() if file == SHIPPED else read_prompts(file)
+    """The prompts of ``file``, as ``read_prompts``; of a folder, .tar or .zip of pictures their captions; ``shipped``
+    are those of the held-out pictures of the shipped models.
+
+    Raises DataError where there are none.
+    """
+    if file == SHIPPED:
+        return shipped_prompts()
+    path = Path(file).expanduser()
+    if not path.is_dir() and path.suffix.lower() not in (".tar", ".zip"):
+        return read_prompts(file)
+    captions = tuple(filter(str.strip, source_of(DataConfig(source=file)).captions))
+    if not captions:
+        raise DataError(
+            f"asked for the captions of the pictures in {path_text(path)}, found none; give a file of prompts"
+        )
+    return Prompts(captions, ())
 
 
 def rows_of(prompts: Prompts, images: int | None, *, seeds: int, seed: int, suffix: str) -> tuple[Row, ...]:
