@@ -195,6 +195,10 @@ def test_a_folder_is_of_one_process_at_a_time_and_goes_where_nothing_came_of_it(
     ):
         pytest.fail("two at once")
     assert sorted(path.name for path in folder.iterdir()) == [".steps.lock", "table"]
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(StorageError, match="cannot write the lock file"), alone_in(file, "steps", "asked"):
+        pytest.fail("no folder")
 
 
 # The lock of a run ---------------------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from prune_lab.models import ModelSource, resolve_model, usual_drawing
 from prune_lab.models.files import json_object
 from prune_lab.models.written import form_of_zeros
 from prune_lab.report import Column, draw_comparison
-from prune_lab.runtime import note, pick_device, pick_dtype, progress_shown, write_text
+from prune_lab.runtime import bytes_text, note, pick_device, pick_dtype, progress_shown, write_text
+from prune_lab.runtime.holders import alone_in
 from prune_lab.schemas import PERSONAL_COLUMNS
 from prune_lab.tables import Pictures, Table
 
@@ -104,17 +105,19 @@ def personal_table(
     force: bool,
 ) -> Table:
     """What was learnt, in one row, with notes on where it lies and how it draws (``Model.personalise``)."""
-    found = personalise(
-        source,
-        images,
-        out,
-        settings,
-        class_images=None if class_images is None else Path(class_images),
-        device=device,
-        frozen=_frozen_in(source, settings),
-        force=force,
-        finish=lambda folder, asked: _write_readme(folder, source, asked),
-    )
+    place = out.expanduser().resolve()
+    with alone_in(place.parent, place.name, f"asked to personalise into {out}"):
+        found = personalise(
+            source,
+            images,
+            out,
+            settings,
+            class_images=None if class_images is None else Path(class_images),
+            device=device,
+            frozen=_frozen_in(source, settings),
+            force=force,
+            finish=lambda folder, asked: _write_readme(folder, source, asked),
+        )
     learnt = found.learnt
     prior = learnt.class_loss or (None, None)
     cells = (
@@ -149,7 +152,7 @@ def personal_table(
     notes.append(f"in Python: {loaded}")
     if found.class_folder is not None and class_images is None:
         notes.append(f"pictures of the class: {found.class_folder}")
-    note(f"peak memory: {learnt.peak_of}")
+    note(f"peak memory {bytes_text(learnt.peak_bytes)}: {learnt.peak_of}")
     return Table("personal", frame, f"{source.text} has learnt {settings.prompt!r}", notes=tuple(notes))
 
 

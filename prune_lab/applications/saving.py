@@ -14,6 +14,7 @@ from prune_lab.errors import UnsupportedModelError
 from prune_lab.families import family_of
 from prune_lab.models import ModelSource
 from prune_lab.models.files import read_headers
+from prune_lab.models.silence import quiet
 from prune_lab.models.written import PLAN, PROVENANCE, beside
 from prune_lab.runtime import Environment, names_alone, output_folder, write_json
 from prune_lab.surgery import get_ready_to_prove
@@ -57,7 +58,8 @@ def save_whole(
     assert source.model_folder is not None
     plan, provenance = (beside(source.model_folder, name) for name in (PLAN, PROVENANCE))
     origin = provenance or source.origin
-    model.to(_format_in_files(source))
+    with quiet():  # diffusers warns of any change of the format
+        model.to(_format_in_files(source))
     return trained_pipeline(
         source,
         model,

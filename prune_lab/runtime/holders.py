@@ -274,12 +274,17 @@ def _put_aside(path: Path, gone: Holder) -> None:
 def alone_in(folder: Path, verb: str, asked: str) -> Iterator[None]:
     """Hold the lock file of ``verb`` in ``folder`` for the block; the folder is made, and goes if it stays empty.
 
-    Raises StorageError, which begins with ``asked``, where another process holds it.
+    Raises StorageError, which begins with ``asked``, where another process holds it or it cannot be written.
     """
-    there = folder.is_dir()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f".{verb}.lock"
-    holder, _ = take_lock(path)
+    there, path = folder.is_dir(), folder / f".{verb}.lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        holder, _ = take_lock(path)
+    except OSError as error:
+        raise StorageError(
+            f"{asked}, cannot write the lock file {path.name} in {folder} ({error.strerror or error}); give a folder "
+            "that can be written"
+        ) from None
     if holder is not None:
         raise StorageError(
             f"{asked}, which {holder.text} is doing now; wait for its end (once you are sure that it has ended, remove "
