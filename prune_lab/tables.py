@@ -33,7 +33,15 @@ _MOST = 6
 _WHERE_ANY = "narrower"
 _UNCOUNTED = frozenset((_WHERE_ANY, "removed"))
 DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
-    "personal": ("trained", "prompt", "pictures", "loss_before", "loss_after", "steps_per_second", "peak_bytes"),
+    "personal": (
+        "trained",
+        "prompt",
+        "pictures",
+        "loss_before",
+        "loss_after",
+        "steps_per_second",
+        "peak_bytes",
+    ),
     "sweep": ("model", "strength", "clip", "likeness", "pixel_error", "from_first"),
     "blocks": ("name", "kind", "params", "macs", "removable", "reason"),
     "reductions": (

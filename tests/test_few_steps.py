@@ -320,8 +320,8 @@ def test_what_was_drawn_or_timed_by_other_parts_or_elsewhere_is_made_again(
     shutil.copytree(tiny_scorer_folder, scorer)
     _turn_sign(other / "vae", "decoder.conv_out.weight")
 
-    def compared() -> _Comparison:
-        asked = StepsAsked(images=1, prompts="default", scorer=str(scorer))
+    def compared(seed: int = 0) -> _Comparison:
+        asked = StepsAsked(images=1, prompts="default", scorer=str(scorer), many=2, seed=seed)
         sources = [resolve_model(str(one)) for one in (tiny_pipeline_folder, other)]
         return _Comparison(sources, asked, tmp_path / "out", torch.device("cpu"), torch.float32)
 
@@ -329,6 +329,12 @@ def test_what_was_drawn_or_timed_by_other_parts_or_elsewhere_is_made_again(
     configuration, another = (Configuration(name, "own", 2) for name in first.digests)
     assert first._key(configuration) != first._key(another)
     own = configuration.name
+    shown = tmp_path / "out" / "pictures" / f"{own}.png"
+    pictures = []
+    for seed in (0, 1, 0):  # the scores of a seed are never beside the pictures of another
+        compared(seed).quality(configuration)
+        pictures.append(shown.read_bytes())
+    assert pictures[0] == pictures[2] != pictures[1]
     times = [Turns((own,), ((value,), (value,)), 1, "one process") for value in (1.0, 2.0)]
     monkeypatch.setattr("prune_lab.workflow.few_steps.time_pictures", lambda *_, **__: times.pop(0))
     assert first.times([configuration]).latency(own).median_ms == 1

@@ -12,6 +12,7 @@ import torch
 from prune_lab.errors import ConfigError
 from prune_lab.few_steps.frontier import OWN
 from prune_lab.models.schedulers import goes_by_flow, scheduler_complaint
+from prune_lab.models.silence import quiet
 from prune_lab.probes import schedule_of
 
 
@@ -84,7 +85,8 @@ def fitting_scheduler(name: str, own: Any) -> tuple[Any, str]:
     settings = {key: value for key, value in settings.items() if not key.startswith("_")}
     if complaint := scheduler_complaint(kind, settings, by_flow=by_flow):
         return None, complaint
-    found = kind.from_config(settings)
+    with quiet():  # settings that the other class does not know are left out, which is meant
+        found = kind.from_config(settings)
     wanted = config.get("prediction_type", found.config.get("prediction_type"))
     if not by_flow and found.config.get("prediction_type", "epsilon") != wanted:
         return None, f"it does not know models that predict {wanted}"

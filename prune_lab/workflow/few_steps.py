@@ -42,7 +42,7 @@ from prune_lab.profiling import Turns, turns_of_frame
 from prune_lab.prompts import read_prompts
 from prune_lab.ranking.paired import paired_difference
 from prune_lab.runs import read_typed
-from prune_lab.runtime import Environment, note, read_json, track, write_frame, write_json
+from prune_lab.runtime import Environment, atomic_write, note, read_json, track, write_frame, write_json
 from prune_lab.schemas import FEW_STEPS_COLUMNS
 from prune_lab.session.prompts import shipped_rows
 
@@ -117,6 +117,11 @@ def _names(sources: Sequence[ModelSource]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _copy(file: Path, to: Path) -> None:
+    with atomic_write(to) as temporary:
+        temporary.write_bytes(file.read_bytes())
+
+
 class _Comparison:
     """The models with what they draw; finished rows and times lie in the folder and are not made again."""
 
@@ -176,7 +181,9 @@ class _Comparison:
     def quality(self, one: Configuration) -> dict[str, Any]:
         """Scores of each picture, likeness to many steps, and passes; read back where it was drawn already."""
         path = self.out / "drawn" / f"{self._key(one)}.json"
-        if path.is_file():
+        grid, shown = path.with_suffix(".png"), self.out / "pictures" / f"{one.name.replace('/', '-')}.png"
+        if path.is_file() and grid.is_file():
+            _copy(grid, shown)  # others may have been drawn under this name since
             return read_typed(path, dict[str, Any])
         drawn = self.many(one.model) if one == self._many_of(one.model) else self._draw(one)
         scores = (
@@ -190,8 +197,8 @@ class _Comparison:
             "psnr_teacher": psnr(drawn.pictures, self.many(self.teacher).pictures),
             "psnr_own": psnr(drawn.pictures, self.many(one.model).pictures),
         }
-        place = self.out / "pictures" / one.name.replace("/", "-")
-        save_grid(place.with_name(f"{place.name}.png"), drawn.pictures[:_SHOWN], columns=_SHOWN)
+        save_grid(grid, drawn.pictures[:_SHOWN], columns=_SHOWN)
+        _copy(grid, shown)
         write_json(path, found)
         return found
 
