@@ -329,7 +329,7 @@ def test_what_was_drawn_or_timed_by_other_parts_or_elsewhere_is_made_again(
     configuration, another = (Configuration(name, "own", 2) for name in first.digests)
     assert first._key(configuration) != first._key(another)
     own = configuration.name
-    shown = tmp_path / "out" / "pictures" / f"{own}.png"
+    shown = tmp_path / "out" / "pictures" / f"{own.replace('/', '-')}.png"
     pictures = []
     for seed in (0, 1, 0):  # the scores of a seed are never beside the pictures of another
         compared(seed).quality(configuration)
