@@ -105,6 +105,10 @@ def _gain(personal: pd.DataFrame, model: str, way: str) -> float:
     return float((after - before).mean())
 
 
+def _class_clip(personal: pd.DataFrame, model: str, way: str) -> float:
+    return float(_of(personal, model=model, way=way)["class_clip"].mean())
+
+
 def said_of_subjects(personal: pd.DataFrame) -> Iterator[str]:
     """Sentences on what was learnt, by the numbers."""
     for way in ("whole", "lora"):
@@ -123,6 +127,15 @@ def said_of_subjects(personal: pd.DataFrame) -> Iterator[str]:
             f"{CALLED[model]} {gain:+.2f} (of its own: {own[model]:+.2f})" for model, gain in gains.items()
         )
         yield f"The teacher's LoRA, carried over by `prune-lab convert lora` without a step of training: {parts}."
+        scores = {
+            model: [_class_clip(personal, model, way) for way in ("untouched", "carried", "lora")]
+            for model in gains
+        }
+        kept = ", ".join(
+            f"{CALLED[model]} {before:.2f} to {carried:.2f} (by its own to {own:.2f})"
+            for model, (before, carried, own) in scores.items()
+        )
+        yield f"What others of the class look like is forgotten more by it; CLIP score of the class: {kept}."
 
 
 def said_of_changes(moved: pd.DataFrame) -> Iterator[str]:

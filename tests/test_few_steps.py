@@ -185,6 +185,8 @@ def made_up() -> pd.DataFrame:
     names = ["model", "scheduler", "steps", "reuse", "role", "median_ms", "clip"]
     table = pd.DataFrame(rows, columns=names)
     table["psnr_teacher"] = 10.0
+    table["clip_change"] = table["clip"] - 0.6
+    table["clip_low"], table["clip_high"] = table["clip_change"] - 0.04, table["clip_change"] + 0.04
     baseline = baseline_of(table)
     table["lever"] = [lever_of(row, baseline) for _, row in table.iterrows()]
     return table
@@ -232,10 +234,19 @@ def test_the_levers_that_meet_a_limit_best_first() -> None:
     assert found["lever"].tolist() == [
         *("other model", "fewer steps", "fewer steps + scheduler", "other model + fewer steps"),
     ]
-    assert lever_lines(made_up(), "0.5x")[0] == (
-        "other model: small, 25 steps by own, reuse none: 500 ms, CLIP score 0.570"
+    lines = lever_lines(made_up(), "0.5x")
+    assert lines[0].startswith(
+        "pull first: other model (small, 25 steps by own), the fewest changes that keep"
     )
-    assert lever_lines(made_up(), "50ms") == ["nothing that was measured is within 50ms"]
+    assert lines[-1] == "not within it alone: reuse (at best 600 ms)"
+    assert lever_lines(made_up(), "0.5x", 1) == [*lines[:2], lines[-1]]
+    assert (
+        "fewer steps (big, 8 steps by own), the best of those within it, all of which"
+        in lever_lines(made_up(), "410ms")[0]
+    )
+    assert lines[1].startswith("other model: small, 25 steps by own, reuse none: 500 ms, CLIP score 0.570")
+    assert lever_lines(made_up(), "50ms")[0] == "nothing that was measured is within 50ms"
+    assert lever_lines(made_up(), "50ms")[1].startswith("not within it alone: ")
 
 
 def _turn_sign(folder: Path, name: str) -> None:

@@ -450,22 +450,22 @@ def test_a_distance_from_itself_is_no_spread_and_that_of_a_student_has_both_ways
 
 
 def test_the_floor_of_a_kind_is_the_larger_spread_between_its_seeds() -> None:
-    scores = np.array([[0.1, 0.3], [0.2, 0.4], [0.5, 0.5]])  # prompts, seeds
-    models = {
-        "teacher": {"clip": Measured(None, values=scores)},
-        "m": {"clip": Measured(None, values=scores - [0, 0.01])},
-    }
-    rows = pd.DataFrame(kind_rows(["a", "a", "b"], models, "teacher")).set_index(["kind", "model"])
+    scores = np.array([[0.1, 0.3], [0.2, 0.4], [0.15, 0.35], [0.1, 0.3], [0.5, 0.5]])  # prompts, seeds
+    models = {"teacher": scores, "m": scores - [0, 0.01]}
+
+    def rows_by(kinds: str, seeds: int) -> pd.DataFrame:
+        found = {name: {"clip": Measured(None, values=one[:, :seeds])} for name, one in models.items()}
+        return pd.DataFrame(kind_rows(list(kinds), found, "teacher")).set_index(["kind", "model"])
+
+    rows = rows_by("aaaab", 2)
     assert rows.loc[("a", "m"), "difference"] == pytest.approx(-0.005)
     assert rows.loc[("a", "m"), "floor"] == pytest.approx(0.2)
     assert rows.loc[("b", "m"), "floor"] == pytest.approx(0.01)
     assert rows.loc[("a", "m"), "verdict"] == "within noise"
-    alone = {
-        name: {"clip": Measured(None, values=found["clip"].values[:, :1] - (name == "m"))}
-        for name, found in models.items()
-    }
-    rows = pd.DataFrame(kind_rows(["a", "a", "a"], alone, "teacher")).set_index(["kind", "model"])
-    assert rows.loc[("a", "m"), "verdict"] == "worse"
+    assert rows.loc[("b", "m"), "verdict"] == "no interval"  # of one prompt
+    models["m"] = models["m"] - 1
+    assert rows_by("aaaaa", 1).loc[("a", "m"), "verdict"] == "worse"
+    assert rows_by("aaabb", 1)["low"].isna().all()  # of three prompts it would be as wide as all there is
 
 
 class OneRow(nn.Module):

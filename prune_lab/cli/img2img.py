@@ -25,7 +25,9 @@ def _numbers(text: str) -> tuple[float, ...]:
 @app.command()
 def img2img(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help=options.MODEL_HELP)],
-    picture: Annotated[Path, typer.Option("--picture", help="The picture to change.")],
+    picture: Annotated[
+        Path, typer.Option("--picture", help="The picture to change; the square in its middle is taken.")
+    ],
     prompt: Annotated[str, typer.Option("--prompt", help="What to change it towards.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write: pictures, sweep.csv and sweep.png.")],
     mask: Annotated[

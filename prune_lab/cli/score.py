@@ -18,7 +18,11 @@ def score(
     model: options.OptionalModel = "",
     criterion: Annotated[
         list[str],
-        typer.Option(help="What is measured, such as output-mse; may be repeated: the first leads."),
+        typer.Option(
+            help="What is measured: output-mse (default), output-cosine, denoising-loss, latent-shift, clip-score, "
+            "image-change, gate-gradient, gate-fisher, gate-path, taylor, magnitude, similarity, architecture-prior, "
+            "random; may be repeated: the first leads."
+        ),
     ] = [],  # noqa: B006
     groups: Annotated[
         list[str],

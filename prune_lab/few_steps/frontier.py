@@ -70,3 +70,27 @@ def best_by_lever(table: pd.DataFrame, limit_ms: float) -> pd.DataFrame:
     quality = quality_column(table)
     within = table[table["median_ms"] <= limit_ms].sort_values(quality, ascending=False)
     return within.drop_duplicates("lever")
+
+
+def first_lever(table: pd.DataFrame, limit_ms: float) -> tuple[pd.Series, bool] | None:
+    """(the row to try first within ``limit_ms``, whether it keeps the quality); None where nothing is within it.
+
+    Of the rows whose CLIP score is not told apart from the baseline's, or is above it, the one that pulls fewest levers
+    and is best; where there is none, or no score, the best of all.
+    """
+    found = best_by_lever(table, limit_ms)
+    if found.empty:
+        return None
+    kept = found[found["clip_high"] >= 0]
+    pulled = (kept if len(kept) else found)["lever"].str.count(r"\+")
+    order = pulled.sort_values(kind="stable").index if len(kept) else found.index
+    return found.loc[order[0]], len(kept) > 0
+
+
+def beyond(table: pd.DataFrame, limit_ms: float) -> pd.DataFrame:
+    """Of each single lever that does not meet ``limit_ms``, the fastest row."""
+    single = table[
+        ~table["lever"].str.contains("+", regex=False) & ~table["lever"].isin(("none", "more steps"))
+    ]
+    fastest = single.sort_values("median_ms").drop_duplicates("lever")
+    return fastest[fastest["median_ms"] > limit_ms]

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from prune_lab.few_steps.frontier import (
     baseline_of,
     best_by_lever,
+    beyond,
+    first_lever,
     frontier,
     latency_limit,
     quality_column,
@@ -119,17 +121,45 @@ def _lines(rows: pd.DataFrame) -> list[str]:
     return lines
 
 
-def lever_lines(table: pd.DataFrame, limit: str) -> list[str]:
-    """For a ``limit`` on the latency: one line per lever that meets it, the best quality first."""
-    found = best_by_lever(table, latency_limit(limit, table))
-    if not len(found):
-        return [f"nothing that was measured is within {limit}"]
+def _quality(row: Row, quality: str) -> str:
+    value = _clip(row) if quality == "clip" else f"{row[quality]:.1f}"
+    return f"{_CALLED[quality]} {value}"
+
+
+def _first(table: pd.DataFrame, limit_ms: float) -> str:
+    """Which lever to pull first; empty where nothing is within the limit."""
+    found = first_lever(table, limit_ms)
+    if found is None:
+        return ""
+    row, kept = found
     quality = quality_column(table)
-    return [
+    if quality != "clip" or pd.isna(row["clip_high"]):
+        why = "the best of those within it; there is no CLIP score with an interval to tell what it loses"
+    elif kept:
+        why = "the fewest changes that keep the CLIP score, as far as its interval tells"
+    else:
+        why = "the best of those within it, all of which lose"
+    return f"pull first: {row['lever']} ({row['model']}, {row['steps']} steps by {row['scheduler']}), {why}"
+
+
+def lever_lines(table: pd.DataFrame, limit: str, most: int | None = None) -> list[str]:
+    """For a ``limit`` on the latency: which lever to pull first, a line for ``most`` of the levers that meet it (None:
+    all), the best quality first, and one on the single levers that do not.
+    """
+    limit_ms, quality = latency_limit(limit, table), quality_column(table)
+    found = best_by_lever(table, limit_ms)
+    lines = [
         f"{row['lever']}: {row['model']}, {row['steps']} steps by {row['scheduler']}, reuse {_reuse(row)}: "
-        f"{row['median_ms']:.0f} ms, {_CALLED[quality]} {row[quality]:.3f}"
-        for _, row in found.iterrows()
+        f"{row['median_ms']:.0f} ms, {_quality(row, quality)}"
+        for _, row in found.head(len(found) if most is None else most).iterrows()
     ]
+    lines = (
+        [_first(table, limit_ms), *lines] if len(found) else [f"nothing that was measured is within {limit}"]
+    )
+    missed = [
+        f"{row['lever']} (at best {row['median_ms']:.0f} ms)" for _, row in beyond(table, limit_ms).iterrows()
+    ]
+    return [*lines, f"not within it alone: {', '.join(missed)}"] if missed else lines
 
 
 def _conditions(table: pd.DataFrame, conditions: Mapping[str, Any]) -> list[str]:
@@ -169,8 +199,9 @@ def steps_page(
         lines += [
             f"Within {share} of the baseline ({limit:.0f} ms), the best of each lever (the first {_LEVERS}):",
             "",
+            *(f"- {line}" for line in lever_lines(table, share, _LEVERS)),
+            "",
         ]
-        lines += [*(f"- {line}" for line in lever_lines(table, share)[:_LEVERS]), ""]
     front = frontier(table)
     lines += ["## Not beaten in both time and quality", "", *_lines(front), "", "## All", "", *_lines(table)]
     if conditions["left_out"]:

@@ -77,6 +77,8 @@ _FEATURES = {
     "logits": "inception",
     "pixels": "pixels",
 }
+_SHARES = ("precision", "recall")  # from 0 to 1, and so is what is left of their intervals
+_FEW = 4  # prompts of a kind: the t interval of two or three is as wide as the whole range
 _SEVERAL = "not measured: needs --seeds 2 or more"
 
 
@@ -237,6 +239,8 @@ def metric_rows(
         value, (low, high) = math.nan, (math.nan, math.nan)
         if one.estimate is not None:
             value, (low, high) = one.estimate.value, one.estimate.interval
+            if name in _SHARES:
+                low, high = max(low, 0.0), min(high, 1.0)
         row: dict[str, object] = {
             "model": model,
             "metric": name,
@@ -269,7 +273,7 @@ def kind_rows(
     kinds: Sequence[str], models: Mapping[str, Mapping[str, Measured]], teacher: str
 ) -> list[dict[str, object]]:
     """The CLIP score by kind of prompt, and its paired difference to the teacher's beside the larger floor of the two;
-    none where nothing is measured.
+    none where nothing is measured. Kinds of fewer than ``_FEW`` prompts have no interval.
     """
     rows: list[dict[str, object]] = []
     known = [kind for kind in dict.fromkeys(kinds) if kind]
@@ -282,6 +286,8 @@ def kind_rows(
                 continue
             parts = [part[chosen] for part in (values, others)]
             own, away = mean_of(parts[0].mean(axis=1)), mean_of((parts[0] - parts[1]).mean(axis=1))
+            if len(parts[0]) < _FEW:
+                own, away = (Estimate(one.value, np.empty(0)) for one in (own, away))
             floor = max(_spread(part.mean(axis=0)) for part in parts)
             row: dict[str, object] = {"kind": kind, "prompts": int(chosen.sum()), "model": model}
             row |= dict(zip(("clip", "low", "high"), (own.value, *own.interval), strict=True))
