@@ -135,7 +135,7 @@ def said_of_subjects(personal: pd.DataFrame) -> Iterator[str]:
             f"{CALLED[model]} {before:.2f} to {carried:.2f} (by its own to {own:.2f})"
             for model, (before, carried, own) in scores.items()
         )
-        yield f"What others of the class look like is forgotten more by it; CLIP score of the class: {kept}."
+        yield f"Its price is what others of the class look like. CLIP score of the class: {kept}."
 
 
 def said_of_changes(moved: pd.DataFrame) -> Iterator[str]:

@@ -104,6 +104,11 @@ def test_what_is_compared_and_what_is_left_out(pipeline: Any) -> None:
         *(("ddim", 2, 1), ("ddim", 2, 2), ("ddim", 4, 1), ("ddim", 4, 2), ("own", 6, 1)),
     ]
     assert lines == ["tiny: pndm is left out, it is what own is"]
+    found, lines = configurations({"tiny": pipeline}, ("own",), (2, 1500), (), 2)
+    assert [(one.scheduler, one.steps) for one in found] == [("own", 2)]
+    assert lines == [
+        "tiny: 1500 steps of own are left out, its scheduler is one of 1,000 timesteps, which has no more steps to draw in"
+    ]
 
 
 def test_more_steps_than_the_scheduler_has_are_left_out(pipeline: Any) -> None:
@@ -118,6 +123,11 @@ def test_one_step_is_left_out_where_the_pipeline_cannot_take_it(
 ) -> None:
     """PixArt's takes it for that of a model which was distilled for one step; of others diffusers raises IndexError."""
     pixart = load_pipeline(resolve_model(str(pipeline_folder("pixart"))))
+    _, lines = configurations({"pixart": pixart}, ("own", "lcm"), (2,), (), 2)
+    assert (
+        "pixart: lcm is left out, the pipeline steps by a DPMSolverMultistepScheduler, found a LCM"
+        in lines[0]
+    )
     found, lines = configurations({"pixart": pixart}, ("own", "ddim"), (1, 2), (), 2)
     assert {(one.scheduler, one.steps) for one in found} == {("own", 2), ("ddim", 1), ("ddim", 2)}
     assert "with which a PixArtAlphaPipeline draws in two steps or more" in "".join(lines)
@@ -320,6 +330,20 @@ def test_mistakes_are_told_in_one_line(
     assert found.exit_code == 2, found.output
     assert said in found.output
     assert not out.exists()
+
+
+def test_a_folder_of_somebody_else_is_left_alone(
+    tiny_pipeline_folder: Path, asked: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("mine")
+    arguments = ["steps", str(tiny_pipeline_folder), "--out", str(tmp_path / "mine"), *asked]
+    found = CliRunner().invoke(app, arguments)
+    assert (found.exit_code, found.output.count("\n")) == (2, 1)
+    assert "found something there that prune-lab did not write" in found.output
+    assert [(path.name, path.read_text()) for path in (tmp_path / "mine").iterdir()] == [
+        ("README.md", "mine")
+    ]
 
 
 def test_what_was_drawn_or_timed_by_other_parts_or_elsewhere_is_made_again(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prune_lab.errors import ConfigError
+from prune_lab.errors import ConfigError, StorageError
 from prune_lab.few_steps.frontier import latency_limit, read_limit
 from prune_lab.models import ModelSource
 from prune_lab.models.protection import check_apart
@@ -41,6 +41,12 @@ def steps_table(
         read_limit(latency)  # before an hour of drawing
     places = tuple(path for source in sources for path in source.places)
     out = check_apart(out, {"the models": places, "the prompts": (asked.prompts,) if asked.prompts else ()})
+    mine = (out / "drawn").is_dir() or (out / "steps.csv").is_file()
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not mine):
+        raise StorageError(
+            f"asked to compare few steps in {out}, found something there that prune-lab did not write; give another "
+            "folder with --out"
+        )
     with alone_in(out, "steps", f"asked to compare few steps in {out}"):
         found = compare_steps(sources, asked, out, **place)
         write_steps_page(out, found.table, found.conditions, pictures=out / "pictures")

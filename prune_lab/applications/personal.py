@@ -31,6 +31,7 @@ from prune_lab.probes import schedule_of
 from prune_lab.runtime import device_of, note, pick_dtype, synchronize, tensors_digest, track
 
 ADAPTER = "subject"  # the name of a LoRA while it is trained
+_MOST = 1e30  # of a rate or a weight: what float32 still holds when it is multiplied
 WHOLE_RATE, LORA_RATE = 1e-6, 1e-4  # BK-SDM's learning rates for Stable Diffusion
 _TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention, as in the scripts of diffusers
 _MOST_RANK = 1024
@@ -100,7 +101,7 @@ class PersonalSettings:
         for name in ("learning_rate", "prior_weight", "guidance"):
             value = getattr(self, name)
             unsaid = name == "guidance" and value is None
-            check(unsaid or (math.isfinite(value) and value >= 0), name, "a finite number, zero or more")
+            check(unsaid or 0 <= value <= _MOST, name, f"a number from 0 to {_MOST:g}")
         check(self.precision in ("float32", "bfloat16"), "precision", "float32 or bfloat16")
 
     @property

@@ -324,7 +324,12 @@ class DistillConfig:
         require(self.diverged > 1, "distill.diverged", self.diverged, "above 1")
         rule = "float32, bfloat16 or empty for the teacher's; float16 loses the gradients of students"
         require(self.precision in ("", "float32", "bfloat16"), "distill.precision", self.precision, rule)
-        require(self.learning_rate > 0, "distill.learning_rate", self.learning_rate, "above zero")
+        require(
+            0 < self.learning_rate <= 1e30,
+            "distill.learning_rate",
+            self.learning_rate,
+            "above zero, at most 1e30",
+        )
         for share in ("ema_decay", "caption_dropout"):
             value = getattr(self, share)
             require(0 <= value < 1, f"distill.{share}", value, "at least 0 and below 1")

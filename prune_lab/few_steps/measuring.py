@@ -17,6 +17,7 @@ from prune_lab.families import model_of
 from prune_lab.few_steps.frontier import OWN
 from prune_lab.few_steps.schedulers import fitting_scheduler
 from prune_lab.models import usual_drawing
+from prune_lab.models.parts import why_no_text_to_image
 from prune_lab.models.schedulers import steps_complaint
 from prune_lab.models.silence import quiet
 from prune_lab.profiling import Turns, time_in_turns
@@ -55,6 +56,17 @@ def guidance_of(pipeline: Any, guidance: float) -> float:
     return usual.guidance if usual.baked else guidance
 
 
+def _refused(pipeline: Any, scheduler: Any) -> str:
+    """Why ``pipeline`` does not draw by ``scheduler``; empty where it does, or draws by none."""
+    with _set_up(pipeline, scheduler):
+        try:
+            drawing_of(pipeline)
+        except UnsupportedModelError:
+            why = why_no_text_to_image(type(pipeline), type(scheduler))
+            return f"the pipeline {why}" if why else ""
+    return ""
+
+
 def _fitting(model: str, pipeline: Any, schedulers: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """(those of ``schedulers`` that fit ``pipeline``, by name; lines on the others)."""
     found: dict[str, Any] = {}
@@ -66,7 +78,7 @@ def _fitting(model: str, pipeline: Any, schedulers: Sequence[str]) -> tuple[dict
             for other, one in found.items()
             if scheduler and one.to_json_string() == scheduler.to_json_string()
         ]
-        why = f"it is what {same[0]} is" if same else why
+        why = f"it is what {same[0]} is" if same else why or _refused(pipeline, scheduler)
         if why:
             lines.append(f"{model}: {name} is left out, {why}")
         else:

@@ -172,7 +172,9 @@ def _complaint_of_one_step(scheduler: Any, pipeline: str) -> str:
 
 def steps_complaint(scheduler: Any, steps: int, pipeline: Any = None) -> str:
     """Why ``scheduler`` cannot draw in so many ``steps`` of ``pipeline``, as the end of a line; empty where it can."""
-    kind = type(pipeline).__name__
+    kind, count = type(pipeline).__name__, scheduler.config.get("num_train_timesteps")
+    if isinstance(count, int) and steps > count:
+        return f"of {count:,} timesteps, which has no more steps to draw in"
     try:
         with _trial():
             found = _complaint_of_pass(type(scheduler).from_config(scheduler.config), steps)
