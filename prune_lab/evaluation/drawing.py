@@ -1,4 +1,4 @@
-"""Evaluation of a model: its held-out loss, images generated with it, and their CLIP scores."""
+"""Pictures drawn from prompts by whole pipelines of any kind, one seed of noise each."""
 
 from __future__ import annotations
 
@@ -8,15 +8,11 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from prune_lab import __version__
 from prune_lab.config import EvaluateConfig
 from prune_lab.errors import ConfigError, DataError, UnsupportedModelError
 from prune_lab.families import (
@@ -39,12 +35,10 @@ from prune_lab.families.drawing import (
     takes_classes,
     takes_guidance_scale,
 )
-from prune_lab.models import ScorerInputs
 from prune_lab.models.parts import why_no_text_to_image
 from prune_lab.models.schedulers import steps_complaint
 from prune_lab.models.silence import quiet
 from prune_lab.probes import (
-    Probe,
     check_side,
     class_count,
     cut_texts,
@@ -52,25 +46,10 @@ from prune_lab.probes import (
     note_cut,
     picture_side,
     pipeline_conditions,
-    predict,
     takes_frames,
     to_uint8,
 )
-from prune_lab.runs import read_picture
-from prune_lab.runtime import atomic_folder, atomic_write, generator_for, note_once, seeded, track
-
-
-def heldout_loss(model: Any, probe: Probe, *, batch: int = 32) -> Tensor:
-    """Mean squared error of the prediction against the probe's target, one value per row, (N,) float32 on the CPU.
-
-    Reads as: the training loss on images that were not trained on. Misleads when: compared between probes, because the
-    loss depends on the timestep.
-    """
-    predictions = predict(model, probe, batch=batch)
-    return (predictions - probe.target).square().flatten(1).mean(dim=1)
-
-
-# Drawing from prompts alone ---------------------------------------------------------------------------------------
+from prune_lab.runtime import generator_for, note_once, seeded, track
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,97 +336,3 @@ def generate(
         resolution=resolution,
     )
     return torch.cat(list(track(drawn, "generating", math.ceil(len(pairs) / batch))))
-
-
-def clip_embeddings(
-    scorer: tuple[Any, ScorerInputs], pictures: Tensor, prompts: Sequence[str]
-) -> tuple[Tensor, Tensor]:
-    """The CLIP embeddings, of length one, of each image and its prompt, (N, D) float32 on the CPU, in one pass.
-
-    ``scorer`` is what ``models.load_scorer`` returns, ``pictures`` are images uint8 (N, 3, H, W).
-    """
-    model, inputs = scorer
-    with torch.inference_mode():
-        embedded = model(
-            pixel_values=inputs.pictures(pictures, model.device),
-            **inputs.captions(cut_texts(prompts), model.device),
-        )
-        # The model has normalised both embeddings.
-        return embedded.image_embeds.float().cpu(), embedded.text_embeds.float().cpu()
-
-
-def clip_scores(
-    scorer: tuple[Any, ScorerInputs], pictures: Tensor, prompts: Sequence[str], *, batch: int = 64
-) -> Tensor:
-    """Cosine between the CLIP embeddings of each image and its prompt, (N,) float32 on the CPU.
-
-    ``scorer`` is what ``models.load_scorer`` returns, ``pictures`` are images uint8 (N, 3, H, W). As in BK-SDM, the
-    cosine is not multiplied by 100 and not clipped at zero. Misleads when: compared between scorers.
-    Raises DataError when the numbers of images and prompts differ.
-    """
-    if len(pictures) != len(prompts):
-        raise DataError(
-            f"asked to score {len(pictures)} images against {len(prompts)} prompts; give one prompt for each image"
-        )
-    scores = [torch.empty(0)]
-    for start in range(0, len(prompts), batch):
-        rows = slice(start, start + batch)
-        images, texts = clip_embeddings(scorer, pictures[rows], prompts[rows])
-        scores.append((images * texts).sum(dim=-1))
-    return torch.cat(scores)
-
-
-def save_pictures(folder: Path, pictures: Tensor, names: Sequence[str]) -> None:
-    """Write ``pictures`` (N, 3, H, W) uint8 as PNG files called ``names`` in ``folder``, which appears whole or not.
-
-    Raises DataError when there are not as many names, StorageError when a file cannot be written.
-    """
-    if len(pictures) != len(names):
-        raise DataError(f"asked to save {len(pictures)} pictures under {len(names)} names; give one for each")
-    with atomic_folder(folder, force=True) as temporary:
-        for name, picture in zip(names, pictures, strict=True):
-            Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(temporary / name)
-
-
-def read_pictures(folder: Path, names: Sequence[str] | None = None) -> Tensor:
-    """The PNG files called ``names`` in ``folder``, uint8 (N, 3, H, W); None: all, in the order of their names.
-
-    Raises DataError when there are none, when one is missing or damaged, or when they differ in size.
-    """
-    paths = sorted(folder.glob("*.png")) if names is None else [folder / name for name in names]
-    pictures = [torch.from_numpy(read_picture(path)).permute(2, 0, 1) for path in paths]
-    if len({picture.shape for picture in pictures}) != 1:
-        sizes = sorted({f"{picture.shape[2]} x {picture.shape[1]}" for picture in pictures})
-        found = f"sizes {', '.join(sizes)}" if pictures else "no PNG files"
-        raise DataError(
-            f"asked to read pictures of one size in {folder}, found {found}; remove it and draw again"
-        )
-    return torch.stack(pictures)
-
-
-def _written_here() -> PngInfo:
-    """What tells later that prune-lab wrote a picture, and may replace it."""
-    info = PngInfo()
-    info.add_text("Software", f"prune_lab {__version__}")
-    return info
-
-
-def save_grid(path: Path, pictures: Tensor, *, columns: int = 4, gap: int = 2) -> None:
-    """Write images ``pictures`` (N, 3, H, W) uint8 as one PNG of ``columns`` columns, filled row by row.
-
-    ``gap`` white pixels lie between two images. The file is written completely or not at all. Raises DataError when
-    there are no images, StorageError when the file cannot be written.
-    """
-    if pictures.ndim != 4 or pictures.shape[1] != 3 or not len(pictures):
-        raise DataError(
-            f"asked for a grid of images of shape {tuple(pictures.shape)}; give uint8 (N, 3, H, W), N at least 1"
-        )
-    count, _, height, width = pictures.shape
-    columns = max(1, min(columns, count))
-    rows = math.ceil(count / columns)
-    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for i, picture in enumerate(pictures):
-        cell = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
-        sheet.paste(cell, ((i % columns) * (width + gap), (i // columns) * (height + gap)))
-    with atomic_write(path) as temporary:
-        sheet.save(temporary, format="PNG", pnginfo=_written_here())
