@@ -334,14 +334,15 @@ def test_a_folder_of_somebody_else_is_left_alone(
     tiny_pipeline_folder: Path, asked: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "README.md").write_text("mine")
+    for name in ("README.md", "steps.csv", "environment.json"):
+        (tmp_path / "mine" / name).write_text("{}")
     arguments = ["steps", str(tiny_pipeline_folder), "--out", str(tmp_path / "mine"), *asked]
     found = CliRunner().invoke(app, arguments)
     assert (found.exit_code, found.output.count("\n")) == (2, 1)
     assert "found something there that prune-lab did not write" in found.output
-    assert [(path.name, path.read_text()) for path in (tmp_path / "mine").iterdir()] == [
-        ("README.md", "mine")
-    ]
+    assert {path.name: path.read_text() for path in (tmp_path / "mine").iterdir()} == dict.fromkeys(
+        ("README.md", "steps.csv", "environment.json"), "{}"
+    )
 
 
 def test_what_was_drawn_or_timed_by_other_parts_or_elsewhere_is_made_again(

@@ -10,10 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from hub_server import REVISION, TAGGED, serve
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from prune_lab.cli import app
 from prune_lab.models.hub import files_to_fetch
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -152,3 +155,18 @@ def test_a_hub_is_read_by_revision_variant_and_subfolder(hub: Path, tmp_path: Pa
 )
 def test_what_is_fetched_of_a_repository(names: list[str], how: dict[str, str], fetched: list[str]) -> None:
     assert files_to_fetch(names, None, **how) == fetched
+
+
+@pytest.mark.parametrize(
+    "arguments", [["blocks"], ["personalise", "--token", "a", "--class", "b", "--images", "c", "--out", "d"]]
+)
+def test_a_name_that_no_hub_can_be_asked_for_is_one_line(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing listens there; the client decides about being offline when it is imported, hence the constants."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    found = CliRunner().invoke(app, [*arguments, "somebody/nothere"])
+    assert (found.exit_code, found.output.count("\n")) == (2, 1), found.output
+    assert "somebody/nothere" in found.output

@@ -14,7 +14,7 @@ from prune_lab.models.protection import check_apart
 from prune_lab.report.few_steps import draw_steps, lever_lines, write_steps_page
 from prune_lab.runtime.holders import alone_in
 from prune_lab.tables import Table
-from prune_lab.workflow import StepsAsked, compare_steps
+from prune_lab.workflow import StepsAsked, compare_steps, is_of_steps
 
 
 def _asked(given: Mapping[str, Any]) -> StepsAsked:
@@ -41,8 +41,7 @@ def steps_table(
         read_limit(latency)  # before an hour of drawing
     places = tuple(path for source in sources for path in source.places)
     out = check_apart(out, {"the models": places, "the prompts": (asked.prompts,) if asked.prompts else ()})
-    mine = (out / "drawn").is_dir() or (out / "steps.csv").is_file()
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not mine):
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not is_of_steps(out)):
         raise StorageError(
             f"asked to compare few steps in {out}, found something there that prune-lab did not write; give another "
             "folder with --out"

@@ -40,7 +40,7 @@ from prune_lab.distill.image_source import (
 )
 from prune_lab.distill.listing import files_below
 from prune_lab.errors import DataError
-from prune_lab.models.hub import HUB_ID
+from prune_lab.models.hub import HUB_ID, is_the_hubs
 from prune_lab.runtime import read_bytes, seeded
 from prune_lab.text_tables import TABLE_SUFFIXES, one_line, whole_characters
 
@@ -118,12 +118,14 @@ def _empty(cell: Any) -> bool:
 
 @contextlib.contextmanager
 def _loading(title: str, library_error: type[Exception]) -> Iterator[None]:
-    """Turns OSError, ValueError and ``library_error`` into DataError."""
+    """Turns OSError, ValueError, ``library_error`` and what a hub or the way to it answers into DataError."""
     try:
         yield
     except DataError:
         raise
-    except (OSError, ValueError, library_error) as error:
+    except Exception as error:
+        if not (isinstance(error, (OSError, ValueError, library_error)) or is_the_hubs(error)):
+            raise
         reason = one_line(str(error.__cause__ or error)) or type(error).__name__
         raise DataError(f"asked for the images in {title}, cannot load them ({reason}); {_KINDS}") from None
 

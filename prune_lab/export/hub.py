@@ -19,6 +19,7 @@ from prune_lab.families import known_files
 from prune_lab.models import resolve_model
 from prune_lab.models.conversion import refuse_flawed, stored
 from prune_lab.models.files import json_object, read_header
+from prune_lab.models.hub import is_the_hubs
 from prune_lab.models.silence import quiet
 from prune_lab.models.written import tell_weights
 from prune_lab.runs import open_run
@@ -30,8 +31,6 @@ _KEPT = (".json", ".safetensors", ".txt", ".model", ".md", ".png", ".jpg", ".jpe
 _LICENCES = ("licen", "notice")
 # What training leaves behind, by the begin of names: never part of a model.
 _LEFT_OUT = ("optimizer", "random_states", "rng_state", "trainer_state")
-# Libraries that carry requests, by the version of the client: each has errors of its own for a broken connection.
-_TRANSPORTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "hf_xet")
 _BRANCH = re.compile(r"[A-Za-z0-9_][\w-]*(?:[./][\w-]+)*", re.ASCII)
 _LONGEST_BRANCH, _LONGEST_NAME = 200, 96
 
@@ -209,7 +208,7 @@ def push_folder(
     except Exception as error:  # of the client, of its transport, and of the hub: none has a class in common
         # an upload that fails in a thread of the client is told by an error of its own, about that of the hub
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-        told = next((one for one in (error, cause) if _is_the_hubs(one)), None)
+        told = next((one for one in (error, cause) if is_the_hubs(one)), None)
         if told is None:
             raise
         raise HubError(f"asked to push to {to} on {api.endpoint}: {_reason(told)}") from None
@@ -218,13 +217,3 @@ def push_folder(
             f"asked to push to {to}, which is there and public; say --public if everyone may have this model"
         )
     return str(found.commit_url)
-
-
-def _is_the_hubs(error: Exception) -> bool:
-    """Whether ``error`` is about the hub or the way to it, and not a mistake of ours."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    library = type(error).__module__.split(".")[0]
-    return library in _TRANSPORTS or isinstance(
-        error, (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError)
-    )

@@ -15,6 +15,8 @@ from prune_lab.models.silence import quiet
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _INDEX = "model_index.json"
 _TEXT = (".json", ".txt", ".model")  # configs, and the files of tokenizers
+# Libraries that carry requests, by the version of the client: each has errors of its own for a broken connection.
+_TRANSPORTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "hf_xet")
 _CARDS = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
 
 
@@ -59,6 +61,14 @@ def files_to_fetch(
     return sorted({*text, *(file for folder in holders for file in _weights_among(names, folder, variant))})
 
 
+def is_the_hubs(error: Exception) -> bool:
+    """Whether ``error`` is about the hub or the way to it, and not a mistake of ours."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    known = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)
+    return type(error).__module__.split(".")[0] in _TRANSPORTS or isinstance(error, known)
+
+
 def _why(text: str, revision: str, error: Exception) -> str:
     from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 
@@ -95,9 +105,7 @@ def hub_folder(text: str, *, revision: str = "", subfolder: str = "", variant: s
     Raises ModelNotFoundError when the hub has no such repository or cannot be reached, and it is not in the cache.
     """
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    mistakes = (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError)
     asked = revision or None
     try:
         with quiet():
@@ -111,7 +119,9 @@ def hub_folder(text: str, *, revision: str = "", subfolder: str = "", variant: s
             exact = [re.sub(r"([\[?*])", r"[\1]", name) for name in wanted]
             # By its name, which the cache remembers: without a network the same name finds the same commit.
             return Path(snapshot_download(text, revision=asked, allow_patterns=exact))
-    except mistakes as error:
+    except Exception as error:  # of the client, of its transport, and of the hub: none has a class in common
+        if not (is_the_hubs(error) or isinstance(error, (OSError, ValueError))):
+            raise
         reason = _why(text, revision, error)
     if (folder := _cached(text, revision, subfolder)) is not None:
         return folder

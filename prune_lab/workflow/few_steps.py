@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from prune_lab.errors import ConfigError, DataError, RunError
+from prune_lab.errors import ConfigError, DataError, RunError, StorageError
 from prune_lab.evaluation import clip_scores, drawing_of, save_grid
 from prune_lab.families import embedding_width
 from prune_lab.few_steps.frontier import OWN, baseline_of, frontier, lever_of
@@ -87,6 +87,18 @@ class StepsFound:
     table: pd.DataFrame
     lines: tuple[str, ...]
     conditions: dict[str, Any]
+
+
+def is_of_steps(folder: Path) -> bool:
+    """Whether ``compare_steps`` wrote into ``folder``: what it drew lies there, or how it measured."""
+    about = folder / "environment.json"
+    if (folder / "drawn").is_dir() or not about.is_file():
+        return (folder / "drawn").is_dir()
+    try:
+        found = read_json(about)
+    except (DataError, StorageError):
+        return False
+    return isinstance(found, dict) and {"asked", "left_out", "models"} <= found.keys()
 
 
 def prompts_of(source: ModelSource, asked: StepsAsked) -> tuple[str, ...]:
