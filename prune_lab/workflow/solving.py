@@ -12,6 +12,7 @@ from prune_lab.importance import ImportanceTable, score
 from prune_lab.importance.intervals import Floats
 from prune_lab.plans import PruningPlan
 from prune_lab.profiling import CostTable
+from prune_lab.runtime import note
 from prune_lab.search import (
     Budget,
     Constraints,
@@ -194,7 +195,20 @@ def tries_of(solver: str) -> int:
 
 
 def solved(question: Question) -> SolverResult:
-    """What the solver of the settings finds; within a budget on latency its plans are timed, too (``within_time``)."""
+    """What the solver of the settings finds; within a budget on latency its plans are timed, too (``within_time``).
+
+    Says where these are fewer plans than the settings ask for.
+    """
+    settings, result = question.session.config.search, _solved(question)
+    if len(result.plans) < settings.count:
+        why = "; this solver gives one" if settings.solver in ("greedy", "descent") else ""
+        note(
+            f"{question.asked}: {settings.solver} found {len(result.plans)} of {settings.count} plans asked for{why}"
+        )
+    return result
+
+
+def _solved(question: Question) -> SolverResult:
     name = question.session.config.search.solver
     if all(budget.metric != "latency_ms" for budget in question.budgets):
         return SOLVERS[name](question)
