@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -268,12 +270,19 @@ def test_numbers_stay_in_the_format_of_the_files(
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
 
 
-@pytest.mark.parametrize("own", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.parametrize("onto", ["model", "half", pytest.param("own code", marks=pytest.mark.long)])
 def test_a_lora_is_loaded_by_plain_diffusers(
-    own: bool, tiny_pipeline_folder: Path, subject: Path, tmp_path: Path
+    onto: str, tiny_pipeline_folder: Path, subject: Path, tmp_path: Path
 ) -> None:
-    """Onto the model, or onto a student with code of its own, where it gives the answer that was trained."""
-    folder = own_code_student(tiny_pipeline_folder, tmp_path / "student") if own else tiny_pipeline_folder
+    """Onto the model, one in float16, whose parts diffusers loads in two formats where it is asked for none, or onto a
+    student with code of its own, where it gives the answer that was trained.
+    """
+    folder = tiny_pipeline_folder
+    if onto == "own code":
+        folder = own_code_student(tiny_pipeline_folder, tmp_path / "student")
+    elif onto == "half":
+        folder = tmp_path / "half"
+        DiffusionPipeline.from_pretrained(tiny_pipeline_folder).to(torch.float16).save_pretrained(folder)
     out = tmp_path / "lora"
     invoke("personalise", folder, "--images", subject, *WORDS, "--lora", "2", "--out", out)
     tensors = load_file(out / "pytorch_lora_weights.safetensors")
@@ -283,7 +292,13 @@ def test_a_lora_is_loaded_by_plain_diffusers(
     told = json.loads((out / "personal.json").read_text())
     assert told["proof"]["kind"] == "same answer"
     assert told["training"]["trained"] == sum(tensor.numel() for tensor in tensors.values())
-    assert 'load_lora_weights(".")' in (out / "README.md").read_text()
+    said = (out / "README.md").read_text()
+    assert 'load_lora_weights(".")' in said
+    assert ('from_pretrained("MODEL", torch_dtype=torch.float32)' in said) == (onto == "half")
+    if onto == "half":  # the lines are run to their end: the pipeline draws
+        lines = said.split("```python\n")[1].split("```")[0].replace("MODEL", str(folder))
+        subprocess.run([sys.executable, "-c", lines], check=True, cwd=out, capture_output=True)
+        assert (out / "picture.png").is_file()
 
 
 @pytest.mark.long

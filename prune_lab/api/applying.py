@@ -13,7 +13,7 @@ from prune_lab.applications import PersonalSettings, Sweep, SweepSettings, perso
 from prune_lab.errors import ConfigError, FormError, PlanError, RunError
 from prune_lab.export import student_in
 from prune_lab.export.card import is_on_hub
-from prune_lab.export.snippets import loaded_in_python, snippet_for
+from prune_lab.export.snippets import loaded_in_python, mixes_formats, snippet_for
 from prune_lab.families import CLASS_NAME, is_own
 from prune_lab.models import ModelSource, resolve_model, usual_drawing
 from prune_lab.models.files import json_object
@@ -75,7 +75,11 @@ def _lines_of(source: ModelSource, settings: PersonalSettings) -> str:
     if not settings.lora:
         return lines
     loaded = f'pipeline.load_lora_weights(".")  # {_LORA_FILE}\n'
-    lines = lines.replace('from_pretrained("."', 'from_pretrained("MODEL"')
+    assert source.folder is not None, "a pipeline lies in a folder"
+    given = '"MODEL"'
+    if mixes_formats(source.folder):
+        lines, given = f"import torch\n{lines}", '"MODEL", torch_dtype=torch.float32'
+    lines = lines.replace('from_pretrained("."', f"from_pretrained({given}")
     lines = lines.replace(
         "# In this folder; from anywhere else give its path, or its name on the hub.",
         f"# MODEL: the folder or hub id of {source.name}. The LoRA lies in this folder.",

@@ -154,6 +154,14 @@ def variant_of(model_folder: Path) -> str:
     return found[1] if found else ""
 
 
+def mixes_formats(folder: Path) -> bool:
+    """Whether plain diffusers loads parts of the pipeline in ``folder`` in different number formats: text encoders as
+    their configs say, its own parts in float32. Such a pipeline draws with a ``torch_dtype`` alone.
+    """
+    said = [json_object(path) for path in folder.glob("*/config.json")]
+    return any(one.get("dtype", one.get("torch_dtype")) in ("float16", "bfloat16") for one in said)
+
+
 def loaded_in_python(folder: Path, lora: Path | None = None, name: str = "") -> str:
     """The line of Python that loads what lies in ``folder``, a pipeline's or a model's, with plain diffusers; with the
     ``lora`` in another folder on top. ``name`` is what the pipeline is called elsewhere, as on the hub.
@@ -164,6 +172,8 @@ def loaded_in_python(folder: Path, lora: Path | None = None, name: str = "") -> 
     loader, kept = ("DiffusionPipeline", "pipeline") if whole else ("AutoModel", "model")
     given = _loading(name or str(folder), variant_of(inner), is_own(config))
     line = f"from diffusers import {loader}; {kept} = {loader}.from_pretrained({given})"
+    if whole and mixes_formats(folder):
+        line = f"import torch; {line[:-1]}, torch_dtype=torch.float32)"
     if lora is not None:
         line += f"; pipeline.load_lora_weights({json.dumps(str(lora), ensure_ascii=False)})"
     return line

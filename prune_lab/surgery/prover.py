@@ -130,14 +130,17 @@ def _model_alone(folder: Path, *, variant: str, dtype: torch.dtype | None = None
     return getattr(diffusers, config["_class_name"]).from_pretrained(folder, **named)
 
 
-def _loaded(folder: Path, variant: str) -> tuple[Any, Any]:
-    """The model in ``folder``, and the pipeline that it may be of, loaded as a user would load it; else None.
+def _loaded(folder: Path, variant: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """The model in ``folder``, and the pipeline that it may be of, loaded as a user would load it, in ``dtype`` where
+    one is given; else None.
 
     The parts that are never used here stay closed, as they do everywhere.
     """
     named: dict[str, Any] = {"variant": variant} if variant else {}
+    if dtype is not None:
+        named["torch_dtype"] = dtype
     if not (folder / "model_index.json").is_file():
-        return _model_alone(folder, variant=variant), None
+        return _model_alone(folder, variant=variant, dtype=dtype), None
     index: Any = read_json(folder / "model_index.json")
     unused: dict[str, Any] = dict.fromkeys(left_out(index))
     for part, value in index.items():
@@ -209,7 +212,9 @@ def _compared(question: Question) -> dict[str, Any]:
     if original is not None:
         inputs, expected = _original_answer(original)
         gc.collect()
-    model, pipeline = _loaded(Path(question["folder"]), question["variant"])
+    # a LoRA is fitted and proved in float32, whatever the files of its pipeline are in
+    wide = torch.float32 if question.get("lora") else None
+    model, pipeline = _loaded(Path(question["folder"]), question["variant"], wide)
     if question.get("lora"):
         return _with_lora(model, pipeline, question)
     complaint = complaint_of_parts(pipeline) if question["answers"] and pipeline is not None else ""
