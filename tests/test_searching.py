@@ -98,7 +98,8 @@ def test_every_solver_keeps_all_budgets_and_says_what_it_spent(
     solver: str, objective: str, searching: Searching, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines: list[str] = []
-    monkeypatch.setattr("prune_lab.workflow.solving.note", lines.append)
+    for module in ("solving", "searching"):
+        monkeypatch.setattr(f"prune_lab.workflow.{module}.note", lines.append)
     few = {"gate_steps": 4, "repair": "shift", "count": 2 if solver == "greedy" else 1}
     session = searching(tmp_path / "run", solver=solver, objective=objective, **few)
     plans = ensure_plans(session)
@@ -115,6 +116,9 @@ def test_every_solver_keeps_all_budgets_and_says_what_it_spent(
     assert row["solver"] == solver
     said = "greedy found 1 of 2 plans asked for; this solver gives one"
     assert any(said in line for line in lines) == (solver == "greedy")
+    assert any("after its repair, which was searched for" in line for line in lines) == (
+        objective == "repaired"
+    )
     assert row["budget"] == "macs<=bk-base, params<=80%"
     assert (row["sets_measured"] == 0) == (solver in ("exact", "learned-gates"))
     assert (row["forwards"] == 0) == (solver == "exact")
