@@ -461,7 +461,7 @@ def test_the_floor_of_a_kind_is_the_larger_spread_between_its_seeds() -> None:
     assert rows.loc[("a", "m"), "difference"] == pytest.approx(-0.005)
     assert rows.loc[("a", "m"), "floor"] == pytest.approx(0.2)
     assert rows.loc[("b", "m"), "floor"] == pytest.approx(0.01)
-    assert rows.loc[("a", "m"), "verdict"] == "within noise"
+    assert rows.loc[("a", "m"), "verdict"] == "not told apart"
     assert rows.loc[("b", "m"), "verdict"] == "no interval"  # of one prompt
     models["m"] = models["m"] - 1
     assert rows_by("aaaaa", 1).loc[("a", "m"), "verdict"] == "worse"
@@ -540,7 +540,7 @@ def test_all_metrics_are_measured_where_everything_is_there(ask: Any, tmp_path: 
     inception = scripted(Plain(), tmp_path / "inception.pt")
     found = ask(tmp_path / "out", prompts=many, real=real, inception=inception, batch=16)
     frame = found.metrics.frame()
-    assert set(frame["verdict"]) <= {"", "better", "worse", "higher", "lower", "within noise"}
+    assert set(frame["verdict"]) <= {"", "better", "worse", "higher", "lower", "not told apart"}
     assert frame["value"].notna().all()
     by = frame.set_index(["model", "metric"])
     assert by.loc[("other", "fid"), "features"] == by.loc[("other", "precision"), "features"] == "inception"

@@ -155,7 +155,9 @@ def personal_table(
     )
     notes.append(f"in Python: {loaded}")
     if found.class_folder is not None and class_images is None:
-        notes.append(f"pictures of the class: {found.class_folder}")
+        notes.append(
+            f"pictures of the class: {found.class_folder}; --class-images takes them for another run"
+        )
     note(f"peak memory {bytes_text(learnt.peak_bytes)}: {learnt.peak_of}")
     return Table("personal", frame, f"{source.text} has learnt {settings.prompt!r}", notes=tuple(notes))
 

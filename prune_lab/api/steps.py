@@ -16,6 +16,8 @@ from prune_lab.runtime.holders import alone_in
 from prune_lab.tables import Table
 from prune_lab.workflow import StepsAsked, compare_steps, is_of_steps
 
+_UNSTEADY = 0.15  # of the median: how far rounds may differ before it is said
+
 
 def _asked(given: Mapping[str, Any]) -> StepsAsked:
     known = [field.name for field in dataclasses.fields(StepsAsked)]
@@ -50,6 +52,12 @@ def steps_table(
         found = compare_steps(sources, asked, out, **place)
         write_steps_page(out, found.table, found.conditions, pictures=out / "pictures")
     notes = [f"page: {out / 'README.md'}"]
+    spread = float(((found.table["p90_ms"] - found.table["p10_ms"]) / found.table["median_ms"]).median())
+    if spread > _UNSTEADY:
+        notes.append(
+            f"times of one configuration differ by {spread:.0%} from round to round (10 to 90 %): levers near a limit "
+            "are not certain; more --rounds, on a quiet machine, tell"
+        )
     if latency:
         limit = latency_limit(latency, found.table)
         notes += [f"within {latency} ({limit:.0f} ms) {line}" for line in lever_lines(found.table, latency)]

@@ -174,6 +174,11 @@ def evaluate(
         )
         _show(found, as_json=as_json, wide=wide)
         raise typer.Exit(found.code)
+    if preset:
+        raise RunError(
+            f"asked to evaluate by the preset {preset}, which brings no prompts; give its captions with --prompts, a "
+            "file or the folder of captioned pictures, and the pictures with --real"
+        )
     if given := [name for name, value in many.items() if value]:
         raise RunError(
             f"asked to evaluate with {given[0]}, which goes with many prompts; give --prompts FILE, too"

@@ -17,7 +17,7 @@ from prune_lab.importance.context import SampleScores, ScoringContext
 from prune_lab.importance.outputs import output_mse
 from prune_lab.models.silence import quiet
 from prune_lab.prefix_sharing import ComputeCost
-from prune_lab.runtime import device_of, generator_for
+from prune_lab.runtime import device_of, generator_for, note
 
 PRIOR_SEEDS = 3  # untrained models that are averaged
 
@@ -54,6 +54,7 @@ def architecture_prior(context: ScoringContext, groups: Sequence[BlockGroup]) ->
     """
     values, compute = [], ComputeCost(forward_macs=context.architecture.total_macs)
     for place in range(PRIOR_SEEDS):
+        note(f"architecture-prior: untrained model {place + 1} of {PRIOR_SEEDS}")
         model = untrained_like(context.model, context.seed + place)
         # a cache of its own: values of the trained model must not be taken for these
         found = output_mse(dataclasses.replace(context, model=model, cache=ScoreCache()), groups)

@@ -26,6 +26,7 @@ from prune_lab.search import (
     predicted_impact,
     search_plans,
     split_budgets,
+    within,
 )
 from prune_lab.session import Session
 from prune_lab.session.parts import lacking, plans_part, record
@@ -119,7 +120,8 @@ def _write_plans(session: Session) -> tuple[Path, ...]:
     """The files of the plans that were found."""
     run = session.run
     architecture, settings = session.architecture, session.config.search
-    found = [("control", "", plan) for plan in controls(session, architecture)]
+    named_controls = [("control", "", plan) for plan in controls(session, architecture)]
+    found = list(named_controls)
     at_budget = [name for name in settings.controls if name in BUDGET_CONTROLS]
     searches = []
     asked_for = budgets_of(session.config, architecture)
@@ -143,6 +145,8 @@ def _write_plans(session: Session) -> tuple[Path, ...]:
                 "objective": settings.objective,
             }
             searches.append({**row, **spent, "sets_measured": result.measured, **result.statistics})
+            if beyond := [plan.label for _, _, plan in named_controls if not within(plan, budgets, costs)]:
+                note(f"controls that are not within {asked}: {', '.join(beyond)}")
             named = _named(plans, settings.solver, asked)
             if settings.objective == "repaired":
                 _note_repaired(question, named)

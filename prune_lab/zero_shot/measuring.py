@@ -224,7 +224,7 @@ def _verdict(name: str, difference: Estimate, floor: float) -> str:
     if not math.isfinite(low):
         return "no interval"
     if low <= 0 <= high or (math.isfinite(floor) and abs(difference.value) <= floor):
-        return "within noise"
+        return "not told apart"
     if _better(name) == "neither":
         return "higher" if difference.value > 0 else "lower"
     return "better" if (difference.value > 0) == (_better(name) == "higher") else "worse"
