@@ -146,8 +146,8 @@ def _conditions(about: Mapping[str, Any]) -> list[str]:
         "delete-a-group jackknife in 20 groups, of a mean over prompts the t interval), differences are paired, and "
         "the real pictures are taken as they are. The floor is the largest difference between two seeds of the same "
         "model: models whose difference is smaller, or has an interval that holds zero, are not told apart, which does "
-        "not say that they are equal. Without a floor (one seed, and diversity, which is between seeds) the interval alone "
-        "decides.",
+        "not say that they are equal. Without a floor (one seed, and diversity, which is between seeds) the interval "
+        "alone decides.",
         "",
     ]
 
