@@ -426,6 +426,16 @@ def test_too_few_real_pictures_are_told_beside_the_figure() -> None:
         assert found.reason.partition(":")[0] == said
 
 
+def test_a_share_that_no_group_of_prompts_changes_decides_no_gate() -> None:
+    rows = Features(clip=torch.randn(9, 4, generator=torch.Generator().manual_seed(0)))
+    found = _set_metric("precision", rows, Sets(9, 1, rows, rows), Extractors()).estimate
+    assert found is not None
+    assert found.value == 1
+    assert (
+        decide(parse_gate("precision>=0.99", METRICS), "m", {"precision": found}, {}).decision == "undecided"
+    )
+
+
 def test_a_distance_from_itself_is_no_spread_and_that_of_a_student_has_both_ways() -> None:
     teacher, student = (
         Features(inception=torch.randn(16, 2, generator=torch.Generator().manual_seed(seed)))

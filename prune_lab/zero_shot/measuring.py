@@ -157,7 +157,9 @@ def _set_metric(name: str, features: Features, sets: Sets, extractors: Extractor
     whole = len(without) == int(groups.max()) + 1  # else too few are left without a group
     if not all(map(math.isfinite, seeds)):
         return Measured(None, f"not measured: found {seeds}")
-    estimate = Estimate(float(np.mean(seeds)), without if whole and len(without) > 1 else np.empty(0))
+    # a share that no group of prompts changes, as 0 or 1 of a few, says nothing of how sure it is
+    known = whole and len(without) > 1 and not (name in _SHARES and np.ptp(without) == 0)
+    estimate = Estimate(float(np.mean(seeds)), without if known else np.empty(0))
     shown = tuple(seeds)
     if metric.against == "teacher":
         # from itself it is as far one way as the other, and 0 of one seed: that is no spread
