@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from benchmarks.evidence_page import tau
 from benchmarks.outcome_tables import made_on
 from benchmarks.paired import INTERVAL, by_seed, compared, counts, shown, verdict
 from benchmarks.rows import rows_of
@@ -73,6 +74,20 @@ def count_lines(table: pd.DataFrame) -> Iterator[str]:
         yield f"| {row.Index} | {row.lower} | {row.tie} | {row.higher} | {row.difference:+.4f} |"
 
 
+def agreement_lines(plans: pd.DataFrame, rows: pd.DataFrame) -> Iterator[str]:
+    """How the impacts of the distinct plans of a model and budget agree with their losses (Kendall's tau-b)."""
+    last = rows[rows["step"] == rows.groupby("model")["step"].transform("max")]
+    losses = last.groupby(["model", "plan_id"], as_index=False)["loss"].mean()
+    joined = plans.drop_duplicates(["model", "budget", "plan_id"]).merge(losses, on=["model", "plan_id"])
+    for (model, budget), some in joined.groupby(["model", "budget"], sort=False):
+        if len(some) > 4:
+            found = [tau(some[name].to_numpy(), some["loss"].to_numpy()) for name in ("one_shot", "repaired")]
+            yield (
+                f"- {model}, {budget}, {len(some)} plans: impact in one shot {found[0]:.2f}, after the repair "
+                f"{found[1]:.2f}."
+            )
+
+
 def page(plans: pd.DataFrame, outcomes: pd.DataFrame, rows: pd.DataFrame) -> str:
     """The report in Markdown."""
     table = differences(plans, rows)
@@ -98,6 +113,9 @@ def page(plans: pd.DataFrame, outcomes: pd.DataFrame, rows: pd.DataFrame) -> str
         lines += [f"- With {compute:g} forward-equivalents: {verdict(some, DEFAULT, 'solver')}"]
     if table["name"].nunique() > 1:
         lines += ["", *count_lines(table)]
+    if agreement := list(agreement_lines(plans, rows)):
+        about = "How impacts agree with the loss after the distillation (tau-b; few plans, chosen by these impacts):"
+        lines += ["", about, "", *agreement]
     for (model, budget, forwards), some in table.groupby(CASE):
         lines += ["", f"## {model}, {budget}, {forwards:g} forward-equivalents", "", *table_lines(some)]
     waiting = plans[["model", "plan_id"]].drop_duplicates()
