@@ -190,7 +190,7 @@ def drawn_picture(folder: Path, row: Row) -> Tensor:
     except DataError as error:
         raise DataError(
             f"asked for the picture {path.name} of {folder.name}, found {error}; remove it and give the same command "
-            "again"
+            "again, or --force to draw all of them again"
         ) from None
 
 
