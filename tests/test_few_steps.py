@@ -193,6 +193,7 @@ def made_up() -> pd.DataFrame:
     names = ["model", "scheduler", "steps", "reuse", "role", "median_ms", "clip"]
     table = pd.DataFrame(rows, columns=names)
     table["psnr_teacher"] = 10.0
+    table["latency_change"] = table["median_ms"] / 1000 - 1
     table["clip_change"] = table["clip"] - 0.6
     table["clip_low"], table["clip_high"] = table["clip_change"] - 0.04, table["clip_change"] + 0.04
     baseline = baseline_of(table)
@@ -238,7 +239,7 @@ def test_other_limits_are_refused(text: str) -> None:
 
 
 def test_the_levers_that_meet_a_limit_best_first() -> None:
-    found = best_by_lever(made_up(), 500)
+    found = best_by_lever(made_up(), "500ms")
     assert found["lever"].tolist() == [
         *("other model", "fewer steps", "fewer steps + scheduler", "other model + fewer steps"),
     ]
@@ -246,13 +247,15 @@ def test_the_levers_that_meet_a_limit_best_first() -> None:
     assert lines[0].startswith(
         "pull first: other model (small, 25 steps by own), the fewest changes that keep"
     )
-    assert lines[-1] == "not within it alone: reuse (at best 600 ms)"
+    assert lines[-1] == "not within it alone: reuse (at best 600 ms, 0.60x)"
     assert lever_lines(made_up(), "0.5x", 1) == [*lines[:2], lines[-1]]
     assert (
         "fewer steps (big, 8 steps by own), the best of those within it, all of which"
         in lever_lines(made_up(), "410ms")[0]
     )
-    assert lines[1].startswith("other model: small, 25 steps by own, reuse none: 500 ms, CLIP score 0.570")
+    assert lines[1].startswith(
+        "other model: small, 25 steps by own, reuse none: 500 ms (0.50x), CLIP score 0.570"
+    )
     assert lever_lines(made_up(), "50ms")[0] == "nothing that was measured is within 50ms"
     assert lever_lines(made_up(), "50ms")[1].startswith("not within it alone: ")
 

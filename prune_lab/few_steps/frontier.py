@@ -65,20 +65,30 @@ def latency_limit(text: str, table: pd.DataFrame) -> float:
     return number * {"ms": 1.0, "s": 1e3, "x": float(baseline_of(table)["median_ms"])}[unit]
 
 
-def best_by_lever(table: pd.DataFrame, limit_ms: float) -> pd.DataFrame:
-    """Of each lever, or set of them, the row of the best quality within ``limit_ms``; the best first."""
-    quality = quality_column(table)
-    within = table[table["median_ms"] <= limit_ms].sort_values(quality, ascending=False)
+def meets(table: pd.DataFrame, limit: str) -> pd.Series:
+    """For each row whether it is within ``limit``, as ``read_limit`` takes it.
+
+    A share is that within the rounds: they differ in what else the machine does.
+    """
+    number, unit = read_limit(limit)
+    if unit == "x":
+        return table["latency_change"] + 1 <= number
+    return table["median_ms"] <= latency_limit(limit, table)
+
+
+def best_by_lever(table: pd.DataFrame, limit: str) -> pd.DataFrame:
+    """Of each lever, or set of them, the row of the best quality within ``limit``; the best first."""
+    within = table[meets(table, limit)].sort_values(quality_column(table), ascending=False)
     return within.drop_duplicates("lever")
 
 
-def first_lever(table: pd.DataFrame, limit_ms: float) -> tuple[pd.Series, bool] | None:
-    """(the row to try first within ``limit_ms``, whether it keeps the quality); None where nothing is within it.
+def first_lever(table: pd.DataFrame, limit: str) -> tuple[pd.Series, bool] | None:
+    """(the row to try first within ``limit``, whether it keeps the quality); None where nothing is within it.
 
     Of the rows whose CLIP score is not told apart from the baseline's, or is above it, the one that pulls fewest levers
     and is best; where there is none, or no score, the best of all.
     """
-    found = best_by_lever(table, limit_ms)
+    found = best_by_lever(table, limit)
     if found.empty:
         return None
     kept = found[found["clip_high"] >= 0]
@@ -87,10 +97,8 @@ def first_lever(table: pd.DataFrame, limit_ms: float) -> tuple[pd.Series, bool] 
     return found.loc[order[0]], len(kept) > 0
 
 
-def beyond(table: pd.DataFrame, limit_ms: float) -> pd.DataFrame:
-    """Of each single lever that does not meet ``limit_ms``, the fastest row."""
-    single = table[
-        ~table["lever"].str.contains("+", regex=False) & ~table["lever"].isin(("none", "more steps"))
-    ]
-    fastest = single.sort_values("median_ms").drop_duplicates("lever")
-    return fastest[fastest["median_ms"] > limit_ms]
+def beyond(table: pd.DataFrame, limit: str) -> pd.DataFrame:
+    """Of each single lever that does not meet ``limit``, the fastest row."""
+    single = ~table["lever"].str.contains("+", regex=False) & ~table["lever"].isin(("none", "more steps"))
+    met = table["lever"][single & meets(table, limit)]
+    return table[single & ~table["lever"].isin(met)].sort_values("median_ms").drop_duplicates("lever")

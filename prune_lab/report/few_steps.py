@@ -126,9 +126,9 @@ def _quality(row: Row, quality: str) -> str:
     return f"{_CALLED[quality]} {value}"
 
 
-def _first(table: pd.DataFrame, limit_ms: float) -> str:
+def _first(table: pd.DataFrame, limit: str) -> str:
     """Which lever to pull first; empty where nothing is within the limit."""
-    found = first_lever(table, limit_ms)
+    found = first_lever(table, limit)
     if found is None:
         return ""
     row, kept = found
@@ -146,18 +146,16 @@ def lever_lines(table: pd.DataFrame, limit: str, most: int | None = None) -> lis
     """For a ``limit`` on the latency: which lever to pull first, a line for ``most`` of the levers that meet it (None:
     all), the best quality first, and one on the single levers that do not.
     """
-    limit_ms, quality = latency_limit(limit, table), quality_column(table)
-    found = best_by_lever(table, limit_ms)
+    quality, found = quality_column(table), best_by_lever(table, limit)
     lines = [
         f"{row['lever']}: {row['model']}, {row['steps']} steps by {row['scheduler']}, reuse {_reuse(row)}: "
-        f"{row['median_ms']:.0f} ms, {_quality(row, quality)}"
+        f"{row['median_ms']:.0f} ms ({1 + row['latency_change']:.2f}x), {_quality(row, quality)}"
         for _, row in found.head(len(found) if most is None else most).iterrows()
     ]
-    lines = (
-        [_first(table, limit_ms), *lines] if len(found) else [f"nothing that was measured is within {limit}"]
-    )
+    lines = [_first(table, limit), *lines] if len(found) else [f"nothing that was measured is within {limit}"]
     missed = [
-        f"{row['lever']} (at best {row['median_ms']:.0f} ms)" for _, row in beyond(table, limit_ms).iterrows()
+        f"{row['lever']} (at best {row['median_ms']:.0f} ms, {1 + row['latency_change']:.2f}x)"
+        for _, row in beyond(table, limit).iterrows()
     ]
     return [*lines, f"not within it alone: {', '.join(missed)}"] if missed else lines
 
@@ -175,8 +173,9 @@ def _conditions(table: pd.DataFrame, conditions: Mapping[str, Any]) -> list[str]
         f"{where['diffusers']}. Other programs were using the machine.",
         "",
         f"The baseline is {baseline['model']} in {baseline['steps']} steps by its own scheduler; changes of the CLIP "
-        "score are paired by prompt with it. The likeness is that to the teacher's, and to the model's own, picture "
-        f"in {asked['many']} steps of its own scheduler. A pass is a call of the model.",
+        "score are paired by prompt with it, and shares of its time are the median of those within the rounds. The "
+        f"likeness is that to the teacher's, and to the model's own, picture in {asked['many']} steps of its own "
+        "scheduler. A pass is a call of the model.",
     ]
 
 

@@ -38,7 +38,7 @@ from prune_lab.models import (
     of_shipped_family,
     pipeline_digest,
 )
-from prune_lab.profiling import Turns, turns_of_frame
+from prune_lab.profiling import Turns, change_of, turns_of_frame
 from prune_lab.prompts import read_prompts
 from prune_lab.ranking.paired import paired_difference
 from prune_lab.runs import read_typed
@@ -265,7 +265,8 @@ def _table(
     table = pd.DataFrame(rows)
     baseline = baseline_of(table)
     table["lever"] = [lever_of(row, baseline) for _, row in table.iterrows()]
-    table["latency_change"] = table["median_ms"] / baseline["median_ms"] - 1
+    others = turns.of(str(baseline["configuration"]))
+    table["latency_change"] = [change_of(turns.of(one.name), others).change for one in found]
     base = next(scores_of(one) for one in drawn if one["configuration"] == baseline["configuration"])
     changes = [paired_difference(scores_of(one), base) if base else None for one in drawn]
     for column, part in (("clip_change", "mean"), ("clip_low", "low"), ("clip_high", "high")):
