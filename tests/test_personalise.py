@@ -354,7 +354,7 @@ def test_transformers_learn_too(
         ({"lora": -1}, "a rank from 1"),
         ({"steps": 0}, "a whole number from 1"),
         ({"seed": 2**40}, "a whole number from 0 to 2,147,483,647"),
-        ({"learning_rate": float("nan")}, "a finite number"),
+        ({"learning_rate": float("nan")}, "a number from 0 to 1e+30"),
         ({"precision": "float16"}, "float32 or bfloat16"),
     ],
 )

@@ -42,7 +42,16 @@ from prune_lab.profiling import Turns, change_of, turns_of_frame
 from prune_lab.prompts import read_prompts
 from prune_lab.ranking.paired import paired_difference
 from prune_lab.runs import read_typed
-from prune_lab.runtime import Environment, atomic_write, note, read_json, track, write_frame, write_json
+from prune_lab.runtime import (
+    Environment,
+    atomic_write,
+    note,
+    read_bytes,
+    read_json,
+    track,
+    write_frame,
+    write_json,
+)
 from prune_lab.schemas import FEW_STEPS_COLUMNS
 from prune_lab.session.prompts import shipped_rows
 
@@ -131,7 +140,7 @@ def _names(sources: Sequence[ModelSource]) -> tuple[str, ...]:
 
 def _copy(file: Path, to: Path) -> None:
     with atomic_write(to) as temporary:
-        temporary.write_bytes(file.read_bytes())
+        temporary.write_bytes(read_bytes(file))
 
 
 class _Comparison:

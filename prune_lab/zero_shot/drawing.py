@@ -32,7 +32,16 @@ from prune_lab.cluster import Cluster, connected, in_tasks, slots
 from prune_lab.errors import DataError, DeviceError, StorageError
 from prune_lab.evaluation import drawn_batches
 from prune_lab.models import ModelSource, load_model, load_pipeline, model_digest, pipeline_digest
-from prune_lab.runtime import atomic_write, note, pick_dtype, read_json, track, write_frame, write_json
+from prune_lab.runtime import (
+    atomic_write,
+    note,
+    parse_json,
+    pick_dtype,
+    read_json,
+    track,
+    write_frame,
+    write_json,
+)
 from prune_lab.schemas import DRAWN_COLUMNS
 from prune_lab.zero_shot.protocol import Protocol, Row
 
@@ -163,10 +172,10 @@ def check_drawn_for(row: Row, mark: str, content: bytes) -> None:
     of another prompt, seed or model, or put there by somebody else.
     """
     with Image.open(io.BytesIO(content)) as picture:
-        found = {name: picture.info.get(name) for name in _label(row, mark)}
+        found: object = {name: picture.info.get(name) for name in _label(row, mark)}
         if picture.format == "JPEG":
             with contextlib.suppress(ValueError):
-                found = json.loads(picture.info.get("comment", b""))
+                found = parse_json(picture.info.get("comment", b""))
     if found != _label(row, mark):
         raise DataError("a picture that was not drawn there for this prompt, seed and model")
 
