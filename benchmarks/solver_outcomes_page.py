@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,32 +126,36 @@ def page(plans: pd.DataFrame, outcomes: pd.DataFrame, rows: pd.DataFrame) -> str
             f"Not distilled yet: {left} of {len(waiting)} plans; solvers that found them are left out.",
         ]
     if len(table):
-        lines += ["", "![Loss after the distillation, against compute](solvers.png)"]
+        lines += ["", "![Loss after the distillation less that of the default](solvers.png)"]
     return "\n".join([*lines, ""])
 
 
 def draw(plans: pd.DataFrame, rows: pd.DataFrame) -> Figure:
-    """The difference of each solver from the default against compute: a panel per model and budget."""
+    """The difference of each solver from the default: a panel per model and budget, a colour per compute."""
     table = differences(plans, rows)
-    models, budgets = (list(dict.fromkeys(table[name])) for name in ("model", "budget"))
-    size = (4.6 * len(budgets), 3.8 * len(models))
-    figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(len(models), len(budgets), squeeze=False)
-    for panel, (model, budget) in zip(grid.flat, itertools.product(models, budgets), strict=True):
-        own = table[(table["model"] == model) & (table["budget"] == budget) & (table["name"] != DEFAULT)]
-        for place, (name, some) in enumerate(own.groupby("name", sort=False)):
+    table = table[table["name"] != DEFAULT]
+    cases = list(table.groupby(["model", "budget"], sort=False))
+    solvers = table.groupby("name")["difference"].mean().sort_values(ascending=False).index
+    places = {name: place for place, name in enumerate(solvers)}
+    figure = Figure(figsize=(1.6 + 4.0 * len(cases), 0.32 * len(solvers) + 1.2), layout="constrained")
+    panels = figure.subplots(1, len(cases), sharey=True, squeeze=False)[0]
+    for panel, ((model, budget), own) in zip(panels, cases, strict=True):
+        for shift, (forwards, some) in enumerate(own.groupby("forwards")):
+            at = [places[name] + 0.2 * shift for name in some["name"]]
             ends = np.array([some["difference"] - some["low"], some["high"] - some["difference"]])
-            at = some["forwards"] * 1.05**place  # beside each other
-            panel.errorbar(at, some["difference"], yerr=ends, fmt="o-", ms=3, lw=0.8, label=name)
-        panel.axhline(0, color="gray", lw=0.8)
-        panel.set(
-            title=f"{model}, {budget}",
-            xlabel="forward-equivalents",
-            ylabel=f"loss less that of {DEFAULT}",
-            xscale="log",
-        )
-        if len(own):
-            panel.legend(fontsize=6)
+            panel.errorbar(
+                some["difference"],
+                at,
+                xerr=ends,
+                fmt="o",
+                ms=4,
+                lw=1,
+                label=f"{forwards:g} forward-equivalents",
+            )
+        panel.axvline(0, color="gray", lw=0.8)
+        panel.set(title=f"{model}, {budget}", xlabel=f"loss less that of {DEFAULT}, 95 %")
+        panel.set_yticks(range(len(solvers)), solvers)
+        panel.legend(fontsize=7, loc="upper right")
     return figure
 
 
