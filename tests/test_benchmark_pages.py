@@ -154,8 +154,8 @@ def test_the_page_of_narrower_stages_is_what_its_tables_say(tmp_path: Path) -> N
 @pytest.mark.long
 def test_the_page_on_evidence_is_what_its_tables_say(tmp_path: Path) -> None:
     folder = ROOT / "reports" / "evidence"
-    for name in ("plans.csv", "untrained.csv", "outcomes.csv", "rows.parquet"):
-        shutil.copyfile(folder / name, tmp_path / name)
+    for path in (*folder.glob("*.csv"), folder / "rows.parquet"):
+        shutil.copyfile(path, tmp_path / path.name)
     evidence_page.write_page(tmp_path)
     assert (tmp_path / "README.md").read_text() == (folder / "README.md").read_text()
 
