@@ -222,15 +222,17 @@ def test_a_latency_that_no_plan_reaches_is_said_before_the_scoring(
     config: RunConfig, axes: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("prune_lab.workflow.searching.ensure_scores", lambda _: pytest.fail("scored"))
-    search = dataclasses.replace(config.search, budgets=("latency<=1%",), axes=axes, controls=())
-    quick = dataclasses.replace(config.profile, runs=2, warmup=0)
+    # a few runs on a busy machine may say of all parts together that they save nearly everything
+    rules: dict[str, Any] = {"axes": axes, "controls": (), "keep": ("Dn1", "Dn2", "Up3", "Up4")}
+    search = dataclasses.replace(config.search, budgets=("latency<=0.01%",), **rules)
+    quick = dataclasses.replace(config.profile, runs=4, warmup=1)
     session = Session(start_run(dataclasses.replace(config, search=search, profile=quick), tmp_path / "run"))
     with pytest.raises(
         BudgetError, match=r"the smallest .*plan.* has latency_ms .* give latency_ms<="
     ) as caught:
         ensure_plans(session)
     again = float(str(caught.value).rsplit("<=", 1)[1].rstrip("%"))
-    assert 1 < again < 100
+    assert 0.01 < again < 100
     assert session.run.latency.is_file()
 
 

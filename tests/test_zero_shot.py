@@ -550,7 +550,15 @@ def test_all_metrics_are_measured_where_everything_is_there(ask: Any, tmp_path: 
     inception = scripted(Plain(), tmp_path / "inception.pt")
     found = ask(tmp_path / "out", prompts=many, real=real, inception=inception, batch=16)
     frame = found.metrics.frame()
-    assert set(frame["verdict"]) <= {"", "better", "worse", "higher", "lower", "not told apart"}
+    assert set(frame["verdict"]) <= {
+        "",
+        "better",
+        "worse",
+        "higher",
+        "lower",
+        "not told apart",
+        "no interval",
+    }
     assert frame["value"].notna().all()
     by = frame.set_index(["model", "metric"])
     assert by.loc[("other", "fid"), "features"] == by.loc[("other", "precision"), "features"] == "inception"
