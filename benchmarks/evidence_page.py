@@ -94,7 +94,7 @@ def _among(blocks: pd.DataFrame) -> str:
         for place, one in enumerate(UNTRAINED)
         for other in UNTRAINED[place + 1 :]
     ]
-    return f"{min(found):.2f} to {max(found):.2f}"
+    return f"{min(found):.3f} to {max(found):.3f}"
 
 
 def prior_lines(untrained: pd.DataFrame) -> Iterator[str]:
