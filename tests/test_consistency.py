@@ -296,6 +296,7 @@ def test_the_verb_writes_a_pipeline_that_plain_diffusers_draws_with(
     assert found.exit_code == 0, found.output
     row = json.loads(found.stdout)[0]
     assert (row["steps"], row["guidance"], row["grid"]) == (2, 7.5, 50)
+    assert "2 steps of consistency distillation are few" in found.stderr
     provenance = json.loads((out / "unet" / "provenance.json").read_text())
     assert provenance["consistency"]["steps"] == 2
     drawn = tmp_path / "drawn.pt"

@@ -13,13 +13,14 @@ from prune_lab.engines.training import distill_setup_of
 from prune_lab.errors import RunError
 from prune_lab.models import ModelSource, check_same_class, check_teaches_few, load_model
 from prune_lab.models.written import PLAN, PROVENANCE, beside, form_of_zeros
-from prune_lab.runtime import read_text, write_text
+from prune_lab.runtime import note, read_text, write_text
 from prune_lab.schemas import CONSISTENT_COLUMNS
 from prune_lab.session import Session, tell_roles
 from prune_lab.surgery import pipeline_with
 from prune_lab.surgery.parts import rename_part
 
 FEW = 4  # steps that such a student is asked for
+_LEAST = 100  # steps of training: after 30 the shipped U-Net's student was worse than before
 _CARD = "README.md"
 _ASKED = "num_inference_steps=25"
 
@@ -74,6 +75,11 @@ def distil_consistent(
     model = load_model(student, device=session.device)
     check_consistency(setup, model, how)
     settings = setup.settings
+    if settings.steps < _LEAST:
+        note(
+            f"{settings.steps} steps of consistency distillation are few: a student draws worse by it, in {FEW} steps, "
+            "too, until it has learnt to; 300 are usual"
+        )
     done = {
         "teacher": session.source.name,
         "steps": settings.steps,
