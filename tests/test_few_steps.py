@@ -343,6 +343,10 @@ def test_a_folder_of_somebody_else_is_left_alone(
     found = CliRunner().invoke(app, arguments)
     assert (found.exit_code, found.output.count("\n")) == (2, 1)
     assert "found something there that prune-lab did not write" in found.output
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / ".steps.lock").touch()  # left by a process before it drew anything
+    found = CliRunner().invoke(app, [*arguments[:3], str(tmp_path / "killed"), *asked])
+    assert "remove .steps.lock there" in found.output  # of a process that nobody knows
     assert {path.name: path.read_text() for path in (tmp_path / "mine").iterdir()} == dict.fromkeys(
         ("README.md", "steps.csv", "environment.json"), "{}"
     )

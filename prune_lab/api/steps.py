@@ -43,7 +43,9 @@ def steps_table(
         read_limit(latency)  # before an hour of drawing
     places = tuple(path for source in sources for path in source.places)
     out = check_apart(out, {"the models": places, "the prompts": (asked.prompts,) if asked.prompts else ()})
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not is_of_steps(out)):
+    # the lock of one that was killed before it drew anything is nobody else's
+    others = [path for path in out.iterdir() if path.name != ".steps.lock"] if out.is_dir() else []
+    if out.is_file() or (others and not is_of_steps(out)):
         raise StorageError(
             f"asked to compare few steps in {out}, found something there that prune-lab did not write; give another "
             "folder with --out"

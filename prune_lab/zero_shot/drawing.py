@@ -48,6 +48,7 @@ from prune_lab.zero_shot.protocol import Protocol, Row
 DRAWN = "drawn.json"  # in the folder of a model: what its pictures are of
 PICTURES = "pictures.csv"  # beside it: prompt and seed of each
 _FORMAT = 1
+_TOLD = 4000  # characters of a prompt
 _OURS = re.compile(r"\d{6,}-[0-9a-f]{16}-\d+\.(png|jpg)")
 
 
@@ -150,7 +151,8 @@ def mark_of(folder: Path) -> str:
 
 
 def _label(row: Row, mark: str) -> dict[str, str]:
-    return {"model": mark, "seed": str(row.seed), "prompt": row.prompt}
+    # the seed follows from the whole prompt, of which a JPEG could not hold more than 64 kB
+    return {"model": mark, "seed": str(row.seed), "prompt": row.prompt[:_TOLD]}
 
 
 def _save(folder: Path, row: Row, pixels: Tensor, protocol: Protocol, mark: str) -> None:

@@ -142,7 +142,9 @@ def _check_out(task: Task) -> Path:
     out = check_apart(task.out, sources)
     about = out / ABOUT
     ours = about.is_file() and isinstance(found := read_json(about), dict) and "prune_lab" in found
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not ours):
+    # the lock of one that was killed before it wrote anything is nobody else's
+    others = [path for path in out.iterdir() if path.name != ".evaluate.lock"] if out.is_dir() else []
+    if out.is_file() or (others and not ours):
         raise StorageError(
             f"asked to evaluate into {task.out}, found something there that prune-lab did not write; give another "
             "folder with --out"
