@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prune_lab.errors import ConfigError, StorageError
+from prune_lab.errors import ConfigError
 from prune_lab.few_steps.frontier import latency_limit, read_limit
 from prune_lab.models import ModelSource
 from prune_lab.models.protection import check_apart
 from prune_lab.report.few_steps import draw_steps, lever_lines, write_steps_page
-from prune_lab.runtime.holders import alone_in
+from prune_lab.runtime.holders import alone_in, check_ours
 from prune_lab.tables import Table
 from prune_lab.workflow import StepsAsked, compare_steps, is_of_steps
 
@@ -43,14 +43,9 @@ def steps_table(
         read_limit(latency)  # before an hour of drawing
     places = tuple(path for source in sources for path in source.places)
     out = check_apart(out, {"the models": places, "the prompts": (asked.prompts,) if asked.prompts else ()})
-    # the lock of one that was killed before it drew anything is nobody else's
-    others = [path for path in out.iterdir() if path.name != ".steps.lock"] if out.is_dir() else []
-    if out.is_file() or (others and not is_of_steps(out)):
-        raise StorageError(
-            f"asked to compare few steps in {out}, found something there that prune-lab did not write; give another "
-            "folder with --out"
-        )
-    with alone_in(out, "steps", f"asked to compare few steps in {out}"):
+    wanted = f"asked to compare few steps in {out}"
+    check_ours(out, "steps", wanted, ours=is_of_steps(out))
+    with alone_in(out, "steps", wanted):
         found = compare_steps(sources, asked, out, **place)
         write_steps_page(out, found.table, found.conditions, pictures=out / "pictures")
     notes = [f"page: {out / 'README.md'}"]

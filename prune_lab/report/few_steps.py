@@ -152,7 +152,7 @@ def lever_lines(table: pd.DataFrame, limit: str, most: int | None = None) -> lis
         f"{row['median_ms']:.0f} ms ({1 + row['latency_change']:.2f}x), {_quality(row, quality)}"
         for _, row in found.head(len(found) if most is None else most).iterrows()
     ]
-    lines = [_first(table, limit), *lines] if len(found) else [f"nothing that was measured is within {limit}"]
+    lines = [_first(table, limit) or f"nothing that was measured is within {limit}", *lines]
     missed = [
         f"{row['lever']} (at best {row['median_ms']:.0f} ms, {1 + row['latency_change']:.2f}x)"
         for _, row in beyond(table, limit).iterrows()

@@ -270,13 +270,29 @@ def _put_aside(path: Path, gone: Holder) -> None:
         aside.unlink(missing_ok=True)
 
 
+def _lock_in(folder: Path, verb: str) -> Path:
+    return folder / f".{verb}.lock"
+
+
+def check_ours(folder: Path, verb: str, asked: str, *, ours: bool) -> None:
+    """Raise StorageError, which begins with ``asked``, unless ``folder`` is not there, is empty, or is ``ours``.
+
+    The lock of a process that was killed before it wrote anything is nobody else's.
+    """
+    others = [one for one in folder.iterdir() if one != _lock_in(folder, verb)] if folder.is_dir() else []
+    if folder.is_file() or (others and not ours):
+        raise StorageError(
+            f"{asked}, found something there that prune-lab did not write; give another folder with --out"
+        )
+
+
 @contextlib.contextmanager
 def alone_in(folder: Path, verb: str, asked: str) -> Iterator[None]:
     """Hold the lock file of ``verb`` in ``folder`` for the block; the folder is made, and goes if it stays empty.
 
     Raises StorageError, which begins with ``asked``, where another process holds it or it cannot be written.
     """
-    there, path = folder.is_dir(), folder / f".{verb}.lock"
+    there, path = folder.is_dir(), _lock_in(folder, verb)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         holder, _ = take_lock(path)

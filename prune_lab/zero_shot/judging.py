@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from prune_lab.cluster import Cluster
-from prune_lab.errors import ConfigError, DataError, StorageError
+from prune_lab.errors import ConfigError, DataError
 from prune_lab.models import ModelSource, check_draws_in, check_same_class, choose_scorer, load_scorer
 from prune_lab.models.protection import check_apart
 from prune_lab.prompts import Prompts
@@ -28,7 +28,7 @@ from prune_lab.runtime import (
     write_frame,
     write_json,
 )
-from prune_lab.runtime.holders import alone_in
+from prune_lab.runtime.holders import alone_in, check_ours
 from prune_lab.schemas import GATE_COLUMNS, KIND_COLUMNS, METRIC_COLUMNS
 from prune_lab.zero_shot.drawing import Drawing, draw_missing, prepare
 from prune_lab.zero_shot.features import (
@@ -142,13 +142,7 @@ def _check_out(task: Task) -> Path:
     out = check_apart(task.out, sources)
     about = out / ABOUT
     ours = about.is_file() and isinstance(found := read_json(about), dict) and "prune_lab" in found
-    # the lock of one that was killed before it wrote anything is nobody else's
-    others = [path for path in out.iterdir() if path.name != ".evaluate.lock"] if out.is_dir() else []
-    if out.is_file() or (others and not ours):
-        raise StorageError(
-            f"asked to evaluate into {task.out}, found something there that prune-lab did not write; give another "
-            "folder with --out"
-        )
+    check_ours(out, "evaluate", f"asked to evaluate into {task.out}", ours=ours)
     return out
 
 
