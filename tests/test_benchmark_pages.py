@@ -193,6 +193,17 @@ def test_agreement_and_flips_by_hand() -> None:
     assert found.loc["added-up scores", "regret"] == pytest.approx(0.1)
     assert evidence_page.flips(plans, rows, 10)["plan_id"].tolist() == ["e"]
 
+    # a seed that stopped before is a look of its own, and no part of the outcome or of the look of the other seeds
+    at_5 = [rows.assign(step=5), rows[rows["seed"] == 0].assign(step=5, seed=7, loss=-rows["loss"])]
+    both = evidence_page.agreement(plans, pd.concat([rows, *at_5]), 10).set_index("forecast")
+    assert both.loc["added-up scores", "tau"] == found.loc["added-up scores", "tau"]
+    assert both.loc["loss at step 5", "tau"] == pytest.approx(1)
+    assert both.loc["loss at step 5, other seeds", "tau"] == pytest.approx(-1)
+    some = at_5[1][at_5[1]["plan_id"] != "a"]
+    assert "loss at step 5, other seeds" not in set(
+        evidence_page.agreement(plans, pd.concat([rows, some]), 10)["forecast"]
+    )
+
 
 # Applications ------------------------------------------------------------------------------------------------------
 
