@@ -56,7 +56,8 @@ def agreement(plans: pd.DataFrame, rows: pd.DataFrame, steps: int) -> pd.DataFra
     for told, some in _looks(rows, steps):
         for step in sorted({int(step) for step in some["step"] if 0 < step < steps}):
             found = outcome_losses(some, step).mean(axis=1)
-            if set(losses.index) <= set(found.index):  # all plans: an order of some of them compares with no other
+            # an order of some of the plans compares with no other
+            if set(losses.index) <= set(found.index):
                 values[f"loss at step {step}{told}"] = found.reindex(losses.index).to_numpy()
     outcome = losses.mean(axis=1).to_numpy()
     generator = np.random.default_rng(0)
