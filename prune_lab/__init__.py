@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from prune_lab.version import __version__
+
 if TYPE_CHECKING:
     from prune_lab.api.applying import img2img
     from prune_lab.api.evaluating import Evaluation, evaluate
@@ -17,8 +19,6 @@ if TYPE_CHECKING:
     from prune_lab.api.results import RunResults, open_run
     from prune_lab.errors import PruneLabError
     from prune_lab.tables import Table
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "Evaluation": "api.evaluating",

@@ -15,12 +15,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from prune_lab import __version__
 from prune_lab.cli.options import instead_of
 from prune_lab.errors import PruneLabError, RunError
 from prune_lab.exit_codes import INTERRUPTED, MISTAKE, TERMINATED, exit_codes_text
 from prune_lab.processes import end_processes, is_main, num_processes
 from prune_lab.runtime import printable
+from prune_lab.version import __version__
 
 LAUNCHED = ("data", "distill")  # verbs that many processes share; any other would be done as often
 GOES_ON = (

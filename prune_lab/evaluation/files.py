@@ -11,10 +11,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from prune_lab import __version__
 from prune_lab.errors import DataError
 from prune_lab.runs import read_picture
 from prune_lab.runtime import atomic_folder, atomic_write
+from prune_lab.version import __version__
 
 
 def save_pictures(folder: Path, pictures: Tensor, names: Sequence[str]) -> None:

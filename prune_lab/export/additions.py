@@ -11,7 +11,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prune_lab import __version__
 from prune_lab.blocks import Architecture
 from prune_lab.errors import ModelFormatError
 from prune_lab.export.students import Student
@@ -19,6 +18,7 @@ from prune_lab.models.conversion import converted
 from prune_lab.models.files import PICKLED, read_header
 from prune_lab.models.protection import check_file
 from prune_lab.runtime import atomic_write, path_text, without_folders
+from prune_lab.version import __version__
 
 # Digests that kohya's tools write over the tensors of a file; those of the new file would be others.
 _DIGESTS = ("sshs_model_hash", "sshs_legacy_hash")

@@ -9,7 +9,6 @@ from typing import Any
 from huggingface_hub import ModelCardData, metadata_load
 from yaml import YAMLError  # type: ignore[import-untyped]  # as the hub's client reads cards
 
-from prune_lab import __version__
 from prune_lab.blocks import blocks_frame
 from prune_lab.errors import UnsupportedModelError
 from prune_lab.export.compatibility import compatibility
@@ -35,6 +34,7 @@ from prune_lab.report.figures import freeze_layout, save_png
 from prune_lab.report.format import amount, count, percent_change
 from prune_lab.runtime import names_alone, write_json, write_text
 from prune_lab.surgery import TEACHER, notes_on_form
+from prune_lab.version import __version__
 
 _OF_THE_PACKAGE = "apache-2.0"  # LICENSE, as the hub calls it
 CARD, MAP = "README.md", "block_map.png"

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prune_lab import __version__
 from prune_lab.export.card import CARD, card_table, front_matter, licence_text, parent_name, parents_card
 from prune_lab.export.snippets import snippet_for, variant_of
 from prune_lab.export.students import model_folder_in, provenance_in
@@ -16,6 +15,7 @@ from prune_lab.models.files import json_object
 from prune_lab.profiling import PlanCost
 from prune_lab.report.format import amount, count, percent_change
 from prune_lab.runtime import names_alone, write_json, write_text
+from prune_lab.version import __version__
 
 
 def write_narrowed_card(

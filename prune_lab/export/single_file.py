@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune_lab import __version__
 from prune_lab.errors import ModelFormatError, PruneLabError, UnsupportedModelError
 from prune_lab.export.students import student_in
 from prune_lab.families import CLASS_NAME, base_name, is_own
@@ -53,6 +52,7 @@ from prune_lab.runtime import (
     read_text,
     track,
 )
+from prune_lab.version import __version__
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}

@@ -16,13 +16,13 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from prune_lab import __version__
 from prune_lab.report.document import Chart, LiveMap, SectionItem, Table, Text
 from prune_lab.report.figures import DARK, LIGHT, freeze_layout, save_png, svg_uri
 from prune_lab.report.sections import report_sections
 from prune_lab.report.tables import RunTables, read_run
 from prune_lab.runs import Run
 from prune_lab.runtime import atomic_write, read_text, without_folders, write_text
+from prune_lab.version import __version__
 
 # The tables that are copied beside the page, as the steps wrote them.
 _CSV_FILES = (

@@ -27,7 +27,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import prune_lab
 from prune_lab.errors import ProofError
 from prune_lab.models.answers import placed, random_inputs, refuse_silent
 
@@ -124,7 +123,7 @@ class _Prover:
                 for name, value in os.environ.items()
                 if name not in _RANKS and not name.startswith(_LAUNCHER)
             }
-            paths = [str(Path(prune_lab.__file__).resolve().parent.parent), kept.get("PYTHONPATH", "")]
+            paths = [str(Path(__file__).resolve().parents[2]), kept.get("PYTHONPATH", "")]
             self._owner, self._words = os.getpid(), tempfile.TemporaryFile()  # noqa: SIM115
             # Made by diffusers when it is needed; the process removes it at its end, also when this one was killed.
             self._modules = Path(tempfile.gettempdir(), f"{MODULES}{secrets.token_hex(16)}")

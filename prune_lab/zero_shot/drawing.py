@@ -27,7 +27,6 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from prune_lab import __version__
 from prune_lab.cluster import Cluster, connected, in_tasks, slots
 from prune_lab.errors import DataError, DeviceError, StorageError
 from prune_lab.evaluation import drawn_batches
@@ -43,6 +42,7 @@ from prune_lab.runtime import (
     write_json,
 )
 from prune_lab.schemas import DRAWN_COLUMNS
+from prune_lab.version import __version__
 from prune_lab.zero_shot.protocol import Protocol, Row
 
 DRAWN = "drawn.json"  # in the folder of a model: what its pictures are of

@@ -6,11 +6,11 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from prune_lab import __version__
 from prune_lab.export.card import licence_of_shipped, parents_card
 from prune_lab.export.edge.proof import Proof
 from prune_lab.models import ModelSource
 from prune_lab.runtimes import Runtime, Weights
+from prune_lab.version import __version__
 
 PLATFORMS = {"darwin": "macOS"}  # by ``sys.platform``, in words
 

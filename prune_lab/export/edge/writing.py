@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from jinja2 import Environment, StrictUndefined
 
-from prune_lab import __version__
 from prune_lab.errors import BackendError, UnsupportedModelError
 from prune_lab.export.edge import sampler
 from prune_lab.export.edge.parts import DECODER, Drawing, drawing_of
@@ -27,6 +26,7 @@ from prune_lab.models import ModelSource, load_pipeline, usual_drawing
 from prune_lab.models.protection import check_folder
 from prune_lab.runtime import names_alone, output_folder, read_json, read_text, track, write_json, write_text
 from prune_lab.runtimes import MODEL, RUNTIMES, Part, Runtime, Weights, Writing
+from prune_lab.version import __version__
 
 _HERE = Path(__file__).resolve().parent
 _WEIGHTS: dict[torch.dtype, Weights] = {torch.float32: "float32", torch.float16: "float16"}
