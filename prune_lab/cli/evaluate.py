@@ -6,6 +6,7 @@ Models are judged in a temporary run folder, or with ``--prompts`` compared by m
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,6 +38,84 @@ def _show(found: Evaluation, *, as_json: bool, wide: bool) -> None:
     for line in found.metrics.notes:
         typer.echo(line)
     typer.echo(f"wrote {found.out}: pictures, tables, README.md and sheet.png", err=True)
+
+
+def _given(named: Mapping[str, object]) -> list[str]:
+    """The options of ``named`` that were given."""
+    return [name for name, value in named.items() if value]
+
+
+def _refuse_with_many(given: Sequence[str], found_by: Mapping[str, Any]) -> None:
+    """Raise what cannot go with --prompts."""
+    if given:
+        raise RunError(f"asked to evaluate with --prompts and {' and '.join(given)}; leave one out")
+    if any(found_by.values()):
+        raise RunError(
+            "asked to evaluate with --prompts and a revision, subfolder or variant; give folders of models"
+        )
+
+
+def _refuse_with_few(preset: str, given: Sequence[str], *, one_of: tuple[bool, bool]) -> None:
+    """Raise what cannot go without --prompts; ``one_of``: whether models were given, and whether a run was."""
+    if preset:
+        raise RunError(
+            f"asked to evaluate by the preset {preset}, which brings no prompts; give its captions with --prompts, a "
+            "file or the folder of captioned pictures, and the pictures with --real"
+        )
+    if given:
+        raise RunError(
+            f"asked to evaluate with {given[0]}, which goes with many prompts; give --prompts FILE, too"
+        )
+    if one_of[0] == one_of[1]:
+        raise RunError(
+            "asked to evaluate; give models, or --run DIR for the candidates of a run, and not both"
+        )
+
+
+def _pictures_of_run(run: Path) -> list[dict[str, Any]]:
+    """The scores of the pictures of a run's teacher and candidates; pictures that are missing are drawn."""
+    from prune_lab.runtime import progress_shown
+    from prune_lab.workflow import Session, quality_frame
+
+    opened = open_run(run, must_exist=True)
+    with progress_shown(), writing(opened):
+        return records(quality_frame(Session(opened)))
+
+
+def _judged(
+    models: Sequence[str],
+    base: str,
+    config: Path | None,
+    assign: Sequence[str],
+    asked: Mapping[str, Any],
+    found_by: Mapping[str, Any],
+    *,
+    device: str | None,
+    seed: int | None,
+) -> Iterator[dict[str, Any]]:
+    """CLIP score and held-out loss of each model, in a run folder of its own that is removed."""
+    for text in models:
+        if model_or_run(text, None)[1] is not None:
+            raise RunError(
+                f"asked to evaluate the model {text}, found a run folder there; give --run {text} for its candidates, "
+                "or the folder of one of its models"
+            )
+    from prune_lab.models import shipped_like
+
+    told: set[str] = set()  # the lines on data that were shown of the models before
+    for text in models:
+        model = model_of(text, found_by)
+        whole = model.source.is_pipeline
+        settings = settings_of(
+            text if whole else base or shipped_like(model.source),
+            None,
+            config,
+            assign,
+            {**asked, **(found_by if whole else {})},
+            device=device,
+            seed=seed,
+        )
+        yield from model.judged_in(settings, told).records()
 
 
 @app.command()
@@ -137,17 +216,13 @@ def evaluate(
         "--processes": processes > 1,
         "--force": force,
     }
+    found_by = options.found_by(revision, subfolder, variant)
     if prompts:
-        other = {"--prompt": prompt, "--run": run, "--data": data, "--config": config}
-        if given := [name for name, value in other.items() if value]:
-            raise RunError(f"asked to evaluate with --prompts and {' and '.join(given)}; leave one out")
+        few = {"--prompt": prompt, "--run": run, "--data": data, "--config": config}
+        _refuse_with_many(_given(few), found_by)
         if out is None:
             raise RunError(
                 "asked to evaluate with --prompts, which keeps its pictures; give a folder with --out DIR"
-            )
-        if revision or subfolder or variant:
-            raise RunError(
-                "asked to evaluate with --prompts and a revision, subfolder or variant; give folders of models"
             )
         from prune_lab.api.evaluating import evaluate as compare_by_pictures
 
@@ -174,60 +249,20 @@ def evaluate(
         )
         _show(found, as_json=as_json, wide=wide)
         raise typer.Exit(found.code)
-    if preset:
-        raise RunError(
-            f"asked to evaluate by the preset {preset}, which brings no prompts; give its captions with --prompts, a "
-            "file or the folder of captioned pictures, and the pictures with --real"
-        )
-    if given := [name for name, value in many.items() if value]:
-        raise RunError(
-            f"asked to evaluate with {given[0]}, which goes with many prompts; give --prompts FILE, too"
-        )
-    if bool(models) == bool(run):
-        raise RunError(
-            "asked to evaluate; give models, or --run DIR for the candidates of a run, and not both"
-        )
+    _refuse_with_few(preset, _given(many), one_of=(bool(models), bool(run)))
     if run:
         if config or prompt or data or assign or seed is not None:
             raise RunError(
                 f"asked to evaluate {run} with other settings; its pictures are drawn with its own: "
                 "give models instead, or change the run's settings with prune-lab run"
             )
-        from prune_lab.runtime import progress_shown
-        from prune_lab.workflow import Session, quality_frame
-
-        opened = open_run(run, must_exist=True)
-        with progress_shown(), writing(opened):  # pictures that are missing are drawn
-            frame = quality_frame(Session(opened))
-        emit("pictures", records(frame), as_json=as_json, wide=wide, title=f"Pictures of {run}")
+        rows = _pictures_of_run(run)
+        emit("pictures", rows, as_json=as_json, wide=wide, title=f"Pictures of {run}")
         return
-    for text in models:
-        if model_or_run(text, None)[1] is not None:
-            raise RunError(
-                f"asked to evaluate the model {text}, found a run folder there; give --run {text} for its candidates, "
-                "or the folder of one of its models"
-            )
-    from prune_lab.models import shipped_like
-
-    rows: list[dict[str, Any]] = []
-    told: set[str] = set()  # the lines on data that were shown of the models before
     asked = {
         "evaluate.prompts": tuple(prompt),
         "data.source": data,
         "evaluate.seeds": () if seed is None else (seed,),
     }
-    found_by = options.found_by(revision, subfolder, variant)
-    for text in models:
-        model = model_of(text, found_by)
-        whole = model.source.is_pipeline
-        settings = settings_of(
-            text if whole else base or shipped_like(model.source),
-            None,
-            config,
-            assign,
-            {**asked, **(found_by if whole else {})},
-            device=device,
-            seed=seed,
-        )
-        rows += model.judged_in(settings, told).records()
+    rows = list(_judged(models, base, config, assign, asked, found_by, device=device, seed=seed))
     emit("quality", rows, as_json=as_json, wide=wide, title="Quality")
