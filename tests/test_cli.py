@@ -140,6 +140,14 @@ def test_missing_values_and_whole_numbers_in_json() -> None:
     assert records(nullable) == [{"rank": 3}, {"rank": None}]
 
 
+def test_the_line_of_each_verb_is_whole() -> None:
+    help_text = answer("--help").stdout
+    lines = help_text.split("Commands:")[1].split("Exit codes")[0].strip().splitlines()
+    assert len(lines) > 20  # a line per verb
+    assert not [line for line in lines if not line.endswith(".") or line.endswith("...")]
+
+
+
 def test_exit_codes_have_one_home_and_help_names_all() -> None:
     told = " ".join(answer("--help").stdout.split())
     for code, meaning in EXIT_CODES.items():

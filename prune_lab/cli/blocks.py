@@ -10,7 +10,7 @@ from prune_lab.cli.models import model_of
 from prune_lab.cli.output import show
 
 
-@app.command()
+@app.command(short_help="List the blocks of MODEL, their cost, what can be removed.")
 def blocks(
     model: options.ModelArgument,
     revision: options.RevisionOption = "",

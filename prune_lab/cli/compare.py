@@ -12,7 +12,10 @@ from prune_lab.cli.output import show
 
 
 # A plan may begin with a dash: what is no option is a target.
-@app.command(context_settings={"ignore_unknown_options": True})
+@app.command(
+    context_settings={"ignore_unknown_options": True},
+    short_help="Put plans, candidates, models or runs side by side.",
+)
 def compare(
     targets: Annotated[
         list[str],

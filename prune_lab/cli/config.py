@@ -18,7 +18,7 @@ from prune_lab.config import SETTINGS, RunConfig, setting_values, to_toml, toml_
 _WIDTH = 120  # of what is not printed on a terminal, which has a width of its own
 
 
-@app.command()
+@app.command(short_help="Print all settings as TOML.")
 def config(
     show: Annotated[
         bool, typer.Option("--show", help="Every setting with its default, its meaning, and who reads it.")

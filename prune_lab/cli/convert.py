@@ -14,7 +14,7 @@ from prune_lab.errors import PlanError
 from prune_lab.schemas import CONVERTED_COLUMNS
 
 
-@app.command()
+@app.command(short_help="Fit a LoRA, ControlNet or IP-Adapter to a student.")
 def convert(
     kind: Annotated[str, typer.Argument(metavar="KIND", help="lora, controlnet or ip-adapter.")] = "",
     given: Annotated[

@@ -16,7 +16,7 @@ from prune_lab.config import RunConfig
 from prune_lab.errors import ConfigError, RunError
 
 
-@app.command("data")
+@app.command("data", short_help="Make training data once, into a folder to train from.")
 def make_data(
     out: Annotated[
         Path, typer.Option("--out", help="Folder of the data; the same command again goes on in it.")

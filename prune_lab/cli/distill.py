@@ -16,7 +16,7 @@ from prune_lab.processes import is_main
 from prune_lab.runs import open_run
 
 
-@app.command()
+@app.command(short_help="Retrain pruned students from MODEL.")
 def distill(
     model: options.OptionalModel = "",
     plan: Annotated[

@@ -14,7 +14,7 @@ from prune_lab.cli.models import model_of
 from prune_lab.cli.output import show
 
 
-@app.command("distill-steps")
+@app.command("distill-steps", short_help="Teach a student to draw in about four steps.")
 def distill_steps(
     student: Annotated[str, typer.Argument(metavar="STUDENT", help="What learns: " + options.MODEL_HELP)],
     out: Annotated[

@@ -13,7 +13,7 @@ from prune_lab.cli.output import show
 from prune_lab.exit_codes import NO
 
 
-@app.command()
+@app.command(short_help="List what is missing or damaged in a run, and what is next.")
 def doctor(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
     as_json: options.JsonOption = False,

@@ -118,7 +118,7 @@ def _judged(
         yield from model.judged_in(settings, told).records()
 
 
-@app.command()
+@app.command(short_help="Draw pictures with models, and judge them.")
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL", help=options.MODEL_HELP)] = [],  # noqa: B006
     base: Annotated[

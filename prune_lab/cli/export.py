@@ -45,7 +45,7 @@ def _refuse_own_code(model: str) -> None:
     )
 
 
-@app.command()
+@app.command(short_help="Write MODEL in a format that other programs read.")
 def export(
     model: options.ModelArgument,
     to: Annotated[

@@ -12,7 +12,7 @@ from prune_lab.cli.application import app
 from prune_lab.cli.models import model_of
 
 
-@app.command()
+@app.command(short_help="Draw pictures with MODEL.")
 def generate(
     model: options.ModelArgument,
     out: Annotated[Path, typer.Option("--out", help="PNG to write; several pictures become one grid.")],

@@ -22,7 +22,7 @@ def _numbers(text: str) -> tuple[float, ...]:
         raise ConfigError(f"asked for the strengths {text!r:.60}; give numbers such as 0.3,0.5,0.7") from None
 
 
-@app.command()
+@app.command(short_help="Change a picture with each MODEL, by strength.")
 def img2img(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help=options.MODEL_HELP)],
     picture: Annotated[

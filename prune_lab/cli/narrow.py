@@ -13,7 +13,7 @@ from prune_lab.cli.application import app
 from prune_lab.cli.output import left_beside, show
 
 
-@app.command()
+@app.command(short_help="Write a U-Net with fewer channels in whole stages.")
 def narrow(
     model: options.ModelArgument,
     channels: Annotated[

@@ -13,7 +13,7 @@ from prune_lab.cli.models import model_of
 from prune_lab.cli.output import show
 
 
-@app.command()
+@app.command(short_help="Teach MODEL a subject from a few pictures (DreamBooth).")
 def personalise(
     model: options.ModelArgument,
     images: Annotated[Path, typer.Option("--images", help="Folder of pictures of the subject, four or so.")],

@@ -12,7 +12,7 @@ from prune_lab.cli.models import model_of
 from prune_lab.cli.output import show
 
 
-@app.command()
+@app.command(short_help="Parameters, MACs and latency of MODEL and of plans.")
 def profile(
     model: options.ModelArgument,
     plan: options.PlanOption = [],  # noqa: B006 - typer makes a new list for every call

@@ -13,7 +13,7 @@ from prune_lab.cli.models import model_of
 from prune_lab.cli.output import show
 
 
-@app.command()
+@app.command(short_help="Write MODEL without the blocks of a plan.")
 def prune(
     model: options.ModelArgument,
     plan: Annotated[

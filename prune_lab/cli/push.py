@@ -13,7 +13,7 @@ from prune_lab.cli.output import emit
 from prune_lab.schemas import PUSHED_COLUMNS
 
 
-@app.command()
+@app.command(short_help="Put a student onto the Hugging Face hub.")
 def push(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="A student, as prune or distill wrote it.")

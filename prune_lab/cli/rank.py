@@ -14,7 +14,7 @@ from prune_lab.errors import RunError
 from prune_lab.runs import open_run
 
 
-@app.command()
+@app.command(short_help="Order the candidates of a run by quality at their cost.")
 def rank(
     model: Annotated[str, typer.Argument(metavar="RUN", help="Run folder.")] = "",
     budget_steps: Annotated[

@@ -10,7 +10,7 @@ import typer
 from prune_lab.cli.application import app
 
 
-@app.command()
+@app.command(short_help="Write report/index.html of a run from its tables.")
 def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folder.")]) -> None:
     """Write report/index.html of a run from the tables and pictures that are there."""
     import prune_lab as pl

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from prune_lab.workflow import RunEstimate
 
 
-@app.command()
+@app.command(short_help="Do the whole job, from scores to the report.")
 def run(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=options.MODEL_HELP)] = "",
     config: Annotated[

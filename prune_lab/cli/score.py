@@ -13,7 +13,7 @@ from prune_lab.cli.application import app
 from prune_lab.cli.output import show
 
 
-@app.command()
+@app.command(short_help="Measure what the model loses without each block.")
 def score(
     model: options.OptionalModel = "",
     criterion: Annotated[

@@ -15,7 +15,7 @@ from prune_lab.cli.output import show
 from prune_lab.errors import ConfigError
 
 
-@app.command()
+@app.command(short_help="Find the plans that lose least within a budget.")
 def search(
     model: options.OptionalModel = "",
     macs: options.MacsLimit = [],  # noqa: B006

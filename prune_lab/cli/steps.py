@@ -21,7 +21,7 @@ def _numbers(text: str, option: str) -> tuple[int, ...]:
         raise ConfigError(f"asked for {option} {text}; give whole numbers, such as {option} 4,8") from None
 
 
-@app.command()
+@app.command(short_help="Time and quality of pictures in few steps.")
 def steps(
     models: Annotated[
         list[str],
