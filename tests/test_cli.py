@@ -147,7 +147,6 @@ def test_the_line_of_each_verb_is_whole() -> None:
     assert not [line for line in lines if not line.endswith(".") or line.endswith("...")]
 
 
-
 def test_exit_codes_have_one_home_and_help_names_all() -> None:
     told = " ".join(answer("--help").stdout.split())
     for code, meaning in EXIT_CODES.items():
