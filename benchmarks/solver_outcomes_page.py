@@ -108,8 +108,9 @@ def page(plans: pd.DataFrame, outcomes: pd.DataFrame, rows: pd.DataFrame) -> str
         verdict(table, DEFAULT, "solver") if len(table) else "Nothing can be compared so far.",
         "",
     ]
-    for compute, some in table.groupby("forwards"):
-        lines += [f"- With {compute:g} forward-equivalents: {verdict(some, DEFAULT, 'solver')}"]
+    if table["forwards"].nunique() > 1:
+        for compute, some in table.groupby("forwards"):
+            lines += [f"- With {compute:g} forward-equivalents: {verdict(some, DEFAULT, 'solver')}"]
     if table["name"].nunique() > 1:
         lines += ["", *count_lines(table)]
     if agreement := list(agreement_lines(plans, rows)):
