@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.evidence_page import write_page
-from benchmarks.outcome_tables import append_tables, read_tables, tables_of
+from benchmarks.outcome_tables import append_tables, frames_of_study, in_parts, read_tables
 from benchmarks.outcomes import Job, read_lines
 from prune_lab.runtime import write_json
 
@@ -43,26 +43,19 @@ def jobs_of(plans: pd.DataFrame, done: pd.DataFrame, seeds: Sequence[int], steps
         there = set(done.loc[(done["seed"] == seed) & (done["step"] >= steps), "plan_id"])
         missing = plans[~plans["plan_id"].isin(there)]
         named = dict(zip(missing["plan"], missing["removed"], strict=True))
-        names = list(named)
-        for first in range(0, len(names), TOGETHER):
-            some = {name: named[name] for name in names[first : first + TOGETHER]}
-            found.append(Job(study(model, budget), model, some, seed, steps))
+        found += [Job(study(model, budget), model, some, seed, steps) for some in in_parts(named, TOGETHER)]
     return found
+
+
+def _unit_of(line: Mapping[str, Any]) -> dict[str, Any]:
+    _, model, budget = line["study"].split()
+    return dict(zip(UNIT, (model, budget, line["plan_id"], line["seed"]), strict=True))
 
 
 def frames_of(lines: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(a row per plan, seed and look; a row per plan, seed, look that is compared and held-out row) of ``lines``."""
-    looks: list[dict[str, Any]] = []
-    rows: list[dict[str, Any]] = []
-    for line in lines:
-        kind, *rest = line["study"].split()
-        if kind != "evidence" or line["status"] == "failed":
-            continue
-        model, budget = rest
-        unit = {"model": model, "budget": budget, "plan_id": line["plan_id"], "seed": line["seed"]}
-        found, own = tables_of(line, unit, ("plan", "teacher", "device", "torch"), COMPARED)
-        looks, rows = looks + found, rows + own
-    return pd.DataFrame(looks), pd.DataFrame(rows)
+    said, ended = ("plan", "teacher", "device", "torch"), ("done", "stopped")
+    return frames_of_study(lines, "evidence", _unit_of, said, COMPARED, ended)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.losses_page import write_page
-from benchmarks.outcome_tables import append_tables, read_tables, tables_of
+from benchmarks.outcome_tables import append_tables, frames_of_study, read_tables
 from benchmarks.outcomes import Job, read_lines
 from prune_lab.runtime import write_json
 
@@ -76,18 +76,14 @@ def jobs_of(
     return found
 
 
+def _unit_of(line: Mapping[str, Any]) -> dict[str, Any]:
+    _, model, variant = line["study"].split()
+    return dict(zip(UNIT, (model, variant, line["plan"], line["plan_id"], line["seed"]), strict=True))
+
+
 def frames_of(lines: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(a row per unit and look, a row per unit and held-out row at the last look) of ``lines`` that are done."""
-    looks: list[dict[str, Any]] = []
-    rows: list[dict[str, Any]] = []
-    for line in lines:
-        kind, *rest = line["study"].split()
-        if kind != "losses" or line["status"] != "done":
-            continue
-        unit = dict(zip(UNIT, (*rest, line["plan"], line["plan_id"], line["seed"]), strict=True))
-        found, own = tables_of(line, unit, SAID, (line["steps"],))
-        looks, rows = looks + found, rows + own
-    return pd.DataFrame(looks), pd.DataFrame(rows)
+    return frames_of_study(lines, "losses", _unit_of, SAID)
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ the losses of all held-out rows at the looks that are compared.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +35,43 @@ def append_tables(out: Path, unit: Sequence[str], looks: pd.DataFrame, rows: pd.
         every.astype(small).to_parquet(out / "rows.parquet", index=False)
 
 
-def tables_of(
-    line: Mapping[str, Any], unit: Mapping[str, Any], said: Sequence[str], compared: Container[int]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(a row per look, a row per look in ``compared`` and held-out row) of one ``line``.
+Line = Mapping[str, Any]
 
-    ``unit`` tells its rows from all others; ``said`` are the names of what else of the line a look's row says.
+
+def frames_of_study(
+    lines: Iterable[Line],
+    study: str,
+    unit: Callable[[Line], Mapping[str, Any]],
+    said: Sequence[str],
+    compared: Container[int] | None = None,
+    ended: Container[str] = ("done",),
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(a row per look, a row per look in ``compared`` and held-out row) of the ``lines`` of one ``study``.
+
+    ``study`` is the first word of what their jobs name; ``unit`` tells the rows of a line from all others; ``said``
+    are the names of what else of the line a look's row says. Only the last look is compared where ``compared`` is
+    None; ``ended`` are the states in which the students of a line may be.
     """
-    looks, rows = [], []
-    told = {name: line[name] for name in said}
-    for text, losses in line["losses"].items():
-        step = int(text)
-        looks.append({**unit, "step": step, "loss": sum(losses) / len(losses), **told})
-        if step in compared:
-            rows += [{**unit, "step": step, "row": row, "loss": loss} for row, loss in enumerate(losses)]
-    return looks, rows
+    looks: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    for line in lines:
+        if line["study"].split()[0] != study or line["status"] not in ended:
+            continue
+        own, told = unit(line), {name: line[name] for name in said}
+        kept = (line["steps"],) if compared is None else compared
+        for text, losses in line["losses"].items():
+            step = int(text)
+            looks.append({**own, "step": step, "loss": sum(losses) / len(losses), **told})
+            if step in kept:
+                rows += [{**own, "step": step, "row": row, "loss": loss} for row, loss in enumerate(losses)]
+    return pd.DataFrame(looks), pd.DataFrame(rows)
+
+
+def in_parts(plans: Mapping[str, Any], together: int) -> Iterator[dict[str, Any]]:
+    """``plans``, by name, ``together`` at a time."""
+    names = list(plans)
+    for first in range(0, len(names), together):
+        yield {name: plans[name] for name in names[first : first + together]}
 
 
 def merged(before: pd.DataFrame, more: pd.DataFrame, key: Sequence[str]) -> pd.DataFrame:

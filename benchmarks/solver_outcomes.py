@@ -20,7 +20,7 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.outcome_tables import append_tables, merged, read_tables, tables_of
+from benchmarks.outcome_tables import append_tables, frames_of_study, in_parts, merged, read_tables
 from benchmarks.outcomes import Job, read_lines
 from benchmarks.solver_outcomes_page import write_page
 from prune_lab.runtime import write_frame, write_json
@@ -59,24 +59,17 @@ def jobs_of(plans: pd.DataFrame, done: pd.DataFrame, seeds: Sequence[int], steps
                 name: "-" + text.replace(" ", " -")
                 for name, text in zip(missing["plan_id"], missing["plan"], strict=True)
             }
-            names = list(named)
-            for first in range(0, len(names), TOGETHER):
-                some = {name: named[name] for name in names[first : first + TOGETHER]}
-                looks = max(1, steps // 3)
-                found.append(Job(f"solvers {model}", str(model), some, seed, steps, looks, SETTINGS))
+            looks = max(1, steps // 3)
+            found += [
+                Job(f"solvers {model}", str(model), some, seed, steps, looks, SETTINGS)
+                for some in in_parts(named, TOGETHER)
+            ]
     return found
 
 
 def frames_of(lines: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(a row per plan, seed and look, a row per plan, seed and held-out row at the last look) of ``lines``."""
-    looks: list[dict[str, Any]] = []
-    rows: list[dict[str, Any]] = []
-    for line in lines:
-        if line["study"].split()[0] != "solvers" or line["status"] != "done":
-            continue
-        found, own = tables_of(line, {name: line[name] for name in UNIT}, SAID, (line["steps"],))
-        looks, rows = looks + found, rows + own
-    return pd.DataFrame(looks), pd.DataFrame(rows)
+    return frames_of_study(lines, "solvers", lambda line: {name: line[name] for name in UNIT}, SAID)
 
 
 def main() -> None:
