@@ -110,8 +110,12 @@ def draw(rows: pd.DataFrame) -> Figure:
         panel.set_yticks(range(len(names)), names, fontsize=8)
         panel.invert_yaxis()
         panel.locator_params(axis="x", nbins=5)
-        panel.set(title=model, xlabel="held-out loss less that of raw")
-        panel.legend(fontsize=7)
+        panel.set_xlabel("held-out loss less that of raw")
+        panel.set_title(model, pad=22)
+        # above the points, which may lie anywhere
+        panel.legend(
+            fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(plans), frameon=False
+        )
     return figure
 
 

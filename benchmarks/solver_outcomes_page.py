@@ -156,7 +156,9 @@ def draw(plans: pd.DataFrame, rows: pd.DataFrame) -> Figure:
         panel.axvline(0, color="gray", lw=0.8)
         panel.set(title=f"{model}, {budget}", xlabel=f"loss less that of {DEFAULT}, 95 %")
         panel.set_yticks(range(len(solvers)), solvers)
-        panel.legend(fontsize=7, loc="upper right")
+        panel.locator_params(axis="x", nbins=5)
+        if own["forwards"].nunique() > 1:
+            panel.legend(fontsize=7, loc="upper right")
     return figure
 
 
