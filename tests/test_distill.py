@@ -44,9 +44,11 @@ from prune_lab.distill import (
 from prune_lab.distill.batches import batch_rows
 from prune_lab.distill.features import FeaturePair, tapped
 from prune_lab.errors import DataError, DeviceError, NonNativePlanError, RunError
+from prune_lab.forms import layout_of
 from prune_lab.models import load_pipeline, resolve_model
 from prune_lab.plans import native_choices, parse_plan, plan_of
 from prune_lab.probes import Probe
+from prune_lab.repair.cuts import find_cuts, teacher_paths
 from prune_lab.schemas import RECOVERY_COLUMNS
 from prune_lab.surgery import materialise
 
@@ -103,6 +105,35 @@ def test_a_plan_without_a_native_form_has_no_pairs(tiny_unet: Any) -> None:
     architecture = architecture_of(tiny_unet)
     with pytest.raises(NonNativePlanError):
         feature_pairs(architecture, parse_plan("-Dn1.A1", architecture))
+
+
+@settings(max_examples=60)
+@given(chosen=st.data())
+@pytest.mark.parametrize("model", ["transformer", "flux-dev"])
+def test_a_feature_of_a_chain_is_what_the_next_block_reads(model: str, chosen: st.DataObject) -> None:
+    """What a repair of the cut aims at, as the walk of ``find_cuts`` has it, and where no cut is the block's own."""
+    architecture = resolve_model(model).architecture
+    names = [block.name for block in architecture.blocks]
+    # where one list ends and another begins blocks stay: no feature of one reaches over into the other
+    ends = {
+        names[place + step]
+        for step in (0, 1)
+        for place in range(len(names) - 1)
+        if names[place][0] != names[place + 1][0]
+    }
+    removable = [name for name in names if name not in ends]
+    plan = plan_of(
+        architecture, chosen.draw(st.frozensets(st.sampled_from(removable), max_size=len(names) - 1))
+    )
+    paths = teacher_paths(architecture)
+    read = {paths[cut.before]: paths[cut.main.teacher_source] for cut in find_cuts(architecture, plan)}
+    layout = layout_of(architecture, plan)
+    own = {layout.renamed(path): path for path in paths.values()}
+    pairs = feature_pairs(architecture, plan)
+    assert pairs
+    for pair in pairs:
+        writer = own[pair.student_path]
+        assert pair.teacher_path == read.get(writer, writer)
 
 
 @settings(max_examples=8)

@@ -166,19 +166,23 @@ def renumbered(lists: Sequence[Blocks], outline: Outline, kept: Kept) -> Layout:
 def _features(
     lists: Sequence[Blocks], outline: Outline, removed: Removed, points: int = 4
 ) -> list[tuple[str, str]]:
-    """The state at the ends of the four quarters of each list; what writes it without ``removed`` is the last block
-    that is left of the list until there.
+    """The state at the ends of the four quarters of each list, as the next block that stays reads it.
+
+    Without ``removed`` it is written by the last block that is left until there; in the model it stands behind the
+    removed blocks that follow on that one. What stands between them is no aim of a student: the repair of the cut, and
+    the loss of the outputs, draw the same tensor to what the next block reads.
     """
-    found: list[tuple[str, str]] = []
+    found: dict[str, str] = {}  # by what writes it: two ends with the same last block are one point
     for blocks in lists:
         units = outline.units_in(blocks.letter)
+        stay = [place for place, unit in enumerate(units) if unit.name not in removed]
         ends = sorted({-(-len(units) * part // points) for part in range(1, points + 1)} - {0})
         for end in ends:
-            left = [unit for unit in units[:end] if unit.name not in removed]
-            if left:
-                found.append((units[end - 1].path, left[-1].path))
-    # two ends with the same last block are one point
-    return list({origin: (path, origin) for path, origin in reversed(found)}.values())[::-1]
+            writers = [place for place in stay if place < end]
+            if writers:
+                reader = next((place for place in stay if place > writers[-1]), len(units))
+                found[units[writers[-1]].path] = units[reader - 1].path
+    return [(path, origin) for origin, path in found.items()]
 
 
 # A row ----------------------------------------------------------------------------------------------------------------
