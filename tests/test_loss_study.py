@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from benchmarks import losses_page
-from benchmarks.losses import FIRST, PLANS, THEN, UNIT, VARIANTS, frames_of, jobs_of, plans_of
+from benchmarks.losses import FIRST, NEXT_BLOCK, PLANS, THEN, UNIT, VARIANTS, frames_of, jobs_of, plans_of
 from benchmarks.outcome_tables import append_tables, read_tables
 from benchmarks.outcomes import Job
 from benchmarks.paired import crossed_difference, verdict
@@ -22,9 +22,11 @@ NONE = pd.DataFrame(columns=[*UNIT, "step"])
 
 def test_every_prefix_of_the_jobs_can_be_compared_and_each_says_whether_it_repairs() -> None:
     jobs = jobs_of("reference", NONE, list(VARIANTS), (0, 1), 150)
-    assert [job.seed for job in jobs] == [0] * len(FIRST) + [1] * len(FIRST) + [0] * len(THEN) + [1] * len(
-        THEN
-    )
+    then = len(THEN) - len(NEXT_BLOCK)  # a U-Net's features stand elsewhere
+    assert [job.seed for job in jobs] == [0] * len(FIRST) + [1] * len(FIRST) + [0] * then + [1] * then
+    assert not {job.study.split()[2] for job in jobs} & set(NEXT_BLOCK)
+    on_chain = jobs_of("transformer", NONE, list(VARIANTS), (0,), 150)
+    assert {job.study.split()[2] for job in on_chain} == set(VARIANTS)
     assert [job.study.split()[2] for job in jobs[: len(FIRST)]] == list(FIRST)
     for job in jobs:
         repaired = job.study.endswith("+repair")
