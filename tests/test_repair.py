@@ -14,6 +14,8 @@ import pytest
 import torch
 from conftest import SHAPES, TINY_UNET, build_unet
 from diffusers import UNet2DConditionModel
+from diffusers.models.embeddings import PatchEmbed
+from tiny_models import tiny_model
 from torch import Tensor
 
 from prune_lab.blocks import architecture_of
@@ -328,6 +330,48 @@ def test_a_refit_changes_the_unit_by_what_it_says(name: str) -> None:
         added = layer_features(layer, entering[0]) @ change.weight.T + change.bias
         wanted = before + added.transpose(1, 2).reshape(before.shape)
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("positions", ["sincos", None])
+def test_what_folds_into_an_embedding_of_patches(positions: str | None) -> None:
+    torch.manual_seed(0)
+    module = PatchEmbed(8, 8, patch_size=2, in_channels=4, embed_dim=12, pos_embed_type=positions).double()
+    latents = torch.randn(3, 4, 8, 8, dtype=torch.float64)
+    kinds: tuple[Any, ...] = ("shift", "scale-shift", "linear")
+    folding = kinds if positions is None else ("shift",)
+    assert [kind for kind in kinds if not why_not(kind, "before", module, "pos_embed")] == list(folding)
+    untouched = {name: value.clone() for name, value in module.state_dict().items()}
+    with torch.no_grad():
+        plain = module(latents)  # (3, 16, 12)
+        for kind in folding:
+            change = small_change(12, kind)
+            fold(module, kind, "before", change)
+            torch.testing.assert_close(module(latents), plain @ change.map.T + change.bias)
+            module.load_state_dict(untouched)
+        change = Correction(torch.randn(12, 16).double(), torch.randn(12).double(), 0.0)
+        fold(module, "refit", "before", change)
+        patches = latents.unfold(2, 2, 2).unfold(3, 2, 2)  # (3, 4, 4, 4, 2, 2): by row and column of patches
+        features = patches.permute(0, 2, 3, 1, 4, 5).reshape(3, 16, 16)
+        torch.testing.assert_close(module(latents), plain + features @ change.weight.T + change.bias)
+
+
+def test_the_cut_of_the_first_block_of_a_transformer_is_repaired(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = tiny_model("PixArtTransformer2DModel").double()
+    architecture = architecture_of(teacher)
+    plan = parse_plan("-B1", architecture)
+    student = materialise(teacher, plan)
+    shift = torch.linspace(
+        -1, 1, teacher.config.num_attention_heads * teacher.config.attention_head_dim
+    ).double()
+    first = teacher.get_submodule(architecture.block("B1").path)
+    monkeypatch.setattr(first, "forward", lambda hidden_states, *_, **__: hidden_states + shift)
+    report = repair(student, teacher, plan, random_probe(teacher.config, samples=6, seed=0), kind="best")
+    assert [(one.unit, one.kind) for one in report.applied] in (
+        [("pos_embed", "shift")],
+        [("pos_embed", "refit")],
+    )
+    assert report.impact_before > 1e-5
+    assert report.impact_after < 1e-9 * report.impact_before
 
 
 def test_what_does_not_fold_says_who_is_in_the_way(tiny_unet: Any) -> None:

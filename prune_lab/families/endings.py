@@ -25,6 +25,7 @@ class Ending:
     norm: str = ""  # name of the norm that reads the input
     linear: bool = False  # whether ``last`` alone reads the input, so that a map of its channels goes through
     gated: bool = False
+    adds_positions: bool = False  # numbers of each place are added, which no map of the channels may change
 
 
 def _residual_block(module: Any) -> Ending:
@@ -48,12 +49,20 @@ def _feed_forward_last(module: Any) -> Ending | None:
     return Ending(last, adds_input=True, norm="norm1", gated=gated)
 
 
+def _patches(module: Any) -> Ending | None:
+    """Of PatchEmbed: its convolution, and the embedding of positions beside it."""
+    if module.layer_norm or not module.flatten or module.proj.bias is None:
+        return None
+    return Ending(module.proj, adds_positions=module.pos_embed is not None)
+
+
 _ENDINGS: Mapping[str, Callable[[Any], Ending | None]] = {
     "ResnetBlock2D": _residual_block,
     "Transformer2DModel": _transformer,
     "Downsample2D": _sampler,
     "Upsample2D": _sampler,
     "BasicTransformerBlock": _feed_forward_last,
+    "PatchEmbed": _patches,
 }
 
 

@@ -10,6 +10,8 @@ Let h (C channels) be the output of a unit, and ``A h + b`` the corrected tensor
   moved through a group norm.
 - A block of a transformer computes ``h = x + g * (K u + k)`` with a gate g per channel and timestep, or without one: a
   shift folds into k. It is fitted through the gate (``activations``), so that it is the k that the block wants.
+- What cuts a picture into patches computes ``h = K x + k + p`` with p by place: a shift folds into k. ``A`` would have
+  to change p too.
 - A sampler behind the cut applies a convolution ``K`` to h, after padding with zeros or repeating pixels. ``A`` can be
   moved through both: the weights become ``K A``. A shift cannot be moved through the padding.
 
@@ -62,6 +64,8 @@ def why_not(kind: CorrectionKind, side: Side, unit: nn.Module | None, name: str)
         if unknowns <= MOST_UNKNOWNS:
             return ""
         return f"the last layer of {name} has {unknowns:,} inputs; at most {MOST_UNKNOWNS:,} can be fitted"
+    if kind != "shift" and ending.adds_positions:
+        return f"{name} adds the embedding of positions: only a shift and a refit fold into it"
     if kind == "shift" or not ending.adds_input or ending.shortcut is not None:
         return ""
     return f"{name} adds its own input, which its {ending.norm} reads as well: only a shift folds into it"
