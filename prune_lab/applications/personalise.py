@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prune_lab.applications.before_and_after import BeforeAndAfter, draw_before_and_after
+from prune_lab.applications.class_drawing import ClassPictures, class_pictures, kept_classes
 from prune_lab.applications.personal import Learnt, PersonalSettings, check_takes_lora, learn_subject
-from prune_lab.applications.pictures import class_pictures, read_own_pictures
+from prune_lab.applications.pictures import read_own_pictures
 from prune_lab.applications.saving import about, lora_name_of, save_lora, save_whole
 from prune_lab.distill.data import LatentData
 from prune_lab.distill.encoding import encode_data
-from prune_lab.errors import ConfigError, DataError, RunError, UnsupportedModelError
+from prune_lab.errors import ConfigError, DataError, RunError, StorageError, UnsupportedModelError
 from prune_lab.evaluation import drawing_of
 from prune_lab.families import embedding_width, model_of
 from prune_lab.models import (
@@ -42,6 +44,7 @@ class Personalised:
     pictures: int  # of the subject
     class_pictures: int
     class_folder: Path | None  # where they lie; None without any
+    shown: BeforeAndAfter | None = None  # what it draws; None where nothing was drawn
 
 
 def check_personal(source: ModelSource) -> None:
@@ -69,6 +72,54 @@ def _put_aside(pipeline: Any, model: Any) -> None:
             part.to("cpu")
 
 
+def _class_drawn(
+    source: ModelSource, pipeline: Any, settings: PersonalSettings, out: Path, steps: int, guidance: float
+) -> ClassPictures:
+    """Pictures of the class, drawn or kept; a line says how many of either, and where they lie."""
+    try:
+        found = class_pictures(
+            pipeline,
+            pipeline_digest(source),
+            settings.class_prompt,
+            settings.class_count,
+            kept_classes(out),
+            seed=settings.seed,
+            steps=steps,
+            guidance=guidance,
+            batch=_BATCH,
+        )
+    except StorageError as error:
+        raise StorageError(f"{error}; another place for the cache is named by XDG_CACHE_HOME") from None
+    count = len(found.pictures)
+    kept = f", {count - found.drawn} of them kept from before" if found.drawn < count else ""
+    note(f"{count} pictures of the class, drawn by the model{kept}: {found.folder}")
+    return found
+
+
+def _shown(
+    out: Path, show: Callable[[Path, BeforeAndAfter], object], draw: Callable[[], BeforeAndAfter]
+) -> BeforeAndAfter | None:
+    """What ``draw`` draws, after it was shown in the folder ``out``; None, and a line, where that does not come off."""
+    try:
+        found = draw()
+        show(out, found)
+        return found
+    except (
+        Exception
+    ) as error:  # whatever it is, and out of memory is likely: what was learnt is written and proved
+        why = (str(error).splitlines() or [""])[0] or type(error).__name__
+        note(f"no pictures of what was learnt: {why}; {out} is whole without them")
+        return None
+    except BaseException:  # stopped, as a drawing that takes too long may be
+        note(f"stopped while drawing what was learnt, which is whole without pictures: {out}")
+        raise
+
+
+def _texts(pipeline: Any, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    own, other = encode_captions(pipeline, prompts)[0]
+    return own, other
+
+
 def personalise(
     source: ModelSource,
     images: Path,
@@ -80,15 +131,18 @@ def personalise(
     frozen: Sequence[str] = (),
     force: bool = False,
     finish: Callable[[Path, PersonalSettings], object] | None = None,
+    show: Callable[[Path, BeforeAndAfter], object] | None = None,
 ) -> Personalised:
     """``source``, taught to draw the subject of the pictures in ``images`` for its token, in the folder ``out``: a
     pipeline, or with ``settings.lora`` a LoRA for it.
 
-    Pictures of its class come from ``class_images``, or ``source`` draws them; those are kept in ``out``.class, so that
-    a call that was stopped has not to draw them again; nor has it to train again, from the state beside ``out``, which
-    is removed in the end. ``frozen`` are paths of modules that are not trained, ``finish`` adds to the folder. Raises
-    DataError for pictures that cannot be read, UnsupportedModelError or RunError for a model that cannot learn,
-    StorageError where ``out`` may not be written, ProofError where what was written differs.
+    Pictures of its class come from ``class_images``, or ``source`` draws them; those are kept in the user's cache, so
+    that no other call has to draw them again; nor has it to train again, from the state beside ``out``, which is
+    removed in the end. ``frozen`` are paths of modules that are not trained, ``finish`` adds to the folder before it
+    gets its name. ``show`` adds to it afterwards what is drawn before and after: what was learnt is safe by then,
+    whatever becomes of the drawing, which takes as much memory as anything here. Raises DataError for pictures that
+    cannot be read, UnsupportedModelError or RunError for a model that cannot learn, StorageError where ``out`` may not
+    be written, ProofError where what was written differs.
     """
     check_personal(source)
     if class_images is not None and not settings.prior_weight:
@@ -96,7 +150,12 @@ def personalise(
             f"asked for the pictures of the class in {class_images} with prior_weight = 0, by which they count "
             "nothing; leave one of the two away"
         )
-    out = check_folder(out, {"the model": source.places, "the pictures": (images,)}, force=force)
+    read = {
+        "the model": source.places,
+        "the pictures": (images,),
+        "the pictures of the class": (class_images or "",),
+    }
+    out = check_folder(out, read, force=force)
     note_trained_for_many(source)
     class_steps, guidance = drawing_asked(source, settings.class_steps, settings.guidance)
     pipeline = load_pipeline(source, device=device)
@@ -108,28 +167,18 @@ def personalise(
     pictures, names = read_own_pictures(images, side, "the subject")
     prompts = [settings.prompt, settings.class_prompt]
     note_cut(pipeline, prompts, "prompts")
-    others, folder = None, class_images
-    if settings.prior_weight and class_images is not None:
-        others, _ = read_own_pictures(class_images, side, "the class")
-    elif settings.prior_weight:
-        others, folder = class_pictures(
-            pipeline,
-            pipeline_digest(source),
-            settings.class_prompt,
-            settings.class_count,
-            out.with_name(f"{out.name}.class"),
-            seed=settings.seed,
-            steps=class_steps,
-            guidance=guidance,
-            batch=_BATCH,
-        )
-        note(f"{len(others)} pictures of the class, drawn by the model: {folder}")
-    subject = _encoded(pipeline, pictures, settings.prompt)
     if torch.equal(*_texts(pipeline, prompts)):
         raise DataError(
             f"asked to tell {settings.prompt!r:.80} from {settings.class_prompt!r:.80}, found that the text encoder "
             "reads both as the same; give another token, or a shorter prompt"
         )
+    others, folder = None, class_images
+    if settings.prior_weight and class_images is not None:
+        others, _ = read_own_pictures(class_images, side, "the class")
+    elif settings.prior_weight:
+        found = _class_drawn(source, pipeline, settings, out, class_steps, guidance)
+        others, folder = found.pictures, found.folder
+    subject = _encoded(pipeline, pictures, settings.prompt)
     prior = None if others is None else _encoded(pipeline, others, settings.class_prompt)
     _put_aside(pipeline, model)
     state = out.with_name(f"{out.name}.state.safetensors")
@@ -159,9 +208,20 @@ def personalise(
         save_whole(source, model, out, made, force=force, finish=end)
     state.unlink(missing_ok=True)
     count = 0 if others is None else len(others)
-    return Personalised(out, settings, learnt, len(pictures), count, folder if count else None)
+    shown = None
+    if show is not None and settings.pictures:
 
+        def draw() -> BeforeAndAfter:
+            return draw_before_and_after(
+                source,
+                pipeline,
+                model,
+                pictures,
+                settings,
+                steps=class_steps,
+                guidance=guidance,
+                device=device,
+            )
 
-def _texts(pipeline: Any, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    own, other = encode_captions(pipeline, prompts)[0]
-    return own, other
+        shown = _shown(out, show, draw)
+    return Personalised(out, settings, learnt, len(pictures), count, folder if count else None, shown)
