@@ -256,6 +256,7 @@ def test_another_training_takes_them_and_says_so(
     second = said_by(*words, "--lora", 2, "--out", tmp_path / "b")
     assert f"3 pictures of the class, drawn by the model, 3 of them kept from before: {folder}" in second
     assert drawn == [[0, 1, 2]]
+    assert f"pictures of the class: {folder}; whatever learns one of this class next takes them again" in second
     third = said_by(*words, "--class-count", 4, "--out", tmp_path / "c")
     assert "4 pictures of the class, drawn by the model, 3 of them kept from before" in third
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "cache", "subject"]

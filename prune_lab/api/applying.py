@@ -25,7 +25,7 @@ from prune_lab.models import ModelSource, resolve_model
 from prune_lab.models.protection import check_apart
 from prune_lab.models.written import form_of_zeros
 from prune_lab.report import Column, Theme, draw_comparison
-from prune_lab.runtime import bytes_text, note, pick_device, pick_dtype, progress_shown
+from prune_lab.runtime import bytes_text, cache_folder, note, pick_device, pick_dtype, progress_shown
 from prune_lab.runtime.holders import alone_in
 from prune_lab.schemas import PERSONAL_COLUMNS
 from prune_lab.tables import NOT_TOLD_APART, Pictures, Table
@@ -136,9 +136,10 @@ def personal_table(
             "take it out before you pass the folder on"
         )
     if found.class_folder is not None and class_images is None:
-        notes.append(
-            f"pictures of the class: {found.class_folder}; whatever learns one of this class next takes them again"
-        )
+        again = "whatever learns one of this class next takes them again"
+        if cache_folder("class_pictures") not in found.class_folder.parents:
+            again = "--class-images takes them for another run"
+        notes.append(f"pictures of the class: {found.class_folder}; {again}")
     note(f"peak memory {bytes_text(learnt.peak_bytes)}: {learnt.peak_of}")
     title = f"{source.text} has learnt {settings.prompt!r}"
     return Table("personal", frame, title, draw, notes=tuple(notes))

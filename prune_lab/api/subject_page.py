@@ -38,13 +38,15 @@ def _lines_of(source: ModelSource, settings: PersonalSettings) -> str:
         return lines
     loaded = f'pipeline.load_lora_weights(".")  # {_LORA_FILE}\n'
     assert source.folder is not None, "a pipeline lies in a folder"
-    given = '"MODEL"'
+    given, where = '"MODEL"', f"the folder or hub id of {source.name}."
+    if source.name.endswith(".safetensors"):
+        where = f"{source.name} as a folder of diffusers, which loads a LoRA onto that alone."
     if mixes_formats(source.folder):
         lines, given = f"import torch\n{lines}", '"MODEL", torch_dtype=torch.float32'
     lines = lines.replace('from_pretrained("."', f"from_pretrained({given}")
     lines = lines.replace(
         "# In this folder; from anywhere else give its path, or its name on the hub.",
-        f"# MODEL: the folder or hub id of {source.name}. The LoRA lies in this folder.",
+        f"# MODEL: {where} The LoRA lies in this folder.",
     )
     return lines.replace("picture = pipeline(", f"{loaded}picture = pipeline(", 1)
 
