@@ -295,6 +295,12 @@ def test_a_mask_by_the_verb(tiny_pipeline_folder: Path, picture: Path, tmp_path:
     )
     [row] = json.loads(answered.stdout)
     assert row["kept_error"] is not None
+    assert (row["seed"], "seeds" in row) == (0, False)
+    assert sorted(path.name for path in out.glob("[!.]*.*")) == [
+        "given.png",
+        "sweep.csv",
+        "sweep.png",
+    ]  # of one seed
     assert row["clip"] is None  # nothing here knows what a tiny model draws
     Image.new("L", (32, 32), 0).save(mask)
     with pytest.raises(DataError, match="nothing white"):
@@ -456,9 +462,6 @@ def test_seeds_by_the_verb(tiny_pipeline_folder: Path, picture: Path, tmp_path: 
     assert (second["from_first"], second["from_first_spread"], second["seeds"]) == (0, 0, 3)
     assert first["pixel_error_verdict"] == ""
     assert "a whole number from 1" in invoke(*words, "--seeds", 0, "--force", fails=True)
-    [*_, row] = json.loads(CliRunner().invoke(app, [*map(str, words), "--json", "--force"]).stdout)
-    assert (row["seed"], "seeds" in row) == (0, False)
-    assert not (tmp_path / "out" / "means.csv").exists()
 
 
 def test_a_model_beside_itself_and_a_folder_in_use_are_refused(

@@ -315,8 +315,10 @@ def test_transformers_learn_too(
     kind: str, pipeline_folder: Callable[[str], Path], subject: Path, tmp_path: Path
 ) -> None:
     folder = pipeline_folder(kind)
-    invoke("personalise", folder, "--images", subject, *WORDS, "--out", tmp_path / "mine")
+    shown = ("--pictures", 1, "--out", tmp_path / "mine")
+    invoke("personalise", folder, "--images", subject, *WORDS, *shown)
     DiffusionPipeline.from_pretrained(tmp_path / "mine")
+    assert (tmp_path / "mine" / "pictures.png").is_file()
     lora = ("personalise", folder, "--images", subject, *WORDS, "--lora", "2", "--out", tmp_path / "lora")
     if kind == "pixart":
         assert "loads none; leave --lora away" in " ".join(invoke(*lora, fails=True).split())
