@@ -365,6 +365,7 @@ def test_every_picture_has_its_place_on_the_sheet() -> None:
         assert bottom < texts["seed 7"][1]
         assert top < texts["what it learnt from"][1] < bottom
         assert right <= places.get(shade + 1, (99,))[0] or shade == 2
+        assert top >= axes.get_ylim()[1]  # inside of the figure
 
 
 def test_many_given_pictures_are_smaller_and_then_fewer() -> None:
@@ -415,6 +416,8 @@ def test_what_was_learnt_is_not_lost_with_its_pictures(
 def test_stopped_while_drawing_it_is_whole_and_said(
     tiny_pipeline_folder: Path, subject: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("prune_lab.applications.personal._KEPT_EVERY", 2)  # a state is written on the way
+
     def stop(*_: Any, **__: Any) -> torch.Tensor:
         assert not list(tmp_path.glob("out.state*"))
         raise KeyboardInterrupt

@@ -99,8 +99,7 @@ def draw_sheet(shown: BeforeAndAfter, theme: Theme) -> Figure:
 
 def add_sheet(folder: Path, source: ModelSource, settings: PersonalSettings, shown: BeforeAndAfter) -> None:
     """Add the sheet to the finished ``folder``, and to its README.md; whenever that is stopped, all in it is whole."""
-    write_file_list(
-        folder, {*(listed_files(folder) or ()), SHEET}
-    )  # first: --force removes nothing that is not listed
+    # listed first: --force removes nothing that is not
+    write_file_list(folder, {*(listed_files(folder) or ()), SHEET})
     Plot(lambda theme: draw_sheet(shown, theme)).save(folder / SHEET)
     write_page(folder, source, settings, shown)
