@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from prune_lab.api.subject_page import draw_sheet
 from prune_lab.applications import (
     BeforeAndAfter,
     ClassPictures,
+    Personalised,
     PersonalSettings,
     class_pictures,
     personalise,
@@ -254,13 +256,13 @@ def test_another_training_takes_them_and_says_so(
     (folder,) = cache.iterdir()
     assert json.loads((folder / "made_from.json").read_text())["prompt"] == "a cat"
     second = said_by(*words, "--lora", 2, "--out", tmp_path / "b")
-    assert f"3 pictures of the class, drawn by the model, 3 of them kept from before: {folder}" in second
+    assert f"3 pictures of the class, drawn by the model, 3 of them kept already: {folder}" in second
     assert drawn == [[0, 1, 2]]
     assert (
         f"pictures of the class: {folder}; whatever learns one of this class next takes them again" in second
     )
     third = said_by(*words, "--class-count", 4, "--out", tmp_path / "c")
-    assert "4 pictures of the class, drawn by the model, 3 of them kept from before" in third
+    assert "4 pictures of the class, drawn by the model, 3 of them kept already" in third
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "cache", "subject"]
 
 
@@ -406,7 +408,10 @@ def test_what_was_learnt_is_not_lost_with_its_pictures(
     monkeypatch.setattr("prune_lab.applications.before_and_after.generate", fail)
     out = tmp_path / "out"
     told = said_by("personalise", tiny_pipeline_folder, "--images", subject, *WORDS, "--out", out)
-    assert f"no pictures of what was learnt: {said}{out} is whole without them" in told
+    assert (
+        f"no pictures of what was learnt: {said}{out} is whole, and the same command again draws them alone"
+        in told
+    )
     DiffusionPipeline.from_pretrained(out)
     assert "## What it draws" not in (out / "README.md").read_text()
     assert not (out / "pictures.png").exists()
@@ -427,8 +432,49 @@ def test_stopped_while_drawing_it_is_whole_and_said(
     words = ("personalise", tiny_pipeline_folder, "--images", subject, *WORDS, "--lora", 2, "--out", out)
     found = CliRunner().invoke(app, [str(word) for word in words])
     assert found.exit_code == 130
-    assert f"stopped while drawing what was learnt, which is whole without pictures: {out}" in " ".join(
-        found.output.split()
+    said = " ".join(found.output.split())
+    assert (
+        f"stopped while drawing what was learnt: {out} is whole, and the same command again draws it alone"
+        in said
     )
     assert (out / "pytorch_lora_weights.safetensors").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "out", "subject"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("lora", [0, 2])
+def test_the_same_command_again_draws_what_was_not_drawn(
+    lora: int, tiny_pipeline_folder: Path, subject: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is learnt again, and the sheet is as if it had been drawn at once."""
+    how = PersonalSettings(**FEW | {"lora": lora, "learning_rate": 3e-2 if lora else 3e-3})
+    source, seen = resolve_model(str(tiny_pipeline_folder)), list[BeforeAndAfter]()
+
+    def learn(out: Path, settings: PersonalSettings) -> Personalised:
+        def show(folder: Path, shown: BeforeAndAfter) -> None:
+            seen.append(shown)
+            (folder / "pictures.png").touch()
+
+        return personalise(source, subject, out, settings, show=show)
+
+    first = learn(tmp_path / "at-once", how)
+    before = learn(tmp_path / "late", dataclasses.replace(how, pictures=0))
+    files = {path: path.read_bytes() for path in (tmp_path / "late").rglob("*") if path.is_file()}
+    module = sys.modules["prune_lab.applications.personalise"]
+    monkeypatch.setattr(module, "learn_subject", lambda *_, **__: pytest.fail("learnt again"))
+    for other in ({"steps": 2}, {"token": "blue"}, {"seed": 1}):  # something else was learnt there
+        with pytest.raises(StorageError, match="give another path or --force"):
+            learn(tmp_path / "late", dataclasses.replace(how, **other))
+    Image.new("RGB", (16, 16), "green").save(subject / "9.png")
+    with pytest.raises(StorageError, match="give another path or --force"):
+        learn(tmp_path / "late", how)
+    (subject / "9.png").unlink()
+    late = learn(tmp_path / "late", how)
+    assert (late.learnt, late.pictures, late.class_pictures) == (before.learnt, 3, 3)
+    assert first.learnt.subject_loss == late.learnt.subject_loss
+    assert len(seen) == 2
+    for name in ("before", "after", "given"):
+        assert torch.equal(getattr(seen[0], name), getattr(seen[1], name)), name
+    assert all(path.read_bytes() == content for path, content in files.items())
+    with pytest.raises(StorageError, match=r"found a folder that is not empty"):
+        learn(tmp_path / "late", how)  # it has all now

@@ -14,8 +14,9 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from prune_lab.api.subject_page import SHEET, add_sheet, draw_sheet, write_page
+from prune_lab.api.subject_page import add_sheet, draw_sheet, write_page
 from prune_lab.applications import PersonalSettings, Sweep, SweepSettings, personalise, sweep, sweep_means
+from prune_lab.applications.before_and_after import SHEET
 from prune_lab.applications.sweep_means import FEW_SEEDS
 from prune_lab.errors import ConfigError, FormError, PlanError, RunError
 from prune_lab.export import student_in

@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from prune_lab.applications import BeforeAndAfter, PersonalSettings
+from prune_lab.applications.before_and_after import SHEET
 from prune_lab.export.snippets import mixes_formats, snippet_for
 from prune_lab.families import CLASS_NAME, is_own
 from prune_lab.models import ModelSource, usual_drawing
@@ -18,7 +19,6 @@ from prune_lab.runtime import write_text
 from prune_lab.runtime.files import listed_files, write_file_list
 from prune_lab.tables import Plot
 
-SHEET = "pictures.png"
 _LORA_FILE = "pytorch_lora_weights.safetensors"
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,9 @@ from prune_lab.applications.personal import PersonalSettings
 from prune_lab.evaluation import generate
 from prune_lab.models import ModelSource, load_model
 from prune_lab.models.silence import quiet
-from prune_lab.runtime import return_freed
+from prune_lab.runtime import note, return_freed
+
+SHEET = "pictures.png"  # in a folder of what was learnt: shows what is drawn
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -68,3 +72,26 @@ def draw_before_and_after(
     return_freed()
     before = _drawn(pipeline, prompts, seeds, load_model(source, device=device), how)
     return BeforeAndAfter(given, prompts, seeds, before, after, steps, guidance)
+
+
+def shown_in(
+    out: Path, show: Callable[[Path, BeforeAndAfter], object], draw: Callable[[], BeforeAndAfter]
+) -> BeforeAndAfter | None:
+    """What ``draw`` draws, after it was shown in the folder ``out``; None, and a line, where that does not come off."""
+    try:
+        found = draw()
+        show(out, found)
+        return found
+    except (
+        Exception
+    ) as error:  # whatever it is, and out of memory is likely: what was learnt is written and proved
+        why = (str(error).splitlines() or [""])[0] or type(error).__name__
+        note(
+            f"no pictures of what was learnt: {why}; {out} is whole, and the same command again draws them alone"
+        )
+        return None
+    except BaseException:  # stopped, as a drawing that takes too long may be
+        note(
+            f"stopped while drawing what was learnt: {out} is whole, and the same command again draws it alone"
+        )
+        raise

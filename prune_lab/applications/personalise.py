@@ -10,11 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prune_lab.applications.before_and_after import BeforeAndAfter, draw_before_and_after
+from prune_lab.applications.before_and_after import (
+    SHEET,
+    BeforeAndAfter,
+    draw_before_and_after,
+    shown_in,
+)
 from prune_lab.applications.class_drawing import ClassPictures, class_pictures, kept_classes
 from prune_lab.applications.personal import Learnt, PersonalSettings, check_takes_lora, learn_subject
 from prune_lab.applications.pictures import read_own_pictures
-from prune_lab.applications.saving import about, lora_name_of, save_lora, save_whole
+from prune_lab.applications.saving import about, lora_name_of, save_lora, save_whole, told_in
 from prune_lab.distill.data import LatentData
 from prune_lab.distill.encoding import encode_data
 from prune_lab.errors import ConfigError, DataError, RunError, StorageError, UnsupportedModelError
@@ -23,11 +28,14 @@ from prune_lab.families import embedding_width, model_of
 from prune_lab.models import (
     ModelSource,
     drawing_asked,
+    load_model,
     load_pipeline,
     note_trained_for_many,
     pipeline_digest,
+    resolve_model,
 )
-from prune_lab.models.protection import check_folder
+from prune_lab.models.protection import check_folder, expanded
+from prune_lab.models.silence import quiet
 from prune_lab.probes import encode_captions, note_cut, picture_side
 from prune_lab.runtime import note, tensors_digest
 
@@ -65,6 +73,10 @@ def _encoded(pipeline: Any, pictures: Tensor, prompt: str) -> LatentData:
     return encode_data(pipeline, pictures, [prompt] * len(pictures))
 
 
+def _digest_of(pictures: Tensor) -> str:
+    return tensors_digest({"pictures": pictures})[:16]
+
+
 def _put_aside(pipeline: Any, model: Any) -> None:
     """Encoders are done with: only the model stays on the device."""
     for part in pipeline.components.values():
@@ -73,13 +85,13 @@ def _put_aside(pipeline: Any, model: Any) -> None:
 
 
 def _class_drawn(
-    source: ModelSource, pipeline: Any, settings: PersonalSettings, out: Path, steps: int, guidance: float
+    pipeline: Any, model: str, settings: PersonalSettings, out: Path, steps: int, guidance: float
 ) -> ClassPictures:
     """Pictures of the class, drawn or kept; a line says how many of either, and where they lie."""
     try:
         found = class_pictures(
             pipeline,
-            pipeline_digest(source),
+            model,
             settings.class_prompt,
             settings.class_count,
             kept_classes(out),
@@ -91,33 +103,54 @@ def _class_drawn(
     except StorageError as error:
         raise StorageError(f"{error}; another place for the cache is named by XDG_CACHE_HOME") from None
     count = len(found.pictures)
-    kept = f", {count - found.drawn} of them kept from before" if found.drawn < count else ""
+    kept = f", {count - found.drawn} of them kept already" if found.drawn < count else ""
     note(f"{count} pictures of the class, drawn by the model{kept}: {found.folder}")
     return found
-
-
-def _shown(
-    out: Path, show: Callable[[Path, BeforeAndAfter], object], draw: Callable[[], BeforeAndAfter]
-) -> BeforeAndAfter | None:
-    """What ``draw`` draws, after it was shown in the folder ``out``; None, and a line, where that does not come off."""
-    try:
-        found = draw()
-        show(out, found)
-        return found
-    except (
-        Exception
-    ) as error:  # whatever it is, and out of memory is likely: what was learnt is written and proved
-        why = (str(error).splitlines() or [""])[0] or type(error).__name__
-        note(f"no pictures of what was learnt: {why}; {out} is whole without them")
-        return None
-    except BaseException:  # stopped, as a drawing that takes too long may be
-        note(f"stopped while drawing what was learnt, which is whole without pictures: {out}")
-        raise
 
 
 def _texts(pipeline: Any, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
     own, other = encode_captions(pipeline, prompts)[0]
     return own, other
+
+
+def _drawn_late(
+    source: ModelSource,
+    images: Path,
+    out: Path,
+    settings: PersonalSettings,
+    drawing: tuple[int, float],
+    device: torch.device | str,
+    show: Callable[[Path, BeforeAndAfter], object],
+) -> Personalised | None:
+    """What the same call has learnt, after what it draws was shown: it was stopped while that was drawn, or not asked
+    for it. None where ``out`` is not there, shows it already, or holds something else.
+    """
+    told = told_in(source, out, settings)
+    if not settings.pictures or (out / SHEET).exists() or told is None:
+        return None
+    if told["model_digest"] != pipeline_digest(source):
+        return None
+    pipeline = load_pipeline(source, device=device)
+    pictures, _ = read_own_pictures(images, picture_side(pipeline), "the subject")
+    if told["pictures"]["digest"] != _digest_of(pictures):
+        return None
+    note(f"{out} holds what was learnt, whole; what it draws is drawn now")
+    if settings.lora:
+        with quiet():
+            pipeline.load_lora_weights(out)
+        model = model_of(pipeline)
+    else:
+        model = load_model(resolve_model(str(out.resolve())))
+
+    def draw() -> BeforeAndAfter:
+        steps, guidance = drawing
+        how: dict[str, Any] = {"steps": steps, "guidance": guidance, "device": device}
+        return draw_before_and_after(source, pipeline, model, pictures, settings, **how)
+
+    count = (told["class_pictures"] or {"count": 0})["count"]
+    return Personalised(
+        out, settings, told["training"], len(pictures), count, None, shown_in(out, show, draw)
+    )
 
 
 def personalise(
@@ -143,6 +176,8 @@ def personalise(
     whatever becomes of the drawing, which takes as much memory as anything here. Raises DataError for pictures that
     cannot be read, UnsupportedModelError or RunError for a model that cannot learn, StorageError where ``out`` may not
     be written, ProofError where what was written differs.
+
+    Where ``out`` holds what the same call has learnt, and no pictures of it, these alone are drawn.
     """
     check_personal(source)
     if class_images is not None and not settings.prior_weight:
@@ -155,10 +190,17 @@ def personalise(
         "the pictures": (images,),
         "the pictures of the class": (class_images or "",),
     }
+    drawing = drawing_asked(source, settings.class_steps, settings.guidance)
+    if (
+        show is not None
+        and not force
+        and (late := _drawn_late(source, images, expanded(out), settings, drawing, device, show))
+    ):
+        return late
     out = check_folder(out, read, force=force)
     note_trained_for_many(source)
-    class_steps, guidance = drawing_asked(source, settings.class_steps, settings.guidance)
-    pipeline = load_pipeline(source, device=device)
+    class_steps, guidance = drawing
+    digest, pipeline = pipeline_digest(source), load_pipeline(source, device=device)
     drawing_of(pipeline)  # says what is in the way
     model, side = model_of(pipeline), picture_side(pipeline)
     if settings.lora:
@@ -176,7 +218,7 @@ def personalise(
     if settings.prior_weight and class_images is not None:
         others, _ = read_own_pictures(class_images, side, "the class")
     elif settings.prior_weight:
-        found = _class_drawn(source, pipeline, settings, out, class_steps, guidance)
+        found = _class_drawn(pipeline, digest, settings, out, class_steps, guidance)
         others, folder = found.pictures, found.folder
     subject = _encoded(pipeline, pictures, settings.prompt)
     prior = None if others is None else _encoded(pipeline, others, settings.class_prompt)
@@ -191,13 +233,14 @@ def personalise(
         settings,
         learnt,
         {
-            "pictures": {"names": list(names), "digest": tensors_digest({"pictures": pictures})[:16]},
+            "model_digest": digest,
+            "pictures": {"names": list(names), "digest": _digest_of(pictures)},
             "class_pictures": None
             if others is None
             else {
                 "count": len(others),
                 "drawn by the model": class_images is None,
-                "digest": tensors_digest({"pictures": others})[:16],
+                "digest": _digest_of(others),
             },
         },
     )
@@ -223,5 +266,5 @@ def personalise(
                 device=device,
             )
 
-        shown = _shown(out, show, draw)
+        shown = shown_in(out, show, draw)
     return Personalised(out, settings, learnt, len(pictures), count, folder if count else None, shown)
