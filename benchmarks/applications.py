@@ -199,7 +199,7 @@ class Bench:
             steps=DRAW_STEPS,
             guidance=GUIDANCE,
             batch=8,
-        )[1]
+        ).folder
 
     def judged(self, pipeline: Any, subject: Subject, name: str) -> tuple[float, float, float, float, float]:
         """How alike to the subject what is drawn for its prompts is, all and those of its own style; CLIP score with

@@ -211,6 +211,21 @@ SWEEP_COLUMNS = (
     *("model", "strength", "seed", "prompt", "passes", "file", "clip", "likeness", "pixel_error"),
     *("kept_error", "from_first", "seconds"),
 )
+SWEEP_MEAN_COLUMNS = (  # over seeds: mean and standard deviation, and how far the mean is from that of the first model
+    *("model", "strength", "seeds", "prompt", "passes"),
+    *("clip", "clip_spread", "clip_difference", "clip_low", "clip_high", "clip_verdict"),
+    *(
+        "likeness",
+        "likeness_spread",
+        "likeness_difference",
+        "likeness_low",
+        "likeness_high",
+        "likeness_verdict",
+    ),
+    *("pixel_error", "pixel_error_spread", "pixel_error_difference", "pixel_error_low", "pixel_error_high"),
+    *("pixel_error_verdict", "kept_error", "kept_error_spread", "kept_error_difference", "kept_error_low"),
+    *("kept_error_high", "kept_error_verdict", "from_first", "from_first_spread", "seconds"),
+)
 
 # What a reader asks of a finished run --------------------------------------------------------------------------------
 

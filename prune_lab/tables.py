@@ -43,6 +43,7 @@ DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
         "peak_bytes",
     ),
     "sweep": ("model", "strength", "clip", "likeness", "pixel_error", "from_first"),
+    "sweep means": ("model", "strength", "clip", "likeness", "pixel_error", "from_first"),
     "blocks": ("name", "kind", "params", "macs", "removable", "reason"),
     "reductions": (
         *("plan", "form", "params", "params_change", "macs_change", "latency_change", "latency_verdict"),
@@ -185,6 +186,8 @@ def cell_text(column: str, value: Any) -> str:
     return str(value)
 
 
+NOT_TOLD_APART = "~"  # beside a mean whose difference to another is not told apart from none
+
 _LONG, _FIRST = 100, 3  # characters of a plan in writing that are shown whole; entries of a longer one
 
 
@@ -205,9 +208,12 @@ def _first(items: Sequence[str]) -> str:
 
 def shown_cell(column: str, row: Mapping[str, Any]) -> str:
     """The cell of ``row`` in ``column`` for a person, as ``cell_text`` has it; a long plan is cut, and called by its id
-    where the row has that.
+    where the row has that. A mean stands with its spread, where there is one, and marked where it is not told apart.
     """
     value = row[column]
+    if isinstance(value, float) and row.get(f"{column}_spread") is not None:
+        same = f" {NOT_TOLD_APART}" if row.get(f"{column}_verdict") == "not told apart" else ""
+        return f"{cell_text(column, value)} \u00b1 {row[f'{column}_spread']:.2g}{same}"
     if isinstance(value, str):
         if column in ("plan", "name", "student") and (short := short_plan(value)) != value:
             return f"{short} ({row['plan_id']})" if row.get("plan_id") else short

@@ -565,6 +565,7 @@ COLUMNS_OF = {
     "picture changes": schemas.PICTURE_CHANGE_COLUMNS,
     "personal": schemas.PERSONAL_COLUMNS,
     "sweep": schemas.SWEEP_COLUMNS,
+    "sweep means": schemas.SWEEP_MEAN_COLUMNS,
 }
 
 

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+import shutil
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from narrow_pipelines import narrow
 from PIL import Image
 from typer.testing import CliRunner
 
+import prune_lab as pl
 from prune_lab.applications import (
     SweepSettings,
     change_picture,
@@ -22,13 +29,18 @@ from prune_lab.applications import (
     check_strength,
     picture_embeddings,
     read_own_mask,
+    read_own_picture,
+    sweep_means,
+    sweeps,
 )
+from prune_lab.applications.sweep_means import COMPARED
 from prune_lab.applications.sweeps import file_names
 from prune_lab.cli import app
 from prune_lab.errors import ConfigError, DataError, UnsupportedModelError
 from prune_lab.models import load_pipeline, load_scorer, resolve_model
 from prune_lab.probes import encode_pixels, picture_side
-from prune_lab.schemas import SWEEP_COLUMNS
+from prune_lab.schemas import SWEEP_COLUMNS, SWEEP_MEAN_COLUMNS
+from prune_lab.tables import Table, cell_text, shown_cell, shown_columns
 
 HOW: dict[str, Any] = {"steps": 4, "guidance": 2.0}
 
@@ -283,6 +295,12 @@ def test_a_mask_by_the_verb(tiny_pipeline_folder: Path, picture: Path, tmp_path:
     )
     [row] = json.loads(answered.stdout)
     assert row["kept_error"] is not None
+    assert (row["seed"], "seeds" in row) == (0, False)
+    assert sorted(path.name for path in out.glob("[!.]*.*")) == [
+        "given.png",
+        "sweep.csv",
+        "sweep.png",
+    ]  # of one seed
     assert row["clip"] is None  # nothing here knows what a tiny model draws
     Image.new("L", (32, 32), 0).save(mask)
     with pytest.raises(DataError, match="nothing white"):
@@ -326,6 +344,137 @@ def test_bad_input_is_refused_in_one_line(tiny_pipeline_folder: Path, picture: P
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     assert "found none that can be read" in said("--picture", broken, "--prompt", "a cat")
+
+
+# Several seeds --------------------------------------------------------------------------------------------------------
+
+
+def swept(seeds: int, models: int = 2) -> pd.DataFrame:
+    """A sweep as it may come out: two strengths; of the second model CLIP scores are far below, likeness is as before,
+    and what the mask keeps is a little worse.
+    """
+    rng = np.random.default_rng(5)
+    rows = []
+    for model in range(models):
+        for strength in (0.3, 0.8):
+            common = np.random.default_rng(int(10 * strength)).normal(
+                0, 0.05, seeds
+            )  # of the noise, of both models
+            clip = 0.3 + common - 0.2 * model + rng.normal(0, 0.01, seeds)
+            likeness = 0.8 + common + rng.normal(0, 0.01, seeds)
+            kept = 0.01 + common**2 + 0.1 * model + rng.normal(0, 0.001, seeds)
+            for seed in range(seeds):
+                file = f"{model}/strength-{strength}-seed-{seed}.png"
+                cells = (clip[seed], likeness[seed], 0.25, kept[seed], 0.1 * model * seed, 2.0 + seed)
+                rows.append((f"m{model}", strength, 7 + seed, "a cat", 4, file, *cells))
+    return pd.DataFrame(rows, columns=list(SWEEP_COLUMNS))
+
+
+def test_means_and_differences_over_seeds_are_those_of_scipy() -> None:
+    frame = swept(6)
+    found = sweep_means(frame.sample(frac=1, random_state=1).sort_values("model", kind="stable"))
+    assert tuple(found.columns) == SWEEP_MEAN_COLUMNS
+    assert sorted(zip(found["model"], found["strength"], strict=True)) == [
+        (model, strength) for model in ("m0", "m1") for strength in (0.3, 0.8)
+    ]
+    assert set(found["seeds"]) == {6}
+    for row in found.to_dict("records"):
+        own, first = (
+            frame[(frame["model"] == model) & (frame["strength"] == row["strength"])]
+            for model in (row["model"], "m0")
+        )
+        for name in ("clip", "likeness", "pixel_error", "kept_error"):
+            assert row[name] == pytest.approx(statistics.mean(own[name]))
+            assert row[f"{name}_spread"] == pytest.approx(statistics.stdev(own[name]), abs=1e-12)
+            if row["model"] == "m0":
+                assert math.isnan(row[f"{name}_difference"])
+                assert row[f"{name}_verdict"] == ""
+            elif name != "pixel_error":  # the same everywhere
+                interval = scipy.stats.ttest_rel(own[name], first[name]).confidence_interval(0.95)
+                assert (row[f"{name}_low"], row[f"{name}_high"]) == pytest.approx(tuple(interval))
+        assert row["from_first"] == pytest.approx(own["from_first"].mean())
+        assert row["seconds"] == pytest.approx(4.5)
+    verdicts = found[found["model"] == "m1"][[f"{name}_verdict" for name in COMPARED]]
+    for row in verdicts.to_dict("records"):
+        assert list(row.values()) == ["worse", "not told apart", "not told apart", "worse"]
+
+
+def test_of_what_was_not_measured_there_is_no_mean() -> None:
+    frame = swept(3).assign(clip=np.nan, likeness=np.nan, kept_error=np.nan)
+    found = sweep_means(frame)
+    assert found[["clip", "clip_spread", "clip_difference", "kept_error"]].isna().all().all()
+    assert set(found["clip_verdict"]) == {""}
+    assert found["pixel_error"].notna().all()
+    row = Table("sweep means", found).records()[-1]
+    assert shown_columns("sweep means", [row]) == ["model", "strength", "pixel_error", "from_first"]
+
+
+def test_a_mean_is_shown_with_its_spread_and_marked_where_it_is_not_told_apart() -> None:
+    first, *_, last = Table("sweep means", sweep_means(swept(6))).records()
+    assert re.fullmatch(r"0\.\d+ ± 0\.0\d+", shown_cell("clip", first))
+    assert re.fullmatch(r"0\.\d+ ± 0\.0\d+", shown_cell("clip", last))  # worse
+    assert re.fullmatch(r"0\.\d+ ± 0\.0\d+ ~", shown_cell("likeness", last))
+    assert shown_cell("strength", last) == "0.8"
+    assert shown_cell("clip", last | {"clip_spread": None}) == cell_text("clip", last["clip"])
+
+
+def test_many_seeds_are_drawn_a_few_at_a_time(
+    tiny_pipeline_folder: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same pictures, passes and table as with all at once; the sheet has room for some."""
+    monkeypatch.setattr("prune_lab.applications.sweeps._AT_ONCE", 2)
+    batches: list[tuple[int, ...]] = []
+    real = sweeps.change_picture
+
+    def change(*given: Any, **how: Any) -> torch.Tensor:
+        batches.append(tuple(given[3]))
+        return real(*given, **how)
+
+    monkeypatch.setattr(sweeps, "change_picture", change)
+    how: dict[str, Any] = {"prompt": "a red cat", "steps": 2, "strengths": (0.5, 1.0), "guidance": 2.0}
+    found = pl.img2img(tiny_pipeline_folder, picture=picture, out=tmp_path / "out", seeds=range(3, 10), **how)
+    assert batches == [(3, 4), (5, 6), (7, 8), (9,)] * 2
+    pipeline = load_pipeline(resolve_model(str(tiny_pipeline_folder)))
+    own = read_own_picture(picture, picture_side(pipeline))
+    wanted = real(pipeline, own, "a red cat", range(3, 10), strength=0.5, steps=2, guidance=2.0)
+    assert np.array_equal(found.columns[1].pictures[:7], wanted.permute(0, 2, 3, 1).numpy())
+    assert len(found.labels) == 14
+    assert len(found.plot().figure().axes[0].images) == 2 * 12  # of six seeds, beside what was given
+    assert list(found.data["passes"]) == [2] * 7 + [3] * 7  # PNDM takes its second step twice
+    assert "sweep.png shows 12 of 14 pictures of each model, those of the first seeds" in found.notes
+    assert found.means is not None
+    assert [(row["strength"], row["seeds"]) for row in found.means.records()] == [(0.5, 7), (1.0, 7)]
+    assert pd.read_csv(tmp_path / "out" / "means.csv").shape == (2, len(SWEEP_MEAN_COLUMNS))
+
+
+def test_seeds_by_the_verb(tiny_pipeline_folder: Path, picture: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_pipeline_folder, copy)
+    words = ("img2img", tiny_pipeline_folder, copy, "--picture", picture, "--prompt", "a cat", "--steps", 2)
+    words = (*words, "--strengths", "1", "--out", tmp_path / "out")
+    said = " ".join(invoke(*words, "--seeds", 3).split())
+    assert "± " in said
+    assert f"~: not told apart from {tiny_pipeline_folder}, the 95 % interval" in said
+    assert "3 seeds tell little apart; 5 or more tell much more" in said
+    answered = CliRunner().invoke(app, [*map(str, words), "--count", "3", "--json", "--force"])
+    first, second = json.loads(answered.stdout)
+    assert second["pixel_error_verdict"] == "not told apart"  # a copy
+    assert (second["from_first"], second["from_first_spread"], second["seeds"]) == (0, 0, 3)
+    assert first["pixel_error_verdict"] == ""
+    assert "a whole number from 1" in invoke(*words, "--seeds", 0, "--force", fails=True)
+
+
+def test_a_model_beside_itself_and_a_folder_in_use_are_refused(
+    tiny_pipeline_folder: Path, picture: Path, tmp_path: Path
+) -> None:
+    words = ("--picture", picture, "--prompt", "a cat", "--out", tmp_path / "out")
+    said = invoke("img2img", tiny_pipeline_folder, tiny_pipeline_folder, *words, fails=True)
+    assert "twice, whose pictures would be the same; give it once" in " ".join(said.split())
+    lock = {"host": "elsewhere", "process": 7, "started": 1, "since": "2026"}
+    (tmp_path / ".out.lock").write_text(json.dumps(lock))
+    said = invoke("img2img", tiny_pipeline_folder, *words, fails=True)
+    assert "which process 7 on elsewhere since 2026 is doing now; wait for its end" in " ".join(said.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_names_of_files_are_told_apart() -> None:

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from prune_lab.api.applying import _frozen_in, personal_table
 from prune_lab.applications import PersonalSettings, learn_subject
 from prune_lab.applications.personal import _trained
-from prune_lab.applications.pictures import class_pictures, read_own_pictures
+from prune_lab.applications.pictures import read_own_pictures
 from prune_lab.cli import app
 from prune_lab.distill import encode_data
 from prune_lab.errors import ConfigError, DataError, RunError
@@ -36,6 +36,7 @@ FEW: dict[str, Any] = {
     "steps": 3,
     "class_count": 3,
     "class_steps": 2,
+    "pictures": 0,
 }
 WORDS = tuple(
     str(word)
@@ -172,26 +173,6 @@ def test_stopped_and_gone_on_it_is_bit_for_bit_as_if_never_stopped(
     assert (found.subject_loss, found.class_loss) == (whole.subject_loss, whole.class_loss)
 
 
-# Pictures of the class ------------------------------------------------------------------------------------------------
-
-
-def test_pictures_of_the_class_are_kept_and_drawn_once(
-    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    how: dict[str, Any] = {"seed": 4, "steps": 2, "guidance": 1.0, "batch": 2}
-    found, place = class_pictures(tiny, "digest", "a cat", 3, tmp_path, **how)
-    assert sorted(path.name for path in place.glob("*.png")) == ["seed-4.png", "seed-5.png", "seed-6.png"]
-    (place / "seed-5.png").unlink()  # as where a call was stopped
-    again, _ = class_pictures(tiny, "digest", "a cat", 3, tmp_path, **how)
-    assert torch.equal(again, found)
-    monkeypatch.setattr(
-        "prune_lab.applications.pictures.generate", lambda *_, **__: pytest.fail("drawn again")
-    )
-    assert torch.equal(class_pictures(tiny, "digest", "a cat", 3, tmp_path, **how)[0], found)
-    with pytest.raises(pytest.fail.Exception):  # those of another model are others
-        class_pictures(tiny, "other", "a cat", 3, tmp_path, **how)
-
-
 # What is written ------------------------------------------------------------------------------------------------------
 
 
@@ -215,8 +196,10 @@ def test_a_whole_model_is_a_pipeline_of_plain_diffusers(
     assert told["personal"]["class_prompt"] == "a cat"
     assert str(tmp_path) not in json.dumps(told)
     assert "'a red cat'" in (out / "README.md").read_text()
-    assert len(list(tmp_path.glob("mine.class/*/seed-*.png"))) == 3
-    assert not list(tmp_path.glob("mine.state*"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "mine",
+        "subject",
+    ]  # no state, no pictures of the class
     assert "--force" in invoke(*words, fails=True)
 
 
@@ -332,8 +315,10 @@ def test_transformers_learn_too(
     kind: str, pipeline_folder: Callable[[str], Path], subject: Path, tmp_path: Path
 ) -> None:
     folder = pipeline_folder(kind)
-    invoke("personalise", folder, "--images", subject, *WORDS, "--out", tmp_path / "mine")
+    shown = ("--pictures", 1, "--out", tmp_path / "mine")
+    invoke("personalise", folder, "--images", subject, *WORDS, *shown)
     DiffusionPipeline.from_pretrained(tmp_path / "mine")
+    assert (tmp_path / "mine" / "pictures.png").is_file()
     lora = ("personalise", folder, "--images", subject, *WORDS, "--lora", "2", "--out", tmp_path / "lora")
     if kind == "pixart":
         assert "loads none; leave --lora away" in " ".join(invoke(*lora, fails=True).split())
@@ -356,6 +341,8 @@ def test_transformers_learn_too(
         ({"seed": 2**40}, "a whole number from 0 to 2,147,483,647"),
         ({"learning_rate": float("nan")}, "a number from 0 to 1e+30"),
         ({"precision": "float16"}, "float32 or bfloat16"),
+        ({"pictures": -1}, "from 0, for none, to 16"),
+        ({"context": "at sea"}, "one {} in it"),
     ],
 )
 def test_a_bad_setting_is_refused(wrong: dict[str, Any], said: str) -> None:

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
-from prune_lab.applications import PersonalSettings, Sweep, SweepSettings, personalise, sweep
+from prune_lab.api.subject_page import add_sheet, draw_sheet, write_page
+from prune_lab.applications import PersonalSettings, Sweep, SweepSettings, personalise, sweep, sweep_means
+from prune_lab.applications.before_and_after import SHEET
+from prune_lab.applications.sweep_means import FEW_SEEDS
 from prune_lab.errors import ConfigError, FormError, PlanError, RunError
 from prune_lab.export import student_in
 from prune_lab.export.card import is_on_hub
-from prune_lab.export.snippets import loaded_in_python, mixes_formats, snippet_for
-from prune_lab.families import CLASS_NAME, is_own
-from prune_lab.models import ModelSource, resolve_model, usual_drawing
-from prune_lab.models.files import json_object
+from prune_lab.export.snippets import loaded_in_python
+from prune_lab.models import ModelSource, resolve_model
+from prune_lab.models.protection import check_apart
 from prune_lab.models.written import form_of_zeros
-from prune_lab.report import Column, draw_comparison
-from prune_lab.runtime import bytes_text, note, pick_device, pick_dtype, progress_shown, write_text
+from prune_lab.report import Column, Theme, draw_comparison
+from prune_lab.runtime import bytes_text, cache_folder, note, pick_device, pick_dtype, progress_shown
 from prune_lab.runtime.holders import alone_in
 from prune_lab.schemas import PERSONAL_COLUMNS
-from prune_lab.tables import Pictures, Table
+from prune_lab.tables import NOT_TOLD_APART, Pictures, Table
 
-_LORA_FILE = "pytorch_lora_weights.safetensors"
+_SHEET_ROWS = 12  # of a figure of changed pictures, where several seeds would make more
 
 
 def personal_settings(**given: Any) -> PersonalSettings:
@@ -60,42 +67,10 @@ def _frozen_in(source: ModelSource, settings: PersonalSettings) -> tuple[str, ..
         ) from None
 
 
-def _class_of(source: ModelSource) -> str:
-    assert source.folder is not None
-    return str(json_object(source.folder / "model_index.json").get(CLASS_NAME))
-
-
-def _lines_of(source: ModelSource, settings: PersonalSettings) -> str:
-    """Lines of Python that draw the subject, in the folder that was written."""
-    size, trusted = source.config.get("sample_size"), is_own(source.config)
-    _, lines = snippet_for(
-        _class_of(source), size=size, tokens=source.tokens, trusted=trusted, usual=usual_drawing(source)
-    )
-    lines = lines.replace('"a red bird on a branch"', repr(settings.prompt))
-    if not settings.lora:
-        return lines
-    loaded = f'pipeline.load_lora_weights(".")  # {_LORA_FILE}\n'
-    assert source.folder is not None, "a pipeline lies in a folder"
-    given = '"MODEL"'
-    if mixes_formats(source.folder):
-        lines, given = f"import torch\n{lines}", '"MODEL", torch_dtype=torch.float32'
-    lines = lines.replace('from_pretrained("."', f"from_pretrained({given}")
-    lines = lines.replace(
-        "# In this folder; from anywhere else give its path, or its name on the hub.",
-        f"# MODEL: the folder or hub id of {source.name}. The LoRA lies in this folder.",
-    )
-    return lines.replace("picture = pipeline(", f"{loaded}picture = pipeline(", 1)
-
-
-def _write_readme(folder: Path, source: ModelSource, settings: PersonalSettings) -> None:
-    what = f"A LoRA of rank {settings.lora} for {source.name}" if settings.lora else source.name
-    text = (
-        f"# {what}, taught one subject\n\n"
-        f"`{settings.prompt}` draws it; `{settings.class_prompt}` draws others of its class. Learnt by prune-lab in "
-        f"{settings.steps:,} steps from a few pictures, by DreamBooth (arXiv:2208.12242).\n\n"
-        f"```python\n{_lines_of(source, settings)}```\n"
-    )
-    write_text(folder / "README.md", text)
+def _alone_for(out: Path, what: str) -> AbstractContextManager[None]:
+    """A block in which no other process writes ``out``. Raises StorageError where one does, or nothing can be."""
+    place = Path(os.path.realpath(check_apart(out, {})))
+    return alone_in(place.parent, place.name, f"asked to {what} {out}")
 
 
 def personal_table(
@@ -109,8 +84,7 @@ def personal_table(
     force: bool,
 ) -> Table:
     """What was learnt, in one row, with notes on where it lies and how it draws (``Model.personalise``)."""
-    place = out.expanduser().resolve()
-    with alone_in(place.parent, place.name, f"asked to personalise into {out}"):
+    with _alone_for(out, "personalise into"):
         found = personalise(
             source,
             images,
@@ -120,7 +94,8 @@ def personal_table(
             device=device,
             frozen=_frozen_in(source, settings),
             force=force,
-            finish=lambda folder, asked: _write_readme(folder, source, asked),
+            finish=lambda folder, asked: write_page(folder, source, asked),
+            show=lambda folder, shown: add_sheet(folder, source, settings, shown),
         )
     learnt = found.learnt
     prior = learnt.class_loss or (None, None)
@@ -154,15 +129,63 @@ def personal_table(
         source.text if settings.lora and is_on_hub(source) else "",
     )
     notes.append(f"in Python: {loaded}")
-    if found.class_folder is not None and class_images is None:
+    draw: Callable[[Theme], Figure] | None = None
+    if found.shown is not None:
+        draw = partial(draw_sheet, found.shown)
         notes.append(
-            f"pictures of the class: {found.class_folder}; --class-images takes them for another run"
+            f"{found.out / SHEET} shows what it draws, before and after, beside your own: if these are private, "
+            "take it out before you pass the folder on"
         )
+    if found.class_folder is not None and class_images is None:
+        again = "whatever learns one of this class next takes them again"
+        if cache_folder("class_pictures") not in found.class_folder.parents:
+            again = "--class-images takes them for another run"
+        notes.append(f"pictures of the class: {found.class_folder}; {again}")
     note(f"peak memory {bytes_text(learnt.peak_bytes)}: {learnt.peak_of}")
-    return Table("personal", frame, f"{source.text} has learnt {settings.prompt!r}", notes=tuple(notes))
+    title = f"{source.text} has learnt {settings.prompt!r}"
+    return Table("personal", frame, title, draw, notes=tuple(notes))
 
 
-def _as_pictures(found: Sweep, out: Path) -> Pictures:
+@dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Changed(Pictures):
+    """Pictures that models changed; ``means`` are over seeds, None of one seed."""
+
+    means: Table | None = None
+
+
+def _means_of(found: Sweep) -> Table | None:
+    """Means over seeds, with notes on how they are read; None of one seed."""
+    first, *others = found.names
+    seeds = found.frame["seed"].nunique()
+    if seeds < 2:
+        return None
+    notes = [f"mean and standard deviation over {seeds} seeds"]
+    if others:
+        notes.append(
+            f"{NOT_TOLD_APART}: not told apart from {first}, the 95 % interval of the difference over the same seeds "
+            "holds zero (each interval is for one comparison alone); means.csv has all of them"
+        )
+    if others and seeds < FEW_SEEDS:
+        notes.append(f"{seeds} seeds tell little apart; {FEW_SEEDS} or more tell much more")
+    prompt = str(found.frame["prompt"].iloc[0])
+    return Table("sweep means", sweep_means(found.frame), f"Changed towards {prompt!r}", notes=tuple(notes))
+
+
+def _shown_seeds(
+    found: Sweep, columns: Sequence[Column], labels: Sequence[str]
+) -> tuple[list[Column], list[str]]:
+    """The rows of the first few seeds, as many as a figure has room for, and of one at least."""
+    rows = found.frame[found.frame["model"] == found.names[0]]
+    seeds = list(dict.fromkeys(rows["seed"]))
+    kept = seeds[: max(1, _SHEET_ROWS * len(seeds) // len(rows))]
+    places = [place for place, seed in enumerate(rows["seed"]) if seed in kept]
+    cut = [
+        dataclasses.replace(one, pictures=tuple(one.pictures[place] for place in places)) for one in columns
+    ]
+    return cut, [labels[place] for place in places]
+
+
+def _as_pictures(found: Sweep, out: Path) -> Changed:
     """The sweep as a grid: a row for each strength and seed, a column for the picture and each model."""
     rows = found.frame[found.frame["model"] == found.names[0]]
     several = rows["seed"].nunique() > 1
@@ -174,16 +197,22 @@ def _as_pictures(found: Sweep, out: Path) -> Pictures:
     for name, drawn in zip(found.names, found.pictures, strict=True):
         pixels = drawn.flatten(0, 1).permute(0, 2, 3, 1).numpy()
         columns.append(Column("", Path(name).name or name, "", tuple(pixels)))
+    shown, said = _shown_seeds(found, columns, labels)
     prompt = str(rows["prompt"].iloc[0])
-    notes = (f"scorer: {found.scorer}", f"pictures, sweep.csv and sweep.png: {out}")
-    return Pictures(
+    notes = [f"scorer: {found.scorer}", f"pictures, sweep.csv and sweep.png: {out}"]
+    if len(said) < len(labels):
+        notes.append(
+            f"sweep.png shows {len(said)} of {len(labels)} pictures of each model, those of the first seeds"
+        )
+    return Changed(
         "sweep",
         found.frame,
         f"Changed towards {prompt!r}",
-        lambda theme: draw_comparison(columns, labels, {}, theme),
-        notes=notes,
+        lambda theme: draw_comparison(shown, said, {}, theme),
+        notes=tuple(notes),
         columns=tuple(columns),
         labels=labels,
+        means=_means_of(found),
     )
 
 
@@ -197,10 +226,10 @@ def img2img(
     dtype: str = "float32",
     force: bool = False,
     **settings: Any,
-) -> Pictures:
+) -> Changed:
     """What each of ``models`` makes of ``picture`` for ``prompt``, by how much of it may change: a grid, with scores as
-    its table; pictures, ``sweep.csv`` and ``sweep.png`` are written
-    to ``out``.
+    its table; pictures, ``sweep.csv`` and ``sweep.png`` are written to ``out``, of several seeds ``means.csv``, too,
+    which ``means`` holds.
 
     ``strengths`` are shares of ``steps`` that are taken; noise comes from ``seeds``, the same for all models. With
     ``mask``, a picture, only what is white in it is drawn anew. More settings: ``guidance``, ``scorer``. Raises
@@ -212,7 +241,7 @@ def img2img(
         raise ConfigError(f"asked for the setting {name!r:.60}; there are {', '.join(sorted(known))}")
     given = {name: value for name, value in settings.items() if value is not None}
     asked = SweepSettings(prompt=prompt, **given)
-    with progress_shown():
+    with progress_shown(), _alone_for(Path(out), "change a picture into"):
         found = sweep(
             [resolve_model(str(one)) for one in models],
             Path(picture),

@@ -83,7 +83,8 @@ class Used(Inspected):
         ``subject_class`` is what it is one of, such as ``dog``; pictures of others of its class come from
         ``class_images``, or the model draws them. With ``lora=RANK`` a LoRA is trained and written, else the whole
         model, as a pipeline folder. Settings are those of ``applications.PersonalSettings``: ``template``, ``steps``,
-        ``batch``, ``learning_rate``, ``prior_weight``, ``class_count``, ``seed``, ... Raises ConfigError for a bad one,
+        ``batch``, ``learning_rate``, ``prior_weight``, ``class_count``, ``seed``, ``pictures`` (of each prompt, drawn
+        before and after for the sheet, which ``plot()`` shows, too; 0: none), ... Raises ConfigError for a bad one,
         DataError for a picture that cannot be read, UnsupportedModelError for a model without text.
         """
         asked = personal_settings(token=token, subject_class=subject_class, **settings)

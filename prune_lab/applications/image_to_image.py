@@ -51,7 +51,8 @@ def check_strength(strength: float, steps: int) -> int:
 
 def _of_same_parts(pipeline: Any, mask: bool) -> Any | None:
     """What of diffusers changes pictures, made of the parts of ``pipeline``; None where there is no such class."""
-    from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
+    with quiet():  # importing them logs advice about torchvision, which is not used here
+        from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 
     kind: Any = AutoPipelineForInpainting if mask else AutoPipelineForImage2Image
     try:

@@ -35,6 +35,7 @@ _MOST = 1e30  # of a rate or a weight: what float32 still holds when it is multi
 WHOLE_RATE, LORA_RATE = 1e-6, 1e-4  # BK-SDM's learning rates for Stable Diffusion
 _TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention, as in the scripts of diffusers
 _MOST_RANK = 1024
+_MOST_PICTURES = 16  # of a prompt, before and after: as many columns as a figure holds
 _KEPT_EVERY = 100  # steps after which the state is written, and at most lost
 _BETAS, _DECAY, _CLIP = (0.9, 0.999), 1e-2, 1.0
 
@@ -61,13 +62,19 @@ class PersonalSettings:
     class_count: int = 200
     """Pictures of the class that the model draws where none are given."""
     class_steps: int | None = None
-    """Denoising steps of each of these; None: as the model is meant to draw, 25 of most."""
+    """Denoising steps of each of these, and of what is drawn before and after; None: as the model is meant to draw, 25
+    of most.
+    """
     guidance: float | None = None
-    """Of these; None: as the model is meant to draw, 7.5 of most."""
+    """Of all that is drawn; None: as the model is meant to draw, 7.5 of most."""
     seed: int = 0
     precision: str = "float32"
     """Number format of the forward passes, float32 or bfloat16; weights are trained in float32."""
     gradient_checkpointing: bool = False
+    pictures: int = 2
+    """Of each prompt, drawn before and after, to see what was learnt; 0: none are drawn."""
+    context: str = ""
+    """A prompt, with ``{}`` for the subject, that shows it elsewhere; empty: the template, on the beach."""
 
     def __post_init__(self) -> None:
         def check(right: bool, name: str, rule: str) -> None:
@@ -80,9 +87,19 @@ class PersonalSettings:
             self.template.count("{}") == 1, "template", "a prompt with one {} in it, such as 'a photo of {}'"
         )
         check(
+            not self.context or self.context.count("{}") == 1,
+            "context",
+            "a prompt with one {} in it, such as 'a painting of {} at sea'",
+        )
+        check(
             type(self.lora) is int and 0 <= self.lora <= _MOST_RANK,
             "lora",
             f"a rank from 1 to {_MOST_RANK:,}, or nothing to train the whole model",
+        )
+        check(
+            type(self.pictures) is int and 0 <= self.pictures <= _MOST_PICTURES,
+            "pictures",
+            f"a whole number from 0, for none, to {_MOST_PICTURES}",
         )
         for name, least in (
             ("steps", 1),
@@ -104,15 +121,24 @@ class PersonalSettings:
             check(unsaid or 0 <= value <= _MOST, name, f"a number from 0 to {_MOST:g}")
         check(self.precision in ("float32", "bfloat16"), "precision", "float32 or bfloat16")
 
+    def _named(self, template: str) -> str:
+        return template.replace("{}", f"{self.token.strip()} {self.subject_class.strip()}")
+
     @property
     def prompt(self) -> str:
         """The prompt that is to mean the subject."""
-        return self.template.replace("{}", f"{self.token.strip()} {self.subject_class.strip()}")
+        return self._named(self.template)
 
     @property
     def class_prompt(self) -> str:
         """The prompt of the pictures of the class."""
         return self.template.replace("{}", self.subject_class.strip())
+
+    @property
+    def shown_prompts(self) -> tuple[str, str, str]:
+        """What is drawn before and after: the subject, the subject elsewhere, and its class."""
+        context = self.context or f"{self.template} on the beach"
+        return self.prompt, self._named(context), self.class_prompt
 
     @property
     def rate(self) -> float:

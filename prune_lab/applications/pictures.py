@@ -1,16 +1,14 @@
-"""Pictures that a user gives, at the size of a model, and pictures of a class that a model draws and that are kept."""
+"""Pictures that a user gives, at the size of a model, and pictures that are written."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from hashlib import sha256
+import io
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from prune_lab.config import DataConfig
@@ -19,12 +17,11 @@ from prune_lab.distill.encoding import crop_variants
 from prune_lab.distill.image_source import IMAGE_SUFFIXES, note_left_out
 from prune_lab.distill.listing import files_below
 from prune_lab.errors import DataError
-from prune_lab.evaluation import generate
-from prune_lab.runs import read_picture
-from prune_lab.runtime import atomic_write, read_bytes, track, write_json
+from prune_lab.runtime import atomic_write, read_bytes
 
 # endings of pictures, of phones and cameras too, that are not read
 _UNREAD = (".heic", ".heif", ".jxl", ".jp2", ".tga", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw")
+_LABEL = "Comment"  # where a PNG says what it is a picture of
 
 
 def _decoded(path: Path) -> Image.Image:
@@ -98,42 +95,18 @@ def read_own_pictures(folder: Path, side: int, what: str) -> tuple[Tensor, tuple
     return torch.stack(pictures), tuple(path.name for path in paths)
 
 
-def save_picture(path: Path, picture: Tensor) -> None:
-    """Write ``picture`` (3, H, W) uint8 as the PNG ``path``, whole or not at all."""
+def save_picture(path: Path, picture: Tensor, label: str = "") -> None:
+    """Write ``picture`` (3, H, W) uint8 as the PNG ``path``, whole or not at all; ``label`` is a text in it."""
+    info = PngInfo()
+    if label:
+        info.add_text(_LABEL, label)
     with atomic_write(path) as temporary:
-        Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy())).save(temporary, format="PNG")
-
-
-def class_pictures(
-    pipeline: Any,
-    model: str,
-    prompt: str,
-    count: int,
-    folder: Path,
-    *,
-    seed: int,
-    steps: int,
-    guidance: float,
-    batch: int,
-) -> tuple[Tensor, Path]:
-    """(pictures (``count``, 3, H, W) uint8, their folder) that ``pipeline`` draws for ``prompt``, from ``seed``
-    on.
-
-    ``model`` is a digest of all parts that draw. Each is kept as a file in a folder in ``folder`` that is named by what
-    decides the pictures, so a call that was stopped goes on, and other pictures are never taken for these.
-    """
-    made_from = {"model": model, "prompt": prompt, "steps": steps, "guidance": guidance}
-    key = sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
-    place = folder / key
-    paths = [place / f"seed-{number}.png" for number in range(seed, seed + count)]
-    missing = [number for number, path in enumerate(paths) if not path.is_file()]
-    if missing:
-        write_json(place / "made_from.json", made_from)
-    groups: list[Sequence[int]] = [missing[start : start + batch] for start in range(0, len(missing), batch)]
-    for group in track(groups, "drawing the class"):
-        found = generate(
-            pipeline, [prompt], [seed + n for n in group], steps=steps, guidance=guidance, batch=batch
+        Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy())).save(
+            temporary, format="PNG", pnginfo=info
         )
-        for number, picture in zip(group, found, strict=True):
-            save_picture(paths[number], picture)
-    return torch.stack([torch.from_numpy(read_picture(path)).permute(2, 0, 1) for path in paths]), place
+
+
+def label_of(path: Path) -> str:
+    """The text in the PNG ``path`` that it was saved with; empty where there is none."""
+    with Image.open(io.BytesIO(read_bytes(path)), formats=("PNG",)) as picture:
+        return str(picture.info.get(_LABEL, ""))

@@ -5,24 +5,65 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
 from prune_lab.applications.personal import ADAPTER, Learnt, PersonalSettings
-from prune_lab.errors import UnsupportedModelError
+from prune_lab.errors import PruneLabError, UnsupportedModelError
 from prune_lab.families import family_of
 from prune_lab.models import ModelSource
-from prune_lab.models.files import read_headers
+from prune_lab.models.files import json_object, read_headers
 from prune_lab.models.silence import quiet
 from prune_lab.models.written import PLAN, PROVENANCE, beside
+from prune_lab.runs.records import typed
 from prune_lab.runtime import Environment, names_alone, output_folder, write_json
 from prune_lab.surgery import get_ready_to_prove
 from prune_lab.surgery.proof import prove_lora
 from prune_lab.surgery.writing import trained_pipeline
 
 ABOUT = "personal.json"  # beside a LoRA: what it was made from, and how
+
+
+class _About(TypedDict):
+    """What is read back of ``about``."""
+
+    settings: dict[str, Any]
+    training: dict[str, Any]
+    model_digest: str
+    pictures: dict[str, Any]
+    class_pictures: dict[str, Any] | None
+
+
 _FORMATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+_SHOWN = ("pictures", "context")  # settings that nothing learns from
+
+
+def _told(settings: PersonalSettings) -> dict[str, Any]:
+    return dataclasses.asdict(settings) | {"learning_rate": settings.rate}
+
+
+def told_in(source: ModelSource, out: Path, settings: PersonalSettings) -> dict[str, Any] | None:
+    """What the folder ``out`` says of what was learnt there from ``source`` under ``settings``, its ``training`` as
+    ``Learnt``; None where it says nothing, or was learnt otherwise.
+    """
+    path = out / ABOUT if settings.lora else out / source.component / PROVENANCE
+    if not path.is_file():
+        return None
+    try:
+        found = json_object(path)
+        known: _About = typed(_About, found if settings.lora else found.get("personal"))
+        training = typed(Learnt, known["training"])
+    except (ValueError, PruneLabError):  # damaged, of another version, or of somebody else
+        return None
+    asked, there = names_alone(_told(settings)), known["settings"]
+    if {name: asked[name] for name in asked if name not in _SHOWN} != {
+        name: there[name] for name in there if name not in _SHOWN
+    }:
+        return None
+    return {**known, "training": training}
 
 
 def about(settings: PersonalSettings, learnt: Learnt, more: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,7 +71,7 @@ def about(settings: PersonalSettings, learnt: Learnt, more: Mapping[str, Any]) -
     return {
         "prompt": settings.prompt,
         "class_prompt": settings.class_prompt,
-        "settings": dataclasses.asdict(settings) | {"learning_rate": settings.rate},
+        "settings": _told(settings),
         "training": dataclasses.asdict(learnt),
         **more,
     }

@@ -23,6 +23,7 @@ from prune_lab.applications.image_to_image import (
 )
 from prune_lab.applications.likeness import likeness
 from prune_lab.applications.pictures import check_own_picture, read_own_mask, read_own_picture, save_picture
+from prune_lab.applications.sweep_means import sweep_means
 from prune_lab.config import check_numbers
 from prune_lab.errors import ConfigError, RunError, UnsupportedModelError
 from prune_lab.evaluation import check_steps, clip_scores
@@ -34,6 +35,7 @@ from prune_lab.runtime import note, output_folder, track, write_frame
 from prune_lab.schemas import SWEEP_COLUMNS
 
 _NAN = float("nan")
+_AT_ONCE = 8  # pictures that are changed at once, as many as are drawn at once elsewhere
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,24 +145,28 @@ def _changed(
 ) -> _Drawn:
     """``picture`` (3, H, W), as the model ``name`` changes it at each strength; ``drawing`` is (steps, guidance)."""
     steps, guidance = drawing
+    seeds = settings.seeds
+    groups = [seeds[start : start + _AT_ONCE] for start in range(0, len(seeds), _AT_ONCE)]
     found, passes, seconds = [], [], []
     for strength in track(settings.strengths, f"changing the picture with {name}"):
         start = time.perf_counter()
         with _counted_passes(model_of(pipeline)) as calls:
-            found.append(
+            drawn = [
                 change_picture(
                     pipeline,
                     picture,
                     settings.prompt,
-                    settings.seeds,
+                    group,
                     strength=strength,
                     steps=steps,
                     guidance=guidance,
                     mask=mask,
                 )
-            )
-        seconds.append((time.perf_counter() - start) / len(settings.seeds))
-        passes.append(len(calls))
+                for group in groups
+            ]
+        found.append(torch.cat(drawn))
+        seconds.append((time.perf_counter() - start) / len(seeds))
+        passes.append(len(calls) // len(groups))
     return _Drawn(torch.stack(found), tuple(passes), tuple(seconds))
 
 
@@ -227,7 +233,8 @@ def sweep(
     finish: Callable[[Path, Sweep], object] | None = None,
 ) -> Sweep:
     """What each model of ``sources`` makes of ``picture`` at each strength, with the same noise: written to ``out`` as
-    pictures and sweep.csv. With ``mask`` what is white in it is drawn anew, and nothing else.
+    pictures and sweep.csv, of several seeds means.csv, too. With ``mask`` what is white in it is drawn anew, and
+    nothing else.
 
     Scores are CLIP's with the prompt, the likeness to the picture that was given (both by the scorer of the first
     model, else not measured), mean squared differences of pixels from that picture, of those outside of the mask, and
@@ -236,6 +243,11 @@ def sweep(
     """
     if not sources:
         raise RunError("asked to change a picture by no model; give one or more")
+    texts = [source.text for source in sources]
+    if twice := next((text for text in texts if texts.count(text) > 1), ""):
+        raise ConfigError(
+            f"asked to change a picture by {twice} twice, whose pictures would be the same; give it once"
+        )
     for source in sources:
         if not source.is_pipeline:
             raise RunError(
@@ -285,6 +297,8 @@ def sweep(
         save_picture(temporary / "given.png", given)
         frame = pd.DataFrame(rows, columns=list(SWEEP_COLUMNS))
         write_frame(temporary / "sweep.csv", frame)
+        if len(settings.seeds) > 1:
+            write_frame(temporary / "means.csv", sweep_means(frame))
         found = Sweep(frame, tuple(made), given, given_mask, names, f"{choice.name} ({choice.reason})")
         if finish is not None:
             finish(temporary, found)

@@ -6,13 +6,12 @@ It is put together once, in the user's cache, as plain diffusers reads it.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from prune_lab.errors import StorageError
-from prune_lab.runtime import atomic_folder
+from prune_lab.runtime import atomic_folder, cache_folder
 
 PACKED = "packed.safetensors"
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # the name that diffusers looks for
@@ -54,8 +53,7 @@ def _unpack(source: Path, target: Path) -> None:
 
 def kept_in() -> Path:
     """The folder in the user's cache that holds what was put together."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return root / "prune_lab" / "shipped"
+    return cache_folder("shipped")
 
 
 def assembled(own: Path, shared: Path) -> Path:

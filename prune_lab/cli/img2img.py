@@ -29,7 +29,12 @@ def img2img(
         Path, typer.Option("--picture", help="The picture to change; the square in its middle is taken.")
     ],
     prompt: Annotated[str, typer.Option("--prompt", help="What to change it towards.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder to write: pictures, sweep.csv and sweep.png.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", help="Folder to write: pictures, sweep.csv and sweep.png, of several seeds means.csv."
+        ),
+    ],
     mask: Annotated[
         Path | None,
         typer.Option("--mask", help="A picture: only what is white in it is drawn anew (inpainting)."),
@@ -41,7 +46,15 @@ def img2img(
         ),
     ] = "0.2,0.35,0.5,0.65,0.8,0.9",
     seed: Annotated[int, typer.Option("--seed", help="Seed of the noise; the same for all models.")] = 0,
-    count: Annotated[int, typer.Option("--count", help="Pictures per strength, seeds seed, seed+1, ...")] = 1,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            "--seeds",
+            "--count",
+            help="Pictures per strength, seeds seed, seed+1, ...; of several the table has means, spreads, and which "
+            "models are not told apart.",
+        ),
+    ] = 1,
     steps: Annotated[
         int | None,
         typer.Option(
@@ -62,12 +75,13 @@ def img2img(
     """Change a picture towards a prompt with each MODEL (SDEdit), at several strengths and with the same noise.
 
     Beside the pictures stand the CLIP score with the prompt, the likeness to the picture, and how far pixels are from
-    it and from what the first MODEL made of it, so that students stand beside their teacher.
+    it and from what the first MODEL made of it, so that students stand beside their teacher. One picture says little of
+    a model: --seeds 5 shows which differences last.
     """
     from prune_lab.api.applying import img2img as change
     from prune_lab.config import check_numbers
 
-    check_numbers(seed=seed, count=count)
+    check_numbers(seed=seed, seeds=seeds)
     found = change(
         *models,
         picture=picture,
@@ -75,7 +89,7 @@ def img2img(
         out=out,
         mask=mask,
         strengths=_numbers(strengths),
-        seeds=tuple(range(seed, seed + count)),
+        seeds=tuple(range(seed, seed + seeds)),
         steps=steps,
         guidance=guidance,
         scorer=scorer,
@@ -83,4 +97,9 @@ def img2img(
         dtype=dtype or "float32",
         force=force,
     )
-    show(found, as_json=as_json, wide=wide)
+    if found.means is None:
+        show(found, as_json=as_json, wide=wide)
+        return
+    show(found.means, as_json=as_json, wide=wide)
+    for line in found.notes:
+        typer.echo(f"note: {line}", err=True)

@@ -40,13 +40,15 @@ def personalise(
     class_steps: Annotated[
         int | None,
         typer.Option(
-            "--class-steps", help="Denoising steps of each of these (25, or 4 of a model of few steps)."
+            "--class-steps",
+            help="Denoising steps of each of these, and of --pictures (25, or 4 of a model of few steps).",
         ),
     ] = None,
     guidance: Annotated[
         float | None,
         typer.Option(
-            "--guidance", help="Classifier-free guidance scale of these (7.5, or 1 of a model of few steps)."
+            "--guidance",
+            help="Classifier-free guidance scale of all of these (7.5, or 1 of a model of few steps).",
         ),
     ] = None,
     prior_weight: Annotated[
@@ -71,6 +73,20 @@ def personalise(
     precision: Annotated[
         str | None, typer.Option("--precision", help="Format of the passes: float32 (default) or bfloat16.")
     ] = None,
+    pictures: Annotated[
+        int | None,
+        typer.Option(
+            "--pictures",
+            help="Of each of three prompts, drawn before and after, for the sheet in OUT (2); 0: no sheet.",
+        ),
+    ] = None,
+    context: Annotated[
+        str | None,
+        typer.Option(
+            "--context",
+            help="Prompt on the sheet that shows {} elsewhere; default: the template, on the beach.",
+        ),
+    ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory for a third more work.")
     ] = False,
@@ -86,8 +102,9 @@ def personalise(
     """Teach MODEL to draw one subject from a few pictures of it (DreamBooth): the whole model, or a LoRA.
 
     The token stands for the subject in prompts from then on. Pictures of its class, which MODEL draws itself and which
-    are kept beside OUT, keep it from forgetting what others look like. What is written is plain diffusers, and proved.
-    The same command again goes on where it was stopped.
+    are kept in the cache for any other OUT, keep it from forgetting what others look like. What is written is plain
+    diffusers, and proved; pictures.png in it shows what MODEL draws before and after. The same command again goes on
+    where it was stopped.
     """
     from prune_lab.errors import ConfigError
 
@@ -115,5 +132,7 @@ def personalise(
         seed=seed,
         precision=precision,
         gradient_checkpointing=gradient_checkpointing,
+        pictures=pictures,
+        context=context,
     )
     show(table, as_json=as_json, wide=wide)

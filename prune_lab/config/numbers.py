@@ -17,6 +17,7 @@ NUMBERS: Mapping[str, tuple[int, int]] = {
     "processes": (1, 1024),
     "rounds": (2, 10**6),
     "seed": (0, MOST),
+    "seeds": (1, 10_000),
     "steps": (1, 10**6),
     "tokens": (1, 100_000),
 }

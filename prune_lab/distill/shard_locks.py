@@ -174,9 +174,13 @@ def claimed(shard: Path, provenance: Mapping[str, Any]) -> Iterator[Holder | Non
 
 
 def make_all(
-    shards: Sequence[Path], is_made: Callable[[Path], bool], make: Callable[[Path], Holder | None]
+    shards: Sequence[Path],
+    is_made: Callable[[Path], bool],
+    make: Callable[[Path], Holder | None],
+    *,
+    what: str = "shards",
 ) -> None:
-    """Wait for the ``shards`` that other builders are making, and ``make`` those that they leave.
+    """Wait for the ``shards`` that other builders are making, and ``make`` those that they leave; ``what`` they hold.
 
     Raises StorageError that names the builder where only those of other hosts are left: nothing tells whether they
     still work.
@@ -194,5 +198,5 @@ def make_all(
                 "command again when it is done, or, once you are sure that it does not work any more, remove "
                 f"{_lock_of(path)}"
             )
-        note_once(f"waiting for shards that another builder makes: {found[0][1].text}")
+        note_once(f"waiting for {what} that another builder makes: {found[0][1].text}")
         time.sleep(_PAUSE)

@@ -7,7 +7,6 @@ shapes, and written as a pipeline folder into the user's cache, where the same f
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -43,6 +42,7 @@ from prune_lab.models.silence import quiet
 from prune_lab.runtime import (
     atomic_folder,
     bytes_text,
+    cache_folder,
     note,
     parse_json,
     path_text,
@@ -305,8 +305,7 @@ def _cache_folder(path: Path) -> Path:
     """Where the folder of ``path`` as it is now lies: another file, or the same one changed, has another."""
     status = path.stat()
     name = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
-    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return root / "prune_lab" / "single_files" / hashlib.sha256(name.encode()).hexdigest()[:16]
+    return cache_folder("single_files") / hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 def unpacked(path: Path, preset_config: PresetConfig) -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from prune_lab.families import film_frames, latent_shape, plain_config
 from prune_lab.profiling.latency import LatencyTable, latency_table_from_dict
 from prune_lab.profiling.service import Service
 from prune_lab.runs import read_typed
-from prune_lab.runtime import Environment, note, write_json
+from prune_lab.runtime import Environment, cache_folder, note, write_json
 from prune_lab.runtimes import RUNTIMES
 
 _FORMAT = 1
@@ -54,9 +53,8 @@ def latency_key(architecture: Architecture, service: Service) -> dict[str, Any]:
 
 def latency_file(key: Mapping[str, Any]) -> Path:
     """Where the table of ``key`` is kept, whether or not it is there."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()[:16]
-    return root / "prune_lab" / "latency" / f"{digest}.json"
+    return cache_folder("latency") / f"{digest}.json"
 
 
 def keep_latency(path: Path, key: Mapping[str, Any], table: LatencyTable) -> None:

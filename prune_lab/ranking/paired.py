@@ -48,6 +48,25 @@ class Difference:
         return f"{self.mean:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
 
+Better = Literal["higher", "lower", "neither"]
+"""Which way a metric is better; neither: a change is only a change."""
+
+
+def verdict_on(value: float, low: float, high: float, better: Better, floor: float = math.nan) -> str:
+    """What a difference ``value`` with the 95 % interval from ``low`` to ``high`` says of what was changed: better,
+    worse, higher, lower, not told apart, or no interval.
+
+    A difference within ``floor``, that of the same thing measured twice, is not told apart either; NaN: none is known.
+    """
+    if not math.isfinite(low):
+        return "no interval"
+    if low <= 0 <= high or (math.isfinite(floor) and abs(value) <= floor):
+        return "not told apart"
+    if better == "neither":
+        return "higher" if value > 0 else "lower"
+    return "better" if (value > 0) == (better == "higher") else "worse"
+
+
 def _rows(values: ArrayLike) -> NDArray[np.float64]:
     return np.asarray(values, dtype=np.float64).ravel()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +11,7 @@ from textwrap import wrap
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
@@ -44,10 +45,46 @@ def read_pictures(folder: Path, files: Sequence[str]) -> tuple[NDArray[np.uint8]
     return tuple(read_picture(folder / name) for name in files)
 
 
+def _label(axes: Axes, text: str, middle: float, scale: float, theme: Theme) -> None:
+    """Write ``text`` on the left of the row of pictures whose middle is at ``middle``."""
+    axes.text(
+        -0.1 / scale,
+        middle,
+        "\n".join(wrap(text, 25, max_lines=4, placeholder=" ...")),
+        fontsize=_size(scale),
+        color=theme.text,
+        ha="right",
+        va="center",
+        linespacing=1.25,
+    )
+
+
+def _size(scale: float) -> float:
+    """Of letters, in points, beside pictures of ``scale`` inches."""
+    return min(8.0, 15.0 * scale)
+
+
+def _shown_above(above: Column | None, room: int) -> tuple[Column | None, str]:
+    """The pictures of ``above`` that fit over ``room`` columns, two over each at most, and what they are called."""
+    if above is None:
+        return None, ""
+    count = len(above.pictures)
+    shown = replace(above, pictures=above.pictures[: 2 * room])
+    cut = f" ({len(shown.pictures)} of {count})" if len(shown.pictures) < count else ""
+    return shown, f"{above.title}{cut}"
+
+
 def draw_comparison(
-    columns: Sequence[Column], labels: Sequence[str], styles: Mapping[str, PlanStyle], theme: Theme
+    columns: Sequence[Column],
+    labels: Sequence[str],
+    styles: Mapping[str, PlanStyle],
+    theme: Theme,
+    above: Column | None = None,
 ) -> Figure:
-    """All ``columns`` side by side, with the prompt of each row on the left and coloured plan names on top."""
+    """All ``columns`` side by side, with the prompt of each row on the left and coloured plan names on top.
+
+    Over them stands a row of its own with the pictures ``above``, which belong to none of the columns.
+    """
     steps = [0.0] + [1 + (0.3 if a.plan_id != b.plan_id else _SPACE) for a, b in pairwise(columns)]
     lefts = np.cumsum(steps)
     right = float(lefts[-1]) + 1
@@ -56,13 +93,16 @@ def draw_comparison(
     label = min(_LABEL, _LABEL_INCHES / scale)
     head = min(_HEAD, _HEAD / scale) * (1 if states else 0.6)
     height = len(labels) * (1 + _SPACE) + head
-    figure = new_figure(theme, (label + right) * scale, height * scale)
+    over, called = _shown_above(above, len(columns))
+    side = min(1.0, right / len(over.pictures) - _SPACE) if over is not None else 0.0
+    strip = side + _SPACE if over is not None else 0.0
+    figure = new_figure(theme, (label + right) * scale, (height + strip) * scale)
     figure.set_layout_engine("none")
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
     axes.set_xlim(-label, right)
-    axes.set_ylim(height - head, -head)
-    size = min(8.0, 15.0 * scale)
+    axes.set_ylim(height - head, -head - strip)
+    size = _size(scale)
     seen: set[str] = set()
     for left, column in zip(lefts, columns, strict=True):
         color = styles[column.plan_id].color if column.plan_id else theme.text
@@ -85,18 +125,15 @@ def draw_comparison(
             top = row * (1 + _SPACE)
             axes.imshow(picture, extent=(left, left + 1, top + 1, top), interpolation="none", aspect="auto")
     for row, prompt in enumerate(labels):
-        middle = row * (1 + _SPACE) + 0.5
-        text = "\n".join(wrap(prompt, 25, max_lines=4, placeholder=" ..."))
-        axes.text(
-            -0.1 / scale,
-            middle,
-            text,
-            fontsize=size,
-            color=theme.text,
-            ha="right",
-            va="center",
-            linespacing=1.25,
-        )
+        _label(axes, prompt, row * (1 + _SPACE) + 0.5, scale, theme)
+    if over is not None:
+        top = -head - strip
+        for place, picture in enumerate(over.pictures):
+            left = place * (side + _SPACE)
+            axes.imshow(
+                picture, extent=(left, left + side, top + side, top), interpolation="none", aspect="auto"
+            )
+        _label(axes, called, top + side / 2, scale, theme)
     return figure
 
 

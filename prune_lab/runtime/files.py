@@ -215,6 +215,15 @@ def _files_in(folder: Path) -> Iterator[Path]:
         yield from (Path(place) / name for name in (*files, *links))
 
 
+# The user's cache --------------------------------------------------------------------------------------------------
+
+
+def cache_folder(name: str) -> Path:
+    """The folder ``name`` of prune-lab in the user's cache, ``$XDG_CACHE_HOME`` (``~/.cache`` without it); not made."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return root / "prune_lab" / name
+
+
 # Files of a kind ---------------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from prune_lab.metrics import (
     precision_without,
     recall_without,
 )
+from prune_lab.ranking.paired import Better, verdict_on
 from prune_lab.runtime import track
 from prune_lab.zero_shot.estimates import Estimate, groups_of, mean_of
 from prune_lab.zero_shot.features import Extractors, Features
@@ -217,19 +218,12 @@ def measure(features: Features, sets: Sets, extractors: Extractors, title: str =
 # Rows of tables --------------------------------------------------------------------------------------------------
 
 
-def _better(name: str) -> str:
+def _better(name: str) -> Better:
     return MEANS[name] if name in MEANS else SETS[name].better
 
 
 def _verdict(name: str, difference: Estimate, floor: float) -> str:
-    low, high = difference.interval
-    if not math.isfinite(low):
-        return "no interval"
-    if low <= 0 <= high or (math.isfinite(floor) and abs(difference.value) <= floor):
-        return "not told apart"
-    if _better(name) == "neither":
-        return "higher" if difference.value > 0 else "lower"
-    return "better" if (difference.value > 0) == (_better(name) == "higher") else "worse"
+    return verdict_on(difference.value, *difference.interval, _better(name), floor)
 
 
 def metric_rows(
