@@ -43,16 +43,58 @@ from prune_lab.search.space import Removed, spaces_of
 _PASSES = 3  # a forward pass, and a backward pass that counts as two
 _MEMORY = 0.9  # of the size of the gradients, from step to step
 _LEAST = 1e-4  # of the largest score: below it blocks start alike
+_NORMAL = 1.959964  # of a standard normal variable 95 % lie within it
+
+
+@dataclass(frozen=True, slots=True)
+class GateStep:
+    """One step: the loss with its mask, relative to the mean square of the prediction, the number of removed blocks,
+    and the share of the first budget's metric (MACs without budgets) that the mask leaves.
+    """
+
+    loss: float
+    removed: int
+    left: float
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What was learnt of one block, from the second half of the steps.
+
+    ``kept`` is the share of their masks in which the block stayed, which estimates the probability of its gate to be
+    open within the budgets, and ``low`` to ``high`` its 95 % interval by the number of ``masks``. ``spread`` is the
+    standard deviation of the ``logit`` over these steps: a logit that still moves has not settled.
+    """
+
+    block: str
+    kept: float
+    low: float
+    high: float
+    masks: int
+    logit: float
+    spread: float
+
+    def sure(self, removed: bool) -> float:
+        """The share of the masks that decide on the block as a plan does in which it is ``removed`` or stays."""
+        return 1 - self.kept if removed else self.kept
 
 
 @dataclass(frozen=True, slots=True)
 class GateResult:
-    """The plans found, best first; the value of each block, its loss up to a factor; and what was computed."""
+    """The plans found, best first; the value of each block, its loss up to a factor; its gate; the steps, in order; and
+    what was computed.
+    """
 
     plans: tuple[PruningPlan, ...]
     values: Mapping[str, float]
-    losses: tuple[float, ...]  # of each step, relative to the mean square of the prediction
+    gates: tuple[Gate, ...]
+    steps: tuple[GateStep, ...]
     compute: ComputeCost
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """The loss of each step, relative to the mean square of the prediction."""
+        return tuple(step.loss for step in self.steps)
 
 
 class _Update:
@@ -117,8 +159,8 @@ class _Masks:
         self._programs, self._budgets = programs, budgets
         self._generator = np.random.default_rng(seed)
 
-    def drawn(self, logits: Mapping[str, float]) -> Removed:
-        """The blocks that leave for one draw of the noise."""
+    def drawn(self, logits: Mapping[str, float]) -> tuple[Removed, float]:
+        """The blocks that leave for one draw of the noise, and the share of the metric that is left without them."""
         noise = self._generator.gumbel(size=len(logits))
         perturbed = np.array(list(logits.values())) + noise
         values = dict(zip(logits, np.exp(perturbed - perturbed.max()).tolist(), strict=True))
@@ -129,8 +171,13 @@ class _Masks:
                 objective += 1e4 * values[name] * program.gone(name)
             removed = program.least(objective, self._budgets)
             if removed is not None:
-                found.append((sum(values[name] for name in removed), removed))
-        return min(found, key=lambda one: one[0])[1]
+                found.append((sum(values[name] for name in removed), removed, program))
+        _, best, program = min(found, key=lambda one: one[0])
+        return best, self._left(program, best)
+
+    def _left(self, program: Program, removed: Removed) -> float:
+        metric = self._budgets[0].metric if self._budgets else "macs"
+        return program.amount(removed, metric) / program.amount(frozenset(), metric)
 
 
 def _started(names: Sequence[str], scores: Mapping[str, float] | None) -> Tensor:
@@ -177,6 +224,9 @@ def learned_gates(
     nothing = Effects({block.name: 0.0 for block in architecture.named})
     programs = [Program(space, nothing) for space in spaces_of(architecture, costs, budgets, constraints)]
     names = list(dict.fromkeys(name for program in programs for name in program.blocks))
+    if not names:  # nothing can leave: there is one plan, and nothing to learn
+        plans = search_plans(architecture, nothing, costs, budgets, constraints=constraints)
+        return GateResult(plans, {}, (), (), ComputeCost(forward_macs=architecture.total_macs))
     logits, masks = _started(names, scores), _Masks(programs, budgets, seed)
     compute = ComputeCost(forward_macs=architecture.total_macs)
     prediction = predict(model, probe, batch=batch)
@@ -189,14 +239,16 @@ def learned_gates(
     update = _Update(model, architecture, rank, seed) if rank else None
     optimiser = torch.optim.Adam(update.parameters, lr=update_rate) if update and update.parameters else None
     order, taken = seeded(seed), torch.empty(0, dtype=torch.int64)
-    losses: list[float] = []
+    course: list[GateStep] = []
+    kept: list[Removed] = []  # of the second half
+    settling: list[Tensor] = []
     mean, size = torch.zeros_like(logits), 0.0
     with only_requires_grad(model, ()), evaluating(model), torch.inference_mode(False), torch.enable_grad():
         for step in track(range(steps), "learning gates", steps):
             if len(taken) < min(batch, len(probe)):
                 taken = torch.randperm(len(probe), generator=order)
             rows, taken = taken[:batch].tolist(), taken[batch:]
-            removed = masks.drawn(dict(zip(names, logits.tolist(), strict=True)))
+            removed, left = masks.drawn(dict(zip(names, logits.tolist(), strict=True)))
             given = {
                 name: torch.full(
                     (len(rows),), float(name not in removed), device=device_of(model)
@@ -211,9 +263,9 @@ def learned_gates(
                 wanted = prediction[rows].to(predicted.device)
                 loss = (predicted.float() - wanted).square().mean() / scale
                 loss.backward()  # type: ignore[no-untyped-call]
-            losses.append(float(loss.detach()))
+            course.append(GateStep(float(loss.detach()), len(removed), left))
             slopes = torch.stack([_slope(gate) for gate in given.values()])
-            if not (math.isfinite(losses[-1]) and slopes.isfinite().all()):
+            if not (math.isfinite(course[-1].loss) and slopes.isfinite().all()):
                 raise DataError(
                     f"asked to learn gates, found a loss that is not finite in step {step + 1}; use float32, or a "
                     "smaller update rate"
@@ -228,6 +280,8 @@ def learned_gates(
             compute.macs += _PASSES * architecture.total_macs * len(rows)
             if step >= steps // 2:
                 mean += logits / (steps - steps // 2)
+                kept.append(removed)
+                settling.append(logits)
     if update:
         compute.macs += _PASSES * update.macs
     values = dict(zip(names, (mean - mean.max()).exp().tolist(), strict=True))
@@ -235,7 +289,27 @@ def learned_gates(
     plans = search_plans(
         architecture, effects, costs, budgets, count=count, diverse=diverse, constraints=constraints
     )
-    return GateResult(plans, values, tuple(losses), compute)
+    return GateResult(plans, values, _gates(names, kept, settling), tuple(course), compute)
+
+
+def _gates(names: Sequence[str], masks: Sequence[Removed], logits: Sequence[Tensor]) -> tuple[Gate, ...]:
+    """The gates of the blocks ``names``, after the ``masks`` and the ``logits`` (blocks,) of some steps."""
+    course, count = torch.stack(list(logits)), len(masks)
+    found = []
+    for place, name in enumerate(names):
+        kept = sum(name not in removed for removed in masks)
+        own = course[:, place]
+        spread = float(own.std(correction=0))
+        found.append(Gate(name, kept / count, *_wilson(kept, count), count, float(own.mean()), spread))
+    return tuple(found)
+
+
+def _wilson(hits: int, count: int) -> tuple[float, float]:
+    """The 95 % interval, after Wilson, of a share with ``hits`` among ``count`` draws; never a point."""
+    share, square = hits / count, _NORMAL**2
+    middle = (share + square / (2 * count)) / (1 + square / count)
+    half = _NORMAL * math.sqrt(share * (1 - share) / count + square / (4 * count**2)) / (1 + square / count)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _slope(gate: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from prune_lab.search import (
     Budget,
     Constraints,
     Effects,
+    GateResult,
     controls_at,
     depth_and_width,
     evolve_plans,
@@ -69,6 +70,8 @@ class SolverResult:
     measured: int = 0
     forwards: float = 0.0
     statistics: Mapping[str, float] = field(default_factory=dict)
+    gates: GateResult | None = None
+    """What was learnt of each block, by the solver that learns gates."""
 
 
 def _best(question: Question, scores: ImportanceTable | Effects) -> tuple[PruningPlan, ...]:
@@ -159,7 +162,7 @@ def _learned_gates(question: Question) -> SolverResult:
         seed=config.seed,
         **more,
     )
-    return SolverResult(found.plans, forwards=found.compute.forwards / len(probe))
+    return SolverResult(found.plans, forwards=found.compute.forwards / len(probe), gates=found)
 
 
 def _evolution(question: Question) -> SolverResult:
