@@ -81,7 +81,7 @@ SEARCHES_COLUMNS = (
     *("pairs", "r2", "rank_correlation", "additive_r2", "additive_rank_correlation"),
 )
 LEARNED_GATES_COLUMNS = (  # of each block that can leave, and budget
-    *("budget", "block", "kept", "kept_low", "kept_high", "sure", "removed", "value"),
+    *("budget", "block", "stays", "stays_low", "stays_high", "sure", "removed", "value"),
     *("logit", "logit_spread", "masks"),
 )
 GATE_STEPS_COLUMNS = (
@@ -396,7 +396,7 @@ LEARNED_GATES = Records(
     {
         _TEXT: "budget block",
         _TRUTH: "removed",
-        _AMOUNT: "kept kept_low kept_high sure value logit_spread",
+        _AMOUNT: "stays stays_low stays_high sure value logit_spread",
         _NUMBER: "logit",
         _COUNT: "masks",
     },

@@ -98,7 +98,7 @@ DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
     "consistency": ("student", "steps", "guidance", "loss_first", "loss_last", "seconds"),
     "losses": ("plan", "step", "part", "value"),
     "rungs": ("rung", "steps", "name", "loss", "place", "fate", "reason"),
-    "learned gates": ("budget", "block", "kept", "sure", "removed", "value", "logit_spread"),
+    "learned gates": ("budget", "block", "stays", "sure", "removed", "value", "logit_spread"),
     "choices": ("block", "removed", "impact", "extra_impact", "reason", "params"),
     "wider budgets": (
         *("budget", "predicted_impact", "wider_impact", "impact_change", "come_back", "go"),

@@ -20,7 +20,9 @@ def draw_gates(gates: pd.DataFrame, steps: pd.DataFrame, theme: Theme) -> Figure
     figure = new_figure(theme, 11, 1.8 + 0.19 * len(blocks))
     left, right = figure.subplots(1, 2, width_ratios=[0.6 + 0.5 * len(budgets), 3])
     style_axes(left, theme, title="Share of masks in which it stays", grid="")
-    table = gates.pivot_table(index="block", columns="budget", values="kept", sort=False).loc[blocks, budgets]
+    table = gates.pivot_table(index="block", columns="budget", values="stays", sort=False).loc[
+        blocks, budgets
+    ]
     left.imshow(table, vmin=0, vmax=1, cmap="RdBu", aspect="auto", interpolation="nearest")
     for row, shares in enumerate(table.to_numpy()):
         for column, share in enumerate(shares):
@@ -39,7 +41,7 @@ def draw_gates(gates: pd.DataFrame, steps: pd.DataFrame, theme: Theme) -> Figure
         right.plot(own["step"], line, color=color, lw=1.6, label=budget)
     log_scale_if_wide(right, "y", np.concatenate(smooth))
     right.set_xlabel("step")
-    right.set_ylabel("loss, relative to the mean square of the prediction")
+    right.set_ylabel("loss by mean square of the prediction")
     right.legend(frameon=False, fontsize=8.5, labelcolor=theme.text)
     return figure
 
@@ -47,9 +49,9 @@ def draw_gates(gates: pd.DataFrame, steps: pd.DataFrame, theme: Theme) -> Figure
 _GATES = (
     ("Budget", "budget", text),
     ("Block", "block", text),
-    ("Stays in", "kept", percent),
-    ("from", "kept_low", percent),
-    ("to", "kept_high", percent),
+    ("Stays in", "stays", percent),
+    ("from", "stays_low", percent),
+    ("to", "stays_high", percent),
     ("As the best plan", "sure", percent),
     ("Removed by it", "removed", yes_or_no),
     ("Value", "value", short_number),

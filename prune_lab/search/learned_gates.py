@@ -31,7 +31,7 @@ from prune_lab.importance.hooks import only_requires_grad
 from prune_lab.plans import PruningPlan
 from prune_lab.prefix_sharing import ComputeCost
 from prune_lab.probes import Probe, evaluating, predict
-from prune_lab.profiling import CostTable
+from prune_lab.profiling import CostTable, Metric
 from prune_lab.runtime import device_of, seeded, track
 from prune_lab.search.budgets import Budget
 from prune_lab.search.constraints import Constraints
@@ -49,7 +49,7 @@ _NORMAL = 1.959964  # of a standard normal variable 95 % lie within it
 @dataclass(frozen=True, slots=True)
 class GateStep:
     """One step: the loss with its mask, relative to the mean square of the prediction, the number of removed blocks,
-    and the share of the first budget's metric (MACs without budgets) that the mask leaves.
+    and the share of the result's metric that the mask leaves.
     """
 
     loss: float
@@ -61,13 +61,13 @@ class GateStep:
 class Gate:
     """What was learnt of one block, from the second half of the steps.
 
-    ``kept`` is the share of their masks in which the block stayed, which estimates the probability of its gate to be
+    ``stays`` is the share of their masks in which the block stayed, which estimates the probability of its gate to be
     open within the budgets, and ``low`` to ``high`` its 95 % interval by the number of ``masks``. ``spread`` is the
     standard deviation of the ``logit`` over these steps: a logit that still moves has not settled.
     """
 
     block: str
-    kept: float
+    stays: float
     low: float
     high: float
     masks: int
@@ -76,7 +76,7 @@ class Gate:
 
     def sure(self, removed: bool) -> float:
         """The share of the masks that decide on the block as a plan does in which it is ``removed`` or stays."""
-        return 1 - self.kept if removed else self.kept
+        return 1 - self.stays if removed else self.stays
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,8 @@ class GateResult:
     values: Mapping[str, float]
     gates: tuple[Gate, ...]
     steps: tuple[GateStep, ...]
+    metric: Metric
+    """Of which the steps say what their masks leave."""
     compute: ComputeCost
 
     @property
@@ -157,6 +159,7 @@ class _Masks:
 
     def __init__(self, programs: Sequence[Program], budgets: Sequence[Budget], seed: int) -> None:
         self._programs, self._budgets = programs, budgets
+        self.metric: Metric = budgets[0].metric if budgets else "macs"
         self._generator = np.random.default_rng(seed)
 
     def drawn(self, logits: Mapping[str, float]) -> tuple[Removed, float]:
@@ -176,8 +179,7 @@ class _Masks:
         return best, self._left(program, best)
 
     def _left(self, program: Program, removed: Removed) -> float:
-        metric = self._budgets[0].metric if self._budgets else "macs"
-        return program.amount(removed, metric) / program.amount(frozenset(), metric)
+        return program.amount(removed, self.metric) / program.amount(frozenset(), self.metric)
 
 
 def _started(names: Sequence[str], scores: Mapping[str, float] | None) -> Tensor:
@@ -224,11 +226,11 @@ def learned_gates(
     nothing = Effects({block.name: 0.0 for block in architecture.named})
     programs = [Program(space, nothing) for space in spaces_of(architecture, costs, budgets, constraints)]
     names = list(dict.fromkeys(name for program in programs for name in program.blocks))
+    masks, compute = _Masks(programs, budgets, seed), ComputeCost(forward_macs=architecture.total_macs)
     if not names:  # nothing can leave: there is one plan, and nothing to learn
         plans = search_plans(architecture, nothing, costs, budgets, constraints=constraints)
-        return GateResult(plans, {}, (), (), ComputeCost(forward_macs=architecture.total_macs))
-    logits, masks = _started(names, scores), _Masks(programs, budgets, seed)
-    compute = ComputeCost(forward_macs=architecture.total_macs)
+        return GateResult(plans, {}, (), (), masks.metric, compute)
+    logits = _started(names, scores)
     prediction = predict(model, probe, batch=batch)
     compute.macs += architecture.total_macs * len(probe)
     scale = float(prediction.double().square().mean())
@@ -289,7 +291,9 @@ def learned_gates(
     plans = search_plans(
         architecture, effects, costs, budgets, count=count, diverse=diverse, constraints=constraints
     )
-    return GateResult(plans, values, _gates(names, kept, settling), tuple(course), compute)
+    in_order = {block.name: place for place, block in enumerate(architecture.named)}
+    gates = tuple(sorted(_gates(names, kept, settling), key=lambda gate: in_order[gate.block]))
+    return GateResult(plans, values, gates, tuple(course), masks.metric, compute)
 
 
 def _gates(names: Sequence[str], masks: Sequence[Removed], logits: Sequence[Tensor]) -> tuple[Gate, ...]:

@@ -16,7 +16,7 @@ from prune_lab.schemas import (
     LEARNED_GATES,
     LEARNED_GATES_COLUMNS,
 )
-from prune_lab.search import Budget, GateResult
+from prune_lab.search import GateResult
 
 _SURE = 0.95  # share of the masks that decide as the best plan does
 _NAMED = 3  # gates that a line names
@@ -32,7 +32,7 @@ def gates_frame(found: GateResult, budget: str) -> pd.DataFrame:
     removed = found.plans[0].removed
     rows = [
         (
-            *(budget, gate.block, gate.kept, gate.low, gate.high, gate.sure(gate.block in removed)),
+            *(budget, gate.block, gate.stays, gate.low, gate.high, gate.sure(gate.block in removed)),
             *(gate.block in removed, found.values[gate.block], gate.logit, gate.spread, gate.masks),
         )
         for gate in found.gates
@@ -40,13 +40,12 @@ def gates_frame(found: GateResult, budget: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(LEARNED_GATES_COLUMNS))
 
 
-def gate_steps_frame(found: GateResult, budgets: tuple[Budget, ...], budget: str) -> pd.DataFrame:
+def gate_steps_frame(found: GateResult, budget: str) -> pd.DataFrame:
     """A row per step, counted from 1, columns GATE_STEPS_COLUMNS: ``left`` is the share of ``metric`` that the mask
     leaves.
     """
-    metric = budgets[0].metric
     rows = [
-        (budget, number, step.loss, step.removed, metric, step.left)
+        (budget, number, step.loss, step.removed, found.metric, step.left)
         for number, step in enumerate(found.steps, 1)
     ]
     return pd.DataFrame(rows, columns=list(GATE_STEPS_COLUMNS))
@@ -76,8 +75,8 @@ def _line(gates: pd.DataFrame, steps: pd.DataFrame) -> str:
     )
     open_ones = gates[gates["sure"] < _SURE].sort_values("sure", kind="stable").head(_NAMED)
     named = [
-        f"{row.block}, which it {'removes' if row.removed else 'keeps'}, stays in {row.kept:.0%} "
-        f"[{row.kept_low:.0%}, {row.kept_high:.0%}]"
+        f"{row.block}, which it {'removes' if row.removed else 'keeps'}, stays in {row.stays:.0%} "
+        f"[{row.stays_low:.0%}, {row.stays_high:.0%}]"
         for row in open_ones.itertuples()
     ]
     return f"{words}; least sure: {'; '.join(named)}" if named else words

@@ -148,8 +148,7 @@ def _write_plans(session: Session) -> tuple[Path, ...]:
             }
             searches.append({**row, **spent, "sets_measured": result.measured, **result.statistics})
             if result.gates is not None:
-                steps = gate_steps_frame(result.gates, budgets, asked)
-                learnt[asked] = gates_frame(result.gates, asked), steps
+                learnt[asked] = gates_frame(result.gates, asked), gate_steps_frame(result.gates, asked)
             if beyond := [plan.label for _, _, plan in named_controls if not within(plan, budgets, costs)]:
                 note(f"controls that are not within {asked}: {', '.join(beyond)}")
             named = _named(plans, settings.solver, asked)
