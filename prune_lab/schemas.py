@@ -143,6 +143,9 @@ FEW_STEPS_COLUMNS = (  # of every way to draw: model, scheduler, steps and reuse
     ),
     *("psnr_teacher", "psnr_own", "best"),
 )
+FEW_STEPS_WORK_COLUMNS = (  # of prune-lab steps --dry-run
+    *("model", "scheduler", "steps", "reuse", "pictures", "timed", "state", "estimate_seconds"),
+)
 CONSISTENT_COLUMNS = (
     *("student", "teacher", "steps", "guidance", "grid", "loss_first", "loss_last", "seconds", "out"),
 )
