@@ -14,8 +14,10 @@ import pandas as pd
 import pytest
 import torch
 from conftest import SHAPES, BuiltOnce, build_unet
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
+from prune_lab.api.results import open_run
 from prune_lab.blocks import BlockGroup, architecture_of
 from prune_lab.candidates import load_student
 from prune_lab.cli import app
@@ -128,6 +130,13 @@ def test_every_solver_keeps_all_budgets_and_says_what_it_spent(
         assert costs.of(plan).params <= 0.8 * costs.total.params
         assert is_native(architecture, plan)
     assert session.run.gates.is_file() == session.run.gate_steps.is_file() == (solver == "learned-gates")
+    if solver == "learned-gates":
+        gates = open_run(session.run.folder).gates
+        assert set(gates.frame()["budget"]) == {"macs<=as:bk-base, params<=80%".replace("as:", "")}
+        assert any(
+            line.startswith("learned gates, macs") for line in plan_notes(session, plans_frame(session))
+        )
+        assert isinstance(gates.plot().figure(), Figure)
     (row,) = pd.read_csv(session.run.searches).to_dict("records")
     assert row["solver"] == solver
     said = "greedy found 1 of 2 plans asked for; this solver gives one"

@@ -72,7 +72,10 @@ def report_sections(tables: RunTables) -> tuple[Section, ...]:
 
 def _blocks(tables: RunTables) -> tuple[SectionItem, ...]:
     if tables.blocks is None:
-        return (not_run("the blocks have not been listed", "run --config FILE.toml"),)
+        return (
+            not_run("the blocks have not been listed", "run --config FILE.toml"),
+            *criteria_parts(tables.criteria),
+        )
     frame = block_map_frame(tables.blocks, tables.importance)
     layers = named_layers(layer_map_frame(tables.blocks, tables.importance), ())
     parts: list[SectionItem] = [
