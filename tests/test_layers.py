@@ -175,6 +175,8 @@ MISTAKES = {
     "prune-lab search reference --macs 1.2x": "at most the whole",
     "prune-lab search reference --set search.budgets=flops<=5": "cannot read the budget 'flops<=5'",
     "prune-lab search reference --macs 60% --round-to 8": "asked for --round-to, found the axes depth",
+    "prune-lab search reference --macs 60% --axes width --solver greedy": "with the solver greedy, which removes",
+    "prune-lab search reference --memory 60% --axes width": "the peak of memory of a narrower model",
     "prune-lab score reference --samples 1": "probe.samples = 1",
     "prune-lab run reference --run runs/new --plans 0": "search.count = 0",
 }

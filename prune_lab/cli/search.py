@@ -13,6 +13,7 @@ from prune_lab.cli import options
 from prune_lab.cli.application import app
 from prune_lab.cli.output import show
 from prune_lab.config import RunConfig
+from prune_lab.config.axes import check_axes_fit
 from prune_lab.errors import ConfigError
 
 
@@ -77,6 +78,7 @@ def search(
                 f"asked for {' and '.join(unused)}, found the axes {', '.join(settings.search.axes)}, where no block "
                 "gets narrower; add --axes depth,width, or leave it out"
             )
+        check_axes_fit(settings)
 
     settings = settings_of(
         model,

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from prune_lab.config import BUDGET_CONTROLS
+from prune_lab.config.axes import searches_widths
 from prune_lab.errors import PlanError, PruneLabError
 from prune_lab.forms import why_not, within_form
 from prune_lab.plans import PruningPlan, read_plan, read_plans
@@ -42,7 +43,6 @@ from prune_lab.workflow.widths import (
     form_of,
     needs_width_scores,
     predicted_of,
-    searches_widths,
     width_notes,
 )
 
