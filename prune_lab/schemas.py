@@ -67,6 +67,8 @@ AGREEMENT_COLUMNS = (
     *("criterion", "other", "spearman", "spearman_low", "spearman_high"),
     *("kendall", "kendall_low", "kendall_high", "over", "count"),
 )
+ORDERS_COLUMNS = ("criterion", "other", "spearman", "kendall", "over", "count")  # of every two criteria
+RANK = "_rank"  # behind the name of a criterion: the column of its ranks, where criteria stand side by side
 STABILITY_COLUMNS = ("part", "of", "samples", "top", "overlap", "overlap_low", "overlap_high")
 
 # Search and plans ---------------------------------------------------------------------------------------------------
@@ -78,6 +80,18 @@ SEARCHES_COLUMNS = (
     *("budget", "solver", "objective", "plans", "sets_measured", "forwards", "seconds"),
     *("pairs", "r2", "rank_correlation", "additive_r2", "additive_rank_correlation"),
 )
+LEARNED_GATES_COLUMNS = (  # of each block that can leave, and budget
+    *("budget", "block", "stays", "stays_low", "stays_high", "sure", "removed", "value"),
+    *("logit", "logit_spread", "masks"),
+)
+GATE_STEPS_COLUMNS = (
+    "budget",
+    "step",
+    "loss",
+    "blocks_removed",
+    "metric",
+    "left",
+)  # the steps in which gates are learnt
 PLANS_COLUMNS = (
     *(
         "plan",
@@ -128,6 +142,9 @@ FEW_STEPS_COLUMNS = (  # of every way to draw: model, scheduler, steps and reuse
         "clip_high",
     ),
     *("psnr_teacher", "psnr_own", "best"),
+)
+FEW_STEPS_WORK_COLUMNS = (  # of prune-lab steps --dry-run
+    *("model", "scheduler", "steps", "reuse", "pictures", "timed", "state", "estimate_seconds"),
 )
 CONSISTENT_COLUMNS = (
     *("student", "teacher", "steps", "guidance", "grid", "loss_first", "loss_last", "seconds", "out"),
@@ -264,7 +281,7 @@ INTEGER_COLUMNS = frozenset(
             "live_bytes",
         ),
         *("disk_bytes", "peak_memory_bytes", "samples", "top", "count", "plans", "sets_measured", "pairs"),
-        *("rank", "tie_group", "steps", "rung", "place", "row"),
+        *("rank", "tie_group", "steps", "step", "masks", "rung", "place", "row"),
         *("parts", "kept", "of", "renamed", "dropped", "bytes"),
         *("place_by_impact", "place_by_loss", "places_lost"),
     )
@@ -391,6 +408,24 @@ PARTS = Records(
 )
 SEARCHED = Records(
     SEARCHED_COLUMNS, {_TEXT: "plan_id name", _ORIGIN: "origin", _TEXT_OR_NONE: "budget"}, rows=False
+)
+LEARNED_GATES = Records(
+    LEARNED_GATES_COLUMNS,
+    {
+        _TEXT: "budget block",
+        _TRUTH: "removed",
+        _AMOUNT: "stays stays_low stays_high sure value logit_spread",
+        _NUMBER: "logit",
+        _COUNT: "masks",
+    },
+    key=("budget", "block"),
+    rows=False,
+)
+GATE_STEPS = Records(
+    GATE_STEPS_COLUMNS,
+    {_TEXT: "budget metric", _COUNT: "step blocks_removed", _AMOUNT: "loss left"},
+    key=("budget", "step"),
+    rows=False,
 )
 REPAIRS = Records(
     REPAIR_COLUMNS,

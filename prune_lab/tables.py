@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from prune_lab.errors import ConfigError, RunError
 from prune_lab.runtime import atomic_write, bytes_text, duration_text
-from prune_lab.schemas import INTEGER_COLUMNS
+from prune_lab.schemas import INTEGER_COLUMNS, RANK
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,6 +56,7 @@ DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
     "width scores": ("site", "unit", "score", "channels", "criterion", "samples"),
     "site scores": ("site", "units", "least", "median", "largest", "samples"),
     "parts": ("group", "part", "of", "impact", "samples"),
+    "orders": ("criterion", "other", "spearman", "kendall", "count", "over"),
     "agreement": (
         *("criterion", "leader_spearman", "impact_spearman", "outcome_spearman", "forwards"),
         *("samples", "impact_kendall"),
@@ -94,10 +95,21 @@ DECISIVE_COLUMNS: dict[str, tuple[str, ...]] = {
     "data": ("data", "folder", "rows", "left_out", "bytes", "seconds"),
     "recovery": ("plan", "status", "steps", "loss_before", "loss_after", "reason", "seconds"),
     "few steps": ("model", "scheduler", "steps", "reuse", "median_ms", "clip", "psnr_teacher", "lever"),
+    "few steps work": (
+        "model",
+        "scheduler",
+        "steps",
+        "reuse",
+        "pictures",
+        "timed",
+        "state",
+        "estimate_seconds",
+    ),
     "levers": ("lever", "model", "scheduler", "steps", "reuse", "median_ms", "clip", "psnr_teacher"),
     "consistency": ("student", "steps", "guidance", "loss_first", "loss_last", "seconds"),
     "losses": ("plan", "step", "part", "value"),
     "rungs": ("rung", "steps", "name", "loss", "place", "fate", "reason"),
+    "learned gates": ("budget", "block", "stays", "sure", "removed", "value", "logit_spread"),
     "choices": ("block", "removed", "impact", "extra_impact", "reason", "params"),
     "wider budgets": (
         *("budget", "predicted_impact", "wider_impact", "impact_change", "come_back", "go"),
@@ -208,12 +220,15 @@ def _first(items: Sequence[str]) -> str:
 
 def shown_cell(column: str, row: Mapping[str, Any]) -> str:
     """The cell of ``row`` in ``column`` for a person, as ``cell_text`` has it; a long plan is cut, and called by its id
-    where the row has that. A mean stands with its spread, where there is one, and marked where it is not told apart.
+    where the row has that. A mean stands with its spread, where there is one, and marked where it is not told apart; a
+    number that has a rank among those of its column stands before it.
     """
     value = row[column]
     if isinstance(value, float) and row.get(f"{column}_spread") is not None:
         same = f" {NOT_TOLD_APART}" if row.get(f"{column}_verdict") == "not told apart" else ""
         return f"{cell_text(column, value)} \u00b1 {row[f'{column}_spread']:.2g}{same}"
+    if (rank := row.get(f"{column}{RANK}")) is not None:
+        return f"{cell_text(column, value)} ({rank})"
     if isinstance(value, str):
         if column in ("plan", "name", "student") and (short := short_plan(value)) != value:
             return f"{short} ({row['plan_id']})" if row.get("plan_id") else short
@@ -330,8 +345,8 @@ _CELL = (
 class Table:
     """A table of results: the columns that decide in a notebook or a terminal, all of them in ``frame()``.
 
-    ``kind`` says which columns decide, ``draw`` is the report's figure of the table, if it has one, and ``notes`` are
-    sentences about it.
+    ``kind`` says which columns decide, or ``shown`` does where these hang on what was asked; ``draw`` is the report's
+    figure of the table, if it has one, and ``notes`` are sentences about it.
     """
 
     kind: str
@@ -339,6 +354,7 @@ class Table:
     title: str = ""
     draw: Callable[[Theme], Figure] | None = None
     notes: tuple[str, ...] = ()
+    shown: tuple[str, ...] = ()
 
     def frame(self) -> pd.DataFrame:
         """All rows and columns, as a pandas frame that may be changed."""
@@ -359,7 +375,7 @@ class Table:
 
     def __repr__(self) -> str:
         rows = self.records()[:_ROWS]
-        columns = shown_columns(self.kind, rows)
+        columns = self._columns(rows)
         lines = [columns] + [[shown_cell(name, row) for name in columns] for row in rows]
         widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
         numeric = [is_numeric(name, rows) for name in columns]
@@ -374,7 +390,7 @@ class Table:
 
     def _repr_html_(self) -> str:
         rows = self.records()[:_ROWS]
-        columns = shown_columns(self.kind, rows)
+        columns = self._columns(rows)
         looks = {
             name: f"{_CELL}; text-align: {'right' if is_numeric(name, rows) else 'left'}" for name in columns
         }
@@ -400,6 +416,9 @@ class Table:
             f'<div style="max-height: 28em; overflow: auto"><table style="{_STYLE}">{title}'
             f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div><small>{below}</small>"
         )
+
+    def _columns(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        return list(self.shown) or shown_columns(self.kind, rows)
 
     def _rest(self, columns: Sequence[str]) -> str:
         """What is not shown, in words."""

@@ -22,8 +22,8 @@ from prune_lab.importance import (
     random_plans,
     stability,
 )
-from prune_lab.importance.agreement import rank_agreement
 from prune_lab.models import resolve_model
+from prune_lab.orders import rank_agreement
 from prune_lab.report import write_agreement
 from prune_lab.schemas import AGREEMENT_COLUMNS, STABILITY_COLUMNS
 

@@ -252,6 +252,9 @@ def test_scores_by_several_criteria_of_any_plans_on_own_prompts(
     assert [row["group"] for row in rows] == names * 3
     assert [row["criterion"] for row in rows[::4]] == ["output-mse", "clip-score", "similarity"]
     assert {row["samples"] for row in rows} == {3}
+    assert sorted(row["rank"] for row in rows[:2]) == [1, 2]  # of the two plans, by the first criterion
+    assert [one["with"] for one in rows[4]["agreement"]] == ["output-mse", "similarity"] * 2
+    assert {one["over"]: one["count"] for one in rows[4]["agreement"]} == {"plans": 2, "inner stages": 2}
     parts = pd.read_csv(run / "importance_parts.csv")
     assert set(parts.loc[parts["criterion"] == "clip-score", "of"]) == {"animals", "weather"}
     assert "timesteps" in set(parts["part"])

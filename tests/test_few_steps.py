@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +28,10 @@ from prune_lab.few_steps.schedulers import SCHEDULERS, fitting_scheduler
 from prune_lab.models import load_pipeline, resolve_model
 from prune_lab.profiling import Turns
 from prune_lab.report.few_steps import lever_lines, steps_page
-from prune_lab.schemas import FEW_STEPS_COLUMNS
+from prune_lab.runtime import duration_text
+from prune_lab.schemas import FEW_STEPS_COLUMNS, FEW_STEPS_WORK_COLUMNS
 from prune_lab.workflow.few_steps import StepsAsked, _Comparison
+from prune_lab.workflow.few_steps_work import StepsWork, Work
 
 ROOT = Path(__file__).resolve().parents[1]
 BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -415,3 +418,77 @@ def test_the_committed_page_is_what_its_table_says(tmp_path: Path) -> None:
     assert draw_page(tmp_path).read_text() == steps_page(table, conditions, findings)
     assert (tmp_path / "steps.png").is_file()
     assert all((folder / name).stat().st_size < 300_000 for name in ("steps.png", "pictures.png"))
+
+
+# How much there is to do ----------------------------------------------------------------------------------------
+
+
+def _work(speed: float | None, *drawn: int, reuse: int = 1) -> StepsWork:
+    """Two configurations of 4 and 10 steps, of passes of 1000 multiply-adds, two a step; three pictures are timed."""
+    parts = [
+        Work(Configuration("m", "own", steps, one), count, 3, 2000.0 * steps)
+        for steps, one, count in zip((4, 10), (1, reuse), drawn, strict=True)
+    ]
+    return StepsWork(tuple(parts), 5, speed)
+
+
+def test_what_there_is_to_do_is_counted_before() -> None:
+    drawing, timing, estimate = _work(1e4, 5, 5, reuse=2).lines
+    assert drawing == "to draw: 2 configurations, 5 pictures of each: 10 pictures in 70 steps"
+    assert timing == "to time: 2 configurations, 3 pictures of each: 6 pictures in 42 steps, in turns"
+    # (5 + 3) pictures of 4 and of 10 steps, 2000 multiply-adds each, 10,000 a second
+    assert estimate.startswith(f"estimate: {duration_text(8 * 14 * 2000 / 1e4)}, by the multiply-adds")
+    assert "passes that reuse are counted as whole ones" in estimate
+    assert "reuse" not in _work(1e4, 5, 5).lines[2]
+    assert (
+        _work(1e4, 0, 5).lines[0]
+        == "to draw: 1 configuration, 5 pictures of each: 5 pictures in 50 steps; 1 more drawn already"
+    )
+    assert _work(None, 0, 5).lines[2] == "estimate: time unknown before the first pictures"
+    assert _work(1e4, 0, 0).lines[0] == "to draw: nothing, all there is (2 configurations) is drawn already"
+    done = StepsWork((Work(Configuration("m", "own", 4), 0, 0, 1.0),), 5, None)
+    assert done.lines == ("to draw: nothing, all there is (1 configuration) is drawn already",)
+    assert done.frame()[["state", "pictures"]].values.tolist() == [["done", 0]]
+    frame = _work(1e4, 0, 5).frame()
+    assert tuple(frame.columns) == FEW_STEPS_WORK_COLUMNS
+    assert list(frame["estimate_seconds"]) == pytest.approx([3 * 4 * 0.2, 8 * 10 * 0.2])
+
+
+def test_the_first_pictures_tell_how_long_the_rest_takes() -> None:
+    line = _work(None, 5, 5).after(Configuration("m", "own", 4), 10.0)
+    # 20 picture steps took 10 s; left are 50 to draw, and 42 to time
+    assert line.startswith("about 46 s left at the pace of the first 5 pictures (m/own/4/1, 10 s); encoding")
+    alone = StepsWork((Work(Configuration("m", "own", 4), 5, 0, 1.0),), 5, None)
+    assert alone.after(Configuration("m", "own", 4), 10.0) == ""
+
+
+@pytest.mark.long
+def test_how_much_there_is_to_draw_is_said_and_a_dry_run_writes_nothing(
+    tiny_pipeline_folder: Path, asked: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    args = ["steps", str(tiny_pipeline_folder), "--out", str(out), *asked, "--reuse", ""]
+    found = CliRunner().invoke(app, [*args, "--dry-run", "--json"])
+    assert found.exit_code == 0, found.output
+    assert not out.exists()
+    rows = json.loads(found.stdout)
+    assert tuple(rows[0]) == FEW_STEPS_WORK_COLUMNS
+    assert {row["state"] for row in rows} == {"to do"}
+    drawn = [(row["pictures"], row["steps"]) for row in rows]
+    pictures, steps = sum(count for count, _ in drawn), sum(count * each for count, each in drawn)
+    assert f"{pictures} pictures in {steps} steps" in found.stderr
+    assert "note: estimate: " in found.stderr
+    found = CliRunner().invoke(app, [*args, "--rounds", "2"])
+    assert found.exit_code == 0, found.output
+    assert f"{pictures} pictures in {steps} steps" in found.stderr
+    assert re.search(r"about .* left at the pace of the first 3 pictures \(", found.stderr)
+    assert f"all there is ({len(rows)} configurations) is drawn already" in (
+        CliRunner().invoke(app, [*args, "--dry-run"]).stderr
+    )
+    for grid in (out / "drawn").glob(
+        "*.png"
+    ):  # one is lost: it, and what it is compared with, are drawn again
+        if json.loads(grid.with_suffix(".json").read_text())["configuration"].endswith("/own/3/1"):
+            grid.unlink()
+    rows = json.loads(CliRunner().invoke(app, [*args, "--dry-run", "--json"]).stdout)
+    assert {row["steps"]: row["pictures"] for row in rows if row["scheduler"] == "own"} == {3: 3, 2: 0, 4: 3}

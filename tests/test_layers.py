@@ -30,7 +30,7 @@ LAYERS = (
         "live_bytes",
         "assets",
     ),
-    ("config", "blocks", "runs", "text_tables", "prompts", "width"),
+    ("config", "blocks", "runs", "text_tables", "prompts", "width", "orders"),
     ("plans", "forms", "models"),
     ("surgery", "probes", "prefix_sharing", "runtimes", "reuse"),
     ("metrics", "profiling", "evaluation", "importance"),
@@ -164,6 +164,24 @@ VERBS = (
 )
 
 
+# What can be told from the options alone; a budget is read without the model that it is for.
+MISTAKES = {
+    "prune-lab search reference --solver best": "search.solver = 'best' cannot be used",
+    "prune-lab search reference --axes depth,height": "search.axes",
+    "prune-lab search reference --plans 0": "search.count = 0",
+    "prune-lab search reference --macs=-5%": "-5% is below 0",
+    "prune-lab search reference --latency 0x": "no model takes so little",
+    "prune-lab search reference --params 65%%": "cannot read '65%%'",
+    "prune-lab search reference --macs 1.2x": "at most the whole",
+    "prune-lab search reference --set search.budgets=flops<=5": "cannot read the budget 'flops<=5'",
+    "prune-lab search reference --macs 60% --round-to 8": "asked for --round-to, found the axes depth",
+    "prune-lab search reference --macs 60% --axes width --solver greedy": "with the solver greedy, which removes",
+    "prune-lab search reference --memory 60% --axes width": "the peak of memory of a narrower model",
+    "prune-lab score reference --samples 1": "probe.samples = 1",
+    "prune-lab run reference --run runs/new --plans 0": "search.count = 0",
+}
+
+
 def help_of(verb: str | None) -> str:
     return f"prune-lab {verb} --help" if verb else "prune-lab --help"
 
@@ -180,7 +198,7 @@ def main(command):
     try:
         main()
     except SystemExit as stop:
-        assert not stop.code, stop.code
+        assert (stop.code or 0) == (2 if command in {mistakes!r} else 0), stop.code
 
 for command in {commands!r}:
     read, write = os.pipe()
@@ -202,8 +220,9 @@ for command in {commands!r}:
 @pytest.fixture(scope="module")
 def output_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What each command of a fresh interpreter prints, and after the word MODULES what it has imported."""
-    commands = [f"import {module}" for module in LIGHT] + [help_of(verb) for verb in VERBS]
-    found = run_python(COMMANDS.format(commands=commands), tmp_path_factory.mktemp("light"))
+    commands = [*(f"import {module}" for module in LIGHT), *(help_of(verb) for verb in VERBS), *MISTAKES]
+    code = COMMANDS.format(commands=commands, mistakes=list(MISTAKES))
+    found = run_python(code, tmp_path_factory.mktemp("light"))
     assert found.returncode == 0, found.stderr
     return dict(json.loads(line) for line in found.stdout.splitlines())
 
@@ -219,6 +238,16 @@ def test_light_modules_stay_light(module: str, output_of: dict[str, str]) -> Non
 def test_help_answers_without_the_heavy_libraries(verb: str | None, output_of: dict[str, str]) -> None:
     text, modules = output_of[help_of(verb)].split("MODULES")
     assert "Usage" in text
+    assert set(json.loads(modules)).isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_mistakes_in_options_are_told_without_the_heavy_libraries(
+    command: str, output_of: dict[str, str]
+) -> None:
+    text, modules = output_of[command].split("MODULES")
+    assert MISTAKES[command] in text
+    assert len(text.splitlines()) == 1
     assert set(json.loads(modules)).isdisjoint(HEAVY)
 
 

@@ -88,6 +88,11 @@ class Cells(HTMLParser):
             self.rows[-1][-1] += data
 
 
+def test_gates_that_were_not_learnt_are_refused(results: pl.RunResults) -> None:
+    with pytest.raises(RunError, match="plans that exact has searched; learn them with: prune-lab search"):
+        _ = results.gates
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_every_table_of_a_run_shows_itself(results: pl.RunResults, name: str) -> None:
     table: pl.Table = getattr(results, name)

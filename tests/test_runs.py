@@ -45,6 +45,8 @@ def test_the_layout_is_the_documented_one(tmp_path: Path) -> None:
         "plans_dir": "plans",
         "searched": "plans/searched.csv",
         "searches": "plans/searches.csv",
+        "gates": "plans/gates.csv",
+        "gate_steps": "plans/gate_steps.csv",
         "evolution_dir": "plans/evolution",
         "latency": "latency.json",
         "latency_rounds": "latency_rounds.csv",

@@ -14,8 +14,10 @@ import pandas as pd
 import pytest
 import torch
 from conftest import SHAPES, BuiltOnce, build_unet
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
+from prune_lab.api.results import open_run
 from prune_lab.blocks import BlockGroup, architecture_of
 from prune_lab.candidates import load_student
 from prune_lab.cli import app
@@ -81,6 +83,21 @@ def searching(built_once: BuiltOnce, config: RunConfig) -> Searching:
     return start
 
 
+def test_where_few_plans_exist_all_are_measured_instead_of_learned_from(
+    searching: Searching, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr("prune_lab.workflow.solving.note", lines.append)
+    keep = tuple(f"{stage}{number}" for stage in ("Dn", "Up") for number in range(1, 5))
+    settings = {"solver": "interactions", "budgets": ("macs<=99%",), "keep": keep, "samples": 20}
+    session = searching(tmp_path / "run", **settings)
+    assert [plan.text for plan in ensure_plans(session) if plan.origin == "search"] == [
+        "-Md.R1 -Md.A1 -Md.R2"
+    ]
+    assert any("1 plan is all that there is, too few to learn" in line for line in lines)
+    assert list(pd.read_csv(session.run.searches)["sets_measured"]) == [1]
+
+
 @pytest.mark.parametrize(
     ("solver", "objective"),
     [
@@ -112,6 +129,14 @@ def test_every_solver_keeps_all_budgets_and_says_what_it_spent(
         assert costs.of(plan).macs <= base.macs
         assert costs.of(plan).params <= 0.8 * costs.total.params
         assert is_native(architecture, plan)
+    assert session.run.gates.is_file() == session.run.gate_steps.is_file() == (solver == "learned-gates")
+    if solver == "learned-gates":
+        gates = open_run(session.run.folder).gates
+        assert set(gates.frame()["budget"]) == {"macs<=as:bk-base, params<=80%".replace("as:", "")}
+        assert any(
+            line.startswith("learned gates, macs") for line in plan_notes(session, plans_frame(session))
+        )
+        assert isinstance(gates.plot().figure(), Figure)
     (row,) = pd.read_csv(session.run.searches).to_dict("records")
     assert row["solver"] == solver
     said = "greedy found 1 of 2 plans asked for; this solver gives one"

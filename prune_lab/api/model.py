@@ -18,6 +18,7 @@ from prune_lab.api.making import (
 )
 from prune_lab.api.narrowing import asked_narrowing
 from prune_lab.api.plans import Plan, Plans, plan_maps
+from prune_lab.api.scores import scores_table
 from prune_lab.api.settings import budgets_asked, model_title, settings_by_name
 from prune_lab.api.used import Used
 from prune_lab.config import (
@@ -89,7 +90,7 @@ class Model(Used):
 
     def score(self, *, force: bool = False, **settings: object) -> Table:
         """The impact of removing each block, pair and stage, with bootstrap intervals; 0.01 moves the prediction by a
-        hundredth of its mean square.
+        hundredth of its mean square. By several criteria (``also``) they stand side by side, with how they agree.
 
         Settings are those of ``score``, ``probe`` and ``data``. Raises ConfigError for a bad one, RunError in a named
         folder that was made with others and without ``force``.
@@ -98,8 +99,8 @@ class Model(Used):
         check_asked_size(self.source, asked.get("data.resolution"))  # type: ignore[arg-type]
         with self._opened("score", settings, redo="scores" if force else "") as session:
             ensure_scores(session)
-            frame, title = scores_frame(session), f"Importance, {model_title(self.settings)}"
-        return Table("scores", frame, title, self.results.scores.draw)
+            frame, of = scores_frame(session), model_title(self.settings)
+        return scores_table(frame, f"Importance, {of}", self.results.scores.draw, of=of)
 
     def score_widths(self, criterion: str = "", *, force: bool = False, **settings: object) -> Table:
         """The score of each part of the blocks that can leave alone: a group of a norm, a head, channels in eights.

@@ -12,6 +12,7 @@ import pandas as pd
 
 from prune_lab import runs
 from prune_lab.api.plans import Plan, Plans, plan_maps
+from prune_lab.api.scores import scores_table
 from prune_lab.blocks import blocks_frame
 from prune_lab.candidates import State, load_candidate, load_student
 from prune_lab.errors import RunError
@@ -24,6 +25,7 @@ from prune_lab.report import (
     draw_comparison,
     draw_costs,
     draw_curves,
+    draw_gates,
     draw_importance,
     draw_parts,
     draw_prediction,
@@ -124,9 +126,9 @@ class RunResults:
 
     @property
     def criteria(self) -> Table:
-        """The scores by all criteria that were measured, the run's own first."""
+        """The scores by all criteria that were measured, the run's own first; several stand side by side."""
         frame = self._found(self.tables.criteria, self.run.criteria, "score")
-        return Table("scores", frame, "Impact by all criteria")
+        return scores_table(frame, "Impact by all criteria")
 
     @property
     def parts(self) -> Table:
@@ -165,6 +167,24 @@ class RunResults:
         frame = plans_frame(self.session)
         lines, maps = plan_notes(self.session, frame), plan_maps(architecture, found, scores)
         return Plans("plans", frame, "Plans", maps, notes=lines, plans=shown)
+
+    @property
+    def gates(self) -> Table:
+        """What the solver learned-gates has learnt of each block: how often it stays, how sure that is; drawn with the
+        loss of the steps.
+
+        Raises RunError where another solver has searched.
+        """
+        tables = self.tables
+        self.run.needs(self.run.searched, "search")
+        gates, steps = tables.gates, tables.gate_steps
+        if gates is None or steps is None:
+            solver = tables.setting("search", "solver")
+            raise RunError(
+                f"asked for the gates of {self.folder}, found plans that {solver} has searched; "
+                f"learn them with: prune-lab search --run {self.folder} --solver learned-gates --force"
+            )
+        return Table("learned gates", gates, "Learned gates", lambda theme: draw_gates(gates, steps, theme))
 
     @property
     def losses(self) -> Table:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prune_lab.config import (
+    AUTO,
     SETTINGS,
     RunConfig,
     load_config,
@@ -18,6 +19,7 @@ from prune_lab.config import (
     setting_named,
     with_settings,
 )
+from prune_lab.config.budget_texts import check_budget_texts
 from prune_lab.config.declaration import MOST
 from prune_lab.errors import ConfigError, PruneLabError, RunError
 from prune_lab.processes import is_main
@@ -100,6 +102,32 @@ def _as_meant(asked: Mapping[str, Any]) -> dict[str, object]:
     )
 
 
+def _asked_for(
+    model: str,
+    assignments: Sequence[str],
+    options: Mapping[str, object],
+    device: str | None,
+    seed: int | None,
+) -> dict[str, object]:
+    """The settings that were asked for, by their names; a seed is that of everything that is drawn.
+
+    Raises ConfigError for one that is there twice or no seed, BudgetError for a budget that no model could meet.
+    """
+    options = {**options, "device": device, "seed": seed}
+    given = {name: value for name, value in options.items() if value is not None and value != ()}
+    asked = assigned(assignments, given | ({"model": model} if model else {}))
+    if "seed" in asked:
+        number, name = asked["seed"], "seed" if seed is None else "--seed"
+        if isinstance(number, int) and not 0 <= number <= MOST:
+            raise ConfigError(f"asked for {name} {number}; a seed is a whole number from 0 to {MOST}")
+        seeds = (name for name in SETTINGS if name.endswith(".seed"))
+        asked = dict.fromkeys(seeds, asked["seed"]) | asked
+    budgets = asked.get("search.budgets", ())
+    assert isinstance(budgets, tuple), "settings have been read by their kinds"
+    check_budget_texts([text for text in budgets if text != AUTO])
+    return asked
+
+
 def settings_of(
     model: str,
     run: Path | None,
@@ -110,33 +138,27 @@ def settings_of(
     device: str | None = None,
     seed: int | None = None,
     base: RunConfig | None = None,
+    check: Callable[[RunConfig], None] | None = None,
 ) -> RunConfig:
     """The settings of ``config``, or else of the run folder, or else ``base`` (the defaults), with what was asked for.
 
     A model that was distilled for few steps draws in these, where neither file nor folder says otherwise.
     ``assignments`` are the texts of ``--set``, ``options`` values by the names of settings; None and () were not given.
-    Raises ConfigError for a setting that is given twice, RunError when nothing says which model.
+    What can be told from these alone is refused before a model is looked at, which takes seconds; ``check`` raises what
+    else is. Raises ConfigError for a setting that is given twice, BudgetError for a budget that no model could meet,
+    RunError when nothing says which model.
     """
-    options = {**options, "device": device, "seed": seed}
-    given = {name: value for name, value in options.items() if value is not None and value != ()}
-    asked = assigned(assignments, given | ({"model": model} if model else {}))
+    asked = _asked_for(model, assignments, options, device, seed)
     if config is None and run and open_run(run, must_exist=False).config.is_file():
         config = open_run(run, must_exist=True).config
-    if config:
-        settings = load_config(config)
-    elif "model" in asked:
-        settings = base or RunConfig()
-        asked = _as_meant(asked) | asked
-    else:
+    if config is None and "model" not in asked:
         found = _without_model("step", run)
         raise RunError(f"{found}; give MODEL, --config FILE.toml or --run DIR")
-    if "seed" in asked:
-        number, name = asked["seed"], "seed" if seed is None else "--seed"
-        if isinstance(number, int) and not 0 <= number <= MOST:
-            raise ConfigError(f"asked for {name} {number}; a seed is a whole number from 0 to {MOST}")
-        seeds = (name for name in SETTINGS if name.endswith(".seed"))
-        asked = dict.fromkeys(seeds, asked["seed"]) | asked
-    return with_settings(settings, asked)
+    settings = load_config(config) if config else base or RunConfig()
+    wanted = with_settings(settings, asked)
+    if check is not None:
+        check(wanted)
+    return wanted if config else with_settings(settings, _as_meant(asked) | asked)
 
 
 def model_or_run(model: str, run: Path | None) -> tuple[str, Path | None]:
@@ -217,6 +239,8 @@ def job_settings(
     if not model:
         found = _without_model("run", folder)
         raise RunError(f"{found}; give MODEL, --config FILE.toml or --recipe NAME")
+    # what no model makes good is told before one is read
+    with_settings(RunConfig(), _asked_for(model, assignments, asked, place.get("device"), place.get("seed")))
     from prune_lab.models import resolve_model
     from prune_lab.models.protection import check_run_folder
     from prune_lab.runtime import free_bytes, pick_device

@@ -14,7 +14,7 @@ from prune_lab.models.protection import check_apart
 from prune_lab.report.few_steps import draw_steps, lever_lines, write_steps_page
 from prune_lab.runtime.holders import alone_in, check_ours
 from prune_lab.tables import Table
-from prune_lab.workflow import StepsAsked, compare_steps, is_of_steps
+from prune_lab.workflow import StepsAsked, compare_steps, is_of_steps, steps_work
 
 _UNSTEADY = 0.15  # of the median: how far rounds may differ before it is said
 
@@ -36,8 +36,12 @@ def steps_table(
     latency: str,
     place: Mapping[str, Any],
     given: Mapping[str, Any],
+    *,
+    dry_run: bool = False,
 ) -> Table:
-    """What ``compare_steps`` finds, with its figure and page written to ``out``, and the levers of a ``latency``."""
+    """What ``compare_steps`` finds, with its figure and page written to ``out``, and the levers of a ``latency``; with
+    ``dry_run`` what it would draw and time, and nothing is written.
+    """
     asked = _asked(given)
     if latency:
         read_limit(latency)  # before an hour of drawing
@@ -45,6 +49,9 @@ def steps_table(
     out = check_apart(out, {"the models": places, "the prompts": (asked.prompts,) if asked.prompts else ()})
     wanted = f"asked to compare few steps in {out}"
     check_ours(out, "steps", wanted, ours=is_of_steps(out))
+    if dry_run:
+        work = steps_work(sources, asked, out, **place)
+        return Table("few steps work", work.frame(), "What would be drawn and timed", notes=work.lines)
     with alone_in(out, "steps", wanted):
         found = compare_steps(sources, asked, out, **place)
         write_steps_page(out, found.table, found.conditions, pictures=out / "pictures")

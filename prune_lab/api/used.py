@@ -52,18 +52,21 @@ class Used(Inspected):
         *others: str | Path | Used,
         out: str | Path,
         latency: str = "",
+        dry_run: bool = False,
         **asked: Any,
     ) -> Table:
         """Time and quality of one picture of this model and of ``others`` in few steps; ``best`` rows are not beaten.
 
-        ``out`` gets steps.csv, a figure, a page and pictures; the same call again goes on. ``latency``, such as 200ms
-        or 0.5x, says in notes which lever meets it best. ``asked`` are steps=(4, 8), schedulers=("own", "unipc"),
+        ``out`` gets steps.csv, a figure, a page and pictures; the same call again goes on. With ``dry_run`` it says
+        what would be drawn and timed and about how long that takes, and writes nothing. ``latency``, such as 200ms or
+        0.5x, says in notes which lever meets it best. ``asked`` are steps=(4, 8), schedulers=("own", "unipc"),
         reuse=(2, 3) (one whole pass in so many), many=50, prompts=FILE, images, guidance, rounds, scorer and seed.
         Raises RunError for a model without its pipeline, ConfigError for a number or a name that cannot be used.
         """
         sources = [one.source if isinstance(one, Used) else resolve_model(str(one)) for one in others]
         with progress_shown():
-            return steps_table([self.source, *sources], Path(out), latency, place_of(self.settings), asked)
+            place = place_of(self.settings)
+            return steps_table([self.source, *sources], Path(out), latency, place, asked, dry_run=dry_run)
 
     # What it is used for
 

@@ -17,9 +17,17 @@ __all__ = ["emit", "left_beside", "records", "show"]
 _SCREEN = 120  # characters of a line that a screen holds
 
 
-def emit(kind: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool, wide: bool, title: str) -> None:
-    """Print a table of this ``kind`` on stdout: its six columns that decide, or all of them if it is ``wide`` (of some
-    tables those that a screen holds).
+def emit(
+    kind: str,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    as_json: bool,
+    wide: bool,
+    title: str,
+    shown: Sequence[str] = (),
+) -> None:
+    """Print a table of this ``kind`` on stdout: its six columns that decide, or those ``shown``, or all of them if it
+    is ``wide`` (of some tables those that a screen holds).
 
     With ``as_json`` it is a list of objects with all columns, and nothing else is printed there.
     """
@@ -31,7 +39,7 @@ def emit(kind: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool, wide: b
 
     everything = list(rows[0]) if rows else []
     every = [name for name in WIDE_COLUMNS.get(kind, everything) if name in everything]
-    columns = every if wide else shown_columns(kind, rows)
+    columns = every if wide else list(shown) or shown_columns(kind, rows)
 
     def filled(between: str) -> RichTable:
         """The table, with ``between`` the words of a column's name."""
@@ -65,7 +73,8 @@ def emit(kind: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool, wide: b
 
 def show(table: Table, *, as_json: bool, wide: bool) -> None:
     """Print ``table``, which a call from Python returns too, as ``emit`` does; its notes go to stderr."""
-    emit(table.kind, table.records(), as_json=as_json, wide=wide, title=table.title)
+    rows = table.records()
+    emit(table.kind, rows, as_json=as_json, wide=wide, title=table.title, shown=table.shown)
     for line in table.notes:
         typer.echo(f"note: {line}", err=True)
 

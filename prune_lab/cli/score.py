@@ -21,7 +21,7 @@ def score(
         typer.Option(
             help="What is measured: output-mse (default), output-cosine, denoising-loss, latent-shift, clip-score, "
             "image-change, gate-gradient, gate-fisher, gate-path, taylor, magnitude, similarity, architecture-prior, "
-            "random; may be repeated: the first leads."
+            "random; may be repeated: the first leads, all stand side by side."
         ),
     ] = [],  # noqa: B006
     groups: Annotated[
@@ -98,9 +98,11 @@ def score(
     settings = settings_of(model, run, config, assign, {**asked, **found_by}, device=device, seed=seed)
     from prune_lab.api.making import site_scores
     from prune_lab.api.model import Model
+    from prune_lab.api.scores import ComparedScores
     from prune_lab.models.protection import check_file, sources_of
     from prune_lab.profiling import check_asked_size
     from prune_lab.runtime import write_frame
+    from prune_lab.tables import Table
 
     if out and not compare:
         out = check_file(out, sources_of(settings), "scores", force=force)
@@ -115,4 +117,8 @@ def score(
         write_frame(out, table.frame())
     if widths and not (every or as_json):
         table = site_scores(table)
-    show(table, as_json=as_json, wide=wide)
+    tables: tuple[Table, ...] = (table,)
+    if isinstance(table, ComparedScores) and not as_json:
+        tables = (table.side_by_side, table.agreement)
+    for one in tables:
+        show(one, as_json=as_json, wide=wide)

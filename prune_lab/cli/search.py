@@ -12,6 +12,8 @@ from prune_lab.api.settings import budgets_asked, model_or_run, settings_of
 from prune_lab.cli import options
 from prune_lab.cli.application import app
 from prune_lab.cli.output import show
+from prune_lab.config import RunConfig
+from prune_lab.config.axes import check_axes_fit
 from prune_lab.errors import ConfigError
 
 
@@ -68,15 +70,26 @@ def search(
         "search.objective": objective,
     }
     found_by = options.found_by(revision, subfolder, variant, random_weights)
-    settings = settings_of(
-        model, lender or run, config, assign, {**asked, **found_by}, device=device, seed=seed
-    )
     unused = [flag for flag, value in (("--widths", widths), ("--round-to", round_to)) if value is not None]
-    if unused and "width" not in settings.search.axes:
-        raise ConfigError(
-            f"asked for {' and '.join(unused)}, found the axes {', '.join(settings.search.axes)}, where no block gets "
-            "narrower; add --axes depth,width, or leave it out"
-        )
+
+    def check_used(settings: RunConfig) -> None:
+        if unused and "width" not in settings.search.axes:
+            raise ConfigError(
+                f"asked for {' and '.join(unused)}, found the axes {', '.join(settings.search.axes)}, where no block "
+                "gets narrower; add --axes depth,width, or leave it out"
+            )
+        check_axes_fit(settings)
+
+    settings = settings_of(
+        model,
+        lender or run,
+        config,
+        assign,
+        {**asked, **found_by},
+        device=device,
+        seed=seed,
+        check=check_used,
+    )
     from prune_lab.api.model import Model
     from prune_lab.models import recorded_model
     from prune_lab.models.protection import check_file, sources_of

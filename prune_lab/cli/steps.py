@@ -10,7 +10,7 @@ import typer
 from prune_lab.cli import options
 from prune_lab.cli.application import app
 from prune_lab.cli.models import model_of
-from prune_lab.cli.output import emit
+from prune_lab.cli.output import emit, show
 from prune_lab.errors import ConfigError
 
 
@@ -54,12 +54,14 @@ def steps(
     device: options.DeviceOption = None,
     dtype: options.DtypeOption = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the noise.")] = 0,
+    dry_run: options.DryRunOption = False,
     as_json: options.JsonOption = False,
     wide: options.WideOption = False,
 ) -> None:
     """Time and quality of pictures in few steps: MODELs, schedulers and reuse; shows what is not beaten in both.
 
-    The same command again goes on. --json has all configurations.
+    The same command again goes on. --json has all configurations. How much there is to draw is said first; --dry-run
+    says it and about how long each takes, with the models loaded.
     """
     given: dict[str, Any] = {
         "steps": _numbers(counts, "--steps"),
@@ -74,7 +76,10 @@ def steps(
         "seed": seed,
     }
     first, *others = (model_of(text, {}, device=device, dtype=dtype) for text in models)
-    table = first.few_steps(*others, out=out, latency=latency, **given)
+    table = first.few_steps(*others, out=out, latency=latency, dry_run=dry_run, **given)
+    if dry_run:
+        show(table, as_json=as_json, wide=wide)
+        return
     rows = table.records()
     best = rows if as_json else sorted((row for row in rows if row["best"]), key=lambda row: row["median_ms"])
     title = f"Few steps: {len(best)} of {len(rows)} configurations are not beaten in both time and quality"

@@ -8,22 +8,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import kendalltau, spearmanr
 
 from prune_lab.blocks import Architecture, BlockGroup
 from prune_lab.importance.intervals import INTERVAL, Floats, impacts_of, resampled_impacts
 from prune_lab.importance.tables import ImportanceTable
+from prune_lab.orders import rank_agreement
 from prune_lab.schemas import AGREEMENT_COLUMNS, STABILITY_COLUMNS
 
 WEAK = 0.5  # a rank correlation whose interval reaches below this is called unreliable
 FEW = 8  # with fewer plans a correlation says almost nothing
-
-
-def rank_agreement(one: Floats, other: Floats) -> tuple[float, float]:
-    """(Spearman, Kendall) rank correlations of two lists of scores; NaN if one is constant or they are below three."""
-    if len(one) < 3 or len(np.unique(one)) < 2 or len(np.unique(other)) < 2:
-        return float("nan"), float("nan")
-    return float(spearmanr(one, other).statistic), float(kendalltau(one, other).statistic)
 
 
 Pair = tuple[Floats, Floats]  # two lists of scores

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prune_lab.config.budget_texts import COUNTED, METRICS, Counted, Metric, split_service
 from prune_lab.live_bytes import LiveBytes, live_peak
 from prune_lab.profiling.activations import ActivationTable, UnitMemory, activation_table
 from prune_lab.profiling.cost_table import CostTable, cost_table, savings_in
@@ -29,10 +30,6 @@ from prune_lab.profiling.latency_cache import (
 from prune_lab.profiling.latency_parts import forward_ms, measure_latency_table
 from prune_lab.profiling.live_memory import measure_memory_growth
 from prune_lab.profiling.plan_costs import (
-    COUNTED,
-    METRICS,
-    Counted,
-    Metric,
     PartCost,
     PlanCost,
     PlanCosts,
@@ -62,7 +59,6 @@ from prune_lab.profiling.service import (
     pixels_per_latent,
     read_service,
     size_text,
-    split_service,
 )
 from prune_lab.profiling.timed_plans import TEACHER, fits_into_one_process, time_plans
 from prune_lab.profiling.turns import (

@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from prune_lab.config.budget_texts import METRICS, Counted, Metric
 from prune_lab.errors import BudgetError
 from prune_lab.schemas import PRICE_COLUMNS
 
 PartKind = Literal["block", "sampler", "rest"]
-Counted = Literal["params", "macs", "paper_macs"]
-Metric = Literal["params", "macs", "paper_macs", "latency_ms", "memory"]
-COUNTED: tuple[Counted, ...] = get_args(Counted)
-METRICS: tuple[Metric, ...] = get_args(Metric)
 
 PICOSECONDS = 10**9  # in a millisecond: times are added up as integers, so their order cannot matter
 _NOT_MEASURED = {

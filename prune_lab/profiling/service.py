@@ -166,12 +166,6 @@ class Service:
         return words if self.backend == "eager" else f"{words}, {self.backend}"
 
 
-def split_service(text: str) -> tuple[str, str]:
-    """(budget, service) of ``0.7x@float16,512,batch=1``; the service is empty where none is named."""
-    budget, _, service = text.partition("@")
-    return budget.strip(), service.strip()
-
-
 _NUMBERS = re.compile(r"(batch|tokens|frames)\s*=\s*([1-9]\d{0,18})", re.ASCII)
 _PIXELS = re.compile(r"[1-9]\d{0,4}", re.ASCII)
 

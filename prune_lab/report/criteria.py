@@ -1,4 +1,6 @@
-"""The page that compares criteria, with its figures: agreement, impacts on parts, stability and additivity."""
+"""Criteria compared: their part of the report, and a page of their own with figures: agreement, impacts on parts,
+stability and additivity.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from prune_lab.orders import criteria_in, orders_agreement, side_by_side
+from prune_lab.report.document import SectionItem, Text, table_of
 from prune_lab.report.figures import (
     LIGHT,
     Theme,
@@ -21,11 +25,45 @@ from prune_lab.report.figures import (
     save_png,
     style_axes,
 )
-from prune_lab.report.format import UNKNOWN, count, is_missing
+from prune_lab.report.format import UNKNOWN, correlation, count, is_missing, short_number, text
 from prune_lab.runtime import write_text
+from prune_lab.schemas import RANK
 
 _PART_TITLES = {"timesteps": "By timestep", "prompts": "By kind of prompt"}
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+
+
+# The part of the report ------------------------------------------------------------------------------------------
+
+_ORDERS = (
+    ("Criterion", "criterion", text),
+    ("and", "other", text),
+    ("Spearman", "spearman", correlation),
+    ("Kendall (tau-b)", "kendall", correlation),
+    ("over", "over", text),
+    ("Number", "count", count),
+)
+
+
+def criteria_parts(scores: pd.DataFrame | None) -> tuple[SectionItem, ...]:
+    """Impacts and ranks by every criterion in ``scores``, and how the orders agree; nothing of one criterion alone."""
+    if scores is None or len(names := criteria_in(scores)) < 2:
+        return ()
+    words = (
+        f"{len(names)} criteria were measured; `{names[0]}` leads: maps and searches go by it. Criteria have units of "
+        "their own, so their ranks are compared and not their numbers. Rank 1 has the least impact among the groups of "
+        "its kind; a correlation of 1 is the same order, 0 an unrelated one."
+    )
+    beside = side_by_side(scores)
+    for name in names:
+        beside[name] = beside[name].map(short_number) + " (" + beside[f"{name}{RANK}"].map(count) + ")"
+    columns = (("Group", "group", text), ("Kind", "kind", text), *((name, name, text) for name in names))
+    caption = "Impact by every criterion, and its rank"
+    return (
+        Text((words,)),
+        table_of(orders_agreement(scores), _ORDERS, "How every two criteria agree", left=2),
+        table_of(beside, columns, caption, "criteria.csv", left=2, folded=True),
+    )
 
 
 # Figures ---------------------------------------------------------------------------------------------------------

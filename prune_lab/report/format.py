@@ -97,6 +97,12 @@ def short_number(number: float) -> str:
 
 
 @_number_format
+def correlation(number: float) -> str:
+    """A correlation with two decimals: 0.83."""
+    return f"{number:.2f}".replace("-", MINUS)
+
+
+@_number_format
 def milliseconds(number: float) -> str:
     """A time in milliseconds with three digits."""
     return f"{number:.3g}{NARROW}ms" if number < 1000 else f"{number:,.0f}{NARROW}ms"

@@ -27,7 +27,7 @@ from prune_lab.version import __version__
 # The tables that are copied beside the page, as the steps wrote them.
 _CSV_FILES = (
     *("blocks", "importance", "importance_parts", "criteria", "costs", "reductions", "pipeline_profile"),
-    *("ranking", "repairs", "tournament", "sources"),
+    *("gates", "gate_steps", "ranking", "repairs", "tournament", "sources"),
 )
 
 

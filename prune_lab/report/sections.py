@@ -9,9 +9,10 @@ import pandas as pd
 
 from prune_lab.report import charts
 from prune_lab.report import format as fmt
-from prune_lab.report.criteria import draw_parts
+from prune_lab.report.criteria import criteria_parts, draw_parts
 from prune_lab.report.document import Chart, Section, SectionItem, Table, Text, not_run, table_of
 from prune_lab.report.figures import plan_styles
+from prune_lab.report.gates import gate_parts
 from prune_lab.report.live_map import live_map
 from prune_lab.report.maps import draw_block_map, draw_plan_maps, is_chain, shape_words
 from prune_lab.report.picture_grids import picture_parts
@@ -71,7 +72,10 @@ def report_sections(tables: RunTables) -> tuple[Section, ...]:
 
 def _blocks(tables: RunTables) -> tuple[SectionItem, ...]:
     if tables.blocks is None:
-        return (not_run("the blocks have not been listed", "run --config FILE.toml"),)
+        return (
+            not_run("the blocks have not been listed", "run --config FILE.toml"),
+            *criteria_parts(tables.criteria),
+        )
     frame = block_map_frame(tables.blocks, tables.importance)
     layers = named_layers(layer_map_frame(tables.blocks, tables.importance), ())
     parts: list[SectionItem] = [
@@ -107,7 +111,7 @@ def _blocks(tables: RunTables) -> tuple[SectionItem, ...]:
     group = importance["group"] + importance["starred"].map({True: "*", False: ""})
     scores = importance.assign(group=group, interval=low + " to " + high)
     parts.append(table_of(scores, _IMPORTANCE, "All scores", "importance.csv", left=2, folded=True))
-    return tuple(parts)
+    return (*parts, *criteria_parts(tables.criteria))
 
 
 def _how_drawn(frame: pd.DataFrame, layers: pd.DataFrame) -> str:
@@ -299,8 +303,9 @@ def _candidates(tables: RunTables, drawn: RunTables) -> tuple[SectionItem, ...]:
         rows = tuple((*row, ", ".join(plan.widths)) for row, plan in zip(rows, tables.plans, strict=True))
         header = (*header, "What stays of widths")
     listing = Table(title, header, rows, left=numbers, folded=True)
+    learnt = gate_parts(tables.gates, tables.gate_steps)
     if tables.blocks is None:
-        return (listing,)
+        return (listing, *learnt)
     frame = block_map_frame(tables.blocks, tables.importance)
     layers = named_layers(layer_map_frame(tables.blocks, tables.importance), drawn.plans)
     note = shown_note(tables)
@@ -316,6 +321,7 @@ def _candidates(tables: RunTables, drawn: RunTables) -> tuple[SectionItem, ...]:
             lambda theme: draw_plan_maps(frame, drawn.plans, styles, theme, layers),
         ),
         listing,
+        *learnt,
     )
 
 

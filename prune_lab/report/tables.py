@@ -64,6 +64,8 @@ class RunTables:
     ranking: pd.DataFrame | None = None
     tournament: pd.DataFrame | None = None  # names are plan ids
     repairs: pd.DataFrame | None = None
+    gates: pd.DataFrame | None = None  # what the solver learned-gates has learnt of each block
+    gate_steps: pd.DataFrame | None = None
     steps: pd.DataFrame | None = None
     recoveries: Mapping[str, pd.DataFrame] = field(default_factory=dict)  # by plan id
     plans: tuple[PlanRow, ...] = ()
@@ -250,6 +252,8 @@ def read_run(run: Run) -> RunTables:
         ranking=ranking,
         tournament=files.table(run.tournament, schemas.TOURNAMENT),
         repairs=files.table(run.repairs, schemas.REPAIRED),
+        gates=files.table(run.gates, schemas.LEARNED_GATES),
+        gate_steps=files.table(run.gate_steps, schemas.GATE_STEPS),
         steps=files.table(run.steps, schemas.STEP_SECONDS),
         recoveries=recoveries,
         plans=plans,

@@ -112,6 +112,8 @@ class Run:
     plans_dir = PathIn("plans", "The plans that become candidates, <id>.json.")
     searched = PathIn("plans/searched.csv", "Which plan came from which budget; written last of all plans.")
     searches = PathIn("plans/searches.csv", "A row per budget: how its plans were found, and at what cost.")
+    gates = PathIn("plans/gates.csv", "What was learnt of each block, by the solver learned-gates.")
+    gate_steps = PathIn("plans/gate_steps.csv", "The steps in which it was learnt: loss, and what the masks leave.")
     evolution_dir = PathIn("plans/evolution", "The journal of the evolution, by which it goes on.")
     candidates_dir = PathIn("candidates", "One folder per candidate, named by its plan's id.")
     picture_prompts = PathIn("pictures/prompts.csv", "File, prompt and seed of every picture of a set.")

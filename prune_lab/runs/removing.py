@@ -19,7 +19,7 @@ _CANDIDATE = "candidates/[0-9a-f]{12}/"
 _KNOWN = re.compile(
     rf"{_CANDIDATE}(plan\.json|repair\.csv|kept\.json|profile\.json|recovery\.csv|heldout\.csv|manifests/[a-z_]+\.json)"
     rf"|{_CANDIDATE}(distilled/(recovery\.json|checkpoint\.safetensors)|grids/step-\d+\.png)"
-    r"|plans/(searched|searches)\.csv|plans/evolution/.*|curves/(.*/)?(events\.out\.tfevents\..*|hparams\.yml)"
+    r"|plans/(searched|searches|gates|gate_steps)\.csv|plans/evolution/.*|curves/(.*/)?(events\.out\.tfevents\..*|hparams\.yml)"
     rf"|(.*/)?({re.escape(FILE_LIST)}|\.shard-[^/]*\.lock)"
 )
 # What a part writes into a folder; taken as ours only where no manifest lists the files of that folder.

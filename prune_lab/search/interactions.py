@@ -22,7 +22,7 @@ from prune_lab.search.effects import Effects, Pair
 
 _STRENGTHS = tuple(10.0**power for power in range(-4, 4))  # of the penalty, per plan
 _FOLDS = 5
-_LEAST_PLANS = 4 * _FOLDS
+LEAST_PLANS = 4 * _FOLDS
 
 Matrix = NDArray[np.float64]
 
@@ -68,10 +68,10 @@ def fit_interactions(
     Raises DataError for fewer than 20 plans, impacts that are not finite, or plans of several architectures.
     """
     values = np.asarray(impacts, dtype=np.float64)
-    if len(plans) < _LEAST_PLANS or values.shape != (len(plans),) or not np.isfinite(values).all():
+    if len(plans) < LEAST_PLANS or values.shape != (len(plans),) or not np.isfinite(values).all():
         raise DataError(
             f"asked to fit interactions to {len(plans)} plans, found impacts of shape {values.shape}, "
-            f"{int(np.isfinite(values).sum())} of them finite; give at least {_LEAST_PLANS} plans with an impact each"
+            f"{int(np.isfinite(values).sum())} of them finite; give at least {LEAST_PLANS} plans with an impact each"
         )
     if len({plan.architecture for plan in plans}) > 1:
         raise DataError("asked to fit interactions, found plans of several architectures; keep those of one")

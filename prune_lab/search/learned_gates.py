@@ -31,7 +31,7 @@ from prune_lab.importance.hooks import only_requires_grad
 from prune_lab.plans import PruningPlan
 from prune_lab.prefix_sharing import ComputeCost
 from prune_lab.probes import Probe, evaluating, predict
-from prune_lab.profiling import CostTable
+from prune_lab.profiling import CostTable, Metric
 from prune_lab.runtime import device_of, seeded, track
 from prune_lab.search.budgets import Budget
 from prune_lab.search.constraints import Constraints
@@ -43,16 +43,60 @@ from prune_lab.search.space import Removed, spaces_of
 _PASSES = 3  # a forward pass, and a backward pass that counts as two
 _MEMORY = 0.9  # of the size of the gradients, from step to step
 _LEAST = 1e-4  # of the largest score: below it blocks start alike
+_NORMAL = 1.959964  # of a standard normal variable 95 % lie within it
+
+
+@dataclass(frozen=True, slots=True)
+class GateStep:
+    """One step: the loss with its mask, relative to the mean square of the prediction, the number of removed blocks,
+    and the share of the result's metric that the mask leaves.
+    """
+
+    loss: float
+    removed: int
+    left: float
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What was learnt of one block, from the second half of the steps.
+
+    ``stays`` is the share of their masks in which the block stayed, which estimates the probability of its gate to be
+    open within the budgets, and ``low`` to ``high`` its 95 % interval by the number of ``masks``. ``spread`` is the
+    standard deviation of the ``logit`` over these steps: a logit that still moves has not settled.
+    """
+
+    block: str
+    stays: float
+    low: float
+    high: float
+    masks: int
+    logit: float
+    spread: float
+
+    def sure(self, removed: bool) -> float:
+        """The share of the masks that decide on the block as a plan does in which it is ``removed`` or stays."""
+        return 1 - self.stays if removed else self.stays
 
 
 @dataclass(frozen=True, slots=True)
 class GateResult:
-    """The plans found, best first; the value of each block, its loss up to a factor; and what was computed."""
+    """The plans found, best first; the value of each block, its loss up to a factor; its gate; the steps, in order; and
+    what was computed.
+    """
 
     plans: tuple[PruningPlan, ...]
     values: Mapping[str, float]
-    losses: tuple[float, ...]  # of each step, relative to the mean square of the prediction
+    gates: tuple[Gate, ...]
+    steps: tuple[GateStep, ...]
+    metric: Metric
+    """Of which the steps say what their masks leave."""
     compute: ComputeCost
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """The loss of each step, relative to the mean square of the prediction."""
+        return tuple(step.loss for step in self.steps)
 
 
 class _Update:
@@ -115,10 +159,11 @@ class _Masks:
 
     def __init__(self, programs: Sequence[Program], budgets: Sequence[Budget], seed: int) -> None:
         self._programs, self._budgets = programs, budgets
+        self.metric: Metric = budgets[0].metric if budgets else "macs"
         self._generator = np.random.default_rng(seed)
 
-    def drawn(self, logits: Mapping[str, float]) -> Removed:
-        """The blocks that leave for one draw of the noise."""
+    def drawn(self, logits: Mapping[str, float]) -> tuple[Removed, float]:
+        """The blocks that leave for one draw of the noise, and the share of the metric that is left without them."""
         noise = self._generator.gumbel(size=len(logits))
         perturbed = np.array(list(logits.values())) + noise
         values = dict(zip(logits, np.exp(perturbed - perturbed.max()).tolist(), strict=True))
@@ -129,8 +174,12 @@ class _Masks:
                 objective += 1e4 * values[name] * program.gone(name)
             removed = program.least(objective, self._budgets)
             if removed is not None:
-                found.append((sum(values[name] for name in removed), removed))
-        return min(found, key=lambda one: one[0])[1]
+                found.append((sum(values[name] for name in removed), removed, program))
+        _, best, program = min(found, key=lambda one: one[0])
+        return best, self._left(program, best)
+
+    def _left(self, program: Program, removed: Removed) -> float:
+        return program.amount(removed, self.metric) / program.amount(frozenset(), self.metric)
 
 
 def _started(names: Sequence[str], scores: Mapping[str, float] | None) -> Tensor:
@@ -177,8 +226,11 @@ def learned_gates(
     nothing = Effects({block.name: 0.0 for block in architecture.named})
     programs = [Program(space, nothing) for space in spaces_of(architecture, costs, budgets, constraints)]
     names = list(dict.fromkeys(name for program in programs for name in program.blocks))
-    logits, masks = _started(names, scores), _Masks(programs, budgets, seed)
-    compute = ComputeCost(forward_macs=architecture.total_macs)
+    masks, compute = _Masks(programs, budgets, seed), ComputeCost(forward_macs=architecture.total_macs)
+    if not names:  # nothing can leave: there is one plan, and nothing to learn
+        plans = search_plans(architecture, nothing, costs, budgets, constraints=constraints)
+        return GateResult(plans, {}, (), (), masks.metric, compute)
+    logits = _started(names, scores)
     prediction = predict(model, probe, batch=batch)
     compute.macs += architecture.total_macs * len(probe)
     scale = float(prediction.double().square().mean())
@@ -189,14 +241,16 @@ def learned_gates(
     update = _Update(model, architecture, rank, seed) if rank else None
     optimiser = torch.optim.Adam(update.parameters, lr=update_rate) if update and update.parameters else None
     order, taken = seeded(seed), torch.empty(0, dtype=torch.int64)
-    losses: list[float] = []
+    course: list[GateStep] = []
+    kept: list[Removed] = []  # of the second half
+    settling: list[Tensor] = []
     mean, size = torch.zeros_like(logits), 0.0
     with only_requires_grad(model, ()), evaluating(model), torch.inference_mode(False), torch.enable_grad():
         for step in track(range(steps), "learning gates", steps):
             if len(taken) < min(batch, len(probe)):
                 taken = torch.randperm(len(probe), generator=order)
             rows, taken = taken[:batch].tolist(), taken[batch:]
-            removed = masks.drawn(dict(zip(names, logits.tolist(), strict=True)))
+            removed, left = masks.drawn(dict(zip(names, logits.tolist(), strict=True)))
             given = {
                 name: torch.full(
                     (len(rows),), float(name not in removed), device=device_of(model)
@@ -211,9 +265,9 @@ def learned_gates(
                 wanted = prediction[rows].to(predicted.device)
                 loss = (predicted.float() - wanted).square().mean() / scale
                 loss.backward()  # type: ignore[no-untyped-call]
-            losses.append(float(loss.detach()))
+            course.append(GateStep(float(loss.detach()), len(removed), left))
             slopes = torch.stack([_slope(gate) for gate in given.values()])
-            if not (math.isfinite(losses[-1]) and slopes.isfinite().all()):
+            if not (math.isfinite(course[-1].loss) and slopes.isfinite().all()):
                 raise DataError(
                     f"asked to learn gates, found a loss that is not finite in step {step + 1}; use float32, or a "
                     "smaller update rate"
@@ -228,6 +282,8 @@ def learned_gates(
             compute.macs += _PASSES * architecture.total_macs * len(rows)
             if step >= steps // 2:
                 mean += logits / (steps - steps // 2)
+                kept.append(removed)
+                settling.append(logits)
     if update:
         compute.macs += _PASSES * update.macs
     values = dict(zip(names, (mean - mean.max()).exp().tolist(), strict=True))
@@ -235,7 +291,29 @@ def learned_gates(
     plans = search_plans(
         architecture, effects, costs, budgets, count=count, diverse=diverse, constraints=constraints
     )
-    return GateResult(plans, values, tuple(losses), compute)
+    in_order = {block.name: place for place, block in enumerate(architecture.named)}
+    gates = tuple(sorted(_gates(names, kept, settling), key=lambda gate: in_order[gate.block]))
+    return GateResult(plans, values, gates, tuple(course), masks.metric, compute)
+
+
+def _gates(names: Sequence[str], masks: Sequence[Removed], logits: Sequence[Tensor]) -> tuple[Gate, ...]:
+    """The gates of the blocks ``names``, after the ``masks`` and the ``logits`` (blocks,) of some steps."""
+    course, count = torch.stack(list(logits)), len(masks)
+    found = []
+    for place, name in enumerate(names):
+        kept = sum(name not in removed for removed in masks)
+        own = course[:, place]
+        spread = float(own.std(correction=0))
+        found.append(Gate(name, kept / count, *_wilson(kept, count), count, float(own.mean()), spread))
+    return tuple(found)
+
+
+def _wilson(hits: int, count: int) -> tuple[float, float]:
+    """The 95 % interval, after Wilson, of a share with ``hits`` among ``count`` draws; never a point."""
+    share, square = hits / count, _NORMAL**2
+    middle = (share + square / (2 * count)) / (1 + square / count)
+    half = _NORMAL * math.sqrt(share * (1 - share) / count + square / (4 * count**2)) / (1 + square / count)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _slope(gate: Tensor) -> Tensor:

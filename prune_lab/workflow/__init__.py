@@ -29,7 +29,7 @@ from prune_lab.workflow.exploring import (
     surprises_frame,
     wider_frame,
 )
-from prune_lab.workflow.few_steps import StepsAsked, StepsFound, compare_steps, is_of_steps
+from prune_lab.workflow.few_steps import StepsAsked, StepsFound, compare_steps, is_of_steps, steps_work
 from prune_lab.workflow.measuring import ensure_scores, scores_frame
 from prune_lab.workflow.narrowing import Narrowing, levels_frame, narrow, stage_channels
 from prune_lab.workflow.pipeline import run_all, steps_frame
@@ -103,6 +103,7 @@ __all__ = [
     "stage_channels",
     "start_run",
     "steps_frame",
+    "steps_work",
     "student_folders",
     "surprises_frame",
     "timed_plans",

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,7 @@ from prune_lab.runtime import (
 )
 from prune_lab.schemas import FEW_STEPS_COLUMNS
 from prune_lab.session.prompts import shipped_rows
+from prune_lab.workflow.few_steps_work import StepsWork, Work, pass_macs, speed_of
 
 _SHOWN = 8  # pictures of each configuration that are written
 _TIMED_IN = ("cpu", "device", "device_name", "num_threads", "torch")  # of the environment: what times hang on
@@ -163,22 +165,27 @@ class _Comparison:
         self.environment = Environment.capture(str(device), str(dtype).removeprefix("torch."))
         names = _names(sources)
         self.teacher = names[0]
-        self.digests = dict(zip(names, map(pipeline_digest, sources), strict=True))
+        self.sources = dict(zip(names, sources, strict=True))
+        self.digests = {name: pipeline_digest(source) for name, source in self.sources.items()}
         self.prompts = prompts_of(sources[0], asked)
         choice = choose_scorer(asked.scorer, sources[0])
         self.scorer_text, self.no_scorer = choice.text, choice.reason
         self.pipelines = {
-            name: load_pipeline(source, device=device, dtype=dtype)
-            for name, source in zip(names, sources, strict=True)
+            name: load_pipeline(source, device=device, dtype=dtype) for name, source in self.sources.items()
         }
         self.scorer = load_scorer(choice.text, device=device) if choice.text else None
         judge = Path(choice.text)  # another scorer may come to lie where one lay
         self.judged_by = folder_digest(judge) if choice.text and judge.is_dir() else choice.text
         self._many: dict[str, Drawn] = {}
+        self.expected: StepsWork | None = None  # until the first pictures tell how long it takes
 
     def _draw(self, one: Configuration) -> Drawn:
-        seeds = (self.asked.seed,)
-        return draw_in(self.pipelines[one.model], one, self.prompts, seeds, guidance=self.asked.guidance)
+        seeds, start = (self.asked.seed,), time.perf_counter()
+        drawn = draw_in(self.pipelines[one.model], one, self.prompts, seeds, guidance=self.asked.guidance)
+        expected, self.expected = self.expected, None
+        if expected is not None and (line := expected.after(one, time.perf_counter() - start)):
+            note(line)
+        return drawn
 
     def _many_of(self, model: str) -> Configuration:
         return Configuration(model, OWN, self.asked.many)
@@ -199,11 +206,18 @@ class _Comparison:
         ]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
+    def _file(self, one: Configuration) -> Path:
+        return self.out / "drawn" / f"{self._key(one)}.json"
+
+    def _is_drawn(self, one: Configuration) -> bool:
+        path = self._file(one)
+        return path.is_file() and path.with_suffix(".png").is_file()
+
     def quality(self, one: Configuration) -> dict[str, Any]:
         """Scores of each picture, likeness to many steps, and passes; read back where it was drawn already."""
-        path = self.out / "drawn" / f"{self._key(one)}.json"
+        path = self._file(one)
         grid, shown = path.with_suffix(".png"), self.out / "pictures" / f"{one.name.replace('/', '-')}.png"
-        if path.is_file() and grid.is_file():
+        if self._is_drawn(one):
             _copy(grid, shown)  # others may have been drawn under this name since
             return read_typed(path, dict[str, Any])
         drawn = self.many(one.model) if one == self._many_of(one.model) else self._draw(one)
@@ -223,13 +237,40 @@ class _Comparison:
         write_json(path, found)
         return found
 
+    def _timing(self, asked: Sequence[Configuration]) -> list[Any]:
+        # What was timed elsewhere, or with other threads, is no time of here.
+        here = {name: self.environment.as_dict()[name] for name in _TIMED_IN}
+        return [[one.name for one in asked], [self._key(one) for one in asked], self.asked.rounds, here]
+
+    def _are_timed(self, asked: Sequence[Configuration]) -> bool:
+        path, about = self.out / "rounds.csv", self.out / "rounds.json"
+        return path.is_file() and about.is_file() and bool(read_json(about) == self._timing(asked))
+
+    def work(self, found: Sequence[Configuration]) -> StepsWork:
+        """What of ``found`` is to be drawn and to be timed; what others are compared with is drawn again for them."""
+        to_draw = [one for one in found if not self._is_drawn(one)]
+        models = dict.fromkeys((self.teacher, *(one.model for one in to_draw))) if to_draw else ()
+        needed = dict.fromkeys((*to_draw, *map(self._many_of, models)))
+        # one picture of each before the rounds is not counted
+        timed = 0 if self._are_timed(found) else self.asked.rounds + 1
+        macs = pass_macs(self.sources)
+
+        def amount(one: Configuration) -> float:
+            samples = 2 if guidance_of(self.pipelines[one.model], self.asked.guidance) > 1 else 1
+            return float(one.steps * samples * macs.get(one.model, 1))
+
+        parts = tuple(
+            Work(one, len(self.prompts) * (one in needed), timed * (one in found), amount(one))
+            for one in dict.fromkeys((*found, *needed))
+        )
+        busy = macs and any(part.pictures for part in parts)
+        speed = speed_of(self.sources[self.teacher], self.device, self.dtype) if busy else None
+        return StepsWork(parts, len(self.prompts), speed)
+
     def times(self, asked: Sequence[Configuration]) -> Turns:
         """One picture of each in every round; read back where the same were timed already."""
         path, about = self.out / "rounds.csv", self.out / "rounds.json"
-        # What was timed elsewhere, or with other threads, is no time of here.
-        here = {name: self.environment.as_dict()[name] for name in _TIMED_IN}
-        said = [[one.name for one in asked], [self._key(one) for one in asked], self.asked.rounds, here]
-        if path.is_file() and about.is_file() and read_json(about) == said:
+        if self._are_timed(asked):
             return turns_of_frame(pd.read_csv(path))
         turns = time_pictures(
             self.pipelines,
@@ -241,7 +282,7 @@ class _Comparison:
             seed=self.asked.seed,
         )
         write_frame(path, turns.frame())
-        write_json(about, said)
+        write_json(about, self._timing(asked))
         return turns
 
 
@@ -284,15 +325,10 @@ def _table(
     return table[list(FEW_STEPS_COLUMNS)]
 
 
-def compare_steps(
+def _begun(
     sources: Sequence[ModelSource], asked: StepsAsked, out: Path, device: torch.device, dtype: torch.dtype
-) -> StepsFound:
-    """Quality and time of one picture for every model, scheduler, number of steps and reuse; written to ``out``.
-
-    The first of ``sources`` is the teacher, whose pictures in many steps all are compared with. The same call again
-    goes on where it was stopped. Writes steps.csv, rounds.csv, environment.json and pictures/. Raises RunError for a
-    model without its pipeline, DataError for one that reads no text, ConfigError for a number out of range.
-    """
+) -> tuple[_Comparison, list[Configuration], list[str]]:
+    """The models, loaded; all configurations; and lines on what is left out, which are shown."""
     comparison = _Comparison(sources, asked, out, device, dtype)
     for name, pipeline in comparison.pipelines.items():
         if drawing_of(pipeline).as_text_to_image:
@@ -305,6 +341,31 @@ def compare_steps(
     if comparison.scorer is None:
         lines.append(f"CLIP score: not measured: {comparison.no_scorer}")
     for line in lines:
+        note(line)
+    return comparison, found, lines
+
+
+def steps_work(
+    sources: Sequence[ModelSource], asked: StepsAsked, out: Path, device: torch.device, dtype: torch.dtype
+) -> StepsWork:
+    """What ``compare_steps`` would draw and time; loads the models and writes nothing. Raises as that does."""
+    comparison, found, _ = _begun(sources, asked, out, device, dtype)
+    return comparison.work(found)
+
+
+def compare_steps(
+    sources: Sequence[ModelSource], asked: StepsAsked, out: Path, device: torch.device, dtype: torch.dtype
+) -> StepsFound:
+    """Quality and time of one picture for every model, scheduler, number of steps and reuse; written to ``out``.
+
+    The first of ``sources`` is the teacher, whose pictures in many steps all are compared with. The same call again
+    goes on where it was stopped. Says first how much there is to draw, and about how long that takes. Writes steps.csv,
+    rounds.csv, environment.json and pictures/. Raises RunError for a model without its pipeline, DataError for one that
+    reads no text, ConfigError for a number out of range.
+    """
+    comparison, found, lines = _begun(sources, asked, out, device, dtype)
+    comparison.expected = comparison.work(found)
+    for line in comparison.expected.lines:
         note(line)
     drawn = [comparison.quality(one) for one in track(found, "drawing few steps")]
     turns = comparison.times(found)

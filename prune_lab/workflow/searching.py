@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from prune_lab.config import BUDGET_CONTROLS
+from prune_lab.config.axes import searches_widths
 from prune_lab.errors import PlanError, PruneLabError
 from prune_lab.forms import why_not, within_form
 from prune_lab.plans import PruningPlan, read_plan, read_plans
@@ -30,6 +31,7 @@ from prune_lab.search import (
 )
 from prune_lab.session import Session
 from prune_lab.session.parts import lacking, plans_part, record
+from prune_lab.workflow.gates import gate_notes, gate_steps_frame, gates_frame, write_gates
 from prune_lab.workflow.measuring import controls, drawn_size, ensure_costs, ensure_latency, ensure_scores
 from prune_lab.workflow.objectives import objective_of
 from prune_lab.workflow.plan_times import shares_asked, time_notes, timed_changes, with_time
@@ -41,7 +43,6 @@ from prune_lab.workflow.widths import (
     form_of,
     needs_width_scores,
     predicted_of,
-    searches_widths,
     width_notes,
 )
 
@@ -117,13 +118,14 @@ def _note_repaired(question: Question, plans: Sequence[PruningPlan]) -> None:
 
 
 def _write_plans(session: Session) -> tuple[Path, ...]:
-    """The files of the plans that were found."""
+    """The files of the plans that were found, and of what was learnt to find them."""
     run = session.run
     architecture, settings = session.architecture, session.config.search
     named_controls = [("control", "", plan) for plan in controls(session, architecture)]
     found = list(named_controls)
     at_budget = [name for name in settings.controls if name in BUDGET_CONTROLS]
-    searches = []
+    searches: list[dict[str, object]] = []
+    learnt: dict[str, tuple[pd.DataFrame, pd.DataFrame]] = {}  # by budget
     asked_for = budgets_of(session.config, architecture)
     if asked_for:
         importance, costs = ensure_scores(session), costs_of(session)
@@ -145,6 +147,8 @@ def _write_plans(session: Session) -> tuple[Path, ...]:
                 "objective": settings.objective,
             }
             searches.append({**row, **spent, "sets_measured": result.measured, **result.statistics})
+            if result.gates is not None:
+                learnt[asked] = gates_frame(result.gates, asked), gate_steps_frame(result.gates, asked)
             if beyond := [plan.label for _, _, plan in named_controls if not within(plan, budgets, costs)]:
                 note(f"controls that are not within {asked}: {', '.join(beyond)}")
             named = _named(plans, settings.solver, asked)
@@ -161,10 +165,11 @@ def _write_plans(session: Session) -> tuple[Path, ...]:
         # a plan that the settings name is a control, even where the search finds it too
         origin = "control" if any(origin == "control" for origin, _ in same) else "search"
         write_json(run.plan(plan_id), same[0][1].named(*names, origin=origin).to_json())
+    gates = write_gates(run, list(learnt.values()))
     write_frame(run.searches, pd.DataFrame(searches, columns=list(SEARCHES_COLUMNS)))
     rows = [(plan.id, origin, plan.label, budget) for origin, budget, plan in found]
     write_frame(run.searched, pd.DataFrame(rows, columns=list(SEARCHED_COLUMNS)))
-    return tuple(dict.fromkeys(run.plan(plan.id) for _, _, plan in found))
+    return (*dict.fromkeys(run.plan(plan.id) for _, _, plan in found), *gates)
 
 
 def _check_measured(session: Session) -> None:
@@ -303,13 +308,13 @@ def timed_plans(session: Session, frame: pd.DataFrame) -> tuple[PruningPlan, ...
 
 
 def plan_notes(session: Session, frame: pd.DataFrame) -> tuple[str, ...]:
-    """What there is to say of the plans of ``frame``: by which scores widths were searched, and of those that were
-    searched within a budget on latency, how they were timed.
+    """What there is to say of the plans of ``frame``: by which scores widths were searched, what gates have learnt,
+    and of those that were searched within a budget on latency, how they were timed.
     """
+    lines = width_notes(session.config) + gate_notes(session.run)
     if frame["measured_change"].isna().all():
-        return width_notes(session.config)
-    found = _found(session, frame)
-    return width_notes(session.config) + time_notes(session, costs_of(session), found)
+        return lines
+    return lines + time_notes(session, costs_of(session), _found(session, frame))
 
 
 def left_out(session: Session, plan: PruningPlan) -> str:

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from prune_lab.blocks import Architecture, block_groups
 from prune_lab.families import Site
 from prune_lab.importance import ImportanceTable, score
@@ -17,6 +19,7 @@ from prune_lab.search import (
     Budget,
     Constraints,
     Effects,
+    GateResult,
     controls_at,
     depth_and_width,
     evolve_plans,
@@ -29,6 +32,7 @@ from prune_lab.search import (
     sample_near,
     search_plans,
 )
+from prune_lab.search.interactions import LEAST_PLANS
 from prune_lab.session import Session, ensure_probe, run_scoring_context
 from prune_lab.workflow.objectives import Objective, one_shot
 from prune_lab.workflow.timed_search import TRIES, within_time
@@ -69,6 +73,8 @@ class SolverResult:
     measured: int = 0
     forwards: float = 0.0
     statistics: Mapping[str, float] = field(default_factory=dict)
+    gates: GateResult | None = None
+    """What was learnt of each block, by the solver that learns gates."""
 
 
 def _best(question: Question, scores: ImportanceTable | Effects) -> tuple[PruningPlan, ...]:
@@ -93,6 +99,22 @@ def _exact(question: Question) -> SolverResult:
     return SolverResult((plan,))
 
 
+def _best_of_all(question: Question, plans: Sequence[PruningPlan], impacts: Floats) -> SolverResult:
+    """The best of the ``plans``, which are all that there are, by their measured ``impacts``; says so."""
+    settings = question.session.config.search
+    number = "1 plan is" if len(plans) == 1 else f"{len(plans)} plans are"
+    note(
+        f"{question.asked}: {number} all that there is, too few to learn interactions from; all were measured, and the "
+        "best are kept"
+    )
+    kept: list[PruningPlan] = []
+    for place in np.argsort(impacts, kind="stable"):
+        removed = set(plans[place].removed)
+        if all(len(removed ^ set(one.removed)) >= settings.diverse for one in kept):
+            kept.append(plans[place])
+    return SolverResult(tuple(kept[: settings.count]), len(plans))
+
+
 def _interactions(question: Question) -> SolverResult:
     """The exact solver with effects of pairs, learned from measured plans near the budgets; then a local search.
 
@@ -108,7 +130,12 @@ def _interactions(question: Question) -> SolverResult:
     )
     drawn = sample_near(architecture, costs, budgets, settings.samples - near, seed, rules)
     learned = tuple({plan.id: plan for plan in (*additive, *drawn)}.values())
+    if len(learned) < LEAST_PLANS:  # most of the best ones were drawn too, or there are no more
+        drawn = sample_near(architecture, costs, budgets, settings.samples, seed, rules)
+        learned = tuple({plan.id: plan for plan in (*additive, *drawn)}.values())[: settings.samples]
     impacts = question.impact_of([frozenset(plan.removed) for plan in learned])
+    if len(learned) < LEAST_PLANS:
+        return _best_of_all(question, learned, impacts)
     fit = fit_interactions(learned, impacts, prior=question.importance.block_impacts(), seed=seed)
     plans = _best(question, fit.effects)
     again = question.impact_of([frozenset(plan.removed) for plan in plans])
@@ -159,7 +186,7 @@ def _learned_gates(question: Question) -> SolverResult:
         seed=config.seed,
         **more,
     )
-    return SolverResult(found.plans, forwards=found.compute.forwards / len(probe))
+    return SolverResult(found.plans, forwards=found.compute.forwards / len(probe), gates=found)
 
 
 def _evolution(question: Question) -> SolverResult:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from prune_lab.blocks import Architecture
 from prune_lab.config import AUTO, BUDGET_CONTROLS, RunConfig, SearchConfig
+from prune_lab.config.axes import searches_widths
 from prune_lab.errors import BudgetError
 from prune_lab.evaluation import check_step_count
 from prune_lab.families import CLASS_NAME, knows_its_size, latent_shape
@@ -35,7 +36,7 @@ from prune_lab.search import (
     service_named,
     split_budgets,
 )
-from prune_lab.workflow.widths import check_axes, form_of, searches_widths
+from prune_lab.workflow.widths import check_axes, form_of
 
 # Of the parameters of a model without named plans; the second row where no plan that can be built reaches the first.
 _SHARES = (("80%", "65%", "50%"), ("95%", "90%"))

@@ -10,7 +10,8 @@ import pandas as pd
 
 from prune_lab.blocks import Architecture
 from prune_lab.config import RunConfig, SearchConfig
-from prune_lab.errors import ConfigError, PlanError, UnknownCriterionError
+from prune_lab.config.axes import SAME_SCALE, check_axes_fit, searches_widths
+from prune_lab.errors import PlanError, UnknownCriterionError
 from prune_lab.families import Form, Site
 from prune_lab.forms import form_named
 from prune_lab.importance import (
@@ -28,20 +29,10 @@ from prune_lab.probes import predict
 from prune_lab.runs import read_records
 from prune_lab.runtime import write_frame
 from prune_lab.schemas import WIDTH_SCORES
-from prune_lab.search import predicted_impact, predicted_loss, split_budgets
+from prune_lab.search import predicted_impact, predicted_loss
 from prune_lab.session import Session, ensure_probe, run_scoring_context
 from prune_lab.session.parts import lacking, record, width_scores_part
 from prune_lab.surgery import bypassed
-
-_SAME_SCALE = (
-    "output-mse",
-    "gate-fisher",
-)  # criteria of blocks and of their parts whose impacts can be added up
-
-
-def searches_widths(settings: SearchConfig) -> bool:
-    """Whether plans may make blocks narrower."""
-    return "width" in settings.axes
 
 
 def needs_width_scores(config: RunConfig) -> bool:
@@ -59,36 +50,9 @@ def check_axes(config: RunConfig) -> None:
     """Raise ConfigError for settings of a search of widths that do not fit each other, PlanError for a model without
     any; needs no weights.
     """
-    settings = config.search
-    if not searches_widths(settings):
-        return
-    asked = f"asked to search {' and '.join(settings.axes)}"
-    if settings.solver != "exact":
-        raise ConfigError(
-            f"{asked} with the solver {settings.solver}, which removes blocks alone; leave out --solver"
-        )
-    if settings.count != 1 or settings.diverse != 1:
-        raise ConfigError(
-            f"{asked} for {settings.count} plans per budget, and one is found; leave out --plans"
-        )
-    if form_of(settings) != "own":
-        raise ConfigError(
-            f"{asked} in the form {settings.form}, in which no block is narrower; ask for --form own"
-        )
-    found = (config.score.criterion, settings.widths)
-    if "depth" in settings.axes and found != _SAME_SCALE:
-        raise ConfigError(
-            f"{asked} by {found[0]} of blocks and {found[1]} of their parts, which are not on one scale; "
-            f"{' and '.join(_SAME_SCALE)} are. For others search --axes width"
-        )
-    for text in settings.budgets:
-        for one in split_budgets(text):
-            if one.strip().startswith("memory"):
-                raise ConfigError(
-                    f"{asked} within {one.strip()}: the peak of memory of a narrower model is no sum of parts, and is "
-                    "not known before it is measured; give --params, --macs or --latency"
-                )
-    check_has_sites(configured_model(config).architecture)
+    check_axes_fit(config)
+    if needs_width_scores(config):
+        check_has_sites(configured_model(config).architecture)
 
 
 def check_has_sites(architecture: Architecture) -> None:
@@ -143,7 +107,7 @@ def score_notes(config: RunConfig, criterion: str) -> tuple[str, ...]:
     """How scores of parts of blocks by ``criterion`` are read, and whether a search goes by them."""
     read = (
         "a score is an impact, as of whole blocks: 0.01 moves the prediction by a hundredth of its mean square"
-        if criterion == _SAME_SCALE[1]
+        if criterion == SAME_SCALE[1]
         else f"scores by {criterion} put parts in an order; they are no impacts, and do not add up with those of blocks"
     )
     used = config.search.widths
@@ -175,7 +139,7 @@ def predicted_of(session: Session, plan: PruningPlan, importance: ImportanceTabl
     if not plan.widths:
         return found
     run, scale = session.run, (importance.criterion, session.config.search.widths)
-    if scale != _SAME_SCALE or not run.done(run.width_scores(scale[1])):
+    if scale != SAME_SCALE or not run.done(run.width_scores(scale[1])):
         return math.nan
     return found + predicted_loss(plan, read_width_scores(session))
 
