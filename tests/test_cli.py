@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -731,6 +732,13 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_version() -> None:
     assert answer("--version").stdout.strip() == prune_lab.__version__
+
+
+def test_python_m_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["somewhere/__main__.py", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("prune_lab", run_name="__main__")
+    assert (ended.value.code, capsys.readouterr().out.strip()) == (0, prune_lab.__version__)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ LAYERS = (
     ("zero_shot",),
     ("workflow",),
     ("tables", "api"),
-    ("cli",),
+    ("cli", "__main__"),
 )
 RANK = {name: (line, place) for line, names in enumerate(LAYERS) for place, name in enumerate(names)}
 HEAVY = ("torch", "diffusers", "transformers", "pandas", "matplotlib", "scipy", "datasets")
