@@ -21,6 +21,7 @@ import importlib.metadata
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
@@ -30,6 +31,7 @@ from typing import Any
 
 import torch
 
+from prune_lab import exit_codes
 from prune_lab.config import RunConfig, with_settings
 from prune_lab.distill import load_recovery
 from prune_lab.errors import PruneLabError
@@ -245,6 +247,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=864e3)
     arguments = parser.parse_args()
     jobs = [Job(**given) for given in json.loads(arguments.jobs.read_text())]
+    # killed by the signal itself it would leave its processes behind, which go on distilling
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(exit_codes.TERMINATED))
     run_jobs(jobs, arguments.work, arguments.out, arguments.device, arguments.workers, arguments.seconds)
 
 
