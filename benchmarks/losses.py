@@ -46,7 +46,7 @@ FIRST: Mapping[str, Mapping[str, Any]] = {
     "raw+conditioning": {**FEATURES["raw"], **CUT, "distill.random_conditioning": 0.5},
 }
 # The same as raw. Rows of the transformer by other names are older than that its features are compared with what the
-# next block reads; before, what stood at the end of each quarter was, also within a cut.
+# next block reads, and that a repair goes into its embedding of patches.
 NEXT_BLOCK = {
     f"raw@next-block{end}": {**FEATURES["raw"], **cut} for end, cut in (("", CUT), ("+repair", MENDED))
 }

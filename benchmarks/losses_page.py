@@ -20,8 +20,9 @@ TOLD = (
     "as it was cut; `+repair` starts from the repair that a run makes by itself (`repair.kind` best), `+conditioning` "
     "trains with `distill.random_conditioning` 0.5. The weights of all three losses are 1, as a user gets them: the "
     "feature terms have different scales, so a variant is also judged by how much its scale lets it weigh. "
-    "`@next-block`: features of a transformer are compared with what the next block reads, as they are now; in its "
-    "other rows they were compared at the end of each quarter of its blocks, also within a cut."
+    "`@next-block`: features of a transformer are compared with what the next block reads, and the cut of its first "
+    "block is repaired, as it is now; in its other rows features were compared at the end of each quarter of its blocks, "
+    "also within a cut, and that cut was not."
 )
 
 
