@@ -21,8 +21,8 @@ TOLD = (
     "trains with `distill.random_conditioning` 0.5. The weights of all three losses are 1, as a user gets them: the "
     "feature terms have different scales, so a variant is also judged by how much its scale lets it weigh. "
     "`@next-block`: features of a transformer are compared with what the next block reads, and the cut of its first "
-    "block is repaired, as it is now; in its other rows features were compared at the end of each quarter of its blocks, "
-    "also within a cut, and that cut was not."
+    "block is repaired, as it is now; in its other rows features were compared at the end of each quarter of its "
+    "blocks, also within a cut, and that cut was not."
 )
 
 
