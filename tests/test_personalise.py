@@ -126,6 +126,16 @@ def test_a_loss_that_is_no_number_ends_it(tiny: Any, subject: Path) -> None:
         learn_subject(model_of(tiny), tiny.scheduler, encoded(tiny, subject, "a red cat"), None, how)
 
 
+def test_losses_before_and_after_are_of_the_same_noise(tiny: Any, subject: Path) -> None:
+    model, own, other = model_of(tiny), encoded(tiny, subject, "a red cat"), encoded(tiny, subject, "a cat")
+    how = PersonalSettings(**FEW | {"steps": 3, "learning_rate": 1e-12})  # which changes nothing
+    found = learn_subject(model, tiny.scheduler, own, other, how)
+    assert found.class_loss is not None
+    for before, after in (found.subject_loss, found.class_loss):
+        assert before == pytest.approx(after, rel=1e-5)
+    assert found.subject_loss[0] != found.class_loss[0]
+
+
 class _Killed(BaseException):
     """As a signal that ends the process."""
 
@@ -145,7 +155,8 @@ def test_stopped_and_gone_on_it_is_bit_for_bit_as_if_never_stopped(
         own, other = (encoded(pipeline, subject, text) for text in ("a red cat", "a cat"))
 
         def drawn(*given: Any) -> Any:
-            calls.append(given[3])
+            if given[3] <= settings.steps:  # else the loss is told by it
+                calls.append(given[3])
             if given[3] == kill:
                 raise _Killed
             return real(*given)

@@ -15,11 +15,11 @@ import torch
 from conftest import SHAPES, TINY_UNET, build_unet
 from diffusers import UNet2DConditionModel
 from diffusers.models.embeddings import PatchEmbed
-from tiny_models import tiny_model
+from tiny_models import TINY_TRANSFORMERS, tiny_model
 from torch import Tensor
 
 from prune_lab.blocks import architecture_of
-from prune_lab.errors import ConfigError, DataError, NonNativePlanError, PlanError
+from prune_lab.errors import ConfigError, DataError, FormError, NonNativePlanError, PlanError
 from prune_lab.families.endings import known_ending
 from prune_lab.plans import PruningPlan, native_choices, parse_plan, plan_of
 from prune_lab.probes import Probe, predict, random_probe
@@ -370,6 +370,48 @@ def test_the_cut_of_the_first_block_of_a_transformer_is_repaired(monkeypatch: py
         [("pos_embed", "shift")],
         [("pos_embed", "refit")],
     )
+    assert report.impact_before > 1e-5
+    assert report.impact_after < 1e-9 * report.impact_before
+
+
+# the tiny ZImage has no places for as many words as a probe has
+REPAIRED = sorted(TINY_TRANSFORMERS.keys() - {"ZImageTransformer2DModel"})
+FIRST = ("SD3Transformer2DModel", "FluxTransformer2DModel", "Lumina2Transformer2DModel")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in FIRST else pytest.param(name, marks=pytest.mark.long) for name in REPAIRED],
+)
+def test_without_its_first_block_a_transformer_is_repaired_or_says_why_not(name: str) -> None:
+    teacher = tiny_model(name)
+    architecture = architecture_of(teacher)
+    plan = plan_of(architecture, [architecture.blocks[0].name])
+    try:
+        student = materialise(teacher, plan)
+    except FormError:
+        pytest.skip("no plain config without its first block")
+    rows, heldout = (random_probe(teacher.config, samples=6, seed=seed) for seed in (0, 1))
+    report = repair(student, teacher, plan, rows, heldout=heldout)
+    assert report.impact_after == pytest.approx(impact(student, teacher, heldout), rel=1e-4)
+    assert all(one.applied or one.reason for one in report.repairs)
+
+
+def test_behind_text_and_picture_the_picture_is_aimed_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = tiny_model("SD3Transformer2DModel").double()
+    architecture = architecture_of(teacher)
+    plan = parse_plan("-B1", architecture)
+    student = materialise(teacher, plan)
+    shift = torch.linspace(
+        -1, 1, teacher.config.num_attention_heads * teacher.config.attention_head_dim
+    ).double()
+
+    def shifted(hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        return encoder_hidden_states, hidden_states + shift
+
+    monkeypatch.setattr(teacher.get_submodule(architecture.block("B1").path), "forward", shifted)
+    report = repair(student, teacher, plan, random_probe(teacher.config, samples=6, seed=0), kind="shift")
+    assert [one.unit for one in report.applied] == ["pos_embed"]
     assert report.impact_before > 1e-5
     assert report.impact_after < 1e-9 * report.impact_before
 

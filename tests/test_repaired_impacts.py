@@ -21,7 +21,7 @@ from prune_lab.surgery import materialise
 def teacher_of(kind: str) -> Any:
     if kind == "unet":
         return build_unet(TINY_UNET)
-    return tiny_model("PixArtTransformer2DModel")
+    return tiny_model({"transformer": "PixArtTransformer2DModel", "joint": "SD3Transformer2DModel"}[kind])
 
 
 PLANS = {
@@ -31,6 +31,7 @@ PLANS = {
         "Dn1.R2 Dn1.A2 Dn4.R2 Up1.R2 Up4.R2 Up4.A2",
     ),
     "transformer": ("B2", "B2 B4", "B3 B4", "B1 B3", "B2 B3"),
+    "joint": ("B1", "B1 B2"),  # blocks of text and picture
 }
 
 
@@ -42,6 +43,7 @@ PLANS = {
         pytest.param("unet", "best", marks=pytest.mark.long),
         ("transformer", "shift"),
         ("transformer", "refit"),
+        ("joint", "shift"),
     ],
 )
 def test_the_shared_number_is_that_of_the_repair_from_scratch(family: str, kind: RepairKind) -> None:

@@ -37,6 +37,10 @@ _TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention, as in the
 _MOST_RANK = 1024
 _MOST_PICTURES = 16  # of a prompt, before and after: as many columns as a figure holds
 _KEPT_EVERY = 100  # steps after which the state is written, and at most lost
+_UNSEEN, _LOOKS = (
+    10**9,
+    8,
+)  # batches by which the loss is told: the first of their steps, which no training takes
 _BETAS, _DECAY, _CLIP = (0.9, 0.999), 1e-2, 1.0
 
 
@@ -148,7 +152,7 @@ class PersonalSettings:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Learnt:
-    """How the training went; ``subject_loss`` and ``class_loss`` are means over the first and last tenth of steps."""
+    """How the training went; ``subject_loss`` and ``class_loss`` are before and after it, over the same noise."""
 
     subject_loss: tuple[float, float]
     class_loss: tuple[float, float] | None  # None without pictures of the class
@@ -244,10 +248,24 @@ def _drawn(
     return batches[0] if len(batches) == 1 else batches[0].followed_by(batches[1])
 
 
-def _ends(values: Sequence[float]) -> tuple[float, float]:
-    """Means over the first and the last tenth of ``values``."""
-    tenth = max(1, len(values) // 10)
-    return sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
+def _measured(
+    model: Any, data: Sequence[LatentData], scheduler: Any, settings: PersonalSettings
+) -> tuple[float, float]:
+    """(the loss on the subject, that on its class, NaN without pictures of it), over noise that no step trains on.
+
+    Losses of single steps are of other timesteps each, which differ more than the training changes them.
+    """
+    precision, size = pick_dtype(settings.precision), settings.batch
+    model.eval()
+    with torch.no_grad():
+        found = [
+            task_errors(
+                model, _drawn(data, scheduler, settings, _UNSEEN + number, model), precision=precision
+            )
+            for number in range(_LOOKS)
+        ]
+    errors = torch.stack(found).float()
+    return float(errors[:, :size].mean()), float(errors[:, size:].mean())
 
 
 def _fingerprint(
@@ -314,9 +332,10 @@ def learn_subject(
         torch.cuda.reset_peak_memory_stats(device)
     peaks: list[int] = []
     state = TrainingState(model, optimiser, None, step=0, seconds=0.0, history=[])
+    first = _measured(model, data, scheduler, settings)  # ahead of what was learnt before a stop
     if state_file is not None:
         _go_on(state_file, state, fingerprint, settings.steps)
-    losses, begun, before = state.history, state.step, state.seconds
+    begun, before = state.step, state.seconds
     aside, aside_seconds = min(2, settings.steps - begun - 1), 0.0
     model.train()
     try:
@@ -338,7 +357,7 @@ def learn_subject(
                     "--learning-rate, or --precision float32"
                 )
             optimiser.step()
-            losses.append((own.item(), prior.mean().item() if len(prior) else math.nan))
+            state.history.append((own.item(), prior.mean().item() if len(prior) else math.nan))
             state.step, state.seconds = step, before + time.perf_counter() - start
             if state_file is not None and step % _KEPT_EVERY == 0 and step < settings.steps:
                 save_checkpoint(state_file, state, fingerprint)
@@ -351,9 +370,10 @@ def learn_subject(
         if settings.gradient_checkpointing:
             model.disable_gradient_checkpointing()
         model.eval().requires_grad_(False)
+    last = _measured(model, data, scheduler, settings)
     return Learnt(
-        _ends([own for own, _ in losses]),
-        _ends([prior for _, prior in losses]) if len(data) > 1 else None,
+        (first[0], last[0]),
+        (first[1], last[1]) if len(data) > 1 else None,
         before + seconds,
         (settings.steps - begun - aside) / (seconds - aside_seconds),
         sum(parameter.numel() for parameter in parameters),

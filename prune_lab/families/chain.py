@@ -170,7 +170,8 @@ def _features(
 
     Without ``removed`` it is written by the last block that is left until there; in the model it stands behind the
     removed blocks that follow on that one. What stands between them is no aim of a student: the repair of the cut, and
-    the loss of the outputs, draw the same tensor to what the next block reads.
+    the loss of the outputs, draw the same tensor to what the next block reads. Lists are looked at one by one, as the
+    state may have another form in the next: behind the last block of one stands its own end.
     """
     found: dict[str, str] = {}  # by what writes it: two ends with the same last block are one point
     for blocks in lists:

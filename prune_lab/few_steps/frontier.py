@@ -85,13 +85,14 @@ def best_by_lever(table: pd.DataFrame, limit: str) -> pd.DataFrame:
 def first_lever(table: pd.DataFrame, limit: str) -> tuple[pd.Series, bool] | None:
     """(the row to try first within ``limit``, whether it keeps the quality); None where nothing is within it.
 
-    Of the rows whose CLIP score is not told apart from the baseline's, or is above it, the one that pulls fewest levers
-    and is best; where there is none, or no score, the best of all.
+    Of the rows whose CLIP score is not told apart from the baseline's, or is above it, and which no other row beats in
+    time and quality, the one that pulls fewest levers and is best; where there is none, or no score, the best of all.
     """
     found = best_by_lever(table, limit)
     if found.empty:
         return None
-    kept = found[found["clip_high"] >= 0]
+    # a score whose interval is wide is told apart from nothing: that alone recommends no row
+    kept = found[(found["clip_high"] >= 0) & found.index.isin(frontier(table).index)]
     pulled = (kept if len(kept) else found)["lever"].str.count(r"\+")
     order = pulled.sort_values(kind="stable").index if len(kept) else found.index
     return found.loc[order[0]], len(kept) > 0

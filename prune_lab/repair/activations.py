@@ -12,6 +12,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from prune_lab.errors import DataError
+from prune_lab.families import outline_of
 from prune_lab.families.endings import Layer, known_ending
 from prune_lab.probes import Probe, evaluating
 from prune_lab.repair.fitting import Correction, Moments, moments_of
@@ -32,20 +33,29 @@ class _StopForward(Exception):  # noqa: N818 - no error: all outputs are known, 
     pass
 
 
-def as_tensor(output: Any) -> Tensor:
-    """The state on the main path in what a unit gives."""
-    tensor: Tensor = output if isinstance(output, Tensor) else output[0]
+class OtherPlaces(Exception):  # noqa: N818 - no error: nothing can be fitted at this cut
+    """What stands behind a cut has other pixels or tokens than what stands ahead of it."""
+
+
+def as_tensor(output: Any, main: int = 0) -> Tensor:
+    """The state on the main path in what a unit gives, which is number ``main`` of several."""
+    tensor: Tensor = output if isinstance(output, Tensor) else output[main]
     return tensor
+
+
+def mains_of(model: Any) -> dict[str, int]:
+    """Which output of a unit is on the main path, by its module path: of a block of text and picture the picture."""
+    return {unit.path: unit.main for unit in outline_of(model).units}
 
 
 def outputs_of(model: Any, paths: Sequence[str], inputs: dict[str, Any]) -> list[Tensor]:
     """The output of each module, from one forward pass that stops after the last of them."""
     outputs: dict[str, Tensor] = {}
-    distinct = set(paths)
+    distinct, mains = set(paths), mains_of(model)
 
     def hook(path: str) -> Callable[..., None]:
         def record(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-            outputs[path] = as_tensor(output)
+            outputs[path] = as_tensor(output, mains.get(path, 0))
             if len(outputs) == len(distinct):
                 raise _StopForward
 
@@ -114,7 +124,12 @@ def read_student(
 
 
 def target_of(outputs: Sequence[Tensor], like: Tensor) -> Tensor:
-    """The mean of the teacher's ``outputs`` in the form (B, P, C) of the student's tensor ``like``, float64."""
+    """The mean of the teacher's ``outputs`` in the form (B, P, C) of the student's tensor ``like``, float64.
+
+    Raises OtherPlaces where they are not of the same pixels or tokens.
+    """
+    if any(one.numel() != like.numel() for one in outputs):
+        raise OtherPlaces
     wide = [by_pixel(one).double().to(like.device).reshape(like.shape) for one in outputs]
     return torch.stack(wide).mean(dim=0)
 

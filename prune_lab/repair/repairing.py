@@ -21,7 +21,7 @@ from prune_lab.families.endings import ending_of
 from prune_lab.forms import layout_of
 from prune_lab.plans import PruningPlan
 from prune_lab.probes import Probe, predict
-from prune_lab.repair.activations import layer_moments_at, restored
+from prune_lab.repair.activations import OtherPlaces, layer_moments_at, restored
 from prune_lab.repair.bench import FORMS, Bench, split_rows
 from prune_lab.repair.cuts import Cut, Narrowing, find_cuts, find_narrowings, student_paths, teacher_paths
 from prune_lab.repair.fitting import Correction, fit
@@ -35,6 +35,7 @@ from prune_lab.repair.folding import (
 from prune_lab.repair.reports import Repair, RepairKind, RepairReport
 from prune_lab.runtime import track
 
+_OTHER_PLACES = "what stands behind the cut has other pixels or tokens than what stands ahead of it"
 _NOT_NEARER = "the prediction on held-out rows does not come nearer to the teacher's"
 
 
@@ -75,7 +76,11 @@ def _repair_side(bench: Bench, options: Iterable[Repair], impact: float) -> list
         if not option.folds and (option.kind == "refit" or not _measurable(bench, option)):
             repairs.append(option)
             continue
-        correction, error_before, error_after = bench.fitted_to(option)
+        try:
+            correction, error_before, error_after = bench.fitted_to(option)
+        except OtherPlaces:
+            repairs.append(replace(option, folds=False, reason=_OTHER_PLACES))
+            continue
         tried = replace(
             option,
             strength=correction.strength,

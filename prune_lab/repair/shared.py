@@ -34,6 +34,7 @@ from prune_lab.repair.activations import (
     FitPoint,
     Reading,
     as_tensor,
+    mains_of,
     moments_of_readings,
     read_student,
     restored,
@@ -238,7 +239,7 @@ class SharedRepair:
         """The teacher's prediction on the held-out rows; what its units give is kept on the CPU."""
         if self._prediction is not None:
             return self._prediction
-        names = tuple(self.paths)
+        names, mains = tuple(self.paths), mains_of(self.model)
         predictions = []
         for which in ("fitted", "heldout"):
             for batch in track(self.batches(which), "running the teacher", len(self.batches(which))):
@@ -246,7 +247,8 @@ class SharedRepair:
                 def keep(name: str, which: str = which, batch: _Batch = batch) -> Callable[..., None]:
                     def hook(_module: nn.Module, _args: Any, output: Any) -> None:
                         if isinstance(output, Tensor) or isinstance(output[0], Tensor):
-                            self._teacher[which, batch.number, name] = as_tensor(output).cpu()
+                            found = as_tensor(output, mains.get(self.paths[name], 0))
+                            self._teacher[which, batch.number, name] = found.cpu()
 
                     return hook
 

@@ -126,6 +126,9 @@ def _quality(row: Row, quality: str) -> str:
     return f"{_CALLED[quality]} {value}"
 
 
+_MUCH = 0.2  # of the baseline's CLIP score: where more may be lost, too few pictures were compared
+
+
 def _first(table: pd.DataFrame, limit: str) -> str:
     """Which lever to pull first; empty where nothing is within the limit."""
     found = first_lever(table, limit)
@@ -137,6 +140,9 @@ def _first(table: pd.DataFrame, limit: str) -> str:
         why = "the best of those within it; there is no CLIP score with an interval to tell what it loses"
     elif kept:
         why = "the fewest changes that keep the CLIP score, as far as its interval tells"
+        lost, whole = -float(row["clip_low"]), float(baseline_of(table)["clip"])
+        if lost > _MUCH * abs(whole):
+            why += f": it may lose up to {lost:.3f} of {whole:.3f}, more --images tell"
     else:
         why = "the best of those within it, all of which lose"
     return f"pull first: {row['lever']} ({row['model']}, {row['steps']} steps by {row['scheduler']}), {why}"
