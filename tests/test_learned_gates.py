@@ -167,9 +167,12 @@ def test_what_was_learnt_is_kept_said_and_drawn(tmp_path: Path) -> None:
     assert line == (
         "learned gates, macs<=75%: 40 steps, in which the loss went from 0.97 to 0.25 (means of 4); of 3 gates 2 "
         "decide as the best plan does in 95% of the last 20 masks or more; least sure: B3, which it keeps, stays in "
-        "55% [10%, 90%]"
+        "55% [10%, 90%] (plans/gates.csv, with --run)"
     )
     assert other.startswith("learned gates, macs<=80%: ")
+    write_gates(run, [(tables[0][0].assign(masks=2), tables[0][1])])
+    assert "; 2 masks are too few to tell how sure gates are" in gate_notes(run)[0]
+    write_gates(run, tables)
     chart, table = gate_parts(gates, steps)
     assert isinstance(chart, Chart)
     assert {text.get_text() for text in chart.draw(LIGHT).axes[0].texts} == {"100%", "0%", "55%"}

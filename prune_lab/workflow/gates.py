@@ -19,6 +19,7 @@ from prune_lab.schemas import (
 from prune_lab.search import GateResult
 
 _SURE = 0.95  # share of the masks that decide as the best plan does
+_FEWEST = 20  # masks: a share of fewer is in steps of more than a twentieth
 _NAMED = 3  # gates that a line names
 _ENDS = 10  # the first and the last one in so many steps are compared
 
@@ -68,10 +69,14 @@ def _line(gates: pd.DataFrame, steps: pd.DataFrame) -> str:
     losses = steps.sort_values("step")["loss"].to_numpy()
     few = max(1, len(losses) // _ENDS)
     first, last = np.mean(losses[:few]), np.mean(losses[-few:])
+    masks = int(gates["masks"].iloc[0])
+    words = f"{len(losses)} steps, in which the loss went from {first:.3g} to {last:.3g} (means of {few})"
+    if masks < _FEWEST:
+        return f"{words}; {masks} masks are too few to tell how sure gates are: more with search.gate_steps"
     sure = int((gates["sure"] >= _SURE).sum())
     words = (
-        f"{len(losses)} steps, in which the loss went from {first:.3g} to {last:.3g} (means of {few}); of {len(gates)} "
-        f"gates {sure} decide as the best plan does in {_SURE:.0%} of the last {gates['masks'].iloc[0]} masks or more"
+        f"{words}; of {len(gates)} gates {sure} decide as the best plan does in {_SURE:.0%} of the last {masks} masks "
+        "or more"
     )
     open_ones = gates[gates["sure"] < _SURE].sort_values("sure", kind="stable").head(_NAMED)
     named = [
@@ -88,6 +93,6 @@ def gate_notes(run: Run) -> tuple[str, ...]:
         return ()
     gates, steps = read_records(run.gates, LEARNED_GATES), read_records(run.gate_steps, GATE_STEPS)
     return tuple(
-        f"learned gates, {budget}: {_line(own, steps[steps['budget'] == budget])}"
+        f"learned gates, {budget}: {_line(own, steps[steps['budget'] == budget])} (plans/gates.csv, with --run)"
         for budget, own in gates.groupby("budget", sort=False)
     )
