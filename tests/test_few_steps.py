@@ -263,6 +263,19 @@ def test_the_levers_that_meet_a_limit_best_first() -> None:
     assert lever_lines(made_up(), "50ms")[1].startswith("not within it alone: ")
 
 
+def test_a_wide_interval_alone_recommends_nothing() -> None:
+    table = made_up()
+    table.loc[2, ["clip_low", "clip_high"]] = (-0.5, 0.3)  # what the row before beats in time and quality
+    assert lever_lines(table, "450ms")[0].startswith(
+        "pull first: fewer steps (big, 8 steps by own), the best"
+    )
+    table.loc[5, ["clip_low", "clip_high"]] = (-0.5, 0.3)  # what none beats
+    assert lever_lines(table, "450ms")[0] == (
+        "pull first: other model + fewer steps (small, 4 steps by own), the fewest changes that keep the CLIP score, "
+        "as far as its interval tells: it may lose up to 0.500 of 0.600, more --images tell"
+    )
+
+
 def _turn_sign(folder: Path, name: str) -> None:
     """Turn the sign of one tensor of the model in ``folder``."""
     path = next(folder.glob("*.safetensors"))
