@@ -57,7 +57,8 @@ def scores_table(
         f"Scores by {len(names)} criteria{model}; in brackets the rank among groups of its kind, 1: the least impact",
         draw,
         ("criteria have units of their own: compare their ranks, not their numbers",),
-        shown=("group", *names),
+        # what cannot be removed has ranks, too
+        shown=("group", *(("starred",) if scores["starred"].astype(bool).any() else ()), *names),
     )
     agree = orders_agreement(scores)
     what = "blocks that can be removed" if set(agree["over"]) == {"blocks"} else "same groups"
