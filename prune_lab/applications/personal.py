@@ -37,10 +37,8 @@ _TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention, as in the
 _MOST_RANK = 1024
 _MOST_PICTURES = 16  # of a prompt, before and after: as many columns as a figure holds
 _KEPT_EVERY = 100  # steps after which the state is written, and at most lost
-_UNSEEN, _LOOKS = (
-    10**9,
-    8,
-)  # batches by which the loss is told: the first of their steps, which no training takes
+_LOOKS = 8  # batches over which the loss is told, before and after
+_UNSEEN = 10**9  # the first of their steps, which no training comes to
 _BETAS, _DECAY, _CLIP = (0.9, 0.999), 1e-2, 1.0
 
 
