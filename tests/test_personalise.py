@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import subjects
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -29,20 +30,8 @@ from prune_lab.export import student_in
 from prune_lab.families import model_of
 from prune_lab.models import load_pipeline, resolve_model
 
-FEW: dict[str, Any] = {
-    "token": "red",
-    "subject_class": "cat",
-    "template": "a {}",
-    "steps": 3,
-    "class_count": 3,
-    "class_steps": 2,
-    "pictures": 0,
-}
-WORDS = tuple(
-    str(word)
-    for name, value in FEW.items()
-    for word in (f"--{name.replace('subject_', '').replace('_', '-')}", value)
-)
+FEW: dict[str, Any] = {**subjects.FEW, "pictures": 0}
+WORDS = subjects.words_of(FEW)
 
 
 def invoke(*args: object, fails: bool = False) -> str:

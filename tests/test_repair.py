@@ -355,14 +355,18 @@ def test_what_folds_into_an_embedding_of_patches(positions: str | None) -> None:
         torch.testing.assert_close(module(latents), plain + features @ change.weight.T + change.bias)
 
 
+def shift_of_tokens(teacher: Any) -> Tensor:
+    """(C,) a number for each channel of the tokens of a tiny transformer."""
+    config = teacher.config
+    return torch.linspace(-1, 1, config.num_attention_heads * config.attention_head_dim).double()
+
+
 def test_the_cut_of_the_first_block_of_a_transformer_is_repaired(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = tiny_model("PixArtTransformer2DModel").double()
     architecture = architecture_of(teacher)
     plan = parse_plan("-B1", architecture)
     student = materialise(teacher, plan)
-    shift = torch.linspace(
-        -1, 1, teacher.config.num_attention_heads * teacher.config.attention_head_dim
-    ).double()
+    shift = shift_of_tokens(teacher)
     first = teacher.get_submodule(architecture.block("B1").path)
     monkeypatch.setattr(first, "forward", lambda hidden_states, *_, **__: hidden_states + shift)
     report = repair(student, teacher, plan, random_probe(teacher.config, samples=6, seed=0), kind="best")
@@ -402,9 +406,7 @@ def test_behind_text_and_picture_the_picture_is_aimed_at(monkeypatch: pytest.Mon
     architecture = architecture_of(teacher)
     plan = parse_plan("-B1", architecture)
     student = materialise(teacher, plan)
-    shift = torch.linspace(
-        -1, 1, teacher.config.num_attention_heads * teacher.config.attention_head_dim
-    ).double()
+    shift = shift_of_tokens(teacher)
 
     def shifted(hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any) -> Any:
         return encoder_hidden_states, hidden_states + shift

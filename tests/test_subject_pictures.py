@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import subjects
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -37,21 +38,8 @@ from prune_lab.runtime import progress_shown
 from prune_lab.runtime.files import other_files
 from prune_lab.runtime.holders import Holder, this_process
 
-FEW: dict[str, Any] = {
-    "token": "red",
-    "subject_class": "cat",
-    "template": "a {}",
-    "steps": 3,
-    "class_count": 3,
-    "class_steps": 2,
-    "guidance": 2.0,
-    "pictures": 1,
-}
-WORDS = tuple(
-    str(word)
-    for name, value in FEW.items()
-    for word in (f"--{name.replace('subject_', '').replace('_', '-')}", value)
-)
+FEW: dict[str, Any] = {**subjects.FEW, "guidance": 2.0, "pictures": 1}
+WORDS = subjects.words_of(FEW)
 HOW: dict[str, Any] = {"seed": 4, "steps": 2, "guidance": 1.0, "batch": 2}
 
 

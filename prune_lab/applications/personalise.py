@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,10 @@ def _put_aside(pipeline: Any, model: Any) -> None:
 
 
 def _class_drawn(
-    pipeline: Any, model: str, settings: PersonalSettings, out: Path, steps: int, guidance: float
+    pipeline: Any, model: str, settings: PersonalSettings, out: Path, drawing: tuple[int, float]
 ) -> ClassPictures:
     """Pictures of the class, drawn or kept; a line says how many of either, and where they lie."""
+    steps, guidance = drawing
     try:
         found = class_pictures(
             pipeline,
@@ -111,6 +113,26 @@ def _class_drawn(
 def _texts(pipeline: Any, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
     own, other = encode_captions(pipeline, prompts)[0]
     return own, other
+
+
+def _drawer(
+    source: ModelSource,
+    pipeline: Any,
+    model: Any,
+    pictures: Tensor,
+    settings: PersonalSettings,
+    drawing: tuple[int, float],
+    device: torch.device | str,
+) -> Callable[[], BeforeAndAfter]:
+    """What draws before and after with these, by (steps, guidance) ``drawing``."""
+    steps, guidance = drawing
+    return partial(
+        draw_before_and_after,
+        *(source, pipeline, model, pictures, settings),
+        steps=steps,
+        guidance=guidance,
+        device=device,
+    )
 
 
 def _drawn_late(
@@ -142,11 +164,7 @@ def _drawn_late(
     else:
         model = load_model(resolve_model(str(out.resolve())))
 
-    def draw() -> BeforeAndAfter:
-        steps, guidance = drawing
-        how: dict[str, Any] = {"steps": steps, "guidance": guidance, "device": device}
-        return draw_before_and_after(source, pipeline, model, pictures, settings, **how)
-
+    draw = _drawer(source, pipeline, model, pictures, settings, drawing, device)
     count = (told["class_pictures"] or {"count": 0})["count"]
     return Personalised(
         out, settings, told["training"], len(pictures), count, None, shown_in(out, show, draw)
@@ -199,7 +217,6 @@ def personalise(
         return late
     out = check_folder(out, read, force=force)
     note_trained_for_many(source)
-    class_steps, guidance = drawing
     digest, pipeline = pipeline_digest(source), load_pipeline(source, device=device)
     drawing_of(pipeline)  # says what is in the way
     model, side = model_of(pipeline), picture_side(pipeline)
@@ -218,7 +235,7 @@ def personalise(
     if settings.prior_weight and class_images is not None:
         others, _ = read_own_pictures(class_images, side, "the class")
     elif settings.prior_weight:
-        found = _class_drawn(pipeline, digest, settings, out, class_steps, guidance)
+        found = _class_drawn(pipeline, digest, settings, out, drawing)
         others, folder = found.pictures, found.folder
     subject = _encoded(pipeline, pictures, settings.prompt)
     prior = None if others is None else _encoded(pipeline, others, settings.class_prompt)
@@ -253,18 +270,5 @@ def personalise(
     count = 0 if others is None else len(others)
     shown = None
     if show is not None and settings.pictures:
-
-        def draw() -> BeforeAndAfter:
-            return draw_before_and_after(
-                source,
-                pipeline,
-                model,
-                pictures,
-                settings,
-                steps=class_steps,
-                guidance=guidance,
-                device=device,
-            )
-
-        shown = shown_in(out, show, draw)
+        shown = shown_in(out, show, _drawer(source, pipeline, model, pictures, settings, drawing, device))
     return Personalised(out, settings, learnt, len(pictures), count, folder if count else None, shown)
